@@ -1,0 +1,48 @@
+"""Configuration: every setting as a frozen, strict, documented schema; reading, overriding, checking, explaining.
+
+Importing this package does not import torch.
+"""
+
+from mmscale.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DataSource,
+    DepthConfig,
+    ExpertsConfig,
+    ImageTokenizerConfig,
+    LogConfig,
+    ModalityVocab,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    PrepareConfig,
+    RunConfig,
+    Section,
+    TextTokenizerConfig,
+    TrainConfig,
+    VocabConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DataSource",
+    "DepthConfig",
+    "ExpertsConfig",
+    "ImageTokenizerConfig",
+    "LogConfig",
+    "ModalityVocab",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "PrepareConfig",
+    "RunConfig",
+    "Section",
+    "TextTokenizerConfig",
+    "TrainConfig",
+    "VocabConfig",
+]

@@ -1,0 +1,320 @@
+"""Every setting of mmscale: a name, a type, a unit, a default and a meaning.
+
+Only shapes of single values live here. Rules between settings are in rules.py, reading and overriding in load.py.
+Nothing here imports torch: the schema is read on login nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from mmscale.config.values import parse_integer, parse_number
+
+Count = Annotated[PositiveInt, BeforeValidator(parse_integer)]
+Index = Annotated[NonNegativeInt, BeforeValidator(parse_integer)]
+Rate = Annotated[NonNegativeFloat, BeforeValidator(parse_number)]
+Positive = Annotated[PositiveFloat, BeforeValidator(parse_number)]
+Fraction = Annotated[float, BeforeValidator(parse_number), Field(gt=0.0, le=1.0)]
+Share = Annotated[float, BeforeValidator(parse_number), Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+def setting(meaning: str, default: Any = ..., *, unit: str = "", source: str = "") -> Any:
+    """A documented field. Without `default` the setting must be given.
+
+    Args:
+        meaning: one sentence for `mmscale config explain`.
+        default: the value used when the setting is left out.
+        unit: what the number counts, e.g. "tokens".
+        source: paper section or mcore file the setting comes from.
+    """
+    return Field(default, description=meaning, json_schema_extra={"unit": unit, "source": source})
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where a run lives."""
+
+    dir: str = setting("Folder that holds run folders.", "runs")
+    name: Name = setting("Name of the run; its folder is run.dir/run.name.", "default")
+    seed: Index = setting("Seed of weights, data order and dropout.", 1234)
+
+
+class ModalityVocab(Section):
+    """One modality's share of the vocabulary."""
+
+    name: Name = setting("Name of the modality, e.g. text or image.")
+    size: Count = setting("Number of token ids of this modality; the first modality includes the special tokens.", unit="ids")
+
+
+class VocabConfig(Section):
+    """Token ids: one contiguous range per modality, in this order, then padding up to a multiple."""
+
+    modalities: tuple[ModalityVocab, ...] = setting(
+        "Modalities in id order; the first one is text and holds the special tokens.",
+        (ModalityVocab(name="text", size=57_344), ModalityVocab(name="image", size=8_192)),
+        source="Chameleon, arXiv 2405.09818: 65,536 ids of which 8,192 are image codes",
+    )
+    pad_multiple: Count = setting("The embedding's row count is rounded up to this; TP must divide it.", 128, unit="ids")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modalities in id order."""
+        return tuple(modality.name for modality in self.modalities)
+
+    @property
+    def size(self) -> int:
+        """Number of ids that can occur [ids]."""
+        return sum(modality.size for modality in self.modalities)
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of the embedding and of the output layer [ids]."""
+        return -(-self.size // self.pad_multiple) * self.pad_multiple
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Half-open id range of each modality."""
+        starts = [0]
+        for modality in self.modalities:
+            starts.append(starts[-1] + modality.size)
+        return tuple(zip(starts[:-1], starts[1:], strict=True))
+
+
+class ExpertsConfig(Section):
+    """Feed-forward experts (MoMa, arXiv 2407.21770, section 2.2)."""
+
+    counts: dict[Name, Count] = setting(
+        "Experts of each modality group, e.g. {text: 4, image: 4}; for kind=moe one group, {mixed: 8}.", {}, unit="experts"
+    )
+    shared: Index = setting("Experts of one more group that sees every token, in every modality.", 0, unit="experts")
+    shared_ffn_hidden_size: Count | None = setting("SwiGLU width of each shared expert; default: ffn_hidden_size.", None)
+    capacity_factor: Positive = setting(
+        "An expert takes capacity_factor * (its group's nominal tokens) / (experts of the group) tokens.", 1.0
+    )
+    capacity_multiple: Count = setting("Tokens per expert are rounded up to this (16 for FP8).", 1, unit="tokens")
+    scope: Literal["sequence", "micro_batch"] = setting(
+        "Tokens among which an expert chooses: each sequence by itself (the same whatever the micro-batch size) "
+        "or the whole micro-batch (the paper's reading).",
+        "sequence",
+        source="MoMa 2.2 says 'a batch'",
+    )
+    share: Literal["auto"] | dict[Name, Share] = setting(
+        "Nominal share of each modality in the tokens, from which static capacities follow; "
+        "auto: measured when the data was prepared.",
+        "auto",
+    )
+    noise: Literal["none", "gumbel"] = setting(
+        "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"
+    )
+
+
+class DepthConfig(Section):
+    """Mixture-of-Depths: some layers process only their highest scored tokens (MoMa 2.3; arXiv 2404.02258)."""
+
+    every: Count = setting("Every n-th layer, starting with layer 0, is a Mixture-of-Depths layer.", 2, unit="layers")
+    capacity: Fraction = setting("Fraction of each sequence's tokens that the layer processes.", 0.25)
+    multiple: Count = setting("Selected tokens per sequence are rounded up to this; TP must divide it.", 8, unit="tokens")
+    choice: Literal["mixed", "per_modality"] = setting(
+        "mixed: the best tokens of any modality, experts get nominal counts scaled by the capacity and empty slots "
+        "are masked; per_modality: each modality keeps its nominal share, so experts stay full.",
+        "mixed",
+    )
+
+
+class ModelConfig(Section):
+    """Decoder-only transformer over one sequence of discrete tokens of all modalities."""
+
+    kind: Literal["dense", "moe", "moma"] = setting(
+        "dense; moe: one group of mixed-modal experts; moma: a group of experts per modality.", "moma"
+    )
+    num_layers: Count = setting("Transformer layers, counting Mixture-of-Depths layers.", unit="layers")
+    hidden_size: Count = setting("Width of the residual stream.")
+    ffn_hidden_size: Count = setting("SwiGLU inner width of the dense FFN and of every expert.")
+    num_attention_heads: Count = setting("Query heads.", unit="heads")
+    num_query_groups: Count | None = setting("Key/value heads (GQA); default: as many as query heads.", None, unit="heads")
+    kv_channels: Count | None = setting("Width of a head; default: hidden_size / num_attention_heads.", None)
+    seq_length: Count = setting("Tokens of a packed sequence.", 4096, unit="tokens")
+    norm: Literal["pre", "post", "post_per_expert"] = setting(
+        "RMSNorm placement: before each sub-layer; after it (Chameleon/Swin, the paper's); or after it with every "
+        "expert's output normalised before its gate, which keeps the gate's gradient for every token.",
+        "pre",
+        source="MoMa 2.2, Chameleon 2.3",
+    )
+    norm_eps: Positive = setting("Epsilon of RMSNorm.", 1e-5)
+    qk_norm: bool = setting("RMSNorm over each head's query and key, before RoPE.", True, source="Chameleon 2.3")
+    rope_base: Positive = setting("Base of the rotary position embedding.", 10_000.0)
+    tie_embeddings: bool = setting("Share the input embedding with the output layer.", False)
+    init_std: Positive = setting("Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02)
+    dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)
+    experts: ExpertsConfig = setting("Modality groups of experts.", ExpertsConfig())
+    depth: DepthConfig | None = setting("Mixture-of-Depths; null: every layer sees every token.", None)
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    def is_depth_layer(self, layer: int) -> bool:
+        """Whether the layer with this global index (from 0) is a Mixture-of-Depths layer."""
+        return self.depth is not None and layer % self.depth.every == 0
+
+
+class TextTokenizerConfig(Section):
+    """Byte-level BPE through Hugging Face `tokenizers`."""
+
+    load: str | None = setting("Path of a tokenizer.json to use; null: train one on the documents.", None)
+
+
+class ImageTokenizerConfig(Section):
+    """Pixels to discrete codes and back."""
+
+    kind: Literal["levels", "kmeans", "vq"] = setting(
+        "levels: each pixel's grey level; kmeans: a codebook of patches fitted to the data; vq: a transformers VQ-VAE.", "kmeans"
+    )
+    size: Count = setting("Images are brought to size x size pixels.", 64, unit="pixels")
+    channels: Literal[1, 3] = setting("1: grey, 3: RGB.", 3)
+    patch: Count = setting("Edge of a k-means patch.", 8, unit="pixels")
+    path: str | None = setting("Local folder of the VQ model (vq) or of a fitted codebook to reuse (kmeans).", None)
+    fit_patches: Count = setting("Patches that k-means is fitted to, at most.", 200_000, unit="patches")
+
+
+class PrepareConfig(Section):
+    """How documents become token ids (`mmscale data prepare`)."""
+
+    source: Literal["digits", "documents"] = setting(
+        "digits: the built-in set of scikit-learn's handwritten digits; documents: files named below.", "documents"
+    )
+    documents: tuple[str, ...] = setting("JSONL, parquet or WebDataset (.tar) files; globs allowed.", ())
+    text: TextTokenizerConfig = setting("Text tokenizer.", TextTokenizerConfig())
+    image: ImageTokenizerConfig = setting("Image tokenizer.", ImageTokenizerConfig())
+    held_out: Share = setting("Share of documents kept for validation, chosen by a hash of the document's id.", 0.01)
+    augment: Index = setting("digits: shifted copies of each training image (0..8), one pixel in each direction.", 0, unit="copies")
+    max_document_tokens: Count = setting("Longer documents are rejected; an image is never cut.", 4096, unit="tokens")
+    part_documents: Count = setting("Documents of one part: the unit of parallel work and of resuming.", 10_000, unit="documents")
+    workers: Count = setting("Processes.", 2, unit="processes")
+    strict: bool = setting("Stop at the first bad document instead of listing it in rejected.jsonl.", False)
+
+
+class DataSource(Section):
+    """One prepared data set of a blend."""
+
+    path: str = setting("Folder written by `mmscale data prepare`.")
+    weight: Positive = setting("Relative number of sequences drawn from it.", 1.0)
+
+
+class DataConfig(Section):
+    """What is trained on, and in which order."""
+
+    path: str | None = setting("Folder of a prepared data set.", None)
+    blend: tuple[DataSource, ...] = setting("Several prepared data sets with weights, instead of path.", ())
+    balance: bool = setting("Deal packed sequences into micro-batches of nearly equal modality shares.", True)
+    pack_window: Count = setting("Documents among which best-fit packing chooses.", 8192, unit="documents")
+    deal_window: Count = setting("Packed sequences that are dealt into micro-batches together.", 2048, unit="sequences")
+    cache: str | None = setting("Folder of packing indices; default: .cache inside the data set.", None)
+    workers: Index = setting("Loader processes per rank; 0 loads in the training process.", 0, unit="processes")
+    prepare: PrepareConfig | None = setting("How the data set is made; needed by `mmscale data prepare` only.", None)
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The blend, whichever way it was given."""
+        return (DataSource(path=self.path),) if self.path is not None else self.blend
+
+
+class TrainConfig(Section):
+    """How long and in which portions."""
+
+    steps: Count = setting("Optimizer steps.", 1000, unit="steps")
+    micro_batch_size: Count = setting("Sequences of one forward and backward pass on a rank.", 1, unit="sequences")
+    global_batch_size: Count = setting("Sequences of an optimizer step, over all ranks and micro-batches.", 8, unit="sequences")
+    eval_every: Index = setting("Evaluate on the held-out split every n steps; 0: only at the end.", 0, unit="steps")
+    eval_batches: Count = setting("Global batches of one evaluation.", 8, unit="batches")
+    z_loss: Rate = setting("Weight of log(Z)^2 of the output softmax.", 1e-5, source="Chameleon 2.3")
+    modality_weights: dict[Name, Rate] = setting("Weight of each modality's token losses; default 1.", {})
+    dry_run: bool = setting("Run one batch forward and backward before step 1 to find errors early.", True)
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Positive = setting("Peak learning rate.", 1e-4, source="MoMa Table 5")
+    min_lr: Rate = setting("Learning rate at the end of the schedule.", 1e-6)
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "power"] = setting(
+        "Decay after warm-up; power: lr * (tokens / power_tokens)^power_exponent, capped at lr.", "linear"
+    )
+    warmup: Index = setting("Linear warm-up.", 0, unit="steps")
+    decay: Index | None = setting("wsd and power: length of the final decay; default: a tenth of the steps.", None, unit="steps")
+    power_exponent: float = setting("power: exponent b of lr ~ tokens^b.", -0.51, source="arXiv 2408.13359")
+    power_tokens: Positive = setting("power: tokens up to which the learning rate stays at its peak.", 1e9, unit="tokens")
+    weight_decay: Rate = setting("Decoupled weight decay of matrices; norms and routers' vectors have none.", 0.1)
+    beta1: Share = setting("Adam's decay of the first moment.", 0.9)
+    beta2: Share = setting("Adam's decay of the second moment.", 0.95)
+    eps: Positive = setting("Adam's epsilon.", 1e-5)
+    clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
+
+
+class ParallelConfig(Section):
+    """How the model and the batch are spread over ranks; data parallelism is what the other dimensions leave over."""
+
+    tp: Count = setting("Tensor-parallel ranks; above 1 sequence parallelism is always on.", 1, unit="ranks")
+    pp: Count = setting("Pipeline stages.", 1, unit="ranks")
+    vpp: Count | None = setting("Model chunks per pipeline stage (interleaved schedule).", None, unit="chunks")
+    ep: Count = setting("Expert-parallel ranks; each holds experts of every modality.", 1, unit="ranks")
+    cp: Count = setting("Context-parallel ranks; only 1: expert choice and depth rank whole sequences.", 1, unit="ranks")
+    recompute: Literal["none", "full", "selective"] = setting(
+        "Recompute activations in backward: whole layers, or attention only.", "none"
+    )
+    overlap_grad_reduce: bool = setting("Reduce gradients while backward goes on.", False)
+    overlap_param_gather: bool = setting("Gather updated parameters while forward goes on.", False)
+    overlap_p2p: bool | None = setting("Overlap pipeline sends with compute; default: when vpp is set.", None)
+    batch_p2p: bool | None = setting("Batch pipeline sends and receives; default: when they are not overlapped.", None)
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    dtype: Literal["fp32", "bf16"] = setting("Parameters and activations; with bf16 the optimizer keeps fp32 copies.", "bf16")
+    fp8: Literal["off"] = setting("FP8 layers; only 'off' so far.", "off")
+
+
+class CheckpointConfig(Section):
+    """When the training state is written, and how much of it is kept."""
+
+    every: Index = setting("Save every n steps; 0: only at the end.", 0, unit="steps")
+    keep: Count = setting("Newest checkpoints kept.", 3, unit="checkpoints")
+    resume: bool = setting("Go on from the run's newest checkpoint if there is one.", True)
+
+
+class LogConfig(Section):
+    """What is reported while training."""
+
+    every: Count = setting("Log every n steps.", 10, unit="steps")
+    tensorboard: bool = setting("Write TensorBoard events into the run folder.", False)
+    wandb: str | None = setting("Weights & Biases project; null: off.", None)
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig = setting("Where the run lives.", RunConfig())
+    vocab: VocabConfig = setting("Token ids.", VocabConfig())
+    model: ModelConfig = setting("Architecture.")
+    data: DataConfig = setting("Data.", DataConfig())
+    train: TrainConfig = setting("Steps and batches.", TrainConfig())
+    optim: OptimConfig = setting("Optimizer.", OptimConfig())
+    parallel: ParallelConfig = setting("Layout.", ParallelConfig())
+    precision: PrecisionConfig = setting("Number formats.", PrecisionConfig())
+    checkpoint: CheckpointConfig = setting("Checkpoints.", CheckpointConfig())
+    log: LogConfig = setting("Logs.", LogConfig())

@@ -1,0 +1,1 @@
+"""Documents in, modality-balanced micro-batches out."""

@@ -1,0 +1,157 @@
+"""What a prepared data set says of itself: vocabulary, tokenizers, splits, parts, counts.
+
+The manifest is written last: a folder without one is not a data set. Reading checks every part's size, so a truncated
+file is found before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(_Entry):
+    """One Megatron IndexedDataset (`<prefix>.bin`, `<prefix>.idx`) and its per-document table (`<prefix>.meta.npy`).
+
+    The table is int64 [documents, modalities + 1]: tokens of each modality, then the loss mask as bits
+    (bit m set: labels of modality m are trained on).
+    """
+
+    prefix: str  # relative to the data set's folder, without suffix
+    documents: int
+    tokens: dict[str, int]  # tokens per modality
+    bin_bytes: int
+    idx_bytes: int
+
+
+class Split(_Entry):
+    """One split: its parts in order."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return sum(part.documents for part in self.parts)
+
+    def tokens(self, modality: str) -> int:
+        """Tokens of a modality in this split."""
+        return sum(part.tokens.get(modality, 0) for part in self.parts)
+
+
+class Task(_Entry):
+    """A question the data defines: documents of which one span is the answer (see `<file>`: JSONL)."""
+
+    name: str
+    file: str  # JSONL: {"ids": [...], "answer": [start, end], "choices": [[ids], ...]}, relative
+    kind: Literal["choice"] = "choice"
+
+
+class Manifest(_Entry):
+    """manifest.json"""
+
+    format: int
+    modalities: tuple[str, ...]
+    ranges: tuple[tuple[int, int], ...]
+    vocabulary: str  # Vocabulary.fingerprint
+    text_tokenizer: str  # fingerprint
+    image_tokenizer: str  # fingerprint
+    tokens_per_image: int
+    splits: dict[str, Split]
+    tasks: tuple[Task, ...] = ()
+    rejected: int = 0
+    source: str = ""  # digest of the listing and settings it was prepared from
+
+    def share(self, split: str = "train") -> dict[str, float]:
+        """Share of each modality in a split's tokens."""
+        counts = {name: self.splits[split].tokens(name) for name in self.modalities}
+        total = sum(counts.values())
+        return {name: count / total if total else 0.0 for name, count in counts.items()}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a prepared data set.
+
+    Raises:
+        DataError: the folder, the manifest or a part is missing, damaged or truncated.
+    """
+    file = folder / MANIFEST
+    prepare = "run `mmscale data prepare`"
+    if not folder.is_dir():
+        raise DataError(f"data: there is no folder {folder}", remedy=f"{prepare} or correct data.path")
+    if not file.is_file():
+        raise DataError(f"data: {folder} is not a prepared data set (no {MANIFEST})", remedy=f"{prepare} to its end")
+    try:
+        manifest = Manifest.model_validate(json.loads(file.read_text()))
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise DataError(f"data: {file} is damaged: {str(error).splitlines()[0]}", remedy=f"{prepare} again") from error
+    if manifest.format != FORMAT:
+        raise DataError(f"data: {file} has format {manifest.format}, this version reads {FORMAT}", remedy=f"{prepare} again")
+    for split in manifest.splits.values():
+        for part in split.parts:
+            for suffix, size in ((".bin", part.bin_bytes), (".idx", part.idx_bytes)):
+                path = folder / (part.prefix + suffix)
+                found = path.stat().st_size if path.is_file() else None
+                if found != size:
+                    state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                    raise DataError(f"data: {path} {state}", remedy=f"{prepare} again: only this part is made anew")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest so that it is there whole or not at all."""
+    temporary = folder / (MANIFEST + ".tmp")
+    with temporary.open("w") as file:
+        file.write(manifest.model_dump_json(indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+
+
+def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
+    """Refuse data whose ids mean something else than the configuration's.
+
+    Raises:
+        DataError: the vocabularies differ.
+    """
+    if manifest.vocabulary != vocabulary.fingerprint:
+        has = ", ".join(f"{n} {a}..{b - 1}" for n, (a, b) in zip(manifest.modalities, manifest.ranges, strict=True))
+        wants = ", ".join(f"{n} {a}..{b - 1}" for n, (a, b) in zip(vocabulary.names, vocabulary.ranges, strict=True))
+        raise DataError(
+            f"data: {folder} was prepared with another vocabulary ({has}) than the configuration's ({wants})",
+            remedy="prepare it with this configuration or correct vocab.modalities",
+        )
+
+
+def read_table(folder: Path, part: Part) -> np.ndarray:
+    """Per-document table of a part, int64 [documents, modalities + 1].
+
+    Raises:
+        DataError: the table is missing or does not fit the part.
+    """
+    file = folder / f"{part.prefix}.meta.npy"
+    try:
+        table = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"data: {file} cannot be read: {error}", remedy="run `mmscale data prepare` again") from error
+    if table.shape != (part.documents, len(part.tokens) + 1):
+        raise DataError(
+            f"data: {file} has shape {table.shape}, its part has {part.documents} documents",
+            remedy="run `mmscale data prepare` again",
+        )
+    return table

@@ -1,0 +1,79 @@
+"""Id ranges of each modality and the special tokens; which modality an id belongs to.
+
+One table serves data, model and export. No torch here; no tokenizer either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.config import VocabConfig
+from mmscale.errors import ConfigError
+
+# Ids of the special tokens. They stand first in the first (text) range: BOI and EOI are predicted from text context,
+# as in Chameleon's vocabulary. Padding is id 0 and routes nowhere.
+PAD, BOS, EOS, BOI, EOI = range(5)
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>")
+NO_MODALITY = -1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Half-open, contiguous id ranges of the modalities.
+
+    Attributes:
+        names: modalities in id order; the first one is text and holds the special tokens.
+        ranges: half-open id range of each modality.
+    """
+
+    names: tuple[str, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_config(cls, config: VocabConfig) -> Vocabulary:
+        """The vocabulary that a configuration asks for.
+
+        Raises:
+            ConfigError: the text range cannot hold the special tokens.
+        """
+        if config.modalities[0].size < len(SPECIAL_TOKENS):
+            raise ConfigError(
+                f"vocab.modalities: {config.modalities[0].name} has {config.modalities[0].size} ids, "
+                f"fewer than the {len(SPECIAL_TOKENS)} special tokens",
+                remedy="give the first modality more ids",
+            )
+        return cls(config.names, config.ranges)
+
+    @property
+    def size(self) -> int:
+        """Number of ids that can occur [ids]."""
+        return self.ranges[-1][1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names, ranges and special tokens: equal for equal vocabularies."""
+        content = json.dumps([self.names, self.ranges, SPECIAL_TOKENS])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def range_of(self, name: str) -> tuple[int, int]:
+        """Half-open id range of a modality.
+
+        Raises:
+            ConfigError: there is no such modality.
+        """
+        if name not in self.names:
+            raise ConfigError(f"vocab.modalities has no {name!r}, only {', '.join(self.names)}", remedy="add it or rename it")
+        return self.ranges[self.names.index(name)]
+
+    def modality_of(self, ids: NDArray[np.integer]) -> NDArray[np.int8]:
+        """Index of each id's modality, -1 for padding. Same shape as `ids`; ids past the last range are the caller's bug."""
+        ends = np.array([end for _, end in self.ranges])
+        modality = np.searchsorted(ends, ids, side="right").astype(np.int8)
+        modality[np.asarray(ids) == PAD] = NO_MODALITY
+        return modality

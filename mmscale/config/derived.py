@@ -1,0 +1,61 @@
+"""Numbers that follow from a configuration: portions of a batch, capacities of experts and of depth layers.
+
+One definition for model, plan, data and checks. Nothing is validated here (rules.py does that), nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mmscale.config.schema import Config
+
+
+def data_parallel_size(config: Config, world: int) -> int:
+    """Model replicas that `world` ranks hold: what tensor and pipeline parallelism leave over [ranks]."""
+    return world // (config.parallel.tp * config.parallel.pp)
+
+
+def global_micro_batches(config: Config) -> int:
+    """Micro-batches of one optimizer step, over all replicas."""
+    return config.train.global_batch_size // config.train.micro_batch_size
+
+
+def micro_batches_per_step(config: Config, world: int) -> int:
+    """Micro-batches that each replica runs in one optimizer step."""
+    return global_micro_batches(config) // data_parallel_size(config, world)
+
+
+def tokens_per_step(config: Config) -> int:
+    """Tokens of one optimizer step, over all ranks [tokens]."""
+    return config.train.global_batch_size * config.model.seq_length
+
+
+def depth_tokens(config: Config) -> int:
+    """Tokens of each sequence that a Mixture-of-Depths layer processes [tokens].
+
+    Rounded up to `model.depth.multiple`, a constant of the configuration: rounding to TP instead would make the selection,
+    and so the loss, depend on the layout. Without Mixture-of-Depths it is the whole sequence.
+    """
+    depth, length = config.model.depth, config.model.seq_length
+    if depth is None:
+        return length
+    return min(length, math.ceil(depth.capacity * length / depth.multiple) * depth.multiple)
+
+
+def expert_capacity(tokens_in_scope: int, share: float, experts: int, *, factor: float, multiple: int, limit: int) -> int:
+    """Tokens that each expert of a group takes: min(limit, max(1, ceil(ceil(factor * N * share / E) / multiple) * multiple)).
+
+    A host integer that follows from nominal shares only, so it is the same on every expert-parallel rank: the all-to-all has
+    equal splits and needs no exchange of counts. Slots that a batch's modality mix leaves empty are masked.
+
+    Args:
+        tokens_in_scope: N, tokens among which the expert chooses (a sequence or a micro-batch), of all modalities [tokens].
+        share: nominal share of the group's modality in those tokens; 1 for a group that sees every token.
+        experts: E, experts of the group over all expert-parallel ranks.
+        factor: model.experts.capacity_factor.
+        multiple: model.experts.capacity_multiple [tokens].
+        limit: tokens in scope; no expert can take more [tokens].
+    """
+    # 1e-9: 0.1 * 3 / 0.3-like products that are whole on paper must not be rounded up to the next token.
+    tokens = math.ceil(factor * tokens_in_scope * share / experts - 1e-9)
+    return min(limit, max(1, math.ceil(tokens / multiple) * multiple))

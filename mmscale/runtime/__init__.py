@@ -1,0 +1,1 @@
+"""Where am I running: ranks, devices, process groups, and megatron-core on CPU."""

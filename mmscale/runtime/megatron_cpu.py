@@ -1,0 +1,444 @@
+# Lets megatron-core 0.16.1, which assumes a GPU in about sixty places, train on CPU over gloo. A no-op where CUDA exists.
+# It does not make CUDA look available: `torch`, and every library that is not megatron-core, sees the machine as it is.
+"""The CPU adaptor of megatron-core.
+
+How it works: every `megatron.core.*` module looks up the global name `torch` at each use, so re-binding that one name per
+module to a proxy reaches all of them. The alternative, a global `TorchFunctionMode`, costs 23-32 % of a training step
+(2-4 us on every torch call, even `x.shape`); the proxy costs nothing on an attribute and 0.7 us on a tensor factory.
+
+Call `install()` once before megatron-core is used. `PATCHES` lists every change with its reason; each has a
+`still_needed()` which, in a process without `install()`, tells whether megatron-core still has the fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Everything the training path imports, also what megatron-core imports late inside functions: a module that is
+# imported after `install()` needs another `rebind()`.
+MODULES: tuple[str, ...] = tuple(
+    "megatron.core" + name
+    for name in (
+        "",
+        ".datasets.blended_dataset",
+        ".datasets.blended_megatron_dataset_builder",
+        ".datasets.gpt_dataset",
+        ".datasets.indexed_dataset",
+        ".dist_checkpointing",
+        ".dist_checkpointing.exchange_utils",
+        ".dist_checkpointing.mapping",
+        ".dist_checkpointing.optimizer",
+        ".dist_checkpointing.serialization",
+        ".dist_checkpointing.strategies.async_utils",
+        ".dist_checkpointing.strategies.filesystem_async",
+        ".dist_checkpointing.strategies.fully_parallel",
+        ".dist_checkpointing.strategies.state_dict_saver",
+        ".dist_checkpointing.strategies.torch",
+        ".dist_checkpointing.validation",
+        ".distributed",
+        ".distributed.distributed_data_parallel",
+        ".distributed.finalize_model_grads",
+        ".distributed.param_and_grad_buffer",
+        ".fusions.fused_bias_dropout",
+        ".fusions.fused_bias_swiglu",
+        ".fusions.fused_cross_entropy",
+        ".fusions.fused_softmax",
+        ".jit",
+        ".models.common.embeddings.language_model_embedding",
+        ".models.common.embeddings.rope_utils",
+        ".models.common.embeddings.rotary_pos_embedding",
+        ".models.common.language_module.language_module",
+        ".models.gpt.gpt_layer_specs",
+        ".models.gpt.gpt_model",
+        ".num_microbatches_calculator",
+        ".optimizer",
+        ".optimizer.clip_grads",
+        ".optimizer.distrib_optimizer",
+        ".optimizer.grad_scaler",
+        ".optimizer.optimizer",
+        ".optimizer_param_scheduler",
+        ".packed_seq_params",
+        ".parallel_state",
+        ".pipeline_parallel",
+        ".pipeline_parallel.p2p_communication",
+        ".pipeline_parallel.schedules",
+        ".process_groups_config",
+        ".rerun_state_machine",
+        ".tensor_parallel",
+        ".tensor_parallel.cross_entropy",
+        ".tensor_parallel.data",
+        ".tensor_parallel.layers",
+        ".tensor_parallel.mappings",
+        ".tensor_parallel.random",
+        ".timers",
+        ".transformer.attention",
+        ".transformer.cuda_graphs",
+        ".transformer.dot_product_attention",
+        ".transformer.mlp",
+        ".transformer.module",
+        ".transformer.moe.moe_utils",
+        ".transformer.transformer_block",
+        ".transformer.transformer_config",
+        ".transformer.transformer_layer",
+        ".transformer.utils",
+        ".utils",
+    )
+)
+
+# Where the proxy is needed: (module under megatron.core, function, what its source says). A test checks each line.
+TOUCH_POINTS: tuple[tuple[str, str, str], ...] = (
+    ("dist_checkpointing.strategies.async_utils", "PersistentAsyncCaller.async_loop", "torch.cuda.set_device"),  # :488
+    ("dist_checkpointing.strategies.async_utils", "TemporalAsyncCaller.schedule_async_call", "cuda.synchronize"),  # :212
+    ("dist_checkpointing.strategies.async_utils", "AsyncCaller.sync_all_async_calls", "cuda.current_device()"),  # :165
+    ("dist_checkpointing.strategies.async_utils", "AsyncCallsQueue.maybe_finalize_async_calls", "current_device()"),
+    ("dist_checkpointing.strategies.filesystem_async", "FileSystemWriterAsync.preload_tensors", "cuda.synchronize()"),
+    ("dist_checkpointing.strategies.state_dict_saver", "save_state_dict_async_finalize", "cuda.current_device()"),  # :252
+    ("distributed.param_and_grad_buffer", "_ParamAndGradBuffer.__init__", "device=torch.cuda.current_device()"),  # :800
+    ("models.common.embeddings.rotary_pos_embedding", "RotaryEmbedding.get_emb", "torch.cuda.current_device()"),  # :162
+    ("optimizer.clip_grads", "count_zeros_fp32", "device='cuda'"),  # :207
+    ("optimizer.clip_grads", "get_grad_norm_fp32", "device='cuda'"),  # :90, 103, 115
+    ("optimizer.distrib_optimizer", "DistributedOptimizer.get_parameter_state_dp_zero", "current_device()"),  # :1077
+    ("optimizer.optimizer", "MixedPrecisionOptimizer.__init__", "device='cuda'"),  # :473-485
+    ("optimizer.optimizer", "FP32Optimizer.__init__", "device='cuda'"),  # :907
+    ("pipeline_parallel.p2p_communication", "P2PCommunicator._communicate", "device=torch.cuda.current_device()"),
+    ("pipeline_parallel.schedules", "forward_backward_no_pipelining", 'device="cuda"'),  # :596
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_with_interleaving", 'device="cuda"'),  # :983
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_without_interleaving", 'device="cuda"'),  # :2138
+    ("rerun_state_machine", "RerunStateMachine.validate_result", "torch.cuda.current_device()"),  # :525
+    ("tensor_parallel.data", "_build_key_size_numel_dictionaries", "device='cuda'"),  # :37
+    ("tensor_parallel.layers", "LinearWithGradAccumulationAndAsyncCommunication.backward", "cuda.current_device()"),
+    ("tensor_parallel.mappings", "_gather_along_first_dim", "device=torch.cuda.current_device()"),  # :141
+    ("tensor_parallel.mappings", "_reduce_scatter_along_first_dim", "device=torch.cuda.current_device()"),  # :181
+    ("tensor_parallel.random", "CudaRNGStatesTracker.add", "torch.cuda.get_rng_state()"),  # :235
+    ("tensor_parallel.random", "model_parallel_cuda_manual_seed", "torch.cuda.manual_seed"),  # :422
+    ("timers", "Timers._get_elapsed_time_all_ranks", "device=torch.cuda.current_device()"),  # :303
+    ("transformer.utils", "get_default_causal_mask", 'device="cuda"'),  # :35
+    ("utils", "GlobalMemoryBuffer.get_tensor", "device=torch.cuda.current_device()"),  # :631
+    ("utils", "local_multi_tensor_l2_norm", 'device="cuda"'),  # :1207
+)
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+# --- the proxy that megatron-core sees as `torch` ---------------------------------------------------------------------
+
+
+class _HostCuda(types.ModuleType):
+    """Stand-in for `torch.cuda`: the few functions megatron-core calls on the training path, all else is the real one.
+
+    `is_available()` is the real one and stays False.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        # tensor_parallel/random.py:55,237 save and restore "the CUDA generator". On a host there is only the CPU one,
+        # so a dropout mask depends on the layout here; tests of parity between layouts use dropout 0.
+        self.get_rng_state = lambda device=None: torch.get_rng_state()
+        self.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
+        self.manual_seed = torch.default_generator.manual_seed
+        self.random = self
+        # A device, not an index: it ends as `tensor.to(device=...)` in rotary_pos_embedding.py:162, where no factory
+        # of the proxy stands between.
+        self.current_device = lambda: _CPU
+        # async_utils.py:488 calls set_device(rank % device_count()) in the writer process.
+        self.device_count = lambda: 1
+        self.set_device = _do_nothing
+        self.synchronize = _do_nothing  # p2p_communication.py:398, timers.py:152, filesystem_async.py:230
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _HostTorch(types.ModuleType):
+    """`torch` as megatron-core sees it: factories that take `device="cuda"` make host tensors, `.cuda` is a stand-in."""
+
+    FACTORIES = (
+        "arange as_tensor empty empty_like empty_strided eye full full_like ones ones_like rand randint randn "
+        "tensor zeros zeros_like"
+    ).split()
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        # A copy and not only __getattr__, so that a look-up costs what it costs on torch itself.
+        self.__dict__.update(vars(torch))
+        self.__dict__["cuda"] = _HostCuda()
+        for name in self.FACTORIES:
+            self.__dict__[name] = _on_host(getattr(torch, name))
+
+    def __getattr__(self, name: str) -> Any:  # submodules that torch loads late
+        return getattr(torch, name)
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_host(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and device is not _CPU and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return on_host
+
+
+def _megatron_modules() -> list[types.ModuleType]:
+    return [m for name, m in list(sys.modules.items()) if name.split(".")[:2] == ["megatron", "core"] and m is not None]
+
+
+@functools.cache
+def _proxy() -> _HostTorch:
+    return _HostTorch()
+
+
+def rebind() -> None:
+    """Re-bind `torch` in megatron-core modules imported since `install()`. Cheap; a no-op where CUDA exists."""
+    if _installed:
+        _rebind_all()
+
+
+# --- patches ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _without_compile() -> Iterator[None]:
+    """Import megatron-core without `torch.compile`, which is `jit_fuser` and is bound by name at the import of its users.
+
+    `megatron.core.jit.disable_jit_fuser()` alone comes too late: importing it runs `megatron/core/__init__.py`, which
+    imports the users. Saves 1.9 CPU seconds per process too (torch._dynamo is not imported).
+    """
+    original = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _disable_jit() -> None:
+    jit = importlib.import_module("megatron.core.jit")
+    jit.disable_jit_fuser()
+    # Users that were imported before `install()` hold compiled functions: take the plain ones back.
+    for module in _megatron_modules():
+        if "jit_fuser" in vars(module):
+            module.__dict__["jit_fuser"] = jit.jit_fuser
+        for name, value in list(vars(module).items()):
+            _set_plain(module, name, value)
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                for attribute, member in list(vars(value).items()):
+                    _set_plain(value, attribute, member)
+
+
+def _set_plain(owner: Any, name: str, value: Any) -> None:
+    if isinstance(value, types.FunctionType) and "_torchdynamo_orig_callable" in vars(value):
+        setattr(owner, name, vars(value)["_torchdynamo_orig_callable"])
+
+
+def _set_rng_directly() -> None:
+    module = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    module._set_cuda_rng_state = _set_cuda_rng_state
+
+
+def _add_fp8_names() -> None:
+    module = importlib.import_module("megatron.core.tensor_parallel.random")
+    if hasattr(module, "FP8GlobalStateManager"):
+        return
+    state = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
+    module.FP8GlobalStateManager = state
+    module.activation_recompute_forward = lambda **_: contextlib.nullcontext()
+    module.fp8_autocast = lambda **_: contextlib.nullcontext()
+
+
+# The functions that ask `tensor.type() == "torch.cuda.FloatTensor"`: a method of a tensor is out of the proxy's reach.
+_TYPE_CHECKS = (
+    ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),  # clip_grads.py:167
+    ("optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),  # :361, 420
+    ("optimizer.distrib_optimizer", "DistributedOptimizer.__init__"),  # :582
+    ("optimizer.optimizer", "Float16OptimizerWithFloat16Params.__init__"),  # optimizer.py:671, 690
+)
+
+
+def _function(module: str, qualified_name: str) -> Any:
+    """The function a `class.method` or `function` name of `megatron.core.<module>` stands for, without its wrappers."""
+    found: Any = importlib.import_module(f"megatron.core.{module}")
+    for part in qualified_name.split("."):
+        found = inspect.getattr_static(found, part)
+    return inspect.unwrap(getattr(found, "__func__", found))
+
+
+def _host_constants(constant: Any) -> Any:
+    """`'torch.cuda.FloatTensor'` -> `'torch.FloatTensor'` in the constants of a code object, at any depth."""
+    if isinstance(constant, str) and constant.startswith("torch.cuda.") and constant.endswith("Tensor"):
+        return constant.replace("torch.cuda.", "torch.")
+    if isinstance(constant, tuple):
+        return tuple(_host_constants(item) for item in constant)
+    return constant
+
+
+def _name_host_types() -> None:
+    # The names are constants of four functions; a patched `Tensor.type` would reach every library instead, and is
+    # entered twice under any TorchFunctionMode.
+    for module, name in _TYPE_CHECKS:
+        function = _function(module, name)
+        function.__code__ = function.__code__.replace(co_consts=_host_constants(function.__code__.co_consts))
+
+
+def _cuda_method_stays_on_host() -> None:
+    original = torch.Tensor.cuda
+    if hasattr(original, "_mmscale_original"):
+        return
+
+    @functools.wraps(original)
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+            return self
+        return original(self, *args, **kwargs)  # anyone else gets torch's own error
+
+    cuda._mmscale_original = original  # type: ignore[attr-defined]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+
+
+def _rebind_all() -> None:
+    for module in _megatron_modules():
+        if vars(module).get("torch") is torch:
+            module.__dict__["torch"] = _proxy()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to megatron-core."""
+
+    name: str
+    where: str  # megatron-core 0.16.1 file:line, under megatron/core
+    reason: str
+    apply: Callable[[], None]
+    still_needed: Callable[[], bool]  # without install(): does megatron-core still have the fault?
+
+
+def _raises(probe: Callable[[], Any], *words: str) -> bool:
+    """Whether the probe fails with one of these words in the error: the fault, and not some other trouble."""
+    try:
+        probe()
+    except Exception as error:
+        text = f"{type(error).__name__} {error}".lower()
+        return any(word.lower() in text for word in words)
+    return False
+
+
+def _probe_mask() -> Any:
+    return importlib.import_module("megatron.core.transformer.utils").get_default_causal_mask(4)
+
+
+def _probe_rng_setter() -> bool:
+    module = importlib.import_module("megatron.core.tensor_parallel.random")
+    before = torch.get_rng_state()
+    torch.rand(1)
+    module._set_cuda_rng_state(before)
+    unchanged = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    return unchanged
+
+
+def _probe_recompute() -> Any:
+    """`CheckpointWithoutOutput`, what selective recompute of a norm uses; the RNG is not the subject here."""
+    module = importlib.import_module("megatron.core.tensor_parallel.random")
+    return module.CheckpointWithoutOutputFunction.apply(
+        lambda x: x * 2, module.CheckpointWithoutOutput(), torch.ones(2, requires_grad=True)
+    )
+
+
+def _probe_grad_type() -> Any:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    module = importlib.import_module("megatron.core.optimizer.clip_grads")
+    return module.clip_grad_by_total_norm_fp32([parameter], 10.0, 1.0)
+
+
+def _probe_cuda_method() -> Any:
+    return importlib.import_module("megatron.core.full_cuda_graph").copy_tensors_in_struct(torch.ones(1))
+
+
+def _compiled_on_import() -> bool:
+    module = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
+    return hasattr(module.swiglu, "_torchdynamo_orig_callable")
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="jit_fuser",
+        where="jit.py:21,40; fusions/*.py, transformer/utils.py decorate at import",
+        reason="torch.compile on CPU needs a C++ compiler at the first step and buys nothing for a test",
+        apply=_disable_jit,
+        still_needed=_compiled_on_import,
+    ),
+    Patch(
+        name="torch",
+        where="see TOUCH_POINTS",
+        reason="device='cuda' and torch.cuda.current_device() in tensor factories, CUDA random state, synchronize",
+        apply=_rebind_all,
+        still_needed=lambda: _raises(_probe_mask, "cuda"),
+    ),
+    Patch(
+        name="rng_setter",
+        where="tensor_parallel/random.py:72-111",
+        reason="hands its work to torch.cuda._lazy_call, which never runs it without CUDA: fork() would not restore",
+        apply=_set_rng_directly,
+        still_needed=_probe_rng_setter,
+    ),
+    Patch(
+        name="fp8_names",
+        where="tensor_parallel/random.py:589-592, 636, 684-687",
+        reason="`self.fp8 = fp8 is not None` is true for the default False, so selective recompute asks for three names "
+        "that only Transformer-Engine brings",
+        apply=_add_fp8_names,
+        still_needed=lambda: _raises(_probe_recompute, "FP8GlobalStateManager", "activation_recompute_forward"),
+    ),
+    Patch(
+        name="tensor_types",
+        where="optimizer/clip_grads.py:167; distrib_optimizer.py:361,420,582; optimizer.py:671,690",
+        reason="asks for 'torch.cuda.FloatTensor' by name; a host tensor fails the assert or is left out of the optimizer",
+        apply=_name_host_types,
+        still_needed=lambda: _raises(_probe_grad_type, "AssertionError"),
+    ),
+    Patch(
+        name="tensor_cuda",
+        where="tensor_parallel/data.py:84; models/common/language_module/language_module.py:244; "
+        "models/common/embeddings/rope_utils.py:64; dist_checkpointing/exchange_utils.py:336,499; optimizer.py:375",
+        reason="tensor.cuda(), a method, is out of the proxy's reach; only calls from megatron-core are answered",
+        apply=_cuda_method_stays_on_host,
+        still_needed=lambda: _raises(_probe_cuda_method, "cuda"),
+    ),
+)
+
+
+def install() -> None:
+    """Make megatron-core run on CPU. Once per process, before megatron-core is used; again costs nothing.
+
+    A no-op where CUDA is available.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    with _without_compile():
+        for name in MODULES:
+            importlib.import_module(name)
+    for patch in PATCHES:
+        patch.apply()
+    _installed = True

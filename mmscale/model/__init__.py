@@ -1,0 +1,6 @@
+"""Architecture: mixed-modal transformer layers on megatron-core's TransformerBlock. Knows no data and no training loop."""
+
+from mmscale.runtime import megatron_cpu
+
+# megatron-core binds its JIT decorators while its modules are imported, so the adaptor goes first.
+megatron_cpu.install()

@@ -1,0 +1,122 @@
+"""From a configuration to model chunks on this rank. The only maker of a TransformerConfig.
+
+Wrapping in Float16Module and DDP, and everything about gradients, belongs to mmscale.train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from mmscale.config import Config
+from mmscale.model.init import initialize
+from mmscale.model.spec import block_spec
+from mmscale.runtime import device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's view of a configuration; rules of mmscale.config.rules hold already."""
+    model, parallel = config.model, config.parallel
+    dtype = DTYPES[config.precision.dtype]
+    interleaved = parallel.vpp is not None
+    overlap_p2p = interleaved if parallel.overlap_p2p is None else parallel.overlap_p2p
+    batch_p2p = not overlap_p2p if parallel.batch_p2p is None else parallel.batch_p2p
+    recompute: dict[str, object] = {
+        "none": {},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    }[parallel.recompute]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        hidden_dropout=model.dropout,
+        attention_dropout=0.0,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        # finalize_model_grads finds q and k norms by name only when this is set.
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        # EP > 1 demands it (transformer_config.py); our own experts do not read it.
+        num_moe_experts=sum(model.experts.counts.values()) if model.kind != "dense" else None,
+        tensor_model_parallel_size=parallel.tp,
+        sequence_parallel=parallel.tp > 1,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.tp,
+        context_parallel_size=1,
+        overlap_p2p_comm=overlap_p2p,
+        batch_p2p_comm=batch_p2p,
+        # On gloo an output's storage would be freed while isend still reads it (schedules.py, deallocate_output_tensor).
+        deallocate_pipeline_outputs=device.has_cuda(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not device.has_cuda(),
+        hetereogenous_dist_checkpoint=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **recompute,  # type: ignore[arg-type]
+    )
+
+
+def build_chunks(
+    config: Config, groups: ProcessGroupCollection, *, transformer: TransformerConfig | None = None
+) -> list[GPTModel]:
+    """The model chunks of this rank (one without interleaving), initialised, in parameter dtype, on the rank's device."""
+    transformer = transformer or transformer_config(config)
+    chunks = []
+    stages, stage = groups.pp.size(), groups.pp.rank()
+    virtual = config.parallel.vpp or 1
+    for chunk in range(virtual):
+        vp_stage = chunk if config.parallel.vpp is not None else None
+        with _quiet_layers():
+            model = GPTModel(
+                config=transformer,
+                transformer_layer_spec=block_spec(config, transformer, groups, vp_stage=vp_stage),
+                vocab_size=config.vocab.padded_size,
+                max_sequence_length=config.model.seq_length,
+                pre_process=stage == 0 and chunk == 0,
+                post_process=stage == stages - 1 and chunk == virtual - 1,
+                parallel_output=True,
+                share_embeddings_and_output_weights=config.model.tie_embeddings,
+                position_embedding_type="rope",
+                rotary_base=int(config.model.rope_base),
+                pg_collection=groups,
+                vp_stage=vp_stage,
+            )
+        initialize(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
+        chunks.append(model.to(device.taken()))
+    return chunks
+
+
+@contextlib.contextmanager
+def _quiet_layers() -> Iterator[None]:
+    """Silence megatron-core's 'Unknown MLP type' warning of every layer: our class takes its groups from its spec."""
+    logger = logging.getLogger("megatron.core.transformer.transformer_layer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

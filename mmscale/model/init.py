@@ -1,0 +1,74 @@
+"""Initial weights that do not depend on the parallel layout.
+
+Every parameter is drawn as a global tensor from a generator seeded by (seed, key, block of rows); a rank draws the blocks
+that its shard touches and keeps its part. So TP, PP, EP and DP ranks agree, and so does one process. Works for any module
+whose sharded_state_dict is right, which it thereby tests too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+# Projections back into the residual stream start smaller, as in GPT-2 and megatron-core's scaled_init_method_normal.
+_OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", ".w2")
+# Elements of one independently drawn block: bounds the memory that initialising a large tensor takes.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
+    """Fill all parameters of a model chunk; norm weights stay at one.
+
+    Args:
+        model: a megatron-core model, before it is wrapped in Float16Module or DDP.
+        seed: run.seed.
+        std: standard deviation; projections into the residual stream take std / sqrt(2 * num_layers).
+        num_layers: layers of the whole model.
+    """
+    drawn: set[int] = set()
+    for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        for part in _tensors(parts):
+            if "norm" in part.key:
+                continue
+            scaled = part.key.endswith(_OUTPUT_PROJECTIONS)
+            _fill(part, seed=seed, std=std / math.sqrt(2 * num_layers) if scaled else std)
+            assert part.data is not None
+            drawn.add(part.data.untyped_storage().data_ptr())
+    for name, parameter in model.named_parameters():
+        assert "norm" in name or parameter.untyped_storage().data_ptr() in drawn, f"{name} was not initialised"
+
+
+def _tensors(entry: object) -> list[ShardedTensor]:
+    if isinstance(entry, ShardedTensor):
+        return [entry]
+    if isinstance(entry, dict):
+        entry = list(entry.values())
+    return [part for item in entry for part in _tensors(item)] if isinstance(entry, list | tuple) else []
+
+
+def _fill(part: ShardedTensor, *, seed: int, std: float) -> None:
+    """Copy this rank's slice of the global tensor into `part.data`, which may be a view of the parameter."""
+    assert part.data is not None
+    offset, local = part.global_offset, part.local_shape
+    shape = part.global_shape
+    # Leading axes that sharding prepended (layers of a homogeneous block) do not exist with non_homogeneous_layers.
+    assert len(shape) == part.data.dim(), part.key
+    rows_per_block = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    target = part.data.detach()
+    first, last = offset[0], offset[0] + local[0]
+    for start in range(first // rows_per_block * rows_per_block, last, rows_per_block):
+        rows = min(rows_per_block, shape[0] - start)
+        block = _draw((rows, *shape[1:]), key=f"{seed}/{part.key}/{start}", std=std)
+        low, high = max(start, first), min(start + rows, last)
+        inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], local[1:], strict=True))
+        target[low - first : high - first].copy_(block[(slice(low - start, high - start), *inner)])
+
+
+def _draw(shape: tuple[int, ...], *, key: str, std: float) -> Tensor:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

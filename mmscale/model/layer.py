@@ -1,0 +1,111 @@
+"""Transformer layers of mixed-modal models: the plain one, and the Mixture-of-Depths one.
+
+Both are megatron-core's TransformerLayer with forward overridden only to hand the micro-batch's facts to attention and to
+the feed-forward slot. Mixture-of-Depths: arXiv 2404.02258, MoMa (arXiv 2407.21770) section 2.3: selected tokens go
+through attention and feed-forward, the others skip the layer.
+
+Shapes: S tokens of a full sequence, B sequences, H hidden width, K selected tokens per sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from mmscale.model.mixed_modal import MixedModalParams
+from mmscale.model.routing import depth_choice
+
+
+class MixedModalLayer(TransformerLayer):
+    """Attention within documents, then the feed-forward slot, which gets the micro-batch's facts as `padding_mask`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: MixedModalParams,
+        rotary_pos_emb: Tensor,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S / TP, B, H] -> ([S / TP, B, H], no context)."""
+        hidden, context = self._forward_attention(
+            hidden_states,
+            attention_mask=None,
+            rotary_pos_emb=packed_seq_params.rotary(rotary_pos_emb),
+            packed_seq_params=packed_seq_params,
+        )
+        return self._forward_mlp(hidden, None, padding_mask=packed_seq_params), context
+
+
+@dataclass(frozen=True)
+class DepthSettings:
+    """Which tokens a Mixture-of-Depths layer processes.
+
+    Attributes:
+        keep: K, tokens per sequence.
+        quotas: tokens of each modality that are taken first; None: the best of any modality.
+        modalities: names, for reports.
+    """
+
+    keep: int
+    quotas: tuple[int, ...] | None
+    modalities: tuple[str, ...]
+
+
+class DepthLayer(MixedModalLayer):
+    """x + sigmoid(x . w) (layer(x) - x) for the K tokens with the highest scores of each sequence; x for the others."""
+
+    def __init__(self, *args: Any, depth: DepthSettings, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.depth = depth
+        self.depth_router = nn.Parameter(torch.empty(self.config.hidden_size, dtype=self.config.params_dtype))
+        # Scores are computed where tokens live: the gradient is partial over tensor-parallel ranks.
+        self.depth_router.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: MixedModalParams,
+        rotary_pos_emb: Tensor,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S / TP, B, H] -> ([S / TP, B, H], no context)."""
+        params = packed_seq_params
+        local_scores = torch.sigmoid(hidden_states.float() @ self.depth_router.float())
+        # What follows is computed whole on every tensor-parallel rank, so backward splits instead of summing.
+        scores = gather_from_sequence_parallel_region(local_scores, tensor_parallel_output_grad=False, group=self.tp_group)
+        full = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=self.tp_group)
+        length, batch, width = full.shape
+
+        index = depth_choice(scores, params.modality_ids, self.depth.keep, self.depth.quotas)
+        rows = (index * batch + torch.arange(batch, device=index.device)).reshape(-1)
+        selected = full.reshape(length * batch, width).index_select(0, rows).view(-1, batch, width)
+        inner = params.select(index)
+        if params.stats is not None:
+            self._report(params, inner)
+
+        out, context = super().forward(
+            scatter_to_sequence_parallel_region(selected, group=self.tp_group),
+            packed_seq_params=inner,
+            rotary_pos_emb=rotary_pos_emb,
+        )
+        out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.tp_group)
+
+        weight = scores.reshape(-1).index_select(0, rows).unsqueeze(-1)
+        delta = (weight * (out - selected).reshape(-1, width).float()).to(full.dtype)
+        update = torch.zeros_like(full).reshape(length * batch, width).index_add(0, rows, delta)
+        update = scatter_to_sequence_parallel_region(update.view(length, batch, width), group=self.tp_group)
+        return hidden_states + update, context
+
+    def _report(self, params: MixedModalParams, inner: MixedModalParams) -> None:
+        assert params.stats is not None
+        for modality, name in enumerate(self.depth.modalities):
+            total = params.tokens_of((modality,)).sum().clamp(min=1)
+            share = inner.tokens_of((modality,)).sum() / total
+            params.stats.add(self.layer_number, f"depth/selected_fraction/{name}", share)

@@ -1,0 +1,130 @@
+"""What a layer must know of a micro-batch besides its hidden states: modality, position and document of every token.
+
+It travels in megatron-core's `packed_seq_params`, the only argument that reaches every layer by closure under recompute
+and by keyword otherwise, with several micro-batches in flight (transformer_block.py, _checkpointed_forward). Keeping
+it on modules instead is silently wrong: backward's recompute would read the last micro-batch's ids.
+
+Shapes: S tokens of a sequence, B sequences of the micro-batch, K tokens that a Mixture-of-Depths layer selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+class RoutingStats:
+    """Collects detached routing figures of the layers of one forward pass, by (layer, name); recompute overwrites equals."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[int, str], Tensor] = {}
+
+    def add(self, layer: int, name: str, value: Tensor) -> None:
+        """Keep a scalar tensor. No synchronisation with the host happens here."""
+        self.values[layer, name] = value.detach().float()
+
+    def means(self) -> dict[str, Tensor]:
+        """Mean over layers of each figure."""
+        by_name: dict[str, list[Tensor]] = {}
+        for (_, name), value in self.values.items():
+            by_name.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in by_name.items()}
+
+
+@dataclass
+class MixedModalParams(PackedSeqParams):
+    """Per-token facts of a micro-batch, for the full sequence on every tensor-parallel rank.
+
+    Attributes:
+        modality_ids: [S, B] int8, index of the token's modality, -1 for padding, which routes nowhere.
+        position_ids: [S, B] int64, restarting at every document.
+        document_ids: [S, B] int32; a token attends to earlier tokens of its own document only.
+        noise_key: number from which router noise is drawn: the same for a micro-batch under every layout.
+        stats: where layers report routing figures; None on steps that are not logged.
+    """
+
+    modality_ids: Tensor = None
+    position_ids: Tensor = None
+    document_ids: Tensor = None
+    noise_key: int = 0
+    stats: RoutingStats | None = None
+    _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        modality_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        noise_key: int = 0,
+        stats: RoutingStats | None = None,
+    ) -> MixedModalParams:
+        """From [B, S] tensors as the loader has them."""
+        length = modality_ids.shape[1]
+        # max_seqlen_*: get_rotary_seq_len takes their maximum (rotary_pos_embedding.py) and dies on None.
+        return cls(
+            qkv_format="sbhd",
+            max_seqlen_q=length,
+            max_seqlen_kv=length,
+            modality_ids=modality_ids.t().contiguous(),
+            position_ids=position_ids.t().contiguous(),
+            document_ids=document_ids.t().contiguous(),
+            noise_key=noise_key,
+            stats=stats,
+        )
+
+    def _cached(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._cache:
+            with torch.no_grad():
+                self._cache[key] = make()
+        return self._cache[key]
+
+    def tokens_of(self, modalities: tuple[int, ...]) -> Tensor:
+        """[S, B] bool: the token belongs to one of these modalities."""
+
+        def make() -> Tensor:
+            mask = self.modality_ids == modalities[0]
+            for modality in modalities[1:]:
+                mask = mask | (self.modality_ids == modality)
+            return mask
+
+        return self._cached(("tokens_of", modalities), make)
+
+    def attention_bias(self, dtype: torch.dtype) -> Tensor:
+        """[B, 1, S, S] additive mask: 0 where query (row) may see key (column), -inf elsewhere.
+
+        Made once for all layers of a micro-batch. Every token may see itself, so no row is empty.
+        """
+
+        def make() -> Tensor:
+            documents = self.document_ids.t()
+            size = documents.shape[1]
+            same = documents.unsqueeze(2) == documents.unsqueeze(1)
+            causal = torch.ones(size, size, dtype=torch.bool, device=documents.device).tril()
+            bias = torch.zeros(same.shape, dtype=dtype, device=documents.device)
+            return bias.masked_fill_(~(same & causal), float("-inf")).unsqueeze(1)
+
+        return self._cached(("attention_bias", dtype), make)
+
+    def rotary(self, table: Tensor) -> Tensor:
+        """Angles of every token, [S, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""
+        return self._cached("rotary", lambda: table[:, 0, 0, :][self.position_ids].unsqueeze(2))
+
+    def select(self, index: Tensor) -> MixedModalParams:
+        """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept)."""
+        length = index.shape[0]
+        return replace(
+            self,
+            max_seqlen_q=length,
+            max_seqlen_kv=length,
+            modality_ids=self.modality_ids.gather(0, index),
+            position_ids=self.position_ids.gather(0, index),
+            document_ids=self.document_ids.gather(0, index),
+            _cache={},
+        )

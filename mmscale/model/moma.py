@@ -1,0 +1,217 @@
+"""Modality-grouped feed-forward experts with expert choice (MoMa, arXiv 2407.21770, section 2.2).
+
+Fills the `mlp` slot of megatron-core's TransformerLayer. One group with all modalities is the paper's mixed `moe`.
+
+Shapes: S tokens of a full sequence, B sequences, H hidden width, E experts of a group, C tokens per expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmscale.config.derived import expert_capacity
+from mmscale.model.experts import Experts, from_experts, to_experts
+from mmscale.model.mixed_modal import MixedModalParams, RoutingStats
+from mmscale.model.norm import RMSNorm
+from mmscale.model.routing import Selection, combine, expert_choice, gumbel_noise
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """One group of experts.
+
+    Attributes:
+        name: name of the modality, or of the mixed group.
+        modalities: indices of the modalities whose tokens it takes.
+        experts: number of experts.
+        share: nominal share of its tokens among all tokens.
+    """
+
+    name: str
+    modalities: tuple[int, ...]
+    experts: int
+    share: float
+
+
+@dataclass(frozen=True)
+class MoMaSettings:
+    """Everything a MoMa feed-forward layer is built from besides the TransformerConfig.
+
+    Attributes:
+        groups: groups of experts, each with its own router.
+        per_sequence: an expert chooses within each sequence instead of the micro-batch.
+        capacity_factor: slots of a group relative to its nominal tokens.
+        capacity_multiple: slots per expert are rounded up to this.
+        gumbel: Gumbel-sigmoid noise in training.
+        norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
+        shared_width: SwiGLU width of the shared experts together; 0: none.
+    """
+
+    groups: tuple[ExpertGroup, ...]
+    per_sequence: bool = True
+    capacity_factor: float = 1.0
+    capacity_multiple: int = 1
+    gumbel: bool = False
+    norm_experts: bool = False
+    shared_width: int = 0
+
+
+class MoMaMLP(MegatronModule):
+    """y = sum over experts e that took the token of sigmoid(x . w_e) FFN_e(x), plus the shared experts' output."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        settings: MoMaSettings,
+        pg_collection: ProcessGroupCollection,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        self.settings = settings
+        self.pg = pg_collection
+        self.layer_number = 0
+        assert config.sequence_parallel or self.pg.tp.size() == 1, (
+            "router gradients are partial over tensor-parallel ranks; only sequence parallelism has them summed"
+        )
+        width = config.ffn_hidden_size
+        assert width is not None
+        self.experts = nn.ModuleDict()
+        self.router = nn.ParameterDict()
+        self.expert_norm = nn.ModuleDict()
+        for group in settings.groups:
+            self.experts[group.name] = Experts(config, count=group.experts, width=width, groups=self.pg)
+            weight = nn.Parameter(torch.empty(group.experts, config.hidden_size, dtype=config.params_dtype))
+            # The router sees this rank's tokens only, so its gradient is partial over tensor-parallel ranks.
+            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            self.router[group.name] = weight
+            if settings.norm_experts:
+                self.expert_norm[group.name] = self._norm()
+        self.shared: Experts | None = None
+        self.shared_norm: RMSNorm | None = None
+        if settings.shared_width:
+            self.shared = Experts(config, count=1, width=settings.shared_width, groups=self.pg, expert_parallel=False)
+            self.shared_norm = self._norm() if settings.norm_experts else None
+
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(self.config, self.config.hidden_size, self.config.layernorm_epsilon, replicated=True)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by megatron-core's layer with its global number, from 1."""
+        self.layer_number = layer_number
+
+    def forward(self, hidden_states: Tensor, padding_mask: MixedModalParams | None = None) -> tuple[Tensor, None]:
+        """[S / TP, B, H] -> ([S / TP, B, H], no bias).
+
+        Args:
+            hidden_states: this tensor-parallel rank's tokens.
+            padding_mask: the micro-batch's facts; `padding_mask` is the one spare argument of the mlp slot, and recompute
+                binds it with functools.partial.
+        """
+        params = padding_mask
+        assert params is not None, "MoMa layers need the micro-batch's modality ids"
+        logits = self._router_logits(hidden_states, params)
+        full = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=self.pg.tp)
+        length, batch, width = full.shape
+        flat = full.reshape(length * batch, width)
+
+        selections = self._select(logits, params, length=length, batch=batch)
+        chosen = [flat.index_select(0, s.token.reshape(-1)).view(*s.token.shape, width) for s in selections]
+        received = to_experts(chosen, self.pg.ep)
+        computed = [self.experts[g.name](tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
+        outputs = from_experts(computed, self.pg.ep)
+
+        total = flat.new_zeros(flat.shape, dtype=torch.float32)
+        for group, output, selection in zip(self.settings.groups, outputs, selections, strict=True):
+            if self.settings.norm_experts:
+                output = self.expert_norm[group.name](reduce_from_tensor_model_parallel_region(output, group=self.pg.tp))
+            total = total + combine(output, selection, length * batch)
+        if self.shared is not None:
+            output = self.shared(flat.unsqueeze(0)).squeeze(0)
+            if self.shared_norm is not None:
+                output = self.shared_norm(reduce_from_tensor_model_parallel_region(output, group=self.pg.tp))
+            total = total + output
+
+        whole = total.to(hidden_states.dtype).view(length, batch, width)
+        if self.settings.norm_experts:  # already summed over tensor-parallel ranks
+            return scatter_to_sequence_parallel_region(whole, group=self.pg.tp), None
+        return reduce_scatter_to_sequence_parallel_region(whole, group=self.pg.tp), None
+
+    def _router_logits(self, hidden: Tensor, params: MixedModalParams) -> Tensor:
+        """[S, B, all experts] fp32, computed where the token lives and gathered."""
+        weight = torch.cat(tuple(self.router.values())).float()
+        local = F.linear(hidden.float(), weight)
+        # Gates multiply outputs that are partial over tensor-parallel ranks, so their gradients are partial and are summed
+        # on the way back; with normalised experts the outputs are whole, and each rank takes its own tokens' part.
+        partial = not self.settings.norm_experts
+        logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=partial, group=self.pg.tp)
+        if self.settings.gumbel and self.training:
+            key = (params.noise_key * 1_000_003 + self.layer_number) & 0x7FFF_FFFF_FFFF_FFFF
+            logits = logits + gumbel_noise(logits.shape, key=key, device=logits.device)
+        return logits
+
+    def _select(self, logits: Tensor, params: MixedModalParams, *, length: int, batch: int) -> list[Selection]:
+        scope = length if self.settings.per_sequence else length * batch
+        selections = []
+        for group, own in zip(
+            self.settings.groups, logits.split([g.experts for g in self.settings.groups], dim=-1), strict=True
+        ):
+            capacity = expert_capacity(
+                scope,
+                group.share,
+                group.experts,
+                factor=self.settings.capacity_factor,
+                multiple=self.settings.capacity_multiple,
+                limit=scope,
+            )
+            member = params.tokens_of(group.modalities)
+            selection = expert_choice(own, member, capacity, per_sequence=self.settings.per_sequence)
+            if params.stats is not None:
+                _report(params.stats, self.layer_number, group.name, selection, member)
+            selections.append(selection)
+        return selections
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Routers and norms are replicated; experts are sharded by themselves."""
+        sharded: ShardedStateDict = {}
+        for name, experts in self.experts.items():
+            sharded.update(experts.sharded_state_dict(f"{prefix}experts.{name}.", sharded_offsets, metadata))
+        if self.shared is not None:
+            sharded.update(self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata))
+        replicated = {f"router.{name}": weight for name, weight in self.router.items()}
+        sharded.update(
+            make_sharded_tensors_for_checkpoint(
+                replicated, prefix, {}, sharded_offsets, tp_group=self.pg.tp, dp_cp_group=self.pg.dp_cp
+            )
+        )
+        for name, module in (("expert_norm", self.expert_norm), ("shared_norm", self.shared_norm)):
+            if module is not None:
+                sharded.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+        return sharded
+
+
+def _report(stats: RoutingStats, layer: int, name: str, selection: Selection, member: Tensor) -> None:
+    """Share of the group's tokens that no expert took, and how unevenly experts are filled (std / mean)."""
+    taken = torch.zeros(member.numel(), device=member.device)
+    taken.index_fill_(0, selection.token[selection.valid], 1.0)
+    own = member.reshape(-1)
+    stats.add(layer, f"experts/{name}/unrouted_fraction", 1.0 - (taken * own).sum() / own.sum().clamp(min=1))
+    filled = selection.valid.sum(dim=1).float()
+    stats.add(layer, f"experts/{name}/tokens_per_expert_cv", filled.std(correction=0) / filled.mean().clamp(min=1e-9))

@@ -1,0 +1,68 @@
+"""RMSNorm that knows sequence parallelism, and the residual connection with a norm on the sub-layer's output.
+
+megatron-core's local norms refuse sequence parallelism without Transformer-Engine or apex (torch_norm.py), and pick
+another class when `apex` can be imported, so the class is always named explicitly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Args:
+        config: tells whether tokens are sharded over tensor-parallel ranks; the weight's gradient is then partial
+            and megatron's finalize_model_grads sums it over them.
+        hidden_size: size of the last dimension.
+        eps: added to the mean square.
+        replicated: the input is whole on every tensor-parallel rank, so the gradient is whole too.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, replicated: bool = False, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel and not replicated  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Any shape [..., hidden_size], same out."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class Residual(nn.Module):
+    """residual + dropout(norm(x)): fills megatron-core's bias-dropout-add slots of post-norm layers.
+
+    Swin's placement, used by Chameleon-34B and MoMa (papers: 2405.09818 section 2.3, 2407.21770 section 2.2). As a module of the
+    slot it keeps TransformerLayer's forward as it is.
+    """
+
+    def __init__(self, norm_config: TransformerConfig | None = None, **_: Any) -> None:
+        super().__init__()
+        self.norm = (
+            RMSNorm(norm_config, norm_config.hidden_size, norm_config.layernorm_epsilon) if norm_config is not None else None
+        )
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """The function that megatron-core's layer calls with (output, bias), residual and dropout probability."""
+        del fused
+
+        def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            output, bias = output_with_bias
+            assert bias is None, "mmscale's linears have no bias"
+            if self.norm is not None:
+                output = self.norm(output)
+            if dropout > 0.0 and training:
+                output = F.dropout(output, p=dropout)
+            return residual + output
+
+        return add

@@ -1,0 +1,108 @@
+"""Expert choice and depth choice: pure tensor functions, no parameters and no process groups.
+
+Formulas: MoMa (arXiv 2407.21770), section 2.2 and 2.3; Mixture-of-Depths (arXiv 2404.02258).
+
+Shapes: S tokens of a sequence, B sequences of the micro-batch, E experts of a group, C tokens per expert (of a sequence or
+of the micro-batch), K tokens that a depth layer selects. Tokens are numbered s * B + b, as in a flattened [S, B, ...] tensor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores lie in (0, 1): tokens that may not be chosen are pushed below, tokens within a quota above all others.
+_FOREIGN = -1.0
+_QUOTA = 2.0
+
+
+class Selection(NamedTuple):
+    """Which tokens each expert takes.
+
+    Attributes:
+        token: [E, slots] int64, flat token numbers; each expert's are distinct.
+        gate: [E, slots] fp32, the weight of the expert's output, 0 in slots that no token of the group fills.
+        valid: [E, slots] bool, the slot holds a token of the group.
+    """
+
+    token: Tensor
+    gate: Tensor
+    valid: Tensor
+
+
+def expert_choice(logits: Tensor, member: Tensor, capacity: int, *, per_sequence: bool) -> Selection:
+    """Every expert takes its `capacity` best tokens; the gate is the sigmoid of the logit, not renormalised.
+
+    Args:
+        logits: [S, B, E] fp32.
+        member: [S, B] bool, tokens of the group; others get gate 0 if they fill an empty slot.
+        capacity: tokens per expert, of each sequence or of the micro-batch; a host integer, the same on all ranks.
+        per_sequence: each sequence chooses by itself, so the micro-batch size does not matter.
+
+    Returns:
+        B * capacity slots per expert if per_sequence, else capacity slots.
+    """
+    length, batch, experts = logits.shape
+    scores = torch.sigmoid(logits)
+    ranked = scores.detach().masked_fill(~member.unsqueeze(-1), _FOREIGN)
+    if per_sequence:
+        chosen = ranked.topk(capacity, dim=0, sorted=False).indices  # [C, B, E]
+        token = chosen * batch + torch.arange(batch, device=logits.device).view(1, batch, 1)
+    else:
+        token = ranked.reshape(length * batch, experts).topk(capacity, dim=0, sorted=False).indices  # [C, E]
+    token = token.reshape(-1, experts).t()  # [E, slots]
+    valid = member.reshape(-1)[token]
+    gate = scores.reshape(length * batch, experts).t().gather(1, token) * valid
+    return Selection(token, gate, valid)
+
+
+def combine(outputs: Tensor, selection: Selection, tokens: int) -> Tensor:
+    """Sum of gate * output at each token, [tokens, width], in fp32; zero where no expert took the token.
+
+    Args:
+        outputs: [E, slots, width].
+        selection: the choice that made them.
+        tokens: number of tokens S * B.
+    """
+    weighted = outputs.float() * selection.gate.unsqueeze(-1)
+    total = weighted.new_zeros(tokens, outputs.shape[-1])
+    return total.index_add(0, selection.token.reshape(-1), weighted.reshape(-1, outputs.shape[-1]))
+
+
+def gumbel_noise(shape: torch.Size, *, key: int, device: torch.device) -> Tensor:
+    """G' - G'' of two Gumbel samples, which is Logistic(0, 1); a pure function of the key, so no layout changes it.
+
+    Source: MoMa section 2.5, Gumbel-Sigmoid(x) = Sigmoid(x + G' - G'').
+    """
+    generator = torch.Generator(device=device)
+    generator.manual_seed(key)
+    uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+    return torch.logit(uniform, eps=1e-7)
+
+
+def depth_choice(scores: Tensor, modality: Tensor, keep: int, quotas: tuple[int, ...] | None) -> Tensor:
+    """The tokens that a Mixture-of-Depths layer processes, per sequence.
+
+    Args:
+        scores: [S, B] in (0, 1).
+        modality: [S, B] int, -1 for padding, which is taken last.
+        keep: K, tokens per sequence.
+        quotas: tokens of each modality (their sum is at most K) that are taken first: each modality's best; the rest of
+            K is filled with the best of what remains. None: the best of all.
+
+    Returns:
+        [K, B] int64, ascending positions.
+    """
+    ranked = scores.detach().masked_fill(modality < 0, _FOREIGN)
+    if quotas is not None:
+        bonus = torch.zeros_like(ranked)
+        for index, quota in enumerate(quotas):
+            if quota == 0:
+                continue
+            own = modality == index
+            best = ranked.masked_fill(~own, _FOREIGN).topk(quota, dim=0, sorted=False).indices
+            bonus.scatter_(0, best, _QUOTA * own.gather(0, best).to(bonus.dtype))
+        ranked = ranked + bonus
+    return ranked.topk(keep, dim=0, sorted=False).indices.sort(dim=0).values

@@ -1,0 +1,134 @@
+"""Which class fills which slot of megatron-core's TransformerLayer, layer by layer.
+
+Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden.
+"""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
+
+from mmscale.config import Config
+from mmscale.config.derived import depth_tokens
+from mmscale.errors import ConfigError
+from mmscale.model.attention import DocumentAttention
+from mmscale.model.layer import DepthLayer, DepthSettings, MixedModalLayer
+from mmscale.model.moma import ExpertGroup, MoMaMLP, MoMaSettings
+from mmscale.model.norm import Residual, RMSNorm
+
+
+def nominal_share(config: Config) -> dict[str, float]:
+    """Nominal share of each modality in the tokens.
+
+    Raises:
+        ConfigError: the share is still `auto`; whoever opens the data puts the measured one into the configuration.
+    """
+    share = config.model.experts.share
+    if share == "auto":
+        raise ConfigError(
+            "model.experts.share is 'auto' but no data set is at hand to measure it",
+            remedy="give data.path, or the shares themselves: model.experts.share={text: 0.5, image: 0.5}",
+        )
+    return share
+
+
+def moma_settings(config: Config) -> MoMaSettings:
+    """Groups of experts that a configuration asks for."""
+    experts = config.model.experts
+    names = config.vocab.names
+    groups: tuple[ExpertGroup, ...]
+    if config.model.kind == "moe":
+        groups = tuple(
+            ExpertGroup(name, tuple(range(len(names))), count, 1.0) for name, count in experts.counts.items()
+        )
+    else:
+        share = nominal_share(config)
+        # In the vocabulary's order, whatever the order in the file: ranks and checkpoints must agree.
+        groups = tuple(
+            ExpertGroup(name, (index,), experts.counts[name], share[name]) for index, name in enumerate(names)
+        )
+    return MoMaSettings(
+        groups=groups,
+        per_sequence=experts.scope == "sequence",
+        capacity_factor=experts.capacity_factor,
+        capacity_multiple=experts.capacity_multiple,
+        gumbel=experts.noise == "gumbel",
+        norm_experts=config.model.norm == "post_per_expert",
+        shared_width=experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size),
+    )
+
+
+def depth_settings(config: Config) -> DepthSettings:
+    """Tokens that the Mixture-of-Depths layers of a configuration process."""
+    assert config.model.depth is not None
+    keep, quotas = depth_tokens(config), None
+    if config.model.depth.choice == "per_modality":
+        share = nominal_share(config)
+        quotas = tuple(int(share[name] * keep + 1e-9) for name in config.vocab.names)
+    return DepthSettings(keep=keep, quotas=quotas, modalities=config.vocab.names)
+
+
+def layer_spec(config: Config, transformer: TransformerConfig, layer: int, groups: ProcessGroupCollection) -> ModuleSpec:
+    """The spec of one layer.
+
+    Args:
+        config: the run's configuration.
+        transformer: megatron-core's view of it.
+        layer: global index, from 0.
+        groups: process groups of this rank.
+    """
+    pre = config.model.norm == "pre"
+    norm = RMSNorm if pre else IdentityOp
+    # Normalised experts carry their own norms, so the residual connection of that sub-layer has none.
+    moma = config.model.kind != "dense"
+    attention_residual = ModuleSpec(module=Residual, params={"norm_config": None if pre else transformer})
+    mlp_residual = (
+        ModuleSpec(module=Residual, params={"norm_config": None})
+        if moma and config.model.norm == "post_per_expert"
+        else attention_residual
+    )
+    mlp = (
+        ModuleSpec(module=MoMaMLP, params={"settings": moma_settings(config), "pg_collection": groups})
+        if moma
+        else ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    )
+    qk_norm = RMSNorm if config.model.qk_norm else IdentityOp
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=DocumentAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
+            ),
+        ),
+        self_attn_bda=attention_residual,
+        pre_mlp_layernorm=norm,
+        mlp=mlp,
+        mlp_bda=mlp_residual,
+    )
+    if config.model.is_depth_layer(layer):
+        return ModuleSpec(module=DepthLayer, params={"depth": depth_settings(config)}, submodules=submodules)
+    return ModuleSpec(module=MixedModalLayer, submodules=submodules)
+
+
+def block_spec(
+    config: Config, transformer: TransformerConfig, groups: ProcessGroupCollection, *, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The specs of the layers that this pipeline stage (and chunk) holds; megatron-core does not slice a list by itself."""
+    offset = get_transformer_layer_offset(transformer, vp_stage, groups.pp.rank())
+    count = get_num_layers_to_build(transformer, vp_stage, groups.pp.rank())
+    specs = [layer_spec(config, transformer, offset + index, groups) for index in range(count)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

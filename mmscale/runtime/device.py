@@ -1,0 +1,113 @@
+# CUDA or CPU, asked in one place: the device of this rank, its memory, its name, its random seed.
+# The only module of the package that uses torch.cuda; it starts no process group and knows no megatron-core.
+"""The device this rank computes on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy
+import torch
+
+from mmscale.errors import ConfigError
+
+
+def has_cuda() -> bool:
+    """Whether this machine has a CUDA device that torch can use."""
+    return torch.cuda.is_available()
+
+
+def backend() -> Literal["nccl", "gloo"]:
+    """The torch.distributed backend that moves this device's tensors."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def current_device(local_rank: int = 0) -> torch.device:
+    """Take the device of this rank for the process and return it.
+
+    Args:
+        local_rank: Index of this rank on its node.
+
+    Raises:
+        ConfigError: More ranks on this node than devices that they can see.
+    """
+    if not has_cuda():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # `--gpus-per-task=1` shows every rank its own device as number 0, so the local rank is no index there.
+    index = 0 if count == 1 and _one_device_each() else local_rank
+    if index >= count:
+        raise ConfigError(
+            f"local rank {local_rank} has no CUDA device: {count} visible on this node",
+            remedy="start at most one rank per GPU, or check CUDA_VISIBLE_DEVICES",
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _one_device_each() -> bool:
+    """Whether the launcher gave each rank its own view of the devices (SLURM names the number per task)."""
+    import os
+
+    return "SLURM_GPUS_PER_TASK" in os.environ or "SLURM_TRES_PER_TASK" in os.environ
+
+
+def taken() -> torch.device:
+    """The device that this process took with `current_device` (CUDA's current one), or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """Name of the device, as `torch.cuda` or the kernel gives it."""
+    if has_cuda():
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for all work queued on the device. Nothing is queued on a CPU."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Device memory of this process, in bytes; None where it is not measured (CPU)."""
+
+    allocated: int | None
+    peak_allocated: int | None
+    reserved: int | None
+    total: int | None
+
+
+def memory_stats(*, reset_peak: bool = False) -> MemoryStats:
+    """Memory now and at its peak since the last reset.
+
+    Args:
+        reset_peak: Start a new peak after reading this one.
+    """
+    if not has_cuda():
+        return MemoryStats(allocated=None, peak_allocated=None, reserved=None, total=None)
+    stats = MemoryStats(
+        allocated=torch.cuda.memory_allocated(),
+        peak_allocated=torch.cuda.max_memory_allocated(),
+        reserved=torch.cuda.memory_reserved(),
+        total=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+    )
+    if reset_peak:
+        torch.cuda.reset_peak_memory_stats()
+    return stats
+
+
+def set_seeds(seed: int) -> None:
+    """Seed Python, NumPy and torch on host and device. Megatron's own trackers: `groups.initialize_layout`."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # also seeds every CUDA device

@@ -59,3 +59,21 @@ def expert_capacity(tokens_in_scope: int, share: float, experts: int, *, factor:
     # 1e-9: 0.1 * 3 / 0.3-like products that are whole on paper must not be rounded up to the next token.
     tokens = math.ceil(factor * tokens_in_scope * share / experts - 1e-9)
     return min(limit, max(1, math.ceil(tokens / multiple) * multiple))
+
+
+def shared_width(config: Config) -> int:
+    """SwiGLU width of all shared experts together; they see every token, so one wide expert computes the same."""
+    experts = config.model.experts
+    return experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size)
+
+
+def overlap_p2p(config: Config) -> bool:
+    """Whether pipeline sends overlap with compute; left open, it follows from interleaving."""
+    chosen = config.parallel.overlap_p2p
+    return config.parallel.vpp is not None if chosen is None else chosen
+
+
+def batch_p2p(config: Config) -> bool:
+    """Whether pipeline sends and receives are batched; left open, they are when they do not overlap with compute."""
+    chosen = config.parallel.batch_p2p
+    return not overlap_p2p(config) if chosen is None else chosen

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -49,8 +50,6 @@ def current_device(local_rank: int = 0) -> torch.device:
 
 def _one_device_each() -> bool:
     """Whether the launcher gave each rank its own view of the devices (SLURM names the number per task)."""
-    import os
-
     return "SLURM_GPUS_PER_TASK" in os.environ or "SLURM_TRES_PER_TASK" in os.environ
 
 

@@ -1,0 +1,233 @@
+# Starts torch.distributed and megatron-core's process groups, and hands them out as one ProcessGroupCollection.
+# The only module that imports megatron.core.parallel_state: everything else is given its groups, or asks here.
+"""Process groups of a run.
+
+Two lives, so that one set of processes can go through several layouts (a test does so in 0.1 s, a new process takes 6 s):
+
+    start(env) -> initialize_layout(tp=..., pp=...) -> destroy_layout() -> initialize_layout(...) -> ... -> finalize()
+
+`initialize` is `start` plus `initialize_layout`, for everyone else.
+
+The collection holds every group that megatron-core 0.16.1 asks for: schedules (tp, cp, pp, embd, pos_embd, dp_cp),
+`finalize_model_grads` (the same), DDP and optimizer (dp, dp_cp, expt_dp, intra_dist_opt, mp, tp_ep_pp), layers (tp, cp, ep,
+expt_tp, tp_ep). No second, gloo twin of the data-parallel groups is made: `get_megatron_optimizer` refuses it together with a
+collection, so call it with `use_gloo_process_groups=False`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+
+from mmscale.errors import ConfigError
+from mmscale.runtime import device, megatron_cpu
+from mmscale.runtime.rank_env import RankEnv
+
+megatron_cpu.install()  # before the imports below, which it makes 1.9 CPU seconds cheaper on a host without CUDA
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+DEFAULT_TIMEOUT_S = 1800.0  # seconds a collective may take before the rank gives up
+
+
+def initialize(
+    env: RankEnv,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    ep: int = 1,
+    seed: int = 1234,
+    init_method: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> ProcessGroupCollection:
+    """Start torch.distributed and one layout of megatron-core's groups.
+
+    Args:
+        env: Place of this process, from `rank_env.discover()`.
+        tp: Tensor-parallel size; experts are sharded by the same factor (ETP = TP).
+        pp: Pipeline-parallel size.
+        vpp: Model chunks per pipeline stage; None or 1 for the plain 1F1B schedule.
+        ep: Expert-parallel size, inside the data-parallel ranks.
+        seed: Seed of megatron's random state trackers (dropout, weights); ranks of a tensor-parallel group differ.
+        init_method: URL of the rendezvous; that of `env` if None.
+        timeout_s: Seconds a collective may take.
+
+    Raises:
+        ConfigError: The layout does not fit the world size.
+    """
+    _check_layout(env.world_size, tp=tp, pp=pp, vpp=vpp, ep=ep)  # before anyone waits for the others
+    start(env, init_method=init_method, timeout_s=timeout_s)
+    return initialize_layout(tp=tp, pp=pp, vpp=vpp, ep=ep, seed=seed, timeout_s=timeout_s)
+
+
+def start(env: RankEnv, *, init_method: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    """Start torch.distributed, nccl on CUDA and gloo elsewhere. Nothing of megatron-core yet."""
+    own_device = device.current_device(env.local_rank)
+    timeout = timedelta(seconds=timeout_s)
+    if env.world_size == 1 and init_method is None:
+        # No address needed, so no port to be taken and no host name to resolve.
+        torch.distributed.init_process_group(
+            device.backend(), store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        return
+    torch.distributed.init_process_group(
+        device.backend(),
+        init_method=init_method or env.init_method,
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timeout,
+        # With a device NCCL connects at once: a bad network shows here and not in the first step.
+        device_id=own_device if own_device.type == "cuda" else None,
+    )
+
+
+def initialize_layout(
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    ep: int = 1,
+    seed: int = 1234,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> ProcessGroupCollection:
+    """Make megatron-core's groups for one layout; every rank must call it. Arguments as in `initialize`."""
+    _check_layout(torch.distributed.get_world_size(), tp=tp, pp=pp, vpp=vpp, ep=ep)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=tp,  # expert choice needs a token's whole width on each rank of the exchange
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return collection()
+
+
+def collection() -> ProcessGroupCollection:
+    """All groups of the layout; None where this rank is in no such group (`embd` of a middle stage, `hcp`)."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_layout() -> None:
+    """Undo `initialize_layout`, with everything megatron-core keeps in globals. Every rank must call it."""
+    # destroy_model_parallel() only forgets the groups: their sockets and threads would stay until the process ends.
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    destroy_rerun_state_machine()
+    unset_num_microbatches_calculator()
+    for group in groups:
+        torch.distributed.destroy_process_group(group)
+
+
+def finalize() -> None:
+    """Destroy everything. Safe to call twice, and on the error path: it runs no collective."""
+    if not torch.distributed.is_initialized():
+        return
+    if parallel_state.model_parallel_is_initialized():
+        destroy_layout()
+    torch.distributed.destroy_process_group()
+
+
+def _check_layout(world_size: int, *, tp: int, pp: int, vpp: int | None, ep: int) -> None:
+    for name, size in (("tp", tp), ("pp", pp), ("vpp", 1 if vpp is None else vpp), ("ep", ep)):
+        if size < 1:
+            raise ConfigError(f"parallel.{name} = {size} is below 1")
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"parallel: tp*pp = {tp}*{pp} = {tp * pp} does not divide the world size {world_size}",
+            remedy="`mmscale plan` lists the layouts that do",
+        )
+    if world_size % (tp * pp * ep):
+        raise ConfigError(
+            f"parallel: ep = {ep} does not divide the data-parallel size {world_size // (tp * pp)} "
+            f"(world size {world_size} / tp*pp {tp * pp})",
+            remedy="`mmscale plan` lists the layouts that do",
+        )
+    if vpp is not None and vpp > 1 and pp == 1:
+        raise ConfigError(f"parallel.vpp = {vpp} cuts a pipeline stage in chunks, but parallel.pp = 1")
+
+
+# --- where this rank stands -----------------------------------------------------------------------------------------
+
+
+def data_parallel_rank() -> int:
+    """Which part of every global batch this rank reads."""
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def data_parallel_size() -> int:
+    """Into how many parts the global batch is dealt."""
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def tensor_parallel_rank() -> int:
+    """Rank in the tensor-parallel group."""
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+def tensor_parallel_size() -> int:
+    """Size of the tensor-parallel group."""
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def pipeline_rank() -> int:
+    """Pipeline stage of this rank."""
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
+def pipeline_size() -> int:
+    """Number of pipeline stages."""
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def virtual_pipeline_size() -> int | None:
+    """Model chunks per stage; None for the plain schedule (the form megatron-core's schedules take)."""
+    size = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return None if size is None else int(size)
+
+
+def is_first_stage(vp_stage: int | None = None) -> bool:
+    """Whether this rank (this chunk, if given) holds the embedding.
+
+    Args:
+        vp_stage: Chunk of an interleaved pipeline; None asks whether any chunk of this rank does.
+    """
+    return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage))
+
+
+def is_last_stage(vp_stage: int | None = None) -> bool:
+    """Whether this rank (this chunk, if given) computes the loss. Arguments as in `is_first_stage`."""
+    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage))
+
+
+def expert_parallel_rank() -> int:
+    """Rank in the expert-parallel group."""
+    return int(parallel_state.get_expert_model_parallel_rank())
+
+
+def expert_parallel_size() -> int:
+    """Size of the expert-parallel group."""
+    return int(parallel_state.get_expert_model_parallel_world_size())
+
+
+def expert_parallel_group() -> torch.distributed.ProcessGroup:
+    """Group over which tokens travel to their experts."""
+    return parallel_state.get_expert_model_parallel_group()
+
+
+def expert_data_parallel_group() -> torch.distributed.ProcessGroup:
+    """Group of the replicas of this rank's experts."""
+    return parallel_state.get_expert_data_parallel_group()
+
+
+def data_parallel_group() -> torch.distributed.ProcessGroup:
+    """Group of the replicas of this rank's dense weights."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,0 +1,247 @@
+# `mmscale train --nproc N`: N rank processes on this machine, watched as one. No torch here.
+# It does not restart ranks (resilience does) and it does not span machines (SLURM, torchrun or mpirun do).
+"""Start ranks on this machine, forward signals to them, and end all of them when one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from mmscale.errors import LaunchError
+from mmscale.runtime.rank_env import free_port
+
+# What a rank says with its exit status, so that scripts around the launcher hear it too. Anything else is a crash.
+DOCUMENTED_STATUSES = (2, 3, 4, 5, 75)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_POLL_S = 0.02
+_TAIL_LINES = 20
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path | None  # None: rank 0, whose output goes straight through
+    status: int | None = None  # as subprocess gives it: negative for a signal
+
+
+def run_local(
+    nproc: int,
+    argv: Sequence[str],
+    *,
+    log_dir: Path,
+    environ: Mapping[str, str] | None = None,
+    grace_s: float = 10.0,
+    program: Sequence[str] = (sys.executable, "-m", "mmscale"),
+) -> int:
+    """Run one command as `nproc` ranks and wait for all of them.
+
+    Rank 0 inherits stdout and stderr; rank R > 0 writes both to `log_dir/rank_R.log`. SIGTERM, SIGINT and SIGUSR2 are passed
+    on to every rank, which then have as long as they need (they save); a second SIGINT ends them.
+
+    Args:
+        nproc: Number of ranks.
+        argv: Arguments of the command, the same for each rank.
+        log_dir: Folder of the logs, made if it is missing. One per attempt, or attempts overwrite each other.
+        environ: Environment of the ranks; that of this process if None. The rank variables are added.
+        grace_s: Seconds between SIGTERM and SIGKILL once a rank has died, and seconds that other ranks have to end by
+            themselves after one ended with a documented exit status.
+        program: What to run.
+
+    Returns:
+        0 if all ranks ended well, otherwise a documented exit status (2, 3, 4, 5, 75) that a rank ended with.
+
+    Raises:
+        LaunchError: A rank died of a signal or with any other exit status. The tail of its log is on stderr by then.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    shared = _shared_variables(os.environ if environ is None else environ, nproc)
+    ranks: list[_Rank] = []
+    with _forwarding(ranks) as interrupts:
+        try:
+            for number in range(nproc):
+                ranks.append(_start(number, [*program, *argv], shared, log_dir))
+            return _wait(ranks, grace_s=grace_s, interrupts=interrupts)
+        finally:
+            _end(ranks, grace_s=0.0)
+
+
+def _shared_variables(environ: Mapping[str, str], nproc: int) -> dict[str, str]:
+    variables = dict(environ)
+    # Ranks share the cores: torch would start as many threads as there are cores in each, and GNU OpenMP's threads spin
+    # between two regions, which costs a small machine more than the work does.
+    variables.setdefault("OMP_NUM_THREADS", "1")
+    variables.setdefault("GOMP_SPINCOUNT", "0")
+    if Path("/sys/class/net/lo").exists():
+        # gloo otherwise connects over the address the host name resolves to, and many laptops and containers have none.
+        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    variables |= {
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "MMSCALE_LAUNCHER": "local",
+    }
+    return variables
+
+
+def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: Path) -> _Rank:
+    log = log_dir / f"rank_{number}.log" if number else None
+    with contextlib.ExitStack() as files:
+        output = files.enter_context(log.open("wb")) if log else None
+        try:
+            process = subprocess.Popen(
+                command,
+                env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                process_group=0,  # Ctrl-C reaches the launcher alone, which passes it on once; workers of a rank end with it
+                preexec_fn=_die_with(os.getpid()),
+            )
+        except OSError as error:
+            raise LaunchError(f"rank {number} could not be started: {command[0]}: {error.strerror}") from error
+    return _Rank(number, process, log)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """A function for the child that ties its life to the launcher's: no orphans even after `kill -9` of the launcher."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: between fork and exec as little as possible
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the launcher died in between
+            os._exit(1)
+
+    return tie
+
+
+@contextlib.contextmanager
+def _forwarding(ranks: list[_Rank]) -> Iterator[list[int]]:
+    """Pass signals on to the ranks. Yields the list of SIGINTs received so far."""
+    interrupts: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts  # only the main thread may set handlers; whoever has it forwards
+        return
+
+    def forward(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            interrupts.append(number)
+        for rank in ranks:
+            if rank.status is None:
+                rank.process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[_Rank], *, grace_s: float, interrupts: list[int]) -> int:
+    while True:
+        ended = _poll(ranks)
+        failed = [rank for rank in ended if rank.status != 0]
+        if failed:
+            break
+        if all(rank.status == 0 for rank in ranks):
+            return 0
+        if len(interrupts) > 1:
+            raise LaunchError("interrupted twice: ranks were ended without a save")
+        time.sleep(_POLL_S)
+
+    first = min(failed, key=_severity)
+    if first.status in DOCUMENTED_STATUSES:
+        # The ranks agreed to stop or all found the same fault: let each say so in its own words.
+        _wait_until(lambda: not _running(ranks), ranks, grace_s)
+        crashed = [rank for rank in ranks if rank.status not in (None, 0, *DOCUMENTED_STATUSES)]
+        first = crashed[0] if crashed else first
+    _end(ranks, grace_s=grace_s)
+    if first.status not in DOCUMENTED_STATUSES:
+        _print_tail(first)
+        raise LaunchError(
+            f"rank {first.number} of {len(ranks)} {_how_it_ended(first)}; the other ranks were ended",
+            remedy=f"its log is {first.log}" if first.log else "its output is above",
+        )
+    if ranks[0].status != first.status:  # rank 0 did not say it on the terminal
+        _print_tail(first)
+    assert first.status is not None
+    return first.status
+
+
+def _running(ranks: list[_Rank]) -> list[_Rank]:
+    return [rank for rank in ranks if rank.status is None]
+
+
+def _poll(ranks: list[_Rank]) -> list[_Rank]:
+    """Take in the ranks that have ended since the last call, and end what they left running."""
+    ended = []
+    for rank in _running(ranks):
+        # Look without reaping first: while the zombie exists its process group cannot belong to anyone else.
+        if os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            continue
+        _signal_group(rank, signal.SIGKILL)
+        rank.status = rank.process.wait()
+        ended.append(rank)
+    return ended
+
+
+def _wait_until(done: Callable[[], bool], ranks: list[_Rank], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        _poll(ranks)
+        time.sleep(_POLL_S)
+
+
+def _end(ranks: list[_Rank], *, grace_s: float) -> None:
+    _poll(ranks)
+    if grace_s > 0 and _running(ranks):
+        for rank in _running(ranks):
+            rank.process.send_signal(signal.SIGTERM)
+        _wait_until(lambda: not _running(ranks), ranks, grace_s)
+    for rank in _running(ranks):
+        _signal_group(rank, signal.SIGKILL)
+    _wait_until(lambda: not _running(ranks), ranks, 10.0)
+
+
+def _signal_group(rank: _Rank, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.process.pid, number)
+
+
+def _severity(rank: _Rank) -> tuple[int, int]:
+    """Order of ranks found dead at the same look: a killed rank is the cause, its peers' lost connections the effect."""
+    status = rank.status or 0
+    return (0 if status < 0 else 2 if status in DOCUMENTED_STATUSES else 1, rank.number)
+
+
+def _how_it_ended(rank: _Rank) -> str:
+    status = rank.status or 0
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "a signal"
+    return f"was ended by {name} ({-status})"
+
+
+def _print_tail(rank: _Rank) -> None:
+    if rank.log is None:
+        return
+    with rank.log.open("rb") as log:
+        log.seek(max(0, rank.log.stat().st_size - 64 * 1024))
+        lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+    print(f"--- last lines of {rank.log}", *lines, "---", sep="\n", file=sys.stderr, flush=True)

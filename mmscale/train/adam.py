@@ -1,0 +1,115 @@
+# AdamW in the state layout of Apex's and Transformer-Engine's FusedAdam, for machines that have neither (every CPU host).
+# Not a faster Adam: it exists because megatron-core 0.16.1 cannot reload what it saves from torch.optim.AdamW.
+"""`HostFusedAdam` and the switch that makes megatron-core use it.
+
+torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number and on loading
+hands the *same* tensor to all parameters (distrib_optimizer.py:820-825); torch then counts it up once per parameter: with 5
+parameters step 7 becomes 12, and the bias correction is silently wrong. Before that, `sharded_state_dict(is_loading=True)`
+fails on an assert (:642) because no state exists yet. FusedAdam's layout, `step` in the parameter group, has neither fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
+from torch import Tensor
+
+
+class HostFusedAdam(torch.optim.Optimizer):
+    """AdamW (or Adam with L2 regularisation), arithmetic of torch.optim.AdamW, state layout of FusedAdam.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        betas: Decay of the running averages of gradient and squared gradient.
+        eps: Added to the denominator, after the bias correction.
+        weight_decay: Decay per step, as a fraction of `lr`.
+        adam_w_mode: Decoupled weight decay (AdamW); if False the decay is added to the gradient (Adam).
+        bias_correction: Correct the averages for their start at zero.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+        }
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if not group["params"]:
+                continue  # FusedAdam does not count the steps of an empty group; megatron-core aligns them when saving
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self._update(group, params)
+        return loss
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = [_gradient(param) for param in params]
+        for param in params:
+            state = self.state[param]
+            if len(state) == 0:
+                state["exp_avg"] = torch.zeros_like(param)
+                state["exp_avg_sq"] = torch.zeros_like(param)
+        averages = [self.state[param]["exp_avg"] for param in params]
+        squares = [self.state[param]["exp_avg_sq"] for param in params]
+        lr, (beta1, beta2), step, decay = group["lr"], group["betas"], group["step"], group["weight_decay"]
+        correction1 = 1.0 - beta1**step if group["bias_correction"] else 1.0
+        correction2 = 1.0 - beta2**step if group["bias_correction"] else 1.0
+
+        if decay and self.adam_w_mode:
+            torch._foreach_mul_(params, 1.0 - lr * decay)
+        elif decay:
+            grads = list(torch._foreach_add(grads, params, alpha=decay))
+        torch._foreach_lerp_(averages, grads, 1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1.0 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, correction2**0.5)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(params, averages, denominators, value=-lr / correction1)
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def install() -> bool:
+    """Make megatron-core use `HostFusedAdam` where it would fall back to torch's AdamW. Again costs nothing.
+
+    Returns:
+        Whether megatron-core uses it now.
+    """
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        optimizer.Adam = HostFusedAdam  # optimizer/__init__.py:363
+        optimizer.USING_PYTORCH_OPTIMIZER = False  # :359
+        distrib_optimizer.Adam = HostFusedAdam  # distrib_optimizer.py:515, the isinstance check
+        distrib_optimizer.HAVE_APEX_OR_TE = True  # :640, 672, 818
+        distrib_optimizer.USING_APEX_OPTIMIZER = True  # :654, 677
+    return optimizer.Adam is HostFusedAdam

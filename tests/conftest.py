@@ -1,0 +1,12 @@
+# Settings that must stand before torch is imported by any test. No fixtures for one room: those live beside its tests.
+"""Global set-up of the test suite."""
+
+import os
+
+# With more than one OpenMP thread in the parent, forked ranks hang in their first large matmul (tests/support.py forks);
+# spinning threads would slow small machines down.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "0"
+# A test takes part in no run: variables of a launcher around pytest would make it look like a rank.
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MMSCALE_LAUNCHER"):
+    os.environ.pop(_name, None)

@@ -193,6 +193,7 @@ class _Reader:
             yield index, item
 
     def _scalar(self, node: yaml.Node, key: str) -> Any:
+        assert isinstance(node, yaml.ScalarNode)
         if node.style is None and node.value in _BOOLEANS:
             self.document.written[key] = node.value
             return _BOOLEANS[node.value]

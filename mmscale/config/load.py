@@ -184,7 +184,7 @@ def _dotted(document: Document, error: ErrorDetails) -> str:
     parts: list[str] = []
     for part in error["loc"]:
         if isinstance(part, int) or (isinstance(here, dict) and part in here):
-            here = here[part] if isinstance(here, dict | list) else None
+            here = here[part] if isinstance(here, dict) or (isinstance(here, list) and isinstance(part, int)) else None
             parts.append(str(part))
         elif error["type"] == "missing":
             parts.append(str(part))

@@ -1,0 +1,25 @@
+"""Arithmetic on a configuration: parameters, FLOPs, memory per rank, layouts. Measures nothing and imports no torch.
+
+`plan` returns plain data with stable keys, `render` makes text of it.
+"""
+
+from mmscale.plan.compute import Flops, flops_per_token
+from mmscale.plan.layouts import Layout, layouts, rank_grid
+from mmscale.plan.memory import RankMemory, rank_memory
+from mmscale.plan.parameters import Parameters, count_parameters
+from mmscale.plan.render import render
+from mmscale.plan.summary import plan
+
+__all__ = [
+    "Flops",
+    "Layout",
+    "Parameters",
+    "RankMemory",
+    "count_parameters",
+    "flops_per_token",
+    "layouts",
+    "plan",
+    "rank_grid",
+    "rank_memory",
+    "render",
+]

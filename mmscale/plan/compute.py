@@ -1,0 +1,108 @@
+"""Floating-point operations per token: matrix products, causal attention and the output layer.
+
+Element-wise work is left out, as everywhere in the field. MoMa's FLOP matching holds by this count (papers' Table 1: dense and
+Mixture-of-Depths models of a class are within 3 %).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmscale.config import Config
+from mmscale.config.derived import depth_tokens, expert_capacity, shared_width
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs per token, averaged over a sequence.
+
+    Attributes:
+        projections: attention's projections.
+        attention: scores and weighted sums, causal.
+        ffn: dense networks, experts with all their slots, shared experts.
+        routers: choosing experts and tokens.
+        output: the output layer.
+    """
+
+    projections: float
+    attention: float
+    ffn: float
+    routers: float
+    output: float
+
+    @property
+    def forward(self) -> float:
+        """All of a forward pass."""
+        return self.projections + self.attention + self.ffn + self.routers + self.output
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, which does twice the work; recomputation is not counted (as MFU wants it)."""
+        return 3 * self.forward
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain data for `mmscale plan --json`."""
+        return {
+            "forward": self.forward,
+            "training": self.training,
+            "projections": self.projections,
+            "attention": self.attention,
+            "ffn": self.ffn,
+            "routers": self.routers,
+            "output": self.output,
+        }
+
+
+def nominal_shares(config: Config) -> dict[str, float]:
+    """Nominal share of each modality; equal ones while they are still to be measured (`auto`)."""
+    share = config.model.experts.share
+    if share == "auto":
+        return {name: 1 / len(config.vocab.names) for name in config.vocab.names}
+    return dict(share)
+
+
+def expert_slots(config: Config, tokens: int) -> dict[str, float]:
+    """Expert slots per token that a layer works on, for each group; about the capacity factor in sum.
+
+    Args:
+        config: a configuration with experts.
+        tokens: tokens of each sequence that the layer sees (fewer in a Mixture-of-Depths layer).
+    """
+    experts = config.model.experts
+    scope = tokens * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
+    shares = {name: 1.0 for name in experts.counts} if config.model.kind == "moe" else nominal_shares(config)
+    slots = {}
+    for name, count in experts.counts.items():
+        capacity = expert_capacity(
+            scope,
+            shares[name],
+            count,
+            factor=experts.capacity_factor,
+            multiple=experts.capacity_multiple,
+            limit=scope,
+        )
+        slots[name] = count * capacity / scope
+    return slots
+
+
+def flops_per_token(config: Config) -> Flops:
+    """Forward FLOPs per token; a product of [a, b] and [b, c] counts 2abc."""
+    model = config.model
+    h, width = model.hidden_size, model.num_attention_heads * model.head_dim
+    projections = attention = ffn = routers = 0.0
+    for index in range(model.num_layers):
+        depth = model.is_depth_layer(index)
+        tokens = depth_tokens(config) if depth else model.seq_length
+        fraction = tokens / model.seq_length
+        projections += fraction * 2 * h * (2 * width + 2 * model.query_groups * model.head_dim)
+        # Two products over the tokens so far, half of them on average.
+        attention += fraction * 2 * 2 * width * tokens / 2
+        if model.kind == "dense":
+            ffn += fraction * 2 * 3 * h * model.ffn_hidden_size
+        else:
+            slots = sum(expert_slots(config, tokens).values())
+            ffn += fraction * 2 * 3 * h * (slots * model.ffn_hidden_size + shared_width(config))
+            routers += fraction * 2 * h * sum(model.experts.counts.values())
+        routers += 2 * h if depth else 0
+    output = 2.0 * h * config.vocab.padded_size
+    return Flops(projections=projections, attention=attention, ffn=ffn, routers=routers, output=output)

@@ -15,7 +15,7 @@ class MmscaleError(Exception):
     exit_status = 1
 
     def __init__(self, cause: str, *, remedy: str = "") -> None:
-        super().__init__(cause, remedy)
+        super().__init__(cause)  # the cause alone: pickle calls the class with these, and workers send errors home
         self.cause = cause
         self.remedy = remedy
 

@@ -3,8 +3,8 @@
 
 import os
 
-# With more than one OpenMP thread in the parent, forked ranks hang in their first large matmul (tests/support.py forks);
-# spinning threads would slow small machines down.
+# With more than one OpenMP thread in the parent, forked ranks (tests/support.py) hang in their first large matmul.
+# Spinning threads would slow small machines down.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "0"
 # A test takes part in no run: variables of a launcher around pytest would make it look like a rank.

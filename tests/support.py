@@ -8,8 +8,8 @@
         ...
 
 The ranks are forks of a parent that has imported torch and megatron-core, so a test takes about half a second where a
-spawned one takes a minute. A rank's failure is the test's failure, with its traceback; the others are stopped. `pytest.skip` in a rank
-skips the test. What a rank prints is shown when the test fails.
+spawned one takes a minute. A rank's failure is the test's failure, with its traceback; the others are stopped.
+`pytest.skip` in a rank skips the test. What a rank prints is shown when the test fails.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ def _be_rank(
         os.dup2(output, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
+        faulthandler.enable(file=sys.stderr)  # pytest's writes to the parent's stderr
         faulthandler.dump_traceback_later(max(timeout_s - 1.0, timeout_s / 2), file=sys.stderr)
         if Path("/sys/class/net/lo").exists():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names do not resolve everywhere
@@ -199,9 +200,7 @@ def _kill(pids: dict[int, int], statuses: dict[int, int]) -> None:
             os.waitpid(pid, 0)
 
 
-def _report(
-    folder: Path, statuses: dict[int, int], *, stopped: list[int], timed_out: bool, timeout_s: float
-) -> str:
+def _report(folder: Path, statuses: dict[int, int], *, stopped: list[int], timed_out: bool, timeout_s: float) -> str:
     """The failures in the order in which they happened: the first one is the cause, a lost connection the effect."""
 
     def when(rank: int) -> float:
@@ -214,7 +213,8 @@ def _report(
         status = statuses[rank]
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "failed"
         error = folder / f"error_{rank}"
-        parts.append(f"rank {rank} of {len(statuses) + len(stopped)} {how}\n" + (error.read_text() if error.exists() else ""))
+        text = error.read_text() if error.exists() else ""
+        parts.append(f"rank {rank} of {len(statuses) + len(stopped)} {how}\n{text}")
     for path in sorted(folder.glob("output_*")):
         # The stack of a rank that timed out goes down into pytest: leave out what is below the test function.
         lines = [line for line in path.read_text(errors="replace").splitlines() if not _BELOW_TEST.search(line)]

@@ -2,14 +2,14 @@
 # The only module that imports megatron.core.parallel_state: everything else is given its groups, or asks here.
 """Process groups of a run.
 
-Two lives, so that one set of processes can go through several layouts (a test does so in 0.1 s, a new process takes 6 s):
+Two lives, so that one set of processes can go through several layouts (0.1 s each; a new process takes 6 s):
 
     start(env) -> initialize_layout(tp=..., pp=...) -> destroy_layout() -> initialize_layout(...) -> ... -> finalize()
 
 `initialize` is `start` plus `initialize_layout`, for everyone else.
 
-The collection holds every group that megatron-core 0.16.1 asks for: schedules (tp, cp, pp, embd, pos_embd, dp_cp),
-`finalize_model_grads` (the same), DDP and optimizer (dp, dp_cp, expt_dp, intra_dist_opt, mp, tp_ep_pp), layers (tp, cp, ep,
+The collection holds every group that megatron-core 0.16.1 asks for: schedules and `finalize_model_grads` (tp, cp, pp,
+embd, pos_embd, dp_cp), DDP and optimizer (dp, dp_cp, expt_dp, intra_dist_opt, mp, tp_ep_pp), layers (tp, cp, ep,
 expt_tp, tp_ep). No second, gloo twin of the data-parallel groups is made: `get_megatron_optimizer` refuses it together with a
 collection, so call it with `use_gloo_process_groups=False`.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from mmscale.errors import ConfigError
 from mmscale.runtime import device, megatron_cpu
@@ -72,9 +73,7 @@ def start(env: RankEnv, *, init_method: str | None = None, timeout_s: float = DE
     timeout = timedelta(seconds=timeout_s)
     if env.world_size == 1 and init_method is None:
         # No address needed, so no port to be taken and no host name to resolve.
-        torch.distributed.init_process_group(
-            device.backend(), store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        torch.distributed.init_process_group(device.backend(), store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     torch.distributed.init_process_group(
         device.backend(),
@@ -220,14 +219,17 @@ def expert_parallel_size() -> int:
 
 def expert_parallel_group() -> torch.distributed.ProcessGroup:
     """Group over which tokens travel to their experts."""
-    return parallel_state.get_expert_model_parallel_group()
+    group: torch.distributed.ProcessGroup = parallel_state.get_expert_model_parallel_group()
+    return group
 
 
 def expert_data_parallel_group() -> torch.distributed.ProcessGroup:
     """Group of the replicas of this rank's experts."""
-    return parallel_state.get_expert_data_parallel_group()
+    group: torch.distributed.ProcessGroup = parallel_state.get_expert_data_parallel_group()
+    return group
 
 
 def data_parallel_group() -> torch.distributed.ProcessGroup:
     """Group of the replicas of this rank's dense weights."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group: torch.distributed.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group

@@ -47,8 +47,8 @@ def run_local(
 ) -> int:
     """Run one command as `nproc` ranks and wait for all of them.
 
-    Rank 0 inherits stdout and stderr; rank R > 0 writes both to `log_dir/rank_R.log`. SIGTERM, SIGINT and SIGUSR2 are passed
-    on to every rank, which then have as long as they need (they save); a second SIGINT ends them.
+    Rank 0 inherits stdout and stderr; rank R > 0 writes both to `log_dir/rank_R.log`. SIGTERM, SIGINT and SIGUSR2 are
+    passed on to every rank, which then have as long as they need (they save); a second SIGINT ends them.
 
     Args:
         nproc: Number of ranks.
@@ -107,7 +107,9 @@ def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: 
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                process_group=0,  # Ctrl-C reaches the launcher alone, which passes it on once; workers of a rank end with it
+                # A group of its own: Ctrl-C reaches the launcher alone, which passes it on once, and what a rank
+                # leaves running can be ended with it.
+                process_group=0,
                 preexec_fn=_die_with(os.getpid()),
             )
         except OSError as error:
@@ -116,7 +118,7 @@ def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: 
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """A function for the child that ties its life to the launcher's: no orphans even after `kill -9` of the launcher."""
+    """A function for the child that ties its life to the launcher's: no orphans even if that is killed with -9."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: between fork and exec as little as possible
 
     def tie() -> None:
@@ -222,7 +224,7 @@ def _signal_group(rank: _Rank, number: signal.Signals) -> None:
 
 
 def _severity(rank: _Rank) -> tuple[int, int]:
-    """Order of ranks found dead at the same look: a killed rank is the cause, its peers' lost connections the effect."""
+    """Order of ranks found dead at the same look: a killed rank is the cause, lost connections of others the effect."""
     status = rank.status or 0
     return (0 if status < 0 else 2 if status in DOCUMENTED_STATUSES else 1, rank.number)
 

@@ -1,10 +1,10 @@
-# Lets megatron-core 0.16.1, which assumes a GPU in about sixty places, train on CPU over gloo. A no-op where CUDA exists.
+# Lets megatron-core 0.16.1, which takes a GPU for granted, train on CPU over gloo. A no-op where CUDA exists.
 # It does not make CUDA look available: `torch`, and every library that is not megatron-core, sees the machine as it is.
 """The CPU adaptor of megatron-core.
 
-How it works: every `megatron.core.*` module looks up the global name `torch` at each use, so re-binding that one name per
-module to a proxy reaches all of them. The alternative, a global `TorchFunctionMode`, costs 23-32 % of a training step
-(2-4 us on every torch call, even `x.shape`); the proxy costs nothing on an attribute and 0.7 us on a tensor factory.
+How it works: every `megatron.core.*` module looks up the global name `torch` at each use, so re-binding that one name
+per module to a proxy reaches all of them. A global `TorchFunctionMode` would cost 23-32 % of a training step (2-4 us on
+every torch call, even `x.shape`); the proxy costs nothing on an attribute and 0.7 us on a tensor factory.
 
 Call `install()` once before megatron-core is used. `PATCHES` lists every change with its reason; each has a
 `still_needed()` which, in a process without `install()`, tells whether megatron-core still has the fault.
@@ -24,85 +24,31 @@ from typing import Any
 
 import torch
 
-# Everything the training path imports, also what megatron-core imports late inside functions: a module that is
-# imported after `install()` needs another `rebind()`.
-MODULES: tuple[str, ...] = tuple(
-    "megatron.core" + name
-    for name in (
-        "",
-        ".datasets.blended_dataset",
-        ".datasets.blended_megatron_dataset_builder",
-        ".datasets.gpt_dataset",
-        ".datasets.indexed_dataset",
-        ".dist_checkpointing",
-        ".dist_checkpointing.exchange_utils",
-        ".dist_checkpointing.mapping",
-        ".dist_checkpointing.optimizer",
-        ".dist_checkpointing.serialization",
-        ".dist_checkpointing.strategies.async_utils",
-        ".dist_checkpointing.strategies.filesystem_async",
-        ".dist_checkpointing.strategies.fully_parallel",
-        ".dist_checkpointing.strategies.state_dict_saver",
-        ".dist_checkpointing.strategies.torch",
-        ".dist_checkpointing.validation",
-        ".distributed",
-        ".distributed.distributed_data_parallel",
-        ".distributed.finalize_model_grads",
-        ".distributed.param_and_grad_buffer",
-        ".fusions.fused_bias_dropout",
-        ".fusions.fused_bias_swiglu",
-        ".fusions.fused_cross_entropy",
-        ".fusions.fused_softmax",
-        ".jit",
-        ".models.common.embeddings.language_model_embedding",
-        ".models.common.embeddings.rope_utils",
-        ".models.common.embeddings.rotary_pos_embedding",
-        ".models.common.language_module.language_module",
-        ".models.gpt.gpt_layer_specs",
-        ".models.gpt.gpt_model",
-        ".num_microbatches_calculator",
-        ".optimizer",
-        ".optimizer.clip_grads",
-        ".optimizer.distrib_optimizer",
-        ".optimizer.grad_scaler",
-        ".optimizer.optimizer",
-        ".optimizer_param_scheduler",
-        ".packed_seq_params",
-        ".parallel_state",
-        ".pipeline_parallel",
-        ".pipeline_parallel.p2p_communication",
-        ".pipeline_parallel.schedules",
-        ".process_groups_config",
-        ".rerun_state_machine",
-        ".tensor_parallel",
-        ".tensor_parallel.cross_entropy",
-        ".tensor_parallel.data",
-        ".tensor_parallel.layers",
-        ".tensor_parallel.mappings",
-        ".tensor_parallel.random",
-        ".timers",
-        ".transformer.attention",
-        ".transformer.cuda_graphs",
-        ".transformer.dot_product_attention",
-        ".transformer.mlp",
-        ".transformer.module",
-        ".transformer.moe.moe_utils",
-        ".transformer.transformer_block",
-        ".transformer.transformer_config",
-        ".transformer.transformer_layer",
-        ".transformer.utils",
-        ".utils",
-    )
+# The roots of what the training path imports, also what megatron-core imports late inside functions: a module that is
+# imported after `install()` needs a `rebind()`.
+MODULES: tuple[str, ...] = (
+    "megatron.core",
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.num_microbatches_calculator",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.rerun_state_machine",
 )
 
 # Where the proxy is needed: (module under megatron.core, function, what its source says). A test checks each line.
 TOUCH_POINTS: tuple[tuple[str, str, str], ...] = (
     ("dist_checkpointing.strategies.async_utils", "PersistentAsyncCaller.async_loop", "torch.cuda.set_device"),  # :488
-    ("dist_checkpointing.strategies.async_utils", "TemporalAsyncCaller.schedule_async_call", "cuda.synchronize"),  # :212
+    ("dist_checkpointing.strategies.async_utils", "TemporalAsyncCaller.schedule_async_call", "synchronize"),  # :212
     ("dist_checkpointing.strategies.async_utils", "AsyncCaller.sync_all_async_calls", "cuda.current_device()"),  # :165
     ("dist_checkpointing.strategies.async_utils", "AsyncCallsQueue.maybe_finalize_async_calls", "current_device()"),
     ("dist_checkpointing.strategies.filesystem_async", "FileSystemWriterAsync.preload_tensors", "cuda.synchronize()"),
-    ("dist_checkpointing.strategies.state_dict_saver", "save_state_dict_async_finalize", "cuda.current_device()"),  # :252
+    ("dist_checkpointing.strategies.state_dict_saver", "save_state_dict_async_finalize", "current_device()"),  # :252
     ("distributed.param_and_grad_buffer", "_ParamAndGradBuffer.__init__", "device=torch.cuda.current_device()"),  # :800
     ("models.common.embeddings.rotary_pos_embedding", "RotaryEmbedding.get_emb", "torch.cuda.current_device()"),  # :162
     ("optimizer.clip_grads", "count_zeros_fp32", "device='cuda'"),  # :207
@@ -161,7 +107,7 @@ class _HostCuda(types.ModuleType):
 
 
 class _HostTorch(types.ModuleType):
-    """`torch` as megatron-core sees it: factories that take `device="cuda"` make host tensors, `.cuda` is a stand-in."""
+    """`torch` as megatron-core sees it: its factories turn `device="cuda"` into the host, `.cuda` is a stand-in."""
 
     FACTORIES = (
         "arange as_tensor empty empty_like empty_strided eye full full_like ones ones_like rand randint randn "
@@ -215,13 +161,13 @@ def rebind() -> None:
 
 @contextlib.contextmanager
 def _without_compile() -> Iterator[None]:
-    """Import megatron-core without `torch.compile`, which is `jit_fuser` and is bound by name at the import of its users.
+    """Import megatron-core without `torch.compile`: it is the `jit_fuser` that modules bind by name at their import.
 
     `megatron.core.jit.disable_jit_fuser()` alone comes too late: importing it runs `megatron/core/__init__.py`, which
     imports the users. Saves 1.9 CPU seconds per process too (torch._dynamo is not imported).
     """
     original = torch.compile
-    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)  # type: ignore[assignment,misc]
+    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -248,7 +194,7 @@ def _set_plain(owner: Any, name: str, value: Any) -> None:
 
 
 def _set_rng_directly() -> None:
-    module = importlib.import_module("megatron.core.tensor_parallel.random")
+    module: Any = importlib.import_module("megatron.core.tensor_parallel.random")
 
     def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
@@ -257,7 +203,7 @@ def _set_rng_directly() -> None:
 
 
 def _add_fp8_names() -> None:
-    module = importlib.import_module("megatron.core.tensor_parallel.random")
+    module: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     if hasattr(module, "FP8GlobalStateManager"):
         return
     state = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
@@ -312,7 +258,7 @@ def _cuda_method_stays_on_host() -> None:
         return original(self, *args, **kwargs)  # anyone else gets torch's own error
 
     cuda._mmscale_original = original  # type: ignore[attr-defined]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
 
 
 def _rebind_all() -> None:
@@ -347,7 +293,7 @@ def _probe_mask() -> Any:
 
 
 def _probe_rng_setter() -> bool:
-    module = importlib.import_module("megatron.core.tensor_parallel.random")
+    module: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     before = torch.get_rng_state()
     torch.rand(1)
     module._set_cuda_rng_state(before)
@@ -358,7 +304,7 @@ def _probe_rng_setter() -> bool:
 
 def _probe_recompute() -> Any:
     """`CheckpointWithoutOutput`, what selective recompute of a norm uses; the RNG is not the subject here."""
-    module = importlib.import_module("megatron.core.tensor_parallel.random")
+    module: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     return module.CheckpointWithoutOutputFunction.apply(
         lambda x: x * 2, module.CheckpointWithoutOutput(), torch.ones(2, requires_grad=True)
     )
@@ -405,15 +351,15 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="fp8_names",
         where="tensor_parallel/random.py:589-592, 636, 684-687",
-        reason="`self.fp8 = fp8 is not None` is true for the default False, so selective recompute asks for three names "
-        "that only Transformer-Engine brings",
+        reason="`self.fp8 = fp8 is not None` is true for the default False, so selective recompute asks for three "
+        "names that only Transformer-Engine brings",
         apply=_add_fp8_names,
         still_needed=lambda: _raises(_probe_recompute, "FP8GlobalStateManager", "activation_recompute_forward"),
     ),
     Patch(
         name="tensor_types",
         where="optimizer/clip_grads.py:167; distrib_optimizer.py:361,420,582; optimizer.py:671,690",
-        reason="asks for 'torch.cuda.FloatTensor' by name; a host tensor fails the assert or is left out of the optimizer",
+        reason="asks for 'torch.cuda.FloatTensor' by name; a host tensor fails, or is left out of the optimizer",
         apply=_name_host_types,
         still_needed=lambda: _raises(_probe_grad_type, "AssertionError"),
     ),

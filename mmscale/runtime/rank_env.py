@@ -2,9 +2,9 @@
 # It starts nothing and imports no torch, so `mmscale doctor` and every `--help` may use it.
 """Discovery of the rank environment.
 
-The innermost launcher wins: torchrun's variables (which `mmscale train --nproc N` sets too), then a SLURM step (`srun`),
-then `mpirun`, then a single process. Two launchers that disagree are an error, not a guess: ranks that wait for peers
-which do not exist cost a node-hour before anyone looks. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrules.
+The innermost launcher wins: torchrun's variables (which `mmscale train --nproc N` sets too), then a SLURM step
+(`srun`), then `mpirun`, then a single process. Two launchers that disagree are an error, not a guess: ranks that wait
+for peers which do not exist cost a node-hour before anyone looks. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrules.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class RankEnv:
             raise ConfigError(f"{self.source}: rank {self.rank} is not below the world size {self.world_size}")
         if not 0 <= self.local_rank < self.local_world_size <= self.world_size:
             raise ConfigError(
-                f"{self.source}: local rank {self.local_rank}, {self.local_world_size} ranks on this node and world size "
-                f"{self.world_size} do not fit together",
+                f"{self.source}: local rank {self.local_rank}, {self.local_world_size} ranks on this node and "
+                f"world size {self.world_size} do not fit together",
                 remedy="they must satisfy local rank < ranks on this node <= world size",
             )
 
@@ -107,7 +107,9 @@ def _number(environ: Mapping[str, str], name: str, source: str) -> int:
     text = environ.get(name, "")
     if not re.fullmatch(r"\s*\d+\s*", text):
         said = f"{name} is not set" if name not in environ else f"{name}={text!r} is not a whole number"
-        raise ConfigError(f"{source}: {said}", remedy=f"start ranks with a launcher that sets {name}, or unset its variables")
+        raise ConfigError(
+            f"{source}: {said}", remedy="start ranks with a launcher that sets it, or unset its variables"
+        )
     return int(text)
 
 
@@ -184,7 +186,7 @@ def port_of_job(job_id: int, *, step: int = 0) -> int:
 
 
 def expand_hostlist(text: str) -> list[str]:
-    """`"n[1-2,07],login"` -> `["n1", "n2", "n07", "login"]`, as `scontrol show hostnames` does (it may not be installed).
+    """`"n[1-2,07],login"` -> `["n1", "n2", "n07", "login"]`, as `scontrol show hostnames` does (if it is there).
 
     Raises:
         ConfigError: Brackets do not match or a range is no range.
@@ -254,7 +256,7 @@ def _from_mpi(environ: Mapping[str, str], mpi_rendezvous: Callable[[], Rendezvou
     if (met.rank, met.world_size) != (rank, size):
         raise ConfigError(
             f"mpirun started rank {rank} of {size}, but mpi4py sees rank {met.rank} of {met.world_size}",
-            remedy="mpi4py was built for another MPI: install the one whose mpirun you use (extra `mpi`), or use torchrun",
+            remedy="mpi4py was built for another MPI: install the one whose mpirun you use, or start with torchrun",
         )
     return RankEnv(
         rank=rank,

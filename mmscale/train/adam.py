@@ -1,11 +1,12 @@
-# AdamW in the state layout of Apex's and Transformer-Engine's FusedAdam, for machines that have neither (every CPU host).
+# AdamW in the state layout of Apex's and Transformer-Engine's FusedAdam, for machines that have neither (CPU hosts).
 # Not a faster Adam: it exists because megatron-core 0.16.1 cannot reload what it saves from torch.optim.AdamW.
 """`HostFusedAdam` and the switch that makes megatron-core use it.
 
-torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number and on loading
-hands the *same* tensor to all parameters (distrib_optimizer.py:820-825); torch then counts it up once per parameter: with 5
-parameters step 7 becomes 12, and the bias correction is silently wrong. Before that, `sharded_state_dict(is_loading=True)`
-fails on an assert (:642) because no state exists yet. FusedAdam's layout, `step` in the parameter group, has neither fault.
+torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number and on
+loading hands the *same* tensor to all parameters (distrib_optimizer.py:820-825); torch then counts it up once per
+parameter: with 5 parameters step 7 becomes 12, and the bias correction is silently wrong. Before that,
+`sharded_state_dict(is_loading=True)` fails on an assert (:642) because no state exists yet. FusedAdam's layout, `step` in
+the parameter group, has neither fault.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""The device of this rank. What needs a GPU is in tests/gpu."""
+
+import random
+
+import numpy
+import pytest
+import torch
+
+from mmscale.errors import ConfigError
+from mmscale.runtime import device
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without CUDA")
+def test_host_without_cuda() -> None:
+    assert device.current_device(3) == torch.device("cpu")
+    assert device.backend() == "gloo"
+    assert device.device_name()
+    device.synchronize()
+    assert device.memory_stats(reset_peak=True) == device.MemoryStats(None, None, None, None)
+
+
+def test_seeds_reach_every_generator() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.rand()), float(torch.rand(1))
+
+    device.set_seeds(2**40 + 1)
+    first = draw()
+    assert draw() != first
+    device.set_seeds(2**40 + 1)
+    assert draw() == first
+
+
+def _pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    return taken
+
+
+def test_local_rank_is_the_index_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = _pretend_gpus(monkeypatch, 8)
+    assert device.current_device(5) == torch.device("cuda", 5)
+    assert taken == [5]
+    assert device.backend() == "nccl"
+
+
+def test_rank_with_its_own_view_takes_device_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = _pretend_gpus(monkeypatch, 1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert device.current_device(5) == torch.device("cuda", 0)
+    assert taken == [0]
+
+
+def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend_gpus(monkeypatch, 2)
+    with pytest.raises(ConfigError, match="local rank 2 has no CUDA device: 2 visible on this node; start at most one"):
+        device.current_device(2)

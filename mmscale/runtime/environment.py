@@ -1,0 +1,141 @@
+# What a run ran with: code version, package versions, hosts, devices. An allow-list, so that no secret can get into it.
+# It checks nothing (doctor.py does) and needs no torch except for the device's name.
+"""environment.json of a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mmscale
+from mmscale.runtime.rank_env import expand_hostlist
+
+ENVIRONMENT = "environment.json"
+# Only these are looked up: a listing of all packages would show names of private ones.
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "numpy",
+    "pydantic",
+    "PyYAML",
+    "typer",
+    "rich",
+    "tokenizers",
+    "transformers",
+    "safetensors",
+    "pillow",
+    "pyarrow",
+    "zarr",
+    "tensorstore",
+    "tensorboard",
+    "wandb",
+    "submitit",
+    "mpi4py",
+    "triton",
+    "transformer-engine",
+    "transformer-engine-torch",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)
+_VARIABLES = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NTASKS",
+    "SLURM_STEP_ID",
+)
+_VARIABLE_PREFIXES = ("GLOO_", "NCCL_", "NVTE_", "TORCH_NCCL_")
+_LONGEST_DIFF = 100_000  # characters
+
+
+def write_environment(
+    run_dir: Path, *, hosts: list[str] | None = None, devices: list[str] | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Write environment.json, whole or not at all, and return its content.
+
+    Args:
+        run_dir: The run's folder; made if it is missing.
+        hosts: Names of all hosts of the run; SLURM's list, or this host, if None.
+        devices: Names of the devices of the run; this rank's if None.
+        facts: More to write down, e.g. attempt=2, world_size=8.
+    """
+    content = describe() | {"hosts": hosts or _hosts(), "devices": devices or _devices(), **facts}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f".{ENVIRONMENT}.tmp"
+    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    temporary.replace(run_dir / ENVIRONMENT)
+    return content
+
+
+def describe() -> dict[str, Any]:
+    """Code, packages and variables of this process. No torch."""
+    known = [name for name in os.environ if name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)]
+    return {
+        "mmscale": mmscale.__version__,
+        "git": git_state(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": package_versions(),
+        "variables": {name: os.environ[name] for name in sorted(known)},
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of those of our packages that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs, whether it was changed since, and the change; None outside a git checkout."""
+    folder = Path(mmscale.__file__).parent
+    # Installed into a virtual environment inside some other checkout, the package has nothing to do with that commit.
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    # Only the package: a configuration or a notebook beside it is none of our business.
+    status = _git(folder, "status", "--porcelain", "--", ".")
+    diff = _git(folder, "diff", "HEAD", "--", ".") or ""
+    state: dict[str, Any] = {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(status)}
+    if diff:
+        cut = f"\n... {len(diff)} characters in all" if len(diff) > _LONGEST_DIFF else ""
+        state["diff"] = diff[:_LONGEST_DIFF] + cut
+    return state
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _hosts() -> list[str]:
+    listed = os.environ.get("SLURM_STEP_NODELIST") if "SLURM_PROCID" in os.environ else None
+    return expand_hostlist(listed) if listed else [socket.gethostname()]
+
+
+def _devices() -> list[str]:
+    if "torch" not in sys.modules:  # asked by a command that does without torch
+        return []
+    from mmscale.runtime import device
+
+    return [device.device_name()]

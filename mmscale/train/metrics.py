@@ -1,0 +1,230 @@
+# What a run writes down about itself: metrics.jsonl, events.jsonl, TensorBoard, W&B; and how these are read back.
+# It measures nothing (throughput.py does), decides nothing, and needs no torch to be read.
+"""The run directory's two append-only logs.
+
+Each line is one JSON object, written by one system call, so a killed run leaves at most one torn line, at the end.
+JSON knows no NaN: a value that is not finite is written as the string "nan", "inf" or "-inf", and `read_metrics` gives
+it back as a float. A step that is done again after a resume appears again, with a higher "attempt".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from mmscale.errors import ConfigError
+from mmscale.runtime.environment import write_environment
+from mmscale.train.throughput import Throughput
+
+__all__ = [
+    "EVAL",
+    "EVENTS",
+    "METRICS",
+    "EventLog",
+    "MetricsLog",
+    "Throughput",
+    "next_attempt",
+    "read_events",
+    "read_metrics",
+    "write_environment",
+]
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+EVAL = "eval/"  # prefix of keys measured on held-out data, e.g. eval/loss/text
+
+_log = logging.getLogger(__name__)
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricsLog:
+    """metrics.jsonl, and TensorBoard and W&B if asked for. Rank 0 holds one; other ranks hold none.
+
+    Args:
+        run_dir: The run's folder; made if it is missing.
+        attempt: Number of this attempt, from `next_attempt`.
+        tensorboard: Write TensorBoard events into `<run_dir>/tensorboard`.
+        wandb: W&B project; None: off.
+
+    Raises:
+        ConfigError: TensorBoard or W&B is asked for and not installed.
+    """
+
+    def __init__(self, run_dir: Path, *, attempt: int, tensorboard: bool = False, wandb: str | None = None) -> None:
+        self.attempt = attempt
+        self._run_dir = run_dir
+        self._lines = _Lines(run_dir / METRICS)
+        self._tensorboard_type = _import_tensorboard() if tensorboard else None
+        self._tensorboard: Any = None  # made at the first write, which knows the step to start from
+        self._wandb: Any = None if wandb is None else _start_wandb(run_dir, project=wandb)
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Append the values of one step. A value that is None was not measured and is left out.
+
+        Held-out values may come in a line of their own with the same step: `read_metrics` puts them together.
+        """
+        numbers = {key: _number(value) for key, value in values.items() if value is not None}
+        record: dict[str, Any] = {"step": step, "attempt": self.attempt}
+        self._lines.append(record | {key: _as_json(value) for key, value in numbers.items()})
+        if self._tensorboard_type is not None:
+            if self._tensorboard is None:
+                # purge_step: what an earlier attempt wrote for this step and later ones was rolled back.
+                self._tensorboard = self._tensorboard_type(str(self._run_dir / "tensorboard"), purge_step=step)
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(record | numbers)
+
+    def close(self) -> None:
+        """Close everything; lines are on disk already."""
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class EventLog:
+    """events.jsonl: start, resume, save_begin, save_committed, fault, rollback, skip, stop, finish.
+
+    Args:
+        run_dir: The run's folder; made if it is missing.
+        attempt: Number of this attempt, from `next_attempt`.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self.attempt = attempt
+        self._lines = _Lines(run_dir / EVENTS)
+
+    def add(self, event: str, **fields: Any) -> None:
+        """Append one event with the time [seconds since 1970] and whatever belongs to it."""
+        plain = {key: _as_json(value) for key, value in fields.items()}
+        self._lines.append({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **plain})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+def next_attempt(run_dir: Path) -> int:
+    """Number of the attempt that starts now: 1, or one above what events.jsonl and config.N.yaml know of."""
+    known = [event["attempt"] for event in read_events(run_dir) if isinstance(event.get("attempt"), int)]
+    names = [re.fullmatch(r"config\.(\d+)\.yaml", file.name) for file in run_dir.glob("config.*.yaml")]
+    known += [int(name[1]) for name in names if name]
+    return max(known, default=0) + 1
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """One record per step, in the order of steps. Of a step that was done again the latest attempt counts.
+
+    A line with nothing but held-out values (`eval/...`) is added to its step instead of replacing it.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _read_lines(run_dir / METRICS):
+        step = line.get("step")
+        if not isinstance(step, int):
+            continue
+        record = {key: _from_json(value) for key, value in line.items()}
+        known = steps.get(step)
+        if known is None:
+            steps[step] = record
+            continue
+        newer = record.get("attempt", 0) - known.get("attempt", 0)
+        if newer > 0 and not _held_out_only(record):
+            steps[step] = record
+        elif newer >= 0:  # a line of an older attempt here comes from a process that should have been gone
+            known.update(record)
+    return [steps[number] for number in sorted(steps)]
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events in the order they were written."""
+    return list(_read_lines(run_dir / EVENTS))
+
+
+class _Lines:
+    """An append-only file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # O_APPEND and one write per line: a line is whole or torn at its end, never mixed with another process's.
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")  # the last attempt died within a line: ours must not become part of it
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        text = json.dumps(record, allow_nan=False, default=str) + "\n"
+        os.write(self._file, text.encode())
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, text in enumerate(file, start=1):
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError:
+                if text.strip():
+                    _log.info("%s:%d is torn and left out", path, number)
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _held_out_only(record: Mapping[str, Any]) -> bool:
+    return all(key.startswith(EVAL) for key in record if key not in ("step", "attempt"))
+
+
+def _number(value: Any) -> int | float:
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _as_json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _import_tensorboard() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "log.tensorboard is true, but tensorboard is not installed",
+            remedy="pip install tensorboard, or set log.tensorboard=false",
+        ) from error
+    return SummaryWriter
+
+
+def _start_wandb(run_dir: Path, *, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"log.wandb is {project!r}, but wandb is not installed",
+            remedy="pip install 'mmscale[wandb]', or set log.wandb=null",
+        ) from error
+    # The same id for every attempt of a run; two runs of one name in different folders must not share it.
+    place = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    run = wandb.init(project=project, name=run_dir.name, id=f"{run_dir.name}-{place}", dir=str(run_dir), resume="allow")
+    run.define_metric("*", step_metric="step")  # W&B's own step only grows: it would drop a re-done step
+    return run

@@ -1,0 +1,125 @@
+# How fast a run is: tokens per second, where the seconds of a step go, model FLOP/s, and MFU where the peak is known.
+# It counts time on the host and writes nothing; FLOPs per token come from plan.py.
+"""A clock for the training loop, and how it is used.
+
+```
+clock = Throughput(flops_per_token=..., world_size=8, peak_tflops=peak_tflops(name, dtype))
+with clock.measure("data_wait_s"):
+    batch = next(batches)
+...
+clock.step(tokens)                      # after every optimizer step
+with clock.measure("save_stall_s"):
+    checkpoints.save(state)
+values = clock.read()                   # on logged steps, after the loss has been fetched from the device
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+
+# Part of a step's time. All other measured times (saving, evaluation) are pauses and no part of it.
+DATA_WAIT = "data_wait_s"
+SAVE_STALL = "save_stall_s"
+
+# Dense 16-bit tensor-core peak [TFLOP/s] from the makers' data sheets; the first pattern found in a device's name.
+_PEAK_BF16 = (
+    (r"\b(GB200|B200)\b", 2250.0),
+    (r"\bB100\b", 1750.0),
+    (r"\b(GH200|H200)\b", 989.4),
+    (r"\bH100 PCIe\b", 756.0),
+    (r"\bH100 NVL\b", 835.0),
+    (r"\b(H100|H800)\b", 989.4),
+    (r"\bH20\b", 148.0),
+    (r"\b(A100|A800)\b", 312.0),
+    (r"\bL40S\b", 362.0),
+    (r"\bA10G?\b", 125.0),
+    (r"\bMI300X\b", 1307.4),
+)
+
+
+def peak_tflops(device_name: str, dtype: str) -> float | None:
+    """Peak of a device for matrix products [TFLOP/s]; None where we do not know it, so that no MFU is made up.
+
+    Args:
+        device_name: As `runtime.device.device_name()` gives it.
+        dtype: precision.dtype. Only bf16 has one honest peak: fp32 depends on whether TF32 is allowed.
+    """
+    if dtype != "bf16" or "MIG" in device_name:  # a MIG slice has an unknown part of the device
+        return None
+    return next((peak for pattern, peak in _PEAK_BF16 if re.search(pattern, device_name)), None)
+
+
+class Throughput:
+    """Counts tokens and seconds between two calls of `read`.
+
+    Args:
+        flops_per_token: Model FLOPs of one token, forward and backward, recomputation not counted; None: unknown.
+        world_size: Ranks that share the work.
+        peak_tflops: Peak of one rank's device [TFLOP/s]; None: unknown.
+        now: Clock [seconds].
+    """
+
+    def __init__(
+        self,
+        *,
+        flops_per_token: float | None = None,
+        world_size: int = 1,
+        peak_tflops: float | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.flops_per_token = flops_per_token
+        self.world_size = world_size
+        self.peak_tflops = peak_tflops
+        self._now = now
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the steps since the last `read`, e.g. after a roll-back."""
+        self._since = self._now()
+        self._tokens = 0
+        self._steps = 0
+        self._spent: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        """Count the seconds of a block under `what`: "data_wait_s", "save_stall_s", or any other pause."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._spent[what] = self._spent.get(what, 0.0) + self._now() - begin
+
+    def step(self, tokens: int) -> None:
+        """One optimizer step is done.
+
+        Args:
+            tokens: Tokens of the step over all ranks, padding not counted.
+        """
+        self._tokens += tokens
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last call, keyed as in metrics.jsonl. Empty if there was no step.
+
+        `save_stall_s` and other pauses are sums, and are left out of the step time: a run that saves often has the same
+        tokens per second and a worse goodput.
+        """
+        pauses = {what: seconds for what, seconds in self._spent.items() if what != DATA_WAIT}
+        seconds = self._now() - self._since - sum(pauses.values())
+        steps, tokens, waited = self._steps, self._tokens, self._spent.get(DATA_WAIT)
+        self.restart()
+        if steps == 0 or seconds <= 0.0:
+            return pauses
+        values = {"step_time_s": seconds / steps, "tokens_per_second": tokens / seconds}
+        if waited is not None:
+            values[DATA_WAIT] = waited / steps
+        if self.flops_per_token is not None:
+            tflops = values["tokens_per_second"] * self.flops_per_token / self.world_size / 1e12
+            values["model_tflops_per_rank"] = tflops
+            if self.peak_tflops is not None:
+                values["mfu"] = tflops / self.peak_tflops
+        return values | pauses

@@ -1,0 +1,182 @@
+"""Runs the making of parts in processes, and survives them: a worker that dies is reported, none outlives its parent.
+
+What a part is stands in parts.py, what the run is for in prepare.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmscale.data import image_tokens
+from mmscale.data.encode import DocumentEncoder
+from mmscale.data.image_tokens import open_image_tokenizer
+from mmscale.data.parts import FinishedPart, PartJob, Stopped, build_part
+from mmscale.data.progress import Advance
+from mmscale.data.text_tokens import open_text_tokenizer
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import DataError
+
+_POLL = 0.2  # seconds between looks at the workers' counters
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class WorkSetup:
+    """What every worker needs to know.
+
+    Attributes:
+        folder: the data set; the tokenizers are read from it.
+        vocabulary: id ranges.
+        max_tokens: longer documents are rejected [tokens].
+        held_out: share of documents for validation.
+        strict: the first bad document is an error.
+    """
+
+    folder: Path
+    vocabulary: Vocabulary
+    max_tokens: int
+    held_out: float
+    strict: bool
+
+    def encoder(self) -> DocumentEncoder:
+        """Documents to ids, with the data set's tokenizers."""
+        has_images = (self.folder / image_tokens.FOLDER).is_dir()
+        return DocumentEncoder(
+            self.vocabulary,
+            text=open_text_tokenizer(self.folder),
+            image=open_image_tokenizer(self.folder) if has_images else None,
+            max_tokens=self.max_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way to the parent (MmscaleError itself does not unpickle: its remedy is keyword-only)."""
+
+    cause: str
+    remedy: str
+
+
+def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, advance: Advance) -> list[FinishedPart]:
+    """Make parts, several at a time.
+
+    Args:
+        setup: what workers need.
+        jobs: the parts to make, in any order.
+        workers: processes; with one the parts are made in this process.
+        advance: told how many records are through.
+
+    Returns:
+        The finished parts in the order of `jobs`.
+
+    Raises:
+        DataError: a part could not be made, or a worker died. Parts finished before stay.
+    """
+    if workers == 1 or len(jobs) <= 1:
+        return _build_here(setup, jobs, advance)
+    context = multiprocessing.get_context("spawn")  # forking a process with tokenizer or torch threads may hang
+    # Raw memory, one cell per part, without locks: a worker killed while holding a lock would block the others.
+    stop, counters = context.RawValue("b", 0), context.RawArray("q", len(jobs))
+    initargs = (setup, stop, counters, os.getpid())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker, initargs=initargs)
+    try:
+        with pool:
+            try:
+                futures = [pool.submit(_work, index, job) for index, job in enumerate(jobs)]
+                _watch(futures, counters, advance)
+                return [_result(future) for future in futures]
+            except BaseException:
+                stop.value = 1  # running parts end at their next chunk
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "data: a worker process died while it made a part (killed, or out of memory?)",
+            remedy="run the same command again, with fewer workers if memory is short: finished parts are kept",
+        ) from error
+
+
+def _build_here(setup: WorkSetup, jobs: Sequence[PartJob], advance: Advance) -> list[FinishedPart]:
+    encoder = setup.encoder()
+    finished, through = [], 0
+
+    def count(records: int) -> None:
+        nonlocal through
+        through += records
+        advance(through)
+
+    for job in jobs:
+        finished.append(_build(setup, encoder, job, count, lambda: False))
+    return finished
+
+
+def _build(
+    setup: WorkSetup, encoder: DocumentEncoder, job: PartJob, count: Callable[[int], None], stopped: Callable[[], bool]
+) -> FinishedPart:
+    return build_part(
+        setup.folder, job, encoder, held_out=setup.held_out, strict=setup.strict, advance=count, stopped=stopped
+    )
+
+
+def _watch(futures: Sequence[Future[Any]], counters: Any, advance: Advance) -> None:
+    """Wait for all parts; return early at the first one that failed."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=_POLL, return_when=FIRST_COMPLETED)
+        advance(sum(counters))
+        for future in done:
+            _result(future)
+
+
+def _result(future: Future[FinishedPart | _Failure]) -> FinishedPart:
+    result = future.result()
+    if isinstance(result, _Failure):
+        raise DataError(result.cause, remedy=result.remedy)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ inside a worker
+
+_worker: tuple[WorkSetup, DocumentEncoder | None, Any, Any] | None = None
+
+
+def _start_worker(setup: WorkSetup, stop: Any, counters: Any, parent: int) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    with contextlib.suppress(OSError, AttributeError):  # Linux: die with the parent, also when it is killed with -9
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    # One thread per worker: the workers are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _worker = (setup, None, stop, counters)
+
+
+def _work(index: int, job: PartJob) -> FinishedPart | _Failure:
+    global _worker
+    assert _worker is not None
+    setup, encoder, stop, counters = _worker
+    try:
+        if encoder is None:
+            encoder = setup.encoder()
+            _worker = (setup, encoder, stop, counters)
+
+        def count(records: int) -> None:
+            counters[index] += records
+
+        return _build(setup, encoder, job, count, lambda: bool(stop.value))
+    except DataError as error:
+        return _Failure(error.cause, error.remedy)
+    except Stopped:
+        return _Failure("data: preparing was stopped", "run the same command again")

@@ -1,0 +1,282 @@
+"""Document files (JSONL, parquet, WebDataset tar): listing them, cutting them into slices, reading a slice.
+
+Every slice can be read without reading what stands before it. What a record may hold is documents.py. No torch here.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from mmscale.data.documents import BadDocument, Document, Rejected, Resolver, folder_resolver, parse_document
+from mmscale.errors import DataError
+
+Kind = Literal["jsonl", "parquet", "tar"]
+_KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "tar"}
+_IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """Records first..first+count-1 of one file.
+
+    Attributes:
+        digest: SHA-256 of the whole file.
+        offset: byte at which the first record starts (jsonl, tar).
+    """
+
+    path: Path
+    kind: Kind
+    digest: str
+    first: int
+    count: int
+    offset: int = 0
+
+    @property
+    def identity(self) -> str:
+        """File content and the run of records; neither folder nor modification time."""
+        return f"{self.path.name}:{self.digest}:{self.first}+{self.count}"
+
+    def read(self) -> Iterator[Document | Rejected]:
+        """The slice's documents and rejections.
+
+        Raises:
+            DataError: the file is gone, or not even a file of its kind.
+        """
+        readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "tar": _read_tar}
+        try:
+            yield from readers[self.kind](self)
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"documents: {self.path} cannot be read: {error}", remedy="mend or remove it") from error
+
+
+def list_files(patterns: Sequence[str]) -> list[Path]:
+    """Document files in the given order; what a glob finds is sorted, a file named twice is read once.
+
+    Raises:
+        DataError: a name matches nothing, or a file is of no known kind.
+    """
+    if not patterns:
+        raise DataError("data.prepare: source is documents, but no document file is named", remedy="set documents")
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files:
+            raise DataError(f"data.prepare: there is no document file {pattern}", remedy="correct documents")
+        for file in files:
+            if file.suffix not in _KINDS:
+                known = ", ".join(_KINDS)
+                raise DataError(f"data.prepare: {file} is of no known kind", remedy=f"name files that end in {known}")
+            found.setdefault(file.resolve())
+    return list(found)
+
+
+def scan_files(files: Sequence[Path], *, slice_records: int, threads: int = 2) -> list[FileSlice]:
+    """Digest every file once and cut it into slices.
+
+    Args:
+        files: as from `list_files`.
+        slice_records: records of a slice, at most.
+        threads: files read at a time (hashing releases the interpreter lock).
+
+    Raises:
+        DataError: a file cannot be read or is damaged as a whole.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        return [part for parts in pool.map(lambda file: _scan(file, slice_records), files) for part in parts]
+
+
+def _scan(file: Path, slice_records: int) -> list[FileSlice]:
+    kind = _KINDS[file.suffix]
+    try:
+        if kind == "jsonl":
+            digest, starts, total = _scan_jsonl(file, slice_records)
+        elif kind == "parquet":
+            total = _open_parquet(file).metadata.num_rows
+            digest, starts = _digest(file), [0] * -(-total // slice_records)
+        else:
+            digest = _digest(file)
+            starts, total = _scan_tar(file, slice_records)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"documents: {file} cannot be read: {error}", remedy="mend or remove it") from error
+    return [
+        FileSlice(file, kind, digest, index * slice_records, min(slice_records, total - index * slice_records), start)
+        for index, start in enumerate(starts)
+    ]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- JSONL
+
+
+def _scan_jsonl(file: Path, slice_records: int) -> tuple[str, list[int], int]:
+    digest, starts, lines, offset = hashlib.sha256(), [], 0, 0
+    with file.open("rb", buffering=_READ_BYTES) as stream:
+        for line in stream:
+            if lines % slice_records == 0:
+                starts.append(offset)
+            digest.update(line)
+            offset += len(line)
+            lines += 1
+    return digest.hexdigest(), starts, lines
+
+
+def _read_jsonl(part: FileSlice) -> Iterator[Document | Rejected]:
+    resolve = folder_resolver(part.path.parent)
+    with part.path.open("rb", buffering=_READ_BYTES) as stream:
+        stream.seek(part.offset)
+        for number in range(part.first + 1, part.first + part.count + 1):
+            line = stream.readline()
+            if not line.strip():
+                continue
+            where = f"{part.path.name}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not JSON
+                reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"broken JSON: {error}"
+                yield Rejected(where, where, reason)
+                continue
+            yield parse_document(record, where=where, fallback_id=where, resolve=resolve)
+
+
+# -------------------------------------------------------------------------------------------------------- parquet
+
+
+def _open_parquet(file: Path) -> Any:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise DataError(f"documents: reading {file.name} needs pyarrow", remedy="pip install pyarrow") from error
+    try:
+        opened = parquet.ParquetFile(file)
+    except ValueError as error:  # pyarrow.ArrowInvalid
+        raise DataError(f"documents: {file} is not a parquet file: {error}", remedy="mend or remove it") from error
+    if "content" not in opened.schema_arrow.names:
+        columns = ", ".join(opened.schema_arrow.names)
+        raise DataError(f"documents: {file} has no column named content, only {columns}", remedy="see the README")
+    return opened
+
+
+def _read_parquet(part: FileSlice) -> Iterator[Document | Rejected]:
+    resolve = folder_resolver(part.path.parent)
+    opened = _open_parquet(part.path)
+    columns = [name for name in ("id", "content", "loss") if name in opened.schema_arrow.names]
+    end, group_start = part.first + part.count, 0
+    for group in range(opened.num_row_groups):
+        rows = opened.metadata.row_group(group).num_rows
+        low, high = max(part.first, group_start), min(end, group_start + rows)
+        if low < high:
+            table = opened.read_row_group(group, columns=columns).slice(low - group_start, high - low)
+            for number, record in enumerate(table.to_pylist(), start=low):
+                where = f"{part.path.name}:{number}"
+                yield parse_document(_plain(record), where=where, fallback_id=where, resolve=resolve)
+        group_start += rows
+
+
+def _plain(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`content` and `loss` may be columns of JSON text, which needs no nested schema."""
+    plain = dict(record)
+    for key in ("content", "loss"):
+        value = plain.get(key)
+        if isinstance(value, str) and value[:1] in "[{":
+            try:
+                plain[key] = json.loads(value)
+            except (ValueError, RecursionError):
+                plain[key] = None
+    return plain
+
+
+# ------------------------------------------------------------------------------------------------- WebDataset tar
+
+
+def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    """Neighbouring regular members that share the name up to the first dot of the file name (WebDataset's rule)."""
+    key, members = "", list[tarfile.TarInfo]()
+    for member in archive:
+        if not member.isreg():  # links and devices are never followed
+            continue
+        path = PurePosixPath(member.name)
+        name = str(path.parent / path.name.split(".", 1)[0])
+        if members and name != key:
+            yield key, members
+            members = []
+        key = name
+        members.append(member)
+    if members:
+        yield key, members
+
+
+def _scan_tar(file: Path, slice_records: int) -> tuple[list[int], int]:
+    starts, total = [], 0
+    with tarfile.open(file, "r:") as archive:
+        for _, members in _samples(archive):
+            if total % slice_records == 0:
+                starts.append(members[0].offset)
+            total += 1
+    return starts, total
+
+
+def _read_tar(part: FileSlice) -> Iterator[Document | Rejected]:
+    with part.path.open("rb") as stream:
+        stream.seek(part.offset)
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            for number, (key, members) in enumerate(_samples(archive)):
+                if number == part.count:
+                    return
+                files = {}
+                for member in members:
+                    opened = archive.extractfile(member)
+                    assert opened is not None  # regular members only
+                    files[PurePosixPath(member.name).name.partition(".")[2]] = opened.read()
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw
+                yield _parse_sample(key, files, where=f"{part.path.name}:{key}")
+
+
+def _parse_sample(key: str, files: Mapping[str, bytes], *, where: str) -> Document | Rejected:
+    """A sample with a .json that has `content` is a document; else its text and its image are a pair."""
+    record: Any = {}
+    if "json" in files:
+        try:
+            record = json.loads(files["json"])
+        except (ValueError, RecursionError) as error:
+            return Rejected(where, key, f"broken JSON: {error}")
+    if not isinstance(record, Mapping) or "content" not in record:
+        record = _pair(key, files, record if isinstance(record, Mapping) else {})
+    return parse_document(record, where=where, fallback_id=key, resolve=_sample_resolver(key, files))
+
+
+def _pair(key: str, files: Mapping[str, bytes], record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Caption and image, either one first: half of the pairs teach drawing, half describing (by a hash of the key)."""
+    caption = files["txt"].decode("utf-8", "replace") if "txt" in files else record.get("caption", "")
+    content: list[dict[str, Any]] = [{"type": "text", "text": caption}]
+    content += [{"type": "image", "path": suffix} for suffix in files if suffix.lower() in _IMAGE_SUFFIXES]
+    if hashlib.sha256(key.encode()).digest()[0] % 2:
+        content.reverse()
+    return {"id": record.get("id", key), "content": content, "loss": record.get("loss")}
+
+
+def _sample_resolver(key: str, files: Mapping[str, bytes]) -> Resolver:
+    """Image paths name a member of the same sample: "png", "a1.png" or "folder/a1.png"."""
+    path = PurePosixPath(key)
+
+    def resolve(name: str) -> bytes:
+        for prefix in ("", f"{path.name}.", f"{path}."):
+            if name.startswith(prefix) and name[len(prefix) :] in files:
+                return files[name[len(prefix) :]]
+        raise BadDocument(f"image {name} is missing from sample {key} of the archive")
+
+    return resolve

@@ -1,0 +1,225 @@
+"""Interleaved documents: what one may hold, and the checks that turn a record into a document or a rejection.
+
+Reading files is document_files.py; token ids are encode.py. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+TRAIN, VALIDATION = "train", "validation"
+SplitName = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text, taken literally: "<boi>" in it is five characters, not a token."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image: a file, an encoded file's bytes, or pixels uint8 [H, W] or [H, W, C]."""
+
+    source: Path | bytes | NDArray[np.uint8]
+    name: str = ""  # for messages
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Pre-tokenised content of any modality; ids count from 0 inside the modality's range."""
+
+    modality: str
+    ids: tuple[int, ...]
+
+
+Content = Text | Image | Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One interleaved document.
+
+    Attributes:
+        id: name of the document; its hash decides the split unless `split` is given.
+        content: pieces in reading order.
+        where: file and record, for messages.
+        loss: modalities whose labels are trained on; None: all of them.
+        split: split the source insists on.
+    """
+
+    id: str
+    content: tuple[Content, ...]
+    where: str
+    loss: tuple[str, ...] | None = None
+    split: SplitName | None = None
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The document's images in order."""
+        return tuple(piece for piece in self.content if isinstance(piece, Image))
+
+    def split_for(self, held_out: float) -> SplitName:
+        """The split it belongs to: the source's word, else by a hash of its id.
+
+        Args:
+            held_out: share of documents for validation, 0..1.
+        """
+        if self.split is not None:
+            return self.split
+        fraction = int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8], "big") / 2**64
+        return "validation" if fraction < held_out else "train"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that did not become a document: a line of rejected.jsonl."""
+
+    where: str
+    id: str
+    reason: str
+
+
+class DocumentSlice(Protocol):
+    """A fixed run of records of one input: parts are made of these, and workers receive them (so they pickle)."""
+
+    @property
+    def count(self) -> int:
+        """Records in the slice (blank lines of a JSONL file count, they yield nothing)."""
+
+    @property
+    def identity(self) -> str:
+        """Changes if any record of the slice may have changed."""
+
+    def read(self) -> Iterator[Document | Rejected]:
+        """The slice's documents and rejections, always the same in the same order."""
+
+
+class BadDocument(Exception):
+    """Why a record is not a document; becomes Rejected.reason."""
+
+
+# Turns the path of an image item into something to load; raises BadDocument.
+Resolver = Callable[[str], Path | bytes]
+
+
+def folder_resolver(folder: Path) -> Resolver:
+    """A resolver of image paths relative to `folder` that never leaves it.
+
+    Symbolic links are followed before the check, so a link inside the folder to a file outside is refused too.
+    """
+    root = folder.resolve()
+
+    def resolve(path: str) -> Path:
+        if "\0" in path:
+            raise BadDocument("image path holds a NUL character")
+        try:
+            target = (root / path).resolve()
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise BadDocument(f"image {path} cannot be resolved: {error}") from error
+        if not target.is_relative_to(root):
+            raise BadDocument(f"image path {path} leaves the folder of its document file")
+        if not target.exists():
+            raise BadDocument(f"image {path} is missing")
+        if not target.is_file():  # a FIFO would block a worker for ever
+            raise BadDocument(f"image {path} is not a regular file")
+        return target
+
+    return resolve
+
+
+def parse_document(record: Any, *, where: str, fallback_id: str, resolve: Resolver) -> Document | Rejected:
+    """Check one decoded record.
+
+    Args:
+        record: the JSON object of a line, or a row of the same columns.
+        where: file and record, for messages.
+        fallback_id: id of a record that has none.
+        resolve: looks up image paths.
+    """
+    document_id = fallback_id
+    try:
+        if not isinstance(record, Mapping):
+            raise BadDocument(f"the record is a {type(record).__name__}, not an object")
+        given = record.get("id")
+        if given is not None:
+            if not isinstance(given, str | int) or isinstance(given, bool) or given == "":
+                raise BadDocument("id is neither a string nor a number")
+            document_id = _clean(str(given), "id")
+        content = tuple(_parse_items(record.get("content"), resolve))
+        return Document(document_id, content, where, _parse_loss(record.get("loss")))
+    except BadDocument as error:
+        return Rejected(where, document_id.encode("utf-8", "replace").decode(), str(error))
+
+
+def _parse_items(content: Any, resolve: Resolver) -> Iterator[Content]:
+    if not isinstance(content, list | tuple):
+        raise BadDocument("there is no list named content")
+    pieces = 0
+    for position, item in enumerate(content):
+        if not isinstance(item, Mapping):
+            raise BadDocument(f"content[{position}] is a {type(item).__name__}, not an object")
+        kind = item.get("type")
+        if kind == "text":
+            text = item.get("text")
+            if not isinstance(text, str):
+                raise BadDocument(f"content[{position}] is text without a string named text")
+            if text:
+                pieces += 1
+                yield Text(_clean(text, f"content[{position}].text"))
+        elif kind == "image":
+            pieces += 1
+            yield _parse_image(item, position, resolve)
+        elif kind == "tokens":
+            pieces += 1
+            yield _parse_tokens(item, position)
+        else:
+            raise BadDocument(f"content[{position}] has type {kind!r}; known are text, image and tokens")
+    if not pieces:
+        raise BadDocument("the document is empty")
+
+
+def _parse_image(item: Mapping[str, Any], position: int, resolve: Resolver) -> Image:
+    data, path = item.get("bytes"), item.get("path")
+    if isinstance(data, bytes) and data:  # parquet files may hold the images themselves
+        return Image(data, path if isinstance(path, str) else f"content[{position}]")
+    if not isinstance(path, str) or not path:
+        raise BadDocument(f"content[{position}] is an image without a path")
+    return Image(resolve(path), path)
+
+
+def _parse_tokens(item: Mapping[str, Any], position: int) -> Tokens:
+    modality, ids = item.get("modality"), item.get("ids")
+    if not isinstance(modality, str):
+        raise BadDocument(f"content[{position}] holds tokens without the name of a modality")
+    if not isinstance(ids, list | tuple) or not ids:
+        raise BadDocument(f"content[{position}] holds tokens without a list of ids")
+    if not all(type(number) is int and number >= 0 for number in ids):  # bool is an int, too
+        raise BadDocument(f"content[{position}].ids holds something else than whole numbers from 0")
+    return Tokens(modality, tuple(ids))
+
+
+def _parse_loss(loss: Any) -> tuple[str, ...] | None:
+    if loss is None or loss == "all":
+        return None
+    names = (loss,) if isinstance(loss, str) else loss
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise BadDocument('loss is neither "all", nor the name of a modality, nor a list of such names')
+    return tuple(names)
+
+
+def _clean(text: str, what: str) -> str:
+    """JSON may spell half of a surrogate pair, which no tokenizer and no UTF-8 file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadDocument(f"{what} holds half of a surrogate pair") from error
+    return text

@@ -1,0 +1,191 @@
+"""Makes the two tokenizers of a data set: trained on a sample of its training documents, or loaded.
+
+Both are deterministic, so a run that is broken off here and started again makes the same ones. Held-out documents are
+not looked at, except to measure how well images survive.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.config import ImageTokenizerConfig, PrepareConfig
+from mmscale.data import image_tokens, text_tokens
+from mmscale.data.documents import BadDocument, Document, DocumentSlice, SplitName, Text
+from mmscale.data.encode import IMAGE
+from mmscale.data.image_files import load_image
+from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer
+from mmscale.data.progress import Reporter
+from mmscale.data.text_tokens import TextTokenizer
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import ConfigError, DataError
+
+_TEXT_CHARACTERS = 200_000_000  # more text hardly changes the merges, and counting it takes minutes
+_IMAGES_PER_PATCH = 8  # an image is read for every 8 patches asked for: enough variety without reading everything
+_MEASURED_IMAGES = 1024
+
+
+def text_tokenizer(
+    out: Path, settings: PrepareConfig, vocabulary: Vocabulary, slices: Sequence[DocumentSlice], reporter: Reporter
+) -> TextTokenizer:
+    """The data set's text tokenizer: what an earlier run left, else the one named, else a new one.
+
+    Raises:
+        DataError: it does not fit the text range, or a named file cannot be read.
+    """
+    low, high = vocabulary.ranges[0]
+    folder = out / text_tokens.FOLDER
+    if (folder / text_tokens.FILE).is_file():
+        try:
+            return TextTokenizer.load(folder / text_tokens.FILE, size=high - low)
+        except DataError:
+            reporter.say(f"{folder} is damaged and made again")
+    if settings.text.load is not None:
+        tokenizer = TextTokenizer.load(Path(settings.text.load), size=high - low)
+    else:
+        tokenizer = TextTokenizer.train(_texts(slices, settings.held_out), size=high - low)
+    tokenizer.save(folder)
+    reporter.say(f"text tokenizer: {tokenizer.vocab_size} of {high - low} ids in use")
+    return tokenizer
+
+
+def image_tokenizer(
+    out: Path, settings: PrepareConfig, vocabulary: Vocabulary, slices: Sequence[DocumentSlice], reporter: Reporter
+) -> ImageTokenizer | None:
+    """The data set's image tokenizer, likewise; None if the vocabulary or the documents have no images.
+
+    Raises:
+        ConfigError: its settings do not fit each other.
+        DataError: its codes do not fit the image range, or a named folder cannot be read.
+    """
+    if IMAGE not in vocabulary.names:
+        return None
+    folder = out / image_tokens.FOLDER
+    low, high = vocabulary.range_of(IMAGE)
+    if (folder / image_tokens.SETTINGS).is_file():
+        try:
+            return image_tokens.load_image_tokenizer(folder)
+        except DataError:
+            reporter.say(f"{folder} is damaged and made again")
+    tokenizer = _make_image_tokenizer(settings, high - low, slices)
+    if tokenizer is None:
+        return None
+    if tokenizer.vocab_size > high - low:
+        raise DataError(
+            f"image tokenizer: {tokenizer.kind} has {tokenizer.vocab_size} codes, the image range {high - low} ids",
+            remedy=f"give image {tokenizer.vocab_size} ids in vocab.modalities",
+        )
+    measured = _measure(tokenizer, settings, slices)
+    image_tokens.save_whole(tokenizer, folder, measured=measured)
+    if measured["psnr_db"] is not None:
+        lost = f"PSNR {measured['psnr_db']} dB"
+    else:
+        lost = "nothing is lost" if measured.get("exact") else "PSNR not measured"
+    reporter.say(
+        f"image tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} codes, {tokenizer.tokens_per_image} tokens an "
+        f"image; {lost} on {measured['images']} {measured['split']} images"
+    )
+    return tokenizer
+
+
+def _make_image_tokenizer(
+    settings: PrepareConfig, codes: int, slices: Sequence[DocumentSlice]
+) -> ImageTokenizer | None:
+    image = settings.image
+    if image.kind == "levels":
+        return LevelsTokenizer(image.size, image.channels, min(codes, 256))
+    if image.kind == "vq":
+        if image.path is None:
+            raise ConfigError("data.prepare.image: kind vq needs path", remedy="name the local folder of a VQ model")
+        from mmscale.data.image_vq import VQTokenizer  # torch and transformers, which the other kinds do without
+
+        return VQTokenizer.from_pretrained(Path(image.path), size=image.size, channels=image.channels)
+    if image.path is not None:
+        return _reused(image)
+    if image.size % image.patch:
+        raise ConfigError(
+            f"data.prepare.image: patches of {image.patch} pixels do not tile images of {image.size} pixels",
+            remedy="choose a patch that divides size",
+        )
+    patches = _patches(settings, slices)
+    if not len(patches):
+        return None
+    return KMeansTokenizer.fit(patches, size=image.size, channels=image.channels, patch=image.patch, codes=codes)
+
+
+def _reused(image: ImageTokenizerConfig) -> ImageTokenizer:
+    assert image.path is not None
+    tokenizer = image_tokens.load_image_tokenizer(Path(image.path))
+    has = (tokenizer.kind, tokenizer.size, tokenizer.channels, getattr(tokenizer, "patch", image.patch))
+    wants = ("kmeans", image.size, image.channels, image.patch)
+    if has != wants:
+        raise ConfigError(
+            "data.prepare.image: {} holds a {} tokenizer of size {}, channels {}, patch {}".format(image.path, *has),
+            remedy="set kind, size, channels and patch to these",
+        )
+    return tokenizer
+
+
+def _documents(piece: DocumentSlice, split: SplitName, held_out: float) -> Iterator[Document]:
+    """A slice's good documents of one split; bad ones are reported when the parts are made."""
+    return (item for item in piece.read() if isinstance(item, Document) and item.split_for(held_out) == split)
+
+
+def _texts(slices: Sequence[DocumentSlice], held_out: float) -> Iterator[str]:
+    """Training text, at most _TEXT_CHARACTERS, equally from the start of every slice."""
+    share = _TEXT_CHARACTERS // max(1, len(slices))
+    for piece in slices:
+        characters = 0
+        for document in _documents(piece, "train", held_out):
+            for content in document.content:
+                if isinstance(content, Text):
+                    characters += len(content.text)
+                    yield content.text
+            if characters >= share:
+                break
+
+
+def _images(
+    slices: Sequence[DocumentSlice], split: SplitName, settings: PrepareConfig, limit: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Readable images of a split uint8 [H, W, C], at most `limit`, equally from the start of every slice."""
+    share = -(-limit // max(1, len(slices)))
+    for piece in slices:
+        images = (image for document in _documents(piece, split, settings.held_out) for image in document.images)
+        for image in itertools.islice(images, share):
+            try:
+                yield load_image(image, size=settings.image.size, channels=settings.image.channels)
+            except BadDocument:
+                continue
+
+
+def _patches(settings: PrepareConfig, slices: Sequence[DocumentSlice]) -> NDArray[np.uint8]:
+    """A uniform sample of at most fit_patches patches, uint8 [N, D].
+
+    Every patch draws a number, and the smallest numbers stay: memory holds no more than twice the sample.
+    """
+    patch, wanted = settings.image.patch, settings.image.fit_patches
+    numbers = np.random.default_rng(0)
+    kept = np.zeros((0, patch * patch * settings.image.channels), np.uint8)
+    drawn = np.zeros(0)
+    images = _images(slices, "train", settings, max(1, wanted // _IMAGES_PER_PATCH))
+    while batch := list(itertools.islice(images, 256)):
+        patches = image_tokens.to_patches(np.stack(batch), patch)
+        kept, drawn = np.concatenate([kept, patches]), np.concatenate([drawn, numbers.random(len(patches))])
+        if len(kept) > wanted:
+            chosen = np.sort(np.argpartition(drawn, wanted)[:wanted])
+            kept, drawn = kept[chosen], drawn[chosen]
+    return kept
+
+
+def _measure(tokenizer: ImageTokenizer, settings: PrepareConfig, slices: Sequence[DocumentSlice]) -> dict[str, object]:
+    """Quality on held-out images, or on training images if none is held out."""
+    for split in ("validation", "train"):
+        images = list(itertools.islice(_images(slices, split, settings, _MEASURED_IMAGES), _MEASURED_IMAGES))
+        if images:
+            return image_tokens.quality(tokenizer, np.stack(images)) | {"split": split}
+    return {"images": 0, "codes_used": 0, "psnr_db": None, "split": "train"}

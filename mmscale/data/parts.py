@@ -1,0 +1,318 @@
+"""One part of a data set: a Megatron IndexedDataset written crash-safe, and read back without torch.
+
+Cutting the input into parts and running them in processes is prepare.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.documents import TRAIN, VALIDATION, Document, DocumentSlice, Rejected
+from mmscale.data.encode import DocumentEncoder, Encoded
+from mmscale.data.manifest import Part
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import DataError
+
+SPLITS = (TRAIN, VALIDATION)
+SUFFIXES = (".bin", ".idx", ".meta.npy")
+DONE = "done"
+_CHUNK = 64  # documents tokenised together: one call of the image tokenizer, one look at the stop flag
+_AGAIN = "free some space and run the same command again: finished parts are kept"
+
+# megatron/core/datasets/indexed_dataset.py: header, version, and the codes of its DType enum
+_HEADER = b"MMIDIDX\x00\x00"
+_CODES: dict[np.dtype[Any], int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+def dtype_for(vocabulary: Vocabulary) -> np.dtype[Any]:
+    """Type of the ids on disk: uint16 while every id fits, else int32.
+
+    It is written into the index explicitly: megatron has two thresholds of its own, 65500 and 65536, and a vocabulary
+    of Chameleon's 65536 ids falls between them.
+    """
+    return np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.int32)
+
+
+def write_error(error: OSError, path: Path) -> DataError:
+    """What a full disk, a quota or missing rights mean to the user."""
+    return DataError(f"data: {path} could not be written: {error.strerror or error}", remedy=_AGAIN)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            _sync(stream)
+        _publish([(temporary, file)])
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _publish(renames: Sequence[tuple[Path, Path]]) -> None:
+    for temporary, file in renames:
+        os.replace(temporary, file)
+    for folder in {file.parent for _, file in renames}:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class PartWriter:
+    """Writes one split of one part: `<prefix>.bin`, `.idx` and `.meta.npy`, each under a temporary name first.
+
+    megatron's own builder keeps Python lists and publishes half-written files, hence this one.
+
+    Args:
+        folder: the data set.
+        prefix: relative to the folder, without suffix.
+        vocabulary: id ranges; an id outside is a bug of the caller and stops the writer, as numpy would wrap it.
+    """
+
+    def __init__(self, folder: Path, prefix: str, vocabulary: Vocabulary) -> None:
+        self.folder, self.prefix, self.vocabulary = folder, prefix, vocabulary
+        self.dtype = dtype_for(vocabulary)
+        self._lengths: list[int] = []
+        self._rows: list[NDArray[np.int64]] = []
+        self._stream: BinaryIO | None = None
+
+    def _path(self, suffix: str) -> Path:
+        return self.folder / (self.prefix + suffix)
+
+    def add(self, encoded: Encoded) -> None:
+        """Append a document."""
+        if encoded.ids.min() < 0 or encoded.ids.max() >= self.vocabulary.size:
+            raise DataError(
+                f"{encoded.document.where}: an id of {encoded.document.id!r} is outside 0..{self.vocabulary.size - 1}",
+                remedy="this is a bug of a tokenizer: report it",
+            )
+        if self._stream is None:
+            self._path("").parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._path(".bin.tmp").open("wb")
+        self._stream.write(encoded.ids.astype(self.dtype).tobytes())
+        self._lengths.append(len(encoded.ids))
+        self._rows.append(np.append(encoded.tokens, encoded.loss))
+
+    def finish(self) -> Part | None:
+        """Make the files safe and give them their names; None if no document was added."""
+        if self._stream is None:
+            return None
+        _sync(self._stream)
+        self._stream.close()
+        table = np.stack(self._rows)
+        content = io.BytesIO()
+        np.save(content, table)
+        for suffix, data in ((".idx", index_bytes(self._lengths, self.dtype)), (".meta.npy", content.getvalue())):
+            with self._path(suffix + ".tmp").open("wb") as stream:
+                stream.write(data)
+                _sync(stream)
+        _publish([(self._path(suffix + ".tmp"), self._path(suffix)) for suffix in SUFFIXES])
+        tokens = dict(zip(self.vocabulary.names, table[:, :-1].sum(axis=0).tolist(), strict=True))
+        sizes = [self._path(suffix).stat().st_size for suffix in (".bin", ".idx")]
+        return Part(prefix=self.prefix, documents=len(table), tokens=tokens, bin_bytes=sizes[0], idx_bytes=sizes[1])
+
+    def abort(self) -> None:
+        """Remove what was not given its name."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError):  # a full disk: buffered bytes cannot be written, and need not
+                self._stream.close()
+        for suffix in SUFFIXES:
+            self._path(suffix + ".tmp").unlink(missing_ok=True)
+
+
+def index_bytes(lengths: Sequence[int], dtype: np.dtype[Any]) -> bytes:
+    """The .idx file of megatron's IndexedDataset: one sequence per document.
+
+    Args:
+        lengths: tokens of each document.
+        dtype: type of the ids in the .bin file.
+    """
+    sizes = np.asarray(lengths, dtype=np.int32)
+    pointers = np.zeros(len(sizes), dtype=np.int64)
+    np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
+    head = _HEADER + struct.pack("<QBQQ", 1, _CODES[dtype], len(sizes), len(sizes) + 1)
+    documents = np.arange(len(sizes) + 1, dtype=np.int64)
+    return head + sizes.tobytes() + (pointers * dtype.itemsize).tobytes() + documents.tobytes()
+
+
+def read_document(folder: Path, part: Part, index: int) -> NDArray[np.int64]:
+    """Ids of one document of a part, int64 [tokens], a copy.
+
+    Raises:
+        DataError: the index file is not one, or there is no such document.
+    """
+    if not 0 <= index < part.documents:
+        raise DataError(f"data: part {part.prefix} has no document {index}", remedy=f"ask for 0..{part.documents - 1}")
+    file = folder / f"{part.prefix}.idx"
+    head = struct.calcsize("<QBQQ")
+    with file.open("rb") as stream:
+        magic = stream.read(len(_HEADER))
+        fields = stream.read(head)
+        if magic != _HEADER or len(fields) < head:
+            raise DataError(f"data: {file} is not an index file", remedy="run `mmscale data prepare` again")
+        _, code, sequences, _ = struct.unpack("<QBQQ", fields)
+        start = len(_HEADER) + head
+        stream.seek(start + 4 * index)
+        (length,) = struct.unpack("<i", stream.read(4))
+        stream.seek(start + 4 * sequences + 8 * index)
+        (pointer,) = struct.unpack("<q", stream.read(8))
+    ids = np.fromfile(folder / f"{part.prefix}.bin", dtype=_DTYPES[code], count=length, offset=pointer)
+    return np.asarray(ids, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """What one part is made of.
+
+    Attributes:
+        index: number of the part.
+        slices: its documents.
+        tokenizers: fingerprints and limits that decide the ids.
+    """
+
+    index: int
+    slices: tuple[DocumentSlice, ...]
+    tokenizers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """File name of the part."""
+        return f"{self.index:05d}"
+
+    @property
+    def count(self) -> int:
+        """Records."""
+        return sum(piece.count for piece in self.slices)
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that decides the part's files."""
+        content = json.dumps([self.index, [piece.identity for piece in self.slices], self.tokenizers])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FinishedPart:
+    """done/<part>.json, written after the part's files: without it the part does not count."""
+
+    digest: str
+    splits: dict[str, Part]
+    rejected: tuple[Rejected, ...]
+    sizes: dict[str, int]  # relative path -> bytes, of every file of the part
+
+
+class Stopped(Exception):
+    """The run was given up while this part was being made."""
+
+
+def build_part(
+    folder: Path,
+    job: PartJob,
+    encoder: DocumentEncoder,
+    *,
+    held_out: float,
+    strict: bool,
+    advance: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> FinishedPart:
+    """Make one part; nothing with a final name appears before everything of it is on disk.
+
+    Args:
+        folder: the data set.
+        job: which documents.
+        encoder: documents to ids.
+        held_out: share of documents for validation.
+        strict: the first bad document is an error.
+        advance: told how many records more were read.
+        stopped: asked between chunks whether to give up.
+
+    Raises:
+        DataError: the disk is full, an input is gone, or strict and a document is bad.
+        Stopped: `stopped` said so.
+    """
+    writers = {split: PartWriter(folder, f"{split}/{job.name}", encoder.vocabulary) for split in SPLITS}
+    rejected: list[Rejected] = []
+    try:
+        for chunk in _chunks(job):
+            if stopped():
+                raise Stopped
+            documents = [item for item in chunk if isinstance(item, Document)]
+            encoded = iter(encoder.encode(documents))
+            for item in chunk:  # rejections keep the order of the input
+                result = next(encoded) if isinstance(item, Document) else item
+                if isinstance(result, Encoded):
+                    writers[result.document.split_for(held_out)].add(result)
+                elif strict:
+                    raise strict_error(result)
+                else:
+                    rejected.append(result)
+            advance(len(chunk))
+        splits = {split: part for split, writer in writers.items() if (part := writer.finish()) is not None}
+        finished = FinishedPart(job.digest, splits, tuple(rejected), _sizes(folder, splits))
+        content = asdict(finished) | {"splits": {name: part.model_dump() for name, part in splits.items()}}
+        (folder / DONE).mkdir(exist_ok=True)
+        write_whole(folder / DONE / f"{job.name}.json", json.dumps(content, indent=1).encode())
+        return finished
+    except OSError as error:
+        raise write_error(error, folder) from error
+    finally:
+        for writer in writers.values():
+            writer.abort()
+
+
+def strict_error(rejected: Rejected) -> DataError:
+    """The error that a bad document is under --strict."""
+    return DataError(
+        f"{rejected.where}: document {rejected.id!r}: {rejected.reason}",
+        remedy="mend it, or leave out --strict to skip it",
+    )
+
+
+def _chunks(job: PartJob) -> Iterator[list[Document | Rejected]]:
+    records = (record for piece in job.slices for record in piece.read())
+    while chunk := list(islice(records, _CHUNK)):
+        yield chunk
+
+
+def _sizes(folder: Path, splits: dict[str, Part]) -> dict[str, int]:
+    files = [part.prefix + suffix for part in splits.values() for suffix in SUFFIXES]
+    return {file: (folder / file).stat().st_size for file in files}
+
+
+def read_finished(folder: Path, job: PartJob) -> FinishedPart | None:
+    """The record of a part that needs no work; None if it is missing, damaged, of another input, or lacks a file."""
+    try:
+        content = json.loads((folder / DONE / f"{job.name}.json").read_text())
+        finished = FinishedPart(
+            content["digest"],
+            {name: Part.model_validate(part) for name, part in content["splits"].items()},
+            tuple(Rejected(**rejected) for rejected in content["rejected"]),
+            content["sizes"],
+        )
+        whole = finished.digest == job.digest and _sizes(folder, finished.splits) == finished.sizes
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return finished if whole else None

@@ -1,0 +1,74 @@
+"""Questions that a data set defines: documents of which one span is the answer, with the answers to choose from.
+
+How a model is asked is inference's business. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmscale.data.manifest import Manifest
+from mmscale.data.parts import write_whole
+from mmscale.errors import DataError
+
+FOLDER = "tasks"
+
+
+@dataclass(frozen=True)
+class TaskItem:
+    """One question.
+
+    Attributes:
+        ids: the whole document with the right answer in place.
+        answer: half-open span of the answer in `ids`.
+        choices: ids of every possible answer, to stand in that place; one of them is `ids[start:end]`.
+    """
+
+    ids: tuple[int, ...]
+    answer: tuple[int, int]
+    choices: tuple[tuple[int, ...], ...]
+
+    @property
+    def right(self) -> int:
+        """Index of the right answer in `choices`."""
+        start, end = self.answer
+        return self.choices.index(self.ids[start:end])
+
+
+def write_task(file: Path, items: Sequence[TaskItem]) -> None:
+    """Write a task's JSONL, whole or not at all."""
+    file.parent.mkdir(exist_ok=True)
+    lines = [json.dumps({"ids": item.ids, "answer": item.answer, "choices": item.choices}) for item in items]
+    write_whole(file, "".join(line + "\n" for line in lines).encode())
+
+
+def read_task(folder: Path, manifest: Manifest, name: str) -> list[TaskItem]:
+    """The questions of a task.
+
+    Args:
+        folder: the data set.
+        manifest: its manifest.
+        name: name of the task.
+
+    Raises:
+        DataError: the data set has no such task, or its file is missing or damaged.
+    """
+    found = [task for task in manifest.tasks if task.name == name]
+    if not found:
+        known = ", ".join(task.name for task in manifest.tasks) or "none"
+        raise DataError(f"data: {folder} has no task {name!r} (it has: {known})", remedy="name one of these")
+    file = folder / found[0].file
+    items = []
+    try:
+        for line in file.read_text().splitlines():
+            fields = json.loads(line)
+            start, end = fields["answer"]
+            item = TaskItem(tuple(fields["ids"]), (start, end), tuple(tuple(choice) for choice in fields["choices"]))
+            item.right  # noqa: B018  raises if the answer is none of the choices
+            items.append(item)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"data: {file} is damaged: {error}", remedy="run `mmscale data prepare` again") from error
+    return items

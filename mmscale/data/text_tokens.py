@@ -1,0 +1,181 @@
+"""Text to token ids and back: byte-level BPE through Hugging Face `tokenizers`, trained here or loaded.
+
+The ids are those of the text range, special tokens first; other modalities' ids are not its business. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mmscale.data.vocab import SPECIAL_TOKENS
+from mmscale.errors import DataError
+
+FOLDER = "text_tokenizer"
+FILE = "tokenizer.json"
+_BYTES = 256
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` whose ids 0..4 are the special tokens and never come out of text.
+
+    Args:
+        tokenizer: ids 0..4 are SPECIAL_TOKENS.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        # A user who writes "<boi>" must not open an image. The flag is not stored in tokenizer.json (tokenizers
+        # 0.23), so it is set on every instance.
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, size: int) -> TextTokenizer:
+        """Train byte-level BPE that fits into the text range.
+
+        Args:
+            texts: the corpus; a small one yields fewer merges and leaves the rest of the range unused.
+            size: ids of the text range, special tokens included [ids].
+
+        Raises:
+            DataError: the range cannot hold special tokens and bytes.
+        """
+        least = len(SPECIAL_TOKENS) + _BYTES
+        if size < least:
+            raise DataError(
+                f"vocab.modalities: text has {size} ids; byte-level BPE needs {len(SPECIAL_TOKENS)} special tokens "
+                f"+ {_BYTES} bytes = {least}",
+                remedy=f"give text at least {least} ids, or load a tokenizer that is smaller",
+            )
+        tokenizer = Tokenizer(models.BPE())
+        # No space is added in front, so decoding gives back exactly what was encoded; " seven" is one piece wherever
+        # it follows other text.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, file: Path, *, size: int | None = None) -> TextTokenizer:
+        """Read a tokenizer.json, ours or another's.
+
+        A tokenizer without our special tokens at ids 0..4 is moved up by 5 ids; where its own special tokens have our
+        names ("<s>"), they are renamed, as ours take their place.
+
+        Args:
+            file: the tokenizer.json.
+            size: ids of the text range, checked where given [ids].
+
+        Raises:
+            DataError: the file is missing, damaged, of a kind whose ids cannot be moved, or too large.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_str(json.dumps(_with_our_specials(content, file)))
+        except DataError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(
+                f"text tokenizer: {file} cannot be read: {str(error).splitlines()[0]}",
+                remedy="name a tokenizer.json of Hugging Face tokenizers",
+            ) from error
+        loaded = cls(tokenizer)
+        if size is not None and loaded.vocab_size > size:
+            raise DataError(
+                f"text tokenizer: {file} needs {loaded.vocab_size} ids with {len(SPECIAL_TOKENS)} special tokens, "
+                f"the text range has {size}",
+                remedy=f"give text {loaded.vocab_size} ids in vocab.modalities or use a smaller tokenizer",
+            )
+        probes = loaded.encode_batch([*SPECIAL_TOKENS, " ".join(SPECIAL_TOKENS)])
+        if any((ids < len(SPECIAL_TOKENS)).any() for ids in probes):
+            raise DataError(
+                f"text tokenizer: {file} turns the text {' '.join(SPECIAL_TOKENS)!r} into special tokens",
+                remedy="use a tokenizer that does not hold these strings as ordinary words",
+            )
+        return loaded
+
+    @property
+    def vocab_size(self) -> int:
+        """One past the largest id [ids]."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Ids of a text, int64 [tokens]; never a special token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Ids of several texts, each int64 [tokens]."""
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        """Text of ids; special tokens are left out."""
+        return str(self.tokenizer.decode([int(number) for number in ids], skip_special_tokens=True))
+
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary, the merges and all settings."""
+        content = json.dumps(json.loads(self.tokenizer.to_str()), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json into `folder`, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / (FILE + ".tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(self.tokenizer.to_str(pretty=True))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, folder / FILE)
+
+
+def open_text_tokenizer(folder: Path) -> TextTokenizer:
+    """The text tokenizer of a prepared data set.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    return TextTokenizer.load(folder / FOLDER / FILE)
+
+
+def _with_our_specials(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The content of a tokenizer.json with SPECIAL_TOKENS at ids 0..4."""
+    model, added = content["model"], content.get("added_tokens") or []
+    vocabulary: dict[str, int] = model["vocab"]
+    if not isinstance(vocabulary, dict):
+        raise DataError(
+            f"text tokenizer: {file} is a {model.get('type')} model, whose ids cannot be moved",
+            remedy="use a BPE, WordPiece or WordLevel tokenizer",
+        )
+    ids = {token["content"]: token["id"] for token in added} | vocabulary
+    if any(ids.get(name) != index for index, name in enumerate(SPECIAL_TOKENS)):
+        shift = len(SPECIAL_TOKENS)
+        vocabulary = {_renamed(name): number + shift for name, number in vocabulary.items()}
+        added = [token | {"content": _renamed(token["content"]), "id": token["id"] + shift} for token in added]
+    theirs = [token for token in added if token["content"] not in SPECIAL_TOKENS]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    ours = [{"id": index, "content": name} | flags for index, name in enumerate(SPECIAL_TOKENS)]
+    vocabulary = {name: index for index, name in enumerate(SPECIAL_TOKENS)} | vocabulary
+    if model.get("unk_token") in SPECIAL_TOKENS:
+        model = model | {"unk_token": _renamed(model["unk_token"])}
+    # Templates, truncation and padding would add tokens of their own or cut documents in silence.
+    dropped = {"post_processor": None, "truncation": None, "padding": None}
+    return content | dropped | {"model": model | {"vocab": vocabulary}, "added_tokens": ours + theirs}
+
+
+def _renamed(name: str) -> str:
+    return f"<former {name[1:]}" if name in SPECIAL_TOKENS else name

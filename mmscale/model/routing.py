@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Scores lie in (0, 1): tokens that may not be chosen are pushed below, tokens within a quota above all others.
+# Depth scores lie in (0, 1): tokens that may not be chosen are pushed below, tokens within a quota above all others.
 _FOREIGN = -1.0
 _QUOTA = 2.0
 
@@ -46,7 +46,8 @@ def expert_choice(logits: Tensor, member: Tensor, capacity: int, *, per_sequence
     """
     length, batch, experts = logits.shape
     scores = torch.sigmoid(logits)
-    ranked = scores.detach().masked_fill(~member.unsqueeze(-1), _FOREIGN)
+    # Logits, not scores: in fp32 all scores of logits above 17 are 1, and their order would be lost.
+    ranked = logits.detach().masked_fill(~member.unsqueeze(-1), float("-inf"))
     if per_sequence:
         chosen = ranked.topk(capacity, dim=0, sorted=False).indices  # [C, B, E]
         token = chosen * batch + torch.arange(batch, device=logits.device).view(1, batch, 1)
@@ -82,11 +83,11 @@ def gumbel_noise(shape: torch.Size, *, key: int, device: torch.device) -> Tensor
     return torch.logit(uniform, eps=1e-7)
 
 
-def depth_choice(scores: Tensor, modality: Tensor, keep: int, quotas: tuple[int, ...] | None) -> Tensor:
+def depth_choice(logits: Tensor, modality: Tensor, keep: int, quotas: tuple[int, ...] | None) -> Tensor:
     """The tokens that a Mixture-of-Depths layer processes, per sequence.
 
     Args:
-        scores: [S, B] in (0, 1).
+        logits: [S, B] fp32.
         modality: [S, B] int, -1 for padding, which is taken last.
         keep: K, tokens per sequence.
         quotas: tokens of each modality (their sum is at most K) that are taken first: each modality's best; the rest of
@@ -95,14 +96,14 @@ def depth_choice(scores: Tensor, modality: Tensor, keep: int, quotas: tuple[int,
     Returns:
         [K, B] int64, ascending positions.
     """
-    ranked = scores.detach().masked_fill(modality < 0, _FOREIGN)
+    ranked = logits.detach().masked_fill(modality < 0, _FOREIGN)
     if quotas is not None:
-        bonus = torch.zeros_like(ranked)
+        within = torch.zeros_like(modality, dtype=torch.bool)
         for index, quota in enumerate(quotas):
             if quota == 0:
                 continue
             own = modality == index
             best = ranked.masked_fill(~own, _FOREIGN).topk(quota, dim=0, sorted=False).indices
-            bonus.scatter_(0, best, _QUOTA * own.gather(0, best).to(bonus.dtype))
-        ranked = ranked + bonus
+            within.scatter_(0, best, own.gather(0, best))
+        ranked = ranked.masked_fill(within, float("inf"))
     return ranked.topk(keep, dim=0, sorted=False).indices.sort(dim=0).values

@@ -1,0 +1,368 @@
+"""Slow references of the model in plain loops, and the tiny configurations and batches that tests run them on.
+
+Shares nothing with mmscale.model but parameter names and the configuration. One document, head, query, token and expert at a
+time; in fp64 if the weights are, so that what a comparison shows is the model's own rounding.
+
+Shapes: B sequences, S tokens of a sequence, n tokens of a sequence that a layer sees, H hidden width, D width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from mmscale.config import (
+    Config,
+    DepthConfig,
+    ExpertsConfig,
+    ModalityVocab,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    VocabConfig,
+)
+
+PAD = 0
+TEXT_IDS, IMAGE_IDS = 20, 11
+SHARE = {"text": 0.5, "image": 0.5}
+Weights = Mapping[str, Tensor]
+Choice = dict[tuple[int, int], float]  # (expert, token) -> gate
+
+
+# --- tiny configurations and batches ---------------------------------------------------------------------------------
+
+
+def tiny(
+    kind: str = "moma",
+    *,
+    experts: ExpertsConfig | None = None,
+    dtype: str = "fp32",
+    recompute: str = "none",
+    seed: int = 1234,
+    **model: object,
+) -> Config:
+    """A model of two layers and width 16 over 20 text and 11 image ids; `model` overrides settings of ModelConfig."""
+    if experts is None:
+        experts = {
+            "dense": ExpertsConfig(),
+            "moe": ExpertsConfig(counts={"mixed": 4}, share=SHARE),
+            "moma": ExpertsConfig(counts={"text": 3, "image": 1}, share=SHARE),
+        }[kind]
+    settings: dict[str, object] = {
+        "kind": kind,
+        "num_layers": 2,
+        "hidden_size": 16,
+        "ffn_hidden_size": 24,
+        "num_attention_heads": 4,
+        "seq_length": 12,
+        "experts": experts,
+    }
+    modalities = (ModalityVocab(name="text", size=TEXT_IDS), ModalityVocab(name="image", size=IMAGE_IDS))
+    config = Config(
+        vocab=VocabConfig(modalities=modalities, pad_multiple=8),
+        model=ModelConfig.model_validate(settings | model),
+        parallel=ParallelConfig.model_validate({"recompute": recompute}),
+        precision=PrecisionConfig.model_validate({"dtype": dtype}),
+    )
+    return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+
+
+def moma_experts(**settings: object) -> ExpertsConfig:
+    """Three text experts and one image expert; `settings` overrides."""
+    return ExpertsConfig.model_validate({"counts": {"text": 3, "image": 1}, "share": SHARE} | settings)
+
+
+def depth(choice: str = "mixed", **settings: object) -> DepthConfig:
+    """Half of the tokens in every second layer."""
+    return DepthConfig.model_validate({"every": 2, "capacity": 0.5, "multiple": 2, "choice": choice} | settings)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as the loader has it: four [B, S] tensors."""
+
+    ids: Tensor
+    modality: Tensor
+    position: Tensor
+    document: Tensor
+
+    def rows(self, *indices: int) -> Batch:
+        """Some of its sequences."""
+        own = list(indices)
+        return Batch(self.ids[own], self.modality[own], self.position[own], self.document[own])
+
+
+def batch_of(sequences: Sequence[Sequence[Sequence[int]]], *, length: int) -> Batch:
+    """Pack documents (lists of ids) into sequences, padded with id 0; padding is a document of its own, -1."""
+    facts: list[list[list[int]]] = [[], [], [], []]
+    for documents in sequences:
+        ids = [token for tokens in documents for token in tokens]
+        position = [place for tokens in documents for place in range(len(tokens))]
+        document = [number for number, tokens in enumerate(documents) for _ in tokens]
+        padding = length - len(ids)
+        assert padding >= 0, "documents do not fit"
+        ids += [PAD] * padding
+        position += list(range(padding))
+        document += [-1] * padding
+        modality = [-1 if token == PAD else int(token >= TEXT_IDS) for token in ids]
+        for column, values in zip(facts, (ids, modality, position, document), strict=True):
+            column.append(values)
+    ids_BS, modality_BS, position_BS, document_BS = (torch.tensor(column) for column in facts)
+    return Batch(ids_BS, modality_BS.to(torch.int8), position_BS, document_BS.to(torch.int32))
+
+
+def random_documents(lengths: Iterable[int], *, seed: int, image: float = 0.5) -> list[list[int]]:
+    """Documents of these lengths, a share `image` of their tokens being image tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = []
+    for length in lengths:
+        text = torch.randint(1, TEXT_IDS, (length,), generator=generator)
+        picture = torch.randint(TEXT_IDS, TEXT_IDS + IMAGE_IDS, (length,), generator=generator)
+        documents.append(torch.where(torch.rand(length, generator=generator) < image, picture, text).tolist())
+    return documents
+
+
+def usual_batch() -> Batch:
+    """Two sequences of 12: documents of 5, 1 and 6 tokens; of 4 and 5 tokens with 3 of padding."""
+    return batch_of([random_documents((5, 1, 6), seed=1), random_documents((4, 5), seed=2)], length=12)
+
+
+# --- routing --------------------------------------------------------------------------------------------------------
+
+
+def capacity_of(config: Config, scope: int, group: str) -> int:
+    """Tokens per expert: ceil(factor * scope * share / experts) up to a multiple, at least one, at most all."""
+    experts = config.model.experts
+    assert experts.share != "auto"
+    share = Fraction(1) if config.model.kind == "moe" else Fraction(str(experts.share[group]))
+    exact = Fraction(str(experts.capacity_factor)) * scope * share / experts.counts[group]
+    multiples = math.ceil(Fraction(math.ceil(exact), experts.capacity_multiple))
+    return min(scope, max(1, multiples * experts.capacity_multiple))
+
+
+def choose(scores: Sequence[Sequence[float]], member: Sequence[bool], capacity: int) -> Choice:
+    """Expert choice among the tokens of one scope; scores[token][expert] are gates already."""
+    taken: Choice = {}
+    for expert in range(len(scores[0])):
+        candidates = [token for token in range(len(scores)) if member[token]]
+        candidates.sort(key=lambda token, e=expert: scores[token][e], reverse=True)  # type: ignore[misc]
+        for token in candidates[:capacity]:
+            taken[expert, token] = scores[token][expert]
+    return taken
+
+
+def choose_depth(scores: Sequence[float], modality: Sequence[int], keep: int, quotas: Sequence[int] | None) -> list[int]:
+    """Positions that a depth layer takes of one sequence: quotas first, then the best of the others, padding last."""
+    order = sorted(range(len(scores)), key=lambda token: scores[token], reverse=True)
+    taken: list[int] = []
+    for index, quota in enumerate(quotas or ()):
+        taken += [token for token in order if modality[token] == index][:quota]
+    rest = [token for token in order if token not in taken]
+    rest = [token for token in rest if modality[token] >= 0] + [token for token in rest if modality[token] < 0]
+    return sorted((taken + rest)[:keep])
+
+
+def depth_numbers(config: Config) -> tuple[int, tuple[int, ...] | None]:
+    """Tokens per sequence of a depth layer, and each modality's quota of them."""
+    settings, length, share = config.model.depth, config.model.seq_length, config.model.experts.share
+    assert settings is not None and share != "auto"
+    kept = math.ceil(Fraction(str(settings.capacity)) * length / settings.multiple) * settings.multiple
+    kept = min(length, kept)
+    if settings.choice == "mixed":
+        return kept, None
+    return kept, tuple(math.floor(Fraction(str(share[name])) * kept) for name in config.vocab.names)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Modality, position and document of the tokens of one sequence that a layer sees."""
+
+    modality: list[int]
+    position: list[int]
+    document: list[int]
+
+    def take(self, rows: Sequence[int]) -> Facts:
+        """The same of some of its tokens."""
+        return Facts(*([column[row] for row in rows] for column in (self.modality, self.position, self.document)))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, row by row."""
+    rows = [row / torch.sqrt((row * row).sum() / row.numel() + eps) * weight for row in x.reshape(-1, x.shape[-1])]
+    return torch.stack(rows).reshape(x.shape)
+
+
+def rotate(x: Tensor, position: int, base: float) -> Tensor:
+    """RoPE of one head's vector [D]: components i and i + D/2 are a complex number, turned by position * base^(-2i/D)."""
+    half = x.shape[0] // 2
+    angle = torch.tensor([position * base ** (-2 * i / x.shape[0]) for i in range(half)], dtype=torch.float64)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    real, imaginary = x[:half], x[half:]
+    return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos))
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(silu(x gate) * (x up)) down with gate and up [H, F] and down [F, H]."""
+    inner = x @ gate
+    return (inner * torch.sigmoid(inner) * (x @ up)) @ down
+
+
+class Reference:
+    """The whole model.
+
+    Args:
+        config: what the built model was built from.
+        weights: its parameters by name.
+    """
+
+    def __init__(self, config: Config, weights: Weights) -> None:
+        self.config, self.model, self.weights = config, config.model, weights
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, S, padded vocabulary]."""
+        facts = [
+            Facts(self._modality(ids), self._position(documents), documents)
+            for ids, documents in zip(batch.ids.tolist(), batch.document.tolist(), strict=True)
+        ]
+        hidden = [self.weights["embedding.word_embeddings.weight"][row] for row in batch.ids]
+        for number in range(self.model.num_layers):
+            hidden = self.layer(number, hidden, facts)
+        head = self.weights["embedding.word_embeddings.weight" if self.model.tie_embeddings else "output_layer.weight"]
+        return torch.stack([self._norm(x, "decoder.final_layernorm.weight") @ head.t() for x in hidden])
+
+    def layer(self, number: int, hidden: list[Tensor], facts: list[Facts]) -> list[Tensor]:
+        """Layer `number` from 0, of either kind; one [n, H] tensor for every sequence."""
+        if self.model.depth is None or number % self.model.depth.every != 0:
+            return self.inner_layer(number, hidden, facts)
+        router = self.weights[f"decoder.layers.{number}.depth_router"]
+        keep, quotas = depth_numbers(self.config)
+        scores = [torch.sigmoid(x @ router) for x in hidden]
+        rows = [choose_depth(s.tolist(), f.modality, keep, quotas) for s, f in zip(scores, facts, strict=True)]
+        taken = [x[r] for x, r in zip(hidden, rows, strict=True)]
+        processed = self.inner_layer(number, taken, [f.take(r) for f, r in zip(facts, rows, strict=True)])
+        result = []
+        for x, score, row, out in zip(hidden, scores, rows, processed, strict=True):
+            tokens = list(x)
+            for place, token in enumerate(row):
+                tokens[token] = x[token] + score[token] * (out[place] - x[token])
+            result.append(torch.stack(tokens))
+        return result
+
+    def inner_layer(self, number: int, hidden: list[Tensor], facts: list[Facts]) -> list[Tensor]:
+        """Attention and feed-forward with their norms and residual connections."""
+        prefix, pre = f"decoder.layers.{number}.", self.model.norm == "pre"
+        into = [self._norm(x, f"{prefix}input_layernorm.weight") if pre else x for x in hidden]
+        out = [self.attention(prefix, x, f) for x, f in zip(into, facts, strict=True)]
+        if not pre:
+            out = [self._norm(x, f"{prefix}self_attn_bda.norm.weight") for x in out]
+        hidden = [x + y for x, y in zip(hidden, out, strict=True)]
+
+        into = [self._norm(x, f"{prefix}pre_mlp_layernorm.weight") if pre else x for x in hidden]
+        dense = self.model.kind == "dense"
+        out = [self.dense(prefix, x) for x in into] if dense else self.moma(prefix, into, facts)
+        if self.model.norm == "post" or (self.model.norm == "post_per_expert" and dense):
+            out = [self._norm(x, f"{prefix}mlp_bda.norm.weight") for x in out]
+        return [x + y for x, y in zip(hidden, out, strict=True)]
+
+    def attention(self, prefix: str, x: Tensor, facts: Facts) -> Tensor:
+        """Causal attention of each document by itself, [n, H] -> [n, H]."""
+        prefix += "self_attention."
+        heads, groups, width = self.model.num_attention_heads, self.model.query_groups, self.model.head_dim
+        per_group = heads // groups
+        # linear_qkv holds, for each key/value head, its query heads, then the key head, then the value head.
+        blocks = self.weights[f"{prefix}linear_qkv.weight"].split(width)
+        query = [blocks[h // per_group * (per_group + 2) + h % per_group] for h in range(heads)]
+        key = [blocks[g * (per_group + 2) + per_group] for g in range(groups)]
+        value = [blocks[g * (per_group + 2) + per_group + 1] for g in range(groups)]
+        outputs: list[list[Tensor]] = [[] for _ in facts.document]
+        for head in range(heads):
+            group = head // per_group
+            for document in sorted(set(facts.document)):
+                rows = [row for row, own in enumerate(facts.document) if own == document]
+                q, k, v = (x[rows] @ weight.t() for weight in (query[head], key[group], value[group]))
+                if self.model.qk_norm:
+                    q, k = self._norm(q, f"{prefix}q_layernorm.weight"), self._norm(k, f"{prefix}k_layernorm.weight")
+                base = self.model.rope_base
+                q = torch.stack([rotate(t, facts.position[r], base) for t, r in zip(q, rows, strict=True)])
+                k = torch.stack([rotate(t, facts.position[r], base) for t, r in zip(k, rows, strict=True)])
+                for place, row in enumerate(rows):
+                    scores = (k[: place + 1] @ q[place]) / math.sqrt(width)
+                    outputs[row].append(torch.softmax(scores, dim=0) @ v[: place + 1])
+        joined = torch.stack([torch.cat(parts) for parts in outputs])
+        return joined @ self.weights[f"{prefix}linear_proj.weight"].t()
+
+    def dense(self, prefix: str, x: Tensor) -> Tensor:
+        """The SwiGLU of a dense layer."""
+        gate, up = self.weights[f"{prefix}mlp.linear_fc1.weight"].chunk(2)
+        return swiglu(x, gate.t(), up.t(), self.weights[f"{prefix}mlp.linear_fc2.weight"].t())
+
+    def expert(self, prefix: str, group: str, number: int, x: Tensor) -> Tensor:
+        """One expert of one token, normalised where the placement says so."""
+        w1, w2 = self.weights[f"{prefix}mlp.experts.{group}.w1"], self.weights[f"{prefix}mlp.experts.{group}.w2"]
+        out = swiglu(x, w1[number, :, 0], w1[number, :, 1], w2[number])
+        return self._norm(out, f"{prefix}mlp.expert_norm.{group}.weight") if self.model.norm == "post_per_expert" else out
+
+    def gates(self, prefix: str, group: str, hidden: list[Tensor], facts: list[Facts]) -> dict[tuple[int, int, int], Tensor]:
+        """Gate of every choice (expert, sequence, token) of a group."""
+        router = self.weights[f"{prefix}mlp.router.{group}"]
+        scores = [torch.sigmoid(x @ router.t()) for x in hidden]
+        wanted = set(range(len(self.config.vocab.names)))
+        if self.model.kind == "moma":
+            wanted = {self.config.vocab.names.index(group)}
+        places = [[(b, i) for i in range(len(f.modality))] for b, f in enumerate(facts)]
+        scopes = places if self.model.experts.scope == "sequence" else [[place for own in places for place in own]]
+        chosen = {}
+        for scope in scopes:
+            values = [scores[b][i].tolist() for b, i in scope]
+            member = [facts[b].modality[i] in wanted for b, i in scope]
+            for expert, token in choose(values, member, capacity_of(self.config, len(scope), group)):
+                b, i = scope[token]
+                chosen[expert, b, i] = scores[b][i][expert]
+        return chosen
+
+    def moma(self, prefix: str, hidden: list[Tensor], facts: list[Facts]) -> list[Tensor]:
+        """Sum of gate * expert at each token, plus the shared experts."""
+        rows = [[torch.zeros_like(token) for token in x] for x in hidden]
+        for group in self.model.experts.counts:
+            for (expert, b, i), gate in self.gates(prefix, group, hidden, facts).items():
+                rows[b][i] = rows[b][i] + gate * self.expert(prefix, group, expert, hidden[b][i])
+        total = [torch.stack(row) for row in rows]
+        return [y + self.shared(prefix, x) for x, y in zip(hidden, total, strict=True)]
+
+    def shared(self, prefix: str, x: Tensor) -> Tensor:
+        """Sum of the shared experts of every token."""
+        experts = self.model.experts
+        if not experts.shared:
+            return torch.zeros_like(x)
+        w1, w2 = self.weights[f"{prefix}mlp.shared.w1"][0], self.weights[f"{prefix}mlp.shared.w2"][0]
+        width = experts.shared_ffn_hidden_size or self.model.ffn_hidden_size
+        out = torch.zeros_like(x)
+        for number in range(experts.shared):
+            own = slice(number * width, (number + 1) * width)
+            out = out + swiglu(x, w1[:, 0, own], w1[:, 1, own], w2[own])
+        return self._norm(out, f"{prefix}mlp.shared_norm.weight") if self.model.norm == "post_per_expert" else out
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self.weights[name], self.model.norm_eps)
+
+    def _modality(self, ids: Sequence[int]) -> list[int]:
+        ranges = self.config.vocab.ranges
+        return [-1 if i == PAD else next(m for m, (low, high) in enumerate(ranges) if low <= i < high) for i in ids]
+
+    @staticmethod
+    def _position(documents: Sequence[int]) -> list[int]:
+        """Position of each token within its document."""
+        return [sum(earlier == own for earlier in documents[:place]) for place, own in enumerate(documents)]
+
+
+def with_ids(batch: Batch, ids: Tensor) -> Batch:
+    """The batch with other tokens of the same modalities."""
+    return replace(batch, ids=ids)

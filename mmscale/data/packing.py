@@ -1,0 +1,285 @@
+"""The order of the data as pure arithmetic: shuffle documents, pack them into sequences, blend sources, deal.
+
+No files and no tokens here, only lengths and counts. D documents, N sequences, K modalities, S sources.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.errors import DataError
+
+# Rounds of re-matching in `deal`. Measured with windows of 2048 and groups of 4: with three modalities the standard
+# deviations of the shares are .147/.149/.058 shuffled, .009/.041/.042 without re-matching, .027/.034/.017 after two
+# rounds and no better after eight. With two modalities the levels alone reach .034 (shuffled: .157); there rounds
+# only repair small windows with underfull sequences.
+SWEEPS = 2
+
+
+class Purpose(IntEnum):
+    """What a random stream is for: no two purposes share numbers."""
+
+    DOCUMENTS = 0
+    SEQUENCES = 1
+    GROUPS = 2
+
+
+def permutation(count: int, *, seed: int, source: int, purpose: Purpose, number: int) -> NDArray[np.int64]:
+    """A random order of 0..count-1, a pure function of its arguments, int64 [count].
+
+    Counter-based (Philox), so that epoch 7 needs no epoch 0..6. Raw bits are sorted instead of calling
+    `Generator.permutation`: numpy promises stable streams of bit generators only (NEP 19), and a run may be resumed
+    years later.
+
+    Args:
+        count: length of the permutation.
+        seed: the run's seed.
+        source: position of the source in the blend.
+        purpose: what the order is for.
+        number: epoch or window.
+    """
+    # The first counter word counts blocks of the stream, so the address stands in the other words.
+    bits = np.random.Philox(key=[seed % 2**64, source], counter=[0, int(purpose), number, 0]).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Sequences as lists of documents: sequence n holds documents[starts[n]:starts[n + 1]].
+
+    Attributes:
+        starts: int64 [N + 1].
+        documents: int64 [D].
+    """
+
+    starts: NDArray[np.int64]
+    documents: NDArray[np.int64]
+
+    @classmethod
+    def joined(cls, parts: list[Packing]) -> Packing:
+        """Sequences of all parts one after another, and one empty sequence behind them."""
+        sizes = np.concatenate([*(np.diff(part.starts) for part in parts), np.zeros(1, np.int64)])
+        documents = [part.documents for part in parts] or [np.zeros(0, np.int64)]
+        return cls(np.concatenate([[0], np.cumsum(sizes)]), np.concatenate(documents))
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.starts) - 1
+
+    def sums(self, table: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Sum of a per-document table [D, K] over the documents of each sequence, int64 [N, K]."""
+        total = np.zeros((len(self.documents) + 1, table.shape[1]), np.int64)
+        np.cumsum(table[self.documents], axis=0, out=total[1:])
+        return np.diff(total[self.starts], axis=0)
+
+    def take(self, sequences: NDArray[np.int64]) -> Packing:
+        """Some of the sequences, in the given order."""
+        sizes = np.diff(self.starts)[sequences]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        inside = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
+        return Packing(starts, self.documents[np.repeat(self.starts[:-1][sequences], sizes) + inside])
+
+
+def check_lengths(lengths: NDArray[np.integer], *, seq_length: int, what: str) -> None:
+    """Refuse documents that no sequence can hold: they are never cut, since a cut may go through an image.
+
+    Raises:
+        DataError: a document is longer than a sequence.
+    """
+    longest = int(lengths.argmax())
+    if lengths[longest] > seq_length:
+        raise DataError(
+            f"{what}: document {longest} has {lengths[longest]} tokens, model.seq_length is {seq_length}; "
+            f"{int((lengths > seq_length).sum())} of {len(lengths)} documents are too long",
+            remedy=f"raise model.seq_length to {lengths[longest]}, or prepare the data with "
+            f"data.prepare.max_document_tokens={seq_length}",
+        )
+
+
+def pack(lengths: NDArray[np.integer], *, seq_length: int, window: int) -> Packing:
+    """Best-fit-decreasing bin packing inside windows of consecutive documents.
+
+    The longest document goes first, into the fullest sequence that can still take it; equally long ones in their
+    order. Windows keep a shuffled order mostly shuffled and the work linear. No document is cut.
+
+    Args:
+        lengths: tokens of each document, in the order of the windows, each at most seq_length [D].
+        seq_length: tokens of a sequence.
+        window: documents of a window.
+
+    Returns:
+        Sequences of positions in `lengths`, window after window.
+    """
+    sequence_of = np.empty(len(lengths), np.int64)
+    sequences = 0
+    for begin in range(0, len(lengths), window):
+        part = lengths[begin : begin + window]
+        order = np.argsort(-part.astype(np.int64), kind="stable")
+        chosen = np.asarray(_best_fit(part[order].tolist(), seq_length), np.int64)
+        sequence_of[begin + order] = sequences + chosen
+        sequences += int(chosen.max()) + 1
+    starts = np.concatenate([[0], np.cumsum(np.bincount(sequence_of, minlength=sequences))])
+    return Packing(starts, np.argsort(sequence_of, kind="stable"))
+
+
+def _best_fit(lengths: list[int], capacity: int) -> list[int]:
+    """The bin of each item.
+
+    Plain Python on purpose: one bisect over the distinct free sizes costs less than numpy calls (1.2 M items/s).
+    """
+    free_sizes: list[int] = []  # distinct, sorted
+    bins_with: dict[int, list[int]] = {}
+    chosen = []
+    bins = 0
+    for length in lengths:
+        place = bisect_left(free_sizes, length)
+        if place == len(free_sizes):
+            taken, free = bins, capacity - length
+            bins += 1
+        else:
+            free = free_sizes[place]
+            stack = bins_with[free]
+            taken = stack.pop()
+            if not stack:
+                del free_sizes[place], bins_with[free]
+            free -= length
+        chosen.append(taken)
+        if free:
+            if free in bins_with:
+                bins_with[free].append(taken)
+            else:
+                bins_with[free] = [taken]
+                insort(free_sizes, free)
+    return chosen
+
+
+def pack_epoch(
+    lengths: NDArray[np.integer],
+    *,
+    seq_length: int,
+    window: int,
+    seed: int,
+    source: int,
+    epoch: int,
+    shuffle: bool = True,
+) -> Packing:
+    """One pass over a source: documents shuffled, packed in windows, and the sequences shuffled again.
+
+    The second shuffle matters: best-fit puts long documents into the first sequences of a window, so consecutive
+    sequences are alike.
+
+    Args:
+        lengths: tokens of each document [D].
+        seq_length: tokens of a sequence.
+        window: documents among which packing chooses.
+        seed: the run's seed.
+        source: position of the source in the blend.
+        epoch: number of the pass.
+        shuffle: False keeps the stored order of documents and the order in which sequences were made.
+    """
+    if not shuffle:
+        return pack(lengths, seq_length=seq_length, window=window)
+    order = permutation(len(lengths), seed=seed, source=source, purpose=Purpose.DOCUMENTS, number=epoch)
+    packing = pack(lengths[order], seq_length=seq_length, window=window)
+    shuffled = permutation(len(packing), seed=seed, source=source, purpose=Purpose.SEQUENCES, number=epoch)
+    packing = packing.take(shuffled)
+    return Packing(packing.starts, order[packing.documents])
+
+
+def deal(counts: NDArray[np.integer], *, group: int) -> NDArray[np.int64]:
+    """Deal sequences into groups of nearly equal modality counts, int64 [N / group, group].
+
+    Sequences are sorted by one modality's tokens and dealt in `group` levels; in every level the group that holds least
+    takes the largest (LPT). Of the modalities, the one is sorted by that leaves the smallest squared deviation of all
+    counts. Then each level in turn is taken back and matched anew against what the groups hold without it: for one
+    modality the best matching is largest against smallest, so this is tried for every modality, and kept when the
+    squared deviation shrinks.
+
+    Everything is integer arithmetic: ranks on different kinds of machines must deal alike, or documents would be
+    trained on twice by one and never by another.
+
+    Args:
+        counts: tokens of each modality in each sequence [N, K]; `group` divides N.
+        group: sequences of a micro-batch.
+    """
+    number, modalities = counts.shape
+    groups = number // group
+    assert groups * group == number, f"{number} sequences cannot be dealt into groups of {group}"
+    if group == 1 or groups == 1 or modalities == 1:
+        return np.arange(number).reshape(groups, group)
+    deviation = counts.astype(np.int64) - counts.sum(axis=0, dtype=np.int64) // number
+    attempts = [_deal_levels(deviation[:, modality], group) for modality in range(modalities)]
+    dealt = min(attempts, key=lambda attempt: int((deviation[attempt].sum(axis=1) ** 2).sum()))
+
+    total = deviation[dealt].sum(axis=1)
+    for _ in range(SWEEPS):
+        for level in range(group):
+            for modality in range(modalities):
+                taken = dealt[:, level]
+                rest = total - deviation[taken]
+                matched = np.empty_like(taken)
+                matched[np.argsort(rest[:, modality], kind="stable")] = taken[
+                    np.argsort(-deviation[taken, modality], kind="stable")
+                ]
+                improved = rest + deviation[matched]
+                if (improved**2).sum() < (total**2).sum():
+                    dealt[:, level], total = matched, improved
+    return dealt
+
+
+def _deal_levels(score: NDArray[np.int64], group: int) -> NDArray[np.int64]:
+    """Largest first, to the group with the smallest sum, one per group and level: int64 [N / group, group]."""
+    levels = np.argsort(-score, kind="stable").reshape(group, -1)
+    dealt = np.empty(levels.T.shape, np.int64)
+    sums = np.zeros(len(dealt), np.int64)
+    for level, members in enumerate(levels):
+        least_first = np.argsort(sums, kind="stable")
+        dealt[least_first, level] = members
+        sums[least_first] += score[members]
+    return dealt
+
+
+def blend(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which source the blended sequences start..start+count-1 come from, and their number inside that source.
+
+    Sequence n of a source with weight w (weights add up to 1) is due at (n + 1/2) / w, and the stream takes what is
+    due first: at every moment the source that lags most behind its weight. Unlike mcore's build_blending_indices,
+    which has the same aim, any stretch of the stream is found without what precedes it. With S sources, after i
+    sequences a source has given w*i of them within 1/2 + w*S/2.
+
+    Args:
+        weights: share of each source, adding up to 1 [S].
+        start: first sequence of the stretch.
+        count: length of the stretch.
+
+    Returns:
+        Source and number of each sequence, int64 [count] each.
+    """
+    sources = len(weights)
+    if sources == 1:
+        return np.zeros(count, np.int64), np.arange(start, start + count)
+
+    def due(source: int, number: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray((number + 0.5) / weights[source], np.float64)
+
+    earlier = max(0, start - sources)  # a moment at which surely no more than `start` sequences were due
+    before = np.zeros(sources, np.int64)
+    candidates = []
+    for source in range(sources):
+        guess = int(earlier * weights[source] + 0.5)
+        near = np.arange(max(0, guess - 2), guess + 3)
+        before[source] = near[0] + int((due(source, near) <= earlier).sum()) if start else 0
+    skip = start - int(before.sum())
+    for source in range(sources):
+        enough = int(np.ceil((skip + count + sources) * weights[source])) + 1
+        number = before[source] + np.arange(enough)
+        candidates.append(np.stack([np.full(enough, source), number]))
+    merged = np.concatenate(candidates, axis=1)
+    dues = np.concatenate([due(source, rows[1]) for source, rows in enumerate(candidates)])
+    order = np.lexsort((merged[0], dues))[skip : skip + count]
+    return merged[0][order], merged[1][order]

@@ -1,0 +1,194 @@
+"""The endless stream of packed sequences of one source, epoch after epoch, with every epoch's packing kept on disk.
+
+A lost, damaged or unwritable cache costs time, never the order: a packing is a pure function of data and settings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.packing import Packing, check_lengths, pack_epoch
+from mmscale.data.source import Source
+
+log = logging.getLogger(__name__)
+
+# Raise it when packing.py gives another order for the same input: caches of the old order are then left aside.
+ORDER = 1
+_HEADER = 3  # crc32 of the rest, sequences, documents
+_EPOCHS_IN_MEMORY = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """One packed pass over a source, with sums per sequence."""
+
+    packing: Packing
+    source: Source
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Tokens per modality of each sequence [N, K]."""
+        return self.packing.sums(self.source.counts)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Trained labels per modality of each sequence [N, K]."""
+        return self.packing.sums(self.source.labels)
+
+
+class PackedStream:
+    """Sequences of one source, numbered from 0 through all epochs.
+
+    Args:
+        source: the documents.
+        position: place of the source in the blend; it selects the random streams.
+        seq_length: tokens of a sequence.
+        seed: the run's seed.
+        window: documents among which packing chooses.
+        shuffle: False keeps the stored order.
+        cache: folder of packing indices.
+
+    Raises:
+        DataError: a document is longer than a sequence.
+    """
+
+    def __init__(
+        self, source: Source, *, position: int, seq_length: int, seed: int, window: int, shuffle: bool, cache: Path
+    ) -> None:
+        check_lengths(source.lengths, seq_length=seq_length, what=f"data: {source.folder} ({source.split})")
+        self.source = source
+        self._settings: dict[str, Any] = {
+            "seq_length": seq_length,
+            "window": window,
+            "seed": seed,
+            "source": position,
+            "shuffle": shuffle,
+        }
+        content = json.dumps([ORDER, source.identity, self._settings], sort_keys=True)
+        self._key = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self._cache = cache
+        self._ends: list[int] = []  # sequences up to the end of each epoch that was looked at
+        self._loaded: OrderedDict[int, Epoch] = OrderedDict()
+        self.first_epoch = len(self.epoch(0).packing)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be read again, for worker processes that do not fork."""
+        return {**self.__dict__, "_loaded": OrderedDict()}
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Epoch of a sequence of the stream, and its place inside the epoch."""
+        while not self._ends or self._ends[-1] <= number:
+            self.epoch(len(self._ends))
+        epoch = int(np.searchsorted(self._ends, number, side="right"))
+        return epoch, number - (self._ends[epoch - 1] if epoch else 0)
+
+    def stretch(self, start: int, count: int) -> Iterator[tuple[Epoch, NDArray[np.int64]]]:
+        """The sequences start..start+count-1, cut at epochs' borders: an epoch and places inside it."""
+        while count > 0:
+            epoch, place = self.locate(start)
+            found = self.epoch(epoch)
+            taken = min(count, len(found.packing) - place)
+            yield found, np.arange(place, place + taken)
+            start, count = start + taken, count - taken
+
+    def epoch(self, number: int) -> Epoch:
+        """One epoch: from memory, from the cache, or packed now."""
+        if number not in self._loaded:
+            packing = self._read(number) or self._build(number)
+            if number == len(self._ends):
+                self._ends.append((self._ends[-1] if self._ends else 0) + len(packing))
+            while len(self._loaded) >= _EPOCHS_IN_MEMORY:
+                self._loaded.popitem(last=False)
+            self._loaded[number] = Epoch(packing, self.source)
+        return self._loaded[number]
+
+    def _file(self, number: int) -> Path:
+        return self._cache / f"packing-{self._key}-{number}.npy"
+
+    def _read(self, number: int) -> Packing | None:
+        """The cached packing; None if there is none or it is damaged."""
+        path = self._file(number)
+        try:
+            # Mapped: the processes of a node share one copy in the page cache.
+            content = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError) as error:
+            log.warning("data: packing index %s cannot be read and is made again: %s", path, error)
+            return None
+        if content.dtype == np.int64 and content.ndim == 1 and len(content) > _HEADER:
+            crc, sequences, documents = content[:_HEADER].tolist()
+            if (
+                documents == len(self.source)
+                and len(content) == _HEADER + sequences + 1 + documents
+                and crc == zlib.crc32(content[_HEADER:].data)
+            ):
+                border = _HEADER + sequences + 1
+                return Packing(content[_HEADER:border], content[border:])
+        log.warning("data: packing index %s is damaged and is made again", path)
+        return None
+
+    def _build(self, number: int) -> Packing:
+        """Pack an epoch and keep it; of several processes one packs and the others wait for its file."""
+        with self._lock() as writable:
+            packing = self._read(number) if writable else None
+            if packing is None:
+                packing = pack_epoch(self.source.lengths, epoch=number, **self._settings)
+                if writable:
+                    self._write(number, packing)
+        return packing
+
+    def _write(self, number: int, packing: Packing) -> None:
+        """Write whole or not at all; a full disk or a folder without write permission is no error."""
+        body = np.concatenate([packing.starts, packing.documents])
+        header = np.array([zlib.crc32(body.data), len(packing), len(packing.documents)])
+        path = self._file(number)
+        temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, np.concatenate([header, body]), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            log.warning("data: packing index %s cannot be written, it stays in memory: %s", path, error)
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self) -> Iterator[bool]:
+        """Hold the lock of this stream's files. Yields whether the cache can be written.
+
+        The lock only saves work: without one (some network file systems) every process packs for itself, and since
+        all get the same bytes and files appear whole, the last writer does no harm.
+        """
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            file = (self._cache / f"packing-{self._key}.lock").open("a")
+        except OSError as error:
+            log.warning("data: no packing cache in %s, indices stay in memory: %s", self._cache, error)
+            yield False
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                for stale in self._cache.glob(f"packing-{self._key}-*.tmp"):  # left by a process that was killed
+                    stale.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("data: %s cannot be locked: %s", file.name, error)
+            yield True

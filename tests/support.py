@@ -140,8 +140,8 @@ def _be_rank(
         output = os.open(folder / f"output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         faulthandler.enable(file=sys.stderr)  # pytest's writes to the parent's stderr
         faulthandler.dump_traceback_later(max(timeout_s - 1.0, timeout_s / 2), file=sys.stderr)
         if Path("/sys/class/net/lo").exists():

@@ -10,8 +10,8 @@ Two lives, so that one set of processes can go through several layouts (0.1 s ea
 
 The collection holds every group that megatron-core 0.16.1 asks for: schedules and `finalize_model_grads` (tp, cp, pp,
 embd, pos_embd, dp_cp), DDP and optimizer (dp, dp_cp, expt_dp, intra_dist_opt, mp, tp_ep_pp), layers (tp, cp, ep,
-expt_tp, tp_ep). No second, gloo twin of the data-parallel groups is made: `get_megatron_optimizer` refuses it together with a
-collection, so call it with `use_gloo_process_groups=False`.
+expt_tp, tp_ep). No second, gloo twin of the data-parallel groups is made: `get_megatron_optimizer` refuses it together
+with a collection, so call it with `use_gloo_process_groups=False`.
 """
 
 from __future__ import annotations

@@ -68,11 +68,14 @@ def run_local(
     log_dir.mkdir(parents=True, exist_ok=True)
     shared = _shared_variables(os.environ if environ is None else environ, nproc)
     ranks: list[_Rank] = []
-    with _forwarding(ranks) as interrupts:
+    with _forwarding(ranks) as received:
         try:
             for number in range(nproc):
-                ranks.append(_start(number, [*program, *argv], shared, log_dir))
-            return _wait(ranks, grace_s=grace_s, interrupts=interrupts)
+                # One at a time, not in a comprehension: if the third cannot start, the first two must be known to end.
+                ranks.append(_start(number, [*program, *argv], shared, log_dir))  # noqa: PERF401
+            for signal_number in received:  # came while ranks were being started: the later ones have missed it
+                _send(ranks, signal_number)
+            return _wait(ranks, grace_s=grace_s, received=received)
         finally:
             _end(ranks, grace_s=0.0)
 
@@ -131,28 +134,30 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _forwarding(ranks: list[_Rank]) -> Iterator[list[int]]:
-    """Pass signals on to the ranks. Yields the list of SIGINTs received so far."""
-    interrupts: list[int] = []
+    """Pass signals on to the ranks. Yields the list of signals received so far."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield interrupts  # only the main thread may set handlers; whoever has it forwards
+        yield received  # only the main thread may set handlers; whoever has it forwards
         return
 
     def forward(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            interrupts.append(number)
-        for rank in ranks:
-            if rank.status is None:
-                rank.process.send_signal(number)
+        received.append(number)
+        _send(ranks, number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        yield interrupts
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[_Rank], *, grace_s: float, interrupts: list[int]) -> int:
+def _send(ranks: list[_Rank], number: int) -> None:
+    for rank in _running(ranks):
+        rank.process.send_signal(number)
+
+
+def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
     while True:
         ended = _poll(ranks)
         failed = [rank for rank in ended if rank.status != 0]
@@ -160,7 +165,7 @@ def _wait(ranks: list[_Rank], *, grace_s: float, interrupts: list[int]) -> int:
             break
         if all(rank.status == 0 for rank in ranks):
             return 0
-        if len(interrupts) > 1:
+        if received.count(signal.SIGINT) > 1:
             raise LaunchError("interrupted twice: ranks were ended without a save")
         time.sleep(_POLL_S)
 
@@ -171,6 +176,10 @@ def _wait(ranks: list[_Rank], *, grace_s: float, interrupts: list[int]) -> int:
         crashed = [rank for rank in ranks if rank.status not in (None, 0, *DOCUMENTED_STATUSES)]
         first = crashed[0] if crashed else first
     _end(ranks, grace_s=grace_s)
+    assert first.status is not None
+    if -first.status in received:
+        name = signal.Signals(-first.status).name
+        raise LaunchError(f"stopped by {name} before rank {first.number} could handle it: nothing was saved")
     if first.status not in DOCUMENTED_STATUSES:
         _print_tail(first)
         raise LaunchError(
@@ -179,7 +188,6 @@ def _wait(ranks: list[_Rank], *, grace_s: float, interrupts: list[int]) -> int:
         )
     if ranks[0].status != first.status:  # rank 0 did not say it on the terminal
         _print_tail(first)
-    assert first.status is not None
     return first.status
 
 
@@ -246,4 +254,5 @@ def _print_tail(rank: _Rank) -> None:
     with rank.log.open("rb") as log:
         log.seek(max(0, rank.log.stat().st_size - 64 * 1024))
         lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-    print(f"--- last lines of {rank.log}", *lines, "---", sep="\n", file=sys.stderr, flush=True)
+    sys.stderr.write("\n".join([f"--- last lines of {rank.log}", *lines, "---", ""]))
+    sys.stderr.flush()

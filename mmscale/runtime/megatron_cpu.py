@@ -109,10 +109,12 @@ class _HostCuda(types.ModuleType):
 class _HostTorch(types.ModuleType):
     """`torch` as megatron-core sees it: its factories turn `device="cuda"` into the host, `.cuda` is a stand-in."""
 
+    # fmt: off
     FACTORIES = (
-        "arange as_tensor empty empty_like empty_strided eye full full_like ones ones_like rand randint randn "
-        "tensor zeros zeros_like"
-    ).split()
+        "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "ones", "ones_like",
+        "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
+    )
+    # fmt: on
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -166,8 +168,12 @@ def _without_compile() -> Iterator[None]:
     `megatron.core.jit.disable_jit_fuser()` alone comes too late: importing it runs `megatron/core/__init__.py`, which
     imports the users. Saves 1.9 CPU seconds per process too (torch._dynamo is not imported).
     """
+
+    def leave_as_is(model: Any = None, **_: Any) -> Any:
+        return model if model is not None else leave_as_is
+
     original = torch.compile
-    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)  # type: ignore[assignment]
+    torch.compile = leave_as_is
     try:
         yield
     finally:

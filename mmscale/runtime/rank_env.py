@@ -4,7 +4,8 @@
 
 The innermost launcher wins: torchrun's variables (which `mmscale train --nproc N` sets too), then a SLURM step
 (`srun`), then `mpirun`, then a single process. Two launchers that disagree are an error, not a guess: ranks that wait
-for peers which do not exist cost a node-hour before anyone looks. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrules.
+for peers which do not exist cost node-hours before anyone looks. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrules
+all of it.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def expand_hostlist(text: str) -> list[str]:
         names = [""]
         for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", item):
             names = [name + end for name in names for end in ([plain] if plain else _expand_ranges(ranges, text))]
-        if "[" in item and "]" not in item or item in "[]":
+        if ("[" in item and "]" not in item) or item in "[]":
             raise ConfigError(f"slurm: host list {text!r} has a bracket without its partner")
         hosts += names
     return hosts

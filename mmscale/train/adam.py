@@ -5,8 +5,8 @@
 torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number and on
 loading hands the *same* tensor to all parameters (distrib_optimizer.py:820-825); torch then counts it up once per
 parameter: with 5 parameters step 7 becomes 12, and the bias correction is silently wrong. Before that,
-`sharded_state_dict(is_loading=True)` fails on an assert (:642) because no state exists yet. FusedAdam's layout, `step` in
-the parameter group, has neither fault.
+`sharded_state_dict(is_loading=True)` fails on an assert (:642) because no state exists yet. FusedAdam's layout, with
+`step` in the parameter group, has neither fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Local ranks: environment, output, and what happens when one of them dies. The ranks are plain Python, without torch."""
+"""Local ranks: environment, output, what happens when one of them dies. The ranks are plain Python, without torch."""
 
 import os
 import signal
@@ -36,7 +36,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def test_environment_of_each_rank(tmp_path: Path) -> None:
-    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS GOMP_SPINCOUNT MINE".split()
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    names += ["OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MINE"]
     code = f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[name] for name in {names}))"
     environ = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
     assert run(3, code, tmp_path, environ={**environ, "MINE": "kept"}) == 0
@@ -52,7 +53,8 @@ def test_threads_that_the_user_asks_for_are_kept(tmp_path: Path) -> None:
 
 
 def test_ranks_know_themselves(tmp_path: Path) -> None:
-    code = "from mmscale.runtime.rank_env import discover; env = discover(); assert (env.rank, env.source) == (rank, 'local')"
+    code = "from mmscale.runtime.rank_env import discover; env = discover()\n"
+    code += "assert (env.rank, env.source) == (rank, 'local')"
     root = str(Path(__file__).parents[3])
     assert run(2, code, tmp_path, environ={**os.environ, "PYTHONPATH": root}) == 0
 
@@ -154,6 +156,26 @@ def test_signals_are_passed_on_to_every_rank(number: signal.Signals, tmp_path: P
     launcher.send_signal(number)
     assert launcher.wait(timeout=30) == 75
     assert [(tmp_path / f"got_{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2
+
+
+def test_signal_that_no_rank_handles_is_named(tmp_path: Path) -> None:
+    # The launcher's own process is this one: rank 0 sends it the signal that it then passes on.
+    code = "if rank == 0: os.kill(os.getppid(), signal.SIGUSR2)\ntime.sleep(100)"
+    with pytest.raises(LaunchError, match=r"stopped by SIGUSR2 before rank \d could handle it: nothing was saved"):
+        run(2, code, tmp_path)
+
+
+def test_second_interrupt_ends_the_ranks(tmp_path: Path) -> None:
+    code = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if rank == 0:
+    for _ in range(2):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.2)
+time.sleep(100)
+"""
+    with pytest.raises(LaunchError, match="interrupted twice"):
+        run(2, code, tmp_path)
 
 
 def test_no_orphans_when_the_launcher_is_killed(tmp_path: Path) -> None:

@@ -166,9 +166,14 @@ def test_signal_that_no_rank_handles_is_named(tmp_path: Path) -> None:
 
 
 def test_second_interrupt_ends_the_ranks(tmp_path: Path) -> None:
-    code = """
+    code = f"""
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-if rank == 0:
+ready = r'{tmp_path}/ready'
+if rank == 1:
+    open(ready, 'w').close()
+else:
+    while not os.path.exists(ready):
+        time.sleep(0.02)
     for _ in range(2):
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(0.2)

@@ -212,6 +212,7 @@ def _report(stats: RoutingStats, layer: int, name: str, selection: Selection, me
     taken = torch.zeros(member.numel(), device=member.device)
     taken.index_fill_(0, selection.token[selection.valid], 1.0)
     own = member.reshape(-1)
-    stats.add(layer, f"experts/{name}/unrouted_fraction", 1.0 - (taken * own).sum() / own.sum().clamp(min=1))
+    # Counting the missing ones makes a micro-batch without the modality 0, not 1.
+    stats.add(layer, f"experts/{name}/unrouted_fraction", ((1.0 - taken) * own).sum() / own.sum().clamp(min=1))
     filled = selection.valid.sum(dim=1).float()
     stats.add(layer, f"experts/{name}/tokens_per_expert_cv", filled.std(correction=0) / filled.mean().clamp(min=1e-9))

@@ -33,8 +33,8 @@ def tokens_per_step(config: Config) -> int:
 def depth_tokens(config: Config) -> int:
     """Tokens of each sequence that a Mixture-of-Depths layer processes [tokens].
 
-    Rounded up to `model.depth.multiple`, a constant of the configuration: rounding to TP instead would make the selection,
-    and so the loss, depend on the layout. Without Mixture-of-Depths it is the whole sequence.
+    Rounded up to `model.depth.multiple`, a constant of the configuration: rounding to TP instead would make the
+    selection, and so the loss, depend on the layout. Without Mixture-of-Depths it is the whole sequence.
     """
     depth, length = config.model.depth, config.model.seq_length
     if depth is None:
@@ -42,14 +42,18 @@ def depth_tokens(config: Config) -> int:
     return min(length, math.ceil(depth.capacity * length / depth.multiple) * depth.multiple)
 
 
-def expert_capacity(tokens_in_scope: int, share: float, experts: int, *, factor: float, multiple: int, limit: int) -> int:
-    """Tokens that each expert of a group takes: min(limit, max(1, ceil(ceil(factor * N * share / E) / multiple) * multiple)).
+def expert_capacity(
+    tokens_in_scope: int, share: float, experts: int, *, factor: float, multiple: int, limit: int
+) -> int:
+    """Tokens that each expert of a group takes.
 
-    A host integer that follows from nominal shares only, so it is the same on every expert-parallel rank: the all-to-all has
-    equal splits and needs no exchange of counts. Slots that a batch's modality mix leaves empty are masked.
+    min(limit, max(1, ceil(ceil(factor * N * share / E) / multiple) * multiple)). A host integer that follows from
+    nominal shares only, so it is the same on every expert-parallel rank: the all-to-all has equal splits and needs no
+    exchange of counts. Slots that a batch's modality mix leaves empty are masked.
 
     Args:
-        tokens_in_scope: N, tokens among which the expert chooses (a sequence or a micro-batch), of all modalities [tokens].
+        tokens_in_scope: N, tokens of all modalities among which the expert chooses (a sequence or a micro-batch)
+            [tokens].
         share: nominal share of the group's modality in those tokens; 1 for a group that sees every token.
         experts: E, experts of the group over all expert-parallel ranks.
         factor: model.experts.capacity_factor.

@@ -22,7 +22,12 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader without YAML 1.1's surprises: `off` and `no` stay words, dates stay text, no merge keys."""
 
 
-_DROPPED = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"}
+_DROPPED = {
+    "tag:yaml.org,2002:bool",
+    "tag:yaml.org,2002:timestamp",
+    "tag:yaml.org,2002:merge",
+    "tag:yaml.org,2002:value",
+}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _DROPPED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -87,7 +92,9 @@ def apply_override(document: Document, text: str, *, defaults: dict[str, Any]) -
     key, separator, value = text.partition("=")
     key = key.strip()
     if not separator or not all(key.split(".")):
-        raise ConfigError(f"override {text!r} is not of the form key=value", remedy="write for instance train.steps=100")
+        raise ConfigError(
+            f"override {text!r} is not of the form key=value", remedy="write for instance train.steps=100"
+        )
     node = _compose(value, f"override {key}")
     document.forget(key)
     reader = _Reader(document, "override")
@@ -110,7 +117,9 @@ def _place(data: dict[str, Any], key: str, value: Any, *, defaults: dict[str, An
 
 def _inside(container: Any, key: str) -> Any:
     if not isinstance(container, dict | list):
-        raise ConfigError(f"override {key}: there is no setting inside a single value", remedy="override the whole entry")
+        raise ConfigError(
+            f"override {key}: there is no setting inside a single value", remedy="override the whole entry"
+        )
     return container
 
 
@@ -121,7 +130,8 @@ def _slot(container: Any, part: str, key: str) -> Any:
 def _index(items: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
         raise ConfigError(
-            f"override {key}: {part!r} is no index of a list of {len(items)}", remedy=f"count from 0 to {len(items) - 1}"
+            f"override {key}: {part!r} is no index of a list of {len(items)}",
+            remedy=f"count from 0 to {len(items) - 1}",
         )
     return int(part)
 
@@ -147,7 +157,9 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark is not None else name
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where}: not YAML: {problem}", remedy="check indentation, quotes and brackets there") from None
+        raise ConfigError(
+            f"{where}: not YAML: {problem}", remedy="check indentation, quotes and brackets there"
+        ) from None
 
 
 class _Reader:
@@ -161,7 +173,9 @@ class _Reader:
     def value(self, node: yaml.Node, key: str, depth: int) -> Any:
         where = self._where(node)
         if depth > _MAX_DEPTH:
-            raise ConfigError(f"{where}: nested more than {_MAX_DEPTH} deep", remedy="remove the anchor that contains itself")
+            raise ConfigError(
+                f"{where}: nested more than {_MAX_DEPTH} deep", remedy="remove the anchor that contains itself"
+            )
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key, depth)
         if isinstance(node, yaml.SequenceNode):
@@ -201,7 +215,9 @@ class _Reader:
             value = self.scalars.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             problem = getattr(error, "problem", None) or str(error)
-            raise ConfigError(f"{self._where(node)}: {key}: {problem}", remedy="write a plain value without a tag") from None
+            raise ConfigError(
+                f"{self._where(node)}: {key}: {problem}", remedy="write a plain value without a tag"
+            ) from None
         if node.style is None and value is not None:
             self.document.written[key] = node.value
         return value

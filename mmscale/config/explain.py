@@ -22,8 +22,8 @@ def explain(key: str = "") -> dict[str, Any]:
         key: dotted key; list entries may be written with their index, names of a mapping as they are; "": everything.
 
     Returns:
-        `key` and `meaning`; for a section `keys`, the dotted keys in it, and for a setting `type`, `unit`, `required`, `default`,
-        `allowed` (a list where only certain values are, else None) and `source`.
+        `key`, `meaning` and `default`; for a section `keys`, the dotted keys in it, and for a setting `type`, `unit`,
+        `required`, `allowed` (a list where only certain values are, else None) and `source`.
 
     Raises:
         UsageError: there is no such key.

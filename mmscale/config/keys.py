@@ -170,7 +170,9 @@ def describe(annotation: Any) -> str:
         return f"a list, each entry {describe(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return f"a mapping with {', '.join(annotation.model_fields)}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        annotation, str(annotation)
+    )
 
 
 def _constrained(base: Any, metadata: tuple[Any, ...]) -> str:

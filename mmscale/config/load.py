@@ -183,8 +183,9 @@ def _dotted(document: Document, error: ErrorDetails) -> str:
     here: Any = document.data
     parts: list[str] = []
     for part in error["loc"]:
-        if isinstance(part, int) or (isinstance(here, dict) and part in here):
-            here = here[part] if isinstance(here, dict) or (isinstance(here, list) and isinstance(part, int)) else None
+        known = part in here if isinstance(here, dict) else isinstance(here, list)
+        if known:
+            here = here[part]
             parts.append(str(part))
         elif error["type"] == "missing":
             parts.append(str(part))
@@ -198,7 +199,10 @@ def _wants(name: str, error: ErrorDetails) -> str:
 
 
 def _where(document: Document, name: str) -> str:
-    """"file:line: " or "override: " of a key, or of the nearest section around it."""
+    """The place of a key, of something inside it or of the nearest section around it: "file:line: ", "override: "."""
+    inside = [mark for key, mark in document.marks.items() if key.startswith(f"{name}.")]
+    if name not in document.marks and inside:
+        return f"{inside[0]}: "
     while name:
         if name in document.marks:
             return f"{document.marks[name]}: "
@@ -222,4 +226,6 @@ def _wrong(document: Document, name: str, value: Any, wants: str) -> rules.Probl
 def _missing(document: Document, name: str) -> rules.Problem:
     key = keys.find(name)
     wants = f" ({key.wants})" if key is not None and key.section is None else ""
-    return rules.Problem(f"{_where(document, name)}{name} is missing{wants}", f"add it, see `mmscale config explain {name}`")
+    return rules.Problem(
+        f"{_where(document, name)}{name} is missing{wants}", f"add it, see `mmscale config explain {name}`"
+    )

@@ -63,22 +63,28 @@ def _vocab(config: Config) -> Iterator[Problem]:
         yield Problem("vocab.modalities is empty", "name at least a text modality with its number of ids")
         return
     if len(set(config.vocab.names)) < len(modalities):
-        yield Problem(f"vocab.modalities: names repeat: {', '.join(config.vocab.names)}", "give each modality its own name")
+        yield Problem(
+            f"vocab.modalities: names repeat: {', '.join(config.vocab.names)}", "give each modality its own name"
+        )
     if modalities[0].size < _SPECIAL_TOKENS:
         yield Problem(
-            f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the {_SPECIAL_TOKENS} "
+            f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the "
+            f"{_SPECIAL_TOKENS} "
             "special tokens that stand in the first range",
             "give the first modality more ids",
         )
     unknown = sorted(set(config.train.modality_weights) - set(config.vocab.names))
     if unknown:
         yield Problem(
-            f"train.modality_weights: {', '.join(unknown)} is not in vocab.modalities ({', '.join(config.vocab.names)})",
+            f"train.modality_weights: {', '.join(unknown)} is not in vocab.modalities "
+            f"({', '.join(config.vocab.names)})",
             "use the names of vocab.modalities",
         )
     weights = [config.train.modality_weights.get(name, 1.0) for name in config.vocab.names]
     if not any(weights):
-        yield Problem("train.modality_weights: every modality has weight 0, nothing is learned", "give one a positive weight")
+        yield Problem(
+            "train.modality_weights: every modality has weight 0, nothing is learned", "give one a positive weight"
+        )
 
 
 def _attention(config: Config) -> Iterator[Problem]:
@@ -92,7 +98,9 @@ def _attention(config: Config) -> Iterator[Problem]:
     elif model.head_dim % 2:
         yield Problem(f"model: the head width {model.head_dim} is odd, rotary embedding turns pairs", "make it even")
     if heads % groups:
-        yield Problem(f"model.num_attention_heads = {heads} is not divisible by model.num_query_groups = {groups}", "make it so")
+        yield Problem(
+            f"model.num_attention_heads = {heads} is not divisible by model.num_query_groups = {groups}", "make it so"
+        )
     if heads % tp:
         yield _not_divisible("model.num_attention_heads", heads, tp)
     elif groups % tp:
@@ -111,14 +119,16 @@ def _widths(config: Config) -> Iterator[Problem]:
         yield _not_divisible("model.experts: the width of all shared experts together", shared, tp)
     if config.vocab.padded_size % tp:
         yield Problem(
-            f"vocab.pad_multiple = {config.vocab.pad_multiple} pads to {config.vocab.padded_size} rows, which parallel.tp = {tp} "
+            f"vocab.pad_multiple = {config.vocab.pad_multiple} pads to {config.vocab.padded_size} rows, which "
+            f"parallel.tp = {tp} "
             "does not divide",
             f"make vocab.pad_multiple a multiple of {tp}",
         )
     if model.seq_length % tp:
         # Sequence parallelism is always on: without it nobody would reduce the routers' gradients over TP.
         yield Problem(
-            f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {tp}; above tp = 1 sequence parallelism "
+            f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {tp}; above tp = 1 sequence "
+            "parallelism "
             "splits every sequence over the tensor-parallel ranks",
             "change one of them",
         )
@@ -133,16 +143,20 @@ def _experts(config: Config) -> Iterator[Problem]:
     if kind == "dense":
         for key, given in (("counts", experts.counts), ("shared", experts.shared), ("noise", experts.noise != "none")):
             if given:
-                yield Problem(f"model.experts.{key} is set, but model.kind = dense has no experts", "remove it or change the kind")
+                yield Problem(
+                    f"model.experts.{key} is set, but model.kind = dense has no experts", "remove it or change the kind"
+                )
         return
     if kind == "moe" and len(experts.counts) != 1:
         yield Problem(
-            f"model.experts.counts has {len(experts.counts)} groups, model.kind = moe wants exactly one for all modalities",
+            f"model.experts.counts has {len(experts.counts)} groups, model.kind = moe wants exactly one for all "
+            "modalities",
             "write for instance counts: {mixed: 8}, or use kind: moma for a group per modality",
         )
     if kind == "moma" and set(experts.counts) != set(names):
         yield Problem(
-            f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = moma wants one group for each of "
+            f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = moma wants one group "
+            "for each of "
             f"vocab.modalities: {', '.join(names)}",
             "give every modality its number of experts",
         )
@@ -150,7 +164,8 @@ def _experts(config: Config) -> Iterator[Problem]:
     for name, count in experts.counts.items():
         if count % ep:
             yield Problem(
-                f"model.experts.counts.{name} = {count} is not divisible by parallel.ep = {ep}; every expert-parallel rank holds "
+                f"model.experts.counts.{name} = {count} is not divisible by parallel.ep = {ep}; every expert-parallel "
+                "rank holds "
                 "the same number of experts of each group",
                 "change one of them",
             )
@@ -161,17 +176,21 @@ def _capacity(config: Config) -> Iterator[Problem]:
     if experts.share != "auto":
         if set(experts.share) != set(names):
             yield Problem(
-                f"model.experts.share names {', '.join(experts.share) or 'nothing'}, vocab.modalities has {', '.join(names)}",
+                f"model.experts.share names {', '.join(experts.share) or 'nothing'}, vocab.modalities has "
+                f"{', '.join(names)}",
                 "give every modality its share, or write auto",
             )
         elif not math.isclose(sum(experts.share.values()), 1.0, abs_tol=1e-6):
-            yield Problem(f"model.experts.share sums to {sum(experts.share.values()):g}, not to 1", "make the shares sum to 1")
+            yield Problem(
+                f"model.experts.share sums to {sum(experts.share.values()):g}, not to 1", "make the shares sum to 1"
+            )
     if model.kind == "dense":
         return
     scope = model.seq_length * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
     if experts.capacity_multiple > scope:
         yield Problem(
-            f"model.experts.capacity_multiple = {experts.capacity_multiple} is more than the {scope} tokens an expert chooses from",
+            f"model.experts.capacity_multiple = {experts.capacity_multiple} is more than the {scope} tokens an expert "
+            "chooses from",
             "lower it",
         )
     for name, count in experts.counts.items():
@@ -181,7 +200,8 @@ def _capacity(config: Config) -> Iterator[Problem]:
         wanted = experts.capacity_factor * share / count
         if wanted > 1.0:
             yield Problem(
-                f"model.experts: capacity_factor {experts.capacity_factor:g} * share {share:g} / {count} experts of {name} = "
+                f"model.experts: capacity_factor {experts.capacity_factor:g} * share {share:g} / {count} experts of "
+                f"{name} = "
                 f"{wanted:g}: each expert would take more tokens than there are",
                 "lower model.experts.capacity_factor",
             )
@@ -194,13 +214,15 @@ def _depth(config: Config) -> Iterator[Problem]:
     if depth.multiple % tp:
         # Rounding the selection to TP itself would make the loss depend on the layout.
         yield Problem(
-            f"model.depth.multiple = {depth.multiple} is not divisible by parallel.tp = {tp}; the selected tokens are split over "
+            f"model.depth.multiple = {depth.multiple} is not divisible by parallel.tp = {tp}; the selected tokens are "
+            "split over "
             "the tensor-parallel ranks",
             f"make model.depth.multiple a multiple of {tp}",
         )
     if depth.multiple > config.model.seq_length:
         yield Problem(
-            f"model.depth.multiple = {depth.multiple} is more than model.seq_length = {config.model.seq_length}: a layer would "
+            f"model.depth.multiple = {depth.multiple} is more than model.seq_length = {config.model.seq_length}: a "
+            "layer would "
             "have to select more tokens than there are",
             "lower model.depth.multiple",
         )
@@ -210,21 +232,26 @@ def _layout(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
     if parallel.cp > 1:
         yield Problem(
-            f"parallel.cp = {parallel.cp}: context parallelism is refused: expert choice and Mixture-of-Depths rank the tokens of "
+            f"parallel.cp = {parallel.cp}: context parallelism is refused: expert choice and Mixture-of-Depths rank "
+            "the tokens of "
             "whole sequences, which no rank would see",
             "use parallel.cp=1; parallel.tp splits long sequences as well",
         )
     if parallel.ep > 1 and config.model.kind == "dense":
-        yield Problem(f"parallel.ep = {parallel.ep}, but model.kind = dense has no experts to spread", "use parallel.ep=1")
+        yield Problem(
+            f"parallel.ep = {parallel.ep}, but model.kind = dense has no experts to spread", "use parallel.ep=1"
+        )
     if parallel.vpp is not None and (parallel.pp == 1 or parallel.vpp == 1):
         yield Problem(
-            f"parallel.vpp = {parallel.vpp} with parallel.pp = {parallel.pp}: interleaving needs two stages and two chunks of each",
+            f"parallel.vpp = {parallel.vpp} with parallel.pp = {parallel.pp}: interleaving needs two stages and two "
+            "chunks of each",
             "use parallel.vpp=null or more stages and chunks",
         )
     chunks = parallel.pp * (parallel.vpp or 1)
     if layers % chunks:
         yield Problem(
-            f"model.num_layers = {layers} is not divisible by parallel.pp * vpp = {parallel.pp} * {parallel.vpp or 1} = {chunks}",
+            f"model.num_layers = {layers} is not divisible by parallel.pp * vpp = {parallel.pp} * {parallel.vpp or 1} "
+            f"= {chunks}",
             "change one of them",
         )
     yield from _pipeline_sends(config)
@@ -239,7 +266,9 @@ def _pipeline_sends(config: Config) -> Iterator[Problem]:
     parallel = config.parallel
     overlap, batch = derived.overlap_p2p(config), derived.batch_p2p(config)
     if parallel.pp > 1 and overlap and parallel.vpp is None:
-        yield Problem("parallel.overlap_p2p needs interleaving (mcore's schedules.py refuses it)", "set parallel.vpp or drop it")
+        yield Problem(
+            "parallel.overlap_p2p needs interleaving (mcore's schedules.py refuses it)", "set parallel.vpp or drop it"
+        )
     if overlap and batch:
         yield Problem(
             "parallel.overlap_p2p and parallel.batch_p2p exclude each other: batched sends wait for their receives",
@@ -248,7 +277,8 @@ def _pipeline_sends(config: Config) -> Iterator[Problem]:
     elif parallel.pp == 2 and parallel.vpp is not None and batch:
         # Batched, both neighbours are the same peer and messages match in the wrong order: silently wrong losses.
         yield Problem(
-            "parallel.batch_p2p with parallel.pp = 2 and vpp mixes up the two directions to the only neighbour: losses are wrong",
+            "parallel.batch_p2p with parallel.pp = 2 and vpp mixes up the two directions to the only neighbour: "
+            "losses are wrong",
             "leave parallel.overlap_p2p and parallel.batch_p2p at null",
         )
 
@@ -289,12 +319,18 @@ def _data(config: Config) -> Iterator[Problem]:
     if prepare is None:
         return
     if prepare.source == "documents" and not prepare.documents:
-        yield Problem("data.prepare.documents is empty, but data.prepare.source = documents", "name the files, or use source: digits")
+        yield Problem(
+            "data.prepare.documents is empty, but data.prepare.source = documents",
+            "name the files, or use source: digits",
+        )
     if prepare.source == "digits" and prepare.documents:
-        yield Problem("data.prepare.documents is set, but data.prepare.source = digits reads no files", "remove one of them")
+        yield Problem(
+            "data.prepare.documents is set, but data.prepare.source = digits reads no files", "remove one of them"
+        )
     if prepare.augment > _MAX_SHIFTS:
         yield Problem(
-            f"data.prepare.augment = {prepare.augment}: there are {_MAX_SHIFTS} shifts by one pixel", f"use at most {_MAX_SHIFTS}"
+            f"data.prepare.augment = {prepare.augment}: there are {_MAX_SHIFTS} shifts by one pixel",
+            f"use at most {_MAX_SHIFTS}",
         )
     if prepare.held_out >= 1.0:
         yield Problem("data.prepare.held_out = 1 leaves nothing to train on", "use a value below 1")
@@ -306,7 +342,9 @@ def _images(config: Config, prepare: PrepareConfig) -> Iterator[Problem]:
     codes = next((modality.size for modality in config.vocab.modalities if modality.name == "image"), None)
     if image.kind == "vq":
         if image.path is None:
-            yield Problem("data.prepare.image.path is missing, kind = vq needs the folder of its model", "give the folder")
+            yield Problem(
+                "data.prepare.image.path is missing, kind = vq needs the folder of its model", "give the folder"
+            )
         return  # how many tokens an image has is the model's affair
     if image.kind == "kmeans":
         if image.size % image.patch:
@@ -322,7 +360,10 @@ def _images(config: Config, prepare: PrepareConfig) -> Iterator[Problem]:
         )
     codes_per_image = image.size**2 * image.channels if image.kind == "levels" else (image.size // image.patch) ** 2
     tokens = codes_per_image + 2  # <boi> and <eoi>
-    for key, limit in (("data.prepare.max_document_tokens", prepare.max_document_tokens), ("model.seq_length", config.model.seq_length)):
+    for key, limit in (
+        ("data.prepare.max_document_tokens", prepare.max_document_tokens),
+        ("model.seq_length", config.model.seq_length),
+    ):
         if codes is not None and tokens > limit:
             yield Problem(
                 f"{key} = {limit} is less than the {tokens} tokens of one image, and an image is never cut",
@@ -334,20 +375,24 @@ def _world(config: Config, world_size: int) -> list[Problem]:
     parallel, train = config.parallel, config.train
     model_ranks = parallel.tp * parallel.pp
     if world_size % model_ranks:
-        cause = f"parallel.tp * pp = {parallel.tp} * {parallel.pp} = {model_ranks} does not divide the {world_size} ranks"
+        cause = (
+            f"parallel.tp * pp = {parallel.tp} * {parallel.pp} = {model_ranks} does not divide the {world_size} ranks"
+        )
         return [Problem(cause, "`mmscale plan CONFIG --gpus N` lists layouts that do")]
     problems = []
     replicas = derived.data_parallel_size(config, world_size)
     if replicas % parallel.ep:
         cause = (
-            f"parallel.ep = {parallel.ep} does not divide the {replicas} data-parallel ranks ({world_size} ranks / tp * pp = "
+            f"parallel.ep = {parallel.ep} does not divide the {replicas} data-parallel ranks ({world_size} ranks / tp "
+            "* pp = "
             f"{model_ranks}); experts are spread over data-parallel ranks"
         )
         problems.append(Problem(cause, "`mmscale plan CONFIG --gpus N` lists layouts that do"))
     portion = train.micro_batch_size * replicas
     if train.global_batch_size % portion:
         cause = (
-            f"train.global_batch_size = {train.global_batch_size} is not divisible by train.micro_batch_size * data-parallel ranks = "
+            f"train.global_batch_size = {train.global_batch_size} is not divisible by train.micro_batch_size * "
+            "data-parallel ranks = "
             f"{train.micro_batch_size} * {replicas} = {portion}"
         )
         problems.append(Problem(cause, f"use a multiple of {portion}, or other numbers of ranks"))

@@ -1,7 +1,7 @@
 """Floating-point operations per token: matrix products, causal attention and the output layer.
 
-Element-wise work is left out, as everywhere in the field. MoMa's FLOP matching holds by this count (papers' Table 1: dense and
-Mixture-of-Depths models of a class are within 3 %).
+Element-wise work is left out, as everywhere in the field. MoMa's FLOP matching holds by this count: dense and
+Mixture-of-Depths models of a class in Table 1 (arXiv 2407.21770) are within 3 %.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
     """
     experts = config.model.experts
     scope = tokens * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
-    shares = {name: 1.0 for name in experts.counts} if config.model.kind == "moe" else nominal_shares(config)
+    shares = dict.fromkeys(experts.counts, 1.0) if config.model.kind == "moe" else nominal_shares(config)
     slots = {}
     for name, count in experts.counts.items():
         capacity = expert_capacity(

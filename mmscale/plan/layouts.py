@@ -114,7 +114,8 @@ def _communication(config: Config, world: int, tokens: int) -> dict[str, float]:
     layers = stage_layers(config, 0)
     replicas = data_parallel_size(config, world)
     row = config.model.hidden_size * size
-    # Sequence parallelism: gather and scatter around both sub-layers, in forward and backward, and gathers for weight gradients.
+    # Sequence parallelism: gather and scatter around both sub-layers, in forward and backward, and gathers for the
+    # gradients of weights.
     tensor = 10 * len(layers) * tokens * row * (1 - 1 / parallel.tp)
     slots = 0.0 if config.model.kind == "dense" else sum(expert_slots(config, config.model.seq_length).values())
     expert = 4 * len(layers) * tokens * slots * row * (1 - 1 / parallel.ep)
@@ -156,7 +157,9 @@ def _reasons(layout: Layout, gpu_memory: float | None) -> tuple[str, ...]:
     if layout.bubble > 0:
         reasons.append(f"pipeline idle {layout.bubble / (1 + layout.bubble):.0%} of the time")
     if parallel.pp > 1 and layout.config.model.depth is not None:
-        depth = [sum(map(layout.config.model.is_depth_layer, stage_layers(layout.config, s))) for s in range(parallel.pp)]
+        depth = [
+            sum(map(layout.config.model.is_depth_layer, stage_layers(layout.config, s))) for s in range(parallel.pp)
+        ]
         if len(set(depth)) > 1:
             reasons.append(f"stages differ in Mixture-of-Depths layers ({min(depth)} to {max(depth)})")
     if parallel.recompute == "full":
@@ -188,8 +191,8 @@ def _candidates(config: Config, world: int) -> Iterator[Config]:
 def layouts(config: Config, gpus: int, *, gpu_memory: float | None = None) -> tuple[list[Layout], dict[str, int]]:
     """All layouts of a configuration on so many devices that the rules allow, best first.
 
-    Layouts that fit stand before those that do not; then the cheaper ones. Full recomputation is left out where the same layout
-    fits without it.
+    Layouts that fit stand before those that do not; then the cheaper ones. Full recomputation is left out where the
+    same layout fits without it.
 
     Args:
         config: the configuration; its own layout is one candidate.
@@ -207,7 +210,9 @@ def layouts(config: Config, gpus: int, *, gpu_memory: float | None = None) -> tu
             refused[problems[0].cause] += 1
         else:
             possible.append(evaluate(candidate, gpus, gpu_memory=gpu_memory))
-    plain = {_key(layout) for layout in possible if layout.config.parallel.recompute == "none" and layout.fits is not False}
+    plain = {
+        _key(layout) for layout in possible if layout.config.parallel.recompute == "none" and layout.fits is not False
+    }
     kept = [
         layout
         for layout in possible
@@ -226,8 +231,8 @@ def _key(layout: Layout) -> tuple[int, int, int | None, int]:
 def rank_grid(config: Config, world: int) -> list[dict[str, int]]:
     """Coordinates of every rank, in megatron-core's default order tp-cp-ep-dp-pp (tensor parallelism fastest).
 
-    `ep` is the rank among expert-parallel ranks, which are consecutive data-parallel ranks; `edp` numbers the copies of the
-    same experts.
+    `ep` is the rank among expert-parallel ranks, which are consecutive data-parallel ranks; `edp` numbers the copies
+    of the same experts.
     """
     tp, ep = config.parallel.tp, config.parallel.ep
     replicas = data_parallel_size(config, world)

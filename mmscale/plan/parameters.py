@@ -138,7 +138,7 @@ def layer_parameters(config: Config, layer: int) -> LayerParameters:
         ffn=3 * h * f if dense else 0,
         experts={name: count * 3 * h * f for name, count in counts.items()},
         routers={name: count * h for name, count in counts.items()},
-        expert_norms={name: h for name in counts} if per_expert else {},
+        expert_norms=dict.fromkeys(counts, h) if per_expert else {},
         shared=3 * h * shared,
         norms=norms + (h if per_expert and shared else 0),
         depth_router=h if model.is_depth_layer(layer) else 0,
@@ -148,9 +148,9 @@ def layer_parameters(config: Config, layer: int) -> LayerParameters:
 def count_parameters(config: Config) -> Parameters:
     """Count parameters.
 
-    `active` follows an average token: all of a dense layer; of each group's experts as many as take the token on average, which
-    is the capacity factor; of a Mixture-of-Depths layer the fraction of tokens that it processes. Embedding and output layer
-    count whole, so that a dense model has as many active parameters as parameters.
+    `active` follows an average token: all of a dense layer; of each group's experts as many as take the token on
+    average, which is the capacity factor; of a Mixture-of-Depths layer the fraction of tokens that it processes.
+    Embedding and output layer count whole, so that a dense model has as many active parameters as parameters.
     """
     model = config.model
     layers = tuple(layer_parameters(config, index) for index in range(model.num_layers))
@@ -160,8 +160,8 @@ def count_parameters(config: Config) -> Parameters:
     active = float(table + output + model.hidden_size)
     for index, layer in enumerate(layers):
         fraction = depth_tokens(config) / model.seq_length if model.is_depth_layer(index) else 1.0
-        passed = layer.total - layer.depth_router - sum(layer.experts.values()) + model.experts.capacity_factor * one_expert
+        passed = (
+            layer.total - layer.depth_router - sum(layer.experts.values()) + model.experts.capacity_factor * one_expert
+        )
         active += layer.depth_router + fraction * passed
-    return Parameters(
-        embedding=table, output=output, layers=layers, final_norm=model.hidden_size, active=round(active)
-    )
+    return Parameters(embedding=table, output=output, layers=layers, final_norm=model.hidden_size, active=round(active))

@@ -50,10 +50,14 @@ def _model(summary: dict[str, Any]) -> Table:
     parameters, flops = summary["parameters"], summary["flops_per_token"]
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{short(parameters['total'])} total, {short(parameters['active'])} active per token")
-    groups = {name: value for name, value in parameters.items() if isinstance(value, int) and name not in ("total", "active")}
+    groups = {
+        name: value for name, value in parameters.items() if isinstance(value, int) and name not in ("total", "active")
+    }
     table.add_row("", ", ".join(f"{name.replace('_', ' ')} {short(value)}" for name, value in groups.items() if value))
     if parameters["per_modality"]:
-        table.add_row("per modality", ", ".join(f"{name} {short(value)}" for name, value in parameters["per_modality"].items()))
+        table.add_row(
+            "per modality", ", ".join(f"{name} {short(value)}" for name, value in parameters["per_modality"].items())
+        )
     table.add_row("FLOPs per token", f"{short(flops['forward'])} forward, {short(flops['training'])} training")
     table.add_row("tokens", f"{short(summary['tokens_per_step'])} per step, {short(summary['tokens'])} in all")
     table.add_row("training", f"{summary['training_flops']:.3g} FLOPs")

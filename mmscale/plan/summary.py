@@ -27,14 +27,16 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
         gpu_memory: memory of a device [GiB].
 
     Returns:
-        `parameters`, `flops_per_token`, `tokens_per_step`, `tokens`, `training_flops`, `checkpoint_bytes`, `gpus`, `gpu_memory_gib`,
-        `layouts` (best first, at most 20 and the configuration's own), `layouts_possible`, `refused` (rule -> number of candidates) and `assumptions`.
+        `model`, `parameters`, `flops_per_token`, `tokens_per_step`, `tokens`, `training_flops`, `checkpoint_bytes`,
+        `gpus`, `gpu_memory_gib`, `layouts` (best first, at most 20 and the configuration's own), `layouts_possible`,
+        `refused` (rule -> number of candidates) and `assumptions`.
 
     Raises:
         ConfigError: without `gpus`, the configuration's own layout violates a rule.
     """
     parameters, flops = count_parameters(config), flops_per_token(config)
-    parallel, refused = config.parallel, {}
+    parallel = config.parallel
+    refused: dict[str, int] = {}
     ranks = gpus
     if ranks is None:
         ranks = parallel.tp * parallel.pp * parallel.ep
@@ -78,8 +80,10 @@ def _entry(layout: Layout, config: Config) -> dict[str, Any]:
 
 def _assumptions(config: Config) -> list[str]:
     lines = [
-        "memory: attention keeps no score matrix; gradients are fp32; optimizer state is sharded over data-parallel ranks",
-        f"order of layouts: round figures of a machine with {RANKS_PER_NODE} devices a node, nothing overlapped; not a prediction",
+        "memory: attention keeps no score matrix; gradients are fp32; optimizer state is sharded over data-parallel "
+        "ranks",
+        f"order of layouts: round figures of a machine with {RANKS_PER_NODE} devices a node, nothing overlapped; not "
+        "a prediction",
         f"a layout fits below {USABLE:.0%} of the device's memory",
     ]
     if config.model.kind == "moma" and config.model.experts.share == "auto":

@@ -1,0 +1,289 @@
+"""Every rule between settings: one configuration that breaks it, and what the user is told."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from mmscale.config import Config
+from mmscale.config.derived import (
+    batch_p2p,
+    data_parallel_size,
+    depth_tokens,
+    expert_capacity,
+    global_micro_batches,
+    micro_batches_per_step,
+    overlap_p2p,
+    shared_width,
+    tokens_per_step,
+)
+from mmscale.config.rules import check, violations
+from mmscale.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 61}]},
+    "model": {
+        "kind": "moma",
+        "num_layers": 8,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "seq_length": 64,
+        "experts": {"counts": {"text": 4, "image": 4}},
+    },
+}
+
+
+def config(**changes: Any) -> Config:
+    """BASE with dotted keys replaced; dots are written as double underscores."""
+    values = copy.deepcopy(BASE)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        here = values
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = copy.deepcopy(value)
+    return Config.model_validate(values)
+
+
+DENSE = {"model__kind": "dense", "model__experts": {}}
+
+BROKEN = [
+    # vocabulary
+    ({"vocab__modalities": []}, "vocab.modalities is empty"),
+    ({"vocab__modalities": [{"name": "a", "size": 9}] * 2}, "vocab.modalities: names repeat: a, a"),
+    (
+        {"vocab__modalities": [{"name": "text", "size": 4}, {"name": "image", "size": 9}]},
+        "text has 4 ids, fewer than the 5 special tokens",
+    ),
+    (
+        {"train__modality_weights": {"audio": 1}},
+        "train.modality_weights: audio is not in vocab.modalities (text, image)",
+    ),
+    ({"train__modality_weights": {"text": 0, "image": 0}}, "every modality has weight 0"),
+    # shapes
+    ({"model__num_attention_heads": 6}, "model.hidden_size = 64 is not divisible by model.num_attention_heads = 6"),
+    ({"model__kv_channels": 7}, "the head width 7 is odd"),
+    ({"model__num_query_groups": 3}, "model.num_attention_heads = 4 is not divisible by model.num_query_groups = 3"),
+    # tensor parallelism
+    ({"parallel__tp": 8}, "model.num_attention_heads = 4 is not divisible by parallel.tp = 8"),
+    (
+        {"parallel__tp": 4, "model__num_query_groups": 2},
+        "model.num_query_groups = 2 is not divisible by parallel.tp = 4",
+    ),
+    (
+        {"parallel__tp": 2, "model__ffn_hidden_size": 97},
+        "model.ffn_hidden_size = 97 is not divisible by parallel.tp = 2",
+    ),
+    (
+        {"parallel__tp": 2, "model__experts__shared": 1, "model__experts__shared_ffn_hidden_size": 33},
+        "the width of all shared experts together = 33 is not divisible by parallel.tp = 2",
+    ),
+    ({"parallel__tp": 4, "vocab__pad_multiple": 5}, "vocab.pad_multiple = 5 pads to 165 rows"),
+    ({"parallel__tp": 4, "model__seq_length": 66}, "above tp = 1 sequence parallelism splits every sequence"),
+    # experts
+    ({"model__kind": "dense"}, "model.experts.counts is set, but model.kind = dense has no experts"),
+    ({**DENSE, "model__experts__shared": 1}, "model.experts.shared is set, but model.kind = dense"),
+    ({**DENSE, "model__experts__noise": "gumbel"}, "model.experts.noise is set, but model.kind = dense"),
+    ({"model__kind": "moe"}, "model.experts.counts has 2 groups, model.kind = moe wants exactly one"),
+    ({"model__kind": "moe", "model__experts": {}}, "model.experts.counts has 0 groups"),
+    ({"model__experts__counts": {"text": 4}}, "one group for each of vocab.modalities: text, image"),
+    ({"model__experts__counts": {}}, "model.experts.counts names nothing"),
+    ({"parallel__ep": 3}, "model.experts.counts.text = 4 is not divisible by parallel.ep = 3"),
+    ({"model__experts__share": {"text": 1.0}}, "model.experts.share names text, vocab.modalities has text, image"),
+    ({"model__experts__share": {"text": 0.5, "image": 0.6}}, "model.experts.share sums to 1.1, not to 1"),
+    ({"model__experts__capacity_multiple": 128}, "capacity_multiple = 128 is more than the 64 tokens"),
+    (
+        {"model__experts__capacity_factor": 9, "model__experts__share": {"text": 0.5, "image": 0.5}},
+        "capacity_factor 9 * share 0.5 / 4 experts of text = 1.125: each expert would take more tokens than there are",
+    ),
+    # depth
+    (
+        {"model__depth": {"multiple": 6}, "parallel__tp": 4},
+        "model.depth.multiple = 6 is not divisible by parallel.tp = 4",
+    ),
+    ({"model__depth": {"multiple": 65}}, "model.depth.multiple = 65 is more than model.seq_length = 64"),
+    # layout
+    ({"parallel__cp": 2}, "context parallelism is refused: expert choice and Mixture-of-Depths rank the tokens of"),
+    ({**DENSE, "parallel__ep": 2}, "parallel.ep = 2, but model.kind = dense has no experts to spread"),
+    ({"parallel__vpp": 2}, "parallel.vpp = 2 with parallel.pp = 1: interleaving needs two stages"),
+    ({"parallel__vpp": 1, "parallel__pp": 2}, "parallel.vpp = 1 with parallel.pp = 2: interleaving needs"),
+    ({"parallel__pp": 3}, "model.num_layers = 8 is not divisible by parallel.pp * vpp = 3 * 1 = 3"),
+    (
+        {"parallel__pp": 4, "parallel__vpp": 4},
+        "model.num_layers = 8 is not divisible by parallel.pp * vpp = 4 * 4 = 16",
+    ),
+    ({"parallel__pp": 2, "parallel__overlap_p2p": True}, "parallel.overlap_p2p needs interleaving"),
+    (
+        {"parallel__pp": 4, "parallel__vpp": 2, "parallel__overlap_p2p": True, "parallel__batch_p2p": True},
+        "parallel.overlap_p2p and parallel.batch_p2p exclude each other",
+    ),
+    (
+        {"parallel__pp": 2, "parallel__vpp": 2, "parallel__overlap_p2p": False},
+        "parallel.batch_p2p with parallel.pp = 2 and vpp mixes up the two directions",
+    ),
+    ({"parallel__overlap_param_gather": True}, "parallel.overlap_param_gather needs parallel.overlap_grad_reduce"),
+    # batches and schedule
+    (
+        {"train__micro_batch_size": 3, "train__global_batch_size": 8},
+        "train.global_batch_size = 8 is not divisible by train.micro_batch_size = 3",
+    ),
+    ({"optim__warmup": 11, "train__steps": 10}, "optim.warmup = 11 steps is more than train.steps = 10"),
+    ({"optim__min_lr": 1.0}, "optim.min_lr = 1 is above optim.lr = 0.0001"),
+    (
+        {"optim__schedule": "wsd", "optim__warmup": 6, "optim__decay": 6, "train__steps": 10},
+        "optim.warmup + optim.decay = 6 + 6 steps is more than train.steps = 10",
+    ),
+    ({"optim__beta2": 1.0}, "optim.beta2 = 1 never forgets"),
+    ({"optim__clip_grad": float("inf")}, "optim.clip_grad = inf is not a finite number"),
+    # data
+    ({"data__path": "a", "data__blend": [{"path": "b"}]}, "data.path and data.blend are both set"),
+    ({"data__prepare": {}}, "data.prepare.documents is empty, but data.prepare.source = documents"),
+    (
+        {"data__prepare": {"source": "digits", "documents": ["a"], "image": {"size": 8}}},
+        "data.prepare.source = digits reads no files",
+    ),
+    ({"data__prepare": {"source": "digits", "augment": 9, "image": {"size": 8}}}, "there are 8 shifts by one pixel"),
+    (
+        {"data__prepare": {"source": "digits", "held_out": 1, "image": {"size": 8}}},
+        "data.prepare.held_out = 1 leaves nothing to train on",
+    ),
+    (
+        {"data__prepare": {"source": "digits", "image": {"size": 10, "patch": 4}}},
+        "data.prepare.image.size = 10 is not divisible by data.prepare.image.patch = 4",
+    ),
+    (
+        {
+            "data__prepare": {"source": "digits", "image": {"kind": "levels", "size": 4, "channels": 1}},
+            "vocab__modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 257}],
+        },
+        "image has 257 ids, data.prepare.image.kind = levels wants one for each of 2 to 256 grey levels",
+    ),
+    (
+        {"data__prepare": {"documents": ["a"], "image": {"kind": "vq"}}},
+        "data.prepare.image.path is missing, kind = vq needs the folder of its model",
+    ),
+    (
+        {"data__prepare": {"documents": ["a"], "image": {"size": 64, "patch": 8}}},
+        "model.seq_length = 64 is less than the 66 tokens of one image",
+    ),
+    (
+        {"data__prepare": {"documents": ["a"], "max_document_tokens": 9, "image": {"size": 24, "patch": 8}}},
+        "data.prepare.max_document_tokens = 9 is less than the 11 tokens of one image",
+    ),
+]
+
+BROKEN_FOR_RANKS = [
+    ({"parallel__tp": 2, "parallel__pp": 2}, 6, "parallel.tp * pp = 2 * 2 = 4 does not divide the 6 ranks"),
+    ({"parallel__ep": 4}, 2, "parallel.ep = 4 does not divide the 2 data-parallel ranks"),
+    (
+        {"train__global_batch_size": 8, "train__micro_batch_size": 2},
+        8,
+        "train.micro_batch_size * data-parallel ranks = 2 * 8 = 16",
+    ),
+    (
+        {"parallel__pp": 2, "parallel__vpp": 2, "train__global_batch_size": 3},
+        2,
+        "runs micro-batches in rounds of parallel.pp = 2; 3 per step is not divisible",
+    ),
+]
+
+FINE = [
+    {},
+    DENSE,
+    {**DENSE, "model__depth": {}},
+    {"model__kind": "moe", "model__experts": {"counts": {"mixed": 8}, "shared": 1}},
+    {"model__norm": "post_per_expert", "model__experts__noise": "gumbel"},
+    {"parallel__tp": 4, "parallel__ep": 4, "model__depth": {"multiple": 8}},
+    {"parallel__pp": 2, "parallel__vpp": 2},
+    {"parallel__pp": 2, "parallel__vpp": 2, "parallel__overlap_p2p": False, "parallel__batch_p2p": False},
+    {"parallel__pp": 4, "parallel__vpp": 2, "parallel__overlap_p2p": False},  # two neighbours: batching is right
+    {"parallel__pp": 2, "model__tie_embeddings": True},
+    {"model__experts": {"counts": {"text": 1, "image": 1}, "capacity_factor": 1.5}},
+    {"data__prepare": {"source": "digits", "image": {"kind": "kmeans", "size": 8, "patch": 2}}},
+    {"data__prepare": {"documents": ["a"], "image": {"kind": "vq", "path": "model"}}},
+]
+
+
+@pytest.mark.parametrize(("changes", "cause"), BROKEN, ids=[cause[:40] for _, cause in BROKEN])
+def test_broken(changes: dict[str, Any], cause: str) -> None:
+    found = violations(config(**changes))
+    assert [problem.remedy for problem in found if cause in problem.cause], found
+    assert all(problem.remedy and "\n" not in problem.cause for problem in found)
+    with pytest.raises(ConfigError):
+        check(config(**changes))
+
+
+@pytest.mark.parametrize("changes", FINE)
+def test_fine(changes: dict[str, Any]) -> None:
+    check(config(**changes))
+
+
+@pytest.mark.parametrize(("changes", "ranks", "cause"), BROKEN_FOR_RANKS)
+def test_broken_for_so_many_ranks(changes: dict[str, Any], ranks: int, cause: str) -> None:
+    check(config(**changes))
+    with pytest.raises(ConfigError) as caught:
+        check(config(**changes), world_size=ranks)
+    assert cause in caught.value.cause
+    assert caught.value.remedy
+
+
+def test_all_violations_in_one_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(config(parallel__cp=2, optim__min_lr=1.0, train__global_batch_size=3), world_size=2)
+    first, *others = caught.value.cause.splitlines()
+    assert "parallel.cp" in first
+    assert len(others) == 2
+    assert all(line.startswith("also: ") for line in others)
+
+
+class TestDerived:
+    def test_portions_of_a_batch(self) -> None:
+        c = config(parallel__tp=2, parallel__pp=2, train__global_batch_size=24, train__micro_batch_size=2)
+        assert data_parallel_size(c, 8) == 2
+        assert global_micro_batches(c) == 12
+        assert micro_batches_per_step(c, 8) == 6
+        assert tokens_per_step(c) == 24 * 64
+
+    @pytest.mark.parametrize(
+        ("depth", "length", "expected"),
+        [
+            (None, 64, 64),
+            ({"capacity": 0.25, "multiple": 8}, 64, 16),
+            ({"capacity": 0.25, "multiple": 8}, 70, 24),
+            ({"capacity": 0.01, "multiple": 8}, 64, 8),
+            ({"capacity": 1.0, "multiple": 8}, 66, 66),
+        ],
+    )
+    def test_depth_tokens(self, depth: dict[str, Any] | None, length: int, expected: int) -> None:
+        assert depth_tokens(config(model__depth=depth, model__seq_length=length)) == expected
+
+    @pytest.mark.parametrize(
+        ("tokens", "share", "experts", "factor", "multiple", "expected"),
+        [
+            (64, 0.5, 4, 1.0, 1, 8),
+            (64, 0.5, 4, 1.25, 1, 10),
+            (64, 0.3, 4, 1.0, 1, 5),  # 4.8
+            (64, 0.5, 4, 1.0, 16, 16),
+            (8, 0.0, 4, 1.0, 1, 1),  # a modality without tokens keeps one slot: its experts stay in the graph
+            (8, 1.0, 1, 4.0, 1, 8),  # no more than there are
+            (10, 0.1 * 3, 3, 1.0, 1, 1),  # 0.1 * 3 is not quite 0.3
+        ],
+    )
+    def test_expert_capacity(
+        self, tokens: int, share: float, experts: int, factor: float, multiple: int, expected: int
+    ) -> None:
+        found = expert_capacity(tokens, share, experts, factor=factor, multiple=multiple, limit=tokens)
+        assert found == expected
+
+    def test_pipeline_sends_follow_interleaving(self) -> None:
+        plain, interleaved = config(parallel__pp=2), config(parallel__pp=2, parallel__vpp=2)
+        assert (overlap_p2p(plain), batch_p2p(plain)) == (False, True)
+        assert (overlap_p2p(interleaved), batch_p2p(interleaved)) == (True, False)
+
+    def test_shared_width(self) -> None:
+        assert shared_width(config()) == 0
+        assert shared_width(config(model__experts__shared=2)) == 2 * 96
+        assert shared_width(config(model__experts__shared=2, model__experts__shared_ffn_hidden_size=10)) == 20

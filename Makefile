@@ -1,0 +1,55 @@
+# make quickstart: from nothing to a trained, evaluated and exported model. make test: the whole suite.
+# Nothing here is needed by the package itself; PYTHON=python3.12 make ... picks an interpreter.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+# More arguments for pip, for instance an index with CPU-only wheels of torch.
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# A machine's threads are shared by local ranks, and idle OpenMP threads must not spin against them.
+export OMP_NUM_THREADS := 1
+export GOMP_SPINCOUNT := 0
+
+.PHONY: help quickstart test lint pytest clean
+
+help:
+	@echo "make quickstart   install, prepare real data, train, evaluate, export and sample on this machine"
+	@echo "make test         install, lint and run all tests"
+	@echo "make lint         ruff, mypy and import contracts only"
+	@echo "make clean        remove $(VENV) and caches; runs stay"
+
+# Depends on what decides the packages; installing twice changes nothing.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no $(PYTHON)" >&2; \
+	  echo "remedy: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1), mmscale needs Python 3.11 or newer" >&2; \
+	  echo "remedy: name a newer one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment" >&2; \
+	  echo "remedy: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/mmscale quickstart configs/quickstart.yaml
+
+test: lint pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+pytest: $(STAMP)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

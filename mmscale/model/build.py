@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from mmscale.config import Config
+from mmscale.config.derived import batch_p2p, overlap_p2p
 from mmscale.model.init import initialize
 from mmscale.model.spec import block_spec
 from mmscale.runtime import device
@@ -23,13 +24,14 @@ from mmscale.runtime import device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's view of a configuration; rules of mmscale.config.rules hold already."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.precision.dtype]
-    interleaved = parallel.vpp is not None
-    overlap_p2p = interleaved if parallel.overlap_p2p is None else parallel.overlap_p2p
-    batch_p2p = not overlap_p2p if parallel.batch_p2p is None else parallel.batch_p2p
     recompute: dict[str, object] = {
         "none": {},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -60,16 +62,19 @@ def transformer_config(config: Config) -> TransformerConfig:
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.tp,
         context_parallel_size=1,
-        overlap_p2p_comm=overlap_p2p,
-        batch_p2p_comm=batch_p2p,
+        overlap_p2p_comm=overlap_p2p(config),
+        batch_p2p_comm=batch_p2p(config),
         # On gloo an output's storage would be freed while isend still reads it (schedules.py, deallocate_output_tensor).
         deallocate_pipeline_outputs=device.has_cuda(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        perform_initialization=False,
-        use_cpu_initialization=not device.has_cuda(),
+        # init.py fills the weights. megatron-core must still "initialise": only there it marks tensor-parallel parameters,
+        # without which the gradient norm counts one shard of each (tensor_parallel/layers.py).
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         hetereogenous_dist_checkpoint=True,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,

@@ -77,13 +77,13 @@ class DepthLayer(MixedModalLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """[S / TP, B, H] -> ([S / TP, B, H], no context)."""
         params = packed_seq_params
-        local_scores = torch.sigmoid(hidden_states.float() @ self.depth_router.float())
+        local = hidden_states.float() @ self.depth_router.float()
         # What follows is computed whole on every tensor-parallel rank, so backward splits instead of summing.
-        scores = gather_from_sequence_parallel_region(local_scores, tensor_parallel_output_grad=False, group=self.tp_group)
+        logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=False, group=self.tp_group)
         full = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=self.tp_group)
         length, batch, width = full.shape
 
-        index = depth_choice(scores, params.modality_ids, self.depth.keep, self.depth.quotas)
+        index = depth_choice(logits, params.modality_ids, self.depth.keep, self.depth.quotas)
         rows = (index * batch + torch.arange(batch, device=index.device)).reshape(-1)
         selected = full.reshape(length * batch, width).index_select(0, rows).view(-1, batch, width)
         inner = params.select(index)
@@ -97,7 +97,7 @@ class DepthLayer(MixedModalLayer):
         )
         out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.tp_group)
 
-        weight = scores.reshape(-1).index_select(0, rows).unsqueeze(-1)
+        weight = torch.sigmoid(logits.reshape(-1).index_select(0, rows)).unsqueeze(-1)
         delta = (weight * (out - selected).reshape(-1, width).float()).to(full.dtype)
         update = torch.zeros_like(full).reshape(length * batch, width).index_add(0, rows, delta)
         update = scatter_to_sequence_parallel_region(update.view(length, batch, width), group=self.tp_group)

@@ -13,9 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Depth scores lie in (0, 1): tokens that may not be chosen are pushed below, tokens within a quota above all others.
-_FOREIGN = -1.0
-_QUOTA = 2.0
+# Choices rank logits, not sigmoids: near 0 a sigmoid keeps 1e-7 of resolution, and above a logit of 17 all are 1.
+_FOREIGN = float("-inf")
+# Mantissa bits of a logit that do not count in a choice (of 23).
+_NOISE_BITS = 10
+
+
+def _best(ranked: Tensor, count: int) -> Tensor:
+    """Positions along dim 0 of the `count` largest values; values that differ by rounding go to the earlier position.
+
+    Ties are no accident: every document's first token has the same hidden state in all layers, and in layer 0 every
+    repeated token has. Their logits come out equal, or apart by the last bit, as vector loops happen to fall, and which of
+    them is chosen then differs between layouts (seen as a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587 and
+    0.31037584 against equal ones). So the lowest bits, a relative 1e-4, are dropped and the sort is stable.
+    """
+    coarse = (ranked.view(torch.int32) & (-1 << _NOISE_BITS)).view(torch.float32)
+    return coarse.sort(dim=0, descending=True, stable=True).indices[:count]
 
 
 class Selection(NamedTuple):
@@ -46,13 +59,12 @@ def expert_choice(logits: Tensor, member: Tensor, capacity: int, *, per_sequence
     """
     length, batch, experts = logits.shape
     scores = torch.sigmoid(logits)
-    # Logits, not scores: in fp32 all scores of logits above 17 are 1, and their order would be lost.
-    ranked = logits.detach().masked_fill(~member.unsqueeze(-1), float("-inf"))
+    ranked = logits.detach().masked_fill(~member.unsqueeze(-1), _FOREIGN)
     if per_sequence:
-        chosen = ranked.topk(capacity, dim=0, sorted=False).indices  # [C, B, E]
+        chosen = _best(ranked, capacity)  # [C, B, E]
         token = chosen * batch + torch.arange(batch, device=logits.device).view(1, batch, 1)
     else:
-        token = ranked.reshape(length * batch, experts).topk(capacity, dim=0, sorted=False).indices  # [C, E]
+        token = _best(ranked.reshape(length * batch, experts), capacity)  # [C, E]
     token = token.reshape(-1, experts).t()  # [E, slots]
     valid = member.reshape(-1)[token]
     gate = scores.reshape(length * batch, experts).t().gather(1, token) * valid
@@ -103,7 +115,7 @@ def depth_choice(logits: Tensor, modality: Tensor, keep: int, quotas: tuple[int,
             if quota == 0:
                 continue
             own = modality == index
-            best = ranked.masked_fill(~own, _FOREIGN).topk(quota, dim=0, sorted=False).indices
+            best = _best(ranked.masked_fill(~own, _FOREIGN), quota)
             within.scatter_(0, best, own.gather(0, best))
         ranked = ranked.masked_fill(within, float("inf"))
-    return ranked.topk(keep, dim=0, sorted=False).indices.sort(dim=0).values
+    return _best(ranked, keep).sort(dim=0).values

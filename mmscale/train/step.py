@@ -1,0 +1,141 @@
+"""One optimizer step, or one evaluation, through megatron's pipeline schedules.
+
+Loss sums stay tensors on the device; only `reduce_sums` talks to other ranks and to the host, on logged steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from mmscale.config import Config
+from mmscale.runtime import device
+from mmscale.train.batch import Batch
+from mmscale.train.loss import Objective
+from mmscale.train.optim import set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step left behind.
+
+    Attributes:
+        sums: [M + 1, 2] loss sums of this rank's micro-batches (zeros before the last pipeline stage).
+        grad_norm: norm of the whole model's gradient before clipping.
+        applied: False if the optimizer refused the step (non-finite gradient).
+    """
+
+    sums: Tensor
+    grad_norm: float
+    applied: bool
+
+
+class Stepper:
+    """Forward, backward and update of the chunks on this rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer | None,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        self.config = config
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self.groups = groups
+        names = config.vocab.names
+        self.objective = Objective(
+            modalities=len(names),
+            weights=tuple(config.train.modality_weights.get(name, 1.0) for name in names),
+            z_loss=config.train.z_loss,
+        )
+        self._schedule = get_forward_backward_func(
+            pp_size=config.parallel.pp, vp_size=config.parallel.vpp if config.parallel.vpp else None
+        )
+        self._sends = P2PCommunicator(groups.pp, chunks[0].config) if config.parallel.pp > 1 else None
+
+    def train(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """Accumulate the gradients of this rank's micro-batches and take an optimizer step."""
+        assert self.optimizer is not None
+        sums = self.accumulate(batches)
+        set_learning_rate(self.optimizer, self.config, lr)
+        applied, grad_norm, _ = self.optimizer.step()
+        return StepResult(sums=sums, grad_norm=float(grad_norm or 0.0), applied=bool(applied))
+
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
+        """Zero the gradients, then forward and backward all micro-batches; gradients end up reduced and divided."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        return self._run(batches, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Loss sums of this rank's micro-batches, without noise, dropout and gradients."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run(batches, forward_only=True)
+
+    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> Tensor:
+        # Every stage and every chunk reads the same micro-batches: layers everywhere need modality ids.
+        iterators: list[Iterator[Batch]] = [iter(batches) for _ in self.chunks]
+        reports = self._schedule(
+            forward_step_func=self._forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=forward_only,
+            p2p_communicator=self._sends,
+            pg_collection=self.groups,
+        )
+        if not reports:
+            return torch.zeros(self.objective.modalities + 1, 2, device=device.taken())
+        return torch.stack(reports).sum(dim=0)
+
+    def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        output = model(
+            input_ids=batch.tokens, position_ids=None, attention_mask=None, packed_seq_params=batch.params
+        )
+        return output, functools.partial(self._loss, batch)
+
+    def _loss(self, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.objective(logits, batch.labels, batch.label_modality, batch.loss_mask, self.groups.tp)
+
+
+def reduce_sums(sums: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Loss sums of the whole batch on every rank: summed over data-parallel ranks, taken from the last pipeline stage."""
+    total = sums.double()
+    torch.distributed.all_reduce(total, group=groups.dp_cp)
+    if groups.pp.size() > 1:
+        last = torch.distributed.get_global_rank(groups.pp, groups.pp.size() - 1)
+        torch.distributed.broadcast(total, src=last, group=groups.pp)
+    return total.cpu()
+
+
+def mean_losses(sums: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """`loss`, `loss/<modality>` and `z_loss` from reduced loss sums; a modality without labels is left out."""
+    losses, number = sums[:-1, 0], sums[:-1, 1]
+    values = {}
+    if number.sum() > 0:
+        values["loss"] = float(losses.sum() / number.sum())
+        values["z_loss"] = float(sums[-1, 0] / number.sum())
+    for name, loss, count in zip(names, losses, number, strict=True):
+        if count > 0:
+            values[f"loss/{name}"] = float(loss / count)
+    return values

@@ -14,6 +14,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
+from mmscale.model.norm import RMSNorm
+
 # Projections back into the residual stream start smaller, as in GPT-2 and megatron-core's scaled_init_method_normal.
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", ".w2")
 # Elements of one independently drawn block: bounds the memory that initialising a large tensor takes.
@@ -29,18 +31,26 @@ def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int) -> N
         std: standard deviation; projections into the residual stream take std / sqrt(2 * num_layers).
         num_layers: layers of the whole model.
     """
+    # By class: a modality may be called `normals`, so a name tells nothing.
+    norms = {
+        weight.untyped_storage().data_ptr()
+        for module in model.modules()
+        if isinstance(module, RMSNorm)
+        for weight in module.parameters()
+    }
     drawn: set[int] = set()
     for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
         parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         for part in _tensors(parts):
-            if "norm" in part.key:
+            assert part.data is not None
+            storage = part.data.untyped_storage().data_ptr()
+            if storage in norms:
                 continue
             scaled = part.key.endswith(_OUTPUT_PROJECTIONS)
             _fill(part, seed=seed, std=std / math.sqrt(2 * num_layers) if scaled else std)
-            assert part.data is not None
-            drawn.add(part.data.untyped_storage().data_ptr())
+            drawn.add(storage)
     for name, parameter in model.named_parameters():
-        assert "norm" in name or parameter.untyped_storage().data_ptr() in drawn, f"{name} was not initialised"
+        assert parameter.untyped_storage().data_ptr() in drawn | norms, f"{name} was not initialised"
 
 
 def _tensors(entry: object) -> list[ShardedTensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -30,6 +30,8 @@ from mmscale.config import (
 PAD = 0
 TEXT_IDS, IMAGE_IDS = 20, 11
 SHARE = {"text": 0.5, "image": 0.5}
+# Scores that agree in so many digits are ties: repeated tokens are, in layer 0, up to the last bit of a matrix product.
+_DIGITS = 7
 Weights = Mapping[str, Tensor]
 Choice = dict[tuple[int, int], float]  # (expert, token) -> gate
 
@@ -146,11 +148,11 @@ def capacity_of(config: Config, scope: int, group: str) -> int:
 
 
 def choose(scores: Sequence[Sequence[float]], member: Sequence[bool], capacity: int) -> Choice:
-    """Expert choice among the tokens of one scope; scores[token][expert] are gates already."""
+    """Expert choice among the tokens of one scope; scores[token][expert] are gates already. Ties: the earlier token."""
     taken: Choice = {}
     for expert in range(len(scores[0])):
         candidates = [token for token in range(len(scores)) if member[token]]
-        candidates.sort(key=lambda token, e=expert: scores[token][e], reverse=True)  # type: ignore[misc]
+        candidates.sort(key=lambda token, e=expert: -round(scores[token][e], _DIGITS))  # type: ignore[misc]
         for token in candidates[:capacity]:
             taken[expert, token] = scores[token][expert]
     return taken
@@ -158,7 +160,7 @@ def choose(scores: Sequence[Sequence[float]], member: Sequence[bool], capacity: 
 
 def choose_depth(scores: Sequence[float], modality: Sequence[int], keep: int, quotas: Sequence[int] | None) -> list[int]:
     """Positions that a depth layer takes of one sequence: quotas first, then the best of the others, padding last."""
-    order = sorted(range(len(scores)), key=lambda token: scores[token], reverse=True)
+    order = sorted(range(len(scores)), key=lambda token: -round(scores[token], _DIGITS))
     taken: list[int] = []
     for index, quota in enumerate(quotas or ()):
         taken += [token for token in order if modality[token] == index][:quota]
@@ -170,11 +172,12 @@ def choose_depth(scores: Sequence[float], modality: Sequence[int], keep: int, qu
 def depth_numbers(config: Config) -> tuple[int, tuple[int, ...] | None]:
     """Tokens per sequence of a depth layer, and each modality's quota of them."""
     settings, length, share = config.model.depth, config.model.seq_length, config.model.experts.share
-    assert settings is not None and share != "auto"
+    assert settings is not None
     kept = math.ceil(Fraction(str(settings.capacity)) * length / settings.multiple) * settings.multiple
     kept = min(length, kept)
     if settings.choice == "mixed":
         return kept, None
+    assert share != "auto"
     return kept, tuple(math.floor(Fraction(str(share[name])) * kept) for name in config.vocab.names)
 
 
@@ -317,8 +320,10 @@ class Reference:
         wanted = set(range(len(self.config.vocab.names)))
         if self.model.kind == "moma":
             wanted = {self.config.vocab.names.index(group)}
-        places = [[(b, i) for i in range(len(f.modality))] for b, f in enumerate(facts)]
-        scopes = places if self.model.experts.scope == "sequence" else [[place for own in places for place in own]]
+        length, batch = len(facts[0].modality), len(facts)
+        scopes = [[(b, i) for i in range(length)] for b in range(batch)]
+        if self.model.experts.scope == "micro_batch":
+            scopes = [[(b, i) for i in range(length) for b in range(batch)]]
         chosen = {}
         for scope in scopes:
             values = [scores[b][i].tolist() for b, i in scope]
@@ -362,7 +367,3 @@ class Reference:
         """Position of each token within its document."""
         return [sum(earlier == own for earlier in documents[:place]) for place, own in enumerate(documents)]
 
-
-def with_ids(batch: Batch, ids: Tensor) -> Batch:
-    """The batch with other tokens of the same modalities."""
-    return replace(batch, ids=ids)

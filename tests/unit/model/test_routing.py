@@ -123,13 +123,15 @@ def test_gates_are_not_renormalised() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 60.0, -200.0])
 @pytest.mark.parametrize("per_sequence", [True, False])
-def test_ties_and_saturated_scores(value: float, per_sequence: bool) -> None:
-    logits = torch.full((5, 2, 3), value)  # sigmoid(60) = 1 and sigmoid(-200) = 0 in fp32
-    member = torch.tensor([[True, False]] * 3 + [[False, False]] * 2)
+def test_ties_go_to_the_earlier_token(value: float, per_sequence: bool) -> None:
+    """Repeated tokens tie exactly in layer 0; another layout must not choose others. sigmoid(60) = 1, sigmoid(-200) = 0."""
+    logits = torch.full((50, 2, 3), value)
+    member = torch.zeros(50, 2, dtype=torch.bool)
+    member[1::2, 0] = True
     selection = expert_choice(logits, member, 4, per_sequence=per_sequence)
     for row, valid in zip(selection.token, selection.valid, strict=True):
         assert len(set(row.tolist())) == row.numel()
-        assert sorted(row[valid].tolist()) == [0, 2, 4]  # even with score 0 members come before others
+        assert sorted(row[valid].tolist()) == [2, 6, 10, 14]  # even with score 0 members come before others
 
 
 def test_saturated_scores_are_still_ranked() -> None:
@@ -172,50 +174,50 @@ def test_combine_accumulates_in_fp32() -> None:
 
 @st.composite
 def depth_problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, tuple[int, ...] | None]:
-    """Scores [S, B], modalities [S, B] of -1, 0, 1, tokens to keep, and quotas of at most as many, or none."""
+    """Logits [S, B], some of them equal, modalities [S, B] of -1, 0, 1, tokens to keep, and quotas of at most as many, or none."""
     length, batch = draw(st.integers(1, 10)), draw(st.integers(1, 3))
     keep = draw(st.integers(1, length))
-    scores = torch.rand(length, batch, generator=torch.Generator().manual_seed(draw(st.integers(0, 10_000))))
+    logits = torch.randn(length, batch, generator=torch.Generator().manual_seed(draw(st.integers(0, 10_000))))
+    if draw(st.booleans()):
+        logits = logits.round()
     modality = torch.tensor(draw(st.lists(st.integers(-1, 1), min_size=length * batch, max_size=length * batch)))
     quotas = None
     if draw(st.booleans()):
         first = draw(st.integers(0, keep))
         quotas = (first, draw(st.integers(0, keep - first)))
-    return scores, modality.view(length, batch).to(torch.int8), keep, quotas
+    return logits, modality.view(length, batch).to(torch.int8), keep, quotas
 
 
 @quick
 @given(depth_problems())
 def test_depth_choice_is_the_loops(problem: tuple[Tensor, Tensor, int, tuple[int, ...] | None]) -> None:
-    scores, modality, keep, quotas = problem
-    index = depth_choice(scores, modality, keep, quotas)
-    assert index.shape == (keep, scores.shape[1])
-    for b in range(scores.shape[1]):
-        own, of = scores[:, b].tolist(), modality[:, b].tolist()
+    logits, modality, keep, quotas = problem
+    index = depth_choice(logits, modality, keep, quotas)
+    assert index.shape == (keep, logits.shape[1])
+    for b in range(logits.shape[1]):
+        own, of = logits[:, b].tolist(), modality[:, b].tolist()
         got, want = index[:, b].tolist(), choose_depth(own, of, keep, quotas)
         assert got == sorted(set(got))  # ascending, so causality is kept
-        real = [token for token in want if of[token] >= 0]
-        assert [token for token in got if of[token] >= 0] == real
+        assert [token for token in got if of[token] >= 0] == [token for token in want if of[token] >= 0]
         assert len(got) == keep  # padding fills the rest; which padding does not matter
 
 
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_depth_ties_and_saturated_scores(value: float) -> None:
-    scores = torch.full((6, 1), value)
-    modality = torch.tensor([-1, 0, 1, 1, -1, 0]).view(6, 1)
-    assert depth_choice(scores, modality, 4, None).view(-1).tolist() == [1, 2, 3, 5]
-    with_quotas = depth_choice(scores, modality, 3, (2, 0)).view(-1).tolist()
-    assert {1, 5} < set(with_quotas) and len(with_quotas) == 3
-    assert len(set(depth_choice(scores, modality, 6, (1, 1)).view(-1).tolist())) == 6
+@pytest.mark.parametrize("value", [-200.0, 0.0, 60.0])
+def test_depth_ties_go_to_the_earlier_token(value: float) -> None:
+    logits = torch.full((60, 1), value)
+    modality = torch.tensor([-1, 0, 1, 1, -1, 0] * 10).view(60, 1)
+    assert depth_choice(logits, modality, 5, None).view(-1).tolist() == [1, 2, 3, 5, 7]
+    assert depth_choice(logits, modality, 4, (3, 0)).view(-1).tolist() == [1, 2, 5, 7]
+    assert len(set(depth_choice(logits, modality, 60, (1, 1)).view(-1).tolist())) == 60
 
 
 def test_quotas_come_before_better_scores() -> None:
-    scores = torch.tensor([0.9, 0.8, 0.7, 0.1]).view(4, 1)
+    logits = torch.tensor([9.0, 8.0, 7.0, -100.0]).view(4, 1)
     modality = torch.tensor([0, 0, 0, 1]).view(4, 1)
-    assert depth_choice(scores, modality, 2, None).view(-1).tolist() == [0, 1]
-    assert depth_choice(scores, modality, 2, (1, 1)).view(-1).tolist() == [0, 3]
+    assert depth_choice(logits, modality, 2, None).view(-1).tolist() == [0, 1]
+    assert depth_choice(logits, modality, 2, (1, 1)).view(-1).tolist() == [0, 3]
     # A modality with fewer tokens than its quota leaves the rest to the others.
-    assert depth_choice(scores, modality, 3, (1, 2)).view(-1).tolist() == [0, 1, 3]
+    assert depth_choice(logits, modality, 3, (1, 2)).view(-1).tolist() == [0, 1, 3]
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,143 @@
+"""Experts against a loop, and the exchange that brings tokens to them between simulated ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mmscale.model import experts as module
+from mmscale.model.experts import Experts, from_experts, to_experts
+from tests.unit.model.reference import swiglu
+
+HIDDEN, INNER = 6, 5
+
+
+def config(**settings: object) -> TransformerConfig:
+    return TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, **settings)  # type: ignore[arg-type]
+
+
+def make(groups: ProcessGroupCollection, count: int, *, dtype: torch.dtype = torch.float32, **settings: bool) -> Experts:
+    """Experts with random weights."""
+    experts = Experts(config(params_dtype=dtype), count=count, width=INNER, groups=groups, **settings)
+    generator = torch.Generator().manual_seed(count)
+    for parameter in experts.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return experts
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(1, 1), (1, 7), (3, 4), (4, 1), (2, 0)])
+def test_forward_is_the_loop(count: int, tokens: int, process_groups: ProcessGroupCollection) -> None:
+    experts = make(process_groups, count)
+    x = torch.randn(count, tokens, HIDDEN, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    got = experts(x)
+    assert got.shape == x.shape
+    want = torch.stack(
+        [
+            torch.stack([swiglu(x[e, n], experts.w1[e, :, 0], experts.w1[e, :, 1], experts.w2[e]) for n in range(tokens)])
+            if tokens
+            else x[e]
+            for e in range(count)
+        ]
+    )
+    torch.testing.assert_close(got, want)
+    direction = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    inputs = (x, experts.w1, experts.w2)
+    mine = torch.autograd.grad((got * direction).sum(), inputs)
+    loop = torch.autograd.grad((want * direction).sum(), inputs, allow_unused=True)
+    for gradient, reference in zip(mine, loop, strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if reference is None else reference)
+
+
+@pytest.mark.parametrize("expert_parallel", [True, False])
+def test_parameters_tell_megatron_how_to_reduce_them(expert_parallel: bool, process_groups: ProcessGroupCollection) -> None:
+    experts = make(process_groups, 2, dtype=torch.bfloat16, expert_parallel=expert_parallel)
+    for parameter, axis in ((experts.w1, 3), (experts.w2, 1)):
+        assert parameter.dtype is torch.bfloat16
+        assert parameter.allreduce is not expert_parallel
+        assert parameter.tensor_model_parallel and parameter.partition_dim == axis
+
+
+def test_checkpoint_has_global_tensors(process_groups: ProcessGroupCollection) -> None:
+    sharded = make(process_groups, 3).sharded_state_dict("mlp.experts.text.")
+    assert {key: entry.global_shape for key, entry in sharded.items()} == {
+        "mlp.experts.text.w1": (3, HIDDEN, 2, INNER),
+        "mlp.experts.text.w2": (3, INNER, HIDDEN),
+    }
+
+
+# --- exchange -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """As much of a process group as the exchange asks for."""
+
+    ranks: int
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.ranks
+
+
+def together(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[..., list[Tensor]], inputs: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """Call an exchange on every rank: the first round records what each sends, the second hands out what it gets."""
+    ranks = len(inputs)
+    sent: list[Tensor] = []
+
+    def record(_: Group, tensor: Tensor) -> Tensor:
+        sent.append(tensor)
+        return torch.zeros_like(tensor)
+
+    monkeypatch.setattr(module, "all_to_all", record)
+    for own in inputs:
+        function(own, Group(ranks))
+    results = []
+    for rank, own in enumerate(inputs):
+        received = torch.cat([tensor.chunk(ranks)[rank] for tensor in sent])
+        monkeypatch.setattr(module, "all_to_all", lambda _, tensor, r=received: r.view_as(tensor))
+        results.append(function(own, Group(ranks)))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("slots", [(3, 1), (1, 5)])
+def test_tokens_reach_their_experts_and_come_back(ranks: int, slots: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of unequal size in one exchange: 4 experts and 8 (1 or 2 to 4 on a rank)."""
+    counts = (4, 8)
+    generator = torch.Generator().manual_seed(0)
+    chosen = [[torch.randn(e, c, HIDDEN, generator=generator) for e, c in zip(counts, slots, strict=True)] for _ in range(ranks)]
+    received = together(monkeypatch, to_experts, chosen)
+    for group, (count, capacity) in enumerate(zip(counts, slots, strict=True)):
+        local = count // ranks
+        for rank in range(ranks):
+            assert received[rank][group].shape == (local, ranks * capacity, HIDDEN)
+            for own in range(local):
+                want = torch.cat([chosen[source][group][rank * local + own] for source in range(ranks)])
+                assert torch.equal(received[rank][group][own], want)
+
+    # Each expert leaves its mark, so that an answer from the wrong one would show.
+    answered = []
+    for rank in range(ranks):
+        marks = [torch.arange(e // ranks) + rank * (e // ranks) + 1.0 for e in counts]
+        answered.append([tokens * mark.view(-1, 1, 1) for tokens, mark in zip(received[rank], marks, strict=True)])
+    returned = together(monkeypatch, from_experts, answered)
+    for rank in range(ranks):
+        for group, count in enumerate(counts):
+            mark = torch.arange(count).view(-1, 1, 1) + 1.0
+            assert torch.equal(returned[rank][group], chosen[rank][group] * mark)
+
+
+def test_one_rank_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(module, "all_to_all")
+    tokens = [torch.randn(2, 3, HIDDEN)]
+    for function in (to_experts, from_experts):
+        (same,) = function(tokens, Group(1))
+        assert same is tokens[0]

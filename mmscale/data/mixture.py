@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config, DataSource
 from mmscale.data.manifest import check_vocabulary, read_manifest
-from mmscale.data.packing import Packing, Purpose, blend, deal, permutation
+from mmscale.data.packing import EMPTY_SEQUENCE, Packing, Purpose, blend, deal, permutation
 from mmscale.data.packing_cache import PackedStream
 from mmscale.data.source import Source
 from mmscale.data.vocab import NO_MODALITY, PAD, Vocabulary
@@ -134,6 +134,7 @@ class Mixture:
                 seed=seed,
                 window=pack_window,
                 shuffle=shuffle,
+                once=once,
                 cache=cache or source.folder / ".cache",
             )
             for position, source in enumerate(sources)
@@ -279,15 +280,15 @@ class Mixture:
             if not len(rows):
                 continue
             begin = 0
-            for epoch, places in stream.stretch(int(place[rows[0]]), len(rows)):
+            for block, places in stream.stretch(int(place[rows[0]]), len(rows)):
                 some = rows[begin : begin + len(places)]
-                counts[some], labels[some] = epoch.counts[places], epoch.labels[places]
+                counts[some], labels[some] = block.counts[places], block.labels[places]
                 before[some] = taken + np.arange(len(places))
-                parts.append(epoch.packing.take(places))
+                parts.append(block.packing.take(places))
                 begin += len(places)
                 taken += len(places)
-        before[count:] = taken  # all empty sequences are one more, empty part
-        packing = Packing.joined(parts)
+        before[count:] = taken  # the empty sequence, for all of them
+        packing = Packing.joined([*parts, EMPTY_SEQUENCE])
 
         groups = np.arange(size).reshape(self._groups, self.micro_batch_size)
         filled = -(-count // self.micro_batch_size)  # fewer than all at the end of `once` only

@@ -62,10 +62,9 @@ class Packing:
 
     @classmethod
     def joined(cls, parts: list[Packing]) -> Packing:
-        """Sequences of all parts one after another, and one empty sequence behind them."""
-        sizes = np.concatenate([*(np.diff(part.starts) for part in parts), np.zeros(1, np.int64)])
-        documents = [part.documents for part in parts] or [np.zeros(0, np.int64)]
-        return cls(np.concatenate([[0], np.cumsum(sizes)]), np.concatenate(documents))
+        """Sequences of all parts, of which there is at least one, one after another."""
+        sizes = np.concatenate([np.diff(part.starts) for part in parts])
+        return cls(np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([part.documents for part in parts]))
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -83,6 +82,9 @@ class Packing:
         starts = np.concatenate([[0], np.cumsum(sizes)])
         inside = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
         return Packing(starts, self.documents[np.repeat(self.starts[:-1][sequences], sizes) + inside])
+
+
+EMPTY_SEQUENCE = Packing(np.zeros(2, np.int64), np.zeros(0, np.int64))
 
 
 def check_lengths(lengths: NDArray[np.integer], *, seq_length: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The endless stream of packed sequences of one source, epoch after epoch, with every epoch's packing kept on disk.
+"""The endless stream of packed sequences of one source, epoch after epoch, with its packings kept on disk.
 
 A lost, damaged or unwritable cache costs time, never the order: a packing is a pure function of data and settings.
 """
@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +32,15 @@ log = logging.getLogger(__name__)
 # Raise it when packing.py gives another order for the same input: caches of the old order are then left aside.
 ORDER = 1
 _HEADER = 3  # crc32 of the rest, sequences, documents
-_EPOCHS_IN_MEMORY = 2
+_BLOCKS_IN_MEMORY = 2
+# Small sources keep several epochs in one file: with one file an epoch, 1800 documents would soon mean thousands of
+# files, and resuming would read them all.
+_BLOCK_DOCUMENTS = 65_536
 
 
 @dataclass(frozen=True, eq=False)
-class Epoch:
-    """One packed pass over a source, with sums per sequence."""
+class Block:
+    """One packed epoch of a source, or several consecutive ones of a small source, with sums per sequence."""
 
     packing: Packing
     source: Source
@@ -62,6 +66,7 @@ class PackedStream:
         seed: the run's seed.
         window: documents among which packing chooses.
         shuffle: False keeps the stored order.
+        once: only the first epoch will be read.
         cache: folder of packing indices.
 
     Raises:
@@ -69,7 +74,16 @@ class PackedStream:
     """
 
     def __init__(
-        self, source: Source, *, position: int, seq_length: int, seed: int, window: int, shuffle: bool, cache: Path
+        self,
+        source: Source,
+        *,
+        position: int,
+        seq_length: int,
+        seed: int,
+        window: int,
+        shuffle: bool,
+        once: bool,
+        cache: Path,
     ) -> None:
         check_lengths(source.lengths, seq_length=seq_length, what=f"data: {source.folder} ({source.split})")
         self.source = source
@@ -80,42 +94,44 @@ class PackedStream:
             "source": position,
             "shuffle": shuffle,
         }
-        content = json.dumps([ORDER, source.identity, self._settings], sort_keys=True)
+        self._epochs = 1 if once else max(1, _BLOCK_DOCUMENTS // len(source))  # of a block
+        content = json.dumps([ORDER, source.identity, self._epochs, self._settings], sort_keys=True)
         self._key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._cache = cache
-        self._ends: list[int] = []  # sequences up to the end of each epoch that was looked at
-        self._loaded: OrderedDict[int, Epoch] = OrderedDict()
-        self.first_epoch = len(self.epoch(0).packing)
+        self._ends: list[int] = []  # sequences up to the end of each block that was looked at
+        self._loaded: OrderedDict[int, Block] = OrderedDict()
+        # Epochs do not share sequences, so the first one ends where its last document's sequence does.
+        self.first_epoch = int(np.searchsorted(self.block(0).packing.starts, len(source)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be read again, for worker processes that do not fork."""
         return {**self.__dict__, "_loaded": OrderedDict()}
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Epoch of a sequence of the stream, and its place inside the epoch."""
+        """Block of a sequence of the stream, and its place inside the block."""
         while not self._ends or self._ends[-1] <= number:
-            self.epoch(len(self._ends))
-        epoch = int(np.searchsorted(self._ends, number, side="right"))
-        return epoch, number - (self._ends[epoch - 1] if epoch else 0)
+            self.block(len(self._ends))
+        block = bisect_right(self._ends, number)
+        return block, number - (self._ends[block - 1] if block else 0)
 
-    def stretch(self, start: int, count: int) -> Iterator[tuple[Epoch, NDArray[np.int64]]]:
-        """The sequences start..start+count-1, cut at epochs' borders: an epoch and places inside it."""
+    def stretch(self, start: int, count: int) -> Iterator[tuple[Block, NDArray[np.int64]]]:
+        """The sequences start..start+count-1, cut at blocks' borders: a block and places inside it."""
         while count > 0:
-            epoch, place = self.locate(start)
-            found = self.epoch(epoch)
-            taken = min(count, len(found.packing) - place)
-            yield found, np.arange(place, place + taken)
+            number, place = self.locate(start)
+            block = self.block(number)
+            taken = min(count, len(block.packing) - place)
+            yield block, np.arange(place, place + taken)
             start, count = start + taken, count - taken
 
-    def epoch(self, number: int) -> Epoch:
-        """One epoch: from memory, from the cache, or packed now."""
+    def block(self, number: int) -> Block:
+        """One block: from memory, from the cache, or packed now."""
         if number not in self._loaded:
             packing = self._read(number) or self._build(number)
             if number == len(self._ends):
                 self._ends.append((self._ends[-1] if self._ends else 0) + len(packing))
-            while len(self._loaded) >= _EPOCHS_IN_MEMORY:
+            while len(self._loaded) >= _BLOCKS_IN_MEMORY:
                 self._loaded.popitem(last=False)
-            self._loaded[number] = Epoch(packing, self.source)
+            self._loaded[number] = Block(packing, self.source)
         return self._loaded[number]
 
     def _file(self, number: int) -> Path:
@@ -135,7 +151,7 @@ class PackedStream:
         if content.dtype == np.int64 and content.ndim == 1 and len(content) > _HEADER:
             crc, sequences, documents = content[:_HEADER].tolist()
             if (
-                documents == len(self.source)
+                documents == len(self.source) * self._epochs
                 and len(content) == _HEADER + sequences + 1 + documents
                 and crc == zlib.crc32(content[_HEADER:].data)
             ):
@@ -145,11 +161,13 @@ class PackedStream:
         return None
 
     def _build(self, number: int) -> Packing:
-        """Pack an epoch and keep it; of several processes one packs and the others wait for its file."""
+        """Pack a block and keep it; of several processes one packs and the others wait for its file."""
         with self._lock() as writable:
             packing = self._read(number) if writable else None
             if packing is None:
-                packing = pack_epoch(self.source.lengths, epoch=number, **self._settings)
+                epochs = range(number * self._epochs, (number + 1) * self._epochs)
+                lengths = self.source.lengths
+                packing = Packing.joined([pack_epoch(lengths, epoch=epoch, **self._settings) for epoch in epochs])
                 if writable:
                     self._write(number, packing)
         return packing

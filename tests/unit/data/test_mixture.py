@@ -136,6 +136,14 @@ def test_three_modalities(tmp_path: Path, documents: list[np.ndarray]) -> None:
     assert len(batch.label_counts) == 3
 
 
+def epoch_ends(mixture: Mixture) -> np.ndarray:
+    """Sequences of the stream up to the end of each epoch."""
+    starts = mixture._streams[0].block(0).packing.starts
+    ends = np.searchsorted(starts, np.arange(DOCUMENTS, starts[-1] + 1, DOCUMENTS))
+    np.testing.assert_array_equal(starts[ends] % DOCUMENTS, 0)
+    return ends
+
+
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(1, 7), window=st.integers(1, 40), deal_window=st.integers(1, 40), balance=st.booleans())
 def test_epochs_hold_every_document_once(
@@ -143,15 +151,15 @@ def test_epochs_hold_every_document_once(
 ) -> None:
     mixture = mix(folder, micro_batch_size=size, pack_window=window, deal_window=deal_window, balance=balance)
     seen: Counter[tuple[int, ...]] = Counter()
-    stream = mixture._streams[0]
-    needed = stream.first_epoch + len(stream.epoch(1).packing)  # sequences of two epochs
+    needed = epoch_ends(mixture)[2]  # sequences of the first epochs
     windows = -(-needed // (mixture._groups * size))
     for index in range(windows * mixture._groups):
         seen.update(documents_in(mixture.micro_batch(index)))
     assert set(seen) == {tuple(ids.tolist()) for ids in documents}
     # Whole windows were read, so two whole epochs and the beginning of the next ones.
     read = windows * mixture._groups * size
-    epochs, _ = stream.locate(read)
+    epochs = int((epoch_ends(mixture) <= read).sum())
+    assert epochs >= 3
     assert set(seen.values()) <= {epochs, epochs + 1}
 
 
@@ -283,6 +291,7 @@ def test_a_damaged_cache_is_made_again(folder: Path, tmp_path: Path) -> None:
 def test_the_cache_is_used_and_leftovers_of_killed_writers_go(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", DOCUMENTS)
     mix(folder, cache=tmp_path)
     (file,) = tmp_path.glob("packing-*-0.npy")
     stale = file.with_name(f"{file.name}.elsewhere.1.tmp")
@@ -291,6 +300,18 @@ def test_the_cache_is_used_and_leftovers_of_killed_writers_go(
     assert not stale.exists()
     monkeypatch.setattr(packing_cache, "pack_epoch", lambda *_, **__: pytest.fail("packed again"))
     mix(folder, cache=tmp_path).micro_batch(100)
+
+
+def test_how_many_epochs_a_file_holds_does_not_change_the_order(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_batches(documents: int) -> list[str]:
+        monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", documents)
+        mixture = mix(folder, cache=tmp_path)
+        return [digest(mixture.micro_batch(index)) for index in range(60)]  # six epochs
+
+    expected = first_batches(1)
+    assert first_batches(2 * DOCUMENTS) == first_batches(100 * DOCUMENTS) == expected
 
 
 def test_without_a_writable_cache_indices_stay_in_memory(folder: Path, tmp_path: Path) -> None:
@@ -309,6 +330,7 @@ def test_of_four_processes_one_packs(folder: Path, tmp_path: Path, monkeypatch: 
         return real(*args, **kwargs)
 
     monkeypatch.setattr(packing_cache, "pack_epoch", noted)
+    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", DOCUMENTS)
     context = multiprocessing.get_context("fork")
     queue, barrier = context.Queue(), context.Barrier(4)
 

@@ -154,7 +154,9 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[list[int]]:
 
 def _send(ranks: list[_Rank], number: int) -> None:
     for rank in _running(ranks):
-        rank.process.send_signal(number)
+        # Not Popen.send_signal(): it reaps a rank that has just ended, whose status _poll() would then never see.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.process.pid, number)
 
 
 def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
@@ -218,8 +220,7 @@ def _wait_until(done: Callable[[], bool], ranks: list[_Rank], seconds: float) ->
 def _end(ranks: list[_Rank], *, grace_s: float) -> None:
     _poll(ranks)
     if grace_s > 0 and _running(ranks):
-        for rank in _running(ranks):
-            rank.process.send_signal(signal.SIGTERM)
+        _send(ranks, signal.SIGTERM)
         _wait_until(lambda: not _running(ranks), ranks, grace_s)
     for rank in _running(ranks):
         _signal_group(rank, signal.SIGKILL)

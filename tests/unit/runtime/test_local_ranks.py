@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmscale.errors import LaunchError
+from mmscale.runtime import local_ranks
 from mmscale.runtime.local_ranks import run_local
 
 
@@ -163,6 +164,15 @@ def test_signal_that_no_rank_handles_is_named(tmp_path: Path) -> None:
     code = "if rank == 0: os.kill(os.getppid(), signal.SIGUSR2)\ntime.sleep(100)"
     with pytest.raises(LaunchError, match=r"stopped by SIGUSR2 before rank \d could handle it: nothing was saved"):
         run(2, code, tmp_path)
+
+
+def test_signal_to_a_rank_that_has_just_ended_loses_no_status(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], process_group=0)
+    rank = local_ranks._Rank(0, process, None)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    local_ranks._send([rank], signal.SIGUSR2)
+    assert local_ranks._poll([rank]) == [rank]
+    assert rank.status == 3
 
 
 def test_second_interrupt_ends_the_ranks(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from mmscale.data import image_tokens
 from mmscale.data.encode import DocumentEncoder
 from mmscale.data.image_tokens import open_image_tokenizer
-from mmscale.data.parts import FinishedPart, PartJob, Stopped, build_part
+from mmscale.data.parts import FinishedPart, PartJob, build_part
 from mmscale.data.progress import Advance
 from mmscale.data.text_tokens import open_text_tokenizer
 from mmscale.data.vocab import Vocabulary
@@ -59,14 +61,6 @@ class WorkSetup:
         )
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way to the parent (MmscaleError itself does not unpickle: its remedy is keyword-only)."""
-
-    cause: str
-    remedy: str
-
-
 def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, advance: Advance) -> list[FinishedPart]:
     """Make parts, several at a time.
 
@@ -94,7 +88,7 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
             try:
                 futures = [pool.submit(_work, index, job) for index, job in enumerate(jobs)]
                 _watch(futures, counters, advance)
-                return [_result(future) for future in futures]
+                return [future.result() for future in futures]
             except BaseException:
                 stop.value = 1  # running parts end at their next chunk
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -108,16 +102,14 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
 
 def _build_here(setup: WorkSetup, jobs: Sequence[PartJob], advance: Advance) -> list[FinishedPart]:
     encoder = setup.encoder()
-    finished, through = [], 0
+    through = 0
 
     def count(records: int) -> None:
         nonlocal through
         through += records
         advance(through)
 
-    for job in jobs:
-        finished.append(_build(setup, encoder, job, count, lambda: False))
-    return finished
+    return [_build(setup, encoder, job, count, lambda: False) for job in jobs]
 
 
 def _build(
@@ -135,14 +127,7 @@ def _watch(futures: Sequence[Future[Any]], counters: Any, advance: Advance) -> N
         done, pending = wait(pending, timeout=_POLL, return_when=FIRST_COMPLETED)
         advance(sum(counters))
         for future in done:
-            _result(future)
-
-
-def _result(future: Future[FinishedPart | _Failure]) -> FinishedPart:
-    result = future.result()
-    if isinstance(result, _Failure):
-        raise DataError(result.cause, remedy=result.remedy)
-    return result
+            future.result()
 
 
 # ------------------------------------------------------------------------------------------------ inside a worker
@@ -159,24 +144,20 @@ def _start_worker(setup: WorkSetup, stop: Any, counters: Any, parent: int) -> No
         os._exit(1)
     # One thread per worker: the workers are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, if the image tokenizer brings it
+    threadpool_limits(1)  # for numpy's BLAS, which is loaded already
     _worker = (setup, None, stop, counters)
 
 
-def _work(index: int, job: PartJob) -> FinishedPart | _Failure:
+def _work(index: int, job: PartJob) -> FinishedPart:
     global _worker
     assert _worker is not None
     setup, encoder, stop, counters = _worker
-    try:
-        if encoder is None:
-            encoder = setup.encoder()
-            _worker = (setup, encoder, stop, counters)
+    if encoder is None:
+        encoder = setup.encoder()
+        _worker = (setup, encoder, stop, counters)
 
-        def count(records: int) -> None:
-            counters[index] += records
+    def count(records: int) -> None:
+        counters[index] += records
 
-        return _build(setup, encoder, job, count, lambda: bool(stop.value))
-    except DataError as error:
-        return _Failure(error.cause, error.remedy)
-    except Stopped:
-        return _Failure("data: preparing was stopped", "run the same command again")
+    return _build(setup, encoder, job, count, lambda: bool(stop.value))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from mmscale.data.documents import BadDocument, Document, Rejected, Resolver, folder_resolver, parse_document
+from mmscale.data.documents import BadDocumentError, Document, Rejected, Resolver, folder_resolver, parse_document
 from mmscale.errors import DataError
 
 Kind = Literal["jsonl", "parquet", "tar"]
@@ -69,7 +69,7 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
         raise DataError("data.prepare: source is documents, but no document file is named", remedy="set documents")
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 absolute patterns
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise DataError(f"data.prepare: there is no document file {pattern}", remedy="correct documents")
@@ -277,6 +277,6 @@ def _sample_resolver(key: str, files: Mapping[str, bytes]) -> Resolver:
         for prefix in ("", f"{path.name}.", f"{path}."):
             if name.startswith(prefix) and name[len(prefix) :] in files:
                 return files[name[len(prefix) :]]
-        raise BadDocument(f"image {name} is missing from sample {key} of the archive")
+        raise BadDocumentError(f"image {name} is missing from sample {key} of the archive")
 
     return resolve

@@ -103,11 +103,11 @@ class DocumentSlice(Protocol):
         """The slice's documents and rejections, always the same in the same order."""
 
 
-class BadDocument(Exception):
+class BadDocumentError(Exception):
     """Why a record is not a document; becomes Rejected.reason."""
 
 
-# Turns the path of an image item into something to load; raises BadDocument.
+# Turns the path of an image item into something to load; raises BadDocumentError.
 Resolver = Callable[[str], Path | bytes]
 
 
@@ -120,17 +120,17 @@ def folder_resolver(folder: Path) -> Resolver:
 
     def resolve(path: str) -> Path:
         if "\0" in path:
-            raise BadDocument("image path holds a NUL character")
+            raise BadDocumentError("image path holds a NUL character")
         try:
             target = (root / path).resolve()
         except (OSError, RuntimeError) as error:  # a loop of links
-            raise BadDocument(f"image {path} cannot be resolved: {error}") from error
+            raise BadDocumentError(f"image {path} cannot be resolved: {error}") from error
         if not target.is_relative_to(root):
-            raise BadDocument(f"image path {path} leaves the folder of its document file")
+            raise BadDocumentError(f"image path {path} leaves the folder of its document file")
         if not target.exists():
-            raise BadDocument(f"image {path} is missing")
+            raise BadDocumentError(f"image {path} is missing")
         if not target.is_file():  # a FIFO would block a worker for ever
-            raise BadDocument(f"image {path} is not a regular file")
+            raise BadDocumentError(f"image {path} is not a regular file")
         return target
 
     return resolve
@@ -148,30 +148,30 @@ def parse_document(record: Any, *, where: str, fallback_id: str, resolve: Resolv
     document_id = fallback_id
     try:
         if not isinstance(record, Mapping):
-            raise BadDocument(f"the record is a {type(record).__name__}, not an object")
+            raise BadDocumentError(f"the record is a {type(record).__name__}, not an object")
         given = record.get("id")
         if given is not None:
             if not isinstance(given, str | int) or isinstance(given, bool) or given == "":
-                raise BadDocument("id is neither a string nor a number")
+                raise BadDocumentError("id is neither a string nor a number")
             document_id = _clean(str(given), "id")
         content = tuple(_parse_items(record.get("content"), resolve))
         return Document(document_id, content, where, _parse_loss(record.get("loss")))
-    except BadDocument as error:
+    except BadDocumentError as error:
         return Rejected(where, document_id.encode("utf-8", "replace").decode(), str(error))
 
 
 def _parse_items(content: Any, resolve: Resolver) -> Iterator[Content]:
     if not isinstance(content, list | tuple):
-        raise BadDocument("there is no list named content")
+        raise BadDocumentError("there is no list named content")
     pieces = 0
     for position, item in enumerate(content):
         if not isinstance(item, Mapping):
-            raise BadDocument(f"content[{position}] is a {type(item).__name__}, not an object")
+            raise BadDocumentError(f"content[{position}] is a {type(item).__name__}, not an object")
         kind = item.get("type")
         if kind == "text":
             text = item.get("text")
             if not isinstance(text, str):
-                raise BadDocument(f"content[{position}] is text without a string named text")
+                raise BadDocumentError(f"content[{position}] is text without a string named text")
             if text:
                 pieces += 1
                 yield Text(_clean(text, f"content[{position}].text"))
@@ -182,9 +182,9 @@ def _parse_items(content: Any, resolve: Resolver) -> Iterator[Content]:
             pieces += 1
             yield _parse_tokens(item, position)
         else:
-            raise BadDocument(f"content[{position}] has type {kind!r}; known are text, image and tokens")
+            raise BadDocumentError(f"content[{position}] has type {kind!r}; known are text, image and tokens")
     if not pieces:
-        raise BadDocument("the document is empty")
+        raise BadDocumentError("the document is empty")
 
 
 def _parse_image(item: Mapping[str, Any], position: int, resolve: Resolver) -> Image:
@@ -192,18 +192,18 @@ def _parse_image(item: Mapping[str, Any], position: int, resolve: Resolver) -> I
     if isinstance(data, bytes) and data:  # parquet files may hold the images themselves
         return Image(data, path if isinstance(path, str) else f"content[{position}]")
     if not isinstance(path, str) or not path:
-        raise BadDocument(f"content[{position}] is an image without a path")
+        raise BadDocumentError(f"content[{position}] is an image without a path")
     return Image(resolve(path), path)
 
 
 def _parse_tokens(item: Mapping[str, Any], position: int) -> Tokens:
     modality, ids = item.get("modality"), item.get("ids")
     if not isinstance(modality, str):
-        raise BadDocument(f"content[{position}] holds tokens without the name of a modality")
+        raise BadDocumentError(f"content[{position}] holds tokens without the name of a modality")
     if not isinstance(ids, list | tuple) or not ids:
-        raise BadDocument(f"content[{position}] holds tokens without a list of ids")
+        raise BadDocumentError(f"content[{position}] holds tokens without a list of ids")
     if not all(type(number) is int and number >= 0 for number in ids):  # bool is an int, too
-        raise BadDocument(f"content[{position}].ids holds something else than whole numbers from 0")
+        raise BadDocumentError(f"content[{position}].ids holds something else than whole numbers from 0")
     return Tokens(modality, tuple(ids))
 
 
@@ -212,7 +212,7 @@ def _parse_loss(loss: Any) -> tuple[str, ...] | None:
         return None
     names = (loss,) if isinstance(loss, str) else loss
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
-        raise BadDocument('loss is neither "all", nor the name of a modality, nor a list of such names')
+        raise BadDocumentError('loss is neither "all", nor the name of a modality, nor a list of such names')
     return tuple(names)
 
 
@@ -221,5 +221,5 @@ def _clean(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadDocument(f"{what} holds half of a surrogate pair") from error
+        raise BadDocumentError(f"{what} holds half of a surrogate pair") from error
     return text

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.data.documents import BadDocument, Document, Image, Rejected, Text, Tokens
+from mmscale.data.documents import BadDocumentError, Document, Image, Rejected, Text, Tokens
 from mmscale.data.image_files import load_image
 from mmscale.data.image_tokens import ImageTokenizer
 from mmscale.data.text_tokens import TextTokenizer
@@ -65,7 +65,7 @@ class DocumentEncoder:
             try:
                 draft = self._draft(document, own_texts)
                 own_pixels = [self._pixels(image) for image in document.images]
-            except BadDocument as error:
+            except BadDocumentError as error:
                 drafts.append(Rejected(document.where, document.id, str(error)))
                 continue
             drafts.append(draft)
@@ -88,16 +88,18 @@ class DocumentEncoder:
                 ids = self._pretokenised(piece)
             else:
                 if self.image is None or IMAGE not in self.vocabulary.names:
-                    raise BadDocument("the document has an image, but the vocabulary has no modality image")
+                    raise BadDocumentError("the document has an image, but the vocabulary has no modality image")
                 draft += [_ids(BOI), piece, _ids(EOI)]
                 length += self.image.tokens_per_image + 2
                 continue
             draft.append(ids)
             length += len(ids)
         if length == 2:
-            raise BadDocument("the document is empty")
+            raise BadDocumentError("the document is empty")
         if length > self.max_tokens:
-            raise BadDocument(f"the document is too long: {length} tokens, max_document_tokens is {self.max_tokens}")
+            raise BadDocumentError(
+                f"the document is too long: {length} tokens, max_document_tokens is {self.max_tokens}"
+            )
         self._loss_bits(document)
         return [*draft, _ids(EOS)]
 
@@ -105,17 +107,17 @@ class DocumentEncoder:
         """Ids moved into the modality's range; image codes get their <boi> and <eoi>, as those of pictures do."""
         if piece.modality not in self.vocabulary.names:
             known = ", ".join(self.vocabulary.names)
-            raise BadDocument(f"the vocabulary has no modality {piece.modality!r}, only {known}")
+            raise BadDocumentError(f"the vocabulary has no modality {piece.modality!r}, only {known}")
         low, high = self.vocabulary.range_of(piece.modality)
         if max(piece.ids) >= high - low:
-            raise BadDocument(f"id {max(piece.ids)} is outside the {high - low} ids of modality {piece.modality}")
+            raise BadDocumentError(f"id {max(piece.ids)} is outside the {high - low} ids of modality {piece.modality}")
         if low == 0 and min(piece.ids) < len(SPECIAL_TOKENS):
-            raise BadDocument(f"id {min(piece.ids)} of modality {piece.modality} is a special token")
+            raise BadDocumentError(f"id {min(piece.ids)} of modality {piece.modality} is a special token")
         ids = np.asarray(piece.ids, dtype=np.int64) + low
         if piece.modality != IMAGE:
             return ids
         if self.image is not None and len(ids) != self.image.tokens_per_image:
-            raise BadDocument(f"an image has {len(ids)} tokens instead of {self.image.tokens_per_image}")
+            raise BadDocumentError(f"an image has {len(ids)} tokens instead of {self.image.tokens_per_image}")
         return np.concatenate([_ids(BOI), ids, _ids(EOI)])
 
     def _loss_bits(self, document: Document) -> int:
@@ -124,7 +126,7 @@ class DocumentEncoder:
             return (1 << len(names)) - 1
         for name in document.loss:
             if name not in names:
-                raise BadDocument(f"loss names {name!r}, the vocabulary has {', '.join(names)}")
+                raise BadDocumentError(f"loss names {name!r}, the vocabulary has {', '.join(names)}")
         return sum(1 << index for index, name in enumerate(names) if name in document.loss)
 
     def _pixels(self, image: Image) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmscale.config import ImageTokenizerConfig, PrepareConfig
 from mmscale.data import image_tokens, text_tokens
-from mmscale.data.documents import BadDocument, Document, DocumentSlice, SplitName, Text
+from mmscale.data.documents import BadDocumentError, Document, DocumentSlice, SplitName, Text
 from mmscale.data.encode import IMAGE
 from mmscale.data.image_files import load_image
 from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer
@@ -159,7 +159,7 @@ def _images(
         for image in itertools.islice(images, share):
             try:
                 yield load_image(image, size=settings.image.size, channels=settings.image.channels)
-            except BadDocument:
+            except BadDocumentError:
                 continue
 
 

@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
 
-from mmscale.data.documents import BadDocument, Image
+from mmscale.data.documents import BadDocumentError, Image
 
 # 100 megapixels of RGB are 300 MB; a PNG of a few kB may unpack to that, so larger pictures are refused before.
 MAX_PIXELS = 100_000_000
@@ -34,19 +34,19 @@ def load_image(image: Image, *, size: int, channels: int) -> NDArray[np.uint8]:
         uint8 [size, size, channels]
 
     Raises:
-        BadDocument: the image cannot be decoded.
+        BadDocumentError: the image cannot be decoded.
     """
     try:
         with warnings.catch_warnings():  # palette, EXIF and bomb warnings: the picture is either read or refused
             warnings.simplefilter("ignore")
             with _open(image) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
-                    raise BadDocument(f"image {image.name} has {opened.width}x{opened.height} pixels, too many")
+                    raise BadDocumentError(f"image {image.name} has {opened.width}x{opened.height} pixels, too many")
                 picture = _convert(PIL.ImageOps.exif_transpose(opened), channels)
-    except BadDocument:
+    except BadDocumentError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files, struct.error included
-        raise BadDocument(f"image {image.name} is unreadable: {error}") from error
+        raise BadDocumentError(f"image {image.name} is unreadable: {error}") from error
     if picture.size != (size, size):
         scale = size / min(picture.size)
         resized = tuple(max(size, round(edge * scale)) for edge in picture.size)

@@ -305,7 +305,7 @@ def save_whole(tokenizer: ImageTokenizer, folder: Path, *, measured: dict[str, A
         if file.is_file():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-    os.replace(temporary, folder)
+    temporary.replace(folder)
 
 
 def _hash(content: bytes) -> str:

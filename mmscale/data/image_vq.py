@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,10 @@ class VQTokenizer:
             raise DataError(f"image tokenizer: {path} holds a model of type {model_type!r}", remedy=remedy)
         try:
             model_class = getattr(importlib.import_module("transformers"), _CLASSES[model_type])
-            with contextlib.redirect_stdout(io.StringIO()):
+        except ModuleNotFoundError as error:
+            raise DataError("image tokenizer: kind vq needs transformers", remedy="pip install transformers") from error
+        try:
+            with _quiet():
                 model, report = model_class.from_pretrained(
                     path, local_files_only=True, output_loading_info=True, dtype=torch.float32
                 )
@@ -166,7 +170,8 @@ class VQTokenizer:
         """Write settings and model: the data set stays readable when the original folder is gone."""
         write_settings(folder, self._settings())
         try:
-            self.model.save_pretrained(folder / _MODEL)
+            with _quiet():
+                self.model.save_pretrained(folder / _MODEL)
         except Exception as error:  # safetensors reports a full disk as its own kind
             raise DataError(
                 f"data: {folder / _MODEL} could not be written: {error}", remedy="free some space and run it again"
@@ -178,6 +183,13 @@ class VQTokenizer:
         settings = json.loads((folder / SETTINGS).read_text())
         loaded = cls.from_pretrained(folder / _MODEL, size=settings["size"], channels=settings["channels"])
         return cls(loaded.model, size=settings["size"], mean=settings["mean"], std=settings["std"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers draws a progress bar for every file, in every worker, across ours."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _normalisation(path: Path, channels: int) -> tuple[list[float], list[float]]:

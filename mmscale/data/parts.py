@@ -72,7 +72,7 @@ def _sync(stream: BinaryIO) -> None:
 
 def _publish(renames: Sequence[tuple[Path, Path]]) -> None:
     for temporary, file in renames:
-        os.replace(temporary, file)
+        temporary.replace(file)
     for folder in {file.parent for _, file in renames}:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -224,7 +224,7 @@ class FinishedPart:
     sizes: dict[str, int]  # relative path -> bytes, of every file of the part
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The run was given up while this part was being made."""
 
 
@@ -251,14 +251,14 @@ def build_part(
 
     Raises:
         DataError: the disk is full, an input is gone, or strict and a document is bad.
-        Stopped: `stopped` said so.
+        StoppedError: `stopped` said so.
     """
     writers = {split: PartWriter(folder, f"{split}/{job.name}", encoder.vocabulary) for split in SPLITS}
     rejected: list[Rejected] = []
     try:
         for chunk in _chunks(job):
             if stopped():
-                raise Stopped
+                raise StoppedError
             documents = [item for item in chunk if isinstance(item, Document)]
             encoded = iter(encoder.encode(documents))
             for item in chunk:  # rejections keep the order of the input

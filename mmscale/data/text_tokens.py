@@ -140,7 +140,7 @@ class TextTokenizer:
             stream.write(self.tokenizer.to_str(pretty=True))
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, folder / FILE)
+        temporary.replace(folder / FILE)
 
 
 def open_text_tokenizer(folder: Path) -> TextTokenizer:

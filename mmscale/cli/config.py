@@ -1,0 +1,69 @@
+# `mmscale config check` and `mmscale config explain`: prints what config/load.py and config/explain.py return.
+# No checks and no torch here.
+"""Commands about the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli.output import Json, Overrides, console, emit, pairs
+
+app = typer.Typer(help="Check a configuration and explain its settings.", no_args_is_help=True)
+
+
+@app.command("check", epilog="Example: mmscale config check configs/quickstart.yaml parallel.tp=2")
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Check a configuration strictly; show every setting and where its value comes from."""
+    from mmscale.config import load as loading
+
+    loaded = loading.load(config, overrides or ())
+    values, sources = loading.flatten(loaded), loading.origins(config, overrides or ())
+    result = {"config": loaded.model_dump(mode="json"), "origins": sources, "digest": loading.digest(loaded)}
+    emit(result, as_json=as_json, text=lambda: _settings(values, sources))
+
+
+def _settings(values: dict[str, Any], sources: dict[str, str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("setting", "value", "from"):
+        table.add_column(column)
+    for key, value in values.items():
+        source = sources.get(key, "default")
+        style = "dim" if source == "default" else ""
+        shown = value if isinstance(value, str) else json.dumps(value)
+        table.add_row(Text(key, style), Text(shown, style), Text(source, style))
+    console().print(table)
+
+
+@app.command("explain", epilog="Example: mmscale config explain train.global_batch_size")
+def explain(
+    key: Annotated[str, typer.Argument(metavar="KEY", show_default=False, help="Dotted key; none: list all.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Explain one setting: type, unit, default, meaning, source."""
+    from mmscale.config import explain as explaining
+
+    entry = explaining.explain(key)
+    emit(entry, as_json=as_json, text=lambda: _entry(entry, explaining.explain))
+
+
+def _entry(entry: dict[str, Any], explain_key: Any) -> None:
+    if "type" in entry:
+        shown = {"": entry["meaning"], "wants": entry["type"], "unit": entry["unit"], "source": entry["source"]}
+        rows = [(name, value) for name, value in shown.items() if value]
+        rows.insert(2, ("default", "none, it must be given" if entry["required"] else json.dumps(entry["default"])))
+        pairs(((name or entry["key"], value) for name, value in rows))
+    else:
+        pairs([(entry["key"] or "mmscale", entry["meaning"])])
+    if entry.get("keys"):
+        pairs((f"  {name}", explain_key(name)["meaning"]) for name in entry["keys"])

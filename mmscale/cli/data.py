@@ -1,0 +1,119 @@
+# `mmscale data prepare` and `mmscale data inspect`: calls data/prepare.py and data/inspect_set.py.
+# What a document or a data set is stands there, not here.
+"""Commands about data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli.output import Json, Overrides, emit, pairs
+from mmscale.errors import UsageError
+
+app = typer.Typer(help="Prepare data sets and look into them.", no_args_is_help=True)
+
+# Preparing reads `vocab` and `data.prepare` only, but a configuration has a model; this one is never built.
+_NO_MODEL = {
+    "kind": "dense",
+    "num_layers": 1,
+    "hidden_size": 64,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 1,
+}
+
+
+@app.command("prepare", epilog="Example: mmscale data prepare --documents corpus/part-*.jsonl --out data/corpus")
+def prepare(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the data set.")],
+    spec: Annotated[
+        str,
+        typer.Argument(metavar="SPEC.yaml", show_default=False, help="Configuration with a data.prepare section."),
+    ] = "",
+    overrides: Overrides = None,
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--documents", metavar="FILE", help="JSONL, parquet or .tar of documents; globs; may be repeated."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what --out holds of other documents.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad document.")] = False,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokenize text and images into an indexed data set; parallel, and resumable by running it again."""
+    changes = list(overrides or [])
+    if "=" in spec:  # no SPEC: the first setting stands in its place
+        changes.insert(0, spec)
+        spec = ""
+    config = _spec(spec, changes, documents or [])
+    from mmscale.data import inspect_set
+    from mmscale.data import prepare as preparing
+
+    preparing.prepare(config, out, overwrite=overwrite, strict=strict or None, workers=workers, progress=not as_json)
+    result = inspect_set.summary(out)
+    emit(result, as_json=as_json, text=lambda: _summary(result))
+
+
+def _spec(spec: str, overrides: list[str], documents: list[str]) -> Any:
+    from mmscale.config import load as loading
+
+    if documents:
+        names = ", ".join(f'"{name}"' for name in documents)
+        overrides = [*overrides, "data.prepare.source=documents", f"data.prepare.documents=[{names}]"]
+    if spec:
+        return loading.load(spec, overrides)
+    if not documents and not any(change.startswith("data.prepare.source=") for change in overrides):
+        raise UsageError(
+            "data prepare: neither a SPEC.yaml nor --documents is given",
+            remedy="name a configuration, e.g. configs/quickstart.yaml, or the documents: --documents FILE.jsonl",
+        )
+    return loading.resolve({"model": _NO_MODEL}, overrides)
+
+
+@app.command("inspect", epilog="Example: mmscale data inspect data/digits --sample 3 --out sample")
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")],
+    sample: Annotated[int | None, typer.Option("--sample", metavar="N", min=0, help="Draw document N back.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the sample.")] = "train",
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the sample's PNG files.")] = Path(
+        "sample"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Show documents and tokens of each modality, or one document as text and PNG."""
+    from mmscale.data import inspect_set
+
+    if sample is None:
+        result = inspect_set.summary(folder)
+        emit(result, as_json=as_json, text=lambda: _summary(result))
+        return
+    drawn = inspect_set.draw_sample(folder, sample, out, split=split)
+    rows = [("text", drawn["text"]), ("tokens", _counts(drawn["tokens"])), ("drawn on", drawn["sheet"])]
+    emit(drawn, as_json=as_json, text=lambda: pairs(rows))
+
+
+def _summary(result: dict[str, Any]) -> None:
+    rows: list[tuple[str, object]] = [("data set", result["folder"])]
+    for name, split in result["splits"].items():
+        lengths = split.get("document_tokens")
+        mean = f"; {lengths['mean']:g} a document ({lengths['shortest']}..{lengths['longest']})" if lengths else ""
+        rows.append((name, f"{split['documents']:,} documents, {_counts(split['tokens'])} tokens{mean}"))
+    ranges = result["vocabulary"]["ranges"]
+    rows.append(("ids", ", ".join(f"{name} {first}..{end - 1}" for name, (first, end) in ranges.items())))
+    image = result.get("image_tokenizer")
+    if image:
+        each = f"{image['tokens_per_image']} tokens each, {image['codes']} codes"
+        quality = f", PSNR {image['psnr_db']:.1f} dB" if isinstance(image.get("psnr_db"), float) else ""
+        rows.append(("images", f"{image['kind']}, {image['size']}x{image['size']} pixels, {each}{quality}"))
+    if result["tasks"]:
+        rows.append(("tasks", ", ".join(result["tasks"])))
+    if result["rejected"]:
+        rows.append(("rejected", f"{result['rejected']:,} documents, see rejected.jsonl"))
+    pairs(rows)
+
+
+def _counts(tokens: dict[str, int]) -> str:
+    return " + ".join(f"{number:,} {name}" for name, number in tokens.items())

@@ -1,0 +1,170 @@
+# `mmscale train`, `eval` and `verify-layout`: the commands that compute.
+# They find the rank, call train/ or inference/, and print what comes back.
+"""Commands that train and evaluate."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli import ranks
+from mmscale.cli.output import Json, Overrides, console, emit, pairs
+from mmscale.errors import TrainingError, UsageError
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
+# What local ranks say to the process that started them; with 1 they would be reported as crashed.
+_DIFFERS = TrainingError.exit_status
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", metavar="N", min=1, show_default=False, help="Start N ranks on this machine."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train, from the run's newest checkpoint if there is one.
+
+    Without --nproc it joins the ranks that SLURM, torchrun or mpirun started.
+    """
+    from mmscale.config import rules
+    from mmscale.config.load import load
+    from mmscale.train.metrics import next_attempt, read_metrics
+
+    loaded = load(config, overrides or ())
+    run_dir = Path(loaded.run.dir) / loaded.run.name
+    if ranks.starts_ranks(nproc):
+        assert nproc is not None
+        rules.check(loaded, world_size=nproc)  # said once here, and not by every rank
+        raise typer.Exit(ranks.start(nproc, log_dir=run_dir / "logs" / f"attempt_{next_attempt(run_dir)}"))
+    env = ranks.own_rank(nproc)
+    from mmscale.train import run
+
+    status = run.main(loaded, env)
+    if env.is_first and as_json:
+        records = read_metrics(run_dir)
+        result = {"run": str(run_dir), "exit_status": status, "last": records[-1] if records else None}
+        emit(result, as_json=True, text=lambda: None)
+    raise typer.Exit(status)
+
+
+def evaluate(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN[@STEP]", help="Run folder; newest checkpoint unless a step is named.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", show_default=False, help="Prepared data set; default: the run's held-out split."
+        ),
+    ] = None,
+    routing: Annotated[
+        str, typer.Option("--routing", help="batch: experts choose among all tokens of the batch, later ones too.")
+    ] = "batch",
+    batches: Annotated[
+        int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss and perplexity of each modality on held-out data, and accuracy where the data has a task."""
+    folder, step = split_step(run)
+    if routing == "causal":
+        raise UsageError(
+            "--routing causal: the causal routers of this run are not trained yet",
+            remedy="use --routing batch, and read its numbers with care: expert choice sees the future",
+        )
+    if routing != "batch":
+        raise UsageError(f"--routing {routing!r} is not a routing", remedy="only batch is available")
+    from mmscale.inference.evaluate import evaluate_run
+
+    result = evaluate_run(folder, step=step, data=data, batches=batches)
+    result.setdefault("routing", routing)
+    emit(result, as_json=as_json, text=lambda: _evaluation(result))
+
+
+def split_step(text: str) -> tuple[Path, int | None]:
+    """`runs/x@100` -> (runs/x, 100).
+
+    Raises:
+        UsageError: what stands behind the @ is no step.
+    """
+    folder, at, step = text.rpartition("@")
+    if not at:
+        return Path(text), None
+    if step.isdigit():
+        return Path(folder), int(step)
+    if "/" in step or Path(text).exists():  # the @ belongs to the path
+        return Path(text), None
+    raise UsageError(f"{text}: {step!r} behind the @ is not a step", remedy=f"write a number, e.g. {folder}@100")
+
+
+def _evaluation(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("measured", "value", "routing"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for key, value in result.items():
+        if isinstance(value, float) or key.startswith(("loss", "perplexity", "accuracy")):
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value), result["routing"])
+    shown = console()
+    others = {key: value for key, value in result.items() if isinstance(value, str | int) and key != "routing"}
+    pairs(others.items())
+    shown.print(table)
+    if result["routing"] == "batch":
+        shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
+
+
+def verify_layout(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to compare.")] = 3,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", metavar="N", min=1, show_default=False, help="Ranks; default: tp * pp * ep."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a parallel layout with one process: loss and gradient norm, step by step.
+
+    Exit status 1 if they differ.
+    """
+    from mmscale.config import rules
+    from mmscale.config.load import load
+
+    loaded = load(config, overrides or ())
+    if nproc is None:
+        nproc = loaded.parallel.tp * loaded.parallel.pp * loaded.parallel.ep
+    rules.check(loaded, world_size=nproc)
+    if ranks.starts_ranks(nproc):
+        logs = Path(tempfile.mkdtemp(prefix="mmscale-verify-"))
+        status = ranks.start(nproc, log_dir=logs)
+        shutil.rmtree(logs)  # on a crash, which raises, they stay and the error names them
+        raise typer.Exit(1 if status == _DIFFERS else status)
+    env = ranks.own_rank(nproc)
+    from mmscale.train import verify
+
+    result = verify.verify_layout(loaded, steps=steps)
+    if env.is_first:
+        emit(result, as_json=as_json, text=lambda: _verdict(result))
+    if not result["passed"]:
+        raise typer.Exit(_DIFFERS if env.source == "local" else 1)
+
+
+def _verdict(result: dict[str, Any]) -> None:
+    layout = ", ".join(f"{name} {size}" for name, size in result["layout"].items() if size is not None)
+    rows = [
+        ("layout", layout),
+        ("steps", result["steps"]),
+        ("loss differs by", f"{result['loss_difference']:.2e}"),
+        ("gradient norm differs by", f"{result['grad_norm_difference']:.2e} of it"),
+        ("tolerance", f"{result['tolerance']:.0e}"),
+        ("verdict", "equal to one process" if result["passed"] else "NOT EQUAL to one process"),
+    ]
+    pairs(rows)

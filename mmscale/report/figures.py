@@ -1,0 +1,261 @@
+# Pictures of runs: loss curves of several runs, and rows of small images. PNG files, drawn without a display.
+# It reads metrics.jsonl and nothing else of a run, and interprets nothing.
+"""Figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.errors import UsageError
+from mmscale.train.metrics import EVAL, METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours without yellow and black: told apart with any colour vision and in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_STYLES = ("-", "--", ":", "-.")
+_MARKS = ("o", "D", "s", "^")
+_LOSS = "loss/"
+_SMOOTH_ABOVE = 200  # logged steps; more are drawn faintly under their running mean
+_DOTS_BELOW = 40
+_DPI = 150
+_GREY = "#5a5a5a"
+
+
+def loss_curves(runs: Sequence[Path], out: Path) -> None:
+    """Training and held-out loss per modality, gradient norm, learning rate and throughput of runs.
+
+    A colour is a modality, or a run where modalities do not matter; a line style is a run.
+
+    Args:
+        runs: Run folders.
+        out: PNG file.
+
+    Raises:
+        UsageError: A run has no metrics.
+    """
+    histories = {name: read_history(run) for name, run in zip(run_names(runs), runs, strict=True)}
+    figure = _figure(width=10.0, height=7.2)
+    grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1.0))
+    losses = figure.add_subplot(grid[0, :])
+    _draw_losses(losses, histories)
+    panels = (
+        ("grad_norm", "gradient norm", "log"),
+        ("lr", "learning rate", "linear"),
+        ("tokens_per_second", "tokens per second", "linear"),
+    )
+    for column, (key, title, scale) in enumerate(panels):
+        _draw_panel(figure.add_subplot(grid[1, column], sharex=losses), histories, key, title=title, scale=scale)
+    _save(figure, out)
+
+
+def sample_rows(rows: Sequence[tuple[str, Sequence[NDArray[Any]]]], out: Path) -> None:
+    """Labelled rows of small images, e.g. sampled digits.
+
+    Args:
+        rows: Label and images of each row; an image is [height, width] or [height, width, 3], uint8 or 0..1.
+        out: PNG file.
+    """
+    columns = max((len(images) for _, images in rows), default=1) or 1
+    cell = 0.62  # inches
+    label = 0.30 + 0.085 * max((len(text) for text, _ in rows), default=0)
+    width, height = label + cell * columns + 0.1, cell * max(len(rows), 1) + 0.1
+    figure = _figure(width=width, height=height)
+    figure.set_layout_engine("none")
+    for row, (text, images) in enumerate(rows):
+        top = 1 - (0.05 + cell * (row + 1)) / height
+        figure.text((label - 0.12) / width, top + cell / height / 2, text, ha="right", va="center", fontsize=10)
+        for column, image in enumerate(images):
+            gap = 0.04
+            left = (label + cell * column + gap / 2) / width
+            axes = figure.add_axes((left, top + gap / 2 / height, (cell - gap) / width, (cell - gap) / height))
+            _draw_image(axes, np.asarray(image))
+    _save(figure, out)
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The records of a run.
+
+    Raises:
+        UsageError: There are none.
+    """
+    records = read_metrics(run)
+    if not records:
+        raise UsageError(
+            f"report: {run} has no {METRICS} with a logged step", remedy="name a folder that `mmscale train` wrote"
+        )
+    return records
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """A short name for each run; its path where two folders have the same name, and a number where two are the same."""
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    # Not through pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # No software version or date in it: the same run gives the same file.
+    figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
+
+
+def _draw_losses(axes: Axes, histories: Mapping[str, list[dict[str, Any]]]) -> None:
+    modalities = _modalities(histories)
+    for number, (run, records) in enumerate(histories.items()):
+        prefix = f"{run}: " if len(histories) > 1 else ""
+        for place, key in enumerate(modalities or ["loss"]):
+            name = key.removeprefix(_LOSS) if modalities else "loss"
+            colour = COLOURS[place % len(COLOURS)]
+            steps, values = _series(records, key)
+            _draw_line(
+                axes, steps, values, colour=colour, style=_STYLES[number % len(_STYLES)], label=f"{prefix}{name}"
+            )
+            held_steps, held = _series(records, f"{EVAL}{key}")
+            if len(held):
+                axes.plot(
+                    held_steps,
+                    held,
+                    linestyle="none",
+                    color=colour,
+                    label=f"{prefix}{name}, held out",
+                    zorder=3,
+                    marker=_MARKS[number % len(_MARKS)],
+                    markersize=6.5,
+                    markeredgecolor="white",  # readable on their own line
+                    markeredgewidth=0.8,
+                )
+    axes.set_title("Loss per token" if not modalities else "Loss per token of each modality", loc="left", fontsize=11)
+    axes.set_ylabel("cross-entropy [nats]")
+    axes.set_xlabel("step")
+    _finish(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, ncols=1 if len(histories) < 3 else 2)
+
+
+def _draw_panel(axes: Axes, histories: Mapping[str, list[dict[str, Any]]], key: str, *, title: str, scale: str) -> None:
+    measured = False
+    for number, (run, records) in enumerate(histories.items()):
+        steps, values = _series(records, key)
+        if len(values):
+            measured = True
+            style = _STYLES[number % len(_STYLES)]
+            colour = _GREY if len(histories) == 1 else COLOURS[number % len(COLOURS)]
+            _draw_line(axes, steps, values, colour=colour, style=style, label=run)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("step")
+    if not measured:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+        axes.set_yticks([])
+    elif scale == "log":
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(_engineering)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(_engineering)
+    _finish(axes)
+
+
+def _draw_line(
+    axes: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], *, colour: str, style: str, label: str
+) -> None:
+    if not len(values):
+        return
+    marker = "." if len(values) < _DOTS_BELOW else "none"
+    if len(values) > _SMOOTH_ABOVE:
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+        values = running_mean(values, span=len(values) // _SMOOTH_ABOVE * 2)
+    axes.plot(steps, values, color=colour, linestyle=style, linewidth=1.6, label=label, marker=marker, markersize=4)
+
+
+def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float64]:
+    """Mean over `span` neighbours on each side, so that the curve does not lag behind; NaN is skipped."""
+    known = np.isfinite(values)
+    sums = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
+    counts = np.concatenate(([0], np.cumsum(known)))
+    places = np.arange(len(values))
+    # At the start, where curves are steep, the window shrinks to stay centred; at the end it is cut off, or the curve
+    # would end in a single noisy value.
+    reach = np.minimum(places, span)
+    first, end = places - reach, np.minimum(places + reach + 1, len(values))
+    number = counts[end] - counts[first]
+    return np.where(number > 0, (sums[end] - sums[first]) / np.maximum(number, 1), np.nan)
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9a9a9a")
+    axes.tick_params(labelsize=8.5, color="#9a9a9a")
+
+
+def _draw_image(axes: Axes, image: NDArray[Any]) -> None:
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    top = 255 if np.issubdtype(image.dtype, np.integer) else 1.0
+    if image.ndim == 2:
+        axes.imshow(image, cmap="gray", vmin=0, vmax=top, interpolation="nearest", aspect="equal")
+    else:
+        axes.imshow(image, interpolation="nearest", aspect="equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#9a9a9a")
+        spine.set_linewidth(0.6)
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of a key; infinite ones become gaps, as NaN is."""
+    found = [(record["step"], float(record[key])) for record in records if isinstance(record.get(key), int | float)]
+    points = np.array([(step, value if math.isfinite(value) else math.nan) for step, value in found], dtype=np.float64)
+    points = points.reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+def _modalities(histories: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Keys `loss/<modality>` of all runs, in the order in which they first appear."""
+    keys: dict[str, None] = {}
+    for records in histories.values():
+        for record in records:
+            for key in record:
+                if key.startswith((_LOSS, f"{EVAL}{_LOSS}")):
+                    keys.setdefault(key.removeprefix(EVAL))
+    return list(keys)
+
+
+def _engineering(value: float, _position: float) -> str:
+    """Tick labels: 12k, 3M, 1e-4."""
+    if value == 0:
+        return "0"
+    if abs(value) < 0.01:
+        return f"{value:.0e}".replace("e-0", "e-")
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{suffix}"
+    return f"{value:g}"

@@ -40,7 +40,8 @@ def gradients(model: GPTModel, loss: Tensor) -> dict[str, Tensor]:
 
 def relative(got: Tensor, want: Tensor, *, floor: float = 1e-30) -> float:
     """Largest difference relative to the largest wanted value, or to `floor` if that is larger."""
-    return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=floor))
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).abs().max() / want.abs().max().clamp(min=floor))
 
 
 def differences(model: GPTModel, config: Config, batch: Batch) -> tuple[float, dict[str, float]]:

@@ -1,9 +1,10 @@
 """Slow references of the model in plain loops, and the tiny configurations and batches that tests run them on.
 
-Shares nothing with mmscale.model but parameter names and the configuration. One document, head, query, token and expert at a
-time; in fp64 if the weights are, so that what a comparison shows is the model's own rounding.
+Shares nothing with mmscale.model but parameter names and the configuration. One document, head, query, token and
+expert at a time; in fp64 if the weights are, so that what a comparison shows is the model's own rounding.
 
-Shapes: B sequences, S tokens of a sequence, n tokens of a sequence that a layer sees, H hidden width, D width of a head.
+Shapes: B sequences, S tokens of a sequence, n tokens of a sequence that a layer sees, H hidden width, D width of a
+head.
 """
 
 from __future__ import annotations
@@ -45,10 +46,19 @@ def tiny(
     experts: ExpertsConfig | None = None,
     dtype: str = "fp32",
     recompute: str = "none",
-    seed: int = 1234,
+    more: tuple[ModalityVocab, ...] = (),
     **model: object,
 ) -> Config:
-    """A model of two layers and width 16 over 20 text and 11 image ids; `model` overrides settings of ModelConfig."""
+    """A model of two layers and width 16 over 20 text and 11 image ids.
+
+    Args:
+        kind: of the feed-forward slots.
+        experts: by default four in one group, or three text experts and one image expert.
+        dtype: of parameters and activations.
+        recompute: of activations.
+        more: further modalities.
+        model: further settings of ModelConfig.
+    """
     if experts is None:
         experts = {
             "dense": ExpertsConfig(),
@@ -65,13 +75,12 @@ def tiny(
         "experts": experts,
     }
     modalities = (ModalityVocab(name="text", size=TEXT_IDS), ModalityVocab(name="image", size=IMAGE_IDS))
-    config = Config(
-        vocab=VocabConfig(modalities=modalities, pad_multiple=8),
+    return Config(
+        vocab=VocabConfig(modalities=modalities + more, pad_multiple=8),
         model=ModelConfig.model_validate(settings | model),
         parallel=ParallelConfig.model_validate({"recompute": recompute}),
         precision=PrecisionConfig.model_validate({"dtype": dtype}),
     )
-    return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
 
 
 def moma_experts(**settings: object) -> ExpertsConfig:
@@ -158,7 +167,9 @@ def choose(scores: Sequence[Sequence[float]], member: Sequence[bool], capacity: 
     return taken
 
 
-def choose_depth(scores: Sequence[float], modality: Sequence[int], keep: int, quotas: Sequence[int] | None) -> list[int]:
+def choose_depth(
+    scores: Sequence[float], modality: Sequence[int], keep: int, quotas: Sequence[int] | None
+) -> list[int]:
     """Positions that a depth layer takes of one sequence: quotas first, then the best of the others, padding last."""
     order = sorted(range(len(scores)), key=lambda token: -round(scores[token], _DIGITS))
     taken: list[int] = []
@@ -204,7 +215,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, position: int, base: float) -> Tensor:
-    """RoPE of one head's vector [D]: components i and i + D/2 are a complex number, turned by position * base^(-2i/D)."""
+    """RoPE of a head's vector [D]: components i and i + D/2, as a complex number, turn by position * base^(-2i/D)."""
     half = x.shape[0] // 2
     angle = torch.tensor([position * base ** (-2 * i / x.shape[0]) for i in range(half)], dtype=torch.float64)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -311,9 +322,13 @@ class Reference:
         """One expert of one token, normalised where the placement says so."""
         w1, w2 = self.weights[f"{prefix}mlp.experts.{group}.w1"], self.weights[f"{prefix}mlp.experts.{group}.w2"]
         out = swiglu(x, w1[number, :, 0], w1[number, :, 1], w2[number])
-        return self._norm(out, f"{prefix}mlp.expert_norm.{group}.weight") if self.model.norm == "post_per_expert" else out
+        return (
+            self._norm(out, f"{prefix}mlp.expert_norm.{group}.weight") if self.model.norm == "post_per_expert" else out
+        )
 
-    def gates(self, prefix: str, group: str, hidden: list[Tensor], facts: list[Facts]) -> dict[tuple[int, int, int], Tensor]:
+    def gates(
+        self, prefix: str, group: str, hidden: list[Tensor], facts: list[Facts]
+    ) -> dict[tuple[int, int, int], Tensor]:
         """Gate of every choice (expert, sequence, token) of a group."""
         router = self.weights[f"{prefix}mlp.router.{group}"]
         scores = [torch.sigmoid(x @ router.t()) for x in hidden]
@@ -366,4 +381,3 @@ class Reference:
     def _position(documents: Sequence[int]) -> list[int]:
         """Position of each token within its document."""
         return [sum(earlier == own for earlier in documents[:place]) for place, own in enumerate(documents)]
-

@@ -36,21 +36,23 @@ from tests.unit.model.reference import (
 )
 
 CHOICES = ("mixed", "per_modality")
+POST = ("post", "post_per_expert")
 UNEVEN = {"text": 0.7, "image": 0.3}
 MODELS: dict[str, Config] = {
-    **{f"{kind}_{choice}": tiny(kind, depth=depth(choice))
-       for kind in ("moe", "moma") for choice in CHOICES},
+    **{f"{kind}_{choice}": tiny(kind, depth=depth(choice)) for kind in ("moe", "moma") for choice in CHOICES},
     "dense_mixed": tiny("dense", depth=depth()),
-    **{f"{norm}_{choice}": tiny(norm=norm, depth=depth(choice)) for norm in ("post", "post_per_expert") for choice in CHOICES},
+    **{f"{norm}_{choice}": tiny(norm=norm, depth=depth(choice)) for norm in POST for choice in CHOICES},
     "every_layer": tiny(num_layers=3, depth=depth(every=1, capacity=0.25, multiple=1)),
     "every_third": tiny(num_layers=4, depth=depth(every=3)),
     "all_tokens": tiny(depth=depth(capacity=1.0)),
     "one_token": tiny(depth=depth("per_modality", capacity=0.01, multiple=1)),
     "rounded_up": tiny(depth=depth(capacity=0.25, multiple=8)),
     "gqa_shared_uneven": tiny(
-        num_query_groups=2, depth=depth("per_modality"), experts=moma_experts(shared=1, share=UNEVEN, scope="micro_batch")
+        num_query_groups=2,
+        depth=depth("per_modality"),
+        experts=moma_experts(shared=1, share=UNEVEN, scope="micro_batch"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -68,7 +70,9 @@ def test_model_is_the_reference(name: str, build: Callable[..., GPTModel]) -> No
 def test_one_modality_only(choice: str, image: float, build: Callable[..., GPTModel]) -> None:
     config = tiny(depth=depth(choice))
     model = build(config)
-    batch = batch_of([random_documents((12,), seed=1, image=image), random_documents((4,), seed=2, image=image)], length=12)
+    batch = batch_of(
+        [random_documents((12,), seed=1, image=image), random_documents((4,), seed=2, image=image)], length=12
+    )
     assert_agrees(model, config, batch)
     grads = gradients(model, run_model(model, batch).square().sum())
     assert all(torch.isfinite(gradient).all() for gradient in grads.values())
@@ -137,7 +141,8 @@ def test_figures_are_counts(choice: str, build: Callable[..., GPTModel]) -> None
 
 
 @pytest.mark.parametrize(
-    ("capacity", "multiple", "keep", "quotas"), [(0.5, 2, 6, (4, 1)), (0.25, 8, 8, (5, 2)), (1.0, 5, 12, (8, 3)), (0.1, 1, 2, (1, 0))]
+    ("capacity", "multiple", "keep", "quotas"),
+    [(0.5, 2, 6, (4, 1)), (0.25, 8, 8, (5, 2)), (1.0, 5, 12, (8, 3)), (0.1, 1, 2, (1, 0))],
 )
 def test_numbers(capacity: float, multiple: int, keep: int, quotas: tuple[int, int]) -> None:
     config = tiny(depth=depth("per_modality", capacity=capacity, multiple=multiple), experts=moma_experts(share=UNEVEN))

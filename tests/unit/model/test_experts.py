@@ -22,7 +22,9 @@ def config(**settings: object) -> TransformerConfig:
     return TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, **settings)  # type: ignore[arg-type]
 
 
-def make(groups: ProcessGroupCollection, count: int, *, dtype: torch.dtype = torch.float32, **settings: bool) -> Experts:
+def make(
+    groups: ProcessGroupCollection, count: int, *, dtype: torch.dtype = torch.float32, **settings: bool
+) -> Experts:
     """Experts with random weights."""
     experts = Experts(config(params_dtype=dtype), count=count, width=INNER, groups=groups, **settings)
     generator = torch.Generator().manual_seed(count)
@@ -39,7 +41,9 @@ def test_forward_is_the_loop(count: int, tokens: int, process_groups: ProcessGro
     assert got.shape == x.shape
     want = torch.stack(
         [
-            torch.stack([swiglu(x[e, n], experts.w1[e, :, 0], experts.w1[e, :, 1], experts.w2[e]) for n in range(tokens)])
+            torch.stack(
+                [swiglu(x[e, n], experts.w1[e, :, 0], experts.w1[e, :, 1], experts.w2[e]) for n in range(tokens)]
+            )
             if tokens
             else x[e]
             for e in range(count)
@@ -55,7 +59,9 @@ def test_forward_is_the_loop(count: int, tokens: int, process_groups: ProcessGro
 
 
 @pytest.mark.parametrize("expert_parallel", [True, False])
-def test_parameters_tell_megatron_how_to_reduce_them(expert_parallel: bool, process_groups: ProcessGroupCollection) -> None:
+def test_parameters_tell_megatron_how_to_reduce_them(
+    expert_parallel: bool, process_groups: ProcessGroupCollection
+) -> None:
     experts = make(process_groups, 2, dtype=torch.bfloat16, expert_parallel=expert_parallel)
     for parameter, axis in ((experts.w1, 3), (experts.w2, 1)):
         assert parameter.dtype is torch.bfloat16
@@ -109,11 +115,16 @@ def together(
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("slots", [(3, 1), (1, 5)])
-def test_tokens_reach_their_experts_and_come_back(ranks: int, slots: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_reach_their_experts_and_come_back(
+    ranks: int, slots: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two groups of unequal size in one exchange: 4 experts and 8 (1 or 2 to 4 on a rank)."""
     counts = (4, 8)
     generator = torch.Generator().manual_seed(0)
-    chosen = [[torch.randn(e, c, HIDDEN, generator=generator) for e, c in zip(counts, slots, strict=True)] for _ in range(ranks)]
+    chosen = [
+        [torch.randn(e, c, HIDDEN, generator=generator) for e, c in zip(counts, slots, strict=True)]
+        for _ in range(ranks)
+    ]
     received = together(monkeypatch, to_experts, chosen)
     for group, (count, capacity) in enumerate(zip(counts, slots, strict=True)):
         local = count // ranks

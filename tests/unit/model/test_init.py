@@ -47,7 +47,9 @@ def test_spread(dtype: str, build: Callable[..., GPTModel]) -> None:
     """Projections into the residual stream are smaller by sqrt(2 * layers); norms are one."""
     for kind in ("dense", "moma"):
         experts = moma_experts(shared=1) if kind == "moma" else None
-        config = tiny(kind, hidden_size=64, ffn_hidden_size=96, num_layers=4, init_std=0.05, dtype=dtype, experts=experts)
+        config = tiny(
+            kind, hidden_size=64, ffn_hidden_size=96, num_layers=4, init_std=0.05, dtype=dtype, experts=experts
+        )
         for name, weight in build(config, randomised=False).named_parameters():
             values = weight.detach().double()
             if "norm" in name:
@@ -118,7 +120,9 @@ def test_a_forgotten_parameter_is_a_bug(process_groups: ProcessGroupCollection) 
 # --- any cut of a tensor gives the same numbers -----------------------------------------------------------------------
 
 
-def filled(shape: tuple[int, ...], *, key: str = "weight", seed: int = 1, cuts: tuple[tuple[int, int, int], ...] = ()) -> Tensor:
+def filled(
+    shape: tuple[int, ...], *, key: str = "weight", seed: int = 1, cuts: tuple[tuple[int, int, int], ...] = ()
+) -> Tensor:
     """The shard of a global tensor of `shape` that `cuts` (axis, rank, ranks) leave."""
     local = list(shape)
     for axis, _, ranks in cuts:

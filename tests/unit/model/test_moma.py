@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from scipy import stats as distributions
 from torch import Tensor
 
-from mmscale.config import Config, ExpertsConfig
+from mmscale.config import Config, ExpertsConfig, ModalityVocab
 from mmscale.model.mixed_modal import RoutingStats
 from tests.unit.model.comparison import (
     TOLERANCE,
@@ -25,7 +25,9 @@ from tests.unit.model.comparison import (
     weights_of,
 )
 from tests.unit.model.reference import (
+    IMAGE_IDS,
     SHARE,
+    TEXT_IDS,
     Batch,
     Reference,
     batch_of,
@@ -51,9 +53,13 @@ MODELS: dict[str, Config] = {
     "moma_little_capacity": tiny(experts=moma_experts(capacity_factor=0.1)),
     "moma_multiple": tiny(experts=moma_experts(capacity_multiple=4)),
     "moma_micro_batch": tiny(norm="post", experts=moma_experts(scope="micro_batch", share=UNEVEN)),
-    "moe_micro_batch_shared": tiny("moe", experts=ExpertsConfig(counts={"any": 5}, share=SHARE, scope="micro_batch", shared=1)),
+    "moe_micro_batch_shared": tiny(
+        "moe", experts=ExpertsConfig(counts={"any": 5}, share=SHARE, scope="micro_batch", shared=1)
+    ),
     "one_expert_each": tiny(norm="post", experts=moma_experts(counts={"text": 1, "image": 1})),
-    "one_layer_odd_length": tiny(num_layers=1, seq_length=12, ffn_hidden_size=7, experts=moma_experts(counts={"text": 2, "image": 5})),
+    "one_layer_odd_length": tiny(
+        num_layers=1, seq_length=12, ffn_hidden_size=7, experts=moma_experts(counts={"text": 2, "image": 5})
+    ),
 }
 
 
@@ -92,7 +98,9 @@ def test_one_modality_only(kind: str, norm: str, image: float, build: Callable[.
     """Every parameter gets a gradient tensor, without NaN: DDP waits for each of them."""
     config = tiny(kind, norm=norm)
     model = build(config)
-    batch = batch_of([random_documents((12,), seed=1, image=image), random_documents((7,), seed=2, image=image)], length=12)
+    batch = batch_of(
+        [random_documents((12,), seed=1, image=image), random_documents((7,), seed=2, image=image)], length=12
+    )
     assert_agrees(model, config, batch)
     grads = gradients(model, run_model(model, batch).square().sum())
     assert all(torch.isfinite(gradient).all() for gradient in grads.values())
@@ -103,10 +111,29 @@ def test_one_modality_only(kind: str, norm: str, image: float, build: Callable[.
             assert grads[f"decoder.layers.{layer}.mlp.experts.{present}.w1"].abs().max() > 0.0
 
 
-def test_three_modalities_and_a_document_of_one_token(build: Callable[..., GPTModel]) -> None:
-    """Groups follow the vocabulary's order, whatever the order in the file."""
-    base = tiny(experts=moma_experts(counts={"image": 2, "text": 1}))
-    assert_agrees(build(base), base, batch_of([[[3]], [[25]]], length=12))
+def test_sequences_of_one_token(build: Callable[..., GPTModel]) -> None:
+    """A group with one token in the whole micro-batch; groups in another order than the vocabulary."""
+    config = tiny(experts=moma_experts(counts={"image": 2, "text": 1}))
+    assert_agrees(build(config), config, batch_of([[[3]], [[25]]], length=12))
+
+
+@pytest.mark.parametrize("kind", ["moe", "moma"])
+def test_three_modalities(kind: str, build: Callable[..., GPTModel]) -> None:
+    """Stated as possible in MoMa 2.1, tried there with two."""
+    share = {"text": 0.4, "image": 0.4, "audio": 0.2}
+    counts = {"text": 2, "image": 3, "audio": 1} if kind == "moma" else {"mixed": 3}
+    config = tiny(
+        kind,
+        more=(ModalityVocab(name="audio", size=5),),
+        experts=ExpertsConfig(counts=counts, share=share),
+        depth=depth("per_modality"),
+    )
+    batch = usual_batch()
+    audio = (batch.ids % 3 == 1) & (batch.modality >= 0)
+    ids = torch.where(audio, TEXT_IDS + IMAGE_IDS + batch.ids % 5, batch.ids)
+    batch = replace(batch, ids=ids, modality=batch.modality.masked_fill(audio, 2))
+    assert {int(value) for value in batch.modality.unique()} == {-1, 0, 1, 2}
+    assert_agrees(build(config), config, batch)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "moma"])
@@ -136,7 +163,9 @@ def test_recompute_changes_nothing(recompute: str, build: Callable[..., GPTModel
     results = []
     for mode in ("none", recompute):
         model = build(tiny(recompute=mode, **settings)).train()  # type: ignore[arg-type]
-        loss = run_model(model, first, noise_key=3).square().sum() + run_model(model, second, noise_key=4).square().sum()
+        loss = (
+            run_model(model, first, noise_key=3).square().sum() + run_model(model, second, noise_key=4).square().sum()
+        )
         results.append((loss.detach(), gradients(model, loss)))
     (plain, grads), (again, regrads) = results
     torch.testing.assert_close(again, plain)
@@ -229,7 +258,9 @@ def expected_figures(config: Config, model: GPTModel, hidden: Tensor, batch: Bat
 def test_routing_figures_are_counts(scope: str, image: float, build: Callable[..., GPTModel]) -> None:
     config = tiny(experts=moma_experts(scope=scope, share=UNEVEN, capacity_factor=0.4))
     model = build(config)
-    batch = batch_of([random_documents((12,), seed=3, image=image), random_documents((9,), seed=4, image=image)], length=12)
+    batch = batch_of(
+        [random_documents((12,), seed=3, image=image), random_documents((9,), seed=4, image=image)], length=12
+    )
     hidden = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(9))
     stats = RoutingStats()
     model.decoder.layers[0].mlp(hidden, padding_mask=params_of(batch, stats=stats))

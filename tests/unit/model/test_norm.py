@@ -79,7 +79,9 @@ def test_residual(normed: bool) -> None:
 # --- placement and the router's gradient ----------------------------------------------------------------------------
 
 
-def router_gradients(build: Callable[..., GPTModel], norm: str, *, shared: int = 0, eps: float = 1e-8) -> dict[int, float]:
+def router_gradients(
+    build: Callable[..., GPTModel], norm: str, *, shared: int = 0, eps: float = 1e-8
+) -> dict[int, float]:
     """Size of the text router's gradient if the loss is over tokens that 0, 1 or 2 and more experts took (0, 1, 2)."""
     config = tiny(
         norm=norm, norm_eps=eps, num_layers=1, seq_length=24,

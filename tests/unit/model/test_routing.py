@@ -47,7 +47,9 @@ def as_choice(selection: Selection) -> Choice:
     return {
         (expert, int(token)): float(gate)
         for expert in range(selection.token.shape[0])
-        for token, gate, valid in zip(selection.token[expert], selection.gate[expert], selection.valid[expert], strict=True)
+        for token, gate, valid in zip(
+            selection.token[expert], selection.gate[expert], selection.valid[expert], strict=True
+        )
         if valid
     }
 
@@ -65,7 +67,7 @@ def test_expert_choice_is_the_loops(problem: tuple[Tensor, Tensor, int, bool]) -
     length, batch, experts = logits.shape
     assert selection.token.shape == (experts, capacity * (batch if per_sequence else 1))
     for row in selection.token.tolist():  # combine and the exchange rely on it, in empty slots too
-        assert len(set(row)) == len(row) and 0 <= min(row) and max(row) < length * batch
+        assert len(set(row)) == len(row) and min(row) >= 0 and max(row) < length * batch
     assert torch.all(selection.gate[~selection.valid] == 0.0)
 
 
@@ -76,7 +78,9 @@ def test_combine_and_its_gradients_are_the_loops(problem: tuple[Tensor, Tensor, 
     length, batch, experts = logits.shape
     generator = torch.Generator().manual_seed(1)
     logits = logits.clone().requires_grad_()
-    every = torch.randn(experts, length * batch, WIDTH, generator=generator, requires_grad=True)  # output of e for token t
+    every = torch.randn(
+        experts, length * batch, WIDTH, generator=generator, requires_grad=True
+    )  # output of e for token t
     direction = torch.randn(length * batch, WIDTH, generator=generator)
 
     selection = expert_choice(logits, member, capacity, per_sequence=per_sequence)
@@ -124,7 +128,7 @@ def test_gates_are_not_renormalised() -> None:
 @pytest.mark.parametrize("value", [0.0, 60.0, -200.0])
 @pytest.mark.parametrize("per_sequence", [True, False])
 def test_ties_go_to_the_earlier_token(value: float, per_sequence: bool) -> None:
-    """Repeated tokens tie exactly in layer 0; another layout must not choose others. sigmoid(60) = 1, sigmoid(-200) = 0."""
+    """Repeated tokens tie exactly in layer 0; another layout must not choose others. The values saturate a sigmoid."""
     logits = torch.full((50, 2, 3), value)
     member = torch.zeros(50, 2, dtype=torch.bool)
     member[1::2, 0] = True
@@ -151,7 +155,9 @@ def test_a_sequence_chooses_by_itself(problem: tuple[Tensor, Tensor, int, bool])
     for b in range(batch):
         alone = as_choice(expert_choice(logits[:, b : b + 1], member[:, b : b + 1], capacity, per_sequence=True))
         # Which tokens is exact; a sigmoid's last bit may depend on where in a vector register its element stood.
-        assert {(e, t // batch): gate for (e, t), gate in whole.items() if t % batch == b} == pytest.approx(alone, abs=2e-7)
+        assert {(e, t // batch): gate for (e, t), gate in whole.items() if t % batch == b} == pytest.approx(
+            alone, abs=2e-7
+        )
 
 
 def test_a_micro_batch_chooses_together() -> None:
@@ -174,7 +180,7 @@ def test_combine_accumulates_in_fp32() -> None:
 
 @st.composite
 def depth_problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, tuple[int, ...] | None]:
-    """Logits [S, B], some of them equal, modalities [S, B] of -1, 0, 1, tokens to keep, and quotas of at most as many, or none."""
+    """Logits [S, B], some equal, modalities [S, B] of -1, 0, 1, tokens to keep, quotas of at most as many or none."""
     length, batch = draw(st.integers(1, 10)), draw(st.integers(1, 3))
     keep = draw(st.integers(1, length))
     logits = torch.randn(length, batch, generator=torch.Generator().manual_seed(draw(st.integers(0, 10_000))))
@@ -244,7 +250,9 @@ def test_noise_is_logistic() -> None:
 
 def test_noise_of_neighbouring_keys_is_independent() -> None:
     """Keys of layers differ by one; a generator seeded with neighbours must not give shifted or scaled copies."""
-    noise = torch.stack([gumbel_noise(torch.Size((2000,)), key=key, device=torch.device("cpu")) for key in range(1000, 1008)])
+    noise = torch.stack(
+        [gumbel_noise(torch.Size((2000,)), key=key, device=torch.device("cpu")) for key in range(1000, 1008)]
+    )
     correlation = torch.corrcoef(noise) - torch.eye(8)
     assert correlation.abs().max() < 0.1  # 4.5 standard deviations
     assert torch.isfinite(noise).all()

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from mmscale.config.values import parse_integer, parse_number
 
@@ -51,7 +60,9 @@ class ModalityVocab(Section):
     """One modality's share of the vocabulary."""
 
     name: Name = setting("Name of the modality, e.g. text or image.")
-    size: Count = setting("Number of token ids of this modality; the first modality includes the special tokens.", unit="ids")
+    size: Count = setting(
+        "Number of token ids of this modality; the first modality includes the special tokens.", unit="ids"
+    )
 
 
 class VocabConfig(Section):
@@ -62,7 +73,9 @@ class VocabConfig(Section):
         (ModalityVocab(name="text", size=57_344), ModalityVocab(name="image", size=8_192)),
         source="Chameleon, arXiv 2405.09818: 65,536 ids of which 8,192 are image codes",
     )
-    pad_multiple: Count = setting("The embedding's row count is rounded up to this; TP must divide it.", 128, unit="ids")
+    pad_multiple: Count = setting(
+        "The embedding's row count is rounded up to this; TP must divide it.", 128, unit="ids"
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,10 +105,14 @@ class ExpertsConfig(Section):
     """Feed-forward experts (MoMa, arXiv 2407.21770, section 2.2)."""
 
     counts: dict[Name, Count] = setting(
-        "Experts of each modality group, e.g. {text: 4, image: 4}; for kind=moe one group, {mixed: 8}.", {}, unit="experts"
+        "Experts of each modality group, e.g. {text: 4, image: 4}; for kind=moe one group, {mixed: 8}.",
+        {},
+        unit="experts",
     )
     shared: Index = setting("Experts of one more group that sees every token, in every modality.", 0, unit="experts")
-    shared_ffn_hidden_size: Count | None = setting("SwiGLU width of each shared expert; default: ffn_hidden_size.", None)
+    shared_ffn_hidden_size: Count | None = setting(
+        "SwiGLU width of each shared expert; default: ffn_hidden_size.", None
+    )
     capacity_factor: Positive = setting(
         "An expert takes capacity_factor * (its group's nominal tokens) / (experts of the group) tokens.", 1.0
     )
@@ -121,7 +138,9 @@ class DepthConfig(Section):
 
     every: Count = setting("Every n-th layer, starting with layer 0, is a Mixture-of-Depths layer.", 2, unit="layers")
     capacity: Fraction = setting("Fraction of each sequence's tokens that the layer processes.", 0.25)
-    multiple: Count = setting("Selected tokens per sequence are rounded up to this; TP must divide it.", 8, unit="tokens")
+    multiple: Count = setting(
+        "Selected tokens per sequence are rounded up to this; TP must divide it.", 8, unit="tokens"
+    )
     choice: Literal["mixed", "per_modality"] = setting(
         "mixed: the best tokens of any modality, experts get nominal counts scaled by the capacity and empty slots "
         "are masked; per_modality: each modality keeps its nominal share, so experts stay full.",
@@ -139,7 +158,9 @@ class ModelConfig(Section):
     hidden_size: Count = setting("Width of the residual stream.")
     ffn_hidden_size: Count = setting("SwiGLU inner width of the dense FFN and of every expert.")
     num_attention_heads: Count = setting("Query heads.", unit="heads")
-    num_query_groups: Count | None = setting("Key/value heads (GQA); default: as many as query heads.", None, unit="heads")
+    num_query_groups: Count | None = setting(
+        "Key/value heads (GQA); default: as many as query heads.", None, unit="heads"
+    )
     kv_channels: Count | None = setting("Width of a head; default: hidden_size / num_attention_heads.", None)
     seq_length: Count = setting("Tokens of a packed sequence.", 4096, unit="tokens")
     norm: Literal["pre", "post", "post_per_expert"] = setting(
@@ -152,7 +173,9 @@ class ModelConfig(Section):
     qk_norm: bool = setting("RMSNorm over each head's query and key, before RoPE.", True, source="Chameleon 2.3")
     rope_base: Positive = setting("Base of the rotary position embedding.", 10_000.0)
     tie_embeddings: bool = setting("Share the input embedding with the output layer.", False)
-    init_std: Positive = setting("Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02)
+    init_std: Positive = setting(
+        "Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02
+    )
     dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)
     experts: ExpertsConfig = setting("Modality groups of experts.", ExpertsConfig())
     depth: DepthConfig | None = setting("Mixture-of-Depths; null: every layer sees every token.", None)
@@ -182,7 +205,8 @@ class ImageTokenizerConfig(Section):
     """Pixels to discrete codes and back."""
 
     kind: Literal["levels", "kmeans", "vq"] = setting(
-        "levels: each pixel's grey level; kmeans: a codebook of patches fitted to the data; vq: a transformers VQ-VAE.", "kmeans"
+        "levels: each pixel's grey level; kmeans: a codebook of patches fitted to the data; vq: a transformers VQ-VAE.",
+        "kmeans",
     )
     size: Count = setting("Images are brought to size x size pixels.", 64, unit="pixels")
     channels: Literal[1, 3] = setting("1: grey, 3: RGB.", 3)
@@ -201,9 +225,13 @@ class PrepareConfig(Section):
     text: TextTokenizerConfig = setting("Text tokenizer.", TextTokenizerConfig())
     image: ImageTokenizerConfig = setting("Image tokenizer.", ImageTokenizerConfig())
     held_out: Share = setting("Share of documents kept for validation, chosen by a hash of the document's id.", 0.01)
-    augment: Index = setting("digits: shifted copies of each training image (0..8), one pixel in each direction.", 0, unit="copies")
+    augment: Index = setting(
+        "digits: shifted copies of each training image (0..8), one pixel in each direction.", 0, unit="copies"
+    )
     max_document_tokens: Count = setting("Longer documents are rejected; an image is never cut.", 4096, unit="tokens")
-    part_documents: Count = setting("Documents of one part: the unit of parallel work and of resuming.", 10_000, unit="documents")
+    part_documents: Count = setting(
+        "Documents of one part: the unit of parallel work and of resuming.", 10_000, unit="documents"
+    )
     workers: Count = setting("Processes.", 2, unit="processes")
     strict: bool = setting("Stop at the first bad document instead of listing it in rejected.jsonl.", False)
 
@@ -238,7 +266,9 @@ class TrainConfig(Section):
 
     steps: Count = setting("Optimizer steps.", 1000, unit="steps")
     micro_batch_size: Count = setting("Sequences of one forward and backward pass on a rank.", 1, unit="sequences")
-    global_batch_size: Count = setting("Sequences of an optimizer step, over all ranks and micro-batches.", 8, unit="sequences")
+    global_batch_size: Count = setting(
+        "Sequences of an optimizer step, over all ranks and micro-batches.", 8, unit="sequences"
+    )
     eval_every: Index = setting("Evaluate on the held-out split every n steps; 0: only at the end.", 0, unit="steps")
     eval_batches: Count = setting("Global batches of one evaluation.", 8, unit="batches")
     z_loss: Rate = setting("Weight of log(Z)^2 of the output softmax.", 1e-5, source="Chameleon 2.3")
@@ -255,9 +285,13 @@ class OptimConfig(Section):
         "Decay after warm-up; power: lr * (tokens / power_tokens)^power_exponent, capped at lr.", "linear"
     )
     warmup: Index = setting("Linear warm-up.", 0, unit="steps")
-    decay: Index | None = setting("wsd and power: length of the final decay; default: a tenth of the steps.", None, unit="steps")
+    decay: Index | None = setting(
+        "wsd and power: length of the final decay; default: a tenth of the steps.", None, unit="steps"
+    )
     power_exponent: float = setting("power: exponent b of lr ~ tokens^b.", -0.51, source="arXiv 2408.13359")
-    power_tokens: Positive = setting("power: tokens up to which the learning rate stays at its peak.", 1e9, unit="tokens")
+    power_tokens: Positive = setting(
+        "power: tokens up to which the learning rate stays at its peak.", 1e9, unit="tokens"
+    )
     weight_decay: Rate = setting("Decoupled weight decay of matrices; norms and routers' vectors have none.", 0.1)
     beta1: Share = setting("Adam's decay of the first moment.", 0.9)
     beta2: Share = setting("Adam's decay of the second moment.", 0.95)
@@ -272,7 +306,9 @@ class ParallelConfig(Section):
     pp: Count = setting("Pipeline stages.", 1, unit="ranks")
     vpp: Count | None = setting("Model chunks per pipeline stage (interleaved schedule).", None, unit="chunks")
     ep: Count = setting("Expert-parallel ranks; each holds experts of every modality.", 1, unit="ranks")
-    cp: Count = setting("Context-parallel ranks; only 1: expert choice and depth rank whole sequences.", 1, unit="ranks")
+    cp: Count = setting(
+        "Context-parallel ranks; only 1: expert choice and depth rank whole sequences.", 1, unit="ranks"
+    )
     recompute: Literal["none", "full", "selective"] = setting(
         "Recompute activations in backward: whole layers, or attention only.", "none"
     )
@@ -285,7 +321,9 @@ class ParallelConfig(Section):
 class PrecisionConfig(Section):
     """Number formats."""
 
-    dtype: Literal["fp32", "bf16"] = setting("Parameters and activations; with bf16 the optimizer keeps fp32 copies.", "bf16")
+    dtype: Literal["fp32", "bf16"] = setting(
+        "Parameters and activations; with bf16 the optimizer keeps fp32 copies.", "bf16"
+    )
     fp8: Literal["off"] = setting("FP8 layers; only 'off' so far.", "off")
 
 

@@ -20,7 +20,9 @@ from mmscale.model.mixed_modal import MixedModalParams
 class DocumentAttention(MegatronModule):
     """softmax(q k^T / sqrt(D)) v over earlier tokens of the same document."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+    ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale

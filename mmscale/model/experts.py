@@ -33,7 +33,13 @@ class Experts(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, count: int, width: int, groups: ProcessGroupCollection, expert_parallel: bool = True
+        self,
+        config: TransformerConfig,
+        *,
+        count: int,
+        width: int,
+        groups: ProcessGroupCollection,
+        expert_parallel: bool = True,
     ) -> None:
         super().__init__(config=config)
         self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
@@ -101,9 +107,9 @@ def to_experts(chosen: Sequence[Tensor], group: torch.distributed.ProcessGroup) 
     received = all_to_all(group, sent.reshape(-1, width)).view(ranks, sum(rows), width)
     parts = received.split(rows, dim=1)
     return [
-        part.reshape(ranks, tensor.shape[0] // ranks, tensor.shape[1], width).transpose(0, 1).reshape(
-            tensor.shape[0] // ranks, -1, width
-        )
+        part.reshape(ranks, tensor.shape[0] // ranks, tensor.shape[1], width)
+        .transpose(0, 1)
+        .reshape(tensor.shape[0] // ranks, -1, width)
         for part, tensor in zip(parts, chosen, strict=True)
     ]
 
@@ -124,6 +130,4 @@ def from_experts(outputs: Sequence[Tensor], group: torch.distributed.ProcessGrou
     )
     received = all_to_all(group, sent.reshape(-1, width)).view(ranks, sum(rows), width)
     parts = received.split(rows, dim=1)
-    return [
-        part.reshape(ranks * tensor.shape[0], -1, width) for part, tensor in zip(parts, outputs, strict=True)
-    ]
+    return [part.reshape(ranks * tensor.shape[0], -1, width) for part, tensor in zip(parts, outputs, strict=True)]

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -80,7 +83,9 @@ class DepthLayer(MixedModalLayer):
         local = hidden_states.float() @ self.depth_router.float()
         # What follows is computed whole on every tensor-parallel rank, so backward splits instead of summing.
         logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=False, group=self.tp_group)
-        full = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=self.tp_group)
+        full = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+        )
         length, batch, width = full.shape
 
         index = depth_choice(logits, params.modality_ids, self.depth.keep, self.depth.quotas)

@@ -139,7 +139,9 @@ class MoMaMLP(MegatronModule):
         total = flat.new_zeros(flat.shape, dtype=torch.float32)
         for group, output, selection in zip(self.settings.groups, outputs, selections, strict=True):
             if self.settings.norm_experts:
-                output = self.expert_norm[group.name](reduce_from_tensor_model_parallel_region(output, group=self.pg.tp))
+                output = self.expert_norm[group.name](
+                    reduce_from_tensor_model_parallel_region(output, group=self.pg.tp)
+                )
             total = total + combine(output, selection, length * batch)
         if self.shared is not None:
             output = self.shared(flat.unsqueeze(0)).squeeze(0)

@@ -49,7 +49,9 @@ class Residual(nn.Module):
     def __init__(self, norm_config: TransformerConfig | None = None, **_: Any) -> None:
         super().__init__()
         self.norm = (
-            RMSNorm(norm_config, norm_config.hidden_size, norm_config.layernorm_epsilon) if norm_config is not None else None
+            RMSNorm(norm_config, norm_config.hidden_size, norm_config.layernorm_epsilon)
+            if norm_config is not None
+            else None
         )
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:

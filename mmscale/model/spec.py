@@ -76,7 +76,9 @@ def depth_settings(config: Config) -> DepthSettings:
     return DepthSettings(keep=keep, quotas=quotas, modalities=config.vocab.names)
 
 
-def layer_spec(config: Config, transformer: TransformerConfig, layer: int, groups: ProcessGroupCollection) -> ModuleSpec:
+def layer_spec(
+    config: Config, transformer: TransformerConfig, layer: int, groups: ProcessGroupCollection
+) -> ModuleSpec:
     """The spec of one layer.
 
     Args:
@@ -98,7 +100,9 @@ def layer_spec(config: Config, transformer: TransformerConfig, layer: int, group
     mlp = (
         ModuleSpec(module=MoMaMLP, params={"settings": moma_settings(config), "pg_collection": groups})
         if moma
-        else ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+        else ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        )
     )
     qk_norm = RMSNorm if config.model.qk_norm else IdentityOp
     submodules = TransformerLayerSubmodules(

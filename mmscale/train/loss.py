@@ -22,7 +22,9 @@ class _CrossEntropy(torch.autograd.Function):
     """(logits, labels) -> (ce, log Z); keeps one softmax for backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, group: torch.distributed.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
         sharded = group.size() > 1
         rows = logits.shape[-1]
         logits = logits.float()
@@ -83,7 +85,12 @@ class Objective:
     z_loss: float
 
     def __call__(
-        self, logits: Tensor, labels: Tensor, label_modality: Tensor, mask: Tensor, group: torch.distributed.ProcessGroup
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        label_modality: Tensor,
+        mask: Tensor,
+        group: torch.distributed.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The objective's sum over a micro-batch.
 

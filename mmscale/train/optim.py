@@ -35,7 +35,9 @@ def wrap(
         overlap_param_gather=overlap_params,
         use_distributed_optimizer=True,
     )
-    modules: list[MegatronModule] = [Float16Module(transformer, chunk) if transformer.bf16 else chunk for chunk in chunks]
+    modules: list[MegatronModule] = [
+        Float16Module(transformer, chunk) if transformer.bf16 else chunk for chunk in chunks
+    ]
     wrapped = [
         DistributedDataParallel(
             config=transformer,
@@ -53,14 +55,18 @@ def wrap(
 
     if overlap_grads:
         transformer.no_sync_func = of_chunks([chunk.no_sync for chunk in wrapped])
-        transformer.grad_sync_func = of_chunks([chunk.start_grad_sync for chunk in wrapped]) if len(wrapped) > 1 else None
+        transformer.grad_sync_func = (
+            of_chunks([chunk.start_grad_sync for chunk in wrapped]) if len(wrapped) > 1 else None
+        )
     if overlap_params and len(wrapped) > 1:
         transformer.param_sync_func = of_chunks([chunk.start_param_sync for chunk in wrapped])
     transformer.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
 
-def make_optimizer(config: Config, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection) -> MegatronOptimizer:
+def make_optimizer(
+    config: Config, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> MegatronOptimizer:
     """AdamW over all chunks, sharded over data-parallel ranks; one optimizer for dense, one for expert parameters."""
     adam.install()
     optim, dtype = config.optim, DTYPES[config.precision.dtype]

@@ -109,9 +109,7 @@ class Stepper:
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
-        output = model(
-            input_ids=batch.tokens, position_ids=None, attention_mask=None, packed_seq_params=batch.params
-        )
+        output = model(input_ids=batch.tokens, position_ids=None, attention_mask=None, packed_seq_params=batch.params)
         return output, functools.partial(self._loss, batch)
 
     def _loss(self, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,5 +92,3 @@ class SyntheticMixture:
             return ids
         ids[-1] = EOS
         return ids
-
-

@@ -131,7 +131,13 @@ def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> 
         process_groups.finalize()
     loss, norm = compare(reference, trace)
     tolerance = TOLERANCE[config.precision.dtype]
-    layout = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "ep": parallel.ep, "world_size": env.world_size}
+    layout = {
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "vpp": parallel.vpp,
+        "ep": parallel.ep,
+        "world_size": env.world_size,
+    }
     return {
         "layout": layout,
         "steps": steps,

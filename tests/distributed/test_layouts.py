@@ -34,7 +34,9 @@ FOUR_RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-def _run(references: References, model: str, world_size: int, layouts: dict[str, dict[str, Any]], **options: Any) -> None:
+def _run(
+    references: References, model: str, world_size: int, layouts: dict[str, dict[str, Any]], **options: Any
+) -> None:
     """All layouts one after another in one set of forked ranks."""
     reference = references.get(config(model), **options)
 

@@ -1,0 +1,1 @@
+"""Checkpoints: their folders, and writing and reading sharded state."""

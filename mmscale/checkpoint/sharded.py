@@ -1,0 +1,65 @@
+"""Sharded write and read of training state through megatron's dist_checkpointing; any layout reads any other's.
+
+Knows files and sharded state dicts; what the state consists of is train/state.py's business.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+from mmscale.errors import CheckpointError
+from mmscale.runtime import megatron_cpu
+
+megatron_cpu.install()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict  # noqa: E402
+from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+
+# How megatron's optimizers name and cut their state. Without chained_optim_avoid_prefix one expert-parallel rank writes other
+# keys than two (optimizer.py, ChainedOptimizer.sharded_state_dict); layers differ with Mixture-of-Depths.
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "non_homogeneous_layers": True,
+}
+
+_FORMAT = ("torch_dist", 1)
+
+
+def metadata() -> dict[str, Any]:
+    """A fresh copy of METADATA: megatron-core changes what it is given."""
+    return copy.deepcopy(METADATA)
+
+
+def write(folder: Path, state: ShardedStateDict) -> None:
+    """Write this rank's part; every rank calls it, with the same folder."""
+    _quiet()
+    dist_checkpointing.save(state, str(folder), _FORMAT)
+
+
+def read(folder: Path, state: ShardedStateDict) -> StateDict:
+    """Read this rank's part, whatever layout wrote it; every rank calls it.
+
+    Raises:
+        CheckpointError: the checkpoint has not what `state` asks for, or is damaged.
+    """
+    _quiet()
+    try:
+        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)
+    except (CheckpointingException, OSError, KeyError, EOFError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be loaded: {first}",
+            remedy="choose another checkpoint, or train with the configuration that wrote it",
+        ) from error
+
+
+def _quiet() -> None:
+    # Deprecation notes of every save; ours to solve, not the user's.
+    for name in ("megatron.core.dist_checkpointing", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Going on in spite of faults."""

@@ -1,0 +1,43 @@
+"""A request to stop, from the outside: noted when a signal comes, agreed on by all ranks at a step's border.
+
+Nothing is saved or sent from inside a handler; requeueing is the launcher's business.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+class StopRequest:
+    """Handlers of SIGTERM, SIGUSR2 and SIGINT while it is entered. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.name is not None:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop: the same answer on every rank. Every rank calls it at the same step."""
+        flag = torch.tensor([int(self.name is not None)], device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())

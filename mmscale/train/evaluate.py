@@ -1,0 +1,60 @@
+"""Losses on a held-out split under the layout that trains, with batch routing.
+
+Batch routing: experts and depth layers choose among all tokens of a sequence, later ones too, so these losses leak the
+future a little. Causal routing needs auxiliary routers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.config import Config
+from mmscale.config.derived import global_micro_batches
+from mmscale.data.mixture import MicroBatch, Mixture
+from mmscale.data.vocab import Vocabulary
+from mmscale.runtime import device
+from mmscale.train.batch import to_device
+from mmscale.train.step import Stepper, mean_losses, reduce_sums
+
+
+def evaluate(
+    config: Config,
+    *,
+    stepper: Stepper,
+    mixture: Mixture,
+    groups: ProcessGroupCollection,
+    batches: int | None,
+) -> dict[str, float]:
+    """`loss`, `loss/<modality>`, `z_loss` over the first global batches of a pass; every rank calls it.
+
+    The same micro-batches whatever the layout. The last global batch is filled up with micro-batches that count nothing.
+
+    Args:
+        config: batch sizes.
+        stepper: runs the model forward.
+        mixture: one pass over the held-out split.
+        groups: process groups.
+        batches: global batches; None: the whole split.
+    """
+    vocabulary = Vocabulary.from_config(config.vocab)
+    per_step = global_micro_batches(config)
+    available = mixture.len_epoch()
+    steps = -(-available // per_step)
+    steps = steps if batches is None else min(steps, batches)
+    total = torch.zeros(len(vocabulary.names) + 1, 2, device=device.taken(), dtype=torch.float64)
+    for step in range(steps):
+        numbers = range(step * per_step + groups.dp.rank(), (step + 1) * per_step, groups.dp.size())
+        parts = [
+            mixture.micro_batch(n) if n < available else _silent(mixture.micro_batch(available - 1)) for n in numbers
+        ]
+        total += stepper.evaluate([to_device(part, vocabulary) for part in parts])
+    return mean_losses(reduce_sums(total, groups), vocabulary.names)
+
+
+def _silent(batch: MicroBatch) -> MicroBatch:
+    """The same micro-batch with no label that counts: pipelines need a whole number of them."""
+    return replace(batch, loss_mask=np.zeros_like(batch.loss_mask), label_counts=tuple(0 for _ in batch.label_counts))

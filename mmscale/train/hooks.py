@@ -1,0 +1,145 @@
+"""What happens after a step: figures are logged, the held-out split is evaluated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.config import Config
+from mmscale.data.mixture import MicroBatch, slot_usage
+from mmscale.errors import TrainingError
+from mmscale.train.loop import StepReport, is_logged
+from mmscale.train.metrics import EVAL, EventLog, MetricsLog
+from mmscale.train.progress import Progress
+from mmscale.train.state import TrainState
+from mmscale.train.step import mean_losses, reduce_sums
+from mmscale.train.throughput import Throughput
+
+
+class LogHook:
+    """Fetches a logged step's figures from the devices and writes them down on rank 0.
+
+    Args:
+        config: which steps are logged.
+        groups: where losses are summed up.
+        clock: tokens per second.
+        progress: the terminal.
+        metrics: metrics.jsonl; None on ranks other than 0.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        groups: ProcessGroupCollection,
+        clock: Throughput,
+        progress: Progress,
+        metrics: MetricsLog | None,
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.clock = clock
+        self.progress = progress
+        self.metrics = metrics
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        """Nothing is read from the device on a step that is not logged.
+
+        Raises:
+            TrainingError: the loss is not finite; the same on every rank.
+        """
+        if not is_logged(self.config, report.step):
+            self.progress.step(report.step)
+            return
+        values = mean_losses(reduce_sums(report.result.sums, self.groups), self.config.vocab.names)
+        values |= self._routing(report)
+        if self.metrics is not None:
+            values |= {
+                "tokens": state.tokens,
+                **{f"tokens/{name}": count for name, count in state.modality_tokens.items()},
+                "grad_norm": report.result.grad_norm,
+                "lr": report.lr,
+                **self._slots(report.batch.micro_batches),
+                **self.clock.read(),
+            }
+            self.metrics.write(report.step, values)
+            self.progress.update(report.step, values)
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise TrainingError(
+                f"the loss of step {report.step} is {values['loss']}",
+                remedy="lower optim.lr, raise optim.warmup, or go on from an older checkpoint with another run.seed",
+            )
+
+    def _routing(self, report: StepReport) -> dict[str, float]:
+        """Routing figures, averaged over layers and ranks: stages hold other layers, replicas other tokens."""
+        assert report.stats is not None
+        mine = {name: float(value) for name, value in report.stats.means().items()}
+        gathered: list[dict[str, float] | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, mine)
+        found: dict[str, list[float]] = {}
+        for figures in gathered:
+            for name, value in (figures or {}).items():
+                found.setdefault(name, []).append(value)
+        return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+
+    def _slots(self, micro_batches: tuple[MicroBatch, ...]) -> dict[str, float]:
+        """Tokens over the nominal capacity and slots left empty, as shares of this rank's tokens; moma only."""
+        experts, names = self.config.model.experts, self.config.vocab.names
+        if self.config.model.kind != "moma" or experts.share == "auto":
+            return {}
+        length, rows = self.config.model.seq_length, self.config.train.micro_batch_size
+        scope = length if experts.scope == "sequence" else length * rows
+        nominal = tuple(round(experts.capacity_factor * experts.share[name] * scope) for name in names)
+        usage = [slot_usage(batch, nominal=nominal, scope=experts.scope) for batch in micro_batches]
+        tokens = length * rows * len(micro_batches)
+        values = {}
+        for index, name in enumerate(names):
+            values[f"experts/{name}/overflow_fraction"] = sum(u.overflow[index] for u in usage) / tokens
+            values[f"experts/{name}/unused_fraction"] = sum(u.unused[index] for u in usage) / tokens
+        return values
+
+
+class EvalHook:
+    """Evaluates the held-out split every n steps and after the last one.
+
+    Args:
+        config: how often.
+        evaluate: gives losses on the held-out split; every rank calls it.
+        clock: evaluation is a pause, not a part of the step time.
+        progress: the terminal.
+        metrics: metrics.jsonl; None on ranks other than 0.
+        events: events.jsonl; None on ranks other than 0.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        evaluate: Callable[[], dict[str, float]],
+        clock: Throughput,
+        progress: Progress,
+        metrics: MetricsLog | None,
+        events: EventLog | None,
+    ) -> None:
+        self.config = config
+        self.evaluate = evaluate
+        self.clock = clock
+        self.progress = progress
+        self.metrics = metrics
+        self.events = events
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        """Held-out losses under batch routing: experts choose among all tokens of the batch, later ones too."""
+        every, last = self.config.train.eval_every, report.step == self.config.train.steps
+        if not last and (every == 0 or report.step % every):
+            return
+        with self.clock.measure("eval_s"):
+            values = self.evaluate()
+        if self.metrics is not None:
+            self.metrics.write(report.step, {f"{EVAL}{name}": value for name, value in values.items()})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "z_loss")
+        self.progress.say(f"step {report.step}: held-out (batch routing)  {shown}")

@@ -1,0 +1,266 @@
+"""One attempt of a run, from a configuration to an exit status: builds the parts in order and puts them together.
+
+The only place that knows model, data, checkpoint and resilience at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.config import Config
+from mmscale.config.derived import global_micro_batches
+from mmscale.config.load import digest, dump
+from mmscale.config.rules import check
+from mmscale.data.loader import BatchLoader
+from mmscale.data.mixture import Mixture, nominal_share, open_mixture
+from mmscale.data.vocab import Vocabulary
+from mmscale.model.build import build_chunks, transformer_config
+from mmscale.plan import flops_per_token, plan
+from mmscale.resilience.signals import StopRequest
+from mmscale.runtime import device
+from mmscale.runtime import groups as process_groups
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.batch import to_device
+from mmscale.train.evaluate import evaluate
+from mmscale.train.hooks import EvalHook, LogHook
+from mmscale.train.loop import Hook, Trainer
+from mmscale.train.metrics import EventLog, MetricsLog, next_attempt, write_environment
+from mmscale.train.optim import make_optimizer, wrap
+from mmscale.train.progress import Progress, banner
+from mmscale.train.state import TrainState, check_shape, shape_of
+from mmscale.train.step import Stepper
+from mmscale.train.throughput import Throughput, peak_tflops
+
+FINISHED, STOPPED = 0, 75
+
+
+@dataclass
+class Parts:
+    """What computes: the model's chunks, its optimizer, and the process groups they live in."""
+
+    groups: ProcessGroupCollection
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    stepper: Stepper
+
+
+@dataclass
+class Records:
+    """What rank 0 writes about the attempt; None elsewhere."""
+
+    metrics: MetricsLog
+    events: EventLog
+
+
+def main(config: Config, env: RankEnv) -> int:
+    """Run one attempt on this rank.
+
+    Args:
+        config: the configuration; `model.experts.share` may be 'auto'.
+        env: this process's place among the ranks.
+
+    Returns:
+        0: trained to the last step; 75: stopped on request after a committed save.
+
+    Raises:
+        MmscaleError: something that the user can mend; the same on every rank where it can be.
+    """
+    check(config, world_size=env.world_size)
+    config = resolve_share(config)
+    vocabulary = Vocabulary.from_config(config.vocab)
+    train_data = open_mixture(config, "train", vocabulary=vocabulary)
+    held_out = open_mixture(config, "validation", vocabulary=vocabulary)
+    groups = start(config, env)
+    try:
+        with StopRequest() as stop:
+            return _attempt(config, env, groups, train_data, held_out, stop)
+    finally:
+        process_groups.finalize()
+
+
+def resolve_share(config: Config) -> Config:
+    """The configuration with nominal modality shares as numbers: measured from the data if they were 'auto'."""
+    if config.model.kind == "dense" or config.model.experts.share != "auto":
+        return config
+    share = {name: round(value, 6) for name, value in nominal_share(config).items()}
+    experts = config.model.experts.model_copy(update={"share": share})
+    return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
+
+
+def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
+    """Seeds, torch.distributed and megatron's process groups."""
+    device.set_seeds(config.run.seed)
+    parallel = config.parallel
+    return process_groups.initialize(
+        env, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=config.run.seed
+    )
+
+
+def build(config: Config, groups: ProcessGroupCollection) -> Parts:
+    """The model with its initial weights, wrapped, its optimizer and the stepper."""
+    transformer = transformer_config(config)
+    chunks = wrap(config, transformer, build_chunks(config, groups, transformer=transformer), groups)
+    optimizer = make_optimizer(config, chunks, groups)
+    return Parts(groups, chunks, optimizer, Stepper(config, chunks, optimizer, groups))
+
+
+def _attempt(
+    config: Config,
+    env: RankEnv,
+    groups: ProcessGroupCollection,
+    train_data: Mixture,
+    held_out: Mixture,
+    stop: StopRequest,
+) -> int:
+    run = Path(config.run.dir) / config.run.name
+    attempt = _agree(next_attempt(run) if env.rank == 0 else None)
+    parts = build(config, groups)
+    state = TrainState(parts.chunks, parts.optimizer)
+    with contextlib.ExitStack() as stack:
+        records = stack.enter_context(_records(config, run, attempt)) if env.rank == 0 else None
+        progress = stack.enter_context(Progress(config.train.steps, enabled=env.rank == 0))
+        checkpoints = CheckpointManager(
+            run,
+            every=config.checkpoint.every,
+            keep=config.checkpoint.keep,
+            attempt=attempt,
+            info={"shape": shape_of(config), "config_digest": digest(config), "attempt": attempt},
+            on_event=lambda event, step: _event(records, event, step=step),
+        )
+        resumed = _resume(config, checkpoints, state)
+        if env.rank == 0:
+            shares = config.model.experts.share
+            progress.say(
+                banner(
+                    config,
+                    world_size=env.world_size,
+                    device=device.device_name(),
+                    plan=plan(config),
+                    share=shares if isinstance(shares, dict) else None,
+                    attempt=attempt,
+                    start_step=state.step,
+                )
+            )
+        if state.step >= config.train.steps:
+            progress.say(f"{run} is done: {state.step} of {config.train.steps} steps; raise train.steps to go on")
+            return FINISHED
+        _event(records, "resume" if resumed else "start", step=state.step, world_size=env.world_size)
+        if config.train.dry_run:
+            _dry_run(config, parts, train_data)
+        clock = Throughput(
+            flops_per_token=flops_per_token(config).training,
+            world_size=env.world_size,
+            peak_tflops=peak_tflops(device.device_name(), config.precision.dtype),
+        )
+        metrics = records.metrics if records else None
+        hooks: list[Hook] = [
+            LogHook(config, groups=groups, clock=clock, progress=progress, metrics=metrics),
+            EvalHook(
+                config,
+                evaluate=lambda: evaluate(
+                    config, stepper=parts.stepper, mixture=held_out, groups=groups, batches=config.train.eval_batches
+                ),
+                clock=clock,
+                progress=progress,
+                metrics=metrics,
+                events=records.events if records else None,
+            ),
+        ]
+        loader = _loader(config, groups, train_data, consumed=state.sequences)
+        stack.callback(loader.close)
+        trainer = Trainer(
+            config,
+            state=state,
+            stepper=parts.stepper,
+            batches=loader,
+            vocabulary=Vocabulary.from_config(config.vocab),
+            hooks=hooks,
+            checkpoints=checkpoints,
+            stop_requested=lambda: stop.agreed(device.taken()),
+            clock=clock,
+        )
+        finished = trainer.fit()
+        _event(records, "finish" if finished else "stop", step=state.step)
+        if not finished:
+            progress.say(f"stopped on request after step {state.step}; start it again to go on")
+        return FINISHED if finished else STOPPED
+
+
+def _resume(config: Config, checkpoints: CheckpointManager, state: TrainState) -> bool:
+    """Go on from the newest checkpoint if there is one; True if so."""
+    store = checkpoints.store
+    if torch.distributed.get_rank() == 0:
+        store.sweep()
+    steps = store.steps()
+    newest: int | None = _agree((steps[-1] if steps else None) if torch.distributed.get_rank() == 0 else None)
+    if newest is None or not config.checkpoint.resume:
+        return False
+    check_shape(config, store.info(newest).get("shape", {}), where=str(store.path(newest)))
+    checkpoints.load(state, newest)
+    return True
+
+
+def _dry_run(config: Config, parts: Parts, data: Mixture) -> None:
+    """One batch forward and backward without an update: finds errors of shape and memory before step 1."""
+    size, rank = parts.groups.dp.size(), parts.groups.dp.rank()
+    numbers = range(rank, global_micro_batches(config), size)
+    vocabulary = Vocabulary.from_config(config.vocab)
+    parts.stepper.accumulate([to_device(data.micro_batch(number), vocabulary) for number in numbers])
+    device.synchronize()
+
+
+def _loader(config: Config, groups: ProcessGroupCollection, data: Mixture, *, consumed: int) -> BatchLoader:
+    loader = BatchLoader(
+        data,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        micro_batches_per_step=global_micro_batches(config),
+        workers=config.data.workers,
+    )
+    loader.load_state_dict({"consumed_sequences": consumed})
+    return loader
+
+
+@contextlib.contextmanager
+def _records(config: Config, run: Path, attempt: int) -> Iterator[Records]:
+    """The run's folder with its configuration and environment, and the open logs."""
+    run.mkdir(parents=True, exist_ok=True)
+    text = dump(config)
+    for name in (f"config.{attempt}.yaml", "config.yaml"):
+        temporary = run / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, run / name)
+    write_environment(run)
+    metrics = MetricsLog(run, attempt=attempt, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
+    events = EventLog(run, attempt)
+    try:
+        yield Records(metrics, events)
+    except BaseException as error:
+        events.add("fault", error=type(error).__name__, message=str(error)[:500])
+        raise
+    finally:
+        metrics.close()
+        events.close()
+
+
+def _event(records: Records | None, event: str, **fields: Any) -> None:
+    if records is not None:
+        records.events.add(event, **fields)
+
+
+def _agree(value: Any) -> Any:
+    """Rank 0's value on every rank: all look at one folder, and a shared file system may show them different things."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -25,7 +25,7 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
 
 _TEXT_CHARACTERS = 200_000_000  # more text hardly changes the merges, and counting it takes minutes
-_IMAGES_PER_PATCH = 8  # an image is read for every 8 patches asked for: enough variety without reading everything
+_PATCHES_PER_IMAGE = 8  # an image is read for every 8 patches asked for: enough variety without reading everything
 _MEASURED_IMAGES = 1024
 
 
@@ -85,9 +85,9 @@ def image_tokenizer(
         lost = f"PSNR {measured['psnr_db']} dB"
     else:
         lost = "nothing is lost" if measured.get("exact") else "PSNR not measured"
+    on = f"; {lost} on {measured['images']} {measured['split']} images" if measured["images"] else ""
     reporter.say(
-        f"image tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} codes, {tokenizer.tokens_per_image} tokens an "
-        f"image; {lost} on {measured['images']} {measured['split']} images"
+        f"image tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} codes, {tokenizer.tokens_per_image} tokens an image{on}"
     )
     return tokenizer
 
@@ -172,7 +172,7 @@ def _patches(settings: PrepareConfig, slices: Sequence[DocumentSlice]) -> NDArra
     numbers = np.random.default_rng(0)
     kept = np.zeros((0, patch * patch * settings.image.channels), np.uint8)
     drawn = np.zeros(0)
-    images = _images(slices, "train", settings, max(1, wanted // _IMAGES_PER_PATCH))
+    images = _images(slices, "train", settings, max(1, wanted // _PATCHES_PER_IMAGE))
     while batch := list(itertools.islice(images, 256)):
         patches = image_tokens.to_patches(np.stack(batch), patch)
         kept, drawn = np.concatenate([kept, patches]), np.concatenate([drawn, numbers.random(len(patches))])

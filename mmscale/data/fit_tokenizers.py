@@ -86,9 +86,8 @@ def image_tokenizer(
     else:
         lost = "nothing is lost" if measured.get("exact") else "PSNR not measured"
     on = f"; {lost} on {measured['images']} {measured['split']} images" if measured["images"] else ""
-    reporter.say(
-        f"image tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} codes, {tokenizer.tokens_per_image} tokens an image{on}"
-    )
+    size = f"{tokenizer.vocab_size} codes, {tokenizer.tokens_per_image} tokens an image"
+    reporter.say(f"image tokenizer: {tokenizer.kind}, {size}{on}")
     return tokenizer
 
 

@@ -1,0 +1,103 @@
+# Figures and the page are written, whole and with the right series; how they look is for eyes.
+"""Tests of mmscale.report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mmscale.errors import UsageError
+from mmscale.report import figures, page
+from mmscale.train.metrics import EventLog, MetricsLog
+
+
+def make_run(folder: Path, *, steps: int = 5) -> Path:
+    log = MetricsLog(folder, attempt=1)
+    for step in range(1, steps + 1):
+        losses = {"loss": 3.0 / step, "loss/text": 2.0 / step, "loss/image": 4.0 / step}
+        log.write(step, {**losses, "grad_norm": math.inf if step == 2 else 1.0, "lr": 1e-4, "tokens_per_second": 1e4})
+    log.write(steps, {"eval/loss/text": 2.5, "eval/loss/image": 3.5})
+    EventLog(folder, 1).add("fault", rank=1)
+    return folder
+
+
+def size(file: Path) -> tuple[int, int]:
+    with PIL.Image.open(file) as image:
+        image.load()
+        return image.size
+
+
+def test_loss_curves(tmp_path: Path) -> None:
+    short, long = make_run(tmp_path / "short"), make_run(tmp_path / "long", steps=300)
+    figures.loss_curves([short, long], tmp_path / "out" / "two.png")
+    assert size(tmp_path / "out" / "two.png") == (1500, 1080)
+    figures.loss_curves([short], tmp_path / "again.png")
+    figures.loss_curves([short], tmp_path / "once.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "once.png").read_bytes()
+
+
+def test_curves_of_a_run_that_measured_little(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "run", attempt=1).write(1, {"loss": math.nan})
+    figures.loss_curves([tmp_path / "run"], tmp_path / "run.png")
+    assert size(tmp_path / "run.png") == (1500, 1080)
+
+
+def test_run_without_metrics(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no metrics\.jsonl with a logged step"):
+        figures.loss_curves([tmp_path], tmp_path / "x.png")
+
+
+def test_run_names(tmp_path: Path) -> None:
+    a, b = tmp_path / "x" / "run", tmp_path / "y" / "run"
+    assert figures.run_names([a]) == ["run"]
+    assert figures.run_names([a, b]) == [str(a), str(b)]
+    assert figures.run_names([a, a]) == [f"{a} (1)", f"{a} (2)"]
+
+
+def test_running_mean_is_centred_and_skips_gaps() -> None:
+    line = np.arange(100.0)
+    assert np.allclose(figures.running_mean(line, span=4)[:96], line[:96])  # no lag
+    line[50] = np.nan
+    assert figures.running_mean(line, span=1)[50] == pytest.approx(50.0)
+    assert np.isnan(figures.running_mean(np.full(3, np.nan), span=1)).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3)])
+def test_sample_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    white, black = np.full(shape, 255, np.uint8), np.zeros(shape, np.uint8)
+    figures.sample_rows([("one", [white, black, white]), ("two", [black])], tmp_path / "rows.png")
+    with PIL.Image.open(tmp_path / "rows.png") as image:
+        pixels = np.asarray(image.convert("L")).astype(int)
+    upper = pixels[len(pixels) // 4]
+    # From right to left: white, black, white cells.
+    cell = round(0.62 * 150)
+    assert [upper[-(15 + cell * n + cell // 2)] for n in range(3)] == [255, 0, 255]
+
+
+def test_sample_rows_of_unit_range_and_of_nothing(tmp_path: Path) -> None:
+    figures.sample_rows([("grey", [np.full((4, 4), 0.5)])], tmp_path / "grey.png")
+    figures.sample_rows([], tmp_path / "none.png")
+    assert size(tmp_path / "none.png")
+
+
+def test_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a<b")
+    page.write_page([run, make_run(tmp_path / "c")], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "a&lt;b" in text
+    assert "a<b" not in text
+    assert "data:image/png;base64," in text
+    assert "<tr><th>loss/text, held out</th><td>2.5000</td><td>2.5000</td></tr>" in text
+
+
+def test_summary(tmp_path: Path) -> None:
+    facts = page.summarize(make_run(tmp_path / "run"))
+    assert facts["last step"] == "5"
+    assert facts["loss/image"] == "0.8000"
+    assert facts["tokens per second, median"] == "10,000"
+    assert facts["fault"] == "1"
+    assert not any("MFU" in name for name in facts)

@@ -1,0 +1,124 @@
+# What a person reads of a run: lines, numbers in words, the banner. Looks at text only.
+"""Tests of mmscale.train.progress."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mmscale.config import Config
+from mmscale.config.load import resolve
+from mmscale.plan import plan
+from mmscale.train.progress import Progress, banner, count, duration, line
+
+VALUES = {"loss": 2.34567, "loss/text": 2.0, "loss/image": 3.0, "grad_norm": 0.8125, "lr": 1e-4}
+SPEED = {"tokens_per_second": 12_345.6, "step_time_s": 2.0, "mfu": 0.413}
+
+
+@pytest.fixture
+def config() -> Config:
+    model = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 2, "seq_length": 128}
+    experts = {"counts": {"text": 4, "image": 2}, "shared": 1}
+    train = {"steps": 500, "global_batch_size": 16, "micro_batch_size": 2}
+    return resolve({"model": {**model, "experts": experts, "depth": {}}, "data": {"path": "d"}, "train": train})
+
+
+def output(*, terminal: bool) -> tuple[io.StringIO, Console]:
+    file = io.StringIO()
+    return file, Console(file=file, force_terminal=terminal, width=160, highlight=False)
+
+
+def test_line() -> None:
+    assert line(90, 1000, VALUES | SPEED) == (
+        "step   90/1000  loss 2.3457 (text 2.0000, image 3.0000)  grad 0.812  lr 1.00e-04  "
+        "12.3k tokens/s  MFU 41.3%  left 30m20s"
+    )
+    assert line(1000, 1000, SPEED) == "step 1000/1000  12.3k tokens/s  MFU 41.3%"  # nothing is left
+    assert line(1, 10, {"loss": float("nan")}) == "step  1/10  loss nan"
+
+
+def test_log_file_gets_one_line_per_logged_step() -> None:
+    file, console = output(terminal=False)
+    with Progress(10, console=console) as progress:
+        progress.step(1)
+        progress.update(2, {"loss": 1.0})
+        progress.say("saved [step 2]")  # brackets are text
+    assert file.getvalue() == "step  2/10  loss 1.0000\nsaved [step 2]\n"
+
+
+def test_terminal_gets_a_bar_that_goes_and_lines_that_stay() -> None:
+    file, console = output(terminal=True)
+    with Progress(10, console=console) as progress:
+        progress.update(4, VALUES)
+        progress.say("saved")
+        progress.step(5)
+    text = file.getvalue()
+    assert "━━━━━━━━╌╌╌╌╌╌╌╌╌╌╌╌ step  4/10  loss 2.3457" in text or "━━━━━━━━━━╌╌╌╌╌╌╌╌╌╌ step  5/10" in text
+    assert "saved" in text
+    assert text.endswith("\x1b[2K")  # the bar's line is erased
+
+
+def test_other_ranks_are_silent() -> None:
+    for terminal in (False, True):
+        file, console = output(terminal=terminal)
+        with Progress(10, enabled=False, console=console) as progress:
+            progress.step(1)
+            progress.update(2, VALUES)
+            progress.say("saved")
+        assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (812, "812"),
+        (0.5, "0.5"),
+        (12_345, "12.3k"),
+        (999_999, "1M"),
+        (7_320_000, "7.32M"),
+        (1.41e9, "1.41B"),
+        (2e12, "2T"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_count(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (190, "3m10s"), (18_120, "5h02m"), (183_600, "2d03h"), (float("inf"), "?")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_banner(config: Config) -> None:
+    text = banner(
+        config,
+        world_size=4,
+        device="NVIDIA H100 80GB HBM3",
+        plan=plan(config),
+        share={"text": 0.25, "image": 0.75},
+        attempt=2,
+        start_step=100,
+    )
+    rows = dict(row.split("  ", 1) for row in text.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["run"] == "runs/default, attempt 2, goes on after step 100 of 500"
+    assert rows["model"] == "moma, 4 layers x 64, experts 4 text + 2 image + 1 shared, depth every 2 layers at 25%"
+    assert rows["parameters"].split()[1::2][:2] == ["total,", "active"]
+    assert "text " in rows["parameters"]
+    assert rows["layout"] == "4 ranks: tp 1, pp 1, ep 1, dp 4, bf16, on NVIDIA H100 80GB HBM3"
+    assert rows["step"] == "2.05k tokens = 16 sequences x 128; 2 micro-batches of 2 per replica"
+    assert rows["data"] == "text 25.0%, image 75.0%"
+
+
+def test_banner_without_plan_and_data(config: Config) -> None:
+    text = banner(config, world_size=1, device="cpu")
+    assert "attempt 1, 500 steps" in text
+    assert "1 rank: " in text
+    assert "parameters" not in text

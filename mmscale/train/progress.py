@@ -194,11 +194,7 @@ def _experts(config: Config) -> str:
 def _parameters(parameters: Mapping[str, Any]) -> str:
     parts = [f"{count(parameters[name])} {name}" for name in ("total", "active") if name in parameters]
     by_modality = parameters.get("per_modality") or {}
-    each = []
-    for name, value in by_modality.items():
-        numbers = value if isinstance(value, Mapping) else {"": value}
-        each.append(f"{name} " + " / ".join(f"{count(number)} {what}".strip() for what, number in numbers.items()))
-    return ", ".join(parts) + (f" ({'; '.join(each)})" if each else "")
+    return ", ".join(parts + [f"{count(number)} for {name} alone" for name, number in by_modality.items()])
 
 
 def _plural(number: int, one: str, many: str) -> str:

@@ -24,6 +24,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _STYLES = ("-", "--", ":", "-.")
 _MARKS = ("o", "D", "s", "^")
 _LOSS = "loss/"
+# Expert choice among the tokens of a batch sees later tokens: no number may stand without saying so.
+HELD_OUT = "held out (batch routing)"
 _SMOOTH_ABOVE = 200  # logged steps; more are drawn faintly under their running mean
 _DOTS_BELOW = 40
 _DPI = 150
@@ -137,7 +139,7 @@ def _draw_losses(axes: Axes, histories: Mapping[str, list[dict[str, Any]]]) -> N
                     held,
                     linestyle="none",
                     color=colour,
-                    label=f"{prefix}{name}, held out",
+                    label=f"{prefix}{name}, {HELD_OUT}",
                     zorder=3,
                     marker=_MARKS[number % len(_MARKS)],
                     markersize=6.5,
@@ -206,6 +208,9 @@ def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float6
 
 
 def _finish(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.5
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mmscale.report.figures import loss_curves, read_history, run_names
+from mmscale.report.figures import HELD_OUT, loss_curves, read_history, run_names
 from mmscale.train.metrics import EVAL, read_events
 
 _STYLE = (
@@ -59,7 +59,7 @@ def summarize(run: Path) -> dict[str, str]:
     facts = {"last step": f"{records[-1]['step']:,}"}
     for key in dict.fromkeys(key for record in records for key in record if key.split("/")[0] in ("loss", EVAL[:-1])):
         if isinstance(value := _last(records, key), int | float):
-            facts[f"{key.removeprefix(EVAL)}, held out" if key.startswith(EVAL) else key] = f"{value:.4f}"
+            facts[f"{key.removeprefix(EVAL)}, {HELD_OUT}" if key.startswith(EVAL) else key] = f"{value:.4f}"
     for key, name, form in (
         ("tokens_per_second", "tokens per second, median", "{:,.0f}"),
         ("model_tflops_per_rank", "model TFLOP/s per rank, median", "{:.3g}"),

@@ -91,7 +91,7 @@ def test_page(tmp_path: Path) -> None:
     assert "a&lt;b" in text
     assert "a<b" not in text
     assert "data:image/png;base64," in text
-    assert "<tr><th>loss/text, held out</th><td>2.5000</td><td>2.5000</td></tr>" in text
+    assert "<tr><th>loss/text, held out (batch routing)</th><td>2.5000</td><td>2.5000</td></tr>" in text
 
 
 def test_summary(tmp_path: Path) -> None:

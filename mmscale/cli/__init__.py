@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or that of the error. Whatever is no MmscaleError is a bug and keeps its traceback.
     """
-    # Four lines of megatron-core at every start; `mmscale doctor` says the same once, with what to do.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    _quieten_libraries()
     try:
         status = app(list(sys.argv[1:] if arguments is None else arguments), prog_name="mmscale", standalone_mode=False)
         sys.stdout.flush()  # here a reader that has gone is still caught
@@ -80,6 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BROKEN_PIPE
     return status if isinstance(status, int) else 0
+
+
+def _quieten_libraries() -> None:
+    """Drop warnings that a user cannot act on: a dozen lines at every start, on every rank.
+
+    What they say about absent packages, `mmscale doctor` says once. `python -W default` and MMSCALE_DEBUG=1 show them.
+    """
+    if not sys.warnoptions and os.environ.get("MMSCALE_DEBUG") != "1":
+        warnings.filterwarnings("ignore", module=r"megatron\.core")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _usage_error(error: typer.TyperException) -> UsageError:

@@ -42,15 +42,21 @@ def write(folder: Path, state: ShardedStateDict) -> None:
     dist_checkpointing.save(state, str(folder), _FORMAT)
 
 
-def read(folder: Path, state: ShardedStateDict) -> StateDict:
+def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> StateDict:
     """Read this rank's part, whatever layout wrote it; every rank calls it.
+
+    Args:
+        folder: a committed checkpoint.
+        state: what is wanted.
+        partly: the checkpoint may hold more than is wanted, e.g. optimizer state.
 
     Raises:
         CheckpointError: the checkpoint has not what `state` asks for, or is damaged.
     """
     _quiet()
     try:
-        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)
+        strict = StrictHandling.RAISE_UNEXPECTED if partly else StrictHandling.RAISE_ALL
+        return dist_checkpointing.load(state, str(folder), strict=strict)
     except (CheckpointingException, OSError, KeyError, EOFError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmscale.cli import bench, config, data, machine, report, train
+from mmscale.cli import bench, config, data, machine, report, sample, train
 from mmscale.cli.output import show_error
 from mmscale.errors import MmscaleError, UsageError
 
@@ -34,6 +34,9 @@ app.add_typer(data.app, name="data")
 app.command("plan", epilog="Example: mmscale plan configs/moma_1b4_4t4i.yaml --gpus 64 --gpu-memory 80")(machine.plan)
 app.command("train", epilog="Example: mmscale train configs/quickstart.yaml train.steps=100 --nproc 2")(train.train)
 app.command("eval", epilog="Example: mmscale eval runs/quickstart@300 --data data/digits")(train.evaluate)
+app.command(
+    "sample", epilog="Example: mmscale sample runs/quickstart --prompt 'draw a seven' --out drawings"
+)(sample.sample)
 app.command(
     "verify-layout", epilog="Example: mmscale verify-layout configs/quickstart.yaml parallel.tp=2 precision.dtype=fp32"
 )(train.verify_layout)

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import Float16Module
 
 from mmscale.checkpoint.sharded import metadata
 from mmscale.config import Config
@@ -41,7 +43,8 @@ class TrainState:
         models: dict[str, Any] = {}
         for index, chunk in enumerate(self.chunks):
             key = "model" if len(self.chunks) == 1 else f"model{index}"
-            models[key] = chunk.sharded_state_dict(metadata=metadata())
+            # The model itself: DDP and Float16Module would put "module." before every key, differently for each dtype.
+            models[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata())
         state: dict[str, Any] = dict(models)
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata())
@@ -61,11 +64,18 @@ class TrainState:
     def restore(self, loaded: dict[str, Any]) -> None:
         """Take over what `checkpoint.sharded.read` gave."""
         for index, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{index}"])
+            unwrapped(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{index}"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(loaded["optimizer"])
         for name, value in loaded["progress"].items():
             setattr(self, name, value)
+
+
+def unwrapped(module: torch.nn.Module) -> Any:
+    """The GPTModel inside DDP and Float16Module."""
+    while isinstance(module, DistributedDataParallel | Float16Module):
+        module = module.module
+    return module
 
 
 def shape_of(config: Config) -> dict[str, Any]:

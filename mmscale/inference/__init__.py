@@ -1,0 +1,1 @@
+"""Scoring and drawing with a trained checkpoint, in one process."""

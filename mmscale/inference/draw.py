@@ -1,0 +1,105 @@
+"""`mmscale sample`: images for text prompts, token by token, with batch routing.
+
+Batch routing means that experts choose among all tokens of a sequence, so a prompt alone would be routed as no training sequence
+ever was: every expert would take every token. Each prompt therefore stands at the end of a sequence of real held-out documents,
+whose competition is that of training. Causal routing needs auxiliary routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmscale.data.image_tokens import open_image_tokenizer
+from mmscale.data.manifest import read_manifest
+from mmscale.data.source import Source
+from mmscale.data.text_tokens import open_text_tokenizer
+from mmscale.data.vocab import BOI, BOS, PAD
+from mmscale.errors import DataError
+from mmscale.inference.evaluate import SPLIT
+from mmscale.inference.model import RunModel
+from mmscale.inference.packed import pack_rows
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images drawn for one prompt, each [height, width, channels] uint8."""
+
+    prompt: str
+    images: list[NDArray[np.uint8]]
+
+
+def draw(
+    model: RunModel, prompts: Sequence[str], *, count: int, temperature: float, seed: int, top_p: float = 1.0
+) -> list[Drawing]:
+    """Draw `count` images for every prompt.
+
+    Args:
+        model: a loaded run.
+        prompts: texts that the training documents put before an image, e.g. "draw a seven".
+        count: images per prompt.
+        temperature: divides logits; 0: always the most likely code.
+        seed: of the sampling.
+        top_p: keep the most likely codes up to this probability.
+
+    Raises:
+        DataError: a prompt is too long for a sequence.
+    """
+    folder = Path(model.config.data.sources[0].path)
+    manifest = read_manifest(folder)
+    text, images = open_text_tokenizer(folder), open_image_tokenizer(folder)
+    length, codes = model.config.model.seq_length, manifest.tokens_per_image
+    low, high = model.vocabulary.range_of("image")
+    starts = [np.array([BOS, *text.encode(prompt), BOI], dtype=np.int64) for prompt in prompts for _ in range(count)]
+    for prompt, ids in zip(prompts, starts[::count], strict=True):
+        if len(ids) + codes > length:
+            raise DataError(
+                f"prompt {prompt!r} and an image take {len(ids) + codes} tokens, a sequence has {length}",
+                remedy="shorten the prompt",
+            )
+    generator = torch.Generator().manual_seed(seed)
+    companions = _companions(folder, model, [length - len(ids) - codes for ids in starts])
+    drawn = np.full((len(starts), codes), PAD, dtype=np.int64)
+    for number in range(codes):
+        rows = [
+            [*others, np.concatenate((ids, drawn[i, :number]))]
+            for i, (ids, others) in enumerate(zip(starts, companions, strict=True))
+        ]
+        batch, places = pack_rows(rows, vocabulary=model.vocabulary, seq_length=length)
+        logits = model.logits(batch)[:, :, low:high]
+        last = torch.stack([logits[i, places[i][-1].start + len(rows[i][-1]) - 1] for i in range(len(rows))])
+        drawn[:, number] = low + _choose(last, temperature=temperature, top_p=top_p, generator=generator).numpy()
+    pictures = images.decode(drawn - low)
+    return [Drawing(prompt, list(pictures[i * count : (i + 1) * count])) for i, prompt in enumerate(prompts)]
+
+
+def _choose(logits: torch.Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> torch.Tensor:
+    """[rows, codes] -> [rows]."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    ordered, index = probabilities.sort(dim=-1, descending=True)
+    ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0.0
+    picked = torch.multinomial(ordered, 1, generator=generator)
+    return index.gather(-1, picked).squeeze(-1)
+
+
+def _companions(folder: Path, model: RunModel, room: Sequence[int]) -> list[list[NDArray[np.int64]]]:
+    """Held-out documents for each row, one after another, as many as there is room for."""
+    source = Source(folder, split=SPLIT, vocabulary=model.vocabulary)
+    rows: list[list[NDArray[np.int64]]] = []
+    number = 0
+    for left in room:
+        row: list[NDArray[np.int64]] = []
+        while source.lengths[number % len(source)] <= left:
+            ids = source.read(np.array([number % len(source)]))
+            row.append(ids)
+            left -= len(ids)
+            number += 1
+        rows.append(row)
+    return rows

@@ -92,9 +92,9 @@ class Store:
             _sync(file)
         if final.exists():  # an earlier attempt reached this step too; its content is the same or older
             old = final.with_name(f"{final.name}.old.{attempt}")
-            os.replace(final, old)
+            final.replace(old)
             shutil.rmtree(old)
-        os.replace(folder, final)
+        folder.replace(final)
         _sync(self.root)
         return final
 
@@ -115,16 +115,16 @@ class Store:
         return content
 
     def prune(self, keep: int) -> list[int]:
-        """Delete all but the `keep` newest checkpoints and what interrupted attempts left; returns the deleted steps."""
+        """Delete all but the `keep` newest checkpoints; returns the deleted steps."""
         gone = self.steps()[:-keep]
         for step in gone:
             doomed = self.path(step).with_suffix(".deleted")
-            os.replace(self.path(step), doomed)  # never a half-deleted folder under a committed name
+            self.path(step).replace(doomed)  # never a half-deleted folder under a committed name
             shutil.rmtree(doomed)
         return gone
 
     def sweep(self) -> None:
-        """Delete what an attempt that was killed left half-written or half-deleted. One process calls it, at the start."""
+        """Delete what a killed attempt left half-written or half-deleted. One process calls it, at the start."""
         if self.root.is_dir():
             for entry in self.root.iterdir():
                 if entry.is_dir() and re.match(r"^step_\d{8,}\.(tmp|old|deleted)", entry.name):

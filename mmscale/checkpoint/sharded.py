@@ -20,8 +20,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 
-# How megatron's optimizers name and cut their state. Without chained_optim_avoid_prefix one expert-parallel rank writes other
-# keys than two (optimizer.py, ChainedOptimizer.sharded_state_dict); layers differ with Mixture-of-Depths.
+# How megatron's optimizers name and cut their state. Without chained_optim_avoid_prefix one expert-parallel rank writes
+# other keys than two (optimizer.py, ChainedOptimizer.sharded_state_dict); layers differ with Mixture-of-Depths.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,

@@ -20,6 +20,12 @@ _LEVELS = (2, 256)
 _MAX_SHIFTS = 8
 
 
+_RESERVED = frozenset(
+    "append apply buffers children clear copy cpu cuda double eval extend fromkeys get half float forward insert items "
+    "keys modules parameters pop popitem setdefault to train training type update values".split()
+)
+
+
 class Problem(NamedTuple):
     """A violated rule: what is wrong and what helps."""
 
@@ -66,6 +72,13 @@ def _vocab(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"vocab.modalities: names repeat: {', '.join(config.vocab.names)}", "give each modality its own name"
         )
+    for name in sorted({*config.vocab.names, *config.model.experts.counts}):
+        # Names become parts of parameter names; torch refuses dots and what its containers are called themselves.
+        if "." in name or name in _RESERVED:
+            yield Problem(
+                f"the modality or expert group {name!r} cannot be part of a parameter's name",
+                "choose a name without dots that no torch module has as an attribute, e.g. text or image",
+            )
     if modalities[0].size < _SPECIAL_TOKENS:
         yield Problem(
             f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the "

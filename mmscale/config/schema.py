@@ -6,6 +6,7 @@ Nothing here imports torch: the schema is read on login nodes.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -98,7 +99,7 @@ class VocabConfig(Section):
         starts = [0]
         for modality in self.modalities:
             starts.append(starts[-1] + modality.size)
-        return tuple(zip(starts[:-1], starts[1:], strict=True))
+        return tuple(pairwise(starts))
 
 
 class ExpertsConfig(Section):

@@ -63,7 +63,7 @@ class Task(_Entry):
 
 
 class Manifest(_Entry):
-    """manifest.json"""
+    """The content of manifest.json."""
 
     format: int
     modalities: tuple[str, ...]
@@ -101,7 +101,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (json.JSONDecodeError, ValidationError) as error:
         raise DataError(f"data: {file} is damaged: {str(error).splitlines()[0]}", remedy=f"{prepare} again") from error
     if manifest.format != FORMAT:
-        raise DataError(f"data: {file} has format {manifest.format}, this version reads {FORMAT}", remedy=f"{prepare} again")
+        raise DataError(
+            f"data: {file} has format {manifest.format}, this version reads {FORMAT}", remedy=f"{prepare} again"
+        )
     for split in manifest.splits.values():
         for part in split.parts:
             for suffix, size in ((".bin", part.bin_bytes), (".idx", part.idx_bytes)):
@@ -120,7 +122,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write(manifest.model_dump_json(indent=1))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    temporary.replace(folder / MANIFEST)
 
 
 def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:

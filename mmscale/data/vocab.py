@@ -68,11 +68,13 @@ class Vocabulary:
             ConfigError: there is no such modality.
         """
         if name not in self.names:
-            raise ConfigError(f"vocab.modalities has no {name!r}, only {', '.join(self.names)}", remedy="add it or rename it")
+            raise ConfigError(
+                f"vocab.modalities has no {name!r}, only {', '.join(self.names)}", remedy="add it or rename it"
+            )
         return self.ranges[self.names.index(name)]
 
     def modality_of(self, ids: NDArray[np.integer]) -> NDArray[np.int8]:
-        """Index of each id's modality, -1 for padding. Same shape as `ids`; ids past the last range are the caller's bug."""
+        """Index of each id's modality, -1 for padding; same shape as `ids`. Ids past the last range are a bug."""
         ends = np.array([end for _, end in self.ranges])
         modality = np.searchsorted(ends, ids, side="right").astype(np.int8)
         modality[np.asarray(ids) == PAD] = NO_MODALITY

@@ -1,8 +1,8 @@
 """`mmscale sample`: images for text prompts, token by token, with batch routing.
 
-Batch routing means that experts choose among all tokens of a sequence, so a prompt alone would be routed as no training sequence
-ever was: every expert would take every token. Each prompt therefore stands at the end of a sequence of real held-out documents,
-whose competition is that of training. Causal routing needs auxiliary routers.
+Batch routing means that experts choose among all tokens of a sequence, so a prompt alone would be routed as no training
+sequence ever was: every expert would take every token. Each prompt therefore stands at the end of a sequence of real
+held-out documents, whose competition is that of training. Causal routing needs auxiliary routers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Token lists -> a micro-batch, with the place of every list: how documents get before the model outside of training."""
+"""Token lists -> a micro-batch and the place of every list: how documents meet the model outside of training."""
 
 from __future__ import annotations
 

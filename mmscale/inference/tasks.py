@@ -1,7 +1,7 @@
 """Accuracy on the questions that a data set defines, with batch routing.
 
-The question is everything before the answer, and the answer is not shown: expert choice ranks all tokens of a sequence, so an
-answer in the input could be read from the routing of the question. Other questions do share the sequence.
+The question is everything before the answer, and the answer is not shown: expert choice ranks all tokens of a sequence,
+so an answer in the input could be read from the routing of the question. Other questions do share the sequence.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mmscale.inference.packed import fill_rows, pack_rows
 def choice_accuracy(model: RunModel, items: Sequence[TaskItem]) -> float:
     """Share of questions whose right answer has the highest likelihood among the choices.
 
-    Answers of one token are read from one position; longer ones are scored by the sum of their tokens' log-probabilities,
-    each choice in a document of its own.
+    Answers of one token are read from one position; longer ones are scored by the sum of their tokens'
+    log-probabilities, each choice in a document of its own.
     """
     if all(len(choice) == 1 for item in items for choice in item.choices):
         return _by_one_token(model, items)

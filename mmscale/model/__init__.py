@@ -1,4 +1,4 @@
-"""Architecture: mixed-modal transformer layers on megatron-core's TransformerBlock. Knows no data and no training loop."""
+"""Mixed-modal transformer layers on megatron-core's TransformerBlock. Knows no data and no training loop."""
 
 from mmscale.runtime import megatron_cpu
 

@@ -38,7 +38,7 @@ class DocumentAttention(MegatronModule):
         packed_seq_params: MixedModalParams | None = None,
         **_: Any,
     ) -> Tensor:
-        """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
+        """Attend: query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
         assert attention_mask is None and attention_bias is None, "documents come in packed_seq_params"
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if k.shape[1] != q.shape[1]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -24,6 +25,13 @@ from mmscale.runtime import device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+}
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -32,11 +40,6 @@ def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's view of a configuration; rules of mmscale.config.rules hold already."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.precision.dtype]
-    recompute: dict[str, object] = {
-        "none": {},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    }[parallel.recompute]
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -64,14 +67,15 @@ def transformer_config(config: Config) -> TransformerConfig:
         context_parallel_size=1,
         overlap_p2p_comm=overlap_p2p(config),
         batch_p2p_comm=batch_p2p(config),
-        # On gloo an output's storage would be freed while isend still reads it (schedules.py, deallocate_output_tensor).
+        # On gloo an output's storage would be freed while isend still reads it (schedules.py,
+        # deallocate_output_tensor).
         deallocate_pipeline_outputs=device.has_cuda(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        # init.py fills the weights. megatron-core must still "initialise": only there it marks tensor-parallel parameters,
-        # without which the gradient norm counts one shard of each (tensor_parallel/layers.py).
+        # init.py fills the weights. megatron-core must still "initialise": only there it marks tensor-parallel
+        # parameters, without which the gradient norm counts one shard of each (tensor_parallel/layers.py).
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -81,14 +85,14 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        **recompute,  # type: ignore[arg-type]
+        **_RECOMPUTE[parallel.recompute],
     )
 
 
 def build_chunks(
     config: Config, groups: ProcessGroupCollection, *, transformer: TransformerConfig | None = None
 ) -> list[GPTModel]:
-    """The model chunks of this rank (one without interleaving), initialised, in parameter dtype, on the rank's device."""
+    """The model chunks of this rank (one without interleaving), initialised, on the rank's device."""
     transformer = transformer or transformer_config(config)
     chunks = []
     stages, stage = groups.pp.size(), groups.pp.rank()

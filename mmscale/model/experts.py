@@ -2,8 +2,8 @@
 
 Static capacities make every shape known on the host: no counts are exchanged and nothing waits for the device.
 
-Shapes: E experts of a group, L = E / EP experts on this rank, N tokens of an expert, H hidden width, F inner width of this
-tensor-parallel rank.
+Shapes: E experts of a group, L = E / EP experts on this rank, N tokens of an expert, H hidden width, F inner width of
+this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 
 class Experts(MegatronModule):
-    """E experts of equal shape, sharded over expert-parallel ranks (whole experts) and tensor-parallel ranks (inner width).
+    """E equal experts: whole ones spread over expert-parallel ranks, their inner width over tensor-parallel ranks.
 
     Args:
         config: gives widths, dtype and initialisation.
@@ -43,13 +43,15 @@ class Experts(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
-        self.ep, self.ep_rank = (groups.ep.size(), groups.ep.rank()) if expert_parallel else (1, 0)
+        self.ep: int = groups.ep.size() if expert_parallel else 1
+        self.ep_rank: int = groups.ep.rank() if expert_parallel else 0
         self.replica = groups.expt_dp.rank() if expert_parallel else groups.dp_cp.rank()
         assert count % self.ep == 0 and width % self.tp == 0, "checked by mmscale.config.rules"
         self.count, self.local_count = count, count // self.ep
         hidden, inner = config.hidden_size, width // self.tp
 
-        # w1 keeps gate and up projections on an axis of their own: resharding over tensor parallelism is then a plain axis.
+        # w1 keeps gate and up projections on an axis of their own: resharding over tensor parallelism is then a plain
+        # axis.
         self.w1 = nn.Parameter(torch.empty(self.local_count, hidden, 2, inner, dtype=config.params_dtype))
         self.w2 = nn.Parameter(torch.empty(self.local_count, inner, hidden, dtype=config.params_dtype))
         for parameter, axis in ((self.w1, 3), (self.w2, 1)):
@@ -89,7 +91,8 @@ class Experts(MegatronModule):
 def to_experts(chosen: Sequence[Tensor], group: torch.distributed.ProcessGroup) -> list[Tensor]:
     """Send every group's chosen tokens to the ranks of their experts, in one all-to-all.
 
-    All ranks always take part, whatever their modalities, in forward and backward: slots are static and stay in the graph.
+    All ranks always take part, whatever their modalities, in forward and backward: slots are static and stay in the
+    graph.
 
     Args:
         chosen: for each group [E, C, H], the tokens its experts took on this rank.

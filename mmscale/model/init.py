@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the parallel layout.
 
-Every parameter is drawn as a global tensor from a generator seeded by (seed, key, block of rows); a rank draws the blocks
-that its shard touches and keeps its part. So TP, PP, EP and DP ranks agree, and so does one process. Works for any module
-whose sharded_state_dict is right, which it thereby tests too.
+Every parameter is drawn as a global tensor from a generator seeded by (seed, key, block of rows); a rank draws the
+blocks that its shard touches and keeps its part. So TP, PP, EP and DP ranks agree, and so does one process. Works for
+any module whose sharded_state_dict is right, which it thereby tests too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch import Tensor, nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from mmscale.model.norm import RMSNorm
 
@@ -22,7 +23,7 @@ _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", ".w2")
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
+def initialize(model: MegatronModule, *, seed: int, std: float, num_layers: int) -> None:
     """Fill all parameters of a model chunk; norm weights stay at one.
 
     Args:

@@ -1,7 +1,7 @@
 """Transformer layers of mixed-modal models: the plain one, and the Mixture-of-Depths one.
 
-Both are megatron-core's TransformerLayer with forward overridden only to hand the micro-batch's facts to attention and to
-the feed-forward slot. Mixture-of-Depths: arXiv 2404.02258, MoMa (arXiv 2407.21770) section 2.3: selected tokens go
+Both are megatron-core's TransformerLayer with forward overridden only to hand the micro-batch's facts to attention and
+to the feed-forward slot. Mixture-of-Depths: arXiv 2404.02258, MoMa (arXiv 2407.21770) section 2.3: selected tokens go
 through attention and feed-forward, the others skip the layer.
 
 Shapes: S tokens of a full sequence, B sequences, H hidden width, K selected tokens per sequence.

@@ -10,7 +10,7 @@ Shapes: S tokens of a sequence, B sequences of the micro-batch, K tokens that a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class RoutingStats:
-    """Collects detached routing figures of the layers of one forward pass, by (layer, name); recompute overwrites equals."""
+    """Collects detached routing figures of one forward pass by (layer, name); recompute overwrites equals."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[int, str], Tensor] = {}
@@ -48,9 +48,9 @@ class MixedModalParams(PackedSeqParams):
         stats: where layers report routing figures; None on steps that are not logged.
     """
 
-    modality_ids: Tensor = None
-    position_ids: Tensor = None
-    document_ids: Tensor = None
+    modality_ids: Tensor = None  # type: ignore[assignment]  # the base class has defaults
+    position_ids: Tensor = None  # type: ignore[assignment]
+    document_ids: Tensor = None  # type: ignore[assignment]
     noise_key: int = 0
     stats: RoutingStats | None = None
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
@@ -119,12 +119,13 @@ class MixedModalParams(PackedSeqParams):
     def select(self, index: Tensor) -> MixedModalParams:
         """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept)."""
         length = index.shape[0]
-        return replace(
-            self,
+        return MixedModalParams(
+            qkv_format=self.qkv_format,
             max_seqlen_q=length,
             max_seqlen_kv=length,
             modality_ids=self.modality_ids.gather(0, index),
             position_ids=self.position_ids.gather(0, index),
             document_ids=self.document_ids.gather(0, index),
-            _cache={},
+            noise_key=self.noise_key,
+            stats=self.stats,
         )

@@ -120,8 +120,8 @@ class MoMaMLP(MegatronModule):
 
         Args:
             hidden_states: this tensor-parallel rank's tokens.
-            padding_mask: the micro-batch's facts; `padding_mask` is the one spare argument of the mlp slot, and recompute
-                binds it with functools.partial.
+            padding_mask: the micro-batch's facts; `padding_mask` is the one spare argument of the mlp slot, and
+                recompute binds it with functools.partial.
         """
         params = padding_mask
         assert params is not None, "MoMa layers need the micro-batch's modality ids"
@@ -158,8 +158,9 @@ class MoMaMLP(MegatronModule):
         """[S, B, all experts] fp32, computed where the token lives and gathered."""
         weight = torch.cat(tuple(self.router.values())).float()
         local = F.linear(hidden.float(), weight)
-        # Gates multiply outputs that are partial over tensor-parallel ranks, so their gradients are partial and are summed
-        # on the way back; with normalised experts the outputs are whole, and each rank takes its own tokens' part.
+        # Gates multiply outputs that are partial over tensor-parallel ranks, so their gradients are partial and are
+        # summed on the way back; with normalised experts the outputs are whole, and each rank takes its own tokens'
+        # part.
         partial = not self.settings.norm_experts
         logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=partial, group=self.pg.tp)
         if self.settings.gumbel and self.training:
@@ -194,6 +195,7 @@ class MoMaMLP(MegatronModule):
         """Routers and norms are replicated; experts are sharded by themselves."""
         sharded: ShardedStateDict = {}
         for name, experts in self.experts.items():
+            assert isinstance(experts, Experts)
             sharded.update(experts.sharded_state_dict(f"{prefix}experts.{name}.", sharded_offsets, metadata))
         if self.shared is not None:
             sharded.update(self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata))

@@ -42,8 +42,8 @@ class RMSNorm(nn.Module):
 class Residual(nn.Module):
     """residual + dropout(norm(x)): fills megatron-core's bias-dropout-add slots of post-norm layers.
 
-    Swin's placement, used by Chameleon-34B and MoMa (papers: 2405.09818 section 2.3, 2407.21770 section 2.2). As a module of the
-    slot it keeps TransformerLayer's forward as it is.
+    Swin's placement, used by Chameleon-34B and MoMa (papers: 2405.09818 section 2.3, 2407.21770 section 2.2). As a
+    module of the slot it keeps TransformerLayer's forward as it is.
     """
 
     def __init__(self, norm_config: TransformerConfig | None = None, **_: Any) -> None:

@@ -2,8 +2,9 @@
 
 Formulas: MoMa (arXiv 2407.21770), section 2.2 and 2.3; Mixture-of-Depths (arXiv 2404.02258).
 
-Shapes: S tokens of a sequence, B sequences of the micro-batch, E experts of a group, C tokens per expert (of a sequence or
-of the micro-batch), K tokens that a depth layer selects. Tokens are numbered s * B + b, as in a flattened [S, B, ...] tensor.
+Shapes: S tokens of a sequence, B sequences of the micro-batch, E experts of a group, C tokens per expert (of a sequence
+or of the micro-batch), K tokens that a depth layer selects. Tokens are numbered s * B + b, as in a flattened [S, B,
+...] tensor.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def _best(ranked: Tensor, count: int) -> Tensor:
     """Positions along dim 0 of the `count` largest values; values that differ by rounding go to the earlier position.
 
     Ties are no accident: every document's first token has the same hidden state in all layers, and in layer 0 every
-    repeated token has. Their logits come out equal, or apart by the last bit, as vector loops happen to fall, and which of
-    them is chosen then differs between layouts (seen as a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587 and
-    0.31037584 against equal ones). So the lowest bits, a relative 1e-4, are dropped and the sort is stable.
+    repeated token has. Their logits come out equal, or apart by the last bit, as vector loops happen to fall, and which
+    of them is chosen then differs between layouts (seen as a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587
+    and 0.31037584 against equal ones). So the lowest bits, a relative 1e-4, are dropped and the sort is stable.
     """
     coarse = (ranked.view(torch.int32) & (-1 << _NOISE_BITS)).view(torch.float32)
     return coarse.sort(dim=0, descending=True, stable=True).indices[:count]

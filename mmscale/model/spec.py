@@ -131,7 +131,7 @@ def layer_spec(
 def block_spec(
     config: Config, transformer: TransformerConfig, groups: ProcessGroupCollection, *, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The specs of the layers that this pipeline stage (and chunk) holds; megatron-core does not slice a list by itself."""
+    """The specs of the layers of this pipeline stage (and chunk); megatron-core does not slice a list by itself."""
     offset = get_transformer_layer_offset(transformer, vp_stage, groups.pp.rank())
     count = get_num_layers_to_build(transformer, vp_stage, groups.pp.rank())
     specs = [layer_spec(config, transformer, offset + index, groups) for index in range(count)]

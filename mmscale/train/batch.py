@@ -1,4 +1,4 @@
-"""A micro-batch as the loader gives it (NumPy, host) -> tensors on this rank's device and the facts that layers need."""
+"""A micro-batch from the loader (NumPy, host) -> tensors on this rank's device and the facts that layers need."""
 
 from __future__ import annotations
 

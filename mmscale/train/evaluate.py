@@ -31,7 +31,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`loss`, `loss/<modality>`, `z_loss` over the first global batches of a pass; every rank calls it.
 
-    The same micro-batches whatever the layout. The last global batch is filled up with micro-batches that count nothing.
+    The same micro-batches whatever the layout. The last global batch is filled up with micro-batches that count
+    nothing.
 
     Args:
         config: batch sizes.

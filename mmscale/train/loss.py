@@ -1,7 +1,7 @@
 """Cross entropy and z-loss over a vocabulary that is sharded over tensor-parallel ranks, and their sums per modality.
 
-Formulas: ce = log Z - logit[label]; z-loss = (log Z)^2 (Chameleon, arXiv 2405.09818, section 2.3). Algorithm of the sharded
-softmax: as in megatron/core/tensor_parallel/cross_entropy.py, with log Z returned besides.
+Formulas: ce = log Z - logit[label]; z-loss = (log Z)^2 (Chameleon, arXiv 2405.09818, section 2.3). Algorithm of the
+sharded softmax: as in megatron/core/tensor_parallel/cross_entropy.py, with log Z returned besides.
 
 Shapes: B sequences, S tokens, V vocabulary rows of this rank, M modalities.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Loss sums are [M + 1, 2]: row m holds (sum of ce, number) of trained labels of modality m; the last row (sum of z-loss, number).
+# Loss sums are [M + 1, 2]: row m holds (sum of ce, number) of trained labels of modality m; the last row (sum of
+# z-loss, number).
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -102,7 +103,8 @@ class Objective:
             group: tensor-parallel ranks.
 
         Returns:
-            The sum to differentiate; the number of trained labels (int32, as megatron's schedules want it); loss sums [M + 1, 2].
+            The sum to differentiate; the number of trained labels (int32, as megatron's schedules want it); loss sums
+            [M + 1, 2].
         """
         ce, log_z = cross_entropy(logits, labels, group)
         own = torch.stack([mask * (label_modality == m) for m in range(self.modalities)])  # [M, B, S]

@@ -6,7 +6,6 @@ The only place that knows model, data, checkpoint and resilience at once.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +239,7 @@ def _records(config: Config, run: Path, attempt: int) -> Iterator[Records]:
     for name in (f"config.{attempt}.yaml", "config.yaml"):
         temporary = run / f"{name}.tmp"
         temporary.write_text(text)
-        os.replace(temporary, run / name)
+        temporary.replace(run / name)
     write_environment(run)
     metrics = MetricsLog(run, attempt=attempt, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
     events = EventLog(run, attempt)

@@ -117,7 +117,7 @@ class Stepper:
 
 
 def reduce_sums(sums: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Loss sums of the whole batch on every rank: summed over data-parallel ranks, taken from the last pipeline stage."""
+    """Loss sums of the whole batch on every rank: over data-parallel ranks, from the last pipeline stage."""
     total = sums.double()
     torch.distributed.all_reduce(total, group=groups.dp_cp)
     if groups.pp.size() > 1:

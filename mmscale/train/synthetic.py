@@ -5,6 +5,8 @@ Same shapes and facts as real data: documents of text with image blocks inside, 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from mmscale.config import Config
@@ -49,7 +51,7 @@ class SyntheticMixture:
         for row in range(batch):
             filled = length - int(self.padding * length)
             borders = np.linspace(0, filled, self.documents + 1).astype(int)
-            for number, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+            for number, (start, end) in enumerate(pairwise(borders)):
                 tokens[row, start:end] = self._document(rng, end - start, absent=self.absent if index % 2 else None)
                 documents[row, start:end] = number
                 positions[row, start:end] = np.arange(end - start)
@@ -83,7 +85,7 @@ class SyntheticMixture:
         for name, (low, high) in zip(self.vocabulary.names[1:], self.vocabulary.ranges[1:], strict=True):
             if name == absent:
                 continue
-            block = min(int(round(self.share[name] * length)), length - at - 1)
+            block = min(round(self.share[name] * length), length - at - 1)
             ids[at : at + block] = rng.integers(low, high, size=max(block, 0))
             at += max(block, 0)
         if absent == self.vocabulary.names[0]:

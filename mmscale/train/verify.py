@@ -1,7 +1,7 @@
 """Is a parallel layout equal to one process? Loss and gradient norm, step by step, on the same batches and weights.
 
-Users run it as `mmscale verify-layout`; the test matrix runs it too. Rank 0 first takes the steps alone, as a world of one
-process; then all ranks take them under the layout.
+Users run it as `mmscale verify-layout`; the test matrix runs it too. Rank 0 first takes the steps alone, as a world of
+one process; then all ranks take them under the layout.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> 
         env: this process's place; discovered from the environment if not given.
 
     Returns:
-        `layout`, `steps`, `loss_difference`, `grad_norm_difference`, `tolerance`, `passed`, and both traces, on every rank.
+        `layout`, `steps`, `loss_difference`, `grad_norm_difference`, `tolerance`, `passed`, and both traces, on every
+        rank.
     """
     from mmscale.runtime.rank_env import discover
 

@@ -54,6 +54,8 @@ BROKEN = [
     # vocabulary
     ({"vocab__modalities": []}, "vocab.modalities is empty"),
     ({"vocab__modalities": [{"name": "a", "size": 9}] * 2}, "vocab.modalities: names repeat: a, a"),
+    ({"vocab__modalities": [{"name": "type", "size": 9}]}, "'type' cannot be part of a parameter's name"),
+    ({"vocab__modalities": [{"name": "a.b", "size": 9}]}, "'a.b' cannot be part of a parameter's name"),
     (
         {"vocab__modalities": [{"name": "text", "size": 4}, {"name": "image", "size": 9}]},
         "text has 4 ids, fewer than the 5 special tokens",

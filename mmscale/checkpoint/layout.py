@@ -18,6 +18,7 @@ from mmscale.errors import CheckpointError
 FOLDER = "checkpoints"
 INFO = "mmscale.json"
 _STEP = re.compile(r"^step_(\d{8,})$")
+_LEFT = re.compile(r"^(step_\d{8,})\.(tmp|old|deleted)")
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,20 @@ class Store:
         return gone
 
     def sweep(self) -> None:
-        """Delete what a killed attempt left half-written or half-deleted. One process calls it, at the start."""
-        if self.root.is_dir():
-            for entry in self.root.iterdir():
-                if entry.is_dir() and re.match(r"^step_\d{8,}\.(tmp|old|deleted)", entry.name):
-                    shutil.rmtree(entry)
+        """Delete what a killed attempt left half-written or half-deleted. One process calls it, at the start.
+
+        A checkpoint that was moved away for its successor comes back if that never took its place.
+        """
+        if not self.root.is_dir():
+            return
+        for entry in list(self.root.iterdir()):
+            left = _LEFT.match(entry.name)
+            if not left or not entry.is_dir():
+                continue
+            if left[2] == "old" and not (self.root / left[1]).exists():
+                entry.replace(self.root / left[1])
+            else:
+                shutil.rmtree(entry)
 
 
 def _sync(path: Path) -> None:

@@ -31,7 +31,7 @@ from tests.distributed.layouts import config
 from tests.support import run_ranks
 
 STEPS = 4
-# Summation order only; differences seen are below 3e-7. A lost moment of Adam or a batch read twice shows in the third digit.
+# Summation order only. A lost moment of Adam, or a batch that is read twice, shows in the third digit.
 TOLERANCE = 1e-6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def test_never_above_the_peak_nor_below_the_floor_and_never_rising_after_warm_up
     after = rates(schedule)[WARMUP - 1 :]
     assert max(after) <= PEAK * (1 + 1e-12)
     assert min(after) >= FLOOR * (1 - 1e-12)
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(after[:-1], after[1:], strict=True))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(after))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "power"])

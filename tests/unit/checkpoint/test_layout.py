@@ -1,0 +1,140 @@
+"""Folders of checkpoints: committed or not there, the newest one, retention, what a killed attempt leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mmscale.checkpoint.layout import INFO, Store
+from mmscale.errors import CheckpointError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.of_run(tmp_path)
+
+
+def commit(store: Store, step: int, *, attempt: int = 1, text: str = "weights") -> Path:
+    folder = store.begin(step, attempt)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "__0_0.distcp").write_text(text)
+    return store.commit(step, attempt, {"step": step})
+
+
+def test_a_committed_folder_has_its_name_and_what_it_was_told(store: Store, tmp_path: Path) -> None:
+    final = commit(store, 100)
+    assert final == tmp_path / "checkpoints" / "step_00000100"
+    assert store.info(100) == {"step": 100}
+    assert (final / "sub" / "__0_0.distcp").read_text() == "weights"
+    assert [entry.name for entry in store.root.iterdir()] == ["step_00000100"]
+
+
+def test_nothing_counts_before_it_is_committed(store: Store) -> None:
+    assert store.steps() == []
+    store.begin(5, 1)
+    assert store.steps() == []
+    with pytest.raises(CheckpointError, match="holds no committed checkpoint"):
+        store.choose()
+
+
+def test_steps_are_numbers_and_strangers_are_left_alone(store: Store) -> None:
+    for step in (9, 10, 123_456_789):
+        commit(store, step)
+    for name in ("notes.txt", "step_00000007.bak", "step_12", "best"):
+        (store.root / name).mkdir()
+    (store.root / "step_00000008").write_text("a file, not a folder")
+    assert store.steps() == [9, 10, 123_456_789]
+    store.sweep()
+    assert store.prune(1) == [9, 10]
+    assert sorted(entry.name for entry in store.root.iterdir()) == sorted(
+        ["notes.txt", "step_00000007.bak", "step_12", "best", "step_00000008", "step_123456789"]
+    )
+
+
+def test_choose(store: Store) -> None:
+    for step in (10, 30, 20):
+        commit(store, step)
+    assert store.choose() == 30
+    assert store.choose(20) == 20
+    with pytest.raises(CheckpointError, match="no checkpoint of step 25") as raised:
+        store.choose(25)
+    assert "10, 20, 30" in raised.value.remedy
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 5])
+def test_prune_keeps_the_newest(store: Store, keep: int) -> None:
+    for step in (10, 20, 30):
+        commit(store, step)
+    gone = store.prune(keep)
+    assert gone == [10, 20, 30][: max(0, 3 - keep)]
+    assert store.steps() == [10, 20, 30][-keep:]
+
+
+def test_a_step_that_is_done_again_replaces_its_checkpoint(store: Store) -> None:
+    commit(store, 10, text="first")
+    final = commit(store, 10, attempt=2, text="second")
+    assert (final / "sub" / "__0_0.distcp").read_text() == "second"
+    assert [entry.name for entry in store.root.iterdir()] == ["step_00000010"]
+
+
+def test_begin_empties_what_the_same_attempt_left(store: Store) -> None:
+    (store.begin(10, 1) / "old").write_text("")
+    assert list(store.begin(10, 1).iterdir()) == []
+
+
+def test_sweep_deletes_what_was_not_finished_and_nothing_else(store: Store) -> None:
+    commit(store, 10)
+    for name in ("step_00000020.tmp.1", "step_00000005.deleted", "step_00000010.old.3"):
+        (store.root / name / "sub").mkdir(parents=True)
+    store.sweep()
+    assert [entry.name for entry in store.root.iterdir()] == ["step_00000010"]
+
+
+def test_sweep_and_steps_of_a_run_that_never_saved(store: Store) -> None:
+    store.sweep()
+    assert store.steps() == []
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_killed_at_any_rename_leaves_the_old_or_the_new_checkpoint(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Before and after every rename of a commit over an existing step, of which one survives a sweep."""
+    commit(store, 5, text="older")
+    commit(store, 10, text="first")
+    rename, calls = os.replace, 0
+
+    def dying(source: Path, target: Path) -> None:
+        nonlocal calls
+        if calls == call:
+            raise Killed
+        calls += 1
+        rename(source, target)
+        if calls == call:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", dying)
+    try:
+        commit(store, 10, attempt=2, text="second")
+    except Killed:
+        pass
+    monkeypatch.undo()
+    Store(store.root).sweep()
+    newest = store.choose()
+    text = (store.path(newest) / "sub" / "__0_0.distcp").read_text()
+    assert (newest, text) in [(10, "first"), (10, "second")]
+    assert store.info(newest) == {"step": newest}
+
+
+def test_a_damaged_information_file_is_named(store: Store) -> None:
+    final = commit(store, 10)
+    (final / INFO).write_text(json.dumps({"step": 10})[:-3])
+    with pytest.raises(CheckpointError, match=INFO):
+        store.info(10)

@@ -33,7 +33,6 @@ def train(
 
     Without --nproc it joins the ranks that SLURM, torchrun or mpirun started.
     """
-    from mmscale.config import rules
     from mmscale.config.load import load
     from mmscale.train.metrics import next_attempt, read_metrics
 
@@ -41,7 +40,9 @@ def train(
     run_dir = Path(loaded.run.dir) / loaded.run.name
     if ranks.starts_ranks(nproc):
         assert nproc is not None
-        rules.check(loaded, world_size=nproc)  # said once here, and not by every rank
+        from mmscale.train.preflight import preflight
+
+        preflight(loaded, world_size=nproc)  # said once here, and not by every rank
         raise typer.Exit(ranks.start(nproc, log_dir=run_dir / "logs" / f"attempt_{next_attempt(run_dir)}"))
     env = ranks.own_rank(nproc)
     from mmscale.train import run

@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mmscale.config import Config, DataSource
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import DataError
+from mmscale.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -82,6 +83,19 @@ class Manifest(_Entry):
         counts = {name: self.splits[split].tokens(name) for name in self.modalities}
         total = sum(counts.values())
         return {name: count / total if total else 0.0 for name, count in counts.items()}
+
+
+def named_sources(config: Config) -> tuple[DataSource, ...]:
+    """The data sets of a configuration.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not config.data.sources:
+        raise ConfigError(
+            "data: neither data.path nor data.blend is set", remedy="set data.path to a prepared data set"
+        )
+    return config.data.sources
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.config import Config, DataSource
-from mmscale.data.manifest import check_vocabulary, read_manifest
+from mmscale.config import Config
+from mmscale.data.manifest import check_vocabulary, named_sources, read_manifest
 from mmscale.data.packing import EMPTY_SEQUENCE, Packing, Purpose, blend, deal, permutation
 from mmscale.data.packing_cache import PackedStream
 from mmscale.data.source import Source
 from mmscale.data.vocab import NO_MODALITY, PAD, Vocabulary
-from mmscale.errors import ConfigError, DataError
+from mmscale.errors import DataError
 
 _WINDOWS_IN_MEMORY = 2
 _NO_SOURCE = -1
@@ -320,7 +320,7 @@ def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary) -> Mixtu
     train = split == "train"
     data = config.data
     return Mixture(
-        [Source(Path(entry.path), split=split, vocabulary=vocabulary) for entry in _named_sources(config)],
+        [Source(Path(entry.path), split=split, vocabulary=vocabulary) for entry in named_sources(config)],
         vocabulary,
         seq_length=config.model.seq_length,
         micro_batch_size=config.train.micro_batch_size,
@@ -345,7 +345,7 @@ def nominal_share(config: Config) -> dict[str, float]:
     """
     if config.model.experts.share != "auto":
         return dict(config.model.experts.share)
-    entries = _named_sources(config)
+    entries = named_sources(config)
     total = sum(entry.weight for entry in entries)
     share = dict.fromkeys(config.vocab.names, 0.0)
     for entry in entries:
@@ -355,19 +355,6 @@ def nominal_share(config: Config) -> dict[str, float]:
         for name, part in manifest.share("train").items():
             share[name] += entry.weight / total * part
     return share
-
-
-def _named_sources(config: Config) -> tuple[DataSource, ...]:
-    """The data sets of a configuration.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    if not config.data.sources:
-        raise ConfigError(
-            "data: neither data.path nor data.blend is set", remedy="set data.path to a prepared data set"
-        )
-    return config.data.sources
 
 
 @dataclass(frozen=True)

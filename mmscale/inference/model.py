@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmscale.checkpoint import sharded
 from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config, ParallelConfig
 from mmscale.config.load import load as load_config
 from mmscale.data.mixture import MicroBatch
@@ -23,7 +24,6 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.batch import to_device
-from mmscale.train.state import check_shape
 
 
 @dataclass(frozen=True)

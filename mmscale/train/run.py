@@ -17,10 +17,10 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.shape import shape_of
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.config.load import digest, dump
-from mmscale.config.rules import check
 from mmscale.data.loader import BatchLoader
 from mmscale.data.mixture import Mixture, nominal_share, open_mixture
 from mmscale.data.vocab import Vocabulary
@@ -36,8 +36,9 @@ from mmscale.train.hooks import EvalHook, LogHook
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.metrics import EventLog, MetricsLog, next_attempt, write_environment
 from mmscale.train.optim import make_optimizer, wrap
+from mmscale.train.preflight import preflight
 from mmscale.train.progress import Progress, banner
-from mmscale.train.state import TrainState, check_shape, shape_of
+from mmscale.train.state import TrainState
 from mmscale.train.step import Stepper
 from mmscale.train.throughput import Throughput, peak_tflops
 
@@ -75,7 +76,7 @@ def main(config: Config, env: RankEnv) -> int:
     Raises:
         MmscaleError: something that the user can mend; the same on every rank where it can be.
     """
-    check(config, world_size=env.world_size)
+    preflight(config, world_size=env.world_size)
     config = resolve_share(config)
     vocabulary = Vocabulary.from_config(config.vocab)
     train_data = open_mixture(config, "train", vocabulary=vocabulary)
@@ -203,9 +204,8 @@ def _resume(config: Config, checkpoints: CheckpointManager, state: TrainState) -
         store.sweep()
     steps = store.steps()
     newest: int | None = _agree((steps[-1] if steps else None) if torch.distributed.get_rank() == 0 else None)
-    if newest is None or not config.checkpoint.resume:
+    if newest is None:
         return False
-    check_shape(config, store.info(newest).get("shape", {}), where=str(store.path(newest)))
     checkpoints.load(state, newest)
     return True
 

@@ -14,8 +14,6 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 
 from mmscale.checkpoint.sharded import metadata
-from mmscale.config import Config
-from mmscale.errors import CheckpointError
 
 
 @dataclass
@@ -76,50 +74,3 @@ def unwrapped(module: torch.nn.Module) -> Any:
     while isinstance(module, DistributedDataParallel | Float16Module):
         module = module.module
     return module
-
-
-def shape_of(config: Config) -> dict[str, Any]:
-    """The settings that a checkpoint's tensors depend on, by dotted key."""
-    model, vocab = config.model, config.vocab
-    shape: dict[str, Any] = {
-        f"model.{name}": getattr(model, name)
-        for name in (
-            "kind",
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "norm",
-            "qk_norm",
-            "tie_embeddings",
-        )
-    }
-    shape["model.num_query_groups"] = model.query_groups
-    shape["model.kv_channels"] = model.head_dim
-    shape["model.experts.counts"] = dict(sorted(model.experts.counts.items()))
-    shape["model.experts.shared"] = model.experts.shared
-    shape["model.experts.shared_ffn_hidden_size"] = model.experts.shared_ffn_hidden_size
-    shape["model.depth.every"] = model.depth.every if model.depth else None
-    shape["vocab.modalities"] = [[modality.name, modality.size] for modality in vocab.modalities]
-    shape["vocab.pad_multiple"] = vocab.pad_multiple
-    return shape
-
-
-def check_shape(config: Config, saved: dict[str, Any], *, where: str) -> None:
-    """Refuse a checkpoint of another model before anything is read.
-
-    Args:
-        config: this run's configuration.
-        saved: what `shape_of` gave when the checkpoint was written.
-        where: name of the checkpoint, for the message.
-
-    Raises:
-        CheckpointError: the shapes differ; names every differing setting.
-    """
-    mine = shape_of(config)
-    differing = [f"{key} was {saved.get(key)}, is {mine[key]}" for key in mine if saved.get(key) != mine[key]]
-    if differing:
-        raise CheckpointError(
-            f"{where} holds another model: {'; '.join(differing)}",
-            remedy="restore these settings, or start a new run with another run.name",
-        )

@@ -71,6 +71,26 @@ class MoMaSettings:
     shared_width: int = 0
 
 
+class Router(nn.Module):
+    """Logits of all groups' experts, x . w_e, in fp32.
+
+    A module that is called, with the weights as its own parameters: overlapped parameter gathering waits for a weight
+    in a hook of the module that holds it (distributed_data_parallel.py), and a container is never called.
+    """
+
+    def __init__(self, config: TransformerConfig, groups: tuple[ExpertGroup, ...]) -> None:
+        super().__init__()
+        for group in groups:
+            weight = nn.Parameter(torch.empty(group.experts, config.hidden_size, dtype=config.params_dtype))
+            # The router sees this rank's tokens only, so its gradient is partial over tensor-parallel ranks.
+            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            self.register_parameter(group.name, weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., experts of all groups], fp32."""
+        return F.linear(hidden.float(), torch.cat(tuple(self.parameters())).float())
+
+
 class MoMaMLP(MegatronModule):
     """y = sum over experts e that took the token of sigmoid(x . w_e) FFN_e(x), plus the shared experts' output."""
 
@@ -92,14 +112,10 @@ class MoMaMLP(MegatronModule):
         width = config.ffn_hidden_size
         assert width is not None
         self.experts = nn.ModuleDict()
-        self.router = nn.ParameterDict()
+        self.router = Router(config, settings.groups)
         self.expert_norm = nn.ModuleDict()
         for group in settings.groups:
             self.experts[group.name] = Experts(config, count=group.experts, width=width, groups=self.pg)
-            weight = nn.Parameter(torch.empty(group.experts, config.hidden_size, dtype=config.params_dtype))
-            # The router sees this rank's tokens only, so its gradient is partial over tensor-parallel ranks.
-            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            self.router[group.name] = weight
             if settings.norm_experts:
                 self.expert_norm[group.name] = self._norm()
         self.shared: Experts | None = None
@@ -156,8 +172,7 @@ class MoMaMLP(MegatronModule):
 
     def _router_logits(self, hidden: Tensor, params: MixedModalParams) -> Tensor:
         """[S, B, all experts] fp32, computed where the token lives and gathered."""
-        weight = torch.cat(tuple(self.router.values())).float()
-        local = F.linear(hidden.float(), weight)
+        local = self.router(hidden)
         # Gates multiply outputs that are partial over tensor-parallel ranks, so their gradients are partial and are
         # summed on the way back; with normalised experts the outputs are whole, and each rank takes its own tokens'
         # part.
@@ -199,7 +214,7 @@ class MoMaMLP(MegatronModule):
             sharded.update(experts.sharded_state_dict(f"{prefix}experts.{name}.", sharded_offsets, metadata))
         if self.shared is not None:
             sharded.update(self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata))
-        replicated = {f"router.{name}": weight for name, weight in self.router.items()}
+        replicated = {f"router.{name}": weight for name, weight in self.router.named_parameters()}
         sharded.update(
             make_sharded_tensors_for_checkpoint(
                 replicated, prefix, {}, sharded_offsets, tp_group=self.pg.tp, dp_cp_group=self.pg.dp_cp

@@ -108,7 +108,7 @@ class Trainer:
                 hook.on_step(state, report)
             stop = self.stop_requested()
             if stop or state.step == steps or self.checkpoints.due(state.step):
-                with self.clock.measure(SAVE_STALL):
+                with self.clock.measure(SAVE_STALL), self.stepper.settled():
                     self.checkpoints.save(state)
             if stop:
                 break

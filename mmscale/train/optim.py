@@ -21,6 +21,10 @@ from mmscale.model.build import DTYPES
 from mmscale.train import adam
 
 
+# Elements of a gradient bucket with overlapped communication; None: megatron's own choice, at least 40 million.
+BUCKET_ELEMENTS: int | None = None
+
+
 def wrap(
     config: Config, transformer: TransformerConfig, chunks: list[Any], groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
@@ -30,6 +34,7 @@ def wrap(
     """
     overlap_grads, overlap_params = config.parallel.overlap_grad_reduce, config.parallel.overlap_param_gather
     ddp_config = DistributedDataParallelConfig(
+        bucket_size=BUCKET_ELEMENTS,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap_grads,
         overlap_param_gather=overlap_params,

@@ -5,6 +5,7 @@ Loss sums stay tensors on the device; only `reduce_sums` talks to other ranks an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,22 @@ class Stepper:
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         return self._run(batches, forward_only=False)
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, all ranks hold the newest parameters; every rank enters it.
+
+        With overlapped gathering the shards of other ranks arrive only in the next forward pass, so a checkpoint
+        written right after a step would hold the parameters of the step before.
+        """
+        overlapping = [chunk for chunk in self.chunks if getattr(chunk, "use_forward_hook", False)]
+        for chunk in overlapping:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            for chunk in overlapping:
+                chunk.enable_forward_pre_hook()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

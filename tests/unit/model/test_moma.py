@@ -211,7 +211,7 @@ def noise_of(model: GPTModel, layer: int, key: int) -> Tensor:
     batch = batch_of([random_documents((12,), seed=s) for s in range(60)], length=12)
     hidden = torch.randn(12, 60, 16, generator=torch.Generator().manual_seed(0))
     noisy = mlp._router_logits(hidden, params_of(batch, noise_key=key))
-    weight = torch.cat(tuple(mlp.router.values()))
+    weight = torch.cat(tuple(mlp.router.parameters()))
     return (noisy - hidden @ weight.t()).detach()
 
 

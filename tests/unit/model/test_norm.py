@@ -99,7 +99,7 @@ def router_gradients(
     for _, _, token in chosen:
         experts_of[token] += 1
     direction = torch.randn(24, 16, generator=torch.Generator().manual_seed(8))
-    router = model.decoder.layers[0].mlp.router["text"]
+    router = model.decoder.layers[0].mlp.router.text
     sizes = {}
     for count in (0, 1, 2):
         tokens = experts_of.clamp(max=2) == count

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
 import typer
@@ -15,6 +14,7 @@ import typer
 from mmscale.cli import bench, config, data, machine, report, sample, train
 from mmscale.cli.output import show_error
 from mmscale.errors import MmscaleError, UsageError
+from mmscale.runtime import quiet
 
 __all__ = ["app", "main"]
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or that of the error. Whatever is no MmscaleError is a bug and keeps its traceback.
     """
-    _quieten_libraries()
+    quiet.install()
     try:
         status = app(list(sys.argv[1:] if arguments is None else arguments), prog_name="mmscale", standalone_mode=False)
         sys.stdout.flush()  # here a reader that has gone is still caught
@@ -82,16 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BROKEN_PIPE
     return status if isinstance(status, int) else 0
-
-
-def _quieten_libraries() -> None:
-    """Drop warnings that a user cannot act on: a dozen lines at every start, on every rank.
-
-    What they say about absent packages, `mmscale doctor` says once. `python -W default` and MMSCALE_DEBUG=1 show them.
-    """
-    if not sys.warnoptions and os.environ.get("MMSCALE_DEBUG") != "1":
-        warnings.filterwarnings("ignore", module=r"megatron\.core")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _usage_error(error: typer.TyperException) -> UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_sweep_and_steps_of_a_run_that_never_saved(store: Store) -> None:
     assert store.steps() == []
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for the end of the process."""
 
 
@@ -114,17 +115,15 @@ def test_killed_at_any_rename_leaves_the_old_or_the_new_checkpoint(
     def dying(source: Path, target: Path) -> None:
         nonlocal calls
         if calls == call:
-            raise Killed
+            raise KilledError
         calls += 1
         rename(source, target)
         if calls == call:
-            raise Killed
+            raise KilledError
 
     monkeypatch.setattr(os, "replace", dying)
-    try:
+    with contextlib.suppress(KilledError):
         commit(store, 10, attempt=2, text="second")
-    except Killed:
-        pass
     monkeypatch.undo()
     Store(store.root).sweep()
     newest = store.choose()

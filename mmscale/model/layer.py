@@ -42,7 +42,14 @@ class MixedModalLayer(TransformerLayer):
             rotary_pos_emb=packed_seq_params.rotary(rotary_pos_emb),
             packed_seq_params=packed_seq_params,
         )
-        return self._forward_mlp(hidden, None, padding_mask=packed_seq_params), context
+        output = self._forward_mlp(hidden, None, padding_mask=packed_seq_params)
+        self._report_output(packed_seq_params, output)
+        return output, context
+
+    def _report_output(self, params: MixedModalParams, output: Tensor) -> None:
+        """Mean norm of the last layer's output: it predicts divergence (Chameleon, arXiv 2405.09818, section 2.3)."""
+        if params.stats is not None and self.layer_number == self.config.num_layers:
+            params.stats.add(self.layer_number, "output_norm", output.float().norm(dim=-1).mean())
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,9 @@ class DepthLayer(MixedModalLayer):
         delta = (weight * (out - selected).reshape(-1, width).float()).to(full.dtype)
         update = torch.zeros_like(full).reshape(length * batch, width).index_add(0, rows, delta)
         update = scatter_to_sequence_parallel_region(update.view(length, batch, width), group=self.tp_group)
-        return hidden_states + update, context
+        output = hidden_states + update
+        self._report_output(params, output)
+        return output, context
 
     def _report(self, params: MixedModalParams, inner: MixedModalParams) -> None:
         assert params.stats is not None

@@ -20,7 +20,6 @@ from mmscale.config import Config
 from mmscale.model.build import DTYPES
 from mmscale.train import adam
 
-
 # Elements of a gradient bucket with overlapped communication; None: megatron's own choice, at least 40 million.
 BUCKET_ELEMENTS: int | None = None
 

@@ -43,7 +43,7 @@ KNOWN = (
     ),
     Known(
         r"The \.grad attribute of a Tensor that is not a leaf",
-        "The distributed optimizer asks its fp32 shards for gradients; they are views, and it sets their gradients itself.",
+        "The distributed optimizer asks its fp32 shards, which are views, for gradients that it sets itself.",
     ),
     Known(
         r"If you are using transformer_engine as the transformer implementation",

@@ -279,8 +279,9 @@ def test_figures_of_layers_are_averaged_and_detached(build: Callable[..., GPTMod
     assert {layer for layer, _ in stats.values} == {1, 2}
     assert not any(value.requires_grad for value in stats.values.values())
     for name, mean in stats.means().items():
-        own = [float(value) for (_, key), value in stats.values.items() if key == name]
-        assert float(mean) == pytest.approx(sum(own) / 2)
+        own = {layer: float(value) for (layer, key), value in stats.values.items() if key == name}
+        assert float(mean) == pytest.approx(sum(own.values()) / len(own))
+        assert list(own) == ([2] if name == "output_norm" else [1, 2])
 
 
 def test_figures_change_no_result(build: Callable[..., GPTModel]) -> None:

@@ -50,9 +50,10 @@ class LogHook:
         """Nothing is read from the device on a step that is not logged.
 
         Raises:
-            TrainingError: the loss is not finite; the same on every rank.
+            TrainingError: the loss or the gradient is not finite; the same on every rank, and before anything is saved.
         """
         if not is_logged(self.config, report.step):
+            _refuse_broken("gradient norm", report.result.grad_norm, step=report.step)
             self.progress.step(report.step)
             return
         values = mean_losses(reduce_sums(report.result.sums, self.groups), self.config.vocab.names)
@@ -68,11 +69,8 @@ class LogHook:
             }
             self.metrics.write(report.step, values)
             self.progress.update(report.step, values)
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise TrainingError(
-                f"the loss of step {report.step} is {values['loss']}",
-                remedy="lower optim.lr, raise optim.warmup, or go on from an older checkpoint with another run.seed",
-            )
+        _refuse_broken("loss", values.get("loss", 0.0), step=report.step)
+        _refuse_broken("gradient norm", report.result.grad_norm, step=report.step)
 
     def _routing(self, report: StepReport) -> dict[str, float]:
         """Routing figures, averaged over layers and ranks: stages hold other layers, replicas other tokens."""
@@ -143,3 +141,12 @@ class EvalHook:
             self.metrics.write(report.step, {f"{EVAL}{name}": value for name, value in values.items()})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "z_loss")
         self.progress.say(f"step {report.step}: held-out (batch routing)  {shown}")
+
+
+def _refuse_broken(what: str, value: float, *, step: int) -> None:
+    """The norm is on the host after every step: broken weights are noticed before anything saves them."""
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {what} of step {step} is {value}",
+            remedy="lower optim.lr, raise optim.warmup, or go on from an older checkpoint with another run.seed",
+        )

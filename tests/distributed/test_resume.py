@@ -68,7 +68,8 @@ def leg(settings: Config, folder: Path, *, load: int | None, until: int) -> Take
             assert state.step == load
             assert state.sequences == load * settings.train.global_batch_size
         taken = train(settings, parts, state, until=until)
-        checkpoints.save(state)
+        with parts.stepper.settled():
+            checkpoints.save(state)
         return taken
     finally:
         process_groups.destroy_layout()
@@ -118,8 +119,15 @@ def start(ranks: RankEnv) -> None:
     process_groups.start(ranks)
 
 
+# Parameters of other ranks arrive in the next forward pass: a checkpoint must not hold those of the step before.
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 SAME: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "fp32": [("dense", {"tp": 2}), ("moma_depth", {"ep": 2}), ("moma_depth", {"pp": 2, "vpp": 2})],
+    "fp32": [
+        ("dense", {"tp": 2}),
+        ("moma_depth", {"ep": 2}),
+        ("moma_depth", {"pp": 2, "vpp": 2}),
+        ("moma", OVERLAPPED),
+    ],
     "bf16": [("dense", {}), ("moma_depth", {"ep": 2})],
 }
 

@@ -27,9 +27,16 @@ def test_a_signal_is_noted_by_name(number: signal.Signals) -> None:
 def test_handlers_are_put_back_also_after_an_error() -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
-    with pytest.raises(RuntimeError), StopRequest():
-        assert [signal.getsignal(number) for number in numbers] != before
-        raise RuntimeError
+    inside = []
+
+    def fail() -> None:
+        with StopRequest():
+            inside.extend(signal.getsignal(number) for number in numbers)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert inside != before
     assert [signal.getsignal(number) for number in numbers] == before
 
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from mmscale.data.image_tokens import open_image_tokenizer
 from mmscale.data.manifest import read_manifest
+from mmscale.data.packed import pack_rows
 from mmscale.data.source import Source
 from mmscale.data.text_tokens import open_text_tokenizer
 from mmscale.data.vocab import BOI, BOS, PAD
 from mmscale.errors import DataError
 from mmscale.inference.evaluate import SPLIT
 from mmscale.inference.model import RunModel
-from mmscale.inference.packed import pack_rows
 
 
 @dataclass(frozen=True)

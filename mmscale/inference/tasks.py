@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.data.packed import fill_rows, pack_rows
 from mmscale.data.tasks import TaskItem
 from mmscale.inference.model import RunModel
-from mmscale.inference.packed import fill_rows, pack_rows
 
 
 def choice_accuracy(model: RunModel, items: Sequence[TaskItem]) -> float:

@@ -5,13 +5,15 @@ Same shapes and facts as real data: documents of text with image blocks inside, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from mmscale.config import Config
 from mmscale.data.mixture import MicroBatch
-from mmscale.data.vocab import EOS, PAD, SPECIAL_TOKENS, Vocabulary
+from mmscale.data.packed import pack_rows
+from mmscale.data.vocab import EOS, SPECIAL_TOKENS, Vocabulary
 
 
 class SyntheticMixture:
@@ -44,38 +46,15 @@ class SyntheticMixture:
     def micro_batch(self, index: int) -> MicroBatch:
         """The micro-batch with this number, the same on every rank."""
         rng = np.random.Generator(np.random.Philox(key=[self.config.run.seed, index]))
-        batch, length = self.config.train.micro_batch_size, self.config.model.seq_length
-        tokens = np.full((batch, length), PAD, dtype=np.int64)
-        documents = np.zeros((batch, length), dtype=np.int32)
-        positions = np.zeros((batch, length), dtype=np.int64)
-        for row in range(batch):
-            filled = length - int(self.padding * length)
-            borders = np.linspace(0, filled, self.documents + 1).astype(int)
-            for number, (start, end) in enumerate(pairwise(borders)):
-                tokens[row, start:end] = self._document(rng, end - start, absent=self.absent if index % 2 else None)
-                documents[row, start:end] = number
-                positions[row, start:end] = np.arange(end - start)
-            documents[row, filled:] = self.documents
-            positions[row, filled:] = np.arange(length - filled)
-        labels = np.roll(tokens, -1, axis=1)
-        last = np.ones((batch, length), dtype=bool)
-        last[:, :-1] = documents[:, 1:] != documents[:, :-1]
-        mask = (~last & (tokens != PAD)).astype(np.float32)
-        labels[mask == 0] = PAD
-        modality, label_modality = self.vocabulary.modality_of(tokens), self.vocabulary.modality_of(labels)
-        names = range(len(self.vocabulary.names))
-        return MicroBatch(
-            tokens=tokens,
-            labels=labels,
-            loss_mask=mask,
-            position_ids=positions,
-            document_ids=documents,
-            modality_ids=modality,
-            counts=tuple(int((modality == m).sum()) for m in names),
-            label_counts=tuple(int(((label_modality == m) & (mask > 0)).sum()) for m in names),
-            sources=np.zeros(batch, dtype=np.int64),
-            index=index,
-        )
+        length = self.config.model.seq_length
+        borders = np.linspace(0, length - int(self.padding * length), self.documents + 1).astype(int)
+        absent = self.absent if index % 2 else None
+        rows = [
+            [self._document(rng, end - start, absent=absent) for start, end in pairwise(borders)]
+            for _ in range(self.config.train.micro_batch_size)
+        ]
+        batch, _ = pack_rows(rows, vocabulary=self.vocabulary, seq_length=length)
+        return replace(batch, index=index)
 
     def _document(self, rng: np.random.Generator, length: int, *, absent: str | None) -> np.ndarray:
         """Text with one contiguous block of each other modality inside, ending in EOS."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,5 +44,5 @@ def test_rows_are_filled_in_order_and_never_over(lengths: list[int]) -> None:
     assert [number for row in rows for number in row] == list(range(len(lengths)))
     assert all(sum(lengths[number] for number in row) <= 9 for row in rows)
     # A row ends only because the next document would not have fitted.
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in itertools.pairwise(rows):
         assert sum(lengths[number] for number in row) + lengths[following[0]] > 9

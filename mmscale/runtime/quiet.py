@@ -55,6 +55,11 @@ KNOWN = (
         on_gpus=False,
     ),
     Known(
+        r"`load_state_dict` is deprecated and will be removed",
+        "How megatron-core's dist_checkpointing reads; torch's new name does the same.",
+        category=FutureWarning,
+    ),
+    Known(
         r"`torch\.distributed\.\w+` is deprecated\. Please use",
         "New names in torch for collectives that megatron-core calls by the old ones, which do the same.",
         category=FutureWarning,

@@ -1,0 +1,54 @@
+"""Fixtures of the end-to-end tests: one tiny data set, prepared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.end_to_end.running import mmscale
+
+STEPS = 60
+SETTINGS = {
+    "run": {"name": "tiny"},
+    "vocab": {"modalities": [{"name": "text", "size": 384}, {"name": "image", "size": 128}], "pad_multiple": 64},
+    "data": {
+        "prepare": {"source": "digits", "image": {"size": 8, "channels": 1, "patch": 4, "fit_patches": 2000}},
+    },
+    "model": {
+        "kind": "moma",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 2,
+        "seq_length": 64,
+        "experts": {"counts": {"text": 2, "image": 2}},
+        "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
+    },
+    "train": {"steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4, "eval_every": 30, "eval_batches": 2},
+    "optim": {"lr": 3e-3, "warmup": 5, "schedule": "cosine"},
+    "parallel": {"ep": 2},
+    "precision": {"dtype": "fp32"},
+    "checkpoint": {"every": 10, "keep": 9},
+    "log": {"every": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set of handwritten digits, made by `mmscale data prepare`."""
+    folder = tmp_path_factory.mktemp("digits")
+    spec = folder / "spec.yaml"
+    spec.write_text(yaml.safe_dump(SETTINGS))
+    ended = mmscale("data", "prepare", spec, "--out", folder / "set", "--json")
+    assert ended.status == 0, ended
+    return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A configuration that trains on it in milliseconds a step; tests give `run.dir` themselves."""
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**SETTINGS, "data": {**SETTINGS["data"], "path": str(digits)}}))
+    return file

@@ -1,0 +1,183 @@
+# Runs the real command: as forked ranks of this process where that is enough, as `python -m mmscale` where it is not.
+# A started command costs 6 s of imports per rank, a forked one 0.1 s; both go through mmscale.cli.main.
+"""Commands of the end-to-end tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmscale.runtime.rank_env import free_port
+
+ROOT = Path(__file__).parents[2]
+_MARK = "MMSCALE_TEST_COMMAND"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a command.
+
+    Attributes:
+        status: exit status.
+        out, err: what rank 0 wrote.
+        others: both of the other ranks.
+    """
+
+    status: int
+    out: str
+    err: str
+    others: str = ""
+
+
+def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) -> Ended:
+    """`mmscale ARGUMENTS` as forked ranks, which find themselves as the ranks of `--nproc` do."""
+    import mmscale.inference.evaluate
+    import mmscale.train.run
+    import mmscale.train.verify  # noqa: F401  what forks would import one by one
+
+    folder = Path(tempfile.mkdtemp(prefix="mmscale-forked-"))
+    port = free_port()
+    pids = [_fork([str(argument) for argument in arguments], rank, nproc, port, folder) for rank in range(nproc)]
+    statuses: dict[int, int] = {}
+    deadline = time.monotonic() + timeout_s
+    try:
+        while len(statuses) < nproc:
+            for rank, pid in enumerate(pids):
+                if rank not in statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    statuses[rank] = os.waitstatus_to_exitcode(ended[1])
+            assert time.monotonic() < deadline, f"{arguments}: ranks {set(range(nproc)) - set(statuses)} hang"
+            time.sleep(0.005)
+    finally:
+        for rank, pid in enumerate(pids):
+            if rank not in statuses:
+                os.kill(pid, 9)
+                os.waitpid(pid, 0)
+        texts = {file.name: file.read_text() for file in folder.iterdir()}
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    others = "".join(text for name, text in sorted(texts.items()) if not name.startswith("0."))
+    assert len(set(statuses.values())) == 1, f"{statuses}\n{texts}"
+    return Ended(statuses[0], texts["0.out"], texts["0.err"], others)
+
+
+def _fork(arguments: list[str], rank: int, nproc: int, port: int, folder: Path) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        if nproc > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MMSCALE_LAUNCHER="local")
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        import gc
+
+        from mmscale.cli import main
+
+        sys.argv = ["mmscale", *arguments]  # what `--nproc` starts its ranks with
+
+        gc.freeze()
+        status = main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+@dataclass
+class Started:
+    """A real command that is still running."""
+
+    process: subprocess.Popen[str]
+    mark: str
+
+    def processes(self) -> list[int]:
+        """Every process that it started, and their children, as long as they live."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != self.process.pid:
+                try:
+                    if f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+                except OSError:
+                    continue
+        return found
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        wanted = f"RANK={number}".encode()
+        parents = {pid: int(_stat(pid)[1]) for pid in self.processes()}
+        (pid,) = (
+            pid
+            for pid, parent in parents.items()
+            if parent == self.process.pid and wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        )
+        return pid
+
+    def until(self, condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
+        """Wait for something while it runs."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"ended early: {self.process.communicate()}"
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.01)
+
+    def end(self, *, timeout_s: float = 120.0) -> Ended:
+        """Wait for its end."""
+        out, err = self.process.communicate(timeout=timeout_s)
+        return Ended(self.process.returncode, out, err)
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... of a process: what follows its name, which may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def start(*arguments: str | Path, environ: dict[str, str] | None = None) -> Started:
+    """`python -m mmscale ARGUMENTS`, for real."""
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {}), _MARK: mark}
+    command = [sys.executable, "-m", "mmscale", *map(str, arguments)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Started(process, mark)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content: equal before and after if nothing was written."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def assert_says(ended: Ended, *, status: int, cause: str, remedy: str) -> None:
+    """Exit status, exactly one cause, exactly one remedy, on stderr, and no traceback."""
+    said = f"exit status {ended.status}\n{ended.out}\n{ended.err}"
+    assert ended.status == status, said
+    assert "Traceback" not in said, said
+    assert ended.out.count("error:") == 0, said
+    (error,) = re.findall(r"^error: (.*)$", ended.err, re.MULTILINE)
+    (fix,) = re.findall(r"^  fix: (.*)$", ended.err, re.MULTILINE)
+    assert re.search(cause, error), f"{cause!r} is not in {error!r}"
+    assert re.search(remedy, fix), f"{remedy!r} is not in {fix!r}"
+
+
+def warnings_in(text: str) -> Sequence[str]:
+    """Lines that look like warnings of Python or of a library's logger."""
+    return [line for line in text.splitlines() if re.search(r"\bwarn|deprecat|/site-packages/", line, re.IGNORECASE)]

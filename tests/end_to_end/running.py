@@ -122,6 +122,13 @@ class Started:
                     continue
         return found
 
+    def left_behind(self, *, within_s: float = 5.0) -> list[int]:
+        """What still lives after its end; a killed process is gone a moment after the signal."""
+        deadline = time.monotonic() + within_s
+        while (found := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
     def rank(self, number: int) -> int:
         """The process of a rank."""
         wanted = f"RANK={number}".encode()

@@ -81,7 +81,7 @@ def interrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Inter
     first.until(lambda: at_step(13, 1))
     os.kill(first.rank(1), signal.SIGKILL)
     killed = first.end()
-    left_behind = first.processes()
+    left_behind = first.left_behind()
     committed = sorted(entry.name for entry in (folder / "checkpoints").iterdir() if "." not in entry.name)
 
     second = start(*command)

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from mmscale.train.metrics import read_events, read_metrics
 from tests.end_to_end.conftest import STEPS
-from tests.end_to_end.running import Ended, mmscale, start, warnings_in
+from tests.end_to_end.running import Ended, assert_says, mmscale, start, warnings_in
 
 # mfu is missing on purpose: nobody knows a CPU's peak. save_stall_s is there where there was a save.
 KEYS = {
@@ -82,7 +83,7 @@ def interrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Inter
     os.kill(first.rank(1), signal.SIGKILL)
     killed = first.end()
     left_behind = first.left_behind()
-    committed = sorted(entry.name for entry in (folder / "checkpoints").iterdir() if "." not in entry.name)
+    committed = sorted(entry.name for entry in (folder / "checkpoints").glob("step_*") if "." not in entry.name)
 
     second = start(*command)
     second.until(lambda: at_step(22, 2))
@@ -103,7 +104,7 @@ def test_it_finishes_and_the_run_folder_is_as_documented(whole: Run) -> None:
     assert (whole.folder / "config.yaml").read_text() == (whole.folder / "config.1.yaml").read_text()
     assert not list(whole.folder.rglob("*.tmp*"))
     saved = sorted(entry.name for entry in (whole.folder / "checkpoints").iterdir())
-    assert saved == [f"step_{step:08d}" for step in range(10, STEPS + 1, 10)]
+    assert saved == ["latest", *(f"step_{step:08d}" for step in range(10, STEPS + 1, 10))]
 
 
 def test_metrics_have_the_documented_keys_on_every_step(whole: Run) -> None:
@@ -179,6 +180,27 @@ def test_eval_of_a_run(whole: Run, digits: Path) -> None:
     result = json.loads(ended.out)
     assert result["loss"] == pytest.approx(whole.metrics()[-1]["eval/loss"], abs=1e-5)
     assert result["routing"] == "batch"
+
+
+def test_sample_draws_pictures_that_a_seed_repeats(whole: Run, tmp_path: Path) -> None:
+    """Names the routing, writes every picture in the data set's size, and the same ones for the same seed."""
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    prompts = ("--prompt", "draw a seven", "--prompt", "draw a two", "--count", "2", "--json")
+    for out, seed in ((first, "1"), (again, "1"), (other, "2")):
+        ended = mmscale("sample", whole.folder, *prompts, "--seed", seed, "--out", out)
+        assert ended.status == 0, ended
+    result = json.loads(ended.out)
+    assert result["routing"] == "batch" and len(result["images"]) == 4
+    pictures = {out: [file.read_bytes() for file in sorted(out.glob("0*.png"))] for out in (first, again, other)}
+    assert pictures[first] == pictures[again] != pictures[other]
+    assert {Image.open(file).size for file in first.glob("0*.png")} == {(8, 8)}
+    assert Image.open(first / "samples.png").width > 100
+
+
+def test_a_prompt_that_does_not_fit_is_refused(whole: Run, tmp_path: Path) -> None:
+    ended = mmscale("sample", whole.folder, "--prompt", "draw " * 50, "--out", tmp_path / "none")
+    assert_says(ended, status=3, cause="a sequence has 64", remedy="shorten the prompt")
+    assert not (tmp_path / "none").exists()
 
 
 def test_verify_layout_prints_equal(config: Path) -> None:

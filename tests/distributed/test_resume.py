@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from mmscale.checkpoint.manager import CheckpointManager
@@ -62,7 +63,7 @@ def leg(settings: Config, folder: Path, *, load: int | None, until: int) -> Take
     try:
         parts = run.build(settings, groups)
         state = TrainState(parts.chunks, parts.optimizer)
-        checkpoints = CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=lambda event, step: None)
+        checkpoints = CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=_unheard)
         if load is not None:
             checkpoints.load(state, load)
             assert state.step == load
@@ -73,6 +74,10 @@ def leg(settings: Config, folder: Path, *, load: int | None, until: int) -> Take
         return taken
     finally:
         process_groups.destroy_layout()
+
+
+def _unheard(*event: object, **fields: object) -> None:
+    """Nobody listens to the manager's events here."""
 
 
 def train(settings: Config, parts: run.Parts, state: TrainState, *, until: int) -> Taken:
@@ -113,6 +118,15 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     )
 
 
+def assert_weights_are_newest(saved: dict[str, Tensor]) -> None:
+    """The model's weights are those of the optimizer, rounded: evaluation and conversion read the model's only."""
+    prefix = "optimizer.state.param."
+    masters = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+    assert masters and masters.keys() <= saved.keys()
+    stale = [key for key, value in masters.items() if not torch.equal(value.to(saved[key].dtype), saved[key])]
+    assert not stale, f"weights of an earlier step: {stale}"
+
+
 def start(ranks: RankEnv) -> None:
     """torch.distributed, and no garbage collection of what the fork inherited: megatron-core collects in every save."""
     gc.freeze()
@@ -144,7 +158,9 @@ def test_same_layout_goes_on_exactly(tmp_path: Path, dtype: str) -> None:
             uninterrupted = leg(made, whole, load=None, until=STEPS)
             resumed = leg(made, halves, load=None, until=2) + leg(made, halves, load=2, until=STEPS)
             assert resumed == uninterrupted, f"{model} {parallel}: {resumed} instead of {uninterrupted}"
-            assert largest_difference(tensors(whole, STEPS), tensors(halves, STEPS)) == 0.0, (model, parallel)
+            one, other = tensors(whole, STEPS), tensors(halves, STEPS)
+            assert largest_difference(one, other) == 0.0, (model, parallel)
+            assert_weights_are_newest(one)
         process_groups.finalize()
 
     run_ranks(ranks_do, world_size=2, timeout_s=240)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
+import queue
 from pathlib import Path
 from typing import Any
 
+from mmscale.checkpoint.pickles import read_metadata, weights_only
 from mmscale.errors import CheckpointError
 from mmscale.runtime import megatron_cpu
 
@@ -18,7 +21,9 @@ megatron_cpu.install()
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402  (what ranks raise together)
 
 # How megatron's optimizers name and cut their state. Without chained_optim_avoid_prefix one expert-parallel rank writes
 # other keys than two (optimizer.py, ChainedOptimizer.sharded_state_dict); layers differ with Mixture-of-Depths.
@@ -39,6 +44,9 @@ def metadata() -> dict[str, Any]:
 def write(folder: Path, state: ShardedStateDict) -> None:
     """Write this rank's part; every rank calls it, with the same folder."""
     _quiet()
+    # megatron-core would start a manager process of 270 MB for this queue, which outlives a rank that is killed. A
+    # synchronous save fills and empties it in this process.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(folder), _FORMAT)
 
 
@@ -54,10 +62,12 @@ def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> Stat
         CheckpointError: the checkpoint has not what `state` asks for, or is damaged.
     """
     _quiet()
+    read_metadata(folder)  # megatron-core would run what a hostile one says
     try:
         strict = StrictHandling.RAISE_UNEXPECTED if partly else StrictHandling.RAISE_ALL
-        return dist_checkpointing.load(state, str(folder), strict=strict)
-    except (CheckpointingException, OSError, KeyError, EOFError) as error:
+        with weights_only():
+            return dist_checkpointing.load(state, str(folder), strict=strict)
+    except (CheckpointingException, CheckpointException, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {folder} cannot be loaded: {first}",

@@ -103,6 +103,15 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def code_version() -> str:
+    """Version of mmscale, with the commit where it runs from a git checkout: "0.1.0+126b1c7d4f00"."""
+    folder = Path(mmscale.__file__).parent
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return mmscale.__version__
+    commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+    return f"{mmscale.__version__}+{commit}" if commit else mmscale.__version__
+
+
 def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs, whether it was changed since, and the change; None outside a git checkout."""
     folder = Path(mmscale.__file__).parent

@@ -157,6 +157,17 @@ def _check_layout(world_size: int, *, tp: int, pp: int, vpp: int | None, ep: int
 # --- where this rank stands -----------------------------------------------------------------------------------------
 
 
+def topology() -> dict[str, int]:
+    """Ranks of every dimension: equal topologies give every rank the same part of the model and of the batch."""
+    return {
+        "world_size": torch.distributed.get_world_size(),
+        "tp": tensor_parallel_size(),
+        "pp": pipeline_size(),
+        "vpp": virtual_pipeline_size() or 1,
+        "ep": expert_parallel_size(),
+    }
+
+
 def data_parallel_rank() -> int:
     """Which part of every global batch this rank reads."""
     return int(parallel_state.get_data_parallel_rank())

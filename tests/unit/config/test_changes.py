@@ -1,0 +1,102 @@
+"""Which settings changed since a checkpoint, and which of these make it another experiment."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mmscale.config import Config
+from mmscale.config.changes import changes, describe
+from mmscale.config.load import resolve
+
+MODEL: dict[str, Any] = {
+    "vocab": {"modalities": [{"name": "text", "size": 64}, {"name": "image", "size": 64}]},
+    "data": {"path": "data/one"},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "seq_length": 64,
+        "experts": {"counts": {"text": 2, "image": 2}, "share": {"text": 0.5, "image": 0.5}},
+        "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
+    },
+}
+
+
+def config(*overrides: str) -> Config:
+    return resolve(MODEL, overrides)
+
+
+def saved(*overrides: str) -> dict[str, Any]:
+    """As it comes back from a checkpoint."""
+    content: dict[str, Any] = json.loads(json.dumps(config(*overrides).model_dump(mode="json")))
+    return content
+
+
+def test_nothing_changed() -> None:
+    assert changes(saved(), config()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim.lr=2e-4", "optim.lr: 0.0001 -> 0.0002"),
+        ("train.steps=7", "train.steps: 1000 -> 7"),
+        ("checkpoint.keep=5", "checkpoint.keep: 3 -> 5"),
+        ("parallel.ep=2", "parallel.ep: 1 -> 2"),
+        ("data.workers=2", "data.workers: 0 -> 2"),
+        ("data.cache=there", 'data.cache: null -> "there"'),
+        ("train.micro_batch_size=2", "train.micro_batch_size: 1 -> 2"),
+        ("model.dropout=0.1", "model.dropout: 0.0 -> 0.1"),
+    ],
+)
+def test_some_settings_may_change_and_are_shown(override: str, line: str) -> None:
+    found = changes(saved(), config(override))
+    assert describe(found, objective=False) == [line]
+    assert describe(found, objective=True) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.path=data/two",
+        "data.balance=false",
+        "data.pack_window=64",
+        "train.z_loss=0",
+        "train.modality_weights.image=0.5",
+        "train.global_batch_size=16",
+        "model.experts.share={text: 0.6, image: 0.4}",
+        "model.experts.scope=micro_batch",
+        "model.experts.capacity_factor=2",
+        "model.depth.capacity=0.25",
+        "model.depth.choice=per_modality",
+        "model.seq_length=128",
+        "run.seed=5",
+        "vocab.pad_multiple=64",
+    ],
+)
+def test_what_is_optimized_or_read_does_not_change_by_accident(override: str) -> None:
+    refused = describe(changes(saved(), config(override)), objective=True)
+    assert refused and all(line.startswith(override.split("=")[0]) for line in refused)
+
+
+def test_the_micro_batch_matters_where_experts_choose_among_it() -> None:
+    scope = "model.experts.scope=micro_batch"
+    found = changes(saved(scope), config(scope, "train.micro_batch_size=2"))
+    assert describe(found, objective=True) == ["train.micro_batch_size: 1 -> 2"]
+
+
+def test_a_share_that_is_measured_later_is_no_change() -> None:
+    unresolved = {**MODEL, "model": {**MODEL["model"], "experts": {"counts": {"text": 2, "image": 2}}}}
+    assert changes(saved(), resolve(unresolved)) == []
+
+
+def test_settings_that_one_version_does_not_know() -> None:
+    old = saved()
+    del old["checkpoint"]["keep_every"]
+    old["optim"]["nesterov"] = True
+    lines = describe(changes(old, config()), objective=False)
+    assert lines == ["checkpoint.keep_every: (none) -> 0", "optim.nesterov: true -> (none)"]

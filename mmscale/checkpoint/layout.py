@@ -1,24 +1,35 @@
 """Folders of a run's checkpoints: names, the commit by rename, the newest one, retention.
 
-Knows paths only: no torch, no tensors. A folder `step_00000100` is whole, because it gets that name last.
+Knows paths only: no torch, no tensors. A folder `step_00000100` was whole when it got that name, which it gets last;
+whether it still is, integrity.py says.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import stat
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale.checkpoint import integrity
 from mmscale.errors import CheckpointError
 
 FOLDER = "checkpoints"
 INFO = "mmscale.json"
+LATEST = "latest"
+INFO_FORMAT = 2  # 1 had no manifest
+_VERIFIED = 2  # checkpoints known to be whole that retention never goes below
 _STEP = re.compile(r"^step_(\d{8,})$")
+_BAD = re.compile(r"^step_\d{8,}\.bad(\.\d+)?$")
 _LEFT = re.compile(r"^(step_\d{8,})\.(tmp|old|deleted)")
+
+
+def _nothing(stage: str) -> None:
+    """The usual `on_stage`."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +38,11 @@ class Store:
 
     Attributes:
         root: `<run>/checkpoints`.
+        on_stage: told the name of every sub-step of a commit after it; tests end the process there.
     """
 
     root: Path
+    on_stage: Callable[[str], None] = _nothing
 
     @classmethod
     def of_run(cls, run: Path) -> Store:
@@ -73,51 +86,132 @@ class Store:
 
     def begin(self, step: int, attempt: int) -> Path:
         """An empty folder to write into. One process calls it."""
+        self.root.mkdir(mode=0o755, parents=True, exist_ok=True)
         folder = self.temporary(step, attempt)
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(mode=0o755)
         return folder
 
-    def commit(self, step: int, attempt: int, info: dict[str, Any]) -> Path:
+    def write_info(self, step: int, attempt: int, info: dict[str, Any]) -> None:
+        """Put what `info` gives back, plain JSON, into a folder that is being written. One process calls it."""
+        text = json.dumps({"format": INFO_FORMAT, **info}, indent=1)
+        (self.temporary(step, attempt) / INFO).write_text(text, encoding="utf-8")
+
+    def commit(self, manifest: integrity.Manifest) -> Path:
         """Make a written folder the checkpoint of its step. One process calls it, after all ranks have written.
 
+        Killed anywhere in between, it leaves the checkpoint that was there before or the new one, after a `sweep`.
+
         Args:
-            step: optimizer steps done.
-            attempt: attempt that wrote it.
-            info: what `info` gives back; plain JSON.
+            manifest: what the folder consists of, hashed after it was written.
         """
+        step, attempt = manifest.step, manifest.attempt
         folder, final = self.temporary(step, attempt), self.path(step)
-        (folder / INFO).write_text(json.dumps(info, indent=1))
+        (folder / integrity.MANIFEST).write_text(manifest.text(), encoding="utf-8")
+        self.on_stage("manifest")
         for file in (*folder.rglob("*"), folder):
-            _sync(file)
-        if final.exists():  # an earlier attempt reached this step too; its content is the same or older
-            old = final.with_name(f"{final.name}.old.{attempt}")
+            file.chmod(stat.S_IMODE(file.stat().st_mode) & ~stat.S_IWOTH)
+            integrity.fsync(file)
+        self.on_stage("fsync")
+        old = final.with_name(f"{final.name}.old.{attempt}")
+        if final.exists():  # an earlier attempt reached this step too
             final.replace(old)
-            shutil.rmtree(old)
+            self.on_stage("move")
         folder.replace(final)
-        _sync(self.root)
+        integrity.fsync(self.root)
+        self.on_stage("rename")
+        if old.exists():
+            shutil.rmtree(old)
+        self.point_to_newest()
+        self.on_stage("latest")
         return final
 
+    def point_to_newest(self) -> None:
+        """Write the newest checkpoint's name into `latest`: a hint for people and scripts, which nothing here reads."""
+        steps, file = self.steps(), self.root / LATEST
+        wanted = f"{self.path(steps[-1]).name}\n" if steps else ""
+        try:
+            if file.is_symlink() or file.read_text(encoding="utf-8") != wanted:
+                raise ValueError
+        except (OSError, ValueError):
+            if not wanted and not file.is_symlink() and not file.exists():
+                return
+            temporary = self.root / f"{LATEST}.tmp"
+            temporary.unlink(missing_ok=True)
+            temporary.write_text(wanted, encoding="utf-8")
+            integrity.fsync(temporary)
+            temporary.replace(file)
+            integrity.fsync(self.root)
+
+    def condemn(self, step: int) -> Path:
+        """Take a damaged checkpoint out of the way, for inspection: nothing here deletes it."""
+        target, number = self.path(step).with_suffix(".bad"), 1
+        while target.exists():
+            number += 1
+            target = self.path(step).with_suffix(f".bad.{number}")
+        self.path(step).replace(target)
+        integrity.fsync(self.root)
+        return target
+
+    def condemned(self) -> list[str]:
+        """Names of the folders that `condemn` left."""
+        if not self.root.is_dir():
+            return []
+        return sorted(entry.name for entry in self.root.iterdir() if _BAD.match(entry.name))
+
+    def newest(self) -> int | None:
+        """The newest committed step; None where there never was one.
+
+        Raises:
+            CheckpointError: there were checkpoints, and all of them turned out to be damaged.
+        """
+        steps, bad = self.steps(), self.condemned()
+        if not steps and bad:
+            raise CheckpointError(
+                f"no checkpoint in {self.root} is whole; damaged ones are kept as {', '.join(bad)}",
+                remedy="restore one from a copy, or remove these folders to start from scratch",
+            )
+        return steps[-1] if steps else None
+
     def info(self, step: int) -> dict[str, Any]:
-        """What was given to `commit`.
+        """What was given to `write_info`.
 
         Raises:
             CheckpointError: it cannot be read.
         """
         file = self.path(step) / INFO
         try:
-            content = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{file} cannot be read: {error}", remedy="choose an older checkpoint: RUN@STEP"
             ) from error
-        assert isinstance(content, dict)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file} holds no JSON object", remedy="choose an older checkpoint: RUN@STEP")
         return content
 
-    def prune(self, keep: int) -> list[int]:
-        """Delete all but the `keep` newest checkpoints; returns the deleted steps."""
-        gone = self.steps()[:-keep]
+    def promises_manifest(self, step: int) -> bool:
+        """Whether a checkpoint was written with a manifest: without one it is damaged then, and not just old."""
+        try:
+            return int(self.info(step).get("format", 1)) >= INFO_FORMAT
+        except (CheckpointError, TypeError, ValueError):
+            return True
+
+    def prune(self, keep: int, *, every: int = 0, verified: Collection[int] = ()) -> list[int]:
+        """Delete old checkpoints; returns the deleted steps.
+
+        Args:
+            keep: newest ones that stay.
+            every: steps divisible by it stay for ever; 0: none do.
+            verified: steps known to be whole. The two newest of them stay, and nothing goes while there are fewer.
+        """
+        steps = self.steps()
+        whole = [step for step in steps if step in verified]
+        if len(whole) < _VERIFIED:
+            return []
+        kept = {*steps[-keep:], *whole[-_VERIFIED:], *(step for step in steps if every and step % every == 0)}
+        gone = [step for step in steps if step not in kept]
         for step in gone:
             doomed = self.path(step).with_suffix(".deleted")
             self.path(step).replace(doomed)  # never a half-deleted folder under a committed name
@@ -139,11 +233,3 @@ class Store:
                 entry.replace(self.root / left[1])
             else:
                 shutil.rmtree(entry)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

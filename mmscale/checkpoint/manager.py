@@ -1,18 +1,28 @@
-"""When to save, what to keep, what to load: the checkpoints of one run, committed by rename, newest first.
+"""When to save, what to keep, what to load: the checkpoints of one run, committed by rename, newest whole one first.
 
-Synchronous. What the state consists of, it is told; where it stands, layout.py says.
+Synchronous. What the state consists of, it is told; where it stands, layout.py says; whether it is whole, integrity.py.
+Every rank calls every method, and all of them return or raise alike.
 """
 
 from __future__ import annotations
 
+import functools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from mmscale.checkpoint import sharded
+from mmscale.checkpoint import integrity, sharded
+from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
 from mmscale.checkpoint.layout import Store
+from mmscale.errors import CheckpointError
+from mmscale.runtime import groups, random_state
+
+RANDOM = "rng"
+_ALLOW = "or set checkpoint.allow_missing=true to go on without"
+T = TypeVar("T")
 
 
 class Saveable(Protocol):
@@ -35,8 +45,14 @@ class CheckpointManager:
         every: save every n steps; 0: only when told.
         keep: newest checkpoints kept.
         attempt: number of this attempt; names temporary folders.
-        info: what is stored beside the tensors, plain JSON.
-        on_event: told "save_begin" and "save_committed" with the step, on rank 0.
+        info: what is stored beside the tensors, plain JSON; `config_digest` goes into the manifest too.
+        on_event: told events with their fields, on rank 0: "save_begin", "save_committed", "checkpoint_bad",
+            "checkpoint_unverified", "random_state_fresh".
+        keep_every: checkpoints of every n-th step are kept for ever; 0: none.
+        allow_missing: whether a checkpoint may lack its manifest, its counters or random states.
+        seed: from which a rank gets new random numbers where the saved ones belong to another layout.
+        code_version: goes into the manifest.
+        default_progress: counters for a checkpoint of a step that lacks them, with allow_missing.
     """
 
     def __init__(
@@ -47,7 +63,12 @@ class CheckpointManager:
         keep: int,
         attempt: int,
         info: dict[str, Any],
-        on_event: Callable[[str, int], None],
+        on_event: Callable[..., None],
+        keep_every: int = 0,
+        allow_missing: bool = False,
+        seed: int = 0,
+        code_version: str = "",
+        default_progress: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self.store = Store.of_run(run)
         self.every = every
@@ -55,26 +76,208 @@ class CheckpointManager:
         self.attempt = attempt
         self.info = info
         self.on_event = on_event
-        self._first = torch.distributed.get_rank() == 0
+        self.keep_every = keep_every
+        self.allow_missing = allow_missing
+        self.seed = seed
+        self.code_version = code_version
+        self.default_progress = default_progress
+        self.verified: set[int] = set()  # steps that this attempt wrote and hashed, or found whole
+        self._accepted: set[int] = set()  # those, and what allow_missing let through
+        self._rank = torch.distributed.get_rank()
+        self._size = torch.distributed.get_world_size()
+        self._first = self._rank == 0
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a checkpoint after this step."""
         return self.every > 0 and step % self.every == 0
 
+    # --- save -------------------------------------------------------------------------------------------------------
+
     def save(self, state: Saveable) -> None:
-        """Write, commit, and delete the oldest ones."""
+        """Write, hash, commit, and delete the oldest ones.
+
+        Raises:
+            CheckpointError: a rank could not write or read its part; what was committed before still stands.
+        """
         step = state.step
+        folder = self.store.temporary(step, self.attempt)
+        self._tell("save_begin", step=step)
+        self._on_first(lambda: self.store.begin(step, self.attempt))
+        sharded.write(folder, state.sharded(loading=False))
+        self._on_all(lambda: self._write_beside(folder, step))
+        self.store.on_stage("write")
+        files = self._on_first(lambda: integrity.sizes(folder))
+        mine = integrity.deal(files, self._size)[self._rank]  # also spreads the reading over nodes
+        parts = self._on_all(lambda: integrity.digests(folder, mine))
+        self.store.on_stage("hash")
+        manifest = Manifest(
+            step=step,
+            attempt=self.attempt,
+            config_digest=str(self.info.get("config_digest", "")),
+            code_version=self.code_version,
+            topology=groups.topology(),
+            files={name: record for part in parts for name, record in part.items()},
+        )
+        self.verified.add(step)
+        self._accepted.add(step)
+        self._on_first(lambda: self._commit(manifest))
+        self._tell("save_committed", step=step)
+
+    def _write_beside(self, folder: Path, step: int) -> None:
+        """This rank's random state, of which megatron-core would keep one per stage and tensor rank; rank 0's info."""
+        file = folder / _random_file(self._rank)
+        file.parent.mkdir(mode=0o755, exist_ok=True)
+        torch.save(random_state.capture(), file)
+        integrity.fsync(file)
         if self._first:
-            self.on_event("save_begin", step)
-            self.store.begin(step, self.attempt)
-        torch.distributed.barrier()  # the folder is there
-        sharded.write(self.store.temporary(step, self.attempt), state.sharded(loading=False))
-        torch.distributed.barrier()  # every rank has written
-        if self._first:
-            self.store.commit(step, self.attempt, self.info | {"step": step})
-            self.store.prune(self.keep)
-            self.on_event("save_committed", step)
+            self.store.write_info(step, self.attempt, self.info | {"step": step})
+
+    def _commit(self, manifest: Manifest) -> None:
+        self.store.commit(manifest)
+        self.store.prune(self.keep, every=self.keep_every, verified=self.verified)
+
+    # --- load -------------------------------------------------------------------------------------------------------
+
+    def choose(self) -> int | None:
+        """The newest checkpoint that is whole, or None where there never was one. Damaged ones are renamed to `.bad`.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is whole; or one has no manifest, or anyone could write it.
+        """
+        self._on_first(self.store.sweep)
+        while (step := self._on_first(self.store.newest)) is not None:
+            problems = self.problems(step)
+            if not problems:
+                self._on_first(self.store.point_to_newest)
+                return step
+            bad = self._on_first(functools.partial(self.store.condemn, step))
+            self._tell("checkpoint_bad", step=step, kept_as=bad.name, problems=problems[:20])
+        return None
+
+    def problems(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint, found by all ranks together; empty if it is whole.
+
+        Raises:
+            CheckpointError: it has no manifest, or anyone could write it.
+        """
+        folder = self.store.path(step)
+        manifest, problems = self._on_first(lambda: self._inspect(step))
+        if manifest is None or problems:
+            self._accepted |= set() if problems else {step}
+            return list(problems)
+        sizes = {name: record.size for name, record in manifest.files.items()}
+        mine = integrity.deal(sizes, self._size)[self._rank]
+        found = [line for part in self._on_all(lambda: integrity.content(folder, manifest, mine)) for line in part]
+        if not found:
+            self.verified.add(step)
+            self._accepted.add(step)
+        return found
+
+    def _inspect(self, step: int) -> tuple[Manifest | None, list[str]]:
+        folder = self.store.path(step)
+        integrity.refuse_world_writable(folder)
+        try:
+            manifest = integrity.read_manifest(folder)
+        except NoManifestError as error:
+            if self.store.promises_manifest(step):
+                return None, [str(error)]
+            if not self.allow_missing:
+                raise CheckpointError(
+                    f"{folder} has no {integrity.MANIFEST}, so nobody can tell whether it is whole",
+                    remedy=f"choose a run that has one, {_ALLOW}",
+                ) from None
+            self.on_event("checkpoint_unverified", step=step)
+            return None, []
+        except DamagedError as error:
+            return None, [str(error)]
+        if manifest.step != step:
+            return None, [f"{integrity.MANIFEST} belongs to step {manifest.step}"]
+        return manifest, integrity.structure(folder, manifest)
 
     def load(self, state: Saveable, step: int) -> None:
-        """Read a committed checkpoint into the state."""
-        state.restore(sharded.read(self.store.path(step), state.sharded(loading=True)))
+        """Read a committed checkpoint into the state, and go on with its random numbers.
+
+        Raises:
+            CheckpointError: it is damaged, or lacks something.
+        """
+        if step not in self._accepted and (problems := self.problems(step)):
+            raise CheckpointError(
+                f"{self.store.path(step)} is damaged: {integrity.describe(problems)}",
+                remedy="choose another checkpoint: RUN@STEP",
+            )
+        loaded = sharded.read(self.store.path(step), state.sharded(loading=True))
+        if "progress" not in loaded:
+            self._refuse_missing(step, "its counters (progress)")
+            loaded["progress"] = self.default_progress(step) if self.default_progress else {"step": step}
+        state.restore(loaded)
+        self._restore_random_state(step)
+
+    def _restore_random_state(self, step: int) -> None:
+        folder = self.store.path(step)
+        saved = self._on_first(lambda: _topology(folder))
+        file = folder / _random_file(self._rank)
+        if saved == groups.topology():
+            states = self._on_all(lambda: _load_random_state(file) is not None)
+            if all(states):
+                state = _load_random_state(file)
+                assert state is not None
+                random_state.restore(state)
+                return
+            self._refuse_missing(step, f"the random state of {states.count(False)} of {self._size} ranks ({RANDOM}/)")
+        random_state.reseed(self.seed, step)
+        self._tell("random_state_fresh", step=step, saved_topology=saved, topology=groups.topology())
+
+    def _refuse_missing(self, step: int, what: str) -> None:
+        if not self.allow_missing:
+            raise CheckpointError(
+                f"{self.store.path(step)} lacks {what}", remedy=f"choose an older checkpoint, {_ALLOW}"
+            )
+
+    # --- all ranks alike --------------------------------------------------------------------------------------------
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        if self._first:
+            self.on_event(event, **fields)
+
+    def _on_first(self, action: Callable[[], T]) -> T:
+        """Rank 0's result on every rank: a shared file system may show other ranks something older."""
+        return self._on_all(lambda: action() if self._first else None)[0]  # type: ignore[return-value]
+
+    def _on_all(self, action: Callable[[], T]) -> list[T]:
+        """Every rank's result on every rank. Nobody goes on, or waits for ever, when one of them fails."""
+        result: T | None = None
+        failure: CheckpointError | None = None
+        try:
+            result = action()
+        except CheckpointError as error:
+            failure = error
+        except (OSError, DamagedError) as error:
+            failure = CheckpointError(f"rank {self._rank}: {error}", remedy="check the file system of the run folder")
+        gathered: list[Any] = [None] * self._size
+        torch.distributed.all_gather_object(gathered, (result, failure and (failure.cause, failure.remedy)))
+        for _, failed in gathered:
+            if failed is not None:
+                raise CheckpointError(failed[0], remedy=failed[1])
+        return [found for found, _ in gathered]
+
+
+def _random_file(rank: int) -> str:
+    return f"{RANDOM}/rank_{rank:05d}.pt"
+
+
+def _topology(folder: Path) -> dict[str, int] | None:
+    try:
+        return integrity.read_manifest(folder).topology
+    except DamagedError:
+        return None
+
+
+def _load_random_state(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{file} cannot be read: {first}", remedy="choose an older checkpoint") from None
+    return state

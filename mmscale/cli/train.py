@@ -27,6 +27,9 @@ def train(
         int | None,
         typer.Option("--nproc", metavar="N", min=1, show_default=False, help="Start N ranks on this machine."),
     ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train, from the run's newest checkpoint if there is one.
@@ -42,12 +45,12 @@ def train(
         assert nproc is not None
         from mmscale.train.preflight import preflight
 
-        preflight(loaded, world_size=nproc)  # said once here, and not by every rank
+        preflight(loaded, world_size=nproc, yes=yes)  # said once here, and not by every rank
         raise typer.Exit(ranks.start(nproc, log_dir=run_dir / "logs" / f"attempt_{next_attempt(run_dir)}"))
     env = ranks.own_rank(nproc)
     from mmscale.train import run
 
-    status = run.main(loaded, env)
+    status = run.main(loaded, env, yes=yes)
     if env.is_first and as_json:
         records = read_metrics(run_dir)
         result = {"run": str(run_dir), "exit_status": status, "last": records[-1] if records else None}

@@ -332,7 +332,11 @@ class CheckpointConfig(Section):
     """When the training state is written, and how much of it is kept."""
 
     every: Index = setting("Save every n steps; 0: only at the end.", 0, unit="steps")
-    keep: Count = setting("Newest checkpoints kept.", 3, unit="checkpoints")
+    keep: Count = setting("Newest checkpoints kept; never fewer than two known to be whole.", 3, unit="checkpoints")
+    keep_every: Index = setting("Keep checkpoints of every n-th step for ever; 0: none.", 0, unit="steps")
+    allow_missing: bool = setting(
+        "Go on from a checkpoint that lacks its manifest, counters or random state, instead of refusing it.", False
+    )
     resume: bool = setting("Go on from the run's newest checkpoint if there is one.", True)
 
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from mmscale.checkpoint import sharded
+from mmscale.checkpoint.integrity import require_whole
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config, ParallelConfig
@@ -74,6 +75,7 @@ def open_run(run: Path, *, step: int | None = None) -> Iterator[RunModel]:
     config = load_config(file).model_copy(update={"parallel": ParallelConfig()})
     store = Store.of_run(run)
     chosen = store.choose(step)
+    require_whole(store.path(chosen), step=chosen, allow_missing=config.checkpoint.allow_missing)
     check_shape(config, store.info(chosen).get("shape", {}), where=str(store.path(chosen)))
     groups = process_groups.initialize(RankEnv(), seed=config.run.seed)
     try:

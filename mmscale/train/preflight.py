@@ -5,28 +5,34 @@ It reads a few small files, writes nothing, and imports no torch, so that the la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
+from mmscale.config.changes import changes, describe
 from mmscale.config.rules import check
 from mmscale.data.manifest import check_vocabulary, named_sources, read_manifest
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError
 
 
-def preflight(config: Config, *, world_size: int) -> None:
+def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
     """Refuse a run that cannot work.
 
     Args:
         config: the run's configuration.
         world_size: number of ranks.
+        yes: the user has confirmed that the objective or the data change.
 
     Raises:
-        ConfigError: the layout does not fit, no data set is named, or a new run would start among old checkpoints.
+        ConfigError: the layout does not fit, no data set is named, a new run would start among old checkpoints, or
+            the objective or the data have changed since the newest one.
         DataError: a data set is missing, truncated, or was prepared with another vocabulary.
-        CheckpointError: the newest checkpoint holds another model.
+        CheckpointError: the newest checkpoint holds another model, or all are damaged.
     """
     check(config, world_size=world_size)
     vocabulary = Vocabulary.from_config(config.vocab)
@@ -34,13 +40,55 @@ def preflight(config: Config, *, world_size: int) -> None:
         folder = Path(entry.path)
         check_vocabulary(folder, read_manifest(folder), vocabulary)
     store = Store.of_run(Path(config.run.dir) / config.run.name)
-    steps = store.steps()
-    if not steps:
+    newest = store.newest()
+    if newest is None:
         return
     if not config.checkpoint.resume:
         # Retention and the next start go by step numbers: they would prefer the old run's later checkpoints.
         raise ConfigError(
-            f"checkpoint.resume is false, but {store.root} holds checkpoints up to step {steps[-1]}",
+            f"checkpoint.resume is false, but {store.root} holds checkpoints up to step {newest}",
             remedy="start a new run with another run.name, or remove that folder",
         )
-    check_shape(config, store.info(steps[-1]).get("shape", {}), where=str(store.path(steps[-1])))
+    for step in reversed(store.steps()):
+        if _looks_whole(store, step):
+            where, info = str(store.path(step)), store.info(step)
+            check_shape(config, info.get("shape", {}), where=where)
+            check_changes(config, info, where=where, yes=yes)
+            return
+
+
+def check_changes(config: Config, info: Mapping[str, Any], *, where: str, yes: bool) -> list[str]:
+    """The settings that changed since a checkpoint, one line each.
+
+    Args:
+        config: this run's configuration.
+        info: what the checkpoint says about itself.
+        where: its name, for the message.
+        yes: the user has confirmed that the objective or the data change.
+
+    Raises:
+        ConfigError: they change, and nobody has confirmed it.
+    """
+    saved = info.get("config")
+    if not isinstance(saved, dict):  # written before the configuration was kept
+        return []
+    found = changes(saved, config)
+    refused = describe(found, objective=True)
+    if refused and not yes:
+        raise ConfigError(
+            f"the objective or the data have changed since {where}: {'; '.join(refused)}",
+            remedy="restore these settings, start another run.name, or confirm with `mmscale train ... --yes`",
+        )
+    return refused + describe(found, objective=False)
+
+
+def _looks_whole(store: Store, step: int) -> bool:
+    """Whether what a checkpoint says about itself can be believed; the ranks read and hash the rest."""
+    folder = store.path(step)
+    try:
+        manifest = integrity.read_manifest(folder)
+        return not integrity.structure(folder, manifest) and not integrity.content(folder, manifest, [INFO])
+    except integrity.NoManifestError:
+        return not store.promises_manifest(step)
+    except integrity.DamagedError:
+        return False

@@ -16,8 +16,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from mmscale.checkpoint import integrity
 from mmscale.checkpoint.manager import CheckpointManager
-from mmscale.checkpoint.shape import shape_of
+from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.config.load import digest, dump
@@ -27,8 +28,9 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import flops_per_token, plan
 from mmscale.resilience.signals import StopRequest
-from mmscale.runtime import device
+from mmscale.runtime import device, random_state
 from mmscale.runtime import groups as process_groups
+from mmscale.runtime.environment import code_version
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.batch import to_device
 from mmscale.train.evaluate import evaluate
@@ -36,7 +38,7 @@ from mmscale.train.hooks import EvalHook, LogHook
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.metrics import EventLog, MetricsLog, next_attempt, write_environment
 from mmscale.train.optim import make_optimizer, wrap
-from mmscale.train.preflight import preflight
+from mmscale.train.preflight import check_changes, preflight
 from mmscale.train.progress import Progress, banner
 from mmscale.train.state import TrainState
 from mmscale.train.step import Stepper
@@ -63,12 +65,13 @@ class Records:
     events: EventLog
 
 
-def main(config: Config, env: RankEnv) -> int:
+def main(config: Config, env: RankEnv, *, yes: bool = False) -> int:
     """Run one attempt on this rank.
 
     Args:
         config: the configuration; `model.experts.share` may be 'auto'.
         env: this process's place among the ranks.
+        yes: go on from a checkpoint although the objective or the data have changed since.
 
     Returns:
         0: trained to the last step; 75: stopped on request after a committed save.
@@ -76,7 +79,7 @@ def main(config: Config, env: RankEnv) -> int:
     Raises:
         MmscaleError: something that the user can mend; the same on every rank where it can be.
     """
-    preflight(config, world_size=env.world_size)
+    preflight(config, world_size=env.world_size, yes=yes)
     config = resolve_share(config)
     vocabulary = Vocabulary.from_config(config.vocab)
     train_data = open_mixture(config, "train", vocabulary=vocabulary)
@@ -84,7 +87,7 @@ def main(config: Config, env: RankEnv) -> int:
     groups = start(config, env)
     try:
         with StopRequest() as stop:
-            return _attempt(config, env, groups, train_data, held_out, stop)
+            return _attempt(config, env, groups, train_data, held_out, stop, yes=yes)
     finally:
         process_groups.finalize()
 
@@ -122,6 +125,8 @@ def _attempt(
     train_data: Mixture,
     held_out: Mixture,
     stop: StopRequest,
+    *,
+    yes: bool,
 ) -> int:
     run = Path(config.run.dir) / config.run.name
     attempt = _agree(next_attempt(run) if env.rank == 0 else None)
@@ -130,15 +135,8 @@ def _attempt(
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(_records(config, run, attempt)) if env.rank == 0 else None
         progress = stack.enter_context(Progress(config.train.steps, enabled=env.rank == 0))
-        checkpoints = CheckpointManager(
-            run,
-            every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
-            attempt=attempt,
-            info={"shape": shape_of(config), "config_digest": digest(config), "attempt": attempt},
-            on_event=lambda event, step: _event(records, event, step=step),
-        )
-        resumed = _resume(config, checkpoints, state)
+        checkpoints = _checkpoints(config, run, attempt, records, progress)
+        changed = _resume(config, checkpoints, state, yes=yes)
         if env.rank == 0:
             shares = config.model.experts.share
             progress.say(
@@ -152,12 +150,15 @@ def _attempt(
                     start_step=state.step,
                 )
             )
+        for line in changed or ():
+            progress.say(f"changed since the checkpoint: {line}")
         if state.step >= config.train.steps:
             progress.say(f"{run} is done: {state.step} of {config.train.steps} steps; raise train.steps to go on")
             return FINISHED
-        _event(records, "resume" if resumed else "start", step=state.step, world_size=env.world_size)
+        _event(records, "start" if changed is None else "resume", step=state.step, world_size=env.world_size)
         if config.train.dry_run:
-            _dry_run(config, parts, train_data)
+            with random_state.preserved():  # the next step draws what it would have drawn without a restart
+                _dry_run(config, parts, train_data)
         clock = Throughput(
             flops_per_token=flops_per_token(config).training,
             world_size=env.world_size,
@@ -197,17 +198,51 @@ def _attempt(
         return FINISHED if finished else STOPPED
 
 
-def _resume(config: Config, checkpoints: CheckpointManager, state: TrainState) -> bool:
-    """Go on from the newest checkpoint if there is one; True if so."""
-    store = checkpoints.store
-    if torch.distributed.get_rank() == 0:
-        store.sweep()
-    steps = store.steps()
-    newest: int | None = _agree((steps[-1] if steps else None) if torch.distributed.get_rank() == 0 else None)
+def _checkpoints(
+    config: Config, run: Path, attempt: int, records: Records | None, progress: Progress
+) -> CheckpointManager:
+    def tell(event: str, **fields: Any) -> None:
+        _event(records, event, **fields)
+        if event == "checkpoint_bad":
+            found = integrity.describe(fields["problems"])
+            progress.say(
+                f"warning: the checkpoint of step {fields['step']} is damaged, kept as {fields['kept_as']}: {found}"
+            )
+
+    def counters(step: int) -> dict[str, Any]:
+        return {"step": step, "sequences": step * config.train.global_batch_size}
+
+    return CheckpointManager(
+        run,
+        every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        attempt=attempt,
+        info={
+            "shape": shape_of(config),
+            "config": config.model_dump(mode="json"),
+            "config_digest": digest(config),
+            "attempt": attempt,
+        },
+        on_event=tell,
+        keep_every=config.checkpoint.keep_every,
+        allow_missing=config.checkpoint.allow_missing,
+        seed=config.run.seed,
+        code_version=code_version() if records is not None else "",
+        default_progress=counters,
+    )
+
+
+def _resume(config: Config, checkpoints: CheckpointManager, state: TrainState, *, yes: bool) -> list[str] | None:
+    """Go on from the newest whole checkpoint; the settings changed since then in words, or None for a new run."""
+    newest = checkpoints.choose()
     if newest is None:
-        return False
+        return None
+    store = checkpoints.store
+    info = _agree(store.info(newest) if torch.distributed.get_rank() == 0 else None)
+    check_shape(config, info.get("shape", {}), where=str(store.path(newest)))
+    lines = check_changes(config, info, where=str(store.path(newest)), yes=yes)
     checkpoints.load(state, newest)
-    return True
+    return lines
 
 
 def _dry_run(config: Config, parts: Parts, data: Mixture) -> None:

@@ -64,7 +64,11 @@ class TrainState:
         for index, chunk in enumerate(self.chunks):
             unwrapped(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{index}"])
         if self.optimizer is not None:
+            configured = [_hyperparameters(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(loaded["optimizer"])
+            # The configuration wins: OPT-175B trained on with a checkpoint's old learning rate.
+            for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+                group.update(values)
         for name, value in loaded["progress"].items():
             setattr(self, name, value)
 
@@ -74,3 +78,8 @@ def unwrapped(module: torch.nn.Module) -> Any:
     while isinstance(module, DistributedDataParallel | Float16Module):
         module = module.module
     return module
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says about a parameter group; parameters and their step count are state."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.layout import INFO, INFO_FORMAT, LATEST, Store
 from mmscale.errors import CheckpointError
 
 
@@ -22,15 +23,24 @@ def commit(store: Store, step: int, *, attempt: int = 1, text: str = "weights") 
     folder = store.begin(step, attempt)
     (folder / "sub").mkdir()
     (folder / "sub" / "__0_0.distcp").write_text(text)
-    return store.commit(step, attempt, {"step": step})
+    store.write_info(step, attempt, {"step": step})
+    files = integrity.digests(folder, integrity.sizes(folder))
+    return store.commit(integrity.Manifest(step, attempt, "digest", "0.1.0", {"world_size": 1}, files))
+
+
+def folders(store: Store) -> list[str]:
+    """What stands beside `latest`."""
+    return sorted(entry.name for entry in store.root.iterdir() if entry.name != LATEST)
 
 
 def test_a_committed_folder_has_its_name_and_what_it_was_told(store: Store, tmp_path: Path) -> None:
     final = commit(store, 100)
     assert final == tmp_path / "checkpoints" / "step_00000100"
-    assert store.info(100) == {"step": 100}
+    assert store.info(100) == {"step": 100, "format": INFO_FORMAT}
+    assert integrity.verify(final, step=100) == []
+    assert (store.root / LATEST).read_text() == "step_00000100\n"
     assert (final / "sub" / "__0_0.distcp").read_text() == "weights"
-    assert [entry.name for entry in store.root.iterdir()] == ["step_00000100"]
+    assert folders(store) == ["step_00000100"]
 
 
 def test_nothing_counts_before_it_is_committed(store: Store) -> None:
@@ -49,9 +59,9 @@ def test_steps_are_numbers_and_strangers_are_left_alone(store: Store) -> None:
     (store.root / "step_00000008").write_text("a file, not a folder")
     assert store.steps() == [9, 10, 123_456_789]
     store.sweep()
-    assert store.prune(1) == [9, 10]
-    assert sorted(entry.name for entry in store.root.iterdir()) == sorted(
-        ["notes.txt", "step_00000007.bak", "step_12", "best", "step_00000008", "step_123456789"]
+    assert store.prune(1, verified=store.steps()) == [9]
+    assert folders(store) == sorted(
+        ["notes.txt", "step_00000007.bak", "step_12", "best", "step_00000008", "step_00000010", "step_123456789"]
     )
 
 
@@ -65,20 +75,33 @@ def test_choose(store: Store) -> None:
     assert "10, 20, 30" in raised.value.remedy
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 5])
-def test_prune_keeps_the_newest(store: Store, keep: int) -> None:
-    for step in (10, 20, 30):
+@pytest.mark.parametrize(
+    ("keep", "every", "verified", "kept"),
+    [
+        (3, 0, {30, 40, 50}, {30, 40, 50}),
+        (9, 0, {40, 50}, {10, 20, 30, 40, 50}),
+        (1, 0, {40, 50}, {40, 50}),  # one is not enough: it may turn out to be damaged
+        (1, 0, {20, 50}, {20, 50}),  # nobody knows whether 30 and 40 are whole
+        (2, 0, {10, 20}, {10, 20, 40, 50}),
+        (1, 20, {40, 50}, {20, 40, 50}),
+        (1, 0, {50}, {10, 20, 30, 40, 50}),
+        (1, 0, set(), {10, 20, 30, 40, 50}),
+        (1, 0, {50, 70}, {10, 20, 30, 40, 50}),  # 70 is no longer there
+    ],
+)
+def test_retention(store: Store, keep: int, every: int, verified: set[int], kept: set[int]) -> None:
+    for step in (10, 20, 30, 40, 50):
         commit(store, step)
-    gone = store.prune(keep)
-    assert gone == [10, 20, 30][: max(0, 3 - keep)]
-    assert store.steps() == [10, 20, 30][-keep:]
+    assert set(store.prune(keep, every=every, verified=verified)) == {10, 20, 30, 40, 50} - kept
+    assert set(store.steps()) == kept
+    assert folders(store) == [store.path(step).name for step in sorted(kept)]
 
 
 def test_a_step_that_is_done_again_replaces_its_checkpoint(store: Store) -> None:
     commit(store, 10, text="first")
     final = commit(store, 10, attempt=2, text="second")
     assert (final / "sub" / "__0_0.distcp").read_text() == "second"
-    assert [entry.name for entry in store.root.iterdir()] == ["step_00000010"]
+    assert folders(store) == ["step_00000010"]
 
 
 def test_begin_empties_what_the_same_attempt_left(store: Store) -> None:
@@ -91,7 +114,7 @@ def test_sweep_deletes_what_was_not_finished_and_nothing_else(store: Store) -> N
     for name in ("step_00000020.tmp.1", "step_00000005.deleted", "step_00000010.old.3"):
         (store.root / name / "sub").mkdir(parents=True)
     store.sweep()
-    assert [entry.name for entry in store.root.iterdir()] == ["step_00000010"]
+    assert folders(store) == ["step_00000010"]
 
 
 def test_sweep_and_steps_of_a_run_that_never_saved(store: Store) -> None:
@@ -121,7 +144,7 @@ def test_killed_at_any_rename_leaves_the_old_or_the_new_checkpoint(
         if calls == call:
             raise KilledError
 
-    monkeypatch.setattr(os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)  # what Path.replace calls
     with contextlib.suppress(KilledError):
         commit(store, 10, attempt=2, text="second")
     monkeypatch.undo()
@@ -129,7 +152,8 @@ def test_killed_at_any_rename_leaves_the_old_or_the_new_checkpoint(
     newest = store.choose()
     text = (store.path(newest) / "sub" / "__0_0.distcp").read_text()
     assert (newest, text) in [(10, "first"), (10, "second")]
-    assert store.info(newest) == {"step": newest}
+    assert store.info(newest)["step"] == newest
+    assert integrity.verify(store.path(newest), step=newest) == []
 
 
 def test_a_damaged_information_file_is_named(store: Store) -> None:
@@ -137,3 +161,52 @@ def test_a_damaged_information_file_is_named(store: Store) -> None:
     (final / INFO).write_text(json.dumps({"step": 10})[:-3])
     with pytest.raises(CheckpointError, match=INFO):
         store.info(10)
+
+
+@pytest.mark.parametrize("content", [None, "", "step_00000010\n", "garbage", "step_00000099\n", b"\xff\xfe", "link"])
+def test_latest_is_a_hint_that_is_put_right(store: Store, content: str | bytes | None) -> None:
+    for step in (10, 20):
+        commit(store, step)
+    latest = store.root / LATEST
+    latest.unlink()
+    if content == "link":
+        latest.symlink_to(store.path(10))
+    elif isinstance(content, bytes):
+        latest.write_bytes(content)
+    elif content is not None:
+        latest.write_text(content)
+    assert store.choose() == 20  # nobody reads it
+    store.point_to_newest()
+    assert latest.read_text() == "step_00000020\n" and not latest.is_symlink()
+    assert folders(store) == ["step_00000010", "step_00000020"]
+
+
+def test_a_condemned_checkpoint_is_kept_aside(store: Store) -> None:
+    for step in (10, 20):
+        commit(store, step)
+    assert store.condemn(20).name == "step_00000020.bad"
+    commit(store, 20, attempt=2)
+    assert store.condemn(20).name == "step_00000020.bad.2"
+    assert store.steps() == [10] and store.newest() == 10
+    store.sweep()
+    store.prune(1, verified=store.steps())
+    assert store.condemned() == ["step_00000020.bad", "step_00000020.bad.2"]
+
+
+def test_only_condemned_checkpoints_are_no_reason_to_start_anew(store: Store) -> None:
+    assert store.newest() is None
+    commit(store, 10)
+    store.condemn(10)
+    with pytest.raises(CheckpointError, match=r"step_00000010\.bad") as raised:
+        store.newest()
+    assert raised.value.exit_status == 4
+
+
+def test_nothing_is_committed_that_everyone_may_write(store: Store) -> None:
+    before = os.umask(0)
+    try:
+        final = commit(store, 10)
+    finally:
+        os.umask(before)
+    for path in (store.root, final, *final.rglob("*")):
+        assert path.stat().st_mode & 0o002 == 0, path

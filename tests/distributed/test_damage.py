@@ -1,0 +1,391 @@
+"""No damaged checkpoint is ever trained from: faults of the disk and of the process, on forked ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.integrity import MANIFEST
+from mmscale.checkpoint.layout import INFO, LATEST, Store
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.errors import CheckpointError
+from mmscale.runtime import groups as process_groups
+from mmscale.runtime import random_state
+from mmscale.runtime.rank_env import RankEnv
+from tests.distributed.test_resume import start
+from tests.support import distributed, run_ranks
+
+FLIPS = 100
+
+
+class Weights:
+    """The smallest state: a tensor of which every rank holds a part, and counters."""
+
+    def __init__(self, step: int = 0, *, lacking: str = "") -> None:
+        self.step = step
+        self.lacking = lacking
+        rank = torch.distributed.get_rank()
+        self.tensor = torch.full((4096,), float(step)) + rank
+
+    def sharded(self, *, loading: bool) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        state: dict[str, Any] = {"weight": ShardedTensor.from_rank_offsets("weight", self.tensor, (0, rank, size))}
+        if not loading and self.lacking != "progress":
+            state["progress"] = {"step": self.step}
+        return state
+
+    def restore(self, loaded: dict[str, Any]) -> None:
+        self.step = loaded["progress"]["step"]
+        self.tensor = loaded["weight"]
+
+    def is_whole(self) -> bool:
+        return bool((self.tensor == self.step + torch.distributed.get_rank()).all())
+
+
+def manager(
+    run: Path, *, attempt: int = 1, **options: Any
+) -> tuple[CheckpointManager, list[tuple[str, dict[str, Any]]]]:
+    told: list[tuple[str, dict[str, Any]]] = []
+    settings: dict[str, Any] = {"every": 1, "keep": 9, "info": {"config_digest": "abc"}, **options}
+    made = CheckpointManager(
+        run, attempt=attempt, on_event=lambda event, **fields: told.append((event, fields)), **settings
+    )
+    return made, told
+
+
+def begin(ranks: RankEnv) -> None:
+    start(ranks)
+    process_groups.initialize_layout(seed=1)
+
+
+def save(run: Path, *steps: int, attempt: int = 1, **options: Any) -> CheckpointManager:
+    checkpoints, _ = manager(run, attempt=attempt, **options)
+    for step in steps:
+        checkpoints.save(Weights(step))
+    return checkpoints
+
+
+def on_first(action: Callable[[], object]) -> None:
+    """Rank 0 does something to the disk while the others wait."""
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        action()
+    torch.distributed.barrier()
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def zero(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[4096:8192] = bytes(4096)
+    file.write_bytes(content)
+
+
+def swap(one: Path, other: Path) -> None:
+    other.rename(other.with_suffix(".x"))
+    one.rename(other)
+    other.with_suffix(".x").rename(one)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "block of zeros": lambda f: zero(f / "__0_0.distcp"),
+    "swapped files": lambda f: swap(f / "__0_0.distcp", f / "__1_0.distcp"),
+    "swapped random states": lambda f: swap(f / "rng/rank_00000.pt", f / "rng/rank_00001.pt"),
+    "extra file": lambda f: (f / "__9_0.distcp").write_bytes(b"x"),
+    "file of another checkpoint": lambda f: shutil.copy(f.with_name("step_00000001") / "__0_0.distcp", f),
+    "everything of another checkpoint": lambda f: (
+        shutil.rmtree(f),
+        shutil.copytree(f.with_name("step_00000001"), f),
+    ),
+    **{
+        f"{how} {name}": functools.partial(do, name)
+        for name in (".metadata", "__1_0.distcp", "common.pt", "metadata.json", INFO, MANIFEST, "rng/rank_00001.pt")
+        for how, do in {
+            "truncated": lambda name, f: os.truncate(f / name, (f / name).stat().st_size // 2),
+            "deleted": lambda name, f: (f / name).unlink(),
+        }.items()
+    },
+}
+
+
+@distributed(world_size=2)
+def test_damage_is_found_by_all_ranks_and_the_one_before_is_taken(ranks: RankEnv, tmp_path: Path) -> None:
+    begin(ranks)
+    save(tmp_path / "run", 1, 2)
+    for number, (name, damage) in enumerate(DAMAGE.items()):
+        run = tmp_path / f"{number}"
+        folder = Store.of_run(run).path(2)
+        on_first(lambda run=run: shutil.copytree(tmp_path / "run", run))
+        on_first(lambda damage=damage, folder=folder: damage(folder))
+        checkpoints, told = manager(run, attempt=2)
+        assert checkpoints.choose() == 1, name
+        state = Weights()
+        checkpoints.load(state, 1)
+        assert state.step == 1 and state.is_whole(), name
+        assert sorted(entry.name for entry in checkpoints.store.root.iterdir()) == [
+            LATEST,
+            "step_00000001",
+            "step_00000002.bad",
+        ]
+        assert (checkpoints.store.root / LATEST).read_text() == "step_00000001\n"
+        if ranks.rank == 0:
+            ((event, fields),) = told
+            assert event == "checkpoint_bad" and fields["step"] == 2 and fields["kept_as"] == "step_00000002.bad"
+            assert json.dumps(fields["problems"]) != "[]"
+
+
+@distributed(world_size=2)
+def test_100_of_100_flipped_bits_in_every_kind_of_file(ranks: RankEnv, tmp_path: Path) -> None:
+    """Hashed by two ranks; the verdict is one."""
+    begin(ranks)
+    save(tmp_path, 1)
+    checkpoints, _ = manager(tmp_path, attempt=2)
+    folder, rng = checkpoints.store.path(1), random.Random(5)
+    names = [*integrity.sizes(folder), MANIFEST]
+    assert (
+        len(names) == 9
+    )  # .metadata, two .distcp, common.pt, metadata.json, mmscale.json two random states, the manifest
+    found = 0
+    for number in range(FLIPS):
+        file = folder / names[number % len(names)]
+        before = file.read_bytes()
+        on_first(lambda file=file: flip(file, rng))
+        found += bool(checkpoints.problems(1))
+        on_first(lambda file=file, before=before: file.write_bytes(before))
+    assert found == FLIPS
+    assert checkpoints.problems(1) == []
+
+
+@distributed(world_size=2)
+def test_all_checkpoints_bad_is_no_start_from_scratch(ranks: RankEnv, tmp_path: Path) -> None:
+    """Neither at this start nor at the next one."""
+    begin(ranks)
+    save(tmp_path, 1, 2)
+    on_first(lambda: [zero(Store.of_run(tmp_path).path(step) / "__0_0.distcp") for step in (1, 2)])
+    for attempt in (2, 3):
+        checkpoints, _ = manager(tmp_path, attempt=attempt)
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole") as raised:
+            checkpoints.choose()
+        assert raised.value.exit_status == 4
+    assert checkpoints.store.condemned() == ["step_00000001.bad", "step_00000002.bad"]
+    assert manager(tmp_path / "new")[0].choose() is None  # a new run is something else
+
+
+@distributed(world_size=2)
+def test_latest_is_never_believed(ranks: RankEnv, tmp_path: Path) -> None:
+    begin(ranks)
+    save(tmp_path, 1, 2)
+    latest = Store.of_run(tmp_path).root / LATEST
+    for content in (None, "", "step_00000001\n", "garbage", "step_00000099\n"):
+        on_first(lambda content=content: latest.unlink() if content is None else latest.write_text(content))
+        assert manager(tmp_path, attempt=2)[0].choose() == 2
+        assert latest.read_text() == "step_00000002\n"
+
+
+STAGES = ("write", "hash", "manifest", "fsync", "move", "rename", "latest")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
+def test_killed_between_any_two_sub_steps_of_a_commit(tmp_path: Path, again: bool) -> None:
+    """Rank 0 dies; the checkpoint before it or the new one is there, and whole."""
+
+    def first(ranks: RankEnv) -> None:
+        begin(ranks)
+        save(tmp_path / "run", 1, *([2] if again else []))
+
+    run_ranks(first, world_size=2)
+    for stage in STAGES if again else [stage for stage in STAGES if stage != "move"]:
+        run = tmp_path / stage
+        shutil.copytree(tmp_path / "run", run)
+
+        def dies(ranks: RankEnv, run: Path = run, stage: str = stage) -> None:
+            begin(ranks)
+            checkpoints, _ = manager(run, attempt=2)
+            checkpoints.store = replace(
+                checkpoints.store, on_stage=lambda now: os._exit(9) if now == stage and ranks.rank == 0 else None
+            )
+            checkpoints.save(Weights(2))
+
+        with pytest.raises(pytest.fail.Exception):
+            run_ranks(dies, world_size=2)
+        store = Store.of_run(run)
+        store.sweep()
+        newest = store.newest()
+        assert newest is not None
+        store.point_to_newest()
+        assert integrity.verify(store.path(newest), step=newest) == [], stage
+        old, new = (2 if again else 1, 1), (2, 2)
+        found = (newest, integrity.read_manifest(store.path(newest)).attempt)
+        assert found == (new if stage in ("rename", "latest") else old), stage
+        assert integrity.verify(store.path(1), step=1) == []
+        left = [LATEST, "step_00000001", "step_00000002"][: 3 if newest == 2 else 2]
+        assert sorted(entry.name for entry in store.root.iterdir()) == left, stage
+
+
+@distributed(world_size=2)
+def test_a_rank_that_cannot_hash_fails_the_save_on_all(ranks: RankEnv, tmp_path: Path) -> None:
+    begin(ranks)
+    save(tmp_path, 1)
+    checkpoints, _ = manager(tmp_path, attempt=2)
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(integrity, "digests", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(CheckpointError, match=r"rank 1: .*Input/output error"):
+            checkpoints.save(Weights(2))
+    assert manager(tmp_path, attempt=3)[0].choose() == 1
+    checkpoints.save(Weights(3))
+    assert manager(tmp_path, attempt=3)[0].choose() == 3
+
+
+@distributed(world_size=2)
+def test_two_verified_checkpoints_remain(ranks: RankEnv, tmp_path: Path) -> None:
+    """The newest is bad, and retention asks for one."""
+    begin(ranks)
+    store = save(tmp_path, 1, 2, 3, keep=1).store
+    assert store.steps() == [2, 3]
+    on_first(lambda: zero(store.path(3) / "__0_0.distcp"))
+    checkpoints, _ = manager(tmp_path, attempt=2, keep=1)
+    assert checkpoints.choose() == 2
+    checkpoints.load(Weights(), 2)
+    checkpoints.save(Weights(4))
+    torch.distributed.barrier()
+    assert store.steps() == [2, 4]
+    checkpoints.save(Weights(5))
+    assert store.steps() == [4, 5]
+    assert checkpoints.verified >= {4, 5}
+    save(tmp_path / "every", *range(1, 8), keep=1, keep_every=3)
+    assert Store.of_run(tmp_path / "every").steps() == [3, 6, 7]
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """As another program would that writes valid checkpoints without something."""
+    manifest = integrity.read_manifest(folder)
+    files = integrity.digests(folder, integrity.sizes(folder))
+    (folder / MANIFEST).write_text(replace(manifest, files=files).text())
+
+
+def without_manifest(folder: Path) -> None:
+    """A checkpoint of the time before manifests."""
+    (folder / MANIFEST).unlink()
+    info = json.loads((folder / INFO).read_text())
+    del info["format"]
+    (folder / INFO).write_text(json.dumps(info))
+
+
+@distributed(world_size=2)
+def test_a_missing_item_is_refused_unless_allowed(ranks: RankEnv, tmp_path: Path) -> None:
+    begin(ranks)
+    store = Store.of_run(tmp_path)
+    checkpoints, _ = manager(tmp_path)
+    checkpoints.save(Weights(1, lacking="progress"))
+    checkpoints.save(Weights(2))
+    on_first(lambda: (store.path(2) / "rng/rank_00001.pt").unlink())
+    on_first(lambda: rewrite_manifest(store.path(2)))
+    checkpoints.save(Weights(3))
+    on_first(lambda: without_manifest(store.path(3)))
+    for step, lacks in ((1, "counters"), (2, "random state of 1 of 2 ranks"), (3, MANIFEST)):
+        with pytest.raises(CheckpointError, match=lacks) as raised:
+            manager(tmp_path, attempt=2)[0].load(Weights(), step)
+        assert "checkpoint.allow_missing=true" in raised.value.remedy and raised.value.exit_status == 4
+        allowed, told = manager(tmp_path, attempt=2, allow_missing=True)
+        state = Weights()
+        allowed.load(state, step)
+        assert state.step == step and state.is_whole()
+        expected = {1: [], 2: ["random_state_fresh"], 3: ["checkpoint_unverified", "random_state_fresh"]}[step]
+        assert [event for event, _ in told] == (expected if ranks.rank == 0 else [])
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        manager(tmp_path, attempt=2)[0].choose()  # not renamed: it is old, not damaged
+    assert store.steps() == [1, 2, 3]
+
+
+class Touches:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (open, (str(self.marker), "w"))
+
+
+@distributed(world_size=2)
+def test_hostile_pickles_do_not_run(ranks: RankEnv, tmp_path: Path) -> None:
+    """With a manifest that fits: in the index, in the common part, among the entries that are no tensors."""
+    begin(ranks)
+    save(tmp_path, 1)
+    marker, folder = tmp_path / "marker", Store.of_run(tmp_path).path(1)
+    whole = {name: (folder / name).read_bytes() for name in (".metadata", "common.pt", "rng/rank_00000.pt")}
+    metadata = pickle.loads(whole[".metadata"])
+    metadata.planner_data = Touches(marker)
+    hostile: dict[str, Callable[[], object]] = {
+        ".metadata": lambda: (folder / ".metadata").write_bytes(pickle.dumps(metadata)),
+        "common.pt": lambda: torch.save({"progress": Touches(marker)}, folder / "common.pt"),
+        "rng/rank_00000.pt": lambda: torch.save({"python": Touches(marker)}, folder / "rng/rank_00000.pt"),
+    }
+    for name, write in hostile.items():
+        on_first(lambda write=write: (write(), rewrite_manifest(folder)))
+        checkpoints, _ = manager(tmp_path, attempt=2)
+        assert checkpoints.problems(1) == []
+        with pytest.raises(CheckpointError) as raised:
+            checkpoints.load(Weights(), 1)
+        assert raised.value.exit_status == 4 and not marker.exists(), name
+        on_first(lambda name=name: (folder / name).write_bytes(whole[name]))
+    on_first(lambda: rewrite_manifest(folder))
+    manager(tmp_path, attempt=2)[0].load(Weights(), 1)
+    on_first(lambda: folder.chmod(0o777))
+    with pytest.raises(CheckpointError, match="can be written by every user"):
+        manager(tmp_path, attempt=2)[0].load(Weights(), 1)
+
+
+def draws() -> list[Tensor]:
+    """A number from every source of this rank."""
+    import numpy as np
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(3)
+    return [tracked, torch.rand(3), torch.tensor(random.random()), torch.from_numpy(np.random.rand(3))]
+
+
+@distributed(world_size=2)
+def test_every_rank_goes_on_with_its_own_random_numbers(ranks: RankEnv, tmp_path: Path) -> None:
+    begin(ranks)
+    random_state.device.set_seeds(100 + ranks.rank)  # as different as augmentation makes them
+    draws()
+    save(tmp_path, 1)
+    expected = draws()
+    process_groups.destroy_layout()
+    process_groups.initialize_layout(seed=77)
+    checkpoints, told = manager(tmp_path, attempt=2, seed=5)
+    checkpoints.load(Weights(), 1)
+    assert all(map(torch.equal, draws(), expected)) and told == []
+    process_groups.destroy_layout()
+    process_groups.initialize_layout(tp=2, seed=77)
+    seen = []
+    for _ in range(2):
+        checkpoints, told = manager(tmp_path, attempt=2, seed=5)
+        checkpoints.load(Weights(), 1)
+        seen.append(draws())
+    assert all(map(torch.equal, *seen)) and not torch.equal(seen[0][1], expected[1])
+    if ranks.rank == 0:
+        ((event, fields),) = told
+        assert event == "random_state_fresh" and fields["saved_topology"]["tp"] == 1 and fields["topology"]["tp"] == 2

@@ -1,0 +1,77 @@
+"""What is refused before a rank starts: changes of the objective that nobody confirmed, and nothing but damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint.shape import shape_of
+from mmscale.config import Config
+from mmscale.errors import CheckpointError, ConfigError
+from mmscale.train import preflight
+from tests.unit.config.test_changes import config
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "named_sources", lambda _: [])
+
+
+def commit(run: Path, step: int, *overrides: str) -> Path:
+    made, store = config(*overrides), Store.of_run(run)
+    folder = store.begin(step, 1)
+    store.write_info(step, 1, {"shape": shape_of(made), "config": made.model_dump(mode="json")})
+    (folder / "weights").write_bytes(b"0" * 100)
+    files = integrity.digests(folder, integrity.sizes(folder))
+    return store.commit(integrity.Manifest(step, 1, "", "", {}, files))
+
+
+def check(run: Path, *overrides: str, **options: Any) -> None:
+    made: Config = config(f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
+    preflight.preflight(made, world_size=1, **options)
+
+
+def test_a_changed_objective_needs_a_yes(tmp_path: Path) -> None:
+    commit(tmp_path / "run", 10)
+    check(tmp_path / "run", "optim.lr=1e-3")
+    with pytest.raises(ConfigError, match=r"run\.seed: \d+ -> 5") as raised:
+        check(tmp_path / "run", "run.seed=5", "train.z_loss=0")
+    assert "train.z_loss" in raised.value.cause and "--yes" in raised.value.remedy
+    assert raised.value.exit_status == 2
+    check(tmp_path / "run", "run.seed=5", "train.z_loss=0", yes=True)
+
+
+def test_a_damaged_newest_checkpoint_does_not_judge(tmp_path: Path) -> None:
+    """Its settings cannot be believed; the one before it counts, as in the resume that follows."""
+    commit(tmp_path / "run", 10)
+    newest = commit(tmp_path / "run", 20, "model.hidden_size=64")
+    with pytest.raises(CheckpointError, match="another model"):
+        check(tmp_path / "run")
+    text = (newest / INFO).read_text()
+    (newest / INFO).write_text(text.replace("64", "65"))
+    check(tmp_path / "run")
+    (newest / INFO).write_text(text)
+    (newest / "weights").unlink()
+    check(tmp_path / "run")
+    (newest / integrity.MANIFEST).unlink()
+    check(tmp_path / "run")
+    assert newest.exists()  # nothing is renamed here
+
+
+def test_only_damaged_checkpoints(tmp_path: Path) -> None:
+    commit(tmp_path / "run", 10)
+    Store.of_run(tmp_path / "run").condemn(10)
+    with pytest.raises(CheckpointError, match=r"step_00000010\.bad"):
+        check(tmp_path / "run")
+
+
+def test_settings_that_changed_are_lines(tmp_path: Path) -> None:
+    info = {"config": config().model_dump(mode="json")}
+    changed = config("optim.lr=1e-3", "run.seed=5")
+    lines = preflight.check_changes(changed, info, where="here", yes=True)
+    assert [line.partition(":")[0] for line in lines] == ["run.seed", "optim.lr"]
+    assert preflight.check_changes(changed, {}, where="here", yes=False) == []

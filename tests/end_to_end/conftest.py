@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from tests.end_to_end.running import mmscale
 
 STEPS = 60
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny"},
     "vocab": {"modalities": [{"name": "text", "size": 384}, {"name": "image", "size": 128}], "pad_multiple": 64},
     "data": {

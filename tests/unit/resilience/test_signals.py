@@ -27,7 +27,7 @@ def test_a_signal_is_noted_by_name(number: signal.Signals) -> None:
 def test_handlers_are_put_back_also_after_an_error() -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
-    inside = []
+    inside: list[object] = []
 
     def fail() -> None:
         with StopRequest():

@@ -142,9 +142,14 @@ def test_the_first_update_has_a_learning_rate_and_the_last_one_is_the_end_of_the
 def test_an_error_saves_nothing_and_asks_nobody() -> None:
     """The other ranks may be gone: the error path runs no collectives."""
     asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return False
+
     recording = Recording(config(), every=1, fail_at=3)
     with pytest.raises(TrainingError):
-        recording.trainer(fresh(), stop=lambda: bool(asked.append(1))).fit()
+        recording.trainer(fresh(), stop=stop).fit()
     assert recording.calls[-1] == "read 3" and "save 3" not in recording.calls
     assert len(asked) == 2
 

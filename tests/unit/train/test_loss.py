@@ -143,7 +143,8 @@ def test_sums_of_parts_add_up() -> None:
     logits, labels, modality, mask = batch()
     objective = Objective(2, (1.0, 1.0), 0.1)
     _, _, whole = objective(logits, labels, modality, mask, ALONE)
-    rows = [objective(*(x[b : b + 1] for x in (logits, labels, modality, mask)), ALONE)[2] for b in range(B)]
+    cut = [[x[b : b + 1] for x in (logits, labels, modality, mask)] for b in range(B)]
+    rows = [objective(a, b, c, d, ALONE)[2] for a, b, c, d in cut]
     torch.testing.assert_close(torch.stack(rows).sum(dim=0), whole)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmscale.cli import bench, config, data, machine, report, sample, train
+from mmscale.cli import bench, ckpt, config, data, machine, report, sample, train
 from mmscale.cli.output import show_error
 from mmscale.errors import MmscaleError, UsageError
 from mmscale.runtime import quiet
@@ -34,13 +34,14 @@ app.add_typer(data.app, name="data")
 app.command("plan", epilog="Example: mmscale plan configs/moma_1b4_4t4i.yaml --gpus 64 --gpu-memory 80")(machine.plan)
 app.command("train", epilog="Example: mmscale train configs/quickstart.yaml train.steps=100 --nproc 2")(train.train)
 app.command("eval", epilog="Example: mmscale eval runs/quickstart@300 --data data/digits")(train.evaluate)
-app.command(
-    "sample", epilog="Example: mmscale sample runs/quickstart --prompt 'draw a seven' --out drawings"
-)(sample.sample)
+app.command("sample", epilog="Example: mmscale sample runs/quickstart --prompt 'draw a seven' --out drawings")(
+    sample.sample
+)
 app.command(
     "verify-layout", epilog="Example: mmscale verify-layout configs/quickstart.yaml parallel.tp=2 precision.dtype=fp32"
 )(train.verify_layout)
 app.command("report", epilog="Example: mmscale report runs/dense runs/moma --out report.html")(report.report)
+app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(bench.app, name="bench")
 
 

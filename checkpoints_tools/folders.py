@@ -1,0 +1,128 @@
+"""List, verify and prune the checkpoints of a run: what can be told from names, sizes and digests.
+
+No torch, so that a login node can do it; tensors are the business of show.py and diff.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
+from mmscale.checkpoint.layout import Store
+from mmscale.config.load import load
+from mmscale.errors import CheckpointError, ConfigError
+
+FEWEST = 2  # checkpoints known to be whole that `prune` leaves at least
+
+
+def open_store(run: Path) -> Store:
+    """The checkpoints of a run.
+
+    Raises:
+        CheckpointError: there is no such run, or it never saved.
+    """
+    store = Store.of_run(run)
+    if not store.root.is_dir():
+        raise CheckpointError(
+            f"{run} has no folder {store.root.name}/", remedy="name a run folder: `mmscale train` prints it"
+        )
+    return store
+
+
+def listing(run: Path) -> dict[str, Any]:
+    """Every committed checkpoint with its size and origin, and those that were set aside; nothing is hashed.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    store = open_store(run)
+    rows = []
+    for step in store.steps():
+        folder = store.path(step)
+        files = [file.lstat().st_size for file in folder.rglob("*") if file.is_file()]
+        row: dict[str, Any] = {"step": step, "path": str(folder), "files": len(files), "bytes": sum(files)}
+        manifest = _manifest(folder)
+        if manifest is not None:
+            row |= {name: getattr(manifest, name) for name in ("attempt", "topology", "code_version", "config_digest")}
+        rows.append(row | {"manifest": manifest is not None})
+    return {"run": str(run), "checkpoints": rows, "bad": store.condemned()}
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return integrity.read_manifest(folder)
+    except DamagedError:
+        return None
+
+
+def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Read and hash every file of one checkpoint or of all committed ones; nothing is renamed.
+
+    Args:
+        run: the run's folder.
+        step: one checkpoint; None: all.
+
+    Returns:
+        `whole`: whether everything is; `checkpoints`: step, whole, problems, files and bytes of each.
+
+    Raises:
+        CheckpointError: there is no such run or checkpoint.
+    """
+    store = open_store(run)
+    chosen = store.choose(step)
+    steps = [chosen] if step is not None else store.steps()
+    rows = [_verified(store.path(one), one) for one in steps]
+    return {"run": str(run), "whole": all(row["whole"] for row in rows), "checkpoints": rows}
+
+
+def _verified(folder: Path, step: int) -> dict[str, Any]:
+    try:
+        integrity.refuse_world_writable(folder)
+        problems = integrity.verify(folder, step=step)
+    except NoManifestError as error:
+        problems = [str(error)]
+    except CheckpointError as error:
+        problems = [error.cause]
+    manifest = _manifest(folder)
+    sizes = [record.size for record in manifest.files.values()] if manifest else []
+    return {"step": step, "whole": not problems, "problems": problems, "files": len(sizes), "bytes": sum(sizes)}
+
+
+def prune(run: Path, *, keep: int) -> dict[str, Any]:
+    """Delete all but the newest whole checkpoints, each of which is hashed before anything goes.
+
+    Those that the run's configuration keeps for ever stay, and so do damaged ones among the newest.
+
+    Args:
+        run: the run's folder.
+        keep: whole checkpoints that stay, at least two.
+
+    Raises:
+        CheckpointError: there is no such run, or fewer than two checkpoints are whole.
+    """
+    store = open_store(run)
+    whole: list[int] = []
+    looked_at = 0
+    for step in reversed(store.steps()):
+        looked_at += 1
+        if _verified(store.path(step), step)["whole"]:
+            whole.append(step)
+        if len(whole) >= max(keep, FEWEST):
+            break
+    if len(whole) < FEWEST and len(store.steps()) > keep:
+        raise CheckpointError(
+            f"{len(whole)} of {len(store.steps())} checkpoints in {store.root} are whole; nothing was deleted",
+            remedy="`mmscale ckpt verify` says what is wrong with the others",
+        )
+    gone = store.prune(looked_at, every=_kept_every(run), verified=whole)
+    store.point_to_newest()
+    return {"run": str(run), "deleted": gone, "kept": store.steps(), "verified": sorted(whole)}
+
+
+def _kept_every(run: Path) -> int:
+    try:
+        return load(run / "config.yaml").checkpoint.keep_every
+    except ConfigError:  # no configuration of this version: nothing is said to stay for ever
+        return 0

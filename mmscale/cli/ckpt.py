@@ -1,0 +1,162 @@
+# `mmscale ckpt ...`: looks at the checkpoints of a run, verifies, compares and prunes them.
+# It parses and prints; checkpoints_tools/ does the work. list, verify and prune start without torch.
+"""Commands about checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli.output import Json, console, emit, pairs
+from mmscale.cli.train import split_step
+from mmscale.errors import CheckpointError
+
+app = typer.Typer(help="List, show, verify, compare and prune checkpoints.", no_args_is_help=True)
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and a step of it.")]
+
+
+@app.command("list", epilog="Example: mmscale ckpt list runs/quickstart")
+def list_(run: Run, as_json: Json = False) -> None:
+    """List the checkpoints of a run; nothing is hashed."""
+    from checkpoints_tools.folders import listing
+
+    result = listing(run)
+    emit(result, as_json=as_json, text=lambda: _listing(result))
+
+
+def _listing(result: dict[str, Any]) -> None:
+    rows = [
+        (
+            row["step"],
+            _size(row["bytes"]),
+            row["files"],
+            row.get("attempt", "?"),
+            _topology(row.get("topology", {})),
+            row.get("code_version", "") or ("" if row["manifest"] else "no manifest"),
+        )
+        for row in result["checkpoints"]
+    ]
+    _table(("step", "size", "files", "attempt", "written by", "version"), rows)
+    for name in result["bad"]:
+        console().print(f"{name}: damaged, set aside")
+
+
+@app.command("show", epilog="Example: mmscale ckpt show runs/quickstart@300")
+def show(run: RunAtStep, as_json: Json = False) -> None:
+    """Show tensors, parameters per modality and the origin of a checkpoint."""
+    from checkpoints_tools import show as showing
+
+    folder, step = split_step(run)
+    result = showing.show(folder, step=step)
+    emit(result, as_json=as_json, text=lambda: _contents(result))
+
+
+def _contents(result: dict[str, Any]) -> None:
+    rows = [(tensor["name"], "x".join(map(str, tensor["shape"])), tensor["dtype"]) for tensor in result["tensors"]]
+    sizes = [_size(tensor["bytes"]) for tensor in result["tensors"]]
+    _table(("tensor", "shape", "type", "size"), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
+    origin = result["provenance"]
+    parameters = ", ".join(f"{number:,} {name}" for name, number in result["parameters"].items())
+    facts: list[tuple[str, object]] = [("checkpoint", result["path"]), ("parameters", parameters)]
+    if origin["manifest"]:
+        facts += [
+            ("written by", f"attempt {origin['attempt']}, {_topology(origin['topology'])}, {origin['code_version']}"),
+            ("size", f"{_size(origin['bytes'])} in {origin['files']} files"),
+        ]
+    pairs(facts)
+
+
+@app.command("verify", epilog="Example: mmscale ckpt verify runs/quickstart")
+def verify(run: RunAtStep, as_json: Json = False) -> None:
+    """Read and hash every file of a checkpoint, or of all of a run.
+
+    Exit status 4 if anything is damaged.
+    """
+    from checkpoints_tools import folders
+
+    folder, step = split_step(run)
+    result = folders.verify(folder, step=step)
+    emit(result, as_json=as_json, text=lambda: _verdicts(result))
+    bad = [str(row["step"]) for row in result["checkpoints"] if not row["whole"]]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} of {len(result['checkpoints'])} checkpoints of {folder} are damaged: step {', '.join(bad)}",
+            remedy="`mmscale train` goes on from the newest whole one; restore the others from a copy",
+        )
+
+
+def _verdicts(result: dict[str, Any]) -> None:
+    for row in result["checkpoints"]:
+        said = f"whole, {row['files']} files, {_size(row['bytes'])}" if row["whole"] else "; ".join(row["problems"])
+        console().print(f"step {row['step']}: {said}", markup=False)
+
+
+@app.command("diff", epilog="Example: mmscale ckpt diff runs/a@300 runs/b@300 --weights")
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A[@STEP]", help="Run folder, and a step of it.")],
+    other: Annotated[str, typer.Argument(metavar="B[@STEP]", help="The one to compare with.")],
+    weights: Annotated[bool, typer.Option("--weights", help="Leave the optimizer's state out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor."""
+    from checkpoints_tools import diff as comparing
+
+    result = comparing.diff(split_step(one), split_step(other), weights=weights)
+    emit(result, as_json=as_json, text=lambda: _differences(result))
+
+
+def _differences(result: dict[str, Any]) -> None:
+    rows = [
+        (row["name"], f"{row['max_abs']:.3e}", f"{row['max_rel']:.3e}") for row in result["tensors"] if not row["equal"]
+    ]
+    if rows:
+        _table(("tensor", "largest difference", "of its largest element"), rows)
+    for key, words in (("only_in_one", "only in A"), ("only_in_other", "only in B"), ("other_shape", "other shape")):
+        for name in result[key]:
+            console().print(f"{words}: {name}", markup=False)
+    equal = sum(row["equal"] for row in result["tensors"])
+    console().print(f"{equal} of {len(result['tensors'])} tensors are equal bit by bit")
+
+
+@app.command("prune", epilog="Example: mmscale ckpt prune runs/quickstart --keep 2")
+def prune(
+    run: Run,
+    keep: Annotated[int, typer.Option("--keep", metavar="N", min=1, help="Newest whole checkpoints that stay.")],
+    as_json: Json = False,
+) -> None:
+    """Delete old checkpoints; at least two that were just verified stay."""
+    from checkpoints_tools import folders
+
+    result = folders.prune(run, keep=keep)
+    kept, deleted = (", ".join(map(str, result[key])) or "none" for key in ("kept", "deleted"))
+    emit(result, as_json=as_json, text=lambda: pairs([("deleted", deleted), ("kept", kept)]))
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("step", "size", "files", "attempt") else "left")
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row))
+    console().print(table)
+
+
+def _topology(topology: dict[str, int]) -> str:
+    ranks = topology.get("world_size", 0)
+    rest = [f"{name} {size}" for name, size in topology.items() if name != "world_size" and size > 1]
+    return ", ".join([f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "?", *rest])
+
+
+def _size(number: int) -> str:
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,179 @@
+"""`mmscale ckpt`: what it prints about checkpoints, finds, compares and deletes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmscale.checkpoint.integrity import MANIFEST
+from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.cli import main
+from mmscale.runtime import groups
+from mmscale.runtime.rank_env import RankEnv
+from tests.support import run_ranks
+
+TOPOLOGY = {"world_size": 2, "tp": 1, "pp": 1, "vpp": 1, "ep": 1}
+
+
+class State:
+    """Some tensors with the names of a model's; every rank holds half of each."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def sharded(self, *, loading: bool) -> dict[str, Any]:
+        import torch
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        def half(key: str, width: int, dtype: torch.dtype, value: float) -> Any:
+            rank = torch.distributed.get_rank()
+            tensor = torch.full((2, width), value, dtype=dtype)
+            return ShardedTensor.from_rank_offsets(key, tensor, (0, rank, 2))
+
+        return {
+            "embedding": half("embedding.weight", 5, torch.bfloat16, 1.0),
+            "text": half("decoder.layers.0.mlp.experts.text.w1", 3, torch.float32, float(self.step)),
+            "image": half("decoder.layers.0.mlp.experts.image.w1", 2, torch.float32, 0.5),
+            "moment": half("optimizer.state.exp_avg.embedding.weight", 5, torch.float32, self.step / 10),
+            "progress": {"step": self.step},
+        }
+
+    def restore(self, loaded: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints of two ranks."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+
+    def save(ranks: RankEnv) -> None:
+        groups.start(ranks)
+        groups.initialize_layout()
+        info = {"config_digest": "abc", "shape": {"vocab.modalities": [["text", 8], ["image", 8]]}}
+        checkpoints = CheckpointManager(
+            run, every=1, keep=9, attempt=1, info=info, on_event=lambda *_, **__: None, code_version="0.1.0+abc"
+        )
+        for step in (10, 20, 30):
+            checkpoints.save(State(step))
+
+    run_ranks(save, world_size=2)
+    return run
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def ckpt(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> Any:
+    """The JSON that a command prints, or its two lines of error."""
+    assert main(["ckpt", *map(str, arguments), "--json"]) == status
+    captured = capsys.readouterr()
+    if status and not captured.out:
+        return captured.err
+    return json.loads(captured.out)
+
+
+def damage(run: Path, step: int) -> None:
+    file = Store.of_run(run).path(step) / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Store.of_run(run).condemn(20)
+    result = ckpt(capsys, "list", run)
+    assert [row["step"] for row in result["checkpoints"]] == [10, 30]
+    assert result["bad"] == ["step_00000020.bad"]
+    row = result["checkpoints"][0]
+    assert (row["attempt"], row["topology"], row["code_version"]) == (1, TOPOLOGY, "0.1.0+abc")
+    assert row["bytes"] == sum(f.stat().st_size for f in Store.of_run(run).path(10).rglob("*") if f.is_file())
+
+
+def test_show(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = ckpt(capsys, "show", f"{run}@20")
+    assert result["step"] == 20 and result["provenance"]["topology"] == TOPOLOGY
+    assert result["parameters"] == {"total": 40, "text": 12, "image": 8, "shared": 20}
+    tensors = {tensor["name"]: tensor for tensor in result["tensors"]}
+    assert tensors["embedding.weight"] == {
+        "name": "embedding.weight",
+        "shape": [4, 5],
+        "dtype": "bfloat16",
+        "bytes": 40,
+    }
+    assert len(tensors) == 4
+    assert ckpt(capsys, "show", run)["step"] == 30
+    assert "no checkpoint of step 99" in ckpt(capsys, "show", f"{run}@99", status=4)
+    (Store.of_run(run).path(30) / ".metadata").write_bytes(b"x")
+    assert ".metadata has 1 bytes" in ckpt(capsys, "show", run, status=4)
+
+
+def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ckpt(capsys, "verify", run)["whole"] is True
+    damage(run, 20)
+    result = ckpt(capsys, "verify", run, status=4)
+    assert [row["whole"] for row in result["checkpoints"]] == [True, False, True]
+    assert result["checkpoints"][1]["problems"] == ["__0_0.distcp has another content than what was written"]
+    assert Store.of_run(run).steps() == [10, 20, 30]  # nothing is renamed
+    assert ckpt(capsys, "verify", f"{run}@30")["whole"] is True
+    (Store.of_run(run).path(30) / MANIFEST).unlink()
+    assert ckpt(capsys, "verify", f"{run}@30", status=4)["checkpoints"][0]["problems"] == [f"{MANIFEST} is missing"]
+
+
+def test_diff(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = ckpt(capsys, "diff", run, f"{run}@30")
+    assert same["equal"] is True and same["max_abs"] == 0.0 and len(same["tensors"]) == 4
+    apart = ckpt(capsys, "diff", f"{run}@10", f"{run}@30")
+    rows = {row["name"]: row for row in apart["tensors"]}
+    text = rows["decoder.layers.0.mlp.experts.text.w1"]
+    assert (text["max_abs"], text["max_rel"], text["equal"]) == (20.0, 2.0, False)
+    assert rows["embedding.weight"]["equal"] is True
+    assert (apart["equal"], apart["max_abs"]) == (False, 20.0)
+    assert len(ckpt(capsys, "diff", f"{run}@10", f"{run}@30", "--weights")["tensors"]) == 3
+    damage(run, 10)
+    assert "is damaged" in ckpt(capsys, "diff", f"{run}@10", run, status=4)
+
+
+def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(run, 30)
+    result = ckpt(capsys, "prune", run, "--keep", 1)
+    assert result["deleted"] == [] and result["verified"] == [10, 20]  # two whole ones stay
+    shutil.rmtree(Store.of_run(run).path(30))
+    assert ckpt(capsys, "prune", run, "--keep", 2)["deleted"] == []
+    damage(run, 20)
+    assert "1 of 2 checkpoints" in ckpt(capsys, "prune", run, "--keep", 1, status=4)
+    assert Store.of_run(run).steps() == [10, 20]
+
+
+def test_prune_deletes_the_oldest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = ckpt(capsys, "prune", run, "--keep", 2)
+    assert result["deleted"] == [10] and result["kept"] == [20, 30]
+
+
+@pytest.mark.parametrize("command", ["list", "show", "verify"])
+def test_a_folder_that_is_no_run(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ckpt(capsys, command, tmp_path, status=4)
+    assert "has no folder checkpoints/" in said and "fix: name a run folder" in said
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("show",), ("verify",), ("diff",), ("prune", "--keep", "2")])
+def test_people_get_text(run: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    command, *options = arguments
+    folders = [run, f"{run}@10"] if command == "diff" else [run]
+    assert main(["ckpt", command, *map(str, folders), *options]) == 0
+    out = capsys.readouterr().out
+    expected = {
+        "list": "2 ranks",
+        "show": "12 text, 8 image, 20 shared",
+        "verify": "step 30: whole",
+        "diff": "2 of 4 tensors are equal bit by bit",
+        "prune": "20, 30",
+    }
+    assert expected[command] in out

@@ -118,9 +118,9 @@ class CheckpointManager:
             topology=groups.topology(),
             files={name: record for part in parts for name, record in part.items()},
         )
+        self._on_first(lambda: self._commit(manifest))
         self.verified.add(step)
         self._accepted.add(step)
-        self._on_first(lambda: self._commit(manifest))
         self._tell("save_committed", step=step)
 
     def _write_beside(self, folder: Path, step: int) -> None:
@@ -134,7 +134,7 @@ class CheckpointManager:
 
     def _commit(self, manifest: Manifest) -> None:
         self.store.commit(manifest)
-        self.store.prune(self.keep, every=self.keep_every, verified=self.verified)
+        self.store.prune(self.keep, every=self.keep_every, verified={*self.verified, manifest.step})
 
     # --- load -------------------------------------------------------------------------------------------------------
 

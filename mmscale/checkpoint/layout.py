@@ -130,19 +130,21 @@ class Store:
     def point_to_newest(self) -> None:
         """Write the newest checkpoint's name into `latest`: a hint for people and scripts, which nothing here reads."""
         steps, file = self.steps(), self.root / LATEST
-        wanted = f"{self.path(steps[-1]).name}\n" if steps else ""
+        if not steps:
+            file.unlink(missing_ok=True)
+            return
+        wanted = f"{self.path(steps[-1]).name}\n"
         try:
-            if file.is_symlink() or file.read_text(encoding="utf-8") != wanted:
-                raise ValueError
-        except (OSError, ValueError):
-            if not wanted and not file.is_symlink() and not file.exists():
+            if not file.is_symlink() and file.read_text(encoding="utf-8") == wanted:
                 return
-            temporary = self.root / f"{LATEST}.tmp"
-            temporary.unlink(missing_ok=True)
-            temporary.write_text(wanted, encoding="utf-8")
-            integrity.fsync(temporary)
-            temporary.replace(file)
-            integrity.fsync(self.root)
+        except (OSError, ValueError):
+            pass
+        temporary = self.root / f"{LATEST}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.write_text(wanted, encoding="utf-8")
+        integrity.fsync(temporary)
+        temporary.replace(file)
+        integrity.fsync(self.root)
 
     def condemn(self, step: int) -> Path:
         """Take a damaged checkpoint out of the way, for inspection: nothing here deletes it."""
@@ -152,6 +154,7 @@ class Store:
             target = self.path(step).with_suffix(f".bad.{number}")
         self.path(step).replace(target)
         integrity.fsync(self.root)
+        self.point_to_newest()
         return target
 
     def condemned(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def test_training_takes_the_one_before_and_says_so_once(runs: Path, config: Path
     damage(runs, 2)
     before = listing(runs)
     assert_says(mmscale("eval", runs / "tiny"), status=4, cause="step_00000002 is damaged: __0_0", remedy="RUN@STEP")
+    ended = mmscale("sample", runs / "tiny", "--prompt", "a", "--out", runs / "drawings")
+    assert_says(ended, status=4, cause="step_00000002 is damaged: __0_0", remedy="RUN@STEP")
     assert listing(runs) == before  # looking renames nothing
     assert mmscale("eval", f"{runs / 'tiny'}@1", "--batches", "1").status == 0
     ended = mmscale("train", config, f"run.dir={runs}", "train.steps=3", *SETTINGS)
@@ -71,3 +74,10 @@ def test_a_changed_objective_needs_a_yes(runs: Path, config: Path) -> None:
     assert ended.status == 0, ended
     changed = [line for line in ended.err.splitlines() if line.startswith("changed since")]
     assert changed[0].endswith("train.z_loss: 1e-05 -> 0.1") and any("optim.lr: 0.003 -> 0.001" in x for x in changed)
+
+
+def test_show_counts_the_parameters_that_the_plan_promises(trained: Path) -> None:
+    shown = json.loads(mmscale("ckpt", "show", trained / "tiny", "--json").out)["parameters"]
+    planned = json.loads(mmscale("plan", trained / "tiny" / "config.yaml", "--json").out)["parameters"]
+    assert shown["total"] == planned["total"]
+    assert {name: shown[name] for name in ("text", "image")} == planned["per_modality"]

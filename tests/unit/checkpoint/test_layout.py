@@ -185,6 +185,7 @@ def test_a_condemned_checkpoint_is_kept_aside(store: Store) -> None:
     for step in (10, 20):
         commit(store, step)
     assert store.condemn(20).name == "step_00000020.bad"
+    assert (store.root / LATEST).read_text() == "step_00000010\n"
     commit(store, 20, attempt=2)
     assert store.condemn(20).name == "step_00000020.bad.2"
     assert store.steps() == [10] and store.newest() == 10
@@ -197,6 +198,7 @@ def test_only_condemned_checkpoints_are_no_reason_to_start_anew(store: Store) ->
     assert store.newest() is None
     commit(store, 10)
     store.condemn(10)
+    assert not (store.root / LATEST).exists()
     with pytest.raises(CheckpointError, match=r"step_00000010\.bad") as raised:
         store.newest()
     assert raised.value.exit_status == 4

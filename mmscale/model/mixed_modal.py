@@ -43,7 +43,8 @@ class MixedModalParams(PackedSeqParams):
     Attributes:
         modality_ids: [S, B] int8, index of the token's modality, -1 for padding, which routes nowhere.
         position_ids: [S, B] int64, restarting at every document.
-        document_ids: [S, B] int32; a token attends to earlier tokens of its own document only.
+        document_ids: [S, B] int32; a token attends to earlier tokens of its own document only. A document's tokens
+            stand together, and neighbouring documents have different numbers.
         noise_key: number from which router noise is drawn: the same for a micro-batch under every layout.
         stats: where layers report routing figures; None on steps that are not logged.
     """
@@ -54,6 +55,7 @@ class MixedModalParams(PackedSeqParams):
     noise_key: int = 0
     stats: RoutingStats | None = None
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _lengths: list[int] | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -111,6 +113,17 @@ class MixedModalParams(PackedSeqParams):
             return bias.masked_fill_(~(same & causal), float("-inf")).unsqueeze(1)
 
         return self._cached(("attention_bias", dtype), make)
+
+    def document_lengths(self) -> list[int]:
+        """Lengths of the documents, one sequence after another. Reads from the device."""
+        if self._lengths is None:
+            documents = self.document_ids.t()
+            begins = torch.ones_like(documents, dtype=torch.bool)
+            begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            first = begins.reshape(-1).nonzero().squeeze(1)
+            ends = torch.cat((first[1:], first.new_tensor([documents.numel()])))
+            self._lengths = (ends - first).tolist()
+        return self._lengths
 
     def rotary(self, table: Tensor) -> Tensor:
         """Angles of every token, [S, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""

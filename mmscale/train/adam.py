@@ -80,20 +80,26 @@ class HostFusedAdam(torch.optim.Optimizer):
         averages = [self.state[param]["exp_avg"] for param in params]
         squares = [self.state[param]["exp_avg_sq"] for param in params]
         lr, (beta1, beta2), step, decay = group["lr"], group["betas"], group["step"], group["weight_decay"]
-        correction1 = 1.0 - beta1**step if group["bias_correction"] else 1.0
-        correction2 = 1.0 - beta2**step if group["bias_correction"] else 1.0
-
-        if decay and self.adam_w_mode:
-            torch._foreach_mul_(params, 1.0 - lr * decay)
-        elif decay:
-            grads = list(torch._foreach_add(grads, params, alpha=decay))
-        torch._foreach_lerp_(averages, grads, 1.0 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1.0 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, correction2**0.5)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(params, averages, denominators, value=-lr / correction1)
+        if not group["bias_correction"]:
+            # torch's kernels always correct, by 1 - beta^step; at this step nothing is left to correct.
+            step = 1 << 24
+        # One pass over memory, and no copy of the parameters as scratch.
+        update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+        update(
+            params,
+            grads,
+            averages,
+            squares,
+            [],
+            [torch.tensor(float(step), device=param.device) for param in params],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=decay,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def resolve_share(config: Config) -> Config:
 
 def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
     """Seeds, torch.distributed and megatron's process groups."""
+    device.keep_host_memory()
     device.set_seeds(config.run.seed)
     parallel = config.parallel
     return process_groups.initialize(

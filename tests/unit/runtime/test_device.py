@@ -65,12 +65,12 @@ def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="about glibc on hosts")
 def test_freed_memory_is_kept() -> None:
-    """A block of 64 MB that was freed costs no page faults the second time."""
+    """A block of 64 MB that was freed soon costs no page faults any more."""
     program = """
 import resource, torch
 from mmscale.runtime import device
 KEEP = device.keep_host_memory()
-for _ in range(4):
+for _ in range(40):  # a few blocks are taken before freed ones fit again
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(64 << 18)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -21,8 +21,38 @@ _MAX_SHIFTS = 8
 
 
 _RESERVED = frozenset(
-    "append apply buffers children clear copy cpu cuda double eval extend fromkeys get half float forward insert items "
-    "keys modules parameters pop popitem setdefault to train training type update values".split()
+    [
+        "append",
+        "apply",
+        "buffers",
+        "children",
+        "clear",
+        "copy",
+        "cpu",
+        "cuda",
+        "double",
+        "eval",
+        "extend",
+        "fromkeys",
+        "get",
+        "half",
+        "float",
+        "forward",
+        "insert",
+        "items",
+        "keys",
+        "modules",
+        "parameters",
+        "pop",
+        "popitem",
+        "setdefault",
+        "to",
+        "train",
+        "training",
+        "type",
+        "update",
+        "values",
+    ]
 )
 
 

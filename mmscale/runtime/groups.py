@@ -124,6 +124,11 @@ def destroy_layout() -> None:
     unset_num_microbatches_calculator()
     for group in groups:
         torch.distributed.destroy_process_group(group)
+    # It forgets to forget some (_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP). The last reference ends a group's threads,
+    # and a forked rank that drops an inherited group waits for ever for threads that it does not have.
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 def finalize() -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mmscale.errors import ConfigError
 from mmscale.runtime import groups
+from mmscale.runtime.rank_env import RankEnv
 from mmscale.train import adam
-from tests.support import Ranks, distributed
+from tests.support import Ranks, distributed, run_ranks
 
 VOCAB, LENGTH, BATCHES, STEPS = 32, 8, 4, 3
 
@@ -248,3 +249,15 @@ def test_layout_that_does_not_fit_is_refused_before_anyone_waits(layout: dict[st
     with pytest.raises(ConfigError, match=words):
         groups.initialize(Ranks(rank=3, world_size=8, local_rank=3, local_world_size=8), **layout)
     assert not torch.distributed.is_initialized()
+
+
+def test_ranks_can_be_forked_after_groups_of_this_process() -> None:
+    """What megatron-core keeps of finished groups would hang forked ranks that drop it."""
+    groups.initialize(RankEnv())
+    groups.finalize()
+
+    def start_groups(ranks: RankEnv) -> None:
+        groups.initialize(ranks, tp=2)
+        groups.finalize()
+
+    run_ranks(start_groups, world_size=2, timeout_s=30)

@@ -5,44 +5,12 @@ Tensors are whole ones, whatever layout wrote them. One process, no process grou
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
-from checkpoints_tools.folders import open_store
-from mmscale.checkpoint import integrity
-from mmscale.checkpoint.pickles import read_metadata, weights_only
-
-
-class _Reader(FileSystemReader):
-    """Reads the index once, through the allow-list."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.index = read_metadata(folder)
-        if self.index.storage_meta is None:
-            self.index.storage_meta = StorageMeta()
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        return self.index
-
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        entries = self.index.state_dict_metadata.items()
-        return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
-
-    def tensor(self, name: str) -> Tensor:
-        entry = self.tensors()[name]
-        wanted = {name: torch.zeros(entry.size, dtype=entry.properties.dtype)}
-        with weights_only(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "assuming the intent is to load in a single process": it is
-            load(wanted, storage_reader=self, no_dist=True)
-        return wanted[name]
+from mmscale.checkpoint.tensors import TensorSource, open_tensors
 
 
 def diff(one: tuple[Path, int | None], other: tuple[Path, int | None], *, weights: bool = False) -> dict[str, Any]:
@@ -60,20 +28,17 @@ def diff(one: tuple[Path, int | None], other: tuple[Path, int | None], *, weight
     Raises:
         CheckpointError: one of them does not exist or is damaged.
     """
-    readers = [_open(run, step) for run, step in (one, other)]
-    names = [
-        {name: entry for name, entry in reader.tensors().items() if not (weights and name.startswith("optimizer."))}
-        for reader in readers
-    ]
+    sources = [open_tensors(run, step) for run, step in (one, other)]
+    names = [{name: source.entry(name).shape for name in source.names(weights=weights)} for source in sources]
     rows, shapes = [], []
     for name in sorted(names[0].keys() & names[1].keys()):
-        if names[0][name].size != names[1][name].size:
+        if names[0][name] != names[1][name]:
             shapes.append(name)
             continue
-        rows.append({"name": name, "shape": list(names[0][name].size), **_distance(name, *readers)})
+        rows.append({"name": name, "shape": list(names[0][name]), **_distance(name, *sources)})
     result: dict[str, Any] = {
-        "one": str(readers[0].path),
-        "other": str(readers[1].path),
+        "one": str(sources[0].path),
+        "other": str(sources[1].path),
         "only_in_one": sorted(names[0].keys() - names[1].keys()),
         "only_in_other": sorted(names[1].keys() - names[0].keys()),
         "other_shape": shapes,
@@ -85,15 +50,8 @@ def diff(one: tuple[Path, int | None], other: tuple[Path, int | None], *, weight
     return {"equal": same_names and all(row["equal"] for row in rows), **result}
 
 
-def _open(run: Path, step: int | None) -> _Reader:
-    store = open_store(run)
-    chosen = store.choose(step)
-    integrity.require_whole(store.path(chosen), step=chosen)
-    return _Reader(store.path(chosen))
-
-
-def _distance(name: str, one: _Reader, other: _Reader) -> dict[str, Any]:
-    mine, theirs = one.tensor(name), other.tensor(name)
+def _distance(name: str, one: TensorSource, other: TensorSource) -> dict[str, Any]:
+    mine, theirs = one.read(name), other.read(name)
     equal = mine.dtype == theirs.dtype and torch.equal(mine, theirs)
     if equal or mine.numel() == 0:
         return {"max_abs": 0.0, "max_rel": 0.0, "equal": equal}

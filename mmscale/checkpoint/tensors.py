@@ -1,0 +1,301 @@
+"""Reads the tensors of a committed checkpoint by name, whole or in part, whatever layout wrote them.
+
+One process, no process group, no model. A file is hashed before anything in it is read; files that hold nothing that is
+asked for are not opened. It writes nothing; archive.py has the same reader for archives.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
+from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint.pickles import METADATA, read_metadata
+from mmscale.errors import CheckpointError
+
+OPTIMIZER = "optimizer."  # begins the names of the optimizer's tensors
+COMMON = "common.pt"  # megatron-core's file of everything that is no tensor
+_REMEDY = "choose another checkpoint: RUN@STEP"
+Region = Sequence[slice]  # one slice of every dimension, with start and stop inside of it
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor as the index knows it.
+
+    Attributes:
+        name: the checkpoint's name of it.
+        shape: of the whole tensor.
+        dtype: of its elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Something that has named tensors: a checkpoint, an archive, or what is computed from them.
+
+    Attributes:
+        path: where it lies, for messages.
+        step: optimizer steps done.
+    """
+
+    path: Path
+    step: int
+
+    def names(self, *, weights: bool = False) -> list[str]:
+        """Names of all tensors, sorted; `weights`: without the optimizer's."""
+
+    def entry(self, name: str) -> TensorEntry:
+        """Shape and type of a tensor."""
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A tensor, or a box of it, on the host."""
+
+    def info(self) -> dict[str, Any]:
+        """What was stored beside the tensors (mmscale.json): shape, configuration, provenance."""
+
+    def manifest(self) -> Manifest:
+        """What it consists of and where it comes from."""
+
+    def common(self) -> dict[str, Any]:
+        """Counters and the optimizer's settings: everything that is neither a tensor nor an object."""
+
+    def objects(self) -> dict[str, bytes]:
+        """Serialized objects by name: Transformer-Engine's scaling state, empty with other layers."""
+
+
+def open_tensors(run: Path, step: int | None = None) -> CheckpointTensors:
+    """The tensors of a run's checkpoint.
+
+    Args:
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+
+    Raises:
+        CheckpointError: there is no such run or checkpoint; it is damaged, has no manifest, or anyone could write it.
+    """
+    store = Store.of_run(run)
+    if not store.root.is_dir():
+        raise CheckpointError(
+            f"{run} has no folder {store.root.name}/", remedy="name a run folder: `mmscale train` prints it"
+        )
+    return CheckpointTensors(store, store.choose(step))
+
+
+class CheckpointTensors:
+    """The tensors of one committed checkpoint (a `TensorSource`).
+
+    Args:
+        store: the run's checkpoints.
+        step: a committed one.
+
+    Raises:
+        CheckpointError: it is damaged as far as its index tells, has no manifest, or anyone could write it.
+    """
+
+    def __init__(self, store: Store, step: int) -> None:
+        self.step = step
+        self.path = store.path(step)
+        self._store = store
+        self._manifest = _manifest(self.path, step)
+        self._hashed: set[str] = set()
+        self._require([METADATA, INFO] if INFO in self._manifest.files else [METADATA])
+        self._index = read_metadata(self.path)
+        self._reader = FileSystemReader(self.path)
+        self._reader.storage_data = self._index.storage_data
+
+    def names(self, *, weights: bool = False) -> list[str]:
+        """Names of all tensors, sorted.
+
+        Args:
+            weights: without the optimizer's state.
+        """
+        entries = self._index.state_dict_metadata.items()
+        found = [name for name, entry in entries if isinstance(entry, TensorStorageMetadata)]
+        return sorted(name for name in found if not (weights and name.startswith(OPTIMIZER)))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Shape and type of a tensor; nothing is read.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        found = self._entry(name)
+        return TensorEntry(name, tuple(found.size), found.properties.dtype)
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A tensor on the host; at most it and one of the pieces that it was written in are in memory.
+
+        Args:
+            name: one of `names()`.
+            region: a slice of every dimension; None: all of it.
+
+        Raises:
+            CheckpointError: there is no such tensor, or a file that holds a part of it is damaged.
+        """
+        found = self._entry(name)
+        box = _box(found.size, region)
+        target = torch.empty(box.sizes, dtype=found.properties.dtype)
+        if target.numel() == 0:
+            return target
+        items = create_read_items_for_chunk_list(name, found, [box])
+        if sum(item.lengths.numel() for item in items) != target.numel():
+            raise CheckpointError(f"{self.path / METADATA} does not say where all of {name} is", remedy=_REMEDY)
+        self._read(items, _Into(target))
+        return target
+
+    def info(self) -> dict[str, Any]:
+        """What was stored beside the tensors.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return self._store.info(self.step)
+
+    def manifest(self) -> Manifest:
+        """What the checkpoint consists of and where it comes from."""
+        return self._manifest
+
+    def common(self) -> dict[str, Any]:
+        """Counters and the optimizer's settings, through torch's restricted reader."""
+        if COMMON not in self._manifest.files:
+            return {}
+        self._require([COMMON])
+        try:
+            found: dict[str, Any] = torch.load(self.path / COMMON, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle raises anything
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{self.path / COMMON} cannot be read: {first}", remedy=_REMEDY) from None
+        return found
+
+    def objects(self) -> dict[str, bytes]:
+        """Serialized objects by name, not opened."""
+        entries = self._index.state_dict_metadata.items()
+        collected = _Collect()
+        for name in sorted(name for name, entry in entries if isinstance(entry, BytesStorageMetadata)):
+            index = MetadataIndex(name)
+            self._read([_bytes_item(index)], collected)
+        return collected.found
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        found = self._index.state_dict_metadata.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            raise unknown_tensor(name, self.names(), where=self.path)
+        return found
+
+    def _read(self, items: list[ReadItem], planner: DefaultLoadPlanner) -> None:
+        try:
+            files = {self._index.storage_data[item.storage_index].relative_path for item in items}
+            self._require(sorted(files))
+            self._reader.read_data(LoadPlan(items), planner).wait()
+        except CheckpointError:
+            raise
+        except Exception as error:  # what is hashed and yet unreadable was written so; torch raises anything
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise CheckpointError(
+                f"{self.path} cannot be read: {type(error).__name__}: {first}", remedy=_REMEDY
+            ) from None
+
+    def _require(self, names: list[str]) -> None:
+        """Hash files that were not hashed yet."""
+        new = [name for name in names if name not in self._hashed]
+        unknown = [f"{name} is not in the manifest" for name in new if name not in self._manifest.files]
+        problems = unknown or integrity.content(self.path, self._manifest, new)
+        if problems:
+            raise CheckpointError(f"{self.path} is damaged: {integrity.describe(problems)}", remedy=_REMEDY)
+        self._hashed.update(new)
+
+
+class _Into(DefaultLoadPlanner):
+    """Copies what is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._target
+        for dimension, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dimension, offset, length)
+        return part
+
+
+class _Collect(DefaultLoadPlanner):
+    """Keeps bytes as they are: nothing is unpickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, bytes] = {}
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.found[read_item.dest_index.fqn] = value.getvalue()
+
+
+def _bytes_item(index: MetadataIndex) -> ReadItem:
+    nothing = torch.Size([0])
+    return ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)
+
+
+def _box(size: torch.Size, region: Region | None) -> ChunkStorageMetadata:
+    if region is None:
+        return ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    assert len(region) == len(size), (region, size)
+    assert all(0 <= part.start <= part.stop <= length for part, length in zip(region, size, strict=True)), region
+    return ChunkStorageMetadata(
+        torch.Size(part.start for part in region), torch.Size(part.stop - part.start for part in region)
+    )
+
+
+def _manifest(folder: Path, step: int) -> Manifest:
+    integrity.refuse_world_writable(folder)
+    try:
+        manifest = integrity.read_manifest(folder)
+    except NoManifestError:
+        raise CheckpointError(
+            f"{folder} has no {integrity.MANIFEST}, so nobody can tell whether it is whole",
+            remedy="choose a checkpoint that has one: RUN@STEP",
+        ) from None
+    except DamagedError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}", remedy=_REMEDY) from None
+    problems = [] if manifest.step == step else [f"{integrity.MANIFEST} belongs to step {manifest.step}"]
+    problems += integrity.structure(folder, manifest)
+    if problems:
+        raise CheckpointError(f"{folder} is damaged: {integrity.describe(problems)}", remedy=_REMEDY)
+    return manifest
+
+
+def unknown_tensor(name: str, names: list[str], *, where: Path) -> CheckpointError:
+    """The error for a name that is not there, with the names that come close."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return CheckpointError(
+        f"{where} has no tensor {name}",
+        remedy=f"did you mean {' or '.join(close)}?" if close else "`mmscale ckpt show` lists the names",
+    )

@@ -18,6 +18,7 @@ from mmscale.errors import ConfigError
 _SPECIAL_TOKENS = 5
 _LEVELS = (2, 256)
 _MAX_SHIFTS = 8
+_SHORTEST_WINDOW = 8  # steps; the median absolute deviation of fewer is mostly chance
 
 
 _RESERVED = frozenset(
@@ -355,6 +356,19 @@ def _optim(config: Config) -> Iterator[Problem]:
             yield Problem(f"optim.{key} = {value} is not a finite number", "give a finite number")
 
 
+def _anomaly(config: Config) -> Iterator[Problem]:
+    anomaly = config.resilience.anomaly
+    if anomaly.window < _SHORTEST_WINDOW:
+        yield Problem(
+            f"resilience.anomaly.window = {anomaly.window} steps say little about what is usual",
+            f"use at least {_SHORTEST_WINDOW}",
+        )
+    if not math.isfinite(anomaly.threshold):
+        yield Problem(
+            f"resilience.anomaly.threshold = {anomaly.threshold} is not a finite number", "give a finite number"
+        )
+
+
 def _data(config: Config) -> Iterator[Problem]:
     if config.data.path is not None and config.data.blend:
         yield Problem("data.path and data.blend are both set", "keep one of them")
@@ -459,5 +473,6 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _layout,
     _batches,
     _optim,
+    _anomaly,
     _data,
 )

@@ -340,6 +340,51 @@ class CheckpointConfig(Section):
     resume: bool = setting("Go on from the run's newest checkpoint if there is one.", True)
 
 
+class AnomalyConfig(Section):
+    """What is done about losses and gradients that do not look right, before they reach the weights."""
+
+    window: Count = setting(
+        "Applied steps whose median and spread (MAD) say what is usual; half of them are needed for a verdict.",
+        128,
+        unit="steps",
+        source="OLMo-core SkipStepOptimizer: 128",
+    )
+    threshold: Positive = setting(
+        "A loss (of all tokens, of each modality) or gradient norm is a spike this many robust standard deviations "
+        "above the median.",
+        6.0,
+        unit="standard deviations",
+        source="OLMo-core SkipStepOptimizer: 6",
+    )
+    action: Literal["log", "skip", "rollback"] = setting(
+        "What follows a spike. log: the step is taken; skip: the batch is left out; rollback: go back to the newest "
+        "whole checkpoint and leave out skip_window steps of data.",
+        "log",
+    )
+    budget: Index = setting(
+        "Batches left out and roll-backs of the whole run, together; one more ends training (exit 5).",
+        10,
+        unit="batches or roll-backs",
+    )
+    skip_window: Count = setting(
+        "Steps of data left out after a roll-back, from the checkpoint on; at least up to the batch that spiked.",
+        200,
+        unit="steps",
+        source="PaLM, arXiv 2204.02311, section 5.1: 200-500 batches",
+    )
+
+
+class ResilienceConfig(Section):
+    """Going on in spite of faults."""
+
+    anomaly: AnomalyConfig = setting("NaN, Inf and spikes.", AnomalyConfig())
+    parameter_hash_every: Index = setting(
+        "Compare the bytes of replicated parameters every n steps, and name a rank that differs; 0: never.",
+        1000,
+        unit="steps",
+    )
+
+
 class LogConfig(Section):
     """What is reported while training."""
 
@@ -360,4 +405,5 @@ class Config(Section):
     parallel: ParallelConfig = setting("Layout.", ParallelConfig())
     precision: PrecisionConfig = setting("Number formats.", PrecisionConfig())
     checkpoint: CheckpointConfig = setting("Checkpoints.", CheckpointConfig())
+    resilience: ResilienceConfig = setting("Faults.", ResilienceConfig())
     log: LogConfig = setting("Logs.", LogConfig())

@@ -139,6 +139,8 @@ BROKEN = [
         "optim.warmup + optim.decay = 6 + 6 steps is more than train.steps = 10",
     ),
     ({"optim__beta2": 1.0}, "optim.beta2 = 1 never forgets"),
+    ({"resilience__anomaly__window": 7}, "resilience.anomaly.window = 7 steps say little"),
+    ({"resilience__anomaly__threshold": float("inf")}, "resilience.anomaly.threshold = inf is not a finite number"),
     ({"optim__clip_grad": float("inf")}, "optim.clip_grad = inf is not a finite number"),
     # data
     ({"data__path": "a", "data__blend": [{"path": "b"}]}, "data.path and data.blend are both set"),

@@ -369,6 +369,14 @@ def _anomaly(config: Config) -> Iterator[Problem]:
         )
 
 
+def _memory(config: Config) -> Iterator[Problem]:
+    if config.resilience.memory_group < 2:
+        yield Problem(
+            f"resilience.memory_group = {config.resilience.memory_group} leaves nobody to keep a rank's parity",
+            "use 2 (a mirror) or more; resilience.memory_every=0 turns the memory tier off",
+        )
+
+
 def _data(config: Config) -> Iterator[Problem]:
     if config.data.path is not None and config.data.blend:
         yield Problem("data.path and data.blend are both set", "keep one of them")
@@ -474,5 +482,6 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _batches,
     _optim,
     _anomaly,
+    _memory,
     _data,
 )

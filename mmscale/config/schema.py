@@ -20,12 +20,13 @@ from pydantic import (
     PositiveInt,
 )
 
-from mmscale.config.values import parse_integer, parse_number
+from mmscale.config.values import parse_integer, parse_number, parse_seconds
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_integer)]
 Index = Annotated[NonNegativeInt, BeforeValidator(parse_integer)]
 Rate = Annotated[NonNegativeFloat, BeforeValidator(parse_number)]
 Positive = Annotated[PositiveFloat, BeforeValidator(parse_number)]
+Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds)]
 Fraction = Annotated[float, BeforeValidator(parse_number), Field(gt=0.0, le=1.0)]
 Share = Annotated[float, BeforeValidator(parse_number), Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -382,6 +383,22 @@ class ResilienceConfig(Section):
         "Compare the bytes of replicated parameters every n steps, and name a rank that differs; 0: never.",
         1000,
         unit="steps",
+    )
+    memory_every: Index = setting(
+        "Copy every rank's state into shared memory (/dev/shm) every n steps, with parity against the loss of a rank "
+        "or node; a restart on the same layout goes on from there if it is newer than the newest checkpoint. 0: never.",
+        0,
+        unit="steps",
+        source="REFT, arXiv 2310.12670",
+    )
+    memory_group: Index = setting(
+        "Ranks that keep each other's parity, on different nodes where there are enough: one of them may be lost, and "
+        "a copy of the state takes 1 / (memory_group - 1) more memory; 2 is a mirror.",
+        4,
+        unit="ranks",
+    )
+    memory_hold: Seconds = setting(
+        "How long shared memory is kept for a restart after its rank has died.", 1800.0, unit="seconds"
     )
 
 

@@ -30,6 +30,9 @@ def shape_of(config: Config) -> dict[str, Any]:
     shape["model.experts.shared"] = model.experts.shared
     shape["model.experts.shared_ffn_hidden_size"] = model.experts.shared_ffn_hidden_size
     shape["model.depth.every"] = model.depth.every if model.depth else None
+    # None where the checkpoint has no such tensors, as in those written before there were any.
+    shape["model.auxiliary.width"] = model.auxiliary_width if model.auxiliary.mode == "joint" else None
+    shape["model.experts.threshold_decay"] = "kept" if model.keeps_thresholds else None
     shape["vocab.modalities"] = [[modality.name, modality.size] for modality in vocab.modalities]
     shape["vocab.pad_multiple"] = vocab.pad_multiple
     return shape

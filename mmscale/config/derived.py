@@ -71,6 +71,14 @@ def shared_width(config: Config) -> int:
     return experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size)
 
 
+def with_auxiliary_routers(config: Config) -> Config:
+    """The configuration whose model holds auxiliary routers, as the stage that trains them and inference build it."""
+    if config.model.auxiliary.mode != "off":
+        return config
+    auxiliary = config.model.auxiliary.model_copy(update={"mode": "stage"})
+    return config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": auxiliary})})
+
+
 def overlap_p2p(config: Config) -> bool:
     """Whether pipeline sends overlap with compute; left open, it follows from interleaving."""
     chosen = config.parallel.overlap_p2p

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from mmscale.config import derived
-from mmscale.config.schema import Config, PrepareConfig
+from mmscale.config.schema import Config, OptimConfig, PrepareConfig
 from mmscale.errors import ConfigError
 
 # <pad> <s> </s> <boi> <eoi>, see data/vocab.py (which imports this package, so the number is repeated here).
@@ -272,6 +272,30 @@ def _depth(config: Config) -> Iterator[Problem]:
         )
 
 
+def _auxiliary(config: Config) -> Iterator[Problem]:
+    model, stage = config.model, config.auxiliary
+    if model.auxiliary.mode == "stage":
+        yield Problem(
+            "model.auxiliary.mode = stage is what `mmscale train CONFIG --stage auxiliary` sets by itself",
+            "write off and run that command after the main run, or write joint",
+        )
+    for key, given in (
+        ("model.auxiliary.mode = joint", model.auxiliary.mode == "joint"),
+        ("model.experts.threshold_decay", model.experts.threshold_decay > 0.0),
+    ):
+        if given and not model.routes:
+            yield Problem(f"{key} is set, but a dense model without Mixture-of-Depths routes nothing", "remove it")
+    if model.experts.threshold_decay >= 1.0:
+        yield Problem("model.experts.threshold_decay = 1 never moves from its start", "use a value below 1, e.g. 0.99")
+    size = stage.global_batch_size or config.train.global_batch_size
+    micro = stage.micro_batch_size or config.train.micro_batch_size
+    if size % micro:
+        yield Problem(
+            f"auxiliary: the global batch of {size} sequences is not divisible by micro-batches of {micro}",
+            "change auxiliary.global_batch_size or auxiliary.micro_batch_size",
+        )
+
+
 def _layout(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
     if parallel.cp > 1:
@@ -338,22 +362,32 @@ def _batches(config: Config) -> Iterator[Problem]:
 
 
 def _optim(config: Config) -> Iterator[Problem]:
-    optim, steps = config.optim, config.train.steps
+    yield from _optimizer(config.optim, config.train.steps, section="optim", of="train")
+    stage = config.auxiliary
+    yield from _optimizer(stage.optim, stage.steps, section="auxiliary.optim", of="auxiliary")
+
+
+def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
     if optim.warmup > steps:
-        yield Problem(f"optim.warmup = {optim.warmup} steps is more than train.steps = {steps}", "shorten the warm-up")
+        yield Problem(
+            f"{section}.warmup = {optim.warmup} steps is more than {of}.steps = {steps}", "shorten the warm-up"
+        )
     if optim.min_lr > optim.lr:
-        yield Problem(f"optim.min_lr = {optim.min_lr:g} is above optim.lr = {optim.lr:g}", "lower optim.min_lr")
+        yield Problem(
+            f"{section}.min_lr = {optim.min_lr:g} is above {section}.lr = {optim.lr:g}", f"lower {section}.min_lr"
+        )
     if optim.schedule in ("wsd", "power") and optim.decay is not None and optim.warmup + optim.decay > steps:
         yield Problem(
-            f"optim.warmup + optim.decay = {optim.warmup} + {optim.decay} steps is more than train.steps = {steps}",
+            f"{section}.warmup + {section}.decay = {optim.warmup} + {optim.decay} steps is more than "
+            f"{of}.steps = {steps}",
             "shorten one of them",
         )
     for key, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if beta >= 1.0:
-            yield Problem(f"optim.{key} = {beta:g} never forgets, Adam divides by 1 - {key}", "use a value below 1")
+            yield Problem(f"{section}.{key} = {beta:g} never forgets, Adam divides by 1 - {key}", "use a value below 1")
     for key, value in optim.model_dump().items():
         if isinstance(value, float) and not math.isfinite(value):
-            yield Problem(f"optim.{key} = {value} is not a finite number", "give a finite number")
+            yield Problem(f"{section}.{key} = {value} is not a finite number", "give a finite number")
 
 
 def _anomaly(config: Config) -> Iterator[Problem]:
@@ -481,6 +515,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _layout,
     _batches,
     _optim,
+    _auxiliary,
     _anomaly,
     _memory,
     _data,

@@ -133,6 +133,12 @@ class ExpertsConfig(Section):
     noise: Literal["none", "gumbel"] = setting(
         "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"
     )
+    threshold_decay: Share = setting(
+        "Decay per step of the moving average of each expert's cut-off, which `--routing threshold` decides by; "
+        "0: none is kept.",
+        0.0,
+        source="Expert Threshold, arXiv 2603.11535",
+    )
 
 
 class DepthConfig(Section):
@@ -148,6 +154,17 @@ class DepthConfig(Section):
         "are masked; per_modality: each modality keeps its nominal share, so experts stay full.",
         "mixed",
     )
+
+
+class AuxiliaryRoutersConfig(Section):
+    """Routers that predict expert and depth choice from one token, for causal inference (MoMa, section 2.4)."""
+
+    mode: Literal["off", "stage", "joint"] = setting(
+        "off: the main run has none, `mmscale train CONFIG --stage auxiliary` adds and trains them after it; joint: "
+        "trained along with the main run, without touching it; stage: what that command sets by itself.",
+        "off",
+    )
+    width: Count | None = setting("Inner width; default: half of hidden_size.", None, source="MoMa 2.4")
 
 
 class ModelConfig(Section):
@@ -181,6 +198,7 @@ class ModelConfig(Section):
     dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)
     experts: ExpertsConfig = setting("Modality groups of experts.", ExpertsConfig())
     depth: DepthConfig | None = setting("Mixture-of-Depths; null: every layer sees every token.", None)
+    auxiliary: AuxiliaryRoutersConfig = setting("Auxiliary routers for causal inference.", AuxiliaryRoutersConfig())
 
     @property
     def query_groups(self) -> int:
@@ -191,6 +209,23 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def routes(self) -> bool:
+        """Whether anything in the model is chosen among tokens: experts, or depth."""
+        return self.kind != "dense" or self.depth is not None
+
+    @property
+    def auxiliary_width(self) -> int | None:
+        """Inner width of the auxiliary routers in the model; None: it has none."""
+        if self.auxiliary.mode == "off" or not self.routes:
+            return None
+        return self.auxiliary.width or max(1, self.hidden_size // 2)
+
+    @property
+    def keeps_thresholds(self) -> bool:
+        """Whether the model keeps moving averages of cut-offs."""
+        return self.experts.threshold_decay > 0.0 and self.routes
 
     def is_depth_layer(self, layer: int) -> bool:
         """Whether the layer with this global index (from 0) is a Mixture-of-Depths layer."""
@@ -299,6 +334,33 @@ class OptimConfig(Section):
     beta2: Share = setting("Adam's decay of the second moment.", 0.95)
     eps: Positive = setting("Adam's epsilon.", 1e-5)
     clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
+
+
+class AuxiliaryStageConfig(Section):
+    """How auxiliary routers are trained: `mmscale train CONFIG --stage auxiliary`, or along with a joint run.
+
+    Batches not given here are those of `train`; a joint run takes its steps and batches from there too.
+    """
+
+    steps: Count = setting("Optimizer steps of the stage.", 5000, unit="steps", source="MoMa Table 6")
+    micro_batch_size: Count | None = setting(
+        "Sequences of one forward pass on a rank; default: train.micro_batch_size.", None, unit="sequences"
+    )
+    global_batch_size: Count | None = setting(
+        "Sequences of an optimizer step, over all ranks; default: train.global_batch_size.", None, unit="sequences"
+    )
+    calibration_batches: Index = setting(
+        "Global batches of training data after the last step, on which thresholds are set so that a token gets as many "
+        "experts on average as in training; 0: thresholds stay at 0.5.",
+        16,
+        unit="batches",
+    )
+    checkpoint_every: Index = setting("Save every n steps of the stage; 0: only at the end.", 0, unit="steps")
+    optim: OptimConfig = setting(
+        "Optimizer of the auxiliary routers, in the stage and in joint runs.",
+        OptimConfig(weight_decay=0.0),
+        source="MoMa Table 6: 1e-4 to 1e-6, linear",
+    )
 
 
 class ParallelConfig(Section):
@@ -419,6 +481,7 @@ class Config(Section):
     data: DataConfig = setting("Data.", DataConfig())
     train: TrainConfig = setting("Steps and batches.", TrainConfig())
     optim: OptimConfig = setting("Optimizer.", OptimConfig())
+    auxiliary: AuxiliaryStageConfig = setting("Training of the auxiliary routers.", AuxiliaryStageConfig())
     parallel: ParallelConfig = setting("Layout.", ParallelConfig())
     precision: PrecisionConfig = setting("Number formats.", PrecisionConfig())
     checkpoint: CheckpointConfig = setting("Checkpoints.", CheckpointConfig())

@@ -39,13 +39,15 @@ def initialize(model: MegatronModule, *, seed: int, std: float, num_layers: int)
         if isinstance(module, RMSNorm)
         for weight in module.parameters()
     }
+    # Buffers (thresholds of routers) start as their modules made them.
+    kept = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
     drawn: set[int] = set()
     for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
         parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         for part in _tensors(parts):
             assert part.data is not None
             storage = part.data.untyped_storage().data_ptr()
-            if storage in norms:
+            if storage in norms | kept:
                 continue
             scaled = part.key.endswith(_OUTPUT_PROJECTIONS)
             _fill(part, seed=seed, std=std / math.sqrt(2 * num_layers) if scaled else std)

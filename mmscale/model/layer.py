@@ -20,8 +20,10 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from mmscale.model.mixed_modal import MixedModalParams
-from mmscale.model.routing import depth_choice
+from mmscale.model.auxiliary import AuxiliaryRouter
+from mmscale.model.mixed_modal import MixedModalParams, Routing
+from mmscale.model.routing import depth_choice, depth_decided
+from mmscale.model.thresholds import Thresholds
 
 
 class MixedModalLayer(TransformerLayer):
@@ -60,15 +62,23 @@ class DepthSettings:
         keep: K, tokens per sequence.
         quotas: tokens of each modality that are taken first; None: the best of any modality.
         modalities: names, for reports.
+        auxiliary_width: inner width of the auxiliary router; None: there is none.
+        thresholds: whether the averaged cut-off of Expert Threshold is kept.
     """
 
     keep: int
     quotas: tuple[int, ...] | None
     modalities: tuple[str, ...]
+    auxiliary_width: int | None = None
+    thresholds: bool = False
 
 
 class DepthLayer(MixedModalLayer):
-    """x + sigmoid(x . w) (layer(x) - x) for the K tokens with the highest scores of each sequence; x for the others."""
+    """x + sigmoid(x . w) (layer(x) - x) for the K tokens with the highest scores of each sequence; x for the others.
+
+    In causal modes a token is processed if the one auxiliary router of the layer (for all modalities) says so; as many
+    tokens of a sequence as it may be. The gate stays the main router's.
+    """
 
     def __init__(self, *args: Any, depth: DepthSettings, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,6 +86,10 @@ class DepthLayer(MixedModalLayer):
         self.depth_router = nn.Parameter(torch.empty(self.config.hidden_size, dtype=self.config.params_dtype))
         # Scores are computed where tokens live: the gradient is partial over tensor-parallel ranks.
         self.depth_router.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        if depth.auxiliary_width is not None:
+            self.depth_auxiliary = AuxiliaryRouter(self.config, outputs=1, width=depth.auxiliary_width)
+        if depth.thresholds:
+            self.depth_threshold = Thresholds({"logit": 1})
 
     def forward(
         self,
@@ -95,10 +109,15 @@ class DepthLayer(MixedModalLayer):
         )
         length, batch, width = full.shape
 
-        index = depth_choice(logits, params.modality_ids, self.depth.keep, self.depth.quotas)
+        valid: Tensor | None = None
+        if params.routing is Routing.BATCH:
+            index = depth_choice(logits, params.modality_ids, self.depth.keep, self.depth.quotas)
+            self._teach(hidden_states, logits.detach(), index, params)
+        else:
+            index, valid = self._decide(hidden_states, logits, params)
         rows = (index * batch + torch.arange(batch, device=index.device)).reshape(-1)
         selected = full.reshape(length * batch, width).index_select(0, rows).view(-1, batch, width)
-        inner = params.select(index)
+        inner = params.select(index, valid)
         if params.stats is not None:
             self._report(params, inner)
 
@@ -110,12 +129,54 @@ class DepthLayer(MixedModalLayer):
         out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.tp_group)
 
         weight = torch.sigmoid(logits.reshape(-1).index_select(0, rows)).unsqueeze(-1)
+        if valid is not None:
+            weight = weight * valid.reshape(-1, 1)
         delta = (weight * (out - selected).reshape(-1, width).float()).to(full.dtype)
         update = torch.zeros_like(full).reshape(length * batch, width).index_add(0, rows, delta)
         update = scatter_to_sequence_parallel_region(update.view(length, batch, width), group=self.tp_group)
         output = hidden_states + update
         self._report_output(params, output)
         return output, context
+
+    def _decide(self, hidden: Tensor, logits: Tensor, params: MixedModalParams) -> tuple[Tensor, Tensor]:
+        """Positions [K, B] of the tokens to process, decided from each token alone, and which of them count."""
+        if params.routing is Routing.THRESHOLD:
+            taken = logits > self.depth_threshold.of("logit")
+        else:
+            scores = gather_from_sequence_parallel_region(
+                self.depth_auxiliary(hidden), tensor_parallel_output_grad=False, group=self.tp_group
+            )
+            taken = torch.sigmoid(scores).squeeze(-1) > self.depth_auxiliary.threshold
+        taken = taken & (params.modality_ids >= 0)
+        ranks = self.tp_group.size()
+        most = max(1, int(taken.sum(dim=0).max()))
+        return depth_decided(taken, -(-most // ranks) * ranks)
+
+    @torch.no_grad()
+    def _teach(self, hidden: Tensor, logits: Tensor, index: Tensor, params: MixedModalParams) -> None:
+        """Hand the true choice to the auxiliary router, and its cut-off to the moving average."""
+        if params.learning is not None:
+            taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, index, True)
+            own = slice(self.tp_group.rank() * hidden.shape[0], (self.tp_group.rank() + 1) * hidden.shape[0])
+            masks = {name: params.tokens_of((number,))[own] for number, name in enumerate(self.depth.modalities)}
+            params.learning.observe(
+                self.depth_auxiliary,
+                hidden,
+                taken[own].unsqueeze(-1),
+                masks,
+                layer=self.layer_number,
+                kind="depth",
+                micro_batch=params.noise_key,
+            )
+        if params.cutoffs is not None and self.depth.thresholds:
+            params.cutoffs.add(
+                self.depth_threshold.of("logit"),
+                logits.unsqueeze(-1),
+                params.modality_ids >= 0,
+                self.depth.keep,
+                per_sequence=True,
+                key=(self.layer_number, "depth", params.noise_key),
+            )
 
     def _report(self, params: MixedModalParams, inner: MixedModalParams) -> None:
         assert params.stats is not None

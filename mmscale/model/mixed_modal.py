@@ -11,11 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmscale.model.auxiliary import RouterLearning
+    from mmscale.model.thresholds import Cutoffs
+
+
+class Routing(StrEnum):
+    """Who decides which experts take a token. The gate is the main router's sigmoid in every mode (MoMa, 2.4).
+
+    BATCH: experts choose among all tokens of the sequence or micro-batch, later ones too, as in training.
+    CAUSAL: the auxiliary routers, where sigmoid(score) > threshold; a token gets any number of experts.
+    TOP1: the expert of the token's group with the highest auxiliary score; depth layers decide as in CAUSAL.
+    THRESHOLD: the main router's logit against the moving average of its cut-off (Expert Threshold).
+    """
+
+    BATCH = "batch"
+    CAUSAL = "causal"
+    TOP1 = "top1"
+    THRESHOLD = "threshold"
+
+    @property
+    def leaks(self) -> bool:
+        """Whether a token's output depends on later tokens."""
+        return self is Routing.BATCH
 
 
 class RoutingStats:
@@ -47,6 +72,9 @@ class MixedModalParams(PackedSeqParams):
             stand together, and neighbouring documents have different numbers.
         noise_key: number from which router noise is drawn: the same for a micro-batch under every layout.
         stats: where layers report routing figures; None on steps that are not logged.
+        routing: who decides which experts take a token.
+        learning: where layers hand their true choices to, for auxiliary routers; None: nobody learns.
+        cutoffs: where layers hand their cut-offs to, for moving averages; None: nobody asks.
     """
 
     modality_ids: Tensor = None  # type: ignore[assignment]  # the base class has defaults
@@ -54,6 +82,9 @@ class MixedModalParams(PackedSeqParams):
     document_ids: Tensor = None  # type: ignore[assignment]
     noise_key: int = 0
     stats: RoutingStats | None = None
+    routing: Routing = Routing.BATCH
+    learning: RouterLearning | None = None
+    cutoffs: Cutoffs | None = None
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     _lengths: list[int] | None = field(default=None, repr=False)
 
@@ -66,6 +97,7 @@ class MixedModalParams(PackedSeqParams):
         document_ids: Tensor,
         noise_key: int = 0,
         stats: RoutingStats | None = None,
+        routing: Routing = Routing.BATCH,
     ) -> MixedModalParams:
         """From [B, S] tensors as the loader has them."""
         length = modality_ids.shape[1]
@@ -79,6 +111,7 @@ class MixedModalParams(PackedSeqParams):
             document_ids=document_ids.t().contiguous(),
             noise_key=noise_key,
             stats=stats,
+            routing=routing,
         )
 
     def _cached(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -129,16 +162,28 @@ class MixedModalParams(PackedSeqParams):
         """Angles of every token, [S, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""
         return self._cached("rotary", lambda: table[:, 0, 0, :][self.position_ids].unsqueeze(2))
 
-    def select(self, index: Tensor) -> MixedModalParams:
-        """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept)."""
+    def select(self, index: Tensor, valid: Tensor | None = None) -> MixedModalParams:
+        """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept).
+
+        Args:
+            index: [K, B].
+            valid: [K, B] bool, a prefix of each sequence: what follows is filled up and becomes padding.
+        """
         length = index.shape[0]
+        modality_ids, document_ids = self.modality_ids.gather(0, index), self.document_ids.gather(0, index)
+        if valid is not None:
+            modality_ids = modality_ids.masked_fill(~valid, -1)
+            document_ids = document_ids.masked_fill(~valid, torch.iinfo(document_ids.dtype).max)
         return MixedModalParams(
             qkv_format=self.qkv_format,
             max_seqlen_q=length,
             max_seqlen_kv=length,
-            modality_ids=self.modality_ids.gather(0, index),
+            modality_ids=modality_ids,
             position_ids=self.position_ids.gather(0, index),
-            document_ids=self.document_ids.gather(0, index),
+            document_ids=document_ids,
             noise_key=self.noise_key,
             stats=self.stats,
+            routing=self.routing,
+            learning=self.learning,
+            cutoffs=self.cutoffs,
         )

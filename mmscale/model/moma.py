@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmscale.config.derived import expert_capacity
+from mmscale.model.auxiliary import AuxiliaryRouter
 from mmscale.model.experts import Experts, from_experts, to_experts
-from mmscale.model.mixed_modal import MixedModalParams, RoutingStats
+from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.model.norm import RMSNorm
-from mmscale.model.routing import Selection, combine, expert_choice, gumbel_noise
+from mmscale.model.routing import Selection, chosen_by, combine, decided, expert_choice, gumbel_noise
+from mmscale.model.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class MoMaSettings:
         gumbel: Gumbel-sigmoid noise in training.
         norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
         shared_width: SwiGLU width of the shared experts together; 0: none.
+        auxiliary_width: inner width of each group's auxiliary router; None: there are none.
+        thresholds: whether the averaged cut-offs of Expert Threshold are kept.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -69,6 +73,8 @@ class MoMaSettings:
     gumbel: bool = False
     norm_experts: bool = False
     shared_width: int = 0
+    auxiliary_width: int | None = None
+    thresholds: bool = False
 
 
 class Router(nn.Module):
@@ -124,6 +130,16 @@ class MoMaMLP(MegatronModule):
             self.shared = Experts(config, count=1, width=settings.shared_width, groups=self.pg, expert_parallel=False)
             self.shared_norm = self._norm() if settings.norm_experts else None
 
+        self.auxiliary = nn.ModuleDict()
+        if settings.auxiliary_width is not None:
+            for group in settings.groups:
+                self.auxiliary[group.name] = AuxiliaryRouter(
+                    config, outputs=group.experts, width=settings.auxiliary_width
+                )
+        self.threshold = (
+            Thresholds({group.name: group.experts for group in settings.groups}) if settings.thresholds else None
+        )
+
     def _norm(self) -> RMSNorm:
         return RMSNorm(self.config, self.config.hidden_size, self.config.layernorm_epsilon, replicated=True)
 
@@ -146,7 +162,12 @@ class MoMaMLP(MegatronModule):
         length, batch, width = full.shape
         flat = full.reshape(length * batch, width)
 
-        selections = self._select(logits, params, length=length, batch=batch)
+        if params.routing is Routing.BATCH:
+            selections = self._select(logits, params)
+            if params.learning is not None:
+                self._teach(hidden_states, logits, selections, params)
+        else:
+            selections = self._decide(hidden_states, logits, params)
         chosen = [flat.index_select(0, s.token.reshape(-1)).view(*s.token.shape, width) for s in selections]
         received = to_experts(chosen, self.pg.ep)
         computed = [self.experts[g.name](tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
@@ -178,17 +199,28 @@ class MoMaMLP(MegatronModule):
         # part.
         partial = not self.settings.norm_experts
         logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=partial, group=self.pg.tp)
-        if self.settings.gumbel and self.training:
-            key = (params.noise_key * 1_000_003 + self.layer_number) & 0x7FFF_FFFF_FFFF_FFFF
-            logits = logits + gumbel_noise(logits.shape, key=key, device=logits.device)
+        if self._noisy:
+            logits = logits + self._noise(logits, params)
         return logits
 
-    def _select(self, logits: Tensor, params: MixedModalParams, *, length: int, batch: int) -> list[Selection]:
+    @property
+    def _noisy(self) -> bool:
+        return self.settings.gumbel and self.training
+
+    def _noise(self, logits: Tensor, params: MixedModalParams) -> Tensor:
+        key = (params.noise_key * 1_000_003 + self.layer_number) & 0x7FFF_FFFF_FFFF_FFFF
+        return gumbel_noise(logits.shape, key=key, device=logits.device)
+
+    def _by_group(self, logits: Tensor) -> list[tuple[ExpertGroup, Tensor]]:
+        groups = self.settings.groups
+        return list(zip(groups, logits.split([group.experts for group in groups], dim=-1), strict=True))
+
+    def _select(self, logits: Tensor, params: MixedModalParams, *, report: bool = True) -> list[Selection]:
+        """Expert choice among all tokens of the sequence or of the micro-batch."""
+        length, batch, _ = logits.shape
         scope = length if self.settings.per_sequence else length * batch
         selections = []
-        for group, own in zip(
-            self.settings.groups, logits.split([g.experts for g in self.settings.groups], dim=-1), strict=True
-        ):
+        for group, own in self._by_group(logits):
             capacity = expert_capacity(
                 scope,
                 group.share,
@@ -199,10 +231,75 @@ class MoMaMLP(MegatronModule):
             )
             member = params.tokens_of(group.modalities)
             selection = expert_choice(own, member, capacity, per_sequence=self.settings.per_sequence)
+            if report and params.stats is not None:
+                _report(params.stats, self.layer_number, group.name, selection, member)
+            if report and params.cutoffs is not None and self.threshold is not None:
+                params.cutoffs.add(
+                    self.threshold.of(group.name),
+                    own.detach(),
+                    member,
+                    capacity,
+                    per_sequence=self.settings.per_sequence,
+                    key=(self.layer_number, group.name, params.noise_key),
+                )
+            selections.append(selection)
+        return selections
+
+    def _decide(self, hidden: Tensor, logits: Tensor, params: MixedModalParams) -> list[Selection]:
+        """Each token's experts from the token alone, in any mode but BATCH."""
+        taken = []
+        for group, own in self._by_group(logits):
+            member = params.tokens_of(group.modalities).unsqueeze(-1)
+            if params.routing is Routing.THRESHOLD:
+                assert self.threshold is not None, "the caller checks that the model keeps thresholds"
+                taken.append((own > self.threshold.of(group.name)) & member)
+                continue
+            router = self.auxiliary[group.name]
+            assert isinstance(router, AuxiliaryRouter)
+            scores = gather_from_sequence_parallel_region(
+                router(hidden), tensor_parallel_output_grad=False, group=self.pg.tp
+            )
+            if params.routing is Routing.TOP1:
+                best = F.one_hot(scores.argmax(dim=-1), group.experts).bool()
+                taken.append(best & member)
+            else:
+                taken.append((torch.sigmoid(scores) > router.threshold) & member)
+        # As many slots as the fullest expert needs, the same on all expert-parallel ranks: then the exchange has equal
+        # splits as ever, and no token is dropped.
+        most = torch.stack([group.sum(dim=(0, 1)).max() for group in taken])
+        if self.pg.ep.size() > 1:
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.pg.ep)
+        selections = []
+        for (group, own), decision, count in zip(self._by_group(logits), taken, most.tolist(), strict=True):
+            selection = decided(decision, own, max(1, count))
             if params.stats is not None:
+                member = params.tokens_of(group.modalities)
                 _report(params.stats, self.layer_number, group.name, selection, member)
             selections.append(selection)
         return selections
+
+    @torch.no_grad()
+    def _teach(self, hidden: Tensor, logits: Tensor, selections: list[Selection], params: MixedModalParams) -> None:
+        """Hand the true choice to the auxiliary routers, which live where their tokens do."""
+        assert params.learning is not None
+        length, batch, _ = logits.shape
+        if self._noisy:  # predicted is the choice without noise
+            selections = self._select(logits - self._noise(logits, params), params, report=False)
+        local = hidden.shape[0]
+        first = self.pg.tp.rank() * local
+        for group, selection in zip(self.settings.groups, selections, strict=True):
+            router = self.auxiliary[group.name]
+            assert isinstance(router, AuxiliaryRouter)
+            taken = chosen_by(selection, length * batch).view(length, batch, group.experts)
+            params.learning.observe(
+                router,
+                hidden,
+                taken[first : first + local],
+                {group.name: params.tokens_of(group.modalities)[first : first + local]},
+                layer=self.layer_number,
+                kind=f"experts/{group.name}",
+                micro_batch=params.noise_key,
+            )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
@@ -214,7 +311,10 @@ class MoMaMLP(MegatronModule):
             sharded.update(experts.sharded_state_dict(f"{prefix}experts.{name}.", sharded_offsets, metadata))
         if self.shared is not None:
             sharded.update(self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata))
-        replicated = {f"router.{name}": weight for name, weight in self.router.named_parameters()}
+        replicated: dict[str, Tensor] = {f"router.{name}": weight for name, weight in self.router.named_parameters()}
+        replicated |= {f"auxiliary.{name}": value for name, value in self.auxiliary.state_dict(keep_vars=True).items()}
+        if self.threshold is not None:
+            replicated |= {f"threshold.{name}": value for name, value in self.threshold.named_buffers()}
         sharded.update(
             make_sharded_tensors_for_checkpoint(
                 replicated, prefix, {}, sharded_offsets, tp_group=self.pg.tp, dp_cp_group=self.pg.dp_cp

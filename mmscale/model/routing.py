@@ -72,6 +72,27 @@ def expert_choice(logits: Tensor, member: Tensor, capacity: int, *, per_sequence
     return Selection(token, gate, valid)
 
 
+def decided(taken: Tensor, logits: Tensor, capacity: int) -> Selection:
+    """The same slots filled with what was decided token by token; no token is dropped.
+
+    Args:
+        taken: [S, B, E] bool, whether the expert takes the token.
+        logits: [S, B, E] fp32 of the main router, which gives the gates.
+        capacity: slots per expert, at least as many as any expert takes tokens.
+    """
+    flat = taken.reshape(-1, taken.shape[-1])  # [T, E]
+    token = (~flat).to(torch.uint8).sort(dim=0, stable=True).indices[:capacity].t()  # taken ones first, in order
+    valid = flat.t().gather(1, token)
+    gate = torch.sigmoid(logits).reshape(flat.shape).t().gather(1, token) * valid
+    return Selection(token, gate, valid)
+
+
+def chosen_by(selection: Selection, tokens: int) -> Tensor:
+    """[tokens, E] bool: which experts took which token."""
+    taken = torch.zeros(selection.token.shape[0], tokens, dtype=torch.bool, device=selection.token.device)
+    return taken.scatter_(1, selection.token, selection.valid).t()
+
+
 def combine(outputs: Tensor, selection: Selection, tokens: int) -> Tensor:
     """Sum of gate * output at each token, [tokens, width], in fp32; zero where no expert took the token.
 
@@ -120,3 +141,17 @@ def depth_choice(logits: Tensor, modality: Tensor, keep: int, quotas: tuple[int,
             within.scatter_(0, best, own.gather(0, best))
         ranked = ranked.masked_fill(within, float("inf"))
     return _best(ranked, keep).sort(dim=0).values
+
+
+def depth_decided(taken: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The tokens that were decided to be processed, filled up to a rectangle.
+
+    Args:
+        taken: [S, B] bool.
+        keep: K, at least as many as any sequence keeps.
+
+    Returns:
+        [K, B] int64 positions, ascending where they count, and [K, B] bool: which count.
+    """
+    index = (~taken).to(torch.uint8).sort(dim=0, stable=True).indices[:keep]
+    return index, taken.gather(0, index)

@@ -63,6 +63,8 @@ def moma_settings(config: Config) -> MoMaSettings:
         gumbel=experts.noise == "gumbel",
         norm_experts=config.model.norm == "post_per_expert",
         shared_width=experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size),
+        auxiliary_width=config.model.auxiliary_width,
+        thresholds=config.model.keeps_thresholds,
     )
 
 
@@ -73,7 +75,13 @@ def depth_settings(config: Config) -> DepthSettings:
     if config.model.depth.choice == "per_modality":
         share = nominal_share(config)
         quotas = tuple(int(share[name] * keep + 1e-9) for name in config.vocab.names)
-    return DepthSettings(keep=keep, quotas=quotas, modalities=config.vocab.names)
+    return DepthSettings(
+        keep=keep,
+        quotas=quotas,
+        modalities=config.vocab.names,
+        auxiliary_width=config.model.auxiliary_width,
+        thresholds=config.model.keeps_thresholds,
+    )
 
 
 def layer_spec(

@@ -14,6 +14,7 @@ _WITHOUT_UNIT = {
     "model.hidden_size",
     "model.ffn_hidden_size",
     "model.kv_channels",
+    "model.auxiliary.width",
     "model.experts.shared_ffn_hidden_size",
 }
 

@@ -1,0 +1,227 @@
+"""Auxiliary routers: predict from one token alone what expert choice and depth choice decide among all tokens.
+
+MoMa (arXiv 2407.21770), section 2.4: sigmoid(SiLU(x W1) W2) per layer and group of experts, and per
+Mixture-of-Depths layer, trained by binary cross entropy on the true choice. Here are the module, what it learns from
+and what is counted about it; optimizer, steps and checkpoints are mmscale.train's.
+
+A Mixture-of-Depths layer has one auxiliary router for all modalities, as it has one main router (paper, section 2.4:
+W2 is d/2 x 1); its figures are told per modality all the same.
+
+Shapes: S tokens of this rank's part of a sequence, B sequences, H hidden width, A inner width (H / 2), E decisions per
+token (experts of the group; 1 for depth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Bins of a score in [0, 1] from which thresholds are read: counts add up exactly over ranks, whatever the layout.
+BINS = 4096
+# What the sums of figures count.
+FIGURES = ("decisions", "predicted", "actual", "hits", "tokens", "without_predicted", "without_actual")
+
+
+class Fp32Buffers(nn.Module):
+    """Buffers stay fp32 when the model is cast: bf16 would move a threshold by up to 0.4 %."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = self._buffers[name]
+            assert value is not None and moved is not None
+            self._buffers[name] = value.to(moved.device)
+        return self
+
+
+class AuxiliaryRouter(Fp32Buffers):
+    """Logits SiLU(x W1) W2; a decision is sigmoid(logit) > threshold.
+
+    Attributes:
+        hidden: [A, H], W1 transposed.
+        out: [E, A], W2 transposed.
+        threshold: [E] fp32 buffer, in the sigmoid's range; 0.5 as in the paper until it is calibrated.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, config: TransformerConfig, *, outputs: int, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.empty(width, config.hidden_size, dtype=config.params_dtype))
+        self.out = nn.Parameter(torch.empty(outputs, width, dtype=config.params_dtype))
+        for parameter in (self.hidden, self.out):
+            # It sees this rank's tokens only: gradients are partial over tensor-parallel ranks.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.register_buffer("threshold", torch.full((outputs,), 0.5))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> logits [..., E], fp32. W1 is applied in the parameters' format, W2 in fp32."""
+        inner = F.silu(F.linear(hidden.to(self.hidden.dtype), self.hidden).float())
+        return F.linear(inner, self.out.float())
+
+
+@dataclass
+class RouterRecord:
+    """Sums over what one router was asked on this rank.
+
+    Attributes:
+        router: the router.
+        loss: [] fp64, sum of binary cross entropies.
+        decisions: [] fp64, number of (token, expert) pairs in it.
+        figures: for each modality or group [FIGURES], fp64.
+        histogram: [E, BINS] int64 of scores of its tokens; None unless thresholds are to be calibrated.
+        taken: [E] int64, tokens that the true choice gave to each expert; None likewise.
+    """
+
+    router: AuxiliaryRouter
+    loss: Tensor
+    decisions: Tensor
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    histogram: Tensor | None = None
+    taken: Tensor | None = None
+
+
+class RouterLearning:
+    """What layers hand their true choices to: routers get gradients from them, or are only measured.
+
+    The loss of a layer is differentiated on the spot, by itself: its input is detached, so nothing of it reaches the
+    main model, no activation outlives the layer, and pipelines and recompute need no further thought.
+
+    Args:
+        gradients: add the gradient of the summed cross entropy to the routers' parameters.
+        histograms: count scores, for the calibration of thresholds.
+    """
+
+    def __init__(self, *, gradients: bool, histograms: bool = False) -> None:
+        self.gradients = gradients
+        self.histograms = histograms
+        self.records: dict[tuple[int, str], RouterRecord] = {}
+        self._seen: set[tuple[int, str, int]] = set()
+
+    def clear(self) -> None:
+        """Forget all sums; called at the start of a step."""
+        self.records.clear()
+        self._seen.clear()
+
+    def observe(
+        self,
+        router: AuxiliaryRouter,
+        hidden: Tensor,
+        choice: Tensor,
+        masks: Mapping[str, Tensor],
+        *,
+        layer: int,
+        kind: str,
+        micro_batch: int,
+    ) -> None:
+        """Learn from, and count, one choice.
+
+        Args:
+            router: predicts it.
+            hidden: [S, B, H], the true router's input.
+            choice: [S, B, E] bool, the true choice.
+            masks: [S, B] bool by name; tokens of none of them count nothing.
+            layer: number of the layer, from 1.
+            kind: "experts/<group>" or "depth".
+            micro_batch: its number: recompute shows every choice twice, and once is enough.
+        """
+        if (layer, kind, micro_batch) in self._seen:
+            return
+        self._seen.add((layer, kind, micro_batch))
+        member = torch.stack(tuple(masks.values())).any(dim=0).unsqueeze(-1)
+        with torch.set_grad_enabled(self.gradients):
+            logits = router(hidden.detach())
+            loss = F.binary_cross_entropy_with_logits(
+                logits, choice.float(), weight=member.float().expand_as(logits), reduction="sum"
+            )
+            if self.gradients:
+                loss.backward()  # type: ignore[no-untyped-call]
+        record = self._record(router, (layer, kind))
+        scores = torch.sigmoid(logits.detach())
+        record.loss += loss.detach().double()
+        record.decisions += member.sum() * logits.shape[-1]
+        predicted = scores > router.threshold
+        for name, mask in masks.items():
+            sums = _figures(predicted, choice, mask)
+            record.figures[name] = record.figures[name] + sums if name in record.figures else sums
+        if record.histogram is not None:
+            assert record.taken is not None
+            record.histogram += _histogram(scores, member)
+            record.taken += (choice & member).sum(dim=(0, 1))
+
+    def _record(self, router: AuxiliaryRouter, key: tuple[int, str]) -> RouterRecord:
+        if key not in self.records:
+            outputs, where = router.out.shape[0], router.out.device
+            zero = torch.zeros((), dtype=torch.float64, device=where)
+            record = RouterRecord(router, zero.clone(), zero.clone())
+            if self.histograms:
+                record.histogram = torch.zeros(outputs, BINS, dtype=torch.int64, device=where)
+                record.taken = torch.zeros(outputs, dtype=torch.int64, device=where)
+            self.records[key] = record
+        return self.records[key]
+
+
+def _figures(predicted: Tensor, choice: Tensor, mask: Tensor) -> Tensor:
+    """The sums of FIGURES over the tokens of a mask."""
+    own = mask.unsqueeze(-1)
+    values = (
+        own.expand_as(choice).sum(),
+        (predicted & own).sum(),
+        (choice & own).sum(),
+        (predicted & choice & own).sum(),
+        mask.sum(),
+        (mask & ~predicted.any(dim=-1)).sum(),
+        (mask & ~choice.any(dim=-1)).sum(),
+    )
+    return torch.stack(values).double()
+
+
+def _histogram(scores: Tensor, member: Tensor) -> Tensor:
+    """Counts [E, BINS] of the members' scores [S, B, E]."""
+    outputs = scores.shape[-1]
+    bins = (scores * BINS).long().clamp(max=BINS - 1).reshape(-1, outputs).t()
+    own = member.reshape(1, -1).expand_as(bins).long()
+    return torch.zeros(outputs, BINS, dtype=torch.int64, device=scores.device).scatter_add_(1, bins, own)
+
+
+def calibrated(histogram: Tensor, taken: Tensor) -> Tensor:
+    """Thresholds [E] above which as many scores lie as the true choice took tokens.
+
+    Of the bin edges the one that comes closest; an expert that took none gets 1, above every score.
+
+    Args:
+        histogram: [E, BINS] over all ranks.
+        taken: [E] over all ranks.
+    """
+    above = histogram.flip(1).cumsum(1).flip(1)  # [E, BINS]: scores in this bin or a higher one
+    candidates = torch.cat((above, torch.zeros_like(above[:, :1])), dim=1)
+    # argmin takes the first of equals: reversed, that is the highest edge.
+    best = BINS - (candidates.flip(1) - taken.unsqueeze(1)).abs().argmin(dim=1)
+    return best.float() / BINS
+
+
+def ratios(sums: Tensor) -> dict[str, float]:
+    """Figures for people from sums of FIGURES; one that would divide by zero is left out.
+
+    Returns:
+        `accuracy` of single decisions, `precision`, `recall`; `unrouted`, the share of tokens that the auxiliary router
+        gives no expert, or skips, and `per_token`, the mean number of experts; with `_batch`, those of the true choice.
+    """
+    decisions, predicted, actual, hits, tokens, without, without_actual = sums.tolist()
+    found = {
+        "accuracy": (decisions - predicted - actual + 2 * hits, decisions),
+        "precision": (hits, predicted),
+        "recall": (hits, actual),
+        "unrouted": (without, tokens),
+        "unrouted_batch": (without_actual, tokens),
+        "per_token": (predicted, tokens),
+        "per_token_batch": (actual, tokens),
+    }
+    return {name: part / whole for name, (part, whole) in found.items() if whole > 0}

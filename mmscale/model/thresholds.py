@@ -1,0 +1,104 @@
+"""Expert Threshold: routing by a moving average of each expert's cut-off, causal and without parameters.
+
+Source: arXiv 2603.11535. In training experts choose as ever (expert choice); the logit at which each expert's choice
+ended is averaged over steps, and a token goes to the experts whose average its own logit exceeds. Here are the
+averages and how cut-offs are collected; who sums them over ranks is mmscale.train's business.
+
+Shapes: S tokens of a sequence, B sequences, E experts of a group, C tokens per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mmscale.model.auxiliary import Fp32Buffers
+
+
+class Thresholds(Fp32Buffers):
+    """One fp32 buffer [E] for each group: the averaged cut-off on the scale of the router's logits, at first 0."""
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        super().__init__()
+        for name, count in counts.items():
+            self.register_buffer(name, torch.zeros(count))
+
+    def of(self, name: str) -> Tensor:
+        """The thresholds [E] of a group."""
+        return self.get_buffer(name)
+
+
+class Cutoffs:
+    """Cut-offs of a step's micro-batches on this rank: sums [E + 1] by threshold, the last entry their number."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._seen: set[tuple[int, str, int]] = set()
+
+    def clear(self) -> None:
+        """Forget all; called at the start of a step."""
+        self.sums.clear()
+        self._seen.clear()
+
+    def add(
+        self,
+        threshold: Tensor,
+        logits: Tensor,
+        member: Tensor,
+        capacity: int,
+        *,
+        per_sequence: bool,
+        key: tuple[int, str, int],
+    ) -> None:
+        """Take the cut-offs of one choice.
+
+        Args:
+            threshold: the buffer that they move.
+            logits: [S, B, E].
+            member: [S, B] bool.
+            capacity: C.
+            per_sequence: each sequence chose by itself.
+            key: layer, group and micro-batch: recompute shows every choice twice, and once is enough.
+        """
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        found = cutoffs(logits, member, capacity, per_sequence=per_sequence)
+        known = self.sums.get(key[:2])
+        self.sums[key[:2]] = (threshold, found if known is None else known[1] + found)
+
+
+@torch.no_grad()
+def cutoffs(logits: Tensor, member: Tensor, capacity: int, *, per_sequence: bool) -> Tensor:
+    """Sums over the choices of the logit between the last token taken and the first one left, fp64 [E + 1].
+
+    Where all tokens of the group were taken it is the lowest logit. The last entry is the number of choices that had a
+    token at all. Arguments as in `Cutoffs.add`.
+    """
+    experts = logits.shape[-1]
+    ranked = logits.masked_fill(~member.unsqueeze(-1), float("-inf"))
+    if not per_sequence:
+        ranked, member = ranked.reshape(-1, 1, experts), member.reshape(-1, 1)
+    values = ranked.topk(min(capacity + 1, ranked.shape[0]), dim=0).values  # [C + 1, B, E]
+    there = member.sum(dim=0)  # [B]
+    last, following = there.clamp(1, capacity) - 1, there.clamp(1, min(capacity + 1, values.shape[0])) - 1
+    between = [values.gather(0, at.view(1, -1, 1).expand(1, -1, experts)).squeeze(0) for at in (last, following)]
+    cut = (between[0].double() + between[1].double()) / 2
+    cut = torch.where((there > 0).unsqueeze(-1), cut, 0.0).sum(dim=0)
+    return torch.cat((cut, (there > 0).sum().double().view(1)))
+
+
+def move(threshold: Tensor, sums: Tensor, *, decay: float) -> None:
+    """Set a threshold to decay * threshold + (1 - decay) * mean cut-off; without any choice it stays.
+
+    Args:
+        threshold: [E], changed in place.
+        sums: [E + 1] over all ranks, as `cutoffs` gives them.
+        decay: of the moving average.
+    """
+    number = sums[-1]
+    mean = sums[:-1] / number.clamp(min=1.0)
+    moved = decay * threshold.double() + (1.0 - decay) * mean
+    threshold.copy_(torch.where(number > 0, moved, threshold.double()))

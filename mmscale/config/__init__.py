@@ -4,6 +4,7 @@ Importing this package does not import torch.
 """
 
 from mmscale.config.schema import (
+    AnomalyConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -18,6 +19,7 @@ from mmscale.config.schema import (
     ParallelConfig,
     PrecisionConfig,
     PrepareConfig,
+    ResilienceConfig,
     RunConfig,
     Section,
     TextTokenizerConfig,
@@ -26,6 +28,7 @@ from mmscale.config.schema import (
 )
 
 __all__ = [
+    "AnomalyConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "PrepareConfig",
+    "ResilienceConfig",
     "RunConfig",
     "Section",
     "TextTokenizerConfig",

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.config import Config
 from mmscale.data.mixture import MicroBatch, slot_usage
-from mmscale.errors import TrainingError
+from mmscale.resilience.anomaly import Kind
 from mmscale.train.loop import StepReport, is_logged
 from mmscale.train.metrics import EVAL, EventLog, MetricsLog
 from mmscale.train.progress import Progress
 from mmscale.train.state import TrainState
-from mmscale.train.step import mean_losses, reduce_sums
 from mmscale.train.throughput import Throughput
 
 
 class LogHook:
-    """Fetches a logged step's figures from the devices and writes them down on rank 0.
+    """Fetches a logged step's routing figures from the devices and writes all figures down on rank 0.
 
     Args:
         config: which steps are logged.
-        groups: where losses are summed up.
         clock: tokens per second.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
@@ -35,29 +31,21 @@ class LogHook:
         self,
         config: Config,
         *,
-        groups: ProcessGroupCollection,
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
     ) -> None:
         self.config = config
-        self.groups = groups
         self.clock = clock
         self.progress = progress
         self.metrics = metrics
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
-        """Nothing is read from the device on a step that is not logged.
-
-        Raises:
-            TrainingError: the loss or the gradient is not finite; the same on every rank, and before anything is saved.
-        """
+        """Nothing is read from the device on a step that is not logged."""
         if not is_logged(self.config, report.step):
-            _refuse_broken("gradient norm", report.result.grad_norm, step=report.step)
             self.progress.step(report.step)
             return
-        values = mean_losses(reduce_sums(report.result.sums, self.groups), self.config.vocab.names)
-        values |= self._routing(report)
+        values = report.result.losses | self._routing(report)
         if self.metrics is not None:
             values |= {
                 "tokens": state.tokens,
@@ -66,11 +54,10 @@ class LogHook:
                 "lr": report.lr,
                 **self._slots(report.batch.micro_batches),
                 **self.clock.read(),
+                **_anomalies(state),
             }
             self.metrics.write(report.step, values)
             self.progress.update(report.step, values)
-        _refuse_broken("loss", values.get("loss", 0.0), step=report.step)
-        _refuse_broken("gradient norm", report.result.grad_norm, step=report.step)
 
     def _routing(self, report: StepReport) -> dict[str, float]:
         """Routing figures, averaged over layers and ranks: stages hold other layers, replicas other tokens."""
@@ -143,10 +130,8 @@ class EvalHook:
         self.progress.say(f"step {report.step}: held-out (batch routing)  {shown}")
 
 
-def _refuse_broken(what: str, value: float, *, step: int) -> None:
-    """The norm is on the host after every step: broken weights are noticed before anything saves them."""
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"the {what} of step {step} is {value}",
-            remedy="lower optim.lr, raise optim.warmup, or go on from an older checkpoint with another run.seed",
-        )
+def _anomalies(state: TrainState) -> dict[str, float]:
+    """Findings of the whole run, and by kind what was found and done."""
+    counts = state.anomalies.counts
+    total = sum(counts.get(kind.value, 0) for kind in Kind)
+    return {"anomalies": total, **{f"anomalies/{name}": count for name, count in sorted(counts.items())}}

@@ -13,7 +13,7 @@ from mmscale.config.derived import tokens_per_step
 from mmscale.data.loader import StepBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.mixed_modal import RoutingStats
-from mmscale.train.batch import to_device
+from mmscale.train.batch import Batch, to_device
 from mmscale.train.schedule import learning_rate
 from mmscale.train.state import TrainState
 from mmscale.train.step import Stepper, StepResult
@@ -48,6 +48,13 @@ class Hook(Protocol):
         """Called after every optimizer step."""
 
 
+class Steps(Protocol):
+    """Takes steps."""
+
+    def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
+        """One optimizer step. If it was not applied the state has moved: past the batch, or back to a checkpoint."""
+
+
 class Checkpoints(Protocol):
     """Says when to save, and saves."""
 
@@ -64,7 +71,8 @@ class Trainer:
     Args:
         config: steps, schedule, logging.
         state: where the run stands; goes on from there.
-        stepper: takes optimizer steps.
+        stepper: what computes.
+        guard: takes steps with it, and decides which are applied.
         batches: this rank's part of every global batch, from the state's place on.
         vocabulary: gives labels their modality.
         hooks: what happens after a step, in order.
@@ -79,6 +87,7 @@ class Trainer:
         *,
         state: TrainState,
         stepper: Stepper,
+        guard: Steps,
         batches: Iterator[StepBatch],
         vocabulary: Vocabulary,
         hooks: Sequence[Hook],
@@ -89,6 +98,7 @@ class Trainer:
         self.config = config
         self.state = state
         self.stepper = stepper
+        self.guard = guard
         self.batches = batches
         self.vocabulary = vocabulary
         self.hooks = hooks
@@ -100,10 +110,8 @@ class Trainer:
         """Train to the last step. False: stopped on request after a save, so the run should be started again."""
         state, steps = self.state, self.config.train.steps
         while state.step < steps:
-            with self.clock.measure(DATA_WAIT):
-                batch = next(self.batches)
-            report = self._step(batch)
-            self._advance(batch)
+            report = self._step()
+            self._advance(report.batch)
             for hook in self.hooks:
                 hook.on_step(state, report)
             stop = self.stop_requested()
@@ -114,15 +122,29 @@ class Trainer:
                 break
         return state.step >= steps
 
-    def _step(self, batch: StepBatch) -> StepReport:
+    def _step(self) -> StepReport:
+        """The next step that is applied; batches before it may be left out, and the state may go back."""
+        while True:
+            with self.clock.measure(DATA_WAIT):
+                batch = next(self.batches)
+            report = self._try(batch)
+            if report.result.applied:
+                return report
+
+    def _try(self, batch: StepBatch) -> StepReport:
         step = self.state.step + 1
         stats = RoutingStats() if self._logged(step) else None
-        lr = learning_rate(
-            self.config.optim, step=step, steps=self.config.train.steps, tokens_per_step=tokens_per_step(self.config)
-        )
-        micro_batches = [to_device(part, self.vocabulary, stats=stats) for part in batch.micro_batches]
-        result = self.stepper.train(micro_batches, lr=lr)
+        lr = self._learning_rate(step)
+
+        def on_device() -> list[Batch]:
+            return [to_device(part, self.vocabulary, stats=stats) for part in batch.micro_batches]
+
+        result = self.guard.take(batch, on_device, lr=lr)
         return StepReport(step=step, batch=batch, result=result, lr=lr, stats=stats)
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(config.optim, step=step, steps=config.train.steps, tokens_per_step=tokens_per_step(config))
 
     def _advance(self, batch: StepBatch) -> None:
         state = self.state

@@ -4,7 +4,8 @@
 
 Each line is one JSON object, written by one system call, so a killed run leaves at most one torn line, at the end.
 JSON knows no NaN: a value that is not finite is written as the string "nan", "inf" or "-inf", and `read_metrics` gives
-it back as a float. A step that is done again after a resume appears again, with a higher "attempt".
+it back as a float. A step that is done again after a resume appears again, with a higher "attempt"; one that is done
+again after a roll-back within an attempt, with a higher "rollback" (left out while it is 0).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, attempt: int, tensorboard: bool = False, wandb: str | None = None) -> None:
         self.attempt = attempt
+        self.rollback = 0
         self._run_dir = run_dir
         self._lines = _Lines(run_dir / METRICS)
         self._tensorboard_type = _import_tensorboard() if tensorboard else None
@@ -74,6 +76,8 @@ class MetricsLog:
         """
         numbers = {key: _number(value) for key, value in values.items() if value is not None}
         record: dict[str, Any] = {"step": step, "attempt": self.attempt}
+        if self.rollback:
+            record["rollback"] = self.rollback
         self._lines.append(record | {key: _as_json(value) for key, value in numbers.items()})
         if self._tensorboard_type is not None:
             if self._tensorboard is None:
@@ -84,6 +88,17 @@ class MetricsLog:
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(record | numbers)
+
+    def rolled_back(self, number: int) -> None:
+        """Steps come again from here on.
+
+        Args:
+            number: of the roll-back, counted over the whole run.
+        """
+        self.rollback = number
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None  # the next write purges what it repeats
 
     def close(self) -> None:
         """Close everything; lines are on disk already."""
@@ -125,7 +140,7 @@ def next_attempt(run_dir: Path) -> int:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """One record per step, in the order of steps. Of a step that was done again the latest attempt counts.
+    """One record per step, in the order of steps. Of a step that was done again the last time counts.
 
     A line with nothing but held-out values (`eval/...`) is added to its step instead of replacing it.
     """
@@ -139,10 +154,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         if known is None:
             steps[step] = record
             continue
-        newer = record.get("attempt", 0) - known.get("attempt", 0)
-        if newer > 0 and not _held_out_only(record):
+        newer, older = _time(record), _time(known)
+        if newer > older and not _held_out_only(record):
             steps[step] = record
-        elif newer >= 0:  # a line of an older attempt here comes from a process that should have been gone
+        elif newer >= older:  # a line of an older attempt here comes from a process that should have been gone
             known.update(record)
     return [steps[number] for number in sorted(steps)]
 
@@ -188,8 +203,13 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+def _time(record: Mapping[str, Any]) -> tuple[int, int]:
+    """Which time it is that a step is done."""
+    return record.get("attempt", 0), record.get("rollback", 0)
+
+
 def _held_out_only(record: Mapping[str, Any]) -> bool:
-    return all(key.startswith(EVAL) for key in record if key not in ("step", "attempt"))
+    return all(key.startswith(EVAL) for key in record if key not in ("step", "attempt", "rollback"))
 
 
 def _number(value: Any) -> int | float:

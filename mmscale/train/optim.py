@@ -1,20 +1,26 @@
 """From model chunks to what an optimizer step needs: gradient buffers (DDP) and megatron's distributed optimizer.
 
+megatron-core's `step()` measures, clips and applies in one call. Here it is cut in two, `measure` and `apply`, so that
+a step can be judged before it reaches the weights.
+
 The learning rate comes from schedule.py and is written into the parameter groups before every step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from mmscale.config import Config
 from mmscale.model.build import DTYPES
@@ -98,3 +104,60 @@ def set_learning_rate(optimizer: MegatronOptimizer, config: Config, lr: float) -
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = config.optim.weight_decay * group.get("wd_mult", 1.0)
+
+
+@torch.no_grad()
+def measure(optimizer: MegatronOptimizer, sums: Tensor, groups: ProcessGroupCollection) -> tuple[float, Tensor]:
+    """The gradient's norm and the loss sums of the whole batch, the same on every rank, in one reduction.
+
+    It is the reduction that the norm needs anyway, with some numbers more, and the only time that a step waits for the
+    device. So losses are known on all pipeline stages before the step is applied. The arithmetic is megatron-core's
+    (clip_grads.py, get_grad_norm_fp32), whose reduction has no room for more.
+
+    Args:
+        optimizer: gradients are reduced and divided.
+        sums: loss sums of this rank's micro-batches; zeros before the last pipeline stage.
+        groups: process groups.
+
+    Returns:
+        The norm, NaN if any gradient or loss of any rank is not finite; the reduced sums, fp64 on the host.
+    """
+    optimizer.prepare_grads()
+    counted: list[Tensor] = []
+    # Copies of a gradient that the norm leaves out, because another tensor-parallel rank's or stage's is counted: an
+    # Inf in one of them would be applied unseen.
+    uncounted: list[Tensor] = []
+    for part in _parts(optimizer):
+        mine = part.get_main_grads_for_grad_norm()
+        in_norm = {id(grad) for grad in mine}
+        counted += mine
+        everything = (param.grad for param in part.get_parameters())
+        uncounted += [grad for grad in everything if grad is not None and id(grad) not in in_norm]
+    broken = ~torch.isfinite(sums).all()
+    if uncounted:
+        broken = broken | ~torch.isfinite(torch.stack(torch._foreach_norm(uncounted))).all()
+    square = sums.new_zeros((), dtype=torch.float64)
+    if counted:
+        square = torch.nn.utils.get_total_norm(counted).to(sums.device, torch.float64).square()
+    mine_sums = sums.double() if groups.tp.rank() == 0 else torch.zeros_like(sums, dtype=torch.float64)
+    total = torch.cat((torch.stack((square, broken.double())), mine_sums.flatten()))
+    torch.distributed.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    total = total.cpu()
+    norm = math.sqrt(float(total[0])) if total[1] == 0 and total[0] >= 0 else math.nan
+    return norm, total[2:].view(sums.shape)
+
+
+@torch.no_grad()
+def apply(optimizer: MegatronOptimizer, norm: float) -> bool:
+    """Clip the gradients that `measure` has measured, and update the weights."""
+    for part in _parts(optimizer):
+        params = part.get_parameters()
+        if params and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(params, max_norm=part.config.clip_grad, total_norm=norm)
+    return bool(optimizer.step_with_ready_grads())
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers of dense and of expert parameters; those without parameters on this rank have nothing to say."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -6,6 +6,7 @@ The only place that knows model, data, checkpoint and resilience at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from mmscale.train.preflight import check_changes, preflight
 from mmscale.train.progress import Progress, banner
 from mmscale.train.state import TrainState
 from mmscale.train.step import Stepper
+from mmscale.train.step_guard import StepGuard
 from mmscale.train.throughput import Throughput, peak_tflops
 
 FINISHED, STOPPED = 0, 75
@@ -167,7 +169,7 @@ def _attempt(
         )
         metrics = records.metrics if records else None
         hooks: list[Hook] = [
-            LogHook(config, groups=groups, clock=clock, progress=progress, metrics=metrics),
+            LogHook(config, clock=clock, progress=progress, metrics=metrics),
             EvalHook(
                 config,
                 evaluate=lambda: evaluate(
@@ -181,10 +183,20 @@ def _attempt(
         ]
         loader = _loader(config, groups, train_data, consumed=state.sequences)
         stack.callback(loader.close)
+        guard = StepGuard(
+            config,
+            state=state,
+            stepper=parts.stepper,
+            load_newest=lambda: _load_newest(checkpoints, state, clock),
+            go_on_at=lambda sequences: loader.load_state_dict({"consumed_sequences": sequences}),
+            tell=functools.partial(_anomaly, records),
+            warn=progress.say,
+        )
         trainer = Trainer(
             config,
             state=state,
             stepper=parts.stepper,
+            guard=guard,
             batches=loader,
             vocabulary=Vocabulary.from_config(config.vocab),
             hooks=hooks,
@@ -244,6 +256,21 @@ def _resume(config: Config, checkpoints: CheckpointManager, state: TrainState, *
     lines = check_changes(config, info, where=str(store.path(newest)), yes=yes)
     checkpoints.load(state, newest)
     return lines
+
+
+def _load_newest(checkpoints: CheckpointManager, state: TrainState, clock: Throughput) -> int | None:
+    """Go back to the newest whole checkpoint; its step, or None where there is none."""
+    with clock.measure("rollback_s"):
+        newest = checkpoints.choose()
+        if newest is not None:
+            checkpoints.load(state, newest)
+    return newest
+
+
+def _anomaly(records: Records | None, event: str, **fields: Any) -> None:
+    _event(records, event, **fields)
+    if records is not None and event == "rollback":
+        records.metrics.rolled_back(fields["number"])
 
 
 def _dry_run(config: Config, parts: Parts, data: Mixture) -> None:

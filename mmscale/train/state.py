@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 
 from mmscale.checkpoint.sharded import metadata
+from mmscale.resilience.anomaly import AnomalyHistory
 
 
 @dataclass
@@ -24,9 +25,10 @@ class TrainState:
         chunks: model chunks of this rank, wrapped.
         optimizer: megatron's optimizer over them; None if only weights are wanted (evaluation).
         step: optimizer steps done.
-        sequences: sequences consumed, over all ranks.
-        tokens: tokens consumed, padding not counted.
+        sequences: sequences consumed, over all ranks, those left out too: the place in the data.
+        tokens: tokens trained on, padding not counted.
         modality_tokens: the same by modality.
+        anomalies: what decisions about coming steps depend on. A checkpoint from before it was kept gives an empty one.
     """
 
     chunks: list[DistributedDataParallel]
@@ -35,6 +37,7 @@ class TrainState:
     sequences: int = 0
     tokens: int = 0
     modality_tokens: dict[str, int] = field(default_factory=dict)
+    anomalies: AnomalyHistory = field(default_factory=AnomalyHistory)
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""
@@ -57,6 +60,7 @@ class TrainState:
             "sequences": self.sequences,
             "tokens": self.tokens,
             "modality_tokens": dict(self.modality_tokens),
+            "anomalies": self.anomalies.plain(),
         }
 
     def restore(self, loaded: dict[str, Any]) -> None:
@@ -69,7 +73,9 @@ class TrainState:
             # The configuration wins: OPT-175B trained on with a checkpoint's old learning rate.
             for group, values in zip(self.optimizer.param_groups, configured, strict=True):
                 group.update(values)
-        for name, value in loaded["progress"].items():
+        progress = dict(loaded["progress"])
+        self.anomalies = AnomalyHistory.of(progress.pop("anomalies", None))
+        for name, value in progress.items():
             setattr(self, name, value)
 
 

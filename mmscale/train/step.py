@@ -1,14 +1,16 @@
 """One optimizer step, or one evaluation, through megatron's pipeline schedules.
 
-Loss sums stay tensors on the device; only `reduce_sums` talks to other ranks and to the host, on logged steps.
+A step talks to the host once, when the gradient's norm is known (optim.py, `measure`); whether it is applied may be
+decided there. Loss sums of an evaluation stay tensors on the device until `reduce_sums`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from mmscale.config import Config
 from mmscale.runtime import device
 from mmscale.train.batch import Batch
 from mmscale.train.loss import Objective
-from mmscale.train.optim import set_learning_rate
+from mmscale.train.optim import apply, measure, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,25 @@ class StepResult:
 
     Attributes:
         sums: [M + 1, 2] loss sums of this rank's micro-batches (zeros before the last pipeline stage).
-        grad_norm: norm of the whole model's gradient before clipping.
-        applied: False if the optimizer refused the step (non-finite gradient).
+        grad_norm: norm of the whole model's gradient before clipping; NaN if any gradient or loss is not finite.
+        applied: False if the weights are as before.
+        losses: `loss`, `loss/<modality>` and `z_loss` of the whole batch.
     """
 
     sums: Tensor
     grad_norm: float
     applied: bool
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What tells whether the step is sound: gradient norm and losses; finite if and only if all ranks are."""
+        return {"grad_norm": self.grad_norm, **{k: v for k, v in self.losses.items() if k != "z_loss"}}
+
+
+def is_finite(result: StepResult) -> bool:
+    """Whether a step may be applied where nobody else decides."""
+    return math.isfinite(result.grad_norm)
 
 
 class Stepper:
@@ -66,13 +80,26 @@ class Stepper:
         )
         self._sends = P2PCommunicator(groups.pp, chunks[0].config) if config.parallel.pp > 1 else None
 
-    def train(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """Accumulate the gradients of this rank's micro-batches and take an optimizer step."""
+    def train(
+        self, batches: Sequence[Batch], *, lr: float, accept: Callable[[StepResult], bool] = is_finite
+    ) -> StepResult:
+        """Accumulate the gradients of this rank's micro-batches and take an optimizer step.
+
+        Args:
+            batches: this rank's part of the global batch.
+            lr: learning rate of the step.
+            accept: asked with what is about to be applied, on every rank alike; False leaves weights, moments, Adam's
+                step count and learning rate as they are.
+        """
         assert self.optimizer is not None
         sums = self.accumulate(batches)
+        norm, total = measure(self.optimizer, sums, self.groups)
+        losses = mean_losses(total, self.config.vocab.names)
+        result = StepResult(sums=sums, grad_norm=norm, applied=False, losses=losses)
+        if not accept(result):
+            return result
         set_learning_rate(self.optimizer, self.config, lr)
-        applied, grad_norm, _ = self.optimizer.step()
-        return StepResult(sums=sums, grad_norm=float(grad_norm or 0.0), applied=bool(applied))
+        return replace(result, applied=apply(self.optimizer, norm))
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Zero the gradients, then forward and backward all micro-batches; gradients end up reduced and divided."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from mmscale.config.load import resolve
 from mmscale.data.loader import StepBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
+from mmscale.train.batch import Batch
 from mmscale.train.loop import StepReport, Trainer, is_logged
 from mmscale.train.state import TrainState
 from mmscale.train.step import Stepper, StepResult
@@ -37,6 +38,8 @@ class Recording:
     every: int = 0
     stop_after: int | None = None
     fail_at: int | None = None
+    leave_out: tuple[int, ...] = ()  # numbers of attempts that are not applied
+    state: TrainState | None = None
     calls: list[str] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
 
@@ -46,11 +49,16 @@ class Recording:
             self.calls.append(f"read {state.sequences // size + 1}")
             yield StepBatch(micro_batches=(), counts=(60, 40), label_counts=(50, 40), index=0)
 
-    def train(self, batches: list[Any], *, lr: float) -> StepResult:
+    def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
+        assert on_device() == []
         self.lrs.append(lr)
         if self.fail_at == len(self.lrs):
             raise TrainingError("no")
-        return StepResult(sums=torch.zeros(3, 2), grad_norm=1.0, applied=True)
+        applied = len(self.lrs) not in self.leave_out
+        if not applied:
+            assert self.state is not None
+            self.state.sequences += self.config.train.global_batch_size
+        return StepResult(sums=torch.zeros(3, 2), grad_norm=1.0, applied=applied)
 
     def settled(self) -> contextlib.nullcontext[None]:
         self.calls.append("settle")
@@ -68,10 +76,12 @@ class Recording:
         self.calls.append(f"save {state.step}")
 
     def trainer(self, state: TrainState, stop: Callable[[], bool] | None = None) -> Trainer:
+        self.state = state
         return Trainer(
             self.config,
             state=state,
             stepper=cast(Stepper, self),
+            guard=self,
             batches=self.batches(state),
             vocabulary=Vocabulary.from_config(self.config.vocab),
             hooks=[self],
@@ -131,6 +141,17 @@ def test_a_run_that_is_done_reads_nothing() -> None:
     recording = Recording(config())
     assert recording.trainer(fresh(STEPS)).fit() is True
     assert recording.calls == []
+
+
+def test_a_batch_that_is_left_out_takes_no_step() -> None:
+    """The step is taken with the next batch, at its own learning rate; hooks and saves see applied steps only."""
+    plain, recording = Recording(config()), Recording(config(), leave_out=(2, 3))
+    plain.trainer(fresh()).fit()
+    state = fresh()
+    recording.trainer(state).fit()
+    assert recording.calls[:6] == ["read 1", "hook 1", "read 2", "read 3", "read 4", "hook 2"]
+    assert recording.lrs == [plain.lrs[0], plain.lrs[1], plain.lrs[1], *plain.lrs[1:]]
+    assert (state.step, state.sequences, state.tokens) == (STEPS, 8 * (STEPS + 2), 100 * STEPS)
 
 
 def test_the_first_update_has_a_learning_rate_and_the_last_one_is_the_end_of_the_schedule() -> None:

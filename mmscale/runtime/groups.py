@@ -115,6 +115,11 @@ def collection() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def host_group(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> torch.distributed.ProcessGroup:
+    """A new group of all ranks for tensors and objects on the host, whatever device trains. Every rank must call it."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
 def destroy_layout() -> None:
     """Undo `initialize_layout`, with everything megatron-core keeps in globals. Every rank must call it."""
     # destroy_model_parallel() only forgets the groups: their sockets and threads would stay until the process ends.

@@ -5,6 +5,7 @@ It knows how these become a sharded state dict and back; where and when they are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,11 @@ class TrainState:
             # The configuration wins: OPT-175B trained on with a checkpoint's old learning rate.
             for group, values in zip(self.optimizer.param_groups, configured, strict=True):
                 group.update(values)
-        progress = dict(loaded["progress"])
+        self.restore_progress(loaded["progress"])
+
+    def restore_progress(self, plain: Mapping[str, Any]) -> None:
+        """Take over what `progress` gave."""
+        progress = dict(plain)
         self.anomalies = AnomalyHistory.of(progress.pop("anomalies", None))
         for name, value in progress.items():
             setattr(self, name, value)

@@ -1,0 +1,510 @@
+"""Snapshots of every rank's state in shared memory, taken every few steps by the trainer, kept by guards.
+
+Two slots: one is written while the other holds the newest committed snapshot, so that a step exists at any moment which
+all ranks have. The trainer is blocked for a copy at the speed of memory; hashing, parity and commit are the guard's
+(guard.py). What the state consists of, train/local_state.py says. Every rank calls every method but `close` and
+`forget`, and all of them return alike.
+
+A tier that cannot work (no space, a dead guard) says so once and is off: it never ends a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mmscale.resilience import generations, guard, image, parity, snapshot_files
+from mmscale.resilience.generations import Generation
+from mmscale.resilience.restore import Recovery
+from mmscale.resilience.snapshot_files import UnusableError
+from mmscale.runtime.rank_env import RankEnv
+
+_log = logging.getLogger(__name__)
+_START_S = 60.0
+_ORDER_S = 10.0  # for a few hundred bytes into a socket pair
+_SPARE = 0.1  # part of the file system that stays free: NCCL and loader processes need shared memory too
+_MOST_REASONS = 20  # in an event; thousands of ranks may have one each
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+Accept = Callable[[Mapping[str, Tensor], Mapping[str, Any]], list[str]]
+
+
+@dataclass
+class Statistics:
+    """Of the newest snapshot; seconds.
+
+    Attributes:
+        bytes: of this rank's image.
+        copy_s: the trainer was blocked while it was copied.
+        digest_s, exchange_s: the guard hashed it; sent it and took in parity.
+        taken, skipped: snapshots so far; those that were due while the one before was not yet committed.
+    """
+
+    bytes: int = 0
+    copy_s: float = 0.0
+    digest_s: float = 0.0
+    exchange_s: float = 0.0
+    taken: int = 0
+    skipped: int = 0
+
+
+class MemoryTier:
+    """The snapshots in memory of one attempt, and what a former attempt left.
+
+    Args:
+        run: the run's folder, where the index stands.
+        env: place of this rank.
+        group: all ranks, on the host (gloo).
+        every: take a snapshot every n steps; 0: never, and what is left is removed.
+        group_size: ranks of a parity group.
+        hold_s: how long a guard keeps its folder after its trainer's death [seconds].
+        attempt: number of this attempt.
+        identity: what must be equal for an exact restart, JSON.
+        on_event: told "memory_restored", "memory_refused", "memory_off", with their fields, on rank 0.
+        timeout_s: how long guards may take for one snapshot [seconds].
+        root: where folders are made.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        env: RankEnv,
+        group: ProcessGroup,
+        every: int,
+        group_size: int,
+        hold_s: float,
+        attempt: int,
+        identity: Mapping[str, Any],
+        on_event: Callable[..., None],
+        timeout_s: float = 300.0,
+        root: Path = snapshot_files.ROOT,
+    ) -> None:
+        self.run = run
+        self.env = env
+        self.group = group
+        self.every = every
+        self.group_size = group_size
+        self.hold_s = hold_s
+        self.attempt = attempt
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.on_event = on_event
+        self.timeout_s = timeout_s
+        self.root = root
+        self.statistics = Statistics()
+        self.generation: Generation | None = None  # this attempt's; None: not started, or off
+        self._left = self._everywhere(lambda: generations.read_index(run))  # of former attempts
+        self._recovery: Recovery | None = None  # keeps the mapping of what was restored
+        self._link: _GuardLink | None = None
+        self._addresses: list[tuple[str, int]] = []
+        self._nodes: list[str] = []
+        self._plan: image.Plan | None = None
+        self._lengths: list[int] = []  # of all ranks' images
+        self._epoch = 0  # counts changes of these
+        self._ready: dict[int, int] = {}  # slot -> epoch for which its files were made
+        self._buffers: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def _everywhere(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's answer on every rank."""
+        box = [action() if self.env.rank == 0 else None]
+        torch.distributed.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.env.world_size
+        torch.distributed.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        if self.env.rank == 0:
+            self.on_event(event, **fields)
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule asks for a snapshot after this step."""
+        return self.every > 0 and step % self.every == 0
+
+    # --- what a former attempt left ---------------------------------------------------------------------------------
+
+    def restore(self, *, above: int, accept: Accept) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest snapshot of a former attempt: its step, this rank's tensors and plain values; None: there is none.
+
+        The tensors may be views of shared memory, valid until the next snapshot: copy them.
+
+        Args:
+            above: step of the newest whole checkpoint; only a newer snapshot is taken.
+            accept: says what does not fit into this run, in words; asked on every rank before any of them goes on.
+        """
+        began = time.monotonic()
+        for generation in reversed(self._left if self.every else []):
+            differing = [key for key, value in self.identity.items() if generation.identity.get(key) != value]
+            if differing:
+                self._refuse(generation, [f"{' and '.join(differing)} changed"])
+                continue
+            recovery = Recovery(generation, group=self.group, root=self.root)
+            found, reasons = recovery.recover(above=above)
+            if found is None:
+                self._refuse(generation, reasons)
+                continue
+            tensors: dict[str, Tensor] = {}
+            plain: dict[str, Any] = {}
+            try:
+                tensors, plain = image.read(found.image)
+                mine = accept(tensors, plain)
+            except UnusableError as error:
+                mine = [str(error)]
+            refusals = [f"rank {rank}: {text}" for rank, texts in enumerate(self._gather(mine)) for text in texts]
+            if refusals:
+                self._refuse(generation, refusals)
+                continue
+            self._recovery = recovery
+            self._tell(
+                "memory_restored",
+                step=found.step,
+                of_attempt=generation.attempt,
+                rebuilt=list(found.lost),
+                refused=reasons[:_MOST_REASONS],
+                seconds=round(time.monotonic() - began, 3),
+                rebuild_s=round(found.rebuild_s, 3),
+            )
+            return found.step, tensors, plain
+        return None
+
+    def _refuse(self, generation: Generation, reasons: list[str]) -> None:
+        self._tell("memory_refused", reasons=reasons[:_MOST_REASONS], of_attempt=generation.attempt)
+
+    def discard(self) -> None:
+        """Have the guards of former attempts end and give their memory back; also where no guard is left."""
+        self._recovery = None
+        for generation in self._left:
+            for name in generation.folders:
+                folder = snapshot_files.existing_folder(name, self.root)
+                if folder is not None and not guard.end(folder):
+                    _log.warning("%s belongs to a process that is still training", folder)
+        if self._left and self.env.rank == 0:
+            generations.write_index(self.run, [self.generation] if self.generation else [])
+        self._left = []
+
+    # --- start and end ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start this attempt's guards. What was restored stays until the first own snapshot is committed."""
+        if self._recovery is None:
+            self.discard()
+        if not self.every:
+            return
+        token = self._everywhere(lambda: secrets.token_bytes(32))
+        name = self._everywhere(lambda: secrets.token_hex(16))
+        self._nodes = self._gather(platform.node())
+        address = "127.0.0.1" if len(set(self._nodes)) == 1 else _own_address(self.env)
+        problem = ""
+        try:
+            self._link = _GuardLink(self.root, address=address, token=token, hold_s=self.hold_s)
+        except (OSError, UnusableError) as error:
+            problem = f"no guard could be started: {error}"
+        here = (self._link.folder.name, address, self._link.port) if self._link else ("", "", 0)
+        everyone = self._gather((problem, here))
+        if self._off([problem for problem, _ in everyone]):
+            return
+        self._addresses = [(host, port) for _, (_, host, port) in everyone]
+        self.generation = Generation(
+            name=name,
+            attempt=self.attempt,
+            identity=self.identity,
+            groups=tuple(parity.groups_of(self._nodes, size=self.group_size)),
+            folders=tuple(folder for _, (folder, _, _) in everyone),
+        )
+        if self.env.rank == 0:
+            generations.write_index(self.run, [*self._left, self.generation])
+
+    def close(self) -> None:
+        """End the guards and give all memory back: the run is finished, or saved on disk. No collective.
+
+        A rank that dies does not come here, and its guard holds out.
+        """
+        self._buffers.clear()
+        if self._link is not None:
+            self._link.finish()
+            self._link = None
+        self.generation = None
+        self.discard()
+        if self.env.rank == 0:
+            generations.write_index(self.run, [])
+
+    def _off(self, problems: list[str]) -> bool:
+        """Turn the tier off on all ranks if any of them has a problem; whether it is off."""
+        found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+        if not found:
+            return False
+        self._tell("memory_off", reasons=found[:_MOST_REASONS])
+        self.close()
+        self.every = 0
+        return True
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    def snapshot(self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> bool:
+        """Copy this rank's state into shared memory and leave the rest to the guard.
+
+        Args:
+            step: optimizer steps done.
+            tensors: state of this rank, on any device; the same names and shapes every time, or memory is laid out
+                anew.
+            plain: what else belongs to it, JSON.
+
+        Returns:
+            Whether it was taken: not while an earlier one is not committed everywhere, and not when the tier is off.
+        """
+        link = self._link
+        if link is None:
+            return False
+        began = time.perf_counter()
+        link.listen()
+        slot = (self.statistics.taken + 1) % len(snapshot_files.SLOTS)
+        overdue = link.pending_s > self.timeout_s
+        if overdue and not link.problem:
+            link.problem = f"the guard has not committed a snapshot for {self.timeout_s:.0f} s"
+        fits = self._plan is not None and self._plan.fits(tensors, plain)
+        failed, busy, unready = self._any(bool(link.problem), link.pending_s > 0, not fits or not self._is_ready(slot))
+        if failed:
+            self._off(self._gather(link.problem))
+            return False
+        if busy:
+            self.statistics.skipped += 1
+            return False
+        if self.statistics.taken and self._left:
+            self.discard()  # every rank's first own snapshot is committed
+        if unready:
+            if not fits:
+                self._plan = image.make_plan(tensors, plain)
+            if not self._prepare(slot):
+                return False
+        assert self._plan is not None
+        buffer, views = self._buffers[slot]
+        snapshot_files.uncommit(link.folder, slot)
+        self._plan.write(buffer, views, tensors, plain)
+        self.statistics.taken += 1
+        link.order_snapshot(serial=self.statistics.taken, slot=slot, step=step, length=self._plan.length)
+        self.statistics.bytes = self._plan.length
+        self.statistics.copy_s = time.perf_counter() - began
+        self._recall(link)
+        return True
+
+    def wait(self, *, timeout_s: float = 60.0) -> bool:
+        """Until this rank's guard has committed what was taken; False if it did not. No collective."""
+        if self._link is None:
+            return False
+        self._link.listen(until_committed_s=timeout_s)
+        self._recall(self._link)
+        return self._link.pending_s == 0 and not self._link.problem
+
+    def forget(self) -> None:
+        """What was taken so far must not be gone on from: the run has rolled back. No collective."""
+        if self._link is not None:
+            self._link.listen(until_committed_s=self.timeout_s)
+            for slot in snapshot_files.SLOTS:
+                snapshot_files.uncommit(self._link.folder, slot)
+
+    def _recall(self, link: _GuardLink) -> None:
+        self.statistics.digest_s = link.last.get("digest_s", 0.0)
+        self.statistics.exchange_s = link.last.get("exchange_s", 0.0)
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Whether any rank says so, for each flag."""
+        values = torch.tensor([int(flag) for flag in flags])
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return [bool(value) for value in values.tolist()]
+
+    def _is_ready(self, slot: int) -> bool:
+        return self._ready.get(slot) == self._epoch
+
+    def _prepare(self, slot: int) -> bool:
+        """Files of a slot for the sizes of today's images, on all ranks, before any guard sends to another."""
+        assert self._plan is not None and self._link is not None and self.generation is not None
+        lengths = self._gather(self._plan.length)
+        changed, self._lengths = lengths != self._lengths, lengths
+        self._epoch += int(changed)
+        members = self.generation.group_of(self.env.rank)
+        chunk = parity.chunk_bytes([lengths[member] for member in members])
+        folder = self._link.folder
+        files = {snapshot_files.image_file(folder, slot): self._plan.length}
+        if chunk:
+            files[snapshot_files.parity_file(folder, slot)] = chunk
+        if self._left and self._no_space(files):
+            self.discard()  # better a new snapshot than an old one
+        problem = self._no_space(files)
+        if not problem:
+            try:
+                self._buffers.pop(slot, None)
+                snapshot_files.uncommit(folder, slot)
+                for file, size in files.items():
+                    snapshot_files.allocate(file, size)
+                mapped = snapshot_files.map_file(snapshot_files.image_file(folder, slot), writable=True)
+                buffer = torch.frombuffer(mapped, dtype=torch.uint8)
+                self._buffers[slot] = (buffer, self._plan.views(buffer))
+                self._ready[slot] = self._epoch
+            except (OSError, UnusableError) as error:
+                problem = f"{self.root}: {error}"
+        if self._off(self._gather(problem)):
+            return False
+        if changed:
+            self._link.order(
+                "group",
+                generation=self.generation.name,
+                attempt=self.attempt,
+                epoch=self._epoch,
+                rank=self.env.rank,
+                members=members,
+                me=members.index(self.env.rank),
+                addresses=[self._addresses[member] for member in members],
+                chunk=chunk,
+                timeout_s=self.timeout_s,
+            )
+        return True
+
+    def _no_space(self, files: Mapping[Path, int]) -> str:
+        """Whether this node's ranks together need more than the file system has to give. Every rank calls it."""
+        there = sum(file.stat().st_blocks * 512 for file in files if file.exists())
+        free, whole = snapshot_files.free_bytes(self.root)
+        wanted = self._gather(sum(files.values()) - there)
+        needed = sum(want for want, node in zip(wanted, self._nodes, strict=True) if node == self._nodes[self.env.rank])
+        lacks = needed > free - _SPARE * whole
+        problem = (
+            f"{self.root} has {free >> 20} of {whole >> 20} MiB free, this node's ranks need {needed >> 20} for a slot"
+        )
+        return next((text for text in self._gather(problem if lacks else "") if text), "")
+
+
+class _GuardLink:
+    """The guard's process as its trainer sees it.
+
+    Raises:
+        OSError, UnusableError: it does not start.
+    """
+
+    def __init__(self, root: Path, *, address: str, token: bytes, hold_s: float) -> None:
+        self.folder = snapshot_files.create_folder(root)
+        self.problem = ""  # why it is of no use any more
+        self.last: dict[str, float] = {}
+        self._lines = b""
+        self._ordered = self._committed = 0
+        self._since = 0.0
+        self._control, theirs = socket.socketpair()
+        log = os.open(self.folder / snapshot_files.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", guard.__name__],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,  # whoever ends this rank with its process group must not end the guard
+            )
+            setup = {
+                "folder": str(self.folder),
+                "address": address,
+                "token": token.hex(),  # through a socket pair: no other user can read it, as they could arguments
+                "hold_s": hold_s,
+                "trainer": os.getpid(),
+            }
+            self._control.sendall(json.dumps(setup).encode() + b"\n")
+            theirs.close()
+            self.port = 0
+            deadline = time.monotonic() + _START_S
+            while not self.port and not self.problem and time.monotonic() < deadline:
+                self._read(deadline - time.monotonic())
+            if not self.port:
+                raise UnusableError(self.problem or "it did not answer")
+        except BaseException:
+            theirs.close()
+            snapshot_files.remove_folder(self.folder)
+            raise
+        finally:
+            os.close(log)
+
+    @property
+    def pending_s(self) -> float:
+        """For how long the newest snapshot has not been committed; 0: it is."""
+        return 0.0 if self._ordered == self._committed else max(time.monotonic() - self._since, 1e-9)
+
+    def order(self, order: str, **fields: Any) -> None:
+        """Tell the guard; a dead one is noticed by `listen`."""
+        with contextlib.suppress(OSError):
+            self._control.settimeout(_ORDER_S)
+            self._control.sendall(json.dumps({"order": order, **fields}).encode() + b"\n")
+
+    def order_snapshot(self, *, serial: int, slot: int, step: int, length: int) -> None:
+        """A slot has been written."""
+        self._ordered, self._since = serial, time.monotonic()
+        self.order("snapshot", serial=serial, slot=slot, step=step, length=length)
+
+    def listen(self, *, until_committed_s: float = 0.0) -> None:
+        """Take in what the guard has said; wait for a commit for so long."""
+        deadline = time.monotonic() + until_committed_s
+        while not self.problem and self._read(max(0.0, deadline - time.monotonic()) if self.pending_s else 0.0):
+            pass
+
+    def _read(self, timeout_s: float) -> bool:
+        """One look at the socket; whether anything came."""
+        self._control.settimeout(timeout_s)
+        try:
+            received = self._control.recv(1 << 16)
+        except (TimeoutError, BlockingIOError):
+            return False
+        except OSError:
+            received = b""
+        if not received:
+            self.problem = self.problem or f"the guard died: {self._last_words()}"
+            return False
+        *lines, self._lines = (self._lines + received).split(b"\n")
+        for line in lines:
+            said = json.loads(line)
+            if "port" in said:
+                self.port = int(said["port"])
+            elif "failed" in said:
+                self.problem = f"a snapshot failed: {said['reason']}"
+            elif "committed" in said:
+                self._committed, self.last = int(said["committed"]), said
+        return True
+
+    def _last_words(self) -> str:
+        try:
+            lines = (self.folder / snapshot_files.LOG).read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1] if lines else "it left no message"
+
+    def finish(self) -> None:
+        """The guard ends and takes its folder with it; if it does not, it is done from here."""
+        self.order("finish")
+        self._control.close()
+        try:
+            self._process.wait(timeout=10.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        snapshot_files.remove_folder(self.folder)
+
+
+def _own_address(env: RankEnv) -> str:
+    """This node's address on the network that leads to rank 0."""
+    if env.master_addr in _LOOPBACK:
+        return "127.0.0.1"
+    family, kind, _, _, target = socket.getaddrinfo(env.master_addr, env.master_port or 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing: asks the routing table
+        return str(probe.getsockname()[0])

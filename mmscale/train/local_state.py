@@ -1,0 +1,136 @@
+"""What this rank alone must keep for an exact restart on the same layout: for the memory tier, not for checkpoints.
+
+Each rank keeps its shard of the optimizer: fp32 parameters and moments. Weights are not kept, they follow from the
+shards by the cast and the all-gather that end every optimizer step; so a snapshot is as small as the sharded state is,
+and nothing waits for a gather. Nothing here knows of files, other ranks or other layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import Tensor
+
+from mmscale.runtime import random_state
+from mmscale.train.state import TrainState, unwrapped
+
+_MAIN = "main"  # a parameter itself, beside exp_avg and exp_avg_sq
+_TENSOR = "tensor:"  # stands in plain values where a tensor was taken out
+
+
+def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This rank's tensors by name, not copied, and everything else as JSON."""
+    tensors = dict(_weights(state))
+    for name, param, inner in _optimized(state):
+        tensors[f"{name}.{_MAIN}"] = param
+        moments = inner.state.get(param, {})
+        tensors |= {f"{name}.{key}": value for key, value in moments.items() if isinstance(value, Tensor)}
+    random: dict[str, Tensor] = {}
+    plain = {
+        "progress": state.progress(),
+        "steps": [[group.get("step") for group in inner.param_groups] for inner in _inner(state)],
+        "random": _taken_apart(random_state.capture(), "random", random),
+    }
+    return {name: tensor.detach() for name, tensor in tensors.items()} | random, plain
+
+
+def problems(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> list[str]:
+    """Why a snapshot does not fit into this rank's model and optimizer; empty if it does."""
+    found = [f"it has no {name}" for name in ("progress", "steps", "random") if name not in plain]
+    if not found and [len(steps) for steps in plain["steps"]] != [len(inner.param_groups) for inner in _inner(state)]:
+        found.append("it has other parameter groups")
+    wanted = {name: tensor.shape for name, tensor in _weights(state)}
+    known = set(wanted)
+    for name, param, _ in _optimized(state):
+        wanted[f"{name}.{_MAIN}"] = param.shape
+        known |= {key for key in tensors if key.startswith(f"{name}.")}
+    found += [f"{name} is missing" for name in wanted if name not in tensors]
+    found += [
+        f"{name} has shape {list(tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    found += [f"{name} is unknown" for name in tensors if name not in known and not name.startswith("random.")]
+    return found[:5]
+
+
+@torch.no_grad()
+def restore(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Go on where `capture` was called, in another process; every rank calls it.
+
+    Args:
+        state: a new model and optimizer of the same configuration and layout.
+        tensors: what `capture` gave on this rank, after `problems` found none; copied.
+        plain: likewise.
+    """
+    for name, tensor in _weights(state):
+        tensor.copy_(tensors[name])
+    for name, param, inner in _optimized(state):
+        param.copy_(tensors[f"{name}.{_MAIN}"])
+        inner.state[param] = {
+            key.removeprefix(f"{name}."): torch.empty_like(value, device=param.device).copy_(value)
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.") and key != f"{name}.{_MAIN}"
+        }
+    for inner, steps in zip(_inner(state), plain["steps"], strict=True):
+        for group, step in zip(inner.param_groups, steps, strict=True):
+            if step is not None:
+                group["step"] = step
+    for optimizer in _distributed(state):
+        optimizer._copy_main_params_to_model_params()
+    for chunk in state.chunks:
+        chunk.start_param_sync(force_sync=True)
+    state.restore_progress(plain["progress"])
+    random_state.restore(_put_together(plain["random"], tensors))
+
+
+def _weights(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """What the model keeps besides optimized parameters: buffers, and parameters that are frozen."""
+    for index, chunk in enumerate(state.chunks):
+        module = unwrapped(chunk)
+        yield from ((f"model.{index}.{name}", buffer) for name, buffer in module.named_buffers())
+        for name, param in module.named_parameters():
+            if not param.requires_grad:
+                yield f"model.{index}.{name}", param.data
+
+
+def _distributed(state: TrainState) -> list[DistributedOptimizer]:
+    """The optimizers by megatron of this rank: one for dense, one for expert parameters; none without parameters."""
+    assert state.optimizer is not None
+    found = state.optimizer.chained_optimizers if isinstance(state.optimizer, ChainedOptimizer) else [state.optimizer]
+    return [optimizer for optimizer in found if not optimizer.is_stub_optimizer]
+
+
+def _inner(state: TrainState) -> list[torch.optim.Optimizer]:
+    """The optimizers over this rank's shards."""
+    return [optimizer.optimizer for optimizer in _distributed(state)]
+
+
+def _optimized(state: TrainState) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
+    """Every shard with a name, and whose it is; shards are dealt by megatron, always alike for one layout."""
+    for number, inner in enumerate(_inner(state)):
+        for group_number, group in enumerate(inner.param_groups):
+            for index, param in enumerate(group["params"]):
+                yield f"optimizer.{number}.{group_number}.{index}", param, inner
+
+
+def _taken_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Nested values with tensors replaced by their names; a tuple becomes a list."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return f"{_TENSOR}{name}"
+    if isinstance(value, dict):
+        return {key: _taken_apart(entry, f"{name}.{key}", tensors) for key, entry in value.items()}
+    return value
+
+
+def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, str) and value.startswith(_TENSOR):
+        return tensors[value.removeprefix(_TENSOR)].clone()
+    if isinstance(value, dict):
+        return {key: _put_together(entry, tensors) for key, entry in value.items()}
+    return value

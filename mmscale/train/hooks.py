@@ -1,19 +1,23 @@
-"""What happens after a step: figures are logged, the held-out split is evaluated."""
+"""What happens after a step: replicas are compared, figures are logged, the held-out split is evaluated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.config import Config
 from mmscale.data.mixture import MicroBatch, slot_usage
+from mmscale.errors import TrainingError
 from mmscale.resilience.anomaly import Kind
+from mmscale.resilience.divergence import Diverged, find_diverged
 from mmscale.train.loop import StepReport, is_logged
 from mmscale.train.metrics import EVAL, EventLog, MetricsLog
 from mmscale.train.progress import Progress
 from mmscale.train.state import TrainState
+from mmscale.train.step import Stepper
 from mmscale.train.throughput import Throughput
 
 
@@ -86,6 +90,69 @@ class LogHook:
             values[f"experts/{name}/overflow_fraction"] = sum(u.overflow[index] for u in usage) / tokens
             values[f"experts/{name}/unused_fraction"] = sum(u.unused[index] for u in usage) / tokens
         return values
+
+
+class ReplicaHook:
+    """Compares the replicas of all parameters every n steps, before anything of that step is saved.
+
+    Args:
+        config: how often.
+        stepper: holds the parameters.
+        groups: who holds replicas.
+        clock: comparing is a pause, not a part of the step time.
+        tell: events.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        stepper: Stepper,
+        groups: ProcessGroupCollection,
+        clock: Throughput,
+        tell: Callable[..., None],
+    ) -> None:
+        self.every = config.resilience.parameter_hash_every
+        self.stepper = stepper
+        self.groups = groups
+        self.clock = clock
+        self.tell = tell
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        """Nothing on other steps.
+
+        Raises:
+            TrainingError: a rank has diverged; the same on every rank.
+        """
+        if self.every == 0 or report.step % self.every:
+            return
+        with self.clock.measure("parameter_hash_s"), self.stepper.settled():
+            found = find_diverged(self.stepper.chunks, self.groups)
+        for rank in found:
+            self.tell(
+                "diverged_rank",
+                step=report.step,
+                rank=rank.rank,
+                host=rank.host,
+                certain=rank.certain,
+                parameters=rank.parameters[:10],
+                parameters_total=len(rank.parameters),
+            )
+        if found:
+            raise TrainingError(
+                f"step {report.step}: parameters differ from their replicas on {_named(found)}",
+                remedy="start again without that node: the run goes on from its last checkpoint",
+            )
+
+
+def _named(found: Sequence[Diverged]) -> str:
+    sure = [rank for rank in found if rank.certain] or found
+    ranks = ", ".join(f"rank {rank.rank} on {rank.host} ({_some(rank.parameters)})" for rank in sure)
+    return ranks if sure[0].certain else f"one of these, and nobody can tell which: {ranks}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 class EvalHook:

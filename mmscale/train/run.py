@@ -28,6 +28,7 @@ from mmscale.data.mixture import Mixture, nominal_share, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import flops_per_token, plan
+from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.resilience.signals import StopRequest
 from mmscale.runtime import device, random_state
 from mmscale.runtime import groups as process_groups
@@ -35,8 +36,9 @@ from mmscale.runtime.environment import code_version
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.batch import to_device
 from mmscale.train.evaluate import evaluate
-from mmscale.train.hooks import EvalHook, LogHook
+from mmscale.train.hooks import EvalHook, LogHook, ReplicaHook
 from mmscale.train.loop import Hook, Trainer
+from mmscale.train.memory import MemoryHook, go_on, memory_of
 from mmscale.train.metrics import EventLog, MetricsLog, next_attempt, write_environment
 from mmscale.train.optim import make_optimizer, wrap
 from mmscale.train.preflight import check_changes, preflight
@@ -139,7 +141,12 @@ def _attempt(
         records = stack.enter_context(_records(config, run, attempt)) if env.rank == 0 else None
         progress = stack.enter_context(Progress(config.train.steps, enabled=env.rank == 0))
         checkpoints = _checkpoints(config, run, attempt, records, progress)
-        changed = _resume(config, checkpoints, state, yes=yes)
+        memory = stack.enter_context(
+            memory_of(
+                config, env, run=run, attempt=attempt, tell=functools.partial(_event, records), warn=progress.say
+            )
+        )
+        changed = _resume(config, checkpoints, memory, state, yes=yes)
         if env.rank == 0:
             shares = config.model.experts.share
             progress.say(
@@ -169,6 +176,9 @@ def _attempt(
         )
         metrics = records.metrics if records else None
         hooks: list[Hook] = [
+            ReplicaHook(
+                config, stepper=parts.stepper, groups=groups, clock=clock, tell=functools.partial(_event, records)
+            ),
             LogHook(config, clock=clock, progress=progress, metrics=metrics),
             EvalHook(
                 config,
@@ -181,13 +191,16 @@ def _attempt(
                 events=records.events if records else None,
             ),
         ]
+        if memory is not None:
+            memory.start()
+            hooks.append(MemoryHook(memory, clock=clock))
         loader = _loader(config, groups, train_data, consumed=state.sequences)
         stack.callback(loader.close)
         guard = StepGuard(
             config,
             state=state,
             stepper=parts.stepper,
-            load_newest=lambda: _load_newest(checkpoints, state, clock),
+            load_newest=lambda: _load_newest(checkpoints, memory, state, clock),
             go_on_at=lambda sequences: loader.load_state_dict({"consumed_sequences": sequences}),
             tell=functools.partial(_anomaly, records),
             warn=progress.say,
@@ -245,9 +258,20 @@ def _checkpoints(
     )
 
 
-def _resume(config: Config, checkpoints: CheckpointManager, state: TrainState, *, yes: bool) -> list[str] | None:
-    """Go on from the newest whole checkpoint; the settings changed since then in words, or None for a new run."""
+def _resume(
+    config: Config, checkpoints: CheckpointManager, memory: MemoryTier | None, state: TrainState, *, yes: bool
+) -> list[str] | None:
+    """Go on from memory or from the newest whole checkpoint, whichever is newer.
+
+    Returns:
+        The settings changed since then in words; None for a new run.
+    """
+    on_disk = _agree(max(checkpoints.store.steps(), default=0))
+    if go_on(memory, state, above=on_disk):  # nothing on disk could be newer, so nothing there is read
+        return []
     newest = checkpoints.choose()
+    if (newest or 0) < on_disk and go_on(memory, state, above=newest or 0):
+        return []
     if newest is None:
         return None
     store = checkpoints.store
@@ -258,12 +282,16 @@ def _resume(config: Config, checkpoints: CheckpointManager, state: TrainState, *
     return lines
 
 
-def _load_newest(checkpoints: CheckpointManager, state: TrainState, clock: Throughput) -> int | None:
+def _load_newest(
+    checkpoints: CheckpointManager, memory: MemoryTier | None, state: TrainState, clock: Throughput
+) -> int | None:
     """Go back to the newest whole checkpoint; its step, or None where there is none."""
     with clock.measure("rollback_s"):
         newest = checkpoints.choose()
         if newest is not None:
             checkpoints.load(state, newest)
+            if memory is not None:
+                memory.forget()
     return newest
 
 

@@ -86,9 +86,10 @@ class StepGuard:
         if decision.action is Action.GIVE_UP:
             self._give_up(decision)
         if decision.action is Action.SKIP:
+            random_state.restore(drawn)  # the run goes on as if the batch did not exist
             self._skip(batch, decision, "the batch is left out")
         if decision.action is Action.ROLL_BACK:
-            self._roll_back(batch, decision)
+            self._roll_back(batch, decision, drawn)
         return result
 
     def _attempt(
@@ -108,12 +109,13 @@ class StepGuard:
         self.state.anomalies.skip(start, end)
         self.state.sequences = end
 
-    def _roll_back(self, batch: StepBatch, decision: Decision) -> None:
+    def _roll_back(self, batch: StepBatch, decision: Decision, drawn: dict[str, Any]) -> None:
         """PaLM's rule: the data of the discarded steps is left out with what follows, as it led into the spike."""
         state, (_, spiked) = self.state, self._span()
         step, happened = state.step + 1, state.anomalies
         found = self.load_newest()
         if found is None:
+            random_state.restore(drawn)
             self._skip(batch, decision, "the batch is left out: there is no checkpoint to go back to yet")
             return
         happened.rolled_back_to(state.anomalies)

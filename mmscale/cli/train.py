@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +16,25 @@ from mmscale.cli import ranks
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
 from mmscale.errors import TrainingError, UsageError
 
+if TYPE_CHECKING:
+    from mmscale.config import Config
+
+_ROUTINGS = (
+    "batch",
+    "causal",
+    "top1",
+    "threshold",
+)  # mmscale.model.mixed_modal.Routing, which costs an import of torch
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 # What local ranks say to the process that started them; with 1 they would be reported as crashed.
 _DIFFERS = TrainingError.exit_status
+
+
+class Stage(StrEnum):
+    """What `mmscale train` trains."""
+
+    MAIN = "main"
+    AUXILIARY = "auxiliary"
 
 
 def train(
@@ -30,6 +47,12 @@ def train(
     yes: Annotated[
         bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
     ] = False,
+    stage: Annotated[
+        Stage,
+        typer.Option(
+            "--stage", help="main: the model; auxiliary: its causal routers, after it, everything else frozen."
+        ),
+    ] = Stage.MAIN,
     as_json: Json = False,
 ) -> None:
     """Train, from the run's newest checkpoint if there is one.
@@ -41,6 +64,8 @@ def train(
 
     loaded = load(config, overrides or ())
     run_dir = Path(loaded.run.dir) / loaded.run.name
+    if stage is Stage.AUXILIARY:
+        raise typer.Exit(_auxiliary(loaded, nproc, run_dir, as_json=as_json))
     if ranks.starts_ranks(nproc):
         assert nproc is not None
         from mmscale.train.preflight import preflight
@@ -58,6 +83,25 @@ def train(
     raise typer.Exit(status)
 
 
+def _auxiliary(config: Config, nproc: int | None, run_dir: Path, *, as_json: bool) -> int:
+    """The stage that trains the routers; returns its exit status."""
+    from mmscale.train import auxiliary_stage as stage
+    from mmscale.train.metrics import next_attempt, read_metrics
+
+    folder = stage.folder_of(run_dir)
+    if ranks.starts_ranks(nproc):
+        assert nproc is not None
+        stage.preflight(config, world_size=nproc)  # said once here, and not by every rank
+        return ranks.start(nproc, log_dir=folder / "logs" / f"attempt_{next_attempt(folder)}")
+    env = ranks.own_rank(nproc)
+    status = stage.main(config, env)
+    if env.is_first and as_json:
+        records = read_metrics(folder)
+        result = {"run": str(run_dir), "exit_status": status, "last": records[-1] if records else None}
+        emit(result, as_json=True, text=lambda: None)
+    return status
+
+
 def evaluate(
     run: Annotated[
         str, typer.Argument(metavar="RUN[@STEP]", help="Run folder; newest checkpoint unless a step is named.")
@@ -69,7 +113,13 @@ def evaluate(
         ),
     ] = None,
     routing: Annotated[
-        str, typer.Option("--routing", help="batch: experts choose among all tokens of the batch, later ones too.")
+        str,
+        typer.Option(
+            "--routing",
+            metavar="MODE",
+            help="batch: experts choose among all tokens, later ones too; causal: auxiliary routers decide; top1: they "
+            "pick one expert per token; threshold: averaged cut-offs decide.",
+        ),
     ] = "batch",
     batches: Annotated[
         int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
@@ -78,17 +128,12 @@ def evaluate(
 ) -> None:
     """Loss and perplexity of each modality on held-out data, and accuracy where the data has a task."""
     folder, step = split_step(run)
-    if routing == "causal":
-        raise UsageError(
-            "--routing causal: the causal routers of this run are not trained yet",
-            remedy="use --routing batch, and read its numbers with care: expert choice sees the future",
-        )
-    if routing != "batch":
-        raise UsageError(f"--routing {routing!r} is not a routing", remedy="only batch is available")
+    if routing not in _ROUTINGS:
+        raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(_ROUTINGS)}")
     from mmscale.inference.evaluate import evaluate_run
+    from mmscale.model.mixed_modal import Routing
 
-    result = evaluate_run(folder, step=step, data=data, batches=batches)
-    result.setdefault("routing", routing)
+    result = evaluate_run(folder, step=step, data=data, batches=batches, routing=Routing(routing))
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
 
 
@@ -115,14 +160,35 @@ def _evaluation(result: dict[str, Any]) -> None:
     for column in ("measured", "value", "routing"):
         table.add_column(column, justify="right" if column == "value" else "left")
     for key, value in result.items():
-        if isinstance(value, float) or key.startswith(("loss", "perplexity", "accuracy")):
-            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value), result["routing"])
+        if isinstance(value, float):
+            table.add_row(key, f"{value:.4f}", result["routing"])
+    for key, value in result.get("batch", {}).items():
+        table.add_row(key, f"{value:.4f}", "batch")
+    for key, value in result.get("gap", {}).items():
+        table.add_row(f"gap in {key}", f"{value:+.4f}", f"{result['routing']} - batch")
     shown = console()
     others = {key: value for key, value in result.items() if isinstance(value, str | int) and key != "routing"}
     pairs(others.items())
     shown.print(table)
-    if result["routing"] == "batch":
+    if result.get("routers"):
+        shown.print("auxiliary routers against the choice of batch routing:")
+        shown.print(_routers(result["routers"]))
+    if result["routing"] == "batch" or "batch" in result:
         shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
+
+
+def _routers(rows: list[dict[str, Any]]) -> Any:
+    """One line for each layer and modality."""
+    from rich.table import Table
+
+    columns = ("accuracy", "precision", "recall", "unrouted", "unrouted_batch", "per_token", "per_token_batch")
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "kind", "modality", *columns):
+        table.add_column(name.replace("_", " "), justify="left" if name in ("kind", "modality") else "right")
+    for row in rows:
+        numbers = [f"{row[name]:.3f}" if name in row else "-" for name in columns]
+        table.add_row(str(row["layer"]), row["kind"], row["modality"], *numbers)
+    return table
 
 
 def verify_layout(

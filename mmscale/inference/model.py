@@ -17,22 +17,26 @@ from mmscale.checkpoint.integrity import require_whole
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config, ParallelConfig
+from mmscale.config.derived import with_auxiliary_routers
 from mmscale.config.load import load as load_config
 from mmscale.data.mixture import MicroBatch
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, UsageError
 from mmscale.model.build import build_chunks, transformer_config
+from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.auxiliary import load_main_tensors, load_router_tensors, main_tensors, router_tensors
+from mmscale.train.auxiliary_stage import find_routers
 from mmscale.train.batch import to_device
 
 
 @dataclass(frozen=True)
 class RunModel:
-    """A model that scores micro-batches with batch routing.
+    """A model that scores micro-batches.
 
     Attributes:
-        config: the run's configuration without its parallel layout.
+        config: the run's configuration without its parallel layout; with auxiliary routers if there are any.
         step: optimizer steps that the checkpoint has done.
         groups: process groups of this one process.
         module: GPTModel, in Float16Module for bf16.
@@ -45,10 +49,41 @@ class RunModel:
     module: torch.nn.Module
     vocabulary: Vocabulary
 
+    def require(self, routing: Routing) -> None:
+        """Refuse a routing that this checkpoint has nothing for.
+
+        Raises:
+            UsageError: it has no auxiliary routers, or no thresholds.
+        """
+        model = self.config.model
+        if not model.routes or routing is Routing.BATCH:
+            return
+        if routing is Routing.THRESHOLD and not model.keeps_thresholds:
+            raise UsageError(
+                "--routing threshold: this run kept no averages of its routers' cut-offs",
+                remedy="train with model.experts.threshold_decay=0.99, or use --routing causal",
+            )
+        if routing is not Routing.THRESHOLD and model.auxiliary_width is None:
+            raise UsageError(
+                f"--routing {routing}: there are no auxiliary routers for step {self.step} of this run",
+                remedy="train them: `mmscale train CONFIG --stage auxiliary`; or use --routing batch, and read its "
+                "numbers with care: expert choice sees the future",
+            )
+
     @torch.no_grad()
-    def logits(self, batch: MicroBatch) -> Tensor:
-        """Logits of every position, fp32 [B, S, padded vocabulary], on the host."""
-        inputs = to_device(batch, self.vocabulary)
+    def logits(self, batch: MicroBatch, routing: Routing = Routing.BATCH) -> Tensor:
+        """Logits of every position, fp32 [B, S, padded vocabulary], on the host.
+
+        Args:
+            batch: tokens and facts.
+            routing: who decides which experts take a token; in all modes but BATCH a token's logits depend on earlier
+                tokens of its document only.
+
+        Raises:
+            UsageError: this checkpoint has nothing for that routing.
+        """
+        self.require(routing)
+        inputs = to_device(batch, self.vocabulary, routing=routing)
         self.module.eval()
         logits: Tensor = self.module(
             input_ids=inputs.tokens, position_ids=None, attention_mask=None, packed_seq_params=inputs.params
@@ -57,12 +92,13 @@ class RunModel:
 
 
 @contextmanager
-def open_run(run: Path, *, step: int | None = None) -> Iterator[RunModel]:
+def open_run(run: Path, *, step: int | None = None, dtype: str | None = None) -> Iterator[RunModel]:
     """Load a checkpoint's weights; process groups of one process live as long as the context.
 
     Args:
         run: the run's folder.
         step: the checkpoint; None: the newest.
+        dtype: compute in this format (`precision.dtype`) instead of the run's; bf16 weights are exact in fp32.
 
     Raises:
         CheckpointError: there is no such run or checkpoint, or it is damaged.
@@ -73,17 +109,35 @@ def open_run(run: Path, *, step: int | None = None) -> Iterator[RunModel]:
             f"{run} is not a run folder (no config.yaml)", remedy="name a run: `mmscale train` prints it"
         )
     config = load_config(file).model_copy(update={"parallel": ParallelConfig()})
+    if dtype is not None:
+        precision = config.precision.model_copy(update={"dtype": dtype})
+        config = config.model_copy(update={"precision": precision})
     store = Store.of_run(run)
     chosen = store.choose(step)
     require_whole(store.path(chosen), step=chosen, allow_missing=config.checkpoint.allow_missing)
     check_shape(config, store.info(chosen).get("shape", {}), where=str(store.path(chosen)))
+    routers = find_routers(run, chosen) if config.model.routes else None
+    if routers is not None:
+        config = _with_width(config, routers[1])
     groups = process_groups.initialize(RankEnv(), seed=config.run.seed)
     try:
         transformer = transformer_config(config)
         (module,) = build_chunks(config, groups, transformer=transformer)
-        wanted = {"model": module.sharded_state_dict(metadata=sharded.metadata())}
-        module.load_state_dict(sharded.read(store.path(chosen), wanted, partly=True)["model"])
+        load_main_tensors(
+            [module], sharded.read(store.path(chosen), main_tensors([module], sharded.metadata()), partly=True)
+        )
+        if config.model.auxiliary_width is not None:
+            source = routers[0] if routers is not None else store.path(chosen)  # or those of a joint run
+            wanted = router_tensors([module], sharded.metadata())
+            load_router_tensors([module], sharded.read(source, wanted, partly=True))
         wrapped = Float16Module(transformer, module) if transformer.bf16 else module
         yield RunModel(config, chosen, groups, wrapped, Vocabulary.from_config(config.vocab))
     finally:
         process_groups.finalize()
+
+
+def _with_width(config: Config, width: int) -> Config:
+    """The configuration whose model holds auxiliary routers of this width."""
+    config = with_auxiliary_routers(config)
+    auxiliary = config.model.auxiliary.model_copy(update={"width": width})
+    return config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": auxiliary})})

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 # Bins of a score in [0, 1] from which thresholds are read: counts add up exactly over ranks, whatever the layout.
@@ -54,8 +55,11 @@ class AuxiliaryRouter(Fp32Buffers):
 
     def __init__(self, config: TransformerConfig, *, outputs: int, width: int) -> None:
         super().__init__()
-        self.hidden = nn.Parameter(torch.empty(width, config.hidden_size, dtype=config.params_dtype))
-        self.out = nn.Parameter(torch.empty(outputs, width, dtype=config.params_dtype))
+        # No gradients by autograd: RouterLearning makes them. So the main model's gradient buffers, optimizer and norm
+        # pass the routers by.
+        hidden, out = (width, config.hidden_size), (outputs, width)
+        self.hidden = nn.Parameter(torch.empty(hidden, dtype=config.params_dtype), requires_grad=False)
+        self.out = nn.Parameter(torch.empty(out, dtype=config.params_dtype), requires_grad=False)
         for parameter in (self.hidden, self.out):
             # It sees this rank's tokens only: gradients are partial over tensor-parallel ranks.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -137,12 +141,16 @@ class RouterLearning:
         self._seen.add((layer, kind, micro_batch))
         member = torch.stack(tuple(masks.values())).any(dim=0).unsqueeze(-1)
         with torch.set_grad_enabled(self.gradients):
-            logits = router(hidden.detach())
+            weights = {
+                name: weight.detach().requires_grad_(self.gradients) for name, weight in router.named_parameters()
+            }
+            logits = functional_call(router, weights, (hidden.detach(),))
             loss = F.binary_cross_entropy_with_logits(
                 logits, choice.float(), weight=member.float().expand_as(logits), reduction="sum"
             )
             if self.gradients:
-                loss.backward()  # type: ignore[no-untyped-call]
+                for name, gradient in zip(weights, torch.autograd.grad(loss, tuple(weights.values())), strict=True):
+                    _accumulate(router.get_parameter(name), gradient)
         record = self._record(router, (layer, kind))
         scores = torch.sigmoid(logits.detach())
         record.loss += loss.detach().double()
@@ -166,6 +174,14 @@ class RouterLearning:
                 record.taken = torch.zeros(outputs, dtype=torch.int64, device=where)
             self.records[key] = record
         return self.records[key]
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to the parameter's buffer in megatron's gradient buffers, or to `grad` where it has none."""
+    if (buffer := getattr(parameter, "main_grad", None)) is not None:
+        buffer.add_(gradient)
+    else:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _figures(predicted: Tensor, choice: Tensor, mask: Tensor) -> Tensor:
@@ -205,6 +221,16 @@ def calibrated(histogram: Tensor, taken: Tensor) -> Tensor:
     # argmin takes the first of equals: reversed, that is the highest edge.
     best = BINS - (candidates.flip(1) - taken.unsqueeze(1)).abs().argmin(dim=1)
     return best.float() / BINS
+
+
+def routers_of(module: nn.Module) -> list[AuxiliaryRouter]:
+    """All auxiliary routers in a module, in the order of its layers."""
+    return [part for part in module.modules() if isinstance(part, AuxiliaryRouter)]
+
+
+def is_routers_key(key: str) -> bool:
+    """Whether a key of a state dict belongs to an auxiliary router, its threshold included."""
+    return ".mlp.auxiliary." in key or ".depth_auxiliary." in key
 
 
 def ratios(sums: Tensor) -> dict[str, float]:

@@ -24,6 +24,7 @@ class LayerParameters:
         shared: shared experts.
         norms: all other norms.
         depth_router: router of a Mixture-of-Depths layer, else 0.
+        auxiliary: auxiliary routers for causal inference.
     """
 
     attention: int
@@ -34,6 +35,7 @@ class LayerParameters:
     shared: int
     norms: int
     depth_router: int
+    auxiliary: int = 0
 
     @property
     def total(self) -> int:
@@ -48,7 +50,8 @@ class LayerParameters:
     @property
     def replicated(self) -> int:
         """Parameters that every rank of the stage holds whole."""
-        return self.norms + self.depth_router + sum(self.routers.values()) + sum(self.expert_norms.values())
+        routers = self.depth_router + sum(self.routers.values()) + self.auxiliary
+        return self.norms + routers + sum(self.expert_norms.values())
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Parameters:
             "shared_experts": sum(layer.shared for layer in self.layers),
             "routers": self.routers,
             "depth_routers": self.depth_routers,
+            "auxiliary_routers": sum(layer.auxiliary for layer in self.layers),
             "norms": self.norms,
         }
 
@@ -132,6 +136,8 @@ def layer_parameters(config: Config, layer: int) -> LayerParameters:
     shared = 0 if dense else shared_width(config)
     # Normalised experts carry their own norms, and then the sub-layer as a whole has none.
     per_expert = model.norm == "post_per_expert" and not dense
+    width = model.auxiliary_width or 0
+    predicted = [*counts.values(), *([1] if model.is_depth_layer(layer) else [])]
     norms = h * (1 if per_expert else 2) + (2 * d if model.qk_norm else 0)
     return LayerParameters(
         attention=h * (heads + 2 * groups) * d + heads * d * h,
@@ -142,6 +148,7 @@ def layer_parameters(config: Config, layer: int) -> LayerParameters:
         shared=3 * h * shared,
         norms=norms + (h if per_expert and shared else 0),
         depth_router=h if model.is_depth_layer(layer) else 0,
+        auxiliary=sum(width * (h + count) for count in predicted),
     )
 
 

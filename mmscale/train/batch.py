@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmscale.data.mixture import MicroBatch
 from mmscale.data.vocab import Vocabulary
-from mmscale.model.mixed_modal import MixedModalParams, RoutingStats
+from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.runtime import device
 
 
@@ -32,13 +32,20 @@ class Batch:
     params: MixedModalParams
 
 
-def to_device(micro_batch: MicroBatch, vocabulary: Vocabulary, *, stats: RoutingStats | None = None) -> Batch:
+def to_device(
+    micro_batch: MicroBatch,
+    vocabulary: Vocabulary,
+    *,
+    stats: RoutingStats | None = None,
+    routing: Routing = Routing.BATCH,
+) -> Batch:
     """Copy a micro-batch to this rank's device.
 
     Args:
         micro_batch: from the loader.
         vocabulary: gives the labels' modality; losses are reported by it, routing goes by the input token's.
         stats: where layers report routing figures; None on steps that are not logged.
+        routing: who decides which experts take a token.
     """
     where = device.taken()
 
@@ -56,5 +63,6 @@ def to_device(micro_batch: MicroBatch, vocabulary: Vocabulary, *, stats: Routing
             document_ids=tensor(micro_batch.document_ids),
             noise_key=micro_batch.index,
             stats=stats,
+            routing=routing,
         ),
     )

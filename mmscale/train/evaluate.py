@@ -1,7 +1,7 @@
-"""Losses on a held-out split under the layout that trains, with batch routing.
+"""Losses on a held-out split under the layout that trains.
 
-Batch routing: experts and depth layers choose among all tokens of a sequence, later ones too, so these losses leak the
-future a little. Causal routing needs auxiliary routers.
+With batch routing experts and depth layers choose among all tokens of a sequence, later ones too, so those losses leak
+the future. Causal routing needs auxiliary routers, or thresholds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.mixture import MicroBatch, Mixture
 from mmscale.data.vocab import Vocabulary
+from mmscale.model.auxiliary import RouterLearning
+from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import device
 from mmscale.train.batch import to_device
 from mmscale.train.step import Stepper, mean_losses, reduce_sums
@@ -28,6 +30,8 @@ def evaluate(
     mixture: Mixture,
     groups: ProcessGroupCollection,
     batches: int | None,
+    routing: Routing = Routing.BATCH,
+    learning: RouterLearning | None = None,
 ) -> dict[str, float]:
     """`loss`, `loss/<modality>`, `z_loss` over the first global batches of a pass; every rank calls it.
 
@@ -40,6 +44,8 @@ def evaluate(
         mixture: one pass over the held-out split.
         groups: process groups.
         batches: global batches; None: the whole split.
+        routing: who decides which experts take a token; the model has what it needs.
+        learning: collects figures of auxiliary routers against the true choices of batch routing; None: not measured.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
     per_step = global_micro_batches(config)
@@ -49,10 +55,14 @@ def evaluate(
     total = torch.zeros(len(vocabulary.names) + 1, 2, device=device.taken(), dtype=torch.float64)
     for step in range(steps):
         numbers = range(step * per_step + groups.dp.rank(), (step + 1) * per_step, groups.dp.size())
-        parts = [
-            mixture.micro_batch(n) if n < available else _silent(mixture.micro_batch(available - 1)) for n in numbers
-        ]
-        total += stepper.evaluate([to_device(part, vocabulary) for part in parts])
+        parts = []
+        for number in numbers:
+            inside = number < available
+            content = mixture.micro_batch(number) if inside else _silent(mixture.micro_batch(available - 1))
+            part = to_device(content, vocabulary, routing=routing)
+            part.params.learning = learning if inside else None
+            parts.append(part)
+        total += stepper.evaluate(parts)
     return mean_losses(reduce_sums(total, groups), vocabulary.names)
 
 

@@ -60,7 +60,7 @@ class Recovery:
         self._mapped: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def recover(self, *, above: int) -> tuple[Recovered | None, list[str]]:
-        """This rank's image of the newest usable snapshot after step `above`; otherwise None, and why."""
+        """This rank's image of the newest usable snapshot after step `above`, or None; and what was refused, and why."""
         began = time.monotonic()
         offers, problems = self._offers()
         while True:  # an offer with a wrong digest is none: look again without it
@@ -83,7 +83,8 @@ class Recovery:
         if wrong:
             return None, [*problems, f"step {choice.step}: what was put together for ranks {wrong} has a wrong digest"]
         ended = time.monotonic()
-        return Recovered(choice.step, image, choice.lost, ended - began, ended - moving), problems
+        refused = list(dict.fromkeys([*problems, *reasons]))
+        return Recovered(choice.step, image, choice.lost, ended - began, ended - moving), refused
 
     def _gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * torch.distributed.get_world_size(self.group)

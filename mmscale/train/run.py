@@ -34,7 +34,9 @@ from mmscale.runtime import device, random_state
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.environment import code_version
 from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.auxiliary import AuxiliaryTrainer
 from mmscale.train.batch import to_device
+from mmscale.train.companions import companions_of, routers_among
 from mmscale.train.evaluate import evaluate
 from mmscale.train.hooks import EvalHook, LogHook, ReplicaHook
 from mmscale.train.loop import Hook, Trainer
@@ -53,12 +55,13 @@ FINISHED, STOPPED = 0, 75
 
 @dataclass
 class Parts:
-    """What computes: the model's chunks, its optimizer, and the process groups they live in."""
+    """What computes: the model's chunks, its optimizer, the process groups they live in, and a joint run's routers."""
 
     groups: ProcessGroupCollection
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     stepper: Stepper
+    routers: AuxiliaryTrainer | None = None
 
 
 @dataclass
@@ -120,7 +123,9 @@ def build(config: Config, groups: ProcessGroupCollection) -> Parts:
     transformer = transformer_config(config)
     chunks = wrap(config, transformer, build_chunks(config, groups, transformer=transformer), groups)
     optimizer = make_optimizer(config, chunks, groups)
-    return Parts(groups, chunks, optimizer, Stepper(config, chunks, optimizer, groups))
+    companions = companions_of(config, transformer, chunks, groups)
+    stepper = Stepper(config, chunks, optimizer, groups, companions=companions)
+    return Parts(groups, chunks, optimizer, stepper, routers_among(companions))
 
 
 def _attempt(
@@ -136,17 +141,15 @@ def _attempt(
     run = Path(config.run.dir) / config.run.name
     attempt = _agree(next_attempt(run) if env.rank == 0 else None)
     parts = build(config, groups)
-    state = TrainState(parts.chunks, parts.optimizer)
+    state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(_records(config, run, attempt)) if env.rank == 0 else None
         progress = stack.enter_context(Progress(config.train.steps, enabled=env.rank == 0))
         checkpoints = _checkpoints(config, run, attempt, records, progress)
         memory = stack.enter_context(
-            memory_of(
-                config, env, run=run, attempt=attempt, tell=functools.partial(_event, records), warn=progress.say
-            )
+            memory_of(config, env, run=run, attempt=attempt, tell=functools.partial(_event, records), warn=progress.say)
         )
-        changed = _resume(config, checkpoints, memory, state, yes=yes)
+        changed = _resume(config, checkpoints, memory if config.checkpoint.resume else None, state, yes=yes)
         if env.rank == 0:
             shares = config.model.experts.share
             progress.say(

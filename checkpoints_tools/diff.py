@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from mmscale.checkpoint.tensors import TensorSource, open_tensors
+from checkpoints_tools.sources import open_source
+from mmscale.checkpoint.tensors import TensorSource
 
 
 def diff(one: tuple[Path, int | None], other: tuple[Path, int | None], *, weights: bool = False) -> dict[str, Any]:
     """Compare two checkpoints that are whole.
 
     Args:
-        one: run folder and step; None: the newest.
+        one: run folder and step, None for the newest; or an archive.
         other: the same of the other one.
         weights: leave the optimizer's state out.
 
@@ -28,7 +29,7 @@ def diff(one: tuple[Path, int | None], other: tuple[Path, int | None], *, weight
     Raises:
         CheckpointError: one of them does not exist or is damaged.
     """
-    sources = [open_tensors(run, step) for run, step in (one, other)]
+    sources = [open_source(path, step) for path, step in (one, other)]
     names = [{name: source.entry(name).shape for name in source.names(weights=weights)} for source in sources]
     rows, shapes = [], []
     for name in sorted(names[0].keys() & names[1].keys()):

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
-from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.layout import Store, is_archive
 from mmscale.config.load import load
 from mmscale.errors import CheckpointError, ConfigError
 
@@ -58,18 +58,23 @@ def _manifest(folder: Path) -> Manifest | None:
 
 
 def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Read and hash every file of one checkpoint or of all committed ones; nothing is renamed.
+    """Read and hash every file of an archive, of one checkpoint or of all committed ones; nothing is renamed.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or an archive.
         step: one checkpoint; None: all.
 
     Returns:
-        `whole`: whether everything is; `checkpoints`: step, whole, problems, files and bytes of each.
+        `whole`: whether everything is; `checkpoints`: step, whole, problems, files and bytes of each; for an archive
+        also `archive`: true.
 
     Raises:
         CheckpointError: there is no such run or checkpoint.
     """
+    if is_archive(run):
+        manifest = _manifest(run)
+        row = _verified(run, manifest.step if manifest else None)
+        return {"run": str(run), "archive": True, "whole": row["whole"], "checkpoints": [row]}
     store = open_store(run)
     chosen = store.choose(step)
     steps = [chosen] if step is not None else store.steps()
@@ -77,7 +82,7 @@ def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
     return {"run": str(run), "whole": all(row["whole"] for row in rows), "checkpoints": rows}
 
 
-def _verified(folder: Path, step: int) -> dict[str, Any]:
+def _verified(folder: Path, step: int | None) -> dict[str, Any]:
     try:
         integrity.refuse_world_writable(folder)
         problems = integrity.verify(folder, step=step)

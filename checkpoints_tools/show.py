@@ -6,57 +6,66 @@ Reads the index only, through the allow-list of mmscale.checkpoint.pickles; no t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoints_tools.folders import open_store
+from checkpoints_tools.sources import open_source
 from mmscale.checkpoint import integrity
-from mmscale.checkpoint.layout import INFO
+from mmscale.checkpoint.layout import INFO, is_archive
 from mmscale.checkpoint.pickles import METADATA, read_metadata
+from mmscale.checkpoint.tensors import OPTIMIZER, TensorEntry
 from mmscale.errors import CheckpointError
 
 SHARED = "shared"  # what tokens of every modality use
 
 
-def show(run: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Tensors, parameter counts and provenance of a checkpoint.
+def show(path: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Tensors, parameter counts and provenance of a checkpoint or an archive.
 
     Args:
-        run: the run's folder.
+        path: a run's folder or an archive.
         step: the checkpoint; None: the newest.
 
     Raises:
         CheckpointError: there is no such checkpoint, or its index is damaged.
     """
-    store = open_store(run)
+    if is_archive(path):
+        source = open_source(path, step)
+        entries = [source.entry(name) for name in source.names()]
+        return _contents(path, source.path, source.step, entries, source.info())
+    store = open_store(path)
     chosen = store.choose(step)
     folder = store.path(chosen)
-    provenance = _provenance(folder)
-    info = store.info(chosen)
-    modalities = [str(entry[0]) for entry in info.get("shape", {}).get("vocab.modalities", [])]
+    _provenance(folder)  # before the index is read
+    index = read_metadata(folder).state_dict_metadata.items()
+    entries = [
+        TensorEntry(name, tuple(entry.size), entry.properties.dtype)
+        for name, entry in sorted(index)
+        if isinstance(entry, TensorStorageMetadata)
+    ]
+    return _contents(path, folder, chosen, entries, store.info(chosen))
+
+
+def _contents(
+    path: Path, folder: Path, step: int, entries: Sequence[TensorEntry], info: dict[str, Any]
+) -> dict[str, Any]:
+    modalities = [str(modality[0]) for modality in info.get("shape", {}).get("vocab.modalities", [])]
     tensors, parameters = [], dict.fromkeys([*modalities, SHARED], 0)
-    for name, entry in sorted(read_metadata(folder).state_dict_metadata.items()):
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        number, dtype = math.prod(entry.size), entry.properties.dtype
-        tensors.append(
-            {
-                "name": name,
-                "shape": list(entry.size),
-                "dtype": str(dtype).removeprefix("torch."),
-                "bytes": number * dtype.itemsize,
-            }
-        )
-        if not name.startswith("optimizer."):
-            owner = next((modality for modality in modalities if modality in name.split(".")), SHARED)
-            parameters[owner] += number
+    for entry in entries:
+        dtype = str(entry.dtype).removeprefix("torch.")
+        tensors.append({"name": entry.name, "shape": list(entry.shape), "dtype": dtype, "bytes": entry.nbytes})
+        if not entry.name.startswith(OPTIMIZER):
+            owner = next((modality for modality in modalities if modality in entry.name.split(".")), SHARED)
+            parameters[owner] += math.prod(entry.shape)
     return {
-        "run": str(run),
-        "step": chosen,
+        "run": str(path),
+        "step": step,
         "path": str(folder),
-        "provenance": provenance,
+        "provenance": _provenance(folder),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "shape": info.get("shape", {}),
         "tensors": tensors,
@@ -70,7 +79,9 @@ def _provenance(folder: Path) -> dict[str, Any]:
         return {"manifest": False}
     except integrity.DamagedError as error:
         raise CheckpointError(f"{folder} is damaged: {error}", remedy="choose another checkpoint: RUN@STEP") from None
-    problems = integrity.structure(folder, manifest) or integrity.content(folder, manifest, [METADATA, INFO])
+    problems = integrity.structure(folder, manifest) or integrity.content(
+        folder, manifest, [name for name in (METADATA, INFO) if name in manifest.files]
+    )
     if problems:
         raise CheckpointError(
             f"{folder} is damaged: {integrity.describe(problems)}", remedy="choose another checkpoint: RUN@STEP"
@@ -84,4 +95,5 @@ def _provenance(folder: Path) -> dict[str, Any]:
         "config_digest": manifest.config_digest,
         "files": len(sizes),
         "bytes": sum(sizes),
+        "origin": manifest.origin,
     }

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -54,6 +55,7 @@ class Manifest:
         code_version: version of mmscale, and the commit where it is known.
         topology: ranks of each dimension, e.g. {"world_size": 4, "tp": 2}.
         files: every file but the manifest by its path relative to the folder.
+        origin: how it was made of others, e.g. {"made_by": "average", "parents": [...]}; None: ranks wrote it.
     """
 
     step: int
@@ -64,12 +66,21 @@ class Manifest:
     files: dict[str, FileRecord]
     algorithm: str = ALGORITHM
     format: int = FORMAT
+    origin: dict[str, Any] | None = None
 
     def text(self) -> str:
         """The content of MANIFEST.json. Equal manifests have equal text, so that any changed byte shows."""
-        body = json.dumps(asdict(self), indent=1, sort_keys=True)
-        digest = xxhash.xxh3_128_hexdigest(body.encode())
-        return json.dumps({"manifest": json.loads(body), "digest": digest}, indent=1, sort_keys=True) + "\n"
+        fields = asdict(self)
+        if self.origin is None:
+            del fields["origin"]
+        body = json.dumps(fields, indent=1, sort_keys=True)
+        whole = {"manifest": json.loads(body), "digest": text_digest(body)}
+        return json.dumps(whole, indent=1, sort_keys=True) + "\n"
+
+
+def text_digest(text: str) -> str:
+    """xxh3_128 of a text, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

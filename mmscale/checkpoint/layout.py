@@ -21,6 +21,7 @@ from mmscale.errors import CheckpointError
 FOLDER = "checkpoints"
 INFO = "mmscale.json"
 LATEST = "latest"
+ARRAYS = "tensors"  # the folder in an archive that holds its arrays
 INFO_FORMAT = 2  # 1 had no manifest
 _VERIFIED = 2  # checkpoints known to be whole that retention never goes below
 _STEP = re.compile(r"^step_(\d{8,})$")
@@ -30,6 +31,11 @@ _LEFT = re.compile(r"^(step_\d{8,})\.(tmp|old|deleted)")
 
 def _nothing(stage: str) -> None:
     """The usual `on_stage`."""
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a folder claims to be an archive; whether it is a whole one, archive.py says."""
+    return (path / ARRAYS).is_dir() or (path / integrity.MANIFEST).is_file()
 
 
 @dataclass(frozen=True)

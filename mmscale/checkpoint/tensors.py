@@ -292,6 +292,34 @@ def _manifest(folder: Path, step: int) -> Manifest:
     return manifest
 
 
+def contents_of(source: TensorSource, *, weights: bool = False) -> str:
+    """What a copy of a source holds: "training", or "weights" without the optimizer's state."""
+    has_optimizer = any(name.startswith(OPTIMIZER) for name in source.names())
+    return "training" if has_optimizer and not weights else "weights"
+
+
+def origin_of(made_by: str, parents: Sequence[TensorSource], **settings: Any) -> dict[str, Any]:
+    """How something was made, and of what: for the manifest and for mmscale.json of the result.
+
+    Args:
+        made_by: the command.
+        parents: what it was made of.
+        settings: what else decided about it, plain JSON.
+
+    Returns:
+        `made_by`, the settings, and `parents`: path, step, attempt, versions, digest of the manifest, and the parent's
+        own origin if it has one.
+    """
+    found = []
+    for parent in parents:
+        manifest = parent.manifest()
+        row: dict[str, Any] = {"path": str(parent.path), "step": parent.step, "attempt": manifest.attempt}
+        row |= {"code_version": manifest.code_version, "config_digest": manifest.config_digest}
+        row["manifest"] = integrity.text_digest(manifest.text())
+        found.append(row if manifest.origin is None else row | {"origin": manifest.origin})
+    return {"made_by": made_by, **settings, "parents": found}
+
+
 def unknown_tensor(name: str, names: list[str], *, where: Path) -> CheckpointError:
     """The error for a name that is not there, with the names that come close."""
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)

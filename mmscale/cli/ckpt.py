@@ -1,4 +1,4 @@
-# `mmscale ckpt ...`: looks at the checkpoints of a run, verifies, compares and prunes them.
+# `mmscale ckpt ...`: looks at checkpoints, verifies, compares and prunes them; ckpt_copies.py writes new ones.
 # It parses and prints; checkpoints_tools/ does the work. list, verify and prune start without torch.
 """Commands about checkpoints."""
 
@@ -9,13 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.output import Json, console, emit, pairs
+from mmscale.cli import ckpt_copies
+from mmscale.cli.output import Json, console, emit, pairs, size
 from mmscale.cli.train import split_step
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, UsageError
 
-app = typer.Typer(help="List, show, verify, compare and prune checkpoints.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, show, verify, compare, prune, archive, restore, reshard and average checkpoints.", no_args_is_help=True
+)
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
-RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and a step of it.")]
+RunAtStep = Annotated[
+    str, typer.Argument(metavar="RUN[@STEP]|ARCHIVE", help="Run folder and a step of it, or an archive.")
+]
 
 
 @app.command("list", epilog="Example: mmscale ckpt list runs/quickstart")
@@ -31,7 +36,7 @@ def _listing(result: dict[str, Any]) -> None:
     rows = [
         (
             row["step"],
-            _size(row["bytes"]),
+            size(row["bytes"]),
             row["files"],
             row.get("attempt", "?"),
             _topology(row.get("topology", {})),
@@ -44,27 +49,75 @@ def _listing(result: dict[str, Any]) -> None:
         console().print(f"{name}: damaged, set aside")
 
 
-@app.command("show", epilog="Example: mmscale ckpt show runs/quickstart@300")
-def show(run: RunAtStep, as_json: Json = False) -> None:
-    """Show tensors, parameters per modality and the origin of a checkpoint."""
-    from checkpoints_tools import show as showing
-
+@app.command(
+    "show",
+    epilog="Example: mmscale ckpt show runs/quickstart@300 --tensor decoder.layers.3.experts.image.w1 --slice 0,3:7",
+)
+def show(
+    run: RunAtStep,
+    tensor: Annotated[
+        str | None,
+        typer.Option("--tensor", metavar="NAME", help="Show the values of this tensor; parts may be left out."),
+    ] = None,
+    box: Annotated[
+        str,
+        typer.Option("--slice", metavar="BOX", help="Only this index or range per dimension, e.g. 0 or 0,3:7."),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Show tensors, parameters per modality and the origin of a checkpoint, or the values of one tensor."""
     folder, step = split_step(run)
-    result = showing.show(folder, step=step)
-    emit(result, as_json=as_json, text=lambda: _contents(result))
+    if tensor is None:
+        if box:
+            raise UsageError("--slice needs a tensor", remedy="add --tensor NAME")
+        from checkpoints_tools import show as showing
+
+        result = showing.show(folder, step=step)
+        emit(result, as_json=as_json, text=lambda: _contents(result))
+        return
+    from checkpoints_tools.values import values
+
+    found = values(folder, name=tensor, step=step, box=box)
+    emit(found, as_json=as_json, text=lambda: _values(found))
+
+
+def _values(found: dict[str, Any]) -> None:
+    shape = "x".join(map(str, found["shape"])) or "scalar"
+    facts: list[tuple[str, object]] = [("tensor", found["name"]), ("of", f"{found['path']}, step {found['step']}")]
+    facts.append(("shape", f"{shape} {found['dtype']}"))
+    if found["slice"]:
+        facts.append(("slice", f"[{found['slice']}] = {'x'.join(map(str, found['selected'])) or 'scalar'}"))
+    numbers = {name: found[name] for name in ("min", "max", "mean", "std", "norm")}
+    facts += [(name, "-" if number is None else f"{number:.6g}") for name, number in numbers.items()]
+    facts.append(("zeros, not finite", f"{found['zeros']:,}, {found['not_finite']:,}"))
+    pairs(facts)
+    if found["values"] is not None:
+        console().print(_rows(found["values"]), markup=False)
+
+
+def _rows(values: Any) -> str:
+    """Nested lists, the innermost ones a line each."""
+    if not isinstance(values, list):
+        return f"{values:.6g}"
+    if not values or not isinstance(values[0], list):
+        return "  ".join(f"{value:.6g}" for value in values)
+    return "\n".join(map(_rows, values))
 
 
 def _contents(result: dict[str, Any]) -> None:
     rows = [(tensor["name"], "x".join(map(str, tensor["shape"])), tensor["dtype"]) for tensor in result["tensors"]]
-    sizes = [_size(tensor["bytes"]) for tensor in result["tensors"]]
+    sizes = [size(tensor["bytes"]) for tensor in result["tensors"]]
     _table(("tensor", "shape", "type", "size"), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
     origin = result["provenance"]
     parameters = ", ".join(f"{number:,} {name}" for name, number in result["parameters"].items())
     facts: list[tuple[str, object]] = [("checkpoint", result["path"]), ("parameters", parameters)]
+    if origin.get("origin"):
+        parents = [f"{parent['path']} (step {parent['step']})" for parent in origin["origin"]["parents"]]
+        facts.append(("made by", f"{origin['origin']['made_by']} of {', '.join(parents)}"))
     if origin["manifest"]:
         facts += [
             ("written by", f"attempt {origin['attempt']}, {_topology(origin['topology'])}, {origin['code_version']}"),
-            ("size", f"{_size(origin['bytes'])} in {origin['files']} files"),
+            ("size", f"{size(origin['bytes'])} in {origin['files']} files"),
         ]
     pairs(facts)
 
@@ -84,19 +137,21 @@ def verify(run: RunAtStep, as_json: Json = False) -> None:
     if bad:
         raise CheckpointError(
             f"{len(bad)} of {len(result['checkpoints'])} checkpoints of {folder} are damaged: step {', '.join(bad)}",
-            remedy="`mmscale train` goes on from the newest whole one; restore the others from a copy",
+            remedy="use another copy of the archive"
+            if result.get("archive")
+            else "`mmscale train` goes on from the newest whole one; restore the others from a copy",
         )
 
 
 def _verdicts(result: dict[str, Any]) -> None:
     for row in result["checkpoints"]:
-        said = f"whole, {row['files']} files, {_size(row['bytes'])}" if row["whole"] else "; ".join(row["problems"])
+        said = f"whole, {row['files']} files, {size(row['bytes'])}" if row["whole"] else "; ".join(row["problems"])
         console().print(f"step {row['step']}: {said}", markup=False)
 
 
 @app.command("diff", epilog="Example: mmscale ckpt diff runs/a@300 runs/b@300 --weights")
 def diff(
-    one: Annotated[str, typer.Argument(metavar="A[@STEP]", help="Run folder, and a step of it.")],
+    one: Annotated[str, typer.Argument(metavar="A[@STEP]", help="Run folder and a step of it, or an archive.")],
     other: Annotated[str, typer.Argument(metavar="B[@STEP]", help="The one to compare with.")],
     weights: Annotated[bool, typer.Option("--weights", help="Leave the optimizer's state out.")] = False,
     as_json: Json = False,
@@ -135,6 +190,18 @@ def prune(
     emit(result, as_json=as_json, text=lambda: pairs([("deleted", deleted), ("kept", kept)]))
 
 
+app.command("archive", epilog="Example: mmscale ckpt archive runs/quickstart@300 quickstart-300.zarr")(
+    ckpt_copies.archive
+)
+app.command("restore", epilog="Example: mmscale ckpt restore quickstart-300.zarr runs/restored")(ckpt_copies.restore)
+app.command("reshard", epilog="Example: mmscale ckpt reshard runs/big@9000 runs/big-for-eval --files 8 --weights")(
+    ckpt_copies.reshard
+)
+app.command("average", epilog="Example: mmscale ckpt average runs/a@800 runs/a@900 runs/a@1000 runs/mean")(
+    ckpt_copies.average
+)
+
+
 def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -151,12 +218,3 @@ def _topology(topology: dict[str, int]) -> str:
     ranks = topology.get("world_size", 0)
     rest = [f"{name} {size}" for name, size in topology.items() if name != "world_size" and size > 1]
     return ", ".join([f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "?", *rest])
-
-
-def _size(number: int) -> str:
-    value = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

@@ -69,6 +69,16 @@ def pairs(rows: Iterable[tuple[str, object]], *, title: str = "") -> None:
     console().print(table)
 
 
+def size(number: int) -> str:
+    """A number of bytes, e.g. "1.5 GiB"."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
 def show_error(error: MmscaleError) -> None:
     """`error: <cause>` and `  fix: <remedy>` on stderr; further lines of either are indented."""
     cause = error.cause.replace("\n", "\n  ")

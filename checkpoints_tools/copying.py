@@ -1,0 +1,105 @@
+"""Copies of checkpoints in another form: into an archive, out of one, and cut into other files.
+
+Values never change here; average.py computes new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.sources import open_source, summary
+from mmscale.checkpoint import archive as archives
+from mmscale.checkpoint import publish, rewrite
+from mmscale.checkpoint.archive import ArchiveTensors
+from mmscale.checkpoint.layout import is_archive
+from mmscale.checkpoint.tensors import TensorSource, origin_of
+from mmscale.errors import CheckpointError
+from mmscale.runtime.environment import code_version
+
+OnStage = Callable[[str], None]
+
+
+def _nothing(stage: str) -> None:
+    """The usual `on_stage`."""
+
+
+def archive(
+    run: Path, step: int | None, out: Path, *, weights: bool = False, on_stage: OnStage = _nothing
+) -> dict[str, Any]:
+    """Write a checkpoint as a zarr archive.
+
+    Args:
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+        out: the archive, a folder that does not exist yet.
+        weights: leave the optimizer's state out.
+        on_stage: told the name of every sub-step; tests end the process there.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, `out` exists or cannot be written.
+    """
+    publish.refuse_existing(out)
+    source = open_source(run, step)
+    archives.write(source, out, weights=weights, code_version=code_version(), on_stage=on_stage)
+    return summary(out)
+
+
+def restore(path: Path, run: Path, *, on_stage: OnStage = _nothing) -> dict[str, Any]:
+    """Make an archive the checkpoint of a run, which any layout goes on from.
+
+    Args:
+        path: the archive.
+        run: the run's folder, new or without checkpoints.
+        on_stage: told the name of every sub-step; tests end the process there.
+
+    Raises:
+        CheckpointError: the archive is missing or damaged, the run has checkpoints or cannot be written.
+    """
+    rewrite.refuse_checkpoints(run)
+    if not is_archive(path):
+        what = "is no archive" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}", remedy="`mmscale ckpt archive RUN[@STEP] OUT` makes one")
+    source = ArchiveTensors(path)
+    origin = origin_of("restore", [source])
+    return summary(rewrite.into_run(source, run, origin=origin, code_version=code_version(), on_stage=on_stage))
+
+
+def reshard(
+    run: Path,
+    step: int | None,
+    out: Path,
+    *,
+    weights: bool = False,
+    files: int | None = None,
+    on_stage: OnStage = _nothing,
+) -> dict[str, Any]:
+    """Write a checkpoint again, into other files: the pieces of many ranks become few files, whole tensors in order.
+
+    Every layout loads every checkpoint as it is; this is for copying, for file systems short of files, and to leave the
+    optimizer's state out.
+
+    Args:
+        run: the run's folder, or an archive.
+        step: the checkpoint; None: the newest.
+        out: the folder of the new run.
+        weights: leave the optimizer's state out.
+        files: number of files with tensors; None: one for every GiB.
+        on_stage: told the name of every sub-step; tests end the process there.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, `out` has checkpoints or cannot be written.
+    """
+    rewrite.refuse_checkpoints(out)
+    source: TensorSource = open_source(run, step)
+    made = rewrite.into_run(
+        source,
+        out,
+        origin=origin_of("reshard", [source], weights=weights),
+        weights=weights,
+        files=files,
+        code_version=code_version(),
+        on_stage=on_stage,
+    )
+    return summary(made)

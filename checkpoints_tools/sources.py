@@ -1,0 +1,47 @@
+"""What a command line names: a step of a run, or an archive; both give the same tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmscale.checkpoint.archive import ArchiveTensors
+from mmscale.checkpoint.layout import is_archive
+from mmscale.checkpoint.tensors import TensorSource, open_tensors
+from mmscale.errors import CheckpointError
+
+
+def open_source(path: Path, step: int | None = None) -> TensorSource:
+    """The tensors of a checkpoint or an archive.
+
+    Args:
+        path: a run's folder or an archive.
+        step: a checkpoint of the run; None: the newest.
+
+    Raises:
+        CheckpointError: there is no such thing, or it is damaged as far as names and sizes tell.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", remedy="name a run folder, RUN@STEP, or an archive")
+    if not is_archive(path):
+        return open_tensors(path, step)
+    archive = ArchiveTensors(path)
+    if step is not None and step != archive.step:
+        raise CheckpointError(f"{path} is an archive of step {archive.step}", remedy=f"name it {path}")
+    return archive
+
+
+def summary(made: Path) -> dict[str, Any]:
+    """What was written, for people and scripts: path, step, files, bytes, what it holds and where it comes from."""
+    archive = is_archive(made) and "step_" not in made.name
+    source: TensorSource = ArchiveTensors(made) if archive else open_tensors(made.parent.parent, int(made.name[5:]))
+    manifest, names = source.manifest(), source.names()
+    return {
+        "path": str(made),
+        "step": source.step,
+        "contents": source.info().get("contents", "training"),
+        "tensors": len(names),
+        "files": len(manifest.files),
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "origin": manifest.origin,
+    }

@@ -1,0 +1,257 @@
+"""A checkpoint as an archive that knows no layout: a zarr v3 array of every tensor, JSON of the rest, a manifest.
+
+    MANIFEST.json              every file with size and digest; written last, before the folder gets its name
+    mmscale.json               step, shape of the model, configuration, where it comes from
+    state.json  objects.json   counters and the optimizer's settings; serialized objects of layers (base64, not opened)
+    tensors/<name>/            zarr.json and shards c/...: readable with any zarr library
+
+It holds weights, the optimizer's state and counters. Random states belong to the ranks of a layout and are not kept:
+whoever goes on from an archive starts new ones. Streams: one tensor at a time. Restoring is rewrite.py's business.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import torch
+from torch import Tensor
+
+from mmscale.checkpoint import arrays, integrity, plain, publish
+from mmscale.checkpoint.arrays import Grid
+from mmscale.checkpoint.integrity import DamagedError, Manifest
+from mmscale.checkpoint.layout import ARRAYS, INFO
+from mmscale.checkpoint.tensors import (
+    OPTIMIZER,
+    Region,
+    TensorEntry,
+    TensorSource,
+    contents_of,
+    origin_of,
+    unknown_tensor,
+)
+from mmscale.errors import CheckpointError
+
+FORMAT = 1
+STATE = "state.json"
+OBJECTS = "objects.json"
+_LONGEST = 200  # bytes of a folder's name; file systems take 255
+_REMEDY = "use another copy of the archive, or archive the checkpoint again"
+
+
+def write(
+    source: TensorSource,
+    out: Path,
+    *,
+    weights: bool = False,
+    grid: Grid = Grid(),  # noqa: B008  frozen
+    code_version: str = "",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Manifest:
+    """Write an archive of a checkpoint.
+
+    Args:
+        source: the checkpoint.
+        out: the archive, a folder that does not exist yet.
+        weights: leave the optimizer's state out.
+        grid: how arrays are cut.
+        code_version: goes into the manifest.
+        on_stage: told the name of every sub-step after it; tests end the process there.
+
+    Raises:
+        CheckpointError: the source is damaged, `out` exists or nothing can be written there.
+    """
+    origin = origin_of("archive", [source])
+    with publish.folder(out) as temporary:
+        on_stage("begin")
+        _write_tensors(source, temporary / ARRAYS, weights=weights, grid=grid, on_stage=on_stage)
+        common = source.common()
+        if weights:
+            common.pop("optimizer", None)
+        info = source.info() | {
+            "archive": FORMAT,
+            "step": source.step,
+            "contents": contents_of(source, weights=weights),
+            "origin": origin,
+        }
+        objects = {name: base64.b64encode(content).decode() for name, content in source.objects().items()}
+        for name, content in ((STATE, plain.encode(common)), (OBJECTS, objects), (INFO, info)):
+            (temporary / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        on_stage("write")
+        manifest = Manifest(
+            step=source.step,
+            attempt=source.manifest().attempt,
+            config_digest=source.manifest().config_digest,
+            code_version=code_version,
+            topology={},
+            files=integrity.digests(temporary, integrity.sizes(temporary)),
+            origin=origin,
+        )
+        on_stage("hash")
+        publish.commit(temporary, out, manifest, on_stage=on_stage)
+    return manifest
+
+
+def _write_tensors(
+    source: TensorSource, root: Path, *, weights: bool, grid: Grid, on_stage: Callable[[str], None]
+) -> None:
+    root.mkdir()
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    (root / arrays.META).write_text(json.dumps(group), encoding="utf-8")
+    for name in source.names(weights=weights):
+        dtype = str(source.entry(name).dtype).removeprefix("torch.")
+        if dtype not in arrays.DTYPES:
+            raise CheckpointError(
+                f"{name} has type {dtype}, which zarr does not know", remedy="archive a checkpoint of another precision"
+            )
+        arrays.write(root / folder_of(name), source.read(name), grid=grid)
+        on_stage("tensor")
+
+
+def folder_of(name: str) -> str:
+    """The name of a tensor's folder: what is no letter, digit or one of `_.-~` is percent-encoded.
+
+    Raises:
+        CheckpointError: no file system would take it.
+    """
+    folder = quote(name, safe="")
+    if not folder or folder.startswith(".") or len(folder) > _LONGEST:
+        raise CheckpointError(f"{name!r} cannot be the name of a folder", remedy="give the tensor another name")
+    return folder
+
+
+class ArchiveTensors:
+    """The tensors of an archive (a `TensorSource`).
+
+    Opening looks at the names and sizes of all files. A tensor that is read as a whole is hashed first; of a part, the
+    chunks that hold it are checked against their crc32c, and nothing else is read.
+
+    Args:
+        path: the archive.
+
+    Raises:
+        CheckpointError: it is damaged as far as names and sizes tell, or of another version, or anyone could write it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        integrity.refuse_world_writable(path)
+        try:
+            self._manifest = integrity.read_manifest(path)
+        except DamagedError as error:
+            raise _damaged(path, [str(error)]) from None
+        self.step = self._manifest.step
+        self._hashed: set[str] = set()
+        self._metadata: dict[str, dict[str, Any]] = {}
+        problems = integrity.structure(path, self._manifest)
+        if problems:
+            raise _damaged(path, problems)
+        found = self.info().get("archive")
+        if found is None:
+            raise CheckpointError(f"{path} is not an archive", remedy="name a run and a step of it: RUN@STEP")
+        if found != FORMAT:
+            raise CheckpointError(
+                f"{path} is an archive of format {found}, this version reads format {FORMAT}",
+                remedy="use the version of mmscale that wrote it",
+            )
+        ends = f"/{arrays.META}"
+        folders = [name.removeprefix(f"{ARRAYS}/").removesuffix(ends) for name in self._manifest.files if ends in name]
+        self._names = sorted(unquote(folder) for folder in folders if "/" not in folder and folder != arrays.META)
+
+    def names(self, *, weights: bool = False) -> list[str]:
+        """Names of all tensors, sorted.
+
+        Args:
+            weights: without the optimizer's state.
+        """
+        return [name for name in self._names if not (weights and name.startswith(OPTIMIZER))]
+
+    def entry(self, name: str) -> TensorEntry:
+        """Shape and type of a tensor; reads its description only.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its description or a shard is missing.
+        """
+        metadata = self._description(name)
+        dtype = str(metadata["data_type"])
+        if dtype not in arrays.DTYPES:
+            raise _damaged(self.path, [f"{name} has type {dtype}"])
+        return TensorEntry(name, tuple(metadata["shape"]), getattr(torch, dtype))
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A tensor on the host.
+
+        Args:
+            name: one of `names()`.
+            region: a slice of every dimension; None: all of it.
+
+        Raises:
+            CheckpointError: there is no such tensor, or what holds it is damaged.
+        """
+        self.entry(name)
+        folder = f"{ARRAYS}/{folder_of(name)}"
+        if region is None:
+            self._require([f"{folder}/{file}" for file in arrays.shard_files(self._metadata[name])])
+        try:
+            return arrays.read(self.path / folder, None if region is None else tuple(region))
+        except ValueError as error:
+            raise _damaged(self.path, [f"{name}: {str(error).splitlines()[0]}"]) from None
+
+    def info(self) -> dict[str, Any]:
+        """What was stored beside the tensors."""
+        return dict(self._json(INFO))
+
+    def manifest(self) -> Manifest:
+        """What the archive consists of and where it comes from."""
+        return self._manifest
+
+    def common(self) -> dict[str, Any]:
+        """Counters and the optimizer's settings."""
+        try:
+            return dict(plain.decode(self._json(STATE)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(self.path, [f"{STATE}: {error}"]) from None
+
+    def objects(self) -> dict[str, bytes]:
+        """Serialized objects by name, not opened."""
+        try:
+            return {str(name): base64.b64decode(text, validate=True) for name, text in self._json(OBJECTS).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _damaged(self.path, [f"{OBJECTS}: {error}"]) from None
+
+    def _description(self, name: str) -> dict[str, Any]:
+        if name not in self._metadata:
+            if name not in self._names:
+                raise unknown_tensor(name, self._names, where=self.path)
+            folder = f"{ARRAYS}/{folder_of(name)}"
+            metadata = self._json(f"{folder}/{arrays.META}")
+            shards = [f"{folder}/{file}" for file in arrays.shard_files(metadata)]
+            missing = [f"{file} is missing" for file in shards if file not in self._manifest.files]
+            if missing:
+                raise _damaged(self.path, missing)
+            self._metadata[name] = metadata
+        return self._metadata[name]
+
+    def _json(self, name: str) -> Any:
+        self._require([name])
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _damaged(self.path, [f"{name}: {error}"]) from None
+
+    def _require(self, names: list[str]) -> None:
+        """Hash files that were not hashed yet."""
+        new = [name for name in names if name not in self._hashed]
+        unknown = [f"{name} is not in the manifest" for name in new if name not in self._manifest.files]
+        problems = unknown or integrity.content(self.path, self._manifest, new)
+        if problems:
+            raise _damaged(self.path, problems)
+        self._hashed.update(new)
+
+
+def _damaged(path: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {integrity.describe(problems)}", remedy=_REMEDY)

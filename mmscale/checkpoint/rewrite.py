@@ -1,0 +1,238 @@
+"""Writes a checkpoint of a run from tensors that are somewhere else: an archive, another checkpoint, a mean of several.
+
+One process, no process group, one tensor in memory at a time. The result is what ranks would have written (torch_dist,
+read at any layout), committed as every checkpoint is. Random states are no part of it: whoever goes on starts new ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from mmscale.checkpoint import integrity, publish
+from mmscale.checkpoint.arrays import boxes, cut
+from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.layout import FOLDER, Store
+from mmscale.checkpoint.tensors import COMMON, TensorEntry, TensorSource, contents_of
+from mmscale.errors import CheckpointError
+from mmscale.runtime import megatron_cpu
+
+megatron_cpu.install()
+
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # noqa: E402
+
+PIECE_BYTES = 256 << 20  # of a tensor, at most: what a rank that wants any part of a piece has to read
+FILE_BYTES = 1 << 30  # a file has about this size: ranks share the hashing of files
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor that is written in one go."""
+
+    entry: TensorEntry
+    box: tuple[slice, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box."""
+        number = self.entry.dtype.itemsize
+        for part in self.box:
+            number *= part.stop - part.start
+        return number
+
+
+def into_run(
+    source: TensorSource,
+    run: Path,
+    *,
+    origin: dict[str, Any],
+    weights: bool = False,
+    files: int | None = None,
+    piece_bytes: int = PIECE_BYTES,
+    code_version: str = "",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Path:
+    """Commit a checkpoint with a source's tensors, counters and configuration in a run folder.
+
+    Args:
+        source: where everything comes from; its step is the checkpoint's.
+        run: the run's folder, which has no committed checkpoint yet. It gets a config.yaml unless it has one.
+        origin: how it was made and of what; goes into mmscale.json and the manifest.
+        weights: leave the optimizer's state out.
+        files: number of files with tensors; None: one for every GiB.
+        piece_bytes: tensors are cut into pieces of at most this.
+        code_version: goes into the manifest.
+        on_stage: told the name of every sub-step after it; tests end the process there.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        CheckpointError: the source is damaged, the run has checkpoints, or nothing can be written there.
+    """
+    store, attempt = Store(run / FOLDER, on_stage), source.manifest().attempt
+    refuse_checkpoints(run)
+    info = source.info() | {"step": source.step, "contents": contents_of(source, weights=weights), "origin": origin}
+    info.pop("archive", None)
+    with publish.writing(run):
+        _write_config(run, info.get("config"))
+        folder = store.begin(source.step, attempt)
+        try:
+            _write(source, folder, weights=weights, files=files, piece_bytes=piece_bytes, on_stage=on_stage)
+            store.write_info(source.step, attempt, info)
+            on_stage("write")
+            manifest = Manifest(
+                step=source.step,
+                attempt=attempt,
+                config_digest=source.manifest().config_digest,
+                code_version=code_version,
+                topology={},  # of no layout: equals none, so that nobody looks for its random states
+                files=integrity.digests(folder, integrity.sizes(folder)),
+                origin=origin,
+            )
+            on_stage("hash")
+            return store.commit(manifest)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def refuse_checkpoints(run: Path) -> None:
+    """A written checkpoint never joins those of a run: the next start would go by their numbers.
+
+    Raises:
+        CheckpointError: the run has committed checkpoints, or is no folder.
+    """
+    if run.exists() and not run.is_dir():
+        raise CheckpointError(f"{run} is not a folder", remedy="name a new run folder")
+    steps = Store.of_run(run).steps()
+    if steps:
+        raise CheckpointError(
+            f"{run} has checkpoints already (newest: step {steps[-1]})",
+            remedy="name a new run folder, or move these checkpoints away",
+        )
+
+
+def _write_config(run: Path, config: Any) -> None:
+    """The configuration of the source, so that evaluation and resuming find it; with this run's name."""
+    file = run / "config.yaml"
+    if file.exists() or not isinstance(config, dict):
+        return
+    settings = config | {"run": {**config.get("run", {}), "dir": str(run.parent), "name": run.name}}
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name("config.yaml.tmp")
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def _write(
+    source: TensorSource,
+    folder: Path,
+    *,
+    weights: bool,
+    files: int | None,
+    piece_bytes: int,
+    on_stage: Callable[[str], None],
+) -> None:
+    pieces = [
+        Piece(entry, box)
+        for entry in map(source.entry, source.names(weights=weights))
+        for box in _boxes(entry, piece_bytes)
+    ]
+    groups = deal(pieces, files)
+    objects = source.objects()
+    plans = [SavePlan([_item(piece) for piece in group]) for group in groups]
+    plans[0].items.extend(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in sorted(objects))
+    plans, metadata = create_default_global_save_plan(plans)
+    cutter = _Cutter(source)
+    results = []
+    for number, (plan, group) in enumerate(zip(plans, groups, strict=True)):
+        name = f"__{number}_0.distcp"
+        # Not FileSystemWriter.write_data: it keeps every tensor of a file in memory until the file is closed.
+        with (folder / name).open("xb") as stream:
+            for position, item in enumerate(plan.items):
+                start = stream.tell()
+                if item.type == WriteItemType.BYTE_IO:
+                    stream.write(objects[item.index.fqn])
+                else:
+                    torch.save(cutter.tensor(group[position]), stream)
+                length = stream.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+        on_stage("file")
+    _IndexWriter(folder).finish(metadata, [results])
+    common = source.common()
+    if weights:
+        common.pop("optimizer", None)
+    torch.save(common, folder / COMMON)
+    save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))
+
+
+def _boxes(entry: TensorEntry, piece_bytes: int) -> Iterable[tuple[slice, ...]]:
+    if 0 in entry.shape:
+        return [tuple(slice(0, size) for size in entry.shape)]  # an empty tensor is one piece
+    return boxes(entry.shape, cut(entry.shape, itemsize=entry.dtype.itemsize, limit=piece_bytes))
+
+
+def deal(pieces: list[Piece], files: int | None) -> list[list[Piece]]:
+    """Pieces in their order in files of nearly equal bytes; at least one file, and none without a piece but that."""
+    total = sum(piece.nbytes for piece in pieces)
+    number = max(1, min(files or -(-total // FILE_BYTES), len(pieces)))
+    dealt: list[list[Piece]] = [[]]
+    done = 0
+    for position, piece in enumerate(pieces):
+        left = len(pieces) - position
+        full = done >= total * len(dealt) / number or left <= number - len(dealt)
+        if dealt[-1] and full and len(dealt) < number:
+            dealt.append([])
+        dealt[-1].append(piece)
+        done += piece.nbytes
+    return dealt
+
+
+class _IndexWriter(FileSystemWriter):
+    """Writes `.metadata`; torch's own would put a Path into it, which no reader with an allow-list takes."""
+
+    @property
+    def checkpoint_id(self) -> str:
+        return Path(self.path).name
+
+
+class _Cutter:
+    """Tensors of pieces; what the pieces of one tensor are cut from is read once."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self._name: str | None = None
+        self._whole = torch.empty(0)
+
+    def tensor(self, piece: Piece) -> Tensor:
+        if piece.entry.name != self._name:
+            self._whole = torch.empty(0)  # before the next one is there
+            self._name, self._whole = piece.entry.name, self._source.read(piece.entry.name)
+        part = self._whole[piece.box]
+        # torch.save writes all of a view's storage.
+        return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+
+
+def _item(piece: Piece) -> WriteItem:
+    offsets = torch.Size(part.start for part in piece.box)
+    chunk = ChunkStorageMetadata(offsets, torch.Size(part.stop - part.start for part in piece.box))
+    size, properties = torch.Size(piece.entry.shape), TensorProperties(dtype=piece.entry.dtype)
+    return WriteItem(
+        MetadataIndex(piece.entry.name, offsets),
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(chunk, properties, size),
+    )

@@ -1,0 +1,110 @@
+# `mmscale ckpt archive|restore|reshard|average`: the commands that write new checkpoints from old ones.
+# They parse and print; checkpoints_tools/copying.py and average.py do the work.
+"""Commands that copy and combine checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli.output import Json, emit, pairs, size
+from mmscale.cli.train import split_step
+from mmscale.errors import UsageError
+
+RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and a step of it.")]
+Weights = Annotated[bool, typer.Option("--weights", help="Leave the optimizer's state out.")]
+NewRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a new run.")]
+
+
+def archive(
+    run: RunAtStep,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the archive; it must not exist.")],
+    weights: Weights = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as a zarr v3 archive: no layout, no pickles, partly readable, every chunk with a checksum.
+
+    Random states are not part of it: who goes on from it gets new ones.
+    """
+    from checkpoints_tools import copying
+
+    folder, step = split_step(run)
+    _emit(copying.archive(folder, step, out, weights=weights), as_json=as_json)
+
+
+def restore(
+    path: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Folder of the archive.")],
+    run: NewRun,
+    as_json: Json = False,
+) -> None:
+    """Make an archive the checkpoint of a new run: train goes on from it at any layout, eval reads it."""
+    from checkpoints_tools import copying
+
+    _emit(copying.restore(path, run), as_json=as_json)
+
+
+def reshard(
+    run: RunAtStep,
+    out: NewRun,
+    weights: Weights = False,
+    files: Annotated[
+        int | None,
+        typer.Option(
+            "--files", metavar="N", min=1, show_default=False, help="Files with tensors; without it one for every GiB."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint again in fewer (or more) files, in a new run.
+
+    Every layout loads every checkpoint as it is. This merges the files of many ranks for copying, or for file systems
+    that are short of files, and with --weights it leaves two thirds or more of the bytes out.
+    """
+    from checkpoints_tools import copying
+
+    folder, step = split_step(run)
+    _emit(copying.reshard(folder, step, out, weights=weights, files=files), as_json=as_json)
+
+
+def average(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="RUN@STEP RUN@STEP ... OUT", help="Two checkpoints or more, and a new run.")
+    ],
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            "--ema",
+            metavar="DECAY",
+            show_default=False,
+            help="Exponential moving average from the first to the last one, instead of the mean.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Average the weights of checkpoints of one model; the result is a checkpoint without optimizer state."""
+    if len(paths) < 3:
+        raise UsageError(
+            "average needs two checkpoints or more, and a folder for the result", remedy="RUN@100 RUN@200 ... OUT"
+        )
+    from checkpoints_tools import average as averaging
+
+    *checkpoints, out = paths
+    result = averaging.average([split_step(path) for path in checkpoints], Path(out), ema=ema)
+    _emit(result, as_json=as_json)
+
+
+def _emit(result: dict[str, Any], *, as_json: bool) -> None:
+    parents = [f"{parent['path']} (step {parent['step']})" for parent in result["origin"]["parents"]]
+    holds = "weights and optimizer state" if result["contents"] == "training" else "weights"
+    facts: list[tuple[str, object]] = [
+        ("wrote", result["path"]),
+        ("step", result["step"]),
+        ("holds", f"{result['tensors']} tensors: {holds}"),
+        ("size", f"{size(result['bytes'])} in {result['files']} files"),
+        ("made of", ", ".join(parents)),
+    ]
+    if "coefficients" in result:
+        facts.append(("coefficients", ", ".join(f"{count:.4g}" for count in result["coefficients"])))
+    emit(result, as_json=as_json, text=lambda: pairs(facts))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmscale.cli import bench, ckpt, config, data, machine, report, sample, train
+from mmscale.cli import bench, ckpt, config, convert, data, machine, report, sample, train
 from mmscale.cli.output import show_error
 from mmscale.errors import MmscaleError, UsageError
 from mmscale.runtime import quiet
@@ -42,6 +42,7 @@ app.command(
 )(train.verify_layout)
 app.command("report", epilog="Example: mmscale report runs/dense runs/moma --out report.html")(report.report)
 app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,0 +1,218 @@
+"""A Hugging Face folder as the checkpoint of a new run: what to_hf.py wrote comes back bit by bit.
+
+Dense Qwen3 and Llama models of others become a starting point: hf_foreign.py. Tensors are read one by one; pickles and
+code of the folder are never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from checkpoints_tools import hf_foreign
+from checkpoints_tools.hf_config import model_config
+from checkpoints_tools.hf_files import ModelFiles, unaccounted
+from checkpoints_tools.hf_weights import Move, moves
+from checkpoints_tools.to_hf import CONFIG, REPORT, SETTINGS
+from mmscale.checkpoint import integrity, rewrite
+from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.shape import shape_of
+from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, unknown_tensor
+from mmscale.config import Config
+from mmscale.config.load import digest
+from mmscale.errors import CheckpointError
+from mmscale.runtime.environment import code_version
+
+_AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
+
+
+def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | None = None) -> dict[str, Any]:
+    """Commit the weights of a folder as the checkpoint of step 0 of a new run.
+
+    Args:
+        folder: with config.json and safetensors.
+        run: the run's folder, without checkpoints.
+        image_codes: a foreign model: ids to add for image tokens; 0: none.
+        seq_length: a foreign model: tokens of a training sequence; None: its context, at most 4096.
+
+    Returns:
+        `path` of the checkpoint, `run`, `tensors`, `bytes`, `model`, and what there is to do next as `next`.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged, or holds a model that cannot be had here; the run has
+            checkpoints.
+    """
+    rewrite.refuse_checkpoints(run)
+    content = _read_json(folder / CONFIG)
+    files = ModelFiles(folder)
+    if (folder / SETTINGS).is_file():
+        config, listed = _own(folder, content, files)
+        kind, steps = "mmscale", "`mmscale eval` and `mmscale train` take the run as it is"
+    else:
+        config, listed = hf_foreign.translate(content, files, run, image_codes=image_codes, seq_length=seq_length)
+        hf_foreign.write_tokenizer(folder, run, config)
+        kind = str(content.get("model_type"))
+        steps = f"prepare data with {run / 'config.yaml'}, name it in data.path, then `mmscale train`"
+    wrong = unaccounted(
+        (name for name in files.names() if not _redundant(name, config)),
+        (target for move in listed for target in move.targets),
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not hold what its {CONFIG} says: {integrity.describe(wrong)}", remedy=_AGAIN
+        )
+    source = HfTensors(folder, files, listed, config)
+    origin = {"made_by": "convert from-hf", "parents": [{"path": str(folder), **_parent(folder)}]}
+    made = rewrite.into_run(source, run, origin=origin, weights=True, code_version=code_version())
+    names = source.names()
+    return {
+        "run": str(run),
+        "path": str(made),
+        "model": f"{config.model.kind} from {kind}",
+        "tensors": len(names),
+        "bytes": sum(source.entry(name).nbytes for name in names),
+        "next": steps,
+    }
+
+
+class HfTensors:
+    """The tensors that a checkpoint would have, computed from a folder (a `TensorSource`).
+
+    Args:
+        folder: for messages.
+        files: its weights.
+        listed: which of them become what.
+        config: of the run that they are for.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the configuration says.
+    """
+
+    def __init__(self, folder: Path, files: ModelFiles, listed: Sequence[Move], config: Config) -> None:
+        self.path, self.step = folder, 0
+        self._files, self._config = files, config
+        self._moves = {move.source: move for move in listed}
+        self._entries = {name: self._measured(move) for name, move in self._moves.items()}
+
+    def _measured(self, move: Move) -> TensorEntry:
+        parts = [
+            torch.empty(self._files.shape(name), dtype=self._files.dtype(name), device="meta") for name in move.targets
+        ]
+        try:
+            whole = move.join(parts)
+            again = [tuple(part.shape) for part in move.split(whole)]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self._refused(move, str(error).splitlines()[0]) from None
+        if again != [tuple(part.shape) for part in parts]:
+            raise self._refused(move, f"it has the shape {tuple(parts[0].shape)}")
+        return TensorEntry(move.source, tuple(whole.shape), whole.dtype)
+
+    def _refused(self, move: Move, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {move.targets[0]} does not fit {CONFIG}: {why}", remedy=_AGAIN)
+
+    def names(self, *, weights: bool = False) -> list[str]:
+        """Names of all tensors, sorted; there is no optimizer."""
+        return sorted(name for name in self._entries if not (weights and name.startswith(OPTIMIZER)))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Shape and type of a tensor."""
+        if name not in self._entries:
+            raise unknown_tensor(name, self.names(), where=self.path)
+        return self._entries[name]
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A tensor, or a box of it."""
+        self.entry(name)
+        move = self._moves[name]
+        whole = move.join([self._files.read(target) for target in move.targets])
+        return whole if region is None else whole[tuple(region)].clone()
+
+    def info(self) -> dict[str, Any]:
+        """What goes into mmscale.json."""
+        config = self._config
+        return {
+            "shape": shape_of(config),
+            "config": config.model_dump(mode="json"),
+            "config_digest": digest(config),
+            "attempt": 1,
+        }
+
+    def manifest(self) -> Manifest:
+        """Where it comes from; the folder's files are hashed by nobody."""
+        return Manifest(
+            step=0, attempt=1, config_digest=digest(self._config), code_version=code_version(), topology={}, files={}
+        )
+
+    def common(self) -> dict[str, Any]:
+        """Counters of a run that has not begun."""
+        return {"progress": {"step": 0, "sequences": 0, "tokens": 0, "modality_tokens": {}}}
+
+    def objects(self) -> dict[str, bytes]:
+        """None."""
+        return {}
+
+
+def _own(folder: Path, content: dict[str, Any], files: ModelFiles) -> tuple[Config, list[Move]]:
+    """Configuration and moves of a folder that to_hf.py wrote.
+
+    Raises:
+        CheckpointError: its two configurations disagree, or it is of another version.
+    """
+    settings = _read_json(folder / SETTINGS)
+    try:
+        config = Config.model_validate(settings["config"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"{folder / SETTINGS} holds no configuration of this version: {str(error).splitlines()[0]}",
+            remedy="use the version of mmscale that wrote it",
+        ) from None
+    auxiliary, thresholds = int(content.get("auxiliary_size", 0)), bool(content.get("keeps_thresholds", False))
+    wanted = model_config(
+        config,
+        auxiliary_size=auxiliary,
+        thresholds=thresholds,
+        routing=str(content.get("routing", "causal")),
+        tokens_per_image=int(content.get("tokens_per_image", 0)),
+    )
+    other = sorted(key for key in wanted if key != "dtype" and content.get(key) != wanted[key])
+    if other:
+        raise CheckpointError(
+            f"{folder / CONFIG} and {SETTINGS} disagree about {', '.join(other)}",
+            remedy="restore the files as they were exported",
+        )
+    if auxiliary:
+        # The checkpoint holds them beside the other weights, as that of a joint run does.
+        routers = config.model.auxiliary.model_copy(update={"mode": "joint", "width": auxiliary})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": routers})})
+    return config, moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+
+
+def _redundant(name: str, config: Config) -> bool:
+    """Tensors of older files that follow from others."""
+    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.model.tie_embeddings)
+
+
+def _parent(folder: Path) -> dict[str, Any]:
+    """Provenance that an export carries."""
+    if not (folder / REPORT).is_file():
+        return {}
+    origin = _read_json(folder / REPORT).get("origin")
+    return {"origin": origin} if isinstance(origin, dict) else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing", remedy="name a Hugging Face folder on this machine") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}", remedy=_AGAIN) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object", remedy=_AGAIN)
+    return content

@@ -1,0 +1,169 @@
+"""The half of the gate that knows nothing of mmscale: loads an exported folder as anyone would, and compares.
+
+Run as a script in a fresh, isolated and offline interpreter: `python -I gate_reload.py FOLDER EXPECTED`. EXPECTED is
+gate.py's folder with what the trainer computed; `found.json` is written there. It judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+
+def main(folder: Path, expected: Path) -> None:
+    """Write what was found.
+
+    Args:
+        folder: the exported model.
+        expected: `logits.safetensors` ("ids.0", "logits.0", ...; "pixels"), `texts.json` (texts, their ids, codes).
+    """
+    transformers.utils.logging.disable_progress_bar()
+    wanted = load_file(expected / "logits.safetensors")
+    said = json.loads((expected / "texts.json").read_text())
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=said["remote_code"], dtype=torch.float32, output_loading_info=True
+    )
+    model.eval()
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "loading": {name: sorted(map(str, report.get(name) or ())) for name in _REPORTED},
+        "weights": _weights(model, folder),
+    }
+    with torch.no_grad():
+        found |= _compare(model, wanted)
+    found |= _texts(folder, said, wanted)
+    (expected / "found.json").write_text(json.dumps(found))
+
+
+_REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def _weights(model: torch.nn.Module, folder: Path) -> dict[str, list[str]]:
+    """Tensors of the files that the model does not have, and the other way round; tied ones stand for each other."""
+    stored = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            stored |= set(opened.keys())
+    state = model.state_dict(keep_vars=True)
+    names: dict[int, set[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), set()).add(name)
+    absent = [sorted(own)[0] for own in names.values() if not own & stored]
+    return {"not_in_files": sorted(absent), "not_in_model": sorted(stored - set(state))}
+
+
+class _Margins:
+    """How close a decision of any router came to its threshold: closer than rounding, two right models may differ."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.smallest = float("inf")
+        routing = getattr(model.config, "routing", None)
+        for module in model.modules():
+            if type(module).__name__ == "MomaAuxiliaryRouter":
+                module.register_forward_hook(self._top1 if routing == "top1" else self._threshold)
+            elif routing == "threshold" and getattr(module, "threshold", None) is not None:
+                module.register_forward_hook(self._cutoff)
+
+    def _note(self, distance: Tensor) -> None:
+        if distance.numel():
+            self.smallest = min(self.smallest, float(distance.min()))
+
+    def _threshold(self, module: Any, inputs: Any, output: Tensor) -> None:
+        self._note((output.sigmoid() - module.threshold.float()).abs())
+
+    def _top1(self, module: Any, inputs: Any, output: Tensor) -> None:
+        self._threshold(module, inputs, output)
+        if output.shape[-1] > 1:
+            best = output.topk(2, dim=-1).values
+            self._note((best[..., 0] - best[..., 1]).abs())
+
+    def _cutoff(self, module: Any, inputs: Any, output: Tensor) -> None:
+        logits = torch.nn.functional.linear(inputs[0].float(), module.router.float())
+        self._note((logits - module.threshold.float()).abs())
+
+    def take(self) -> float:
+        smallest, self.smallest = self.smallest, float("inf")
+        return min(smallest, 1.0)
+
+
+def _compare(model: Any, wanted: dict[str, Tensor]) -> dict[str, Any]:
+    margins = _Margins(model)
+    prompts = []
+    count = sum(name.startswith("ids.") for name in wanted)
+    for number in range(count):
+        ids, logits = wanted[f"ids.{number}"], wanted[f"logits.{number}"]
+        whole = model(ids[None]).logits[0]
+        row = {"tokens": len(ids), **_distance(whole, logits), "margin": margins.take()}
+        half = max(1, len(ids) // 2)
+        first = model(ids[None, :half], use_cache=True)
+        cached = [first.logits[0]]
+        if half < len(ids):
+            rest = model(ids[None, half:], past_key_values=first.past_key_values, use_cache=True)
+            cached.append(rest.logits[0])
+        row["cached_max_abs"] = float((torch.cat(cached) - logits).abs().max())
+        prompts.append(row)
+    width = max(row["tokens"] for row in prompts)
+    pad = model.config.pad_token_id
+    batch = torch.full((count, width), pad)
+    mask = torch.zeros_like(batch)
+    for number, row in enumerate(prompts):
+        batch[number, width - row["tokens"] :] = wanted[f"ids.{number}"]
+        mask[number, width - row["tokens"] :] = 1
+    position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    padded = model(batch, attention_mask=mask, position_ids=position).logits
+    for number, row in enumerate(prompts):
+        own = padded[number, width - row["tokens"] :]
+        row["padded_max_abs"] = float((own - wanted[f"logits.{number}"]).abs().max())
+    return {"prompts": prompts}
+
+
+def _distance(got: Tensor, want: Tensor) -> dict[str, Any]:
+    same = got.argmax(dim=-1) == want.argmax(dim=-1)
+    best = want.topk(2, dim=-1).values
+    gap = (best[:, 0] - best[:, 1])[~same]
+    return {
+        "max_abs": float((got - want).abs().max()),
+        "argmax_same": int(same.sum()),
+        "largest_gap_of_another_argmax": float(gap.max()) if len(gap) else 0.0,
+        "finite": bool(torch.isfinite(got).all()),
+    }
+
+
+def _texts(folder: Path, said: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    tokens = processor.tokenizer
+    texts, ids = said["texts"], said["ids"]
+    found = {
+        "other_ids": [text for text, own in zip(texts, ids, strict=True) if processor.encode([text])[1:] != own],
+        "other_plain_ids": [
+            text
+            for text, own in zip(texts, ids, strict=True)
+            if tokens(text, add_special_tokens=False)["input_ids"] != own
+        ],
+        "other_images": 0,
+    }
+    if "pixels" in wanted:
+        codes, pixels = wanted["codes"].numpy(), wanted["pixels"].numpy()
+        first = processor.image_range[0]
+        drawn = [processor.pieces([processor.boi, *(row + first).tolist(), processor.eoi])[0] for row in codes]
+        same = [(processor.pixels(image) == own).all() for image, own in zip(drawn, pixels, strict=True)]
+        read = [processor.encode([image])[2:-1] for image in drawn]
+        again = wanted["codes_again"].numpy() + first
+        same += [row == own.tolist() for row, own in zip(read, again, strict=True)]
+        found["other_images"] = len(same) - int(sum(same))
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,425 @@
+"""MoMa (arXiv 2407.21770) for Hugging Face transformers 5: causal inference with auxiliary routers.
+
+Shipped beside the weights. A row of the batch is one document: packed documents are not separated here. Training's
+expert choice, which looks at later tokens, is not here either.
+
+Shapes: B rows, S new tokens, H hidden width, D width of a head, N tokens of a layer in one list, E experts of a group,
+F inner width of an expert.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_moma import MomaConfig
+
+NO_MODALITY = -1
+# What a skipped token's key adds to every score before it is scaled: exp(-30000 / sqrt(D)) is 0, and fp16 holds it.
+_SKIPPED = -30000.0
+
+
+class MomaAuxiliaryRouter(nn.Module):
+    """Predicts from a token alone what the router would have chosen among all tokens: SiLU(x W1) W2 (section 2.4)."""
+
+    def __init__(self, hidden_size: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.empty(width, hidden_size))
+        self.out = nn.Parameter(torch.empty(outputs, width))
+        self.threshold = nn.Parameter(torch.empty(outputs), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits, fp32: [..., H] -> [..., E]."""
+        return F.linear(F.silu(F.linear(tokens, self.hidden).float()), self.out.float())
+
+    def decide(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where the sigmoid is above the threshold: [..., H] -> [..., E] bool."""
+        return self(tokens).sigmoid() > self.threshold.float()
+
+
+def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """[N, H] x [H, 2F] x [F, H] -> [N, H]."""
+    gate, up = (tokens @ gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ down
+
+
+class MomaExpertGroup(nn.Module):
+    """Experts of some modalities with their routers: the auxiliary one decides, the true one's sigmoid is the gate."""
+
+    def __init__(self, config: MomaConfig, modalities: list[int], experts: int) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.modalities = tuple(modalities)
+        self.router = nn.Parameter(torch.empty(experts, hidden))
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * inner))
+        self.down_proj = nn.Parameter(torch.empty(experts, inner, hidden))
+        self.routing = config.routing
+        self.auxiliary = MomaAuxiliaryRouter(hidden, config.auxiliary_size, experts) if config.auxiliary_size else None
+        self.threshold = nn.Parameter(torch.empty(experts), requires_grad=False) if config.keeps_thresholds else None
+        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
+
+    def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        """Sum of gate * expert at each token.
+
+        Args:
+            tokens: [N, H].
+            modality: [N], index of each token's modality, -1 for padding.
+
+        Returns:
+            [N, H] fp32, 0 where no expert takes the token.
+        """
+        member = modality == self.modalities[0]
+        for index in self.modalities[1:]:
+            member = member | (modality == index)
+        logits = F.linear(tokens.float(), self.router.float())
+        chosen = self._decide(tokens, logits) & member.unsqueeze(1)
+        gates = logits.sigmoid()
+        expert, token = chosen.t().nonzero(as_tuple=True)  # sorted by expert
+        parts = tokens[token].split(chosen.sum(dim=0).tolist())
+        out = torch.cat([swiglu(p, self.gate_up_proj[e], self.down_proj[e]) for e, p in enumerate(parts)])
+        if self.norm is not None:
+            out = self.norm(out)
+        total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        return total.index_add(0, token, out.float() * gates[token, expert].unsqueeze(1))
+
+    def _decide(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Which experts take a token, [N, E] bool, from the token alone."""
+        if self.routing == "threshold":
+            assert self.threshold is not None
+            return logits > self.threshold.float()
+        assert self.auxiliary is not None
+        if self.routing == "top1":
+            return F.one_hot(self.auxiliary(tokens).argmax(dim=-1), logits.shape[-1]).bool()
+        return self.auxiliary.decide(tokens)
+
+
+class MomaSharedExpert(nn.Module):
+    """A SwiGLU that sees every token."""
+
+    def __init__(self, config: MomaConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.shared_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(hidden, 2 * inner))
+        self.down_proj = nn.Parameter(torch.empty(inner, hidden))
+        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, H]."""
+        out = swiglu(tokens, self.gate_up_proj, self.down_proj)
+        return out if self.norm is None else self.norm(out)
+
+
+class MomaSparseMLP(nn.Module):
+    """All groups of experts, and the shared ones."""
+
+    def __init__(self, config: MomaConfig) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict(
+            {group["name"]: MomaExpertGroup(config, group["modalities"], group["experts"]) for group in _groups(config)}
+        )
+        self.shared = MomaSharedExpert(config) if config.shared_intermediate_size else None
+
+    def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        """[N, H] and [N] -> [N, H]."""
+        total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        for group in self.experts.values():
+            total = total + group(tokens, modality)
+        if self.shared is not None:
+            total = total + self.shared(tokens)
+        return total.to(tokens.dtype)
+
+
+class MomaDenseMLP(nn.Module):
+    """SwiGLU of every token alike."""
+
+    def __init__(self, config: MomaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, H]."""
+        del modality
+        return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
+
+
+class MomaAttention(nn.Module):
+    """Causal attention with grouped queries; tokens that skip a Mixture-of-Depths layer are no keys of it.
+
+    The cached key carries the skip flag in one more channel: q' = [q, 1/scale], k' = [k, flag], flag 0 if kept, else
+    -30000 * scale, so that q' k' * scale = q k * scale + flag. Every cache class works as it is, and every attention
+    backend whose keys may be wider than values.
+    """
+
+    def __init__(self, config: MomaConfig, layer_idx: int) -> None:
+        super().__init__()
+        heads, groups, width = config.num_attention_heads, config.num_key_value_heads or 0, config.head_dim or 0
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = width
+        self.num_key_value_groups = heads // groups
+        self.scaling = width**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=False)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        keep: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, S, H] -> [B, S, H]; keep: [B, S] bool of a Mixture-of-Depths layer, None elsewhere."""
+        batch, length, _ = hidden_states.shape
+        shape = (batch, length, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if keep is not None:
+            flag = torch.where(keep, 0.0, _SKIPPED * self.scaling).to(key.dtype)
+            key = torch.cat((key, flag[:, None, :, None].expand(-1, key.shape[1], -1, 1)), dim=-1)
+            query = F.pad(query, (0, 1), value=1.0 / self.scaling)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        out, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(batch, length, -1).contiguous()), weights
+
+
+class MomaDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward with their residual connections; some layers only for the tokens they choose."""
+
+    def __init__(self, config: MomaConfig, layer_idx: int) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        sparse = bool(config.expert_groups)
+        self.pre = config.norm == "pre"
+        self.self_attn = MomaAttention(config, layer_idx)
+        self.mlp = MomaSparseMLP(config) if sparse else MomaDenseMLP(config)
+        if self.pre:
+            self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+            self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        else:
+            self.attention_output_norm = nn.RMSNorm(hidden, eps=eps)
+            # Normalised experts carry their own norms.
+            own = sparse and config.norm == "post_per_expert"
+            self.mlp_output_norm = nn.Identity() if own else nn.RMSNorm(hidden, eps=eps)
+        self.is_depth_layer = layer_idx in (config.mod_layers or ())
+        if self.is_depth_layer:
+            self.depth_router = nn.Parameter(torch.empty(hidden))
+            self.routing = config.routing
+            self.depth_auxiliary = (
+                MomaAuxiliaryRouter(hidden, config.auxiliary_size, 1) if config.auxiliary_size else None
+            )
+            self.depth_threshold = (
+                nn.Parameter(torch.empty(1), requires_grad=False) if config.keeps_thresholds else None
+            )
+
+    def forward(self, hidden_states: torch.Tensor, modality: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]; modality: [B, S], -1 for padding."""
+        assert modality is not None
+        if not self.is_depth_layer:
+            hidden_states = hidden_states + self._attention(hidden_states, None, **kwargs)
+            flat = hidden_states.flatten(0, 1)
+            return hidden_states + self._mlp(flat, modality.flatten()).view(hidden_states.shape)
+        logits = hidden_states.float() @ self.depth_router.float()
+        if self.routing == "threshold":
+            assert self.depth_threshold is not None
+            keep = logits > self.depth_threshold.float()
+        else:
+            assert self.depth_auxiliary is not None
+            keep = self.depth_auxiliary.decide(hidden_states).squeeze(-1)
+        keep = keep & (modality != NO_MODALITY)
+        gate = logits.sigmoid()
+        before = hidden_states[keep]
+        after = before + self._attention(hidden_states, keep, **kwargs)[keep]
+        after = after + self._mlp(after, modality[keep])
+        delta = (gate[keep].unsqueeze(-1) * (after - before).float()).to(hidden_states.dtype)
+        return hidden_states.index_put((keep,), before + delta)
+
+    def _attention(self, hidden: torch.Tensor, keep: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        out, _ = self.self_attn(self.input_layernorm(hidden) if self.pre else hidden, keep=keep, **kwargs)
+        return out if self.pre else self.attention_output_norm(out)
+
+    def _mlp(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        out = self.mlp(self.post_attention_layernorm(tokens) if self.pre else tokens, modality)
+        return out if self.pre else self.mlp_output_norm(out)
+
+
+class MomaPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about every MoMa model."""
+
+    config: MomaConfig
+    config_class = MomaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MomaDecoderLayer"]  # noqa: RUF012  as transformers declares it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # its kernels want keys as wide as values
+    _supports_attention_backend = True
+    # bf16 would move a threshold by up to 0.4 %.
+    _keep_in_fp32_modules_strict = ["threshold", "depth_threshold"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MomaDecoderLayer, "attentions": MomaAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        for name, parameter in module.named_parameters(recurse=False):
+            if "threshold" in name:
+                init.constant_(parameter, 0.5 if isinstance(module, MomaAuxiliaryRouter) else 0.0)
+            elif name != "weight":  # transformers fills those; init.* leaves alone what was loaded
+                init.normal_(parameter, mean=0.0, std=std)
+
+
+class MomaModel(MomaPreTrainedModel):
+    """Embedding, layers and the final norm."""
+
+    def __init__(self, config: MomaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MomaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def modality_of(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Index of each id's modality, -1 for padding; same shape."""
+        modality = torch.zeros_like(input_ids)
+        for _, first, _ in (self.config.modalities or [])[1:]:
+            modality = modality + (input_ids >= first)
+        return torch.where(input_ids == (self.config.pad_token_id or 0), NO_MODALITY, modality)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """[B, S] ids -> [B, S, H].
+
+        Raises:
+            ValueError: there are no ids: without them the modality of a token is not known.
+        """
+        if input_ids is None:
+            raise ValueError("MoMa needs input_ids, also with inputs_embeds: a token's modality follows from its id")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)  # type: ignore[assignment]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        modality = self.modality_of(input_ids)
+        angles = self.rotary_emb(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                modality=modality,
+                attention_mask=mask,
+                position_embeddings=angles,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
+    """Next-token prediction over text and image tokens alike."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MomaConfig) -> None:
+        super().__init__(config)
+        self.model = MomaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """[B, S] ids -> logits [B, S, vocabulary], and the loss of `labels` [B, S] where they are not -100."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _groups(config: MomaConfig) -> list[dict[str, Any]]:
+    return config.expert_groups or []
+
+
+__all__ = ["MomaForCausalLM", "MomaModel", "MomaPreTrainedModel"]

@@ -1,0 +1,182 @@
+"""Dense Qwen3 and Llama models of others as a starting point: configuration, vocabulary, tokenizer.
+
+Ids move up by five for the special tokens, which take the rows of the model's own where it has them; image tokens come
+after the text. New rows are drawn around the mean of the known ones. Numbers only; files are from_hf.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.hf_files import ModelFiles
+from checkpoints_tools.hf_weights import Move, moves
+from mmscale.config import Config
+from mmscale.config.load import resolve
+from mmscale.data.text_tokens import FILE, FOLDER, TextTokenizer
+from mmscale.data.vocab import BOS, EOS, PAD, SPECIAL_TOKENS
+from mmscale.errors import CheckpointError, ConfigError, DataError
+
+KINDS = {"qwen3": True, "llama": False}  # model_type -> QK-norm
+_LONGEST = 4096  # tokens of a training sequence, unless one is named
+# Of new rows around the mean, relative to the spread of the known ones: with none all image tokens would start as one
+# token, with all of it as random words.
+_SPREAD = 0.1
+
+
+def translate(
+    content: dict[str, Any], files: ModelFiles, run: Path, *, image_codes: int, seq_length: int | None
+) -> tuple[Config, list[Move]]:
+    """Configuration of the run and moves of the tensors.
+
+    Args:
+        content: config.json.
+        files: the model's weights.
+        run: the new run's folder.
+        image_codes: ids of image tokens; 0: none.
+        seq_length: tokens of a training sequence; None: the model's context, at most 4096.
+
+    Raises:
+        CheckpointError: it is of another kind, or does something that mmscale's dense model does not.
+    """
+    _refuse_others(content)
+    number = {key: int(content[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    rows = int(content["vocab_size"])
+    text = len(SPECIAL_TOKENS) + rows
+    modalities = [{"name": "text", "size": text}]
+    modalities += [{"name": "image", "size": image_codes}] if image_codes else []
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    base = rope.get("rope_theta") or content.get("rope_theta") or 10_000.0
+    context = int(content.get("max_position_embeddings", _LONGEST))
+    embedding = files.dtype("model.embed_tokens.weight")
+    try:
+        config = resolve(
+            {
+                "data": {"prepare": {"text": {"load": str(run / FOLDER / FILE)}}},
+                "vocab": {"modalities": modalities},
+                "model": {
+                    "kind": "dense",
+                    "num_layers": number["num_hidden_layers"],
+                    "hidden_size": number["hidden_size"],
+                    "ffn_hidden_size": int(content["intermediate_size"]),
+                    "num_attention_heads": number["num_attention_heads"],
+                    "num_query_groups": content.get("num_key_value_heads") or number["num_attention_heads"],
+                    "kv_channels": content.get("head_dim") or number["hidden_size"] // number["num_attention_heads"],
+                    "seq_length": min(seq_length or min(context, _LONGEST), context),
+                    "norm": "pre",
+                    "norm_eps": content.get("rms_norm_eps", 1e-6),
+                    "qk_norm": KINDS[content["model_type"]],
+                    "rope_base": base,
+                    "tie_embeddings": bool(content.get("tie_word_embeddings", False)),
+                },
+                "precision": {"dtype": "bf16" if embedding == torch.bfloat16 else "fp32"},
+            }
+        )
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the model's config.json asks for what mmscale's dense model cannot do: {error.cause}",
+            remedy="choose another model",
+        ) from None
+    special = {BOS: _id(content.get("bos_token_id")), EOS: _id(content.get("eos_token_id"))}
+    special[PAD] = _id(content.get("pad_token_id"))
+    grow = _Vocabulary(rows, config, special)
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    listed = []
+    for move in moves(config, auxiliary=False, thresholds=False):
+        vocabulary = move.targets[0] in ("model.embed_tokens.weight", "lm_head.weight")
+        listed.append(grow.move(move, dtype) if vocabulary else _cast(move, dtype))
+    return config, listed
+
+
+def _refuse_others(content: dict[str, Any]) -> None:
+    """Refuse whatever would be computed differently here.
+
+    Raises:
+        CheckpointError: names the first setting that does not fit.
+    """
+    kind = content.get("model_type")
+    remedy = "choose a dense Qwen3 or Llama model, or one that `mmscale convert to-hf` wrote"
+    if kind not in KINDS:
+        raise CheckpointError(f"a model of type {kind!r} cannot be imported", remedy=remedy)
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    odd = [
+        ("hidden_act", content.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", bool(content.get("attention_bias", False)), False),
+        ("mlp_bias", bool(content.get("mlp_bias", False)), False),
+        ("use_sliding_window", bool(content.get("use_sliding_window", False)), False),
+        ("rope_type", rope_type, "default"),
+    ]
+    for name, value, wanted in odd:
+        if value != wanted:
+            raise CheckpointError(
+                f"the model's {name} is {value!r}, mmscale's dense model has {wanted!r}", remedy=remedy
+            )
+    missing = [
+        name
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if not isinstance(content.get(name), int)
+    ]
+    if missing:
+        raise CheckpointError(f"config.json has no whole number for {', '.join(missing)}", remedy=remedy)
+
+
+def _id(value: Any) -> int | None:
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _cast(move: Move, dtype: torch.dtype) -> Move:
+    return Move(move.source, move.targets, move.split, lambda parts: move.join(parts).to(dtype))
+
+
+class _Vocabulary:
+    """Rows of the embedding and of the output layer for the larger vocabulary."""
+
+    def __init__(self, rows: int, config: Config, special: dict[int, int | None]) -> None:
+        self.rows, self.config, self.special = rows, config, special
+
+    def move(self, move: Move, dtype: torch.dtype) -> Move:
+        def join(parts: Any) -> Tensor:
+            return self.grown(parts[0], name=move.source, dtype=dtype)
+
+        def split(whole: Tensor) -> list[Tensor]:
+            return [whole[len(SPECIAL_TOKENS) : len(SPECIAL_TOKENS) + self.rows]]
+
+        return Move(move.source, move.targets, split, join)
+
+    def grown(self, known: Tensor, *, name: str, dtype: torch.dtype) -> Tensor:
+        """[rows, H] -> [padded vocabulary, H]."""
+        total, shift = self.config.vocab.padded_size, len(SPECIAL_TOKENS)
+        if known.shape[0] != self.rows:
+            raise ValueError(f"it has {known.shape[0]} rows for {self.rows} ids")
+        if known.device.type == "meta":
+            return torch.empty(total, known.shape[1], dtype=dtype, device="meta")
+        exact = known.float()
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+        generator = torch.Generator().manual_seed(seed)
+        whole = torch.randn(total, known.shape[1], generator=generator)
+        whole = whole.mul_(_SPREAD * exact.std(dim=0)).add_(exact.mean(dim=0))
+        whole[shift : shift + self.rows] = exact
+        for own, theirs in self.special.items():
+            if theirs is not None and theirs < self.rows:
+                whole[own] = exact[theirs]
+        return whole.to(dtype)
+
+
+def write_tokenizer(folder: Path, run: Path, config: Config) -> None:
+    """The model's tokenizer with the special tokens in front, where `mmscale data prepare` finds it.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer.json, or one that cannot be used.
+    """
+    try:
+        text = TextTokenizer.load(folder / FILE, size=config.vocab.modalities[0].size)
+    except DataError as error:
+        raise CheckpointError(error.cause, remedy="put the model's tokenizer.json into the folder") from None
+    text.save(run / FOLDER)

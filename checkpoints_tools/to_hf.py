@@ -1,0 +1,310 @@
+"""A checkpoint as a Hugging Face folder that transformers loads, published only after the gate's pass.
+
+Weights are streamed from the checkpoint. Until the gate has passed, the folder has another name and no config.json, so
+that an interrupted export leaves nothing that loads. What the gate demands is gate.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools import gate, hf
+from checkpoints_tools.hf_card import card
+from checkpoints_tools.hf_config import CODE, PROCESSOR, generation_config, model_config
+from checkpoints_tools.hf_files import Written, unaccounted, write_weights
+from checkpoints_tools.hf_source import RunWeights
+from checkpoints_tools.hf_text import write_text_tokenizer
+from checkpoints_tools.hf_weights import is_native, moves
+from mmscale.checkpoint import integrity, publish
+from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.tensors import origin_of
+from mmscale.config import Config
+from mmscale.config.load import digest
+from mmscale.config.load import load as load_config
+from mmscale.data.image_tokens import FOLDER as IMAGE_TOKENIZER
+from mmscale.data.image_tokens import ImageTokenizer, open_image_tokenizer
+from mmscale.data.manifest import check_vocabulary, named_sources, read_manifest
+from mmscale.data.text_tokens import TextTokenizer, open_text_tokenizer
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import CheckpointError, DataError
+from mmscale.runtime.environment import code_version
+
+REPORT = "conversion_report.json"
+SETTINGS = "mmscale.json"
+CONFIG = "config.json"
+SHARD_BYTES = 5_000_000_000
+OnStage = Callable[[str], None]
+
+
+def _nothing(stage: str) -> None:
+    """The usual `on_stage`."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What an export takes from the data set.
+
+    Attributes:
+        folder: the prepared data set.
+        vocabulary: id ranges.
+        text: text tokenizer.
+        image: image tokenizer; None: there is none.
+        about: fingerprints and counts, for the report and the card.
+    """
+
+    folder: Path
+    vocabulary: Vocabulary
+    text: TextTokenizer
+    image: ImageTokenizer | None
+    about: dict[str, Any]
+
+
+def export(
+    run: Path,
+    step: int | None,
+    out: Path,
+    *,
+    data: Path | None = None,
+    routing: str = "causal",
+    shard_bytes: int = SHARD_BYTES,
+    on_stage: OnStage = _nothing,
+) -> dict[str, Any]:
+    """Convert a checkpoint and publish it if transformers computes what the trainer computes.
+
+    Args:
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+        out: a folder that does not exist yet.
+        data: the prepared data set that gives tokenizers and prompts; None: the run's.
+        routing: who decides which experts take a token: causal, top1 or threshold.
+        shard_bytes: largest file of weights [bytes].
+        on_stage: told the name of every sub-step after it; tests end the process there.
+
+    Returns:
+        The content of conversion_report.json, and `path`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or cannot route causally; `out` exists; the gate refuses.
+        DataError: the data set is missing or has other tokenizers.
+    """
+    publish.refuse_existing(out)
+    config = _config(run)
+    source = RunWeights(run, step)
+    auxiliary, thresholds = _routers(source, config, run, routing=routing)
+    listed = moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+    wrong = unaccounted(source.names(), [move.source for move in listed])
+    if wrong:
+        raise CheckpointError(
+            f"{source.path} does not hold the model of {run / 'config.yaml'}: {integrity.describe(wrong)}",
+            remedy="restore the config.yaml that the checkpoint was written with",
+        )
+    own = _data(config, source, data)
+    with publish.folder(out) as folder:
+        written = write_weights(folder, source, listed, shard_bytes=shard_bytes)
+        on_stage("weights")
+        content = model_config(
+            config,
+            auxiliary_size=auxiliary,
+            thresholds=thresholds,
+            routing=routing,
+            tokens_per_image=own.image.tokens_per_image if own.image else 0,
+        )
+        _write_beside(folder, config, own)
+        on_stage("files")
+        report = _judged(folder, content, run, source, config, own, written, routing=routing)
+        on_stage("gate")
+        _finish(folder, out, content, report, source=source, config=config, run=run, on_stage=on_stage)
+    return {"path": str(out), **report}
+
+
+def up_to_date(run: Path, step: int | None, out: Path) -> dict[str, Any] | None:
+    """The report of an export that stands at `out` already and is of this very checkpoint; None otherwise."""
+    try:
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        now = origin_of("", RunWeights(run, step).parents)["parents"]
+        then = report["origin"]["parents"]
+        same = [parent["manifest"] for parent in then] == [parent["manifest"] for parent in now]
+        whole = same and not integrity.verify(out)
+    except (OSError, ValueError, LookupError, TypeError, integrity.DamagedError):
+        return None
+    return {"path": str(out), **report} if whole else None
+
+
+def _config(run: Path) -> Config:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{run} is not a run folder (no config.yaml)", remedy="name a run: `mmscale train` prints it"
+        )
+    return load_config(file)
+
+
+def _routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool]:
+    """Width of the auxiliary routers (0: none), and whether averaged cut-offs are kept.
+
+    Raises:
+        CheckpointError: the model routes tokens, and has nothing to do it causally.
+    """
+    names = source.names()
+    hidden = [name for name in names if "auxiliary" in name and name.endswith(".hidden")]
+    auxiliary = source.entry(hidden[0]).shape[0] if hidden else 0
+    thresholds = any(".mlp.threshold." in name or ".depth_threshold." in name for name in names)
+    if config.model.routes and not (thresholds if routing == "threshold" else auxiliary):
+        alternative = ", or export with --routing threshold" if thresholds else ""
+        what = "averaged cut-offs" if routing == "threshold" else "auxiliary routers"
+        raise CheckpointError(
+            f"{source.path} has no {what}: its experts choose among all tokens of a sequence, later ones too, so that "
+            "it cannot generate",
+            remedy=f"train them: `mmscale train {run / 'config.yaml'} --stage auxiliary`{alternative}",
+        )
+    return auxiliary, thresholds
+
+
+def _data(config: Config, source: RunWeights, data: Path | None) -> _Data:
+    """Tokenizers of the data set, after a look whether they are those of training.
+
+    Raises:
+        DataError: there is no such data set, or it has other tokenizers.
+    """
+    vocabulary = Vocabulary.from_config(config.vocab)
+    folder = data or Path(named_sources(config)[0].path)
+    manifest = read_manifest(folder)
+    check_vocabulary(folder, manifest, vocabulary)
+    text = open_text_tokenizer(folder)
+    image = open_image_tokenizer(folder) if (folder / IMAGE_TOKENIZER).is_dir() else None
+    found = {"text_tokenizer": text.fingerprint(), "image_tokenizer": image.fingerprint() if image else ""}
+    trained = [("its manifest", {name: getattr(manifest, name) for name in found})]
+    saved = source.main.info().get("tokenizers")
+    if isinstance(saved, dict):
+        trained.append((f"the checkpoint {source.path}", saved))
+    elif data is not None and Path(named_sources(config)[0].path).is_dir():
+        first = Path(named_sources(config)[0].path)
+        other = read_manifest(first)
+        trained.append((f"the run's data {first}", {name: getattr(other, name) for name in found}))
+    for where, wanted in trained:
+        for name, fingerprint in found.items():
+            if wanted.get(name, fingerprint) != fingerprint:
+                raise DataError(
+                    f"data: the {name.replace('_', ' ')} of {folder} ({fingerprint or 'none'}) is another than that of "
+                    f"{where} ({wanted[name] or 'none'})",
+                    remedy="name the data set that the run was trained on: --data DIR",
+                )
+    about: dict[str, Any] = {
+        "folder": str(folder),
+        "vocabulary": manifest.vocabulary,
+        **found,
+        "source": manifest.source,
+    }
+    train = manifest.splits.get("train")
+    if train is not None:
+        about["documents"] = train.documents
+        about["tokens"] = {name: train.tokens(name) for name in manifest.modalities}
+    return _Data(folder, vocabulary, text, image, about)
+
+
+def _write_beside(folder: Path, config: Config, own: _Data) -> None:
+    """Everything but weights, config.json, the card and the report."""
+    write_text_tokenizer(folder, own.text, own.vocabulary, context=config.model.seq_length)
+    ranges = [[n, *r] for n, r in zip(own.vocabulary.names, own.vocabulary.ranges, strict=True)]
+    processor = {
+        "processor_class": "MomaProcessor",
+        "auto_map": {"AutoProcessor": "processing_moma.MomaProcessor"},
+        "modalities": ranges,
+    }
+    _json(folder / "processor_config.json", processor)
+    _json(folder / "generation_config.json", generation_config(config))
+    if own.image is not None:
+        own.image.save(folder / IMAGE_TOKENIZER)
+    for name in (PROCESSOR,) if is_native(config) else (*CODE, PROCESSOR):
+        shutil.copyfile(Path(hf.__file__).with_name(name), folder / name)
+    _json(folder / SETTINGS, {"format": 1, "config": config.model_dump(mode="json")})
+
+
+def _judged(
+    folder: Path,
+    content: dict[str, Any],
+    run: Path,
+    source: RunWeights,
+    config: Config,
+    own: _Data,
+    written: Written,
+    *,
+    routing: str,
+) -> dict[str, Any]:
+    """The report of an export that has passed the gate.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    tokens = own.image.tokens_per_image if own.image else 0
+    asked = gate.prompts(own.folder, own.vocabulary, tokens_per_image=tokens, longest=config.model.seq_length)
+    used = routing if config.model.routes else None
+    logits = gate.trainers_logits(run, source.step, asked, routing=used)
+    with _seen_with(folder, content) as view:
+        found = gate.reload(view, asked, logits, gate.Expected(own.vocabulary, own.text, own.image))
+    verdict = gate.judge(found)
+    if not verdict["passed"]:
+        raise CheckpointError(
+            f"the gate refuses the export of {source.path}: {integrity.describe(verdict['problems'])}",
+            remedy="nothing was published; this is a bug of the conversion, or a version of transformers that it does "
+            f"not know: it was written for 5.23, here is {found['transformers']}",
+        )
+    return {
+        "gate": verdict,
+        "model": {"class": found["class"], "native": is_native(config), "routing": used},
+        "weights": {"tensors": written.tensors, "bytes": written.bytes, "shards": list(written.shards)},
+        "prompts": found["prompts"],
+        "data": own.about,
+        "versions": {"mmscale": code_version(), "transformers": found["transformers"], "torch": found["torch"]},
+        "origin": origin_of("convert to-hf", source.parents, routing=used),
+    }
+
+
+@contextlib.contextmanager
+def _seen_with(folder: Path, content: dict[str, Any]) -> Iterator[Path]:
+    """The folder as it will be published: links to its files, and the config.json that it does not have yet."""
+    with tempfile.TemporaryDirectory(prefix="mmscale-export-") as scratch:
+        view = Path(scratch) / "model"
+        view.mkdir()
+        for path in folder.iterdir():
+            (view / path.name).symlink_to(path.resolve())
+        _json(view / CONFIG, content)
+        yield view
+
+
+def _finish(
+    folder: Path,
+    out: Path,
+    content: dict[str, Any],
+    report: dict[str, Any],
+    *,
+    source: RunWeights,
+    config: Config,
+    run: Path,
+    on_stage: OnStage,
+) -> None:
+    _json(folder / REPORT, report)
+    (folder / "README.md").write_text(card(config, report, run=run, step=source.step), encoding="utf-8")
+    _json(folder / CONFIG, content)
+    parent = source.main.manifest()
+    manifest = Manifest(
+        step=source.step,
+        attempt=parent.attempt,
+        config_digest=digest(config),
+        code_version=report["versions"]["mmscale"],
+        topology={},
+        files=integrity.digests(folder, integrity.sizes(folder)),
+        origin=report["origin"],
+    )
+    publish.commit(folder, out, manifest, on_stage=on_stage)
+
+
+def _json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,6 +23,9 @@ from mmscale.config import AnomalyConfig
 _MAD_OF_NORMAL = 0.6744897501960817  # MAD / standard deviation of a normal distribution
 # A spread below this share of the median is rounding, not noise: a constant series would call its first change a spike.
 _SMALLEST_SPREAD = 0.01
+# Judged by their logarithm: gradient norms are positive and nearly log-normal, and at a spread of 30 % six standard
+# deviations of the norm itself would call a healthy step in 3,000 a spike.
+_SKEWED = ("grad_norm",)
 
 
 class Action(Enum):
@@ -173,7 +177,7 @@ class AnomalyPolicy:
             past = history.series.get(name, [])[-self.config.window :]
             if len(past) < (self.config.window + 1) // 2:
                 continue
-            median, z = robust_z(value, past)
+            median, z = robust_z(value, past, logarithmic=name in _SKEWED)
             if z > self.config.threshold:
                 found.append(Finding(Kind.SPIKE, name, value, median, z))
         return tuple(found)
@@ -186,16 +190,28 @@ class AnomalyPolicy:
         return Decision(wanted, findings)
 
 
-def robust_z(value: float, past: Sequence[float]) -> tuple[float, float]:
+def robust_z(value: float, past: Sequence[float], *, logarithmic: bool = False) -> tuple[float, float]:
     """Median of `past`, and the distance of `value` from it in robust standard deviations.
 
     Args:
         value: finite.
         past: finite values, at least one.
+        logarithmic: measure the distance of the logarithms; values are then not negative.
     """
+    if logarithmic:
+        logs = [_log(other) for other in past]
+        median = statistics.median(logs)
+        return math.exp(median), _z(_log(value), logs, median, smallest=math.log1p(_SMALLEST_SPREAD))
     median = statistics.median(past)
-    spread = statistics.median([abs(other - median) for other in past]) / _MAD_OF_NORMAL
-    spread = max(spread, _SMALLEST_SPREAD * abs(median))
+    return median, _z(value, past, median, smallest=_SMALLEST_SPREAD * abs(median))
+
+
+def _z(value: float, past: Sequence[float], median: float, *, smallest: float) -> float:
+    spread = max(statistics.median([abs(other - median) for other in past]) / _MAD_OF_NORMAL, smallest)
     if spread == 0.0:
-        return median, math.copysign(math.inf, value - median) if value != median else 0.0
-    return median, (value - median) / spread
+        return math.copysign(math.inf, value - median) if value != median else 0.0
+    return (value - median) / spread
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, sys.float_info.min))

@@ -6,6 +6,7 @@ one rank after all reductions; everything else is the real thing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,7 @@ class Stream(Iterator[StepBatch]):
         sequences: int,
         *,
         bad: tuple[int, ...] = (),
-        without: int | None = None,
+        without: tuple[int, ...] = (),
     ) -> None:
         self.config, self.bad, self.without = config, bad, without
         self.dp = parts.groups.dp
@@ -69,7 +70,7 @@ class Stream(Iterator[StepBatch]):
         self.sequences = sequences
 
     def __next__(self) -> StepBatch:
-        if self.sequences // BATCH == self.without:
+        while self.sequences // BATCH in self.without:
             self.sequences += BATCH
         size, per_step = self.config.train.micro_batch_size, global_micro_batches(self.config)
         first = self.sequences // size
@@ -87,6 +88,10 @@ def repetitive(batch: MicroBatch) -> MicroBatch:
     return replace(batch, tokens=tokens, labels=np.where(batch.loss_mask > 0, 23, batch.labels))
 
 
+class Killed(BaseException):
+    """The end of a process: nothing is saved, nothing is told."""
+
+
 @dataclass
 class Life:
     """What a run did, as one rank saw it."""
@@ -95,8 +100,11 @@ class Life:
     norms: dict[int, float] = field(default_factory=dict)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    kill_at: int | None = None
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
+        if report.step == self.kill_at:
+            raise Killed
         self.losses[report.step] = report.result.losses["loss"]
         self.norms[report.step] = report.result.grad_norm
 
@@ -117,11 +125,12 @@ def live(
     *,
     fault: Fault | None = None,
     bad: tuple[int, ...] = (),
-    without: int | None = None,
+    without: tuple[int, ...] = (),
     folder: Path | None = None,
+    kill_at: int | None = None,
 ) -> Life:
     """Train to the last step, with the real loop and guard."""
-    life = Life()
+    life = Life(kill_at=kill_at)
     if fault is not None:
         fault(parts, state)
     stream = Stream(config, parts, state.sequences, bad=bad, without=without)
@@ -152,7 +161,7 @@ def live(
         tell=life.tell,
         warn=life.warnings.append,
     )
-    Trainer(
+    trainer = Trainer(
         config,
         state=state,
         stepper=parts.stepper,
@@ -163,7 +172,9 @@ def live(
         checkpoints=checkpoints or Unsaved(),
         stop_requested=lambda: False,
         clock=Throughput(),
-    ).fit()
+    )
+    with contextlib.suppress(Killed):
+        trainer.fit()
     return life
 
 
@@ -285,7 +296,7 @@ def test_a_fault_is_computed_away_and_bad_data_is_left_out(
         made = with_policy(settings(model, dtype=dtype, parallel=parallel), steps=3)
         made = changed(made, "model", dropout=0.1)
 
-        def one(fault: Fault | None, without: int | None = None) -> tuple[Life, dict[str, bytes], TrainState]:
+        def one(fault: Fault | None, without: tuple[int, ...] = ()) -> tuple[Life, dict[str, bytes], TrainState]:
             parts, state = build(made)
             life = live(made, parts, state, fault=fault, without=without)
             found = content(parts)
@@ -305,7 +316,7 @@ def test_a_fault_is_computed_away_and_bad_data_is_left_out(
         assert life.names() == ["skip"], life.warnings
         assert (state.step, state.sequences) == (3, 4 * BATCH)
         assert state.anomalies.skipped == [[BATCH, 2 * BATCH]]
-        never, after_never, _ = one(None, without=1)
+        never, after_never, _ = one(None, without=(1,))
         assert (life.losses, life.norms) == (never.losses, never.norms)
         assert found == after_never
         assert never.losses[1] == plain.losses[1] and never.losses[2] != plain.losses[2]
@@ -372,4 +383,134 @@ def test_figures_are_those_of_megatron_and_of_all_ranks(ranks: RankEnv) -> None:
         assert result.losses == pytest.approx(expected, rel=1e-12) and "loss/image" in expected
         assert set(result.figures) == {"grad_norm", "loss", "loss/text", "loss/image"}
         process_groups.destroy_layout()
+    process_groups.finalize()
+
+
+# --- spikes ---------------------------------------------------------------------------------------------------------
+
+STEPS, SAVE, BAD = 13, 6, 9  # batch 9 is that of step 10; saves after 6, 12 and 13
+
+
+def spiking(action: str, parallel: Mapping[str, Any], **anomaly: Any) -> Config:
+    made = settings("moma_post_per_expert_shared", parallel=parallel)
+    return changed(
+        with_policy(made, steps=STEPS, every=SAVE, window=8, action=action, skip_window=5, **anomaly),
+        "model",
+        dropout=0.1,
+    )
+
+
+def unsaved(made: Config) -> Config:
+    return changed(made, "checkpoint", every=0)
+
+
+@dataclass
+class Ended:
+    """A run that ended, after as many restarts as it took."""
+
+    life: Life
+    content: dict[str, bytes]
+    state: TrainState
+
+
+def run_of(
+    made: Config,
+    folder: Path,
+    *,
+    bad: tuple[int, ...] = (BAD,),
+    without: tuple[int, ...] = (),
+    kills: tuple[int, ...] = (),
+) -> Ended:
+    """A run that is killed at some steps and started again from what is on disk, in new objects with other seeds."""
+    whole = Life()
+    for number, kill_at in enumerate((*kills, None)):
+        parts, state = build(made)
+        checkpoints = manager(made, folder)
+        newest = checkpoints.choose()
+        if number:
+            run.device.set_seeds(999 + number)
+        if newest is not None:
+            checkpoints.load(state, newest)
+        life = live(made, parts, state, bad=bad, without=without, folder=folder, kill_at=kill_at)
+        whole.losses |= life.losses
+        whole.norms |= life.norms
+        whole.events += life.events
+        whole.warnings += life.warnings
+        ended = Ended(whole, content(parts), state)
+        process_groups.destroy_layout()
+    return ended
+
+
+def assert_same(one: Ended, other: Ended) -> None:
+    assert (one.life.losses, one.life.norms) == (other.life.losses, other.life.norms)
+    assert one.content == other.content
+    assert one.state.step == other.state.step
+
+
+def test_a_spike_is_left_out_and_the_run_is_the_same_after_kills(tmp_path: Path) -> None:
+    """Exactly the run in which the bad batch never was, killed before and after the checkpoint behind the skip."""
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        made = spiking("skip", {"pp": 2})
+        found = run_of(made, tmp_path / "found")
+        assert found.life.names() == ["skip"], found.life.warnings
+        assert found.life.events[0][1]["step"] == BAD + 1 and "grad_norm" in found.life.events[0][1]
+        assert found.state.anomalies.skipped == [[BAD * BATCH, (BAD + 1) * BATCH]]
+        never = run_of(unsaved(made), tmp_path / "never", without=(BAD,))
+        assert never.life.names() == []
+        assert_same(found, never)
+        killed = run_of(made, tmp_path / "killed", kills=(11, 13))
+        assert_same(killed, found)
+        assert killed.state.anomalies == found.state.anomalies
+        assert killed.state.sequences == found.state.sequences
+        assert killed.life.names() == ["skip", "skip"]  # again after the first kill, and not after the second
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2)
+
+
+def test_a_spike_rolls_back_and_the_run_is_the_same_after_kills(tmp_path: Path) -> None:
+    """Back to step 6, on behind batch 10: exactly the run in which batches 6 to 10 never were."""
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        made = spiking("rollback", {"ep": 2, **OVERLAPPED})
+        found = run_of(made, tmp_path / "found")
+        assert found.life.names() == ["rollback"], found.life.warnings
+        event = found.life.events[0][1]
+        assert (event["step"], event["to"], event["number"]) == (BAD + 1, SAVE, 1)
+        assert event["sequences"] == [SAVE * BATCH, (SAVE + 5) * BATCH]
+        assert found.state.anomalies.skipped == [[SAVE * BATCH, (SAVE + 5) * BATCH]]
+        assert "back to the checkpoint of step 6" in found.life.warnings[0]
+        never = run_of(unsaved(made), tmp_path / "never", without=(6, 7, 8, 9, 10))
+        assert never.life.names() == []
+        assert_same(found, never)
+        killed = run_of(made, tmp_path / "killed", kills=(11, 13))
+        assert_same(killed, found)
+        assert killed.state.anomalies == found.state.anomalies
+        assert killed.state.sequences == found.state.sequences
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2)
+
+
+@distributed(world_size=1)
+def test_spikes_without_end_end_the_run(ranks: RankEnv, tmp_path: Path) -> None:
+    """Every batch from number 9 on is bad: the budget bounds roll-backs. With no checkpoint yet a batch is left out."""
+    start(ranks)
+    bad = tuple(range(BAD, 100))
+    made = spiking("rollback", {}, budget=2)
+    with pytest.raises(TrainingError) as error:
+        run_of(made, tmp_path / "endless", bad=bad)
+    assert "budget of 2" in error.value.cause and "grad_norm" in error.value.cause
+    process_groups.destroy_layout()
+    early = run_of(unsaved(spiking("rollback", {})), tmp_path / "early")
+    assert early.life.names() == ["skip"]
+    assert "no checkpoint to go back to yet" in early.life.warnings[0]
+    assert early.state.anomalies.skipped == [[BAD * BATCH, (BAD + 1) * BATCH]]
+    # Only told: the batch is trained on.
+    logged = run_of(unsaved(spiking("log", {})), tmp_path / "logged")
+    assert logged.life.names() == ["spike"] and logged.state.sequences == STEPS * BATCH
+    assert logged.state.anomalies.counts == {"spike": 1}
     process_groups.finalize()

@@ -60,7 +60,7 @@ class Recovery:
         self._mapped: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def recover(self, *, above: int) -> tuple[Recovered | None, list[str]]:
-        """This rank's image of the newest usable snapshot after step `above`, or None; and what was refused, and why."""
+        """This rank's image of the newest usable snapshot after step `above`, or None; and what was refused and why."""
         began = time.monotonic()
         offers, problems = self._offers()
         while True:  # an offer with a wrong digest is none: look again without it

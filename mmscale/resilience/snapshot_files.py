@@ -105,11 +105,12 @@ def create_folder(root: Path = ROOT) -> Path:
 def existing_folder(name: str, root: Path = ROOT) -> Path | None:
     """The folder of this name, if this machine has it and nobody else could have written into it."""
     folder = root / name
-    if not _NAME.match(name) or not folder.is_dir() or folder.is_symlink():
+    try:
+        found = folder.lstat()
+    except OSError:  # also where another process has just removed it
         return None
-    found = folder.stat()
     private = found.st_uid == os.geteuid() and not stat.S_IMODE(found.st_mode) & 0o077
-    return folder if private else None
+    return folder if _NAME.match(name) and stat.S_ISDIR(found.st_mode) and private else None
 
 
 def remove_folder(folder: Path) -> None:

@@ -53,6 +53,12 @@ class TrainingError(MmscaleError):
     exit_status = 5
 
 
+class SaveError(MmscaleError):
+    """Checkpoints cannot be written: the last save of a run failed, or several in a row did."""
+
+    exit_status = 74  # EX_IOERR of sysexits.h
+
+
 class LaunchError(MmscaleError):
     """A rank died or could not start."""
 

@@ -38,6 +38,11 @@ def is_archive(path: Path) -> bool:
     return (path / ARRAYS).is_dir() or (path / integrity.MANIFEST).is_file()
 
 
+def info_text(info: dict[str, Any]) -> str:
+    """The content of INFO, from plain JSON."""
+    return json.dumps({"format": INFO_FORMAT, **info}, indent=1)
+
+
 @dataclass(frozen=True)
 class Store:
     """The checkpoints of one run.
@@ -59,9 +64,10 @@ class Store:
         """Where the committed checkpoint of a step stands."""
         return self.root / f"step_{step:08d}"
 
-    def temporary(self, step: int, attempt: int) -> Path:
-        """Where it is written before it is committed; a new name for every attempt."""
-        return self.root / f"step_{step:08d}.tmp.{attempt}"
+    def temporary(self, step: int, attempt: int, number: int = 0) -> Path:
+        """Where it is written before it is committed; a new name for every attempt, and for every save in it."""
+        name = f"step_{step:08d}.tmp.{attempt}"
+        return self.root / (f"{name}.{number}" if number else name)
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, ascending."""
@@ -101,19 +107,19 @@ class Store:
 
     def write_info(self, step: int, attempt: int, info: dict[str, Any]) -> None:
         """Put what `info` gives back, plain JSON, into a folder that is being written. One process calls it."""
-        text = json.dumps({"format": INFO_FORMAT, **info}, indent=1)
-        (self.temporary(step, attempt) / INFO).write_text(text, encoding="utf-8")
+        (self.temporary(step, attempt) / INFO).write_text(info_text(info), encoding="utf-8")
 
-    def commit(self, manifest: integrity.Manifest) -> Path:
+    def commit(self, manifest: integrity.Manifest, *, number: int = 0) -> Path:
         """Make a written folder the checkpoint of its step. One process calls it, after all ranks have written.
 
         Killed anywhere in between, it leaves the checkpoint that was there before or the new one, after a `sweep`.
 
         Args:
-            manifest: what the folder consists of, hashed after it was written.
+            manifest: what the folder consists of, as it was written.
+            number: of the save in its attempt.
         """
         step, attempt = manifest.step, manifest.attempt
-        folder, final = self.temporary(step, attempt), self.path(step)
+        folder, final = self.temporary(step, attempt, number), self.path(step)
         (folder / integrity.MANIFEST).write_text(manifest.text(), encoding="utf-8")
         self.on_stage("manifest")
         for file in (*folder.rglob("*"), folder):

@@ -1,6 +1,7 @@
 """When to save, what to keep, what to load: the checkpoints of one run, committed by rename, newest whole one first.
 
-Synchronous. What the state consists of, it is told; where it stands, layout.py says; whether it is whole, integrity.py.
+What the state consists of, it is told; where it stands, layout.py says; whether it is whole, integrity.py; how it is
+written, saving.py.
 Every rank calls every method, and all of them return or raise alike.
 """
 
@@ -17,12 +18,16 @@ import torch
 from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
 from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.saving import RANDOM, Provenance, Retention, Saver, SaveSettings, random_file
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups, random_state
 
-RANDOM = "rng"
 _ALLOW = "or set checkpoint.allow_missing=true to go on without"
 T = TypeVar("T")
+
+
+def _nothing(place: str, step: int) -> None:
+    """The usual `on_point`."""
 
 
 class Saveable(Protocol):
@@ -46,13 +51,18 @@ class CheckpointManager:
         keep: newest checkpoints kept.
         attempt: number of this attempt; names temporary folders.
         info: what is stored beside the tensors, plain JSON; `config_digest` goes into the manifest too.
-        on_event: told events with their fields, on rank 0: "save_begin", "save_committed", "checkpoint_bad",
-            "checkpoint_unverified", "random_state_fresh".
+        on_event: told events with their fields, on rank 0: Saver's, "checkpoint_bad", "checkpoint_unverified",
+            "random_state_fresh".
+        saves: how saves are made; by default the trainer writes them itself.
+        on_point: as Saver's.
         keep_every: checkpoints of every n-th step are kept for ever; 0: none.
         allow_missing: whether a checkpoint may lack its manifest, its counters or random states.
         seed: from which a rank gets new random numbers where the saved ones belong to another layout.
         code_version: goes into the manifest.
         default_progress: counters for a checkpoint of a step that lacks them, with allow_missing.
+
+    Attributes:
+        saver: saves of this attempt.
     """
 
     def __init__(
@@ -64,6 +74,8 @@ class CheckpointManager:
         attempt: int,
         info: dict[str, Any],
         on_event: Callable[..., None],
+        saves: SaveSettings | None = None,
+        on_point: Callable[[str, int], None] = _nothing,
         keep_every: int = 0,
         allow_missing: bool = False,
         seed: int = 0,
@@ -72,20 +84,27 @@ class CheckpointManager:
     ) -> None:
         self.store = Store.of_run(run)
         self.every = every
-        self.keep = keep
-        self.attempt = attempt
-        self.info = info
         self.on_event = on_event
-        self.keep_every = keep_every
         self.allow_missing = allow_missing
         self.seed = seed
-        self.code_version = code_version
         self.default_progress = default_progress
-        self.verified: set[int] = set()  # steps that this attempt wrote and hashed, or found whole
-        self._accepted: set[int] = set()  # those, and what allow_missing let through
+        self.saver = Saver(
+            self.store,
+            settings=saves or SaveSettings(),
+            provenance=Provenance(attempt, info, code_version),
+            retention=Retention(keep, keep_every),
+            on_event=on_event,
+            on_point=on_point,
+        )
+        self._let_through: set[int] = set()  # without a manifest, by allow_missing
         self._rank = torch.distributed.get_rank()
         self._size = torch.distributed.get_world_size()
         self._first = self._rank == 0
+
+    @property
+    def verified(self) -> set[int]:
+        """Steps that this attempt hashed while it wrote them, or found whole."""
+        return self.saver.verified
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a checkpoint after this step."""
@@ -93,48 +112,17 @@ class CheckpointManager:
 
     # --- save -------------------------------------------------------------------------------------------------------
 
-    def save(self, state: Saveable) -> None:
-        """Write, hash, commit, and delete the oldest ones.
+    def save(self, state: Saveable, *, last: bool = False) -> None:
+        """Begin a save, or make it where saves are not asynchronous; the last one is waited for.
+
+        Args:
+            state: what to save, as it is now.
+            last: nothing is trained after it, so it must succeed.
 
         Raises:
-            CheckpointError: a rank could not write or read its part; what was committed before still stands.
+            SaveError: the last save failed twice, or too many in a row did; what was committed before still stands.
         """
-        step = state.step
-        folder = self.store.temporary(step, self.attempt)
-        self._tell("save_begin", step=step)
-        self._on_first(lambda: self.store.begin(step, self.attempt))
-        sharded.write(folder, state.sharded(loading=False))
-        self._on_all(lambda: self._write_beside(folder, step))
-        self.store.on_stage("write")
-        files = self._on_first(lambda: integrity.sizes(folder))
-        mine = integrity.deal(files, self._size)[self._rank]  # also spreads the reading over nodes
-        parts = self._on_all(lambda: integrity.digests(folder, mine))
-        self.store.on_stage("hash")
-        manifest = Manifest(
-            step=step,
-            attempt=self.attempt,
-            config_digest=str(self.info.get("config_digest", "")),
-            code_version=self.code_version,
-            topology=groups.topology(),
-            files={name: record for part in parts for name, record in part.items()},
-        )
-        self._on_first(lambda: self._commit(manifest))
-        self.verified.add(step)
-        self._accepted.add(step)
-        self._tell("save_committed", step=step)
-
-    def _write_beside(self, folder: Path, step: int) -> None:
-        """This rank's random state, of which megatron-core would keep one per stage and tensor rank; rank 0's info."""
-        file = folder / _random_file(self._rank)
-        file.parent.mkdir(mode=0o755, exist_ok=True)
-        torch.save(random_state.capture(), file)
-        integrity.fsync(file)
-        if self._first:
-            self.store.write_info(step, self.attempt, self.info | {"step": step})
-
-    def _commit(self, manifest: Manifest) -> None:
-        self.store.commit(manifest)
-        self.store.prune(self.keep, every=self.keep_every, verified={*self.verified, manifest.step})
+        self.saver.save(state.step, lambda: state.sharded(loading=False), last=last)
 
     # --- load -------------------------------------------------------------------------------------------------------
 
@@ -144,6 +132,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints and none is whole; or one has no manifest, or anyone could write it.
         """
+        self.saver.finish()  # what is under way must not be swept away
         self._on_first(self.store.sweep)
         while (step := self._on_first(self.store.newest)) is not None:
             problems = self.problems(step)
@@ -163,14 +152,13 @@ class CheckpointManager:
         folder = self.store.path(step)
         manifest, problems = self._on_first(lambda: self._inspect(step))
         if manifest is None or problems:
-            self._accepted |= set() if problems else {step}
+            self._let_through |= set() if problems else {step}
             return list(problems)
         sizes = {name: record.size for name, record in manifest.files.items()}
         mine = integrity.deal(sizes, self._size)[self._rank]
         found = [line for part in self._on_all(lambda: integrity.content(folder, manifest, mine)) for line in part]
         if not found:
             self.verified.add(step)
-            self._accepted.add(step)
         return found
 
     def _inspect(self, step: int) -> tuple[Manifest | None, list[str]]:
@@ -200,7 +188,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: it is damaged, or lacks something.
         """
-        if step not in self._accepted and (problems := self.problems(step)):
+        if step not in self.verified | self._let_through and (problems := self.problems(step)):
             raise CheckpointError(
                 f"{self.store.path(step)} is damaged: {integrity.describe(problems)}",
                 remedy="choose another checkpoint: RUN@STEP",
@@ -215,7 +203,7 @@ class CheckpointManager:
     def _restore_random_state(self, step: int) -> None:
         folder = self.store.path(step)
         saved = self._on_first(lambda: _topology(folder))
-        file = folder / _random_file(self._rank)
+        file = folder / random_file(self._rank)
         if saved == groups.topology():
             states = self._on_all(lambda: _load_random_state(file) is not None)
             if all(states):
@@ -259,10 +247,6 @@ class CheckpointManager:
             if failed is not None:
                 raise CheckpointError(failed[0], remedy=failed[1])
         return [found for found, _ in gathered]
-
-
-def _random_file(rank: int) -> str:
-    return f"{RANDOM}/rank_{rank:05d}.pt"
 
 
 def _topology(folder: Path) -> dict[str, int] | None:

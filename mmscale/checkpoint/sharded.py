@@ -1,6 +1,6 @@
-"""Sharded write and read of training state through megatron's dist_checkpointing; any layout reads any other's.
+"""Sharded reading of training state through megatron's dist_checkpointing; any layout reads any other's.
 
-Knows files and sharded state dicts; what the state consists of is train/state.py's business.
+Knows files and sharded state dicts; what the state consists of is train/state.py's business, writing is write.py's.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-import queue
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ megatron_cpu.install()
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402  (what ranks raise together)
 
@@ -33,21 +31,10 @@ METADATA = {
     "non_homogeneous_layers": True,
 }
 
-_FORMAT = ("torch_dist", 1)
-
 
 def metadata() -> dict[str, Any]:
     """A fresh copy of METADATA: megatron-core changes what it is given."""
     return copy.deepcopy(METADATA)
-
-
-def write(folder: Path, state: ShardedStateDict) -> None:
-    """Write this rank's part; every rank calls it, with the same folder."""
-    _quiet()
-    # megatron-core would start a manager process of 270 MB for this queue, which outlives a rank that is killed. A
-    # synchronous save fills and empties it in this process.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(folder), _FORMAT)
 
 
 def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> StateDict:
@@ -61,7 +48,7 @@ def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> Stat
     Raises:
         CheckpointError: the checkpoint has not what `state` asks for, or is damaged.
     """
-    _quiet()
+    quiet()
     read_metadata(folder)  # megatron-core would run what a hostile one says
     try:
         strict = StrictHandling.RAISE_UNEXPECTED if partly else StrictHandling.RAISE_ALL
@@ -75,7 +62,7 @@ def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> Stat
         ) from error
 
 
-def _quiet() -> None:
-    # Deprecation notes of every save; ours to solve, not the user's.
+def quiet() -> None:
+    """No deprecation notes at every save: ours to solve, not the user's."""
     for name in ("megatron.core.dist_checkpointing", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)

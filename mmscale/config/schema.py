@@ -401,6 +401,15 @@ class CheckpointConfig(Section):
         "Go on from a checkpoint that lacks its manifest, counters or random state, instead of refusing it.", False
     )
     resume: bool = setting("Go on from the run's newest checkpoint if there is one.", True)
+    asynchronous: bool = setting(
+        "Train on while a forked process of every rank writes; false: the ranks write themselves. A host needs memory "
+        "for up to twice the training state.",
+        True,
+    )
+    deadline: Seconds = setting(
+        "An asynchronous save that takes longer is given up; training goes on.", 900.0, unit="seconds"
+    )
+    max_failures: Count = setting("Failed saves in a row that end the attempt (exit 74).", 3, unit="saves")
 
 
 class AnomalyConfig(Section):

@@ -38,6 +38,16 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank. Every rank calls it at the same step."""
-        flag = torch.tensor([int(self.name is not None)], device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+        return self.agreed_with(device)[0]
+
+    def agreed_with(self, device: torch.device, *numbers: int) -> tuple[bool, list[int]]:
+        """The same, and the maxima of further numbers over all ranks: what is agreed on at every step travels at once.
+
+        Args:
+            device: of the collective.
+            numbers: as many on every rank.
+        """
+        flags = torch.tensor([int(self.name is not None), *numbers], device=device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        stop, *maxima = flags.tolist()
+        return bool(stop), maxima

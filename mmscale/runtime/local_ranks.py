@@ -21,7 +21,7 @@ from mmscale.errors import LaunchError
 from mmscale.runtime.rank_env import free_port
 
 # What a rank says with its exit status, so that scripts around the launcher hear it too. Anything else is a crash.
-DOCUMENTED_STATUSES = (2, 3, 4, 5, 75)
+DOCUMENTED_STATUSES = (2, 3, 4, 5, 74, 75)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _POLL_S = 0.02
 _TAIL_LINES = 20
@@ -60,7 +60,7 @@ def run_local(
         program: What to run.
 
     Returns:
-        0 if all ranks ended well, otherwise a documented exit status (2, 3, 4, 5, 75) that a rank ended with.
+        0 if all ranks ended well, otherwise a documented exit status (2, 3, 4, 5, 74, 75) that a rank ended with.
 
     Raises:
         LaunchError: A rank died of a signal or with any other exit status. The tail of its log is on stderr by then.

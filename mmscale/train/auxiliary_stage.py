@@ -332,8 +332,9 @@ class _Stage:
             if number == steps and self.config.auxiliary.calibration_batches:
                 self._calibrate(state, loader)
             stop = self.stop.agreed(device.taken())
-            if stop or number == steps or checkpoints.due(number):
-                checkpoints.save(state)
+            last = stop or number == steps
+            if last or checkpoints.due(number):
+                checkpoints.save(state, last=last)
             if stop:
                 break
         return state.step >= steps

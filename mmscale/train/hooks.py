@@ -29,6 +29,7 @@ class LogHook:
         clock: tokens per second.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
+        saves: figures of saves since the last call.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class LogHook:
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
+        saves: Callable[[], dict[str, float]],
     ) -> None:
+        self.saves = saves
         self.config = config
         self.clock = clock
         self.progress = progress
@@ -58,6 +61,7 @@ class LogHook:
                 "lr": report.lr,
                 **self._slots(report.batch.micro_batches),
                 **self.clock.read(),
+                **self.saves(),
                 **_anomalies(state),
             }
             self.metrics.write(report.step, values)
@@ -202,3 +206,18 @@ def _anomalies(state: TrainState) -> dict[str, float]:
     counts = state.anomalies.counts
     total = sum(counts.get(kind.value, 0) for kind in Kind)
     return {"anomalies": total, **{f"anomalies/{name}": count for name, count in sorted(counts.items())}}
+
+
+class PlaceHook:
+    """Tells that a step is done: faults are injected there.
+
+    Args:
+        at: is told the place and the step.
+    """
+
+    def __init__(self, at: Callable[[str, int], None]) -> None:
+        self.at = at
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        """The step was applied and logged; its border comes next."""
+        self.at("step", report.step)

@@ -61,8 +61,8 @@ class Checkpoints(Protocol):
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a checkpoint after this step."""
 
-    def save(self, state: TrainState) -> None:
-        """Write and commit; every rank calls it."""
+    def save(self, state: TrainState, *, last: bool = False) -> None:
+        """Begin a save, or wait for it to be committed if it is the last one; every rank calls it."""
 
 
 class Trainer:
@@ -115,9 +115,10 @@ class Trainer:
             for hook in self.hooks:
                 hook.on_step(state, report)
             stop = self.stop_requested()
-            if stop or state.step == steps or self.checkpoints.due(state.step):
+            last = stop or state.step == steps
+            if last or self.checkpoints.due(state.step):
                 with self.clock.measure(SAVE_STALL), self.stepper.settled():
-                    self.checkpoints.save(state)
+                    self.checkpoints.save(state, last=last)
             if stop:
                 break
         return state.step >= steps

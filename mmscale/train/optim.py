@@ -25,6 +25,7 @@ from torch import Tensor
 from mmscale.config import Config
 from mmscale.model.build import DTYPES
 from mmscale.train import adam
+from mmscale.train.optimizer_shards import save_shardwise
 
 # Elements of a gradient bucket with overlapped communication; None: megatron's own choice, at least 40 million.
 BUCKET_ELEMENTS: int | None = None
@@ -95,6 +96,7 @@ def make_optimizer(
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    save_shardwise(optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.saving import SaveSettings
 from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
@@ -28,6 +30,7 @@ from mmscale.data.mixture import Mixture, nominal_share, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import flops_per_token, plan
+from mmscale.resilience.inject import Faults
 from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.resilience.signals import StopRequest
 from mmscale.runtime import device, random_state
@@ -38,7 +41,7 @@ from mmscale.train.auxiliary import AuxiliaryTrainer
 from mmscale.train.batch import to_device
 from mmscale.train.companions import companions_of, routers_among
 from mmscale.train.evaluate import evaluate
-from mmscale.train.hooks import EvalHook, LogHook, ReplicaHook
+from mmscale.train.hooks import EvalHook, LogHook, PlaceHook, ReplicaHook
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.memory import MemoryHook, go_on, memory_of
 from mmscale.train.metrics import EventLog, MetricsLog, next_attempt, write_environment
@@ -48,7 +51,7 @@ from mmscale.train.progress import Progress, banner
 from mmscale.train.state import TrainState
 from mmscale.train.step import Stepper
 from mmscale.train.step_guard import StepGuard
-from mmscale.train.throughput import Throughput, peak_tflops
+from mmscale.train.throughput import SAVE_STALL, Throughput, peak_tflops
 
 FINISHED, STOPPED = 0, 75
 
@@ -145,7 +148,9 @@ def _attempt(
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(_records(config, run, attempt)) if env.rank == 0 else None
         progress = stack.enter_context(Progress(config.train.steps, enabled=env.rank == 0))
-        checkpoints = _checkpoints(config, run, attempt, records, progress)
+        faults = Faults.of_rank(env.rank)
+        checkpoints = _checkpoints(config, run, attempt, records, progress, faults)
+        stack.callback(checkpoints.saver.close)
         memory = stack.enter_context(
             memory_of(config, env, run=run, attempt=attempt, tell=functools.partial(_event, records), warn=progress.say)
         )
@@ -182,17 +187,16 @@ def _attempt(
             ReplicaHook(
                 config, stepper=parts.stepper, groups=groups, clock=clock, tell=functools.partial(_event, records)
             ),
-            LogHook(config, clock=clock, progress=progress, metrics=metrics),
+            LogHook(config, clock=clock, progress=progress, metrics=metrics, saves=checkpoints.saver.figures),
             EvalHook(
                 config,
-                evaluate=lambda: evaluate(
-                    config, stepper=parts.stepper, mixture=held_out, groups=groups, batches=config.train.eval_batches
-                ),
+                evaluate=lambda: _evaluate(config, parts, held_out, state, faults),
                 clock=clock,
                 progress=progress,
                 metrics=metrics,
                 events=records.events if records else None,
             ),
+            PlaceHook(faults.at),
         ]
         if memory is not None:
             memory.start()
@@ -217,9 +221,12 @@ def _attempt(
             vocabulary=Vocabulary.from_config(config.vocab),
             hooks=hooks,
             checkpoints=checkpoints,
-            stop_requested=lambda: stop.agreed(device.taken()),
+            stop_requested=functools.partial(_border, stop, checkpoints, clock),
             clock=clock,
         )
+        # megatron-core collects garbage in every save while all wait: what is there now stays, and is not looked at.
+        gc.collect()
+        gc.freeze()
         finished = trainer.fit()
         _event(records, "finish" if finished else "stop", step=state.step)
         if not finished:
@@ -227,8 +234,24 @@ def _attempt(
         return FINISHED if finished else STOPPED
 
 
+def _evaluate(config: Config, parts: Parts, held_out: Mixture, state: TrainState, faults: Faults) -> dict[str, float]:
+    faults.at("eval", state.step)
+    batches = config.train.eval_batches
+    return evaluate(config, stepper=parts.stepper, mixture=held_out, groups=parts.groups, batches=batches)
+
+
+def _border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput) -> bool:
+    """Between two steps: whether to stop, and how far the save has come that is under way, in one collective."""
+    saver = checkpoints.saver
+    stopping, (working, failed) = stop.agreed_with(device.taken(), *saver.word())
+    if saver.under_way:
+        with clock.measure(SAVE_STALL):
+            saver.advance(working, failed)
+    return stopping
+
+
 def _checkpoints(
-    config: Config, run: Path, attempt: int, records: Records | None, progress: Progress
+    config: Config, run: Path, attempt: int, records: Records | None, progress: Progress, faults: Faults
 ) -> CheckpointManager:
     def tell(event: str, **fields: Any) -> None:
         _event(records, event, **fields)
@@ -236,6 +259,11 @@ def _checkpoints(
             found = integrity.describe(fields["problems"])
             progress.say(
                 f"warning: the checkpoint of step {fields['step']} is damaged, kept as {fields['kept_as']}: {found}"
+            )
+        if event == "save_failed":
+            progress.say(
+                f"warning: the save of step {fields['step']} failed on rank {fields['rank']} and is given up: "
+                f"{fields['reason']}"
             )
 
     def counters(step: int) -> dict[str, Any]:
@@ -253,6 +281,12 @@ def _checkpoints(
             "attempt": attempt,
         },
         on_event=tell,
+        saves=SaveSettings(
+            asynchronous=config.checkpoint.asynchronous,
+            deadline_s=config.checkpoint.deadline,
+            max_failures=config.checkpoint.max_failures,
+        ),
+        on_point=faults.at,
         keep_every=config.checkpoint.keep_every,
         allow_missing=config.checkpoint.allow_missing,
         seed=config.run.seed,

@@ -21,7 +21,8 @@ from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import MANIFEST
 from mmscale.checkpoint.layout import INFO, LATEST, Store
 from mmscale.checkpoint.manager import CheckpointManager
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, SaveError
+from mmscale.resilience.inject import VARIABLE, Faults
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime import random_state
 from mmscale.runtime.rank_env import RankEnv
@@ -34,11 +35,11 @@ FLIPS = 100
 class Weights:
     """The smallest state: a tensor of which every rank holds a part, and counters."""
 
-    def __init__(self, step: int = 0, *, lacking: str = "") -> None:
+    def __init__(self, step: int = 0, *, lacking: str = "", elements: int = 4096) -> None:
         self.step = step
         self.lacking = lacking
         rank = torch.distributed.get_rank()
-        self.tensor = torch.full((4096,), float(step)) + rank
+        self.tensor = torch.full((elements,), float(step)) + rank
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         from megatron.core.dist_checkpointing import ShardedTensor
@@ -201,7 +202,7 @@ def test_latest_is_never_believed(ranks: RankEnv, tmp_path: Path) -> None:
         assert latest.read_text() == "step_00000002\n"
 
 
-STAGES = ("write", "hash", "manifest", "fsync", "move", "rename", "latest")
+STAGES = ("write", "index", "manifest", "fsync", "move", "rename", "latest")
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
@@ -220,7 +221,7 @@ def test_killed_between_any_two_sub_steps_of_a_commit(tmp_path: Path, again: boo
         def dies(ranks: RankEnv, run: Path = run, stage: str = stage) -> None:
             begin(ranks)
             checkpoints, _ = manager(run, attempt=2)
-            checkpoints.store = replace(
+            checkpoints.saver.store = replace(
                 checkpoints.store, on_stage=lambda now: os._exit(9) if now == stage and ranks.rank == 0 else None
             )
             checkpoints.save(Weights(2))
@@ -242,15 +243,14 @@ def test_killed_between_any_two_sub_steps_of_a_commit(tmp_path: Path, again: boo
 
 
 @distributed(world_size=2)
-def test_a_rank_that_cannot_hash_fails_the_save_on_all(ranks: RankEnv, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_write_fails_the_save_on_all(ranks: RankEnv, tmp_path: Path) -> None:
     begin(ranks)
     save(tmp_path, 1)
-    checkpoints, _ = manager(tmp_path, attempt=2)
-    with pytest.MonkeyPatch.context() as patch:
-        if ranks.rank == 1:
-            patch.setattr(integrity, "digests", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-        with pytest.raises(CheckpointError, match=r"rank 1: .*Input/output error"):
-            checkpoints.save(Weights(2))
+    faults = Faults.of_rank(ranks.rank, {VARIABLE: "1:2:write:EIO"})
+    checkpoints, _ = manager(tmp_path, attempt=2, on_point=faults.at)
+    with pytest.raises(SaveError, match=r"rank 1: Input/output error") as raised:
+        checkpoints.save(Weights(2), last=True)
+    assert raised.value.exit_status == 74
     assert manager(tmp_path, attempt=3)[0].choose() == 1
     checkpoints.save(Weights(3))
     assert manager(tmp_path, attempt=3)[0].choose() == 3

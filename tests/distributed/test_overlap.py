@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 
-from mmscale.checkpoint import sharded
+from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups
@@ -37,16 +39,10 @@ def _train(settings: Config, folder: Path, *, settle: bool = True) -> list[float
         numbers = range(step * 4 + pg.dp.rank(), (step + 1) * 4, pg.dp.size())
         batches = [to_device(mixture.micro_batch(number), mixture.vocabulary) for number in numbers]
         losses.append(mean_losses(reduce_sums(stepper.train(batches, lr=1e-3).sums, pg), ("text", "image"))["loss"])
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir()
-    torch.distributed.barrier()
     state = TrainState(chunks, None)
-    if settle:
-        with stepper.settled():
-            sharded.write(folder, state.sharded(loading=False))
-    else:
-        sharded.write(folder, state.sharded(loading=False))
-    torch.distributed.barrier()
+    checkpoints = CheckpointManager(folder, every=0, keep=1, attempt=1, info={}, on_event=lambda *_, **__: None)
+    with stepper.settled() if settle else contextlib.nullcontext():
+        checkpoints.save(state)
     groups.destroy_layout()
     return losses
 
@@ -55,7 +51,7 @@ def _difference(first: Path, second: Path) -> float:
     """Largest difference of any tensor of two checkpoints."""
     from megatron.core.dist_checkpointing import load_plain_tensors
 
-    a, b = (load_plain_tensors(str(folder)) for folder in (first, second))
+    a, b = (load_plain_tensors(str(Store.of_run(folder).path(0))) for folder in (first, second))
     assert a.keys() == b.keys()
     assert len(a) > 30
     return max(float((a[key] - b[key]).abs().max()) for key in a if isinstance(a[key], torch.Tensor))

@@ -51,7 +51,10 @@ class Run:
 def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of two ranks without any interruption."""
     runs = tmp_path_factory.mktemp("whole")
-    ended = mmscale("train", config, f"run.dir={runs}", "log.tensorboard=true", nproc=2)
+    # Steps of milliseconds: asynchronous saves would be left out now and then, and the list of checkpoints be another.
+    ended = mmscale(
+        "train", config, f"run.dir={runs}", "log.tensorboard=true", "checkpoint.asynchronous=false", nproc=2
+    )
     return Run(runs / "tiny", ended)
 
 
@@ -79,7 +82,7 @@ def interrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Inter
         return bool(lines) and lines[-1]["step"] >= step and lines[-1]["attempt"] == attempt
 
     first = start(*command)
-    first.until(lambda: at_step(13, 1))
+    first.until(lambda: at_step(13, 1) and (folder / "checkpoints" / "step_00000010").exists())
     os.kill(first.rank(1), signal.SIGKILL)
     killed = first.end()
     left_behind = first.left_behind()
@@ -215,16 +218,17 @@ def test_verify_layout_prints_equal(config: Path) -> None:
 
 def test_a_killed_rank_is_named_and_leaves_nobody_behind(interrupted: Interrupted) -> None:
     ended = interrupted.killed
-    assert ended.status not in (0, 2, 3, 4, 5, 75)
+    assert ended.status not in (0, 2, 3, 4, 5, 74, 75)
     assert "error: rank 1 of 2 was ended by SIGKILL (9); the other ranks were ended" in ended.err
     assert interrupted.left_behind == []
-    assert interrupted.committed_when_killed == ["step_00000010"]
+    assert interrupted.committed_when_killed[0] == "step_00000010"
 
 
 def test_the_start_after_a_kill_goes_on_from_the_last_checkpoint(interrupted: Interrupted) -> None:
     (resumed,) = (e for e in read_events(interrupted.folder) if e["attempt"] == 2 and e["event"] == "resume")
-    assert resumed["step"] == 10
-    assert "goes on after step 10" in interrupted.stopped.err
+    newest = int(interrupted.committed_when_killed[-1].removeprefix("step_"))
+    assert resumed["step"] == newest < STEPS
+    assert f"goes on after step {newest}" in interrupted.stopped.err
 
 
 def test_sigterm_saves_and_says_so(interrupted: Interrupted) -> None:
@@ -233,6 +237,7 @@ def test_sigterm_saves_and_says_so(interrupted: Interrupted) -> None:
     events = [e for e in read_events(interrupted.folder) if e["attempt"] == 2]
     assert [e["event"] for e in events[-3:]] == ["save_begin", "save_committed", "stop"]
     assert 22 <= events[-1]["step"] < STEPS
+    assert events[-2]["step"] == events[-1]["step"]
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(interrupted: Interrupted, whole: Run) -> None:

@@ -72,8 +72,8 @@ class Recording:
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
-    def save(self, state: TrainState) -> None:
-        self.calls.append(f"save {state.step}")
+    def save(self, state: TrainState, *, last: bool = False) -> None:
+        self.calls.append(f"save {state.step}{' and wait' if last else ''}")
 
     def trainer(self, state: TrainState, stop: Callable[[], bool] | None = None) -> Trainer:
         self.state = state
@@ -99,7 +99,7 @@ def test_trains_to_the_last_step_saves_and_says_so() -> None:
     state, recording = fresh(), Recording(config())
     assert recording.trainer(state).fit() is True
     each = [f"{what} {step}" for step in range(1, STEPS + 1) for what in ("read", "hook")]
-    assert recording.calls == [*each, "settle", f"save {STEPS}"]
+    assert recording.calls == [*each, "settle", f"save {STEPS} and wait"]
     assert (state.step, state.sequences, state.tokens) == (STEPS, 8 * STEPS, 100 * STEPS)
     assert state.modality_tokens == {"text": 60 * STEPS, "image": 40 * STEPS}
 
@@ -108,7 +108,7 @@ def test_saves_when_due_after_the_hooks_and_only_once_at_the_end() -> None:
     recording = Recording(config(), every=3)
     recording.trainer(fresh()).fit()
     saves = [call for call in recording.calls if call.startswith("save")]
-    assert saves == ["save 3", "save 6"]
+    assert saves == ["save 3", "save 6 and wait"]
     at = recording.calls.index("hook 3")
     assert recording.calls[at + 1 : at + 3] == ["settle", "save 3"]
 
@@ -116,14 +116,14 @@ def test_saves_when_due_after_the_hooks_and_only_once_at_the_end() -> None:
 def test_a_stop_saves_at_once_and_says_that_it_is_not_done() -> None:
     state, recording = fresh(), Recording(config(), every=3, stop_after=4)
     assert recording.trainer(state).fit() is False
-    assert recording.calls[-3:] == ["hook 4", "settle", "save 4"]
+    assert recording.calls[-3:] == ["hook 4", "settle", "save 4 and wait"]
     assert state.step == 4
 
 
 def test_a_stop_during_the_last_step_is_done() -> None:
     state, recording = fresh(), Recording(config(), stop_after=STEPS)
     assert recording.trainer(state).fit() is True
-    assert recording.calls[-1] == f"save {STEPS}" and recording.calls.count(f"save {STEPS}") == 1
+    assert recording.calls[-1] == f"save {STEPS} and wait" and recording.calls.count(f"save {STEPS} and wait") == 1
 
 
 def test_goes_on_where_the_state_stands() -> None:

@@ -1,0 +1,262 @@
+"""What a save writes, and its writing: planned while training waits, written by anyone who has the memory.
+
+The plan is a collective; writing talks to nobody, so that it can run in a forked process. Every file is hashed while it
+is streamed and brought to the disk. Who writes when, saving.py says; what the state means, train/state.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from mmscale.checkpoint import sharded
+from mmscale.checkpoint.integrity import FileRecord
+from mmscale.checkpoint.pickles import METADATA
+from mmscale.runtime import device
+
+from megatron.core.dist_checkpointing.core import CheckpointingConfig  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict  # isort: skip
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # isort: skip
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # isort: skip
+from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+
+COMMON = "common.pt"
+BACKEND = "metadata.json"
+_BUFFER = 1 << 20
+OnWrite = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this rank has to write.
+
+    Attributes:
+        rank: of this process; names the file of its tensors.
+        items: its tensors and objects, on the host.
+        common: what is no tensor; written by rank 0.
+        metadata: the index of all ranks' tensors, without their places; on rank 0.
+    """
+
+    rank: int
+    items: list[tuple[WriteItem, Any]]
+    common: dict[str, Any]
+    metadata: Metadata | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written.
+
+    Attributes:
+        files: records of its files by relative name.
+        places: where each of its tensors stands.
+        hash_s: seconds spent on digests.
+    """
+
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    places: list[WriteResult] = field(default_factory=list)
+    hash_s: float = 0.0
+
+
+class Planner:
+    """Plans saves of a state whose structure stays the same; what does not change is agreed on only once."""
+
+    def __init__(self) -> None:
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+        self._parallel = FullyParallelSaveStrategyWrapper(strategy, do_cache_distribution=True)
+        self._rank = torch.distributed.get_rank()
+        self._plan: SavePlan | None = None
+        self._metadata: Metadata | None = None
+
+    def plan(self, state: ShardedStateDict) -> Plan:
+        """Every rank calls it; replicated tensors are dealt to ranks by their size."""
+        sharded.quiet()
+        tensors, common = save_preprocess(state, validate_access_integrity=self._plan is None)
+        self._parallel.apply_saving_parallelization(tensors)
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner(mcore_to_pyt_state_dict(flat), is_coordinator=self._rank == 0)
+        local = planner.create_local_plan()
+        if not self._as_before(local):
+            self._metadata = self._agree(planner, local)
+        self._plan = local
+        final = planner.finish_plan(local)
+        items = [(item, _on_host(planner.resolve_data(item))) for item in final.items]
+        device.synchronize()  # copies from the device were only queued
+        return Plan(self._rank, items, common, self._metadata)
+
+    def _as_before(self, plan: SavePlan) -> bool:
+        """Whether every rank writes the same tensors as last time."""
+        same = torch.tensor([int(plan == self._plan)], device=device.taken())
+        torch.distributed.all_reduce(same, op=torch.distributed.ReduceOp.MIN)
+        return bool(same.item())
+
+    def _agree(self, planner: MCoreSavePlanner, plan: SavePlan) -> Metadata | None:
+        first = self._rank == 0
+        plans: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
+        torch.distributed.gather_object(plan, plans)
+        return planner.create_global_plan(plans)[1] if first else None
+
+
+def _on_host(data: Any) -> Any:
+    return data.to("cpu", non_blocking=True) if isinstance(data, Tensor) and not data.is_cpu else data
+
+
+def write(plan: Plan, folder: Path, *, beside: Mapping[str, Callable[[Any], None]], on_write: OnWrite) -> Written:
+    """Write this rank's files into a folder, which is made if nobody else has.
+
+    Args:
+        plan: what to write.
+        folder: where to.
+        beside: further files by relative name, each as a function that writes to a stream.
+        on_write: called before every write with the name of the file and the number of bytes.
+
+    Raises:
+        OSError: the storage cannot take it.
+    """
+    for path in (folder.parent, folder):
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    files: dict[str, FileRecord] = {}
+    places: list[WriteResult] = []
+    hash_s = 0.0
+    contents: dict[str, Callable[[Any], None]] = {}
+    if plan.items:
+        name = f"__{plan.rank}_0.distcp"
+        contents[name] = lambda stream: places.extend(_items(plan.items, name, stream))
+    if plan.rank == 0:
+        config = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
+        contents[COMMON] = lambda stream: torch.save(plan.common, stream)
+        contents[BACKEND] = lambda stream: stream.write(json.dumps(config).encode())
+    for name, content in {**contents, **beside}.items():
+        with hashed(folder, name, on_write=on_write) as stream:
+            content(stream)
+        raw = cast(HashedFile, stream.raw)
+        files[name] = raw.record()
+        hash_s += raw.hash_s
+    return Written(files, places, hash_s)
+
+
+def write_index(plan: Plan, parts: list[Written], folder: Path, *, on_write: OnWrite) -> FileRecord:
+    """Write the index of all ranks' tensors; rank 0 does, when all have written.
+
+    Raises:
+        OSError: the storage cannot take it.
+    """
+    assert plan.metadata is not None
+    index = dataclasses.replace(
+        plan.metadata,
+        storage_data={place.index: place.storage_data for part in parts for place in part.places},
+        storage_meta=StorageMeta(),
+        version=CURRENT_DCP_VERSION,
+    )
+    with hashed(folder, METADATA, on_write=on_write) as stream:
+        pickle.dump(index, stream)
+    return cast(HashedFile, stream.raw).record()
+
+
+def _items(items: list[tuple[WriteItem, Any]], name: str, stream: io.BufferedWriter[Any]) -> Iterator[WriteResult]:
+    """Each tensor as torch.save writes it, one behind the other: what torch's and megatron's readers expect."""
+    for item, data in items:
+        begin = stream.tell()
+        if item.type == WriteItemType.BYTE_IO:
+            stream.write(data.getbuffer())
+        else:
+            # torch.save writes a view's whole storage, and parameters are views of one buffer.
+            whole = data.untyped_storage().nbytes() == data.numel() * data.itemsize
+            torch.save(data if whole else data.clone(), stream)
+        length = stream.tell() - begin
+        yield WriteResult(item.index, length, _StorageInfo(name, begin, length))
+
+
+class HashedFile(io.RawIOBase):
+    """A new file that is hashed while it is written; see `hashed`.
+
+    Attributes:
+        hash_s: seconds spent on the digest.
+    """
+
+    def __init__(self, path: Path, *, on_write: OnWrite) -> None:
+        super().__init__()
+        self.hash_s = 0.0
+        self._on_write = on_write
+        self._name = path.name
+        self._state, self._size = xxhash.xxh3_128(), 0
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def write(self, data: Any) -> int:
+        """Write all of it."""
+        view = memoryview(data).cast("B")
+        self._on_write(self._name, view.nbytes)
+        begin = time.perf_counter()
+        self._state.update(view)
+        self.hash_s += time.perf_counter() - begin
+        rest = view
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+        self._size += view.nbytes
+        return view.nbytes
+
+    def sync(self) -> None:
+        """Bring it to the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            os.close(self._file)
+        super().close()
+
+    def record(self) -> FileRecord:
+        """Size and digest of what was written."""
+        return FileRecord(self._size, self._state.hexdigest())
+
+
+@contextlib.contextmanager
+def hashed(folder: Path, name: str, *, on_write: OnWrite) -> Iterator[io.BufferedWriter[Any]]:
+    """A new file of a folder, on the disk at the end. Small writes are gathered: torch.save makes ten of them a tensor.
+
+    Its `raw` is the HashedFile, which has the record.
+
+    Raises:
+        OSError: it exists, or the storage cannot take it.
+    """
+    path = folder / name
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    raw = HashedFile(path, on_write=on_write)
+    try:
+        stream = io.BufferedWriter(raw, _BUFFER)
+        yield stream
+        stream.flush()
+        raw.sync()
+    finally:
+        raw.close()

@@ -1,0 +1,109 @@
+"""Faults on request, for tests: a rank is killed, stopped, slowed down or refused its storage at a place and a step.
+
+MMSCALE_FAULTS="RANK:STEP:PLACE:ACTION[=VALUE], ..." with `*` for any rank or step, e.g. `1:4:write:ENOSPC`. Without the
+variable nothing here does anything. What happens afterwards is what is under test; nothing here knows it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmscale.errors import ConfigError
+
+VARIABLE = "MMSCALE_FAULTS"
+# step: after a step, before its border. eval: before held-out losses. save: a save begins. write: before each write to
+# a checkpoint. commit: before rank 0 commits one.
+PLACES = ("step", "eval", "save", "write", "commit")
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr2": signal.SIGUSR2}
+_ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
+ACTIONS = (*_SIGNALS, "hang", "slow", *_ERRORS)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens where.
+
+    Attributes:
+        rank, step: where; None: anywhere.
+        place: one of PLACES.
+        action: one of ACTIONS. kill, stop, term, usr2: a signal to the process that is there; hang: it opens a pipe
+            that nobody reads; slow: it sleeps `value` seconds; ENOSPC, ...: its storage says so.
+        value: seconds of `slow`.
+    """
+
+    rank: int | None
+    step: int | None
+    place: str
+    action: str
+    value: float = 0.0
+
+
+@dataclass
+class Faults:
+    """The faults of this rank."""
+
+    faults: list[Fault] = field(default_factory=list)
+
+    @classmethod
+    def of_rank(cls, rank: int, environ: Mapping[str, str] = os.environ) -> Faults:
+        """What the environment asks of a rank.
+
+        Raises:
+            ConfigError: the variable cannot be read.
+        """
+        texts = [text.strip() for text in environ.get(VARIABLE, "").split(",")]
+        faults = [_parse(text) for text in texts if text]
+        return cls([fault for fault in faults if fault.rank in (None, rank)])
+
+    def at(self, place: str, step: int) -> None:
+        """Called at a place; does what was asked for there.
+
+        Raises:
+            OSError: that was asked for.
+        """
+        for fault in list(self.faults):
+            if fault.place != place or fault.step not in (None, step):
+                continue
+            if fault.action in _SIGNALS:
+                if fault.step is not None:
+                    self.faults.remove(fault)  # a signal comes once; a step may come again after a roll-back
+                os.kill(os.getpid(), _SIGNALS[fault.action])
+            elif fault.action == "hang":
+                pipe = Path(tempfile.mkdtemp(prefix="mmscale-hang-")) / "pipe"
+                os.mkfifo(pipe)
+                os.open(pipe, os.O_WRONLY)
+            elif fault.action == "slow":
+                time.sleep(fault.value)
+            else:
+                number = getattr(errno, fault.action)
+                raise OSError(number, os.strerror(number))
+
+
+def _parse(text: str) -> Fault:
+    try:
+        rank, step, place, action = text.split(":")
+        action, _, value = action.partition("=")
+        fault = Fault(
+            rank=None if rank == "*" else int(rank),
+            step=None if step == "*" else int(step),
+            place=place,
+            action=action,
+            value=float(value or 0),
+        )
+    except ValueError:
+        raise ConfigError(
+            f"{VARIABLE}: {text!r} is no fault", remedy="write RANK:STEP:PLACE:ACTION, or unset the variable"
+        ) from None
+    if place not in PLACES or action not in ACTIONS:
+        raise ConfigError(
+            f"{VARIABLE}: there is no {action!r} at {place!r}",
+            remedy=f"places are {', '.join(PLACES)}; actions are {', '.join(ACTIONS)}",
+        )
+    return fault

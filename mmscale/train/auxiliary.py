@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmscale.config import Config
 from mmscale.model.auxiliary import RouterLearning, calibrated, is_routers_key, ratios, routers_of
 from mmscale.train.batch import Batch
-from mmscale.train.optim import make_optimizer, set_learning_rate
+from mmscale.train.optim import load_optimizer, make_optimizer, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class RouterState:
         """Take over what was read."""
         load_router_tensors(self.models, loaded)
         if self.trainer is not None:
-            self.trainer.optimizer.load_state_dict(loaded["optimizer"])
+            load_optimizer(self.trainer.optimizer, loaded["optimizer"])
         for name, value in loaded["progress"].items():
             setattr(self, name, value)
 

@@ -108,6 +108,22 @@ def set_learning_rate(optimizer: MegatronOptimizer, config: Config, lr: float) -
         group["weight_decay"] = config.optim.weight_decay * group.get("wd_mult", 1.0)
 
 
+def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Moments, main parameters and step counts from a checkpoint; hyperparameters stay the configuration's.
+
+    OPT-175B trained on with a checkpoint's old learning rate.
+    """
+    configured = [_hyperparameters(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(loaded)
+    for group, values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(values)
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says about a parameter group; parameters and their step count are state."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
+
+
 @torch.no_grad()
 def measure(optimizer: MegatronOptimizer, sums: Tensor, groups: ProcessGroupCollection) -> tuple[float, Tensor]:
     """The gradient's norm and the loss sums of the whole batch, the same on every rank, in one reduction.

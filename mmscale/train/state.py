@@ -16,6 +16,8 @@ from megatron.core.transformer.module import Float16Module
 
 from mmscale.checkpoint.sharded import metadata
 from mmscale.resilience.anomaly import AnomalyHistory
+from mmscale.train.auxiliary import AuxiliaryTrainer
+from mmscale.train.optim import load_optimizer
 
 
 @dataclass
@@ -29,6 +31,7 @@ class TrainState:
         sequences: sequences consumed, over all ranks, those left out too: the place in the data.
         tokens: tokens trained on, padding not counted.
         modality_tokens: the same by modality.
+        routers: the trainer of a joint run's auxiliary routers; their weights are in the chunks, their optimizer here.
         anomalies: what decisions about coming steps depend on. A checkpoint from before it was kept gives an empty one.
     """
 
@@ -39,6 +42,7 @@ class TrainState:
     tokens: int = 0
     modality_tokens: dict[str, int] = field(default_factory=dict)
     anomalies: AnomalyHistory = field(default_factory=AnomalyHistory)
+    routers: AuxiliaryTrainer | None = None
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""
@@ -50,6 +54,8 @@ class TrainState:
         state: dict[str, Any] = dict(models)
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata())
+        if self.routers is not None:
+            state["auxiliary_optimizer"] = self.routers.sharded(models, loading=loading, metadata=metadata())
         if not loading:
             state["progress"] = self.progress()
         return state
@@ -69,11 +75,9 @@ class TrainState:
         for index, chunk in enumerate(self.chunks):
             unwrapped(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{index}"])
         if self.optimizer is not None:
-            configured = [_hyperparameters(group) for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(loaded["optimizer"])
-            # The configuration wins: OPT-175B trained on with a checkpoint's old learning rate.
-            for group, values in zip(self.optimizer.param_groups, configured, strict=True):
-                group.update(values)
+            _take_over(self.optimizer, loaded.get("optimizer"))
+        if self.routers is not None:
+            _take_over(self.routers.optimizer, loaded.get("auxiliary_optimizer"))
         self.restore_progress(loaded["progress"])
 
     def restore_progress(self, plain: Mapping[str, Any]) -> None:
@@ -84,13 +88,16 @@ class TrainState:
             setattr(self, name, value)
 
 
+def _take_over(optimizer: MegatronOptimizer, loaded: dict[str, Any] | None) -> None:
+    """What was read; without it (a checkpoint of weights only) the fp32 parameters are at least those of the model."""
+    if loaded is None:
+        optimizer.reload_model_params()
+    else:
+        load_optimizer(optimizer, loaded)
+
+
 def unwrapped(module: torch.nn.Module) -> Any:
     """The GPTModel inside DDP and Float16Module."""
     while isinstance(module, DistributedDataParallel | Float16Module):
         module = module.module
     return module
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration says about a parameter group; parameters and their step count are state."""
-    return {name: value for name, value in group.items() if name not in ("params", "step")}

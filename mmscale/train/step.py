@@ -24,6 +24,7 @@ from torch import Tensor
 from mmscale.config import Config
 from mmscale.runtime import device
 from mmscale.train.batch import Batch
+from mmscale.train.companions import Companion
 from mmscale.train.loss import Objective
 from mmscale.train.optim import apply, measure, set_learning_rate
 
@@ -64,8 +65,11 @@ class Stepper:
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer | None,
         groups: ProcessGroupCollection,
+        *,
+        companions: Sequence[Companion] = (),
     ) -> None:
         self.config = config
+        self.companions = companions
         self.chunks = chunks
         self.optimizer = optimizer
         self.groups = groups
@@ -99,7 +103,11 @@ class Stepper:
         if not accept(result):
             return result
         set_learning_rate(self.optimizer, self.config, lr)
-        return replace(result, applied=apply(self.optimizer, norm))
+        result = replace(result, applied=apply(self.optimizer, norm))
+        if result.applied:
+            for companion in self.companions:
+                companion.finish(lr=lr)
+        return result
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Zero the gradients, then forward and backward all micro-batches; gradients end up reduced and divided."""
@@ -108,6 +116,8 @@ class Stepper:
             chunk.zero_grad_buffer()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
+        for companion in self.companions:
+            companion.begin(batches)
         return self._run(batches, forward_only=False)
 
     @contextlib.contextmanager

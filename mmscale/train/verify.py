@@ -21,6 +21,7 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.batch import to_device
+from mmscale.train.companions import companions_of
 from mmscale.train.optim import make_optimizer, wrap
 from mmscale.train.step import Stepper, mean_losses, reduce_sums
 from mmscale.train.synthetic import SyntheticMixture
@@ -63,7 +64,9 @@ def take_steps(
     if alter is not None:
         alter(chunks)
     wrapped = wrap(config, transformer, chunks, groups)
-    stepper = Stepper(config, wrapped, make_optimizer(config, wrapped, groups), groups)
+    optimizer = make_optimizer(config, wrapped, groups)
+    companions = companions_of(config, transformer, wrapped, groups)
+    stepper = Stepper(config, wrapped, optimizer, groups, companions=companions)
     vocabulary = Vocabulary.from_config(config.vocab)
     rank, size = groups.dp.rank(), groups.dp.size()
     per_step = global_micro_batches(config)

@@ -30,6 +30,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm": "post_per_expert",
     },
     "moma_depth": {"kind": "moma", "experts": _EXPERTS, "depth": {"every": 2, "capacity": 0.25, "multiple": 8}},
+    "moma_depth_joint": {
+        "kind": "moma",
+        "experts": {**_EXPERTS, "threshold_decay": 0.9},
+        "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
+        "auxiliary": {"mode": "joint"},
+    },
     "moma_depth_per_modality": {
         "kind": "moma",
         "experts": {"counts": {"text": 4, "image": 2}, "share": {"text": 0.6, "image": 0.4}, "scope": "micro_batch"},

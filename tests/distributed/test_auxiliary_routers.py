@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.sharded import metadata
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches, with_auxiliary_routers
 from mmscale.data.vocab import Vocabulary
@@ -19,7 +24,8 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.auxiliary import AuxiliaryTrainer, figures, set_thresholds, summary
+from mmscale.train import run
+from mmscale.train.auxiliary import AuxiliaryTrainer, RouterState, figures, set_thresholds, summary
 from mmscale.train.auxiliary_stage import take_step
 from mmscale.train.batch import Batch, to_device
 from mmscale.train.step import Stepper, mean_losses, reduce_sums
@@ -27,9 +33,11 @@ from mmscale.train.synthetic import SyntheticMixture
 from mmscale.train.verify import with_share
 from tests.distributed.layouts import config
 from tests.distributed.test_layouts import FOUR_RANKS, TWO_RANKS
+from tests.distributed.test_resume import largest_difference, start, tensors
 from tests.support import run_ranks
 
 STEPS = 4
+CLIP = 0.1  # below the norms of the first steps
 TOLERANCE = 2e-6  # as for the main model
 
 
@@ -157,3 +165,134 @@ def test_two_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
 def test_four_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
     reference = alone(model, tmp_path / "alone.json")
     _compare(reference, model, 4, _some(FOUR_RANKS, ["tp2_pp2", "tp2_ep2", "pp2_ep2", "dp2_ep2"]))
+
+
+def _resumed(made: Config, folder: Path, *, load: int | None, until: int) -> list[tuple[float, float]]:
+    """Fresh process groups and model, the stage from a checkpoint or from its start, and a checkpoint at the end."""
+    parallel = made.parallel
+    groups = process_groups.initialize_layout(
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=made.run.seed
+    )
+    try:
+        transformer = transformer_config(made)
+        models = build_chunks(made, groups, transformer=transformer)
+        modules: Any = [Float16Module(transformer, m) if transformer.bf16 else m for m in models]
+        trainer = AuxiliaryTrainer(made, transformer, modules, groups)
+        stepper, vocabulary = Stepper(made, modules, None, groups), Vocabulary.from_config(made.vocab)
+        state = RouterState(models, trainer, metadata=metadata())
+        checkpoints = CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=lambda *_, **__: None)
+        if load is not None:
+            checkpoints.load(state, load)
+        taken = []
+        while state.step < until:
+            batch = batches(made, state.step, vocabulary)
+            result = take_step(stepper, trainer, batch, lr=made.auxiliary.optim.lr)
+            state.step += 1
+            taken.append((summary(trainer.figures())["loss"], result.grad_norm))
+        checkpoints.save(state)
+        return taken
+    finally:
+        process_groups.destroy_layout()
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("moma_depth", "fp32"), ("moma", "bf16")])
+def test_the_stage_goes_on_exactly_and_under_other_layouts(model: str, dtype: str, tmp_path: Path) -> None:
+    """Four steps equal two, a checkpoint of the routers alone, and two more: bit for bit; elsewhere up to rounding."""
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        made = settings(model, parallel={"tp": 2}, dtype=dtype)
+        whole = _resumed(made, tmp_path / "whole", load=None, until=4)
+        halves = _resumed(made, tmp_path / "halves", load=None, until=2)
+        halves += _resumed(made, tmp_path / "halves", load=2, until=4)
+        assert halves == whole
+        one, other = tensors(tmp_path / "whole", 4), tensors(tmp_path / "halves", 4)
+        assert largest_difference(one, other) == 0.0
+        assert {key for key in one if "auxiliary" not in key} == set(), "main weights were saved again"
+        assert any(key.endswith("threshold") for key in one)
+        for number, layout in enumerate(({"pp": 2, "vpp": 2}, {"ep": 2}) if dtype == "fp32" else ()):
+            folder = tmp_path / f"other_{number}"
+            shutil.copytree(tmp_path / "halves", folder) if ranks.rank == 0 else None
+            torch.distributed.barrier()
+            elsewhere = _resumed(settings(model, parallel=layout), folder, load=2, until=4)
+            for (loss, norm), (wanted_loss, wanted_norm) in zip(elsewhere, whole[2:], strict=True):
+                assert abs(loss - wanted_loss) <= TOLERANCE and abs(norm / wanted_norm - 1) <= TOLERANCE, layout
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2, timeout_s=240)
+
+
+def _main_steps(made: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All parameters and thresholds of this rank after some steps of the main run, and what they were."""
+    parallel = made.parallel
+    groups = process_groups.initialize_layout(
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=made.run.seed
+    )
+    try:
+        parts = run.build(made, groups)
+        vocabulary = Vocabulary.from_config(made.vocab)
+
+        def values() -> dict[str, Tensor]:
+            return {
+                f"{number}.{name.replace('module.', '')}": value.detach().clone()
+                for number, chunk in enumerate(parts.chunks)
+                for name, value in [*chunk.named_parameters(), *chunk.named_buffers()]
+            }
+
+        before = values()
+        for step in range(3):
+            result = parts.stepper.train(batches(made, step, vocabulary), lr=made.optim.lr)
+            assert result.applied
+            clipped = result.grad_norm > made.optim.clip_grad
+            assert clipped == (made.optim.clip_grad == CLIP), "clipping must matter where it is asked for"
+        return values(), before
+    finally:
+        process_groups.destroy_layout()
+
+
+def test_joint_routers_do_not_move_the_main_model_by_a_bit() -> None:
+    """With clipping, whose norm would see any gradient of theirs; in layouts and with recompute."""
+    layouts = [{}, {"tp": 2}, {"pp": 2, "recompute": "full"}, {"ep": 2, "overlap_grad_reduce": True}]
+
+    def ranks_do(ranks: RankEnv) -> None:
+        process_groups.start(ranks)
+        for parallel in layouts:
+            joint = with_share(config("moma_depth_joint", parallel=parallel))
+            joint = joint.model_copy(update={"optim": joint.optim.model_copy(update={"clip_grad": CLIP})})
+            plain = config("moma_depth", parallel=parallel).model_copy(update={"optim": joint.optim})
+            found, before = _main_steps(joint)
+            wanted, _ = _main_steps(with_share(plain))
+            assert wanted.keys() < found.keys()
+            for name, value in wanted.items():
+                assert torch.equal(value, found[name]), (parallel, name)
+            learned = [name for name in found if name.endswith((".hidden", ".out"))]
+            assert learned and all(not torch.equal(found[name], before[name]) for name in learned), parallel
+            averaged = [name for name in found if "threshold." in name]
+            assert averaged and all(not torch.equal(found[name], before[name]) for name in averaged), parallel
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2, timeout_s=240)
+
+
+def test_averaged_thresholds_do_not_depend_on_the_layout(tmp_path: Path) -> None:
+    def thresholds(parallel: Mapping[str, Any]) -> dict[str, float]:
+        made = with_share(config("moma_depth_joint", parallel=parallel))
+        return {name: float(value.sum()) for name, value in _main_steps(made)[0].items() if "threshold." in name}
+
+    def reference(ranks: RankEnv) -> None:
+        process_groups.start(ranks)
+        (tmp_path / "alone.json").write_text(json.dumps(thresholds({})))
+        process_groups.finalize()
+
+    run_ranks(reference, world_size=1)
+    wanted = json.loads((tmp_path / "alone.json").read_text())
+
+    def ranks_do(ranks: RankEnv) -> None:
+        process_groups.start(ranks)
+        for parallel in ({}, {"tp": 2}, {"ep": 2}, {"tp": 2, "recompute": "full"}):
+            found = thresholds(parallel)
+            assert found.keys() == wanted.keys()
+            assert max(abs(found[name] - wanted[name]) for name in wanted) < 1e-5, (parallel, found, wanted)
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2, timeout_s=240)

@@ -54,16 +54,20 @@ def settings(model: str, *, dtype: str = "fp32", parallel: Mapping[str, Any] | N
     return made.model_copy(update={"optim": optim})
 
 
-def leg(settings: Config, folder: Path, *, load: int | None, until: int) -> Taken:
-    """Fresh process groups, model and optimizer; load a step or start anew, train, save, and end it all."""
+def leg(settings: Config, folder: Path, *, load: int | None, until: int, **options: Any) -> Taken:
+    """Fresh process groups, model and optimizer; load a step or start anew, train, save, and end it all.
+
+    Options are the checkpoint manager's.
+    """
     parallel = settings.parallel
     groups = process_groups.initialize_layout(
         tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=settings.run.seed
     )
     try:
         parts = run.build(settings, groups)
-        state = TrainState(parts.chunks, parts.optimizer)
-        checkpoints = CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=_unheard)
+        state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
+        options = {"every": 0, "keep": 9, "attempt": 1, "info": {}, "on_event": _unheard} | options
+        checkpoints = CheckpointManager(folder, **options)
         if load is not None:
             checkpoints.load(state, load)
             assert state.step == load
@@ -139,10 +143,10 @@ SAME: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "fp32": [
         ("dense", {"tp": 2}),
         ("moma_depth", {"ep": 2}),
-        ("moma_depth", {"pp": 2, "vpp": 2}),
+        ("moma_depth_joint", {"pp": 2, "vpp": 2}),
         ("moma", OVERLAPPED),
     ],
-    "bf16": [("dense", {}), ("moma_depth", {"ep": 2})],
+    "bf16": [("dense", {}), ("moma_depth_joint", {"ep": 2})],
 }
 
 
@@ -209,7 +213,8 @@ def _chain(model: str, folder: Path, legs: Sequence[tuple[str, int, dict[str, An
 
 
 def test_moma_goes_on_under_every_other_layout(tmp_path: Path) -> None:
-    _chain("moma_depth", tmp_path, CHAIN)
+    """Auxiliary routers of a joint run, their optimizer and averaged thresholds with it."""
+    _chain("moma_depth_joint", tmp_path, CHAIN)
 
 
 def test_dense_goes_on_under_other_layouts(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmscale.resilience import generations, guard, snapshot_files
+from mmscale.resilience import generations, guard, image, snapshot_files
 from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
@@ -251,6 +251,33 @@ def test_damage_is_rebuilt_or_refused(name: str, place: Path) -> None:
     assert told.get("rebuilt", []) == (list(damage.ranks) if damage.step == 3 else [])
 
 
+def test_a_rank_that_dies_in_the_middle_of_a_copy(place: Path) -> None:
+    """Its slot is torn and nobody commits that step: the one before is whole on all ranks."""
+
+    def ranks_do(ranks: RankEnv) -> None:
+        process_groups.start(ranks)
+        made = started(tier(ranks, place), place)
+        for step in (1, 2, 3):
+            state: dict[str, Any] = {"step": step, "rank": ranks.rank}
+            if ranks.rank == 1 and step == 3:
+                made._plan = _DiesHalfway(**vars(made._plan))
+            assert made.snapshot(step, content(ranks.rank, step), state)
+            assert step == 3 or made.wait()
+        os._exit(0)
+
+    run_ranks(ranks_do, world_size=WORLD)
+    assert go_on(place) == [2] * WORLD
+    assert "rank 1: slot 1 holds a torn snapshot" in events(place)[-1]["refused"]
+
+
+class _DiesHalfway(image.Plan):
+    """Writes one tensor of several, and the process is gone."""
+
+    def write(self, buffer: Tensor, views: list[Tensor], tensors: Mapping[str, Tensor], plain: Any) -> None:
+        views[0].copy_(next(iter(tensors.values())))
+        os._exit(0)
+
+
 def test_only_what_is_newer_than_the_disk_and_of_the_same_run(place: Path) -> None:
     live(place, steps=2, world=2, group_size=2)
     index = (place / generations.INDEX).read_text()
@@ -404,7 +431,7 @@ def test_a_guard_does_not_wait_for_ever(place: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "dtype", "parallel", "world"),
     [
-        ("moma_depth", "fp32", {"ep": 2}, 4),
+        ("moma_depth_joint", "fp32", {"ep": 2}, 4),
         ("moma", "bf16", {"tp": 2, "pp": 2}, 4),
         ("dense", "bf16", {"overlap_grad_reduce": True, "overlap_param_gather": True}, 2),
         ("moe", "fp32", {"pp": 2, "vpp": 2}, 2),
@@ -424,7 +451,7 @@ def test_a_restart_from_memory_goes_on_bit_by_bit(
             tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, seed=config.run.seed
         )
         parts = run.build(config, groups)
-        state = TrainState(parts.chunks, parts.optimizer)
+        state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
         made = tier(ranks, place, attempt=1 if name == "first" else 2)
         if name == "first":
             started(made, place)

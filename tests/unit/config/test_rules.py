@@ -140,6 +140,7 @@ BROKEN = [
     ),
     ({"optim__beta2": 1.0}, "optim.beta2 = 1 never forgets"),
     ({"resilience__anomaly__window": 7}, "resilience.anomaly.window = 7 steps say little"),
+    ({"resilience__memory_group": 1}, "resilience.memory_group = 1 leaves nobody to keep a rank's parity"),
     ({"resilience__anomaly__threshold": float("inf")}, "resilience.anomaly.threshold = inf is not a finite number"),
     ({"optim__clip_grad": float("inf")}, "optim.clip_grad = inf is not a finite number"),
     # data

@@ -33,6 +33,7 @@ from mmscale.checkpoint.tensors import (
     contents_of,
     origin_of,
     unknown_tensor,
+    without_optimizers,
 )
 from mmscale.errors import CheckpointError
 
@@ -69,9 +70,7 @@ def write(
     with publish.folder(out) as temporary:
         on_stage("begin")
         _write_tensors(source, temporary / ARRAYS, weights=weights, grid=grid, on_stage=on_stage)
-        common = source.common()
-        if weights:
-            common.pop("optimizer", None)
+        common = without_optimizers(source.common()) if weights else source.common()
         info = source.info() | {
             "archive": FORMAT,
             "step": source.step,

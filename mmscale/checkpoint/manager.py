@@ -11,7 +11,7 @@ import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -19,6 +19,7 @@ from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.saving import RANDOM, Provenance, Retention, Saver, SaveSettings, random_file
+from mmscale.checkpoint.tensors import WEIGHTS
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups, random_state
 
@@ -42,6 +43,14 @@ class Saveable(Protocol):
         """Take over what was read."""
 
 
+@runtime_checkable
+class HasWeights(Protocol):
+    """State that can go on from a checkpoint without optimizer state: `restore` is then given none."""
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """This rank's part of the model."""
+
+
 class CheckpointManager:
     """The checkpoints of a run; every rank holds one and calls it at the same steps.
 
@@ -52,7 +61,7 @@ class CheckpointManager:
         attempt: number of this attempt; names temporary folders.
         info: what is stored beside the tensors, plain JSON; `config_digest` goes into the manifest too.
         on_event: told events with their fields, on rank 0: Saver's, "checkpoint_bad", "checkpoint_unverified",
-            "random_state_fresh".
+            "optimizer_fresh", "random_state_fresh".
         saves: how saves are made; by default the trainer writes them itself.
         on_point: as Saver's.
         keep_every: checkpoints of every n-th step are kept for ever; 0: none.
@@ -193,12 +202,26 @@ class CheckpointManager:
                 f"{self.store.path(step)} is damaged: {integrity.describe(problems)}",
                 remedy="choose another checkpoint: RUN@STEP",
             )
-        loaded = sharded.read(self.store.path(step), state.sharded(loading=True))
+        loaded = sharded.read(self.store.path(step), self._wanted(state, step))
         if "progress" not in loaded:
             self._refuse_missing(step, "its counters (progress)")
             loaded["progress"] = self.default_progress(step) if self.default_progress else {"step": step}
         state.restore(loaded)
         self._restore_random_state(step)
+
+    def _wanted(self, state: Saveable, step: int) -> dict[str, Any]:
+        if not self._on_first(lambda: self._holds_weights_only(step)):
+            return state.sharded(loading=True)
+        self._refuse_missing(step, "the optimizer's state: it holds weights only")
+        self._tell("optimizer_fresh", step=step)
+        # Asking megatron's optimizers for what they would load fills their state with whatever is in memory.
+        return state.sharded_weights() if isinstance(state, HasWeights) else state.sharded(loading=True)
+
+    def _holds_weights_only(self, step: int) -> bool:
+        try:
+            return self.store.info(step).get("contents") == WEIGHTS
+        except CheckpointError:  # with allow_missing there may be nothing to read
+            return False
 
     def _restore_random_state(self, step: int) -> None:
         folder = self.store.path(step)

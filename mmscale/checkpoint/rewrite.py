@@ -25,7 +25,7 @@ from mmscale.checkpoint import integrity, publish
 from mmscale.checkpoint.arrays import boxes, cut
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.layout import FOLDER, Store
-from mmscale.checkpoint.tensors import COMMON, TensorEntry, TensorSource, contents_of
+from mmscale.checkpoint.tensors import COMMON, TensorEntry, TensorSource, contents_of, without_optimizers
 from mmscale.errors import CheckpointError
 from mmscale.runtime import megatron_cpu
 
@@ -173,9 +173,7 @@ def _write(
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
         on_stage("file")
     _IndexWriter(folder).finish(metadata, [results])
-    common = source.common()
-    if weights:
-        common.pop("optimizer", None)
+    common = without_optimizers(source.common()) if weights else source.common()
     torch.save(common, folder / COMMON)
     save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))
 

@@ -33,7 +33,8 @@ from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.pickles import METADATA, read_metadata
 from mmscale.errors import CheckpointError
 
-OPTIMIZER = "optimizer."  # begins the names of the optimizer's tensors
+OPTIMIZER = "optimizer."  # begins the names of the tensors of every optimizer
+WEIGHTS, TRAINING = "weights", "training"  # what a checkpoint holds: `contents` of mmscale.json
 COMMON = "common.pt"  # megatron-core's file of everything that is no tensor
 _REMEDY = "choose another checkpoint: RUN@STEP"
 Region = Sequence[slice]  # one slice of every dimension, with start and stop inside of it
@@ -295,7 +296,12 @@ def _manifest(folder: Path, step: int) -> Manifest:
 def contents_of(source: TensorSource, *, weights: bool = False) -> str:
     """What a copy of a source holds: "training", or "weights" without the optimizer's state."""
     has_optimizer = any(name.startswith(OPTIMIZER) for name in source.names())
-    return "training" if has_optimizer and not weights else "weights"
+    return TRAINING if has_optimizer and not weights else WEIGHTS
+
+
+def without_optimizers(common: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks have in common, without the settings of optimizers: `optimizer`, `auxiliary_optimizer`."""
+    return {name: part for name, part in common.items() if not name.endswith(OPTIMIZER.rstrip("."))}
 
 
 def origin_of(made_by: str, parents: Sequence[TensorSource], **settings: Any) -> dict[str, Any]:

@@ -398,7 +398,7 @@ class CheckpointConfig(Section):
     keep: Count = setting("Newest checkpoints kept; never fewer than two known to be whole.", 3, unit="checkpoints")
     keep_every: Index = setting("Keep checkpoints of every n-th step for ever; 0: none.", 0, unit="steps")
     allow_missing: bool = setting(
-        "Go on from a checkpoint that lacks its manifest, counters or random state, instead of refusing it.", False
+        "Go on from a checkpoint that lacks its manifest, counters, random or optimizer state.", False
     )
     resume: bool = setting("Go on from the run's newest checkpoint if there is one.", True)
     asynchronous: bool = setting(

@@ -46,11 +46,7 @@ class TrainState:
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""
-        models: dict[str, Any] = {}
-        for index, chunk in enumerate(self.chunks):
-            key = "model" if len(self.chunks) == 1 else f"model{index}"
-            # The model itself: DDP and Float16Module would put "module." before every key, differently for each dtype.
-            models[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata())
+        models = self.sharded_weights()
         state: dict[str, Any] = dict(models)
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata())
@@ -59,6 +55,15 @@ class TrainState:
         if not loading:
             state["progress"] = self.progress()
         return state
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """The model's part of it."""
+        models: dict[str, Any] = {}
+        for index, chunk in enumerate(self.chunks):
+            key = "model" if len(self.chunks) == 1 else f"model{index}"
+            # The model itself: DDP and Float16Module would put "module." before every key, differently for each dtype.
+            models[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata())
+        return models
 
     def progress(self) -> dict[str, Any]:
         """The counters, as plain data."""

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from checkpoints_tools.average import average
 from checkpoints_tools.diff import diff
 from mmscale.checkpoint import archive, rewrite
 from mmscale.checkpoint.arrays import Grid
 from mmscale.checkpoint.tensors import open_tensors, origin_of
+from mmscale.errors import CheckpointError
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from tests.distributed.test_resume import leg, settings, start
+from tests.distributed.test_resume import assert_weights_are_newest, largest_difference, leg, settings, start, tensors
 from tests.support import run_ranks
 
 SAVED, DONE = 1, 3
@@ -50,7 +52,7 @@ def test_losses_after_a_restore(
     run, out, restored = tmp_path / "run", tmp_path / "archive", tmp_path / "restored"
     _leg(run, *before, load=None, until=SAVED, dtype=dtype)
     # Small chunks and pieces, so that tensors have several.
-    manifest = archive.write(open_tensors(run), out, grid=Grid(chunk_bytes=1024, shard_bytes=8192))
+    manifest = archive.write(open_tensors(run), out, grid=Grid(chunk_bytes=1024, shard_bytes=1 << 15))
     kept = archive.ArchiveTensors(out)
     rewrite.into_run(kept, restored, origin=origin_of("restore", [kept]), files=3, piece_bytes=4096)
     assert manifest.step == SAVED and manifest.origin is not None
@@ -63,3 +65,35 @@ def test_losses_after_a_restore(
     assert len(direct[0]) == DONE - SAVED
     assert again == direct  # one layout, one state: bit for bit
     assert diff((run, DONE), (restored, DONE))["equal"]
+
+
+def test_training_from_weights_only(tmp_path: Path) -> None:
+    """A mean has no optimizer state: refused unless asked for, then the same loss with moments that begin anew."""
+    run, mean = tmp_path / "run", tmp_path / "mean"
+    _leg(run, 1, {}, load=None, until=SAVED, dtype="bf16")
+    average([(run, SAVED), (run, SAVED)], mean)
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        made = settings("moma_depth", dtype="bf16", parallel={"ep": 2})
+        with pytest.raises(CheckpointError, match="lacks the optimizer's state") as raised:
+            leg(made, mean, load=SAVED, until=SAVED + 1)
+        assert "checkpoint.allow_missing=true" in raised.value.remedy
+        events: list[str] = []
+        taken = leg(
+            made,
+            mean,
+            load=SAVED,
+            until=SAVED + 1,
+            allow_missing=True,
+            on_event=lambda event, **fields: events.append(event),
+        )
+        assert ("optimizer_fresh" in events) == (ranks.rank == 0)
+        direct = leg(made, run, load=SAVED, until=SAVED + 1)
+        assert taken.losses == direct.losses and taken.norms == direct.norms  # of the weights before the update
+        saved = tensors(mean, SAVED + 1)
+        assert_weights_are_newest(saved)
+        assert largest_difference(saved, tensors(run, SAVED + 1)) > 1e-3  # other moments
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2, timeout_s=240)

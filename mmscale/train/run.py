@@ -28,6 +28,7 @@ from mmscale.config.load import digest, dump
 from mmscale.data.loader import BatchLoader
 from mmscale.data.mixture import Mixture, nominal_share, open_mixture
 from mmscale.data.vocab import Vocabulary
+from mmscale.errors import TrainingError
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import flops_per_token, plan
 from mmscale.resilience.inject import Faults
@@ -227,7 +228,11 @@ def _attempt(
         # megatron-core collects garbage in every save while all wait: what is there now stays, and is not looked at.
         gc.collect()
         gc.freeze()
-        finished = trainer.fit()
+        try:
+            finished = trainer.fit()
+        except TrainingError:  # the same on every rank, so the save that is under way can still be committed
+            checkpoints.saver.finish()
+            raise
         _event(records, "finish" if finished else "stop", step=state.step)
         if not finished:
             progress.say(f"stopped on request after step {state.step}; start it again to go on")

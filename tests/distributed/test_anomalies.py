@@ -149,7 +149,7 @@ def live(
         def due(self, step: int) -> bool:
             return False
 
-        def save(self, state: TrainState) -> None:
+        def save(self, state: TrainState, *, last: bool = False) -> None:
             pass
 
     guard = StepGuard(

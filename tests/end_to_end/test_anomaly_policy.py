@@ -1,0 +1,122 @@
+"""What a user sees of the anomaly policy: a roll-back in the logs and on the terminal, kill -9 after it, exit status 5.
+
+Bad data comes out of the real loader: labels that nothing predicts (a spike), or a loss mask with NaN in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmscale.data.mixture import MicroBatch, Mixture
+from mmscale.train.hooks import LogHook
+from mmscale.train.loop import StepReport
+from mmscale.train.metrics import METRICS, read_events, read_metrics
+from mmscale.train.state import TrainState
+from tests.end_to_end.running import assert_says, mmscale
+
+STEPS, SAVE, BAD = 24, 8, 19  # of two micro-batches with two sequences each
+SETTINGS = (
+    "parallel.ep=1",
+    f"train.steps={STEPS}",
+    "train.eval_every=0",
+    "train.eval_batches=1",
+    f"checkpoint.every={SAVE}",
+    "optim.warmup=2",
+    "resilience.anomaly.window=16",
+    "resilience.anomaly.threshold=20",
+    "resilience.anomaly.action=rollback",
+    "resilience.anomaly.skip_window=2",
+)
+EXACT = ("tokens", "loss", "loss/text", "loss/image", "z_loss", "grad_norm", "lr", "output_norm")
+
+
+def unpredictable(batch: MicroBatch) -> MicroBatch:
+    """One label everywhere, which the data never has."""
+    return replace(batch, labels=np.where(batch.loss_mask > 0, 383, batch.labels))
+
+
+def unusable(batch: MicroBatch) -> MicroBatch:
+    return replace(batch, loss_mask=batch.loss_mask * np.float32(math.nan))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, first: int, last: int, how: Any) -> None:
+    """The micro-batches of steps `first` to `last`."""
+    read = Mixture.micro_batch
+
+    def micro_batch(self: Mixture, index: int) -> MicroBatch:
+        bad = first <= index // 2 + 1 <= last and not self.once
+        return how(read(self, index)) if bad else read(self, index)
+
+    monkeypatch.setattr(Mixture, "micro_batch", micro_batch)
+
+
+def test_a_roll_back_is_told_and_survives_kill_9(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, BAD, BAD, unpredictable)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = mmscale("train", config, f"run.dir={whole}", *SETTINGS)
+    assert ended.status == 0, ended
+
+    # On the terminal, in the events, in the metrics.
+    (warning,) = (line for line in ended.err.splitlines() if "warning" in line)
+    assert (
+        f"step {BAD}: " in warning and "back to the checkpoint of step 16, sequences 64 to 76 are left out" in warning
+    )
+    (event,) = (e for e in read_events(whole / "tiny") if e["event"] == "rollback")
+    assert (event["step"], event["to"], event["sequences"]) == (BAD, 16, [64, 76])
+    assert event["reason"].startswith("grad_norm ") and event["grad_norm"] > 3
+    raw = [json.loads(line) for line in (whole / "tiny" / METRICS).read_text().splitlines()]
+    times = {step: [line.get("rollback", 0) for line in raw if line["step"] == step] for step in (16, 17, 18, 19)}
+    assert times == {16: [0], 17: [0, 1], 18: [0, 1], 19: [1]}
+    lines = read_metrics(whole / "tiny")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["anomalies"] for line in lines] == [0] * 16 + [1] * 8
+    assert lines[-1]["anomalies/spike"] == lines[-1]["anomalies/rollback"] == 1
+    assert all(line["loss"] < 7 for line in lines[4:])
+    assert "rollback_s" in lines[16]
+
+    # Killed two steps after it, before anything was saved: the next attempt rolls back again, to the same numbers.
+    log = LogHook.on_step
+
+    def on_step(self: LogHook, state: TrainState, report: StepReport) -> None:
+        log(self, state, report)
+        if report.step == BAD + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as only_here:
+        only_here.setattr(LogHook, "on_step", on_step)
+        assert mmscale("train", config, f"run.dir={killed}", *SETTINGS).status == -signal.SIGKILL
+    assert [e["event"] for e in read_events(killed / "tiny")][-1] == "rollback"
+    ended = mmscale("train", config, f"run.dir={killed}", *SETTINGS)
+    assert ended.status == 0 and "goes on after step 16" in ended.err, ended
+    again = read_metrics(killed / "tiny")
+    assert [{key: line.get(key) for key in EXACT} for line in again] == [
+        {key: line.get(key) for key in EXACT} for line in lines
+    ]
+    assert {line["attempt"] for line in again} == {1, 2} and again[-1]["anomalies/rollback"] == 1
+
+
+def test_nothing_but_bad_data_ends_with_status_5(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches are left out, the third ends it; weights with NaN are never saved, and mended data goes on."""
+    settings = (*SETTINGS, "train.steps=6", "checkpoint.every=2", "resilience.anomaly.budget=2")
+    with monkeypatch.context() as only_here:
+        poison(only_here, 4, 10**9, unusable)
+        ended = mmscale("train", config, f"run.dir={tmp_path}", *settings)
+    assert_says(ended, status=5, cause=r"step 4: .*nan.*computed again.*budget of 2", remedy="events.jsonl names")
+    events = read_events(tmp_path / "tiny")
+    skips = [event for event in events if event["event"] == "skip"]
+    assert [event["sequences"] for event in skips] == [[12, 16], [16, 20]]
+    assert all(event["step"] == 4 and event["grad_norm"] == "nan" for event in skips)
+    assert events[-1]["event"] == "fault" and events[-1]["error"] == "TrainingError"
+    assert [line["step"] for line in read_metrics(tmp_path / "tiny")] == [1, 2, 3]
+    ended = mmscale("train", config, f"run.dir={tmp_path}", *settings)
+    assert ended.status == 0 and "goes on after step 2 of 6" in ended.err, ended
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "tiny"))

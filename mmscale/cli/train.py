@@ -134,6 +134,7 @@ def evaluate(
     from mmscale.model.mixed_modal import Routing
 
     result = evaluate_run(folder, step=step, data=data, batches=batches, routing=Routing(routing))
+    result.setdefault("routing", routing)
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
 
 

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mmscale.config import Config
 from mmscale.data.mixture import MicroBatch, slot_usage
 from mmscale.errors import TrainingError
+from mmscale.model.mixed_modal import Routing
 from mmscale.resilience.anomaly import Kind
 from mmscale.resilience.divergence import Diverged, find_diverged
 from mmscale.train.loop import StepReport, is_logged
@@ -164,7 +165,7 @@ class EvalHook:
 
     Args:
         config: how often.
-        evaluate: gives losses on the held-out split; every rank calls it.
+        evaluate: gives losses on the held-out split under a routing; every rank calls it.
         clock: evaluation is a pause, not a part of the step time.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
@@ -175,7 +176,7 @@ class EvalHook:
         self,
         config: Config,
         *,
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[Routing], dict[str, float]],
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
@@ -189,16 +190,28 @@ class EvalHook:
         self.events = events
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
-        """Held-out losses under batch routing: experts choose among all tokens of the batch, later ones too."""
+        """Held-out losses under batch routing, which sees the future, and under every causal one that the model has."""
         every, last = self.config.train.eval_every, report.step == self.config.train.steps
         if not last and (every == 0 or report.step % every):
             return
         with self.clock.measure("eval_s"):
-            values = self.evaluate()
-        if self.metrics is not None:
-            self.metrics.write(report.step, {f"{EVAL}{name}": value for name, value in values.items()})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "z_loss")
-        self.progress.say(f"step {report.step}: held-out (batch routing)  {shown}")
+            found = {routing: self.evaluate(routing) for routing in routings_of(self.config)}
+        for routing, values in found.items():
+            prefix = EVAL if routing.leaks else f"{EVAL}{routing}/"
+            if self.metrics is not None:
+                self.metrics.write(report.step, {f"{prefix}{name}": value for name, value in values.items()})
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "z_loss")
+            self.progress.say(f"step {report.step}: held-out ({routing} routing)  {shown}")
+
+
+def routings_of(config: Config) -> list[Routing]:
+    """Routings that the model being trained can be evaluated under: batch, and those that it learns."""
+    found = [Routing.BATCH]
+    if config.model.auxiliary_width is not None:
+        found.append(Routing.CAUSAL)
+    if config.model.keeps_thresholds:
+        found.append(Routing.THRESHOLD)
+    return found
 
 
 def _anomalies(state: TrainState) -> dict[str, float]:

@@ -84,6 +84,8 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str
         optimizer._copy_main_params_to_model_params()
     for chunk in state.chunks:
         chunk.start_param_sync(force_sync=True)
+    if state.routers is not None:
+        state.routers.module.start_param_sync(force_sync=True)
     state.restore_progress(plain["progress"])
     random_state.restore(_put_together(plain["random"], tensors))
 
@@ -99,9 +101,14 @@ def _weights(state: TrainState) -> Iterator[tuple[str, Tensor]]:
 
 
 def _distributed(state: TrainState) -> list[DistributedOptimizer]:
-    """The optimizers by megatron of this rank: one for dense, one for expert parameters; none without parameters."""
+    """The optimizers by megatron of this rank: of dense, of expert parameters, of a joint run's routers.
+
+    None of them without parameters.
+    """
     assert state.optimizer is not None
-    found = state.optimizer.chained_optimizers if isinstance(state.optimizer, ChainedOptimizer) else [state.optimizer]
+    found: list[Any] = []
+    for optimizer in (state.optimizer, *([] if state.routers is None else [state.routers.optimizer])):
+        found += optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [optimizer for optimizer in found if not optimizer.is_stub_optimizer]
 
 

@@ -30,6 +30,7 @@ from mmscale.data.mixture import Mixture, nominal_share, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
 from mmscale.model.build import build_chunks, transformer_config
+from mmscale.model.mixed_modal import Routing
 from mmscale.plan import flops_per_token, plan
 from mmscale.resilience.inject import Faults
 from mmscale.resilience.memory_tier import MemoryTier
@@ -191,7 +192,7 @@ def _attempt(
             LogHook(config, clock=clock, progress=progress, metrics=metrics, saves=checkpoints.saver.figures),
             EvalHook(
                 config,
-                evaluate=lambda: _evaluate(config, parts, held_out, state, faults),
+                evaluate=lambda routing: _evaluate(config, parts, held_out, state, faults, routing),
                 clock=clock,
                 progress=progress,
                 metrics=metrics,
@@ -239,10 +240,14 @@ def _attempt(
         return FINISHED if finished else STOPPED
 
 
-def _evaluate(config: Config, parts: Parts, held_out: Mixture, state: TrainState, faults: Faults) -> dict[str, float]:
+def _evaluate(
+    config: Config, parts: Parts, held_out: Mixture, state: TrainState, faults: Faults, routing: Routing
+) -> dict[str, float]:
     faults.at("eval", state.step)
     batches = config.train.eval_batches
-    return evaluate(config, stepper=parts.stepper, mixture=held_out, groups=parts.groups, batches=batches)
+    return evaluate(
+        config, stepper=parts.stepper, mixture=held_out, groups=parts.groups, batches=batches, routing=routing
+    )
 
 
 def _border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput) -> bool:

@@ -168,12 +168,8 @@ def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         (("plan", "c.yaml", "--gpus", "x"), "Invalid value for '--gpus'", "`mmscale plan --help` shows what there is"),
         (("plan", "c.yaml"), "c.yaml: there is no such file", ""),
         (("eval", "runs/x@y"), "runs/x@y: 'y' behind the @ is not a step", "runs/x@100"),
-        (
-            ("eval", "runs/x", "--routing", "causal"),
-            "causal routers of this run are not trained yet",
-            "--routing batch",
-        ),
-        (("eval", "runs/x", "--routing", "magic"), "'magic' is not a routing", "only batch"),
+        (("eval", "runs/x", "--routing", "magic"), "'magic' is not a routing", "batch, causal, top1, threshold"),
+        (("train", "c.yaml", "--stage", "third"), "Invalid value for '--stage'", "`mmscale train --help` shows"),
         (("data", "prepare", "--out", "d"), "neither a SPEC.yaml nor --documents", "--documents FILE.jsonl"),
         (("bench", "data", "--foo", "3"), "bench data: no such option: --foo", "it takes --"),
         (("report", "x", "--out", "x.pdf"), "a report is .html or .png", "report.html"),
@@ -288,7 +284,7 @@ def test_eval_writes_the_routing_beside_every_number(run: Run, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "mmscale.inference", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "mmscale.inference.evaluate", SimpleNamespace(evaluate_run=evaluate_run))
     _, out, _ = run("eval", "runs/x@300", "--data", "d", "--batches", 2)
-    assert seen == {"folder": Path("runs/x"), "step": 300, "data": Path("d"), "batches": 2}
+    assert seen == {"folder": Path("runs/x"), "step": 300, "data": Path("d"), "batches": 2, "routing": "batch"}
     numbers = [line for line in out.splitlines() if line.startswith(("loss", "perplexity", "accuracy"))]
     assert len(numbers) == 4
     assert all(line.split()[-1] == "batch" for line in numbers)

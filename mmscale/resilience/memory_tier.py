@@ -10,15 +10,10 @@ A tier that cannot work (no space, a dead guard) says so once and is off: it nev
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import platform
 import secrets
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,16 +26,14 @@ from torch.distributed import ProcessGroup
 
 from mmscale.resilience import generations, guard, image, parity, snapshot_files
 from mmscale.resilience.generations import Generation
+from mmscale.resilience.guard_link import GuardLink, own_address
 from mmscale.resilience.restore import Recovery
 from mmscale.resilience.snapshot_files import UnusableError
 from mmscale.runtime.rank_env import RankEnv
 
 _log = logging.getLogger(__name__)
-_START_S = 60.0
-_ORDER_S = 10.0  # for a few hundred bytes into a socket pair
 _SPARE = 0.1  # part of the file system that stays free: NCCL and loader processes need shared memory too
 _MOST_REASONS = 20  # in an event; thousands of ranks may have one each
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Accept = Callable[[Mapping[str, Tensor], Mapping[str, Any]], list[str]]
 
@@ -111,7 +104,7 @@ class MemoryTier:
         self.generation: Generation | None = None  # this attempt's; None: not started, or off
         self._left = self._everywhere(lambda: generations.read_index(run))  # of former attempts
         self._recovery: Recovery | None = None  # keeps the mapping of what was restored
-        self._link: _GuardLink | None = None
+        self._link: GuardLink | None = None
         self._addresses: list[tuple[str, int]] = []
         self._nodes: list[str] = []
         self._plan: image.Plan | None = None
@@ -211,10 +204,10 @@ class MemoryTier:
         token = self._everywhere(lambda: secrets.token_bytes(32))
         name = self._everywhere(lambda: secrets.token_hex(16))
         self._nodes = self._gather(platform.node())
-        address = "127.0.0.1" if len(set(self._nodes)) == 1 else _own_address(self.env)
+        address = own_address(self.env, self._nodes)
         problem = ""
         try:
-            self._link = _GuardLink(self.root, address=address, token=token, hold_s=self.hold_s)
+            self._link = GuardLink(self.root, address=address, token=token, hold_s=self.hold_s)
         except (OSError, UnusableError) as error:
             problem = f"no guard could be started: {error}"
         here = (self._link.folder.name, address, self._link.port) if self._link else ("", "", 0)
@@ -303,6 +296,7 @@ class MemoryTier:
         self.statistics.bytes = self._plan.length
         self.statistics.copy_s = time.perf_counter() - began
         self._recall(link)
+        _log.debug("snapshot of step %d: blocked for %.1f ms", step, 1e3 * self.statistics.copy_s)
         return True
 
     def wait(self, *, timeout_s: float = 60.0) -> bool:
@@ -320,7 +314,7 @@ class MemoryTier:
             for slot in snapshot_files.SLOTS:
                 snapshot_files.uncommit(self._link.folder, slot)
 
-    def _recall(self, link: _GuardLink) -> None:
+    def _recall(self, link: GuardLink) -> None:
         self.statistics.digest_s = link.last.get("digest_s", 0.0)
         self.statistics.exchange_s = link.last.get("exchange_s", 0.0)
 
@@ -388,123 +382,3 @@ class MemoryTier:
             f"{self.root} has {free >> 20} of {whole >> 20} MiB free, this node's ranks need {needed >> 20} for a slot"
         )
         return next((text for text in self._gather(problem if lacks else "") if text), "")
-
-
-class _GuardLink:
-    """The guard's process as its trainer sees it.
-
-    Raises:
-        OSError, UnusableError: it does not start.
-    """
-
-    def __init__(self, root: Path, *, address: str, token: bytes, hold_s: float) -> None:
-        self.folder = snapshot_files.create_folder(root)
-        self.problem = ""  # why it is of no use any more
-        self.last: dict[str, float] = {}
-        self._lines = b""
-        self._ordered = self._committed = 0
-        self._since = 0.0
-        self._control, theirs = socket.socketpair()
-        log = os.open(self.folder / snapshot_files.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", guard.__name__],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,  # whoever ends this rank with its process group must not end the guard
-            )
-            setup = {
-                "folder": str(self.folder),
-                "address": address,
-                "token": token.hex(),  # through a socket pair: no other user can read it, as they could arguments
-                "hold_s": hold_s,
-                "trainer": os.getpid(),
-            }
-            self._control.sendall(json.dumps(setup).encode() + b"\n")
-            theirs.close()
-            self.port = 0
-            deadline = time.monotonic() + _START_S
-            while not self.port and not self.problem and time.monotonic() < deadline:
-                self._read(deadline - time.monotonic())
-            if not self.port:
-                raise UnusableError(self.problem or "it did not answer")
-        except BaseException:
-            theirs.close()
-            snapshot_files.remove_folder(self.folder)
-            raise
-        finally:
-            os.close(log)
-
-    @property
-    def pending_s(self) -> float:
-        """For how long the newest snapshot has not been committed; 0: it is."""
-        return 0.0 if self._ordered == self._committed else max(time.monotonic() - self._since, 1e-9)
-
-    def order(self, order: str, **fields: Any) -> None:
-        """Tell the guard; a dead one is noticed by `listen`."""
-        with contextlib.suppress(OSError):
-            self._control.settimeout(_ORDER_S)
-            self._control.sendall(json.dumps({"order": order, **fields}).encode() + b"\n")
-
-    def order_snapshot(self, *, serial: int, slot: int, step: int, length: int) -> None:
-        """A slot has been written."""
-        self._ordered, self._since = serial, time.monotonic()
-        self.order("snapshot", serial=serial, slot=slot, step=step, length=length)
-
-    def listen(self, *, until_committed_s: float = 0.0) -> None:
-        """Take in what the guard has said; wait for a commit for so long."""
-        deadline = time.monotonic() + until_committed_s
-        while not self.problem and self._read(max(0.0, deadline - time.monotonic()) if self.pending_s else 0.0):
-            pass
-
-    def _read(self, timeout_s: float) -> bool:
-        """One look at the socket; whether anything came."""
-        self._control.settimeout(timeout_s)
-        try:
-            received = self._control.recv(1 << 16)
-        except (TimeoutError, BlockingIOError):
-            return False
-        except OSError:
-            received = b""
-        if not received:
-            self.problem = self.problem or f"the guard died: {self._last_words()}"
-            return False
-        *lines, self._lines = (self._lines + received).split(b"\n")
-        for line in lines:
-            said = json.loads(line)
-            if "port" in said:
-                self.port = int(said["port"])
-            elif "failed" in said:
-                self.problem = f"a snapshot failed: {said['reason']}"
-            elif "committed" in said:
-                self._committed, self.last = int(said["committed"]), said
-        return True
-
-    def _last_words(self) -> str:
-        try:
-            lines = (self.folder / snapshot_files.LOG).read_text(errors="replace").strip().splitlines()
-        except OSError:
-            lines = []
-        return lines[-1] if lines else "it left no message"
-
-    def finish(self) -> None:
-        """The guard ends and takes its folder with it; if it does not, it is done from here."""
-        self.order("finish")
-        self._control.close()
-        try:
-            self._process.wait(timeout=10.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        snapshot_files.remove_folder(self.folder)
-
-
-def _own_address(env: RankEnv) -> str:
-    """This node's address on the network that leads to rank 0."""
-    if env.master_addr in _LOOPBACK:
-        return "127.0.0.1"
-    family, kind, _, _, target = socket.getaddrinfo(env.master_addr, env.master_port or 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing: asks the routing table
-        return str(probe.getsockname()[0])

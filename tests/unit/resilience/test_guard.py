@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from mmscale.resilience import snapshot_files, wire
+from mmscale.resilience.guard_link import own_address
 from mmscale.resilience.snapshot_files import Marker, UnusableError
+from mmscale.runtime.rank_env import RankEnv
 
 TOKEN = b"t" * 32
 MARKER = Marker(
@@ -167,3 +169,17 @@ def test_files_have_pages_before_they_are_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(file)
     with pytest.raises(UnusableError):
         snapshot_files.map_file(tmp_path / "link")
+
+
+def test_guards_of_one_node_listen_on_loopback_and_others_where_they_can_be_reached() -> None:
+    assert own_address(RankEnv(rank=0, world_size=2), ["a", "a"]) == "127.0.0.1"
+    # A route leads to a public address wherever this machine has a network at all; nothing is sent to it.
+    env = RankEnv(rank=0, world_size=2, master_addr="192.0.2.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            wanted = probe.getsockname()[0]
+        except OSError:
+            wanted = "127.0.0.1"
+    assert own_address(env, ["a", "b"]) == wanted
+    assert own_address(RankEnv(rank=0, world_size=2, master_addr="localhost"), ["a", "127.0.0.1"]) == "127.0.0.1"

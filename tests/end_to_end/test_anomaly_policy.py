@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from mmscale.data.loader import StepBatch
 from mmscale.data.mixture import MicroBatch, Mixture
 from mmscale.train.hooks import LogHook
-from mmscale.train.loop import StepReport
+from mmscale.train.loop import StepReport, Trainer
 from mmscale.train.metrics import METRICS, read_events, read_metrics
 from mmscale.train.state import TrainState
 from tests.end_to_end.running import assert_says, mmscale
@@ -120,3 +122,26 @@ def test_nothing_but_bad_data_ends_with_status_5(config: Path, tmp_path: Path, m
     ended = mmscale("train", config, f"run.dir={tmp_path}", *settings)
     assert ended.status == 0 and "goes on after step 2 of 6" in ended.err, ended
     assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "tiny"))
+
+
+def test_a_rank_that_diverged_is_named(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one norm on rank 1, in step 4: found there, before that step is saved. Two ranks: both named."""
+    advance = Trainer._advance
+
+    def flip(self: Trainer, batch: StepBatch) -> None:
+        advance(self, batch)
+        if self.state.step == 4 and torch.distributed.get_rank() == 1:
+            (norm,) = (p for n, p in self.stepper.chunks[0].named_parameters() if n.endswith("final_layernorm.weight"))
+            norm.data.view(torch.int32)[0] ^= 1
+
+    settings = ("train.steps=6", "train.eval_every=0", "checkpoint.every=2", "resilience.parameter_hash_every=2")
+    with monkeypatch.context() as only_here:
+        only_here.setattr(Trainer, "_advance", flip)
+        ended = mmscale("train", config, f"run.dir={tmp_path}", *settings, nproc=2)
+    cause = "step 4: parameters differ from their replicas on one of these, .*: rank 0 on .*, rank 1 on"
+    assert_says(ended, status=5, cause=cause, remedy="without that node")
+    told = [event for event in read_events(tmp_path / "tiny") if event["event"] == "diverged_rank"]
+    assert [(event["rank"], event["certain"], event["step"]) for event in told] == [(0, False, 4), (1, False, 4)]
+    assert told[0]["parameters"][0].endswith("final_layernorm.weight") and told[0]["parameters_total"] == 1
+    ended = mmscale("train", config, f"run.dir={tmp_path}", *settings, nproc=2)
+    assert ended.status == 0 and "goes on after step 2 of 6" in ended.err, ended

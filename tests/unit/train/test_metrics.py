@@ -64,6 +64,24 @@ def test_latest_attempt_of_a_step_counts(tmp_path: Path) -> None:
     assert read_metrics(tmp_path)[1]["loss"] == 0.5
 
 
+def test_latest_roll_back_of_an_attempt_counts(tmp_path: Path) -> None:
+    """Step 30 is done again within the attempt, and once more in another one, which beats any roll-back."""
+    log = MetricsLog(tmp_path, attempt=1)
+    for step in (10, 20, 30):
+        log.write(step, {"loss": 1.0})
+    log.write(30, {"eval/loss": 1.5})
+    log.rolled_back(1)
+    log.write(30, {"eval/loss": 2.5})
+    log.write(30, {"loss": 2.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 10, "attempt": 1, "loss": 1.0},
+        {"step": 20, "attempt": 1, "loss": 1.0},
+        {"step": 30, "attempt": 1, "rollback": 1, "loss": 2.0, "eval/loss": 2.5},
+    ]
+    MetricsLog(tmp_path, attempt=2).write(30, {"loss": 3.0})
+    assert read_metrics(tmp_path)[-1] == {"step": 30, "attempt": 2, "loss": 3.0}
+
+
 def test_held_out_line_joins_its_step(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, attempt=1)
     log.write(10, {"eval/loss/text": 2.0})
@@ -118,9 +136,12 @@ def test_tensorboard_drops_what_was_rolled_back(tmp_path: Path) -> None:
     first.close()
     second = MetricsLog(tmp_path, attempt=2, tensorboard=True)
     second.write(20, {"loss": 0.5})
+    second.write(30, {"loss": 9.0})
+    second.rolled_back(1)
+    second.write(30, {"loss": 0.25})
     second.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 1.0), (20, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 1.0), (20, 0.5), (30, 0.25)]
 
 
 # --- environment.json -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.load import resolve
 from mmscale.errors import CheckpointError
+from mmscale.resilience.anomaly import AnomalyHistory
 from mmscale.train.state import TrainState
 
 MOMA: dict[str, Any] = {
@@ -45,6 +46,19 @@ def test_the_counters_go_out_and_come_back() -> None:
     other = TrainState([], None)
     other.restore(kept)
     assert other == TrainState([], None, 7, 56, 1000, {"text": 600, "image": 400})
+
+
+def test_anomalies_go_out_and_come_back_and_may_be_missing() -> None:
+    """A checkpoint from before they were kept is no reason to refuse: nothing was skipped then."""
+    history = AnomalyHistory(series={"loss": [0.1, 1 / 3]}, counts={"skip": 1}, spent=1, skipped=[[8, 16]])
+    kept = TrainState([], None, step=7, anomalies=history).sharded(loading=False)
+    assert json.loads(json.dumps(kept)) == kept
+    other = TrainState([], None)
+    other.restore(kept)
+    assert other.anomalies == history and other.anomalies is not history
+    del kept["progress"]["anomalies"]
+    other.restore(kept)  # as on a roll-back, which must not keep what was there
+    assert (other.step, other.anomalies) == (7, AnomalyHistory())
 
 
 def test_loading_asks_for_no_counters() -> None:

@@ -7,6 +7,7 @@ the main one. The main model's gradients, their norm and its optimizer never mee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from mmscale.config import Config
 from mmscale.model.auxiliary import RouterLearning, calibrated, is_routers_key, ratios, routers_of
+from mmscale.runtime import device
 from mmscale.train.batch import Batch
-from mmscale.train.optim import load_optimizer, make_optimizer, set_learning_rate
+from mmscale.train.optim import apply, load_optimizer, make_optimizer, measure, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,11 @@ class AuxiliaryTrainer:
             for (_, record), number in zip(records, decisions, strict=True):
                 for parameter in record.router.parameters():
                     parameter.main_grad.div_(number.clamp(min=1.0))  # type: ignore[attr-defined]
+        norm, _ = measure(self.optimizer, torch.zeros(1, 2, device=device.taken()), self.groups)
+        if not math.isfinite(norm):
+            return RouterStep(grad_norm=norm, applied=False)
         set_learning_rate(self.optimizer, self.config, lr)
-        applied, norm, _ = self.optimizer.step()
-        return RouterStep(grad_norm=float(norm or 0.0), applied=bool(applied))
+        return RouterStep(grad_norm=norm, applied=apply(self.optimizer, norm))
 
     def figures(self) -> Figures:
         """What the last step's batches showed of every router of the model; every rank calls it."""

@@ -133,6 +133,16 @@ BROKEN = [
         "train.global_batch_size = 8 is not divisible by train.micro_batch_size = 3",
     ),
     ({"optim__warmup": 11, "train__steps": 10}, "optim.warmup = 11 steps is more than train.steps = 10"),
+    (
+        {"auxiliary__optim__warmup": 11, "auxiliary__steps": 10},
+        "auxiliary.optim.warmup = 11 steps is more than auxiliary.steps = 10",
+    ),
+    (
+        {"auxiliary__global_batch_size": 3, "auxiliary__micro_batch_size": 2},
+        "auxiliary: the global batch of 3 sequences",
+    ),
+    ({"model__auxiliary__mode": "stage"}, "sets by itself"),
+    ({"model__experts__threshold_decay": 1.0}, "threshold_decay = 1 never moves"),
     ({"optim__min_lr": 1.0}, "optim.min_lr = 1 is above optim.lr = 0.0001"),
     (
         {"optim__schedule": "wsd", "optim__warmup": 6, "optim__decay": 6, "train__steps": 10},

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmscale.config import Config, ModelConfig
-from mmscale.model.auxiliary import BINS, AuxiliaryRouter, RouterLearning, calibrated, ratios
+from mmscale.model.auxiliary import BINS, AuxiliaryRouter, RouterLearning, calibrated, ratios, routers_of
 from mmscale.model.layer import DepthLayer
 from mmscale.model.mixed_modal import MixedModalParams, Routing
 from mmscale.model.thresholds import Cutoffs, Thresholds, cutoffs, move
+from mmscale.plan import count_parameters
 from tests.unit.model.comparison import TOLERANCE, params_of, relative, run_layer, run_model
 from tests.unit.model.reference import (
     Batch,
@@ -303,6 +304,14 @@ def test_routers_change_no_other_weight(build: Callable[..., GPTModel]) -> None:
         assert torch.equal(parameter, others[name]), name
     assert all(float(p.abs().sum()) > 0 for p in with_them.parameters())
     assert {float(b.mean()) for n, b in with_them.named_buffers() if n.endswith(".threshold")} == {0.5}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plan_counts_them(name: str, build: Callable[..., GPTModel]) -> None:
+    model = build(MODELS[name], randomised=False)
+    counted = count_parameters(MODELS[name])
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    assert counted.as_dict()["auxiliary_routers"] == sum(p.numel() for r in routers_of(model) for p in r.parameters())
 
 
 def test_thresholds_stay_fp32_in_a_bf16_model(build: Callable[..., GPTModel]) -> None:

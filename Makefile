@@ -16,12 +16,13 @@ EVALS := $(VENV)/.installed-evals
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help quickstart test lint pytest clean
+.PHONY: help quickstart test lint pytest soak clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate and draw on this machine"
 	@echo "make test         install, lint and run all tests"
 	@echo "make lint         ruff, mypy and import contracts only"
+	@echo "make soak         200 random kills of a run, which ends with the same numbers"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
 
 # Depends on what decides the packages; installing twice changes nothing.
@@ -63,6 +64,11 @@ lint: $(STAMP)
 
 pytest: $(STAMP) $(EVALS)
 	$(BIN)/python -m pytest
+
+# The suite does 30.
+KILLS := 200
+soak: $(STAMP)
+	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/end_to_end/test_kills.py -k random
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

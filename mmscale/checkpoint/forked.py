@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,18 +58,19 @@ class Forked:
         parent = os.getpid()
         self._pipe, sending = os.pipe()
         os.set_blocking(self._pipe, False)
+        # A request to stop must not reach the child before it says that it ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
-            pid = os.fork()
+            self.pid = os.fork()
+            if self.pid == 0:
+                _be_child(work, sending, parent, mask=before)
         except OSError as error:
             os.close(self._pipe)
-            os.close(sending)
             self._running, self.pid = False, -1
             self.problem = f"{name} could not be started: {error.strerror}"
-            return
-        if pid == 0:
-            _be_child(work, sending, parent)
-        os.close(sending)
-        self.pid = pid
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(sending)
 
     @property
     def running(self) -> bool:
@@ -145,13 +146,14 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _be_child(work: Callable[[Tell], Any], sending: int, parent: int) -> None:
+def _be_child(work: Callable[[Tell], Any], sending: int, parent: int, *, mask: Iterable[int]) -> None:
     """The child's whole life; it never returns into the parent's code."""
     status = 1
     try:
         die_with(parent)
         for number in _STOP_SIGNALS:  # a request to stop goes to the trainer, which waits for this process
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         gc.disable()  # collecting what the parent left would copy its pages, and may wait for its threads
         torch.set_num_threads(1)  # the parent's OpenMP threads do not exist here
 

@@ -120,8 +120,8 @@ class Saver:
         retention: what is kept when one more is committed.
         on_event: told events with their fields, on rank 0: "save_begin", "save_committed", "save_failed",
             "save_skipped".
-        on_point: told a place and the step there: "save" in the trainer, "write" before every write of a writer,
-            "commit" before a commit. Tests fail there.
+        on_point: told a place and the step there: "save" and "finalize" in the trainer, "write" before every write of
+            a writer, "commit" before a commit. Tests fail there.
 
     Attributes:
         verified: steps that were hashed while they were written.
@@ -317,6 +317,7 @@ class Saver:
     def _commit(self, flight: _Flight) -> None:
         """All ranks have written: rank 0 gathers what, and has it committed."""
         assert flight.task is not None
+        self.on_point("finalize", flight.step)
         first = self._rank == 0
         parts: list[Any] | None = [None] * self._size if first else None
         torch.distributed.gather_object(flight.task.result, parts)

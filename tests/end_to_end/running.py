@@ -46,7 +46,7 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) ->
 
     folder = Path(tempfile.mkdtemp(prefix="mmscale-forked-"))
     port = free_port()
-    pids = [_fork([str(argument) for argument in arguments], rank, nproc, port, folder) for rank in range(nproc)]
+    pids = [fork([str(argument) for argument in arguments], rank, nproc, port, folder) for rank in range(nproc)]
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + timeout_s
     try:
@@ -70,7 +70,7 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) ->
     return Ended(statuses[0], texts["0.out"], texts["0.err"], others)
 
 
-def _fork(arguments: list[str], rank: int, nproc: int, port: int, folder: Path) -> int:
+def fork(arguments: list[str], rank: int, nproc: int, port: int, folder: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

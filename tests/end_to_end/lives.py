@@ -1,0 +1,108 @@
+"""Lives of a run whose ranks are killed: forked ranks of `mmscale train`, which a test may end as it likes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from mmscale.resilience.inject import VARIABLE
+from mmscale.runtime.rank_env import free_port
+from tests.end_to_end.running import fork
+
+PATIENCE_S = 60.0
+
+
+@dataclass
+class Life:
+    """One attempt of forked ranks, each in a process group of its own with whatever it starts.
+
+    Attributes:
+        statuses: exit statuses by rank, negative for a signal.
+        said: what rank 0 wrote on stderr, at the end.
+    """
+
+    arguments: list[str]
+    nproc: int = 2
+    faults: str = ""
+    statuses: dict[int, int] = field(default_factory=dict)
+    said: str = ""
+
+    def __post_init__(self) -> None:
+        import mmscale.train.run  # noqa: F401  what forks would import one by one
+
+        self._folder = Path(tempfile.mkdtemp(prefix="mmscale-life-"))
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = self.faults
+        try:
+            port = free_port()
+            self.pids = [fork(self.arguments, rank, self.nproc, port, self._folder) for rank in range(self.nproc)]
+        finally:
+            del os.environ[VARIABLE]
+            if before is not None:
+                os.environ[VARIABLE] = before
+        for pid in self.pids:
+            os.setpgid(pid, pid)
+
+    def send(self, number: int, rank: int | None = None) -> None:
+        """A signal to one rank, or to all of them at once; to the ranks alone, not to their writers."""
+        for other, pid in enumerate(self.pids):
+            if rank in (None, other) and other not in self.statuses:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def poll(self) -> bool:
+        """Whether any rank is alive."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                self.statuses[rank] = os.waitstatus_to_exitcode(ended[1])
+        return len(self.statuses) < self.nproc
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something while it runs, or for its end."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.poll() and not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.002)
+
+    def end(self) -> dict[int, int]:
+        """Wait for the end of all ranks; whoever is left by then is killed, and that is an error.
+
+        When a rank is lost the launcher ends the others: this one gives them time to notice by themselves.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while self.poll():
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+                raise AssertionError(f"ranks hang: {self.statuses}")
+            time.sleep(0.002)
+        said = self._folder / "0.err"  # a rank may be killed before it opens it
+        self.said = said.read_text() if said.exists() else ""
+        shutil.rmtree(self._folder)
+        return self.statuses
+
+    def left_behind(self) -> list[int]:
+        """Processes that the ranks have started and that have not ended with them, after a moment for the kernel."""
+        deadline = time.monotonic() + PATIENCE_S
+        while alive := [pid for pid in psutil.pids() if _group(pid) in self.pids]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.002)
+        return alive
+
+
+def _group(pid: int) -> int | None:
+    try:
+        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return None
+        return os.getpgid(pid)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None

@@ -1,0 +1,64 @@
+"""Faults on request: what is understood, what is refused, and what happens at a place."""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+import pytest
+
+from mmscale.errors import ConfigError
+from mmscale.resilience.inject import VARIABLE, Fault, Faults
+
+
+def faults(text: str, rank: int = 0) -> Faults:
+    return Faults.of_rank(rank, {VARIABLE: text})
+
+
+def test_without_the_variable_nothing_happens() -> None:
+    none = Faults.of_rank(0, {})
+    assert none.faults == []
+    none.at("write", 1)
+
+
+def test_faults_belong_to_ranks_steps_and_places() -> None:
+    text = "1:4:write:ENOSPC, *:5:save:slow=0.5,0:*:step:kill"
+    assert faults(text, 1).faults == [Fault(1, 4, "write", "ENOSPC"), Fault(None, 5, "save", "slow", 0.5)]
+    assert [fault.place for fault in faults(text, 0).faults] == ["save", "step"]
+    refused = faults("*:4:write:ENOSPC")
+    refused.at("write", 3)
+    refused.at("save", 4)
+    for _ in range(2):  # a full disk stays full
+        with pytest.raises(OSError, match="No space left") as raised:
+            refused.at("write", 4)
+        assert raised.value.errno == errno.ENOSPC
+
+
+def test_a_signal_at_a_step_comes_once() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: received.append(number))
+    try:
+        asked = faults("0:2:step:usr2")
+        for step in (1, 2, 2, 3):
+            asked.at("step", step)
+        assert received == [signal.SIGUSR2]
+        asked = faults("0:*:step:usr2")
+        for step in (1, 2):
+            asked.at("step", step)
+        assert len(received) == 3
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.parametrize("text", ["write", "a:1:write:EIO", "0:1:write:slow=fast", "0:1:write"])
+def test_what_is_no_fault(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{VARIABLE}: {text!r} is no fault") as raised:
+        faults(text)
+    assert "RANK:STEP:PLACE:ACTION" in raised.value.remedy
+
+
+@pytest.mark.parametrize("text", ["0:1:wrong:EIO", "0:1:write:EWRONG"])
+def test_places_and_actions_that_do_not_exist(text: str) -> None:
+    with pytest.raises(ConfigError, match="there is no") as raised:
+        faults(text)
+    assert "commit" in raised.value.remedy and "ENOSPC" in raised.value.remedy

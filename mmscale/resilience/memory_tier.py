@@ -29,6 +29,7 @@ from mmscale.resilience.generations import Generation
 from mmscale.resilience.guard_link import GuardLink, own_address
 from mmscale.resilience.restore import Recovery
 from mmscale.resilience.snapshot_files import UnusableError
+from mmscale.runtime import host_memory
 from mmscale.runtime.rank_env import RankEnv
 
 _log = logging.getLogger(__name__)
@@ -339,9 +340,10 @@ class MemoryTier:
         files = {snapshot_files.image_file(folder, slot): self._plan.length}
         if chunk:
             files[snapshot_files.parity_file(folder, slot)] = chunk
-        if self._left and self._no_space(files):
+        if self._left and self._no_space(chunk):
             self.discard()  # better a new snapshot than an old one
-        problem = self._no_space(files)
+            self._gather(None)  # by all ranks, before anyone looks again
+        problem = self._no_space(chunk)
         if not problem:
             try:
                 self._buffers.pop(slot, None)
@@ -371,14 +373,21 @@ class MemoryTier:
             )
         return True
 
-    def _no_space(self, files: Mapping[Path, int]) -> str:
-        """Whether this node's ranks together need more than the file system has to give. Every rank calls it."""
+    def _no_space(self, chunk: int) -> str:
+        """Whether this node's ranks together need more for their slots than there is. Every rank calls it.
+
+        Args:
+            chunk: bytes of this rank's parity.
+        """
+        assert self._plan is not None and self._link is not None
+        folder, slots = self._link.folder, snapshot_files.SLOTS
+        files = [
+            make(folder, slot) for slot in slots for make in (snapshot_files.image_file, snapshot_files.parity_file)
+        ]
         there = sum(file.stat().st_blocks * 512 for file in files if file.exists())
         free, whole = snapshot_files.free_bytes(self.root)
-        wanted = self._gather(sum(files.values()) - there)
+        left = min(free - int(_SPARE * whole), host_memory.available())
+        wanted = self._gather(len(slots) * (self._plan.length + chunk) - there)
         needed = sum(want for want, node in zip(wanted, self._nodes, strict=True) if node == self._nodes[self.env.rank])
-        lacks = needed > free - _SPARE * whole
-        problem = (
-            f"{self.root} has {free >> 20} of {whole >> 20} MiB free, this node's ranks need {needed >> 20} for a slot"
-        )
-        return next((text for text in self._gather(problem if lacks else "") if text), "")
+        problem = f"this node's ranks need {needed >> 20} MiB of {self.root}, {max(0, left) >> 20} MiB can be taken"
+        return next((text for text in self._gather(problem if needed > left else "") if text), "")

@@ -1,0 +1,60 @@
+"""How much memory processes of this machine may still take: the machine's, and what its control groups allow.
+
+Reads /proc and /sys only; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def available(*, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
+    """Bytes until something is killed for memory: by the machine, or by a control group (SLURM, containers).
+
+    Page cache that can be dropped does not count as taken. What cannot be read does not limit.
+
+    Args:
+        proc: where procfs is mounted.
+        cgroups: where control groups are mounted, version 1 or 2.
+    """
+    return max(0, min([_of_machine(proc), *_of_groups(proc, cgroups)]))
+
+
+def _of_machine(proc: Path) -> int:
+    for line in _text(proc / "meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def _of_groups(proc: Path, cgroups: Path) -> Iterator[int]:
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while folder.is_relative_to(root):  # every group above it limits too
+            yield from _left(folder, *names)
+            folder = folder.parent
+
+
+def _left(folder: Path, limit: str, usage: str, inactive: str) -> Iterator[int]:
+    most, taken = _text(folder / limit).strip(), _text(folder / usage).strip()
+    if most.isdigit() and taken.isdigit():
+        pairs = (line.split() for line in _text(folder / "memory.stat").splitlines())
+        dropped = next((int(pair[1]) for pair in pairs if pair[0] == inactive), 0)
+        yield int(most) - int(taken) + dropped
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -23,7 +23,9 @@ class RMSNorm(nn.Module):
             and megatron's finalize_model_grads sums it over them.
         hidden_size: size of the last dimension.
         eps: added to the mean square.
-        replicated: the input is whole on every tensor-parallel rank, so the gradient is whole too.
+        replicated: the input is whole on every tensor-parallel rank, so the gradient is whole too. Each rank gives its
+            share of it all the same: kernels whose sums have no fixed order (scatter on CUDA) would let the copies
+            drift apart, and what is summed is equal on all ranks.
     """
 
     def __init__(
@@ -32,7 +34,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel and not replicated  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if replicated and config.sequence_parallel:
+            share = 1.0 / config.tensor_model_parallel_size
+            self.weight.register_hook(lambda gradient: gradient * share)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Any shape [..., hidden_size], same out."""

@@ -115,9 +115,18 @@ def read(folder: Path, box: Box | None = None) -> Tensor:
         ValueError: a chunk or the array's description is damaged; the text names the file.
     """
     array = _open(folder, open=True)
-    found = (array if box is None else array[box]).read(order="C").result()
     dtype = getattr(torch, array.dtype.name)
-    return torch.from_numpy(np.asarray(found).view(_BITS[dtype.itemsize][1])).view(dtype)
+    if box is not None:
+        return _to_torch(np.asarray(array[box].read(order="C").result()), dtype)
+    # One shard after the other: tensorstore reads faster than it decodes, and would hold the array twice.
+    whole = np.empty(array.shape, dtype=array.dtype.numpy_dtype)
+    for part in boxes(array.shape, array.chunk_layout.write_chunk.shape):
+        whole[part] = array[part].read(order="C").result()
+    return _to_torch(whole, dtype)
+
+
+def _to_torch(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(array.view(_BITS[dtype.itemsize][1])).view(dtype)
 
 
 def shard_files(metadata: dict[str, Any]) -> list[str]:

@@ -98,7 +98,10 @@ def writing(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as failed:
+        error = failed if isinstance(failed, OSError) else failed.__context__  # torch.save hides what stopped it
+        if not isinstance(error, OSError):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}",

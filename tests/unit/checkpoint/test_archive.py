@@ -1,0 +1,406 @@
+"""Archives: the same tensors back, partly too; damage is found; killed or out of room, nothing is taken for whole.
+
+tensorstore works in no fork of a process that has used it: here it is used in forks only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints_tools import copying, folders
+from checkpoints_tools.sources import open_source
+from checkpoints_tools.values import find, values
+from mmscale.checkpoint import archive, arrays, integrity, plain, publish, rewrite
+from mmscale.checkpoint.archive import ArchiveTensors
+from mmscale.checkpoint.arrays import Grid
+from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.tensors import TensorSource, open_tensors, origin_of
+from mmscale.errors import CheckpointError
+from mmscale.runtime import groups
+from mmscale.runtime.rank_env import RankEnv
+from tests.support import run_ranks
+
+W1 = "decoder.layers.3.mlp.experts.image.w1"
+SMALL = Grid(chunk_bytes=1 << 13, shard_bytes=1 << 14)
+SETTINGS = {0: {"betas": (0.9, 0.95)}, "step": 7, "scale": 0.1 + 0.2, "none": None}
+
+
+class State:
+    """Tensors of several types; every rank holds half of each."""
+
+    def __init__(self, scale: int = 1) -> None:
+        self.step = 7
+        self.scale = scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        made = torch.Generator().manual_seed(0)
+        found = {
+            "embedding.weight": torch.randn(64, 8, generator=made).bfloat16(),
+            W1: torch.randn(4, 64 * self.scale, 2, 16, generator=made),
+            "decoder.layers.3.mlp.experts.image.w2": torch.randn(4, 16, 64, generator=made),
+            "odd/name %": torch.arange(10),
+            "zeros.bias": torch.zeros(6, dtype=torch.float16),
+        }
+        return found | {f"optimizer.state.exp_avg.{W1}": found[W1] * 0.5}
+
+    def sharded(self, *, loading: bool) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        rank = torch.distributed.get_rank()
+
+        def half(name: str, tensor: Tensor) -> Any:
+            return ShardedTensor.from_rank_offsets(name, tensor.chunk(2)[rank].contiguous(), (0, rank, 2))
+
+        parts: dict[str, Any] = {name: half(name, tensor) for name, tensor in self.tensors().items()}
+        return {**parts, "optimizer": SETTINGS, "progress": {"step": 7, "sequences": 70}}
+
+    def restore(self, loaded: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one checkpoint, written by two ranks."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+
+    def save(ranks: RankEnv) -> None:
+        groups.start(ranks)
+        groups.initialize_layout()
+        info = {"shape": {"vocab.modalities": [["text", 8]]}, "config": {"run": {"name": "old", "seed": 1}}}
+        checkpoints = CheckpointManager(folder, every=1, keep=9, attempt=2, info=info, on_event=lambda *_, **__: None)
+        checkpoints.save(State())
+
+    run_ranks(save, world_size=2)
+    return folder
+
+
+def forked(function: Callable[[], Any], *, ended_by: signal.Signals | None = None) -> None:
+    """Call it in a fork of this process, which ends well, or by a signal."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == (-ended_by if ended_by else 0), f"the fork ended with {status}; its traceback is above"
+
+
+@pytest.fixture(scope="module")
+def made(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive of it with small chunks: one of w1's experts is a chunk, two are a shard."""
+    out = tmp_path_factory.mktemp("archives") / "made"
+    forked(lambda: archive.write(open_tensors(run), out, grid=SMALL, code_version="0.1+abc"))
+    return out
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "archive"))
+
+
+def assert_same(one: TensorSource, other: TensorSource) -> None:
+    assert one.names() == other.names()
+    for name in one.names():
+        assert one.entry(name) == other.entry(name)
+        assert torch.equal(one.read(name), other.read(name)), name
+    assert one.common() == other.common() and one.objects() == other.objects()
+
+
+def test_the_same_comes_back(run: Path, made: Path, tmp_path: Path) -> None:
+    def check() -> None:
+        source, kept = open_tensors(run), ArchiveTensors(made)
+        wanted = State().tensors()
+        assert kept.names() == sorted(wanted) and all(torch.equal(kept.read(name), wanted[name]) for name in wanted)
+        assert_same(source, kept)
+        assert kept.common()["optimizer"] == SETTINGS
+        assert kept.info()["step"] == kept.step == 7 and kept.manifest().attempt == 2
+        parent = kept.manifest().origin["parents"][0]  # type: ignore[index]
+        assert (parent["path"], parent["step"]) == (str(source.path), 7)
+        assert parent["manifest"] == integrity.text_digest(source.manifest().text())
+        back = copying.restore(made, tmp_path / "restored")
+        assert_same(source, open_tensors(tmp_path / "restored"))
+        assert back["origin"]["parents"][0]["origin"] == kept.manifest().origin
+        assert back["contents"] == "training" and not (Path(back["path"]) / "rng").exists()
+        assert "name: restored" in (tmp_path / "restored" / "config.yaml").read_text()
+
+    forked(check)
+
+
+def test_other_readers_read_it(made: Path) -> None:
+    """It is zarr v3, whoever reads it (zarr-python knows no bfloat16)."""
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(str(made / "tensors"), mode="r")
+    assert (torch.from_numpy(group[W1][:]) == State().tensors()[W1]).all()
+    assert group[W1].chunks == (1, 64, 2, 16) and group[W1].shards == (2, 64, 2, 16)
+
+
+def test_weights_only(run: Path, tmp_path: Path) -> None:
+    def check() -> None:
+        assert copying.archive(run, 7, tmp_path / "out", weights=True)["contents"] == "weights"
+        kept = ArchiveTensors(tmp_path / "out")
+        assert kept.names() == open_tensors(run).names(weights=True) and len(kept.names()) == 5
+        assert kept.common() == {"progress": {"step": 7, "sequences": 70}}
+        assert copying.restore(tmp_path / "out", tmp_path / "run")["contents"] == "weights"
+
+    forked(check)
+
+
+def test_reshard_cuts_tensors_into_other_files(run: Path, made: Path, tmp_path: Path) -> None:
+    def check() -> None:
+        source = open_tensors(run)
+        rewrite.into_run(source, tmp_path / "run", origin=origin_of("reshard", [source]), files=2, piece_bytes=5000)
+        assert_same(source, open_tensors(tmp_path / "run"))
+        assert len(list((tmp_path / "run").rglob("*.distcp"))) == 2
+        assert copying.reshard(made, None, tmp_path / "again", weights=True)["tensors"] == 5
+
+    forked(check)
+
+
+@pytest.mark.parametrize("kind", ["run", "archive"])
+def test_a_box_is_read_without_the_rest(run: Path, copied: Path, tmp_path: Path, kind: str) -> None:
+    """Of an archive: with every other chunk of the file damaged. Of a checkpoint: the file without the box is."""
+    path = copied if kind == "archive" else Path(shutil.copytree(run, tmp_path / "run"))
+    wanted = State().tensors()[W1]
+    if kind == "archive":
+        file = copied / "tensors" / W1 / "c" / "0" / "0" / "0" / "0"
+        content = bytearray(file.read_bytes())
+        chunk = 64 * 2 * 16 * 4 + 4  # with its crc32c; chunks may stand in any order
+        second = content.index(wanted[1].numpy().tobytes())
+        content[second + 100] ^= 1
+        assert len(content) >= 2 * chunk
+        file.write_bytes(content)
+    else:
+        (file,) = [f for f in path.rglob("__1_*.distcp") if wanted[2].numpy().tobytes() in f.read_bytes()]
+        content = bytearray(file.read_bytes())
+        content[-200] ^= 1
+        file.write_bytes(content)
+
+    def check() -> None:
+        source = open_source(path)
+        assert torch.equal(source.read(W1, [slice(0, 1), slice(3, 7), slice(0, 2), slice(0, 16)]), wanted[:1, 3:7])
+        found = values(path, name="decoder.layers.3.experts.image.w1", box="0,3:7,1,2")
+        assert found["values"] == wanted[0, 3:7, 1, 2].tolist() and found["name"] == W1
+        bad = "1" if kind == "archive" else "3"
+        with pytest.raises(CheckpointError, match="is damaged"):
+            values(path, name=W1, box=bad)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            source.read(W1)
+
+    forked(check)
+
+
+def test_every_flipped_bit_is_found(made: Path, copied: Path, tmp_path: Path) -> None:
+    """In every file: by verify without torch's help, and by a restore before anything is committed."""
+    files = [file for file in sorted(copied.rglob("*")) if file.is_file()]
+    assert len(files) > 15
+    for number, file in enumerate(files):
+        content = file.read_bytes()
+        position = (number * 7919) % len(content)
+        file.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+        assert not folders.verify(copied)["whole"], file
+        if number % 3 == 0 and file.name != "zarr.json":  # that of the group nobody needs
+
+            def restore() -> None:
+                with pytest.raises(CheckpointError, match=r"damaged|not an archive"):
+                    copying.restore(copied, tmp_path / "run")
+
+            forked(restore)
+            assert Store.of_run(tmp_path / "run").steps() == []
+        file.write_bytes(content)
+    assert folders.verify(copied)["whole"] and folders.verify(copied)["archive"]
+
+
+def test_missing_shards_do_not_read_as_zeros(copied: Path) -> None:
+    shard = f"tensors/{W1}/c/0/0/0/0"
+    (copied / shard).unlink()
+
+    def check() -> None:
+        with pytest.raises(CheckpointError, match="0/0/0/0 is missing"):
+            ArchiveTensors(copied)
+        manifest = integrity.read_manifest(copied)  # not even if the manifest does not know it
+        fewer = {name: record for name, record in manifest.files.items() if name != shard}
+        (copied / integrity.MANIFEST).write_text(integrity.Manifest(**{**vars(manifest), "files": fewer}).text())
+        with pytest.raises(CheckpointError, match="0/0/0/0 is missing"):
+            ArchiveTensors(copied).read(W1, [slice(2, 3), slice(0, 1), slice(0, 1), slice(0, 1)])
+
+    forked(check)
+
+
+def test_an_archive_of_another_version(copied: Path) -> None:
+    for found, said in ((2, "archive of format 2, this version reads format 1"), (None, "is not an archive")):
+        info = json.loads((copied / INFO).read_text()) | {"archive": found}
+        (copied / INFO).write_text(json.dumps(info))
+        manifest = integrity.read_manifest(copied)
+        files = integrity.digests(copied, integrity.sizes(copied))
+        (copied / integrity.MANIFEST).write_text(integrity.Manifest(**{**vars(manifest), "files": files}).text())
+        with pytest.raises(CheckpointError, match=said):
+            ArchiveTensors(copied)
+
+
+ARCHIVED = ["begin", "tensor", "write", "hash", "manifest", "fsync", "rename"]
+RESTORED = ["file", "write", "hash", "manifest", "fsync", "rename", "latest"]
+
+
+def killed_at(stage: str, seen: str) -> None:
+    if seen == stage:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("stage", ARCHIVED)
+def test_killed_while_archiving(run: Path, tmp_path: Path, stage: str) -> None:
+    """Nothing has the name until it is whole; the next one cleans up."""
+    out = tmp_path / "out"
+    at = functools.partial(killed_at, stage)
+    forked(lambda: archive.write(open_tensors(run), out, grid=SMALL, on_stage=at), ended_by=signal.SIGKILL)
+    if stage == "rename":
+        assert integrity.verify(out) == []
+        return
+    assert [entry.name.startswith("out.tmp.") for entry in tmp_path.iterdir()] == [True]
+    forked(lambda: archive.write(open_tensors(run), out, grid=SMALL))
+    assert integrity.verify(out) == [] and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("stage", RESTORED)
+def test_killed_while_restoring(made: Path, tmp_path: Path, stage: str) -> None:
+    store = Store.of_run(tmp_path / "run")
+    at = functools.partial(killed_at, stage)
+    forked(lambda: copying.restore(made, tmp_path / "run", on_stage=at), ended_by=signal.SIGKILL)
+    if stage not in ("rename", "latest"):
+        assert store.steps() == []
+        forked(lambda: copying.restore(made, tmp_path / "run"))
+    assert store.steps() == [7] and integrity.verify(store.path(7), step=7) == []
+
+
+def test_what_is_being_written_is_not_swept(tmp_path: Path) -> None:
+    with publish.folder(tmp_path / "out") as first, publish.folder(tmp_path / "out") as second:
+        assert first.is_dir() and second.is_dir() and first != second
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room(run: Path, made: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: one line of cause, and nothing is left."""
+
+    def check() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        for action in (
+            lambda: copying.archive(run, None, tmp_path / "out"),
+            lambda: copying.restore(made, tmp_path / "run"),
+        ):
+            with pytest.raises(CheckpointError, match="cannot be written: File too large") as raised:
+                action()
+            assert "make room" in raised.value.remedy
+
+    forked(check)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.tmp*"))
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == []
+
+
+def test_nothing_is_written_over(run: Path, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="exists already"):
+        copying.archive(run, None, made)
+    with pytest.raises(CheckpointError, match="has checkpoints already"):
+        copying.restore(made, run)
+    with pytest.raises(CheckpointError, match="is no archive"):
+        copying.restore(run, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="is an archive of step 7"):
+        open_source(made, 8)
+
+
+def test_names(made: Path) -> None:
+    source = ArchiveTensors(made)
+    assert find(source, "layers.3.experts.image.w2") == "decoder.layers.3.mlp.experts.image.w2"
+    with pytest.raises(CheckpointError, match="has no tensor decoder") as raised:
+        find(source, "decoder.layers.3.mlp.experts.image.w3")
+    assert "did you mean" in raised.value.remedy and "decoder.layers.3.mlp.experts.image.w2" in raised.value.remedy
+    for name in ("", "..", ".hidden", "../../x", "x" * 300):
+        with pytest.raises(CheckpointError, match="cannot be the name of a folder"):
+            archive.folder_of(name)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """6 tensors of 24 MiB: archiving, restoring and resharding take less than two of them and buffers."""
+    largest, number, buffers = 24 << 20, 6, 24 << 20
+
+    class Many:
+        path, step = tmp_path, 1
+
+        def names(self, *, weights: bool = False) -> list[str]:
+            return [f"w{index:02d}" for index in range(number)]
+
+        def entry(self, name: str) -> Any:
+            return archive.TensorEntry(name, (largest // 4096, 1024), torch.float32)
+
+        def read(self, name: str, region: Any = None) -> Tensor:
+            return torch.full((largest // 4096, 1024), float(name[1:]))
+
+        def manifest(self) -> integrity.Manifest:
+            return integrity.Manifest(1, 1, "", "", {}, {})
+
+        def info(self) -> dict[str, Any]:
+            return {}
+
+        common = objects = info
+
+    def peak_of(action: Callable[[], Any]) -> int:
+        def status(field: str) -> int:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+        before = status("VmRSS:")
+        Path("/proc/self/clear_refs").write_text("5")
+        action()
+        return status("VmHWM:") - before
+
+    def check() -> None:
+        grid = Grid(shard_bytes=2 << 20)
+        arrays.write(tmp_path / "warm", torch.zeros(3), grid=grid)
+        source: TensorSource = Many()
+        peaks = {"archive": peak_of(lambda: archive.write(source, tmp_path / "out", grid=grid))}
+        kept = ArchiveTensors(tmp_path / "out")
+        origin = origin_of("restore", [kept])
+        peaks["restore"] = peak_of(lambda: rewrite.into_run(kept, tmp_path / "run", origin=origin, piece_bytes=1 << 20))
+        one = open_tensors(tmp_path / "run")
+        peaks["reshard"] = peak_of(lambda: rewrite.into_run(one, tmp_path / "again", origin=origin))
+        print(peaks)
+        assert max(peaks.values()) < 2 * largest + buffers <= number * largest / 2, peaks
+
+    forked(check)
+
+
+def test_settings_come_back_exactly() -> None:
+    value = {"a": (1, [2.5, (None,)]), 3: b"\x00\xff", "t": torch.tensor([[1.5, -2.0]]).bfloat16(), "__tuple__": True}
+    back = plain.decode(json.loads(json.dumps(plain.encode(value))))
+    assert back.keys() == value.keys() and back["a"] == value["a"] and isinstance(back["a"][1][1], tuple)
+    assert back[3] == value[3] and torch.equal(back["t"], value["t"]) and back["t"].dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match="hold a object"):
+        plain.encode({"x": object()})
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (0, 4), (5, 7, 3), (3, 1000), (4, 64, 2, 16)])
+def test_boxes_of_a_grid_cover_every_element_once(shape: tuple[int, ...]) -> None:
+    covered = torch.zeros(shape, dtype=torch.int)
+    for box in arrays.boxes(shape, SMALL.shard(shape, 4)):
+        covered[box] += 1
+    assert (covered == 1).all()
+    for chunk, shard in zip(SMALL.chunk(shape, 4), SMALL.shard(shape, 4), strict=True):
+        assert chunk >= 1 and shard % chunk == 0

@@ -49,7 +49,8 @@ DIGITS := zero one two three four five six seven eight nine
 quickstart: $(STAMP)
 	$(BIN)/mmscale data prepare configs/quickstart.yaml --out data/digits
 	$(BIN)/mmscale train configs/quickstart.yaml --nproc 2
-	$(BIN)/mmscale eval $(RUN)
+	$(BIN)/mmscale train configs/quickstart.yaml --stage auxiliary --nproc 2
+	$(BIN)/mmscale eval $(RUN) --routing causal
 	$(BIN)/mmscale sample $(RUN) $(foreach digit,$(DIGITS),--prompt "draw a $(digit)") --count 8 --out $(RUN)/drawings
 	$(BIN)/mmscale report $(RUN) --out $(RUN)/curves.png
 	@echo "pictures: $(RUN)/curves.png $(RUN)/drawings/samples.png"

@@ -36,8 +36,8 @@ def evaluate_run(
     Returns:
         `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>`; with several
         data sets `source/<name>/loss` and the like. With causal routings also `batch`, the losses of batch routing
-        on the same data, and `gap`, how much larger the causal ones are; with auxiliary routers `routers`, their
-        figures against the true choice, a row for each layer and modality.
+        on the same data, and `gap`, how much larger the causal ones are; with `causal` also `routers`, the figures
+        of the auxiliary routers' decisions against the true choice, a row for each layer and modality.
 
     Raises:
         UsageError: the checkpoint has nothing for that routing.
@@ -62,13 +62,15 @@ def evaluate_run(
                 items = read_task(folder, manifest, task.name)
                 result[f"accuracy/{task.name}"] = choice_accuracy(model, items, routing=routing)
         if not routing.leaks and model.config.model.routes:
-            result |= _against_batch(model, config, batches, losses)
+            result |= _against_batch(model, config, batches, losses, routing)
         return result
 
 
-def _against_batch(model: RunModel, config: Config, batches: int | None, losses: dict[str, float]) -> dict[str, Any]:
+def _against_batch(
+    model: RunModel, config: Config, batches: int | None, losses: dict[str, float], routing: Routing
+) -> dict[str, Any]:
     """What causality costs, and how well auxiliary routers predict."""
-    learning = RouterLearning(gradients=False) if config.model.auxiliary_width is not None else None
+    learning = RouterLearning(gradients=False) if routing is Routing.CAUSAL else None
     leaking = _losses(model, config, batches, Routing.BATCH, learning)
     found: dict[str, Any] = {
         "batch": leaking,

@@ -47,6 +47,7 @@ def changed(config: Config, section: str, **values: Any) -> Config:
 def with_policy(config: Config, *, steps: int, every: int = 0, **anomaly: Any) -> Config:
     policy = config.resilience.anomaly.model_copy(update=anomaly)
     made = changed(changed(config, "resilience", anomaly=policy), "train", steps=steps)
+    made = changed(made, "model", num_layers=2)
     return changed(changed(made, "checkpoint", every=every), "optim", warmup=2)
 
 

@@ -54,10 +54,10 @@ def test_healthy_replicas_are_equal_and_a_flipped_bit_is_found(ranks: RankEnv) -
 
     # Four replicas: the majority names the one.
     parts = trained("dense", {}, "bf16")
-    flip_a_bit(parts, "layers.2.mlp.linear_fc1.weight", rank=2)
+    flip_a_bit(parts, "layers.1.mlp.linear_fc1.weight", rank=2)
     (found,) = find_diverged(parts.chunks, parts.groups)
     assert (found.rank, found.host, found.certain) == (2, host, True)
-    assert [name.endswith("layers.2.mlp.linear_fc1.weight") for name in found.parameters] == [True]
+    assert [name.endswith("layers.1.mlp.linear_fc1.weight") for name in found.parameters] == [True]
     process_groups.destroy_layout()
 
     # tp 2, dp 2: a norm has four copies, though no group has more than two ranks; a matrix has two of each half.

@@ -73,10 +73,10 @@ def test_spikes_in_the_window_hide_no_further_ones() -> None:
 
 
 def test_normal_noise_gives_no_alarm_in_many_steps() -> None:
-    """Six robust standard deviations over 128 steps: nothing in 20,000 steps of noise on a falling loss."""
+    """Six robust standard deviations over 128 steps: nothing in 10,000 steps of noise on a falling loss."""
     rng = np.random.default_rng(2)
     decider, history = AnomalyPolicy(AnomalyConfig()), AnomalyHistory()
-    for step in range(20_000):
+    for step in range(10_000):
         figures = {"loss": 2.0 + 6.0 * math.exp(-step / 1000) + rng.normal(0, 0.05), "grad_norm": rng.lognormal(0, 0.3)}
         assert decider.judge(history, figures).findings == (), step
 

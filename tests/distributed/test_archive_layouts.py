@@ -53,7 +53,7 @@ def test_losses_after_a_restore(
     _leg(run, *before, load=None, until=SAVED, dtype=dtype)
 
     def through_the_archive(ranks: RankEnv) -> None:
-        # In a fork: tensorstore works in none of a process that has used it. Small chunks and pieces: tensors have many.
+        # In a fork, for tensorstore works in none of a process that has used it. Tensors have many chunks and pieces.
         archive.write(open_tensors(run), out, grid=Grid(chunk_bytes=1024, shard_bytes=1 << 15))
         kept = archive.ArchiveTensors(out)
         rewrite.into_run(kept, restored, origin=origin_of("restore", [kept]), files=3, piece_bytes=4096)

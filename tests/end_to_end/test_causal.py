@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -141,7 +142,9 @@ def test_what_cannot_be_evaluated_or_trained_is_said(
 
 
 def test_a_joint_run_prints_both_losses_and_is_causal_without_a_stage(config: Path, tmp_path: Path) -> None:
-    ended = mmscale("train", config, f"run.dir={tmp_path}", *MAIN, "model.auxiliary.mode=joint", nproc=2)
+    ended = mmscale(
+        "train", config, f"run.dir={tmp_path}", *MAIN, "model.auxiliary.mode=joint", "auxiliary.optim.lr=1e-2", nproc=2
+    )
     assert ended.status == 0, ended
     for mode in ("batch", "causal", "threshold"):
         assert f"held-out ({mode} routing)" in ended.err
@@ -149,3 +152,9 @@ def test_a_joint_run_prints_both_losses_and_is_causal_without_a_stage(config: Pa
     assert {"eval/loss", "eval/causal/loss", "eval/threshold/loss/text"} <= last.keys()
     found = evaluated(tmp_path / "tiny", "--routing", "causal")
     assert found["routing"] == "causal" and found["routers"]
+    settings = (*MAIN, "model.auxiliary.mode=joint", "auxiliary.steps=3", "auxiliary.calibration_batches=1")
+    stage = mmscale("train", config, f"run.dir={tmp_path}", *settings, "--stage", "auxiliary", nproc=2)
+    assert stage.status == 0, stage
+    first = read_metrics(tmp_path / "tiny" / "auxiliary")[0]
+    assert first["loss"] < math.log(2) - 0.005, "the stage did not go on from what the main run taught the routers"
+    assert evaluated(tmp_path / "tiny", "--routing", "causal")["loss"] != found["loss"]

@@ -51,9 +51,8 @@ def evaluate_run(
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value} | losses
         result |= _perplexities(losses)
         if len(config.data.sources) > 1:
-            for source in config.data.sources:
-                own = _losses(model, _with_data(config, Path(source.path)), batches, routing)
-                name = Path(source.path).name
+            for name, source in _named(config).items():
+                own = _losses(model, _with_data(config, source), batches, routing)
                 result |= {f"source/{name}/{key}": value for key, value in (own | _perplexities(own)).items()}
         for source in config.data.sources:
             folder = Path(source.path)
@@ -95,6 +94,13 @@ def _losses(
         routing=routing,
         learning=learning,
     )
+
+
+def _named(config: Config) -> dict[str, Path]:
+    """Data sets of a blend by the names of their folders, or by their paths where those repeat."""
+    folders = [Path(source.path) for source in config.data.sources]
+    names = [folder.name for folder in folders]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders, strict=True))
 
 
 def _with_data(config: Config, folder: Path) -> Config:

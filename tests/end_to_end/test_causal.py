@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mmscale.train.metrics import read_metrics
 from tests.end_to_end.running import Ended, assert_says, mmscale, start
@@ -118,6 +119,21 @@ def test_every_routing_is_evaluated_and_says_so(staged: Staged) -> None:
     assert {row["kind"] for row in found["causal"]["routers"]} == {"experts", "depth"}
     text = mmscale("eval", staged.folder, "--batches", "1", "--routing", "causal").out.splitlines()
     assert {line.split()[-1] for line in text if line.startswith("loss")} == {"causal", "batch"}
+
+
+def test_every_source_of_a_blend_has_its_own_numbers(staged: Staged, digits: Path, tmp_path: Path) -> None:
+    run, half = tmp_path / "tiny", tmp_path / "again"
+    shutil.copytree(staged.folder, run)
+    shutil.copytree(digits, half)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"path": None, "blend": [{"path": str(digits)}, {"path": str(half), "weight": 2.0}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = evaluated(run, "--routing", "causal")
+    own = [found[f"source/{folder.name}/loss"] for folder in (digits, half)]
+    assert own[0] == own[1] == evaluated(staged.folder, "--routing", "causal")["loss"]
+    assert found[f"source/{half.name}/perplexity/image"] == pytest.approx(
+        math.exp(found[f"source/{half.name}/loss/image"])
+    )
 
 
 def test_an_older_checkpoint_has_no_routers(staged: Staged) -> None:

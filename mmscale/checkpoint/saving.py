@@ -22,7 +22,7 @@ from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.checkpoint.pickles import METADATA
 from mmscale.checkpoint.write import Plan, Written
-from mmscale.errors import SaveError
+from mmscale.errors import MmscaleError, SaveError
 from mmscale.runtime import device, groups, random_state
 
 RANDOM = "rng"
@@ -277,6 +277,8 @@ class Saver:
             here.result = work(here.messages.append)
         except OSError as error:
             here.problem = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        except MmscaleError as error:
+            here.problem = error.cause
         return here
 
     def _finish(self) -> bool:

@@ -28,6 +28,16 @@ def step(context: typer.Context, as_json: Json = False) -> None:
     _bench("step", context.args, as_json=as_json)
 
 
+@app.command(
+    "checkpoint",
+    context_settings=_LOOSE,
+    epilog="Example: mmscale bench checkpoint --gigabytes 1 --nproc 2 --repeats 5",
+)
+def checkpoint(context: typer.Context, as_json: Json = False) -> None:
+    """Time saves beside megatron-core's and torch's own; loading, archive, memory. Options as --name value."""
+    _bench("checkpoint", context.args, as_json=as_json)
+
+
 @app.command("data", context_settings=_LOOSE, epilog="Example: mmscale bench data configs/quickstart.yaml --repeats 3")
 def data(context: typer.Context, as_json: Json = False) -> None:
     """Compare packing schemes: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value."""

@@ -1,0 +1,467 @@
+"""What a save costs: milliseconds that training waits, seconds to the commit, beside megatron-core's and torch's saves.
+
+A real model with its optimizer is saved by ranks of this machine; all ways take turns in every round, so that a busy
+machine slows all of them. Then: verification, loading, the zarr archive and back, and a snapshot in memory. Nothing is
+read from a cold disk.
+
+    mmscale bench checkpoint --gigabytes 1 --nproc 2 --repeats 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import queue
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from mmscale.bench import memory
+from mmscale.checkpoint import archive, rewrite
+from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.saving import SaveSettings
+from mmscale.checkpoint.tensors import open_tensors
+from mmscale.config import Config
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import LaunchError, TrainingError, UsageError
+from mmscale.plan import count_parameters
+from mmscale.runtime import device, groups, local_ranks, rank_env
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train import run as train_run
+from mmscale.train.batch import to_device
+from mmscale.train.optimizer_shards import save_shardwise
+from mmscale.train.state import TrainState
+from mmscale.train.synthetic import SyntheticMixture
+
+_RESULT = "result.json"
+_BYTES = 14  # of a parameter: bf16 weight, fp32 master weight and two moments
+OURS, PEERS = ("sync", "async"), ("megatron", "megatron_async", "torch_async")
+WAYS = (*OURS, *PEERS)
+STEP_WAYS = ("alone", "while_saving")
+
+
+@dataclass(frozen=True)
+class Save:
+    """Seconds of one save, over ranks the slowest: training waits, and everything is on the disk."""
+
+    blocked: float
+    total: float
+
+
+def run(
+    *,
+    gigabytes: float = 1.0,
+    nproc: int = 2,
+    repeats: int = 5,
+    folder: str = "",
+    ways: Sequence[str] | str = WAYS,
+    archives: bool = True,
+) -> dict[str, Any]:
+    """Start ranks on this machine and measure.
+
+    Args:
+        gigabytes: of the whole state [GB].
+        nproc: ranks.
+        repeats: rounds, after one to warm up.
+        folder: where to write; an own temporary folder if empty.
+        ways: of WAYS; sync and async are always there, for the ratios.
+        archives: also measure the archive and the snapshot in memory.
+
+    Returns:
+        `machine`, `torch`, `ranks`, `state_bytes`, `repeats`; `saves` (by way: `blocked_ms`, `total_ms` as min, median,
+        max), `ratios` (taken within a round: min, median, max), `integrity_share` of the time of a save, `step_s`,
+        `verify_s`, `load_s`, `archive`, `memory`.
+
+    Raises:
+        UsageError: there is no such way to save.
+        LaunchError: a rank failed.
+    """
+    asked = (ways,) if isinstance(ways, str) else tuple(ways)
+    if unknown := [way for way in asked if way not in WAYS]:
+        raise UsageError(
+            f"bench checkpoint: no way to save is called {unknown[0]}", remedy=f"there are {', '.join(WAYS)}"
+        )
+    chosen = ",".join(way for way in WAYS if way in (*OURS, *asked))
+    with tempfile.TemporaryDirectory(prefix="mmscale-bench-", dir=folder or None) as name:
+        options = {
+            "gigabytes": gigabytes,
+            "repeats": repeats,
+            "archives": int(archives),
+            "ways": chosen,
+            "folder": name,
+        }
+        status = local_ranks.run_local(
+            nproc,
+            [f"--{key}={value}" for key, value in options.items()],
+            log_dir=Path(name) / "logs",
+            environ={**os.environ, "PYTHONWARNINGS": "ignore"},  # said once by whoever started this
+            program=(sys.executable, "-m", "mmscale.bench.checkpoint"),
+        )
+        if status:
+            raise LaunchError(f"a rank of the benchmark ended with exit status {status}")
+        result: dict[str, Any] = json.loads((Path(name) / _RESULT).read_text(encoding="utf-8"))
+    return result
+
+
+def model_of(gigabytes: float) -> Config:
+    """4 text + 4 image experts, with the width of the experts that comes nearest to a size of the state."""
+
+    def of_width(width: int) -> Config:
+        experts = {"counts": {"text": 4, "image": 4}, "share": {"text": 0.5, "image": 0.5}}
+        hidden = 512 if gigabytes >= 0.3 else 64
+        return Config.model_validate(
+            {
+                "vocab": {"modalities": [{"name": "text", "size": 8 * hidden}, {"name": "image", "size": 2 * hidden}]},
+                "model": {
+                    "kind": "moma",
+                    "num_layers": 4,
+                    "hidden_size": hidden,
+                    "ffn_hidden_size": width,
+                    "num_attention_heads": hidden // 64,
+                    "seq_length": 256,
+                    "experts": experts,
+                },
+                "train": {"micro_batch_size": 1, "global_batch_size": 8},
+            }
+        )
+
+    return min(
+        (of_width(64 * blocks) for blocks in range(1, 129)),
+        key=lambda config: abs(_BYTES * count_parameters(config).total - gigabytes * 1e9),
+    )
+
+
+class Measured:
+    """A model that has taken a step, and the ways to save it; every rank holds one.
+
+    Args:
+        config: the model.
+        folder: where everything is written.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        collection = groups.collection()
+        self.parts = train_run.build(config, collection)
+        self.state = TrainState(self.parts.chunks, self.parts.optimizer)
+        share = config.model.experts.share
+        assert isinstance(share, dict)
+        mixture, vocabulary = SyntheticMixture(config, share=share), Vocabulary.from_config(config.vocab)
+        self.batches = [
+            to_device(mixture.micro_batch(number), vocabulary)
+            for number in range(self.rank, config.train.global_batch_size, self.size)
+        ]
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.managers = {way: self._manager(way) for way in OURS}
+        self.calls = AsyncCallsQueue()
+        self._results: Any = None  # the manager process of megatron-core's asynchronous saves: one, as in a run
+        self.step()
+        gc.collect()
+        gc.freeze()  # as in training
+
+    def _manager(self, way: str) -> CheckpointManager:
+        return CheckpointManager(
+            self.folder / way,
+            every=0,
+            keep=2,
+            attempt=1,
+            info={},
+            on_event=lambda event, **fields: self.told.append((event, fields)),
+            saves=SaveSettings(asynchronous=way == "async"),
+        )
+
+    def step(self) -> None:
+        """An optimizer step."""
+        self.parts.stepper.train(self.batches, lr=1e-4)
+        self.state.step += 1
+
+    def ours(self, way: str) -> Save:
+        """As training saves: the state described where it lies, hashed, committed."""
+        saver = self.managers[way].saver
+
+        def begin() -> None:
+            self.managers[way].save(self.state)
+
+        save = _timed(begin, saver.finish)
+        if saver.failures:
+            raise TrainingError(f"a save failed: {self.told}", remedy="look at the disk of the folder")
+        events = [fields for event, fields in self.told if event == "save_committed"]
+        # On rank 0 this has what happens at later borders too: records are gathered, the commit is started.
+        blocked = events[-1]["blocked_s"] if events and way == "async" else save.blocked
+        return Save(_slowest(blocked), save.total)
+
+    def megatron(self, way: str) -> Save:
+        """Plain dist_checkpointing of the state as megatron-core's optimizer gathers it; no digests, no commit."""
+        folder = self._new(way)
+        asynchronous = way == "megatron_async"
+        if asynchronous:
+            filesystem_async._results_queue = self._results
+            self._results = filesystem_async._get_write_results_queue()
+        else:
+            filesystem_async._results_queue = queue.Queue()
+
+        def begin() -> None:
+            with _gathering(self.state):
+                state = self.state.sharded(loading=False)
+            request = dist_checkpointing.save(state, str(folder), ("torch_dist", 1), async_sharded_save=asynchronous)
+            if request is not None:
+                self.calls.schedule_async_request(request)
+
+        save = _timed(begin, lambda: self.calls.maybe_finalize_async_calls(blocking=True))
+        self._remove(folder)
+        return save
+
+    def torch_async(self, way: str) -> Save:
+        """torch.distributed.checkpoint.async_save of the same bytes, as tensors of each rank's own."""
+        folder = self._new(way)
+        futures: list[Any] = []
+        save = _timed(
+            lambda: futures.append(async_save(dict(self.tensors()), checkpoint_id=str(folder))),
+            lambda: futures[0].result(),
+        )
+        self._remove(folder)
+        return save
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank writes in a save: its part of the optimizer's state and every n-th weight."""
+        found: dict[str, Tensor] = {}
+        optimizers = getattr(self.parts.optimizer, "chained_optimizers", [self.parts.optimizer])
+        for number, optimizer in enumerate(optimizers):
+            for group in optimizer.optimizer.param_groups:
+                for index, part in enumerate(group["params"]):
+                    name = f"{self.rank}.{number}.{len(found)}.{index}"
+                    found[f"{name}.param"] = part.detach()
+                    found |= {f"{name}.{key}": value for key, value in optimizer.optimizer.state[part].items()}
+        weights = [weight for chunk in self.parts.chunks for weight in chunk.parameters()]
+        found |= {f"{self.rank}.weight.{i}": w.detach() for i, w in enumerate(weights) if i % self.size == self.rank}
+        return found
+
+    def _new(self, way: str) -> Path:
+        folder = self.folder / way / f"step_{self.state.step}"
+        if self.rank == 0:
+            folder.mkdir(parents=True)
+        torch.distributed.barrier()
+        return folder
+
+    def _remove(self, folder: Path) -> None:
+        torch.distributed.barrier()
+        if self.rank == 0:
+            shutil.rmtree(folder)
+
+    def step_times(self, steps: int) -> dict[str, float]:
+        """Seconds of a step, alone and while an asynchronous save is under way; over ranks the slowest."""
+        seen: dict[str, list[float]] = {way: [] for way in STEP_WAYS}
+        manager = self.managers["async"]
+        for way in STEP_WAYS:
+            while len(seen[way]) < steps:
+                if way == "while_saving" and not manager.saver.under_way:
+                    manager.save(self.state)
+                begin = time.perf_counter()
+                self.step()
+                seen[way].append(_slowest(time.perf_counter() - begin))
+                word = torch.tensor(manager.saver.word())
+                torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
+                manager.saver.advance(*map(int, word.tolist()))
+        manager.saver.finish()
+        return {way: statistics.median(times) for way, times in seen.items()}
+
+
+class _gathering:  # noqa: N801  a context manager
+    """Inside, the optimizer's state is gathered on every rank, as megatron-core does."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.optimizer = state.optimizer
+
+    def __enter__(self) -> None:
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            part.__class__ = DistributedOptimizer
+
+    def __exit__(self, *_: object) -> None:
+        assert self.optimizer is not None
+        save_shardwise(self.optimizer)
+
+
+def measure(
+    config: Config, env: RankEnv, *, folder: Path, repeats: int, ways: Sequence[str] = WAYS, archives: bool = True
+) -> dict[str, Any]:
+    """Everything on this rank; every rank calls it, torch.distributed and megatron's groups stand.
+
+    Args:
+        config: of the model.
+        env: place of this rank.
+        folder: an empty folder that all ranks see.
+        repeats: rounds, after one to warm up.
+        ways: to save, with those of OURS.
+        archives: also the archive and the snapshot in memory.
+    """
+    measured = Measured(config, folder)
+    saves: dict[str, Callable[[str], Save]] = {
+        **dict.fromkeys(OURS, measured.ours),
+        "megatron": measured.megatron,
+        "megatron_async": measured.megatron,
+        "torch_async": measured.torch_async,
+    }
+    rounds: list[dict[str, Save]] = []
+    for _ in range(repeats + 1):
+        measured.state.step += 1
+        rounds.append({way: saves[way](way) for way in ways})
+    rounds = rounds[1:]
+    events = [fields for event, fields in measured.told if event == "save_committed"][2:]
+    step_s = measured.step_times(max(4, repeats))
+    manager = measured.managers["async"]
+    newest = manager.choose()
+    assert newest is not None
+    verify_s = _elapsed(lambda: manager.problems(newest))
+    load_s = _elapsed(lambda: manager.load(measured.state, newest))
+    result: dict[str, Any] = {
+        "machine": device.device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "ranks": measured.size,
+        "parameters": count_parameters(config).total,
+        "state_bytes": events[0]["bytes"] if events else 0,
+        "repeats": repeats,
+        "saves": {
+            way: {
+                "blocked_ms": _spread([1e3 * found[way].blocked for found in rounds]),
+                "total_ms": _spread([1e3 * found[way].total for found in rounds]),
+            }
+            for way in ways
+        },
+        "ratios": _ratios(rounds),
+        "integrity_share": _spread([fields["hash_s"] / fields["seconds"] for fields in events] or [0.0]),
+        "step_s": step_s,
+        "verify_s": verify_s,
+        "load_s": load_s,
+    }
+    if archives:
+        plain = "megatron" if "megatron" in ways else "sync"
+        result["archive"] = _archive(measured, newest, save_s=result["saves"][plain]["total_ms"]["median"] / 1e3)
+        result["memory"] = memory.measure(env, measured.tensors(), folder=folder / "memory", group_size=measured.size)
+    return result
+
+
+def _archive(measured: Measured, step: int, *, save_s: float) -> dict[str, float]:
+    """One process writes and restores the archive; the others wait."""
+    out, back = measured.folder / "archive", measured.folder / "restored"
+    store: Store = measured.managers["async"].store
+
+    def write() -> None:
+        if measured.rank == 0:
+            archive.write(open_tensors(store.root.parent, step), out)
+
+    def restore() -> None:
+        if measured.rank == 0:
+            rewrite.into_run(archive.ArchiveTensors(out), back, origin={"made_by": "bench"})
+
+    write_s, restore_s = _elapsed(write), _elapsed(restore)
+    return {"write_s": write_s, "restore_s": restore_s, "write_over_save": write_s / save_s}
+
+
+def _timed(begin: Callable[[], object], finish: Callable[[], object]) -> Save:
+    torch.distributed.barrier()
+    started = time.perf_counter()
+    begin()
+    blocked = time.perf_counter() - started
+    finish()
+    total = time.perf_counter() - started
+    return Save(_slowest(blocked), _slowest(total))
+
+
+def _elapsed(work: Callable[[], object]) -> float:
+    return _timed(work, lambda: None).blocked
+
+
+def _slowest(seconds: float) -> float:
+    value = torch.tensor([seconds], dtype=torch.float64)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return float(value)
+
+
+def _ratios(rounds: Sequence[dict[str, Save]]) -> dict[str, dict[str, float]]:
+    """Of blocked and of total seconds, taken within a round."""
+    found = {"async_blocked_over_sync": _spread([s["async"].blocked / s["sync"].blocked for s in rounds])}
+    for peer in (way for way in PEERS if way in rounds[0]):
+        found[f"async_blocked_over_{peer}"] = _spread([s["async"].blocked / s[peer].blocked for s in rounds])
+        found[f"async_total_over_{peer}"] = _spread([s["async"].total / s[peer].total for s in rounds])
+    if "megatron" in rounds[0]:
+        found["sync_total_over_megatron"] = _spread([s["sync"].total / s["megatron"].total for s in rounds])
+    return found
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result of `run` as tables for people."""
+
+    def triple(values: dict[str, float], digits: int = 0) -> str:
+        return " / ".join(f"{values[key]:.{digits}f}" for key in ("min", "median", "max"))
+
+    lines = [
+        f"{result['machine']}, {result['ranks']} ranks of {result['threads']} thread(s), torch {result['torch']}; "
+        f"{result['state_bytes'] / 1e9:.2f} GB of state, {result['repeats']} rounds; min / median / max",
+        "",
+        "| save | training waits, ms | on the disk after, ms |",
+        "|---|---|---|",
+    ]
+    names = {"megatron": "megatron-core", "megatron_async": "megatron-core, async", "torch_async": "torch async_save"}
+    for way, times in result["saves"].items():
+        name = names.get(way, f"mmscale, {way}")
+        lines.append(f"| {name} | {triple(times['blocked_ms'])} | {triple(times['total_ms'])} |")
+    lines += ["", "| ratio, within a round | min / median / max |", "|---|---|"]
+    lines += [f"| {name.replace('_', ' ')} | {triple(values, 3)} |" for name, values in result["ratios"].items()]
+    lines.append(f"| digests, of the time of a save | {triple(result['integrity_share'], 3)} |")
+    step = result["step_s"]
+    lines += ["", f"a step takes {step['alone']:.3f} s alone, {step['while_saving']:.3f} s while saving"]
+    lines.append(f"verify {result['verify_s']:.2f} s, verify and load {result['load_s']:.2f} s")
+    if "archive" in result:
+        found = result["archive"]
+        lines.append(
+            f"archive (one process): write {found['write_s']:.2f} s, {found['write_over_save']:.2f} x a plain "
+            f"synchronous save; restore {found['restore_s']:.2f} s"
+        )
+        lines += ["snapshot in memory:", memory.render(result["memory"])]
+    return "\n".join(lines)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, required=True)
+    parser.add_argument("--repeats", type=int, required=True)
+    parser.add_argument("--archives", type=int, required=True)
+    parser.add_argument("--ways", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    given = parser.parse_args()
+    env = rank_env.discover()
+    config = model_of(given.gigabytes)
+    device.keep_host_memory()
+    groups.initialize(env, seed=config.run.seed)
+    ways = given.ways.split(",")
+    result = measure(config, env, folder=given.folder, repeats=given.repeats, ways=ways, archives=bool(given.archives))
+    if env.rank == 0:
+        (given.folder / _RESULT).write_text(json.dumps(result), encoding="utf-8")
+    groups.finalize()
+
+
+if __name__ == "__main__":
+    _main()

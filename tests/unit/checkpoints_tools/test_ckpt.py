@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import MANIFEST
-from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.cli import main
 from mmscale.runtime import groups
@@ -155,6 +156,38 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_prune_deletes_the_oldest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = ckpt(capsys, "prune", run, "--keep", 2)
     assert result["deleted"] == [10] and result["kept"] == [20, 30]
+
+
+def test_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = ckpt(capsys, "average", f"{run}@10", f"{run}@20", f"{run}@30", tmp_path / "mean")
+    assert (result["step"], result["contents"], result["tensors"]) == (30, "weights", 3)
+    assert sum(result["coefficients"]) == pytest.approx(1.0)
+    found = ckpt(capsys, "show", tmp_path / "mean", "--tensor", "text.w1")
+    assert found["values"] == [[20.0] * 3] * 4 and found["std"] == 0.0
+    assert ckpt(capsys, "show", tmp_path / "mean", "--tensor", "embedding.weight")["dtype"] == "bfloat16"
+    ema = ckpt(capsys, "average", f"{run}@10", f"{run}@20", f"{run}@30", tmp_path / "ema", "--ema", 0.5)
+    assert ema["coefficients"] == [0.25, 0.25, 0.5] and ema["origin"]["ema"] == 0.5
+    assert ckpt(capsys, "show", tmp_path / "ema", "--tensor", "text.w1", "--slice", "3,0")["values"] == 22.5
+    assert [parent["step"] for parent in ckpt(capsys, "show", tmp_path / "ema")["provenance"]["origin"]["parents"]] == [
+        10,
+        20,
+        30,
+    ]
+
+
+def test_average_of_other_vocabularies(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Store.of_run(run).path(20)
+    info = json.loads((folder / INFO).read_text())
+    info["shape"]["vocab.modalities"] = [["text", 8], ["sound", 8]]
+    (folder / INFO).write_text(json.dumps(info))
+    files = integrity.digests(folder, integrity.sizes(folder))
+    manifest = integrity.read_manifest(folder)
+    (folder / MANIFEST).write_text(integrity.Manifest(**{**vars(manifest), "files": files}).text())
+    said = ckpt(capsys, "average", f"{run}@10", f"{run}@20", tmp_path / "mean", status=4)
+    assert "hold different models: vocab.modalities is" in said and "one vocabulary" in said
+    damage(run, 30)
+    assert "is damaged" in ckpt(capsys, "average", f"{run}@10", f"{run}@30", tmp_path / "mean", status=4)
+    assert not Store.of_run(tmp_path / "mean").steps()
 
 
 @pytest.mark.parametrize("command", ["list", "show", "verify"])

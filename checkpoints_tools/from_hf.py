@@ -6,7 +6,9 @@ code of the folder are never run.
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from mmscale.config.load import digest
 from mmscale.errors import CheckpointError
 from mmscale.runtime.environment import code_version
 
+_LINEAR = re.compile(r"\.(linear_qkv|linear_proj|linear_fc1|linear_fc2)\.weight$")
 _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
 
 
@@ -53,12 +56,12 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
     files = ModelFiles(folder)
     if (folder / SETTINGS).is_file():
         config, listed = _own(folder, content, files)
-        kind, steps = "mmscale", "`mmscale eval` and `mmscale train` take the run as it is"
+        kind, steps = "mmscale", f"`mmscale eval {run}`, or {_train(run)}"
     else:
-        config, listed = hf_foreign.translate(content, files, run, image_codes=image_codes, seq_length=seq_length)
-        hf_foreign.write_tokenizer(folder, run, config)
+        config, listed = hf_foreign.translate(content, files, image_codes=image_codes, seq_length=seq_length)
+        tokenizer = hf_foreign.write_tokenizer(folder, run, config)
         kind = str(content.get("model_type"))
-        steps = f"prepare data with {run / 'config.yaml'}, name it in data.path, then `mmscale train`"
+        steps = f"`mmscale data prepare` with data.prepare.text.load: {tokenizer}, then {_train(run)} data.path=DIR"
     wrong = unaccounted(
         (name for name in files.names() if not _redundant(name, config)),
         (target for move in listed for target in move.targets),
@@ -154,8 +157,11 @@ class HfTensors:
         return {"progress": {"step": 0, "sequences": 0, "tokens": 0, "modality_tokens": {}}}
 
     def objects(self) -> dict[str, bytes]:
-        """None."""
-        return {}
+        """The empty extra states that megatron-core's linears have, and ask for when they are loaded."""
+        empty = io.BytesIO()
+        torch.save([None], empty)
+        linears = [name.removesuffix(".weight") for name in self._entries if _LINEAR.search(name)]
+        return {f"{name}._extra_state/shard_0_1": empty.getvalue() for name in linears}
 
 
 def _own(folder: Path, content: dict[str, Any], files: ModelFiles) -> tuple[Config, list[Move]]:
@@ -191,6 +197,10 @@ def _own(folder: Path, content: dict[str, Any], files: ModelFiles) -> tuple[Conf
         routers = config.model.auxiliary.model_copy(update={"mode": "joint", "width": auxiliary})
         config = config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": routers})})
     return config, moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+
+
+def _train(run: Path) -> str:
+    return f"`mmscale train {run / 'config.yaml'} checkpoint.allow_missing=true` (there is no optimizer state)"
 
 
 def _redundant(name: str, config: Config) -> bool:

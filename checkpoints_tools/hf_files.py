@@ -21,6 +21,7 @@ from checkpoints_tools.hf_weights import Move
 from mmscale.checkpoint.integrity import fsync
 from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.errors import CheckpointError
+from mmscale.runtime import device
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -66,22 +67,23 @@ def write_weights(folder: Path, source: Weights, moves: Sequence[Move], *, shard
     files = (
         [SINGLE] if len(plan) == 1 else [f"model-{n + 1:05d}-of-{len(plan):05d}.safetensors" for n in range(len(plan))]
     )
+    device.give_back_host_memory()
     shard: dict[str, Tensor] = {}
     number, where, total = 0, {}, 0
     for move in moves:
         parts = move.split(source.read(move.source))
-        for name, part in zip(move.targets, parts, strict=True):
-            if name not in plan[number]:
+        for name in move.targets:
+            part = parts.pop(0)
+            # A view would keep the whole tensor, and safetensors wants plain memory.
+            own = part.is_contiguous() and len(move.targets) == 1
+            shard[name] = part if own else part.clone(memory_format=torch.contiguous_format)
+            where[name] = files[number]
+            total += part.nbytes
+            del part
+            if len(shard) == len(plan[number]):  # before the next tensor is read
                 _write(folder / files[number], shard)
                 shard = {}
                 number += 1
-            # A view of a part would keep the whole tensor, and safetensors wants plain memory.
-            whole = part.is_contiguous() and len(parts) == 1
-            shard[name] = part if whole else part.clone(memory_format=torch.contiguous_format)
-            where[name] = files[number]
-            total += part.nbytes
-        del parts, part
-    _write(folder / files[number], shard)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

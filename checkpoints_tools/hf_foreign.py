@@ -29,14 +29,13 @@ _SPREAD = 0.1
 
 
 def translate(
-    content: dict[str, Any], files: ModelFiles, run: Path, *, image_codes: int, seq_length: int | None
+    content: dict[str, Any], files: ModelFiles, *, image_codes: int, seq_length: int | None
 ) -> tuple[Config, list[Move]]:
     """Configuration of the run and moves of the tensors.
 
     Args:
         content: config.json.
         files: the model's weights.
-        run: the new run's folder.
         image_codes: ids of image tokens; 0: none.
         seq_length: tokens of a training sequence; None: the model's context, at most 4096.
 
@@ -56,7 +55,6 @@ def translate(
     try:
         config = resolve(
             {
-                "data": {"prepare": {"text": {"load": str(run / FOLDER / FILE)}}},
                 "vocab": {"modalities": modalities},
                 "model": {
                     "kind": "dense",
@@ -169,8 +167,8 @@ class _Vocabulary:
         return whole.to(dtype)
 
 
-def write_tokenizer(folder: Path, run: Path, config: Config) -> None:
-    """The model's tokenizer with the special tokens in front, where `mmscale data prepare` finds it.
+def write_tokenizer(folder: Path, run: Path, config: Config) -> Path:
+    """The model's tokenizer with the special tokens in front, for `data.prepare.text.load`; returns its file.
 
     Raises:
         CheckpointError: the folder has no tokenizer.json, or one that cannot be used.
@@ -180,3 +178,4 @@ def write_tokenizer(folder: Path, run: Path, config: Config) -> None:
     except DataError as error:
         raise CheckpointError(error.cause, remedy="put the model's tokenizer.json into the folder") from None
     text.save(run / FOLDER)
+    return run / FOLDER / FILE

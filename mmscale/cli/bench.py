@@ -44,8 +44,14 @@ def data(context: typer.Context, as_json: Json = False) -> None:
     _bench("data", context.args, as_json=as_json)
 
 
-def _bench(name: str, arguments: Sequence[str], *, as_json: bool) -> None:
-    module = importlib.import_module(f"mmscale.bench.{name}")
+@app.command("convert", context_settings=_LOOSE, epilog="Example: mmscale bench convert --hidden 512 --repeats 5")
+def convert(context: typer.Context, as_json: Json = False) -> None:
+    """Time the export to Hugging Face beside a plain copy, and the exported model's generation beside a dense one."""
+    _bench("convert", context.args, as_json=as_json, home="checkpoints_tools.bench_convert")
+
+
+def _bench(name: str, arguments: Sequence[str], *, as_json: bool, home: str = "") -> None:
+    module = importlib.import_module(home or f"mmscale.bench.{name}")
     values, options = split_options(name, arguments)
     known = {
         key: parameter

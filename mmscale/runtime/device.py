@@ -95,6 +95,21 @@ def keep_host_memory() -> bool:
     return bool(mallopt(map_threshold, keep)) and bool(mallopt(trim_threshold, keep))
 
 
+def give_back_host_memory() -> bool:
+    """Let this process give every freed block above 1 MiB back at once: for tools that stream large tensors.
+
+    By default glibc raises that limit to the size of what was freed before (up to 32 MiB), and keeps blocks below it:
+    reading tensors of 24 MiB one by one then took 168 MiB instead of 76.
+
+    Returns:
+        Whether it does from now on; False where the C library is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    map_threshold, limit = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h; setting it stops its growth
+    return bool(ctypes.CDLL(None).mallopt(map_threshold, limit))
+
+
 @dataclass(frozen=True)
 class MemoryStats:
     """Device memory of this process, in bytes; None where it is not measured (CPU)."""

@@ -51,8 +51,8 @@ def evaluate_run(
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value} | losses
         result |= _perplexities(losses)
         if len(config.data.sources) > 1:
-            for name, source in _named(config).items():
-                own = _losses(model, _with_data(config, source), batches, routing)
+            for name, place in _named(config).items():
+                own = _losses(model, _with_data(config, place), batches, routing)
                 result |= {f"source/{name}/{key}": value for key, value in (own | _perplexities(own)).items()}
         for source in config.data.sources:
             folder = Path(source.path)

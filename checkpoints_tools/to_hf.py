@@ -48,7 +48,7 @@ def _nothing(stage: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Data:
+class DataTokenizers:
     """What an export takes from the data set.
 
     Attributes:
@@ -95,9 +95,9 @@ def export(
         DataError: the data set is missing or has other tokenizers.
     """
     publish.refuse_existing(out)
-    config = _config(run)
+    config = config_of(run)
     source = RunWeights(run, step)
-    auxiliary, thresholds = _routers(source, config, run, routing=routing)
+    auxiliary, thresholds = causal_routers(source, config, run, routing=routing)
     listed = moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
     wrong = unaccounted(source.names(), [move.source for move in listed])
     if wrong:
@@ -105,7 +105,7 @@ def export(
             f"{source.path} does not hold the model of {run / 'config.yaml'}: {integrity.describe(wrong)}",
             remedy="restore the config.yaml that the checkpoint was written with",
         )
-    own = _data(config, source, data)
+    own = tokenizers_of(config, source, data)
     with publish.folder(out) as folder:
         written = write_weights(folder, source, listed, shard_bytes=shard_bytes)
         on_stage("weights")
@@ -137,7 +137,16 @@ def up_to_date(run: Path, step: int | None, out: Path) -> dict[str, Any] | None:
     return {"path": str(out), **report} if whole else None
 
 
-def _config(run: Path) -> Config:
+class NoRoutersError(CheckpointError):
+    """A model routes tokens, and has nothing to do it causally."""
+
+
+def config_of(run: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        CheckpointError: it is no run.
+    """
     file = run / "config.yaml"
     if not file.is_file():
         raise CheckpointError(
@@ -146,11 +155,11 @@ def _config(run: Path) -> Config:
     return load_config(file)
 
 
-def _routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool]:
+def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool]:
     """Width of the auxiliary routers (0: none), and whether averaged cut-offs are kept.
 
     Raises:
-        CheckpointError: the model routes tokens, and has nothing to do it causally.
+        NoRoutersError: the model routes tokens, and has nothing to do it causally.
     """
     names = source.names()
     hidden = [name for name in names if "auxiliary" in name and name.endswith(".hidden")]
@@ -159,7 +168,7 @@ def _routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> 
     if config.model.routes and not (thresholds if routing == "threshold" else auxiliary):
         alternative = ", or export with --routing threshold" if thresholds else ""
         what = "averaged cut-offs" if routing == "threshold" else "auxiliary routers"
-        raise CheckpointError(
+        raise NoRoutersError(
             f"{source.path} has no {what}: its experts choose among all tokens of a sequence, later ones too, so that "
             "it cannot generate",
             remedy=f"train them: `mmscale train {run / 'config.yaml'} --stage auxiliary`{alternative}",
@@ -167,7 +176,7 @@ def _routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> 
     return auxiliary, thresholds
 
 
-def _data(config: Config, source: RunWeights, data: Path | None) -> _Data:
+def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> DataTokenizers:
     """Tokenizers of the data set, after a look whether they are those of training.
 
     Raises:
@@ -206,10 +215,10 @@ def _data(config: Config, source: RunWeights, data: Path | None) -> _Data:
     if train is not None:
         about["documents"] = train.documents
         about["tokens"] = {name: train.tokens(name) for name in manifest.modalities}
-    return _Data(folder, vocabulary, text, image, about)
+    return DataTokenizers(folder, vocabulary, text, image, about)
 
 
-def _write_beside(folder: Path, config: Config, own: _Data) -> None:
+def _write_beside(folder: Path, config: Config, own: DataTokenizers) -> None:
     """Everything but weights, config.json, the card and the report."""
     write_text_tokenizer(folder, own.text, own.vocabulary, context=config.model.seq_length)
     ranges = [[n, *r] for n, r in zip(own.vocabulary.names, own.vocabulary.ranges, strict=True)]
@@ -233,7 +242,7 @@ def _judged(
     run: Path,
     source: RunWeights,
     config: Config,
-    own: _Data,
+    own: DataTokenizers,
     written: Written,
     *,
     routing: str,

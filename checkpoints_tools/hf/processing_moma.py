@@ -174,7 +174,7 @@ class MomaProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read tokenizers from a folder or a repository."""
         made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        made.codes = _read_codes(str(pretrained_model_name_or_path), kwargs)
+        made.codes = read_codes(pretrained_model_name_or_path, **kwargs)
         return made
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
@@ -354,8 +354,9 @@ def _convert(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-def _read_codes(source: str, kwargs: dict[str, Any]) -> Codes | None:
+def read_codes(source: Any, **kwargs: Any) -> Codes | None:
     """The image tokenizer of a folder or repository; None where there is none."""
+    source = str(source)
     known = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
 
     def file(name: str, *, needed: bool = True) -> Path | None:

@@ -46,6 +46,12 @@ def _images() -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
     return images, labels, held_out
 
 
+def labelled(*, held_out: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images uint8 [n, 8, 8] and their digits [n] of one split."""
+    images, labels, out = _images()
+    return images[out == held_out], labels[out == held_out]
+
+
 def _hash(purpose: str, index: int) -> int:
     """A number that has nothing to do with the label: the digits come in the order 0, 1, .. 9, 0, 1, .."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{index}".encode()).digest()[:8], "big")

@@ -1,0 +1,315 @@
+"""Text and images out of a run's checkpoint or an exported folder: both become the same model of transformers.
+
+A run's weights are mapped in memory as an export's are on disk (hf_weights.py), so that there is one cache, one loop
+(mmscale.inference.generate), and one gate that proves them equal to the trainer. Code in an exported folder is never
+run: the classes are those of this package. One process; batch routing is mmscale.inference.draw's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from checkpoints_tools.hf.configuration_moma import MomaConfig
+from checkpoints_tools.hf.modeling_moma import MomaForCausalLM
+from checkpoints_tools.hf.processing_moma import PLACEHOLDER, MomaProcessor, read_codes
+from checkpoints_tools.hf_config import model_config
+from checkpoints_tools.hf_files import ModelFiles, unaccounted
+from checkpoints_tools.hf_source import RunWeights
+from checkpoints_tools.hf_text import fast_tokenizer
+from checkpoints_tools.hf_weights import is_native, moves
+from checkpoints_tools.to_hf import CONFIG, SETTINGS, causal_routers, config_of, tokenizers_of
+from mmscale.checkpoint import integrity
+from mmscale.config import Config
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import CheckpointError, DataError, UsageError
+from mmscale.inference.generate import ImageRules, Sampling, generate
+from mmscale.runtime.device import current_device
+
+_AGAIN = "export it again: `mmscale convert to-hf`"
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "moma": (MomaConfig, MomaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a document begins with.
+
+    Attributes:
+        text: each `<image>` in it stands for the next of the images; without any, they come before the text.
+        images: files.
+        draw: an image follows, whatever the model thinks.
+    """
+
+    text: str
+    images: tuple[Path, ...] = ()
+    draw: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation.
+
+    Attributes:
+        prompt: what it continues.
+        pieces: texts and pictures in order.
+        ids: its tokens, without `</s>`.
+        ended: by `</s>`; else the limit was reached.
+    """
+
+    prompt: Prompt
+    pieces: tuple[str | PIL.Image.Image, ...]
+    ids: tuple[int, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model with its tokenizers.
+
+    Attributes:
+        config: the configuration that it was trained with.
+        step: of the checkpoint; None: of an exported folder.
+        routing: who decides which experts take a token; "none" where nothing is routed.
+        model: of transformers.
+        processor: text and images to ids and back.
+    """
+
+    config: Config
+    step: int | None
+    routing: str
+    model: Any
+    processor: MomaProcessor
+
+    def sample(self, prompts: Sequence[Prompt], *, count: int = 1, sampling: Sampling) -> list[Sample]:
+        """Continue every prompt `count` times.
+
+        Raises:
+            UsageError: placeholders and images do not match, or the model knows no images.
+            DataError: an image cannot be read, a text cannot be encoded, or a prompt is too long.
+        """
+        rows = [self.encode(prompt) for prompt in prompts]
+        vocab = self.config.vocab
+        found = generate(
+            self.model,
+            [row for row in rows for _ in range(count)],
+            sampling=sampling,
+            images=self._rules(),
+            context=self.config.model.seq_length,
+            never=range(vocab.size, vocab.padded_size),
+        )
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        return [
+            Sample(prompt, self._pieces(one.ids), one.ids, one.ended) for prompt, one in zip(asked, found, strict=True)
+        ]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt, `<s>` first. Errors as in `sample`."""
+        if (prompt.images or prompt.draw) and self.processor.codes is None:
+            raise UsageError("this model was trained without images", remedy="leave --image and --draw away")
+        _refuse_unknown(self.processor.tokenizer, prompt.text)
+        try:
+            ids: list[int] = self.processor.encode(_document(prompt), draw=prompt.draw)
+        except ValueError as error:  # the processor's own words about an image
+            raise DataError(str(error), remedy="name another picture") from None
+        return ids
+
+    def _rules(self) -> ImageRules | None:
+        codes = self.processor.codes
+        if codes is None:
+            return None
+        return ImageRules(*self.processor.image_range, tokens=codes.tokens, grammar=self.processor.image_grammar())
+
+    def _pieces(self, ids: Sequence[int]) -> tuple[str | PIL.Image.Image, ...]:
+        try:
+            return tuple(self.processor.pieces(ids))
+        except ValueError as error:  # a tokenizer without a decoder
+            raise DataError(str(error), remedy="export with an image tokenizer that can decode") from None
+
+
+def open_generator(path: Path, step: int | None = None, *, routing: str | None = None) -> Generator:
+    """Load a run's checkpoint or an exported folder for generation.
+
+    Args:
+        path: either.
+        step: the run's checkpoint; None: the newest.
+        routing: causal, top1 or threshold; None: causal for a run, what its config.json says for a folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or has nothing for that routing.
+        DataError: the run's data set, which has the tokenizers, is missing or another one.
+        UsageError: a step of a folder that has none.
+    """
+    transformers_logging.disable_progress_bar()
+    # What its report would say is raised here.
+    transformers_logging.set_verbosity_error()
+    if (path / CONFIG).is_file():
+        if step is not None:
+            raise UsageError(f"{path} is an exported folder, which has no steps", remedy=f"name it {path}")
+        return _of_folder(path, routing)
+    return _of_run(path, step, routing or "causal")
+
+
+def _of_run(run: Path, step: int | None, routing: str) -> Generator:
+    config = config_of(run)
+    source = RunWeights(run, step)
+    auxiliary, thresholds = causal_routers(source, config, run, routing=routing)
+    listed = moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+    wrong = unaccounted(source.names(), [move.source for move in listed])
+    if wrong:
+        raise CheckpointError(
+            f"{source.path} does not hold the model of {run / 'config.yaml'}: {integrity.describe(wrong)}",
+            remedy="restore the config.yaml that the checkpoint was written with",
+        )
+    own = tokenizers_of(config, source, None)
+    content = model_config(
+        config,
+        auxiliary_size=auxiliary,
+        thresholds=thresholds,
+        routing=routing,
+        tokens_per_image=own.image.tokens_per_image if own.image else 0,
+    )
+    weights: dict[str, Tensor] = {}
+    for move in listed:
+        weights |= zip(move.targets, move.split(source.read(move.source)), strict=True)
+    model = _loaded(content, None, weights, where=source.path)
+    tokenizer = fast_tokenizer(own.text, own.vocabulary, context=config.model.seq_length)
+    processor = MomaProcessor(tokenizer, modalities=_ranges(own.vocabulary))
+    processor.codes = read_codes(own.folder) if own.image is not None else None
+    return Generator(config, source.step, routing if config.model.routes else "none", model, processor)
+
+
+def _of_folder(folder: Path, routing: str | None) -> Generator:
+    config = _settings(folder)
+    try:
+        problems = integrity.verify(folder)
+    except integrity.NoManifestError:  # a copy without it; sizes and names are looked at below
+        problems = []
+    except integrity.DamagedError as error:
+        problems = [str(error)]
+    if problems:
+        raise CheckpointError(f"{folder} is damaged: {integrity.describe(problems)}", remedy=_AGAIN)
+    files = ModelFiles(folder)  # refuses missing shards and files outside of the folder
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if content.get("model_type") != ("moma" if not is_native(config) else "qwen3" if config.model.qk_norm else "llama"):
+        raise CheckpointError(
+            f"{folder}: {CONFIG} says {content.get('model_type')!r}, which {SETTINGS} does not", remedy=_AGAIN
+        )
+    if routing is not None and config.model.routes:
+        content["routing"] = routing
+    model = _loaded(content, folder, {name: files.read(name) for name in sorted(files.names())}, where=folder)
+    try:
+        processor: MomaProcessor = MomaProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything on files that are damaged or missing
+        raise CheckpointError(
+            f"{folder} has no readable processor: {str(error).strip().splitlines()[0]}", remedy=_AGAIN
+        ) from error
+    return Generator(config, None, content["routing"] if config.model.routes else "none", model, processor)
+
+
+def _settings(folder: Path) -> Config:
+    file = folder / SETTINGS
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} was not exported by mmscale (no {SETTINGS})",
+            remedy="name a run, or a folder that `mmscale convert to-hf` made",
+        )
+    try:
+        return Config.model_validate(json.loads(file.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file} holds no configuration of this version: {str(error).splitlines()[0]}",
+            remedy="use the version of mmscale that wrote it",
+        ) from None
+
+
+def _loaded(content: dict[str, Any], folder: Path | None, weights: dict[str, Tensor], *, where: Path) -> Any:
+    """The model with exactly these weights, on this machine's device; hosts compute in fp32, where bf16 is exact."""
+    config_class, model_class = _CLASSES[content["model_type"]]
+    own = {key: value for key, value in content.items() if key not in ("architectures", "auto_map", "model_type")}
+    try:
+        config = config_class(**own)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}", remedy="choose another --routing, or train what it needs") from None
+    device = current_device()
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, own["dtype"])
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, attn_implementation="sdpa"
+    )
+    wrong = [
+        f"{kind.removesuffix('_keys')} {name}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for name in sorted(map(str, report.get(kind) or ()))
+    ]
+    if wrong:
+        raise CheckpointError(f"{where} holds other weights than its model: {integrity.describe(wrong)}", remedy=_AGAIN)
+    return model.eval().to(device)
+
+
+def _ranges(vocabulary: Vocabulary) -> list[list[Any]]:
+    return [[name, *ids] for name, ids in zip(vocabulary.names, vocabulary.ranges, strict=True)]
+
+
+def _document(prompt: Prompt) -> list[str | Path]:
+    """Texts and files in order.
+
+    Raises:
+        UsageError: the text has placeholders for another number of images.
+    """
+    parts = prompt.text.split(PLACEHOLDER) if prompt.images else [prompt.text]
+    if len(parts) == 1:
+        return [*prompt.images, *([prompt.text] if prompt.text else [])]
+    if len(parts) - 1 != len(prompt.images):
+        raise UsageError(
+            f"the prompt has {len(parts) - 1} {PLACEHOLDER} for {len(prompt.images)} images",
+            remedy=f"give as many --image, or none of {PLACEHOLDER} to have them before the text",
+        )
+    document: list[str | Path] = []
+    for image, text in zip((None, *prompt.images), parts, strict=True):
+        document += ([] if image is None else [image]) + ([text] if text else [])
+    return document
+
+
+def _refuse_unknown(tokenizer: Any, text: str) -> None:
+    """A tokenizer without all bytes drops characters, or makes one token of all that it does not know.
+
+    Raises:
+        DataError: it would here.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the prompt {text!r} is no valid UTF-8", remedy="check the terminal's encoding") from None
+    unknown_id = tokenizer.backend_tokenizer.token_to_id(_unknown(tokenizer) or "")
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    covered: set[int] = set()
+    unknown: set[str] = set()
+    for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        covered.update(range(start, end))
+        if unknown_id is not None and number == unknown_id:
+            unknown.add(text[start:end])
+    unknown |= {one for at, one in enumerate(text) if at not in covered and not one.isspace()}
+    if unknown:
+        raise DataError(
+            f"the text tokenizer does not know {', '.join(map(repr, sorted(unknown)[:5]))}",
+            remedy="write the prompt with characters of the training data",
+        )
+
+
+def _unknown(tokenizer: Any) -> str | None:
+    """The token that stands for everything unknown, by the tokenizer's model."""
+    found: str | None = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("unk_token")
+    return found

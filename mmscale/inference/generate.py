@@ -1,0 +1,291 @@
+"""Token by token generation of text and images with a causal model of transformers: the one loop for runs and exports.
+
+It works on ids. The loop with its cache, and sampling, are transformers' `generate`; what mixed-modal sequences need
+beyond that stands here: rows of different lengths that each end at their own limit, images that begin only where
+there is room for all of them, and classifier-free guidance. What keeps an image whole is a processor that is given.
+Tokenizers, and where models come from, are checkpoints_tools/generator.py's business.
+
+Shapes: B rows, S tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
+
+from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
+from mmscale.errors import DataError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides logits; 0: always the most likely token.
+        top_k: choose among so many of the most likely ones; 0: among all.
+        top_p: choose among the most likely ones up to this probability.
+        guidance: of images, classifier-free: 1 draws from the prompt's distribution, more moves away from what would be
+            drawn without the prompt. Costs a second pass of the model for every image token.
+        max_tokens: longest continuation [tokens]; None: what the context has room for.
+        seed: of the sampling.
+        batch: rows that are computed at once.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+    max_tokens: int | None = None
+    seed: int = 0
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """What generation must know of images.
+
+    Attributes:
+        first, end: half-open range of image tokens.
+        tokens: of an image, between `<boi>` and `<eoi>`.
+        grammar: keeps images whole: `<boi>`, that many image tokens, `<eoi>`, and no image token anywhere else.
+    """
+
+    first: int
+    end: int
+    tokens: int
+    grammar: LogitsProcessor
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was generated for one prompt.
+
+    Attributes:
+        ids: without the prompt, and without `</s>`.
+        ended: by `</s>`; else the limit was reached.
+    """
+
+    ids: tuple[int, ...]
+    ended: bool
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    images: ImageRules | None,
+    context: int,
+    never: Sequence[int] = (),
+    use_cache: bool = True,
+) -> list[Continuation]:
+    """Continue every prompt until `</s>` or its limit.
+
+    Args:
+        model: a causal language model of transformers in evaluation mode.
+        prompts: ids of each, `<s>` first; one may end with `<boi>`.
+        sampling: how tokens are chosen.
+        images: None: the model knows none, and no image is begun.
+        context: longest sequence that the model was trained on [tokens].
+        never: further ids that are never generated: padding of the vocabulary.
+        use_cache: without it every token costs a pass over the whole sequence; the result is the same.
+
+    Raises:
+        DataError: a prompt leaves no room for a continuation, or for the image that it begins.
+    """
+    limits = [_limit(prompt, sampling, images, context) for prompt in prompts]
+    found: list[Continuation] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(sampling.seed)
+        for start in range(0, len(prompts), sampling.batch):
+            rows = slice(start, start + sampling.batch)
+            found += _batch(model, prompts[rows], limits[rows], sampling, images, never, use_cache)
+    return found
+
+
+def _limit(prompt: Sequence[int], sampling: Sampling, images: ImageRules | None, context: int) -> int:
+    """Longest continuation of a prompt [tokens]."""
+    room = context - len(prompt)
+    if room < 1:
+        raise DataError(
+            f"a prompt has {len(prompt)} tokens, the model's context is {context}", remedy="shorten the prompt"
+        )
+    limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+    if prompt[-1] == BOI:
+        assert images is not None, "nothing can begin an image"
+        if limit <= images.tokens:
+            where = "context has room" if limit == room else "limit of new tokens is"
+            raise DataError(
+                f"a prompt of {len(prompt)} tokens begins an image of {images.tokens} + 1, the {where} for {limit}",
+                remedy="shorten the prompt" if limit == room else f"--max-tokens {images.tokens + 1} or more",
+            )
+    return limit
+
+
+def _batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: Sampling,
+    images: ImageRules | None,
+    never: Sequence[int],
+    use_cache: bool,
+) -> list[Continuation]:
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), PAD)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    ends = torch.tensor(limits, device=ids.device) + width
+    # Guidance compares two whole distributions, so it comes before anything is ruled out. Temperature, top-k and top-p
+    # come last (transformers adds them), among what is left.
+    processors: list[LogitsProcessor] = []
+    if images is not None and sampling.guidance != 1.0:
+        processors.append(ClassifierFreeGuidance(model, images, scale=sampling.guidance))
+    if images is not None:
+        processors += [images.grammar, RoomForImages(images, ends)]
+    closed = () if images is not None else (BOI, EOI)
+    processors.append(SuppressTokensLogitsProcessor([PAD, BOS, *closed, *never], device=str(ids.device)))
+    greedy = sampling.temperature == 0.0
+    chosen = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=max(limits),
+            use_cache=use_cache,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            **chosen,
+        ),
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=StoppingCriteriaList([RowLimits(ends)]),
+    )
+    return [_continuation(row[width:], limit) for row, limit in zip(out.tolist(), limits, strict=True)]
+
+
+def _continuation(ids: list[int], limit: int) -> Continuation:
+    own = ids[:limit]
+    ended = EOS in own
+    return Continuation(tuple(own[: own.index(EOS)] if ended else own), ended)
+
+
+class RowLimits(StoppingCriteria):
+    """Every row ends at its own column.
+
+    Args:
+        ends: [B], number of columns.
+    """
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """[B] bool: done."""
+        return self.ends <= input_ids.shape[1]
+
+
+class RoomForImages(LogitsProcessor):
+    """An image begins only where its row has room for all of it.
+
+    Args:
+        images: how long one is.
+        ends: [B], number of columns of each row.
+    """
+
+    def __init__(self, images: ImageRules, ends: Tensor) -> None:
+        self.least = images.tokens + 2
+        self.ends = ends
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Scores [B, V] with `<boi>` at -inf where it comes too late."""
+        late = self.ends - input_ids.shape[1] < self.least
+        scores = scores.clone()
+        scores[:, BOI] = scores[:, BOI].masked_fill(late, float("-inf"))
+        return scores
+
+
+class ClassifierFreeGuidance(LogitsProcessor):
+    """Scores of image tokens move away from those of the same image without its prompt.
+
+    u + scale * (c - u) with the log-probabilities c of the row and u of `<s> <boi>` and the image so far (Chameleon
+    2405.09818 and its kin draw so; Ho and Salimans 2207.12598). transformers' own class runs one unconditional branch
+    from the first token on; here rows begin images whenever they like, so the branch has a cache in which a row's older
+    columns are masked when it begins another image, and which is dropped when no row draws.
+
+    Args:
+        model: the same model.
+        images: ranges and length.
+        scale: 1: no change.
+    """
+
+    def __init__(self, model: Any, images: ImageRules, *, scale: float) -> None:
+        self.model, self.images, self.scale = model, images, scale
+        self._cache: Any = None
+        self._seen: Tensor | None = None  # [B, columns], which of them a row attends to
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Scores [B, V], changed in rows whose next token is an image's."""
+        done = self._image_tokens(input_ids)
+        drawing = (done >= 0) & (done < self.images.tokens)
+        if not bool(drawing.any()):
+            self._cache = self._seen = None
+            return scores
+        without = self._unconditional(input_ids[:, -1], done, drawing).to(scores.dtype).log_softmax(dim=-1)
+        guided = without + self.scale * (scores.log_softmax(dim=-1) - without)
+        return torch.where(drawing.unsqueeze(1), guided, scores)
+
+    def _image_tokens(self, ids: Tensor) -> Tensor:
+        """[B]: tokens of the image that a row is in, 0 after `<boi>`; -1 outside of images."""
+        recent = ids[:, -(self.images.tokens + 1) :]
+        of_image = (recent >= self.images.first) & (recent < self.images.end)
+        trailing = of_image.flip(1).long().cumprod(dim=1).sum(dim=1)
+        before = (recent.shape[1] - 1 - trailing).clamp(min=0)
+        begun = recent.gather(1, before.unsqueeze(1)).squeeze(1) == BOI
+        return torch.where(begun, trailing, -1)
+
+    def _unconditional(self, last: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
+        """Logits [B, V] of what follows `<s> <boi>` and the image so far; nonsense in rows that draw nothing."""
+        begins = drawing & (done == 0)
+        goes_on = drawing & (done > 0)
+        two = bool(begins.any())  # a row that begins brings <s> along; the others fill that column with padding
+        bos = torch.where(begins, BOS, PAD)
+        newest = torch.where(drawing, last, PAD)
+        ids = torch.stack((bos, newest), dim=1) if two else newest.unsqueeze(1)
+        position = torch.where(drawing, done + 1, 0)
+        positions = torch.stack((torch.zeros_like(position), position), dim=1) if two else position.unsqueeze(1)
+        # Rows that draw nothing see their new columns, for a row of a mask must not be empty.
+        fresh = torch.ones_like(ids, dtype=torch.bool)
+        if two:
+            fresh[:, 0] = ~goes_on
+        older = ids.new_zeros((len(ids), 0), dtype=torch.bool) if self._seen is None else self._seen
+        self._seen = torch.cat((older & goes_on.unsqueeze(1), fresh), dim=1)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self._seen.long(),
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = out.past_key_values
+        logits: Tensor = out.logits[:, -1]
+        return logits

@@ -1,0 +1,188 @@
+"""`mmscale sample` from a run and from its export: text and pictures, the trainer's tokens, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import checkpoints_tools.generator  # noqa: F401  these four: what forked commands would import one by one
+import mmscale.inference.draw
+import mmscale.report.figures
+import mmscale.train.auxiliary_stage
+from mmscale.data.digits import labelled
+from mmscale.data.image_files import save_png
+from mmscale.data.vocab import EOI, EOS
+from tests.end_to_end.running import Ended, assert_says, mmscale
+
+MAIN = (
+    *("train.steps=30", "checkpoint.every=0", "checkpoint.asynchronous=false", "train.eval_every=0"),
+    "parallel.ep=1",
+)
+DENSE = ("run.name=dense", "model.kind=dense", "model.depth=null", "model.experts.counts={}")
+STAGE = ("--stage", "auxiliary", "auxiliary.steps=12", "auxiliary.optim.lr=1e-2", "auxiliary.calibration_batches=2")
+
+
+def ok(*arguments: str | Path) -> Ended:
+    ended = mmscale(*arguments)
+    assert ended.status == 0, ended
+    return ended
+
+
+def sampled(*arguments: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ok("sample", *arguments, "--json").out)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dense`; `tiny` with routers; `bare` without; `tiny-hf` and `dense-hf`, exported."""
+    folder = tmp_path_factory.mktemp("sample")
+    ok("train", config, f"run.dir={folder}", *MAIN, *DENSE)
+    ok("train", config, f"run.dir={folder}", *MAIN)
+    shutil.copytree(folder / "tiny", folder / "bare")
+    ok("train", config, f"run.dir={folder}", *MAIN, *STAGE)
+    for name in ("tiny", "dense"):
+        ok("convert", "to-hf", folder / name, folder / f"{name}-hf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real digit as a file."""
+    images, labels = labelled(held_out=True)
+    file = tmp_path_factory.mktemp("pictures") / "seven.png"
+    save_png(images[labels == 7][0][..., None], file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["tiny", "dense"])
+def test_run_and_export_give_the_same_pictures(name: str, runs: Path, seven: Path, tmp_path: Path) -> None:
+    prompts = ("--prompt", "draw a two", "--prompt", "two of <image> are", "--image", seven)
+    for asked in (prompts[:2], prompts[2:]):
+        for more in (("--temperature", "0", "--count", "1", "--guidance", "2"), ("--count", "3", "--top-k", "40")):
+            one = sampled(runs / name, *asked, *more, "--draw", "--out", tmp_path / "run")
+            other = sampled(runs / f"{name}-hf", *asked, *more, "--draw", "--out", tmp_path / "hf")
+            assert one["step"] == 30 and other["step"] is None
+            assert one["routing"] == other["routing"] == ("causal" if name == "tiny" else "none")
+            assert [(s["text"], s["tokens"]) for s in one["samples"]] == [
+                (s["text"], s["tokens"]) for s in other["samples"]
+            ]
+            assert len(one["images"]) >= len(one["samples"])
+            for mine, theirs in zip([*one["images"], one["sheet"]], [*other["images"], other["sheet"]], strict=True):
+                assert Path(mine).read_bytes() == Path(theirs).read_bytes()
+            assert PIL.Image.open(one["images"][0]).size == (8, 8)
+
+
+def test_tokens_are_the_trainers(runs: Path, seven: Path) -> None:
+    """Greedy with the cache, token for token what the trainer's causal forward says, which has no cache."""
+    import torch
+
+    from checkpoints_tools.generator import Prompt, open_generator
+    from mmscale.data.packed import pack_rows
+    from mmscale.inference.generate import Sampling
+    from mmscale.inference.model import open_run
+    from mmscale.model.mixed_modal import Routing
+    from tests.unit.inference.test_generate import allowed_of
+
+    asked = [Prompt("draw a seven"), Prompt("", (seven,)), Prompt("this is a <image>, <image>", (seven, seven), True)]
+    for name, routing in (("tiny", Routing.CAUSAL), ("dense", Routing.BATCH)):
+        generator = open_generator(runs / name)
+        found = generator.sample(asked, sampling=Sampling(temperature=0.0))
+        codes, vocab = generator.processor.codes, generator.config.vocab
+        assert codes is not None
+        drawn = 0
+        with open_run(runs / name) as model:
+            for prompt, one in zip(asked, found, strict=True):
+                ids = generator.encode(prompt)
+                length = len(ids)
+                whole = np.array([*ids, *one.ids, *([EOS] if one.ended else [])], dtype=np.int64)
+                batch, _ = pack_rows([[whole]], vocabulary=model.vocabulary, seq_length=model.config.model.seq_length)
+                logits = model.logits(batch, routing)[0]
+                for at in range(length, len(whole)):
+                    may = allowed_of(
+                        whole[:at].tolist(), 64 - at, image=generator.processor.image_range, tokens=codes.tokens
+                    )
+                    may &= set(range(vocab.size))
+                    best = torch.tensor(sorted(may))
+                    scores = logits[at - 1][best]
+                    assert int(best[scores.argmax()]) == whole[at], (name, at)
+                assert one.ended or len(whole) == 64
+                drawn += one.ids.count(EOI)
+            assert drawn
+
+
+def test_text_goes_on_and_pictures_are_read(runs: Path, seven: Path, tmp_path: Path) -> None:
+    """An image alone is a prompt; what comes back is printed, and nothing is written where nothing was drawn."""
+    ended = ok("sample", runs / "tiny", "--prompt", "", "--image", seven, "--max-tokens", "3", "--out", tmp_path / "o")
+    assert ended.out.count("'' -> ") == 4 and "4 samples with 0 images" in ended.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_routings(runs: Path, tmp_path: Path) -> None:
+    for routing in ("causal", "top1", "batch"):
+        found = sampled(runs / "tiny", "--prompt", "draw a two", "--routing", routing, "--draw", "--out", tmp_path)
+        assert found["routing"] == routing and len(found["images"]) >= 4
+    assert sampled(runs / "bare", "--prompt", "draw a two", "--out", tmp_path)["routing"] == "batch"
+    assert "batch routing" in ok("sample", runs / "bare", "--prompt", "draw a two", "--out", tmp_path).out
+
+
+def test_recognition_counts_every_digit_that_was_asked_for(runs: Path, tmp_path: Path) -> None:
+    asked = ("--prompt", "draw a two", "--prompt", "draw a nine", "--count", "5", "--draw", "--recognise")
+    found = sampled(runs / "tiny", *asked, "--out", tmp_path)["recognition"]
+    assert found["asked"] == 10 and found["right"] == sum(row["right"] for row in found["by_word"].values())
+    assert {word: row["asked"] for word, row in found["by_word"].items()} == {"two": 5, "nine": 5}
+    assert found["share"] == found["right"] / 10 and found["ceiling"] > 0.97
+    ended = mmscale("sample", runs / "tiny", "--prompt", "draw two sevens", "--draw", "--recognise", "--out", tmp_path)
+    assert ended.status == 0
+    ended = mmscale("sample", runs / "tiny", "--prompt", "draw it", "--draw", "--recognise", "--out", tmp_path)
+    assert_says(ended, status=2, cause="does not name one digit", remedy="draw a seven")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "cause", "remedy"),
+    [
+        (("tiny", "--prompt", "draw " * 80), 3, "the model's context is 64", "shorten the prompt"),
+        (("tiny", "--prompt", "draw " * 40, "--draw"), 3, "begins an image", "shorten the prompt"),
+        (("tiny", "--prompt", "a", "--draw", "--max-tokens", "4"), 3, "begins an image", "--max-tokens 5"),
+        (("tiny", "--prompt", "a", "--image", "missing.png"), 3, "missing.png cannot be read", "another picture"),
+        (("tiny", "--prompt", "a", "--image", "text.png"), 3, "text.png cannot be read", "another picture"),
+        (("tiny", "--prompt", "<image><image>", "--image", "{seven}"), 2, "2 <image> for 1 images", "as many --image"),
+        (("tiny", "--prompt", "\udce4"), 3, "no valid UTF-8", "encoding"),
+        (("tiny", "--prompt", "a", "--routing", "best"), 2, "'best' is not known", "causal"),
+        (("tiny", "--prompt", "a", "--routing", "threshold"), 4, "no averaged cut-offs", ""),
+        (("tiny-hf", "--prompt", "a", "--routing", "threshold"), 4, "needs tensors", "--routing"),
+        (("tiny-hf@3", "--prompt", "a"), 2, "has no steps", "tiny-hf"),
+        (("tiny-hf", "--prompt", "a", "--routing", "batch"), 2, "batch routing needs a run", "--routing causal"),
+        (("bare", "--prompt", "a", "--routing", "causal"), 4, "has no auxiliary routers", "--stage auxiliary"),
+        (("bare", "--prompt", "a", "--guidance", "2"), 2, "--guidance: not with batch routing", "--stage auxiliary"),
+        (("nothing", "--prompt", "a"), 4, "is not a run folder", "mmscale train"),
+    ],
+)
+def test_refused(
+    runs: Path, seven: Path, tmp_path: Path, arguments: tuple[str, ...], status: int, cause: str, remedy: str
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    name, *rest = (one.format(seven=seven) for one in arguments)
+    rest = [str(tmp_path / one) if one.endswith(".png") and "/" not in one else one for one in rest]
+    ended = mmscale("sample", f"{runs}/{name}", *rest, "--out", tmp_path / "none")
+    assert_says(ended, status=status, cause=cause, remedy=remedy)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_export_is_not_loaded(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "tiny-hf", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    ended = mmscale("sample", tmp_path / "hf", "--prompt", "a", "--out", tmp_path / "none")
+    assert_says(ended, status=4, cause="is damaged", remedy="export it again")
+    (tmp_path / "hf" / "mmscale.json").unlink()
+    ended = mmscale("sample", tmp_path / "hf", "--prompt", "a", "--out", tmp_path / "none")
+    assert_says(ended, status=4, cause="was not exported by mmscale", remedy="to-hf")

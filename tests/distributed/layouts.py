@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm": "post_per_expert",
     },
     "moma_depth": {"kind": "moma", "experts": _EXPERTS, "depth": {"every": 2, "capacity": 0.25, "multiple": 8}},
+    "dense_depth_first": {"kind": "dense", "depth": {"every": 4, "capacity": 0.5, "multiple": 8}},
     "moma_depth_joint": {
         "kind": "moma",
         "experts": {**_EXPERTS, "threshold_decay": 0.9},

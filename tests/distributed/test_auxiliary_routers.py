@@ -162,6 +162,24 @@ def test_two_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
     _compare(reference, model, 2, _some(TWO_RANKS, ["dp2", "tp2", "pp2", "ep2", "pp2_interleaved"]))
 
 
+def test_a_pipeline_stage_without_routers(tmp_path: Path) -> None:
+    """A dense model whose first layer alone is a Mixture-of-Depths layer."""
+    reference = alone("dense_depth_first", tmp_path / "alone.json")
+    assert reference.causal["batch"] != reference.causal["causal"]
+    _compare(reference, "dense_depth_first", 2, _some(TWO_RANKS, ["tp2", "pp2", "pp2_interleaved"]))
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        made = settings("dense_depth_first", parallel={"pp": 2})
+        whole = _resumed(made, tmp_path / "whole", load=None, until=3)
+        halves = _resumed(made, tmp_path / "halves", load=None, until=2)
+        halves += _resumed(made, tmp_path / "halves", load=2, until=3)
+        assert halves == whole
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2)
+
+
 @pytest.mark.parametrize("model", ["moma_depth"])
 def test_four_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
     reference = alone(model, tmp_path / "alone.json")

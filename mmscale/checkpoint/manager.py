@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -64,6 +65,7 @@ class CheckpointManager:
             "optimizer_fresh", "random_state_fresh".
         saves: how saves are made; by default the trainer writes them itself.
         on_point: as Saver's.
+        on_stage: as Store's; what it raises gives up the save.
         keep_every: checkpoints of every n-th step are kept for ever; 0: none.
         allow_missing: whether a checkpoint may lack its manifest, its counters or random states.
         seed: from which a rank gets new random numbers where the saved ones belong to another layout.
@@ -85,6 +87,7 @@ class CheckpointManager:
         on_event: Callable[..., None],
         saves: SaveSettings | None = None,
         on_point: Callable[[str, int], None] = _nothing,
+        on_stage: Callable[[str], None] | None = None,
         keep_every: int = 0,
         allow_missing: bool = False,
         seed: int = 0,
@@ -92,6 +95,8 @@ class CheckpointManager:
         default_progress: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self.store = Store.of_run(run)
+        if on_stage is not None:
+            self.store = replace(self.store, on_stage=on_stage)
         self.every = every
         self.on_event = on_event
         self.allow_missing = allow_missing

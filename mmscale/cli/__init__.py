@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmscale.cli import bench, ckpt, config, convert, data, machine, report, sample, train
+from mmscale.cli import bench, ckpt, config, convert, data, launch, machine, report, sample, train
 from mmscale.cli.output import show_error
 from mmscale.errors import MmscaleError, UsageError
 from mmscale.runtime import quiet
@@ -40,6 +40,13 @@ app.command("sample", epilog="Example: mmscale sample runs/quickstart --prompt '
 app.command(
     "verify-layout", epilog="Example: mmscale verify-layout configs/quickstart.yaml parallel.tp=2 precision.dtype=fp32"
 )(train.verify_layout)
+app.command("launch", epilog="Example: mmscale launch configs/quickstart.yaml --cluster test --nodes 2 --dry-run")(
+    launch.launch
+)
+app.command("status", epilog="Example: mmscale status runs/quickstart --watch 5")(launch.status)
+app.command("logs", epilog="Example: mmscale logs runs/quickstart --rank 1 --follow")(launch.logs)
+app.command("stop", epilog="Example: mmscale stop runs/quickstart")(launch.stop)
+app.command("resume", epilog="Example: mmscale resume runs/quickstart train.steps=2000")(launch.resume)
 app.command("report", epilog="Example: mmscale report runs/dense runs/moma --out report.html")(report.report)
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(convert.app, name="convert")

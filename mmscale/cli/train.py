@@ -60,6 +60,7 @@ def train(
     Without --nproc it joins the ranks that SLURM, torchrun or mpirun started.
     """
     from mmscale.config.load import load
+    from mmscale.resilience.lease import launched_attempt
     from mmscale.train.metrics import next_attempt, read_metrics
 
     loaded = load(config, overrides or ())
@@ -71,7 +72,8 @@ def train(
         from mmscale.train.preflight import preflight
 
         preflight(loaded, world_size=nproc, yes=yes)  # said once here, and not by every rank
-        raise typer.Exit(ranks.start(nproc, log_dir=run_dir / "logs" / f"attempt_{next_attempt(run_dir)}"))
+        attempt = launched_attempt(run_dir) or next_attempt(run_dir)
+        raise typer.Exit(ranks.start(nproc, log_dir=run_dir / "logs" / f"attempt_{attempt}"))
     env = ranks.own_rank(nproc)
     from mmscale.train import run
 

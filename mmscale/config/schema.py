@@ -449,6 +449,18 @@ class AnomalyConfig(Section):
 class ResilienceConfig(Section):
     """Going on in spite of faults."""
 
+    max_restarts: Index = setting(
+        "Restarts of a launched job after crashes, over all of its attempts; one more gives up (exit 5). Stops on "
+        "request, preemptions, lost nodes and time limits do not count.",
+        20,
+        unit="restarts",
+    )
+    max_restarts_without_progress: Index = setting(
+        "Restarts after crashes in a row without a new checkpoint; one more gives up (exit 5).",
+        2,
+        unit="restarts",
+        source="NVRx ft_launcher: 3 cycles",
+    )
     anomaly: AnomalyConfig = setting("NaN, Inf and spikes.", AnomalyConfig())
     parameter_hash_every: Index = setting(
         "Compare the bytes of replicated parameters every n steps, and name a rank that differs; 0: never.",

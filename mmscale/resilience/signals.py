@@ -5,36 +5,57 @@ Nothing is saved or sent from inside a handler; requeueing is the launcher's bus
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 
 import torch
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+# SIGUSR2 is what SLURM is told to send before a time limit or a preemption, SIGTERM what it sends at any other end,
+# SIGUSR1 what a person sends who does not want the run back. The largest code on any rank counts for all.
+_CODES = {signal.SIGINT: 1, signal.SIGTERM: 2, signal.SIGUSR2: 3, signal.SIGUSR1: 4}
 
 
 class StopRequest:
-    """Handlers of SIGTERM, SIGUSR2 and SIGINT while it is entered. A second SIGINT interrupts at once."""
+    """Handlers of SIGTERM, SIGUSR1, SIGUSR2 and SIGINT while it is entered. A second SIGINT interrupts at once.
+
+    A launcher may have blocked them until now: what came meanwhile is delivered on entering. Only the process that
+    entered it notes anything: a forked one (a loader, a writer) inherits the handlers, SLURM signals it as well, and
+    its end would be taken for a fault.
+
+    Attributes:
+        name: the signal that came to this process.
+        agreed_name: the signal that all ranks stop for, once they agreed.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.agreed_name: str | None = None
+        self._process = os.getpid()
+        self._mask: set[int] = set()
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in _SIGNALS:
+        for number in _CODES:
             self._previous[number] = signal.signal(number, self._note)
+        self._mask = {int(number) for number in signal.pthread_sigmask(signal.SIG_UNBLOCK, _CODES)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # First the mask: a request that is repeated while the process ends must not end it by the default action.
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.name is not None:
+        if os.getpid() != self._process:
+            return
+        if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        if self.name is None or _CODES[signal.Signals(number)] > _CODES[signal.Signals[self.name]]:
+            self.name = signal.Signals(number).name
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank. Every rank calls it at the same step."""
@@ -47,7 +68,9 @@ class StopRequest:
             device: of the collective.
             numbers: as many on every rank.
         """
-        flags = torch.tensor([int(self.name is not None), *numbers], device=device)
+        code = _CODES[signal.Signals[self.name]] if self.name is not None else 0
+        flags = torch.tensor([code, *numbers], device=device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         stop, *maxima = flags.tolist()
+        self.agreed_name = next((number.name for number, code in _CODES.items() if code == stop), None)
         return bool(stop), maxima

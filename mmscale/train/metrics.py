@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,25 @@ class MetricsLog:
         attempt: Number of this attempt, from `next_attempt`.
         tensorboard: Write TensorBoard events into `<run_dir>/tensorboard`.
         wandb: W&B project; None: off.
+        may_write: Called before every line; raises if this process must not write any more.
 
     Raises:
         ConfigError: TensorBoard or W&B is asked for and not installed.
     """
 
-    def __init__(self, run_dir: Path, *, attempt: int, tensorboard: bool = False, wandb: str | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        attempt: int,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        may_write: Callable[[], None] | None = None,
+    ) -> None:
         self.attempt = attempt
         self.rollback = 0
         self._run_dir = run_dir
-        self._lines = _Lines(run_dir / METRICS)
+        self._lines = _Lines(run_dir / METRICS, may_write)
         self._tensorboard_type = _import_tensorboard() if tensorboard else None
         self._tensorboard: Any = None  # made at the first write, which knows the step to start from
         self._wandb: Any = None if wandb is None else _start_wandb(run_dir, project=wandb)
@@ -115,11 +124,12 @@ class EventLog:
     Args:
         run_dir: The run's folder; made if it is missing.
         attempt: Number of this attempt, from `next_attempt`.
+        may_write: Called before every line; raises if this process must not write any more.
     """
 
-    def __init__(self, run_dir: Path, attempt: int) -> None:
+    def __init__(self, run_dir: Path, attempt: int, *, may_write: Callable[[], None] | None = None) -> None:
         self.attempt = attempt
-        self._lines = _Lines(run_dir / EVENTS)
+        self._lines = _Lines(run_dir / EVENTS, may_write)
 
     def add(self, event: str, **fields: Any) -> None:
         """Append one event with the time [seconds since 1970] and whatever belongs to it."""
@@ -170,7 +180,8 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 class _Lines:
     """An append-only file of JSON lines."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, may_write: Callable[[], None] | None = None) -> None:
+        self._may_write = may_write
         path.parent.mkdir(parents=True, exist_ok=True)
         # O_APPEND and one write per line: a line is whole or torn at its end, never mixed with another process's.
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -180,6 +191,8 @@ class _Lines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         text = json.dumps(record, allow_nan=False, default=str) + "\n"
+        if self._may_write is not None:
+            self._may_write()
         os.write(self._file, text.encode())
 
     def close(self) -> None:

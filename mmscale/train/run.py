@@ -33,6 +33,7 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import Routing
 from mmscale.plan import flops_per_token, plan
 from mmscale.resilience.inject import Faults
+from mmscale.resilience.lease import Fence, FencedError, launched_attempt
 from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.resilience.signals import StopRequest
 from mmscale.runtime import device, random_state
@@ -144,14 +145,15 @@ def _attempt(
     yes: bool,
 ) -> int:
     run = Path(config.run.dir) / config.run.name
-    attempt = _agree(next_attempt(run) if env.rank == 0 else None)
+    attempt = _agree((launched_attempt(run) or next_attempt(run)) if env.rank == 0 else None)
     parts = build(config, groups)
     state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
     with contextlib.ExitStack() as stack:
-        records = stack.enter_context(_records(config, run, attempt)) if env.rank == 0 else None
+        fence = Fence.of_rank(run, env.rank)
+        records = stack.enter_context(_records(config, run, attempt, fence)) if env.rank == 0 else None
         progress = stack.enter_context(Progress(config.train.steps, enabled=env.rank == 0))
         faults = Faults.of_rank(env.rank)
-        checkpoints = _checkpoints(config, run, attempt, records, progress, faults)
+        checkpoints = _checkpoints(config, run, attempt, records, progress, faults, fence)
         stack.callback(checkpoints.saver.close)
         memory = stack.enter_context(
             memory_of(config, env, run=run, attempt=attempt, tell=functools.partial(_event, records), warn=progress.say)
@@ -175,7 +177,8 @@ def _attempt(
         if state.step >= config.train.steps:
             progress.say(f"{run} is done: {state.step} of {config.train.steps} steps; raise train.steps to go on")
             return FINISHED
-        _event(records, "start" if changed is None else "resume", step=state.step, world_size=env.world_size)
+        begun = "start" if changed is None else "resume"
+        _event(records, begun, step=state.step, world_size=env.world_size, attempt_id=fence.lease_id)
         if config.train.dry_run:
             with random_state.preserved():  # the next step draws what it would have drawn without a restart
                 _dry_run(config, parts, train_data)
@@ -223,7 +226,7 @@ def _attempt(
             vocabulary=Vocabulary.from_config(config.vocab),
             hooks=hooks,
             checkpoints=checkpoints,
-            stop_requested=functools.partial(_border, stop, checkpoints, clock),
+            stop_requested=functools.partial(_border, stop, checkpoints, clock, fence),
             clock=clock,
         )
         # megatron-core collects garbage in every save while all wait: what is there now stays, and is not looked at.
@@ -234,7 +237,7 @@ def _attempt(
         except TrainingError:  # the same on every rank, so the save that is under way can still be committed
             checkpoints.saver.finish()
             raise
-        _event(records, "finish" if finished else "stop", step=state.step)
+        _event(records, "finish" if finished else "stop", step=state.step, signal=stop.agreed_name)
         if not finished:
             progress.say(f"stopped on request after step {state.step}; start it again to go on")
         return FINISHED if finished else STOPPED
@@ -250,8 +253,9 @@ def _evaluate(
     )
 
 
-def _border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput) -> bool:
+def _border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput, fence: Fence) -> bool:
     """Between two steps: whether to stop, and how far the save has come that is under way, in one collective."""
+    fence.look()
     saver = checkpoints.saver
     stopping, (working, failed) = stop.agreed_with(device.taken(), *saver.word())
     if saver.under_way:
@@ -261,7 +265,7 @@ def _border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput
 
 
 def _checkpoints(
-    config: Config, run: Path, attempt: int, records: Records | None, progress: Progress, faults: Faults
+    config: Config, run: Path, attempt: int, records: Records | None, progress: Progress, faults: Faults, fence: Fence
 ) -> CheckpointManager:
     def tell(event: str, **fields: Any) -> None:
         _event(records, event, **fields)
@@ -297,6 +301,7 @@ def _checkpoints(
             max_failures=config.checkpoint.max_failures,
         ),
         on_point=faults.at,
+        on_stage=lambda stage: fence.check(),
         keep_every=config.checkpoint.keep_every,
         allow_missing=config.checkpoint.allow_missing,
         seed=config.run.seed,
@@ -370,19 +375,24 @@ def _loader(config: Config, groups: ProcessGroupCollection, data: Mixture, *, co
 
 
 @contextlib.contextmanager
-def _records(config: Config, run: Path, attempt: int) -> Iterator[Records]:
+def _records(config: Config, run: Path, attempt: int, fence: Fence) -> Iterator[Records]:
     """The run's folder with its configuration and environment, and the open logs."""
     run.mkdir(parents=True, exist_ok=True)
+    fence.check()
     text = dump(config)
     for name in (f"config.{attempt}.yaml", "config.yaml"):
         temporary = run / f"{name}.tmp"
         temporary.write_text(text)
         temporary.replace(run / name)
     write_environment(run)
-    metrics = MetricsLog(run, attempt=attempt, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
-    events = EventLog(run, attempt)
+    metrics = MetricsLog(
+        run, attempt=attempt, tensorboard=config.log.tensorboard, wandb=config.log.wandb, may_write=fence.check
+    )
+    events = EventLog(run, attempt, may_write=fence.check)
     try:
         yield Records(metrics, events)
+    except FencedError:
+        raise  # not a line more
     except BaseException as error:
         events.add("fault", error=type(error).__name__, message=str(error)[:500])
         raise

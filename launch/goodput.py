@@ -1,0 +1,101 @@
+# Where the time of a run went, from its events and metrics alone: pure arithmetic, nothing is measured here.
+"""Goodput: the share of allocated time that went into steps which count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PARTS = ("start_up", "steps", "save_stall", "evaluation", "lost", "waiting")
+
+
+def goodput(
+    events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], *, now: float
+) -> tuple[float | None, dict[str, float]]:
+    """Productive time over allocated time, and where all of the time went.
+
+    An attempt's time begins with its "launch" event and ends with its last event or now. Up to "start" or "resume" it
+    is start-up. What follows is steps, save stalls and evaluation; steps beyond the point from which the next attempt
+    goes on are lost, with all that came after the last step that counts. Between attempts the run waits.
+
+    Args:
+        events: of events.jsonl, in order.
+        metrics: lines of metrics.jsonl as they were written: a re-done step is there twice.
+        now: seconds since 1970; the end of an attempt that still runs.
+
+    Returns:
+        The share, None without an attempt; and seconds by part.
+    """
+    attempts: dict[int, list[Mapping[str, Any]]] = {}
+    for event in events:
+        attempts.setdefault(int(event.get("attempt", 0)), []).append(event)
+    order = [number for number in sorted(attempts) if any(e["event"] == "launch" for e in attempts[number])]
+    times = dict.fromkeys(PARTS, 0.0)
+    previous_end: float | None = None
+    for place, number in enumerate(order):
+        mine = attempts[number]
+        begin = next(e["time"] for e in mine if e["event"] == "launch")
+        over = any(e["event"] in ("ranks_ended", "gave_up") for e in mine) or place + 1 < len(order)
+        end = max(mine[-1]["time"], begin) if over else max(now, begin)
+        if previous_end is not None:
+            times["waiting"] += max(0.0, begin - previous_end)
+        previous_end = end
+        begun = next((e for e in mine if e["event"] in ("start", "resume")), None)
+        if begun is None:
+            times["start_up"] += end - begin
+            continue
+        times["start_up"] += begun["time"] - begin
+        next_step = _resumed_from(attempts, order[place + 1 :])
+        _split(
+            [line for line in metrics if line.get("attempt") == number],
+            first=int(begun.get("step", 0)),
+            counts_up_to=next_step,
+            seconds=end - begun["time"],
+            over=over,
+            times=times,
+        )
+    allocated = sum(seconds for part, seconds in times.items() if part != "waiting")
+    return (times["steps"] / allocated if allocated > 0 else None), times
+
+
+def _resumed_from(attempts: Mapping[int, Sequence[Mapping[str, Any]]], later: Sequence[int]) -> int | None:
+    """The step after which a later attempt went on; None if none has begun."""
+    for number in later:
+        for event in attempts[number]:
+            if event["event"] in ("start", "resume"):
+                return int(event.get("step", 0))
+    return None
+
+
+def _split(
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    first: int,
+    counts_up_to: int | None,
+    seconds: float,
+    over: bool,
+    times: dict[str, float],
+) -> None:
+    """Add one attempt's seconds after its start-up to the parts."""
+    stall = sum(float(line.get("save_stall_s", 0.0)) for line in lines)
+    evaluation = sum(float(line.get("eval_s", 0.0)) for line in lines)
+    steps = lost = 0.0
+    last = first
+    for line in lines:
+        if "step_time_s" not in line:
+            continue
+        step = int(line["step"])
+        done = max(0, step - last)
+        good = done if counts_up_to is None else max(0, min(step, counts_up_to) - last)
+        steps += good * float(line["step_time_s"])
+        lost += (done - good) * float(line["step_time_s"])
+        last = max(last, step)
+    spent = min(seconds, steps + stall + evaluation)
+    scale = 1.0 if steps + stall + evaluation <= seconds else seconds / (steps + stall + evaluation)
+    times["steps"] += steps * scale
+    times["save_stall"] += stall * scale
+    times["evaluation"] += evaluation * scale
+    rest = seconds - spent
+    # Of an attempt that runs the rest is the step that is being computed; of one that is over, work that was lost, a
+    # fault that was not noticed yet, and the way out.
+    times["lost" if over else "steps"] += rest

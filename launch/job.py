@@ -1,0 +1,295 @@
+# The job itself: started once by SLURM's batch script on the first node, it starts the ranks (srun), passes requests to
+# save on to them, and when they have ended requeues, restarts or gives up as policy.py says. No torch, no collectives.
+"""What runs inside an allocation, and for `--cluster local` on this machine.
+
+submitit pickles a `Job`, and starts it; its own handlers of signals are replaced at once, because they requeue from one
+rank while the others are killed, which no collective checkpoint survives. SLURM sends SIGUSR2 to this process alone
+(`--signal=B:USR2`), so that a request is known even while no rank runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from launch import record as records
+from launch import scheduler
+from launch.policy import GAVE_UP, STOPPED, Action, Budget, Ending, crashed, decide
+from mmscale.checkpoint.layout import Store
+from mmscale.errors import LaunchError, MmscaleError
+from mmscale.resilience import lease
+from mmscale.train.metrics import EventLog, next_attempt, read_events
+
+BUDGET = "budget.json"
+_REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
+_POLL_S = 0.1
+_KILLED_S = 90.0  # a requeued job is ended by SLURM within KillWait
+_NOTED = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit pickles: a path, and nothing that could go stale."""
+
+    folder: str
+
+    def __call__(self) -> None:
+        """Run the job of this launch folder, and end with its status: submitit would turn any other end into 1."""
+        raise SystemExit(main(Path(self.folder)))
+
+
+def main(folder: Path) -> int:
+    """Run the job of a launch folder; its exit status."""
+    supervisor = Supervisor(records.read_record(folder))
+    try:
+        with supervisor.noting_signals():
+            return supervisor.run()
+    except MmscaleError as error:
+        _say(f"error: {error.cause}" + (f"\n  fix: {error.remedy}" if error.remedy else ""))
+        return error.exit_status
+
+
+class Supervisor:
+    """One start of a job: ranks, again and again, until it ends or is requeued."""
+
+    def __init__(self, record: records.Record) -> None:
+        self.record = record
+        self.folder = Path(record.folder)
+        self.run_dir = Path(record.run)
+        self.profile = record.checked_profile()
+        self.slurm = self.profile.scheduler == "slurm"
+        self.job = os.environ.get("SLURM_JOB_ID", "") if self.slurm else ""
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # unset the first time
+        self.signals: list[str] = []
+        self._ranks: subprocess.Popen[bytes] | None = None
+        self._sent = 0.0
+
+    @contextlib.contextmanager
+    def noting_signals(self) -> Iterator[None]:
+        """Note requests instead of ending; they are passed on by the loop, not by the handler."""
+        before = {number: signal.signal(number, self._note) for number in _NOTED}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(signal.Signals(number).name)
+
+    def run(self) -> int:
+        """The whole of it; returns the job's exit status."""
+        self._refuse_other_owner()
+        self._remove_stale_results()
+        number = 0
+        while True:
+            if records.stop_asked(self.folder) or self.signals:
+                return self._end_before_ranks()
+            attempt = next_attempt(self.run_dir)
+            lease_id = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
+            lease.take(self.run_dir, lease_id, attempt=attempt, job=self.job)
+            fence = lease.Fence(self.run_dir, lease_id)
+            with contextlib.closing(EventLog(self.run_dir, attempt, may_write=fence.check)) as events:
+                action, status = self._attempt(lease_id, attempt, fence, events)
+            if action is Action.RETRY:
+                number += 1
+                continue
+            if action is not Action.REQUEUE:
+                lease.release(self.run_dir, lease_id)
+            return status
+
+    # --- before -----------------------------------------------------------------------------------------------------
+
+    def _refuse_other_owner(self) -> None:
+        """Two jobs must not train one run: the second one ends."""
+        other = lease.owner(self.run_dir)
+        if other is None or (other.job and other.job == self.job):
+            return
+        problem = f"{self.run_dir} is being trained by "
+        if other.job:
+            state = scheduler.job_state(other.job)
+            if state is not None and not state.ended:
+                raise LaunchError(
+                    f"{problem}job {other.job} ({state.state})", remedy=f"`mmscale stop {self.run_dir}` ends it"
+                )
+        elif other.host == os.uname().nodename and _lives(other.pid):
+            raise LaunchError(f"{problem}process {other.pid}", remedy=f"`mmscale stop {self.run_dir}` ends it")
+
+    def _remove_stale_results(self) -> None:
+        """What submitit left of an earlier start of this job would be taken for this one's."""
+        job = os.environ.get("SLURM_ARRAY_JOB_ID", "")
+        name = f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if job else self.job
+        place = os.environ.get("SUBMITIT_FOLDER")
+        if name and place:
+            for file in Path(place.replace("%j", name)).glob(f"{name}_*_result.pkl*"):
+                file.unlink(missing_ok=True)
+
+    def _end_before_ranks(self) -> int:
+        if self.slurm and not records.stop_asked(self.folder) and self.signals[-1] != "SIGUSR1":
+            state = scheduler.job_state(self.job)
+            if state is not None and state.state == "RUNNING":
+                _say(f"{self.signals[-1]} before ranks were started: requeued")
+                self._requeue()
+        return STOPPED
+
+    # --- one attempt ------------------------------------------------------------------------------------------------
+
+    def _attempt(self, lease_id: str, attempt: int, fence: lease.Fence, events: EventLog) -> tuple[Action, int]:
+        logs = self.run_dir / "logs" / f"attempt_{attempt}"
+        logs.mkdir(parents=True, exist_ok=True)
+        command = self._command(logs)
+        events.add(
+            "launch",
+            attempt_id=lease_id,
+            launch=self.folder.name,
+            job=self.job,
+            restart=self.restart,
+            nodes=os.environ.get("SLURM_JOB_NODELIST", os.uname().nodename),
+            world_size=self.record.world_size,
+        )
+        _say(f"attempt {attempt} ({lease_id}): {shlex.join(command)}")
+        try:
+            status = self._wait_for(command, lease_id, fence)
+            fence.check()
+        except lease.FencedError as error:
+            _say(f"error: {error.cause}")
+            return Action.END, error.exit_status
+        budget = self._budget().ended(
+            step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(self._ending(status, attempt))
+        )
+        self._keep(budget)
+        ending = self._ending(status, attempt, ask=True)
+        action, why = decide(
+            ending, budget, max_restarts=self._max_restarts(), max_without_progress=self.record.max_without_progress
+        )
+        events.add("ranks_ended", attempt_id=lease_id, status=status, signal=ending.signal, action=action, why=why)
+        _say(f"ranks ended with exit status {status}: {action}, {why}")
+        if action is Action.REQUEUE:
+            self._requeue()
+            return action, STOPPED
+        if action is Action.GIVE_UP:
+            events.add("gave_up", why=why, status=status)
+            _say(f"error: gave up: {why}\n  fix: look at {logs}, then `mmscale resume {self.record.run}`")
+            return action, GAVE_UP
+        return action, STOPPED if status != 0 and not crashed(ending) and status not in (2, 3, 4, 5) else status
+
+    def _max_restarts(self) -> int:
+        return 0 if self.profile.scheduler == "debug" else self.record.max_restarts
+
+    def _command(self, logs: Path) -> list[str]:
+        """How the ranks are started."""
+        train = [self.record.python, "-m", "mmscale", "train", str(self.record.config)]
+        train += ["--yes"] if self.record.yes else []
+        if not self.slurm:
+            return [*train, "--nproc", str(self.record.world_size)]
+        # --mpi=none: a site's default plugin may want a library that ranks do not need.
+        # --cpus-per-task: from 22.05 on srun does not take it over from sbatch.
+        arguments = [
+            "srun",
+            f"--nodes={self.record.nodes}",
+            f"--ntasks={self.record.world_size}",
+            f"--ntasks-per-node={self.record.tasks_per_node}",
+            f"--cpus-per-task={self.profile.cpus_per_task}",
+            "--kill-on-bad-exit=1",
+            "--wait=60",
+            "--mpi=none",
+            "--export=ALL",
+            "--unbuffered",
+            "--open-mode=append",
+            f"--output={logs}/rank_%t.log",
+            f"--error={logs}/rank_%t.log",
+        ]
+        return [*arguments, *self.profile.srun_arguments, *train]
+
+    def _wait_for(self, command: list[str], lease_id: str, fence: lease.Fence) -> int:
+        """Start the ranks and wait for their end, passing requests on to them."""
+        environment = os.environ | {lease.VARIABLE: lease_id}
+        if self.slurm:
+            environment["MMSCALE_LAUNCHER"] = "slurm"
+        # A session of its own: what is sent to this process's group must not reach srun, which ends its step for it.
+        self._ranks = subprocess.Popen(
+            command, env=environment, cwd=self.record.cwd, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self._sent = 0.0
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = self._ranks.wait(_POLL_S)
+                    return status if status >= 0 else 128 - status
+                fence.look()
+                if self.signals or records.stop_asked(self.folder):
+                    self._ask_to_save()
+        finally:
+            if self._ranks.poll() is None:
+                self._ranks.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._ranks.wait(5.0)
+                self._ranks.kill()
+                self._ranks.wait()
+
+    def _ask_to_save(self) -> None:
+        now = time.monotonic()
+        if self._ranks is not None and now - self._sent >= _REPEAT_S:
+            self._sent = now
+            self._ranks.send_signal(signal.SIGUSR2)  # srun and the local launcher pass it on to every rank
+
+    # --- after ------------------------------------------------------------------------------------------------------
+
+    def _ending(self, status: int, attempt: int, *, ask: bool = False) -> Ending:
+        """How the ranks ended: by their own word, then by what this process was sent."""
+        state = None
+        if ask and self.slurm:
+            found = scheduler.job_state(self.job)
+            state = found.state if found is not None else "UNKNOWN"
+        events = [event for event in read_events(self.run_dir) if event.get("attempt") == attempt]
+        named = next((event.get("signal") for event in events if event["event"] == "stop"), None)
+        asked = records.stop_asked(self.folder)
+        if "SIGUSR1" in self.signals:
+            named = "SIGUSR1"
+        elif self.signals:
+            named = self.signals[-1]
+        return Ending(status, named, asked, state)
+
+    def _budget(self) -> Budget:
+        try:
+            return Budget(**json.loads((self.folder / BUDGET).read_text()))
+        except (OSError, ValueError, TypeError):
+            return Budget(step=max(Store.of_run(self.run_dir).steps(), default=0))
+
+    def _keep(self, budget: Budget) -> None:
+        temporary = self.folder / f".{BUDGET}"
+        temporary.write_text(json.dumps(asdict(budget)))
+        temporary.replace(self.folder / BUDGET)
+
+    def _requeue(self) -> None:
+        """Have SLURM start this job again, and wait for it to end this process."""
+        self.signals.clear()
+        scheduler.requeue(self.job)
+        deadline = time.monotonic() + _KILLED_S
+        while not self.signals and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,82 @@
+# `mmscale logs`: what a rank, or the job around it, has printed, and prints from now on.
+"""Log files of a run."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch import record as records
+from launch import status
+from mmscale.errors import LaunchError
+
+_POLL_S = 0.3
+
+
+def lines(
+    run: Path, *, rank: int = 0, attempt: int | None = None, follow: bool = False, job: bool = False
+) -> Iterator[str]:
+    """Text of a log, in pieces.
+
+    Args:
+        run: the run's folder.
+        rank: whose.
+        attempt: which; None: the newest, and with `follow` each one that comes after it.
+        follow: go on until the run has ended.
+        job: what the job says of its ranks, instead of a rank.
+
+    Raises:
+        LaunchError: there is no such log.
+    """
+    file = _file(run, rank=rank, attempt=attempt, job=job)
+    if file is None and not follow:
+        raise LaunchError(f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}")
+    place = 0
+    while True:
+        ended = follow and status.ended(run)  # asked before reading: what is written until then is printed
+        newest = _file(run, rank=rank, attempt=attempt, job=job)
+        if file is not None:
+            text, place = _more(file, place)
+            if text:
+                yield text
+        if newest != file:
+            file, place = newest, 0
+            if follow and newest is not None:
+                yield f"--- {newest}\n"
+            continue
+        if not follow or ended:
+            return
+        time.sleep(_POLL_S)
+
+
+def _more(file: Path, place: int) -> tuple[str, int]:
+    with file.open("rb") as opened:
+        opened.seek(place)
+        data = opened.read()
+    return data.decode(errors="replace"), place + len(data)
+
+
+def _file(run: Path, *, rank: int, attempt: int | None, job: bool) -> Path | None:
+    if job:
+        newest = records.latest(run)
+        found = sorted((newest / "submitit").glob("*_log.out")) if newest is not None else []
+        return found[-1] if found else None
+    attempts = _attempts(run)
+    chosen = attempt if attempt is not None else max(attempts, default=None)
+    file = run / "logs" / f"attempt_{chosen}" / f"rank_{rank}.log"
+    return file if chosen is not None and file.is_file() else None
+
+
+def _attempts(run: Path) -> list[int]:
+    names = [re.fullmatch(r"attempt_(\d+)", entry.name) for entry in (run / "logs").glob("attempt_*")]
+    return sorted(int(name[1]) for name in names if name)
+
+
+def _there(run: Path) -> str:
+    attempts = _attempts(run)
+    if not attempts:
+        return ": nothing has been started yet"
+    names = sorted(entry.name for entry in (run / "logs" / f"attempt_{attempts[-1]}").glob("rank_*.log"))
+    return f"; attempts {', '.join(map(str, attempts))}, the last with {', '.join(names) or 'no logs'}"

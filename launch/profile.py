@@ -1,0 +1,181 @@
+# How a cluster is asked for nodes: configs/cluster/NAME.yaml, checked strictly. No torch, no SLURM.
+# Every value that can reach a shell line is of a shape that means nothing to a shell; it is quoted as well.
+"""Cluster profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from mmscale.config.schema import Seconds, Section, setting
+from mmscale.errors import ConfigError
+
+FOLDER = Path("configs/cluster")
+BUILT_IN = ("local", "debug")
+_PLAIN = r"^[A-Za-z0-9][A-Za-z0-9._+@:-]*$"
+
+Plain = Annotated[str, Field(pattern=_PLAIN, max_length=200)]
+Nodes = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,\[\]-]*$", max_length=2000)]
+Constraint = Annotated[str, Field(pattern=r"^[A-Za-z0-9\[(][A-Za-z0-9._:,&|*\[\]()-]*$", max_length=200)]
+# One line without anything a shell expands: these become arguments, not shell text.
+Argument = Annotated[str, Field(pattern=r"^[A-Za-z0-9._+@:,=/%~\[\]-]+$", max_length=1000)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
+# Lines of a person's own shell; a line break would hide a second one.
+Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$", max_length=2000)]
+
+
+def _minutes(value: Any) -> Any:
+    """Minutes from SLURM's forms (30, 12:30:00, 2-00:00:00) and a person's (90m, 12h, 2d)."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    units = {"m": 1, "h": 60, "d": 1440}
+    if text[-1:] in units and text[:-1].isdigit():
+        return int(text[:-1]) * units[text[-1]]
+    days, dash, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts) or (days and not days.isdigit()) or len(parts) > 3:
+        return value
+    numbers = [int(part) for part in parts]
+    if dash:  # days-hours[:minutes[:seconds]]
+        hours, minutes = (*numbers, 0)[:2]
+        return int(days) * 1440 + hours * 60 + minutes
+    if len(numbers) == 3:
+        return numbers[0] * 60 + numbers[1]
+    return numbers[0]
+
+
+Minutes = Annotated[PositiveInt, BeforeValidator(_minutes)]
+
+
+class EnvironmentVariable(Section):
+    """A variable of the job, and why it is set."""
+
+    value: Line = setting("Its value.")
+    reason: Line = setting("Why it is set: the next reader wants to know whether it may go.")
+
+
+class Container(Section):
+    """Arguments of pyxis' srun plugin."""
+
+    image: Argument = setting("Image, e.g. a path of a squashfs file.")
+    mounts: tuple[Argument, ...] = setting("SOURCE:TARGET[:FLAGS] each.", ())
+    workdir: Argument | None = setting("Working directory inside.", None)
+
+
+class Profile(Section):
+    """One cluster, or one way to use it."""
+
+    scheduler: Literal["slurm", "local", "debug"] = setting("Who starts the ranks.", "slurm")
+    partition: Plain | None = setting("SLURM partition.", None)
+    account: Plain | None = setting("SLURM account.", None)
+    qos: Plain | None = setting("SLURM quality of service.", None)
+    reservation: Plain | None = setting("SLURM reservation.", None)
+    constraint: Constraint | None = setting("Features that nodes must have, e.g. 'h100&ib'.", None)
+    nodes: PositiveInt = setting("Nodes, unless --nodes says otherwise.", 1, unit="nodes")
+    tasks_per_node: PositiveInt | None = setting("Ranks on a node; default: one per GPU.", None, unit="ranks")
+    gpus_per_node: NonNegativeInt = setting("GPUs on a node.", 0, unit="GPUs")
+    cpus_per_task: PositiveInt = setting("CPU cores of a rank.", 1, unit="cores")
+    memory_gb: NonNegativeInt | None = setting("Memory of a node; 0: all of it.", None, unit="GB")
+    exclusive: bool = setting("No other jobs on the nodes.", False)
+    time: Minutes = setting("Time limit, e.g. 90m, 12h, 2-00:00:00.", 24 * 60, unit="minutes")
+    signal_delay: Seconds = setting(
+        "How long before the time limit ranks are asked to save; must be longer than a save.", 120.0, unit="seconds"
+    )
+    exclude: tuple[Nodes, ...] = setting("Nodes that are never used.", ())
+    cordon_file: str | None = setting("Shared file of nodes found bad, one a line; they are not used either.", None)
+    setup: tuple[Line, ...] = setting("Shell lines before anything else, e.g. 'module load cuda'.", ())
+    environment: dict[Variable, EnvironmentVariable] = setting("Variables of the job.", {})
+    keep: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")], ...] = setting(
+        "More variables of the submitting shell that the job gets; PREFIX* is allowed.", ()
+    )
+    container: Container | None = setting("Run ranks in a container.", None)
+    sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Argument | int | bool] = setting(
+        "More options of sbatch, without dashes.", {}
+    )
+    srun: tuple[Argument, ...] = setting("More arguments of srun.", ())
+
+    @model_validator(mode="after")
+    def _together(self) -> Profile:
+        if self.scheduler == "slurm" and self.tasks_per_node is None and self.gpus_per_node == 0:
+            raise ValueError("neither gpus_per_node nor tasks_per_node says how many ranks a node has")
+        if self.signal_delay >= 60 * self.time:
+            raise ValueError(f"signal_delay ({self.signal_delay:g} s) is not below the time limit ({self.time} min)")
+        return self
+
+    @property
+    def tasks(self) -> int:
+        """Ranks on a node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def srun_arguments(self) -> list[str]:
+        """What a rank's srun gets from this profile."""
+        arguments = list(self.srun)
+        if self.container is not None:
+            arguments.append(f"--container-image={self.container.image}")
+            if self.container.mounts:
+                arguments.append(f"--container-mounts={','.join(self.container.mounts)}")
+            if self.container.workdir is not None:
+                arguments.append(f"--container-workdir={self.container.workdir}")
+        return arguments
+
+    def excluded(self) -> list[str]:
+        """Nodes that are not to be used: those named here and those found bad since."""
+        nodes = list(self.exclude)
+        if self.cordon_file is not None and (file := Path(self.cordon_file)).is_file():
+            lines = [line.split("#")[0].split() for line in file.read_text().splitlines()]
+            nodes += [words[0] for words in lines if words and words[0] not in nodes]
+        return nodes
+
+
+def load_profile(name: str) -> Profile:
+    """The profile `configs/cluster/NAME.yaml` below the working directory, a path of one, or `local` or `debug`.
+
+    Raises:
+        ConfigError: there is none, or it is wrong.
+    """
+    file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if name in BUILT_IN and not file.is_file():
+        return Profile.model_validate({"scheduler": name})
+    if not file.is_file():
+        known = sorted({*BUILT_IN, *(entry.stem for entry in FOLDER.glob("*.yaml"))})
+        raise ConfigError(
+            f"there is no cluster profile {file}",
+            remedy=f"--cluster takes {', '.join(known)}, or a path of a YAML",
+        )
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no YAML: {str(error).splitlines()[0]}") from None
+    return profile_of(content, where=str(file))
+
+
+def profile_of(content: Any, *, where: str) -> Profile:
+    """A profile from plain data.
+
+    Raises:
+        ConfigError: it is wrong; names the place and the rule.
+    """
+    try:
+        return Profile.model_validate(content or {})
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            given = "" if problem["type"] in ("missing", "value_error") else f" is {problem['input']!r}: "
+            lines.append(f"{where}: {key}{given}{_said(problem['type'], problem['msg'])}")
+        raise ConfigError(
+            "\n".join(lines), remedy=f"settings of a profile: {', '.join(Profile.model_fields)}"
+        ) from None
+
+
+def _said(kind: str, message: str) -> str:
+    if kind == "string_pattern_mismatch":
+        return "it has characters that do not belong there, or a shell could take it for a command"
+    if kind == "extra_forbidden":
+        return "no such setting"
+    return message.removeprefix("Value error, ")

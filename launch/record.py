@@ -1,0 +1,188 @@
+# What a launch leaves in the run folder before anything runs: RUN/launch/NNN/ with code, resolved configuration,
+# environment and how it is to be started. Edits made while a job waits change nothing. It submits nothing.
+"""Launch folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mmscale
+from launch.profile import Profile, profile_of
+from mmscale.config import Config
+from mmscale.config.load import digest, dump
+from mmscale.errors import LaunchError, UsageError
+from mmscale.runtime.environment import describe
+
+FOLDER, RECORD, JOB, STOP = "launch", "launch.json", "job.json", "stop.json"
+PACKAGES = ("mmscale", "launch", "slurm", "checkpoints_tools")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One launch of one run: everything its job has to know, as plain JSON.
+
+    Attributes:
+        folder: RUN/launch/NNN.
+        run: the run's folder.
+        cwd: where it was launched: relative paths in the configuration begin there.
+        cluster: name of the profile.
+        profile: its content.
+        nodes, tasks_per_node: how many ranks.
+        max_restarts, max_without_progress: of `resilience`.
+        python: interpreter of the job.
+        yes: the user has confirmed that the objective or the data change.
+        time: of the launch [seconds since 1970].
+        config_digest: of the resolved configuration.
+    """
+
+    folder: str
+    run: str
+    cwd: str
+    cluster: str
+    profile: dict[str, Any]
+    nodes: int
+    tasks_per_node: int
+    max_restarts: int
+    max_without_progress: int
+    python: str = sys.executable
+    yes: bool = False
+    time: float = 0.0
+    config_digest: str = ""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return Path(self.folder) / "config.yaml"
+
+    @property
+    def code(self) -> Path:
+        """The snapshot of the code."""
+        return Path(self.folder) / "code"
+
+    def checked_profile(self) -> Profile:
+        """The profile."""
+        return profile_of(self.profile, where=f"{self.folder}/{RECORD}")
+
+
+def plan_record(
+    config: Config, *, cluster: str, profile: Profile, nodes: int, tasks_per_node: int, yes: bool = False
+) -> Record:
+    """The record of a launch that is not written yet.
+
+    Raises:
+        UsageError: a path would not survive SLURM's or a shell's reading of it.
+    """
+    run = (Path(config.run.dir) / config.run.name).absolute()
+    for what, path in (("run.dir", run), ("the working directory", Path.cwd())):
+        bad = sorted({character for character in str(path) if character in "%\\\"'`$\n\r\t"})
+        if bad:
+            raise UsageError(
+                f"{what}: {str(path)!r} has {' '.join(map(repr, bad))}, which SLURM or a shell would read as a command",
+                remedy="choose a path of letters, digits, spaces, '.', '_', '-' and '/'",
+            )
+    return Record(
+        folder=str(run / FOLDER / f"{_next(run):03d}"),
+        run=str(run),
+        cwd=str(Path.cwd()),
+        cluster=cluster,
+        profile=profile.model_dump(mode="json"),
+        nodes=nodes,
+        tasks_per_node=tasks_per_node,
+        max_restarts=config.resilience.max_restarts,
+        max_without_progress=config.resilience.max_restarts_without_progress,
+        yes=yes,
+        time=round(time.time(), 3),
+        config_digest=digest(config),
+    )
+
+
+def write_record(record: Record, config: Config) -> None:
+    """Make the launch folder: code, configuration, environment, record; the record last.
+
+    Raises:
+        LaunchError: the folder exists: somebody else launches this run at the same time.
+    """
+    folder = Path(record.folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)  # pickles will lie in it, and who can write there can run code as this user
+    except FileExistsError:
+        raise LaunchError(f"{folder} exists: is this run being launched twice?", remedy="try again") from None
+    copy_code(record.code)
+    record.config.write_text(dump(config))
+    _write_json(folder / "environment.json", describe())
+    _write_json(folder / RECORD, asdict(record))
+
+
+def copy_code(target: Path, packages: Iterable[str] = PACKAGES) -> None:
+    """Copy our packages as they are now, uncommitted edits included."""
+    root = Path(mmscale.__file__).parent.parent
+    for name in packages:
+        shutil.copytree(
+            root / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "*.tmp"), symlinks=True
+        )
+
+
+def read_record(folder: Path) -> Record:
+    """The record in a launch folder.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    try:
+        return Record(**json.loads((folder / RECORD).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise LaunchError(f"{folder} is no launch folder: {error}", remedy="launch again: `mmscale launch`") from None
+
+
+def latest(run: Path) -> Path | None:
+    """The newest launch folder of a run."""
+    folders = [entry for entry in (run / FOLDER).glob("[0-9]*") if (entry / RECORD).is_file()]
+    return max(folders, key=lambda entry: int(entry.name), default=None)
+
+
+def set_job(folder: Path, job: str) -> None:
+    """Write down which job a launch became."""
+    _write_json(folder / JOB, {"job": job, "time": round(time.time(), 3)})
+
+
+def job_of(folder: Path) -> str | None:
+    """The job of a launch; None if it was not submitted, or is local."""
+    try:
+        return str(json.loads((folder / JOB).read_text())["job"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def ask_stop(folder: Path) -> None:
+    """Write down that a person does not want this launch to go on, before anybody is told."""
+    _write_json(folder / STOP, {"time": round(time.time(), 3)})
+
+
+def stop_asked(folder: Path) -> bool:
+    """Whether they do not."""
+    return (folder / STOP).exists()
+
+
+def _next(run: Path) -> int:
+    names = [entry.name for entry in (run / FOLDER).glob("[0-9]*")] if run.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0) + 1
+
+
+def _write_json(file: Path, content: Any) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    temporary.replace(file)

@@ -1,0 +1,292 @@
+# `mmscale launch`: checks a run before anybody queues for it, writes its launch folder, hands it to SLURM by submitit,
+# or runs it here. What happens inside the job is job.py's.
+"""Submission."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.slurm.slurm import SlurmExecutor
+
+from launch import job, scheduler
+from launch import record as records
+from launch.profile import Profile, load_profile
+from mmscale.config import Config
+from mmscale.config.load import load
+from mmscale.errors import LaunchError, UsageError
+from mmscale.resilience import lease
+from mmscale.train.preflight import preflight
+
+__all__ = ["Planned", "launch", "plan_launch", "script"]
+
+# What a job gets of the submitting shell. SLURM's own default, all of it, would freeze what lies there, secrets too,
+# into the job and each of its restarts.
+_KEPT = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "MODULEPATH"),
+    *("VIRTUAL_ENV", "CONDA_*", "SLURM_CONF", "MMSCALE_*", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"),
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+_NEVER_TIMES_OUT = 1_000_000  # restarts are counted by job.py; submitit's own count would end them
+_SWEEP = re.compile(r"^[A-Za-z0-9_.]+=[^=]+$")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that passed all checks, and is not submitted.
+
+    Attributes:
+        record: of its launch.
+        config: resolved.
+    """
+
+    record: records.Record
+    config: Config
+
+
+class _Executor(SlurmExecutor):
+    """submitit's, which also writes scripts where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def plan_launch(
+    config_file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str,
+    nodes: int | None = None,
+    sweep: Sequence[str] = (),
+    yes: bool = False,
+) -> list[Planned]:
+    """Check one run, or one for each combination of a sweep.
+
+    Args:
+        config_file: the configuration.
+        overrides: settings that replace the file's.
+        cluster: name of a profile, or its file.
+        nodes: instead of the profile's.
+        sweep: `key=value,value,...` each.
+        yes: go on although the objective or the data have changed since the newest checkpoint.
+
+    Raises:
+        MmscaleError: anything that would make a run fail at its start.
+    """
+    profile = load_profile(cluster)
+    planned = []
+    for variant, suffix in _variants(sweep):
+        config = load(config_file, [*overrides, *variant])
+        if suffix:
+            config = load(config_file, [*overrides, *variant, f"run.name={config.run.name}-{suffix}"])
+        count, tasks = _layout(config, profile, nodes)
+        preflight(config, world_size=count * tasks, yes=yes)
+        record = records.plan_record(
+            config, cluster=cluster, profile=profile, nodes=count, tasks_per_node=tasks, yes=yes
+        )
+        planned.append(Planned(record, config))
+    return planned
+
+
+def _layout(config: Config, profile: Profile, nodes: int | None) -> tuple[int, int]:
+    """Nodes, and ranks on each."""
+    if profile.scheduler == "slurm" or profile.tasks_per_node is not None or profile.gpus_per_node:
+        return nodes or profile.nodes, profile.tasks
+    if nodes not in (None, 1):
+        raise UsageError(f"--nodes {nodes}: this is one machine", remedy="leave --nodes out, or name a SLURM profile")
+    parallel = config.parallel
+    return 1, parallel.tp * parallel.pp * parallel.ep
+
+
+def _variants(sweep: Sequence[str]) -> Iterator[tuple[list[str], str]]:
+    """Overrides of each combination, and what its name ends with."""
+    axes = []
+    for text in sweep:
+        if not _SWEEP.match(text):
+            raise UsageError(f"--sweep {text!r} is not key=value,value,...", remedy="e.g. --sweep train.lr=1e-4,3e-4")
+        key, _, values = text.partition("=")
+        axes.append([(key, value.strip()) for value in values.split(",") if value.strip()])
+    for choice in itertools.product(*axes):
+        names = [f"{key.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9._-]', '_', value)}" for key, value in choice]
+        yield [f"{key}={value}" for key, value in choice], "-".join(names)
+
+
+def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict[str, Any]]:
+    """Write launch folders and submit their jobs, or run them here if the profile says so.
+
+    Args:
+        planned: what `plan_launch` gave; more than one becomes a job array.
+        after: a job or a run whose job has to end first.
+
+    Returns:
+        One object per run: run, job, launch, and exit_status for those run here.
+
+    Raises:
+        MmscaleError: a run is being trained already, or SLURM refuses.
+    """
+    profile = planned[0].record.checked_profile()
+    dependency = _after(after)
+    if dependency is None:
+        for one in planned:
+            refuse_busy(Path(one.record.run))
+    for one in planned:
+        records.write_record(one.record, one.config)
+    if profile.scheduler != "slurm":
+        return [_here(one.record) for one in planned]
+    executor = _executor([one.record for one in planned], profile, dependency=dependency)
+    jobs = [job.Job(one.record.folder) for one in planned]
+    with _environment(profile):
+        try:
+            if len(jobs) == 1:
+                submitted = [executor.submit(jobs[0])]
+            else:
+                with executor.batch():
+                    submitted = [executor.submit(one) for one in jobs]
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
+            lines = [line for line in str(error).splitlines() if "error" in line.lower()]
+            said = lines[-1] if lines else str(error).strip().splitlines()[-1]
+            raise LaunchError(
+                f"SLURM did not take the job: {said}", remedy=f"look at the profile {planned[0].record.cluster}"
+            ) from None
+    found = []
+    for one, taken in zip(planned, submitted, strict=True):
+        records.set_job(Path(one.record.folder), str(taken.job_id))
+        found.append({"run": one.record.run, "job": str(taken.job_id), "launch": one.record.folder})
+    return found
+
+
+def script(planned: Sequence[Planned], *, after: str | None = None) -> str:
+    """The batch script that `launch` would submit. Neither a cluster nor the launch folder is needed."""
+    profile = planned[0].record.checked_profile()
+    if profile.scheduler != "slurm":
+        supervisor = job.Supervisor(planned[0].record)
+        return shlex.join(supervisor._command(Path(planned[0].record.run) / "logs"))
+    executor = _executor([one.record for one in planned], profile, dependency=_after(after, ask=False))
+    if len(planned) > 1:
+        executor.parameters["map_count"] = len(planned)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
+
+
+def refuse_busy(run: Path) -> None:
+    """Two jobs must not train one run.
+
+    Raises:
+        LaunchError: one does already, or waits to.
+    """
+    newest = records.latest(run)
+    known = records.job_of(newest) if newest is not None else None
+    owner = lease.owner(run)
+    for name in {known, owner.job if owner is not None else None} - {None, ""}:
+        state = scheduler.job_state(str(name))
+        if state is not None and not state.ended:
+            raise LaunchError(
+                f"{run} belongs to job {name}, which is {state.state}",
+                remedy=f"`mmscale stop {run}` ends it; --after {name} goes on after it",
+            )
+
+
+def _here(record: records.Record) -> dict[str, Any]:
+    """Run the job in this process, with the code of the snapshot."""
+    with _environment(record.checked_profile()):
+        os.environ["PYTHONPATH"] = str(record.code)
+        status = job.main(Path(record.folder))
+    return {"run": record.run, "job": "", "launch": record.folder, "exit_status": status}
+
+
+def _after(after: str | None, *, ask: bool = True) -> str | None:
+    """SLURM's dependency: the run goes on when that job has ended, however it did."""
+    if after is None:
+        return None
+    if re.fullmatch(r"\d+(_\d+)?", after):
+        return f"afterany:{after}"
+    newest = records.latest(Path(after))
+    name = records.job_of(newest) if newest is not None else None
+    if name is None:
+        raise UsageError(f"--after {after}: neither a job nor a run with one", remedy="name a job id or a run's folder")
+    return f"afterany:{name}"
+
+
+def _executor(taken: Sequence[records.Record], profile: Profile, *, dependency: str | None) -> SlurmExecutor:
+    first = taken[0]
+    # exec: the batch process becomes Python, so that what SLURM sends to the batch script reaches it.
+    executor = _Executor(
+        folder=Path(first.folder) / "submitit",
+        max_num_timeout=_NEVER_TIMES_OUT,
+        python=f"exec {shlex.quote(first.python)}",
+    )
+    name = Path(first.run).name
+    parameters: dict[str, Any] = {
+        "job_name": f"mmscale-{name}",
+        "nodes": first.nodes,
+        "ntasks_per_node": first.tasks_per_node,
+        "cpus_per_task": profile.cpus_per_task,
+        "gpus_per_node": profile.gpus_per_node or None,
+        "time": profile.time,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "exclude": ",".join(profile.excluded()) or None,
+        "exclusive": profile.exclusive or None,
+        "dependency": dependency,
+        "use_srun": False,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "setup": _setup(first, profile),
+    }
+    more: dict[str, Any] = {
+        "chdir": first.cwd,
+        "requeue": True,
+        # To the batch script alone: it knows when ranks can be told.
+        "signal": f"B:USR2@{round(profile.signal_delay)}",
+        "reservation": profile.reservation,
+        "mem": None if profile.memory_gb is None else f"{profile.memory_gb}G" if profile.memory_gb else "0",
+        **profile.sbatch,
+    }
+    parameters["additional_parameters"] = {key: value for key, value in more.items() if value not in (None, False)}
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    executor.parameters["wckey"] = None  # submitit's own mark, which sites without accounting refuse
+    return executor
+
+
+def _setup(record: records.Record, profile: Profile) -> list[str]:
+    """Shell lines before the command; every value in them is quoted."""
+    lines = [
+        "# Until Python listens, a request to save must not end the script.",
+        "trap '' USR1 USR2",
+        *profile.setup,
+    ]
+    for name, variable in profile.environment.items():
+        lines += [f"# {variable.reason}", f"export {name}={shlex.quote(variable.value)}"]
+    lines += ["# The code as it was when the job was submitted.", f"export PYTHONPATH={shlex.quote(str(record.code))}"]
+    return lines
+
+
+@contextlib.contextmanager
+def _environment(profile: Profile) -> Iterator[None]:
+    """This process with the variables that a job gets, for as long as sbatch takes them over."""
+    before = dict(os.environ)
+    patterns = (*_KEPT, *profile.keep)
+    kept = {
+        name: value
+        for name, value in before.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and not _SECRET.search(name)
+    }
+    kept |= {name: variable.value for name, variable in profile.environment.items()}
+    os.environ.clear()
+    os.environ.update(kept)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

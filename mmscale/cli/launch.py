@@ -1,0 +1,186 @@
+# `mmscale launch`, `status`, `logs`, `stop`, `resume`: jobs on a cluster.
+# They parse and print; launch/ does the work, and no torch is imported: login nodes have none.
+"""Commands about jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli.output import Json, Overrides, console, emit, pairs
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
+]
+
+
+def launch(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            "--cluster", metavar="NAME", help="configs/cluster/NAME.yaml, a path of one, or local or debug: run here."
+        ),
+    ] = "local",
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, show_default=False, help="Nodes; default: the profile's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script, and submit and write nothing.")
+    ] = False,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", metavar="JOB|RUN", show_default=False, help="Start when that job has ended."),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep", metavar="KEY=A,B,...", show_default=False, help="A job array over these values; repeatable."
+        ),
+    ] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Submit a run to SLURM: it goes on by itself after preemptions, time limits, crashes and lost nodes."""
+    from launch import submit
+
+    planned = submit.plan_launch(config, overrides or (), cluster=cluster, nodes=nodes, sweep=sweep or (), yes=yes)
+    if dry_run:
+        text = submit.script(planned, after=after)
+        emit({"script": text}, as_json=as_json, text=lambda: typer.echo(text, nl=not text.endswith("\n")))
+        return
+    found = submit.launch(planned, after=after)
+    emit(found, as_json=as_json, text=lambda: _launched(found))
+    status = max((one.get("exit_status", 0) for one in found), default=0)
+    if status:
+        raise typer.Exit(status)
+
+
+def _launched(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        if one["job"]:
+            pairs([("job", one["job"]), ("run", one["run"]), ("launch", one["launch"])])
+    if any(one["job"] for one in found):
+        console().print(f"watch it: mmscale status {' '.join(one['run'] for one in found)}", markup=False)
+
+
+def stop(
+    run: Run,
+    now: Annotated[bool, typer.Option("--now", help="End it at once, without a save.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Have a run save and end. `resume` goes on."""
+    from launch import control
+
+    result = control.stop(run, now=now)
+    emit(result, as_json=as_json, text=lambda: pairs(result.items()))
+
+
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="NAME", show_default=False, help="Default: as it was launched.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, show_default=False, help="Default: as it was launched.")
+    ] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Launch a run again, from its newest checkpoint, with its own configuration."""
+    from launch import control
+
+    result = control.resume(run, overrides or (), cluster=cluster, nodes=nodes, yes=yes)
+    emit(result, as_json=as_json, text=lambda: _resumed(result))
+    if result.get("exit_status"):
+        raise typer.Exit(result["exit_status"])
+
+
+def _resumed(result: dict[str, Any]) -> None:
+    for line in result["changed"]:
+        console().print(f"changed since the checkpoint: {line}", markup=False)
+    _launched([result])
+
+
+def logs(
+    run: Run,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose output.")] = 0,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", min=1, show_default=False, help="Default: the newest.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run ends.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="What the job itself says, instead of a rank.")] = False,
+) -> None:
+    """Print what a rank printed."""
+    from launch import logs as printing
+
+    for text in printing.lines(run, rank=rank, attempt=attempt, follow=follow, job=job):
+        typer.echo(text, nl=False)
+
+
+def status(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN...", show_default=False, help="Run folders; default: all below runs/."),
+    ] = None,
+    watch: Annotated[
+        float | None, typer.Option("--watch", metavar="SECONDS", min=0.5, show_default=False, help="Show it again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what runs do: SLURM's state, progress, losses, checkpoints, restarts, goodput."""
+    import time
+
+    from launch import status as states
+
+    while True:
+        found = states.status(runs or states.known(Path("runs")))
+        emit(found, as_json=as_json, text=lambda found=found: _table(found, clear=watch is not None))  # type: ignore[misc]
+        if watch is None or all(one["ended"] for one in found):
+            return
+        time.sleep(watch)
+
+
+def _table(found: list[dict[str, Any]], *, clear: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from mmscale.train.progress import count, duration
+
+    table = Table(box=None, pad_edge=False)
+    columns = ("run", "state", "attempt", "nodes", "step", "left", "tokens/s", "loss", "checkpoint", "restarts")
+    for name in (*columns, "goodput"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        losses = " ".join(f"{name} {value:.3f}" for name, value in one["loss"].items())
+        saved = one["last_checkpoint"]
+        age = one["last_checkpoint_age_s"]
+        cells = (
+            one["run"],
+            one["state"]
+            + (f" ({one['reason']})" if one["reason"] else "")
+            + (f" job {one['job']}" if one["job"] else ""),
+            str(one["attempt"] or "-"),
+            one["nodes"] or "-",
+            f"{one['step']}/{one['steps'] or '?'}",
+            "-" if one["eta_s"] is None else duration(one["eta_s"]),
+            "-" if one["tokens_per_second"] is None else count(one["tokens_per_second"]),
+            losses or "-",
+            "-" if saved is None else f"{saved}" + (f", {duration(age)} ago" if age is not None else ""),
+            str(one["restarts"]),
+            "-" if one["goodput"] is None else f"{one['goodput']:.0%}",
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    shown = console()
+    if clear and shown.is_terminal:
+        shown.clear()
+    shown.print(table)
+    for one in found:
+        if one["time"]:
+            parts = ", ".join(f"{name} {duration(value)}" for name, value in one["time"].items())
+            shown.print(f"{one['run']}: {parts}", markup=False)

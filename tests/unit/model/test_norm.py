@@ -58,11 +58,18 @@ def test_rms_norm_keeps_bf16_but_not_its_rounding() -> None:
     assert out.dtype is torch.bfloat16 and torch.all(out == 1.0)
 
 
-@pytest.mark.parametrize(("replicated", "partial"), [(False, True), (True, False)])
-def test_partial_gradients_are_marked(replicated: bool, partial: bool) -> None:
-    config = transformer(tensor_model_parallel_size=2, sequence_parallel=True)
-    assert RMSNorm(config, 8, replicated=replicated).weight.sequence_parallel is partial
-    assert RMSNorm(transformer(), 8, replicated=replicated).weight.sequence_parallel is False
+@pytest.mark.parametrize("replicated", [False, True])
+def test_gradients_are_summed_over_tensor_parallel_ranks(replicated: bool) -> None:
+    """Marked as partial wherever there are such ranks; of a gradient that is whole each of them gives its share."""
+    norm = RMSNorm(transformer(tensor_model_parallel_size=2, sequence_parallel=True), 8, replicated=replicated)
+    alone = RMSNorm(transformer(), 8, replicated=replicated)
+    assert norm.weight.sequence_parallel is True
+    assert alone.weight.sequence_parallel is False
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for module in (norm, alone):
+        module(x).square().sum().backward()
+    assert norm.weight.grad is not None and alone.weight.grad is not None
+    torch.testing.assert_close(norm.weight.grad, alone.weight.grad * (0.5 if replicated else 1.0), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("normed", [True, False])

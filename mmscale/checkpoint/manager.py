@@ -19,7 +19,8 @@ import torch
 from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
 from mmscale.checkpoint.layout import Store
-from mmscale.checkpoint.saving import RANDOM, Provenance, Retention, Saver, SaveSettings, random_file
+from mmscale.checkpoint.save_settings import Provenance, Retention, SaveSettings
+from mmscale.checkpoint.saving import RANDOM, Saver, random_file
 from mmscale.checkpoint.tensors import WEIGHTS
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups, random_state

@@ -21,6 +21,7 @@ from mmscale.checkpoint.forked import Forked, Tell
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.checkpoint.pickles import METADATA
+from mmscale.checkpoint.save_settings import Provenance, Retention, SaveSettings
 from mmscale.checkpoint.write import Plan, Written
 from mmscale.errors import MmscaleError, SaveError
 from mmscale.runtime import device, groups, random_state
@@ -30,49 +31,6 @@ _COMMITTED = "committed"
 _TRIES = 2  # of the last save of an attempt
 _GRACE_S = 2.0  # for what clears up at the end; the next start does it otherwise
 _AGREE_S = 5.0  # between two collectives while all ranks wait: they must not wait longer than one may take
-
-
-@dataclass(frozen=True)
-class SaveSettings:
-    """How saves are made.
-
-    Attributes:
-        asynchronous: training goes on while files are written; otherwise the trainer writes them itself.
-        deadline_s: seconds after which an asynchronous save is given up.
-        max_failures: failed saves in a row that end the attempt.
-    """
-
-    asynchronous: bool = False
-    deadline_s: float = 900.0
-    max_failures: int = 3
-
-
-@dataclass(frozen=True)
-class Retention:
-    """What is kept.
-
-    Attributes:
-        keep: newest checkpoints.
-        keep_every: checkpoints of every n-th step are kept for ever; 0: none.
-    """
-
-    keep: int
-    keep_every: int = 0
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What is stored beside the tensors.
-
-    Attributes:
-        attempt: of the run.
-        info: plain JSON; `config_digest` goes into the manifest too.
-        code_version: goes into the manifest.
-    """
-
-    attempt: int
-    info: dict[str, Any]
-    code_version: str = ""
 
 
 @dataclass

@@ -58,6 +58,9 @@ def train(
     """Train, from the run's newest checkpoint if there is one.
 
     Without --nproc it joins the ranks that SLURM, torchrun or mpirun started.
+
+    Exit status: 0 finished, 2 usage or configuration, 3 data, 4 no usable checkpoint, 5 training gave up,
+    74 checkpoints cannot be written, 75 stopped on request after a save.
     """
     from mmscale.config.load import load
     from mmscale.resilience.lease import launched_attempt

@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.manager import CheckpointManager
-from mmscale.checkpoint.saving import SaveSettings
+from mmscale.checkpoint.save_settings import SaveSettings
 from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches

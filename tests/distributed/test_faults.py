@@ -23,7 +23,7 @@ import torch
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import LATEST
 from mmscale.checkpoint.manager import CheckpointManager
-from mmscale.checkpoint.saving import SaveSettings
+from mmscale.checkpoint.save_settings import SaveSettings
 from mmscale.errors import SaveError
 from mmscale.resilience.inject import VARIABLE, Faults
 from mmscale.resilience.signals import StopRequest

@@ -70,8 +70,12 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
         raise CheckpointError(
             f"{folder} does not hold what its {CONFIG} says: {integrity.describe(wrong)}", remedy=_AGAIN
         )
-    source = HfTensors(folder, files, listed, config)
-    origin = {"made_by": "convert from-hf", "parents": [{"path": str(folder), **_parent(folder)}]}
+    report = _read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    data = report.get("data", {})
+    tokenizers = {name: str(data[name]) for name in ("text_tokenizer", "image_tokenizer") if name in data}
+    source = HfTensors(folder, files, listed, config, tokenizers=tokenizers)
+    parent = {"path": str(folder)} | ({"origin": report["origin"]} if "origin" in report else {})
+    origin = {"made_by": "convert from-hf", "parents": [parent]}
     made = rewrite.into_run(source, run, origin=origin, weights=True, code_version=code_version())
     names = source.names()
     return {
@@ -92,14 +96,17 @@ class HfTensors:
         files: its weights.
         listed: which of them become what.
         config: of the run that they are for.
+        tokenizers: fingerprints of the tokenizers that it was trained with; none if they are not known.
 
     Raises:
         CheckpointError: a tensor has another shape than the configuration says.
     """
 
-    def __init__(self, folder: Path, files: ModelFiles, listed: Sequence[Move], config: Config) -> None:
+    def __init__(
+        self, folder: Path, files: ModelFiles, listed: Sequence[Move], config: Config, *, tokenizers: dict[str, str]
+    ) -> None:
         self.path, self.step = folder, 0
-        self._files, self._config = files, config
+        self._files, self._config, self._tokenizers = files, config, tokenizers
         self._moves = {move.source: move for move in listed}
         self._entries = {name: self._measured(move) for name, move in self._moves.items()}
 
@@ -144,6 +151,7 @@ class HfTensors:
             "config": config.model_dump(mode="json"),
             "config_digest": digest(config),
             "attempt": 1,
+            **({"tokenizers": self._tokenizers} if self._tokenizers else {}),
         }
 
     def manifest(self) -> Manifest:
@@ -206,14 +214,6 @@ def _train(run: Path) -> str:
 def _redundant(name: str, config: Config) -> bool:
     """Tensors of older files that follow from others."""
     return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.model.tie_embeddings)
-
-
-def _parent(folder: Path) -> dict[str, Any]:
-    """Provenance that an export carries."""
-    if not (folder / REPORT).is_file():
-        return {}
-    origin = _read_json(folder / REPORT).get("origin")
-    return {"origin": origin} if isinstance(origin, dict) else {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from checkpoints_tools.hf_weights import is_native
 from mmscale.config import Config
 from mmscale.config.load import dump
+from mmscale.data.manifest import NO_TOKENIZER
 from mmscale.train.metrics import read_metrics
 
 _HEADER = """---
@@ -39,7 +40,7 @@ def card(config: Config, report: dict[str, Any], *, run: Path, step: int) -> str
         run: the run's folder.
         step: optimizer steps done.
     """
-    native, images = is_native(config), bool(report["data"]["image_tokenizer"])
+    native, images = is_native(config), report["data"]["image_tokenizer"] != NO_TOKENIZER
     gate, origin = report["gate"], report["origin"]["parents"][0]
     kind = report["model"]["class"]
     code = (

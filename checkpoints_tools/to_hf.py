@@ -30,7 +30,7 @@ from mmscale.config.load import digest
 from mmscale.config.load import load as load_config
 from mmscale.data.image_tokens import FOLDER as IMAGE_TOKENIZER
 from mmscale.data.image_tokens import ImageTokenizer, open_image_tokenizer
-from mmscale.data.manifest import check_vocabulary, named_sources, read_manifest
+from mmscale.data.manifest import NO_TOKENIZER, check_vocabulary, named_sources, read_manifest
 from mmscale.data.text_tokens import TextTokenizer, open_text_tokenizer
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, DataError
@@ -188,7 +188,7 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
     check_vocabulary(folder, manifest, vocabulary)
     text = open_text_tokenizer(folder)
     image = open_image_tokenizer(folder) if (folder / IMAGE_TOKENIZER).is_dir() else None
-    found = {"text_tokenizer": text.fingerprint(), "image_tokenizer": image.fingerprint() if image else ""}
+    found = {"text_tokenizer": text.fingerprint(), "image_tokenizer": image.fingerprint() if image else NO_TOKENIZER}
     trained = [("its manifest", {name: getattr(manifest, name) for name in found})]
     saved = source.main.info().get("tokenizers")
     if isinstance(saved, dict):
@@ -201,8 +201,8 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
         for name, fingerprint in found.items():
             if wanted.get(name, fingerprint) != fingerprint:
                 raise DataError(
-                    f"data: the {name.replace('_', ' ')} of {folder} ({fingerprint or 'none'}) is another than that of "
-                    f"{where} ({wanted[name] or 'none'})",
+                    f"data: the {name.replace('_', ' ')} of {folder} ({fingerprint}) is another than that of "
+                    f"{where} ({wanted[name]})",
                     remedy="name the data set that the run was trained on: --data DIR",
                 )
     about: dict[str, Any] = {

@@ -20,6 +20,7 @@ from mmscale.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+NO_TOKENIZER = "none"  # fingerprint of the image tokenizer of a data set without images
 
 
 class _Entry(BaseModel):
@@ -77,6 +78,11 @@ class Manifest(_Entry):
     tasks: tuple[Task, ...] = ()
     rejected: int = 0
     source: str = ""  # digest of the listing and settings it was prepared from
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        """Fingerprints: what an id means is decided by these and by the vocabulary."""
+        return {"text_tokenizer": self.text_tokenizer, "image_tokenizer": self.image_tokenizer}
 
     def share(self, split: str = "train") -> dict[str, float]:
         """Share of each modality in a split's tokens."""

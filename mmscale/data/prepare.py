@@ -23,7 +23,7 @@ from mmscale.data.digits import TASK, digit_slices, digit_task
 from mmscale.data.document_files import list_files, scan_files
 from mmscale.data.documents import DocumentSlice
 from mmscale.data.fit_tokenizers import image_tokenizer, text_tokenizer
-from mmscale.data.manifest import FORMAT, MANIFEST, Manifest, Split, Task, read_manifest, write_manifest
+from mmscale.data.manifest import FORMAT, MANIFEST, NO_TOKENIZER, Manifest, Split, Task, read_manifest, write_manifest
 from mmscale.data.parts import (
     DONE,
     SPLITS,
@@ -97,7 +97,7 @@ def _prepare(
     flat = [piece for part in slices for piece in part]
     text = text_tokenizer(out, settings, vocabulary, flat, reporter)
     image = image_tokenizer(out, settings, vocabulary, flat, reporter)
-    fingerprints = (text.fingerprint(), image.fingerprint() if image else "none")
+    fingerprints = (text.fingerprint(), image.fingerprint() if image else NO_TOKENIZER)
     identity = (*fingerprints, vocabulary.fingerprint, str(settings.max_document_tokens), str(settings.held_out))
     jobs = [PartJob(index, tuple(part), identity) for index, part in enumerate(slices)]
 

@@ -26,6 +26,7 @@ from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.config.load import digest, dump
 from mmscale.data.loader import BatchLoader
+from mmscale.data.manifest import named_sources, read_manifest
 from mmscale.data.mixture import Mixture, nominal_share, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
@@ -293,6 +294,7 @@ def _checkpoints(
             "config": config.model_dump(mode="json"),
             "config_digest": digest(config),
             "attempt": attempt,
+            "tokenizers": read_manifest(Path(named_sources(config)[0].path)).tokenizers,
         },
         on_event=tell,
         saves=SaveSettings(

@@ -20,7 +20,14 @@ from mmscale.errors import MmscaleError
 from tests.end_to_end.running import ROOT, assert_says, listing, mmscale
 
 MAIN = ("train.steps=12", "checkpoint.every=0", "checkpoint.asynchronous=false", "train.eval_every=0")
-DENSE = ("run.name=dense", "model.kind=dense", "model.depth=null", "model.experts.counts={}", "parallel.ep=1")
+DENSE = (
+    "run.name=dense",
+    "precision.dtype=bf16",
+    "model.kind=dense",
+    "model.depth=null",
+    "model.experts.counts={}",
+    "parallel.ep=1",
+)
 STAGE = ("--stage", "auxiliary", "auxiliary.steps=12", "auxiliary.optim.lr=1e-2", "auxiliary.calibration_batches=2")
 PROMPTS = ["draw a seven", "this is"]
 

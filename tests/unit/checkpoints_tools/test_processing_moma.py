@@ -1,0 +1,99 @@
+"""The shipped image tokenizers against those of the data room, code by code and pixel by pixel."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from checkpoints_tools.hf.processing_moma import ImageGrammar, MomaProcessor, load_pixels
+from checkpoints_tools.hf_text import write_text_tokenizer
+from mmscale.data.documents import Image
+from mmscale.data.image_files import load_image
+from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer
+from mmscale.data.text_tokens import TextTokenizer
+from mmscale.data.vocab import Vocabulary
+
+TEXT = 300
+
+
+def tokenizer_of(kind: str, folder: Path) -> ImageTokenizer:
+    rng = np.random.default_rng(0)
+    if kind == "levels":
+        return LevelsTokenizer(8, 1, 17)
+    if kind == "kmeans":
+        return KMeansTokenizer(8, 3, 4, np.unique(rng.integers(0, 256, (40, 48), dtype=np.uint8), axis=0))
+    import transformers
+
+    from mmscale.data.image_vq import VQTokenizer
+
+    torch.manual_seed(0)
+    common: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+    own: dict[str, Any] = {
+        "JanusVQVAE": {"num_embeddings": 64, "embed_dim": 8, "latent_channels": 8, "num_patches": 8},
+        "Emu3VQVAE": {"codebook_size": 64, "attn_resolutions": [], "hidden_size": 32},
+    }[kind]
+    model = getattr(transformers, kind)(getattr(transformers, f"{kind}Config")(**common, **own))
+    model.save_pretrained(folder)
+    return VQTokenizer.from_pretrained(folder, size=16, channels=3)
+
+
+def processor_with(image: ImageTokenizer, folder: Path) -> Any:
+    """A folder as an export has it, loaded."""
+    vocabulary = Vocabulary(("text", "image"), ((0, TEXT), (TEXT, TEXT + image.vocab_size)))
+    text = TextTokenizer.train(["a red bus"] * 3, size=TEXT)
+    write_text_tokenizer(folder, text, vocabulary, context=512)
+    image.save(folder / "image_tokenizer")
+    ranges = [["text", 0, TEXT], ["image", TEXT, TEXT + image.vocab_size]]
+    (folder / "processor_config.json").write_text(json.dumps({"modalities": ranges}))
+    return MomaProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["levels", "kmeans", "JanusVQVAE", "Emu3VQVAE"])
+def test_codes_and_pixels(kind: str, tmp_path: Path) -> None:
+    image = tokenizer_of(kind, tmp_path / "model")
+    processor = processor_with(image, tmp_path / "export")
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (3, image.size, image.size, image.channels), dtype=np.uint8)
+    codes = image.encode(images)
+    for picture, own in zip(images, codes, strict=True):
+        assert processor.encode([picture])[1:] == [3, *(own + TEXT).tolist(), 4]
+    drawn = image.decode(codes)
+    for own, pixels in zip(codes, drawn, strict=True):
+        (piece,) = processor.pieces([1, 3, *(own + TEXT).tolist(), 4])
+        assert (processor.pixels(piece) == pixels).all()
+    processor.save_pretrained(tmp_path / "again")
+    again = MomaProcessor.from_pretrained(tmp_path / "again")
+    assert again.encode([images[0]]) == processor.encode([images[0]]) and again.image_range == processor.image_range
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16", "1"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_read_as_for_training(mode: str, channels: int) -> None:
+    rng = np.random.default_rng(2)
+    if mode == "I;16":
+        picture = PIL.Image.fromarray(rng.integers(0, 65536, (20, 33), dtype=np.uint16))
+    else:
+        colours = PIL.Image.fromarray(rng.integers(0, 256, (20, 33, 4), dtype=np.uint8), mode="RGBA")
+        picture = colours if mode == "RGBA" else colours.convert("RGB").convert(mode)
+
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    want = load_image(Image(stream.getvalue(), "x"), size=8, channels=channels)
+    assert (load_pixels(stream.getvalue(), size=8, channels=channels) == want).all()
+
+
+def test_grammar() -> None:
+    grammar = ImageGrammar(10, 14, tokens=2, boi=3, eoi=4)
+    rows = [[1, 5, 6, 7], [1, 5, 6, 3], [1, 5, 3, 11], [1, 3, 11, 12], [3, 11, 12, 4]]
+    scores = grammar(torch.tensor(rows), torch.zeros(5, 14))
+    allowed = [[index for index, value in enumerate(row) if value == 0] for row in scores.tolist()]
+    text = [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    image = [10, 11, 12, 13]
+    assert allowed == [text, image, image, [4], text]

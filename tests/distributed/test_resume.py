@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.save_settings import SaveSettings
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.vocab import Vocabulary
@@ -74,7 +75,7 @@ def leg(settings: Config, folder: Path, *, load: int | None, until: int, **optio
             assert state.sequences == load * settings.train.global_batch_size
         taken = train(settings, parts, state, until=until)
         with parts.stepper.settled():
-            checkpoints.save(state)
+            checkpoints.save(state, last=True)
         return taken
     finally:
         process_groups.destroy_layout()
@@ -219,3 +220,41 @@ def test_moma_goes_on_under_every_other_layout(tmp_path: Path) -> None:
 
 def test_dense_goes_on_under_other_layouts(tmp_path: Path) -> None:
     _chain("dense", tmp_path, [("dp 2", 2, {}), ("tp 2, pp 2", 4, {"tp": 2, "pp": 2}), ("one process", 1, {})])
+
+
+NEXT = 4
+MATRIX: tuple[tuple[int, dict[str, Any]], ...] = (
+    (2, {"tp": 2}),
+    (2, {"pp": 2, "vpp": 2}),
+    (2, {"ep": 2}),
+    (1, {}),
+)
+
+
+def test_the_next_four_steps_under_every_layout(tmp_path: Path) -> None:
+    """Row 16 of the fault matrix: saved by four ranks, asynchronously, after two steps; with the optimizer's state."""
+
+    def constant(parallel: dict[str, Any]) -> Config:
+        made = settings("moma_depth", parallel=parallel)
+        return made.model_copy(update={"optim": made.optim.model_copy(update={"schedule": "constant"})})
+
+    def life(name: str, world_size: int, parallel: dict[str, Any], *, load: int | None, until: int) -> list[float]:
+        def ranks_do(ranks: RankEnv) -> None:
+            start(ranks)
+            saves = SaveSettings(asynchronous=True)
+            taken = leg(constant(parallel), tmp_path / "run", load=load, until=until, saves=saves)
+            if ranks.rank == 0:
+                (tmp_path / name).write_text(" ".join(map(repr, (*taken.losses, *taken.norms))))
+            process_groups.finalize()
+
+        run_ranks(ranks_do, world_size=world_size)
+        return [float(word) for word in (tmp_path / name).read_text().split()]
+
+    whole = life("whole", 1, {}, load=None, until=2 + NEXT)
+    losses, norms = whole[2 : 2 + NEXT], whole[4 + NEXT :]
+    life("first", 4, {"tp": 2, "ep": 2}, load=None, until=2)
+    for number, (world_size, parallel) in enumerate(MATRIX):
+        found = life(f"{number}", world_size, parallel, load=2, until=2 + NEXT)
+        differences = [abs(a - b) for a, b in zip(found[:NEXT], losses, strict=True)]
+        differences += [abs(a - b) / b for a, b in zip(found[NEXT:], norms, strict=True)]
+        assert max(differences) <= TOLERANCE, (parallel, differences)

@@ -155,6 +155,9 @@ def test_storage_that_refuses_does_not_stop_the_training(
     warning = "warning: the save of step 2 failed on rank 1 and is given up: No space left on device"
     assert [line for line in life.said.splitlines() if "warning" in line] == [warning]
     assert read_metrics(lives.run)[-1]["save_failures"] == 1
+    assert any("step_time_saving_s" in line for line in read_metrics(lives.run))
+    for committed in lives.events("save_committed"):
+        assert 0 < committed["blocked_s"] <= committed["seconds"] and committed["bytes"] > 0
     assert lives.store.steps()[-1] == STEPS
     lives = Lives(config, tmp_path / "never")
     life = lives.begin("0:*:write:EIO", "checkpoint.max_failures=2")

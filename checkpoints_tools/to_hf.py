@@ -124,13 +124,14 @@ def export(
     return {"path": str(out), **report}
 
 
-def up_to_date(run: Path, step: int | None, out: Path) -> dict[str, Any] | None:
-    """The report of an export that stands at `out` already and is of this very checkpoint; None otherwise."""
+def up_to_date(run: Path, step: int | None, out: Path, *, routing: str) -> dict[str, Any] | None:
+    """The report of an export that stands at `out` already, is whole and of this very checkpoint; None otherwise."""
     try:
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
         now = origin_of("", RunWeights(run, step).parents)["parents"]
         then = report["origin"]["parents"]
         same = [parent["manifest"] for parent in then] == [parent["manifest"] for parent in now]
+        same = same and report["model"]["routing"] in (None, routing)
         whole = same and not integrity.verify(out)
     except (OSError, ValueError, LookupError, TypeError, integrity.DamagedError):
         return None

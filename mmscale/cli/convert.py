@@ -56,7 +56,7 @@ def to_hf(
         raise UsageError(f"--shard-size {shard_size!r} is not a number of bytes", remedy="write e.g. 5e9")
     from checkpoints_tools import to_hf as exporting
 
-    done = exporting.up_to_date(folder, step, out) if out.exists() else None
+    done = exporting.up_to_date(folder, step, out, routing=routing) if out.exists() else None
     report = done or exporting.export(folder, step, out, data=data, routing=routing, shard_bytes=size)
     emit(report, as_json=as_json, text=lambda: _exported(report, again=done is not None))
 

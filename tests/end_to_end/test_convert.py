@@ -186,7 +186,8 @@ def test_without_routers_nothing_is_exported(runs: Path, tmp_path: Path) -> None
 def test_an_existing_folder_stays(moma: Path, dense: Path, runs: Path) -> None:
     before = listing(moma)
     assert "was there already" in ok("convert", "to-hf", runs / "tiny", moma)
-    assert_says(mmscale("convert", "to-hf", runs / "dense", moma), status=4, cause="exists already", remedy="name")
+    for other in ((runs / "dense", moma), (runs / "tiny", moma, "--routing", "top1")):
+        assert_says(mmscale("convert", "to-hf", *other), status=4, cause="exists already", remedy="name")
     assert listing(moma) == before
 
 

@@ -148,7 +148,7 @@ def test_recognition_counts_every_digit_that_was_asked_for(runs: Path, tmp_path:
     ("arguments", "status", "cause", "remedy"),
     [
         (("tiny", "--prompt", "draw " * 80), 3, "the model's context is 64", "shorten the prompt"),
-        (("tiny", "--prompt", "draw " * 40, "--draw"), 3, "begins an image", "shorten the prompt"),
+        (("tiny", "--prompt", "", *["--image", "{seven}"] * 10, "--draw"), 3, "begins an image", "shorten the prompt"),
         (("tiny", "--prompt", "a", "--draw", "--max-tokens", "4"), 3, "begins an image", "--max-tokens 5"),
         (("tiny", "--prompt", "a", "--image", "missing.png"), 3, "missing.png cannot be read", "another picture"),
         (("tiny", "--prompt", "a", "--image", "text.png"), 3, "text.png cannot be read", "another picture"),

@@ -200,6 +200,9 @@ app.command("reshard", epilog="Example: mmscale ckpt reshard runs/big@9000 runs/
 app.command("average", epilog="Example: mmscale ckpt average runs/a@800 runs/a@900 runs/a@1000 runs/mean")(
     ckpt_copies.average
 )
+app.command("upcycle", epilog="Example: mmscale ckpt upcycle runs/1t1i@10000 runs/4t4i --experts text=4,image=4")(
+    ckpt_copies.upcycle
+)
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

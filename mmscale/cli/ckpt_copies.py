@@ -1,5 +1,5 @@
-# `mmscale ckpt archive|restore|reshard|average`: the commands that write new checkpoints from old ones.
-# They parse and print; checkpoints_tools/copying.py and average.py do the work.
+# `mmscale ckpt archive|restore|reshard|average|upcycle`: the commands that write new checkpoints from old ones.
+# They parse and print; checkpoints_tools/copying.py, average.py and upcycle.py do the work.
 """Commands that copy and combine checkpoints."""
 
 from __future__ import annotations
@@ -95,6 +95,54 @@ def average(
     _emit(result, as_json=as_json)
 
 
+def upcycle(
+    run: RunAtStep,
+    out: NewRun,
+    experts: Annotated[
+        str,
+        typer.Option("--experts", metavar="NAME=N,...", help="Experts of each group, e.g. text=4,image=4 or mixed=8."),
+    ],
+    keep_moments: Annotated[
+        bool, typer.Option("--keep-moments", help="Copy the FFN's optimizer moments too; else they begin at 0.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, show_default="what the old run has left", help="train.steps of the new run."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, show_default="run.seed", help="Seed of the new routers.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make experts of a model's only FFN, or of the one of each modality; train goes on from it at any layout.
+
+    Experts are copies, routers are new, router noise is on; the learning rate's schedule begins again, the place in
+    the data is kept.
+    """
+    from checkpoints_tools import upcycle as upcycling
+
+    folder, step = split_step(run)
+    result = upcycling.upcycle(
+        folder, step, out, experts=_counts(experts), keep_moments=keep_moments, steps=steps, seed=seed
+    )
+    _emit(result, as_json=as_json)
+
+
+def _counts(text: str) -> dict[str, int]:
+    """`text=4,image=4` as numbers.
+
+    Raises:
+        UsageError: it is written otherwise.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, count = (piece.strip() for piece in part.partition("="))
+        if not name or not count.isdigit() or int(count) < 1 or name in found:
+            raise UsageError(f"--experts {text}: {part!r} is not NAME=N", remedy="write e.g. text=4,image=4")
+        found[name] = int(count)
+    return found
+
+
 def _emit(result: dict[str, Any], *, as_json: bool) -> None:
     parents = [f"{parent['path']} (step {parent['step']})" for parent in result["origin"]["parents"]]
     holds = "weights and optimizer state" if result["contents"] == "training" else "weights"
@@ -107,4 +155,8 @@ def _emit(result: dict[str, Any], *, as_json: bool) -> None:
     ]
     if "coefficients" in result:
         facts.append(("coefficients", ", ".join(f"{count:.4g}" for count in result["coefficients"])))
+    if "experts" in result:
+        facts.append(("experts", ", ".join(f"{count} of {name}" for name, count in result["experts"].items())))
+        facts.append(("computes the same", result["preserves"]))
+        facts.append(("goes on", f"{result['next']}: {result['steps']} steps after {result['sequences']} sequences"))
     emit(result, as_json=as_json, text=lambda: pairs(facts))

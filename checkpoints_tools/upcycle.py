@@ -1,0 +1,338 @@
+"""Upcycling: a trained model with one FFN, or one per modality, becomes one with several experts (MoMa, section 2.5).
+
+Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies. The result is
+a checkpoint of step 0, so the learning rate's schedule starts again, with the source's place in the data, so that
+training sees new documents. Tensors are streamed. Training goes on at any layout; how, is mmscale.train's business.
+
+What the model computes right after depends on where norms stand (`PRESERVES`, and a test for each).
+
+Letters: F inner width, H hidden width, N experts of a group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from checkpoints_tools.sources import open_source, summary
+from mmscale.checkpoint import rewrite
+from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.shape import shape_of
+from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of, unknown_tensor
+from mmscale.config import Config, rules
+from mmscale.config.load import digest
+from mmscale.data.mixture import nominal_share
+from mmscale.errors import CheckpointError, MmscaleError, UsageError
+from mmscale.runtime.environment import code_version
+
+PRESERVES = {
+    "pre": "a token gets the FFN's output times the sum of its new gates over its old gate (1 for a dense model); new "
+    "gates begin near 1/2, and a token that no expert takes gets nothing from the layer",
+    "post": "for every token that at least one expert takes: the norm behind the experts cancels the sum of gates, as "
+    "far as outputs are large against norm_eps; a token that none takes gets nothing from the layer",
+    "post_per_expert": "a token gets the normalised FFN's output times the sum of its new gates over its old gate (1 "
+    "for a dense model); new gates begin near 1/2, and a token that no expert takes gets nothing from the layer",
+}
+_STATES = ("exp_avg", "exp_avg_sq", "param")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Auxiliary routers predicted another choice.
+_AUXILIARY = (".mlp.auxiliary.", ".depth_auxiliary.", "auxiliary_optimizer.")
+
+
+def upcycle(
+    run: Path,
+    step: int | None,
+    out: Path,
+    *,
+    experts: Mapping[str, int],
+    keep_moments: bool = False,
+    steps: int | None = None,
+    seed: int | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Write the upcycled model as the checkpoint of a new run.
+
+    Args:
+        run: the run's folder, or an archive.
+        step: the checkpoint; None: the newest.
+        out: the folder of the new run.
+        experts: number of each group's experts: of each modality, or of one mixed group.
+        keep_moments: experts get copies of the FFN's optimizer moments, too; else theirs begin at 0, as routers' do.
+        steps: `train.steps` of the new run; None: what the old one had left, or as many again if nothing.
+        seed: of the new routers; None: `run.seed`.
+        on_stage: told the name of every sub-step; tests end the process there.
+
+    Returns:
+        What was written, and `experts`, `preserves`, `sequences`, `steps` and `next`.
+
+    Raises:
+        UsageError: the groups are not those of the model's modalities.
+        CheckpointError: the source is missing, damaged, or has several experts already; `out` has checkpoints.
+        ConfigError: the new model breaks a rule between settings.
+    """
+    rewrite.refuse_checkpoints(out)
+    source = open_source(run, step)
+    old = _config_of(source)
+    new = _upcycled(old, experts, done=source.step, steps=steps)
+    made = Upcycled(source, old, new, keep_moments=keep_moments, seed=new.run.seed if seed is None else seed)
+    origin = origin_of("upcycle", [source], experts=dict(experts), keep_moments=keep_moments)
+    path = rewrite.into_run(made, out, origin=origin, code_version=code_version(), on_stage=on_stage)
+    return summary(path) | {
+        "experts": dict(new.model.experts.counts),
+        "preserves": PRESERVES[new.model.norm],
+        "sequences": made.common()["progress"]["sequences"],
+        "steps": new.train.steps,
+        "next": f"`mmscale train {out / 'config.yaml'}`",
+    }
+
+
+def _config_of(source: TensorSource) -> Config:
+    try:
+        return Config.model_validate(source.info()["config"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"{source.path} holds no configuration of this version: {str(error).splitlines()[0]}",
+            remedy="use the version of mmscale that wrote it",
+        ) from None
+
+
+def _upcycled(old: Config, experts: Mapping[str, int], *, done: int, steps: int | None) -> Config:
+    """The new run's configuration.
+
+    Raises:
+        UsageError, CheckpointError, ConfigError: as `upcycle`.
+    """
+    several = {name: count for name, count in old.model.experts.counts.items() if count > 1}
+    if several:
+        raise CheckpointError(
+            f"the model has {', '.join(f'{count} experts of {name}' for name, count in several.items())} already",
+            remedy="upcycle a dense model, or one with one expert of each group",
+        )
+    names, groups = set(old.vocab.names), set(old.model.experts.counts)
+    kind = "moma" if set(experts) == names else "moe"
+    wanted = f"{', '.join(f'{name}=N' for name in old.vocab.names)}, or one name for a mixed group"
+    if kind == "moe" and (len(experts) != 1 or set(experts) & names):
+        raise UsageError(f"--experts names {', '.join(experts) or 'nothing'}", remedy=f"name {wanted}")
+    if old.model.kind != "dense" and set(experts) != groups:
+        raise UsageError(
+            f"--experts names {', '.join(experts)}, the model has groups {', '.join(sorted(groups))}",
+            remedy="name these groups: the FFN of one cannot become the experts of another",
+        )
+    settings = old.model_dump(mode="json")
+    settings["model"]["kind"] = kind
+    settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
+    settings["model"]["auxiliary"]["mode"] = "off"
+    settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
+    if kind == "moma" and old.model.experts.share == "auto":  # of a dense run, which never asked for it
+        with contextlib.suppress(MmscaleError):  # training will ask again
+            share = nominal_share(Config.model_validate(settings))
+            settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
+    new = Config.model_validate(settings)
+    rules.check(new)
+    return new
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """One weight of the new model.
+
+    Attributes:
+        shape: of the new tensor.
+        source: the old weight that it is made of; None: it is new.
+        form: the old tensor as the new one, or as one expert of it; a view.
+        like: an old weight of the same type.
+        fresh: "router": drawn; "zeros".
+        is_expert: its optimizer moments are dropped unless they are to be kept.
+        is_parameter: the optimizer has state of it.
+    """
+
+    shape: tuple[int, ...]
+    like: str
+    source: str | None = None
+    form: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    fresh: str = ""
+    is_expert: bool = False
+    is_parameter: bool = True
+
+
+class Upcycled:
+    """The tensors of the upcycled model (a `TensorSource`), made as they are read.
+
+    Args:
+        source: the old model's.
+        old, new: configurations.
+        keep_moments: as in `upcycle`.
+        seed: of new routers.
+
+    Raises:
+        CheckpointError: the source does not hold the model of its configuration.
+    """
+
+    def __init__(self, source: TensorSource, old: Config, new: Config, *, keep_moments: bool, seed: int) -> None:
+        self.path, self.step = source.path, 0
+        self._source, self._new, self._keep, self._seed = source, new, keep_moments, seed
+        self._dense = old.model.kind == "dense"
+        replaced: set[str] = set()
+        self._recipes: dict[str, _Recipe] = {}
+        for layer in range(new.model.num_layers):
+            for name, recipe in self._layer(f"decoder.layers.{layer}."):
+                self._recipes[name] = recipe
+                replaced |= {recipe.source} if recipe.source is not None else set()
+        there = set(source.names())
+        missing = sorted(replaced - there)
+        if missing:
+            raise CheckpointError(
+                f"{source.path} lacks {missing[0]}, which its configuration has", remedy="`mmscale ckpt verify` it"
+            )
+        kept = {
+            name
+            for name in there
+            if _weight_of(name) not in replaced | self._recipes.keys() and not any(part in name for part in _AUXILIARY)
+        }
+        has_state = any(name.startswith(OPTIMIZER) for name in there)
+        states = [f"{OPTIMIZER}state.{state}." for state in _STATES] if has_state else []
+        self._made = dict.fromkeys(self._recipes, "") | {
+            f"{prefix}{name}": prefix
+            for name, recipe in self._recipes.items()
+            for prefix in states
+            if recipe.is_parameter
+        }
+        self._names = sorted(kept | self._made.keys())
+
+    def _layer(self, layer: str) -> Iterator[tuple[str, _Recipe]]:
+        """The new tensors of one layer that are not the old ones."""
+        model, mlp = self._new.model, f"{layer}mlp."
+        hidden, inner = model.hidden_size, model.ffn_hidden_size
+        for group, count in model.experts.counts.items():
+            w1, w2 = f"{mlp}experts.{group}.w1", f"{mlp}experts.{group}.w2"
+            old1, old2 = (f"{mlp}linear_fc1.weight", f"{mlp}linear_fc2.weight") if self._dense else (w1, w2)
+            first, second = (_dense_w1, _dense_w2) if self._dense else (_only, _only)
+            yield w1, _Recipe((count, hidden, 2, inner), old1, old1, first, is_expert=True)
+            yield w2, _Recipe((count, inner, hidden), old2, old2, second, is_expert=True)
+            yield f"{mlp}router.{group}", _Recipe((count, hidden), old1, fresh="router")
+            if model.keeps_thresholds:
+                like = f"{layer}self_attention.linear_proj.weight"
+                yield f"{mlp}threshold.{group}", _Recipe((count,), like, fresh="zeros", is_parameter=False)
+            if self._dense and model.norm == "post_per_expert":
+                norm = f"{layer}mlp_bda.norm.weight"
+                yield f"{mlp}expert_norm.{group}.weight", _Recipe((hidden,), norm, norm)
+
+    def names(self, *, weights: bool = False) -> list[str]:
+        """Names of all tensors, sorted; `weights`: without the optimizer's."""
+        return [name for name in self._names if not (weights and name.startswith(OPTIMIZER))]
+
+    def entry(self, name: str) -> TensorEntry:
+        """Shape and type of a tensor."""
+        if name not in self._made:
+            if name not in self._names:
+                raise unknown_tensor(name, self._names, where=self.path)
+            return self._source.entry(name)
+        prefix = self._made[name]
+        recipe = self._recipes[name.removeprefix(prefix)]
+        exact = bool(prefix) or not recipe.is_parameter  # optimizer state and thresholds are fp32 in every run
+        return TensorEntry(name, recipe.shape, torch.float32 if exact else self._source.entry(recipe.like).dtype)
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A tensor, or a box of it; copies of an FFN are views of one until they are cut."""
+        entry = self.entry(name)
+        if name not in self._made:
+            return self._source.read(name, region)
+        prefix = self._made[name]
+        weight = name.removeprefix(prefix)
+        recipe = self._recipes[weight]
+        is_moment = prefix.endswith(tuple(f".{state}." for state in _MOMENTS))
+        if recipe.source is not None and not (is_moment and recipe.is_expert and not self._keep):
+            whole = recipe.form(self._source.read(f"{prefix}{recipe.source}")).expand(recipe.shape)
+        elif recipe.fresh == "router" and not is_moment:
+            # The optimizer's fp32 copy and the weight are one drawing, rounded or not.
+            whole = _drawn(recipe.shape, key=f"{self._seed}/upcycle/{weight}", std=self._new.model.init_std)
+            whole = whole.to(self._source.entry(recipe.like).dtype).float() if prefix else whole
+        else:
+            whole = torch.zeros(1, dtype=entry.dtype).expand(recipe.shape)
+        assert tuple(whole.shape) == recipe.shape, (name, whole.shape, recipe.shape)
+        whole = whole.to(entry.dtype)
+        return whole if region is None else whole[tuple(region)].clone()
+
+    def info(self) -> dict[str, Any]:
+        """What goes into mmscale.json."""
+        settings = {
+            "shape": shape_of(self._new),
+            "config": self._new.model_dump(mode="json"),
+            "config_digest": digest(self._new),
+        }
+        return self._source.info() | settings | {"attempt": 1}
+
+    def manifest(self) -> Manifest:
+        """Where it comes from."""
+        return Manifest(
+            step=0, attempt=1, config_digest=digest(self._new), code_version=code_version(), topology={}, files={}
+        )
+
+    def common(self) -> dict[str, Any]:
+        """Counters of a run that has not begun, at the source's place in the data; the optimizer's settings."""
+        found = copy.deepcopy(self._source.common())
+        progress = found.get("progress", {})
+        kept = {name: progress.get(name, 0) for name in ("sequences", "tokens")}
+        found["progress"] = {"step": 0, **kept, "modality_tokens": progress.get("modality_tokens", {})}
+        found.pop("auxiliary_optimizer", None)
+        if "optimizer" in found:
+            found["optimizer"] = self._optimizer(found["optimizer"])
+        return found
+
+    def _optimizer(self, settings: dict[Any, Any]) -> dict[Any, Any]:
+        """megatron-core has one optimizer for dense parameters (0) and one for experts (1).
+
+        Both count the old steps: megatron-core demands one number of all groups, and counting anew would blow the kept
+        moments up by Adam's bias correction. Moments that begin at 0 without it make first updates (1 - beta1) /
+        sqrt(1 - beta2) of full size, 0.45 by default, while the learning rate warms up.
+        """
+        if not self._dense:
+            return settings
+        expert = copy.deepcopy(settings)
+        groups = expert["optimizer"]["param_groups"]
+        expert["optimizer"]["param_groups"] = [
+            group | {"is_expert_parallel": True} for group in groups if group["wd_mult"] != 0.0
+        ]
+        return {0: settings, 1: expert}
+
+    def objects(self) -> dict[str, bytes]:
+        """Serialized objects of the parts that stay."""
+        gone = (".mlp.linear_fc1.", ".mlp.linear_fc2.") if self._dense else ()
+        return {name: value for name, value in self._source.objects().items() if not any(part in name for part in gone)}
+
+
+def _weight_of(name: str) -> str:
+    """The weight that a tensor is, or is optimizer state of."""
+    for state in _STATES:
+        name = name.removeprefix(f"{OPTIMIZER}state.{state}.")
+    return name
+
+
+def _dense_w1(fc1: Tensor) -> Tensor:
+    """[2F, H], gate over up -> [H, 2, F]."""
+    return fc1.view(2, -1, fc1.shape[1]).permute(2, 0, 1)
+
+
+def _dense_w2(fc2: Tensor) -> Tensor:
+    """[H, F] -> [F, H]."""
+    return fc2.t()
+
+
+def _only(experts: Tensor) -> Tensor:
+    """The only expert of [1, ...]."""
+    return experts[0]
+
+
+def _drawn(shape: tuple[int, ...], *, key: str, std: float) -> Tensor:
+    """Normal, fp32, the same for the same key."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(number))

@@ -91,6 +91,7 @@ class Supervisor:
         """The whole of it; returns the job's exit status."""
         self._refuse_other_owner()
         self._remove_stale_results()
+        self._keep(self._budget())  # now: the first attempt is measured against what is there before it
         number = 0
         while True:
             if records.stop_asked(self.folder) or self.signals:
@@ -293,3 +294,7 @@ def _lives(pid: int) -> bool:
 def _say(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

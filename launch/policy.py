@@ -42,7 +42,7 @@ class Budget:
         progressed = step > self.step
         if not crashed:
             return replace(self, step=step, without_progress=0 if progressed else self.without_progress)
-        return Budget(self.restarts + 1, 1 if progressed else self.without_progress + 1, step)
+        return Budget(self.restarts + 1, 0 if progressed else self.without_progress + 1, step)
 
 
 @dataclass(frozen=True)

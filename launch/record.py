@@ -127,6 +127,11 @@ def write_record(record: Record, config: Config) -> None:
     _write_json(folder / RECORD, asdict(record))
 
 
+def python_variables(record: Record) -> dict[str, str]:
+    """What makes Python import the snapshot; without SAFEPATH `python -m` looks into the working directory first."""
+    return {"PYTHONPATH": str(record.code), "PYTHONSAFEPATH": "1"}
+
+
 def copy_code(target: Path, packages: Iterable[str] = PACKAGES) -> None:
     """Copy our packages as they are now, uncommitted edits included."""
     root = Path(mmscale.__file__).parent.parent

@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ _KEPT = (
     *("VIRTUAL_ENV", "CONDA_*", "SLURM_CONF", "MMSCALE_*", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"),
 )
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+# Facts of the process that submits, which may be a rank of a job itself.
+_OWN = ("MMSCALE_ATTEMPT_ID", "MMSCALE_LAUNCHER")
 _NEVER_TIMES_OUT = 1_000_000  # restarts are counted by job.py; submitit's own count would end them
 _SWEEP = re.compile(r"^[A-Za-z0-9_.]+=[^=]+$")
 
@@ -135,6 +138,8 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
         MmscaleError: a run is being trained already, or SLURM refuses.
     """
     profile = planned[0].record.checked_profile()
+    if profile.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise LaunchError("there is no sbatch on this machine", remedy="use a login node, or --cluster local")
     dependency = _after(after)
     if dependency is None:
         for one in planned:
@@ -154,6 +159,8 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
                     submitted = [executor.submit(one) for one in jobs]
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
             lines = [line for line in str(error).splitlines() if "error" in line.lower()]
+            for one in planned:
+                shutil.rmtree(one.record.folder)  # nothing was launched
             said = lines[-1] if lines else str(error).strip().splitlines()[-1]
             raise LaunchError(
                 f"SLURM did not take the job: {said}", remedy=f"look at the profile {planned[0].record.cluster}"
@@ -198,7 +205,7 @@ def refuse_busy(run: Path) -> None:
 def _here(record: records.Record) -> dict[str, Any]:
     """Run the job in this process, with the code of the snapshot."""
     with _environment(record.checked_profile()):
-        os.environ["PYTHONPATH"] = str(record.code)
+        os.environ.update(records.python_variables(record))
         status = job.main(Path(record.folder))
     return {"run": record.run, "job": "", "launch": record.folder, "exit_status": status}
 
@@ -268,7 +275,8 @@ def _setup(record: records.Record, profile: Profile) -> list[str]:
     ]
     for name, variable in profile.environment.items():
         lines += [f"# {variable.reason}", f"export {name}={shlex.quote(variable.value)}"]
-    lines += ["# The code as it was when the job was submitted.", f"export PYTHONPATH={shlex.quote(str(record.code))}"]
+    lines += ["# The code as it was when the job was submitted, and not what lies in the working directory."]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in records.python_variables(record).items()]
     return lines
 
 
@@ -280,7 +288,9 @@ def _environment(profile: Profile) -> Iterator[None]:
     kept = {
         name: value
         for name, value in before.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and not _SECRET.search(name)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        and not _SECRET.search(name)
+        and name not in _OWN
     }
     kept |= {name: variable.value for name, variable in profile.environment.items()}
     os.environ.clear()

@@ -9,7 +9,7 @@ if "MMSCALE_ATTEMPT_ID" in os.environ and "MMSCALE_LAUNCHER" in os.environ:
     # A rank of a launched job: a request to save that comes while torch is imported waits, and does not kill it.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 
-from mmscale.cli import main  # noqa: E402
+from mmscale.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -115,11 +115,16 @@ def logs(
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run ends.")] = False,
     job: Annotated[bool, typer.Option("--job", help="What the job itself says, instead of a rank.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print what a rank printed."""
     from launch import logs as printing
 
-    for text in printing.lines(run, rank=rank, attempt=attempt, follow=follow, job=job):
+    pieces = printing.lines(run, rank=rank, attempt=attempt, follow=follow, job=job)
+    if as_json:
+        emit({"run": str(run), "text": "".join(pieces)}, as_json=True, text=lambda: None)
+        return
+    for text in pieces:
         typer.echo(text, nl=False)
 
 

@@ -1,0 +1,60 @@
+# `python -m launch.batch CONFIG [key=value ...]` inside a batch script of one's own: the same job without submitit.
+# slurm/train.sbatch calls it. Nodes and ranks are what sbatch was asked for, so the profile holds no more than that.
+"""A job whose script was written by hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from launch import record as records
+from launch.profile import Profile
+from mmscale.config.load import load
+from mmscale.errors import MmscaleError, UsageError
+from mmscale.train.preflight import preflight
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> NoReturn:
+    """Become the job, or end with the status of what is wrong."""
+    try:
+        folder = _folder(arguments, environ)
+    except MmscaleError as error:
+        sys.stderr.write(f"error: {error.cause}\n" + (f"  fix: {error.remedy}\n" if error.remedy else ""))
+        sys.exit(error.exit_status)
+    record = records.read_record(folder)
+    # A new interpreter, so that the supervisor too is the snapshot's; the process, and its signals, stay the same.
+    variables = {**environ, **records.python_variables(record)}
+    os.execve(record.python, [record.python, "-u", "-m", "launch.job", str(folder)], variables)  # noqa: S606
+
+
+def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
+    """This job's launch folder, made at its first start: a restart finds it, whatever has been edited since."""
+    if "SLURM_JOB_ID" not in environ or not arguments:
+        raise UsageError(
+            "python -m launch.batch CONFIG [key=value ...] runs in a batch script of SLURM",
+            remedy="sbatch --nodes=2 --ntasks-per-node=8 slurm/train.sbatch CONFIG [key=value ...]",
+        )
+    yes = "--yes" in arguments
+    config_file, *overrides = [argument for argument in arguments if argument != "--yes"]
+    config = load(config_file, overrides)
+    number, count = environ["SLURM_JOB_ID"], environ.get("SLURM_JOB_NUM_NODES", "1")
+    for folder in (Path(config.run.dir) / config.run.name / records.FOLDER).absolute().glob("[0-9]*"):
+        if records.job_of(folder) == number:
+            return folder
+    nodes, ranks = int(count), int(environ.get("SLURM_NTASKS", count))
+    if ranks % nodes:
+        raise UsageError(f"{ranks} tasks on {nodes} nodes", remedy="ask for --ntasks-per-node instead of --ntasks")
+    preflight(config, world_size=ranks, yes=yes)
+    tasks = ranks // nodes
+    profile = Profile(tasks_per_node=tasks, cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", "1")))
+    record = records.plan_record(config, cluster="sbatch", profile=profile, nodes=nodes, tasks_per_node=tasks, yes=yes)
+    records.write_record(record, config)
+    records.set_job(Path(record.folder), number)
+    return Path(record.folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

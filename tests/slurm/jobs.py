@@ -1,0 +1,177 @@
+# Launches real jobs on the local cluster and watches them by their run folder and by scontrol.
+# Everything is polled with a deadline: machines that run these tests are small and shared.
+"""Jobs of the SLURM tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch import record as records
+from launch import scheduler, status, submit
+from mmscale.checkpoint.layout import Store
+from mmscale.errors import LaunchError
+from mmscale.resilience import inject, lease
+from mmscale.train.metrics import METRICS, read_events, read_metrics
+from slurm.local_cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+PROFILE = ROOT / "configs/cluster/test.yaml"
+DEADLINE_S = 240.0
+# What must be the same however often a run was interrupted; the rest are times and numbers of attempts.
+EXACT = ("tokens", "loss", "loss/text", "loss/image", "z_loss", "grad_norm", "lr", "output_norm")
+
+
+@dataclass
+class Run:
+    """A launched run."""
+
+    folder: Path
+    job: str
+    cluster: Cluster
+
+    def state(self) -> scheduler.JobState:
+        found = scheduler.job_state(self.job)
+        assert found is not None
+        return found
+
+    def step(self) -> int:
+        lines = read_metrics(self.folder)
+        return int(lines[-1]["step"]) if lines else 0
+
+    def attempt(self) -> int:
+        return max((int(line["attempt"]) for line in read_metrics(self.folder)), default=0)
+
+    def events(self, *names: str) -> list[dict[str, Any]]:
+        return [event for event in read_events(self.folder) if not names or event["event"] in names]
+
+    def checkpoints(self) -> list[int]:
+        return Store.of_run(self.folder).steps()
+
+    def until(self, condition: Callable[[], bool], what: str, *, lift: bool = True) -> None:
+        """Wait for something; a requeued job's wait is lifted meanwhile, as `mmscale status` does."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"it did not happen: {what}\n{self.report()}"
+            if lift:
+                scheduler.lift_wait(self.job)
+            time.sleep(0.1)
+
+    def until_step(self, step: int, *, attempt: int | None = None) -> None:
+        """Wait until a step is logged, by that attempt or a later one."""
+
+        def there() -> bool:
+            assert not self.state().ended, self.report()
+            return self.step() >= step and self.attempt() >= (attempt or 0)
+
+        self.until(there, f"step {step} of attempt {attempt}")
+
+    def until_ended(self) -> scheduler.JobState:
+        self.until(lambda: self.state().ended, "the job ends")
+        return self.state()
+
+    def rank(self, number: int) -> int:
+        """Process id of a rank of the attempt that owns the run."""
+        owner = lease.owner(self.folder)
+        assert owner is not None
+        wanted = {f"{lease.VARIABLE}={owner.id}".encode(), f"SLURM_PROCID={number}".encode()}
+        found: dict[int, int] = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if not entry.name.isdigit() or not wanted <= set((entry / "environ").read_bytes().split(b"\0")):
+                    continue
+                if b"train" in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        ranks = [pid for pid, parent in found.items() if parent not in found and not _is_srun(pid)]
+        assert len(ranks) == 1, (found, self.report())
+        return ranks[0]
+
+    def report(self) -> str:
+        """What helps to see why a test failed."""
+        parts = [str(scheduler.job_state(self.job)), str(self.events()[-8:])]
+        files = (*self.folder.glob("launch/*/submitit/*_log.out"), *sorted(self.folder.glob("logs/*/rank_*.log")))
+        parts += [f"--- {file}\n{file.read_text(errors='replace')[-2500:]}" for file in files]
+        return "\n".join(parts)
+
+
+def _is_srun(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "srun"
+
+
+@dataclass
+class Jobs:
+    """Runs of one test."""
+
+    cluster: Cluster
+    config: Path
+    profile: Path
+    folder: Path
+    runs: list[Run] = field(default_factory=list)
+
+    def launch(
+        self,
+        *overrides: str,
+        nodes: int = 2,
+        slow_s: float = 0.05,
+        faults: str = "",
+        after: str | None = None,
+        **more: Any,
+    ) -> Run:
+        """Submit a run.
+
+        Args:
+            overrides: settings.
+            nodes: with one rank each.
+            slow_s: added to each step, so that a test can act while it trains.
+            faults: as MMSCALE_FAULTS.
+            after: as `--after`.
+            more: of `plan_launch`.
+        """
+        planned = submit.plan_launch(
+            self.config, [f"run.dir={self.folder}", *overrides], cluster=str(self.profile), nodes=nodes, **more
+        )
+        wanted = [f"*:*:step:slow={slow_s}"] if slow_s else []
+        os.environ[inject.VARIABLE] = ",".join([*wanted, *([faults] if faults else [])])
+        try:
+            found = submit.launch(planned, after=after)
+        finally:
+            del os.environ[inject.VARIABLE]
+        launched = [Run(Path(one["run"]), one["job"], self.cluster) for one in found]
+        self.runs += launched
+        return launched[0]
+
+    def end_all(self) -> None:
+        """Nothing of this test goes on behind the next one."""
+        for run in self.runs:
+            newest = records.latest(run.folder)
+            for job in {run.job, records.job_of(newest) if newest else run.job}:
+                with contextlib.suppress(LaunchError):
+                    scheduler.cancel(str(job), signal="KILL", batch_only=False)
+                with contextlib.suppress(LaunchError):
+                    scheduler.cancel(str(job))
+
+
+def assert_equal(run: Run, reference: list[dict[str, Any]]) -> None:
+    """Every step is there, and its numbers are those of a run that nothing interrupted."""
+    mine = read_metrics(run.folder)
+    assert [line["step"] for line in mine] == [line["step"] for line in reference], run.report()
+    for one, other in zip(mine, reference, strict=True):
+        for key in EXACT:
+            assert one.get(key) == other.get(key), (one["step"], key, one.get(key), other.get(key))
+
+
+def steps_done_again(run: Run) -> int:
+    """Lines of metrics.jsonl beyond the first of each step."""
+    lines = [line for line in (run.folder / METRICS).read_text().splitlines() if '"loss"' in line]
+    return len(lines) - len({line.split('"step": ')[1].split(",")[0] for line in lines})
+
+
+def shown(run: Run) -> dict[str, Any]:
+    """What `mmscale status` says."""
+    (found,) = status.status([run.folder])
+    return found

@@ -1,0 +1,92 @@
+"""Where the time of a run went: every second of the events is in exactly one part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launch.goodput import goodput
+
+
+def event(time: float, attempt: int, name: str, **fields: Any) -> dict[str, Any]:
+    return {"time": time, "attempt": attempt, "event": name, **fields}
+
+
+def steps(attempt: int, first: int, last: int, seconds: float, **fields: float) -> list[dict[str, Any]]:
+    return [
+        {"step": n, "attempt": attempt, "step_time_s": seconds, "loss": 1.0, **fields} for n in range(first, last + 1)
+    ]
+
+
+def test_a_run_without_faults() -> None:
+    events = [event(0, 1, "launch"), event(10, 1, "start", step=0), event(61, 1, "finish"), event(62, 1, "ranks_ended")]
+    metrics = [
+        *steps(1, 1, 49, 1.0),
+        {"step": 50, "attempt": 1, "step_time_s": 1.0, "save_stall_s": 0.5, "eval_s": 0.5},
+    ]
+    share, times = goodput(events, metrics, now=1000)
+    assert times == {"start_up": 10, "steps": 50, "save_stall": 0.5, "evaluation": 0.5, "lost": 1, "waiting": 0}
+    assert share == pytest.approx(50 / 62)
+
+
+def test_work_that_is_done_again_is_lost() -> None:
+    """Killed after step 17, noticed 3 s later; goes on from step 10 after 5 s of start-up."""
+    events = [
+        event(0, 1, "launch"),
+        event(10, 1, "start", step=0),
+        event(30, 1, "ranks_ended"),
+        event(40, 2, "launch"),
+        event(45, 2, "resume", step=10),
+        event(55, 2, "finish"),
+        event(55, 2, "ranks_ended"),
+    ]
+    share, times = goodput(events, [*steps(1, 1, 17, 1.0), *steps(2, 11, 20, 1.0)], now=1000)
+    assert times == {"start_up": 15, "steps": 20, "save_stall": 0, "evaluation": 0, "lost": 10, "waiting": 10}
+    assert share == pytest.approx(20 / 45)
+
+
+def test_an_attempt_that_never_trained_is_all_start_up() -> None:
+    events = [event(0, 1, "launch"), event(7, 1, "ranks_ended"), event(9, 2, "launch")]
+    assert goodput(events, [], now=12) == (
+        0.0,
+        {**dict.fromkeys(("steps", "save_stall", "evaluation", "lost"), 0.0), "start_up": 10, "waiting": 2},
+    )
+
+
+def test_a_step_that_is_being_computed_is_not_lost_yet() -> None:
+    events = [event(0, 1, "launch"), event(2, 1, "start", step=0)]
+    share, times = goodput(events, steps(1, 1, 5, 1.0), now=8)
+    assert times["steps"] == 6 and times["lost"] == 0
+    assert share == pytest.approx(6 / 8)
+
+
+def test_logged_every_tenth_step() -> None:
+    events = [event(0, 1, "launch"), event(0, 1, "start", step=0), event(40, 1, "ranks_ended"), event(40, 2, "launch")]
+    events.append(event(41, 2, "resume", step=25))
+    metrics = [{"step": n, "attempt": 1, "step_time_s": 1.0} for n in (10, 20, 30, 40)]
+    _, times = goodput(events, metrics, now=41)
+    assert times["steps"] == 25 and times["lost"] == 15
+
+
+@pytest.mark.parametrize("number", [1, 7, 20])
+def test_the_parts_are_the_whole(number: int) -> None:
+    """Any number of preemptions: nothing is counted twice, nothing is left out."""
+    events, metrics, now, step = [], [], 0.0, 0
+    for attempt in range(1, number + 1):
+        begin = now
+        done = attempt * 7 % 5 + 1
+        events += [event(begin, attempt, "launch"), event(begin + 3, attempt, "resume", step=step)]
+        metrics += steps(attempt, step + 1, step + done, 0.5, save_stall_s=0.1)
+        step += done - attempt % 2 * (attempt % 3 == 0)
+        now = begin + 3 + done + 1.5
+        events.append(event(now, attempt, "ranks_ended"))
+        now += 2
+    share, times = goodput(events, metrics, now=now)
+    assert sum(times.values()) == pytest.approx(events[-1]["time"] - events[0]["time"])
+    assert times["waiting"] == pytest.approx(2 * (number - 1))
+    assert share == pytest.approx(times["steps"] / (sum(times.values()) - times["waiting"]))
+
+
+def test_no_attempt_has_no_goodput() -> None:
+    assert goodput([], [], now=1)[0] is None

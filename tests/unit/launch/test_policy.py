@@ -1,0 +1,58 @@
+"""What follows an end of the ranks: one table, and the budget of restarts."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.policy import Action, Budget, Ending, crashed, decide
+
+CASES = [
+    # how the ranks ended, and what must follow
+    (Ending(0, job_state="RUNNING"), Action.END),
+    (Ending(75, "SIGUSR2", job_state="RUNNING"), Action.REQUEUE),
+    (Ending(75, "SIGTERM", job_state="RUNNING"), Action.REQUEUE),  # preemption without a user's signal
+    (Ending(75, "SIGTERM", job_state="CANCELLED"), Action.END),
+    (Ending(75, "SIGTERM", job_state="COMPLETING"), Action.END),  # scontrol requeue by somebody else
+    (Ending(75, "SIGUSR1", job_state="RUNNING"), Action.END),
+    (Ending(75, "SIGUSR2", stop_asked=True, job_state="RUNNING"), Action.END),
+    (Ending(75, "SIGTERM"), Action.END),  # without SLURM nobody starts it again
+    (Ending(140, "SIGUSR2", job_state="RUNNING"), Action.REQUEUE),  # a rank that could not note the signal yet
+    (Ending(137, job_state="RUNNING"), Action.RETRY),
+    (Ending(1, job_state="RUNNING"), Action.RETRY),
+    (Ending(1), Action.RETRY),
+    (Ending(74, job_state="RUNNING"), Action.RETRY),  # storage may come back
+    (Ending(137, job_state="COMPLETING"), Action.END),  # a lost node: SLURM requeues by itself
+    *((Ending(status, job_state="RUNNING"), Action.END) for status in (2, 3, 4, 5)),
+]
+
+
+@pytest.mark.parametrize(("ending", "action"), CASES, ids=lambda value: str(value))
+def test_what_follows(ending: Ending, action: Action) -> None:
+    budget = Budget().ended(step=10, crashed=crashed(ending))
+    assert decide(ending, budget, max_restarts=3, max_without_progress=2)[0] is action
+
+
+def test_restarts_are_counted_over_the_whole_launch_and_only_crashes() -> None:
+    crash, stop = Ending(137, job_state="RUNNING"), Ending(75, "SIGUSR2", job_state="RUNNING")
+    budget = Budget()
+    actions = []
+    for number, ending in enumerate((crash, stop, crash, stop, crash), start=1):
+        budget = budget.ended(step=10 * number, crashed=crashed(ending))
+        actions.append(decide(ending, budget, max_restarts=2, max_without_progress=9)[0])
+    assert actions == [Action.RETRY, Action.REQUEUE, Action.RETRY, Action.REQUEUE, Action.GIVE_UP]
+
+
+def test_attempts_without_a_new_checkpoint_are_counted_in_a_row() -> None:
+    crash = Ending(1, job_state="RUNNING")
+    budget = Budget()
+    actions = []
+    for step in (10, 10, 20, 20, 20):
+        budget = budget.ended(step=step, crashed=True)
+        actions.append(decide(crash, budget, max_restarts=99, max_without_progress=1)[0])
+    assert actions == [Action.RETRY] * 4 + [Action.GIVE_UP]
+
+
+def test_no_restarts_at_all() -> None:
+    budget = Budget().ended(step=0, crashed=True)
+    action, why = decide(Ending(1), budget, max_restarts=0, max_without_progress=9)
+    assert action is Action.GIVE_UP and "resilience.max_restarts is 0" in why

@@ -1,0 +1,234 @@
+"""The batch script and what is checked before it: no cluster is needed for any of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch import record as records
+from launch import submit
+from mmscale.errors import ConfigError, LaunchError, MmscaleError, UsageError
+from tests.unit.data.prepared import corpus, prepare
+
+ROOT = Path(__file__).parents[3]
+PROFILE: dict[str, Any] = {"nodes": 2, "tasks_per_node": 2, "time": "30m", "signal_delay": "60s"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    for split in ("train", "validation"):
+        prepare(tmp_path / "set", corpus(40), split=split)
+    content = {
+        "run": {"name": "tiny", "dir": str(tmp_path / "runs")},
+        "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}]},
+        "data": {"path": str(tmp_path / "set")},
+        "model": {
+            "kind": "moma",
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "num_attention_heads": 2,
+            "seq_length": 128,
+            "experts": {"counts": {"text": 2, "image": 2}},
+        },
+        "train": {"micro_batch_size": 1, "global_batch_size": 8},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def profile(folder: Path, **settings: Any) -> str:
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(PROFILE | settings))
+    return str(file)
+
+
+def script(
+    config: Path, *overrides: str, sweep: tuple[str, ...] = (), after: str | None = None, **settings: Any
+) -> str:
+    cluster = profile(config.parent, **settings)
+    return submit.script(submit.plan_launch(config, overrides, cluster=cluster, sweep=sweep), after=after)
+
+
+def options(text: str) -> dict[str, str]:
+    """The script's #SBATCH lines as sbatch reads them."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("#SBATCH "):
+            (word,) = shlex.split(line.removeprefix("#SBATCH "))
+            name, _, value = word.removeprefix("--").partition("=")
+            found[name] = value
+    return found
+
+
+def test_the_script_asks_for_what_the_profile_says_and_writes_nothing(config: Path) -> None:
+    text = script(
+        config, partition="batch", account="team", constraint="a&b", exclusive=True, memory_gb=0, exclude=["n7"]
+    )
+    asked = options(text)
+    expected = {"nodes": "2", "ntasks-per-node": "2", "time": "30", "partition": "batch", "account": "team"}
+    expected |= {"constraint": "a&b", "exclude": "n7", "mem": "0", "signal": "B:USR2@60", "job-name": "mmscale-tiny"}
+    assert asked.items() >= expected.items()
+    assert {"requeue", "exclusive"} <= set(asked) and asked["open-mode"] == "append"
+    assert "wckey" not in asked
+    assert not (config.parent / "runs").exists()
+
+
+def test_the_script_is_bash_and_ends_with_the_process_that_signals_reach(config: Path) -> None:
+    text = script(
+        config, setup=["module() { :; }", "module load cuda"], environment={"A": {"value": "a b", "reason": "r"}}
+    )
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0
+    assert text.strip().splitlines()[-1].startswith(f"exec {sys.executable} -u -m submitit.core._submit ")
+    assert text.index("trap '' USR1 USR2") < text.index("module load cuda") < text.index("export A='a b'")
+
+
+def test_values_reach_the_shell_as_they_are(config: Path) -> None:
+    """Runs the script's own lines: what they export is what the profile says, and nothing else happens."""
+    wicked = "x\"; touch pwned; $(touch pwned) `touch pwned` 'y'"
+    text = script(config, environment={"WICKED": {"value": wicked, "reason": "it is $(touch pwned) a test"}})
+    kept = [line for line in text.splitlines() if not line.startswith("exec ")]
+    ended = subprocess.run(
+        ["bash", "-c", "\n".join([*kept, 'printf %s "$WICKED"'])], cwd=config.parent, capture_output=True, text=True
+    )
+    assert ended.stdout == wicked
+    assert not (config.parent / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["x%j", "x\ny", "x'y", "x$HOME", 'x"y', "x`id`"])
+def test_paths_that_a_shell_or_slurm_reads_are_refused(config: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"run\.dir"):
+        script(config, f"run.dir={config.parent}/{name}" if "\n" not in name else 'run.dir="/tmp/x\\ny"')
+
+
+def test_a_path_with_a_space_is_fine(config: Path) -> None:
+    text = script(config, f"run.dir={config.parent}/my runs")
+    assert options(text)["output"].startswith(f"{config.parent}/my runs/tiny/launch/001/submitit/")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "cause"),
+    [
+        (["parallel.tp=3", "model.num_attention_heads=3"], ConfigError, "divi"),
+        (
+            ["parallel.pp=4", "parallel.ep=2", "model.num_layers=4"],
+            ConfigError,
+            "parallel.ep = 2 does not divide the 1 data",
+        ),
+        (["data.path=/nowhere"], MmscaleError, "/nowhere"),
+        (["train.stepz=3"], ConfigError, "train.stepz is not a setting"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_queues(
+    config: Path, overrides: list[str], error: type[MmscaleError], cause: str
+) -> None:
+    with pytest.raises(error, match=cause):
+        script(config, *overrides)
+
+
+def test_nodes_of_the_command_line_count(config: Path) -> None:
+    cluster = profile(config.parent)
+    (planned,) = submit.plan_launch(config, cluster=cluster, nodes=4)
+    assert planned.record.world_size == 8
+    with pytest.raises(ConfigError):  # 12 ranks do not share 8 sequences
+        submit.plan_launch(config, cluster=cluster, nodes=6)
+
+
+def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(config: Path) -> None:
+    cluster = profile(config.parent)
+    planned = submit.plan_launch(config, cluster=cluster, sweep=["optim.lr=1e-4,3e-4", "run.seed=1,2"])
+    assert [one.config.run.name for one in planned] == [
+        f"tiny-lr-{lr}-seed-{seed}" for lr in ("1e-4", "3e-4") for seed in (1, 2)
+    ]
+    assert [(one.config.optim.lr, one.config.run.seed) for one in planned] == [
+        (lr, seed) for lr in (1e-4, 3e-4) for seed in (1, 2)
+    ]
+    asked = options(submit.script(planned))
+    assert asked["array"] == "0-3%4" and "%A_%a" in asked["output"]
+    with pytest.raises(UsageError, match="is not key=value"):
+        submit.plan_launch(config, cluster=cluster, sweep=["optim.lr"])
+
+
+def test_after_names_a_job_or_a_run(config: Path, tmp_path: Path) -> None:
+    assert options(script(config, after="12"))["dependency"] == "afterany:12"
+    run = tmp_path / "other"
+    with pytest.raises(UsageError, match="neither a job nor a run with one"):
+        script(config, after=str(run))
+    folder = run / "launch" / "001"
+    folder.mkdir(parents=True)
+    (folder / records.RECORD).write_text("{}")
+    records.set_job(folder, "34_1")
+    assert options(script(config, after=str(run)))["dependency"] == "afterany:34_1"
+    with pytest.raises(UsageError):
+        script(config, after="12; id")
+
+
+def test_the_launch_folder_holds_all_that_the_job_needs(config: Path) -> None:
+    (planned,) = submit.plan_launch(config, ["train.steps=7"], cluster=profile(config.parent))
+    records.write_record(planned.record, planned.config)
+    folder = Path(planned.record.folder)
+    assert folder.stat().st_mode & 0o077 == 0  # pickles lie there
+    assert records.read_record(folder) == planned.record
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 7
+    assert (folder / "environment.json").is_file()
+    code = folder / "code"
+    assert (code / "launch" / "job.py").read_bytes() == (ROOT / "launch" / "job.py").read_bytes()
+    assert not list(code.rglob("__pycache__"))
+    command = [sys.executable, "-c", "import mmscale, launch; print(mmscale.__file__, launch.__file__)"]
+    variables = os.environ | records.python_variables(planned.record)
+    said = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True).stdout.split()
+    assert said == [str(code / name / "__init__.py") for name in ("mmscale", "launch")]
+    with pytest.raises(LaunchError, match="launched twice"):
+        records.write_record(planned.record, planned.config)
+    (again,) = submit.plan_launch(config, cluster=profile(config.parent))
+    assert again.record.folder.endswith("002")
+
+
+def test_secrets_and_facts_of_other_ranks_stay_here(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MMSCALE_API_KEY", "HF_TOKEN", "SOMETHING", "MMSCALE_ATTEMPT_ID", "OTHER_A", "OTHER_TOKEN"):
+        monkeypatch.setenv(name, "value")
+    monkeypatch.setenv("MMSCALE_FAULTS", "")
+    before = dict(os.environ)
+    (planned,) = submit.plan_launch(
+        config, cluster=profile(config.parent, keep=["OTHER_*"], environment={"B": {"value": "2", "reason": "r"}})
+    )
+    with submit._environment(planned.record.checked_profile()):
+        inside = dict(os.environ)
+    assert {"PATH", "MMSCALE_FAULTS", "OTHER_A"} <= set(inside) and inside["B"] == "2"
+    assert not {"MMSCALE_API_KEY", "HF_TOKEN", "SOMETHING", "MMSCALE_ATTEMPT_ID", "OTHER_TOKEN"} & set(inside)
+    assert dict(os.environ) == before
+
+
+def test_launching_imports_no_torch(config: Path) -> None:
+    code = (
+        "import sys; from mmscale.cli import main\n"
+        f"status = main(['launch', {str(config)!r}, '--cluster', {profile(config.parent)!r}, '--dry-run'])\n"
+        "import launch.job, launch.status, launch.control, launch.logs, launch.batch\n"
+        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules; sys.exit(status)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("#!/bin/bash")
+
+
+def test_without_slurm_it_says_so(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    planned = submit.plan_launch(config, cluster=profile(config.parent))
+    with pytest.raises(LaunchError, match="there is no sbatch on this machine"):
+        submit.launch(planned)
+
+
+def test_one_machine_has_one_node(config: Path) -> None:
+    (planned,) = submit.plan_launch(config, ["parallel.ep=2"], cluster="local")
+    assert planned.record.world_size == 2
+    assert "--nproc 2" in submit.script([planned])
+    with pytest.raises(UsageError, match="this is one machine"):
+        submit.plan_launch(config, cluster="local", nodes=2)

@@ -127,6 +127,18 @@ class Generator:
             raise DataError(str(error), remedy="name another picture") from None
         return ids
 
+    def resized(self, prompt: Prompt) -> list[str]:
+        """What is said about images of another size than training's: they are scaled and cropped as its were."""
+        assert self.processor.codes is not None
+        edge = self.processor.codes.size
+        found = []
+        for file in prompt.images:
+            with PIL.Image.open(file) as picture:
+                if picture.size != (edge, edge):
+                    width, height = picture.size
+                    found.append(f"{file} has {width} x {height} pixels, scaled and cropped to {edge} x {edge}")
+        return found
+
     def _rules(self) -> ImageRules | None:
         codes = self.processor.codes
         if codes is None:

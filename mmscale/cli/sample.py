@@ -139,7 +139,10 @@ def _continued(
 
     from checkpoints_tools.generator import Prompt
 
-    found = opened.sample([Prompt(text, files, draw) for text in prompts], count=count, sampling=sampling)
+    asked = [Prompt(text, files, draw) for text in prompts]
+    found = opened.sample(asked, count=count, sampling=sampling)
+    for line in opened.resized(asked[0]) if files else ():
+        typer.echo(f"note: {line}", err=True)
     drawn = [
         _Drawn(
             one.prompt.text,

@@ -121,7 +121,11 @@ def test_text_goes_on_and_pictures_are_read(runs: Path, seven: Path, tmp_path: P
     """An image alone is a prompt; what comes back is printed, and nothing is written where nothing was drawn."""
     ended = ok("sample", runs / "tiny", "--prompt", "", "--image", seven, "--max-tokens", "3", "--out", tmp_path / "o")
     assert ended.out.count("'' -> ") == 4 and "4 samples with 0 images" in ended.err
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o").exists() and "note:" not in ended.err
+    with PIL.Image.open(seven) as picture:
+        picture.resize((20, 10)).save(tmp_path / "wide.png")
+    ended = ok("sample", runs / "tiny", "--prompt", "", "--image", tmp_path / "wide.png", "--out", tmp_path / "o")
+    assert "wide.png has 20 x 10 pixels, scaled and cropped to 8 x 8" in ended.err
 
 
 def test_routings(runs: Path, tmp_path: Path) -> None:

@@ -75,6 +75,43 @@ class KMeansCodes:
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.size, self.size, self.channels)
 
 
+class ResidualCodes(KMeansCodes):
+    """Two codebooks in a row: the second one for what the first one leaves of a patch; two tokens a patch."""
+
+    def __init__(self, settings: dict[str, Any], codebook: np.ndarray, residual: np.ndarray) -> None:
+        super().__init__(settings, codebook)
+        self.residual = residual  # int16 [R, D]
+        self._entries = np.concatenate([codebook.astype(np.int64), residual.astype(np.int64)])
+        self.tokens *= 2
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Uint8 [n, H, W, C] -> int64 [n, T]."""
+        n, p, rows = len(images), self.patch, self.size // self.patch
+        blocks = images.reshape(n, rows, p, rows, p, self.channels).transpose(0, 1, 3, 2, 4, 5)
+        patches = blocks.reshape(n * rows * rows, -1).astype(np.int64)
+        first = _nearest(patches, self.codebook)
+        second = _nearest(patches - self.codebook[first], self.residual) + len(self.codebook)
+        return np.stack([first, second], axis=1).reshape(n, self.tokens)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Int [n, T] -> uint8 [n, H, W, C]."""
+        n, p, rows = len(codes), self.patch, self.size // self.patch
+        sums = self._entries[codes].reshape(n, rows * rows, 2, -1).sum(axis=2)
+        patches = np.clip(sums, 0, 255).astype(np.uint8).reshape(n, rows, rows, p, p, self.channels)
+        return patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.size, self.size, self.channels)
+
+
+def _nearest(patches: np.ndarray, book: np.ndarray) -> np.ndarray:
+    """Index of each patch's nearest entry, exact: of equals the lower one."""
+    entries = book.astype(np.float64)
+    norm = (entries**2).sum(axis=1)
+    found = [
+        np.argmin(norm - 2 * (patches[start : start + 4096].astype(np.float64) @ entries.T), axis=1)
+        for start in range(0, len(patches), 4096)
+    ]
+    return np.concatenate(found)
+
+
 class VQCodes:
     """Codes of a VQ-VAE of transformers (Janus, Emu3, Chameleon), on the CPU in fp32."""
 
@@ -118,7 +155,7 @@ class VQCodes:
         return np.concatenate(drawn)
 
 
-Codes = LevelsCodes | KMeansCodes | VQCodes
+Codes = LevelsCodes | KMeansCodes | ResidualCodes | VQCodes
 
 
 class ImageGrammar(LogitsProcessor):
@@ -371,10 +408,10 @@ def read_codes(source: Any, **kwargs: Any) -> Codes | None:
     settings = json.loads(settings_file.read_text())
     if settings["kind"] == "levels":
         return LevelsCodes(settings)
-    if settings["kind"] == "kmeans":
-        codebook = file("codebook.npy")
-        assert codebook is not None
-        return KMeansCodes(settings, np.load(codebook, allow_pickle=False))
+    if settings["kind"] in ("kmeans", "kmeans-residual"):
+        names = ["codebook.npy", "residual.npy"][: 1 if settings["kind"] == "kmeans" else 2]
+        books = [np.load(file(name), allow_pickle=False) for name in names]  # type: ignore[arg-type]
+        return KMeansCodes(settings, *books) if len(books) == 1 else ResidualCodes(settings, *books)
     if settings["kind"] == "vq":
         import transformers
 
@@ -398,6 +435,9 @@ def _write_codes(codes: Codes, folder: Path) -> None:
     elif isinstance(codes, KMeansCodes):
         settings |= {"kind": "kmeans", "patch": codes.patch}
         np.save(folder / "codebook.npy", codes.codebook)
+        if isinstance(codes, ResidualCodes):
+            settings["kind"] = "kmeans-residual"
+            np.save(folder / "residual.npy", codes.residual)
     else:
         settings |= {"kind": "vq", "mean": codes._mean.flatten().tolist(), "std": codes._std.flatten().tolist()}
         codes.model.save_pretrained(folder / "model")  # type: ignore[operator]

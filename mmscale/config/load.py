@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mmscale.config import document as documents
@@ -85,12 +85,14 @@ def _override(document: Document, overrides: Sequence[str]) -> Document:
 
 
 def _list_defaults() -> dict[str, Any]:
-    """Default entries of settings that hold lists of sections, e.g. vocab.modalities."""
+    """Default entries of settings that hold lists, e.g. vocab.modalities."""
     lists = {}
     for key in keys.all_keys().values():
         default = key.field.default
         if isinstance(default, tuple) and default:
-            lists[key.name] = [entry.model_dump(mode="json") for entry in default]
+            lists[key.name] = [
+                entry.model_dump(mode="json") if isinstance(entry, BaseModel) else entry for entry in default
+            ]
     return lists
 
 

@@ -422,10 +422,13 @@ def _data(config: Config) -> Iterator[Problem]:
             "data.prepare.documents is empty, but data.prepare.source = documents",
             "name the files, or use source: digits",
         )
-    if prepare.source == "digits" and prepare.documents:
+    if prepare.source != "documents" and prepare.documents:
         yield Problem(
-            "data.prepare.documents is set, but data.prepare.source = digits reads no files", "remove one of them"
+            f"data.prepare.documents is set, but data.prepare.source = {prepare.source} reads no documents",
+            "remove one of them",
         )
+    if prepare.source == "emoji" and not prepare.emoji.languages:
+        yield Problem("data.prepare.emoji.languages is empty", "name at least one, e.g. [en]")
     if prepare.augment > _MAX_SHIFTS:
         yield Problem(
             f"data.prepare.augment = {prepare.augment}: there are {_MAX_SHIFTS} shifts by one pixel",
@@ -451,13 +454,27 @@ def _images(config: Config, prepare: PrepareConfig) -> Iterator[Problem]:
                 f"data.prepare.image.size = {image.size} is not divisible by data.prepare.image.patch = {image.patch}",
                 "change one of them",
             )
+        if image.residual and codes is not None and image.residual >= codes:
+            yield Problem(
+                f"data.prepare.image.residual = {image.residual} leaves none of the {codes} ids of vocab.modalities' "
+                "image to the first codebook",
+                "use fewer residual codes, or give image more ids",
+            )
+        if image.residual and image.path is not None:
+            yield Problem(
+                "data.prepare.image.residual and path are both set: a codebook that is reused is taken as it is",
+                "remove one of them",
+            )
     elif codes is not None and not _LEVELS[0] <= codes <= _LEVELS[1]:
         yield Problem(
             f"vocab.modalities: image has {codes} ids, data.prepare.image.kind = levels wants one for each of "
             f"{_LEVELS[0]} to {_LEVELS[1]} grey levels",
             "change the size of the image modality, or use kind: kmeans",
         )
-    codes_per_image = image.size**2 * image.channels if image.kind == "levels" else (image.size // image.patch) ** 2
+    if image.kind == "levels":
+        codes_per_image = image.size**2 * image.channels
+    else:
+        codes_per_image = (image.size // image.patch) ** 2 * (2 if image.residual else 1)
     tokens = codes_per_image + 2  # <boi> and <eoi>
     for key, limit in (
         ("data.prepare.max_document_tokens", prepare.max_document_tokens),

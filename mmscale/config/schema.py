@@ -248,20 +248,47 @@ class ImageTokenizerConfig(Section):
     size: Count = setting("Images are brought to size x size pixels.", 64, unit="pixels")
     channels: Literal[1, 3] = setting("1: grey, 3: RGB.", 3)
     patch: Count = setting("Edge of a k-means patch.", 8, unit="pixels")
+    residual: Index = setting(
+        "kmeans: how many of the image modality's ids are a second codebook, for what the first one leaves of a patch; "
+        "a patch has two tokens then. 0: one codebook.",
+        0,
+        unit="codes",
+    )
     path: str | None = setting("Local folder of the VQ model (vq) or of a fitted codebook to reuse (kmeans).", None)
     fit_patches: Count = setting("Patches that k-means is fitted to, at most.", 200_000, unit="patches")
+
+
+class EmojiConfig(Section):
+    """Where the emoji's pictures and names come from (`data.prepare.source: emoji`)."""
+
+    font: str = setting(
+        "Colour font that the pictures are drawn with; Debian: fonts-noto-color-emoji.",
+        "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    )
+    annotations: str = setting(
+        "Folder with annotations/ and annotationsDerived/ of the Unicode CLDR; Debian: unicode-cldr-core.",
+        "/usr/share/unicode/cldr/common",
+    )
+    languages: tuple[str, ...] = setting("Languages of the names: file names of the CLDR.", ("en",))
+    skin_tones: bool = setting("Whether variants of one emoji in five skin tones are taken.", True)
+    limit: Index = setting("Emoji taken at most, chosen by a hash; 0: all.", 0, unit="emoji")
 
 
 class PrepareConfig(Section):
     """How documents become token ids (`mmscale data prepare`)."""
 
-    source: Literal["digits", "documents"] = setting(
-        "digits: the built-in set of scikit-learn's handwritten digits; documents: files named below.", "documents"
+    source: Literal["digits", "emoji", "documents"] = setting(
+        "digits: the built-in set of scikit-learn's handwritten digits; emoji: pictures of a font and their names in "
+        "the Unicode CLDR; documents: files named below.",
+        "documents",
     )
     documents: tuple[str, ...] = setting("JSONL, parquet or WebDataset (.tar) files; globs allowed.", ())
     text: TextTokenizerConfig = setting("Text tokenizer.", TextTokenizerConfig())
     image: ImageTokenizerConfig = setting("Image tokenizer.", ImageTokenizerConfig())
-    held_out: Share = setting("Share of documents kept for validation, chosen by a hash of the document's id.", 0.01)
+    emoji: EmojiConfig = setting("Settings of the source emoji.", EmojiConfig())
+    held_out: Share = setting(
+        "Share kept for validation: of documents, by a hash of their ids; of base emoji, by a hash of them.", 0.01
+    )
     augment: Index = setting(
         "digits: shifted copies of each training image (0..8), one pixel in each direction.", 0, unit="copies"
     )

@@ -50,13 +50,17 @@ class WorkSetup:
     held_out: float
     strict: bool
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the data set has an image tokenizer."""
+        return (self.folder / image_tokens.FOLDER).is_dir()
+
     def encoder(self) -> DocumentEncoder:
         """Documents to ids, with the data set's tokenizers."""
-        has_images = (self.folder / image_tokens.FOLDER).is_dir()
         return DocumentEncoder(
             self.vocabulary,
             text=open_text_tokenizer(self.folder),
-            image=open_image_tokenizer(self.folder) if has_images else None,
+            image=open_image_tokenizer(self.folder) if self.has_images else None,
             max_tokens=self.max_tokens,
         )
 

@@ -18,7 +18,8 @@ from mmscale.data import image_tokens, text_tokens
 from mmscale.data.documents import BadDocumentError, Document, DocumentSlice, SplitName, Text
 from mmscale.data.encode import IMAGE
 from mmscale.data.image_files import load_image
-from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer
+from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer, ResidualTokenizer
+from mmscale.data.patches import to_patches
 from mmscale.data.progress import Reporter
 from mmscale.data.text_tokens import TextTokenizer
 from mmscale.data.vocab import Vocabulary
@@ -113,18 +114,19 @@ def _make_image_tokenizer(
     patches = _patches(settings, slices)
     if not len(patches):
         return None
-    return KMeansTokenizer.fit(patches, size=image.size, channels=image.channels, patch=image.patch, codes=codes)
+    first = codes - image.residual
+    base = KMeansTokenizer.fit(patches, size=image.size, channels=image.channels, patch=image.patch, codes=first)
+    return ResidualTokenizer.fit(patches, base=base, codes=image.residual) if image.residual else base
 
 
 def _reused(image: ImageTokenizerConfig) -> ImageTokenizer:
     assert image.path is not None
     tokenizer = image_tokens.load_image_tokenizer(Path(image.path))
     has = (tokenizer.kind, tokenizer.size, tokenizer.channels, getattr(tokenizer, "patch", image.patch))
-    wants = ("kmeans", image.size, image.channels, image.patch)
-    if has != wants:
+    if has[0] not in ("kmeans", "kmeans-residual") or has[1:] != (image.size, image.channels, image.patch):
         raise ConfigError(
             "data.prepare.image: {} holds a {} tokenizer of size {}, channels {}, patch {}".format(image.path, *has),
-            remedy="set kind, size, channels and patch to these",
+            remedy="set size, channels and patch to these, or name a folder of a k-means tokenizer",
         )
     return tokenizer
 
@@ -173,7 +175,7 @@ def _patches(settings: PrepareConfig, slices: Sequence[DocumentSlice]) -> NDArra
     drawn = np.zeros(0)
     images = _images(slices, "train", settings, max(1, wanted // _PATCHES_PER_IMAGE))
     while batch := list(itertools.islice(images, 256)):
-        patches = image_tokens.to_patches(np.stack(batch), patch)
+        patches = to_patches(np.stack(batch), patch)
         kept, drawn = np.concatenate([kept, patches]), np.concatenate([drawn, numbers.random(len(patches))])
         if len(kept) > wanted:
             chosen = np.sort(np.argpartition(drawn, wanted)[:wanted])

@@ -1,8 +1,10 @@
-"""Images to discrete codes and back behind one small interface: grey levels and a k-means codebook of patches.
+"""Images to discrete codes and back behind one small interface: grey levels, and one or two codebooks of patches.
 
-The neural tokenizer is image_vq.py; loading and resizing pictures is image_files.py. Codes start at 0: the id range is
-the encoder's business. Letters: n images, H W C height, width, channels, T tokens of an image, K codes, D numbers of a
-patch. No torch here.
+Arithmetic on patches is patches.py; the neural tokenizer is image_vq.py; loading and resizing pictures is
+image_files.py. Codes start at 0: the id range is the encoder's business. No torch here.
+
+Letters: n images, H W C height, width, channels, T tokens of an image, K codes, R codes of residuals, D numbers of a
+patch.
 """
 
 from __future__ import annotations
@@ -18,16 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.data.patches import Codes, Pixels, cluster, nearest, to_patches
 from mmscale.errors import DataError
 
 FOLDER = "image_tokenizer"
 SETTINGS = "image_tokenizer.json"
 QUALITY = "quality.json"
 _CODEBOOK = "codebook.npy"
-_CHUNK = 4096  # patches compared with the codebook at a time: 4096 x 4096 float32 distances are 64 MB
-
-Pixels = NDArray[np.uint8]
-Codes = NDArray[np.int64]
+_RESIDUAL = "residual.npy"
 
 
 class ImageTokenizer(Protocol):
@@ -139,10 +139,6 @@ class KMeansTokenizer:
             )
         assert codebook_KD.dtype == np.uint8 and codebook_KD.shape[1] == patch * patch * channels
         self.size, self.channels, self.patch, self.codebook_KD = size, channels, patch, codebook_KD
-        # Products reach 2 * D * 255^2: whole numbers stay exact in float32 up to 2^24.
-        exact = np.float32 if 2 * codebook_KD.shape[1] * 255**2 < 2**24 else np.float64
-        self._book_KD = codebook_KD.astype(exact)
-        self._norm_K = (self._book_KD**2).sum(axis=1)
 
     @classmethod
     def fit(cls, patches_ND: Pixels, *, size: int, channels: int, patch: int, codes: int) -> KMeansTokenizer:
@@ -157,7 +153,7 @@ class KMeansTokenizer:
         """
         distinct, counts = np.unique(patches_ND, axis=0, return_counts=True)
         if len(distinct) > codes:
-            distinct = np.unique(_cluster(distinct, counts, codes), axis=0)
+            distinct = np.unique(np.rint(cluster(distinct, counts, codes)).clip(0, 255).astype(np.uint8), axis=0)
         # From dark to bright: neighbouring codes look alike, which is nicer in plots and costs nothing.
         order = np.argsort(distinct.sum(axis=1, dtype=np.int64), kind="stable")
         return cls(size, channels, patch, np.ascontiguousarray(distinct[order]))
@@ -179,11 +175,7 @@ class KMeansTokenizer:
 
     def encode(self, images_nHWC: Pixels) -> Codes:
         """Images uint8 [n, H, W, C] to codes int64 [n, T]; of two equal distances the lower code wins."""
-        patches_ND = to_patches(images_nHWC, self.patch)
-        codes = np.empty(len(patches_ND), dtype=np.int64)
-        for start in range(0, len(patches_ND), _CHUNK):
-            chunk_ND = patches_ND[start : start + _CHUNK].astype(self._book_KD.dtype)
-            codes[start : start + _CHUNK] = np.argmin(self._norm_K - 2 * (chunk_ND @ self._book_KD.T), axis=1)
+        codes = nearest(to_patches(images_nHWC, self.patch), self.codebook_KD)
         return codes.reshape(len(images_nHWC), self.tokens_per_image)
 
     def decode(self, codes_nT: Codes) -> Pixels:
@@ -204,34 +196,101 @@ class KMeansTokenizer:
     def save(self, folder: Path) -> None:
         """Write the settings and the codebook."""
         write_settings(folder, self._settings())
-        # not np.save(path): its ndarray.tofile reports a full disk without an errno
-        content = io.BytesIO()
-        np.save(content, self.codebook_KD)
-        (folder / _CODEBOOK).write_bytes(content.getvalue())
+        _write_array(folder / _CODEBOOK, self.codebook_KD)
 
 
-def _cluster(distinct_ND: Pixels, counts_N: NDArray[np.int64], codes: int) -> Pixels:
-    # Distinct patches with weights: on augmented digits 18 thousand instead of 240 thousand patches, 0.2 s instead of
-    # 1.5 s, and the same PSNR (24.0 dB held out; moving rarely used centres about, the default, costs 0.3 dB).
-    # scikit-learn takes most of a second to import; only the fitting process needs it.
-    from sklearn.cluster import MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
+class ResidualTokenizer:
+    """Every patch is the sum of an entry of a codebook and an entry of a second one, for what the first one leaves.
 
-    kmeans = MiniBatchKMeans(
-        n_clusters=codes, batch_size=max(4096, 2 * codes), max_iter=10, n_init=3, random_state=0, reassignment_ratio=0
-    )
-    with threadpool_limits(1):  # sums in one order; and spinning OpenMP threads make it slower on busy machines
-        centres_KD = kmeans.fit(distinct_ND.astype(np.float32), sample_weight=counts_N).cluster_centers_
-    return np.clip(np.rint(centres_KD), 0, 255).astype(np.uint8)
+    A patch has two tokens, one after the other, so an image twice as many as with one codebook. Codes of the first book
+    are 0..K-1, those of the second K..K+R-1. All entries are whole numbers, so that codes do not depend on the machine.
+
+    Args:
+        base: the first codebook.
+        residual_RD: int16 [R, patch*patch*channels], each -255..255.
+    """
+
+    kind = "kmeans-residual"
+
+    def __init__(self, base: KMeansTokenizer, residual_RD: NDArray[np.int16]) -> None:
+        assert residual_RD.dtype == np.int16 and residual_RD.shape[1] == base.codebook_KD.shape[1]
+        self.base, self.residual_RD = base, residual_RD
+        self.size, self.channels, self.patch = base.size, base.channels, base.patch
+        self._entries = np.concatenate([base.codebook_KD.astype(np.int16), residual_RD])
+
+    @classmethod
+    def fit(cls, patches_ND: Pixels, *, base: KMeansTokenizer, codes: int) -> ResidualTokenizer:
+        """Fit the second codebook to what the first one leaves.
+
+        Args:
+            patches_ND: uint8 [N, patch*patch*channels], at least one.
+            base: the first codebook.
+            codes: entries of the second codebook at most.
+        """
+        left_ND = patches_ND.astype(np.int16) - base.codebook_KD[nearest(patches_ND, base.codebook_KD)]
+        distinct, counts = np.unique(left_ND, axis=0, return_counts=True)
+        if len(distinct) > codes:
+            distinct = np.unique(np.rint(cluster(distinct, counts, codes)).clip(-255, 255).astype(np.int16), axis=0)
+        order = np.argsort(np.abs(distinct.astype(np.int64)).sum(axis=1), kind="stable")  # from nothing to much
+        return cls(base, np.ascontiguousarray(distinct[order]))
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of both codebooks."""
+        return len(self._entries)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes; the two of a patch are neighbours."""
+        rows, columns = self.base.grid
+        return rows, 2 * columns
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens of an image."""
+        return 2 * self.base.tokens_per_image
+
+    def encode(self, images_nHWC: Pixels) -> Codes:
+        """Images uint8 [n, H, W, C] to codes int64 [n, T]."""
+        patches_ND = to_patches(images_nHWC, self.patch)
+        first_N = nearest(patches_ND, self.base.codebook_KD)
+        left_ND = patches_ND.astype(np.int16) - self.base.codebook_KD[first_N]
+        second_N = nearest(left_ND, self.residual_RD) + self.base.vocab_size
+        return np.stack([first_N, second_N], axis=1).reshape(len(images_nHWC), self.tokens_per_image)
+
+    def decode(self, codes_nT: Codes) -> Pixels:
+        """Codes int [n, T] to images uint8 [n, H, W, C].
+
+        Two codes of one book, which a model that has learned little may write, are added all the same.
+        """
+        codes = np.asarray(codes_nT)
+        n, (rows, columns), p = len(codes), self.base.grid, self.patch
+        sums = self._entries[codes].reshape(n, rows * columns, 2, -1).sum(axis=2, dtype=np.int64)
+        patches = np.clip(sums, 0, 255).astype(np.uint8).reshape(n, rows, columns, p, p, self.channels)
+        images: Pixels = patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.size, self.size, self.channels)
+        return images
+
+    def _settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, "size": self.size, "channels": self.channels, "patch": self.patch}
+
+    def fingerprint(self) -> str:
+        """Hash of the settings and both codebooks."""
+        books = self.base.codebook_KD.tobytes() + self.residual_RD.tobytes()
+        sizes = [self.base.vocab_size, len(self.residual_RD)]
+        return _hash(json.dumps([self._settings(), sizes]).encode() + books)
+
+    def save(self, folder: Path) -> None:
+        """Write the settings and the codebooks."""
+        write_settings(folder, self._settings())
+        _write_array(folder / _CODEBOOK, self.base.codebook_KD)
+        _write_array(folder / _RESIDUAL, self.residual_RD)
 
 
-def to_patches(images_nHWC: Pixels, patch: int) -> Pixels:
-    """Images uint8 [n, H, W, C] to patches uint8 [n * rows * columns, patch*patch*C], row by row."""
-    n, height, width, channels = images_nHWC.shape
-    rows, columns = height // patch, width // patch
-    blocks: Pixels = images_nHWC.reshape(n, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
-    patches: Pixels = blocks.reshape(n * rows * columns, patch * patch * channels)
-    return patches
+def _write_array(file: Path, array: NDArray[Any]) -> None:
+    # not np.save(path): its ndarray.tofile reports a full disk without an errno
+    content = io.BytesIO()
+    np.save(content, array)
+    file.write_bytes(content.getvalue())
 
 
 def quality(tokenizer: ImageTokenizer, images_nHWC: Pixels) -> dict[str, Any]:
@@ -263,9 +322,12 @@ def load_image_tokenizer(folder: Path) -> ImageTokenizer:
         kind = settings["kind"]
         if kind == LevelsTokenizer.kind:
             return LevelsTokenizer(settings["size"], settings["channels"], settings["levels"])
-        if kind == KMeansTokenizer.kind:
+        if kind in (KMeansTokenizer.kind, ResidualTokenizer.kind):
             codebook = np.load(folder / _CODEBOOK, allow_pickle=False)
-            return KMeansTokenizer(settings["size"], settings["channels"], settings["patch"], codebook)
+            base = KMeansTokenizer(settings["size"], settings["channels"], settings["patch"], codebook)
+            if kind == KMeansTokenizer.kind:
+                return base
+            return ResidualTokenizer(base, np.load(folder / _RESIDUAL, allow_pickle=False))
         if kind == "vq":
             from mmscale.data.image_vq import VQTokenizer  # torch and transformers, which the other kinds do without
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmscale.data.image_tokens import SETTINGS, Codes, Pixels, write_settings
+from mmscale.data.image_tokens import SETTINGS, write_settings
+from mmscale.data.patches import Codes, Pixels
 from mmscale.errors import DataError
 
 # model_type of config.json -> class of transformers

@@ -19,9 +19,12 @@ from typing import Any
 from mmscale.config import Config, PrepareConfig
 from mmscale.data import image_tokens, tasks, text_tokens
 from mmscale.data.build import WorkSetup, build_parts
-from mmscale.data.digits import TASK, digit_slices, digit_task
+from mmscale.data.digits import TASK as DIGIT_TASK
+from mmscale.data.digits import digit_slices, digit_task
 from mmscale.data.document_files import list_files, scan_files
 from mmscale.data.documents import DocumentSlice
+from mmscale.data.emoji import TASK as EMOJI_TASK
+from mmscale.data.emoji import emoji_slices, emoji_task
 from mmscale.data.fit_tokenizers import image_tokenizer, text_tokenizer
 from mmscale.data.manifest import FORMAT, MANIFEST, NO_TOKENIZER, Manifest, Split, Task, read_manifest, write_manifest
 from mmscale.data.parts import (
@@ -122,10 +125,10 @@ def _prepare(
         first = f" (the first: {rejected[0].where}: {rejected[0].reason})" if rejected else ""
         raise DataError(f"data: no document is usable{first}", remedy=f"see {out / REJECTED}")
     found_tasks = []
-    if settings.source == "digits":
-        file = f"{tasks.FOLDER}/{TASK}.jsonl"
-        tasks.write_task(out / file, digit_task(setup.encoder()))
-        found_tasks.append(Task(name=TASK, file=file))
+    for name, items in _questions(settings, setup):
+        file = f"{tasks.FOLDER}/{name}.jsonl"
+        tasks.write_task(out / file, items)
+        found_tasks.append(Task(name=name, file=file))
     by_split = {name: tuple(part.splits[name] for part in parts if name in part.splits) for name in SPLITS}
     manifest = Manifest(
         format=FORMAT,
@@ -145,11 +148,23 @@ def _prepare(
     return manifest
 
 
+def _questions(settings: PrepareConfig, setup: WorkSetup) -> Iterator[tuple[str, list[tasks.TaskItem]]]:
+    """Tasks of the built-in data sets."""
+    if settings.source == "digits":
+        yield DIGIT_TASK, digit_task(setup.encoder())
+    if settings.source == "emoji" and setup.has_images:
+        items = emoji_task(settings.emoji, settings.held_out, setup.encoder())
+        if items:
+            yield EMOJI_TASK, items
+
+
 def _slices(settings: PrepareConfig) -> list[list[DocumentSlice]]:
     """The input, cut into parts; small files share a part."""
     slices: Sequence[DocumentSlice]
     if settings.source == "digits":
         slices = digit_slices(augment=settings.augment, slice_records=settings.part_documents)
+    elif settings.source == "emoji":
+        slices = emoji_slices(settings.emoji, held_out=settings.held_out, slice_records=settings.part_documents)
     else:
         files = list_files(settings.documents)
         slices = scan_files(files, slice_records=settings.part_documents, threads=settings.workers)
@@ -174,6 +189,9 @@ def _source(
     # what a path holds counts, not where it is
     fixed["text"]["load"] = _digest_path(settings.text.load, "data.prepare.text.load")
     fixed["image"]["path"] = _digest_path(settings.image.path, "data.prepare.image.path")
+    del fixed["emoji"]  # the slices say what they are made of
+    if not fixed["image"]["residual"]:  # data sets from before there was such a setting stay what they are
+        del fixed["image"]["residual"]
     listing = [[piece.identity for piece in part] for part in slices]
     content = {
         "encoding": _ENCODING,

@@ -16,7 +16,7 @@ from checkpoints_tools.hf.processing_moma import ImageGrammar, MomaProcessor, lo
 from checkpoints_tools.hf_text import write_text_tokenizer
 from mmscale.data.documents import Image
 from mmscale.data.image_files import load_image
-from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer
+from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer, ResidualTokenizer
 from mmscale.data.text_tokens import TextTokenizer
 from mmscale.data.vocab import Vocabulary
 
@@ -29,6 +29,10 @@ def tokenizer_of(kind: str, folder: Path) -> ImageTokenizer:
         return LevelsTokenizer(8, 1, 17)
     if kind == "kmeans":
         return KMeansTokenizer(8, 3, 4, np.unique(rng.integers(0, 256, (40, 48), dtype=np.uint8), axis=0))
+    if kind == "kmeans-residual":
+        patches = rng.integers(0, 256, (200, 48), dtype=np.uint8)
+        base = KMeansTokenizer.fit(patches, size=8, channels=3, patch=4, codes=20)
+        return ResidualTokenizer.fit(patches, base=base, codes=30)
     import transformers
 
     from mmscale.data.image_vq import VQTokenizer
@@ -55,7 +59,7 @@ def processor_with(image: ImageTokenizer, folder: Path) -> Any:
     return MomaProcessor.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["levels", "kmeans", "JanusVQVAE", "Emu3VQVAE"])
+@pytest.mark.parametrize("kind", ["levels", "kmeans", "kmeans-residual", "JanusVQVAE", "Emu3VQVAE"])
 def test_codes_and_pixels(kind: str, tmp_path: Path) -> None:
     image = tokenizer_of(kind, tmp_path / "model")
     processor = processor_with(image, tmp_path / "export")

@@ -158,7 +158,7 @@ BROKEN = [
     ({"data__prepare": {}}, "data.prepare.documents is empty, but data.prepare.source = documents"),
     (
         {"data__prepare": {"source": "digits", "documents": ["a"], "image": {"size": 8}}},
-        "data.prepare.source = digits reads no files",
+        "data.prepare.source = digits reads no documents",
     ),
     ({"data__prepare": {"source": "digits", "augment": 9, "image": {"size": 8}}}, "there are 8 shifts by one pixel"),
     (
@@ -168,6 +168,22 @@ BROKEN = [
     (
         {"data__prepare": {"source": "digits", "image": {"size": 10, "patch": 4}}},
         "data.prepare.image.size = 10 is not divisible by data.prepare.image.patch = 4",
+    ),
+    (
+        {"data__prepare": {"source": "emoji", "emoji": {"languages": []}, "image": {"size": 8}}},
+        "data.prepare.emoji.languages is empty",
+    ),
+    (
+        {"data__prepare": {"source": "emoji", "image": {"size": 8, "residual": 100_000}}},
+        "data.prepare.image.residual = 100000 leaves none of the",
+    ),
+    (
+        {"data__prepare": {"source": "emoji", "image": {"size": 8, "residual": 4, "path": "a"}}},
+        "data.prepare.image.residual and path are both set",
+    ),
+    (
+        {"data__prepare": {"source": "emoji", "image": {"size": 32, "patch": 4, "residual": 4}}},
+        "is less than the 130 tokens of one image",
     ),
     (
         {

@@ -15,12 +15,13 @@ from mmscale.data.image_tokens import (
     QUALITY,
     KMeansTokenizer,
     LevelsTokenizer,
+    ResidualTokenizer,
     load_image_tokenizer,
     open_image_tokenizer,
     quality,
     save_whole,
-    to_patches,
 )
+from mmscale.data.patches import to_patches
 from mmscale.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -93,6 +94,41 @@ def test_kmeans_is_deterministic_and_better_than_grey() -> None:
     assert quality(fitted(codes=128), photos(41))["psnr_db"] > measured["psnr_db"] + 1
 
 
+# -------------------------------------------------------------------------------------------------------- residual
+
+
+def residual(codes: int = 32, *, patch: int = 4) -> ResidualTokenizer:
+    patches = to_patches(photos(40), patch)
+    return ResidualTokenizer.fit(patches, base=fitted(codes, patch=patch), codes=codes)
+
+
+@pytest.mark.parametrize("patch", [4, 8])  # 8: sums leave what float32 holds exactly
+def test_residual_codes_by_a_plain_loop(patch: int) -> None:
+    tokenizer = residual(patch=patch)
+    images = photos(3)
+    expected, drawn = [], []
+    for patch_D in to_patches(images, patch).astype(int):
+        one = int(np.argmin(((tokenizer.base.codebook_KD.astype(int) - patch_D) ** 2).sum(axis=1)))
+        left_D = patch_D - tokenizer.base.codebook_KD[one]
+        two = int(np.argmin(((tokenizer.residual_RD.astype(int) - left_D) ** 2).sum(axis=1)))
+        expected += [one, tokenizer.base.vocab_size + two]
+        drawn.append(np.clip(tokenizer.base.codebook_KD[one].astype(int) + tokenizer.residual_RD[two], 0, 255))
+    codes = tokenizer.encode(images)
+    assert codes.shape == (3, tokenizer.tokens_per_image) and tokenizer.grid == (16 // patch, 32 // patch)
+    np.testing.assert_array_equal(codes, np.array(expected).reshape(3, -1))
+    np.testing.assert_array_equal(to_patches(tokenizer.decode(codes), patch), np.array(drawn))
+
+
+def test_residual_draws_better_than_one_book_of_as_many_codes() -> None:
+    tokenizer, again = residual(), residual()
+    assert tokenizer.fingerprint() == again.fingerprint() != residual(24).fingerprint()
+    assert tokenizer.vocab_size <= 64
+    images = photos(41)
+    assert quality(tokenizer, images)["psnr_db"] > quality(fitted(64), images)["psnr_db"] + 1
+    swapped = tokenizer.encode(images).reshape(-1, 2)[:, ::-1].reshape(41, -1)  # no model is sure to keep the order
+    assert tokenizer.decode(swapped).shape == images.shape
+
+
 def test_psnr_by_hand() -> None:
     tokenizer = LevelsTokenizer(1, 1, 2)
     images = np.array([0, 10], np.uint8).reshape(2, 1, 1, 1)  # 10 becomes 0: mean squared error 50
@@ -107,7 +143,7 @@ def test_patch_must_tile_the_image() -> None:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-@pytest.mark.parametrize("tokenizer", [LevelsTokenizer(16, 3, 256), fitted()])
+@pytest.mark.parametrize("tokenizer", [LevelsTokenizer(16, 3, 256), fitted(), residual()])
 def test_saved_tokenizer_is_the_same(tokenizer: Any, tmp_path: Path) -> None:
     save_whole(tokenizer, tmp_path / "image_tokenizer", measured={"psnr_db": 20.0})
     loaded = open_image_tokenizer(tmp_path)

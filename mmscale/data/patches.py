@@ -1,0 +1,62 @@
+"""Patches of images: cut, clustered, compared with a codebook. Arrays only.
+
+Which codes they become is image_tokens.py. Letters: n images, H W C height, width, channels, N patches, K entries of a
+codebook, D numbers of a patch. No torch here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CHUNK = 4096  # patches compared with the codebook at a time: 4096 x 4096 float32 distances are 64 MB
+
+Pixels = NDArray[np.uint8]
+Codes = NDArray[np.int64]
+
+
+def nearest(patches_ND: NDArray[np.integer], book_KD: NDArray[np.integer]) -> Codes:
+    """Index of each patch's nearest entry, int64 [N]; of two equal distances the lower index wins.
+
+    Args:
+        patches_ND: whole numbers, each -255..255.
+        book_KD: likewise.
+    """
+    # With signs, sums reach 3 * D * 255^2: whole numbers stay exact in float32 up to 2^24.
+    exact: type[np.floating] = np.float32 if 3 * book_KD.shape[1] * 255**2 < 2**24 else np.float64
+    entries_KD: NDArray[np.floating] = book_KD.astype(exact)
+    norm_K = (entries_KD**2).sum(axis=1)
+    codes = np.empty(len(patches_ND), dtype=np.int64)
+    for start in range(0, len(patches_ND), _CHUNK):
+        chunk_ND: NDArray[np.floating] = patches_ND[start : start + _CHUNK].astype(exact)
+        codes[start : start + _CHUNK] = np.argmin(norm_K - 2 * (chunk_ND @ entries_KD.T), axis=1)
+    return codes
+
+
+def cluster(distinct_ND: NDArray[np.integer], counts_N: NDArray[np.int64], codes: int) -> NDArray[np.float32]:
+    """Centres [codes, D] of distinct patches with weights.
+
+    On augmented digits that are 18 thousand instead of 240 thousand patches, 0.2 s instead of 1.5 s, and the same PSNR
+    (24.0 dB held out; moving rarely used centres about, the default, costs 0.3 dB).
+    """
+    # scikit-learn takes most of a second to import; only the fitting process needs it.
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
+    kmeans = MiniBatchKMeans(
+        n_clusters=codes, batch_size=max(4096, 2 * codes), max_iter=10, n_init=3, random_state=0, reassignment_ratio=0
+    )
+    with threadpool_limits(1):  # sums in one order; and spinning OpenMP threads make it slower on busy machines
+        centres_KD: NDArray[np.float32] = kmeans.fit(
+            distinct_ND.astype(np.float32), sample_weight=counts_N
+        ).cluster_centers_
+    return centres_KD
+
+
+def to_patches(images_nHWC: Pixels, patch: int) -> Pixels:
+    """Images uint8 [n, H, W, C] to patches uint8 [n * rows * columns, patch*patch*C], row by row."""
+    n, height, width, channels = images_nHWC.shape
+    rows, columns = height // patch, width // patch
+    blocks: Pixels = images_nHWC.reshape(n, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    patches: Pixels = blocks.reshape(n * rows * columns, patch * patch * channels)
+    return patches

@@ -22,12 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch import cordon, scheduler
 from launch import record as records
-from launch import scheduler
 from launch.policy import GAVE_UP, STOPPED, Action, Budget, Ending, crashed, decide
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError, MmscaleError
 from mmscale.resilience import lease
+from mmscale.runtime.rank_env import expand_hostlist
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
 BUDGET = "budget.json"
@@ -91,6 +92,7 @@ class Supervisor:
         """The whole of it; returns the job's exit status."""
         self._refuse_other_owner()
         self._remove_stale_results()
+        lost = self._cordon_lost_nodes()
         self._keep(self._budget())  # now: the first attempt is measured against what is there before it
         number = 0
         while True:
@@ -101,6 +103,9 @@ class Supervisor:
             lease.take(self.run_dir, lease_id, attempt=attempt, job=self.job)
             fence = lease.Fence(self.run_dir, lease_id)
             with contextlib.closing(EventLog(self.run_dir, attempt, may_write=fence.check)) as events:
+                if lost:
+                    events.add("cordoned", nodes=lost, file=self.profile.cordon_file)
+                    lost = {}
                 action, status = self._attempt(lease_id, attempt, fence, events)
             if action is Action.RETRY:
                 number += 1
@@ -125,6 +130,23 @@ class Supervisor:
                 )
         elif other.host == os.uname().nodename and _lives(other.pid):
             raise LaunchError(f"{problem}process {other.pid}", remedy=f"`mmscale stop {self.run_dir}` ends it")
+
+    def _cordon_lost_nodes(self) -> dict[str, str]:
+        """Of the nodes that this job had before it was requeued, those that SLURM takes for dead by now.
+
+        The next launch is not to use them: they may be back by then, and no better.
+        """
+        if not self.slurm or self.restart == 0 or self.profile.cordon_file is None:
+            return {}
+        mine = [event for event in read_events(self.run_dir) if event["event"] == "launch"]
+        if not mine or mine[-1].get("job") != self.job:
+            return {}
+        nodes = scheduler.bad_nodes(expand_hostlist(str(mine[-1].get("nodes", ""))))
+        file = Path(self.record.cwd) / self.profile.cordon_file
+        added = cordon.add(file, list(nodes), reason=f"lost by job {self.job}")
+        for node in added:
+            _say(f"node {node} is {nodes[node]}: written into {file}, and left out of later launches")
+        return {node: nodes[node] for node in added}
 
     def _remove_stale_results(self) -> None:
         """What submitit left of an earlier start of this job would be taken for this one's."""

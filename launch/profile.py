@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from launch import cordon
 from mmscale.config.schema import Seconds, Section, setting
 from mmscale.errors import ConfigError
 
@@ -126,9 +127,8 @@ class Profile(Section):
     def excluded(self) -> list[str]:
         """Nodes that are not to be used: those named here and those found bad since."""
         nodes = list(self.exclude)
-        if self.cordon_file is not None and (file := Path(self.cordon_file)).is_file():
-            lines = [line.split("#")[0].split() for line in file.read_text().splitlines()]
-            nodes += [words[0] for words in lines if words and words[0] not in nodes]
+        if self.cordon_file is not None:
+            nodes += [node for node in cordon.read(Path(self.cordon_file)) if node not in nodes]
         return nodes
 
 

@@ -73,6 +73,20 @@ def job_state(job: str) -> JobState | None:
     )
 
 
+def bad_nodes(nodes: Sequence[str]) -> dict[str, str]:
+    """Those of some nodes that SLURM does not start jobs on, with their state."""
+    found = {}
+    for node in nodes:
+        try:
+            text = _run(["scontrol", "--oneliner", "show", "node", node])
+        except LaunchError:
+            continue
+        state = re.search(r"\bState=(\S+)", text)
+        if state is not None and re.search(r"DOWN|FAIL|DRAIN|NOT_RESPONDING|\*", state[1]):
+            found[node] = state[1]
+    return found
+
+
 def requeue(job: str) -> None:
     """Have a job start again, from its batch script on.
 

@@ -189,6 +189,11 @@ class Cluster:
         """Process id of a node's slurmd."""
         return int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
 
+    @property
+    def own_names(self) -> bool:
+        """Whether every node has a host name of its own."""
+        return bool(self._state()["own_names"])
+
     def processes(self, node: str) -> list[int]:
         """All processes of a node, its slurmd left out; for clusters whose nodes have names of their own."""
         if not self._state()["own_names"]:
@@ -206,8 +211,10 @@ class Cluster:
         keeper = self.keeper()
         if keeper is None:
             raise ClusterError(f"no cluster runs in {self.folder}")
+        nodes, before = int(self._state()["nodes"]), self._state()["restored"]
         os.kill(keeper, signal.SIGHUP)
-        nodes = int(self._state()["nodes"])
+        _until(lambda: self._state()["restored"] > before, within_s=_START_S, what="the keeper starts daemons")
+        _until(lambda: all(self._answers(f"n{n + 1}") for n in range(nodes)), within_s=_START_S, what="slurmds start")
 
         def back() -> bool:
             states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").split("\n")
@@ -218,6 +225,12 @@ class Cluster:
             return not bad and len([line for line in states if line]) == nodes
 
         _until(back, within_s=_START_S, what="all nodes are back", pause_s=0.5)
+
+    def _answers(self, node: str) -> bool:
+        try:
+            return _started(self.slurmd(node)) != ""
+        except (OSError, ValueError):
+            return False
 
     def _idle(self) -> int:
         if not (self.folder / _STATE).exists():
@@ -244,6 +257,7 @@ class _Keeper:
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.own_names = os.getuid() == 0 and _can_unshare()
         self.daemons: dict[str, int] = {}
+        self.restored = 0
         self.environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
 
     def serve(self) -> None:
@@ -263,6 +277,7 @@ class _Keeper:
                 if signal.SIGHUP in asked:
                     asked.clear()
                     self._start_missing()
+                    self.restored += 1
                     self._write_state()
                 time.sleep(0.05)
         finally:
@@ -347,6 +362,7 @@ class _Keeper:
             "keeper": os.getpid(),
             "started": _started(os.getpid()),
             "nodes": len(self.names),
+            "restored": self.restored,
             "own_names": self.own_names,
             "namespaces": spaces,
         }
@@ -401,8 +417,9 @@ def _names_of(pid: int) -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process was started: with its id this names it for good."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    """When a process was started: with its id this names it for good. "" for one that has ended and is not reaped."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def _die_with_parent(parent: int) -> Callable[[], None]:

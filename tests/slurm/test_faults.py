@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -9,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from launch import scheduler
+from launch import scheduler, submit
+from launch.profile import load_profile
 from mmscale.checkpoint.layout import Store
+from mmscale.runtime.rank_env import expand_hostlist
 from mmscale.train.metrics import METRICS
 from slurm.local_cluster import Cluster
 from tests.slurm.jobs import Jobs, assert_equal, shown, steps_done_again
@@ -93,11 +98,54 @@ def test_half_dead_node_is_fenced_out_and_the_run_goes_on_elsewhere(
         assert attempts == sorted(attempts)
         later = [event for event in run.events() if event["time"] > starts[1]["time"]]
         assert later and all(event["attempt"] == 2 for event in later), later
-        info = Store.of_run(run.folder)
-        assert info.info(info.steps()[-1])["attempt"] == 2
+        store = Store.of_run(run.folder)
+        assert store.info(store.steps()[-1])["attempt"] == 2
     finally:
         jobs.end_all()
         cluster.restore()
+
+
+@pytest.mark.slow
+def test_a_dead_node_is_replaced_by_a_spare_and_left_out_later(
+    jobs: Jobs, cluster: Cluster, reference: list[dict[str, Any]]
+) -> None:
+    if not cluster.own_names:
+        pytest.skip("nodes share the machine's name (not root): nobody can tell whose a process is")
+    run = jobs.launch(slow_s=0.1)
+    run.until_step(13)
+    node = expand_hostlist(run.state().nodes)[1]
+    try:
+        for pid in [cluster.slurmd(node), *cluster.processes(node)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.until(lambda: run.state().restarts == 1 or run.state().ended, "the job is requeued")
+        ended = run.until_ended()
+        assert ended.state == "COMPLETED", run.report()
+        used = expand_hostlist(run.events("launch")[-1]["nodes"])
+        assert node not in used and len(used) == 2
+        assert_equal(run, reference)
+        (cordoned,) = run.events("cordoned")
+        assert list(cordoned["nodes"]) == [node]
+        planned = submit.plan_launch(jobs.config, [f"run.dir={jobs.folder}"], cluster=str(jobs.profile))
+        assert f"#SBATCH --exclude={node}\n" in submit.script(planned)
+    finally:
+        Path(load_profile(str(jobs.profile)).cordon_file or "").unlink(missing_ok=True)
+        jobs.end_all()
+        cluster.restore()
+
+
+@pytest.mark.slow
+def test_a_time_limit_costs_no_step(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
+    content = yaml.safe_load(jobs.profile.read_text()) | {"time": "2m", "signal_delay": "60s"}
+    short = jobs.folder / "short.yaml"
+    short.write_text(yaml.safe_dump(content))
+    run = dataclasses.replace(jobs, profile=short, runs=jobs.runs).launch(slow_s=1.0)
+    run.until(lambda: run.state().restarts == 1, "the time limit comes near, and the job is requeued", lift=False)
+    jobs.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
+    assert run.until_ended().state == "COMPLETED", run.report()
+    assert [event["signal"] for event in run.events("stop")] == ["SIGUSR2"]
+    assert steps_done_again(run) == 0
+    assert_equal(run, reference)
 
 
 def _zombie(pid: int) -> bool:

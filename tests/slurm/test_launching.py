@@ -1,0 +1,164 @@
+"""Ways to start the same job: the command, a batch script of one's own, arrays, chains, and without SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import control, submit
+from launch import record as records
+from mmscale.errors import LaunchError
+from mmscale.train.metrics import read_events, read_metrics
+from slurm.local_cluster import Cluster
+from tests.slurm.conftest import STEPS
+from tests.slurm.jobs import DEADLINE_S, EXACT, ROOT, Jobs, Run, assert_equal, shown
+
+FEW = ("train.steps=4", "checkpoint.every=0")
+
+
+def mmscale(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mmscale", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, **more)
+
+
+def test_the_command_submits_what_the_dry_run_printed(jobs: Jobs, profile: Path) -> None:
+    arguments = ("launch", jobs.config, f"run.dir={jobs.folder}", *FEW, "--cluster", profile, "--nodes", "2")
+    printed = mmscale(*arguments, "--dry-run")
+    assert printed.returncode == 0, printed.stderr
+    assert not (jobs.folder / "tiny").exists()
+    submitted = mmscale(*arguments, "--json")
+    assert submitted.returncode == 0, submitted.stderr
+    (found,) = json.loads(submitted.stdout)
+    run = Run(Path(found["run"]), found["job"], jobs.cluster)
+    jobs.runs.append(run)
+    (file,) = Path(found["launch"]).glob(f"submitit/{run.job}_submission.sh")
+    assert file.read_text() == printed.stdout
+    with pytest.raises(LaunchError, match=f"belongs to job {run.job}, which is "):
+        control.resume(run.folder)
+    again = mmscale(*arguments)
+    assert again.returncode == 1 and f"belongs to job {run.job}" in again.stderr and "mmscale stop" in again.stderr
+
+    followed = mmscale("logs", run.folder, "--follow")  # from before the first rank prints until the job has ended
+    assert followed.returncode == 0, followed.stderr
+    assert "step 1/4" in followed.stdout and "step 4/4" in followed.stdout
+    assert run.until_ended().state == "COMPLETED", run.report()
+    assert "finished" in mmscale("status", run.folder).stdout
+    listed = json.loads(mmscale("status", run.folder, "--json").stdout)
+    keys = {"run", "state", "attempt", "step", "steps", "tokens_per_second", "last_checkpoint", "goodput"}
+    assert set(listed[0]) >= keys
+    assert mmscale("logs", run.folder, "--rank", "1").returncode == 0
+    absent = mmscale("logs", run.folder, "--rank", "7")
+    assert absent.returncode == 1 and "rank_0.log, rank_1.log" in absent.stderr
+
+
+def test_a_batch_script_of_ones_own_does_the_same(
+    jobs: Jobs, cluster: Cluster, reference: list[dict[str, Any]]
+) -> None:
+    variables = {"MMSCALE_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={jobs.folder}/%j.log"]
+    command += ["slurm/train.sbatch", str(jobs.config), f"run.dir={jobs.folder}"]
+    variables["MMSCALE_FAULTS"] = "*:*:step:slow=0.05"
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    run = Run(jobs.folder / "tiny", ended.stdout.strip(), cluster)
+    jobs.runs.append(run)
+    run.until_step(6)
+    cluster.run("scancel", "--batch", "--signal=USR2", run.job)  # what SLURM sends before the time limit
+    run.until(lambda: run.state().restarts == 1, "it is requeued")
+    assert run.until_ended().state == "COMPLETED", (jobs.folder / f"{run.job}.log").read_text()
+    assert len(list((run.folder / "launch").iterdir())) == 1  # the restart found its launch folder
+    assert_equal(run, reference)
+
+
+def test_a_sweep_and_a_chain(jobs: Jobs) -> None:
+    first = jobs.launch(*FEW, nodes=1, slow_s=0.0, sweep=["optim.lr=1e-4,3e-4"])
+    one, other = jobs.runs
+    assert [run.job for run in jobs.runs] == [f"{first.job.split('_')[0]}_{task}" for task in (0, 1)]
+    last = jobs.launch(*FEW, "run.name=last", nodes=1, slow_s=0.0, after=str(other.folder))
+    assert last.state().state == "PENDING" and "Dependency" in last.state().reason
+    for run in (one, other, last):
+        assert run.until_ended().state == "COMPLETED", run.report()
+    rates = [max(line["lr"] for line in read_metrics(run.folder)) for run in (one, other)]
+    assert rates[1] / rates[0] == pytest.approx(3, rel=0.05)  # the schedules end at one minimum
+    assert read_events(last.folder)[0]["time"] >= read_events(other.folder)[-1]["time"]
+
+
+def test_a_job_that_waits_is_stopped_at_once(jobs: Jobs) -> None:
+    blocker = jobs.cluster.run("sbatch", "--parsable", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 300")
+    try:
+        run = jobs.launch(nodes=1)
+        assert run.state().state == "PENDING"
+        assert control.stop(run.folder)["done"] == "cancelled while it waited"
+        assert run.until_ended().state == "CANCELLED"
+        assert shown(run)["ended"]
+        with pytest.raises(LaunchError, match="does not run"):
+            control.stop(run.folder)
+    finally:
+        jobs.cluster.run("scancel", blocker.strip())
+
+
+def test_without_slurm_a_killed_rank_is_restarted_and_stop_and_resume_work(
+    config: Path, tmp_path: Path, reference: list[dict[str, Any]]
+) -> None:
+    variables = os.environ | {"MMSCALE_FAULTS": "*:*:step:slow=0.05"}
+    two = tmp_path / "two.yaml"
+    two.write_text("scheduler: local\ntasks_per_node: 2\n")
+    command = [sys.executable, "-m", "mmscale", "launch", str(config), f"run.dir={tmp_path}", "--cluster", str(two)]
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "tiny"
+
+    def until_step(step: int, attempt: int) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not [m for m in read_metrics(folder) if m["step"] >= step and m["attempt"] >= attempt]:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+
+    try:
+        until_step(13, 1)
+        with pytest.raises(LaunchError, match="is being trained by process"):
+            submit.launch(submit.plan_launch(config, [f"run.dir={tmp_path}"], cluster=str(two)))
+        os.kill(_local_rank(1), signal.SIGKILL)
+        until_step(16, 2)
+        control.stop(folder)
+        _, said = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 75, said
+    finally:
+        process.kill()
+        process.wait()
+    assert [event["action"] for event in read_events(folder) if event["event"] == "ranks_ended"] == ["retry", "end"]
+    ended = mmscale("resume", folder)
+    assert ended.returncode == 0, ended.stderr
+    mine = read_metrics(folder)
+    assert [line["step"] for line in mine] == list(range(1, STEPS + 1))
+    assert [[line[key] for key in EXACT] for line in mine] == [[line[key] for key in EXACT] for line in reference]
+    refused = mmscale("resume", folder, "run.seed=5", "train.steps=70")
+    assert refused.returncode == 2 and re.search(r"run\.seed: 1234 -> 5", refused.stderr), refused.stderr
+    assert records.latest(folder).name == "002"  # type: ignore[union-attr]
+
+
+def _local_rank(number: int) -> int:
+    """The rank that a launcher below this process started."""
+    wanted = {f"RANK={number}".encode(), b"MMSCALE_LAUNCHER=local"}
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            variables = set((entry / "environ").read_bytes().split(b"\0"))
+            if (
+                entry.name.isdigit()
+                and wanted <= variables
+                and any(v.startswith(b"MMSCALE_ATTEMPT_ID=") for v in variables)
+            ):
+                found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    (pid,) = (pid for pid, parent in found.items() if parent not in found)
+    return pid

@@ -29,9 +29,9 @@ from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
 from mmscale.runtime import groups
-from mmscale.train import run as train_run
 from mmscale.train.batch import to_device
 from mmscale.train.optimizer_shards import save_shardwise
+from mmscale.train.parts import build
 from mmscale.train.state import TrainState
 from mmscale.train.synthetic import SyntheticMixture
 
@@ -60,7 +60,7 @@ class Measured:
         self.config, self.folder = config, folder
         self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         collection = groups.collection()
-        self.parts = train_run.build(config, collection)
+        self.parts = build(config, collection)
         self.state = TrainState(self.parts.chunks, self.parts.optimizer)
         share = config.model.experts.share
         assert isinstance(share, dict)

@@ -17,6 +17,7 @@ with a collection, so call it with `use_gloo_process_groups=False`.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import HashStore
@@ -118,6 +119,16 @@ def collection() -> ProcessGroupCollection:
 def host_group(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> torch.distributed.ProcessGroup:
     """A new group of all ranks for tensors and objects on the host, whatever device trains. Every rank must call it."""
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank, whatever others give; every rank calls it.
+
+    For what is read from a folder: a shared file system may show ranks different things.
+    """
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def destroy_layout() -> None:

@@ -12,11 +12,9 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
@@ -25,7 +23,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
-from mmscale.config.derived import global_micro_batches, tokens_per_step, with_auxiliary_routers
+from mmscale.config.derived import tokens_per_step, with_auxiliary_routers
 from mmscale.config.load import digest
 from mmscale.config.rules import check
 from mmscale.data.loader import BatchLoader
@@ -36,10 +34,12 @@ from mmscale.errors import CheckpointError, ConfigError, TrainingError
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import Routing
+from mmscale.resilience.lease import Fence
 from mmscale.resilience.signals import StopRequest
 from mmscale.runtime import device
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.environment import code_version
+from mmscale.runtime.groups import from_first
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.auxiliary import (
     AuxiliaryTrainer,
@@ -57,9 +57,11 @@ from mmscale.train.auxiliary import (
 from mmscale.train.batch import Batch, to_device
 from mmscale.train.evaluate import evaluate
 from mmscale.train.loop import is_logged
-from mmscale.train.metrics import EventLog, MetricsLog, next_attempt
+from mmscale.train.metrics import next_attempt
+from mmscale.train.parts import loader_of, resolve_share, start
 from mmscale.train.progress import Progress
-from mmscale.train.run import FINISHED, STOPPED, resolve_share, start
+from mmscale.train.records import open_records
+from mmscale.train.run import FINISHED, STOPPED
 from mmscale.train.schedule import learning_rate
 from mmscale.train.step import Stepper
 
@@ -201,15 +203,18 @@ class _Stage:
         self.train_data, self.held_out = train_data, held_out
         self.vocabulary = Vocabulary.from_config(config.vocab)
         self.store = Store.of_run(self.main_run)
-        self.main_step = _agree(self.store.choose() if env.rank == 0 else None)
-        self.origin = _agree(main_origin(self.store, self.main_step) if env.rank == 0 else None)
+        self.main_step = from_first(self.store.choose() if env.rank == 0 else None)
+        self.origin = from_first(main_origin(self.store, self.main_step) if env.rank == 0 else None)
 
     def attempt(self) -> int:
         """Build, load, train, calibrate, save and report."""
-        number = _agree(next_attempt(self.folder) if self.env.rank == 0 else None)
+        number = from_first(next_attempt(self.folder) if self.env.rank == 0 else None)
         with contextlib.ExitStack() as stack:
             self.progress = stack.enter_context(Progress(self.staged.train.steps, enabled=self.env.rank == 0))
-            self.records = stack.enter_context(_records(self.folder, number)) if self.env.rank == 0 else None
+            fence = Fence.of_rank(self.main_run, self.env.rank)
+            self.records = stack.enter_context(
+                open_records(self.folder, attempt=number, rank=self.env.rank, fence=fence)
+            )
             models, consumed = self._load_main()
             transformer = models[0].config
             modules = [Float16Module(transformer, m) if transformer.bf16 else m for m in models]
@@ -229,11 +234,11 @@ class _Stage:
             if state.step >= steps:
                 self.progress.say(f"{self.folder} is done: raise auxiliary.steps to go on")
                 return FINISHED
-            self._tell("start" if newest is None else "resume", step=state.step, main_step=self.main_step)
-            loader = self._loader(state)
+            self.records.tell("start" if newest is None else "resume", step=state.step, main_step=self.main_step)
+            loader = loader_of(self.staged, self.groups, self.train_data, consumed=state.sequences)
             stack.callback(loader.close)
             finished = self._fit(state, trainer, loader, checkpoints)
-            self._tell("finish" if finished else "stop", step=state.step)
+            self.records.tell("finish" if finished else "stop", step=state.step)
             if not finished:
                 self.progress.say(f"stopped on request after step {state.step}; start it again to go on")
                 return STOPPED
@@ -281,21 +286,10 @@ class _Stage:
                 "attempt": attempt,
                 "auxiliary": {**self.origin, "width": width},
             },
-            on_event=self._tell,
+            on_event=self.records.tell,
             seed=self.config.run.seed,
             code_version=code_version() if self.env.rank == 0 else "",
         )
-
-    def _loader(self, state: RouterState) -> BatchLoader:
-        loader = BatchLoader(
-            self.train_data,
-            dp_rank=self.groups.dp.rank(),
-            dp_size=self.groups.dp.size(),
-            micro_batches_per_step=global_micro_batches(self.staged),
-            workers=self.staged.data.workers,
-        )
-        loader.load_state_dict({"consumed_sequences": state.sequences})
-        return loader
 
     def _fit(
         self, state: RouterState, trainer: AuxiliaryTrainer, loader: BatchLoader, checkpoints: CheckpointManager
@@ -326,8 +320,8 @@ class _Stage:
                     "step_time_s": took,
                     "tokens_per_second": tokens_per_step(self.staged) / took,
                 }
-                if self.records is not None:
-                    self.records[0].write(number, values)
+                if self.records.metrics is not None:
+                    self.records.metrics.write(number, values)
                 self.progress.update(number, values)
             if number == steps and self.config.auxiliary.calibration_batches:
                 self._calibrate(state, loader)
@@ -371,16 +365,12 @@ class _Stage:
         for routing_name, values in found.items():
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "z_loss")
             self.progress.say(f"held-out ({routing_name} routing)  {shown}")
-        if self.records is not None:
+        if self.env.rank == 0:
             report = {"main_step": self.main_step, "routers": rows, "held_out": found}
             temporary = self.folder / f"{REPORT}.tmp"
             temporary.write_text(json.dumps(report, indent=1))
             temporary.replace(self.folder / REPORT)
         self.progress.say(f"figures of every layer: {self.folder / REPORT}, or `mmscale eval RUN --routing causal`")
-
-    def _tell(self, event: str, **fields: Any) -> None:
-        if self.records is not None:
-            self.records[1].add(event, **fields)
 
 
 def take_step(stepper: Stepper, trainer: AuxiliaryTrainer, batches: list[Batch], *, lr: float) -> RouterStep:
@@ -388,25 +378,3 @@ def take_step(stepper: Stepper, trainer: AuxiliaryTrainer, batches: list[Batch],
     trainer.begin(batches)
     stepper.evaluate(batches)
     return trainer.step(lr=lr)
-
-
-@contextlib.contextmanager
-def _records(folder: Path, attempt: int) -> Iterator[tuple[MetricsLog, EventLog]]:
-    """The stage's open logs, on rank 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics, events = MetricsLog(folder, attempt=attempt), EventLog(folder, attempt)
-    try:
-        yield metrics, events
-    except BaseException as error:
-        events.add("fault", error=type(error).__name__, message=str(error)[:500])
-        raise
-    finally:
-        metrics.close()
-        events.close()
-
-
-def _agree(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

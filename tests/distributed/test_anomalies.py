@@ -24,9 +24,10 @@ from mmscale.data.loader import StepBatch
 from mmscale.data.mixture import MicroBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
+from mmscale.runtime import device
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import run
+from mmscale.train import parts as making
 from mmscale.train.batch import to_device
 from mmscale.train.loop import StepReport, Trainer
 from mmscale.train.state import TrainState
@@ -57,7 +58,7 @@ class Stream(Iterator[StepBatch]):
     def __init__(
         self,
         config: Config,
-        parts: run.Parts,
+        parts: making.Parts,
         sequences: int,
         *,
         bad: tuple[int, ...] = (),
@@ -116,12 +117,12 @@ class Life:
         return [event for event, _ in self.events]
 
 
-Fault = Callable[[run.Parts, TrainState], None]
+Fault = Callable[[making.Parts, TrainState], None]
 
 
 def live(
     config: Config,
-    parts: run.Parts,
+    parts: making.Parts,
     state: TrainState,
     *,
     fault: Fault | None = None,
@@ -185,17 +186,17 @@ def manager(config: Config, folder: Path) -> CheckpointManager:
     )
 
 
-def build(config: Config) -> tuple[run.Parts, TrainState]:
+def build(config: Config) -> tuple[making.Parts, TrainState]:
     parallel = config.parallel
     groups = process_groups.initialize_layout(
         tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=config.run.seed
     )
-    run.device.set_seeds(config.run.seed)
-    parts = run.build(config, groups)
+    device.set_seeds(config.run.seed)
+    parts = making.build(config, groups)
     return parts, TrainState(parts.chunks, parts.optimizer)
 
 
-def content(parts: run.Parts) -> dict[str, bytes]:
+def content(parts: making.Parts) -> dict[str, bytes]:
     """Weights, masters, moments, step counts and learning rates of this rank, byte by byte."""
     found: dict[str, bytes] = {}
     with parts.stepper.settled():
@@ -218,7 +219,7 @@ def content(parts: run.Parts) -> dict[str, bytes]:
 def in_backward(value: float, *, rank: int, batch: int, times: int) -> Fault:
     """One element of one gradient of one rank, before any reduction, when this batch is computed."""
 
-    def install(parts: run.Parts, state: TrainState) -> None:
+    def install(parts: making.Parts, state: TrainState) -> None:
         if torch.distributed.get_rank() != rank:
             return
         left = [times]
@@ -243,10 +244,10 @@ def in_backward(value: float, *, rank: int, batch: int, times: int) -> Fault:
     return install
 
 
-def after_reduction(change: Callable[[run.Parts, torch.Tensor], torch.Tensor], *, rank: int, batch: int) -> Fault:
+def after_reduction(change: Callable[[making.Parts, torch.Tensor], torch.Tensor], *, rank: int, batch: int) -> Fault:
     """In what a rank holds when all is reduced, each time this batch is computed."""
 
-    def install(parts: run.Parts, state: TrainState) -> None:
+    def install(parts: making.Parts, state: TrainState) -> None:
         accumulate = parts.stepper.accumulate
 
         def faulty(batches: Any) -> torch.Tensor:
@@ -260,14 +261,14 @@ def after_reduction(change: Callable[[run.Parts, torch.Tensor], torch.Tensor], *
     return install
 
 
-def inf_in_the_loss(parts: run.Parts, sums: torch.Tensor) -> torch.Tensor:
+def inf_in_the_loss(parts: making.Parts, sums: torch.Tensor) -> torch.Tensor:
     """A loss may be infinite while every gradient is finite: -log of a probability that rounds to 0."""
     broken = sums.clone()
     broken[0, 0] = math.inf
     return broken
 
 
-def inf_in_a_copy(parts: run.Parts, sums: torch.Tensor) -> torch.Tensor:
+def inf_in_a_copy(parts: making.Parts, sums: torch.Tensor) -> torch.Tensor:
     """In the gradient of a norm, of which the gradient norm counts tensor-parallel rank 0's copy only."""
     copies = [p for n, p in parts.chunks[0].named_parameters() if n.endswith("norm.weight")]
     assert copies and not getattr(copies[0], "tensor_model_parallel", False)
@@ -429,7 +430,7 @@ def run_of(
         checkpoints = manager(made, folder)
         newest = checkpoints.choose()
         if number:
-            run.device.set_seeds(999 + number)
+            device.set_seeds(999 + number)
         if newest is not None:
             checkpoints.load(state, newest)
         life = live(made, parts, state, bad=bad, without=without, folder=folder, kill_at=kill_at)

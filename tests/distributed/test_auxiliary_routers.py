@@ -25,10 +25,10 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import run
 from mmscale.train.auxiliary import AuxiliaryTrainer, RouterState, figures, set_thresholds, summary
 from mmscale.train.auxiliary_stage import take_step
 from mmscale.train.batch import Batch, to_device
+from mmscale.train.parts import build
 from mmscale.train.step import Stepper, mean_losses, reduce_sums
 from mmscale.train.synthetic import SyntheticMixture
 from mmscale.train.verify import with_share
@@ -248,7 +248,7 @@ def _main_steps(made: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=made.run.seed
     )
     try:
-        parts = run.build(made, groups)
+        parts = build(made, groups)
         vocabulary = Vocabulary.from_config(made.vocab)
 
         def values() -> dict[str, Tensor]:

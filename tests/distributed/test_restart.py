@@ -12,7 +12,7 @@ from mmscale.config import Config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime import random_state
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import run
+from mmscale.train.parts import build
 from mmscale.train.state import TrainState
 from tests.distributed.test_resume import settings, start, train
 from tests.support import distributed, run_ranks
@@ -28,7 +28,7 @@ def leg(config: Config, folder: Path, ranks: RankEnv, *, load: int | None, until
     """One life of a run: losses and gradient norms as hex floats, and a hash of this rank's parameters."""
     start(ranks)
     groups = process_groups.initialize_layout(seed=config.run.seed)
-    parts = run.build(config, groups)
+    parts = build(config, groups)
     random_state.device.set_seeds(seed + ranks.rank)
     state = TrainState(parts.chunks, parts.optimizer)
     checkpoints = CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=lambda *_, **__: None)
@@ -86,7 +86,7 @@ def test_the_configuration_wins_over_what_a_checkpoint_says(ranks: RankEnv, tmp_
     updates = {}
     for name, config in (("old", old), ("new", new)):
         groups = process_groups.initialize_layout(seed=config.run.seed)
-        parts = run.build(config, groups)
+        parts = build(config, groups)
         state = TrainState(parts.chunks, parts.optimizer)
         checkpoints = CheckpointManager(tmp_path, every=0, keep=9, attempt=1, info={}, on_event=lambda *_, **__: None)
         if name == "old":

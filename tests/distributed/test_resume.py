@@ -22,8 +22,8 @@ from mmscale.config.derived import global_micro_batches
 from mmscale.data.vocab import Vocabulary
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import run
 from mmscale.train.batch import to_device
+from mmscale.train.parts import Parts, build
 from mmscale.train.schedule import learning_rate
 from mmscale.train.state import TrainState
 from mmscale.train.step import mean_losses, reduce_sums
@@ -65,7 +65,7 @@ def leg(settings: Config, folder: Path, *, load: int | None, until: int, **optio
         tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=settings.run.seed
     )
     try:
-        parts = run.build(settings, groups)
+        parts = build(settings, groups)
         state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
         options = {"every": 0, "keep": 9, "attempt": 1, "info": {}, "on_event": _unheard} | options
         checkpoints = CheckpointManager(folder, **options)
@@ -85,7 +85,7 @@ def _unheard(*event: object, **fields: object) -> None:
     """Nobody listens to the manager's events here."""
 
 
-def train(settings: Config, parts: run.Parts, state: TrainState, *, until: int) -> Taken:
+def train(settings: Config, parts: Parts, state: TrainState, *, until: int) -> Taken:
     """The loop without its surroundings: the batch follows from what the state says was consumed."""
     share = settings.model.experts.share
     assert isinstance(share, dict)

@@ -15,8 +15,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import run
 from mmscale.train.optimizer_shards import ShardwiseOptimizer, boxes
+from mmscale.train.parts import build
 from mmscale.train.state import TrainState
 from tests.distributed.test_resume import settings, start, tensors, train
 from tests.support import run_ranks
@@ -53,7 +53,7 @@ def test_what_is_saved_without_gathering_is_what_megatron_gathers(tmp_path: Path
             collection = groups.initialize_layout(
                 tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, seed=made.run.seed
             )
-            parts = run.build(made, collection)
+            parts = build(made, collection)
             state = TrainState(parts.chunks, parts.optimizer)
             train(made, parts, state, until=2)
             folders = tmp_path / f"{number}_shards", tmp_path / f"{number}_gathered"
@@ -81,7 +81,7 @@ def test_no_collective_sends_the_state(tmp_path: Path) -> None:
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
         made = settings("moma")
-        parts = run.build(made, groups.initialize_layout(seed=made.run.seed))
+        parts = build(made, groups.initialize_layout(seed=made.run.seed))
         state = TrainState(parts.chunks, parts.optimizer)
         train(made, parts, state, until=1)
         with pytest.MonkeyPatch.context() as patch:

@@ -13,8 +13,8 @@ from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import run
 from mmscale.train.batch import Batch, to_device
+from mmscale.train.parts import Parts, build
 from mmscale.train.step import mean_losses, reduce_sums
 from mmscale.train.synthetic import SyntheticMixture
 from tests.distributed.layouts import config as tiny
@@ -28,15 +28,15 @@ def batches(config: Config, numbers: range) -> list[Batch]:
     return [to_device(mixture.micro_batch(number), vocabulary) for number in numbers]
 
 
-def parts(config: Config) -> run.Parts:
-    return run.build(config, process_groups.initialize_layout(seed=config.run.seed))
+def parts(config: Config) -> Parts:
+    return build(config, process_groups.initialize_layout(seed=config.run.seed))
 
 
-def weights(made: run.Parts) -> torch.Tensor:
+def weights(made: Parts) -> torch.Tensor:
     return torch.cat([param.detach().float().flatten() for chunk in made.chunks for param in chunk.parameters()])
 
 
-def losses(sums: torch.Tensor, made: run.Parts, config: Config) -> dict[str, float]:
+def losses(sums: torch.Tensor, made: Parts, config: Config) -> dict[str, float]:
     return mean_losses(reduce_sums(sums, made.groups), config.vocab.names)
 
 

@@ -1,0 +1,90 @@
+"""What a run is made of before it trains: process groups, model, optimizer, stepper, loader.
+
+Builds, and starts nothing else; run.py and auxiliary_stage.py put these together with checkpoints and logs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.config import Config
+from mmscale.config.derived import global_micro_batches
+from mmscale.data.loader import BatchLoader
+from mmscale.data.mixture import Mixture, nominal_share
+from mmscale.data.vocab import Vocabulary
+from mmscale.model.build import build_chunks, transformer_config
+from mmscale.runtime import device, random_state
+from mmscale.runtime import groups as process_groups
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.auxiliary import AuxiliaryTrainer
+from mmscale.train.batch import to_device
+from mmscale.train.companions import companions_of, routers_among
+from mmscale.train.optim import make_optimizer, wrap
+from mmscale.train.step import Stepper
+
+
+@dataclass
+class Parts:
+    """What computes: the model's chunks, its optimizer, the process groups they live in, and a joint run's routers."""
+
+    groups: ProcessGroupCollection
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    stepper: Stepper
+    routers: AuxiliaryTrainer | None = None
+
+
+def resolve_share(config: Config) -> Config:
+    """The configuration with nominal modality shares as numbers: measured from the data if they were 'auto'."""
+    if config.model.kind == "dense" or config.model.experts.share != "auto":
+        return config
+    share = {name: round(value, 6) for name, value in nominal_share(config).items()}
+    experts = config.model.experts.model_copy(update={"share": share})
+    return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
+
+
+def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
+    """Seeds, torch.distributed and megatron's process groups."""
+    device.keep_host_memory()
+    device.set_seeds(config.run.seed)
+    parallel = config.parallel
+    return process_groups.initialize(
+        env, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=config.run.seed
+    )
+
+
+def build(config: Config, groups: ProcessGroupCollection) -> Parts:
+    """The model with its initial weights, wrapped, its optimizer and the stepper."""
+    transformer = transformer_config(config)
+    chunks = wrap(config, transformer, build_chunks(config, groups, transformer=transformer), groups)
+    optimizer = make_optimizer(config, chunks, groups)
+    companions = companions_of(config, transformer, chunks, groups)
+    stepper = Stepper(config, chunks, optimizer, groups, companions=companions)
+    return Parts(groups, chunks, optimizer, stepper, routers_among(companions))
+
+
+def dry_run(config: Config, parts: Parts, data: Mixture) -> None:
+    """One batch forward and backward without an update: finds errors of shape and memory before step 1."""
+    size, rank = parts.groups.dp.size(), parts.groups.dp.rank()
+    numbers = range(rank, global_micro_batches(config), size)
+    vocabulary = Vocabulary.from_config(config.vocab)
+    with random_state.preserved():  # the next step draws what it would have drawn without a restart
+        parts.stepper.accumulate([to_device(data.micro_batch(number), vocabulary) for number in numbers])
+    device.synchronize()
+
+
+def loader_of(config: Config, groups: ProcessGroupCollection, data: Mixture, *, consumed: int) -> BatchLoader:
+    """This rank's part of every global batch, from a number of consumed sequences on."""
+    loader = BatchLoader(
+        data,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        micro_batches_per_step=global_micro_batches(config),
+        workers=config.data.workers,
+    )
+    loader.load_state_dict({"consumed_sequences": consumed})
+    return loader

@@ -1,0 +1,77 @@
+"""What rank 0 writes about an attempt: metrics.jsonl, events.jsonl, its configuration and environment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmscale.config import Config
+from mmscale.config.load import dump
+from mmscale.resilience.lease import Fence, FencedError
+from mmscale.train.metrics import EventLog, MetricsLog, write_environment
+
+
+@dataclass(frozen=True)
+class Records:
+    """The open logs of an attempt.
+
+    Attributes:
+        metrics, events: None on ranks other than 0.
+    """
+
+    metrics: MetricsLog | None = None
+    events: EventLog | None = None
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Add an event; on other ranks nothing happens."""
+        if self.events is not None:
+            self.events.add(event, **fields)
+
+
+@contextlib.contextmanager
+def open_records(
+    folder: Path, *, attempt: int, rank: int, fence: Fence, tensorboard: bool = False, wandb: str | None = None
+) -> Iterator[Records]:
+    """The logs of a folder, closed in the end; an error that passes becomes an event.
+
+    Args:
+        folder: of the run, or of a stage of it.
+        attempt: number of the attempt.
+        rank: of this process.
+        fence: asked before every line: an attempt that has lost the run writes none.
+        tensorboard: write TensorBoard events too.
+        wandb: project of Weights & Biases; None: off.
+
+    Raises:
+        FencedError: another attempt has taken the run over.
+    """
+    if rank != 0:
+        yield Records()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    fence.check()
+    metrics = MetricsLog(folder, attempt=attempt, tensorboard=tensorboard, wandb=wandb, may_write=fence.check)
+    events = EventLog(folder, attempt, may_write=fence.check)
+    try:
+        yield Records(metrics, events)
+    except FencedError:
+        raise  # not a line more
+    except BaseException as error:
+        events.add("fault", error=type(error).__name__, message=str(error)[:500])
+        raise
+    finally:
+        metrics.close()
+        events.close()
+
+
+def write_settings(config: Config, run: Path, *, attempt: int) -> None:
+    """The configuration and the environment of an attempt into the run's folder, each whole or not at all."""
+    text = dump(config)
+    for name in (f"config.{attempt}.yaml", "config.yaml"):
+        temporary = run / f"{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(run / name)
+    write_environment(run)

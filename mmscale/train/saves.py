@@ -1,0 +1,131 @@
+"""A run and its checkpoints: how its manager is set up, where it goes on from, and how far a save has come.
+
+The manager knows neither configurations nor terminals; here it gets both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.save_settings import SaveSettings
+from mmscale.checkpoint.shape import check_shape, shape_of
+from mmscale.config import Config
+from mmscale.config.load import digest
+from mmscale.data.manifest import common_tokenizers, named_sources, read_manifest
+from mmscale.resilience.inject import Faults
+from mmscale.resilience.lease import Fence
+from mmscale.resilience.memory_tier import MemoryTier
+from mmscale.resilience.signals import StopRequest
+from mmscale.runtime import device
+from mmscale.runtime.environment import code_version
+from mmscale.runtime.groups import from_first
+from mmscale.train.memory import go_on
+from mmscale.train.preflight import check_changes
+from mmscale.train.progress import Progress
+from mmscale.train.records import Records
+from mmscale.train.state import TrainState
+from mmscale.train.throughput import SAVE_STALL, Throughput
+
+
+def manager_of(
+    config: Config, run: Path, *, attempt: int, records: Records, progress: Progress, faults: Faults, fence: Fence
+) -> CheckpointManager:
+    """The manager of an attempt: told events become lines of events.jsonl, and warnings on the terminal."""
+
+    def tell(event: str, **fields: Any) -> None:
+        records.tell(event, **fields)
+        if event == "checkpoint_bad":
+            found = integrity.describe(fields["problems"])
+            progress.say(
+                f"warning: the checkpoint of step {fields['step']} is damaged, kept as {fields['kept_as']}: {found}"
+            )
+        if event == "save_failed":
+            progress.say(
+                f"warning: the save of step {fields['step']} failed on rank {fields['rank']} and is given up: "
+                f"{fields['reason']}"
+            )
+
+    def counters(step: int) -> dict[str, Any]:
+        return {"step": step, "sequences": step * config.train.global_batch_size}
+
+    return CheckpointManager(
+        run,
+        every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        attempt=attempt,
+        info={
+            "shape": shape_of(config),
+            "config": config.model_dump(mode="json"),
+            "config_digest": digest(config),
+            "attempt": attempt,
+            "tokenizers": common_tokenizers(
+                {Path(entry.path): read_manifest(Path(entry.path)) for entry in named_sources(config)}
+            ),
+        },
+        on_event=tell,
+        saves=SaveSettings(
+            asynchronous=config.checkpoint.asynchronous,
+            deadline_s=config.checkpoint.deadline,
+            max_failures=config.checkpoint.max_failures,
+        ),
+        on_point=faults.at,
+        on_stage=lambda stage: fence.check(),
+        keep_every=config.checkpoint.keep_every,
+        allow_missing=config.checkpoint.allow_missing,
+        seed=config.run.seed,
+        code_version=code_version() if torch.distributed.get_rank() == 0 else "",
+        default_progress=counters,
+    )
+
+
+def resume(
+    config: Config, checkpoints: CheckpointManager, memory: MemoryTier | None, state: TrainState, *, yes: bool
+) -> list[str] | None:
+    """Go on from memory or from the newest whole checkpoint, whichever is newer.
+
+    Returns:
+        The settings changed since then in words; None for a new run.
+    """
+    on_disk = from_first(max(checkpoints.store.steps(), default=0))
+    if go_on(memory, state, above=on_disk):  # nothing on disk could be newer, so nothing there is read
+        return []
+    newest = checkpoints.choose()
+    if (newest or 0) < on_disk and go_on(memory, state, above=newest or 0):
+        return []
+    if newest is None:
+        return None
+    store = checkpoints.store
+    info = from_first(store.info(newest) if torch.distributed.get_rank() == 0 else None)
+    check_shape(config, info.get("shape", {}), where=str(store.path(newest)))
+    lines = check_changes(config, info, where=str(store.path(newest)), yes=yes)
+    checkpoints.load(state, newest)
+    return lines
+
+
+def load_newest(
+    checkpoints: CheckpointManager, memory: MemoryTier | None, state: TrainState, clock: Throughput
+) -> int | None:
+    """Go back to the newest whole checkpoint; its step, or None where there is none."""
+    with clock.measure("rollback_s"):
+        newest = checkpoints.choose()
+        if newest is not None:
+            checkpoints.load(state, newest)
+            if memory is not None:
+                memory.forget()
+    return newest
+
+
+def border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput, fence: Fence) -> bool:
+    """Between two steps: whether to stop, and how far the save has come that is under way, in one collective."""
+    fence.look()
+    saver = checkpoints.saver
+    stopping, (working, failed) = stop.agreed_with(device.taken(), *saver.word())
+    if saver.under_way:
+        with clock.measure(SAVE_STALL):
+            saver.advance(working, failed)
+    return stopping

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -158,6 +159,45 @@ def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -
             f"data: {folder} was prepared with another vocabulary ({has}) than the configuration's ({wants})",
             remedy="prepare it with this configuration or correct vocab.modalities",
         )
+
+
+def check_tokenizers(folder: Path, manifest: Manifest, wanted: Mapping[str, str], *, where: str) -> None:
+    """Refuse data whose ids were made by other tokenizers than a model's, though the vocabularies agree.
+
+    Args:
+        folder: the data set.
+        manifest: its manifest.
+        wanted: fingerprints as in `Manifest.tokenizers`; one that is missing is not compared, and neither is the image
+            tokenizer where one side has no images.
+        where: whose they are.
+
+    Raises:
+        DataError: one differs.
+    """
+    for name, fingerprint in manifest.tokenizers.items():
+        if wanted.get(name, NO_TOKENIZER) not in (fingerprint, NO_TOKENIZER) and fingerprint != NO_TOKENIZER:
+            raise DataError(
+                f"data: the {name.replace('_', ' ')} of {folder} ({fingerprint}) is another than that of {where} "
+                f"({wanted[name]})",
+                remedy="name a data set that was prepared with the tokenizers of training",
+            )
+
+
+def common_tokenizers(blend: Mapping[Path, Manifest]) -> dict[str, str]:
+    """Fingerprints of the tokenizers of a blend; a data set without images does not count for those of images.
+
+    Args:
+        blend: folders and their manifests.
+
+    Raises:
+        DataError: two data sets were made by different tokenizers.
+    """
+    found: dict[str, str] = {}
+    for folder, manifest in blend.items():
+        check_tokenizers(folder, manifest, found, where="the blend's data before it")
+        known = {name: value for name, value in manifest.tokenizers.items() if value != NO_TOKENIZER}
+        found = manifest.tokenizers | found | known
+    return found
 
 
 def read_table(folder: Path, part: Part) -> np.ndarray:

@@ -15,9 +15,15 @@ from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
 from mmscale.config.changes import changes, describe
 from mmscale.config.rules import check
-from mmscale.data.manifest import check_vocabulary, named_sources, read_manifest
+from mmscale.data.manifest import (
+    NO_TOKENIZER,
+    check_vocabulary,
+    common_tokenizers,
+    named_sources,
+    read_manifest,
+)
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import ConfigError
+from mmscale.errors import ConfigError, DataError
 
 
 def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
@@ -31,14 +37,16 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
     Raises:
         ConfigError: the layout does not fit, no data set is named, a new run would start among old checkpoints, or
             the objective or the data have changed since the newest one.
-        DataError: a data set is missing, truncated, or was prepared with another vocabulary.
+        DataError: a data set is missing, truncated, or was prepared with another vocabulary or with other tokenizers
+            than the others or the newest checkpoint.
         CheckpointError: the newest checkpoint holds another model, or all are damaged.
     """
     check(config, world_size=world_size)
     vocabulary = Vocabulary.from_config(config.vocab)
-    for entry in named_sources(config):
-        folder = Path(entry.path)
-        check_vocabulary(folder, read_manifest(folder), vocabulary)
+    blend = {Path(entry.path): read_manifest(Path(entry.path)) for entry in named_sources(config)}
+    for folder, manifest in blend.items():
+        check_vocabulary(folder, manifest, vocabulary)
+    tokenizers = common_tokenizers(blend)
     store = Store.of_run(Path(config.run.dir) / config.run.name)
     newest = store.newest()
     if newest is None:
@@ -53,6 +61,7 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
         if _looks_whole(store, step):
             where, info = str(store.path(step)), store.info(step)
             check_shape(config, info.get("shape", {}), where=where)
+            _check_tokenizers(tokenizers, info, where=where)
             check_changes(config, info, where=where, yes=yes)
             return
 
@@ -80,6 +89,20 @@ def check_changes(config: Config, info: Mapping[str, Any], *, where: str, yes: b
             remedy="restore these settings, start another run.name, or confirm with `mmscale train ... --yes`",
         )
     return refused + describe(found, objective=False)
+
+
+def _check_tokenizers(now: Mapping[str, str], info: Mapping[str, Any], *, where: str) -> None:
+    """Not even `--yes` makes sense of it: ids would change their meaning under a model that has learned them."""
+    then = info.get("tokenizers")
+    if not isinstance(then, dict):  # written before they were kept
+        return
+    for name, fingerprint in now.items():
+        known = then.get(name, NO_TOKENIZER)
+        if known != fingerprint and NO_TOKENIZER not in (known, fingerprint):
+            raise DataError(
+                f"data: the {name.replace('_', ' ')} ({fingerprint}) is another than that of {where} ({known})",
+                remedy="name data that was prepared with the tokenizers of training, or start another run.name",
+            )
 
 
 def _looks_whole(store: Store, step: int) -> bool:

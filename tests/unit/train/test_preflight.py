@@ -11,7 +11,9 @@ from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.shape import shape_of
 from mmscale.config import Config
-from mmscale.errors import CheckpointError, ConfigError
+from mmscale.data.manifest import NO_TOKENIZER, Manifest, named_sources, write_manifest
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import CheckpointError, ConfigError, DataError
 from mmscale.train import preflight
 from tests.unit.config.test_changes import config
 
@@ -21,10 +23,10 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "named_sources", lambda _: [])
 
 
-def commit(run: Path, step: int, *overrides: str) -> Path:
+def commit(run: Path, step: int, *overrides: str, **more: Any) -> Path:
     made, store = config(*overrides), Store.of_run(run)
     folder = store.begin(step, 1)
-    store.write_info(step, 1, {"shape": shape_of(made), "config": made.model_dump(mode="json")})
+    store.write_info(step, 1, {"shape": shape_of(made), "config": made.model_dump(mode="json")} | more)
     (folder / "weights").write_bytes(b"0" * 100)
     files = integrity.digests(folder, integrity.sizes(folder))
     return store.commit(integrity.Manifest(step, 1, "", "", {}, files))
@@ -75,3 +77,41 @@ def test_settings_that_changed_are_lines(tmp_path: Path) -> None:
     lines = preflight.check_changes(changed, info, where="here", yes=True)
     assert [line.partition(":")[0] for line in lines] == ["run.seed", "optim.lr"]
     assert preflight.check_changes(changed, {}, where="here", yes=False) == []
+
+
+def data_set(folder: Path, **tokenizers: str) -> tuple[Path, Manifest]:
+    names = {"text_tokenizer": "t1", "image_tokenizer": "i1"} | tokenizers
+    vocabulary = Vocabulary.from_config(config().vocab)
+    content = {
+        "format": 1,
+        "modalities": vocabulary.names,
+        "ranges": vocabulary.ranges,
+        "vocabulary": vocabulary.fingerprint,
+        "tokens_per_image": 4,
+        "splits": {},
+    }
+    manifest = Manifest.model_validate(content | names)
+    folder.mkdir()
+    write_manifest(folder, manifest)
+    return folder, manifest
+
+
+def test_tokenizers_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in a blend nor with a checkpoint, `--yes` or not; data without images go with any image tokenizer."""
+    monkeypatch.setattr(preflight, "named_sources", named_sources)
+    first, _ = data_set(tmp_path / "first")
+    other, _ = data_set(tmp_path / "other", image_tokenizer="i2")
+    text, _ = data_set(tmp_path / "text", image_tokenizer=NO_TOKENIZER)
+    wrong, _ = data_set(tmp_path / "wrong", text_tokenizer="t2", image_tokenizer=NO_TOKENIZER)
+    run = tmp_path / "run"
+    check(run, "data.path=null", f"data.blend=[{{path: {text}}}, {{path: {first}}}]")
+    for pair in ((first, other), (text, first, other), (text, wrong)):
+        blend = ", ".join(f"{{path: {path}}}" for path in pair)
+        with pytest.raises(DataError, match=r"tokenizer of .* is another than that of the blend's data before it"):
+            check(run, "data.path=null", f"data.blend=[{blend}]")
+    commit(run, 10, f"data.path={first}", tokenizers={"text_tokenizer": "t1", "image_tokenizer": "i1"})
+    check(run, f"data.path={first}")
+    check(run, f"data.path={text}", yes=True)
+    with pytest.raises(DataError, match=r"image tokenizer \(i2\) is another than that of .*step_0*10 \(i1\)") as raised:
+        check(run, f"data.path={other}", yes=True)
+    assert raised.value.exit_status == 3

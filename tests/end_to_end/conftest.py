@@ -1,7 +1,8 @@
-"""Fixtures of the end-to-end tests: one tiny data set, prepared once."""
+"""Fixtures of the end-to-end tests: one tiny data set, prepared once, and models exported once."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,24 @@ def config(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
     file.write_text(yaml.safe_dump({**SETTINGS, "data": {**SETTINGS["data"], "path": str(digits)}}))
     return file
+
+
+@pytest.fixture(scope="session")
+def exported(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of 30 steps, to be read only: `dense`; `tiny` with routers; `bare` without; `tiny-hf`, `dense-hf`."""
+    from mmscale.train import auxiliary_stage  # noqa: F401  what forked commands would import one by one
+
+    folder = tmp_path_factory.mktemp("exported")
+    train = ("train", config, f"run.dir={folder}", "train.steps=30", "checkpoint.every=0", "parallel.ep=1")
+    train = (*train, "checkpoint.asynchronous=false", "train.eval_every=0")
+    dense = ("run.name=dense", "model.kind=dense", "model.depth=null", "model.experts.counts={}")
+    stage = ("--stage", "auxiliary", "auxiliary.steps=12", "auxiliary.optim.lr=1e-2", "auxiliary.calibration_batches=2")
+    for arguments in ((*train, *dense), train):
+        ended = mmscale(*arguments)
+        assert ended.status == 0, ended
+    shutil.copytree(folder / "tiny", folder / "bare")
+    to_hf = [("convert", "to-hf", folder / name, folder / f"{name}-hf") for name in ("tiny", "dense")]
+    for arguments in ((*train, *stage), *to_hf):
+        ended = mmscale(*arguments)
+        assert ended.status == 0, ended
+    return folder

@@ -109,7 +109,11 @@ def _auxiliary(config: Config, nproc: int | None, run_dir: Path, *, as_json: boo
 
 def evaluate(
     run: Annotated[
-        str, typer.Argument(metavar="RUN[@STEP]", help="Run folder; newest checkpoint unless a step is named.")
+        str,
+        typer.Argument(
+            metavar="RUN[@STEP]|HF_DIR",
+            help="Run folder (newest checkpoint unless a step is named), or a folder of `convert to-hf`.",
+        ),
     ],
     data: Annotated[
         Path | None,
@@ -118,28 +122,42 @@ def evaluate(
         ),
     ] = None,
     routing: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--routing",
             metavar="MODE",
+            show_default="batch; of an export: what its config.json says",
             help="batch: experts choose among all tokens, later ones too; causal: auxiliary routers decide; top1: they "
             "pick one expert per token; threshold: averaged cut-offs decide.",
         ),
-    ] = "batch",
+    ] = None,
     batches: Annotated[
         int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Loss and perplexity of each modality on held-out data, and accuracy where the data has a task."""
-    folder, step = split_step(run)
-    if routing not in _ROUTINGS:
-        raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(_ROUTINGS)}")
-    from mmscale.inference.evaluate import evaluate_run
-    from mmscale.model.mixed_modal import Routing
+    """Loss and perplexity of each modality on held-out data, and accuracy where the data has a task.
 
-    result = evaluate_run(folder, step=step, data=data, batches=batches, routing=Routing(routing))
-    result.setdefault("routing", routing)
+    An export is computed by transformers, without the network and without the code in its folder.
+    """
+    folder, step = split_step(run)
+    if routing is not None and routing not in _ROUTINGS:
+        raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(_ROUTINGS)}")
+    if (folder / "config.json").is_file():
+        if routing == "batch":
+            raise UsageError(
+                "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"
+            )
+        from checkpoints_tools.hf_evaluate import evaluate_export
+
+        result = evaluate_export(folder, step=step, data=data, batches=batches, routing=routing)
+    else:
+        from mmscale.inference.evaluate import evaluate_run
+        from mmscale.model.mixed_modal import Routing
+
+        chosen = Routing(routing or "batch")
+        result = evaluate_run(folder, step=step, data=data, batches=batches, routing=chosen)
+        result.setdefault("routing", chosen.value)
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
 
 

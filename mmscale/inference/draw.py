@@ -22,8 +22,8 @@ from mmscale.data.source import Source
 from mmscale.data.text_tokens import open_text_tokenizer
 from mmscale.data.vocab import BOI, BOS, PAD
 from mmscale.errors import DataError
-from mmscale.inference.evaluate import SPLIT
 from mmscale.inference.model import RunModel
+from mmscale.inference.scores import SPLIT
 
 
 @dataclass(frozen=True)

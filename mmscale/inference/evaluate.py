@@ -1,24 +1,26 @@
-"""`mmscale eval`: losses, perplexities and task accuracies of a checkpoint on held-out data, under any routing."""
+"""`mmscale eval` of a run: losses, perplexities and task accuracies of a checkpoint on held-out data, any routing."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mmscale.config import Config
-from mmscale.data.manifest import read_manifest
+from mmscale.data.manifest import check_tokenizers, read_manifest
 from mmscale.data.mixture import open_mixture
-from mmscale.data.tasks import read_task
+from mmscale.data.packed import fill_rows, pack_rows
 from mmscale.inference.model import RunModel, open_run
-from mmscale.inference.tasks import choice_accuracy
+from mmscale.inference.scores import SPLIT, measured, with_data
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.mixed_modal import Routing
 from mmscale.train.auxiliary import figures, table
 from mmscale.train.evaluate import evaluate
 from mmscale.train.step import Stepper
-
-SPLIT = "validation"
 
 
 def evaluate_run(
@@ -41,28 +43,47 @@ def evaluate_run(
 
     Raises:
         UsageError: the checkpoint has nothing for that routing.
+        DataError: the data set is missing, damaged, or made with other tokenizers.
     """
     with open_run(run, step=step) as model:
         model.require(routing)
         config = model.config
         if data is not None:
-            config = _with_data(config, data)
-        losses = _losses(model, config, batches, routing)
-        result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value} | losses
-        result |= _perplexities(losses)
-        if len(config.data.sources) > 1:
-            for name, place in _named(config).items():
-                own = _losses(model, _with_data(config, place), batches, routing)
-                result |= {f"source/{name}/{key}": value for key, value in (own | _perplexities(own)).items()}
-        for source in config.data.sources:
-            folder = Path(source.path)
-            manifest = read_manifest(folder)
-            for task in manifest.tasks:
-                items = read_task(folder, manifest, task.name)
-                result[f"accuracy/{task.name}"] = choice_accuracy(model, items, routing=routing)
+            check_tokenizers(data, read_manifest(data), model.tokenizers, where=f"step {model.step} of {run}")
+            config = with_data(config, data)
+        result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
+        result |= measured(_RunScorer(model, routing, batches), config)
         if not routing.leaks and model.config.model.routes:
-            result |= _against_batch(model, config, batches, losses, routing)
+            result |= _against_batch(model, config, batches, result, routing)
         return result
+
+
+@dataclass(frozen=True)
+class _RunScorer:
+    """A run's checkpoint under one routing, on so many global batches."""
+
+    model: RunModel
+    routing: Routing
+    batches: int | None
+
+    def losses(self, config: Config) -> dict[str, float]:
+        """As training measures them."""
+        return _losses(self.model, config, self.batches, self.routing)
+
+    def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+        """For each document [tokens, vocabulary]; documents share sequences, as in training."""
+        length, size = self.model.config.model.seq_length, self.model.config.train.micro_batch_size
+        rows = fill_rows(documents, seq_length=length)
+        found: list[NDArray[np.float32]] = []
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            content = [[documents[number] for number in row] for row in part]
+            batch, places = pack_rows(content, vocabulary=self.model.vocabulary, seq_length=length)
+            log_p = self.model.logits(batch, self.routing).log_softmax(dim=-1).numpy()
+            for row, row_places in zip(part, places, strict=True):
+                for number, place in zip(row, row_places, strict=True):
+                    found.append(log_p[place.row, place.start : place.start + len(documents[number])].copy())
+        return found
 
 
 def _against_batch(
@@ -94,24 +115,3 @@ def _losses(
         routing=routing,
         learning=learning,
     )
-
-
-def _named(config: Config) -> dict[str, Path]:
-    """Data sets of a blend by the names of their folders, or by their paths where those repeat."""
-    folders = [Path(source.path) for source in config.data.sources]
-    names = [folder.name for folder in folders]
-    return dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders, strict=True))
-
-
-def _with_data(config: Config, folder: Path) -> Config:
-    changed = config.data.model_copy(update={"path": str(folder), "blend": ()})
-    return config.model_copy(update={"data": changed})
-
-
-def _perplexities(losses: dict[str, float]) -> dict[str, float]:
-    """`perplexity/<modality>` of every `loss/<modality>`."""
-    return {
-        name.replace("loss/", "perplexity/", 1): math.exp(min(loss, 700.0))
-        for name, loss in losses.items()
-        if name.startswith("loss/")
-    }

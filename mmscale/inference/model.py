@@ -41,6 +41,7 @@ class RunModel:
         groups: process groups of this one process.
         module: GPTModel, in Float16Module for bf16.
         vocabulary: ids of the modalities.
+        tokenizers: fingerprints of those of training, as in a data set's manifest; empty if the checkpoint is too old.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class RunModel:
     groups: ProcessGroupCollection
     module: torch.nn.Module
     vocabulary: Vocabulary
+    tokenizers: dict[str, str]
 
     def require(self, routing: Routing) -> None:
         """Refuse a routing that this checkpoint has nothing for.
@@ -115,7 +117,8 @@ def open_run(run: Path, *, step: int | None = None, dtype: str | None = None) ->
     store = Store.of_run(run)
     chosen = store.choose(step)
     require_whole(store.path(chosen), step=chosen, allow_missing=config.checkpoint.allow_missing)
-    check_shape(config, store.info(chosen).get("shape", {}), where=str(store.path(chosen)))
+    info = store.info(chosen)
+    check_shape(config, info.get("shape", {}), where=str(store.path(chosen)))
     routers = find_routers(run, chosen) if config.model.routes else None
     if routers is not None:
         config = _with_width(config, routers[1])
@@ -131,7 +134,8 @@ def open_run(run: Path, *, step: int | None = None, dtype: str | None = None) ->
             wanted = router_tensors([module], sharded.metadata())
             load_router_tensors([module], sharded.read(source, wanted, partly=True))
         wrapped = Float16Module(transformer, module) if transformer.bf16 else module
-        yield RunModel(config, chosen, groups, wrapped, Vocabulary.from_config(config.vocab))
+        vocabulary = Vocabulary.from_config(config.vocab)
+        yield RunModel(config, chosen, groups, wrapped, vocabulary, dict(info.get("tokenizers") or {}))
     finally:
         process_groups.finalize()
 

@@ -1,0 +1,145 @@
+"""`mmscale eval` of an exported folder: what transformers computes from it, on the data of a run's evaluation.
+
+A row is one document here, where a run packs several into a sequence: causal routing decides for a token from its own
+document alone, so that both give the same numbers but for rounding. generator.py loads the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from checkpoints_tools.generator import Generator, open_generator
+from checkpoints_tools.to_hf import REPORT
+from mmscale.config import Config
+from mmscale.config.derived import global_micro_batches
+from mmscale.data.manifest import check_tokenizers, check_vocabulary, named_sources, read_manifest
+from mmscale.data.mixture import MicroBatch, open_mixture
+from mmscale.data.vocab import PAD, Vocabulary
+from mmscale.errors import CheckpointError
+from mmscale.inference.scores import SPLIT, measured, with_data
+from mmscale.train.step import mean_losses
+
+# Logits of a batch, fp32: 128 MiB at most, or one row.
+_LOGITS = 2**25
+
+
+def evaluate_export(
+    folder: Path, *, step: int | None, data: Path | None, batches: int | None, routing: str | None
+) -> dict[str, Any]:
+    """Evaluate an exported folder in this process.
+
+    Args:
+        folder: what `mmscale convert to-hf` made.
+        step: must be None: an export has no steps.
+        data: a prepared data set; None: the one that the model was trained on, by the path it had.
+        batches: global batches of the run's configuration; None: the whole held-out split.
+        routing: causal, top1 or threshold; None: as config.json says.
+
+    Returns:
+        `run` (the folder), `step` (None), `routing`, and what `mmscale.inference.scores.measured` gives.
+
+    Raises:
+        CheckpointError: the folder is damaged, no export of ours, or has nothing for that routing.
+        DataError: the data set is missing, damaged, or made with another vocabulary or other tokenizers.
+        UsageError: a step was named.
+    """
+    generator = open_generator(folder, step, routing=routing)
+    config = generator.config if data is None else with_data(generator.config, data)
+    vocabulary, trained = Vocabulary.from_config(config.vocab), _tokenizers(folder)
+    for source in named_sources(config):
+        place = Path(source.path)
+        manifest = read_manifest(place)
+        check_vocabulary(place, manifest, vocabulary)
+        check_tokenizers(place, manifest, trained, where=str(folder))
+    result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
+    return result | measured(_ExportScorer(generator, vocabulary, batches), config)
+
+
+def _tokenizers(folder: Path) -> dict[str, str]:
+    """Fingerprints of the tokenizers that the export was made with."""
+    try:
+        data = json.loads((folder / REPORT).read_text(encoding="utf-8"))["data"]
+        return {name: data[name] for name in ("text_tokenizer", "image_tokenizer")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / REPORT} cannot be read: {error}", remedy="export it again: `mmscale convert to-hf`"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _ExportScorer:
+    """A model of transformers, on so many global batches."""
+
+    generator: Generator
+    vocabulary: Vocabulary
+    batches: int | None
+
+    def losses(self, config: Config) -> dict[str, float]:
+        """Over the labels of the documents that the run's evaluation reads."""
+        mixture = open_mixture(config, SPLIT, vocabulary=self.vocabulary)
+        number = mixture.len_epoch()
+        if self.batches is not None:
+            number = min(number, self.batches * global_micro_batches(config))
+        modalities = len(self.vocabulary.names)
+        total = torch.zeros(modalities + 1, 2, dtype=torch.float64)  # as in mmscale.train.loss
+        for index in range(number):
+            documents = list(_documents(mixture.micro_batch(index)))
+            for rows, logits in self._logits([tokens for tokens, _, _ in documents]):
+                for row, logits_SV in zip(rows, logits, strict=True):
+                    _, labels, mask = documents[row]
+                    of_label = torch.from_numpy(self.vocabulary.modality_of(labels)).long()
+                    log_z = logits_SV[: len(labels)].logsumexp(dim=-1)
+                    ce = log_z - logits_SV[: len(labels)].gather(1, torch.from_numpy(labels)[:, None])[:, 0]
+                    trained = torch.from_numpy(mask) > 0
+                    for modality in range(modalities):
+                        own = ce[trained & (of_label == modality)].double()
+                        total[modality] += torch.tensor([own.sum(), len(own)])
+                    total[-1] += torch.tensor([log_z[trained].double().square().sum(), int(trained.sum())])
+        return mean_losses(total, self.vocabulary.names)
+
+    def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+        """For each document [tokens, vocabulary]."""
+        found: dict[int, NDArray[np.float32]] = {}
+        for rows, logits in self._logits(documents):
+            log_p = logits.log_softmax(dim=-1).numpy()
+            found |= {row: log_p[place, : len(documents[row])].copy() for place, row in enumerate(rows)}
+        return [found[row] for row in range(len(documents))]
+
+    @torch.no_grad()
+    def _logits(self, documents: Sequence[NDArray[np.int64]]) -> Iterator[tuple[list[int], Tensor]]:
+        """Documents of similar lengths in batches: their numbers, and logits fp32 [rows, longest, vocabulary].
+
+        Padding stands behind, where no token of a causal model sees it.
+        """
+        model = self.generator.model
+        by_length = sorted(range(len(documents)), key=lambda number: len(documents[number]), reverse=True)
+        while by_length:
+            longest = len(documents[by_length[0]])
+            count = max(1, _LOGITS // (longest * self.generator.config.vocab.padded_size))
+            rows, by_length = by_length[:count], by_length[count:]
+            ids = torch.full((len(rows), longest), PAD)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(rows):
+                ids[place, : len(documents[row])] = torch.from_numpy(documents[row])
+                mask[place, : len(documents[row])] = 1
+            out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            yield rows, out.logits.float().cpu()
+
+
+def _documents(batch: MicroBatch) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
+    """Tokens, labels and loss mask of every document of packed sequences."""
+    for row in range(len(batch.tokens)):
+        used = int((batch.modality_ids[row] >= 0).sum())  # padding stands behind
+        starts = [*np.flatnonzero(batch.position_ids[row, :used] == 0), used]
+        for start, end in pairwise(starts):
+            yield batch.tokens[row, start:end], batch.labels[row, start:end], batch.loss_mask[row, start:end]

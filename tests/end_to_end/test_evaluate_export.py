@@ -1,0 +1,98 @@
+"""`mmscale eval` of an export gives the run's causal numbers, and says what it cannot evaluate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import checkpoints_tools.hf_evaluate  # noqa: F401  what forked commands would import one by one
+from tests.end_to_end.running import assert_says, mmscale
+
+SAME = 2e-6  # fp32, means over 600 documents
+
+
+def ok(*arguments: str | Path) -> str:
+    ended = mmscale(*arguments)
+    assert ended.status == 0, ended
+    return ended.out
+
+
+def evaluated(*arguments: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ok("eval", *arguments, "--json"))
+    return found
+
+
+def assert_same_numbers(export: dict[str, Any], run: dict[str, Any]) -> None:
+    numbers = {key: value for key, value in run.items() if isinstance(value, float)}
+    assert {"loss", "z_loss", "loss/text", "perplexity/image", "accuracy/digit"} <= numbers.keys()
+    assert {key: value for key, value in export.items() if isinstance(value, float)} == pytest.approx(numbers, rel=SAME)
+
+
+@pytest.mark.parametrize("routing", ["causal", "top1", None])
+def test_an_export_measures_what_its_run_measures(exported: Path, routing: str | None) -> None:
+    """The run packs documents into sequences of 64 tokens, the export has one in a row."""
+    name = "dense" if routing is None else "tiny"
+    asked = () if routing is None else ("--routing", routing)
+    export = evaluated(exported / f"{name}-hf", *asked)
+    assert_same_numbers(export, evaluated(exported / name, *asked))
+    assert export["routing"] == (routing or "none") and export["step"] is None
+
+
+def test_the_same_batches_and_every_source_of_a_blend(exported: Path, digits: Path, tmp_path: Path) -> None:
+    """Three global batches, of two sources: one in which no question is asked, and one that trains on images only."""
+    half, run, hf = tmp_path / "again", tmp_path / "tiny", tmp_path / "hf"
+    shutil.copytree(digits, half)
+    for table in half.rglob("*.meta.npy"):
+        content = np.load(table)
+        content[:, -1] = 2
+        np.save(table, content)
+    shutil.copytree(exported / "tiny", run)
+    shutil.copytree(exported / "tiny-hf", hf)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"path": None, "blend": [{"path": str(digits)}, {"path": str(half), "weight": 2.0}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    stored = json.loads((hf / "mmscale.json").read_text())
+    stored["config"]["data"] = settings["data"]
+    (hf / "mmscale.json").write_text(json.dumps(stored))
+    (hf / "MANIFEST.json").unlink()  # it is another export now
+    export = evaluated(hf, "--batches", "3")
+    assert_same_numbers(export, evaluated(run, "--routing", "causal", "--batches", "3"))
+    assert {f"source/{name}/loss/image" for name in (digits.name, half.name)} <= export.keys()
+    assert f"source/{half.name}/loss/text" not in export
+    assert export["loss"] != evaluated(hf)["loss"]
+
+
+def test_people_read_the_routing_beside_every_number(exported: Path) -> None:
+    text = ok("eval", exported / "tiny-hf", "--batches", "1")
+    numbers = [line for line in text.splitlines() if line.startswith(("loss", "perplexity", "accuracy"))]
+    assert len(numbers) >= 6 and {line.split()[-1] for line in numbers} == {"causal"}
+    assert "use the future" not in text
+
+
+def test_what_cannot_be_evaluated_is_said(exported: Path, digits: Path, tmp_path: Path) -> None:
+    hf = exported / "tiny-hf"
+    ended = mmscale("eval", hf, "--routing", "batch")
+    assert_says(ended, status=2, cause="batch routing needs a run", remedy="--routing causal")
+    ended = mmscale("eval", f"{hf}@3")
+    assert_says(ended, status=2, cause="has no steps", remedy="tiny-hf")
+    ended = mmscale("eval", hf, "--data", tmp_path / "none")
+    assert_says(ended, status=3, cause="there is no folder", remedy="data prepare")
+    other = Path(shutil.copytree(digits, tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"image_tokenizer": "another"}))
+    for model in (hf, exported / "tiny"):
+        ended = mmscale("eval", model, "--data", other)
+        assert_says(ended, status=3, cause=r"image tokenizer of .*other \(another\) is another", remedy="tokenizers of")
+    damaged = Path(shutil.copytree(hf, tmp_path / "damaged"))
+    (damaged / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-9])
+    assert_says(mmscale("eval", damaged), status=4, cause="is damaged", remedy="export it again")
+    (damaged / "conversion_report.json").unlink()
+    (damaged / "MANIFEST.json").unlink()
+    shutil.copy(hf / "model.safetensors", damaged)
+    assert_says(mmscale("eval", damaged), status=4, cause="conversion_report.json cannot be read", remedy="again")

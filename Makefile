@@ -16,13 +16,14 @@ EVALS := $(VENV)/.installed-evals
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help quickstart test lint pytest soak clean
+.PHONY: help quickstart test lint pytest soak killed clean
 
 help:
-	@echo "make quickstart   install, prepare real data, train, evaluate and draw on this machine"
+	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
 	@echo "make test         install, lint and run all tests"
 	@echo "make lint         ruff, mypy and import contracts only"
 	@echo "make soak         200 random kills of a run, which ends with the same numbers"
+	@echo "make killed       the quickstart, killed in three places, ends with the same numbers"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
 
 # Depends on what decides the packages; installing twice changes nothing.
@@ -43,17 +44,22 @@ $(EVALS): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev,evals]'
 	@touch $@
 
-# The second time everything is there: preparing and training say so, and only evaluation and pictures are made again.
+# The second time everything is there: preparing, training and exporting say so, and only evaluations and pictures are made
+# again. STRICT=--strict: fail where the model misses a target.
 RUN := runs/quickstart
 DIGITS := zero one two three four five six seven eight nine
+STRICT ?=
 quickstart: $(STAMP)
 	$(BIN)/mmscale data prepare configs/quickstart.yaml --out data/digits
 	$(BIN)/mmscale train configs/quickstart.yaml --nproc 2
 	$(BIN)/mmscale train configs/quickstart.yaml --stage auxiliary --nproc 2
 	$(BIN)/mmscale eval $(RUN) --routing causal
-	$(BIN)/mmscale sample $(RUN) $(foreach digit,$(DIGITS),--prompt "draw a $(digit)") --count 8 --out $(RUN)/drawings
+	$(BIN)/mmscale convert to-hf $(RUN) $(RUN)/hf
+	$(BIN)/mmscale eval $(RUN)/hf --json > $(RUN)/evaluation.json
+	$(BIN)/mmscale sample $(RUN)/hf $(foreach digit,$(DIGITS),--prompt "draw a $(digit)") --count 20 --guidance 2 --recognise \
+	  --out $(RUN)/drawings --json > $(RUN)/drawings.json
 	$(BIN)/mmscale report $(RUN) --out $(RUN)/curves.png
-	@echo "pictures: $(RUN)/curves.png $(RUN)/drawings/samples.png"
+	@$(BIN)/python tests/quickstart_summary.py $(RUN) $(STRICT)
 
 test: lint pytest
 
@@ -70,6 +76,10 @@ pytest: $(STAMP) $(EVALS)
 KILLS := 200
 soak: $(STAMP)
 	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/end_to_end/test_kills.py -k random
+
+# Beside one that nobody disturbs; the suite does the same with a tiny model.
+killed: quickstart
+	MMSCALE_QUICKSTART=$(CURDIR)/$(RUN) $(BIN)/python -m pytest -q -s tests/end_to_end/test_quickstart.py -k make
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

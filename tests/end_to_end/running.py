@@ -19,7 +19,7 @@ from pathlib import Path
 from mmscale.runtime.rank_env import free_port
 
 ROOT = Path(__file__).parents[2]
-_MARK = "MMSCALE_TEST_COMMAND"
+MARK = "MMSCALE_TEST_COMMAND"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Started:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != self.process.pid:
                 try:
-                    if f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                         found.append(int(entry.name))
                 except OSError:
                     continue
@@ -162,7 +162,7 @@ def _stat(pid: int) -> list[str]:
 def start(*arguments: str | Path, environ: dict[str, str] | None = None) -> Started:
     """`python -m mmscale ARGUMENTS`, for real."""
     mark = uuid.uuid4().hex
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {}), _MARK: mark}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {}), MARK: mark}
     command = [sys.executable, "-m", "mmscale", *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return Started(process, mark)

@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 from mmscale.config.values import parse_integer, parse_number, parse_seconds
@@ -242,7 +243,8 @@ class ImageTokenizerConfig(Section):
     """Pixels to discrete codes and back."""
 
     kind: Literal["levels", "kmeans", "vq"] = setting(
-        "levels: each pixel's grey level; kmeans: a codebook of patches fitted to the data; vq: a transformers VQ-VAE.",
+        "levels: each pixel's grey level; kmeans: a codebook of patches fitted to the data; vq: a transformers VQ-VAE. "
+        "hf:FOLDER is short for vq with that path.",
         "kmeans",
     )
     size: Count = setting("Images are brought to size x size pixels.", 64, unit="pixels")
@@ -254,8 +256,20 @@ class ImageTokenizerConfig(Section):
         0,
         unit="codes",
     )
-    path: str | None = setting("Local folder of the VQ model (vq) or of a fitted codebook to reuse (kmeans).", None)
+    path: str | None = setting(
+        "Local folder of the VQ model, or of a Janus or Emu3 model that has one (vq); or of a fitted codebook to reuse "
+        "(kmeans).",
+        None,
+    )
     fit_patches: Count = setting("Patches that k-means is fitted to, at most.", 200_000, unit="patches")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        kind = given.get("kind") if isinstance(given, dict) else None
+        if not isinstance(kind, str) or not kind.startswith("hf:") or given.get("path") is not None:
+            return given  # two folders: kind is refused
+        return given | {"kind": "vq", "path": kind.removeprefix("hf:")}
 
 
 class EmojiConfig(Section):
@@ -487,6 +501,12 @@ class ResilienceConfig(Section):
         2,
         unit="restarts",
         source="NVRx ft_launcher: 3 cycles",
+    )
+    hang_timeout: Seconds | None = setting(
+        "No step ends for this long: ranks write down where they stand, and the attempt ends as a crash; default: ten "
+        "times the longest time between two steps so far (evaluation and saves included), but five minutes at least.",
+        None,
+        unit="seconds",
     )
     anomaly: AnomalyConfig = setting("NaN, Inf and spikes.", AnomalyConfig())
     parameter_hash_every: Index = setting(

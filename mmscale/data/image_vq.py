@@ -24,6 +24,9 @@ from mmscale.errors import DataError
 
 # model_type of config.json -> class of transformers
 _CLASSES = {"chameleon_vqgan": "ChameleonVQVAE", "janus_vqgan": "JanusVQVAE", "emu3_vqgan": "Emu3VQVAE"}
+# whole models, of which only this part is read
+_WHOLE = {"janus": "JanusVQVAE", "emu3": "Emu3VQVAE"}
+_PART = {r"^(model\.)?vqmodel\.": ""}
 _BATCH = 8  # images of a forward pass; fixed, so that codes do not depend on how documents fall into parts
 _MODEL = "model"
 
@@ -67,29 +70,43 @@ class VQTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: Path, *, size: int, channels: int) -> VQTokenizer:
-        """Read the model from a local folder as `save_pretrained` wrote it.
+        """Read the model from a local folder as `save_pretrained` wrote it: by itself, or within a Janus or Emu3 model.
 
         Pixel normalisation comes from preprocessor_config.json if there is one, else pixels go to -1..1.
 
         Raises:
             DataError: the folder is missing, holds another model or incomplete weights.
         """
-        remedy = "name a local folder of a ChameleonVQVAE, JanusVQVAE or Emu3VQVAE in data.prepare.image.path"
+        remedy = "name a local folder of a JanusVQVAE, Emu3VQVAE or ChameleonVQVAE in data.prepare.image.path"
         try:
             model_type = json.loads((path / "config.json").read_text()).get("model_type")
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"image tokenizer: {path} is not a model folder: {error}", remedy=remedy) from error
-        if model_type not in _CLASSES:
+        name = _CLASSES.get(model_type) or _WHOLE.get(model_type)
+        if name is None:
             raise DataError(f"image tokenizer: {path} holds a model of type {model_type!r}", remedy=remedy)
         try:
-            model_class = getattr(importlib.import_module("transformers"), _CLASSES[model_type])
+            transformers = importlib.import_module("transformers")
+            model_class = getattr(transformers, name)
         except ModuleNotFoundError as error:
             raise DataError("image tokenizer: kind vq needs transformers", remedy="pip install transformers") from error
         try:
             with _quiet():
+                whole = None  # by way of its configuration, where Janus works out the number of patches
+                if model_type in _WHOLE:
+                    whole = transformers.AutoConfig.from_pretrained(path, local_files_only=True).vq_config
                 model, report = model_class.from_pretrained(
-                    path, local_files_only=True, output_loading_info=True, dtype=torch.float32
+                    path,
+                    config=whole,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    dtype=torch.float32,
+                    key_mapping=_PART if whole is not None else None,
                 )
+                if whole is not None:  # without the mapping of names, which transformers would turn round in saving
+                    weights = model.state_dict()
+                    model = model_class(whole)
+                    model.load_state_dict(weights)
         except Exception as error:  # transformers and safetensors raise their own kinds
             raise DataError(f"image tokenizer: {path} cannot be loaded: {error}", remedy=remedy) from error
         # transformers fills missing weights with noise and only warns
@@ -188,9 +205,16 @@ class VQTokenizer:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers draws a progress bar for every file, in every worker, across ours."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    """Transformers draws a progress bar for every file, in every worker, across ours, and lists what it leaves out."""
+    from transformers.utils import logging  # image_vq.py is imported where transformers is missing, too
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _normalisation(path: Path, channels: int) -> tuple[list[float], list[float]]:

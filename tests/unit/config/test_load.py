@@ -50,6 +50,13 @@ class TestGoodFiles:
         assert config.train.steps == 1000
         assert config.model.experts.counts == {"text": 4, "image": 4}
 
+    def test_hf_and_a_folder_is_short_for_a_vq_model(self, small: Path) -> None:
+        long = ["data.prepare.image.kind=vq", "data.prepare.image.path=models/janus"]
+        source = "data.prepare.documents=[a]"
+        assert load(small, ["data.prepare.image.kind=hf:models/janus", source]) == load(small, [*long, source])
+        twice = refused(small, "data.prepare.image.kind=hf:models/janus", "data.prepare.image.path=other", source)
+        assert "data.prepare.image.kind is hf:models/janus" in twice.cause.replace('"', "")
+
     def test_resolve_takes_a_mapping(self, small: Path) -> None:
         values = {"run": {"name": "small"}, "model": load(small).model.model_dump()}
         assert resolve(values, ["optim.lr=3e-4"]) == load(small, ["optim.lr=3e-4"])

@@ -240,3 +240,51 @@ def test_vq_models_that_do_not_fit(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(DataError, match="model of type 'llama'"):
         VQTokenizer.from_pretrained(folder, size=16, channels=3)
+
+
+def whole_model(kind: str, folder: Path) -> Any:
+    """A tiny Janus or Emu3 with all its parts, written by transformers; the model."""
+    import torch
+    import transformers
+
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": 200, "pad_token_id": 0}
+    vq: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+    torch.manual_seed(1)
+    if kind == "janus":
+        own = {"num_embeddings": 64, "embed_dim": 8, "latent_channels": 8, "num_patches": 8, "projection_dim": 32}
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 64, "patch_size": 8, "projection_dim": 32}
+        config: Any = transformers.JanusConfig(
+            text_config=text | {"model_type": "llama"},
+            vision_config=vision,
+            vq_config=vq | own | {"num_hidden_layers": 1},
+        )
+        model: Any = transformers.JanusForConditionalGeneration(config)
+    else:
+        own = {"codebook_size": 64, "attn_resolutions": [], "hidden_size": 32}
+        names = {"<image>": 190} | {f"<|visual token {number:06}|>": 100 + number for number in range(64)}
+        config = transformers.Emu3Config(vq_config=vq | own, text_config=text, vocabulary_map=names)
+        model = transformers.Emu3ForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return model.model.vqmodel
+
+
+@pytest.mark.parametrize("kind", ["janus", "emu3"])
+def test_vq_within_a_whole_model(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its own weights and nothing of the rest; and without a report on the rest in every worker."""
+    from mmscale.data.image_vq import VQTokenizer
+
+    part = whole_model(kind, tmp_path / "whole")
+    part.save_pretrained(tmp_path / "part")
+    capfd.readouterr()
+    tokenizer = VQTokenizer.from_pretrained(tmp_path / "whole", size=16, channels=3)
+    assert capfd.readouterr() == ("", "")
+    alone = VQTokenizer.from_pretrained(tmp_path / "part", size=16, channels=3)
+    assert tokenizer.fingerprint() == alone.fingerprint()
+    codes = tokenizer.encode(photos(2))
+    np.testing.assert_array_equal(alone.encode(photos(2)), codes)
+    save_whole(tokenizer, tmp_path / "image_tokenizer", measured={})
+    loaded = open_image_tokenizer(tmp_path)
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    np.testing.assert_array_equal(loaded.decode(codes), tokenizer.decode(codes))

@@ -255,11 +255,12 @@ def _modalities(histories: Mapping[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _engineering(value: float, _position: float) -> str:
-    """Tick labels: 12k, 3M, 1e-4."""
+    """Tick labels: 12k, 3M, 1e-4, 2.5e-3."""
     if value == 0:
         return "0"
     if abs(value) < 0.01:
-        return f"{value:.0e}".replace("e-0", "e-")
+        digits, _, exponent = f"{value:.1e}".partition("e-")
+        return f"{float(digits):g}e-{int(exponent)}"
     for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{suffix}"

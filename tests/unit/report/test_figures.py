@@ -101,3 +101,11 @@ def test_summary(tmp_path: Path) -> None:
     assert facts["tokens per second, median"] == "10,000"
     assert facts["fault"] == "1"
     assert not any("MFU" in name for name in facts)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(0.0, "0"), (2.5e-3, "2.5e-3"), (3e-3, "3e-3"), (-1e-4, "-1e-4"), (9.96e-3, "1e-2"), (0.5, "0.5"), (15e3, "15k")],
+)
+def test_tick_labels_tell_ticks_apart(value: float, label: str) -> None:
+    assert figures._engineering(value, 0) == label

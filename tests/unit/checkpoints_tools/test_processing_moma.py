@@ -101,3 +101,23 @@ def test_grammar() -> None:
     text = [0, 1, 2, 3, 5, 6, 7, 8, 9]
     image = [10, 11, 12, 13]
     assert allowed == [text, image, image, [4], text]
+
+
+def test_text_of_a_user_never_becomes_a_special_or_an_image_token(tmp_path: Path) -> None:
+    """Whatever names the shipped tokenizer has for them; also as the text around real images, and as a batch."""
+    image = tokenizer_of("levels", tmp_path)
+    processor = processor_with(image, tmp_path / "export")
+    names = [*processor.tokenizer.all_special_tokens, *processor.tokenizer.get_added_vocab()]
+    assert {"<s>", "</s>", "<boi>", "<eoi>", "<pad>"} <= set(names) and len(set(names)) > 5
+    text = "a" + " ".join(dict.fromkeys(names)) + "".join(names[:6])
+    picture = np.zeros((8, 8, 1), np.uint8)
+    plain = processor.encode([text])
+    assert plain[0] == 1 and min(plain[1:]) >= 5 and max(plain) < TEXT
+    assert processor(text=text, max_length=4096, return_tensors=None)["input_ids"] == [plain]
+    codes = (image.encode(picture[None])[0] + TEXT).tolist()
+    assert processor.encode([text, picture, text]) == [*plain, 3, *codes, 4, *plain[1:]]
+    around = processor(text=[f"{text}<image>{text}"], images=[picture], max_length=4096, return_tensors=None)[
+        "input_ids"
+    ]
+    assert around == [[*plain, 3, *codes, 4, *plain[1:]]]
+    assert processor.pieces(plain) == [text]  # and it is read back as it was written

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from samples import config, corpus, image, picture, save_picture, text, write_jsonl
 from test_image_tokens import save_model
 
+from mmscale.data.image_tokens import open_image_tokenizer
 from mmscale.data.inspect_set import draw_sample, summary
 from mmscale.data.prepare import prepare
 from mmscale.errors import DataError
@@ -94,3 +96,26 @@ def test_tokenizer_that_cannot_draw_shows_codes(tmp_path: Path) -> None:
     (codes,) = [item for item in found["content"] if item["type"] == "tokens"]
     assert len(codes["ids"]) == 64 and found["images"] == []
     assert "psnr_db" in summary(tmp_path / "out")["image_tokenizer"]
+
+
+def test_images_through_a_neural_tokenizer_and_back(tmp_path: Path) -> None:
+    """`hf:FOLDER` from documents to a PNG file; the model's folder is not needed any more then."""
+    model = save_model("JanusVQVAE", tmp_path / "model")
+    save_picture(tmp_path / "in/one.png", 1, size=16, channels=3)
+    content = [{"type": "text", "text": "<boi>a picture</s>"}, {"type": "image", "path": "one.png"}]
+    documents = write_jsonl(tmp_path / "in/docs.jsonl", [{"id": "a", "content": content}])
+    settings = config(
+        vocab={"text": 300, "image": 64},
+        documents=[str(documents)],
+        image={"kind": f"hf:{model}", "size": 16, "channels": 3},
+        held_out=0,
+    )
+    manifest = prepare(settings, tmp_path / "out", progress=False)
+    shutil.rmtree(model)
+    tokenizer = open_image_tokenizer(tmp_path / "out")
+    assert manifest.image_tokenizer == tokenizer.fingerprint() and manifest.tokens_per_image == 64
+    found = draw_sample(tmp_path / "out", 0, tmp_path / "pictures")
+    assert found["content"][0]["text"] == "<boi>a picture</s>"  # text, and no marks
+    (file,) = found["images"]
+    codes = tokenizer.encode(picture(1, size=16, channels=3)[None])
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(file)), tokenizer.decode(codes)[0])

@@ -26,7 +26,7 @@ def add(file: Path, nodes: Sequence[str], *, reason: str) -> list[str]:
     new = [node for node in nodes if _NODE.match(node) and node not in read(file)]
     if new:
         file.parent.mkdir(parents=True, exist_ok=True)
-        said = re.sub(r"\s+", " ", reason).replace("#", "")
+        said = " ".join(reason.replace("#", " ").split())
         text = "".join(f"{node}  # {said}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n" for node in new)
         with file.open("ab") as opened:
             os.write(opened.fileno(), text.encode())  # one write: several jobs may find bad nodes at once

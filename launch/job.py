@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch import cordon, scheduler
+from launch import nodes, scheduler
 from launch import record as records
 from launch.policy import GAVE_UP, STOPPED, Action, Budget, Ending, crashed, decide
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError, MmscaleError
-from mmscale.resilience import lease
+from mmscale.resilience import lease, watchdog
 from mmscale.runtime.rank_env import expand_hostlist
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
@@ -92,12 +92,16 @@ class Supervisor:
         """The whole of it; returns the job's exit status."""
         self._refuse_other_owner()
         self._remove_stale_results()
-        lost = self._cordon_lost_nodes()
+        lost = self._lost_nodes()
         self._keep(self._budget())  # now: the first attempt is measured against what is there before it
         number = 0
         while True:
             if records.stop_asked(self.folder) or self.signals:
                 return self._end_before_ranks()
+            if number == 0 and self.slurm:
+                bad = nodes.examine(self.record, self.profile, interrupted=lambda: bool(self.signals))
+                if bad:
+                    self._refuse(bad)
             attempt = next_attempt(self.run_dir)
             lease_id = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
             lease.take(self.run_dir, lease_id, attempt=attempt, job=self.job)
@@ -131,22 +135,13 @@ class Supervisor:
         elif other.host == os.uname().nodename and _lives(other.pid):
             raise LaunchError(f"{problem}process {other.pid}", remedy=f"`mmscale stop {self.run_dir}` ends it")
 
-    def _cordon_lost_nodes(self) -> dict[str, str]:
-        """Of the nodes that this job had before it was requeued, those that SLURM takes for dead by now.
-
-        The next launch is not to use them: they may be back by then, and no better.
-        """
-        if not self.slurm or self.restart == 0 or self.profile.cordon_file is None:
-            return {}
+    def _lost_nodes(self) -> dict[str, str]:
+        """Nodes that died under this job before it was requeued, if they are new in the cordon file."""
         mine = [event for event in read_events(self.run_dir) if event["event"] == "launch"]
-        if not mine or mine[-1].get("job") != self.job:
+        if not self.slurm or self.restart == 0 or not mine or mine[-1].get("job") != self.job:
             return {}
-        nodes = scheduler.bad_nodes(expand_hostlist(str(mine[-1].get("nodes", ""))))
-        file = Path(self.record.cwd) / self.profile.cordon_file
-        added = cordon.add(file, list(nodes), reason=f"lost by job {self.job}")
-        for node in added:
-            _say(f"node {node} is {nodes[node]}: written into {file}, and left out of later launches")
-        return {node: nodes[node] for node in added}
+        found = scheduler.bad_nodes(expand_hostlist(str(mine[-1].get("nodes", ""))))
+        return nodes.cordon(self.record, self.profile, found, reason=f"lost by job {self.job}")
 
     def _remove_stale_results(self) -> None:
         """What submitit left of an earlier start of this job would be taken for this one's."""
@@ -164,6 +159,24 @@ class Supervisor:
                 _say(f"{self.signals[-1]} before ranks were started: requeued")
                 self._requeue()
         return STOPPED
+
+    def _refuse(self, bad: dict[str, str]) -> None:
+        """End the job before ranks start.
+
+        SLURM changes the nodes that a job excludes only while it waits: requeued, this one could get the same again.
+
+        Raises:
+            LaunchError: always.
+        """
+        names = ",".join(sorted(bad))
+        with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
+            events.add("preflight_failed", job=self.job, restart=self.restart, nodes=bad)
+        nodes.cordon(self.record, self.profile, bad)
+        raise LaunchError(
+            "; ".join(f"node {node} is not fit to train on: {text}" for node, text in sorted(bad.items())),
+            remedy=f"`mmscale resume {self.run_dir}` leaves nodes of the cordon file out; by hand: #SBATCH "
+            f"--exclude={names}; a check is turned off by preflight.skip of the profile",
+        )
 
     # --- one attempt ------------------------------------------------------------------------------------------------
 
@@ -187,6 +200,15 @@ class Supervisor:
         except lease.FencedError as error:
             _say(f"error: {error.cause}")
             return Action.END, error.exit_status
+        if hung := watchdog.reports(logs):
+            events.add(
+                "hang",
+                attempt_id=lease_id,
+                ranks=watchdog.culprits(hung, world_size=self.record.world_size),
+                step=max(report.step for report in hung),
+                waited_s=max(report.waited_s for report in hung),
+                reports=str(logs / watchdog.FOLDER),
+            )
         budget = self._budget().ended(
             step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(self._ending(status, attempt))
         )

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from launch import cordon
 from mmscale.config.schema import Seconds, Section, setting
@@ -67,6 +75,18 @@ class Container(Section):
     workdir: Argument | None = setting("Working directory inside.", None)
 
 
+# CHECKS of slurm/preflight.py, which mypy cannot take as a Literal.
+Check = Literal["gpus", "gpu_idle", "gpu_memory_errors", "disk", "shared_memory", "run_folder", "clock"]
+
+
+class Preflight(Section):
+    """Checks of every node before ranks start."""
+
+    disk_gb: NonNegativeFloat = setting("Free space in the run folder's file system.", 1.0, unit="GB")
+    shared_memory_gb: NonNegativeFloat = setting("Free space in /dev/shm.", 0.1, unit="GB")
+    skip: dict[Check, Line] = setting("Checks that are turned off, and why each.", {})
+
+
 class Profile(Section):
     """One cluster, or one way to use it."""
 
@@ -88,6 +108,7 @@ class Profile(Section):
     )
     exclude: tuple[Nodes, ...] = setting("Nodes that are never used.", ())
     cordon_file: str | None = setting("Shared file of nodes found bad, one a line; they are not used either.", None)
+    preflight: Preflight = setting("Checks of every node before ranks start.", Preflight())
     setup: tuple[Line, ...] = setting("Shell lines before anything else, e.g. 'module load cuda'.", ())
     environment: dict[Variable, EnvironmentVariable] = setting("Variables of the job.", {})
     keep: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")], ...] = setting(

@@ -99,6 +99,7 @@ def _state(run: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
             return found | {"state": "finished", "nodes": shown.nodes}
         if shown.state == "FAILED":
             state = _FINAL.get(shown.exit_status, f"crashed (exit status {shown.exit_status})")
+            state = word if word == "unfit nodes" else state
             return found | {"state": state, "nodes": shown.nodes, "reason": _why(events) if state == "gave up" else ""}
         return found | {"state": word if word == "stopped" else shown.state, "nodes": shown.nodes}
     owner = lease.owner(run)
@@ -109,7 +110,13 @@ def _state(run: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _last_word(events: list[dict[str, Any]]) -> str | None:
     """How the last attempt ended by its own account."""
-    words = {"finish": "finished", "stop": "stopped", "gave_up": "gave up", "fault": "crashed"}
+    words = {
+        "preflight_failed": "unfit nodes",
+        "finish": "finished",
+        "stop": "stopped",
+        "gave_up": "gave up",
+        "fault": "crashed",
+    }
     for event in reversed(events):
         if event["event"] in words:
             return words[event["event"]]

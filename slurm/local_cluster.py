@@ -18,6 +18,7 @@ import ctypes
 import getpass
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -218,10 +219,14 @@ class Cluster:
 
         def back() -> bool:
             states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").split("\n")
-            bad = [line.split()[0] for line in states if line and ("down" in line or "drain" in line or "*" in line)]
-            for node in bad:
+            bad = {
+                line.split()[0]: line.split()[1] for line in states if line and re.search(r"down|drain|comp|\*", line)
+            }
+            for node, state in bad.items():
+                # A node whose slurmd died under a job waits for that job's end for ever, unless it is taken down first.
+                to = ["State=DOWN", "Reason=restored"] if "comp" in state else ["State=RESUME"]
                 with contextlib.suppress(ClusterError):  # it comes up by itself
-                    self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+                    self.run("scontrol", "update", f"NodeName={node}", *to)
             return not bad and len([line for line in states if line]) == nodes
 
         _until(back, within_s=_START_S, what="all nodes are back", pause_s=0.5)

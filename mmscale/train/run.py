@@ -24,6 +24,7 @@ from mmscale.resilience.inject import Faults
 from mmscale.resilience.lease import Fence, launched_attempt
 from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.resilience.signals import StopRequest
+from mmscale.resilience.watchdog import Watchdog
 from mmscale.runtime import device
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.groups import from_first
@@ -123,6 +124,11 @@ class _Attempt:
         self.memory: MemoryTier | None = stack.enter_context(
             memory_of(config, env, run=self.folder, attempt=self.number, tell=self.records.tell, warn=self.progress.say)
         )
+        self.watchdog = Watchdog(
+            rank=env.rank,
+            folder=self.folder / "logs" / f"attempt_{self.number}",
+            timeout_s=config.resilience.hang_timeout,
+        )
         self.clock = Throughput(
             flops_per_token=flops_per_token(config).training,
             world_size=env.world_size,
@@ -149,7 +155,8 @@ class _Attempt:
         gc.collect()
         gc.freeze()
         try:
-            finished = trainer.fit()
+            with self.watchdog:
+                finished = trainer.fit()
         except TrainingError:  # the same on every rank, so the save that is under way can still be committed
             self.checkpoints.saver.finish()
             raise
@@ -196,9 +203,20 @@ class _Attempt:
             vocabulary=Vocabulary.from_config(self.config.vocab),
             hooks=self._hooks(),
             checkpoints=self.checkpoints,
-            stop_requested=functools.partial(saves.border, self.stop, self.checkpoints, self.clock, self.fence),
+            stop_requested=self._border,
             clock=self.clock,
         )
+
+    def _border(self) -> bool:
+        """Between two steps: whether to stop."""
+        checkpoint, step = self.config.checkpoint, self.state.step
+        waits = step == self.config.train.steps or (not checkpoint.asynchronous and self.checkpoints.due(step))
+        # A request to stop is agreed on behind this line, and the save that follows it is waited for too.
+        self.watchdog.beat(step, allowed_s=checkpoint.deadline if waits else 0.0)
+        stopping = saves.border(self.stop, self.checkpoints, self.clock, self.fence)
+        if stopping:
+            self.watchdog.beat(step, allowed_s=checkpoint.deadline)
+        return stopping
 
     def _hooks(self) -> list[Hook]:
         config, clock, records = self.config, self.clock, self.records

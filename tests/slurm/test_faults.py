@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import scheduler, submit
+from launch import control, scheduler, submit
 from launch.profile import load_profile
 from mmscale.checkpoint.layout import Store
 from mmscale.runtime.rank_env import expand_hostlist
 from mmscale.train.metrics import METRICS
 from slurm.local_cluster import Cluster
-from tests.slurm.jobs import Jobs, assert_equal, shown, steps_done_again
+from tests.slurm.jobs import Jobs, Run, assert_equal, shown, steps_done_again
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_by_itself(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
@@ -75,63 +76,96 @@ def test_a_cancelled_job_saves_and_does_not_come_back(jobs: Jobs) -> None:
     assert shown(run)["state"] == "stopped"
 
 
+def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
+    run = jobs.launch("resilience.hang_timeout=5s")
+    run.until_step(13)
+    rank = run.rank(1)
+    os.kill(rank, signal.SIGSTOP)
+    run.until(lambda: bool(run.events("hang")), "the hang is noticed")
+    (hang,) = run.events("hang")
+    assert hang["ranks"] == [1] and hang["waited_s"] >= 5
+    assert "stacks of rank 0" in (run.folder / "logs" / "attempt_1" / "rank_0.log").read_text()
+    assert run.until_ended().state == "COMPLETED", run.report()
+    assert [event["action"] for event in run.events("ranks_ended")] == ["retry", "end"]
+    assert_equal(run, reference)
+
+
+def test_a_node_that_is_not_fit_is_left_out_before_ranks_start(jobs: Jobs, cluster: Cluster) -> None:
+    """The run folder is read-only on one node alone, in its own mount namespace."""
+    if not cluster.own_names:
+        pytest.skip("nodes share one view of the file system (not root)")
+    folder = jobs.folder / "tiny"
+    folder.mkdir()
+    on_n2 = ["nsenter", f"--target={cluster.slurmd('n2')}", "--mount"]
+    subprocess.run([*on_n2, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=True)
+    try:
+        run = jobs.launch("train.steps=4", "checkpoint.every=0", slow_s=0.0)
+        ended = run.until_ended()
+        assert (ended.state, ended.exit_status) == ("FAILED", 1), run.report()
+        assert shown(run)["state"] == "unfit nodes" and run.events("launch") == []
+        (failed,) = run.events("preflight_failed")
+        assert list(failed["nodes"]) == ["n2"] and "run_folder: " in failed["nodes"]["n2"]
+        assert "Read-only file system" in failed["nodes"]["n2"]
+        again = Run(folder, control.resume(folder)["job"], cluster)
+        jobs.runs.append(again)
+        assert again.until_ended().state == "COMPLETED", again.report()
+        (started,) = run.events("launch")
+        assert expand_hostlist(started["nodes"]) == ["n1", "n3"]
+        log = next(run.folder.glob("launch/001/submitit/*_log.out")).read_text()
+        assert "#SBATCH --exclude=n2" in log and "node n1: ready" in log
+        assert load_profile(str(jobs.profile)).excluded() == ["n2"]
+    finally:
+        Path(load_profile(str(jobs.profile)).cordon_file or "").unlink(missing_ok=True)
+        jobs.end_all()
+        subprocess.run([*on_n2, "umount", str(folder)], check=True)
+
+
 @pytest.mark.slow
-def test_half_dead_node_is_fenced_out_and_the_run_goes_on_elsewhere(
-    jobs: Jobs, cluster: Cluster, reference: list[dict[str, Any]]
-) -> None:
+def test_half_dead_node_is_fenced_out_and_the_run_goes_on_elsewhere(own_jobs: Jobs) -> None:
     """slurmd dies and its ranks do not: SLURM starts the job elsewhere while the old attempt still trains."""
+    jobs, cluster = own_jobs, own_jobs.cluster
     run = jobs.launch("train.steps=4000", "checkpoint.every=20", nodes=1, slow_s=0.1)
     run.until_step(5)
     node = run.state().nodes
     old = run.rank(0)
     os.kill(cluster.slurmd(node), signal.SIGKILL)
-    try:
-        run.until(lambda: run.attempt() >= 2, "the next attempt trains")
-        assert run.state().nodes != node
-        run.until(lambda: not Path(f"/proc/{old}").exists() or _zombie(old), "the old rank ends by itself")
-        starts = run.events("launch")
-        assert [event["attempt"] for event in starts] == [1, 2]
-        run.until(lambda: run.events("save_committed")[-1]["attempt"] == 2, "the new attempt saves")
-        # Not a line, an event or a checkpoint of the old attempt after the new one has begun.
-        lines = (run.folder / METRICS).read_text().splitlines()
-        attempts = ["2" if '"attempt": 2' in line else "1" for line in lines]
-        assert attempts == sorted(attempts)
-        later = [event for event in run.events() if event["time"] > starts[1]["time"]]
-        assert later and all(event["attempt"] == 2 for event in later), later
-        store = Store.of_run(run.folder)
-        assert store.info(store.steps()[-1])["attempt"] == 2
-    finally:
-        jobs.end_all()
-        cluster.restore()
+    run.until(lambda: run.attempt() >= 2, "the next attempt trains")
+    assert run.state().nodes != node
+    run.until(lambda: not Path(f"/proc/{old}").exists() or _zombie(old), "the old rank ends by itself")
+    starts = run.events("launch")
+    assert [event["attempt"] for event in starts] == [1, 2]
+    run.until(lambda: run.events("save_committed")[-1]["attempt"] == 2, "the new attempt saves")
+    # Not a line, an event or a checkpoint of the old attempt after the new one has begun.
+    lines = (run.folder / METRICS).read_text().splitlines()
+    attempts = ["2" if '"attempt": 2' in line else "1" for line in lines]
+    assert attempts == sorted(attempts)
+    later = [event for event in run.events() if event["time"] > starts[1]["time"]]
+    assert later and all(event["attempt"] == 2 for event in later), later
+    store = Store.of_run(run.folder)
+    assert store.info(store.steps()[-1])["attempt"] == 2
 
 
 @pytest.mark.slow
-def test_a_dead_node_is_replaced_by_a_spare_and_left_out_later(
-    jobs: Jobs, cluster: Cluster, reference: list[dict[str, Any]]
-) -> None:
+def test_a_dead_node_is_replaced_by_a_spare_and_left_out_later(own_jobs: Jobs, reference: list[dict[str, Any]]) -> None:
+    jobs, cluster = own_jobs, own_jobs.cluster
     if not cluster.own_names:
         pytest.skip("nodes share the machine's name (not root): nobody can tell whose a process is")
     run = jobs.launch(slow_s=0.1)
     run.until_step(13)
     node = expand_hostlist(run.state().nodes)[1]
-    try:
-        for pid in [cluster.slurmd(node), *cluster.processes(node)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        run.until(lambda: run.state().restarts == 1 or run.state().ended, "the job is requeued")
-        ended = run.until_ended()
-        assert ended.state == "COMPLETED", run.report()
-        used = expand_hostlist(run.events("launch")[-1]["nodes"])
-        assert node not in used and len(used) == 2
-        assert_equal(run, reference)
-        (cordoned,) = run.events("cordoned")
-        assert list(cordoned["nodes"]) == [node]
-        planned = submit.plan_launch(jobs.config, [f"run.dir={jobs.folder}"], cluster=str(jobs.profile))
-        assert f"#SBATCH --exclude={node}\n" in submit.script(planned)
-    finally:
-        Path(load_profile(str(jobs.profile)).cordon_file or "").unlink(missing_ok=True)
-        jobs.end_all()
-        cluster.restore()
+    for pid in [cluster.slurmd(node), *cluster.processes(node)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.until(lambda: run.state().restarts == 1 or run.state().ended, "the job is requeued")
+    ended = run.until_ended()
+    assert ended.state == "COMPLETED", run.report()
+    used = expand_hostlist(run.events("launch")[-1]["nodes"])
+    assert node not in used and len(used) == 2
+    assert_equal(run, reference)
+    (cordoned,) = run.events("cordoned")
+    assert list(cordoned["nodes"]) == [node]
+    planned = submit.plan_launch(jobs.config, [f"run.dir={jobs.folder}"], cluster=str(jobs.profile))
+    assert f"#SBATCH --exclude={node}\n" in submit.script(planned)
 
 
 @pytest.mark.slow

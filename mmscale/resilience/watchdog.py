@@ -1,0 +1,163 @@
+# A thread in every rank that notices when no step ends any more, writes down where its rank stands, ends the attempt.
+# It restarts nothing (the launcher does) and runs no collective: those are what may hang.
+"""Hang watch.
+
+A rank that waits for ever in a collective says nothing by itself, and neither does the one it waits for. Each rank
+therefore notes every border between two steps; when none came for too long, its thread writes the stacks of all threads
+and whether the main one stands in a collective into RUN/logs/attempt_N/hang/rank_R.json, and ends the process with
+`HUNG`. `culprits` reads all of these files: those who did not enter the collective that the others wait in.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+HUNG = 76  # exit status: a crash, for the launcher
+FOLDER = "hang"
+_FLOOR_S, _FACTOR = 300.0, 10.0
+_GRACE_S = 3.0  # between a rank's report and its end: the launcher ends all ranks with the first, and all should report
+# Files of torch in which a rank waits for others; a backward pass waits in C++, called from the last one.
+_WAITS_IN = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a rank stood.
+
+    Attributes:
+        rank, host: which one.
+        step: the last one whose border it reached.
+        borders: how many it reached in this attempt.
+        waited_s: since the last one [seconds].
+        in_collective: whether its main thread waited for other ranks.
+        stack: of its main thread, innermost last: "file:line function".
+    """
+
+    rank: int
+    host: str
+    step: int
+    borders: int
+    waited_s: float
+    in_collective: bool
+    stack: list[str]
+
+
+class Watchdog:
+    """Watches one rank while it is entered. Begins with the first `beat`: starting up takes as long as it takes.
+
+    Args:
+        rank: of this process.
+        folder: RUN/logs/attempt_N.
+        timeout_s: None: ten times the longest time between two borders so far, but five minutes at least.
+        end: ends the process; tests give another one.
+    """
+
+    def __init__(
+        self, *, rank: int, folder: Path, timeout_s: float | None, end: Callable[[int], Any] = os._exit
+    ) -> None:
+        self.rank = rank
+        self.folder = folder / FOLDER
+        self._timeout_s = timeout_s
+        self._end = end
+        self._main = threading.get_ident()
+        self._last: float | None = None
+        self._longest = 0.0
+        self._allowed_s = 0.0
+        self._step = 0
+        self._borders = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join(_GRACE_S + 2.0)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long a step may take now [seconds]."""
+        learned = max(_FLOOR_S, _FACTOR * self._longest)
+        return (learned if self._timeout_s is None else self._timeout_s) + self._allowed_s
+
+    def beat(self, step: int, *, allowed_s: float = 0.0) -> None:
+        """A border is reached, before ranks agree on anything there.
+
+        Args:
+            step: the last one that was done.
+            allowed_s: what follows may take this much longer than a step, and teaches nothing: a save that is waited
+                for.
+        """
+        now = time.monotonic()
+        if self._last is not None and not self._allowed_s:
+            self._longest = max(self._longest, now - self._last)
+        self._last, self._step, self._borders, self._allowed_s = now, step, self._borders + 1, allowed_s
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self.timeout_s / 10)):
+            last = self._last
+            if last is None or time.monotonic() - last < self.timeout_s:
+                continue
+            self._report(time.monotonic() - last)
+            if not self._over.wait(_GRACE_S) and self._last == last:
+                self._end(HUNG)
+            return
+
+    def _report(self, waited_s: float) -> None:
+        frame = sys._current_frames().get(self._main)
+        frames = traceback.extract_stack(frame) if frame is not None else []
+        waits = any(entry.filename.endswith(_WAITS_IN) for entry in frames)
+        stack = [f"{entry.filename}:{entry.lineno} {entry.name}" for entry in frames]
+        report = Report(self.rank, socket.gethostname(), self._step, self._borders, round(waited_s, 1), waits, stack)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".rank_{self.rank}"
+        temporary.write_text(json.dumps(asdict(report), indent=1))
+        temporary.replace(self.folder / f"rank_{self.rank}.json")
+        sys.stderr.write(
+            f"no step has ended for {waited_s:.0f} s after step {self._step}; stacks of rank {self.rank}:\n"
+        )
+        sys.stderr.flush()
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+def reports(folder: Path) -> list[Report]:
+    """Reports of an attempt that hung, by rank; empty if it did not."""
+    found = []
+    for file in (folder / FOLDER).glob("rank_*.json"):
+        try:
+            found.append(Report(**json.loads(file.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue
+    return sorted(found, key=lambda report: report.rank)
+
+
+def culprits(found: Sequence[Report], *, world_size: int) -> list[int]:
+    """Ranks that the others waited for.
+
+    Those who could not even report (stopped, dead); else those who stand outside of a collective while others wait in
+    one; else those who reached the fewest borders. All of them if nothing tells them apart.
+    """
+    silent = sorted(set(range(world_size)) - {report.rank for report in found})
+    if silent:
+        return silent
+    outside = [report.rank for report in found if not report.in_collective]
+    if outside and len(outside) < len(found):
+        return outside
+    fewest = min(report.borders for report in found)
+    return [report.rank for report in found if report.borders == fewest]

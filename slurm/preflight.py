@@ -1,0 +1,174 @@
+# Checks of one node before training: `srun --ntasks-per-node=1 python -m slurm.preflight ...`, one JSON object a node.
+# It needs no torch and takes a second; what follows from it (requeue without the node, cordon file) launch/job.py does.
+"""Node checks.
+
+A node that would fail an hour into a run, or slow all others down, is cheaper to find before: devices missing or in
+use, uncorrectable memory errors, full disks, too little shared memory, a run folder that cannot be written, a clock
+that is off. The model is OLMo-core's health check with its cordon file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHECKS = ("gpus", "gpu_idle", "gpu_memory_errors", "disk", "shared_memory", "run_folder", "clock")
+MAX_SKEW_S = 30.0  # between nodes; certificates, leases and logs of one run are compared across them
+_SMI_TIMEOUT_S = 30.0  # a broken driver lets nvidia-smi hang
+_BUSY_MIB = 500.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a node has to offer.
+
+    Attributes:
+        gpus: devices.
+        disk_gb: free in the run folder's file system [GB].
+        shared_memory_gb: free in /dev/shm [GB].
+        run: the run's folder.
+    """
+
+    gpus: int = 0
+    disk_gb: float = 1.0
+    shared_memory_gb: float = 0.1
+    run: Path = Path()
+
+
+def examine(wanted: Wanted, *, skip: Sequence[str] = (), smi: Callable[[str], list[list[str]]] | None = None) -> dict:
+    """Run the checks on this node.
+
+    Args:
+        wanted: what it has to offer.
+        skip: names of checks that are turned off.
+        smi: asks nvidia-smi for fields of each device; tests give another one.
+
+    Returns:
+        node, time, problems (check -> what is wrong), measured.
+    """
+    measured: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    checks: dict[str, Callable[[Wanted, dict[str, Any]], str]] = {
+        "disk": _disk,
+        "shared_memory": _shared_memory,
+        "run_folder": _run_folder,
+    }
+    if wanted.gpus:
+        ask = smi or _nvidia_smi
+        checks["gpus"] = lambda wanted, measured: _gpus(wanted, measured, ask)
+        checks["gpu_idle"] = lambda wanted, measured: _gpu_idle(ask)
+        checks["gpu_memory_errors"] = lambda wanted, measured: _gpu_memory_errors(ask)
+    for name, check in checks.items():
+        if name in skip:
+            continue
+        try:
+            problem = check(wanted, measured)
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            problem = str(error)
+        if problem:
+            problems[name] = problem
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return {"node": node, "time": time.time(), "problems": problems, "measured": measured}
+
+
+def _disk(wanted: Wanted, measured: dict[str, Any]) -> str:
+    free = shutil.disk_usage(wanted.run).free / 1e9
+    measured["disk_gb"] = round(free, 1)
+    return f"{free:.1f} GB free in {wanted.run}, wants {wanted.disk_gb:g}" if free < wanted.disk_gb else ""
+
+
+def _shared_memory(wanted: Wanted, measured: dict[str, Any]) -> str:
+    free = shutil.disk_usage("/dev/shm").free / 1e9  # noqa: S108  asked, not written
+    measured["shared_memory_gb"] = round(free, 1)
+    return (
+        f"{free:.2f} GB free in /dev/shm, wants {wanted.shared_memory_gb:g}" if free < wanted.shared_memory_gb else ""
+    )
+
+
+def _run_folder(wanted: Wanted, measured: dict[str, Any]) -> str:
+    """Write, read back, remove: a full quota shows at the write, a read-only mount at the open."""
+    file = wanted.run / f".preflight.{socket.gethostname()}.{uuid.uuid4().hex}"
+    text = os.urandom(4096)
+    began = time.monotonic()
+    try:
+        file.write_bytes(text)
+        same = file.read_bytes() == text
+    finally:
+        file.unlink(missing_ok=True)
+    measured["run_folder_s"] = round(time.monotonic() - began, 4)
+    return "" if same else f"{wanted.run} gives back other bytes than were written"
+
+
+def _nvidia_smi(fields: str) -> list[list[str]]:
+    """One list of values per device.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no driver, or it does not answer.
+    """
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S)
+    if ended.returncode:
+        raise OSError(f"nvidia-smi: {(ended.stdout or ended.stderr).strip().splitlines()[0]}")
+    return [[value.strip() for value in line.split(",")] for line in ended.stdout.splitlines() if line.strip()]
+
+
+def _gpus(wanted: Wanted, measured: dict[str, Any], smi: Callable[[str], list[list[str]]]) -> str:
+    found = [name for (name,) in smi("name")]
+    measured["gpus"] = found
+    return f"{len(found)} of {wanted.gpus} GPUs are there" if len(found) < wanted.gpus else ""
+
+
+def _gpu_idle(smi: Callable[[str], list[list[str]]]) -> str:
+    busy = [f"GPU {index}: {used} MiB" for index, used in smi("index,memory.used") if float(used) > _BUSY_MIB]
+    return f"memory in use before the start: {'; '.join(busy)}" if busy else ""
+
+
+def _gpu_memory_errors(smi: Callable[[str], list[list[str]]]) -> str:
+    """Devices without ECC say N/A."""
+    rows = smi("index,ecc.errors.uncorrected.volatile.total")
+    bad = [f"GPU {index}: {count}" for index, count in rows if count.isdigit() and int(count)]
+    return f"uncorrectable memory errors since the last reset: {'; '.join(bad)}" if bad else ""
+
+
+def clock_problems(answers: Sequence[Mapping[str, Any]], *, within_s: float) -> dict[str, str]:
+    """Nodes whose clock is off: further from the median than can be explained by when they were asked.
+
+    Args:
+        answers: of all nodes.
+        within_s: all of them were asked in this time [seconds].
+    """
+    times = sorted(float(answer["time"]) for answer in answers)
+    if not times:
+        return {}
+    median = times[len(times) // 2]
+    off = {str(answer["node"]): float(answer["time"]) - median for answer in answers}
+    return {node: f"its clock is {skew:+.0f} s off" for node, skew in off.items() if abs(skew) > within_s + MAX_SKEW_S}
+
+
+def main() -> int:
+    """Print this node's answer; always 0: a node that cannot answer is told by its silence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--disk-gb", type=float, default=1.0)
+    parser.add_argument("--shared-memory-gb", type=float, default=0.1)
+    parser.add_argument("--skip", action="append", default=[], choices=CHECKS)
+    given = parser.parse_args()
+    wanted = Wanted(given.gpus, given.disk_gb, given.shared_memory_gb, given.run)
+    print(json.dumps(examine(wanted, skip=given.skip)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The hang watch: when it speaks, what it says, whom it blames."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmscale.resilience.watchdog import HUNG, Report, Watchdog, culprits, reports
+from tests.support import distributed
+
+
+def report(rank: int, *, borders: int = 5, in_collective: bool = True) -> Report:
+    return Report(rank, "n1", 5, borders, 9.0, in_collective, [])
+
+
+@pytest.mark.parametrize(
+    ("found", "world_size", "blamed"),
+    [
+        ([report(0), report(1, in_collective=False)], 2, [1]),
+        ([report(0), report(2)], 3, [1]),  # stopped: it could not say anything
+        ([report(0, borders=6), report(1, borders=5)], 2, [1]),
+        ([report(0, in_collective=False), report(1, in_collective=False, borders=4)], 2, [1]),
+        ([report(0), report(1)], 2, [0, 1]),
+    ],
+)
+def test_who_is_to_blame(found: list[Report], world_size: int, blamed: list[int]) -> None:
+    assert culprits(found, world_size=world_size) == blamed
+
+
+def until(condition: object, what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_it_reports_once_no_step_ends_and_ends_the_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ended: list[int] = []
+    with Watchdog(rank=3, folder=tmp_path, timeout_s=0.3, end=ended.append) as watchdog:
+        watchdog.beat(7)
+        until(lambda: ended, "it ends the process")
+    assert ended == [HUNG]
+    (found,) = reports(tmp_path)
+    assert (found.rank, found.step, found.borders, found.in_collective) == (3, 7, 1, False)
+    assert found.waited_s >= 0.3 and any("test_watchdog.py" in line for line in found.stack)
+    said = capfd.readouterr().err
+    assert "after step 7; stacks of rank 3" in said and "until" in said
+
+
+def test_steps_that_end_and_a_start_that_takes_long_are_no_hang(tmp_path: Path) -> None:
+    ended: list[int] = []
+    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.5, end=ended.append) as watchdog:
+        time.sleep(0.8)  # no border yet: nothing is watched
+        for step in range(8):
+            watchdog.beat(step)
+            threading.Event().wait(0.1)
+    assert not ended and reports(tmp_path) == []
+
+
+def test_a_border_that_comes_while_it_reports_saves_the_process(tmp_path: Path) -> None:
+    ended: list[int] = []
+    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.2, end=ended.append) as watchdog:
+        watchdog.beat(1)
+        until(lambda: reports(tmp_path), "it reports")
+        watchdog.beat(2)
+        watchdog._thread.join(20)
+    assert not ended
+
+
+def test_the_time_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog = Watchdog(rank=0, folder=tmp_path, timeout_s=None)
+    times = iter([0.0, 40.0, 50.0, 1000.0, 1040.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    watchdog.beat(1)
+    assert watchdog.timeout_s == 300.0
+    watchdog.beat(2)
+    watchdog.beat(3, allowed_s=900.0)
+    assert watchdog.timeout_s == 1300.0  # a save is waited for
+    watchdog.beat(4)
+    assert watchdog.timeout_s == 400.0  # how long it took says nothing about steps
+    watchdog.beat(5)
+    assert watchdog.timeout_s == 400.0
+
+
+@distributed(world_size=2)
+def test_a_rank_that_waits_in_a_collective_is_told_from_one_that_does_not(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from mmscale.runtime import groups
+
+    groups.start(ranks)
+    go_on = tmp_path / "go_on"
+    with Watchdog(rank=ranks.rank, folder=tmp_path, timeout_s=0.5, end=lambda status: None) as watchdog:
+        watchdog.beat(4)
+        if ranks.rank == 1:
+            until(lambda: len(reports(tmp_path)) == 2, "both report")
+            go_on.touch()
+        torch.distributed.all_reduce(torch.ones(1))
+    assert go_on.exists()
+    assert [one.in_collective for one in reports(tmp_path)] == [True, False]
+    assert culprits(reports(tmp_path), world_size=2) == [1]
+    groups.finalize()

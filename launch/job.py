@@ -132,7 +132,7 @@ class Supervisor:
                 raise LaunchError(
                     f"{problem}job {other.job} ({state.state})", remedy=f"`mmscale stop {self.run_dir}` ends it"
                 )
-        elif other.host == os.uname().nodename and _lives(other.pid):
+        elif other.host == os.uname().nodename and lives(other.pid):
             raise LaunchError(f"{problem}process {other.pid}", remedy=f"`mmscale stop {self.run_dir}` ends it")
 
     def _lost_nodes(self) -> dict[str, str]:
@@ -325,7 +325,8 @@ class Supervisor:
             time.sleep(_POLL_S)
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

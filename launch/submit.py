@@ -193,6 +193,10 @@ def refuse_busy(run: Path) -> None:
     newest = records.latest(run)
     known = records.job_of(newest) if newest is not None else None
     owner = lease.owner(run)
+    if owner is not None and not owner.job and owner.host == os.uname().nodename and job.lives(owner.pid):
+        raise LaunchError(
+            f"{run} is being trained by process {owner.pid}", remedy=f"`mmscale stop {run}` has it save and end"
+        )
     for name in {known, owner.job if owner is not None else None} - {None, ""}:
         state = scheduler.job_state(str(name))
         if state is not None and not state.ended:

@@ -76,7 +76,7 @@ def test_no_step_is_done_twice(story: Story) -> None:
 def test_each_interruption_requeues_once(story: Story) -> None:
     assert story.restarts == [1, 2, 3]
     starts = story.run.events("launch")
-    assert [event["restart"] for event in starts] == [0, 1, 2, 3, 0]
+    assert [event["restart"] for event in starts] == [0, 1, 2, 3, 0], story.run.report()
     assert len({event["attempt_id"] for event in starts}) == 5
     requeued = [event["attempt"] for event in story.run.events("ranks_ended") if event["action"] == "requeue"]
     assert 1 in requeued and 2 not in requeued  # somebody else requeued the second one

@@ -1,0 +1,240 @@
+"""Rules about the vocabulary, the architecture and its experts.
+
+Why a rule exists stands next to it; file names without a path are of megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from mmscale.config import derived
+from mmscale.config.problem import Problem, Rule
+from mmscale.config.schema import Config
+
+# <pad> <s> </s> <boi> <eoi>, see data/vocab.py (which imports this package, so the number is repeated here).
+_SPECIAL_TOKENS = 5
+
+
+_RESERVED = frozenset(
+    [
+        "append",
+        "apply",
+        "buffers",
+        "children",
+        "clear",
+        "copy",
+        "cpu",
+        "cuda",
+        "double",
+        "eval",
+        "extend",
+        "fromkeys",
+        "get",
+        "half",
+        "float",
+        "forward",
+        "insert",
+        "items",
+        "keys",
+        "modules",
+        "parameters",
+        "pop",
+        "popitem",
+        "setdefault",
+        "to",
+        "train",
+        "training",
+        "type",
+        "update",
+        "values",
+    ]
+)
+
+
+def _vocab(config: Config) -> Iterator[Problem]:
+    modalities = config.vocab.modalities
+    if not modalities:
+        yield Problem("vocab.modalities is empty", "name at least a text modality with its number of ids")
+        return
+    if len(set(config.vocab.names)) < len(modalities):
+        yield Problem(
+            f"vocab.modalities: names repeat: {', '.join(config.vocab.names)}", "give each modality its own name"
+        )
+    for name in sorted({*config.vocab.names, *config.model.experts.counts}):
+        # Names become parts of parameter names; torch refuses dots and what its containers are called themselves.
+        if "." in name or name in _RESERVED:
+            yield Problem(
+                f"the modality or expert group {name!r} cannot be part of a parameter's name",
+                "choose a name without dots that no torch module has as an attribute, e.g. text or image",
+            )
+    if modalities[0].size < _SPECIAL_TOKENS:
+        yield Problem(
+            f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the "
+            f"{_SPECIAL_TOKENS} "
+            "special tokens that stand in the first range",
+            "give the first modality more ids",
+        )
+    unknown = sorted(set(config.train.modality_weights) - set(config.vocab.names))
+    if unknown:
+        yield Problem(
+            f"train.modality_weights: {', '.join(unknown)} is not in vocab.modalities "
+            f"({', '.join(config.vocab.names)})",
+            "use the names of vocab.modalities",
+        )
+    weights = [config.train.modality_weights.get(name, 1.0) for name in config.vocab.names]
+    if not any(weights):
+        yield Problem(
+            "train.modality_weights: every modality has weight 0, nothing is learned", "give one a positive weight"
+        )
+
+
+def _attention(config: Config) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tp
+    heads, groups = model.num_attention_heads, model.query_groups
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield Problem(
+            f"model.hidden_size = {model.hidden_size} is not divisible by model.num_attention_heads = {heads}",
+            "change one of them or set model.kv_channels",
+        )
+    elif model.head_dim % 2:
+        yield Problem(f"model: the head width {model.head_dim} is odd, rotary embedding turns pairs", "make it even")
+    if heads % groups:
+        yield Problem(
+            f"model.num_attention_heads = {heads} is not divisible by model.num_query_groups = {groups}", "make it so"
+        )
+    if heads % tp:
+        yield _not_divisible("model.num_attention_heads", heads, tp)
+    elif groups % tp:
+        # mcore would copy key/value heads to several ranks (attention.py); no parity test covers that here.
+        yield _not_divisible("model.num_query_groups", groups, tp)
+
+
+def _widths(config: Config) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tp
+    if tp == 1:
+        return
+    if model.ffn_hidden_size % tp:
+        yield _not_divisible("model.ffn_hidden_size", model.ffn_hidden_size, tp)
+    shared = derived.shared_width(config)
+    if shared % tp:
+        yield _not_divisible("model.experts: the width of all shared experts together", shared, tp)
+    if config.vocab.padded_size % tp:
+        yield Problem(
+            f"vocab.pad_multiple = {config.vocab.pad_multiple} pads to {config.vocab.padded_size} rows, which "
+            f"parallel.tp = {tp} "
+            "does not divide",
+            f"make vocab.pad_multiple a multiple of {tp}",
+        )
+    if model.seq_length % tp:
+        # Sequence parallelism is always on: without it nobody would reduce the routers' gradients over TP.
+        yield Problem(
+            f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {tp}; above tp = 1 sequence "
+            "parallelism "
+            "splits every sequence over the tensor-parallel ranks",
+            "change one of them",
+        )
+
+
+def _not_divisible(name: str, value: int, tp: int) -> Problem:
+    return Problem(f"{name} = {value} is not divisible by parallel.tp = {tp}", "change one of them")
+
+
+def _experts(config: Config) -> Iterator[Problem]:
+    kind, experts, names = config.model.kind, config.model.experts, config.vocab.names
+    if kind == "dense":
+        for key, given in (("counts", experts.counts), ("shared", experts.shared), ("noise", experts.noise != "none")):
+            if given:
+                yield Problem(
+                    f"model.experts.{key} is set, but model.kind = dense has no experts", "remove it or change the kind"
+                )
+        return
+    if kind == "moe" and len(experts.counts) != 1:
+        yield Problem(
+            f"model.experts.counts has {len(experts.counts)} groups, model.kind = moe wants exactly one for all "
+            "modalities",
+            "write for instance counts: {mixed: 8}, or use kind: moma for a group per modality",
+        )
+    if kind == "moma" and set(experts.counts) != set(names):
+        yield Problem(
+            f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = moma wants one group "
+            "for each of "
+            f"vocab.modalities: {', '.join(names)}",
+            "give every modality its number of experts",
+        )
+    ep = config.parallel.ep
+    for name, count in experts.counts.items():
+        if count % ep:
+            yield Problem(
+                f"model.experts.counts.{name} = {count} is not divisible by parallel.ep = {ep}; every expert-parallel "
+                "rank holds "
+                "the same number of experts of each group",
+                "change one of them",
+            )
+
+
+def _capacity(config: Config) -> Iterator[Problem]:
+    model, experts, names = config.model, config.model.experts, config.vocab.names
+    if experts.share != "auto":
+        if set(experts.share) != set(names):
+            yield Problem(
+                f"model.experts.share names {', '.join(experts.share) or 'nothing'}, vocab.modalities has "
+                f"{', '.join(names)}",
+                "give every modality its share, or write auto",
+            )
+        elif not math.isclose(sum(experts.share.values()), 1.0, abs_tol=1e-6):
+            yield Problem(
+                f"model.experts.share sums to {sum(experts.share.values()):g}, not to 1", "make the shares sum to 1"
+            )
+    if model.kind == "dense":
+        return
+    scope = model.seq_length * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
+    if experts.capacity_multiple > scope:
+        yield Problem(
+            f"model.experts.capacity_multiple = {experts.capacity_multiple} is more than the {scope} tokens an expert "
+            "chooses from",
+            "lower it",
+        )
+    for name, count in experts.counts.items():
+        share = experts.share.get(name, 1.0) if model.kind == "moma" and experts.share != "auto" else 1.0
+        if model.kind == "moma" and experts.share == "auto":
+            continue  # not known before the data is
+        wanted = experts.capacity_factor * share / count
+        if wanted > 1.0:
+            yield Problem(
+                f"model.experts: capacity_factor {experts.capacity_factor:g} * share {share:g} / {count} experts of "
+                f"{name} = "
+                f"{wanted:g}: each expert would take more tokens than there are",
+                "lower model.experts.capacity_factor",
+            )
+
+
+def _depth(config: Config) -> Iterator[Problem]:
+    depth, tp = config.model.depth, config.parallel.tp
+    if depth is None:
+        return
+    if depth.multiple % tp:
+        # Rounding the selection to TP itself would make the loss depend on the layout.
+        yield Problem(
+            f"model.depth.multiple = {depth.multiple} is not divisible by parallel.tp = {tp}; the selected tokens are "
+            "split over "
+            "the tensor-parallel ranks",
+            f"make model.depth.multiple a multiple of {tp}",
+        )
+    if depth.multiple > config.model.seq_length:
+        yield Problem(
+            f"model.depth.multiple = {depth.multiple} is more than model.seq_length = {config.model.seq_length}: a "
+            "layer would "
+            "have to select more tokens than there are",
+            "lower model.depth.multiple",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _vocab,
+    _attention,
+    _widths,
+    _experts,
+    _capacity,
+    _depth,
+)

@@ -1,0 +1,185 @@
+"""Settings of the vocabulary and of the architecture (`vocab`, `model`).
+
+Rules between them are in rules_model.py, numbers that follow from them in derived.py.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from mmscale.config.section import Count, Fraction, Index, Name, Positive, Section, Share, setting
+
+
+class ModalityVocab(Section):
+    """One modality's share of the vocabulary."""
+
+    name: Name = setting("Name of the modality, e.g. text or image.")
+    size: Count = setting(
+        "Number of token ids of this modality; the first modality includes the special tokens.", unit="ids"
+    )
+
+
+class VocabConfig(Section):
+    """Token ids: one contiguous range per modality, in this order, then padding up to a multiple."""
+
+    modalities: tuple[ModalityVocab, ...] = setting(
+        "Modalities in id order; the first one is text and holds the special tokens.",
+        (ModalityVocab(name="text", size=57_344), ModalityVocab(name="image", size=8_192)),
+        source="Chameleon, arXiv 2405.09818: 65,536 ids of which 8,192 are image codes",
+    )
+    pad_multiple: Count = setting(
+        "The embedding's row count is rounded up to this; TP must divide it.", 128, unit="ids"
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modalities in id order."""
+        return tuple(modality.name for modality in self.modalities)
+
+    @property
+    def size(self) -> int:
+        """Number of ids that can occur [ids]."""
+        return sum(modality.size for modality in self.modalities)
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of the embedding and of the output layer [ids]."""
+        return -(-self.size // self.pad_multiple) * self.pad_multiple
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Half-open id range of each modality."""
+        starts = [0]
+        for modality in self.modalities:
+            starts.append(starts[-1] + modality.size)
+        return tuple(pairwise(starts))
+
+
+class ExpertsConfig(Section):
+    """Feed-forward experts (MoMa, arXiv 2407.21770, section 2.2)."""
+
+    counts: dict[Name, Count] = setting(
+        "Experts of each modality group, e.g. {text: 4, image: 4}; for kind=moe one group, {mixed: 8}.",
+        {},
+        unit="experts",
+    )
+    shared: Index = setting("Experts of one more group that sees every token, in every modality.", 0, unit="experts")
+    shared_ffn_hidden_size: Count | None = setting(
+        "SwiGLU width of each shared expert; default: ffn_hidden_size.", None
+    )
+    capacity_factor: Positive = setting(
+        "An expert takes capacity_factor * (its group's nominal tokens) / (experts of the group) tokens.", 1.0
+    )
+    capacity_multiple: Count = setting("Tokens per expert are rounded up to this (16 for FP8).", 1, unit="tokens")
+    scope: Literal["sequence", "micro_batch"] = setting(
+        "Tokens among which an expert chooses: each sequence by itself (the same whatever the micro-batch size) "
+        "or the whole micro-batch (the paper's reading).",
+        "sequence",
+        source="MoMa 2.2 says 'a batch'",
+    )
+    share: Literal["auto"] | dict[Name, Share] = setting(
+        "Nominal share of each modality in the tokens, from which static capacities follow; "
+        "auto: measured when the data was prepared.",
+        "auto",
+    )
+    noise: Literal["none", "gumbel"] = setting(
+        "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"
+    )
+    threshold_decay: Share = setting(
+        "Decay per step of the moving average of each expert's cut-off, which `--routing threshold` decides by; "
+        "0: none is kept.",
+        0.0,
+        source="Expert Threshold, arXiv 2603.11535",
+    )
+
+
+class DepthConfig(Section):
+    """Mixture-of-Depths: some layers process only their highest scored tokens (MoMa 2.3; arXiv 2404.02258)."""
+
+    every: Count = setting("Every n-th layer, starting with layer 0, is a Mixture-of-Depths layer.", 2, unit="layers")
+    capacity: Fraction = setting("Fraction of each sequence's tokens that the layer processes.", 0.25)
+    multiple: Count = setting(
+        "Selected tokens per sequence are rounded up to this; TP must divide it.", 8, unit="tokens"
+    )
+    choice: Literal["mixed", "per_modality"] = setting(
+        "mixed: the best tokens of any modality, experts get nominal counts scaled by the capacity and empty slots "
+        "are masked; per_modality: each modality keeps its nominal share, so experts stay full.",
+        "mixed",
+    )
+
+
+class AuxiliaryRoutersConfig(Section):
+    """Routers that predict expert and depth choice from one token, for causal inference (MoMa, section 2.4)."""
+
+    mode: Literal["off", "stage", "joint"] = setting(
+        "off: the main run has none, `mmscale train CONFIG --stage auxiliary` adds and trains them after it; joint: "
+        "trained along with the main run, without touching it; stage: what that command sets by itself.",
+        "off",
+    )
+    width: Count | None = setting("Inner width; default: half of hidden_size.", None, source="MoMa 2.4")
+
+
+class ModelConfig(Section):
+    """Decoder-only transformer over one sequence of discrete tokens of all modalities."""
+
+    kind: Literal["dense", "moe", "moma"] = setting(
+        "dense; moe: one group of mixed-modal experts; moma: a group of experts per modality.", "moma"
+    )
+    num_layers: Count = setting("Transformer layers, counting Mixture-of-Depths layers.", unit="layers")
+    hidden_size: Count = setting("Width of the residual stream.")
+    ffn_hidden_size: Count = setting("SwiGLU inner width of the dense FFN and of every expert.")
+    num_attention_heads: Count = setting("Query heads.", unit="heads")
+    num_query_groups: Count | None = setting(
+        "Key/value heads (GQA); default: as many as query heads.", None, unit="heads"
+    )
+    kv_channels: Count | None = setting("Width of a head; default: hidden_size / num_attention_heads.", None)
+    seq_length: Count = setting("Tokens of a packed sequence.", 4096, unit="tokens")
+    norm: Literal["pre", "post", "post_per_expert"] = setting(
+        "RMSNorm placement: before each sub-layer; after it (Chameleon/Swin, the paper's); or after it with every "
+        "expert's output normalised before its gate, which keeps the gate's gradient for every token.",
+        "pre",
+        source="MoMa 2.2, Chameleon 2.3",
+    )
+    norm_eps: Positive = setting("Epsilon of RMSNorm.", 1e-5)
+    qk_norm: bool = setting("RMSNorm over each head's query and key, before RoPE.", True, source="Chameleon 2.3")
+    rope_base: Positive = setting("Base of the rotary position embedding.", 10_000.0)
+    tie_embeddings: bool = setting("Share the input embedding with the output layer.", False)
+    init_std: Positive = setting(
+        "Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02
+    )
+    dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)
+    experts: ExpertsConfig = setting("Modality groups of experts.", ExpertsConfig())
+    depth: DepthConfig | None = setting("Mixture-of-Depths; null: every layer sees every token.", None)
+    auxiliary: AuxiliaryRoutersConfig = setting("Auxiliary routers for causal inference.", AuxiliaryRoutersConfig())
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def routes(self) -> bool:
+        """Whether anything in the model is chosen among tokens: experts, or depth."""
+        return self.kind != "dense" or self.depth is not None
+
+    @property
+    def auxiliary_width(self) -> int | None:
+        """Inner width of the auxiliary routers in the model; None: it has none."""
+        if self.auxiliary.mode == "off" or not self.routes:
+            return None
+        return self.auxiliary.width or max(1, self.hidden_size // 2)
+
+    @property
+    def keeps_thresholds(self) -> bool:
+        """Whether the model keeps moving averages of cut-offs."""
+        return self.experts.threshold_decay > 0.0 and self.routes
+
+    def is_depth_layer(self, layer: int) -> bool:
+        """Whether the layer with this global index (from 0) is a Mixture-of-Depths layer."""
+        return self.depth is not None and layer % self.depth.every == 0

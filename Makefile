@@ -75,7 +75,7 @@ pytest: $(STAMP) $(EVALS)
 # The suite does 30.
 KILLS := 200
 soak: $(STAMP)
-	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/end_to_end/test_kills.py -k random
+	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -W ignore tests/end_to_end/test_kills.py -k random
 
 # Beside one that nobody disturbs; the suite does the same with a tiny model.
 killed: quickstart

@@ -3,18 +3,24 @@
 `plan` returns plain data with stable keys, `render` makes text of it.
 """
 
+from mmscale.plan.communication import Kind, Operation, Traffic, communication, sent_by_kind
 from mmscale.plan.compute import Flops, flops_per_token
 from mmscale.plan.layouts import Layout, layouts, rank_grid
 from mmscale.plan.memory import RankMemory, rank_memory
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.render import render
+from mmscale.plan.stages import stage_layers, stage_parameters
 from mmscale.plan.summary import plan
 
 __all__ = [
     "Flops",
+    "Kind",
     "Layout",
+    "Operation",
     "Parameters",
     "RankMemory",
+    "Traffic",
+    "communication",
     "count_parameters",
     "flops_per_token",
     "layouts",
@@ -22,4 +28,7 @@ __all__ = [
     "rank_grid",
     "rank_memory",
     "render",
+    "sent_by_kind",
+    "stage_layers",
+    "stage_parameters",
 ]

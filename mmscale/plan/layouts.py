@@ -15,8 +15,9 @@ from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, micro_batches_per_step
 from mmscale.config.rules import violations
 from mmscale.plan.compute import expert_slots, flops_per_token
-from mmscale.plan.memory import GIB, RankMemory, dtype_bytes, rank_memory, stage_layers, stage_parameters
+from mmscale.plan.memory import GIB, RankMemory, rank_memory
 from mmscale.plan.parameters import count_parameters
+from mmscale.plan.stages import dtype_bytes, stage_layers, stage_parameters
 
 # Per rank: achieved FLOP/s in bf16, bytes/s inside a node and between nodes. Only their ratios matter for the order.
 COMPUTE, INSIDE, BETWEEN = 4e14, 3e11, 4e10

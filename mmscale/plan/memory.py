@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step, shared_width
 from mmscale.plan.compute import expert_slots
-from mmscale.plan.parameters import Parameters, count_parameters
+from mmscale.plan.parameters import count_parameters
+from mmscale.plan.stages import dtype_bytes, stage_layers, stage_parameters
 
 GIB = 2**30
 # Gradients are accumulated and reduced in fp32 whatever the parameters' type.
@@ -49,39 +50,9 @@ class RankMemory:
         return gib | {"stage": self.stage}
 
 
-def dtype_bytes(config: Config) -> int:
-    """Bytes of a parameter or an activation."""
-    return 2 if config.precision.dtype == "bf16" else 4
-
-
 def state_bytes(config: Config) -> int:
     """Bytes per parameter of a checkpoint: the weight, its fp32 main copy and two moments."""
     return dtype_bytes(config) + _MAIN_COPY_BYTES + _MOMENT_BYTES
-
-
-def stage_layers(config: Config, stage: int) -> list[int]:
-    """Global indices of the layers of a pipeline stage; interleaved chunks are dealt round-robin."""
-    pp, chunks = config.parallel.pp, config.parallel.vpp or 1
-    size = config.model.num_layers // (pp * chunks)
-    starts = [(chunk * pp + stage) * size for chunk in range(chunks)]
-    return [layer for start in starts for layer in range(start, start + size)]
-
-
-def stage_parameters(config: Config, parameters: Parameters, stage: int) -> tuple[float, float]:
-    """Parameters on a rank of this stage: (dense ones, experts)."""
-    tp, pp, ep = config.parallel.tp, config.parallel.pp, config.parallel.ep
-    dense = experts = 0.0
-    for index in stage_layers(config, stage):
-        layer = parameters.layers[index]
-        dense += layer.sharded_by_tp / tp + layer.replicated
-        experts += sum(layer.experts.values()) / (tp * ep)
-    if stage == 0:
-        dense += parameters.embedding / tp
-    if stage == pp - 1:
-        # A tied output layer on another stage than the embedding is a copy of it.
-        copy = parameters.embedding if config.model.tie_embeddings and pp > 1 else parameters.output
-        dense += copy / tp + parameters.final_norm
-    return dense, experts
 
 
 def layer_activations(config: Config, layer: int) -> float:

@@ -14,8 +14,18 @@ import pytest
 from mmscale.config import Config
 from mmscale.config.load import resolve
 from mmscale.config.rules import check
-from mmscale.plan import count_parameters, flops_per_token, layouts, plan, rank_grid, rank_memory, render
-from mmscale.plan.memory import GIB, stage_layers, stage_parameters
+from mmscale.plan import (
+    count_parameters,
+    flops_per_token,
+    layouts,
+    plan,
+    rank_grid,
+    rank_memory,
+    render,
+    stage_layers,
+    stage_parameters,
+)
+from mmscale.plan.memory import GIB
 
 H, F, D, HEADS, GROUPS, LAYERS, ROWS, LENGTH = 64, 96, 16, 4, 2, 8, 256, 64
 

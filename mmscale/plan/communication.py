@@ -1,0 +1,213 @@
+"""What a rank sends in one optimizer step, by kind, counted from the calls that model, schedules and optimizer make.
+
+Not counted: the few numbers of the gradient's norm and of logged losses, auxiliary routers, and what starts and ends a
+run. Volumes are those of ring algorithms, which move the least that is possible.
+
+Letters: S tokens of a sequence, B sequences of a micro-batch, H hidden width, K tokens that a depth layer selects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mmscale.config import Config
+from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step
+from mmscale.plan.compute import expert_slots
+from mmscale.plan.parameters import Parameters, count_parameters
+from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
+
+_FP32 = 4
+# megatron-core's buckets of overlapped reduction, in elements (distributed_data_parallel.py).
+_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
+
+
+class Kind(StrEnum):
+    """What messages are for.
+
+    TP: sums over tensor-parallel ranks (loss, normalised experts, gradients of replicated weights).
+    SP: gathering and scattering of the sequence around tensor-parallel matrix products.
+    EP: tokens to their experts and back.
+    PP: hidden states and their gradients between stages, and the gradient of tied embeddings.
+    GRAD_REDUCE: gradients over data-parallel ranks.
+    PARAM_GATHER: updated parameters over data-parallel ranks.
+    """
+
+    TP = "tp"
+    SP = "sp"
+    EP = "ep"
+    PP = "pp"
+    GRAD_REDUCE = "grad_reduce"
+    PARAM_GATHER = "param_gather"
+
+
+class Operation(StrEnum):
+    """The collective, or `send` to one other rank."""
+
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_REDUCE = "all_reduce"
+    ALL_TO_ALL = "all_to_all"
+    SEND = "send"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All messages of one kind, operation and group of a rank in one optimizer step.
+
+    Attributes:
+        kind: what they are for.
+        operation: the collective.
+        ranks: size of the group.
+        calls: how many.
+        payload: bytes of the whole tensors together: gathered, to be reduced, handed to the exchange, or sent.
+    """
+
+    kind: Kind
+    operation: Operation
+    ranks: int
+    calls: int
+    payload: float
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each rank of the group sends."""
+        if self.operation is Operation.SEND:
+            return self.payload
+        share = self.payload * (self.ranks - 1) / self.ranks
+        return 2 * share if self.operation is Operation.ALL_REDUCE else share
+
+
+class _Ledger:
+    """Sums calls and bytes by (kind, operation, ranks); a group of one rank says nothing."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[tuple[Kind, Operation, int]] = Counter()
+        self.payload: Counter[tuple[Kind, Operation, int]] = Counter()
+
+    def add(self, kind: Kind, operation: Operation, ranks: int, *, payload: float, calls: int = 1) -> None:
+        if ranks > 1 and calls > 0 and payload > 0:
+            self.calls[kind, operation, ranks] += calls
+            self.payload[kind, operation, ranks] += calls * payload  # type: ignore[assignment]
+
+    def entries(self) -> list[Traffic]:
+        return [Traffic(*key, calls=calls, payload=self.payload[key]) for key, calls in self.calls.items()]
+
+
+def communication(
+    config: Config, world: int, *, stage: int = 0, parameters: Parameters | None = None
+) -> tuple[Traffic, ...]:
+    """Everything that a rank of a pipeline stage sends in one optimizer step.
+
+    Args:
+        config: a configuration that passes the rules for `world` ranks.
+        world: ranks.
+        stage: pipeline stage; all ranks of a stage send alike.
+        parameters: what `count_parameters` returned, if it is at hand.
+    """
+    parameters = parameters or count_parameters(config)
+    parallel = config.parallel
+    tp, micro_batches = parallel.tp, micro_batches_per_step(config, world)
+    first, last = first_and_last(config, stage)
+    ledger = _Ledger()
+    for layer in stage_layers(config, stage):
+        _layer(ledger, config, layer, micro_batches)
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    hidden = tokens * config.model.hidden_size * dtype_bytes(config)
+    if first:  # the embedding's partial rows, and their gradient
+        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=micro_batches)
+        ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=micro_batches)
+    if last:  # the output layer, then peak and sums of the sharded softmax
+        ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=2 * micro_batches)
+        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=micro_batches)
+        ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=tokens * _FP32, calls=micro_batches)
+        ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=2 * tokens * _FP32, calls=micro_batches)
+    if parallel.pp > 1:
+        chunks = parallel.vpp or 1
+        forward, backward = chunks - int(last), chunks - int(first)
+        calls = (forward + backward) * micro_batches
+        ledger.add(Kind.PP, Operation.SEND, parallel.pp, payload=hidden / tp, calls=calls)
+        if config.model.tie_embeddings and (first or last):
+            ledger.add(Kind.PP, Operation.ALL_REDUCE, 2, payload=parameters.embedding / tp * _FP32)
+    _states(ledger, config, world, stage, parameters)
+    return tuple(ledger.entries())
+
+
+def sent_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
+    """Bytes that a rank sends in a step, for every kind, zeros included."""
+    sums = dict.fromkeys((kind.value for kind in Kind), 0.0)
+    for entry in traffic:
+        sums[entry.kind.value] += entry.sent
+    return sums
+
+
+def _layer(ledger: _Ledger, config: Config, layer: int, micro_batches: int) -> None:
+    """A layer's messages: forward, backward, and forward once more under full recompute."""
+    model, parallel, size = config.model, config.parallel, dtype_bytes(config)
+    tp, batch = parallel.tp, config.train.micro_batch_size
+    depth = model.is_depth_layer(layer)
+    inner = batch * (depth_tokens(config) if depth else model.seq_length)
+    forwards = micro_batches * (2 if parallel.recompute == "full" else 1)
+    row = model.hidden_size * size
+
+    def gather(payload: float, calls: int) -> None:
+        ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=payload, calls=calls)
+
+    def scatter(payload: float, calls: int) -> None:
+        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=payload, calls=calls)
+
+    hidden = inner * row
+    # Attention: gather before QKV, scatter after the projection. Backward gathers the input once more for the gradient
+    # of the weights (tensor_parallel/layers.py).
+    gather(hidden, forwards + 2 * micro_batches)
+    scatter(hidden, forwards + micro_batches)
+    if model.kind == "dense":
+        gather(hidden, forwards + 2 * micro_batches)
+        scatter(hidden, forwards + micro_batches)
+    else:
+        _experts(ledger, config, inner, forwards=forwards, backwards=micro_batches)
+    if depth:
+        whole = batch * model.seq_length
+        gather(whole * _FP32, forwards)  # scores
+        gather(whole * row, forwards + micro_batches)  # hidden states; the gradient of the scattered update
+        gather(hidden, forwards + micro_batches)  # the layer's output; the gradient of the scattered selection
+
+
+def _experts(ledger: _Ledger, config: Config, tokens: int, *, forwards: int, backwards: int) -> None:
+    """A MoMa feed-forward sub-layer over `tokens` tokens of a micro-batch."""
+    model, tp, ep = config.model, config.parallel.tp, config.parallel.ep
+    row = model.hidden_size * dtype_bytes(config)
+    hidden, logits = tokens * row, tokens * sum(model.experts.counts.values()) * _FP32
+    slots = expert_slots(config, tokens // config.train.micro_batch_size)
+    whole = model.norm == "post_per_expert"  # outputs are summed before their norm, and only scattered after it
+    ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=forwards + backwards)
+    ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=backwards + (0 if whole else forwards))
+    ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=logits, calls=forwards)
+    if whole:
+        for share in slots.values():
+            ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=share * hidden, calls=forwards)
+        if model.experts.shared:
+            ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=hidden, calls=forwards)
+    else:
+        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=logits, calls=backwards)
+    exchanged = sum(slots.values()) * hidden
+    ledger.add(Kind.EP, Operation.ALL_TO_ALL, ep, payload=exchanged, calls=2 * (forwards + backwards))
+
+
+def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters: Parameters) -> None:
+    """Gradients and updated parameters, once a step."""
+    parallel, size = config.parallel, dtype_bytes(config)
+    replicas = data_parallel_size(config, world)
+    dense, experts = stage_parameters(config, parameters, stage)
+    for elements, ranks in ((dense, replicas), (experts, replicas // parallel.ep)):
+        for kind, operation, width, overlapped in (
+            (Kind.GRAD_REDUCE, Operation.REDUCE_SCATTER, _FP32, parallel.overlap_grad_reduce),
+            (Kind.PARAM_GATHER, Operation.ALL_GATHER, size, parallel.overlap_param_gather),
+        ):
+            bucket = max(_BUCKET, _BUCKET_PER_RANK * ranks)
+            calls = max(1, round(elements / bucket)) if overlapped else (parallel.vpp or 1)
+            ledger.add(kind, operation, ranks, payload=elements * width / calls, calls=calls)
+    replicated = sum(parameters.layers[layer].replicated for layer in stage_layers(config, stage))
+    replicated += parameters.final_norm if first_and_last(config, stage)[1] else 0
+    ledger.add(Kind.TP, Operation.ALL_REDUCE, parallel.tp, payload=replicated * _FP32)

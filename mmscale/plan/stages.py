@@ -1,0 +1,45 @@
+"""What stands on which pipeline stage: layers and parameters of a rank. Interleaved chunks are dealt round-robin.
+
+Bytes per element are here too, since everything that follows is counted in them.
+"""
+
+from __future__ import annotations
+
+from mmscale.config import Config
+from mmscale.plan.parameters import Parameters
+
+
+def dtype_bytes(config: Config) -> int:
+    """Bytes of a parameter or an activation."""
+    return 2 if config.precision.dtype == "bf16" else 4
+
+
+def stage_layers(config: Config, stage: int) -> list[int]:
+    """Global indices of the layers of a pipeline stage; interleaved chunks are dealt round-robin."""
+    pp, chunks = config.parallel.pp, config.parallel.vpp or 1
+    size = config.model.num_layers // (pp * chunks)
+    starts = [(chunk * pp + stage) * size for chunk in range(chunks)]
+    return [layer for start in starts for layer in range(start, start + size)]
+
+
+def first_and_last(config: Config, stage: int) -> tuple[bool, bool]:
+    """Whether a stage holds the embedding, and whether it holds the output layer."""
+    return stage == 0, stage == config.parallel.pp - 1
+
+
+def stage_parameters(config: Config, parameters: Parameters, stage: int) -> tuple[float, float]:
+    """Parameters on a rank of this stage: (dense ones, experts)."""
+    tp, ep = config.parallel.tp, config.parallel.ep
+    first, last = first_and_last(config, stage)
+    dense = experts = 0.0
+    for index in stage_layers(config, stage):
+        layer = parameters.layers[index]
+        dense += layer.sharded_by_tp / tp + layer.replicated
+        experts += sum(layer.experts.values()) / (tp * ep)
+    if first:
+        dense += parameters.embedding / tp
+    if last:
+        # A tied output layer on another stage than the embedding is a copy of it.
+        copy = parameters.embedding if config.model.tie_embeddings and not first else parameters.output
+        dense += copy / tp + parameters.final_norm
+    return dense, experts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from mmscale.config.fp8 import depth_multiple, high_precision
 from mmscale.config.schema import Config
 
 
@@ -33,13 +34,14 @@ def tokens_per_step(config: Config) -> int:
 def depth_tokens(config: Config) -> int:
     """Tokens of each sequence that a Mixture-of-Depths layer processes [tokens].
 
-    Rounded up to `model.depth.multiple`, a constant of the configuration: rounding to TP instead would make the
-    selection, and so the loss, depend on the layout. Without Mixture-of-Depths it is the whole sequence.
+    Rounded up to `model.depth.multiple` (and what FP8 wants), a constant of the configuration: rounding to TP instead
+    would make the selection, and so the loss, depend on the layout. Without Mixture-of-Depths it is the whole sequence.
     """
     depth, length = config.model.depth, config.model.seq_length
     if depth is None:
         return length
-    return min(length, math.ceil(depth.capacity * length / depth.multiple) * depth.multiple)
+    multiple = depth_multiple(config)
+    return min(length, math.ceil(depth.capacity * length / multiple) * multiple)
 
 
 def expert_capacity(
@@ -57,7 +59,7 @@ def expert_capacity(
         share: nominal share of the group's modality in those tokens; 1 for a group that sees every token.
         experts: E, experts of the group over all expert-parallel ranks.
         factor: model.experts.capacity_factor.
-        multiple: model.experts.capacity_multiple [tokens].
+        multiple: `capacity_multiple` of mmscale.config.fp8 [tokens].
         limit: tokens in scope; no expert can take more [tokens].
     """
     # 1e-9: 0.1 * 3 / 0.3-like products that are whole on paper must not be rounded up to the next token.
@@ -72,7 +74,11 @@ def shared_width(config: Config) -> int:
 
 
 def with_auxiliary_routers(config: Config) -> Config:
-    """The configuration whose model holds auxiliary routers, as the stage that trains them and inference build it."""
+    """The configuration whose model holds auxiliary routers, as the stage that trains them and inference build it.
+
+    Without FP8, whose scales belong to training steps; the slots that it rounded stay.
+    """
+    config = high_precision(config)
     if config.model.auxiliary.mode != "off":
         return config
     auxiliary = config.model.auxiliary.model_copy(update={"mode": "stage"})
@@ -89,3 +95,19 @@ def batch_p2p(config: Config) -> bool:
     """Whether pipeline sends and receives are batched; left open, they are when they do not overlap with compute."""
     chosen = config.parallel.batch_p2p
     return not overlap_p2p(config) if chosen is None else chosen
+
+
+def overlap_data_parallel(config: Config, *, nccl: bool) -> tuple[bool, bool]:
+    """Whether gradients are reduced during backward, and parameters gathered during forward.
+
+    Left open, both are where ranks talk through NCCL. On gloo the same cores compute and send: nothing is gained, and
+    a step in one order is easier to follow.
+
+    Args:
+        config: gives `parallel.overlap_grad_reduce` and `overlap_param_gather`.
+        nccl: whether ranks talk through NCCL.
+    """
+    reduce, gather = config.parallel.overlap_grad_reduce, config.parallel.overlap_param_gather
+    if reduce is None:
+        reduce = nccl or bool(gather)
+    return reduce, reduce if gather is None and nccl else bool(gather)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from mmscale.config import rules_data, rules_model, rules_parallel
+from mmscale.config import rules_compute, rules_data, rules_model, rules_parallel, rules_precision
 from mmscale.config.problem import Problem, Rule, as_error
 from mmscale.config.schema import Config, OptimConfig
 
@@ -128,10 +128,12 @@ def _memory(config: Config) -> Iterator[Problem]:
 _RULES: tuple[Rule, ...] = (
     *rules_model.RULES,
     *rules_parallel.RULES,
+    *rules_compute.RULES,
     _batches,
     _optim,
     _auxiliary,
     _anomaly,
     _memory,
     *rules_data.RULES,
+    *rules_precision.RULES,
 )

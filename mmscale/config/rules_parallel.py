@@ -39,11 +39,6 @@ def _layout(config: Config) -> Iterator[Problem]:
             "change one of them",
         )
     yield from _pipeline_sends(config)
-    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        yield Problem(
-            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: both work on the same buckets",
-            "set parallel.overlap_grad_reduce=true",
-        )
 
 
 def _pipeline_sends(config: Config) -> Iterator[Problem]:

@@ -152,8 +152,21 @@ class ParallelConfig(Section):
     recompute: Literal["none", "full", "selective"] = setting(
         "Recompute activations in backward: whole layers, or attention only.", "none"
     )
-    overlap_grad_reduce: bool = setting("Reduce gradients while backward goes on.", False)
-    overlap_param_gather: bool = setting("Gather updated parameters while forward goes on.", False)
+    overlap_grad_reduce: bool | None = setting(
+        "Reduce gradients while backward goes on; default: where ranks talk through NCCL.", None
+    )
+    overlap_param_gather: bool | None = setting(
+        "Gather updated parameters while forward goes on; default: as overlap_grad_reduce.", None
+    )
+    overlap_experts: bool = setting(
+        "Exchange each group's tokens by itself, while other groups and shared experts compute; needs ep > 1.", False
+    )
+    overlap_tensor: bool = setting(
+        "Overlap tensor-parallel messages of attention with its products through Transformer-Engine's user buffers; "
+        "needs tp > 1, model.backend=te and no Mixture-of-Depths.",
+        False,
+        source="mcore tp_comm_overlap",
+    )
     overlap_p2p: bool | None = setting("Overlap pipeline sends with compute; default: when vpp is set.", None)
     batch_p2p: bool | None = setting("Batch pipeline sends and receives; default: when they are not overlapped.", None)
 

@@ -86,6 +86,21 @@ class ExpertsConfig(Section):
     noise: Literal["none", "gumbel"] = setting(
         "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"
     )
+    compute: Literal["auto", "bmm", "grouped_mm", "te"] = setting(
+        "What multiplies the experts' rows with their weights: batched products (bmm), torch's grouped_mm, or "
+        "Transformer-Engine's grouped linear; auto: te where model.backend is and FP8 asks for it, else bmm. Weights "
+        "and results are the same; `mmscale bench experts` measures them.",
+        "auto",
+    )
+    fused_swiglu: bool | None = setting(
+        "SwiGLU of the experts as one compiled function that keeps its input only; default: where CUDA is.",
+        None,
+        source="mcore fusions/fused_bias_swiglu.py",
+    )
+    cuda_graph: bool = setting(
+        "Capture each group's experts as CUDA graphs; needs CUDA, one micro-batch in flight and no full recomputation.",
+        False,
+    )
     threshold_decay: Share = setting(
         "Decay per step of the moving average of each expert's cut-off, which `--routing threshold` decides by; "
         "0: none is kept.",

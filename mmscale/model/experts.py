@@ -1,4 +1,6 @@
-"""SwiGLU experts as batched 3-D parameters, and the equal-split exchange that brings tokens to them.
+"""SwiGLU experts as batched 3-D parameters, and the equal-split exchange that brings tokens to them in one message.
+
+How they are computed is in expert_compute.py, the exchange that travels while experts compute in exchange.py.
 
 Static capacities make every shape known on the host: no counts are exchanged and nothing waits for the device.
 
@@ -8,6 +10,7 @@ this tensor-parallel rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +21,9 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from mmscale.model.expert_compute import BATCHED, ExpertCompute, feed_forward
+from mmscale.runtime.cuda_graphs import Captured
 
 
 class Experts(MegatronModule):
@@ -30,6 +35,7 @@ class Experts(MegatronModule):
         width: SwiGLU inner width over all tensor-parallel ranks.
         groups: process groups; expert tensor parallelism equals tensor parallelism.
         expert_parallel: False keeps all experts on every rank as ordinary (dense) parameters.
+        compute: how the products are computed, see expert_compute.py; anything but Transformer-Engine's.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Experts(MegatronModule):
         width: int,
         groups: ProcessGroupCollection,
         expert_parallel: bool = True,
+        compute: ExpertCompute = BATCHED,
     ) -> None:
         super().__init__(config=config)
         self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
@@ -60,12 +67,12 @@ class Experts(MegatronModule):
             # Reduced over the expert-data-parallel group, in buffers of their own; also at EP = 1, so that checkpoints
             # have the same two optimizers under every layout (distributed_data_parallel.py).
             parameter.allreduce = not expert_parallel  # type: ignore[attr-defined]
+        function = functools.partial(feed_forward, compute=compute)
+        self.compute = Captured(function) if compute.graph else function
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[L, N, H] -> [L, N, H], partial over tensor-parallel ranks: the caller sums."""
-        local, _, hidden = tokens.shape
-        gate, up = torch.bmm(tokens, self.w1.view(local, hidden, -1)).chunk(2, dim=-1)
-        return torch.bmm(F.silu(gate) * up, self.w2)
+        return self.compute(tokens, self.w1, self.w2)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None

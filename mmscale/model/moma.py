@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 from mmscale.config.derived import expert_capacity
 from mmscale.model.auxiliary import AuxiliaryRouter
+from mmscale.model.exchange import receive_as_expert, send_back, send_to_experts
+from mmscale.model.expert_compute import BATCHED, ExpertCompute
 from mmscale.model.experts import Experts, from_experts, to_experts
 from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.model.norm import RMSNorm
@@ -64,6 +66,8 @@ class MoMaSettings:
         shared_width: SwiGLU width of the shared experts together; 0: none.
         auxiliary_width: inner width of each group's auxiliary router; None: there are none.
         thresholds: whether the averaged cut-offs of Expert Threshold are kept.
+        compute: how experts are computed; `auto` is decided.
+        overlap: each group's tokens are exchanged while other experts compute.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -75,6 +79,8 @@ class MoMaSettings:
     shared_width: int = 0
     auxiliary_width: int | None = None
     thresholds: bool = False
+    compute: ExpertCompute = BATCHED
+    overlap: bool = False
 
 
 class Router(nn.Module):
@@ -121,13 +127,22 @@ class MoMaMLP(MegatronModule):
         self.router = Router(config, settings.groups)
         self.expert_norm = nn.ModuleDict()
         for group in settings.groups:
-            self.experts[group.name] = Experts(config, count=group.experts, width=width, groups=self.pg)
+            self.experts[group.name] = Experts(
+                config, count=group.experts, width=width, groups=self.pg, compute=settings.compute
+            )
             if settings.norm_experts:
                 self.expert_norm[group.name] = self._norm()
         self.shared: Experts | None = None
         self.shared_norm: RMSNorm | None = None
         if settings.shared_width:
-            self.shared = Experts(config, count=1, width=settings.shared_width, groups=self.pg, expert_parallel=False)
+            self.shared = Experts(
+                config,
+                count=1,
+                width=settings.shared_width,
+                groups=self.pg,
+                expert_parallel=False,
+                compute=settings.compute,
+            )
             self.shared_norm = self._norm() if settings.norm_experts else None
 
         self.auxiliary = nn.ModuleDict()
@@ -169,9 +184,13 @@ class MoMaMLP(MegatronModule):
         else:
             selections = self._decide(hidden_states, logits, params)
         chosen = [flat.index_select(0, s.token.reshape(-1)).view(*s.token.shape, width) for s in selections]
-        received = to_experts(chosen, self.pg.ep)
-        computed = [self.experts[g.name](tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
-        outputs = from_experts(computed, self.pg.ep)
+        shared: Tensor | None = None
+        if self.settings.overlap:
+            outputs, shared = self._overlapped(chosen, flat)
+        else:
+            received = to_experts(chosen, self.pg.ep)
+            computed = [self.experts[g.name](tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
+            outputs = from_experts(computed, self.pg.ep)
 
         total = flat.new_zeros(flat.shape, dtype=torch.float32)
         for group, output, selection in zip(self.settings.groups, outputs, selections, strict=True):
@@ -190,6 +209,16 @@ class MoMaMLP(MegatronModule):
         if self.settings.norm_experts:  # already summed over tensor-parallel ranks
             return scatter_to_sequence_parallel_region(whole, group=self.pg.tp), None
         return reduce_scatter_to_sequence_parallel_region(whole, group=self.pg.tp), None
+
+    def _overlapped(self, chosen: list[Tensor], flat: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Outputs of every group and of the shared experts, each computed while other groups' tokens travel."""
+        group, ranks = self.pg.ep, self.pg.ep.size()
+        there = [send_to_experts(tokens, group) for tokens in chosen]
+        shared = None if self.shared is None else self.shared(flat.unsqueeze(0))
+        back = []
+        for own, travelling in zip(self.settings.groups, there, strict=True):
+            back.append(send_back(self.experts[own.name](receive_as_expert(travelling, ranks)), group))
+        return [travelling.arrived() for travelling in back], shared
 
     def _router_logits(self, hidden: Tensor, params: MixedModalParams) -> Tensor:
         """[S, B, all experts] fp32, computed where the token lives and gathered."""

@@ -25,6 +25,7 @@ from mmscale.model.moma import ExpertGroup, MoMaMLP, MoMaSettings
 from mmscale.model.norm import Residual, RMSNorm
 
 
+from mmscale.model.expert_compute import chosen
 def nominal_share(config: Config) -> dict[str, float]:
     """Nominal share of each modality in the tokens.
 
@@ -127,6 +128,8 @@ def layer_spec(
             ),
         ),
         self_attn_bda=attention_residual,
+        compute=chosen(config),
+        overlap=config.parallel.overlap_experts,
         pre_mlp_layernorm=norm,
         mlp=mlp,
         mlp_bda=mlp_residual,

@@ -23,7 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mmscale.config import Config
+from mmscale.config.derived import overlap_data_parallel
 from mmscale.model.build import DTYPES
+from mmscale.runtime import device
 from mmscale.train import adam
 from mmscale.train.optimizer_shards import save_shardwise
 
@@ -38,7 +40,7 @@ def wrap(
 
     The distributed optimizer is used at every size, also on one rank: the plain optimizers cannot read its checkpoints.
     """
-    overlap_grads, overlap_params = config.parallel.overlap_grad_reduce, config.parallel.overlap_param_gather
+    overlap_grads, overlap_params = overlap_data_parallel(config, nccl=device.has_cuda())
     ddp_config = DistributedDataParallelConfig(
         bucket_size=BUCKET_ELEMENTS,
         grad_reduce_in_fp32=True,
@@ -93,7 +95,7 @@ def make_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        overlap_param_gather=overlap_data_parallel(config, nccl=device.has_cuda())[1],
     )
     optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False, pg_collection=groups)
     save_shardwise(optimizer)

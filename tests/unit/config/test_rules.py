@@ -126,7 +126,25 @@ BROKEN = [
         {"parallel__pp": 2, "parallel__vpp": 2, "parallel__overlap_p2p": False},
         "parallel.batch_p2p with parallel.pp = 2 and vpp mixes up the two directions",
     ),
-    ({"parallel__overlap_param_gather": True}, "parallel.overlap_param_gather needs parallel.overlap_grad_reduce"),
+    # how experts are computed, and what overlaps
+    (
+        {"parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": False},
+        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce",
+    ),
+    ({"parallel__overlap_experts": True}, "with parallel.ep = 1 no tokens travel"),
+    ({"parallel__overlap_tensor": True}, "with parallel.tp = 1 there are no tensor-parallel messages"),
+    (
+        {"parallel__overlap_tensor": True, "parallel__tp": 2, "model__depth": {"multiple": 8}},
+        "parallel.overlap_tensor with model.depth: user buffers have one shape",
+    ),
+    (
+        {"model__experts__compute": "grouped_mm", "model__ffn_hidden_size": 60, "parallel__tp": 2},
+        "model.experts.compute = grouped_mm: model.ffn_hidden_size / parallel.tp = 30 is not a multiple of",
+    ),
+    ({**DENSE, "model__experts__cuda_graph": True}, "model.kind = dense has no experts"),
+    ({"model__experts__cuda_graph": True, "parallel__pp": 2}, "a pipeline stage has several in flight"),
+    ({"model__experts__cuda_graph": True, "parallel__recompute": "full"}, "recomputing layers would save nothing"),
+    ({"model__experts__cuda_graph": True, "model__experts__compute": "te"}, "a captured graph would repeat"),
     # batches and schedule
     (
         {"train__micro_batch_size": 3, "train__global_batch_size": 8},

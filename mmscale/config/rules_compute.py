@@ -1,0 +1,85 @@
+"""Rules about how experts are computed and what overlaps with what (`model.experts`, `parallel.overlap_*`).
+
+Whether this machine can do it is asked where the model is built; here is what no machine can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmscale.config.problem import Problem, Rule
+from mmscale.config.schema import Config
+
+# grouped_mm refuses matrices whose rows do not begin at multiples of this [bytes] (aten/native/GroupedMMUtils.h).
+_ROW_BYTES = 16
+
+
+def _grouped(config: Config) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tp
+    if model.kind == "dense" or model.experts.compute != "grouped_mm":
+        return
+    multiple = _ROW_BYTES // (2 if config.precision.dtype == "bf16" else 4)
+    for key, width in (
+        ("model.hidden_size", model.hidden_size),
+        ("model.ffn_hidden_size / parallel.tp", model.ffn_hidden_size // tp),
+    ):
+        if width % multiple:
+            yield Problem(
+                f"model.experts.compute = grouped_mm: {key} = {width} is not a multiple of {multiple}, and its "
+                f"kernels want rows of {_ROW_BYTES} bytes",
+                f"make it a multiple of {multiple}, or use model.experts.compute=bmm",
+            )
+
+
+def _graphs(config: Config) -> Iterator[Problem]:
+    parallel, experts = config.parallel, config.model.experts
+    if not experts.cuda_graph:
+        return
+    if config.model.kind == "dense":
+        yield Problem("model.experts.cuda_graph is set, but model.kind = dense has no experts", "remove it")
+    if parallel.pp > 1:
+        yield Problem(
+            f"model.experts.cuda_graph with parallel.pp = {parallel.pp}: a graph keeps the activations of one "
+            "micro-batch, and a pipeline stage has several in flight",
+            "use parallel.pp=1 or model.experts.cuda_graph=false",
+        )
+    if parallel.recompute == "full":
+        yield Problem(
+            "model.experts.cuda_graph with parallel.recompute = full: graphs keep their activations for good, so "
+            "recomputing layers would save nothing",
+            "use parallel.recompute=selective or none, or model.experts.cuda_graph=false",
+        )
+    if experts.compute == "te":
+        yield Problem(
+            "model.experts.cuda_graph with model.experts.compute = te: Transformer-Engine's modules update FP8 state "
+            "between micro-batches, which a captured graph would repeat",
+            "use model.experts.compute=bmm or grouped_mm, or model.experts.cuda_graph=false",
+        )
+
+
+def _overlap(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.overlap_param_gather and parallel.overlap_grad_reduce is False:
+        yield Problem(
+            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: both work on the same buckets",
+            "set parallel.overlap_grad_reduce=true",
+        )
+    if parallel.overlap_experts and parallel.ep == 1:
+        yield Problem(
+            "parallel.overlap_experts is set, but with parallel.ep = 1 no tokens travel",
+            "set parallel.ep or drop parallel.overlap_experts",
+        )
+    if parallel.overlap_tensor and parallel.tp == 1:
+        yield Problem(
+            "parallel.overlap_tensor is set, but with parallel.tp = 1 there are no tensor-parallel messages",
+            "set parallel.tp or drop parallel.overlap_tensor",
+        )
+    if parallel.overlap_tensor and config.model.depth is not None:
+        yield Problem(
+            "parallel.overlap_tensor with model.depth: user buffers have one shape for all layers, and "
+            "Mixture-of-Depths layers send fewer tokens",
+            "drop one of them",
+        )
+
+
+RULES: tuple[Rule, ...] = (_grouped, _graphs, _overlap)

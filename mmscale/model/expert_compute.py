@@ -1,0 +1,144 @@
+"""How the products of all experts of a group are computed: batched, grouped, fused or captured; one result.
+
+Static capacities give every expert equally many rows, so no choice needs counts from the device. Which one is fastest
+is measured by `mmscale bench experts`; docs/performance.md says what was found. Transformer-Engine's grouped linear
+keeps weights of its own and is a module of experts_te.py; here is only its name.
+
+Shapes: L experts on this rank, N rows of each, H hidden width, F inner width of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from megatron.core.fusions.fused_bias_swiglu import SwiGLUFunction
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmscale.config import Config
+from mmscale.errors import ConfigError
+from mmscale.runtime import device
+
+
+class Products(StrEnum):
+    """What multiplies the rows of all experts with their weights.
+
+    BMM: one batched product (cuBLAS strided batched, or the host's BLAS for each expert).
+    GROUPED_MM: torch.nn.functional.grouped_mm, one kernel over ragged groups.
+    TE: Transformer-Engine's grouped linear, the only one with FP8 kernels.
+    """
+
+    BMM = "bmm"
+    GROUPED_MM = "grouped_mm"
+    TE = "te"
+
+
+@dataclass(frozen=True)
+class ExpertCompute:
+    """How a group of experts is computed on this machine; `auto` is decided.
+
+    Attributes:
+        products: what multiplies.
+        fused: SwiGLU as one function that keeps its input only and recomputes the rest in backward; torch.compile
+            makes one kernel of each pass where CUDA is.
+        graph: forward and backward of each group are captured as CUDA graphs.
+    """
+
+    products: Products = Products.BMM
+    fused: bool = False
+    graph: bool = False
+
+
+BATCHED = ExpertCompute()
+
+
+def chosen(config: Config) -> ExpertCompute:
+    """What `model.experts.compute`, `fused_swiglu` and `cuda_graph` mean on this machine.
+
+    Raises:
+        ConfigError: this machine or its torch lacks what was asked for.
+    """
+    experts, cuda = config.model.experts, device.has_cuda()
+    products = Products.BMM if experts.compute == "auto" else Products(experts.compute)
+    if products is Products.TE and not cuda:
+        raise ConfigError(
+            "model.experts.compute = te: Transformer-Engine runs on CUDA only, and this machine has no device",
+            remedy="use model.experts.compute=auto",
+        )
+    if products is Products.GROUPED_MM:
+        if not hasattr(F, "grouped_mm"):
+            raise ConfigError(
+                f"model.experts.compute = grouped_mm: torch {torch.__version__} has no torch.nn.functional.grouped_mm",
+                remedy="use torch 2.10 or newer, or model.experts.compute=bmm",
+            )
+        if cuda and config.precision.dtype != "bf16":
+            raise ConfigError(
+                f"model.experts.compute = grouped_mm: on CUDA its kernels take bf16, not {config.precision.dtype}",
+                remedy="use precision.dtype=bf16 or model.experts.compute=bmm",
+            )
+    if experts.cuda_graph and not cuda:
+        raise ConfigError(
+            "model.experts.cuda_graph: this machine has no CUDA device",
+            remedy="set model.experts.cuda_graph=false",
+        )
+    fused = cuda if experts.fused_swiglu is None else experts.fused_swiglu
+    return ExpertCompute(products, fused=fused, graph=experts.cuda_graph)
+
+
+def swiglu(gate_up: Tensor, *, fused: bool) -> Tensor:
+    """[..., gate F, up F] -> silu(gate) * up, [..., F].
+
+    Unfused, autograd keeps the gate, the up part, silu(gate) and the product; fused, the input and the product.
+    """
+    if fused:
+        return SwiGLUFunction.apply(gate_up, False, False)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def feed_forward(tokens: Tensor, w1: Tensor, w2: Tensor, *, compute: ExpertCompute) -> Tensor:
+    """SwiGLU feed-forward of every expert on its own rows.
+
+    Args:
+        tokens: [L, N, H].
+        w1: [L, H, 2, F], gate and up projection.
+        w2: [L, F, H].
+        compute: bmm or grouped_mm, and whether SwiGLU is fused.
+
+    Returns:
+        [L, N, H].
+    """
+    product = _PRODUCTS[compute.products]
+    gate_up = product(tokens, w1.view(*w1.shape[:2], -1))
+    return product(swiglu(gate_up, fused=compute.fused), w2)
+
+
+def _grouped(rows: Tensor, weights: Tensor) -> Tensor:
+    """[L, N, K] x [L, K, M] -> [L, N, M] through grouped_mm; the ends of the groups are made on the device."""
+    experts, count, _ = rows.shape
+    ends = torch.arange(1, experts + 1, dtype=torch.int32, device=rows.device) * count
+    flat = F.grouped_mm(rows.reshape(experts * count, -1), weights, offs=ends)
+    return _DenseGradient.apply(flat).view(experts, count, -1)
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The identity, whose gradient has strides of its own: grouped_mm's backward refuses an expanded one."""
+
+    @staticmethod
+    def forward(ctx: object, tensor: Tensor) -> Tensor:
+        del ctx
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        del ctx
+        return gradients[0].contiguous()
+
+
+_PRODUCTS: dict[Products, Callable[[Tensor, Tensor], Tensor]] = {
+    Products.BMM: torch.bmm,
+    Products.GROUPED_MM: _grouped,
+}

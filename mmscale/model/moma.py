@@ -200,7 +200,7 @@ class MoMaMLP(MegatronModule):
                 )
             total = total + combine(output, selection, length * batch)
         if self.shared is not None:
-            output = self.shared(flat.unsqueeze(0)).squeeze(0)
+            output = (self.shared(flat.unsqueeze(0)) if shared is None else shared).squeeze(0)
             if self.shared_norm is not None:
                 output = self.shared_norm(reduce_from_tensor_model_parallel_region(output, group=self.pg.tp))
             total = total + output

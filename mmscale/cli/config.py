@@ -23,14 +23,21 @@ def check(
 ) -> None:
     """Check a configuration strictly; show every setting and where its value comes from."""
     from mmscale.config import load as loading
+    from mmscale.config.fp8 import roundings
 
     loaded = loading.load(config, overrides or ())
     values, sources = loading.flatten(loaded), loading.origins(config, overrides or ())
-    result = {"config": loaded.model_dump(mode="json"), "origins": sources, "digest": loading.digest(loaded)}
-    emit(result, as_json=as_json, text=lambda: _settings(values, sources))
+    notes = roundings(loaded)
+    result = {
+        "config": loaded.model_dump(mode="json"),
+        "origins": sources,
+        "digest": loading.digest(loaded),
+        "notes": notes,
+    }
+    emit(result, as_json=as_json, text=lambda: _settings(values, sources, notes))
 
 
-def _settings(values: dict[str, Any], sources: dict[str, str]) -> None:
+def _settings(values: dict[str, Any], sources: dict[str, str], notes: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -43,6 +50,8 @@ def _settings(values: dict[str, Any], sources: dict[str, str]) -> None:
         shown = value if isinstance(value, str) else json.dumps(value)
         table.add_row(Text(key, style), Text(shown, style), Text(source, style))
     console().print(table)
+    for note in notes:
+        console().print(Text(f"note: {note}"))
 
 
 @app.command("explain", epilog="Example: mmscale config explain train.global_batch_size")

@@ -71,7 +71,9 @@ class ExpertsConfig(Section):
     capacity_factor: Positive = setting(
         "An expert takes capacity_factor * (its group's nominal tokens) / (experts of the group) tokens.", 1.0
     )
-    capacity_multiple: Count = setting("Tokens per expert are rounded up to this (16 for FP8).", 1, unit="tokens")
+    capacity_multiple: Count = setting(
+        "Tokens per expert are rounded up to this, and with FP8 to 16 or 128 as well.", 1, unit="tokens"
+    )
     scope: Literal["sequence", "micro_batch"] = setting(
         "Tokens among which an expert chooses: each sequence by itself (the same whatever the micro-batch size) "
         "or the whole micro-batch (the paper's reading).",

@@ -1,13 +1,13 @@
 """Settings of number formats (`precision`).
 
-Only shapes of single values; rules between settings are in rules.py and rules_*.py.
+Only shapes of single values; rules between them and others are in rules_precision.py.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from mmscale.config.section import Section, setting
+from mmscale.config.section import Count, Index, Section, setting
 
 
 class PrecisionConfig(Section):
@@ -16,4 +16,30 @@ class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16"] = setting(
         "Parameters and activations; with bf16 the optimizer keeps fp32 copies.", "bf16"
     )
-    fp8: Literal["off"] = setting("FP8 layers; only 'off' so far.", "off")
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise"] = setting(
+        "Products of attention's and the experts' linears in FP8, and how their scales are found. delayed: one scale "
+        "per tensor from the amax of earlier steps; tensorwise: one from the tensor itself; blockwise: one for 1 x 128 "
+        "values of activations and gradients and for 128 x 128 of weights. Routers, norms, embedding and output layer "
+        "stay in `dtype`.",
+        "off",
+        source="Transformer-Engine 2.9-2.11: DelayedScaling, Float8CurrentScaling, Float8BlockScaling",
+    )
+    fp8_emulate: bool = setting(
+        "Round to FP8 and back in plain torch, on any device: for studying what FP8 does to a loss, not for speed.",
+        False,
+    )
+    fp8_format: Literal["hybrid", "e4m3"] = setting(
+        "hybrid: e4m3 forward and e5m2 for gradients; e4m3: all of it.", "hybrid"
+    )
+    fp8_margin: Index = setting(
+        "delayed: scales are divided by 2^margin, as headroom for growing values.", 0, unit="powers of two"
+    )
+    fp8_amax_history: Count = setting("delayed: amax values that are remembered.", 1024, unit="steps")
+    fp8_amax_choice: Literal["max", "most_recent"] = setting("delayed: which of them gives the scale.", "max")
+    fp8_skip_first: Index = setting("First layers whose linears stay in `dtype`.", 0, unit="layers")
+    fp8_skip_last: Index = setting("Last layers whose linears stay in `dtype`.", 0, unit="layers")
+
+    @property
+    def emulated(self) -> bool:
+        """Whether products are rounded to FP8 by plain torch."""
+        return self.fp8 != "off" and self.fp8_emulate

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from mmscale.config import Config
 from mmscale.config.derived import batch_p2p, overlap_p2p
+from mmscale.model.fp8_settings import fp8_settings
 from mmscale.model.init import initialize
 from mmscale.model.spec import block_spec
 from mmscale.runtime import device
@@ -86,6 +87,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **_RECOMPUTE[parallel.recompute],
+        **fp8_settings(config),
     )
 
 

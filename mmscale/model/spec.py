@@ -22,6 +22,7 @@ from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.layer import DepthLayer, DepthSettings, MixedModalLayer
 from mmscale.model.moma import ExpertGroup, MoMaMLP, MoMaSettings
+from mmscale.config.fp8 import capacity_multiple
 from mmscale.model.norm import Residual, RMSNorm
 
 
@@ -60,7 +61,7 @@ def moma_settings(config: Config) -> MoMaSettings:
         groups=groups,
         per_sequence=experts.scope == "sequence",
         capacity_factor=experts.capacity_factor,
-        capacity_multiple=experts.capacity_multiple,
+        capacity_multiple=capacity_multiple(config),
         gumbel=experts.noise == "gumbel",
         norm_experts=config.model.norm == "post_per_expert",
         shared_width=experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, expert_capacity, shared_width
+from mmscale.config.fp8 import capacity_multiple
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
             shares[name],
             count,
             factor=experts.capacity_factor,
-            multiple=experts.capacity_multiple,
+            multiple=capacity_multiple(config),
             limit=scope,
         )
         slots[name] = count * capacity / scope

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
+from mmscale.config.fp8 import roundings
 from mmscale.data.mixture import Mixture, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
@@ -173,6 +174,8 @@ class _Attempt:
                     self.config,
                     world_size=self.env.world_size,
                     device=device.device_name(),
+        for line in roundings(self.config):
+            self.progress.say(line)
                     plan=plan(self.config),
                     share=shares if isinstance(shares, dict) else None,
                     attempt=self.number,

@@ -1,0 +1,63 @@
+"""What FP8 asks of shapes: rows of its products come in sixteens, so static slots are rounded up, and said to be.
+
+Source: Transformer-Engine 2.11 asserts rows % 8 and last dimensions % 16, and expert rows are aligned to 16 for every
+recipe of sm_90; a blockwise tensor that is gathered (sequence parallelism) has whole blocks of 128 both ways.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mmscale.config.schema import Config
+
+ALIGNMENT, BLOCK = 16, 128
+
+
+def blocks_are_gathered(config: Config) -> bool:
+    """Whether blockwise tensors travel between ranks, so that blocks may not be cut."""
+    return config.precision.fp8 == "blockwise" and config.parallel.tp > 1
+
+
+def row_multiple(config: Config) -> int:
+    """Rows of an FP8 product, and slots of an expert, are a multiple of this [tokens]; 1 without FP8."""
+    if config.precision.fp8 == "off":
+        return 1
+    return BLOCK if blocks_are_gathered(config) else ALIGNMENT
+
+
+def capacity_multiple(config: Config) -> int:
+    """Slots of an expert are rounded up to this: model.experts.capacity_multiple, and what FP8 wants [tokens]."""
+    return math.lcm(config.model.experts.capacity_multiple, row_multiple(config))
+
+
+def depth_multiple(config: Config) -> int:
+    """Tokens of a sequence that a Mixture-of-Depths layer selects are rounded up to this [tokens]."""
+    depth = config.model.depth
+    return math.lcm(1 if depth is None else depth.multiple, row_multiple(config))
+
+
+def roundings(config: Config) -> list[str]:
+    """One line for each setting that FP8 rounds up; what it costs is seen in `mmscale plan`."""
+    model, rows = config.model, row_multiple(config)
+    found = []
+    if model.kind != "dense":
+        found.append(("model.experts.capacity_multiple", model.experts.capacity_multiple, capacity_multiple(config)))
+    if model.depth is not None:
+        found.append(("model.depth.multiple", model.depth.multiple, depth_multiple(config)))
+    why = f"precision.fp8 = {config.precision.fp8} takes rows in multiples of {rows}"
+    if blocks_are_gathered(config):
+        why += f" with parallel.tp = {config.parallel.tp}, and of {ALIGNMENT} with tp = 1"
+    return [f"{key} = {given} is taken as {taken}: {why}" for key, given, taken in found if given != taken]
+
+
+def high_precision(config: Config) -> Config:
+    """The same model without FP8, with the slots that FP8 gave it: for inference and for what is trained afterwards."""
+    if config.precision.fp8 == "off":
+        return config
+    model = config.model
+    experts = model.experts.model_copy(update={"capacity_multiple": capacity_multiple(config)})
+    depth = None if model.depth is None else model.depth.model_copy(update={"multiple": depth_multiple(config)})
+    precision = config.precision.model_copy(update={"fp8": "off", "fp8_emulate": False})
+    return config.model_copy(
+        update={"model": model.model_copy(update={"experts": experts, "depth": depth}), "precision": precision}
+    )

@@ -1,0 +1,98 @@
+"""Rules about number formats: FP8 recipes and the shapes that their products take.
+
+Why a rule exists stands next to it; file names without a path are of megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmscale.config import derived
+from mmscale.config.fp8 import ALIGNMENT, BLOCK, blocks_are_gathered, row_multiple
+from mmscale.config.problem import Problem, Rule
+from mmscale.config.schema import Config
+
+_LARGEST_MARGIN = 8  # 2^8 of e4m3's 448 leave 1.75: what is larger throws the format away
+
+
+def _recipe(config: Config) -> Iterator[Problem]:
+    precision, layers = config.precision, config.model.num_layers
+    first, last = precision.fp8_skip_first, precision.fp8_skip_last
+    if precision.fp8 == "off":
+        for key, given in (
+            ("fp8_emulate", precision.fp8_emulate),
+            ("fp8_skip_first", first),
+            ("fp8_skip_last", last),
+        ):
+            if given:
+                yield Problem(f"precision.{key} is set, but precision.fp8 = off", "choose a recipe or remove it")
+        return
+    if precision.fp8 == "delayed" and (first or last):
+        # All layers enter FP8 in one context, at whose end amax values are agreed on (fp8_utils.py).
+        yield Problem(
+            "precision.fp8_skip_first and fp8_skip_last do not go with precision.fp8 = delayed: all layers agree on "
+            "their scales at once",
+            "use precision.fp8=tensorwise or blockwise, or remove them",
+        )
+    elif first + last >= layers:
+        yield Problem(
+            f"precision.fp8_skip_first + fp8_skip_last = {first} + {last} leave none of the {layers} layers to FP8",
+            "lower them, or set precision.fp8=off",
+        )
+    for key, count in (("fp8_skip_first", first), ("fp8_skip_last", last)):
+        if count > layers // config.parallel.pp:
+            yield Problem(  # transformer_config.py
+                f"precision.{key} = {count} is more than the {layers // config.parallel.pp} layers of a pipeline stage",
+                "lower it",
+            )
+    if precision.fp8_margin > _LARGEST_MARGIN:
+        yield Problem(
+            f"precision.fp8_margin = {precision.fp8_margin}: scales would be 2^{precision.fp8_margin} times too small",
+            f"use at most {_LARGEST_MARGIN}; 0 is usual",
+        )
+
+
+def _shapes(config: Config) -> Iterator[Problem]:
+    if config.precision.fp8 == "off":
+        return
+    model, tp, gathered = config.model, config.parallel.tp, blocks_are_gathered(config)
+    heads = model.num_attention_heads
+    widths = [
+        ("model.hidden_size", model.hidden_size, BLOCK if gathered else ALIGNMENT),
+        ("queries, keys and values", (heads + 2 * model.query_groups) * model.head_dim // tp, ALIGNMENT),
+        ("attention's output", heads * model.head_dim // tp, ALIGNMENT),
+        ("model.ffn_hidden_size", model.ffn_hidden_size // tp, ALIGNMENT),
+    ]
+    if derived.shared_width(config):
+        widths.append(("all shared experts together", derived.shared_width(config) // tp, ALIGNMENT))
+    for name, width, multiple in widths:
+        if width % multiple:
+            yield Problem(
+                f"{_recipe_of(config)}: the width of {name}, {width} on a rank, is not a multiple of {multiple}",
+                "make it one",
+            )
+    rows = row_multiple(config)
+    if model.seq_length % rows:
+        yield Problem(
+            f"{_recipe_of(config)}: model.seq_length = {model.seq_length} is not a multiple of {rows}", "make it one"
+        )
+        return
+    tokens = [("model.seq_length", model.seq_length)]
+    if model.depth is not None:
+        tokens.append(("the tokens that a Mixture-of-Depths layer selects", derived.depth_tokens(config)))
+    for name, count in tokens:
+        local = count // tp * config.train.micro_batch_size
+        if local % rows:
+            yield Problem(
+                f"{_recipe_of(config)}: {name} = {count}, of which a rank holds {count // tp} * micro-batches of "
+                f"{config.train.micro_batch_size} = {local} rows, no multiple of {rows}",
+                f"make it a multiple of {rows * tp}",
+            )
+
+
+def _recipe_of(config: Config) -> str:
+    text = f"precision.fp8 = {config.precision.fp8}"
+    return f"{text} with parallel.tp = {config.parallel.tp}" if blocks_are_gathered(config) else text
+
+
+RULES: tuple[Rule, ...] = (_recipe, _shapes)

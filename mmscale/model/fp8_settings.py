@@ -1,0 +1,41 @@
+"""From `precision.fp8` to megatron-core's FP8 fields, for layers of Transformer-Engine.
+
+Emulated FP8 sets none of them: megatron-core would enter Transformer-Engine's context, or, without it, a null context
+that trains in bf16 without a word (fp8_utils.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.config import Config
+from mmscale.errors import ConfigError
+from mmscale.runtime import transformer_engine
+
+
+def fp8_settings(config: Config) -> dict[str, Any]:
+    """Arguments of TransformerConfig; none without FP8 or with emulated FP8.
+
+    Raises:
+        ConfigError: FP8 is asked for, and Transformer-Engine is not here.
+    """
+    precision = config.precision
+    if precision.fp8 == "off" or precision.emulated:
+        return {}
+    if (missing := transformer_engine.problem()) is not None:
+        raise ConfigError(
+            f"precision.fp8 = {precision.fp8} needs Transformer-Engine, but {missing}",
+            remedy="set precision.fp8=off, or precision.fp8_emulate=true to study what FP8 does to the loss",
+        )
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_compute_algo": precision.fp8_amax_choice,
+        "fp8_wgrad": True,
+        "tp_only_amax_red": False,
+        "first_last_layers_bf16": bool(precision.fp8_skip_first or precision.fp8_skip_last),
+        "num_layers_at_start_in_bf16": precision.fp8_skip_first,
+        "num_layers_at_end_in_bf16": precision.fp8_skip_last,
+    }

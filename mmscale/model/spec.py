@@ -18,15 +18,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens
+from mmscale.config.fp8 import capacity_multiple
 from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
+from mmscale.model.expert_compute import chosen
 from mmscale.model.layer import DepthLayer, DepthSettings, MixedModalLayer
 from mmscale.model.moma import ExpertGroup, MoMaMLP, MoMaSettings
-from mmscale.config.fp8 import capacity_multiple
 from mmscale.model.norm import Residual, RMSNorm
 
 
-from mmscale.model.expert_compute import chosen
 def nominal_share(config: Config) -> dict[str, float]:
     """Nominal share of each modality in the tokens.
 
@@ -67,6 +67,8 @@ def moma_settings(config: Config) -> MoMaSettings:
         shared_width=experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size),
         auxiliary_width=config.model.auxiliary_width,
         thresholds=config.model.keeps_thresholds,
+        compute=chosen(config),
+        overlap=config.parallel.overlap_experts,
     )
 
 
@@ -129,8 +131,6 @@ def layer_spec(
             ),
         ),
         self_attn_bda=attention_residual,
-        compute=chosen(config),
-        overlap=config.parallel.overlap_experts,
         pre_mlp_layernorm=norm,
         mlp=mlp,
         mlp_bda=mlp_residual,

@@ -166,6 +166,17 @@ class ModelConfig(Section):
         "Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02
     )
     dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)
+    backend: Literal["auto", "te", "torch"] = setting(
+        "Whose linears, norms and attention fill the layers: te, Transformer-Engine's (CUDA only); torch, "
+        "megatron-core's and torch's; auto: te where it can run. Checkpoints are the same.",
+        "auto",
+    )
+    gradient_accumulation_fusion: Literal["auto", "on", "off"] = setting(
+        "Weight gradients are added to the fp32 gradient buffer by the matrix product itself. Transformer-Engine's "
+        "layers can; the output layer and the torch backend need NVIDIA apex built with its CUDA extensions. auto: "
+        "whatever can.",
+        "auto",
+    )
     experts: ExpertsConfig = setting("Modality groups of experts.", ExpertsConfig())
     depth: DepthConfig | None = setting("Mixture-of-Depths; null: every layer sees every token.", None)
     auxiliary: AuxiliaryRoutersConfig = setting("Auxiliary routers for causal inference.", AuxiliaryRoutersConfig())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.nn import functional as F
 
 from mmscale.config import Config
 from mmscale.config.derived import batch_p2p, overlap_p2p
+from mmscale.errors import ConfigError
 from mmscale.model.fp8_settings import fp8_settings
 from mmscale.model.init import initialize
-from mmscale.model.spec import block_spec
-from mmscale.runtime import device
+from mmscale.model.spec import backend, block_spec
+from mmscale.runtime import device, doctor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,7 +43,8 @@ def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's view of a configuration; rules of mmscale.config.rules hold already."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.precision.dtype]
-    return TransformerConfig(
+    fusion = gradient_fusion(config)
+    transformer = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -81,7 +84,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         hetereogenous_dist_checkpoint=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fusion.everywhere,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -89,6 +92,50 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_RECOMPUTE[parallel.recompute],
         **fp8_settings(config),
     )
+    transformer.te_gradient_accumulation_fusion = fusion.te  # no field of megatron-core: read by linear_te.py
+    return transformer
+
+
+@dataclass(frozen=True)
+class GradientFusion:
+    """Which linears add their weight gradients to the fp32 buffer within the matrix product.
+
+    Attributes:
+        everywhere: all, the output layer too, by apex's kernel.
+        te: Transformer-Engine's, by their own.
+    """
+
+    everywhere: bool
+    te: bool
+
+
+def gradient_fusion(config: Config) -> GradientFusion:
+    """What `model.gradient_accumulation_fusion` means on this machine.
+
+    megatron-core asks apex's absence only when its output layer is made, with a RuntimeError; a Python-only apex it
+    takes for whole.
+
+    Raises:
+        ConfigError: it is asked for and nothing here can do it.
+    """
+    wanted, status = config.model.gradient_accumulation_fusion, doctor.apex_status()
+    everywhere = device.has_cuda() and status == "ok"
+    te = backend(config) == "te"
+    if wanted == "on" and not (everywhere or te):
+        found = "there is no CUDA device" if not device.has_cuda() else f"apex is {_APEX[status]}"
+        raise ConfigError(
+            f"model.gradient_accumulation_fusion = on: the backend is torch, and {found}",
+            remedy="leave it at auto, use model.backend=te, or build NVIDIA apex: docs/install.md",
+        )
+    return GradientFusion(everywhere=everywhere and wanted != "off", te=te and wanted != "off")
+
+
+_APEX = {
+    "absent": "not installed",
+    "wrong": "not NVIDIA's, but an unrelated package of that name",
+    "python-only": "built without its CUDA extensions",
+    "ok": "built",
+}
 
 
 def build_chunks(

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from mmscale.model.norm import RMSNorm
+from mmscale.model.norm import norm_weights
 
 # Projections back into the residual stream start smaller, as in GPT-2 and megatron-core's scaled_init_method_normal.
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", ".w2")
@@ -32,13 +32,7 @@ def initialize(model: MegatronModule, *, seed: int, std: float, num_layers: int)
         std: standard deviation; projections into the residual stream take std / sqrt(2 * num_layers).
         num_layers: layers of the whole model.
     """
-    # By class: a modality may be called `normals`, so a name tells nothing.
-    norms = {
-        weight.untyped_storage().data_ptr()
-        for module in model.modules()
-        if isinstance(module, RMSNorm)
-        for weight in module.parameters()
-    }
+    norms = {weight.untyped_storage().data_ptr() for weight in norm_weights(model)}
     # Buffers (thresholds of routers) start as their modules made them.
     kept = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
     drawn: set[int] = set()

@@ -85,6 +85,7 @@ class MixedModalParams(PackedSeqParams):
     routing: Routing = Routing.BATCH
     learning: RouterLearning | None = None
     cutoffs: Cutoffs | None = None
+        documents: at least the number of documents, known on the host; None: whoever needs it reads it from the device.
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     _lengths: list[int] | None = field(default=None, repr=False)
 
@@ -95,6 +96,7 @@ class MixedModalParams(PackedSeqParams):
         modality_ids: Tensor,
         position_ids: Tensor,
         document_ids: Tensor,
+    documents: int | None = None
         noise_key: int = 0,
         stats: RoutingStats | None = None,
         routing: Routing = Routing.BATCH,
@@ -108,6 +110,7 @@ class MixedModalParams(PackedSeqParams):
             max_seqlen_kv=length,
             modality_ids=modality_ids.t().contiguous(),
             position_ids=position_ids.t().contiguous(),
+        documents: int | None = None,
             document_ids=document_ids.t().contiguous(),
             noise_key=noise_key,
             stats=stats,
@@ -122,6 +125,7 @@ class MixedModalParams(PackedSeqParams):
 
     def tokens_of(self, modalities: tuple[int, ...]) -> Tensor:
         """[S, B] bool: the token belongs to one of these modalities."""
+            documents=documents,
 
         def make() -> Tensor:
             mask = self.modality_ids == modalities[0]
@@ -168,6 +172,25 @@ class MixedModalParams(PackedSeqParams):
         Args:
             index: [K, B].
             valid: [K, B] bool, a prefix of each sequence: what follows is filled up and becomes padding.
+    def document_ends(self) -> Tensor:
+        """[documents + 1] int32: 0, and the end of every document, one sequence after another.
+
+        For kernels over ragged sequences (cu_seqlens). If fewer documents are there than `documents` says, the last
+        ones are empty. Nothing is read from the device then.
+        """
+
+        def make() -> Tensor:
+            documents = self.document_ids.t()
+            bound = self.documents if self.documents is not None else len(self.document_lengths())
+            begins = torch.ones_like(documents, dtype=torch.bool)
+            begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            first, total = begins.reshape(-1), documents.numel()
+            place = torch.where(first, first.cumsum(0) - 1, bound)
+            starts = torch.where(first, torch.arange(total, device=first.device), total)
+            return starts.new_full((bound + 1,), total).scatter_(0, place, starts).int()
+
+        return self._cached("document_ends", make)
+
         """
         length = index.shape[0]
         modality_ids, document_ids = self.modality_ids.gather(0, index), self.document_ids.gather(0, index)
@@ -187,3 +210,5 @@ class MixedModalParams(PackedSeqParams):
             learning=self.learning,
             cutoffs=self.cutoffs,
         )
+            # What fills a sequence up is a document more.
+            documents=None if self.documents is None else self.documents + (0 if valid is None else index.shape[1]),

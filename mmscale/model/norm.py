@@ -6,7 +6,7 @@ another class when `apex` can be imported, so the class is always named explicit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,6 +44,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
+def norm_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights of all norms of a model, those fused with a linear too; told by class, for any name may be a modality's.
+
+    A class of another backend says `is_norm = True`, or `has_norm = True` if it is a linear with a norm before it.
+    """
+    for module in model.modules():
+        if isinstance(module, RMSNorm) or getattr(type(module), "is_norm", False):
+            yield from module.parameters()
+        elif getattr(type(module), "has_norm", False):
+            yield module.layer_norm_weight  # type: ignore[misc]  # a parameter, by Transformer-Engine's name
+
+
 class Residual(nn.Module):
     """residual + dropout(norm(x)): fills megatron-core's bias-dropout-add slots of post-norm layers.
 
@@ -51,10 +63,12 @@ class Residual(nn.Module):
     module of the slot it keeps TransformerLayer's forward as it is.
     """
 
-    def __init__(self, norm_config: TransformerConfig | None = None, **_: Any) -> None:
+    def __init__(
+        self, norm_config: TransformerConfig | None = None, norm_class: type[nn.Module] = RMSNorm, **_: Any
+    ) -> None:
         super().__init__()
         self.norm = (
-            RMSNorm(norm_config, norm_config.hidden_size, norm_config.layernorm_epsilon)
+            norm_class(norm_config, norm_config.hidden_size, norm_config.layernorm_epsilon)
             if norm_config is not None
             else None
         )

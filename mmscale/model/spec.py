@@ -1,9 +1,12 @@
 """Which class fills which slot of megatron-core's TransformerLayer, layer by layer.
 
-Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden.
+Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden. The torch backend's classes
+are named here, those of Transformer-Engine in spec_te.py, and everything else is the same for both.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -25,6 +28,34 @@ from mmscale.model.expert_compute import chosen
 from mmscale.model.layer import DepthLayer, DepthSettings, MixedModalLayer
 from mmscale.model.moma import ExpertGroup, MoMaMLP, MoMaSettings
 from mmscale.model.norm import Residual, RMSNorm
+from mmscale.model.parts import Parts
+from mmscale.runtime import transformer_engine
+
+TORCH = Parts(
+    column=ColumnParallelLinear, row=RowParallelLinear, norm_column=None, norm=RMSNorm, attention=DocumentAttention
+)
+
+
+def backend(config: Config) -> Literal["te", "torch"]:
+    """What `model.backend` means on this machine.
+
+    Raises:
+        ConfigError: Transformer-Engine is asked for and cannot run here.
+    """
+    if config.model.backend == "te":
+        transformer_engine.require("model.backend = te")
+        return "te"
+    return "te" if config.model.backend == "auto" and transformer_engine.usable() else "torch"
+
+
+def parts(config: Config, transformer: TransformerConfig) -> Parts:
+    """The classes of this machine's backend."""
+    if backend(config) == "torch":
+        return TORCH
+    # Cannot be imported without Transformer-Engine.
+    from mmscale.model.spec_te import parts as te_parts
+
+    return te_parts(transformer)
 
 
 def nominal_share(config: Config) -> dict[str, float]:
@@ -89,7 +120,12 @@ def depth_settings(config: Config) -> DepthSettings:
 
 
 def layer_spec(
-    config: Config, transformer: TransformerConfig, layer: int, groups: ProcessGroupCollection
+    config: Config,
+    transformer: TransformerConfig,
+    layer: int,
+    groups: ProcessGroupCollection,
+    *,
+    classes: Parts | None = None,
 ) -> ModuleSpec:
     """The spec of one layer.
 
@@ -98,12 +134,18 @@ def layer_spec(
         transformer: megatron-core's view of it.
         layer: global index, from 0.
         groups: process groups of this rank.
+        classes: what fills the slots; those of this machine's backend if None.
     """
-    pre = config.model.norm == "pre"
-    norm = RMSNorm if pre else IdentityOp
+    classes = classes or parts(config, transformer)
+    pre, moma = config.model.norm == "pre", config.model.kind != "dense"
+    norm = classes.norm if pre else IdentityOp
+    # A norm whose output only one linear reads is part of that linear, where the backend has such a thing.
+    fused = classes.norm_column if pre else None
+    qk_norm = classes.norm if config.model.qk_norm else IdentityOp
     # Normalised experts carry their own norms, so the residual connection of that sub-layer has none.
-    moma = config.model.kind != "dense"
-    attention_residual = ModuleSpec(module=Residual, params={"norm_config": None if pre else transformer})
+    attention_residual = ModuleSpec(
+        module=Residual, params={"norm_config": None if pre else transformer, "norm_class": classes.norm}
+    )
     mlp_residual = (
         ModuleSpec(module=Residual, params={"norm_config": None})
         if moma and config.model.norm == "post_per_expert"
@@ -113,27 +155,27 @@ def layer_spec(
         ModuleSpec(module=MoMaMLP, params={"settings": moma_settings(config), "pg_collection": groups})
         if moma
         else ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            module=MLP, submodules=MLPSubmodules(linear_fc1=fused or classes.column, linear_fc2=classes.row)
         )
     )
-    qk_norm = RMSNorm if config.model.qk_norm else IdentityOp
     submodules = TransformerLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=IdentityOp if fused else norm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear,
-                core_attention=DocumentAttention,
-                linear_proj=RowParallelLinear,
+                linear_qkv=fused or classes.column,
+                core_attention=classes.attention,
+                linear_proj=classes.row,
                 q_layernorm=qk_norm,
                 k_layernorm=qk_norm,
             ),
         ),
         self_attn_bda=attention_residual,
-        pre_mlp_layernorm=norm,
+        pre_mlp_layernorm=IdentityOp if fused and not moma else norm,
         mlp=mlp,
         mlp_bda=mlp_residual,
+        sharded_state_dict_keys_map=classes.keys,
     )
     if config.model.is_depth_layer(layer):
         return ModuleSpec(module=DepthLayer, params={"depth": depth_settings(config)}, submodules=submodules)
@@ -146,5 +188,6 @@ def block_spec(
     """The specs of the layers of this pipeline stage (and chunk); megatron-core does not slice a list by itself."""
     offset = get_transformer_layer_offset(transformer, vp_stage, groups.pp.rank())
     count = get_num_layers_to_build(transformer, vp_stage, groups.pp.rank())
-    specs = [layer_spec(config, transformer, offset + index, groups) for index in range(count)]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    classes = parts(config, transformer)
+    specs = [layer_spec(config, transformer, offset + index, groups, classes=classes) for index in range(count)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=classes.norm)

@@ -47,7 +47,7 @@ def to_device(
         stats: where layers report routing figures; None on steps that are not logged.
         routing: who decides which experts take a token.
     """
-    where = device.taken()
+    where, ids = device.taken(), micro_batch.document_ids
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(where, non_blocking=True)
@@ -64,5 +64,6 @@ def to_device(
             noise_key=micro_batch.index,
             stats=stats,
             routing=routing,
+            documents=len(ids) + int(np.count_nonzero(ids[:, 1:] != ids[:, :-1])),
         ),
     )

@@ -1,0 +1,113 @@
+"""SwiGLU experts through Transformer-Engine's grouped linear: in place of experts.py's, with the same checkpoint.
+
+Imported only where Transformer-Engine is. With expert choice every expert has equally many rows, a number that the host
+knows, so the list of splits costs no wait for the device.
+
+Shapes: L experts on this rank, N rows of each, H hidden width, F inner width of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.extensions.transformer_engine import TEGroupedLinear
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mmscale.model.expert_compute import ExpertCompute, swiglu
+from mmscale.model.linear_te import PlainState, delayed, with_fusion
+from mmscale.model.state_te import FP8_STATE, expert_weight
+
+
+class GroupedLinear(PlainState, TEGroupedLinear):
+    """y_e = x_e W_e^T for every local expert e."""
+
+    def __init__(self, products: int, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        self.products = products
+        super().__init__(products, *args, config=with_fusion(config), **kwargs)
+
+
+class TEExperts(MegatronModule):
+    """E equal experts, spread as in experts.py. Arguments and result are those of `Experts`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        count: int,
+        width: int,
+        groups: ProcessGroupCollection,
+        expert_parallel: bool = True,
+        compute: ExpertCompute | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
+        self.ep: int = groups.ep.size() if expert_parallel else 1
+        self.ep_rank: int = groups.ep.rank() if expert_parallel else 0
+        self.replica = groups.expt_dp.rank() if expert_parallel else groups.dp_cp.rank()
+        assert count % self.ep == 0 and width % self.tp == 0, "checked by mmscale.config.rules"
+        self.count, self.local_count = count, count // self.ep
+        self.fused = (compute or ExpertCompute()).fused
+
+        def linear(inputs: int, outputs: int, mode: str, name: str) -> GroupedLinear:
+            made = GroupedLinear(
+                self.local_count,
+                inputs,
+                outputs,
+                parallel_mode=mode,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                is_expert=True,
+                tp_comm_buffer_name=name,
+                pg_collection=groups,
+            )
+            for parameter in made.parameters():
+                parameter.allreduce = not expert_parallel  # as in experts.py, also at EP = 1
+            return made
+
+        # Gate rows before up rows within a rank's shard, as state_te.py expects.
+        self.linear_fc1 = linear(config.hidden_size, 2 * width, "column", "fc1")
+        self.linear_fc2 = linear(width, config.hidden_size, "row", "fc2")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[L, N, H] -> [L, N, H], partial over tensor-parallel ranks: the caller sums."""
+        experts, rows, hidden = tokens.shape
+        splits = [rows] * experts
+        gate_up, _ = self.linear_fc1(tokens.reshape(experts * rows, hidden), splits)
+        output, _ = self.linear_fc2(swiglu(gate_up, fused=self.fused), splits)
+        return output.view(experts, rows, hidden)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The global tensors of experts.py: [E, H, 2, inner] and [E, inner, H]."""
+        del metadata
+        before = len(sharded_offsets)
+        sharded: ShardedStateDict = {}
+        for name, linear in (("w1", self.linear_fc1), ("w2", self.linear_fc2)):
+            own = f"{prefix}{'linear_fc1' if name == 'w1' else 'linear_fc2'}."
+            for index in range(self.local_count):
+                sharded[f"{own}weight{index}"] = expert_weight(
+                    getattr(linear, f"weight{index}"),
+                    name=name,
+                    key=f"{prefix}{name}",
+                    expert=(self.ep_rank * self.local_count + index, self.count),
+                    tensor_parallel=(self.tp_rank, self.tp),
+                    replica=self.replica,
+                    offsets=sharded_offsets,
+                )
+            if delayed(self.config):
+                sharded[f"{own}{FP8_STATE}"] = ShardedTensor.from_rank_offsets(
+                    f"{prefix}{name}.{FP8_STATE}",
+                    linear.fp8_state(),
+                    *sharded_offsets,
+                    (before + 1, self.ep_rank, self.ep),
+                    replica_id=(0, self.tp_rank, self.replica),
+                    prepend_axis_num=before,
+                )
+        return sharded

@@ -1,0 +1,185 @@
+"""Transformer-Engine's modules with mmscale's checkpoint names: linears, norm, and attention within documents.
+
+Imported only where Transformer-Engine is (mmscale.runtime.transformer_engine.usable). They are megatron-core's wrappers;
+what is added is how their state is kept (state_te.py) and what the slots of mixed-modal layers ask for.
+
+Shapes: S tokens, B sequences, H heads of this rank, G key/value heads of this rank, D width of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TERowParallelLinear,
+    te,
+)
+from megatron.core.fp8_utils import get_fp8_recipe
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from mmscale.model.mixed_modal import MixedModalParams
+from mmscale.model.state_te import FP8_STATE, Scaling
+from mmscale.runtime import device
+
+
+def delayed(config: TransformerConfig) -> bool:
+    """Whether modules keep amax histories: the other recipes look at the tensor itself and keep nothing."""
+    return bool(config.fp8) and str(config.fp8_recipe) == "delayed"
+
+
+def with_fusion(config: TransformerConfig) -> TransformerConfig:
+    """The configuration that Transformer-Engine's modules are made with.
+
+    megatron-core has one switch for all linears, and its own output layer refuses it without apex; Transformer-Engine's
+    do without. build.py says in `te_gradient_accumulation_fusion` what they are to do.
+    """
+    if not getattr(config, "te_gradient_accumulation_fusion", False) or config.gradient_accumulation_fusion:
+        return config
+    config = copy.copy(config)
+    config.gradient_accumulation_fusion = True
+    return config
+
+
+class PlainState:
+    """Mix-in before a module of Transformer-Engine: FP8 state is a plain tensor, and `_extra_state` stays empty.
+
+    The empty one is what megatron-core's own linears keep, so the names in a checkpoint are theirs.
+    """
+
+    config: TransformerConfig
+    fp8_meta: dict[str, Any]
+    products = 1
+    # Who keeps the order of scales by product says how many belong to one (grouped_linear.py, since 2.9).
+    _num_fp8_tensors_per_gemm: Any = None
+
+    def get_extra_state(self) -> None:
+        """Nothing, as megatron-core's linears."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """What a checkpoint gives here is empty."""
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.products == 1 or self._num_fp8_tensors_per_gemm is not None
+
+    def fp8_state(self) -> Tensor:
+        """[1 + A, G, 5], see state_te.py: what the module has now, or would start with."""
+        if "scaling_fwd" not in self.fp8_meta:
+            return Scaling.fresh(self.products, self.config.fp8_amax_history_len).packed(interleaved=True)
+        forward, backward = self.fp8_meta["scaling_fwd"], self.fp8_meta["scaling_bwd"]
+        state = Scaling(forward.scale, forward.amax_history, backward.scale, backward.amax_history)
+        return state.packed(interleaved=self._interleaved).detach()
+
+    def set_fp8_state(self, packed: Tensor) -> None:
+        """Take over what `fp8_state` gave, through Transformer-Engine's own reader: it allocates what is not there."""
+        state = Scaling.unpacked(packed.cpu(), interleaved=self._interleaved)
+        plain = {
+            "recipe": get_fp8_recipe(self.config),
+            "extra_fp8_variables": {"num_gemms": self.products, "fp8_checkpoint": True},
+            "scale_fwd": state.scale_fwd,
+            "amax_history_fwd": state.amax_fwd,
+            "scale_bwd": state.scale_bwd,
+            "amax_history_bwd": state.amax_bwd,
+        }
+        content = torch.frombuffer(bytearray(pickle.dumps(plain)), dtype=torch.uint8)
+        super().set_extra_state(content)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        packed = state_dict.pop(f"{prefix}{FP8_STATE}", None)
+        state_dict.setdefault(f"{prefix}_extra_state", None)  # not there in what other tools have written
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        if packed is not None and delayed(self.config):
+            self.set_fp8_state(packed)
+
+
+class _Linear(PlainState):
+    """What the three linears have in common."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=with_fusion(config), **kwargs)  # type: ignore[call-arg]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> Any:
+        """megatron-core's names, and the FP8 state if there is one, the same on all ranks of the layer."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        if delayed(self.config):
+            sharded |= make_sharded_tensors_for_checkpoint(
+                {FP8_STATE: self.fp8_state()},
+                prefix,
+                {},
+                sharded_offsets,
+                tp_group=self._tp_group,  # type: ignore[attr-defined]
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        return sharded
+
+
+class ColumnLinear(_Linear, TEColumnParallelLinear):
+    """Linear whose output is sharded."""
+
+
+class RowLinear(_Linear, TERowParallelLinear):
+    """Linear whose input is sharded."""
+
+
+class NormColumnLinear(_Linear, TELayerNormColumnParallelLinear):
+    """RMSNorm and the linear after it: the normalised input is made in FP8 at once and not kept twice."""
+
+    has_norm = True
+
+
+class Norm(te.pytorch.RMSNorm):
+    """Transformer-Engine's RMSNorm with the arguments of megatron-core's norm slots."""
+
+    is_norm = True
+    # It has no state but its weight; the class above would put an empty `_extra_state` into every checkpoint.
+    get_extra_state = torch.nn.Module.get_extra_state
+    set_extra_state = torch.nn.Module.set_extra_state
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(
+            hidden_size,
+            eps=eps,
+            sequence_parallel=config.sequence_parallel,
+            dtype=config.params_dtype,
+            device=device.taken(),
+        )
+
+
+class FusedDocumentAttention(TEDotProductAttention):
+    """Fused attention over documents as sequences of their own: nothing is computed that a document mask would hide."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: MixedModalParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attend: query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
+        assert attention_mask is None and attention_bias is None, "documents come in packed_seq_params"
+        if packed_seq_params is None:
+            return super().forward(query, key, value, None, AttnMaskType.causal)
+        length, batch = query.shape[:2]
+        ends = packed_seq_params.document_ends()
+        # `thd` wants the tokens of a sequence together; with one sequence in the micro-batch nothing is copied.
+        flat = [tensor.transpose(0, 1).reshape(length * batch, *tensor.shape[2:]) for tensor in (query, key, value)]
+        documents = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=length, max_seqlen_kv=length
+        )
+        out = super().forward(*flat, None, AttnMaskType.padding_causal, packed_seq_params=documents)
+        return out.view(batch, length, -1).transpose(0, 1)

@@ -1,0 +1,24 @@
+"""The classes of Transformer-Engine for the slots of spec.py. Imported only where Transformer-Engine is.
+
+Routers, embedding and output layer are not here: they stay in higher precision, in both backends.
+"""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mmscale.model.attention import DocumentAttention
+from mmscale.model.linear_te import ColumnLinear, FusedDocumentAttention, Norm, NormColumnLinear, RowLinear
+from mmscale.model.parts import Parts
+
+
+def parts(transformer: TransformerConfig) -> Parts:
+    """All of a layer's classes but the experts', which `model.experts.compute` chooses (expert_compute.py)."""
+    return Parts(
+        column=ColumnLinear,
+        row=RowLinear,
+        norm_column=NormColumnLinear,
+        norm=Norm,
+        # cuDNN's fused attention takes no fp32.
+        attention=FusedDocumentAttention if transformer.bf16 else DocumentAttention,
+    )

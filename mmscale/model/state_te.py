@@ -1,0 +1,127 @@
+"""How parameters and FP8 state of Transformer-Engine's modules stand in a checkpoint: the torch backend's, and tensors.
+
+Transformer-Engine pickles its FP8 state into bytes; here it is one plain tensor, because no checkpoint of mmscale is
+unpickled. Pure functions of tensors, so that they can be tested where Transformer-Engine cannot run.
+
+Shapes: E experts of a group, H hidden width, F inner width of this tensor-parallel rank, G products of one module (1
+for a linear, the local experts for a grouped one), A length of the amax history.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+# Name of the state of delayed scaling beside a module's weights. What ends with it may be absent from a checkpoint, or
+# be of no use to who reads it.
+FP8_STATE = "fp8_state"
+FORWARD, BACKWARD = 3, 2  # scaled tensors of one product: input, weight, output; gradients of output and of input
+
+
+def w1_of(weight: Tensor) -> Tensor:
+    """[2 F, H] as Transformer-Engine has it, gate rows before up rows -> [1, H, 2, F], a view."""
+    return weight.view(2, -1, weight.shape[1]).permute(2, 0, 1).unsqueeze(0)
+
+
+def weight_of_w1(w1: Tensor) -> Tensor:
+    """The inverse of `w1_of`."""
+    return w1.squeeze(0).permute(1, 2, 0).reshape(-1, w1.shape[1])
+
+
+def w2_of(weight: Tensor) -> Tensor:
+    """[H, F] -> [1, F, H], a view."""
+    return weight.t().unsqueeze(0)
+
+
+def weight_of_w2(w2: Tensor) -> Tensor:
+    """The inverse of `w2_of`."""
+    return w2.squeeze(0).t().contiguous()
+
+
+def expert_weight(
+    parameter: Tensor,
+    *,
+    name: str,
+    key: str,
+    expert: tuple[int, int],
+    tensor_parallel: tuple[int, int],
+    replica: int,
+    offsets: tuple[tuple[int, int, int], ...] = (),
+) -> ShardedTensorFactory:
+    """One expert's weight as its place in the stacked tensor w1 [E, H, 2, F] or w2 [E, F, H] of the torch backend.
+
+    Args:
+        parameter: [2 F, H] or [H, F].
+        name: "w1" or "w2".
+        key: key of the stacked tensor.
+        expert: global index of the expert and E.
+        tensor_parallel: this rank's place and the size of the tensor-parallel group.
+        replica: number of this copy among data-parallel ones; 0 is written.
+        offsets: axes that the caller put before.
+    """
+    view, back, axis = (w1_of, weight_of_w1, 3) if name == "w1" else (w2_of, weight_of_w2, 1)
+    before = len(offsets)
+
+    def build(key: str, data: Tensor, replica_id: ReplicaId, flattened: slice | None) -> ShardedTensor:
+        assert flattened is None, "optimizer state comes in the parameter's shape"
+        return ShardedTensor.from_rank_offsets(
+            key,
+            view(data),
+            *offsets,
+            (before, *expert),
+            (before + axis, *tensor_parallel),
+            replica_id=replica_id,
+            prepend_axis_num=before,
+        )
+
+    return ShardedTensorFactory(key, parameter, build, back, replica_id=(0, 0, replica))
+
+
+class Scaling(NamedTuple):
+    """State of delayed scaling of one module, as its `fp8_meta` has it, on any device.
+
+    Attributes:
+        scale_fwd, scale_bwd: [3 G] and [2 G].
+        amax_fwd, amax_bwd: amax histories, [A, 3 G] and [A, 2 G].
+    """
+
+    scale_fwd: Tensor
+    amax_fwd: Tensor
+    scale_bwd: Tensor
+    amax_bwd: Tensor
+
+    @classmethod
+    def fresh(cls, products: int, history: int) -> Scaling:
+        """What Transformer-Engine starts with: scales of one, empty histories."""
+        return cls(
+            torch.ones(FORWARD * products),
+            torch.zeros(history, FORWARD * products),
+            torch.ones(BACKWARD * products),
+            torch.zeros(history, BACKWARD * products),
+        )
+
+    def packed(self, *, interleaved: bool) -> Tensor:
+        """[1 + A, G, 5] fp32: scale in row 0, history below; forward's three columns, then backward's two.
+
+        Args:
+            interleaved: a product's tensors stand together (Transformer-Engine 2.11's grouped linear), instead of all
+                products' inputs, then all weights, ...: megatron-core 0.16.1 splits as if they never did.
+        """
+        parts = []
+        for scale, amax, kinds in ((self.scale_fwd, self.amax_fwd, FORWARD), (self.scale_bwd, self.amax_bwd, BACKWARD)):
+            rows = torch.cat((scale.unsqueeze(0), amax)).float()
+            shape = (rows.shape[0], -1, kinds) if interleaved else (rows.shape[0], kinds, rows.shape[1] // kinds)
+            parts.append(rows.view(shape) if interleaved else rows.view(shape).transpose(1, 2))
+        return torch.cat(parts, dim=2)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, *, interleaved: bool) -> Scaling:
+        """The inverse of `packed`."""
+        found = []
+        for part in packed.split((FORWARD, BACKWARD), dim=2):
+            rows = (part if interleaved else part.transpose(1, 2)).reshape(packed.shape[0], -1)
+            found += [rows[0].clone(), rows[1:].clone()]
+        return cls(*found)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmscale.cli import bench, ckpt, config, convert, data, launch, machine, report, sample, train
+from mmscale.cli import baselines, bench, ckpt, config, convert, data, launch, machine, report, sample, train
 from mmscale.cli.output import show_error
 from mmscale.errors import MmscaleError, UsageError
 from mmscale.runtime import quiet
@@ -48,6 +48,9 @@ app.command("logs", epilog="Example: mmscale logs runs/quickstart --rank 1 --fol
 app.command("stop", epilog="Example: mmscale stop runs/quickstart")(launch.stop)
 app.command("resume", epilog="Example: mmscale resume runs/quickstart train.steps=2000")(launch.resume)
 app.command("report", epilog="Example: mmscale report runs/dense runs/moma --out report.html")(report.report)
+app.command("baselines", epilog="Example: mmscale baselines configs/quickstart.yaml --out baselines")(
+    baselines.baselines
+)
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")

@@ -1,0 +1,63 @@
+# `mmscale baselines`: files of configurations with equal FLOPs. The arithmetic is plan/siblings.py's.
+# Needs no torch.
+"""Command that writes what a configuration is to be compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli.output import Json, Overrides, console, emit
+from mmscale.errors import UsageError
+from mmscale.plan.siblings import TOLERANCE, Sibling
+
+
+def baselines(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the files.")] = Path("baselines"),
+    experts: Annotated[
+        int | None,
+        typer.Option("--experts", min=1, show_default=False, help="Experts of each modality; default: CONFIG's, or 4."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0.0, help="Largest difference of FLOPs per token, as a share.")
+    ] = TOLERANCE,
+    as_json: Json = False,
+) -> None:
+    """Write siblings of a configuration with equal FLOPs per token: dense, 1t1i, moe8x, 4t4i, with Mixture-of-Depths.
+
+    A file that stands there with other contents is not replaced.
+    """
+    from mmscale.config.load import load
+    from mmscale.plan.siblings import siblings, text_of
+
+    loaded = load(config, overrides or ())
+    found = siblings(loaded, experts=experts, tolerance=tolerance)
+    files = {out / f"{sibling.config.run.name}.yaml": text_of(sibling, of=str(config)) for sibling in found}
+    for file, text in files.items():
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise UsageError(
+                f"{file} stands there and differs from what would be written", remedy="remove it, or give another --out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():
+        file.write_text(text, encoding="utf-8")
+    entries = [{"file": str(file)} | sibling.as_dict() for file, sibling in zip(files, found, strict=True)]
+    result = {"config": str(config), "tolerance": tolerance, "siblings": entries}
+    emit(result, as_json=as_json, text=lambda: _table(found, list(files)))
+
+
+def _table(found: list[Sibling], files: list[Path]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("file", "forward FLOPs per token", "of CONFIG's", "parameters", "changed"):
+        table.add_column(column, no_wrap=column != "changed")
+    for sibling, file in zip(found, files, strict=True):
+        row: list[Any] = [file, f"{sibling.flops:,.0f}", f"{sibling.ratio:.4f}", f"{sibling.parameters:,}"]
+        table.add_row(*(Text(str(cell)) for cell in row), Text("; ".join(sibling.changes) or "nothing"))
+    console().print(table)

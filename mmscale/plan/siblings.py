@@ -1,0 +1,232 @@
+"""Configurations that cost as many FLOPs per token as a given one: what its model is to be compared with.
+
+Dense, a modality's own FFN (1t1i), mixed experts (moe8x), experts per modality (4t4i), and each with Mixture-of-Depths
+(MoMa, arXiv 2407.21770, Table 1). Equal means by `flops_per_token`, forward. It trains nothing, and it does not look at
+data: with `model.experts.share: auto` it counts as `mmscale plan` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mmscale.config import Config
+from mmscale.config.load import flatten, resolve
+from mmscale.config.schema import DepthConfig
+from mmscale.errors import ConfigError
+from mmscale.plan.compute import flops_per_token
+from mmscale.plan.parameters import count_parameters
+
+TOLERANCE = 0.01  # of FLOPs per token; the paper's own models differ by up to 0.027
+EXPERTS = 4  # of each modality, where the given configuration does not say
+_MOST_LAYERS = 4  # times the given ones
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A configuration to compare with.
+
+    Attributes:
+        name: dense, 1t1i, moe8x, 4t4i, mod_dense, ...
+        config: its settings; every rule holds.
+        flops: forward FLOPs per token.
+        ratio: `flops` over those of the given configuration.
+        parameters: all parameters.
+        changes: what differs from the given configuration, one "key: before -> after" each.
+    """
+
+    name: str
+    config: Config
+    flops: float
+    ratio: float
+    parameters: int
+    changes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `mmscale baselines --json`."""
+        return {
+            "name": self.name,
+            "run": self.config.run.name,
+            "flops_per_token": self.flops,
+            "ratio": self.ratio,
+            "parameters": self.parameters,
+            "changes": list(self.changes),
+        }
+
+
+def siblings(config: Config, *, experts: int | None = None, tolerance: float = TOLERANCE) -> list[Sibling]:
+    """The siblings of a configuration, itself (under the name of its kind) among them.
+
+    Width, heads, data and training stay. Mixture-of-Depths layers do less work, so there are more of them (the paper's
+    8 -> 14, 24 -> 40): as many as come nearest, a multiple of the pipeline's chunks. What is then still missing, or too
+    much, is made up by the width of the FFN.
+
+    Args:
+        config: a configuration of any kind.
+        experts: experts of each modality in `4t4i`, and of a group with as many in all in `moe8x`; None: as the given
+            configuration has them, else 4.
+        tolerance: largest difference of FLOPs per token, as a share.
+
+    Raises:
+        ConfigError: no number of layers and width is near enough, or a rule refuses a sibling.
+    """
+    counts = _counts(config, experts)
+    target = flops_per_token(config).forward
+    found = []
+    for depth in (False, True):
+        for name, kind, groups in (
+            ("dense", "dense", {}),
+            (group_name(dict.fromkeys(counts, 1)), "moma", dict.fromkeys(counts, 1)),
+            (f"moe{sum(counts.values())}x", "moe", {"mixed": sum(counts.values())}),
+            (group_name(counts), "moma", counts),
+        ):
+            if depth and kind == "moe":
+                continue  # the paper has none
+            label = f"mod_{name}" if depth else name
+            if any(label == other.name for other in found):
+                continue  # one expert of each modality was asked for
+            found.append(_sibling(config, label, kind, groups, depth=depth, target=target, tolerance=tolerance))
+    return found
+
+
+def group_name(counts: Mapping[str, int]) -> str:
+    """Short name of modality groups, e.g. 4t4i; whole names where two begin with the same letter."""
+    letters = [name[0] for name in counts]
+    short = len(set(letters)) == len(letters)
+    return "".join(f"{count}{name[0] if short else name}" for name, count in counts.items())
+
+
+def text_of(sibling: Sibling, *, of: str) -> str:
+    """A file that loads to the sibling's configuration; what is at its default is left out.
+
+    Args:
+        sibling: what is written.
+        of: path of the given configuration, for the comment.
+    """
+    lines = [
+        f"# {sibling.name}, at the FLOPs per token of {of}; written by `mmscale baselines`.",
+        f"# {sibling.flops:.6g} forward FLOPs per token, {sibling.ratio:.4f} times; {sibling.parameters:,} parameters.",
+        *(f"# changed: {line}" for line in sibling.changes),
+    ]
+    settings = sibling.config.model_dump(mode="json", exclude_defaults=True)
+    settings["model"] = {"kind": sibling.config.model.kind, **settings["model"]}
+    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)
+    return "\n".join(lines) + "\n" + text
+
+
+def _counts(config: Config, experts: int | None) -> dict[str, int]:
+    """Experts of each modality."""
+    names, given = config.vocab.names, config.model.experts.counts
+    if experts is None and config.model.kind == "moma" and max(given.values()) > 1:
+        return {name: given[name] for name in names}
+    if experts is None and config.model.kind == "moe" and sum(given.values()) % len(names) == 0:
+        return dict.fromkeys(names, sum(given.values()) // len(names))
+    return dict.fromkeys(names, experts or EXPERTS)
+
+
+def _sibling(
+    config: Config, name: str, kind: str, groups: dict[str, int], *, depth: bool, target: float, tolerance: float
+) -> Sibling:
+    settings = _of_kind(config, kind, groups, depth=depth)
+    settings["run"]["name"] = f"{config.run.name}_{name}"
+    model = settings["model"]
+    if depth != (config.model.depth is not None):
+        model["num_layers"] = _layers(config, settings, target)
+    if not _near(settings, target, tolerance):
+        model["ffn_hidden_size"] = _width(config, settings, target, tolerance)
+    made = resolve(settings)
+    flops = flops_per_token(made).forward
+    if abs(flops / target - 1) > tolerance:
+        raise ConfigError(
+            f"{name}: {flops:.5g} forward FLOPs per token are the nearest to {target:.5g} that a whole number of "
+            f"layers and an FFN width of {model['ffn_hidden_size']} reach; that is {abs(flops / target - 1):.1%} off",
+            remedy=f"allow it with --tolerance {math.ceil(abs(flops / target - 1) * 1000) / 1000:g}",
+        )
+    changes = tuple(_changes(config, made))
+    return Sibling(name, made, flops, flops / target, count_parameters(made).total, changes)
+
+
+def _of_kind(config: Config, kind: str, groups: dict[str, int], *, depth: bool) -> dict[str, Any]:
+    """Settings of a sibling with the given layers and width."""
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    model, parallel = settings["model"], settings.setdefault("parallel", {})
+    settings.setdefault("run", {})
+    model["kind"] = kind
+    given = model.pop("experts", {})
+    if depth:
+        model["depth"] = (config.model.depth or DepthConfig()).model_dump(mode="json")
+        model["depth"]["multiple"] = math.lcm(model["depth"]["multiple"], config.parallel.tp)
+    else:
+        model.pop("depth", None)
+    if kind == "dense":
+        parallel.pop("ep", None)
+        # Cut-offs of depth layers are kept where experts' were; a dense model that routes nothing has none.
+        kept = {"threshold_decay": given["threshold_decay"]} if depth and "threshold_decay" in given else {}
+        model["experts"] = kept
+        if not depth:
+            model.pop("auxiliary", None)
+        return settings
+    if kind == "moe":
+        given.pop("share", None)
+    model["experts"] = {**given, "counts": groups}
+    parallel["ep"] = math.gcd(config.parallel.ep, *groups.values())
+    return settings
+
+
+def _forward(settings: dict[str, Any], **model: int) -> float:
+    return flops_per_token(resolve({**settings, "model": {**settings["model"], **model}})).forward
+
+
+def _near(settings: dict[str, Any], target: float, tolerance: float) -> bool:
+    return abs(_forward(settings) / target - 1) <= tolerance
+
+
+def _layers(config: Config, settings: dict[str, Any], target: float) -> int:
+    """The number of layers whose FLOPs come nearest."""
+    chunks = config.parallel.pp * (config.parallel.vpp or 1)
+    most = max(_MOST_LAYERS * config.model.num_layers, chunks)
+    return min(range(chunks, most + 1, chunks), key=lambda layers: abs(_forward(settings, num_layers=layers) - target))
+
+
+def _width(config: Config, settings: dict[str, Any], target: float, tolerance: float) -> int:
+    """The FFN width whose FLOPs come near: they are linear in it, shared experts of the same width included.
+
+    A multiple of the largest power of two, up to that in the given width and to 64, that is fine enough: matrix
+    products stay as well shaped as they can. A multiple of the tensor-parallel ranks, too.
+    """
+    tp = config.parallel.tp
+    low, high = (_forward(settings, ffn_hidden_size=tp * n) for n in (1, 2))
+    slope = (high - low) / tp
+    wanted = (target - low) / slope + tp
+    step = math.gcd(config.model.ffn_hidden_size, 64)
+    while True:
+        unit = math.lcm(step, tp)
+        width = max(unit, round(wanted / unit) * unit)
+        if step == 1 or abs(low + slope * (width - tp) - target) <= tolerance * target:
+            return width
+        step //= 2
+
+
+def _changes(before: Config, after: Config) -> list[str]:
+    old, new = _settings(before), _settings(after)
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    return [f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key != "run.name"]
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Single values by dotted key; groups of experts and Mixture-of-Depths are one value each."""
+    model = config.model.model_dump(mode="json")
+    whole = {"model.experts.counts": model["experts"]["counts"], "model.experts.share": model["experts"]["share"]}
+    depth = {"model.depth": model["depth"]}
+    single = {key: value for key, value in flatten(config).items() if not key.startswith((*whole, *depth))}
+    return {**single, **whole, **depth}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {item}" for name, item in value.items()) + "}" if value else "none"
+    return "none" if value is None else str(value)

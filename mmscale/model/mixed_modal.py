@@ -75,6 +75,7 @@ class MixedModalParams(PackedSeqParams):
         routing: who decides which experts take a token.
         learning: where layers hand their true choices to, for auxiliary routers; None: nobody learns.
         cutoffs: where layers hand their cut-offs to, for moving averages; None: nobody asks.
+        documents: at least the number of documents, known on the host; None: whoever needs it reads it from the device.
     """
 
     modality_ids: Tensor = None  # type: ignore[assignment]  # the base class has defaults
@@ -85,7 +86,7 @@ class MixedModalParams(PackedSeqParams):
     routing: Routing = Routing.BATCH
     learning: RouterLearning | None = None
     cutoffs: Cutoffs | None = None
-        documents: at least the number of documents, known on the host; None: whoever needs it reads it from the device.
+    documents: int | None = None
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     _lengths: list[int] | None = field(default=None, repr=False)
 
@@ -96,10 +97,10 @@ class MixedModalParams(PackedSeqParams):
         modality_ids: Tensor,
         position_ids: Tensor,
         document_ids: Tensor,
-    documents: int | None = None
         noise_key: int = 0,
         stats: RoutingStats | None = None,
         routing: Routing = Routing.BATCH,
+        documents: int | None = None,
     ) -> MixedModalParams:
         """From [B, S] tensors as the loader has them."""
         length = modality_ids.shape[1]
@@ -110,11 +111,11 @@ class MixedModalParams(PackedSeqParams):
             max_seqlen_kv=length,
             modality_ids=modality_ids.t().contiguous(),
             position_ids=position_ids.t().contiguous(),
-        documents: int | None = None,
             document_ids=document_ids.t().contiguous(),
             noise_key=noise_key,
             stats=stats,
             routing=routing,
+            documents=documents,
         )
 
     def _cached(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -125,7 +126,6 @@ class MixedModalParams(PackedSeqParams):
 
     def tokens_of(self, modalities: tuple[int, ...]) -> Tensor:
         """[S, B] bool: the token belongs to one of these modalities."""
-            documents=documents,
 
         def make() -> Tensor:
             mask = self.modality_ids == modalities[0]
@@ -162,16 +162,6 @@ class MixedModalParams(PackedSeqParams):
             self._lengths = (ends - first).tolist()
         return self._lengths
 
-    def rotary(self, table: Tensor) -> Tensor:
-        """Angles of every token, [S, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""
-        return self._cached("rotary", lambda: table[:, 0, 0, :][self.position_ids].unsqueeze(2))
-
-    def select(self, index: Tensor, valid: Tensor | None = None) -> MixedModalParams:
-        """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept).
-
-        Args:
-            index: [K, B].
-            valid: [K, B] bool, a prefix of each sequence: what follows is filled up and becomes padding.
     def document_ends(self) -> Tensor:
         """[documents + 1] int32: 0, and the end of every document, one sequence after another.
 
@@ -191,6 +181,16 @@ class MixedModalParams(PackedSeqParams):
 
         return self._cached("document_ends", make)
 
+    def rotary(self, table: Tensor) -> Tensor:
+        """Angles of every token, [S, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""
+        return self._cached("rotary", lambda: table[:, 0, 0, :][self.position_ids].unsqueeze(2))
+
+    def select(self, index: Tensor, valid: Tensor | None = None) -> MixedModalParams:
+        """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept).
+
+        Args:
+            index: [K, B].
+            valid: [K, B] bool, a prefix of each sequence: what follows is filled up and becomes padding.
         """
         length = index.shape[0]
         modality_ids, document_ids = self.modality_ids.gather(0, index), self.document_ids.gather(0, index)

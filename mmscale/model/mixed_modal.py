@@ -209,6 +209,6 @@ class MixedModalParams(PackedSeqParams):
             routing=self.routing,
             learning=self.learning,
             cutoffs=self.cutoffs,
-        )
             # What fills a sequence up is a document more.
             documents=None if self.documents is None else self.documents + (0 if valid is None else index.shape[1]),
+        )

@@ -1,7 +1,7 @@
 """Which class fills which slot of megatron-core's TransformerLayer, layer by layer.
 
-Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden. The torch backend has its
-classes named here, Transformer-Engine in spec_te.py; everything else is the same for both.
+Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden. The torch backend
+has its classes named here, Transformer-Engine in spec_te.py; everything else is the same for both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Memory of a rank: parameters, gradients, optimizer state and activations. An estimate to choose layouts by.
+"""Memory of a rank at its fullest moment: states, activations, logits, temporary tensors, communication buffers.
 
-It counts what autograd keeps, not the allocator's fragments nor the buffers of communication libraries.
+Counted are tensors. The allocator's fragments and the device's context are what `USABLE` in layouts.py leaves free.
 """
 
 from __future__ import annotations
@@ -8,16 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step, shared_width
+from mmscale.config.derived import data_parallel_size, micro_batches_per_step
+from mmscale.plan.activations import (
+    Kernels,
+    layer_activations,
+    output_activations,
+    recomputed_input,
+    shared_mask,
+    total,
+)
 from mmscale.plan.compute import expert_slots
-from mmscale.plan.parameters import count_parameters
-from mmscale.plan.stages import dtype_bytes, stage_layers, stage_parameters
+from mmscale.plan.parameters import Parameters, count_parameters
+from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
 
 GIB = 2**30
 # Gradients are accumulated and reduced in fp32 whatever the parameters' type.
 _GRADIENT_BYTES = 4
 _MOMENT_BYTES = 8
 _MAIN_COPY_BYTES = 4
+_FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,11 @@ class RankMemory:
         parameters: weights.
         gradients: fp32 gradient buffers.
         optimizer: Adam's moments and, for bf16 weights, fp32 copies; sharded over data-parallel ranks.
-        activations: what backward needs of the micro-batches in flight, logits included.
+        activations: what backward needs of the micro-batches in flight, logits left out.
+        logits: final norm, output layer and loss at their fullest, on the last stage.
+        working: temporary tensors of a layer's backward, among them the layer that is recomputed. Logits are gone by
+            then, so the total holds the larger of the two.
+        communication: tensors that collectives write to, or send from.
         stage: pipeline stage of that rank.
     """
 
@@ -36,16 +49,33 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
+    logits: float
+    working: float
+    communication: float
     stage: int
 
     @property
+    def states(self) -> float:
+        """What is there between two steps [bytes]."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
     def total(self) -> float:
-        """All of it [bytes]."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        """All of it at the fullest moment [bytes]."""
+        return self.states + self.activations + max(self.logits, self.working) + self.communication
 
     def as_dict(self) -> dict[str, float | int]:
         """Plain data in GiB."""
-        parts = ("parameters", "gradients", "optimizer", "activations", "total")
+        parts = (
+            "parameters",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "working",
+            "communication",
+            "total",
+        )
         gib = {f"{part}_gib": round(getattr(self, part) / GIB, 3) for part in parts}
         return gib | {"stage": self.stage}
 
@@ -55,29 +85,66 @@ def state_bytes(config: Config) -> int:
     return dtype_bytes(config) + _MAIN_COPY_BYTES + _MOMENT_BYTES
 
 
-def layer_activations(config: Config, layer: int) -> float:
-    """Bytes that backward of one layer needs, for one micro-batch on one rank."""
-    model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
-    h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
-    heads, groups = model.num_attention_heads, model.query_groups
-    depth = model.is_depth_layer(layer)
-    tokens = depth_tokens(config) if depth else model.seq_length
-    # Inputs and outputs of both norms; q, k, v as projected, normalised and turned; the attention's output.
-    attention = 4 * h + (heads + 2 * groups) * d + (2 if model.qk_norm else 1) * (heads + groups) * d + heads * d
-    elements = attention / tp
-    if model.kind == "dense":
-        elements += (4 * f + h) / tp
-    else:
-        slots = sum(expert_slots(config, tokens).values())
-        # Chosen tokens and the experts' outputs are whole on every tensor-parallel rank; the inner width is not.
-        elements += slots * (2 * h + 4 * f / tp) + 4 * shared_width(config) / tp
-        elements += 4 / size * h / tp  # the router reads fp32
-    if depth:
-        elements += 2 * h + 4 / size * h  # selected tokens and their update, whole on every rank
-    return elements * size * tokens * config.train.micro_batch_size
+def rank_memory(config: Config, world: int, *, kernels: Kernels = Kernels.CUDA) -> RankMemory:
+    """Memory of the fullest rank of `world` ranks."""
+    ranks = stages_memory(config, world, kernels=kernels)
+    return max(ranks, key=lambda rank: rank.total)
 
 
-def _in_flight(config: Config, stage: int, micro_batches: int) -> float:
+def stages_memory(
+    config: Config, world: int, *, kernels: Kernels = Kernels.CUDA, parameters: Parameters | None = None
+) -> list[RankMemory]:
+    """Memory of a rank of every pipeline stage.
+
+    Args:
+        config: a configuration that passes the rules for `world` ranks.
+        world: ranks.
+        kernels: where it runs.
+        parameters: what `count_parameters` returned, if it is at hand.
+    """
+    parameters = parameters or count_parameters(config)
+    replicas = data_parallel_size(config, world)
+    micro_batches = micro_batches_per_step(config, world)
+    main_copy = _MAIN_COPY_BYTES if config.precision.dtype == "bf16" else 0
+    # Layers come in two kinds at most: with and without Mixture-of-Depths.
+    kinds = {config.model.is_depth_layer(layer): layer for layer in reversed(range(config.model.num_layers))}
+    by_kind = {kind: total(layer_activations(config, layer, kernels=kernels)) for kind, layer in kinds.items()}
+    ranks = []
+    for stage in range(config.parallel.pp):
+        dense, experts = stage_parameters(config, parameters, stage)
+        sharded = dense / replicas + experts / max(1, replicas // config.parallel.ep)
+        layers = [config.model.is_depth_layer(layer) for layer in stage_layers(config, stage)]
+        last = first_and_last(config, stage)[1]
+        full = config.parallel.recompute == "full"
+        kept = sum(recomputed_input(config) if full else by_kind[kind] for kind in layers)
+        activations = kept * in_flight(config, stage, micro_batches) + shared_mask(config, kernels=kernels)
+        working = _temporary(config) + (max(by_kind[kind] for kind in layers) if full else 0.0)
+        ranks.append(
+            RankMemory(
+                parameters=(dense + experts) * dtype_bytes(config),
+                gradients=(dense + experts) * _GRADIENT_BYTES,
+                optimizer=sharded * (_MOMENT_BYTES + main_copy),
+                activations=activations,
+                logits=logits_bytes(config) + output_activations(config, kernels=kernels) if last else 0.0,
+                working=working,
+                communication=_communication(config),
+                stage=stage,
+            )
+        )
+    return ranks
+
+
+def kept_for_backward(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
+    """Most that autograd keeps at one time of one micro-batch of the whole model on one process [bytes]."""
+    layers = [total(layer_activations(config, index, kernels=kernels)) for index in range(config.model.num_layers)]
+    softmax = _tokens(config) * config.vocab.padded_size * _FP32 + output_activations(config, kernels=kernels)
+    shared = shared_mask(config, kernels=kernels)
+    if config.parallel.recompute == "full":
+        return shared + recomputed_input(config) * len(layers) + max(softmax, *layers)
+    return shared + sum(layers) + softmax
+
+
+def in_flight(config: Config, stage: int, micro_batches: int) -> float:
     """Micro-batches whose activations a stage holds at once, in units of all of its layers."""
     pp, chunks = config.parallel.pp, config.parallel.vpp or 1
     if chunks == 1:
@@ -86,37 +153,34 @@ def _in_flight(config: Config, stage: int, micro_batches: int) -> float:
     return min(warm_up, micro_batches * chunks) / chunks
 
 
-def _activations(config: Config, stage: int, micro_batches: int) -> float:
-    model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
-    tokens = config.train.micro_batch_size * model.seq_length
-    kept = [layer_activations(config, layer) for layer in stage_layers(config, stage)]
-    working = 0.0
-    if config.parallel.recompute == "full":
-        working = max(kept)
-        kept = [model.hidden_size / tp * size * tokens for _ in kept]
-    total = sum(kept) * _in_flight(config, stage, micro_batches) + working
-    total += tokens * model.seq_length * size  # the mask that confines attention to documents
-    if stage == config.parallel.pp - 1:
-        total += tokens * config.vocab.padded_size / tp * (size + 2 * 4)  # logits, in fp32, and their softmax
-    return total
+def logits_bytes(config: Config) -> float:
+    """Bytes of output layer and loss: fp32 logits, these less their maximum, and the exponential of that.
+
+    Backward holds less: the softmax, its gradient, the weight's gradient.
+    """
+    rows = config.vocab.padded_size / config.parallel.tp
+    size = dtype_bytes(config)
+    backward = _tokens(config) * rows * 2 * _FP32 + rows * config.model.hidden_size * size
+    return max(_tokens(config) * rows * 3 * _FP32, backward)
 
 
-def rank_memory(config: Config, world: int) -> RankMemory:
-    """Memory of the fullest rank of `world` ranks."""
-    parameters = count_parameters(config)
-    replicas = data_parallel_size(config, world)
-    main_copy = _MAIN_COPY_BYTES if config.precision.dtype == "bf16" else 0
-    ranks = []
-    for stage in range(config.parallel.pp):
-        dense, experts = stage_parameters(config, parameters, stage)
-        sharded = dense / replicas + experts / max(1, replicas // config.parallel.ep)
-        ranks.append(
-            RankMemory(
-                parameters=(dense + experts) * dtype_bytes(config),
-                gradients=(dense + experts) * _GRADIENT_BYTES,
-                optimizer=sharded * (_MOMENT_BYTES + main_copy),
-                activations=_activations(config, stage, micro_batches_per_step(config, world)),
-                stage=stage,
-            )
-        )
-    return max(ranks, key=lambda rank: rank.total)
+def _temporary(config: Config) -> float:
+    """Bytes of gradients within one layer's backward, which frees as it goes: four fp32 hidden states were seen."""
+    return 4 * _tokens(config) * config.model.hidden_size * _FP32 / config.parallel.tp
+
+
+def _communication(config: Config) -> float:
+    """Bytes of gathered sequences, exchanged tokens and received hidden states."""
+    model, parallel, size = config.model, config.parallel, dtype_bytes(config)
+    hidden = _tokens(config) * model.hidden_size * size
+    found = 2 * hidden if parallel.tp > 1 else 0.0  # gathered input; the gradient before it is scattered
+    if parallel.ep > 1:
+        found += 2 * hidden * sum(expert_slots(config, model.seq_length).values())  # sent and received
+    if parallel.pp > 1:
+        found += 2 * hidden / parallel.tp * (parallel.vpp or 1)
+    return found
+
+
+def _tokens(config: Config) -> int:
+    """Tokens of a micro-batch."""
+    return config.train.micro_batch_size * config.model.seq_length

@@ -1,0 +1,211 @@
+"""Memory that a training step really uses on a rank, by tensors and not by an allocator, beside what the plan says.
+
+    python -m mmscale.bench.footprint configs/quickstart.yaml [key=value ...]
+
+One process, without parallelism; runs on a CPU and on a GPU. Counted are storages, each once, from the moment an
+operation makes them until nothing refers to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmscale.config import Config
+from mmscale.config.load import load
+from mmscale.data.vocab import Vocabulary
+from mmscale.plan import rank_memory
+from mmscale.plan.activations import Kernels
+from mmscale.plan.memory import kept_for_backward
+from mmscale.runtime import device, rank_env
+from mmscale.runtime import groups as process_groups
+from mmscale.train import parts
+from mmscale.train.batch import to_device
+from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.verify import with_share
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank in a training step.
+
+    Attributes:
+        parameters: weights.
+        gradients: gradient buffers.
+        optimizer: moments and main copies.
+        saved: most that autograd keeps for backward at one time.
+        step: most that tensors hold at one time on top of parameters, gradients and optimizer state.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    saved: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All of it at its fullest."""
+        return self.parameters + self.gradients + self.optimizer + self.step
+
+
+class _Alive:
+    """Bytes of storages that are alive, and the most there were."""
+
+    def __init__(self, known: set[int]) -> None:
+        self.known = known
+        self.uses: Counter[int] = Counter()
+        self.now = 0
+        self.most = 0
+
+    def enter(self, holder: Any, storage: torch.UntypedStorage) -> None:
+        """Count a storage until `holder` is gone."""
+        key, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or key in self.known:
+            return
+        if self.uses[key] == 0:
+            self.now += size
+            self.most = max(self.most, self.now)
+        self.uses[key] += 1
+        weakref.finalize(holder, self._leave, key, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self.uses[key] -= 1
+        if self.uses[key] == 0:
+            self.now -= size
+
+
+class _Storages(TorchDispatchMode):
+    """Counts every storage that an operation returns."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.alive = _Alive(known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.alive.enter(storage, storage)
+        return result
+
+
+class _Held:
+    """A saved tensor, wrapped so that its release can be seen."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextlib.contextmanager
+def _saved(known: set[int]) -> Iterator[_Alive]:
+    alive = _Alive(known)
+
+    def pack(tensor: Tensor) -> _Held:
+        held = _Held(tensor)
+        alive.enter(held, tensor.untyped_storage())
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        yield alive
+
+
+def measure(config: Config) -> Footprint:
+    """Take optimizer steps of synthetic tokens and count; process groups of the configuration's layout exist already.
+
+    Args:
+        config: the run's configuration; one global batch of it is the step.
+    """
+    groups = process_groups.collection()
+    config = with_share(config)
+    share = config.model.experts.share
+    assert isinstance(share, dict)
+    built = parts.build(config, groups)
+    mixture, vocabulary = SyntheticMixture(config, share=share), Vocabulary.from_config(config.vocab)
+    numbers = range(groups.dp.rank(), config.train.global_batch_size // config.train.micro_batch_size, groups.dp.size())
+    batches = [to_device(mixture.micro_batch(number), vocabulary) for number in numbers]
+    built.stepper.train(batches, lr=config.optim.lr)  # makes the optimizer's state
+
+    weights, gradients, state = _storages(built)
+    known = set(weights) | set(gradients) | set(state)
+    known |= {buffer.untyped_storage().data_ptr() for chunk in built.chunks for buffer in chunk.module.buffers()}
+    with _saved(known) as kept:
+        built.stepper.accumulate(batches)
+    with _Storages(known) as mode:
+        built.stepper.train(batches, lr=config.optim.lr)
+    return Footprint(
+        parameters=sum(weights.values()),
+        gradients=sum(gradients.values()),
+        optimizer=sum(state.values()),
+        saved=kept.most,
+        step=mode.alive.most,
+    )
+
+
+def _storages(built: parts.Parts) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+    """Bytes by storage of weights, gradients and optimizer state; what is in an earlier one is not counted again."""
+    weights = _by_storage([parameter.data for chunk in built.chunks for parameter in chunk.parameters()])
+    buffers = [buffer for chunk in built.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    gradients = _by_storage([buffer.grad_data for buffer in buffers])
+    held: list[Tensor] = []
+    for part in getattr(built.optimizer, "chained_optimizers", [built.optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
+        held += [parameter.data for group in inner.param_groups for parameter in group["params"]]
+        held += [value for values in inner.state.values() for value in values.values() if isinstance(value, Tensor)]
+    state = _by_storage(held)
+    return weights, gradients, {key: size for key, size in state.items() if key not in weights}
+
+
+def _by_storage(tensors: list[Tensor]) -> dict[int, int]:
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def compare(config: Config, found: Footprint, *, kernels: Kernels) -> list[tuple[str, float, float]]:
+    """Rows (what, planned bytes, measured bytes) for one process."""
+    planned = rank_memory(config, 1, kernels=kernels)
+    return [
+        ("parameters", planned.parameters, found.parameters),
+        ("gradients", planned.gradients, found.gradients),
+        ("optimizer", planned.optimizer, found.optimizer),
+        ("kept for backward", kept_for_backward(config, kernels=kernels), found.saved),
+        ("step", planned.total - planned.states, found.step),
+        ("total", planned.total, found.total),
+    ]
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args()
+    config = load(given.config, given.overrides)
+    alone = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None, "ep": 1})}
+    )
+    alone = with_share(alone)
+    parts.start(alone, rank_env.discover())
+    kernels = Kernels.CUDA if device.has_cuda() else Kernels.HOST
+    for name, planned, found in compare(alone, measure(alone), kernels=kernels):
+        sys.stdout.write(
+            f"{name:<20} planned {planned / 2**20:12.1f} MiB  found {found / 2**20:12.1f} MiB  {planned / found:.3f}\n"
+        )
+    process_groups.finalize()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,135 @@
+"""What backward needs of a forward pass, part by part: the tensors that autograd keeps when these layers run.
+
+Derived from the code of mmscale.model by listing what torch saves (`torch.autograd.graph.saved_tensors_hooks`); a test
+compares sums with that. Temporary tensors, which live shorter than a layer, are `workspace` in memory.py.
+
+Letters: h hidden width, f SwiGLU width, d head width; bytes are per rank and micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from mmscale.config import Config
+from mmscale.config.derived import depth_tokens, shared_width
+from mmscale.plan.compute import expert_slots
+from mmscale.plan.stages import dtype_bytes
+
+_FP32 = 4
+# Token numbers (three times int64), gate and validity of an expert's slot.
+_SLOT_BYTES = 3 * 8 + _FP32 + 1
+
+
+class Kernels(StrEnum):
+    """How torch runs a layer, which decides what it keeps.
+
+    HOST: on a CPU. RMSNorm is made of elementary operations that keep fp32 copies; attention is one call per document.
+    CUDA: on a GPU, torch backend. RMSNorm is one kernel; attention has one mask for all documents of a micro-batch.
+    """
+
+    HOST = "host"
+    CUDA = "cuda"
+
+
+def layer_activations(config: Config, layer: int, *, kernels: Kernels = Kernels.CUDA) -> dict[str, float]:
+    """Bytes that backward of one layer needs, for one micro-batch on one rank, by part.
+
+    Args:
+        config: gives layout and model. Full recompute is not looked at: it keeps less between layers and all of this
+            while a layer is recomputed.
+        layer: global index.
+        kernels: where it runs.
+
+    Returns:
+        `norms`, `attention`, `ffn` (dense and shared experts), `router`, `experts`, `combine` (fp32 outputs on their
+        way back to the tokens), `depth` (selection and update of a Mixture-of-Depths layer), `mask`.
+    """
+    model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
+    h, batch = model.hidden_size, config.train.micro_batch_size
+    depth = model.is_depth_layer(layer)
+    length = depth_tokens(config) if depth else model.seq_length
+    tokens = batch * length
+    per_expert = model.norm == "post_per_expert" and model.kind != "dense"
+    # Besides its output a norm keeps its input, or on a host an fp32 copy of it and the normalised values.
+    norm = size if kernels is Kernels.CUDA else 2 * _FP32
+    parts = {"norms": tokens * h * norm * (1 if per_expert else 2) / tp}
+    parts["attention"] = tokens * _attention(config, norm=norm, kernels=kernels)
+    if model.kind == "dense":
+        # The first projection's two halves, SiLU, the shifted linear half, their product; and the input.
+        parts["ffn"] = tokens * size * (5 * model.ffn_hidden_size + h) / tp
+    else:
+        parts |= _experts(config, length, norm=norm if per_expert else 0)
+    if depth:
+        parts["depth"] = batch * model.seq_length * h * _FP32 / tp + tokens * h * (_FP32 + size)
+    if kernels is Kernels.CUDA and depth:  # the other layers share one
+        parts["mask"] = tokens * length * size
+    return parts
+
+
+def _attention(config: Config, *, norm: int, kernels: Kernels) -> float:
+    """Bytes per token of attention, its input included."""
+    model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
+    d = model.head_dim
+    query, key = model.num_attention_heads * d, model.query_groups * d
+    joint = query + 2 * key  # one tensor holds queries, keys and values as projected; k and v are views of it
+    # A view keeps the whole: values do where nothing copies them, keys where the norm keeps its input.
+    viewed = query == key and (kernels is Kernels.CUDA or config.train.micro_batch_size == 1)
+    selective = config.parallel.recompute == "selective"
+    kept_joint = viewed or selective
+    elements = 0.0
+    if model.qk_norm:
+        uncast = size == norm or size == _FP32  # the norm keeps its input itself, not an fp32 copy
+        kept_joint = kept_joint or uncast
+        elements += norm * query + (norm - size if uncast else norm) * key
+    if selective:
+        elements += size * (query + key)
+    else:
+        values = 0 if viewed else query
+        elements += size * (2 * query + values) + size * query + _FP32 * model.num_attention_heads
+    elements += size * query + (size * joint if kept_joint else 0)  # the output's input; what views hold
+    angles = 4 * d * size
+    return elements / tp + angles + size * model.hidden_size / tp
+
+
+def _experts(config: Config, length: int, *, norm: int) -> dict[str, float]:
+    """Experts over sequences of `length` tokens; norm: bytes that a norm of an expert's outputs keeps per element."""
+    model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
+    h, tokens = model.hidden_size, config.train.micro_batch_size * length
+    slots = tokens * sum(expert_slots(config, length).values())
+    width = shared_width(config)
+    # Chosen tokens and outputs are whole on every tensor-parallel rank, the inner width is not.
+    parts = {
+        "router": tokens * (h / tp + sum(model.experts.counts.values())) * _FP32,
+        "experts": slots * size * (h + 4 * model.ffn_hidden_size / tp),
+        "combine": slots * (h * (2 * _FP32 + norm) + _SLOT_BYTES),
+    }
+    if width:
+        parts["ffn"] = tokens * (size * (h + 4 * width / tp) + norm * h)
+    return parts
+
+
+def recomputed_input(config: Config) -> float:
+    """Bytes that a fully recomputed layer keeps: its input."""
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    return tokens * config.model.hidden_size * dtype_bytes(config) / config.parallel.tp
+
+
+def output_activations(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
+    """Bytes kept by the final norm, besides the output layer's input; logits are counted apart."""
+    size = dtype_bytes(config)
+    norm = size if kernels is Kernels.CUDA else 2 * _FP32
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    return tokens * config.model.hidden_size * (norm + size) / config.parallel.tp
+
+
+def shared_mask(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
+    """Bytes of the mask [B, S, S] that confines attention to documents, made once for all layers of a micro-batch."""
+    if kernels is Kernels.HOST:
+        return 0.0
+    return config.train.micro_batch_size * config.model.seq_length**2 * dtype_bytes(config)
+
+
+def total(parts: Mapping[str, float]) -> float:
+    """Sum of the parts [bytes]."""
+    return sum(parts.values())

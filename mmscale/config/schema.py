@@ -27,7 +27,7 @@ from mmscale.config.schema_model import (
 )
 from mmscale.config.schema_precision import PrecisionConfig
 from mmscale.config.schema_resilience import AnomalyConfig, CheckpointConfig, ResilienceConfig
-from mmscale.config.section import Count, Fraction, Index, Name, Positive, Rate, Seconds, Section, Share, setting
+from mmscale.config.section import Count, Fraction, Index, Name, Port, Positive, Rate, Seconds, Section, Share, setting
 
 __all__ = [
     "AnomalyConfig",
@@ -110,6 +110,13 @@ class OptimConfig(Section):
     beta2: Share = setting("Adam's decay of the second moment.", 0.95)
     eps: Positive = setting("Adam's epsilon.", 1e-5)
     clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
+    moments: Literal["fp32", "bf16", "fp8_coat", "te_bf16", "te_fp8"] = setting(
+        "How Adam's moments of matrices are kept: fp32 (8 bytes per parameter), bf16 (4), fp8_coat (2.19: E4M3 with "
+        "dynamic range expansion in groups of 128); te_bf16 and te_fp8: by Transformer-Engine's FusedAdam, GPU only. "
+        "A checkpoint of one is read by a run with another.",
+        "fp32",
+        source="COAT, arXiv 2410.19313, section 4.1",
+    )
 
 
 class AuxiliaryStageConfig(Section):
@@ -175,8 +182,21 @@ class LogConfig(Section):
     """What is reported while training."""
 
     every: Count = setting("Log every n steps.", 10, unit="steps")
+    layers_every: Index = setting(
+        "Write figures of every layer (expert load, co-selection, depth selection, output norm) into layers.jsonl "
+        "every n logged steps, on the first and on the last; 0: never.",
+        5,
+        unit="logged steps",
+    )
     tensorboard: bool = setting("Write TensorBoard events into the run folder.", False)
-    wandb: str | None = setting("Weights & Biases project; null: off.", None)
+    wandb: str | None = setting("Weights & Biases project; null: off. Without the service a run goes on.", None)
+    prometheus_port: Port | None = setting(
+        "Serve the latest figures at http://HOST:PORT/metrics on the host of rank 0; null: off.", None, unit="port"
+    )
+    prometheus_address: str = setting(
+        "Address of the interface that serves them; 127.0.0.1: this host only.",
+        "0.0.0.0",  # noqa: S104  # as Prometheus exporters do: the server that asks stands elsewhere
+    )
 
 
 class Config(Section):

@@ -22,6 +22,7 @@ from mmscale.config.values import parse_integer, parse_number, parse_seconds
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_integer)]
 Index = Annotated[NonNegativeInt, BeforeValidator(parse_integer)]
+Port = Annotated[int, BeforeValidator(parse_integer), Field(ge=1, le=65535)]
 Rate = Annotated[NonNegativeFloat, BeforeValidator(parse_number)]
 Positive = Annotated[PositiveFloat, BeforeValidator(parse_number)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds)]

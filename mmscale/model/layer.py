@@ -52,6 +52,12 @@ class MixedModalLayer(TransformerLayer):
         """Mean norm of the last layer's output: it predicts divergence (Chameleon, arXiv 2405.09818, section 2.3)."""
         if params.stats is not None and self.layer_number == self.config.num_layers:
             params.stats.add(self.layer_number, "output_norm", output.float().norm(dim=-1).mean())
+        if params.stats is not None and params.stats.modalities:
+            local = output.shape[0]
+            own = params.modality_ids[self.tp_group.rank() * local :][:local]
+            masks = torch.stack([own == modality for modality in range(params.stats.modalities)]).double()
+            sums = (masks * output.detach().float().norm(dim=-1)).sum(dim=(1, 2))
+            params.stats.count(self.layer_number, "output_norm", torch.stack((sums, masks.sum(dim=(1, 2)))))
 
 
 @dataclass(frozen=True)
@@ -184,3 +190,9 @@ class DepthLayer(MixedModalLayer):
             total = params.tokens_of((modality,)).sum().clamp(min=1)
             share = inner.tokens_of((modality,)).sum() / total
             params.stats.add(self.layer_number, f"depth/selected_fraction/{name}", share)
+        if params.stats.modalities:
+            counted = [
+                torch.stack([facts.tokens_of((m,)).sum() for m in range(params.stats.modalities)])
+                for facts in (inner, params)
+            ]
+            params.stats.count(self.layer_number, "depth", torch.stack(counted))

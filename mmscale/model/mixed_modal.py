@@ -44,14 +44,24 @@ class Routing(StrEnum):
 
 
 class RoutingStats:
-    """Collects detached routing figures of one forward pass by (layer, name); recompute overwrites equals."""
+    """Collects detached routing figures of one forward pass by (layer, name); recompute overwrites equals.
 
-    def __init__(self) -> None:
+    Args:
+        modalities: number of modalities to split counts of every layer by; 0: nobody asks for counts.
+    """
+
+    def __init__(self, *, modalities: int = 0) -> None:
+        self.modalities = modalities
         self.values: dict[tuple[int, str], Tensor] = {}
+        self.counts: dict[tuple[int, str], Tensor] = {}
 
     def add(self, layer: int, name: str, value: Tensor) -> None:
         """Keep a scalar tensor. No synchronisation with the host happens here."""
         self.values[layer, name] = value.detach().float()
+
+    def count(self, layer: int, name: str, value: Tensor) -> None:
+        """Keep a tensor of sums, which may be added up over ranks that hold other tokens."""
+        self.counts[layer, name] = value.detach().double()
 
     def means(self) -> dict[str, Tensor]:
         """Mean over layers of each figure."""

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from mmscale.config.derived import expert_capacity
 from mmscale.model.auxiliary import AuxiliaryRouter
 from mmscale.model.exchange import receive_as_expert, send_back, send_to_experts
-from mmscale.model.expert_compute import BATCHED, ExpertCompute
+from mmscale.model.expert_compute import BATCHED, ExpertCompute, Products
 from mmscale.model.experts import Experts, from_experts, to_experts
 from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.model.norm import RMSNorm
-from mmscale.model.routing import Selection, chosen_by, combine, decided, expert_choice, gumbel_noise
+from mmscale.model.routing import Selection, chosen_by, combine, count_choices, decided, expert_choice, gumbel_noise
 from mmscale.model.thresholds import Thresholds
 
 
@@ -123,19 +123,20 @@ class MoMaMLP(MegatronModule):
         )
         width = config.ffn_hidden_size
         assert width is not None
+        make = _maker(settings.compute)
         self.experts = nn.ModuleDict()
         self.router = Router(config, settings.groups)
         self.expert_norm = nn.ModuleDict()
         for group in settings.groups:
-            self.experts[group.name] = Experts(
+            self.experts[group.name] = make(
                 config, count=group.experts, width=width, groups=self.pg, compute=settings.compute
             )
             if settings.norm_experts:
                 self.expert_norm[group.name] = self._norm()
-        self.shared: Experts | None = None
+        self.shared: MegatronModule | None = None
         self.shared_norm: RMSNorm | None = None
         if settings.shared_width:
-            self.shared = Experts(
+            self.shared = make(
                 config,
                 count=1,
                 width=settings.shared_width,
@@ -261,7 +262,7 @@ class MoMaMLP(MegatronModule):
             member = params.tokens_of(group.modalities)
             selection = expert_choice(own, member, capacity, per_sequence=self.settings.per_sequence)
             if report and params.stats is not None:
-                _report(params.stats, self.layer_number, group.name, selection, member)
+                self._report(params, group, selection, member)
             if report and params.cutoffs is not None and self.threshold is not None:
                 params.cutoffs.add(
                     self.threshold.of(group.name),
@@ -303,9 +304,20 @@ class MoMaMLP(MegatronModule):
             selection = decided(decision, own, max(1, count))
             if params.stats is not None:
                 member = params.tokens_of(group.modalities)
-                _report(params.stats, self.layer_number, group.name, selection, member)
+                self._report(params, group, selection, member)
             selections.append(selection)
         return selections
+
+    @torch.no_grad()
+    def _report(self, params: MixedModalParams, group: ExpertGroup, selection: Selection, member: Tensor) -> None:
+        stats = params.stats
+        assert stats is not None
+        _report(stats, self.layer_number, group.name, selection, member)
+        if stats.modalities:
+            taken = chosen_by(selection, member.numel())
+            for modality in group.modalities:
+                counted = count_choices(taken, selection, params.tokens_of((modality,)).reshape(-1))
+                stats.count(self.layer_number, f"experts/{group.name}/{modality}", counted)
 
     @torch.no_grad()
     def _teach(self, hidden: Tensor, logits: Tensor, selections: list[Selection], params: MixedModalParams) -> None:
@@ -336,7 +348,7 @@ class MoMaMLP(MegatronModule):
         """Routers and norms are replicated; experts are sharded by themselves."""
         sharded: ShardedStateDict = {}
         for name, experts in self.experts.items():
-            assert isinstance(experts, Experts)
+            assert isinstance(experts, MegatronModule)
             sharded.update(experts.sharded_state_dict(f"{prefix}experts.{name}.", sharded_offsets, metadata))
         if self.shared is not None:
             sharded.update(self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata))
@@ -353,6 +365,15 @@ class MoMaMLP(MegatronModule):
             if module is not None:
                 sharded.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
         return sharded
+
+
+def _maker(compute: ExpertCompute) -> type[MegatronModule]:
+    if compute.products is not Products.TE:
+        return Experts
+    # Cannot be imported without Transformer-Engine.
+    from mmscale.model.experts_te import TEExperts
+
+    return TEExperts
 
 
 def _report(stats: RoutingStats, layer: int, name: str, selection: Selection, member: Tensor) -> None:

@@ -93,6 +93,24 @@ def chosen_by(selection: Selection, tokens: int) -> Tensor:
     return taken.scatter_(1, selection.token, selection.valid).t()
 
 
+def count_choices(taken: Tensor, selection: Selection, own: Tensor) -> Tensor:
+    """What experts did with some of the tokens, as sums that may be added up over ranks.
+
+    Args:
+        taken: [T, E] bool, which experts took which token (`chosen_by`).
+        selection: the choice behind it.
+        own: [T] bool, the tokens that are asked about.
+
+    Returns:
+        [2 + E + E * E] fp64: number of tokens; of those that no expert took; sum of gates of each expert; and how many
+        tokens experts i and j both took, row by row, so that the diagonal is each expert's load.
+    """
+    mine = (taken & own.unsqueeze(-1)).double()
+    gates = (selection.gate.detach().double() * own[selection.token]).sum(dim=1)
+    missed = own.sum() - mine.amax(dim=-1).sum()
+    return torch.cat((torch.stack((own.sum().double(), missed)), gates, (mine.t() @ mine).reshape(-1)))
+
+
 def combine(outputs: Tensor, selection: Selection, tokens: int) -> Tensor:
     """Sum of gate * output at each token, [tokens, width], in fp32; zero where no expert took the token.
 

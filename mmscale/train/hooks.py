@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -56,6 +57,7 @@ class LogHook:
         values = report.result.losses | self._routing(report)
         if self.metrics is not None:
             values |= {
+                "time": round(time.time(), 3),
                 "tokens": state.tokens,
                 **{f"tokens/{name}": count for name, count in state.modality_tokens.items()},
                 "grad_norm": report.result.grad_norm,
@@ -65,6 +67,8 @@ class LogHook:
                 **self.saves(),
                 **_anomalies(state),
             }
+            if self.clock.flops_per_token is not None:
+                values["flops"] = state.tokens * self.clock.flops_per_token
             self.metrics.write(report.step, values)
             self.progress.update(report.step, values)
 

@@ -134,7 +134,7 @@ class Trainer:
 
     def _try(self, batch: StepBatch) -> StepReport:
         step = self.state.step + 1
-        stats = RoutingStats() if self._logged(step) else None
+        stats = routing_stats(self.config, step)
         lr = self._learning_rate(step)
 
         def on_device() -> list[Batch]:
@@ -156,10 +156,16 @@ class Trainer:
             state.modality_tokens[name] = state.modality_tokens.get(name, 0) + count
         self.clock.step(sum(batch.counts))
 
-    def _logged(self, step: int) -> bool:
-        return is_logged(self.config, step)
-
 
 def is_logged(config: Config, step: int) -> bool:
     """Whether this step's figures are fetched from the device and written down."""
     return step == 1 or step % config.log.every == 0 or step == config.train.steps
+
+
+def routing_stats(config: Config, step: int) -> RoutingStats | None:
+    """Where layers report figures of a step, split by modality where layers.jsonl gets them; None: nobody asks."""
+    if not is_logged(config, step):
+        return None
+    every = config.log.layers_every * config.log.every
+    whole = every > 0 and (step == 1 or step % every == 0 or step == config.train.steps)
+    return RoutingStats(modalities=len(config.vocab.names) if whole else 0)

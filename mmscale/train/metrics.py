@@ -1,6 +1,6 @@
-# What a run writes down about itself: metrics.jsonl, events.jsonl, TensorBoard, W&B; and how these are read back.
+# What a run writes down about itself: metrics.jsonl, layers.jsonl and events.jsonl; and how these are read back.
 # It measures nothing (throughput.py does), decides nothing, and needs no torch to be read.
-"""The run directory's two append-only logs.
+"""The run directory's append-only logs.
 
 Each line is one JSON object, written by one system call, so a killed run leaves at most one torn line, at the end.
 JSON knows no NaN: a value that is not finite is written as the string "nan", "inf" or "-inf", and `read_metrics` gives
@@ -10,7 +10,6 @@ again after a roll-back within an attempt, with a higher "rollback" (left out wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -22,25 +21,28 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from mmscale.errors import ConfigError
 from mmscale.runtime.environment import write_environment
+from mmscale.train.backends import Backends
 from mmscale.train.throughput import Throughput
 
 __all__ = [
     "EVAL",
     "EVENTS",
+    "LAYERS",
     "METRICS",
     "EventLog",
     "MetricsLog",
     "Throughput",
     "next_attempt",
     "read_events",
+    "read_layers",
     "read_metrics",
     "write_environment",
 ]
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+LAYERS = "layers.jsonl"
 EVAL = "eval/"  # prefix of keys measured on held-out data, e.g. eval/loss/text
 
 _log = logging.getLogger(__name__)
@@ -48,17 +50,13 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class MetricsLog:
-    """metrics.jsonl, and TensorBoard and W&B if asked for. Rank 0 holds one; other ranks hold none.
+    """metrics.jsonl and layers.jsonl, and whatever else takes figures. Rank 0 holds one; other ranks hold none.
 
     Args:
         run_dir: The run's folder; made if it is missing.
         attempt: Number of this attempt, from `next_attempt`.
-        tensorboard: Write TensorBoard events into `<run_dir>/tensorboard`.
-        wandb: W&B project; None: off.
+        backends: TensorBoard and others that get the figures too.
         may_write: Called before every line; raises if this process must not write any more.
-
-    Raises:
-        ConfigError: TensorBoard or W&B is asked for and not installed.
     """
 
     def __init__(
@@ -66,17 +64,14 @@ class MetricsLog:
         run_dir: Path,
         *,
         attempt: int,
-        tensorboard: bool = False,
-        wandb: str | None = None,
+        backends: Backends | None = None,
         may_write: Callable[[], None] | None = None,
     ) -> None:
         self.attempt = attempt
         self.rollback = 0
-        self._run_dir = run_dir
         self._lines = _Lines(run_dir / METRICS, may_write)
-        self._tensorboard_type = _import_tensorboard() if tensorboard else None
-        self._tensorboard: Any = None  # made at the first write, which knows the step to start from
-        self._wandb: Any = None if wandb is None else _start_wandb(run_dir, project=wandb)
+        self._layers = _Lines(run_dir / LAYERS, may_write, lazy=True)
+        self._backends = backends or Backends({})
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append the values of one step. A value that is None was not measured and is left out.
@@ -84,19 +79,13 @@ class MetricsLog:
         Held-out values may come in a line of their own with the same step: `read_metrics` puts them together.
         """
         numbers = {key: _number(value) for key, value in values.items() if value is not None}
-        record: dict[str, Any] = {"step": step, "attempt": self.attempt}
-        if self.rollback:
-            record["rollback"] = self.rollback
-        self._lines.append(record | {key: _as_json(value) for key, value in numbers.items()})
-        if self._tensorboard_type is not None:
-            if self._tensorboard is None:
-                # purge_step: what an earlier attempt wrote for this step and later ones was rolled back.
-                self._tensorboard = self._tensorboard_type(str(self._run_dir / "tensorboard"), purge_step=step)
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
-            self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(record | numbers)
+        self._lines.append(self._place(step) | {key: _as_json(value) for key, value in numbers.items()})
+        shown = {key: value for key, value in numbers.items() if key != "time"}  # back ends have clocks of their own
+        self._backends.write(step, shown, attempt=self.attempt)
+
+    def write_layers(self, step: int, layers: Mapping[str, Any]) -> None:
+        """Append the figures of every layer to layers.jsonl; read back by `read_layers`."""
+        self._layers.append(self._place(step) | {"layers": dict(layers)})
 
     def rolled_back(self, number: int) -> None:
         """Steps come again from here on.
@@ -105,17 +94,17 @@ class MetricsLog:
             number: of the roll-back, counted over the whole run.
         """
         self.rollback = number
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None  # the next write purges what it repeats
+        self._backends.rolled_back()
 
     def close(self) -> None:
         """Close everything; lines are on disk already."""
         self._lines.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._layers.close()
+        self._backends.close()
+
+    def _place(self, step: int) -> dict[str, Any]:
+        place = {"step": step, "attempt": self.attempt}
+        return place | {"rollback": self.rollback} if self.rollback else place
 
 
 class EventLog:
@@ -172,16 +161,41 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [steps[number] for number in sorted(steps)]
 
 
+def read_layers(run_dir: Path) -> list[dict[str, Any]]:
+    """Figures of every layer, one record per step in order; of a step that was done again the last time counts."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _read_lines(run_dir / LAYERS):
+        step = line.get("step")
+        if isinstance(step, int) and isinstance(line.get("layers"), dict):
+            known = steps.get(step)
+            if known is None or _time(line) >= _time(known):
+                steps[step] = line
+    return [steps[number] for number in sorted(steps)]
+
+
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events in the order they were written."""
     return list(_read_lines(run_dir / EVENTS))
 
 
 class _Lines:
-    """An append-only file of JSON lines."""
+    """An append-only file of JSON lines.
 
-    def __init__(self, path: Path, may_write: Callable[[], None] | None = None) -> None:
+    Args:
+        path: of the file.
+        may_write: called before every line.
+        lazy: make the file with its first line only.
+    """
+
+    def __init__(self, path: Path, may_write: Callable[[], None] | None = None, *, lazy: bool = False) -> None:
         self._may_write = may_write
+        self._path = path
+        self._file = -1
+        if not lazy:
+            self._open()
+
+    def _open(self) -> None:
+        path = self._path
         path.parent.mkdir(parents=True, exist_ok=True)
         # O_APPEND and one write per line: a line is whole or torn at its end, never mixed with another process's.
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -193,6 +207,8 @@ class _Lines:
         text = json.dumps(record, allow_nan=False, default=str) + "\n"
         if self._may_write is not None:
             self._may_write()
+        if self._file < 0:
+            self._open()
         os.write(self._file, text.encode())
 
     def close(self) -> None:
@@ -235,29 +251,3 @@ def _as_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _import_tensorboard() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "log.tensorboard is true, but tensorboard is not installed",
-            remedy="pip install tensorboard, or set log.tensorboard=false",
-        ) from error
-    return SummaryWriter
-
-
-def _start_wandb(run_dir: Path, *, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"log.wandb is {project!r}, but wandb is not installed",
-            remedy="pip install 'mmscale[wandb]', or set log.wandb=null",
-        ) from error
-    # The same id for every attempt of a run; two runs of one name in different folders must not share it.
-    place = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    run = wandb.init(project=project, name=run_dir.name, id=f"{run_dir.name}-{place}", dir=str(run_dir), resume="allow")
-    run.define_metric("*", step_metric="step")  # W&B's own step only grows: it would drop a re-done step
-    return run

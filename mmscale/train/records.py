@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmscale.config import Config
+from mmscale.config import Config, LogConfig
 from mmscale.config.load import dump
 from mmscale.resilience.lease import Fence, FencedError
+from mmscale.train.backends import Backends, backends_of
 from mmscale.train.metrics import EventLog, MetricsLog, write_environment
 
 
@@ -33,7 +34,7 @@ class Records:
 
 @contextlib.contextmanager
 def open_records(
-    folder: Path, *, attempt: int, rank: int, fence: Fence, tensorboard: bool = False, wandb: str | None = None
+    folder: Path, *, attempt: int, rank: int, fence: Fence, log: LogConfig | None = None
 ) -> Iterator[Records]:
     """The logs of a folder, closed in the end; an error that passes becomes an event.
 
@@ -42,8 +43,7 @@ def open_records(
         attempt: number of the attempt.
         rank: of this process.
         fence: asked before every line: an attempt that has lost the run writes none.
-        tensorboard: write TensorBoard events too.
-        wandb: project of Weights & Biases; None: off.
+        log: what gets the figures besides; None: nothing.
 
     Raises:
         FencedError: another attempt has taken the run over.
@@ -53,8 +53,8 @@ def open_records(
         return
     folder.mkdir(parents=True, exist_ok=True)
     fence.check()
-    metrics = MetricsLog(folder, attempt=attempt, tensorboard=tensorboard, wandb=wandb, may_write=fence.check)
     events = EventLog(folder, attempt, may_write=fence.check)
+    metrics = MetricsLog(folder, attempt=attempt, backends=_backends(folder, log, events), may_write=fence.check)
     try:
         yield Records(metrics, events)
     except FencedError:
@@ -65,6 +65,19 @@ def open_records(
     finally:
         metrics.close()
         events.close()
+
+
+def _backends(folder: Path, log: LogConfig | None, events: EventLog) -> Backends | None:
+    if log is None:
+        return None
+    port = log.prometheus_port
+    return backends_of(
+        folder,
+        tensorboard=log.tensorboard,
+        wandb=log.wandb,
+        prometheus=None if port is None else (log.prometheus_address, port),
+        tell=lambda name, reason: events.add("log_off", log=name, reason=reason),
+    )
 
 
 def write_settings(config: Config, run: Path, *, attempt: int) -> None:

@@ -33,6 +33,7 @@ from mmscale.runtime.rank_env import RankEnv
 from mmscale.train import saves
 from mmscale.train.evaluate import evaluate
 from mmscale.train.hooks import EvalHook, LogHook, PlaceHook, ReplicaHook
+from mmscale.train.layers_log import LayersHook
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.memory import MemoryHook, memory_of
 from mmscale.train.metrics import next_attempt
@@ -100,14 +101,7 @@ class _Attempt:
         self.parts: Parts = build(config, groups)
         self.state = TrainState(self.parts.chunks, self.parts.optimizer, routers=self.parts.routers)
         self.records: Records = stack.enter_context(
-            open_records(
-                self.folder,
-                attempt=self.number,
-                rank=env.rank,
-                fence=self.fence,
-                tensorboard=config.log.tensorboard,
-                wandb=config.log.wandb,
-            )
+            open_records(self.folder, attempt=self.number, rank=env.rank, fence=self.fence, log=config.log)
         )
         if first:
             write_settings(config, self.folder, attempt=self.number)
@@ -174,14 +168,14 @@ class _Attempt:
                     self.config,
                     world_size=self.env.world_size,
                     device=device.device_name(),
-        for line in roundings(self.config):
-            self.progress.say(line)
                     plan=plan(self.config),
                     share=shares if isinstance(shares, dict) else None,
                     attempt=self.number,
                     start_step=self.state.step,
                 )
             )
+        for line in roundings(self.config):
+            self.progress.say(line)
         for line in changed:
             self.progress.say(f"changed since the checkpoint: {line}")
 
@@ -232,6 +226,7 @@ class _Attempt:
                 metrics=records.metrics,
                 saves=self.checkpoints.saver.figures,
             ),
+            LayersHook(config, groups=self.groups, metrics=records.metrics),
             EvalHook(
                 config,
                 evaluate=self._evaluate,

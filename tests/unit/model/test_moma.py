@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmscale.config import Config, ExpertsConfig, ModalityVocab
 from mmscale.model.mixed_modal import RoutingStats
+from mmscale.train.layers_log import fractions
 from tests.unit.model.comparison import (
     TOLERANCE,
     assert_agrees,
@@ -273,6 +274,55 @@ def test_routing_figures_are_counts(scope: str, image: float, build: Callable[..
     assert 0.0 < got["experts/text/unrouted_fraction"] < 1.0
 
 
+@pytest.mark.parametrize("kind", ["moma", "moe"])
+def test_counts_of_a_layer_are_counted_one_by_one(kind: str, build: Callable[..., GPTModel]) -> None:
+    """Load, gates, co-selection and tokens nobody took by modality, also where one group takes both."""
+    experts = moma_experts(share=UNEVEN, capacity_factor=0.7)
+    if kind == "moe":
+        experts = ExpertsConfig(counts={"mixed": 3}, share=SHARE, capacity_factor=0.7)
+    config = tiny(kind, experts=experts)
+    model, batch, stats = build(config), usual_batch(), RoutingStats(modalities=2)
+    hidden = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(9))
+    model.decoder.layers[0].mlp(hidden, padding_mask=params_of(batch, stats=stats))
+    got = fractions({key: value.numpy() for key, value in stats.counts.items()}, config.vocab.names)["1"]["experts"]
+    facts, reference = facts_of(batch), Reference(config, weights_of(model))
+    for group, number in experts.counts.items():
+        gates = reference.gates("decoder.layers.0.", group, list(hidden.unbind(1)), facts)
+        for index, modality in enumerate(config.vocab.names):
+            own = {(b, i) for b, f in enumerate(facts) for i, m in enumerate(f.modality) if m == index}
+            taken = [{(b, i) for e, b, i in gates if e == expert and (b, i) in own} for expert in range(number)]
+            if group not in (modality, "mixed"):
+                assert modality not in got[group]
+                continue
+            found = got[group][modality]
+            assert found["unrouted"] == pytest.approx(1 - len(set().union(*taken)) / len(own), abs=1e-5)
+            assert found["load"] == pytest.approx([len(t) / len(own) for t in taken], abs=1e-5)
+            means = [sum(float(gates[e, b, i]) for b, i in t) / max(1, len(t)) for e, t in enumerate(taken)]
+            assert found["gate"] == pytest.approx(means, abs=1e-4)
+            assert ("coselection" in found) == (number > 1)
+            for first, row in zip(taken, found.get("coselection", []), strict=number > 1):
+                assert row == pytest.approx([len(first & t) / max(1, len(first)) for t in taken], abs=1e-5)
+
+
+def test_output_norm_of_every_layer_by_modality(build: Callable[..., GPTModel]) -> None:
+    config = tiny(depth=depth())
+    model, batch, stats = build(config), usual_batch(), RoutingStats(modalities=2)
+    outputs: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0])) for layer in model.decoder.layers]
+    run_model(model, batch, stats=stats)
+    for hook in hooks:
+        hook.remove()
+    got = fractions({key: value.numpy() for key, value in stats.counts.items()}, config.vocab.names)
+    for layer, output in enumerate(outputs, start=1):
+        for index, modality in enumerate(config.vocab.names):
+            places = [(i, b) for b, f in enumerate(facts_of(batch)) for i, m in enumerate(f.modality) if m == index]
+            mean = sum(float(output[i, b].norm()) for i, b in places) / len(places)
+            assert got[str(layer)]["output_norm"][modality] == pytest.approx(mean, rel=1e-4)
+    assert set(got["1"]["depth"]) == {"text", "image"} and "depth" not in got["2"]
+    for modality, share in got["1"]["depth"].items():
+        assert share == pytest.approx(float(stats.values[1, f"depth/selected_fraction/{modality}"]), rel=1e-4)
+
+
 def test_figures_of_layers_are_averaged_and_detached(build: Callable[..., GPTModel]) -> None:
     stats = RoutingStats()
     run_model(build(tiny()), usual_batch(), stats=stats)
@@ -286,7 +336,9 @@ def test_figures_of_layers_are_averaged_and_detached(build: Callable[..., GPTMod
 
 def test_figures_change_no_result(build: Callable[..., GPTModel]) -> None:
     model, batch = build(tiny(depth=depth())), usual_batch()
-    assert torch.equal(run_model(model, batch), run_model(model, batch, stats=RoutingStats()))
+    plain = run_model(model, batch)
+    for modalities in (0, 2):
+        assert torch.equal(plain, run_model(model, batch, stats=RoutingStats(modalities=modalities)))
 
 
 def test_tokens_no_expert_took_pass_unchanged(build: Callable[..., GPTModel]) -> None:

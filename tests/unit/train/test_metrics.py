@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 import mmscale
-from mmscale.errors import ConfigError
 from mmscale.runtime import environment
 from mmscale.train.metrics import (
     EventLog,
     MetricsLog,
     next_attempt,
     read_events,
+    read_layers,
     read_metrics,
     write_environment,
 )
@@ -120,28 +119,19 @@ def test_events_and_attempts(tmp_path: Path) -> None:
     assert next_attempt(tmp_path) == 8
 
 
-def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        ConfigError, match=r"log.wandb is 'moma', but wandb is not installed; pip install 'mmscale\[wandb\]'"
-    ):
-        MetricsLog(tmp_path, attempt=1, wandb="moma")
-
-
-def test_tensorboard_drops_what_was_rolled_back(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    first = MetricsLog(tmp_path, attempt=1, tensorboard=True)
-    for step in (10, 20, 30):
-        first.write(step, {"loss": 1.0})
-    first.close()
-    second = MetricsLog(tmp_path, attempt=2, tensorboard=True)
-    second.write(20, {"loss": 0.5})
-    second.write(30, {"loss": 9.0})
-    second.rolled_back(1)
-    second.write(30, {"loss": 0.25})
-    second.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 1.0), (20, 0.5), (30, 0.25)]
+def test_layers_of_a_step_that_was_done_again(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, attempt=1)
+    assert not (tmp_path / "layers.jsonl").exists()
+    log.write_layers(10, {"1": {"output_norm": {"text": 1.0}}})
+    log.write_layers(20, {"1": {"output_norm": {"text": 2.0}}})
+    log.rolled_back(1)
+    log.write_layers(20, {"1": {"output_norm": {"text": 3.0}}})
+    with (tmp_path / "layers.jsonl").open("a") as file:
+        file.write('{"step": 30, "lay')
+    assert [(line["step"], line["layers"]["1"]["output_norm"]["text"]) for line in read_layers(tmp_path)] == [
+        (10, 1.0),
+        (20, 3.0),
+    ]
 
 
 # --- environment.json -----------------------------------------------------------------------------------------------

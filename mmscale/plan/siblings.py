@@ -76,7 +76,7 @@ def siblings(config: Config, *, experts: int | None = None, tolerance: float = T
     """
     counts = _counts(config, experts)
     target = flops_per_token(config).forward
-    found = []
+    found: list[Sibling] = []
     for depth in (False, True):
         for name, kind, groups in (
             ("dense", "dense", {}),

@@ -1,0 +1,62 @@
+# `mmscale compare`: how much less work models need than a baseline for the same loss. report/compare.py computes.
+# Needs no torch.
+"""Command that compares runs at equal loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmscale.cli.output import Json, emit
+from mmscale.errors import UsageError
+
+
+def compare(
+    baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="Run folder, usually of a dense model.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Run folders; runs that differ in their seed only are one model."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", show_default=False, help="Draw the step-matching plot: a .png."),
+    ] = None,
+    at: Annotated[
+        str,
+        typer.Option(
+            "--at", metavar="SHARES", help="Levels: the baseline's losses after these shares of its FLOPs, e.g. 0.5,1."
+        ),
+    ] = "0.25,0.5,0.75,1",
+    loss: Annotated[
+        list[float] | None,
+        typer.Option("--loss", metavar="LOSS", show_default=False, help="A level of the loss; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Give the FLOPs and seconds that models need for a baseline's losses (eta), per modality and overall.
+
+    By training loss as in the paper, by held-out loss, and by held-out loss under causal routing. A loss that one of
+    the two never reaches gives a bound.
+    """
+    shares = _shares(at)
+    if out is not None and out.suffix != ".png":
+        raise UsageError(f"--out {out}: the plot is a .png", remedy="write --out eta.png")
+    from mmscale.report import compare as comparing
+    from mmscale.report import compare_view
+
+    found = comparing.compare(baseline, runs, shares=shares, losses=loss or ())
+    if out is not None:
+        compare_view.save(compare_view.step_matching(found), out)
+    emit(found.as_dict(), as_json=as_json, text=lambda: typer.echo(compare_view.render(found)))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0.0 < share <= 1.0 for share in shares):
+        raise UsageError(f"--at {text!r}: wants shares above 0 and up to 1", remedy="write e.g. --at 0.25,0.5,1")
+    return shares

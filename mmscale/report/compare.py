@@ -1,0 +1,205 @@
+"""Models against a baseline at equal loss: FLOPs and seconds, per modality, at several losses, by three losses.
+
+It computes ratios of what run_losses.py reads, says what must be known to trust them, and draws nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmscale.config import Config
+from mmscale.config.derived import tokens_per_step
+from mmscale.errors import UsageError
+from mmscale.report.equal_loss import Ratio, ratio_at
+from mmscale.report.run_losses import (
+    ALL,
+    MEANING,
+    VIEWS,
+    Measure,
+    Model,
+    View,
+    group_models,
+    read_run,
+    refuse_others,
+)
+
+MEASURES: tuple[Measure, ...] = ("flops", "seconds")
+SHARES = (0.25, 0.5, 0.75, 1.0)
+_FLOPS_APART = 0.03
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """A ratio and what it is of.
+
+    Attributes:
+        model: name of the model compared with the baseline.
+        view, part, measure: which loss, of which modality, and which work.
+        loss: the level.
+        share: the level is the baseline's loss after this share of its FLOPs; None: it is the model's own last loss.
+        ratio: baseline's work over the model's.
+    """
+
+    model: str
+    view: View
+    part: str
+    measure: Measure
+    loss: float
+    share: float | None
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found.
+
+    Attributes:
+        baseline, models: the runs.
+        parts: ALL and the modalities.
+        speedups: every ratio that can be given.
+        notes: what a reader must know to trust the numbers.
+    """
+
+    baseline: Model
+    models: tuple[Model, ...]
+    parts: tuple[str, ...]
+    speedups: tuple[Speedup, ...]
+    notes: tuple[str, ...]
+
+    def find(self, model: str, view: View, part: str, measure: Measure, share: float | None) -> Speedup | None:
+        """One of the ratios."""
+        wanted = (model, view, part, measure, share)
+        return next(
+            (one for one in self.speedups if (one.model, one.view, one.part, one.measure, one.share) == wanted), None
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `mmscale compare --json`."""
+        return {
+            "baseline": _entry(self.baseline),
+            "models": [_entry(model) for model in self.models],
+            "views": MEANING,
+            "speedups": [
+                {
+                    "model": one.model,
+                    "view": one.view,
+                    "modality": one.part,
+                    "measure": one.measure,
+                    "loss": one.loss,
+                    "share_of_baseline": one.share,
+                    "ratio": one.ratio.value,
+                    "bound": str(one.ratio.bound),
+                    "low": one.ratio.low,
+                    "high": one.ratio.high,
+                    "pairs": one.ratio.pairs,
+                }
+                for one in self.speedups
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def compare(
+    baseline: Path, others: Sequence[Path], *, shares: Sequence[float] = SHARES, losses: Sequence[float] = ()
+) -> Comparison:
+    """Compare runs with a baseline at equal loss.
+
+    Runs with equal configurations (names, seeds, layout and checkpoints aside) are seeds of one model: the ratio is
+    that of all their points together, and the smallest and largest of single pairs stand beside it.
+
+    Args:
+        baseline: run folder of the baseline, usually dense.
+        others: run folders; further seeds of the baseline may be among them.
+        shares: levels: the baseline's losses after these shares of its FLOPs. A model's own last loss is always one.
+        losses: levels of the loss over all modalities, besides.
+
+    Raises:
+        UsageError: a folder holds no run or nothing measured, or runs have other vocabularies or other data.
+    """
+    read = [read_run(folder) for folder in dict.fromkeys([baseline, *others])]
+    for run in read[1:]:
+        refuse_others(read[0], run)
+    first, *rest = group_models(read)
+    if not rest:
+        raise UsageError(
+            f"compare: there is nothing to compare {baseline} with", remedy="name runs of other models behind it"
+        )
+    parts = (ALL, *read[0].config.vocab.names)
+    found = []
+    for model, view, part, measure in itertools.product(rest, VIEWS, parts, MEASURES):
+        found += _speedups(first, model, view, part, measure, shares=shares, losses=losses if part == ALL else ())
+    if not found:
+        raise UsageError(
+            f"compare: {baseline} and the others have no loss in common that was measured three times or more",
+            remedy="compare runs that log or evaluate more often (log.every, train.eval_every)",
+        )
+    return Comparison(first, tuple(rest), parts, tuple(found), tuple(_notes(first, rest)))
+
+
+def _speedups(
+    baseline: Model,
+    model: Model,
+    view: View,
+    part: str,
+    measure: Measure,
+    *,
+    shares: Sequence[float],
+    losses: Sequence[float],
+) -> list[Speedup]:
+    mine, theirs = baseline.curves(view, part, measure), model.curves(view, part, measure)
+    by_flops = baseline.curves(view, part, "flops")
+    if not mine or not theirs:
+        return []
+    levels: list[tuple[float, float | None]] = [(by_flops[0].loss_at(s * by_flops[0].total), s) for s in shares]
+    levels += [(loss, None) for loss in losses] + [(theirs[0].best, None)]
+    found = [(loss, share, ratio_at(mine, theirs, loss)) for loss, share in levels]
+    return [Speedup(model.name, view, part, measure, loss, share, ratio) for loss, share, ratio in found if ratio]
+
+
+def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
+    first = baseline.runs[0]
+    notes = []
+    for model in (baseline, *models):
+        run = model.runs[0]
+        if dropped := sum(one.dropped for one in model.runs):
+            notes.append(f"{model.name}: {dropped} losses that are not finite are left out")
+        if abs(apart := run.flops_per_token / first.flops_per_token - 1) > _FLOPS_APART:
+            notes.append(f"{model.name}: {apart:+.1%} FLOPs per token, which the ratios of FLOPs account for")
+        if missing := [view for view in VIEWS if view not in run.losses]:
+            notes.append(f"{model.name}: not measured: {'; '.join(MEANING[view] for view in missing)}")
+        if run.config.model.auxiliary.mode == "joint":
+            notes.append(
+                f"{model.name}: auxiliary routers were trained along; their FLOPs are not counted, their time is"
+            )
+        if _held_out(run.config) != _held_out(first.config):
+            notes.append(f"{model.name}: evaluated on another part of the held-out split than {baseline.name}")
+        if _schedule(run.config) != _schedule(first.config):
+            notes.append(f"{model.name}: another batch, learning rate, schedule or length than {baseline.name}")
+    if first.config.optim.schedule not in ("constant", "wsd", "power"):
+        notes.append(
+            f"learning rates decay ({first.config.optim.schedule}): before its end a model has not had its decay, "
+            "so ratios are too low"
+        )
+    if any(len(model.runs) == 1 for model in (baseline, *models)):
+        notes.append("one seed of a model: its ratios have no spread")
+    return notes
+
+
+def _held_out(config: Config) -> int:
+    return config.train.eval_batches * tokens_per_step(config)
+
+
+def _schedule(config: Config) -> tuple[object, ...]:
+    return tokens_per_step(config), config.train.steps, config.optim
+
+
+def _entry(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "runs": [str(run.folder) for run in model.runs],
+        "flops_per_token": model.runs[0].flops_per_token,
+    }

@@ -1,0 +1,160 @@
+"""How much work a loss takes: a falling curve through noisy points, and the ratio of two of them at the same loss.
+
+eta (MoMa, arXiv 2407.21770, section 4): the baseline's work at a loss over the other model's. Monotone regression, then
+monotone interpolation of log(work) by loss, so that a loss is reached once. It knows arrays, not runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.interpolate import PchipInterpolator
+from scipy.optimize import isotonic_regression
+
+# Training losses of single steps are averaged in so many bins of equal width in log(work) before the regression.
+SMOOTH_BINS = 64
+_FEWEST = 3  # points that make a curve
+
+
+class Bound(StrEnum):
+    """What is known of a ratio."""
+
+    NONE = ""  # the ratio itself
+    AT_LEAST = ">="  # the baseline ends above this loss
+    AT_MOST = "<="  # the other model does
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The baseline's work over the other's at one loss.
+
+    Attributes:
+        value: the ratio, or how far it is known.
+        bound: which of the two.
+        low, high: smallest and largest over pairs of seeds; None with one pair.
+        pairs: pairs of seeds of which both reach the loss; 0 for a bound.
+    """
+
+    value: float
+    bound: Bound = Bound.NONE
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 1
+
+    def __str__(self) -> str:
+        spread = "" if self.low is None or self.high is None else f" ({self.low:.2f} to {self.high:.2f})"
+        return f"{self.bound}{' ' if self.bound else ''}{self.value:.2f}{spread}"
+
+
+class Falling:
+    """A loss that never rises with work.
+
+    Args:
+        work: FLOPs, seconds or steps of each point, above 0; any order, repeated ones (several seeds) are averaged.
+        loss: loss of each point; points that are not finite are left out.
+        bins: points are averaged in so many bins of equal width in log(work) first; None: they are not.
+
+    Raises:
+        ValueError: fewer than three points are left.
+
+    Attributes:
+        total: work of the last point, whatever its loss.
+        best, first: lowest and highest loss of the curve.
+        start, end: work at which the curve has them: the middle of a stretch that rises no more.
+    """
+
+    def __init__(self, work: ArrayLike, loss: ArrayLike, *, bins: int | None = None) -> None:
+        x, y = np.asarray(work, float), np.asarray(loss, float)
+        known = np.isfinite(x) & np.isfinite(y) & (x > 0)
+        x, y = np.log(x[known]), y[known]
+        if len(np.unique(x)) < _FEWEST:
+            raise ValueError(f"{len(np.unique(x))} points with work and loss, fewer than {_FEWEST}")
+        self.total = float(np.exp(x.max()))
+        x, y, weight = _averaged(x, y, bins)
+        fitted = isotonic_regression(y, weights=weight, increasing=False)
+        # A stretch at one level (the blocks of the regression) becomes one point in its middle.
+        starts, ends = fitted.blocks[:-1], fitted.blocks[1:]
+        self._level = np.array([fitted.x[start] for start in starts])
+        self._place = np.array(
+            [np.average(x[a:b], weights=weight[a:b]) for a, b in zip(starts, ends, strict=True)], dtype=float
+        )
+        self.first, self.best = float(self._level[0]), float(self._level[-1])
+        self.start, self.end = float(np.exp(self._place[0])), float(np.exp(self._place[-1]))
+
+    def work_at(self, loss: float) -> float | None:
+        """Work at which the loss is reached; None: it never is, or it was before the first point."""
+        if not self.best <= loss <= self.first:
+            return None
+        if loss == self.best:
+            return self.end
+        return float(np.exp(PchipInterpolator(self._level[::-1], self._place[::-1])(loss)))
+
+    def loss_at(self, work: float) -> float:
+        """Loss after so much work; the curve's ends outside of it."""
+        place = math.log(work)
+        if place >= self._place[-1]:
+            return self.best
+        if place <= self._place[0]:
+            return self.first
+        return float(PchipInterpolator(self._place, self._level)(place))
+
+
+def ratio_at(baseline: Sequence[Falling], other: Sequence[Falling], loss: float) -> Ratio | None:
+    """Work of the baseline over the other's at a loss.
+
+    The first curve of each side is what the ratio is of (with several seeds that of all their points together), the
+    others are single seeds and give the spread.
+
+    Returns:
+        None: both end above the loss, or one was below it at its first point.
+    """
+    ratio = _ratio(baseline[0], other[0], loss)
+    if ratio is None or ratio.bound is not Bound.NONE:
+        return ratio
+    pairs = [_ratio(mine, theirs, loss) for mine in baseline[1:] or baseline for theirs in other[1:] or other]
+    values = [pair.value for pair in pairs if pair is not None and pair.bound is Bound.NONE]
+    if len(pairs) == 1 or not values:
+        return ratio
+    return Ratio(ratio.value, low=min(values), high=max(values), pairs=len(values))
+
+
+def matched(baseline: Falling, other: Falling, *, points: int = 100) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Step matching (MoT, arXiv 2411.04996): the other's work at the loss of the baseline at each point of its work.
+
+    Returns:
+        Work of the baseline and of the other, where both are known; below the diagonal the other is faster.
+    """
+    places = np.linspace(baseline.start, baseline.end, points)
+    found = [(mine, other.work_at(baseline.loss_at(mine))) for mine in places]
+    known = [(mine, theirs) for mine, theirs in found if theirs is not None]
+    pairs = np.array(known, dtype=float).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _ratio(baseline: Falling, other: Falling, loss: float) -> Ratio | None:
+    mine, theirs = baseline.work_at(loss), other.work_at(loss)
+    if mine is not None and theirs is not None:
+        return Ratio(mine / theirs)
+    if mine is None and theirs is not None and loss < baseline.best:
+        return Ratio(baseline.total / theirs, Bound.AT_LEAST, pairs=0)
+    if theirs is None and mine is not None and loss < other.best:
+        return Ratio(mine / other.total, Bound.AT_MOST, pairs=0)
+    return None
+
+
+def _averaged(
+    x: NDArray[np.float64], y: NDArray[np.float64], bins: int | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Means of the points of the same place, or of the same bin, in order; and how many points each stands for."""
+    if bins is None:
+        _, group = np.unique(x, return_inverse=True)
+    else:
+        edges = np.linspace(x.min(), x.max(), bins + 1)
+        _, group = np.unique(np.digitize(x, edges[1:-1]), return_inverse=True)
+    count = np.bincount(group).astype(float)
+    return np.bincount(group, x) / count, np.bincount(group, y) / count, count

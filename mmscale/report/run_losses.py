@@ -1,0 +1,201 @@
+"""Losses of runs against the work they took: read from run folders, refused where they cannot be compared, grouped.
+
+`training`: the loss of the batches trained on, as the paper has it; experts choose among all tokens, which leaks the
+future. `held_out`: the same routing on held-out data. `causal`: held-out data, every token routed from itself alone;
+only this one says what a model is worth that generates. Ratios are compare.py's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.config import Config
+from mmscale.config.derived import tokens_per_step
+from mmscale.config.load import digest, load
+from mmscale.data.manifest import read_manifest
+from mmscale.errors import ConfigError, DataError, UsageError
+from mmscale.plan.compute import flops_per_token
+from mmscale.report.equal_loss import SMOOTH_BINS, Falling
+from mmscale.train.metrics import EVAL, METRICS, read_metrics
+
+View = Literal["training", "held_out", "causal"]
+Measure = Literal["flops", "seconds"]
+VIEWS: tuple[View, ...] = ("training", "held_out", "causal")
+MEANING: dict[View, str] = {
+    "training": "training loss, batch routing (leaks the future; what the paper reports)",
+    "held_out": "held-out loss, batch routing (leaks the future)",
+    "causal": "held-out loss, causal routing (every token routed from itself alone)",
+}
+ALL = "all"  # all modalities together
+_CAUSAL = ("causal", "threshold")  # routings that train evaluates by, in order of preference
+_LOSS = "loss"
+# Settings that do not change what is computed: two runs that differ in nothing else are seeds of one model.
+_ASIDE = {"run", "checkpoint", "resilience", "log", "parallel"}
+
+
+@dataclass(frozen=True)
+class Points:
+    """One loss of one run. All arrays have one entry per measurement.
+
+    Attributes:
+        flops: training FLOPs so far, padding included.
+        seconds: of training so far, without pauses; NaN where it was not measured.
+        loss: what was measured.
+    """
+
+    flops: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    loss: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as far as it is compared.
+
+    Attributes:
+        folder: where it lies.
+        config: of its latest attempt.
+        losses: by view and modality (or ALL).
+        dropped: losses that were not finite and are left out.
+    """
+
+    folder: Path
+    config: Config
+    losses: dict[View, dict[str, Points]]
+    dropped: int
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs of a token."""
+        return flops_per_token(self.config).training
+
+
+@dataclass(frozen=True)
+class Model:
+    """Runs that differ in their seed only.
+
+    Attributes:
+        name: of the first run.
+        runs: one for each seed.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    def curves(self, view: View, part: str, measure: Measure) -> list[Falling]:
+        """The curve of all runs' points; with several runs their own follow. Empty where nothing was measured."""
+        points = [run.losses[view][part] for run in self.runs if part in run.losses.get(view, {})]
+        bins = SMOOTH_BINS if view == "training" else None
+        pairs = [(getattr(one, measure), one.loss) for one in points]
+        try:
+            found = [Falling(*(np.concatenate(side) for side in zip(*pairs, strict=True)), bins=bins)] if pairs else []
+            return found if len(pairs) < 2 else found + [Falling(work, loss, bins=bins) for work, loss in pairs]
+        except ValueError:  # too few points
+            return []
+
+
+def read_run(folder: Path) -> Run:
+    """Read what is compared of a run.
+
+    Raises:
+        UsageError: there is no configuration, or no logged step.
+    """
+    remedy = "name a folder that `mmscale train` wrote"
+    try:
+        config = load(folder / "config.yaml")
+    except ConfigError as error:
+        raise UsageError(f"compare: {folder} is no run of this version: {error.cause}", remedy=remedy) from error
+    records = read_metrics(folder)
+    if not records:
+        raise UsageError(f"compare: {folder} has no {METRICS} with a logged step", remedy=remedy)
+    per_step = tokens_per_step(config) * flops_per_token(config).training
+    steps, seconds = _clock(records)
+    losses: dict[View, dict[str, Points]] = {}
+    dropped = 0
+    for view, part in itertools.product(VIEWS, (ALL, *config.vocab.names)):
+        key = _key(view, part, config, records)
+        pairs = [(record["step"], float(record[key])) for record in records if isinstance(record.get(key), int | float)]
+        at, values = np.array(pairs, float).reshape(-1, 2).T
+        known = np.isfinite(values)
+        dropped += int((~known).sum())
+        if known.any():
+            points = Points(at[known] * per_step, np.interp(at[known], steps, seconds), values[known])
+            losses.setdefault(view, {})[part] = points
+    return Run(folder, config, losses, dropped)
+
+
+def _key(view: View, part: str, config: Config, records: Sequence[Mapping[str, Any]]) -> str:
+    """The name of a loss in metrics.jsonl; what routes nothing is causal as it is."""
+    loss = _LOSS if part == ALL else f"{_LOSS}/{part}"
+    if view == "training":
+        return loss
+    if view == "held_out" or not config.model.routes:
+        return f"{EVAL}{loss}"
+    names = [f"{EVAL}{routing}/{loss}" for routing in _CAUSAL]
+    return next((name for name in names if any(name in record for record in records)), names[0])
+
+
+def _clock(records: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps, and seconds of training up to them. A row's time is the mean since the row before it that has one."""
+    timed = [(r["step"], float(r["step_time_s"])) for r in records if isinstance(r.get("step_time_s"), int | float)]
+    if not timed:
+        return np.array([0.0]), np.array([np.nan])
+    steps, times = np.array(timed, float).T
+    return np.append(0.0, steps), np.append(0.0, np.cumsum(np.diff(steps, prepend=0.0) * times))
+
+
+def refuse_others(first: Run, run: Run) -> None:
+    """Losses per token of other vocabularies or other data say nothing about models.
+
+    Raises:
+        UsageError: the two runs have either.
+    """
+    mine, theirs = first.config, run.config
+    if mine.vocab != theirs.vocab:
+        raise UsageError(
+            f"compare: {run.folder} has another vocabulary than {first.folder}: losses per token are not comparable",
+            remedy="compare runs with equal vocab.modalities",
+        )
+    if mine.data.sources != theirs.data.sources and _data(mine) != _data(theirs):
+        raise UsageError(
+            f"compare: {run.folder} was trained on other data than {first.folder} ({_paths(theirs)}, {_paths(mine)})",
+            remedy="compare runs with equal data.path or data.blend",
+        )
+
+
+def _data(config: Config) -> list[tuple[str, ...]]:
+    """What identifies the data: digests of its preparation where the folders are here, else their paths."""
+    found: list[tuple[str, ...]] = []
+    for source in config.data.sources:
+        try:
+            manifest = read_manifest(Path(source.path))
+        except DataError:
+            found.append((str(Path(source.path).resolve()), str(source.weight)))
+        else:
+            found.append((manifest.source, manifest.text_tokenizer, manifest.image_tokenizer, str(source.weight)))
+    return found
+
+
+def _paths(config: Config) -> str:
+    return ", ".join(source.path for source in config.data.sources)
+
+
+def group_models(runs: Sequence[Run]) -> list[Model]:
+    """Runs grouped by what they train: those of a group differ in their seed only; the first run's comes first."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        aside = {name: Config.model_fields[name].default for name in _ASIDE}
+        groups.setdefault(digest(run.config.model_copy(update=aside)), []).append(run)
+    names = [group[0].folder.resolve().name for group in groups.values()]
+    whole = len(set(names)) < len(names)
+    return [
+        Model(str(group[0].folder) if whole else group[0].folder.resolve().name, tuple(group))
+        for group in groups.values()
+    ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source
 from mmscale.checkpoint.tensors import TensorSource
 
@@ -29,7 +30,7 @@ def diff(one: tuple[Path, int | None], other: tuple[Path, int | None], *, weight
     Raises:
         CheckpointError: one of them does not exist or is damaged.
     """
-    sources = [open_source(path, step) for path, step in (one, other)]
+    sources = [decoded(open_source(path, step)) for path, step in (one, other)]
     names = [{name: source.entry(name).shape for name in source.names(weights=weights)} for source in sources]
     rows, shapes = [], []
     for name in sorted(names[0].keys() & names[1].keys()):

@@ -23,6 +23,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source, summary
 from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.integrity import Manifest
@@ -80,7 +81,7 @@ def upcycle(
         ConfigError: the new model breaks a rule between settings.
     """
     rewrite.refuse_checkpoints(out)
-    source = open_source(run, step)
+    source = decoded(open_source(run, step))
     old = _config_of(source)
     new = _upcycled(old, experts, done=source.step, steps=steps)
     made = Upcycled(source, old, new, keep_moments=keep_moments, seed=new.run.seed if seed is None else seed)

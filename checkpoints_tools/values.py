@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source
 from mmscale.checkpoint.tensors import TensorSource, unknown_tensor
 from mmscale.errors import CheckpointError, UsageError
@@ -37,7 +38,7 @@ def values(path: Path, *, name: str, step: int | None = None, box: str = "") -> 
         CheckpointError: there is no such checkpoint or tensor, or what holds it is damaged.
         UsageError: the box does not fit the tensor.
     """
-    source = open_source(path, step)
+    source = decoded(open_source(path, step))
     full = find(source, name)
     entry = source.entry(full)
     region, dropped = parse_box(box, entry.shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -21,7 +21,7 @@ from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.save_settings import Provenance, Retention, SaveSettings
 from mmscale.checkpoint.saving import RANDOM, Saver, random_file
-from mmscale.checkpoint.tensors import WEIGHTS
+from mmscale.checkpoint.tensors import WEIGHTS, TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups, random_state
 
@@ -51,6 +51,14 @@ class HasWeights(Protocol):
 
     def sharded_weights(self) -> dict[str, Any]:
         """This rank's part of the model."""
+
+
+@runtime_checkable
+class HasTypes(Protocol):
+    """State that reads tensors of other types than it would write: it is told what there is before `sharded`."""
+
+    def expect(self, stored: Mapping[str, TensorEntry]) -> None:
+        """The tensors of the checkpoint that is going to be read."""
 
 
 class CheckpointManager:
@@ -217,6 +225,8 @@ class CheckpointManager:
 
     def _wanted(self, state: Saveable, step: int) -> dict[str, Any]:
         if not self._on_first(lambda: self._holds_weights_only(step)):
+            if isinstance(state, HasTypes):
+                state.expect(sharded.stored(self.store.path(step)))
             return state.sharded(loading=True)
         self._refuse_missing(step, "the optimizer's state: it holds weights only")
         self._tell("optimizer_fresh", step=step)

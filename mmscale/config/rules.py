@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from mmscale.config import rules_compute, rules_data, rules_model, rules_parallel, rules_precision
+from mmscale.config import rules_compute, rules_data, rules_model, rules_optim, rules_parallel, rules_precision
 from mmscale.config.problem import Problem, Rule, as_error
-from mmscale.config.schema import Config, OptimConfig
+from mmscale.config.schema import Config
 
 __all__ = ["Problem", "as_error", "check", "violations"]
 
@@ -49,35 +49,6 @@ def _batches(config: Config) -> Iterator[Problem]:
             f"{train.micro_batch_size}",
             "change one of them",
         )
-
-
-def _optim(config: Config) -> Iterator[Problem]:
-    yield from _optimizer(config.optim, config.train.steps, section="optim", of="train")
-    stage = config.auxiliary
-    yield from _optimizer(stage.optim, stage.steps, section="auxiliary.optim", of="auxiliary")
-
-
-def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
-    if optim.warmup > steps:
-        yield Problem(
-            f"{section}.warmup = {optim.warmup} steps is more than {of}.steps = {steps}", "shorten the warm-up"
-        )
-    if optim.min_lr > optim.lr:
-        yield Problem(
-            f"{section}.min_lr = {optim.min_lr:g} is above {section}.lr = {optim.lr:g}", f"lower {section}.min_lr"
-        )
-    if optim.schedule in ("wsd", "power") and optim.decay is not None and optim.warmup + optim.decay > steps:
-        yield Problem(
-            f"{section}.warmup + {section}.decay = {optim.warmup} + {optim.decay} steps is more than "
-            f"{of}.steps = {steps}",
-            "shorten one of them",
-        )
-    for key, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
-        if beta >= 1.0:
-            yield Problem(f"{section}.{key} = {beta:g} never forgets, Adam divides by 1 - {key}", "use a value below 1")
-    for key, value in optim.model_dump().items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield Problem(f"{section}.{key} = {value} is not a finite number", "give a finite number")
 
 
 def _auxiliary(config: Config) -> Iterator[Problem]:
@@ -130,7 +101,7 @@ _RULES: tuple[Rule, ...] = (
     *rules_parallel.RULES,
     *rules_compute.RULES,
     _batches,
-    _optim,
+    *rules_optim.RULES,
     _auxiliary,
     _anomaly,
     _memory,

@@ -1,6 +1,6 @@
 # AdamW in the state layout of Apex's and Transformer-Engine's FusedAdam, for machines that have neither (CPU hosts).
 # Not a faster Adam: it exists because megatron-core 0.16.1 cannot reload what it saves from torch.optim.AdamW.
-"""`HostFusedAdam` and the switch that makes megatron-core use it.
+"""`HostFusedAdam` and the switches that make megatron-core use it, or another.
 
 torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number and on
 loading hands the *same* tensor to all parameters (distrib_optimizer.py:820-825); torch then counts it up once per
@@ -11,7 +11,8 @@ parameter: with 5 parameters step 7 becomes 12, and the bias correction is silen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,6 +80,16 @@ class HostFusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param)
         averages = [self.state[param]["exp_avg"] for param in params]
         squares = [self.state[param]["exp_avg_sq"] for param in params]
+        self._apply(group, params, grads, averages, squares)
+
+    def _apply(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        averages: list[Tensor],
+        squares: list[Tensor],
+    ) -> None:
         lr, (beta1, beta2), step, decay = group["lr"], group["betas"], group["step"], group["weight_decay"]
         if not group["bias_correction"]:
             # torch's kernels always correct, by 1 - beta^step; at this step nothing is left to correct.
@@ -91,7 +102,8 @@ class HostFusedAdam(torch.optim.Optimizer):
             averages,
             squares,
             [],
-            [torch.tensor(float(step), device=param.device) for param in params],
+            # Filled on the device: a tensor made of a number is copied there, and waited for, once per parameter.
+            [torch.full((), float(step), device=param.device) for param in params],
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -105,6 +117,21 @@ class HostFusedAdam(torch.optim.Optimizer):
 def _gradient(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
+
+
+@contextlib.contextmanager
+def made_by(make: type[Any], **options: Any) -> Iterator[None]:
+    """Inside, megatron-core makes this Adam, with these options besides its own, whatever else is installed."""
+    before = optimizer.Adam, distrib_optimizer.Adam
+
+    def adam(*args: Any, **given: Any) -> torch.optim.Optimizer:
+        return make(*args, **given, **options)
+
+    optimizer.Adam, distrib_optimizer.Adam = adam, make  # called there, asked for with isinstance here
+    try:
+        yield
+    finally:
+        optimizer.Adam, distrib_optimizer.Adam = before
 
 
 def install() -> bool:

@@ -2,30 +2,53 @@
 
 megatron-core's `fully_reshardable` format gathers master weights and moments of all ranks on every rank before a save:
 12 bytes per parameter through the network while training waits. The same tensors are described here as boxes of each
-rank's own part, so that nothing is sent. Names, shapes and values on disk are the same, and loading is megatron-core's.
+rank's own part, so that nothing is sent. Names, shapes and values on disk are the same. Loading is megatron-core's,
+unless moments are stored small on either side: that is optimizer_moments.py's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-_PREFIX = "optimizer.state"
-_STATES = ("param", "exp_avg", "exp_avg_sq")
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+from mmscale.checkpoint.tensors import TensorEntry
+from mmscale.train.adam_compact import MOMENTS, CompactAdam, Place
+from mmscale.train.optimizer_boxes import boxes_of
+from mmscale.train.optimizer_moments import MomentReader, cell_of, moment_boxes, stores_small
+
+PREFIX = "optimizer.state"
+_MAIN = "param"
+_LEAST_CELL = 8  # elements; with fewer to each copy of a scale a checkpoint would be larger than with fp32 moments
 
 
 class ShardwiseOptimizer(DistributedOptimizer):
-    """megatron-core's distributed optimizer, saving without communication; an instance is made by `save_shardwise`."""
+    """megatron-core's distributed optimizer, saving without communication; an instance is made by `save_shardwise`.
+
+    Attributes:
+        stored: the tensors of the checkpoint that is going to be read; None: not known, moments are stored as here.
+    """
+
+    stored: Mapping[str, TensorEntry] | None = None
+    _reader: MomentReader | None = None
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: ShardedStateDict = {},  # noqa: B006  as megatron-core has it
+        is_loading: bool = False,
+        sharding_type: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """As megatron-core's; it would make fp32 moments before it reads any."""
+        if is_loading and isinstance(self.optimizer, CompactAdam):
+            self.optimizer.initialize()
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading, sharding_type, metadata)
 
     def sharded_param_state_fully_reshardable(
         self,
@@ -37,101 +60,91 @@ class ShardwiseOptimizer(DistributedOptimizer):
 
         Args:
             model_sharded_state_dict: says where each parameter stands in its global tensor.
-            is_loading: then megatron-core's own way: every rank asks for its parameters as a whole.
+            is_loading: then megatron-core's own way, if moments are fp32 here and there: every rank asks for its
+                parameters as a whole.
             metadata: how megatron-core names and cuts state.
         """
-        if is_loading:
+        self._reader = None
+        if is_loading and not self._small:
             return super().sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
         sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
         places = {entry.data: entry for entry in nested_values(sharded)}
         state: dict[str, ShardedTensor] = {}
+        if is_loading:
+            self._reader = MomentReader(PREFIX, self.stored)
+        for parameter, start, end in self._owned():
+            pieces = list(boxes_of(places[parameter], parameter, start, end))
+            tensors = self._get_main_param_and_optimizer_states(parameter)
+            found: list[ShardedTensor] = []
+            if self._reader is not None:
+                main, place = self._main(parameter), self._place(parameter)
+                found = self._reader.ask(pieces, main, self.optimizer.state[main], place, cell=self._cell(parameter))
+            else:
+                found += [piece.shard(f"{PREFIX}.{_MAIN}", tensors[_MAIN].detach().view(-1)) for piece in pieces]
+                for moment in MOMENTS:
+                    place, cell = self._place(parameter), self._cell(parameter)
+                    found += moment_boxes(PREFIX, moment, pieces, tensors, place, cell=cell)
+            state |= {str(len(state) + number): box for number, box in enumerate(found)}
+        return state
+
+    def load_parameter_state_from_fully_reshardable(self, state_dict: dict[Any, Any]) -> None:
+        """Take over what was read."""
+        if self._reader is None:
+            super().load_parameter_state_from_fully_reshardable(state_dict)
+            return
+        self._reader.take([state_dict[str(number)] for number in range(len(state_dict))])
+        self._reader = None
+
+    @property
+    def _small(self) -> bool:
+        return isinstance(self.optimizer, CompactAdam) or (
+            self.stored is not None and stores_small(PREFIX, self.stored)
+        )
+
+    def _owned(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Every parameter that this rank has a part of, with the flat range of that part."""
         for buckets in self.gbuf_ranges:
             for by_bucket in buckets.values():
                 for bucket in by_bucket:
                     for parameter, ranges in bucket["param_map"].items():
-                        owned = ranges["param"]
-                        tensors = self._get_main_param_and_optimizer_states(parameter)
-                        for name in _STATES:
-                            part = tensors[name].detach().view(-1)
-                            for box in _boxes_of(places[parameter], parameter, name, part, owned.start, owned.end):
-                                state[str(len(state))] = box
-        return state
+                        yield parameter, ranges["param"].start, ranges["param"].end
+
+    def _main(self, parameter: Tensor) -> Tensor:
+        group, order = self.model_param_group_index_map[parameter]
+        main: Tensor = self.optimizer.param_groups[group]["params"][order]
+        return main
+
+    def _place(self, parameter: Tensor) -> Place:
+        inner = self.optimizer
+        return inner.place(self._main(parameter)) if isinstance(inner, CompactAdam) else Place()
+
+    def _cell(self, parameter: Tensor) -> int:
+        """Elements that always share a scale, wherever ranks' parts of this parameter begin; the same on all ranks."""
+        buffer, _, bucket = self.model_param_gbuf_map[parameter]
+        data: Tensor = self.buffers[buffer].buckets[bucket].grad_data
+        return cell_of(parameter.shape, shard=data.numel() // self.data_parallel_group.size())
+
+    def settle(self) -> None:
+        """Tell the optimizer over this rank's shards where each of them stands in its parameter."""
+        inner = self.optimizer
+        if not isinstance(inner, CompactAdam):
+            return
+        for parameter, start, _ in self._owned():
+            small = parameter.ndim >= 2 and (inner.moments == "bf16" or self._cell(parameter) >= _LEAST_CELL)
+            inner.places[self._main(parameter)] = Place.at(start, inner.moments if small else None)
 
 
 def save_shardwise(optimizer: MegatronOptimizer) -> None:
     """Let every distributed optimizer in it save what it owns, without gathering."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if type(part) is DistributedOptimizer:
-            part.__class__ = ShardwiseOptimizer  # get_megatron_optimizer names its class; only a method differs
+            part.__class__ = ShardwiseOptimizer  # get_megatron_optimizer names its class; only methods differ
+            if not part.is_stub_optimizer:
+                part.settle()
 
 
-def _boxes_of(
-    place: ShardedTensor | ShardedTensorFactory, parameter: Tensor, state: str, part: Tensor, start: int, end: int
-) -> Iterator[ShardedTensor]:
-    """The owned elements [start, end) of a parameter's state, as pieces of its global tensor (or tensors: SwiGLU's)."""
-    assert part.numel() == end - start, (place.key, part.numel(), start, end)
-    for whole in _tensors(place, parameter):
-        assert whole.data is not None and whole.data.is_contiguous(), whole.key
-        first = whole.data.storage_offset() - parameter.storage_offset()  # where this piece begins in the parameter
-        low, high = max(start, first), min(end, first + whole.data.numel())
-        if low >= high:
-            continue
-        at = low
-        for offsets, sizes in boxes(whole.data.shape, low - first, high - first):
-            numel = math.prod(sizes)
-            yield _shard(whole, f"{_PREFIX}.{state}.{whole.key}", part[at - start : at - start + numel], offsets, sizes)
-            at += numel
-
-
-def _tensors(place: ShardedTensor | ShardedTensorFactory, parameter: Tensor) -> list[ShardedTensor]:
-    if isinstance(place, ShardedTensorFactory):
-        return list(nested_values(replace(place, data=parameter.detach()).build()))
-    return [replace(place, data=parameter.detach())]
-
-
-def _shard(whole: ShardedTensor, key: str, data: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> ShardedTensor:
-    """A box of a tensor of any sharding; on no regular grid, because ranks own different numbers of elements."""
-    prepended = whole.prepend_axis_num
-    assert len(whole.replica_id) == 3, whole  # (pipeline, tensor, data-parallel), by megatron-core's convention
-    return ShardedTensor(
-        key=key,
-        data=data.view((1,) * prepended + tuple(sizes)),
-        dtype=data.dtype,
-        local_shape=(1,) * prepended + tuple(sizes),
-        global_shape=whole.global_shape,
-        global_offset=(
-            *whole.global_offset[:prepended],
-            *(begin + offset for begin, offset in zip(whole.global_offset[prepended:], offsets, strict=True)),
-        ),
-        axis_fragmentations=None,
-        replica_id=(*whole.replica_id[:2], 0),  # no other data-parallel rank has these elements
-        allow_shape_mismatch=whole.allow_shape_mismatch,
-    )
-
-
-def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
-    """Cut the flat range [start, end) of a row-major tensor into boxes, in the order of their elements.
-
-    At most 2 * dimensions - 1 of them: the rest of a row, whole rows, the beginning of a row, and so on inside.
-    """
-    if start >= end:
-        return
-    if not shape:
-        yield (), ()
-        return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), end // row
-    if first > last:  # both ends inside one row
-        yield from _in_row(shape, last, start - last * row, end - last * row)
-        return
-    if start < first * row:
-        yield from _in_row(shape, first - 1, start - (first - 1) * row, row)
-    if first < last:
-        yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
-    if end > last * row:
-        yield from _in_row(shape, last, 0, end - last * row)
-
-
-def _in_row(shape: Sequence[int], row: int, start: int, end: int) -> Iterator[Box]:
-    for offsets, sizes in boxes(shape[1:], start, end):
-        yield (row, *offsets), (1, *sizes)
+def expect(optimizer: MegatronOptimizer, stored: Mapping[str, TensorEntry] | None) -> None:
+    """Tell which tensors the checkpoint has that is going to be read, so that moments of any type are understood."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, ShardwiseOptimizer):
+            part.stored = stored

@@ -15,7 +15,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.optimizer_shards import ShardwiseOptimizer, boxes
+from mmscale.train.optimizer_boxes import boxes
+from mmscale.train.optimizer_shards import ShardwiseOptimizer
 from mmscale.train.parts import build
 from mmscale.train.state import TrainState
 from tests.distributed.test_resume import settings, start, tensors, train

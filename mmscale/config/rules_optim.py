@@ -1,0 +1,63 @@
+"""Rules about optimizers, of the main run and of the auxiliary routers, and their learning-rate schedules.
+
+Why a rule exists stands next to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from mmscale.config.problem import Problem, Rule
+from mmscale.config.schema import Config, OptimConfig
+
+_BF16_BETA2 = 0.995
+
+
+def _optim(config: Config) -> Iterator[Problem]:
+    yield from _optimizer(config.optim, config.train.steps, section="optim", of="train")
+    stage = config.auxiliary
+    yield from _optimizer(stage.optim, stage.steps, section="auxiliary.optim", of="auxiliary")
+
+
+def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
+    if optim.warmup > steps:
+        yield Problem(
+            f"{section}.warmup = {optim.warmup} steps is more than {of}.steps = {steps}", "shorten the warm-up"
+        )
+    if optim.min_lr > optim.lr:
+        yield Problem(
+            f"{section}.min_lr = {optim.min_lr:g} is above {section}.lr = {optim.lr:g}", f"lower {section}.min_lr"
+        )
+    if optim.schedule in ("wsd", "power") and optim.decay is not None and optim.warmup + optim.decay > steps:
+        yield Problem(
+            f"{section}.warmup + {section}.decay = {optim.warmup} + {optim.decay} steps is more than "
+            f"{of}.steps = {steps}",
+            "shorten one of them",
+        )
+    for key, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
+        if beta >= 1.0:
+            yield Problem(f"{section}.{key} = {beta:g} never forgets, Adam divides by 1 - {key}", "use a value below 1")
+    for key, value in optim.model_dump().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield Problem(f"{section}.{key} = {value} is not a finite number", "give a finite number")
+
+
+def _moments(config: Config) -> Iterator[Problem]:
+    for section, optim in (("optim", config.optim), ("auxiliary.optim", config.auxiliary.optim)):
+        if optim.moments in ("bf16", "te_bf16") and optim.beta2 > _BF16_BETA2:
+            # bf16 has 8 bits: a moment that shrinks by less than 2^-8 is rounded back to where it was.
+            yield Problem(
+                f"{section}.moments = {optim.moments} with {section}.beta2 = {optim.beta2:g}: a second moment would "
+                "never decay, what a step takes off is less than bf16 can show",
+                f"use {section}.beta2={_BF16_BETA2:g} at most, or {section}.moments=fp8_coat",
+            )
+        if optim.moments in ("te_bf16", "te_fp8") and config.precision.dtype != "bf16":
+            yield Problem(
+                f"{section}.moments = {optim.moments} is for bf16 parameters, precision.dtype is "
+                f"{config.precision.dtype}: Transformer-Engine's Adam keeps the master weights",
+                "use precision.dtype=bf16, or bf16 or fp8_coat",
+            )
+
+
+RULES: tuple[Rule, ...] = (_optim, _moments)

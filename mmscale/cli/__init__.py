@@ -31,7 +31,9 @@ app = typer.Typer(
 app.command("doctor", epilog="Example: mmscale doctor --run-dir /scratch/runs")(machine.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
-app.command("plan", epilog="Example: mmscale plan configs/moma_1b4_4t4i.yaml --gpus 64 --gpu-memory 80")(machine.plan)
+app.command("plan", epilog="Example: mmscale plan configs/moma_1b4_4t4i.yaml --gpus 64 --gpu-memory 80 --gpu h100")(
+    machine.plan
+)
 app.command("train", epilog="Example: mmscale train configs/quickstart.yaml train.steps=100 --nproc 2")(train.train)
 app.command("eval", epilog="Example: mmscale eval runs/quickstart@300 --data data/digits")(train.evaluate)
 app.command("sample", epilog="Example: mmscale sample runs/quickstart --prompt 'draw a seven' --out drawings")(

@@ -61,15 +61,22 @@ def plan(
         int | None, typer.Option("--gpus", min=1, show_default=False, help="Devices to spread over.")
     ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option("--gpu-memory", metavar="GiB", show_default=False, help="Memory of a device [GiB].")
+        float | None,
+        typer.Option("--gpu-memory", metavar="GiB", min=0.001, show_default=False, help="Memory of a device [GiB]."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", show_default=False, help="h100 (the default for times), h200 or a100: its figures."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute parameters, FLOPs, memory per rank and checkpoint size, and rank parallel layouts."""
+    """Compute parameters, FLOPs, memory and messages per rank, checkpoint size, and order parallel layouts by time."""
     from mmscale import plan as planning
     from mmscale.config.load import load
 
-    result = planning.plan(load(config, overrides or ()), gpus, gpu_memory)
+    result = planning.plan(load(config, overrides or ()), gpus, gpu_memory, gpu)
     shown = console()
     emit(
         result,

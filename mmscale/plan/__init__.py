@@ -1,14 +1,15 @@
-"""Arithmetic on a configuration: parameters, FLOPs, memory per rank, layouts. Measures nothing and imports no torch.
+"""Arithmetic on a configuration: parameters, FLOPs, memory, messages, time, layouts. Measures nothing, needs no torch.
 
 `plan` returns plain data with stable keys, `render` makes text of it.
 """
 
 from mmscale.plan.communication import Kind, Operation, Traffic, communication, sent_by_kind
 from mmscale.plan.compute import Flops, flops_per_token
-from mmscale.plan.layouts import Layout, layouts, rank_grid
+from mmscale.plan.layouts import Layout, rank_grid
 from mmscale.plan.memory import RankMemory, rank_memory
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.render import render
+from mmscale.plan.search import Search, layouts, search
 from mmscale.plan.stages import stage_layers, stage_parameters
 from mmscale.plan.summary import plan
 
@@ -19,6 +20,7 @@ __all__ = [
     "Operation",
     "Parameters",
     "RankMemory",
+    "Search",
     "Traffic",
     "communication",
     "count_parameters",
@@ -28,6 +30,7 @@ __all__ = [
     "rank_grid",
     "rank_memory",
     "render",
+    "search",
     "sent_by_kind",
     "stage_layers",
     "stage_parameters",

@@ -26,10 +26,22 @@ class Kernels(StrEnum):
 
     HOST: on a CPU. RMSNorm is made of elementary operations that keep fp32 copies; attention is one call per document.
     CUDA: on a GPU, torch backend. RMSNorm is one kernel; attention has one mask for all documents of a micro-batch.
+    TE: on a GPU, Transformer-Engine's layers. As CUDA, but attention has no mask and repeats no keys and values.
     """
 
     HOST = "host"
     CUDA = "cuda"
+    TE = "te"
+
+    @property
+    def norm_copies(self) -> bool:
+        """Whether a norm keeps two fp32 tensors of its input's size instead of the input itself."""
+        return self is Kernels.HOST
+
+
+def on_gpu(config: Config) -> Kernels:
+    """Kernels of a configuration on a GPU; `model.backend: auto` is taken to find Transformer-Engine."""
+    return Kernels.CUDA if config.model.backend == "torch" else Kernels.TE
 
 
 def layer_activations(config: Config, layer: int, *, kernels: Kernels = Kernels.CUDA) -> dict[str, float]:
@@ -52,14 +64,14 @@ def layer_activations(config: Config, layer: int, *, kernels: Kernels = Kernels.
     tokens = batch * length
     per_expert = model.norm == "post_per_expert" and model.kind != "dense"
     # Besides its output a norm keeps its input, or on a host an fp32 copy of it and the normalised values.
-    norm = size if kernels is Kernels.CUDA else 2 * _FP32
+    norm = 2 * _FP32 if kernels.norm_copies else size
     parts = {"norms": tokens * h * norm * (1 if per_expert else 2) / tp}
     parts["attention"] = tokens * _attention(config, norm=norm, kernels=kernels)
     if model.kind == "dense":
         # The first projection's two halves, SiLU, the shifted linear half, their product; and the input.
         parts["ffn"] = tokens * size * (5 * model.ffn_hidden_size + h) / tp
     else:
-        parts |= _experts(config, length, norm=norm if per_expert else 0)
+        parts |= _experts(config, length, norm=norm if per_expert else 0, kernels=kernels)
     if depth:
         parts["depth"] = batch * model.seq_length * h * _FP32 / tp + tokens * h * (_FP32 + size)
     if kernels is Kernels.CUDA and depth:  # the other layers share one
@@ -74,7 +86,8 @@ def _attention(config: Config, *, norm: int, kernels: Kernels) -> float:
     query, key = model.num_attention_heads * d, model.query_groups * d
     joint = query + 2 * key  # one tensor holds queries, keys and values as projected; k and v are views of it
     # A view keeps the whole: values do where nothing copies them, keys where the norm keeps its input.
-    viewed = query == key and (kernels is Kernels.CUDA or config.train.micro_batch_size == 1)
+    repeated = 0 if kernels is Kernels.TE else query - key
+    viewed = repeated == 0 and (kernels is not Kernels.HOST or config.train.micro_batch_size == 1)
     selective = config.parallel.recompute == "selective"
     kept_joint = viewed or selective
     elements = 0.0
@@ -85,15 +98,18 @@ def _attention(config: Config, *, norm: int, kernels: Kernels) -> float:
     if selective:
         elements += size * (query + key)
     else:
-        values = 0 if viewed else query
-        elements += size * (2 * query + values) + size * query + _FP32 * model.num_attention_heads
+        values = 0 if viewed else key + repeated
+        elements += size * (query + key + repeated + values) + size * query + _FP32 * model.num_attention_heads
     elements += size * query + (size * joint if kept_joint else 0)  # the output's input; what views hold
     angles = 4 * d * size
     return elements / tp + angles + size * model.hidden_size / tp
 
 
-def _experts(config: Config, length: int, *, norm: int) -> dict[str, float]:
+def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dict[str, float]:
     """Experts over sequences of `length` tokens; norm: bytes that a norm of an expert's outputs keeps per element."""
+    fused = config.model.experts.fused_swiglu
+    # Gate and up projection, their product; SiLU of the gate as well where torch's own operations run.
+    widths = 3 if (kernels is not Kernels.HOST if fused is None else fused) else 4
     model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
     h, tokens = model.hidden_size, config.train.micro_batch_size * length
     slots = tokens * sum(expert_slots(config, length).values())
@@ -101,11 +117,11 @@ def _experts(config: Config, length: int, *, norm: int) -> dict[str, float]:
     # Chosen tokens and outputs are whole on every tensor-parallel rank, the inner width is not.
     parts = {
         "router": tokens * (h / tp + sum(model.experts.counts.values())) * _FP32,
-        "experts": slots * size * (h + 4 * model.ffn_hidden_size / tp),
+        "experts": slots * size * (h + widths * model.ffn_hidden_size / tp),
         "combine": slots * (h * (2 * _FP32 + norm) + _SLOT_BYTES),
     }
     if width:
-        parts["ffn"] = tokens * (size * (h + 4 * width / tp) + norm * h)
+        parts["ffn"] = tokens * (size * (h + widths * width / tp) + norm * h)
     return parts
 
 
@@ -118,14 +134,14 @@ def recomputed_input(config: Config) -> float:
 def output_activations(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
     """Bytes kept by the final norm, besides the output layer's input; logits are counted apart."""
     size = dtype_bytes(config)
-    norm = size if kernels is Kernels.CUDA else 2 * _FP32
+    norm = 2 * _FP32 if kernels.norm_copies else size
     tokens = config.train.micro_batch_size * config.model.seq_length
     return tokens * config.model.hidden_size * (norm + size) / config.parallel.tp
 
 
 def shared_mask(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
     """Bytes of the mask [B, S, S] that confines attention to documents, made once for all layers of a micro-batch."""
-    if kernels is Kernels.HOST:
+    if kernels is not Kernels.CUDA:
         return 0.0
     return config.train.micro_batch_size * config.model.seq_length**2 * dtype_bytes(config)
 

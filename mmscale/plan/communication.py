@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step
+from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step, overlap_data_parallel
 from mmscale.plan.compute import expert_slots
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
@@ -111,8 +111,9 @@ def communication(
     tp, micro_batches = parallel.tp, micro_batches_per_step(config, world)
     first, last = first_and_last(config, stage)
     ledger = _Ledger()
-    for layer in stage_layers(config, stage):
-        _layer(ledger, config, layer, micro_batches)
+    layers = Counter(config.model.is_depth_layer(layer) for layer in stage_layers(config, stage))
+    for depth, count in layers.items():
+        _layer(ledger, config, depth=depth, times=count * micro_batches)
     tokens = config.train.micro_batch_size * config.model.seq_length
     hidden = tokens * config.model.hidden_size * dtype_bytes(config)
     if first:  # the embedding's partial rows, and their gradient
@@ -142,13 +143,12 @@ def sent_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
     return sums
 
 
-def _layer(ledger: _Ledger, config: Config, layer: int, micro_batches: int) -> None:
-    """A layer's messages: forward, backward, and forward once more under full recompute."""
+def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
+    """Messages of so many passes through a layer: forward, backward, and forward once more under full recompute."""
     model, parallel, size = config.model, config.parallel, dtype_bytes(config)
     tp, batch = parallel.tp, config.train.micro_batch_size
-    depth = model.is_depth_layer(layer)
     inner = batch * (depth_tokens(config) if depth else model.seq_length)
-    forwards = micro_batches * (2 if parallel.recompute == "full" else 1)
+    forwards = times * (2 if parallel.recompute == "full" else 1)
     row = model.hidden_size * size
 
     def gather(payload: float, calls: int) -> None:
@@ -160,18 +160,18 @@ def _layer(ledger: _Ledger, config: Config, layer: int, micro_batches: int) -> N
     hidden = inner * row
     # Attention: gather before QKV, scatter after the projection. Backward gathers the input once more for the gradient
     # of the weights (tensor_parallel/layers.py).
-    gather(hidden, forwards + 2 * micro_batches)
-    scatter(hidden, forwards + micro_batches)
+    gather(hidden, forwards + 2 * times)
+    scatter(hidden, forwards + times)
     if model.kind == "dense":
-        gather(hidden, forwards + 2 * micro_batches)
-        scatter(hidden, forwards + micro_batches)
+        gather(hidden, forwards + 2 * times)
+        scatter(hidden, forwards + times)
     else:
-        _experts(ledger, config, inner, forwards=forwards, backwards=micro_batches)
+        _experts(ledger, config, inner, forwards=forwards, backwards=times)
     if depth:
         whole = batch * model.seq_length
         gather(whole * _FP32, forwards)  # scores
-        gather(whole * row, forwards + micro_batches)  # hidden states; the gradient of the scattered update
-        gather(hidden, forwards + micro_batches)  # the layer's output; the gradient of the scattered selection
+        gather(whole * row, forwards + times)  # hidden states; the gradient of the scattered update
+        gather(hidden, forwards + times)  # the layer's output; the gradient of the scattered selection
 
 
 def _experts(ledger: _Ledger, config: Config, tokens: int, *, forwards: int, backwards: int) -> None:
@@ -200,10 +200,11 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
     parallel, size = config.parallel, dtype_bytes(config)
     replicas = data_parallel_size(config, world)
     dense, experts = stage_parameters(config, parameters, stage)
+    reduce_overlapped, gather_overlapped = overlap_data_parallel(config, nccl=True)
     for elements, ranks in ((dense, replicas), (experts, replicas // parallel.ep)):
         for kind, operation, width, overlapped in (
-            (Kind.GRAD_REDUCE, Operation.REDUCE_SCATTER, _FP32, parallel.overlap_grad_reduce),
-            (Kind.PARAM_GATHER, Operation.ALL_GATHER, size, parallel.overlap_param_gather),
+            (Kind.GRAD_REDUCE, Operation.REDUCE_SCATTER, _FP32, reduce_overlapped),
+            (Kind.PARAM_GATHER, Operation.ALL_GATHER, size, gather_overlapped),
         ):
             bucket = max(_BUCKET, _BUCKET_PER_RANK * ranks)
             calls = max(1, round(elements / bucket)) if overlapped else (parallel.vpp or 1)

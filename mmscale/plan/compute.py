@@ -86,24 +86,44 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
     return slots
 
 
-def flops_per_token(config: Config) -> Flops:
-    """Forward FLOPs per token; a product of [a, b] and [b, c] counts 2abc."""
+def layer_flops(config: Config, *, depth: bool) -> Flops:
+    """Forward FLOPs of one layer per token of the whole sequence; a product of [a, b] and [b, c] counts 2abc.
+
+    Args:
+        config: a configuration.
+        depth: whether it is a Mixture-of-Depths layer, which works on a fraction of the tokens.
+    """
     model = config.model
     h, width = model.hidden_size, model.num_attention_heads * model.head_dim
-    projections = attention = ffn = routers = 0.0
-    for index in range(model.num_layers):
-        depth = model.is_depth_layer(index)
-        tokens = depth_tokens(config) if depth else model.seq_length
-        fraction = tokens / model.seq_length
-        projections += fraction * 2 * h * (2 * width + 2 * model.query_groups * model.head_dim)
+    tokens = depth_tokens(config) if depth else model.seq_length
+    fraction = tokens / model.seq_length
+    ffn, routers = 1.0 * model.ffn_hidden_size, 0
+    if model.kind != "dense":
+        ffn = sum(expert_slots(config, tokens).values()) * model.ffn_hidden_size + shared_width(config)
+        routers = sum(model.experts.counts.values())
+    return Flops(
+        projections=fraction * 2 * h * (2 * width + 2 * model.query_groups * model.head_dim),
         # Two products over the tokens so far, half of them on average.
-        attention += fraction * 2 * 2 * width * tokens / 2
-        if model.kind == "dense":
-            ffn += fraction * 2 * 3 * h * model.ffn_hidden_size
-        else:
-            slots = sum(expert_slots(config, tokens).values())
-            ffn += fraction * 2 * 3 * h * (slots * model.ffn_hidden_size + shared_width(config))
-            routers += fraction * 2 * h * sum(model.experts.counts.values())
-        routers += 2 * h if depth else 0
-    output = 2.0 * h * config.vocab.padded_size
-    return Flops(projections=projections, attention=attention, ffn=ffn, routers=routers, output=output)
+        attention=fraction * 2 * 2 * width * tokens / 2,
+        ffn=fraction * 2 * 3 * h * ffn,
+        routers=fraction * 2 * h * routers + (2 * h if depth else 0),
+        output=0.0,
+    )
+
+
+def flops_per_token(config: Config) -> Flops:
+    """Forward FLOPs per token of the whole model."""
+    model = config.model
+    deep = sum(map(model.is_depth_layer, range(model.num_layers)))
+    kinds = [
+        (count, layer_flops(config, depth=depth))
+        for depth, count in ((True, deep), (False, model.num_layers - deep))
+        if count
+    ]
+    return Flops(
+        projections=sum(count * layer.projections for count, layer in kinds),
+        attention=sum(count * layer.attention for count, layer in kinds),
+        ffn=sum(count * layer.ffn for count, layer in kinds),
+        routers=sum(count * layer.routers for count, layer in kinds),
+        output=2.0 * model.hidden_size * config.vocab.padded_size,
+    )

@@ -24,7 +24,8 @@ from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage
 GIB = 2**30
 # Gradients are accumulated and reduced in fp32 whatever the parameters' type.
 _GRADIENT_BYTES = 4
-_MOMENT_BYTES = 8
+# Both moments of a parameter, by `optim.moments`.
+_MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "fp8_coat": 2.19, "te_bf16": 4.0, "te_fp8": 2.0}
 _MAIN_COPY_BYTES = 4
 _FP32 = 4
 
@@ -80,9 +81,9 @@ class RankMemory:
         return gib | {"stage": self.stage}
 
 
-def state_bytes(config: Config) -> int:
+def state_bytes(config: Config) -> float:
     """Bytes per parameter of a checkpoint: the weight, its fp32 main copy and two moments."""
-    return dtype_bytes(config) + _MAIN_COPY_BYTES + _MOMENT_BYTES
+    return dtype_bytes(config) + _MAIN_COPY_BYTES + _MOMENT_BYTES[config.optim.moments]
 
 
 def rank_memory(config: Config, world: int, *, kernels: Kernels = Kernels.CUDA) -> RankMemory:
@@ -123,7 +124,7 @@ def stages_memory(
             RankMemory(
                 parameters=(dense + experts) * dtype_bytes(config),
                 gradients=(dense + experts) * _GRADIENT_BYTES,
-                optimizer=sharded * (_MOMENT_BYTES + main_copy),
+                optimizer=sharded * (_MOMENT_BYTES[config.optim.moments] + main_copy),
                 activations=activations,
                 logits=logits_bytes(config) + output_activations(config, kernels=kernels) if last else 0.0,
                 working=working,

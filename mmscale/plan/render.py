@@ -10,10 +10,40 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _LAYOUT_ROWS = 8
-_REFUSED_ROWS = 3
+_REJECTED_ROWS = 5
+_BAR = 40
+_MEMORY = (
+    ("parameters", "weights"),
+    ("gradients", "gradients"),
+    ("optimizer", "optimizer"),
+    ("activations", "activations"),
+    ("peak", "logits or layer at work"),
+    ("communication", "communication"),
+)
+_TIME = (
+    ("products", "matrix products"),
+    ("attention", "attention"),
+    ("elementwise", "element-wise"),
+    ("recompute", "recompute"),
+    ("tp", "TP and SP messages"),
+    ("ep", "EP messages"),
+    ("pp", "PP messages"),
+    ("bubble", "pipeline bubble"),
+    ("dp", "DP messages not hidden"),
+    ("optimizer", "optimizer"),
+)
+_SENT = (
+    ("tp", "TP"),
+    ("sp", "SP"),
+    ("ep", "EP"),
+    ("pp", "PP"),
+    ("grad_reduce", "gradients"),
+    ("param_gather", "parameters"),
+)
 
 
 def short(number: float) -> str:
@@ -22,6 +52,11 @@ def short(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
+
+
+def _fixed(number: float) -> str:
+    """Three digits without an exponent: 1714.8 -> "1,715"."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def render(summary: dict[str, Any], *, width: int = 120, color: bool = False) -> str:
@@ -35,20 +70,44 @@ def render(summary: dict[str, Any], *, width: int = 120, color: bool = False) ->
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, force_terminal=color, no_color=not color, highlight=False)
     console.print(_model(summary))
-    console.print(_layouts(summary))
-    hidden = summary["layouts_possible"] - min(_LAYOUT_ROWS, len(summary["layouts"]))
-    if hidden > 0:
-        console.print(f"{hidden} more layouts are possible")
-    for cause, count in list(summary["refused"].items())[:_REFUSED_ROWS]:
-        console.print(f"refused {count}: {cause}", markup=False)
+    console.print()
+    if summary["layouts"]:
+        console.print(_layouts(summary))
+        console.print(f"* the configuration's own; {_counts(summary)}", markup=False, style="dim")
+        console.print()
+        console.print(_best(summary["layouts"][0]))
+    else:
+        console.print(f"no layout is possible: {_counts(summary)}", style="bold red")
+    if summary["own_layout_refused"]:
+        console.print(f"the configuration's own layout is refused: {summary['own_layout_refused']}", markup=False)
+    if summary["rejected"]:
+        console.print()
+        console.print(_rejected(summary["rejected"]))
+    console.print()
+    console.print(_sweep(summary["step_law"]))
+    console.print("\nassumptions", style="bold")
     for line in summary["assumptions"]:
-        console.print(f"- {line}", markup=False)
+        console.print(f"- {line}", markup=False, style="dim")
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 
+def _pairs(title: str | None = None) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column(no_wrap=True, style="cyan")
+    return table
+
+
 def _model(summary: dict[str, Any]) -> Table:
-    parameters, flops = summary["parameters"], summary["flops_per_token"]
-    table = Table(show_header=False, box=None, pad_edge=False)
+    model, parameters, flops = summary["model"], summary["parameters"], summary["flops_per_token"]
+    table = _pairs()
+    experts = " + ".join(f"{count} {name}" for name, count in model["experts"].items())
+    table.add_row(
+        "model",
+        f"{model['name']}: {model['kind']}, {model['num_layers']} layers x {model['hidden_size']}"
+        + (f" ({model['depth_layers']} with Mixture-of-Depths)" if model["depth_layers"] else "")
+        + (f", experts {experts}" if experts else "")
+        + f", sequences of {model['seq_length']}",
+    )
     table.add_row("parameters", f"{short(parameters['total'])} total, {short(parameters['active'])} active per token")
     groups = {
         name: value for name, value in parameters.items() if isinstance(value, int) and name not in ("total", "active")
@@ -59,6 +118,8 @@ def _model(summary: dict[str, Any]) -> Table:
             "per modality", ", ".join(f"{name} {short(value)}" for name, value in parameters["per_modality"].items())
         )
     table.add_row("FLOPs per token", f"{short(flops['forward'])} forward, {short(flops['training'])} training")
+    parts = {name: value for name, value in flops.items() if name not in ("forward", "training") and value}
+    table.add_row("", ", ".join(f"{name} {value / flops['forward']:.1%}" for name, value in parts.items()))
     table.add_row("tokens", f"{short(summary['tokens_per_step'])} per step, {short(summary['tokens'])} in all")
     table.add_row("training", f"{summary['training_flops']:.3g} FLOPs")
     table.add_row("checkpoint", f"{short(summary['checkpoint_bytes'])}B")
@@ -68,18 +129,84 @@ def _model(summary: dict[str, Any]) -> Table:
 def _layouts(summary: dict[str, Any]) -> Table:
     memory = summary["gpu_memory_gib"]
     title = f"layouts on {summary['gpus']} ranks" + (f" of {memory:g} GiB" if memory is not None else "")
-    table = Table(title=title, title_justify="left")
-    for column in ("", "tp", "pp", "vpp", "ep", "dp", "recompute", "GiB", "cost"):
-        table.add_column(column, justify="right")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("", "tp", "pp", "vpp", "ep", "dp", "mb", "recompute", "GiB", "s/step", "tokens/s", "MFU"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("why")
-    best = summary["layouts"][0]["cost"]["total"] if summary["layouts"] else 1.0
-    for place, layout in enumerate(summary["layouts"][:_LAYOUT_ROWS], start=1):
-        cells = [layout[key] for key in ("tp", "pp", "vpp", "ep", "dp", "recompute")]
+    entries = summary["layouts"]
+    shown = entries[:_LAYOUT_ROWS] + [entry for entry in entries[_LAYOUT_ROWS:] if entry["current"]]
+    for layout in shown:
+        cells = [layout[key] for key in ("tp", "pp", "vpp", "ep", "dp", "micro_batch_size", "recompute")]
+        style = "red" if layout["fits"] is False else "green" if layout is entries[0] else None
         table.add_row(
-            f"{place}{' *' if layout['current'] else ''}",
+            f"{entries.index(layout) + 1}{' *' if layout['current'] else ''}",
             *("-" if cell is None else str(cell) for cell in cells),
             f"{layout['memory']['total_gib']:.1f}",
-            f"{layout['cost']['total'] / best:.2f}",
+            f"{layout['cost']['total']:.3g}",
+            short(layout["tokens_per_second"]),
+            f"{layout['mfu']:.0%}",
             "; ".join(layout["reasons"]),
+            style=style,
         )
+    return table
+
+
+def _counts(summary: dict[str, Any]) -> str:
+    tried, possible = summary["layouts_tried"], summary["layouts_possible"]
+    return f"{tried:,} candidates tried, {possible:,} possible; shown: the fastest of each tp x pp x ep"
+
+
+def _best(layout: dict[str, Any]) -> Table:
+    """Where memory, time and messages of the first layout go."""
+    memory, time = layout["memory"], layout["time_s"]
+    parts = {name: memory.get(f"{name}_gib", 0.0) for name, _ in _MEMORY}
+    parts["peak"] = max(memory["logits_gib"], memory["working_gib"])
+    table = _pairs("the first layout")
+    _bars(table, f"memory, {memory['total_gib']:.1f} GiB", "GiB", [(label, parts[name]) for name, label in _MEMORY])
+    _bars(
+        table,
+        f"step, {_fixed(1e3 * time['total'])} ms",
+        "ms",
+        [(label, 1e3 * time[name]) for name, label in _TIME],
+        "cyan",
+    )
+    sent = layout["communication_bytes"]
+    total = sum(sent.values())
+    words = ", ".join(f"{label} {short(sent[name])}B" for name, label in _SENT if sent[name])
+    table.add_row(f"sent per rank, {short(total)}B" if total else "sent per rank", words or "nothing")
+    return table
+
+
+def _bars(table: Table, title: str, unit: str, parts: list[tuple[str, float]], style: str = "green") -> None:
+    """A bar for each part that is not nothing."""
+    total = sum(value for _, value in parts) or 1.0
+    for place, (label, value) in enumerate((label, value) for label, value in parts if value > 0):
+        # The first row names the whole.
+        bar = Text("█" * max(1, round(_BAR * value / total)), style=style)
+        table.add_row(title if place == 0 else "", Text.assemble(f"{_fixed(value):>9} {unit}  ", bar, f" {label}"))
+
+
+def _rejected(rejected: list[dict[str, Any]]) -> Table:
+    table = Table(title="rejected, by first failing rule", title_justify="left", title_style="bold")
+    table.add_column("candidates", justify="right")
+    table.add_column("rule, in the words of the example")
+    table.add_column("example")
+    for entry in rejected[:_REJECTED_ROWS]:
+        example = entry["example"]
+        place = " ".join(f"{key}{example[key]}" for key in ("tp", "pp", "vpp", "ep", "dp") if example[key] is not None)
+        details = f"{place} mb{example['micro_batch_size']}"
+        if example["recompute"] != "none":
+            details += f" {example['recompute']}"
+        table.add_row(f"{entry['count']:,}", entry["cause"], details)
+    if len(rejected) > _REJECTED_ROWS:
+        table.add_row(f"{sum(entry['count'] for entry in rejected[_REJECTED_ROWS:]):,}", "other rules", "")
+    return table
+
+
+def _sweep(law: dict[str, Any]) -> Table:
+    table = _pairs("centre of a sweep (Step Law, arXiv 2503.04715)")
+    table.add_row("learning rate", f"{law['lr']:.2g}")
+    table.add_row("batch", f"{short(law['batch_tokens'])} tokens = {law['batch_sequences']:,} sequences")
+    for caveat in law["caveats"]:
+        table.add_row("", Text(f"but {caveat}", style="dim"))
     return table

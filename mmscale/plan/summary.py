@@ -9,47 +9,66 @@ from typing import Any
 
 from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
-from mmscale.config.rules import check
+from mmscale.config.fp8 import roundings
+from mmscale.config.rules import check, violations
+from mmscale.plan.activations import Kernels, on_gpu
 from mmscale.plan.compute import flops_per_token
-from mmscale.plan.layouts import RANKS_PER_NODE, USABLE, Layout, evaluate, layouts
+from mmscale.plan.hardware import DEFAULT, Gpu, gpu_named
+from mmscale.plan.layouts import USABLE, Layout, evaluate
 from mmscale.plan.memory import state_bytes
 from mmscale.plan.parameters import count_parameters
+from mmscale.plan.search import Search, is_own, search
+from mmscale.plan.step_law import suggest
+from mmscale.plan.timing import assumptions
 
 _SHOWN = 20
 
 
-def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = None) -> dict[str, Any]:
+def plan(
+    config: Config, gpus: int | None = None, gpu_memory: float | None = None, gpu: str | None = None
+) -> dict[str, Any]:
     """Arithmetic on a configuration.
 
     Args:
         config: a loaded configuration.
         gpus: devices; None: only the configuration's own layout, on as few ranks as it needs.
-        gpu_memory: memory of a device [GiB].
+        gpu_memory: memory of a device [GiB]; None: the named GPU's, or unknown.
+        gpu: name of the device whose figures times are reckoned with; None: h100.
 
     Returns:
         `model`, `parameters`, `flops_per_token`, `tokens_per_step`, `tokens`, `training_flops`, `checkpoint_bytes`,
-        `gpus`, `gpu_memory_gib`, `layouts` (best first, at most 20 and the configuration's own), `layouts_possible`,
-        `refused` (rule -> number of candidates) and `assumptions`.
+        `gpus`, `gpu`, `gpu_memory_gib`, `layouts` (the fastest VPP, recompute and micro-batch of each TP x PP x EP, at
+        most 20, and the configuration's own; fastest first), `layouts_possible`, `layouts_tried`, `refused` (cause ->
+        number of candidates), `rejected` (the same with an example each), `own_layout_refused` (cause or null),
+        `step_law` and `assumptions`.
 
     Raises:
         ConfigError: without `gpus`, the configuration's own layout violates a rule.
+        UsageError: no figures of the GPU.
     """
+    figures = gpu_named(gpu or DEFAULT)
+    if gpu_memory is None and gpu is not None:
+        gpu_memory = figures.memory
     parameters, flops = count_parameters(config), flops_per_token(config)
     parallel = config.parallel
-    refused: dict[str, int] = {}
-    ranks = gpus
+    ranks, refused_own = gpus, None
     if ranks is None:
         ranks = parallel.tp * parallel.pp * parallel.ep
         check(config, world_size=ranks)
-        found = [evaluate(config, ranks, gpu_memory=gpu_memory)]
+        found = Search([evaluate(config, ranks, gpu_memory=gpu_memory, gpu=figures)], tried=1)
     else:
-        found, refused = layouts(config, ranks, gpu_memory=gpu_memory)
+        found = search(config, ranks, gpu_memory=gpu_memory, gpu=figures)
+        problems = violations(config, world_size=ranks)
+        refused_own = problems[0].cause if problems else None
     tokens = tokens_per_step(config) * config.train.steps
     return {
         "model": {
+            "name": config.run.name,
             "kind": config.model.kind,
             "num_layers": config.model.num_layers,
             "hidden_size": config.model.hidden_size,
+            "ffn_hidden_size": config.model.ffn_hidden_size,
+            "seq_length": config.model.seq_length,
             "experts": dict(config.model.experts.counts),
             "depth_layers": sum(map(config.model.is_depth_layer, range(config.model.num_layers))),
         },
@@ -60,32 +79,45 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
         "training_flops": flops.training * tokens,
         "checkpoint_bytes": parameters.total * state_bytes(config),
         "gpus": ranks,
+        "gpu": figures.name,
         "gpu_memory_gib": gpu_memory,
-        "layouts": [_entry(layout, config) for layout in _shown(found, config)],
-        "layouts_possible": len(found),
-        "refused": dict(sorted(refused.items(), key=lambda item: -item[1])),
-        "assumptions": _assumptions(config),
+        "layouts": [_entry(layout, config) for layout in _shown(found.layouts, config)],
+        "layouts_possible": sum(layout.fits is not False for layout in found.layouts),
+        "layouts_tried": found.tried,
+        "refused": {rejected.cause: rejected.count for rejected in found.rejected.values()},
+        "rejected": [rejected.as_dict() for rejected in found.rejected.values()],
+        "own_layout_refused": refused_own,
+        "step_law": suggest(config, parameters).as_dict(),
+        "assumptions": _assumptions(config, figures),
     }
 
 
 def _shown(found: list[Layout], config: Config) -> list[Layout]:
-    """The best layouts, and the configuration's own wherever it stands."""
-    own = [layout for layout in found[_SHOWN:] if layout.config.parallel == config.parallel]
-    return found[:_SHOWN] + own
+    """The fastest of each TP x PP x EP, and the configuration's own layout wherever it stands."""
+    best: dict[tuple[int, int, int], Layout] = {}
+    for layout in found:
+        parallel = layout.config.parallel
+        best.setdefault((parallel.tp, parallel.pp, parallel.ep), layout)
+    kept = list(best.values())[:_SHOWN]
+    kept += [layout for layout in found if is_own(layout, config) and layout not in kept]
+    return sorted(kept, key=lambda layout: (layout.fits is False, layout.cost))
 
 
 def _entry(layout: Layout, config: Config) -> dict[str, Any]:
-    return layout.as_dict() | {"current": layout.config.parallel == config.parallel}
+    return layout.as_dict() | {"current": is_own(layout, config)}
 
 
-def _assumptions(config: Config) -> list[str]:
+def _assumptions(config: Config, gpu: Gpu) -> list[str]:
+    kernels = {
+        Kernels.TE: "Transformer-Engine's attention, which needs no mask (model.backend=torch plans without it)",
+        Kernels.CUDA: "torch's attention with one mask for each micro-batch",
+    }[on_gpu(config)]
     lines = [
-        "memory: attention keeps no score matrix; gradients are fp32; optimizer state is sharded over data-parallel "
-        "ranks",
-        f"order of layouts: round figures of a machine with {RANKS_PER_NODE} devices a node, nothing overlapped; not "
-        "a prediction",
-        f"a layout fits below {USABLE:.0%} of the device's memory",
+        "memory: tensors at the fullest moment, fp32 gradients, optimizer sharded over data-parallel ranks, "
+        f"{kernels}; a layout fits below {USABLE:.0%} of the device's memory",
+        "time orders layouts, it was fitted to no run: a difference of a few percent says nothing",
+        *assumptions(gpu, config),
     ]
     if config.model.kind == "moma" and config.model.experts.share == "auto":
         lines.append("model.experts.share is auto: equal shares are assumed until data is measured")
-    return lines
+    return lines + roundings(config)

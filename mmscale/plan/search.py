@@ -1,0 +1,190 @@
+"""All ways to spread a configuration: TP x PP x VPP x EP x DP x recompute x micro-batch, the possible ones in order.
+
+Recomputation is tried where a layout does not fit without it: it never makes a step shorter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mmscale.config import Config
+from mmscale.config.derived import data_parallel_size
+from mmscale.config.rules import violations
+from mmscale.plan.compute import Flops, flops_per_token
+from mmscale.plan.hardware import DEFAULT, GPUS, Gpu
+from mmscale.plan.layouts import Layout, evaluate, fullest, usable_bytes
+from mmscale.plan.memory import GIB, RankMemory
+from mmscale.plan.parameters import count_parameters
+
+_CHUNKS = (2, 3, 4, 6)
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+# From what keeps most to what repeats most.
+_RECOMPUTE = ("none", "selective", "full")
+# Layouts that are shown where none fits.
+_NEAREST = 5
+
+
+@dataclass
+class Rejected:
+    """What one rule refused.
+
+    Attributes:
+        cause: the rule's words for the first candidate that it refused.
+        example: that candidate.
+        count: candidates.
+    """
+
+    cause: str
+    example: dict[str, Any]
+    count: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `mmscale plan --json`."""
+        return {"cause": self.cause, "example": self.example, "count": self.count}
+
+
+@dataclass
+class Search:
+    """What a search found.
+
+    Attributes:
+        layouts: those that fit, fastest first; if none does, the ones that come nearest.
+        rejected: by rule, the most frequent first.
+        tried: candidates.
+    """
+
+    layouts: list[Layout] = field(default_factory=list)
+    rejected: dict[str, Rejected] = field(default_factory=dict)
+    tried: int = 0
+
+    def reject(self, candidate: Config, world: int, cause: str, *, rule: str | None = None) -> None:
+        """Count a candidate against a rule: causes that differ in numbers only are one rule."""
+        found = self.rejected.setdefault(
+            rule or re.sub(r"\d+(\.\d+)?", "N", cause), Rejected(cause, _example(candidate, world))
+        )
+        found.count += 1
+
+
+def search(config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: Gpu | None = None) -> Search:
+    """Try all layouts of a configuration on so many devices.
+
+    Args:
+        config: the configuration; its own layout is one candidate.
+        gpus: ranks, one device each.
+        gpu_memory: memory of a device [GiB]; None: everything fits.
+        gpu: figures of the device; None: the default one's.
+    """
+    gpu = gpu or GPUS[DEFAULT]
+    parameters = count_parameters(config)
+    flops: dict[int, Flops] = {}
+    found = Search()
+    too_large: list[tuple[float, Config, RankMemory]] = []
+
+    def keep(candidate: Config, memory: RankMemory) -> None:
+        size = candidate.train.micro_batch_size
+        if size not in flops:
+            flops[size] = flops_per_token(candidate)
+        layout = evaluate(
+            candidate, gpus, gpu_memory=gpu_memory, gpu=gpu, parameters=parameters, flops=flops[size], memory=memory
+        )
+        found.layouts.append(replace(layout, reasons=(*layout.reasons, *_other_scope(candidate, config))))
+
+    for plain in _candidates(config, gpus):
+        problems = violations(plain, world_size=gpus)
+        if problems:
+            found.tried += 1
+            found.reject(plain, gpus, problems[0].cause)
+            continue
+        for recompute in _RECOMPUTE:
+            candidate = _changed(plain, recompute=recompute)
+            found.tried += 1
+            memory = fullest(candidate, gpus, parameters)
+            if gpu_memory is None or memory.total <= usable_bytes(gpu_memory):
+                keep(candidate, memory)
+                break
+            too_large.append((memory.total, candidate, memory))
+            cause = f"needs {memory.total / GIB:.1f} GiB, usable are {usable_bytes(gpu_memory) / GIB:.1f}"
+            found.reject(candidate, gpus, cause, rule="memory")
+    if not found.layouts:
+        for _, candidate, memory in sorted(too_large, key=lambda entry: entry[0])[:_NEAREST]:
+            keep(candidate, memory)
+    found.layouts.sort(key=lambda layout: layout.cost)
+    _add_own(found, config, gpus, keep, parameters=parameters)
+    found.rejected = dict(sorted(found.rejected.items(), key=lambda entry: -entry[1].count))
+    return found
+
+
+def layouts(
+    config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: Gpu | None = None
+) -> tuple[list[Layout], dict[str, int]]:
+    """The layouts that `search` found, best first, and how many candidates each rule refused."""
+    found = search(config, gpus, gpu_memory=gpu_memory, gpu=gpu)
+    return found.layouts, {rejected.cause: rejected.count for rejected in found.rejected.values()}
+
+
+def is_own(layout: Layout, config: Config) -> bool:
+    """Whether a layout is the one that the configuration asks for."""
+    return (
+        layout.config.parallel == config.parallel
+        and layout.config.train.micro_batch_size == config.train.micro_batch_size
+    )
+
+
+def _add_own(found: Search, config: Config, gpus: int, keep: Any, *, parameters: Any) -> None:
+    """The configuration's own layout, if it is possible: in its place by time, or last if it does not fit."""
+    if any(is_own(layout, config) for layout in found.layouts) or violations(config, world_size=gpus):
+        return
+    keep(config, fullest(config, gpus, parameters))
+    found.layouts.sort(key=lambda layout: (layout.fits is False, layout.cost))
+
+
+def _divisors(number: int, limit: int) -> list[int]:
+    return [divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0]
+
+
+def _changed(config: Config, **parallel: Any) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+
+
+def _candidates(config: Config, world: int) -> Iterator[Config]:
+    """Everything that numbers of heads, layers and experts leave open, without recomputation."""
+    model, train = config.model, config.train
+    most_experts = max(model.experts.counts.values(), default=1)
+    sizes = sorted({*_MICRO_BATCHES, train.micro_batch_size})
+    for tp in _divisors(world, model.num_attention_heads):
+        for pp in _divisors(world // tp, model.num_layers):
+            for ep in _divisors(world // (tp * pp), most_experts):
+                for vpp in (None, *_CHUNKS) if pp > 1 else (None,):
+                    own = pp == config.parallel.pp and vpp == config.parallel.vpp
+                    sends = {} if own else {"overlap_p2p": None, "batch_p2p": None}
+                    spread = _changed(config, tp=tp, pp=pp, vpp=vpp, ep=ep, cp=1, recompute="none", **sends)
+                    for size in sizes:
+                        if size == train.micro_batch_size:
+                            yield spread
+                        else:
+                            update = {"train": train.model_copy(update={"micro_batch_size": size})}
+                            yield spread.model_copy(update=update)
+
+
+def _other_scope(candidate: Config, config: Config) -> tuple[str, ...]:
+    """A micro-batch of another size is another model where experts choose among its tokens."""
+    size, own = candidate.train.micro_batch_size, config.train.micro_batch_size
+    if config.model.kind == "dense" or config.model.experts.scope == "sequence" or size == own:
+        return ()
+    return (f"experts choose among {size} sequences, not {own}",)
+
+
+def _example(config: Config, world: int) -> dict[str, Any]:
+    parallel = config.parallel
+    return {
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "vpp": parallel.vpp,
+        "ep": parallel.ep,
+        "dp": data_parallel_size(config, world),
+        "recompute": parallel.recompute,
+        "micro_batch_size": config.train.micro_batch_size,
+    }

@@ -1,0 +1,257 @@
+"""How long an optimizer step takes, from data-sheet figures and stated fractions of them: to compare layouts with.
+
+Every assumption is a constant below and a line of `assumptions`. Nothing here has been fitted to a run of mmscale.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+
+from mmscale.config import Config
+from mmscale.config.derived import (
+    data_parallel_size,
+    micro_batches_per_step,
+    overlap_data_parallel,
+    overlap_p2p,
+)
+from mmscale.plan.activations import Kernels, layer_activations, on_gpu, total
+from mmscale.plan.communication import Kind, Operation, Traffic, communication
+from mmscale.plan.compute import layer_flops
+from mmscale.plan.hardware import Gpu
+from mmscale.plan.parameters import Parameters
+from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
+
+# Fractions of the data sheet that large operations reach.
+PRODUCTS, MEMORY, LINK, NETWORK = 0.7, 0.8, 0.75, 0.8
+# The masked kernel of torch computes the half that a causal mask hides, too.
+ATTENTION = {Kernels.TE: 0.4, Kernels.CUDA: 0.2}
+# A product with a side of this many elements reaches half of what a large one does.
+HALF_WIDTH = 256
+# Every byte that a layer keeps is moved so often by element-wise operations, forward and backward.
+MOVES = 2, 3
+# Kernels of a layer's forward pass, and seconds to start one; backward has twice as many.
+KERNELS, LAUNCH = {"dense": 30, "moe": 60, "moma": 75}, 4e-6
+# Seconds until a message arrives, within and between machines.
+LATENCY = 5e-6, 15e-6
+# Bytes that the optimizer reads and writes per parameter of its shard.
+_ADAM = 34
+_LOGITS = 20
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on the slowest stage.
+
+    Attributes:
+        products: matrix products, and starting kernels where that takes longer.
+        attention: scores and weighted sums.
+        elementwise: everything that waits for memory.
+        recompute: forward passes that are repeated.
+        tp: tensor and sequence parallelism.
+        ep: tokens to their experts and back.
+        pp: sends between stages that do not overlap.
+        bubble: waiting for other stages.
+        dp: reducing gradients and gathering parameters, as far as nothing hides it.
+        optimizer: the update.
+    """
+
+    products: float
+    attention: float
+    elementwise: float
+    recompute: float
+    tp: float
+    ep: float
+    pp: float
+    bubble: float
+    dp: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """The step [s]."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    @property
+    def compute(self) -> float:
+        """Arithmetic [s]."""
+        return self.products + self.attention + self.elementwise + self.recompute + self.optimizer
+
+    @property
+    def communication(self) -> float:
+        """Messages that nothing hides [s]."""
+        return self.tp + self.ep + self.pp + self.dp
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain data in seconds."""
+        return {part.name: round(getattr(self, part.name), 6) for part in fields(self)} | {
+            "total": round(self.total, 6)
+        }
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Seconds of one micro-batch on a stage."""
+
+    products: float
+    attention: float
+    elementwise: float
+    backward: float
+    recompute: float
+
+    @property
+    def forward(self) -> float:
+        return self.products + self.attention + self.elementwise
+
+
+def step_time(config: Config, world: int, gpu: Gpu, *, parameters: Parameters) -> StepTime:
+    """Seconds of an optimizer step.
+
+    Args:
+        config: a configuration that passes the rules for `world` ranks.
+        world: ranks, one device each.
+        gpu: figures of the device.
+        parameters: what `count_parameters` returned.
+    """
+    seen: dict[tuple[bool, bool, int, int], StepTime] = {}
+    for stage in range(config.parallel.pp):
+        deep = sum(map(config.model.is_depth_layer, stage_layers(config, stage)))
+        key = (*first_and_last(config, stage), deep, 0)
+        if key not in seen:
+            seen[key] = _stage_time(config, world, gpu, stage=stage, parameters=parameters)
+    return max(seen.values(), key=lambda time: time.total)
+
+
+def mfu(config: Config, world: int, gpu: Gpu, *, seconds: float, flops: float) -> float:
+    """Model FLOP/s over the device's bf16 peak; `flops` of a token, forward and backward."""
+    tokens = config.train.global_batch_size * config.model.seq_length
+    return flops * tokens / (seconds * world * gpu.bf16)
+
+
+def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters: Parameters) -> StepTime:
+    parallel = config.parallel
+    micro_batches = micro_batches_per_step(config, world)
+    one = _compute(config, gpu, stage)
+    sums: Counter[Kind] = Counter()
+    for traffic in communication(config, world, stage=stage, parameters=parameters):
+        sums[traffic.kind] += _seconds(traffic, config, world, gpu)  # type: ignore[assignment]
+    reduce, gather = sums[Kind.GRAD_REDUCE], sums[Kind.PARAM_GATHER]
+    overlapped = overlap_data_parallel(config, nccl=True)
+    # Only the last backward and the first forward pass of a step can hide them.
+    exposed = max(0.0, reduce - one.backward) if overlapped[0] else reduce
+    exposed += max(0.0, gather - one.forward) if overlapped[1] else gather
+    tensor = sums[Kind.TP] + sums[Kind.SP]
+    pipeline = 0.0 if overlap_p2p(config) else sums[Kind.PP]
+    busy = micro_batches * (one.forward + one.backward + one.recompute) + tensor + sums[Kind.EP] + pipeline
+    bubble = busy / micro_batches * (parallel.pp - 1) / (parallel.vpp or 1)
+    dense, experts = stage_parameters(config, parameters, stage)
+    replicas = data_parallel_size(config, world)
+    shard = dense / replicas + experts / max(1, replicas // parallel.ep)
+    return StepTime(
+        products=micro_batches * one.products * 3,
+        attention=micro_batches * one.attention * 3,
+        elementwise=micro_batches * one.elementwise * (1 + MOVES[1] / MOVES[0]),
+        recompute=micro_batches * one.recompute,
+        tp=tensor,
+        ep=sums[Kind.EP],
+        pp=pipeline,
+        bubble=bubble,
+        dp=exposed,
+        optimizer=(shard * _ADAM + (dense + experts) * 8) / (gpu.bandwidth * MEMORY),
+    )
+
+
+def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
+    """Seconds of a micro-batch on a stage, nothing repeated."""
+    model, tp = config.model, config.parallel.tp
+    tokens = config.train.micro_batch_size * model.seq_length
+    products = attention = elementwise = launched = 0.0
+    counts = Counter(model.is_depth_layer(layer) for layer in stage_layers(config, stage))
+    example = {model.is_depth_layer(layer): layer for layer in stage_layers(config, stage)}
+    plain, fast = _peak(config, gpu, fp8=False), _peak(config, gpu, fp8=True)
+    width = min(model.hidden_size, model.num_attention_heads * model.head_dim // tp)
+    inner = min(model.hidden_size, model.ffn_hidden_size // tp)
+    for depth, count in counts.items():
+        flops = layer_flops(config, depth=depth)
+        seconds = flops.projections / (fast * _reached(width)) + flops.ffn / (fast * _reached(inner))
+        seconds = (seconds + flops.routers / plain) * tokens / tp
+        started = KERNELS[model.kind] * (1.3 if depth else 1.0) * LAUNCH
+        kept = total(layer_activations(config, example[depth], kernels=on_gpu(config)))
+        moved = MOVES[0] * kept / (gpu.bandwidth * MEMORY)
+        within = flops.attention * tokens / tp / (plain * ATTENTION[on_gpu(config)])
+        elementwise += count * moved
+        attention += count * within
+        # Where starting kernels takes longer than running them, the device waits for the host.
+        launched += count * max(0.0, started - seconds - moved - within)
+        products += count * seconds
+    if first_and_last(config, stage)[1]:
+        rows = config.vocab.padded_size / tp
+        products += 2 * model.hidden_size * rows * tokens / (plain * _reached(int(min(model.hidden_size, rows))))
+        elementwise += _LOGITS * rows * tokens / (gpu.bandwidth * MEMORY)
+    products += launched
+    forward = products + attention + elementwise
+    repeated = {"none": 0.0, "selective": attention, "full": forward}[config.parallel.recompute]
+    backward = 2 * (products + attention) + elementwise * MOVES[1] / MOVES[0]
+    return _Pass(products, attention, elementwise, backward, repeated)
+
+
+def _peak(config: Config, gpu: Gpu, *, fp8: bool) -> float:
+    """FLOP/s of matrix products in the configuration's formats."""
+    if dtype_bytes(config) == 4:
+        return gpu.fp32
+    if fp8 and config.precision.fp8 != "off" and gpu.fp8 is not None:
+        return gpu.fp8
+    return gpu.bf16
+
+
+def _reached(side: int) -> float:
+    """Fraction of the peak that a product with this shortest side reaches."""
+    return PRODUCTS * side / (side + HALF_WIDTH)
+
+
+def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
+    """Seconds of messages, none of them overlapped.
+
+    Ranks stand in megatron-core's order tp-ep-dp-pp. A ring over several machines has as many adapters as the group has
+    ranks in a machine; in an exchange each rank sends through its own.
+    """
+    parallel = config.parallel
+    node = gpu.per_node
+    # Distance between neighbours of the group, in ranks.
+    stride = {
+        Kind.TP: 1,
+        Kind.SP: 1,
+        Kind.EP: parallel.tp,
+        Kind.PP: world // parallel.pp,
+        Kind.GRAD_REDUCE: parallel.tp,
+        Kind.PARAM_GATHER: parallel.tp,
+    }[traffic.kind]
+    if traffic.kind in (Kind.GRAD_REDUCE, Kind.PARAM_GATHER) and traffic.ranks < data_parallel_size(config, world):
+        stride *= parallel.ep
+    inside = max(1, min(traffic.ranks, node // stride))
+    link, network = gpu.link * LINK, gpu.network * NETWORK
+    if inside >= traffic.ranks:
+        return traffic.sent / link + traffic.calls * LATENCY[0]
+    if traffic.operation is Operation.ALL_TO_ALL:
+        remote = (traffic.ranks - inside) / (traffic.ranks - 1)
+        seconds = traffic.sent * max(remote / network, (1 - remote) / link)
+    elif traffic.operation is Operation.SEND:
+        seconds = traffic.sent / network
+    else:
+        seconds = traffic.sent / min(link, inside * network)
+    return seconds + traffic.calls * LATENCY[1]
+
+
+def assumptions(gpu: Gpu, config: Config) -> list[str]:
+    """What the times rest on, in words."""
+    formats = "FP8" if config.precision.fp8 != "off" and gpu.fp8 is not None else config.precision.dtype
+    return [
+        f"{gpu.name} ({gpu.source}): {_peak(config, gpu, fp8=True) / 1e12:.0f} TFLOP/s in {formats}, "
+        f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.link / 1e9:.0f} GB/s inside machines of {gpu.per_node}, "
+        f"{gpu.network / 1e9:.0f} GB/s between them",
+        f"reached of that: {PRODUCTS:.0%} by products (half with a side of {HALF_WIDTH}), "
+        f"{ATTENTION[on_gpu(config)]:.0%} by attention, {MEMORY:.0%} of memory, {LINK:.0%} inside, {NETWORK:.0%} "
+        f"between; {1e6 * LAUNCH:.0f} us to start each of {KERNELS[config.model.kind]} kernels a layer",
+        "overlapped: gradients and parameters with one backward and one forward pass where the settings say so, sends "
+        "between stages with interleaving; messages of TP and EP with nothing",
+    ]

@@ -377,11 +377,18 @@ def _maker(compute: ExpertCompute) -> type[MegatronModule]:
 
 
 def _report(stats: RoutingStats, layer: int, name: str, selection: Selection, member: Tensor) -> None:
-    """Share of the group's tokens that no expert took, and how unevenly experts are filled (std / mean)."""
-    taken = torch.zeros(member.numel(), device=member.device)
-    taken.index_fill_(0, selection.token[selection.valid], 1.0)
+    """Share of the group's tokens that no expert took, and how unevenly experts are filled and scored (std / mean).
+
+    Experts that choose take equally many tokens, so their fill says nothing there; the sums of their gates show whether
+    some experts are hardly used.
+    """
+    taken = chosen_by(selection, member.numel()).any(dim=1)  # a mask of slots would be counted on the host
     own = member.reshape(-1)
     # Counting the missing ones makes a micro-batch without the modality 0, not 1.
-    stats.add(layer, f"experts/{name}/unrouted_fraction", ((1.0 - taken) * own).sum() / own.sum().clamp(min=1))
-    filled = selection.valid.sum(dim=1).float()
-    stats.add(layer, f"experts/{name}/tokens_per_expert_cv", filled.std(correction=0) / filled.mean().clamp(min=1e-9))
+    stats.add(layer, f"experts/{name}/unrouted_fraction", (~taken & own).sum() / own.sum().clamp(min=1))
+    for figure, values in (
+        ("tokens_per_expert_cv", selection.valid.sum(dim=1).float()),
+        ("gate_mass_cv", selection.gate.detach().sum(dim=1)),
+    ):
+        spread = values.std(correction=0) / values.mean().clamp(min=1e-9)
+        stats.add(layer, f"experts/{name}/{figure}", spread)

@@ -110,6 +110,8 @@ class Objective:
         own = torch.stack([mask * (label_modality == m) for m in range(self.modalities)])  # [M, B, S]
         sums, counts = (own * ce).sum(dim=(1, 2)), own.sum(dim=(1, 2))
         squared, number = (mask * log_z.square()).sum(), counts.sum()
-        loss = (sums * sums.new_tensor(self.weights)).sum() + self.z_loss * squared
+        # Python numbers, not a tensor of them: that would be copied to the device, and waited for.
+        weighted = torch.stack([weight * part for weight, part in zip(self.weights, sums.unbind(), strict=True)])
+        loss = weighted.sum() + self.z_loss * squared
         report = torch.stack((torch.cat((sums, squared[None])), torch.cat((counts, number[None]))), dim=1)
         return loss, number.to(torch.int32), report.detach()

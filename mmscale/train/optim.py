@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -27,6 +27,7 @@ from mmscale.config.derived import overlap_data_parallel
 from mmscale.model.build import DTYPES
 from mmscale.runtime import device
 from mmscale.train import adam
+from mmscale.train.finalize import finalize
 from mmscale.train.optimizer_shards import save_shardwise
 
 # Elements of a gradient bucket with overlapped communication; None: megatron's own choice, at least 40 million.
@@ -73,7 +74,7 @@ def wrap(
         )
     if overlap_params and len(wrapped) > 1:
         transformer.param_sync_func = of_chunks([chunk.start_param_sync for chunk in wrapped])
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.finalize_model_grads_func = finalize
     return wrapped
 
 

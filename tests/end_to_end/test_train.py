@@ -26,6 +26,7 @@ KEYS = {
     *("step", "attempt", "tokens", "tokens/text", "tokens/image", "loss", "loss/text", "loss/image", "z_loss"),
     *("grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_second", "model_tflops_per_rank", "output_norm"),
     *("experts/text/tokens_per_expert_cv", "experts/image/tokens_per_expert_cv"),
+    *("experts/text/gate_mass_cv", "experts/image/gate_mass_cv"),
     *("experts/text/unrouted_fraction", "experts/image/unrouted_fraction"),
     *("depth/selected_fraction/text", "depth/selected_fraction/image"),
 }

@@ -240,18 +240,24 @@ def test_noise_moves_choice_and_gate(build: Callable[..., GPTModel]) -> None:
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def expected_figures(config: Config, model: GPTModel, hidden: Tensor, batch: Batch, group: str) -> tuple[float, float]:
-    """Unrouted share and coefficient of variation of tokens per expert, counted one by one."""
+def expected_figures(config: Config, model: GPTModel, hidden: Tensor, batch: Batch, group: str) -> tuple[float, ...]:
+    """Unrouted share, and coefficients of variation of experts' tokens and of their gates, counted one by one."""
     facts = facts_of(batch)
     chosen = Reference(config, weights_of(model)).gates("decoder.layers.0.", group, list(hidden.unbind(1)), facts)
     modality = config.vocab.names.index(group)
     own = [(b, i) for b, f in enumerate(facts) for i, m in enumerate(f.modality) if m == modality]
     routed = {(b, i) for _, b, i in chosen}
-    per_expert = [sum(e == expert for e, _, _ in chosen) for expert in range(config.model.experts.counts[group])]
-    mean = sum(per_expert) / len(per_expert)
-    deviation = (sum((count - mean) ** 2 for count in per_expert) / len(per_expert)) ** 0.5
+    experts = range(config.model.experts.counts[group])
+    filled = [float(sum(e == expert for e, _, _ in chosen)) for expert in experts]
+    mass = [float(sum(gate for (e, _, _), gate in chosen.items() if e == expert)) for expert in experts]
     unrouted = sum(place not in routed for place in own) / len(own) if own else 0.0
-    return unrouted, deviation / mean if mean else 0.0
+    return unrouted, _variation(filled), _variation(mass)
+
+
+def _variation(values: list[float]) -> float:
+    """Standard deviation over mean."""
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5 / mean if mean else 0.0
 
 
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
@@ -268,9 +274,10 @@ def test_routing_figures_are_counts(scope: str, image: float, build: Callable[..
     assert {layer for layer, _ in stats.values} == {1}
     got = {name: float(value) for name, value in stats.means().items()}
     for group in ("text", "image"):
-        unrouted, variation = expected_figures(config, model, hidden, batch, group)
+        unrouted, variation, mass = expected_figures(config, model, hidden, batch, group)
         assert got[f"experts/{group}/unrouted_fraction"] == pytest.approx(unrouted, abs=1e-6)
         assert got[f"experts/{group}/tokens_per_expert_cv"] == pytest.approx(variation, abs=1e-6)
+        assert got[f"experts/{group}/gate_mass_cv"] == pytest.approx(mass, abs=1e-6)
     assert 0.0 < got["experts/text/unrouted_fraction"] < 1.0
 
 

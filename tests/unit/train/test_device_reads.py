@@ -1,0 +1,134 @@
+"""A whole optimizer step reads nothing from the device but its one reduction of gradient norm and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmscale.config import Config
+from mmscale.model.attention import DocumentAttention
+from mmscale.model.mixed_modal import RoutingStats
+from mmscale.runtime import groups
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.batch import to_device
+from mmscale.train.parts import build
+from mmscale.train.synthetic import SyntheticMixture
+from tests.device_reads import DeviceReads
+from tests.distributed.layouts import config
+from tests.support import run_ranks
+
+# Where a step may read, and why.
+ALLOWED = {
+    ("mmscale.train.optim:measure", "cpu"): "the wait of a step: norm and losses, without which it cannot be judged",
+    ("mmscale.train.optim:measure", "_local_scalar_dense"): "numbers of what has just come to the host",
+    ("mmscale.train.step:mean_losses", "_local_scalar_dense"): "the same",
+    ("megatron.core.tensor_parallel.random:fork", "_local_scalar_dense"): "of the host generator's state",
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {"dtype": "bf16"}),
+    "moe, gathered and reduced in between": (
+        "moe",
+        {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    ),
+    "noise, shared experts, tp": ("moma_post_per_expert_shared", {"parallel": {"tp": 2}}),
+    "depth by modality, pp": ("moma_depth_per_modality", {"parallel": {"pp": 2, "recompute": "full"}}),
+    "auxiliary routers, cut-offs, ep": (
+        "moma_depth_joint",
+        {"dtype": "bf16", "parallel": {"ep": 2, "overlap_experts": True}},
+    ),
+}
+
+
+def reads_of(settings: Config) -> DeviceReads:
+    """What the second step reads: forward, backward, reduction and update of four micro-batches, logged."""
+    parallel = settings.parallel
+    pg = groups.initialize_layout(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=1)
+    parts = build(settings, pg)
+    mixture = SyntheticMixture(settings, share={"text": 0.5, "image": 0.5})
+    for step in range(2):
+        stats = RoutingStats(modalities=2)
+        numbers = range(step * 4 + pg.dp.rank(), (step + 1) * 4, pg.dp.size())
+        batches = [to_device(mixture.micro_batch(number), mixture.vocabulary, stats=stats) for number in numbers]
+        with DeviceReads() as reads:
+            result = parts.stepper.train(batches, lr=1e-3)
+        assert result.applied
+        if settings.model.kind != "dense":
+            assert stats.values and stats.counts
+    groups.destroy_layout()
+    return reads
+
+
+def test_a_step_reads_once() -> None:
+    def steps(ranks: RankEnv) -> None:
+        # The device's attention takes a mask; by documents, whose lengths it reads, it goes on hosts only.
+        DocumentAttention.forward = _as_on_a_device  # type: ignore[method-assign]
+        groups.start(ranks)
+        for name, (model, options) in CASES.items():
+            found = reads_of(config(model, **options)).found
+            assert not found.keys() - ALLOWED.keys(), f"{name}: {found}"
+            joint = config(model).model.auxiliary.mode == "joint"  # auxiliary routers are judged by themselves
+            assert found["mmscale.train.optim:measure", "cpu"] == (2 if joint else 1), f"{name}: {found}"
+        groups.finalize()
+
+    run_ranks(steps, world_size=2, timeout_s=240)
+
+
+def _as_on_a_device(
+    self: DocumentAttention, query: Tensor, key: Tensor, value: Tensor, *_: Any, **facts: Any
+) -> Tensor:
+    bias = facts["packed_seq_params"].attention_bias(query.dtype)
+    return self._masked(query, key, value, bias)
+
+
+class _Reader(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * gradients[0].sum().item()
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x[0]),
+    "if": lambda x: 1 if x[0] > 0 else 2,
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.detach().numpy(),
+    "mask": lambda x: x[x > 0],
+    "write through a mask": lambda x: x.detach().index_put_((x > 0,), torch.zeros(2)),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "repeat": lambda x: x.repeat_interleave(torch.tensor([1, 2, 0])),
+    "upload": lambda x: x.new_tensor([1.0, 2.0]),
+    "upload of a new one": lambda x: torch.tensor(3.0, device=x.device),
+    "backward": lambda x: _Reader.apply(x.requires_grad_()).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_every_kind_of_read_is_seen(name: str) -> None:
+    with DeviceReads() as reads:
+        READS[name](torch.tensor([1.0, -1.0, 2.0]))
+    assert reads.found.total() >= 1
+    (place,) = {place for place, _ in reads.found}
+    assert place.startswith(f"{__name__}:")
+
+
+def test_what_stays_on_the_device_is_no_read() -> None:
+    x, mask = torch.randn(4, 3, requires_grad=True), torch.tensor([True, False, True, True])
+    with DeviceReads() as reads:
+        chosen = x[torch.arange(2)].index_select(0, torch.zeros(2, dtype=torch.int64))
+        y = torch.where(mask.unsqueeze(1), x, 0.0).masked_fill(~mask.unsqueeze(1), 1.0)
+        (chosen.sum() + y.topk(2, dim=0).values.sum() / torch.full((), 2.0)).backward()
+        torch.tensor(0, dtype=torch.int)
+    assert not reads.found

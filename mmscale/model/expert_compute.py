@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mmscale.config import Config
 from mmscale.errors import ConfigError
-from mmscale.runtime import device
+from mmscale.runtime import device, transformer_engine
 
 
 class Products(StrEnum):
@@ -62,12 +62,14 @@ def chosen(config: Config) -> ExpertCompute:
         ConfigError: this machine or its torch lacks what was asked for.
     """
     experts, cuda = config.model.experts, device.has_cuda()
-    products = Products.BMM if experts.compute == "auto" else Products(experts.compute)
-    if products is Products.TE and not cuda:
-        raise ConfigError(
-            "model.experts.compute = te: Transformer-Engine runs on CUDA only, and this machine has no device",
-            remedy="use model.experts.compute=auto",
-        )
+    if experts.compute == "auto":
+        # Only Transformer-Engine's have FP8 kernels; emulated FP8 is computed by torch.
+        fp8 = config.precision.fp8 != "off" and not config.precision.emulated
+        products = Products.TE if fp8 else Products.BMM
+    else:
+        products = Products(experts.compute)
+    if products is Products.TE and experts.compute == "te":
+        transformer_engine.require("model.experts.compute = te")
     if products is Products.GROUPED_MM:
         if not hasattr(F, "grouped_mm"):
             raise ConfigError(

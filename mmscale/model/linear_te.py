@@ -1,6 +1,6 @@
 """Transformer-Engine's modules with mmscale's checkpoint names: linears, norm, and attention within documents.
 
-Imported only where Transformer-Engine is (mmscale.runtime.transformer_engine.usable). They are megatron-core's wrappers;
+Imported only where Transformer-Engine is (runtime/transformer_engine.py, usable). They are megatron-core's wrappers;
 what is added is how their state is kept (state_te.py) and what the slots of mixed-modal layers ask for.
 
 Shapes: S tokens, B sequences, H heads of this rank, G key/value heads of this rank, D width of a head.

@@ -65,19 +65,24 @@ def expert_weight(
     view, back, axis = (w1_of, weight_of_w1, 3) if name == "w1" else (w2_of, weight_of_w2, 1)
     before = len(offsets)
 
-    def build(key: str, data: Tensor, replica_id: ReplicaId, flattened: slice | None) -> ShardedTensor:
+    def build(key: str, data: Tensor, replica_id: ReplicaId, flattened: slice | None) -> list[ShardedTensor]:
         assert flattened is None, "optimizer state comes in the parameter's shape"
-        return ShardedTensor.from_rank_offsets(
-            key,
-            view(data),
-            *offsets,
-            (before, *expert),
-            (before + axis, *tensor_parallel),
-            replica_id=replica_id,
-            prepend_axis_num=before,
-        )
+        return [
+            ShardedTensor.from_rank_offsets(
+                key,
+                view(data),
+                *offsets,
+                (before, *expert),
+                (before + axis, *tensor_parallel),
+                replica_id=replica_id,
+                prepend_axis_num=before,
+            )
+        ]
 
-    return ShardedTensorFactory(key, parameter, build, back, replica_id=(0, 0, replica))
+    def merge(parts: list[Tensor]) -> Tensor:
+        return back(parts[0])
+
+    return ShardedTensorFactory(key, parameter, build, merge, replica_id=(0, 0, replica))
 
 
 class Scaling(NamedTuple):

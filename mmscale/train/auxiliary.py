@@ -19,11 +19,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.config import Config
 from mmscale.model.auxiliary import RouterLearning, calibrated, is_routers_key, ratios, routers_of
 from mmscale.runtime import device
 from mmscale.train.batch import Batch
-from mmscale.train.optim import apply, load_optimizer, make_optimizer, measure, set_learning_rate
+from mmscale.train.optim import aligned_shards, apply, load_optimizer, make_optimizer, measure, set_learning_rate
+from mmscale.train.optimizer_shards import expect
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class AuxiliaryTrainer:
             overlap_grad_reduce=False,
             overlap_param_gather=False,
             use_distributed_optimizer=True,
+            pad_buckets_for_high_nccl_busbw=aligned_shards(self.config.optim.moments),
         )
         held.requires_grad_(True)  # only while buffers and optimizer are made: they go by it
         self.module = DistributedDataParallel(
@@ -235,6 +238,11 @@ class RouterState:
         if not loading:
             state["progress"] = {"step": self.step, "sequences": self.sequences, "calibrated": self.calibrated}
         return state
+
+    def expect(self, stored: Mapping[str, TensorEntry]) -> None:
+        """Learn which tensors the checkpoint has that is going to be read."""
+        if self.trainer is not None:
+            expect(self.trainer.optimizer, stored)
 
     def restore(self, loaded: dict[str, Any]) -> None:
         """Take over what was read."""

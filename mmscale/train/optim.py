@@ -8,13 +8,14 @@ The learning rate comes from schedule.py and is written into the parameter group
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,9 +25,11 @@ from torch import Tensor
 
 from mmscale.config import Config
 from mmscale.config.derived import overlap_data_parallel
+from mmscale.errors import ConfigError
 from mmscale.model.build import DTYPES
 from mmscale.runtime import device
 from mmscale.train import adam
+from mmscale.train.adam_compact import CompactAdam
 from mmscale.train.finalize import finalize
 from mmscale.train.optimizer_shards import save_shardwise
 
@@ -48,6 +51,7 @@ def wrap(
         overlap_grad_reduce=overlap_grads,
         overlap_param_gather=overlap_params,
         use_distributed_optimizer=True,
+        pad_buckets_for_high_nccl_busbw=aligned_shards(config.optim.moments),
     )
     modules: list[MegatronModule] = [
         Float16Module(transformer, chunk) if transformer.bf16 else chunk for chunk in chunks
@@ -78,6 +82,14 @@ def wrap(
     return wrapped
 
 
+def aligned_shards(moments: str) -> bool:
+    """Whether buckets are padded to 2^16, so that no rank's part of a parameter begins inside a cell of FP8 moments.
+
+    A bucket is otherwise a multiple of 128 and of the ranks: from four ranks on, parts would begin anywhere.
+    """
+    return moments == "fp8_coat"
+
+
 def make_optimizer(
     config: Config, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
@@ -97,11 +109,34 @@ def make_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=overlap_data_parallel(config, nccl=device.has_cuda())[1],
+        **precision_aware(optim.moments),
     )
-    optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    with contextlib.ExitStack() as stack:
+        if optim.moments in ("bf16", "fp8_coat"):
+            stack.enter_context(adam.made_by(CompactAdam, moments=optim.moments))
+        optimizer = get_megatron_optimizer(
+            optimizer_config, chunks, use_gloo_process_groups=False, pg_collection=groups
+        )
     save_shardwise(optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def precision_aware(moments: str) -> dict[str, Any]:
+    """megatron-core's settings for moments that Transformer-Engine's FusedAdam keeps; empty for all others.
+
+    Raises:
+        ConfigError: it is not installed; megatron-core would say so in the middle of the start.
+    """
+    dtype = {"te_bf16": torch.bfloat16, "te_fp8": torch.uint8}.get(moments)
+    if dtype is None:
+        return {}
+    if not distrib_optimizer.USING_TE_OPTIMIZER:
+        raise ConfigError(
+            f"optim.moments = {moments} needs Transformer-Engine's FusedAdam, which is not installed here",
+            remedy="use optim.moments=bf16 or fp8_coat, which need nothing, or install it (`mmscale doctor`)",
+        )
+    return {"use_precision_aware_optimizer": True, "exp_avg_dtype": dtype, "exp_avg_sq_dtype": dtype}
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, config: Config, lr: float) -> None:
@@ -152,7 +187,8 @@ def measure(optimizer: MegatronOptimizer, sums: Tensor, groups: ProcessGroupColl
         mine = part.get_main_grads_for_grad_norm()
         in_norm = {id(grad) for grad in mine}
         counted += mine
-        everything = (param.grad for param in part.get_parameters())
+        name = "decoupled_grad" if _decoupled(part) else "grad"
+        everything = (getattr(param, name, None) for param in part.get_parameters())
         uncounted += [grad for grad in everything if grad is not None and id(grad) not in in_norm]
     broken = ~torch.isfinite(sums).all()
     if uncounted:
@@ -174,8 +210,15 @@ def apply(optimizer: MegatronOptimizer, norm: float) -> bool:
     for part in _parts(optimizer):
         params = part.get_parameters()
         if params and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(params, max_norm=part.config.clip_grad, total_norm=norm)
+            clip_grad_by_total_norm_fp32(
+                params, max_norm=part.config.clip_grad, total_norm=norm, use_decoupled_grad=_decoupled(part)
+            )
     return bool(optimizer.step_with_ready_grads())
+
+
+def _decoupled(part: Any) -> bool:
+    """Whether gradients stand beside the parameters' own: Transformer-Engine's Adam with bf16 parameters."""
+    return bool(part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -26,11 +26,11 @@ from mmscale.checkpoint.arrays import Grid
 from mmscale.checkpoint.integrity import DamagedError, Manifest
 from mmscale.checkpoint.layout import ARRAYS, INFO
 from mmscale.checkpoint.tensors import (
-    OPTIMIZER,
     Region,
     TensorEntry,
     TensorSource,
     contents_of,
+    is_weight,
     origin_of,
     unknown_tensor,
     without_optimizers,
@@ -167,7 +167,7 @@ class ArchiveTensors:
         Args:
             weights: without the optimizer's state.
         """
-        return [name for name in self._names if not (weights and name.startswith(OPTIMIZER))]
+        return [name for name in self._names if is_weight(name) or not weights]
 
     def entry(self, name: str) -> TensorEntry:
         """Shape and type of a tensor; reads its description only.

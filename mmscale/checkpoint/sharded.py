@@ -8,10 +8,14 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from mmscale.checkpoint.pickles import read_metadata, weights_only
+from mmscale.checkpoint.tensors import SCALING, TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import megatron_cpu
 
@@ -19,8 +23,11 @@ megatron_cpu.install()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict  # noqa: E402
-from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict  # noqa: E402
+from megatron.core.dist_checkpointing.validation import (  # noqa: E402
+    StrictHandling,
+    maybe_report_missing_and_unexpected_keys,
+)
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402  (what ranks raise together)
 
 # How megatron's optimizers name and cut their state. Without chained_optim_avoid_prefix one expert-parallel rank writes
@@ -40,6 +47,9 @@ def metadata() -> dict[str, Any]:
 def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> StateDict:
     """Read this rank's part, whatever layout wrote it; every rank calls it.
 
+    FP8's scales are read where both sides have them in one shape, and left as they are elsewhere: precision may change
+    within a run.
+
     Args:
         folder: a committed checkpoint.
         state: what is wanted.
@@ -51,15 +61,49 @@ def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> Stat
     quiet()
     read_metadata(folder)  # megatron-core would run what a hostile one says
     try:
-        strict = StrictHandling.RAISE_UNEXPECTED if partly else StrictHandling.RAISE_ALL
+        state = _without_other_scaling(state, stored(folder))
         with weights_only():
-            return dist_checkpointing.load(state, str(folder), strict=strict)
+            loaded, unread, unknown = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+        unread = set() if partly else {name for name in unread if not name.endswith(SCALING)}
+        maybe_report_missing_and_unexpected_keys(unread, unknown)
+        return loaded
     except (CheckpointingException, CheckpointException, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {folder} cannot be loaded: {first}",
             remedy="choose another checkpoint, or train with the configuration that wrote it",
         ) from error
+
+
+def _without_other_scaling(state: ShardedStateDict, there: Mapping[str, TensorEntry]) -> ShardedStateDict:
+    """The state without FP8 scales that the checkpoint has not, or has in another shape."""
+
+    def keep(entry: Any) -> bool:
+        if not isinstance(entry, ShardedTensor) or not entry.key.endswith(SCALING):
+            return True
+        known = there.get(entry.key)
+        return known is not None and known.shape == tuple(entry.global_shape)
+
+    def kept(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: kept(entry) for name, entry in part.items() if keep(entry)}
+        return [kept(entry) for entry in part] if isinstance(part, list) else part
+
+    return kept(state)  # type: ignore[no-any-return]
+
+
+def stored(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors of a committed checkpoint, by name.
+
+    Raises:
+        CheckpointError: its index cannot be read.
+    """
+    entries = read_metadata(folder).state_dict_metadata.items()
+    return {
+        name: TensorEntry(name, tuple(entry.size), entry.properties.dtype)
+        for name, entry in entries
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def quiet() -> None:

@@ -34,6 +34,9 @@ from mmscale.checkpoint.pickles import METADATA, read_metadata
 from mmscale.errors import CheckpointError
 
 OPTIMIZER = "optimizer."  # begins the names of the tensors of every optimizer
+# Ends the names of the state of FP8's delayed scaling. A checkpoint may lack it, as that of a run in bf16, and a reader
+# may have no use for it.
+SCALING = ".fp8_state"
 WEIGHTS, TRAINING = "weights", "training"  # what a checkpoint holds: `contents` of mmscale.json
 COMMON = "common.pt"  # megatron-core's file of everything that is no tensor
 _REMEDY = "choose another checkpoint: RUN@STEP"
@@ -137,11 +140,11 @@ class CheckpointTensors:
         """Names of all tensors, sorted.
 
         Args:
-            weights: without the optimizer's state.
+            weights: without the optimizer's state and FP8's scales.
         """
         entries = self._index.state_dict_metadata.items()
         found = [name for name, entry in entries if isinstance(entry, TensorStorageMetadata)]
-        return sorted(name for name in found if not (weights and name.startswith(OPTIMIZER)))
+        return sorted(name for name in found if is_weight(name) or not weights)
 
     def entry(self, name: str) -> TensorEntry:
         """Shape and type of a tensor; nothing is read.
@@ -291,6 +294,11 @@ def _manifest(folder: Path, step: int) -> Manifest:
     if problems:
         raise CheckpointError(f"{folder} is damaged: {integrity.describe(problems)}", remedy=_REMEDY)
     return manifest
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor is part of the model: not an optimizer's, not FP8's scales."""
+    return not name.startswith(OPTIMIZER) and not name.endswith(SCALING)
 
 
 def contents_of(source: TensorSource, *, weights: bool = False) -> str:

@@ -52,6 +52,38 @@ def _recipe(config: Config) -> Iterator[Problem]:
         )
 
 
+def _kernels(config: Config) -> Iterator[Problem]:
+    """Who multiplies: without Transformer-Engine megatron-core would train in bf16 without a word (fp8_utils.py)."""
+    model, precision = config.model, config.precision
+    if precision.fp8 == "off":
+        return
+    compute = model.experts.compute if model.kind != "dense" else "auto"
+    if precision.fp8_emulate:
+        if model.backend == "te":
+            yield Problem(
+                "precision.fp8_emulate with model.backend = te: emulation rounds what torch multiplies",
+                "use model.backend=torch or auto, or precision.fp8_emulate=false",
+            )
+        if compute not in ("auto", "bmm") or model.experts.cuda_graph:
+            yield Problem(
+                "precision.fp8_emulate with model.experts.compute or cuda_graph: the experts' products are "
+                "emulated too",
+                "use model.experts.compute=auto and model.experts.cuda_graph=false",
+            )
+        return
+    if model.backend == "torch":
+        yield Problem(
+            f"precision.fp8 = {precision.fp8} with model.backend = torch: only Transformer-Engine has FP8 kernels",
+            "use model.backend=te or auto, or precision.fp8_emulate=true to study what FP8 does to the loss",
+        )
+    if compute in ("bmm", "grouped_mm"):
+        yield Problem(
+            f"precision.fp8 = {precision.fp8} with model.experts.compute = {compute}: the experts, most of the FLOPs, "
+            "would stay in bf16",
+            "use model.experts.compute=auto or te",
+        )
+
+
 def _shapes(config: Config) -> Iterator[Problem]:
     if config.precision.fp8 == "off":
         return
@@ -95,4 +127,4 @@ def _recipe_of(config: Config) -> str:
     return f"{text} with parallel.tp = {config.parallel.tp}" if blocks_are_gathered(config) else text
 
 
-RULES: tuple[Rule, ...] = (_recipe, _shapes)
+RULES: tuple[Rule, ...] = (_recipe, _kernels, _shapes)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mmscale.config import Config
 from mmscale.config.derived import batch_p2p, overlap_p2p
 from mmscale.errors import ConfigError
+from mmscale.model.fp8_emulate import attach
 from mmscale.model.fp8_settings import fp8_settings
 from mmscale.model.init import initialize
 from mmscale.model.spec import backend, block_spec
@@ -163,6 +164,7 @@ def build_chunks(
                 pg_collection=groups,
                 vp_stage=vp_stage,
             )
+        attach(model, config, groups)
         initialize(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
         chunks.append(model.to(device.taken()))
     return chunks

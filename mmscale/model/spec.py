@@ -6,6 +6,7 @@ has its classes named here, Transformer-Engine in spec_te.py; everything else is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,6 +26,7 @@ from mmscale.config.fp8 import capacity_multiple
 from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.expert_compute import chosen
+from mmscale.model.fp8_emulate import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from mmscale.model.layer import DepthLayer, DepthSettings, MixedModalLayer
 from mmscale.model.moma import ExpertGroup, MoMaMLP, MoMaSettings
 from mmscale.model.norm import Residual, RMSNorm
@@ -34,6 +36,7 @@ from mmscale.runtime import transformer_engine
 TORCH = Parts(
     column=ColumnParallelLinear, row=RowParallelLinear, norm_column=None, norm=RMSNorm, attention=DocumentAttention
 )
+EMULATED_FP8 = replace(TORCH, column=Fp8ColumnParallelLinear, row=Fp8RowParallelLinear)
 
 
 def backend(config: Config) -> Literal["te", "torch"]:
@@ -45,13 +48,15 @@ def backend(config: Config) -> Literal["te", "torch"]:
     if config.model.backend == "te":
         transformer_engine.require("model.backend = te")
         return "te"
+    if config.precision.emulated:
+        return "torch"
     return "te" if config.model.backend == "auto" and transformer_engine.usable() else "torch"
 
 
 def parts(config: Config, transformer: TransformerConfig) -> Parts:
     """The classes of this machine's backend."""
     if backend(config) == "torch":
-        return TORCH
+        return EMULATED_FP8 if config.precision.emulated else TORCH
     # Cannot be imported without Transformer-Engine.
     from mmscale.model.spec_te import parts as te_parts
 

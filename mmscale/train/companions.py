@@ -1,7 +1,7 @@
-"""What learns beside the main model from its forward passes: auxiliary routers of a joint run, averages of cut-offs.
+"""What learns beside the main model from its passes: routers of a joint run, averages of cut-offs, FP8 scales.
 
 A companion sees a step's batches before they go forward, and is told when the step was applied. It changes nothing
-that the main model's loss or gradient depend on.
+that the loss or gradient of that step depend on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mmscale.config import Config
 from mmscale.model.thresholds import Cutoffs, move
 from mmscale.train.auxiliary import AuxiliaryTrainer
 from mmscale.train.batch import Batch
+from mmscale.train.fp8_scales import DelayedScaling, scales_of
 
 
 class Companion(Protocol):
@@ -84,6 +85,8 @@ def companions_of(
         found.append(JointRouters(config, AuxiliaryTrainer(config, transformer, chunks, groups)))
     if config.model.keeps_thresholds:
         found.append(ThresholdAverages(config, groups))
+    if scales := scales_of(chunks):
+        found.append(DelayedScaling(scales, groups))
     return found
 
 

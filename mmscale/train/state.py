@@ -15,9 +15,12 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 
 from mmscale.checkpoint.sharded import metadata
+from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.resilience.anomaly import AnomalyHistory
+from mmscale.train import fp8_scales
 from mmscale.train.auxiliary import AuxiliaryTrainer
 from mmscale.train.optim import load_optimizer
+from mmscale.train.optimizer_shards import expect
 
 
 @dataclass
@@ -52,9 +55,17 @@ class TrainState:
             state["optimizer"] = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata())
         if self.routers is not None:
             state["auxiliary_optimizer"] = self.routers.sharded(models, loading=loading, metadata=metadata())
+        if scales := fp8_scales.sharded(self.chunks):
+            state["fp8"] = scales
         if not loading:
             state["progress"] = self.progress()
         return state
+
+    def expect(self, stored: Mapping[str, TensorEntry]) -> None:
+        """Learn which tensors the checkpoint has that is going to be read: moments may be of another type there."""
+        for optimizer in (self.optimizer, None if self.routers is None else self.routers.optimizer):
+            if optimizer is not None:
+                expect(optimizer, stored)
 
     def sharded_weights(self) -> dict[str, Any]:
         """The model's part of it."""
@@ -83,6 +94,7 @@ class TrainState:
             _take_over(self.optimizer, loaded.get("optimizer"))
         if self.routers is not None:
             _take_over(self.routers.optimizer, loaded.get("auxiliary_optimizer"))
+        fp8_scales.restore(self.chunks, loaded.get("fp8", {}))
         self.restore_progress(loaded["progress"])
 
     def restore_progress(self, plain: Mapping[str, Any]) -> None:

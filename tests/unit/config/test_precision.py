@@ -51,6 +51,10 @@ BROKEN = [
     ({"precision__fp8_skip_first": 4, "precision__fp8_skip_last": 4}, "leave none of the 8 layers to FP8"),
     ({"precision__fp8_skip_first": 5, "parallel__pp": 2}, "fp8_skip_first = 5 is more than the 4 layers of a pipeline"),
     ({"precision__fp8_margin": 9}, "scales would be 2^9 times too small"),
+    ({"model__backend": "te"}, "precision.fp8_emulate with model.backend = te"),
+    ({"model__experts__compute": "te"}, "precision.fp8_emulate with model.experts.compute"),
+    ({"model__backend": "torch", "precision__fp8_emulate": False}, "only Transformer-Engine has FP8 kernels"),
+    ({"model__experts__compute": "bmm", "precision__fp8_emulate": False}, "would stay in bf16"),
     ({"model__hidden_size": 136, "model__num_attention_heads": 2}, "model.hidden_size, 136 on a rank, is not a mult"),
     ({"model__ffn_hidden_size": 48, "parallel__tp": 2}, "model.ffn_hidden_size, 24 on a rank, is not a multiple of 16"),
     ({"model__kv_channels": 6}, "queries, keys and values, 72 on a rank"),
@@ -84,6 +88,7 @@ def test_refused_with_the_way_out(changes: dict[str, Any], cause: str) -> None:
     "changes",
     [
         {},
+        {"precision__fp8_emulate": False},  # whether Transformer-Engine is here is asked where the model is built
         {"precision__fp8": "delayed", "precision__fp8_amax_history": 16, "precision__fp8_margin": 1},
         {**BLOCKWISE, "precision__fp8_skip_first": 1, "precision__fp8_skip_last": 1, "model__hidden_size": 144},
         {**BLOCKWISE, "parallel__tp": 2},

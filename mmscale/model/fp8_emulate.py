@@ -1,0 +1,318 @@
+"""FP8 linears and experts in plain torch: what Transformer-Engine's do to numbers, on any device, at no gain in speed.
+
+Forward both operands are rounded to e4m3, backward the gradient to e5m2 (`hybrid`) or e4m3, products are summed in fp32
+and come out in the operands' format; SwiGLU, norms, attention scores and everything else stay as they are. The formulas
+are fp8_formats.py's; how delayed scales follow from amax values at the end of a step is mmscale.train.fp8_scales'.
+
+Two things are other than Transformer-Engine's, so that losses depend on the layout no more than without FP8: amax of a
+tensor that is sharded over tensor-parallel ranks is agreed on among them, and delayed scales move once in an optimizer
+step instead of once in a micro-batch.
+
+Shapes: L products of one kind (experts on this rank; 1 for a linear), M rows, K summed over, N columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from mmscale.config import Config
+from mmscale.config.fp8 import ALIGNMENT
+from mmscale.errors import ConfigError
+from mmscale.model import fp8_formats as formats
+from mmscale.model.auxiliary import Fp32Buffers
+from mmscale.model.expert_compute import swiglu
+from mmscale.model.experts import Experts
+from mmscale.model.fp8_formats import Blocks, Quantized
+
+# The tensors of a product, by their columns among those that Transformer-Engine keeps delayed scales of.
+ROWS, WEIGHT, GRADIENT, COLUMNS = 0, 1, 3, 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How tensors are scaled; attributes as in `precision.fp8_*`.
+
+    Attributes:
+        scaling: delayed, tensorwise or blockwise.
+        gradient: format of gradients; that of rows and weights is e4m3.
+        margin: delayed scales are divided by 2^margin.
+        history: steps whose amax values are remembered.
+        most_recent: the newest of them gives the scale, not the largest.
+    """
+
+    scaling: Literal["delayed", "tensorwise", "blockwise"]
+    gradient: torch.dtype = formats.E5M2
+    margin: int = 0
+    history: int = 1024
+    most_recent: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> Recipe:
+        """What a configuration asks for; it emulates."""
+        precision = config.precision
+        assert precision.fp8 != "off", "the caller asks `precision.emulated`"
+        return cls(
+            scaling=precision.fp8,
+            gradient=formats.E5M2 if precision.fp8_format == "hybrid" else formats.E4M3,
+            margin=precision.fp8_margin,
+            history=precision.fp8_amax_history,
+            most_recent=precision.fp8_amax_choice == "most_recent",
+        )
+
+    def format_of(self, role: int) -> torch.dtype:
+        """FP8 format of one of a product's tensors."""
+        return self.gradient if role >= GRADIENT else formats.E4M3
+
+
+class DelayedScales(Fp32Buffers):
+    """Scales of a product's three tensors and the amax values that they follow from, for each of L products.
+
+    Not in the model's state dict, so that weights are the same with any recipe: mmscale.train.fp8_scales puts it into
+    checkpoints, as state_te.py has it for Transformer-Engine.
+
+    Attributes:
+        state: [1 + steps, L, 5] fp32, scales in row 0 and amax values below; row 1 is what has been seen since the last
+            update. Columns are input, weight, output, gradient of the output, gradient of the input.
+        groups: process groups of this rank.
+        experts: products of experts, which expert-parallel ranks share.
+        name: of the weight in a checkpoint.
+    """
+
+    state: Tensor
+    name = ""
+
+    def __init__(self, recipe: Recipe, groups: ProcessGroupCollection, *, count: int, experts: bool) -> None:
+        super().__init__()
+        self.recipe, self.groups, self.experts = recipe, groups, experts
+        state = torch.zeros(1 + recipe.history, count, COLUMNS)
+        state[0] = 1.0
+        self.register_buffer("state", state, persistent=False)
+
+    def scale(self, role: int) -> Tensor:
+        """[L, 1, 1]."""
+        return self.state[0, :, role].view(-1, 1, 1)
+
+    def see(self, role: int, amax: Tensor) -> None:
+        """Remember amax [L, 1, 1] of one of the tensors. What is not a number counts as infinite: ranks can agree."""
+        found = torch.nan_to_num(amax.view(-1), nan=float("inf"), posinf=float("inf"))
+        self.seen[:, role] = torch.maximum(self.seen[:, role], found)
+
+    @property
+    def seen(self) -> Tensor:
+        """[L, 5], amax values since the last update; a view."""
+        return self.state[1]
+
+    def update(self) -> None:
+        """Scales of the next step, after ranks have agreed on what was seen."""
+        limits = [formats.largest(self.recipe.format_of(role)) for role in range(COLUMNS)]
+        formats.update_delayed(
+            self.state[1:],
+            self.state[0],
+            torch.tensor(limits, device=self.state.device),
+            margin=self.recipe.margin,
+            most_recent=self.recipe.most_recent,
+        )
+
+
+class Fp8Product(nn.Module):
+    """[L, M, K] x [L, K, N] -> [L, M, N] in emulated FP8, forward and backward.
+
+    Args:
+        recipe: how tensors are scaled.
+        groups: tensor-parallel ranks agree on amax values.
+        name: of the weight in a checkpoint.
+        count: L.
+        experts: the products are those of experts that expert-parallel ranks share.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        groups: ProcessGroupCollection,
+        *,
+        name: str = "",
+        count: int = 1,
+        experts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.recipe, self.tp = recipe, groups.tp
+        self.scales: DelayedScales | None = None
+        if recipe.scaling == "delayed":
+            self.scales = DelayedScales(recipe, groups, count=count, experts=experts)
+            self.scales.name = name
+
+    def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Multiply.
+
+        Raises:
+            ConfigError: a size that tensor cores do not take.
+        """
+        require_aligned(rows.shape[-2], rows.shape[-1], weight.shape[-1])
+        product: Tensor = _Product.apply(rows, weight, self)
+        return product
+
+    @torch.no_grad()
+    def quantize(self, tensor: Tensor, role: int, blocks: Blocks, *, seen: bool) -> Quantized:
+        """Round one of the tensors.
+
+        Args:
+            tensor: [L, ., .].
+            role: ROWS, WEIGHT or GRADIENT.
+            blocks: which values share a scale, if the recipe is blockwise.
+            seen: delayed scaling remembers its amax.
+        """
+        dtype = self.recipe.format_of(role)
+        if self.recipe.scaling == "blockwise":
+            return formats.quantize_blocks(tensor, dtype, blocks)
+        if self.scales is not None:
+            if seen:
+                self.scales.see(role, formats.amax_of(tensor))
+            return formats.quantize_tensor(tensor, self.scales.scale(role), dtype)
+        amax = formats.amax_of(tensor)
+        if self.tp.size() > 1:
+            torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=self.tp)
+        return formats.quantize_tensor(tensor, formats.scale_of(amax, dtype, source=tensor.dtype), dtype)
+
+
+class _Product(torch.autograd.Function):
+    """The three products of a linear. One scale per tensor: a tensor is rounded once and read both ways.
+
+    Blocks run along the dimension that is summed over, so rows and gradient are rounded once for each of two products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, module: Fp8Product) -> Tensor:
+        left = module.quantize(rows, ROWS, Blocks.ROW, seen=module.training)
+        right = module.quantize(weight, WEIGHT, Blocks.TILE, seen=module.training)
+        kept = left
+        if left.blocks is not Blocks.TENSOR and ctx.needs_input_grad[1]:
+            kept = module.quantize(rows, ROWS, Blocks.COLUMN, seen=False)
+        ctx.save_for_backward(kept.codes, kept.scale_inv, right.codes, right.scale_inv)
+        ctx.module, ctx.blocks, ctx.dtypes = module, (kept.blocks, right.blocks), (rows.dtype, weight.dtype)
+        ctx.training = module.training
+        return formats.product(left, right, rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
+        codes, scale, weight_codes, weight_scale = ctx.saved_tensors
+        rows = Quantized(codes, scale, ctx.blocks[0])
+        weight = Quantized(weight_codes, weight_scale, ctx.blocks[1])
+        across = ctx.module.quantize(gradient, GRADIENT, Blocks.ROW, seen=ctx.training)
+        of_rows = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_rows = formats.product(across, formats.transposed(weight), ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            down = across
+            if across.blocks is not Blocks.TENSOR:
+                down = ctx.module.quantize(gradient, GRADIENT, Blocks.COLUMN, seen=False)
+            of_weight = formats.product(formats.transposed(rows), down, ctx.dtypes[1])
+        return of_rows, of_weight, None
+
+
+def require_aligned(rows: int, inner: int, columns: int) -> None:
+    """Refuse sizes that FP8 tensor cores do not take in one of a linear's three products.
+
+    Raises:
+        ConfigError: one of them is not a multiple of 16.
+    """
+    for name, size in (("rows", rows), ("inputs", inner), ("outputs", columns)):
+        if size % ALIGNMENT:
+            raise ConfigError(
+                f"an FP8 product of [{rows}, {inner}] x [{inner}, {columns}]: {size} {name} are not a multiple of "
+                f"{ALIGNMENT}",
+                remedy="use widths and numbers of tokens that are, or precision.fp8=off",
+            )
+
+
+class Fp8ColumnParallelLinear(ColumnParallelLinear):
+    """megatron-core's linear with its outputs sharded; its products are FP8's once `attach` gave it some."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fp8: Fp8Product | None = None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+        if self.fp8 is None:
+            output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+            return output
+        assert kwargs["bias"] is None and self.sequence_parallel == (self.tp_group.size() > 1)
+        if self.sequence_parallel:
+            input = gather_from_sequence_parallel_region(  # noqa: A001
+                input, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        return _linear(self.fp8, input, weight)
+
+
+class Fp8RowParallelLinear(RowParallelLinear):
+    """megatron-core's linear with its inputs sharded; its products are FP8's once `attach` gave it some."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fp8: Fp8Product | None = None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+        if self.fp8 is None:
+            output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+            return output
+        return _linear(self.fp8, input, weight)
+
+
+def _linear(product: Fp8Product, hidden: Tensor, weight: Tensor) -> Tensor:
+    """[S, B, K] and a weight [N, K] -> [S, B, N]."""
+    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    output: Tensor = product(flat, weight.t().unsqueeze(0))
+    return output.view(*hidden.shape[:-1], -1)
+
+
+class Fp8FeedForward(nn.Module):
+    """SwiGLU experts whose two products are FP8's: stands in for `expert_compute.feed_forward`."""
+
+    def __init__(
+        self, recipe: Recipe, groups: ProcessGroupCollection, *, name: str = "", count: int, experts: bool
+    ) -> None:
+        super().__init__()
+        self.first = Fp8Product(recipe, groups, name=f"{name}.w1", count=count, experts=experts)
+        self.second = Fp8Product(recipe, groups, name=f"{name}.w2", count=count, experts=experts)
+
+    def forward(self, tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """Arguments and result as of `feed_forward`: [L, M, H], [L, H, 2, F], [L, F, H] -> [L, M, H]."""
+        gate_up = self.first(tokens, w1.view(*w1.shape[:2], -1))
+        output: Tensor = self.second(swiglu(gate_up, fused=False), w2)
+        return output
+
+
+def attach(model: Any, config: Config, groups: ProcessGroupCollection) -> None:
+    """Give attention's and the feed-forward's products of a model chunk their FP8, layer by layer.
+
+    Args:
+        model: a GPTModel whose linears are of the classes above.
+        config: `precision`; nothing happens without emulation.
+        groups: process groups of this rank.
+    """
+    precision = config.precision
+    if not precision.emulated:
+        return
+    recipe = Recipe.of(config)
+    last = config.model.num_layers - precision.fp8_skip_last
+    for layer in model.decoder.layers:
+        number = layer.layer_number - 1
+        if not precision.fp8_skip_first <= number < last:
+            continue
+        for path, module in list(layer.named_modules()):
+            name = f"decoder.layers.{number}.{path}"
+            if isinstance(module, Fp8ColumnParallelLinear | Fp8RowParallelLinear):
+                module.fp8 = Fp8Product(recipe, groups, name=name)
+            elif isinstance(module, Experts):
+                # Shared experts are dense parameters: every rank holds them.
+                spread = not module.w1.allreduce  # type: ignore[attr-defined]
+                module.compute = Fp8FeedForward(  # type: ignore[assignment]
+                    recipe, groups, name=name, count=module.local_count, experts=spread
+                )

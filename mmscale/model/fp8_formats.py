@@ -1,0 +1,181 @@
+"""FP8 in formulas: scales from amax values, rounding, blocks. Pure tensor functions on any device; no model, no groups.
+
+Equal to Transformer-Engine 2.11 bit for bit: CurrentScalingQuantizerRef (quantization_current_scaling.py) for scales
+from the tensor itself, the fused update (delayed_scaling.cu) for delayed ones, compute_scale_from_amax
+(recipe_common.cuh) where amax is not finite: there the kernels take 1, and the Python reference takes 0 or NaN.
+
+Values are clamped before the cast and amax is taken before it: torch 2.11 casts what is out of range to NaN and torch
+2.13 to the largest value, infinities included.
+
+Shapes: M rows, K columns, leading dimensions L (experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BLOCK = 128
+_FP32_MAX = torch.finfo(torch.float32).max
+
+
+class Blocks(StrEnum):
+    """Which values share a scale, for a matrix [M, K].
+
+    TENSOR: all of it.
+    ROW: 128 neighbours of a row: activations and gradients, along the dimension that the product sums over.
+    COLUMN: 128 neighbours of a column: the same tensors in the product of the weight's gradient.
+    TILE: 128 x 128: weights, which are read both ways.
+    """
+
+    TENSOR = "tensor"
+    ROW = "row"
+    COLUMN = "column"
+    TILE = "tile"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return {Blocks.ROW: (1, BLOCK), Blocks.COLUMN: (BLOCK, 1), Blocks.TILE: (BLOCK, BLOCK)}[self]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor [..., M, K] in FP8.
+
+    Attributes:
+        codes: FP8 values of its shape.
+        scale_inv: fp32, what codes are multiplied with: [..., 1, 1], or one for each block.
+        blocks: which values share a scale; TENSOR: they all do, in each of the leading dimensions.
+    """
+
+    codes: Tensor
+    scale_inv: Tensor
+    blocks: Blocks
+
+    def dequantized(self) -> Tensor:
+        """fp32, of the shape of the codes."""
+        if self.blocks is Blocks.TENSOR:
+            return self.codes.float() * self.scale_inv
+        values = _blocked(self.codes.float(), self.blocks) * self.scale_inv[..., :, None, :, None]
+        return _whole(values, self.codes.shape)
+
+
+def largest(dtype: torch.dtype) -> float:
+    """The largest value of an FP8 format: 448 of e4m3, 57344 of e5m2."""
+    return float(torch.finfo(dtype).max)
+
+
+def amax_of(tensor: Tensor) -> Tensor:
+    """Max |x| over the last two dimensions, fp32 [..., 1, 1]; 0 of no values."""
+    if tensor.numel() == 0:
+        return torch.zeros(*tensor.shape[:-2], 1, 1, device=tensor.device)
+    return tensor.detach().abs().amax(dim=(-2, -1), keepdim=True).float()
+
+
+def scale_of(
+    amax: Tensor,
+    dtype: torch.dtype,
+    *,
+    power_of_two: bool = False,
+    eps: float = 0.0,
+    source: torch.dtype = torch.float32,
+) -> Tensor:
+    """What a tensor with this amax is multiplied with before the cast.
+
+    Args:
+        amax: fp32, any shape.
+        dtype: FP8 format.
+        power_of_two: clear the mantissa of the scale, i.e. round it down to a power of two.
+        eps: smaller amax values count as this.
+        source: format of the tensor; its largest value stands in where the quotient overflows.
+
+    Returns:
+        fp32: largest(dtype) / max(amax, eps); 1 where amax is 0, infinite or not a number.
+    """
+    amax = torch.where(amax < eps, eps, amax)
+    scale = torch.div(largest(dtype), amax)  # `number / tensor` multiplies with the reciprocal: one bit off
+    scale = torch.where(torch.isinf(scale), torch.finfo(source).max, scale)
+    if power_of_two:
+        scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)  # sign and exponent
+    return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
+
+
+def cast(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """FP8 codes of tensor * scale, saturated, rounded to nearest even. Not a number stays so."""
+    limit = largest(dtype)
+    return (tensor.float() * scale).clamp(-limit, limit).to(dtype)
+
+
+def quantize_tensor(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantized:
+    """[..., M, K] with a scale [..., 1, 1] from elsewhere."""
+    return Quantized(cast(tensor, scale, dtype), scale.reciprocal(), Blocks.TENSOR)
+
+
+def quantize_blocks(tensor: Tensor, dtype: torch.dtype, blocks: Blocks) -> Quantized:
+    """[..., M, K] with a power-of-two scale for each block; blocks at the edges may be smaller."""
+    values = _blocked(tensor.detach().float(), blocks)
+    amax = values.abs().amax(dim=(-3, -1))
+    scale = scale_of(amax, dtype, power_of_two=True, source=tensor.dtype)
+    codes = cast(values, scale[..., :, None, :, None], dtype)
+    return Quantized(_whole(codes, tensor.shape), scale.reciprocal(), blocks)
+
+
+def _blocked(tensor: Tensor, blocks: Blocks) -> Tensor:
+    """[..., M, K] -> [..., blocks down, rows of one, blocks across, columns of one], filled up with zeros."""
+    rows, columns = blocks.shape
+    height, width = tensor.shape[-2:]
+    down, across = -(-height // rows), -(-width // columns)
+    if (down * rows, across * columns) != (height, width):
+        tensor = F.pad(tensor, (0, across * columns - width, 0, down * rows - height))
+    return tensor.reshape(*tensor.shape[:-2], down, rows, across, columns)
+
+
+def _whole(blocked: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_blocked`."""
+    *leading, down, rows, across, columns = blocked.shape
+    return blocked.reshape(*leading, down * rows, across * columns)[..., : shape[-2], : shape[-1]]
+
+
+def product(left: Quantized, right: Quantized, out: torch.dtype) -> Tensor:
+    """[L, M, K] x [L, K, N] summed in fp32, as FP8 tensor cores do.
+
+    With one scale per tensor codes are multiplied and the sum is scaled; with blocks values are: their scales are
+    powers of two, so both are exact.
+    """
+    if left.blocks is Blocks.TENSOR and right.blocks is Blocks.TENSOR:
+        summed = torch.bmm(left.codes.float(), right.codes.float())
+        return (summed * (left.scale_inv * right.scale_inv)).to(out)
+    return torch.bmm(left.dequantized(), right.dequantized()).to(out)
+
+
+def transposed(quantized: Quantized) -> Quantized:
+    """[..., M, K] -> [..., K, M]; a tensor in rows becomes one in columns."""
+    turned = {Blocks.ROW: Blocks.COLUMN, Blocks.COLUMN: Blocks.ROW}
+    blocks = turned.get(quantized.blocks, quantized.blocks)
+    return Quantized(quantized.codes.transpose(-2, -1), quantized.scale_inv.transpose(-2, -1), blocks)
+
+
+def update_delayed(history: Tensor, scale: Tensor, limit: Tensor, *, margin: int, most_recent: bool) -> None:
+    """Scales for what comes from what was seen, in place; entry 0 of the history is the newest and is emptied.
+
+    Args:
+        history: [steps, ...] fp32 amax values; entry 0 of the step that ends, entry 1 the oldest, the last one the
+            newest before it, as Transformer-Engine rolls them.
+        scale: [...] fp32; stays where amax is 0, infinite or not a number.
+        limit: [...] fp32, largest value of each tensor's format.
+        margin: scales are divided by 2^margin.
+        most_recent: entry 0 gives the scale instead of the largest of all.
+    """
+    amax = history[0].clone() if most_recent else history.amax(dim=0)
+    rolled = history.roll(-1, 0)
+    rolled[0] = 0.0
+    history.copy_(rolled)
+    fresh = limit * 0.5**margin / amax
+    fresh = torch.where((amax > 0.0) & torch.isfinite(amax), fresh, scale)
+    scale.copy_(torch.where(torch.isinf(fresh), _FP32_MAX, fresh))

@@ -58,6 +58,13 @@ def _moments(config: Config) -> Iterator[Problem]:
                 f"{config.precision.dtype}: Transformer-Engine's Adam keeps the master weights",
                 "use precision.dtype=bf16, or bf16 or fp8_coat",
             )
+    if config.optim.moments in ("te_bf16", "te_fp8") and config.resilience.memory_every:
+        # The scales of FP8 states are no part of what a torch optimizer calls its state.
+        yield Problem(
+            f"optim.moments = {config.optim.moments} with resilience.memory_every: a copy in memory would not be the "
+            "whole state of Transformer-Engine's Adam",
+            "use resilience.memory_every=0, or optim.moments=bf16 or fp8_coat",
+        )
 
 
 RULES: tuple[Rule, ...] = (_optim, _moments)

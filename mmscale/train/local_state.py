@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from mmscale.runtime import random_state
+from mmscale.train.adam_compact import MOMENTS, CompactAdam
 from mmscale.train.state import TrainState, unwrapped
 
 _MAIN = "main"  # a parameter itself, beside exp_avg and exp_avg_sq
@@ -45,9 +46,16 @@ def problems(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[st
         found.append("it has other parameter groups")
     wanted = {name: tensor.shape for name, tensor in _weights(state)}
     known = set(wanted)
-    for name, param, _ in _optimized(state):
+    other: list[str] = []
+    for name, param, inner in _optimized(state):
         wanted[f"{name}.{_MAIN}"] = param.shape
-        known |= {key for key in tensors if key.startswith(f"{name}.")}
+        mine = {key: value.dtype for key, value in tensors.items() if key.startswith(f"{name}.")}
+        known |= mine.keys()
+        kept = {key: dtype for key, dtype in mine.items() if key != f"{name}.{_MAIN}"}
+        if kept and kept != {f"{name}.{key}": dtype for key, dtype in _moments(inner, param).items()}:
+            other.append(name)
+    if other:
+        found.append(f"moments of {other[0]} are not kept as optim.moments says")
     found += [f"{name} is missing" for name in wanted if name not in tensors]
     found += [
         f"{name} has shape {list(tensors[name].shape)} instead of {list(shape)}"
@@ -123,6 +131,13 @@ def _optimized(state: TrainState) -> Iterator[tuple[str, Tensor, torch.optim.Opt
         for group_number, group in enumerate(inner.param_groups):
             for index, param in enumerate(group["params"]):
                 yield f"optimizer.{number}.{group_number}.{index}", param, inner
+
+
+def _moments(inner: torch.optim.Optimizer, param: Tensor) -> dict[str, torch.dtype]:
+    """What an optimizer keeps of a shard, by name."""
+    if isinstance(inner, CompactAdam):
+        return {name: dtype for name, (dtype, _) in inner.layout(param).items()}
+    return dict.fromkeys(MOMENTS, torch.float32)  # Transformer-Engine's own types are refused with the memory tier
 
 
 def _taken_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

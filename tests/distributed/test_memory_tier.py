@@ -441,20 +441,25 @@ def test_a_guard_does_not_wait_for_ever(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "parallel", "world"),
+    ("model", "dtype", "parallel", "world", "moments"),
     [
-        ("moma_depth_joint", "fp32", {"ep": 2}, 4),
-        ("moma", "bf16", {"tp": 2, "pp": 2}, 4),
-        ("dense", "bf16", {"overlap_grad_reduce": True, "overlap_param_gather": True}, 2),
-        ("moe", "fp32", {"pp": 2, "vpp": 2}, 2),
+        ("moma_depth_joint", "fp32", {"ep": 2}, 4, "fp32"),
+        ("moma", "bf16", {"tp": 2, "pp": 2}, 4, "fp32"),
+        ("dense", "bf16", {"overlap_grad_reduce": True, "overlap_param_gather": True}, 2, "bf16"),
+        ("moe", "fp32", {"pp": 2, "vpp": 2}, 2, "fp8_coat"),
     ],
 )
 def test_a_restart_from_memory_goes_on_bit_by_bit(
-    place: Path, model: str, dtype: str, parallel: dict[str, Any], world: int
+    place: Path, model: str, dtype: str, parallel: dict[str, Any], world: int, moments: str
 ) -> None:
     """Two steps, a snapshot, two more; then another life with the memory of one rank lost: the same two more."""
     config = settings(model, dtype=dtype, parallel=parallel)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.1})})
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"dropout": 0.1}),
+            "optim": config.optim.model_copy(update={"moments": moments}),
+        }
+    )
 
     def life(name: str, ranks: RankEnv) -> None:
         start(ranks)
@@ -474,6 +479,8 @@ def test_a_restart_from_memory_goes_on_bit_by_bit(
             found = made.restore(above=0, accept=lambda *got: local_state.problems(state, *got))
             assert found is not None and found[0] == 2, events(place)
             assert local_state.problems(state, {}, {}) and local_state.problems(state, found[1], {})
+            others = {name: value.double() if "exp_avg" in name else value for name, value in found[1].items()}
+            assert any("optim.moments" in problem for problem in local_state.problems(state, others, found[2]))
             local_state.restore(state, found[1], found[2])
             assert state.step == 2
             made.close()

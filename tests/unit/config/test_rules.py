@@ -167,6 +167,9 @@ BROKEN = [
         "optim.warmup + optim.decay = 6 + 6 steps is more than train.steps = 10",
     ),
     ({"optim__beta2": 1.0}, "optim.beta2 = 1 never forgets"),
+    ({"optim__moments": "bf16", "optim__beta2": 0.999}, "optim.moments = bf16 with optim.beta2 = 0.999"),
+    ({"auxiliary__optim__moments": "te_fp8", "precision__dtype": "fp32"}, "auxiliary.optim.moments = te_fp8 is for"),
+    ({"optim__moments": "te_bf16", "resilience__memory_every": 1}, "te_bf16 with resilience.memory_every"),
     ({"resilience__anomaly__window": 7}, "resilience.anomaly.window = 7 steps say little"),
     ({"resilience__memory_group": 1}, "resilience.memory_group = 1 leaves nobody to keep a rank's parity"),
     ({"resilience__anomaly__threshold": float("inf")}, "resilience.anomaly.threshold = inf is not a finite number"),
@@ -250,6 +253,8 @@ FINE = [
     {"parallel__pp": 2, "parallel__vpp": 2, "parallel__overlap_p2p": False, "parallel__batch_p2p": False},
     {"parallel__pp": 4, "parallel__vpp": 2, "parallel__overlap_p2p": False},  # two neighbours: batching is right
     {"parallel__pp": 2, "model__tie_embeddings": True},
+    {"optim__moments": "fp8_coat", "optim__beta2": 0.999, "resilience__memory_every": 1},
+    {"optim__moments": "bf16", "optim__beta2": 0.995, "auxiliary__optim__moments": "te_fp8"},
     {"model__experts": {"counts": {"text": 1, "image": 1}, "capacity_factor": 1.5}},
     {"data__prepare": {"source": "digits", "image": {"kind": "kmeans", "size": 8, "patch": 2}}},
     {"data__prepare": {"documents": ["a"], "image": {"kind": "vq", "path": "model"}}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
 from torch import Tensor
 
+from mmscale.errors import ConfigError
 from mmscale.train.adam import HostFusedAdam
 from mmscale.train.adam_compact import MOMENTS, CompactAdam, Place, read, write
 from mmscale.train.adam_moments import GROUP, from_groups, pack, to_groups, unpack
+from mmscale.train.optim import precision_aware
 
 # All magnitudes of E4M3 by their definition: 4 bits of exponent with bias 7, 3 of mantissa, one NaN.
 E4M3 = [
@@ -250,3 +254,25 @@ def test_writes_where_it_reads() -> None:
     whole = read(own.state[param], "exp_avg", place, 0, 500)
     assert float((whole - values).abs().max()) < 0.2
     assert torch.equal(read(own.state[param], "exp_avg", place, 56, 300), whole[56:300])
+
+
+class TestTransformerEngine:
+    """Moments that its FusedAdam keeps: megatron-core's settings, and a clear error where there is none."""
+
+    @pytest.mark.parametrize("moments", ["te_bf16", "te_fp8"])
+    def test_without_it_is_an_error(self, moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", False)
+        with pytest.raises(ConfigError, match=f"optim.moments = {moments} needs Transformer-Engine") as error:
+            precision_aware(moments)
+        assert "fp8_coat" in error.value.remedy
+
+    def test_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The names are fields of megatron-core's settings, the types those that FusedAdam takes."""
+        monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
+        names = {field.name for field in dataclasses.fields(OptimizerConfig)}
+        for moments, dtype in (("te_bf16", torch.bfloat16), ("te_fp8", torch.uint8)):
+            found = precision_aware(moments)
+            assert found.keys() <= names
+            assert found["use_precision_aware_optimizer"] is True
+            assert found["exp_avg_dtype"] is found["exp_avg_sq_dtype"] is dtype
+        assert precision_aware("fp32") == precision_aware("bf16") == precision_aware("fp8_coat") == {}

@@ -201,6 +201,9 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
     replicas = data_parallel_size(config, world)
     dense, experts = stage_parameters(config, parameters, stage)
     reduce_overlapped, gather_overlapped = overlap_data_parallel(config, nccl=True)
+    # Without overlap the optimizers of dense and of expert parameters both have all parameters gathered after their part
+    # of the step (distrib_optimizer.py, step_with_ready_grads).
+    gathers = 2 if experts and not gather_overlapped else 1
     for elements, ranks in ((dense, replicas), (experts, replicas // parallel.ep)):
         for kind, operation, width, overlapped in (
             (Kind.GRAD_REDUCE, Operation.REDUCE_SCATTER, _FP32, reduce_overlapped),
@@ -208,7 +211,8 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
         ):
             bucket = max(_BUCKET, _BUCKET_PER_RANK * ranks)
             calls = max(1, round(elements / bucket)) if overlapped else (parallel.vpp or 1)
-            ledger.add(kind, operation, ranks, payload=elements * width / calls, calls=calls)
+            times = gathers if kind is Kind.PARAM_GATHER else 1
+            ledger.add(kind, operation, ranks, payload=elements * width / calls, calls=calls * times)
     replicated = sum(parameters.layers[layer].replicated for layer in stage_layers(config, stage))
     replicated += parameters.final_norm if first_and_last(config, stage)[1] else 0
     ledger.add(Kind.TP, Operation.ALL_REDUCE, parallel.tp, payload=replicated * _FP32)

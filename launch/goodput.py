@@ -14,9 +14,10 @@ def goodput(
 ) -> tuple[float | None, dict[str, float]]:
     """Productive time over allocated time, and where all of the time went.
 
-    An attempt's time begins with its "launch" event and ends with its last event or now. Up to "start" or "resume" it
-    is start-up. What follows is steps, save stalls and evaluation; steps beyond the point from which the next attempt
-    goes on are lost, with all that came after the last step that counts. Between attempts the run waits.
+    An attempt's time begins with its "launch" event, the first one of a job with the job (`since`), and ends with its
+    last event or now. Up to "start" or "resume" it is start-up. What follows is steps, save stalls and evaluation;
+    steps beyond the point from which the next attempt goes on are lost, with all that came after the last step that
+    counts. Between attempts the run waits.
 
     Args:
         events: of events.jsonl, in order.
@@ -34,7 +35,8 @@ def goodput(
     previous_end: float | None = None
     for place, number in enumerate(order):
         mine = attempts[number]
-        begin = next(e["time"] for e in mine if e["event"] == "launch")
+        launched = next(e for e in mine if e["event"] == "launch")
+        begin = launched.get("since", launched["time"])
         over = any(e["event"] in ("ranks_ended", "gave_up") for e in mine) or place + 1 < len(order)
         end = max(mine[-1]["time"], begin) if over else max(now, begin)
         if previous_end is not None:

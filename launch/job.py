@@ -21,19 +21,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from launch import nodes, scheduler
+from launch import agent, nodes, ranks, scheduler
 from launch import record as records
 from launch.policy import GAVE_UP, STOPPED, Action, Budget, Ending, crashed, decide
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError, MmscaleError
 from mmscale.resilience import lease, watchdog
-from mmscale.runtime.rank_env import expand_hostlist
+from mmscale.runtime.rank_env import expand_hostlist, unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
 BUDGET = "budget.json"
 _REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
 _POLL_S = 0.1
+_OTHERS_S = 60.0  # after one rank has said that trying again would not help; as srun's --wait
 _KILLED_S = 90.0  # a requeued job is ended by SLURM within KillWait
 _NOTED = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -71,6 +73,8 @@ class Supervisor:
         self.slurm = self.profile.scheduler == "slurm"
         self.job = os.environ.get("SLURM_JOB_ID", "") if self.slurm else ""
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # unset the first time
+        self.began: float | None = round(time.time(), 3)  # of a start of the job that no attempt has been told yet
+        self.bandwidth: dict[str, Any] = {}
         self.signals: list[str] = []
         self._ranks: subprocess.Popen[bytes] | None = None
         self._sent = 0.0
@@ -99,9 +103,9 @@ class Supervisor:
             if records.stop_asked(self.folder) or self.signals:
                 return self._end_before_ranks()
             if number == 0 and self.slurm:
-                bad = nodes.examine(self.record, self.profile, interrupted=lambda: bool(self.signals))
-                if bad:
-                    self._refuse(bad)
+                self._preflight()
+                if self.signals:
+                    continue
             attempt = next_attempt(self.run_dir)
             lease_id = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
             lease.take(self.run_dir, lease_id, attempt=attempt, job=self.job)
@@ -160,6 +164,20 @@ class Supervisor:
                 self._requeue()
         return STOPPED
 
+    def _preflight(self) -> None:
+        """Examine the nodes, then how fast they are together.
+
+        Raises:
+            LaunchError: one is not fit.
+        """
+        bad = nodes.examine(self.record, self.profile, interrupted=lambda: bool(self.signals))
+        if not bad:
+            bad, self.bandwidth = nodes.measure(
+                self.record, self.profile, port=unused_port(), interrupted=lambda: bool(self.signals)
+            )
+        if bad:
+            self._refuse(bad)
+
     def _refuse(self, bad: dict[str, str]) -> None:
         """End the job before ranks start.
 
@@ -171,7 +189,8 @@ class Supervisor:
         names = ",".join(sorted(bad))
         with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
             events.add("preflight_failed", job=self.job, restart=self.restart, nodes=bad)
-        nodes.cordon(self.record, self.profile, bad)
+        if self.record.nodes == 1 or len(bad) < self.record.nodes:  # all at once: it is what is between them
+            nodes.cordon(self.record, self.profile, bad)
         raise LaunchError(
             "; ".join(f"node {node} is not fit to train on: {text}" for node, text in sorted(bad.items())),
             remedy=f"`mmscale resume {self.run_dir}` leaves nodes of the cordon file out; by hand: #SBATCH "
@@ -183,7 +202,11 @@ class Supervisor:
     def _attempt(self, lease_id: str, attempt: int, fence: lease.Fence, events: EventLog) -> tuple[Action, int]:
         logs = self.run_dir / "logs" / f"attempt_{attempt}"
         logs.mkdir(parents=True, exist_ok=True)
-        command = self._command(logs)
+        # The first node, where rank 0 is, is this one.
+        port = unused_port() if self.slurm else 0
+        in_place = self._restarts_in_place()
+        command = ranks.command(self.record, self.profile, logs=logs, environ=os.environ, port=port, in_place=in_place)
+        environment = ranks.environment(self.profile, os.environ, lease_id=lease_id, port=port, logs=logs)
         events.add(
             "launch",
             attempt_id=lease_id,
@@ -192,23 +215,21 @@ class Supervisor:
             restart=self.restart,
             nodes=os.environ.get("SLURM_JOB_NODELIST", os.uname().nodename),
             world_size=self.record.world_size,
+            **({"since": self.began} if self.began is not None else {}),
+            **({"all_reduce_gb_s": self.bandwidth} if self.bandwidth else {}),
         )
+        self.began, self.bandwidth = None, {}
         _say(f"attempt {attempt} ({lease_id}): {shlex.join(command)}")
         try:
-            status = self._wait_for(command, lease_id, fence)
+            status = self._wait_for(command, environment, logs, fence)
             fence.check()
         except lease.FencedError as error:
             _say(f"error: {error.cause}")
             return Action.END, error.exit_status
+        attempt = self._after_restarts_in_place(attempt, lease_id, events)
+        logs = self.run_dir / "logs" / f"attempt_{attempt}"
         if hung := watchdog.reports(logs):
-            events.add(
-                "hang",
-                attempt_id=lease_id,
-                ranks=watchdog.culprits(hung, world_size=self.record.world_size),
-                step=max(report.step for report in hung),
-                waited_s=max(report.waited_s for report in hung),
-                reports=str(logs / watchdog.FOLDER),
-            )
+            self._tell_hang(hung, logs, lease_id, events)
         budget = self._budget().ended(
             step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(self._ending(status, attempt))
         )
@@ -228,49 +249,58 @@ class Supervisor:
             return action, GAVE_UP
         return action, STOPPED if status != 0 and not crashed(ending) and status not in (2, 3, 4, 5) else status
 
+    def _tell_hang(self, hung: list[watchdog.Report], logs: Path, lease_id: str, events: EventLog) -> None:
+        events.add(
+            "hang",
+            attempt_id=lease_id,
+            ranks=watchdog.culprits(hung, world_size=self.record.world_size),
+            step=max(report.step for report in hung),
+            waited_s=max(report.waited_s for report in hung),
+            reports=str(logs / watchdog.FOLDER),
+        )
+
     def _max_restarts(self) -> int:
         return 0 if self.profile.scheduler == "debug" else self.record.max_restarts
 
-    def _command(self, logs: Path) -> list[str]:
-        """How the ranks are started."""
-        train = [self.record.python, "-m", "mmscale", "train", str(self.record.config)]
-        train += ["--yes"] if self.record.yes else []
-        if not self.slurm:
-            return [*train, "--nproc", str(self.record.world_size)]
-        # --mpi=none: a site's default plugin may want a library that ranks do not need.
-        # --cpus-per-task: from 22.05 on srun does not take it over from sbatch.
-        arguments = [
-            "srun",
-            f"--nodes={self.record.nodes}",
-            f"--ntasks={self.record.world_size}",
-            f"--ntasks-per-node={self.record.tasks_per_node}",
-            f"--cpus-per-task={self.profile.cpus_per_task}",
-            "--kill-on-bad-exit=1",
-            "--wait=60",
-            "--mpi=none",
-            "--export=ALL",
-            "--unbuffered",
-            "--open-mode=append",
-            f"--output={logs}/rank_%t.log",
-            f"--error={logs}/rank_%t.log",
-        ]
-        return [*arguments, *self.profile.srun_arguments, *train]
+    def _restarts_in_place(self) -> int:
+        """How often agents may start ranks again before this process looks at what became of it."""
+        left = self._max_restarts() - self._budget().restarts
+        return max(0, min(left, self.record.max_without_progress))
 
-    def _wait_for(self, command: list[str], lease_id: str, fence: lease.Fence) -> int:
-        """Start the ranks and wait for their end, passing requests on to them."""
-        environment = os.environ | {lease.VARIABLE: lease_id}
-        if self.slurm:
-            environment["MMSCALE_LAUNCHER"] = "slurm"
+    def _after_restarts_in_place(self, attempt: int, lease_id: str, events: EventLog) -> int:
+        """Count restarts by agents and tell of hangs before them; the attempt that ran last.
+
+        What comes behind it is of that attempt.
+        """
+        found = [event for event in read_events(self.run_dir) if event.get("attempt_id") == lease_id]
+        for event in found:
+            if event["event"] != "ranks_ended" or event.get("action") != agent.IN_PLACE:
+                continue
+            self._keep(self._budget().ended(step=int(event["checkpoint"]), crashed=True))
+            logs = self.run_dir / "logs" / f"attempt_{event['attempt']}"
+            if hung := watchdog.reports(logs):
+                self._tell_hang(hung, logs, lease_id, events)
+        last = max((int(event["attempt"]) for event in found), default=attempt)
+        events.attempt = last
+        return last
+
+    def _wait_for(self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence) -> int:
+        """Start the ranks and wait for their end, passing requests on to them; their exit status."""
         # A session of its own: what is sent to this process's group must not reach srun, which ends its step for it.
         self._ranks = subprocess.Popen(
             command, env=environment, cwd=self.record.cwd, stdin=subprocess.DEVNULL, start_new_session=True
         )
         self._sent = 0.0
+        waits_until = float("inf")
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     status = self._ranks.wait(_POLL_S)
-                    return status if status >= 0 else 128 - status
+                    return agent.true_status(logs, status if status >= 0 else 128 - status)
+                if agent.statuses(logs) and waits_until == float("inf"):
+                    waits_until = time.monotonic() + _OTHERS_S
+                if time.monotonic() > waits_until:  # agents would start the others again and again, without the first
+                    return agent.true_status(logs, 1)
                 fence.look()
                 if self.signals or records.stop_asked(self.folder):
                     self._ask_to_save()

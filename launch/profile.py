@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -76,7 +77,9 @@ class Container(Section):
 
 
 # CHECKS of slurm/preflight.py, which mypy cannot take as a Literal.
-Check = Literal["gpus", "gpu_idle", "gpu_memory_errors", "disk", "shared_memory", "run_folder", "clock"]
+Check = Literal[
+    "gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "disk", "shared_memory", "run_folder", "clock", "all_reduce"
+]
 
 
 class Preflight(Section):
@@ -84,6 +87,17 @@ class Preflight(Section):
 
     disk_gb: NonNegativeFloat = setting("Free space in the run folder's file system.", 1.0, unit="GB")
     shared_memory_gb: NonNegativeFloat = setting("Free space in /dev/shm.", 0.1, unit="GB")
+    all_reduce_mb: PositiveFloat = setting("Size of the all-reduces that are measured.", 64.0, unit="MB")
+    all_reduce_inside_gb_s: NonNegativeFloat = setting(
+        "Bus bandwidth of an all-reduce over a node's ranks; 0: measured and printed, nothing is demanded.",
+        0.0,
+        unit="GB/s",
+    )
+    all_reduce_between_gb_s: NonNegativeFloat = setting(
+        "The same over the ranks of two nodes, which a node must reach with one of its two neighbours.",
+        0.0,
+        unit="GB/s",
+    )
     skip: dict[Check, Line] = setting("Checks that are turned off, and why each.", {})
 
 
@@ -98,6 +112,11 @@ class Profile(Section):
     constraint: Constraint | None = setting("Features that nodes must have, e.g. 'h100&ib'.", None)
     nodes: PositiveInt = setting("Nodes, unless --nodes says otherwise.", 1, unit="nodes")
     tasks_per_node: PositiveInt | None = setting("Ranks on a node; default: one per GPU.", None, unit="ranks")
+    ranks: Literal["srun", "torchrun"] = setting(
+        "Who starts ranks: srun each of them; or one torchrun per node, which starts them again in place after a crash "
+        "(seconds instead of a new step, but the allocation is not examined again).",
+        "srun",
+    )
     gpus_per_node: NonNegativeInt = setting("GPUs on a node.", 0, unit="GPUs")
     cpus_per_task: PositiveInt = setting("CPU cores of a rank.", 1, unit="cores")
     memory_gb: NonNegativeInt | None = setting("Memory of a node; 0: all of it.", None, unit="GB")
@@ -124,6 +143,8 @@ class Profile(Section):
     def _together(self) -> Profile:
         if self.scheduler == "slurm" and self.tasks_per_node is None and self.gpus_per_node == 0:
             raise ValueError("neither gpus_per_node nor tasks_per_node says how many ranks a node has")
+        if self.scheduler != "slurm" and self.ranks != "srun":
+            raise ValueError(f"ranks: {self.ranks} is for scheduler: slurm, and this is {self.scheduler}")
         if self.signal_delay >= 60 * self.time:
             raise ValueError(f"signal_delay ({self.signal_delay:g} s) is not below the time limit ({self.time} min)")
         return self

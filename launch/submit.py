@@ -19,7 +19,7 @@ from typing import Any
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch import job, scheduler
+from launch import job, ranks, scheduler
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
@@ -176,8 +176,8 @@ def script(planned: Sequence[Planned], *, after: str | None = None) -> str:
     """The batch script that `launch` would submit. Neither a cluster nor the launch folder is needed."""
     profile = planned[0].record.checked_profile()
     if profile.scheduler != "slurm":
-        supervisor = job.Supervisor(planned[0].record)
-        return shlex.join(supervisor._command(Path(planned[0].record.run) / "logs"))
+        logs = Path(planned[0].record.run) / "logs"
+        return shlex.join(ranks.command(planned[0].record, profile, logs=logs, environ=os.environ))
     executor = _executor([one.record for one in planned], profile, dependency=_after(after, ask=False))
     if len(planned) > 1:
         executor.parameters["map_count"] = len(planned)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,10 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHECKS = ("gpus", "gpu_idle", "gpu_memory_errors", "disk", "shared_memory", "run_folder", "clock")
+# clock and all_reduce are about several nodes: launch/nodes.py and slurm/bandwidth.py look at these.
+CHECKS = (
+    *("gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "disk", "shared_memory", "run_folder", "clock"),
+    "all_reduce",
+)
 MAX_SKEW_S = 30.0  # between nodes; certificates, leases and logs of one run are compared across them
 _SMI_TIMEOUT_S = 30.0  # a broken driver lets nvidia-smi hang
 _BUSY_MIB = 500.0
+# Errors of the driver after which a device needs a reset or a technician (NVIDIA, "XID errors"): double-bit ECC, failed
+# row remapping, NVLink, fallen off the bus, uncontained ECC, GSP timeout.
+_XIDS = frozenset({48, 64, 74, 79, 95, 119, 120})
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,20 @@ class Wanted:
     run: Path = Path()
 
 
-def examine(wanted: Wanted, *, skip: Sequence[str] = (), smi: Callable[[str], list[list[str]]] | None = None) -> dict:
+def examine(
+    wanted: Wanted,
+    *,
+    skip: Sequence[str] = (),
+    smi: Callable[[str], list[list[str]]] | None = None,
+    kernel: Callable[[], str] | None = None,
+) -> dict:
     """Run the checks on this node.
 
     Args:
         wanted: what it has to offer.
         skip: names of checks that are turned off.
         smi: asks nvidia-smi for fields of each device; tests give another one.
+        kernel: gives the kernel's log; tests give another one.
 
     Returns:
         node, time, problems (check -> what is wrong), measured.
@@ -69,6 +84,7 @@ def examine(wanted: Wanted, *, skip: Sequence[str] = (), smi: Callable[[str], li
         checks["gpus"] = lambda wanted, measured: _gpus(wanted, measured, ask)
         checks["gpu_idle"] = lambda wanted, measured: _gpu_idle(ask)
         checks["gpu_memory_errors"] = lambda wanted, measured: _gpu_memory_errors(ask)
+        checks["gpu_xid"] = lambda wanted, measured: _gpu_xid(measured, (kernel or _kernel_log)())
     for name, check in checks.items():
         if name in skip:
             continue
@@ -139,6 +155,22 @@ def _gpu_memory_errors(smi: Callable[[str], list[list[str]]]) -> str:
     rows = smi("index,ecc.errors.uncorrected.volatile.total")
     bad = [f"GPU {index}: {count}" for index, count in rows if count.isdigit() and int(count)]
     return f"uncorrectable memory errors since the last reset: {'; '.join(bad)}" if bad else ""
+
+
+def _kernel_log() -> str:
+    """What the kernel has said since this node started; "" where plain users may not read it."""
+    if shutil.which("dmesg") is None:
+        return ""
+    ended = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=_SMI_TIMEOUT_S)
+    return ended.stdout if ended.returncode == 0 else ""
+
+
+def _gpu_xid(measured: dict[str, Any], log: str) -> str:
+    """Errors that a driver's reset clears from the device, and that come back under load."""
+    found = [(int(code), device) for device, code in re.findall(r"NVRM: Xid \(PCI:([0-9A-Fa-f:.]+)\): (\d+)", log)]
+    measured["gpu_xids"] = sorted({code for code, _ in found}) if log else "the kernel's log may not be read"
+    bad = sorted({f"XID {code} of PCI {device}" for code, device in found if code in _XIDS})
+    return f"since this node started: {'; '.join(bad)}" if bad else ""
 
 
 def clock_problems(answers: Sequence[Mapping[str, Any]], *, within_s: float) -> dict[str, str]:

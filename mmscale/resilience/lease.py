@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mmscale.errors import LaunchError
@@ -52,10 +52,26 @@ def take(run: Path, lease_id: str, *, attempt: int, job: str = "") -> Lease:
     """Make an attempt the owner of a run; whoever was loses it."""
     lease = Lease(lease_id, attempt, job, socket.gethostname(), os.getpid(), round(time.time(), 3))
     run.mkdir(parents=True, exist_ok=True)
-    temporary = run / f".{LEASE}.{lease.host}.{lease.pid}"
+    _write(run, lease)
+    return lease
+
+
+def _write(run: Path, lease: Lease) -> None:
+    temporary = run / f".{LEASE}.{socket.gethostname()}.{os.getpid()}"
     temporary.write_text(json.dumps(asdict(lease)) + "\n")
     temporary.replace(run / LEASE)
-    return lease
+
+
+def renew(run: Path, lease_id: str, *, attempt: int) -> None:
+    """Give one's own lease the number of another attempt.
+
+    Raises:
+        FencedError: another attempt owns the run.
+    """
+    found = owner(run)
+    if found is None or found.id != lease_id:
+        raise FencedError(f"{run} belongs to attempt {found.id if found else 'nobody'} now, and not to {lease_id}")
+    _write(run, replace(found, attempt=attempt))
 
 
 def owner(run: Path) -> Lease | None:

@@ -10,8 +10,10 @@ all of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -184,6 +186,27 @@ def _from_slurm(environ: Mapping[str, str]) -> RankEnv:
 def port_of_job(job_id: int, *, step: int = 0) -> int:
     """A port that all ranks of a step compute alike, and other jobs and steps on the same node rarely do."""
     return _FIRST_PORT + (job_id * 31 + step) % _PORTS
+
+
+def unused_port() -> int:
+    """A port of the same range that nobody on this machine listens on now, for who starts all ranks of a step.
+
+    A port that follows from the job's number is the same after a requeue, when a rank of the start before may still hold
+    it, and the same as another cluster's on one machine; rank 0 then ends with "address already in use".
+
+    Raises:
+        ConfigError: there is none.
+    """
+    begin = secrets.randbelow(_PORTS)
+    for number in range(_PORTS):
+        port = _FIRST_PORT + (begin + number) % _PORTS
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            # As the server of torch.distributed does: connections of one that has ended are no obstacle.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
+            listener.listen(1)
+            return port
+    raise ConfigError(f"no port of {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free", remedy="set MASTER_PORT")
 
 
 def expand_hostlist(text: str) -> list[str]:

@@ -75,11 +75,12 @@ class Run:
         self.until(lambda: self.state().ended, "the job ends")
         return self.state()
 
-    def rank(self, number: int) -> int:
-        """Process id of a rank of the attempt that owns the run."""
+    def rank(self, number: int, *, below_agent: bool = False) -> int:
+        """Process id of a rank of the attempt that owns the run; with agents, of the first rank of a node."""
         owner = lease.owner(self.folder)
         assert owner is not None
         wanted = {f"{lease.VARIABLE}={owner.id}".encode(), f"SLURM_PROCID={number}".encode()}
+        wanted |= {b"LOCAL_RANK=0"} if below_agent else set()
         found: dict[int, int] = {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):

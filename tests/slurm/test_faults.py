@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,13 +20,13 @@ from launch import control, scheduler, submit
 from launch.profile import load_profile
 from mmscale.checkpoint.layout import Store
 from mmscale.runtime.rank_env import expand_hostlist
-from mmscale.train.metrics import METRICS
+from mmscale.train.metrics import METRICS, read_metrics
 from slurm.local_cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, assert_equal, shown, steps_done_again
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_by_itself(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
-    run = jobs.launch()
+    run = jobs.launch(slow_s=0.0, faults="1:*:begin:slow=0.15")
     run.until_step(13)
     os.kill(run.rank(1), signal.SIGKILL)
     killed = time.time()
@@ -37,7 +39,14 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_by_itself(jobs: Jobs, refere
     assert resume["step"] == max(event["step"] for event in run.events("save_committed") if event["attempt"] == 1)
     assert steps_done_again(run) <= 10  # steps since the last committed save, which comes every ten
     assert_equal(run, reference)
-    assert shown(run)["crashes"] == 1
+    found = shown(run)
+    assert found["crashes"] == 1
+    # Rank 1 was slow all the time, although both end each step together.
+    lines = read_metrics(run.folder)
+    assert sorted(line["slowest_rank"] for line in lines)[len(lines) // 2] == 1
+    assert sorted(line["rank_time_max_s"] - line["rank_time_median_s"] for line in lines)[len(lines) // 2] > 0.1
+    assert found["slowest_rank"]["rank"] in (0, 1) and found["slowest_rank"]["over_median"] >= 0
+    assert re.search(r"rank 1 \+\d+%", (run.folder / "logs" / "attempt_2" / "rank_0.log").read_text())
 
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
@@ -84,6 +93,8 @@ def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on(jobs: Jobs, re
     run.until(lambda: bool(run.events("hang")), "the hang is noticed")
     (hang,) = run.events("hang")
     assert hang["ranks"] == [1] and hang["waited_s"] >= 5
+    flight = json.loads((run.folder / "logs" / "attempt_1" / "hang" / "flight_0.json").read_text())
+    assert "all_reduce" in flight["entries"][-1]["profiling_name"]  # where it stood: the border of a step
     assert "stacks of rank 0" in (run.folder / "logs" / "attempt_1" / "rank_0.log").read_text()
     assert run.until_ended().state == "COMPLETED", run.report()
     assert [event["action"] for event in run.events("ranks_ended")] == ["retry", "end"]
@@ -118,6 +129,43 @@ def test_a_node_that_is_not_fit_is_left_out_before_ranks_start(jobs: Jobs, clust
         Path(load_profile(str(jobs.profile)).cordon_file or "").unlink(missing_ok=True)
         jobs.end_all()
         subprocess.run([*on_n2, "umount", str(folder)], check=True)
+
+
+def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
+    """One agent per node: a killed rank costs no new step of SLURM; a request to save passes the agents by.
+
+    Before it, what an all-reduce between the nodes moves is measured.
+    """
+    checks = {"all_reduce_mb": 4, "all_reduce_between_gb_s": 1e-6}
+    content = yaml.safe_load(jobs.profile.read_text()) | {"ranks": "torchrun", "preflight": checks}
+    profile = jobs.folder / "agents.yaml"
+    profile.write_text(yaml.safe_dump(content))
+    run = dataclasses.replace(jobs, profile=profile, runs=jobs.runs).launch(slow_s=0.1)
+    run.until_step(13)
+    os.kill(run.rank(1, below_agent=True), signal.SIGKILL)
+    killed = time.time()
+    run.until_step(15, attempt=2)
+    scheduler.cancel(run.job, signal="USR2")
+    run.until(lambda: run.state().restarts == 1, "it is requeued")
+    assert run.until_ended().state == "COMPLETED", run.report()
+    launches = run.events("launch")
+    assert [event.get("in_place", False) for event in launches] == [False, True, False], run.report()
+    measured = launches[0]["all_reduce_gb_s"]
+    assert list(measured["between"]) == ["n1-n2"] and measured["inside"] == {} and measured["all"] > 0
+    assert launches[0]["attempt_id"] == launches[1]["attempt_id"] != launches[2]["attempt_id"]
+    ended = run.events("ranks_ended")
+    assert [(event["attempt"], event["action"]) for event in ended] == [(1, "in_place"), (2, "requeue"), (3, "end")]
+    assert ended[1]["status"] == 75  # which torchrun knows nothing of
+    first, second = run.events("resume")
+    assert first["step"] == 10 and first["time"] - killed < 60
+    assert second["step"] == run.events("stop")[0]["step"]
+    assert steps_done_again(run) <= 10
+    assert_equal(run, reference)
+    found = shown(run)
+    assert found["crashes"] == 1 and found["restarts"] == 2
+    # Node numbers are SLURM's in every round, whatever order agents came in.
+    assert [(run.folder / "logs" / "attempt_1" / f"agent_{node}.log").exists() for node in (0, 1)] == [True, True]
+    assert "step 15/60" in (run.folder / "logs" / "attempt_1" / "rank_0.log").read_text()
 
 
 @pytest.mark.slow

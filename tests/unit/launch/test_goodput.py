@@ -54,6 +54,14 @@ def test_an_attempt_that_never_trained_is_all_start_up() -> None:
     )
 
 
+def test_nodes_that_are_examined_are_allocated_time() -> None:
+    events = [event(5, 1, "launch", since=1.0), event(7, 1, "start", step=0), event(8, 1, "stop")]
+    events += [event(9, 1, "ranks_ended"), event(30, 2, "launch", since=21.0), event(31, 2, "ranks_ended")]
+    share, times = goodput(events, steps(1, 1, 1, 1.0), now=31)
+    assert (times["start_up"], times["steps"], times["lost"], times["waiting"]) == (6 + 10, 1, 1, 12)
+    assert share == pytest.approx(1 / 18)
+
+
 def test_a_step_that_is_being_computed_is_not_lost_yet() -> None:
     events = [event(0, 1, "launch"), event(2, 1, "start", step=0)]
     share, times = goodput(events, steps(1, 1, 5, 1.0), now=8)

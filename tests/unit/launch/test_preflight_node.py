@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from launch import cordon
+from launch.nodes import slow_nodes
 from launch.profile import Check
+from slurm.bandwidth import pairs
 from slurm.preflight import CHECKS, MAX_SKEW_S, Wanted, clock_problems, examine
 
 ROOT = Path(__file__).parents[3]
@@ -26,7 +29,8 @@ def smi(**changes: list[list[str]]) -> Callable[[str], list[list[str]]]:
 
 
 def problems(run: Path, *, skip: tuple[str, ...] = (), **changes: list[list[str]]) -> dict[str, str]:
-    return examine(Wanted(gpus=2, disk_gb=0, shared_memory_gb=0, run=run), skip=skip, smi=smi(**changes))["problems"]
+    wanted = Wanted(gpus=2, disk_gb=0, shared_memory_gb=0, run=run)
+    return examine(wanted, skip=skip, smi=smi(**changes), kernel=lambda: "")["problems"]
 
 
 def test_a_healthy_node_has_none(tmp_path: Path) -> None:
@@ -46,6 +50,18 @@ def test_devices(tmp_path: Path, check: str, changes: dict[str, list[list[str]]]
     found = problems(tmp_path, **changes)
     assert list(found) == [check] and said in found[check]
     assert problems(tmp_path, skip=(check,), **changes) == {}
+
+
+def test_errors_of_the_driver_that_only_a_reset_mends(tmp_path: Path) -> None:
+    said = (
+        "[  12.3] NVRM: Xid (PCI:0000:3b:00): 13, pid=411, Graphics Exception\n"  # a program's own fault
+        "[9912.3] NVRM: Xid (PCI:0000:5e:00): 79, pid='<unknown>', GPU has fallen off the bus.\n"
+    )
+    wanted = Wanted(gpus=2, disk_gb=0, shared_memory_gb=0, run=tmp_path)
+    found = examine(wanted, smi=smi(), kernel=lambda: said)
+    assert found["problems"] == {"gpu_xid": "since this node started: XID 79 of PCI 0000:5e:00"}
+    assert found["measured"]["gpu_xids"] == [13, 79]
+    assert examine(wanted, smi=smi(), kernel=lambda: said, skip=("gpu_xid",))["problems"] == {}
 
 
 def test_space_and_the_run_folder(tmp_path: Path) -> None:
@@ -68,6 +84,60 @@ def test_clocks_are_compared_between_nodes() -> None:
     assert list(clock_problems(answers, within_s=4)) == ["late"]
     assert "off" in clock_problems(answers, within_s=4)["late"]
     assert clock_problems([], within_s=1) == {}
+
+
+FOUR = ("n1", "n2", "n3", "n4")
+
+
+def lines(*, inside: dict[str, float], between: dict[str, float], whole: float | None = 1.0) -> list[dict[str, Any]]:
+    """What slurm/bandwidth.py prints."""
+    found: list[dict[str, Any]] = [{"node": node, "inside": speed} for node, speed in inside.items()]
+    found += [{"pair": pair.split("-"), "between": speed} for pair, speed in between.items()]
+    return found + ([{"ranks": 8, "all": whole}] if whole is not None else [])
+
+
+def slow(printed: list[dict[str, Any]], *, nodes: tuple[str, ...] = FOUR, error: str = "") -> dict[str, str]:
+    return slow_nodes(printed, nodes=nodes, inside_gb_s=100, between_gb_s=20, error=error)
+
+
+def test_a_slow_node_is_told_from_its_healthy_neighbours() -> None:
+    inside = dict.fromkeys(FOUR, 300.0)
+    fast = {"n1-n2": 40.0, "n3-n4": 41.0, "n2-n3": 39.0, "n4-n1": 40.0}
+    assert slow(lines(inside=inside, between=fast)) == {}
+    found = slow(lines(inside=inside, between=fast | {"n2-n3": 3.0, "n3-n4": 4.0}))
+    assert list(found) == ["n3"] and "4.00 GB/s with its neighbours, wants 20" in found["n3"]
+    found = slow(lines(inside=inside | {"n2": 12.0}, between=fast))
+    assert list(found) == ["n2"] and "12.00 GB/s between its ranks, wants 100" in found["n2"]
+
+
+def test_all_reduces_that_do_not_end_name_whom_the_others_wait_for() -> None:
+    inside = dict.fromkeys(FOUR, 300.0)
+    late = "nothing within 180 s"
+    assert list(slow(lines(inside={**inside, "n1": 9.0}, between={}, whole=None), error=late)) == list(FOUR)
+    three = {node: speed for node, speed in inside.items() if node != "n3"}
+    assert "nothing from its ranks" in slow(lines(inside=three, between={}, whole=None), error=late)["n3"]
+    found = slow(lines(inside=inside, between={"n1-n2": 40.0}, whole=None), error=late)
+    assert list(found) == ["n3", "n4"] and late in found["n4"]
+    assert list(slow(lines(inside=inside, between={"n1-n2": 40, "n3-n4": 40}, whole=None), error=late)) == list(FOUR)
+    assert slow([{"node": "n1", "inside": 200.0}], nodes=("n1",)) == {}
+
+
+def test_every_node_has_two_neighbours() -> None:
+    assert pairs(1) == [] and pairs(2) == [(0, 1)] and pairs(3) == [(0, 1), (1, 2)]
+    for nodes in (4, 6, 9, 64):
+        met = [node for pair in pairs(nodes) for node in pair]
+        assert len(set(pairs(nodes))) == len(pairs(nodes)) and set(met) == set(range(nodes))
+        assert min(met.count(node) for node in range(1, nodes - 1)) == 2
+
+
+def test_bandwidth_is_measured_by_real_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "slurm.bandwidth", "--mb", "4"]
+    variables = {"SLURMD_NODENAME": "n7", "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    (inside,) = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    assert inside["node"] == "n7" and 0.001 < inside["inside"] < 100  # [GB/s] through one core's loopback
 
 
 def test_the_command_prints_one_object_and_needs_no_torch(tmp_path: Path) -> None:

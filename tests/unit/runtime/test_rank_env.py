@@ -1,5 +1,6 @@
 """Discovery of the rank environment: every launcher, and every way its variables can be wrong."""
 
+import socket
 import subprocess
 import sys
 
@@ -185,6 +186,19 @@ def test_tasks_per_node() -> None:
 
 def test_free_port_can_be_bound() -> None:
     assert 0 < rank_env.free_port() < 65536
+
+
+def test_an_unused_port_is_nobodys_and_none_that_an_outgoing_connection_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = rank_env.unused_port()
+    assert 20_000 <= port < 30_000
+    monkeypatch.setattr(rank_env.secrets, "randbelow", lambda _: port - 20_000)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("", port))
+        listener.listen()
+        assert rank_env.unused_port() != port
 
 
 def test_no_torch_is_imported() -> None:

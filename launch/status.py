@@ -68,6 +68,7 @@ def _one(run: Path) -> dict[str, Any]:
         "steps": steps,
         "eta_s": (steps - done) * float(step_time) if going and steps is not None and step_time is not None else None,
         "tokens_per_second": last.get("tokens_per_second"),
+        "slowest_rank": _slowest(last),
         "loss": {key.removeprefix("loss/"): last[key] for key in last if key.startswith("loss/")},
         "last_checkpoint": saved,
         "last_checkpoint_age_s": None if committed is None or saved is None else max(0.0, time.time() - committed),
@@ -76,6 +77,14 @@ def _one(run: Path) -> dict[str, Any]:
         "goodput": share,
         "time": {name: round(seconds, 1) for name, seconds in times.items()} if share is not None else {},
     }
+
+
+def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
+    """Which rank the others waited for in a logged step, and how much longer than the median it took."""
+    median, largest = line.get("rank_time_median_s"), line.get("rank_time_max_s")
+    if not median or largest is None:
+        return None
+    return {"rank": int(line["slowest_rank"]), "over_median": round(float(largest) / float(median) - 1.0, 3)}
 
 
 def _state(run: Path, events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -158,13 +158,26 @@ def _table(found: list[dict[str, Any]], *, clear: bool) -> None:
     from mmscale.train.progress import count, duration
 
     table = Table(box=None, pad_edge=False)
-    columns = ("run", "state", "attempt", "nodes", "step", "left", "tokens/s", "loss", "checkpoint", "restarts")
+    columns = (
+        "run",
+        "state",
+        "attempt",
+        "nodes",
+        "step",
+        "left",
+        "tokens/s",
+        "slowest",
+        "loss",
+        "checkpoint",
+        "restarts",
+    )
     for name in (*columns, "goodput"):
         table.add_column(name, overflow="fold")
     for one in found:
         losses = " ".join(f"{name} {value:.3f}" for name, value in one["loss"].items())
         saved = one["last_checkpoint"]
         age = one["last_checkpoint_age_s"]
+        slow = one["slowest_rank"]
         cells = (
             one["run"],
             one["state"]
@@ -175,6 +188,7 @@ def _table(found: list[dict[str, Any]], *, clear: bool) -> None:
             f"{one['step']}/{one['steps'] or '?'}",
             "-" if one["eta_s"] is None else duration(one["eta_s"]),
             "-" if one["tokens_per_second"] is None else count(one["tokens_per_second"]),
+            "-" if slow is None else f"rank {slow['rank']} +{slow['over_median']:.0%}",
             losses or "-",
             "-" if saved is None else f"{saved}" + (f", {duration(age)} ago" if age is not None else ""),
             str(one["restarts"]),

@@ -18,9 +18,10 @@ from pathlib import Path
 from mmscale.errors import ConfigError
 
 VARIABLE = "MMSCALE_FAULTS"
-# In the trainer: step: after a step, before its border; eval: before held-out losses; save: a save begins; finalize:
-# all ranks have written. In the processes of a save: write: before each write; commit: before rank 0 commits.
-PLACES = ("step", "eval", "save", "finalize", "write", "commit")
+# In the trainer: begin: before a step asks for its batch; step: after a step, before its border; eval: before held-out
+# losses; save: a save begins; finalize: all ranks have written. In the processes of a save: write: before each write;
+# commit: before rank 0 commits.
+PLACES = ("begin", "step", "eval", "save", "finalize", "write", "commit")
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr2": signal.SIGUSR2}
 _ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
 ACTIONS = (*_SIGNALS, "hang", "slow", *_ERRORS)

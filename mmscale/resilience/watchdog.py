@@ -6,6 +6,10 @@ A rank that waits for ever in a collective says nothing by itself, and neither d
 therefore notes every border between two steps; when none came for too long, its thread writes the stacks of all threads
 and whether the main one stands in a collective into RUN/logs/attempt_N/hang/rank_R.json, and ends the process with
 `HUNG`. `culprits` reads all of these files: those who did not enter the collective that the others wait in.
+
+Where torch's flight recorder is on (TORCH_FR_BUFFER_SIZE, which `launch` sets for its ranks; for NCCL and gloo alike)
+the last collectives of each process group are in flight_R.json beside it, and how many a rank has entered tells who
+is behind.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +47,7 @@ class Report:
         waited_s: since the last one [seconds].
         in_collective: whether its main thread waited for other ranks.
         stack: of its main thread, innermost last: "file:line function".
+        collectives: how many it has entered, by number of the process group; empty without a flight recorder.
     """
 
     rank: int
@@ -52,6 +57,7 @@ class Report:
     waited_s: float
     in_collective: bool
     stack: list[str]
+    collectives: dict[str, int] = field(default_factory=dict)
 
 
 class Watchdog:
@@ -61,15 +67,23 @@ class Watchdog:
         rank: of this process.
         folder: RUN/logs/attempt_N.
         timeout_s: None: ten times the longest time between two borders so far, but five minutes at least.
+        recorded: gives the flight recorder's JSON, None where there is none.
         end: ends the process; tests give another one.
     """
 
     def __init__(
-        self, *, rank: int, folder: Path, timeout_s: float | None, end: Callable[[int], Any] = os._exit
+        self,
+        *,
+        rank: int,
+        folder: Path,
+        timeout_s: float | None,
+        recorded: Callable[[], str | None] = lambda: None,
+        end: Callable[[int], Any] = os._exit,
     ) -> None:
         self.rank = rank
         self.folder = folder / FOLDER
         self._timeout_s = timeout_s
+        self._recorded = recorded
         self._end = end
         self._main = threading.get_ident()
         self._last: float | None = None
@@ -124,8 +138,11 @@ class Watchdog:
         frames = traceback.extract_stack(frame) if frame is not None else []
         waits = any(entry.filename.endswith(_WAITS_IN) for entry in frames)
         stack = [f"{entry.filename}:{entry.lineno} {entry.name}" for entry in frames]
-        report = Report(self.rank, socket.gethostname(), self._step, self._borders, round(waited_s, 1), waits, stack)
         self.folder.mkdir(parents=True, exist_ok=True)
+        collectives = self._flight()
+        report = Report(
+            self.rank, socket.gethostname(), self._step, self._borders, round(waited_s, 1), waits, stack, collectives
+        )
         temporary = self.folder / f".rank_{self.rank}"
         temporary.write_text(json.dumps(asdict(report), indent=1))
         temporary.replace(self.folder / f"rank_{self.rank}.json")
@@ -134,6 +151,24 @@ class Watchdog:
         )
         sys.stderr.flush()
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+    def _flight(self) -> dict[str, int]:
+        """Write down what the flight recorder has; collectives that this rank has entered, by group."""
+        text = self._recorded()
+        if text is None:
+            return {}
+        (self.folder / f"flight_{self.rank}.json").write_text(text)
+        return entered(json.loads(text))
+
+
+def entered(recorded: Mapping[str, Any]) -> dict[str, int]:
+    """How many collectives a process has entered, by the number of the group, from its flight recorder's JSON."""
+    last: dict[str, int] = {}
+    for entry in recorded.get("entries", []):
+        if not entry.get("is_p2p"):
+            number = str(entry["process_group"][0])  # the same on all ranks, whether they are in the group or not
+            last[number] = max(last.get(number, 0), int(entry["collective_seq_id"]))
+    return last
 
 
 def reports(folder: Path) -> list[Report]:
@@ -151,7 +186,8 @@ def culprits(found: Sequence[Report], *, world_size: int) -> list[int]:
     """Ranks that the others waited for.
 
     Those who could not even report (stopped, dead); else those who stand outside of a collective while others wait in
-    one; else those who reached the fewest borders. All of them if nothing tells them apart.
+    one; else those who have entered fewer collectives of a group than others of it; else those who reached the fewest
+    borders. All of them if nothing tells them apart.
     """
     silent = sorted(set(range(world_size)) - {report.rank for report in found})
     if silent:
@@ -159,5 +195,12 @@ def culprits(found: Sequence[Report], *, world_size: int) -> list[int]:
     outside = [report.rank for report in found if not report.in_collective]
     if outside and len(outside) < len(found):
         return outside
+    most: dict[str, int] = {}
+    for report in found:
+        for group, count in report.collectives.items():
+            most[group] = max(most.get(group, 0), count)
+    behind = [one.rank for one in found if any(count < most[group] for group, count in one.collectives.items())]
+    if behind and len(behind) < len(found):
+        return behind
     fewest = min(report.borders for report in found)
     return [report.rank for report in found if report.borders == fewest]

@@ -31,7 +31,7 @@ class LogHook:
         clock: tokens per second.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
-        saves: figures of saves since the last call.
+        more: figures of others, of saves and of slow ranks, since the last call.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class LogHook:
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
-        saves: Callable[[], dict[str, float]],
+        more: Callable[[], dict[str, float]],
     ) -> None:
-        self.saves = saves
+        self.more = more
         self.config = config
         self.clock = clock
         self.progress = progress
@@ -64,7 +64,7 @@ class LogHook:
                 "lr": report.lr,
                 **self._slots(report.batch.micro_batches),
                 **self.clock.read(),
-                **self.saves(),
+                **self.more(),
                 **_anomalies(state),
             }
             if self.clock.flops_per_token is not None:

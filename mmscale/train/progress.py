@@ -92,6 +92,9 @@ def line(step: int, steps: int, values: Mapping[str, float]) -> str:
         parts.append(f"{count(values['tokens_per_second'])} tokens/s")
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
+    if values.get("rank_time_median_s"):
+        excess = values["rank_time_max_s"] / values["rank_time_median_s"] - 1.0
+        parts.append(f"rank {int(values['slowest_rank'])} +{excess:.0%}")
     if "step_time_s" in values and step < steps:
         parts.append(f"left {duration((steps - step) * values['step_time_s'])}")
     return "  ".join(parts)

@@ -21,6 +21,7 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
 from mmscale.model.mixed_modal import Routing
 from mmscale.plan import flops_per_token, plan
+from mmscale.resilience import flight_recorder
 from mmscale.resilience.inject import Faults
 from mmscale.resilience.lease import Fence, launched_attempt
 from mmscale.resilience.memory_tier import MemoryTier
@@ -43,6 +44,7 @@ from mmscale.train.progress import Progress, banner
 from mmscale.train.records import Records, open_records, write_settings
 from mmscale.train.state import TrainState
 from mmscale.train.step_guard import StepGuard
+from mmscale.train.stragglers import RankTimes
 from mmscale.train.throughput import Throughput, peak_tflops
 
 FINISHED, STOPPED = 0, 75
@@ -123,6 +125,7 @@ class _Attempt:
             rank=env.rank,
             folder=self.folder / "logs" / f"attempt_{self.number}",
             timeout_s=config.resilience.hang_timeout,
+            recorded=flight_recorder.dump,
         )
         self.clock = Throughput(
             flops_per_token=flops_per_token(config).training,
@@ -182,6 +185,12 @@ class _Attempt:
     def _trainer(self) -> Trainer:
         loader = loader_of(self.config, self.groups, self.train_data, consumed=self.state.sequences)
         self.stack.callback(loader.close)
+        times = RankTimes(
+            self.config,
+            stepper=self.parts.stepper,
+            state=self.state,
+            begun=functools.partial(self.faults.at, "begin"),
+        )
         guard = StepGuard(
             self.config,
             state=self.state,
@@ -196,9 +205,9 @@ class _Attempt:
             state=self.state,
             stepper=self.parts.stepper,
             guard=guard,
-            batches=loader,
+            batches=times.watch(loader),
             vocabulary=Vocabulary.from_config(self.config.vocab),
-            hooks=self._hooks(),
+            hooks=self._hooks(times),
             checkpoints=self.checkpoints,
             stop_requested=self._border,
             clock=self.clock,
@@ -215,16 +224,17 @@ class _Attempt:
             self.watchdog.beat(step, allowed_s=checkpoint.deadline)
         return stopping
 
-    def _hooks(self) -> list[Hook]:
+    def _hooks(self, times: RankTimes) -> list[Hook]:
         config, clock, records = self.config, self.clock, self.records
         hooks: list[Hook] = [
+            times,
             ReplicaHook(config, stepper=self.parts.stepper, groups=self.groups, clock=clock, tell=records.tell),
             LogHook(
                 config,
                 clock=clock,
                 progress=self.progress,
                 metrics=records.metrics,
-                saves=self.checkpoints.saver.figures,
+                more=lambda: self.checkpoints.saver.figures() | times.figures(),
             ),
             LayersHook(config, groups=self.groups, metrics=records.metrics),
             EvalHook(

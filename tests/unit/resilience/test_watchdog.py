@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,8 +15,8 @@ from mmscale.resilience.watchdog import HUNG, Report, Watchdog, culprits, report
 from tests.support import distributed
 
 
-def report(rank: int, *, borders: int = 5, in_collective: bool = True) -> Report:
-    return Report(rank, "n1", 5, borders, 9.0, in_collective, [])
+def report(rank: int, *, borders: int = 5, in_collective: bool = True, **collectives: int) -> Report:
+    return Report(rank, "n1", 5, borders, 9.0, in_collective, [], collectives)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,9 @@ def report(rank: int, *, borders: int = 5, in_collective: bool = True) -> Report
         ([report(0, borders=6), report(1, borders=5)], 2, [1]),
         ([report(0, in_collective=False), report(1, in_collective=False, borders=4)], 2, [1]),
         ([report(0), report(1)], 2, [0, 1]),
+        # All wait, but rank 2 in another collective: it has not entered the one of all ranks yet.
+        ([report(0, all=9, tp=4), report(1, all=9, tp=4), report(2, all=8, tp2=5), report(3, all=9, tp2=5)], 4, [2]),
+        ([report(0, all=9), report(1, all=9)], 2, [0, 1]),
     ],
 )
 def test_who_is_to_blame(found: list[Report], world_size: int, blamed: list[int]) -> None:
@@ -88,11 +93,16 @@ def test_the_time_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @distributed(world_size=2)
 def test_a_rank_that_waits_in_a_collective_is_told_from_one_that_does_not(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from mmscale.resilience import flight_recorder
     from mmscale.runtime import groups
 
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "64"
     groups.start(ranks)
+    torch.distributed.all_reduce(torch.ones(1))
     go_on = tmp_path / "go_on"
-    with Watchdog(rank=ranks.rank, folder=tmp_path, timeout_s=0.5, end=lambda status: None) as watchdog:
+    with Watchdog(
+        rank=ranks.rank, folder=tmp_path, timeout_s=0.5, recorded=flight_recorder.dump, end=lambda status: None
+    ) as watchdog:
         watchdog.beat(4)
         if ranks.rank == 1:
             until(lambda: len(reports(tmp_path)) == 2, "both report")
@@ -101,4 +111,8 @@ def test_a_rank_that_waits_in_a_collective_is_told_from_one_that_does_not(ranks,
     assert go_on.exists()
     assert [one.in_collective for one in reports(tmp_path)] == [True, False]
     assert culprits(reports(tmp_path), world_size=2) == [1]
+    ahead, behind = (one.collectives for one in reports(tmp_path))
+    assert ahead.keys() == behind.keys() and [ahead[group] - behind[group] for group in ahead] == [1]
+    recorded = json.loads((tmp_path / "hang" / f"flight_{ranks.rank}.json").read_text())
+    assert recorded["entries"][-1]["profiling_name"] == "gloo:all_reduce"
     groups.finalize()

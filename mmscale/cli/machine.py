@@ -77,9 +77,9 @@ def plan(
     from mmscale.config.load import load
 
     result = planning.plan(load(config, overrides or ()), gpus, gpu_memory, gpu)
-    shown = console()
-    emit(
-        result,
-        as_json=as_json,
-        text=lambda: typer.echo(planning.render(result, width=shown.width, color=shown.is_terminal), nl=False),
-    )
+
+    def text() -> None:
+        shown = console()
+        typer.echo(planning.render(result, width=shown.width, color=shown.is_terminal), nl=False)
+
+    emit(result, as_json=as_json, text=text)

@@ -201,8 +201,8 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
     replicas = data_parallel_size(config, world)
     dense, experts = stage_parameters(config, parameters, stage)
     reduce_overlapped, gather_overlapped = overlap_data_parallel(config, nccl=True)
-    # Without overlap the optimizers of dense and of expert parameters both have all parameters gathered after their part
-    # of the step (distrib_optimizer.py, step_with_ready_grads).
+    # Without overlap the optimizers of dense and of expert parameters both have all parameters gathered after their
+    # part of the step (distrib_optimizer.py, step_with_ready_grads).
     gathers = 2 if experts and not gather_overlapped else 1
     for elements, ranks in ((dense, replicas), (experts, replicas // parallel.ep)):
         for kind, operation, width, overlapped in (

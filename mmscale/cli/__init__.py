@@ -11,7 +11,21 @@ from collections.abc import Sequence
 
 import typer
 
-from mmscale.cli import baselines, bench, ckpt, compare, config, convert, data, launch, machine, report, sample, train
+from mmscale.cli import (
+    baselines,
+    bench,
+    ckpt,
+    compare,
+    config,
+    convert,
+    data,
+    launch,
+    machine,
+    report,
+    sample,
+    scaling,
+    train,
+)
 from mmscale.cli.output import show_error
 from mmscale.errors import MmscaleError, UsageError
 from mmscale.runtime import quiet
@@ -54,6 +68,7 @@ app.command("baselines", epilog="Example: mmscale baselines configs/quickstart.y
     baselines.baselines
 )
 app.command("compare", epilog="Example: mmscale compare runs/dense runs/4t4i runs/moe8x --out eta.png")(compare.compare)
+app.add_typer(scaling.app, name="scaling")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")

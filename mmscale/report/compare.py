@@ -24,7 +24,8 @@ from mmscale.report.run_losses import (
     View,
     group_models,
     read_run,
-    refuse_others,
+    refuse_data,
+    refuse_vocabulary,
 )
 
 MEASURES: tuple[Measure, ...] = ("flops", "seconds")
@@ -122,7 +123,8 @@ def compare(
     """
     read = [read_run(folder) for folder in dict.fromkeys([baseline, *others])]
     for run in read[1:]:
-        refuse_others(read[0], run)
+        refuse_vocabulary(read[0], run)
+        refuse_data(read[0], run)
     first, *rest = group_models(read)
     if not rest:
         raise UsageError(

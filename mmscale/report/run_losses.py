@@ -64,17 +64,26 @@ class Run:
         config: of its latest attempt.
         losses: by view and modality (or ALL).
         dropped: losses that were not finite and are left out.
+        steps: last logged step.
+        tokens: of each modality up to there, padding left out; empty if they were not logged.
     """
 
     folder: Path
     config: Config
     losses: dict[View, dict[str, Points]]
     dropped: int
+    steps: int
+    tokens: dict[str, float]
 
     @property
     def flops_per_token(self) -> float:
         """Training FLOPs of a token."""
         return flops_per_token(self.config).training
+
+    @property
+    def flops_per_step(self) -> float:
+        """Training FLOPs of a step, padding included."""
+        return tokens_per_step(self.config) * self.flops_per_token
 
 
 @dataclass(frozen=True)
@@ -111,10 +120,10 @@ def read_run(folder: Path) -> Run:
     try:
         config = load(folder / "config.yaml")
     except ConfigError as error:
-        raise UsageError(f"compare: {folder} is no run of this version: {error.cause}", remedy=remedy) from error
+        raise UsageError(f"{folder} is no run of this version: {error.cause}", remedy=remedy) from error
     records = read_metrics(folder)
     if not records:
-        raise UsageError(f"compare: {folder} has no {METRICS} with a logged step", remedy=remedy)
+        raise UsageError(f"{folder} has no {METRICS} with a logged step", remedy=remedy)
     per_step = tokens_per_step(config) * flops_per_token(config).training
     steps, seconds = _clock(records)
     losses: dict[View, dict[str, Points]] = {}
@@ -128,7 +137,13 @@ def read_run(folder: Path) -> Run:
         if known.any():
             points = Points(at[known] * per_step, np.interp(at[known], steps, seconds), values[known])
             losses.setdefault(view, {})[part] = points
-    return Run(folder, config, losses, dropped)
+    counts = [(name, _last(records, f"tokens/{name}")) for name in config.vocab.names]
+    tokens = {name: count for name, count in counts if count is not None}
+    return Run(folder, config, losses, dropped, records[-1]["step"], tokens)
+
+
+def _last(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return next((float(record[key]) for record in reversed(records) if isinstance(record.get(key), int | float)), None)
 
 
 def _key(view: View, part: str, config: Config, records: Sequence[Mapping[str, Any]]) -> str:
@@ -151,21 +166,29 @@ def _clock(records: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.float64], N
     return np.append(0.0, steps), np.append(0.0, np.cumsum(np.diff(steps, prepend=0.0) * times))
 
 
-def refuse_others(first: Run, run: Run) -> None:
-    """Losses per token of other vocabularies or other data say nothing about models.
+def refuse_vocabulary(first: Run, run: Run) -> None:
+    """Losses per token of other vocabularies say nothing about models.
 
     Raises:
-        UsageError: the two runs have either.
+        UsageError: the two runs have different ones.
     """
-    mine, theirs = first.config, run.config
-    if mine.vocab != theirs.vocab:
+    if first.config.vocab != run.config.vocab:
         raise UsageError(
-            f"compare: {run.folder} has another vocabulary than {first.folder}: losses per token are not comparable",
+            f"{run.folder} has another vocabulary than {first.folder}: losses per token are not comparable",
             remedy="compare runs with equal vocab.modalities",
         )
+
+
+def refuse_data(first: Run, run: Run) -> None:
+    """Nor do losses on other data.
+
+    Raises:
+        UsageError: the two runs were trained on different data.
+    """
+    mine, theirs = first.config, run.config
     if mine.data.sources != theirs.data.sources and _data(mine) != _data(theirs):
         raise UsageError(
-            f"compare: {run.folder} was trained on other data than {first.folder} ({_paths(theirs)}, {_paths(mine)})",
+            f"{run.folder} was trained on other data than {first.folder} ({_paths(theirs)}, {_paths(mine)})",
             remedy="compare runs with equal data.path or data.blend",
         )
 

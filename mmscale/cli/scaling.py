@@ -1,0 +1,74 @@
+# `mmscale scaling fit`: the mixed-modal scaling law through a set of runs. report/scaling*.py compute.
+# Needs no torch.
+"""Commands about scaling laws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from mmscale.cli.output import Json, emit
+from mmscale.errors import UsageError
+
+app = typer.Typer(help="Fit scaling laws to runs.", no_args_is_help=True)
+_VIEWS = ("causal", "held_out")
+_SIZES = ("active", "total")
+
+
+@app.command("fit", epilog="Example: mmscale scaling fit runs/text_* runs/image_* runs/both_* --out scaling.png")
+def fit(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run folders: on each modality alone, and on pairs.")
+    ],
+    view: Annotated[str, typer.Option("--view", help=f"Loss at the last evaluation: {', '.join(_VIEWS)}.")] = "causal",
+    parameters: Annotated[
+        str, typer.Option("--parameters", help="What counts as size: active (of an average token) or total.")
+    ] = "active",
+    at: Annotated[
+        str,
+        typer.Option(
+            "--at", metavar="TOKENS", show_default=False, help="Tokens to predict the barrier at, e.g. 1e9,45.1e9."
+        ),
+    ] = "",
+    least_share: Annotated[
+        float,
+        typer.Option("--least-share", min=0.0, max=0.5, help="Share of the tokens that makes a modality of a run."),
+    ] = 0.1,
+    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Fits to resampled residuals.")] = 200,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", show_default=False, help="Draw fit and barrier: a .png.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit the additive mixed-modal law, and predict from which size on modalities help each other."""
+    if view not in _VIEWS:
+        raise UsageError(f"--view {view!r} is no loss of a run", remedy=f"choose {', '.join(_VIEWS)}")
+    if parameters not in _SIZES:
+        raise UsageError(f"--parameters {parameters!r} is no size", remedy=f"choose {', '.join(_SIZES)}")
+    tokens = _tokens(at)
+    if out is not None and out.suffix != ".png":
+        raise UsageError(f"--out {out}: the picture is a .png", remedy="write --out scaling.png")
+    from mmscale.report import scaling, scaling_runs, scaling_view
+    from mmscale.report.run_losses import View
+
+    points = scaling_runs.read_points(
+        runs, view=cast(View, view), size=cast(scaling_runs.Size, parameters), least_share=least_share
+    )
+    seen = scaling_runs.observations(points)
+    found = scaling.fit(seen, replicas=bootstrap)
+    if out is not None:
+        scaling_view.save(scaling_view.picture(found, seen), out)
+    result = scaling_view.summary(found, seen, tokens=tokens)
+    emit(result, as_json=as_json, text=lambda: typer.echo(scaling_view.render(result)))
+
+
+def _tokens(text: str) -> tuple[float, ...]:
+    try:
+        tokens = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        tokens = (0.0,)
+    if not all(count > 0 for count in tokens):
+        raise UsageError(f"--at {text!r}: wants numbers of tokens", remedy="write e.g. --at 1e9,45.1e9")
+    return tokens

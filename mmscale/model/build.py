@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from mmscale.config import Config
+from mmscale.config import Config, ParallelConfig
 from mmscale.config.derived import batch_p2p, overlap_p2p
 from mmscale.errors import ConfigError
 from mmscale.model.fp8_emulate import attach
@@ -29,11 +29,13 @@ from mmscale.runtime import device, doctor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-}
+def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    """megatron-core's fields for `parallel.recompute`."""
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+    return {}
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
@@ -90,7 +92,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        **_RECOMPUTE[parallel.recompute],
+        **_recompute(parallel),
         **fp8_settings(config),
     )
     transformer.te_gradient_accumulation_fusion = fusion.te  # no field of megatron-core: read by linear_te.py

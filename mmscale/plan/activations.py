@@ -44,14 +44,21 @@ def on_gpu(config: Config) -> Kernels:
     return Kernels.CUDA if config.model.backend == "torch" else Kernels.TE
 
 
-def layer_activations(config: Config, layer: int, *, kernels: Kernels = Kernels.CUDA) -> dict[str, float]:
+def recomputed_modules(config: Config) -> frozenset[str]:
+    """Parts of a layer that backward computes again, if not all of it."""
+    return frozenset(config.parallel.recompute_modules if config.parallel.recompute == "selective" else ())
+
+
+def layer_activations(
+    config: Config, layer: int, *, kernels: Kernels = Kernels.CUDA, again: frozenset[str] = frozenset()
+) -> dict[str, float]:
     """Bytes that backward of one layer needs, for one micro-batch on one rank, by part.
 
     Args:
-        config: gives layout and model. Full recompute is not looked at: it keeps less between layers and all of this
-            while a layer is recomputed.
+        config: gives layout and model.
         layer: global index.
         kernels: where it runs.
+        again: parts that are recomputed (`recomputed_modules`), and of which only inputs are kept.
 
     Returns:
         `norms`, `attention`, `ffn` (dense and shared experts), `router`, `experts`, `combine` (fp32 outputs on their
@@ -66,8 +73,10 @@ def layer_activations(config: Config, layer: int, *, kernels: Kernels = Kernels.
     # Besides its output a norm keeps its input, or on a host an fp32 copy of it and the normalised values.
     norm = 2 * _FP32 if kernels.norm_copies else size
     parts = {"norms": tokens * h * norm * (1 if per_expert else 2) / tp}
-    parts["attention"] = tokens * _attention(config, norm=norm, kernels=kernels)
-    if model.kind == "dense":
+    parts["attention"] = tokens * _attention(config, norm=norm, kernels=kernels, again="core_attn" in again)
+    if "mlp" in again:
+        parts["ffn"] = tokens * size * h / tp
+    elif model.kind == "dense":
         # The first projection's two halves, SiLU, the shifted linear half, their product; and the input.
         parts["ffn"] = tokens * size * (5 * model.ffn_hidden_size + h) / tp
     else:
@@ -79,7 +88,7 @@ def layer_activations(config: Config, layer: int, *, kernels: Kernels = Kernels.
     return parts
 
 
-def _attention(config: Config, *, norm: int, kernels: Kernels) -> float:
+def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> float:
     """Bytes per token of attention, its input included."""
     model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
     d = model.head_dim
@@ -88,14 +97,13 @@ def _attention(config: Config, *, norm: int, kernels: Kernels) -> float:
     # A view keeps the whole: values do where nothing copies them, keys where the norm keeps its input.
     repeated = 0 if kernels is Kernels.TE else query - key
     viewed = repeated == 0 and (kernels is not Kernels.HOST or config.train.micro_batch_size == 1)
-    selective = config.parallel.recompute == "selective"
-    kept_joint = viewed or selective
+    kept_joint = viewed or again
     elements = 0.0
     if model.qk_norm:
         uncast = size == norm or size == _FP32  # the norm keeps its input itself, not an fp32 copy
         kept_joint = kept_joint or uncast
         elements += norm * query + (norm - size if uncast else norm) * key
-    if selective:
+    if again:
         elements += size * (query + key)
     else:
         values = 0 if viewed else key + repeated

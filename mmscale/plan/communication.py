@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step, overlap_data_parallel
+from mmscale.plan.activations import recomputed_modules
 from mmscale.plan.compute import expert_slots
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
@@ -144,11 +145,12 @@ def sent_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
 
 
 def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
-    """Messages of so many passes through a layer: forward, backward, and forward once more under full recompute."""
+    """Messages of so many passes through a layer: forward, backward, and forward once more of what is recomputed."""
     model, parallel, size = config.model, config.parallel, dtype_bytes(config)
     tp, batch = parallel.tp, config.train.micro_batch_size
     inner = batch * (depth_tokens(config) if depth else model.seq_length)
     forwards = times * (2 if parallel.recompute == "full" else 1)
+    feed_forwards = times * 2 if "mlp" in recomputed_modules(config) else forwards
     row = model.hidden_size * size
 
     def gather(payload: float, calls: int) -> None:
@@ -163,10 +165,10 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
     gather(hidden, forwards + 2 * times)
     scatter(hidden, forwards + times)
     if model.kind == "dense":
-        gather(hidden, forwards + 2 * times)
-        scatter(hidden, forwards + times)
+        gather(hidden, feed_forwards + 2 * times)
+        scatter(hidden, feed_forwards + times)
     else:
-        _experts(ledger, config, inner, forwards=forwards, backwards=times)
+        _experts(ledger, config, inner, forwards=feed_forwards, backwards=times)
     if depth:
         whole = batch * model.seq_length
         gather(whole * _FP32, forwards)  # scores

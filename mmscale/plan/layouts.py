@@ -69,6 +69,7 @@ class Layout:
             "ep": parallel.ep,
             "dp": data_parallel_size(self.config, self.world),
             "recompute": parallel.recompute,
+            "recompute_modules": list(parallel.recompute_modules) if parallel.recompute == "selective" else [],
             "micro_batch_size": self.config.train.micro_batch_size,
             "micro_batches_per_step": micro_batches_per_step(self.config, self.world),
             "memory": self.memory.as_dict(),
@@ -85,6 +86,12 @@ class Layout:
             "communication_bytes": {kind: round(sent) for kind, sent in self.sent.items()},
             "reasons": list(self.reasons),
         }
+
+
+def recompute_label(config: Config) -> str:
+    """What is recomputed, in one word for each part."""
+    parallel = config.parallel
+    return "+".join(parallel.recompute_modules) if parallel.recompute == "selective" else parallel.recompute
 
 
 def usable_bytes(gpu_memory: float) -> float:
@@ -169,7 +176,9 @@ def _reasons(
             if len(set(depth)) > 1:
                 reasons.append(f"stages differ in Mixture-of-Depths layers ({min(depth)} to {max(depth)})")
     if parallel.recompute != "none":
-        what = "attention" if parallel.recompute == "selective" else "every layer"
+        names = {"core_attn": "attention", "mlp": "feed-forward"}
+        parts = " and ".join(names[name] for name in parallel.recompute_modules)
+        what = parts if parallel.recompute == "selective" else "every layer"
         reasons.append(f"recomputes {what} {_share(time.recompute, time)}")
     if parallel.tp * parallel.pp * parallel.ep == 1:
         reasons.append("data parallelism only")

@@ -14,6 +14,7 @@ from mmscale.plan.activations import (
     layer_activations,
     output_activations,
     recomputed_input,
+    recomputed_modules,
     shared_mask,
     total,
 )
@@ -109,17 +110,25 @@ def stages_memory(
     main_copy = _MAIN_COPY_BYTES if config.precision.dtype == "bf16" else 0
     # Layers come in two kinds at most: with and without Mixture-of-Depths.
     kinds = {config.model.is_depth_layer(layer): layer for layer in reversed(range(config.model.num_layers))}
-    by_kind = {kind: total(layer_activations(config, layer, kernels=kernels)) for kind, layer in kinds.items()}
+    full, again = config.parallel.recompute == "full", recomputed_modules(config)
+    whole = {kind: total(layer_activations(config, layer, kernels=kernels)) for kind, layer in kinds.items()}
+    by_kind = whole
+    if full:
+        by_kind = dict.fromkeys(kinds, recomputed_input(config))
+    elif again:
+        by_kind = {
+            kind: total(layer_activations(config, layer, kernels=kernels, again=again)) for kind, layer in kinds.items()
+        }
     ranks = []
     for stage in range(config.parallel.pp):
         dense, experts = stage_parameters(config, parameters, stage)
         sharded = dense / replicas + experts / max(1, replicas // config.parallel.ep)
         layers = [config.model.is_depth_layer(layer) for layer in stage_layers(config, stage)]
         last = first_and_last(config, stage)[1]
-        full = config.parallel.recompute == "full"
-        kept = sum(recomputed_input(config) if full else by_kind[kind] for kind in layers)
+        kept = sum(by_kind[kind] for kind in layers)
         activations = kept * in_flight(config, stage, micro_batches) + shared_mask(config, kernels=kernels)
-        working = _temporary(config) + (max(by_kind[kind] for kind in layers) if full else 0.0)
+        # A layer that is recomputed whole holds a copy of its input; parts of one are there besides what was kept.
+        working = _temporary(config) + max(whole[kind] - (0.0 if full else by_kind[kind]) for kind in layers)
         ranks.append(
             RankMemory(
                 parameters=(dense + experts) * dtype_bytes(config),
@@ -137,11 +146,16 @@ def stages_memory(
 
 def kept_for_backward(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
     """Most that autograd keeps at one time of one micro-batch of the whole model on one process [bytes]."""
-    layers = [total(layer_activations(config, index, kernels=kernels)) for index in range(config.model.num_layers)]
+    again = recomputed_modules(config)
+    indices = range(config.model.num_layers)
+    layers = [total(layer_activations(config, index, kernels=kernels, again=again)) for index in indices]
     softmax = _tokens(config) * config.vocab.padded_size * _FP32 + output_activations(config, kernels=kernels)
     shared = shared_mask(config, kernels=kernels)
     if config.parallel.recompute == "full":
         return shared + recomputed_input(config) * len(layers) + max(softmax, *layers)
+    if again:
+        whole = (total(layer_activations(config, index, kernels=kernels)) for index in indices)
+        return shared + sum(layers) + max(softmax, *(one - kept for one, kept in zip(whole, layers, strict=True)))
     return shared + sum(layers) + softmax
 
 

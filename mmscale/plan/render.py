@@ -136,7 +136,8 @@ def _layouts(summary: dict[str, Any]) -> Table:
     entries = summary["layouts"]
     shown = entries[:_LAYOUT_ROWS] + [entry for entry in entries[_LAYOUT_ROWS:] if entry["current"]]
     for layout in shown:
-        cells = [layout[key] for key in ("tp", "pp", "vpp", "ep", "dp", "micro_batch_size", "recompute")]
+        cells = [layout[key] for key in ("tp", "pp", "vpp", "ep", "dp", "micro_batch_size")]
+        cells.append("+".join(layout["recompute_modules"]) or layout["recompute"])
         style = "red" if layout["fits"] is False else "green" if layout is entries[0] else None
         table.add_row(
             f"{entries.index(layout) + 1}{' *' if layout['current'] else ''}",

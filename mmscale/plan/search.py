@@ -15,14 +15,20 @@ from mmscale.config.derived import data_parallel_size
 from mmscale.config.rules import violations
 from mmscale.plan.compute import Flops, flops_per_token
 from mmscale.plan.hardware import DEFAULT, GPUS, Gpu
-from mmscale.plan.layouts import Layout, evaluate, fullest, usable_bytes
+from mmscale.plan.layouts import Layout, evaluate, fullest, recompute_label, usable_bytes
 from mmscale.plan.memory import GIB, RankMemory
 from mmscale.plan.parameters import count_parameters
 
 _CHUNKS = (2, 3, 4, 6)
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 # From what keeps most to what repeats most.
-_RECOMPUTE = ("none", "selective", "full")
+_RECOMPUTE: tuple[dict[str, Any], ...] = (
+    {"recompute": "none"},
+    {"recompute": "selective", "recompute_modules": ("core_attn",)},
+    {"recompute": "selective", "recompute_modules": ("mlp",)},
+    {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")},
+    {"recompute": "full"},
+)
 # Layouts that are shown where none fits.
 _NEAREST = 5
 
@@ -99,7 +105,7 @@ def search(config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: G
             found.reject(plain, gpus, problems[0].cause)
             continue
         for recompute in _RECOMPUTE:
-            candidate = _changed(plain, recompute=recompute)
+            candidate = _changed(plain, **recompute)
             found.tried += 1
             memory = fullest(candidate, gpus, parameters)
             if gpu_memory is None or memory.total <= usable_bytes(gpu_memory):
@@ -185,6 +191,6 @@ def _example(config: Config, world: int) -> dict[str, Any]:
         "vpp": parallel.vpp,
         "ep": parallel.ep,
         "dp": data_parallel_size(config, world),
-        "recompute": parallel.recompute,
+        "recompute": recompute_label(config),
         "micro_batch_size": config.train.micro_batch_size,
     }

@@ -15,7 +15,7 @@ from mmscale.config.derived import (
     overlap_data_parallel,
     overlap_p2p,
 )
-from mmscale.plan.activations import Kernels, layer_activations, on_gpu, total
+from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules, total
 from mmscale.plan.communication import Kind, Operation, Traffic, communication
 from mmscale.plan.compute import layer_flops
 from mmscale.plan.hardware import Gpu
@@ -165,7 +165,7 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     """Seconds of a micro-batch on a stage, nothing repeated."""
     model, tp = config.model, config.parallel.tp
     tokens = config.train.micro_batch_size * model.seq_length
-    products = attention = elementwise = launched = 0.0
+    products = attention = elementwise = launched = feed_forward = 0.0
     counts = Counter(model.is_depth_layer(layer) for layer in stage_layers(config, stage))
     example = {model.is_depth_layer(layer): layer for layer in stage_layers(config, stage)}
     plain, fast = _peak(config, gpu, fp8=False), _peak(config, gpu, fp8=True)
@@ -173,11 +173,13 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     inner = min(model.hidden_size, model.ffn_hidden_size // tp)
     for depth, count in counts.items():
         flops = layer_flops(config, depth=depth)
-        seconds = flops.projections / (fast * _reached(width)) + flops.ffn / (fast * _reached(inner))
-        seconds = (seconds + flops.routers / plain) * tokens / tp
+        expert = (flops.ffn / (fast * _reached(inner)) + flops.routers / plain) * tokens / tp
+        seconds = flops.projections / (fast * _reached(width)) * tokens / tp + expert
         started = KERNELS[model.kind] * (1.3 if depth else 1.0) * LAUNCH
-        kept = total(layer_activations(config, example[depth], kernels=on_gpu(config)))
-        moved = MOVES[0] * kept / (gpu.bandwidth * MEMORY)
+        parts = layer_activations(config, example[depth], kernels=on_gpu(config))
+        moved = MOVES[0] * total(parts) / (gpu.bandwidth * MEMORY)
+        inside = sum(parts.get(name, 0.0) for name in ("ffn", "router", "experts", "combine"))
+        feed_forward += count * (expert + MOVES[0] * inside / (gpu.bandwidth * MEMORY))
         within = flops.attention * tokens / tp / (plain * ATTENTION[on_gpu(config)])
         elementwise += count * moved
         attention += count * within
@@ -190,7 +192,10 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         elementwise += _LOGITS * rows * tokens / (gpu.bandwidth * MEMORY)
     products += launched
     forward = products + attention + elementwise
-    repeated = {"none": 0.0, "selective": attention, "full": forward}[config.parallel.recompute]
+    again = recomputed_modules(config)
+    repeated = forward if config.parallel.recompute == "full" else 0.0
+    repeated += attention if "core_attn" in again else 0.0
+    repeated += feed_forward if "mlp" in again else 0.0
     backward = 2 * (products + attention) + elementwise * MOVES[1] / MOVES[0]
     return _Pass(products, attention, elementwise, backward, repeated)
 

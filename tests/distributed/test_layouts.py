@@ -21,7 +21,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "pp2_interleaved": {"pp": 2, "vpp": 2},
     "tp2_recompute": {"tp": 2, "recompute": "full"},
     "pp2_recompute": {"pp": 2, "recompute": "full"},
-    "ep2_recompute_selective": {"ep": 2, "recompute": "selective"},
+    "ep2_recompute_selective": {"ep": 2, "recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
     "dp2_overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 FOUR_RANKS: dict[str, dict[str, Any]] = {

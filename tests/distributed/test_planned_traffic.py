@@ -98,6 +98,7 @@ _LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("moma", {"pp": 2, "vpp": 2, "ep": 2}),
     ("moma_post_per_expert_shared", {"tp": 2, "pp": 2}),
     ("moma_post", {"ep": 4, "recompute": "full"}),
+    ("moma", {"tp": 2, "ep": 2, "recompute": "selective", "recompute_modules": ["mlp"]}),
 ]
 
 

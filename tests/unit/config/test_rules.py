@@ -144,6 +144,15 @@ BROKEN = [
     ({**DENSE, "model__experts__cuda_graph": True}, "model.kind = dense has no experts"),
     ({"model__experts__cuda_graph": True, "parallel__pp": 2}, "a pipeline stage has several in flight"),
     ({"model__experts__cuda_graph": True, "parallel__recompute": "full"}, "recomputing layers would save nothing"),
+    (
+        {
+            "model__experts__cuda_graph": True,
+            "parallel__recompute": "selective",
+            "parallel__recompute_modules": ["mlp"],
+        },
+        "recomputing experts would save nothing",
+    ),
+    ({"parallel__recompute": "selective", "parallel__recompute_modules": []}, "nothing would be recomputed"),
     ({"model__experts__cuda_graph": True, "model__experts__compute": "te"}, "a captured graph would repeat"),
     # batches and schedule
     (

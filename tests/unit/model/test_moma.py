@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from scipy import stats as distributions
 from torch import Tensor
 
-from mmscale.config import Config, ExpertsConfig, ModalityVocab
+from mmscale.config import Config, ExpertsConfig, ModalityVocab, ParallelConfig
 from mmscale.model.mixed_modal import RoutingStats
 from mmscale.train.layers_log import fractions
 from tests.unit.model.comparison import (
@@ -155,15 +156,26 @@ def test_with_micro_batch_scope_they_do(build: Callable[..., GPTModel]) -> None:
 # --- recompute and dtype --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recompute_changes_nothing(recompute: str, build: Callable[..., GPTModel]) -> None:
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute": "full"},
+        {"recompute": "selective"},
+        {"recompute": "selective", "recompute_modules": ["mlp"]},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    ],
+    ids=["full", "core_attn", "mlp", "core_attn+mlp"],
+)
+def test_recompute_changes_nothing(recompute: dict[str, Any], build: Callable[..., GPTModel]) -> None:
     """Router noise included: backward must see the noise that forward saw. Two micro-batches are in flight."""
     settings = {"experts": moma_experts(noise="gumbel", shared=1), "norm": "post_per_expert", "depth": depth()}
     first = usual_batch()
     second = batch_of([random_documents((12,), seed=11), random_documents((3, 8), seed=12)], length=12)
     results = []
-    for mode in ("none", recompute):
-        model = build(tiny(recompute=mode, **settings)).train()  # type: ignore[arg-type]
+    for parallel in ({}, recompute):
+        config = tiny(**settings)  # type: ignore[arg-type]
+        config = config.model_copy(update={"parallel": ParallelConfig.model_validate(parallel)})
+        model = build(config).train()
         loss = (
             run_model(model, first, noise_key=3).square().sum() + run_model(model, second, noise_key=4).square().sum()
         )

@@ -2,13 +2,15 @@
 
 A run's weights are mapped in memory as an export's are on disk (hf_weights.py), so that there is one cache, one loop
 (mmscale.inference.generate), and one gate that proves them equal to the trainer. Code in an exported folder is never
-run: the classes are those of this package. One process; batch routing is mmscale.inference.draw's.
+run: the classes are those of this package. Only `open_on_ranks` shares a run among processes, without a cache. Batch
+routing is mmscale.inference.draw's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,17 @@ from checkpoints_tools.hf_files import ModelFiles, unaccounted
 from checkpoints_tools.hf_source import RunWeights
 from checkpoints_tools.hf_text import fast_tokenizer
 from checkpoints_tools.hf_weights import is_native, moves
-from checkpoints_tools.to_hf import CONFIG, SETTINGS, causal_routers, config_of, tokenizers_of
+from checkpoints_tools.to_hf import CONFIG, SETTINGS, DataTokenizers, causal_routers, config_of, tokenizers_of
 from mmscale.checkpoint import integrity
 from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, DataError, UsageError
 from mmscale.inference.generate import ImageRules, Sampling, generate
+from mmscale.inference.model import open_run
+from mmscale.inference.ranks import ModelOnRanks
+from mmscale.model.mixed_modal import Routing
 from mmscale.runtime.device import current_device
+from mmscale.runtime.rank_env import RankEnv
 
 _AGAIN = "export it again: `mmscale convert to-hf`"
 _CLASSES: dict[str, tuple[Any, Any]] = {
@@ -86,6 +92,7 @@ class Generator:
         routing: who decides which experts take a token; "none" where nothing is routed.
         model: of transformers.
         processor: text and images to ids and back.
+        use_cache: whether the model has one.
     """
 
     config: Config
@@ -93,6 +100,7 @@ class Generator:
     routing: str
     model: Any
     processor: MomaProcessor
+    use_cache: bool = True
 
     def sample(self, prompts: Sequence[Prompt], *, count: int = 1, sampling: Sampling) -> list[Sample]:
         """Continue every prompt `count` times.
@@ -110,6 +118,7 @@ class Generator:
             images=self._rules(),
             context=self.config.model.seq_length,
             never=range(vocab.size, vocab.padded_size),
+            use_cache=self.use_cache,
         )
         asked = [prompt for prompt in prompts for _ in range(count)]
         return [
@@ -198,10 +207,44 @@ def _of_run(run: Path, step: int | None, routing: str) -> Generator:
     for move in listed:
         weights |= zip(move.targets, move.split(source.read(move.source)), strict=True)
     model = _loaded(content, None, weights, where=source.path)
+    return Generator(config, source.step, routing if config.model.routes else "none", model, _processor(config, own))
+
+
+@contextlib.contextmanager
+def open_on_ranks(
+    run: Path, step: int | None = None, *, routing: str | None = None, env: RankEnv
+) -> Iterator[Generator]:
+    """Load a run's checkpoint over tensor-parallel ranks, which all call it, for generation without a cache.
+
+    Args:
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+        routing: causal, top1 or threshold; None: causal.
+        env: this process's place among the ranks.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or has nothing for that routing.
+        ConfigError: the model cannot be cut for so many ranks.
+        DataError: the run's data set, which has the tokenizers, is missing or another one.
+    """
+    transformers_logging.set_verbosity_error()
+    routing = routing or "causal"
+    config = config_of(run)
+    source = RunWeights(run, step)
+    causal_routers(source, config, run, routing=routing)
+    own = tokenizers_of(config, source, None)
+    dtype = "fp32" if current_device().type == "cpu" else None  # as one process computes
+    with open_run(run, step=source.step, dtype=dtype, env=env) as model:
+        on_ranks = ModelOnRanks(model, Routing(routing)).eval()
+        name = routing if config.model.routes else "none"
+        yield Generator(config, source.step, name, on_ranks, _processor(config, own), use_cache=False)
+
+
+def _processor(config: Config, own: DataTokenizers) -> MomaProcessor:
     tokenizer = fast_tokenizer(own.text, own.vocabulary, context=config.model.seq_length)
     processor = MomaProcessor(tokenizer, modalities=_ranges(own.vocabulary))
     processor.codes = read_codes(own.folder) if own.image is not None else None
-    return Generator(config, source.step, routing if config.model.routes else "none", model, processor)
+    return processor
 
 
 def _of_folder(folder: Path, routing: str | None) -> Generator:

@@ -30,7 +30,7 @@ from mmscale.config.load import digest
 from mmscale.config.load import load as load_config
 from mmscale.data.image_tokens import FOLDER as IMAGE_TOKENIZER
 from mmscale.data.image_tokens import ImageTokenizer, open_image_tokenizer
-from mmscale.data.manifest import NO_TOKENIZER, check_vocabulary, named_sources, read_manifest
+from mmscale.data.manifest import NO_TOKENIZER, check_vocabulary, common_tokenizers, named_sources, read_manifest
 from mmscale.data.text_tokens import TextTokenizer, open_text_tokenizer
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, DataError
@@ -180,12 +180,18 @@ def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: st
 def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> DataTokenizers:
     """Tokenizers of the data set, after a look whether they are those of training.
 
+    Of a blend they are those of the first data set that has images, for the first of all may be text only.
+
     Raises:
-        DataError: there is no such data set, or it has other tokenizers.
+        DataError: there is no such data set, it has other tokenizers, or those of a blend are not the same.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
-    folder = data or Path(named_sources(config)[0].path)
-    manifest = read_manifest(folder)
+    folders = [data] if data is not None else [Path(source.path) for source in named_sources(config)]
+    blend = {folder: read_manifest(folder) for folder in folders}
+    common_tokenizers(blend)
+    with_images = [one for one, known in blend.items() if known.image_tokenizer != NO_TOKENIZER]
+    folder = (with_images or folders)[0]
+    manifest = blend[folder]
     check_vocabulary(folder, manifest, vocabulary)
     text = open_text_tokenizer(folder)
     image = open_image_tokenizer(folder) if (folder / IMAGE_TOKENIZER).is_dir() else None

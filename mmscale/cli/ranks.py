@@ -5,14 +5,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from mmscale.errors import UsageError
 from mmscale.runtime.local_ranks import run_local
 from mmscale.runtime.rank_env import RankEnv, discover
 
+OnRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help="Share a run's model among N ranks here (TP).",
+    ),
+]
 _SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -44,3 +59,30 @@ def own_rank(nproc: int | None) -> RankEnv:
 def start(nproc: int, *, log_dir: Path, arguments: Sequence[str] | None = None) -> int:
     """Run this same command line as `nproc` ranks; returns their exit status."""
     return run_local(nproc, list(sys.argv[1:] if arguments is None else arguments), log_dir=log_dir)
+
+
+def start_for_a_while(nproc: int | None) -> int:
+    """As `start`, for commands that leave no logs behind unless a rank crashes."""
+    assert nproc is not None
+    logs = Path(tempfile.mkdtemp(prefix="mmscale-ranks-"))
+    status = start(nproc, log_dir=logs)
+    shutil.rmtree(logs)  # on a crash, which raises, they stay and the error names them
+    return status
+
+
+def shared(nproc: int | None) -> RankEnv | None:
+    """The place of this process among ranks that share a model; None: it is alone, whatever job it stands in."""
+    return None if nproc is None or nproc == 1 else own_rank(nproc)
+
+
+def refuse(nproc: int | None, what: str) -> None:
+    """Refuse ranks where one process does the work.
+
+    Raises:
+        UsageError: they are asked for.
+    """
+    if nproc is not None and nproc > 1:
+        raise UsageError(
+            f"--nproc {nproc}: {what} is computed by transformers in one process",
+            remedy="leave --nproc out, or name the run",
+        )

@@ -4,18 +4,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmscale.cli import ranks
 from mmscale.cli.output import Json, emit
 from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 
 if TYPE_CHECKING:
     from mmscale.inference.generate import Sampling
+    from mmscale.runtime.rank_env import RankEnv
 
 _ROUTINGS = ("causal", "top1", "threshold", "batch")
 _BATCH = (
@@ -82,6 +85,7 @@ def sample(
         bool, typer.Option("--recognise", help="Digits: say how many are read as asked by a classifier of real ones.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    nproc: ranks.OnRanks = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts of text and images with text and images; PNG files, and one with all of them."""
@@ -92,39 +96,55 @@ def sample(
         raise UsageError(
             "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"
         )
+    if (path / "config.json").is_file():
+        ranks.refuse(nproc, "an export")
+    if nproc is not None and nproc > 1 and guidance != 1:
+        raise UsageError(
+            "--guidance needs the cache of one process", remedy="leave it out with --nproc, or sample from an export"
+        )
+    if ranks.starts_ranks(nproc):
+        raise typer.Exit(ranks.start_for_a_while(nproc))
     from mmscale.inference.generate import Sampling
 
-    chosen = Sampling(temperature, top_k, top_p, guidance, max_tokens, seed)
+    chosen, shared = Sampling(temperature, top_k, top_p, guidance, max_tokens, seed), ranks.shared(nproc)
     files = tuple(image or ())
-    opened = None if routing == "batch" else _open(path, step, routing)
-    if opened is None:
-        only_batch = [
-            ("--image", files),
-            ("--top-k", top_k),
-            ("--guidance", guidance != 1),
-            ("--max-tokens", max_tokens),
-        ]
-        given = [name for name, value in only_batch if value]
-        if given:
-            raise UsageError(
-                f"{', '.join(given)}: not with batch routing, which draws images for texts only",
-                remedy="train auxiliary routers: `mmscale train CONFIG --stage auxiliary`, and use --routing causal",
-            )
-        facts, drawn = _with_batch_routing(path, step, prompt, count, chosen)
-    else:
-        facts, drawn = _continued(opened, path, prompt, files, draw, count, chosen)
+    with contextlib.ExitStack() as stack:
+        opened = None if routing == "batch" else _open(path, step, routing, shared, stack)
+        if opened is None:
+            only_batch = [
+                ("--image", files),
+                ("--top-k", top_k),
+                ("--guidance", guidance != 1),
+                ("--max-tokens", max_tokens),
+            ]
+            given = [name for name, value in only_batch if value]
+            if given:
+                raise UsageError(
+                    f"{', '.join(given)}: not with batch routing, which draws images for texts only",
+                    remedy="train auxiliary routers: `mmscale train CONFIG --stage auxiliary`, and use "
+                    "--routing causal",
+                )
+            facts, drawn = _with_batch_routing(path, step, prompt, count, chosen, shared)
+        else:
+            facts, drawn = _continued(opened, path, prompt, files, draw, count, chosen)
+    if shared is not None and not shared.is_first:
+        return
     result = facts | _written(drawn, prompt, count, out)
     if recognise:
         result["recognition"] = _recognised(drawn)
     emit(result, as_json=as_json, text=lambda: _print(result))
 
 
-def _open(path: Path, step: int | None, routing: str | None) -> Any:
+def _open(
+    path: Path, step: int | None, routing: str | None, shared: RankEnv | None, stack: contextlib.ExitStack
+) -> Any:
     """A generator; None: nobody asked for a routing, and the run has batch routing only."""
-    from checkpoints_tools.generator import open_generator
+    from checkpoints_tools.generator import open_generator, open_on_ranks
     from checkpoints_tools.to_hf import NoRoutersError
 
     try:
+        if shared is not None:
+            return stack.enter_context(open_on_ranks(path, step, routing=routing, env=shared))
         return open_generator(path, step, routing=routing)
     except NoRoutersError:
         if routing is not None:
@@ -156,12 +176,12 @@ def _continued(
 
 
 def _with_batch_routing(
-    run: Path, step: int | None, prompts: list[str], count: int, sampling: Sampling
+    run: Path, step: int | None, prompts: list[str], count: int, sampling: Sampling, shared: RankEnv | None
 ) -> tuple[dict[str, Any], list[_Drawn]]:
     from mmscale.inference.draw import draw
     from mmscale.inference.model import open_run
 
-    with open_run(run, step=step) as model:
+    with open_run(run, step=step, env=shared) as model:
         drawings = draw(
             model,
             prompts,

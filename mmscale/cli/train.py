@@ -134,6 +134,7 @@ def evaluate(
     batches: Annotated[
         int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
     ] = None,
+    nproc: ranks.OnRanks = None,
     as_json: Json = False,
 ) -> None:
     """Loss and perplexity of each modality on held-out data, and accuracy where the data has a task.
@@ -148,16 +149,22 @@ def evaluate(
             raise UsageError(
                 "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"
             )
+        ranks.refuse(nproc, "an export")
         from checkpoints_tools.hf_evaluate import evaluate_export
 
         result = evaluate_export(folder, step=step, data=data, batches=batches, routing=routing)
     else:
+        if ranks.starts_ranks(nproc):
+            raise typer.Exit(ranks.start_for_a_while(nproc))
         from mmscale.inference.evaluate import evaluate_run
         from mmscale.model.mixed_modal import Routing
 
-        chosen = Routing(routing or "batch")
-        result = evaluate_run(folder, step=step, data=data, batches=batches, routing=chosen)
+        chosen, shared = Routing(routing or "batch"), ranks.shared(nproc)
+        options: dict[str, Any] = {} if shared is None else {"env": shared}
+        result = evaluate_run(folder, step=step, data=data, batches=batches, routing=chosen, **options)
         result.setdefault("routing", chosen.value)
+        if shared is not None and not shared.is_first:
+            return
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
 
 

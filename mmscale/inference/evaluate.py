@@ -18,15 +18,22 @@ from mmscale.inference.model import RunModel, open_run
 from mmscale.inference.scores import SPLIT, measured, with_data
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.mixed_modal import Routing
+from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.auxiliary import figures, table
 from mmscale.train.evaluate import evaluate
 from mmscale.train.step import Stepper
 
 
 def evaluate_run(
-    run: Path, *, step: int | None, data: Path | None, batches: int | None, routing: Routing = Routing.BATCH
+    run: Path,
+    *,
+    step: int | None,
+    data: Path | None,
+    batches: int | None,
+    routing: Routing = Routing.BATCH,
+    env: RankEnv | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run's checkpoint in this process.
+    """Evaluate a run's checkpoint in this process, or over tensor-parallel ranks, which all call it.
 
     Args:
         run: the run's folder.
@@ -34,6 +41,7 @@ def evaluate_run(
         data: a prepared data set; None: the run's own.
         batches: global batches; None: the whole held-out split.
         routing: who decides which experts take a token.
+        env: as in `open_run`.
 
     Returns:
         `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>`; with several
@@ -45,7 +53,7 @@ def evaluate_run(
         UsageError: the checkpoint has nothing for that routing.
         DataError: the data set is missing, damaged, or made with other tokenizers.
     """
-    with open_run(run, step=step) as model:
+    with open_run(run, step=step, env=env) as model:
         model.require(routing)
         config = model.config
         if data is not None:

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a model in one process, whatever layout wrote it."""
+"""A run's checkpoint as a model in one process, or over tensor-parallel ranks, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from mmscale.checkpoint import sharded
 from mmscale.checkpoint.integrity import require_whole
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
-from mmscale.config import Config, ParallelConfig
+from mmscale.config import Config, ParallelConfig, rules
 from mmscale.config.derived import with_auxiliary_routers
+from mmscale.config.fp8 import high_precision
 from mmscale.config.load import load as load_config
 from mmscale.data.mixture import MicroBatch
 from mmscale.data.vocab import Vocabulary
@@ -36,9 +38,9 @@ class RunModel:
     """A model that scores micro-batches.
 
     Attributes:
-        config: the run's configuration without its parallel layout; with auxiliary routers if there are any.
+        config: the run's configuration under the layout of `open_run`; with auxiliary routers if there are any.
         step: optimizer steps that the checkpoint has done.
-        groups: process groups of this one process.
+        groups: process groups; all ranks are tensor-parallel ones.
         module: GPTModel, in Float16Module for bf16.
         vocabulary: ids of the modalities.
         tokenizers: fingerprints of those of training, as in a data set's manifest; empty if the checkpoint is too old.
@@ -74,7 +76,7 @@ class RunModel:
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch, routing: Routing = Routing.BATCH) -> Tensor:
-        """Logits of every position, fp32 [B, S, padded vocabulary], on the host.
+        """Logits of every position, fp32 [B, S, padded vocabulary], on the host; every rank calls it and gets all.
 
         Args:
             batch: tokens and facts.
@@ -90,27 +92,38 @@ class RunModel:
         logits: Tensor = self.module(
             input_ids=inputs.tokens, position_ids=None, attention_mask=None, packed_seq_params=inputs.params
         )
+        if self.groups.tp.size() > 1:  # the output layer leaves every rank its part of the vocabulary
+            logits = gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
         return logits.float().cpu()
 
 
 @contextmanager
-def open_run(run: Path, *, step: int | None = None, dtype: str | None = None) -> Iterator[RunModel]:
-    """Load a checkpoint's weights; process groups of one process live as long as the context.
+def open_run(
+    run: Path, *, step: int | None = None, dtype: str | None = None, env: RankEnv | None = None
+) -> Iterator[RunModel]:
+    """Load a checkpoint's weights; process groups live as long as the context.
 
     Args:
         run: the run's folder.
         step: the checkpoint; None: the newest.
         dtype: compute in this format (`precision.dtype`) instead of the run's; bf16 weights are exact in fp32.
+        env: this process's place among the ranks that share the model, all of them tensor-parallel; None: one process.
 
     Raises:
         CheckpointError: there is no such run or checkpoint, or it is damaged.
+        ConfigError: the model cannot be cut for so many ranks.
     """
     file = run / "config.yaml"
     if not file.is_file():
         raise CheckpointError(
             f"{run} is not a run folder (no config.yaml)", remedy="name a run: `mmscale train` prints it"
         )
-    config = load_config(file).model_copy(update={"parallel": ParallelConfig()})
+    # Slots are rounded for the run's layout, so before it is left.
+    place = env or RankEnv()
+    layout = ParallelConfig(tp=place.world_size)
+    config = high_precision(load_config(file)).model_copy(update={"parallel": layout})
+    if place.world_size > 1:
+        rules.check(config, world_size=place.world_size)
     if dtype is not None:
         precision = config.precision.model_copy(update={"dtype": dtype})
         config = config.model_copy(update={"precision": precision})
@@ -122,7 +135,7 @@ def open_run(run: Path, *, step: int | None = None, dtype: str | None = None) ->
     routers = find_routers(run, chosen) if config.model.routes else None
     if routers is not None:
         config = _with_width(config, routers[1])
-    groups = process_groups.initialize(RankEnv(), seed=config.run.seed)
+    groups = process_groups.initialize(place, tp=place.world_size, seed=config.run.seed)
     try:
         transformer = transformer_config(config)
         (module,) = build_chunks(config, groups, transformer=transformer)

@@ -23,14 +23,14 @@ from mmscale.data.vocab import EOI, EOS
 from tests.end_to_end.running import Ended, assert_says, mmscale
 
 
-def ok(*arguments: str | Path) -> Ended:
-    ended = mmscale(*arguments)
+def ok(*arguments: str | Path, nproc: int = 1) -> Ended:
+    ended = mmscale(*arguments, *(("--nproc", str(nproc)) if nproc > 1 else ()), nproc=nproc)
     assert ended.status == 0, ended
     return ended
 
 
-def sampled(*arguments: str | Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ok("sample", *arguments, "--json").out)
+def sampled(*arguments: str | Path, nproc: int = 1) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ok("sample", *arguments, "--json", nproc=nproc).out)
     return found
 
 
@@ -60,6 +60,51 @@ def test_run_and_export_give_the_same_pictures(name: str, exported: Path, seven:
         for mine, theirs in zip([*one["images"], one["sheet"]], [*other["images"], other["sheet"]], strict=True):
             assert Path(mine).read_bytes() == Path(theirs).read_bytes()
         assert PIL.Image.open(one["images"][0]).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("tiny", ("--routing", "batch")), ("tiny", ("--top-k", "40")), ("dense", ("--temperature", "0"))]
+)
+def test_tensor_parallel_ranks_give_the_same_pictures(
+    name: str, more: tuple[str, ...], exported: Path, tmp_path: Path
+) -> None:
+    """Resharded from one rank to two, without a cache; also texts of unequal length, and what rank 0 alone writes."""
+    prompts = ["--prompt", "draw a two"] + ([] if "batch" in more else ["--prompt", "a", "--draw"])
+    way = [exported / name, *prompts, "--count", "2" if "batch" in more else "1", *more]
+    one = sampled(*way, "--out", tmp_path / "one")
+    two = sampled(*way, "--out", tmp_path / "two", nproc=2)
+    kept = ("text", "tokens", "ended")
+    assert [[sample.get(key) for key in kept] for sample in one["samples"]] == [
+        [sample.get(key) for key in kept] for sample in two["samples"]
+    ]
+    assert two["step"] == 30 and two["routing"] == one["routing"] and len(one["images"]) == len(two["images"]) > 0
+    for mine, theirs in zip(one["images"], two["images"], strict=True):
+        assert Path(mine).read_bytes() == Path(theirs).read_bytes()
+
+
+def test_evaluation_over_tensor_parallel_ranks(exported: Path) -> None:
+    """Losses, tasks, and the routers' figures: as one process measures them."""
+    way = ("eval", exported / "tiny", "--routing", "causal", "--batches", "2", "--json")
+    one, two = (json.loads(ok(*way, nproc=nproc).out) for nproc in (1, 2))
+    assert one.keys() == two.keys() and one["routers"]
+    for name, value in one.items():
+        if isinstance(value, float):
+            assert two[name] == pytest.approx(value, rel=2e-6, abs=1e-6), name
+    for mine, theirs in zip(one["routers"], two["routers"], strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-3)
+
+
+def test_ranks_that_do_not_fit(exported: Path) -> None:
+    run, export, prompt = exported / "tiny", exported / "tiny-hf", ("--prompt", "a")
+    cases: list[tuple[tuple[str | Path, ...], int, str, str]] = [
+        (("eval", run), 3, "num_attention_heads", ""),
+        (("eval", export), 2, "in one process", "leave --nproc out"),
+        (("sample", export, *prompt), 2, "in one process", "leave --nproc out"),
+        (("sample", run, *prompt, "--guidance", "2"), 2, "--guidance needs the cache", "leave it out"),
+    ]
+    for command, nproc, cause, remedy in cases:
+        ended = mmscale(*command, "--nproc", str(nproc), nproc=nproc)
+        assert_says(ended, status=2, cause=cause, remedy=remedy)
 
 
 def test_tokens_are_the_trainers(exported: Path, seven: Path) -> None:

@@ -1,0 +1,180 @@
+"""One rank of a world that does not exist: torch's fake process group, tensors without memory, counted messages.
+
+Everything else is real: megatron-core's groups, the model, gradient buffers, schedules, the optimizer. Tensors know
+their shapes and not their numbers, so a rank of a large model on many ranks takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmscale.config import Config
+from mmscale.model import build as model_build
+from mmscale.model.attention import DocumentAttention
+from mmscale.runtime import groups
+from mmscale.train.batch import to_device
+from mmscale.train.parts import Parts, build
+from mmscale.train.synthetic import SyntheticMixture
+
+# What c10d's operators are called, in the plan's words.
+_OPERATIONS = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+}
+
+
+@dataclass
+class Messages:
+    """Calls and bytes by (operation, ranks of the group); bytes are of the whole tensor, as in mmscale.plan."""
+
+    calls: Counter[tuple[str, int]] = field(default_factory=Counter)
+    payload: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that a rank holds between two steps."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self, messages: Messages) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            (group,) = (
+                torch.distributed.ProcessGroup.unbox(argument)
+                for argument in args
+                if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+            )
+            key = _OPERATIONS[name], group.size()
+            self.messages.calls[key] += 1
+            self.messages.payload[key] += max(_bytes(tensor) for tensor in _tensors(args))
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    for argument in arguments:
+        yield from (item for item in (argument if isinstance(argument, list | tuple) else [argument]) if _is(item))
+
+
+def _is(item: Any) -> bool:
+    return isinstance(item, Tensor)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextlib.contextmanager
+def rank_of(config: Config, rank: int, world: int) -> Iterator[ProcessGroupCollection]:
+    """Be this rank, in megatron-core's groups of the configuration's layout; one at a time, in a process of its own."""
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    parallel = config.parallel
+    try:
+        yield groups.initialize_layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=1)
+    finally:
+        groups.finalize()
+
+
+@contextlib.contextmanager
+def _without_numbers() -> Iterator[None]:
+    """What asks tensors for their numbers is left out: weights, checks between ranks, conversions to the same type."""
+
+    def everyone_says(said: list[Any], mine: Any, group: Any = None) -> None:
+        said[:] = [mine] * len(said)
+
+    class Sent:
+        def wait(self) -> None:
+            """Nothing travels."""
+
+    @contextlib.contextmanager
+    def one_by_one(*_: Any, **__: Any) -> Iterator[Sent]:
+        yield Sent()  # torch has no fake form of its coalesced operators
+
+    def on_a_device(
+        self: DocumentAttention, query: Tensor, key: Tensor, value: Tensor, *_: Any, **facts: Any
+    ) -> Tensor:
+        return self._masked(query, key, value, facts["packed_seq_params"].attention_bias(query.dtype))
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (model_build, "initialize", lambda *_, **__: None),
+            (torch.nn.Module, "_apply", lambda module, *_, **__: module),
+            (torch.distributed, "all_gather_object", everyone_says),
+            (param_and_grad_buffer, "_coalescing_manager", one_by_one),
+            (CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
+            (DocumentAttention, "forward", on_a_device),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def states_of(config: Config, pg: ProcessGroupCollection) -> States:
+    """What this rank holds; nothing goes forward."""
+    with _without_numbers(), FakeTensorMode(allow_non_fake_inputs=True):
+        return _states(build(config, pg))
+
+
+def one_step(config: Config, pg: ProcessGroupCollection) -> tuple[States, Messages]:
+    """What this rank holds, and says in forward, backward and update of all its micro-batches."""
+    messages = Messages()
+    with _without_numbers(), FakeTensorMode(allow_non_fake_inputs=True):
+        parts = build(config, pg)
+        mixture = SyntheticMixture(config, share={"text": 0.5, "image": 0.5})
+        number = config.train.global_batch_size // config.train.micro_batch_size // pg.dp.size()
+        batches = [to_device(mixture.micro_batch(index), mixture.vocabulary) for index in range(number)]
+        with _Count(messages):
+            parts.stepper.accumulate(batches)
+            for part in _optimizers(parts):
+                part.prepare_grads()
+            for part in _optimizers(parts):
+                part.step_with_ready_grads()
+        return _states(parts), messages
+
+
+def _optimizers(parts: Parts) -> list[Any]:
+    chained = getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])
+    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _states(parts: Parts) -> States:
+    buffers = [buffer for chunk in parts.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    parameters = [parameter for chunk in parts.chunks for parameter in chunk.parameters()]
+    optimizers = _optimizers(parts)
+    # Moments are made in the first step; before it there are the copies that they belong to.
+    shards = [tensor for part in optimizers for group in part.shard_fp32_from_float16_groups for tensor in group]
+    shards += [tensor for part in optimizers for group in part.shard_fp32_groups for tensor in group]
+    copies = 4 if parts.chunks[0].config.bf16 else 0
+    return States(
+        parameters=sum(map(_bytes, parameters)),
+        gradients=sum(_bytes(buffer.grad_data) for buffer in buffers),
+        optimizer=sum(shard.numel() for shard in shards) * (8 + copies),
+    )

@@ -1,0 +1,155 @@
+"""64 ranks of the 1.4B class in one process: groups, what a rank holds and what it says, against `mmscale plan`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmscale.config import Config
+from mmscale.config.load import load
+from mmscale.plan.communication import Operation, communication
+from mmscale.plan.layouts import rank_grid
+from mmscale.plan.memory import stages_memory
+from mmscale.runtime.rank_env import RankEnv
+from tests.distributed.fake_world import Messages, one_step, rank_of, states_of
+from tests.support import run_ranks
+
+WORLD = 64
+RECIPE = Path(__file__).parents[2] / "configs" / "moma_1b4_4t4i.yaml"
+_OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+# Buffers are padded so that every shard has equally many elements, and starts at a multiple of 128 bytes.
+PADDING = 2e-4
+# Numbers of labels and the like [bytes].
+SMALL = 1024
+
+
+def recipe(*changes: str) -> Config:
+    """The cluster recipe, changed."""
+    return load(RECIPE, [*_OVERLAP, *changes])
+
+
+def alone(function: Any) -> None:
+    """In a process of its own, as what a rank of a fake world starts is global."""
+
+    def run(ranks: RankEnv) -> None:
+        del ranks
+        function()
+
+    run_ranks(run, world_size=1, timeout_s=300)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.ep=4"],
+        ["parallel.tp=2", "parallel.pp=4", "parallel.ep=4"],
+        ["parallel.tp=8", "parallel.pp=2", "parallel.ep=2"],
+    ],
+)
+def test_groups_are_those_of_the_plans_grid(layout: list[str]) -> None:
+    config = recipe(*layout)
+    grid = rank_grid(config, WORLD)
+    # Ranks that agree in these coordinates form a group.
+    fixed = {
+        "tp": ("dp", "pp"),
+        "pp": ("dp", "tp"),
+        "dp": ("tp", "pp"),
+        "ep": ("tp", "pp", "edp"),
+        "expt_dp": ("tp", "pp", "ep"),
+    }
+
+    def check() -> None:
+        for rank in (0, 1, 21, 42, 63):
+            with rank_of(config, rank, WORLD) as pg:
+                for name, coordinates in fixed.items():
+                    members = [
+                        other["rank"] for other in grid if all(other[key] == grid[rank][key] for key in coordinates)
+                    ]
+                    found = torch.distributed.get_process_group_ranks(getattr(pg, name))
+                    assert found == members, f"rank {rank}: {name}"
+
+    alone(check)
+
+
+def test_a_rank_of_the_recipe_holds_what_the_plan_says() -> None:
+    """The whole model: 24 layers at full width, 7.1 billion parameters over 64 ranks."""
+    config = recipe()
+    (planned,) = stages_memory(config, WORLD)
+
+    def check() -> None:
+        with rank_of(config, 37, WORLD) as pg:
+            states = states_of(config, pg)
+        assert states.parameters == planned.parameters
+        assert states.gradients == pytest.approx(planned.gradients, rel=PADDING)
+        assert states.optimizer == pytest.approx(planned.optimizer, rel=PADDING)
+
+    alone(check)
+
+
+# Two layers of a stage say what all do; two micro-batches, for what comes once a step and what comes with each.
+STEPS: dict[str, list[str]] = {
+    "recipe": ["model.num_layers=2"],
+    "tp2_pp4_ep4": ["parallel.tp=2", "parallel.pp=4", "parallel.ep=4", "model.num_layers=4"],
+    "tp8_depth": [
+        *("parallel.tp=8", "parallel.ep=4", "parallel.recompute=none", "model.num_layers=2", "model.norm=pre"),
+        *("model.depth.every=2", "model.depth.capacity=0.25"),
+    ],
+    "tp4_pp2_vpp2_shared": [
+        *("parallel.tp=4", "parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", "model.num_layers=4"),
+        *("model.norm=post_per_expert", "model.experts.shared=1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_holds_and_says_what_the_plan_says(name: str) -> None:
+    small = ["train.micro_batch_size=2", "model.seq_length=1024"]
+    config = recipe(*small, *STEPS[name])
+    replicas = WORLD // (config.parallel.tp * config.parallel.pp)
+    config = recipe(*small, *STEPS[name], f"train.global_batch_size={2 * 2 * replicas}")
+    planned_memory = stages_memory(config, WORLD)
+
+    def check() -> None:
+        for stage in range(config.parallel.pp):
+            rank = (stage * replicas + 5 % replicas) * config.parallel.tp
+            with rank_of(config, rank, WORLD) as pg:
+                states, messages = one_step(config, pg)
+            planned = planned_memory[stage]
+            assert states.parameters == planned.parameters
+            assert states.gradients == pytest.approx(planned.gradients, rel=PADDING)
+            assert states.optimizer == pytest.approx(planned.optimizer, rel=PADDING)
+            _assert_says(messages, config, stage)
+
+    alone(check)
+
+
+def _key(operation: str, ranks: int) -> tuple[str, int]:
+    """With two stages megatron-core sends one direction through the group of all ranks (p2p_communication.py)."""
+    return operation, 2 if operation == "send" else ranks
+
+
+def _assert_says(messages: Messages, config: Config, stage: int) -> None:
+    planned: Counter[tuple[str, int]] = Counter()
+    for traffic in communication(config, WORLD, stage=stage):
+        planned[_key(traffic.operation.value, traffic.ranks)] += traffic.payload  # type: ignore[assignment]
+    said: Counter[tuple[str, int]] = Counter()
+    for (operation, ranks), payload in messages.payload.items():
+        if operation != "receive" and ranks > 1:
+            said[_key(operation, ranks)] += payload
+    different = {
+        key: (said.get(key, 0), planned.get(key, 0))
+        for key in said.keys() | planned.keys()
+        if abs(said.get(key, 0) - planned.get(key, 0)) > max(SMALL, PADDING * planned.get(key, 0))
+    }
+    assert not different, f"stage {stage}: (said, planned) bytes of {different}"
+    exchanges = (Operation.ALL_TO_ALL.value, config.parallel.ep)
+    calls = sum(
+        traffic.calls
+        for traffic in communication(config, WORLD, stage=stage)
+        if traffic.operation is Operation.ALL_TO_ALL
+    )
+    assert messages.calls[exchanges] == calls

@@ -70,6 +70,7 @@ class DepthSettings:
         modalities: names, for reports.
         auxiliary_width: inner width of the auxiliary router; None: there is none.
         thresholds: whether the averaged cut-off of Expert Threshold is kept.
+        row_multiple: what is decided token by token is filled up to a multiple of this on every rank, for FP8.
     """
 
     keep: int
@@ -77,6 +78,7 @@ class DepthSettings:
     modalities: tuple[str, ...]
     auxiliary_width: int | None = None
     thresholds: bool = False
+    row_multiple: int = 1
 
 
 class DepthLayer(MixedModalLayer):
@@ -154,9 +156,9 @@ class DepthLayer(MixedModalLayer):
             )
             taken = torch.sigmoid(scores).squeeze(-1) > self.depth_auxiliary.threshold
         taken = taken & (params.modality_ids >= 0)
-        ranks = self.tp_group.size()
+        multiple = self.tp_group.size() * self.depth.row_multiple
         most = max(1, int(taken.sum(dim=0).max()))
-        return depth_decided(taken, -(-most // ranks) * ranks)
+        return depth_decided(taken, -(-most // multiple) * multiple)
 
     @torch.no_grad()
     def _teach(self, hidden: Tensor, logits: Tensor, index: Tensor, params: MixedModalParams) -> None:

@@ -301,7 +301,8 @@ class MoMaMLP(MegatronModule):
             torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.pg.ep)
         selections = []
         for (group, own), decision, count in zip(self._by_group(logits), taken, most.tolist(), strict=True):
-            selection = decided(decision, own, max(1, count))
+            multiple = self.settings.capacity_multiple  # FP8 wants it here too
+            selection = decided(decision, own, -(-max(1, count) // multiple) * multiple)
             if params.stats is not None:
                 member = params.tokens_of(group.modalities)
                 self._report(params, group, selection, member)

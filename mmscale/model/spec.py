@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens
-from mmscale.config.fp8 import capacity_multiple
+from mmscale.config.fp8 import capacity_multiple, row_multiple
 from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.expert_compute import chosen
@@ -121,6 +121,7 @@ def depth_settings(config: Config) -> DepthSettings:
         modalities=config.vocab.names,
         auxiliary_width=config.model.auxiliary_width,
         thresholds=config.model.keeps_thresholds,
+        row_multiple=row_multiple(config),
     )
 
 

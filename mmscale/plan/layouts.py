@@ -35,7 +35,6 @@ class Layout:
         time: of an optimizer step.
         bubble: share of the pipeline's busy time that a stage waits for others.
         mfu: model FLOP/s over the device's bf16 peak.
-        sent: bytes that a rank of the first stage sends in a step, by kind.
         reasons: what speaks for and against it, in words.
     """
 
@@ -46,13 +45,17 @@ class Layout:
     time: StepTime
     bubble: float
     mfu: float
-    sent: dict[str, float]
     reasons: tuple[str, ...]
 
     @property
     def cost(self) -> float:
         """Time of a step, by which layouts are ordered [s]."""
         return self.time.total
+
+    @property
+    def sent(self) -> dict[str, float]:
+        """Bytes that a rank of the first stage sends in a step, by kind."""
+        return sent_by_kind(communication(self.config, self.world))
 
     @property
     def tokens_per_second(self) -> float:
@@ -135,7 +138,6 @@ def evaluate(
         time=time,
         bubble=(config.parallel.pp - 1) / (micro_batches * (config.parallel.vpp or 1)),
         mfu=mfu(config, world, gpu, seconds=time.total, flops=flops.training),
-        sent=sent_by_kind(communication(config, world, parameters=parameters)),
         reasons=_reasons(config, world, gpu, memory=memory, gpu_memory=gpu_memory, time=time),
     )
 

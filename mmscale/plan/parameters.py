@@ -6,6 +6,7 @@ Letters: h hidden width, f SwiGLU width, d head width. Nothing has a bias. Repro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, shared_width
@@ -40,14 +41,19 @@ class LayerParameters:
     @property
     def total(self) -> int:
         """All parameters of the layer."""
-        return self.sharded_by_tp + sum(self.experts.values()) + self.replicated
+        return self.sharded_by_tp + self.all_experts + self.replicated
 
-    @property
+    @cached_property
     def sharded_by_tp(self) -> int:
         """Parameters that tensor-parallel ranks share out and expert-parallel ranks do not."""
         return self.attention + self.ffn + self.shared
 
-    @property
+    @cached_property
+    def all_experts(self) -> int:
+        """Experts of all groups."""
+        return sum(self.experts.values())
+
+    @cached_property
     def replicated(self) -> int:
         """Parameters that every rank of the stage holds whole."""
         routers = self.depth_router + sum(self.routers.values()) + self.auxiliary
@@ -80,7 +86,7 @@ class Parameters:
     @property
     def experts(self) -> int:
         """Experts of all groups, without shared ones."""
-        return sum(sum(layer.experts.values()) for layer in self.layers)
+        return sum(layer.all_experts for layer in self.layers)
 
     @property
     def routers(self) -> int:
@@ -160,15 +166,16 @@ def count_parameters(config: Config) -> Parameters:
     Embedding and output layer count whole, so that a dense model has as many active parameters as parameters.
     """
     model = config.model
-    layers = tuple(layer_parameters(config, index) for index in range(model.num_layers))
+    # All layers of a kind are alike.
+    examples = {model.is_depth_layer(index): index for index in range(model.num_layers)}
+    kinds = {kind: layer_parameters(config, index) for kind, index in examples.items()}
+    layers = tuple(kinds[model.is_depth_layer(index)] for index in range(model.num_layers))
     table = config.vocab.padded_size * model.hidden_size
     output = 0 if model.tie_embeddings else table
     one_expert = 0 if model.kind == "dense" else 3 * model.hidden_size * model.ffn_hidden_size
     active = float(table + output + model.hidden_size)
     for index, layer in enumerate(layers):
         fraction = depth_tokens(config) / model.seq_length if model.is_depth_layer(index) else 1.0
-        passed = (
-            layer.total - layer.depth_router - sum(layer.experts.values()) + model.experts.capacity_factor * one_expert
-        )
+        passed = layer.total - layer.depth_router - layer.all_experts + model.experts.capacity_factor * one_expert
         active += layer.depth_router + fraction * passed
     return Parameters(embedding=table, output=output, layers=layers, final_norm=model.hidden_size, active=round(active))

@@ -35,7 +35,7 @@ def stage_parameters(config: Config, parameters: Parameters, stage: int) -> tupl
     for index in stage_layers(config, stage):
         layer = parameters.layers[index]
         dense += layer.sharded_by_tp / tp + layer.replicated
-        experts += sum(layer.experts.values()) / (tp * ep)
+        experts += layer.all_experts / (tp * ep)
     if first:
         dense += parameters.embedding / tp
     if last:

@@ -61,8 +61,9 @@ def layer_activations(
         again: parts that are recomputed (`recomputed_modules`), and of which only inputs are kept.
 
     Returns:
-        `norms`, `attention`, `ffn` (dense and shared experts), `router`, `experts`, `combine` (fp32 outputs on their
-        way back to the tokens), `depth` (selection and update of a Mixture-of-Depths layer), `mask`.
+        `norms`, `attention`, `ffn` (dense and shared experts), `router`, `chosen` (tokens in experts' slots),
+        `experts`, `combine` (fp32 outputs on their way back to the tokens), `depth` (selection and update of a
+        Mixture-of-Depths layer), `mask`.
     """
     model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
     h, batch = model.hidden_size, config.train.micro_batch_size
@@ -125,7 +126,8 @@ def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dic
     # Chosen tokens and outputs are whole on every tensor-parallel rank, the inner width is not.
     parts = {
         "router": tokens * (h / tp + sum(model.experts.counts.values())) * _FP32,
-        "experts": slots * size * (h + widths * model.ffn_hidden_size / tp),
+        "chosen": slots * size * h,
+        "experts": slots * size * widths * model.ffn_hidden_size / tp,
         "combine": slots * (h * (2 * _FP32 + norm) + _SLOT_BYTES),
     }
     if width:
@@ -152,6 +154,11 @@ def shared_mask(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
     if kernels is not Kernels.CUDA:
         return 0.0
     return config.train.micro_batch_size * config.model.seq_length**2 * dtype_bytes(config)
+
+
+def expert_choice(parts: Mapping[str, float]) -> float:
+    """The parts that only expert choice needs: scores, tokens in slots, outputs on their way back [bytes]."""
+    return sum(parts.get(name, 0.0) for name in ("router", "chosen", "combine"))
 
 
 def total(parts: Mapping[str, float]) -> float:

@@ -11,6 +11,7 @@ from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, micro_batches_per_step
 from mmscale.plan.activations import (
     Kernels,
+    expert_choice,
     layer_activations,
     output_activations,
     recomputed_input,
@@ -40,6 +41,8 @@ class RankMemory:
         gradients: fp32 gradient buffers.
         optimizer: Adam's moments and, for bf16 weights, fp32 copies; sharded over data-parallel ranks.
         activations: what backward needs of the micro-batches in flight, logits left out.
+        expert_choice: the part of `activations` that choosing and combining takes.
+        depth: the part of `activations` that Mixture-of-Depths takes to select and to put back.
         logits: final norm, output layer and loss at their fullest, on the last stage.
         working: temporary tensors of a layer's backward, among them the layer that is recomputed. Logits are gone by
             then, so the total holds the larger of the two.
@@ -51,6 +54,8 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
+    expert_choice: float
+    depth: float
     logits: float
     working: float
     communication: float
@@ -73,6 +78,8 @@ class RankMemory:
             "gradients",
             "optimizer",
             "activations",
+            "expert_choice",
+            "depth",
             "logits",
             "working",
             "communication",
@@ -112,21 +119,18 @@ def stages_memory(
     kinds = {config.model.is_depth_layer(layer): layer for layer in reversed(range(config.model.num_layers))}
     full, again = config.parallel.recompute == "full", recomputed_modules(config)
     whole = {kind: total(layer_activations(config, layer, kernels=kernels)) for kind, layer in kinds.items()}
-    by_kind = whole
+    parts = {kind: layer_activations(config, layer, kernels=kernels, again=again) for kind, layer in kinds.items()}
     if full:
-        by_kind = dict.fromkeys(kinds, recomputed_input(config))
-    elif again:
-        by_kind = {
-            kind: total(layer_activations(config, layer, kernels=kernels, again=again)) for kind, layer in kinds.items()
-        }
+        parts = {kind: {"input": recomputed_input(config)} for kind in kinds}
+    by_kind = {kind: total(kept) for kind, kept in parts.items()}
     ranks = []
     for stage in range(config.parallel.pp):
         dense, experts = stage_parameters(config, parameters, stage)
         sharded = dense / replicas + experts / max(1, replicas // config.parallel.ep)
         layers = [config.model.is_depth_layer(layer) for layer in stage_layers(config, stage)]
         last = first_and_last(config, stage)[1]
-        kept = sum(by_kind[kind] for kind in layers)
-        activations = kept * in_flight(config, stage, micro_batches) + shared_mask(config, kernels=kernels)
+        held = in_flight(config, stage, micro_batches)
+        activations = held * sum(by_kind[kind] for kind in layers) + shared_mask(config, kernels=kernels)
         # A layer that is recomputed whole holds a copy of its input; parts of one are there besides what was kept.
         working = _temporary(config) + max(whole[kind] - (0.0 if full else by_kind[kind]) for kind in layers)
         ranks.append(
@@ -135,6 +139,8 @@ def stages_memory(
                 gradients=(dense + experts) * _GRADIENT_BYTES,
                 optimizer=sharded * (_MOMENT_BYTES[config.optim.moments] + main_copy),
                 activations=activations,
+                expert_choice=held * sum(expert_choice(parts[kind]) for kind in layers),
+                depth=held * sum(parts[kind].get("depth", 0.0) for kind in layers),
                 logits=logits_bytes(config) + output_activations(config, kernels=kernels) if last else 0.0,
                 working=working,
                 communication=_communication(config),

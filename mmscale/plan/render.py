@@ -20,7 +20,9 @@ _MEMORY = (
     ("parameters", "weights"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer"),
-    ("activations", "activations"),
+    ("other", "activations"),
+    ("expert_choice", "expert choice"),
+    ("depth", "Mixture-of-Depths"),
     ("peak", "logits or layer at work"),
     ("communication", "communication"),
 )
@@ -161,6 +163,7 @@ def _best(layout: dict[str, Any]) -> Table:
     """Where memory, time and messages of the first layout go."""
     memory, time = layout["memory"], layout["time_s"]
     parts = {name: memory.get(f"{name}_gib", 0.0) for name, _ in _MEMORY}
+    parts["other"] = memory["activations_gib"] - memory["expert_choice_gib"] - memory["depth_gib"]
     parts["peak"] = max(memory["logits_gib"], memory["working_gib"])
     table = _pairs("the first layout")
     _bars(table, f"memory, {memory['total_gib']:.1f} GiB", "GiB", [(label, parts[name]) for name, label in _MEMORY])
@@ -183,7 +186,7 @@ def _bars(table: Table, title: str, unit: str, parts: list[tuple[str, float]], s
     total = sum(value for _, value in parts) or 1.0
     for place, (label, value) in enumerate((label, value) for label, value in parts if value > 0):
         # The first row names the whole.
-        bar = Text("█" * max(1, round(_BAR * value / total)), style=style)
+        bar = Text("█" * round(_BAR * value / total) or "▏", style=style)
         table.add_row(title if place == 0 else "", Text.assemble(f"{_fixed(value):>9} {unit}  ", bar, f" {label}"))
 
 

@@ -178,7 +178,7 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         started = KERNELS[model.kind] * (1.3 if depth else 1.0) * LAUNCH
         parts = layer_activations(config, example[depth], kernels=on_gpu(config))
         moved = MOVES[0] * total(parts) / (gpu.bandwidth * MEMORY)
-        inside = sum(parts.get(name, 0.0) for name in ("ffn", "router", "experts", "combine"))
+        inside = sum(parts.get(name, 0.0) for name in ("ffn", "router", "chosen", "experts", "combine"))
         feed_forward += count * (expert + MOVES[0] * inside / (gpu.bandwidth * MEMORY))
         within = flops.attention * tokens / tp / (plain * ATTENTION[on_gpu(config)])
         elementwise += count * moved

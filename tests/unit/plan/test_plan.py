@@ -18,6 +18,7 @@ from mmscale.plan import (
     count_parameters,
     flops_per_token,
     layouts,
+    memory,
     plan,
     rank_grid,
     rank_memory,
@@ -165,6 +166,34 @@ class TestMemory:
         assert rank_memory(config("parallel.recompute=full"), 1).activations < base
         assert rank_memory(config("parallel.tp=2"), 2).activations < base
         assert rank_memory(config("model.depth.every=1"), 1).activations < base
+
+    def test_parts_of_activations(self) -> None:
+        plain, deep = rank_memory(config(), 1), rank_memory(config("model.depth.every=2"), 1)
+        assert 0 < plain.expert_choice < plain.activations
+        assert plain.depth == 0 < deep.depth
+        assert deep.expert_choice < plain.expert_choice
+        none = rank_memory(dense(), 1)
+        assert none.expert_choice == none.depth == 0
+
+    def test_selective_recompute_lies_between(self) -> None:
+        def held(*overrides: str) -> float:
+            return rank_memory(config("train.micro_batch_size=4", *overrides), 1).activations
+
+        selective = "parallel.recompute=selective"
+        attention, mlp, both = (
+            held(selective, f"parallel.recompute_modules=[{modules}]")
+            for modules in ("core_attn", "mlp", "core_attn, mlp")
+        )
+        assert held("parallel.recompute=full") < both < min(attention, mlp)
+        assert max(attention, mlp) < held()
+
+    def test_stages_in_flight(self) -> None:
+        """1F1B: the first of four stages holds four micro-batches, the last one; no stage more than there are."""
+        of = [memory.in_flight(config("parallel.pp=4"), stage, 8) for stage in range(4)]
+        assert of == [4, 3, 2, 1]
+        assert memory.in_flight(config("parallel.pp=4"), 0, 2) == 2
+        # Interleaved: (pp - 1) * 2 + (chunks - 1) * pp + 1 chunks of half a stage each.
+        assert memory.in_flight(config("parallel.pp=2", "parallel.vpp=2"), 0, 8) == 2.5
 
     def test_interleaved_chunks_are_dealt_round_robin(self) -> None:
         c = config("parallel.pp=2", "parallel.vpp=2")

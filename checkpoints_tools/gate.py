@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +113,9 @@ def trainers_logits(run: Path, step: int, asked: Sequence[Ids], *, routing: str 
     return found
 
 
-def reload(folder: Path, asked: Sequence[Ids], logits: Sequence[torch.Tensor], expected: Expected) -> dict[str, Any]:
+def reload(
+    folder: Path, asked: Sequence[Ids], logits: Sequence[torch.Tensor], expected: Expected, *, scratch: Path
+) -> dict[str, Any]:
     """Load the folder in a fresh process without a network, and compare.
 
     Args:
@@ -122,6 +123,7 @@ def reload(folder: Path, asked: Sequence[Ids], logits: Sequence[torch.Tensor], e
         asked: token ids of each prompt.
         logits: the trainer's.
         expected: tokenizers.
+        scratch: an empty folder, absolute.
 
     Returns:
         What gate_reload.py found.
@@ -129,37 +131,35 @@ def reload(folder: Path, asked: Sequence[Ids], logits: Sequence[torch.Tensor], e
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    with tempfile.TemporaryDirectory(prefix="mmscale-gate-") as scratch:
-        place = Path(scratch)
-        tensors = {f"ids.{n}": torch.from_numpy(ids) for n, ids in enumerate(asked)}
-        tensors |= {f"logits.{n}": own for n, own in enumerate(logits)}
-        if expected.image is not None:
-            tensors |= _images(expected.image)
-        save_file(tensors, place / "logits.safetensors")
-        remote = "auto_map" in json.loads((folder / "config.json").read_text())
-        ids = [expected.text.encode(text).tolist() for text in _PROBES]
-        said = {"texts": _PROBES, "ids": ids, "remote_code": remote}
-        (place / "texts.json").write_text(json.dumps(said))
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(place / "home")}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-        command = [
-            sys.executable,
-            "-I",
-            str(Path(__file__).with_name("gate_reload.py")),
-            str(folder.resolve()),
-            scratch,
-        ]
-        ended = subprocess.run(
-            command, env=environment | offline, cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT_S
-        )
-        if ended.returncode != 0:
-            last = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
-            raise CheckpointError(
-                f"transformers cannot load the export: {last}",
-                remedy="nothing was published; report it with the output of MMSCALE_DEBUG=1",
-            ) from RuntimeError(ended.stderr)
-        found: dict[str, Any] = json.loads((place / "found.json").read_text())
-        return found
+    tensors = {f"ids.{n}": torch.from_numpy(ids) for n, ids in enumerate(asked)}
+    tensors |= {f"logits.{n}": own for n, own in enumerate(logits)}
+    if expected.image is not None:
+        tensors |= _images(expected.image)
+    save_file(tensors, scratch / "logits.safetensors")
+    remote = "auto_map" in json.loads((folder / "config.json").read_text())
+    ids = [expected.text.encode(text).tolist() for text in _PROBES]
+    said = {"texts": _PROBES, "ids": ids, "remote_code": remote}
+    (scratch / "texts.json").write_text(json.dumps(said))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(scratch / "home")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    command = [
+        sys.executable,
+        "-I",
+        str(Path(__file__).with_name("gate_reload.py")),
+        str(folder.resolve()),
+        str(scratch),
+    ]
+    ended = subprocess.run(
+        command, env=environment | offline, cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT_S
+    )
+    if ended.returncode != 0:
+        last = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+        raise CheckpointError(
+            f"transformers cannot load the export: {last}",
+            remedy="nothing was published; report it with the output of MMSCALE_DEBUG=1",
+        ) from RuntimeError(ended.stderr)
+    found: dict[str, Any] = json.loads((scratch / "found.json").read_text())
+    return found
 
 
 def _images(image: ImageTokenizer) -> dict[str, torch.Tensor]:

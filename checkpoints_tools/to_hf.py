@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +117,7 @@ def export(
         )
         _write_beside(folder, config, own)
         on_stage("files")
-        report = _judged(folder, content, run, source, config, own, written, routing=routing)
+        report = _judged(folder, content, run, source, config, own, written, out, routing=routing, on_stage=on_stage)
         on_stage("gate")
         _finish(folder, out, content, report, source=source, config=config, run=run, on_stage=on_stage)
     return {"path": str(out), **report}
@@ -251,8 +250,10 @@ def _judged(
     config: Config,
     own: DataTokenizers,
     written: Written,
+    out: Path,
     *,
     routing: str,
+    on_stage: OnStage,
 ) -> dict[str, Any]:
     """The report of an export that has passed the gate.
 
@@ -263,8 +264,10 @@ def _judged(
     asked = gate.prompts(own.folder, own.vocabulary, tokens_per_image=tokens, longest=config.model.seq_length)
     used = routing if config.model.routes else None
     logits = gate.trainers_logits(run, source.step, asked, routing=used)
-    with _seen_with(folder, content) as view:
-        found = gate.reload(view, asked, logits, gate.Expected(own.vocabulary, own.text, own.image))
+    with _seen_with(folder, content, out) as (view, scratch):
+        on_stage("view")
+        expected = gate.Expected(own.vocabulary, own.text, own.image)
+        found = gate.reload(view, asked, logits, expected, scratch=scratch)
     verdict = gate.judge(found)
     if not verdict["passed"]:
         raise CheckpointError(
@@ -284,15 +287,19 @@ def _judged(
 
 
 @contextlib.contextmanager
-def _seen_with(folder: Path, content: dict[str, Any]) -> Iterator[Path]:
-    """The folder as it will be published: links to its files, and the config.json that it does not have yet."""
-    with tempfile.TemporaryDirectory(prefix="mmscale-export-") as scratch:
-        view = Path(scratch) / "model"
+def _seen_with(folder: Path, content: dict[str, Any], out: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder as it will be published, links and the config.json that it does not have yet; room for the gate.
+
+    Beside the output, not in /tmp: what a killed export leaves is swept away by the next one to that place.
+    """
+    with publish.folder(out.with_name(f"{out.name}.gate")) as place:
+        view, scratch = place.resolve() / "model", place.resolve() / "gate"
         view.mkdir()
+        scratch.mkdir()
         for path in folder.iterdir():
             (view / path.name).symlink_to(path.resolve())
         _json(view / CONFIG, content)
-        yield view
+        yield view, scratch
 
 
 def _finish(

@@ -290,6 +290,18 @@ def test_a_killed_export_leaves_nothing_that_loads(stage: str, runs: Path, tmp_p
     assert not left.exists()  # the next export sweeps it away
 
 
+def test_a_gate_that_was_killed_is_swept_away(runs: Path, tmp_path: Path) -> None:
+    """What it looks at stands beside the output, under a temporary name, and not in the system's folder."""
+    out = tmp_path / "hf"
+    status, _ = forked(damaging("view", lambda folder: os.kill(os.getpid(), 9), runs / "dense", out))
+    assert status == -9
+    (view,) = tmp_path.glob("hf.gate.tmp.*")
+    assert (view / "model" / "config.json").is_file() and len(list(tmp_path.iterdir())) == 2
+    left = set(tmp_path.iterdir())
+    forked(damaging("view", lambda folder: os.kill(os.getpid(), 9), runs / "dense", out))
+    assert not left & set(tmp_path.iterdir())  # the next export sweeps both away
+
+
 def test_bad_folders(dense: Path, tmp_path: Path) -> None:
     def refused(cause: str, remedy: str, change: Callable[[Path], Any]) -> None:
         folder = Path(shutil.copytree(dense, tmp_path / "hf"))

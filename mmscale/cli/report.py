@@ -1,4 +1,4 @@
-# `mmscale report`: curves of runs as a page or a picture. Drawing is report/'s.
+# `mmscale report`: runs as one HTML page and PNGs. Reading and drawing are report/'s, goodput is launch/'s.
 # Needs no torch.
 """Command that reports on runs."""
 
@@ -18,17 +18,33 @@ def report(
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="report.html, or a .png of the curves alone.")
     ] = Path("report.html"),
+    png: Annotated[
+        bool, typer.Option("--png/--no-png", help="Write each figure as OUT_<figure>.png beside the page too.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """Draw loss curves per modality, held-out losses, gradient norm, learning rate and throughput of runs."""
+    """Show runs on one self-contained HTML page: losses, optimization, throughput, routing, layers, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
-    from mmscale.report import figures, page
-
-    if out.suffix == ".png":
-        figures.loss_curves(runs, out)
-    else:
-        page.write_page(runs, out)
+    written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, png=png)
     emit(
-        {"out": str(out), "runs": [str(run) for run in runs]}, as_json=as_json, text=lambda: typer.echo(f"wrote {out}")
+        {"out": str(out), "runs": [str(run) for run in runs], "files": [str(file) for file in written]},
+        as_json=as_json,
+        text=lambda: typer.echo("\n".join(f"wrote {file}" for file in written)),
     )
+
+
+def _curves(runs: list[Path], out: Path) -> list[Path]:
+    from mmscale.report import figures
+
+    figures.loss_curves(runs, out)
+    return [out]
+
+
+def _page(runs: list[Path], out: Path, *, png: bool) -> list[Path]:
+    from launch.goodput import goodput
+    from mmscale.report import page, pictures
+
+    found = page.read_runs(runs, goodput=goodput)
+    page.write_page(found, out)
+    return [out, *(pictures.write_pictures(found, out) if png else [])]

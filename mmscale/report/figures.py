@@ -1,10 +1,9 @@
 # Pictures of runs: loss curves of several runs, and rows of small images. PNG files, drawn without a display.
-# It reads metrics.jsonl and nothing else of a run, and interprets nothing.
+# It reads metrics.jsonl and nothing else of a run, and interprets nothing. A report's PNGs are made by pictures.py.
 """Figures."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.errors import UsageError
-from mmscale.train.metrics import EVAL, METRICS, read_metrics
+from mmscale.report.charts import HELD_OUT, modalities_of
+from mmscale.report.history import Floats, History, read
+from mmscale.train.metrics import EVAL, METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours without yellow and black: told apart with any colour vision and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _STYLES = ("-", "--", ":", "-.")
-_MARKS = ("o", "D", "s", "^")
+MARKS = ("o", "D", "s", "^")
 _LOSS = "loss/"
-# Expert choice among the tokens of a batch sees later tokens: no number may stand without saying so.
-HELD_OUT = "held out (batch routing)"
 _SMOOTH_ABOVE = 200  # logged steps; more are drawn faintly under their running mean
 _DOTS_BELOW = 40
+_POINTS = 2000
 _DPI = 150
 _GREY = "#5a5a5a"
 
@@ -44,8 +44,8 @@ def loss_curves(runs: Sequence[Path], out: Path) -> None:
     Raises:
         UsageError: A run has no metrics.
     """
-    histories = {name: read_history(run) for name, run in zip(run_names(runs), runs, strict=True)}
-    figure = _figure(width=10.0, height=7.2)
+    histories = {name: _history(run) for name, run in zip(run_names(runs), runs, strict=True)}
+    figure = new_figure(width=10.0, height=7.2)
     grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1.0))
     losses = figure.add_subplot(grid[0, :])
     _draw_losses(losses, histories)
@@ -56,7 +56,7 @@ def loss_curves(runs: Sequence[Path], out: Path) -> None:
     )
     for column, (key, title, scale) in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[1, column], sharex=losses), histories, key, title=title, scale=scale)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def sample_rows(rows: Sequence[tuple[str, Sequence[NDArray[Any]]]], out: Path) -> None:
@@ -70,7 +70,7 @@ def sample_rows(rows: Sequence[tuple[str, Sequence[NDArray[Any]]]], out: Path) -
     cell = 0.62  # inches
     label = 0.30 + 0.085 * max((len(text) for text, _ in rows), default=0)
     width, height = label + cell * columns + 0.1, cell * max(len(rows), 1) + 0.1
-    figure = _figure(width=width, height=height)
+    figure = new_figure(width=width, height=height)
     figure.set_layout_engine("none")
     for row, (text, images) in enumerate(rows):
         top = 1 - (0.05 + cell * (row + 1)) / height
@@ -80,21 +80,7 @@ def sample_rows(rows: Sequence[tuple[str, Sequence[NDArray[Any]]]], out: Path) -
             left = (label + cell * column + gap / 2) / width
             axes = figure.add_axes((left, top + gap / 2 / height, (cell - gap) / width, (cell - gap) / height))
             _draw_image(axes, np.asarray(image))
-    _save(figure, out)
-
-
-def read_history(run: Path) -> list[dict[str, Any]]:
-    """The records of a run.
-
-    Raises:
-        UsageError: There are none.
-    """
-    records = read_metrics(run)
-    if not records:
-        raise UsageError(
-            f"report: {run} has no {METRICS} with a logged step", remedy="name a folder that `mmscale train` wrote"
-        )
-    return records
+    save_figure(figure, out)
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
@@ -105,7 +91,17 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _figure(*, width: float, height: float) -> Figure:
+def _history(run: Path) -> History:
+    history = read(run)
+    if not len(history):
+        raise UsageError(
+            f"report: {run} has no {METRICS} with a logged step", remedy="name a folder that `mmscale train` wrote"
+        )
+    return history
+
+
+def new_figure(*, width: float, height: float) -> Figure:
+    """An empty figure [inches]."""
     # Not through pyplot: no global state, and no display is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -115,24 +111,25 @@ def _figure(*, width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a figure as PNG."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # No software version or date in it: the same run gives the same file.
     figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
 
 
-def _draw_losses(axes: Axes, histories: Mapping[str, list[dict[str, Any]]]) -> None:
-    modalities = _modalities(histories)
-    for number, (run, records) in enumerate(histories.items()):
+def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
+    modalities = [f"{_LOSS}{name}" for name in modalities_of(histories.values())]
+    for number, (run, history) in enumerate(histories.items()):
         prefix = f"{run}: " if len(histories) > 1 else ""
         for place, key in enumerate(modalities or ["loss"]):
             name = key.removeprefix(_LOSS) if modalities else "loss"
             colour = COLOURS[place % len(COLOURS)]
-            steps, values = _series(records, key)
+            steps, values = _series(history, key)
             _draw_line(
                 axes, steps, values, colour=colour, style=_STYLES[number % len(_STYLES)], label=f"{prefix}{name}"
             )
-            held_steps, held = _series(records, f"{EVAL}{key}")
+            held_steps, held = _series(history, f"{EVAL}{key}")
             if len(held):
                 axes.plot(
                     held_steps,
@@ -141,7 +138,7 @@ def _draw_losses(axes: Axes, histories: Mapping[str, list[dict[str, Any]]]) -> N
                     color=colour,
                     label=f"{prefix}{name}, {HELD_OUT}",
                     zorder=3,
-                    marker=_MARKS[number % len(_MARKS)],
+                    marker=MARKS[number % len(MARKS)],
                     markersize=6.5,
                     markeredgecolor="white",  # readable on their own line
                     markeredgewidth=0.8,
@@ -149,15 +146,15 @@ def _draw_losses(axes: Axes, histories: Mapping[str, list[dict[str, Any]]]) -> N
     axes.set_title("Loss per token" if not modalities else "Loss per token of each modality", loc="left", fontsize=11)
     axes.set_ylabel("cross-entropy [nats]")
     axes.set_xlabel("step")
-    _finish(axes)
+    finish(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, ncols=1 if len(histories) < 3 else 2)
 
 
-def _draw_panel(axes: Axes, histories: Mapping[str, list[dict[str, Any]]], key: str, *, title: str, scale: str) -> None:
+def _draw_panel(axes: Axes, histories: Mapping[str, History], key: str, *, title: str, scale: str) -> None:
     measured = False
-    for number, (run, records) in enumerate(histories.items()):
-        steps, values = _series(records, key)
+    for number, (run, history) in enumerate(histories.items()):
+        steps, values = _series(history, key)
         if len(values):
             measured = True
             style = _STYLES[number % len(_STYLES)]
@@ -169,16 +166,11 @@ def _draw_panel(axes: Axes, histories: Mapping[str, list[dict[str, Any]]], key: 
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_GREY)
         axes.set_yticks([])
     elif scale == "log":
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(_engineering)
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_scale(axes)
     else:
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(_engineering)
-    _finish(axes)
+        axes.yaxis.set_major_formatter(engineering)
+    finish(axes)
 
 
 def _draw_line(
@@ -207,7 +199,18 @@ def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float6
     return np.where(number > 0, (sums[end] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
-def _finish(axes: Axes) -> None:
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with labels at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(engineering)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def finish(axes: Axes) -> None:
+    """The look of all axes, with whole steps below."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.5
@@ -235,26 +238,17 @@ def _draw_image(axes: Axes, image: NDArray[Any]) -> None:
         spine.set_linewidth(0.6)
 
 
-def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of a key; infinite ones become gaps, as NaN is."""
-    found = [(record["step"], float(record[key])) for record in records if isinstance(record.get(key), int | float)]
-    points = np.array([(step, value if math.isfinite(value) else math.nan) for step, value in found], dtype=np.float64)
-    points = points.reshape(-1, 2)
-    return points[:, 0], points[:, 1]
+def _series(history: History, key: str) -> tuple[Floats, Floats]:
+    """Steps and values of a key, at most some thousand that keep the extremes; what is not finite is a gap."""
+    steps, values = history.measured(key)
+    edges = np.unique(np.linspace(0, len(steps), min(_POINTS, len(steps)) + 1).astype(np.int64))[:-1]
+    if len(edges) == len(steps):
+        return steps, values
+    low, high = np.fmin.reduceat(values, edges), np.fmax.reduceat(values, edges)
+    return np.repeat(steps[edges], 2), np.stack((low, high), axis=1).reshape(-1)
 
 
-def _modalities(histories: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    """Keys `loss/<modality>` of all runs, in the order in which they first appear."""
-    keys: dict[str, None] = {}
-    for records in histories.values():
-        for record in records:
-            for key in record:
-                if key.startswith((_LOSS, f"{EVAL}{_LOSS}")):
-                    keys.setdefault(key.removeprefix(EVAL))
-    return list(keys)
-
-
-def _engineering(value: float, _position: float) -> str:
+def engineering(value: float, _position: float = 0.0) -> str:
     """Tick labels: 12k, 3M, 1e-4, 2.5e-3."""
     if value == 0:
         return "0"

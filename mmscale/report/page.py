@@ -1,87 +1,310 @@
-# One HTML page about runs: a table of what they reached and the curves. Opens anywhere: no script, no other file.
-# It draws nothing itself (figures.py does) and measures nothing.
+# One HTML page about runs that needs no other file and no network: its own style, script and numbers are inside.
+# It puts together what history, charts, layers, timeline and facts found; the script (assets/*.js) draws.
 """The report page."""
 
 from __future__ import annotations
 
-import base64
-import statistics
-import tempfile
-from collections import Counter
-from collections.abc import Sequence
+import math
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mmscale.report.figures import HELD_OUT, loss_curves, read_history, run_names
-from mmscale.train.metrics import EVAL, read_events
+import orjson
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:72em;margin:2em auto;padding:0 1em}"
-    "img{max-width:100%}table{border-collapse:collapse;margin:1em 0}"
-    "th,td{padding:.25em .9em;border-bottom:1px solid #ddd;text-align:right}th:first-child{text-align:left}"
-)
-_QUIET_EVENTS = ("start", "resume", "save_begin", "save_committed", "finish")
+from mmscale.errors import UsageError
+from mmscale.report import facts
+from mmscale.report.axes import axes_of, clock_of, first_time
+from mmscale.report.charts import Chart, charts_of, modalities_of
+from mmscale.report.downsample import POINTS, Curve, Downsampler
+from mmscale.report.figures import run_names
+from mmscale.report.history import Floats, History, read
+from mmscale.report.layers import BYTES, layers_of
+from mmscale.report.timeline import Goodput, Timeline, timeline_of
+from mmscale.train.metrics import EVENTS, METRICS, read_events
+
+_SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
+_EVENTS_SHOWN = 200
+_DIGITS = 5
 
 
-def write_page(runs: Sequence[Path], out: Path) -> None:
+@dataclass(frozen=True)
+class Run:
+    """A run as a report knows it.
+
+    Attributes:
+        name: short and unlike all others.
+        path: its folder.
+        history: its figures.
+        axes: what they may be drawn against.
+        events: of events.jsonl.
+        timeline: what became of it.
+        layers: records of layers.jsonl.
+    """
+
+    name: str
+    path: Path
+    history: History
+    axes: dict[str, Floats]
+    events: list[dict[str, Any]]
+    timeline: Timeline
+    layers: list[dict[str, Any]]
+
+
+def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
+    """Everything that a report shows of some runs.
+
+    Args:
+        runs: run folders.
+        goodput: the arithmetic of where time went.
+
+    Raises:
+        UsageError: a folder is no run.
+    """
+    found = []
+    for name, path in zip(run_names(runs), runs, strict=True):
+        if not any((path / file).is_file() for file in (METRICS, EVENTS, "config.yaml")):
+            raise UsageError(
+                f"report: {path} is no run folder: no {METRICS}, no {EVENTS}, no config.yaml",
+                remedy="name a folder that `mmscale train` wrote",
+            )
+        history, events = read(path), read_events(path)
+        begin = first_time(history, events, clock=clock_of(history, events))
+        timeline = timeline_of(events, history, begin=begin, goodput=goodput)
+        layers = layers_of(path, limit=BYTES // len(runs))
+        found.append(Run(name, path, history, axes_of(path, history, events), events, timeline, layers))
+    return found
+
+
+def write_page(runs: Sequence[Run], out: Path, *, sections: Mapping[str, str] | None = None) -> None:
     """Write the page.
 
     Args:
-        runs: Run folders.
+        runs: from `read_runs`.
         out: HTML file.
-
-    Raises:
-        UsageError: A run has no metrics.
+        sections: further sections by heading, as HTML that is safe to show.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "curves.png"
-        loss_curves(runs, picture)
-        curves = base64.b64encode(picture.read_bytes()).decode()
-    facts = {name: summarize(run) for name, run in zip(run_names(runs), runs, strict=True)}
-    title = escape(", ".join(facts))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    alternative = "loss, gradient norm, learning rate and tokens per second"
-    lines = (
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>',
-        f"<body><h1>{title}</h1>",
-        _table(facts),
-        f'<img alt="{alternative}" src="data:image/png;base64,{curves}">',
-        "</body></html>\n",
+    charts = charts_of({run.name: run.history for run in runs})
+    data = _data(runs, charts)
+    body = [_notes(runs), *_overview(runs), *_chart_sections(charts), _layers_section()]
+    body += [_section(heading, content) for heading, content in (sections or {}).items()]
+    body += [_timeline_section(runs), _configuration(runs), _environment(runs)]
+    files = resources.files("mmscale.report") / "assets"
+    page = string.Template((files / "page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(", ".join(run.name for run in runs)),
+        subtitle=escape(_subtitle(runs)),
+        style=(files / "page.css").read_text(encoding="utf-8"),
+        nav="".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in _headings(charts, sections or {})),
+        body="\n".join(part for part in body if part),
+        footer="Drag over a chart to zoom, double-click to go back; click a name in a legend to hide it. "
+        "Bands reach from the lowest to the highest value; ▲ marks values above the scale, in red what is not finite.",
+        # A "<" could end the script: JSON knows another way to write it.
+        data=orjson.dumps(data).decode().replace("<", "\\u003c"),
+        script="\n".join((files / name).read_text(encoding="utf-8") for name in _SCRIPTS),
     )
-    out.write_text("\n".join(lines), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
 
 
-def summarize(run: Path) -> dict[str, str]:
-    """What a run reached, as words by row name; what was not measured is left out."""
-    records, events = read_history(run), read_events(run)
-    facts = {"last step": f"{records[-1]['step']:,}"}
-    for key in dict.fromkeys(key for record in records for key in record if key.split("/")[0] in ("loss", EVAL[:-1])):
-        if isinstance(value := _last(records, key), int | float):
-            facts[f"{key.removeprefix(EVAL)}, {HELD_OUT}" if key.startswith(EVAL) else key] = f"{value:.4f}"
-    for key, name, form in (
-        ("tokens_per_second", "tokens per second, median", "{:,.0f}"),
-        ("model_tflops_per_rank", "model TFLOP/s per rank, median", "{:.3g}"),
-        ("mfu", "MFU, median", "{:.1%}"),
-    ):
-        values = [record[key] for record in records if key in record]
-        if values:
-            facts[name] = form.format(statistics.median(values))
-    facts["attempts"] = str(max(record.get("attempt", 1) for record in records))
-    unusual = Counter(str(event.get("event")) for event in events if event.get("event") not in _QUIET_EVENTS)
-    return facts | {name: str(number) for name, number in sorted(unusual.items())}
+def _data(runs: Sequence[Run], charts: Sequence[Chart]) -> dict[str, Any]:
+    samplers = [Downsampler(run.axes, points=POINTS if len(runs) < 4 else POINTS // 2) for run in runs]
+    groups: list[list[dict[str, Any]]] = [[] for _ in runs]
+    places: dict[int, int] = {}  # id of shared axes -> place among the run's groups
+    drawn = []
+    for chart in charts:
+        content: dict[str, Any] = asdict(chart)
+        content["lines"] = []
+        for line in chart.lines:
+            curve = samplers[line.run].curve(runs[line.run].history.of(line.key))
+            if curve is None:
+                continue
+            if id(curve.at) not in places:
+                places[id(curve.at)] = len(groups[line.run])
+                groups[line.run].append({name: _short(values, digits=7) for name, values in curve.at.items()})
+            own = asdict(line) | {"group": places[id(curve.at)]} | _points(curve)
+            content["lines"].append(own)
+        drawn.append(content)
+    return {
+        "modalities": modalities_of([run.history for run in runs]),
+        "charts": drawn,
+        "runs": [
+            {
+                "name": run.name,
+                "groups": groups[number] or [{name: [] for name in run.axes}],
+                "timeline": run.timeline.as_json(),
+                "layers": run.layers,
+            }
+            for number, run in enumerate(runs)
+        ],
+    }
 
 
-def _last(records: Sequence[dict[str, Any]], key: str) -> Any:
-    return next((record[key] for record in reversed(records) if key in record), None)
+def _points(curve: Curve) -> dict[str, Any]:
+    points: dict[str, Any] = {"mean": _short(curve.mean)}
+    if not curve.exact:
+        points |= {"low": _short(curve.low), "high": _short(curve.high)}
+    if len(curve.broken):
+        points["broken"] = curve.broken.tolist()
+    return points
 
 
-def _table(facts: dict[str, dict[str, str]]) -> str:
-    rows = list(dict.fromkeys(row for values in facts.values() for row in values))
-    head = "".join(f"<th>{escape(name)}</th>" for name in facts)
-    body = "".join(_row(row, [values.get(row, "-") for values in facts.values()]) for row in rows)
-    return f"<table><tr><th></th>{head}</tr>\n{body}</table>"
+def _short(values: Floats, *, digits: int = _DIGITS) -> list[float | int | None]:
+    """Numbers with as many digits as a picture can show; None for what is not finite."""
+    found: list[float | int | None] = []
+    for value in values.tolist():
+        if not math.isfinite(value):
+            found.append(None)
+            continue
+        short = float(f"{value:.{digits}g}")
+        found.append(int(short) if short.is_integer() and abs(short) < 2**53 else short)
+    return found
+
+
+# --- the parts of the page that need no script ------------------------------------------------------------------------
+
+
+def _headings(charts: Sequence[Chart], sections: Mapping[str, str]) -> list[str]:
+    return ["Results", *_sections_of(charts), "Layers", *sections, "Timeline", "Configuration", "Environment"]
+
+
+def _sections_of(charts: Sequence[Chart]) -> list[str]:
+    return list(dict.fromkeys(chart.section for chart in charts))
+
+
+def _anchor(heading: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in heading.lower())
+
+
+def _section(heading: str, content: str) -> str:
+    return f'<h2 id="{_anchor(heading)}">{escape(heading)}</h2>\n{content}'
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    if len(runs) > 1:
+        return f"{len(runs)} runs; a colour is a run"
+    run = runs[0]
+    model = facts.settings(run.path)
+    words = [str(run.path)]
+    if model:
+        kind, layers, width = (
+            model.get("model.kind"),
+            model.get("model.num_layers"),
+            model.get("model.hidden_size"),
+        )
+        words.append(f"{kind}, {layers} layers, width {width}")
+    start = next((event for event in run.events if event.get("event") in ("start", "resume")), {})
+    if "world_size" in start:
+        words.append("1 rank" if start["world_size"] == 1 else f"{start['world_size']} ranks")
+    return " · ".join(words)
+
+
+def _notes(runs: Sequence[Run]) -> str:
+    found = facts.notes({run.name: run.path for run in runs}, {run.name: run.history for run in runs})
+    return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in found)}</ul>' if found else ""
+
+
+def _overview(runs: Sequence[Run]) -> list[str]:
+    found = {run.name: facts.results(run.history, timeline=run.timeline, events=run.events) for run in runs}
+    if len(runs) > 1:
+        return [_section("Results", _table(found))]
+    (run,), (values,) = runs, found.values()
+    cards = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+        for name, value in values.items()
+        if not name.startswith("loss")
+    )
+    return [_section("Results", f'<div class="cards">{cards}</div>{_table(facts.losses(run.history))}')]
+
+
+def _chart_sections(charts: Sequence[Chart]) -> list[str]:
+    return [
+        _section(name, f'<div class="charts" data-section="{escape(name)}"></div>') for name in _sections_of(charts)
+    ]
+
+
+def _layers_section() -> str:
+    return _section("Layers", '<div class="stack" id="layer-maps"></div>')
+
+
+def _timeline_section(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        unusual = [one for one in run.timeline.happenings if not one.routine][-_EVENTS_SHOWN:]
+        for one in unusual:
+            step = "" if one.step is None else f"{one.step:,}"
+            cells = (run.name, f"{one.hours:.3f} h", str(one.attempt), step, one.event, one.text)
+            rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("run", "time", "attempt", "step", "event", ""))
+    table = f'<table class="words"><thead><tr>{head}</tr></thead>{"".join(rows)}</table>'
+    listed = f"<details><summary>{len(rows)} events that are not routine</summary>{table}</details>" if rows else ""
+    return _section("Timeline", f'<div class="charts" id="timelines"></div>{listed}')
+
+
+def _configuration(runs: Sequence[Run]) -> str:
+    known = {run.name: facts.settings(run.path) for run in runs}
+    parts = []
+    if len(runs) > 1 and all(known.values()):
+        different = facts.differences(list(known.values()))
+        if different:
+            values = {
+                name: {key: _word(found[number]) for key, found in different} for number, name in enumerate(known)
+            }
+            parts.append(f"<p>Settings that differ:</p>{_table(values)}")
+        else:
+            parts.append("<p>All runs have the same settings.</p>")
+    for run in runs:
+        changed = facts.changes(run.path)
+        if changed:
+            rows = "".join(
+                f"<tr><td>{attempt}</td><td>{escape(key)}</td><td>{escape(_word(old))}</td><td>{escape(_word(new))}</td></tr>"
+                for attempt, key, old, new in changed
+            )
+            head = "<thead><tr><th>attempt</th><th>setting</th><th>before</th><th>from then on</th></tr></thead>"
+            parts.append(f'<p>Changed within {escape(run.name)}:</p><table class="words">{head}{rows}</table>')
+        parts.append(_pairs(f"All settings of {run.name}", known[run.name]))
+    return _section("Configuration", "\n".join(parts))
+
+
+def _environment(runs: Sequence[Run]) -> str:
+    known = {run.name: facts.environment(run.path) for run in runs}
+    parts = []
+    if len(runs) > 1 and all(known.values()):
+        different = [(key, found) for key, found in facts.differences(list(known.values())) if key != "git.diff"]
+        values = {name: {key: _word(found[n]) for key, found in different} for n, name in enumerate(known)}
+        parts.append(f"<p>What differs:</p>{_table(values)}" if different else "<p>The same for all runs.</p>")
+    for name, values_of in known.items():
+        diff = values_of.pop("git.diff", None)
+        parts.append(_pairs(f"Environment of {name}", values_of))
+        if diff:
+            parts.append(
+                f"<details><summary>Uncommitted changes of {escape(name)}</summary><pre>{escape(diff)}</pre></details>"
+            )
+    return _section("Environment", "\n".join(parts))
+
+
+def _pairs(title: str, values: Mapping[str, Any]) -> str:
+    if not values:
+        return f'<p class="sub">{escape(title)}: not written, or not readable.</p>'
+    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(_word(value))}</td></tr>" for key, value in values.items())
+    table = f'<div class="table"><table class="words">{rows}</table></div>'
+    return f"<details><summary>{escape(title)}</summary>{table}</details>"
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "-"
+    return orjson.dumps(value).decode() if isinstance(value, dict | list) else str(value)
+
+
+def _table(columns: Mapping[str, Mapping[str, str]]) -> str:
+    """Rows by name, a column for each run."""
+    rows = list(dict.fromkeys(row for values in columns.values() for row in values))
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(_row(row, [values.get(row, "-") for values in columns.values()]) for row in rows)
+    return f'<div class="table"><table><thead><tr><th></th>{head}</tr></thead>\n{body}</table></div>'
 
 
 def _row(name: str, values: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-# Figures and the page are written, whole and with the right series; how they look is for eyes.
+# Figures are written, whole and with the right series; how they look is for eyes.
 """Tests of mmscale.report."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from mmscale.errors import UsageError
-from mmscale.report import figures, page
+from mmscale.report import figures
 from mmscale.train.metrics import EventLog, MetricsLog
 
 
@@ -84,28 +84,9 @@ def test_sample_rows_of_unit_range_and_of_nothing(tmp_path: Path) -> None:
     assert size(tmp_path / "none.png")
 
 
-def test_page(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a<b")
-    page.write_page([run, make_run(tmp_path / "c")], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    assert "a&lt;b" in text
-    assert "a<b" not in text
-    assert "data:image/png;base64," in text
-    assert "<tr><th>loss/text, held out (batch routing)</th><td>2.5000</td><td>2.5000</td></tr>" in text
-
-
-def test_summary(tmp_path: Path) -> None:
-    facts = page.summarize(make_run(tmp_path / "run"))
-    assert facts["last step"] == "5"
-    assert facts["loss/image"] == "0.8000"
-    assert facts["tokens per second, median"] == "10,000"
-    assert facts["fault"] == "1"
-    assert not any("MFU" in name for name in facts)
-
-
 @pytest.mark.parametrize(
     ("value", "label"),
     [(0.0, "0"), (2.5e-3, "2.5e-3"), (3e-3, "3e-3"), (-1e-4, "-1e-4"), (9.96e-3, "1e-2"), (0.5, "0.5"), (15e3, "15k")],
 )
 def test_tick_labels_tell_ticks_apart(value: float, label: str) -> None:
-    assert figures._engineering(value, 0) == label
+    assert figures.engineering(value, 0) == label

@@ -1,0 +1,63 @@
+// Attempts and events of runs against the clock, and where their time went.
+"use strict";
+const PARTS = [
+  ["steps", "steps that count", "--s-steps"], ["start_up", "start-up", "--s-start"], ["save_stall", "save stalls", "--s-stall"],
+  ["evaluation", "evaluation", "--s-eval"], ["lost", "lost, done again", "--s-lost"], ["waiting", "waiting between attempts", "--s-wait"],
+];
+const SPANS = { steps: "--s-steps", start_up: "--s-start", lost: "--s-lost" };
+
+function timelineOf(run, parent) {
+  const { spans, happenings, goodput, seconds, measured_start } = run.timeline;
+  const box = el("section", { class: "panel wide", id: `timeline-${DATA.runs.indexOf(run)}` });
+  const parts = PARTS.filter(([name]) => (seconds[name] ?? 0) > 0), total = parts.reduce((sum, [name]) => sum + seconds[name], 0);
+  const word = goodput === null ? "" : `goodput ${(100 * goodput).toFixed(1)} %: the share of allocated time in steps that count`;
+  box.append(el("div", { class: "head" }, el("h3", {}, DATA.runs.length > 1 ? run.name : "Attempts and events"), el("span", { class: "note" }, word + (measured_start || goodput === null ? "" : "; start-up before the first event is not known"))));
+  parent.append(box);
+  if (!spans.length) return box.append(el("div", { class: "empty" }, "No events were logged."));
+  const strip = el("div", { class: "strip" });
+  box.append(strip);
+  const draw = () => {
+    const W = Math.max(300, strip.clientWidth), left = 8, right = W - 8, end = Math.max(...spans.map((s) => s.end), ...happenings.map((h) => h.hours), 1e-9);
+    const sx = (h) => left + (h / end) * (right - left), svg = el("svg", { height: 92, viewBox: `0 0 ${W} 92`, role: "img", "aria-label": "timeline" });
+    for (const span of spans) {
+      const width = Math.max(1, sx(span.end) - sx(span.begin));
+      const rect = el("rect", { x: sx(span.begin), y: 22, width, height: 26, fill: `var(${SPANS[span.kind]})`, rx: 2 });
+      const name = PARTS.find(([part]) => part === span.kind)[1];
+      rect.addEventListener("pointermove", (event) => showTip(event, [[el("b", {}, `attempt ${span.attempt}: ${name}`)], [`${duration(span.begin)} to ${duration(span.end)} (${duration(span.end - span.begin)})`]]));
+      rect.addEventListener("pointerleave", hideTip);
+      svg.append(rect);
+    }
+    for (const attempt of new Set(spans.map((s) => s.attempt))) {
+      const mine = spans.filter((s) => s.attempt === attempt), from = sx(mine[0].begin), to = sx(mine.at(-1).end);
+      if (to - from > 14) svg.append(el("text", { x: from + 3, y: 16 }, to - from > 70 ? `attempt ${attempt}` : String(attempt)));
+    }
+    for (const one of happenings) {
+      const x = sx(one.hours), save = one.event === "save_committed", quiet = one.routine && !save;
+      if (quiet && one.event !== "finish" && one.event !== "resume") continue;
+      const node = save ? el("line", { x1: x, x2: x, y1: 51, y2: 57, stroke: "var(--soft)", "stroke-width": 1.5 })
+        : quiet ? el("path", { d: MARKS[0](x, 62), fill: one.event === "finish" ? "var(--s-steps)" : "var(--soft)" })
+        : el("path", { d: `M${x - 4.5},${57.5}l9,9m0,-9l-9,9`, stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" });
+      const where = one.step === null ? "" : ` at step ${one.step.toLocaleString("en")}`;
+      const hit = el("rect", { x: x - 5, y: 50, width: 10, height: 20, fill: "transparent" });
+      hit.addEventListener("pointermove", (event) => showTip(event, [[el("b", {}, one.event + where)], [`attempt ${one.attempt}, ${duration(one.hours)}`], [one.text]]));
+      hit.addEventListener("pointerleave", hideTip);
+      svg.append(node, hit);
+    }
+    const [factor, unit] = clockUnit(end), [xs, step] = ticks(0, end * factor, (right - left) / 110);
+    svg.append(el("line", { x1: left, x2: right, y1: 72, y2: 72, stroke: "var(--line)" }));
+    for (const value of xs) svg.append(el("text", { x: Math.max(left + 8, Math.min(right - 14, sx(value / factor))), y: 86, "text-anchor": "middle" }, `${short(value, step)} ${unit}`));
+    strip.replaceChildren(svg);
+  };
+  listeners.push(draw);
+  if (total > 0) {
+    const row = el("div", { style: "display:flex;height:1.1rem;border-radius:5px;overflow:hidden;margin:.5rem .5rem .3rem" });
+    for (const [name, text, tint] of parts) {
+      const part = el("div", { style: `width:${(100 * seconds[name]) / total}%;background:var(${tint})` });
+      part.addEventListener("pointermove", (event) => showTip(event, [[el("b", {}, text)], [`${duration(seconds[name] / 3600)}, ${((100 * seconds[name]) / total).toFixed(1)} %`]]));
+      part.addEventListener("pointerleave", hideTip);
+      row.append(part);
+    }
+    const legend = el("div", { class: "legend", style: "margin:0 .5rem .3rem" }, ...parts.map(([name, text, tint]) => el("span", {}, el("span", { style: `display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.35rem;background:var(${tint})` }), `${text} ${duration(seconds[name] / 3600)} (${((100 * seconds[name]) / total).toFixed(1)} %)`)));
+    box.append(row, legend);
+  }
+}

@@ -1,0 +1,85 @@
+# What a run's figures may be drawn against: steps, tokens, model FLOPs, hours since its first event.
+# Nothing is drawn here, and nothing is made up: an axis that a run has no numbers for is all NaN.
+"""Axes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmscale.errors import MmscaleError
+from mmscale.report.history import Floats, History
+
+AXES = ("step", "tokens", "flops", "hours")
+# Pauses are no part of step_time_s, and come on top of it where the lines have no time of their own.
+_PAUSES = ("save_stall_s", "eval_s", "parameter_hash_s", "rollback_s")
+
+
+def axes_of(run: Path, history: History, events: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
+    """Values of every axis at the rows of a history, [R] each.
+
+    Args:
+        run: its folder; the FLOPs of a token come from its configuration where metrics.jsonl has none.
+        history: its figures.
+        events: its events.
+    """
+    tokens = history.of("tokens")
+    flops = history.of("flops")
+    if len(history) and np.isnan(flops).all() and not np.isnan(tokens).all():
+        flops = tokens * _flops_per_token(run)
+    clock = clock_of(history, events)
+    begin = first_time(history, events, clock=clock)
+    return {"step": history.steps, "tokens": tokens, "flops": flops, "hours": (clock - begin) / 3600.0}
+
+
+def first_time(history: History, events: Sequence[Mapping[str, Any]], *, clock: Floats | None = None) -> float:
+    """When a run began [seconds since 1970]: its first event, or its first step; NaN if nobody knows."""
+    times = [float(event["time"]) for event in events if isinstance(event.get("time"), int | float)]
+    known = history.of("time") if clock is None else clock
+    known = known[np.isfinite(known)]
+    return min([*times, *([float(known.min())] if len(known) else [])], default=float("nan"))
+
+
+def clock_of(history: History, events: Sequence[Mapping[str, Any]]) -> Floats:
+    """When each row was logged [seconds since 1970]; summed up from step times in runs whose lines have no time."""
+    clock = history.of("time").copy()
+    if not len(history) or not np.isnan(clock).all():
+        return clock
+    attempts = history.of("attempt")
+    for attempt in np.unique(attempts):
+        begun = next(
+            (
+                e
+                for e in events
+                if e.get("attempt") == attempt and e.get("event") in ("start", "resume") and "time" in e
+            ),
+            None,
+        )
+        if begun is None:
+            continue
+        rows = np.flatnonzero(attempts == attempt)
+        done = np.diff(history.steps[rows], prepend=float(begun.get("step", 0)))
+        seconds = _known(history, "step_time_s", rows) * done
+        for name in _PAUSES:
+            seconds += _known(history, name, rows)
+        clock[rows] = float(begun["time"]) + np.cumsum(seconds)
+    return clock
+
+
+def _known(history: History, key: str, rows: np.ndarray) -> Floats:
+    values = history.of(key)[rows]
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+def _flops_per_token(run: Path) -> float:
+    """Model FLOPs of a trained token by the run's configuration; NaN if there is none that can be read."""
+    from mmscale.config.load import load
+    from mmscale.plan import flops_per_token
+
+    try:
+        return float(flops_per_token(load(run / "config.yaml")).training)
+    except (MmscaleError, OSError, ValueError):
+        return float("nan")

@@ -1,0 +1,269 @@
+# Which figures a report shows: the one list behind the page and the PNGs.
+# It names columns and titles; reading, downsampling and drawing are elsewhere.
+"""Charts of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mmscale.report.history import History
+from mmscale.train.metrics import EVAL
+
+# Expert choice among the tokens of a batch sees later tokens: no number may stand without saying so.
+HELD_OUT = "held out (batch routing)"
+_ROUTINGS = ("causal", "threshold", "top1")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a chart.
+
+    Attributes:
+        run: number of the run.
+        key: column.
+        label: in the legend.
+        colour: number of its colour.
+        points: marks at each measurement instead of a line.
+        joined: whether marks are joined; sums over different spans are not.
+        mark: number of their shape.
+    """
+
+    run: int
+    key: str
+    label: str
+    colour: int
+    points: bool = False
+    joined: bool = True
+    mark: int = 0
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+        name: for file names and links.
+        section: heading that it stands under.
+        title, unit, note: what it shows.
+        log: begin with a logarithmic scale.
+        zero: the scale begins at zero.
+        wide: as wide as the page.
+        lines: its curves; none if no run measured it.
+    """
+
+    name: str
+    section: str
+    title: str
+    unit: str = ""
+    note: str = ""
+    log: bool = False
+    zero: bool = False
+    wide: bool = False
+    lines: tuple[Line, ...] = field(default=())
+
+
+def charts_of(runs: Mapping[str, History]) -> list[Chart]:
+    """All charts in order; those that no run has measured anything of are there without lines.
+
+    With one run a colour is a modality; with several, a colour is a run and each modality has charts of its own.
+
+    Args:
+        runs: histories by name.
+    """
+    names, histories = list(runs), list(runs.values())
+    builder = _Builder(names, histories)
+    return [*builder.losses(), *builder.optimization(), *builder.throughput(), *builder.routing()]
+
+
+def modalities_of(histories: Iterable[History]) -> list[str]:
+    """Names of modalities, in the order in which they first appear among the losses."""
+    found: dict[str, None] = {}
+    for history in histories:
+        for key in history.columns:
+            name = key.removeprefix(EVAL)
+            if name.startswith("loss/") and name.count("/") == 1:
+                found.setdefault(name.removeprefix("loss/"))
+    return list(found)
+
+
+class _Builder:
+    def __init__(self, names: Sequence[str], histories: Sequence[History]) -> None:
+        self.names = names
+        self.histories = histories
+        self.modalities = modalities_of(histories)
+
+    def losses(self) -> list[Chart]:
+        note = "Training batches, and the held-out split by how experts were chosen."
+        if not self.modalities:
+            lines = self._losses_of("loss", "loss", 0)
+            return [Chart("loss", "Loss", "Loss per token", "nats", note, wide=True, lines=lines)]
+        if len(self.names) == 1:
+            lines = tuple(
+                line for i, name in enumerate(self.modalities) for line in self._losses_of(f"loss/{name}", name, i)
+            )
+            return [Chart("loss", "Loss", "Loss per token of each modality", "nats", note, wide=True, lines=lines)]
+        whole = self._losses_of("loss", "", 0)
+        charts = [Chart("loss", "Loss", "Loss per token, all modalities", "nats", note, wide=True, lines=whole)]
+        for name in self.modalities:
+            title = f"Loss per {name} token"
+            lines = self._losses_of(f"loss/{name}", "", 0)
+            charts.append(Chart(f"loss_{name}", "Loss", title, "nats", lines=lines))
+        return charts
+
+    def _losses_of(self, key: str, label: str, colour: int) -> tuple[Line, ...]:
+        lines = []
+        for run, history in enumerate(self.histories):
+            own = colour if len(self.histories) == 1 else run
+            prefix = label or self.names[run]
+            candidates = [(key, prefix, False), (f"{EVAL}{key}", f"{prefix}, {HELD_OUT}", True)]
+            candidates += [(f"{EVAL}{r}/{key}", f"{prefix}, held out ({r} routing)", True) for r in _ROUTINGS]
+            lines += [
+                Line(run, name, text, own, points, mark=max(0, place - 1))
+                for place, (name, text, points) in enumerate(candidates)
+                if name in history.columns
+            ]
+        return tuple(lines)
+
+    def optimization(self) -> list[Chart]:
+        section = "Optimization"
+        return [
+            self._each("grad_norm", section, "Gradient norm", log=True, note="Of the whole model, before clipping."),
+            self._each("lr", section, "Learning rate"),
+            self._each(
+                "output_norm",
+                section,
+                "Output norm of the last layer",
+                note="Growth without end comes before divergence (Chameleon, arXiv 2405.09818, section 2.3).",
+            ),
+            self._each(
+                "z_loss",
+                section,
+                "z-loss",
+                unit="(log Z)²",
+                note="Mean square of the log of the softmax's denominator.",
+            ),
+        ]
+
+    def throughput(self) -> list[Chart]:
+        section = "Throughput"
+        charts = [self._each("tokens_per_second", section, "Tokens per second", zero=True, note="Pauses are left out.")]
+        if any("mfu" in history.columns for history in self.histories):
+            charts.append(self._each("mfu", section, "Model FLOPs utilization", zero=True))
+        else:
+            charts.append(
+                self._each(
+                    "model_tflops_per_rank",
+                    section,
+                    "Model FLOP/s per rank",
+                    unit="TFLOP/s",
+                    zero=True,
+                    note="The device's peak is not known, so there is no MFU.",
+                )
+            )
+        charts.append(
+            self._several(
+                "waits",
+                section,
+                "Time of a step",
+                (("step_time_s", "step", False), ("data_wait_s", "of it: waiting for data", False)),
+                unit="s",
+                log=True,
+            )
+        )
+        charts.append(
+            self._several(
+                "stalls",
+                section,
+                "Pauses since the last logged step",
+                (
+                    ("save_stall_s", "save stalls", True),
+                    ("eval_s", "evaluation", True),
+                    ("rollback_s", "roll-back", True),
+                ),
+                unit="s",
+                log=True,
+            )
+        )
+        return charts
+
+    def routing(self) -> list[Chart]:
+        section = "Routing"
+        return [
+            *self._by_modality(
+                "unrouted",
+                section,
+                "Tokens that no expert took",
+                "experts/{}/unrouted_fraction",
+                note="Fraction of each group's tokens, mean over layers; they pass by the experts unchanged.",
+            ),
+            *self._by_modality(
+                "balance",
+                section,
+                "Unevenness of experts",
+                "experts/{}/tokens_per_expert_cv",
+                note="Standard deviation over mean of the tokens per expert; 0 is even.",
+            ),
+            *self._by_modality(
+                "overflow",
+                section,
+                "Tokens over nominal capacity",
+                "experts/{}/overflow_fraction",
+                note="Of all tokens, those of a modality that came in excess of its nominal share.",
+            ),
+            *self._by_modality("unused", section, "Expert slots left empty", "experts/{}/unused_fraction"),
+            *self._by_modality(
+                "depth",
+                section,
+                "Tokens that depth layers process",
+                "depth/selected_fraction/{}",
+                note="Fraction of each modality's tokens, mean over Mixture-of-Depths layers.",
+            ),
+        ]
+
+    def _each(self, key: str, section: str, title: str, **extra: object) -> Chart:
+        lines = tuple(
+            Line(run, key, self.names[run], run) for run, history in enumerate(self.histories) if key in history.columns
+        )
+        return Chart(key, section, title, lines=lines, **extra)  # type: ignore[arg-type]
+
+    def _several(
+        self, name: str, section: str, title: str, keys: Sequence[tuple[str, str, bool]], **extra: object
+    ) -> Chart:
+        lines = []
+        for run, history in enumerate(self.histories):
+            prefix = "" if len(self.names) == 1 else f"{self.names[run]}: "
+            lines += [
+                Line(
+                    run,
+                    key,
+                    f"{prefix}{label}",
+                    place if len(self.names) == 1 else run,
+                    points,
+                    joined=False,
+                    mark=place,
+                )
+                for place, (key, label, points) in enumerate(keys)
+                if key in history.columns
+            ]
+        return Chart(name, section, title, lines=tuple(lines), **extra)  # type: ignore[arg-type]
+
+    def _by_modality(self, name: str, section: str, title: str, pattern: str, *, note: str = "") -> list[Chart]:
+        before, after = pattern.split("{}")
+        groups: dict[str, None] = {}
+        for history in self.histories:
+            for key in history.columns:
+                if key.startswith(before) and key.endswith(after):
+                    groups.setdefault(key[len(before) : len(key) - len(after)])
+        ordered = [g for g in self.modalities if g in groups] + [g for g in groups if g not in self.modalities]
+        if len(self.names) == 1:
+            lines = tuple(
+                Line(0, pattern.format(group), group, self._colour(group, place)) for place, group in enumerate(ordered)
+            )
+            return [Chart(name, section, title, note=note, zero=True, lines=lines)] if lines else []
+        return [
+            self._each(pattern.format(group), section, f"{title}: {group}", note=note, zero=True) for group in ordered
+        ]
+
+    def _colour(self, group: str, place: int) -> int:
+        return self.modalities.index(group) if group in self.modalities else place

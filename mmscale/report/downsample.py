@@ -1,0 +1,83 @@
+# Curves of any length in a bounded number of points that keep every extreme: mean, lowest and highest of each bin.
+# It knows nothing of keys or pictures.
+"""Downsampling of curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.report.history import Floats
+
+POINTS = 700  # of a curve: about as many as a chart is wide on a laptop, in pixels
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve in at most `points` bins of neighbouring measurements.
+
+    Attributes:
+        at: [P] by axis, the place of each bin (its mean).
+        mean, low, high: [P] of the finite values of a bin; NaN where it has none.
+        broken: bins in which something was not finite.
+    """
+
+    at: dict[str, Floats]
+    mean: Floats
+    low: Floats
+    high: Floats
+    broken: NDArray[np.int64]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every measurement is a point of its own."""
+        return bool(np.array_equal(self.low, self.high, equal_nan=True))
+
+
+class Downsampler:
+    """Downsamples the columns of one run. Columns that were measured at the same rows share their axes.
+
+    Args:
+        axes: [R] by name.
+        points: bins of a curve at most.
+    """
+
+    def __init__(self, axes: Mapping[str, Floats], *, points: int = POINTS) -> None:
+        self.axes = axes
+        self.points = points
+        self._shared: dict[bytes, dict[str, Floats]] = {}
+
+    def curve(self, column: Floats) -> Curve | None:
+        """The curve of a column; None if it was never measured.
+
+        Args:
+            column: [R], NaN where nothing was measured, infinite where it was not finite.
+        """
+        measured = ~np.isnan(column)
+        rows = np.flatnonzero(measured)
+        if not len(rows):
+            return None
+        edges = np.unique(np.linspace(0, len(rows), min(self.points, len(rows)) + 1).astype(np.int64))[:-1]
+        key = np.packbits(measured).tobytes()
+        if key not in self._shared:
+            self._shared[key] = {name: _mean(values[rows], edges) for name, values in self.axes.items()}
+        values = column[rows]
+        broken = ~np.isfinite(values)
+        values = np.where(broken, np.nan, values)
+        return Curve(
+            at=self._shared[key],
+            mean=_mean(values, edges),
+            low=np.fmin.reduceat(values, edges),
+            high=np.fmax.reduceat(values, edges),
+            broken=np.flatnonzero(np.logical_or.reduceat(broken, edges)),
+        )
+
+
+def _mean(values: Floats, edges: NDArray[np.int64]) -> Floats:
+    known = np.isfinite(values)
+    sums = np.add.reduceat(np.where(known, values, 0.0), edges)
+    counts = np.add.reduceat(known, edges, dtype=np.int64)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -1,0 +1,174 @@
+# What a report says in words and tables: results, configuration, environment, what differs between runs, what is odd.
+# It reads the small files of a run folder and interprets no figure.
+"""Facts about runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mmscale.report.charts import HELD_OUT, modalities_of
+from mmscale.report.history import History
+from mmscale.report.timeline import Event, Timeline
+from mmscale.train.metrics import EVAL, METRICS
+
+_ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended", "stop", "last_step")
+_DIFF_UP_TO = 20_000  # characters of uncommitted changes that a page shows
+
+
+def results(history: History, *, timeline: Timeline | None = None, events: Sequence[Event] = ()) -> dict[str, str]:
+    """What a run reached, as words by row name; what was not measured is left out."""
+    facts: dict[str, str] = {}
+    if len(history):
+        facts["last step"] = f"{int(history.steps[-1]):,}"
+    for key in history.columns:
+        value = history.last(key) if key.split("/")[0] in ("loss", EVAL[:-1]) and "z_loss" not in key else None
+        if value is not None:
+            facts[_name(key)] = f"{value:.4f}"
+    for key, name, form in (
+        ("tokens", "tokens", "{:,.0f}"),
+        ("flops", "model FLOPs", "{:.3e}"),
+    ):
+        value = history.last(key)
+        if value is not None:
+            facts[name] = form.format(value)
+    for key, name, form in (
+        ("tokens_per_second", "tokens per second, median", "{:,.0f}"),
+        ("model_tflops_per_rank", "model TFLOP/s per rank, median", "{:.3g}"),
+        ("mfu", "MFU, median", "{:.1%}"),
+    ):
+        values = history.measured(key)[1]
+        if np.isfinite(values).any():
+            facts[name] = form.format(float(np.nanmedian(values)))
+    if timeline is not None and timeline.goodput is not None:
+        facts["goodput"] = f"{timeline.goodput:.1%}"
+    numbers = [int(event.get("attempt", 1)) for event in events if isinstance(event.get("attempt"), int)]
+    attempts = history.measured("attempt")[1]
+    facts["attempts"] = str(max([*numbers, int(attempts.max()) if len(attempts) else 1]))
+    unusual = Counter(str(event.get("event")) for event in events if event.get("event") not in _ROUTINE)
+    return facts | {name: str(number) for name, number in sorted(unusual.items())}
+
+
+def losses(history: History) -> dict[str, dict[str, str]]:
+    """The latest losses: by kind of measurement (training, held out under each routing), then by modality."""
+    found: dict[str, dict[str, str]] = {}
+    for key in history.columns:
+        routing, at, name = ("", "", key) if not key.startswith(EVAL) else key.removeprefix(EVAL).rpartition("loss")
+        name = f"{at}{name}"
+        value = history.last(key) if name.split("/")[0] == "loss" and "z_loss" not in key else None
+        if value is not None:
+            kind = "training" if name == key else f"held out ({routing.strip('/') or 'batch'} routing)"
+            row = name.removeprefix("loss").strip("/")
+            found.setdefault(kind, {})[f"loss per {row} token" if row else "loss per token"] = f"{value:.4f}"
+    return found
+
+
+def _name(key: str) -> str:
+    if not key.startswith(EVAL):
+        return key
+    rest = key.removeprefix(EVAL)
+    routing, _, loss = rest.partition("/")
+    return f"{loss}, held out ({routing} routing)" if routing != "loss" else f"{rest}, {HELD_OUT}"
+
+
+def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:
+    """A run's configuration by dotted key, as it was written; empty if there is none that can be read."""
+    name = "config.yaml" if attempt is None else f"config.{attempt}.yaml"
+    try:
+        content = yaml.safe_load((run / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return dict(_flat(content)) if isinstance(content, dict) else {}
+
+
+def changes(run: Path) -> list[tuple[int, str, Any, Any]]:
+    """What an attempt's configuration had changed of the one before: attempt, key, before, after."""
+    names = [re.fullmatch(r"config\.(\d+)\.yaml", file.name) for file in run.glob("config.*.yaml")]
+    numbers = sorted(int(name[1]) for name in names if name)
+    found = []
+    for before, after in itertools.pairwise(numbers):
+        old, new = settings(run, attempt=before), settings(run, attempt=after)
+        if old and new:
+            found += [(after, key, old.get(key), new.get(key)) for key in _differing((old, new))]
+    return found
+
+
+def differences(some: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """Keys that are not the same in all, with the value of each."""
+    return [(key, [one.get(key) for one in some]) for key in _differing(some)]
+
+
+def environment(run: Path) -> dict[str, Any]:
+    """environment.json by dotted key, lists as they are; empty if there is none that can be read."""
+    try:
+        content = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    flat = dict(_flat(content))
+    diff = flat.get("git.diff")
+    if isinstance(diff, str) and len(diff) > _DIFF_UP_TO:
+        flat["git.diff"] = f"{diff[:_DIFF_UP_TO]}\n... {len(diff) - _DIFF_UP_TO:,} characters more in environment.json"
+    return flat
+
+
+def notes(runs: Mapping[str, Path], histories: Mapping[str, History]) -> list[str]:
+    """What a reader must know before he trusts the figures."""
+    found = []
+    for name, history in histories.items():
+        if not len(history):
+            what = "is empty" if (runs[name] / METRICS).is_file() else "is missing"
+            found.append(f"{name}: {METRICS} {what}, so there are no curves; the run may not have logged a step yet.")
+        if history.torn:
+            lines = "1 line" if history.torn == 1 else f"{history.torn:,} lines"
+            found.append(f"{name}: {lines} of {METRICS} could not be read and are left out (a writer was killed).")
+        broken = {key: int(np.isinf(column).sum()) for key, column in history.columns.items()}
+        broken = {key: number for key, number in broken.items() if number}
+        if broken:
+            keys = ", ".join(f"{key} ({number:,})" for key, number in list(broken.items())[:6])
+            found.append(f"{name}: values that are not finite, marked at the top of their charts: {keys}.")
+        if len(history) and np.isnan(history.of("time")).all():
+            found.append(f"{name}: lines without times; the wall clock is summed up from the times of steps.")
+    return found + _vocabularies(runs, histories)
+
+
+def _vocabularies(runs: Mapping[str, Path], histories: Mapping[str, History]) -> list[str]:
+    """Losses per token of different vocabularies are different quantities."""
+    known = {name: _vocabulary(settings(run)) for name, run in runs.items()}
+    distinct = {words for words in known.values() if words}
+    if len(distinct) > 1:
+        each = "; ".join(f"{name} has {words}" for name, words in known.items() if words)
+        return [f"The runs have different vocabularies, so their losses per token cannot be compared: {each}."]
+    modalities = {tuple(sorted(modalities_of([history]))) for history in histories.values() if len(history)}
+    if len(modalities) > 1:
+        return ["The runs report different modalities; what one lacks is missing in its charts."]
+    return []
+
+
+def _vocabulary(found: Mapping[str, Any]) -> str:
+    modalities = found.get("vocab.modalities")
+    if not isinstance(modalities, list):
+        return ""
+    return ", ".join(f"{one.get('name')} {one.get('size')}" for one in modalities if isinstance(one, dict))
+
+
+def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _differing(some: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for one in some for key in one)
+    return [key for key in keys if any(one.get(key) != some[0].get(key) for one in some[1:])]

@@ -1,0 +1,269 @@
+# The figures of the page as PNG files, for slides and papers: the same charts and numbers, drawn by matplotlib.
+# What to draw is decided by charts.py, layers.py and timeline.py.
+"""PNGs of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmscale.report.charts import Chart, charts_of, modalities_of
+from mmscale.report.downsample import Curve, Downsampler
+from mmscale.report.figures import COLOURS, MARKS, engineering, finish, log_scale, new_figure, running_mean, save_figure
+from mmscale.report.page import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PARTS = {
+    "steps": ("steps that count", "#3a9b5c"),
+    "start_up": ("start-up", "#8aa4c8"),
+    "save_stall": ("save stalls", "#c98500"),
+    "evaluation": ("evaluation", "#7a6bb5"),
+    "lost": ("lost, done again", "#d55e00"),
+    "waiting": ("waiting", "#c3c8cf"),
+}
+_SHOWN_LAYER_MAPS = 24  # co-selection matrices of a modality in a picture
+
+
+def write_pictures(runs: Sequence[Run], out: Path) -> list[Path]:
+    """One PNG for every part of the page, beside it: `<stem>_loss.png` and so on.
+
+    Args:
+        runs: from `page.read_runs`.
+        out: the page's file.
+
+    Returns:
+        The files, in the page's order; parts that no run has anything for are left out.
+    """
+    files = []
+    charts = charts_of({run.name: run.history for run in runs})
+    samplers = [Downsampler(run.axes) for run in runs]
+    for section in dict.fromkeys(chart.section for chart in charts):
+        own = [chart for chart in charts if chart.section == section and chart.lines]
+        if own:
+            files.append(_beside(out, section.lower()))
+            _draw_charts(own, runs, samplers, files[-1])
+    for run in runs:
+        suffix = "" if len(runs) == 1 else f"_{runs.index(run) + 1}"
+        if run.layers:
+            files += _draw_layers(run, out, suffix=suffix)
+    if any(run.timeline.spans for run in runs):
+        files.append(_beside(out, "timeline"))
+        _draw_timelines([run for run in runs if run.timeline.spans], files[-1])
+    return files
+
+
+def _beside(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.stem}_{name}.png")
+
+
+def _draw_charts(charts: Sequence[Chart], runs: Sequence[Run], samplers: Sequence[Downsampler], file: Path) -> None:
+    columns = 1 if len(charts) == 1 else 2
+    wide = charts[0].wide and len(charts) > 1
+    cells = len(charts) + wide
+    rows = -(-cells // columns)
+    figure = new_figure(width=10.0, height=3.9 if rows == 1 else 2.9 * rows)
+    grid = figure.add_gridspec(rows, columns)
+    for number, chart in enumerate(charts):
+        place = number + (wide and number > 0)
+        cell = grid[0, :] if wide and number == 0 else grid[place // columns, place % columns]
+        _draw_chart(figure.add_subplot(cell), chart, runs, samplers)
+    save_figure(figure, file)
+
+
+def _draw_chart(axes: Axes, chart: Chart, runs: Sequence[Run], samplers: Sequence[Downsampler]) -> None:
+    for line in chart.lines:
+        curve = samplers[line.run].curve(runs[line.run].history.of(line.key))
+        if curve is None:
+            continue
+        colour, steps = COLOURS[line.colour % len(COLOURS)], curve.at["step"]
+        if line.points:
+            mark = MARKS[line.mark % len(MARKS)]
+            style = ":" if line.joined else "none"
+            axes.plot(
+                steps,
+                curve.mean,
+                marker=mark,
+                color=colour,
+                linestyle=style,
+                linewidth=0.8,
+                markersize=4.5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                label=line.label,
+            )
+        else:
+            _draw_curve(axes, curve, colour=colour, label=line.label)
+    title = f"{chart.title} [{chart.unit}]" if chart.unit else chart.title
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("step", fontsize=8.5)
+    if chart.log and any(value > 0 for value in axes.dataLim.intervaly):
+        log_scale(axes)
+    elif chart.zero:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(engineering)
+    axes.xaxis.set_major_formatter(engineering)
+    finish(axes)
+    if len(chart.lines) > 1:
+        axes.legend(frameon=False, fontsize=7.5, ncols=2 if len(chart.lines) > 4 else 1)
+
+
+def _draw_curve(axes: Axes, curve: Curve, *, colour: str, label: str) -> None:
+    steps = curve.at["step"]
+    if not curve.exact:
+        axes.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    span = len(steps) // 100
+    if span > 0:
+        axes.plot(steps, curve.mean, color=colour, linewidth=0.7, alpha=0.3)
+    smooth = running_mean(curve.mean, span=span) if span > 0 else curve.mean
+    axes.plot(steps, smooth, color=colour, linewidth=1.6, label=label)
+
+
+def _draw_layers(run: Run, out: Path, *, suffix: str) -> list[Path]:
+    files = []
+    record = run.layers[-1]
+    groups = _groups(run)
+    if groups:
+        files.append(_beside(out, f"experts{suffix}"))
+        _draw_experts(record, groups, files[-1])
+        if any("coselection" in figures for _, _, figures in _experts(record)):
+            files.append(_beside(out, f"coselection{suffix}"))
+            _draw_coselection(record, groups, files[-1])
+    files.append(_beside(out, f"layers{suffix}"))
+    _draw_over_time(run, files[-1])
+    return files
+
+
+def _experts(record: dict[str, Any]) -> list[tuple[int, tuple[str, str], dict[str, Any]]]:
+    """Layer, (group, modality) and figures of everything that experts did."""
+    return [
+        (int(layer), (group, modality), figures)
+        for layer, entry in record["layers"].items()
+        for group, some in entry.get("experts", {}).items()
+        for modality, figures in some.items()
+    ]
+
+
+def _groups(run: Run) -> list[tuple[str, str]]:
+    found = dict.fromkeys(key for _, key, _ in _experts(run.layers[-1]))
+    order = modalities_of([run.history])
+    return sorted(found, key=lambda key: order.index(key[1]) if key[1] in order else len(order))
+
+
+def _name(group: tuple[str, str]) -> str:
+    return group[0] if group[0] == group[1] else f"{group[0]}, {group[1]} tokens"
+
+
+def _draw_experts(record: dict[str, Any], groups: Sequence[tuple[str, str]], file: Path) -> None:
+    layers = sorted({layer for layer, _, _ in _experts(record)})
+    figure = new_figure(width=1.5 + 3.6 * len(groups), height=min(9.0, 1.6 + 0.3 * len(layers)))
+    tables = {group: {n: f["load"] for n, key, f in _experts(record) if key == group} for group in groups}
+    top = max(max(load) for table in tables.values() for load in table.values())
+    for place, group in enumerate(groups, start=1):
+        axes = figure.add_subplot(1, len(groups), place)
+        size = max(len(load) for load in tables[group].values())
+        rows = [tables[group].get(n, [np.nan] * size) for n in layers]
+        image = axes.imshow(rows, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
+        _label_layers(axes, layers)
+        axes.set_title(f"{_name(group)}: tokens taken, step {record['step']:,}", loc="left", fontsize=9)
+        axes.set_xlabel("expert", fontsize=8.5)
+        axes.set_xticks(range(0, size, max(1, size // 8)))
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="fraction of the modality's tokens")
+    save_figure(figure, file)
+
+
+def _draw_coselection(record: dict[str, Any], groups: Sequence[tuple[str, str]], file: Path) -> None:
+    found = {group: [(n, f["coselection"]) for n, key, f in _experts(record) if key == group] for group in groups}
+    found = {group: sorted(some)[:_SHOWN_LAYER_MAPS] for group, some in found.items() if some}
+    columns = max(len(some) for some in found.values())
+    figure = new_figure(width=min(16.0, 1.4 + 1.35 * columns), height=0.5 + 1.7 * len(found))
+    for row, (group, some) in enumerate(found.items()):
+        for column, (layer, matrix) in enumerate(some):
+            axes = figure.add_subplot(len(found), columns, row * columns + column + 1)
+            shown = np.array(matrix, dtype=np.float64)
+            np.fill_diagonal(shown, np.nan)
+            image = axes.imshow(shown, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+            axes.set_title(f"layer {layer}", fontsize=8)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(_name(group), fontsize=9)
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="taken by both / by the row's expert")
+    save_figure(figure, file)
+
+
+def _draw_over_time(run: Run, file: Path) -> None:
+    """Layer against step: tokens that no expert took, depth selection, output norm; a column for each modality."""
+    layers = sorted({int(layer) for record in run.layers for layer in record["layers"]})
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for place, record in enumerate(run.layers):
+        for layer, entry in record["layers"].items():
+            for title, name, value in _figures(entry):
+                maps = found.setdefault(title, {})
+                table = maps.setdefault(name, np.full((len(layers), len(run.layers)), np.nan))
+                table[layers.index(int(layer)), place] = value if isinstance(value, int | float) else np.nan
+    columns = max(len(maps) for maps in found.values())
+    height = min(14.0, (1.1 + 0.16 * len(layers)) * len(found))
+    figure = new_figure(width=1.5 + 4.2 * columns, height=max(2.0, height))
+    order = modalities_of([run.history])
+    for row, (title, named) in enumerate(found.items()):
+        maps = dict(sorted(named.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+        known = np.concatenate([table[np.isfinite(table)] for table in maps.values()])
+        low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+        own = []
+        for column, (name, table) in enumerate(maps.items()):
+            axes = figure.add_subplot(len(found), columns, row * columns + column + 1)
+            image = axes.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
+            axes.set_title(f"{title}: {name}", loc="left", fontsize=9)
+            _label_layers(axes, layers)
+            ticks = np.unique(np.linspace(0, len(run.layers) - 1, min(5, len(run.layers))).astype(int))
+            axes.set_xticks(ticks, [engineering(run.layers[i]["step"], 0) for i in ticks])
+            axes.tick_params(labelsize=7.5)
+            own.append(axes)
+        figure.colorbar(image, ax=own, shrink=0.9)
+    save_figure(figure, file)
+
+
+def _figures(entry: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    found = [
+        ("no expert took", _name((group, modality)), figures["unrouted"])
+        for group, some in entry.get("experts", {}).items()
+        for modality, figures in some.items()
+    ]
+    found += [("depth, processed", name, value) for name, value in entry.get("depth", {}).items()]
+    return found + [("output norm", name, value) for name, value in entry.get("output_norm", {}).items()]
+
+
+def _label_layers(axes: Axes, layers: Sequence[int]) -> None:
+    places = range(0, len(layers), max(1, len(layers) // 8))
+    axes.set_yticks(list(places), [str(layers[place]) for place in places])
+    axes.set_ylabel("layer", fontsize=8.5)
+    axes.tick_params(labelsize=7.5)
+
+
+def _draw_timelines(runs: Sequence[Run], file: Path) -> None:
+    from matplotlib.patches import Patch
+
+    figure = new_figure(width=10.0, height=1.2 + 0.75 * len(runs))
+    axes = figure.add_subplot()
+    for row, run in enumerate(runs):
+        for span in run.timeline.spans:
+            axes.barh(row, span.end - span.begin, left=span.begin, height=0.5, color=_PARTS[span.kind][1])
+        unusual = [one.hours for one in run.timeline.happenings if not one.routine]
+        axes.plot(unusual, [row + 0.38] * len(unusual), "x", color="#c62828", markersize=5, clip_on=False)
+        saves = [one.hours for one in run.timeline.happenings if one.event == "save_committed"]
+        axes.plot(saves, [row + 0.38] * len(saves), "|", color="#5a5a5a", markersize=5)
+    shares = [f", goodput {run.timeline.goodput:.1%}" if run.timeline.goodput is not None else "" for run in runs]
+    axes.set_yticks(range(len(runs)), [f"{run.name}{share}" for run, share in zip(runs, shares, strict=True)])
+    axes.set_ylim(len(runs) - 0.4, -0.5)
+    axes.set_xlabel("hours since the first event", fontsize=8.5)
+    kinds = dict.fromkeys(span.kind for run in runs for span in run.timeline.spans)
+    handles = [Patch(color=_PARTS[kind][1], label=_PARTS[kind][0]) for kind in kinds]
+    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    save_figure(figure, file)

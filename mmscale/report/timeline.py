@@ -1,0 +1,255 @@
+# What happened to a run and when: its attempts, what stopped them, and where its time went.
+# The shares of time are the goodput arithmetic's, which is handed in; nothing is drawn here.
+"""Timeline of a run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmscale.report.history import Floats, History
+
+Event = Mapping[str, Any]
+_ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended")
+_ENDS = ("finish", "stop", "fault", "ranks_ended", "gave_up")
+_SHOWN_EVENTS = 300  # of each kind in a picture
+_GROUPS = 400  # of an attempt's lines, for the goodput arithmetic
+
+
+class Goodput(Protocol):
+    """`launch.goodput.goodput`."""
+
+    def __call__(
+        self, events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], *, now: float
+    ) -> tuple[float | None, dict[str, float]]:
+        """Share of allocated time in steps that count, and seconds by part."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of an attempt.
+
+    Attributes:
+        begin, end: hours since the run's first event.
+        kind: start_up, steps, or lost (done again by a later attempt).
+        attempt: its number.
+    """
+
+    begin: float
+    end: float
+    kind: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Happening:
+    """An event.
+
+    Attributes:
+        hours: since the run's first event.
+        attempt, step: where; step is None where the event has none.
+        event: its name.
+        text: its other fields, for people.
+        routine: part of every run.
+    """
+
+    hours: float
+    attempt: int
+    step: int | None
+    event: str
+    text: str
+    routine: bool
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Attempts and events of a run.
+
+    Attributes:
+        spans: parts of attempts, in order.
+        happenings: events, in order; of routine ones at most 300.
+        goodput: share of the time that went into steps that count; None where nothing tells.
+        seconds: by part of the time.
+        measured_start: whether times before "start" are known; without a launcher they are not.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    happenings: list[Happening] = field(default_factory=list)
+    goodput: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    measured_start: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain lists and dictionaries."""
+        return asdict(self)
+
+
+def timeline_of(events: Sequence[Event], history: History, *, begin: float, goodput: Goodput) -> Timeline:
+    """The timeline of a run.
+
+    Args:
+        events: of events.jsonl.
+        history: its figures; their lines tell when work was lost.
+        begin: when the run began [seconds since 1970].
+        goodput: the arithmetic.
+    """
+    events = [event for event in events if isinstance(event.get("time"), int | float) and "event" in event]
+    if not events:
+        return Timeline()
+    whole = _with_ends(events, history)
+    now = max(float(event["time"]) for event in whole)
+    share, seconds = goodput(whole, _condensed(whole, history), now=now)
+    return Timeline(
+        spans=[
+            Span((a - begin) / 3600, (b - begin) / 3600, kind, n) for a, b, kind, n in _spans(whole, history) if b > a
+        ],
+        happenings=_happenings(events, history, begin=begin),
+        goodput=share,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        measured_start=any(event["event"] == "launch" for event in events),
+    )
+
+
+def _with_ends(events: Sequence[Event], history: History) -> list[Event]:
+    """Every attempt begins with "launch" and ends no sooner than its last logged step.
+
+    Runs without the launcher begin with "start", and a killed one tells nothing of its end.
+    """
+    last: dict[int, float] = {}
+    times, attempts = history.lines.columns.get("time", np.zeros(0)), history.lines.attempt
+    for attempt in np.unique(attempts):
+        own = times[(attempts == attempt) & np.isfinite(times)]
+        if len(own):
+            last[int(attempt)] = float(own.max())
+    by_attempt: dict[int, list[Event]] = {}
+    for event in events:
+        by_attempt.setdefault(_attempt(event), []).append(event)
+    whole: list[Event] = []
+    for attempt, mine in sorted(by_attempt.items()):
+        if not any(event["event"] == "launch" for event in mine):
+            whole.append({"time": float(mine[0]["time"]), "attempt": attempt, "event": "launch"})
+        whole += mine
+        if last.get(attempt, 0.0) > float(mine[-1]["time"]):
+            whole.append({"time": last[attempt], "attempt": attempt, "event": "last_step"})
+    return whole
+
+
+def _condensed(events: Sequence[Event], history: History) -> list[dict[str, Any]]:
+    """Lines of each attempt in groups, with the sums that the goodput arithmetic takes of them.
+
+    A group ends where a later attempt goes on, so that nothing is counted that is done again.
+    """
+    begun = {_attempt(e): float(e.get("step", 0)) for e in events if e["event"] in ("start", "resume")}
+    lines = history.lines
+    found: list[dict[str, Any]] = []
+    for attempt in np.unique(lines.attempt):
+        rows = np.flatnonzero(lines.attempt == attempt)
+        reached = np.maximum.accumulate(np.concatenate(([begun.get(int(attempt), 0.0)], lines.step[rows])))
+        columns = {name: np.nan_to_num(values[rows], posinf=0.0, neginf=0.0) for name, values in lines.columns.items()}
+        timed = ~np.isnan(lines.columns["step_time_s"][rows])
+        done = np.where(timed, np.diff(reached), 0.0)
+        edges = np.linspace(0, len(rows), min(_GROUPS, len(rows)) + 1).astype(np.int64)
+        later = [step for number, step in begun.items() if number > attempt]
+        edges = np.unique(np.concatenate((edges, np.searchsorted(reached[1:], later, side="right"))))
+        for first, end in itertools.pairwise(edges):
+            part = slice(int(first), int(end))
+            number = float(done[part].sum())
+            line: dict[str, Any] = {"step": int(reached[end]), "attempt": int(attempt)}
+            line |= {name: float(columns[name][part].sum()) for name in ("save_stall_s", "eval_s")}
+            if number > 0:
+                line["step_time_s"] = float((done[part] * columns["step_time_s"][part]).sum() / number)
+            found.append(line)
+    return found
+
+
+def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float, str, int]]:
+    by_attempt: dict[int, list[Event]] = {}
+    for event in events:
+        by_attempt.setdefault(_attempt(event), []).append(event)
+    order = sorted(by_attempt)
+    found: list[tuple[float, float, str, int]] = []
+    for place, attempt in enumerate(order):
+        mine = by_attempt[attempt]
+        begin, end = float(mine[0].get("since", mine[0]["time"])), max(float(event["time"]) for event in mine)
+        begun = next((float(e["time"]) for e in mine if e["event"] in ("start", "resume")), None)
+        found.append((begin, end if begun is None else begun, "start_up", attempt))
+        if begun is None:
+            continue
+        counts = min((_step(e) for later in order[place + 1 :] for e in by_attempt[later] if _resumes(e)), default=None)
+        kept = end if counts is None else _reached(history, attempt, counts, begun=begun, end=end)
+        found += [(begun, kept, "steps", attempt), (kept, end, "lost", attempt)]
+    return found
+
+
+def _reached(history: History, attempt: int, step: int, *, begun: float, end: float) -> float:
+    """When an attempt had done a step; its end where nobody knows."""
+    lines, times = history.lines, history.lines.columns.get("time", np.zeros(0))
+    known = (lines.attempt == attempt) & np.isfinite(times)
+    if not known.any():
+        return end
+    kept: Floats = times[known & (lines.step <= step)]
+    return min(end, float(kept.max())) if len(kept) else begun
+
+
+def _happenings(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
+    by_name: dict[str, list[Event]] = {}
+    for event in events:
+        by_name.setdefault(str(event["event"]), []).append(event)
+    found = []
+    for name, some in by_name.items():
+        if name == "save_begin":  # the commit is what counts
+            continue
+        places = np.unique(np.linspace(0, len(some) - 1, min(_SHOWN_EVENTS, len(some))).astype(int))
+        for place in places:
+            event = some[int(place)]
+            found.append(
+                Happening(
+                    hours=(float(event["time"]) - begin) / 3600,
+                    attempt=_attempt(event),
+                    step=int(event["step"]) if isinstance(event.get("step"), int) else None,
+                    event=name,
+                    text=_text(event),
+                    routine=name in _ROUTINE,
+                )
+            )
+    return sorted([*found, *_deaths(events, history, begin=begin)], key=lambda one: one.hours)
+
+
+def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
+    """Attempts that ended without a word, because another one went on: their processes were killed."""
+    attempts = sorted({_attempt(event) for event in events})
+    found = []
+    for attempt in attempts[:-1]:
+        mine = [event for event in events if _attempt(event) == attempt]
+        if any(event["event"] in _ENDS for event in mine):
+            continue
+        own = history.lines.attempt == attempt
+        times = history.lines.columns.get("time", np.zeros(0))[own]
+        last = max(float(mine[-1]["time"]), float(np.nanmax(times)) if np.isfinite(times).any() else 0.0)
+        step = int(history.lines.step[own].max()) if own.any() else None
+        text = "nothing more was written: the processes were killed, or the machine went down"
+        found.append(Happening((last - begin) / 3600, attempt, step, "died", text, routine=False))
+    return found
+
+
+def _text(event: Event) -> str:
+    hidden = ("time", "attempt", "event", "step", "attempt_id")
+    return ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden and value is not None)[:400]
+
+
+def _attempt(event: Event) -> int:
+    number = event.get("attempt", 0)
+    return number if isinstance(number, int) else 0
+
+
+def _step(event: Event) -> int:
+    step = event.get("step", 0)
+    return step if isinstance(step, int) else 0
+
+
+def _resumes(event: Event) -> bool:
+    return event["event"] in ("start", "resume")

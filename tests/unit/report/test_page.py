@@ -1,0 +1,268 @@
+# The page tells what happened to a run, says what is wrong with its files, and works in a real browser without network.
+"""Tests of mmscale.report's page, pictures, timeline and facts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from launch.goodput import goodput
+from mmscale.errors import UsageError
+from mmscale.report import page, pictures
+from mmscale.report.facts import losses, results
+from mmscale.train.metrics import MetricsLog
+
+VOCABULARY = "vocab:\n  modalities:\n  - {name: text, size: 384}\n  - {name: image, size: %d}\n"
+
+
+def make_run(folder: Path, *, steps: int = 30, image_size: int = 128, resumed_at: int | None = None) -> Path:
+    """A run with everything a report shows; with `resumed_at`, killed at its last step and gone on from there."""
+    events: list[dict[str, Any]] = [{"time": 1000.0, "attempt": 1, "event": "start", "step": 0, "world_size": 2}]
+    now = 1000.0
+    first = 1
+    for attempt in (1, 2) if resumed_at is not None else (1,):
+        log = MetricsLog(folder, attempt=attempt)
+        for step in range(first, steps + 1):
+            now += 2.0
+            log.write(step, figures(step, now))
+            if step % 10 == 0:
+                log.write(step, {"eval/loss": 2.5, "eval/loss/text": 1.5, "eval/causal/loss/text": 1.625})
+                log.write_layers(step, layers())
+                events.append({"time": now, "attempt": attempt, "event": "save_committed", "step": step})
+        log.close()
+        if attempt == 1 and resumed_at is not None:
+            now += 60.0
+            events.append({"time": now, "attempt": 2, "event": "resume", "step": resumed_at})
+            first = resumed_at + 1
+    events.append({"time": now, "attempt": events[-1]["attempt"], "event": "finish", "step": steps})
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "config.yaml").write_text(VOCABULARY % image_size + f"train: {{steps: {steps}}}\n")
+    (folder / "environment.json").write_text(json.dumps({"mmscale": "0.1", "hosts": ["n<1>"]}))
+    return folder
+
+
+def figures(step: int, now: float) -> dict[str, float]:
+    return {
+        "loss": 3.0 / step,
+        "loss/text": 2.0 / step,
+        "loss/image": 4.0 / step,
+        "z_loss": 40.0,
+        "grad_norm": math.inf if step == 2 else 1.0 + step % 3,
+        "lr": 1e-4,
+        "output_norm": 10.0,
+        "time": now,
+        "tokens": 1000 * step,
+        "flops": 1e12 * step,
+        "step_time_s": 2.0,
+        "data_wait_s": 0.01,
+        "tokens_per_second": 500.0,
+        "experts/text/unrouted_fraction": 0.25,
+        "depth/selected_fraction/text": 0.5,
+    }
+
+
+def layers() -> dict[str, Any]:
+    taken = {"unrouted": 0.25, "load": [0.25, 0.5], "gate": [0.5, 0.75], "coselection": [[1.0, 0.125], [0.0625, 1.0]]}
+    some = {"experts": {"text": {"text": taken}}, "output_norm": {"text": 3.0, "image": "inf"}, "depth": {"text": 0.5}}
+    return {"1": some, "2": {"output_norm": {"text": 4.0}}}
+
+
+def written(runs: list[Path], out: Path) -> str:
+    page.write_page(page.read_runs(runs, goodput=goodput), out)
+    return out.read_text()
+
+
+def data_of(text: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+def line_of(text: str, chart: str, key: str, run: int = 0) -> dict[str, Any]:
+    charts = {one["name"]: one for one in data_of(text)["charts"]}
+    (line,) = [line for line in charts[chart]["lines"] if (line["key"], line["run"]) == (key, run)]
+    return line | {"x": data_of(text)["runs"][run]["groups"][line["group"]]}
+
+
+def test_one_run(tmp_path: Path) -> None:
+    text = written([make_run(tmp_path / "a<b")], tmp_path / "report.html")
+    assert "a&lt;b" in text and "a<b" not in text
+    assert not re.search(r"(src|href)=\"?https?:", text)
+    text_loss = line_of(text, "loss", "loss/text")
+    assert text_loss["mean"][:2] == [2, 1] and "low" not in text_loss
+    assert text_loss["x"]["tokens"][:2] == [1000, 2000] and text_loss["x"]["flops"][1] == 2e12
+    assert text_loss["x"]["hours"][1] == pytest.approx(4 / 3600)
+    assert line_of(text, "loss", "eval/causal/loss/text")["x"]["step"] == [10, 20, 30]
+    norm = line_of(text, "grad_norm", "grad_norm")
+    assert norm["mean"][1] is None and norm["broken"] == [1]
+    assert "values that are not finite, marked at the top of their charts: grad_norm (1)" in text
+    assert data_of(text)["runs"][0]["layers"][0]["layers"]["1"]["experts"]["text"]["text"]["load"] == [0.25, 0.5]
+
+
+def test_several_runs_have_a_colour_each(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=20)]
+    text = written(runs, tmp_path / "report.html")
+    assert line_of(text, "loss_text", "loss/text", run=1)["colour"] == 1
+    assert "<tr><th>train.steps</th><td>30</td><td>20</td></tr>" in text
+    assert "different vocabularies" not in text
+    assert "<tr><th>last step</th><td>30</td><td>20</td></tr>" in text
+
+
+def test_runs_of_different_vocabularies(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", image_size=512)]
+    text = written(runs, tmp_path / "report.html")
+    assert "cannot be compared: a has text 384, image 128; b has text 384, image 512" in text
+
+
+def test_a_run_that_was_killed_and_went_on(tmp_path: Path) -> None:
+    (run,) = page.read_runs([make_run(tmp_path / "run", resumed_at=20)], goodput=goodput)
+    spans = [(one.kind, one.attempt, round((one.end - one.begin) * 3600)) for one in run.timeline.spans]
+    assert spans == [("steps", 1, 40), ("lost", 1, 20), ("steps", 2, 20)]
+    (death,) = [one for one in run.timeline.happenings if not one.routine]
+    assert (death.event, death.attempt, death.step, round(death.hours * 3600)) == ("died", 1, 30, 60)
+    assert run.timeline.seconds == {
+        "start_up": 0, "steps": 60, "save_stall": 0, "evaluation": 0, "lost": 20, "waiting": 60,
+    }  # fmt: skip
+    assert run.timeline.goodput == pytest.approx(60 / 80)
+    facts = results(run.history, timeline=run.timeline, events=run.events)
+    assert (facts["goodput"], facts["attempts"]) == ("75.0%", "2")
+    assert losses(run.history)["held out (causal routing)"] == {"loss per text token": "1.6250"}
+
+
+def test_a_killed_attempt_changes_no_sum(tmp_path: Path) -> None:
+    """Many lines are condensed before the arithmetic sees them, and it finds what it finds in all of them."""
+    make_run(tmp_path / "run", steps=3000, resumed_at=1777)
+    (run,) = page.read_runs([tmp_path / "run"], goodput=goodput)
+    assert (run.timeline.seconds["steps"], run.timeline.seconds["lost"]) == pytest.approx((6000, 2 * (3000 - 1777)))
+
+
+def test_an_empty_run_has_a_page_that_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl is empty, so there are no curves" in written([run], tmp_path / "report.html")
+    (run / "metrics.jsonl").unlink()
+    (run / "config.yaml").write_text("{broken: [")
+    (run / "environment.json").write_text("{")
+    text = written([run], tmp_path / "report.html")
+    assert "metrics.jsonl is missing" in text and "not readable" in text
+    (run / "metrics.jsonl").write_text('{"step": 1, "attempt": 1, "loss": "nan"}\n{"step": 2, "los')
+    text = written([run], tmp_path / "report.html")
+    assert "1 line of metrics.jsonl could not be read" in text and "not finite" in text
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is no run folder: no metrics.jsonl, no events.jsonl, no config.yaml"):
+        page.read_runs([tmp_path], goodput=goodput)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    found = page.read_runs([make_run(tmp_path / "run", resumed_at=20)], goodput=goodput)
+    files = pictures.write_pictures(found, tmp_path / "r.html")
+    names = ["loss", "optimization", "throughput", "routing", "experts", "coselection", "layers", "timeline"]
+    assert [file.name for file in files] == [f"r_{name}.png" for name in names]
+    for file in files:
+        with PIL.Image.open(file) as image:
+            assert len(image.convert("L").getcolors() or range(256)) > 20  # something is drawn
+
+
+def test_a_long_run_is_read_and_shown_in_little(tmp_path: Path) -> None:
+    """20,000 steps of 30 figures; a million take 50 times the seconds and not one byte more."""
+    more = {f"experts/{name}/{what}": 0.5 for name in ("text", "image") for what in "abcdefg"}
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "metrics.jsonl").open("w") as file:
+        for step in range(1, 20_001):
+            spike = {"loss": 500.0} if step == 12_345 else {}
+            values = {**figures(max(3, step % 97), 1000.0 + step), **more, **spike}
+            file.write(json.dumps({"step": step, "attempt": 1, **values}) + "\n")
+    begin = time.process_time()
+    text = written([tmp_path / "run"], tmp_path / "report.html")
+    assert time.process_time() - begin < 5.0  # 0.3 s seen; a million in 10 s is 0.2 s
+    assert len(text) < 1_000_000
+    line = line_of(text, "output_norm", "output_norm")
+    assert len(line["mean"]) == 700
+    assert max(line_of(text, "loss", "loss/text")["high"]) == pytest.approx(2 / 3, rel=1e-4)
+
+
+# --- a real browser -------------------------------------------------------------------------------------------------
+
+CHECK = """
+<script>
+addEventListener("load", () => {
+  const seen = {}, problems = [];
+  for (const axis of ["step", "tokens", "flops", "hours"]) {
+    document.getElementById("axis-" + axis).click();
+    seen[axis] = [...document.querySelectorAll("section.panel")].map((one) =>
+      [one.id, one.querySelectorAll("path, polygon, circle").length, one.querySelectorAll("canvas").length]);
+    const bad = [...document.querySelectorAll("svg *")].filter((one) =>
+      [...one.attributes].some((a) => /NaN|undefined/.test(a.value)));
+    if (bad.length) problems.push(axis + ": " + bad[0].outerHTML.slice(0, 200));
+  }
+  const plot = document.querySelector("#chart-loss .plot"), box = plot.getBoundingClientRect();
+  const at = (type, share) => plot.dispatchEvent(new PointerEvent(type,
+    { clientX: box.left + share * box.width, clientY: box.top + 50, pointerId: 1, bubbles: true }));
+  plot.setPointerCapture = () => {};
+  at("pointermove", 0.5);
+  const told = document.querySelector(".tip").textContent;
+  at("pointerdown", 0.3); at("pointermove", 0.6); at("pointerup", 0.6);
+  const zoomed = !document.querySelector("#tools button:disabled");
+  document.querySelector("#chart-loss .legend button").click();
+  document.querySelector("[data-theme]").dataset.theme = "dark";
+  document.title = JSON.stringify({ seen, problems, told, zoomed, ready: document.documentElement.dataset.ready });
+});
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no chromium: apt-get install -y --no-install-recommends chromium")
+    return found
+
+
+def test_in_a_browser(chromium: str, tmp_path: Path) -> None:
+    """Every figure is drawn against every axis, the mouse works, no name is looked up, no error is logged."""
+    runs = [make_run(tmp_path / "run", resumed_at=20)]
+    file = tmp_path / "report.html"
+    file.write_text(written(runs, file).replace("</body>", CHECK))
+    ended = subprocess.run(
+        [
+            *(
+                chromium,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--window-size=1300,900",
+            ),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=3000"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", file.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in ended.stderr, ended.stderr
+    title = re.search(r"<title>(.*?)</title>", ended.stdout, re.DOTALL)
+    assert title is not None
+    found = json.loads(title[1].replace("&quot;", '"').replace("&lt;", "<").replace("&amp;", "&"))
+    assert found["ready"] == "yes" and found["problems"] == [] and found["zoomed"]
+    assert "step" in found["told"] or "min" in found["told"] or " s" in found["told"]
+    assert "text, held out (causal routing) 1.625" in found["told"]
+    for axis, panels in found["seen"].items():
+        drawn = {name: (shapes, maps) for name, shapes, maps in panels}
+        assert {"chart-loss", "chart-lr", "chart-stalls", "chart-unrouted", "chart-depth", "timeline-0"} <= set(drawn)
+        empty = {name for name, (shapes, maps) in drawn.items() if not shapes and not maps}
+        assert empty == {"chart-model_tflops_per_rank", "chart-stalls"}, axis  # what the run did not measure
+        assert drawn["chart-experts"][1] == 2 and drawn["chart-layers-over-time"][1] == 1

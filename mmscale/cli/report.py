@@ -23,7 +23,7 @@ def report(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show runs on one self-contained HTML page: losses, optimization, throughput, routing, layers, faults, settings."""
+    """Show runs on one HTML page: losses, optimization, throughput, routing, layers, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
     written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, png=png)

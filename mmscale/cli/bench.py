@@ -38,6 +38,22 @@ def checkpoint(context: typer.Context, as_json: Json = False) -> None:
     _bench("checkpoint", context.args, as_json=as_json)
 
 
+@app.command("gpu", context_settings=_LOOSE, epilog="Example: mmscale bench gpu --part 1 --out gpu-1.json")
+def gpu(context: typer.Context, as_json: Json = False) -> None:
+    """Measure one GPU: experts, FP8, stacks of layers, and whether they are right. Options as --name value."""
+    _bench("gpu", context.args, as_json=as_json)
+
+
+@app.command(
+    "experts",
+    context_settings=_LOOSE,
+    epilog="Example: mmscale bench experts --hidden 512 --ffn 1408 --experts 4 --rows 512",
+)
+def experts(context: typer.Context, as_json: Json = False) -> None:
+    """Time the ways to compute experts (model.experts.compute) beside their floor. Options as --name value."""
+    _bench("experts", context.args, as_json=as_json)
+
+
 @app.command("data", context_settings=_LOOSE, epilog="Example: mmscale bench data configs/quickstart.yaml --repeats 3")
 def data(context: typer.Context, as_json: Json = False) -> None:
     """Compare packing schemes: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value."""

@@ -8,10 +8,12 @@ state has its shapes and its way through state dicts, but nothing is quantised.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import pickle
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,17 @@ class DelayedScaling:
 
     def delayed(self) -> bool:
         return True
+
+
+@dataclass
+class Float8CurrentScaling:
+    fp8_format: Any = None
+    fp8_dpa: bool = False
+
+
+@dataclass
+class Float8BlockScaling:
+    fp8_format: Any = None
 
 
 class _Format:
@@ -151,7 +164,7 @@ class Linear(_Base):
         self.sequence_parallel = size > 1 and sequence_parallel
         self.in_features = in_features // (size if parallel_mode == "row" else 1)
         self.out_features = out_features // (size if parallel_mode == "column" else 1)
-        self.use_bias, self.tp_size = False, size
+        self.use_bias, self.tp_size, self.save_original_input = False, size, False
         self._weight(params_dtype or torch.float32, device)
 
     def _weight(self, dtype: torch.dtype, device: Any) -> None:
@@ -331,8 +344,24 @@ class FP8GlobalStateManager:
     def is_fp8_enabled() -> bool:
         return False
 
+    @staticmethod
+    def reset() -> None: ...
 
-recipe = _module("common.recipe", DelayedScaling=DelayedScaling, Format=_Format)
+
+@contextlib.contextmanager
+def fp8_autocast(enabled: bool, fp8_recipe: Any, fp8_group: Any) -> Iterator[None]:
+    assert enabled and isinstance(fp8_recipe, DelayedScaling | Float8CurrentScaling | Float8BlockScaling)
+    del fp8_group
+    yield
+
+
+recipe = _module(
+    "common.recipe",
+    DelayedScaling=DelayedScaling,
+    Float8CurrentScaling=Float8CurrentScaling,
+    Float8BlockScaling=Float8BlockScaling,
+    Format=_Format,
+)
 common = _module("common", recipe=recipe)
 pytorch = _module(
     "pytorch",
@@ -341,8 +370,9 @@ pytorch = _module(
     GroupedLinear=GroupedLinear,
     RMSNorm=RMSNorm,
     DotProductAttention=DotProductAttention,
+    fp8_autocast=fp8_autocast,
 )
-pytorch.fp8 = _module("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=None)
+pytorch.fp8 = _module("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast)
 # Names that megatron-core imports without asking; nothing of mmscale reaches them.
 for _name in ("distributed", "ops", "router", "tensor", "float8_tensor"):
     setattr(pytorch, _name, _module(f"pytorch.{_name}"))

@@ -1,0 +1,295 @@
+"""Measurement 8 of `mmscale bench gpu`, and of tests/gpu: is what is fast also right?
+
+Bytes of FP8 against the formulas of mmscale.model.fp8_formats on the host, experts against a loop in fp64, losses of
+the same 200 steps under every backend and recipe, a checkpoint written and read, a run of a CPU continued here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmscale.bench.gpu_kernels import RECIPES, fp8_context, reset_fp8, te_experts
+from mmscale.bench.gpu_session import Session
+from mmscale.bench.gpu_shapes import TINY, Shape
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.config import Config
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import TrainingError
+from mmscale.model import fp8_formats
+from mmscale.model.expert_compute import ExpertCompute, Products, feed_forward
+from mmscale.runtime import device, groups, stopwatch, transformer_engine
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.batch import to_device
+from mmscale.train.parts import Parts, build
+from mmscale.train.state import TrainState, unwrapped
+from mmscale.train.step import mean_losses, reduce_sums
+from mmscale.train.synthetic import SyntheticMixture
+
+TOY = Shape(hidden=256, inner=512, heads=4, seq=256, micro_batch=8, experts=8, vocabulary=1024, moma_layers=4)
+_BATCHES = 4  # that come again and again, so that there is something to learn
+STEPS, HALF = 8, 4  # of the runs that are stopped and go on
+BYTES, EXPERTS_BF16, EXPERTS_FP8, LOSS, SAME, ACROSS = 0.0, 0.02, 0.12, 0.02, 1e-4, 2e-3
+
+
+def run(session: Session, *, steps: int = 200) -> None:
+    """All checks that this machine can make."""
+    missing = transformer_engine.problem()
+    stopwatch.full_precision()
+    for name, products in (("bmm", Products.BMM), ("grouped_mm", Products.GROUPED_MM)):
+        session.check(f"experts {name} against fp64", EXPERTS_BF16, functools.partial(experts_error, session, products))
+    quantizers = [f"bytes of e4m3, {kind}" for kind in ("tensorwise", "rows of 128", "tiles of 128")]
+    for name in quantizers:
+        if missing is not None:
+            session.leave_out(name, BYTES, f"Transformer-Engine: {missing}")
+        else:
+            session.check(name, BYTES, functools.partial(quantized_bytes, name))
+    for recipe in ("off", *RECIPES):
+        name, limit = f"experts te {recipe} against fp64", EXPERTS_BF16 if recipe == "off" else EXPERTS_FP8
+        if missing is not None:
+            session.leave_out(name, limit, f"Transformer-Engine: {missing}")
+        else:
+            session.check(name, limit, functools.partial(te_experts_error, session, recipe))
+    _losses(session, steps=steps, missing=missing)
+    for backend, recipe in (("torch", "off"), ("te", "off"), ("te", "delayed")):
+        name = f"stopped and resumed, {backend}, fp8 {recipe}"
+        if backend == "te" and missing is not None:
+            session.leave_out(name, SAME, f"Transformer-Engine: {missing}")
+        else:
+            session.check(name, SAME, functools.partial(resumed, toy(session, backend, recipe)))
+    session.check("a run of a CPU continued here", ACROSS, from_cpu)
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double().cpu() - exact).norm() / exact.norm())
+
+
+def _reference(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """A loop over experts in fp64 on the host."""
+    tokens, w1, w2 = (tensor.detach().double().cpu() for tensor in (tokens, w1, w2))
+    out = []
+    for expert in range(tokens.shape[0]):
+        gate, up = tokens[expert] @ w1[expert, :, 0], tokens[expert] @ w1[expert, :, 1]
+        out.append((gate * torch.sigmoid(gate) * up) @ w2[expert])
+    return torch.stack(out)
+
+
+def _inputs(session: Session) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts small enough for fp64 on the host."""
+    shape, where = session.shape, device.taken()
+    experts, hidden, inner = 4, min(shape.hidden, 256), min(shape.inner, 512)
+    dtype = torch.bfloat16 if session.dtype == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(11)
+    sizes = ((experts, 64, hidden), (experts, hidden, 2, inner), (experts, inner, hidden))
+    made = [torch.randn(size, generator=generator) * (1.0 if i == 0 else 0.05) for i, size in enumerate(sizes)]
+    tokens, w1, w2 = (tensor.to(where, dtype) for tensor in made)
+    return tokens, w1, w2
+
+
+def experts_error(session: Session, products: Products) -> tuple[float, str]:
+    """Relative error of the experts' output."""
+    tokens, w1, w2 = _inputs(session)
+    found = feed_forward(tokens, w1, w2, compute=ExpertCompute(products, fused=True))
+    return _relative(found, _reference(tokens, w1, w2)), "relative error of the output"
+
+
+def te_experts_error(session: Session, recipe: str) -> tuple[float, str]:
+    """The same of Transformer-Engine's with the same weights; of the second call, when scales are known."""
+    from mmscale.model.state_te import weight_of_w1, weight_of_w2
+
+    tokens, w1, w2 = _inputs(session)
+    experts, _, hidden = tokens.shape
+    small = replace(session, shape=replace(session.shape, hidden=hidden, inner=w2.shape[1], experts=experts))
+    module: Any
+    module, transformer = te_experts(small, recipe)
+    with torch.no_grad():
+        for index in range(experts):
+            getattr(module.linear_fc1, f"weight{index}").copy_(weight_of_w1(w1[index : index + 1]))
+            getattr(module.linear_fc2, f"weight{index}").copy_(weight_of_w2(w2[index : index + 1]))
+    for _ in range(2):
+        with fp8_context(transformer):
+            found = module(tokens)
+    return _relative(found, _reference(tokens, w1, w2)), "relative error of the output"
+
+
+def quantized_bytes(name: str) -> tuple[float, str]:
+    """Share of FP8 codes and scales that differ from the formulas on the host."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
+
+    generator = torch.Generator().manual_seed(7)
+    values = torch.randn(256, 384, generator=generator) * torch.logspace(-6, 4, 256).unsqueeze(1)
+    values[0, :] = 0.0
+    values = values.bfloat16()
+    here, e4m3 = values.to(device.taken()), tex.DType.kFloat8E4M3
+    found: Any
+    if name.endswith("tensorwise"):
+        found = Float8CurrentScalingQuantizer(e4m3, device.taken(), rowwise=True, columnwise=False)(here)
+        codes, inverse = found._data, found._scale_inv.reshape(-1)
+        scale = fp8_formats.scale_of(fp8_formats.amax_of(values), fp8_formats.E4M3)
+        expected = fp8_formats.quantize_tensor(values, scale, fp8_formats.E4M3)
+        expected_inverse = expected.scale_inv.reshape(-1)
+    else:
+        blocks = fp8_formats.Blocks.ROW if "rows" in name else fp8_formats.Blocks.TILE
+        dimensions = 1 if blocks is fp8_formats.Blocks.ROW else 2
+        quantizer = Float8BlockQuantizer(e4m3, rowwise=True, columnwise=False, block_scaling_dim=dimensions)
+        found = quantizer(here)
+        codes, inverse = found._rowwise_data, found._rowwise_scale_inv
+        expected = fp8_formats.quantize_blocks(values, fp8_formats.E4M3, blocks)
+        expected_inverse = expected.scale_inv
+        if dimensions == 1:  # the device keeps [blocks across, rows], padded
+            inverse = inverse.t()
+        inverse = inverse[: expected_inverse.shape[0], : expected_inverse.shape[1]]
+    codes_wrong = (codes.cpu().view(torch.uint8) != expected.codes.view(torch.uint8)).double().mean()
+    scales_wrong = (inverse.cpu().float() != expected_inverse.float()).double().mean()
+    return float(codes_wrong + scales_wrong), f"share of codes {codes_wrong:.2e}, of scales {scales_wrong:.2e}"
+
+
+def toy(session: Session, backend: str, recipe: str) -> Config:
+    """A model with experts that learns in seconds."""
+    shape = TINY if session.shape == TINY else TOY
+    return shape.config("moma", layers=shape.moma_layers, dtype=session.dtype, backend=backend, fp8=recipe)
+
+
+def parts_of(config: Config) -> tuple[Parts, TrainState]:
+    """Model and optimizer with their initial weights."""
+    if config.precision.fp8 != "off":
+        reset_fp8()
+    parts = build(config, groups.collection())
+    return parts, TrainState(parts.chunks, parts.optimizer)
+
+
+def train(config: Config, parts: Parts, state: TrainState, *, until: int, lr: float = 2e-3) -> list[float]:
+    """Losses of the steps up to this one; the same batches come again and again."""
+    mixture = SyntheticMixture(config, share={"text": 0.5, "image": 0.5}, padding=0.0)
+    vocabulary, losses = Vocabulary.from_config(config.vocab), []
+    while state.step < until:
+        batch = to_device(mixture.micro_batch(state.step % _BATCHES), vocabulary)
+        result = parts.stepper.train([batch], lr=lr)
+        losses.append(mean_losses(reduce_sums(result.sums, parts.groups), config.vocab.names)["loss"])
+        state.step += 1
+    return losses
+
+
+def _losses(session: Session, *, steps: int, missing: str | None) -> None:
+    """Every backend and recipe beside torch without FP8, by the mean loss of the last tenth of the steps."""
+    tail = max(1, steps // 10)
+    curves: dict[str, Sequence[float]] = {}
+
+    def curve(backend: str, recipe: str) -> Sequence[float]:
+        name = f"{backend} {recipe}"
+        if name not in curves:
+            config = toy(session, backend, recipe)
+            parts, state = parts_of(config)
+            curves[name] = train(config, parts, state, until=steps)
+            session.facts[f"loss of {steps} steps, {name}"] = [
+                round(v, 5) for v in curves[name][:: max(1, steps // 20)]
+            ]
+        return curves[name]
+
+    def compare(backend: str, recipe: str) -> tuple[float, str]:
+        base = sum(curve("torch", "off")[-tail:]) / tail
+        mine = sum(curve(backend, recipe)[-tail:]) / tail
+        first = curve("torch", "off")[0]
+        if not mine < first:
+            raise TrainingError(f"the loss did not fall: {first:.3f} to {mine:.3f}")
+        return abs(mine / base - 1), f"loss {first:.3f} to {mine:.4f}, torch without FP8 {base:.4f}"
+
+    for backend, recipe in (("torch", "off"), ("te", "off"), *(("te", recipe) for recipe in RECIPES)):
+        name = f"loss of {steps} steps, {backend}, fp8 {recipe}"
+        if backend == "te" and missing is not None:
+            session.leave_out(name, LOSS, f"Transformer-Engine: {missing}")
+        else:
+            session.check(name, LOSS, functools.partial(compare, backend, recipe))
+
+
+def _unheard(*_: object, **__: object) -> None:
+    pass
+
+
+def _manager(folder: Path) -> CheckpointManager:
+    return CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=_unheard)
+
+
+def _held(state: TrainState) -> list[Tensor]:
+    """Copies of weights, FP8 scales, master weights and moments on this rank."""
+    found = list(unwrapped(state.chunks[0]).parameters())
+    if unwrapped(state.chunks[0]).config.fp8:
+        modules = unwrapped(state.chunks[0]).modules()
+        found += [module.fp8_state() for module in modules if hasattr(module, "fp8_state")]
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                found.append(parameter)
+                found += [value for value in part.optimizer.state[parameter].values() if isinstance(value, Tensor)]
+    return [tensor.detach().float().cpu().clone() for tensor in found]
+
+
+def resumed(config: Config) -> tuple[float, str]:
+    """What a save and a load into a new model leave of every tensor, and the next loss beside the unstopped run's.
+
+    Later losses say less: kernels that add in any order let equal runs part on a GPU.
+    """
+    parts, state = parts_of(config)
+    train(config, parts, state, until=HALF)
+    with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
+        with parts.stepper.settled():
+            _manager(Path(folder)).save(state, last=True)
+        before = _held(state)
+        whole = train(config, parts, state, until=HALF + 1)
+        del parts, state
+        stopwatch.release()
+        parts, state = parts_of(config)
+        _manager(Path(folder)).load(state, HALF)
+        after = _held(state)
+        again = train(config, parts, state, until=HALF + 1)
+    changed = sum(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    note = f"{changed} of {len(before)} tensors changed; relative difference of the next loss"
+    return changed + _differences(whole, again), note
+
+
+def _differences(one: Sequence[float], other: Sequence[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(one, other, strict=True))
+
+
+def from_cpu() -> tuple[float, str]:
+    """A run of four steps in fp32 on a CPU, in a process that sees no device, continued here and there."""
+    config = TINY.config("moma", layers=2, dtype="fp32", backend="torch")
+    with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        command = (sys.executable, "-m", "mmscale.bench.gpu_checks", folder)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode != 0:
+            raise TrainingError(f"the run on a CPU failed: {(done.stderr.splitlines() or ['no message'])[-1][:200]}")
+        there = [float(word) for word in done.stdout.split()[-(STEPS - HALF) :]]
+        parts, state = parts_of(config)
+        _manager(Path(folder)).load(state, HALF)
+        here = train(config, parts, state, until=STEPS)
+    return _differences(there, here), "largest relative difference of the losses, fp32"
+
+
+def _on_cpu(folder: Path) -> None:
+    """The part of `from_cpu` that runs in the other process: save half-way, go on, print the losses."""
+    config = TINY.config("moma", layers=2, dtype="fp32", backend="torch")
+    groups.initialize(RankEnv(), seed=config.run.seed)
+    parts, state = parts_of(config)
+    train(config, parts, state, until=HALF)
+    with parts.stepper.settled():
+        _manager(folder).save(state, last=True)
+    sys.stdout.write(" ".join(map(repr, train(config, parts, state, until=STEPS))) + "\n")
+    groups.finalize()
+
+
+if __name__ == "__main__":
+    _on_cpu(Path(sys.argv[1]))

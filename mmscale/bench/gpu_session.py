@@ -1,0 +1,197 @@
+"""The record of `mmscale bench gpu`: rows that are written down at once, a limit of time, reasons for what is missing.
+
+A row that fails does not end the others; a run that is killed leaves what it has measured.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmscale.bench.gpu_shapes import EXPECTED, Ceilings, Shape, predicted
+from mmscale.runtime import device, stopwatch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        number: of the measurement, 1 to 7.
+        name: what was timed.
+        ms: min, median and max [ms]; None: not measured.
+        predicted_ms: written down beforehand, for one H100.
+        floor_ms: what the device's best product or copy needs for it, as measured in the first rows.
+        tflops: of the median [TFLOP/s], by the FLOPs that the model needs.
+        note: of what the number is, or why there is none.
+    """
+
+    number: int
+    name: str
+    ms: tuple[float, float, float] | None
+    predicted_ms: float | None = None
+    floor_ms: float | None = None
+    tflops: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of the correctness part; limit is the largest value that passes.
+
+    Attributes:
+        name: what was compared.
+        value: the difference; None: not measured.
+        limit: of it.
+        note: what the value is, or why there is none.
+    """
+
+    name: str
+    value: float | None
+    limit: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """None: not measured. What is not a number has not passed."""
+        return None if self.value is None else bool(self.value <= self.limit)
+
+
+@dataclass
+class Session:
+    """Rows and checks of one run.
+
+    Attributes:
+        shape: sizes.
+        repeats: timed calls of every row.
+        deadline: `time.monotonic()` after which nothing new begins.
+        out: JSON file that is written after every row; None: none.
+        ceilings: as measured; those expected of an H100 until then.
+    """
+
+    shape: Shape
+    repeats: int
+    deadline: float
+    out: Path | None = None
+    ceilings: Ceilings = EXPECTED
+    rows: list[Row] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        """precision.dtype of everything that is timed."""
+        return "bf16" if device.has_cuda() else "fp32"
+
+    def time(
+        self,
+        number: int,
+        name: str,
+        prepare: Callable[[], Callable[[int], object]],
+        *,
+        flops: float | None = None,
+        floor: float | None = None,
+        key: str | None = None,
+        note: str = "",
+    ) -> float | None:
+        """Time what `prepare` gives, and keep the row.
+
+        Args:
+            number: of the measurement.
+            name: of the row.
+            prepare: makes the tensors; gives the work.
+            flops: of one call.
+            floor: seconds; None: flops at the bf16 ceiling.
+            key: of the prediction; default: the name.
+            note: goes into the row.
+
+        Returns:
+            Median [s]; None: not measured.
+        """
+        guess = predicted(self.shape).get(key or name)
+        if time.monotonic() > self.deadline:
+            self.skip(number, name, "no time was left", key=key)
+            return None
+        try:
+            found = stopwatch.seconds(prepare(), repeats=self.repeats, warmup=min(3, self.repeats))
+        except Exception as error:  # one row of many, on a machine that may be lent for minutes
+            self.skip(number, name, f"{type(error).__name__}: {_first_line(error)}", key=key)
+            return None
+        finally:
+            stopwatch.release()
+        median = statistics.median(found)
+        if floor is None and flops is not None:
+            floor = flops / self.ceilings.bf16
+        row = Row(
+            number,
+            name,
+            (min(found) * 1e3, median * 1e3, max(found) * 1e3),
+            predicted_ms=_ms(guess),
+            floor_ms=_ms(floor),
+            tflops=None if flops is None else flops / median / 1e12,
+            note=note,
+        )
+        self._keep(row)
+        return median
+
+    def skip(self, number: int, name: str, why: str, *, key: str | None = None) -> None:
+        """Keep the reason for a missing row."""
+        guess = predicted(self.shape).get(key or name)
+        self._keep(Row(number, name, None, predicted_ms=_ms(guess), note=f"not measured: {why}"))
+
+    def check(self, name: str, limit: float, compare: Callable[[], tuple[float, str]]) -> None:
+        """Compare, and keep the result: the difference and a word on it."""
+        if time.monotonic() > self.deadline:
+            self.checks.append(Check(name, None, limit, "not measured: no time was left"))
+        else:
+            try:
+                value, note = compare()
+                self.checks.append(Check(name, value, limit, note))
+            except Exception as error:  # as above
+                note = f"{type(error).__name__}: {_first_line(error)}"
+                self.checks.append(Check(name, float("nan"), limit, note))
+            finally:
+                stopwatch.release()
+        self.write()
+
+    def leave_out(self, name: str, limit: float, why: str) -> None:
+        """Keep the reason for a missing check."""
+        self.checks.append(Check(name, None, limit, f"not measured: {why}"))
+
+    def _keep(self, row: Row) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def result(self) -> dict[str, object]:
+        """Everything, as plain data."""
+        return {
+            "device": device.device_name(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            **self.facts,
+            "shape": asdict(self.shape),
+            "repeats": self.repeats,
+            "ceilings": asdict(self.ceilings),
+            "rows": [asdict(row) for row in self.rows],
+            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+        }
+
+    def write(self) -> None:
+        """Bring what there is to the file."""
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.result(), indent=1) + "\n", encoding="utf-8")
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

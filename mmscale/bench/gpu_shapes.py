@@ -1,0 +1,194 @@
+"""Sizes of `mmscale bench gpu` and the arithmetic on them: FLOPs, bytes, floors and what was predicted beforehand.
+
+No tensor is made here. FLOPs count matrix products and causal attention, as mmscale.plan.compute does; a floor is the
+time that the device's best matrix product or copy needs for the same work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmscale.config import Config
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device can do at best: products [FLOP/s] and copies, reading and writing counted [B/s]."""
+
+    bf16: float
+    fp8: float
+    copy: float
+
+
+# One H100 SXM, before anything was measured: bf16 and copies as seen elsewhere, FP8 twice bf16 (a lead).
+EXPECTED = Ceilings(bf16=798e12, fp8=1.6e15, copy=3.0e12)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The 1.4B class of MoMa with widths that FP8 takes (the paper's 5,461 is odd): half text, half image.
+
+    Attributes:
+        hidden, inner, heads: width, SwiGLU width, attention heads.
+        seq, micro_batch: tokens of a sequence, sequences of a micro-batch.
+        experts: of both modalities together, equally many.
+        vocabulary: ids, image codes included.
+        dense_layers, moma_layers: layers of the stacks that fit one device.
+        square: side of the matrices of the ceilings.
+        copied: bytes of the copy.
+    """
+
+    hidden: int = 2048
+    inner: int = 5632
+    heads: int = 16
+    seq: int = 4096
+    micro_batch: int = 4
+    experts: int = 8
+    vocabulary: int = 65_536
+    dense_layers: int = 24
+    moma_layers: int = 6
+    square: int = 8192
+    copied: int = 2 << 30
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.seq * self.micro_batch
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of each expert; expert choice keeps them all busy."""
+        return self.tokens // self.experts
+
+    def expert_flops(self) -> float:
+        """Forward of the experts of one layer."""
+        return 6.0 * self.hidden * self.inner * self.tokens
+
+    def layer_flops(self, keep: float = 1.0) -> float:
+        """Forward of one layer that processes this part of each sequence."""
+        tokens = self.tokens * keep
+        attention = 2 * 2 * self.hidden * self.seq * keep / 2
+        return tokens * (8.0 * self.hidden**2 + 6.0 * self.hidden * self.inner + attention)
+
+    def step_flops(self, layers: int) -> float:
+        """Forward and backward of a stack with its output layer."""
+        return 3 * (layers * self.layer_flops() + 2.0 * self.hidden * self.vocabulary * self.tokens)
+
+    def parameters(self, layers: int, *, experts: int) -> float:
+        """Weights of a stack, norms and routers left out; experts 1: dense."""
+        layer = 4.0 * self.hidden**2 + 3.0 * self.hidden * self.inner * experts
+        return layers * layer + 2.0 * self.hidden * self.vocabulary
+
+    def adam_bytes(self, parameters: float) -> float:
+        """Read and written by an update: fp32 weight and two moments both ways, fp32 gradient in, bf16 weight out."""
+        return parameters * (2 * 3 * 4 + 4 + 2)
+
+    def swiglu_bytes(self, *, backward: bool) -> float:
+        """Traffic of an unfused silu(gate) * up in bf16: 5 tensors of inner width forward, 8 more backward."""
+        return (13 if backward else 5) * 2.0 * self.inner * self.tokens
+
+    def config(
+        self,
+        kind: str,
+        *,
+        layers: int,
+        dtype: str,
+        backend: str = "auto",
+        fp8: str = "off",
+        depth: bool = False,
+        fusion: str = "auto",
+    ) -> Config:
+        """The configuration of a model of this shape.
+
+        Args:
+            kind: "dense" or "moma".
+            layers: number of layers.
+            dtype: precision.dtype.
+            backend: model.backend.
+            fp8: precision.fp8.
+            depth: layer 0 processes a quarter of the tokens.
+            fusion: model.gradient_accumulation_fusion; "off" where there are no gradient buffers.
+        """
+        image = self.vocabulary // 8
+        half = self.experts // 2
+        model: dict[str, Any] = {
+            "kind": kind,
+            "num_layers": layers,
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.inner,
+            "num_attention_heads": self.heads,
+            "seq_length": self.seq,
+            "backend": backend,
+            "gradient_accumulation_fusion": fusion,
+            "depth": {"every": layers, "capacity": 0.25, "multiple": 16} if depth else None,
+        }
+        if kind == "moma":
+            model["experts"] = {
+                "counts": {"text": half, "image": half},
+                "share": {"text": 0.5, "image": 0.5},
+                "capacity_multiple": 16,
+            }
+        return Config.model_validate(
+            {
+                "vocab": {
+                    "modalities": [
+                        {"name": "text", "size": self.vocabulary - image},
+                        {"name": "image", "size": image},
+                    ]
+                },
+                "model": model,
+                "train": {"micro_batch_size": self.micro_batch, "global_batch_size": self.micro_batch},
+                "precision": {"dtype": dtype, "fp8": fp8},
+            }
+        )
+
+
+FULL = Shape()
+# Every line of the benchmark in seconds on a CPU; the numbers mean nothing.
+TINY = Shape(
+    hidden=64,
+    inner=64,
+    heads=4,
+    seq=64,
+    micro_batch=2,
+    experts=4,
+    vocabulary=512,
+    dense_layers=2,
+    moma_layers=2,
+    square=128,
+    copied=1 << 20,
+)
+
+
+def predicted(shape: Shape) -> dict[str, float]:
+    """Seconds that were written down before anything ran, by row, on one H100."""
+    best = EXPECTED
+    forward, both = shape.expert_flops() / best.bf16, 3 * shape.expert_flops() / best.bf16
+    unfused = {way: shape.swiglu_bytes(backward=way) / best.copy for way in (False, True)}
+    casts = 0.46e-3 * shape.tokens / FULL.tokens  # activations, forward and backward
+    weights = 0.37e-3 * (shape.hidden * shape.inner) / (FULL.hidden * FULL.inner)  # in the first micro-batch of a step
+    fp8 = 3 * shape.expert_flops() / best.fp8 * 1.15 + casts + unfused[True]
+    rows = {
+        "product bf16": 2.0 * shape.square**3 / best.bf16,
+        "product fp8": 2.0 * shape.square**3 / 1.375e15,
+        "copy": 2.0 * shape.copied / best.copy,
+        "experts loop forward": 1.05 * (1.15 * forward + unfused[False]),
+        "experts loop both": 1.05 * (1.15 * both + unfused[True]),
+        "experts bmm forward": 1.15 * forward + unfused[False],
+        "experts bmm both": 1.15 * both + unfused[True],
+        "experts te bf16": 1.15 * both + unfused[True],
+        "depth layer": 0.27 * 1.25 * shape.layer_flops() / best.bf16,
+        "routing": 0.2e-3,
+        "token choice": 1.15 * forward + unfused[False] + 0.1e-3,
+    }
+    for recipe in ("delayed", "tensorwise", "blockwise"):
+        rows[f"experts te {recipe} first"] = fp8 + weights
+        rows[f"experts te {recipe} cached"] = fp8
+    for kind, layers, experts in (("dense", shape.dense_layers, 1), ("moma", shape.moma_layers, shape.experts)):
+        update = shape.adam_bytes(shape.parameters(layers, experts=experts)) / best.copy
+        bf16 = shape.step_flops(layers) / best.bf16 / 0.6 + update
+        rows[f"stack {kind} bf16"] = bf16
+        for recipe in ("delayed", "blockwise"):
+            rows[f"stack {kind} {recipe}"] = bf16 / 1.25
+    return rows

@@ -1,0 +1,56 @@
+"""Seconds of a piece of work: CUDA events where work is queued on a device, the host's clock elsewhere.
+
+Nothing is said about what the numbers mean; benchmarks do that.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+
+from mmscale.runtime import device
+
+
+def seconds(work: Callable[[int], object], *, repeats: int, warmup: int = 3) -> list[float]:
+    """Time `work(0)`, `work(1)`, ... one by one, after some that are not timed.
+
+    On CUDA all repeats are queued before any is waited for, so that the host's own time is hidden as in training.
+
+    Args:
+        work: gets the number of the call, so that it can rotate its inputs through more memory than caches hold.
+        repeats: calls that are timed.
+        warmup: calls before them: kernels are chosen and compiled there.
+    """
+    for number in range(warmup):
+        work(number)
+    device.synchronize()
+    if not device.has_cuda():
+        found = []
+        for number in range(repeats):
+            begin = time.perf_counter()
+            work(number)
+            found.append(time.perf_counter() - begin)
+        return found
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for number in range(repeats):
+        work(number)
+        marks[number + 1].record()
+    device.synchronize()
+    return [marks[i].elapsed_time(marks[i + 1]) / 1e3 for i in range(repeats)]
+
+
+def release() -> None:
+    """Give freed device memory back, so that the next measurement starts with all of it."""
+    gc.collect()
+    if device.has_cuda():
+        torch.cuda.empty_cache()
+
+
+def full_precision() -> None:
+    """Let fp32 products be fp32 and not TF32: references are computed with them."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

@@ -6,6 +6,7 @@ torch.cuda.make_graphed_callables does the work. Not for what reads from the dev
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -54,5 +55,4 @@ class Captured:
         sample = (torch.zeros_like(given), *(weight.detach() for weight in weights))
         for tensor in sample:
             tensor.requires_grad_()
-        graph: Callable[..., Tensor] = torch.cuda.make_graphed_callables(self.function, sample)
-        return graph
+        return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(self.function, sample))

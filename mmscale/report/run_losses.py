@@ -8,10 +8,10 @@ only this one says what a model is worth that generates. Ratios are compare.py's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from mmscale.data.manifest import read_manifest
 from mmscale.errors import ConfigError, DataError, UsageError
 from mmscale.plan.compute import flops_per_token
 from mmscale.report.equal_loss import SMOOTH_BINS, Falling
-from mmscale.train.metrics import EVAL, METRICS, read_metrics
+from mmscale.report.history import History, read
+from mmscale.train.metrics import EVAL, METRICS
 
 View = Literal["training", "held_out", "causal"]
 Measure = Literal["flops", "seconds"]
@@ -121,32 +122,26 @@ def read_run(folder: Path) -> Run:
         config = load(folder / "config.yaml")
     except ConfigError as error:
         raise UsageError(f"{folder} is no run of this version: {error.cause}", remedy=remedy) from error
-    records = read_metrics(folder)
-    if not records:
+    history = read(folder)
+    if not len(history):
         raise UsageError(f"{folder} has no {METRICS} with a logged step", remedy=remedy)
     per_step = tokens_per_step(config) * flops_per_token(config).training
-    steps, seconds = _clock(records)
+    steps, seconds = _clock(history)
     losses: dict[View, dict[str, Points]] = {}
     dropped = 0
     for view, part in itertools.product(VIEWS, (ALL, *config.vocab.names)):
-        key = _key(view, part, config, records)
-        pairs = [(record["step"], float(record[key])) for record in records if isinstance(record.get(key), int | float)]
-        at, values = np.array(pairs, float).reshape(-1, 2).T
+        at, values = history.measured(_key(view, part, config, history))
         known = np.isfinite(values)
         dropped += int((~known).sum())
         if known.any():
             points = Points(at[known] * per_step, np.interp(at[known], steps, seconds), values[known])
             losses.setdefault(view, {})[part] = points
-    counts = [(name, _last(records, f"tokens/{name}")) for name in config.vocab.names]
-    tokens = {name: count for name, count in counts if count is not None}
-    return Run(folder, config, losses, dropped, records[-1]["step"], tokens)
+    counts = [(name, history.last(f"tokens/{name}")) for name in config.vocab.names]
+    tokens = {name: count for name, count in counts if count is not None and np.isfinite(count)}
+    return Run(folder, config, losses, dropped, int(history.steps[-1]), tokens)
 
 
-def _last(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return next((float(record[key]) for record in reversed(records) if isinstance(record.get(key), int | float)), None)
-
-
-def _key(view: View, part: str, config: Config, records: Sequence[Mapping[str, Any]]) -> str:
+def _key(view: View, part: str, config: Config, history: History) -> str:
     """The name of a loss in metrics.jsonl; what routes nothing is causal as it is."""
     loss = _LOSS if part == ALL else f"{_LOSS}/{part}"
     if view == "training":
@@ -154,15 +149,15 @@ def _key(view: View, part: str, config: Config, records: Sequence[Mapping[str, A
     if view == "held_out" or not config.model.routes:
         return f"{EVAL}{loss}"
     names = [f"{EVAL}{routing}/{loss}" for routing in _CAUSAL]
-    return next((name for name in names if any(name in record for record in records)), names[0])
+    return next((name for name in names if name in history.columns), names[0])
 
 
-def _clock(records: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _clock(history: History) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Steps, and seconds of training up to them. A row's time is the mean since the row before it that has one."""
-    timed = [(r["step"], float(r["step_time_s"])) for r in records if isinstance(r.get("step_time_s"), int | float)]
-    if not timed:
+    steps, times = history.measured("step_time_s")
+    steps, times = steps[np.isfinite(times)], times[np.isfinite(times)]
+    if not len(steps):
         return np.array([0.0]), np.array([np.nan])
-    steps, times = np.array(timed, float).T
     return np.append(0.0, steps), np.append(0.0, np.cumsum(np.diff(steps, prepend=0.0) * times))
 
 

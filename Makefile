@@ -16,13 +16,14 @@ EVALS := $(VENV)/.installed-evals
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help quickstart test lint pytest soak killed clean
+.PHONY: help quickstart test lint pytest soak preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
 	@echo "make test         install, lint and run all tests"
 	@echo "make lint         ruff, mypy and import contracts only"
 	@echo "make soak         200 random kills of a run, which ends with the same numbers"
+	@echo "make preempted    20 random preemptions of a run on a local SLURM, which ends with the same numbers"
 	@echo "make killed       the quickstart, killed in three places, ends with the same numbers"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
 
@@ -76,6 +77,10 @@ pytest: $(STAMP) $(EVALS)
 KILLS := 200
 soak: $(STAMP)
 	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -W ignore tests/end_to_end/test_kills.py -k random
+
+# The suite does one; about twenty seconds each.
+preempted: $(STAMP)
+	MMSCALE_PREEMPTIONS=20 $(BIN)/python -m pytest -q -s -W ignore tests/slurm/test_preemptions.py
 
 # Beside one that nobody disturbs; the suite does the same with a tiny model.
 killed: quickstart

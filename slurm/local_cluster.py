@@ -5,7 +5,8 @@
 
 `up` starts a keeper, whose children all daemons are; it is a subreaper, so that also what daemons leave behind when
 they are killed (job steps, ranks) stays its child, and nothing outlives it. As root every node has a host name and an
-/etc/hosts of its own (UTS and mount namespaces); otherwise nodes share the machine's.
+/etc/hosts of its own (UTS and mount namespaces); otherwise nodes share the machine's. With `--networks`, as root, every
+node has a network interface too (eth0), which can be cut.
 
 Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 """
@@ -29,20 +30,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+if __package__ in (None, ""):  # python slurm/local_cluster.py
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from slurm import local_network
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SEARCHED = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # where daemons are, which plain users have not on their PATH
 _START_S, _STOP_S = 60.0, 20.0
 _STATE = "cluster.json"
+_ADDED = "# Added while it ran:\n"
 
 # config_overrides lets two cores pose as sixteen per node; KillWait is SLURM's default: saves have to fit into it.
 # Killed nodes are noticed after SlurmdTimeout at the earliest; less than this is too little on a loaded machine.
 _SLURM_CONF = """\
 ClusterName=mmscale
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -75,7 +82,7 @@ KillWait=30
 MinJobAge=3600
 InactiveLimit=0
 SlurmdParameters=config_overrides
-NodeName=n[1-{nodes}] {hostname}NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=16 RealMemory=8000 {gres}State=UNKNOWN
+NodeName=n[1-{nodes}] {hostname}NodeAddr={addresses} Port=[{first}-{last}] CPUs=16 RealMemory=8000 {gres}State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -106,16 +113,19 @@ class Cluster:
     folder: Path
 
     @classmethod
-    def up(cls, folder: Path, *, nodes: int) -> Cluster:
+    def up(cls, folder: Path, *, nodes: int, networks: bool = False) -> Cluster:
         """Start a cluster and wait until all of its nodes are idle.
 
         Args:
             folder: private folder, made with mode 0700; no cluster may be in it.
             nodes: how many, named n1, n2, ...
+            networks: each node gets an eth0 of its own.
 
         Raises:
             ClusterError: programs are missing, one is there already, or it does not come up.
         """
+        if networks and not local_network.possible():
+            raise ClusterError("networks of nodes need root, `ip` and `unshare`")
         lacking = missing_programs()
         if lacking:
             raise ClusterError(
@@ -131,6 +141,7 @@ class Cluster:
         if any(folder.iterdir()):
             raise ClusterError(f"{folder} is not empty and holds no cluster")
         command = [sys.executable, str(Path(__file__).resolve()), "serve", "--dir", str(folder), "--nodes", str(nodes)]
+        command += ["--networks"] if networks else []
         with (folder / "keeper.log").open("wb") as log:
             keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -154,6 +165,9 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(keeper, signal.SIGTERM)
             _until(lambda: self.keeper() is None, within_s=_STOP_S + 10, what=f"keeper {keeper} ends")
+        with contextlib.suppress(ClusterError):  # a killed keeper leaves its state, and its bridge
+            if network := self._state()["network"]:
+                local_network.Network(**network).down()
         if (self.folder / "keeper.log").exists():
             shutil.rmtree(self.folder)
 
@@ -186,9 +200,26 @@ class Cluster:
             raise ClusterError(f"{shlex.join(command)}: {ended.stderr.strip()}")
         return ended.stdout
 
+    def configure(self, *lines: str) -> None:
+        """Add lines to slurm.conf, instead of those that an earlier call added, and have them read.
+
+        Args:
+            lines: settings that a running SLURM takes over, e.g. SlurmctldParameters=preempt_send_user_signal.
+        """
+        file = self.folder / "etc" / "slurm.conf"
+        text = file.read_text().partition(_ADDED)[0]
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(text + _ADDED + "".join(f"{line}\n" for line in lines))
+        temporary.replace(file)
+        self.run("scontrol", "reconfigure")
+
     def slurmd(self, node: str) -> int:
         """Process id of a node's slurmd."""
         return int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
+
+    def cut(self, node: str) -> None:
+        """Cut a node off from all others, while its processes live on; for clusters whose nodes have networks."""
+        local_network.cut(self._state()["network"]["links"][node])
 
     @property
     def own_names(self) -> bool:
@@ -257,8 +288,9 @@ class Cluster:
 class _Keeper:
     """Holds the daemons, in the process that `serve` runs in."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, *, networks: bool = False) -> None:
         self.folder = folder
+        self.network = local_network.Network.up() if networks else None
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.own_names = os.getuid() == 0 and _can_unshare()
         self.daemons: dict[str, int] = {}
@@ -302,6 +334,8 @@ class _Keeper:
             dir=self.folder,
             nodes=len(self.names),
             hostname="" if self.own_names else f"NodeHostname={host} ",
+            controller="127.0.0.1" if self.network is None else f"{self.network.prefix}.1",
+            addresses="127.0.0.1" if self.network is None else f"{self.network.prefix}.[11-{10 + len(self.names)}]",
             first=port + 1,
             last=port + len(self.names),
             gres="Gres=gpu:8 " if fake_gpus else "",
@@ -311,7 +345,8 @@ class _Keeper:
         (etc / "gres.conf").write_text(
             f"NodeName=n[1-{len(self.names)}] Name=gpu File=/dev/tty[0-7]\n" if fake_gpus else ""
         )
-        names = "".join(f"127.0.0.{number} {name}\n" for number, name in enumerate(self.names, start=11))
+        prefix = "127.0.0" if self.network is None else self.network.prefix
+        names = "".join(f"{prefix}.{number} {name}\n" for number, name in enumerate(self.names, start=11))
         (etc / "hosts").write_text(f"127.0.0.1 localhost {host}\n{names}")
         key = os.open(etc / "munge.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.write(key, secrets.token_bytes(128))
@@ -326,19 +361,37 @@ class _Keeper:
         _until((run / "munge.sock").exists, within_s=_START_S, what="munged listens")
         self._start("slurmctld", ["slurmctld", "-D", "-i"])
         for name in self.names:
-            self._start(name, self._node(name))
+            if self._start(name, self._node(name)) and self.network is not None:
+                self._connect(name)
 
     def _node(self, name: str) -> list[str]:
         program = str(_find("slurmd"))
         if not self.own_names:
             return [program, "-D", "-N", name]
         hosts = shlex.quote(str(self.folder / "etc" / "hosts"))
-        inside = f"hostname {name}; mount --bind {hosts} /etc/hosts; exec {program} -D -N {name}"
-        return ["unshare", "--uts", "--mount", "--propagation", "private", "bash", "-c", inside]
+        inside = f"hostname {name}; mount --bind {hosts} /etc/hosts; "
+        spaces = ["--uts", "--mount"]
+        if self.network is not None:
+            spaces.append("--net")
+            inside += f"{self.network.inside(self.names.index(name))}; "
+        inside += f"exec {program} -D -N {name}"
+        return ["unshare", *spaces, "--propagation", "private", "bash", "-c", inside]
 
-    def _start(self, name: str, command: list[str]) -> None:
+    def _connect(self, name: str) -> None:
+        assert self.network is not None
+        mine = Path("/proc/self/ns/net").readlink()
+        pid = self.daemons[name]
+        _until(
+            lambda: Path(f"/proc/{pid}/ns/net").readlink() != mine,
+            within_s=_START_S,
+            what=f"{name} has a network of its own",
+        )
+        self.network.connect(name, pid)
+
+    def _start(self, name: str, command: list[str]) -> bool:
+        """Start a daemon that does not run; whether it did not."""
         if name in self.daemons:
-            return
+            return False
         command[0] = str(_find(command[0]) or command[0])
         with (self.folder / "log" / f"{name}.out").open("ab") as output:
             process = subprocess.Popen(
@@ -353,6 +406,7 @@ class _Keeper:
             )
         process.returncode = 0  # reaped by _reap(), not by subprocess
         self.daemons[name] = process.pid
+        return True
 
     def _write_state(self) -> None:
         if self.own_names:  # the namespaces are there a moment after the start
@@ -370,6 +424,7 @@ class _Keeper:
             "restored": self.restored,
             "own_names": self.own_names,
             "namespaces": spaces,
+            "network": None if self.network is None else asdict(self.network),
         }
         temporary = self.folder / f"{_STATE}.tmp"
         temporary.write_text(json.dumps(state))
@@ -397,6 +452,8 @@ class _Keeper:
                     os.kill(pid, signal.SIGKILL)
             self._reap()
             time.sleep(0.02)
+        if self.network is not None:
+            self.network.down()
         (self.folder / _STATE).unlink(missing_ok=True)
 
 
@@ -488,15 +545,16 @@ def main() -> int:
         command.add_argument("--dir", type=Path, default=default_folder(), help="private folder [%(default)s]")
         if name in ("up", "serve"):
             command.add_argument("--nodes", type=int, default=2, help="number of nodes [%(default)s]")
+            command.add_argument("--networks", action="store_true", help="each node gets an eth0 of its own (root)")
         if name == "up":
             command.add_argument("--print-env", action="store_true", help="print only the shell lines to export")
     arguments = parser.parse_args()
     folder = arguments.dir.resolve()
     try:
         if arguments.command == "serve":
-            _Keeper(folder, arguments.nodes).serve()
+            _Keeper(folder, arguments.nodes, networks=arguments.networks).serve()
         elif arguments.command == "up":
-            lines = _exports(Cluster.up(folder, nodes=arguments.nodes))
+            lines = _exports(Cluster.up(folder, nodes=arguments.nodes, networks=arguments.networks))
             print(lines if arguments.print_env else f"{arguments.nodes} nodes are up in {folder}; now run\n{lines}")
         elif arguments.command == "down":
             Cluster(folder).down()

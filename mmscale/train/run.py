@@ -152,6 +152,7 @@ class _Attempt:
         # megatron-core collects garbage in every save while all wait: what is there now stays, and is not looked at.
         gc.collect()
         gc.freeze()
+        self.clock.restart()  # loading and the dry run are start-up, and no part of the first step's time
         try:
             with self.watchdog:
                 finished = trainer.fit()

@@ -19,7 +19,8 @@ from mmscale.train.adam import HostFusedAdam
 from mmscale.train.adam_moments import GROUP, TRIPLE, from_groups, group_count, pack, to_groups, unpack
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_PIECE = 1 << 20  # elements whose moments are in fp32 at once
+# Elements whose moments are in fp32 at once. A host's cache holds what belongs to 2^16 of them; a device wants more.
+_PIECE_HOST, _PIECE_DEVICE = 1 << 16, 1 << 24
 Format = Literal["bf16", "fp8_coat"]
 
 
@@ -108,9 +109,10 @@ class CompactAdam(HostFusedAdam):
         assert param.grad is not None
         state = self._state(param)
         values, grads, numel = param.view(-1), param.grad.reshape(-1), param.numel()
+        most = _PIECE_HOST if param.is_cpu else _PIECE_DEVICE
         begin = 0
         while begin < numel:
-            end = min(numel, begin + _PIECE - (place.lead + begin) % GROUP)  # ends with a group
+            end = min(numel, begin + most - (place.lead + begin) % GROUP)  # ends with a group
             moments = {name: read(state, name, place, begin, end) for name in MOMENTS}
             piece = values[begin:end], grads[begin:end]
             self._apply(group, [piece[0]], [piece[1]], [moments["exp_avg"]], [moments["exp_avg_sq"]])

@@ -194,7 +194,7 @@ def test_each_step_is_adam_on_the_stored_moments(moments: Any) -> None:
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [_matrix(), _matrix()]
     for number, param in enumerate(params):
-        monkeypatch.setattr("mmscale.train.adam_compact._PIECE", 1 << 20 if number else 256)
+        monkeypatch.setattr("mmscale.train.adam_compact._PIECE_HOST", 1 << 20 if number else 256)
         own = CompactAdam([param], moments="fp8_coat")
         own.places[param] = Place.at(40, "fp8_coat")
         _train(own, [param], range(4))

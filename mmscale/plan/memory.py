@@ -85,7 +85,7 @@ class RankMemory:
             "communication",
             "total",
         )
-        gib = {f"{part}_gib": round(getattr(self, part) / GIB, 3) for part in parts}
+        gib = {f"{part}_gib": round(getattr(self, part) / GIB, 6) for part in parts}
         return gib | {"stage": self.stage}
 
 

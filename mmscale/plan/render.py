@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,8 @@ _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _LAYOUT_ROWS = 8
 _REJECTED_ROWS = 5
 _BAR = 40
+# Columns that the table of layouts needs with its reasons.
+_WIDE = 110
 _MEMORY = (
     ("parameters", "weights"),
     ("gradients", "gradients"),
@@ -74,12 +77,13 @@ def render(summary: dict[str, Any], *, width: int = 120, color: bool = False) ->
     console.print(_model(summary))
     console.print()
     if summary["layouts"]:
-        console.print(_layouts(summary))
-        console.print(f"* the configuration's own; {_counts(summary)}", markup=False, style="dim")
+        for part in _layouts(summary, wide=width >= _WIDE):
+            console.print(part)
+        console.print(_counts(summary), markup=False, style="dim")
         console.print()
         console.print(_best(summary["layouts"][0]))
     else:
-        console.print(f"no layout is possible: {_counts(summary)}", style="bold red")
+        console.print(f"no layout of {summary['gpus']} ranks is possible", style="bold red")
     if summary["own_layout_refused"]:
         console.print(f"the configuration's own layout is refused: {summary['own_layout_refused']}", markup=False)
     if summary["rejected"]:
@@ -128,35 +132,43 @@ def _model(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _layouts(summary: dict[str, Any]) -> Table:
+def _layouts(summary: dict[str, Any], *, wide: bool) -> list[Table]:
+    """The layouts; reasons stand in the last column, or in a list of their own where lines are short."""
     memory = summary["gpu_memory_gib"]
     title = f"layouts on {summary['gpus']} ranks" + (f" of {memory:g} GiB" if memory is not None else "")
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=HEAVY_HEAD if wide else None)
+    why = _pairs("why")
     for column in ("", "tp", "pp", "vpp", "ep", "dp", "mb", "recompute", "GiB", "s/step", "tokens/s", "MFU"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("why")
+    if wide:
+        table.add_column("why")
     entries = summary["layouts"]
     shown = entries[:_LAYOUT_ROWS] + [entry for entry in entries[_LAYOUT_ROWS:] if entry["current"]]
     for layout in shown:
         cells = [layout[key] for key in ("tp", "pp", "vpp", "ep", "dp", "micro_batch_size")]
         cells.append("+".join(layout["recompute_modules"]) or layout["recompute"])
         style = "red" if layout["fits"] is False else "green" if layout is entries[0] else None
+        place, reasons = f"{entries.index(layout) + 1}{' *' if layout['current'] else ''}", "; ".join(layout["reasons"])
+        why.add_row(place, reasons)
         table.add_row(
-            f"{entries.index(layout) + 1}{' *' if layout['current'] else ''}",
+            place,
             *("-" if cell is None else str(cell) for cell in cells),
-            f"{layout['memory']['total_gib']:.1f}",
-            f"{layout['cost']['total']:.3g}",
+            _fixed(layout["memory"]["total_gib"]),
+            _fixed(layout["cost"]["total"]),
             short(layout["tokens_per_second"]),
             f"{layout['mfu']:.0%}",
-            "; ".join(layout["reasons"]),
+            *([reasons] if wide else []),
             style=style,
         )
-    return table
+    return [table] if wide else [table, why]
 
 
 def _counts(summary: dict[str, Any]) -> str:
     tried, possible = summary["layouts_tried"], summary["layouts_possible"]
-    return f"{tried:,} candidates tried, {possible:,} possible; shown: the fastest of each tp x pp x ep"
+    if tried == 1:
+        return "* the configuration's own layout, on as few ranks as it needs; --gpus N tries others"
+    shown = "the fastest of each tp x pp x ep" if possible else "the ones that come nearest"
+    return f"* the configuration's own; {tried:,} candidates tried, {possible:,} possible; shown: {shown}"
 
 
 def _best(layout: dict[str, Any]) -> Table:
@@ -166,7 +178,9 @@ def _best(layout: dict[str, Any]) -> Table:
     parts["other"] = memory["activations_gib"] - memory["expert_choice_gib"] - memory["depth_gib"]
     parts["peak"] = max(memory["logits_gib"], memory["working_gib"])
     table = _pairs("the first layout")
-    _bars(table, f"memory, {memory['total_gib']:.1f} GiB", "GiB", [(label, parts[name]) for name, label in _MEMORY])
+    unit, scale = ("GiB", 1.0) if memory["total_gib"] >= 1 else ("MiB", 1024.0)
+    held = f"memory, {_fixed(scale * memory['total_gib'])} {unit}"
+    _bars(table, held, unit, [(label, scale * parts[name]) for name, label in _MEMORY])
     _bars(
         table,
         f"step, {_fixed(1e3 * time['total'])} ms",

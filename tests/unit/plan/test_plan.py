@@ -289,7 +289,15 @@ class TestPlan:
         assert max(map(len, text.splitlines())) <= 120
         assert "\x1b" not in text
 
+    def test_text_in_a_narrow_terminal_keeps_numbers_and_reasons(self) -> None:
+        text = render(plan(config(), gpus=8, gpu_memory=80), width=80)
+        assert max(map(len, text.splitlines())) <= 80
+        assert "tokens/s" in text
+        assert "data parallelism only" in text
+        assert "…" not in text
+
     def test_text_without_any_layout(self) -> None:
         summary = plan(config("train.global_batch_size=1"), gpus=3)
         assert summary["layouts"] == []
+        assert "no layout of 3 ranks is possible" in render(summary)
         assert "refused" in render(summary)

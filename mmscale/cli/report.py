@@ -18,6 +18,15 @@ def report(
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="report.html, or a .png of the curves alone.")
     ] = Path("report.html"),
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--baseline",
+            metavar="RUN",
+            show_default=False,
+            help="Compare at equal loss with this run; else a dense one.",
+        ),
+    ] = None,
     png: Annotated[
         bool, typer.Option("--png/--no-png", help="Write each figure as OUT_<figure>.png beside the page too.")
     ] = True,
@@ -26,7 +35,7 @@ def report(
     """Show runs on one HTML page: losses, optimization, throughput, routing, layers, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
-    written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, png=png)
+    written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, baseline=baseline, png=png)
     emit(
         {"out": str(out), "runs": [str(run) for run in runs], "files": [str(file) for file in written]},
         as_json=as_json,
@@ -41,10 +50,12 @@ def _curves(runs: list[Path], out: Path) -> list[Path]:
     return [out]
 
 
-def _page(runs: list[Path], out: Path, *, png: bool) -> list[Path]:
+def _page(runs: list[Path], out: Path, *, baseline: Path | None, png: bool) -> list[Path]:
     from launch.goodput import goodput
-    from mmscale.report import page, pictures
+    from mmscale.report import comparison_section, page, pictures
 
     found = page.read_runs(runs, goodput=goodput)
-    page.write_page(found, out)
+    first = baseline or comparison_section.baseline_of(runs)
+    sections = {comparison_section.HEADING: comparison_section.comparison_section(first, runs)} if first else {}
+    page.write_page(found, out, sections=sections)
     return [out, *(pictures.write_pictures(found, out) if png else [])]

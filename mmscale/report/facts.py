@@ -39,7 +39,7 @@ def results(history: History, *, timeline: Timeline | None = None, events: Seque
     ):
         value = history.last(key)
         if value is not None:
-            facts[name] = form.format(value)
+            facts[name] = form.format(value) if value < 1e9 or key == "flops" else f"{value / 1e9:,.2f}B"
     for key, name, form in (
         ("tokens_per_second", "tokens per second, median", "{:,.0f}"),
         ("model_tflops_per_rank", "model TFLOP/s per rank, median", "{:.3g}"),

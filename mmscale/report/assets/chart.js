@@ -32,6 +32,8 @@ const MARKS = [
   (x, y) => `M${x - 4},${y - 4}h8v8h-8Z`,
 ];
 
+const MANY_MARKS = 80, DASHES = ["7 3", "7 2 2 2", "3 3", "2 3"];
+
 class Chart {
   constructor(spec, parent) {
     this.spec = spec;
@@ -44,7 +46,7 @@ class Chart {
     this.panel = el("section", { class: spec.wide ? "panel wide" : "panel", id: `chart-${spec.name}` },
       el("div", { class: "head" }, el("h3", {}, title), note, spec.lines.length ? this.logButton : null));
     if (!spec.lines.length) this.panel.append(el("div", { class: "empty" }, "not measured"));
-    else this.panel.append(...(spec.lines.length > 1 ? [this.legend()] : []), this.plot);
+    else this.panel.append(...(spec.lines.length > 1 || DATA.runs.length > 1 ? [this.legend()] : []), this.plot);
     parent.append(this.panel);
     this.drag = null;
     this.plot.addEventListener("pointermove", (event) => this.move(event));
@@ -166,8 +168,9 @@ class Chart {
       return text;
     };
     if (line.points) {
-      if (line.joined) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": 1, "stroke-dasharray": "2 3", opacity: 0.7 }));
-      const marks = line.mean.map((v, i) => (X[i] === null || !inside(v) ? "" : MARKS[line.mark % 4](Number(X[i]), Number(Y(v))))).join("");
+      const many = line.joined && line.mean.length > MANY_MARKS;
+      if (line.joined) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": many ? 1.6 : 1, "stroke-dasharray": DASHES[many ? line.mark % 4 : 3], opacity: many ? 1 : 0.7 }));
+      const marks = many ? "" : line.mean.map((v, i) => (X[i] === null || !inside(v) ? "" : MARKS[line.mark % 4](Number(X[i]), Number(Y(v))))).join("");
       parent.append(el("path", { d: marks, fill: stroke, stroke: "var(--panel)", "stroke-width": 1 }));
     } else {
       if (line.low) {

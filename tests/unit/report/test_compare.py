@@ -19,6 +19,7 @@ from mmscale.config.load import dump, resolve
 from mmscale.errors import UsageError
 from mmscale.plan import flops_per_token
 from mmscale.report.compare import compare
+from mmscale.report.comparison_section import comparison_section
 from mmscale.report.equal_loss import Bound
 from mmscale.report.run_losses import ALL
 from mmscale.train.metrics import MetricsLog
@@ -199,6 +200,11 @@ def test_notes(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     assert "4t4i: evaluated on another part of the held-out split than wide" in notes
     assert "learning rates decay (linear)" in notes
     assert "4t4i: auxiliary routers were trained along" in notes
+
+
+def test_section_of_a_page(runs: tuple[Path, Path]) -> None:
+    section = comparison_section(runs[0], runs)
+    assert section.count("<table>") >= 1 and "data:image/png;base64," in section and "eta" in section
 
 
 def test_command(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

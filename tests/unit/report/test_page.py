@@ -17,7 +17,7 @@ import pytest
 
 from launch.goodput import goodput
 from mmscale.errors import UsageError
-from mmscale.report import page, pictures
+from mmscale.report import comparison_section, page, pictures
 from mmscale.report.facts import losses, results
 from mmscale.train.metrics import MetricsLog
 
@@ -191,6 +191,20 @@ def test_a_long_run_is_read_and_shown_in_little(tmp_path: Path) -> None:
     line = line_of(text, "output_norm", "output_norm")
     assert len(line["mean"]) == 700
     assert max(line_of(text, "loss", "loss/text")["high"]) == pytest.approx(2 / 3, rel=1e-4)
+
+
+def test_equal_loss_section(tmp_path: Path) -> None:
+    """Runs that cannot be compared say why; the page is there all the same."""
+    runs = [make_run(tmp_path / "dense"), make_run(tmp_path / "sparse")]
+    for run, kind in zip(runs, ("dense", "moma"), strict=True):
+        with (run / "config.yaml").open("a") as file:
+            file.write(f"model: {{kind: {kind}}}\n")
+    assert comparison_section.baseline_of(runs) == runs[0]
+    assert comparison_section.baseline_of(runs[:1]) is None
+    section = comparison_section.comparison_section(runs[0], runs)
+    page.write_page(page.read_runs(runs, goodput=goodput), tmp_path / "r.html", sections={"Equal loss": section})
+    text = (tmp_path / "r.html").read_text()
+    assert '<h2 id="equal-loss">Equal loss</h2>' in text and "config.yaml" in section and "<table>" not in section
 
 
 # --- a real browser -------------------------------------------------------------------------------------------------

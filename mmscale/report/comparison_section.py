@@ -1,0 +1,62 @@
+# The page's section on runs at equal loss: what compare.py found, as HTML. It computes nothing and refuses nothing:
+# runs that cannot be compared get a section that says why.
+"""Equal loss on the report page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from mmscale.errors import UsageError
+from mmscale.report import facts
+from mmscale.report.compare import compare
+from mmscale.report.compare_view import render, step_matching
+
+HEADING = "Equal loss"
+
+
+def baseline_of(runs: Sequence[Path]) -> Path | None:
+    """The run that others are compared with if nobody names one: the first dense one beside one that is not."""
+    kinds = {run: facts.settings(run).get("model.kind") for run in runs}
+    dense = [run for run, kind in kinds.items() if kind == "dense"]
+    return dense[0] if dense and any(kind not in ("dense", None) for kind in kinds.values()) else None
+
+
+def comparison_section(baseline: Path, runs: Sequence[Path]) -> str:
+    """FLOPs and seconds that runs need for a baseline's losses, with the step-matching plot.
+
+    Args:
+        baseline: run folder.
+        runs: all runs; the baseline may be among them.
+    """
+    try:
+        found = compare(baseline, [run for run in runs if run.resolve() != baseline.resolve()])
+    except UsageError as error:
+        return f'<p class="sub">{escape(error.cause)}</p>'
+    picture = io.BytesIO()
+    step_matching(found).savefig(picture, format="png", facecolor="white", metadata={"Software": None})
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    image = f'<img alt="step matching" style="max-width:100%;border-radius:8px" src="data:image/png;base64,{encoded}">'
+    return _as_html(render(found)) + image
+
+
+def _as_html(markdown: str) -> str:
+    """Paragraphs and tables, which is all that `render` writes."""
+    parts: list[str] = []
+    rows: list[str] = []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if not all(set(cell) <= set(":-") for cell in cells):
+                kind = "td" if rows else "th"
+                rows.append(f"<tr>{''.join(f'<{kind}>{escape(cell)}</{kind}>' for cell in cells)}</tr>")
+            continue
+        if rows:
+            parts.append(f'<div class="table"><table>{"".join(rows)}</table></div>')
+            rows = []
+        if line.strip():
+            parts.append(f"<p>{escape(line)}</p>")
+    return "\n".join(parts)

@@ -74,6 +74,11 @@ def _overlap(config: Config) -> Iterator[Problem]:
             "parallel.overlap_tensor is set, but with parallel.tp = 1 there are no tensor-parallel messages",
             "set parallel.tp or drop parallel.overlap_tensor",
         )
+    if parallel.overlap_tensor and config.model.backend == "torch":
+        yield Problem(
+            "parallel.overlap_tensor with model.backend = torch: the user buffers are Transformer-Engine's",
+            "use model.backend=te or drop parallel.overlap_tensor",
+        )
     if parallel.overlap_tensor and config.model.depth is not None:
         yield Problem(
             "parallel.overlap_tensor with model.depth: user buffers have one shape for all layers, and "

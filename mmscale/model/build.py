@@ -74,6 +74,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         context_parallel_size=1,
         overlap_p2p_comm=overlap_p2p(config),
         batch_p2p_comm=batch_p2p(config),
+        tp_comm_overlap=parallel.overlap_tensor,
         # On gloo an output's storage would be freed while isend still reads it (schedules.py,
         # deallocate_output_tensor).
         deallocate_pipeline_outputs=device.has_cuda(),

@@ -17,7 +17,7 @@ from mmscale.data.loader import BatchLoader
 from mmscale.data.mixture import Mixture, nominal_share
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
-from mmscale.runtime import device, random_state
+from mmscale.runtime import device, launch_order, random_state
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.auxiliary import AuxiliaryTrainer
@@ -52,9 +52,19 @@ def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
     device.keep_host_memory()
     device.set_seeds(config.run.seed)
     parallel = config.parallel
-    return process_groups.initialize(
+    launch_order.one_queue(tp=parallel.tp)  # before anything else uses the device
+    device.set_seeds(config.run.seed)
+    groups = process_groups.initialize(
         env, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=config.run.seed
     )
+    if parallel.overlap_tensor:
+        launch_order.user_buffers(
+            rows=config.train.micro_batch_size * config.model.seq_length,
+            hidden=config.model.hidden_size,
+            tp=parallel.tp,
+            fp8=config.precision.fp8 != "off",
+        )
+    return groups
 
 
 def build(config: Config, groups: ProcessGroupCollection) -> Parts:

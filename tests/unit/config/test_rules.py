@@ -134,6 +134,10 @@ BROKEN = [
     ({"parallel__overlap_experts": True}, "with parallel.ep = 1 no tokens travel"),
     ({"parallel__overlap_tensor": True}, "with parallel.tp = 1 there are no tensor-parallel messages"),
     (
+        {"parallel__overlap_tensor": True, "parallel__tp": 2, "model__backend": "torch"},
+        "parallel.overlap_tensor with model.backend = torch: the user buffers are",
+    ),
+    (
         {"parallel__overlap_tensor": True, "parallel__tp": 2, "model__depth": {"multiple": 8}},
         "parallel.overlap_tensor with model.depth: user buffers have one shape",
     ),

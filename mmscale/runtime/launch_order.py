@@ -1,0 +1,64 @@
+"""How many hardware queues CUDA may launch kernels through, and user buffers: what overlap of messages hangs on.
+
+Both must be settled before the model is made: the first before CUDA is used at all, the second once groups exist.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import MutableMapping
+
+from mmscale.runtime import device, transformer_engine
+
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+_log = logging.getLogger(__name__)
+
+
+def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> bool:
+    """Let kernels start in the order in which they were launched, where tensor-parallel overlap relies on it.
+
+    In backward megatron-core launches a collective and then the product that it overlaps with
+    (tensor_parallel/layers.py). With several queues the product may take all of the device first, and the collective
+    waits behind it. Without tensor parallelism nothing relies on the order, and several queues let the exchange of
+    tokens, data-parallel messages and products pass each other: then the variable is left as it is.
+
+    Args:
+        tp: tensor-parallel ranks.
+        environ: the process's environment.
+
+    Returns:
+        Whether the order is kept. False is warned of where somebody has set another number.
+    """
+    environ = os.environ if environ is None else environ
+    if tp == 1 or not device.has_cuda():
+        return environ.get(QUEUES) == "1"
+    if environ.setdefault(QUEUES, "1") == "1":
+        return True
+    _log.warning(
+        "%s=%s: tensor-parallel messages may not overlap with products (parallel.tp = %d); unset it or set it to 1",
+        QUEUES,
+        environ[QUEUES],
+        tp,
+    )
+    return False
+
+
+def user_buffers(*, rows: int, hidden: int, tp: int, fp8: bool) -> None:
+    """Make the buffers through which Transformer-Engine's linears overlap tensor-parallel messages with products.
+
+    They have one shape, so every layer must send as many rows. Every rank of every tensor-parallel group calls it.
+
+    Args:
+        rows: tokens of a micro-batch, over all tensor-parallel ranks.
+        hidden: width of the residual stream.
+        tp: tensor-parallel ranks.
+        fp8: whether products are in FP8.
+
+    Raises:
+        ConfigError: Transformer-Engine cannot run here.
+    """
+    transformer_engine.require("parallel.overlap_tensor = true")
+    base = importlib.import_module("transformer_engine.pytorch.module.base")
+    base.initialize_ub(shape=[rows, hidden], tp_size=tp, use_fp8=fp8, bootstrap_backend="nccl")

@@ -28,6 +28,7 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
 from mmscale.model import fp8_formats
 from mmscale.model.expert_compute import ExpertCompute, Products, feed_forward
+from mmscale.model.state_te import scaled_modules
 from mmscale.runtime import device, groups, stopwatch, transformer_engine
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.batch import to_device
@@ -225,9 +226,7 @@ def _manager(folder: Path) -> CheckpointManager:
 def _held(state: TrainState) -> list[Tensor]:
     """Copies of weights, FP8 scales, master weights and moments on this rank."""
     found = list(unwrapped(state.chunks[0]).parameters())
-    if unwrapped(state.chunks[0]).config.fp8:
-        modules = unwrapped(state.chunks[0]).modules()
-        found += [module.fp8_state() for module in modules if hasattr(module, "fp8_state")]
+    found += [module.fp8_state() for _, module in scaled_modules(unwrapped(state.chunks[0]))]
     for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mmscale.model.expert_compute import ExpertCompute, swiglu
-from mmscale.model.linear_te import PlainState, delayed, with_fusion
-from mmscale.model.state_te import FP8_STATE, expert_weight
+from mmscale.model.linear_te import PlainState, with_fusion
+from mmscale.model.state_te import FP8_STATE, delayed, expert_weight
 
 
 class GroupedLinear(PlainState, TEGroupedLinear):

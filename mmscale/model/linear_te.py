@@ -28,13 +28,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 
 from mmscale.model.mixed_modal import MixedModalParams
-from mmscale.model.state_te import FP8_STATE, Scaling
+from mmscale.model.state_te import FP8_STATE, Scaling, delayed
 from mmscale.runtime import device
-
-
-def delayed(config: TransformerConfig) -> bool:
-    """Whether modules keep amax histories: the other recipes look at the tensor itself and keep nothing."""
-    return bool(config.fp8) and str(config.fp8_recipe) == "delayed"
 
 
 def with_fusion(config: TransformerConfig) -> TransformerConfig:
@@ -58,6 +53,7 @@ class PlainState:
 
     config: TransformerConfig
     fp8_meta: dict[str, Any]
+    keeps_fp8_state = True
     products = 1
     # Who keeps the order of scales by product says how many belong to one (grouped_linear.py, since 2.9).
     _num_fp8_tensors_per_gemm: Any = None

@@ -9,16 +9,33 @@ for a linear, the local experts for a grouped one), A length of the amax history
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 # Name of the state of delayed scaling beside a module's weights. What ends with it may be absent from a checkpoint, or
 # be of no use to who reads it.
 FP8_STATE = "fp8_state"
 FORWARD, BACKWARD = 3, 2  # scaled tensors of one product: input, weight, output; gradients of output and of input
+
+
+def delayed(config: TransformerConfig) -> bool:
+    """Whether modules keep amax histories: the other recipes look at the tensor itself and keep nothing."""
+    return bool(config.fp8) and config.fp8_recipe == "delayed"
+
+
+def scaled_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules of Transformer-Engine whose FP8 state is part of the run, by name: `fp8_state`, `set_fp8_state`."""
+    config = getattr(model, "config", None)
+    if config is None or not delayed(config):
+        return
+    for name, module in model.named_modules():
+        if getattr(type(module), "keeps_fp8_state", False):
+            yield name, module
 
 
 def w1_of(weight: Tensor) -> Tensor:

@@ -208,16 +208,21 @@ def _transformer_engine(torch: ModuleType | None) -> Iterator[Check]:
     if _older(version, _TRANSFORMER_ENGINE[0]) or not _older(version, _TRANSFORMER_ENGINE[1]):
         yield Check(name, "warn", f"{version} is outside of what megatron-core {MEGATRON} takes", wanted)
         return
-    if not gpu:
-        yield Check(name, "ok", f"{version}, unused without a GPU")
-        return
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # undefined symbols of cuBLAS show as ImportError, OSError, RuntimeError
-        fix = "install the version that fits this torch's cuBLAS; 2.11.0 for torch 2.11 with CUDA 13"
-        yield Check(name, "warn", f"{version} cannot be imported: {_first_line(error)}", fix)
+    except ImportError as error:  # megatron-core does without
+        fix = "install the version that fits this torch's cuBLAS; 2.11.0 for torch 2.11 with CUDA 13: docs/install.md"
+        if gpu:
+            yield Check(name, "warn", f"{version} cannot be imported: {_first_line(error)}", fix)
+        else:
+            yield Check(name, "ok", f"{version}, unused without a GPU")
         return
-    yield Check(name, "ok", version)
+    except Exception as error:  # no cuDNN: RuntimeError; an undefined symbol of cuBLAS: OSError
+        detail = f"{version} fails to import, and megatron-core with it, which catches ImportError only"
+        fix = "pip uninstall transformer-engine transformer-engine-torch, or see docs/install.md"
+        yield Check(name, "missing", f"{detail}: {_first_line(error)}", fix, required=True)
+        return
+    yield Check(name, "ok", version if gpu else f"{version}, unused without a GPU")
 
 
 def _apex() -> Iterator[Check]:
@@ -225,13 +230,13 @@ def _apex() -> Iterator[Check]:
     if status == "absent":
         yield Check("apex", "ok", "not installed: not needed, Transformer-Engine or torch does its work")
     elif status == "ok":
-        yield Check("apex", "ok", "NVIDIA apex with its CUDA kernels")
+        yield Check("apex", "ok", "NVIDIA apex with its CUDA kernels: gradients are fused in the output layer too")
     elif status == "wrong":
         detail = "the installed `apex` is not NVIDIA's (PyPI's apex is an unrelated web toolkit)"
         yield Check("apex", "warn", detail, "pip uninstall apex")
     else:
         detail = "NVIDIA apex without its CUDA kernels: megatron-core takes it for whole and picks layers that fail"
-        fix = "pip uninstall apex, or build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+        fix = "pip uninstall apex, or build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1: docs/install.md"
         yield Check("apex", "warn", detail, fix)
 
 

@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from mmscale.model.state_te import scaled_modules
 from mmscale.runtime import random_state
 from mmscale.train.adam_compact import MOMENTS, CompactAdam
 from mmscale.train.state import TrainState, unwrapped
@@ -30,6 +31,7 @@ def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"{name}.{_MAIN}"] = param
         moments = inner.state.get(param, {})
         tensors |= {f"{name}.{key}": value for key, value in moments.items() if isinstance(value, Tensor)}
+    tensors |= {name: module.fp8_state() for name, module in _scaled(state)}
     random: dict[str, Tensor] = {}
     plain = {
         "progress": state.progress(),
@@ -45,6 +47,7 @@ def problems(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[st
     if not found and [len(steps) for steps in plain["steps"]] != [len(inner.param_groups) for inner in _inner(state)]:
         found.append("it has other parameter groups")
     wanted = {name: tensor.shape for name, tensor in _weights(state)}
+    wanted |= {name: module.fp8_state().shape for name, module in _scaled(state)}
     known = set(wanted)
     other: list[str] = []
     for name, param, inner in _optimized(state):
@@ -77,6 +80,8 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str
     """
     for name, tensor in _weights(state):
         tensor.copy_(tensors[name])
+    for name, module in _scaled(state):
+        module.set_fp8_state(tensors[name])
     for name, param, inner in _optimized(state):
         param.copy_(tensors[f"{name}.{_MAIN}"])
         inner.state[param] = {
@@ -106,6 +111,12 @@ def _weights(state: TrainState) -> Iterator[tuple[str, Tensor]]:
         for name, param in module.named_parameters():
             if not param.requires_grad:
                 yield f"model.{index}.{name}", param.data
+
+
+def _scaled(state: TrainState) -> Iterator[tuple[str, Any]]:
+    """Modules of Transformer-Engine that scale FP8 by what they have seen; emulated FP8 keeps that in buffers."""
+    for index, chunk in enumerate(state.chunks):
+        yield from ((f"fp8.{index}.{name}", module) for name, module in scaled_modules(unwrapped(chunk)))
 
 
 def _distributed(state: TrainState) -> list[DistributedOptimizer]:

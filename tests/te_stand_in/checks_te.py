@@ -150,13 +150,13 @@ def _causal() -> Any:
 def test_scales_of_delayed_fp8_survive_another_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every module's scales and histories come back as they were, experts' with their expert, whatever the layout."""
     from mmscale.model.experts_te import GroupedLinear
-    from mmscale.model.linear_te import PlainState
+    from mmscale.model.state_te import scaled_modules
 
+    from mmscale.train import local_state  # isort: skip
     from mmscale.train.state import TrainState, unwrapped  # isort: skip
 
     def modules(state: TrainState) -> list[tuple[str, Any]]:
-        found = unwrapped(state.chunks[0]).named_modules()
-        return [(name, module) for name, module in found if isinstance(module, PlainState)]
+        return list(scaled_modules(unwrapped(state.chunks[0])))
 
     def fp8(parallel: dict[str, int]) -> Config:
         made = using(settings("moma", dtype="bf16", parallel=parallel), "te")
@@ -191,6 +191,13 @@ def test_scales_of_delayed_fp8_survive_another_layout(tmp_path: Path, monkeypatc
                 checkpoints.save(state, last=True)
             else:
                 checkpoints.load(state, 2)
+            if turn == 1:  # a snapshot in memory brings them into a new model too
+                tensors, plain = local_state.capture(TrainState(parts.chunks, parts.optimizer))
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+                parts = build(made, groups)
+                state = TrainState(parts.chunks, parts.optimizer)
+                assert local_state.problems(state, tensors, plain) == []
+                local_state.restore(state, tensors, plain)
             for name, module in modules(state):
                 assert torch.equal(module.fp8_state(), expected(name, module, groups.ep.rank())), (turn, name)
             process_groups.destroy_layout()

@@ -26,7 +26,8 @@ class Kernels(StrEnum):
 
     HOST: on a CPU. RMSNorm is made of elementary operations that keep fp32 copies; attention is one call per document.
     CUDA: on a GPU, torch backend. RMSNorm is one kernel; attention has one mask for all documents of a micro-batch.
-    TE: on a GPU, Transformer-Engine's layers. As CUDA, but attention has no mask and repeats no keys and values.
+    TE: on a GPU, Transformer-Engine's layers. As CUDA, but attention has no mask, repeats no keys and values, and gets
+        copies of them where a micro-batch has several sequences.
     """
 
     HOST = "host"
@@ -97,7 +98,7 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
     joint = query + 2 * key  # one tensor holds queries, keys and values as projected; k and v are views of it
     # A view keeps the whole: values do where nothing copies them, keys where the norm keeps its input.
     repeated = 0 if kernels is Kernels.TE else query - key
-    viewed = repeated == 0 and (kernels is not Kernels.HOST or config.train.micro_batch_size == 1)
+    viewed = repeated == 0 and (kernels is Kernels.CUDA or config.train.micro_batch_size == 1)
     kept_joint = viewed or again
     elements = 0.0
     if model.qk_norm:

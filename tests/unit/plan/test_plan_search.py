@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -136,6 +137,15 @@ def test_the_papers_model_on_64_devices_in_a_blink() -> None:
     text = render(summary, width=160)
     for words in ("H100 SXM", "step, ", "sent per rank", "rejected, by first failing rule", "ffn_hidden_size = 5461"):
         assert words in text
+
+
+def test_the_recipe_says_what_the_plan_says() -> None:
+    said = re.search(r"([\d.]+) GiB a rank, ([\d.]+) s a step", PAPER.read_text(encoding="utf-8"))
+    assert said is not None
+    (own,) = (entry for entry in plan(load(PAPER), gpus=64, gpu_memory=80, gpu="h100")["layouts"] if entry["current"])
+    assert own["fits"] is True
+    assert float(said[1]) == round(own["memory"]["total_gib"], 1)
+    assert float(said[2]) == round(own["cost"]["total"], 2)
 
 
 def test_the_command_needs_no_torch() -> None:

@@ -50,7 +50,6 @@ def resolve_share(config: Config) -> Config:
 def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
     """Seeds, torch.distributed and megatron's process groups."""
     device.keep_host_memory()
-    device.set_seeds(config.run.seed)
     parallel = config.parallel
     launch_order.one_queue(tp=parallel.tp)  # before anything else uses the device
     device.set_seeds(config.run.seed)

@@ -92,24 +92,6 @@ def jobs(cluster: Cluster, config: Path, profile: Path, tmp_path: Path) -> Itera
     jobs.end_all()
 
 
-@pytest.fixture
-def own_jobs(cluster: Cluster, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    """The same on a cluster of the test's own, whose nodes it may kill: SLURM does not forget that for a while."""
-    own = Cluster.up(tmp_path / "cluster", nodes=3)
-    for name, value in own.environment().items():
-        monkeypatch.setenv(name, value)
-    file = tmp_path / "test.yaml"
-    file.write_text(yaml.safe_dump(yaml.safe_load(PROFILE.read_text()) | {"cordon_file": str(tmp_path / "cordoned")}))
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    jobs = Jobs(own, config, file, runs)
-    try:
-        yield jobs
-        jobs.end_all()
-    finally:
-        own.down()
-
-
 @pytest.fixture(scope="session")
 def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Metrics of two ranks that nothing interrupted, without SLURM."""

@@ -48,10 +48,12 @@ def goodput(
             continue
         times["start_up"] += begun["time"] - begin
         next_step = _resumed_from(attempts, order[place + 1 :])
+        stopped = next((int(e["step"]) for e in mine if e["event"] in ("stop", "finish") and "step" in e), None)
         _split(
             [line for line in metrics if line.get("attempt") == number],
             first=int(begun.get("step", 0)),
             counts_up_to=next_step,
+            saved=stopped if next_step is None else next_step,
             seconds=end - begun["time"],
             over=over,
             times=times,
@@ -74,14 +76,18 @@ def _split(
     *,
     first: int,
     counts_up_to: int | None,
+    saved: int | None,
     seconds: float,
     over: bool,
     times: dict[str, float],
 ) -> None:
-    """Add one attempt's seconds after its start-up to the parts."""
+    """Add one attempt's seconds after its start-up to the parts.
+
+    Steps between the last logged one and the one that was `saved` count too, at the pace of those before.
+    """
     stall = sum(float(line.get("save_stall_s", 0.0)) for line in lines)
     evaluation = sum(float(line.get("eval_s", 0.0)) for line in lines)
-    steps = lost = 0.0
+    steps = lost = pace = 0.0
     last = first
     for line in lines:
         if "step_time_s" not in line:
@@ -89,9 +95,12 @@ def _split(
         step = int(line["step"])
         done = max(0, step - last)
         good = done if counts_up_to is None else max(0, min(step, counts_up_to) - last)
-        steps += good * float(line["step_time_s"])
-        lost += (done - good) * float(line["step_time_s"])
+        pace = float(line["step_time_s"])
+        steps += good * pace
+        lost += (done - good) * pace
         last = max(last, step)
+    if saved is not None and saved > last:
+        steps += min((saved - last) * pace, max(0.0, seconds - steps - lost - stall - evaluation))
     spent = min(seconds, steps + stall + evaluation)
     scale = 1.0 if steps + stall + evaluation <= seconds else seconds / (steps + stall + evaluation)
     times["steps"] += steps * scale

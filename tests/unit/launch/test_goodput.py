@@ -54,6 +54,17 @@ def test_an_attempt_that_never_trained_is_all_start_up() -> None:
     )
 
 
+@pytest.mark.parametrize("resumed", [True, False])
+def test_steps_that_are_not_logged_but_saved_count(resumed: bool) -> None:
+    """Every tenth step is logged; asked to stop after step 37, which is saved a second later."""
+    events = [event(0, 1, "launch"), event(2, 1, "start", step=0), event(40, 1, "stop", step=37)]
+    events += [event(42, 1, "ranks_ended")]
+    events += [event(50, 2, "launch"), event(50, 2, "resume", step=37), event(50, 2, "ranks_ended")] if resumed else []
+    metrics = [line for line in steps(1, 1, 30, 1.0) if line["step"] % 10 == 0]
+    _, times = goodput(events, metrics, now=1000)
+    assert (times["steps"], times["lost"]) == (37, 3)
+
+
 def test_nodes_that_are_examined_are_allocated_time() -> None:
     events = [event(5, 1, "launch", since=1.0), event(7, 1, "start", step=0), event(8, 1, "stop")]
     events += [event(9, 1, "ranks_ended"), event(30, 2, "launch", since=21.0), event(31, 2, "ranks_ended")]

@@ -49,6 +49,7 @@ class Chart:
         log: begin with a logarithmic scale.
         zero: the scale begins at zero.
         wide: as wide as the page.
+        raw: never smoothed: a schedule, not a measurement.
         lines: its curves; none if no run measured it.
     """
 
@@ -60,6 +61,7 @@ class Chart:
     log: bool = False
     zero: bool = False
     wide: bool = False
+    raw: bool = False
     lines: tuple[Line, ...] = field(default=())
 
 
@@ -129,7 +131,7 @@ class _Builder:
         section = "Optimization"
         return [
             self._each("grad_norm", section, "Gradient norm", log=True, note="Of the whole model, before clipping."),
-            self._each("lr", section, "Learning rate"),
+            self._each("lr", section, "Learning rate", raw=True),
             self._each(
                 "output_norm",
                 section,

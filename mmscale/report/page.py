@@ -239,7 +239,8 @@ def _timeline_section(runs: Sequence[Run]) -> str:
             rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("run", "time", "attempt", "step", "event", ""))
     table = f'<table class="words"><thead><tr>{head}</tr></thead>{"".join(rows)}</table>'
-    listed = f"<details><summary>{len(rows)} events that are not routine</summary>{table}</details>" if rows else ""
+    number = "1 event that is" if len(rows) == 1 else f"{len(rows)} events that are"
+    listed = f"<details><summary>{number} not routine</summary>{table}</details>" if rows else ""
     return _section("Timeline", f'<div class="charts" id="timelines"></div>{listed}')
 
 

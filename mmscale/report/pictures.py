@@ -97,7 +97,7 @@ def _draw_chart(axes: Axes, chart: Chart, runs: Sequence[Run], samplers: Sequenc
                 label=line.label,
             )
         else:
-            _draw_curve(axes, curve, colour=colour, label=line.label)
+            _draw_curve(axes, curve, colour=colour, label=line.label, raw=chart.raw)
     title = f"{chart.title} [{chart.unit}]" if chart.unit else chart.title
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=8.5)
@@ -112,11 +112,11 @@ def _draw_chart(axes: Axes, chart: Chart, runs: Sequence[Run], samplers: Sequenc
         axes.legend(frameon=False, fontsize=7.5, ncols=2 if len(chart.lines) > 4 else 1)
 
 
-def _draw_curve(axes: Axes, curve: Curve, *, colour: str, label: str) -> None:
+def _draw_curve(axes: Axes, curve: Curve, *, colour: str, label: str, raw: bool) -> None:
     steps = curve.at["step"]
     if not curve.exact:
         axes.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-    span = len(steps) // 100
+    span = 0 if raw else len(steps) // 100
     if span > 0:
         axes.plot(steps, curve.mean, color=colour, linewidth=0.7, alpha=0.3)
     smooth = running_mean(curve.mean, span=span) if span > 0 else curve.mean

@@ -89,7 +89,7 @@ class Chart {
     for (const line of this.lines) {
       line.x = line.group[state.axis];
       line.known = line.x.some((x) => x !== null);
-      line.curve = line.points ? line.mean : smoothed(line.mean, state.smooth);
+      line.curve = line.points || this.spec.raw ? line.mean : smoothed(line.mean, state.smooth);
     }
     this.scaleY();
     const clip = `clip-${this.spec.name}`.replace(/[^\w-]/g, "_");

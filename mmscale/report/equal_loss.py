@@ -36,8 +36,9 @@ class Ratio:
     Attributes:
         value: the ratio, or how far it is known.
         bound: which of the two.
-        low, high: smallest and largest over pairs of seeds; None with one pair.
-        pairs: pairs of seeds of which both reach the loss; 0 for a bound.
+        low, high: smallest and largest over pairs of seeds; None where a pair has only a bound on that side, and with
+            one pair.
+        pairs: pairs of seeds that say something about the ratio.
     """
 
     value: float
@@ -47,7 +48,10 @@ class Ratio:
     pairs: int = 1
 
     def __str__(self) -> str:
-        spread = "" if self.low is None or self.high is None else f" ({self.low:.2f} to {self.high:.2f})"
+        low = "" if self.low is None else f"{self.low:.2f}"
+        high = "" if self.high is None else f"{self.high:.2f}"
+        words = f"{low} to {high}" if low and high else f"{low} or more" if low else f"{high} or less" if high else "?"
+        spread = f" ({words})" if self.pairs > 1 else ""
         return f"{self.bound}{' ' if self.bound else ''}{self.value:.2f}{spread}"
 
 
@@ -117,10 +121,16 @@ def ratio_at(baseline: Sequence[Falling], other: Sequence[Falling], loss: float)
     if ratio is None or ratio.bound is not Bound.NONE:
         return ratio
     pairs = [_ratio(mine, theirs, loss) for mine in baseline[1:] or baseline for theirs in other[1:] or other]
-    values = [pair.value for pair in pairs if pair is not None and pair.bound is Bound.NONE]
-    if len(pairs) == 1 or not values:
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) < 2:
         return ratio
-    return Ratio(ratio.value, low=min(values), high=max(values), pairs=len(values))
+    bounds = {pair.bound for pair in known}
+    return Ratio(
+        ratio.value,
+        low=None if Bound.AT_MOST in bounds else min(pair.value for pair in known),
+        high=None if Bound.AT_LEAST in bounds else max(pair.value for pair in known),
+        pairs=len(known),
+    )
 
 
 def matched(baseline: Falling, other: Falling, *, points: int = 100) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -141,9 +151,9 @@ def _ratio(baseline: Falling, other: Falling, loss: float) -> Ratio | None:
     if mine is not None and theirs is not None:
         return Ratio(mine / theirs)
     if mine is None and theirs is not None and loss < baseline.best:
-        return Ratio(baseline.total / theirs, Bound.AT_LEAST, pairs=0)
+        return Ratio(baseline.total / theirs, Bound.AT_LEAST)
     if theirs is None and mine is not None and loss < other.best:
-        return Ratio(mine / other.total, Bound.AT_MOST, pairs=0)
+        return Ratio(mine / other.total, Bound.AT_MOST)
     return None
 
 

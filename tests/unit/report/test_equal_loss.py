@@ -75,10 +75,10 @@ def test_a_rise_is_levelled() -> None:
 def test_loss_that_one_never_reaches_is_a_bound() -> None:
     dense, sparse = Falling(WORK, law(WORK)), Falling(WORK, law(WORK, 3.7))
     ratio = ratio_at([dense], [sparse], sparse.best)
-    assert ratio == Ratio(pytest.approx(1.0), Bound.AT_LEAST, pairs=0)
+    assert ratio == Ratio(pytest.approx(1.0), Bound.AT_LEAST)
     assert str(ratio) == ">= 1.00"
     ratio = ratio_at([sparse], [dense], sparse.best)
-    assert ratio == Ratio(pytest.approx(1.0), Bound.AT_MOST, pairs=0)
+    assert ratio == Ratio(pytest.approx(1.0), Bound.AT_MOST)
     assert ratio_at([dense], [sparse], 0.1) is None  # neither
     assert ratio_at([dense], [sparse], 99.0) is None  # both before they were looked at
     assert ratio_at([dense], [sparse], (sparse.first + dense.first) / 2) is None  # one of them
@@ -93,6 +93,18 @@ def test_seeds_give_a_spread() -> None:
     assert 2.0 < ratio.value < 4.0
     assert (ratio.low, ratio.high, ratio.pairs) == (pytest.approx(2.0, rel=0.01), pytest.approx(4.0, rel=0.01), 2)
     assert str(ratio).endswith("(2.00 to 4.00)")
+    # A seed that does not get there leaves the spread open on its side.
+    lazy = Falling(WORK[:100], law(WORK[:100], 2.0))
+    ratio = ratio_at([dense], [sparse[0], lazy, sparse[2]], dense.loss_at(0.9 * dense.total))
+    assert ratio is not None
+    assert (ratio.low, ratio.high, ratio.pairs) == (None, pytest.approx(4.0, rel=0.01), 2)
+    assert str(ratio).endswith("(4.00 or less)")
+    ratio = ratio_at(
+        [dense, dense, Falling(WORK[:200], law(WORK[:200]))], sparse[1:2], dense.loss_at(0.9 * dense.total)
+    )
+    assert ratio is not None
+    assert (ratio.low, ratio.high, ratio.pairs) == (pytest.approx(10 / 9, rel=0.02), None, 2)
+    assert str(ratio).endswith("or more)")
 
 
 def test_step_matching() -> None:

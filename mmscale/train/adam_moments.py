@@ -71,10 +71,8 @@ def pack(values: Tensor, *, keep_positive: bool) -> Packed:
     scale = _LARGEST_OCTAVE - exponent * (largest - middle)
     expanded = octaves.sub_(middle).mul_(exponent).add_(scale).exp2_().clamp_(max=LARGEST)
     codes = expanded.to(torch.float8_e4m3fn).view(torch.uint8)
-    if keep_positive:
-        codes = codes + ((codes == 0) & (values > 0))
-    else:
-        codes = codes | ((values < 0).to(torch.uint8) << 7)
+    signs = (values < 0).to(torch.uint8) << 7
+    codes = codes + ((codes == 0) & (values > 0)) if keep_positive else codes | signs
     return Packed(codes, torch.cat((scale.exp2(), exponent, middle.exp2()), dim=1))
 
 

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 
-from mmscale.errors import MmscaleError
+from mmscale.errors import DataError, MmscaleError
 from tests.end_to_end.running import ROOT, assert_says, listing, mmscale
 
 MAIN = ("train.steps=12", "checkpoint.every=0", "checkpoint.asynchronous=false", "train.eval_every=0")
@@ -215,6 +215,33 @@ def test_other_tokenizers(runs: Path, digits: Path, tmp_path: Path) -> None:
     ended = mmscale("convert", "to-hf", runs / "dense", tmp_path / "hf", "--data", other)
     assert_says(ended, status=3, cause="image tokenizer of .*other.* is another", remedy="--data DIR")
     assert not (tmp_path / "hf").exists()
+
+
+def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None:
+    """Those of the data set that has images, though a set of texts stands before it; sets that differ are refused."""
+    from checkpoints_tools.hf_source import RunWeights
+    from checkpoints_tools.to_hf import config_of, tokenizers_of
+    from mmscale.config.schema import DataSource
+    from mmscale.data.manifest import NO_TOKENIZER
+
+    def changed(name: str, **values: str) -> Path:
+        folder = Path(shutil.copytree(digits, tmp_path / name))
+        file = folder / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        return folder
+
+    def tokenizers(*folders: Path) -> Any:
+        config = config_of(runs / "dense")
+        blend = tuple(DataSource(path=str(folder)) for folder in folders)
+        data = config.data.model_copy(update={"path": None, "blend": blend})
+        return tokenizers_of(config.model_copy(update={"data": data}), RunWeights(runs / "dense", None), None)
+
+    texts = changed("texts", image_tokenizer=NO_TOKENIZER)
+    shutil.rmtree(texts / "image_tokenizer")
+    found = tokenizers(texts, digits)
+    assert found.folder == digits and found.image is not None and found.image.tokens_per_image > 0
+    with pytest.raises(DataError, match=r"image tokenizer of .*other.* is another than that of the blend's data before"):
+        tokenizers(digits, changed("other", image_tokenizer="kmeans-ffff"))
 
 
 def forked(function: Callable[[], Any]) -> tuple[int, str]:

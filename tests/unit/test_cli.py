@@ -158,7 +158,7 @@ def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     [
         (("pla",), "No such command 'pla'", "did you mean 'plan'?"),
         (("frobnicate",), "No such command 'frobnicate'", "`mmscale --help` shows what there is"),
-        (("plan", "c.yaml", "--gpuz", "3"), "No such option: --gpuz", "did you mean --gpus?"),
+        (("plan", "c.yaml", "--gpuz", "3"), "No such option: --gpuz", "did you mean --gpu or --gpus?"),
         (
             ("train", "c.yaml", "--train.steps=3"),
             "No such option: --train.steps",

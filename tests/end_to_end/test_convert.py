@@ -240,7 +240,7 @@ def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None
     shutil.rmtree(texts / "image_tokenizer")
     found = tokenizers(texts, digits)
     assert found.folder == digits and found.image is not None and found.image.tokens_per_image > 0
-    with pytest.raises(DataError, match=r"image tokenizer of .*other.* is another than that of the blend's data before"):
+    with pytest.raises(DataError, match=r"image tokenizer of .*other.* is another than that of the blend"):
         tokenizers(digits, changed("other", image_tokenizer="kmeans-ffff"))
 
 

@@ -70,8 +70,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Ranks of the suite are forks that compute on the CPU, also where there are GPUs; what needs one runs after it.
 pytest: $(STAMP) $(EVALS)
-	$(BIN)/python -m pytest
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null; then set -x; $(BIN)/python -m pytest tests/gpu; fi
 
 # The suite does 30.
 KILLS := 200

@@ -208,21 +208,21 @@ def _transformer_engine(torch: ModuleType | None) -> Iterator[Check]:
     if _older(version, _TRANSFORMER_ENGINE[0]) or not _older(version, _TRANSFORMER_ENGINE[1]):
         yield Check(name, "warn", f"{version} is outside of what megatron-core {MEGATRON} takes", wanted)
         return
+    if not gpu:  # hidden from megatron-core there: megatron_cpu.py
+        yield Check(name, "ok", f"{version}, unused without a GPU")
+        return
     try:
         importlib.import_module("transformer_engine.pytorch")
     except ImportError as error:  # megatron-core does without
         fix = "install the version that fits this torch's cuBLAS; 2.11.0 for torch 2.11 with CUDA 13: docs/install.md"
-        if gpu:
-            yield Check(name, "warn", f"{version} cannot be imported: {_first_line(error)}", fix)
-        else:
-            yield Check(name, "ok", f"{version}, unused without a GPU")
+        yield Check(name, "warn", f"{version} cannot be imported: {_first_line(error)}", fix)
         return
     except Exception as error:  # no cuDNN: RuntimeError; an undefined symbol of cuBLAS: OSError
         detail = f"{version} fails to import, and megatron-core with it, which catches ImportError only"
         fix = "pip uninstall transformer-engine transformer-engine-torch, or see docs/install.md"
         yield Check(name, "missing", f"{detail}: {_first_line(error)}", fix, required=True)
         return
-    yield Check(name, "ok", version if gpu else f"{version}, unused without a GPU")
+    yield Check(name, "ok", version)
 
 
 def _apex() -> Iterator[Check]:

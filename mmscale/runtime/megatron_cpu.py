@@ -422,6 +422,9 @@ def install() -> None:
     global _installed
     if _installed or torch.cuda.is_available():
         return
+    # An importable Transformer-Engine is taken for a usable one: its FusedAdam would be given host tensors. Where it
+    # cannot be imported for want of cuDNN it raises RuntimeError, and megatron-core catches ImportError only.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     with _without_compile():
         for name in MODULES:
             importlib.import_module(name)

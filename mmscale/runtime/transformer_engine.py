@@ -23,10 +23,10 @@ INSTALL = f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytor
 @functools.cache
 def problem() -> str | None:
     """Why Transformer-Engine's layers cannot run here, in words; None: they can."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "it is not installed"
     if not device.has_cuda():
         return "there is no CUDA device"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "it is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # see above

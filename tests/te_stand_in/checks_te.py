@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformer_engine as stand_in
 
 from mmscale.config import Config
 from mmscale.model.build import build_chunks, transformer_config
@@ -19,6 +20,9 @@ from mmscale.runtime.rank_env import RankEnv
 from tests.distributed.layouts import assert_equal, config, trace
 from tests.distributed.test_resume import TOLERANCE, leg, settings, start, tensors
 from tests.support import run_ranks
+
+# Before mmscale hides what a machine without a GPU cannot use.
+assert Path(str(stand_in.__file__)).parent == Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ needs_none = pytest.mark.skipif(device.has_cuda(), reason="shows what a machine 
 @needs_none
 def test_auto_is_torch_without_cuda_and_te_is_refused() -> None:
     assert parts(_with(backend="auto"), None) is TORCH  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"model.backend = te needs Transformer-Engine, but it is not installed"):
+    with pytest.raises(ConfigError, match=r"model.backend = te needs Transformer-Engine, but there is no CUDA device"):
         parts(_with(backend="te"), None)  # type: ignore[arg-type]
     experts = config("moma").model.experts.model_copy(update={"compute": "te"})
     with pytest.raises(ConfigError, match=r"model.experts.compute = te needs Transformer-Engine"):

@@ -1,8 +1,10 @@
 """The CPU adaptor: each patch is needed, each works, and torch itself stays as it is."""
 
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +142,15 @@ def test_names_in_code_constants_are_replaced_at_any_depth() -> None:
         "cuda",
         3,
     )
+
+
+def test_transformer_engine_is_hidden_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It may be installed all the same, as on a GPU machine whose devices are hidden."""
+    (tmp_path / "transformer_engine.py").write_text("raise RuntimeError('cudnn shared object not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    megatron_cpu.install()
+    with pytest.raises(ImportError):
+        importlib.import_module("transformer_engine")
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    assert not HAVE_TE

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from mmscale.report.history import History
 from mmscale.train.metrics import EVAL
@@ -13,6 +15,15 @@ from mmscale.train.metrics import EVAL
 # Expert choice among the tokens of a batch sees later tokens: no number may stand without saying so.
 HELD_OUT = "held out (batch routing)"
 _ROUTINGS = ("causal", "threshold", "top1")
+_ELSEWHERE = (
+    "attempt",
+    "rollback",
+    "time",
+    "tokens",
+    "flops",
+    "loss",
+)  # axes, and the sum of the losses that are shown
+_OTHERS = 24
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ def charts_of(runs: Mapping[str, History]) -> list[Chart]:
     """
     names, histories = list(runs), list(runs.values())
     builder = _Builder(names, histories)
-    return [*builder.losses(), *builder.optimization(), *builder.throughput(), *builder.routing()]
+    known = [*builder.losses(), *builder.optimization(), *builder.throughput(), *builder.routing()]
+    return known + builder.others({line.key for chart in known for line in chart.lines})
 
 
 def modalities_of(histories: Iterable[History]) -> list[str]:
@@ -222,6 +234,17 @@ class _Builder:
                 note="Fraction of each modality's tokens, mean over Mixture-of-Depths layers.",
             ),
         ]
+
+    def others(self, shown: set[str]) -> list[Chart]:
+        """Whatever else was measured and ever changed, each by itself: counts of anomalies, times of other pauses."""
+        found = []
+        for key in dict.fromkeys(key for history in self.histories for key in history.columns):
+            if key in shown or key in _ELSEWHERE or key.startswith(("tokens/", EVAL)) or len(found) == _OTHERS:
+                continue
+            values = np.concatenate([history.measured(key)[1] for history in self.histories])
+            if len(np.unique(values[np.isfinite(values)])) > 1:
+                found.append(replace(self._each(key, "Other figures", key), name=f"other_{key.replace('/', '_')}"))
+        return found
 
     def _each(self, key: str, section: str, title: str, **extra: object) -> Chart:
         lines = tuple(

@@ -45,7 +45,7 @@ def write_pictures(runs: Sequence[Run], out: Path) -> list[Path]:
     for section in dict.fromkeys(chart.section for chart in charts):
         own = [chart for chart in charts if chart.section == section and chart.lines]
         if own:
-            files.append(_beside(out, section.lower()))
+            files.append(_beside(out, section.lower().replace(" ", "_")))
             _draw_charts(own, runs, samplers, files[-1])
     for run in runs:
         suffix = "" if len(runs) == 1 else f"_{runs.index(run) + 1}"

@@ -65,6 +65,8 @@ def figures(step: int, now: float) -> dict[str, float]:
         "step_time_s": 2.0,
         "data_wait_s": 0.01,
         "tokens_per_second": 500.0,
+        "anomalies": step // 10,
+        "anomalies/spike": 0,
         "experts/text/unrouted_fraction": 0.25,
         "depth/selected_fraction/text": 0.5,
     }
@@ -103,6 +105,8 @@ def test_one_run(tmp_path: Path) -> None:
     assert text_loss["x"]["tokens"][:2] == [1000, 2000] and text_loss["x"]["flops"][1] == 2e12
     assert text_loss["x"]["hours"][1] == pytest.approx(4 / 3600)
     assert line_of(text, "loss", "eval/causal/loss/text")["x"]["step"] == [10, 20, 30]
+    assert line_of(text, "other_anomalies", "anomalies")["mean"][9] == 1  # what no other chart shows
+    assert "other_anomalies_spike" not in {chart["name"] for chart in data_of(text)["charts"]}  # never changed
     norm = line_of(text, "grad_norm", "grad_norm")
     assert norm["mean"][1] is None and norm["broken"] == [1]
     assert "values that are not finite, marked at the top of their charts: grad_norm (1)" in text
@@ -168,7 +172,17 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 def test_pictures(tmp_path: Path) -> None:
     found = page.read_runs([make_run(tmp_path / "run", resumed_at=20)], goodput=goodput)
     files = pictures.write_pictures(found, tmp_path / "r.html")
-    names = ["loss", "optimization", "throughput", "routing", "experts", "coselection", "layers", "timeline"]
+    names = [
+        "loss",
+        "optimization",
+        "throughput",
+        "routing",
+        "other_figures",
+        "experts",
+        "coselection",
+        "layers",
+        "timeline",
+    ]
     assert [file.name for file in files] == [f"r_{name}.png" for name in names]
     for file in files:
         with PIL.Image.open(file) as image:

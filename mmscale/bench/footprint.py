@@ -25,12 +25,14 @@ from torch.utils._pytree import tree_leaves
 
 from mmscale.config import Config
 from mmscale.config.load import load
+from mmscale.config.rules import check
 from mmscale.data.vocab import Vocabulary
 from mmscale.plan import rank_memory
-from mmscale.plan.activations import Kernels
+from mmscale.plan.activations import Kernels, on_gpu
 from mmscale.plan.memory import kept_for_backward
-from mmscale.runtime import device, rank_env
+from mmscale.runtime import device
 from mmscale.runtime import groups as process_groups
+from mmscale.runtime.rank_env import RankEnv
 from mmscale.train import parts
 from mmscale.train.batch import to_device
 from mmscale.train.synthetic import SyntheticMixture
@@ -188,23 +190,44 @@ def compare(config: Config, found: Footprint, *, kernels: Kernels) -> list[tuple
     ]
 
 
+def run(config: Config) -> dict[str, Any]:
+    """Measure a configuration on one process, whatever its layout.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        `kernels` (where it ran) and `rows`: name -> planned and found bytes.
+    """
+    one = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None, "ep": 1, "overlap_experts": False})
+    alone = with_share(config.model_copy(update={"parallel": one}))
+    check(alone, world_size=1)
+    parts.start(alone, RankEnv())
+    kernels = on_gpu(alone) if device.has_cuda() else Kernels.HOST
+    rows = compare(alone, measure(alone), kernels=kernels)
+    process_groups.finalize()
+    return {
+        "kernels": kernels.value,
+        "rows": {name: {"planned": round(planned), "found": round(found)} for name, planned, found in rows},
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """The rows as a table in MiB."""
+    lines = [f"{result['kernels']:<20} {'planned MiB':>14} {'found MiB':>14} {'ratio':>7}"]
+    for name, row in result["rows"].items():
+        planned, found = row["planned"] / 2**20, row["found"] / 2**20
+        ratio = f"{planned / found:.3f}" if found else "-"
+        lines.append(f"{name:<20} {planned:>14,.1f} {found:>14,.1f} {ratio:>7}")
+    return "\n".join(lines)
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
-    config = load(given.config, given.overrides)
-    alone = config.model_copy(
-        update={"parallel": config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None, "ep": 1})}
-    )
-    alone = with_share(alone)
-    parts.start(alone, rank_env.discover())
-    kernels = Kernels.CUDA if device.has_cuda() else Kernels.HOST
-    for name, planned, found in compare(alone, measure(alone), kernels=kernels):
-        sys.stdout.write(
-            f"{name:<20} planned {planned / 2**20:12.1f} MiB  found {found / 2**20:12.1f} MiB  {planned / found:.3f}\n"
-        )
-    process_groups.finalize()
+    sys.stdout.write(render(run(load(given.config, given.overrides))) + "\n")
 
 
 if __name__ == "__main__":

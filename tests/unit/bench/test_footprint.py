@@ -65,28 +65,32 @@ _CASES = [
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Any]]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Rows of `footprint.compare` for every case, from one process."""
     file: Path = tmp_path_factory.mktemp("footprint") / "rows.json"
 
     def measure(ranks: Ranks) -> None:
         groups.start(ranks)
-        found = {}
+        found: dict[str, Any] = {}
         for case in _CASES:
             config = _config(*case)
             groups.initialize_layout(tp=1, pp=1, vpp=None, ep=1, seed=1)
             found["-".join(case)] = footprint.compare(config, footprint.measure(config), kernels=Kernels.HOST)
             groups.destroy_layout()
-        file.write_text(json.dumps(found))
         groups.finalize()
+        spread = _config("moma", "fp32", "none")
+        spread = spread.model_copy(update={"parallel": spread.parallel.model_copy(update={"tp": 2, "ep": 2})})
+        result = footprint.run(spread)
+        found["run"] = [[name, row["planned"], row["found"]] for name, row in result["rows"].items()]
+        file.write_text(json.dumps(found | {"text": footprint.render(result)}))
 
     run_ranks(measure, world_size=1)
-    rows: dict[str, list[list[Any]]] = json.loads(file.read_text())
+    rows: dict[str, Any] = json.loads(file.read_text())
     return rows
 
 
 @pytest.mark.parametrize("case", _CASES, ids="-".join)
-def test_the_plan_says_what_a_step_uses(case: tuple[str, str, str], measured: dict[str, list[list[Any]]]) -> None:
+def test_the_plan_says_what_a_step_uses(case: tuple[str, str, str], measured: dict[str, Any]) -> None:
     rows = {name: (planned, found) for name, planned, found in measured["-".join(case)]}
     assert min(found for _, found in rows.values()) > 0
     for name in ("parameters", "gradients", "optimizer"):  # buffers are padded to a multiple of 64 elements
@@ -97,6 +101,15 @@ def test_the_plan_says_what_a_step_uses(case: tuple[str, str, str], measured: di
         assert planned == pytest.approx(found, rel=TOLERANCE), f"{name}: {planned / found:.3f} of what was found"
 
 
-def test_recompute_keeps_less(measured: dict[str, list[list[Any]]]) -> None:
-    kept = {case: rows[3][2] for case, rows in measured.items()}
+def test_the_benchmark_runs_any_layout_on_one_process(measured: dict[str, Any]) -> None:
+    rows = {name: (planned, found) for name, planned, found in measured["run"]}
+    assert rows["total"][0] == pytest.approx(rows["total"][1], rel=TOLERANCE)
+    head, *lines = measured["text"].splitlines()
+    assert head.split()[:2] == ["host", "planned"]
+    assert [line.split("  ")[0] for line in lines] == list(rows)
+    assert all(0.85 < float(line.split()[-1]) < 1.15 for line in lines)
+
+
+def test_recompute_keeps_less(measured: dict[str, Any]) -> None:
+    kept = {case: rows[3][2] for case, rows in measured.items() if case != "text"}
     assert kept["moma_shared_depth-bf16-full"] < kept["moma_shared_depth-bf16-none"] / 2

@@ -1,5 +1,6 @@
 # `python -m launch.batch CONFIG [key=value ...]` inside a batch script of one's own: the same job without submitit.
-# slurm/train.sbatch calls it. Nodes and ranks are what sbatch was asked for, so the profile holds no more than that.
+# slurm/train.sbatch calls it. Nodes and ranks are what sbatch was asked for; the rest (node checks, cordon file, how
+# ranks are started) is of the profile that MMSCALE_CLUSTER names, if it names one.
 """A job whose script was written by hand."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import record as records
-from launch.profile import Profile
+from launch.profile import Profile, load_profile
 from mmscale.config.load import load
 from mmscale.errors import MmscaleError, UsageError
 from mmscale.train.preflight import preflight
@@ -49,8 +50,14 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
         raise UsageError(f"{ranks} tasks on {nodes} nodes", remedy="ask for --ntasks-per-node instead of --ntasks")
     preflight(config, world_size=ranks, yes=yes)
     tasks = ranks // nodes
-    profile = Profile(tasks_per_node=tasks, cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", "1")))
-    record = records.plan_record(config, cluster="sbatch", profile=profile, nodes=nodes, tasks_per_node=tasks, yes=yes)
+    cluster = environ.get("MMSCALE_CLUSTER", "")
+    profile = load_profile(cluster) if cluster else Profile(tasks_per_node=tasks)
+    if profile.scheduler != "slurm":
+        raise UsageError(f"MMSCALE_CLUSTER={cluster} is not a profile of SLURM", remedy="name one that is, or unset it")
+    cpus = int(environ.get("SLURM_CPUS_PER_TASK", "1"))
+    profile = profile.model_copy(update={"tasks_per_node": tasks, "cpus_per_task": cpus})
+    cluster = cluster or "sbatch"
+    record = records.plan_record(config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, yes=yes)
     records.write_record(record, config)
     records.set_job(Path(record.folder), number)
     return Path(record.folder)

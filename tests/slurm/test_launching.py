@@ -67,7 +67,7 @@ def test_the_command_submits_what_the_dry_run_printed(jobs: Jobs, profile: Path)
 def test_a_batch_script_of_ones_own_does_the_same(
     jobs: Jobs, cluster: Cluster, reference: list[dict[str, Any]]
 ) -> None:
-    variables = {"MMSCALE_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {"MMSCALE_PYTHON": sys.executable, "MMSCALE_CLUSTER": str(jobs.profile), "GLOO_SOCKET_IFNAME": "lo"}
     command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={jobs.folder}/%j.log"]
     command += ["slurm/train.sbatch", str(jobs.config), f"run.dir={jobs.folder}"]
     variables["MMSCALE_FAULTS"] = "*:*:step:slow=0.05"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from launch import batch, submit
 from launch import record as records
-from launch import submit
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, UsageError
 from tests.unit.data.prepared import corpus, prepare
 
@@ -232,3 +232,19 @@ def test_one_machine_has_one_node(config: Path) -> None:
     assert "--nproc 2" in submit.script([planned])
     with pytest.raises(UsageError, match="this is one machine"):
         submit.plan_launch(config, cluster="local", nodes=2)
+
+
+def test_a_hand_written_script_takes_node_checks_and_ranks_from_a_profile(config: Path) -> None:
+    cluster = profile(config.parent, ranks="torchrun", cordon_file="bad.txt", preflight={"skip": {"clock": "no NTP"}})
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "3"}
+    record = records.read_record(batch._folder([str(config)], environ | {"MMSCALE_CLUSTER": cluster}))
+    used = record.checked_profile()
+    assert (record.nodes, record.tasks_per_node, used.cpus_per_task) == (2, 1, 3)  # as sbatch was asked, not as it says
+    assert (used.ranks, used.cordon_file, used.preflight.skip) == ("torchrun", "bad.txt", {"clock": "no NTP"})
+    with pytest.raises(UsageError, match="MMSCALE_CLUSTER=local is not a profile of SLURM"):
+        batch._folder([str(config), "run.name=other"], environ | {"MMSCALE_CLUSTER": "local"})
+
+
+def test_torchrun_is_for_slurm(config: Path) -> None:
+    with pytest.raises(ConfigError, match="ranks: torchrun is for scheduler: slurm"):
+        script(config, scheduler="local", ranks="torchrun")

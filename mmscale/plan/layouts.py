@@ -16,7 +16,7 @@ from mmscale.plan.compute import Flops, flops_per_token
 from mmscale.plan.hardware import DEFAULT, GPUS, Gpu
 from mmscale.plan.memory import GIB, RankMemory, stages_memory
 from mmscale.plan.parameters import Parameters, count_parameters
-from mmscale.plan.stages import stage_layers
+from mmscale.plan.stages import dtype_bytes, stage_layers
 from mmscale.plan.timing import StepTime, mfu, step_time
 
 # The rest is for the allocator's fragments, NCCL's own buffers and the device's context.
@@ -75,6 +75,7 @@ class Layout:
             "recompute_modules": list(parallel.recompute_modules) if parallel.recompute == "selective" else [],
             "micro_batch_size": self.config.train.micro_batch_size,
             "micro_batches_per_step": micro_batches_per_step(self.config, self.world),
+            "parameters_per_rank": round(self.memory.parameters / dtype_bytes(self.config)),
             "memory": self.memory.as_dict(),
             "fits": self.fits,
             "cost": {

@@ -178,6 +178,7 @@ def _best(layout: dict[str, Any]) -> Table:
     parts["other"] = memory["activations_gib"] - memory["expert_choice_gib"] - memory["depth_gib"]
     parts["peak"] = max(memory["logits_gib"], memory["working_gib"])
     table = _pairs("the first layout")
+    table.add_row("parameters", f"{short(layout['parameters_per_rank'])} on the fullest rank")
     unit, scale = ("GiB", 1.0) if memory["total_gib"] >= 1 else ("MiB", 1024.0)
     held = f"memory, {_fixed(scale * memory['total_gib'])} {unit}"
     _bars(table, held, unit, [(label, scale * parts[name]) for name, label in _MEMORY])

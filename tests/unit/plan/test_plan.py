@@ -263,6 +263,7 @@ class TestPlan:
         assert set(found["parameters"]["per_modality"]) == {"text", "image"}
         assert found["flops_per_token"]["forward"] > 0
         assert found["layouts"][0]["fits"] is True
+        assert 0 < found["layouts"][0]["parameters_per_rank"] <= found["parameters"]["total"]
         assert found["tokens"] == found["tokens_per_step"] * 1000
 
     def test_without_devices_the_own_layout_on_as_few_ranks_as_it_needs(self) -> None:

@@ -121,5 +121,5 @@ def _assumptions(config: Config, gpu: Gpu) -> list[str]:
     if config.model.kind == "moma" and config.model.experts.share == "auto":
         lines.append("model.experts.share is auto: equal shares are assumed until data is measured")
     if config.precision.fp8 != "off":
-        lines.append("FP8: activations and weights are counted in bf16; what FP8 saves or keeps besides is not")
+        lines.append("FP8: memory counts activations and weights in bf16; time counts casts, of weights once a step")
     return lines + roundings(config)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, fields
 from mmscale.config import Config
 from mmscale.config.derived import (
     data_parallel_size,
+    depth_tokens,
     micro_batches_per_step,
     overlap_data_parallel,
     overlap_p2p,
 )
 from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules, total
 from mmscale.plan.communication import Kind, Operation, Traffic, communication
-from mmscale.plan.compute import layer_flops
+from mmscale.plan.compute import expert_slots, layer_flops
 from mmscale.plan.hardware import Gpu
 from mmscale.plan.parameters import Parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
@@ -34,6 +35,8 @@ MOVES = 2, 3
 KERNELS, LAUNCH = {"dense": 30, "moe": 60, "moma": 75}, 4e-6
 # Seconds until a message arrives, within and between machines.
 LATENCY = 5e-6, 15e-6
+# Bytes moved to make an FP8 tensor of a bf16 one: read for its largest value and for the cast, written both ways round.
+_CAST = 6
 # Bytes that the optimizer reads and writes per parameter of its shard.
 _ADAM = 34
 _LOGITS = 20
@@ -53,7 +56,7 @@ class StepTime:
         pp: sends between stages that do not overlap.
         bubble: waiting for other stages.
         dp: reducing gradients and gathering parameters, as far as nothing hides it.
-        optimizer: the update.
+        optimizer: the update, and FP8 copies of the weights.
     """
 
     products: float
@@ -147,6 +150,8 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     dense, experts = stage_parameters(config, parameters, stage)
     replicas = data_parallel_size(config, world)
     shard = dense / replicas + experts / max(1, replicas // parallel.ep)
+    # megatron-core keeps FP8 weights for all micro-batches of a step.
+    casts = _CAST if _peak(config, gpu, fp8=True) > _peak(config, gpu, fp8=False) else 0
     return StepTime(
         products=micro_batches * one.products * 3,
         attention=micro_batches * one.attention * 3,
@@ -157,7 +162,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
         pp=pipeline,
         bubble=bubble,
         dp=exposed,
-        optimizer=(shard * _ADAM + (dense + experts) * 8) / (gpu.bandwidth * MEMORY),
+        optimizer=(shard * _ADAM + (dense + experts) * (8 + casts)) / (gpu.bandwidth * MEMORY),
     )
 
 
@@ -177,7 +182,8 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         seconds = flops.projections / (fast * _reached(width)) * tokens / tp + expert
         started = KERNELS[model.kind] * (1.3 if depth else 1.0) * LAUNCH
         parts = layer_activations(config, example[depth], kernels=on_gpu(config))
-        moved = MOVES[0] * total(parts) / (gpu.bandwidth * MEMORY)
+        cast = _cast_bytes(config, depth=depth) if fast > plain else 0.0
+        moved = (MOVES[0] * total(parts) + cast) / (gpu.bandwidth * MEMORY)
         inside = sum(parts.get(name, 0.0) for name in ("ffn", "router", "chosen", "experts", "combine"))
         feed_forward += count * (expert + MOVES[0] * inside / (gpu.bandwidth * MEMORY))
         within = flops.attention * tokens / tp / (plain * ATTENTION[on_gpu(config)])
@@ -198,6 +204,16 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     repeated += feed_forward if "mlp" in again else 0.0
     backward = 2 * (products + attention) + elementwise * MOVES[1] / MOVES[0]
     return _Pass(products, attention, elementwise, backward, repeated)
+
+
+def _cast_bytes(config: Config, *, depth: bool) -> float:
+    """Bytes that casting inputs of a layer's products to FP8 moves, in one forward pass."""
+    model = config.model
+    length = depth_tokens(config) if depth else model.seq_length
+    slots = 1.0 if model.kind == "dense" else sum(expert_slots(config, length).values())
+    inputs: float = model.hidden_size + model.num_attention_heads * model.head_dim
+    inputs += slots * (model.hidden_size + model.ffn_hidden_size)
+    return _CAST * config.train.micro_batch_size * length * inputs / config.parallel.tp
 
 
 def _peak(config: Config, gpu: Gpu, *, fp8: bool) -> float:

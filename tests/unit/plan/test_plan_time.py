@@ -95,6 +95,18 @@ def test_the_bubble_is_the_textbook_one_where_stages_are_alike() -> None:
     assert found.bubble / busy == pytest.approx(3 / micro_batches, rel=1e-6)
 
 
+def test_fp8_is_faster_by_less_than_its_peak_says() -> None:
+    """Products take half the time; casting to FP8 takes some of it back. The A100 has no FP8."""
+    plain, fp8 = time_of(), time_of("precision.fp8=delayed")
+    assert fp8.products < 0.7 * plain.products
+    assert fp8.elementwise > plain.elementwise
+    assert plain.products - fp8.products > fp8.elementwise - plain.elementwise
+    # slots are rounded up, and nothing else differs
+    assert time_of("precision.fp8=delayed", gpu="a100").products == pytest.approx(
+        time_of(gpu="a100").products, rel=0.02
+    )
+
+
 def test_experts_across_machines_cost_more() -> None:
     inside, across = time_of("parallel.ep=4"), time_of("parallel.tp=4", "parallel.ep=4")
     assert across.ep > 2 * inside.ep

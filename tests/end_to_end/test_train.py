@@ -17,13 +17,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmscale.train.metrics import read_events, read_metrics
+from mmscale.train.metrics import read_events, read_layers, read_metrics
 from tests.end_to_end.conftest import STEPS
 from tests.end_to_end.running import Ended, assert_says, mmscale, start, warnings_in
 
 # mfu is missing on purpose: nobody knows a CPU's peak. save_stall_s is there where there was a save.
 KEYS = {
-    *("step", "attempt", "tokens", "tokens/text", "tokens/image", "loss", "loss/text", "loss/image", "z_loss"),
+    *("step", "attempt", "time", "flops", "tokens", "tokens/text", "tokens/image"),
+    *("loss", "loss/text", "loss/image", "z_loss"),
     *("grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_second", "model_tflops_per_rank", "output_norm"),
     *("experts/text/tokens_per_expert_cv", "experts/image/tokens_per_expert_cv"),
     *("experts/text/gate_mass_cv", "experts/image/gate_mass_cv"),
@@ -119,6 +120,9 @@ def test_metrics_have_the_documented_keys_on_every_step(whole: Run) -> None:
         assert all(isinstance(value, int | float) for value in line.values()), line
         assert "mfu" not in line
     assert lines[10]["save_stall_s"] > 0  # counted to the step after the save, when it is known
+    assert lines[-1]["flops"] == pytest.approx(lines[-1]["tokens"] * lines[0]["flops"] / lines[0]["tokens"])
+    assert [line["step"] for line in read_layers(whole.folder)] == [1, *range(5, STEPS + 1, 5)]
+    assert set(read_layers(whole.folder)[-1]["layers"]["1"]) >= {"experts", "output_norm"}
     assert lines[-1]["tokens"] == lines[-1]["tokens/text"] + lines[-1]["tokens/image"]
     assert lines[0]["depth/selected_fraction/text"] + lines[0]["depth/selected_fraction/image"] > 0
 

@@ -131,6 +131,9 @@ def render(result: dict[str, Any]) -> str:
     if stacks and stacks["mfu"]:
         lines += ["", f"MFU of {stacks['peak_tflops']:g} TFLOP/s (bf16 data sheet, also for FP8):"]
         lines += [f"* {name}: {value:.1%}" for name, value in stacks["mfu"].items()]
+    if stacks and stacks["moma_over_dense"]:
+        lines += ["", "Forward and backward of the stack with experts over the dense one of equal layers and FLOPs:"]
+        lines += [f"* {name}: {value:.3f}" for name, value in stacks["moma_over_dense"].items()]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 
+from mmscale.bench import operators
 from mmscale.bench.gpu_kernels import reset_fp8
 from mmscale.bench.gpu_session import Session
 from mmscale.config import Config
@@ -121,51 +122,88 @@ def _batches(config: Config, *, count: int) -> list[Batch]:
     return [to_device(mixture.micro_batch(index), vocabulary) for index in range(count)]
 
 
+VARIANTS = (("torch", "off"), ("te", "off"), ("te", "delayed"), ("te", "blockwise"))
+
+
 def stacks(session: Session) -> None:
-    """Whole training steps of a dense stack and of one with experts: both backends, bf16 and FP8."""
-    shape = session.shape
-    te = transformer_engine.problem()
-    seconds: dict[str, float] = {}
-    for kind, layers in (("dense", shape.dense_layers), ("moma", shape.moma_layers)):
-        for backend, fp8 in (("torch", "off"), ("te", "off"), ("te", "delayed"), ("te", "blockwise")):
+    """Training steps of dense stacks and of one with experts: both backends, bf16 and FP8.
+
+    A dense stack that fills the memory, and one with as many layers as the one with experts: forward and backward of
+    these two have equal FLOPs, while the update moves the weights of all experts.
+    """
+    shape, te = session.shape, transformer_engine.problem()
+    both: dict[str, float] = {}
+    for kind, layers in shape.stacks:
+        for backend, fp8 in VARIANTS:
             precision = session.dtype if fp8 == "off" else fp8
-            key = f"stack {kind} {'bf16' if fp8 == 'off' else fp8}"
-            row = f"stack {kind} {layers} layers, {backend}, {precision}"
+            stack = _Stack(session, shape.config(kind, layers=layers, dtype=session.dtype, backend=backend, fp8=fp8))
+            name = f"stack {kind} {layers} layers, {backend}, {precision}"
+            key = f"stack {kind} {layers} {'bf16' if fp8 == 'off' else fp8}"
             if backend == "te" and te is not None:
-                session.skip(7, row, f"Transformer-Engine: {te}", key=key)
+                session.skip(7, f"{name}, step", f"Transformer-Engine: {te}", key=key)
                 continue
-            config = shape.config(kind, layers=layers, dtype=session.dtype, backend=backend, fp8=fp8)
-            found = _stack(session, row, key, config)
-            if found is not None:
-                seconds[f"{kind} {backend} {precision}"] = found / layers
-    peak = peak_tflops(device.device_name(), session.dtype)
+            flops = shape.step_flops(layers)
+            floor = flops / (session.ceilings.bf16 if fp8 == "off" else session.ceilings.fp8)
+            passes = session.time(7, f"{name}, forward and backward", stack.passes, flops=flops, floor=floor, key="-")
+            session.time(7, f"{name}, step", stack.steps, flops=flops, floor=floor, key=key, note="with the update")
+            if passes is not None:
+                both[f"{kind} {layers} {backend} {precision}"] = passes
+                if kind == "moma" and fp8 == "off":
+                    session.facts.setdefault("profile", {})[name] = operators.profile(stack.once)  # type: ignore[index]
+            del stack
+            stopwatch.release()
+    _summarize(session, both)
+
+
+def _summarize(session: Session, both: dict[str, float]) -> None:
+    peak, layers = peak_tflops(device.device_name(), session.dtype), session.shape.moma_layers
+    found = [row for row in session.rows if row.number == 7 and row.tflops is not None]
     session.facts["stacks"] = {
-        "seconds_per_layer_and_step": seconds,
         "peak_tflops": peak,
-        "mfu": {
-            row.name: row.tflops / peak for row in session.rows if peak and row.number == 7 and row.tflops is not None
+        "mfu": {row.name: row.tflops / peak for row in found if peak and row.tflops},
+        "moma_over_dense": {
+            name.removeprefix(f"moma {layers} "): seconds / both[name.replace("moma", "dense")]
+            for name, seconds in both.items()
+            if name.startswith("moma") and name.replace("moma", "dense") in both
         },
     }
 
 
-def _stack(session: Session, row: str, key: str, config: Config) -> float | None:
-    shape, layers = session.shape, config.model.num_layers
+class _Stack:
+    """A model in training, made when it is first asked for: what it cannot do is its row's reason."""
 
-    def prepare() -> Callable[[int], object]:
-        collection = groups.collection()
-        if config.precision.fp8 != "off":
-            reset_fp8()
-        transformer = transformer_config(config)
-        chunks = wrap(config, transformer, build_chunks(config, collection, transformer=transformer), collection)
-        optimizer = make_optimizer(config, chunks, collection)
-        stepper = Stepper(config, chunks, optimizer, collection)
-        batches = _batches(config, count=2)
-        return lambda number: stepper.train([batches[number % 2]], lr=1e-4)
+    def __init__(self, session: Session, config: Config) -> None:
+        self.session = session
+        self.config = config
+        self.stepper: Stepper | None = None
+        self.batches: list[Batch] = []
 
-    best, flops = session.ceilings, shape.step_flops(layers)
-    floor = flops / (best.bf16 if config.precision.fp8 == "off" else best.fp8)
-    note = f"{shape.tokens:,} tokens a step, with the update"
-    return session.time(7, row, prepare, flops=flops, floor=floor, key=key, note=note)
+    def _made(self) -> Stepper:
+        if self.stepper is None:
+            collection = groups.collection()
+            if self.config.precision.fp8 != "off":
+                reset_fp8()
+            transformer = transformer_config(self.config)
+            made = build_chunks(self.config, collection, transformer=transformer)
+            chunks = wrap(self.config, transformer, made, collection)
+            optimizer = make_optimizer(self.config, chunks, collection)
+            self.stepper = Stepper(self.config, chunks, optimizer, collection)
+            self.batches = _batches(self.config, count=2)
+        return self.stepper
+
+    def passes(self) -> Callable[[int], object]:
+        """Gradients of one micro-batch."""
+        stepper = self._made()
+        return lambda number: stepper.accumulate([self.batches[number % 2]])
+
+    def steps(self) -> Callable[[int], object]:
+        """A whole optimizer step of one micro-batch."""
+        stepper = self._made()
+        return lambda number: stepper.train([self.batches[number % 2]], lr=1e-4)
+
+    def once(self) -> None:
+        """One step."""
+        self._made().train(self.batches[:1], lr=1e-4)
 
 
 def warm_up() -> None:

@@ -34,7 +34,7 @@ class Shape:
         seq, micro_batch: tokens of a sequence, sequences of a micro-batch.
         experts: of both modalities together, equally many.
         vocabulary: ids, image codes included.
-        dense_layers, moma_layers: layers of the stacks that fit one device.
+        dense_layers, moma_layers: layers of the stacks that fit one device of 80 GB without recomputation.
         square: side of the matrices of the ceilings.
         copied: bytes of the copy.
     """
@@ -46,7 +46,7 @@ class Shape:
     micro_batch: int = 4
     experts: int = 8
     vocabulary: int = 65_536
-    dense_layers: int = 24
+    dense_layers: int = 16
     moma_layers: int = 6
     square: int = 8192
     copied: int = 2 << 30
@@ -60,6 +60,11 @@ class Shape:
     def capacity(self) -> int:
         """Tokens of each expert; expert choice keeps them all busy."""
         return self.tokens // self.experts
+
+    @property
+    def stacks(self) -> tuple[tuple[str, int], ...]:
+        """Kind and layers of the stacks that are trained."""
+        return (("dense", self.dense_layers), ("dense", self.moma_layers), ("moma", self.moma_layers))
 
     def expert_flops(self) -> float:
         """Forward of the experts of one layer."""
@@ -154,7 +159,7 @@ TINY = Shape(
     micro_batch=2,
     experts=4,
     vocabulary=512,
-    dense_layers=2,
+    dense_layers=3,
     moma_layers=2,
     square=128,
     copied=1 << 20,
@@ -185,10 +190,10 @@ def predicted(shape: Shape) -> dict[str, float]:
     for recipe in ("delayed", "tensorwise", "blockwise"):
         rows[f"experts te {recipe} first"] = fp8 + weights
         rows[f"experts te {recipe} cached"] = fp8
-    for kind, layers, experts in (("dense", shape.dense_layers, 1), ("moma", shape.moma_layers, shape.experts)):
-        update = shape.adam_bytes(shape.parameters(layers, experts=experts)) / best.copy
-        bf16 = shape.step_flops(layers) / best.bf16 / 0.6 + update
-        rows[f"stack {kind} bf16"] = bf16
+    for kind, layers in shape.stacks:
+        parameters = shape.parameters(layers, experts=shape.experts if kind == "moma" else 1)
+        bf16 = shape.step_flops(layers) / best.bf16 / 0.6 + shape.adam_bytes(parameters) / best.copy
+        rows[f"stack {kind} {layers} bf16"] = bf16
         for recipe in ("delayed", "blockwise"):
-            rows[f"stack {kind} {recipe}"] = bf16 / 1.25
+            rows[f"stack {kind} {layers} {recipe}"] = bf16 / 1.25
     return rows

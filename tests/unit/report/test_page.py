@@ -244,8 +244,20 @@ addEventListener("load", () => {
   at("pointerdown", 0.3); at("pointermove", 0.6); at("pointerup", 0.6);
   const zoomed = !document.querySelector("#tools button:disabled");
   document.querySelector("#chart-loss .legend button").click();
+  const slider = document.querySelector("#chart-experts input[type=range]");
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  const first = document.querySelector("#chart-experts .tools").textContent;
+  for (const panel of ["experts", "layers-over-time"]) {
+    const number = document.querySelectorAll("#chart-" + panel + " .choice button").length;
+    for (let i = 0; i < number; i++) {
+      document.querySelectorAll("#chart-" + panel + " .choice button")[i].click();
+      if (!document.querySelector("#chart-" + panel + " canvas")) problems.push(panel + " " + i);
+    }
+  }
   document.querySelector("[data-theme]").dataset.theme = "dark";
-  document.title = JSON.stringify({ seen, problems, told, zoomed, ready: document.documentElement.dataset.ready });
+  const ready = document.documentElement.dataset.ready;
+  document.title = JSON.stringify({ seen, problems, told, zoomed, first, ready });
 });
 </script></body>"""
 
@@ -288,6 +300,7 @@ def test_in_a_browser(chromium: str, tmp_path: Path) -> None:
     assert found["ready"] == "yes" and found["problems"] == [] and found["zoomed"]
     assert "step" in found["told"] or "min" in found["told"] or " s" in found["told"]
     assert "text, held out (causal routing) 1.625" in found["told"]
+    assert "step 10" in found["first"]
     for axis, panels in found["seen"].items():
         drawn = {name: (shapes, maps) for name, shapes, maps in panels}
         assert {"chart-loss", "chart-lr", "chart-stalls", "chart-unrouted", "chart-depth", "timeline-0"} <= set(drawn)

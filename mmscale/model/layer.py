@@ -140,7 +140,7 @@ class DepthLayer(MixedModalLayer):
         if valid is not None:
             weight = weight * valid.reshape(-1, 1)
         delta = (weight * (out - selected).reshape(-1, width).float()).to(full.dtype)
-        update = torch.zeros_like(full).reshape(length * batch, width).index_add(0, rows, delta)
+        update = torch.zeros_like(full).reshape(length * batch, width).index_add_(0, rows, delta)
         update = scatter_to_sequence_parallel_region(update.view(length, batch, width), group=self.tp_group)
         output = hidden_states + update
         self._report_output(params, output)

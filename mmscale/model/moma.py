@@ -31,7 +31,15 @@ from mmscale.model.expert_compute import BATCHED, ExpertCompute, Products
 from mmscale.model.experts import Experts, from_experts, to_experts
 from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.model.norm import RMSNorm
-from mmscale.model.routing import Selection, chosen_by, combine, count_choices, decided, expert_choice, gumbel_noise
+from mmscale.model.routing import (
+    Selection,
+    add_weighted,
+    chosen_by,
+    count_choices,
+    decided,
+    expert_choice,
+    gumbel_noise,
+)
 from mmscale.model.thresholds import Thresholds
 
 
@@ -199,12 +207,12 @@ class MoMaMLP(MegatronModule):
                 output = self.expert_norm[group.name](
                     reduce_from_tensor_model_parallel_region(output, group=self.pg.tp)
                 )
-            total = total + combine(output, selection, length * batch)
+            add_weighted(total, output, selection)
         if self.shared is not None:
             output = (self.shared(flat.unsqueeze(0)) if shared is None else shared).squeeze(0)
             if self.shared_norm is not None:
                 output = self.shared_norm(reduce_from_tensor_model_parallel_region(output, group=self.pg.tp))
-            total = total + output
+            total.add_(output)
 
         whole = total.to(hidden_states.dtype).view(length, batch, width)
         if self.settings.norm_experts:  # already summed over tensor-parallel ranks

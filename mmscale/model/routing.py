@@ -119,9 +119,18 @@ def combine(outputs: Tensor, selection: Selection, tokens: int) -> Tensor:
         selection: the choice that made them.
         tokens: number of tokens S * B.
     """
+    total = torch.zeros(tokens, outputs.shape[-1], dtype=torch.float32, device=outputs.device)
+    return add_weighted(total, outputs, selection)
+
+
+def add_weighted(total: Tensor, outputs: Tensor, selection: Selection) -> Tensor:
+    """Add gate * output to each token's row of `total` [tokens, width] in place, and return it.
+
+    In place, because a sum over all tokens in fp32 is twice the size of the hidden states: a new one for every group
+    and for every addition would be most of what a layer reads and writes besides its products.
+    """
     weighted = outputs.float() * selection.gate.unsqueeze(-1)
-    total = weighted.new_zeros(tokens, outputs.shape[-1])
-    return total.index_add(0, selection.token.reshape(-1), weighted.reshape(-1, outputs.shape[-1]))
+    return total.index_add_(0, selection.token.reshape(-1), weighted.reshape(-1, outputs.shape[-1]))
 
 
 def gumbel_noise(shape: torch.Size, *, key: int, device: torch.device) -> Tensor:

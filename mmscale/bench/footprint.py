@@ -1,6 +1,6 @@
 """Memory that a training step really uses on a rank, by tensors and not by an allocator, beside what the plan says.
 
-    python -m mmscale.bench.footprint configs/quickstart.yaml [key=value ...]
+    mmscale bench footprint configs/quickstart.yaml [key=value ...]
 
 One process, without parallelism; runs on a CPU and on a GPU. Counted are storages, each once, from the moment an
 operation makes them until nothing refers to them.
@@ -8,14 +8,11 @@ operation makes them until nothing refers to them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmscale.config import Config
-from mmscale.config.load import load
 from mmscale.config.rules import check
 from mmscale.data.vocab import Vocabulary
+from mmscale.errors import UsageError
 from mmscale.plan import rank_memory
 from mmscale.plan.activations import Kernels, on_gpu
 from mmscale.plan.memory import kept_for_backward
@@ -190,7 +187,7 @@ def compare(config: Config, found: Footprint, *, kernels: Kernels) -> list[tuple
     ]
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config | None = None) -> dict[str, Any]:
     """Measure a configuration on one process, whatever its layout.
 
     Args:
@@ -198,7 +195,12 @@ def run(config: Config) -> dict[str, Any]:
 
     Returns:
         `kernels` (where it ran) and `rows`: name -> planned and found bytes.
+
+    Raises:
+        UsageError: no configuration.
     """
+    if config is None:
+        raise UsageError("bench footprint: no configuration", remedy="name one, e.g. configs/quickstart.yaml")
     one = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None, "ep": 1, "overlap_experts": False})
     alone = with_share(config.model_copy(update={"parallel": one}))
     check(alone, world_size=1)
@@ -220,15 +222,3 @@ def render(result: dict[str, Any]) -> str:
         ratio = f"{planned / found:.3f}" if found else "-"
         lines.append(f"{name:<20} {planned:>14,.1f} {found:>14,.1f} {ratio:>7}")
     return "\n".join(lines)
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    sys.stdout.write(render(run(load(given.config, given.overrides))) + "\n")
-
-
-if __name__ == "__main__":
-    _main()

@@ -11,6 +11,7 @@ import pytest
 from mmscale.bench import footprint
 from mmscale.config import Config
 from mmscale.config.load import resolve
+from mmscale.errors import UsageError
 from mmscale.plan.activations import Kernels
 from mmscale.runtime import groups
 from tests.support import Ranks, run_ranks
@@ -108,6 +109,11 @@ def test_the_benchmark_runs_any_layout_on_one_process(measured: dict[str, Any]) 
     assert head.split()[:2] == ["host", "planned"]
     assert [line.split("  ")[0] for line in lines] == list(rows)
     assert all(0.85 < float(line.split()[-1]) < 1.15 for line in lines)
+
+
+def test_it_wants_a_configuration() -> None:
+    with pytest.raises(UsageError, match="bench footprint: no configuration; name one"):
+        footprint.run()
 
 
 def test_recompute_keeps_less(measured: dict[str, Any]) -> None:

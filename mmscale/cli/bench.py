@@ -54,6 +54,12 @@ def experts(context: typer.Context, as_json: Json = False) -> None:
     _bench("experts", context.args, as_json=as_json)
 
 
+@app.command("footprint", context_settings=_LOOSE, epilog="Example: mmscale bench footprint configs/quickstart.yaml")
+def footprint(context: typer.Context, as_json: Json = False) -> None:
+    """Compare the memory of a real step, counted by tensors, with what `mmscale plan` says: CONFIG [KEY=VALUE]..."""
+    _bench("footprint", context.args, as_json=as_json)
+
+
 @app.command("data", context_settings=_LOOSE, epilog="Example: mmscale bench data configs/quickstart.yaml --repeats 3")
 def data(context: typer.Context, as_json: Json = False) -> None:
     """Compare packing schemes: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value."""

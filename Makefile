@@ -60,6 +60,7 @@ quickstart: $(STAMP)
 	$(BIN)/mmscale sample $(RUN)/hf $(foreach digit,$(DIGITS),--prompt "draw a $(digit)") --count 20 --guidance 2 --recognise \
 	  --out $(RUN)/drawings --json > $(RUN)/drawings.json
 	$(BIN)/mmscale report $(RUN) --out $(RUN)/curves.png
+	$(BIN)/mmscale report $(RUN) --out $(RUN)/report.html --no-png
 	@$(BIN)/python tests/quickstart_summary.py $(RUN) $(STRICT)
 
 test: lint pytest

@@ -37,6 +37,7 @@ def main(run: Path, *, strict: bool) -> int:
         verdict = "reached" if reached else "MISSED"
         print(f"  {name:<24}{value:>7.1%}   target {target:.0%} {verdict:<8} {how}")
     print(f"pictures: {run / 'curves.png'} {drawings['sheet']}")
+    print(f"page, for a browser: {run / 'report.html'}")
     return int(strict and missed > 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from slurm import local_network
 from slurm.local_cluster import Cluster, ClusterError, missing_programs
 from tests.slurm.jobs import ROOT
 
@@ -41,6 +43,10 @@ def processes_of(folder: Path) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def interfaces() -> set[str]:
+    return {entry.name for entry in Path("/sys/class/net").iterdir()}
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -87,6 +93,27 @@ def test_a_killed_keeper_takes_its_daemons_along(tmp_path: Path) -> None:
     finally:
         cluster.down()
     assert not cluster.folder.exists()
+
+
+@pytest.mark.skipif(not local_network.possible(), reason="no network namespaces (not root)")
+def test_a_node_is_cut_off_and_no_interface_is_left(tmp_path: Path) -> None:
+    cluster = Cluster.up(tmp_path / "cluster", nodes=2, networks=True)
+    try:
+        ports = re.search(r"Port=\[(\d+)-(\d+)\]", (cluster.folder / "etc" / "slurm.conf").read_text())
+        assert ports is not None
+        # Does the slurmd of n2 answer on n1?
+        asked = ["srun", "-N1", "-w", "n1", "timeout", "3", "bash", "-c", f"exec 3<>/dev/tcp/n2/{ports[2]}"]
+        cluster.run(*asked)
+        network = json.loads((cluster.folder / "cluster.json").read_text())["network"]
+        mine = {network["bridge"], *network["links"].values()}
+        assert len(mine) == 3 and mine <= interfaces()
+        cluster.cut("n2")
+        with pytest.raises(ClusterError):
+            cluster.run(*asked)
+        assert cluster.slurmd("n2") and Path(f"/proc/{cluster.slurmd('n2')}").exists()  # it knows nothing of it
+    finally:
+        cluster.down()
+    assert not mine & interfaces()
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:

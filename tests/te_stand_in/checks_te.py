@@ -95,8 +95,9 @@ def test_a_run_may_change_its_backend_and_its_layout(tmp_path: Path) -> None:
 
 def test_every_row_of_the_gpu_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code but the FP8 kernels', which only a GPU has: recipes train, unquantised. Fewer of them, to save time."""
-    from mmscale.bench import gpu, gpu_checks
+    from mmscale.bench import gpu, gpu_checks, gpu_layers
 
+    monkeypatch.setattr(gpu_layers, "VARIANTS", (("te", "off"), ("te", "delayed")))
     monkeypatch.setattr(gpu_checks, "RECIPES", ("tensorwise",))
     monkeypatch.setattr(gpu_checks, "from_cpu", lambda: (0.0, "tests/gpu"))  # another process, which has no stand-in
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmscale.checkpoint.integrity import Manifest
-from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, unknown_tensor
+from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, is_weight, unknown_tensor
 from mmscale.train.adam_compact import MOMENTS, triples_of
 from mmscale.train.adam_moments import TRIPLE, unpack
 from mmscale.train.optimizer_moments import cells_in
@@ -46,7 +46,7 @@ class DecodedMoments:
 
     def names(self, *, weights: bool = False) -> list[str]:
         """Names of all tensors, sorted; `weights`: without the optimizer's."""
-        return [name for name in self._names if not (weights and name.startswith(OPTIMIZER))]
+        return [name for name in self._names if is_weight(name) or not weights]
 
     def entry(self, name: str) -> TensorEntry:
         """Shape and type of a tensor."""

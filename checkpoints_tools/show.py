@@ -17,7 +17,7 @@ from checkpoints_tools.sources import open_source
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, is_archive
 from mmscale.checkpoint.pickles import METADATA, read_metadata
-from mmscale.checkpoint.tensors import OPTIMIZER, TensorEntry
+from mmscale.checkpoint.tensors import TensorEntry, is_weight
 from mmscale.errors import CheckpointError
 
 SHARED = "shared"  # what tokens of every modality use
@@ -58,7 +58,7 @@ def _contents(
     for entry in entries:
         dtype = str(entry.dtype).removeprefix("torch.")
         tensors.append({"name": entry.name, "shape": list(entry.shape), "dtype": dtype, "bytes": entry.nbytes})
-        if not entry.name.startswith(OPTIMIZER):
+        if is_weight(entry.name):
             owner = next((modality for modality in modalities if modality in entry.name.split(".")), SHARED)
             parameters[owner] += math.prod(entry.shape)
     return {

@@ -60,6 +60,16 @@ def footprint(context: typer.Context, as_json: Json = False) -> None:
     _bench("footprint", context.args, as_json=as_json)
 
 
+@app.command(
+    "fp8-stability",
+    context_settings=_LOOSE,
+    epilog="Example: mmscale bench fp8-stability --steps 200 --seeds 2 --lrs 4e-3,1.6e-2,6.4e-2",
+)
+def fp8_stability(context: typer.Context, as_json: Json = False) -> None:
+    """Train a toy in bf16 and emulated FP8 over learning rates and seeds; sharpness of the loss. Options as --name."""
+    _bench("fp8-stability", context.args, as_json=as_json, home="mmscale.bench.fp8_stability")
+
+
 @app.command("data", context_settings=_LOOSE, epilog="Example: mmscale bench data configs/quickstart.yaml --repeats 3")
 def data(context: typer.Context, as_json: Json = False) -> None:
     """Compare packing schemes: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value."""

@@ -167,7 +167,7 @@ def banner(
     if plan is not None:
         rows.append(("parameters", _parameters(plan.get("parameters", {}))))
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-    rows.append(("layout", f"{ranks}: {', '.join(sizes)}, {config.precision.dtype}, on {device}"))
+    rows.append(("layout", f"{ranks}: {', '.join(sizes)}, {_format(config)}, on {device}"))
     batch = f"{count(tokens_per_step(config))} tokens = {train.global_batch_size} sequences x {model.seq_length}"
     portions = f"{_plural(micro_batches, 'micro-batch', 'micro-batches')} of {train.micro_batch_size} per replica"
     rows.append(("step", f"{batch}; {portions}"))
@@ -182,6 +182,13 @@ def _run_line(config: Config, *, attempt: int, start_step: int) -> str:
     if start_step:
         return f"{text}, goes on after step {start_step} of {config.train.steps}"
     return f"{text}, {config.train.steps} steps"
+
+
+def _format(config: Config) -> str:
+    precision = config.precision
+    if precision.fp8 == "off":
+        return precision.dtype
+    return f"{precision.dtype} with {'emulated ' if precision.fp8_emulate else ''}FP8 ({precision.fp8})"
 
 
 def _experts(config: Config) -> str:

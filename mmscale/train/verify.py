@@ -134,7 +134,8 @@ def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> 
     finally:
         process_groups.finalize()
     loss, norm = compare(reference, trace)
-    tolerance = TOLERANCE[config.precision.dtype]
+    # Rounding to 3 bits turns another order of summation into another value as rounding to 8 bits does, or more.
+    tolerance = TOLERANCE[config.precision.dtype if config.precision.fp8 == "off" else "bf16"]
     layout = {
         "tp": parallel.tp,
         "pp": parallel.pp,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.tensors import open_tensors
 from mmscale.config import Config
 from mmscale.model.fp8_emulate import Fp8Product
 from mmscale.runtime import groups
@@ -133,6 +134,9 @@ def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path) -
     def alone(ranks: RankEnv) -> None:
         start(ranks)
         written = tensors(tmp_path / "ep_halves", STEPS)
+        source = open_tensors(tmp_path / "ep_halves", STEPS)
+        assert set(source.names()) == written.keys()
+        assert not any("fp8" in name for name in source.names(weights=True)), "scales are no weights"
         for changed, taken in (
             (made({}), True),
             (with_recipe(made({}), "delayed", history=3), False),  # another length: a new history

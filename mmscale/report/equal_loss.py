@@ -48,9 +48,13 @@ class Ratio:
     pairs: int = 1
 
     def __str__(self) -> str:
-        low = "" if self.low is None else f"{self.low:.2f}"
-        high = "" if self.high is None else f"{self.high:.2f}"
-        words = f"{low} to {high}" if low and high else f"{low} or more" if low else f"{high} or less" if high else "?"
+        ends = ("" if self.low is None else f"{self.low:.2f}", "" if self.high is None else f"{self.high:.2f}")
+        words = {
+            (True, True): "{} to {}",
+            (True, False): "{} or more",
+            (False, True): "{1} or less",
+            (False, False): "open",
+        }[bool(ends[0]), bool(ends[1])].format(*ends)
         spread = f" ({words})" if self.pairs > 1 else ""
         return f"{self.bound}{' ' if self.bound else ''}{self.value:.2f}{spread}"
 

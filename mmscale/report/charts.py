@@ -219,6 +219,13 @@ class _Builder:
                 note="Standard deviation over mean of the tokens per expert; 0 is even.",
             ),
             *self._by_modality(
+                "gates",
+                section,
+                "Unevenness of gates",
+                "experts/{}/gate_mass_cv",
+                note="Standard deviation over mean of the sums of gates of the experts; 0 is even.",
+            ),
+            *self._by_modality(
                 "overflow",
                 section,
                 "Tokens over nominal capacity",

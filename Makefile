@@ -81,7 +81,7 @@ KILLS := 200
 soak: $(STAMP)
 	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -W ignore tests/end_to_end/test_kills.py -k random
 
-# The suite does one; about twenty seconds each.
+# The suite does two; about twenty seconds each.
 preempted: $(STAMP)
 	MMSCALE_PREEMPTIONS=20 $(BIN)/python -m pytest -q -s -W ignore tests/slurm/test_preemptions.py
 

@@ -35,6 +35,7 @@ from mmscale.train.metrics import EventLog, next_attempt, read_events
 BUDGET = "budget.json"
 _REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
 _POLL_S = 0.1
+_FIRST_LOOK_S = 10.0  # after ranks were started
 _OTHERS_S = 60.0  # after one rank has said that trying again would not help; as srun's --wait
 _KILLED_S = 90.0  # a requeued job is ended by SLURM within KillWait
 _NOTED = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -104,6 +105,7 @@ class Supervisor:
                 return self._end_before_ranks()
             if number == 0 and self.slurm:
                 self._preflight()
+                self._look_for_preemption()
                 if self.signals:
                     continue
             attempt = next_attempt(self.run_dir)
@@ -163,6 +165,18 @@ class Supervisor:
                 _say(f"{self.signals[-1]} before ranks were started: requeued")
                 self._requeue()
         return STOPPED
+
+    def _look_for_preemption(self) -> None:
+        """Take a preemption that came before ranks could be told of it for the signal that they would have got.
+
+        SLURM sends SIGTERM once, to the steps of a job: there may have been none yet, and the job would train on until
+        its time of grace is over.
+        """
+        with contextlib.suppress(LaunchError):  # it does not answer: nothing is known
+            state = scheduler.job_state(self.job)
+            if state is not None and state.preempted and not self.signals:
+                _say("preempted before ranks could be told")
+                self.signals.append("SIGTERM")
 
     def _preflight(self) -> None:
         """Examine the nodes, then how fast they are together.
@@ -292,6 +306,7 @@ class Supervisor:
         )
         self._sent = 0.0
         waits_until = float("inf")
+        look_at = time.monotonic() + _FIRST_LOOK_S if self.slurm else float("inf")
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -301,6 +316,9 @@ class Supervisor:
                     waits_until = time.monotonic() + _OTHERS_S
                 if time.monotonic() > waits_until:  # agents would start the others again and again, without the first
                     return agent.true_status(logs, 1)
+                if time.monotonic() > look_at:  # by now the step is there, and gets what is sent
+                    look_at = float("inf")
+                    self._look_for_preemption()
                 fence.look()
                 if self.signals or records.stop_asked(self.folder):
                     self._ask_to_save()

@@ -32,6 +32,7 @@ class JobState:
         nodes: SLURM's host list.
         exit_status: of its batch script.
         start: when it started or will start, as SLURM prints it.
+        preempted: whether it has been asked to make room since it started.
     """
 
     id: str
@@ -41,6 +42,7 @@ class JobState:
     nodes: str = ""
     exit_status: int = 0
     start: str = ""
+    preempted: bool = False
 
     @property
     def ended(self) -> bool:
@@ -64,6 +66,7 @@ def job_state(job: str) -> JobState | None:
     if "JobState" not in fields:
         return None
     reason = fields.get("Reason", "")
+    preempted = fields.get("PreemptTime", "None")  # ISO times, which compare as text
     return JobState(
         id=fields.get("JobId", job),
         state=fields["JobState"],
@@ -72,6 +75,7 @@ def job_state(job: str) -> JobState | None:
         nodes="" if fields.get("NodeList") in (None, "(null)") else fields["NodeList"],
         exit_status=int(fields.get("ExitCode", "0:0").partition(":")[0]),
         start=fields.get("StartTime", ""),
+        preempted=preempted[:1].isdigit() and preempted >= fields.get("StartTime", ""),
     )
 
 

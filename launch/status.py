@@ -110,7 +110,8 @@ def _state(run: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
             state = _FINAL.get(shown.exit_status, f"crashed (exit status {shown.exit_status})")
             state = word if word == "unfit nodes" else state
             return found | {"state": state, "nodes": shown.nodes, "reason": _why(events) if state == "gave up" else ""}
-        return found | {"state": word if word == "stopped" else shown.state, "nodes": shown.nodes}
+        # A preempted job that ends within its time of grace is TIMEOUT, whatever its own last word is.
+        return found | {"state": word if word in ("stopped", "finished") else shown.state, "nodes": shown.nodes}
     owner = lease.owner(run)
     if owner is not None and owner.host:
         return found | {"state": "RUNNING", "nodes": owner.host, "ended": False}

@@ -2,8 +2,8 @@
 # It reads and merges, with the rules of mmscale.train.metrics, and draws and judges nothing.
 """The history of a run.
 
-Measured on one core at 2.6 GHz: 1e6 lines of 30 keys (0.8 GB) take 6 s and 0.6 GB; as a list of dictionaries 25 s and
-3.5 GB.
+Measured on 100,000 lines of 36 keys (102 MB): 0.6 s of CPU and 81 MB as columns, 1.9 s and 376 MB as the dictionaries
+of `read_metrics`. On 1,000,000: 9.2 s of CPU, page included, and 0.76 GB in the process that merges.
 """
 
 from __future__ import annotations

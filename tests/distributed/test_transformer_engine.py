@@ -16,6 +16,6 @@ def test_layers_of_transformer_engine_are_the_torch_backends() -> None:
     paths = os.pathsep.join((str(STAND_IN), str(ROOT), os.environ.get("PYTHONPATH", "")))
     command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(STAND_IN / "checks_te.py"))
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True, timeout=240
+        command, env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True, timeout=480
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

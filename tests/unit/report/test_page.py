@@ -200,7 +200,8 @@ def test_a_long_run_is_read_and_shown_in_little(tmp_path: Path) -> None:
             file.write(json.dumps({"step": step, "attempt": 1, **values}) + "\n")
     begin = time.process_time()
     text = written([tmp_path / "run"], tmp_path / "report.html")
-    assert time.process_time() - begin < 5.0  # 0.3 s seen; a million in 10 s is 0.2 s
+    took = time.process_time() - begin
+    assert took < 1.0, took  # 0.15 s seen, on a busy machine
     assert len(text) < 1_000_000
     line = line_of(text, "output_norm", "output_norm")
     assert len(line["mean"]) == 700

@@ -114,7 +114,7 @@ def test_a_step_holds_and_says_what_the_plan_says(name: str) -> None:
     planned_memory = stages_memory(config, WORLD)
 
     def check() -> None:
-        for stage in range(config.parallel.pp):
+        for stage in sorted({0, config.parallel.pp // 2, config.parallel.pp - 1}):  # first, one between, last
             rank = (stage * replicas + 5 % replicas) * config.parallel.tp
             with rank_of(config, rank, WORLD) as pg:
                 states, messages = one_step(config, pg)

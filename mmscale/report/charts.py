@@ -244,7 +244,7 @@ class _Builder:
 
     def others(self, shown: set[str]) -> list[Chart]:
         """Whatever else was measured and ever changed, each by itself: counts of anomalies, times of other pauses."""
-        found = []
+        found: list[Chart] = []
         for key in dict.fromkeys(key for history in self.histories for key in history.columns):
             if key in shown or key in _ELSEWHERE or key.startswith(("tokens/", EVAL)) or len(found) == _OTHERS:
                 continue

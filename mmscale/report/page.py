@@ -68,7 +68,7 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
     for name, path in zip(run_names(runs), runs, strict=True):
         if not any((path / file).is_file() for file in (METRICS, EVENTS, "config.yaml")):
             raise UsageError(
-                f"report: {path} is no run folder: no {METRICS}, no {EVENTS}, no config.yaml",
+                f"report: {path} has no {METRICS}, {EVENTS} or config.yaml, so it is no run folder",
                 remedy="name a folder that `mmscale train` wrote",
             )
         history, events = read(path), read_events(path)

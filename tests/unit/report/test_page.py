@@ -165,7 +165,7 @@ def test_an_empty_run_has_a_page_that_says_so(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is no run folder: no metrics.jsonl, no events.jsonl, no config.yaml"):
+    with pytest.raises(UsageError, match=r"has no metrics.jsonl, events.jsonl or config.yaml, so it is no run folder"):
         page.read_runs([tmp_path], goodput=goodput)
 
 

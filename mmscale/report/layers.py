@@ -22,7 +22,8 @@ def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[
     Args:
         run: its folder.
         records: at most as many, the first and the last among them.
-        limit: bytes of JSON of all of them together, about.
+        limit: bytes of JSON of all of them together, about; where co-selection would take too many of them, only some
+            records have it.
     """
     file = run / LAYERS
     if not file.is_file():
@@ -34,13 +35,40 @@ def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[
             while kept and kept[-1]["step"] >= record["step"]:
                 kept.pop()
             kept.append(record)
-    return kept
+    return _thinned(kept, limit=limit)
+
+
+def _thinned(records: list[dict[str, Any]], *, limit: int) -> list[dict[str, Any]]:
+    """The records, with co-selection in as many, evenly spread and the last among them, as the limit has room for."""
+    sizes = [(len(orjson.dumps(record)), len(orjson.dumps(_without_pairs(record)))) for record in records]
+    room, pairs = limit - sum(slim for _, slim in sizes), max((whole - slim for whole, slim in sizes), default=0)
+    if len(records) * pairs <= room:
+        return records
+    number = max(2, room // pairs)
+    chosen = {round(i * (len(records) - 1) / (number - 1)) for i in range(number)}
+    return [record if place in chosen else _without_pairs(record) for place, record in enumerate(records)]
+
+
+def _without_pairs(record: dict[str, Any]) -> dict[str, Any]:
+    def slim(layer: dict[str, Any]) -> dict[str, Any]:
+        groups = {
+            group: {
+                modality: {key: value for key, value in figures.items() if key != "coselection"}
+                for modality, figures in some.items()
+            }
+            for group, some in layer.get("experts", {}).items()
+        }
+        return layer | ({"experts": groups} if groups else {})
+
+    return record | {"layers": {number: slim(layer) for number, layer in record["layers"].items()}}
 
 
 def _spread(lines: BinaryIO, size: int, *, records: int, limit: int) -> Iterator[dict[str, Any]]:
     """Whole records at evenly spread places of a file."""
-    length = max(1, len(lines.readline()))
-    number = max(2, min(records, limit // length))
+    first = lines.readline()
+    length, record = max(1, len(first)), _record(first)
+    slim = length if record is None else len(orjson.dumps(_without_pairs(record)))
+    number = max(2, min(records, limit // (2 * slim)))
     if size <= number * length:
         lines.seek(0)
         yield from filter(None, map(_record, lines))

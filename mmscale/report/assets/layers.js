@@ -127,13 +127,13 @@ class LayersView {
         tell: (r, c) => `layer ${layers[r]}, expert ${c} of ${name}`,
       }));
     });
-    const drawnGroups = groups.length;
+    const drawnGroups = groups.length, paired = this.paired();
     const drawn = groups.flatMap(([group, modality]) => {
-      const some = layers.filter((n) => record.layers[n].experts[group]?.[modality]?.coselection);
+      const some = layers.filter((n) => paired?.layers[n]?.experts?.[group]?.[modality]?.coselection);
       if (!some.length) return [];
-      const size = record.layers[some[0]].experts[group][modality].coselection.length;
+      const size = paired.layers[some[0]].experts[group][modality].coselection.length;
       const maps = some.map((n) => {
-        const rows = record.layers[n].experts[group][modality].coselection.map((row, i) => row.map((v, j) => (i === j ? null : v)));
+        const rows = paired.layers[n].experts[group][modality].coselection.map((row, i) => row.map((v, j) => (i === j ? null : v)));
         return [n, rows];
       });
       const top = Math.max(...maps.map(([, rows]) => extent(rows)[1]), 1e-9), cell = Math.max(3, Math.min(22, Math.floor(Math.max(72, this.cell(some.length, drawnGroups, 0, 150) - 16) / size)));
@@ -146,7 +146,14 @@ class LayersView {
       el("div", { class: "head" }, el("h3", {}, "Expert load by layer"), el("span", { class: "note" }, this.measure === "load" ? "Tokens that an expert took, over the modality's tokens in that layer." : "Mean gate of the tokens that an expert took.")),
       el("div", { class: "tools" }, ...this.chooser(), choice, el("label", {}, `step ${record.step.toLocaleString("en")}`, slider), scaleBar(range)),
       loads,
-      ...(drawn.length ? [el("div", { class: "head", style: "margin-top:1rem" }, el("h3", {}, "Co-selection"), el("span", { class: "note" }, "Of the tokens that the row's expert took, the fraction that the column's expert took too.")), pairs] : []));
+      ...(drawn.length ? [el("div", { class: "head", style: "margin-top:1rem" }, el("h3", {}, "Co-selection"), el("span", { class: "note" }, `Of the tokens that the row's expert took, the fraction that the column's expert took too; step ${paired?.step.toLocaleString("en")}.`)), pairs] : []));
+  }
+
+  // The record nearest to the chosen one that has co-selection: long runs of large models have it only now and then.
+  paired() {
+    const has = (record) => Object.values(record.layers).some((layer) => Object.values(layer.experts ?? {}).some((some) => Object.values(some).some((figures) => figures.coselection)));
+    const places = this.run.layers.map((_, i) => i).filter((i) => has(this.run.layers[i]));
+    return this.run.layers[places.sort((a, b) => Math.abs(a - this.record) - Math.abs(b - this.record))[0]];
   }
 
   // Width of a cell when so many maps of so many columns stand side by side.

@@ -133,3 +133,18 @@ def test_layers_of_a_long_file_are_spread_over_it(tmp_path: Path) -> None:
     assert layers_of(tmp_path, records=11)[-1]["step"] <= 699
     assert len(layers_of(tmp_path, records=5000)) == 699
     assert layers_of(tmp_path / "none") == []
+
+
+def test_co_selection_is_left_out_of_some_records_before_records_are(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, attempt=1)
+    for step in range(1, 41):
+        pairs = [[1.0] * 20] * 20
+        experts = {"text": {"text": {"unrouted": 0.5, "load": [0.1], "coselection": pairs}}}
+        log.write_layers(step, {"1": {"experts": experts, "output_norm": {"text": 2.0}}})
+    whole, few = layers_of(tmp_path, limit=10**6), layers_of(tmp_path, limit=20_000)
+    assert len(whole) == len(few) == 40
+    has = [int("coselection" in record["layers"]["1"]["experts"]["text"]["text"]) for record in few]
+    assert (has[0], has[-1]) == (1, 1) and 4 < sum(has) < 12
+    assert len(json.dumps(few)) < 25_000
+    assert few[1]["layers"]["1"]["output_norm"] == {"text": 2.0}
+    assert few[1]["layers"]["1"]["experts"]["text"]["text"] == {"unrouted": 0.5, "load": [0.1]}

@@ -105,8 +105,7 @@ class Supervisor:
                 return self._end_before_ranks()
             if number == 0 and self.slurm:
                 self._preflight()
-                self._look_for_preemption()
-                if self.signals:
+                if self._interrupted():
                     continue
             attempt = next_attempt(self.run_dir)
             lease_id = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
@@ -178,16 +177,21 @@ class Supervisor:
                 _say("preempted before ranks could be told")
                 self.signals.append("SIGTERM")
 
+    def _interrupted(self) -> bool:
+        """Whether a step may have ended for what SLURM has sent it, and not for its nodes."""
+        self._look_for_preemption()
+        return bool(self.signals)
+
     def _preflight(self) -> None:
         """Examine the nodes, then how fast they are together.
 
         Raises:
             LaunchError: one is not fit.
         """
-        bad = nodes.examine(self.record, self.profile, interrupted=lambda: bool(self.signals))
-        if not bad:
+        bad = nodes.examine(self.record, self.profile, interrupted=self._interrupted)
+        if not bad and not self.signals:
             bad, self.bandwidth = nodes.measure(
-                self.record, self.profile, port=unused_port(), interrupted=lambda: bool(self.signals)
+                self.record, self.profile, port=unused_port(), interrupted=self._interrupted
             )
         if bad:
             self._refuse(bad)

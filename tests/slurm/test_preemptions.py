@@ -1,7 +1,8 @@
 """One run that is preempted at random moments: while it starts, while it trains, while it saves; it ends with the same
 numbers, and what it wrote down of itself adds up.
 
-It found that SLURM's SIGTERM is lost on a job that has no step yet: such a one trained on through its time of grace.
+It found that SLURM's SIGTERM is lost on a job that has no step yet (it trained on through its time of grace), and ends
+the check of its nodes (which passed for unfit).
 
 The suite does two, `make preempted` twenty (MMSCALE_PREEMPTIONS); MMSCALE_SEED repeats what a failure printed.
 """

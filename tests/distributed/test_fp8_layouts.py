@@ -30,7 +30,7 @@ from tests.support import run_ranks
 
 # Blocks of 128 are whole on both ranks, and slots are the same with and without sequence parallelism.
 WIDE = {
-    "num_layers": 2,
+    "num_layers": 1,
     "hidden_size": 128,
     "ffn_hidden_size": 256,
     "seq_length": 256,

@@ -191,8 +191,8 @@ def port_of_job(job_id: int, *, step: int = 0) -> int:
 def unused_port() -> int:
     """A port of the same range that nobody on this machine listens on now, for who starts all ranks of a step.
 
-    A port that follows from the job's number is the same after a requeue, when a rank of the start before may still hold
-    it, and the same as another cluster's on one machine; rank 0 then ends with "address already in use".
+    A port that follows from the job's number is the same after a requeue, when a rank of the start before may still
+    hold it, and the same as another cluster's on one machine; rank 0 then ends with "address already in use".
 
     Raises:
         ConfigError: there is none.

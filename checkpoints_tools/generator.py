@@ -26,11 +26,19 @@ from checkpoints_tools.hf.configuration_moma import MomaConfig
 from checkpoints_tools.hf.modeling_moma import MomaForCausalLM
 from checkpoints_tools.hf.processing_moma import PLACEHOLDER, MomaProcessor, read_codes
 from checkpoints_tools.hf_config import model_config
-from checkpoints_tools.hf_files import ModelFiles, unaccounted
+from checkpoints_tools.hf_files import ModelFiles
 from checkpoints_tools.hf_source import RunWeights
 from checkpoints_tools.hf_text import fast_tokenizer
-from checkpoints_tools.hf_weights import is_native, moves
-from checkpoints_tools.to_hf import CONFIG, SETTINGS, DataTokenizers, causal_routers, config_of, tokenizers_of
+from checkpoints_tools.hf_weights import is_native
+from checkpoints_tools.to_hf import (
+    CONFIG,
+    SETTINGS,
+    DataTokenizers,
+    accounted,
+    causal_routers,
+    config_of,
+    tokenizers_of,
+)
 from mmscale.checkpoint import integrity
 from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
@@ -187,14 +195,7 @@ def open_generator(path: Path, step: int | None = None, *, routing: str | None =
 def _of_run(run: Path, step: int | None, routing: str) -> Generator:
     config = config_of(run)
     source = RunWeights(run, step)
-    auxiliary, thresholds = causal_routers(source, config, run, routing=routing)
-    listed = moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
-    wrong = unaccounted(source.names(), [move.source for move in listed])
-    if wrong:
-        raise CheckpointError(
-            f"{source.path} does not hold the model of {run / 'config.yaml'}: {integrity.describe(wrong)}",
-            remedy="restore the config.yaml that the checkpoint was written with",
-        )
+    auxiliary, thresholds, listed = accounted(source, config, run, routing=routing)
     own = tokenizers_of(config, source, None)
     content = model_config(
         config,

@@ -20,7 +20,7 @@ from checkpoints_tools.hf_config import CODE, PROCESSOR, generation_config, mode
 from checkpoints_tools.hf_files import Written, unaccounted, write_weights
 from checkpoints_tools.hf_source import RunWeights
 from checkpoints_tools.hf_text import write_text_tokenizer
-from checkpoints_tools.hf_weights import is_native, moves
+from checkpoints_tools.hf_weights import Move, is_native, moves
 from mmscale.checkpoint import integrity, publish
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.tensors import origin_of
@@ -96,14 +96,7 @@ def export(
     publish.refuse_existing(out)
     config = config_of(run)
     source = RunWeights(run, step)
-    auxiliary, thresholds = causal_routers(source, config, run, routing=routing)
-    listed = moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
-    wrong = unaccounted(source.names(), [move.source for move in listed])
-    if wrong:
-        raise CheckpointError(
-            f"{source.path} does not hold the model of {run / 'config.yaml'}: {integrity.describe(wrong)}",
-            remedy="restore the config.yaml that the checkpoint was written with",
-        )
+    auxiliary, thresholds, listed = accounted(source, config, run, routing=routing)
     own = tokenizers_of(config, source, data)
     with publish.folder(out) as folder:
         written = write_weights(folder, source, listed, shard_bytes=shard_bytes)
@@ -174,6 +167,23 @@ def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: st
             remedy=f"train them: `mmscale train {run / 'config.yaml'} --stage auxiliary`{alternative}",
         )
     return auxiliary, thresholds
+
+
+def accounted(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool, list[Move]]:
+    """What `causal_routers` gives, and the moves that take every tensor of the checkpoint and miss none.
+
+    Raises:
+        NoRoutersError: as `causal_routers`.
+        CheckpointError: the checkpoint holds another model than the configuration's.
+    """
+    auxiliary, thresholds = causal_routers(source, config, run, routing=routing)
+    listed = moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+    if wrong := unaccounted(source.names(), [move.source for move in listed]):
+        raise CheckpointError(
+            f"{source.path} does not hold the model of {run / 'config.yaml'}: {integrity.describe(wrong)}",
+            remedy="restore the config.yaml that the checkpoint was written with",
+        )
+    return auxiliary, thresholds, listed
 
 
 def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> DataTokenizers:

@@ -173,23 +173,26 @@ class TestOtherLayouts:
         assert open_source(runs / "narrow_tp").step == 3
 
     def test_copies_are_exact_and_tools_see_numbers(self, runs: Path, tmp_path: Path) -> None:
-        run = runs / "wide"
-        archive(run, 2, tmp_path / "archive")
-        restore(tmp_path / "archive", tmp_path / "restored")
-        reshard(tmp_path / "archive", None, tmp_path / "resharded")
-        for copy in (tmp_path / "restored", tmp_path / "resharded"):
-            one, other = open_source(run), open_source(copy)
-            assert one.names() == other.names()
-            assert all(torch.equal(one.read(name), other.read(name)) for name in one.names()), copy
-        assert diff((run, None), (tmp_path / "archive", None))["equal"]
-        name = "layers.1.mlp.experts.image.w1"
-        shown = values(run, name=f"{STATE}exp_avg_sq.decoder.{name}", box="0,3:7,1,100:140")
-        source = decoded(open_source(run))
-        whole = source.read(f"{STATE}exp_avg_sq.decoder.{name}")
-        assert shown["values"] == whole[0, 3:7, 1, 100:140].tolist()
-        assert 0 < shown["max"] < 1 and shown["dtype"] == "float32"
-        apart = diff((runs / "narrow", None), (runs / "as_fp32", None))
-        assert apart["max_abs"] == 0.0 and not apart["only_in_one"] and not apart["other_shape"]
+        def in_a_fork(ranks: RankEnv) -> None:  # tensorstore works in no fork of a process that has used it
+            run = runs / "wide"
+            archive(run, 2, tmp_path / "archive")
+            restore(tmp_path / "archive", tmp_path / "restored")
+            reshard(tmp_path / "archive", None, tmp_path / "resharded")
+            for copy in (tmp_path / "restored", tmp_path / "resharded"):
+                one, other = open_source(run), open_source(copy)
+                assert one.names() == other.names()
+                assert all(torch.equal(one.read(name), other.read(name)) for name in one.names()), copy
+            assert diff((run, None), (tmp_path / "archive", None))["equal"]
+            name = "layers.1.mlp.experts.image.w1"
+            shown = values(run, name=f"{STATE}exp_avg_sq.decoder.{name}", box="0,3:7,1,100:140")
+            source = decoded(open_source(run))
+            whole = source.read(f"{STATE}exp_avg_sq.decoder.{name}")
+            assert shown["values"] == whole[0, 3:7, 1, 100:140].tolist()
+            assert 0 < shown["max"] < 1 and shown["dtype"] == "float32"
+            apart = diff((runs / "narrow", None), (runs / "as_fp32", None))
+            assert apart["max_abs"] == 0.0 and not apart["only_in_one"] and not apart["other_shape"]
+
+        run_ranks(in_a_fork, world_size=1)
 
 
 def test_a_checkpoint_is_as_small_as_said(tmp_path: Path) -> None:

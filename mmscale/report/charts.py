@@ -199,7 +199,23 @@ class _Builder:
                 log=True,
             )
         )
-        return charts
+        ranks = self._several(
+            "ranks",
+            section,
+            "Ranks' own time of a step",
+            (("rank_time_max_s", "slowest rank", False), ("rank_time_median_s", "median", False)),
+            unit="s",
+            zero=True,
+            note="From asking for the batch to the end of backward, before gradients meet.",
+        )
+        slowest = self._several(
+            "slowest",
+            section,
+            "Which rank was slowest",
+            (("slowest_rank", "rank", True),),
+            note="Always the same one: look at its node.",
+        )
+        return charts + [chart for chart in (ranks, slowest) if chart.lines]  # one rank alone has neither
 
     def routing(self) -> list[Chart]:
         section = "Routing"

@@ -148,7 +148,7 @@ class Chart {
     for (const value of xs) {
       const x = this.sx(value / factor);
       svg.append(el("line", { x1: x, x2: x, y1: bottom, y2: bottom + 4, stroke: "var(--soft)" }),
-        el("text", { x, y: bottom + 17, "text-anchor": "middle" }, unit ? `${short(value, step)} ${unit}` : short(value, step)));
+        el("text", { x, y: bottom + 17, "text-anchor": x > right - 12 ? "end" : "middle" }, unit ? `${short(value, step)} ${unit}` : short(value, step)));
     }
     svg.append(el("line", { x1: left, x2: right, y1: bottom, y2: bottom, stroke: "var(--soft)" }));
   }

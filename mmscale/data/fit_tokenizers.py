@@ -18,6 +18,7 @@ from mmscale.data import image_tokens, text_tokens
 from mmscale.data.documents import BadDocumentError, Document, DocumentSlice, SplitName, Text
 from mmscale.data.encode import IMAGE
 from mmscale.data.image_files import load_image
+from mmscale.data.image_settings import SETTINGS
 from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer, ResidualTokenizer
 from mmscale.data.patches import to_patches
 from mmscale.data.progress import Reporter
@@ -67,7 +68,7 @@ def image_tokenizer(
         return None
     folder = out / image_tokens.FOLDER
     low, high = vocabulary.range_of(IMAGE)
-    if (folder / image_tokens.SETTINGS).is_file():
+    if (folder / SETTINGS).is_file():
         try:
             return image_tokens.load_image_tokenizer(folder)
         except DataError:

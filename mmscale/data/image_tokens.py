@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.data.image_settings import SETTINGS, write_settings
 from mmscale.data.patches import Codes, Pixels, cluster, nearest, to_patches
 from mmscale.errors import DataError
 
 FOLDER = "image_tokenizer"
-SETTINGS = "image_tokenizer.json"
 QUALITY = "quality.json"
 _CODEBOOK = "codebook.npy"
 _RESIDUAL = "residual.npy"
@@ -349,12 +349,6 @@ def open_image_tokenizer(folder: Path) -> ImageTokenizer:
     if not (folder / FOLDER).is_dir():
         raise DataError(f"data: {folder} has no image tokenizer", remedy="prepare it from documents with images")
     return load_image_tokenizer(folder / FOLDER)
-
-
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write a tokenizer's settings file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def save_whole(tokenizer: ImageTokenizer, folder: Path, *, measured: dict[str, Any]) -> None:

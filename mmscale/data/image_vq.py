@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmscale.data.image_tokens import SETTINGS, write_settings
+from mmscale.data.image_settings import SETTINGS, write_settings
 from mmscale.data.patches import Codes, Pixels
 from mmscale.errors import DataError
 

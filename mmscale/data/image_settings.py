@@ -1,4 +1,4 @@
-"""The file that says what an image tokenizer in a folder is. Kinds know their own settings, image_tokens.py opens all."""
+"""The file that says what an image tokenizer in a folder is; kinds know their settings, image_tokens.py opens it."""
 
 from __future__ import annotations
 

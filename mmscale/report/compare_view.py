@@ -5,22 +5,19 @@ It computes no ratio (compare.py does).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmscale.report.compare import Comparison
 from mmscale.report.equal_loss import matched
+from mmscale.report.look import COLOURS, GREY, dress, new_figure
 from mmscale.report.run_losses import ALL, MEANING, VIEWS, Measure, Model, View
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart with any colour vision and in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_GREY = "#5a5a5a"
 _TITLES: dict[View, str] = {
     "training": "training, batch routing",
     "held_out": "held out, batch routing",
@@ -50,7 +47,7 @@ def step_matching(found: Comparison) -> Figure:
     Both as shares of the baseline's total. The diagonal is the baseline itself; below it a model needs less.
     """
     views = [view for view in VIEWS if any(one.view == view for one in found.speedups)]
-    figure = _figure(width=1.2 + 3.1 * len(found.parts), height=0.7 + 2.9 * len(views))
+    figure = new_figure(width=1.2 + 3.1 * len(found.parts), height=0.7 + 2.9 * len(views))
     axes = figure.subplots(len(views), len(found.parts), squeeze=False, sharex=True)
     for row, view in enumerate(views):
         for column, part in enumerate(found.parts):
@@ -63,12 +60,6 @@ def step_matching(found: Comparison) -> Figure:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
     return figure
-
-
-def save(figure: Figure, out: Path) -> None:
-    """Write a picture; the same comparison gives the same file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
 
 
 def _rows(found: Comparison, view: View) -> list[str]:
@@ -107,13 +98,13 @@ def _named(model: Model) -> str:
 
 
 def _panel(axes: Axes, found: Comparison, view: View, part: str) -> None:
-    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1.0, linestyle="--", label=found.baseline.name)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle="--", label=found.baseline.name)
     mine = found.baseline.curves(view, part, "flops")
     for number, model in enumerate(found.models):
         theirs = model.curves(view, part, "flops")
         if not mine or not theirs:
             continue
-        total, colour = mine[0].total, _COLOURS[number % len(_COLOURS)]
+        total, colour = mine[0].total, COLOURS[number % len(COLOURS)]
         for curve in theirs[1:]:
             x, y = matched(mine[0], curve)
             axes.plot(x / total, y / total, color=colour, linewidth=0.7, alpha=0.35)
@@ -121,22 +112,6 @@ def _panel(axes: Axes, found: Comparison, view: View, part: str) -> None:
         axes.plot(x / total, y / total, color=colour, linewidth=1.7, label=model.name)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.25)
-    axes.grid(color="#e4e4e4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9a9a9a")
-    axes.tick_params(labelsize=8.5, color="#9a9a9a")
+    dress(axes)
     axes.set_xticks(np.linspace(0, 1, 5), ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_yticks(np.linspace(0, 1.25, 6), ["0", "25 %", "50 %", "75 %", "100 %", "125 %"])
-
-
-def _figure(*, width: float, height: float) -> Figure:
-    # Not through pyplot: no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -14,6 +14,7 @@ from mmscale.errors import UsageError
 from mmscale.report import facts
 from mmscale.report.compare import compare
 from mmscale.report.compare_view import render, step_matching
+from mmscale.report.look import save_figure
 
 HEADING = "Equal loss"
 
@@ -37,7 +38,7 @@ def comparison_section(baseline: Path, runs: Sequence[Path]) -> str:
     except UsageError as error:
         return f'<p class="sub">{escape(error.cause)}</p>'
     picture = io.BytesIO()
-    step_matching(found).savefig(picture, format="png", facecolor="white", metadata={"Software": None})
+    save_figure(step_matching(found), picture)
     encoded = base64.b64encode(picture.getvalue()).decode()
     image = f'<img alt="step matching" style="max-width:100%;border-radius:8px" src="data:image/png;base64,{encoded}">'
     return _as_html(render(found)) + image

@@ -14,22 +14,27 @@ from numpy.typing import NDArray
 from mmscale.errors import UsageError
 from mmscale.report.charts import HELD_OUT, modalities_of
 from mmscale.report.history import Floats, History, read
+from mmscale.report.look import (
+    COLOURS,
+    GREY,
+    MARKS,
+    dress,
+    engineering,
+    log_scale,
+    new_figure,
+    save_figure,
+    whole_steps,
+)
 from mmscale.train.metrics import EVAL, METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without yellow and black: told apart with any colour vision and in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _STYLES = ("-", "--", ":", "-.")
-MARKS = ("o", "D", "s", "^")
 _LOSS = "loss/"
 _SMOOTH_ABOVE = 200  # logged steps; more are drawn faintly under their running mean
 _DOTS_BELOW = 40
 _POINTS = 2000
-_DPI = 150
-_GREY = "#5a5a5a"
 
 
 def loss_curves(runs: Sequence[Path], out: Path) -> None:
@@ -100,24 +105,6 @@ def _history(run: Path) -> History:
     return history
 
 
-def new_figure(*, width: float, height: float) -> Figure:
-    """An empty figure [inches]."""
-    # Not through pyplot: no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # No software version or date in it: the same run gives the same file.
-    figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
-
-
 def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
     modalities = [f"{_LOSS}{name}" for name in modalities_of(histories.values())]
     for number, (run, history) in enumerate(histories.items()):
@@ -146,7 +133,8 @@ def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
     axes.set_title("Loss per token" if not modalities else "Loss per token of each modality", loc="left", fontsize=11)
     axes.set_ylabel("cross-entropy [nats]")
     axes.set_xlabel("step")
-    finish(axes)
+    dress(axes)
+    whole_steps(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, ncols=1 if len(histories) < 3 else 2)
 
@@ -158,19 +146,20 @@ def _draw_panel(axes: Axes, histories: Mapping[str, History], key: str, *, title
         if len(values):
             measured = True
             style = _STYLES[number % len(_STYLES)]
-            colour = _GREY if len(histories) == 1 else COLOURS[number % len(COLOURS)]
+            colour = GREY if len(histories) == 1 else COLOURS[number % len(COLOURS)]
             _draw_line(axes, steps, values, colour=colour, style=style, label=run)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step")
     if not measured:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
         axes.set_yticks([])
     elif scale == "log":
         log_scale(axes)
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(engineering)
-    finish(axes)
+    dress(axes)
+    whole_steps(axes)
 
 
 def _draw_line(
@@ -199,30 +188,6 @@ def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float6
     return np.where(number > 0, (sums[end] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
-def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with labels at 1, 2 and 5."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(engineering)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def finish(axes: Axes) -> None:
-    """The look of all axes, with whole steps below."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.5
-    axes.grid(color="#e4e4e4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9a9a9a")
-    axes.tick_params(labelsize=8.5, color="#9a9a9a")
-
-
 def _draw_image(axes: Axes, image: NDArray[Any]) -> None:
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
@@ -246,16 +211,3 @@ def _series(history: History, key: str) -> tuple[Floats, Floats]:
         return steps, values
     low, high = np.fmin.reduceat(values, edges), np.fmax.reduceat(values, edges)
     return np.repeat(steps[edges], 2), np.stack((low, high), axis=1).reshape(-1)
-
-
-def engineering(value: float, _position: float = 0.0) -> str:
-    """Tick labels: 12k, 3M, 1e-4, 2.5e-3."""
-    if value == 0:
-        return "0"
-    if abs(value) < 0.01:
-        digits, _, exponent = f"{value:.1e}".partition("e-")
-        return f"{float(digits):g}e-{int(exponent)}"
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{suffix}"
-    return f"{value:g}"

@@ -12,7 +12,8 @@ import numpy as np
 
 from mmscale.report.charts import Chart, charts_of, modalities_of
 from mmscale.report.downsample import Curve, Downsampler
-from mmscale.report.figures import COLOURS, MARKS, engineering, finish, log_scale, new_figure, running_mean, save_figure
+from mmscale.report.figures import running_mean
+from mmscale.report.look import COLOURS, MARKS, dress, engineering, log_scale, new_figure, save_figure, whole_steps
 from mmscale.report.page import Run
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def _draw_chart(axes: Axes, chart: Chart, runs: Sequence[Run], samplers: Sequenc
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(engineering)
     axes.xaxis.set_major_formatter(engineering)
-    finish(axes)
+    dress(axes)
+    whole_steps(axes)
     if len(chart.lines) > 1:
         axes.legend(frameon=False, fontsize=7.5, ncols=2 if len(chart.lines) > 4 else 1)
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmscale.report.look import COLOURS, GREY, dress, new_figure
 from mmscale.report.scaling import Fit, Observations, Terms, barrier_parameters, cheapest_barrier, interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_GREY = "#5a5a5a"
 _NAMES = ("constant", "A", "alpha", "B", "beta")
 
 
@@ -78,18 +76,12 @@ def render(result: Mapping[str, Any]) -> str:
 def picture(fit: Fit, seen: Mapping[tuple[str, ...], Observations]) -> Figure:
     """Measured against predicted losses; and for each pair the barrier between competition and synergy."""
     pairs = list(fit.law.pairs)
-    figure = _figure(width=5.0 * (1 + len(pairs)), height=4.4)
+    figure = new_figure(width=5.0 * (1 + len(pairs)), height=4.4)
     panels = figure.subplots(1, 1 + len(pairs), squeeze=False)[0]
     _draw_fit(panels[0], fit, seen)
     for axes, names in zip(panels[1:], pairs, strict=True):
         _draw_barrier(axes, fit, names, seen[names])
     return figure
-
-
-def save(figure: Figure, out: Path) -> None:
-    """Write the picture."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
 
 
 def _constants(terms: Terms, replicas: Sequence[Terms], first: str) -> dict[str, Any]:
@@ -164,16 +156,16 @@ def _draw_fit(axes: Axes, fit: Fit, seen: Mapping[tuple[str, ...], Observations]
             linestyle="none",
             marker="o",
             markersize=4.5,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             label=" + ".join(names),
         )
     ends = np.array([*axes.get_xlim(), *axes.get_ylim()])
-    axes.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=_GREY, linewidth=0.9, linestyle="--", zorder=0)
+    axes.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GREY, linewidth=0.9, linestyle="--", zorder=0)
     axes.set_title("loss of each run [nats per token]", loc="left", fontsize=10)
     axes.set_xlabel("fitted")
     axes.set_ylabel("measured")
     axes.legend(frameon=False, fontsize=9)
-    _finish(axes)
+    dress(axes)
 
 
 def _draw_barrier(axes: Axes, fit: Fit, names: tuple[str, str], seen: Observations) -> None:
@@ -205,24 +197,4 @@ def _draw_barrier(axes: Axes, fit: Fit, names: tuple[str, str], seen: Observatio
     axes.set_xlabel("tokens of both")
     axes.set_ylabel("parameters")
     axes.legend(frameon=False, fontsize=9)
-    _finish(axes)
-
-
-def _finish(axes: Axes) -> None:
-    axes.grid(color="#e4e4e4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9a9a9a")
-    axes.tick_params(labelsize=8.5, color="#9a9a9a")
-
-
-def _figure(*, width: float, height: float) -> Figure:
-    # Not through pyplot: no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    dress(axes)

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from mmscale.errors import UsageError
-from mmscale.report import figures
+from mmscale.report import figures, look
 from mmscale.train.metrics import EventLog, MetricsLog
 
 
@@ -89,4 +89,4 @@ def test_sample_rows_of_unit_range_and_of_nothing(tmp_path: Path) -> None:
     [(0.0, "0"), (2.5e-3, "2.5e-3"), (3e-3, "3e-3"), (-1e-4, "-1e-4"), (9.96e-3, "1e-2"), (0.5, "0.5"), (15e3, "15k")],
 )
 def test_tick_labels_tell_ticks_apart(value: float, label: str) -> None:
-    assert figures.engineering(value, 0) == label
+    assert look.engineering(value, 0) == label

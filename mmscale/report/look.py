@@ -1,0 +1,75 @@
+"""How all figures look: colours, axes, labels, and files that are the same for the same run. It draws nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours without yellow and black: told apart with any colour vision and in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKS = ("o", "D", "s", "^")
+GREY = "#5a5a5a"
+
+
+def new_figure(*, width: float, height: float) -> Figure:
+    """An empty figure [inches]."""
+    # Not through pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, out: Path | BinaryIO) -> None:
+    """Write a figure as PNG; folders are made."""
+    if isinstance(out, Path):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    # No software version or date in it: the same run gives the same file.
+    figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
+
+
+def dress(axes: Axes) -> None:
+    """The look of all axes."""
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9a9a9a")
+    axes.tick_params(labelsize=8.5, color="#9a9a9a")
+
+
+def whole_steps(axes: Axes) -> None:
+    """Ticks below at whole steps: there is no step 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with labels at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(engineering)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def engineering(value: float, _position: float = 0.0) -> str:
+    """Tick labels: 12k, 3M, 1e-4, 2.5e-3."""
+    if value == 0:
+        return "0"
+    if abs(value) < 0.01:
+        digits, _, exponent = f"{value:.1e}".partition("e-")
+        return f"{float(digits):g}e-{int(exponent)}"
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{suffix}"
+    return f"{value:g}"

@@ -1,5 +1,5 @@
 # `mmscale bench NAME [CONFIG] [--option value ...]`: calls run() of mmscale/bench/NAME.py with the options it takes.
-# A new benchmark needs one line here; its options are its function's arguments.
+# A new benchmark needs one entry here; its options are its function's arguments.
 """Benchmark commands."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
@@ -15,75 +15,88 @@ from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
 
 app = typer.Typer(help="Measure throughput.", no_args_is_help=True)
-_LOOSE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@app.command(
-    "step",
-    context_settings=_LOOSE,
-    epilog="Example: mmscale bench step --hidden 512 --seq 1024 --layers 4 --repeats 20",
+class _Benchmark(NamedTuple):
+    """A command of the group.
+
+    Attributes:
+        name: of the command.
+        help: what it measures; what it takes.
+        example: its arguments.
+        home: module with `run` and, where the result is more than pairs, `render`; default: mmscale.bench.NAME.
+    """
+
+    name: str
+    help: str
+    example: str
+    home: str = ""
+
+
+_BENCHMARKS = (
+    _Benchmark(
+        "step",
+        "Time training steps: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value.",
+        "--hidden 512 --seq 1024 --layers 4 --repeats 20",
+    ),
+    _Benchmark(
+        "checkpoint",
+        "Time saves beside megatron-core's and torch's own; loading, archive, memory. Options as --name value.",
+        "--gigabytes 1 --nproc 2 --repeats 5",
+    ),
+    _Benchmark(
+        "gpu",
+        "Measure one GPU: experts, FP8, stacks of layers, and whether they are right. Options as --name value.",
+        "--part 1 --out gpu-1.json",
+    ),
+    _Benchmark(
+        "experts",
+        "Time the ways to compute experts (model.experts.compute) beside their floor. Options as --name value.",
+        "--hidden 512 --ffn 1408 --experts 4 --rows 512",
+    ),
+    _Benchmark(
+        "footprint",
+        "Compare the memory of a real step, counted by tensors, with what `mmscale plan` says: CONFIG [KEY=VALUE]...",
+        "configs/quickstart.yaml",
+    ),
+    _Benchmark(
+        "fp8-stability",
+        "Train a toy in bf16 and emulated FP8 over learning rates and seeds; sharpness of the loss. Options as --name.",
+        "--steps 200 --seeds 2 --lrs 4e-3,1.6e-2,6.4e-2",
+        home="mmscale.bench.fp8_stability",
+    ),
+    _Benchmark(
+        "data",
+        "Compare packing schemes: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value.",
+        "configs/quickstart.yaml --repeats 3",
+    ),
+    _Benchmark(
+        "convert",
+        "Time the export to Hugging Face beside a plain copy, and the exported model's generation beside a dense one.",
+        "--hidden 512 --repeats 5",
+        home="checkpoints_tools.bench_convert",
+    ),
 )
-def step(context: typer.Context, as_json: Json = False) -> None:
-    """Time training steps: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value."""
-    _bench("step", context.args, as_json=as_json)
 
 
-@app.command(
-    "checkpoint",
-    context_settings=_LOOSE,
-    epilog="Example: mmscale bench checkpoint --gigabytes 1 --nproc 2 --repeats 5",
-)
-def checkpoint(context: typer.Context, as_json: Json = False) -> None:
-    """Time saves beside megatron-core's and torch's own; loading, archive, memory. Options as --name value."""
-    _bench("checkpoint", context.args, as_json=as_json)
+def _add(benchmark: _Benchmark) -> None:
+    @app.command(
+        benchmark.name,
+        help=benchmark.help,
+        epilog=f"Example: mmscale bench {benchmark.name} {benchmark.example}",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def command(context: typer.Context, as_json: Json = False) -> None:
+        home = benchmark.home or f"mmscale.bench.{benchmark.name}"
+        _bench(benchmark.name, home, context.args, as_json=as_json)
 
 
-@app.command("gpu", context_settings=_LOOSE, epilog="Example: mmscale bench gpu --part 1 --out gpu-1.json")
-def gpu(context: typer.Context, as_json: Json = False) -> None:
-    """Measure one GPU: experts, FP8, stacks of layers, and whether they are right. Options as --name value."""
-    _bench("gpu", context.args, as_json=as_json)
+for _benchmark in _BENCHMARKS:
+    _add(_benchmark)
 
 
-@app.command(
-    "experts",
-    context_settings=_LOOSE,
-    epilog="Example: mmscale bench experts --hidden 512 --ffn 1408 --experts 4 --rows 512",
-)
-def experts(context: typer.Context, as_json: Json = False) -> None:
-    """Time the ways to compute experts (model.experts.compute) beside their floor. Options as --name value."""
-    _bench("experts", context.args, as_json=as_json)
-
-
-@app.command("footprint", context_settings=_LOOSE, epilog="Example: mmscale bench footprint configs/quickstart.yaml")
-def footprint(context: typer.Context, as_json: Json = False) -> None:
-    """Compare the memory of a real step, counted by tensors, with what `mmscale plan` says: CONFIG [KEY=VALUE]..."""
-    _bench("footprint", context.args, as_json=as_json)
-
-
-@app.command(
-    "fp8-stability",
-    context_settings=_LOOSE,
-    epilog="Example: mmscale bench fp8-stability --steps 200 --seeds 2 --lrs 4e-3,1.6e-2,6.4e-2",
-)
-def fp8_stability(context: typer.Context, as_json: Json = False) -> None:
-    """Train a toy in bf16 and emulated FP8 over learning rates and seeds; sharpness of the loss. Options as --name."""
-    _bench("fp8-stability", context.args, as_json=as_json, home="mmscale.bench.fp8_stability")
-
-
-@app.command("data", context_settings=_LOOSE, epilog="Example: mmscale bench data configs/quickstart.yaml --repeats 3")
-def data(context: typer.Context, as_json: Json = False) -> None:
-    """Compare packing schemes: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value."""
-    _bench("data", context.args, as_json=as_json)
-
-
-@app.command("convert", context_settings=_LOOSE, epilog="Example: mmscale bench convert --hidden 512 --repeats 5")
-def convert(context: typer.Context, as_json: Json = False) -> None:
-    """Time the export to Hugging Face beside a plain copy, and the exported model's generation beside a dense one."""
-    _bench("convert", context.args, as_json=as_json, home="checkpoints_tools.bench_convert")
-
-
-def _bench(name: str, arguments: Sequence[str], *, as_json: bool, home: str = "") -> None:
-    module = importlib.import_module(home or f"mmscale.bench.{name}")
+def _bench(name: str, home: str, arguments: Sequence[str], *, as_json: bool) -> None:
+    module = importlib.import_module(home)
     values, options = split_options(name, arguments)
     known = {
         key: parameter

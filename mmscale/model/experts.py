@@ -26,7 +26,7 @@ from mmscale.model.expert_compute import BATCHED, ExpertCompute, feed_forward
 from mmscale.runtime.cuda_graphs import Captured
 
 
-class Experts(MegatronModule):
+class SpreadExperts(MegatronModule):
     """E equal experts: whole ones spread over expert-parallel ranks, their inner width over tensor-parallel ranks.
 
     Args:
@@ -35,6 +35,35 @@ class Experts(MegatronModule):
         width: SwiGLU inner width over all tensor-parallel ranks.
         groups: process groups; expert tensor parallelism equals tensor parallelism.
         expert_parallel: False keeps all experts on every rank as ordinary (dense) parameters.
+
+    Attributes:
+        local_count: L.
+        replica: which copy of its shard this rank holds.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        count: int,
+        width: int,
+        groups: ProcessGroupCollection,
+        expert_parallel: bool = True,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
+        self.ep: int = groups.ep.size() if expert_parallel else 1
+        self.ep_rank: int = groups.ep.rank() if expert_parallel else 0
+        self.replica: int = groups.expt_dp.rank() if expert_parallel else groups.dp_cp.rank()
+        assert count % self.ep == 0 and width % self.tp == 0, "checked by mmscale.config.rules"
+        self.count, self.local_count = count, count // self.ep
+
+
+class Experts(SpreadExperts):
+    """Experts as two batched parameters.
+
+    Args:
+        config, count, width, groups, expert_parallel: as of `SpreadExperts`.
         compute: how the products are computed, see expert_compute.py; anything but Transformer-Engine's.
     """
 
@@ -48,13 +77,7 @@ class Experts(MegatronModule):
         expert_parallel: bool = True,
         compute: ExpertCompute = BATCHED,
     ) -> None:
-        super().__init__(config=config)
-        self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
-        self.ep: int = groups.ep.size() if expert_parallel else 1
-        self.ep_rank: int = groups.ep.rank() if expert_parallel else 0
-        self.replica = groups.expt_dp.rank() if expert_parallel else groups.dp_cp.rank()
-        assert count % self.ep == 0 and width % self.tp == 0, "checked by mmscale.config.rules"
-        self.count, self.local_count = count, count // self.ep
+        super().__init__(config, count=count, width=width, groups=groups, expert_parallel=expert_parallel)
         hidden, inner = config.hidden_size, width // self.tp
 
         # w1 keeps gate and up projections on an axis of their own: resharding over tensor parallelism is then a plain

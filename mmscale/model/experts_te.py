@@ -13,11 +13,11 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mmscale.model.expert_compute import ExpertCompute, swiglu
+from mmscale.model.expert_compute import BATCHED, ExpertCompute, swiglu
+from mmscale.model.experts import SpreadExperts
 from mmscale.model.linear_te import PlainState, with_fusion
 from mmscale.model.state_te import FP8_STATE, delayed, expert_weight
 
@@ -30,7 +30,7 @@ class GroupedLinear(PlainState, TEGroupedLinear):
         super().__init__(products, *args, config=with_fusion(config), **kwargs)
 
 
-class TEExperts(MegatronModule):
+class TEExperts(SpreadExperts):
     """E equal experts, spread as in experts.py. Arguments and result are those of `Experts`."""
 
     def __init__(
@@ -41,16 +41,10 @@ class TEExperts(MegatronModule):
         width: int,
         groups: ProcessGroupCollection,
         expert_parallel: bool = True,
-        compute: ExpertCompute | None = None,
+        compute: ExpertCompute = BATCHED,
     ) -> None:
-        super().__init__(config=config)
-        self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
-        self.ep: int = groups.ep.size() if expert_parallel else 1
-        self.ep_rank: int = groups.ep.rank() if expert_parallel else 0
-        self.replica = groups.expt_dp.rank() if expert_parallel else groups.dp_cp.rank()
-        assert count % self.ep == 0 and width % self.tp == 0, "checked by mmscale.config.rules"
-        self.count, self.local_count = count, count // self.ep
-        self.fused = (compute or ExpertCompute()).fused
+        super().__init__(config, count=count, width=width, groups=groups, expert_parallel=expert_parallel)
+        self.fused = compute.fused
 
         def linear(inputs: int, outputs: int, mode: str, name: str) -> GroupedLinear:
             made = GroupedLinear(

@@ -232,37 +232,39 @@ def require_aligned(rows: int, inner: int, columns: int) -> None:
             )
 
 
-class Fp8ColumnParallelLinear(ColumnParallelLinear):
-    """megatron-core's linear with its outputs sharded; its products are FP8's once `attach` gave it some."""
+class _Fp8Linear:
+    """One of megatron-core's linears, whose products are FP8's once `attach` gave it some."""
+
+    fp8: Fp8Product | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fp8: Fp8Product | None = None
+        self.fp8 = None  # not of the class: a module hides its submodules behind attributes of its class
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
         if self.fp8 is None:
-            output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+            output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
             return output
-        assert kwargs["bias"] is None and self.sequence_parallel == (self.tp_group.size() > 1)
-        if self.sequence_parallel:
-            input = gather_from_sequence_parallel_region(  # noqa: A001
-                input, tensor_parallel_output_grad=True, group=self.tp_group
-            )
-        return _linear(self.fp8, input, weight)
+        assert kwargs["bias"] is None
+        return _linear(self.fp8, self._whole(input), weight)
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """The rows of all tensor-parallel ranks, where the linear takes them in parts."""
+        return hidden
 
 
-class Fp8RowParallelLinear(RowParallelLinear):
-    """megatron-core's linear with its inputs sharded; its products are FP8's once `attach` gave it some."""
+class Fp8ColumnParallelLinear(_Fp8Linear, ColumnParallelLinear):
+    """Its outputs are sharded."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.fp8: Fp8Product | None = None
+    def _whole(self, hidden: Tensor) -> Tensor:
+        assert self.sequence_parallel == (self.tp_group.size() > 1)
+        if not self.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
-        if self.fp8 is None:
-            output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
-            return output
-        return _linear(self.fp8, input, weight)
+
+class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
+    """Its inputs are sharded."""
 
 
 def _linear(product: Fp8Product, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from changed import changed
 from typer.testing import CliRunner
 
 from mmscale.cli import app
@@ -33,14 +33,7 @@ BASE: dict[str, Any] = {
 
 def config(**changes: Any) -> Config:
     """BASE with dotted keys replaced; dots are written as double underscores."""
-    values = copy.deepcopy(BASE)
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        here = values
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        here[last] = value
-    return Config.model_validate(values)
+    return changed(BASE, changes)
 
 
 BLOCKWISE = {"precision__fp8": "blockwise"}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
+from changed import changed
 
 from mmscale.config import Config
 from mmscale.config.derived import (
@@ -38,14 +38,7 @@ BASE: dict[str, Any] = {
 
 def config(**changes: Any) -> Config:
     """BASE with dotted keys replaced; dots are written as double underscores."""
-    values = copy.deepcopy(BASE)
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        here = values
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        here[last] = copy.deepcopy(value)
-    return Config.model_validate(values)
+    return changed(BASE, changes)
 
 
 DENSE = {"model__kind": "dense", "model__experts": {}}

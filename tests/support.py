@@ -38,7 +38,9 @@ import pytest
 from mmscale.runtime.rank_env import RankEnv
 
 _PR_SET_PDEATHSIG = 1
-_BELOW_TEST = re.compile(r'^  File ".*(/_pytest/|/pytest/__main__|/pluggy/|<frozen runpy>|/tests/support\.py)')
+_NOISE = re.compile(
+    r'^  File ".*(/_pytest/|/pytest/__main__|/pluggy/|<frozen runpy>|/tests/support\.py)|^Extension modules: '
+)
 _OK, _FAILED, _SKIPPED = 0, 1, 77
 
 
@@ -220,8 +222,9 @@ def _report(folder: Path, statuses: dict[int, int], *, stopped: list[int], timed
         text = error.read_text() if error.exists() else ""
         parts.append(f"rank {rank} of {len(statuses) + len(stopped)} {how}\n{text}")
     for path in sorted(folder.glob("output_*")):
-        # The stack of a rank that timed out goes down into pytest: leave out what is below the test function.
-        lines = [line for line in path.read_text(errors="replace").splitlines() if not _BELOW_TEST.search(line)]
+        # The stack of a rank that timed out goes down into pytest: leave out what is below the test function, and
+        # faulthandler's list of all loaded modules, which would push out the stack itself.
+        lines = [line for line in path.read_text(errors="replace").splitlines() if not _NOISE.search(line)]
         text = "\n".join(lines)[-4000:].strip()
         if text:
             parts.append(f"--- output of rank {path.name.removeprefix('output_')}\n{text}")

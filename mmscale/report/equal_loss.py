@@ -25,8 +25,8 @@ class Bound(StrEnum):
     """What is known of a ratio."""
 
     NONE = ""  # the ratio itself
-    AT_LEAST = ">="  # the baseline ends above this loss
-    AT_MOST = "<="  # the other model does
+    AT_LEAST = ">="  # the baseline was never as low as this loss
+    AT_MOST = "<="  # the other model was not
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,14 @@ class Ratio:
 
 
 class Falling:
-    """A loss that never rises with work.
+    """A loss that never rises with work, up to the lowest point that was measured.
+
+    What comes after the lowest point (over-fitting, or noise) says nothing about how much work a lower loss takes, and
+    averaged into the last level it would make a loss that was reached look as if it never was. So the regression ends
+    there. The price: the end of the curve is the lowest of noisy points, and below the loss it stands for by about the
+    noise of a point, in both models alike; the regression levels only what comes before. Losses of single training
+    steps are averaged in bins first, and single evaluations stand as they are: a level that only the lowest of them
+    reaches rests on that one.
 
     Args:
         work: FLOPs, seconds or steps of each point, above 0; any order, repeated ones (several seeds) are averaged.
@@ -72,8 +79,8 @@ class Falling:
 
     Attributes:
         total: work of the last point, whatever its loss.
-        best, first: lowest and highest loss of the curve.
-        start, end: work at which the curve has them: the middle of a stretch that rises no more.
+        best, first: lowest and highest loss of the curve; `best` is that of the lowest point (or bin).
+        start, end: work at which the curve has them.
     """
 
     def __init__(self, work: ArrayLike, loss: ArrayLike, *, bins: int | None = None) -> None:
@@ -84,6 +91,7 @@ class Falling:
             raise ValueError(f"{len(np.unique(x))} points with work and loss, fewer than {_FEWEST}")
         self.total = float(np.exp(x.max()))
         x, y, weight = _averaged(x, y, bins)
+        x, y, weight = (values[: int(np.argmin(y)) + 1] for values in (x, y, weight))
         fitted = isotonic_regression(y, weights=weight, increasing=False)
         # A stretch at one level (the blocks of the regression) becomes one point in its middle.
         starts, ends = fitted.blocks[:-1], fitted.blocks[1:]
@@ -119,7 +127,7 @@ def ratio_at(baseline: Sequence[Falling], other: Sequence[Falling], loss: float)
     others are single seeds and give the spread.
 
     Returns:
-        None: both end above the loss, or one was below it at its first point.
+        None: neither reached the loss, or one was below it at its first point.
     """
     ratio = _ratio(baseline[0], other[0], loss)
     if ratio is None or ratio.bound is not Bound.NONE:

@@ -56,6 +56,8 @@ def test_any_points_make_a_falling_curve(losses: list[float], bins: int | None) 
     levels = [curve.loss_at(place) for place in np.linspace(0.5, len(losses) + 1, 50)]
     assert all(earlier >= later - 1e-9 for earlier, later in itertools.pairwise(levels))
     assert min(losses) - 1e-9 <= curve.best <= curve.first <= max(losses) + 1e-9
+    if bins is None:
+        assert curve.best == min(losses)
     places = [curve.work_at(level) for level in np.linspace(curve.first, curve.best, 7)[1:-1]]
     if curve.first - curve.best > 1e-6:
         assert all(place is not None and curve.start * 0.999 <= place <= curve.end * 1.001 for place in places)
@@ -64,12 +66,36 @@ def test_any_points_make_a_falling_curve(losses: list[float], bins: int | None) 
     assert curve.work_at(curve.first + 1e-3) is None
 
 
-def test_a_rise_is_levelled() -> None:
-    """Over-fitting: where the loss goes up again nothing more is reached."""
+def test_a_rise_after_the_lowest_point_takes_nothing_back() -> None:
+    """Over-fitting: what was reached before the loss goes up again stays reached."""
     curve = Falling([1, 2, 4, 8], [3.0, 2.0, 2.2, 2.4])
-    assert curve.best == pytest.approx(2.2)
-    assert curve.end == pytest.approx(4.0)  # the middle of 2, 4 and 8, in log
-    assert curve.total == pytest.approx(8.0)
+    assert (curve.best, curve.end, curve.total) == (2.0, pytest.approx(2.0), pytest.approx(8.0))
+    levelled = Falling([1, 2, 4, 8], [3.0, 2.2, 2.4, 2.0])  # a rise before it is averaged
+    assert (levelled.loss_at(math.sqrt(8.0)), levelled.best) == (pytest.approx(2.3), 2.0)
+    assert levelled.work_at(2.3) == pytest.approx(math.sqrt(8.0))
+    lowest_first = Falling([1, 2, 4], [1.0, 2.0, 3.0])
+    assert (lowest_first.best, lowest_first.work_at(1.0), lowest_first.loss_at(2.0)) == (1.0, pytest.approx(1.0), 1.0)
+
+
+@pytest.mark.parametrize("bins", [None, 64])
+def test_a_loss_that_was_reached_is_no_bound(bins: int | None) -> None:
+    """The other model had 2.2 after work of 9, and rose; the baseline has it after 20."""
+    baseline = Falling([5, 10, 20], [3.0, 2.5, 2.2], bins=bins)
+    other = Falling([4, 6, 9, 14, 20], [3.0, 2.5, 2.2, 2.35, 2.3], bins=bins)
+    assert ratio_at([baseline], [other], 2.2) == Ratio(pytest.approx(20 / 9))
+    assert ratio_at([baseline], [other], 2.19) is None
+    above = Falling([4, 6, 9, 14, 20], [3.0, 2.5, 2.21, 2.35, 2.3], bins=bins)
+    assert ratio_at([baseline], [above], 2.2) == Ratio(pytest.approx(1.0), Bound.AT_MOST)
+
+
+def test_a_plateau_of_noise_keeps_what_came_before() -> None:
+    """The lowest of noisy points ends the curve; levels above the noise are where they are without it."""
+    random = np.random.default_rng(0)
+    loss = np.maximum(law(WORK), law(np.array([3e14]))[0])
+    curve = Falling(WORK, loss + random.normal(0, 0.01, len(WORK)), bins=SMOOTH_BINS)
+    assert loss.min() - 0.01 < curve.best < loss.min()  # bins at the end average about 40 points
+    level = law(np.array([1e14]))[0]
+    assert curve.work_at(level) == pytest.approx(1e14, rel=0.05)
 
 
 def test_loss_that_one_never_reaches_is_a_bound() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mmscale.config import Config
+from mmscale.config.fp8 import ALIGNMENT
 from mmscale.config.load import flatten, resolve
 from mmscale.config.schema import DepthConfig
 from mmscale.errors import ConfigError
@@ -196,17 +197,17 @@ def _width(config: Config, settings: dict[str, Any], target: float, tolerance: f
     """The FFN width whose FLOPs come near: they are linear in it, shared experts of the same width included.
 
     A multiple of the largest power of two, up to that in the given width and to 64, that is fine enough: matrix
-    products stay as well shaped as they can. A multiple of the tensor-parallel ranks, too.
+    products stay as well shaped as they can. A multiple of what the rules ask of every rank, too.
     """
-    tp = config.parallel.tp
-    low, high = (_forward(settings, ffn_hidden_size=tp * n) for n in (1, 2))
-    slope = (high - low) / tp
-    wanted = (target - low) / slope + tp
+    least = config.parallel.tp * (1 if config.precision.fp8 == "off" else ALIGNMENT)
+    low, high = (_forward(settings, ffn_hidden_size=least * n) for n in (1, 2))
+    slope = (high - low) / least
+    wanted = (target - low) / slope + least
     step = math.gcd(config.model.ffn_hidden_size, 64)
     while True:
-        unit = math.lcm(step, tp)
+        unit = math.lcm(step, least)
         width = max(unit, round(wanted / unit) * unit)
-        if step == 1 or abs(low + slope * (width - tp) - target) <= tolerance * target:
+        if step == 1 or abs(low + slope * (width - least) - target) <= tolerance * target:
             return width
         step //= 2
 

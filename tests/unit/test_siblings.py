@@ -84,6 +84,19 @@ def test_layout_and_routing_settings_follow() -> None:
     assert all(s.config.model.num_layers % 2 == 0 and s.config.model.ffn_hidden_size % 2 == 0 for s in found.values())
 
 
+@pytest.mark.parametrize("layout", [("delayed", 1), ("blockwise", 2)])
+def test_widths_that_fp8_takes(layout: tuple[str, int]) -> None:
+    """Every sibling of the cluster's recipe keeps rows of sixteen on a rank, and is as near as without FP8."""
+    fp8, tp = layout
+    given = load(CONFIGS / "moma_1b4_4t4i.yaml", [f"precision.fp8={fp8}", f"parallel.tp={tp}"])
+    found = siblings(given)
+    assert len({sibling.config.model.ffn_hidden_size for sibling in found}) > 1  # it is a width that was looked for
+    for sibling in found:
+        assert sibling.config.model.ffn_hidden_size % (16 * tp) == 0
+        assert sibling.ratio == pytest.approx(1.0, rel=0.01)
+        check(sibling.config, world_size=tp * given.parallel.ep)
+
+
 def test_number_of_experts() -> None:
     assert "moe4x" in by_name(siblings(config(kind="moe", experts={"counts": {"mixed": 4}})))
     uneven = by_name(siblings(config(experts={"counts": {"text": 3, "image": 1}})))

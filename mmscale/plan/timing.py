@@ -116,10 +116,10 @@ def step_time(config: Config, world: int, gpu: Gpu, *, parameters: Parameters) -
         gpu: figures of the device.
         parameters: what `count_parameters` returned.
     """
-    seen: dict[tuple[bool, bool, int, int], StepTime] = {}
+    seen: dict[tuple[bool, bool, int], StepTime] = {}
     for stage in range(config.parallel.pp):
         deep = sum(map(config.model.is_depth_layer, stage_layers(config, stage)))
-        key = (*first_and_last(config, stage), deep, 0)
+        key = (*first_and_last(config, stage), deep)
         if key not in seen:
             seen[key] = _stage_time(config, world, gpu, stage=stage, parameters=parameters)
     return max(seen.values(), key=lambda time: time.total)
@@ -192,16 +192,16 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         # Where starting kernels takes longer than running them, the device waits for the host.
         launched += count * max(0.0, started - seconds - moved - within)
         products += count * seconds
+    products += launched
+    again = recomputed_modules(config)
+    # Layers only: the output layer and its logits are never repeated.
+    repeated = products + attention + elementwise if config.parallel.recompute == "full" else 0.0
+    repeated += attention if "core_attn" in again else 0.0
+    repeated += feed_forward if "mlp" in again else 0.0
     if first_and_last(config, stage)[1]:
         rows = config.vocab.padded_size / tp
         products += 2 * model.hidden_size * rows * tokens / (plain * _reached(int(min(model.hidden_size, rows))))
         elementwise += _LOGITS * rows * tokens / (gpu.bandwidth * MEMORY)
-    products += launched
-    forward = products + attention + elementwise
-    again = recomputed_modules(config)
-    repeated = forward if config.parallel.recompute == "full" else 0.0
-    repeated += attention if "core_attn" in again else 0.0
-    repeated += feed_forward if "mlp" in again else 0.0
     backward = 2 * (products + attention) + elementwise * MOVES[1] / MOVES[0]
     return _Pass(products, attention, elementwise, backward, repeated)
 

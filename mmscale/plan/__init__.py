@@ -5,11 +5,11 @@
 
 from mmscale.plan.communication import Kind, Operation, Traffic, communication, sent_by_kind
 from mmscale.plan.compute import Flops, flops_per_token
-from mmscale.plan.layouts import Layout, rank_grid
+from mmscale.plan.layouts import Layout
 from mmscale.plan.memory import RankMemory, rank_memory
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.render import render
-from mmscale.plan.search import Search, layouts, search
+from mmscale.plan.search import Search, search
 from mmscale.plan.stages import stage_layers, stage_parameters
 from mmscale.plan.summary import plan
 
@@ -25,9 +25,7 @@ __all__ = [
     "communication",
     "count_parameters",
     "flops_per_token",
-    "layouts",
     "plan",
-    "rank_grid",
     "rank_memory",
     "render",
     "search",

@@ -1,10 +1,11 @@
 """Figures of GPUs and of the machines around them that a plan reckons with. Data sheets, not measurements.
 
-How much of a figure is reached is an assumption of timing.py.
+How much of a figure is reached is an assumption of timing.py; MFU of a run takes its peak from here too.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mmscale.errors import UsageError
@@ -78,6 +79,20 @@ GPUS = {
     ),
 }
 DEFAULT = "h100"
+# Dense bf16 tensor-core peaks [FLOP/s] by the name that a device gives itself; the first pattern found in it counts.
+_BF16_PEAKS = (
+    (r"\b(GB200|B200)\b", 2250e12),
+    (r"\bB100\b", 1750e12),
+    (r"\b(GH200|H200)\b", GPUS["h200"].bf16),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\b(H100|H800)\b", GPUS["h100"].bf16),
+    (r"\bH20\b", 148e12),
+    (r"\b(A100|A800)\b", GPUS["a100"].bf16),
+    (r"\bL40S\b", 362e12),
+    (r"\bA10G?\b", 125e12),
+    (r"\bMI300X\b", 1307.4e12),
+)
 
 
 def gpu_named(name: str) -> Gpu:
@@ -90,3 +105,14 @@ def gpu_named(name: str) -> Gpu:
     if found is None:
         raise UsageError(f"--gpu {name}: no figures of it", remedy=f"use one of {', '.join(GPUS)}")
     return found
+
+
+def bf16_peak(device_name: str) -> float | None:
+    """Peak of a device for bf16 matrix products [FLOP/s]; None where we do not know it.
+
+    Args:
+        device_name: as its driver reports it, e.g. NVIDIA H100 80GB HBM3.
+    """
+    if "MIG" in device_name:  # a slice has an unknown part of the device
+        return None
+    return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, device_name)), None)

@@ -1,6 +1,6 @@
 """One way to spread a configuration over ranks: memory, time, traffic, and what speaks for and against it.
 
-search.py tries all of them. Which rank stands where is here too.
+search.py tries all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ class Layout:
         memory: of the fullest rank.
         fits: whether that is within the memory given; None if none was given.
         time: of an optimizer step.
-        bubble: share of the pipeline's busy time that a stage waits for others.
         mfu: model FLOP/s over the device's bf16 peak.
         reasons: what speaks for and against it, in words.
     """
@@ -43,7 +42,6 @@ class Layout:
     memory: RankMemory
     fits: bool | None
     time: StepTime
-    bubble: float
     mfu: float
     reasons: tuple[str, ...]
 
@@ -82,7 +80,7 @@ class Layout:
                 "total": self.cost,
                 "compute": self.time.compute,
                 "communication": self.time.communication,
-                "bubble": self.bubble,
+                "bubble": self.time.bubble,
             },
             "time_s": self.time.as_dict(),
             "tokens_per_second": round(self.tokens_per_second),
@@ -130,14 +128,12 @@ def evaluate(
     memory = memory or fullest(config, world, parameters)
     fits = None if gpu_memory is None else memory.total <= usable_bytes(gpu_memory)
     time = step_time(config, world, gpu, parameters=parameters)
-    micro_batches = micro_batches_per_step(config, world)
     return Layout(
         config=config,
         world=world,
         memory=memory,
         fits=fits,
         time=time,
-        bubble=(config.parallel.pp - 1) / (micro_batches * (config.parallel.vpp or 1)),
         mfu=mfu(config, world, gpu, seconds=time.total, flops=flops.training),
         reasons=_reasons(config, world, gpu, memory=memory, gpu_memory=gpu_memory, time=time),
     )
@@ -192,20 +188,3 @@ def _reasons(
 
 def _share(part: float, time: StepTime) -> str:
     return f"{part / time.total:.0%}"
-
-
-def rank_grid(config: Config, world: int) -> list[dict[str, int]]:
-    """Coordinates of every rank, in megatron-core's default order tp-cp-ep-dp-pp (tensor parallelism fastest).
-
-    `ep` is the rank among expert-parallel ranks, which are consecutive data-parallel ranks; `edp` numbers the copies
-    of the same experts.
-    """
-    tp, ep = config.parallel.tp, config.parallel.ep
-    replicas = data_parallel_size(config, world)
-    grid = []
-    for rank in range(world):
-        dp = rank // tp % replicas
-        grid.append(
-            {"rank": rank, "tp": rank % tp, "dp": dp, "pp": rank // (tp * replicas), "ep": dp % ep, "edp": dp // ep}
-        )
-    return grid

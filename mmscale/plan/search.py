@@ -123,14 +123,6 @@ def search(config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: G
     return found
 
 
-def layouts(
-    config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: Gpu | None = None
-) -> tuple[list[Layout], dict[str, int]]:
-    """The layouts that `search` found, best first, and how many candidates each rule refused."""
-    found = search(config, gpus, gpu_memory=gpu_memory, gpu=gpu)
-    return found.layouts, {rejected.cause: rejected.count for rejected in found.rejected.values()}
-
-
 def is_own(layout: Layout, config: Config) -> bool:
     """Whether a layout is the one that the configuration asks for."""
     return (

@@ -1,5 +1,5 @@
 # How fast a run is: tokens per second, where the seconds of a step go, model FLOP/s, and MFU where the peak is known.
-# It counts time on the host and writes nothing; FLOPs per token come from plan.py.
+# It counts time on the host and writes nothing; FLOPs per token and peaks come from mmscale.plan.
 """A clock for the training loop, and how it is used.
 
 ```
@@ -17,28 +17,14 @@ values = clock.read()                   # on logged steps, after the loss has be
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator
+
+from mmscale.plan.hardware import bf16_peak
 
 # Part of a step's time. All other measured times (saving, evaluation) are pauses and no part of it.
 DATA_WAIT = "data_wait_s"
 SAVE_STALL = "save_stall_s"
-
-# Dense 16-bit tensor-core peak [TFLOP/s] from the makers' data sheets; the first pattern found in a device's name.
-_PEAK_BF16 = (
-    (r"\b(GB200|B200)\b", 2250.0),
-    (r"\bB100\b", 1750.0),
-    (r"\b(GH200|H200)\b", 989.4),
-    (r"\bH100 PCIe\b", 756.0),
-    (r"\bH100 NVL\b", 835.0),
-    (r"\b(H100|H800)\b", 989.4),
-    (r"\bH20\b", 148.0),
-    (r"\b(A100|A800)\b", 312.0),
-    (r"\bL40S\b", 362.0),
-    (r"\bA10G?\b", 125.0),
-    (r"\bMI300X\b", 1307.4),
-)
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
@@ -48,9 +34,8 @@ def peak_tflops(device_name: str, dtype: str) -> float | None:
         device_name: As `runtime.device.device_name()` gives it.
         dtype: precision.dtype. Only bf16 has one honest peak: fp32 depends on whether TF32 is allowed.
     """
-    if dtype != "bf16" or "MIG" in device_name:  # a MIG slice has an unknown part of the device
-        return None
-    return next((peak for pattern, peak in _PEAK_BF16 if re.search(pattern, device_name)), None)
+    peak = bf16_peak(device_name) if dtype == "bf16" else None
+    return None if peak is None else peak / 1e12
 
 
 class Throughput:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mmscale.config import Config
+from mmscale.config.derived import data_parallel_size
 from mmscale.config.load import load
 from mmscale.plan.communication import Operation, communication
-from mmscale.plan.layouts import rank_grid
 from mmscale.plan.memory import stages_memory
 from mmscale.runtime.rank_env import RankEnv
 from tests.distributed.fake_world import Messages, one_step, rank_of, states_of
@@ -30,6 +30,23 @@ SMALL = 1024
 def recipe(*changes: str) -> Config:
     """The cluster recipe, changed."""
     return load(RECIPE, [*_OVERLAP, *changes])
+
+
+def _grid(config: Config) -> list[dict[str, int]]:
+    """Coordinates of every rank in the order tp-ep-dp-pp that mmscale.plan.timing takes distances from.
+
+    `ep` is the rank among expert-parallel ranks, which are consecutive data-parallel ranks; `edp` numbers the copies
+    of the same experts.
+    """
+    tp, ep = config.parallel.tp, config.parallel.ep
+    replicas = data_parallel_size(config, WORLD)
+    grid = []
+    for rank in range(WORLD):
+        dp = rank // tp % replicas
+        grid.append(
+            {"rank": rank, "tp": rank % tp, "dp": dp, "pp": rank // (tp * replicas), "ep": dp % ep, "edp": dp // ep}
+        )
+    return grid
 
 
 def alone(function: Any) -> None:
@@ -50,9 +67,9 @@ def alone(function: Any) -> None:
         ["parallel.tp=8", "parallel.pp=2", "parallel.ep=2"],
     ],
 )
-def test_groups_are_those_of_the_plans_grid(layout: list[str]) -> None:
+def test_ranks_stand_in_the_order_that_times_are_planned_with(layout: list[str]) -> None:
     config = recipe(*layout)
-    grid = rank_grid(config, WORLD)
+    grid = _grid(config)
     # Ranks that agree in these coordinates form a group.
     fixed = {
         "tp": ("dp", "pp"),

@@ -17,12 +17,11 @@ from mmscale.config.rules import check
 from mmscale.plan import (
     count_parameters,
     flops_per_token,
-    layouts,
     memory,
     plan,
-    rank_grid,
     rank_memory,
     render,
+    search,
     stage_layers,
     stage_parameters,
 )
@@ -203,25 +202,27 @@ class TestMemory:
 
 class TestLayouts:
     def test_all_are_allowed_and_use_all_ranks(self) -> None:
-        found, refused = layouts(config(), 8)
-        assert found
-        assert refused
-        for layout in found:
+        found = search(config(), 8)
+        assert found.layouts
+        assert found.rejected
+        for layout in found.layouts:
             check(layout.config, world_size=8)
             entry = layout.as_dict()
             assert entry["tp"] * entry["pp"] * entry["dp"] == 8
             assert entry["reasons"]
-            assert math.isfinite(entry["cost"]["total"])
+            parts = entry["cost"]
+            assert math.isfinite(parts["total"])
+            assert parts["compute"] + parts["communication"] + parts["bubble"] == pytest.approx(parts["total"])
 
     def test_cheapest_first(self) -> None:
-        found, _ = layouts(config(), 8)
+        found = search(config(), 8).layouts
         assert [layout.cost for layout in found] == sorted(layout.cost for layout in found)
         assert {layout.fits for layout in found} == {None}
 
     def test_what_fits_stands_first(self) -> None:
-        everything = [layout.memory.total for layout in layouts(config(), 8)[0]]
+        everything = [layout.memory.total for layout in search(config(), 8).layouts]
         memory = sorted(everything)[len(everything) // 2] / GIB
-        found, _ = layouts(config(), 8, gpu_memory=memory)
+        found = search(config(), 8, gpu_memory=memory).layouts
         verdicts = [bool(layout.fits) for layout in found]
         assert True in verdicts
         assert False in verdicts
@@ -229,8 +230,8 @@ class TestLayouts:
         assert all(("does not fit" in layout.reasons[0]) is not layout.fits for layout in found)
 
     def test_full_recomputation_only_where_it_is_needed(self) -> None:
-        assert {layout.config.parallel.recompute for layout in layouts(config(), 2, gpu_memory=80)[0]} == {"none"}
-        assert "full" in {layout.config.parallel.recompute for layout in layouts(config(), 2, gpu_memory=1e-4)[0]}
+        assert {layout.config.parallel.recompute for layout in search(config(), 2, gpu_memory=80).layouts} == {"none"}
+        assert "full" in {layout.config.parallel.recompute for layout in search(config(), 2, gpu_memory=1e-4).layouts}
 
     def test_the_configurations_own_layout_is_marked(self) -> None:
         own = [layout for layout in plan(config("parallel.tp=2"), gpus=4)["layouts"] if layout["current"]]
@@ -240,20 +241,6 @@ class TestLayouts:
         wide = config("parallel.tp=16", num_attention_heads=16, num_query_groups=16)
         reasons = plan(wide)["layouts"][0]["reasons"]
         assert "tensor parallelism leaves the node of 8" in reasons
-
-    def test_rank_grid(self) -> None:
-        grid = rank_grid(config("parallel.tp=2", "parallel.pp=2", "parallel.ep=2"), 8)
-        assert [(place["tp"], place["dp"], place["pp"]) for place in grid] == [
-            (0, 0, 0),
-            (1, 0, 0),
-            (0, 1, 0),
-            (1, 1, 0),
-            (0, 0, 1),
-            (1, 0, 1),
-            (0, 1, 1),
-            (1, 1, 1),
-        ]
-        assert [place["ep"] for place in grid] == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
 class TestPlan:

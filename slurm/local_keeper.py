@@ -83,7 +83,8 @@ class Keeper:
 
     def __init__(self, folder: Path, nodes: int, *, networks: bool = False) -> None:
         self.folder = folder
-        self.network = local_network.Network.up() if networks else None
+        self.networks = networks
+        self.network: local_network.Network | None = None
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.own_names = os.getuid() == 0 and _can_unshare()
         self.daemons: dict[str, int] = {}
@@ -96,8 +97,11 @@ class Keeper:
         asked: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda received, _: asked.append(received))
-        self._write_files()
+        self._make_folders()
         try:
+            if self.networks:
+                self.network = local_network.Network.up()
+            self._write_files()
             self._start_missing()
             self._write_state()
             while True:
@@ -113,9 +117,12 @@ class Keeper:
         finally:
             self._stop()
 
-    def _write_files(self) -> None:
+    def _make_folders(self) -> None:
+        """Before anything that would have to be taken back: it fails in the folder of another cluster."""
         for name in ("etc", "state", "log", "run", *(f"spool/{node}" for node in self.names)):
             (self.folder / name).mkdir(mode=0o700, parents=True)
+
+    def _write_files(self) -> None:
         port = _free_ports(len(self.names) + 1)
         host = socket.gethostname()
         devices = [f"/dev/tty{number}" for number in range(8)]

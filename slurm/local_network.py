@@ -37,9 +37,14 @@ class Network:
             if f" {prefix}." not in used and name not in used:
                 break
         _ip("link", "add", name, "type", "bridge")
-        _ip("addr", "add", f"{prefix}.1/24", "dev", name)
-        _ip("link", "set", name, "up")
-        return cls(name, prefix)
+        made = cls(name, prefix)
+        try:
+            _ip("addr", "add", f"{prefix}.1/24", "dev", name)
+            _ip("link", "set", name, "up")
+        except OSError:
+            made.down()
+            raise
+        return made
 
     def address(self, number: int) -> str:
         """Address of the node with a number from 0."""

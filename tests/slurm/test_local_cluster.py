@@ -116,6 +116,16 @@ def test_a_node_is_cut_off_and_no_interface_is_left(tmp_path: Path) -> None:
     assert not mine & interfaces()
 
 
+@pytest.mark.skipif(not local_network.possible(), reason="no network namespaces (not root)")
+def test_a_keeper_that_cannot_begin_leaves_no_bridge(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()  # of another cluster
+    before = interfaces()
+    serve = by_hand("serve", "--dir", str(tmp_path), "--nodes", "1", "--networks")
+    assert serve.returncode == 1 and "File exists" in serve.stderr
+    assert interfaces() <= before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["etc"]
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(ClusterError, match="is not empty"):

@@ -173,6 +173,7 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
             notes.append(f"{model.name}: {apart:+.1%} FLOPs per token, which the ratios of FLOPs account for")
         if missing := [view for view in VIEWS if view not in run.losses]:
             notes.append(f"{model.name}: not measured: {'; '.join(MEANING[view] for view in missing)}")
+        notes += _young(model)
         if run.config.model.auxiliary.mode == "joint":
             notes.append(
                 f"{model.name}: auxiliary routers were trained along; their FLOPs are not counted, their time is"
@@ -189,6 +190,19 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
     if any(len(model.runs) == 1 for model in (baseline, *models)):
         notes.append("one seed of a model: its ratios have no spread")
     return notes
+
+
+def _young(model: Model) -> list[str]:
+    """Seeds that have not gone far enough for a curve, by the losses that they lack one of."""
+    views: dict[Path, list[View]] = {}
+    for view in VIEWS:
+        for run in model.young(view):
+            views.setdefault(run.folder, []).append(view)
+    return [
+        f"{model.name}: {folder} has fewer than three points of {', '.join(f'{view} losses' for view in some)}: "
+        "they are part of the ratio, not of its spread"
+        for folder, some in views.items()
+    ]
 
 
 def _held_out(config: Config) -> int:

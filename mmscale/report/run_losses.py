@@ -56,6 +56,9 @@ class Points:
     loss: NDArray[np.float64]
 
 
+_NOTHING = Points(np.zeros(0), np.zeros(0), np.zeros(0))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run as far as it is compared.
@@ -100,15 +103,37 @@ class Model:
     runs: tuple[Run, ...]
 
     def curves(self, view: View, part: str, measure: Measure) -> list[Falling]:
-        """The curve of all runs' points; with several runs their own follow. Empty where nothing was measured."""
-        points = [run.losses[view][part] for run in self.runs if part in run.losses.get(view, {})]
+        """The curve of all runs' points; with several runs follow those that have enough points for one of their own.
+
+        Empty where too little was measured.
+        """
+        whole, alone = self._curves(view, part, measure)
+        return [] if whole is None else [whole, *(curve for curve in alone.values() if curve is not None)]
+
+    def young(self, view: View) -> list[Run]:
+        """Runs that are in the curve of all points, or would be, with too few for one of their own."""
+        found: dict[Path, Run] = {}
+        for part in (ALL, *self.runs[0].config.vocab.names):
+            whole, alone = self._curves(view, part, "flops")
+            if whole is not None:
+                found |= {run.folder: run for run in self.runs if run.folder in alone and alone[run.folder] is None}
+        return list(found.values())
+
+    def _curves(self, view: View, part: str, measure: Measure) -> tuple[Falling | None, dict[Path, Falling | None]]:
+        """The curve of all points, and with several runs the own one of each; None: too few points."""
+        points = {run.folder: run.losses.get(view, {}).get(part, _NOTHING) for run in self.runs}
         bins = SMOOTH_BINS if view == "training" else None
-        pairs = [(getattr(one, measure), one.loss) for one in points]
-        try:
-            found = [Falling(*(np.concatenate(side) for side in zip(*pairs, strict=True)), bins=bins)] if pairs else []
-            return found if len(pairs) < 2 else found + [Falling(work, loss, bins=bins) for work, loss in pairs]
-        except ValueError:  # too few points
-            return []
+        whole = _falling(list(points.values()), measure, bins=bins)
+        alone = {folder: _falling([own], measure, bins=bins) for folder, own in points.items()}
+        return whole, alone if len(points) > 1 else {}
+
+
+def _falling(points: Sequence[Points], measure: Measure, *, bins: int | None) -> Falling | None:
+    work, loss = (np.concatenate([getattr(one, name) for one in points]) for name in (measure, "loss"))
+    try:
+        return Falling(work, loss, bins=bins)
+    except ValueError:  # too few points
+        return None
 
 
 def read_run(folder: Path) -> Run:

@@ -154,6 +154,24 @@ def test_seeds_are_one_model(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     assert 1.5 < one.ratio.value < 3.0
 
 
+def test_a_young_seed_takes_nothing_away(tmp_path: Path, runs: tuple[Path, Path]) -> None:
+    for seed, steps in ((2, STEPS), (3, 30)):
+        folder = make_run(
+            tmp_path / f"4t4i_{seed}",
+            config(f"run.seed={seed}", kind="moma", mode="joint"),
+            speedups=SPEEDUPS,
+            causal=SPEEDUPS,
+        )
+        lines = [line for line in (folder / "metrics.jsonl").open() if json.loads(line)["step"] <= steps]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+    found = compare(runs[0], [runs[1], tmp_path / "4t4i_2", tmp_path / "4t4i_3"])
+    (note,) = [note for note in found.notes if "points" in note]
+    assert note.startswith(f"4t4i: {tmp_path / '4t4i_3'} has fewer than three points of held_out losses, causal losses")
+    one = found.find("4t4i", "held_out", "text", "flops", 0.5)
+    assert one is not None
+    assert (one.ratio.value, one.ratio.pairs) == (pytest.approx(2.0, rel=0.02), 2)
+
+
 def test_rows_without_numbers_and_times(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     sick = make_run(tmp_path / "sick", config(kind="moma"), speedups=SPEEDUPS, step_time_s=None, nan_at=range(100, 200))
     with (sick / "metrics.jsonl").open("a") as file:

@@ -129,7 +129,7 @@ def run(
             raise UsageError(f"bench experts: --{name} = {size} is not a positive number", remedy="give at least 1")
     shape = Shape(experts, rows, hidden, ffn)
     device.keep_host_memory()
-    given = _inputs(shape, _DTYPES[dtype])
+    given = inputs(shape, _DTYPES[dtype])
     contenders = ways(shape, _DTYPES[dtype])
     rounds = [{name: _time(way, given) for name, way in contenders.items()} for _ in range(repeats + 1)][1:]
     result: dict[str, Any] = {
@@ -147,12 +147,13 @@ def run(
     return result
 
 
-def _inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def inputs(shape: Shape, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens [L, N, H] and weights [L, H, 2, F], [L, F, H] that keep their size; all want gradients."""
+    generator = torch.Generator(device.taken()).manual_seed(seed)
 
     def draw(*size: int, scale: float) -> Tensor:
-        values = torch.randn(size, generator=generator) * scale
-        return values.to(device=device.taken(), dtype=dtype).requires_grad_()
+        values = torch.randn(size, generator=generator, device=device.taken()) * scale
+        return values.to(dtype).requires_grad_()
 
     return (
         draw(shape.experts, shape.rows, shape.hidden, scale=1.0),

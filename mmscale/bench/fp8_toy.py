@@ -16,11 +16,9 @@ import torch
 
 from mmscale.config import Config
 from mmscale.data.vocab import EOS, SPECIAL_TOKENS, Vocabulary
-from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import device, groups
 from mmscale.train.batch import Batch, to_device
-from mmscale.train.companions import companions_of
-from mmscale.train.optim import make_optimizer, wrap
+from mmscale.train.parts import build
 from mmscale.train.schedule import learning_rate
 from mmscale.train.step import Stepper, mean_losses
 from mmscale.train.synthetic import SyntheticMixture
@@ -128,13 +126,8 @@ def train_toy(config: Config, *, held_out: int = 8) -> Toy:
         config: one of `toy_config`.
         held_out: micro-batches kept for evaluation.
     """
-    collection = groups.collection()
-    transformer = transformer_config(config)
     device.set_seeds(config.run.seed)
-    chunks = wrap(config, transformer, build_chunks(config, collection, transformer=transformer), collection)
-    optimizer = make_optimizer(config, chunks, collection)
-    companions = companions_of(config, transformer, chunks, collection)
-    stepper = Stepper(config, chunks, optimizer, collection, companions=companions)
+    stepper = build(config, groups.collection()).stepper
     share = config.model.experts.share
     language = Language(config, share=share if isinstance(share, dict) else {"text": 0.5, "image": 0.5})
     vocabulary = Vocabulary.from_config(config.vocab)

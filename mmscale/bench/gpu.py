@@ -127,6 +127,8 @@ def render(result: dict[str, Any]) -> str:
             verdict = {True: "passed", False: "**failed**", None: "not measured"}[check["passed"]]
             value = "" if check["value"] is None else f"{check['value']:.2e}"
             lines.append(f"| {check['name']} | {value} | {check['limit']:g} | {verdict} | {check['note']} |")
+    if (ratio := result.get("depth_layer_over_dense")) is not None:
+        lines += ["", f"A layer that processes a quarter of the tokens takes {ratio:.3f} of the time of one for all."]
     stacks = result.get("stacks")
     if stacks and stacks["mfu"]:
         lines += ["", f"MFU of {stacks['peak_tflops']:g} TFLOP/s (bf16 data sheet, also for FP8):"]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmscale.bench import experts
 from mmscale.bench.gpu_kernels import RECIPES, fp8_context, reset_fp8, te_experts
 from mmscale.bench.gpu_session import Session
 from mmscale.bench.gpu_shapes import TINY, Shape
@@ -72,7 +73,7 @@ def run(session: Session, *, steps: int = 200) -> None:
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.double().cpu() - exact).norm() / exact.norm())
+    return float((found.detach().double().cpu() - exact).norm() / exact.norm())
 
 
 def _reference(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -87,14 +88,9 @@ def _reference(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 def _inputs(session: Session) -> tuple[Tensor, Tensor, Tensor]:
     """Experts small enough for fp64 on the host."""
-    shape, where = session.shape, device.taken()
-    experts, hidden, inner = 4, min(shape.hidden, 256), min(shape.inner, 512)
-    dtype = torch.bfloat16 if session.dtype == "bf16" else torch.float32
-    generator = torch.Generator().manual_seed(11)
-    sizes = ((experts, 64, hidden), (experts, hidden, 2, inner), (experts, inner, hidden))
-    made = [torch.randn(size, generator=generator) * (1.0 if i == 0 else 0.05) for i, size in enumerate(sizes)]
-    tokens, w1, w2 = (tensor.to(where, dtype) for tensor in made)
-    return tokens, w1, w2
+    shape = session.shape
+    group = experts.Shape(experts=4, rows=64, hidden=min(shape.hidden, 256), ffn=min(shape.inner, 512))
+    return experts.inputs(group, session.torch_dtype, seed=11)
 
 
 def experts_error(session: Session, products: Products) -> tuple[float, str]:
@@ -109,12 +105,12 @@ def te_experts_error(session: Session, recipe: str) -> tuple[float, str]:
     from mmscale.model.state_te import weight_of_w1, weight_of_w2
 
     tokens, w1, w2 = _inputs(session)
-    experts, _, hidden = tokens.shape
-    small = replace(session, shape=replace(session.shape, hidden=hidden, inner=w2.shape[1], experts=experts))
+    count, _, hidden = tokens.shape
+    small = replace(session, shape=replace(session.shape, hidden=hidden, inner=w2.shape[1], experts=count))
     module: Any
     module, transformer = te_experts(small, recipe)
     with torch.no_grad():
-        for index in range(experts):
+        for index in range(count):
             getattr(module.linear_fc1, f"weight{index}").copy_(weight_of_w1(w1[index : index + 1]))
             getattr(module.linear_fc2, f"weight{index}").copy_(weight_of_w2(w2[index : index + 1]))
     for _ in range(2):

@@ -12,17 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mmscale.bench import experts
 from mmscale.bench.gpu_session import Session
 from mmscale.bench.gpu_shapes import Ceilings
 from mmscale.model.build import transformer_config
-from mmscale.model.expert_compute import ExpertCompute, Products, feed_forward
+from mmscale.model.expert_compute import ExpertCompute, Products
 from mmscale.model.routing import combine, expert_choice
 from mmscale.runtime import device, groups, transformer_engine
 
 RECIPES = ("delayed", "tensorwise", "blockwise")
 _ROTATED = 4  # inputs that calls take in turns
+# Of the ways of `mmscale bench experts`: what their rows are called.
+_WAYS = {
+    experts.LOOP: "loop",
+    experts.BASE: "bmm",
+    "bmm_fused": "bmm, fused SwiGLU",
+    "grouped_mm_fused": "grouped_mm, fused SwiGLU",
+}
 
 
 def ceilings(session: Session) -> None:
@@ -68,64 +75,38 @@ def _work(compute: Callable[[Tensor], Tensor], inputs: list[Tensor], weights: li
 
 
 def _tokens(session: Session) -> list[Tensor]:
-    shape = session.shape
+    shape, where, dtype = session.shape, device.taken(), session.torch_dtype
     size = (shape.experts, shape.capacity, shape.hidden)
-    dtype = getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[session.dtype])
-    return [torch.randn(size, device=device.taken(), dtype=dtype, requires_grad=True) for _ in range(2)]
-
-
-def _loop(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Every expert by itself: what a list of networks would do."""
-    return torch.stack(
-        [
-            feed_forward(tokens[e : e + 1], w1[e : e + 1], w2[e : e + 1], compute=ExpertCompute()).squeeze(0)
-            for e in range(tokens.shape[0])
-        ]
-    )
+    return [torch.randn(size, device=where, dtype=dtype, requires_grad=True) for _ in range(2)]
 
 
 def expert_networks(session: Session) -> None:
     """One layer's experts with equally many tokens each: a loop, bmm, grouped_mm, with and without fused SwiGLU."""
-    shape, where = session.shape, device.taken()
-    variants: dict[str, Callable[..., Tensor]] = {"loop": _loop}
-    for name, compute in (
-        ("bmm", ExpertCompute()),
-        ("bmm, fused SwiGLU", ExpertCompute(fused=True)),
-        ("grouped_mm, fused SwiGLU", ExpertCompute(Products.GROUPED_MM, fused=True)),
-    ):
-        variants[name] = lambda tokens, w1, w2, compute=compute: feed_forward(tokens, w1, w2, compute=compute)
-    for name, function in variants.items():
-        if "grouped_mm" in name and not hasattr(F, "grouped_mm"):
-            session.skip(2, f"experts {name}", f"torch {torch.__version__} has no grouped_mm")
+    shape = session.shape
+    group = experts.Shape(shape.experts, shape.capacity, shape.hidden, shape.inner)
+    ways, flops = experts.ways(group, session.torch_dtype), shape.expert_flops()
+    for key, name in _WAYS.items():
+        if key not in ways:
+            session.skip(2, f"experts {name}", f"torch {torch.__version__} has no {key} for these shapes")
             continue
-
-        def forward(function: Callable[..., Tensor] = function) -> Callable[[int], object]:
-            inputs, (w1, w2) = _tokens(session), _weights(session, where)
-
-            @torch.no_grad()
-            def run(number: int) -> object:
-                return function(inputs[number % len(inputs)], w1, w2)
-
-            return run
-
-        def both(function: Callable[..., Tensor] = function) -> Callable[[int], object]:
-            w1, w2 = _weights(session, where)
-            return _work(lambda tokens: function(tokens, w1, w2), _tokens(session), [w1, w2])
-
-        flops, key = shape.expert_flops(), "loop" if name == "loop" else "bmm"
-        session.time(2, f"experts {name}, forward", forward, flops=flops, key=f"experts {key} forward")
-        session.time(2, f"experts {name}, forward and backward", both, flops=3 * flops, key=f"experts {key} both")
+        work = functools.partial(_way_work, session, group, ways[key])
+        row, predicted = f"experts {name}, forward", f"experts {'loop' if key == experts.LOOP else 'bmm'}"
+        session.time(2, row, functools.partial(work, backward=False), flops=flops, key=f"{predicted} forward")
+        both = functools.partial(work, backward=True)
+        session.time(2, f"{row} and backward", both, flops=3 * flops, key=f"{predicted} both")
 
 
-def _weights(session: Session, where: torch.device) -> tuple[Tensor, Tensor]:
-    shape, dtype = session.shape, _tokens_dtype(session)
-    w1 = torch.randn(shape.experts, shape.hidden, 2, shape.inner, device=where, dtype=dtype) * 0.02
-    w2 = torch.randn(shape.experts, shape.inner, shape.hidden, device=where, dtype=dtype) * 0.02
-    return w1.requires_grad_(), w2.requires_grad_()
+def _way_work(session: Session, group: experts.Shape, way: experts.Way, *, backward: bool) -> Callable[[int], object]:
+    tokens = _tokens(session)
+    _, w1, w2 = experts.inputs(group, session.torch_dtype)
+    if backward:
+        return _work(lambda given: way(given, w1, w2), tokens, [w1, w2])
 
+    @torch.no_grad()
+    def run(number: int) -> object:
+        return way(tokens[number % len(tokens)], w1, w2)
 
-def _tokens_dtype(session: Session) -> torch.dtype:
-    return torch.bfloat16 if session.dtype == "bf16" else torch.float32
+    return run
 
 
 def expert_fp8(session: Session) -> None:
@@ -191,25 +172,25 @@ def reset_fp8() -> None:
 
 
 def _te_work(session: Session, recipe: str, *, first: bool) -> Callable[[int], object]:
-    experts, transformer = te_experts(session, recipe)
+    module, transformer = te_experts(session, recipe)
     called: list[bool] = []
-    linears: list[Any] = [module for module in experts.modules() if hasattr(module, "is_first_microbatch")]
+    linears: list[Any] = [part for part in module.modules() if hasattr(part, "is_first_microbatch")]
 
     def compute(tokens: Tensor) -> Tensor:
         for linear in linears:
             linear.is_first_microbatch = first or not called
         called.append(True)
         with fp8_context(transformer):
-            return experts(tokens)
+            return module(tokens)
 
-    return _work(compute, _tokens(session), list(experts.parameters()))
+    return _work(compute, _tokens(session), list(module.parameters()))
 
 
 def routing(session: Session) -> None:
     """Expert choice of one modality, gathering the chosen tokens, and the weighted sum back; inputs in turns."""
     shape, where = session.shape, device.taken()
     half, tokens = shape.experts // 2, shape.tokens
-    dtype = _tokens_dtype(session)
+    dtype = session.torch_dtype
     capacity = shape.seq // 2 // half
     member = (torch.arange(shape.seq, device=where) % 2 == 0).unsqueeze(1).expand(-1, shape.micro_batch)
 
@@ -235,7 +216,7 @@ def routing(session: Session) -> None:
         return lambda number: combine(outputs[number % _ROTATED], selection, tokens)
 
     chosen = half * capacity * shape.micro_batch * shape.hidden
-    width = 2 if dtype is torch.bfloat16 else 4
+    width = dtype.itemsize
     copy = session.ceilings.copy
     session.time(5, "routing, choice", choice, floor=tokens * half * 4 / copy, key="routing", note="one modality")
     session.time(5, "routing, gather", gather, floor=2 * chosen * width / copy, key="-", note="one modality")

@@ -20,7 +20,7 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import device, groups, stopwatch, transformer_engine
 from mmscale.train.batch import Batch, to_device
-from mmscale.train.optim import make_optimizer, wrap
+from mmscale.train.parts import build
 from mmscale.train.step import Stepper
 from mmscale.train.synthetic import SyntheticMixture
 from mmscale.train.throughput import peak_tflops
@@ -76,8 +76,7 @@ def _token_choice(session: Session, *, te: bool, skewed: bool) -> Callable[[int]
     )
     routing = torch.nn.functional.one_hot(expert, shape.experts).bool().to(where)
     probs = routing.float() * 0.5
-    dtype = torch.bfloat16 if session.dtype == "bf16" else torch.float32
-    hidden = torch.randn(shape.tokens, shape.hidden, device=where, dtype=dtype)
+    hidden = torch.randn(shape.tokens, shape.hidden, device=where, dtype=session.torch_dtype)
 
     @torch.no_grad()
     def run(_: int) -> object:
@@ -97,9 +96,9 @@ def depth_layer(session: Session) -> None:
 
     def layer(index: int) -> Callable[[int], object]:
         model: Any = build_chunks(config, groups.collection())[0].eval()
-        dtype = torch.bfloat16 if session.dtype == "bf16" else torch.float32
-        model = model.to(dtype)
-        hidden = torch.randn(shape.seq, shape.micro_batch, shape.hidden, device=device.taken(), dtype=dtype)
+        model = model.to(session.torch_dtype)
+        size = (shape.seq, shape.micro_batch, shape.hidden)
+        hidden = torch.randn(size, device=device.taken(), dtype=session.torch_dtype)
         rotary = model.rotary_pos_emb(shape.seq)
 
         @torch.no_grad()
@@ -110,7 +109,7 @@ def depth_layer(session: Session) -> None:
 
     whole = session.time(6, "layer, all tokens", lambda: layer(1), flops=shape.layer_flops(), key="-")
     quarter = session.time(
-        6, "layer, a quarter of the tokens", lambda: layer(0), flops=shape.layer_flops(0.25), key="depth layer"
+        6, "layer, a quarter of the tokens", lambda: layer(0), flops=shape.layer_flops(depth=True), key="depth layer"
     )
     if whole and quarter:
         session.facts["depth_layer_over_dense"] = quarter / whole
@@ -142,7 +141,7 @@ def stacks(session: Session) -> None:
             if backend == "te" and te is not None:
                 session.skip(7, f"{name}, step", f"Transformer-Engine: {te}", key=key)
                 continue
-            flops = shape.step_flops(layers)
+            flops = shape.step_flops(kind, layers)
             floor = flops / (session.ceilings.bf16 if fp8 == "off" else session.ceilings.fp8)
             passes = session.time(7, f"{name}, forward and backward", stack.passes, flops=flops, floor=floor, key="-")
             session.time(7, f"{name}, step", stack.steps, flops=flops, floor=floor, key=key, note="with the update")
@@ -180,14 +179,9 @@ class _Stack:
 
     def _made(self) -> Stepper:
         if self.stepper is None:
-            collection = groups.collection()
             if self.config.precision.fp8 != "off":
                 reset_fp8()
-            transformer = transformer_config(self.config)
-            made = build_chunks(self.config, collection, transformer=transformer)
-            chunks = wrap(self.config, transformer, made, collection)
-            optimizer = make_optimizer(self.config, chunks, collection)
-            self.stepper = Stepper(self.config, chunks, optimizer, collection)
+            self.stepper = build(self.config, groups.collection()).stepper
             self.batches = _batches(self.config, count=2)
         return self.stepper
 

@@ -6,11 +6,13 @@ A row that fails does not end the others; a run that is killed leaves what it ha
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,20 +49,17 @@ class Check:
 
     Attributes:
         name: what was compared.
-        value: the difference; None: not measured.
+        value: the difference; None: there is no number, because it was not measured or because it failed.
         limit: of it.
+        passed: None: not measured. What raised or is not a number has not passed.
         note: what the value is, or why there is none.
     """
 
     name: str
     value: float | None
     limit: float
-    note: str = ""
-
-    @property
-    def passed(self) -> bool | None:
-        """None: not measured. What is not a number has not passed."""
-        return None if self.value is None else bool(self.value <= self.limit)
+    passed: bool | None
+    note: str
 
 
 @dataclass
@@ -88,6 +87,11 @@ class Session:
     def dtype(self) -> str:
         """precision.dtype of everything that is timed."""
         return "bf16" if device.has_cuda() else "fp32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same as torch calls it."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     def time(
         self,
@@ -148,21 +152,24 @@ class Session:
     def check(self, name: str, limit: float, compare: Callable[[], tuple[float, str]]) -> None:
         """Compare, and keep the result: the difference and a word on it."""
         if time.monotonic() > self.deadline:
-            self.checks.append(Check(name, None, limit, "not measured: no time was left"))
+            self.leave_out(name, limit, "no time was left")
         else:
             try:
                 value, note = compare()
-                self.checks.append(Check(name, value, limit, note))
+                if math.isfinite(value):
+                    self.checks.append(Check(name, value, limit, bool(value <= limit), note))
+                else:
+                    self.checks.append(Check(name, None, limit, False, f"{value}: {note}"))
             except Exception as error:  # as above
                 note = f"{type(error).__name__}: {_first_line(error)}"
-                self.checks.append(Check(name, float("nan"), limit, note))
+                self.checks.append(Check(name, None, limit, False, note))
             finally:
                 stopwatch.release()
         self.write()
 
     def leave_out(self, name: str, limit: float, why: str) -> None:
         """Keep the reason for a missing check."""
-        self.checks.append(Check(name, None, limit, f"not measured: {why}"))
+        self.checks.append(Check(name, None, limit, None, f"not measured: {why}"))
 
     def _keep(self, row: Row) -> None:
         self.rows.append(row)
@@ -179,14 +186,24 @@ class Session:
             "repeats": self.repeats,
             "ceilings": asdict(self.ceilings),
             "rows": [asdict(row) for row in self.rows],
-            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+            "checks": [asdict(check) for check in self.checks],
         }
 
     def write(self) -> None:
         """Bring what there is to the file."""
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(self.result(), indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(_finite(self.result()), indent=1, allow_nan=False)
+            self.out.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: of a loss that is not a number, null is left."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ms(seconds: float | None) -> float | None:

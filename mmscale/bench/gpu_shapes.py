@@ -1,6 +1,6 @@
 """Sizes of `mmscale bench gpu` and the arithmetic on them: FLOPs, bytes, floors and what was predicted beforehand.
 
-No tensor is made here. FLOPs count matrix products and causal attention, as mmscale.plan.compute does; a floor is the
+No tensor is made here. FLOPs and parameters are what mmscale.plan counts of a shape's configurations; a floor is the
 time that the device's best matrix product or copy needs for the same work.
 """
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmscale.config import Config
+from mmscale.plan import count_parameters, flops_per_token
+from mmscale.plan.compute import layer_flops
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,24 @@ class Shape:
         return (("dense", self.dense_layers), ("dense", self.moma_layers), ("moma", self.moma_layers))
 
     def expert_flops(self) -> float:
-        """Forward of the experts of one layer."""
-        return 6.0 * self.hidden * self.inner * self.tokens
+        """Forward of the experts of one layer: equally many tokens each, so as much as a dense FFN."""
+        return layer_flops(self._counted("dense", 1), depth=False).ffn * self.tokens
 
-    def layer_flops(self, keep: float = 1.0) -> float:
-        """Forward of one layer that processes this part of each sequence."""
-        tokens = self.tokens * keep
-        attention = 2 * 2 * self.hidden * self.seq * keep / 2
-        return tokens * (8.0 * self.hidden**2 + 6.0 * self.hidden * self.inner + attention)
+    def layer_flops(self, *, depth: bool = False) -> float:
+        """Forward of one layer, or of one that processes a quarter of each sequence."""
+        return layer_flops(self._counted("dense", 2, depth=True), depth=depth).forward * self.tokens
 
-    def step_flops(self, layers: int) -> float:
+    def step_flops(self, kind: str, layers: int) -> float:
         """Forward and backward of a stack with its output layer."""
-        return 3 * (layers * self.layer_flops() + 2.0 * self.hidden * self.vocabulary * self.tokens)
+        return flops_per_token(self._counted(kind, layers)).training * self.tokens
 
-    def parameters(self, layers: int, *, experts: int) -> float:
-        """Weights of a stack, norms and routers left out; experts 1: dense."""
-        layer = 4.0 * self.hidden**2 + 3.0 * self.hidden * self.inner * experts
-        return layers * layer + 2.0 * self.hidden * self.vocabulary
+    def parameters(self, kind: str, layers: int) -> int:
+        """Weights of a stack."""
+        return count_parameters(self._counted(kind, layers)).total
+
+    def _counted(self, kind: str, layers: int, *, depth: bool = False) -> Config:
+        """A configuration to count; its dtype does not matter for that."""
+        return self.config(kind, layers=layers, dtype="bf16", depth=depth)
 
     def adam_bytes(self, parameters: float) -> float:
         """Read and written by an update: fp32 weight and two moments both ways, fp32 gradient in, bf16 weight out."""
@@ -191,8 +194,8 @@ def predicted(shape: Shape) -> dict[str, float]:
         rows[f"experts te {recipe} first"] = fp8 + weights
         rows[f"experts te {recipe} cached"] = fp8
     for kind, layers in shape.stacks:
-        parameters = shape.parameters(layers, experts=shape.experts if kind == "moma" else 1)
-        bf16 = shape.step_flops(layers) / best.bf16 / 0.6 + shape.adam_bytes(parameters) / best.copy
+        update = shape.adam_bytes(shape.parameters(kind, layers)) / best.copy
+        bf16 = shape.step_flops(kind, layers) / best.bf16 / 0.6 + update
         rows[f"stack {kind} {layers} bf16"] = bf16
         for recipe in ("delayed", "blockwise"):
             rows[f"stack {kind} {layers} {recipe}"] = bf16 / 1.25

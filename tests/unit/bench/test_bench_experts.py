@@ -28,7 +28,7 @@ def test_a_small_run() -> None:
 
 def test_all_ways_are_the_same_function() -> None:
     shape = experts.Shape(3, 5, 16, 8)
-    given = experts._inputs(shape, torch.float32)
+    given = experts.inputs(shape, torch.float32)
     outputs = {name: way(*given) for name, way in experts.ways(shape, torch.float32).items() if name != experts.FLOOR}
     for name, output in outputs.items():
         torch.testing.assert_close(output, outputs["loop"], msg=lambda text, name=name: f"{name}: {text}")

@@ -13,7 +13,6 @@ from mmscale.bench import gpu
 from mmscale.bench.gpu_session import Session
 from mmscale.bench.gpu_shapes import EXPECTED, FULL, TINY, Shape, predicted
 from mmscale.errors import ConfigError, UsageError
-from mmscale.plan import count_parameters, flops_per_token
 from mmscale.runtime import device
 
 no_gpu = pytest.mark.skipif(device.has_cuda(), reason="shows what a machine without CUDA says")
@@ -21,21 +20,25 @@ no_gpu = pytest.mark.skipif(device.has_cuda(), reason="shows what a machine with
 
 @pytest.mark.parametrize("shape", [FULL, TINY])
 @pytest.mark.parametrize("kind", ["dense", "moma"])
-def test_flops_and_parameters_are_the_plans(shape: Shape, kind: str) -> None:
-    config = shape.config(kind, layers=3, dtype="bf16")
-    counted = flops_per_token(config)
-    routers = 3 * counted.routers * shape.tokens  # which the benchmark leaves out
-    assert shape.step_flops(3) == pytest.approx(counted.training * shape.tokens - routers)
-    experts = shape.experts if kind == "moma" else 1
-    assert shape.parameters(3, experts=experts) == pytest.approx(count_parameters(config).total, rel=2e-2)
+def test_flops_and_parameters_by_hand(shape: Shape, kind: str) -> None:
+    """Products of 2abc: four projections, causal attention, three products of the FFN, routers, the output layer."""
+    h, f, layers = shape.hidden, shape.inner, 3
+    experts = shape.experts if kind == "moma" else 0
+    layer = 8 * h**2 + 6 * h * f + 2 * h * shape.seq
+    forward = layers * (layer + 2 * h * experts) + 2 * h * shape.vocabulary
+    assert shape.step_flops(kind, layers) == pytest.approx(3 * forward * shape.tokens)
+    assert shape.layer_flops() == pytest.approx(layer * shape.tokens)
+    assert shape.expert_flops() == pytest.approx(6 * h * f * shape.tokens)
+    weights = layers * (4 * h**2 + 3 * h * f * (experts or 1) + h * experts) + 2 * h * shape.vocabulary
+    norms = (2 * layers + 1) * h + layers * 2 * h // shape.heads
+    assert shape.parameters(kind, layers) == weights + norms
 
 
 def test_a_quarter_of_the_tokens_costs_less_than_a_quarter() -> None:
-    config = FULL.config("dense", layers=2, dtype="bf16", depth=True)
-    layers = (FULL.layer_flops() + FULL.layer_flops(0.25)) / FULL.tokens
-    counted = flops_per_token(config)
-    assert layers == pytest.approx(counted.forward - counted.output - counted.routers)
-    assert FULL.layer_flops(0.25) / FULL.layer_flops() == pytest.approx(0.224, abs=1e-3)
+    h, router = FULL.hidden, 2 * FULL.hidden
+    quarter = (8 * h**2 + 6 * h * FULL.inner + 2 * h * FULL.seq / 4) / 4
+    assert FULL.layer_flops(depth=True) == pytest.approx((quarter + router) * FULL.tokens)
+    assert FULL.layer_flops(depth=True) / FULL.layer_flops() == pytest.approx(0.224, abs=1e-3)
 
 
 def test_predictions_are_those_that_were_written_down() -> None:
@@ -85,10 +88,22 @@ def test_a_row_that_fails_leaves_a_reason_and_the_others(tmp_path: Path) -> None
     assert good.floor_ms == pytest.approx(1e6 / EXPECTED.bf16 * 1e3)
     assert bad.ms is None and bad.note == "not measured: ZeroDivisionError: division by zero"
     assert [check.passed for check in session.checks] == [False, True, False, False]
-    written = json.loads((tmp_path / "deep" / "gpu.json").read_text())
+    session.facts["loss of 10 steps"] = [1.0, math.nan]
+    session.write()
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    written = json.loads((tmp_path / "deep" / "gpu.json").read_text(), parse_constant=refuse)
+    assert [check["value"] for check in written["checks"]] == [0.7, 0.1, None, None]
+    assert [check["passed"] for check in written["checks"]] == [False, True, False, False]
+    assert [check["note"] for check in written["checks"][2:]] == ["nan: lost", "ZeroDivisionError: division by zero"]
+    assert written["loss of 10 steps"] == [1.0, None]
     assert [row["name"] for row in written["rows"]] == ["experts bmm, forward", "broken"]
     session.facts["transformer_engine"] = None
+    session.facts["depth_layer_over_dense"] = 0.25
     text = gpu.render(session.result())
+    assert "a quarter of the tokens takes 0.250" in text
     assert "**failed**" in text and "not measured: ZeroDivisionError" in text and "Transformer-Engine none" in text
 
 

@@ -81,8 +81,9 @@ class ResilienceConfig(Section):
         source="NVRx ft_launcher: 3 cycles",
     )
     hang_timeout: Seconds | None = setting(
-        "No step ends for this long: ranks write down where they stand, and the attempt ends as a crash; default: ten "
-        "times the longest time between two steps so far (evaluation and saves included), but five minutes at least.",
+        "No step ends, and no batch of an evaluation, for this long: ranks write down where they stand, and the "
+        "attempt ends as a crash; default: ten times the longest that one of these took so far, but five minutes at "
+        "least. A save that is waited for may take checkpoint.deadline longer, a roll-back twice that.",
         None,
         unit="seconds",
     )

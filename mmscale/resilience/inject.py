@@ -18,9 +18,9 @@ from pathlib import Path
 from mmscale.errors import ConfigError
 
 VARIABLE = "MMSCALE_FAULTS"
-# In the trainer: begin: before a step asks for its batch; step: after a step, before its border; eval: before held-out
-# losses; save: a save begins; finalize: all ranks have written. In the processes of a save: write: before each write;
-# commit: before rank 0 commits.
+# In the trainer: begin: before a step asks for its batch; step: after a step, before its border; eval: before each
+# batch of an evaluation, and at its end; save: a save begins; finalize: all ranks have written. In the processes of a
+# save: write: before each write; commit: before rank 0 commits.
 PLACES = ("begin", "step", "eval", "save", "finalize", "write", "commit")
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr2": signal.SIGUSR2}
 _ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")

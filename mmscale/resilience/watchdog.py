@@ -5,7 +5,8 @@
 A rank that waits for ever in a collective says nothing by itself, and neither does the one it waits for. Each rank
 therefore notes every border between two steps; when none came for too long, its thread writes the stacks of all threads
 and whether the main one stands in a collective into RUN/logs/attempt_N/hang/rank_R.json, and ends the process with
-`HUNG`. `culprits` reads all of these files: those who did not enter the collective that the others wait in.
+`HUNG`. `culprits` reads all of these files: those who did not enter the collective that the others wait in. A border
+that comes just then takes the file away again, and the watch goes on.
 
 Where torch's flight recorder is on (TORCH_FR_BUFFER_SIZE, which `launch` sets for its ranks; for NCCL and gloo alike)
 the last collectives of each process group are in flight_R.json beside it, and how many a rank has entered tells who
@@ -14,7 +15,9 @@ is behind.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import functools
 import json
 import os
 import socket
@@ -26,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 HUNG = 76  # exit status: a crash, for the launcher
 FOLDER = "hang"
@@ -34,6 +37,7 @@ _FLOOR_S, _FACTOR = 300.0, 10.0
 _GRACE_S = 3.0  # between a rank's report and its end: the launcher ends all ranks with the first, and all should report
 # Files of torch in which a rank waits for others; a backward pass waits in C++, called from the last one.
 _WAITS_IN = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Watchdog:
         self._allowed_s = 0.0
         self._step = 0
         self._borders = 0
+        self._failed = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
 
@@ -101,6 +106,8 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A peer that ends itself first breaks the collective that others wait in: what they have reported stays true.
+        self._failed = kind is not None
         self._over.set()
         self._thread.join(_GRACE_S + 2.0)
 
@@ -111,12 +118,12 @@ class Watchdog:
         return (learned if self._timeout_s is None else self._timeout_s) + self._allowed_s
 
     def beat(self, step: int, *, allowed_s: float = 0.0) -> None:
-        """A border is reached, before ranks agree on anything there.
+        """A border is reached, before ranks agree on anything there; also between two batches of an evaluation.
 
         Args:
             step: the last one that was done.
             allowed_s: what follows may take this much longer than a step, and teaches nothing: a save that is waited
-                for.
+                for, or a roll-back.
         """
         now = time.monotonic()
         if self._last is not None and not self._allowed_s:
@@ -131,34 +138,58 @@ class Watchdog:
             self._report(time.monotonic() - last)
             if not self._over.wait(_GRACE_S) and self._last == last:
                 self._end(HUNG)
-            return
+                return
+            if not self._failed:  # a near miss
+                _tried(functools.partial(self._file.unlink, missing_ok=True))
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / f"rank_{self.rank}.json"
 
     def _report(self, waited_s: float) -> None:
-        frame = sys._current_frames().get(self._main)
-        frames = traceback.extract_stack(frame) if frame is not None else []
-        waits = any(entry.filename.endswith(_WAITS_IN) for entry in frames)
-        stack = [f"{entry.filename}:{entry.lineno} {entry.name}" for entry in frames]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        collectives = self._flight()
-        report = Report(
-            self.rank, socket.gethostname(), self._step, self._borders, round(waited_s, 1), waits, stack, collectives
-        )
-        temporary = self.folder / f".rank_{self.rank}"
-        temporary.write_text(json.dumps(asdict(report), indent=1))
-        temporary.replace(self.folder / f"rank_{self.rank}.json")
+        # The disk comes last: it may be full, read-only, or what hangs.
+        _tried(lambda: self._say(waited_s))
+        collectives = _tried(self._flight)
+        _tried(lambda: self._write(waited_s, collectives or {}))
+
+    def _say(self, waited_s: float) -> None:
         sys.stderr.write(
             f"no step has ended for {waited_s:.0f} s after step {self._step}; stacks of rank {self.rank}:\n"
         )
         sys.stderr.flush()
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
+    def _write(self, waited_s: float, collectives: dict[str, int]) -> None:
+        frame = sys._current_frames().get(self._main)
+        frames = traceback.extract_stack(frame) if frame is not None else []
+        waits = any(entry.filename.endswith(_WAITS_IN) for entry in frames)
+        stack = [f"{entry.filename}:{entry.lineno} {entry.name}" for entry in frames]
+        report = Report(
+            self.rank, socket.gethostname(), self._step, self._borders, round(waited_s, 1), waits, stack, collectives
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".rank_{self.rank}"
+        temporary.write_text(json.dumps(asdict(report), indent=1))
+        temporary.replace(self._file)
+
     def _flight(self) -> dict[str, int]:
         """Write down what the flight recorder has; collectives that this rank has entered, by group."""
         text = self._recorded()
         if text is None:
             return {}
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"flight_{self.rank}.json").write_text(text)
         return entered(json.loads(text))
+
+
+def _tried(action: Callable[[], T]) -> T | None:
+    """What the action gives, or None: what cannot be said or written down must not keep a hung process alive."""
+    try:
+        return action()
+    except Exception:
+        with contextlib.suppress(Exception):  # a log on the same full disk
+            traceback.print_exc()
+        return None
 
 
 def entered(recorded: Mapping[str, Any]) -> dict[str, int]:

@@ -6,6 +6,7 @@ the future. Causal routing needs auxiliary routers, or thresholds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +33,7 @@ def evaluate(
     batches: int | None,
     routing: Routing = Routing.BATCH,
     learning: RouterLearning | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`loss`, `loss/<modality>`, `z_loss` over the first global batches of a pass; every rank calls it.
 
@@ -46,6 +48,8 @@ def evaluate(
         batches: global batches; None: the whole split.
         routing: who decides which experts take a token; the model has what it needs.
         learning: collects figures of auxiliary routers against the true choices of batch routing; None: not measured.
+        on_batch: called before each global batch, and before ranks add up what they found. A device may be as many
+            kernels behind as its queue holds.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
     per_step = global_micro_batches(config)
@@ -54,6 +58,7 @@ def evaluate(
     steps = steps if batches is None else min(steps, batches)
     total = torch.zeros(len(vocabulary.names) + 1, 2, device=device.taken(), dtype=torch.float64)
     for step in range(steps):
+        on_batch()
         numbers = range(step * per_step + groups.dp.rank(), (step + 1) * per_step, groups.dp.size())
         parts = []
         for number in numbers:
@@ -63,6 +68,7 @@ def evaluate(
             part.params.learning = learning if inside else None
             parts.append(part)
         total += stepper.evaluate(parts)
+    on_batch()
     return mean_losses(reduce_sums(total, groups), vocabulary.names)
 
 

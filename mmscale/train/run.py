@@ -112,6 +112,7 @@ class _Attempt:
             config,
             self.folder,
             attempt=self.number,
+            tokenizers=train_data.tokenizers,
             records=self.records,
             progress=self.progress,
             faults=self.faults,
@@ -149,6 +150,8 @@ class _Attempt:
         if config.train.dry_run:
             dry_run(config, self.parts, self.train_data)
         trainer = self._trainer()
+        if self.memory is not None:
+            self.memory.start()
         # megatron-core collects garbage in every save while all wait: what is there now stays, and is not looked at.
         gc.collect()
         gc.freeze()
@@ -196,7 +199,7 @@ class _Attempt:
             self.config,
             state=self.state,
             stepper=self.parts.stepper,
-            load_newest=functools.partial(saves.load_newest, self.checkpoints, self.memory, self.state, self.clock),
+            load_newest=self._load_newest,
             go_on_at=lambda sequences: loader.load_state_dict({"consumed_sequences": sequences}),
             tell=self._anomaly,
             warn=self.progress.say,
@@ -225,6 +228,15 @@ class _Attempt:
             self.watchdog.beat(step, allowed_s=checkpoint.deadline)
         return stopping
 
+    def _load_newest(self) -> int | None:
+        """Roll back; the step of the checkpoint."""
+        state = self.state
+        # The save under way is waited for, then a checkpoint is hashed and read: each may take as long as a save.
+        self.watchdog.beat(state.step, allowed_s=2 * self.config.checkpoint.deadline)
+        found = saves.load_newest(self.checkpoints, self.memory, state, self.clock)
+        self.watchdog.beat(state.step)
+        return found
+
     def _hooks(self, times: RankTimes) -> list[Hook]:
         config, clock, records = self.config, self.clock, self.records
         hooks: list[Hook] = [
@@ -249,12 +261,16 @@ class _Attempt:
             PlaceHook(self.faults.at),
         ]
         if self.memory is not None:
-            self.memory.start()
             hooks.append(MemoryHook(self.memory, clock=clock))
         return hooks
 
     def _evaluate(self, routing: Routing) -> dict[str, float]:
-        self.faults.at("eval", self.state.step)
+        step = self.state.step
+
+        def on_batch() -> None:
+            self.watchdog.beat(step)  # a long evaluation is no hang; a batch that never ends is one
+            self.faults.at("eval", step)
+
         return evaluate(
             self.config,
             stepper=self.parts.stepper,
@@ -262,6 +278,7 @@ class _Attempt:
             groups=self.groups,
             batches=self.config.train.eval_batches,
             routing=routing,
+            on_batch=on_batch,
         )
 
     def _anomaly(self, event: str, **fields: Any) -> None:

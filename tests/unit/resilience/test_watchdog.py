@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmscale.resilience import watchdog as watchdog_module
 from mmscale.resilience.watchdog import HUNG, Report, Watchdog, culprits, reports
 from tests.support import distributed
 
@@ -66,14 +68,52 @@ def test_steps_that_end_and_a_start_that_takes_long_are_no_hang(tmp_path: Path) 
     assert not ended and reports(tmp_path) == []
 
 
-def test_a_border_that_comes_while_it_reports_saves_the_process(tmp_path: Path) -> None:
+def test_a_border_that_comes_while_it_reports_saves_the_process_until_it_hangs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[int] = []
     with Watchdog(rank=0, folder=tmp_path, timeout_s=0.2, end=ended.append) as watchdog:
         watchdog.beat(1)
         until(lambda: reports(tmp_path), "it reports")
-        watchdog.beat(2)
-        watchdog._thread.join(20)
-    assert not ended
+        watchdog.beat(2, allowed_s=600.0)  # no new hang while what it does about the old one is looked at
+        until(lambda: not reports(tmp_path), "the launcher would take the report for a hang")
+        assert not ended
+        monkeypatch.setattr(watchdog_module, "_GRACE_S", 0.1)
+        watchdog.beat(3)
+        until(lambda: ended, "it ends the process")
+    assert ended == [HUNG] and [one.step for one in reports(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize(("error", "left"), [(None, 0), (ConnectionError("a peer has ended itself"), 1)])
+def test_what_is_left_of_a_report_that_the_loops_end_overtakes(
+    tmp_path: Path, error: Exception | None, left: int
+) -> None:
+    with (
+        contextlib.suppress(ConnectionError),
+        Watchdog(rank=0, folder=tmp_path, timeout_s=0.2, end=lambda status: None) as watchdog,
+    ):
+        watchdog.beat(1)
+        until(lambda: reports(tmp_path), "it reports")
+        if error is not None:
+            raise error
+    assert len(reports(tmp_path)) == left
+
+
+def test_it_ends_the_process_whatever_goes_wrong_with_its_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog_module, "_GRACE_S", 0.1)
+    logs = tmp_path / "logs"
+    logs.write_text("")  # a file where a folder should be: nothing can be written below it
+    ended: list[int] = []
+    for folder, recorded in ((logs, lambda: None), (tmp_path / "attempt_1", dict[str, str]().popitem)):
+        with Watchdog(rank=3, folder=folder, timeout_s=0.2, recorded=recorded, end=ended.append) as watchdog:  # type: ignore[arg-type]
+            watchdog.beat(7)
+            until(lambda: len(ended) > (folder is not logs), "it ends the process")  # noqa: B023
+        said = capfd.readouterr().err
+        assert said.index("stacks of rank 3") < said.index("Error: ")
+    assert ended == [HUNG, HUNG]
+    assert len(reports(tmp_path / "attempt_1")) == 1  # where only the recorder is broken
 
 
 def test_the_time_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,13 +153,14 @@ def test_a_rank_that_waits_in_a_collective_is_told_from_one_that_does_not(ranks,
         watchdog.beat(4)
         if ranks.rank == 1:
             until(lambda: len(reports(tmp_path)) == 2, "both report")
+            found = reports(tmp_path)
+            assert [one.in_collective for one in found] == [True, False]
+            assert culprits(found, world_size=2) == [1]
+            ahead, behind = (one.collectives for one in found)
+            assert ahead.keys() == behind.keys() and [ahead[group] - behind[group] for group in ahead] == [1]
             go_on.touch()
         torch.distributed.all_reduce(torch.ones(1))
     assert go_on.exists()
-    assert [one.in_collective for one in reports(tmp_path)] == [True, False]
-    assert culprits(reports(tmp_path), world_size=2) == [1]
-    ahead, behind = (one.collectives for one in reports(tmp_path))
-    assert ahead.keys() == behind.keys() and [ahead[group] - behind[group] for group in ahead] == [1]
     written = json.loads((tmp_path / "hang" / f"flight_{ranks.rank}.json").read_text())
     assert written["entries"][-1]["profiling_name"] == "gloo:all_reduce"
     groups.finalize()

@@ -1,6 +1,7 @@
 """Memory that a training step really uses on a rank, by tensors and not by an allocator, beside what the plan says.
 
     mmscale bench footprint configs/quickstart.yaml [key=value ...]
+    mmscale bench footprint --cases
 
 One process, without parallelism; runs on a CPU and on a GPU. Counted are storages, each once, from the moment an
 operation makes them until nothing refers to them.
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmscale.bench import footprint_cases
 from mmscale.config import Config
 from mmscale.config.rules import check
 from mmscale.data.vocab import Vocabulary
@@ -187,27 +189,49 @@ def compare(config: Config, found: Footprint, *, kernels: Kernels) -> list[tuple
     ]
 
 
-def run(config: Config | None = None) -> dict[str, Any]:
+def run(config: Config | None = None, *, cases: bool = False) -> dict[str, Any]:
     """Measure a configuration on one process, whatever its layout.
 
     Args:
         config: the run's configuration.
+        cases: instead of one, the models on which the plan was compared (footprint_cases.py).
 
     Returns:
-        `kernels` (where it ran) and `rows`: name -> planned and found bytes.
+        `kernels` (where it ran) and `rows`: name -> planned and found bytes; of cases, `cases`: name -> such rows, and
+        `ratios`: row -> least and largest planned over found.
 
     Raises:
-        UsageError: no configuration.
+        UsageError: no configuration, or one and `cases`.
     """
-    if config is None:
-        raise UsageError("bench footprint: no configuration", remedy="name one, e.g. configs/quickstart.yaml")
+    if (config is None) is not cases:
+        raise UsageError(
+            "bench footprint: no configuration" if config is None else "bench footprint: a configuration and --cases",
+            remedy="name one, e.g. configs/quickstart.yaml, or say --cases",
+        )
+    if config is not None:
+        return _one(config)
+    found = {name: _one(case) for name, case in footprint_cases.cases()}
+    ratios: dict[str, list[float]] = {}
+    for result in found.values():
+        for name, row in result["rows"].items():
+            ratios.setdefault(name, []).append(row["planned"] / row["found"])
+    return {
+        "kernels": next(iter(found.values()))["kernels"],
+        "cases": {name: result["rows"] for name, result in found.items()},
+        "ratios": {name: {"min": min(values), "max": max(values)} for name, values in ratios.items()},
+    }
+
+
+def _one(config: Config) -> dict[str, Any]:
     one = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None, "ep": 1, "overlap_experts": False})
     alone = with_share(config.model_copy(update={"parallel": one}))
     check(alone, world_size=1)
     parts.start(alone, RankEnv())
-    kernels = on_gpu(alone) if device.has_cuda() else Kernels.HOST
-    rows = compare(alone, measure(alone), kernels=kernels)
-    process_groups.finalize()
+    try:
+        kernels = on_gpu(alone) if device.has_cuda() else Kernels.HOST
+        rows = compare(alone, measure(alone), kernels=kernels)
+    finally:
+        process_groups.finalize()
     return {
         "kernels": kernels.value,
         "rows": {name: {"planned": round(planned), "found": round(found)} for name, planned, found in rows},
@@ -215,10 +239,25 @@ def run(config: Config | None = None) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The rows as a table in MiB."""
+    """The rows as a table in MiB; of cases, planned over found."""
+    if "cases" in result:
+        return _render_cases(result)
     lines = [f"{result['kernels']:<20} {'planned MiB':>14} {'found MiB':>14} {'ratio':>7}"]
     for name, row in result["rows"].items():
         planned, found = row["planned"] / 2**20, row["found"] / 2**20
         ratio = f"{planned / found:.3f}" if found else "-"
         lines.append(f"{name:<20} {planned:>14,.1f} {found:>14,.1f} {ratio:>7}")
+    return "\n".join(lines)
+
+
+def _render_cases(result: dict[str, Any]) -> str:
+    shown = ("kept for backward", "step", "total")
+    title = f"{result['kernels']}: planned over found"
+    lines = [f"{title:<48}" + "".join(f"{name:>20}" for name in shown)]
+    for name, rows in result["cases"].items():
+        ratios = "".join(f"{rows[part]['planned'] / rows[part]['found']:>20.3f}" for part in shown)
+        lines.append(f"{name:<48}{ratios}")
+    lines.append("")
+    for name, ratio in result["ratios"].items():
+        lines.append(f"{name:<20} {ratio['min']:.3f} to {ratio['max']:.3f}")
     return "\n".join(lines)

@@ -8,51 +8,15 @@ from typing import Any
 
 import pytest
 
-from mmscale.bench import footprint
-from mmscale.config import Config
-from mmscale.config.load import resolve
+from mmscale.bench import footprint, footprint_cases
+from mmscale.bench.footprint_cases import case, cases
 from mmscale.errors import UsageError
 from mmscale.plan.activations import Kernels
 from mmscale.runtime import groups
 from tests.support import Ranks, run_ranks
 
-# What the issue asks for. Seen: 2 % for a step, 1 % for everything, 6 % for the step of the first model recomputed.
+# What is wanted of a plan. `mmscale bench footprint --cases` shows what it is: 2 % for a step, 7 % recomputed in full.
 TOLERANCE = 0.15
-
-_FEED_FORWARD = {"recompute": "selective", "recompute_modules": ["mlp"]}
-_EXPERTS = {"counts": {"text": 4, "image": 2}, "share": {"text": 0.75, "image": 0.25}}
-_MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"kind": "dense"},
-    "moma": {"kind": "moma", "experts": _EXPERTS, "norm": "post"},
-    "moma_shared_depth": {
-        "kind": "moma",
-        "experts": _EXPERTS | {"shared": 1},
-        "norm": "post_per_expert",
-        "depth": {"every": 2, "capacity": 0.25},
-    },
-}
-
-
-def _config(model: str, dtype: str, recompute: str) -> Config:
-    shape = {
-        "num_layers": 4,
-        "hidden_size": 128,
-        "ffn_hidden_size": 344,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "seq_length": 128,
-    }
-    return resolve(
-        {
-            "vocab": {"modalities": [{"name": "text", "size": 1024}, {"name": "image", "size": 512}]},
-            "model": shape | _MODELS[model],
-            "train": {"micro_batch_size": 2, "global_batch_size": 2},
-            "parallel": {"recompute": recompute} if recompute != "mlp" else _FEED_FORWARD,
-            "precision": {"dtype": dtype},
-        },
-        (),
-    )
-
 
 _CASES = [
     ("dense", "fp32", "none"),
@@ -73,26 +37,31 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     def measure(ranks: Ranks) -> None:
         groups.start(ranks)
         found: dict[str, Any] = {}
-        for case in _CASES:
-            config = _config(*case)
+        for named in _CASES:
+            config = case(*named)
             groups.initialize_layout(tp=1, pp=1, vpp=None, ep=1, seed=1)
-            found["-".join(case)] = footprint.compare(config, footprint.measure(config), kernels=Kernels.HOST)
+            found["-".join(named)] = footprint.compare(config, footprint.measure(config), kernels=Kernels.HOST)
             groups.destroy_layout()
         groups.finalize()
-        spread = _config("moma", "fp32", "none")
+        spread = case("moma", "fp32", "none")
         spread = spread.model_copy(update={"parallel": spread.parallel.model_copy(update={"tp": 2, "ep": 2})})
         result = footprint.run(spread)
         found["run"] = [[name, row["planned"], row["found"]] for name, row in result["rows"].items()]
-        file.write_text(json.dumps(found | {"text": footprint.render(result)}))
+        with pytest.MonkeyPatch.context() as patch:  # two of them, to save time
+            few = [(name, config) for name, config in cases() if name.startswith("dense bf16") and "=64" in name]
+            patch.setattr(footprint_cases, "cases", lambda: iter(few))
+            several = footprint.run(cases=True)
+        texts = {"text": footprint.render(result), "several": several, "table": footprint.render(several)}
+        file.write_text(json.dumps(found | texts))
 
     run_ranks(measure, world_size=1)
     rows: dict[str, Any] = json.loads(file.read_text())
     return rows
 
 
-@pytest.mark.parametrize("case", _CASES, ids="-".join)
-def test_the_plan_says_what_a_step_uses(case: tuple[str, str, str], measured: dict[str, Any]) -> None:
-    rows = {name: (planned, found) for name, planned, found in measured["-".join(case)]}
+@pytest.mark.parametrize("named", _CASES, ids="-".join)
+def test_the_plan_says_what_a_step_uses(named: tuple[str, str, str], measured: dict[str, Any]) -> None:
+    rows = {name: (planned, found) for name, planned, found in measured["-".join(named)]}
     assert min(found for _, found in rows.values()) > 0
     for name in ("parameters", "gradients", "optimizer"):  # buffers are padded to a multiple of 64 elements
         planned, found = rows[name]
@@ -111,11 +80,24 @@ def test_the_benchmark_runs_any_layout_on_one_process(measured: dict[str, Any]) 
     assert all(0.85 < float(line.split()[-1]) < 1.15 for line in lines)
 
 
-def test_it_wants_a_configuration() -> None:
+def test_cases_are_summed_up_by_their_extremes(measured: dict[str, Any]) -> None:
+    several, table = measured["several"], measured["table"].splitlines()
+    assert list(several["cases"]) == ["dense bf16 recompute=none width=64", "dense bf16 recompute=full width=64"]
+    for name, ratio in several["ratios"].items():
+        ratios = [rows[name]["planned"] / rows[name]["found"] for rows in several["cases"].values()]
+        assert ratio == {"min": min(ratios), "max": max(ratios)}
+        assert f"{name:<20} {min(ratios):.3f} to {max(ratios):.3f}" in table
+    assert table[1].startswith("dense bf16 recompute=none width=64 ")
+    assert len(dict(cases())) == 40
+
+
+def test_it_wants_a_configuration_or_cases() -> None:
     with pytest.raises(UsageError, match="bench footprint: no configuration; name one"):
         footprint.run()
+    with pytest.raises(UsageError, match="bench footprint: a configuration and --cases"):
+        footprint.run(case("dense", "fp32", "none"), cases=True)
 
 
 def test_recompute_keeps_less(measured: dict[str, Any]) -> None:
-    kept = {case: rows[3][2] for case, rows in measured.items() if case != "text"}
-    assert kept["moma_shared_depth-bf16-full"] < kept["moma_shared_depth-bf16-none"] / 2
+    kept = {name: measured["-".join(("moma_shared_depth", "bf16", name))][3][2] for name in ("none", "full")}
+    assert kept["full"] < kept["none"] / 2

@@ -56,7 +56,7 @@ _BENCHMARKS = (
     ),
     _Benchmark(
         "footprint",
-        "Compare the memory of a real step, by tensors, with what `mmscale plan` says: CONFIG [KEY=VALUE]... or --cases.",
+        "Compare a real step's memory, by tensors, with what `mmscale plan` says: CONFIG [KEY=VALUE]... or --cases.",
         "configs/quickstart.yaml",
     ),
     _Benchmark(

@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
-import gc
 import inspect
 import os
 import re
@@ -140,9 +139,6 @@ def _be_rank(
             os._exit(_FAILED)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        # What the parent has left to collect is not collected here: a process group's end waits for threads that a fork
-        # does not have, and crashes.
-        gc.freeze()
         output = os.open(folder / f"output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -29,6 +29,7 @@ from mmscale.runtime.rank_env import RankEnv
 megatron_cpu.install()  # before the imports below, which it makes 1.9 CPU seconds cheaper on a host without CUDA
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
@@ -145,6 +146,7 @@ def destroy_layout() -> None:
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, torch.distributed.ProcessGroup):
             setattr(parallel_state, name, None)
+    RotaryEmbedding.forward.cache_clear()  # its keys are modules and groups; the 33rd call would drop the first
 
 
 def finalize() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from megatron.core import rerun_state_machine
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -252,12 +253,19 @@ def test_layout_that_does_not_fit_is_refused_before_anyone_waits(layout: dict[st
 
 
 def test_ranks_can_be_forked_after_groups_of_this_process() -> None:
-    """What megatron-core keeps of finished groups would hang forked ranks that drop it."""
-    groups.initialize(RankEnv())
+    """What megatron-core keeps of finished groups would hang or end forked ranks that drop it."""
+    rotary = RotaryEmbedding(kv_channels=4, rotary_percent=1.0, use_cpu_initialization=True)
+    kept = RotaryEmbedding.forward.cache_info().maxsize
+    collection = groups.initialize(RankEnv())
+    for length in range(kept):
+        rotary(2 + length, cp_group=collection.cp)
+    del collection
     groups.finalize()
 
     def start_groups(ranks: RankEnv) -> None:
-        groups.initialize(ranks, tp=2)
+        collection = groups.initialize(ranks, tp=2)
+        for length in range(kept):
+            rotary(2 + length, cp_group=collection.cp)
         groups.finalize()
 
     run_ranks(start_groups, world_size=2, timeout_s=30)

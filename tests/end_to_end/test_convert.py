@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -251,7 +250,6 @@ def forked(function: Callable[[], Any]) -> tuple[int, str]:
     pid = os.fork()
     if pid == 0:
         status = 1
-        gc.freeze()  # what the parent has left to collect may not be collected in a fork
         try:
             function()
             status = 0

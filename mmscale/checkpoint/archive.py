@@ -36,6 +36,7 @@ from mmscale.checkpoint.tensors import (
     without_optimizers,
 )
 from mmscale.errors import CheckpointError
+from mmscale.runtime import device
 
 FORMAT = 1
 STATE = "state.json"
@@ -67,6 +68,7 @@ def write(
         CheckpointError: the source is damaged, `out` exists or nothing can be written there.
     """
     origin = origin_of("archive", [source])
+    device.give_back_host_memory()
     with publish.folder(out) as temporary:
         on_stage("begin")
         _write_tensors(source, temporary / ARRAYS, weights=weights, grid=grid, on_stage=on_stage)

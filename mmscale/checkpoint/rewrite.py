@@ -27,7 +27,7 @@ from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.layout import FOLDER, Store
 from mmscale.checkpoint.tensors import COMMON, TensorEntry, TensorSource, contents_of, without_optimizers
 from mmscale.errors import CheckpointError
-from mmscale.runtime import megatron_cpu
+from mmscale.runtime import device, megatron_cpu
 
 megatron_cpu.install()
 
@@ -86,6 +86,7 @@ def into_run(
     refuse_checkpoints(run)
     info = source.info() | {"step": source.step, "contents": contents_of(source, weights=weights), "origin": origin}
     info.pop("archive", None)
+    device.give_back_host_memory()
     with publish.writing(run):
         _write_config(run, info.get("config"))
         folder = store.begin(source.step, attempt)

@@ -6,7 +6,6 @@ tensorstore works in no fork of a process that has used it: here it is used in f
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import resource
@@ -94,7 +93,6 @@ def forked(function: Callable[[], Any], *, ended_by: signal.Signals | None = Non
     pid = os.fork()
     if not pid:
         status = 1
-        gc.freeze()  # what the parent has left to collect may not be collected in a fork
         try:
             function()
             status = 0

@@ -57,7 +57,9 @@ def high_precision(config: Config) -> Config:
     model = config.model
     experts = model.experts.model_copy(update={"capacity_multiple": capacity_multiple(config)})
     depth = None if model.depth is None else model.depth.model_copy(update={"multiple": depth_multiple(config)})
-    precision = config.precision.model_copy(update={"fp8": "off", "fp8_emulate": False})
+    # What the rules refuse without a recipe goes too; margins and formats say nothing then.
+    off = {"fp8": "off", "fp8_emulate": False, "fp8_skip_first": 0, "fp8_skip_last": 0}
+    precision = config.precision.model_copy(update=off)
     return config.model_copy(
         update={"model": model.model_copy(update={"experts": experts, "depth": depth}), "precision": precision}
     )

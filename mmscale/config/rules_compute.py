@@ -49,11 +49,18 @@ def _graphs(config: Config) -> Iterator[Problem]:
             "recomputing layers would save nothing",
             "use parallel.recompute=selective or none, or model.experts.cuda_graph=false",
         )
+    why = "Transformer-Engine's modules update FP8 state between micro-batches, which a captured graph would repeat"
+    fp8 = config.precision.fp8
     if experts.compute == "te":
         yield Problem(
-            "model.experts.cuda_graph with model.experts.compute = te: Transformer-Engine's modules update FP8 state "
-            "between micro-batches, which a captured graph would repeat",
+            f"model.experts.cuda_graph with model.experts.compute = te: {why}",
             "use model.experts.compute=bmm or grouped_mm, or model.experts.cuda_graph=false",
+        )
+    elif experts.compute == "auto" and fp8 != "off" and not config.precision.emulated:
+        yield Problem(
+            f"model.experts.cuda_graph with precision.fp8 = {fp8}, for which Transformer-Engine computes the experts: "
+            f"{why}",
+            "use model.experts.cuda_graph=false or precision.fp8=off",
         )
 
 

@@ -44,7 +44,11 @@ def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iter
 
 
 def _moments(config: Config) -> Iterator[Problem]:
-    for section, optim in (("optim", config.optim), ("auxiliary.optim", config.auxiliary.optim)):
+    joint = config.model.auxiliary.mode == "joint"  # then the routers' optimizer is in the copies too
+    for section, optim, copied in (
+        ("optim", config.optim, True),
+        ("auxiliary.optim", config.auxiliary.optim, joint),
+    ):
         if optim.moments in ("bf16", "te_bf16") and optim.beta2 > _BF16_BETA2:
             # bf16 has 8 bits: a moment that shrinks by less than 2^-8 is rounded back to where it was.
             yield Problem(
@@ -58,13 +62,13 @@ def _moments(config: Config) -> Iterator[Problem]:
                 f"{config.precision.dtype}: Transformer-Engine's Adam keeps the master weights",
                 "use precision.dtype=bf16, or bf16 or fp8_coat",
             )
-    if config.optim.moments in ("te_bf16", "te_fp8") and config.resilience.memory_every:
-        # The scales of FP8 states are no part of what a torch optimizer calls its state.
-        yield Problem(
-            f"optim.moments = {config.optim.moments} with resilience.memory_every: a copy in memory would not be the "
-            "whole state of Transformer-Engine's Adam",
-            "use resilience.memory_every=0, or optim.moments=bf16 or fp8_coat",
-        )
+        if copied and optim.moments in ("te_bf16", "te_fp8") and config.resilience.memory_every:
+            # The scales of FP8 states are no part of what a torch optimizer calls its state.
+            yield Problem(
+                f"{section}.moments = {optim.moments} with resilience.memory_every: a copy in memory would not be the "
+                "whole state of Transformer-Engine's Adam",
+                f"use resilience.memory_every=0, or {section}.moments=bf16 or fp8_coat",
+            )
 
 
 RULES: tuple[Rule, ...] = (_optim, _moments)

@@ -151,6 +151,10 @@ BROKEN = [
     ),
     ({"parallel__recompute": "selective", "parallel__recompute_modules": []}, "nothing would be recomputed"),
     ({"model__experts__cuda_graph": True, "model__experts__compute": "te"}, "a captured graph would repeat"),
+    (
+        {"model__experts__cuda_graph": True, "precision__fp8": "tensorwise"},
+        "precision.fp8 = tensorwise, for which Transformer-Engine computes the experts",
+    ),
     # batches and schedule
     (
         {"train__micro_batch_size": 3, "train__global_batch_size": 8},
@@ -176,6 +180,10 @@ BROKEN = [
     ({"optim__moments": "bf16", "optim__beta2": 0.999}, "optim.moments = bf16 with optim.beta2 = 0.999"),
     ({"auxiliary__optim__moments": "te_fp8", "precision__dtype": "fp32"}, "auxiliary.optim.moments = te_fp8 is for"),
     ({"optim__moments": "te_bf16", "resilience__memory_every": 1}, "te_bf16 with resilience.memory_every"),
+    (
+        {"auxiliary__optim__moments": "te_fp8", "resilience__memory_every": 1, "model__auxiliary__mode": "joint"},
+        "auxiliary.optim.moments = te_fp8 with resilience.memory_every",
+    ),
     ({"resilience__anomaly__window": 7}, "resilience.anomaly.window = 7 steps say little"),
     ({"resilience__memory_group": 1}, "resilience.memory_group = 1 leaves nobody to keep a rank's parity"),
     ({"resilience__anomaly__threshold": float("inf")}, "resilience.anomaly.threshold = inf is not a finite number"),
@@ -261,6 +269,7 @@ FINE = [
     {"parallel__pp": 2, "model__tie_embeddings": True},
     {"optim__moments": "fp8_coat", "optim__beta2": 0.999, "resilience__memory_every": 1},
     {"optim__moments": "bf16", "optim__beta2": 0.995, "auxiliary__optim__moments": "te_fp8"},
+    {"auxiliary__optim__moments": "te_fp8", "resilience__memory_every": 1},  # the stage keeps no copies
     {"model__experts": {"counts": {"text": 1, "image": 1}, "capacity_factor": 1.5}},
     {"data__prepare": {"source": "digits", "image": {"kind": "kmeans", "size": 8, "patch": 2}}},
     {"data__prepare": {"documents": ["a"], "image": {"kind": "vq", "path": "model"}}},

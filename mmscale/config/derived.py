@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from mmscale.config.fp8 import depth_multiple, high_precision
-from mmscale.config.schema import Config
+from mmscale.config.schema import Config, ParallelConfig
 
 
 def data_parallel_size(config: Config, world: int) -> int:
@@ -83,6 +83,26 @@ def with_auxiliary_routers(config: Config) -> Config:
         return config
     auxiliary = config.model.auxiliary.model_copy(update={"mode": "stage"})
     return config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": auxiliary})})
+
+
+def for_inference(config: Config, *, tp: int = 1) -> Config:
+    """The same model on any machine: nothing is left of the layout and the machine that a run was trained on.
+
+    Args:
+        config: the run's configuration.
+        tp: tensor-parallel ranks that share the model [ranks].
+    """
+    config = high_precision(config)  # slots are rounded for the run's layout, so before it is left
+    model = config.model
+    experts = model.experts.model_copy(update={"compute": "auto", "cuda_graph": False})
+    anywhere = {
+        "backend": "auto" if model.backend == "te" else model.backend,
+        "gradient_accumulation_fusion": "off",  # there are no gradients
+        "experts": experts,
+    }
+    return config.model_copy(
+        update={"model": model.model_copy(update=anywhere), "parallel": ParallelConfig(tp=tp)},
+    )
 
 
 def overlap_p2p(config: Config) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,13 +18,12 @@ from mmscale.checkpoint import sharded
 from mmscale.checkpoint.integrity import require_whole
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
-from mmscale.config import Config, ParallelConfig, rules
-from mmscale.config.derived import with_auxiliary_routers
-from mmscale.config.fp8 import high_precision
+from mmscale.config import Config, rules
+from mmscale.config.derived import for_inference, with_auxiliary_routers
 from mmscale.config.load import load as load_config
 from mmscale.data.mixture import MicroBatch
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import CheckpointError, UsageError
+from mmscale.errors import CheckpointError, MmscaleError, UsageError
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
@@ -31,6 +31,8 @@ from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.auxiliary import load_main_tensors, load_router_tensors, main_tensors, router_tensors
 from mmscale.train.auxiliary_stage import find_routers
 from mmscale.train.batch import to_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class RunModel:
 def open_run(
     run: Path, *, step: int | None = None, dtype: str | None = None, env: RankEnv | None = None
 ) -> Iterator[RunModel]:
-    """Load a checkpoint's weights; process groups live as long as the context.
+    """Load a checkpoint's weights; process groups live as long as the context. What it raises, all ranks raise.
 
     Args:
         run: the run's folder.
@@ -118,39 +120,77 @@ def open_run(
         raise CheckpointError(
             f"{run} is not a run folder (no config.yaml)", remedy="name a run: `mmscale train` prints it"
         )
-    # Slots are rounded for the run's layout, so before it is left.
     place = env or RankEnv()
-    layout = ParallelConfig(tp=place.world_size)
-    config = high_precision(load_config(file)).model_copy(update={"parallel": layout})
+    config = for_inference(load_config(file), tp=place.world_size)
     if place.world_size > 1:
         rules.check(config, world_size=place.world_size)
     if dtype is not None:
         precision = config.precision.model_copy(update={"dtype": dtype})
         config = config.model_copy(update={"precision": precision})
-    store = Store.of_run(run)
-    chosen = store.choose(step)
-    require_whole(store.path(chosen), step=chosen, allow_missing=config.checkpoint.allow_missing)
-    info = store.info(chosen)
-    check_shape(config, info.get("shape", {}), where=str(store.path(chosen)))
-    routers = find_routers(run, chosen) if config.model.routes else None
-    if routers is not None:
-        config = _with_width(config, routers[1])
     groups = process_groups.initialize(place, tp=place.world_size, seed=config.run.seed)
     try:
+        found = _on_first(lambda: _find(run, step, config), rank=place.rank)
+        if found.width is not None:
+            config = _with_width(config, found.width)
         transformer = transformer_config(config)
         (module,) = build_chunks(config, groups, transformer=transformer)
-        load_main_tensors(
-            [module], sharded.read(store.path(chosen), main_tensors([module], sharded.metadata()), partly=True)
-        )
+        wanted = main_tensors([module], sharded.metadata())
+        load_main_tensors([module], sharded.read(found.main, wanted, partly=True))
         if config.model.auxiliary_width is not None:
-            source = routers[0] if routers is not None else store.path(chosen)  # or those of a joint run
             wanted = router_tensors([module], sharded.metadata())
-            load_router_tensors([module], sharded.read(source, wanted, partly=True))
+            load_router_tensors([module], sharded.read(found.routers, wanted, partly=True))
         wrapped = Float16Module(transformer, module) if transformer.bf16 else module
         vocabulary = Vocabulary.from_config(config.vocab)
-        yield RunModel(config, chosen, groups, wrapped, vocabulary, dict(info.get("tokenizers") or {}))
+        yield RunModel(config, found.step, groups, wrapped, vocabulary, dict(found.info.get("tokenizers") or {}))
     finally:
         process_groups.finalize()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is loaded.
+
+    Attributes:
+        step: of the main checkpoint.
+        info: what it says about itself.
+        main: its folder.
+        routers: the folder that holds auxiliary routers, if there are any: the stage's, or a joint run's `main`.
+        width: of the stage's routers; None: there are none.
+    """
+
+    step: int
+    info: dict[str, Any]
+    main: Path
+    routers: Path
+    width: int | None
+
+
+def _find(run: Path, step: int | None, config: Config) -> _Found:
+    """Choose a checkpoint and the routers that belong to it, and read and hash all of their files."""
+    store = Store.of_run(run)
+    chosen = store.choose(step)
+    folder = store.path(chosen)
+    require_whole(folder, step=chosen, allow_missing=config.checkpoint.allow_missing)
+    info = store.info(chosen)
+    check_shape(config, info.get("shape", {}), where=str(folder))
+    routers, width = (find_routers(run, chosen) if config.model.routes else None) or (folder, None)
+    return _Found(chosen, info, folder, routers, width)
+
+
+def _on_first(action: Callable[[], T], *, rank: int) -> T:
+    """Rank 0's result on every rank, or its error: many ranks that hash the same files only wait for each other."""
+    found: T | Exception | None = None
+    if rank == 0:
+        try:
+            found = action()
+        except MmscaleError as error:
+            found = error
+        except OSError as error:
+            found = CheckpointError(f"rank 0: {error}", remedy="check the file system of the run folder")
+    found = process_groups.from_first(found)
+    if isinstance(found, Exception):
+        raise found
+    return found  # type: ignore[return-value]
 
 
 def _with_width(config: Config, width: int) -> Config:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import sklearn.svm  # noqa: F401
+import yaml
 
 import checkpoints_tools.generator  # noqa: F401
 import mmscale.inference.draw
 import mmscale.inference.recognise
 import mmscale.report.figures
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.layout import Store
 from mmscale.data.digits import labelled
 from mmscale.data.image_files import save_png
 from mmscale.data.vocab import EOI, EOS
@@ -82,8 +87,11 @@ def test_tensor_parallel_ranks_give_the_same_pictures(
         assert Path(mine).read_bytes() == Path(theirs).read_bytes()
 
 
-def test_evaluation_over_tensor_parallel_ranks(exported: Path) -> None:
-    """Losses, tasks, and the routers' figures: as one process measures them."""
+def test_evaluation_over_tensor_parallel_ranks(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, tasks, and the routers' figures: as one process measures them. Rank 0 alone chooses, reads and hashes."""
+    hashed, listed = integrity.digest, Store.steps
+    monkeypatch.setattr(integrity, "digest", lambda path: hashed(path) if first() else pytest.fail("hashed twice"))
+    monkeypatch.setattr(Store, "steps", lambda store: listed(store) if first() else pytest.fail("chosen twice"))
     way = ("eval", exported / "tiny", "--routing", "causal", "--batches", "2", "--json")
     one, two = (json.loads(ok(*way, nproc=nproc).out) for nproc in (1, 2))
     assert one.keys() == two.keys() and one["routers"]
@@ -92,6 +100,42 @@ def test_evaluation_over_tensor_parallel_ranks(exported: Path) -> None:
             assert two[name] == pytest.approx(value, rel=2e-6, abs=1e-6), name
     for mine, theirs in zip(one["routers"], two["routers"], strict=True):
         assert theirs == pytest.approx(mine, abs=1e-3)
+
+
+def first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def test_ranks_end_alike_at_a_damaged_checkpoint(exported: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(exported / "bare", tmp_path / "bare"))
+    (file,) = (run / "checkpoints").glob("step_*/__0_0.distcp")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    ended = mmscale("eval", run, "--nproc", "2", nproc=2)
+    assert_says(ended, status=4, cause=r"step_0*30 is damaged: __0_0.distcp has another content", remedy="RUN@STEP")
+    assert ended.others == ended.err  # rank 1, which has read nothing, ends with the same words
+
+
+def test_a_run_of_a_gpu_machine_is_evaluated_anywhere(exported: Path, tmp_path: Path) -> None:
+    """Its layout, kernels and number format are no part of the model; the slots that FP8 rounded up are."""
+    run = Path(shutil.copytree(exported / "tiny", tmp_path / "tiny"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+
+    def loss(nproc: int, *, experts: dict[str, Any], model: dict[str, Any], precision: dict[str, Any]) -> float:
+        changed = copy.deepcopy(settings)
+        changed["model"] |= model | {"experts": changed["model"]["experts"] | experts}
+        changed["model"]["depth"]["multiple"] = experts.get("capacity_multiple", 8)
+        changed["precision"] |= precision
+        (run / "config.yaml").write_text(yaml.safe_dump(changed))
+        found = json.loads(ok("eval", run, "--batches", "2", "--json", nproc=nproc).out)["loss"]
+        assert isinstance(found, float)
+        return found
+
+    kernels = {"backend": "te", "gradient_accumulation_fusion": "on"}
+    slots = loss(1, experts={"capacity_multiple": 16}, model={}, precision={})
+    graphs = {"capacity_multiple": 16, "compute": "grouped_mm", "cuda_graph": True}
+    assert loss(1, experts=graphs, model=kernels, precision={}) == slots
+    fp8 = {"fp8": "tensorwise", "fp8_skip_first": 1}
+    assert loss(2, experts={"compute": "te"}, model=kernels, precision=fp8) == pytest.approx(slots, rel=2e-6)
 
 
 def test_ranks_that_do_not_fit(exported: Path) -> None:

@@ -11,8 +11,8 @@ from changed import changed
 from typer.testing import CliRunner
 
 from mmscale.cli import app
-from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, with_auxiliary_routers
+from mmscale.config import Config, ParallelConfig
+from mmscale.config.derived import depth_tokens, for_inference, with_auxiliary_routers
 from mmscale.config.fp8 import capacity_multiple, depth_multiple, high_precision, roundings, row_multiple
 from mmscale.config.rules import violations
 
@@ -118,11 +118,37 @@ def test_slots_are_rounded_to_what_products_take() -> None:
 
 
 def test_what_comes_after_training_has_the_same_slots_without_fp8() -> None:
-    trained = config(model__depth={"multiple": 4}, **BLOCKWISE)
-    for later in (high_precision(trained), with_auxiliary_routers(trained)):
+    trained = config(model__depth={"multiple": 4}, precision__fp8_skip_first=1, precision__fp8_skip_last=2, **BLOCKWISE)
+    for later in (high_precision(trained), with_auxiliary_routers(trained), for_inference(trained, tp=2)):
         assert later.precision.fp8 == "off"
+        refused = [problem.cause for problem in violations(later, world_size=2)]
+        wanted = ["model.auxiliary.mode = stage is"] if later.model.auxiliary.mode == "stage" else []
+        assert [cause[:31] for cause in refused] == wanted, refused
         assert capacity_multiple(later) == capacity_multiple(trained) == 16
         assert depth_tokens(later) == depth_tokens(trained)
+
+
+def test_inference_leaves_the_layout_and_the_machine_of_training() -> None:
+    """What is left must be the model alone: the same on a machine without CUDA, and over any number of ranks."""
+    there = {
+        "model__backend": "te",
+        "model__gradient_accumulation_fusion": "on",
+        "parallel__tp": 2,
+        "parallel__ep": 2,
+        "parallel__overlap_tensor": True,
+    }
+    fp8 = {**BLOCKWISE, "precision__fp8_emulate": False, "model__experts__compute": "te"}
+    trained = config(**there, **fp8)
+    graphs = config(**there, precision={}, model__experts__compute="grouped_mm", model__experts__cuda_graph=True)
+    assert violations(trained) == violations(graphs) == []
+    for run in (trained, graphs):
+        later = for_inference(run, tp=4)
+        model = later.model
+        assert (model.backend, model.experts.compute, model.experts.cuda_graph) == ("auto", "auto", False)
+        assert model.gradient_accumulation_fusion == "off" and later.parallel == ParallelConfig(tp=4)
+        assert capacity_multiple(later) == capacity_multiple(run)
+        assert violations(later, world_size=4) == []
+    assert for_inference(config(model__backend="torch")).model.backend == "torch"
 
 
 def test_config_check_says_what_is_rounded(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.image_settings import SETTINGS, write_settings
-from mmscale.data.patches import Codes, Pixels, cluster, nearest, to_patches
+from mmscale.data.patches import Book, Codes, Pixels, cluster, to_patches
 from mmscale.errors import DataError
 
 FOLDER = "image_tokenizer"
@@ -139,6 +139,7 @@ class KMeansTokenizer:
             )
         assert codebook_KD.dtype == np.uint8 and codebook_KD.shape[1] == patch * patch * channels
         self.size, self.channels, self.patch, self.codebook_KD = size, channels, patch, codebook_KD
+        self.book = Book(codebook_KD)
 
     @classmethod
     def fit(cls, patches_ND: Pixels, *, size: int, channels: int, patch: int, codes: int) -> KMeansTokenizer:
@@ -175,7 +176,7 @@ class KMeansTokenizer:
 
     def encode(self, images_nHWC: Pixels) -> Codes:
         """Images uint8 [n, H, W, C] to codes int64 [n, T]; of two equal distances the lower code wins."""
-        codes = nearest(to_patches(images_nHWC, self.patch), self.codebook_KD)
+        codes = self.book.nearest(to_patches(images_nHWC, self.patch))
         return codes.reshape(len(images_nHWC), self.tokens_per_image)
 
     def decode(self, codes_nT: Codes) -> Pixels:
@@ -217,6 +218,7 @@ class ResidualTokenizer:
         self.base, self.residual_RD = base, residual_RD
         self.size, self.channels, self.patch = base.size, base.channels, base.patch
         self._entries = np.concatenate([base.codebook_KD.astype(np.int16), residual_RD])
+        self._book = Book(residual_RD)
 
     @classmethod
     def fit(cls, patches_ND: Pixels, *, base: KMeansTokenizer, codes: int) -> ResidualTokenizer:
@@ -227,7 +229,7 @@ class ResidualTokenizer:
             base: the first codebook.
             codes: entries of the second codebook at most.
         """
-        left_ND = patches_ND.astype(np.int16) - base.codebook_KD[nearest(patches_ND, base.codebook_KD)]
+        left_ND = patches_ND.astype(np.int16) - base.codebook_KD[base.book.nearest(patches_ND)]
         distinct, counts = np.unique(left_ND, axis=0, return_counts=True)
         if len(distinct) > codes:
             distinct = np.unique(np.rint(cluster(distinct, counts, codes)).clip(-255, 255).astype(np.int16), axis=0)
@@ -253,9 +255,9 @@ class ResidualTokenizer:
     def encode(self, images_nHWC: Pixels) -> Codes:
         """Images uint8 [n, H, W, C] to codes int64 [n, T]."""
         patches_ND = to_patches(images_nHWC, self.patch)
-        first_N = nearest(patches_ND, self.base.codebook_KD)
+        first_N = self.base.book.nearest(patches_ND)
         left_ND = patches_ND.astype(np.int16) - self.base.codebook_KD[first_N]
-        second_N = nearest(left_ND, self.residual_RD) + self.base.vocab_size
+        second_N = self._book.nearest(left_ND) + self.base.vocab_size
         return np.stack([first_N, second_N], axis=1).reshape(len(images_nHWC), self.tokens_per_image)
 
     def decode(self, codes_nT: Codes) -> Pixels:

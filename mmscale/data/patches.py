@@ -15,22 +15,30 @@ Pixels = NDArray[np.uint8]
 Codes = NDArray[np.int64]
 
 
-def nearest(patches_ND: NDArray[np.integer], book_KD: NDArray[np.integer]) -> Codes:
-    """Index of each patch's nearest entry, int64 [N]; of two equal distances the lower index wins.
+class Book:
+    """A codebook made ready once for comparisons with any number of patches.
 
     Args:
-        patches_ND: whole numbers, each -255..255.
-        book_KD: likewise.
+        entries_KD: whole numbers, each -255..255.
     """
-    # With signs, sums reach 3 * D * 255^2: whole numbers stay exact in float32 up to 2^24.
-    exact: type[np.floating] = np.float32 if 3 * book_KD.shape[1] * 255**2 < 2**24 else np.float64
-    entries_KD: NDArray[np.floating] = book_KD.astype(exact)
-    norm_K = (entries_KD**2).sum(axis=1)
-    codes = np.empty(len(patches_ND), dtype=np.int64)
-    for start in range(0, len(patches_ND), _CHUNK):
-        chunk_ND: NDArray[np.floating] = patches_ND[start : start + _CHUNK].astype(exact)
-        codes[start : start + _CHUNK] = np.argmin(norm_K - 2 * (chunk_ND @ entries_KD.T), axis=1)
-    return codes
+
+    def __init__(self, entries_KD: NDArray[np.integer]) -> None:
+        # With signs, sums reach 3 * D * 255^2: whole numbers stay exact in float32 up to 2^24.
+        self._exact: type[np.floating] = np.float32 if 3 * entries_KD.shape[1] * 255**2 < 2**24 else np.float64
+        self._entries_KD: NDArray[np.floating] = entries_KD.astype(self._exact)
+        self._norm_K = (self._entries_KD**2).sum(axis=1)
+
+    def nearest(self, patches_ND: NDArray[np.integer]) -> Codes:
+        """Index of each patch's nearest entry, int64 [N]; of two equal distances the lower index wins.
+
+        Args:
+            patches_ND: whole numbers, each -255..255.
+        """
+        codes = np.empty(len(patches_ND), dtype=np.int64)
+        for start in range(0, len(patches_ND), _CHUNK):
+            chunk_ND: NDArray[np.floating] = patches_ND[start : start + _CHUNK].astype(self._exact)
+            codes[start : start + _CHUNK] = np.argmin(self._norm_K - 2 * (chunk_ND @ self._entries_KD.T), axis=1)
+        return codes
 
 
 def cluster(distinct_ND: NDArray[np.integer], counts_N: NDArray[np.int64], codes: int) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_nearest_code_by_a_plain_loop(patch: int, channels: int) -> None:
     ]
     expected = np.array([int(np.argmin(row)) for row in distances]).reshape(3, -1)
     np.testing.assert_array_equal(tokenizer.encode(images), expected)
+
+
+def test_one_image_costs_less_than_a_pass_over_the_codebook() -> None:
+    """Data preparation encodes image by image: what follows from the codebook alone is not computed every time."""
+    base = KMeansTokenizer(32, 3, 32, RNG.integers(0, 256, (512, 3 * 32 * 32), dtype=np.uint8))
+    sums = ResidualTokenizer(base, RNG.integers(-255, 256, (512, 3 * 32 * 32), dtype=np.int16))
+    image = RNG.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    for tokenizer in (base, sums):
+        tracemalloc.start()
+        try:
+            tokenizer.encode(image)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < base.codebook_KD.nbytes // 4, "a copy of the codebook was made"
 
 
 def test_kmeans_is_deterministic_and_better_than_grey() -> None:

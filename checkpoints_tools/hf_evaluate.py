@@ -22,7 +22,7 @@ from checkpoints_tools.generator import Generator, open_generator
 from checkpoints_tools.to_hf import REPORT
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
-from mmscale.data.manifest import check_tokenizers, check_vocabulary, named_sources, read_manifest
+from mmscale.data.manifest import check_tokenizers, read_blend
 from mmscale.data.mixture import MicroBatch, open_mixture
 from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
@@ -56,11 +56,8 @@ def evaluate_export(
     generator = open_generator(folder, step, routing=routing)
     config = generator.config if data is None else with_data(generator.config, data)
     vocabulary, trained = Vocabulary.from_config(config.vocab), _tokenizers(folder)
-    for source in named_sources(config):
-        place = Path(source.path)
-        manifest = read_manifest(place)
-        check_vocabulary(place, manifest, vocabulary)
-        check_tokenizers(place, manifest, trained, where=str(folder))
+    for place, manifest in read_blend(config).items():
+        check_tokenizers(place, manifest.tokenizers, trained, where=str(folder))
     result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
     return result | measured(_ExportScorer(generator, vocabulary, batches), config)
 

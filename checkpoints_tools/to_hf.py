@@ -197,7 +197,7 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
     vocabulary = Vocabulary.from_config(config.vocab)
     folders = [data] if data is not None else [Path(source.path) for source in named_sources(config)]
     blend = {folder: read_manifest(folder) for folder in folders}
-    common_tokenizers(blend)
+    common_tokenizers({folder: manifest.tokenizers for folder, manifest in blend.items()})
     with_images = [one for one, known in blend.items() if known.image_tokenizer != NO_TOKENIZER]
     folder = (with_images or folders)[0]
     manifest = blend[folder]

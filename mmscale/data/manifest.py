@@ -136,6 +136,22 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def read_blend(config: Config) -> dict[Path, Manifest]:
+    """Manifests of a configuration's data sets by folder, of its vocabulary and of one kind of tokenizers.
+
+    Raises:
+        ConfigError: none is named.
+        DataError: one is missing, damaged, or was prepared with another vocabulary or with other tokenizers than the
+            others.
+    """
+    vocabulary = Vocabulary.from_config(config.vocab)
+    blend = {Path(entry.path): read_manifest(Path(entry.path)) for entry in named_sources(config)}
+    for folder, manifest in blend.items():
+        check_vocabulary(folder, manifest, vocabulary)
+    common_tokenizers({folder: manifest.tokenizers for folder, manifest in blend.items()})
+    return blend
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest so that it is there whole or not at all."""
     temporary = folder / (MANIFEST + ".tmp")
@@ -161,20 +177,20 @@ def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -
         )
 
 
-def check_tokenizers(folder: Path, manifest: Manifest, wanted: Mapping[str, str], *, where: str) -> None:
+def check_tokenizers(folder: Path, found: Mapping[str, str], wanted: Mapping[str, str], *, where: str) -> None:
     """Refuse data whose ids were made by other tokenizers than a model's, though the vocabularies agree.
 
     Args:
         folder: the data set.
-        manifest: its manifest.
-        wanted: fingerprints as in `Manifest.tokenizers`; one that is missing is not compared, and neither is the image
-            tokenizer where one side has no images.
+        found: its `Manifest.tokenizers`.
+        wanted: fingerprints likewise; one that is missing is not compared, and neither is the image tokenizer where one
+            side has no images.
         where: whose they are.
 
     Raises:
         DataError: one differs.
     """
-    for name, fingerprint in manifest.tokenizers.items():
+    for name, fingerprint in found.items():
         if wanted.get(name, NO_TOKENIZER) not in (fingerprint, NO_TOKENIZER) and fingerprint != NO_TOKENIZER:
             raise DataError(
                 f"data: the {name.replace('_', ' ')} of {folder} ({fingerprint}) is another than that of {where} "
@@ -183,20 +199,20 @@ def check_tokenizers(folder: Path, manifest: Manifest, wanted: Mapping[str, str]
             )
 
 
-def common_tokenizers(blend: Mapping[Path, Manifest]) -> dict[str, str]:
+def common_tokenizers(blend: Mapping[Path, Mapping[str, str]]) -> dict[str, str]:
     """Fingerprints of the tokenizers of a blend; a data set without images does not count for those of images.
 
     Args:
-        blend: folders and their manifests.
+        blend: folders and their `Manifest.tokenizers`.
 
     Raises:
         DataError: two data sets were made by different tokenizers.
     """
     found: dict[str, str] = {}
-    for folder, manifest in blend.items():
-        check_tokenizers(folder, manifest, found, where="the blend's data before it")
-        known = {name: value for name, value in manifest.tokenizers.items() if value != NO_TOKENIZER}
-        found = manifest.tokenizers | found | known
+    for folder, own in blend.items():
+        check_tokenizers(folder, own, found, where="the blend's data before it")
+        known = {name: value for name, value in own.items() if value != NO_TOKENIZER}
+        found = {**own, **found, **known}
     return found
 
 

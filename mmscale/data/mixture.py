@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.manifest import check_vocabulary, named_sources, read_manifest
+from mmscale.data.manifest import check_vocabulary, common_tokenizers, named_sources, read_manifest
 from mmscale.data.packing import EMPTY_SEQUENCE, Packing, Purpose, blend, deal, permutation
 from mmscale.data.packing_cache import PackedStream
 from mmscale.data.source import Source
@@ -97,8 +97,11 @@ class Mixture:
         shuffle: False keeps the stored order of documents and, with balance off, of sequences.
         once: one pass instead of an endless stream.
 
+    Attributes:
+        tokenizers: fingerprints of those that made the ids of all sources.
+
     Raises:
-        DataError: a document is longer than a sequence.
+        DataError: a document is longer than a sequence, or sources were made by different tokenizers.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Mixture:
         assert sources
         assert weights is None or len(weights) == len(sources)
         self.vocabulary = vocabulary
+        self.tokenizers = common_tokenizers({source.folder: source.tokenizers for source in sources})
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.once = once

@@ -44,6 +44,7 @@ class Source:
     Attributes:
         folder: the data set's folder.
         split: name of the split.
+        tokenizers: fingerprints of those that made the ids, as in the manifest.
         lengths: tokens of each document, int32 [D].
         counts: tokens per modality of each document, int32 [D, K].
         labels: labels per modality that are trained on, int32 [D, K]. A label is the next token of the same document.
@@ -66,6 +67,7 @@ class Source:
             raise DataError(f"data: {folder} has no split {split!r}, only {', '.join(manifest.splits)}", remedy=_AGAIN)
         self.folder = folder
         self.split = split
+        self.tokenizers = manifest.tokenizers
         self._parts = tuple(part for part in manifest.splits[split].parts if part.documents)
         if not self._parts:
             raise DataError(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.manifest import check_tokenizers, read_manifest
+from mmscale.data.manifest import check_tokenizers, read_blend
 from mmscale.data.mixture import open_mixture
 from mmscale.data.packed import fill_rows, pack_rows
 from mmscale.inference.model import RunModel, open_run
@@ -57,8 +57,9 @@ def evaluate_run(
         model.require(routing)
         config = model.config
         if data is not None:
-            check_tokenizers(data, read_manifest(data), model.tokenizers, where=f"step {model.step} of {run}")
             config = with_data(config, data)
+        for folder, manifest in read_blend(config).items():  # the run's own data may have been prepared anew
+            check_tokenizers(folder, manifest.tokenizers, model.tokenizers, where=f"step {model.step} of {run}")
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
         result |= measured(_RunScorer(model, routing, batches), config)
         if not routing.leaks and model.config.model.routes:

@@ -27,7 +27,7 @@ from mmscale.config.derived import tokens_per_step, with_auxiliary_routers
 from mmscale.config.load import digest
 from mmscale.config.rules import check
 from mmscale.data.loader import BatchLoader
-from mmscale.data.manifest import check_vocabulary, named_sources, read_manifest
+from mmscale.data.manifest import read_blend
 from mmscale.data.mixture import Mixture, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, ConfigError, TrainingError
@@ -59,6 +59,7 @@ from mmscale.train.evaluate import evaluate
 from mmscale.train.loop import is_logged
 from mmscale.train.metrics import next_attempt
 from mmscale.train.parts import loader_of, resolve_share, start
+from mmscale.train.preflight import check_ids
 from mmscale.train.progress import Progress
 from mmscale.train.records import open_records
 from mmscale.train.run import FINISHED, STOPPED
@@ -93,7 +94,8 @@ def preflight(config: Config, *, world_size: int) -> None:
 
     Raises:
         ConfigError: the model routes nothing, the layout does not fit, or no data set is named.
-        DataError: a data set is missing or was prepared with another vocabulary.
+        DataError: a data set is missing, or was prepared with another vocabulary or with other tokenizers than the
+            main run's.
         CheckpointError: there is no main checkpoint, it holds another model, or the stage's belongs to another one.
     """
     if not config.model.routes:
@@ -105,13 +107,13 @@ def preflight(config: Config, *, world_size: int) -> None:
     # The stage's own portions must fit the ranks too. Its mode is set by itself, which the rules refuse in files.
     staged = stage_config(config)
     check(staged.model_copy(update={"model": config.model}), world_size=world_size)
-    vocabulary = Vocabulary.from_config(config.vocab)
-    for entry in named_sources(config):
-        check_vocabulary(Path(entry.path), read_manifest(Path(entry.path)), vocabulary)
+    blend = read_blend(config)
     run = Path(config.run.dir) / config.run.name
     store = Store.of_run(run)
     newest = store.choose()
-    check_shape(config, store.info(newest).get("shape", {}), where=str(store.path(newest)))
+    where, info = str(store.path(newest)), store.info(newest)
+    check_shape(config, info.get("shape", {}), where=where)
+    check_ids(blend, info, where=where)
     own = Store.of_run(folder_of(run))
     if own.steps():
         _check_origin(own, own.steps()[-1], main_origin(store, newest), config)

@@ -15,15 +15,8 @@ from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
 from mmscale.config.changes import changes, describe
 from mmscale.config.rules import check
-from mmscale.data.manifest import (
-    NO_TOKENIZER,
-    check_vocabulary,
-    common_tokenizers,
-    named_sources,
-    read_manifest,
-)
-from mmscale.data.vocab import Vocabulary
-from mmscale.errors import ConfigError, DataError
+from mmscale.data.manifest import Manifest, check_tokenizers, read_blend
+from mmscale.errors import ConfigError
 
 
 def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
@@ -42,11 +35,7 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
         CheckpointError: the newest checkpoint holds another model, or all are damaged.
     """
     check(config, world_size=world_size)
-    vocabulary = Vocabulary.from_config(config.vocab)
-    blend = {Path(entry.path): read_manifest(Path(entry.path)) for entry in named_sources(config)}
-    for folder, manifest in blend.items():
-        check_vocabulary(folder, manifest, vocabulary)
-    tokenizers = common_tokenizers(blend)
+    blend = read_blend(config)
     store = Store.of_run(Path(config.run.dir) / config.run.name)
     newest = store.newest()
     if newest is None:
@@ -61,7 +50,7 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
         if _looks_whole(store, step):
             where, info = str(store.path(step)), store.info(step)
             check_shape(config, info.get("shape", {}), where=where)
-            _check_tokenizers(tokenizers, info, where=where)
+            check_ids(blend, info, where=where)
             check_changes(config, info, where=where, yes=yes)
             return
 
@@ -91,18 +80,20 @@ def check_changes(config: Config, info: Mapping[str, Any], *, where: str, yes: b
     return refused + describe(found, objective=False)
 
 
-def _check_tokenizers(now: Mapping[str, str], info: Mapping[str, Any], *, where: str) -> None:
-    """Not even `--yes` makes sense of it: ids would change their meaning under a model that has learned them."""
-    then = info.get("tokenizers")
-    if not isinstance(then, dict):  # written before they were kept
-        return
-    for name, fingerprint in now.items():
-        known = then.get(name, NO_TOKENIZER)
-        if known != fingerprint and NO_TOKENIZER not in (known, fingerprint):
-            raise DataError(
-                f"data: the {name.replace('_', ' ')} ({fingerprint}) is another than that of {where} ({known})",
-                remedy="name data that was prepared with the tokenizers of training, or start another run.name",
-            )
+def check_ids(blend: Mapping[Path, Manifest], info: Mapping[str, Any], *, where: str) -> None:
+    """Refuse data whose ids mean something else than those that a checkpoint has learned; not even `--yes` allows it.
+
+    Args:
+        blend: folders and manifests of the data sets.
+        info: what the checkpoint says about itself.
+        where: its name, for the message.
+
+    Raises:
+        DataError: a tokenizer is another one.
+    """
+    known = info.get("tokenizers") or {}  # checkpoints from before they were kept have none
+    for folder, manifest in blend.items():
+        check_tokenizers(folder, manifest.tokenizers, known, where=where)
 
 
 def _looks_whole(store: Store, step: int) -> bool:

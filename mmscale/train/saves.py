@@ -16,7 +16,6 @@ from mmscale.checkpoint.save_settings import SaveSettings
 from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.load import digest
-from mmscale.data.manifest import common_tokenizers, named_sources, read_manifest
 from mmscale.resilience.inject import Faults
 from mmscale.resilience.lease import Fence
 from mmscale.resilience.memory_tier import MemoryTier
@@ -33,9 +32,28 @@ from mmscale.train.throughput import SAVE_STALL, Throughput
 
 
 def manager_of(
-    config: Config, run: Path, *, attempt: int, records: Records, progress: Progress, faults: Faults, fence: Fence
+    config: Config,
+    run: Path,
+    *,
+    attempt: int,
+    tokenizers: dict[str, str],
+    records: Records,
+    progress: Progress,
+    faults: Faults,
+    fence: Fence,
 ) -> CheckpointManager:
-    """The manager of an attempt: told events become lines of events.jsonl, and warnings on the terminal."""
+    """The manager of an attempt: told events become lines of events.jsonl, and warnings on the terminal.
+
+    Args:
+        config: the run's configuration.
+        run: the run's folder.
+        attempt: its number.
+        tokenizers: fingerprints of those of the data; kept with every checkpoint.
+        records: where events go.
+        progress: the terminal.
+        faults: called at every point of a save.
+        fence: called at every stage of a commit.
+    """
 
     def tell(event: str, **fields: Any) -> None:
         records.tell(event, **fields)
@@ -63,9 +81,7 @@ def manager_of(
             "config": config.model_dump(mode="json"),
             "config_digest": digest(config),
             "attempt": attempt,
-            "tokenizers": common_tokenizers(
-                {Path(entry.path): read_manifest(Path(entry.path)) for entry in named_sources(config)}
-            ),
+            "tokenizers": tokenizers,
         },
         on_event=tell,
         saves=SaveSettings(

@@ -89,6 +89,12 @@ def test_what_cannot_be_evaluated_is_said(exported: Path, digits: Path, tmp_path
     for model in (hf, exported / "tiny"):
         ended = mmscale("eval", model, "--data", other)
         assert_says(ended, status=3, cause=r"image tokenizer of .*other \(another\) is another", remedy="tokenizers of")
+    anew = Path(shutil.copytree(exported / "bare", tmp_path / "bare"))  # as if its own data were prepared anew
+    settings = yaml.safe_load((anew / "config.yaml").read_text())
+    (anew / "config.yaml").write_text(yaml.safe_dump(settings | {"data": settings["data"] | {"path": str(other)}}))
+    assert_says(
+        mmscale("eval", anew), status=3, cause=r"\(another\) is another than that of step 30", remedy="tokenizers"
+    )
     damaged = Path(shutil.copytree(hf, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-9])
     assert_says(mmscale("eval", damaged), status=4, cause="is damaged", remedy="export it again")

@@ -11,16 +11,16 @@ from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.shape import shape_of
 from mmscale.config import Config
-from mmscale.data.manifest import NO_TOKENIZER, Manifest, named_sources, write_manifest
+from mmscale.data.manifest import NO_TOKENIZER, Manifest, read_blend, write_manifest
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, ConfigError, DataError
-from mmscale.train import preflight
+from mmscale.train import auxiliary_stage, preflight
 from tests.unit.config.test_changes import config
 
 
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "named_sources", lambda _: [])
+    monkeypatch.setattr(preflight, "read_blend", lambda _: {})
 
 
 def commit(run: Path, step: int, *overrides: str, **more: Any) -> Path:
@@ -98,7 +98,7 @@ def data_set(folder: Path, **tokenizers: str) -> tuple[Path, Manifest]:
 
 def test_tokenizers_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in a blend nor with a checkpoint, `--yes` or not; data without images go with any image tokenizer."""
-    monkeypatch.setattr(preflight, "named_sources", named_sources)
+    monkeypatch.setattr(preflight, "read_blend", read_blend)
     first, _ = data_set(tmp_path / "first")
     other, _ = data_set(tmp_path / "other", image_tokenizer="i2")
     text, _ = data_set(tmp_path / "text", image_tokenizer=NO_TOKENIZER)
@@ -112,6 +112,34 @@ def test_tokenizers_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     commit(run, 10, f"data.path={first}", tokenizers={"text_tokenizer": "t1", "image_tokenizer": "i1"})
     check(run, f"data.path={first}")
     check(run, f"data.path={text}", yes=True)
-    with pytest.raises(DataError, match=r"image tokenizer \(i2\) is another than that of .*step_0*10 \(i1\)") as raised:
+    wrong_image = r"image tokenizer of .*other \(i2\) is another than that of .*step_0*10 \(i1\)"
+    with pytest.raises(DataError, match=wrong_image) as raised:
         check(run, f"data.path={other}", yes=True)
     assert raised.value.exit_status == 3
+    with pytest.raises(DataError, match=r"is another than that of .*step_0*10 \(i1\)"):  # not the first of them either
+        check(run, "data.path=null", f"data.blend=[{{path: {text}}}, {{path: {other}}}]", yes=True)
+
+
+def test_routers_learn_from_ids_of_the_main_run_s_meaning(tmp_path: Path) -> None:
+    """Another codebook under the same vocabulary would teach them what no token of the main run means."""
+    first, _ = data_set(tmp_path / "first")
+    other, _ = data_set(tmp_path / "other", image_tokenizer="i2")
+    text, _ = data_set(tmp_path / "text", image_tokenizer=NO_TOKENIZER)
+    run = tmp_path / "run"
+    commit(run, 10, tokenizers={"text_tokenizer": "t1", "image_tokenizer": "i1"})
+    commit(run, 20, tokenizers={"text_tokenizer": "t1", "image_tokenizer": "i2"})
+
+    def stage(*overrides: str) -> None:
+        made = config(f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
+        auxiliary_stage.preflight(made, world_size=1)
+
+    stage(f"data.path={other}")  # the newest checkpoint counts
+    stage(f"data.path={text}", "precision.fp8=tensorwise", "precision.fp8_emulate=true", "precision.fp8_skip_first=1")
+    with pytest.raises(
+        DataError, match=r"image tokenizer of .*first \(i1\) is another than that of .*step_0*20 \(i2\)"
+    ):
+        stage(f"data.path={first}")
+    with pytest.raises(DataError, match="is another than that of the blend's data before it"):
+        stage("data.path=null", f"data.blend=[{{path: {first}}}, {{path: {other}}}]")
+    commit(run, 30)  # written before fingerprints were kept
+    stage(f"data.path={first}")

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmscale.cli.output import Json, Overrides, console, emit
 from mmscale.errors import UsageError
-from mmscale.plan.siblings import TOLERANCE, Sibling
+
+if TYPE_CHECKING:
+    from mmscale.plan.siblings import Sibling
 
 
 def baselines(
@@ -23,8 +25,14 @@ def baselines(
         typer.Option("--experts", min=1, show_default=False, help="Experts of each modality; default: CONFIG's, or 4."),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0.0, help="Largest difference of FLOPs per token, as a share.")
-    ] = TOLERANCE,
+        float | None,
+        typer.Option(
+            "--tolerance",
+            min=0.0,
+            show_default=False,
+            help="Largest difference of FLOPs per token, as a share; default: 0.01.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write siblings of a configuration with equal FLOPs per token: dense, 1t1i, moe8x, 4t4i, with Mixture-of-Depths.
@@ -32,9 +40,10 @@ def baselines(
     A file that stands there with other contents is not replaced.
     """
     from mmscale.config.load import load
-    from mmscale.plan.siblings import siblings, text_of
+    from mmscale.plan.siblings import TOLERANCE, siblings, text_of
 
     loaded = load(config, overrides or ())
+    tolerance = TOLERANCE if tolerance is None else tolerance
     found = siblings(loaded, experts=experts, tolerance=tolerance)
     files = {out / f"{sibling.config.run.name}.yaml": text_of(sibling, of=str(config)) for sibling in found}
     for file, text in files.items():

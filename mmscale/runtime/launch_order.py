@@ -10,13 +10,13 @@ import logging
 import os
 from collections.abc import MutableMapping
 
-from mmscale.runtime import device, transformer_engine
+from mmscale.runtime import transformer_engine
 
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 _log = logging.getLogger(__name__)
 
 
-def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> bool:
+def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> None:
     """Let kernels start in the order in which they were launched, where tensor-parallel overlap relies on it.
 
     In backward megatron-core launches a collective and then the product that it overlaps with
@@ -24,25 +24,21 @@ def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> bo
     waits behind it. Without tensor parallelism nothing relies on the order, and several queues let the exchange of
     tokens, data-parallel messages and products pass each other: then the variable is left as it is.
 
+    It does not ask whether there is a device: asking may be what starts CUDA, and a host ignores the variable. Another
+    number that somebody has set stays, with a warning.
+
     Args:
         tp: tensor-parallel ranks.
         environ: the process's environment.
-
-    Returns:
-        Whether the order is kept. False is warned of where somebody has set another number.
     """
     environ = os.environ if environ is None else environ
-    if tp == 1 or not device.has_cuda():
-        return environ.get(QUEUES) == "1"
-    if environ.setdefault(QUEUES, "1") == "1":
-        return True
-    _log.warning(
-        "%s=%s: tensor-parallel messages may not overlap with products (parallel.tp = %d); unset it or set it to 1",
-        QUEUES,
-        environ[QUEUES],
-        tp,
-    )
-    return False
+    if tp > 1 and environ.setdefault(QUEUES, "1") != "1":
+        _log.warning(
+            "%s=%s: tensor-parallel messages may not overlap with products (parallel.tp = %d); unset it or set it to 1",
+            QUEUES,
+            environ[QUEUES],
+            tp,
+        )
 
 
 def user_buffers(*, rows: int, hidden: int, tp: int, fp8: bool) -> None:

@@ -49,9 +49,9 @@ def resolve_share(config: Config) -> Config:
 
 def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
     """Seeds, torch.distributed and megatron's process groups."""
-    device.keep_host_memory()
     parallel = config.parallel
-    launch_order.one_queue(tp=parallel.tp)  # before anything else uses the device
+    launch_order.one_queue(tp=parallel.tp)  # before anything asks for the device
+    device.keep_host_memory()
     device.set_seeds(config.run.seed)
     groups = process_groups.initialize(
         env, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=config.run.seed

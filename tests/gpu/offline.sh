@@ -13,9 +13,8 @@ if [ ! -e .site/.complete ]; then
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target .site .gpu/*.whl
   touch .site/.complete
 fi
-# One queue: communication is then started in the order in which it was asked for (megatron-core wants it for tensor
-# parallelism). cuDNN's attention, not flash-attn's.
-export CUDA_DEVICE_MAX_CONNECTIONS=1 NVTE_FLASH_ATTN=0 NVTE_FUSED_ATTN=1
+# cuDNN's attention, not flash-attn's.
+export NVTE_FLASH_ATTN=0 NVTE_FUSED_ATTN=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python3 -m mmscale doctor || true

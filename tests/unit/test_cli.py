@@ -98,6 +98,17 @@ def test_starts_without_torch(config: Path) -> None:
     assert result.stderr == "({0}, [])"
 
 
+def test_every_command_starts_without_reading_a_configuration() -> None:
+    """`mmscale --help`: 0.07 s; 0.24 s with pydantic, YAML and the schema."""
+    program = (
+        "import sys\nfrom mmscale.cli import main\nstatus = main(['--help'])\n"
+        "heavy = [name for name in ('pydantic', 'yaml', 'mmscale.config', 'mmscale.plan') if name in sys.modules]\n"
+        "sys.stderr.write(repr((status, heavy)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stderr == "(0, [])"
+
+
 def test_version_and_module(run: Run) -> None:
     assert run("--version") == (0, f"{__version__}\n", "")
     result = subprocess.run([sys.executable, "-m", "mmscale", "--version"], capture_output=True, text=True, check=True)

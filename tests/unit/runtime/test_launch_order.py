@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,40 +12,53 @@ import torch
 from mmscale.errors import ConfigError
 from mmscale.runtime import launch_order
 from mmscale.runtime.launch_order import QUEUES
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train import parts
+from tests.distributed.layouts import config
+from tests.support import run_ranks
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-
-@pytest.mark.usefixtures("cuda")
 def test_tensor_parallelism_gets_one_queue() -> None:
     environ: dict[str, str] = {}
-    assert launch_order.one_queue(tp=2, environ=environ)
+    launch_order.one_queue(tp=2, environ=environ)
     assert environ == {QUEUES: "1"}
 
 
-@pytest.mark.usefixtures("cuda")
+def test_a_run_sets_it_before_it_asks_for_a_device() -> None:
+    def begin(ranks: RankEnv) -> None:
+        found: list[str | None] = []
+
+        def is_available() -> bool:
+            found.append(os.environ.get(QUEUES))
+            return False
+
+        os.environ.pop(QUEUES, None)
+        torch.cuda.is_available = is_available
+        with pytest.raises(ConfigError, match="world size"):  # one rank: it ends where groups would be made
+            parts.start(config("dense", parallel={"tp": 2}), ranks)
+        assert found and set(found) == {"1"}
+
+    run_ranks(begin, world_size=1)
+
+
 def test_what_somebody_has_set_stays_and_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     environ = {QUEUES: "8"}
     with caplog.at_level(logging.WARNING):
-        assert not launch_order.one_queue(tp=4, environ=environ)
+        launch_order.one_queue(tp=4, environ=environ)
     assert environ == {QUEUES: "8"}
     assert f"{QUEUES}=8" in caplog.text and "parallel.tp = 4" in caplog.text
 
 
-@pytest.mark.usefixtures("cuda")
 def test_without_tensor_parallelism_it_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    environ = {QUEUES: "8"}
-    assert not launch_order.one_queue(tp=1, environ=environ)
-    assert environ == {QUEUES: "8"} and not caplog.text
+    for environ in ({}, {QUEUES: "8"}):
+        before = dict(environ)
+        launch_order.one_queue(tp=1, environ=environ)
+        assert environ == before and not caplog.text
+    for profile in (Path(__file__).parents[3] / "configs" / "cluster").glob("*.yaml"):
+        assert QUEUES not in profile.read_text(), f"{profile.name} would set it for every layout"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without CUDA")
 def test_hosts() -> None:
-    environ: dict[str, str] = {}
-    assert not launch_order.one_queue(tp=2, environ=environ)
-    assert not environ
     with pytest.raises(ConfigError, match=r"parallel\.overlap_tensor = true needs Transformer-Engine"):
         launch_order.user_buffers(rows=8, hidden=16, tp=2, fp8=False)

@@ -43,7 +43,8 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_by_itself(jobs: Jobs, refere
     lines = read_metrics(run.folder)
     assert sorted(line["slowest_rank"] for line in lines)[len(lines) // 2] == 1
     assert sorted(line["rank_time_max_s"] - line["rank_time_median_s"] for line in lines)[len(lines) // 2] > 0.1
-    assert found["slowest_rank"]["rank"] in (0, 1) and found["slowest_rank"]["over_median"] >= 0
+    over = lines[-1]["rank_time_max_s"] / lines[-1]["rank_time_median_s"] - 1
+    assert found["slowest_rank"] == {"rank": lines[-1]["slowest_rank"], "over_median": round(over, 3)}
     assert re.search(r"rank 1 \+\d+%", (run.folder / "logs" / "attempt_2" / "rank_0.log").read_text())
 
 
@@ -130,7 +131,7 @@ def test_a_node_that_is_not_fit_is_left_out_before_ranks_start(jobs: Jobs, clust
 
 
 def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
-    """One agent per node: a killed rank costs no new step of SLURM; a request to save passes the agents by.
+    """One agent per node: a killed rank costs no new step of SLURM; SIGTERM of a preemption passes the agents by.
 
     Before it, what an all-reduce between the nodes moves is measured.
     """
@@ -143,9 +144,14 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     os.kill(run.rank(1, below_agent=True), signal.SIGKILL)
     killed = time.time()
     run.until_step(15, attempt=2)
-    scheduler.cancel(run.job, signal="USR2")
+    urgent = ("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+    jobs.cluster.run(*urgent)
     run.until(lambda: run.state().restarts == 1, "it is requeued")
     assert run.until_ended().state == "COMPLETED", run.report()
+    (stop,) = run.events("stop")
+    assert stop["signal"] == "SIGTERM"  # and torchrun counted no 30 s from it
+    agents = [file.read_text() for file in sorted((run.folder / "logs" / "attempt_1").glob("agent_*.log"))]
+    assert len(agents) == 2 and not any("SIGTERM" in text or "SignalException" in text for text in agents), agents
     launches = run.events("launch")
     assert [event.get("in_place", False) for event in launches] == [False, True, False], run.report()
     measured = launches[0]["all_reduce_gb_s"]
@@ -155,12 +161,10 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     assert [(event["attempt"], event["action"]) for event in ended] == [(1, "in_place"), (2, "requeue"), (3, "end")]
     assert ended[1]["status"] == 75  # which torchrun knows nothing of
     first, second = run.events("resume")
-    assert first["step"] == 10 and first["time"] - killed < 60
-    assert second["step"] == run.events("stop")[0]["step"]
+    assert first["step"] == 10 and launches[1]["time"] - killed < 15
+    assert second["step"] == stop["step"]
     assert steps_done_again(run) <= 10
     assert_equal(run, reference)
     found = shown(run)
     assert found["crashes"] == 1 and found["restarts"] == 2
-    # Node numbers are SLURM's in every round, whatever order agents came in.
-    assert [(run.folder / "logs" / "attempt_1" / f"agent_{node}.log").exists() for node in (0, 1)] == [True, True]
     assert "step 15/60" in (run.folder / "logs" / "attempt_1" / "rank_0.log").read_text()

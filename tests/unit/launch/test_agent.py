@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from launch import agent
 from mmscale.errors import UsageError
 from mmscale.resilience import lease
+from mmscale.runtime.rank_env import unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
 ROOT = Path(__file__).parents[3]
@@ -66,6 +69,34 @@ def test_a_start_in_place_is_an_attempt_of_its_own_under_the_same_lease(tmp_path
     with pytest.raises(lease.FencedError, match=r"belongs to attempt 7\.1\.0"):
         lease.renew(tmp_path, "7.0.0", attempt=9)
     assert json.loads((tmp_path / lease.LEASE).read_text())["attempt"] == 6
+
+
+def test_signals_of_slurm_are_the_ranks_business_and_wait_for_them(tmp_path: Path) -> None:
+    """torchrun neither ends for SIGTERM nor hears of it; what comes before a rank listens is not lost."""
+    numbers = ["localhost", str(unused_port()), "1", "1", "0"]
+    command = [sys.executable, "-m", "launch.agent", "node", str(tmp_path), *numbers, "train", "absent.yaml"]
+    agent_process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"SLURM_NODEID": "0"}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        place = Path(f"/proc/{agent_process.pid}")
+        deadline = time.monotonic() + 60
+        while b"torch.distributed.run" not in (given := (place / "cmdline").read_bytes()):
+            assert agent_process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        assert b"--signals-to-handle=SIGINT,SIGHUP,SIGQUIT" in given
+        blocked = int(
+            next(s for s in (place / "status").read_text().splitlines() if s.startswith("SigBlk")).split()[1], 16
+        )
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            assert blocked >> (number - 1) & 1, number
+            agent_process.send_signal(number)
+        _, said = agent_process.communicate(timeout=60)
+        assert agent_process.returncode == 0, said
+        assert agent.statuses(tmp_path) == {0: 2}  # the rank ended by itself: there is no such configuration
+    finally:
+        agent_process.kill()
+        agent_process.wait()
 
 
 def test_it_is_not_for_people() -> None:

@@ -55,7 +55,10 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     if profile.scheduler != "slurm":
         raise UsageError(f"MMSCALE_CLUSTER={cluster} is not a profile of SLURM", remedy="name one that is, or unset it")
     cpus = int(environ.get("SLURM_CPUS_PER_TASK", "1"))
-    profile = profile.model_copy(update={"tasks_per_node": tasks, "cpus_per_task": cpus})
+    asked = {"tasks_per_node": tasks, "cpus_per_task": cpus}
+    if gpus := environ.get("SLURM_GPUS_ON_NODE"):  # not where devices are handed out without SLURM
+        asked["gpus_per_node"] = int(gpus)
+    profile = profile.model_copy(update=asked)
     cluster = cluster or "sbatch"
     record = records.plan_record(config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, yes=yes)
     records.write_record(record, config)

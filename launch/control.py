@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import owner, scheduler, submit
 from launch import record as records
-from launch import scheduler, submit
 from mmscale.checkpoint.layout import Store
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
@@ -49,14 +49,14 @@ def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
 
 
 def _stop_here(run: Path, folder: Path, *, now: bool) -> dict[str, Any]:
-    owner = lease.owner(run)
-    if owner is None or owner.host != os.uname().nodename:
+    held = lease.owner(run)
+    if held is None or held.host != os.uname().nodename:
         raise LaunchError(f"{run} does not run on this machine", remedy="run `mmscale stop` where it was launched")
     records.ask_stop(folder)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(owner.pid, signal.SIGKILL if now else signal.SIGUSR1)
+        os.kill(held.pid, signal.SIGKILL if now else signal.SIGUSR1)
         return {"run": str(run), "job": "", "done": "ended" if now else "asked to save and end"}
-    raise LaunchError(f"{run} does not run: process {owner.pid} is gone", remedy=f"`mmscale resume {run}`")
+    raise LaunchError(f"{run} does not run: process {held.pid} is gone", remedy=f"`mmscale resume {run}`")
 
 
 def resume(
@@ -87,7 +87,7 @@ def resume(
     taken = [text for text in overrides if text.partition("=")[0] in ("run.name", "run.dir")]
     if taken:
         raise UsageError(f"resume {run}: {taken[0]} would be another run", remedy="`mmscale launch` starts a new run")
-    submit.refuse_busy(run)
+    owner.refuse_busy(run)
     chosen = cluster or record.cluster
     planned = submit.plan_launch(
         record.config, overrides, cluster=chosen, nodes=nodes or (None if cluster else record.nodes), yes=yes

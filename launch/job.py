@@ -23,18 +23,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import agent, nodes, ranks, scheduler
+from launch import agent, nodes, owner, ranks, scheduler
 from launch import record as records
 from launch.policy import GAVE_UP, STOPPED, Action, Budget, Ending, crashed, decide
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError, MmscaleError
 from mmscale.resilience import lease, watchdog
-from mmscale.runtime.rank_env import expand_hostlist, unused_port
+from mmscale.runtime.rank_env import unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
 BUDGET = "budget.json"
 _REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
 _POLL_S = 0.1
+_STATUSES_S = 1.0  # between looks at what agents were not told: a listing of a folder that all nodes share
 _FIRST_LOOK_S = 10.0  # after ranks were started
 _OTHERS_S = 60.0  # after one rank has said that trying again would not help; as srun's --wait
 _KILLED_S = 90.0  # a requeued job is ended by SLURM within KillWait
@@ -95,7 +96,7 @@ class Supervisor:
 
     def run(self) -> int:
         """The whole of it; returns the job's exit status."""
-        self._refuse_other_owner()
+        owner.refuse_busy(self.run_dir, job=self.job)
         self._remove_stale_results()
         lost = self._lost_nodes()
         self._keep(self._budget())  # now: the first attempt is measured against what is there before it
@@ -125,27 +126,12 @@ class Supervisor:
 
     # --- before -----------------------------------------------------------------------------------------------------
 
-    def _refuse_other_owner(self) -> None:
-        """Two jobs must not train one run: the second one ends."""
-        other = lease.owner(self.run_dir)
-        if other is None or (other.job and other.job == self.job):
-            return
-        problem = f"{self.run_dir} is being trained by "
-        if other.job:
-            state = scheduler.job_state(other.job)
-            if state is not None and not state.ended:
-                raise LaunchError(
-                    f"{problem}job {other.job} ({state.state})", remedy=f"`mmscale stop {self.run_dir}` ends it"
-                )
-        elif other.host == os.uname().nodename and lives(other.pid):
-            raise LaunchError(f"{problem}process {other.pid}", remedy=f"`mmscale stop {self.run_dir}` ends it")
-
     def _lost_nodes(self) -> dict[str, str]:
         """Nodes that died under this job before it was requeued, if they are new in the cordon file."""
         mine = [event for event in read_events(self.run_dir) if event["event"] == "launch"]
         if not self.slurm or self.restart == 0 or not mine or mine[-1].get("job") != self.job:
             return {}
-        found = scheduler.bad_nodes(expand_hostlist(str(mine[-1].get("nodes", ""))))
+        found = scheduler.lost_nodes(str(mine[-1].get("nodes", "")))
         return nodes.cordon(self.record, self.profile, found, reason=f"lost by job {self.job}")
 
     def _remove_stale_results(self) -> None:
@@ -196,7 +182,7 @@ class Supervisor:
         if bad:
             self._refuse(bad)
 
-    def _refuse(self, bad: dict[str, str]) -> None:
+    def _refuse(self, bad: dict[str, nodes.Unfit]) -> None:
         """End the job before ranks start.
 
         SLURM changes the nodes that a job excludes only while it waits: requeued, this one could get the same again.
@@ -206,11 +192,12 @@ class Supervisor:
         """
         names = ",".join(sorted(bad))
         with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
-            events.add("preflight_failed", job=self.job, restart=self.restart, nodes=bad)
+            said = {node: one.text for node, one in sorted(bad.items())}
+            events.add("preflight_failed", job=self.job, restart=self.restart, nodes=said)
         if self.record.nodes == 1 or len(bad) < self.record.nodes:  # all at once: it is what is between them
-            nodes.cordon(self.record, self.profile, bad)
+            nodes.cordon(self.record, self.profile, {node: said[node] for node, one in bad.items() if one.cordon})
         raise LaunchError(
-            "; ".join(f"node {node} is not fit to train on: {text}" for node, text in sorted(bad.items())),
+            "; ".join(f"node {node} is not fit to train on: {text}" for node, text in said.items()),
             remedy=f"`mmscale resume {self.run_dir}` leaves nodes of the cordon file out; by hand: #SBATCH "
             f"--exclude={names}; a check is turned off by preflight.skip of the profile",
         )
@@ -245,9 +232,7 @@ class Supervisor:
             _say(f"error: {error.cause}")
             return Action.END, error.exit_status
         attempt = self._after_restarts_in_place(attempt, lease_id, events)
-        logs = self.run_dir / "logs" / f"attempt_{attempt}"
-        if hung := watchdog.reports(logs):
-            self._tell_hang(hung, logs, lease_id, events)
+        self._tell_hang(attempt, lease_id, events)
         budget = self._budget().ended(
             step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(self._ending(status, attempt))
         )
@@ -267,7 +252,12 @@ class Supervisor:
             return action, GAVE_UP
         return action, STOPPED if status != 0 and not crashed(ending) and status not in (2, 3, 4, 5) else status
 
-    def _tell_hang(self, hung: list[watchdog.Report], logs: Path, lease_id: str, events: EventLog) -> None:
+    def _tell_hang(self, attempt: int, lease_id: str, events: EventLog) -> None:
+        """Tell of a hang, if ranks of this attempt wrote reports: unlike their logs these are in its own folder."""
+        logs = self.run_dir / "logs" / f"attempt_{attempt}"
+        hung = watchdog.reports(logs)
+        if not hung:
+            return
         events.add(
             "hang",
             attempt_id=lease_id,
@@ -295,9 +285,7 @@ class Supervisor:
             if event["event"] != "ranks_ended" or event.get("action") != agent.IN_PLACE:
                 continue
             self._keep(self._budget().ended(step=int(event["checkpoint"]), crashed=True))
-            logs = self.run_dir / "logs" / f"attempt_{event['attempt']}"
-            if hung := watchdog.reports(logs):
-                self._tell_hang(hung, logs, lease_id, events)
+            self._tell_hang(int(event["attempt"]), lease_id, events)
         last = max((int(event["attempt"]) for event in found), default=attempt)
         events.attempt = last
         return last
@@ -311,13 +299,16 @@ class Supervisor:
         self._sent = 0.0
         waits_until = float("inf")
         look_at = time.monotonic() + _FIRST_LOOK_S if self.slurm else float("inf")
+        list_at = 0.0 if self.profile.ranks == "torchrun" else float("inf")
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     status = self._ranks.wait(_POLL_S)
                     return agent.true_status(logs, status if status >= 0 else 128 - status)
-                if agent.statuses(logs) and waits_until == float("inf"):
-                    waits_until = time.monotonic() + _OTHERS_S
+                if time.monotonic() >= list_at:
+                    list_at = time.monotonic() + _STATUSES_S
+                    if agent.statuses(logs):
+                        waits_until, list_at = time.monotonic() + _OTHERS_S, float("inf")
                 if time.monotonic() > waits_until:  # agents would start the others again and again, without the first
                     return agent.true_status(logs, 1)
                 if time.monotonic() > look_at:  # by now the step is there, and gets what is sent
@@ -375,17 +366,6 @@ class Supervisor:
         deadline = time.monotonic() + _KILLED_S
         while not self.signals and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-
-
-def lives(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _say(text: str) -> None:

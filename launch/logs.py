@@ -23,7 +23,7 @@ def lines(
     Args:
         run: the run's folder.
         rank: whose.
-        attempt: which; None: the newest, and with `follow` each one that comes after it.
+        attempt: which; None: the newest that has the log, and with `follow` each one that comes after it.
         follow: go on until the run has ended.
         job: what the job says of its ranks, instead of a rank.
 
@@ -63,10 +63,10 @@ def _file(run: Path, *, rank: int, attempt: int | None, job: bool) -> Path | Non
         newest = records.latest(run)
         found = sorted((newest / "submitit").glob("*_log.out")) if newest is not None else []
         return found[-1] if found else None
-    attempts = _attempts(run)
-    chosen = attempt if attempt is not None else max(attempts, default=None)
-    file = run / "logs" / f"attempt_{chosen}" / f"rank_{rank}.log"
-    return file if chosen is not None and file.is_file() else None
+    # The newest folder need not have one: ranks that were started again in place go on in that of the first start.
+    attempts = [attempt] if attempt is not None else reversed(_attempts(run))
+    files = (run / "logs" / f"attempt_{chosen}" / f"rank_{rank}.log" for chosen in attempts)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _attempts(run: Path) -> list[int]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,27 @@ from launch.record import Record
 from mmscale.runtime.rank_env import expand_hostlist
 from slurm.preflight import clock_problems
 
-_TIMEOUT_S = 180.0
+_TIMEOUT_S = 180.0  # a check asks a driver that may hang several times; all nodes are checked at once
+# Ranks import torch and meet, then every rank takes part in making each node's groups: a fixed part, and one per node.
+_MEASURED_S, _MEASURED_PER_NODE_S = 180.0, 2.0
+_OWN = frozenset({"gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "shared_memory"})
 
 
-def examine(record: Record, profile: Profile, *, interrupted: Callable[[], bool]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Unfit:
+    """What is wrong with a node.
+
+    Attributes:
+        text: each check that failed, and why.
+        cordon: whether it would be wrong in a later job too, on this node and not on others. On the only node of a job
+            nobody can tell a full file system, or a program that does not run, from the node's own faults.
+    """
+
+    text: str
+    cordon: bool
+
+
+def examine(record: Record, profile: Profile, *, interrupted: Callable[[], bool]) -> dict[str, Unfit]:
     """Ask every node of this job.
 
     Args:
@@ -35,23 +53,26 @@ def examine(record: Record, profile: Profile, *, interrupted: Callable[[], bool]
         Nodes with a problem, and what it is.
     """
     began = time.monotonic()
-    answers, error = _output(_command(record, profile), record, dict(os.environ))
-    found = {one["node"]: [f"{name}: {text}" for name, text in one["problems"].items()] for one in answers}
+    ended = _output(_command(record, profile), record, dict(os.environ), timeout_s=_TIMEOUT_S)
+    answers = ended.lines
+    found: dict[str, dict[str, str]] = {one["node"]: dict(one["problems"]) for one in answers}
     if "clock" not in profile.preflight.skip:
         for node, text in clock_problems(answers, within_s=time.monotonic() - began).items():
-            found[node].append(f"clock: {text}")
+            found[node]["clock"] = text
     if interrupted():
         return {}
     for node in expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", "")):
-        found.setdefault(node, [f"no answer: {error or 'it ended silently'}"])
-    for node, problems in sorted(found.items()):
-        sys.stderr.write(f"node {node}: {'; '.join(problems) or 'ready'}\n")
-    return {node: "; ".join(problems) for node, problems in found.items() if problems}
+        found.setdefault(node, {"no answer": ended.error or "it ended silently"})
+    said = {node: "; ".join(f"{name}: {text}" for name, text in problems.items()) for node, problems in found.items()}
+    for node, text in sorted(said.items()):
+        sys.stderr.write(f"node {node}: {text or 'ready'}\n")
+    own = {node: record.nodes > 1 or not _OWN.isdisjoint(problems) for node, problems in found.items()}
+    return {node: Unfit(text, own[node]) for node, text in said.items() if text}
 
 
 def measure(
     record: Record, profile: Profile, *, port: int, interrupted: Callable[[], bool]
-) -> tuple[dict[str, str], dict[str, Any]]:
+) -> tuple[dict[str, Unfit], dict[str, Any]]:
     """Measure all-reduces inside the nodes of this job and between them.
 
     Args:
@@ -68,15 +89,17 @@ def measure(
         return {}, {}
     environment = {**os.environ, "MMSCALE_LAUNCHER": "slurm", "MASTER_PORT": str(port)}
     command = _srun(record, profile, tasks=record.tasks_per_node)
-    command += [record.python, "-m", "slurm.bandwidth", f"--mb={wanted.all_reduce_mb:g}"]
-    lines, error = _output(command, record, environment)
+    limit = _MEASURED_S + _MEASURED_PER_NODE_S * record.nodes
+    command += [record.python, "-m", "slurm.bandwidth", f"--mb={wanted.all_reduce_mb:g}", f"--timeout-s={limit:g}"]
+    ended = _output(command, record, environment, timeout_s=limit)
+    lines = ended.lines
     nodes = expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
     bad = slow_nodes(
         lines,
         nodes=nodes,
         inside_gb_s=wanted.all_reduce_inside_gb_s if record.tasks_per_node > 1 else 0.0,
         between_gb_s=wanted.all_reduce_between_gb_s,
-        error=error,
+        error=ended.error,
     )
     if interrupted():
         return {}, {}
@@ -87,7 +110,9 @@ def measure(
     }
     for name, value in {**measured["inside"], **measured["between"], "all ranks": measured["all"]}.items():
         sys.stderr.write(f"all-reduce, {name}: {'nothing' if value is None else f'{value:.2f} GB/s'}\n")
-    return bad, measured
+    demanded = wanted.all_reduce_inside_gb_s > 0 or wanted.all_reduce_between_gb_s > 0
+    own = demanded if ended.late else record.nodes > 1 or not ended.error
+    return {node: Unfit(text, own) for node, text in bad.items()}, measured
 
 
 def slow_nodes(
@@ -126,21 +151,36 @@ def slow_nodes(
 
 def _command(record: Record, profile: Profile) -> list[str]:
     wanted = profile.preflight
-    command = _srun(record, profile, tasks=1)
+    command = _srun(record, profile, tasks=1, kill_on_bad_exit=False)  # one that fails must not end the others' checks
     command += [record.python, "-m", "slurm.preflight", record.run, f"--gpus={profile.gpus_per_node}"]
     command += [f"--disk-gb={wanted.disk_gb:g}", f"--shared-memory-gb={wanted.shared_memory_gb:g}"]
     return [*command, *(f"--skip={name}" for name in wanted.skip)]
 
 
-def _srun(record: Record, profile: Profile, *, tasks: int) -> list[str]:
+def _srun(record: Record, profile: Profile, *, tasks: int, kill_on_bad_exit: bool = True) -> list[str]:
     """A step with some tasks on each node of the job."""
     command = ["srun", f"--nodes={record.nodes}", f"--ntasks={record.nodes * tasks}", f"--ntasks-per-node={tasks}"]
-    command += [f"--cpus-per-task={profile.cpus_per_task}", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=1"]
-    return [*command, *profile.srun_arguments]
+    command += [f"--cpus-per-task={profile.cpus_per_task}", "--mpi=none", "--export=ALL"]
+    return [*command, f"--kill-on-bad-exit={int(kill_on_bad_exit)}", *profile.srun_arguments]
 
 
-def _output(command: Sequence[str], record: Record, environment: dict[str, str]) -> tuple[list[dict[str, Any]], str]:
-    """JSON objects that a step prints, and the last line of what it said besides; "" if it ended well."""
+@dataclass(frozen=True)
+class _Output:
+    """What a step printed.
+
+    Attributes:
+        lines: JSON objects.
+        error: the last line of what it said besides; "" if it ended well.
+        late: it did not end in time.
+    """
+
+    lines: list[dict[str, Any]]
+    error: str
+    late: bool
+
+
+def _output(command: Sequence[str], record: Record, environment: dict[str, str], *, timeout_s: float) -> _Output:
+    late = False
     try:
         ended = subprocess.run(
             command,
@@ -149,13 +189,14 @@ def _output(command: Sequence[str], record: Record, environment: dict[str, str])
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_TIMEOUT_S,
+            timeout=timeout_s,
         )
         said, errors = ended.stdout, ended.stderr.strip()
         error = "" if ended.returncode == 0 else errors.splitlines()[-1] if errors else f"status {ended.returncode}"
-    except subprocess.TimeoutExpired as late:
-        said, error = (late.stdout or b"").decode(errors="replace"), f"nothing within {_TIMEOUT_S:g} s"
-    return [json.loads(line) for line in said.splitlines() if line.startswith("{")], error
+    except subprocess.TimeoutExpired as cut_off:
+        late = True
+        said, error = (cut_off.stdout or b"").decode(errors="replace"), f"nothing within {timeout_s:g} s"
+    return _Output([json.loads(line) for line in said.splitlines() if line.startswith("{")], error, late)
 
 
 def cordon(record: Record, profile: Profile, bad: Mapping[str, str], *, reason: str = "") -> dict[str, str]:

@@ -79,18 +79,21 @@ def job_state(job: str) -> JobState | None:
     )
 
 
-def bad_nodes(nodes: Sequence[str]) -> dict[str, str]:
-    """Those of some nodes that SLURM does not start jobs on, with their state."""
-    found = {}
-    for node in nodes:
-        try:
-            text = _run(["scontrol", "--oneliner", "show", "node", node])
-        except LaunchError:
-            continue
-        state = re.search(r"\bState=(\S+)", text)
-        if state is not None and re.search(r"DOWN|FAIL|DRAIN|NOT_RESPONDING|\*", state[1]):
-            found[node] = state[1]
-    return found
+def lost_nodes(hosts: str) -> dict[str, str]:
+    """Those of some nodes that have failed, with their state; not those that a person keeps jobs away from (DRAIN).
+
+    Args:
+        hosts: as SLURM lists them, e.g. n[1-64].
+    """
+    if not hosts:
+        return {}
+    try:
+        text = _run(["scontrol", "--oneliner", "show", "node", hosts])
+    except LaunchError:
+        return {}
+    states = re.findall(r"^NodeName=(\S+) .*?\bState=(\S+)", text, flags=re.MULTILINE)
+    # POWERED_DOWN is not DOWN; * marks a node that does not answer.
+    return {node: state for node, state in states if re.search(r"(?<![A-Z_])(DOWN|FAIL|NOT_RESPONDING)|\*", state)}
 
 
 def requeue(job: str) -> None:

@@ -19,13 +19,12 @@ from typing import Any
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch import job, ranks, scheduler
+from launch import job, owner, ranks
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
-from mmscale.resilience import lease
 from mmscale.train.preflight import preflight
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
@@ -143,7 +142,7 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
     dependency = _after(after)
     if dependency is None:
         for one in planned:
-            refuse_busy(Path(one.record.run))
+            owner.refuse_busy(Path(one.record.run))
     for one in planned:
         records.write_record(one.record, one.config)
     if profile.scheduler != "slurm":
@@ -182,28 +181,6 @@ def script(planned: Sequence[Planned], *, after: str | None = None) -> str:
     if len(planned) > 1:
         executor.parameters["map_count"] = len(planned)
     return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
-
-
-def refuse_busy(run: Path) -> None:
-    """Two jobs must not train one run.
-
-    Raises:
-        LaunchError: one does already, or waits to.
-    """
-    newest = records.latest(run)
-    known = records.job_of(newest) if newest is not None else None
-    owner = lease.owner(run)
-    if owner is not None and not owner.job and owner.host == os.uname().nodename and job.lives(owner.pid):
-        raise LaunchError(
-            f"{run} is being trained by process {owner.pid}", remedy=f"`mmscale stop {run}` has it save and end"
-        )
-    for name in {known, owner.job if owner is not None else None} - {None, ""}:
-        state = scheduler.job_state(str(name))
-        if state is not None and not state.ended:
-            raise LaunchError(
-                f"{run} belongs to job {name}, which is {state.state}",
-                remedy=f"`mmscale stop {run}` ends it; --after {name} goes on after it",
-            )
 
 
 def _here(record: records.Record) -> dict[str, Any]:

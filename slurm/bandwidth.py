@@ -4,7 +4,9 @@
 
 One JSON object a line: each node's own figure as soon as it is known (`inside`), then one for each pair of neighbours
 (`pair`), then all together (`all`). Lines that are missing say whom the others wait for. Nodes are paired twice, as
-0-1, 2-3, ... and as 1-2, 3-4, ..., so that a slow node is told from its healthy partner: it is slow with both.
+0-1, 2-3, ... and as 1-2, 3-4, ..., so that a slow node is told from its healthy partner: it is slow with both. Pairs
+without a node in common are measured at once: it takes the same time for any number of nodes, but for the making of
+groups.
 
 Bandwidths are bus bandwidths as nccl-tests defines them, 2 (n - 1) / n * bytes / seconds: what a link carried, whatever
 the number of ranks, so that one threshold serves jobs of every size.
@@ -72,12 +74,15 @@ def run(env: RankEnv, *, megabytes: float) -> None:
         return
     names: list[Any] = [None] * env.world_size
     dist.all_gather_object(names, name)
+    # All groups first: every rank takes part in making each, and would wait there for the pair that is being measured.
+    groups = {}
     for one, other in pairs(count):
         members = [rank for place in (one, other) for rank in range(place * local, (place + 1) * local)]
-        group = dist.new_group(members)
+        groups[one, other] = dist.new_group(members)
+    for (one, other), group in groups.items():
         if node in (one, other):
             speed = measure(group, megabytes=megabytes)
-            if env.rank == members[0]:
+            if env.rank == one * local:
                 _tell(pair=[names[one * local], names[other * local]], between=speed)
     speed = measure(None, megabytes=megabytes)
     if env.rank == 0:

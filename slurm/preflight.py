@@ -135,7 +135,8 @@ def _nvidia_smi(fields: str) -> list[list[str]]:
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S)
     if ended.returncode:
-        raise OSError(f"nvidia-smi: {(ended.stdout or ended.stderr).strip().splitlines()[0]}")
+        said = (ended.stdout.strip() or ended.stderr.strip()).splitlines()  # nothing at all if it was killed
+        raise OSError(f"nvidia-smi: {said[0] if said else f'exit status {ended.returncode}'}")
     return [[value.strip() for value in line.split(",")] for line in ended.stdout.splitlines() if line.strip()]
 
 

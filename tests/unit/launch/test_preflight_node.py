@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -15,8 +17,10 @@ import pytest
 from launch import cordon
 from launch.nodes import slow_nodes
 from launch.profile import Check
+from slurm import bandwidth
 from slurm.bandwidth import pairs
 from slurm.preflight import CHECKS, MAX_SKEW_S, Wanted, clock_problems, examine
+from tests.support import run_ranks
 
 ROOT = Path(__file__).parents[3]
 HEALTHY = {"name": [["H100"]] * 2, "memory.used": [["0", "3"], ["1", "3"]], "ecc": [["0", "0"], ["1", "[N/A]"]]}
@@ -75,6 +79,17 @@ def test_without_a_driver_the_devices_are_missing(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path))
     found = examine(Wanted(gpus=1, disk_gb=0, shared_memory_gb=0, run=tmp_path))["problems"]
     assert "nvidia-smi" in found["gpus"]
+
+
+def test_a_driver_that_dies_without_a_word_is_a_problem_and_no_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/bash\nulimit -c 0\nkill -SEGV $$\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = examine(Wanted(gpus=1, disk_gb=0, shared_memory_gb=0, run=tmp_path))["problems"]
+    assert found == dict.fromkeys(("gpus", "gpu_idle", "gpu_memory_errors"), "nvidia-smi: exit status -11")
 
 
 def test_clocks_are_compared_between_nodes() -> None:
@@ -138,6 +153,44 @@ def test_bandwidth_is_measured_by_real_ranks(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     (inside,) = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     assert inside["node"] == "n7" and 0.001 < inside["inside"] < 100  # [GB/s] through one core's loopback
+
+
+def test_pairs_without_a_node_in_common_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Four nodes of one rank each; n1 is not ready for its first pair before the pair of n3 and n4 is measured."""
+    file = tmp_path / "lines"
+
+    def pair(*nodes: str) -> bool:
+        told = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return any(line.get("pair") == list(nodes) for line in told)
+
+    def measured_by(ranks: Any) -> None:
+        measure, waited = bandwidth.measure, []
+        import torch.distributed as dist
+
+        def late(group: Any, **more: Any) -> float:
+            deadline = time.monotonic() + 30
+            while ranks.rank == 0 and not waited and not pair("n3", "n4"):
+                assert time.monotonic() < deadline, "n3 and n4 wait for n1"
+                time.sleep(0.01)
+            waited.append(True)
+            return measure(group, **more)
+
+        def tell(**fields: Any) -> None:
+            with file.open("a") as opened:
+                opened.write(json.dumps(fields) + "\n")
+
+        bandwidth.measure, bandwidth._tell = late, tell  # type: ignore[assignment]
+        os.environ["SLURMD_NODENAME"] = f"n{ranks.rank + 1}"
+        dist.init_process_group("gloo", init_method=ranks.init_method, rank=ranks.rank, world_size=4)
+        bandwidth.run(dataclasses.replace(ranks, local_rank=0, local_world_size=1), megabytes=0.1)
+        dist.destroy_process_group()
+
+    run_ranks(measured_by, world_size=4, timeout_s=60)
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(line["node"] for line in told if "node" in line) == list(FOUR)
+    found = ["-".join(line["pair"]) for line in told if "pair" in line]
+    assert sorted(found) == ["n1-n2", "n2-n3", "n3-n4", "n4-n1"]
+    assert all(line["between"] > 0 for line in told if "pair" in line) and told[-1]["all"] > 0
 
 
 def test_the_command_prints_one_object_and_needs_no_torch(tmp_path: Path) -> None:

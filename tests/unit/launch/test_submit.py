@@ -235,11 +235,16 @@ def test_one_machine_has_one_node(config: Path) -> None:
 
 
 def test_a_hand_written_script_takes_node_checks_and_ranks_from_a_profile(config: Path) -> None:
-    cluster = profile(config.parent, ranks="torchrun", cordon_file="bad.txt", preflight={"skip": {"clock": "no NTP"}})
+    skip = {"skip": {"clock": "no NTP"}}
+    cluster = profile(config.parent, ranks="torchrun", cordon_file="bad.txt", preflight=skip, gpus_per_node=8)
     environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "3"}
     record = records.read_record(batch._folder([str(config)], environ | {"MMSCALE_CLUSTER": cluster}))
     used = record.checked_profile()
     assert (record.nodes, record.tasks_per_node, used.cpus_per_task) == (2, 1, 3)  # as sbatch was asked, not as it says
+    assert used.gpus_per_node == 8  # SLURM says nothing of devices
+    environ |= {"SLURM_JOB_ID": "8", "SLURM_GPUS_ON_NODE": "1"}
+    record = records.read_record(batch._folder([str(config)], environ | {"MMSCALE_CLUSTER": cluster}))
+    assert record.checked_profile().gpus_per_node == 1
     assert (used.ranks, used.cordon_file, used.preflight.skip) == ("torchrun", "bad.txt", {"clock": "no NTP"})
     with pytest.raises(UsageError, match="MMSCALE_CLUSTER=local is not a profile of SLURM"):
         batch._folder([str(config), "run.name=other"], environ | {"MMSCALE_CLUSTER": "local"})

@@ -2,7 +2,7 @@
 
 Two modes are needed, because neither sees everything: `.item()`, `bool(tensor)` and boolean masks reach the dispatcher,
 `.tolist()`, `.cpu()` and `.numpy()` of a host tensor do not. Uploads of Python numbers are counted too: on CUDA they
-copy from pageable memory and wait.
+copy from pageable memory and wait; and `runtime.device.synchronize`, which does nothing on a host.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmscale.runtime import device
 
 _aten = torch.ops.aten
 # Operators whose result, or the size of whose result, the host must know.
@@ -62,6 +64,8 @@ class DeviceReads:
         self.found["elsewhere", what] += 1
 
     def __enter__(self) -> DeviceReads:
+        self._synchronize = device.synchronize
+        device.synchronize = lambda: self._note("synchronize")
         for mode in self._modes:
             mode.__enter__()
         return self
@@ -69,6 +73,7 @@ class DeviceReads:
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
+        device.synchronize = self._synchronize
 
 
 def _frames() -> Iterator[FrameType]:

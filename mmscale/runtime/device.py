@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,6 +78,43 @@ def synchronize() -> None:
     """Wait for all work queued on the device. Nothing is queued on a CPU."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+class Timer:
+    """Seconds between two places of the device's queue, without a wait: marks are queued like kernels.
+
+    Only the current stream is looked at, so what runs beside it (NCCL's) is not waited for. A mark is reached when
+    what was queued before it is done, and not before the host has set it. On a CPU: the host's clock.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[torch.cuda.Event | float | None] = [None, None]
+
+    def begin(self) -> None:
+        """Set the first mark, and forget the second."""
+        self._marks = [self._mark(), None]
+
+    def end(self) -> None:
+        """Set the second mark."""
+        self._marks[1] = self._mark()
+
+    @staticmethod
+    def _mark() -> torch.cuda.Event | float:
+        if not has_cuda():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float | None:
+        """Between the marks; None without both. The device must have reached them: something later was waited for."""
+        first, second = self._marks
+        if first is None or second is None:
+            return None
+        if isinstance(first, float) or isinstance(second, float):
+            assert isinstance(first, float) and isinstance(second, float)
+            return second - first
+        return first.elapsed_time(second) / 1000.0
 
 
 def keep_host_memory() -> bool:

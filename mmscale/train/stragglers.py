@@ -2,16 +2,19 @@
 # Step times say nothing of that: all ranks end a step together. It decides nothing; a person takes a node out.
 """Stragglers.
 
-A rank's own time runs from where it asks its loader for a batch to the end of its last backward pass, before gradients
-are reduced: its loader, its computation, and what it waits for within its own replica (tensor, expert and pipeline
-parallel exchanges), but not for other replicas. So a slow rank shows as itself where ranks are replicas, and with its
-replica otherwise.
-Measured on logged steps alone: on a device the host has to wait for the queue.
+A rank's own time runs from where it asks its loader for a batch to the end of its last backward pass: its loader, its
+computation, and what it waits for within its own replica (tensor, expert and pipeline parallel exchanges), but not for
+other replicas, also where gradients are reduced while backward runs. So a slow rank shows as itself where ranks are
+replicas, and with its replica otherwise. Where parameters are gathered during forward (parallel.overlap_param_gather)
+each rank's forward waits for the last one to get there: only what is slow after that shows as its own.
+
+On a device both ends are marks in its queue, read when the step has been waited for anyway. What is left of the step
+before, its update, is short and comes before the first mark; from then on the queue is empty until the batch is there,
+so the loader's time lies between the marks. Measured on logged steps alone, and by nobody where there is one rank.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,9 +42,12 @@ class RankTimes:
         self.config = config
         self.state = state
         self._begun = begun
-        self._begin = 0.0
-        self._seconds: float | None = None
+        self._timer = device.Timer()
+        self._measuring = False
         self._figures: dict[str, float] = {}
+        self._size = torch.distributed.get_world_size()
+        if self._size == 1:
+            return
         transformer = stepper.chunks[0].config
         self._reduce: Callable[..., Any] = transformer.finalize_model_grads_func  # type: ignore[assignment]
         transformer.finalize_model_grads_func = self._finalize
@@ -49,23 +55,25 @@ class RankTimes:
     def watch(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
         """The same batches; asking for one begins a step."""
         while True:
-            self._begin, self._seconds = time.perf_counter(), None
-            self._begun(self.state.step + 1)
+            step = self.state.step + 1
+            self._measuring = self._size > 1 and is_logged(self.config, step)
+            if self._measuring:
+                self._timer.begin()
+            self._begun(step)
             yield next(batches)
 
     def _finalize(self, *arguments: Any, **more: Any) -> Any:
-        if self._seconds is None and is_logged(self.config, self.state.step + 1):
-            device.synchronize()
-            self._seconds = time.perf_counter() - self._begin
+        if self._measuring:
+            self._timer.end()
+            self._measuring = False  # a step that is computed again is measured once
         return self._reduce(*arguments, **more)
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
         """Compare the ranks on a logged step; every rank calls it."""
-        size = torch.distributed.get_world_size()
-        if size == 1 or not is_logged(self.config, report.step):
+        if self._size == 1 or not is_logged(self.config, report.step):
             return
-        mine = torch.tensor([self._seconds or 0.0], dtype=torch.float64, device=device.taken())
-        found = [torch.zeros_like(mine) for _ in range(size)]
+        mine = torch.tensor([self._timer.seconds() or 0.0], dtype=torch.float64, device=device.taken())
+        found = [torch.zeros_like(mine) for _ in range(self._size)]
         torch.distributed.all_gather(found, mine)
         self._figures = spread(torch.cat(found).tolist())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ from mmscale.model.build import transformer_config
 from mmscale.model.expert_compute import ExpertCompute, Products
 from mmscale.model.experts import Experts
 from mmscale.model.mixed_modal import RoutingStats
-from mmscale.runtime import groups
+from mmscale.runtime import device, groups
 from mmscale.train.batch import Batch, to_device
 from mmscale.train.parts import Parts, build
 from mmscale.train.synthetic import SyntheticMixture
@@ -61,6 +62,36 @@ def test_a_step_waits_once(model: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.filename) + f":{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     assert len(waits) <= (2 if settings.model.auxiliary.mode == "joint" else 1), waits
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_timer_times_its_own_stream_and_the_host_and_waits_for_neither() -> None:
+    """A reduction on another stream is no part of a rank's own time; its loader, which leaves the queue empty, is."""
+    cycles = 200_000_000  # about 0.1 s
+
+    def timed(*, beside: bool, host_s: float) -> float:
+        timer, other = device.Timer(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            timer.begin()
+            time.sleep(host_s)
+            if beside:
+                with torch.cuda.stream(other):
+                    torch.cuda._sleep(10 * cycles)
+            torch.cuda._sleep(cycles)
+            timer.end()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        seconds = timer.seconds()
+        assert seconds is not None
+        return seconds
+
+    alone = timed(beside=False, host_s=0.0)
+    assert alone > 0.02
+    assert timed(beside=True, host_s=0.0) < 2.0 * alone
+    assert timed(beside=False, host_s=0.3) > 0.3 + 0.5 * alone
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -4,6 +4,7 @@ import platform
 import random
 import subprocess
 import sys
+import time
 
 import numpy
 import pytest
@@ -31,6 +32,22 @@ def test_seeds_reach_every_generator() -> None:
     assert draw() != first
     device.set_seeds(2**40 + 1)
     assert draw() == first
+
+
+def test_a_timer_has_seconds_once_both_marks_are_set() -> None:
+    timer = device.Timer()
+    assert timer.seconds() is None
+    timer.begin()
+    assert timer.seconds() is None
+    before = time.perf_counter()
+    while time.perf_counter() - before < 0.01:
+        torch.randn(64).sum().item()
+    timer.end()
+    first = timer.seconds()
+    assert first is not None and first >= 0.01
+    assert timer.seconds() == first  # it does not run on
+    timer.begin()
+    assert timer.seconds() is None
 
 
 def _pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:

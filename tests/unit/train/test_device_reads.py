@@ -1,4 +1,7 @@
-"""A whole optimizer step reads nothing from the device but its one reduction of gradient norm and losses."""
+"""A whole optimizer step, measured and logged, waits for the device once: for its one reduction of norm and losses.
+
+What hooks fetch after a logged step is counted by itself.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ import torch
 from torch import Tensor
 
 from mmscale.config import Config
+from mmscale.data.loader import StepBatch
 from mmscale.model.attention import DocumentAttention
-from mmscale.model.mixed_modal import RoutingStats
-from mmscale.runtime import groups
+from mmscale.runtime import device, groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.batch import to_device
+from mmscale.train.layers_log import LayersHook
+from mmscale.train.loop import StepReport, routing_stats
 from mmscale.train.parts import build
+from mmscale.train.state import TrainState
+from mmscale.train.stragglers import RankTimes
 from mmscale.train.synthetic import SyntheticMixture
 from tests.device_reads import DeviceReads
 from tests.distributed.layouts import config
@@ -27,6 +34,17 @@ ALLOWED = {
     ("mmscale.train.optim:measure", "_local_scalar_dense"): "numbers of what has just come to the host",
     ("mmscale.train.step:mean_losses", "_local_scalar_dense"): "the same",
     ("megatron.core.tensor_parallel.random:fork", "_local_scalar_dense"): "of the host generator's state",
+}
+# What hooks may fetch after a logged step; after any other step, nothing.
+LOGGED = {
+    ("mmscale.train.layers_log:_summed", "cpu"): "counts of all layers, at once",
+    ("mmscale.train.layers_log:_summed", "numpy"): "of what has just come to the host",
+    **{
+        ("mmscale.train.layers_log:on_step", what): "counts of all pipeline stages, as an object"
+        for what in ("cpu", "numpy", "_local_scalar_dense")
+    },
+    ("mmscale.train.stragglers:on_step", "upload"): "this rank's time",
+    ("mmscale.train.stragglers:on_step", "tolist"): "all ranks' times",
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {"dtype": "bf16"}),
@@ -43,23 +61,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def reads_of(settings: Config) -> DeviceReads:
-    """What the second step reads: forward, backward, reduction and update of four micro-batches, logged."""
+def reads_of(settings: Config) -> dict[int, tuple[DeviceReads, DeviceReads]]:
+    """What the second and the third step read, which is logged, and their hooks after them.
+
+    A step is the forward, backward, reduction and update of four micro-batches.
+    """
+    settings = settings.model_copy(update={"log": settings.log.model_copy(update={"every": 3, "layers_every": 1})})
     parallel = settings.parallel
     pg = groups.initialize_layout(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=1)
     parts = build(settings, pg)
     mixture = SyntheticMixture(settings, share={"text": 0.5, "image": 0.5})
-    for step in range(2):
-        stats = RoutingStats(modalities=2)
-        numbers = range(step * 4 + pg.dp.rank(), (step + 1) * 4, pg.dp.size())
-        batches = [to_device(mixture.micro_batch(number), mixture.vocabulary, stats=stats) for number in numbers]
+    state = TrainState(parts.chunks, parts.optimizer)
+    times = RankTimes(settings, stepper=parts.stepper, state=state, begun=lambda step: None)
+    hooks = [times, LayersHook(settings, groups=pg, metrics=None)]
+    found = {}
+    parted = [
+        [mixture.micro_batch(number) for number in range(first + pg.dp.rank(), first + 4, pg.dp.size())]
+        for first in (0, 4, 8)
+    ]
+    batches = times.watch(StepBatch(tuple(mine), (0, 0), (0, 0), 0) for mine in parted)
+    for step in (1, 2, 3):
+        stats = routing_stats(settings, step)
         with DeviceReads() as reads:
-            result = parts.stepper.train(batches, lr=1e-3)
+            batch = next(batches)
+        uploaded = [to_device(part, mixture.vocabulary, stats=stats) for part in batch.micro_batches]
+        with reads:
+            result = parts.stepper.train(uploaded, lr=1e-3)
         assert result.applied
-        if settings.model.kind != "dense":
-            assert stats.values and stats.counts
+        state.step = step
+        report = StepReport(step=step, batch=batch, result=result, lr=1e-3, stats=stats)
+        with DeviceReads() as after:
+            for hook in hooks:
+                hook.on_step(state, report)
+        assert stats is None or settings.model.kind == "dense" or (stats.values and stats.counts)
+        found[step] = reads, after
+    assert times.figures()["rank_time_median_s"] > 0.0
     groups.destroy_layout()
-    return reads
+    return {step: found[step] for step in (2, 3)}
 
 
 def test_a_step_reads_once() -> None:
@@ -70,10 +108,16 @@ def test_a_step_reads_once() -> None:
         settings = {name: config(model, **options) for name, (model, options) in CASES.items()}
         settings["moments in FP8"] = _with_small_moments(settings["dense"])
         for name, own in settings.items():
-            found = reads_of(own).found
-            assert not found.keys() - ALLOWED.keys(), f"{name}: {found}"
             joint = own.model.auxiliary.mode == "joint"  # auxiliary routers are judged by themselves
-            assert found["mmscale.train.optim:measure", "cpu"] == (2 if joint else 1), f"{name}: {found}"
+            for step, (reads, after) in reads_of(own).items():
+                found = reads.found
+                assert not found.keys() - ALLOWED.keys(), f"{name}, step {step}: {found}"
+                assert found["mmscale.train.optim:measure", "cpu"] == (2 if joint else 1), f"{name}: {found}"
+                fetched = after.found
+                assert not fetched.keys() - (LOGGED.keys() if step == 3 else set()), f"{name}, step {step}: {fetched}"
+                for place in ("layers_log:_summed", "cpu"), ("stragglers:on_step", "tolist"):
+                    times = fetched[f"mmscale.train.{place[0]}", place[1]]
+                    assert times == (step == 3), f"{name}, step {step}: {fetched}"
         groups.finalize()
 
     run_ranks(steps, world_size=2, timeout_s=240)
@@ -115,6 +159,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
     "repeat": lambda x: x.repeat_interleave(torch.tensor([1, 2, 0])),
+    "synchronize": lambda x: device.synchronize(),
     "upload": lambda x: x.new_tensor([1.0, 2.0]),
     "upload of a new one": lambda x: torch.tensor(3.0, device=x.device),
     "backward": lambda x: _Reader.apply(x.requires_grad_()).sum().backward(),

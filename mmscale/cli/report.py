@@ -55,7 +55,8 @@ def _page(runs: list[Path], out: Path, *, baseline: Path | None, png: bool) -> l
     from mmscale.report import comparison_section, page, pictures
 
     found = page.read_runs(runs, goodput=goodput)
-    first = baseline or comparison_section.baseline_of(runs)
-    sections = {comparison_section.HEADING: comparison_section.comparison_section(first, runs)} if first else {}
-    page.write_page(found, out, sections=sections)
-    return [out, *(pictures.write_pictures(found, out) if png else [])]
+    first = baseline or comparison_section.baseline_of(found)
+    sections = {comparison_section.HEADING: comparison_section.comparison_section(first, found)} if first else {}
+    drawn = page.curves(found)
+    page.write_page(found, out, drawn=drawn, sections=sections)
+    return [out, *(pictures.write_pictures(found, out, drawn=drawn) if png else [])]

@@ -18,28 +18,26 @@ AXES = ("step", "tokens", "flops", "hours")
 _PAUSES = ("save_stall_s", "eval_s", "parameter_hash_s", "rollback_s")
 
 
-def axes_of(run: Path, history: History, events: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
+def axes_of(run: Path, history: History, *, clock: Floats, begin: float) -> dict[str, Floats]:
     """Values of every axis at the rows of a history, [R] each.
 
     Args:
         run: its folder; the FLOPs of a token come from its configuration where metrics.jsonl has none.
         history: its figures.
-        events: its events.
+        clock: from `clock_of`.
+        begin: from `first_time` [seconds since 1970].
     """
     tokens = history.of("tokens")
     flops = history.of("flops")
     if len(history) and np.isnan(flops).all() and not np.isnan(tokens).all():
         flops = tokens * _flops_per_token(run)
-    clock = clock_of(history, events)
-    begin = first_time(history, events, clock=clock)
     return {"step": history.steps, "tokens": tokens, "flops": flops, "hours": (clock - begin) / 3600.0}
 
 
-def first_time(history: History, events: Sequence[Mapping[str, Any]], *, clock: Floats | None = None) -> float:
+def first_time(events: Sequence[Mapping[str, Any]], *, clock: Floats) -> float:
     """When a run began [seconds since 1970]: its first event, or its first step; NaN if nobody knows."""
     times = [float(event["time"]) for event in events if isinstance(event.get("time"), int | float)]
-    known = history.of("time") if clock is None else clock
-    known = known[np.isfinite(known)]
+    known = clock[np.isfinite(clock)]
     return min([*times, *([float(known.min())] if len(known) else [])], default=float("nan"))
 
 

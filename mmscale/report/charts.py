@@ -38,6 +38,7 @@ class Line:
         points: marks at each measurement instead of a line.
         joined: whether marks are joined; sums over different spans are not.
         mark: number of their shape.
+        names: values name something, as ranks' numbers do: a point of many is the most frequent one, not their mean.
     """
 
     run: int
@@ -47,6 +48,7 @@ class Line:
     points: bool = False
     joined: bool = True
     mark: int = 0
+    names: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,9 @@ class _Builder:
             section,
             "Which rank was slowest",
             (("slowest_rank", "rank", True),),
-            note="Always the same one: look at its node.",
+            note="The most frequent one of each stretch. Always the same one: look at its node.",
         )
+        slowest = replace(slowest, lines=tuple(replace(line, names=True) for line in slowest.lines))
         return charts + [chart for chart in (ranks, slowest) if chart.lines]  # one rank alone has neither
 
     def routing(self) -> list[Chart]:

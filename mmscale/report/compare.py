@@ -6,7 +6,7 @@ It computes ratios of what run_losses.py reads, says what must be known to trust
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
 from mmscale.errors import UsageError
 from mmscale.report.equal_loss import Ratio, ratio_at
+from mmscale.report.history import History
 from mmscale.report.run_losses import (
     ALL,
     MEANING,
@@ -105,7 +106,12 @@ class Comparison:
 
 
 def compare(
-    baseline: Path, others: Sequence[Path], *, shares: Sequence[float] = SHARES, losses: Sequence[float] = ()
+    baseline: Path,
+    others: Sequence[Path],
+    *,
+    shares: Sequence[float] = SHARES,
+    losses: Sequence[float] = (),
+    histories: Mapping[Path, History] | None = None,
 ) -> Comparison:
     """Compare runs with a baseline at equal loss.
 
@@ -117,11 +123,13 @@ def compare(
         others: run folders; further seeds of the baseline may be among them.
         shares: levels: the baseline's losses after these shares of its FLOPs. A model's own last loss is always one.
         losses: levels of the loss over all modalities, besides.
+        histories: figures that were read already, by resolved folder.
 
     Raises:
         UsageError: a folder holds no run or nothing measured, or runs have other vocabularies or other data.
     """
-    read = [read_run(folder) for folder in dict.fromkeys([baseline, *others])]
+    known = histories or {}
+    read = [read_run(folder, history=known.get(folder.resolve())) for folder in dict.fromkeys([baseline, *others])]
     for run in read[1:]:
         refuse_vocabulary(read[0], run)
         refuse_data(read[0], run)

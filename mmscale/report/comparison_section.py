@@ -11,30 +11,31 @@ from html import escape
 from pathlib import Path
 
 from mmscale.errors import UsageError
-from mmscale.report import facts
 from mmscale.report.compare import compare
 from mmscale.report.compare_view import render, step_matching
 from mmscale.report.look import save_figure
+from mmscale.report.page import Run
 
 HEADING = "Equal loss"
 
 
-def baseline_of(runs: Sequence[Path]) -> Path | None:
+def baseline_of(runs: Sequence[Run]) -> Path | None:
     """The run that others are compared with if nobody names one: the first dense one beside one that is not."""
-    kinds = {run: facts.settings(run).get("model.kind") for run in runs}
+    kinds = {run.path: run.settings.get("model.kind") for run in runs}
     dense = [run for run, kind in kinds.items() if kind == "dense"]
     return dense[0] if dense and any(kind not in ("dense", None) for kind in kinds.values()) else None
 
 
-def comparison_section(baseline: Path, runs: Sequence[Path]) -> str:
+def comparison_section(baseline: Path, runs: Sequence[Run]) -> str:
     """FLOPs and seconds that runs need for a baseline's losses, with the step-matching plot.
 
     Args:
         baseline: run folder.
-        runs: all runs; the baseline may be among them.
+        runs: from `page.read_runs`; the baseline may be among them.
     """
     try:
-        found = compare(baseline, [run for run in runs if run.resolve() != baseline.resolve()])
+        others = [run.path for run in runs if run.path.resolve() != baseline.resolve()]
+        found = compare(baseline, others, histories={run.path.resolve(): run.history for run in runs})
     except UsageError as error:
         return f'<p class="sub">{escape(error.cause)}</p>'
     picture = io.BytesIO()

@@ -21,7 +21,8 @@ class Curve:
 
     Attributes:
         at: [P] by axis, the place of each bin (its mean).
-        mean, low, high: [P] of the finite values of a bin; NaN where it has none.
+        mean, low, high: [P] of the finite values of a bin; NaN where it has none. Of names (`Downsampler.curve`) all
+            three are the most frequent one.
         broken: bins in which something was not finite.
     """
 
@@ -50,11 +51,12 @@ class Downsampler:
         self.points = points
         self._shared: dict[bytes, dict[str, Floats]] = {}
 
-    def curve(self, column: Floats) -> Curve | None:
+    def curve(self, column: Floats, *, names: bool = False) -> Curve | None:
         """The curve of a column; None if it was never measured.
 
         Args:
             column: [R], NaN where nothing was measured, infinite where it was not finite.
+            names: values are numbers that name something, as a rank's, and have no mean.
         """
         measured = ~np.isnan(column)
         rows = np.flatnonzero(measured)
@@ -67,13 +69,21 @@ class Downsampler:
         values = column[rows]
         broken = ~np.isfinite(values)
         values = np.where(broken, np.nan, values)
-        return Curve(
-            at=self._shared[key],
-            mean=_mean(values, edges),
-            low=np.fmin.reduceat(values, edges),
-            high=np.fmax.reduceat(values, edges),
-            broken=np.flatnonzero(np.logical_or.reduceat(broken, edges)),
-        )
+        if names:
+            mean = low = high = _most_frequent(values, edges)
+        else:
+            mean, low, high = _mean(values, edges), np.fmin.reduceat(values, edges), np.fmax.reduceat(values, edges)
+        return Curve(self._shared[key], mean, low, high, np.flatnonzero(np.logical_or.reduceat(broken, edges)))
+
+
+def _most_frequent(values: Floats, edges: NDArray[np.int64]) -> Floats:
+    """Of each bin; of equally frequent values the lowest."""
+    found = np.full(len(edges), np.nan)
+    for place, some in enumerate(np.split(values, edges[1:])):
+        distinct, counts = np.unique(some[np.isfinite(some)], return_counts=True)
+        if len(distinct):
+            found[place] = distinct[np.argmax(counts)]
+    return found
 
 
 def _mean(values: Floats, edges: NDArray[np.int64]) -> Floats:

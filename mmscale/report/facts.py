@@ -20,7 +20,7 @@ from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
 from mmscale.train.metrics import EVAL, METRICS
 
-_ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended", "stop", "last_step")
+_ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended", "stop")
 _DIFF_UP_TO = 20_000  # characters of uncommitted changes that a page shows
 
 
@@ -121,7 +121,9 @@ def environment(run: Path) -> dict[str, Any]:
     return flat
 
 
-def notes(runs: Mapping[str, Path], histories: Mapping[str, History]) -> list[str]:
+def notes(
+    runs: Mapping[str, Path], histories: Mapping[str, History], configurations: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """What a reader must know before he trusts the figures."""
     found = []
     for name, history in histories.items():
@@ -138,12 +140,12 @@ def notes(runs: Mapping[str, Path], histories: Mapping[str, History]) -> list[st
             found.append(f"{name}: values that are not finite, marked at the top of their charts: {keys}.")
         if len(history) and np.isnan(history.of("time")).all():
             found.append(f"{name}: lines without times; the wall clock is summed up from the times of steps.")
-    return found + _vocabularies(runs, histories)
+    return found + _vocabularies(histories, configurations)
 
 
-def _vocabularies(runs: Mapping[str, Path], histories: Mapping[str, History]) -> list[str]:
+def _vocabularies(histories: Mapping[str, History], configurations: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Losses per token of different vocabularies are different quantities."""
-    known = {name: _vocabulary(settings(run)) for name, run in runs.items()}
+    known = {name: _vocabulary(found) for name, found in configurations.items()}
     distinct = {words for words in known.values() if words}
     if len(distinct) > 1:
         each = "; ".join(f"{name} has {words}" for name, words in known.items() if words)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from mmscale.errors import UsageError
 from mmscale.report.charts import HELD_OUT, modalities_of
-from mmscale.report.history import Floats, History, read
+from mmscale.report.downsample import Curve, Downsampler
+from mmscale.report.history import History, read
 from mmscale.report.look import (
     COLOURS,
     GREY,
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 
 _STYLES = ("-", "--", ":", "-.")
 _LOSS = "loss/"
-_SMOOTH_ABOVE = 200  # logged steps; more are drawn faintly under their running mean
+_STEP = "step"
+_SMOOTH_ABOVE = 200  # points of a curve; more are drawn faintly under their running mean
 _DOTS_BELOW = 40
-_POINTS = 2000
+_POINTS = 2000  # of a curve: of more logged steps each is a mean, with a band from the lowest to the highest
 
 
 def loss_curves(runs: Sequence[Path], out: Path) -> None:
@@ -112,15 +114,13 @@ def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
         for place, key in enumerate(modalities or ["loss"]):
             name = key.removeprefix(_LOSS) if modalities else "loss"
             colour = COLOURS[place % len(COLOURS)]
-            steps, values = _series(history, key)
-            _draw_line(
-                axes, steps, values, colour=colour, style=_STYLES[number % len(_STYLES)], label=f"{prefix}{name}"
-            )
-            held_steps, held = _series(history, f"{EVAL}{key}")
-            if len(held):
+            curve, held = _curve(history, key), _curve(history, f"{EVAL}{key}")
+            if curve is not None:
+                _draw_line(axes, curve, colour=colour, style=_STYLES[number % len(_STYLES)], label=f"{prefix}{name}")
+            if held is not None:
                 axes.plot(
-                    held_steps,
-                    held,
+                    held.at[_STEP],
+                    held.mean,
                     linestyle="none",
                     color=colour,
                     label=f"{prefix}{name}, {HELD_OUT}",
@@ -142,12 +142,12 @@ def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
 def _draw_panel(axes: Axes, histories: Mapping[str, History], key: str, *, title: str, scale: str) -> None:
     measured = False
     for number, (run, history) in enumerate(histories.items()):
-        steps, values = _series(history, key)
-        if len(values):
+        curve = _curve(history, key)
+        if curve is not None:
             measured = True
             style = _STYLES[number % len(_STYLES)]
             colour = GREY if len(histories) == 1 else COLOURS[number % len(COLOURS)]
-            _draw_line(axes, steps, values, colour=colour, style=style, label=run)
+            _draw_line(axes, curve, colour=colour, style=style, label=run)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step")
     if not measured:
@@ -162,12 +162,15 @@ def _draw_panel(axes: Axes, histories: Mapping[str, History], key: str, *, title
     whole_steps(axes)
 
 
-def _draw_line(
-    axes: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], *, colour: str, style: str, label: str
-) -> None:
-    if not len(values):
-        return
+def _curve(history: History, key: str) -> Curve | None:
+    return Downsampler({_STEP: history.steps}, points=_POINTS).curve(history.of(key))
+
+
+def _draw_line(axes: Axes, curve: Curve, *, colour: str, style: str, label: str) -> None:
+    steps, values = curve.at[_STEP], curve.mean
     marker = "." if len(values) < _DOTS_BELOW else "none"
+    if not curve.exact:
+        axes.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
     if len(values) > _SMOOTH_ABOVE:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
         values = running_mean(values, span=len(values) // _SMOOTH_ABOVE * 2)
@@ -201,13 +204,3 @@ def _draw_image(axes: Axes, image: NDArray[Any]) -> None:
     for spine in axes.spines.values():
         spine.set_color("#9a9a9a")
         spine.set_linewidth(0.6)
-
-
-def _series(history: History, key: str) -> tuple[Floats, Floats]:
-    """Steps and values of a key, at most some thousand that keep the extremes; what is not finite is a gap."""
-    steps, values = history.measured(key)
-    edges = np.unique(np.linspace(0, len(steps), min(_POINTS, len(steps)) + 1).astype(np.int64))[:-1]
-    if len(edges) == len(steps):
-        return steps, values
-    low, high = np.fmin.reduceat(values, edges), np.fmax.reduceat(values, edges)
-    return np.repeat(steps[edges], 2), np.stack((low, high), axis=1).reshape(-1)

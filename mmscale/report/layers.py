@@ -42,7 +42,7 @@ def _thinned(records: list[dict[str, Any]], *, limit: int) -> list[dict[str, Any
     """The records, with co-selection in as many, evenly spread and the last among them, as the limit has room for."""
     sizes = [(len(orjson.dumps(record)), len(orjson.dumps(_without_pairs(record)))) for record in records]
     room, pairs = limit - sum(slim for _, slim in sizes), max((whole - slim for whole, slim in sizes), default=0)
-    if len(records) * pairs <= room:
+    if pairs <= 0 or len(records) * pairs <= room:
         return records
     number = max(2, room // pairs)
     chosen = {round(i * (len(records) - 1) / (number - 1)) for i in range(number)}

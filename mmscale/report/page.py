@@ -18,8 +18,9 @@ import orjson
 from mmscale.errors import UsageError
 from mmscale.report import facts
 from mmscale.report.axes import axes_of, clock_of, first_time
-from mmscale.report.charts import Chart, charts_of, modalities_of
-from mmscale.report.downsample import POINTS, Curve, Downsampler
+from mmscale.report.charts import Chart, modalities_of
+from mmscale.report.curves import Curves, curves_of
+from mmscale.report.downsample import Curve
 from mmscale.report.figures import run_names
 from mmscale.report.history import Floats, History, read
 from mmscale.report.layers import BYTES, layers_of
@@ -38,6 +39,7 @@ class Run:
     Attributes:
         name: short and unlike all others.
         path: its folder.
+        settings: its configuration by dotted key, as it was written; empty where none can be read.
         history: its figures.
         axes: what they may be drawn against.
         events: of events.jsonl.
@@ -47,6 +49,7 @@ class Run:
 
     name: str
     path: Path
+    settings: dict[str, Any]
     history: History
     axes: dict[str, Floats]
     events: list[dict[str, Any]]
@@ -72,23 +75,42 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
                 remedy="name a folder that `mmscale train` wrote",
             )
         history, events = read(path), read_events(path)
-        begin = first_time(history, events, clock=clock_of(history, events))
-        timeline = timeline_of(events, history, begin=begin, goodput=goodput)
-        layers = layers_of(path, limit=BYTES // len(runs))
-        found.append(Run(name, path, history, axes_of(path, history, events), events, timeline, layers))
+        clock = clock_of(history, events)
+        begin = first_time(events, clock=clock)
+        found.append(
+            Run(
+                name,
+                path,
+                facts.settings(path),
+                history,
+                axes_of(path, history, clock=clock, begin=begin),
+                events,
+                timeline_of(events, history, begin=begin, goodput=goodput),
+                layers_of(path, limit=BYTES // len(runs)),
+            )
+        )
     return found
 
 
-def write_page(runs: Sequence[Run], out: Path, *, sections: Mapping[str, str] | None = None) -> None:
+def curves(runs: Sequence[Run]) -> Curves:
+    """What `write_page` and `pictures.write_pictures` draw of runs; whoever wants both makes it once."""
+    return curves_of({run.name: run.history for run in runs}, [run.axes for run in runs])
+
+
+def write_page(
+    runs: Sequence[Run], out: Path, *, drawn: Curves | None = None, sections: Mapping[str, str] | None = None
+) -> None:
     """Write the page.
 
     Args:
         runs: from `read_runs`.
         out: HTML file.
+        drawn: from `curves`; None: they are made here.
         sections: further sections by heading, as HTML that is safe to show.
     """
-    charts = charts_of({run.name: run.history for run in runs})
-    data = _data(runs, charts)
+    drawn = drawn or curves(runs)
+    charts = drawn.charts
+    data = _data(runs, drawn)
     body = [_notes(runs), *_overview(runs), *_chart_sections(charts), _layers_section()]
     body += [_section(heading, content) for heading, content in (sections or {}).items()]
     body += [_timeline_section(runs), _configuration(runs), _environment(runs)]
@@ -109,16 +131,15 @@ def write_page(runs: Sequence[Run], out: Path, *, sections: Mapping[str, str] | 
     out.write_text(page, encoding="utf-8")
 
 
-def _data(runs: Sequence[Run], charts: Sequence[Chart]) -> dict[str, Any]:
-    samplers = [Downsampler(run.axes, points=POINTS if len(runs) < 4 else POINTS // 2) for run in runs]
+def _data(runs: Sequence[Run], found: Curves) -> dict[str, Any]:
     groups: list[list[dict[str, Any]]] = [[] for _ in runs]
     places: dict[int, int] = {}  # id of shared axes -> place among the run's groups
     drawn = []
-    for chart in charts:
+    for chart in found.charts:
         content: dict[str, Any] = asdict(chart)
         content["lines"] = []
         for line in chart.lines:
-            curve = samplers[line.run].curve(runs[line.run].history.of(line.key))
+            curve = found.found.get((line.run, line.key))
             if curve is None:
                 continue
             if id(curve.at) not in places:
@@ -186,7 +207,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs; a colour is a run"
     run = runs[0]
-    model = facts.settings(run.path)
+    model = run.settings
     words = [str(run.path)]
     if model:
         kind, layers, width = (
@@ -202,7 +223,8 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> str:
-    found = facts.notes({run.name: run.path for run in runs}, {run.name: run.history for run in runs})
+    histories, settings = {run.name: run.history for run in runs}, {run.name: run.settings for run in runs}
+    found = facts.notes({run.name: run.path for run in runs}, histories, settings)
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in found)}</ul>' if found else ""
 
 
@@ -230,22 +252,25 @@ def _layers_section() -> str:
 
 
 def _timeline_section(runs: Sequence[Run]) -> str:
-    rows = []
+    rows, number = [], 0
     for run in runs:
-        unusual = [one for one in run.timeline.happenings if not one.routine][-_EVENTS_SHOWN:]
-        for one in unusual:
+        unusual = [one for one in run.timeline.happenings if not one.routine]
+        number += len(unusual)
+        for one in unusual[-_EVENTS_SHOWN:]:
             step = "" if one.step is None else f"{one.step:,}"
             cells = (run.name, f"{one.hours:.3f} h", str(one.attempt), step, one.event, one.text)
             rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("run", "time", "attempt", "step", "event", ""))
     table = f'<table class="words"><thead><tr>{head}</tr></thead>{"".join(rows)}</table>'
-    number = "1 event that is" if len(rows) == 1 else f"{len(rows)} events that are"
-    listed = f"<details><summary>{number} not routine</summary>{table}</details>" if rows else ""
+    said = "1 event that is not routine" if number == 1 else f"{number:,} events that are not routine"
+    if len(rows) < number:
+        said += f"; the last {_EVENTS_SHOWN}{' of each run' if len(runs) > 1 else ''}"
+    listed = f"<details><summary>{said}</summary>{table}</details>" if rows else ""
     return _section("Timeline", f'<div class="charts" id="timelines"></div>{listed}')
 
 
 def _configuration(runs: Sequence[Run]) -> str:
-    known = {run.name: facts.settings(run.path) for run in runs}
+    known = {run.name: run.settings for run in runs}
     parts = []
     if len(runs) > 1 and all(known.values()):
         different = facts.differences(list(known.values()))

@@ -4,17 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmscale.report.charts import Chart, charts_of, modalities_of
-from mmscale.report.downsample import Curve, Downsampler
+from mmscale.report.charts import Chart, modalities_of
+from mmscale.report.curves import Curves
+from mmscale.report.downsample import Curve
 from mmscale.report.figures import running_mean
+from mmscale.report.history import Floats
 from mmscale.report.look import COLOURS, MARKS, dress, engineering, log_scale, new_figure, save_figure, whole_steps
-from mmscale.report.page import Run
+from mmscale.report.page import Run, curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,24 +32,24 @@ _PARTS = {
 _SHOWN_LAYER_MAPS = 24  # co-selection matrices of a modality in a picture
 
 
-def write_pictures(runs: Sequence[Run], out: Path) -> list[Path]:
+def write_pictures(runs: Sequence[Run], out: Path, *, drawn: Curves | None = None) -> list[Path]:
     """One PNG for every part of the page, beside it: `<stem>_loss.png` and so on.
 
     Args:
         runs: from `page.read_runs`.
         out: the page's file.
+        drawn: from `page.curves`; None: they are made here.
 
     Returns:
         The files, in the page's order; parts that no run has anything for are left out.
     """
     files = []
-    charts = charts_of({run.name: run.history for run in runs})
-    samplers = [Downsampler(run.axes) for run in runs]
-    for section in dict.fromkeys(chart.section for chart in charts):
-        own = [chart for chart in charts if chart.section == section and chart.lines]
+    drawn = drawn or curves(runs)
+    for section in dict.fromkeys(chart.section for chart in drawn.charts):
+        own = [chart for chart in drawn.charts if chart.section == section and chart.lines]
         if own:
             files.append(_beside(out, section.lower().replace(" ", "_")))
-            _draw_charts(own, runs, samplers, files[-1])
+            _draw_charts(own, drawn, files[-1])
     for run in runs:
         suffix = "" if len(runs) == 1 else f"_{runs.index(run) + 1}"
         if run.layers:
@@ -62,7 +64,7 @@ def _beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}_{name}.png")
 
 
-def _draw_charts(charts: Sequence[Chart], runs: Sequence[Run], samplers: Sequence[Downsampler], file: Path) -> None:
+def _draw_charts(charts: Sequence[Chart], drawn: Curves, file: Path) -> None:
     columns = 1 if len(charts) == 1 else 2
     wide = charts[0].wide and len(charts) > 1
     cells = len(charts) + wide
@@ -72,16 +74,21 @@ def _draw_charts(charts: Sequence[Chart], runs: Sequence[Run], samplers: Sequenc
     for number, chart in enumerate(charts):
         place = number + (wide and number > 0)
         cell = grid[0, :] if wide and number == 0 else grid[place // columns, place % columns]
-        _draw_chart(figure.add_subplot(cell), chart, runs, samplers)
+        _draw_chart(figure.add_subplot(cell), chart, drawn)
     save_figure(figure, file)
 
 
-def _draw_chart(axes: Axes, chart: Chart, runs: Sequence[Run], samplers: Sequence[Downsampler]) -> None:
+def _draw_chart(axes: Axes, chart: Chart, drawn: Curves) -> None:
     for line in chart.lines:
-        curve = samplers[line.run].curve(runs[line.run].history.of(line.key))
+        curve = drawn.found.get((line.run, line.key))
         if curve is None:
             continue
         colour, steps = COLOURS[line.colour % len(COLOURS)], curve.at["step"]
+        if not curve.exact and (line.joined or not line.points):
+            axes.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+        elif not curve.exact:
+            # A point for many pauses says nothing of the longest: a stem reaches from the lowest to the highest.
+            axes.vlines(steps, curve.low, curve.high, color=colour, linewidth=0.9, alpha=0.6)
         if line.points:
             mark = MARKS[line.mark % len(MARKS)]
             style = ":" if line.joined else "none"
@@ -116,8 +123,6 @@ def _draw_chart(axes: Axes, chart: Chart, runs: Sequence[Run], samplers: Sequenc
 
 def _draw_curve(axes: Axes, curve: Curve, *, colour: str, label: str, raw: bool) -> None:
     steps = curve.at["step"]
-    if not curve.exact:
-        axes.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
     span = 0 if raw else len(steps) // 100
     if span > 0:
         axes.plot(steps, curve.mean, color=colour, linewidth=0.7, alpha=0.3)
@@ -135,8 +140,10 @@ def _draw_layers(run: Run, out: Path, *, suffix: str) -> list[Path]:
         if any("coselection" in figures for _, _, figures in _experts(record)):
             files.append(_beside(out, f"coselection{suffix}"))
             _draw_coselection(record, groups, files[-1])
-    files.append(_beside(out, f"layers{suffix}"))
-    _draw_over_time(run, files[-1])
+    found = _over_time(run)
+    if found:
+        files.append(_beside(out, f"layers{suffix}"))
+        _draw_over_time(run, found, files[-1])
     return files
 
 
@@ -198,16 +205,26 @@ def _draw_coselection(record: dict[str, Any], groups: Sequence[tuple[str, str]],
     save_figure(figure, file)
 
 
-def _draw_over_time(run: Run, file: Path) -> None:
-    """Layer against step: tokens that no expert took, depth selection, output norm; a column for each modality."""
-    layers = sorted({int(layer) for record in run.layers for layer in record["layers"]})
-    found: dict[str, dict[str, np.ndarray]] = {}
+def _layers_of(run: Run) -> list[int]:
+    return sorted({int(layer) for record in run.layers for layer in record["layers"]})
+
+
+def _over_time(run: Run) -> dict[str, dict[str, Floats]]:
+    """[layers, records] by what is shown and by modality: tokens that no expert took, depth selection, output norm."""
+    layers = _layers_of(run)
+    found: dict[str, dict[str, Floats]] = {}
     for place, record in enumerate(run.layers):
         for layer, entry in record["layers"].items():
             for title, name, value in _figures(entry):
                 maps = found.setdefault(title, {})
                 table = maps.setdefault(name, np.full((len(layers), len(run.layers)), np.nan))
                 table[layers.index(int(layer)), place] = value if isinstance(value, int | float) else np.nan
+    return found
+
+
+def _draw_over_time(run: Run, found: Mapping[str, Mapping[str, Floats]], file: Path) -> None:
+    """Layer against step; a row for each figure, a column for each modality."""
+    layers = _layers_of(run)
     columns = max(len(maps) for maps in found.values())
     height = min(14.0, (1.1 + 0.16 * len(layers)) * len(found))
     figure = new_figure(width=1.5 + 4.2 * columns, height=max(2.0, height))
@@ -255,9 +272,10 @@ def _draw_timelines(runs: Sequence[Run], file: Path) -> None:
     for row, run in enumerate(runs):
         for span in run.timeline.spans:
             axes.barh(row, span.end - span.begin, left=span.begin, height=0.5, color=_PARTS[span.kind][1])
-        unusual = [one.hours for one in run.timeline.happenings if not one.routine]
+        drawn = run.timeline.drawn()
+        unusual = [one.hours for one in drawn if not one.routine]
         axes.plot(unusual, [row + 0.38] * len(unusual), "x", color="#c62828", markersize=5, clip_on=False)
-        saves = [one.hours for one in run.timeline.happenings if one.event == "save_committed"]
+        saves = [one.hours for one in drawn if one.event == "save_committed"]
         axes.plot(saves, [row + 0.38] * len(saves), "|", color="#5a5a5a", markersize=5)
     shares = [f", goodput {run.timeline.goodput:.1%}" if run.timeline.goodput is not None else "" for run in runs]
     axes.set_yticks(range(len(runs)), [f"{run.name}{share}" for run, share in zip(runs, shares, strict=True)])

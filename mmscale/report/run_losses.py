@@ -136,8 +136,12 @@ def _falling(points: Sequence[Points], measure: Measure, *, bins: int | None) ->
         return None
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, *, history: History | None = None) -> Run:
     """Read what is compared of a run.
+
+    Args:
+        folder: where it lies.
+        history: its figures if they were read already.
 
     Raises:
         UsageError: there is no configuration, or no logged step.
@@ -147,7 +151,7 @@ def read_run(folder: Path) -> Run:
         config = load(folder / "config.yaml")
     except ConfigError as error:
         raise UsageError(f"{folder} is no run of this version: {error.cause}", remedy=remedy) from error
-    history = read(folder)
+    history = read(folder) if history is None else history
     if not len(history):
         raise UsageError(f"{folder} has no {METRICS} with a logged step", remedy=remedy)
     per_step = tokens_per_step(config) * flops_per_token(config).training

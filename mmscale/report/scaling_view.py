@@ -28,8 +28,9 @@ def summary(fit: Fit, seen: Mapping[tuple[str, ...], Observations], *, tokens: S
             times that.
 
     Returns:
-        `modalities` and `pairs`: constants with intervals, runs, largest misfit; a pair's `C` is its constant's
-        negative, and `barrier` says from how many parameters on there is synergy (None: never).
+        `modalities` and `pairs`: constants with intervals (`low`, `high`; without replicas there are none), runs,
+        largest misfit; a pair's `C` is its constant's negative, and `barrier` says from how many parameters on there is
+        synergy (None: never).
     """
     laws = fit.law.pairs
     most = {names: float(np.max(seen[names].all_tokens)) for names in laws}
@@ -60,7 +61,8 @@ def render(result: Mapping[str, Any]) -> str:
         first = "E" if label in result["modalities"] else "C"
         cells = [_with_interval(found[name]) for name in (first, *_NAMES[1:])]
         lines.append(_row([label, *cells, str(found["runs"]), f"{found['largest_misfit']:.2%}"]))
-    lines += ["", f"In brackets: the middle 90 % of {result['replicas']} fits to resampled residuals."]
+    if result["replicas"]:
+        lines += ["", f"In brackets: the middle 90 % of {result['replicas']} fits to resampled residuals."]
     for label, found in result["pairs"].items():
         lines += ["", f"{label}: together better than apart (synergy)"]
         for entry in found["barrier"]:
@@ -90,12 +92,10 @@ def _constants(terms: Terms, replicas: Sequence[Terms], first: str) -> dict[str,
     for name in _NAMES:
         factor = sign if name == "constant" else 1.0
         values = [factor * getattr(one, name) for one in replicas]
-        low, high = interval(values) if values else (math.nan, math.nan)
-        found[first if name == "constant" else name] = {
-            "value": factor * getattr(terms, name),
-            "low": low,
-            "high": high,
-        }
+        entry = {"value": factor * getattr(terms, name)}
+        if values:
+            entry["low"], entry["high"] = interval(values)
+        found[first if name == "constant" else name] = entry
     return found
 
 
@@ -107,10 +107,10 @@ def _barrier(terms: Terms, replicas: Sequence[Terms], tokens: Sequence[float]) -
     entries = []
     for count in tokens:
         spread = [_or_never(barrier_parameters(one, count)) for one in replicas]
-        low, high = interval(spread) if spread else (math.nan, math.nan)
-        entries.append(
-            {"tokens": count, "parameters": barrier_parameters(terms, count), "low": _known(low), "high": _known(high)}
-        )
+        entry = {"tokens": count, "parameters": barrier_parameters(terms, count)}
+        if spread:
+            entry["low"], entry["high"] = map(_known, interval(spread))
+        entries.append(entry)
     cheapest = cheapest_barrier(terms)
     least = None if cheapest is None else {"parameters": cheapest[0], "tokens": cheapest[1]}
     return {"barrier": entries, "cheapest": least}
@@ -125,15 +125,16 @@ def _known(value: float) -> float | None:
 
 
 def _above(entry: Mapping[str, Any]) -> str:
-    low = "never" if entry["low"] is None else _amount(entry["low"])
-    high = "never" if entry["high"] is None else _amount(entry["high"])
+    ends = ["never" if entry[end] is None else _amount(entry[end]) for end in ("low", "high") if end in entry]
+    spread = f" ({' to '.join(ends)})" if ends else ""
     if entry["parameters"] is None:
-        return f"at no size ({low} to {high})"
-    return f"from {_amount(entry['parameters'])} parameters on ({low} to {high})"
+        return f"at no size{spread}"
+    return f"from {_amount(entry['parameters'])} parameters on{spread}"
 
 
 def _with_interval(entry: Mapping[str, float]) -> str:
-    return f"{entry['value']:.4g} ({entry['low']:.3g} to {entry['high']:.3g})"
+    spread = f" ({entry['low']:.3g} to {entry['high']:.3g})" if "low" in entry else ""
+    return f"{entry['value']:.4g}{spread}"
 
 
 def _amount(value: float) -> str:

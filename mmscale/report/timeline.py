@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from mmscale.report.history import Floats, History
 Event = Mapping[str, Any]
 _ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended")
 _ENDS = ("finish", "stop", "fault", "ranks_ended", "gave_up")
-_SHOWN_EVENTS = 300  # of each kind in a picture
+_DRAWN = 300  # happenings of each kind in a picture
 _GROUPS = 400  # of an attempt's lines, for the goodput arithmetic
 
 
@@ -71,7 +71,7 @@ class Timeline:
 
     Attributes:
         spans: parts of attempts, in order.
-        happenings: events, in order; of routine ones at most 300.
+        happenings: events, in order.
         goodput: share of the time that went into steps that count; None where nothing tells.
         seconds: by part of the time.
         measured_start: whether times before "start" are known; without a launcher they are not.
@@ -84,8 +84,19 @@ class Timeline:
     measured_start: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists and dictionaries."""
-        return asdict(self)
+        """Plain lists and dictionaries, with those happenings that are drawn."""
+        return asdict(replace(self, happenings=self.drawn()))
+
+    def drawn(self) -> list[Happening]:
+        """At most 300 happenings of each kind, evenly chosen, the first and the last among them: for pictures."""
+        by_name: dict[str, list[Happening]] = {}
+        for one in self.happenings:
+            by_name.setdefault(one.event, []).append(one)
+        places = [
+            np.unique(np.linspace(0, len(some) - 1, min(_DRAWN, len(some))).astype(int)) for some in by_name.values()
+        ]
+        chosen = [some[int(place)] for some, own in zip(by_name.values(), places, strict=True) for place in own]
+        return sorted(chosen, key=lambda one: one.hours)
 
 
 def timeline_of(events: Sequence[Event], history: History, *, begin: float, goodput: Goodput) -> Timeline:
@@ -196,26 +207,18 @@ def _reached(history: History, attempt: int, step: int, *, begun: float, end: fl
 
 
 def _happenings(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
-    by_name: dict[str, list[Event]] = {}
-    for event in events:
-        by_name.setdefault(str(event["event"]), []).append(event)
-    found = []
-    for name, some in by_name.items():
-        if name == "save_begin":  # the commit is what counts
-            continue
-        places = np.unique(np.linspace(0, len(some) - 1, min(_SHOWN_EVENTS, len(some))).astype(int))
-        for place in places:
-            event = some[int(place)]
-            found.append(
-                Happening(
-                    hours=(float(event["time"]) - begin) / 3600,
-                    attempt=_attempt(event),
-                    step=int(event["step"]) if isinstance(event.get("step"), int) else None,
-                    event=name,
-                    text=_text(event),
-                    routine=name in _ROUTINE,
-                )
-            )
+    found = [
+        Happening(
+            hours=(float(event["time"]) - begin) / 3600,
+            attempt=_attempt(event),
+            step=int(event["step"]) if isinstance(event.get("step"), int) else None,
+            event=str(event["event"]),
+            text=_text(event),
+            routine=event["event"] in _ROUTINE,
+        )
+        for event in events
+        if event["event"] != "save_begin"  # the commit is what counts
+    ]
     return sorted([*found, *_deaths(events, history, begin=begin)], key=lambda one: one.hours)
 
 

@@ -35,7 +35,6 @@ __all__ = [
     "Throughput",
     "next_attempt",
     "read_events",
-    "read_layers",
     "read_metrics",
     "write_environment",
 ]
@@ -84,7 +83,7 @@ class MetricsLog:
         self._backends.write(step, shown, attempt=self.attempt)
 
     def write_layers(self, step: int, layers: Mapping[str, Any]) -> None:
-        """Append the figures of every layer to layers.jsonl; read back by `read_layers`."""
+        """Append the figures of every layer to layers.jsonl; read back by `report.layers.layers_of`."""
         self._layers.append(self._place(step) | {"layers": dict(layers)})
 
     def rolled_back(self, number: int) -> None:
@@ -158,18 +157,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             steps[step] = record
         elif newer >= older:  # a line of an older attempt here comes from a process that should have been gone
             known.update(record)
-    return [steps[number] for number in sorted(steps)]
-
-
-def read_layers(run_dir: Path) -> list[dict[str, Any]]:
-    """Figures of every layer, one record per step in order; of a step that was done again the last time counts."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in _read_lines(run_dir / LAYERS):
-        step = line.get("step")
-        if isinstance(step, int) and isinstance(line.get("layers"), dict):
-            known = steps.get(step)
-            if known is None or _time(line) >= _time(known):
-                steps[step] = line
     return [steps[number] for number in sorted(steps)]
 
 

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmscale.train.metrics import read_events, read_layers, read_metrics
+from mmscale.report.layers import layers_of
+from mmscale.train.metrics import read_events, read_metrics
 from tests.end_to_end.conftest import STEPS
 from tests.end_to_end.running import Ended, assert_says, mmscale, start, warnings_in
 
@@ -121,8 +122,8 @@ def test_metrics_have_the_documented_keys_on_every_step(whole: Run) -> None:
         assert "mfu" not in line
     assert lines[10]["save_stall_s"] > 0  # counted to the step after the save, when it is known
     assert lines[-1]["flops"] == pytest.approx(lines[-1]["tokens"] * lines[0]["flops"] / lines[0]["tokens"])
-    assert [line["step"] for line in read_layers(whole.folder)] == [1, *range(5, STEPS + 1, 5)]
-    assert set(read_layers(whole.folder)[-1]["layers"]["1"]) >= {"experts", "output_norm"}
+    assert [line["step"] for line in layers_of(whole.folder)] == [1, *range(5, STEPS + 1, 5)]
+    assert set(layers_of(whole.folder)[-1]["layers"]["1"]) >= {"experts", "output_norm"}
     assert lines[-1]["tokens"] == lines[-1]["tokens/text"] + lines[-1]["tokens/image"]
     assert lines[0]["depth/selected_fraction/text"] + lines[0]["depth/selected_fraction/image"] > 0
 

@@ -167,19 +167,24 @@ class Chart {
       });
       return text;
     };
+    if (line.low && (!line.points || line.joined)) {
+      const seen = X.map((x, i) => (x !== null && inside(line.low[i]) && inside(line.high[i]) ? i : -1)).filter((i) => i >= 0);
+      if (seen.length) {
+        const band = seen.map((i) => `${X[i]},${Y(line.high[i])}`).concat(seen.reverse().map((i) => `${X[i]},${Y(line.low[i])}`));
+        parent.append(el("polygon", { points: band.join(" "), fill: stroke, opacity: 0.16 }));
+      }
+    } else if (line.low) {
+      // A point for many pauses says nothing of the longest: a stem reaches from the lowest to the highest.
+      const foot = (v) => (inside(v) ? Y(v) : bottom);
+      const stems = line.high.map((v, i) => (X[i] === null || !inside(v) || v === line.low[i] ? "" : `M${X[i]},${foot(line.low[i])}V${Y(v)}`)).join("");
+      parent.append(el("path", { class: "stems", d: stems, fill: "none", stroke, "stroke-width": 1.2, opacity: 0.6 }));
+    }
     if (line.points) {
       const many = line.joined && line.mean.length > MANY_MARKS;
       if (line.joined) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": many ? 1.6 : 1, "stroke-dasharray": DASHES[many ? line.mark % 4 : 3], opacity: many ? 1 : 0.7 }));
       const marks = many ? "" : line.mean.map((v, i) => (X[i] === null || !inside(v) ? "" : MARKS[line.mark % 4](Number(X[i]), Number(Y(v))))).join("");
       parent.append(el("path", { d: marks, fill: stroke, stroke: "var(--panel)", "stroke-width": 1 }));
     } else {
-      if (line.low) {
-        const seen = X.map((x, i) => (x !== null && inside(line.low[i]) && inside(line.high[i]) ? i : -1)).filter((i) => i >= 0);
-        if (seen.length) {
-          const band = seen.map((i) => `${X[i]},${Y(line.high[i])}`).concat(seen.reverse().map((i) => `${X[i]},${Y(line.low[i])}`));
-          parent.append(el("polygon", { points: band.join(" "), fill: stroke, opacity: 0.16 }));
-        }
-      }
       if (line.curve !== line.mean) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": 0.8, opacity: 0.35 }));
       parent.append(el("path", { d: path(line.curve), fill: "none", stroke, "stroke-width": 1.8, "stroke-linejoin": "round" }));
       if (line.mean.length < 40) {

@@ -189,6 +189,10 @@ class LayersView {
     const notes = { unrouted: "Fraction of the modality's tokens that passed by the layer's experts.", depth: "Fraction of the modality's tokens that the Mixture-of-Depths layer processed; grey layers process all.", norm: "Mean norm of the hidden states after the layer." };
     const names = Object.keys(titles).filter((name) => found.has(name));
     if (!names.includes(this.over)) this.over = names[0];
+    if (!names.length) {
+      this.time.replaceChildren(el("div", { class: "tools" }, ...this.chooser()), el("div", { class: "empty" }, "Nothing but empty records in layers.jsonl."));
+      return;
+    }
     const choice = el("div", { class: "choice" }, ...names.map((name) => el("button", { type: "button", "aria-pressed": String(name === this.over), onclick: () => { this.over = name; this.drawTime(); } }, titles[name])));
     const maps = [...found.get(this.over)], range = extent(maps.map(([, rows]) => rows.flat()));
     const cell = this.cell(records.length, maps.length, 4, 24);

@@ -12,12 +12,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from launch.goodput import goodput
 from mmscale.cli import main
 from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
 from mmscale.config.load import dump, resolve
 from mmscale.errors import UsageError
 from mmscale.plan import flops_per_token
+from mmscale.report import page
 from mmscale.report.compare import compare
 from mmscale.report.comparison_section import comparison_section
 from mmscale.report.equal_loss import Bound
@@ -221,7 +223,7 @@ def test_notes(tmp_path: Path, runs: tuple[Path, Path]) -> None:
 
 
 def test_section_of_a_page(runs: tuple[Path, Path]) -> None:
-    section = comparison_section(runs[0], runs)
+    section = comparison_section(runs[0], page.read_runs(runs, goodput=goodput))
     assert section.count("<table>") >= 1 and "data:image/png;base64," in section and "eta" in section
 
 

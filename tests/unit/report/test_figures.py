@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from matplotlib.figure import Figure
 
 from mmscale.errors import UsageError
 from mmscale.report import figures, look
@@ -38,6 +39,24 @@ def test_loss_curves(tmp_path: Path) -> None:
     figures.loss_curves([short], tmp_path / "again.png")
     figures.loss_curves([short], tmp_path / "once.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "once.png").read_bytes()
+
+
+def test_the_line_of_a_long_run_is_its_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 40th of 20,000 losses is a spike: the line stays at the mean, and the band reaches the spikes."""
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "metrics.jsonl").open("w") as file:
+        for step in range(1, 20_001):
+            file.write(f'{{"step": {step}, "attempt": 1, "loss": {42.0 if step % 40 == 0 else 1.0}}}\n')
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, _: drawn.append(figure))
+    figures.loss_curves([tmp_path / "run"], tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    (line,) = [one for one in axes.lines if one.get_label() == "loss"]
+    values = np.asarray(line.get_ydata(), dtype=float)
+    assert len(values) == 2000
+    assert values[100:-100] == pytest.approx(1.0 + 41.0 / 40, abs=0.15)  # of each point's lowest and highest: 6.1
+    (band,) = axes.collections
+    assert band.get_datalim(axes.transData).ymax == 42.0
 
 
 def test_curves_of_a_run_that_measured_little(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmscale.report.axes import axes_of
+from mmscale.report.axes import axes_of, clock_of, first_time
 from mmscale.report.downsample import Downsampler
 from mmscale.report.history import read
 from mmscale.report.layers import layers_of
@@ -109,7 +109,9 @@ def test_the_clock_of_lines_without_times(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         first.write(step, {"step_time_s": 2.0, "tokens": 7 * step, "save_stall_s": 5.0 if step == 20 else None})
     second.write(30, {"step_time_s": 1.0, "tokens": 210})
-    axes = axes_of(tmp_path, read(tmp_path), events)
+    history = read(tmp_path)
+    clock = clock_of(history, events)
+    axes = axes_of(tmp_path, history, clock=clock, begin=first_time(events, clock=clock))
     assert axes["hours"] * 3600 == pytest.approx([20, 45, 1010])
     assert list(axes["tokens"]) == [70, 140, 210]
     assert np.isnan(axes["flops"]).all()  # there is no configuration to count them from
@@ -148,3 +150,24 @@ def test_co_selection_is_left_out_of_some_records_before_records_are(tmp_path: P
     assert len(json.dumps(few)) < 25_000
     assert few[1]["layers"]["1"]["output_norm"] == {"text": 2.0}
     assert few[1]["layers"]["1"]["experts"]["text"]["text"] == {"unrouted": 0.5, "load": [0.1]}
+
+
+def test_records_without_co_selection_that_are_too_large(tmp_path: Path) -> None:
+    """The first is small, so that as many are read as there may be; then there is nothing to leave out of them."""
+    log = MetricsLog(tmp_path, attempt=1)
+    log.write_layers(1, {"1": {"output_norm": {"text": 1.0}}})
+    for step in range(2, 10):
+        log.write_layers(step, {str(layer): {"output_norm": {"text": 2.0}} for layer in range(1, 40)})
+    found = layers_of(tmp_path, limit=2000)
+    assert len(json.dumps(found)) > 2000  # all of what was read
+    assert found[-1]["layers"]["39"] == {"output_norm": {"text": 2.0}}
+
+
+def test_numbers_that_name_something_have_no_mean() -> None:
+    ranks = np.array([0.0, 7.0, 7.0, 3.0, 0.0, 3.0, math.inf, 5.0, 5.0, math.nan])
+    curve = Downsampler({"step": np.arange(10.0)}, points=3).curve(ranks, names=True)
+    assert curve is not None
+    assert list(curve.mean) == list(curve.low) == list(curve.high) == [7.0, 3.0, 5.0]
+    assert list(curve.broken) == [2]
+    even = Downsampler({"step": np.arange(2.0)}, points=1).curve(np.array([7.0, 0.0]), names=True)
+    assert even is not None and list(even.mean) == [0.0]  # and not 3.5

@@ -16,7 +16,7 @@ from mmscale.config import Config
 from mmscale.config.load import dump, resolve
 from mmscale.errors import UsageError
 from mmscale.plan import count_parameters
-from mmscale.report import scaling_runs
+from mmscale.report import scaling_runs, scaling_view
 from mmscale.report.scaling import Law, Observations, Terms, barrier_parameters, cheapest_barrier, fit, interval
 from mmscale.train.metrics import MetricsLog
 
@@ -168,6 +168,18 @@ def test_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert "text+image: together better than apart (synergy)" in text
     assert "- at 45.1B tokens: from " in text
+    assert "In brackets: the middle 90 % of 5 fits" in text
+
+
+def test_without_replicas_there_are_no_intervals() -> None:
+    seen = planted()
+    result = scaling_view.summary(fit(seen, replicas=0), seen, tokens=[4e10])
+    assert set(result["modalities"]["text"]["E"]) == {"value"}
+    assert set(result["pairs"]["text+image"]["barrier"][0]) == {"tokens", "parameters"}
+    json.dumps(result, allow_nan=False)
+    text = scaling_view.render(result)
+    assert "nan" not in text and "never" not in text and "(synergy)\n- at 40B tokens: from " in text
+    assert "In brackets" not in text and "| text | 1.6 | 30 |" in text
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import mmscale
+from mmscale.report.layers import layers_of
 from mmscale.runtime import environment
 from mmscale.train.metrics import (
     EventLog,
     MetricsLog,
     next_attempt,
     read_events,
-    read_layers,
     read_metrics,
     write_environment,
 )
@@ -128,7 +128,7 @@ def test_layers_of_a_step_that_was_done_again(tmp_path: Path) -> None:
     log.write_layers(20, {"1": {"output_norm": {"text": 3.0}}})
     with (tmp_path / "layers.jsonl").open("a") as file:
         file.write('{"step": 30, "lay')
-    assert [(line["step"], line["layers"]["1"]["output_norm"]["text"]) for line in read_layers(tmp_path)] == [
+    assert [(line["step"], line["layers"]["1"]["output_norm"]["text"]) for line in layers_of(tmp_path)] == [
         (10, 1.0),
         (20, 3.0),
     ]

@@ -1,0 +1,59 @@
+"""Two jobs must not train one run: who is refused, by what is known of the owner."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import owner
+from launch import record as records
+from mmscale.errors import LaunchError
+from mmscale.resilience import lease
+
+
+@pytest.fixture(autouse=True)
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's word for every job: it runs."""
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text('#!/bin/bash\necho "JobId=${@: -1} JobState=RUNNING Restarts=0"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+
+def test_a_job_owns_its_run_through_all_of_its_starts_and_nobody_else_does(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    owner.refuse_busy(run)  # nobody ever trained it
+    lease.take(run, "7.0.0", attempt=1, job="7")
+    owner.refuse_busy(run, job="7")
+    for other in (None, "", "8"):
+        with pytest.raises(LaunchError, match="belongs to job 7, which is RUNNING"):
+            owner.refuse_busy(run, job=other)
+    lease.release(run, "7.0.0")
+    owner.refuse_busy(run, job="8")
+
+
+def test_a_job_that_waits_counts_for_a_launch_and_not_for_the_job_that_it_waits_for(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "launch" / "002"
+    folder.mkdir(parents=True)
+    (folder / records.RECORD).write_text("{}")
+    records.set_job(folder, "9")
+    lease.take(tmp_path / "run", "7.0.0", attempt=1, job="7")
+    owner.refuse_busy(tmp_path / "run", job="7")  # its second start, with 9 chained behind it
+    lease.release(tmp_path / "run", "7.0.0")
+    with pytest.raises(LaunchError, match="belongs to job 9"):
+        owner.refuse_busy(tmp_path / "run")
+
+
+def test_without_slurm_a_process_owns_it_for_as_long_as_it_lives(tmp_path: Path) -> None:
+    lease.take(tmp_path, "local-1.0.0", attempt=1)  # this process
+    for job in (None, "", "8"):
+        with pytest.raises(LaunchError, match="is being trained by process"):
+            owner.refuse_busy(tmp_path, job=job)
+    taken = f"lease.take(pathlib.Path({str(tmp_path)!r}), 'local-2.0.0', attempt=2)"
+    gone = f"import pathlib; from mmscale.resilience import lease; {taken}"
+    subprocess.run([sys.executable, "-c", gone], check=True)
+    owner.refuse_busy(tmp_path)

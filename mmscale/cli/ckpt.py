@@ -51,7 +51,7 @@ def _listing(result: dict[str, Any]) -> None:
 
 @app.command(
     "show",
-    epilog="Example: mmscale ckpt show runs/quickstart@300 --tensor decoder.layers.3.experts.image.w1 --slice 0,3:7",
+    epilog="Example: mmscale ckpt show runs/quickstart@1200 --tensor decoder.layers.3.experts.image.w1 --slice 0,3:7",
 )
 def show(
     run: RunAtStep,
@@ -190,10 +190,10 @@ def prune(
     emit(result, as_json=as_json, text=lambda: pairs([("deleted", deleted), ("kept", kept)]))
 
 
-app.command("archive", epilog="Example: mmscale ckpt archive runs/quickstart@300 quickstart-300.zarr")(
+app.command("archive", epilog="Example: mmscale ckpt archive runs/quickstart@1200 quickstart-1200.zarr")(
     ckpt_copies.archive
 )
-app.command("restore", epilog="Example: mmscale ckpt restore quickstart-300.zarr runs/restored")(ckpt_copies.restore)
+app.command("restore", epilog="Example: mmscale ckpt restore quickstart-1200.zarr runs/restored")(ckpt_copies.restore)
 app.command("reshard", epilog="Example: mmscale ckpt reshard runs/big@9000 runs/big-for-eval --files 8 --weights")(
     ckpt_copies.reshard
 )

@@ -24,7 +24,7 @@ _NO_MODEL = {
 }
 
 
-@app.command("prepare", epilog="Example: mmscale data prepare --documents corpus/part-*.jsonl --out data/corpus")
+@app.command("prepare", epilog="Example: mmscale data prepare --documents 'corpus/part-*.jsonl' --out data/corpus")
 def prepare(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the data set.")],
     spec: Annotated[

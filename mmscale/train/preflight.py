@@ -15,7 +15,7 @@ from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
 from mmscale.config.changes import changes, describe
 from mmscale.config.rules import check
-from mmscale.data.manifest import Manifest, check_tokenizers, read_blend
+from mmscale.data.manifest import Manifest, check_tokenizers, common_tokenizers, read_blend
 from mmscale.errors import ConfigError
 
 
@@ -46,13 +46,11 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
             f"checkpoint.resume is false, but {store.root} holds checkpoints up to step {newest}",
             remedy="start a new run with another run.name, or remove that folder",
         )
-    for step in reversed(store.steps()):
-        if _looks_whole(store, step):
-            where, info = str(store.path(step)), store.info(step)
-            check_shape(config, info.get("shape", {}), where=where)
-            check_ids(blend, info, where=where)
-            check_changes(config, info, where=where, yes=yes)
-            return
+    where, info = _newest_whole(store)
+    if info:
+        check_shape(config, info.get("shape", {}), where=where)
+        check_ids(blend, info, where=where)
+        check_changes(config, info, where=where, yes=yes)
 
 
 def check_changes(config: Config, info: Mapping[str, Any], *, where: str, yes: bool) -> list[str]:
@@ -94,6 +92,27 @@ def check_ids(blend: Mapping[Path, Manifest], info: Mapping[str, Any], *, where:
     known = info.get("tokenizers") or {}  # checkpoints from before they were kept have none
     for folder, manifest in blend.items():
         check_tokenizers(folder, manifest.tokenizers, known, where=where)
+
+
+def tokenizers_of(run: Path, data: Mapping[str, str]) -> dict[str, str]:
+    """Fingerprints that a run's next checkpoints keep: those of its data, and those that it has learned before.
+
+    A run that goes on with text alone still knows images by the codes of their tokenizer.
+
+    Args:
+        run: the run's folder.
+        data: fingerprints of the data's tokenizers.
+    """
+    where, info = _newest_whole(Store.of_run(run))
+    return common_tokenizers({Path(where): info.get("tokenizers") or {}, run: data})
+
+
+def _newest_whole(store: Store) -> tuple[str, dict[str, Any]]:
+    """The newest checkpoint that can be believed: its path and what it says about itself; nothing if there is none."""
+    for step in reversed(store.steps()):
+        if _looks_whole(store, step):
+            return str(store.path(step)), store.info(step)
+    return "", {}
 
 
 def _looks_whole(store: Store, step: int) -> bool:

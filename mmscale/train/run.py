@@ -39,7 +39,7 @@ from mmscale.train.loop import Hook, Trainer
 from mmscale.train.memory import MemoryHook, memory_of
 from mmscale.train.metrics import next_attempt
 from mmscale.train.parts import Parts, build, dry_run, loader_of, resolve_share, start
-from mmscale.train.preflight import preflight
+from mmscale.train.preflight import preflight, tokenizers_of
 from mmscale.train.progress import Progress, banner
 from mmscale.train.records import Records, open_records, write_settings
 from mmscale.train.state import TrainState
@@ -112,7 +112,7 @@ class _Attempt:
             config,
             self.folder,
             attempt=self.number,
-            tokenizers=train_data.tokenizers,
+            tokenizers=from_first(tokenizers_of(self.folder, train_data.tokenizers) if first else None),
             records=self.records,
             progress=self.progress,
             faults=self.faults,

@@ -48,7 +48,7 @@ def manager_of(
         config: the run's configuration.
         run: the run's folder.
         attempt: its number.
-        tokenizers: fingerprints of those of the data; kept with every checkpoint.
+        tokenizers: fingerprints of those that the run has learned from; kept with every checkpoint.
         records: where events go.
         progress: the terminal.
         faults: called at every point of a save.

@@ -120,6 +120,15 @@ def test_tokenizers_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         check(run, "data.path=null", f"data.blend=[{{path: {text}}}, {{path: {other}}}]", yes=True)
 
 
+def test_a_run_that_goes_on_with_text_keeps_its_image_tokenizer(tmp_path: Path) -> None:
+    text = {"text_tokenizer": "t1", "image_tokenizer": NO_TOKENIZER}
+    both = {"text_tokenizer": "t1", "image_tokenizer": "i1"}
+    run = tmp_path / "run"
+    assert preflight.tokenizers_of(run, text) == text
+    commit(run, 10, tokenizers=both)
+    assert preflight.tokenizers_of(run, text) == both == preflight.tokenizers_of(run, both)
+
+
 def test_routers_learn_from_ids_of_the_main_run_s_meaning(tmp_path: Path) -> None:
     """Another codebook under the same vocabulary would teach them what no token of the main run means."""
     first, _ = data_set(tmp_path / "first")

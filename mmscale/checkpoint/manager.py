@@ -216,17 +216,19 @@ class CheckpointManager:
                 f"{self.store.path(step)} is damaged: {integrity.describe(problems)}",
                 remedy="choose another checkpoint: RUN@STEP",
             )
-        loaded = sharded.read(self.store.path(step), self._wanted(state, step))
+        folder = self.store.path(step)
+        there = sharded.stored(folder)  # once: the index grows with the ranks that wrote it
+        loaded = sharded.read(folder, self._wanted(state, step, there), there=there)
         if "progress" not in loaded:
             self._refuse_missing(step, "its counters (progress)")
             loaded["progress"] = self.default_progress(step) if self.default_progress else {"step": step}
         state.restore(loaded)
         self._restore_random_state(step)
 
-    def _wanted(self, state: Saveable, step: int) -> dict[str, Any]:
+    def _wanted(self, state: Saveable, step: int, there: Mapping[str, TensorEntry]) -> dict[str, Any]:
         if not self._on_first(lambda: self._holds_weights_only(step)):
             if isinstance(state, HasTypes):
-                state.expect(sharded.stored(self.store.path(step)))
+                state.expect(there)
             return state.sharded(loading=True)
         self._refuse_missing(step, "the optimizer's state: it holds weights only")
         self._tell("optimizer_fresh", step=step)

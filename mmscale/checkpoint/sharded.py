@@ -44,7 +44,9 @@ def metadata() -> dict[str, Any]:
     return copy.deepcopy(METADATA)
 
 
-def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> StateDict:
+def read(
+    folder: Path, state: ShardedStateDict, *, there: Mapping[str, TensorEntry] | None = None, partly: bool = False
+) -> StateDict:
     """Read this rank's part, whatever layout wrote it; every rank calls it.
 
     FP8's scales are read where both sides have them in one shape, and left as they are elsewhere: precision may change
@@ -53,15 +55,17 @@ def read(folder: Path, state: ShardedStateDict, *, partly: bool = False) -> Stat
     Args:
         folder: a committed checkpoint.
         state: what is wanted.
+        there: what `stored` found in it; None: it is looked up.
         partly: the checkpoint may hold more than is wanted, e.g. optimizer state.
 
     Raises:
         CheckpointError: the checkpoint has not what `state` asks for, or is damaged.
     """
     quiet()
-    read_metadata(folder)  # megatron-core would run what a hostile one says
+    if there is None:  # before megatron-core opens the folder: it would run what a hostile index says
+        there = stored(folder)
     try:
-        state = _without_other_scaling(state, stored(folder))
+        state = _without_other_scaling(state, there)
         with weights_only():
             loaded, unread, unknown = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
         unread = set() if partly else {name for name in unread if not name.endswith(SCALING)}
@@ -93,7 +97,7 @@ def _without_other_scaling(state: ShardedStateDict, there: Mapping[str, TensorEn
 
 
 def stored(folder: Path) -> dict[str, TensorEntry]:
-    """The tensors of a committed checkpoint, by name.
+    """The tensors of a committed checkpoint, by name; its index is checked.
 
     Raises:
         CheckpointError: its index cannot be read.

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmscale.checkpoint import integrity
+from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.integrity import MANIFEST
 from mmscale.checkpoint.layout import INFO, LATEST, Store
 from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.checkpoint.pickles import read_metadata
 from mmscale.errors import CheckpointError, SaveError
 from mmscale.resilience.inject import VARIABLE, Faults
 from mmscale.runtime import groups as process_groups
@@ -354,6 +355,21 @@ def test_hostile_pickles_do_not_run(ranks: RankEnv, tmp_path: Path) -> None:
     on_first(lambda: folder.chmod(0o777))
     with pytest.raises(CheckpointError, match="can be written by every user"):
         manager(tmp_path, attempt=2)[0].load(Weights(), 1)
+
+
+@distributed(world_size=2)
+def test_the_index_is_read_once(ranks: RankEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Weights):
+        def expect(self, stored: Any) -> None:
+            assert set(stored) == {"weight"}
+
+    begin(ranks)
+    save(tmp_path, 1)
+    checkpoints, _ = manager(tmp_path, attempt=2)
+    reads: list[Path] = []
+    monkeypatch.setattr(sharded, "read_metadata", lambda folder: (reads.append(folder), read_metadata(folder))[1])
+    checkpoints.load(Told(), 1)
+    assert reads == [Store.of_run(tmp_path).path(1)]
 
 
 def draws() -> list[Tensor]:

@@ -7,9 +7,8 @@ their shapes and not their numbers, so a rank of a large model on many ranks tak
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,6 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmscale.config import Config
 from mmscale.model import build as model_build
@@ -29,25 +27,7 @@ from mmscale.runtime import groups
 from mmscale.train.batch import to_device
 from mmscale.train.parts import Parts, build
 from mmscale.train.synthetic import SyntheticMixture
-
-# What c10d's operators are called, in the plan's words.
-_OPERATIONS = {
-    "_allgather_base_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "allreduce_": "all_reduce",
-    "alltoall_base_": "all_to_all",
-    "broadcast_": "broadcast",
-    "send": "send",
-    "recv_": "receive",
-}
-
-
-@dataclass
-class Messages:
-    """Calls and bytes by (operation, ranks of the group); bytes are of the whole tensor, as in mmscale.plan."""
-
-    calls: Counter[tuple[str, int]] = field(default_factory=Counter)
-    payload: Counter[tuple[str, int]] = field(default_factory=Counter)
+from tests.distributed.collectives import Collectives
 
 
 @dataclass(frozen=True)
@@ -57,36 +37,6 @@ class States:
     parameters: int
     gradients: int
     optimizer: int
-
-
-class _Count(TorchDispatchMode):
-    def __init__(self, messages: Messages) -> None:
-        super().__init__()
-        self.messages = messages
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            name = func.overloadpacket.__name__
-            (group,) = (
-                torch.distributed.ProcessGroup.unbox(argument)
-                for argument in args
-                if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
-            )
-            key = _OPERATIONS[name], group.size()
-            self.messages.calls[key] += 1
-            self.messages.payload[key] += max(_bytes(tensor) for tensor in _tensors(args))
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
-    for argument in arguments:
-        yield from (item for item in (argument if isinstance(argument, list | tuple) else [argument]) if _is(item))
-
-
-def _is(item: Any) -> bool:
-    return isinstance(item, Tensor)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -143,15 +93,14 @@ def states_of(config: Config, pg: ProcessGroupCollection) -> States:
         return _states(build(config, pg))
 
 
-def one_step(config: Config, pg: ProcessGroupCollection) -> tuple[States, Messages]:
+def one_step(config: Config, pg: ProcessGroupCollection) -> tuple[States, Collectives]:
     """What this rank holds, and says in forward, backward and update of all its micro-batches."""
-    messages = Messages()
     with _without_numbers(), FakeTensorMode(allow_non_fake_inputs=True):
         parts = build(config, pg)
         mixture = SyntheticMixture(config, share={"text": 0.5, "image": 0.5})
         number = config.train.global_batch_size // config.train.micro_batch_size // pg.dp.size()
         batches = [to_device(mixture.micro_batch(index), mixture.vocabulary) for index in range(number)]
-        with _Count(messages):
+        with Collectives() as messages:
             parts.stepper.accumulate(batches)
             for part in _optimizers(parts):
                 part.prepare_grads()

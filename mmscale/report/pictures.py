@@ -29,6 +29,7 @@ _PARTS = {
     "lost": ("lost, done again", "#d55e00"),
     "waiting": ("waiting", "#c3c8cf"),
 }
+_MANY_MARKS = 80
 _SHOWN_LAYER_MAPS = 24  # co-selection matrices of a modality in a picture
 
 
@@ -101,7 +102,7 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves) -> None:
                 linewidth=0.8,
                 markersize=4.5,
                 markeredgecolor="white",
-                markeredgewidth=0.6,
+                markeredgewidth=0.6 if len(steps) <= _MANY_MARKS else 0.0,  # or edges would hide their neighbours
                 label=line.label,
             )
         else:

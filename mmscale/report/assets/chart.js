@@ -183,7 +183,7 @@ class Chart {
       const many = line.joined && line.mean.length > MANY_MARKS;
       if (line.joined) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": many ? 1.6 : 1, "stroke-dasharray": DASHES[many ? line.mark % 4 : 3], opacity: many ? 1 : 0.7 }));
       const marks = many ? "" : line.mean.map((v, i) => (X[i] === null || !inside(v) ? "" : MARKS[line.mark % 4](Number(X[i]), Number(Y(v))))).join("");
-      parent.append(el("path", { d: marks, fill: stroke, stroke: "var(--panel)", "stroke-width": 1 }));
+      parent.append(el("path", { d: marks, fill: stroke, stroke: "var(--panel)", "stroke-width": line.mean.length > MANY_MARKS ? 0 : 1 }));
     } else {
       if (line.curve !== line.mean) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": 0.8, opacity: 0.35 }));
       parent.append(el("path", { d: path(line.curve), fill: "none", stroke, "stroke-width": 1.8, "stroke-linejoin": "round" }));

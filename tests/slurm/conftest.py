@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from slurm.local_cluster import Cluster, missing_programs
-from tests.slurm.jobs import PROFILE, ROOT, Jobs
+from tests.slurm.jobs import DEADLINE_S, PROFILE, ROOT, Jobs
 
 STEPS = 60
 SETTINGS: dict[str, Any] = {
@@ -90,6 +91,11 @@ def jobs(cluster: Cluster, config: Path, profile: Path, tmp_path: Path) -> Itera
     jobs = Jobs(cluster, config, profile, tmp_path)
     yield jobs
     jobs.end_all()
+    # Nor on the nodes that the next one may count on: a job that is being killed still holds them.
+    deadline = time.monotonic() + DEADLINE_S
+    while cluster.run("squeue", "-h").strip():
+        assert time.monotonic() < deadline, cluster.run("squeue")
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ HUNG = 76  # exit status: a crash, for the launcher
 FOLDER = "hang"
 _FLOOR_S, _FACTOR = 300.0, 10.0
 _GRACE_S = 3.0  # between a rank's report and its end: the launcher ends all ranks with the first, and all should report
+_LATE_S = 2.0  # a rank that runs looks once a second; one that reports after others' grace is 3 s late
 # Files of torch in which a rank waits for others; a backward pass waits in C++, called from the last one.
 _WAITS_IN = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Report:
         in_collective: whether its main thread waited for other ranks.
         stack: of its main thread, innermost last: "file:line function".
         collectives: how many it has entered, by number of the process group; empty without a flight recorder.
+        late_s: how much longer it waited than it should have before it reported [seconds].
     """
 
     rank: int
@@ -62,6 +64,7 @@ class Report:
     in_collective: bool
     stack: list[str]
     collectives: dict[str, int] = field(default_factory=dict)
+    late_s: float = 0.0
 
 
 class Watchdog:
@@ -165,7 +168,15 @@ class Watchdog:
         waits = any(entry.filename.endswith(_WAITS_IN) for entry in frames)
         stack = [f"{entry.filename}:{entry.lineno} {entry.name}" for entry in frames]
         report = Report(
-            self.rank, socket.gethostname(), self._step, self._borders, round(waited_s, 1), waits, stack, collectives
+            rank=self.rank,
+            host=socket.gethostname(),
+            step=self._step,
+            borders=self._borders,
+            waited_s=round(waited_s, 1),
+            in_collective=waits,
+            stack=stack,
+            collectives=collectives,
+            late_s=round(waited_s - self.timeout_s, 1),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".rank_{self.rank}"
@@ -216,12 +227,14 @@ def reports(folder: Path) -> list[Report]:
 def culprits(found: Sequence[Report], *, world_size: int) -> list[int]:
     """Ranks that the others waited for.
 
-    Those who could not even report (stopped, dead); else those who stand outside of a collective while others wait in
+    Those who could not even report (stopped, dead), or only after the others had ended (SLURM wakes a stopped process
+    before it ends it); else those who stand outside of a collective while others wait in
     one; else those who have entered fewer collectives of a group than others of it; else those who reached the fewest
     borders. All of them if nothing tells them apart.
     """
-    silent = sorted(set(range(world_size)) - {report.rank for report in found})
-    if silent:
+    timely = {report.rank for report in found if report.late_s < _LATE_S}
+    silent = sorted(set(range(world_size)) - timely)
+    if timely and silent:
         return silent
     outside = [report.rank for report in found if not report.in_collective]
     if outside and len(outside) < len(found):

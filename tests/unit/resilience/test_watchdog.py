@@ -17,8 +17,10 @@ from mmscale.resilience.watchdog import HUNG, Report, Watchdog, culprits, report
 from tests.support import distributed
 
 
-def report(rank: int, *, borders: int = 5, in_collective: bool = True, **collectives: int) -> Report:
-    return Report(rank, "n1", 5, borders, 9.0, in_collective, [], collectives)
+def report(
+    rank: int, *, borders: int = 5, in_collective: bool = True, late_s: float = 0.4, **collectives: int
+) -> Report:
+    return Report(rank, "n1", 5, borders, 9.0, in_collective, [], collectives, late_s)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,8 @@ def report(rank: int, *, borders: int = 5, in_collective: bool = True, **collect
     [
         ([report(0), report(1, in_collective=False)], 2, [1]),
         ([report(0), report(2)], 3, [1]),  # stopped: it could not say anything
+        ([report(0), report(1, late_s=3.2)], 2, [1]),  # stopped, and woken when rank 0 had ended
+        ([report(0, late_s=5.0, borders=6), report(1, late_s=5.0)], 2, [1]),  # a host that was busy
         ([report(0, borders=6), report(1, borders=5)], 2, [1]),
         ([report(0, in_collective=False), report(1, in_collective=False, borders=4)], 2, [1]),
         ([report(0), report(1)], 2, [0, 1]),

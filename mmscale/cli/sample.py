@@ -98,10 +98,6 @@ def sample(
         )
     if (path / "config.json").is_file():
         ranks.refuse(nproc, "an export")
-    if nproc is not None and nproc > 1 and guidance != 1:
-        raise UsageError(
-            "--guidance needs the cache of one process", remedy="leave it out with --nproc, or sample from an export"
-        )
     if ranks.starts_ranks(nproc):
         raise typer.Exit(ranks.start_for_a_while(nproc))
     from mmscale.inference.generate import Sampling

@@ -157,7 +157,7 @@ def _batch(
     # come last (transformers adds them), among what is left.
     processors: list[LogitsProcessor] = []
     if images is not None and sampling.guidance != 1.0:
-        processors.append(ClassifierFreeGuidance(model, images, scale=sampling.guidance))
+        processors.append(ClassifierFreeGuidance(model, images, scale=sampling.guidance, use_cache=use_cache))
     if images is not None:
         processors += [images.grammar, RoomForImages(images, ends)]
     closed = () if images is not None else (BOI, EOI)
@@ -235,10 +235,12 @@ class ClassifierFreeGuidance(LogitsProcessor):
         model: the same model.
         images: ranges and length.
         scale: 1: no change.
+        use_cache: without it every image token costs a pass over the image so far.
     """
 
-    def __init__(self, model: Any, images: ImageRules, *, scale: float) -> None:
+    def __init__(self, model: Any, images: ImageRules, *, scale: float, use_cache: bool = True) -> None:
         self.model, self.images, self.scale = model, images, scale
+        self._unconditional = self._with_cache if use_cache else self._without_cache
         self._cache: Any = None
         self._seen: Tensor | None = None  # [B, columns], which of them a row attends to
 
@@ -249,7 +251,7 @@ class ClassifierFreeGuidance(LogitsProcessor):
         if not bool(drawing.any()):
             self._cache = self._seen = None
             return scores
-        without = self._unconditional(input_ids[:, -1], done, drawing).to(scores.dtype).log_softmax(dim=-1)
+        without = self._unconditional(input_ids, done, drawing).to(scores.dtype).log_softmax(dim=-1)
         guided = without + self.scale * (scores.log_softmax(dim=-1) - without)
         return torch.where(drawing.unsqueeze(1), guided, scores)
 
@@ -262,8 +264,23 @@ class ClassifierFreeGuidance(LogitsProcessor):
         begun = recent.gather(1, before.unsqueeze(1)).squeeze(1) == BOI
         return torch.where(begun, trailing, -1)
 
-    def _unconditional(self, last: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
-        """Logits [B, V] of what follows `<s> <boi>` and the image so far; nonsense in rows that draw nothing."""
+    def _without_cache(self, input_ids: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
+        """Logits [B, V] of what follows `<s> <boi>` and the image so far; of what follows `<s>` in other rows."""
+        own = torch.where(drawing, done + 2, 1).unsqueeze(1)  # columns of the branch, `<s>` included
+        width = int(own.max())
+        from_end = torch.arange(width, 0, -1, device=input_ids.device).unsqueeze(0)
+        seen = from_end <= own
+        ids = torch.where(from_end == own, BOS, torch.where(seen, input_ids[:, -width:], PAD))
+        positions = (own - from_end).clamp(min=0)
+        out = self.model(
+            input_ids=ids, attention_mask=seen.long(), position_ids=positions, use_cache=False, logits_to_keep=1
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _with_cache(self, input_ids: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
+        """The same with this branch's own cache; nonsense in rows that draw nothing."""
+        last = input_ids[:, -1]
         begins = drawing & (done == 0)
         goes_on = drawing & (done > 0)
         two = bool(begins.any())  # a row that begins brings <s> along; the others fill that column with padding

@@ -109,7 +109,8 @@ def test_guidance_is_the_slow_loop(name: str) -> None:
     plain = [slow(own, prompt, limit=CONTEXT - len(prompt)) for prompt in PROMPTS]
     want = [slow(own, prompt, limit=CONTEXT - len(prompt), guidance=4.0) for prompt in PROMPTS]
     assert want != plain
-    assert generated(own, PROMPTS, Sampling(temperature=0.0, guidance=4.0)) == want
+    for use_cache in (True, False):
+        assert generated(own, PROMPTS, Sampling(temperature=0.0, guidance=4.0), use_cache=use_cache) == want
     assert generated(own, PROMPTS, Sampling(temperature=0.0, guidance=1.0)) == plain
 
 

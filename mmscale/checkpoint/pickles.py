@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterator
+from enum import EnumType
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,6 +43,7 @@ _ALLOWED = {
     ),
     *((f"{_DCP}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
+_GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}  # the second in protocols below 3
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -51,7 +53,16 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) in _GETATTR:
+            return _member
         raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _member(owner: Any, name: Any) -> Any:
+    """What Python 3.11.0 to 3.11.3 pickles a member of an enumeration as: getattr(enumeration, name)."""
+    if isinstance(owner, EnumType) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError("builtins.getattr")
 
 
 def read_metadata(folder: Path) -> Metadata:

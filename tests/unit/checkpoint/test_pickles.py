@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -43,6 +44,24 @@ class Runs:
 def test_an_index_is_read(tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(pickle.dumps(index()))
     assert read_metadata(tmp_path) == index()
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_members_of_enumerations_are_read_as_every_python_writes_them(tmp_path: Path, protocol: int) -> None:
+    """Python 3.11.2, which Debian 12 has, writes them as getattr(enumeration, name); else getattr stays refused."""
+
+    def written(owner: Any, name: str) -> None:
+        content: Any = index()
+        content.planner_data = Runs(getattr, owner, name)
+        (tmp_path / METADATA).write_bytes(pickle.dumps(content, protocol=protocol))
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    written(_MEM_FORMAT_ENCODING, member.name)
+    assert read_metadata(tmp_path).planner_data is member
+    for owner, name in ((_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__")):
+        written(owner, name)
+        with pytest.raises(CheckpointError, match=r"wants to load builtins\.getattr"):
+            read_metadata(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

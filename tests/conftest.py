@@ -11,6 +11,6 @@ os.environ["GOMP_SPINCOUNT"] = "0"
 # A test takes part in no run: variables of a launcher around pytest would make it look like a rank.
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MMSCALE_LAUNCHER"):
     os.environ.pop(_name, None)
-# A fork leaves alone what its parent has yet to collect: the end of a process group waits for threads that the fork does
-# not have, and crashes. (mmscale/checkpoint/forked.py does as much for the forks of a trainer.)
+# A fork leaves alone what its parent has yet to collect: the end of a process group waits for threads that the fork
+# does not have, and crashes. (mmscale/checkpoint/forked.py does as much for the forks of a trainer.)
 os.register_at_fork(after_in_child=gc.freeze)

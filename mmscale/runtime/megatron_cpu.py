@@ -303,6 +303,9 @@ class Patch:
     still_needed: Callable[[], bool]  # without install(): does megatron-core still have the fault?
 
 
+_NO_DEVICE = ("cuda", "nvidia")  # torch says "not compiled with CUDA", a CUDA build of it "found no NVIDIA driver"
+
+
 def _raises(probe: Callable[[], Any], *words: str) -> bool:
     """Whether the probe fails with one of these words in the error: the fault, and not some other trouble."""
     try:
@@ -370,7 +373,7 @@ PATCHES: tuple[Patch, ...] = (
         where="see TOUCH_POINTS",
         reason="device='cuda' and torch.cuda.current_device() in tensor factories, CUDA random state, synchronize",
         apply=_rebind_all,
-        still_needed=lambda: _raises(_probe_mask, "cuda"),
+        still_needed=lambda: _raises(_probe_mask, *_NO_DEVICE),
     ),
     Patch(
         name="rng_setter",
@@ -400,7 +403,7 @@ PATCHES: tuple[Patch, ...] = (
         "models/common/embeddings/rope_utils.py:64; dist_checkpointing/exchange_utils.py:336,499; optimizer.py:375",
         reason="tensor.cuda(), a method, is out of the proxy's reach; only calls from megatron-core are answered",
         apply=_cuda_method_stays_on_host,
-        still_needed=lambda: _raises(_probe_cuda_method, "cuda"),
+        still_needed=lambda: _raises(_probe_cuda_method, *_NO_DEVICE),
     ),
     Patch(
         name="alone",

@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_replayed_once_and_then_left_out(bad: float, wante
     decider, history = policy(action=wanted, budget=1), AnomalyHistory()
     figures = {"grad_norm": bad, "loss": 3.0}
     first = decider.judge(history, figures)
-    assert first == decider.judge(history, figures)
+    assert repr(first) == repr(decider.judge(history, figures))  # from Python 3.13 on, a NaN in it equals nothing
     assert (first.action, [f.name for f in first.findings]) == (Action.REPLAY, ["grad_norm"])
     assert history == AnomalyHistory()  # nothing is decided yet
     assert decider.judge(history, figures, replayed=True).action is Action.SKIP

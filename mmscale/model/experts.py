@@ -11,6 +11,7 @@ this tensor-parallel rank.
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,7 @@ class SpreadExperts(MegatronModule):
         width: SwiGLU inner width over all tensor-parallel ranks.
         groups: process groups; expert tensor parallelism equals tensor parallelism.
         expert_parallel: False keeps all experts on every rank as ordinary (dense) parameters.
+        compute: how the products are computed, see expert_compute.py.
 
     Attributes:
         local_count: L.
@@ -49,6 +51,7 @@ class SpreadExperts(MegatronModule):
         width: int,
         groups: ProcessGroupCollection,
         expert_parallel: bool = True,
+        compute: ExpertCompute = BATCHED,
     ) -> None:
         super().__init__(config=config)
         self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
@@ -57,39 +60,29 @@ class SpreadExperts(MegatronModule):
         self.replica: int = groups.expt_dp.rank() if expert_parallel else groups.dp_cp.rank()
         assert count % self.ep == 0 and width % self.tp == 0, "checked by mmscale.config.rules"
         self.count, self.local_count = count, count // self.ep
+        self.width, self.expert_parallel = width, expert_parallel
+        self._make(groups, compute)
+
+    @abstractmethod
+    def _make(self, groups: ProcessGroupCollection, compute: ExpertCompute) -> None:
+        """Make the parameters of this rank's experts."""
 
 
 class Experts(SpreadExperts):
-    """Experts as two batched parameters.
+    """Experts as two batched parameters; Transformer-Engine's way to compute them is experts_te.py."""
 
-    Args:
-        config, count, width, groups, expert_parallel: as of `SpreadExperts`.
-        compute: how the products are computed, see expert_compute.py; anything but Transformer-Engine's.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        count: int,
-        width: int,
-        groups: ProcessGroupCollection,
-        expert_parallel: bool = True,
-        compute: ExpertCompute = BATCHED,
-    ) -> None:
-        super().__init__(config, count=count, width=width, groups=groups, expert_parallel=expert_parallel)
-        hidden, inner = config.hidden_size, width // self.tp
-
+    def _make(self, groups: ProcessGroupCollection, compute: ExpertCompute) -> None:
+        hidden, inner, dtype = self.config.hidden_size, self.width // self.tp, self.config.params_dtype
         # w1 keeps gate and up projections on an axis of their own: resharding over tensor parallelism is then a plain
         # axis.
-        self.w1 = nn.Parameter(torch.empty(self.local_count, hidden, 2, inner, dtype=config.params_dtype))
-        self.w2 = nn.Parameter(torch.empty(self.local_count, inner, hidden, dtype=config.params_dtype))
+        self.w1 = nn.Parameter(torch.empty(self.local_count, hidden, 2, inner, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(self.local_count, inner, hidden, dtype=dtype))
         for parameter, axis in ((self.w1, 3), (self.w2, 1)):
             # Without this the gradient norm counts tensor-parallel rank 0's shard only (tensor_parallel/layers.py).
             set_tensor_model_parallel_attributes(parameter, True, axis, 1)
             # Reduced over the expert-data-parallel group, in buffers of their own; also at EP = 1, so that checkpoints
             # have the same two optimizers under every layout (distributed_data_parallel.py).
-            parameter.allreduce = not expert_parallel  # type: ignore[attr-defined]
+            parameter.allreduce = not self.expert_parallel  # type: ignore[attr-defined]
         function = functools.partial(feed_forward, compute=compute)
         self.compute = Captured(function) if compute.graph else function
 

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mmscale.model.expert_compute import BATCHED, ExpertCompute, swiglu
+from mmscale.model.expert_compute import ExpertCompute, swiglu
 from mmscale.model.experts import SpreadExperts
 from mmscale.model.linear_te import PlainState, with_fusion
 from mmscale.model.state_te import FP8_STATE, delayed, expert_weight
@@ -31,20 +31,10 @@ class GroupedLinear(PlainState, TEGroupedLinear):
 
 
 class TEExperts(SpreadExperts):
-    """E equal experts, spread as in experts.py. Arguments and result are those of `Experts`."""
+    """E equal experts, spread as in experts.py."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        count: int,
-        width: int,
-        groups: ProcessGroupCollection,
-        expert_parallel: bool = True,
-        compute: ExpertCompute = BATCHED,
-    ) -> None:
-        super().__init__(config, count=count, width=width, groups=groups, expert_parallel=expert_parallel)
-        self.fused = compute.fused
+    def _make(self, groups: ProcessGroupCollection, compute: ExpertCompute) -> None:
+        self.fused, config, width = compute.fused, self.config, self.width
 
         def linear(inputs: int, outputs: int, mode: str, name: str) -> GroupedLinear:
             made = GroupedLinear(
@@ -61,7 +51,7 @@ class TEExperts(SpreadExperts):
                 pg_collection=groups,
             )
             for parameter in made.parameters():
-                parameter.allreduce = not expert_parallel  # as in experts.py, also at EP = 1
+                parameter.allreduce = not self.expert_parallel  # as in experts.py, also at EP = 1
             return made
 
         # Gate rows before up rows within a rank's shard, as state_te.py expects.

@@ -1,4 +1,4 @@
-# make quickstart: from nothing to a trained and evaluated model. make test: the whole suite.
+# make quickstart: from nothing to a trained and evaluated model. make test: the suite. make test-all: with the large matrices too.
 # Nothing here is needed by the package itself; PYTHON=python3.12 make ... picks an interpreter.
 .DEFAULT_GOAL := help
 SHELL := bash
@@ -16,11 +16,12 @@ EVALS := $(VENV)/.installed-evals
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help quickstart test lint pytest soak preempted killed clean
+.PHONY: help quickstart test test-all lint pytest matrices soak preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
-	@echo "make test         install, lint and run all tests"
+	@echo "make test         install, lint and run the tests"
+	@echo "make test-all     the same, and every combination of layouts and features (tests marked exhaustive)"
 	@echo "make lint         ruff, mypy and import contracts only"
 	@echo "make soak         200 random kills of a run, which ends with the same numbers"
 	@echo "make preempted    20 random preemptions of a run on a local SLURM, which ends with the same numbers"
@@ -65,6 +66,8 @@ quickstart: $(STAMP)
 
 test: lint pytest
 
+test-all: test matrices
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +78,10 @@ lint: $(STAMP)
 pytest: $(STAMP) $(EVALS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null; then set -x; $(BIN)/python -m pytest tests/gpu; fi
+
+# What takes too long for every change.
+matrices: $(STAMP) $(EVALS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m exhaustive
 
 # The suite does 30.
 KILLS := 200

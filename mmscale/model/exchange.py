@@ -16,6 +16,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
+def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
+    """The largest of each count over the ranks that exchange tokens, on the host.
+
+    Where routing is decided token by token, ranks need different numbers of slots. The exchange has equal splits, so
+    every rank takes as many as the fullest one needs. Every rank calls it; it waits for the device.
+
+    Args:
+        counts: integers, of the same shape on all ranks [n].
+        group: expert-parallel ranks.
+    """
+    if group.size() > 1:
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX, group=group)
+    return [int(count) for count in counts.tolist()]
+
+
 class _Message:
     """An equal-split all-to-all on its way. Holds what is sent until it has been sent."""
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from mmscale.model.auxiliary import AuxiliaryRouter
+from mmscale.model.exchange import largest_everywhere
 from mmscale.model.mixed_modal import MixedModalParams, Routing
 from mmscale.model.routing import depth_choice, depth_decided
 from mmscale.model.thresholds import Thresholds
@@ -157,8 +158,9 @@ class DepthLayer(MixedModalLayer):
             taken = torch.sigmoid(scores).squeeze(-1) > self.depth_auxiliary.threshold
         taken = taken & (params.modality_ids >= 0)
         multiple = self.tp_group.size() * self.depth.row_multiple
-        most = max(1, int(taken.sum(dim=0).max()))
-        return depth_decided(taken, -(-most // multiple) * multiple)
+        # The experts inside need the same number of tokens on every rank that they exchange tokens with.
+        (most,) = largest_everywhere(taken.sum(dim=0).max().view(1), self.pg_collection.ep)
+        return depth_decided(taken, -(-max(1, most) // multiple) * multiple)
 
     @torch.no_grad()
     def _teach(self, hidden: Tensor, logits: Tensor, index: Tensor, params: MixedModalParams) -> None:

@@ -20,13 +20,13 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmscale.config.derived import expert_capacity
 from mmscale.model.auxiliary import AuxiliaryRouter
-from mmscale.model.exchange import receive_as_expert, send_back, send_to_experts
+from mmscale.model.exchange import largest_everywhere, receive_as_expert, send_back, send_to_experts
 from mmscale.model.expert_compute import BATCHED, ExpertCompute, Products
 from mmscale.model.experts import Experts, from_experts, to_experts
 from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
@@ -302,13 +302,10 @@ class MoMaMLP(MegatronModule):
                 taken.append(best & member)
             else:
                 taken.append((torch.sigmoid(scores) > router.threshold) & member)
-        # As many slots as the fullest expert needs, the same on all expert-parallel ranks: then the exchange has equal
-        # splits as ever, and no token is dropped.
-        most = torch.stack([group.sum(dim=(0, 1)).max() for group in taken])
-        if self.pg.ep.size() > 1:
-            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.pg.ep)
+        # As many slots as the fullest expert of any rank needs, so no token is dropped.
+        most = largest_everywhere(torch.stack([group.sum(dim=(0, 1)).max() for group in taken]), self.pg.ep)
         selections = []
-        for (group, own), decision, count in zip(self._by_group(logits), taken, most.tolist(), strict=True):
+        for (group, own), decision, count in zip(self._by_group(logits), taken, most, strict=True):
             multiple = self.settings.capacity_multiple  # FP8 wants it here too
             selection = decided(decision, own, -(-max(1, count) // multiple) * multiple)
             if params.stats is not None:
@@ -363,6 +360,9 @@ class MoMaMLP(MegatronModule):
             sharded.update(self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata))
         replicated: dict[str, Tensor] = {f"router.{name}": weight for name, weight in self.router.named_parameters()}
         replicated |= {f"auxiliary.{name}": value for name, value in self.auxiliary.state_dict(keep_vars=True).items()}
+        replicated |= {f"expert_norm.{name}": value for name, value in self.expert_norm.named_parameters()}
+        if self.shared_norm is not None:
+            replicated |= {f"shared_norm.{name}": value for name, value in self.shared_norm.named_parameters()}
         if self.threshold is not None:
             replicated |= {f"threshold.{name}": value for name, value in self.threshold.named_buffers()}
         sharded.update(
@@ -370,9 +370,6 @@ class MoMaMLP(MegatronModule):
                 replicated, prefix, {}, sharded_offsets, tp_group=self.pg.tp, dp_cp_group=self.pg.dp_cp
             )
         )
-        for name, module in (("expert_norm", self.expert_norm), ("shared_norm", self.shared_norm)):
-            if module is not None:
-                sharded.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
         return sharded
 
 

@@ -37,6 +37,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
         "auxiliary": {"mode": "joint"},
     },
+    "moma_joint": {
+        "kind": "moma",
+        "experts": {**_EXPERTS, "threshold_decay": 0.9},
+        "auxiliary": {"mode": "joint"},
+    },
+    "dense_depth_joint": {
+        "kind": "dense",
+        "experts": {"threshold_decay": 0.9},
+        "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
+        "auxiliary": {"mode": "joint"},
+    },
     "moma_depth_per_modality": {
         "kind": "moma",
         "experts": {"counts": {"text": 4, "image": 2}, "share": {"text": 0.6, "image": 0.4}, "scope": "micro_batch"},

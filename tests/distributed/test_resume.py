@@ -145,6 +145,7 @@ SAME: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("dense", {"tp": 2}),
         ("moma_depth", {"ep": 2}),
         ("moma_depth_joint", {"pp": 2, "vpp": 2}),
+        ("moma_post_per_expert_shared", {"tp": 2}),
         ("moma", OVERLAPPED),
     ],
     "bf16": [("dense", {}), ("moma_depth_joint", {"ep": 2})],

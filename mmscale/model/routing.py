@@ -165,7 +165,9 @@ def depth_choice(logits: Tensor, modality: Tensor, keep: int, quotas: tuple[int,
                 continue
             own = modality == index
             best = _best(ranked.masked_fill(~own, _FOREIGN), quota)
-            within.scatter_(0, best, own.gather(0, best))
+            # Where a modality has fewer tokens than its quota, `best` goes on with tokens of others: they keep what
+            # they were.
+            within.scatter_(0, best, own.gather(0, best) | within.gather(0, best))
         ranked = ranked.masked_fill(within, float("inf"))
     return _best(ranked, keep).sort(dim=0).values
 

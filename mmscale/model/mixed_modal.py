@@ -80,7 +80,7 @@ class MixedModalParams(PackedSeqParams):
         position_ids: [S, B] int64, restarting at every document.
         document_ids: [S, B] int32; a token attends to earlier tokens of its own document only. A document's tokens
             stand together, and neighbouring documents have different numbers.
-        noise_key: number from which router noise is drawn: the same for a micro-batch under every layout.
+        noise_key: number of the micro-batch, the same under every layout; router noise is drawn from it and the seed.
         stats: where layers report routing figures; None on steps that are not logged.
         routing: who decides which experts take a token.
         learning: where layers hand their true choices to, for auxiliary routers; None: nobody learns.

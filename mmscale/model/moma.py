@@ -39,6 +39,7 @@ from mmscale.model.routing import (
     decided,
     expert_choice,
     gumbel_noise,
+    noise_key,
 )
 from mmscale.model.thresholds import Thresholds
 
@@ -70,6 +71,7 @@ class MoMaSettings:
         capacity_factor: slots of a group relative to its nominal tokens.
         capacity_multiple: slots per expert are rounded up to this.
         gumbel: Gumbel-sigmoid noise in training.
+        noise_seed: the run's seed, from which noise is drawn.
         norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
         shared_width: SwiGLU width of the shared experts together; 0: none.
         auxiliary_width: inner width of each group's auxiliary router; None: there are none.
@@ -83,6 +85,7 @@ class MoMaSettings:
     capacity_factor: float = 1.0
     capacity_multiple: int = 1
     gumbel: bool = False
+    noise_seed: int = 0
     norm_experts: bool = False
     shared_width: int = 0
     auxiliary_width: int | None = None
@@ -246,7 +249,7 @@ class MoMaMLP(MegatronModule):
         return self.settings.gumbel and self.training
 
     def _noise(self, logits: Tensor, params: MixedModalParams) -> Tensor:
-        key = (params.noise_key * 1_000_003 + self.layer_number) & 0x7FFF_FFFF_FFFF_FFFF
+        key = noise_key(seed=self.settings.noise_seed, micro_batch=params.noise_key, layer=self.layer_number)
         return gumbel_noise(logits.shape, key=key, device=logits.device)
 
     def _by_group(self, logits: Tensor) -> list[tuple[ExpertGroup, Tensor]]:

@@ -9,6 +9,7 @@ or of the micro-batch), K tokens that a depth layer selects. Tokens are numbered
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -131,6 +132,18 @@ def add_weighted(total: Tensor, outputs: Tensor, selection: Selection) -> Tensor
     """
     weighted = outputs.float() * selection.gate.unsqueeze(-1)
     return total.index_add_(0, selection.token.reshape(-1), weighted.reshape(-1, outputs.shape[-1]))
+
+
+def noise_key(*, seed: int, micro_batch: int, layer: int) -> int:
+    """The key of a layer's noise in a micro-batch: other keys for other seeds, and none that are near each other.
+
+    Args:
+        seed: the run's seed.
+        micro_batch: number of the micro-batch in the run's stream of data, the same under every layout.
+        layer: number of the layer, from 1.
+    """
+    place = f"{seed}/gumbel/{micro_batch}/{layer}".encode()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
 
 
 def gumbel_noise(shape: torch.Size, *, key: int, device: torch.device) -> Tensor:

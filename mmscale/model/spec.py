@@ -99,6 +99,7 @@ def moma_settings(config: Config) -> MoMaSettings:
         capacity_factor=experts.capacity_factor,
         capacity_multiple=capacity_multiple(config),
         gumbel=experts.noise == "gumbel",
+        noise_seed=config.run.seed,
         norm_experts=config.model.norm == "post_per_expert",
         shared_width=experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size),
         auxiliary_width=config.model.auxiliary_width,

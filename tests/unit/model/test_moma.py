@@ -228,13 +228,20 @@ def noise_of(model: GPTModel, layer: int, key: int) -> Tensor:
     return (noisy - hidden @ weight.t()).detach()
 
 
-def test_noise_is_only_in_training_and_a_function_of_layer_and_key(build: Callable[..., GPTModel]) -> None:
+def with_seed(config: Config, seed: int) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+
+
+def test_noise_is_only_in_training_and_a_function_of_seed_layer_and_key(build: Callable[..., GPTModel]) -> None:
     model = build(tiny(experts=moma_experts(noise="gumbel"))).train()
     first = noise_of(model, 0, 1)
     torch.testing.assert_close(noise_of(model, 0, 1), first)
     assert distributions.kstest(first.reshape(-1).numpy(), "logistic").pvalue > 0.01  # 2,880 samples
     for other in (noise_of(model, 1, 1), noise_of(model, 0, 2)):
         assert abs(torch.corrcoef(torch.stack((first.reshape(-1), other.reshape(-1))))[0, 1]) < 0.1
+    other_seed = build(with_seed(tiny(experts=moma_experts(noise="gumbel")), 1235)).train()
+    different = noise_of(other_seed, 0, 1)
+    assert abs(torch.corrcoef(torch.stack((first.reshape(-1), different.reshape(-1))))[0, 1]) < 0.1
     assert noise_of(model.eval(), 0, 1).abs().max() < 1e-5
     assert noise_of(build(tiny()).train(), 0, 1).abs().max() < 1e-5
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from mmscale.model.routing import Selection, combine, depth_choice, expert_choice, gumbel_noise
+from mmscale.model.routing import Selection, combine, depth_choice, expert_choice, gumbel_noise, noise_key
 from tests.unit.model.reference import Choice, choose
 
 WIDTH = 3
@@ -221,8 +221,18 @@ def test_noise_is_logistic() -> None:
     assert noise.std() == pytest.approx(1.8138, rel=0.02)  # pi / sqrt(3)
 
 
+def test_keys_of_seeds_micro_batches_and_layers_are_different() -> None:
+    keys = {
+        noise_key(seed=seed, micro_batch=number, layer=layer)
+        for seed in (0, 1, 1234, -1)
+        for number in (0, 1, 11, 2**40)
+        for layer in (1, 2, 11)
+    }
+    assert len(keys) == 48 and all(0 <= key < 2**63 for key in keys)
+
+
 def test_noise_of_neighbouring_keys_is_independent() -> None:
-    """Keys of layers differ by one; a generator seeded with neighbours must not give shifted or scaled copies."""
+    """A generator seeded with neighbouring keys must not give shifted or scaled copies."""
     noise = torch.stack(
         [gumbel_noise(torch.Size((2000,)), key=key, device=torch.device("cpu")) for key in range(1000, 1008)]
     )

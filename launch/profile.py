@@ -7,24 +7,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from launch import cordon
-from mmscale.config.schema import Seconds, Section, setting
+from mmscale.config import document as documents
+from mmscale.config.section import Count, Index, Positive, Rate, Seconds, Section, setting
+from mmscale.config.validate import dotted, validate
 from mmscale.errors import ConfigError
 
 FOLDER = Path("configs/cluster")
 BUILT_IN = ("local", "debug")
+_MOST_PROBLEMS = 50  # in one message
+_SHOWN = 60  # characters of a wrong value
 _PLAIN = r"^[A-Za-z0-9][A-Za-z0-9._+@:-]*$"
 
 Plain = Annotated[str, Field(pattern=_PLAIN, max_length=200)]
@@ -58,7 +52,7 @@ def _minutes(value: Any) -> Any:
     return numbers[0]
 
 
-Minutes = Annotated[PositiveInt, BeforeValidator(_minutes)]
+Minutes = Annotated[Count, Field(le=366 * 1440), BeforeValidator(_minutes)]
 
 
 class EnvironmentVariable(Section):
@@ -85,15 +79,15 @@ Check = Literal[
 class Preflight(Section):
     """Checks of every node before ranks start."""
 
-    disk_gb: NonNegativeFloat = setting("Free space in the run folder's file system.", 1.0, unit="GB")
-    shared_memory_gb: NonNegativeFloat = setting("Free space in /dev/shm.", 0.1, unit="GB")
-    all_reduce_mb: PositiveFloat = setting("Size of the all-reduces that are measured.", 64.0, unit="MB")
-    all_reduce_inside_gb_s: NonNegativeFloat = setting(
+    disk_gb: Rate = setting("Free space in the run folder's file system.", 1.0, unit="GB")
+    shared_memory_gb: Rate = setting("Free space in /dev/shm.", 0.1, unit="GB")
+    all_reduce_mb: Positive = setting("Size of the all-reduces that are measured.", 64.0, unit="MB")
+    all_reduce_inside_gb_s: Rate = setting(
         "Bus bandwidth of an all-reduce over a node's ranks; 0: measured and printed, nothing is demanded.",
         0.0,
         unit="GB/s",
     )
-    all_reduce_between_gb_s: NonNegativeFloat = setting(
+    all_reduce_between_gb_s: Rate = setting(
         "The same over the ranks of two nodes, which a node must reach with one of its two neighbours.",
         0.0,
         unit="GB/s",
@@ -110,16 +104,16 @@ class Profile(Section):
     qos: Plain | None = setting("SLURM quality of service.", None)
     reservation: Plain | None = setting("SLURM reservation.", None)
     constraint: Constraint | None = setting("Features that nodes must have, e.g. 'h100&ib'.", None)
-    nodes: PositiveInt = setting("Nodes, unless --nodes says otherwise.", 1, unit="nodes")
-    tasks_per_node: PositiveInt | None = setting("Ranks on a node; default: one per GPU.", None, unit="ranks")
+    nodes: Count = setting("Nodes, unless --nodes says otherwise.", 1, unit="nodes")
+    tasks_per_node: Count | None = setting("Ranks on a node; default: one per GPU.", None, unit="ranks")
     ranks: Literal["srun", "torchrun"] = setting(
         "Who starts ranks: srun each of them; or one torchrun per node, which starts them again in place after a crash "
         "(seconds instead of a new step, but the allocation is not examined again).",
         "srun",
     )
-    gpus_per_node: NonNegativeInt = setting("GPUs on a node.", 0, unit="GPUs")
-    cpus_per_task: PositiveInt = setting("CPU cores of a rank.", 1, unit="cores")
-    memory_gb: NonNegativeInt | None = setting("Memory of a node; 0: all of it.", None, unit="GB")
+    gpus_per_node: Index = setting("GPUs on a node.", 0, unit="GPUs")
+    cpus_per_task: Count = setting("CPU cores of a rank.", 1, unit="cores")
+    memory_gb: Index | None = setting("Memory of a node; 0: all of it.", None, unit="GB")
     exclusive: bool = setting("No other jobs on the nodes.", False)
     time: Minutes = setting("Time limit, e.g. 90m, 12h, 2-00:00:00.", 24 * 60, unit="minutes")
     signal_delay: Seconds = setting(
@@ -189,11 +183,7 @@ def load_profile(name: str) -> Profile:
             f"there is no cluster profile {file}",
             remedy=f"--cluster takes {', '.join(known)}, or a path of a YAML",
         )
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no YAML: {str(error).splitlines()[0]}") from None
-    return profile_of(content, where=str(file))
+    return _checked(documents.read_file(file), where=str(file))
 
 
 def profile_of(content: Any, *, where: str) -> Profile:
@@ -202,17 +192,21 @@ def profile_of(content: Any, *, where: str) -> Profile:
     Raises:
         ConfigError: it is wrong; names the place and the rule.
     """
-    try:
-        return Profile.model_validate(content or {})
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            given = "" if problem["type"] in ("missing", "value_error") else f" is {problem['input']!r}: "
-            lines.append(f"{where}: {key}{given}{_said(problem['type'], problem['msg'])}")
-        raise ConfigError(
-            "\n".join(lines), remedy=f"settings of a profile: {', '.join(Profile.model_fields)}"
-        ) from None
+    return _checked(documents.Document(data=content or {}), where=where)
+
+
+def _checked(document: documents.Document, *, where: str) -> Profile:
+    profile, errors = validate(Profile, document)
+    if profile is not None:
+        return profile
+    lines: dict[str, str] = {}
+    for problem in errors[:_MOST_PROBLEMS]:
+        key = dotted(document, problem)
+        given = "" if problem["type"] in ("missing", "value_error") else f" is {str(problem['input'])[:_SHOWN]!r}"
+        place = document.where(key) or f"{where}: "
+        # A union reports every member.
+        lines.setdefault(key, f"{place}{key}{given}{': ' if key else ''}{_said(problem['type'], problem['msg'])}")
+    raise ConfigError("\n".join(lines.values()), remedy=f"settings of a profile: {', '.join(Profile.model_fields)}")
 
 
 def _said(kind: str, message: str) -> str:

@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch import record as records
 from launch import scheduler
 from launch.goodput import goodput
 from launch.job import BUDGET
 from mmscale.checkpoint.layout import Store
-from mmscale.errors import LaunchError
+from mmscale.config.document import read_file
+from mmscale.errors import ConfigError, LaunchError
 from mmscale.resilience import lease
 from mmscale.train.metrics import EVENTS, METRICS, read_events, read_metrics
 
@@ -154,8 +153,8 @@ def _steps(run: Path, folder: Path | None) -> int | None:
     """Steps of the whole run, without a check of the rest of its configuration."""
     for file in (run / "config.yaml", *([folder / "config.yaml"] if folder is not None else [])):
         try:
-            return int(yaml.safe_load(file.read_text())["train"]["steps"])
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return int(read_file(file).data["train"]["steps"])
+        except (ConfigError, ValueError, KeyError, TypeError):
             continue
     return None
 

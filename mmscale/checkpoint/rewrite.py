@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
@@ -26,6 +25,7 @@ from mmscale.checkpoint.arrays import boxes, cut
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.layout import FOLDER, Store
 from mmscale.checkpoint.tensors import COMMON, TensorEntry, TensorSource, contents_of, without_optimizers
+from mmscale.config import yaml_text
 from mmscale.errors import CheckpointError
 from mmscale.runtime import device, megatron_cpu
 
@@ -134,8 +134,7 @@ def _write_config(run: Path, config: Any) -> None:
     settings = config | {"run": {**config.get("run", {}), "dir": str(run.parent), "name": run.name}}
     run.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name("config.yaml.tmp")
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(yaml_text.dump(settings), encoding="utf-8")
     temporary.replace(file)
 
 

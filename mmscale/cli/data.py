@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,8 +62,8 @@ def _spec(spec: str, overrides: list[str], documents: list[str]) -> Any:
     from mmscale.config import load as loading
 
     if documents:
-        names = ", ".join(f'"{name}"' for name in documents)
-        overrides = [*overrides, "data.prepare.source=documents", f"data.prepare.documents=[{names}]"]
+        names = json.dumps(documents, ensure_ascii=False)
+        overrides = [*overrides, "data.prepare.source=documents", f"data.prepare.documents={names}"]
     if spec:
         return loading.load(spec, overrides)
     if not documents and not any(change.startswith("data.prepare.source=") for change in overrides):

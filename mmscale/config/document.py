@@ -8,31 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
+from mmscale.config import yaml_text
 from mmscale.errors import ConfigError
 
-# No sane configuration nests deeper; a YAML anchor that contains itself does.
-_MAX_DEPTH = 20
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without YAML 1.1's surprises: `off` and `no` stay words, dates stay text, no merge keys."""
-
-
-_DROPPED = {
-    "tag:yaml.org,2002:bool",
-    "tag:yaml.org,2002:timestamp",
-    "tag:yaml.org,2002:merge",
-    "tag:yaml.org,2002:value",
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _DROPPED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_MAX_SHOWN = 60  # characters of a wrong override that a message repeats
+_MAX_KEY = 1000  # characters
 
 
 @dataclass
@@ -55,6 +39,17 @@ class Document:
             for name in [name for name in table if name == key or name.startswith(f"{key}.")]:
                 del table[name]
 
+    def where(self, key: str) -> str:
+        """The place of a key, of something inside it or of the nearest section around it: "file:line: ", or ""."""
+        inside = [mark for name, mark in self.marks.items() if name.startswith(f"{key}.")]
+        if key not in self.marks and inside:
+            return f"{inside[0]}: "
+        while key:
+            if key in self.marks:
+                return f"{self.marks[key]}: "
+            key = key.rpartition(".")[0]
+        return ""
+
 
 def read_file(path: Path) -> Document:
     """Read a YAML file whose top level is a mapping.
@@ -63,12 +58,13 @@ def read_file(path: Path) -> Document:
         ConfigError: missing or unreadable file, broken YAML, a key given twice, or no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(yaml_text.MAX_CHARACTERS + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file", remedy="give the path of a YAML configuration") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}", remedy="give a readable YAML file in UTF-8") from None
-    node = _compose(text, str(path))
+    node = yaml_text.compose(text, str(path))
     if node is None:
         return Document()
     if not isinstance(node, yaml.MappingNode):
@@ -92,10 +88,13 @@ def apply_override(document: Document, text: str, *, defaults: dict[str, Any]) -
     key, separator, value = text.partition("=")
     key = key.strip()
     if not separator or not all(key.split(".")):
+        shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
         raise ConfigError(
-            f"override {text!r} is not of the form key=value", remedy="write for instance train.steps=100"
+            f"override {shown!r} is not of the form key=value", remedy="write for instance train.steps=100"
         )
-    node = _compose(value, f"override {key}")
+    if key.count(".") > yaml_text.MAX_DEPTH or len(key) > _MAX_KEY:
+        raise ConfigError(f"override {key[:_MAX_SHOWN]}...: no setting has such a long name", remedy="shorten the key")
+    node = yaml_text.compose(value, f"override {key}")
     document.forget(key)
     reader = _Reader(document, "override")
     parsed = None if node is None else reader.value(node, key, 0)
@@ -150,32 +149,20 @@ def leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{prefix}.{name}" if prefix else name)
 
 
-def _compose(text: str, name: str) -> yaml.Node | None:
-    try:
-        return yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark is not None else name
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
-        raise ConfigError(
-            f"{where}: not YAML: {problem}", remedy="check indentation, quotes and brackets there"
-        ) from None
-
-
 class _Reader:
     """Turns nodes into data; PyYAML's own constructor would drop lines and let a later duplicate key win silently."""
 
     def __init__(self, document: Document, name: str) -> None:
         self.document = document
         self.name = name
-        self.scalars = _Loader("")
+        self.values = 0
 
     def value(self, node: yaml.Node, key: str, depth: int) -> Any:
-        where = self._where(node)
-        if depth > _MAX_DEPTH:
-            raise ConfigError(
-                f"{where}: nested more than {_MAX_DEPTH} deep", remedy="remove the anchor that contains itself"
-            )
+        self.values += 1
+        if depth > yaml_text.MAX_DEPTH:  # an anchor that contains itself
+            self._refuse(node, f"nested more than {yaml_text.MAX_DEPTH} deep")
+        if self.values > yaml_text.MAX_VALUES:  # anchors that are used over and over
+            self._refuse(node, f"more than {yaml_text.MAX_VALUES:,} values")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key, depth)
         if isinstance(node, yaml.SequenceNode):
@@ -208,19 +195,18 @@ class _Reader:
 
     def _scalar(self, node: yaml.Node, key: str) -> Any:
         assert isinstance(node, yaml.ScalarNode)
-        if node.style is None and node.value in _BOOLEANS:
-            self.document.written[key] = node.value
-            return _BOOLEANS[node.value]
         try:
-            value = self.scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            problem = getattr(error, "problem", None) or str(error)
+            value = yaml_text.value_of(node)
+        except ValueError as error:
             raise ConfigError(
-                f"{self._where(node)}: {key}: {problem}", remedy="write a plain value without a tag"
+                f"{self._where(node)}: {key}: {error}", remedy="write a plain value without a tag"
             ) from None
         if node.style is None and value is not None:
             self.document.written[key] = node.value
         return value
+
+    def _refuse(self, node: yaml.Node, problem: str) -> NoReturn:
+        raise ConfigError(f"{self._where(node)}: {problem}", remedy="write less, or use fewer anchors")
 
     def _where(self, node: yaml.Node) -> str:
         return self.name if self.name == "override" else f"{self.name}:{node.start_mark.line + 1}"

@@ -16,10 +16,12 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from mmscale.config.schema import Config, Section
+from mmscale.config.section import LARGEST
 
 # Stands for a list index or a name chosen by the user, as in vocab.modalities.*.size.
 ANY = "*"
 _CLOSE = 0.6
+_LONGEST = 100  # characters; comparing takes time that grows with the square
 # What other training stacks call some settings; no string distance finds these.
 _ELSEWHERE = {
     "batch_size": "train.global_batch_size",
@@ -177,18 +179,20 @@ def describe(annotation: Any) -> str:
 
 def _constrained(base: Any, metadata: tuple[Any, ...]) -> str:
     lower, upper, pattern = "", "", False
+    highest: list[Any] = [item.le for item in _flat(metadata) if isinstance(item, annotated_types.Le)]
+    limits = [limit for limit in highest if limit != LARGEST]
+    if limits:
+        upper = f"at most {min(limits):g}"
     for item in _flat(metadata):
         if isinstance(item, annotated_types.Gt):
             lower = "of at least 1" if base is int else f"above {item.gt:g}"
         elif isinstance(item, annotated_types.Ge):
             lower = f"of at least {item.ge:g}"
-        elif isinstance(item, annotated_types.Le):
-            upper = f"at most {item.le:g}"
         pattern = pattern or getattr(item, "pattern", None) is not None
     if base is str and pattern:
         return "a name of letters, digits, '.', '_' and '-'"
-    limits = " and ".join(part for part in (lower, upper) if part)
-    return f"{describe(base)} {limits}" if limits else describe(base)
+    words = " and ".join(part for part in (lower, upper) if part)
+    return f"{describe(base)} {words}" if words else describe(base)
 
 
 def _flat(metadata: tuple[Any, ...]) -> Iterator[Any]:
@@ -198,6 +202,8 @@ def _flat(metadata: tuple[Any, ...]) -> Iterator[Any]:
 
 def did_you_mean(key: str) -> str | None:
     """The existing key that an unknown one most likely meant, also in another section; None if nothing is near."""
+    if len(key) > _LONGEST:
+        return None
     keys = [name for name in all_keys() if ANY not in name]
     section, _, leaf = key.rpartition(".")
     leaves: dict[str, list[str]] = {}

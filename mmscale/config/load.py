@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from mmscale.config import document as documents
-from mmscale.config import keys, rules
+from mmscale.config import keys, rules, yaml_text
 from mmscale.config.document import Document
 from mmscale.config.schema import Config
+from mmscale.config.section import LARGEST
+from mmscale.config.validate import dotted, validate
 
-_SHOWN = 60
+_SHOWN = 60  # characters of a wrong value that a message repeats
+_MOST_PROBLEMS = 50  # in one message
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -63,8 +65,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """YAML that loads back to an equal Config, defaults included."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    return text
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def digest(config: Config) -> str:
@@ -105,10 +106,10 @@ def _plain(value: Any) -> Any:
 
 
 def _build(document: Document) -> Config:
-    config, problems = _validate(document)
-    problems = {**problems, **_booleans_for_numbers(document)}
+    config, errors = validate(Config, document)
+    problems = {**_problems(document, errors[:_MOST_PROBLEMS]), **_booleans_for_numbers(document)}
     if config is None or problems:
-        raise rules.as_error(list(problems.values()))
+        raise rules.as_error(list(problems.values())[:_MOST_PROBLEMS])
     rules.check(config)
     return config
 
@@ -125,47 +126,11 @@ def _booleans_for_numbers(document: Document) -> dict[str, rules.Problem]:
     return problems
 
 
-def _validate(document: Document) -> tuple[Config | None, dict[str, rules.Problem]]:
-    try:
-        return Config.model_validate(document.data), {}
-    except ValidationError as error:
-        if not _repair(document, error.errors()):
-            return None, _problems(document, error.errors())
-    return _validate(document)
-
-
-def _repair(document: Document, errors: Sequence[ErrorDetails]) -> bool:
-    """Read two things as a person means them: an empty `section:` is all defaults, and a name may look like a number.
-
-    `run.name=$JOB_ID` must not fail because the id has only digits. Returns whether something was changed.
-    """
-    changed = False
-    for error in errors:
-        name = _dotted(document, error)
-        if error["type"] == "model_type" and error["input"] is None:
-            _set(document.data, name, {})
-            changed = True
-        elif error["type"] == "string_type" and name in document.written:
-            _set(document.data, name, document.written.pop(name))
-            changed = True
-    return changed
-
-
-def _set(data: Any, name: str, value: Any) -> None:
-    *parents, last = name.split(".")
-    for part in parents:
-        data = data[int(part)] if isinstance(data, list) else data[part]
-    if isinstance(data, list):
-        data[int(last)] = value
-    else:
-        data[last] = value
-
-
 def _problems(document: Document, errors: Sequence[ErrorDetails]) -> dict[str, rules.Problem]:
     """One problem per dotted key; unknown keys first, since they often explain the others."""
     unknown, wrong, missing = {}, {}, []
     suggested = set()
-    names = [_dotted(document, error) for error in errors]
+    names = [dotted(document, error) for error in errors]
     for name, error in zip(names, errors, strict=True):
         if error["type"] == "extra_forbidden":
             meant = keys.did_you_mean(name)
@@ -180,41 +145,20 @@ def _problems(document: Document, errors: Sequence[ErrorDetails]) -> dict[str, r
     return {**unknown, **wrong, **absent}
 
 
-def _dotted(document: Document, error: ErrorDetails) -> str:
-    """The dotted key of an error: pydantic mixes tags of union members and "[key]" into its path."""
-    here: Any = document.data
-    parts: list[str] = []
-    for part in error["loc"]:
-        known = part in here if isinstance(here, dict) else isinstance(here, list)
-        if known:
-            here = here[part]
-            parts.append(str(part))
-        elif error["type"] == "missing":
-            parts.append(str(part))
-    return ".".join(parts)
-
-
 def _wants(name: str, error: ErrorDetails) -> str:
+    limit = error.get("ctx", {}).get("le")
+    if error["type"] == "less_than_equal" and limit == LARGEST:  # too large for anything: not part of a description
+        return f"{keys.wants(name)}, and at most {limit:g}"
     if error["loc"][-1] == "[key]":
         return "a name of letters, digits, '.', '_' and '-' as a key"
     return keys.wants(name) or error["msg"]
 
 
-def _where(document: Document, name: str) -> str:
-    """The place of a key, of something inside it or of the nearest section around it: "file:line: ", "override: "."""
-    inside = [mark for key, mark in document.marks.items() if key.startswith(f"{name}.")]
-    if name not in document.marks and inside:
-        return f"{inside[0]}: "
-    while name:
-        if name in document.marks:
-            return f"{document.marks[name]}: "
-        name = name.rpartition(".")[0]
-    return ""
-
-
 def _unknown(document: Document, name: str, meant: str | None) -> rules.Problem:
+    where = document.where(name)
+    name = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
     remedy = f"did you mean `{meant}`?" if meant else "`mmscale config explain` lists all settings"
-    return rules.Problem(f"{_where(document, name)}{name} is not a setting", remedy)
+    return rules.Problem(f"{where}{name} is not a setting", remedy)
 
 
 def _wrong(document: Document, name: str, value: Any, wants: str) -> rules.Problem:
@@ -222,12 +166,12 @@ def _wrong(document: Document, name: str, value: Any, wants: str) -> rules.Probl
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
     key = keys.find(name)
     remedy = f"see `mmscale config explain {key.name if key else name}`"
-    return rules.Problem(f"{_where(document, name)}{name} is {shown}, wants {wants}", remedy)
+    return rules.Problem(f"{document.where(name)}{name} is {shown}, wants {wants}", remedy)
 
 
 def _missing(document: Document, name: str) -> rules.Problem:
     key = keys.find(name)
     wants = f" ({key.wants})" if key is not None and key.section is None else ""
     return rules.Problem(
-        f"{_where(document, name)}{name} is missing{wants}", f"add it, see `mmscale config explain {name}`"
+        f"{document.where(name)}{name} is missing{wants}", f"add it, see `mmscale config explain {name}`"
     )

@@ -6,7 +6,6 @@ exists stands next to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from mmscale.config import (
@@ -89,10 +88,6 @@ def _anomaly(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"resilience.anomaly.window = {anomaly.window} steps say little about what is usual",
             f"use at least {_SHORTEST_WINDOW}",
-        )
-    if not math.isfinite(anomaly.threshold):
-        yield Problem(
-            f"resilience.anomaly.threshold = {anomaly.threshold} is not a finite number", "give a finite number"
         )
 
 

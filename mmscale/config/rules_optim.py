@@ -5,7 +5,6 @@ Why a rule exists stands next to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from mmscale.config.problem import Problem, Rule
@@ -38,9 +37,6 @@ def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iter
     for key, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if beta >= 1.0:
             yield Problem(f"{section}.{key} = {beta:g} never forgets, Adam divides by 1 - {key}", "use a value below 1")
-    for key, value in optim.model_dump().items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield Problem(f"{section}.{key} = {value} is not a finite number", "give a finite number")
 
 
 def _moments(config: Config) -> Iterator[Problem]:

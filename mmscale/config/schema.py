@@ -7,7 +7,9 @@ nodes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mmscale.config.schema_data import (
     DataConfig,
@@ -27,7 +29,23 @@ from mmscale.config.schema_model import (
 )
 from mmscale.config.schema_precision import PrecisionConfig
 from mmscale.config.schema_resilience import AnomalyConfig, CheckpointConfig, ResilienceConfig
-from mmscale.config.section import Count, Fraction, Index, Name, Port, Positive, Rate, Seconds, Section, Share, setting
+from mmscale.config.section import (
+    AtLeastOne,
+    Count,
+    Epsilon,
+    Exponent,
+    Fraction,
+    Index,
+    Name,
+    Port,
+    Positive,
+    Rate,
+    Seconds,
+    Section,
+    Seed,
+    Share,
+    setting,
+)
 
 __all__ = [
     "AnomalyConfig",
@@ -71,7 +89,7 @@ class RunConfig(Section):
 
     dir: str = setting("Folder that holds run folders.", "runs")
     name: Name = setting("Name of the run; its folder is run.dir/run.name.", "default")
-    seed: Index = setting("Seed of weights, data order and dropout.", 1234)
+    seed: Seed = setting("Seed of weights, data order and dropout.", 1234)
 
 
 class TrainConfig(Section):
@@ -84,7 +102,7 @@ class TrainConfig(Section):
     )
     eval_every: Index = setting("Evaluate on the held-out split every n steps; 0: only at the end.", 0, unit="steps")
     eval_batches: Count = setting("Global batches of one evaluation.", 8, unit="batches")
-    z_loss: Rate = setting("Weight of log(Z)^2 of the output softmax.", 1e-5, source="Chameleon 2.3")
+    z_loss: Share = setting("Weight of log(Z)^2 of the output softmax.", 1e-5, source="Chameleon 2.3")
     modality_weights: dict[Name, Rate] = setting("Weight of each modality's token losses; default 1.", {})
     dry_run: bool = setting("Run one batch forward and backward before step 1 to find errors early.", True)
 
@@ -92,7 +110,7 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: Positive = setting("Peak learning rate.", 1e-4, source="MoMa Table 5")
+    lr: Annotated[Positive, Field(le=10.0)] = setting("Peak learning rate.", 1e-4, source="MoMa Table 5")
     min_lr: Rate = setting("Learning rate at the end of the schedule.", 1e-6)
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "power"] = setting(
         "Decay after warm-up; power: lr * (tokens / power_tokens)^power_exponent, capped at lr.", "linear"
@@ -101,14 +119,18 @@ class OptimConfig(Section):
     decay: Index | None = setting(
         "wsd and power: length of the final decay; default: a tenth of the steps.", None, unit="steps"
     )
-    power_exponent: float = setting("power: exponent b of lr ~ tokens^b.", -0.51, source="arXiv 2408.13359")
-    power_tokens: Positive = setting(
+    power_exponent: Exponent = setting("power: exponent b of lr ~ tokens^b.", -0.51, source="arXiv 2408.13359")
+    power_tokens: AtLeastOne = setting(
         "power: tokens up to which the learning rate stays at its peak.", 1e9, unit="tokens"
     )
-    weight_decay: Rate = setting("Decoupled weight decay of matrices; norms and routers' vectors have none.", 0.1)
+    weight_decay: Annotated[Rate, Field(le=10.0)] = setting(
+        "Decoupled weight decay of matrices: embeddings and experts' routers too. Vectors (norms' weights, depth "
+        "routers) have none.",
+        0.1,
+    )
     beta1: Share = setting("Adam's decay of the first moment.", 0.9)
     beta2: Share = setting("Adam's decay of the second moment.", 0.95)
-    eps: Positive = setting("Adam's epsilon.", 1e-5)
+    eps: Epsilon = setting("Adam's epsilon.", 1e-5)
     clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
     moments: Literal["fp32", "bf16", "fp8_coat", "te_bf16", "te_fp8"] = setting(
         "How Adam's moments of matrices are kept: fp32 (8 bytes per parameter), bf16 (4), fp8_coat (2.19: E4M3 with "

@@ -6,9 +6,11 @@ Rules between them are in rules_model.py, numbers that follow from them in deriv
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from mmscale.config.section import Count, Fraction, Index, Name, Positive, Section, Share, setting
+from pydantic import Field
+
+from mmscale.config.section import AtLeastOne, Count, Epsilon, Fraction, Index, Name, Positive, Section, Share, setting
 
 
 class ModalityVocab(Section):
@@ -68,7 +70,7 @@ class ExpertsConfig(Section):
     shared_ffn_hidden_size: Count | None = setting(
         "SwiGLU width of each shared expert; default: ffn_hidden_size.", None
     )
-    capacity_factor: Positive = setting(
+    capacity_factor: Annotated[Positive, Field(le=1000.0)] = setting(
         "An expert takes capacity_factor * (its group's nominal tokens) / (experts of the group) tokens.", 1.0
     )
     capacity_multiple: Count = setting(
@@ -158,11 +160,11 @@ class ModelConfig(Section):
         "pre",
         source="MoMa 2.2, Chameleon 2.3",
     )
-    norm_eps: Positive = setting("Epsilon of RMSNorm.", 1e-5)
+    norm_eps: Epsilon = setting("Epsilon of RMSNorm.", 1e-5)
     qk_norm: bool = setting("RMSNorm over each head's query and key, before RoPE.", True, source="Chameleon 2.3")
-    rope_base: Positive = setting("Base of the rotary position embedding.", 10_000.0)
+    rope_base: AtLeastOne = setting("Base of the rotary position embedding.", 10_000.0)
     tie_embeddings: bool = setting("Share the input embedding with the output layer.", False)
-    init_std: Positive = setting(
+    init_std: Annotated[Positive, Field(le=10.0)] = setting(
         "Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02
     )
     dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)

@@ -20,14 +20,27 @@ from pydantic import (
 
 from mmscale.config.values import parse_integer, parse_number, parse_seconds
 
-Count = Annotated[PositiveInt, BeforeValidator(parse_integer)]
-Index = Annotated[NonNegativeInt, BeforeValidator(parse_integer)]
-Port = Annotated[int, BeforeValidator(parse_integer), Field(ge=1, le=65535)]
-Rate = Annotated[NonNegativeFloat, BeforeValidator(parse_number)]
-Positive = Annotated[PositiveFloat, BeforeValidator(parse_number)]
-Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds)]
-Fraction = Annotated[float, BeforeValidator(parse_number), Field(gt=0.0, le=1.0)]
-Share = Annotated[float, BeforeValidator(parse_number), Field(ge=0.0, le=1.0)]
+# No setting is larger, in whatever unit; float64 holds every whole number up to here.
+LARGEST = 10**15
+_YEAR = 366 * 86_400.0
+_WHOLE = BeforeValidator(parse_integer)
+_NUMBER = BeforeValidator(parse_number)
+
+Count = Annotated[PositiveInt, _WHOLE, Field(le=LARGEST)]
+Index = Annotated[NonNegativeInt, _WHOLE, Field(le=LARGEST)]
+# torch and NumPy take 64 bits; megatron-core adds small numbers to it.
+Seed = Annotated[NonNegativeInt, _WHOLE, Field(le=2**63 - 1)]
+Port = Annotated[int, _WHOLE, Field(ge=1, le=65535)]
+Rate = Annotated[NonNegativeFloat, _NUMBER, Field(le=LARGEST, allow_inf_nan=False)]
+Positive = Annotated[PositiveFloat, _NUMBER, Field(le=LARGEST, allow_inf_nan=False)]
+Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds), Field(le=_YEAR, allow_inf_nan=False)]
+Fraction = Annotated[float, _NUMBER, Field(gt=0.0, le=1.0)]
+Share = Annotated[float, _NUMBER, Field(ge=0.0, le=1.0)]
+AtLeastOne = Annotated[float, _NUMBER, Field(ge=1.0, le=LARGEST, allow_inf_nan=False)]
+# Of a decay over tokens.
+Exponent = Annotated[float, _NUMBER, Field(ge=-10.0, le=0.0)]
+# In fp32 anything smaller is 0 beside a sum of squares.
+Epsilon = Annotated[float, _NUMBER, Field(ge=1e-30, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 

@@ -1,6 +1,6 @@
-"""Numbers as a person writes them: 3e-4, 2e9, 4_096, 64k, 1h.
+"""Reads numbers and durations as people write them: 3e-4, 2e9, 4_096, 010, 64k, 1h, 12:30:00.
 
-PyYAML reads `3e-4` as a string (YAML 1.1 wants a dot), so numeric settings go through these.
+The YAML reader leaves what is not a number of YAML 1.2 as text, so numeric settings go through these.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import re
 from typing import Any
 
 _NUMBER = re.compile(r"^[+-]?(\d[\d_]*)?(\.\d*)?([eE][+-]?\d+)?$")
+_LONGEST = 100  # characters
 _SUFFIX = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
 
 def parse_number(value: Any) -> Any:
     """A float for strings such as "3e-4" or "64k"; anything else is returned as it is, for pydantic to judge."""
-    if not isinstance(value, str):
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")  # Python's bool is an int
+    if not isinstance(value, str) or len(value) > _LONGEST:
         return value
     text = value.strip()
     scale = 1.0
@@ -35,9 +38,13 @@ def parse_integer(value: Any) -> Any:
 
 
 def parse_seconds(value: Any) -> Any:
-    """Seconds for durations such as "90s", "30m", "1h"; plain numbers are seconds already."""
+    """Seconds for durations such as "90s", "30m", "1h" and "1:30:00"; plain numbers are seconds already."""
     if isinstance(value, str):
-        match = re.match(r"^\s*([\d.]+)\s*([a-z]+)\s*$", value)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*", value)
         if match and match.group(2) in _SECONDS:
             return float(match.group(1)) * _SECONDS[match.group(2)]
+        clock = re.fullmatch(r"\s*(\d{1,6}):([0-5]\d):([0-5]\d)\s*", value)
+        if clock:
+            hours, minutes, seconds = map(float, clock.groups())
+            return hours * 3600 + minutes * 60 + seconds
     return parse_number(value)

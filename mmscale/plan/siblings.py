@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from mmscale.config import Config
+from mmscale.config import Config, yaml_text
 from mmscale.config.fp8 import ALIGNMENT
 from mmscale.config.load import flatten, resolve
 from mmscale.config.schema import DepthConfig
@@ -115,8 +113,7 @@ def text_of(sibling: Sibling, *, of: str) -> str:
     ]
     settings = sibling.config.model_dump(mode="json", exclude_defaults=True)
     settings["model"] = {"kind": sibling.config.model.kind, **settings["model"]}
-    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)
-    return "\n".join(lines) + "\n" + text
+    return "\n".join(lines) + "\n" + yaml_text.dump(settings, width=110)
 
 
 def _counts(config: Config, experts: int | None) -> dict[str, int]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from mmscale.config.document import read_file
+from mmscale.errors import ConfigError
 from mmscale.report.charts import HELD_OUT, modalities_of
 from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
@@ -83,10 +84,10 @@ def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:
     """A run's configuration by dotted key, as it was written; empty if there is none that can be read."""
     name = "config.yaml" if attempt is None else f"config.{attempt}.yaml"
     try:
-        content = yaml.safe_load((run / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        data = read_file(run / name).data
+    except ConfigError:
         return {}
-    return dict(_flat(content)) if isinstance(content, dict) else {}
+    return dict(_flat(data)) if data else {}
 
 
 def changes(run: Path) -> list[tuple[int, str, Any, Any]]:

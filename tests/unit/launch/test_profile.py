@@ -103,6 +103,6 @@ def test_names_that_are_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "test" in error.value.remedy and "local" in error.value.remedy
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml:1: not YAML"):
         load_profile(str(broken))
     assert load_profile("local").scheduler == "local"

@@ -136,7 +136,14 @@ def precision_aware(moments: str) -> dict[str, Any]:
             f"optim.moments = {moments} needs Transformer-Engine's FusedAdam, which is not installed here",
             remedy="use optim.moments=bf16 or fp8_coat, which need nothing, or install it (`mmscale doctor`)",
         )
-    return {"use_precision_aware_optimizer": True, "exp_avg_dtype": dtype, "exp_avg_sq_dtype": dtype}
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": dtype,
+        "exp_avg_sq_dtype": dtype,
+        # True, megatron-core's default, keeps only the lower 16 bits of master weights, and they are what a save would
+        # write under the masters' names: no other optimizer could read them.
+        "store_param_remainders": False,
+    }
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, config: Config, lr: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -37,6 +38,7 @@ class ShardwiseOptimizer(DistributedOptimizer):
 
     stored: Mapping[str, TensorEntry] | None = None
     _reader: MomentReader | None = None
+    _taken: Mapping[Tensor, Mapping[str, Tensor]] = {}  # what `_reader` fills, by parameter; replaced, never changed
 
     def sharded_state_dict(
         self,
@@ -64,7 +66,7 @@ class ShardwiseOptimizer(DistributedOptimizer):
                 parameters as a whole.
             metadata: how megatron-core names and cuts state.
         """
-        self._reader = None
+        self._reader, self._taken = None, {}
         if is_loading and not self._small:
             return super().sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
         sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
@@ -77,8 +79,9 @@ class ShardwiseOptimizer(DistributedOptimizer):
             tensors = self._get_main_param_and_optimizer_states(parameter)
             found: list[ShardedTensor] = []
             if self._reader is not None:
-                main, place = self._main(parameter), self._place(parameter)
-                found = self._reader.ask(pieces, main, self.optimizer.state[main], place, cell=self._cell(parameter))
+                main, moments = self._targets(parameter)
+                place, cell = self._place(parameter), self._cell(parameter)
+                found = self._reader.ask(pieces, main, moments, place, cell=cell)
             else:
                 found += [piece.shard(f"{PREFIX}.{_MAIN}", tensors[_MAIN].detach().view(-1)) for piece in pieces]
                 for moment in MOMENTS:
@@ -93,7 +96,24 @@ class ShardwiseOptimizer(DistributedOptimizer):
             super().load_parameter_state_from_fully_reshardable(state_dict)
             return
         self._reader.take([state_dict[str(number)] for number in range(len(state_dict))])
-        self._reader = None
+        with torch.no_grad():
+            for parameter, tensors in self._taken.items():
+                self._set_main_param_and_optimizer_states(parameter, tensors)
+        self._reader, self._taken = None, {}
+
+    def _targets(self, parameter: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Where the master weights and moments of this rank's part go when they are read.
+
+        Only CompactAdam's are the tensors themselves. megatron-core replaces the state of all others before it takes
+        over what was read, and Transformer-Engine's Adam stores it in its own way: these get fp32 copies first, which
+        `_set_main_param_and_optimizer_states` brings in.
+        """
+        main = self._main(parameter)
+        if isinstance(self.optimizer, CompactAdam):
+            return main, self.optimizer.state[main]
+        made = {name: torch.empty_like(main, dtype=torch.float32) for name in (_MAIN, *MOMENTS)}
+        self._taken = {**self._taken, parameter: made}
+        return made[_MAIN], made
 
     @property
     def _small(self) -> bool:

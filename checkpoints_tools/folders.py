@@ -1,6 +1,7 @@
-"""List, verify and prune the checkpoints of a run: what can be told from names, sizes and digests.
+"""List, verify and prune the checkpoints of a run: what can be told from names, sizes, digests and types of tensors.
 
-No torch, so that a login node can do it; tensors are the business of show.py and diff.py.
+No torch but for the index of a checkpoint that is verified, so that a login node can do it; values of tensors are the
+business of show.py and diff.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
-from mmscale.checkpoint.layout import Store, is_archive
+from mmscale.checkpoint.kinds import wrong_types
+from mmscale.checkpoint.layout import ARRAYS, Store, is_archive
 from mmscale.config.load import load
 from mmscale.errors import CheckpointError, ConfigError
 
@@ -73,12 +75,12 @@ def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
     """
     if is_archive(run):
         manifest = _manifest(run)
-        row = _verified(run, manifest.step if manifest else None)
+        row = _with_types(run, _verified(run, manifest.step if manifest else None))
         return {"run": str(run), "archive": True, "whole": row["whole"], "checkpoints": [row]}
     store = open_store(run)
     chosen = store.choose(step)
     steps = [chosen] if step is not None else store.steps()
-    rows = [_verified(store.path(one), one) for one in steps]
+    rows = [_with_types(store.path(one), _verified(store.path(one), one)) for one in steps]
     return {"run": str(run), "whole": all(row["whole"] for row in rows), "checkpoints": rows}
 
 
@@ -93,6 +95,29 @@ def _verified(folder: Path, step: int | None) -> dict[str, Any]:
     manifest = _manifest(folder)
     sizes = [record.size for record in manifest.files.values()] if manifest else []
     return {"step": step, "whole": not problems, "problems": problems, "files": len(sizes), "bytes": sum(sizes)}
+
+
+def _with_types(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a folder whose files are whole, with tensors whose type is not what their name says."""
+    if not row["whole"]:
+        return row
+    try:
+        problems = wrong_types(_types(folder))
+    except CheckpointError as error:
+        problems = [error.cause]
+    return row | {"whole": not problems, "problems": problems}
+
+
+def _types(folder: Path) -> dict[str, str]:
+    """Types of tensors by name."""
+    if (folder / ARRAYS).is_dir():
+        from mmscale.checkpoint.archive import ArchiveTensors
+
+        archive = ArchiveTensors(folder)
+        return {name: archive.entry(name).type_name for name in archive.names()}
+    from mmscale.checkpoint.sharded import stored
+
+    return {name: entry.type_name for name, entry in stored(folder).items()}
 
 
 def prune(run: Path, *, keep: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from mmscale.checkpoint import arrays, integrity, plain, publish
 from mmscale.checkpoint.arrays import Grid
 from mmscale.checkpoint.integrity import DamagedError, Manifest
+from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.layout import ARRAYS, INFO
 from mmscale.checkpoint.tensors import (
     Region,
@@ -191,9 +192,9 @@ class ArchiveTensors:
             region: a slice of every dimension; None: all of it.
 
         Raises:
-            CheckpointError: there is no such tensor, or what holds it is damaged.
+            CheckpointError: there is no such tensor, its type is not what its name says, or what holds it is damaged.
         """
-        self.entry(name)
+        require_types({name: self.entry(name).type_name}, where=self.path, alone=True)
         folder = f"{ARRAYS}/{folder_of(name)}"
         if region is None:
             self._require([f"{folder}/{file}" for file in arrays.shard_files(self._metadata[name])])

@@ -8,14 +8,18 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.pickles import read_metadata, weights_only
-from mmscale.checkpoint.tensors import SCALING, TensorEntry
+from mmscale.checkpoint.tensors import SCALING, TensorEntry, is_weight
 from mmscale.errors import CheckpointError
 from mmscale.runtime import megatron_cpu
 
@@ -59,24 +63,55 @@ def read(
         partly: the checkpoint may hold more than is wanted, e.g. optimizer state.
 
     Raises:
-        CheckpointError: the checkpoint has not what `state` asks for, or is damaged.
+        CheckpointError: the checkpoint has not what `state` asks for, is damaged, or holds tensors of a wrong type or
+            with values that no training can go on from.
     """
     quiet()
     if there is None:  # before megatron-core opens the folder: it would run what a hostile index says
         there = stored(folder)
+    used = {name: entry.type_name for name, entry in there.items() if is_weight(name) or not partly}
+    require_types(used, where=folder)
     try:
         state = _without_other_scaling(state, there)
         with weights_only():
             loaded, unread, unknown = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
         unread = set() if partly else {name for name in unread if not name.endswith(SCALING)}
         maybe_report_missing_and_unexpected_keys(unread, unknown)
-        return loaded
     except (CheckpointingException, CheckpointException, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {folder} cannot be loaded: {first}",
             remedy="choose another checkpoint, or train with the configuration that wrote it",
         ) from error
+    _require_plausible(loaded, folder)
+    return loaded
+
+
+def _require_plausible(loaded: StateDict, folder: Path) -> None:
+    """Refuse values that are not finite, and second moments below zero; all ranks refuse together.
+
+    The step guard lets neither into a run's weights, so what wrote them was broken.
+    """
+    mine = list(_implausible(loaded, ""))
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    if problems := sorted({line for part in found for line in part}):
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be used: {integrity.describe(problems)}",
+            remedy=f"rename it to {folder.name}.bad: then the run goes on from the checkpoint before it",
+        )
+
+
+def _implausible(part: Any, path: str) -> Iterator[str]:
+    if isinstance(part, Tensor):
+        if part.is_floating_point() and not bool(part.isfinite().all()):
+            yield f"{path} holds values that are not finite"
+        elif path.endswith(".exp_avg_sq") and bool((part < 0).any()):
+            yield f"{path} holds second moments below zero"
+    elif isinstance(part, Mapping | list):
+        items = part.items() if isinstance(part, Mapping) else enumerate(part)
+        for name, value in items:
+            yield from _implausible(value, f"{path}.{name}" if path else str(name))
 
 
 def _without_other_scaling(state: ShardedStateDict, there: Mapping[str, TensorEntry]) -> ShardedStateDict:

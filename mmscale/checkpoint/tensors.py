@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
+from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.pickles import METADATA, read_metadata
 from mmscale.errors import CheckpointError
@@ -56,6 +57,11 @@ class TensorEntry:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def type_name(self) -> str:
+        """The type without "torch.": "float32"."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def nbytes(self) -> int:
@@ -163,9 +169,11 @@ class CheckpointTensors:
             region: a slice of every dimension; None: all of it.
 
         Raises:
-            CheckpointError: there is no such tensor, or a file that holds a part of it is damaged.
+            CheckpointError: there is no such tensor, its type is not what its name says, or a file that holds a part of
+                it is damaged.
         """
         found = self._entry(name)
+        require_types({name: self.entry(name).type_name}, where=self.path, alone=True)
         box = _box(found.size, region)
         target = torch.empty(box.sizes, dtype=found.properties.dtype)
         if target.numel() == 0:

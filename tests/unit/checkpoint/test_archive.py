@@ -52,7 +52,7 @@ class State:
             "embedding.weight": torch.randn(64, 8, generator=made).bfloat16(),
             W1: torch.randn(4, 64 * self.scale, 2, 16, generator=made),
             "decoder.layers.3.mlp.experts.image.w2": torch.randn(4, 16, 64, generator=made),
-            "odd/name %": torch.arange(10),
+            "odd/name %": torch.arange(10.0),
             "zeros.bias": torch.zeros(6, dtype=torch.float16),
         }
         return found | {f"optimizer.state.exp_avg.{W1}": found[W1] * 0.5}

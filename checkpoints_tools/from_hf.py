@@ -31,6 +31,8 @@ from mmscale.config.load import digest
 from mmscale.errors import CheckpointError
 from mmscale.runtime.environment import code_version
 
+# What the config.json of an older export means where it lacks a key.
+_BEFORE = {"choice": "sigmoid"}
 _LINEAR = re.compile(r"\.(linear_qkv|linear_proj|linear_fc1|linear_fc2)\.weight$")
 _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
 
@@ -194,7 +196,7 @@ def _own(folder: Path, content: dict[str, Any], files: ModelFiles) -> tuple[Conf
         routing=str(content.get("routing", "causal")),
         tokens_per_image=int(content.get("tokens_per_image", 0)),
     )
-    other = sorted(key for key in wanted if key != "dtype" and content.get(key) != wanted[key])
+    other = sorted(key for key in wanted if key != "dtype" and content.get(key, _BEFORE.get(key)) != wanted[key])
     if other:
         raise CheckpointError(
             f"{folder / CONFIG} and {SETTINGS} disagree about {', '.join(other)}",

@@ -90,7 +90,7 @@ class _Margins:
 
     def _cutoff(self, module: Any, inputs: Any, output: Tensor) -> None:
         logits = torch.nn.functional.linear(inputs[0].float(), module.router.float())
-        self._note((logits - module.threshold.float()).abs())
+        self._note((module.ranked(logits) - module.threshold.float()).abs())
 
     def take(self) -> float:
         smallest, self.smallest = self.smallest, float("inf")

@@ -58,6 +58,7 @@ def model_config(
         "qk_norm": model.qk_norm,
         "modalities": [[n, *r] for n, r in zip(config.vocab.names, config.vocab.ranges, strict=True)],
         "expert_groups": expert_groups(config),
+        "choice": model.experts.choice,
         "shared_intermediate_size": shared_width(config) if model.kind != "dense" else 0,
         "mod_layers": [layer for layer in range(model.num_layers) if model.is_depth_layer(layer)],
         "auxiliary_size": auxiliary_size,

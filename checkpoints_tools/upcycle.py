@@ -33,6 +33,7 @@ from mmscale.config import Config, rules
 from mmscale.config.load import digest
 from mmscale.data.mixture import nominal_share
 from mmscale.errors import CheckpointError, MmscaleError, UsageError
+from mmscale.model.ranking import RANKINGS
 from mmscale.runtime.environment import code_version
 
 PRESERVES = {
@@ -151,7 +152,7 @@ class _Recipe:
         source: the old weight that it is made of; None: it is new.
         form: the old tensor as the new one, or as one expert of it; a view.
         like: an old weight of the same type.
-        fresh: "router": drawn; "zeros".
+        fresh: "router": drawn; "cutoffs": where averages of cut-offs start.
         is_expert: its optimizer moments are dropped unless they are to be kept.
         is_parameter: the optimizer has state of it.
     """
@@ -223,7 +224,7 @@ class Upcycled:
             yield f"{mlp}router.{group}", _Recipe((count, hidden), old1, fresh="router")
             if model.keeps_thresholds:
                 like = f"{layer}self_attention.linear_proj.weight"
-                yield f"{mlp}threshold.{group}", _Recipe((count,), like, fresh="zeros", is_parameter=False)
+                yield f"{mlp}threshold.{group}", _Recipe((count,), like, fresh="cutoffs", is_parameter=False)
             if self._dense and model.norm == "post_per_expert":
                 norm = f"{layer}mlp_bda.norm.weight"
                 yield f"{mlp}expert_norm.{group}.weight", _Recipe((hidden,), norm, norm)
@@ -258,6 +259,8 @@ class Upcycled:
             # The optimizer's fp32 copy and the weight are one drawing, rounded or not.
             whole = _drawn(recipe.shape, key=f"{self._seed}/upcycle/{weight}", std=self._new.model.init_std)
             whole = whole.to(self._source.entry(recipe.like).dtype).float() if prefix else whole
+        elif recipe.fresh == "cutoffs":
+            whole = RANKINGS[self._new.model.experts.choice](torch.zeros(recipe.shape))
         else:
             whole = torch.zeros(1, dtype=entry.dtype).expand(recipe.shape)
         assert tuple(whole.shape) == recipe.shape, (name, whole.shape, recipe.shape)

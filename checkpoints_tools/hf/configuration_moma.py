@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 NORMS = ("pre", "post", "post_per_expert")
+CHOICES = ("sigmoid", "competitive", "softmax")
 ROUTINGS = ("causal", "top1", "threshold")
 
 
@@ -22,13 +23,16 @@ class MomaConfig(PreTrainedConfig):
         qk_norm: RMSNorm of each head's query and key.
         modalities: `[name, first id, one past the last id]` of each, in id order; `pad_token_id` belongs to none.
         expert_groups: `{"name", "modalities": [indices], "experts": number}` of each group; empty: a dense layer.
+        choice: by what an expert ranked tokens in training: its logit (`sigmoid`), its logit minus the mean over the
+            group's experts (`competitive`), or the logarithm of the softmax over them (`softmax`). Cut-offs are on that
+            scale; the gate is the sigmoid of the logit under every choice.
         shared_intermediate_size: SwiGLU width of the shared experts together; 0: none.
         mod_layers: Mixture-of-Depths layers, from 0. (`layer_types` would refuse a name of its own.)
         auxiliary_size: inner width of the auxiliary routers; 0: there are none.
-        keeps_thresholds: whether there are averaged cut-offs of the routers' logits.
+        keeps_thresholds: whether there are averaged cut-offs.
         routing: who decides which experts take a token: the auxiliary routers where their sigmoid is above a threshold
-            (`causal`), the best of them (`top1`; depth layers as in `causal`), or the router's own logit against its
-            averaged cut-off (`threshold`).
+            (`causal`), the best of them (`top1`; depth layers as in `causal`), or what the router ranks tokens by
+            against its averaged cut-off (`threshold`).
         tokens_per_image: length of an image between `<boi>` and `<eoi>`; 0: not known.
     """
 
@@ -52,6 +56,7 @@ class MomaConfig(PreTrainedConfig):
     use_cache: bool = True
     modalities: list | None = None
     expert_groups: list | None = None
+    choice: str = "sigmoid"
     shared_intermediate_size: int = 0
     mod_layers: list | None = None
     auxiliary_size: int = 0
@@ -68,6 +73,8 @@ class MomaConfig(PreTrainedConfig):
         """Fill in what follows from other settings."""
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
+        if self.choice not in CHOICES:
+            raise ValueError(f"choice must be one of {', '.join(CHOICES)}, not {self.choice!r}")
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, not {self.routing!r}")
         if self.expert_groups or self.mod_layers:

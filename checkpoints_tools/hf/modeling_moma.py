@@ -71,6 +71,7 @@ class MomaExpertGroup(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * inner))
         self.down_proj = nn.Parameter(torch.empty(experts, inner, hidden))
         self.routing = config.routing
+        self.choice = config.choice
         self.auxiliary = MomaAuxiliaryRouter(hidden, config.auxiliary_size, experts) if config.auxiliary_size else None
         self.threshold = nn.Parameter(torch.empty(experts), requires_grad=False) if config.keeps_thresholds else None
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
@@ -99,11 +100,20 @@ class MomaExpertGroup(nn.Module):
         total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
         return total.index_add(0, token, out.float() * gates[token, expert].unsqueeze(1))
 
+    def ranked(self, logits: torch.Tensor) -> torch.Tensor:
+        """What experts ranked tokens by in training, and cut-offs are compared with: [N, E] -> [N, E], fp32."""
+        if self.choice == "sigmoid" or logits.shape[-1] == 1:
+            return logits
+        exact = logits.double()
+        if self.choice == "competitive":
+            return (exact - exact.mean(dim=-1, keepdim=True)).float()
+        return torch.log_softmax(exact, dim=-1).float()
+
     def _decide(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Which experts take a token, [N, E] bool, from the token alone."""
         if self.routing == "threshold":
             assert self.threshold is not None
-            return logits > self.threshold.float()
+            return self.ranked(logits) > self.threshold.float()
         assert self.auxiliary is not None
         if self.routing == "top1":
             return F.one_hot(self.auxiliary(tokens).argmax(dim=-1), logits.shape[-1]).bool()

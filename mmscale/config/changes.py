@@ -25,11 +25,14 @@ _OBJECTIVE = (
     "model.experts.share",
     "model.experts.scope",
     "model.experts.capacity",
+    "model.experts.choice",
     "model.depth.capacity",
     "model.depth.choice",
     "model.seq_length",
     "run.seed",
 )
+# What a checkpoint that does not know a setting was trained with, whatever the default is today.
+_BEFORE = {"model.experts.choice": "sigmoid"}
 _HARMLESS = ("data.workers", "data.cache")  # how batches are fetched, not which
 _MISSING = object()
 
@@ -63,7 +66,7 @@ def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
     before, after = _settings(old), _settings(new.model_dump(mode="json"))
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
-        one, other = before.get(key, _MISSING), after.get(key, _MISSING)
+        one, other = before.get(key, _BEFORE.get(key, _MISSING)), after.get(key, _MISSING)
         if one == other or (new.model.experts.share == "auto" and key.startswith(_AUTO)):
             continue
         found.append(Change(key, _shown(one), _shown(other), _is_objective(key, new)))

@@ -143,7 +143,13 @@ def _not_divisible(name: str, value: int, tp: int) -> Problem:
 def _experts(config: Config) -> Iterator[Problem]:
     kind, experts, names = config.model.kind, config.model.experts, config.vocab.names
     if kind == "dense":
-        for key, given in (("counts", experts.counts), ("shared", experts.shared), ("noise", experts.noise != "none")):
+        settings = (
+            ("counts", experts.counts),
+            ("shared", experts.shared),
+            ("noise", experts.noise != "none"),
+            ("choice", experts.choice != "sigmoid"),
+        )
+        for key, given in settings:
             if given:
                 yield Problem(
                     f"model.experts.{key} is set, but model.kind = dense has no experts", "remove it or change the kind"

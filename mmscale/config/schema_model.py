@@ -87,6 +87,13 @@ class ExpertsConfig(Section):
         "auto: measured when the data was prepared.",
         "auto",
     )
+    choice: Literal["sigmoid", "competitive", "softmax"] = setting(
+        "By what an expert ranks tokens: sigmoid, its own logit (the paper's); competitive, its logit minus the mean "
+        "over the group's experts, so that they do not all want the same tokens; softmax, the softmax over the group's "
+        "experts. The gate is the sigmoid of the logit under every choice.",
+        "sigmoid",
+        source="MoMa 2.2; softmax: expert choice, arXiv 2202.09368",
+    )
     noise: Literal["none", "gumbel"] = setting(
         "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"
     )

@@ -29,7 +29,7 @@ class Routing(StrEnum):
     BATCH: experts choose among all tokens of the sequence or micro-batch, later ones too, as in training.
     CAUSAL: the auxiliary routers, where sigmoid(score) > threshold; a token gets any number of experts.
     TOP1: the expert of the token's group with the highest auxiliary score; depth layers decide as in CAUSAL.
-    THRESHOLD: the main router's logit against the moving average of its cut-off (Expert Threshold).
+    THRESHOLD: what the main router ranks tokens by against the moving average of its cut-off (Expert Threshold).
     """
 
     BATCH = "batch"

@@ -31,6 +31,7 @@ from mmscale.model.expert_compute import BATCHED, ExpertCompute, Products
 from mmscale.model.experts import Experts, from_experts, to_experts
 from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.model.norm import RMSNorm
+from mmscale.model.ranking import RANKINGS
 from mmscale.model.routing import (
     Selection,
     add_weighted,
@@ -70,6 +71,7 @@ class MoMaSettings:
         per_sequence: an expert chooses within each sequence instead of the micro-batch.
         capacity_factor: slots of a group relative to its nominal tokens.
         capacity_multiple: slots per expert are rounded up to this.
+        choice: by what an expert ranks tokens, of ranking.RANKINGS.
         gumbel: Gumbel-sigmoid noise in training.
         noise_seed: the run's seed, from which noise is drawn.
         norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
@@ -84,6 +86,7 @@ class MoMaSettings:
     per_sequence: bool = True
     capacity_factor: float = 1.0
     capacity_multiple: int = 1
+    choice: str = "sigmoid"
     gumbel: bool = False
     noise_seed: int = 0
     norm_experts: bool = False
@@ -128,6 +131,7 @@ class MoMaMLP(MegatronModule):
         super().__init__(config=config)
         self.settings = settings
         self.pg = pg_collection
+        self._rank = RANKINGS[settings.choice]
         self.layer_number = 0
         assert config.sequence_parallel or self.pg.tp.size() == 1, (
             "router gradients are partial over tensor-parallel ranks; only sequence parallelism has them summed"
@@ -164,7 +168,9 @@ class MoMaMLP(MegatronModule):
                     config, outputs=group.experts, width=settings.auxiliary_width
                 )
         self.threshold = (
-            Thresholds({group.name: group.experts for group in settings.groups}) if settings.thresholds else None
+            Thresholds({group.name: group.experts for group in settings.groups}, rank=self._rank)
+            if settings.thresholds
+            else None
         )
 
     def _norm(self) -> RMSNorm:
@@ -271,13 +277,13 @@ class MoMaMLP(MegatronModule):
                 limit=scope,
             )
             member = params.tokens_of(group.modalities)
-            selection = expert_choice(own, member, capacity, per_sequence=self.settings.per_sequence)
+            selection = expert_choice(own, member, capacity, per_sequence=self.settings.per_sequence, rank=self._rank)
             if report and params.stats is not None:
                 self._report(params, group, selection, member)
             if report and params.cutoffs is not None and self.threshold is not None:
                 params.cutoffs.add(
                     self.threshold.of(group.name),
-                    own.detach(),
+                    self._rank(own.detach()),
                     member,
                     capacity,
                     per_sequence=self.settings.per_sequence,
@@ -293,7 +299,7 @@ class MoMaMLP(MegatronModule):
             member = params.tokens_of(group.modalities).unsqueeze(-1)
             if params.routing is Routing.THRESHOLD:
                 assert self.threshold is not None, "the caller checks that the model keeps thresholds"
-                taken.append((own > self.threshold.of(group.name)) & member)
+                taken.append((self._rank(own) > self.threshold.of(group.name)) & member)
                 continue
             router = self.auxiliary[group.name]
             assert isinstance(router, AuxiliaryRouter)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmscale.model.ranking import Ranking, by_sigmoid
+
 # Choices rank logits, not sigmoids: near 0 a sigmoid keeps 1e-7 of resolution, and above a logit of 17 all are 1.
 _FOREIGN = float("-inf")
 # Mantissa bits of a logit that do not count in a choice (of 23).
@@ -29,8 +31,12 @@ def _best(ranked: Tensor, count: int) -> Tensor:
     of them is chosen then differs between layouts (seen as a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587
     and 0.31037584 against equal ones). So the lowest bits, a relative 1e-4, are dropped and the sort is stable.
     """
-    coarse = (ranked.view(torch.int32) & (-1 << _NOISE_BITS)).view(torch.float32)
-    return coarse.sort(dim=0, descending=True, stable=True).indices[:count]
+    return _coarse(ranked).sort(dim=0, descending=True, stable=True).indices[:count]
+
+
+def _coarse(values: Tensor) -> Tensor:
+    """fp32 values without the bits that rounding makes differ."""
+    return (values.contiguous().view(torch.int32) & (-1 << _NOISE_BITS)).view(torch.float32)
 
 
 class Selection(NamedTuple):
@@ -47,7 +53,9 @@ class Selection(NamedTuple):
     valid: Tensor
 
 
-def expert_choice(logits: Tensor, member: Tensor, capacity: int, *, per_sequence: bool) -> Selection:
+def expert_choice(
+    logits: Tensor, member: Tensor, capacity: int, *, per_sequence: bool, rank: Ranking = by_sigmoid
+) -> Selection:
     """Every expert takes its `capacity` best tokens; the gate is the sigmoid of the logit, not renormalised.
 
     Args:
@@ -55,13 +63,15 @@ def expert_choice(logits: Tensor, member: Tensor, capacity: int, *, per_sequence
         member: [S, B] bool, tokens of the group; others get gate 0 if they fill an empty slot.
         capacity: tokens per expert, of each sequence or of the micro-batch; a host integer, the same on all ranks.
         per_sequence: each sequence chooses by itself, so the micro-batch size does not matter.
+        rank: what an expert ranks tokens by (ranking.py).
 
     Returns:
         B * capacity slots per expert if per_sequence, else capacity slots.
     """
     length, batch, experts = logits.shape
     scores = torch.sigmoid(logits)
-    ranked = logits.detach().masked_fill(~member.unsqueeze(-1), _FOREIGN)
+    # Coarse before ranking too: a difference of logits magnifies what rounding makes of equal ones.
+    ranked = rank(_coarse(logits.detach())).masked_fill(~member.unsqueeze(-1), _FOREIGN)
     if per_sequence:
         chosen = _best(ranked, capacity)  # [C, B, E]
         token = chosen * batch + torch.arange(batch, device=logits.device).view(1, batch, 1)

@@ -98,6 +98,7 @@ def moma_settings(config: Config) -> MoMaSettings:
         per_sequence=experts.scope == "sequence",
         capacity_factor=experts.capacity_factor,
         capacity_multiple=capacity_multiple(config),
+        choice=experts.choice,
         gumbel=experts.noise == "gumbel",
         noise_seed=config.run.seed,
         norm_experts=config.model.norm == "post_per_expert",

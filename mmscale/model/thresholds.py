@@ -1,7 +1,8 @@
 """Expert Threshold: routing by a moving average of each expert's cut-off, causal and without parameters.
 
-Source: arXiv 2603.11535. In training experts choose as ever (expert choice); the logit at which each expert's choice
-ended is averaged over steps, and a token goes to the experts whose average its own logit exceeds. Here are the
+Source: arXiv 2603.11535. In training experts choose as ever (expert choice); the value at which each expert's choice
+ended (the logit, or what `model.experts.choice` ranks by) is averaged over steps, and a token goes to the experts whose
+average its own value exceeds. Here are the
 averages and how cut-offs are collected; who sums them over ranks is mmscale.train's business.
 
 Shapes: S tokens of a sequence, B sequences, E experts of a group, C tokens per expert.
@@ -15,15 +16,21 @@ import torch
 from torch import Tensor
 
 from mmscale.model.auxiliary import Fp32Buffers
+from mmscale.model.ranking import Ranking, by_sigmoid
 
 
 class Thresholds(Fp32Buffers):
-    """One fp32 buffer [E] for each group: the averaged cut-off on the scale of the router's logits, at first 0."""
+    """One fp32 buffer [E] for each group: the averaged cut-off on the scale that tokens are ranked by.
 
-    def __init__(self, counts: Mapping[str, int]) -> None:
+    Args:
+        counts: experts of each group.
+        rank: what tokens are ranked by. A buffer starts with the rank of logits that are all 0.
+    """
+
+    def __init__(self, counts: Mapping[str, int], *, rank: Ranking = by_sigmoid) -> None:
         super().__init__()
         for name, count in counts.items():
-            self.register_buffer(name, torch.zeros(count))
+            self.register_buffer(name, rank(torch.zeros(count)))
 
     def of(self, name: str) -> Tensor:
         """The thresholds [E] of a group."""
@@ -45,7 +52,7 @@ class Cutoffs:
     def add(
         self,
         threshold: Tensor,
-        logits: Tensor,
+        ranked: Tensor,
         member: Tensor,
         capacity: int,
         *,
@@ -56,7 +63,7 @@ class Cutoffs:
 
         Args:
             threshold: the buffer that they move.
-            logits: [S, B, E].
+            ranked: [S, B, E], what tokens were ranked by.
             member: [S, B] bool.
             capacity: C.
             per_sequence: each sequence chose by itself.
@@ -65,20 +72,20 @@ class Cutoffs:
         if key in self._seen:
             return
         self._seen.add(key)
-        found = cutoffs(logits, member, capacity, per_sequence=per_sequence)
+        found = cutoffs(ranked, member, capacity, per_sequence=per_sequence)
         known = self.sums.get(key[:2])
         self.sums[key[:2]] = (threshold, found if known is None else known[1] + found)
 
 
 @torch.no_grad()
-def cutoffs(logits: Tensor, member: Tensor, capacity: int, *, per_sequence: bool) -> Tensor:
-    """Sums over the choices of the logit between the last token taken and the first one left, fp64 [E + 1].
+def cutoffs(ranked: Tensor, member: Tensor, capacity: int, *, per_sequence: bool) -> Tensor:
+    """Sums over the choices of the value between the last token taken and the first one left, fp64 [E + 1].
 
-    Where all tokens of the group were taken it is the lowest logit. The last entry is the number of choices that had a
+    Where all tokens of the group were taken it is the lowest value. The last entry is the number of choices that had a
     token at all. Arguments as in `Cutoffs.add`.
     """
-    experts = logits.shape[-1]
-    ranked = logits.masked_fill(~member.unsqueeze(-1), float("-inf"))
+    experts = ranked.shape[-1]
+    ranked = ranked.masked_fill(~member.unsqueeze(-1), float("-inf"))
     if not per_sequence:
         ranked, member = ranked.reshape(-1, 1, experts), member.reshape(-1, 1)
     values = ranked.topk(min(capacity + 1, ranked.shape[0]), dim=0).values  # [C + 1, B, E]

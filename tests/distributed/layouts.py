@@ -30,6 +30,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm": "post_per_expert",
     },
     "moma_depth": {"kind": "moma", "experts": _EXPERTS, "depth": {"every": 2, "capacity": 0.25, "multiple": 8}},
+    "moma_competitive": {
+        "kind": "moma",
+        "experts": {**_EXPERTS, "choice": "competitive", "noise": "gumbel", "threshold_decay": 0.9},
+        "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
+        "auxiliary": {"mode": "joint"},
+    },
+    "moe_softmax": {"kind": "moe", "experts": {"counts": {"mixed": 8}, "choice": "softmax"}},
     "dense_depth_first": {"kind": "dense", "depth": {"every": 4, "capacity": 0.5, "multiple": 8}},
     "moma_depth_joint": {
         "kind": "moma",

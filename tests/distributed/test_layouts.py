@@ -54,12 +54,30 @@ def _fits(model: str, layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str,
     return {name: p for name, p in layouts.items() if model != "dense" or p.get("ep", 1) == 1}
 
 
-@pytest.mark.parametrize("model", ["dense", "moe", "moma", "moma_post", "moma_depth", "moma_post_per_expert_shared"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "dense",
+        "moe",
+        "moma",
+        "moma_post",
+        "moma_depth",
+        "moma_post_per_expert_shared",
+        "moma_competitive",
+        "moe_softmax",
+    ],
+)
 def test_two_ranks_equal_one_process(references: References, model: str) -> None:
     _run(references, model, 2, _fits(model, TWO_RANKS))
 
 
-@pytest.mark.parametrize("model", ["moma", "moma_depth", "moma_depth_per_modality"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("moma", "moma_depth", "moma_depth_per_modality"),
+        pytest.param("moma_competitive", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_four_ranks_equal_one_process(references: References, model: str) -> None:
     _run(references, model, 4, FOUR_RANKS)
 

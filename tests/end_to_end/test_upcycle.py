@@ -34,7 +34,10 @@ POST = ("model.norm=post", "model.norm_eps=1e-12")
 MODELS = {
     "pre": ONE_EACH,
     "post": (*ONE_EACH, *POST),
-    "post_per_expert": (*ONE_EACH, "model.norm=post_per_expert", "model.experts.threshold_decay=0.9"),
+    "post_per_expert": (
+        *ONE_EACH,
+        *("model.norm=post_per_expert", "model.experts.threshold_decay=0.9", "model.experts.choice=softmax"),
+    ),
     "dense": DENSE,
     "dense-post": (*DENSE, *POST),
     "dense-post_per_expert": (*DENSE, "model.norm=post_per_expert"),

@@ -44,11 +44,20 @@ class CausalReference(Reference):
 
     def _experts(self, prefix: str, group: str, token: Tensor, logits: Tensor) -> list[int]:
         if self.routing == "threshold":
-            return self._above(logits, self.weights[f"{prefix}mlp.threshold.{group}"])
+            return self._above(self._cut_by(logits), self.weights[f"{prefix}mlp.threshold.{group}"])
         scores = self._auxiliary(f"{prefix}mlp.auxiliary.{group}", token)
         if self.routing == "top1":
             return [max(range(len(scores)), key=lambda e: float(scores[e]))]
         return self._above(torch.sigmoid(scores), self.weights[f"{prefix}mlp.auxiliary.{group}.threshold"])
+
+    def _cut_by(self, logits: Tensor) -> Tensor:
+        """What is compared with cut-offs, by `model.experts.choice`."""
+        choice = self.model.experts.choice
+        if choice == "sigmoid" or len(logits) == 1:
+            return logits
+        if choice == "competitive":
+            return torch.stack([logit - sum(logits) / len(logits) for logit in logits])
+        return torch.stack([torch.log(torch.exp(logit) / sum(torch.exp(logits))) for logit in logits])
 
     def _auxiliary(self, name: str, token: Tensor) -> Tensor:
         inner = self.weights[f"{name}.hidden"] @ token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from checkpoints_tools.hf_config import model_config
 from checkpoints_tools.hf_weights import moves
 from mmscale.config import Config, ExpertsConfig, ModalityVocab
 from tests.unit.checkpoints_tools.causal_reference import CausalReference
-from tests.unit.model.reference import batch_of, depth, moma_experts, random_documents, tiny
+from tests.unit.model.reference import SHARE, batch_of, depth, moma_experts, random_documents, tiny
 
 TOLERANCE = 2e-5  # of the largest logit
 MODELS: dict[str, Config] = {
@@ -27,6 +28,8 @@ MODELS: dict[str, Config] = {
     "depth, post norm": tiny("moma", norm="post", depth=depth()),
     "dense, post norm": tiny("dense", norm="post"),
     "dense depth": tiny("dense", num_layers=3, depth=depth(), num_query_groups=1),
+    "competitive": tiny("moma", num_layers=3, depth=depth(), experts=moma_experts(choice="competitive")),
+    "softmax": tiny("moe", experts=ExpertsConfig(counts={"any": 4}, choice="softmax", share=SHARE)),
     "three modalities": tiny(
         "moma",
         experts=ExpertsConfig(
@@ -52,7 +55,8 @@ def exported(config: Config, *, routing: str = "causal", seed: int = 0, **settin
             if "norm" in name:
                 parameter.copy_(1 + 0.2 * noise)
             elif "threshold" in name:
-                parameter.copy_(0.45 + 0.05 * noise if "auxiliary" in name else 0.2 * noise)
+                cut = -math.log(4) if config.model.experts.choice == "softmax" else 0.0
+                parameter.copy_(0.45 + 0.05 * noise if "auxiliary" in name else cut + 0.2 * noise)
             else:
                 parameter.copy_(0.4 * noise)
     return model
@@ -87,7 +91,7 @@ def test_logits_are_the_reference(name: str, documents: list[list[int]]) -> None
 
 
 @pytest.mark.parametrize("routing", ["top1", "threshold"])
-@pytest.mark.parametrize("name", ["depth", "moe"])
+@pytest.mark.parametrize("name", ["depth", "moe", "competitive", "softmax"])
 def test_other_routings(name: str, routing: str, documents: list[list[int]]) -> None:
     config = MODELS[name]
     model = exported(config, routing=routing)

@@ -71,6 +71,7 @@ def test_some_settings_may_change_and_are_shown(override: str, line: str) -> Non
         "model.experts.share={text: 0.6, image: 0.4}",
         "model.experts.scope=micro_batch",
         "model.experts.capacity_factor=2",
+        "model.experts.choice=competitive",
         "model.depth.capacity=0.25",
         "model.depth.choice=per_modality",
         "model.seq_length=128",
@@ -92,6 +93,14 @@ def test_the_micro_batch_matters_where_experts_choose_among_it() -> None:
 def test_a_share_that_is_measured_later_is_no_change() -> None:
     unresolved = {**MODEL, "model": {**MODEL["model"], "experts": {"counts": {"text": 2, "image": 2}}}}
     assert changes(saved(), resolve(unresolved)) == []
+
+
+def test_old_checkpoints_keep_the_choice_that_they_were_trained_with() -> None:
+    old = saved()
+    del old["model"]["experts"]["choice"]
+    assert changes(old, config()) == []
+    refused = describe(changes(old, config("model.experts.choice=softmax")), objective=True)
+    assert refused == ['model.experts.choice: "sigmoid" -> "softmax"']
 
 
 def test_settings_that_one_version_does_not_know() -> None:

@@ -82,6 +82,7 @@ BROKEN = [
     ({"model__kind": "dense"}, "model.experts.counts is set, but model.kind = dense has no experts"),
     ({**DENSE, "model__experts__shared": 1}, "model.experts.shared is set, but model.kind = dense"),
     ({**DENSE, "model__experts__noise": "gumbel"}, "model.experts.noise is set, but model.kind = dense"),
+    ({**DENSE, "model__experts__choice": "softmax"}, "model.experts.choice is set, but model.kind = dense"),
     ({"model__kind": "moe"}, "model.experts.counts has 2 groups, model.kind = moe wants exactly one"),
     ({"model__kind": "moe", "model__experts": {}}, "model.experts.counts has 0 groups"),
     ({"model__experts__counts": {"text": 4}}, "one group for each of vocab.modalities: text, image"),

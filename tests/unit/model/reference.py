@@ -156,12 +156,32 @@ def capacity_of(config: Config, scope: int, group: str) -> int:
     return min(scope, max(1, multiples * experts.capacity_multiple))
 
 
-def choose(scores: Sequence[Sequence[float]], member: Sequence[bool], capacity: int) -> Choice:
-    """Expert choice among the tokens of one scope; scores[token][expert] are gates already. Ties: the earlier token."""
+def rank(logits: Sequence[float], choice: str) -> list[float]:
+    """What the experts of a group rank one token by."""
+    if choice == "sigmoid" or len(logits) == 1:
+        return [1 / (1 + math.exp(-logit)) for logit in logits]
+    if choice == "competitive":
+        return [logit - math.fsum(logits) / len(logits) for logit in logits]
+    total = math.fsum(math.exp(logit - max(logits)) for logit in logits)
+    return [math.exp(logit - max(logits)) / total for logit in logits]
+
+
+def choose(
+    scores: Sequence[Sequence[float]],
+    member: Sequence[bool],
+    capacity: int,
+    *,
+    ranked: Sequence[Sequence[float]] | None = None,
+) -> Choice:
+    """Expert choice among the tokens of one scope; scores[token][expert] are gates already. Ties: the earlier token.
+
+    `ranked` is what tokens are ranked by, where that is not the gate.
+    """
+    ranked = scores if ranked is None else ranked
     taken: Choice = {}
     for expert in range(len(scores[0])):
         candidates = [token for token in range(len(scores)) if member[token]]
-        candidates.sort(key=lambda token, e=expert: -round(scores[token][e], _DIGITS))  # type: ignore[misc]
+        candidates.sort(key=lambda token, e=expert: -round(ranked[token][e], _DIGITS))  # type: ignore[misc]
         for token in candidates[:capacity]:
             taken[expert, token] = scores[token][expert]
     return taken
@@ -331,7 +351,8 @@ class Reference:
     ) -> dict[tuple[int, int, int], Tensor]:
         """Gate of every choice (expert, sequence, token) of a group."""
         router = self.weights[f"{prefix}mlp.router.{group}"]
-        scores = [torch.sigmoid(x @ router.t()) for x in hidden]
+        logits = [x @ router.t() for x in hidden]
+        scores = [torch.sigmoid(x) for x in logits]
         wanted = set(range(len(self.config.vocab.names)))
         if self.model.kind == "moma":
             wanted = {self.config.vocab.names.index(group)}
@@ -343,7 +364,8 @@ class Reference:
         for scope in scopes:
             values = [scores[b][i].tolist() for b, i in scope]
             member = [facts[b].modality[i] in wanted for b, i in scope]
-            for expert, token in choose(values, member, capacity_of(self.config, len(scope), group)):
+            ranked = [rank(logits[b][i].tolist(), self.model.experts.choice) for b, i in scope]
+            for expert, token in choose(values, member, capacity_of(self.config, len(scope), group), ranked=ranked):
                 b, i = scope[token]
                 chosen[expert, b, i] = scores[b][i][expert]
         return chosen

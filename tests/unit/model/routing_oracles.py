@@ -5,8 +5,10 @@ They share nothing with mmscale.model. Tokens are numbered as the functions numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from hypothesis import strategies as st
 
@@ -24,6 +26,7 @@ class Problem:
         group: the modalities of the group of experts.
         per_sequence: experts choose in each sequence by itself.
         capacity: tokens that an expert takes of each scope.
+        choice: what an expert ranks tokens by.
     """
 
     modalities: int
@@ -32,6 +35,7 @@ class Problem:
     group: tuple[int, ...]
     per_sequence: bool
     capacity: int
+    choice: str = "sigmoid"
 
     @property
     def length(self) -> int:
@@ -52,6 +56,10 @@ class Problem:
     def member(self) -> list[list[bool]]:
         """Whether each token belongs to the group, [S][B]."""
         return [[own in self.group for own in row] for row in self.modality]
+
+    def ranked(self, token: int) -> list[float]:
+        """What each expert ranks a token by."""
+        return rank(self.logits[token // self.batch][token % self.batch], self.choice)
 
     def scopes(self) -> list[list[int]]:
         """Token numbers among which an expert chooses, in the order of the tokens."""
@@ -87,7 +95,18 @@ def problems(draw: st.DrawFn) -> Problem:
         group=tuple(sorted(draw(st.sets(st.sampled_from(everyone), min_size=1)))),
         per_sequence=per_sequence,
         capacity=draw(st.integers(1, length if per_sequence else length * batch)),
+        choice=draw(st.sampled_from(("sigmoid", "competitive", "softmax"))),
     )
+
+
+def rank(logits: Sequence[float], choice: str) -> list[float]:
+    """What the experts of a group rank a token by; equal ranks come out equal."""
+    if choice == "sigmoid" or len(logits) == 1:
+        return list(logits)
+    if choice == "competitive":
+        return [float(Fraction(logit) - sum(map(Fraction, logits)) / len(logits)) for logit in logits]
+    total = math.fsum(math.exp(logit - max(logits)) for logit in logits)
+    return [float(f"{logit - max(logits) - math.log(total):.10g}") for logit in logits]
 
 
 def best(values: dict[int, float], count: int) -> list[int]:
@@ -101,7 +120,7 @@ def expert_choice(problem: Problem) -> set[tuple[int, int]]:
     for scope in problem.scopes():
         own = [token for token in scope if problem.of_token(problem.member, token)]
         for expert in range(problem.experts):
-            values = {token: problem.logits[token // problem.batch][token % problem.batch][expert] for token in own}
+            values = {token: problem.ranked(token)[expert] for token in own}
             taken |= {(expert, token) for token in best(values, problem.capacity)}
     return taken
 
@@ -115,9 +134,7 @@ def cutoffs(problem: Problem) -> tuple[list[float], int]:
             continue
         number += 1
         for expert in range(problem.experts):
-            values = sorted(
-                (problem.logits[token // problem.batch][token % problem.batch][expert] for token in own), reverse=True
-            )
+            values = sorted((problem.ranked(token)[expert] for token in own), reverse=True)
             taken, left = values[: problem.capacity], values[problem.capacity :]
             sums[expert] += (taken[-1] + (left[0] if left else taken[-1])) / 2
     return sums, number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,16 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.config import Config, ModelConfig
+from mmscale.config import Config, ExpertsConfig, ModelConfig
 from mmscale.model.auxiliary import BINS, AuxiliaryRouter, RouterLearning, calibrated, ratios, routers_of
 from mmscale.model.layer import DepthLayer
 from mmscale.model.mixed_modal import MixedModalParams, Routing
+from mmscale.model.ranking import RANKINGS
 from mmscale.model.thresholds import Cutoffs, Thresholds, cutoffs, move
 from mmscale.plan import count_parameters
 from tests.unit.model.comparison import TOLERANCE, params_of, relative, run_layer, run_model
 from tests.unit.model.reference import (
+    SHARE,
     Batch,
     Facts,
     Reference,
@@ -27,6 +30,7 @@ from tests.unit.model.reference import (
     depth,
     moma_experts,
     random_documents,
+    rank,
     tiny,
     usual_batch,
 )
@@ -46,6 +50,8 @@ MODELS = {
     "moma": with_routers(),
     "moma_shared_post_per_expert": with_routers(norm="post_per_expert", experts=moma_experts(shared=1)),
     "moe": with_routers(kind="moe", norm="post"),
+    "competitive": with_routers(experts=moma_experts(choice="competitive"), depth=depth(), num_layers=3),
+    "softmax": with_routers(kind="moe", experts=ExpertsConfig(counts={"mixed": 4}, share=SHARE, choice="softmax")),
     "moma_depth": with_routers(depth=depth(), num_layers=3),
     "dense_depth": with_routers(kind="dense", depth=depth()),
 }
@@ -58,7 +64,7 @@ def uneven_thresholds(model: GPTModel) -> None:
         if name.endswith(".threshold"):
             buffer.uniform_(0.4, 0.6, generator=generator)
         elif "threshold." in name:
-            buffer.uniform_(-0.2, 0.2, generator=generator)
+            buffer.add_(torch.rand(buffer.shape, generator=generator) * 0.4 - 0.2)
 
 
 class CausalReference(Reference):
@@ -85,14 +91,22 @@ class CausalReference(Reference):
                 if own.modality[i] not in wanted:
                     continue
                 logits, scores = router @ token, self._scores(auxiliary, token)
+                ranked = self._cut_by(logits)
                 for expert in range(len(logits)):
                     if {
                         Routing.CAUSAL: scores[expert] > self.weights[f"{auxiliary}threshold"][expert],
                         Routing.TOP1: int(scores.argmax()) == expert,
-                        Routing.THRESHOLD: logits[expert] > self.weights[f"{prefix}mlp.threshold.{group}"][expert],
+                        Routing.THRESHOLD: ranked[expert] > self.weights[f"{prefix}mlp.threshold.{group}"][expert],
                     }[self.routing]:
                         chosen[expert, b, i] = torch.sigmoid(logits[expert])
         return chosen
+
+    def _cut_by(self, logits: Tensor) -> list[float]:
+        """What a token's logits are compared with cut-offs as: the logarithm where tokens are ranked by a softmax."""
+        choice = self.model.experts.choice
+        if choice == "softmax" and len(logits) > 1:
+            return [math.log(value) for value in rank(logits.tolist(), choice)]
+        return rank(logits.tolist(), choice) if choice == "competitive" and len(logits) > 1 else logits.tolist()
 
     def layer(self, number: int, hidden: list[Tensor], facts: list[Facts]) -> list[Tensor]:
         if self.model.depth is None or number % self.model.depth.every != 0:
@@ -174,12 +188,15 @@ def _taught(model: GPTModel, batch: Batch, learning: RouterLearning) -> MixedMod
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("kind", ["moma", "moe"])
+@pytest.mark.parametrize(
+    ("kind", "choice"), [("moma", "sigmoid"), ("moe", "sigmoid"), *(("moma", choice) for choice in list(RANKINGS)[1:])]
+)
 def test_routers_learn_the_true_choice_and_nothing_else_does(
-    kind: str, recompute: str, build: Callable[..., GPTModel]
+    kind: str, choice: str, recompute: str, build: Callable[..., GPTModel]
 ) -> None:
     """Loss, gradient and figures of every router from plain tensors; the main model's gradients are untouched."""
-    config = with_routers(kind=kind, depth=depth(), recompute=recompute)
+    experts = None if choice == "sigmoid" else moma_experts(choice=choice)
+    config = with_routers(kind=kind, depth=depth(), recompute=recompute, experts=experts)
     model, batch = build(config).train(), usual_batch()
     learning = RouterLearning(gradients=True)
     params = params_of(batch)
@@ -245,13 +262,14 @@ def _true_choice(
     (group,) = (g for g in mlp.settings.groups if g.name == name)
     member = torch.isin(modality, torch.tensor(group.modalities, dtype=modality.dtype))
     logits = hidden @ getattr(mlp.router, name).detach().t()
+    ranked = [[rank(token.tolist(), mlp.settings.choice) for token in row] for row in logits]
     length = logits.shape[0]
     capacity = max(1, int(-(-length * group.share // group.experts)))
     choice = torch.zeros(logits.shape, dtype=torch.bool)
     for b in range(logits.shape[1]):
         for e in range(group.experts):
             own = [i for i in range(length) if member[i, b]]
-            for i in sorted(own, key=lambda i: -float(logits[i, b, e]))[:capacity]:
+            for i in sorted(own, key=lambda i: -ranked[i][b][e])[:capacity]:
                 choice[i, b, e] = True
     return choice, member
 

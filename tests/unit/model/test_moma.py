@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmscale.config import Config, ExpertsConfig, ModalityVocab, ParallelConfig
 from mmscale.model.mixed_modal import RoutingStats
+from mmscale.model.ranking import RANKINGS
 from mmscale.train.layers_log import fractions
 from tests.unit.model.comparison import (
     TOLERANCE,
@@ -58,6 +59,20 @@ MODELS: dict[str, Config] = {
     "moe_micro_batch_shared": tiny(
         "moe", experts=ExpertsConfig(counts={"any": 5}, share=SHARE, scope="micro_batch", shared=1)
     ),
+    **{
+        f"{choice}_{kind}": tiny(
+            kind,
+            experts=ExpertsConfig(
+                counts={"text": 3, "image": 2} if kind == "moma" else {"any": 4},
+                share=UNEVEN,
+                choice=choice,
+                scope="micro_batch" if kind == "moe" else "sequence",
+            ),
+        )
+        for choice in RANKINGS
+        if choice != "sigmoid"
+        for kind in ("moma", "moe")
+    },
     "one_expert_each": tiny(norm="post", experts=moma_experts(counts={"text": 1, "image": 1})),
     "one_layer_odd_length": tiny(
         num_layers=1, seq_length=12, ffn_hidden_size=7, experts=moma_experts(counts={"text": 2, "image": 5})

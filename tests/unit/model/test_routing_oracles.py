@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from random import Random
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from checkpoints_tools.hf.configuration_moma import CHOICES
+from mmscale.config import ExpertsConfig
 from mmscale.model import routing
 from mmscale.model.auxiliary import BINS, calibrated
+from mmscale.model.ranking import RANKINGS
 from mmscale.model.thresholds import cutoffs, move
 from tests.unit.model import routing_oracles as oracles
 from tests.unit.model.routing_oracles import Problem, problems
@@ -27,7 +31,9 @@ def tensors(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def chosen(problem: Problem) -> routing.Selection:
     logits, member = tensors(problem)
-    return routing.expert_choice(logits, member, problem.capacity, per_sequence=problem.per_sequence)
+    return routing.expert_choice(
+        logits, member, problem.capacity, per_sequence=problem.per_sequence, rank=RANKINGS[problem.choice]
+    )
 
 
 def pairs(selection: routing.Selection) -> set[tuple[int, int]]:
@@ -40,6 +46,36 @@ def pairs(selection: routing.Selection) -> set[tuple[int, int]]:
     ]
     assert len(found) == len(set(found))
     return set(found)
+
+
+@quick
+@given(problems())
+def test_ranks(problem: Problem) -> None:
+    ranked = RANKINGS[problem.choice](torch.tensor(problem.logits)).reshape(-1, problem.experts)
+    for token, got in enumerate(ranked.tolist()):
+        assert got == pytest.approx(problem.ranked(token), rel=1e-6, abs=1e-7)
+
+
+def test_every_choice_of_the_schema_has_a_ranking() -> None:
+    assert tuple(RANKINGS) == get_args(ExpertsConfig.model_fields["choice"].annotation)
+    assert tuple(RANKINGS) == CHOICES  # of the exported model
+
+
+@pytest.mark.parametrize("choice", RANKINGS)
+def test_an_expert_that_is_alone_ranks_by_its_logit(choice: str) -> None:
+    logits = torch.tensor([0.5, -1.0, 2.0]).view(3, 1, 1)
+    member = torch.ones(3, 1, dtype=torch.bool)
+    assert pairs(routing.expert_choice(logits, member, 2, per_sequence=True, rank=RANKINGS[choice])) == {(0, 0), (0, 2)}
+
+
+@pytest.mark.parametrize("choice", RANKINGS)
+def test_logits_that_differ_by_rounding_are_ties(choice: str) -> None:
+    """The difference to the others is small where all logits are alike, and rounding would decide."""
+    first = torch.tensor([0.31037587, 0.31036, 0.3104])
+    logits = torch.stack((first, first, torch.nextafter(first, first + 1))).view(3, 1, 3)
+    member = torch.ones(3, 1, dtype=torch.bool)
+    found = pairs(routing.expert_choice(logits, member, 1, per_sequence=True, rank=RANKINGS[choice]))
+    assert found == {(0, 0), (1, 0), (2, 0)}
 
 
 def sigmoid(value: float) -> float:
@@ -169,8 +205,9 @@ def test_depth_decided(problem: Problem) -> None:
 def test_cutoffs(problem: Problem) -> None:
     logits, member = tensors(problem)
     sums, number = oracles.cutoffs(problem)
-    found = cutoffs(logits, member, problem.capacity, per_sequence=problem.per_sequence)
-    assert found.tolist() == [*sums, number]
+    ranked = RANKINGS[problem.choice](logits)
+    found = cutoffs(ranked, member, problem.capacity, per_sequence=problem.per_sequence)
+    assert found.tolist() == pytest.approx([*sums, number], rel=1e-6, abs=1e-6)
 
 
 @quick

@@ -20,6 +20,8 @@ from mmscale.report.charts import HELD_OUT, modalities_of
 from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
 from mmscale.train.metrics import EVAL, METRICS
+from mmscale.train.unrouted import note as unrouted_note
+from mmscale.train.unrouted import unrouted
 
 _ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended", "stop")
 _DIFF_UP_TO = 20_000  # characters of uncommitted changes that a page shows
@@ -49,6 +51,8 @@ def results(history: History, *, timeline: Timeline | None = None, events: Seque
         values = history.measured(key)[1]
         if np.isfinite(values).any():
             facts[name] = form.format(float(np.nanmedian(values)))
+    for name, share in _unrouted(history).items():
+        facts[f"tokens of {name} that no expert took"] = f"{share:.1%}"
     if timeline is not None and timeline.goodput is not None:
         facts["goodput"] = f"{timeline.goodput:.1%}"
     numbers = [int(event.get("attempt", 1)) for event in events if isinstance(event.get("attempt"), int)]
@@ -56,6 +60,12 @@ def results(history: History, *, timeline: Timeline | None = None, events: Seque
     facts["attempts"] = str(max([*numbers, int(attempts.max()) if len(attempts) else 1]))
     unusual = Counter(str(event.get("event")) for event in events if event.get("event") not in _ROUTINE)
     return facts | {name: str(number) for name, number in sorted(unusual.items())}
+
+
+def _unrouted(history: History) -> dict[str, float]:
+    """The latest share of each group's tokens that no expert took."""
+    latest = {key: history.last(key) for key in history.columns}
+    return unrouted({key: value for key, value in latest.items() if value is not None and np.isfinite(value)})
 
 
 def losses(history: History) -> dict[str, dict[str, str]]:
@@ -139,6 +149,8 @@ def notes(
         if broken:
             keys = ", ".join(f"{key} ({number:,})" for key, number in list(broken.items())[:6])
             found.append(f"{name}: values that are not finite, marked at the top of their charts: {keys}.")
+        if high := unrouted_note(_unrouted(history)):
+            found.append(f"{name}: at the last logged step, {high}.")
         if len(history) and np.isnan(history.of("time")).all():
             found.append(f"{name}: lines without times; the wall clock is summed up from the times of steps.")
     return found + _vocabularies(histories, configurations)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, micro_batches_per_step, tokens_per_step
+from mmscale.train.unrouted import note, unrouted
 
 _BAR = 20  # characters
 
@@ -33,6 +34,7 @@ class Progress:
         self.enabled = enabled
         self._console = console or Console(stderr=True, highlight=False)
         self._values: dict[str, float] = {}
+        self._noted = False
         self._live: Live | None = None
         if enabled and self._console.is_terminal:
             # transient: the bar goes when the run ends, the lines above it stay.
@@ -66,6 +68,10 @@ class Progress:
             self.step(step)
         else:
             self.say(line(step, self.steps, values))
+        high = note(unrouted(values))
+        if high is not None and not self._noted:
+            self._noted = True  # once an attempt: the share stands in every line
+            self.say(f"note: step {step}: {high}")
 
     def say(self, message: str) -> None:
         """One line that stays, e.g. a checkpoint or a held-out loss."""
@@ -88,6 +94,8 @@ def line(step: int, steps: int, values: Mapping[str, float]) -> str:
         parts.append(f"grad {values['grad_norm']:.3g}")
     if "lr" in values:
         parts.append(f"lr {values['lr']:.2e}")
+    if shares := unrouted(values):
+        parts.append(f"unrouted {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
     if "tokens_per_second" in values:
         parts.append(f"{count(values['tokens_per_second'])} tokens/s")
     if "mfu" in values:

@@ -242,6 +242,18 @@ def test_every_event_is_counted_and_the_last_are_listed(tmp_path: Path) -> None:
     assert (len(drawn), drawn[0], drawn[-1]) == (300, "number 0", "number 999")
 
 
+def test_many_tokens_without_an_expert_are_noted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    noted = "run: at the last logged step, experts take no part in 52% of the tokens of image"
+    text = written([run], tmp_path / "report.html")
+    assert results(page.read_runs([run], goodput=goodput)[0].history)["tokens of text that no expert took"] == "25.0%"
+    assert noted not in text
+    log = MetricsLog(run, attempt=1)
+    log.write(31, {"loss": 1.0, "experts/image/unrouted_fraction": 0.52})
+    log.close()
+    assert noted in written([run], tmp_path / "report.html")
+
+
 def test_records_of_layers_without_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run")
     (run / "layers.jsonl").write_text('{"step": 1, "attempt": 1, "layers": {"1": {}}}\n')

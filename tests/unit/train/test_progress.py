@@ -40,6 +40,22 @@ def test_line() -> None:
     assert line(1, 10, {"loss": float("nan")}) == "step  1/10  loss nan"
 
 
+def test_tokens_without_an_expert_stand_in_the_line_and_are_noted_once() -> None:
+    shares = {"experts/text/unrouted_fraction": 0.31, "experts/image/unrouted_fraction": 0.452}
+    assert line(1, 10, {"loss": 1.0} | shares) == "step  1/10  loss 1.0000  unrouted text 31%, image 45%"
+    file, console = output(terminal=False)
+    with Progress(10, console=console) as progress:
+        progress.update(1, {"loss": 1.0, "experts/image/unrouted_fraction": 0.45})
+        progress.update(2, {"loss": 1.0} | shares)
+        progress.update(3, {"loss": 1.0} | shares)
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[2] == (
+        "note: step 2: experts take no part in 45% of the tokens of image (mean over layers): see docs/routing.md, "
+        "model.experts.choice and model.experts.capacity"
+    )
+
+
 def test_log_file_gets_one_line_per_logged_step() -> None:
     file, console = output(terminal=False)
     with Progress(10, console=console) as progress:

@@ -12,7 +12,7 @@ from mmscale.config import Config
 from mmscale.config.derived import shared_width
 from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
 
-CODE = ("configuration_moma.py", "modeling_moma.py")
+CODE = ("configuration_moma.py", "experts_moma.py", "modeling_moma.py")
 PROCESSOR = "processing_moma.py"
 
 

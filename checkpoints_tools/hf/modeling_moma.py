@@ -3,8 +3,7 @@
 Shipped beside the weights. A row of the batch is one document: packed documents are not separated here. Training's
 expert choice, which looks at later tokens, is not here either.
 
-Shapes: B rows, S new tokens, H hidden width, D width of a head, N tokens of a layer in one list, E experts of a group,
-F inner width of an expert.
+Shapes: B rows, S new tokens, H hidden width, D width of a head.
 """
 
 from collections.abc import Callable
@@ -30,145 +29,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_moma import MomaConfig
+from .experts_moma import MomaAuxiliaryRouter, MomaDenseMLP, MomaSparseMLP
 
 NO_MODALITY = -1
 # What a skipped token's key adds to every score before it is scaled: exp(-30000 / sqrt(D)) is 0, and fp16 holds it.
 _SKIPPED = -30000.0
-
-
-class MomaAuxiliaryRouter(nn.Module):
-    """Predicts from a token alone what the router would have chosen among all tokens: SiLU(x W1) W2 (section 2.4)."""
-
-    def __init__(self, hidden_size: int, width: int, outputs: int) -> None:
-        super().__init__()
-        self.hidden = nn.Parameter(torch.empty(width, hidden_size))
-        self.out = nn.Parameter(torch.empty(outputs, width))
-        self.threshold = nn.Parameter(torch.empty(outputs), requires_grad=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits, fp32: [..., H] -> [..., E]."""
-        return F.linear(F.silu(F.linear(tokens, self.hidden).float()), self.out.float())
-
-    def decide(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where the sigmoid is above the threshold: [..., H] -> [..., E] bool."""
-        return self(tokens).sigmoid() > self.threshold.float()
-
-
-def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """[N, H] x [H, 2F] x [F, H] -> [N, H]."""
-    gate, up = (tokens @ gate_up).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ down
-
-
-class MomaExpertGroup(nn.Module):
-    """Experts of some modalities with their routers: the auxiliary one decides, the true one's sigmoid is the gate."""
-
-    def __init__(self, config: MomaConfig, modalities: list[int], experts: int) -> None:
-        super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.modalities = tuple(modalities)
-        self.router = nn.Parameter(torch.empty(experts, hidden))
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * inner))
-        self.down_proj = nn.Parameter(torch.empty(experts, inner, hidden))
-        self.routing = config.routing
-        self.choice = config.choice
-        self.auxiliary = MomaAuxiliaryRouter(hidden, config.auxiliary_size, experts) if config.auxiliary_size else None
-        self.threshold = nn.Parameter(torch.empty(experts), requires_grad=False) if config.keeps_thresholds else None
-        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
-
-    def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-        """Sum of gate * expert at each token.
-
-        Args:
-            tokens: [N, H].
-            modality: [N], index of each token's modality, -1 for padding.
-
-        Returns:
-            [N, H] fp32, 0 where no expert takes the token.
-        """
-        member = modality == self.modalities[0]
-        for index in self.modalities[1:]:
-            member = member | (modality == index)
-        logits = F.linear(tokens.float(), self.router.float())
-        chosen = self._decide(tokens, logits) & member.unsqueeze(1)
-        gates = logits.sigmoid()
-        expert, token = chosen.t().nonzero(as_tuple=True)  # sorted by expert
-        parts = tokens[token].split(chosen.sum(dim=0).tolist())
-        out = torch.cat([swiglu(p, self.gate_up_proj[e], self.down_proj[e]) for e, p in enumerate(parts)])
-        if self.norm is not None:
-            out = self.norm(out)
-        total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-        return total.index_add(0, token, out.float() * gates[token, expert].unsqueeze(1))
-
-    def ranked(self, logits: torch.Tensor) -> torch.Tensor:
-        """What experts ranked tokens by in training, and cut-offs are compared with: [N, E] -> [N, E], fp32."""
-        if self.choice == "sigmoid" or logits.shape[-1] == 1:
-            return logits
-        exact = logits.double()
-        if self.choice == "competitive":
-            return (exact - exact.mean(dim=-1, keepdim=True)).float()
-        return torch.log_softmax(exact, dim=-1).float()
-
-    def _decide(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Which experts take a token, [N, E] bool, from the token alone."""
-        if self.routing == "threshold":
-            assert self.threshold is not None
-            return self.ranked(logits) > self.threshold.float()
-        assert self.auxiliary is not None
-        if self.routing == "top1":
-            return F.one_hot(self.auxiliary(tokens).argmax(dim=-1), logits.shape[-1]).bool()
-        return self.auxiliary.decide(tokens)
-
-
-class MomaSharedExpert(nn.Module):
-    """A SwiGLU that sees every token."""
-
-    def __init__(self, config: MomaConfig) -> None:
-        super().__init__()
-        hidden, inner = config.hidden_size, config.shared_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(hidden, 2 * inner))
-        self.down_proj = nn.Parameter(torch.empty(inner, hidden))
-        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, H]."""
-        out = swiglu(tokens, self.gate_up_proj, self.down_proj)
-        return out if self.norm is None else self.norm(out)
-
-
-class MomaSparseMLP(nn.Module):
-    """All groups of experts, and the shared ones."""
-
-    def __init__(self, config: MomaConfig) -> None:
-        super().__init__()
-        self.experts = nn.ModuleDict(
-            {group["name"]: MomaExpertGroup(config, group["modalities"], group["experts"]) for group in _groups(config)}
-        )
-        self.shared = MomaSharedExpert(config) if config.shared_intermediate_size else None
-
-    def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-        """[N, H] and [N] -> [N, H]."""
-        total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-        for group in self.experts.values():
-            total = total + group(tokens, modality)
-        if self.shared is not None:
-            total = total + self.shared(tokens)
-        return total.to(tokens.dtype)
-
-
-class MomaDenseMLP(nn.Module):
-    """SwiGLU of every token alike."""
-
-    def __init__(self, config: MomaConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, H]."""
-        del modality
-        return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
 
 
 class MomaAttention(nn.Module):
@@ -426,10 +291,6 @@ class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def _groups(config: MomaConfig) -> list[dict[str, Any]]:
-    return config.expert_groups or []
 
 
 __all__ = ["MomaForCausalLM", "MomaModel", "MomaPreTrainedModel"]

@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from transformers.utils import logging as transformers_logging
 
 from checkpoints_tools.hf.configuration_moma import MomaConfig
+from checkpoints_tools.hf.image_codes_moma import read_codes
 from checkpoints_tools.hf.modeling_moma import MomaForCausalLM
-from checkpoints_tools.hf.processing_moma import PLACEHOLDER, MomaProcessor, read_codes
+from checkpoints_tools.hf.processing_moma import PLACEHOLDER, MomaProcessor
 from checkpoints_tools.hf_config import model_config
 from checkpoints_tools.hf_files import ModelFiles
 from checkpoints_tools.hf_source import RunWeights

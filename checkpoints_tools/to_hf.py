@@ -247,7 +247,7 @@ def _write_beside(folder: Path, config: Config, own: DataTokenizers) -> None:
     _json(folder / "generation_config.json", generation_config(config))
     if own.image is not None:
         own.image.save(folder / IMAGE_TOKENIZER)
-    for name in (PROCESSOR,) if is_native(config) else (*CODE, PROCESSOR):
+    for name in PROCESSOR if is_native(config) else (*CODE, *PROCESSOR):
         shutil.copyfile(Path(hf.__file__).with_name(name), folder / name)
     _json(folder / SETTINGS, {"format": 1, "config": config.model_dump(mode="json")})
 

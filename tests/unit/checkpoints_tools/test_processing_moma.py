@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 import torch
 
-from checkpoints_tools.hf.processing_moma import ImageGrammar, MomaProcessor, load_pixels
+from checkpoints_tools.hf.pixels_moma import load_pixels
+from checkpoints_tools.hf.processing_moma import ImageGrammar, MomaProcessor
 from checkpoints_tools.hf_text import write_text_tokenizer
 from mmscale.data.documents import Image
 from mmscale.data.image_files import load_image

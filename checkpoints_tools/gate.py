@@ -1,7 +1,8 @@
 """The gate of an export: what transformers computes from the folder must be what the trainer computes.
 
-The trainer's side is computed here, in fp32; the other side by gate_reload.py in a fresh offline process that imports
-nothing of mmscale. This file judges. Nothing is published here.
+The trainer's side is computed here, in fp32: logits of prompts, and the most likely continuations of some. The other
+side is computed by gate_reload.py in a fresh offline process that imports nothing of mmscale, with transformers' own
+`generate`. This file judges. Nothing is published here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ CLOSE_CALL = 2e-6
 # Two logits that are closer than this are a tie: either may be called the larger one.
 TIE = 1e-5
 PROMPTS = 12
+CONTINUED = 3  # prompts that are continued, by so many tokens
+NEW_TOKENS = 6
 LONGEST = 256  # tokens of a prompt, at most
 _TIMEOUT_S = 1800.0
 _PROBES = (
@@ -94,8 +97,38 @@ def prompts(data: Path, vocabulary: Vocabulary, *, tokens_per_image: int, longes
     return found
 
 
-def trainers_logits(run: Path, step: int, asked: Sequence[Ids], *, routing: str | None) -> list[torch.Tensor]:
-    """Logits fp32 [tokens, vocabulary] of each prompt, by the model that training runs.
+@dataclass(frozen=True)
+class Continued:
+    """What the trainer's model says after a beginning, always taking the most likely token.
+
+    Attributes:
+        begin: the beginning's ids.
+        new: ids after it, up to the end of the document.
+        gap: smallest distance of the two largest logits on the way; 0: a tie.
+    """
+
+    begin: Ids
+    new: list[int]
+    gap: float
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The trainer's side.
+
+    Attributes:
+        asked: token ids of each prompt.
+        logits: fp32 [tokens, vocabulary] of each.
+        continued: some of their beginnings with what follows.
+    """
+
+    asked: Sequence[Ids]
+    logits: list[torch.Tensor]
+    continued: list[Continued]
+
+
+def compute(run: Path, step: int, asked: Sequence[Ids], *, routing: str | None) -> Computed:
+    """What the model that training runs computes.
 
     Args:
         run: the run's folder.
@@ -106,22 +139,54 @@ def trainers_logits(run: Path, step: int, asked: Sequence[Ids], *, routing: str 
     found = []
     with open_run(run, step=step, dtype="fp32") as model:
         kwargs = {} if routing is None else {"routing": Routing(routing)}
-        for ids in asked:
-            length = model.config.model.seq_length
-            batch, _ = pack_rows([[ids]], vocabulary=model.vocabulary, seq_length=length)
-            found.append(model.logits(batch, **kwargs)[0, : len(ids)].clone())
-    return found
+        length = model.config.model.seq_length
+
+        def logits(rows: Sequence[Ids]) -> torch.Tensor:
+            batch, _ = pack_rows([[ids] for ids in rows], vocabulary=model.vocabulary, seq_length=length)
+            return model.logits(batch, **kwargs)
+
+        found = [logits([ids])[0, : len(ids)].clone() for ids in asked]
+        begins = _beginnings(asked, length=length)
+        continued = _continued(logits, begins, new_tokens=min(NEW_TOKENS, length - 1), size=model.config.vocab.size)
+    return Computed(asked, found, continued)
 
 
-def reload(
-    folder: Path, asked: Sequence[Ids], logits: Sequence[torch.Tensor], expected: Expected, *, scratch: Path
-) -> dict[str, Any]:
+def _beginnings(asked: Sequence[Ids], *, length: int) -> list[Ids]:
+    """First halves of some prompts, documents and random ones, with room for what follows."""
+    chosen = np.linspace(0, len(asked) - 1, CONTINUED).astype(np.int64)
+    room = max(1, length - NEW_TOKENS)
+    return [asked[number][: min(room, max(1, len(asked[number]) // 2))] for number in chosen]
+
+
+def _continued(
+    logits: Callable[[Sequence[Ids]], torch.Tensor], begins: Sequence[Ids], *, new_tokens: int, size: int
+) -> list[Continued]:
+    """The most likely tokens after each beginning, without a cache; ids from `size` on are no tokens."""
+    rows = list(begins)
+    gaps = [math.inf] * len(rows)
+    for _ in range(new_tokens):
+        computed = logits(rows)
+        for number, row in enumerate(rows):
+            best = computed[number, len(row) - 1, :size].topk(2)
+            gaps[number] = min(gaps[number], float(best.values[0] - best.values[1]))
+            rows[number] = np.append(row, int(best.indices[0]))
+    return [
+        Continued(begin, _document(row[len(begin) :].tolist()), gap)
+        for begin, row, gap in zip(begins, rows, gaps, strict=True)
+    ]
+
+
+def _document(ids: list[int]) -> list[int]:
+    """Ids up to the first `</s>`, which is among them."""
+    return ids[: ids.index(EOS) + 1] if EOS in ids else ids
+
+
+def reload(folder: Path, computed: Computed, expected: Expected, *, scratch: Path) -> dict[str, Any]:
     """Load the folder in a fresh process without a network, and compare.
 
     Args:
         folder: a whole Hugging Face folder.
-        asked: token ids of each prompt.
-        logits: the trainer's.
+        computed: the trainer's side.
         expected: tokenizers.
         scratch: an empty folder, absolute.
 
@@ -131,14 +196,15 @@ def reload(
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    tensors = {f"ids.{n}": torch.from_numpy(ids) for n, ids in enumerate(asked)}
-    tensors |= {f"logits.{n}": own for n, own in enumerate(logits)}
+    tensors = {f"ids.{n}": torch.from_numpy(ids) for n, ids in enumerate(computed.asked)}
+    tensors |= {f"logits.{n}": own for n, own in enumerate(computed.logits)}
+    tensors |= {f"begin.{n}": torch.from_numpy(own.begin) for n, own in enumerate(computed.continued)}
     if expected.image is not None:
         tensors |= _images(expected.image)
     save_file(tensors, scratch / "logits.safetensors")
     remote = "auto_map" in json.loads((folder / "config.json").read_text())
     ids = [expected.text.encode(text).tolist() for text in _PROBES]
-    said = {"texts": _PROBES, "ids": ids, "remote_code": remote}
+    said = {"texts": _PROBES, "ids": ids, "remote_code": remote, "new_tokens": NEW_TOKENS}
     (scratch / "texts.json").write_text(json.dumps(said))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(scratch / "home")}
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
@@ -159,6 +225,9 @@ def reload(
             remedy="nothing was published; report it with the output of MMSCALE_DEBUG=1",
         ) from RuntimeError(ended.stderr)
     found: dict[str, Any] = json.loads((scratch / "found.json").read_text())
+    for row, own in zip(found["generated"], computed.continued, strict=True):
+        row |= {way: _document(ids) for way, ids in row.items() if isinstance(ids, list)}
+        row |= {"trainer": own.new, "gap": own.gap}
     return found
 
 
@@ -182,7 +251,8 @@ def judge(found: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `passed`; `problems` in words; `max_abs` over all compared prompts in all ways (whole, cached, left-padded);
-        `argmax_same` and `tokens`; `compared` and `close_calls`: prompts.
+        `argmax_same` and `tokens`; `compared` and `close_calls`: prompts; `generated`: tokens that `generate` and the
+        trainer agree about.
     """
     problems = [
         f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in found["loading"].items() if names
@@ -202,6 +272,7 @@ def judge(found: dict[str, Any]) -> dict[str, Any]:
     gap = max((row["largest_gap_of_another_argmax"] for row in sure), default=0.0)
     if gap > TIE:
         problems.append(f"another most likely token, ahead by {gap:.3g}")
+    problems += _unlike(found["generated"])
     for kind, what in (("other_ids", "processor"), ("other_plain_ids", "tokenizer")):
         if found[kind]:
             problems.append(f"the {what} encodes {found[kind][0]!r} differently")
@@ -216,7 +287,28 @@ def judge(found: dict[str, Any]) -> dict[str, Any]:
         "tokens": sum(row["tokens"] for row in sure),
         "compared": len(sure),
         "close_calls": len(found["prompts"]) - len(sure),
+        "generated": sum(len(row["trainer"]) for row in found["generated"] if _agrees(row)),
     }
+
+
+WAYS = ("cached", "uncached", "batched")
+
+
+def _agrees(row: dict[str, Any]) -> bool:
+    return all(row[way] == row["trainer"] for way in WAYS)
+
+
+def _unlike(generated: Sequence[dict[str, Any]]) -> list[str]:
+    """Ways to generate that give other tokens than the trainer's model; a close call proves nothing."""
+    problems = []
+    for row in generated:
+        close = row["margin"] < CLOSE_CALL or row["gap"] < 2 * TOLERANCE
+        if not close and not _agrees(row):
+            ways = ", ".join(way for way in WAYS if row[way] != row["trainer"])
+            problems.append(f"generate() gives other tokens than the trainer's model ({ways})")
+    if generated and not problems and not any(map(_agrees, generated)):
+        problems.append("generate() never gives the tokens of the trainer's model; all of them may be close calls")
+    return list(dict.fromkeys(problems))
 
 
 def _worst(row: dict[str, Any]) -> float:

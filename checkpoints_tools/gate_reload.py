@@ -24,7 +24,8 @@ def main(folder: Path, expected: Path) -> None:
 
     Args:
         folder: the exported model.
-        expected: `logits.safetensors` ("ids.0", "logits.0", ...; "pixels"), `texts.json` (texts, their ids, codes).
+        expected: `logits.safetensors` ("ids.0", "logits.0", ...; "pixels"), `texts.json` (texts, their ids, codes;
+            new_tokens).
     """
     transformers.utils.logging.disable_progress_bar()
     wanted = load_file(expected / "logits.safetensors")
@@ -42,6 +43,7 @@ def main(folder: Path, expected: Path) -> None:
     }
     with torch.no_grad():
         found |= _compare(model, wanted)
+        found["generated"] = _generated(model, wanted, new_tokens=said["new_tokens"])
     found |= _texts(folder, said, wanted)
     (expected / "found.json").write_text(json.dumps(found))
 
@@ -126,6 +128,36 @@ def _compare(model: Any, wanted: dict[str, Tensor]) -> dict[str, Any]:
         own = padded[number, width - row["tokens"] :]
         row["padded_max_abs"] = float((own - wanted[f"logits.{number}"]).abs().max())
     return {"prompts": prompts}
+
+
+def _generated(model: Any, wanted: dict[str, Tensor], *, new_tokens: int) -> list[dict[str, Any]]:
+    """What `generate` says after each beginning: with a cache, without one, and in a left-padded batch."""
+    margins = _Margins(model)
+    begins = [wanted[name] for name in sorted(name for name in wanted if name.startswith("begin."))]
+    rows = []
+    for begin in begins:
+        alone = (begin[None], torch.ones_like(begin)[None])
+        row: dict[str, Any] = {
+            way: _continue(model, *alone, new_tokens=new_tokens, use_cache=way == "cached")[0]
+            for way in ("cached", "uncached")
+        }
+        rows.append(row | {"margin": margins.take()})
+    width = max(map(len, begins))
+    batch = torch.full((len(begins), width), model.config.pad_token_id)
+    mask = torch.zeros_like(batch)
+    for number, begin in enumerate(begins):
+        batch[number, width - len(begin) :] = begin
+        mask[number, width - len(begin) :] = 1
+    together = _continue(model, batch, mask, new_tokens=new_tokens, use_cache=True)
+    return [row | {"batched": new} for row, new in zip(rows, together, strict=True)]
+
+
+def _continue(model: Any, ids: Tensor, mask: Tensor, *, new_tokens: int, use_cache: bool) -> list[list[int]]:
+    whole = model.generate(
+        ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None, do_sample=False, use_cache=use_cache
+    )
+    found: list[list[int]] = whole[:, ids.shape[1] :].tolist()
+    return found
 
 
 def _distance(got: Tensor, want: Tensor) -> dict[str, Any]:

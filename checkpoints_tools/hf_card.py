@@ -73,8 +73,9 @@ def card(config: Config, report: dict[str, Any], *, run: Path, step: int) -> str
                 "## Conversion",
                 f"Logits of {gate['compared']} prompts ({gate['tokens']} tokens), whole, with a cache and left-padded, "
                 f"differ from the trainer's by at most {gate['max_abs']:.2g} (fp32, limit {gate['tolerance']:g}); the "
-                f"most likely token is the same at {gate['argmax_same']} of {gate['tokens']} places. Details: "
-                "`conversion_report.json`.",
+                f"most likely token is the same at {gate['argmax_same']} of {gate['tokens']} places. `generate` gives "
+                f"the trainer's {gate['generated']} most likely next tokens with a cache, without one, left-padded. "
+                "Details: `conversion_report.json`.",
                 _facts(
                     {
                         "checkpoint": origin["path"],

@@ -273,23 +273,24 @@ def _judged(
     tokens = own.image.tokens_per_image if own.image else 0
     asked = gate.prompts(own.folder, own.vocabulary, tokens_per_image=tokens, longest=config.model.seq_length)
     used = routing if config.model.routes else None
-    logits = gate.trainers_logits(run, source.step, asked, routing=used)
+    computed = gate.compute(run, source.step, asked, routing=used)
     with _seen_with(folder, content, out) as (view, scratch):
         on_stage("view")
         expected = gate.Expected(own.vocabulary, own.text, own.image)
-        found = gate.reload(view, asked, logits, expected, scratch=scratch)
+        found = gate.reload(view, computed, expected, scratch=scratch)
     verdict = gate.judge(found)
     if not verdict["passed"]:
         raise CheckpointError(
             f"the gate refuses the export of {source.path}: {integrity.describe(verdict['problems'])}",
             remedy="nothing was published; this is a bug of the conversion, or a version of transformers that it does "
-            f"not know: it was written for 5.23, here is {found['transformers']}",
+            f"not know: it was written for 5.24, here is {found['transformers']}",
         )
     return {
         "gate": verdict,
         "model": {"class": found["class"], "native": is_native(config), "routing": used},
         "weights": {"tensors": written.tensors, "bytes": written.bytes, "shards": list(written.shards)},
         "prompts": found["prompts"],
+        "generated": found["generated"],
         "data": own.about,
         "versions": {"mmscale": code_version(), "transformers": found["transformers"], "torch": found["torch"]},
         "origin": origin_of("convert to-hf", source.parents, routing=used),

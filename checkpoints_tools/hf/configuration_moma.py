@@ -37,7 +37,7 @@ class MomaConfig(PreTrainedConfig):
     """
 
     model_type = "moma"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 65536
     hidden_size: int = 512

@@ -1,7 +1,7 @@
 """MoMa (arXiv 2407.21770) for Hugging Face transformers 5: causal inference with auxiliary routers.
 
-Shipped beside the weights. A row of the batch is one document: packed documents are not separated here. Training's
-expert choice, which looks at later tokens, is not here either.
+Shipped beside the weights. A row of the batch is one document; packed documents only where arguments_moma.py says so.
+Training's expert choice, which looks at later tokens, is not here.
 
 Shapes: B rows, S new tokens, H hidden width, D width of a head.
 """
@@ -28,6 +28,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .arguments_moma import CACHE, LOSS, one_cache, refuse_mixed_documents, refuse_unknown
 from .configuration_moma import MomaConfig
 from .experts_moma import MomaAuxiliaryRouter, MomaDenseMLP, MomaSparseMLP
 
@@ -66,10 +67,12 @@ class MomaAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, H] -> [B, S, H]; keep: [B, S] bool of a Mixture-of-Depths layer, None elsewhere."""
+        cache = one_cache(cache, past_key_values)
         batch, length, _ = hidden_states.shape
         shape = (batch, length, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -80,8 +83,8 @@ class MomaAttention(nn.Module):
             flag = torch.where(keep, 0.0, _SKIPPED * self.scaling).to(key.dtype)
             key = torch.cat((key, flag[:, None, :, None].expand(-1, key.shape[1], -1, 1)), dim=-1)
             query = F.pad(query, (0, 1), value=1.0 / self.scaling)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -157,7 +160,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MomaDecoderLayer"]  # noqa: RUF012  as transformers declares it
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # its kernels want keys as wide as values
@@ -206,27 +209,43 @@ class MomaModel(MomaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """[B, S] ids -> [B, S, H].
 
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, past + S], 0 for padding; or [B, 1, S, past + S], as made by transformers.
+            position_ids: [B, S]; default: from the cache's length on.
+            past_key_values: the cache, as transformers up to 5.23 calls it.
+            inputs_embeds: [B, S, H], instead of the embedding's rows; the ids are needed all the same.
+            use_cache: return a cache; default: config.use_cache.
+            cache: the cache, as transformers from 5.24 on calls it.
+            kwargs: see arguments_moma.py.
+
         Raises:
-            ValueError: there are no ids: without them the modality of a token is not known.
+            ValueError: there are no ids: without them the modality of a token is not known; or packed documents
+                would be mixed.
+            TypeError: an argument is unknown.
         """
+        refuse_unknown(kwargs, where=type(self).__name__)
+        cache = one_cache(cache, past_key_values)
         if input_ids is None:
             raise ValueError("MoMa needs input_ids, also with inputs_embeds: a token's modality follows from its id")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        refuse_mixed_documents(position_ids, attention_mask, cache)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)  # type: ignore[assignment]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         modality = self.modality_of(input_ids)
         angles = self.rotary_emb(hidden, position_ids)
@@ -236,12 +255,10 @@ class MomaModel(MomaPreTrainedModel):
                 modality=modality,
                 attention_mask=mask,
                 position_embeddings=angles,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache if use_cache else None})
 
 
 class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
@@ -267,29 +284,38 @@ class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """[B, S] ids -> logits [B, S, vocabulary], and the loss of `labels` [B, S] where they are not -100."""
+        """[B, S] ids -> logits [B, S, vocabulary], and the loss of `labels` [B, S] where they are not -100.
+
+        Raises:
+            ValueError: as `MomaModel.forward`.
+            TypeError: an argument is unknown.
+        """
+        refuse_unknown(kwargs, where=type(self).__name__, also=LOSS)
+        of_loss = {name: kwargs.pop(name) for name in LOSS & kwargs.keys()}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
+            **{CACHE: one_cache(cache, past_key_values)},
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

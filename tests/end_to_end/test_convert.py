@@ -93,6 +93,7 @@ def test_the_gate_says_how_close_it_is(kind: str, dense: Path, moma: Path) -> No
     gate = json.loads((folder / "conversion_report.json").read_text())["gate"]
     assert gate["passed"] and gate["problems"] == [] and gate["compared"] >= 6
     assert gate["max_abs"] < 1e-5 and gate["argmax_same"] == gate["tokens"] > 60
+    assert gate["generated"] > 6
     card = (folder / "README.md").read_text()
     assert "## Data" in card and "digits" in card and "causal" in card if kind == "moma" else "Qwen3" in card
 
@@ -299,6 +300,21 @@ def test_the_gate_refuses(runs: Path, tmp_path: Path) -> None:
     assert status == 4 and "the gate refuses" in error, error
     assert "missing keys: model.layers.1.mlp.experts.text.auxiliary.hidden" in error and "logits differ by" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def forget_the_cache(folder: Path) -> None:
+    """The model ignores the cache under the name that generate() gives it, and takes it under the other one."""
+    file = folder / "modeling_moma.py"
+    code, argument = file.read_text(), "**{CACHE: one_cache(cache, past_key_values)}"
+    assert code.count(argument) == 1
+    file.write_text(code.replace(argument, "**{CACHE: past_key_values}"))
+
+
+def test_the_gate_generates(runs: Path, tmp_path: Path) -> None:
+    """Logits agree with and without a cache, and yet generate() decodes without context: as in transformers 5.24."""
+    status, error = forked(damaging("files", forget_the_cache, runs / "tiny", tmp_path / "hf"))
+    assert status == 4 and "generate() gives other tokens than the trainer's model (cached, batched)" in error, error
+    assert "logits differ" not in error and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stage", ["weights", "files"])

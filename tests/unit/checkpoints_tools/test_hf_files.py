@@ -142,6 +142,10 @@ FOUND: dict[str, Any] = {
         }
     ]
     * 4,
+    "generated": [
+        {"cached": [7, 8], "uncached": [7, 8], "batched": [7, 8], "trainer": [7, 8], "margin": 0.5, "gap": 0.1}
+    ]
+    * 3,
     "other_ids": [],
     "other_plain_ids": [],
     "other_images": 0,
@@ -151,6 +155,7 @@ FOUND: dict[str, Any] = {
 def test_verdict_of_a_good_export() -> None:
     verdict = gate.judge(FOUND)
     assert verdict["passed"] and verdict["max_abs"] == 3e-6 and (verdict["tokens"], verdict["compared"]) == (36, 4)
+    assert verdict["generated"] == 6
 
 
 @pytest.mark.parametrize(
@@ -186,3 +191,16 @@ def test_close_calls_prove_nothing_but_may_not_be_many() -> None:
     assert gate.judge(some)["passed"] and gate.judge(some)["close_calls"] == 1
     many = FOUND | {"prompts": [far] * 5 + FOUND["prompts"]}
     assert "may be close calls" in gate.judge(many)["problems"][0]
+
+
+@pytest.mark.parametrize("way", gate.WAYS)
+def test_what_generate_gives_must_be_what_the_trainer_gives(way: str) -> None:
+    (good, *_) = FOUND["generated"]
+    other = good | {way: [7, 9]}
+    (problem,) = gate.judge(FOUND | {"generated": [good, other, good]})["problems"]
+    assert problem == f"generate() gives other tokens than the trainer's model ({way})"
+    for close in ({"gap": 1e-5}, {"margin": 1e-7}):
+        verdict = gate.judge(FOUND | {"generated": [good, other | close, good]})
+        assert verdict["passed"] and verdict["generated"] == 4
+        (problem,) = gate.judge(FOUND | {"generated": [other | close] * 3})["problems"]
+        assert "never gives the tokens" in problem

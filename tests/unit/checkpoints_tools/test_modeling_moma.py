@@ -129,21 +129,20 @@ def test_with_a_cache_as_without(attention: str, documents: list[list[int]]) -> 
 
 def generated(model: MomaForCausalLM, ids: Tensor, **settings: Any) -> list[list[int]]:
     mask = settings.pop("attention_mask", torch.ones_like(ids))
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, **settings
-    )
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | settings
+    out = model.generate(ids, attention_mask=mask, **settings)
     return out[:, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}],
+    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2, "eos_token_id": 31}],
     ids=["greedy", "static cache", "beams", "prompt lookup"],
 )
 def test_generation_does_not_depend_on_the_cache(settings: dict[str, Any], documents: list[list[int]]) -> None:
     model = exported(MODELS["depth"])
     ids = torch.tensor(documents[:1])
-    want = {key: value for key, value in settings.items() if key == "num_beams"}
+    want = {key: value for key, value in settings.items() if key in ("num_beams", "eos_token_id")}
     assert generated(model, ids, **settings) == generated(model, ids, use_cache=False, **want)
 
 

@@ -232,9 +232,10 @@ def verify_layout(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a parallel layout with one process: loss and gradient norm, step by step.
+    """Compare a parallel layout with one process: losses, gradient norms, and the gradient of every tensor.
 
-    Exit status 1 if they differ.
+    The layout and one process each save a checkpoint after step 1, below run.dir, and both are compared tensor by
+    tensor; the layout then goes on from the one process's checkpoint. Exit status 1 if they differ.
     """
     from mmscale.config import rules
     from mmscale.config.load import load
@@ -266,6 +267,15 @@ def _verdict(result: dict[str, Any]) -> None:
         ("loss differs by", f"{result['loss_difference']:.2e}"),
         ("gradient norm differs by", f"{result['grad_norm_difference']:.2e} of it"),
         ("tolerance", f"{result['tolerance']:.0e}"),
+        ("gradients differ by", _worst(result["gradients"])),
+        ("weights and state differ by", _worst(result["state"])),
         ("verdict", "equal to one process" if result["passed"] else "NOT EQUAL to one process"),
     ]
     pairs(rows)
+
+
+def _worst(part: dict[str, Any]) -> str:
+    """The tensor that differs most, relative to its norm, and how many exceed the tolerance."""
+    number = len(part["differ"])
+    found = f"{part['difference']:.2e}, {part['worst']} ({part['compared']} tensors, tolerance {part['tolerance']:.0e})"
+    return found if number == 0 else f"{found}; beyond it: {', '.join(part['differ'])}"

@@ -1,91 +1,61 @@
-"""Is a parallel layout equal to one process? Loss and gradient norm, step by step, on the same batches and weights.
+"""Is a parallel layout equal to one process? Losses, gradient norms, and every tensor of a checkpoint.
 
-Users run it as `mmscale verify-layout`; the test matrix runs it too. Rank 0 first takes the steps alone, as a world of
-one process; then all ranks take them under the layout.
+Users run it as `mmscale verify-layout`; the test matrix judges layouts with it too. Rank 0 first takes the steps alone,
+as a world of one process, and saves after the first. Then all ranks take the first step under the layout, save, and go
+on from what the one process saved. The two checkpoints are compared tensor by tensor.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from mmscale.checkpoint.difference import TensorDifference, differences, largest
+from mmscale.checkpoint.tensors import open_tensors
 from mmscale.config import Config, ParallelConfig
-from mmscale.config.derived import global_micro_batches
 from mmscale.config.rules import check
-from mmscale.data.vocab import Vocabulary
-from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
+from mmscale.runtime.groups import from_first
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import to_device
-from mmscale.train.companions import companions_of
-from mmscale.train.optim import make_optimizer, wrap
-from mmscale.train.step import Stepper, mean_losses, reduce_sums
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.trial import SAVED_STEP, Trace, take_steps, with_share
 
-# Largest differences seen over all layouts are 1e-6 (fp32): summation order only. In bf16 tensor parallelism rounds
-# partial sums to 8 bits, so losses differ by some 1e-3 after a few steps.
-TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}
+__all__ = ["Trace", "compare", "take_steps", "verdict", "verify_layout", "with_share"]
+
+_NAMED = 10  # differing tensors that a result names
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What the steps gave: losses and gradient norms."""
+class Tolerance:
+    """What rounding may make of the same arithmetic in another order.
 
-    losses: tuple[float, ...]
-    grad_norms: tuple[float, ...]
-
-
-def take_steps(
-    config: Config,
-    *,
-    steps: int,
-    absent: str | None = None,
-    alter: Callable[[list[Any]], None] | None = None,
-) -> Trace:
-    """Train on synthetic batches under the layout that is initialised, from the run's initial weights.
-
-    Args:
-        config: the run's configuration; `model.experts.share` is taken as equal shares if it is 'auto'.
-        steps: optimizer steps.
-        absent: modality that odd micro-batches lack.
-        alter: changes the model chunks before they are wrapped (negative controls in tests).
+    Attributes:
+        value: largest difference of losses, and of gradient norms relative to them.
+        gradient: largest difference of a first moment after step 1, relative to the tensor's norm.
+        state: the same of weights, second moments and thresholds.
     """
-    groups = process_groups.collection()
-    config = with_share(config)
-    share = config.model.experts.share
-    assert isinstance(share, dict)
-    mixture = SyntheticMixture(config, share=share, absent=absent)
-    transformer = transformer_config(config)
-    chunks = build_chunks(config, groups, transformer=transformer)
-    if alter is not None:
-        alter(chunks)
-    wrapped = wrap(config, transformer, chunks, groups)
-    optimizer = make_optimizer(config, wrapped, groups)
-    companions = companions_of(config, transformer, wrapped, groups)
-    stepper = Stepper(config, wrapped, optimizer, groups, companions=companions)
-    vocabulary = Vocabulary.from_config(config.vocab)
-    rank, size = groups.dp.rank(), groups.dp.size()
-    per_step = global_micro_batches(config)
-    losses, norms = [], []
-    for step in range(steps):
-        numbers = range(step * per_step + rank, (step + 1) * per_step, size)
-        result = stepper.train([to_device(mixture.micro_batch(n), vocabulary) for n in numbers], lr=config.optim.lr)
-        losses.append(mean_losses(reduce_sums(result.sums, groups), config.vocab.names)["loss"])
-        norms.append(result.grad_norm)
-    return Trace(tuple(losses), tuple(norms))
+
+    value: float
+    gradient: float
+    state: float
 
 
-def with_share(config: Config) -> Config:
-    """The configuration with nominal shares filled in: equal ones where they would be measured from data."""
-    if config.model.experts.share != "auto":
-        return config
-    names = config.vocab.names
-    experts = config.model.experts.model_copy(update={"share": {name: 1.0 / len(names) for name in names}})
-    return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
+# Largest differences seen over all layouts in fp32 are 1e-6 for losses and norms and 2e-6 for single tensors (the
+# weights of query norms, whose gradients are small sums of large terms): summation order only. In bf16 tensor
+# parallelism rounds partial sums to 8 bits, so losses differ by some 1e-3 after a few steps.
+TOLERANCE = {
+    "fp32": Tolerance(value=2e-6, gradient=5e-6, state=5e-6),
+    "bf16": Tolerance(value=5e-3, gradient=1e-1, state=2e-1),
+}
+
+
+def tolerance_of(config: Config) -> Tolerance:
+    """The tolerance of a run's number formats."""
+    # Rounding to 3 bits turns another order of summation into another value as rounding to 8 bits does, or more.
+    return TOLERANCE[config.precision.dtype if config.precision.fp8 == "off" else "bf16"]
 
 
 def single_process(config: Config) -> Config:
@@ -100,8 +70,59 @@ def compare(reference: Trace, trace: Trace) -> tuple[float, float]:
     return loss, norm
 
 
+def compare_tensors(reference: Path, saved: Path) -> list[TensorDifference]:
+    """Differences between the checkpoints of two trials, the largest first."""
+    return differences(open_tensors(reference, SAVED_STEP), open_tensors(saved, SAVED_STEP))
+
+
+def verdict(config: Config, *, reference: Trace, trace: Trace, tensors: Sequence[TensorDifference]) -> dict[str, Any]:
+    """What `mmscale verify-layout` says about a layout.
+
+    Args:
+        config: gives the tolerance.
+        reference: the trace of one process.
+        trace: the layout's.
+        tensors: differences between their checkpoints, the largest first.
+
+    Returns:
+        `loss_difference`, `grad_norm_difference`, `tolerance`, `gradients` and `state` (number of tensors `compared`,
+        `worst` tensor, its `difference`, `tolerance`, and names of those that `differ`), `passed`, and both traces.
+    """
+    allowed = tolerance_of(config)
+    loss, norm = compare(reference, trace)
+    parts = {
+        "gradients": _part([one for one in tensors if one.is_gradient], allowed.gradient),
+        "state": _part([one for one in tensors if not one.is_gradient], allowed.state),
+    }
+    # Not a number fails every comparison.
+    passed = loss <= allowed.value and norm <= allowed.value and not any(part["differ"] for part in parts.values())
+    return {
+        "loss_difference": loss,
+        "grad_norm_difference": norm,
+        "tolerance": allowed.value,
+        **parts,
+        "passed": passed,
+        "reference": {"losses": reference.losses, "grad_norms": reference.grad_norms},
+        "trace": {"losses": trace.losses, "grad_norms": trace.grad_norms},
+    }
+
+
+def _part(found: Sequence[TensorDifference], tolerance: float) -> dict[str, Any]:
+    worst = largest(found)
+    return {
+        "compared": len(found),
+        "worst": worst.name,
+        "difference": worst.value,
+        "tolerance": tolerance,
+        "differ": [one.name for one in found if not one.value <= tolerance][:_NAMED],
+    }
+
+
 def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> dict[str, Any]:
     """Compare this run's layout with one process. Called on every rank, before any process group is started.
+
+    Two checkpoints are written below `run.dir`, which all ranks must see, and removed again. Adam's moments are kept in
+    fp32, whatever `optim.moments` says: they are compared as gradients.
 
     Args:
         config: the run's configuration, with its parallel layout.
@@ -109,33 +130,43 @@ def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> 
         env: this process's place; discovered from the environment if not given.
 
     Returns:
-        `layout`, `steps`, `loss_difference`, `grad_norm_difference`, `tolerance`, `passed`, and both traces, on every
-        rank.
+        `layout`, `steps`, and what `verdict` gives, on every rank.
     """
     from mmscale.runtime.rank_env import discover
 
     env = env or discover()
     check(config, world_size=env.world_size)
-    reference: Trace | None = None
-    if env.rank == 0:
-        process_groups.initialize(RankEnv(local_rank=env.local_rank), seed=config.run.seed)
-        reference = take_steps(single_process(config), steps=steps)
-        process_groups.finalize()
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"moments": "fp32"})})
+    folder: Path | None = None
+    try:
+        reference: Trace | None = None
+        if env.rank == 0:
+            folder = _folder(config)
+            process_groups.initialize(RankEnv(local_rank=env.local_rank), seed=config.run.seed)
+            reference = take_steps(single_process(config), steps=steps, saved=folder / "one_process")
+            process_groups.finalize()
+        return _under_the_layout(config, env, steps=steps, reference=reference, folder=folder)
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _under_the_layout(
+    config: Config, env: RankEnv, *, steps: int, reference: Trace | None, folder: Path | None
+) -> dict[str, Any]:
+    """Take the steps on all ranks and judge them; only rank 0 knows what one process gave."""
     parallel = config.parallel
     process_groups.initialize(
         env, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=config.run.seed
     )
     try:
-        trace = take_steps(config, steps=steps)
-        shared = [reference]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        reference = shared[0]
-        assert reference is not None
+        reference, folder = from_first((reference, folder))
+        assert reference is not None and folder is not None
+        alone, saved = folder / "one_process", folder / "layout"
+        trace = take_steps(config, steps=steps, saved=saved, reference=alone)
+        tensors = from_first(compare_tensors(alone, saved) if env.rank == 0 else None)
     finally:
         process_groups.finalize()
-    loss, norm = compare(reference, trace)
-    # Rounding to 3 bits turns another order of summation into another value as rounding to 8 bits does, or more.
-    tolerance = TOLERANCE[config.precision.dtype if config.precision.fp8 == "off" else "bf16"]
     layout = {
         "tp": parallel.tp,
         "pp": parallel.pp,
@@ -143,13 +174,11 @@ def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> 
         "ep": parallel.ep,
         "world_size": env.world_size,
     }
-    return {
-        "layout": layout,
-        "steps": steps,
-        "loss_difference": loss,
-        "grad_norm_difference": norm,
-        "tolerance": tolerance,
-        "passed": math.isfinite(loss) and math.isfinite(norm) and loss <= tolerance and norm <= tolerance,
-        "reference": {"losses": reference.losses, "grad_norms": reference.grad_norms},
-        "trace": {"losses": trace.losses, "grad_norms": trace.grad_norms},
-    }
+    return {"layout": layout, "steps": steps} | verdict(config, reference=reference, trace=trace, tensors=tensors)
+
+
+def _folder(config: Config) -> Path:
+    """A new folder that all ranks see."""
+    parent = Path(config.run.dir)
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=".verify-layout-", dir=parent)).absolute()

@@ -5,7 +5,6 @@ Checkpoints are compared by what they hold: every global tensor of weights and o
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from mmscale.train.state import TrainState
 from mmscale.train.step import mean_losses, reduce_sums
 from mmscale.train.synthetic import SyntheticMixture
 from mmscale.train.verify import with_share
-from tests.distributed.layouts import config
+from tests.distributed.layouts import config, start
 from tests.support import run_ranks
 
 STEPS = 4
@@ -130,12 +129,6 @@ def assert_weights_are_newest(saved: dict[str, Tensor]) -> None:
     assert masters and masters.keys() <= saved.keys()
     stale = [key for key, value in masters.items() if not torch.equal(value.to(saved[key].dtype), saved[key])]
     assert not stale, f"weights of an earlier step: {stale}"
-
-
-def start(ranks: RankEnv) -> None:
-    """torch.distributed, and no garbage collection of what the fork inherited: megatron-core collects in every save."""
-    gc.freeze()
-    process_groups.start(ranks)
 
 
 # Parameters of other ranks arrive in the next forward pass: a checkpoint must not hold those of the step before.

@@ -339,13 +339,15 @@ def test_verify_layout(
     run: Run, monkeypatch: pytest.MonkeyPatch, config: Path, passed: bool, status: int, word: str
 ) -> None:
     result = {"layout": {"tp": 1, "vpp": None}, "steps": 3, "loss_difference": 1e-7, "grad_norm_difference": 0.0}
-    result |= {"tolerance": 2e-6, "passed": passed}
+    part = {"compared": 2, "worst": "decoder.w", "difference": 1e-3, "tolerance": 5e-6, "differ": ["decoder.w"]}
+    result |= {"tolerance": 2e-6, "passed": passed, "gradients": part, "state": part | {"differ": []}}
     fake = SimpleNamespace(verify_layout=lambda _config, *, steps: result)
     monkeypatch.setitem(sys.modules, "mmscale.train.verify", fake)
     monkeypatch.setattr("mmscale.train.verify", fake, raising=False)
     found, out, _ = run("verify-layout", config)
     assert found == status
     assert word in out
+    assert "1.00e-03, decoder.w (2 tensors, tolerance 5e-06); beyond it: decoder.w" in " ".join(out.split())
 
 
 def test_verify_layout_starts_as_many_ranks_as_the_layout_has(

@@ -1,0 +1,84 @@
+"""Compares two checkpoints of one step tensor by tensor, whatever layouts wrote them. Reads them; changes nothing.
+
+After the first step of Adam the first moment is (1 - beta1) times the clipped gradient, so comparing first moments
+compares the gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mmscale.checkpoint.tensors import SCALING, TensorSource
+
+FIRST_MOMENT = "optimizer.state.exp_avg."
+# Tensors whose norms are comparable; what begins with none of these is a weight or a threshold of the model.
+_KINDS = (FIRST_MOMENT, "optimizer.state.exp_avg_sq.", "optimizer.state.param.")
+# A tensor's difference is measured against its own norm, but at least against this share of the norm of all tensors of
+# its kind: what is left of a gradient after cancellation is rounding.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How far one tensor of two checkpoints is apart.
+
+    Attributes:
+        name: the checkpoint's name of it.
+        value: norm of the difference, relative to the norm of the tensor; infinite where it is not a number,
+            or where only one of the two checkpoints has the tensor, or has it in another shape.
+    """
+
+    name: str
+    value: float
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is a first moment."""
+        return self.name.startswith(FIRST_MOMENT)
+
+
+def differences(reference: TensorSource, other: TensorSource) -> list[TensorDifference]:
+    """The difference of every tensor, the largest first. FP8's scales are left out: they follow from amax histories.
+
+    Args:
+        reference: the checkpoint whose norms count.
+        other: the checkpoint that is compared with it.
+    """
+    ours, theirs = (set(_compared(source.names())) for source in (reference, other))
+    found = [TensorDifference(name, math.inf) for name in ours ^ theirs]
+    apart: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    of_kind: dict[str, float] = {}
+    for name in sorted(ours & theirs):
+        if reference.entry(name).shape != other.entry(name).shape:
+            found.append(TensorDifference(name, math.inf))
+            continue
+        tensor = reference.read(name).double()
+        norms[name], apart[name] = float(tensor.norm()), float((tensor - other.read(name).double()).norm())
+        of_kind[_kind(name)] = math.hypot(of_kind.get(_kind(name), 0.0), norms[name])
+    for name, value in apart.items():
+        scale = max(norms[name], FLOOR * of_kind[_kind(name)])
+        found.append(TensorDifference(name, _ratio(value, scale)))
+    return sorted(found, key=lambda one: (-one.value, one.name))
+
+
+def _ratio(apart: float, scale: float) -> float:
+    if apart == 0.0:
+        return 0.0
+    # What is not a number must not pass a comparison, and must stand first.
+    return apart / scale if scale > 0.0 and math.isfinite(apart) else math.inf
+
+
+def largest(found: Iterable[TensorDifference]) -> TensorDifference:
+    """The largest difference; of nothing, one without a name."""
+    return next(iter(found), TensorDifference("", 0.0))
+
+
+def _compared(names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if not name.endswith(SCALING))
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind in _KINDS if name.startswith(kind)), "")

@@ -1,0 +1,183 @@
+"""`mmscale verify-layout` sees a wrong gradient: faults are injected one by one into a layout, and each is named.
+
+Most of them move neither the loss nor the gradient's norm of the first steps by more than rounding does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmscale.runtime import groups as process_groups
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.auxiliary import AuxiliaryTrainer
+from mmscale.train.companions import ThresholdAverages
+from mmscale.train.trial import Trace
+from mmscale.train.verify import compare_tensors, verdict
+from tests.distributed.layouts import References, config, start, trace
+from tests.support import run_ranks
+
+Alter = Callable[[list[Any]], None]
+TP2, PP2, EP2 = {"tp": 2}, {"pp": 2}, {"ep": 2}
+DP2: dict[str, Any] = {}
+
+
+def _named(chunks: list[Any], word: str) -> list[nn.Parameter]:
+    found = [p for chunk in chunks for name, p in chunk.named_parameters() if word in f".{name}"]
+    assert found or process_groups.pipeline_size() > 1, f"no parameter is called like {word}"
+    return found
+
+
+def _unmarked(word: str, attribute: str) -> Alter:
+    """Take an attribute of gradients away: nobody sums them then."""
+
+    def alter(chunks: list[Any]) -> None:
+        for parameter in _named(chunks, word):
+            assert getattr(parameter, attribute)
+            setattr(parameter, attribute, False)
+
+    return alter
+
+
+def _scaled(word: str, factor: float, *, on_last_replica: bool = False) -> Alter:
+    """Scale a gradient, on all ranks or on the last data-parallel rank only."""
+
+    def alter(chunks: list[Any]) -> None:
+        replica, replicas = process_groups.data_parallel_rank(), process_groups.data_parallel_size()
+        for parameter in _named(chunks, word):
+            if not on_last_replica or replica == replicas - 1:
+                parameter.register_hook(lambda gradient: factor * gradient)
+
+    return alter
+
+
+def _forget_qk_norms(chunks: list[Any]) -> None:
+    """finalize_model_grads also finds them by name while config.qk_layernorm is set."""
+    for word in ("q_layernorm", "k_layernorm"):
+        _unmarked(word, "sequence_parallel")(chunks)
+    for chunk in chunks:
+        chunk.config.qk_layernorm = False
+
+
+def _without_reduction(owner: type, method: str, group: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Leave out the first sum over a group inside a method."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        original, reduce = getattr(owner, method), torch.distributed.all_reduce
+
+        def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+            left_out = False
+
+            def partial(tensor: Tensor, *rest: Any, **options: Any) -> Any:
+                nonlocal left_out
+                if not left_out and options.get("group") is getattr(self.groups, group):
+                    left_out = True
+                    return None
+                return reduce(tensor, *rest, **options)
+
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(torch.distributed, "all_reduce", partial)
+                result = original(self, *args, **kwargs)
+            assert left_out
+            return result
+
+        monkeypatch.setattr(owner, method, wrong)
+
+    return patch
+
+
+PER_EXPERT, JOINT = "moma_post_per_expert_shared", "moma_depth_joint"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in a layout.
+
+    Attributes:
+        model, parallel: where it is injected.
+        differs: part of the name of a tensor that the verdict names; None: only the gradient's norm is wrong.
+        alter: changes the model before it is wrapped.
+        patch: changes what trains beside the model.
+    """
+
+    model: str
+    parallel: dict[str, Any]
+    differs: str | None
+    alter: Alter | None = None
+    patch: Callable[[pytest.MonkeyPatch], None] | None = None
+
+
+FAULTS = {
+    "an expert norm's gradient is doubled": Fault(
+        PER_EXPERT, TP2, "expert_norm.text", _scaled(".0.mlp.expert_norm.text", 2.0)
+    ),
+    "a small tensor's gradient is 0.1 % off": Fault(
+        PER_EXPERT, DP2, "3.mlp.shared_norm", _scaled(".3.mlp.shared_norm", 1.001)
+    ),
+    "shared experts learn from one replica": Fault(
+        PER_EXPERT, EP2, "mlp.shared.w1", _scaled(".mlp.shared.w1", 0.0, on_last_replica=True)
+    ),
+    "norms are not summed over tensor ranks": Fault(
+        JOINT, TP2, "input_layernorm", _unmarked("_layernorm.", "sequence_parallel")
+    ),
+    "q and k norms are not summed over tensor ranks": Fault(JOINT, TP2, "k_layernorm", _forget_qk_norms),
+    "routers are not summed over tensor ranks": Fault(
+        JOINT, TP2, "mlp.router", _unmarked(".router.", "sequence_parallel")
+    ),
+    "depth routers are not summed over tensor ranks": Fault(
+        JOINT, TP2, "depth_router", _unmarked(".depth_router", "sequence_parallel")
+    ),
+    "experts' shards are not counted in the norm": Fault(
+        JOINT, TP2, None, _unmarked(".experts.", "tensor_model_parallel")
+    ),
+    "experts are divided by the expert-parallel size": Fault(JOINT, EP2, "mlp.experts", _scaled(".experts.", 0.5)),
+    "a rank without a modality drops its router": Fault(
+        JOINT, DP2, "0.mlp.router.image", _scaled(".0.mlp.router.image", 0.0, on_last_replica=True)
+    ),
+    "the tied output layer's gradient is lost": Fault(
+        "dense_tied", PP2, "word_embeddings", _scaled(".output_layer.", 0.0)
+    ),
+    "auxiliary routers are not summed over tensor ranks": Fault(
+        JOINT, TP2, "mlp.auxiliary", patch=_without_reduction(AuxiliaryTrainer, "step", "tp")
+    ),
+    "thresholds are not averaged over replicas": Fault(
+        JOINT, DP2, "mlp.threshold", patch=_without_reduction(ThresholdAverages, "finish", "dp_cp")
+    ),
+}
+
+
+def _after_one_step(references: References, fault: Fault, ranks: RankEnv, folder: Path) -> dict[str, Any]:
+    """The verdict about a faulty layout."""
+    made = config(fault.model, parallel=fault.parallel)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if fault.patch is not None:
+            fault.patch(monkeypatch)
+        found = trace(made, ranks, alter=fault.alter, saved=folder, steps=1)
+    alone, saved = references.get(made), references.checkpoint(made)
+    tensors = process_groups.from_first(compare_tensors(saved, folder) if ranks.rank == 0 else None)
+    return verdict(made, reference=Trace(alone.losses[:1], alone.grad_norms[:1]), trace=found, tensors=tensors)
+
+
+def test_every_fault_is_seen_and_named(references: References, tmp_path: Path) -> None:
+    for model in {fault.model for fault in FAULTS.values()}:
+        references.get(config(model))
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        for number, (why, fault) in enumerate(FAULTS.items()):
+            seen = _after_one_step(references, fault, ranks, tmp_path / f"{number}")
+            assert not seen["passed"], (why, seen)
+            if fault.differs is None:
+                assert seen["grad_norm_difference"] > 5 * seen["tolerance"], (why, seen)
+            else:
+                named = seen["gradients"]["differ"] + seen["state"]["differ"]
+                assert any(fault.differs in name for name in named), (why, named)
+        process_groups.finalize()
+
+    run_ranks(ranks_do, world_size=2, timeout_s=240)

@@ -3,7 +3,8 @@
     MANIFEST.json              every file with size and digest; written last, before the folder gets its name
     mmscale.json               step, shape of the model, configuration, where it comes from
     state.json  objects.json   counters and the optimizer's settings; serialized objects of layers (base64, not opened)
-    tensors/<name>/            zarr.json and shards c/...: readable with any zarr library
+    tensors/<name>/            zarr.json and shards c/...: readable with any zarr v3 library; bfloat16 and FP8 are
+                               stored as unsigned integers of their bits, with the type in the attribute `dtype`
 
 It holds weights, the optimizer's state and counters. Random states belong to the ranks of a layout and are not kept:
 whoever goes on from an archive starts new ones. Streams: one tensor at a time. Restoring is rewrite.py's business.
@@ -39,7 +40,8 @@ from mmscale.checkpoint.tensors import (
 from mmscale.errors import CheckpointError
 from mmscale.runtime import device
 
-FORMAT = 1
+FORMAT = 2  # 1: bfloat16 and FP8 by names of their own, which zarr-python cannot open; still read
+_READ = (1, 2)
 STATE = "state.json"
 OBJECTS = "objects.json"
 _LONGEST = 200  # bytes of a folder's name; file systems take 255
@@ -155,9 +157,9 @@ class ArchiveTensors:
         found = self.info().get("archive")
         if found is None:
             raise CheckpointError(f"{path} is not an archive", remedy="name a run and a step of it: RUN@STEP")
-        if found != FORMAT:
+        if found not in _READ:
             raise CheckpointError(
-                f"{path} is an archive of format {found}, this version reads format {FORMAT}",
+                f"{path} is an archive of format {found}, this version reads format {FORMAT} and older",
                 remedy="use the version of mmscale that wrote it",
             )
         ends = f"/{arrays.META}"
@@ -179,9 +181,10 @@ class ArchiveTensors:
             CheckpointError: there is no such tensor, or its description or a shard is missing.
         """
         metadata = self._description(name)
-        dtype = str(metadata["data_type"])
-        if dtype not in arrays.DTYPES:
-            raise _damaged(self.path, [f"{name} has type {dtype}"])
+        try:
+            dtype = arrays.dtype_of(metadata)
+        except ValueError as error:
+            raise _damaged(self.path, [f"{name}: {error}"]) from None
         return TensorEntry(name, tuple(metadata["shape"]), getattr(torch, dtype))
 
     def read(self, name: str, region: Region | None = None) -> Tensor:

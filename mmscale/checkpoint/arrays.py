@@ -32,6 +32,9 @@ DTYPES = frozenset(
     {"bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16", "float16", "float32", "float64"}
     | {"float8_e4m3fn", "float8_e5m2"}
 )
+# Types that the zarr v3 specification does not have: stored as integers of their bits, with the type as an attribute.
+_AS_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+_ATTRIBUTE = "dtype"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def write(folder: Path, tensor: Tensor, *, grid: Grid) -> None:
     sharding = {"chunk_shape": list(grid.chunk(shape, itemsize)), "codecs": _CODECS, "index_codecs": _CODECS}
     metadata = {
         "shape": shape,
-        "data_type": dtype,
+        "data_type": _AS_BITS.get(dtype, dtype),
+        "attributes": {_ATTRIBUTE: dtype} if dtype in _AS_BITS else {},
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
@@ -115,7 +119,7 @@ def read(folder: Path, box: Box | None = None) -> Tensor:
         ValueError: a chunk or the array's description is damaged; the text names the file.
     """
     array = _open(folder, open=True)
-    dtype = getattr(torch, array.dtype.name)
+    dtype = getattr(torch, dtype_of(array.spec().to_json()["metadata"]))
     if box is not None:
         return _to_torch(np.asarray(array[box].read(order="C").result()), dtype)
     # One shard after the other: tensorstore reads faster than it decodes, and would hold the array twice.
@@ -127,6 +131,22 @@ def read(folder: Path, box: Box | None = None) -> Tensor:
 
 def _to_torch(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array.view(_BITS[dtype.itemsize][1])).view(dtype)
+
+
+def dtype_of(metadata: dict[str, Any]) -> str:
+    """The name of an array's type in torch. Arrays of before 0.2 have `bfloat16` as their zarr type.
+
+    Args:
+        metadata: the parsed zarr.json.
+
+    Raises:
+        ValueError: it is none of `DTYPES`, or the attribute does not fit the integers.
+    """
+    stored = str(metadata["data_type"])
+    name = str(metadata.get("attributes", {}).get(_ATTRIBUTE, stored))
+    if name not in DTYPES or (name != stored and _AS_BITS.get(name) != stored):
+        raise ValueError(f"the type {name} in {stored} is not known")
+    return name
 
 
 def shard_files(metadata: dict[str, Any]) -> list[str]:

@@ -23,11 +23,11 @@ def check(
 ) -> None:
     """Check a configuration strictly; show every setting and where its value comes from."""
     from mmscale.config import load as loading
-    from mmscale.config.fp8 import roundings
+    from mmscale.config.notes import notes as notes_of
 
     loaded = loading.load(config, overrides or ())
     values, sources = loading.flatten(loaded), loading.origins(config, overrides or ())
-    notes = roundings(loaded)
+    notes = notes_of(loaded)
     result = {
         "config": loaded.model_dump(mode="json"),
         "origins": sources,

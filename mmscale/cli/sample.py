@@ -70,7 +70,10 @@ def sample(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-tokens", min=1, show_default="what the context has room for", help="Longest continuation [tokens]."
+            "--max-tokens",
+            min=1,
+            show_default="what the context has room for",
+            help="Tokens of the longest continuation.",
         ),
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the most likely token.")] = 0.8,

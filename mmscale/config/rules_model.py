@@ -71,8 +71,7 @@ def _vocab(config: Config) -> Iterator[Problem]:
     if modalities[0].size < _SPECIAL_TOKENS:
         yield Problem(
             f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the "
-            f"{_SPECIAL_TOKENS} "
-            "special tokens that stand in the first range",
+            f"{_SPECIAL_TOKENS} special tokens that stand in the first range",
             "give the first modality more ids",
         )
     unknown = sorted(set(config.train.modality_weights) - set(config.vocab.names))
@@ -122,16 +121,14 @@ def _widths(config: Config) -> Iterator[Problem]:
     if config.vocab.padded_size % tp:
         yield Problem(
             f"vocab.pad_multiple = {config.vocab.pad_multiple} pads to {config.vocab.padded_size} rows, which "
-            f"parallel.tp = {tp} "
-            "does not divide",
+            f"parallel.tp = {tp} does not divide",
             f"make vocab.pad_multiple a multiple of {tp}",
         )
     if model.seq_length % tp:
         # Sequence parallelism is always on: without it nobody would reduce the routers' gradients over TP.
         yield Problem(
             f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {tp}; above tp = 1 sequence "
-            "parallelism "
-            "splits every sequence over the tensor-parallel ranks",
+            "parallelism splits every sequence over the tensor-parallel ranks",
             "change one of them",
         )
 
@@ -164,8 +161,7 @@ def _experts(config: Config) -> Iterator[Problem]:
     if kind == "moma" and set(experts.counts) != set(names):
         yield Problem(
             f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = moma wants one group "
-            "for each of "
-            f"vocab.modalities: {', '.join(names)}",
+            f"for each of vocab.modalities: {', '.join(names)}",
             "give every modality its number of experts",
         )
     ep = config.parallel.ep
@@ -173,8 +169,7 @@ def _experts(config: Config) -> Iterator[Problem]:
         if count % ep:
             yield Problem(
                 f"model.experts.counts.{name} = {count} is not divisible by parallel.ep = {ep}; every expert-parallel "
-                "rank holds "
-                "the same number of experts of each group",
+                "rank holds the same number of experts of each group",
                 "change one of them",
             )
 
@@ -209,8 +204,7 @@ def _capacity(config: Config) -> Iterator[Problem]:
         if wanted > 1.0:
             yield Problem(
                 f"model.experts: capacity_factor {experts.capacity_factor:g} * share {share:g} / {count} experts of "
-                f"{name} = "
-                f"{wanted:g}: each expert would take more tokens than there are",
+                f"{name} = {wanted:g}: each expert would take more tokens than there are",
                 "lower model.experts.capacity_factor",
             )
 
@@ -223,15 +217,13 @@ def _depth(config: Config) -> Iterator[Problem]:
         # Rounding the selection to TP itself would make the loss depend on the layout.
         yield Problem(
             f"model.depth.multiple = {depth.multiple} is not divisible by parallel.tp = {tp}; the selected tokens are "
-            "split over "
-            "the tensor-parallel ranks",
+            "split over the tensor-parallel ranks",
             f"make model.depth.multiple a multiple of {tp}",
         )
     if depth.multiple > config.model.seq_length:
         yield Problem(
             f"model.depth.multiple = {depth.multiple} is more than model.seq_length = {config.model.seq_length}: a "
-            "layer would "
-            "have to select more tokens than there are",
+            "layer would have to select more tokens than there are",
             "lower model.depth.multiple",
         )
 

@@ -17,8 +17,7 @@ def _layout(config: Config) -> Iterator[Problem]:
     if parallel.cp > 1:
         yield Problem(
             f"parallel.cp = {parallel.cp}: context parallelism is refused: expert choice and Mixture-of-Depths rank "
-            "the tokens of "
-            "whole sequences, which no rank would see",
+            "the tokens of whole sequences, which no rank would see",
             "use parallel.cp=1; parallel.tp splits long sequences as well",
         )
     if parallel.ep > 1 and config.model.kind == "dense":
@@ -76,16 +75,14 @@ def world(config: Config, world_size: int) -> list[Problem]:
     if replicas % parallel.ep:
         cause = (
             f"parallel.ep = {parallel.ep} does not divide the {replicas} data-parallel ranks ({world_size} ranks / tp "
-            "* pp = "
-            f"{model_ranks}); experts are spread over data-parallel ranks"
+            f"* pp = {model_ranks}); experts are spread over data-parallel ranks"
         )
         problems.append(Problem(cause, "`mmscale plan CONFIG --gpus N` lists layouts that do"))
     portion = train.micro_batch_size * replicas
     if train.global_batch_size % portion:
         cause = (
             f"train.global_batch_size = {train.global_batch_size} is not divisible by train.micro_batch_size * "
-            "data-parallel ranks = "
-            f"{train.micro_batch_size} * {replicas} = {portion}"
+            f"data-parallel ranks = {train.micro_batch_size} * {replicas} = {portion}"
         )
         problems.append(Problem(cause, f"use a multiple of {portion}, or other numbers of ranks"))
     elif parallel.vpp is not None and derived.micro_batches_per_step(config, world_size) % parallel.pp:

@@ -152,7 +152,9 @@ class ModelConfig(Section):
     kind: Literal["dense", "moe", "moma"] = setting(
         "dense; moe: one group of mixed-modal experts; moma: a group of experts per modality.", "moma"
     )
-    num_layers: Count = setting("Transformer layers, counting Mixture-of-Depths layers.", unit="layers")
+    num_layers: Annotated[Count, Field(le=10_000)] = setting(
+        "Transformer layers, counting Mixture-of-Depths layers.", unit="layers"
+    )
     hidden_size: Count = setting("Width of the residual stream.")
     ffn_hidden_size: Count = setting("SwiGLU inner width of the dense FFN and of every expert.")
     num_attention_heads: Count = setting("Query heads.", unit="heads")

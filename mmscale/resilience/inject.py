@@ -48,9 +48,15 @@ class Fault:
 
 @dataclass
 class Faults:
-    """The faults of this rank."""
+    """The faults of this rank.
+
+    Attributes:
+        faults: those of this rank.
+        text: what was asked for on all ranks.
+    """
 
     faults: list[Fault] = field(default_factory=list)
+    text: str = ""
 
     @classmethod
     def of_rank(cls, rank: int, environ: Mapping[str, str] = os.environ) -> Faults:
@@ -61,7 +67,12 @@ class Faults:
         """
         texts = [text.strip() for text in environ.get(VARIABLE, "").split(",")]
         faults = [_parse(text) for text in texts if text]
-        return cls([fault for fault in faults if fault.rank in (None, rank)])
+        return cls([fault for fault in faults if fault.rank in (None, rank)], ", ".join(filter(None, texts)))
+
+    def warnings(self) -> list[str]:
+        """Lines for the start of a run: a variable left in a shell must not act unnoticed."""
+        asked = f"warning: {VARIABLE} is set, so faults are injected: {self.text}. Unset it unless this is a test."
+        return [asked] if self.text else []
 
     def at(self, place: str, step: int) -> None:
         """Called at a place; does what was asked for there.

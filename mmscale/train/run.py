@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
-from mmscale.config.fp8 import roundings
+from mmscale.config.notes import notes
 from mmscale.data.mixture import Mixture, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
@@ -181,7 +181,9 @@ class _Attempt:
                     start_step=self.state.step,
                 )
             )
-        for line in roundings(self.config):
+        if self.faults.text:
+            self.records.tell("faults_requested", faults=self.faults.text)
+        for line in (*self.faults.warnings(), *notes(self.config)):
             self.progress.say(line)
         for line in changed:
             self.progress.say(f"changed since the checkpoint: {line}")

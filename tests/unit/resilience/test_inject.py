@@ -19,6 +19,13 @@ def test_without_the_variable_nothing_happens() -> None:
     none = Faults.of_rank(0, {})
     assert none.faults == []
     none.at("write", 1)
+    assert none.warnings() == [] == faults(" , ").warnings()
+
+
+def test_a_variable_that_is_set_is_said_on_every_rank() -> None:
+    for rank in (0, 1):
+        (line,) = faults("1:4:write:ENOSPC", rank).warnings()
+        assert line.startswith("warning: MMSCALE_FAULTS is set") and "1:4:write:ENOSPC" in line
 
 
 def test_faults_belong_to_ranks_steps_and_places() -> None:

@@ -16,11 +16,12 @@ with a collection, so call it with `use_gloo_process_groups=False`.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from mmscale.errors import ConfigError
 from mmscale.runtime import device, megatron_cpu
@@ -77,14 +78,32 @@ def start(env: RankEnv, *, init_method: str | None = None, timeout_s: float = DE
         # No address needed, so no port to be taken and no host name to resolve.
         torch.distributed.init_process_group(device.backend(), store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
+    store = _store(env, timeout) if init_method is None else None
     torch.distributed.init_process_group(
         device.backend(),
-        init_method=init_method or env.init_method,
+        init_method=None if store is not None else init_method or env.init_method,
+        store=store,
         rank=env.rank,
         world_size=env.world_size,
         timeout=timeout,
         # With a device NCCL connects at once: a bad network shows here and not in the first step.
         device_id=own_device if own_device.type == "cuda" else None,
+    )
+
+
+def _store(env: RankEnv, timeout: timedelta) -> TCPStore | None:
+    """The store of ranks whose starter opened its port; None for torchrun and SLURM, whose rendezvous is torch's."""
+    if env.source not in ("local", "mpi"):
+        return None
+    # A copy: the store closes its descriptor, and a process may start torch.distributed again.
+    listener = None if env.store_fd is None else os.dup(env.store_fd)
+    return TCPStore(
+        env.master_addr,
+        env.master_port,
+        env.world_size,
+        is_master=env.is_first,
+        timeout=timeout,
+        master_listen_fd=listener,
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from mmscale.errors import LaunchError
-from mmscale.runtime.rank_env import free_port
+from mmscale.runtime.rank_env import STORE_FD, listen, port_of
 
 # What a rank says with its exit status, so that scripts around the launcher hear it too. Anything else is a crash.
 DOCUMENTED_STATUSES = (2, 3, 4, 5, 74, 75)
@@ -66,13 +66,14 @@ def run_local(
         LaunchError: A rank died of a signal or with any other exit status. The tail of its log is on stderr by then.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    shared = _shared_variables(os.environ if environ is None else environ, nproc)
     ranks: list[_Rank] = []
     with _forwarding(ranks) as received:
         try:
-            for number in range(nproc):
-                # One at a time, not in a comprehension: if the third cannot start, the first two must be known to end.
-                ranks.append(_start(number, [*program, *argv], shared, log_dir))  # noqa: PERF401
+            with listen() as listener:  # closed here once rank 0 has it: if rank 0 ends, nobody waits at its port
+                shared = _shared_variables(os.environ if environ is None else environ, nproc, port=port_of(listener))
+                for number in range(nproc):
+                    # One at a time, no comprehension: if the third cannot start, the first two must be known to end.
+                    ranks.append(_start(number, [*program, *argv], shared, log_dir, listener=listener.fileno()))  # noqa: PERF401
             for signal_number in received:  # came while ranks were being started: the later ones have missed it
                 _send(ranks, signal_number)
             return _wait(ranks, grace_s=grace_s, received=received)
@@ -80,8 +81,8 @@ def run_local(
             _end(ranks, grace_s=0.0)
 
 
-def _shared_variables(environ: Mapping[str, str], nproc: int) -> dict[str, str]:
-    variables = dict(environ)
+def _shared_variables(environ: Mapping[str, str], nproc: int, *, port: int) -> dict[str, str]:
+    variables = {name: value for name, value in environ.items() if name != STORE_FD}
     # Ranks share the cores: torch would start as many threads as there are cores in each, and GNU OpenMP's threads spin
     # between two regions, which costs a small machine more than the work does.
     variables.setdefault("OMP_NUM_THREADS", "1")
@@ -93,20 +94,23 @@ def _shared_variables(environ: Mapping[str, str], nproc: int) -> dict[str, str]:
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port),
         "MMSCALE_LAUNCHER": "local",
     }
     return variables
 
 
-def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: Path) -> _Rank:
+def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: Path, *, listener: int) -> _Rank:
+    first = number == 0
+    own = {"RANK": str(number), "LOCAL_RANK": str(number)} | ({STORE_FD: str(listener)} if first else {})
     log = log_dir / f"rank_{number}.log" if number else None
     with contextlib.ExitStack() as files:
         output = files.enter_context(log.open("wb")) if log else None
         try:
             process = subprocess.Popen(
                 command,
-                env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
+                env={**shared, **own},
+                pass_fds=(listener,) if first else (),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

@@ -26,6 +26,8 @@ Source = Literal["slurm", "torchrun", "mpi", "local", "single"]
 # Below Linux's ephemeral ports (32768 up), where an outgoing connection of any program could already sit on the number.
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
+# Rank 0's file descriptor of a socket that already listens on MASTER_PORT: set by who started it.
+STORE_FD = "MMSCALE_STORE_FD"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -40,6 +42,7 @@ class RankEnv:
     master_addr: str = "127.0.0.1"  # host of rank 0
     master_port: int = 0  # 0 only for a single process, which needs no rendezvous
     source: Source = "single"
+    store_fd: int | None = None  # rank 0: a socket that listens on master_port already; None: rank 0 opens one
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -72,6 +75,7 @@ class Rendezvous:
     local_world_size: int
     master_addr: str
     master_port: int
+    store_fd: int | None = None
 
 
 def discover(
@@ -134,6 +138,7 @@ def _from_torchrun(environ: Mapping[str, str], *, source: Source) -> RankEnv:
         local_world_size=_number(environ, "LOCAL_WORLD_SIZE", source),
         master_addr=environ["MASTER_ADDR"],
         master_port=_number(environ, "MASTER_PORT", source),
+        store_fd=_number(environ, STORE_FD, source) if source == "local" and environ.get(STORE_FD) else None,
         source=source,
     )
 
@@ -282,19 +287,21 @@ def _from_mpi(environ: Mapping[str, str], mpi_rendezvous: Callable[[], Rendezvou
             f"mpirun started rank {rank} of {size}, but mpi4py sees rank {met.rank} of {met.world_size}",
             remedy="mpi4py was built for another MPI: install the one whose mpirun you use, or start with torchrun",
         )
+    given = environ.get("MASTER_PORT")
     return RankEnv(
         rank=rank,
         world_size=size,
         local_rank=met.local_rank,
         local_world_size=met.local_world_size,
         master_addr=environ.get("MASTER_ADDR") or met.master_addr,
-        master_port=_number(environ, "MASTER_PORT", "mpi") if environ.get("MASTER_PORT") else met.master_port,
+        master_port=_number(environ, "MASTER_PORT", "mpi") if given else met.master_port,
         source="mpi",
+        store_fd=None if given else met.store_fd,
     )
 
 
 def rendezvous_by_mpi4py() -> Rendezvous:
-    """Rank 0 tells its host name and a free port to all; ranks of one host count themselves.
+    """Rank 0 opens a port and tells it and its host name to all; ranks of one host count themselves.
 
     Raises:
         ConfigError: mpi4py is not installed.
@@ -307,16 +314,34 @@ def rendezvous_by_mpi4py() -> Rendezvous:
         ) from error
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = (socket.gethostname(), free_port()) if world.rank == 0 else None
+    listener = listen() if world.rank == 0 else None
+    address = (socket.gethostname(), port_of(listener)) if listener is not None else None
     host, port = world.bcast(address, root=0)
     same_host = node.size == world.size
-    found = Rendezvous(world.rank, world.size, node.rank, node.size, "127.0.0.1" if same_host else host, port)
+    found = Rendezvous(
+        world.rank,
+        world.size,
+        node.rank,
+        node.size,
+        "127.0.0.1" if same_host else host,
+        port,
+        store_fd=listener.detach() if listener is not None else None,
+    )
     node.Free()
     return found
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+def listen() -> socket.socket:
+    """A socket that listens on a port of the system's choice.
+
+    Whoever starts ranks opens it and hands it to rank 0, so that no other process can take the port in between.
+    """
+    listener = socket.socket()
+    listener.bind(("", 0))
+    listener.listen(1024)
+    return listener
+
+
+def port_of(listener: socket.socket) -> int:
+    """The port that a socket listens on."""
+    return int(listener.getsockname()[1])

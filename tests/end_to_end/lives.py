@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 
 from mmscale.resilience.inject import VARIABLE
-from mmscale.runtime.rank_env import free_port
-from tests.end_to_end.running import fork
+from tests.end_to_end.running import fork_all
 
 PATIENCE_S = 60.0
 
@@ -43,8 +42,7 @@ class Life:
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = self.faults
         try:
-            port = free_port()
-            self.pids = [fork(self.arguments, rank, self.nproc, port, self._folder) for rank in range(self.nproc)]
+            self.pids = fork_all(self.arguments, self.nproc, self._folder)
         finally:
             del os.environ[VARIABLE]
             if before is not None:

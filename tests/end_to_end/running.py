@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmscale.runtime.rank_env import free_port
+from mmscale.runtime.rank_env import STORE_FD, listen, port_of
+
+AFTER_A_FAILURE_S = 30.0  # of one rank, the others have this long to end
 
 ROOT = Path(__file__).parents[2]
 MARK = "MMSCALE_TEST_COMMAND"
@@ -45,8 +48,7 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) ->
     import mmscale.train.verify  # noqa: F401  what forks would import one by one
 
     folder = Path(tempfile.mkdtemp(prefix="mmscale-forked-"))
-    port = free_port()
-    pids = [fork([str(argument) for argument in arguments], rank, nproc, port, folder) for rank in range(nproc)]
+    pids = fork_all([str(argument) for argument in arguments], nproc, folder)
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + timeout_s
     try:
@@ -54,7 +56,13 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) ->
             for rank, pid in enumerate(pids):
                 if rank not in statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                     statuses[rank] = os.waitstatus_to_exitcode(ended[1])
-            assert time.monotonic() < deadline, f"{arguments}: ranks {set(range(nproc)) - set(statuses)} hang"
+            if any(statuses.values()):  # as the launcher does: the others have a while to end by themselves
+                deadline = min(deadline, time.monotonic() + AFTER_A_FAILURE_S)
+            if time.monotonic() > deadline:
+                texts = {file.name: file.read_text() for file in folder.iterdir()}
+                raise AssertionError(
+                    f"{arguments}: ranks {set(range(nproc)) - set(statuses)} hang: {statuses}\n{texts}"
+                )
             time.sleep(0.005)
     finally:
         for rank, pid in enumerate(pids):
@@ -70,12 +78,23 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) ->
     return Ended(statuses[0], texts["0.out"], texts["0.err"], others)
 
 
-def fork(arguments: list[str], rank: int, nproc: int, port: int, folder: Path) -> int:
+def fork_all(arguments: list[str], nproc: int, folder: Path) -> list[int]:
+    """Fork every rank; rank 0 alone keeps the socket that listens for the others."""
+    with listen() as listener:
+        return [fork(arguments, rank, nproc, listener, folder) for rank in range(nproc)]
+
+
+def fork(arguments: list[str], rank: int, nproc: int, listener: socket.socket, folder: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
         return pid
+    port = port_of(listener)
+    if rank:
+        listener.close()
+    else:
+        os.environ[STORE_FD] = str(listener.fileno())
     status = 1
     try:
         for number, name in ((1, "out"), (2, "err")):

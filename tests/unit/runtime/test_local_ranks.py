@@ -48,6 +48,43 @@ def test_environment_of_each_rank(tmp_path: Path) -> None:
     assert seen[0][6:] == ["1", "0", "kept"]
 
 
+def test_rank_0_is_given_the_port_and_nobody_can_take_it(tmp_path: Path) -> None:
+    code = """
+import socket
+port = int(os.environ["MASTER_PORT"])
+other = socket.socket()
+try:
+    other.bind(("", port))
+    sys.exit(9)  # another process could have the port
+except OSError:
+    pass
+if rank == 0:
+    time.sleep(0.5)  # a slow start
+    listener = socket.socket(fileno=int(os.environ["MMSCALE_STORE_FD"]))
+    assert listener.getsockname()[1] == port
+    listener.accept()[0].send(b"rank 0")
+else:
+    assert "MMSCALE_STORE_FD" not in os.environ
+    assert socket.create_connection(("127.0.0.1", port)).recv(6) == b"rank 0"
+"""
+    assert run(2, code, tmp_path, environ={**os.environ, "MMSCALE_STORE_FD": "99"}) == 0
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_waits_for_one_that_ended_learns_it_within_seconds(tmp_path: Path, lost: int) -> None:
+    code = f"""
+if rank == {lost}:
+    sys.exit(9)
+from mmscale.runtime import groups
+from mmscale.runtime.rank_env import discover
+groups.start(discover(), timeout_s=600)
+"""
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=f"rank {lost} of 2 ended with exit status 9"):
+        run(2, code, tmp_path, environ={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])})
+    assert time.monotonic() - began < 40
+
+
 def test_threads_that_the_user_asks_for_are_kept(tmp_path: Path) -> None:
     code = "sys.exit(0 if os.environ['OMP_NUM_THREADS'] == '4' else 9)"
     assert run(1, code, tmp_path, environ={**os.environ, "OMP_NUM_THREADS": "4"}) == 0

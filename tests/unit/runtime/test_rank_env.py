@@ -184,8 +184,20 @@ def test_tasks_per_node() -> None:
     assert expand_tasks_per_node("") == []
 
 
-def test_free_port_can_be_bound() -> None:
-    assert 0 < rank_env.free_port() < 65536
+def test_a_socket_that_listens_keeps_its_port() -> None:
+    with rank_env.listen() as listener:
+        port = rank_env.port_of(listener)
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+
+
+def test_the_socket_belongs_to_local_ranks() -> None:
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    given = {**place, "MASTER_PORT": "1234", rank_env.STORE_FD: "7"}
+    assert rank_env.discover({**given, "MMSCALE_LAUNCHER": "local"}).store_fd == 7
+    assert rank_env.discover({**given, "MMSCALE_LAUNCHER": "torchrun"}).store_fd is None  # of a launcher further out
 
 
 def test_an_unused_port_is_nobodys_and_none_that_an_outgoing_connection_may_have(

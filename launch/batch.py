@@ -62,7 +62,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     cluster = cluster or "sbatch"
     record = records.plan_record(config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, yes=yes)
     records.write_record(record, config)
-    records.set_job(Path(record.folder), number)
+    records.set_job(Path(record.folder), records.JobKey(number, cluster=environ.get("SLURM_CLUSTER_NAME", "")))
     return Path(record.folder)
 
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import owner, scheduler, submit
+from launch import chain, owner, scheduler, submit
 from launch import record as records
+from launch.job_states import Phase
+from launch.job_table import JobTable
 from mmscale.checkpoint.layout import Store
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
@@ -20,32 +22,56 @@ from mmscale.train.preflight import check_changes
 
 
 def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
-    """Have a run save and end for good; or end it at once.
+    """Have a run save and end for good; or end it at once. All jobs of its chain end.
 
     Args:
         run: its folder.
         now: without a save.
 
     Returns:
-        run, job, and what was done.
+        run, job (the one that trains, or would first), done; and `jobs`: what was done to each, by its number.
 
     Raises:
         LaunchError: nothing of this run is running or waiting.
     """
     folder = _launch_folder(run)
-    job = records.job_of(folder)
-    if job is None:
+    if not chain.keys(run):
         return _stop_here(run, folder, now=now)
-    state = scheduler.job_state(job)
-    if state is None or state.ended:
-        said = "SLURM does not know it any more" if state is None else f"it is {state.state}"
-        raise LaunchError(f"job {job} of {run} does not run: {said}", remedy=f"`mmscale resume {run}` starts it again")
-    records.ask_stop(folder)  # first, so that a restart which begins now knows it
-    if now or state.state == "PENDING":
-        scheduler.cancel(job)
-        return {"run": str(run), "job": job, "done": "cancelled" if now else "cancelled while it waited"}
-    scheduler.cancel(job, signal="USR1", batch_only=True)
-    return {"run": str(run), "job": job, "done": "asked to save and end"}
+    try:
+        found = chain.links(run, JobTable())
+    except scheduler.UnreachableError as error:
+        return _ask_without_slurm(run, error)
+    living = chain.alive(found)
+    if not living:
+        raise LaunchError(_none_runs(run, found[-1]), remedy=f"`mmscale resume {run}` starts it again")
+    for link in living:  # first, so that a restart which begins now knows it
+        records.ask_stop(link.folder)
+    done = {}
+    for link in reversed(living):  # the one that trains last: its end would start the next one
+        done[link.key.id] = _end(link, now=now)
+    first = living[0].key.id
+    return {"run": str(run), "job": first, "done": done[first], "jobs": dict(reversed(done.items()))}
+
+
+def _end(link: chain.Link, *, now: bool) -> str:
+    if now or (link.state is not None and link.state.phase is Phase.WAITING):
+        scheduler.cancel(link.key.id)
+        return "cancelled" if now else "cancelled while it waited"
+    scheduler.cancel(link.key.id, signal="USR1", batch_only=True)
+    return "asked to save and end"
+
+
+def _none_runs(run: Path, last: chain.Link) -> str:
+    said = last.note or ("SLURM does not know it any more" if last.state is None else f"it is {last.state.state}")
+    return f"job {last.key.id} of {run} does not run: {said}"
+
+
+def _ask_without_slurm(run: Path, error: scheduler.UnreachableError) -> dict[str, Any]:
+    """The request alone, in the run folder: a job looks for it there, and one that waits does so when it starts."""
+    for folder, _ in chain.keys(run):
+        records.ask_stop(folder)
+    done = f"asked to save and end, through the run folder alone: {error.cause}"
+    return {"run": str(run), "job": chain.keys(run)[-1][1].id, "done": done, "jobs": {}}
 
 
 def _stop_here(run: Path, folder: Path, *, now: bool) -> dict[str, Any]:

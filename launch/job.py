@@ -18,14 +18,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import agent, nodes, owner, ranks, scheduler
+from launch import agent, nodes, owner, ranks, step
 from launch import record as records
-from launch.policy import GAVE_UP, STOPPED, Action, Budget, Ending, crashed, decide
+from launch.allocation import Allocation
+from launch.job_states import Phase, phase_of
+from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Budget, Ending, crashed, decide
+from launch.scheduler import UnreachableError, patiently
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError, MmscaleError
 from mmscale.resilience import lease, watchdog
@@ -35,6 +38,7 @@ from mmscale.train.metrics import EventLog, next_attempt, read_events
 BUDGET = "budget.json"
 _REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
 _POLL_S = 0.1
+_LOOK_S = 1.0  # between looks at a request to stop
 _STATUSES_S = 1.0  # between looks at what agents were not told: a listing of a folder that all nodes share
 _FIRST_LOOK_S = 10.0  # after ranks were started
 _OTHERS_S = 60.0  # after one rank has said that trying again would not help; as srun's --wait
@@ -78,6 +82,13 @@ class Supervisor:
         self.began: float | None = round(time.time(), 3)  # of a start of the job that no attempt has been told yet
         self.bandwidth: dict[str, Any] = {}
         self.signals: list[str] = []
+        self.allocation = Allocation(
+            self.job,
+            patience_s=self.profile.slurm_patience,
+            interrupted=self._stopping,
+        )
+        self._stop_looked, self._stop_known = float("-inf"), False
+        self._said = ""  # by srun, about the last start of ranks
         self._ranks: subprocess.Popen[bytes] | None = None
         self._sent = 0.0
 
@@ -94,15 +105,44 @@ class Supervisor:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signals.append(signal.Signals(number).name)
 
+    def _stopping(self) -> bool:
+        """Whether this process was asked to end, as far as it knows by itself."""
+        return bool(self.signals) or self._stop_asked()
+
+    def _stop_asked(self) -> bool:
+        """Whether a person has asked for a stop; the file is on a file system that many share."""
+        now = time.monotonic()
+        if not self._stop_known and now - self._stop_looked >= _LOOK_S:
+            self._stop_known, self._stop_looked = records.stop_asked(self.folder), now
+        return self._stop_known
+
     def run(self) -> int:
-        """The whole of it; returns the job's exit status."""
-        owner.refuse_busy(self.run_dir, job=self.job)
+        """The whole of it; returns the job's exit status.
+
+        Raises:
+            UnreachableError: SLURM has not answered for the profile's `slurm_patience`, and no rank could be started.
+        """
+        try:
+            patiently(
+                lambda: owner.refuse_busy(self.run_dir, job=self.job),
+                patience_s=self.profile.slurm_patience if self.slurm else 0.0,
+                give_up=self._stopping,
+            )
+            return self._run()
+        except UnreachableError as error:
+            if self._stopping():
+                return self._end_before_ranks()
+            with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
+                events.add("gave_up", why=error.cause, status=error.exit_status)
+            raise
+
+    def _run(self) -> int:
         self._remove_stale_results()
         lost = self._lost_nodes()
         self._keep(self._budget())  # now: the first attempt is measured against what is there before it
         number = 0
         while True:
-            if records.stop_asked(self.folder) or self.signals:
+            if self._stopping():
                 return self._end_before_ranks()
             if number == 0 and self.slurm:
                 self._preflight()
@@ -112,11 +152,15 @@ class Supervisor:
             lease_id = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
             lease.take(self.run_dir, lease_id, attempt=attempt, job=self.job)
             fence = lease.Fence(self.run_dir, lease_id)
-            with contextlib.closing(EventLog(self.run_dir, attempt, may_write=fence.check)) as events:
-                if lost:
-                    events.add("cordoned", nodes=lost, file=self.profile.cordon_file)
-                    lost = {}
-                action, status = self._attempt(lease_id, attempt, fence, events)
+            try:
+                with contextlib.closing(EventLog(self.run_dir, attempt, may_write=fence.check)) as events:
+                    if lost:
+                        events.add("cordoned", nodes=lost, file=self.profile.cordon_file)
+                        lost = {}
+                    action, status = self._attempt(lease_id, attempt, fence, events)
+            except LaunchError:  # nothing of it runs any more
+                lease.release(self.run_dir, lease_id)
+                raise
             if action is Action.RETRY:
                 number += 1
                 continue
@@ -131,7 +175,7 @@ class Supervisor:
         mine = [event for event in read_events(self.run_dir) if event["event"] == "launch"]
         if not self.slurm or self.restart == 0 or not mine or mine[-1].get("job") != self.job:
             return {}
-        found = scheduler.lost_nodes(str(mine[-1].get("nodes", "")))
+        found = self.allocation.lost_nodes(str(mine[-1].get("nodes", "")))
         return nodes.cordon(self.record, self.profile, found, reason=f"lost by job {self.job}")
 
     def _remove_stale_results(self) -> None:
@@ -144,9 +188,9 @@ class Supervisor:
                 file.unlink(missing_ok=True)
 
     def _end_before_ranks(self) -> int:
-        if self.slurm and not records.stop_asked(self.folder) and self.signals[-1] != "SIGUSR1":
-            state = scheduler.job_state(self.job)
-            if state is not None and state.state == "RUNNING":
+        if self.slurm and not self._stop_asked() and self.signals[-1] != "SIGUSR1":
+            state = self.allocation.state(patiently_asked=True)
+            if state is not None and phase_of(state) is Phase.RUNNING and state != NO_ANSWER:
                 _say(f"{self.signals[-1]} before ranks were started: requeued")
                 self._requeue()
         return STOPPED
@@ -157,11 +201,9 @@ class Supervisor:
         SLURM sends SIGTERM once, to the steps of a job: there may have been none yet, and the job would train on until
         its time of grace is over.
         """
-        with contextlib.suppress(LaunchError):  # it does not answer: nothing is known
-            state = scheduler.job_state(self.job)
-            if state is not None and state.preempted and not self.signals:
-                _say("preempted before ranks could be told")
-                self.signals.append("SIGTERM")
+        if self.allocation.preempted() and not self.signals:
+            _say("preempted before ranks could be told")
+            self.signals.append("SIGTERM")
 
     def _interrupted(self) -> bool:
         """Whether a step may have ended for what SLURM has sent it, and not for its nodes."""
@@ -174,10 +216,14 @@ class Supervisor:
         Raises:
             LaunchError: one is not fit.
         """
-        bad = nodes.examine(self.record, self.profile, interrupted=self._interrupted)
+        bad = nodes.examine(self.record, self.profile, interrupted=self._interrupted, stopping=self._stopping)
         if not bad and not self.signals:
             bad, self.bandwidth = nodes.measure(
-                self.record, self.profile, port=unused_port(), interrupted=self._interrupted
+                self.record,
+                self.profile,
+                port=unused_port(),
+                interrupted=self._interrupted,
+                stopping=self._stopping,
             )
         if bad:
             self._refuse(bad)
@@ -226,25 +272,36 @@ class Supervisor:
         self.began, self.bandwidth = None, {}
         _say(f"attempt {attempt} ({lease_id}): {shlex.join(command)}")
         try:
-            status = self._wait_for(command, environment, logs, fence)
+            status = self._start_until_begun(command, environment, logs, fence)
             fence.check()
         except lease.FencedError as error:
             _say(f"error: {error.cause}")
             return Action.END, error.exit_status
         attempt = self._after_restarts_in_place(attempt, lease_id, events)
         self._tell_hang(attempt, lease_id, events)
-        budget = self._budget().ended(
-            step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(self._ending(status, attempt))
-        )
+        ending = self._ending(status, attempt, cause=step.cause_of(logs, self._said))
+        budget = self._budget().ended(step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending))
         self._keep(budget)
-        ending = self._ending(status, attempt, ask=True)
+        ending = self._with_slurms_word(ending)
         action, why = decide(
             ending, budget, max_restarts=self._max_restarts(), max_without_progress=self.record.max_without_progress
         )
-        events.add("ranks_ended", attempt_id=lease_id, status=status, signal=ending.signal, action=action, why=why)
+        events.add(
+            "ranks_ended",
+            attempt_id=lease_id,
+            status=status,
+            signal=ending.signal,
+            action=action,
+            why=why,
+            over=action is Action.GIVE_UP or (action is Action.END and not ending.left_to_slurm),
+            **({"cause": ending.cause} if ending.cause else {}),
+        )
         _say(f"ranks ended with exit status {status}: {action}, {why}")
         if action is Action.REQUEUE:
-            self._requeue()
+            if refused := self._requeue():
+                events.add("not_requeued", why=refused)
+                _say(f"error: not requeued: {refused}\n  fix: `mmscale resume {self.record.run}` goes on")
+                return Action.END, STOPPED
             return action, STOPPED
         if action is Action.GIVE_UP:
             events.add("gave_up", why=why, status=status)
@@ -290,12 +347,31 @@ class Supervisor:
         events.attempt = last
         return last
 
+    def _start_until_begun(
+        self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence
+    ) -> int:
+        """Start the ranks and wait for their end; again if slurmctld was away and none was started.
+
+        Raises:
+            UnreachableError: it stayed away for the profile's `slurm_patience`.
+        """
+        while True:
+            status = self._wait_for(command, environment, logs, fence)
+            self._said = step.report(logs)
+            if status == 0 or not step.never_began(logs, self._said):
+                return status
+            _say("no rank was started, because SLURM did not answer: tried again when it does")
+            try:
+                self.allocation.wait_for_slurm()
+            except UnreachableError:
+                if self._stopping():
+                    return STOPPED
+                raise
+            (logs / step.LAUNCHER_LOG).unlink(missing_ok=True)
+
     def _wait_for(self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence) -> int:
         """Start the ranks and wait for their end, passing requests on to them; their exit status."""
-        # A session of its own: what is sent to this process's group must not reach srun, which ends its step for it.
-        self._ranks = subprocess.Popen(
-            command, env=environment, cwd=self.record.cwd, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        self._ranks = step.start(command, environment, cwd=self.record.cwd, logs=logs, slurm=self.slurm)
         self._sent = 0.0
         waits_until = float("inf")
         look_at = time.monotonic() + _FIRST_LOOK_S if self.slurm else float("inf")
@@ -315,7 +391,7 @@ class Supervisor:
                     look_at = float("inf")
                     self._look_for_preemption()
                 fence.look()
-                if self.signals or records.stop_asked(self.folder):
+                if self._stopping():
                     self._ask_to_save()
         finally:
             if self._ranks.poll() is None:
@@ -333,20 +409,22 @@ class Supervisor:
 
     # --- after ------------------------------------------------------------------------------------------------------
 
-    def _ending(self, status: int, attempt: int, *, ask: bool = False) -> Ending:
+    def _ending(self, status: int, attempt: int, *, cause: str) -> Ending:
         """How the ranks ended: by their own word, then by what this process was sent."""
-        state = None
-        if ask and self.slurm:
-            found = scheduler.job_state(self.job)
-            state = found.state if found is not None else "UNKNOWN"
         events = [event for event in read_events(self.run_dir) if event.get("attempt") == attempt]
         named = next((event.get("signal") for event in events if event["event"] == "stop"), None)
-        asked = records.stop_asked(self.folder)
         if "SIGUSR1" in self.signals:
             named = "SIGUSR1"
         elif self.signals:
             named = self.signals[-1]
-        return Ending(status, named, asked, state)
+        ending = Ending(status, named, records.stop_asked(self.folder))
+        return replace(ending, cause=cause) if crashed(ending) else ending
+
+    def _with_slurms_word(self, ending: Ending) -> Ending:
+        """The same with SLURM's word for the job, if anything depends on it: a crash is mended without an answer."""
+        if not ending.needs_slurm:
+            return ending
+        return replace(ending, job_state=self.allocation.state(patiently_asked=not crashed(ending)))
 
     def _budget(self) -> Budget:
         try:
@@ -359,13 +437,15 @@ class Supervisor:
         temporary.write_text(json.dumps(asdict(budget)))
         temporary.replace(self.folder / BUDGET)
 
-    def _requeue(self) -> None:
-        """Have SLURM start this job again, and wait for it to end this process."""
+    def _requeue(self) -> str:
+        """Have SLURM start this job again, and wait for it to end this process; why it does not, "" if it does."""
         self.signals.clear()
-        scheduler.requeue(self.job)
+        if refused := self.allocation.requeue():
+            return refused
         deadline = time.monotonic() + _KILLED_S
         while not self.signals and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+        return ""
 
 
 def _say(text: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import cordon as cordon_file
+from launch import scheduler
 from launch.profile import Profile
 from launch.record import Record
 from mmscale.runtime.rank_env import expand_hostlist
@@ -41,19 +42,33 @@ class Unfit:
     cordon: bool
 
 
-def examine(record: Record, profile: Profile, *, interrupted: Callable[[], bool]) -> dict[str, Unfit]:
+def examine(
+    record: Record,
+    profile: Profile,
+    *,
+    interrupted: Callable[[], bool],
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, Unfit]:
     """Ask every node of this job.
 
     Args:
         record: of the launch.
         profile: of the cluster: what a node has to offer, and what is not asked.
         interrupted: whether this process was asked to end: a check that SLURM ended says nothing about nodes.
+        stopping: the same without a question to SLURM, looked at while it does not answer.
 
     Returns:
         Nodes with a problem, and what it is.
     """
     began = time.monotonic()
-    ended = _output(_command(record, profile), record, dict(os.environ), timeout_s=_TIMEOUT_S)
+    ended = _output(
+        _command(record, profile),
+        record,
+        dict(os.environ),
+        timeout_s=_TIMEOUT_S,
+        patience_s=profile.slurm_patience,
+        stopping=stopping,
+    )
     answers = ended.lines
     found: dict[str, dict[str, str]] = {one["node"]: dict(one["problems"]) for one in answers}
     if "clock" not in profile.preflight.skip:
@@ -71,7 +86,12 @@ def examine(record: Record, profile: Profile, *, interrupted: Callable[[], bool]
 
 
 def measure(
-    record: Record, profile: Profile, *, port: int, interrupted: Callable[[], bool]
+    record: Record,
+    profile: Profile,
+    *,
+    port: int,
+    interrupted: Callable[[], bool],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Unfit], dict[str, Any]]:
     """Measure all-reduces inside the nodes of this job and between them.
 
@@ -79,7 +99,7 @@ def measure(
         record: of the launch.
         profile: of the cluster: what has to be reached.
         port: of the rendezvous on the first node.
-        interrupted: as for `examine`.
+        interrupted, stopping: as for `examine`.
 
     Returns:
         Nodes with a problem, and what it is; and the bus bandwidths [GB/s] that were measured.
@@ -91,7 +111,14 @@ def measure(
     command = _srun(record, profile, tasks=record.tasks_per_node)
     limit = _MEASURED_S + _MEASURED_PER_NODE_S * record.nodes
     command += [record.python, "-m", "slurm.bandwidth", f"--mb={wanted.all_reduce_mb:g}", f"--timeout-s={limit:g}"]
-    ended = _output(command, record, environment, timeout_s=limit)
+    ended = _output(
+        command,
+        record,
+        environment,
+        timeout_s=limit,
+        patience_s=profile.slurm_patience,
+        stopping=stopping,
+    )
     lines = ended.lines
     nodes = expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
     bad = slow_nodes(
@@ -179,7 +206,27 @@ class _Output:
     late: bool
 
 
-def _output(command: Sequence[str], record: Record, environment: dict[str, str], *, timeout_s: float) -> _Output:
+def _output(
+    command: Sequence[str],
+    record: Record,
+    environment: dict[str, str],
+    *,
+    timeout_s: float,
+    patience_s: float,
+    stopping: Callable[[], bool],
+) -> _Output:
+    """What a step prints. One that slurmctld did not start, because it was away, says nothing about nodes."""
+
+    def step() -> _Output:
+        found = _once(command, record, environment, timeout_s=timeout_s)
+        if not found.lines and scheduler.no_answer(found.error):
+            raise scheduler.UnreachableError(f"SLURM does not answer: {found.error}")
+        return found
+
+    return scheduler.patiently(step, patience_s=patience_s, give_up=stopping)
+
+
+def _once(command: Sequence[str], record: Record, environment: dict[str, str], *, timeout_s: float) -> _Output:
     late = False
     try:
         ended = subprocess.run(
@@ -192,11 +239,17 @@ def _output(command: Sequence[str], record: Record, environment: dict[str, str],
             timeout=timeout_s,
         )
         said, errors = ended.stdout, ended.stderr.strip()
-        error = "" if ended.returncode == 0 else errors.splitlines()[-1] if errors else f"status {ended.returncode}"
+        error = "" if ended.returncode == 0 else _last_error(errors) if errors else f"status {ended.returncode}"
     except subprocess.TimeoutExpired as cut_off:
         late = True
         said, error = (cut_off.stdout or b"").decode(errors="replace"), f"nothing within {timeout_s:g} s"
     return _Output([json.loads(line) for line in said.splitlines() if line.startswith("{")], error, late)
+
+
+def _last_error(text: str) -> str:
+    """The last line; or the one that says that slurmctld was away, because srun ends with a guess at the cause."""
+    lines = text.splitlines()
+    return next((line for line in reversed(lines) if scheduler.no_answer(line)), lines[-1])
 
 
 def cordon(record: Record, profile: Profile, bad: Mapping[str, str], *, reason: str = "") -> dict[str, str]:

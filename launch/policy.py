@@ -7,7 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from launch.job_states import Phase, phase_of
+
 STOPPED, GAVE_UP = 75, 5
+NO_ANSWER = "no answer"
 # What a person has to mend: trying again would say the same again.
 FINAL = (2, 3, 4, 5)
 # Exit statuses of a process that a request to save ended before it could note it: SIGUSR1, SIGUSR2, SIGTERM.
@@ -53,13 +56,27 @@ class Ending:
         status: exit status of srun or of the local launcher.
         signal: what the ranks agreed to stop for, or this process was sent; None: nothing.
         stop_asked: a person asked for a stop for good.
-        job_state: SLURM's word for the job now; None without SLURM.
+        job_state: SLURM's word for the job now; None without SLURM, NO_ANSWER if it did not answer.
+        cause: what a crash is known to come from, e.g. `out of memory`; "" if nothing is.
     """
 
     status: int
     signal: str | None = None
     stop_asked: bool = False
     job_state: str | None = None
+    cause: str = ""
+
+    @property
+    def needs_slurm(self) -> bool:
+        """Whether what follows depends on what becomes of the job. A run that is over by its own account does not."""
+        return not (self.status in (0, *FINAL) or self.stop_asked or self.signal == "SIGUSR1")
+
+    @property
+    def left_to_slurm(self) -> bool:
+        """Whether SLURM has ended the ranks, and decides whether the job comes back."""
+        if self.job_state in (None, NO_ANSWER):
+            return False
+        return self.needs_slurm and phase_of(str(self.job_state)) not in (Phase.RUNNING, Phase.PAUSED)
 
 
 def crashed(ending: Ending) -> bool:
@@ -85,13 +102,13 @@ def decide(ending: Ending, budget: Budget, *, max_restarts: int, max_without_pro
         return Action.END, f"exit status {ending.status}: starting again would not help"
     if ending.stop_asked or ending.signal == "SIGUSR1":
         return Action.END, "stopped on request"
-    running = ending.job_state == "RUNNING"
-    if ending.job_state is not None and not running:
+    if ending.left_to_slurm:
         return Action.END, f"the job is {ending.job_state}: what follows is SLURM's business"
     if not crashed(ending):
-        if running:
-            return Action.REQUEUE, f"stopped for {ending.signal or 'a signal'}"
-        return Action.END, f"stopped for {ending.signal or 'a signal'}"
+        why = f"stopped for {ending.signal or 'a signal'}"
+        if ending.job_state == NO_ANSWER:
+            return Action.END, f"{why}; SLURM did not answer in time, so nobody has requeued the job: `mmscale resume`"
+        return (Action.END if ending.job_state is None else Action.REQUEUE), why
     if budget.restarts > max_restarts:
         return Action.GIVE_UP, f"crashed {budget.restarts} times, resilience.max_restarts is {max_restarts}"
     if budget.without_progress > max_without_progress:
@@ -99,4 +116,5 @@ def decide(ending: Ending, budget: Budget, *, max_restarts: int, max_without_pro
             f"crashed {budget.without_progress} times in a row without a new checkpoint (the newest is of step "
             f"{budget.step}); resilience.max_restarts_without_progress is {max_without_progress}"
         )
-    return Action.RETRY, f"crashed with exit status {ending.status}; restart {budget.restarts} of {max_restarts}"
+    cause = f" ({ending.cause})" if ending.cause else ""
+    return Action.RETRY, f"crashed with exit status {ending.status}{cause}; restart {budget.restarts} of {max_restarts}"

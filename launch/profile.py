@@ -119,6 +119,11 @@ class Profile(Section):
     signal_delay: Seconds = setting(
         "How long before the time limit ranks are asked to save; must be longer than a save.", 120.0, unit="seconds"
     )
+    slurm_patience: Seconds = setting(
+        "How long a job repeats a question that slurmctld does not answer; ranks that run go on meanwhile.",
+        1800.0,
+        unit="seconds",
+    )
     exclude: tuple[Nodes, ...] = setting("Nodes that are never used.", ())
     cordon_file: str | None = setting("Shared file of nodes found bad, one a line; they are not used either.", None)
     preflight: Preflight = setting("Checks of every node before ranks start.", Preflight())

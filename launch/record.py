@@ -16,6 +16,7 @@ from typing import Any
 
 import mmscale
 from launch.profile import Profile, profile_of
+from launch.scheduler import JobState
 from mmscale.config import Config
 from mmscale.config.load import digest, dump
 from mmscale.errors import LaunchError, UsageError
@@ -23,6 +24,29 @@ from mmscale.runtime.environment import describe
 
 FOLDER, RECORD, JOB, STOP = "launch", "launch.json", "job.json", "stop.json"
 PACKAGES = ("mmscale", "launch", "slurm", "checkpoints_tools")
+
+
+@dataclass(frozen=True)
+class JobKey:
+    """Which job a launch became. Its number alone does not say so: another cluster has it too, and numbers start again.
+
+    Attributes:
+        id: as SLURM numbers it; array tasks are `12_3`.
+        cluster: name of its cluster; "" if SLURM did not say, here and below.
+        name: of the job.
+        submitted: when, as SLURM prints it.
+    """
+
+    id: str
+    cluster: str = ""
+    name: str = ""
+    submitted: str = ""
+
+    def is_job(self, state: JobState) -> bool:
+        """Whether SLURM speaks of this job. A requeue sets the time of its submission anew."""
+        if not self.submitted or not state.submitted or state.submitted == self.submitted:
+            return True
+        return state.submitted > self.submitted and state.name == self.name and state.requeued
 
 
 @dataclass(frozen=True)
@@ -159,17 +183,24 @@ def latest(run: Path) -> Path | None:
     return max(folders, key=lambda entry: int(entry.name), default=None)
 
 
-def set_job(folder: Path, job: str) -> None:
+def set_job(folder: Path, job: JobKey) -> None:
     """Write down which job a launch became."""
-    _write_json(folder / JOB, {"job": job, "time": round(time.time(), 3)})
+    _write_json(folder / JOB, {"job": job.id, "time": round(time.time(), 3), **asdict(job)})
+
+
+def key_of(folder: Path) -> JobKey | None:
+    """The job of a launch; None if it was not submitted, or is local."""
+    try:
+        found = json.loads((folder / JOB).read_text())
+        return JobKey(str(found["job"]), *(str(found.get(name, "")) for name in ("cluster", "name", "submitted")))
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        return None
 
 
 def job_of(folder: Path) -> str | None:
-    """The job of a launch; None if it was not submitted, or is local."""
-    try:
-        return str(json.loads((folder / JOB).read_text())["job"])
-    except (OSError, ValueError, KeyError):
-        return None
+    """The number of a launch's job; None as for `key_of`."""
+    key = key_of(folder)
+    return key.id if key is not None else None
 
 
 def ask_stop(folder: Path) -> None:

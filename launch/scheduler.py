@@ -1,38 +1,128 @@
-# What SLURM knows of a job and can be asked to do with it, through scontrol and scancel; sacct is not needed.
+# Asks SLURM about one job and has it do things, through scontrol and scancel. Many jobs at once: job_table.py.
 # It decides nothing: job.py and control.py do.
 """SLURM's commands."""
 
 from __future__ import annotations
 
 import datetime
+import functools
+import os
 import re
+import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from launch.job_states import Phase, name_of, phase_of
 from mmscale.errors import LaunchError
 
-# States out of which a job does not come back by itself.
-ENDED = frozenset(
-    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+_TIMEOUT_S = 60.0  # scontrol gives an unreachable slurmctld up by itself after 9 to 18 s (22.05)
+_FILTERS = ("SQUEUE_", "SACCT_", "SCANCEL_")
+_PAUSE_S, _LONGEST_PAUSE_S, _LOOK_S = 1.0, 60.0, 0.2
+# What SLURM's commands print when slurmctld (or munge, or the network) is away. Anything else is an answer.
+_NO_ANSWER = re.compile(
+    r"Unable to contact slurm controller|Unable to establish control machine|Unexpected message received"
+    r"|Could not establish a configuration source|DNS SRV lookup failed|[Ss]ocket timed out|connect failure"
+    r"|Connection (refused|reset|timed out)|Zero Bytes were transmitted|in standby mode|[Mm]essage (send|receive) fail"
+    r"|Transport endpoint|Resource temporarily unavailable|[Mm]unge|[Aa]uthentication (error|credential)"
 )
-_TIMEOUT_S = 60.0
 _WAIT_S, _SETTLED_S = 120.0, 4.0  # SLURM's wait after a requeue, and the part of it that must not be lifted
+
+
+_AWAY = "try again when slurmctld is back (`scontrol ping`); running jobs go on meanwhile"
+_Answer = TypeVar("_Answer")
+
+
+class UnreachableError(LaunchError):
+    """SLURM does not answer: nothing is known of a job, and nothing follows from that."""
+
+
+def no_answer(text: str) -> bool:
+    """Whether a command of SLURM failed because slurmctld could not be reached."""
+    return _NO_ANSWER.search(text) is not None
+
+
+def patiently(ask: Callable[[], _Answer], *, patience_s: float, give_up: Callable[[], bool] = lambda: False) -> _Answer:
+    """Ask SLURM, again and again with growing pauses while it does not answer.
+
+    Args:
+        ask: one question; raises `UnreachableError` when there is no answer.
+        patience_s: how long [seconds].
+        give_up: looked at during the pauses.
+
+    Raises:
+        UnreachableError: there was no answer in time, or `give_up` said so.
+        LaunchError: SLURM answered, and refuses.
+    """
+    deadline, pause, said = time.monotonic() + patience_s, _PAUSE_S, False
+    while True:
+        try:
+            return ask()
+        except UnreachableError as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            if not said:
+                said = True
+                sys.stderr.write(f"{error.cause}; asked again for up to {patience_s:g} s\n")
+        until = time.monotonic() + pause
+        while time.monotonic() < until:
+            if give_up():
+                raise UnreachableError("SLURM did not answer before this process was asked to end")
+            time.sleep(_LOOK_S)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+@dataclass(frozen=True)
+class ExitCode:
+    """How a job's batch script ended.
+
+    Attributes:
+        status: its exit status.
+        signal: number of the signal that ended it; 0: none.
+    """
+
+    status: int = 0
+    signal: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> ExitCode:
+        """From `STATUS:SIGNAL` of scontrol and sacct, or squeue's status of wait(2)."""
+        status, colon, number = text.partition(":")
+        if not status.strip().isdigit():
+            return cls()
+        if not colon:
+            return cls(int(status) >> 8, int(status) & 0x7F)
+        return cls(int(status), int(number) if number.strip().isdigit() else 0)
+
+    def __str__(self) -> str:
+        """As a person reads it."""
+        if not self.signal:
+            return f"exit status {self.status}"
+        try:
+            return f"killed by {signal.Signals(self.signal).name}"
+        except ValueError:  # SLURM's own, e.g. 125 for a job that ran out of memory
+            return f"killed by signal {self.signal}"
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job as scontrol shows it.
+    """One job as SLURM shows it.
 
     Attributes:
         id: as SLURM numbers it, array tasks too.
-        state: RUNNING, PENDING, ...
+        state: RUNNING, PENDING, ... (job_states.py).
         reason: why it waits; "" if nobody says.
         restarts: how often it was requeued.
         nodes: SLURM's host list.
-        exit_status: of its batch script.
+        exit: how its batch script ended.
         start: when it started or will start, as SLURM prints it.
         preempted: whether it has been asked to make room since it started.
+        name: of the job.
+        submitted: when, as SLURM prints it; a requeue sets it anew.
+        accounted: it is the accounting's answer; slurmctld knows the job no more.
     """
 
     id: str
@@ -40,24 +130,46 @@ class JobState:
     reason: str = ""
     restarts: int = 0
     nodes: str = ""
-    exit_status: int = 0
+    exit: ExitCode = ExitCode()
     start: str = ""
     preempted: bool = False
+    name: str = ""
+    submitted: str = ""
+    accounted: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is on its way."""
+        return phase_of(self.state)
 
     @property
     def ended(self) -> bool:
         """Whether it does not come back by itself."""
-        return self.state in ENDED
+        return self.phase is Phase.ENDED
+
+    @property
+    def requeued(self) -> bool:
+        """Whether its time of submission may be that of a requeue: the accounting does not count them."""
+        return self.restarts > 0 or self.accounted
+
+    @property
+    def exit_status(self) -> int:
+        """Exit status of its batch script."""
+        return self.exit.status
 
 
-def job_state(job: str) -> JobState | None:
+def job_state(job: str, *, timeout_s: float = _TIMEOUT_S) -> JobState | None:
     """What SLURM says of a job; None if it does not know it (any more).
 
+    Args:
+        job: its id.
+        timeout_s: how long SLURM has for an answer [seconds].
+
     Raises:
-        LaunchError: SLURM does not answer.
+        UnreachableError: SLURM does not answer.
     """
     try:
-        text = _run(["scontrol", "--oneliner", "show", "job", _checked(job)])
+        text = run(["scontrol", "--oneliner", "show", "job", checked(job)], timeout_s=timeout_s)
     except LaunchError as error:
         if "Invalid job id" in error.cause:
             return None
@@ -69,14 +181,27 @@ def job_state(job: str) -> JobState | None:
     preempted = fields.get("PreemptTime", "None")  # ISO times, which compare as text
     return JobState(
         id=fields.get("JobId", job),
-        state=fields["JobState"],
+        state=name_of(fields["JobState"]),
         reason="" if reason == "None" else reason,
         restarts=int(fields.get("Restarts", "0")),
         nodes="" if fields.get("NodeList") in (None, "(null)") else fields["NodeList"],
-        exit_status=int(fields.get("ExitCode", "0:0").partition(":")[0]),
+        exit=ExitCode.parse(fields.get("ExitCode", "0:0")),
         start=fields.get("StartTime", ""),
         preempted=preempted[:1].isdigit() and preempted >= fields.get("StartTime", ""),
+        name=fields.get("JobName", ""),
+        submitted=fields.get("SubmitTime", ""),
     )
+
+
+@functools.cache
+def cluster_name() -> str:
+    """Name of the cluster that this machine's commands talk to.
+
+    Raises:
+        UnreachableError: SLURM does not answer.
+    """
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", run(["scontrol", "show", "config"]), flags=re.MULTILINE)
+    return found[1] if found else ""
 
 
 def lost_nodes(hosts: str) -> dict[str, str]:
@@ -84,11 +209,16 @@ def lost_nodes(hosts: str) -> dict[str, str]:
 
     Args:
         hosts: as SLURM lists them, e.g. n[1-64].
+
+    Raises:
+        UnreachableError: SLURM does not answer.
     """
     if not hosts:
         return {}
     try:
-        text = _run(["scontrol", "--oneliner", "show", "node", hosts])
+        text = run(["scontrol", "--oneliner", "show", "node", hosts])
+    except UnreachableError:
+        raise
     except LaunchError:
         return {}
     states = re.findall(r"^NodeName=(\S+) .*?\bState=(\S+)", text, flags=re.MULTILINE)
@@ -100,21 +230,26 @@ def requeue(job: str) -> None:
     """Have a job start again, from its batch script on.
 
     Raises:
+        UnreachableError: SLURM does not answer.
         LaunchError: SLURM refuses.
     """
-    _run(["scontrol", "requeue", _checked(job)])
+    run(["scontrol", "requeue", checked(job)])
 
 
-def lift_wait(job: str) -> bool:
+def lift_wait(job: str, found: JobState | None = None) -> bool:
     """Let a requeued job start now: SLURM makes it wait 120 s, whatever it is configured to do (22.05).
 
     Not at once: nodes refuse a start whose credential is no younger than the end of the one before (to a second), and
     the job is FAILED then; seen once in 20 requeues, when this was called in the same second.
 
+    Args:
+        job: its id.
+        found: what SLURM said of it a moment ago; None: it is asked.
+
     Returns:
         Whether there was a wait, and it was permitted to lift it.
     """
-    found = job_state(job)
+    found = found or job_state(job)
     if found is None or found.state != "PENDING" or found.reason != "BeginTime" or found.restarts == 0:
         return False
     try:
@@ -124,7 +259,7 @@ def lift_wait(job: str) -> bool:
     if left.total_seconds() > _WAIT_S - _SETTLED_S:
         return False
     try:
-        _run(["scontrol", "update", f"JobId={_checked(job)}", "StartTime=now"])
+        run(["scontrol", "update", f"JobId={checked(job)}", "StartTime=now"])
     except LaunchError:
         return False
     return True
@@ -141,25 +276,50 @@ def cancel(job: str, *, signal: str | None = None, batch_only: bool = False) -> 
         command.append(f"--signal={signal}")
     if batch_only:
         command.append("--batch")
-    _run([*command, _checked(job)])
+    run([*command, checked(job)])
 
 
-def _checked(job: str) -> str:
+def checked(job: str) -> str:
+    """A job's id.
+
+    Raises:
+        LaunchError: it is none.
+    """
     if not re.fullmatch(r"\d+(_\d+)?", job):
         raise LaunchError(f"{job!r} is no job id of SLURM")
     return job
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str], *, timeout_s: float = _TIMEOUT_S) -> str:
+    """What a command of SLURM prints.
+
+    Raises:
+        UnreachableError: slurmctld does not answer.
+        LaunchError: it refuses, or the command is not on this machine.
+    """
+    # Variables of a user's shell that change what is asked, whom, or how times are printed.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_FILTERS)}
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        ended = subprocess.run(
+            command,
+            env=environment | {"SLURM_TIME_FORMAT": "standard"},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+        )
     except FileNotFoundError:
         raise LaunchError(
             f"there is no {command[0]} on this machine", remedy="use a login node of the cluster, or --cluster local"
         ) from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"{command[0]} did not answer within {_TIMEOUT_S:g} s") from None
+        raise UnreachableError(
+            f"SLURM does not answer: {command[0]} said nothing within {timeout_s:g} s", remedy=_AWAY
+        ) from None
     if ended.returncode:
-        said = (ended.stderr or ended.stdout).strip().splitlines()
-        raise LaunchError(f"{' '.join(command[:3])}: {said[-1] if said else f'exit status {ended.returncode}'}")
+        lines = (ended.stderr or ended.stdout).strip().splitlines()
+        said = lines[-1] if lines else f"exit status {ended.returncode}"
+        if no_answer(ended.stderr):
+            raise UnreachableError(f"SLURM does not answer: {' '.join(command[:3])}: {said}", remedy=_AWAY)
+        raise LaunchError(f"{' '.join(command[:3])}: {said}")
     return ended.stdout

@@ -6,21 +6,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import chain, scheduler
 from launch import record as records
-from launch import scheduler
 from launch.goodput import goodput
 from launch.job import BUDGET
+from launch.job_states import STATES
+from launch.job_table import JobTable
 from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
-from mmscale.errors import ConfigError, LaunchError
+from mmscale.errors import ConfigError, LaunchError, MmscaleError
 from mmscale.resilience import lease
 from mmscale.train.metrics import EVENTS, METRICS, read_events, read_metrics
 
-_FINAL = {0: "finished", 2: "failed", 3: "failed", 4: "failed", 5: "gave up", 74: "failed", 75: "stopped"}
+_FINAL = {2: "failed", 3: "failed", 4: "failed", 5: "gave up", 74: "failed", 75: "stopped"}
+_TABLE = JobTable()  # of this process: whoever looks again and again, asks SLURM twice a minute
 
 
 def known(folder: Path) -> list[Path]:
@@ -31,20 +35,80 @@ def known(folder: Path) -> list[Path]:
 
 
 def status(runs: Iterable[Path]) -> list[dict[str, Any]]:
-    """One object per run.
+    """One object per run. SLURM is asked once for all of them; one that cannot be read does not hide the others.
 
     Raises:
-        LaunchError: a folder is no run.
+        LaunchError: a folder is no run, and it is the only one.
     """
-    return [_one(Path(run)) for run in runs]
+    folders = [Path(run) for run in runs]
+    jobs = _jobs(folders)
+    found = []
+    for run in folders:
+        try:
+            found.append(_one(run, jobs[run]))
+        except (MmscaleError, OSError, ValueError, KeyError, TypeError) as error:
+            if len(folders) == 1 and isinstance(error, MmscaleError):
+                raise
+            found.append(_unreadable(run, error))
+    return found
 
 
 def ended(run: Path) -> bool:
-    """Whether nothing of a run is running or waiting."""
-    return bool(_state(run, read_events(run))["ended"])
+    """Whether nothing of a run is running or waiting. SLURM is not asked where the run itself says so."""
+    events = read_events(run)
+    if _over(run, events):
+        return True
+    return bool(_state(run, events, _jobs([run])[run])["ended"])
 
 
-def _one(run: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Jobs:
+    """A run's jobs.
+
+    Attributes:
+        links: of its chain, in the order of their launches.
+        error: why nothing is known of them; "" if SLURM has answered.
+    """
+
+    links: Sequence[chain.Link] = ()
+    error: str = ""
+
+
+def _jobs(runs: Sequence[Path]) -> dict[Path, _Jobs]:
+    """Jobs of all runs, with one question; a requeued one's wait is lifted."""
+    readable = [run for run in runs if _readable(run)]
+    try:
+        found = chain.links_of(readable, _TABLE)
+    except LaunchError as error:
+        return {run: _Jobs(error=error.cause) for run in runs}
+    for link in (link for links in found.values() for link in links):
+        if link.state is not None and scheduler.lift_wait(link.key.id, link.state):
+            _TABLE.forget()
+    return {run: _Jobs(found.get(run, ())) for run in runs}
+
+
+def _readable(run: Path) -> bool:
+    try:
+        return bool(chain.keys(run)) or True
+    except (OSError, ValueError):
+        return False
+
+
+def _unreadable(run: Path, error: Exception) -> dict[str, Any]:
+    """What is shown of a run that cannot be read."""
+    said = error.cause if isinstance(error, MmscaleError) else _said(error)
+    nothing: dict[str, Any] = dict.fromkeys(_FIELDS)
+    shown = {"run": str(run), "state": "unreadable", "reason": said, "job": "", "nodes": "", "ended": True, "chain": []}
+    return nothing | shown | {"attempt": 0, "step": 0, "loss": {}, "restarts": 0, "crashes": 0, "time": {}}
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"no permission to read {error.filename}: ask its owner for `chmod -R g+rX {error.filename}`"
+    return f"{type(error).__name__}: {error}"
+
+
+def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     folder = records.latest(run)
     if folder is None and not any((run / name).is_file() for name in ("config.yaml", METRICS, EVENTS)):
         raise LaunchError(f"{run} is no run folder", remedy="name a folder run.dir/run.name")
@@ -52,7 +116,7 @@ def _one(run: Path) -> dict[str, Any]:
     metrics = read_metrics(run)
     steps = _steps(run, folder)
     last: dict[str, Any] = next((line for line in reversed(metrics) if "loss" in line), {})
-    state = _state(run, events)
+    state = _state(run, events, jobs)
     share, times = goodput(events, _raw(run), now=time.time())
     saved = max(Store.of_run(run).steps(), default=None)
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
@@ -78,6 +142,9 @@ def _one(run: Path) -> dict[str, Any]:
     }
 
 
+_FIELDS = ("steps", "eta_s", "tokens_per_second", "slowest_rank", "last_checkpoint", "last_checkpoint_age_s", "goodput")
+
+
 def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
     """Which rank the others waited for in a logged step, and how much longer than the median it took."""
     median, largest = line.get("rank_time_median_s"), line.get("rank_time_max_s")
@@ -86,50 +153,80 @@ def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
     return {"rank": int(line["slowest_rank"]), "over_median": round(float(largest) / float(median) - 1.0, 3)}
 
 
-def _state(run: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
-    """state, reason, job, nodes, ended."""
-    folder = records.latest(run)
-    job = records.job_of(folder) if folder is not None else None
-    found: dict[str, Any] = {"state": "unknown", "reason": "", "job": job or "", "nodes": "", "ended": True}
-    if job is not None:
-        try:
-            shown = scheduler.job_state(job)
-        except LaunchError as error:
-            return found | {"reason": error.cause, "ended": False}
-        if shown is not None and not shown.ended:
-            if scheduler.lift_wait(job):
-                shown = scheduler.job_state(job) or shown
-            return found | {"state": shown.state, "reason": shown.reason, "nodes": shown.nodes, "ended": False}
-        word = _last_word(events)
-        if shown is None:
-            return found | {"state": word or "ended", "reason": "SLURM does not know the job any more"}
-        if shown.state == "COMPLETED":
-            return found | {"state": "finished", "nodes": shown.nodes}
-        if shown.state == "FAILED":
-            state = _FINAL.get(shown.exit_status, f"crashed (exit status {shown.exit_status})")
-            state = word if word == "unfit nodes" else state
-            return found | {"state": state, "nodes": shown.nodes, "reason": _why(events) if state == "gave up" else ""}
-        # A preempted job that ends within its time of grace is TIMEOUT, whatever its own last word is.
-        return found | {"state": word if word in ("stopped", "finished") else shown.state, "nodes": shown.nodes}
+def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, Any]:
+    """state, reason, job, nodes, chain, ended."""
+    found: dict[str, Any] = {"state": "unknown", "reason": "", "job": "", "nodes": "", "chain": [], "ended": True}
+    if jobs.error:
+        return found | {"reason": jobs.error, "ended": _over(run, events)}
+    if jobs.links:
+        living = chain.alive(jobs.links)
+        shown = living[0] if living else jobs.links[-1]
+        found |= {"job": shown.key.id, "chain": [_of_chain(link) for link in living]}
+        if shown.alive and shown.state is not None:
+            state = shown.state
+            return found | {"state": state.state, "reason": state.reason, "nodes": state.nodes, "ended": False}
+        if shown.elsewhere and not _over(run, events):
+            return found | {"reason": shown.note, "ended": False}
+        state, reason = _how_it_ended(run, events, shown)
+        return found | {"state": state, "reason": reason, "nodes": shown.state.nodes if shown.state else ""}
     owner = lease.owner(run)
     if owner is not None and owner.host:
         return found | {"state": "RUNNING", "nodes": owner.host, "ended": False}
-    return found | {"state": _last_word(events) or "unknown"}
+    return found | {"state": _last_word(run, events) or "unknown"}
 
 
-def _last_word(events: list[dict[str, Any]]) -> str | None:
-    """How the last attempt ended by its own account."""
-    words = {
-        "preflight_failed": "unfit nodes",
-        "finish": "finished",
-        "stop": "stopped",
-        "gave_up": "gave up",
-        "fault": "crashed",
-    }
+def _of_chain(link: chain.Link) -> dict[str, str]:
+    assert link.state is not None
+    return {"job": link.key.id, "state": link.state.state, "reason": link.state.reason}
+
+
+def _how_it_ended(run: Path, events: list[dict[str, Any]], link: chain.Link) -> tuple[str, str]:
+    """State and reason of a run whose last job is over.
+
+    What the run itself wrote down counts more than SLURM's state: a preempted job that ends in its time of grace is a
+    TIMEOUT, and a batch script that was killed has exit status 0.
+    """
+    word, state = _last_word(run, events), link.state
+    reason = _why(events) if word == "gave up" else ""
+    if word in ("finished", "stopped", "unfit nodes", "gave up"):
+        return word, reason
+    if state is None:
+        return word or "ended", link.note or "SLURM does not know the job any more"
+    if failure := STATES[state.state].failure if state.state in STATES else "":
+        return failure, f"job {state.state}"
+    if state.exit.signal:
+        return f"killed ({state.exit})", f"job {state.state}"
+    if state.state == "COMPLETED":
+        return "ended early", "the job is COMPLETED, and the run did not say that it reached its last step"
+    return _FINAL.get(state.exit.status, word or f"crashed ({state.exit})"), reason
+
+
+def _over(run: Path, events: list[dict[str, Any]]) -> bool:
+    """Whether a run is over by its own account: its job wrote down a final end, and nothing was launched since."""
+    if not events or lease.owner(run) is not None:
+        return False
+    last = next((event for event in reversed(events) if event["event"] in ("ranks_ended", "launch")), {})
+    newest = records.latest(run)
+    launched = next((event["launch"] for event in reversed(events) if "launch" in event), None)
+    return bool(last.get("over")) and newest is not None and newest.name == launched
+
+
+def _last_word(run: Path, events: list[dict[str, Any]]) -> str | None:
+    """How the last attempt ended by its own account. `finished` is said only of the run's last step."""
+    words = {"preflight_failed": "unfit nodes", "stop": "stopped", "gave_up": "gave up", "fault": "crashed"}
+    nothing_to_do = False  # an attempt that found the run finished
     for event in reversed(events):
-        if event["event"] in words:
-            return words[event["event"]]
-        if event["event"] in ("start", "resume", "launch"):
+        name = event["event"]
+        if name == "finish":
+            steps = _steps(run, records.latest(run))
+            return "finished" if steps is None or int(event.get("step", steps)) >= steps else None
+        if name in words:
+            return words[name]
+        if name == "ranks_ended":
+            nothing_to_do = event.get("status") == 0
+            if "cause" in event:
+                return str(event["cause"])
+        if name in ("start", "resume") or (name == "launch" and not nothing_to_do):
             return None
     return None
 

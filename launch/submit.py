@@ -19,7 +19,7 @@ from typing import Any
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch import job, owner, ranks
+from launch import job, job_table, owner, ranks, scheduler
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
@@ -161,13 +161,33 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
             for one in planned:
                 shutil.rmtree(one.record.folder)  # nothing was launched
             said = lines[-1] if lines else str(error).strip().splitlines()[-1]
+            if scheduler.no_answer(str(error)):
+                raise scheduler.UnreachableError(
+                    f"SLURM does not answer: {said}", remedy="launch again when it does (`scontrol ping`)"
+                ) from None
             raise LaunchError(
                 f"SLURM did not take the job: {said}", remedy=f"look at the profile {planned[0].record.cluster}"
             ) from None
+    numbers = [str(taken.job_id) for taken in submitted]
+    for keys in ([records.JobKey(number) for number in numbers], _keys(numbers)):  # the number at once
+        for one, key in zip(planned, keys, strict=True):
+            records.set_job(Path(one.record.folder), key)
+    return [
+        {"run": one.record.run, "job": number, "launch": one.record.folder}
+        for one, number in zip(planned, numbers, strict=True)
+    ]
+
+
+def _keys(numbers: Sequence[str]) -> list[records.JobKey]:
+    """What tells these jobs from others that get their numbers; as much of it as SLURM says now."""
+    try:
+        cluster, states = scheduler.cluster_name(), job_table.states_of(numbers)
+    except LaunchError:
+        return [records.JobKey(number) for number in numbers]
     found = []
-    for one, taken in zip(planned, submitted, strict=True):
-        records.set_job(Path(one.record.folder), str(taken.job_id))
-        found.append({"run": one.record.run, "job": str(taken.job_id), "launch": one.record.folder})
+    for number in numbers:
+        state = states.get(number, scheduler.JobState(number, ""))
+        found.append(records.JobKey(number, cluster, state.name, state.submitted))
     return found
 
 

@@ -10,18 +10,18 @@ import pytest
 
 from launch import owner
 from launch import record as records
+from launch.scheduler import JobState
 from mmscale.errors import LaunchError
 from mmscale.resilience import lease
+from tests.unit.launch.fake_slurm import FakeSlurm
 
 
 @pytest.fixture(autouse=True)
-def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM's word for every job: it runs."""
-    program = tmp_path / "bin" / "scontrol"
-    program.parent.mkdir()
-    program.write_text('#!/bin/bash\necho "JobId=${@: -1} JobState=RUNNING Restarts=0"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(program.parent))
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """SLURM's word for every job of these tests: it runs."""
+    fake = FakeSlurm(tmp_path / "bin", **{number: JobState(number, "RUNNING") for number in ("7", "8", "9")})
+    monkeypatch.setenv("PATH", str(fake.folder))
+    return fake
 
 
 def test_a_job_owns_its_run_through_all_of_its_starts_and_nobody_else_does(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_job_that_waits_counts_for_a_launch_and_not_for_the_job_that_it_waits_
     folder = tmp_path / "run" / "launch" / "002"
     folder.mkdir(parents=True)
     (folder / records.RECORD).write_text("{}")
-    records.set_job(folder, "9")
+    records.set_job(folder, records.JobKey("9"))
     lease.take(tmp_path / "run", "7.0.0", attempt=1, job="7")
     owner.refuse_busy(tmp_path / "run", job="7")  # its second start, with 9 chained behind it
     lease.release(tmp_path / "run", "7.0.0")

@@ -165,7 +165,7 @@ def test_after_names_a_job_or_a_run(config: Path, tmp_path: Path) -> None:
     folder = run / "launch" / "001"
     folder.mkdir(parents=True)
     (folder / records.RECORD).write_text("{}")
-    records.set_job(folder, "34_1")
+    records.set_job(folder, records.JobKey("34_1"))
     assert options(script(config, after=str(run)))["dependency"] == "afterany:34_1"
     with pytest.raises(UsageError):
         script(config, after="12; id")

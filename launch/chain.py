@@ -1,0 +1,90 @@
+# The jobs of a run: one per launch folder, more than one of them alive if they were chained by --after. Tells a job of
+# this run from another one that has its number: numbers start again, and clusters share file systems.
+"""A run's chain of jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import record as records
+from launch import scheduler
+from launch.job_states import Phase
+from launch.job_table import JobTable
+from launch.record import JobKey
+from launch.scheduler import JobState
+
+# Which of several live jobs a run is said to be: the one that is nearest to training.
+_ORDER = (Phase.RUNNING, Phase.PAUSED, Phase.ENDING, Phase.WAITING)
+
+
+@dataclass(frozen=True)
+class Link:
+    """One job of a run.
+
+    Attributes:
+        folder: its launch folder.
+        key: which job it is.
+        state: what SLURM says of it; None if it does not know it (any more).
+        elsewhere: it is a job of another cluster, and nobody here can tell whether it lives.
+        note: why there is no state, for a person; "" if SLURM has merely forgotten the job.
+    """
+
+    folder: Path
+    key: JobKey
+    state: JobState | None = None
+    elsewhere: bool = False
+    note: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, waits, or is being ended."""
+        return self.state is not None and not self.state.ended
+
+
+def keys(run: Path) -> list[tuple[Path, JobKey]]:
+    """Launch folders with a job, in the order of their launches."""
+    folders = [entry for entry in (run / records.FOLDER).glob("[0-9]*") if entry.name.isdigit()]
+    found = ((folder, records.key_of(folder)) for folder in sorted(folders, key=lambda entry: int(entry.name)))
+    return [(folder, key) for folder, key in found if key is not None]
+
+
+def links(run: Path, table: JobTable) -> list[Link]:
+    """All jobs of a run, and what SLURM says of them, in the order of their launches.
+
+    Raises:
+        UnreachableError: SLURM does not answer.
+    """
+    return links_of([run], table)[run]
+
+
+def links_of(runs: Sequence[Path], table: JobTable) -> dict[Path, list[Link]]:
+    """The same for several runs, with one question for all of them.
+
+    Raises:
+        UnreachableError: SLURM does not answer.
+    """
+    known = {run: keys(run) for run in runs}
+    every = [key for found in known.values() for _, key in found]
+    here = scheduler.cluster_name() if any(key.cluster for key in every) else ""
+    states = table.states(key.id for key in every if key.cluster in ("", here))
+    return {
+        run: [_link(folder, key, states.get(key.id), here) for folder, key in found] for run, found in known.items()
+    }
+
+
+def _link(folder: Path, key: JobKey, state: JobState | None, here: str) -> Link:
+    if key.cluster not in ("", here):
+        note = f"job {key.id} is of cluster {key.cluster}, and this machine asks {here}"
+        return Link(folder, key, elsewhere=True, note=note)
+    if state is not None and not key.is_job(state):
+        note = f"number {key.id} is another job's now: {state.name}, submitted {state.submitted}"
+        return Link(folder, key, note=note)
+    return Link(folder, key, state)
+
+
+def alive(found: Iterable[Link]) -> list[Link]:
+    """Jobs that are not over, the one that is nearest to training first."""
+    living = [link for link in found if link.alive]
+    return sorted(living, key=lambda link: _ORDER.index(link.state.phase) if link.state is not None else len(_ORDER))

@@ -1,0 +1,83 @@
+# Every state in which SLURM reports a job, in one table: what it means for a run. It asks SLURM nothing (scheduler.py
+# does) and decides nothing (policy.py does).
+"""SLURM's job states.
+
+Names: section JOB STATE CODES of squeue(1) and sacct(1) of SLURM 22.05, and base states and flags of
+https://slurm.schedmd.com/job_state_codes.html (24.05 and newer).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where a job is on its way."""
+
+    WAITING = "waiting"  # in the queue, held, or its nodes are being made ready: no process of it runs
+    RUNNING = "running"
+    PAUSED = "paused"  # its processes are stopped; they go on by themselves
+    ENDING = "ending"  # SLURM is ending its processes; it may come back from the queue afterwards
+    ENDED = "ended"  # it does not come back by itself
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a state means.
+
+    Attributes:
+        phase: where the job is.
+        failure: what `mmscale status` calls a run that ended in this state and did not say itself how; "" if this state
+            does not say why a job ended.
+    """
+
+    phase: Phase
+    failure: str = ""
+
+
+STATES: dict[str, Meaning] = {
+    "PENDING": Meaning(Phase.WAITING),
+    "CONFIGURING": Meaning(Phase.WAITING),
+    "POWER_UP_NODE": Meaning(Phase.WAITING),
+    "EXPEDITING": Meaning(Phase.WAITING),
+    "REQUEUED": Meaning(Phase.WAITING),
+    "REQUEUE_FED": Meaning(Phase.WAITING),
+    "REQUEUE_HOLD": Meaning(Phase.WAITING),
+    "RESV_DEL_HOLD": Meaning(Phase.WAITING),
+    "SPECIAL_EXIT": Meaning(Phase.WAITING),
+    "RUNNING": Meaning(Phase.RUNNING),
+    "RESIZING": Meaning(Phase.RUNNING),
+    "SIGNALING": Meaning(Phase.RUNNING),
+    "UPDATE_DB": Meaning(Phase.RUNNING),
+    "STOPPED": Meaning(Phase.PAUSED),
+    "SUSPENDED": Meaning(Phase.PAUSED),
+    "COMPLETING": Meaning(Phase.ENDING),
+    "STAGE_OUT": Meaning(Phase.ENDING),
+    "BOOT_FAIL": Meaning(Phase.ENDED, "its nodes did not start"),
+    "CANCELLED": Meaning(Phase.ENDED, "cancelled"),
+    "COMPLETED": Meaning(Phase.ENDED),
+    "DEADLINE": Meaning(Phase.ENDED, "its deadline passed"),
+    "FAILED": Meaning(Phase.ENDED),
+    "LAUNCH_FAILED": Meaning(Phase.ENDED, "its nodes did not start"),
+    "NODE_FAIL": Meaning(Phase.ENDED, "a node failed"),
+    "OUT_OF_MEMORY": Meaning(Phase.ENDED, "out of memory"),
+    "PREEMPTED": Meaning(Phase.ENDED, "preempted"),
+    "RECONFIG_FAIL": Meaning(Phase.ENDED, "its nodes did not start"),
+    "REVOKED": Meaning(Phase.ENDED, "taken over by another cluster"),
+    "TIMEOUT": Meaning(Phase.ENDED, "its time limit passed"),
+}
+
+
+def name_of(text: str) -> str:
+    """The state in what a command of SLURM prints: sacct says `CANCELLED by 1000`, and cuts names short with a +."""
+    word = (text.split() or [""])[0].rstrip("+")
+    if word in STATES:
+        return word
+    return next((name for name in STATES if word and len(word) > 3 and name.startswith(word)), word)
+
+
+def phase_of(state: str) -> Phase:
+    """Where a job is. A state that is not in the table is of a newer SLURM, and is no reason to give a job up."""
+    meaning = STATES.get(name_of(state))
+    return meaning.phase if meaning is not None else Phase.RUNNING

@@ -1,0 +1,75 @@
+# One start of ranks by srun (or by the local launcher): the process, what srun itself says, and what its end means.
+# When to start and what follows is job.py's.
+"""A step of ranks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch import scheduler
+
+LAUNCHER_LOG = "launcher.log"  # beside the ranks' logs: what srun says of the step
+_OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]?kill", re.IGNORECASE)
+_TASK = re.compile(r"error: (\S+): tasks? ([\d,-]+): Out Of Memory")
+_TAIL = 20_000  # bytes of a rank's log
+
+
+def start(
+    command: Sequence[str], environment: Mapping[str, str], *, cwd: str, logs: Path, slurm: bool
+) -> subprocess.Popen[bytes]:
+    """Start ranks in a session of their own: what is sent to this process's group must not reach srun.
+
+    Args:
+        command: of srun or of the local launcher.
+        environment: of the ranks.
+        cwd: working directory.
+        logs: folder of the ranks' output.
+        slurm: the command is srun, whose own words go into a file; ranks of one machine print where this process does.
+    """
+    if not slurm:
+        return subprocess.Popen(command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, start_new_session=True)
+    with (logs / LAUNCHER_LOG).open("ab") as output:
+        return subprocess.Popen(
+            command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stderr=output, start_new_session=True
+        )
+
+
+def report(logs: Path) -> str:
+    """What srun said, also written to this process's standard error."""
+    try:
+        said = (logs / LAUNCHER_LOG).read_text(errors="replace")
+    except OSError:
+        return ""
+    sys.stderr.write(said)
+    return said
+
+
+def never_began(logs: Path, said: str) -> bool:
+    """Whether srun could not start the ranks because slurmctld did not answer. That is no crash of the run."""
+    return scheduler.no_answer(said) and not any(logs.glob("rank_*.log")) and not any(logs.glob("agent_*.log"))
+
+
+def cause_of(logs: Path, said: str) -> str:
+    """What a crash comes from, as far as SLURM says so: `out of memory`, with the tasks. "": nothing is known."""
+    if killed := _TASK.findall(said):
+        return "out of memory: " + ", ".join(f"rank {tasks} on {node}" for node, tasks in killed)
+    if _OUT_OF_MEMORY.search(said):
+        return "out of memory"
+    for file in sorted(logs.glob("rank_*.log")):
+        if re.search(rb"slurmstepd: error: Detected \d+ oom[-_]kill", _tail(file)):
+            return f"out of memory: {file.stem.replace('_', ' ')}"
+    return ""
+
+
+def _tail(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            opened.seek(max(0, size - _TAIL))
+            return opened.read()
+    except OSError:
+        return b""

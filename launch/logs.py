@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch import record as records
 from launch import status
+from launch.job_table import JobTable
 from mmscale.errors import LaunchError
 
 _POLL_S = 0.3
@@ -33,9 +34,9 @@ def lines(
     file = _file(run, rank=rank, attempt=attempt, job=job)
     if file is None and not follow:
         raise LaunchError(f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}")
-    place = 0
+    place, table = 0, JobTable()
     while True:
-        ended = follow and status.ended(run)  # asked before reading: what is written until then is printed
+        ended = follow and status.ended(run, table)  # asked before reading: what is written until then is printed
         newest = _file(run, rank=rank, attempt=attempt, job=job)
         if file is not None:
             text, place = _more(file, place)

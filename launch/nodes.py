@@ -99,7 +99,8 @@ def measure(
         record: of the launch.
         profile: of the cluster: what has to be reached.
         port: of the rendezvous on the first node.
-        interrupted, stopping: as for `examine`.
+        interrupted: as for `examine`.
+        stopping: as for `examine`.
 
     Returns:
         Nodes with a problem, and what it is; and the bus bandwidths [GB/s] that were measured.

@@ -16,7 +16,7 @@ from typing import Any
 
 import mmscale
 from launch.profile import Profile, profile_of
-from launch.scheduler import JobState
+from launch.scheduler import JobState, checked
 from mmscale.config import Config
 from mmscale.config.load import digest, dump
 from mmscale.errors import LaunchError, UsageError
@@ -192,8 +192,9 @@ def key_of(folder: Path) -> JobKey | None:
     """The job of a launch; None if it was not submitted, or is local."""
     try:
         found = json.loads((folder / JOB).read_text())
-        return JobKey(str(found["job"]), *(str(found.get(name, "")) for name in ("cluster", "name", "submitted")))
-    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        number = checked(str(found["job"]))
+        return JobKey(number, *(str(found.get(name, "")) for name in ("cluster", "name", "submitted")))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, LaunchError):
         return None
 
 

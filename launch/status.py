@@ -24,7 +24,6 @@ from mmscale.resilience import lease
 from mmscale.train.metrics import EVENTS, METRICS, read_events, read_metrics
 
 _FINAL = {2: "failed", 3: "failed", 4: "failed", 5: "gave up", 74: "failed", 75: "stopped"}
-_TABLE = JobTable()  # of this process: whoever looks again and again, asks SLURM twice a minute
 
 
 def known(folder: Path) -> list[Path]:
@@ -34,14 +33,18 @@ def known(folder: Path) -> list[Path]:
     )
 
 
-def status(runs: Iterable[Path]) -> list[dict[str, Any]]:
+def status(runs: Iterable[Path], table: JobTable | None = None) -> list[dict[str, Any]]:
     """One object per run. SLURM is asked once for all of them; one that cannot be read does not hide the others.
+
+    Args:
+        runs: their folders.
+        table: SLURM's answers, kept by who looks again and again; None: it is asked now.
 
     Raises:
         LaunchError: a folder is no run, and it is the only one.
     """
     folders = [Path(run) for run in runs]
-    jobs = _jobs(folders)
+    jobs = _jobs(folders, table or JobTable())
     found = []
     for run in folders:
         try:
@@ -53,12 +56,12 @@ def status(runs: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def ended(run: Path) -> bool:
+def ended(run: Path, table: JobTable) -> bool:
     """Whether nothing of a run is running or waiting. SLURM is not asked where the run itself says so."""
     events = read_events(run)
     if _over(run, events):
         return True
-    return bool(_state(run, events, _jobs([run])[run])["ended"])
+    return bool(_state(run, events, _jobs([run], table)[run])["ended"])
 
 
 @dataclass(frozen=True)
@@ -74,24 +77,25 @@ class _Jobs:
     error: str = ""
 
 
-def _jobs(runs: Sequence[Path]) -> dict[Path, _Jobs]:
+def _jobs(runs: Sequence[Path], table: JobTable) -> dict[Path, _Jobs]:
     """Jobs of all runs, with one question; a requeued one's wait is lifted."""
     readable = [run for run in runs if _readable(run)]
     try:
-        found = chain.links_of(readable, _TABLE)
+        found = chain.links_of(readable, table)
     except LaunchError as error:
         return {run: _Jobs(error=error.cause) for run in runs}
     for link in (link for links in found.values() for link in links):
         if link.state is not None and scheduler.lift_wait(link.key.id, link.state):
-            _TABLE.forget()
+            table.forget()
     return {run: _Jobs(found.get(run, ())) for run in runs}
 
 
 def _readable(run: Path) -> bool:
     try:
-        return bool(chain.keys(run)) or True
-    except (OSError, ValueError):
+        chain.keys(run)
+    except OSError:
         return False
+    return True
 
 
 def _unreadable(run: Path, error: Exception) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def _how_it_ended(run: Path, events: list[dict[str, Any]], link: chain.Link) -> 
     if failure := STATES[state.state].failure if state.state in STATES else "":
         return failure, f"job {state.state}"
     if state.exit.signal:
-        return f"killed ({state.exit})", f"job {state.state}"
+        return str(state.exit), f"job {state.state}"
     if state.state == "COMPLETED":
         return "ended early", "the job is COMPLETED, and the run did not say that it reached its last step"
     return _FINAL.get(state.exit.status, word or f"crashed ({state.exit})"), reason

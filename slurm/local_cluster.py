@@ -163,6 +163,13 @@ class Cluster:
         """Process id of a node's slurmd."""
         return int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
 
+    def stop_controller(self) -> None:
+        """End slurmctld, which writes its state down first; jobs go on. `restore` starts it again."""
+        pid = int((self.folder / "run" / "slurmctld.pid").read_text())
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: not Path(f"/proc/{pid}").exists(), within_s=STOP_S, what="slurmctld ends")
+
     def cut(self, node: str) -> None:
         """Cut a node off from all others, while its processes live on; for clusters whose nodes have networks."""
         local_network.cut(self._state()["network"]["links"][node])

@@ -142,9 +142,11 @@ def status(
     import time
 
     from launch import status as states
+    from launch.job_table import JobTable
 
+    table = JobTable()  # SLURM's answers count for half a minute, however often the table is shown
     while True:
-        found = states.status(runs or states.known(Path("runs")))
+        found = states.status(runs or states.known(Path("runs")), table)
         emit(found, as_json=as_json, text=lambda found=found: _table(found, clear=watch is not None))  # type: ignore[misc]
         if watch is None or all(one["ended"] for one in found):
             return

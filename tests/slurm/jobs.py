@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from mmscale.errors import LaunchError
 from mmscale.resilience import inject, lease
 from mmscale.train.metrics import METRICS, read_events, read_metrics
 from slurm.local_cluster import Cluster
+from tests.slurm.stub_rank import SLOW
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "configs/cluster/test.yaml"
@@ -121,6 +124,7 @@ class Jobs:
         slow_s: float = 0.05,
         faults: str = "",
         after: str | None = None,
+        stub: bool = False,
         **more: Any,
     ) -> Run:
         """Submit a run.
@@ -131,20 +135,36 @@ class Jobs:
             slow_s: added to each step, so that a test can act while it trains.
             faults: as MMSCALE_FAULTS.
             after: as `--after`.
+            stub: ranks are stub_rank.py, which imports no torch.
             more: of `plan_launch`.
         """
         planned = submit.plan_launch(
             self.config, [f"run.dir={self.folder}", *overrides], cluster=str(self.profile), nodes=nodes, **more
         )
         wanted = [f"*:*:step:slow={slow_s}"] if slow_s else []
-        os.environ[inject.VARIABLE] = ",".join([*wanted, *([faults] if faults else [])])
+        variables = {inject.VARIABLE: ",".join([*wanted, *([faults] if faults else [])])}
+        if stub:
+            variables[f"MMSCALE_{SLOW}"] = str(slow_s)
+            planned = [
+                dataclasses.replace(one, record=dataclasses.replace(one.record, python=self._stub())) for one in planned
+            ]
+        os.environ.update(variables)
         try:
             found = submit.launch(planned, after=after)
         finally:
-            del os.environ[inject.VARIABLE]
+            for name in variables:
+                del os.environ[name]
         launched = [Run(Path(one["run"]), one["job"], self.cluster) for one in found]
         self.runs += launched
         return launched[0]
+
+    def _stub(self) -> str:
+        """An interpreter that starts the stub where a rank is wanted."""
+        file = self.folder / "python"
+        stub = f"exec {sys.executable} {ROOT}/tests/slurm/stub_rank.py"
+        file.write_text(f'#!/bin/bash\n[ "$2" = mmscale ] && {stub} "$@"\nexec {sys.executable} "$@"\n')
+        file.chmod(0o755)
+        return str(file)
 
     def end_all(self) -> None:
         """Nothing of this test goes on behind the next one."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from launch.policy import Action, Budget, Ending, crashed, decide
+from launch.job_states import STATES, Phase
+from launch.policy import NO_ANSWER, Action, Budget, Ending, crashed, decide
 
+_OURS = (Phase.RUNNING, Phase.PAUSED)
 CASES = [
     # how the ranks ended, and what must follow
     (Ending(0, job_state="RUNNING"), Action.END),
@@ -23,6 +25,17 @@ CASES = [
     (Ending(74, job_state="RUNNING"), Action.RETRY),  # storage may come back
     (Ending(137, job_state="COMPLETING"), Action.END),  # a lost node: SLURM requeues by itself
     *((Ending(status, job_state="RUNNING"), Action.END) for status in (2, 3, 4, 5)),
+    # slurmctld is away: a crash is mended without it, the last step and a stop for good need no answer
+    (Ending(137, job_state=NO_ANSWER), Action.RETRY),
+    (Ending(0, job_state=NO_ANSWER), Action.END),
+    (Ending(75, "SIGUSR1", job_state=NO_ANSWER), Action.END),
+    (Ending(75, "SIGUSR2", job_state=NO_ANSWER), Action.END),  # after slurm_patience; `mmscale resume` goes on
+    # what follows in each state of a job: ours where it runs, SLURM's where it waits, is being ended or has ended
+    *(
+        (Ending(status, signal, job_state=state), ours if meaning.phase in _OURS else Action.END)
+        for state, meaning in STATES.items()
+        for status, signal, ours in ((137, None, Action.RETRY), (75, "SIGTERM", Action.REQUEUE))
+    ),
 ]
 
 
@@ -56,3 +69,16 @@ def test_no_restarts_at_all() -> None:
     budget = Budget().ended(step=0, crashed=True)
     action, why = decide(Ending(1), budget, max_restarts=0, max_without_progress=9)
     assert action is Action.GIVE_UP and "resilience.max_restarts is 0" in why
+
+
+def test_the_cause_of_a_crash_is_named() -> None:
+    ending = Ending(137, job_state="RUNNING", cause="out of memory: rank 1 on n2")
+    _, why = decide(ending, Budget(restarts=1), max_restarts=3, max_without_progress=2)
+    assert "exit status 137 (out of memory: rank 1 on n2); restart 1 of 3" in why
+
+
+def test_only_an_end_that_is_final_needs_no_word_of_slurm() -> None:
+    assert not any(Ending(status).needs_slurm for status in (0, 2, 3, 4, 5))
+    assert not Ending(75, "SIGUSR1").needs_slurm and not Ending(75, stop_asked=True).needs_slurm
+    assert Ending(75, "SIGUSR2").needs_slurm and Ending(137).needs_slurm
+    assert Ending(137, job_state="COMPLETING").left_to_slurm and not Ending(137, job_state=NO_ANSWER).left_to_slurm

@@ -1,0 +1,73 @@
+# A rank without torch, for tests of the launcher: it steps, notes requests to save, writes the run's files and respects
+# the lease as the trainer does. `Jobs.launch(stub=True)` has the job start it instead of `python -m mmscale train`.
+"""`stub_rank.py -m mmscale train CONFIG`: trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from mmscale.resilience import lease
+from mmscale.train.metrics import EventLog, MetricsLog
+
+STATE = "stub.json"  # of the "checkpoint": the step that the next attempt goes on from
+SLOW = "STUB_STEP_S"  # seconds of a step
+SAVE_EVERY = 5
+
+
+def loss(step: int) -> float:
+    """Loss after a step, the same in every attempt."""
+    return 3.0 / (1 + step)
+
+
+def main() -> int:
+    """One rank; its exit status."""
+    signals: list[str] = []
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: signals.append(signal.Signals(received).name))
+    config = yaml.safe_load(Path(sys.argv[sys.argv.index("train") + 1]).read_text())
+    run = Path(config["run"]["dir"]) / config["run"]["name"]
+    rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("RANK") or 0)
+    fence = lease.Fence.of_rank(run, rank)
+    attempt = lease.launched_attempt(run)
+    assert attempt is not None
+    state = run / STATE
+    step = json.loads(state.read_text())["step"] if state.exists() else 0
+    events = EventLog(run, attempt, may_write=fence.check) if rank == 0 else None
+    metrics = MetricsLog(run, attempt=attempt, may_write=fence.check) if rank == 0 else None
+    if events is not None:
+        events.add("resume" if state.exists() else "start", step=step, attempt_id=fence.lease_id)
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    steps, pause = int(config["train"]["steps"]), float(os.environ.get(f"MMSCALE_{SLOW}", "0.05"))
+    while step < steps and not signals:
+        time.sleep(pause)
+        fence.look()
+        step += 1
+        if metrics is not None:
+            metrics.write(step, {"loss": loss(step), "step_time_s": pause, "time": time.time()})
+        if events is not None and (step % SAVE_EVERY == 0 or step == steps or signals):
+            fence.check()
+            _save(state, step)
+            events.add("save_committed", step=step)
+    if events is not None:
+        if step < steps:
+            fence.check()
+            _save(state, step)
+        events.add("finish" if step == steps else "stop", step=step, signal=signals[0] if signals else None)
+    return 0 if step == steps else 75
+
+
+def _save(file: Path, step: int) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"step": step}))
+    temporary.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -81,7 +81,7 @@ def _stop_here(run: Path, folder: Path, *, now: bool) -> dict[str, Any]:
     records.ask_stop(folder)
     with contextlib.suppress(ProcessLookupError):
         os.kill(held.pid, signal.SIGKILL if now else signal.SIGUSR1)
-        return {"run": str(run), "job": "", "done": "ended" if now else "asked to save and end"}
+        return {"run": str(run), "job": "", "done": "ended" if now else "asked to save and end", "jobs": {}}
     raise LaunchError(f"{run} does not run: process {held.pid} is gone", remedy=f"`mmscale resume {run}`")
 
 

@@ -167,8 +167,8 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         shown = living[0] if living else jobs.links[-1]
         found |= {"job": shown.key.id, "chain": [_of_chain(link) for link in living]}
         if shown.alive and shown.state is not None:
-            state = shown.state
-            return found | {"state": state.state, "reason": state.reason, "nodes": state.nodes, "ended": False}
+            now = shown.state
+            return found | {"state": now.state, "reason": now.reason, "nodes": now.nodes, "ended": False}
         if shown.elsewhere and not _over(run, events):
             return found | {"reason": shown.note, "ended": False}
         state, reason = _how_it_ended(run, events, shown)
@@ -209,7 +209,7 @@ def _over(run: Path, events: list[dict[str, Any]]) -> bool:
     """Whether a run is over by its own account: its job wrote down a final end, and nothing was launched since."""
     if not events or lease.owner(run) is not None:
         return False
-    last = next((event for event in reversed(events) if event["event"] in ("ranks_ended", "launch")), {})
+    last: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("ranks_ended", "launch")), {})
     newest = records.latest(run)
     launched = next((event["launch"] for event in reversed(events) if "launch" in event), None)
     return bool(last.get("over")) and newest is not None and newest.name == launched

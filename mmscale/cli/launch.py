@@ -73,11 +73,13 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="End it at once, without a save.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Have a run save and end. `resume` goes on."""
+    """Ask a run to save a checkpoint and exit, with all jobs of its chain. Continue it with `mmscale resume`."""
     from launch import control
 
     result = control.stop(run, now=now)
-    emit(result, as_json=as_json, text=lambda: pairs(result.items()))
+    lines = [(name, result[name]) for name in ("run", "job", "done")]
+    later = [(f"job {number}", done) for number, done in result["jobs"].items() if number != result["job"]]
+    emit(result, as_json=as_json, text=lambda: pairs([*lines, *later]))
 
 
 def resume(
@@ -184,7 +186,8 @@ def _table(found: list[dict[str, Any]], *, clear: bool) -> None:
             one["run"],
             one["state"]
             + (f" ({one['reason']})" if one["reason"] else "")
-            + (f" job {one['job']}" if one["job"] else ""),
+            + (f" job {one['job']}" if one["job"] else "")
+            + "".join(f", then {later['job']} {later['state']}" for later in one["chain"][1:]),
             str(one["attempt"] or "-"),
             one["nodes"] or "-",
             f"{one['step']}/{one['steps'] or '?'}",

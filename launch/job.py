@@ -10,7 +10,6 @@ rank while the others are killed, which no collective checkpoint survives. SLURM
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -18,12 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import agent, nodes, owner, ranks, step
+from launch import agent, nodes, owner, passed, ranks, step
+from launch import budget as budgets
 from launch import record as records
 from launch.allocation import Allocation
 from launch.job_states import Phase, phase_of
@@ -35,7 +35,6 @@ from mmscale.resilience import lease, watchdog
 from mmscale.runtime.rank_env import unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
-BUDGET = "budget.json"
 _REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
 _POLL_S = 0.1
 _LOOK_S = 1.0  # between looks at a request to stop
@@ -139,7 +138,7 @@ class Supervisor:
     def _run(self) -> int:
         self._remove_stale_results()
         lost = self._lost_nodes()
-        self._keep(self._budget())  # now: the first attempt is measured against what is there before it
+        budgets.keep(self.folder, self._budget())  # now: the first attempt is measured against what is there before it
         number = 0
         while True:
             if self._stopping():
@@ -257,7 +256,8 @@ class Supervisor:
         port = unused_port() if self.slurm else 0
         in_place = self._restarts_in_place()
         command = ranks.command(self.record, self.profile, logs=logs, environ=os.environ, port=port, in_place=in_place)
-        environment = ranks.environment(self.profile, os.environ, lease_id=lease_id, port=port, logs=logs)
+        secrets = passed.read_secrets(self.profile, self.folder)
+        environment = secrets | ranks.environment(self.profile, os.environ, lease_id=lease_id, port=port, logs=logs)
         events.add(
             "launch",
             attempt_id=lease_id,
@@ -281,11 +281,14 @@ class Supervisor:
         self._tell_hang(attempt, lease_id, events)
         ending = self._ending(status, attempt, cause=step.cause_of(logs, self._said))
         budget = self._budget().ended(step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending))
-        self._keep(budget)
+        budgets.keep(self.folder, budget)
         ending = self._with_slurms_word(ending)
         action, why = decide(
             ending, budget, max_restarts=self._max_restarts(), max_without_progress=self.record.max_without_progress
         )
+        over = action is Action.GIVE_UP or (action is Action.END and not ending.left_to_slurm)
+        if over:
+            passed.remove_secrets(self.folder)
         events.add(
             "ranks_ended",
             attempt_id=lease_id,
@@ -293,7 +296,7 @@ class Supervisor:
             signal=ending.signal,
             action=action,
             why=why,
-            over=action is Action.GIVE_UP or (action is Action.END and not ending.left_to_slurm),
+            over=over,
             **({"cause": ending.cause} if ending.cause else {}),
         )
         _say(f"ranks ended with exit status {status}: {action}, {why}")
@@ -341,7 +344,7 @@ class Supervisor:
         for event in found:
             if event["event"] != "ranks_ended" or event.get("action") != agent.IN_PLACE:
                 continue
-            self._keep(self._budget().ended(step=int(event["checkpoint"]), crashed=True))
+            budgets.keep(self.folder, self._budget().ended(step=int(event["checkpoint"]), crashed=True))
             self._tell_hang(int(event["attempt"]), lease_id, events)
         last = max((int(event["attempt"]) for event in found), default=attempt)
         events.attempt = last
@@ -427,15 +430,7 @@ class Supervisor:
         return replace(ending, job_state=self.allocation.state(patiently_asked=not crashed(ending)))
 
     def _budget(self) -> Budget:
-        try:
-            return Budget(**json.loads((self.folder / BUDGET).read_text()))
-        except (OSError, ValueError, TypeError):
-            return Budget(step=max(Store.of_run(self.run_dir).steps(), default=0))
-
-    def _keep(self, budget: Budget) -> None:
-        temporary = self.folder / f".{BUDGET}"
-        temporary.write_text(json.dumps(asdict(budget)))
-        temporary.replace(self.folder / BUDGET)
+        return budgets.load(self.folder) or Budget(step=max(Store.of_run(self.run_dir).steps(), default=0))
 
     def _requeue(self) -> str:
         """Have SLURM start this job again, and wait for it to end this process; why it does not, "" if it does."""

@@ -62,6 +62,21 @@ class EnvironmentVariable(Section):
     reason: Line = setting("Why it is set: the next reader wants to know whether it may go.")
 
 
+class Secret(Section):
+    """Where a job's secret comes from. Its value is never in a script, a log or a record."""
+
+    env: Variable | None = setting("Variable of the submitting shell.", None)
+    file: Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")] | None = setting(
+        "File that the job reads, on a file system that its first node sees.", None
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Secret:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("a secret has either env or file")
+        return self
+
+
 class Container(Section):
     """Arguments of pyxis' srun plugin."""
 
@@ -131,6 +146,9 @@ class Profile(Section):
     environment: dict[Variable, EnvironmentVariable] = setting("Variables of the job.", {})
     keep: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")], ...] = setting(
         "More variables of the submitting shell that the job gets; PREFIX* is allowed.", ()
+    )
+    secrets: dict[Variable, Secret] = setting(
+        "Variables with secrets, e.g. WANDB_API_KEY: {env: WANDB_API_KEY} or {file: ~/.wandb_key}.", {}
     )
     container: Container | None = setting("Run ranks in a container.", None)
     sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Argument | int | bool] = setting(

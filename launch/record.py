@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,26 @@ def write_record(record: Record, config: Config) -> None:
     _write_json(folder / RECORD, asdict(record))
 
 
-def python_variables(record: Record) -> dict[str, str]:
-    """What makes Python import the snapshot; without SAFEPATH `python -m` looks into the working directory first."""
-    return {"PYTHONPATH": str(record.code), "PYTHONSAFEPATH": "1"}
+def remove(record: Record) -> None:
+    """Take back a launch that SLURM refused, and the run's folder if there is nothing else in it."""
+    folder = Path(record.folder)
+    shutil.rmtree(folder)
+    for left in (folder.parent, Path(record.run)):
+        with contextlib.suppress(OSError):  # not empty
+            left.rmdir()
+
+
+def python_variables(record: Record, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What makes Python import the snapshot before anything else.
+
+    Without SAFEPATH `python -m` looks into the working directory first.
+
+    Args:
+        record: of the launch.
+        environ: whose PYTHONPATH comes behind the snapshot.
+    """
+    path = [str(record.code), *filter(None, [environ.get("PYTHONPATH", "")])]
+    return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
 def copy_code(target: Path, packages: Iterable[str] = PACKAGES) -> None:

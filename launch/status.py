@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import budget as budgets
 from launch import chain, scheduler
 from launch import record as records
 from launch.goodput import goodput
-from launch.job import BUDGET
 from launch.job_states import STATES
 from launch.job_table import JobTable
 from mmscale.checkpoint.layout import Store
@@ -244,10 +244,8 @@ def _restarts(events: list[dict[str, Any]]) -> int:
 
 
 def _crashes(folder: Path | None) -> int:
-    try:
-        return int(json.loads(((folder or Path()) / BUDGET).read_text())["restarts"])
-    except (OSError, ValueError, KeyError):
-        return 0
+    found = budgets.load(folder) if folder is not None else None
+    return found.restarts if found is not None else 0
 
 
 def _steps(run: Path, folder: Path | None) -> int | None:

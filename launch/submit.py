@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import itertools
 import os
 import re
@@ -19,7 +17,7 @@ from typing import Any
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch import job, job_table, owner, ranks, scheduler
+from launch import job, job_table, owner, passed, ranks, scheduler
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
@@ -29,15 +27,7 @@ from mmscale.train.preflight import preflight
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
 
-# What a job gets of the submitting shell. SLURM's own default, all of it, would freeze what lies there, secrets too,
-# into the job and each of its restarts.
-_KEPT = (
-    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "MODULEPATH"),
-    *("VIRTUAL_ENV", "CONDA_*", "SLURM_CONF", "MMSCALE_*", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"),
-)
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
-# Facts of the process that submits, which may be a rank of a job itself.
-_OWN = ("MMSCALE_ATTEMPT_ID", "MMSCALE_LAUNCHER")
+_SETUP_FAILED = 2  # as for a configuration: starting again would not help
 _NEVER_TIMES_OUT = 1_000_000  # restarts are counted by job.py; submitit's own count would end them
 _SWEEP = re.compile(r"^[A-Za-z0-9_.]+=[^=]+$")
 
@@ -143,13 +133,15 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
     if dependency is None:
         for one in planned:
             owner.refuse_busy(Path(one.record.run))
+    passed.check_secrets(profile)
     for one in planned:
         records.write_record(one.record, one.config)
+        passed.write_secrets(profile, Path(one.record.folder))
     if profile.scheduler != "slurm":
         return [_here(one.record) for one in planned]
     executor = _executor([one.record for one in planned], profile, dependency=dependency)
     jobs = [job.Job(one.record.folder) for one in planned]
-    with _environment(profile):
+    with passed.only(profile):
         try:
             if len(jobs) == 1:
                 submitted = [executor.submit(jobs[0])]
@@ -159,7 +151,7 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
             lines = [line for line in str(error).splitlines() if "error" in line.lower()]
             for one in planned:
-                shutil.rmtree(one.record.folder)  # nothing was launched
+                records.remove(one.record)  # nothing was launched
             said = lines[-1] if lines else str(error).strip().splitlines()[-1]
             if scheduler.no_answer(str(error)):
                 raise scheduler.UnreachableError(
@@ -205,7 +197,7 @@ def script(planned: Sequence[Planned], *, after: str | None = None) -> str:
 
 def _here(record: records.Record) -> dict[str, Any]:
     """Run the job in this process, with the code of the snapshot."""
-    with _environment(record.checked_profile()):
+    with passed.only(record.checked_profile()):
         os.environ.update(records.python_variables(record))
         status = job.main(Path(record.folder))
     return {"run": record.run, "job": "", "launch": record.folder, "exit_status": status}
@@ -272,32 +264,15 @@ def _setup(record: records.Record, profile: Profile) -> list[str]:
     lines = [
         "# Until Python listens, a request to save must not end the script.",
         "trap '' USR1 USR2",
-        *profile.setup,
+        *passed.comments(profile),
     ]
+    if profile.setup:
+        said = "error: setup of the profile failed with exit status $?: $BASH_COMMAND"
+        lines += [f"trap 'echo \"{said}\" >&2; exit {_SETUP_FAILED}' ERR", *profile.setup, "trap - ERR"]
     for name, variable in profile.environment.items():
         lines += [f"# {variable.reason}", f"export {name}={shlex.quote(variable.value)}"]
     lines += ["# The code as it was when the job was submitted, and not what lies in the working directory."]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in records.python_variables(record).items()]
+    variables = records.python_variables(record, {})
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    lines[-len(variables)] += "${PYTHONPATH:+:$PYTHONPATH}"
     return lines
-
-
-@contextlib.contextmanager
-def _environment(profile: Profile) -> Iterator[None]:
-    """This process with the variables that a job gets, for as long as sbatch takes them over."""
-    before = dict(os.environ)
-    patterns = (*_KEPT, *profile.keep)
-    kept = {
-        name: value
-        for name, value in before.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        and not _SECRET.search(name)
-        and name not in _OWN
-    }
-    kept |= {name: variable.value for name, variable in profile.environment.items()}
-    os.environ.clear()
-    os.environ.update(kept)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

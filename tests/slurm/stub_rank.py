@@ -17,6 +17,7 @@ from mmscale.resilience import lease
 from mmscale.train.metrics import EventLog, MetricsLog
 
 STATE = "stub.json"  # of the "checkpoint": the step that the next attempt goes on from
+ENVIRONMENT = "stub_environment.json"  # of rank 0
 SLOW = "STUB_STEP_S"  # seconds of a step
 SAVE_EVERY = 5
 
@@ -44,6 +45,7 @@ def main() -> int:
     if events is not None:
         events.add("resume" if state.exists() else "start", step=step, attempt_id=fence.lease_id)
         (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (run / ENVIRONMENT).write_text(json.dumps(dict(os.environ)))
     steps, pause = int(config["train"]["steps"]), float(os.environ.get(f"MMSCALE_{SLOW}", "0.05"))
     while step < steps and not signals:
         time.sleep(pause)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import batch, submit
+from launch import batch, passed, submit
 from launch import record as records
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, UsageError
 from tests.unit.data.prepared import corpus, prepare
@@ -200,11 +200,82 @@ def test_secrets_and_facts_of_other_ranks_stay_here(config: Path, monkeypatch: p
     (planned,) = submit.plan_launch(
         config, cluster=profile(config.parent, keep=["OTHER_*"], environment={"B": {"value": "2", "reason": "r"}})
     )
-    with submit._environment(planned.record.checked_profile()):
+    with passed.only(planned.record.checked_profile()):
         inside = dict(os.environ)
     assert {"PATH", "MMSCALE_FAULTS", "OTHER_A"} <= set(inside) and inside["B"] == "2"
     assert not {"MMSCALE_API_KEY", "HF_TOKEN", "SOMETHING", "MMSCALE_ATTEMPT_ID", "OTHER_TOKEN"} & set(inside)
     assert dict(os.environ) == before
+
+
+def test_exported_functions_and_what_nodes_need_to_reach_others_are_passed_and_named(config: Path) -> None:
+    (planned,) = submit.plan_launch(config, cluster=profile(config.parent))
+    shell = {
+        "BASH_FUNC_module%%": "() { eval x; }",
+        "BASH_FUNC_ml()": "() { :; }",
+        "MODULEPATH": "/m",
+        "LMOD_CMD": "/l",
+    }
+    shell |= {"HTTPS_PROXY": "http://proxy:3128", "NCCL_IB_HCA": "mlx5", "HF_HOME": "/hf", "PYTHONPATH": "/mine"}
+    secrets = {"HF_TOKEN": "x", "WANDB_API_KEY": "x", "http_proxy": "http://me:password@proxy:3128"}
+    found = passed.passed(planned.record.checked_profile(), shell | secrets | {"EDITOR": "vi"})
+    assert found.variables == shell
+    assert found.withheld == ("HF_TOKEN", "WANDB_API_KEY", "http_proxy")
+    names, withheld = passed.comments(planned.record.checked_profile(), shell | secrets)
+    assert {"module()", "ml()", "HTTPS_PROXY", "PYTHONPATH"} <= set(names.split())
+    assert withheld.endswith("HF_TOKEN WANDB_API_KEY http_proxy") and "password" not in withheld
+
+
+def test_setup_that_fails_ends_the_job_and_says_so(config: Path) -> None:
+    text = script(config, setup=["module() { return 3; }", "true", "module load cuda", "touch reached"])
+    ended = subprocess.run(["bash", "-c", text], cwd=config.parent, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: setup of the profile failed with exit status 3: ")
+    assert not (config.parent / "reached").exists()
+
+
+def test_the_snapshot_comes_first_and_the_users_own_path_behind_it(config: Path) -> None:
+    text = script(config)
+    kept = [line for line in text.splitlines() if not line.startswith("exec ")]
+    for given, behind in (("/a:/b", ":/a:/b"), ("", "")):
+        said = subprocess.run(
+            ["bash", "-c", "\n".join([*kept, 'printf %s "$PYTHONPATH"'])],
+            env=os.environ | {"PYTHONPATH": given},
+            capture_output=True,
+            text=True,
+        ).stdout
+        assert said == f"{config.parent}/runs/tiny/launch/001/code{behind}"
+
+
+def test_secrets_reach_the_job_by_files_and_stay_out_of_everything_else(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("of-a-file-4711\n")
+    monkeypatch.setenv("WANDB_API_KEY", "of-the-shell-4711")
+    secrets = {"WANDB_API_KEY": {"env": "WANDB_API_KEY"}, "OTHER_TOKEN": {"file": str(file)}}
+    cluster = profile(config.parent, secrets=secrets)
+    (planned,) = submit.plan_launch(config, cluster=cluster)
+    used, folder = planned.record.checked_profile(), Path(planned.record.folder)
+    text = submit.script([planned])
+    assert "4711" not in text and "# Secrets, which the job reads from files: OTHER_TOKEN WANDB_API_KEY" in text
+    records.write_record(planned.record, planned.config)
+    passed.write_secrets(used, folder)
+    (written,) = (folder / passed.SECRETS).iterdir()
+    assert written.name == "WANDB_API_KEY" and written.stat().st_mode & 0o077 == 0
+    others = [entry for entry in folder.rglob("*") if entry.is_file() and entry != written]
+    assert not [entry for entry in others if b"4711" in entry.read_bytes() and "code" not in entry.parts]
+    with passed.only(used):
+        assert "WANDB_API_KEY" not in os.environ
+    assert passed.read_secrets(used, folder) == {"WANDB_API_KEY": "of-the-shell-4711", "OTHER_TOKEN": "of-a-file-4711"}
+    passed.remove_secrets(folder)
+    with pytest.raises(LaunchError, match="secret WANDB_API_KEY cannot be read"):
+        passed.read_secrets(used, folder)
+    monkeypatch.delenv("WANDB_API_KEY")
+    with pytest.raises(UsageError, match=r"secrets\.WANDB_API_KEY of the profile: the variable WANDB_API_KEY of this"):
+        passed.check_secrets(used)
+    for wrong in ({}, {"env": "A", "file": "b"}):
+        with pytest.raises(ConfigError, match="a secret has either env or file"):
+            script(config, secrets={"A": wrong})
 
 
 def test_launching_imports_no_torch(config: Path) -> None:

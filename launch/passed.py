@@ -1,0 +1,160 @@
+# Which variables a job gets from the shell that submits it, and how it gets secrets. ranks.py adds what ranks need.
+"""A job's environment.
+
+SLURM's own default, the whole shell, would freeze what lies there into the job and each of its restarts. A job gets the
+variables that are named here and in the profile; names that look like secrets are withheld, and are given by `secrets`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.profile import Profile
+from mmscale.errors import LaunchError, UsageError
+
+SECRETS = "secrets"  # folder in the launch folder, one file each
+_KEPT = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH"),
+    *("VIRTUAL_ENV", "CONDA_*", "SLURM_CONF", "MMSCALE_*", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"),
+    # Environment modules and Lmod: `module` is an exported function, and knows by variables what is loaded.
+    *("BASH_ENV", "BASH_FUNC_*", "MODULE*", "LMOD_*", "__LMOD_*", "_ModuleTable*", "LOADEDMODULES", "_LMFILES_*"),
+    # How to reach others, and where caches are.
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "XDG_CACHE_HOME", "HF_*", "WANDB_*"),
+    *("NCCL_*", "GLOO_*", "UCX_*", "FI_*", "CUDA_HOME", "CUDA_PATH"),
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+# Facts of the process that submits, which may be a rank of a job itself.
+_OWN = ("MMSCALE_ATTEMPT_ID", "MMSCALE_LAUNCHER")
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a job gets of a shell.
+
+    Attributes:
+        variables: by name.
+        withheld: names that would have been passed if they did not look like secrets.
+    """
+
+    variables: dict[str, str]
+    withheld: tuple[str, ...]
+
+
+def passed(profile: Profile, environ: Mapping[str, str] = os.environ) -> Passed:
+    """Sort the variables of a shell; the profile's own `environment` is not in it."""
+    patterns = (*_KEPT, *profile.keep)
+    wanted = {
+        name: value
+        for name, value in environ.items()
+        if name not in _OWN and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    withheld = sorted(name for name, value in wanted.items() if _SECRET.search(name) or _PASSWORD_IN_URL.search(value))
+    return Passed({name: value for name, value in wanted.items() if name not in withheld}, tuple(withheld))
+
+
+def comments(profile: Profile, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Lines of the batch script that name what is passed; values stay out of it."""
+    found = passed(profile, environ)
+    # An exported function is `BASH_FUNC_module%%`, which a name of a variable cannot be in a script.
+    lines = [f"# From the submitting shell: {' '.join(sorted(map(_plain, found.variables)))}"]
+    withheld = [_plain(name) for name in found.withheld if name not in profile.secrets]
+    if withheld:
+        lines.append(f"# Withheld, because they look like secrets (`secrets` of the profile): {' '.join(withheld)}")
+    if profile.secrets:
+        lines.append(f"# Secrets, which the job reads from files: {' '.join(sorted(profile.secrets))}")
+    return lines
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_()]", "", re.sub(r"^BASH_FUNC_(.*)(%%|\(\))$", r"\1()", name))
+
+
+@contextlib.contextmanager
+def only(profile: Profile) -> Iterator[None]:
+    """This process with the variables that a job gets, for as long as sbatch takes them over."""
+    before = dict(os.environ)
+    kept = passed(profile).variables | {name: variable.value for name, variable in profile.environment.items()}
+    os.environ.clear()
+    os.environ.update(kept)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def check_secrets(profile: Profile, environ: Mapping[str, str] = os.environ) -> None:
+    """Find out before anything is written whether all secrets are there.
+
+    Raises:
+        UsageError: one is not; names it, and not its value.
+    """
+    for name in profile.secrets:
+        _value(profile, name, environ)
+
+
+def write_secrets(profile: Profile, folder: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Lay down secrets that come from variables of this shell, for the job to read; files are read by the job itself.
+
+    Args:
+        profile: of the cluster.
+        folder: of the launch, which only its owner can open.
+        environ: of the submitting shell.
+    """
+    place = folder / SECRETS
+    for name, secret in profile.secrets.items():
+        if secret.env is None:
+            continue
+        place.mkdir(mode=0o700, exist_ok=True)
+        file = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(file, "w") as opened:
+            opened.write(_value(profile, name, environ))
+
+
+def read_secrets(profile: Profile, folder: Path) -> dict[str, str]:
+    """Secrets by name, in the job.
+
+    Raises:
+        LaunchError: one cannot be read.
+    """
+    found = {}
+    for name, secret in profile.secrets.items():
+        file = folder / SECRETS / name if secret.file is None else Path(secret.file).expanduser()
+        try:
+            found[name] = file.read_text().strip()
+        except OSError as error:
+            raise LaunchError(
+                f"the secret {name} cannot be read from {file}: {error.strerror}",
+                remedy="launch again where it is there (`mmscale resume`)",
+            ) from None
+    return found
+
+
+def remove_secrets(folder: Path) -> None:
+    """Take secrets away when the job is over."""
+    shutil.rmtree(folder / SECRETS, ignore_errors=True)
+
+
+def _value(profile: Profile, name: str, environ: Mapping[str, str]) -> str:
+    secret = profile.secrets[name]
+    if secret.env is not None:
+        value = environ.get(secret.env, "").strip()
+        missing = f"the variable {secret.env} of this shell is not set"
+    else:
+        file = Path(str(secret.file)).expanduser()
+        try:
+            value, missing = file.read_text().strip(), f"{file} is empty"
+        except OSError as error:
+            value, missing = "", f"{file}: {error.strerror}"
+    if not value:
+        raise UsageError(f"secrets.{name} of the profile: {missing}", remedy="set it, or take it out of the profile")
+    return value

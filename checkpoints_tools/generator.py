@@ -37,7 +37,6 @@ from checkpoints_tools.to_hf import (
     DataTokenizers,
     accounted,
     causal_routers,
-    config_of,
     tokenizers_of,
 )
 from mmscale.checkpoint import integrity
@@ -194,8 +193,8 @@ def open_generator(path: Path, step: int | None = None, *, routing: str | None =
 
 
 def _of_run(run: Path, step: int | None, routing: str) -> Generator:
-    config = config_of(run)
     source = RunWeights(run, step)
+    config = source.config
     auxiliary, thresholds, listed = accounted(source, config, run, routing=routing)
     own = tokenizers_of(config, source, None)
     content = model_config(
@@ -231,8 +230,8 @@ def open_on_ranks(
     """
     transformers_logging.set_verbosity_error()
     routing = routing or "causal"
-    config = config_of(run)
     source = RunWeights(run, step)
+    config = source.config
     causal_routers(source, config, run, routing=routing)
     own = tokenizers_of(config, source, None)
     dtype = "fp32" if current_device().type == "cpu" else None  # as one process computes

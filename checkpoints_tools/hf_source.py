@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.tensors import CheckpointTensors, TensorEntry, open_tensors
 from mmscale.train.auxiliary_stage import find_routers, folder_of
 
@@ -19,11 +20,15 @@ class RunWeights:
 
     Raises:
         CheckpointError: there is none, or one of the two is damaged.
+
+    Attributes:
+        config: the configuration that the main checkpoint was written with.
     """
 
     def __init__(self, run: Path, step: int | None) -> None:
         self.main = open_tensors(run, step)
         self.path, self.step = self.main.path, self.main.step
+        self.config = config_of(self.main.info(), where=self.path, run=run)
         self.parents = [self.main]
         self._of = dict.fromkeys(self.main.names(weights=True), self.main)
         if (routers := find_routers(run, self.step)) is not None:

@@ -26,7 +26,6 @@ from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.tensors import origin_of
 from mmscale.config import Config
 from mmscale.config.load import digest
-from mmscale.config.load import load as load_config
 from mmscale.data.image_tokens import FOLDER as IMAGE_TOKENIZER
 from mmscale.data.image_tokens import ImageTokenizer, open_image_tokenizer
 from mmscale.data.manifest import NO_TOKENIZER, check_vocabulary, common_tokenizers, named_sources, read_manifest
@@ -94,8 +93,8 @@ def export(
         DataError: the data set is missing or has other tokenizers.
     """
     publish.refuse_existing(out)
-    config = config_of(run)
     source = RunWeights(run, step)
+    config = source.config
     auxiliary, thresholds, listed = accounted(source, config, run, routing=routing)
     own = tokenizers_of(config, source, data)
     with publish.folder(out) as folder:
@@ -134,20 +133,6 @@ class NoRoutersError(CheckpointError):
     """A model routes tokens, and has nothing to do it causally."""
 
 
-def config_of(run: Path) -> Config:
-    """The configuration of a run.
-
-    Raises:
-        CheckpointError: it is no run.
-    """
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{run} is not a run folder (no config.yaml)", remedy="name a run: `mmscale train` prints it"
-        )
-    return load_config(file)
-
-
 def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool]:
     """Width of the auxiliary routers (0: none), and whether averaged cut-offs are kept.
 
@@ -180,8 +165,8 @@ def accounted(source: RunWeights, config: Config, run: Path, *, routing: str) ->
     listed = moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
     if wrong := unaccounted(source.names(), [move.source for move in listed]):
         raise CheckpointError(
-            f"{source.path} does not hold the model of {run / 'config.yaml'}: {integrity.describe(wrong)}",
-            remedy="restore the config.yaml that the checkpoint was written with",
+            f"{source.path} does not hold the model of its configuration: {integrity.describe(wrong)}",
+            remedy="`mmscale ckpt verify` it, or choose another checkpoint: RUN@STEP",
         )
     return auxiliary, thresholds, listed
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source, summary
 from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.tensors import OPTIMIZER, SCALING, Region, TensorEntry, TensorSource, origin_of, unknown_tensor
 from mmscale.config import Config, rules
@@ -83,7 +83,7 @@ def upcycle(
     """
     rewrite.refuse_checkpoints(out)
     source = decoded(open_source(run, step))
-    old = _config_of(source)
+    old = config_of(source.info(), where=source.path)
     new = _upcycled(old, experts, done=source.step, steps=steps)
     made = Upcycled(source, old, new, keep_moments=keep_moments, seed=new.run.seed if seed is None else seed)
     origin = origin_of("upcycle", [source], experts=dict(experts), keep_moments=keep_moments)
@@ -95,16 +95,6 @@ def upcycle(
         "steps": new.train.steps,
         "next": f"`mmscale train {out / 'config.yaml'}`",
     }
-
-
-def _config_of(source: TensorSource) -> Config:
-    try:
-        return Config.model_validate(source.info()["config"])
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(
-            f"{source.path} holds no configuration of this version: {str(error).splitlines()[0]}",
-            remedy="use the version of mmscale that wrote it",
-        ) from None
 
 
 def _upcycled(old: Config, experts: Mapping[str, int], *, done: int, steps: int | None) -> Config:

@@ -17,10 +17,9 @@ from torch import Tensor
 from mmscale.checkpoint import sharded
 from mmscale.checkpoint.integrity import require_whole
 from mmscale.checkpoint.layout import Store
-from mmscale.checkpoint.shape import check_shape
+from mmscale.checkpoint.settings import CONFIG, allows_missing, config_of
 from mmscale.config import Config, rules
 from mmscale.config.derived import for_inference, with_auxiliary_routers
-from mmscale.config.load import load as load_config
 from mmscale.data.mixture import MicroBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, MmscaleError, UsageError
@@ -33,6 +32,7 @@ from mmscale.train.auxiliary_stage import find_routers
 from mmscale.train.batch import to_device
 
 T = TypeVar("T")
+_SEED = 0  # all weights are read, so nothing that is drawn from it stays
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunModel:
     """A model that scores micro-batches.
 
     Attributes:
-        config: the run's configuration under the layout of `open_run`; with auxiliary routers if there are any.
+        config: the checkpoint's configuration under the layout of `open_run`; with auxiliary routers if there are any.
         step: optimizer steps that the checkpoint has done.
         groups: process groups; all ranks are tensor-parallel ones.
         module: GPTModel, in Float16Module for bf16.
@@ -115,21 +115,15 @@ def open_run(
         CheckpointError: there is no such run or checkpoint, or it is damaged.
         ConfigError: the model cannot be cut for so many ranks.
     """
-    file = run / "config.yaml"
-    if not file.is_file():
+    if not (run / CONFIG).is_file() and not Store.of_run(run).root.is_dir():
         raise CheckpointError(
-            f"{run} is not a run folder (no config.yaml)", remedy="name a run: `mmscale train` prints it"
+            f"{run} is not a run folder (no {CONFIG})", remedy="name a run: `mmscale train` prints it"
         )
     place = env or RankEnv()
-    config = for_inference(load_config(file), tp=place.world_size)
-    if place.world_size > 1:
-        rules.check(config, world_size=place.world_size)
-    if dtype is not None:
-        precision = config.precision.model_copy(update={"dtype": dtype})
-        config = config.model_copy(update={"precision": precision})
-    groups = process_groups.initialize(place, tp=place.world_size, seed=config.run.seed)
+    groups = process_groups.initialize(place, tp=place.world_size, seed=_SEED)
     try:
-        found = _on_first(lambda: _find(run, step, config), rank=place.rank)
+        found = _on_first(lambda: _find(run, step), rank=place.rank)
+        config = _here(found.config, ranks=place.world_size, dtype=dtype)
         if found.width is not None:
             config = _with_width(config, found.width)
         transformer = transformer_config(config)
@@ -152,6 +146,7 @@ class _Found:
 
     Attributes:
         step: of the main checkpoint.
+        config: the configuration that it was written with.
         info: what it says about itself.
         main: its folder.
         routers: the folder that holds auxiliary routers, if there are any: the stage's, or a joint run's `main`.
@@ -159,22 +154,37 @@ class _Found:
     """
 
     step: int
+    config: Config
     info: dict[str, Any]
     main: Path
     routers: Path
     width: int | None
 
 
-def _find(run: Path, step: int | None, config: Config) -> _Found:
+def _find(run: Path, step: int | None) -> _Found:
     """Choose a checkpoint and the routers that belong to it, and read and hash all of their files."""
     store = Store.of_run(run)
     chosen = store.choose(step)
     folder = store.path(chosen)
-    require_whole(folder, step=chosen, allow_missing=config.checkpoint.allow_missing)
+    require_whole(folder, step=chosen, allow_missing=allows_missing(run))
     info = store.info(chosen)
-    check_shape(config, info.get("shape", {}), where=str(folder))
+    config = config_of(info, where=folder, run=run)
     routers, width = (find_routers(run, chosen) if config.model.routes else None) or (folder, None)
-    return _Found(chosen, info, folder, routers, width)
+    return _Found(chosen, config, info, folder, routers, width)
+
+
+def _here(config: Config, *, ranks: int, dtype: str | None) -> Config:
+    """The same model over these ranks, in this number format.
+
+    Raises:
+        ConfigError: the model cannot be cut for so many ranks.
+    """
+    config = for_inference(config, tp=ranks)
+    if ranks > 1:
+        rules.check(config, world_size=ranks)
+    if dtype is None:
+        return config
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"dtype": dtype})})
 
 
 def _on_first(action: Callable[[], T], *, rank: int) -> T:

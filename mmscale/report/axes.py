@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmscale.errors import MmscaleError
-from mmscale.report.history import Floats, History
+from mmscale.report.history import Floats, History, config_file
 
 AXES = ("step", "tokens", "flops", "hours")
 # Pauses are no part of step_time_s, and come on top of it where the lines have no time of their own.
@@ -30,7 +30,7 @@ def axes_of(run: Path, history: History, *, clock: Floats, begin: float) -> dict
     tokens = history.of("tokens")
     flops = history.of("flops")
     if len(history) and np.isnan(flops).all() and not np.isnan(tokens).all():
-        flops = tokens * _flops_per_token(run)
+        flops = tokens * _flops_per_token(config_file(run, history.attempt))
     return {"step": history.steps, "tokens": tokens, "flops": flops, "hours": (clock - begin) / 3600.0}
 
 
@@ -72,12 +72,12 @@ def _known(history: History, key: str, rows: np.ndarray) -> Floats:
     return np.where(np.isfinite(values), values, 0.0)
 
 
-def _flops_per_token(run: Path) -> float:
-    """Model FLOPs of a trained token by the run's configuration; NaN if there is none that can be read."""
+def _flops_per_token(config: Path) -> float:
+    """Model FLOPs of a trained token by this configuration; NaN if it cannot be read."""
     from mmscale.config.load import load
     from mmscale.plan import flops_per_token
 
     try:
-        return float(flops_per_token(load(run / "config.yaml")).training)
+        return float(flops_per_token(load(config)).training)
     except (MmscaleError, OSError, ValueError):
         return float("nan")

@@ -17,7 +17,7 @@ import numpy as np
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError
 from mmscale.report.charts import HELD_OUT, modalities_of
-from mmscale.report.history import History
+from mmscale.report.history import History, config_file
 from mmscale.report.timeline import Event, Timeline
 from mmscale.train.metrics import EVAL, METRICS
 from mmscale.train.unrouted import note as unrouted_note
@@ -91,10 +91,14 @@ def _name(key: str) -> str:
 
 
 def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:
-    """A run's configuration by dotted key, as it was written; empty if there is none that can be read."""
-    name = "config.yaml" if attempt is None else f"config.{attempt}.yaml"
+    """The configuration of an attempt by dotted key, as it was written; empty if there is none that can be read.
+
+    Args:
+        run: the run's folder.
+        attempt: the attempt; None: the latest one.
+    """
     try:
-        data = read_file(run / name).data
+        data = read_file(config_file(run, attempt)).data
     except ConfigError:
         return {}
     return dict(_flat(data)) if data else {}

@@ -64,6 +64,12 @@ class History:
     def __len__(self) -> int:
         return len(self.steps)
 
+    @property
+    def attempt(self) -> int | None:
+        """The attempt that wrote the last row; None if that is not known."""
+        attempts = self.of("attempt")
+        return int(attempts[-1]) if len(attempts) and np.isfinite(attempts[-1]) else None
+
     def of(self, key: str) -> Floats:
         """A column; all NaN if the run never measured it."""
         column = self.columns.get(key)
@@ -80,6 +86,12 @@ class History:
         """The latest measured value, NaN if it was not finite; None if there is none."""
         values = self.measured(key)[1]
         return float(values[-1]) if len(values) else None
+
+
+def config_file(run: Path, attempt: int | None) -> Path:
+    """The file with the configuration of an attempt; that of the latest one if there is none of its own."""
+    own = run / f"config.{attempt}.yaml"
+    return own if own.is_file() else run / "config.yaml"
 
 
 def read(run: Path, *, part: int = _PART) -> History:

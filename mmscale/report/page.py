@@ -81,7 +81,7 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
             Run(
                 name,
                 path,
-                facts.settings(path),
+                facts.settings(path, attempt=history.attempt),
                 history,
                 axes_of(path, history, clock=clock, begin=begin),
                 events,

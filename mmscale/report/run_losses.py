@@ -8,7 +8,7 @@ only this one says what a model is worth that generates. Ratios are compare.py's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from mmscale.data.manifest import read_manifest
 from mmscale.errors import ConfigError, DataError, UsageError
 from mmscale.plan.compute import flops_per_token
 from mmscale.report.equal_loss import SMOOTH_BINS, Falling
-from mmscale.report.history import History, read
+from mmscale.report.history import History, config_file, read
 from mmscale.train.metrics import EVAL, METRICS
 
 View = Literal["training", "held_out", "causal"]
@@ -147,14 +147,14 @@ def read_run(folder: Path, *, history: History | None = None) -> Run:
         UsageError: there is no configuration, or no logged step.
     """
     remedy = "name a folder that `mmscale train` wrote"
+    history = read(folder) if history is None else history
     try:
-        config = load(folder / "config.yaml")
+        configs = _configurations(folder, history)
     except ConfigError as error:
         raise UsageError(f"{folder} is no run of this version: {error.cause}", remedy=remedy) from error
-    history = read(folder) if history is None else history
     if not len(history):
         raise UsageError(f"{folder} has no {METRICS} with a logged step", remedy=remedy)
-    per_step = tokens_per_step(config) * flops_per_token(config).training
+    config, work = configs[history.attempt], _work(history, configs)
     steps, seconds = _clock(history)
     losses: dict[View, dict[str, Points]] = {}
     dropped = 0
@@ -163,11 +163,37 @@ def read_run(folder: Path, *, history: History | None = None) -> Run:
         known = np.isfinite(values)
         dropped += int((~known).sum())
         if known.any():
-            points = Points(at[known] * per_step, np.interp(at[known], steps, seconds), values[known])
+            flops = np.interp(at[known], history.steps, work)
+            points = Points(flops, np.interp(at[known], steps, seconds), values[known])
             losses.setdefault(view, {})[part] = points
     counts = [(name, history.last(f"tokens/{name}")) for name in config.vocab.names]
     tokens = {name: count for name, count in counts if count is not None and np.isfinite(count)}
     return Run(folder, config, losses, dropped, int(history.steps[-1]), tokens)
+
+
+def _configurations(folder: Path, history: History) -> dict[int | None, Config]:
+    """By attempt, of those that wrote rows; None: of rows that name no attempt.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    attempts = np.unique(history.of("attempt")).tolist()
+    numbers = [int(attempt) if np.isfinite(attempt) else None for attempt in attempts] or [None]
+    files = {number: config_file(folder, number) for number in numbers}
+    loaded = {file: load(file) for file in set(files.values())}
+    return {number: loaded[file] for number, file in files.items()}
+
+
+def _work(history: History, configs: Mapping[int | None, Config]) -> NDArray[np.float64]:
+    """Training FLOPs up to each row: every step counts as much as the settings of its attempt say."""
+    attempts = history.of("attempt")
+    per_step = np.zeros(len(history))
+    for attempt, config in configs.items():
+        rows = np.isnan(attempts) if attempt is None else attempts == attempt
+        per_step[rows] = tokens_per_step(config) * flops_per_token(config).training
+    if len(set(per_step.tolist())) == 1:
+        return history.steps * per_step  # exact, where a sum would be rounded
+    return np.cumsum(np.diff(history.steps, prepend=0.0) * per_step)
 
 
 def _key(view: View, part: str, config: Config, history: History) -> str:

@@ -72,6 +72,10 @@ class MetricsLog:
         self._layers = _Lines(run_dir / LAYERS, may_write, lazy=True)
         self._backends = backends or Backends({})
 
+    def attach(self, backends: Backends) -> None:
+        """Hand the figures of coming steps to these back ends too, and close them in the end."""
+        self._backends = backends
+
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append the values of one step. A value that is None was not measured and is left out.
 

@@ -1,9 +1,13 @@
-"""What rank 0 writes about an attempt: metrics.jsonl, events.jsonl, its configuration and environment."""
+"""What rank 0 writes about an attempt: metrics.jsonl, events.jsonl, its configuration and environment.
+
+The configuration is written when training begins: an attempt that finds the run finished, or is refused, leaves that of
+the attempt before.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,23 @@ class Records:
 
     Attributes:
         metrics, events: None on ranks other than 0.
+        backends: starts what else gets the figures.
     """
 
     metrics: MetricsLog | None = None
     events: EventLog | None = None
+    backends: Callable[[], Backends | None] = lambda: None
+
+    def begin(self, config: Config, run: Path, *, attempt: int) -> None:
+        """Training begins: write the attempt's configuration and environment, and start the back ends.
+
+        On other ranks nothing happens.
+        """
+        if self.metrics is None:
+            return
+        write_settings(config, run, attempt=attempt)
+        if (backends := self.backends()) is not None:
+            self.metrics.attach(backends)
 
     def tell(self, event: str, **fields: Any) -> None:
         """Add an event; on other ranks nothing happens."""
@@ -43,7 +60,7 @@ def open_records(
         attempt: number of the attempt.
         rank: of this process.
         fence: asked before every line: an attempt that has lost the run writes none.
-        log: what gets the figures besides; None: nothing.
+        log: what gets the figures besides, from `Records.begin` on; None: nothing.
 
     Raises:
         FencedError: another attempt has taken the run over.
@@ -54,9 +71,9 @@ def open_records(
     folder.mkdir(parents=True, exist_ok=True)
     fence.check()
     events = EventLog(folder, attempt, may_write=fence.check)
-    metrics = MetricsLog(folder, attempt=attempt, backends=_backends(folder, log, events), may_write=fence.check)
+    metrics = MetricsLog(folder, attempt=attempt, may_write=fence.check)
     try:
-        yield Records(metrics, events)
+        yield Records(metrics, events, lambda: _backends(folder, log, events))
     except FencedError:
         raise  # not a line more
     except BaseException as error:

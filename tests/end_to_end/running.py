@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import socket
@@ -14,9 +15,12 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.runtime.rank_env import STORE_FD, listen, port_of
 
 AFTER_A_FAILURE_S = 30.0  # of one rank, the others have this long to end
@@ -190,6 +194,34 @@ def start(*arguments: str | Path, environ: dict[str, str] | None = None) -> Star
 def listing(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content: equal before and after if nothing was written."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def change_settings(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the configuration that a run's checkpoints say they were written with; manifests and routers fit again."""
+    digests: dict[str, str] = {}
+    store, stage = Store.of_run(run), Store.of_run(run / "auxiliary")
+    for step in store.steps():
+        info = store.info(step)
+        change(info["config"])
+        digests |= _replace_info(store, step, info)
+    for step in stage.steps():
+        info = stage.info(step)
+        info["auxiliary"]["main_digest"] = digests.get(info["auxiliary"]["main_digest"])
+        _replace_info(stage, step, info)
+
+
+def _replace_info(store: Store, step: int, info: dict[str, Any]) -> dict[str, str]:
+    """Replace what a checkpoint says about itself; the digest of its manifest before and after."""
+    folder = store.path(step)
+    file = folder / integrity.MANIFEST
+    manifest, before = integrity.read_manifest(folder), _digest(file)
+    (folder / INFO).write_text(info_text(info))
+    file.write_text(replace(manifest, files=integrity.digests(folder, integrity.sizes(folder))).text())
+    return {before: _digest(file)}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def assert_says(ended: Ended, *, status: int, cause: str, remedy: str) -> None:

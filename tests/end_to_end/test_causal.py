@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mmscale.train.metrics import read_metrics
-from tests.end_to_end.running import Ended, assert_says, mmscale, start
+from tests.end_to_end.running import Ended, assert_says, change_settings, mmscale, start
 
 STAGE_STEPS = 100  # long enough to be killed in between
 STAGE = (
@@ -125,9 +124,8 @@ def test_every_source_of_a_blend_has_its_own_numbers(staged: Staged, digits: Pat
     run, half = tmp_path / "tiny", tmp_path / "again"
     shutil.copytree(staged.folder, run)
     shutil.copytree(digits, half)
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["data"] |= {"path": None, "blend": [{"path": str(digits)}, {"path": str(half), "weight": 2.0}]}
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    blend = {"path": None, "blend": [{"path": str(digits)}, {"path": str(half), "weight": 2.0}]}
+    change_settings(run, lambda settings: settings["data"].update(blend))
     found = evaluated(run, "--routing", "causal")
     own = [found[f"source/{folder.name}/loss"] for folder in (digits, half)]
     assert own[0] == own[1] == evaluated(staged.folder, "--routing", "causal")["loss"]

@@ -221,7 +221,7 @@ def test_other_tokenizers(runs: Path, digits: Path, tmp_path: Path) -> None:
 def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None:
     """Those of the data set that has images, though a set of texts stands before it; sets that differ are refused."""
     from checkpoints_tools.hf_source import RunWeights
-    from checkpoints_tools.to_hf import config_of, tokenizers_of
+    from checkpoints_tools.to_hf import tokenizers_of
     from mmscale.config.schema import DataSource
     from mmscale.data.manifest import NO_TOKENIZER
 
@@ -232,10 +232,11 @@ def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None
         return folder
 
     def tokenizers(*folders: Path) -> Any:
-        config = config_of(runs / "dense")
+        source = RunWeights(runs / "dense", None)
+        config = source.config
         blend = tuple(DataSource(path=str(folder)) for folder in folders)
         data = config.data.model_copy(update={"path": None, "blend": blend})
-        return tokenizers_of(config.model_copy(update={"data": data}), RunWeights(runs / "dense", None), None)
+        return tokenizers_of(config.model_copy(update={"data": data}), source, None)
 
     texts = changed("texts", image_tokenizer=NO_TOKENIZER)
     shutil.rmtree(texts / "image_tokenizer")

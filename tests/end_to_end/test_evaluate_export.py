@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 import checkpoints_tools.hf_evaluate  # noqa: F401  what forked commands would import one by one
-from tests.end_to_end.running import assert_says, mmscale
+from tests.end_to_end.running import assert_says, change_settings, mmscale
 
 SAME = 2e-6  # fp32, means over 600 documents
 
@@ -54,11 +53,10 @@ def test_the_same_batches_and_every_source_of_a_blend(exported: Path, digits: Pa
         np.save(table, content)
     shutil.copytree(exported / "tiny", run)
     shutil.copytree(exported / "tiny-hf", hf)
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["data"] |= {"path": None, "blend": [{"path": str(digits)}, {"path": str(half), "weight": 2.0}]}
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    blend = {"path": None, "blend": [{"path": str(digits)}, {"path": str(half), "weight": 2.0}]}
+    change_settings(run, lambda settings: settings["data"].update(blend))
     stored = json.loads((hf / "mmscale.json").read_text())
-    stored["config"]["data"] = settings["data"]
+    stored["config"]["data"] |= blend
     (hf / "mmscale.json").write_text(json.dumps(stored))
     (hf / "MANIFEST.json").unlink()  # it is another export now
     export = evaluated(hf, "--batches", "3")
@@ -90,8 +88,7 @@ def test_what_cannot_be_evaluated_is_said(exported: Path, digits: Path, tmp_path
         ended = mmscale("eval", model, "--data", other)
         assert_says(ended, status=3, cause=r"image tokenizer of .*other \(another\) is another", remedy="tokenizers of")
     anew = Path(shutil.copytree(exported / "bare", tmp_path / "bare"))  # as if its own data were prepared anew
-    settings = yaml.safe_load((anew / "config.yaml").read_text())
-    (anew / "config.yaml").write_text(yaml.safe_dump(settings | {"data": settings["data"] | {"path": str(other)}}))
+    change_settings(anew, lambda settings: settings["data"].update(path=str(other)))
     assert_says(
         mmscale("eval", anew), status=3, cause=r"\(another\) is another than that of step 30", remedy="tokenizers"
     )

@@ -25,7 +25,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.data.digits import labelled
 from mmscale.data.image_files import save_png
 from mmscale.data.vocab import EOI, EOS
-from tests.end_to_end.running import Ended, assert_says, mmscale
+from tests.end_to_end.running import Ended, assert_says, change_settings, mmscale
 
 
 def ok(*arguments: str | Path, nproc: int = 1) -> Ended:
@@ -123,14 +123,14 @@ def test_ranks_end_alike_at_a_damaged_checkpoint(exported: Path, tmp_path: Path)
 def test_a_run_of_a_gpu_machine_is_evaluated_anywhere(exported: Path, tmp_path: Path) -> None:
     """Its layout, kernels and number format are no part of the model; the slots that FP8 rounded up are."""
     run = Path(shutil.copytree(exported / "tiny", tmp_path / "tiny"))
-    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings = yaml.safe_load((run / "config.yaml").read_text())  # as its checkpoint's
 
     def loss(nproc: int, *, experts: dict[str, Any], model: dict[str, Any], precision: dict[str, Any]) -> float:
         changed = copy.deepcopy(settings)
         changed["model"] |= model | {"experts": changed["model"]["experts"] | experts}
         changed["model"]["depth"]["multiple"] = experts.get("capacity_multiple", 8)
         changed["precision"] |= precision
-        (run / "config.yaml").write_text(yaml.safe_dump(changed))
+        change_settings(run, lambda own: own.update(changed))
         found = json.loads(ok("eval", run, "--batches", "2", "--json", nproc=nproc).out)["loss"]
         assert isinstance(found, float)
         return found

@@ -19,12 +19,12 @@ from mmscale.config.derived import tokens_per_step
 from mmscale.config.load import dump, resolve
 from mmscale.errors import UsageError
 from mmscale.plan import flops_per_token
-from mmscale.report import page
+from mmscale.report import facts, history, page
 from mmscale.report.compare import compare
 from mmscale.report.comparison_section import comparison_section
 from mmscale.report.equal_loss import Bound
-from mmscale.report.run_losses import ALL
-from mmscale.train.metrics import MetricsLog
+from mmscale.report.run_losses import ALL, read_run
+from mmscale.train.metrics import METRICS, MetricsLog
 
 SPEEDUPS = {"text": 2.0, "image": 4.0}
 STEPS = 600
@@ -185,6 +185,27 @@ def test_rows_without_numbers_and_times(tmp_path: Path, runs: tuple[Path, Path])
     one = found.find("sick", "training", "image", "flops", 1.0)
     assert one is not None
     assert one.ratio.value == pytest.approx(4.0, rel=0.02)
+
+
+def test_every_step_took_the_work_of_its_attempt(tmp_path: Path) -> None:
+    """The second half was trained with twice the batch, and an attempt after it wrote no row."""
+    run = make_run(tmp_path / "run", config(), speedups=SPEEDUPS)
+    whole = read_run(run)
+    assert np.array_equal(whole.losses["training"]["all"].flops, np.arange(2, STEPS + 1, 2) * whole.flops_per_step)
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    half = STEPS // 2
+    (run / METRICS).write_text(
+        "".join(json.dumps(line | {"attempt": 1 + (line["step"] > half)}) + "\n" for line in lines)
+    )
+    (run / "config.1.yaml").write_text(dump(config()))
+    (run / "config.2.yaml").write_text(dump(config("train.global_batch_size=16")))
+    (run / "config.yaml").write_text(dump(config("train.global_batch_size=4096")))
+    found = read_run(run)
+    points = found.losses["training"]["all"]
+    assert found.config.train.global_batch_size == 16
+    assert points.flops[-1] == pytest.approx(whole.flops_per_step * (half + 2 * half))
+    assert points.flops[half // 2 - 1] == pytest.approx(whole.flops_per_step * half)
+    assert facts.settings(run, attempt=history.read(run).attempt)["train.global_batch_size"] == 16
 
 
 def test_what_is_refused(tmp_path: Path, runs: tuple[Path, Path]) -> None:

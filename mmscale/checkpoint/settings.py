@@ -1,0 +1,79 @@
+"""The configuration that a checkpoint was written with; whatever computes with a checkpoint takes its settings from it.
+
+RUN/config.yaml belongs to the latest attempt, which may have changed them since. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmscale.checkpoint.shape import check_shape
+from mmscale.config import Config
+from mmscale.config.load import load
+from mmscale.errors import CheckpointError, ConfigError
+
+CONFIG = "config.yaml"
+
+
+def config_of(info: Mapping[str, Any], *, where: Path, run: Path | None = None) -> Config:
+    """The configuration of a checkpoint.
+
+    A data set is found by its path, and data sets are moved: where the checkpoint's paths lead nowhere, those of the
+    run's config.yaml are taken if they exist.
+
+    Args:
+        info: what the checkpoint says about itself.
+        where: its folder, for messages.
+        run: the run's folder; None: there is none, as for an archive. A checkpoint from before the configuration was
+            kept has that of the run's config.yaml.
+
+    Raises:
+        CheckpointError: there is no configuration, or it is of another version.
+        ConfigError: the run's config.yaml is needed and cannot be read.
+    """
+    saved = info.get("config")
+    if isinstance(saved, Mapping):
+        try:
+            return _with_data(Config.model_validate(saved), run)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{where} holds no configuration of this version: {str(error).splitlines()[0]}",
+                remedy="use the version of mmscale that wrote it",
+            ) from None
+    if run is None or not (run / CONFIG).is_file():
+        raise CheckpointError(f"{where} holds no configuration", remedy="use the version of mmscale that wrote it")
+    config = load(run / CONFIG)
+    check_shape(config, info.get("shape", {}), where=str(where))
+    return config
+
+
+def allows_missing(run: Path) -> bool:
+    """Whether the run's config.yaml permits checkpoints that lack a part (`checkpoint.allow_missing`)."""
+    config = _of_run(run)
+    return config is not None and config.checkpoint.allow_missing
+
+
+def _with_data(config: Config, run: Path | None) -> Config:
+    if run is None or not config.data.sources or _exists(config):
+        return config
+    latest = _of_run(run)
+    if latest is None or not latest.data.sources or not _exists(latest):
+        return config  # the message about the missing folder names the checkpoint's path
+    data = config.data.model_copy(update={"path": latest.data.path, "blend": latest.data.blend})
+    return config.model_copy(update={"data": data})
+
+
+def _exists(config: Config) -> bool:
+    return all(Path(source.path).is_dir() for source in config.data.sources)
+
+
+def _of_run(run: Path) -> Config | None:
+    """The configuration of the run's latest attempt; None if there is none that can be read."""
+    try:
+        return load(run / CONFIG)
+    except ConfigError:
+        return None

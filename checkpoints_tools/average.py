@@ -15,7 +15,9 @@ from torch import Tensor
 from checkpoints_tools.sources import open_source, summary
 from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of
+from mmscale.config.changes import function_changes
 from mmscale.errors import CheckpointError, UsageError
 from mmscale.runtime.environment import code_version
 
@@ -131,6 +133,12 @@ def _check_alike(one: TensorSource, other: TensorSource) -> None:
     if keys:
         said = "; ".join(f"{key} is {mine.get(key)} and {theirs.get(key)}" for key in keys)
         raise CheckpointError(f"{one.path} and {other.path} hold different models: {said}", remedy=remedy)
+    configs = [source.info().get("config") for source in (one, other)]
+    if all(configs) and (found := function_changes(configs[0], config_of(other.info(), where=other.path))):
+        raise CheckpointError(
+            f"{one.path} and {other.path} compute different functions of their weights: {'; '.join(found)}",
+            remedy=remedy,
+        )
     names = set(one.names(weights=True)) ^ set(other.names(weights=True))
     if names:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
+from mmscale.config.changes import completed
 from mmscale.config.load import load
 from mmscale.errors import CheckpointError, ConfigError
 
@@ -38,7 +39,7 @@ def config_of(info: Mapping[str, Any], *, where: Path, run: Path | None = None) 
     saved = info.get("config")
     if isinstance(saved, Mapping):
         try:
-            return _with_data(Config.model_validate(saved), run)
+            return _with_data(Config.model_validate(completed(saved)), run)
         except ValidationError as error:
             raise CheckpointError(
                 f"{where} holds no configuration of this version: {str(error).splitlines()[0]}",

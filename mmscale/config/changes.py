@@ -1,40 +1,27 @@
 """What changed between the configuration that wrote a checkpoint and the one that goes on from it.
 
-The new configuration always wins; which changes are refused unless they are confirmed is said here, who asks is train's
-business.
+The new configuration always wins; which changes are refused, or have to be confirmed, follows from effects.py. Who asks
+is train's business.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmscale.config import document as documents
+from mmscale.config.effects import Effect, effect_of
 from mmscale.config.schema import Config
 
 _AUTO = "model.experts.share"
-# Settings after whose change the run optimizes something else, or reads its data in another order.
-_OBJECTIVE = (
-    "data.",
-    "vocab.",
-    "train.z_loss",
-    "train.modality_weights",
-    "train.global_batch_size",
-    "model.experts.share",
-    "model.experts.scope",
-    "model.experts.capacity",
-    "model.experts.choice",
-    "model.depth.capacity",
-    "model.depth.choice",
-    "model.seq_length",
-    "run.seed",
-)
 # What a checkpoint that does not know a setting was trained with, whatever the default is today.
 _BEFORE = {"model.experts.choice": "sigmoid"}
-_HARMLESS = ("data.workers", "data.cache")  # how batches are fetched, not which
 _MISSING = object()
+# After these the run optimizes something else than before, or reads other data.
+CONFIRMED = frozenset({Effect.FUNCTION, Effect.OBJECTIVE, Effect.DATA})
 
 
 @dataclass(frozen=True)
@@ -44,16 +31,21 @@ class Change:
     Attributes:
         key: dotted key.
         old, new: its values as JSON; "(none)" where there was no such key.
-        objective: whether the run would optimize something else with it.
+        effect: what the setting decides.
     """
 
     key: str
     old: str
     new: str
-    objective: bool
+    effect: Effect
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new}"
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the user has to confirm it."""
+        return self.effect in CONFIRMED
 
 
 def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
@@ -69,8 +61,34 @@ def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
         one, other = before.get(key, _BEFORE.get(key, _MISSING)), after.get(key, _MISSING)
         if one == other or (new.model.experts.share == "auto" and key.startswith(_AUTO)):
             continue
-        found.append(Change(key, _shown(one), _shown(other), _is_objective(key, new)))
+        found.append(Change(key, _shown(one), _shown(other), effect_of(key, new)))
     return found
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with the settings that were added since, as they were in effect when it was written.
+
+    Args:
+        saved: as for `changes`.
+    """
+    full: dict[str, Any] = copy.deepcopy(dict(saved))
+    for key, value in _BEFORE.items():
+        *parents, last = key.split(".")
+        section = full
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section.setdefault(last, value)
+    return full
+
+
+def function_changes(old: Mapping[str, Any], new: Config) -> list[str]:
+    """One line for each setting whose change makes the same weights compute something else."""
+    return [str(change) for change in changes(old, new) if change.effect is Effect.FUNCTION]
+
+
+def describe(found: Sequence[Change], *, confirmed: bool) -> list[str]:
+    """One line for each change that has to be confirmed, or for each other one."""
+    return [str(change) for change in found if change.confirmed is confirmed]
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,16 +96,5 @@ def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in documents.leaves(dict(data)) if value not in ({}, [])}
 
 
-def _is_objective(key: str, config: Config) -> bool:
-    if key == "train.micro_batch_size":
-        return config.model.experts.scope == "micro_batch" and config.model.kind != "dense"
-    return key.startswith(_OBJECTIVE) and not key.startswith(_HARMLESS)
-
-
 def _shown(value: Any) -> str:
     return "(none)" if value is _MISSING else json.dumps(value)
-
-
-def describe(found: Sequence[Change], *, objective: bool) -> list[str]:
-    """One line for each change of this kind."""
-    return [str(change) for change in found if change.objective is objective]

@@ -59,7 +59,7 @@ from mmscale.train.evaluate import evaluate
 from mmscale.train.loop import is_logged
 from mmscale.train.metrics import next_attempt
 from mmscale.train.parts import loader_of, resolve_share, start
-from mmscale.train.preflight import check_ids
+from mmscale.train.preflight import check_function, check_ids
 from mmscale.train.progress import Progress
 from mmscale.train.records import open_records
 from mmscale.train.run import FINISHED, STOPPED
@@ -93,7 +93,8 @@ def preflight(config: Config, *, world_size: int) -> None:
     """Refuse a stage that cannot work, before any rank starts; no tensor is read.
 
     Raises:
-        ConfigError: the model routes nothing, the layout does not fit, or no data set is named.
+        ConfigError: the model routes nothing, the layout does not fit, no data set is named, or a setting is not the
+            main checkpoint's that decides what its weights compute.
         DataError: a data set is missing, or was prepared with another vocabulary or with other tokenizers than the
             main run's.
         CheckpointError: there is no main checkpoint, it holds another model, or the stage's belongs to another one.
@@ -114,6 +115,8 @@ def preflight(config: Config, *, world_size: int) -> None:
     where, info = str(store.path(newest)), store.info(newest)
     check_shape(config, info.get("shape", {}), where=where)
     check_ids(blend, info, where=where)
+    portions = config.train.model_copy(update={"micro_batch_size": staged.train.micro_batch_size})
+    check_function(config.model_copy(update={"train": portions}), info, where=where)
     own = Store.of_run(folder_of(run))
     if own.steps():
         _check_origin(own, own.steps()[-1], main_origin(store, newest), config)
@@ -172,7 +175,7 @@ def main(config: Config, env: RankEnv) -> int:
         MmscaleError: something that the user can mend; the same on every rank where it can be.
     """
     preflight(config, world_size=env.world_size)
-    config = resolve_share(config)
+    config = resolve_share(_with_main_share(config))
     staged = stage_config(config)
     vocabulary = Vocabulary.from_config(config.vocab)
     train_data = open_mixture(staged, "train", vocabulary=vocabulary)
@@ -183,6 +186,17 @@ def main(config: Config, env: RankEnv) -> int:
             return _Stage(config, staged, env, groups, train_data, held_out, stop).attempt()
     finally:
         process_groups.finalize()
+
+
+def _with_main_share(config: Config) -> Config:
+    """The configuration whose `auto` shares are those that the main checkpoint was trained with, on whatever data."""
+    store = Store.of_run(Path(config.run.dir) / config.run.name)
+    info = store.info(store.choose())
+    share = info.get("config", {}).get("model", {}).get("experts", {}).get("share")
+    if config.model.experts.share != "auto" or not isinstance(share, dict):
+        return config
+    experts = config.model.experts.model_copy(update={"share": share})
+    return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
 
 
 class _Stage:

@@ -5,7 +5,7 @@ It reads a few small files, writes nothing, and imports no torch, so that the la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
-from mmscale.config.changes import changes, describe
+from mmscale.config.changes import changes, describe, function_changes
+from mmscale.config.effects import Effect
 from mmscale.config.rules import check
+from mmscale.data.identity import SourceIdentity, compare, identities, known
 from mmscale.data.manifest import Manifest, check_tokenizers, common_tokenizers, read_blend
 from mmscale.errors import ConfigError
 
@@ -50,15 +52,19 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
     if info:
         check_shape(config, info.get("shape", {}), where=where)
         check_ids(blend, info, where=where)
-        check_changes(config, info, where=where, yes=yes)
+        data = identities(config, blend) if known(info) is not None else []
+        check_changes(config, info, data=data, where=where, yes=yes)
 
 
-def check_changes(config: Config, info: Mapping[str, Any], *, where: str, yes: bool) -> list[str]:
-    """The settings that changed since a checkpoint, one line each.
+def check_changes(
+    config: Config, info: Mapping[str, Any], *, data: Sequence[SourceIdentity], where: str, yes: bool
+) -> list[str]:
+    """The settings that changed since a checkpoint, one line each, and what became of its data.
 
     Args:
         config: this run's configuration.
         info: what the checkpoint says about itself.
+        data: the data that is going to be read.
         where: its name, for the message.
         yes: the user has confirmed that the objective or the data change.
 
@@ -69,13 +75,43 @@ def check_changes(config: Config, info: Mapping[str, Any], *, where: str, yes: b
     if not isinstance(saved, dict):  # written before the configuration was kept
         return []
     found = changes(saved, config)
-    refused = describe(found, objective=True)
+    before = known(info)
+    other, moved = ([], []) if before is None else compare(before, data)
+    if before is not None or not _names_data(saved):
+        found = [change for change in found if change.effect is not Effect.DATA]
+    refused = describe(found, confirmed=True) + other
     if refused and not yes:
         raise ConfigError(
             f"the objective or the data have changed since {where}: {'; '.join(refused)}",
             remedy="restore these settings, start another run.name, or confirm with `mmscale train ... --yes`",
         )
-    return refused + describe(found, objective=False)
+    return refused + describe(found, confirmed=False) + moved
+
+
+def check_function(config: Config, info: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a stage whose frozen weights would compute something else than the checkpoint that they come from.
+
+    Args:
+        config: the stage's configuration.
+        info: what the main checkpoint says about itself.
+        where: its name, for the message.
+
+    Raises:
+        ConfigError: a setting that decides what the weights compute has changed; `--yes` does not allow it.
+    """
+    saved = info.get("config")
+    found = function_changes(saved, config) if isinstance(saved, dict) else []
+    if found:
+        raise ConfigError(
+            f"the stage would train on another function than that of {where}: {'; '.join(found)}",
+            remedy="restore these settings: a stage trains what belongs to the main run's own model",
+        )
+
+
+def _names_data(saved: Mapping[str, Any]) -> bool:
+    """Whether a configuration names data; an imported model's does not, and any data is its first."""
+    data = saved.get("data") or {}
+    return bool(data.get("path") or data.get("blend"))
 
 
 def check_ids(blend: Mapping[Path, Manifest], info: Mapping[str, Any], *, where: str) -> None:

@@ -16,6 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
 from mmscale.config.notes import notes
+from mmscale.data.identity import identities
+from mmscale.data.manifest import read_blend
 from mmscale.data.mixture import Mixture, open_mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
@@ -41,7 +43,7 @@ from mmscale.train.metrics import next_attempt
 from mmscale.train.parts import Parts, build, dry_run, loader_of, resolve_share, start
 from mmscale.train.preflight import preflight, tokenizers_of
 from mmscale.train.progress import Progress, banner
-from mmscale.train.records import Records, open_records, write_settings
+from mmscale.train.records import Records, open_records
 from mmscale.train.state import TrainState
 from mmscale.train.step_guard import StepGuard
 from mmscale.train.stragglers import RankTimes
@@ -105,14 +107,14 @@ class _Attempt:
         self.records: Records = stack.enter_context(
             open_records(self.folder, attempt=self.number, rank=env.rank, fence=self.fence, log=config.log)
         )
-        if first:
-            write_settings(config, self.folder, attempt=self.number)
         self.progress: Progress = stack.enter_context(Progress(config.train.steps, enabled=first))
+        self.data = from_first(identities(config, read_blend(config)) if first else None)
         self.checkpoints: CheckpointManager = saves.manager_of(
             config,
             self.folder,
             attempt=self.number,
             tokenizers=from_first(tokenizers_of(self.folder, train_data.tokenizers) if first else None),
+            data=self.data,
             records=self.records,
             progress=self.progress,
             faults=self.faults,
@@ -138,13 +140,14 @@ class _Attempt:
         """Resume or start, train to the end or to a request to stop; the exit status."""
         config, state = self.config, self.state
         memory = self.memory if config.checkpoint.resume else None
-        changed = saves.resume(config, self.checkpoints, memory, state, yes=yes)
+        changed = saves.resume(config, self.checkpoints, memory, state, data=self.data, yes=yes)
         self._announce(changed or [])
         if state.step >= config.train.steps:
             self.progress.say(
                 f"{self.folder} is done: {state.step} of {config.train.steps} steps; raise train.steps to go on"
             )
             return FINISHED
+        self.records.begin(config, self.folder, attempt=self.number)
         begun = "start" if changed is None else "resume"
         self.records.tell(begun, step=state.step, world_size=self.env.world_size, attempt_id=self.fence.lease_id)
         if config.train.dry_run:

@@ -5,6 +5,7 @@ The manager knows neither configurations nor terminals; here it gets both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmscale.checkpoint.save_settings import SaveSettings
 from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.load import digest
+from mmscale.data.identity import SourceIdentity
 from mmscale.resilience.inject import Faults
 from mmscale.resilience.lease import Fence
 from mmscale.resilience.memory_tier import MemoryTier
@@ -37,6 +39,7 @@ def manager_of(
     *,
     attempt: int,
     tokenizers: dict[str, str],
+    data: Sequence[SourceIdentity],
     records: Records,
     progress: Progress,
     faults: Faults,
@@ -49,6 +52,7 @@ def manager_of(
         run: the run's folder.
         attempt: its number.
         tokenizers: fingerprints of those that the run has learned from; kept with every checkpoint.
+        data: what it learns from; kept likewise.
         records: where events go.
         progress: the terminal.
         faults: called at every point of a save.
@@ -82,6 +86,7 @@ def manager_of(
             "config_digest": digest(config),
             "attempt": attempt,
             "tokenizers": tokenizers,
+            "data": [source.model_dump() for source in data],
         },
         on_event=tell,
         saves=SaveSettings(
@@ -100,9 +105,17 @@ def manager_of(
 
 
 def resume(
-    config: Config, checkpoints: CheckpointManager, memory: MemoryTier | None, state: TrainState, *, yes: bool
+    config: Config,
+    checkpoints: CheckpointManager,
+    memory: MemoryTier | None,
+    state: TrainState,
+    *,
+    data: Sequence[SourceIdentity],
+    yes: bool,
 ) -> list[str] | None:
     """Go on from memory or from the newest whole checkpoint, whichever is newer.
+
+    Of a run that is done only the step is taken over: nothing of it is trained or written again.
 
     Returns:
         The settings changed since then in words; None for a new run.
@@ -118,8 +131,11 @@ def resume(
     store = checkpoints.store
     info = from_first(store.info(newest) if torch.distributed.get_rank() == 0 else None)
     check_shape(config, info.get("shape", {}), where=str(store.path(newest)))
-    lines = check_changes(config, info, where=str(store.path(newest)), yes=yes)
-    checkpoints.load(state, newest)
+    lines = check_changes(config, info, data=data, where=str(store.path(newest)), yes=yes)
+    if newest >= config.train.steps:
+        state.step = newest
+    else:
+        checkpoints.load(state, newest)
     return lines
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mmscale.checkpoint.settings import allows_missing, config_of
 from mmscale.checkpoint.shape import shape_of
+from mmscale.config import changes
 from mmscale.config.load import dump
 from mmscale.errors import CheckpointError
 from tests.unit.config.test_changes import config
@@ -33,6 +34,14 @@ def test_another_version_s(tmp_path: Path) -> None:
     saved = config().model_dump(mode="json") | {"no_such_section": {}}
     with pytest.raises(CheckpointError, match="no configuration of this version"):
         config_of({"config": saved}, where=tmp_path, run=tmp_path)
+
+
+def test_settings_that_are_younger_than_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was trained as if they had the value of that time, whatever their default is today."""
+    saved = config().model_dump(mode="json")
+    del saved["model"]["experts"]["choice"]
+    monkeypatch.setitem(changes._BEFORE, "model.experts.choice", "softmax")
+    assert config_of({"config": saved}, where=tmp_path).model.experts.choice == "softmax"
 
 
 def test_data_that_moved_is_found_where_the_latest_attempt_found_it(tmp_path: Path) -> None:

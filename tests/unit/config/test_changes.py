@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
+from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
-from mmscale.config.changes import changes, describe
+from mmscale.config.changes import changes, describe, function_changes
+from mmscale.config.effects import EFFECTS, Effect, entry_of
+from mmscale.config.keys import all_keys
 from mmscale.config.load import resolve
+from mmscale.errors import CheckpointError
 
 MODEL: dict[str, Any] = {
     "vocab": {"modalities": [{"name": "text", "size": 64}, {"name": "image", "size": 64}]},
@@ -55,8 +59,8 @@ def test_nothing_changed() -> None:
 )
 def test_some_settings_may_change_and_are_shown(override: str, line: str) -> None:
     found = changes(saved(), config(override))
-    assert describe(found, objective=False) == [line]
-    assert describe(found, objective=True) == []
+    assert describe(found, confirmed=False) == [line]
+    assert describe(found, confirmed=True) == []
 
 
 @pytest.mark.parametrize(
@@ -76,18 +80,21 @@ def test_some_settings_may_change_and_are_shown(override: str, line: str) -> Non
         "model.depth.choice=per_modality",
         "model.seq_length=128",
         "run.seed=5",
-        "vocab.pad_multiple=64",
+        "model.norm_eps=1e-6",
+        "model.rope_base=500000",
+        "model.experts.capacity_multiple=8",
+        "model.depth.multiple=16",
     ],
 )
 def test_what_is_optimized_or_read_does_not_change_by_accident(override: str) -> None:
-    refused = describe(changes(saved(), config(override)), objective=True)
+    refused = describe(changes(saved(), config(override)), confirmed=True)
     assert refused and all(line.startswith(override.split("=")[0]) for line in refused)
 
 
 def test_the_micro_batch_matters_where_experts_choose_among_it() -> None:
     scope = "model.experts.scope=micro_batch"
     found = changes(saved(scope), config(scope, "train.micro_batch_size=2"))
-    assert describe(found, objective=True) == ["train.micro_batch_size: 1 -> 2"]
+    assert describe(found, confirmed=True) == ["train.micro_batch_size: 1 -> 2"]
 
 
 def test_a_share_that_is_measured_later_is_no_change() -> None:
@@ -107,5 +114,43 @@ def test_settings_that_one_version_does_not_know() -> None:
     old = saved()
     del old["checkpoint"]["keep_every"]
     old["optim"]["nesterov"] = True
-    lines = describe(changes(old, config()), objective=False)
+    lines = describe(changes(old, config()), confirmed=False)
     assert lines == ["checkpoint.keep_every: (none) -> 0", "optim.nesterov: true -> (none)"]
+
+
+def test_every_setting_of_the_schema_is_in_the_table() -> None:
+    """Whoever adds a setting says what its change does to a run that goes on."""
+    leaves = [name for name, key in all_keys().items() if key.section is None]
+    unknown = [name for name in leaves if entry_of(name) is None]
+    assert not unknown, f"say in mmscale/config/effects.py what a change of these does: {unknown}"
+    assert [name for name in EFFECTS if name not in all_keys()] == [], "no such setting"
+    sections = {name for name in EFFECTS if all_keys()[name].section is not None}
+    assert sections == {
+        *("vocab", "optim", "auxiliary", "parallel", "precision", "checkpoint", "resilience", "log"),
+        *("model.depth", "model.auxiliary", "data.prepare"),
+    }, "these settings need a line each"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "vocab.pad_multiple=64",
+        "model.num_layers=4",
+        "model.depth=null",
+        "model.experts.counts={text: 4, image: 4}",
+    ],
+)
+def test_another_model_is_a_matter_of_shape(override: str) -> None:
+    """`--yes` does not help: check_shape refuses it."""
+    made = config(override)
+    key = override.split("=")[0]
+    assert Effect.SHAPE in {change.effect for change in changes(saved(), made) if change.key.startswith(key)}
+    with pytest.raises(CheckpointError, match="another model"):
+        check_shape(made, shape_of(config()), where="here")
+
+
+def test_what_changes_the_function_of_the_same_weights() -> None:
+    lines = function_changes(saved(), config("model.norm_eps=1e-6", "train.z_loss=0", "model.seq_length=128"))
+    assert [line.partition(":")[0] for line in lines] == ["model.seq_length", "model.norm_eps"]
+    dense = ("model.kind=dense", "model.experts.counts={}", "model.depth=null")
+    assert function_changes(saved(*dense), config(*dense, "model.seq_length=128")) == []

@@ -11,6 +11,8 @@ from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.shape import shape_of
 from mmscale.config import Config
+from mmscale.config.effects import EFFECTS, Effect, effect_of
+from mmscale.data.identity import identities, identity_of
 from mmscale.data.manifest import NO_TOKENIZER, Manifest, read_blend, write_manifest
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, ConfigError, DataError
@@ -74,9 +76,9 @@ def test_only_damaged_checkpoints(tmp_path: Path) -> None:
 def test_settings_that_changed_are_lines(tmp_path: Path) -> None:
     info = {"config": config().model_dump(mode="json")}
     changed = config("optim.lr=1e-3", "run.seed=5")
-    lines = preflight.check_changes(changed, info, where="here", yes=True)
+    lines = preflight.check_changes(changed, info, data=(), where="here", yes=True)
     assert [line.partition(":")[0] for line in lines] == ["run.seed", "optim.lr"]
-    assert preflight.check_changes(changed, {}, where="here", yes=False) == []
+    assert preflight.check_changes(changed, {}, data=(), where="here", yes=False) == []
 
 
 def data_set(folder: Path, **tokenizers: str) -> tuple[Path, Manifest]:
@@ -152,3 +154,73 @@ def test_routers_learn_from_ids_of_the_main_run_s_meaning(tmp_path: Path) -> Non
         stage("data.path=null", f"data.blend=[{{path: {first}}}, {{path: {other}}}]")
     commit(run, 30)  # written before fingerprints were kept
     stage(f"data.path={first}")
+
+
+def test_data_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaced under its path it needs a yes; moved it does not; a checkpoint from before knows the path only."""
+    monkeypatch.setattr(preflight, "read_blend", read_blend)
+    first, manifest = data_set(tmp_path / "first")
+    run = tmp_path / "run"
+    kept = [{"path": str(first), "weight": 1.0, "identity": identity_of(first, manifest)}]
+    commit(run, 10, f"data.path={first}", data=kept)
+    moved = first.rename(tmp_path / "moved")
+    check(run, f"data.path={moved}")
+    made = config(f"data.path={moved}")
+    lines = preflight.check_changes(
+        made, Store.of_run(run).info(10), data=identities(made, read_blend(made)), where="here", yes=False
+    )
+    assert lines == [f"data: {first} -> {moved}, the same documents"]
+    write_manifest(moved, manifest.model_copy(update={"source": "other documents"}))
+    with pytest.raises(ConfigError, match=f"data: {first} is left out; data: {moved} is new"):
+        check(run, f"data.path={moved}")
+    moved.rename(first)
+    with pytest.raises(ConfigError, match=f"data: {first} holds other documents"):
+        check(run, f"data.path={first}")
+    check(run, f"data.path={first}", yes=True)
+    other, _ = data_set(tmp_path / "other")
+    commit(run, 20, f"data.path={first}")  # written before the content was kept
+    check(run, f"data.path={first}")
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        check(run, f"data.path={other}")
+
+
+def test_an_imported_model_has_no_data_that_could_change(tmp_path: Path) -> None:
+    commit(tmp_path / "run", 10, "data.path=null")
+    check(tmp_path / "run")
+
+
+def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever setting decides it, from the table; the objective and the data of a stage are its own."""
+    run = tmp_path / "run"
+    commit(run, 10)
+    monkeypatch.setattr(auxiliary_stage, "read_blend", lambda _: {})
+    other = {
+        "model.seq_length": "128",
+        "model.norm_eps": "1e-6",
+        "model.rope_base": "5e5",
+        "model.experts.capacity_factor": "2",
+        "model.experts.capacity_multiple": "8",
+        "model.experts.scope": "micro_batch",
+        "model.experts.choice": "softmax",
+        "model.experts.share": "{text: 0.6, image: 0.4}",
+        "model.depth.capacity": "0.25",
+        "model.depth.multiple": "16",
+        "model.depth.choice": "per_modality",
+    }
+    decides = {key for key in EFFECTS if effect_of(key, config()) is Effect.FUNCTION}
+    assert other.keys() == decides, "try the new setting here too"
+
+    def stage(*overrides: str) -> None:
+        made = config(f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
+        auxiliary_stage.preflight(made, world_size=1)
+
+    for key, value in other.items():
+        with pytest.raises(ConfigError, match=f"another function than that of .*{key}"):
+            stage(f"{key}={value}")
+        with pytest.raises(ConfigError, match=f"the objective or the data have changed since .*{key}"):
+            check(run, f"{key}={value}")
+        check(run, f"{key}={value}", yes=True)
+    stage("train.z_loss=0", "run.seed=5", "train.global_batch_size=2", "auxiliary.micro_batch_size=2")
+    commit(run, 20, "model.experts.scope=micro_batch")
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 1 -> 2"):
+        stage("model.experts.scope=micro_batch", "auxiliary.micro_batch_size=2")

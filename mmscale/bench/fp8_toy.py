@@ -137,7 +137,7 @@ def train_toy(config: Config, *, held_out: int = 8) -> Toy:
 
     toy = Toy(config, stepper, [], batches(_HELD_OUT, held_out))
     for step in range(1, config.train.steps + 1):
-        lr = learning_rate(config.optim, step=step, steps=config.train.steps, tokens_per_step=1)
+        lr = learning_rate(config.optim, step=step, steps=config.train.steps, tokens=step)
         result = stepper.train(batches(step, 1), lr=lr)
         toy.losses.append(result.losses["loss"])
         if not math.isfinite(toy.losses[-1]) or not torch.isfinite(torch.tensor(result.grad_norm)):

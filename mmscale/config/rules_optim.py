@@ -20,18 +20,23 @@ def _optim(config: Config) -> Iterator[Problem]:
 
 
 def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
-    if optim.warmup > steps:
+    if optim.restart and optim.restart >= steps:
         yield Problem(
-            f"{section}.warmup = {optim.warmup} steps is more than {of}.steps = {steps}", "shorten the warm-up"
+            f"{section}.restart = {optim.restart} is not below {of}.steps = {steps}: nothing would follow it",
+            f"raise {of}.steps, or lower {section}.restart",
         )
+        return
+    steps -= optim.restart
+    left = f"the {steps} behind {section}.restart" if optim.restart else f"{of}.steps = {steps}"
+    if optim.warmup > steps:
+        yield Problem(f"{section}.warmup = {optim.warmup} steps is more than {left}", "shorten the warm-up")
     if optim.min_lr > optim.lr:
         yield Problem(
             f"{section}.min_lr = {optim.min_lr:g} is above {section}.lr = {optim.lr:g}", f"lower {section}.min_lr"
         )
     if optim.schedule in ("wsd", "power") and optim.decay is not None and optim.warmup + optim.decay > steps:
         yield Problem(
-            f"{section}.warmup + {section}.decay = {optim.warmup} + {optim.decay} steps is more than "
-            f"{of}.steps = {steps}",
+            f"{section}.warmup + {section}.decay = {optim.warmup} + {optim.decay} steps is more than {left}",
             "shorten one of them",
         )
     for key, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):

@@ -111,11 +111,16 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: Annotated[Positive, Field(le=10.0)] = setting("Peak learning rate.", 1e-4, source="MoMa Table 5")
-    min_lr: Rate = setting("Learning rate at the end of the schedule.", 1e-6)
+    min_lr: Rate = setting("Learning rate that the schedule reaches after the last step.", 1e-6)
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "power"] = setting(
         "Decay after warm-up; power: lr * (tokens / power_tokens)^power_exponent, capped at lr.", "linear"
     )
     warmup: Index = setting("Linear warm-up.", 0, unit="steps")
+    restart: Index = setting(
+        "The schedule begins anew after this step, warm-up included: for a run that is extended. 0: at the start.",
+        0,
+        unit="steps",
+    )
     decay: Index | None = setting(
         "wsd and power: length of the final decay; default: a tenth of the steps.", None, unit="steps"
     )

@@ -316,7 +316,7 @@ class _Stage:
         while state.step < steps:
             number = state.step + 1
             lr = learning_rate(
-                self.staged.optim, step=number, steps=steps, tokens_per_step=tokens_per_step(self.staged)
+                self.staged.optim, step=number, steps=steps, tokens=state.step * tokens_per_step(self.staged)
             )
             result = take_step(self.stepper, trainer, self._on_device(loader), lr=lr)
             if not result.applied:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from mmscale.config import Config
-from mmscale.config.derived import tokens_per_step
 from mmscale.data.loader import StepBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.mixed_modal import RoutingStats
@@ -145,7 +144,7 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
-        return learning_rate(config.optim, step=step, steps=config.train.steps, tokens_per_step=tokens_per_step(config))
+        return learning_rate(config.optim, step=step, steps=config.train.steps, tokens=self.state.tokens)
 
     def _advance(self, batch: StepBatch) -> None:
         state = self.state

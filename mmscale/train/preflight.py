@@ -5,9 +5,13 @@ It reads a few small files, writes nothing, and imports no torch, so that the la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store
@@ -19,6 +23,10 @@ from mmscale.config.rules import check
 from mmscale.data.identity import SourceIdentity, compare, identities, known
 from mmscale.data.manifest import Manifest, check_tokenizers, common_tokenizers, read_blend
 from mmscale.errors import ConfigError
+from mmscale.train.schedule import around
+
+JUMP = 2.0  # a next step whose learning rate is larger by more than this has to be confirmed
+_SAME = 0.01  # relative difference of two learning rates that nobody needs to read
 
 
 def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
@@ -69,7 +77,7 @@ def check_changes(
         yes: the user has confirmed that the objective or the data change.
 
     Raises:
-        ConfigError: they change, and nobody has confirmed it.
+        ConfigError: they change, or the learning rate would jump, and nobody has confirmed it.
     """
     saved = info.get("config")
     if not isinstance(saved, dict):  # written before the configuration was kept
@@ -79,13 +87,56 @@ def check_changes(
     other, moved = ([], []) if before is None else compare(before, data)
     if before is not None or not _names_data(saved):
         found = [change for change in found if change.effect is not Effect.DATA]
-    refused = describe(found, confirmed=True) + other
-    if refused and not yes:
+    asked = describe(found, confirmed=True) + other
+    if asked and not yes:
         raise ConfigError(
-            f"the objective or the data have changed since {where}: {'; '.join(refused)}",
+            f"the objective or the data have changed since {where}: {'; '.join(asked)}",
             remedy="restore these settings, start another run.name, or confirm with `mmscale train ... --yes`",
         )
-    return refused + describe(found, confirmed=False) + moved
+    rate = _learning_rates(config, saved, info)
+    if rate is not None and rate.jumps and not yes:
+        raise ConfigError(
+            f"the learning rate would jump behind {where}: {rate}",
+            remedy=f"hold it (optim.schedule=constant optim.lr={rate.before:.3g}), warm up anew (optim.restart="
+            f"{rate.step} and optim.warmup), or confirm with `mmscale train ... --yes`",
+        )
+    return asked + describe(found, confirmed=False) + moved + ([] if rate is None else [str(rate)])
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """Learning rates before and after a change of settings.
+
+    Attributes:
+        step: steps done.
+        before: of the next step by the old settings, or of the last one that they had.
+        after: of the next step by the new ones.
+    """
+
+    step: int
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        factor = f" (x {self.after / self.before:.3g})" if self.before > 0.0 else ""
+        return f"learning rate: {self.before:.3g} -> {self.after:.3g} at step {self.step + 1}{factor}"
+
+    @property
+    def jumps(self) -> bool:
+        """Whether a person should be asked: Adam's moments belong to the small rate."""
+        return self.after > JUMP * self.before
+
+
+def _learning_rates(config: Config, saved: Mapping[str, Any], info: Mapping[str, Any]) -> _Rate | None:
+    """None: the next step has the rate that it would have had, or nothing is trained yet."""
+    step = info.get("step")
+    if not isinstance(step, int) or step < 1:
+        return None
+    try:
+        before, after = around(Config.model_validate(saved), config, step=step)
+    except ValidationError:  # settings of another version
+        return None
+    return None if math.isclose(before, after, rel_tol=_SAME) else _Rate(step, before, after)
 
 
 def check_function(config: Config, info: Mapping[str, Any], *, where: str) -> None:

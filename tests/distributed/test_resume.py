@@ -95,7 +95,7 @@ def train(settings: Config, parts: Parts, state: TrainState, *, until: int) -> T
     while state.step < until:
         first = state.sequences // settings.train.micro_batch_size
         numbers = range(first + rank, first + per_step, size)
-        lr = learning_rate(settings.optim, step=state.step + 1, steps=STEPS, tokens_per_step=1)
+        lr = learning_rate(settings.optim, step=state.step + 1, steps=STEPS, tokens=state.tokens)
         result = parts.stepper.train([to_device(mixture.micro_batch(n), vocabulary) for n in numbers], lr=lr)
         state.step += 1
         state.sequences += settings.train.global_batch_size

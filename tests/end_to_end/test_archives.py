@@ -59,7 +59,7 @@ def test_a_restored_run_is_evaluated_and_trained_on(run: Path, made: Path, confi
     direct = tmp_path / "direct" / "tiny"
     assert printed("ckpt", "reshard", f"{run}@{STEP}", direct, "--files", "1")["tensors"] > 20
     for folder in (restored, direct):
-        more = [f"run.dir={folder.parent}", f"train.steps={STEP + 2}", "parallel.ep=1", "train.eval_every=0"]
+        more = [f"run.dir={folder.parent}", f"train.steps={STEP + 2}", "parallel.ep=1", "train.eval_every=0", "--yes"]
         ended = mmscale("train", config, *more)
         assert ended.status == 0, ended
         assert "random_state_fresh" in [event["event"] for event in read_events(folder)]

@@ -176,7 +176,10 @@ def test_more_steps_and_other_ranks_go_on(whole: Run, config: Path, tmp_path: Pa
     for line in whole.metrics()[50:]:
         assert again[line["step"]]["tokens"] == line["tokens"]
         assert again[line["step"]]["loss"] == pytest.approx(line["loss"], abs=1e-5)  # another batch differs by 1e-2
-    ended = mmscale("train", config, f"run.dir={tmp_path}", "parallel.ep=1", f"train.steps={STEPS + 2}")
+    more = ("train", config, f"run.dir={tmp_path}", "parallel.ep=1", f"train.steps={STEPS + 2}")
+    asked = mmscale(*more)
+    assert_says(asked, status=2, cause=r"learning rate would jump .*3\.36e-06 -> 9\.79e-06", remedy="optim.restart=60")
+    ended = mmscale(*more, "--yes")
     assert ended.status == 0 and f"goes on after step {STEPS} of {STEPS + 2}" in ended.err
     assert read_metrics(tmp_path / "tiny")[-1]["step"] == STEPS + 2
     assert next(e["event"] for e in read_events(tmp_path / "tiny") if e["attempt"] == 2) == "resume"

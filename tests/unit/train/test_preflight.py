@@ -28,7 +28,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def commit(run: Path, step: int, *overrides: str, **more: Any) -> Path:
     made, store = config(*overrides), Store.of_run(run)
     folder = store.begin(step, 1)
-    store.write_info(step, 1, {"shape": shape_of(made), "config": made.model_dump(mode="json")} | more)
+    store.write_info(step, 1, {"shape": shape_of(made), "config": made.model_dump(mode="json"), "step": step} | more)
     (folder / "weights").write_bytes(b"0" * 100)
     files = integrity.digests(folder, integrity.sizes(folder))
     return store.commit(integrity.Manifest(step, 1, "", "", {}, files))
@@ -41,7 +41,7 @@ def check(run: Path, *overrides: str, **options: Any) -> None:
 
 def test_a_changed_objective_needs_a_yes(tmp_path: Path) -> None:
     commit(tmp_path / "run", 10)
-    check(tmp_path / "run", "optim.lr=1e-3")
+    check(tmp_path / "run", "optim.lr=2e-4")
     with pytest.raises(ConfigError, match=r"run\.seed: \d+ -> 5") as raised:
         check(tmp_path / "run", "run.seed=5", "train.z_loss=0")
     assert "train.z_loss" in raised.value.cause and "--yes" in raised.value.remedy
@@ -224,3 +224,54 @@ def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path, monke
     commit(run, 20, "model.experts.scope=micro_batch")
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 1 -> 2"):
         stage("model.experts.scope=micro_batch", "auxiliary.micro_batch_size=2")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "floor", "factor"),
+    [
+        ("linear", "1e-6", 40),
+        ("cosine", "1e-6", 50),
+        ("wsd", "0", 10),
+        ("power", "0", 10),
+        ("constant", "0", 0),
+        ("inverse_sqrt", "0", 0),
+    ],
+)
+def test_extending_a_run_asks_where_the_learning_rate_would_jump(
+    tmp_path: Path, schedule: str, floor: str, factor: float
+) -> None:
+    run = tmp_path / "run"
+    settings = (f"optim.schedule={schedule}", f"optim.min_lr={floor}", "optim.warmup=10")
+    commit(run, 1000, *settings)
+    check(run, *settings)
+    lines = preflight.check_changes(
+        config(*settings, "train.steps=2000"), Store.of_run(run).info(1000), data=(), where="here", yes=True
+    )
+    rates = [line for line in lines if line.startswith("learning rate:")]
+    if not factor:
+        assert rates == []
+        check(run, *settings, "train.steps=2000")
+        return
+    with pytest.raises(
+        ConfigError, match=r"learning rate would jump .*learning rate: .* -> .* at step 1001 "
+    ) as raised:
+        check(run, *settings, "train.steps=2000")
+    (line,) = rates
+    assert float(line.split("(x ")[1].rstrip(")")) > factor
+    check(run, *settings, "train.steps=2000", yes=True)
+    # The ways out that the remedy names.
+    hold = raised.value.remedy.split("(")[1].partition(")")[0].split()
+    check(run, *settings, "train.steps=2000", *hold)
+    check(run, *settings, "train.steps=2000", "optim.restart=1000", "optim.warmup=900")
+
+
+def test_a_learning_rate_that_falls_or_hardly_rises_is_shown(tmp_path: Path) -> None:
+    info = {"config": config("optim.schedule=constant").model_dump(mode="json"), "step": 10}
+    for lr, shown in (("5e-5", "x 0.5"), ("2e-4", "x 2")):
+        made = config("optim.schedule=constant", f"optim.lr={lr}")
+        lines = preflight.check_changes(made, info, data=(), where="here", yes=False)
+        assert lines[-1] == f"learning rate: 0.0001 -> {float(lr):.3g} at step 11 ({shown})"
+    imported = {**info, "step": 0}
+    assert preflight.check_changes(config("optim.lr=1"), imported, data=(), where="here", yes=False)[-1].startswith(
+        "optim."
+    )

@@ -19,7 +19,7 @@ def rates(schedule: str, *, steps: int = STEPS, tokens_per_step: int = 1000, **o
     settings: dict[str, object] = {"lr": PEAK, "min_lr": FLOOR, "warmup": WARMUP, "power_tokens": 20_000, **optim}
     config = OptimConfig.model_validate({"schedule": schedule, **settings})
     return [
-        learning_rate(config, step=step, steps=steps, tokens_per_step=tokens_per_step) for step in range(1, steps + 1)
+        learning_rate(config, step=step, steps=steps, tokens=step * tokens_per_step) for step in range(1, steps + 1)
     ]
 
 
@@ -44,11 +44,13 @@ def test_never_above_the_peak_nor_below_the_floor_and_never_rising_after_warm_up
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "power"])
-def test_ends_at_the_floor_and_stays_there(schedule: str) -> None:
-    assert rates(schedule)[-1] == pytest.approx(FLOOR)
+def test_reaches_the_floor_after_the_last_step_and_stays_there(schedule: str) -> None:
+    """A last step at a floor of 0 would be computed for nothing."""
+    assert rates(schedule, min_lr=0.0)[-1] > 0
     config = OptimConfig.model_validate({"schedule": schedule, "lr": PEAK, "min_lr": FLOOR, "warmup": WARMUP})
     # The run is over, but a schedule that goes up or below zero behind its end has bitten others.
-    assert learning_rate(config, step=STEPS + 5, steps=STEPS, tokens_per_step=1) == pytest.approx(FLOOR)
+    for step in (STEPS + 1, STEPS + 5):
+        assert learning_rate(config, step=step, steps=STEPS, tokens=1) == pytest.approx(FLOOR)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -61,15 +63,15 @@ def test_constant() -> None:
 
 
 def test_linear() -> None:
-    expected = [PEAK + (FLOOR - PEAK) * (step - WARMUP) / (STEPS - WARMUP) for step in range(WARMUP + 1, STEPS + 1)]
+    expected = [PEAK + (FLOOR - PEAK) * (step - WARMUP) / (STEPS - WARMUP + 1) for step in range(WARMUP + 1, STEPS + 1)]
     assert rates("linear")[WARMUP:] == pytest.approx(expected)
 
 
 def test_cosine() -> None:
     found = rates("cosine")
-    assert found[WARMUP + 49] == pytest.approx((PEAK + FLOOR) / 2)  # half-way
+    assert rates("cosine", steps=STEPS - 1)[WARMUP + 49] == pytest.approx((PEAK + FLOOR) / 2)  # half-way
     expected = [
-        FLOOR + (PEAK - FLOOR) * math.cos(math.pi / 2 * (step - WARMUP) / (STEPS - WARMUP)) ** 2
+        FLOOR + (PEAK - FLOOR) * math.cos(math.pi / 2 * (step - WARMUP) / (STEPS - WARMUP + 1)) ** 2
         for step in range(WARMUP + 1, STEPS + 1)
     ]
     assert found[WARMUP:] == pytest.approx(expected)
@@ -85,7 +87,7 @@ def test_inverse_sqrt() -> None:
 def test_wsd_holds_the_peak_and_then_falls_linearly(decay: int | None, length: int) -> None:
     found = rates("wsd", decay=decay)
     assert set(found[WARMUP : STEPS - length]) == {PEAK}
-    falling = [FLOOR + (PEAK - FLOOR) * (length - past) / length for past in range(1, length + 1)]
+    falling = [FLOOR + (PEAK - FLOOR) * (length + 1 - past) / (length + 1) for past in range(1, length + 1)]
     assert found[STEPS - length :] == pytest.approx(falling)
 
 
@@ -99,11 +101,10 @@ def test_wsd_that_decays_from_the_end_of_warm_up_on() -> None:
 
 def test_power_follows_the_tokens_and_then_decays() -> None:
     found = rates("power", decay=20, power_exponent=-0.51)
-    stable = [min(PEAK, PEAK * (step * 1000 / 20_000) ** -0.51) for step in range(WARMUP + 1, STEPS - 19)]
-    assert found[WARMUP : STEPS - 20] == pytest.approx(stable)
-    assert stable[0] == PEAK and stable[-1] < PEAK / 2
-    last = stable[-1]
-    falling = [FLOOR + (last - FLOOR) * (20 - past) / 20 for past in range(1, 21)]
+    stable = [min(PEAK, PEAK * (step * 1000 / 20_000) ** -0.51) for step in range(WARMUP + 1, STEPS + 1)]
+    assert found[WARMUP : STEPS - 20] == pytest.approx(stable[:-20])
+    assert stable[0] == PEAK and stable[-21] < PEAK / 2
+    falling = [FLOOR + (stable[past - 21] - FLOOR) * (21 - past) / 21 for past in range(1, 21)]
     assert found[STEPS - 20 :] == pytest.approx(falling)
 
 
@@ -117,6 +118,13 @@ def test_power_does_not_depend_on_how_tokens_are_cut_into_steps() -> None:
 def test_power_without_decay_never_goes_below_the_floor() -> None:
     found = rates("power", decay=0, min_lr=5e-4, steps=2000)
     assert found[-1] == 5e-4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_begins_anew(schedule: str) -> None:
+    """As one of a run that had only the steps behind `restart`; power goes on counting tokens."""
+    first = rates(schedule, steps=300, restart=300 - STEPS, power_tokens=1e9)
+    assert first[300 - STEPS :] == rates(schedule, power_tokens=1e9)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

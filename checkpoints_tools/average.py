@@ -133,8 +133,8 @@ def _check_alike(one: TensorSource, other: TensorSource) -> None:
     if keys:
         said = "; ".join(f"{key} is {mine.get(key)} and {theirs.get(key)}" for key in keys)
         raise CheckpointError(f"{one.path} and {other.path} hold different models: {said}", remedy=remedy)
-    configs = [source.info().get("config") for source in (one, other)]
-    if all(configs) and (found := function_changes(configs[0], config_of(other.info(), where=other.path))):
+    saved = one.info().get("config"), other.info().get("config")
+    if all(saved) and (found := function_changes(saved[0] or {}, config_of(other.info(), where=other.path))):
         raise CheckpointError(
             f"{one.path} and {other.path} compute different functions of their weights: {'; '.join(found)}",
             remedy=remedy,

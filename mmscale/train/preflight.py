@@ -60,21 +60,26 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
     if info:
         check_shape(config, info.get("shape", {}), where=where)
         check_ids(blend, info, where=where)
-        data = identities(config, blend) if known(info) is not None else []
-        check_changes(config, info, data=data, where=where, yes=yes)
+        data = identities(config, blend) if known(info) is not None else None
+        check_changes(config, info, where=where, yes=yes, data=data)
 
 
 def check_changes(
-    config: Config, info: Mapping[str, Any], *, data: Sequence[SourceIdentity], where: str, yes: bool
+    config: Config,
+    info: Mapping[str, Any],
+    *,
+    where: str,
+    yes: bool,
+    data: Sequence[SourceIdentity] | None = None,
 ) -> list[str]:
     """The settings that changed since a checkpoint, one line each, and what became of its data.
 
     Args:
         config: this run's configuration.
         info: what the checkpoint says about itself.
-        data: the data that is going to be read.
         where: its name, for the message.
         yes: the user has confirmed that the objective or the data change.
+        data: the data that is going to be read; None: looked up where the configuration says.
 
     Raises:
         ConfigError: they change, or the learning rate would jump, and nobody has confirmed it.
@@ -84,7 +89,9 @@ def check_changes(
         return []
     found = changes(saved, config)
     before = known(info)
-    other, moved = ([], []) if before is None else compare(before, data)
+    if before is not None and data is None:
+        data = identities(config, read_blend(config))
+    other, moved = ([], []) if before is None else compare(before, data or ())
     if before is not None or not _names_data(saved):
         found = [change for change in found if change.effect is not Effect.DATA]
     asked = describe(found, confirmed=True) + other

@@ -56,7 +56,7 @@ def test_the_latest_attempt_s_settings_are_not_those_of_a_checkpoint(exported: P
 def test_each_step_of_a_run_is_what_it_was_trained_as(config: Path, tmp_path: Path) -> None:
     dense = ("run.name=dense", "model.kind=dense", "model.depth=null", "model.experts.counts={}", "parallel.ep=1")
     train = ("train", config, f"run.dir={tmp_path}", *dense, "checkpoint.asynchronous=false", "train.eval_every=0")
-    train = (*train, "checkpoint.every=4", "optim.schedule=constant")
+    train = (*train, "checkpoint.every=4", "optim.schedule=constant", "optim.warmup=1")
     ok(*train, "train.steps=4")
     run = tmp_path / "dense"
     first = loss(run)

@@ -106,7 +106,7 @@ def test_old_checkpoints_keep_the_choice_that_they_were_trained_with() -> None:
     old = saved()
     del old["model"]["experts"]["choice"]
     assert changes(old, config()) == []
-    refused = describe(changes(old, config("model.experts.choice=softmax")), objective=True)
+    refused = describe(changes(old, config("model.experts.choice=softmax")), confirmed=True)
     assert refused == ['model.experts.choice: "sigmoid" -> "softmax"']
 
 

@@ -93,7 +93,7 @@ def start(env: RankEnv, *, init_method: str | None = None, timeout_s: float = DE
 
 def _store(env: RankEnv, timeout: timedelta) -> TCPStore | None:
     """The store of ranks whose starter opened its port; None for torchrun and SLURM, whose rendezvous is torch's."""
-    if env.source not in ("local", "mpi"):
+    if env.source not in ("local", "mpi") or not env.init_method.startswith("tcp:"):
         return None
     # A copy: the store closes its descriptor, and a process may start torch.distributed again.
     listener = None if env.store_fd is None else os.dup(env.store_fd)

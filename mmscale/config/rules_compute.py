@@ -76,17 +76,40 @@ def _overlap(config: Config) -> Iterator[Problem]:
             "parallel.overlap_experts is set, but with parallel.ep = 1 no tokens travel",
             "set parallel.ep or drop parallel.overlap_experts",
         )
-    if parallel.overlap_tensor and parallel.tp == 1:
+
+
+def _user_buffers(config: Config) -> Iterator[Problem]:
+    """What Transformer-Engine's user buffers cannot carry (transformer_engine/pytorch/module/base.py)."""
+    parallel, model, precision = config.parallel, config.model, config.precision
+    if not parallel.overlap_tensor:
+        return
+    if parallel.tp == 1:
         yield Problem(
             "parallel.overlap_tensor is set, but with parallel.tp = 1 there are no tensor-parallel messages",
             "set parallel.tp or drop parallel.overlap_tensor",
         )
-    if parallel.overlap_tensor and config.model.backend == "torch":
+    if model.backend == "torch":
         yield Problem(
             "parallel.overlap_tensor with model.backend = torch: the user buffers are Transformer-Engine's",
             "use model.backend=te or drop parallel.overlap_tensor",
         )
-    if parallel.overlap_tensor and config.model.depth is not None:
+    elif precision.emulated:
+        yield Problem(
+            "parallel.overlap_tensor with precision.fp8_emulate: emulation runs in torch, and the user buffers are "
+            "Transformer-Engine's",
+            "drop one of them",
+        )
+    if precision.dtype == "fp32":
+        yield Problem(
+            "parallel.overlap_tensor with precision.dtype = fp32: user buffers hold bf16 or FP8",
+            "use precision.dtype=bf16 or drop parallel.overlap_tensor",
+        )
+    if precision.fp8 == "blockwise":
+        yield Problem(
+            "parallel.overlap_tensor with precision.fp8 = blockwise: user buffers carry no scales of blocks",
+            "use precision.fp8=tensorwise or delayed, or drop parallel.overlap_tensor",
+        )
+    if model.depth is not None:
         yield Problem(
             "parallel.overlap_tensor with model.depth: user buffers have one shape for all layers, and "
             "Mixture-of-Depths layers send fewer tokens",
@@ -94,4 +117,4 @@ def _overlap(config: Config) -> Iterator[Problem]:
         )
 
 
-RULES: tuple[Rule, ...] = (_grouped, _graphs, _overlap)
+RULES: tuple[Rule, ...] = (_grouped, _graphs, _overlap, _user_buffers)

@@ -41,20 +41,25 @@ def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> No
         )
 
 
-def user_buffers(*, rows: int, hidden: int, tp: int, fp8: bool) -> None:
+def user_buffers(*, rows: int, hidden: int, tp: int, fp8: bool, bf16: bool) -> None:
     """Make the buffers through which Transformer-Engine's linears overlap tensor-parallel messages with products.
 
-    They have one shape, so every layer must send as many rows. Every rank of every tensor-parallel group calls it.
+    They have one shape, so every layer must send as many rows. A linear asks for the buffers of its own number format,
+    so both kinds are made where some layers are in FP8 and others are not. Every rank of every tensor-parallel group
+    calls it.
 
     Args:
         rows: tokens of a micro-batch, over all tensor-parallel ranks.
         hidden: width of the residual stream.
         tp: tensor-parallel ranks.
-        fp8: whether products are in FP8.
+        fp8: whether there are layers in FP8.
+        bf16: whether there are layers in bf16.
 
     Raises:
         ConfigError: Transformer-Engine cannot run here.
     """
     transformer_engine.require("parallel.overlap_tensor = true")
     base = importlib.import_module("transformer_engine.pytorch.module.base")
-    base.initialize_ub(shape=[rows, hidden], tp_size=tp, use_fp8=fp8, bootstrap_backend="nccl")
+    kinds = base.UserBufferQuantizationMode
+    modes = [mode for mode, used in ((kinds.FP8, fp8), (kinds.NONE, bf16)) if used]
+    base.initialize_ub(shape=[rows, hidden], tp_size=tp, quantization_modes=modes, bootstrap_backend="nccl")

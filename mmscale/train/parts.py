@@ -62,6 +62,7 @@ def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
             hidden=config.model.hidden_size,
             tp=parallel.tp,
             fp8=config.precision.fp8 != "off",
+            bf16=config.precision.fp8 == "off" or config.precision.fp8_skip_first + config.precision.fp8_skip_last > 0,
         )
     return groups
 

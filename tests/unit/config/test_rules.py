@@ -132,6 +132,23 @@ BROKEN = [
         "parallel.overlap_tensor with model.backend = torch: the user buffers are",
     ),
     (
+        {"parallel__overlap_tensor": True, "parallel__tp": 2, "precision__dtype": "fp32"},
+        "parallel.overlap_tensor with precision.dtype = fp32: user buffers hold bf16 or FP8",
+    ),
+    (
+        {"parallel__overlap_tensor": True, "parallel__tp": 2, "precision__fp8": "blockwise"},
+        "parallel.overlap_tensor with precision.fp8 = blockwise: user buffers carry no scales of blocks",
+    ),
+    (
+        {
+            "parallel__overlap_tensor": True,
+            "parallel__tp": 2,
+            "precision__fp8": "blockwise",
+            "precision__fp8_emulate": True,
+        },
+        "parallel.overlap_tensor with precision.fp8_emulate: emulation runs in torch",
+    ),
+    (
         {"parallel__overlap_tensor": True, "parallel__tp": 2, "model__depth": {"multiple": 8}},
         "parallel.overlap_tensor with model.depth: user buffers have one shape",
     ),

@@ -61,4 +61,4 @@ def test_without_tensor_parallelism_it_is_left_alone(caplog: pytest.LogCaptureFi
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without CUDA")
 def test_hosts() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.overlap_tensor = true needs Transformer-Engine"):
-        launch_order.user_buffers(rows=8, hidden=16, tp=2, fp8=False)
+        launch_order.user_buffers(rows=8, hidden=16, tp=2, fp8=False, bf16=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from mmscale.model.fp8_emulate import attach
 from mmscale.model.fp8_settings import fp8_settings
 from mmscale.model.init import initialize
 from mmscale.model.spec import backend, block_spec
-from mmscale.runtime import device, doctor
+from mmscale.runtime import device, doctor, transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,6 +57,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.head_dim,
         hidden_dropout=model.dropout,
         attention_dropout=0.0,
+        attention_backend=AttnBackend[transformer_engine.attention_backend()],
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         # finalize_model_grads finds q and k norms by name only when this is set.

@@ -1,9 +1,7 @@
-"""Transformer-Engine's modules with mmscale's checkpoint names: linears, norm, and attention within documents.
+"""Transformer-Engine's modules with mmscale's checkpoint names: linears and norm.
 
 Imported only where Transformer-Engine is (runtime/transformer_engine.py, usable). They are megatron-core's wrappers;
 what is added is how their state is kept (state_te.py) and what the slots of mixed-modal layers ask for.
-
-Shapes: S tokens, B sequences, H heads of this rank, G key/value heads of this rank, D width of a head.
 """
 
 from __future__ import annotations
@@ -15,19 +13,15 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
-    TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TERowParallelLinear,
     te,
 )
 from megatron.core.fp8_utils import get_fp8_recipe
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.model.state_te import FP8_STATE, Scaling, delayed
 from mmscale.runtime import device
 
@@ -150,32 +144,3 @@ class Norm(te.pytorch.RMSNorm):
             dtype=config.params_dtype,
             device=device.taken(),
         )
-
-
-class FusedDocumentAttention(TEDotProductAttention):
-    """Fused attention over documents as sequences of their own: nothing is computed that a document mask would hide."""
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: MixedModalParams | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Attend: query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
-        assert attention_mask is None and attention_bias is None, "documents come in packed_seq_params"
-        if packed_seq_params is None:
-            return super().forward(query, key, value, None, AttnMaskType.causal)
-        length, batch = query.shape[:2]
-        ends = packed_seq_params.document_ends()
-        # `thd` wants the tokens of a sequence together; with one sequence in the micro-batch nothing is copied.
-        flat = [tensor.transpose(0, 1).reshape(length * batch, *tensor.shape[2:]) for tensor in (query, key, value)]
-        documents = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=length, max_seqlen_kv=length
-        )
-        out = super().forward(*flat, None, AttnMaskType.padding_causal, packed_seq_params=documents)
-        return out.view(batch, length, -1).transpose(0, 1)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mmscale.model.thresholds import Cutoffs
 
 
+_FEWEST_SEQUENCES, _ROUNDED_SEQUENCES = 32, 512  # Transformer-Engine 2.11: fused_attn.cpp, get_max_batch_size
+
+
 class Routing(StrEnum):
     """Who decides which experts take a token. The gate is the main router's sigmoid in every mode (MoMa, 2.4).
 
@@ -41,6 +44,18 @@ class Routing(StrEnum):
     def leaks(self) -> bool:
         """Whether a token's output depends on later tokens."""
         return self is Routing.BATCH
+
+
+def padded_documents(count: int) -> int:
+    """The number of sequences that kernels are told for so many documents.
+
+    cuDNN builds a graph for every number of sequences that it has not seen. Transformer-Engine 2.11 rounds up to 32 or
+    a power of two, but above 512 it takes the number as it is, and every micro-batch has another one. So those are
+    rounded here, in steps of an eighth of the next power of two: four graphs from 512 to 1024.
+    """
+    octave = 1 << (max(count, _FEWEST_SEQUENCES) - 1).bit_length()
+    step = octave if octave <= _ROUNDED_SEQUENCES else octave // 8
+    return -(-count // step) * step
 
 
 class RoutingStats:
@@ -86,6 +101,7 @@ class MixedModalParams(PackedSeqParams):
         learning: where layers hand their true choices to, for auxiliary routers; None: nobody learns.
         cutoffs: where layers hand their cut-offs to, for moving averages; None: nobody asks.
         documents: at least the number of documents, known on the host; None: whoever needs it reads it from the device.
+            Kernels get a few more, see `padded_documents`.
     """
 
     modality_ids: Tensor = None  # type: ignore[assignment]  # the base class has defaults
@@ -175,13 +191,13 @@ class MixedModalParams(PackedSeqParams):
     def document_ends(self) -> Tensor:
         """[documents + 1] int32: 0, and the end of every document, one sequence after another.
 
-        For kernels over ragged sequences (cu_seqlens). If fewer documents are there than `documents` says, the last
-        ones are empty. Nothing is read from the device then.
+        For kernels over ragged sequences (cu_seqlens). With `documents` their number is that of `padded_documents`:
+        what is more than there are documents are empty ones at the end. Nothing is read from the device then.
         """
 
         def make() -> Tensor:
             documents = self.document_ids.t()
-            bound = self.documents if self.documents is not None else len(self.document_lengths())
+            bound = len(self.document_lengths()) if self.documents is None else padded_documents(self.documents)
             begins = torch.ones_like(documents, dtype=torch.bool)
             begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
             first, total = begins.reshape(-1), documents.numel()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmscale.model.attention import DocumentAttention
-from mmscale.model.linear_te import ColumnLinear, FusedDocumentAttention, Norm, NormColumnLinear, RowLinear
+from mmscale.model.attention_te import FusedDocumentAttention, takes_documents
+from mmscale.model.linear_te import ColumnLinear, Norm, NormColumnLinear, RowLinear
 from mmscale.model.parts import Parts
 
 
@@ -19,6 +20,5 @@ def parts(transformer: TransformerConfig) -> Parts:
         row=RowLinear,
         norm_column=NormColumnLinear,
         norm=Norm,
-        # cuDNN's fused attention takes no fp32.
-        attention=FusedDocumentAttention if transformer.bf16 else DocumentAttention,
+        attention=FusedDocumentAttention if takes_documents(transformer) else DocumentAttention,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
+from collections.abc import Mapping
 from importlib import metadata
 
 import torch  # noqa: F401  first: Transformer-Engine's libraries find CUDA's through those that torch has loaded
@@ -37,6 +39,35 @@ def problem() -> str | None:
 def usable() -> bool:
     """Whether its layers can run here."""
     return problem() is None
+
+
+# NVTE_FLASH_ATTN and NVTE_FUSED_ATTN, and the name of the choice; NVTE_UNFUSED_ATTN must be the value below it.
+_ATTENTION = {("1", "1"): "auto", ("0", "1"): "fused", ("1", "0"): "flash", ("0", "0"): "unfused"}
+_UNFUSED = {"auto": "1", "fused": "0", "flash": "0", "unfused": "1"}
+
+
+def attention_backend(environ: Mapping[str, str] | None = None) -> str:
+    """Which kernels of attention the environment's variables allow, by megatron-core's name (enums.py, AttnBackend).
+
+    megatron-core sets the variables itself and fails with an assertion where they are already set otherwise
+    (language_module.py), so a machine's NVTE_FLASH_ATTN=0 must become its setting.
+
+    Args:
+        environ: the process's environment.
+
+    Raises:
+        ConfigError: the three variables do not go together.
+    """
+    environ = os.environ if environ is None else environ
+    flash, fused = environ.get("NVTE_FLASH_ATTN", "1"), environ.get("NVTE_FUSED_ATTN", "1")
+    found = _ATTENTION.get((flash, fused))
+    if found is None or environ.get("NVTE_UNFUSED_ATTN", _UNFUSED[found]) != _UNFUSED[found]:
+        raise ConfigError(
+            f"NVTE_FLASH_ATTN={flash}, NVTE_FUSED_ATTN={fused} and NVTE_UNFUSED_ATTN="
+            f"{environ.get('NVTE_UNFUSED_ATTN', 'unset')} are no choice that megatron-core knows",
+            remedy="unset NVTE_UNFUSED_ATTN, and set the others to 0 or 1, or unset all three",
+        )
+    return found
 
 
 def version() -> str | None:

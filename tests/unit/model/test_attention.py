@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mmscale.model.attention import DocumentAttention
-from mmscale.model.mixed_modal import MixedModalParams
+from mmscale.model.mixed_modal import MixedModalParams, padded_documents
 from tests.unit.model.comparison import params_of, run_model
 from tests.unit.model.reference import Batch, batch_of, random_documents, tiny
 
@@ -185,3 +185,26 @@ def test_rotary_table_is_looked_up_by_position() -> None:
     assert angles.shape == (LENGTH, 1, 1, 4)
     for place, position in enumerate(batch.position[0].tolist()):
         assert torch.equal(angles[place, 0, 0], table[position, 0, 0])
+
+
+def test_numbers_of_documents_that_kernels_are_told_are_few() -> None:
+    counts = range(1, 8193)
+    padded = [padded_documents(count) for count in counts]
+    assert all(told >= count for told, count in zip(padded, counts, strict=True))
+    assert all(
+        told <= max(32, 2 * count if count <= 512 else 1.25 * count) for told, count in zip(padded, counts, strict=True)
+    )
+    assert padded == sorted(padded)
+    assert sorted(set(padded))[:9] == [32, 64, 128, 256, 512, 640, 768, 896, 1024]
+    assert len(set(padded)) == 5 + 4 * 4  # 32 to 512, and four in each of the octaves up to 8192
+
+
+@pytest.mark.parametrize("documents", [None, 3, 33, 600])
+def test_ends_of_documents_with_empty_ones_behind_them(documents: int | None) -> None:
+    ids = torch.tensor([[0, 0, 1, 1, 1], [4, 5, 5, 5, 5]])
+    params = MixedModalParams.of(
+        modality_ids=torch.zeros_like(ids), position_ids=torch.zeros_like(ids), document_ids=ids, documents=documents
+    )
+    ends = params.document_ends().tolist()
+    assert ends[:5] == [0, 2, 5, 6, 10] and set(ends[5:]) <= {10}
+    assert len(ends) == 1 + {None: 4, 3: 32, 33: 64, 600: 640}[documents]

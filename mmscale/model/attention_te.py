@@ -1,0 +1,107 @@
+"""Core attention through Transformer-Engine: documents as ragged sequences of their own.
+
+Imported only where Transformer-Engine is. Not for fp32, nor where Transformer-Engine has no fused kernel for ragged
+sequences: attention.py's class fills the slot then.
+
+Shapes: S tokens, B sequences, H heads of this rank, G key/value heads of this rank, D width of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mmscale.model.mixed_modal import MixedModalParams
+
+_PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
+_LENGTH, _DOCUMENTS = 4096, 64  # of a usual micro-batch; no kernel's limits depend on them
+
+
+def takes_documents(transformer: TransformerConfig) -> bool:
+    """Whether Transformer-Engine has a fused kernel for this model's heads and ragged sequences on this machine.
+
+    Without one it materialises scores of [documents, H, S, S]: below compute capability 9.0 cuDNN takes no ragged
+    sequences, and flash-attn may not be installed. Transformer-Engine itself is asked, so its environment variables and
+    versions count.
+    """
+    if not transformer.bf16:
+        return False  # the kernels take no fp32
+    utils: Any = importlib.import_module(f"{_PACKAGE}.utils")
+    tp = transformer.tensor_model_parallel_size
+    asked = utils.AttentionParams(
+        qkv_dtype=torch.bfloat16,
+        qkv_layout="thd_thd_thd",
+        batch_size=_DOCUMENTS,
+        num_heads=transformer.num_attention_heads // tp,
+        num_gqa_groups=max(1, (transformer.num_query_groups or transformer.num_attention_heads) // tp),
+        max_seqlen_q=_LENGTH,
+        max_seqlen_kv=_LENGTH,
+        head_dim_qk=transformer.kv_channels,
+        head_dim_v=transformer.kv_channels,
+        attn_mask_type="padding_causal",
+        window_size=(-1, 0),
+        core_attention_bias_shape=None,
+        core_attention_bias_requires_grad=False,
+        fp8_meta={},
+    )
+    flash, _, fused, *_ = utils.get_attention_backend(asked)
+    return bool(flash or fused)
+
+
+_choices: dict[tuple[Any, ...], dict[str, Any]] = {}  # a few: numbers of documents are rounded
+
+
+@contextlib.contextmanager
+def _known_choice(key: tuple[Any, ...]) -> Iterator[None]:
+    """Inside, Transformer-Engine remembers the backend that it chose for the last call with this key.
+
+    It keeps one choice, for all modules, and compares the number of sequences and their length. Layers of
+    Mixture-of-Depths have others than those before and after them, so every call would choose anew. Transformer-Engine
+    compares all parameters all the same: a choice that does not fit is not used.
+    """
+    kept: dict[str, Any] = importlib.import_module(f"{_PACKAGE}.dot_product_attention")._attention_backends
+    if key in _choices:
+        kept.update(_choices[key])
+    try:
+        yield
+    finally:
+        _choices[key] = dict(kept)
+
+
+class FusedDocumentAttention(TEDotProductAttention):
+    """Fused attention over documents as sequences of their own: nothing is computed that a document mask would hide."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: MixedModalParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attend: query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
+        assert attention_mask is None and attention_bias is None, "documents come in packed_seq_params"
+        if packed_seq_params is None:
+            return super().forward(query, key, value, None, AttnMaskType.causal)
+        length, batch = query.shape[:2]
+        ends = packed_seq_params.document_ends()
+        # `thd` wants the tokens of a sequence together; with one sequence in the micro-batch nothing is copied.
+        flat = [tensor.transpose(0, 1).reshape(length * batch, *tensor.shape[2:]) for tensor in (query, key, value)]
+        documents = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=length, max_seqlen_kv=length
+        )
+        with _known_choice((len(ends), length, self.training)):
+            out = super().forward(*flat, None, AttnMaskType.padding_causal, packed_seq_params=documents)
+        return out.view(batch, length, -1).transpose(0, 1)

@@ -11,12 +11,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EVALS := $(VENV)/.installed-evals
+# Transformer-Engine's Python, without what it has compiled, in a folder of its own: tests/te_on_cpu.
+TE := $(VENV)/transformer-engine
 
 # A machine's threads are shared by local ranks, and idle OpenMP threads must not spin against them.
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help quickstart test test-all lint pytest matrices soak preempted killed clean
+.PHONY: help quickstart test test-all lint pytest matrices transformer-engine soak preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
@@ -45,6 +47,15 @@ $(STAMP): pyproject.toml constraints.txt
 $(EVALS): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev,evals]'
 	@touch $@
+
+# Without a network its tests skip, and fail where CI is set.
+$(TE)/.unpacked: $(STAMP) tests/te_on_cpu/requirements.txt
+	@rm -rf $(TE)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --only-binary=:all: \
+	  --require-hashes --target $(TE) -r tests/te_on_cpu/requirements.txt && touch $@ || \
+	  echo "note: Transformer-Engine's Python could not be downloaded; the tests over it will skip" >&2
+
+transformer-engine: $(TE)/.unpacked
 
 # The second time everything is there: preparing, training and exporting say so, and only evaluations and pictures are made
 # again. STRICT=--strict: fail where the model misses a target.
@@ -75,12 +86,12 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # Ranks of the suite are forks that compute on the CPU, also where there are GPUs; what needs one runs after it.
-pytest: $(STAMP) $(EVALS)
+pytest: $(STAMP) $(EVALS) $(TE)/.unpacked
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null; then set -x; $(BIN)/python -m pytest tests/gpu; fi
 
 # What takes too long for every change.
-matrices: $(STAMP) $(EVALS)
+matrices: $(STAMP) $(EVALS) $(TE)/.unpacked
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m exhaustive
 
 # The suite does 30.

@@ -1,4 +1,7 @@
-"""Transformer-Engine's layers where it cannot run: megatron-core's wrappers over a stand-in with its interface."""
+"""Transformer-Engine's own Python where its kernels cannot run, in processes of their own (tests/te_on_cpu/install.py).
+
+megatron-core looks for Transformer-Engine once, when it is imported, so the checks cannot run in this process.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,47 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.te_on_cpu import install
+
 ROOT = Path(__file__).parents[2]
-STAND_IN = ROOT / "tests" / "te_stand_in"
+CHECKS = ROOT / "tests" / "te_on_cpu"
+EVERY_CHANGE = ("checks_layers.py", "checks_attention.py", "checks_checkpoints.py", "checks_steps.py")
 
 
-def test_layers_of_transformer_engine_are_the_torch_backends() -> None:
-    """In a process of its own: megatron-core looks for Transformer-Engine once, when it is imported."""
-    paths = os.pathsep.join((str(STAND_IN), str(ROOT), os.environ.get("PYTHONPATH", "")))
-    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(STAND_IN / "checks_te.py"))
+def run_checks(*names: str, plugin: str = "tests.te_on_cpu.plugin", timeout_s: float) -> None:
+    """Run files of tests in a process that has Transformer-Engine's Python."""
+    if (why := install.missing()) is not None:
+        if os.environ.get("CI"):
+            pytest.fail(why, pytrace=False)
+        pytest.skip(why)
+    paths = os.pathsep.join((str(install.WHEEL), str(ROOT), os.environ.get("PYTHONPATH", "")))
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin, "-W", "ignore", "-m", "")
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True, timeout=480
+        (*command, *(str(CHECKS / name) for name in names)),
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_over_transformer_engines_python() -> None:
+    run_checks(*EVERY_CHANGE, timeout_s=900)
+
+
+@pytest.mark.exhaustive
+def test_every_layout_model_and_recipe() -> None:
+    run_checks("checks_matrix.py", timeout_s=3600)
+
+
+@pytest.mark.exhaustive
+def test_what_needs_a_gpu_where_torch_says_that_there_is_one() -> None:
+    run_checks("checks_gpu.py", plugin="tests.te_on_cpu.plugin_everywhere", timeout_s=3600)
+
+
+def test_every_file_of_checks_is_run() -> None:
+    assert {path.name for path in CHECKS.glob("checks_*.py")} == {*EVERY_CHANGE, "checks_matrix.py", "checks_gpu.py"}

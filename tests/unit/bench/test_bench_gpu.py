@@ -1,4 +1,4 @@
-"""`mmscale bench gpu` without a GPU: its arithmetic, what it refuses, how it records. Its rows run in te_stand_in."""
+"""`mmscale bench gpu` without a GPU: its arithmetic, what it refuses, how it records. tests/te_on_cpu runs its rows."""
 
 from __future__ import annotations
 

@@ -1,0 +1,115 @@
+"""cuDNN's fused attention: which calls it takes, and softmax(q k^T) v by torch for those that it takes.
+
+Ragged sequences (`thd`) are attended one by one. Statistics and random states have shapes only: nothing reads them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.te_on_cpu.enumerations import (
+    MACHINE,
+    DType,
+    NVTE_Bias_Type,
+    NVTE_Fused_Attn_Backend,
+    NVTE_Softmax_Type,
+)
+
+
+def get_fused_attn_backend(
+    is_training: bool, q_dtype: DType, kv_dtype: DType, layout: Any, bias: Any, mask: Any, softmax: Any,
+    dropout: float, heads: int, groups: int, max_q: int, max_kv: int, head_qk: int, head_v: int,
+    window_left: int, window_right: int, return_max_logit: bool, cuda_graph: bool,
+) -> NVTE_Fused_Attn_Backend:  # fmt: skip
+    """cuDNN 9.19 on Hopper, as far as bf16 without bias or window goes."""
+    ragged = "THD" in layout.name
+    fits = (
+        q_dtype == kv_dtype and q_dtype in (DType.kFloat16, DType.kBFloat16)
+        and bias == NVTE_Bias_Type.NVTE_NO_BIAS and softmax == NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX
+        and head_qk % 8 == 0 and head_v % 8 == 0 and head_qk <= 256 and head_v <= 256 and not return_max_logit
+        and (not ragged or (mask.name.startswith("NVTE_PADDING") and MACHINE.capability >= (9, 0)))
+        and (window_left, window_right) in ((-1, -1), (-1, 0))
+    )  # fmt: skip
+    kinds = NVTE_Fused_Attn_Backend
+    return kinds.NVTE_F16_arbitrary_seqlen if fits else kinds.NVTE_No_Backend
+
+
+def _sequences(tensor: Tensor, layout: Any, ends: Tensor) -> list[Tensor]:
+    """Every sequence as [H, S, D]."""
+    if "THD" in layout.name:
+        assert tensor.dim() == 3 and ends.dtype == torch.int32
+        marks = ends.tolist()
+        return [tensor[begin:end].transpose(0, 1) for begin, end in itertools.pairwise(marks)]
+    batch_first = layout.name.startswith("NVTE_BS")
+    return [t.transpose(0, 1) for t in (tensor if batch_first else tensor.transpose(0, 1))]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Any, mask: Any, scale: float, ends: tuple[Tensor, Tensor]) -> Any:
+    out = []
+    for one, two, three in zip(
+        _sequences(q, layout, ends[0]), _sequences(k, layout, ends[1]), _sequences(v, layout, ends[1]), strict=True
+    ):
+        if one.shape[1]:
+            causal = "CAUSAL" in mask.name
+            out.append(
+                F.scaled_dot_product_attention(
+                    one.unsqueeze(0), two.unsqueeze(0), three.unsqueeze(0), is_causal=causal, scale=scale,
+                    enable_gqa=True,
+                )[0].transpose(0, 1)
+            )  # fmt: skip
+    if "THD" in layout.name:
+        found = torch.cat(out)
+        missing = q.shape[0] - found.shape[0]
+        return F.pad(found, (0, 0, 0, 0, 0, missing)) if missing else found
+    return torch.stack(out, dim=0 if layout.name.startswith("NVTE_BS") else 1)
+
+
+def fused_attn_fwd(
+    max_seqlen_q: int, max_seqlen_kv: int, is_training: bool, attn_scale: float, p_dropout: float, set_zero: bool,
+    qkv_layout: Any, bias_type: Any, attn_mask_type: Any, softmax_type: Any, window_size: Any, cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor, Q: Any, K: Any, V: Any, fake_dtype: torch.dtype, cu_seqlens_q_padded: Tensor | None,
+    cu_seqlens_kv_padded: Tensor | None, page_table_k: Any, page_table_v: Any, s_quantizer: Any, o_quantizer: Any,
+    Bias: Tensor | None, SoftmaxOffset: Tensor | None, rng_gen: Any, rng_elts_per_thread: int, return_max_logit: bool,
+    cuda_graph: bool,
+) -> list[Any]:  # fmt: skip
+    assert p_dropout == 0.0 and s_quantizer is None and o_quantizer is None and Bias is None
+    for padded, plain in ((cu_seqlens_q_padded, cu_seqlens_q), (cu_seqlens_kv_padded, cu_seqlens_kv)):
+        assert padded is None or torch.equal(padded, plain), "te_on_cpu: no padding between sequences"
+    with torch.no_grad():
+        out = _attend(Q, K, V, qkv_layout, attn_mask_type, attn_scale, (cu_seqlens_q, cu_seqlens_kv))
+    return [out.contiguous(), torch.zeros(1), torch.zeros(2, dtype=torch.int64)]  # statistics and random state: unread
+
+
+def fused_attn_bwd(
+    max_seqlen_q: int, max_seqlen_kv: int, attn_scale: float, p_dropout: float, set_zero: bool, qkv_layout: Any,
+    bias_type: Any, attn_mask_type: Any, softmax_type: Any, window_size: Any, deterministic: bool,
+    cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, Q: Any, K: Any, V: Any, O: Any, dO: Any,  # noqa: E741
+    fake_dtype: torch.dtype, dqkv_type: DType, Aux_CTX_Tensors: Any, cu_seqlens_q_padded: Tensor | None,
+    cu_seqlens_kv_padded: Tensor | None, s_quantizer: Any, dp_quantizer: Any, dqkv_quantizer: Any, cuda_graph: bool,
+) -> list[Any]:  # fmt: skip
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (Q, K, V)]
+        out = _attend(*leaves, qkv_layout, attn_mask_type, attn_scale, (cu_seqlens_q, cu_seqlens_kv))
+        found = torch.autograd.grad(out, leaves, dO.view(out.shape))
+    return [*found, None, None]
+
+
+def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len: int) -> Tensor:
+    out = tensor.new_zeros(b, max_seq_len, *tensor.shape[1:])
+    marks = cu_seqlens.tolist()
+    for index, (begin, end) in enumerate(itertools.pairwise(marks[: b + 1])):
+        out[index, : end - begin] = tensor[begin:end]
+    return out
+
+
+def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, t: Any) -> Tensor:
+    out = tensor.new_zeros(int(t), *tensor.shape[2:])
+    marks = cu_seqlens.tolist()
+    for index, (begin, end) in enumerate(itertools.pairwise(marks)):
+        out[begin:end] = tensor[index, : end - begin]
+    return out

@@ -1,0 +1,40 @@
+"""tests/gpu and `mmscale bench gpu` where torch says that there is a GPU: their Python runs, with sizes for a CPU.
+
+Not here: what counts waits of a device, times streams or captures graphs (tests/gpu/test_gpu_step.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from mmscale.bench import gpu
+from mmscale.bench.gpu_session import Session
+from mmscale.bench.gpu_shapes import TINY
+from mmscale.runtime import groups, stopwatch, transformer_engine
+from mmscale.runtime.rank_env import RankEnv
+from tests.gpu.test_gpu_correctness import *  # noqa: F403  its tests, with the fixtures below
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    groups.initialize(RankEnv(), seed=1234)
+    stopwatch.full_precision()
+    yield
+    groups.finalize()
+
+
+@pytest.fixture
+def session(one_rank: None) -> Session:
+    return Session(replace(TINY), repeats=1, deadline=time.monotonic() + 3600)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_every_row_of_the_benchmark(one_rank: None, part: int) -> None:
+    assert transformer_engine.problem() is None
+    result = gpu.run(part=part, device="cuda", tiny=True, repeats=1, steps=20, seconds=1800)
+    assert [row["name"] + ": " + row["note"] for row in result["rows"] if row["ms"] is None] == []
+    assert {check["name"]: check["note"] for check in result["checks"] if not check["passed"]} == {}

@@ -1,0 +1,76 @@
+"""Layouts x models x precisions over Transformer-Engine's Python: fp32 against the torch backend, FP8 against bf16.
+
+Too slow for every change: `make test-all`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmscale.bench.gpu_kernels import RECIPES
+from mmscale.config import Config
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.verify import compare
+from tests.distributed.layouts import assert_equal, config, trace
+from tests.distributed.test_resume import TOLERANCE, leg, settings, start
+from tests.support import run_ranks
+from tests.te_on_cpu.over_te import can_run, small, using  # noqa: F401  a fixture
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "tp2": (2, {"tp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "full recompute": (1, {"recompute": "full"}),
+    "selective recompute": (1, {"recompute": "selective"}),
+    "tp2 full recompute": (2, {"tp": 2, "recompute": "full"}),
+}
+MODELS = ("moma", "moma_depth", "dense", "moma_post_per_expert_shared")
+# Blocks of 128 x 128 are not cut between tensor-parallel ranks.
+BLOCKS = {"hidden_size": 256, "ffn_hidden_size": 256, "seq_length": 256}
+
+
+def _made(model: str, layout: str, **precision: Any) -> Config:
+    made = config(model, dtype=precision.pop("dtype", "bf16"), parallel=LAYOUTS[layout][1])
+    blocks = precision.get("fp8") == "blockwise" and made.parallel.tp > 1
+    return using(small(made, **(BLOCKS if blocks else {})), "te", **precision)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp32_is_the_torch_backend(layout: str) -> None:
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        for model in MODELS:
+            made = _made(model, layout, dtype="fp32")
+            assert_equal(trace(using(made, "torch"), ranks), trace(made, ranks), f"{model} {layout}")
+
+    run_ranks(ranks_do, world_size=LAYOUTS[layout][0], timeout_s=400)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp8_is_near_bf16(layout: str) -> None:
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        for model in MODELS[:2]:
+            for recipe in RECIPES:
+                made = _made(model, layout, fp8=recipe)
+                loss, norm = compare(trace(using(made, "te", fp8="off"), ranks), trace(made, ranks))
+                assert 0.0 < loss < 0.02 and norm < 0.05, (model, layout, recipe, loss, norm)
+
+    run_ranks(ranks_do, world_size=LAYOUTS[layout][0], timeout_s=600)
+
+
+def test_a_dense_run_may_change_its_backend(tmp_path: Path) -> None:
+    def two(ranks: RankEnv) -> None:
+        start(ranks)
+        made = settings("dense", parallel={"tp": 2})
+        whole = leg(using(made, "torch"), tmp_path / "whole", load=None, until=3)
+        halves = leg(using(made, "torch"), tmp_path / "halves", load=None, until=2)
+        halves += leg(using(made, "te"), tmp_path / "halves", load=2, until=3)
+        assert halves.losses == pytest.approx(whole.losses, rel=TOLERANCE)
+
+    run_ranks(two, world_size=2)

@@ -1,0 +1,112 @@
+"""What a training step over Transformer-Engine's Python does beside computing: reads on the host, user buffers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from mmscale.bench.gpu_kernels import RECIPES
+from mmscale.config import Config
+from mmscale.runtime import groups as process_groups
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train import parts
+from mmscale.train.batch import to_device
+from mmscale.train.state import unwrapped
+from mmscale.train.synthetic import SyntheticMixture
+from tests.device_reads import DeviceReads
+from tests.distributed.layouts import config
+from tests.distributed.test_resume import start
+from tests.support import run_ranks
+from tests.te_on_cpu.over_te import can_run, small, using  # noqa: F401  a fixture
+
+# Where a step may read; tests/unit/train/test_device_reads.py has the same for the torch backend.
+ALLOWED = {
+    ("mmscale.train.optim:measure", "cpu"),
+    ("mmscale.train.optim:measure", "_local_scalar_dense"),
+    ("mmscale.train.step:mean_losses", "_local_scalar_dense"),
+    ("megatron.core.tensor_parallel.random:fork", "_local_scalar_dense"),
+}
+
+
+@pytest.mark.parametrize("recipe", ["off", *RECIPES])
+def test_a_step_reads_once(recipe: str) -> None:
+    """For norm and losses, from the second step on: nothing of Transformer-Engine's layers, FP8 state or Adam reads."""
+
+    def one(ranks: RankEnv) -> None:
+        start(ranks)
+        settings = using(small(config("moma_depth", dtype="bf16"), num_layers=2), "te", fp8=recipe)
+        made = parts.build(settings, process_groups.initialize_layout())
+        mixture = SyntheticMixture(settings, share={"text": 0.5, "image": 0.5})
+        for step in range(2):
+            batches = [to_device(mixture.micro_batch(2 * step + number), mixture.vocabulary) for number in range(2)]
+            with DeviceReads() as reads:
+                made.stepper.train(batches, lr=1e-3)
+        assert not reads.found.keys() - ALLOWED, reads.found
+        assert reads.found["mmscale.train.optim:measure", "cpu"] == 1
+
+    run_ranks(one, world_size=1)
+
+
+class _Buffer:
+    """In place of Transformer-Engine's communicators: which kind it is, nothing else."""
+
+    def __init__(self, shape: list[int], dtype: torch.dtype, *_: Any, **__: Any) -> None:
+        self.shape, self.dtype = shape, dtype
+
+
+def _with_user_buffers(precision: dict[str, Any]) -> Config:
+    made = small(config("dense", dtype="bf16", parallel={"tp": 2, "overlap_tensor": True}), num_layers=2)
+    return Config.model_validate(using(made, "te", **precision).model_dump())
+
+
+# What a linear asks for: name of its buffer's end, and the attribute that says that it will.
+_ASKS = {
+    "fprop": ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop"),
+    "dgrad": ("ub_overlap_ag_dgrad", "ub_overlap_rs_dgrad", "ub_bulk_dgrad"),
+    "wgrad": ("ub_bulk_wgrad",),
+}
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {"fp8": "off"},
+        {"fp8": "tensorwise"},
+        {"fp8": "delayed"},
+        {"fp8": "tensorwise", "fp8_skip_first": 1},
+        {"fp8": "tensorwise", "fp8_skip_last": 1},
+    ],
+    ids=str,
+)
+def test_every_user_buffer_that_a_layer_asks_for_is_there(precision: dict[str, Any]) -> None:
+    def two(ranks: RankEnv) -> None:
+        compiled: Any = importlib.import_module("transformer_engine_torch")
+        compiled.device_supports_multicast = lambda: True
+        compiled.ubuf_built_with_mpi = lambda: False
+        compiled.get_stream_priority_range = lambda: (0, -5)
+        compiled.CommOverlapHelper = lambda *_: None
+        compiled.CommOverlap = compiled.CommOverlapP2P = _Buffer
+        new_group = torch.distributed.new_group
+        torch.distributed.new_group = lambda *a, backend=None, **k: new_group(*a, backend="gloo", **k)
+        torch.distributed.is_backend_available = lambda backend: True
+        settings = _with_user_buffers(precision)
+        groups = parts.start(settings, ranks)
+        model = unwrapped(parts.build(settings, groups).chunks[0])
+        base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
+        first, last = settings.precision.fp8_skip_first, settings.precision.fp8_skip_last
+        asked = 0
+        for number, layer in enumerate(model.decoder.layers):
+            quantised = precision["fp8"] != "off" and first <= number < len(model.decoder.layers) - last
+            for module in layer.modules():
+                for end, names in _ASKS.items():
+                    if any(getattr(module, name, False) for name in names):
+                        buffer = base.get_ub(f"{module.ub_name}_{end}", quantised)
+                        assert buffer.shape == [2 * 64, 64]
+                        asked += 1
+        assert asked >= 2 * 4
+        process_groups.finalize()
+
+    run_ranks(two, world_size=2)

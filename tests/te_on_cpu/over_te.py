@@ -1,0 +1,35 @@
+"""What the checks over Transformer-Engine's Python have in common: settings of a backend, and a machine that has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmscale.config import Config
+from mmscale.runtime import transformer_engine
+
+
+@pytest.fixture(autouse=True)
+def can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer-Engine says that it can run, although there is no CUDA device."""
+    monkeypatch.setattr(transformer_engine, "problem", lambda: None)
+
+
+def small(made: Config, **model: Any) -> Config:
+    """The same model with two micro-batches a step, and other settings of `model`."""
+    train = made.train.model_copy(update={"global_batch_size": 2 * made.train.micro_batch_size})
+    return made.model_copy(update={"train": train, "model": made.model.model_copy(update=model)})
+
+
+def using(made: Config, backend: str, *, moments: str | None = None, **precision: Any) -> Config:
+    """The same model with the classes of a backend, its experts too."""
+    experts = made.model.experts.model_copy(update={"compute": "te" if backend == "te" else "bmm"})
+    optim = made.optim if moments is None else made.optim.model_copy(update={"moments": moments})
+    return made.model_copy(
+        update={
+            "model": made.model.model_copy(update={"backend": backend, "experts": experts}),
+            "precision": made.precision.model_copy(update=precision),
+            "optim": optim,
+        }
+    )

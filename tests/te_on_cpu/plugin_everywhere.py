@@ -1,0 +1,18 @@
+"""pytest -p tests.te_on_cpu.plugin_everywhere: torch itself says that there is a GPU; gloo takes the place of NCCL."""
+
+from typing import Any
+
+from tests.te_on_cpu import install
+
+install.install(everywhere=True)
+
+import torch.distributed  # noqa: E402
+
+_init_process_group = torch.distributed.init_process_group
+
+
+def _over_gloo(backend: Any = None, *args: Any, device_id: Any = None, **options: Any) -> Any:
+    return _init_process_group("gloo", *args, **options)
+
+
+torch.distributed.init_process_group = _over_gloo

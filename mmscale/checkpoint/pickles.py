@@ -1,68 +1,37 @@
 """Pickles inside a checkpoint, read without running what they say.
 
-torch's `.metadata` is a raw pickle, and megatron-core loads it as one: it is read here first, with only the classes
-that belong into it. Tensors and `common.pt` go through torch's own restricted reader.
+torch's `.metadata` is a raw pickle. It is read by strict_pickle.py, and megatron-core is given the object that came
+out, so that it never unpickles the file itself. Tensors and `common.pt` go through torch's own restricted reader.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import pickle
 from collections.abc import Iterator
-from enum import EnumType
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from mmscale.checkpoint import strict_pickle
 from mmscale.errors import CheckpointError
 
 METADATA = ".metadata"
-_DCP = "torch.distributed.checkpoint"
-# What megatron-core 0.16.1 writes with torch 2.6 to 2.13. Plain data: creating any of these runs no foreign code.
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # a look-up of "strided", "sparse_coo", ...
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    *(
-        (f"{_DCP}.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *((f"{_DCP}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
-}
-_GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}  # the second in protocols below 3
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) in _GETATTR:
-            return _member
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _member(owner: Any, name: Any) -> Any:
-    """What Python 3.11.0 to 3.11.3 pickles a member of an enumeration as: getattr(enumeration, name)."""
-    if isinstance(owner, EnumType) and name in owner.__members__:
-        return owner[name]
-    raise pickle.UnpicklingError("builtins.getattr")
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -74,16 +43,49 @@ def read_metadata(folder: Path) -> Metadata:
     file = folder / METADATA
     remedy = "do not use it, and find out where it comes from; choose another checkpoint: RUN@STEP"
     try:
-        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        metadata = strict_pickle.load(file.read_bytes())
+        _check_types(metadata)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{file} wants to load {error}, which no checkpoint needs", remedy=remedy) from None
     except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}", remedy=remedy) from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{file} holds no index of tensors", remedy=remedy)
-    for name in {str(getattr(info, "relative_path", "")) for info in metadata.storage_data.values()}:
+    for name in {info.relative_path for info in metadata.storage_data.values()}:
         _check_inside(folder, name, remedy=remedy)
     return metadata
+
+
+def _check_types(metadata: Any) -> None:
+    """Refuse an index whose parts are not what megatron-core and torch take them for.
+
+    Raises:
+        TypeError, AttributeError: something is of another type, or missing.
+    """
+    if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
+        raise TypeError("it holds no index of tensors")
+    for name, entry in metadata.state_dict_metadata.items():
+        if type(name) is not str or not (type(entry) is BytesStorageMetadata or _is_tensor(entry)):
+            raise TypeError("an entry is no tensor")
+    for key, info in metadata.storage_data.items():
+        numbers = (info.offset, info.length)
+        if type(key) is not MetadataIndex or type(info) is not _StorageInfo or type(info.relative_path) is not str:
+            raise TypeError("a place of a tensor is none")
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise TypeError("a place of a tensor has no offset and length")
+
+
+def _is_tensor(entry: Any) -> bool:
+    if type(entry) is not TensorStorageMetadata or type(entry.chunks) is not list or not _is_shape(entry.size):
+        return False
+    if type(entry.properties) is not TensorProperties or type(entry.properties.dtype) is not torch.dtype:
+        return False
+    return all(
+        type(chunk) is ChunkStorageMetadata and _is_shape(chunk.offsets) and _is_shape(chunk.sizes)
+        for chunk in entry.chunks
+    )
+
+
+def _is_shape(shape: Any) -> bool:
+    return type(shape) is torch.Size and all(size >= 0 for size in shape)
 
 
 def _check_inside(folder: Path, name: str, *, remedy: str) -> None:
@@ -91,6 +93,32 @@ def _check_inside(folder: Path, name: str, *, remedy: str) -> None:
     escapes = not name or path.is_absolute() or ".." in path.parts or "\\" in name
     if escapes or any((folder / part).is_symlink() for part in (path, *path.parents)):
         raise CheckpointError(f"{folder / METADATA} names the file {name!r}, outside of the checkpoint", remedy=remedy)
+
+
+@contextlib.contextmanager
+def vetted(folder: Path, metadata: Metadata) -> Iterator[None]:
+    """Inside, megatron-core and torch take this index of a checkpoint instead of unpickling the file themselves.
+
+    torch.load makes tensors and plain data only, as inside `weights_only`.
+
+    Args:
+        folder: the checkpoint.
+        metadata: what `read_metadata` found in it.
+    """
+    before = FileSystemReader.read_metadata
+
+    def read(reader: FileSystemReader, *_: Any, **__: Any) -> Metadata:
+        found = copy.copy(metadata if Path(reader.path) == folder else read_metadata(Path(reader.path)))
+        found.storage_meta = copy.copy(found.storage_meta) if found.storage_meta is not None else StorageMeta()
+        found.storage_meta.load_id = reader.load_id
+        return found
+
+    FileSystemReader.read_metadata = read  # type: ignore[method-assign,assignment]
+    try:
+        with weights_only():
+            yield
+    finally:
+        FileSystemReader.read_metadata = before  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.kinds import require_types
-from mmscale.checkpoint.pickles import read_metadata, weights_only
+from mmscale.checkpoint.pickles import read_metadata, vetted
 from mmscale.checkpoint.tensors import SCALING, TensorEntry, is_weight
 from mmscale.errors import CheckpointError
 from mmscale.runtime import megatron_cpu
@@ -48,9 +48,7 @@ def metadata() -> dict[str, Any]:
     return copy.deepcopy(METADATA)
 
 
-def read(
-    folder: Path, state: ShardedStateDict, *, there: Mapping[str, TensorEntry] | None = None, partly: bool = False
-) -> StateDict:
+def read(folder: Path, state: ShardedStateDict, *, there: Stored | None = None, partly: bool = False) -> StateDict:
     """Read this rank's part, whatever layout wrote it; every rank calls it.
 
     FP8's scales are read where both sides have them in one shape, and left as they are elsewhere: precision may change
@@ -67,13 +65,12 @@ def read(
             with values that no training can go on from.
     """
     quiet()
-    if there is None:  # before megatron-core opens the folder: it would run what a hostile index says
-        there = stored(folder)
+    there = stored(folder) if there is None else there
     used = {name: entry.type_name for name, entry in there.items() if is_weight(name) or not partly}
     require_types(used, where=folder)
     try:
         state = _without_other_scaling(state, there)
-        with weights_only():
+        with vetted(folder, there.index):
             loaded, unread, unknown = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
         unread = set() if partly else {name for name in unread if not name.endswith(SCALING)}
         maybe_report_missing_and_unexpected_keys(unread, unknown)
@@ -131,18 +128,29 @@ def _without_other_scaling(state: ShardedStateDict, there: Mapping[str, TensorEn
     return kept(state)  # type: ignore[no-any-return]
 
 
-def stored(folder: Path) -> dict[str, TensorEntry]:
+class Stored(dict[str, TensorEntry]):
+    """The tensors of a checkpoint by name.
+
+    Attributes:
+        index: torch's description of them, which was checked.
+    """
+
+    def __init__(self, index: Metadata) -> None:
+        self.index = index
+        super().__init__(
+            (name, TensorEntry(name, tuple(entry.size), entry.properties.dtype))
+            for name, entry in index.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        )
+
+
+def stored(folder: Path) -> Stored:
     """The tensors of a committed checkpoint, by name; its index is checked.
 
     Raises:
         CheckpointError: its index cannot be read.
     """
-    entries = read_metadata(folder).state_dict_metadata.items()
-    return {
-        name: TensorEntry(name, tuple(entry.size), entry.properties.dtype)
-        for name, entry in entries
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    return Stored(read_metadata(folder))
 
 
 def quiet() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import resource
+import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
@@ -18,8 +24,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mmscale.checkpoint.pickles import METADATA, read_metadata, weights_only
+from mmscale.checkpoint import strict_pickle
+from mmscale.checkpoint.pickles import METADATA, read_metadata, vetted, weights_only
 from mmscale.errors import CheckpointError
+from mmscale.runtime import megatron_cpu
+
+megatron_cpu.install()
+
+from megatron.core.dist_checkpointing.strategies import (  # noqa: E402
+    cached_metadata_filesystem_reader as strategies,
+)
 
 
 def index(relative_path: str = "__0_0.distcp") -> Metadata:
@@ -82,7 +96,7 @@ def test_code_in_the_index_does_not_run(tmp_path: Path, kind: str, protocol: int
     hostile.planner_data = Runs(*call)
     (tmp_path / METADATA).write_bytes(pickle.dumps(hostile, protocol=protocol) if kind != "attribute" else b"")
     if kind == "attribute":  # a global with dots, as protocol 4 allows
-        (tmp_path / METADATA).write_bytes(b"\x80\x04\x8c\x05torch\x8c\x13serialization.os.sys\x93.")
+        (tmp_path / METADATA).write_bytes(b"\x80\x04\x8c\x05torch\x8c\x14serialization.os.sys\x93.")
     with pytest.raises(CheckpointError, match="wants to load") as raised:
         read_metadata(tmp_path)
     assert raised.value.exit_status == 4 and "no checkpoint needs" in raised.value.cause
@@ -107,6 +121,124 @@ def test_a_broken_index_is_an_error_in_words(tmp_path: Path, content: bytes) -> 
     (tmp_path / METADATA).unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_metadata(tmp_path)
+
+
+CLASSES = (*strict_pickle._RECORDS, *strict_pickle._ENUMERATIONS, OrderedDict, torch.Size)
+
+
+def untouched() -> list[tuple[Any, ...]]:
+    """What a hostile pickle would change outside of its own objects."""
+    enumerations = [
+        (dict(kind._member_map_), dict(kind._value2member_map_), [dict(vars(member)) for member in kind])
+        for kind in strict_pickle._ENUMERATIONS
+    ]
+    functions = [dict(vars(function)) for function in (strict_pickle._layout, strict_pickle._member)]
+    return [*(tuple(sorted(vars(kind))) for kind in CLASSES), *enumerations, *functions]
+
+
+@pytest.mark.parametrize("state", ["(None, slots)", "slots", "dict"])
+@pytest.mark.parametrize("target", sorted(strict_pickle._GLOBALS), ids=".".join)
+def test_nothing_is_written_to_classes_and_functions(tmp_path: Path, target: tuple[str, str], state: str) -> None:
+    """BUILD with (None, {...}) sets attributes of whatever is on the stack: of WriteItemType, for instance."""
+    before = untouched()
+    name = (
+        b"\x8c" + bytes([len(target[0])]) + target[0].encode() + b"\x8c" + bytes([len(target[1])]) + target[1].encode()
+    )
+    attribute = b"}\x8c\x0c_member_map_}s"
+    given = {"(None, slots)": b"N" + attribute + b"\x86", "slots": attribute + b"N\x86", "dict": attribute}[state]
+    (tmp_path / METADATA).write_bytes(b"\x80\x04" + name + b"\x93" + given + b"b.")
+    with pytest.raises(CheckpointError, match="wants to load a state into"):
+        read_metadata(tmp_path)
+    assert untouched() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("a member", b"\x8c\x28torch.distributed.checkpoint.planner\x8c\x0dWriteItemType\x93K\x01\x85R}\x8c\x01ann b"),
+        ("a set", b"\x8f."),
+        ("a frozen set", b"(\x91."),
+        ("a key that takes for ever", b"}" + b"\x8c\x01a" + b"2\x86" * 40 + b"Ns."),
+        ("a size that takes for ever", b"\x8c\x05torch\x8c\x04Size\x93" + b"\x8c\x01a" + b"2\x86" * 40 + b"\x85R."),
+        ("a memo of 64 GB", b"Nr\xff\xff\xff\xff."),
+        ("a text of 2 GB", b"X\xff\xff\xff\x7f."),
+        ("a frame of 8 EB", b"\x95\xff\xff\xff\xff\xff\xff\xff\x6f."),
+        ("an object by its constructor", b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08Metadata\x93)R."),
+        ("an old instance", b"(ios\nsystem\n."),
+        ("a number of an extension", b"\x82\x01."),
+        ("an index in itself", b"]2a."),
+    ],
+)
+def test_hostile_operations(tmp_path: Path, name: str, body: bytes) -> None:
+    before, began = untouched(), time.process_time()
+    (tmp_path / METADATA).write_bytes(b"\x80\x04" + body)
+    with pytest.raises(CheckpointError):
+        read_metadata(tmp_path)
+    assert untouched() == before and time.process_time() - began < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20  # KiB
+
+
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "insert", "cut", "copy"]), st.integers(0, 1 << 16), st.binary(min_size=1, max_size=6)
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def edited(content: bytes, edits: list[tuple[str, int, bytes]]) -> bytes:
+    for kind, place, some in edits:
+        at = place % max(1, len(content))
+        before, after = content[:at], content[at:]
+        if kind == "insert":
+            content = before + some + after
+        elif kind == "copy":
+            content = before + content[at // 2 : at // 2 + 40] + after
+        else:
+            content = before + (some if kind == "flip" else b"") + after[len(some) :]
+    return content
+
+
+def read_edited(protocol: int, edits: list[tuple[str, int, bytes]], folder: Path) -> None:
+    before, began = untouched(), time.process_time()
+    (folder / METADATA).write_bytes(edited(pickle.dumps(index(), protocol=protocol), edits))
+    with contextlib.suppress(CheckpointError):
+        assert isinstance(read_metadata(folder), Metadata)
+    assert untouched() == before and time.process_time() - began < 2
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(protocol=st.integers(2, pickle.HIGHEST_PROTOCOL), edits=EDITS)
+def test_changed_indices_are_read_or_refused(
+    tmp_path: Path, protocol: int, edits: list[tuple[str, int, bytes]]
+) -> None:
+    read_edited(protocol, edits, tmp_path)
+
+
+@pytest.mark.exhaustive
+@settings(deadline=None, max_examples=100_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(protocol=st.integers(2, pickle.HIGHEST_PROTOCOL), edits=EDITS)
+def test_100000_changed_indices(tmp_path: Path, protocol: int, edits: list[tuple[str, int, bytes]]) -> None:
+    read_edited(protocol, edits, tmp_path)
+
+
+def test_megatron_is_given_the_index_that_was_checked(tmp_path: Path) -> None:
+    """Whatever the file says by then: nothing unpickles it a second time."""
+    reader = strategies.CachedMetadataFileSystemReader
+    marker = tmp_path / "marker"
+    (tmp_path / METADATA).write_bytes(pickle.dumps(index()))
+    found = read_metadata(tmp_path)
+    (tmp_path / METADATA).write_bytes(pickle.dumps(Runs(open, str(marker), "w")))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / METADATA).write_bytes(pickle.dumps(Runs(open, str(marker), "w")))
+    for kind in (FileSystemReader, reader):
+        with vetted(tmp_path, found):
+            assert kind(str(tmp_path)).read_metadata().state_dict_metadata == index().state_dict_metadata
+            with pytest.raises(CheckpointError, match="wants to load"):
+                kind(str(other)).read_metadata()
+    assert not marker.exists() and found.storage_meta is None
 
 
 def test_torch_load_runs_no_code_even_where_it_is_asked_to(tmp_path: Path) -> None:

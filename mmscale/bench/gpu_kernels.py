@@ -17,6 +17,7 @@ from mmscale.bench import experts
 from mmscale.bench.gpu_session import Session
 from mmscale.bench.gpu_shapes import Ceilings
 from mmscale.model.build import transformer_config
+from mmscale.model.capacity import Slots
 from mmscale.model.expert_compute import ExpertCompute, Products
 from mmscale.model.routing import combine, expert_choice
 from mmscale.runtime import device, groups, transformer_engine
@@ -198,7 +199,7 @@ def routing(session: Session) -> None:
         return [torch.randn(shape.seq, shape.micro_batch, half, device=where) for _ in range(_ROTATED)]
 
     def choose(scores: Tensor) -> Any:
-        return expert_choice(scores, member, capacity, per_sequence=True)
+        return expert_choice(scores, member, Slots(capacity), per_sequence=True)
 
     def choice() -> Callable[[int], object]:
         scores = logits()

@@ -18,7 +18,7 @@ from mmscale.config.schema import Config
 
 _AUTO = "model.experts.share"
 # What a checkpoint that does not know a setting was trained with, whatever the default is today.
-_BEFORE = {"model.experts.choice": "sigmoid"}
+_BEFORE = {"model.experts.choice": "sigmoid", "model.experts.capacity": "nominal"}
 _MISSING = object()
 # After these the run optimizes something else than before, or reads other data.
 CONFIRMED = frozenset({Effect.FUNCTION, Effect.OBJECTIVE, Effect.DATA})

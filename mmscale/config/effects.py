@@ -57,6 +57,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "model.experts.counts": Effect.SHAPE,
     "model.experts.shared": Effect.SHAPE,
     "model.experts.shared_ffn_hidden_size": Effect.SHAPE,
+    "model.experts.capacity": Effect.FUNCTION,
     "model.experts.capacity_factor": Effect.FUNCTION,
     "model.experts.capacity_multiple": Effect.FUNCTION,
     "model.experts.scope": Effect.FUNCTION,

@@ -37,6 +37,12 @@ def _graphs(config: Config) -> Iterator[Problem]:
         return
     if config.model.kind == "dense":
         yield Problem("model.experts.cuda_graph is set, but model.kind = dense has no experts", "remove it")
+    if experts.capacity == "actual":
+        yield Problem(
+            "model.experts.cuda_graph with model.experts.capacity = actual: a graph repeats the shapes that it was "
+            "captured with, and these capacities change with every micro-batch",
+            "use model.experts.capacity=nominal or model.experts.cuda_graph=false",
+        )
     if parallel.pp > 1:
         yield Problem(
             f"model.experts.cuda_graph with parallel.pp = {parallel.pp}: a graph keeps the activations of one "

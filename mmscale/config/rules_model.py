@@ -145,6 +145,7 @@ def _experts(config: Config) -> Iterator[Problem]:
             ("shared", experts.shared),
             ("noise", experts.noise != "none"),
             ("choice", experts.choice != "sigmoid"),
+            ("capacity", experts.capacity != "nominal"),
         )
         for key, given in settings:
             if given:

@@ -70,8 +70,17 @@ class ExpertsConfig(Section):
     shared_ffn_hidden_size: Count | None = setting(
         "SwiGLU width of each shared expert; default: ffn_hidden_size.", None
     )
+    capacity: Literal["nominal", "actual"] = setting(
+        "Tokens of a group from which its experts' capacity follows: nominal, a fixed share of all tokens "
+        "(model.experts.share), so that shapes are static; actual, the tokens of the group that a sequence or "
+        "micro-batch (model.experts.scope) has, as in the paper.",
+        "nominal",
+        source="MoMa 2.2",
+    )
     capacity_factor: Annotated[Positive, Field(le=1000.0)] = setting(
-        "An expert takes capacity_factor * (its group's nominal tokens) / (experts of the group) tokens.", 1.0
+        "An expert takes capacity_factor * (tokens of its group, by model.experts.capacity) / (experts of the group) "
+        "tokens.",
+        1.0,
     )
     capacity_multiple: Count = setting(
         "Tokens per expert are rounded up to this, and with FP8 to 16 or 128 as well.", 1, unit="tokens"

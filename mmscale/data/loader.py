@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmscale.data.mixture import MicroBatch, Mixture
+from mmscale.data.sharing import Part
 from mmscale.errors import ConfigError, MmscaleError
 
 _READ_AHEAD = 4  # global batches that each worker prepares in advance
@@ -51,8 +52,7 @@ class _Steps(Dataset[StepBatch | _Failure]):
     """StepBatch by the number of the global batch's first micro-batch."""
 
     mixture: Mixture
-    dp_rank: int
-    dp_size: int
+    part: Part
     micro_batches_per_step: int
 
     def __getitem__(self, index: int) -> StepBatch | _Failure:
@@ -67,7 +67,7 @@ class _Steps(Dataset[StepBatch | _Failure]):
         counts = [self.mixture.counts(number) for number in everyone]
         labels = [self.mixture.label_counts(number) for number in everyone]
         return StepBatch(
-            micro_batches=tuple(self.mixture.micro_batch(number) for number in everyone[self.dp_rank :: self.dp_size]),
+            micro_batches=tuple(self.part.batch(self.mixture, index, len(everyone))),
             counts=tuple(map(sum, zip(*counts, strict=True))),
             label_counts=tuple(map(sum, zip(*labels, strict=True))),
             index=index,
@@ -85,6 +85,7 @@ class BatchLoader(Iterator[StepBatch]):
         mixture: the stream; a pass (`once`) ends after ceil(len_epoch / G) steps.
         dp_rank: this rank's place among data-parallel ranks.
         dp_size: data-parallel ranks.
+        together: places of the ranks of this rank's expert-parallel group among data-parallel ranks (sharing.Part).
         micro_batches_per_step: micro-batches of a global batch, over all ranks.
         consumed_steps: steps to skip.
         workers: processes that read ahead; 0: read in this process.
@@ -99,6 +100,7 @@ class BatchLoader(Iterator[StepBatch]):
         *,
         dp_rank: int,
         dp_size: int,
+        together: tuple[int, ...] = (),
         micro_batches_per_step: int,
         consumed_steps: int = 0,
         workers: int = 0,
@@ -109,7 +111,7 @@ class BatchLoader(Iterator[StepBatch]):
                 f"sequences cannot be shared out evenly among {dp_size} data-parallel ranks",
                 remedy="make global_batch_size a multiple of micro_batch_size * data-parallel ranks",
             )
-        self._steps = _Steps(mixture, dp_rank, dp_size, micro_batches_per_step)
+        self._steps = _Steps(mixture, Part(dp_rank, dp_size, together), micro_batches_per_step)
         self._workers = workers
         self._next = consumed_steps * micro_batches_per_step
         self._iterator: Iterator[StepBatch | _Failure] | None = None

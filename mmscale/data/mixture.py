@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ class MicroBatch:
         document_ids: number of the document inside the sequence; a token sees its own document only, int32 [b, s].
         modality_ids: modality of the input token, -1 for padding, int8 [b, s].
         counts: tokens per modality.
+        everyone: tokens per modality of each sequence of the micro-batches that the ranks of an expert-parallel group
+            process at the same time, this one among them, int64 [R, b, K]; None: of this one alone, to be counted.
         label_counts: trained labels per modality of the label.
         sources: place in the blend of each sequence's source, -1 for an empty sequence, int64 [b].
         index: number of the micro-batch.
@@ -59,6 +61,17 @@ class MicroBatch:
     label_counts: tuple[int, ...]
     sources: NDArray[np.int64]
     index: int
+    everyone: NDArray[np.int64] | None = None
+
+
+class Numbered(Protocol):
+    """Micro-batches by number, on every rank the same."""
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """The micro-batch with this number."""
+
+    def sequence_counts(self, index: int) -> NDArray[np.int64]:
+        """Tokens per modality of each of its sequences, int64 [b, K]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +80,7 @@ class _Window:
 
     sources: NDArray[np.int64]  # of each sequence
     packing: Packing  # documents of each sequence, numbered inside its source
-    counts: NDArray[np.int64]  # tokens of each micro-batch [groups, K]
+    counts: NDArray[np.int64]  # tokens of each sequence of each micro-batch [groups, b, K]
     labels: NDArray[np.int64]  # trained labels of each micro-batch [groups, K]
 
 
@@ -162,7 +175,12 @@ class Mixture:
     def counts(self, index: int) -> tuple[int, ...]:
         """Tokens per modality of a micro-batch, without reading tokens."""
         window, group = self._find(index)
-        return tuple(window.counts[group].tolist())
+        return tuple(window.counts[group].sum(axis=0).tolist())
+
+    def sequence_counts(self, index: int) -> NDArray[np.int64]:
+        """Tokens per modality of each sequence of a micro-batch, int64 [b, K], without reading tokens."""
+        window, group = self._find(index)
+        return window.counts[group]
 
     def label_counts(self, index: int) -> tuple[int, ...]:
         """Trained labels per modality of a micro-batch, without reading tokens."""
@@ -306,7 +324,7 @@ class Mixture:
         return _Window(
             sources=sources[order],
             packing=packing.take(before[order]),
-            counts=counts[order].reshape(self._groups, -1, modalities).sum(axis=1),
+            counts=counts[order].reshape(self._groups, -1, modalities),
             labels=labels[order].reshape(self._groups, -1, modalities).sum(axis=1),
         )
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from mmscale.model.auxiliary import AuxiliaryRouter
+from mmscale.model.capacity import Slots
 from mmscale.model.exchange import largest_everywhere
 from mmscale.model.mixed_modal import MixedModalParams, Routing
 from mmscale.model.routing import depth_choice, depth_decided
@@ -126,7 +127,7 @@ class DepthLayer(MixedModalLayer):
             index, valid = self._decide(hidden_states, logits, params)
         rows = (index * batch + torch.arange(batch, device=index.device)).reshape(-1)
         selected = full.reshape(length * batch, width).index_select(0, rows).view(-1, batch, width)
-        inner = params.select(index, valid)
+        inner = params.select(index, valid, quotas=self.depth.quotas)
         if params.stats is not None:
             self._report(params, inner)
 
@@ -183,7 +184,7 @@ class DepthLayer(MixedModalLayer):
                 self.depth_threshold.of("logit"),
                 logits.unsqueeze(-1),
                 params.modality_ids >= 0,
-                self.depth.keep,
+                Slots(self.depth.keep),
                 per_sequence=True,
                 key=(self.layer_number, "depth", params.noise_key),
             )

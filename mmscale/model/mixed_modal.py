@@ -12,11 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from mmscale.model.capacity import TokenCounts
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from mmscale.model.auxiliary import RouterLearning
@@ -102,6 +106,7 @@ class MixedModalParams(PackedSeqParams):
         cutoffs: where layers hand their cut-offs to, for moving averages; None: nobody asks.
         documents: at least the number of documents, known on the host; None: whoever needs it reads it from the device.
             Kernels get a few more, see `padded_documents`.
+        counts: tokens of each modality, known on the host; None: not known, and capacities cannot follow them.
     """
 
     modality_ids: Tensor = None  # type: ignore[assignment]  # the base class has defaults
@@ -113,7 +118,8 @@ class MixedModalParams(PackedSeqParams):
     learning: RouterLearning | None = None
     cutoffs: Cutoffs | None = None
     documents: int | None = None
-    _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    counts: TokenCounts | None = None
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     _lengths: list[int] | None = field(default=None, repr=False)
 
     @classmethod
@@ -127,6 +133,7 @@ class MixedModalParams(PackedSeqParams):
         stats: RoutingStats | None = None,
         routing: Routing = Routing.BATCH,
         documents: int | None = None,
+        counts: TokenCounts | None = None,
     ) -> MixedModalParams:
         """From [B, S] tensors as the loader has them."""
         length = modality_ids.shape[1]
@@ -142,13 +149,16 @@ class MixedModalParams(PackedSeqParams):
             stats=stats,
             routing=routing,
             documents=documents,
+            counts=counts,
         )
 
-    def _cached(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
+        """What all layers of the micro-batch need, made once."""
         if key not in self._cache:
             with torch.no_grad():
                 self._cache[key] = make()
-        return self._cache[key]
+        found: T = self._cache[key]
+        return found
 
     def tokens_of(self, modalities: tuple[int, ...]) -> Tensor:
         """[S, B] bool: the token belongs to one of these modalities."""
@@ -159,7 +169,7 @@ class MixedModalParams(PackedSeqParams):
                 mask = mask | (self.modality_ids == modality)
             return mask
 
-        return self._cached(("tokens_of", modalities), make)
+        return self.cached(("tokens_of", modalities), make)
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """[B, 1, S, S] additive mask: 0 where query (row) may see key (column), -inf elsewhere.
@@ -175,7 +185,7 @@ class MixedModalParams(PackedSeqParams):
             bias = torch.zeros(same.shape, dtype=dtype, device=documents.device)
             return bias.masked_fill_(~(same & causal), float("-inf")).unsqueeze(1)
 
-        return self._cached(("attention_bias", dtype), make)
+        return self.cached(("attention_bias", dtype), make)
 
     def document_lengths(self) -> list[int]:
         """Lengths of the documents, one sequence after another. Reads from the device."""
@@ -205,18 +215,21 @@ class MixedModalParams(PackedSeqParams):
             starts = torch.where(first, torch.arange(total, device=first.device), total)
             return starts.new_full((bound + 1,), total).scatter_(0, place, starts).int()
 
-        return self._cached("document_ends", make)
+        return self.cached("document_ends", make)
 
     def rotary(self, table: Tensor) -> Tensor:
         """Angles of every token, [S, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""
-        return self._cached("rotary", lambda: table[:, 0, 0, :][self.position_ids].unsqueeze(2))
+        return self.cached("rotary", lambda: table[:, 0, 0, :][self.position_ids].unsqueeze(2))
 
-    def select(self, index: Tensor, valid: Tensor | None = None) -> MixedModalParams:
+    def select(
+        self, index: Tensor, valid: Tensor | None = None, *, quotas: tuple[int, ...] | None = None
+    ) -> MixedModalParams:
         """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept).
 
         Args:
             index: [K, B].
             valid: [K, B] bool, a prefix of each sequence: what follows is filled up and becomes padding.
+            quotas: tokens of each modality that were selected first, if there were such.
         """
         length = index.shape[0]
         modality_ids, document_ids = self.modality_ids.gather(0, index), self.document_ids.gather(0, index)
@@ -235,6 +248,7 @@ class MixedModalParams(PackedSeqParams):
             routing=self.routing,
             learning=self.learning,
             cutoffs=self.cutoffs,
+            counts=None if self.counts is None else self.counts.kept(length, quotas),
             # What fills a sequence up is a document more.
             documents=None if self.documents is None else self.documents + (0 if valid is None else index.shape[1]),
         )

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from mmscale.config.derived import expert_capacity
 from mmscale.model.auxiliary import AuxiliaryRouter
+from mmscale.model.capacity import Slots, actual_slots
 from mmscale.model.exchange import largest_everywhere, receive_as_expert, send_back, send_to_experts
 from mmscale.model.expert_compute import BATCHED, ExpertCompute, Products
 from mmscale.model.experts import Experts, from_experts, to_experts
@@ -69,7 +70,8 @@ class MoMaSettings:
     Attributes:
         groups: groups of experts, each with its own router.
         per_sequence: an expert chooses within each sequence instead of the micro-batch.
-        capacity_factor: slots of a group relative to its nominal tokens.
+        actual: capacities follow the tokens that are there instead of nominal shares.
+        capacity_factor: slots of a group relative to its tokens.
         capacity_multiple: slots per expert are rounded up to this.
         choice: by what an expert ranks tokens, of ranking.RANKINGS.
         gumbel: Gumbel-sigmoid noise in training.
@@ -84,6 +86,7 @@ class MoMaSettings:
 
     groups: tuple[ExpertGroup, ...]
     per_sequence: bool = True
+    actual: bool = False
     capacity_factor: float = 1.0
     capacity_multiple: int = 1
     choice: str = "sigmoid"
@@ -264,20 +267,11 @@ class MoMaMLP(MegatronModule):
 
     def _select(self, logits: Tensor, params: MixedModalParams, *, report: bool = True) -> list[Selection]:
         """Expert choice among all tokens of the sequence or of the micro-batch."""
-        length, batch, _ = logits.shape
-        scope = length if self.settings.per_sequence else length * batch
         selections = []
         for group, own in self._by_group(logits):
-            capacity = expert_capacity(
-                scope,
-                group.share,
-                group.experts,
-                factor=self.settings.capacity_factor,
-                multiple=self.settings.capacity_multiple,
-                limit=scope,
-            )
             member = params.tokens_of(group.modalities)
-            selection = expert_choice(own, member, capacity, per_sequence=self.settings.per_sequence, rank=self._rank)
+            slots = self._slots(group, params, member)
+            selection = expert_choice(own, member, slots, per_sequence=self.settings.per_sequence, rank=self._rank)
             if report and params.stats is not None:
                 self._report(params, group, selection, member)
             if report and params.cutoffs is not None and self.threshold is not None:
@@ -285,12 +279,38 @@ class MoMaMLP(MegatronModule):
                     self.threshold.of(group.name),
                     self._rank(own.detach()),
                     member,
-                    capacity,
+                    slots,
                     per_sequence=self.settings.per_sequence,
                     key=(self.layer_number, group.name, params.noise_key),
                 )
             selections.append(selection)
         return selections
+
+    def _slots(self, group: ExpertGroup, params: MixedModalParams, member: Tensor) -> Slots:
+        """How many tokens the experts of a group take; all layers of a micro-batch that see the same tokens agree."""
+        length, batch = member.shape
+        factor, multiple = self.settings.capacity_factor, self.settings.capacity_multiple
+        if not self.settings.actual:
+            scope = length if self.settings.per_sequence else length * batch
+            return Slots(
+                expert_capacity(scope, group.share, group.experts, factor=factor, multiple=multiple, limit=scope)
+            )
+        counts = params.counts
+        assert counts is not None and counts.everyone.shape[0] == self.pg.ep.size(), (
+            "actual capacity needs the token counts of all expert-parallel ranks' micro-batches (MicroBatch.everyone)"
+        )
+        return params.cached(
+            ("slots", group.name),
+            lambda: actual_slots(
+                counts,
+                member,
+                group.modalities,
+                group.experts,
+                per_sequence=self.settings.per_sequence,
+                factor=factor,
+                multiple=multiple,
+            ),
+        )
 
     def _decide(self, hidden: Tensor, logits: Tensor, params: MixedModalParams) -> list[Selection]:
         """Each token's experts from the token alone, in any mode but BATCH."""

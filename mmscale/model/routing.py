@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmscale.model.capacity import Slots
 from mmscale.model.ranking import Ranking, by_sigmoid
 
 # Choices rank logits, not sigmoids: near 0 a sigmoid keeps 1e-7 of resolution, and above a logit of 17 all are 1.
@@ -54,31 +55,38 @@ class Selection(NamedTuple):
 
 
 def expert_choice(
-    logits: Tensor, member: Tensor, capacity: int, *, per_sequence: bool, rank: Ranking = by_sigmoid
+    logits: Tensor, member: Tensor, slots: Slots, *, per_sequence: bool, rank: Ranking = by_sigmoid
 ) -> Selection:
-    """Every expert takes its `capacity` best tokens; the gate is the sigmoid of the logit, not renormalised.
+    """Every expert takes its best tokens; the gate is the sigmoid of the logit, not renormalised.
 
     Args:
         logits: [S, B, E] fp32.
         member: [S, B] bool, tokens of the group; others get gate 0 if they fill an empty slot.
-        capacity: tokens per expert, of each sequence or of the micro-batch; a host integer, the same on all ranks.
+        slots: how many tokens an expert takes of each sequence or of the micro-batch (capacity.py).
         per_sequence: each sequence chooses by itself, so the micro-batch size does not matter.
         rank: what an expert ranks tokens by (ranking.py).
 
     Returns:
-        B * capacity slots per expert if per_sequence, else capacity slots.
+        `slots.place` slots per expert; without these, B * capacity if per_sequence, else capacity slots.
     """
     length, batch, experts = logits.shape
     scores = torch.sigmoid(logits)
     # Coarse before ranking too: a difference of logits magnifies what rounding makes of equal ones.
     ranked = rank(_coarse(logits.detach())).masked_fill(~member.unsqueeze(-1), _FOREIGN)
     if per_sequence:
-        chosen = _best(ranked, capacity)  # [C, B, E]
+        chosen = _best(ranked, slots.capacity)  # [C, B, E]
         token = chosen * batch + torch.arange(batch, device=logits.device).view(1, batch, 1)
     else:
-        token = _best(ranked.reshape(length * batch, experts), capacity)  # [C, E]
-    token = token.reshape(-1, experts).t()  # [E, slots]
+        token = _best(ranked.reshape(length * batch, experts), slots.capacity)  # [C, E]
+    token = token.reshape(-1, experts)
+    if slots.place is not None:
+        token = token.index_select(0, slots.place)
+    token = token.t()  # [E, slots]
     valid = member.reshape(-1)[token]
+    if slots.limit is not None:
+        assert slots.place is not None
+        scopes = slots.limit.shape[0]
+        valid = valid & (slots.place // scopes < slots.limit[slots.place % scopes])
     gate = scores.reshape(length * batch, experts).t().gather(1, token) * valid
     return Selection(token, gate, valid)
 

@@ -96,6 +96,7 @@ def moma_settings(config: Config) -> MoMaSettings:
     return MoMaSettings(
         groups=groups,
         per_sequence=experts.scope == "sequence",
+        actual=experts.capacity == "actual",
         capacity_factor=experts.capacity_factor,
         capacity_multiple=capacity_multiple(config),
         choice=experts.choice,

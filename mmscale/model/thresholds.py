@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmscale.model.auxiliary import Fp32Buffers
+from mmscale.model.capacity import Slots
 from mmscale.model.ranking import Ranking, by_sigmoid
 
 
@@ -54,7 +55,7 @@ class Cutoffs:
         threshold: Tensor,
         ranked: Tensor,
         member: Tensor,
-        capacity: int,
+        slots: Slots,
         *,
         per_sequence: bool,
         key: tuple[int, str, int],
@@ -65,20 +66,20 @@ class Cutoffs:
             threshold: the buffer that they move.
             ranked: [S, B, E], what tokens were ranked by.
             member: [S, B] bool.
-            capacity: C.
+            slots: how many tokens were taken of each scope.
             per_sequence: each sequence chose by itself.
             key: layer, group and micro-batch: recompute shows every choice twice, and once is enough.
         """
         if key in self._seen:
             return
         self._seen.add(key)
-        found = cutoffs(ranked, member, capacity, per_sequence=per_sequence)
+        found = cutoffs(ranked, member, slots, per_sequence=per_sequence)
         known = self.sums.get(key[:2])
         self.sums[key[:2]] = (threshold, found if known is None else known[1] + found)
 
 
 @torch.no_grad()
-def cutoffs(ranked: Tensor, member: Tensor, capacity: int, *, per_sequence: bool) -> Tensor:
+def cutoffs(ranked: Tensor, member: Tensor, slots: Slots, *, per_sequence: bool) -> Tensor:
     """Sums over the choices of the value between the last token taken and the first one left, fp64 [E + 1].
 
     Where all tokens of the group were taken it is the lowest value. The last entry is the number of choices that had a
@@ -88,9 +89,10 @@ def cutoffs(ranked: Tensor, member: Tensor, capacity: int, *, per_sequence: bool
     ranked = ranked.masked_fill(~member.unsqueeze(-1), float("-inf"))
     if not per_sequence:
         ranked, member = ranked.reshape(-1, 1, experts), member.reshape(-1, 1)
-    values = ranked.topk(min(capacity + 1, ranked.shape[0]), dim=0).values  # [C + 1, B, E]
+    values = ranked.topk(min(slots.capacity + 1, ranked.shape[0]), dim=0).values  # [C + 1, B, E]
     there = member.sum(dim=0)  # [B]
-    last, following = there.clamp(1, capacity) - 1, there.clamp(1, min(capacity + 1, values.shape[0])) - 1
+    limit = torch.full_like(there, slots.capacity) if slots.limit is None else slots.limit
+    last, following = torch.minimum(there, limit).clamp(min=1) - 1, torch.minimum(there, limit + 1).clamp(min=1) - 1
     between = [values.gather(0, at.view(1, -1, 1).expand(1, -1, experts)).squeeze(0) for at in (last, following)]
     cut = (between[0].double() + between[1].double()) / 2
     cut = torch.where((there > 0).unsqueeze(-1), cut, 0.0).sum(dim=0)

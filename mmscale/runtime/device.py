@@ -11,10 +11,11 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 import torch
+from numpy.typing import NDArray
 
 from mmscale.errors import ConfigError
 
@@ -175,6 +176,14 @@ def memory_stats(*, reset_peak: bool = False) -> MemoryStats:
     if reset_peak:
         torch.cuda.reset_peak_memory_stats()
     return stats
+
+
+def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
+    """A host array on a device, without the host waiting for what the device still has to do."""
+    found = torch.from_numpy(array)
+    if where.type == "cuda":
+        found = found.pin_memory()  # copies from pageable memory may wait
+    return found.to(where, non_blocking=True)
 
 
 def set_seeds(seed: int) -> None:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from mmscale.data.mixture import MicroBatch
-from mmscale.data.vocab import Vocabulary
+from mmscale.data.sharing import Part
+from mmscale.data.vocab import NO_MODALITY, Vocabulary
+from mmscale.errors import DataError
+from mmscale.model.capacity import TokenCounts
 from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.runtime import device
 
@@ -30,6 +34,13 @@ class Batch:
     label_modality: Tensor
     loss_mask: Tensor
     params: MixedModalParams
+
+
+def part_of(groups: ProcessGroupCollection) -> Part:
+    """This rank's part of every global batch, and the ranks that exchange tokens with its experts."""
+    everyone = torch.distributed.get_process_group_ranks(groups.dp)
+    together = torch.distributed.get_process_group_ranks(groups.ep)
+    return Part(groups.dp.rank(), groups.dp.size(), tuple(everyone.index(rank) for rank in together))
 
 
 def to_device(
@@ -65,5 +76,27 @@ def to_device(
             stats=stats,
             routing=routing,
             documents=len(ids) + int(np.count_nonzero(ids[:, 1:] != ids[:, :-1])),
+            counts=counts_of(micro_batch, modalities=len(vocabulary.names)),
         ),
     )
+
+
+def counts_of(micro_batch: MicroBatch, *, modalities: int) -> TokenCounts:
+    """Tokens of each modality in every sequence, of this rank's micro-batch and those that are processed beside it.
+
+    Raises:
+        DataError: a token belongs to no modality.
+    """
+    ids = micro_batch.modality_ids
+    if ids.size and not NO_MODALITY <= int(ids.min()) <= int(ids.max()) < modalities:
+        row, place = np.argwhere((ids < NO_MODALITY) | (ids >= modalities))[0]
+        raise DataError(
+            f"micro-batch {micro_batch.index}: token {place} of sequence {row} has modality {ids[row, place]}; "
+            f"there are modalities 0 to {modalities - 1}, and {NO_MODALITY} for padding",
+            remedy="give every token the index of one of vocab.modalities",
+        )
+    own = (ids[:, :, None] == np.arange(modalities)).sum(axis=1)
+    if micro_batch.everyone is None:
+        return TokenCounts(own, own[None])
+    assert (micro_batch.everyone == own).all(axis=(1, 2)).any(), "this rank's micro-batch is among those of its group"
+    return TokenCounts(own, micro_batch.everyone)

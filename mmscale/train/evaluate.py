@@ -20,7 +20,7 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import device
-from mmscale.train.batch import to_device
+from mmscale.train.batch import part_of, to_device
 from mmscale.train.step import Stepper, mean_losses, reduce_sums
 
 
@@ -56,14 +56,15 @@ def evaluate(
     available = mixture.len_epoch()
     steps = -(-available // per_step)
     steps = steps if batches is None else min(steps, batches)
+    own = part_of(groups)
     total = torch.zeros(len(vocabulary.names) + 1, 2, device=device.taken(), dtype=torch.float64)
     for step in range(steps):
         on_batch()
-        numbers = range(step * per_step + groups.dp.rank(), (step + 1) * per_step, groups.dp.size())
         parts = []
-        for number in numbers:
+        for number in own.numbers(step * per_step, per_step):
             inside = number < available
-            content = mixture.micro_batch(number) if inside else _silent(mixture.micro_batch(available - 1))
+            content = own.read(mixture, number, last=available - 1)
+            content = content if inside else _silent(content)
             part = to_device(content, vocabulary, routing=routing)
             part.params.learning = learning if inside else None
             parts.append(part)

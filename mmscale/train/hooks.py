@@ -85,9 +85,12 @@ class LogHook:
         return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
     def _slots(self, micro_batches: tuple[MicroBatch, ...]) -> dict[str, float]:
-        """Tokens over the nominal capacity and slots left empty, as shares of this rank's tokens; moma only."""
+        """Tokens over the nominal capacity and slots left empty, as shares of this rank's tokens; moma only.
+
+        Capacities that follow the actual tokens have neither.
+        """
         experts, names = self.config.model.experts, self.config.vocab.names
-        if self.config.model.kind != "moma" or experts.share == "auto":
+        if self.config.model.kind != "moma" or experts.share == "auto" or experts.capacity == "actual":
             return {}
         length, rows = self.config.model.seq_length, self.config.train.micro_batch_size
         scope = length if experts.scope == "sequence" else length * rows

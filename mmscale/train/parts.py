@@ -21,7 +21,7 @@ from mmscale.runtime import device, launch_order, random_state
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.auxiliary import AuxiliaryTrainer
-from mmscale.train.batch import to_device
+from mmscale.train.batch import part_of, to_device
 from mmscale.train.companions import companions_of, routers_among
 from mmscale.train.optim import make_optimizer, wrap
 from mmscale.train.step import Stepper
@@ -79,20 +79,21 @@ def build(config: Config, groups: ProcessGroupCollection) -> Parts:
 
 def dry_run(config: Config, parts: Parts, data: Mixture) -> None:
     """One batch forward and backward without an update: finds errors of shape and memory before step 1."""
-    size, rank = parts.groups.dp.size(), parts.groups.dp.rank()
-    numbers = range(rank, global_micro_batches(config), size)
+    own = part_of(parts.groups).batch(data, 0, global_micro_batches(config))
     vocabulary = Vocabulary.from_config(config.vocab)
     with random_state.preserved():  # the next step draws what it would have drawn without a restart
-        parts.stepper.accumulate([to_device(data.micro_batch(number), vocabulary) for number in numbers])
+        parts.stepper.accumulate([to_device(content, vocabulary) for content in own])
     device.synchronize()
 
 
 def loader_of(config: Config, groups: ProcessGroupCollection, data: Mixture, *, consumed: int) -> BatchLoader:
     """This rank's part of every global batch, from a number of consumed sequences on."""
+    own = part_of(groups)
     loader = BatchLoader(
         data,
-        dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(),
+        dp_rank=own.rank,
+        dp_size=own.size,
+        together=own.together,
         micro_batches_per_step=global_micro_batches(config),
         workers=config.data.workers,
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.data.mixture import MicroBatch
@@ -55,6 +56,12 @@ class SyntheticMixture:
         ]
         batch, _ = pack_rows(rows, vocabulary=self.vocabulary, seq_length=length)
         return replace(batch, index=index)
+
+    def sequence_counts(self, index: int) -> NDArray[np.int64]:
+        """Tokens per modality of each sequence of a micro-batch, int64 [b, K]."""
+        ids = self.micro_batch(index).modality_ids
+        counts: NDArray[np.int64] = (ids[:, :, None] == np.arange(len(self.vocabulary.names))).sum(axis=1)
+        return counts
 
     def _document(self, rng: np.random.Generator, length: int, *, absent: str | None) -> np.ndarray:
         """Text with one contiguous block of each other modality inside, ending in EOS."""

@@ -16,7 +16,7 @@ from mmscale.config.derived import global_micro_batches
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
-from mmscale.train.batch import to_device
+from mmscale.train.batch import part_of, to_device
 from mmscale.train.companions import companions_of, routers_among
 from mmscale.train.optim import make_optimizer, wrap
 from mmscale.train.state import TrainState
@@ -68,10 +68,10 @@ class Trial:
     def train(self, steps: int) -> Trace:
         """Take steps, each on the batch that its number says."""
         losses, norms = [], []
-        rank, size, per_step = self.groups.dp.rank(), self.groups.dp.size(), global_micro_batches(self.config)
+        own, per_step = part_of(self.groups), global_micro_batches(self.config)
         for step in range(self._state.step, self._state.step + steps):
-            numbers = range(step * per_step + rank, (step + 1) * per_step, size)
-            batches = [to_device(self._mixture.micro_batch(number), self._vocabulary) for number in numbers]
+            mine = own.batch(self._mixture, step * per_step, per_step)
+            batches = [to_device(content, self._vocabulary) for content in mine]
             result = self._stepper.train(batches, lr=self.config.optim.lr)
             losses.append(mean_losses(reduce_sums(result.sums, self.groups), self.config.vocab.names)["loss"])
             norms.append(result.grad_norm)

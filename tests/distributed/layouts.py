@@ -40,6 +40,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "auxiliary": {"mode": "joint"},
     },
     "moe_softmax": {"kind": "moe", "experts": {"counts": {"mixed": 8}, "choice": "softmax"}},
+    "moma_actual": {
+        "kind": "moma",
+        "experts": {**_EXPERTS, "capacity": "actual", "threshold_decay": 0.9, "shared": 1},
+        "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
+        "auxiliary": {"mode": "joint"},
+    },
+    "moma_actual_micro_batch": {
+        "kind": "moma",
+        "experts": {**_EXPERTS, "capacity": "actual", "scope": "micro_batch", "capacity_factor": 1.3},
+        "norm": "post",
+    },
     "dense_depth_first": {"kind": "dense", "depth": {"every": 4, "capacity": 0.5, "multiple": 8}},
     "moma_depth_joint": {
         "kind": "moma",

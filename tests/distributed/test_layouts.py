@@ -89,7 +89,7 @@ def _chosen(model: str, layouts: dict[str, dict[str, Any]], world_size: int, *, 
     "model",
     [
         *("dense_tied", "moe", "moma_post", EVERYTHING, "moma_post_per_expert_shared"),
-        *("moma_competitive", "moe_softmax"),
+        *("moma_competitive", "moe_softmax", "moma_actual", "moma_actual_micro_batch"),
     ],
 )
 def test_two_ranks_equal_one_process(references: References, model: str, tmp_path: Path) -> None:
@@ -117,9 +117,10 @@ def test_a_modality_may_be_missing_in_a_micro_batch(references: References, abse
     _run(references, "moma", tmp_path, 2, layouts, absent=absent)
 
 
-def test_a_text_only_rank_neither_hangs_nor_loses_gradients(references: References, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["moma_depth", "moma_actual", "moma_actual_micro_batch"])
+def test_a_text_only_rank_neither_hangs_nor_loses_gradients(references: References, model: str, tmp_path: Path) -> None:
     """With two micro-batches a step, the rank with odd numbers never sees an image."""
-    _run(references, "moma_depth", tmp_path, 2, {"ep2": TWO_RANKS["ep2"]}, absent="image", micro_batch_size=4)
+    _run(references, model, tmp_path, 2, {"ep2": TWO_RANKS["ep2"]}, absent="image", micro_batch_size=4)
 
 
 def test_bf16_layouts_follow_one_process(references: References) -> None:

@@ -82,6 +82,7 @@ BROKEN = [
     ({"model__kind": "dense"}, "model.experts.counts is set, but model.kind = dense has no experts"),
     ({**DENSE, "model__experts__shared": 1}, "model.experts.shared is set, but model.kind = dense"),
     ({**DENSE, "model__experts__noise": "gumbel"}, "model.experts.noise is set, but model.kind = dense"),
+    ({**DENSE, "model__experts__capacity": "actual"}, "model.experts.capacity is set, but model.kind = dense"),
     ({**DENSE, "model__experts__choice": "softmax"}, "model.experts.choice is set, but model.kind = dense"),
     ({"model__kind": "moe"}, "model.experts.counts has 2 groups, model.kind = moe wants exactly one"),
     ({"model__kind": "moe", "model__experts": {}}, "model.experts.counts has 0 groups"),
@@ -157,6 +158,10 @@ BROKEN = [
         "model.experts.compute = grouped_mm: model.ffn_hidden_size / parallel.tp = 30 is not a multiple of",
     ),
     ({**DENSE, "model__experts__cuda_graph": True}, "model.kind = dense has no experts"),
+    (
+        {"model__experts__cuda_graph": True, "model__experts__capacity": "actual"},
+        "these capacities change with every micro-batch",
+    ),
     ({"model__experts__cuda_graph": True, "parallel__pp": 2}, "a pipeline stage has several in flight"),
     ({"model__experts__cuda_graph": True, "parallel__recompute": "full"}, "recomputing layers would save nothing"),
     (

@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mmscale.config import Config
+from mmscale.model.capacity import TokenCounts
 from mmscale.model.mixed_modal import MixedModalParams
 from tests.unit.model.reference import Batch, Facts, Reference
 
@@ -19,8 +20,14 @@ _SMALL = 0.02
 
 def params_of(batch: Batch, **facts: Any) -> MixedModalParams:
     """What layers are told of a batch."""
+    modalities = max(2, int(batch.modality.max()) + 1)
+    own = (batch.modality.unsqueeze(-1) == torch.arange(modalities)).sum(dim=1).numpy()
     return MixedModalParams.of(
-        modality_ids=batch.modality, position_ids=batch.position, document_ids=batch.document, **facts
+        modality_ids=batch.modality,
+        position_ids=batch.position,
+        document_ids=batch.document,
+        counts=TokenCounts(own, own[None]),
+        **facts,
     )
 
 

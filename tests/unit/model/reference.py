@@ -146,9 +146,19 @@ def usual_batch() -> Batch:
 # --- routing --------------------------------------------------------------------------------------------------------
 
 
-def capacity_of(config: Config, scope: int, group: str) -> int:
-    """Tokens per expert: ceil(factor * scope * share / experts) up to a multiple, at least one, at most all."""
+def capacity_of(config: Config, scope: int, group: str, *, own: int) -> int:
+    """Tokens per expert: ceil(factor * tokens / experts) up to a multiple, at least one, at most all.
+
+    Args:
+        config: gives the experts.
+        scope: tokens of the scope, of which the nominal share counts.
+        group: name of the group.
+        own: tokens of the group in the scope, which count where capacity is actual.
+    """
     experts = config.model.experts
+    if experts.capacity == "actual":
+        wanted = math.ceil(Fraction(str(experts.capacity_factor)) * own / experts.counts[group])
+        return min(own, math.ceil(Fraction(wanted, experts.capacity_multiple)) * experts.capacity_multiple)
     assert experts.share != "auto"
     share = Fraction(1) if config.model.kind == "moe" else Fraction(str(experts.share[group]))
     exact = Fraction(str(experts.capacity_factor)) * scope * share / experts.counts[group]
@@ -365,7 +375,9 @@ class Reference:
             values = [scores[b][i].tolist() for b, i in scope]
             member = [facts[b].modality[i] in wanted for b, i in scope]
             ranked = [rank(logits[b][i].tolist(), self.model.experts.choice) for b, i in scope]
-            for expert, token in choose(values, member, capacity_of(self.config, len(scope), group), ranked=ranked):
+            for expert, token in choose(
+                values, member, capacity_of(self.config, len(scope), group, own=sum(member)), ranked=ranked
+            ):
                 b, i = scope[token]
                 chosen[expert, b, i] = scores[b][i][expert]
         return chosen

@@ -6,7 +6,7 @@ They share nothing with mmscale.model. Tokens are numbered as the functions numb
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -114,18 +114,30 @@ def best(values: dict[int, float], count: int) -> list[int]:
     return sorted(values, key=lambda token: (-values[token], token))[:count]
 
 
-def expert_choice(problem: Problem) -> set[tuple[int, int]]:
-    """(expert, token) of every choice."""
+def actual_capacity(tokens: int, experts: int, factor: Fraction, multiple: int) -> int:
+    """Tokens that an expert takes where its group has so many."""
+    exact = math.ceil(factor * tokens / experts)
+    return min(tokens, math.ceil(Fraction(exact, multiple)) * multiple)
+
+
+def expert_choice(problem: Problem, capacity: Callable[[int], int] | None = None) -> set[tuple[int, int]]:
+    """(expert, token) of every choice.
+
+    Args:
+        problem: the tokens.
+        capacity: tokens that an expert takes of a scope in which the group has so many; None: `problem.capacity`.
+    """
     taken = set()
     for scope in problem.scopes():
         own = [token for token in scope if problem.of_token(problem.member, token)]
+        count = problem.capacity if capacity is None else capacity(len(own))
         for expert in range(problem.experts):
             values = {token: problem.ranked(token)[expert] for token in own}
-            taken |= {(expert, token) for token in best(values, problem.capacity)}
+            taken |= {(expert, token) for token in best(values, count)}
     return taken
 
 
-def cutoffs(problem: Problem) -> tuple[list[float], int]:
+def cutoffs(problem: Problem, capacity: Callable[[int], int] | None = None) -> tuple[list[float], int]:
     """Of each expert the sum of its cut-offs over the scopes that have a token; and how many those are."""
     sums, number = [0.0] * problem.experts, 0
     for scope in problem.scopes():
@@ -135,7 +147,8 @@ def cutoffs(problem: Problem) -> tuple[list[float], int]:
         number += 1
         for expert in range(problem.experts):
             values = sorted((problem.ranked(token)[expert] for token in own), reverse=True)
-            taken, left = values[: problem.capacity], values[problem.capacity :]
+            count = problem.capacity if capacity is None else capacity(len(own))
+            taken, left = values[:count], values[count:]
             sums[expert] += (taken[-1] + (left[0] if left else taken[-1])) / 2
     return sums, number
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mmscale.config import Config, ExpertsConfig, ModelConfig
 from mmscale.model.auxiliary import BINS, AuxiliaryRouter, RouterLearning, calibrated, ratios, routers_of
+from mmscale.model.capacity import Slots
 from mmscale.model.layer import DepthLayer
 from mmscale.model.mixed_modal import MixedModalParams, Routing
 from mmscale.model.ranking import RANKINGS
@@ -363,7 +364,7 @@ def test_cutoffs_lie_between_the_last_taken_and_the_first_left(capacity: int, pe
     logits = torch.randn(12, 4, 3, generator=generator)
     member = torch.rand(12, 4, generator=generator) < 0.5
     member[:, 2] = False  # a sequence without the modality
-    found = cutoffs(logits, member, capacity, per_sequence=per_sequence)
+    found = cutoffs(logits, member, Slots(capacity), per_sequence=per_sequence)
     columns = [(logits[:, b], member[:, b]) for b in range(4)]
     if not per_sequence:
         columns = [(logits.reshape(-1, 3), member.reshape(-1))]

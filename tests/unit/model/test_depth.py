@@ -47,6 +47,13 @@ MODELS: dict[str, Config] = {
     "all_tokens": tiny(depth=depth(capacity=1.0)),
     "one_token": tiny(depth=depth("per_modality", capacity=0.01, multiple=1)),
     "rounded_up": tiny(depth=depth(capacity=0.25, multiple=8)),
+    **{
+        f"actual_{choice}_{scope}": tiny(
+            depth=depth(choice), experts=moma_experts(share=UNEVEN, capacity="actual", scope=scope)
+        )
+        for choice in CHOICES
+        for scope in ("sequence", "micro_batch")
+    },
     "gqa_shared_uneven": tiny(
         num_query_groups=2,
         depth=depth("per_modality"),

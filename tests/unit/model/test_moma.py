@@ -73,6 +73,12 @@ MODELS: dict[str, Config] = {
         if choice != "sigmoid"
         for kind in ("moma", "moe")
     },
+    "actual": tiny(experts=moma_experts(capacity="actual")),
+    "actual_micro_batch": tiny(
+        experts=moma_experts(capacity="actual", scope="micro_batch", capacity_factor=1.4, choice="competitive")
+    ),
+    "actual_multiple": tiny(experts=moma_experts(capacity="actual", capacity_multiple=4)),
+    "actual_moe": tiny("moe", experts=ExpertsConfig(counts={"any": 5}, share=SHARE, capacity="actual")),
     "one_expert_each": tiny(norm="post", experts=moma_experts(counts={"text": 1, "image": 1})),
     "one_layer_odd_length": tiny(
         num_layers=1, seq_length=12, ffn_hidden_size=7, experts=moma_experts(counts={"text": 2, "image": 5})

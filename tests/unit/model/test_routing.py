@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from mmscale.model.capacity import Slots
 from mmscale.model.routing import Selection, combine, depth_choice, expert_choice, gumbel_noise, noise_key
 from tests.unit.model.reference import Choice, choose
 
@@ -61,7 +62,7 @@ def as_choice(selection: Selection) -> Choice:
 @given(problems())
 def test_expert_choice_is_the_loops(problem: tuple[Tensor, Tensor, int, bool]) -> None:
     logits, member, capacity, per_sequence = problem
-    selection = expert_choice(logits, member, capacity, per_sequence=per_sequence)
+    selection = expert_choice(logits, member, Slots(capacity), per_sequence=per_sequence)
     want = by_loops(logits, member, capacity, per_sequence)
     got = as_choice(selection)
     assert got.keys() == want.keys()
@@ -86,7 +87,7 @@ def test_combine_and_its_gradients_are_the_loops(problem: tuple[Tensor, Tensor, 
     )  # output of e for token t
     direction = torch.randn(length * batch, WIDTH, generator=generator)
 
-    selection = expert_choice(logits, member, capacity, per_sequence=per_sequence)
+    selection = expert_choice(logits, member, Slots(capacity), per_sequence=per_sequence)
     outputs = torch.stack([every[e, selection.token[e]] for e in range(experts)])
     total = combine(outputs, selection, length * batch)
     got = torch.autograd.grad((total * direction).sum(), (logits, every))
@@ -105,7 +106,7 @@ def test_combine_and_its_gradients_are_the_loops(problem: tuple[Tensor, Tensor, 
 def test_empty_slots_have_no_gradient() -> None:
     logits = torch.randn(4, 1, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
     member = torch.tensor([[True], [False], [False], [False]])
-    selection = expert_choice(logits, member, 3, per_sequence=True)
+    selection = expert_choice(logits, member, Slots(3), per_sequence=True)
     assert selection.valid.sum(dim=1).tolist() == [1, 1]
     (gradient,) = torch.autograd.grad(selection.gate.sum(), logits)
     assert torch.all(gradient[1:] == 0.0)
@@ -115,7 +116,7 @@ def test_empty_slots_have_no_gradient() -> None:
 def test_without_any_token_everything_is_zero_but_connected() -> None:
     logits = torch.randn(3, 2, 2, requires_grad=True)
     outputs = torch.randn(2, 4, WIDTH, requires_grad=True)
-    selection = expert_choice(logits, torch.zeros(3, 2, dtype=torch.bool), 2, per_sequence=True)
+    selection = expert_choice(logits, torch.zeros(3, 2, dtype=torch.bool), Slots(2), per_sequence=True)
     total = combine(outputs, selection, 6)
     assert torch.all(total == 0.0)
     for gradient in torch.autograd.grad(total.sum(), (logits, outputs)):  # DDP waits for every gradient
@@ -124,7 +125,7 @@ def test_without_any_token_everything_is_zero_but_connected() -> None:
 
 def test_gates_are_not_renormalised() -> None:
     logits = torch.full((1, 1, 4), 2.0)
-    selection = expert_choice(logits, torch.ones(1, 1, dtype=torch.bool), 1, per_sequence=True)
+    selection = expert_choice(logits, torch.ones(1, 1, dtype=torch.bool), Slots(1), per_sequence=True)
     assert float(selection.gate.sum()) == pytest.approx(4 * 0.880797)  # a softmax or a renormalisation would give 1
 
 
@@ -135,7 +136,7 @@ def test_ties_go_to_the_earlier_token(value: float, per_sequence: bool) -> None:
     logits = torch.full((50, 2, 3), value)
     member = torch.zeros(50, 2, dtype=torch.bool)
     member[1::2, 0] = True
-    selection = expert_choice(logits, member, 4, per_sequence=per_sequence)
+    selection = expert_choice(logits, member, Slots(4), per_sequence=per_sequence)
     for row, valid in zip(selection.token, selection.valid, strict=True):
         assert len(set(row.tolist())) == row.numel()
         assert sorted(row[valid].tolist()) == [2, 6, 10, 14]  # even with score 0 members come before others
@@ -144,7 +145,7 @@ def test_ties_go_to_the_earlier_token(value: float, per_sequence: bool) -> None:
 def test_saturated_scores_are_still_ranked() -> None:
     """sigmoid(20) = sigmoid(30) = 1 in fp32, but the larger logit is the better one."""
     logits = torch.tensor([20.0, 30.0, 25.0, 18.0]).view(4, 1, 1)
-    selection = expert_choice(logits, torch.tensor([True, True, True, False]).view(4, 1), 2, per_sequence=True)
+    selection = expert_choice(logits, torch.tensor([True, True, True, False]).view(4, 1), Slots(2), per_sequence=True)
     assert sorted(selection.token[0].tolist()) == [1, 2]
     assert torch.all(selection.gate == 1.0)
 
@@ -154,9 +155,9 @@ def test_saturated_scores_are_still_ranked() -> None:
 def test_a_sequence_chooses_by_itself(problem: tuple[Tensor, Tensor, int, bool]) -> None:
     logits, member, capacity, _ = problem
     capacity, batch = min(capacity, logits.shape[0]), logits.shape[1]
-    whole = as_choice(expert_choice(logits, member, capacity, per_sequence=True))
+    whole = as_choice(expert_choice(logits, member, Slots(capacity), per_sequence=True))
     for b in range(batch):
-        alone = as_choice(expert_choice(logits[:, b : b + 1], member[:, b : b + 1], capacity, per_sequence=True))
+        alone = as_choice(expert_choice(logits[:, b : b + 1], member[:, b : b + 1], Slots(capacity), per_sequence=True))
         # Which tokens is exact; a sigmoid's last bit may depend on where in a vector register its element stood.
         assert {(e, t // batch): gate for (e, t), gate in whole.items() if t % batch == b} == pytest.approx(
             alone, abs=2e-7
@@ -167,8 +168,8 @@ def test_a_micro_batch_chooses_together() -> None:
     """Control of the test above: this scope does depend on the other sequences."""
     logits = torch.tensor([[1.0, 3.0], [2.0, 4.0]]).unsqueeze(-1)
     member = torch.ones(2, 2, dtype=torch.bool)
-    assert {t for _, t in as_choice(expert_choice(logits, member, 2, per_sequence=False))} == {1, 3}
-    assert {t for _, t in as_choice(expert_choice(logits, member, 1, per_sequence=True))} == {2, 3}
+    assert {t for _, t in as_choice(expert_choice(logits, member, Slots(2), per_sequence=False))} == {1, 3}
+    assert {t for _, t in as_choice(expert_choice(logits, member, Slots(1), per_sequence=True))} == {2, 3}
 
 
 def test_combine_accumulates_in_fp32() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from random import Random
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from checkpoints_tools.hf.configuration_moma import CHOICES
 from mmscale.config import ExpertsConfig
 from mmscale.model import routing
 from mmscale.model.auxiliary import BINS, calibrated
+from mmscale.model.capacity import Slots, TokenCounts, actual_capacity, actual_slots
 from mmscale.model.ranking import RANKINGS
 from mmscale.model.thresholds import cutoffs, move
 from tests.unit.model import routing_oracles as oracles
@@ -32,7 +35,7 @@ def tensors(problem: Problem) -> tuple[Tensor, Tensor]:
 def chosen(problem: Problem) -> routing.Selection:
     logits, member = tensors(problem)
     return routing.expert_choice(
-        logits, member, problem.capacity, per_sequence=problem.per_sequence, rank=RANKINGS[problem.choice]
+        logits, member, Slots(problem.capacity), per_sequence=problem.per_sequence, rank=RANKINGS[problem.choice]
     )
 
 
@@ -65,7 +68,10 @@ def test_every_choice_of_the_schema_has_a_ranking() -> None:
 def test_an_expert_that_is_alone_ranks_by_its_logit(choice: str) -> None:
     logits = torch.tensor([0.5, -1.0, 2.0]).view(3, 1, 1)
     member = torch.ones(3, 1, dtype=torch.bool)
-    assert pairs(routing.expert_choice(logits, member, 2, per_sequence=True, rank=RANKINGS[choice])) == {(0, 0), (0, 2)}
+    assert pairs(routing.expert_choice(logits, member, Slots(2), per_sequence=True, rank=RANKINGS[choice])) == {
+        (0, 0),
+        (0, 2),
+    }
 
 
 @pytest.mark.parametrize("choice", RANKINGS)
@@ -74,7 +80,7 @@ def test_logits_that_differ_by_rounding_are_ties(choice: str) -> None:
     first = torch.tensor([0.31037587, 0.31036, 0.3104])
     logits = torch.stack((first, first, torch.nextafter(first, first + 1))).view(3, 1, 3)
     member = torch.ones(3, 1, dtype=torch.bool)
-    found = pairs(routing.expert_choice(logits, member, 1, per_sequence=True, rank=RANKINGS[choice]))
+    found = pairs(routing.expert_choice(logits, member, Slots(1), per_sequence=True, rank=RANKINGS[choice]))
     assert found == {(0, 0), (1, 0), (2, 0)}
 
 
@@ -150,6 +156,86 @@ def test_decided(problem: Problem, seed: int, spare: int) -> None:
     assert pairs(selection) == {(e, t) for t, e in flat.nonzero().tolist()}
 
 
+FACTORS = (Fraction(1), Fraction(3, 10), Fraction(5, 2))
+
+
+def counted(modality: list[list[int]], modalities: int) -> list[list[int]]:
+    """Tokens of each modality in each sequence, [B][M]."""
+    return [[column.count(number) for number in range(modalities)] for column in map(list, zip(*modality, strict=True))]
+
+
+@quick
+@given(problems(), st.integers(0, 2**32), st.integers(1, 3), st.sampled_from(FACTORS), st.sampled_from((1, 2, 3)))
+def test_actual_capacity(problem: Problem, seed: int, ranks: int, factor: Fraction, multiple: int) -> None:
+    """Choices, cut-offs and slots follow the tokens that are there; slots are those that the fullest rank needs."""
+    random, tokens = Random(seed), problem.length * problem.batch
+    tables = [counted(problem.modality, problem.modalities)]
+    for _ in range(ranks - 1):
+        other = [[random.randint(-1, problem.modalities - 1) for _ in row] for row in problem.modality]
+        tables.insert(random.randint(0, len(tables)), counted(other, problem.modalities))
+    counts = TokenCounts(np.array(counted(problem.modality, problem.modalities)), np.array(tables))
+    logits, member = tensors(problem)
+
+    def capacity(found: int) -> int:
+        return oracles.actual_capacity(found, problem.experts, factor, multiple)
+
+    slots = actual_slots(
+        counts,
+        member,
+        problem.group,
+        problem.experts,
+        per_sequence=problem.per_sequence,
+        factor=float(factor),
+        multiple=multiple,
+    )
+    needed = 0
+    for table in tables:
+        scopes = [sum(row[number] for number in problem.group) for row in table]
+        needed = max(needed, sum(map(capacity, scopes)) if problem.per_sequence else capacity(sum(scopes)))
+    rank = RANKINGS[problem.choice]
+    selection = routing.expert_choice(logits, member, slots, per_sequence=problem.per_sequence, rank=rank)
+    assert selection.token.shape[1] == min(tokens, math.ceil(max(1, needed) / multiple) * multiple)
+    assert all(len(set(row)) == len(row) for row in selection.token.tolist())
+    assert pairs(selection) == oracles.expert_choice(problem, capacity)
+    assert torch.all(selection.gate[~selection.valid] == 0.0)
+    sums, number = oracles.cutoffs(problem, capacity)
+    found = cutoffs(rank(logits), member, slots, per_sequence=problem.per_sequence)
+    assert found.tolist() == pytest.approx([*sums, number], rel=1e-6, abs=1e-6)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from(FACTORS))
+def test_actual_capacity_of_what_depth_keeps(seed: int, per_sequence: bool, factor: Fraction) -> None:
+    """The host knows at most how many tokens are kept of a group; the device counts them."""
+    depth_logits, modalities, keep, quotas = depth_problem(seed)
+    random, number = Random(seed), 5
+    index = routing.depth_choice(depth_logits, torch.tensor(modalities), keep, quotas)
+    kept = torch.tensor(modalities).gather(0, index)
+    quotas = None if quotas is None else (*quotas, *[0] * (number - len(quotas)))
+    own = np.array(counted(modalities, number))
+    group = tuple(sorted(random.sample(range(number), random.randint(1, number))))
+    logits = [[[random.randint(-24, 24) / 8 for _ in range(3)] for _ in row] for row in kept.tolist()]
+    problem = Problem(number, kept.tolist(), logits, group, per_sequence, 1)
+    counts = TokenCounts(own, own[None]).kept(keep, quotas)
+    _, member = tensors(problem)
+    assert (member.sum(dim=0).numpy() <= counts.most(own, group)).all()
+    slots = actual_slots(
+        counts, member, group, problem.experts, per_sequence=per_sequence, factor=float(factor), multiple=1
+    )
+    selection = routing.expert_choice(torch.tensor(logits), member, slots, per_sequence=per_sequence)
+    want = oracles.expert_choice(problem, lambda found: oracles.actual_capacity(found, problem.experts, factor, 1))
+    assert pairs(selection) == want
+
+
+@quick
+@given(st.integers(0, 5000), st.integers(1, 9), st.sampled_from((0.1, 0.3, 1.0, 1.1, 2.5)), st.sampled_from((1, 7, 16)))
+def test_actual_capacity_in_numbers(tokens: int, experts: int, factor: float, multiple: int) -> None:
+    """The host and the device compute the same."""
+    want = oracles.actual_capacity(tokens, experts, Fraction(str(factor)), multiple)
+    for there in (np.array([tokens], np.float64), torch.tensor([tokens], dtype=torch.float64)):
+        assert actual_capacity(there, experts, factor=factor, multiple=multiple).tolist() == [want]
+
+
 def depth_problem(seed: int) -> tuple[Tensor, list[list[int]], int, tuple[int, ...] | None]:
     """Logits [S, B], modalities [S][B], tokens to keep, and quotas that use all of these up, some, or none.
 
@@ -206,7 +292,7 @@ def test_cutoffs(problem: Problem) -> None:
     logits, member = tensors(problem)
     sums, number = oracles.cutoffs(problem)
     ranked = RANKINGS[problem.choice](logits)
-    found = cutoffs(ranked, member, problem.capacity, per_sequence=problem.per_sequence)
+    found = cutoffs(ranked, member, Slots(problem.capacity), per_sequence=problem.per_sequence)
     assert found.tolist() == pytest.approx([*sums, number], rel=1e-6, abs=1e-6)
 
 

@@ -17,7 +17,7 @@ from mmscale.data.loader import StepBatch
 from mmscale.model.attention import DocumentAttention
 from mmscale.runtime import device, groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import to_device
+from mmscale.train.batch import part_of, to_device
 from mmscale.train.layers_log import LayersHook
 from mmscale.train.loop import StepReport, routing_stats
 from mmscale.train.parts import build
@@ -58,6 +58,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "moma_depth_joint",
         {"dtype": "bf16", "parallel": {"ep": 2, "overlap_experts": True}},
     ),
+    "capacity by the tokens that are there, ep": ("moma_actual", {"parallel": {"ep": 2}}),
+    "the same of micro-batches, tp": ("moma_actual_micro_batch", {"parallel": {"tp": 2}}),
 }
 
 
@@ -75,10 +77,7 @@ def reads_of(settings: Config) -> dict[int, tuple[DeviceReads, DeviceReads]]:
     times = RankTimes(settings, stepper=parts.stepper, state=state, begun=lambda step: None)
     hooks = [times, LayersHook(settings, groups=pg, metrics=None)]
     found = {}
-    parted = [
-        [mixture.micro_batch(number) for number in range(first + pg.dp.rank(), first + 4, pg.dp.size())]
-        for first in (0, 4, 8)
-    ]
+    parted = [list(part_of(pg).batch(mixture, first, 4)) for first in (0, 4, 8)]
     batches = times.watch(StepBatch(tuple(mine), (0, 0), (0, 0), 0) for mine in parted)
     for step in (1, 2, 3):
         stats = routing_stats(settings, step)

@@ -1,0 +1,155 @@
+"""How many tokens an expert takes of a sequence or micro-batch, and in which slots they stand.
+
+`nominal`: from the modality's nominal share, the same in every batch, so that shapes are static. `actual`: from the
+tokens that are there, k_e = ceil(factor * b / E) (MoMa, arXiv 2407.21770, section 2.2). Actual counts are known on the
+host: the loader counts this rank's tokens, and the tables of packed documents give those of every expert-parallel rank.
+So all ranks of an exchange compute the same number of slots without a message, and nothing waits for the device.
+
+Shapes: S tokens of a sequence, B sequences of the micro-batch, M modalities, E experts of a group, R expert-parallel
+ranks, Q scopes in which experts choose (B sequences, or 1 micro-batch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmscale.runtime import device
+
+
+class Slots(NamedTuple):
+    """The slots of every expert of a group.
+
+    Attributes:
+        capacity: most tokens that an expert takes of any scope; places in the order of preference run up to it.
+        limit: [Q] tokens that an expert takes of each scope; None: `capacity` of each.
+        place: [slots] the slots, as place * Q + scope, each once; None: all places up to `capacity` of all scopes.
+    """
+
+    capacity: int
+    limit: Tensor | None = None
+    place: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of each modality, on the host.
+
+    Attributes:
+        own: [B, M] int64, of this rank's micro-batch.
+        everyone: [R, B, M] int64, of the micro-batches that the expert-parallel ranks process at the same
+            time, this rank's among them.
+        keep: tokens of each sequence that a Mixture-of-Depths layer keeps; which ones, only the device knows. None: all
+            of them.
+        quotas: tokens of each modality that it takes first; None: it has no quotas.
+    """
+
+    own: NDArray[np.int64]
+    everyone: NDArray[np.int64]
+    keep: int | None = None
+    quotas: tuple[int, ...] | None = None
+
+    def kept(self, keep: int, quotas: tuple[int, ...] | None) -> TokenCounts:
+        """The same tokens in front of what a Mixture-of-Depths layer does with those that it keeps."""
+        return replace(self, keep=keep, quotas=quotas)
+
+    def most(self, tokens: NDArray[np.int64], modalities: tuple[int, ...]) -> NDArray[np.int64]:
+        """Most tokens of these modalities that a sequence can have: exact without Mixture-of-Depths.
+
+        Args:
+            tokens: [..., M], `own` or `everyone`.
+            modalities: those of a group of experts.
+
+        Returns:
+            [...] int64.
+        """
+        found: NDArray[np.int64] = tokens[..., list(modalities)].sum(axis=-1)
+        if self.keep is None:
+            return found
+        reserved = np.zeros_like(found)
+        if self.quotas is not None:
+            others = [number for number in range(tokens.shape[-1]) if number not in modalities]
+            reserved = np.minimum(tokens, np.array(self.quotas))[..., others].sum(axis=-1)
+        return np.minimum(found, self.keep - reserved)
+
+
+Numbers = TypeVar("Numbers", NDArray[np.float64], Tensor)
+
+
+def actual_capacity(tokens: Numbers, experts: int, *, factor: float, multiple: int) -> Numbers:
+    """Tokens that each expert takes of scopes with so many tokens of its group.
+
+    One formula for the host (NumPy) and for the device (torch), which must agree: ceil(factor * tokens / experts),
+    rounded up to `multiple`, at most all tokens; 0 where there is none. It grows with the tokens, so the capacity of an
+    upper bound is an upper bound.
+
+    Args:
+        tokens: whole numbers in fp64, any shape.
+        experts: E, over all expert-parallel ranks.
+        factor: model.experts.capacity_factor.
+        multiple: `capacity_multiple` of mmscale.config.fp8 [tokens].
+    """
+    # As in derived.expert_capacity: what is whole on paper is not rounded up to the next token.
+    exact = -((1e-9 - factor * tokens / experts) // 1)
+    rounded = -(-exact // multiple) * multiple
+    return tokens - (tokens - rounded).clip(0)  # the smaller of the two
+
+
+def actual_slots(
+    counts: TokenCounts,
+    member: Tensor,
+    modalities: tuple[int, ...],
+    experts: int,
+    *,
+    per_sequence: bool,
+    factor: float,
+    multiple: int,
+) -> Slots:
+    """Slots for the tokens that are there; as many on every expert-parallel rank.
+
+    Args:
+        counts: what the host knows of the micro-batches of all ranks of the exchange.
+        member: [S, B] bool on the device, tokens of the group.
+        modalities: those of the group.
+        experts: E, over all expert-parallel ranks.
+        per_sequence: each sequence chooses by itself.
+        factor: model.experts.capacity_factor.
+        multiple: slots are a multiple of this, for FP8.
+
+    Returns:
+        As many slots as the fullest rank's expert needs, at least one, rounded up to `multiple`. Places beyond a
+        scope's own limit, which is counted on the device, are slots that no token fills.
+    """
+    tokens, scopes = member.numel(), member.shape[1] if per_sequence else 1
+
+    def bounds(table: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = counts.most(table, modalities)
+        found = found if per_sequence else found.sum(axis=-1, keepdims=True)
+        return actual_capacity(found.astype(np.float64), experts, factor=factor, multiple=multiple).astype(np.int64)
+
+    most = max(1, int(bounds(counts.everyone).sum(axis=-1).max()))
+    slots = min(tokens, -(-most // multiple) * multiple)
+    places = _filled_up([int(bound) for bound in bounds(counts.own)], slots, tokens // scopes)
+    where = np.concatenate([np.arange(count) * scopes + scope for scope, count in enumerate(places)])
+    found = member.sum(dim=0) if per_sequence else member.sum().view(1)
+    return Slots(
+        capacity=max(places),
+        limit=actual_capacity(found.double(), experts, factor=factor, multiple=multiple).long(),
+        place=device.upload(where, member.device),
+    )
+
+
+def _filled_up(places: list[int], slots: int, length: int) -> list[int]:
+    """Places of each scope, more of them until there are as many as slots: no place stands for two slots."""
+    left = slots - sum(places)
+    found = []
+    for own in places:
+        more = min(left, length - own)
+        found.append(own + more)
+        left -= more
+    assert left == 0, "the slots of all ranks are at least this rank's, and at most all tokens"
+    return found

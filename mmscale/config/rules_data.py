@@ -14,6 +14,8 @@ _MAX_SHIFTS = 8
 def _data(config: Config) -> Iterator[Problem]:
     if config.data.path is not None and config.data.blend:
         yield Problem("data.path and data.blend are both set", "keep one of them")
+    if config.data.blend and not any(entry.weight for entry in config.data.blend):
+        yield Problem("data.blend: every source has weight 0, nothing is trained on", "give one a positive weight")
     prepare = config.data.prepare
     if prepare is None:
         return

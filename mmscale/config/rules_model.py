@@ -199,6 +199,8 @@ def _capacity(config: Config) -> Iterator[Problem]:
         )
     for name, count in experts.counts.items():
         share = experts.share.get(name, 1.0) if model.kind == "moma" and experts.share != "auto" else 1.0
+        if experts.capacity == "actual":
+            continue  # never more than all tokens of the group
         if model.kind == "moma" and experts.share == "auto":
             continue  # not known before the data is
         wanted = experts.capacity_factor * share / count

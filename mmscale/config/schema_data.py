@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from mmscale.config.section import Count, Index, Positive, Section, Share, setting
+from mmscale.config.section import Count, Index, Rate, Section, Share, setting
 
 
 class TextTokenizerConfig(Section):
@@ -97,7 +97,9 @@ class DataSource(Section):
     """One prepared data set of a blend."""
 
     path: str = setting("Folder written by `mmscale data prepare`.")
-    weight: Positive = setting("Relative number of sequences drawn from it.", 1.0)
+    weight: Rate = setting(
+        "Relative number of sequences drawn from it in training; 0: none. It is evaluated all the same.", 1.0
+    )
 
 
 class DataConfig(Section):

@@ -102,7 +102,7 @@ class Mixture:
         seq_length: tokens of a sequence.
         micro_batch_size: sequences of a micro-batch.
         seed: seed of all orders.
-        weights: relative number of sequences of each source; default: equal. Ignored with `once`.
+        weights: relative number of sequences of each source, 0: none; default: equal. Ignored with `once`.
         balance: deal; otherwise micro-batches are consecutive sequences of the stream.
         pack_window: documents among which packing chooses.
         deal_window: sequences dealt together.
@@ -160,7 +160,7 @@ class Mixture:
         # One pass: weights equal to the sizes use up all sources at the same moment.
         shares = np.array(sizes if once else weights or [1.0] * len(sources), float)
         self._weights = shares / shares.sum()
-        self._sequences = int(sizes.sum())
+        self._sequences = int(sizes[shares > 0].sum())
         self._groups = max(1, min(deal_window, self._sequences) // micro_batch_size)  # micro-batches of a window
         self._windows: OrderedDict[int, _Window] = OrderedDict()
 
@@ -259,7 +259,13 @@ class Mixture:
         """
         lengths = source.lengths[documents].astype(np.int64)
         starts = np.cumsum(lengths) - lengths
-        modality = self.vocabulary.modality_of(ids)
+        try:
+            modality = self.vocabulary.modality_of(ids)
+        except DataError as error:
+            raise DataError(
+                f"data: {source.folder}: {error.cause}",
+                remedy="the files are damaged: copy the data set again, or prepare it again",
+            ) from None
         one_hot = modality[:, None] == np.arange(len(self.vocabulary.names))
         found = np.add.reduceat(one_hot, starts, axis=0, dtype=np.int64)
         wrong = (found != source.counts[documents]).any(axis=1) | (modality[starts] != 0)

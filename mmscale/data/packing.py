@@ -255,13 +255,17 @@ def blend(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDAr
     sequences a source has given w*i of them within 1/2 + w*S/2.
 
     Args:
-        weights: share of each source, adding up to 1 [S].
+        weights: share of each source, adding up to 1; a source with share 0 gives nothing [S].
         start: first sequence of the stretch.
         count: length of the stretch.
 
     Returns:
         Source and number of each sequence, int64 [count] each.
     """
+    if not weights.all():
+        given = np.flatnonzero(weights)
+        chosen, places = blend(weights[given], start=start, count=count)
+        return given[chosen], places
     sources = len(weights)
     if sources == 1:
         return np.zeros(count, np.int64), np.arange(start, start + count)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import VocabConfig
-from mmscale.errors import ConfigError
+from mmscale.errors import ConfigError, DataError
 
 # Ids of the special tokens. They stand first in the first (text) range: BOI and EOI are predicted from text context,
 # as in Chameleon's vocabulary. Padding is id 0 and routes nowhere.
@@ -74,8 +74,20 @@ class Vocabulary:
         return self.ranges[self.names.index(name)]
 
     def modality_of(self, ids: NDArray[np.integer]) -> NDArray[np.int8]:
-        """Index of each id's modality, -1 for padding; same shape as `ids`. Ids past the last range are a bug."""
+        """Index of each id's modality, -1 for padding; same shape as `ids`.
+
+        Raises:
+            DataError: an id is in no modality's range: no expert would take it, and no loss would count it.
+        """
         ends = np.array([end for _, end in self.ranges])
+        given = np.asarray(ids)
+        outside = (given < 0) | (given >= self.size)
+        if outside.any():
+            raise DataError(
+                f"token id {int(given[outside][0])} belongs to no modality of vocab.modalities, whose ids are 0 to "
+                f"{self.size - 1}",
+                remedy="prepare the data with this vocabulary, or give vocab.modalities the sizes of the data's",
+            )
         modality = np.searchsorted(ends, ids, side="right").astype(np.int8)
         modality[np.asarray(ids) == PAD] = NO_MODALITY
         return modality

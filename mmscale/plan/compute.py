@@ -65,13 +65,16 @@ def nominal_shares(config: Config) -> dict[str, float]:
 def expert_slots(config: Config, tokens: int) -> dict[str, float]:
     """Expert slots per token that a layer works on, for each group; about the capacity factor in sum.
 
+    With `model.experts.capacity = actual` it is what a micro-batch of nominal shares takes. Another mix takes other
+    slots of each group and about as many in all; with expert parallelism the fullest rank's.
+
     Args:
         config: a configuration with experts.
         tokens: tokens of each sequence that the layer sees (fewer in a Mixture-of-Depths layer).
     """
     experts = config.model.experts
     scope = tokens * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
-    shares = dict.fromkeys(experts.counts, 1.0) if config.model.kind == "moe" else nominal_shares(config)
+    shares = _group_shares(config, tokens)
     slots = {}
     for name, count in experts.counts.items():
         capacity = expert_capacity(
@@ -80,10 +83,30 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
             count,
             factor=experts.capacity_factor,
             multiple=capacity_multiple(config),
-            limit=scope,
+            limit=scope if experts.capacity == "nominal" else max(1, round(shares[name] * scope)),
         )
         slots[name] = count * capacity / scope
     return slots
+
+
+def _group_shares(config: Config, tokens: int) -> dict[str, float]:
+    """Share of each group in the tokens that a layer sees, from which its slots follow.
+
+    A Mixture-of-Depths layer with actual capacities has slots for the most tokens of each group that it may keep.
+    """
+    model = config.model
+    if model.kind == "moe":
+        return dict.fromkeys(model.experts.counts, 1.0)
+    shares = nominal_shares(config)
+    if model.experts.capacity == "nominal" or model.depth is None or tokens == model.seq_length:
+        return shares
+    by_quota = model.depth.choice == "per_modality"
+    quotas = {name: int(share * tokens + 1e-9) if by_quota else 0 for name, share in shares.items()}
+    found = {}
+    for name, share in shares.items():
+        others = sum(quota for other, quota in quotas.items() if other != name)
+        found[name] = min(share * model.seq_length, tokens - others) / tokens
+    return found
 
 
 def layer_flops(config: Config, *, depth: bool) -> Flops:

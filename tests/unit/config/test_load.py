@@ -182,7 +182,7 @@ class TestUnknownKeys:
             ("lr=3", "optim.lr"),
             ("optim.learning_rate=3", "optim.lr"),
             ("optim.seed=3", "run.seed"),
-            ("model.experts.capacity=3", "model.depth.capacity"),
+            ("model.experts.every=3", "model.depth.every"),
             ("model.experts.capacity_facto=3", "model.experts.capacity_factor"),
             ("parallel.tensor_model_parallel_size=2", "parallel.tp"),
             ("models.depth=2", "model.depth"),

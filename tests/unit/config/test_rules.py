@@ -82,6 +82,10 @@ BROKEN = [
     ({"model__kind": "dense"}, "model.experts.counts is set, but model.kind = dense has no experts"),
     ({**DENSE, "model__experts__shared": 1}, "model.experts.shared is set, but model.kind = dense"),
     ({**DENSE, "model__experts__noise": "gumbel"}, "model.experts.noise is set, but model.kind = dense"),
+    (
+        {"data__path": None, "data__blend": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]},
+        "every source has weight 0",
+    ),
     ({**DENSE, "model__experts__capacity": "actual"}, "model.experts.capacity is set, but model.kind = dense"),
     ({**DENSE, "model__experts__choice": "softmax"}, "model.experts.choice is set, but model.kind = dense"),
     ({"model__kind": "moe"}, "model.experts.counts has 2 groups, model.kind = moe wants exactly one"),

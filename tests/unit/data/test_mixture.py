@@ -20,6 +20,7 @@ from mmscale.config import Config
 from mmscale.data import packing_cache
 from mmscale.data.loader import BatchLoader
 from mmscale.data.mixture import MicroBatch, Mixture, nominal_share, open_mixture, slot_usage
+from mmscale.data.sharing import Part
 from mmscale.data.source import Source
 from mmscale.data.vocab import BOS, EOS, PAD, Vocabulary
 from mmscale.errors import ConfigError, DataError
@@ -247,6 +248,47 @@ def test_a_blend_follows_its_weights_inside_micro_batches(folder: Path, tmp_path
         return float((counts[:, 1] / counts.sum(axis=1)).std())
 
     assert deviation(mixture) <= deviation(unbalanced)
+
+
+def test_a_source_of_weight_0_is_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    text = prepare(tmp_path / "text", [document(n, text=20, rng=rng) for n in range(40)])
+    images = prepare(tmp_path / "images", [document(n, text=2, images=3, rng=rng) for n in range(40)])
+    mixture = mix(text, images, weights=[1.0, 0.0])
+    assert all((mixture.micro_batch(index).sources == 0).all() for index in range(12))
+    assert mixture.len_epoch() == mix(text).len_epoch()
+    found = {source for index in range(12) for source in mix(text, images, once=True).micro_batch(index).sources}
+    assert {0, 1} <= found  # held-out passes read every source
+
+
+def test_sequence_counts_are_those_of_the_tokens(folder: Path) -> None:
+    mixture = mix(folder, once=True)
+    for index in range(mixture.len_epoch() + 1):  # the last one is empty
+        batch = mixture.micro_batch(index)
+        want = [[int((row == m).sum()) for m in range(2)] for row in batch.modality_ids]
+        assert mixture.sequence_counts(index).tolist() == want
+        assert mixture.counts(index) == tuple(map(sum, zip(*want, strict=True)))
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_ranks_that_exchange_tokens_know_each_others_counts(folder: Path, ep: int) -> None:
+    """Also from a number on that is no multiple of the ranks, and after the end of a pass."""
+    mixture, dp = mix(folder), 4
+    last = 13
+    read: dict[int, list[MicroBatch]] = {}
+    for rank in range(dp):
+        part = Part(rank, dp, tuple(range(rank // ep * ep, rank // ep * ep + ep)))
+        assert list(part.numbers(6, 8)) == [6 + rank, 10 + rank]
+        read[rank] = [part.read(mixture, number, last=last) for number in part.numbers(6, 12)]
+    for rank, batches in read.items():
+        first = rank // ep * ep
+        for place, batch in enumerate(batches):
+            together = [read[other][place] for other in range(first, first + ep)]
+            if ep == 1:
+                assert batch.everyone is None
+                continue
+            want = [[[(row == m).sum() for m in range(2)] for row in one.modality_ids] for one in together]
+            assert batch.everyone is not None and batch.everyone.tolist() == want
 
 
 def test_balanced_micro_batches_waste_fewer_slots(folder: Path) -> None:

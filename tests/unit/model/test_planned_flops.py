@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmscale.config import Config, ExpertsConfig
 from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.plan import count_parameters, flops_per_token
-from tests.unit.model.reference import depth, moma_experts, tiny
+from tests.unit.model.comparison import params_of
+from tests.unit.model.reference import Batch, depth, moma_experts, tiny
 
 _SEQUENCES = 3
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -44,22 +45,26 @@ _MODELS = {
     "moma": tiny(),
     "moma_capacity": tiny(experts=moma_experts(capacity_factor=1.7, capacity_multiple=4)),
     "moma_shared": tiny(experts=moma_experts(shared=2, shared_ffn_hidden_size=10), norm="post_per_expert"),
+    "moma_actual": tiny(experts=moma_experts(capacity="actual", scope="micro_batch", capacity_factor=1.4)),
+    "moma_actual_depth": tiny(depth=depth(), experts=moma_experts(capacity="actual")),
+    "moma_actual_depth_per_modality": tiny(depth=depth("per_modality"), experts=moma_experts(capacity="actual")),
     "moma_depth": tiny(depth=depth()),
     "moma_depth_per_modality": tiny(depth=depth("per_modality"), num_layers=4),
 }
 
 
 def _micro_batch(config: Config) -> tuple[torch.Tensor, MixedModalParams]:
-    """Ids, and one document for each sequence, so that attention is one causal square."""
+    """Ids of nominal shares, and one document for each sequence, so that attention is one causal square."""
     shape = (config.train.micro_batch_size, config.model.seq_length)
-    ids = torch.randint(0, config.vocab.size, shape, generator=torch.Generator().manual_seed(3))
-    (_, first), *_ = config.vocab.ranges
+    generator = torch.Generator().manual_seed(3)
+    (low, first), (_, end) = config.vocab.ranges
+    text = torch.randint(low + 1, first, shape, generator=generator)  # id 0 is padding
+    image = torch.randint(first, end, shape, generator=generator)
+    ids = torch.where(torch.arange(shape[1]) % 2 == 0, text, image)
     positions = torch.arange(shape[1]).expand(shape)
     documents = torch.arange(shape[0], dtype=torch.int32).unsqueeze(1).expand(shape)
-    params = MixedModalParams.of(
-        modality_ids=(ids >= first).to(torch.int8), position_ids=positions, document_ids=documents
-    )
-    return ids, params
+    facts = Batch(ids, (ids >= first).to(torch.int8), positions, documents)
+    return ids, params_of(facts)
 
 
 @pytest.mark.parametrize("name", _MODELS)

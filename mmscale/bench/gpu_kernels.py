@@ -157,6 +157,7 @@ def te_experts(session: Session, recipe: str) -> tuple[nn.Module, Any]:
         count=shape.experts,
         width=shape.inner,
         groups=groups.collection(),
+        own=range(shape.experts),
         compute=ExpertCompute(Products.TE, fused=True),
     )
     with torch.no_grad():

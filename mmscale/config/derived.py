@@ -5,7 +5,10 @@ One definition for model, plan, data and checks. Nothing is validated here (rule
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
+from itertools import accumulate
 
 from mmscale.config.fp8 import depth_multiple, high_precision
 from mmscale.config.schema import Config, ParallelConfig
@@ -65,6 +68,56 @@ def expert_capacity(
     # 1e-9: 0.1 * 3 / 0.3-like products that are whole on paper must not be rounded up to the next token.
     tokens = math.ceil(factor * tokens_in_scope * share / experts - 1e-9)
     return min(limit, max(1, math.ceil(tokens / multiple) * multiple))
+
+
+def experts_of_ranks(counts: Mapping[str, int], ranks: int) -> dict[str, tuple[range, ...]]:
+    """Which experts of each group every expert-parallel rank holds: contiguous ranges, in the order of ranks.
+
+    Ranks hold equally many experts of a group, or one more where the group's number is not divisible. Those one-more go
+    to the ranks that follow the ones that had them in the groups before, so ranks hold equally many experts altogether
+    wherever the total allows it: 7 text experts and 1 image expert are 2 on each of 4 ranks.
+
+    Args:
+        counts: experts of each group, in the groups' order.
+        ranks: expert-parallel ranks.
+    """
+    return dict(zip(counts, _spread(tuple(counts.values()), ranks), strict=True))
+
+
+@functools.lru_cache
+def _spread(counts: tuple[int, ...], ranks: int) -> list[tuple[range, ...]]:
+    found, turn = [], 0
+    for count in counts:
+        least, more = divmod(count, ranks)
+        ends = list(accumulate(least + ((rank - turn) % ranks < more) for rank in range(ranks)))
+        found.append(tuple(range(first, end) for first, end in zip([0, *ends], ends, strict=False)))
+        turn += more
+    return found
+
+
+def expert_counts(config: Config) -> dict[str, int]:
+    """Experts of each group, in the order that model, checkpoints and plan share."""
+    counts = config.model.experts.counts
+    if config.model.kind != "moma":
+        return dict(counts)
+    return {name: counts[name] for name in config.vocab.names if name in counts}
+
+
+def on_fullest_rank(config: Config, of_groups: Mapping[str, float]) -> float:
+    """What the expert-parallel rank with the most of it has of something that each group's experts share equally.
+
+    With groups that expert parallelism divides it is the sum over groups divided by the ranks.
+
+    Args:
+        config: gives groups and ranks.
+        of_groups: the whole of each group, e.g. its parameters.
+    """
+    counts, ranks = expert_counts(config), config.parallel.ep
+    if not any(count % ranks for count in counts.values()):
+        return sum(of_groups.values()) / ranks
+    places = experts_of_ranks(counts, ranks)
+    shares = [sum(of_groups[name] * len(places[name][rank]) / counts[name] for name in counts) for rank in range(ranks)]
+    return max(shares)
 
 
 def shared_width(config: Config) -> int:

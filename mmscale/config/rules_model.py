@@ -165,14 +165,13 @@ def _experts(config: Config) -> Iterator[Problem]:
             f"for each of vocab.modalities: {', '.join(names)}",
             "give every modality its number of experts",
         )
-    ep = config.parallel.ep
-    for name, count in experts.counts.items():
-        if count % ep:
-            yield Problem(
-                f"model.experts.counts.{name} = {count} is not divisible by parallel.ep = {ep}; every expert-parallel "
-                "rank holds the same number of experts of each group",
-                "change one of them",
-            )
+    total = sum(experts.counts.values())
+    if 0 < total < config.parallel.ep:
+        yield Problem(
+            f"model.experts.counts has {total} experts altogether, fewer than parallel.ep = {config.parallel.ep}: a "
+            "rank would hold none",
+            "use parallel.ep of at most that",
+        )
 
 
 def _capacity(config: Config) -> Iterator[Problem]:

@@ -179,7 +179,12 @@ class ParallelConfig(Section):
     tp: Count = setting("Tensor-parallel ranks; above 1 sequence parallelism is always on.", 1, unit="ranks")
     pp: Count = setting("Pipeline stages.", 1, unit="ranks")
     vpp: Count | None = setting("Model chunks per pipeline stage (interleaved schedule).", None, unit="chunks")
-    ep: Count = setting("Expert-parallel ranks; each holds experts of every modality.", 1, unit="ranks")
+    ep: Count = setting(
+        "Expert-parallel ranks, over which the experts of every group are spread; where they do not divide a group, "
+        "some hold one expert of it less.",
+        1,
+        unit="ranks",
+    )
     cp: Count = setting(
         "Context-parallel ranks; only 1: expert choice and depth rank whole sequences.", 1, unit="ranks"
     )

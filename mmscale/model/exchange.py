@@ -4,7 +4,7 @@
 is started and, where its tokens are needed, waited for; in backward the gradient's message is started where the forward
 one was waited for. The results are the same to the last bit: messages move rows and change none.
 
-Shapes: E experts of a group, L = E / EP of them on this rank, C slots of an expert on a rank, H hidden width.
+Shapes: E experts of a group, L of them on this rank, C slots of an expert on a rank, H hidden width.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from mmscale.model.experts import Places, splits
+
 
 def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
     """The largest of each count over the ranks that exchange tokens, on the host.
 
-    Where routing is decided token by token, ranks need different numbers of slots. The exchange has equal splits, so
+    Where routing is decided token by token, ranks need different numbers of slots. The exchange wants equal ones, so
     every rank takes as many as the fullest one needs. Every rank calls it; it waits for the device.
 
     Args:
@@ -32,12 +34,14 @@ def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
 
 
 class _Message:
-    """An equal-split all-to-all on its way. Holds what is sent until it has been sent."""
+    """An all-to-all of rows on its way. Holds what is sent until it has been sent."""
 
-    def __init__(self, tensor: Tensor, group: ProcessGroup) -> None:
-        self.sent = tensor.contiguous()
-        self.received = torch.empty_like(self.sent)
-        self.work = torch.distributed.all_to_all_single(self.received, self.sent, group=group, async_op=True)
+    def __init__(self, rows: Tensor, there: list[int], here: list[int], group: ProcessGroup) -> None:
+        self.sent = rows.contiguous()
+        self.received = rows.new_empty(sum(here), rows.shape[1])
+        self.work = torch.distributed.all_to_all_single(
+            self.received, self.sent, here, there, group=group, async_op=True
+        )
 
     def wait(self) -> None:
         """On CUDA the stream waits, not the host."""
@@ -47,9 +51,14 @@ class _Message:
 
 
 class _Journey:
-    """What the two ends of an exchange know of each other."""
+    """What the two ends of an exchange know of each other.
 
-    def __init__(self, group: ProcessGroup) -> None:
+    Attributes:
+        to, of: rows that go to every rank, and that come from every rank.
+    """
+
+    def __init__(self, there: list[int], here: list[int], group: ProcessGroup) -> None:
+        self.to, self.of = there, here
         self.group = group
         self.there: _Message | None = None
         self.back: _Message | None = None
@@ -61,20 +70,21 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, journey: _Journey) -> Tensor:
         ctx.journey = journey
-        journey.there = _Message(tensor, journey.group)
+        journey.there = _Message(tensor, journey.to, journey.of, journey.group)
         return journey.there.received
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         message = ctx.journey.back
-        assert message is not None and message.received.data_ptr() == gradients[0].data_ptr()
+        # What `_Arrive` handed on, and nothing was added to it: the gradient itself is in the message.
+        assert message is not None and message.sent.data_ptr() == gradients[0].data_ptr()
         message.wait()
         ctx.journey.back = None
-        return gradients[0], None
+        return message.received, None
 
 
 class _Arrive(torch.autograd.Function):
-    """Waits for the message. Backward: starts the gradient's, and hands on where it will be."""
+    """Waits for the message. Backward: starts the gradient's."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, journey: _Journey) -> Tensor:
@@ -86,43 +96,53 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.back = _Message(gradients[0], ctx.journey.group)
-        return ctx.journey.back.received, None
+        ctx.journey.back = _Message(gradients[0], ctx.journey.of, ctx.journey.to, ctx.journey.group)
+        return ctx.journey.back.sent, None  # of the shape that autograd expects here
 
 
 class Travelling:
     """Rows of one group on their way to other ranks. Every rank starts the same exchanges in the same order.
 
     Args:
-        rows: [ranks, n, H] or anything with as many rows for each rank, ordered by rank.
+        rows: [n, H], ordered by the rank that they go to.
+        there: rows for every rank.
+        here: rows from every rank.
         group: expert-parallel ranks.
     """
 
-    def __init__(self, rows: Tensor, group: ProcessGroup) -> None:
-        self._journey = _Journey(group)
+    def __init__(self, rows: Tensor, there: list[int], here: list[int], group: ProcessGroup) -> None:
+        self._journey = _Journey(there, here, group)
         self._rows = _Depart.apply(rows, self._journey)
 
     def arrived(self) -> Tensor:
-        """What the other ranks sent, in the same shape, ordered by rank. To be asked once."""
+        """What the other ranks sent, [m, H], ordered by the rank that it comes from. To be asked once."""
         return _Arrive.apply(self._rows, self._journey)
 
 
-def send_to_experts(chosen: Tensor, group: ProcessGroup) -> Travelling:
+def send_to_experts(chosen: Tensor, places: Places, group: ProcessGroup) -> Travelling:
     """Start sending a group's chosen tokens [E, C, H] to the ranks of their experts."""
-    return Travelling(chosen, group)
+    there, here = splits([chosen.shape[1]], [places], rank=group.rank())
+    return Travelling(chosen.reshape(-1, chosen.shape[2]), there, here, group)
 
 
-def receive_as_expert(travelling: Travelling, ranks: int) -> Tensor:
+def receive_as_expert(travelling: Travelling, places: Places, group: ProcessGroup) -> Tensor:
     """What an expert's rank received: [L, EP * C, H], by sending rank, as from `to_experts`."""
     rows = travelling.arrived()
-    experts, slots, width = rows.shape
-    local = experts // ranks
+    ranks, local, width = group.size(), len(places[group.rank()]), rows.shape[1]
+    slots = rows.shape[0] // max(1, ranks * local)
     return rows.view(ranks, local, slots, width).transpose(0, 1).reshape(local, ranks * slots, width)
 
 
-def send_back(outputs: Tensor, group: ProcessGroup) -> Travelling:
-    """Start sending experts' outputs [L, EP * C, H] back to where their tokens came from."""
-    ranks = group.size()
-    local, rows, width = outputs.shape
-    by_rank = outputs.view(local, ranks, rows // ranks, width).transpose(0, 1)
-    return Travelling(by_rank.reshape(ranks * local, rows // ranks, width), group)
+def send_back(outputs: Tensor, places: Places, slots: int, group: ProcessGroup) -> Travelling:
+    """Start sending experts' outputs [L, EP * C, H] back to where their tokens came from.
+
+    Args:
+        outputs: of this rank's experts, none where it has no expert of the group.
+        places: experts of every rank.
+        slots: C.
+        group: expert-parallel ranks.
+    """
+    ranks, local, width = group.size(), len(places[group.rank()]), outputs.shape[2]
+    by_rank = outputs.view(local, ranks, slots if local else 0, width).transpose(0, 1)
+    there, here = splits([slots], [places], rank=group.rank())
+    return Travelling(by_rank.reshape(-1, width), here, there, group)

@@ -1,11 +1,13 @@
-"""SwiGLU experts as batched 3-D parameters, and the equal-split exchange that brings tokens to them in one message.
+"""SwiGLU experts as batched 3-D parameters, and the exchange that brings tokens to them in one message.
 
 How they are computed is in expert_compute.py, the exchange that travels while experts compute in exchange.py.
 
-Static capacities make every shape known on the host: no counts are exchanged and nothing waits for the device.
+Host integers say how many experts of a group a rank holds and how many slots an expert has, so every shape is known on
+the host: no counts are exchanged and nothing waits for the device. Where expert parallelism does not divide a group,
+some ranks hold one expert less of it, and messages have unequal splits (mmscale.config.derived.experts_of_ranks).
 
-Shapes: E experts of a group, L = E / EP experts on this rank, N tokens of an expert, H hidden width, F inner width of
-this tensor-parallel rank.
+Shapes: E experts of a group, L of them on this rank, N tokens of an expert, C slots of an expert on one rank, H hidden
+width, F inner width of this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import all_to_all
@@ -24,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mmscale.model.expert_compute import BATCHED, ExpertCompute, feed_forward
+from mmscale.model.sharding import box_of
 from mmscale.runtime.cuda_graphs import Captured
 
 
@@ -35,11 +38,12 @@ class SpreadExperts(MegatronModule):
         count: E, over all expert-parallel ranks.
         width: SwiGLU inner width over all tensor-parallel ranks.
         groups: process groups; expert tensor parallelism equals tensor parallelism.
-        expert_parallel: False keeps all experts on every rank as ordinary (dense) parameters.
+        own: which of them this expert-parallel rank holds, at least one; None: every rank holds all of them as ordinary
+            (dense) parameters.
         compute: how the products are computed, see expert_compute.py.
 
     Attributes:
-        local_count: L.
+        own: global indices of this rank's experts.
         replica: which copy of its shard this rank holds.
     """
 
@@ -50,17 +54,16 @@ class SpreadExperts(MegatronModule):
         count: int,
         width: int,
         groups: ProcessGroupCollection,
-        expert_parallel: bool = True,
+        own: range | None,
         compute: ExpertCompute = BATCHED,
     ) -> None:
         super().__init__(config=config)
         self.tp, self.tp_rank = groups.tp.size(), groups.tp.rank()
-        self.ep: int = groups.ep.size() if expert_parallel else 1
-        self.ep_rank: int = groups.ep.rank() if expert_parallel else 0
-        self.replica: int = groups.expt_dp.rank() if expert_parallel else groups.dp_cp.rank()
-        assert count % self.ep == 0 and width % self.tp == 0, "checked by mmscale.config.rules"
-        self.count, self.local_count = count, count // self.ep
-        self.width, self.expert_parallel = width, expert_parallel
+        self.replica: int = groups.dp_cp.rank() if own is None else groups.expt_dp.rank()
+        self.count, self.expert_parallel = count, own is not None
+        self.own = range(count) if own is None else own
+        assert self.own and width % self.tp == 0, "checked by mmscale.config.rules"
+        self.width = width
         self._make(groups, compute)
 
     @abstractmethod
@@ -75,8 +78,8 @@ class Experts(SpreadExperts):
         hidden, inner, dtype = self.config.hidden_size, self.width // self.tp, self.config.params_dtype
         # w1 keeps gate and up projections on an axis of their own: resharding over tensor parallelism is then a plain
         # axis.
-        self.w1 = nn.Parameter(torch.empty(self.local_count, hidden, 2, inner, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(self.local_count, inner, hidden, dtype=dtype))
+        self.w1 = nn.Parameter(torch.empty(len(self.own), hidden, 2, inner, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(len(self.own), inner, hidden, dtype=dtype))
         for parameter, axis in ((self.w1, 3), (self.w2, 1)):
             # Without this the gradient norm counts tensor-parallel rank 0's shard only (tensor_parallel/layers.py).
             set_tensor_model_parallel_attributes(parameter, True, axis, 1)
@@ -95,65 +98,89 @@ class Experts(SpreadExperts):
     ) -> ShardedStateDict:
         """Global tensors [E, H, 2, inner] and [E, inner, H], whatever the layout."""
         del metadata
-        prepended = len(sharded_offsets)
-        sharded = {}
-        for name, axis in (("w1", 3), ("w2", 1)):
-            key = f"{prefix}{name}"
-            sharded[key] = ShardedTensor.from_rank_offsets(
-                key,
+        width = self.width // self.tp
+        return {
+            f"{prefix}{name}": box_of(
+                f"{prefix}{name}",
                 getattr(self, name),
-                *sharded_offsets,
-                (prepended, self.ep_rank, self.ep),
-                (prepended + axis, self.tp_rank, self.tp),
+                axes={0: (self.own.start, self.count), axis: (self.tp_rank * width, self.width)},
                 replica_id=(0, 0, self.replica),
-                prepend_axis_num=prepended,
+                offsets=sharded_offsets,
             )
-        return sharded
+            for name, axis in (("w1", 3), ("w2", 1))
+        }
 
 
-def to_experts(chosen: Sequence[Tensor], group: torch.distributed.ProcessGroup) -> list[Tensor]:
+Places = Sequence[range]  # of one group: the experts of every expert-parallel rank
+
+
+def to_experts(
+    chosen: Sequence[Tensor], places: Sequence[Places], group: torch.distributed.ProcessGroup
+) -> list[Tensor]:
     """Send every group's chosen tokens to the ranks of their experts, in one all-to-all.
 
-    All ranks always take part, whatever their modalities, in forward and backward: slots are static and stay in the
-    graph.
+    All ranks always take part, whatever their modalities, in forward and backward: slots stay in the graph.
 
     Args:
-        chosen: for each group [E, C, H], the tokens its experts took on this rank.
-        group: expert-parallel ranks; the i-th holds the i-th block of experts of every group.
+        chosen: for each group [E, C, H], the tokens its experts took on this rank; C is the same on all ranks.
+        places: for each group the experts of every rank.
+        group: expert-parallel ranks.
 
     Returns:
         For each group [L, EP * C, H].
     """
-    ranks = group.size()
+    ranks, rank = group.size(), group.rank()
     if ranks == 1:
         return list(chosen)
     width = chosen[0].shape[-1]
-    rows = [tensor.shape[0] // ranks * tensor.shape[1] for tensor in chosen]
-    sent = torch.cat([tensor.reshape(ranks, n, width) for tensor, n in zip(chosen, rows, strict=True)], dim=1)
-    received = all_to_all(group, sent.reshape(-1, width)).view(ranks, sum(rows), width)
-    parts = received.split(rows, dim=1)
+    sent = [
+        tensor[own[other].start : own[other].stop].reshape(-1, width)
+        for other in range(ranks)
+        for tensor, own in zip(chosen, places, strict=True)
+    ]
+    there, here = splits([tensor.shape[1] for tensor in chosen], places, rank=rank)
+    received = all_to_all(group, torch.cat(sent), here, there)
+    rows = [len(own[rank]) * tensor.shape[1] for tensor, own in zip(chosen, places, strict=True)]
+    parts = received.view(ranks, sum(rows), width).split(rows, dim=1)
     return [
-        part.reshape(ranks, tensor.shape[0] // ranks, tensor.shape[1], width)
+        part.reshape(ranks, len(own[rank]), tensor.shape[1], width)
         .transpose(0, 1)
-        .reshape(tensor.shape[0] // ranks, -1, width)
-        for part, tensor in zip(parts, chosen, strict=True)
+        .reshape(len(own[rank]), ranks * tensor.shape[1], width)
+        for part, tensor, own in zip(parts, chosen, places, strict=True)
     ]
 
 
-def from_experts(outputs: Sequence[Tensor], group: torch.distributed.ProcessGroup) -> list[Tensor]:
+def from_experts(
+    outputs: Sequence[Tensor], places: Sequence[Places], group: torch.distributed.ProcessGroup
+) -> list[Tensor]:
     """The inverse of `to_experts`: for each group [L, EP * C, H] -> [E, C, H]."""
-    ranks = group.size()
+    ranks, rank = group.size(), group.rank()
     if ranks == 1:
         return list(outputs)
     width = outputs[0].shape[-1]
-    rows = [tensor.shape[0] * tensor.shape[1] // ranks for tensor in outputs]
-    sent = torch.cat(
-        [
-            tensor.reshape(tensor.shape[0], ranks, -1, width).transpose(0, 1).reshape(ranks, n, width)
-            for tensor, n in zip(outputs, rows, strict=True)
-        ],
-        dim=1,
-    )
-    received = all_to_all(group, sent.reshape(-1, width)).view(ranks, sum(rows), width)
-    parts = received.split(rows, dim=1)
-    return [part.reshape(ranks * tensor.shape[0], -1, width) for part, tensor in zip(parts, outputs, strict=True)]
+    slots = [tensor.shape[1] // ranks for tensor in outputs]
+    sent = [
+        tensor.view(len(own[rank]), ranks, count, width).transpose(0, 1).reshape(ranks, len(own[rank]) * count, width)
+        for tensor, own, count in zip(outputs, places, slots, strict=True)
+    ]
+    there, here = splits(slots, places, rank=rank)
+    received = all_to_all(group, torch.cat(sent, dim=1).view(-1, width), there, here)
+    # From every rank its experts' rows, group by group.
+    sizes = [len(own[other]) * count for other in range(ranks) for own, count in zip(places, slots, strict=True)]
+    parts = received.split(sizes)
+    return [torch.cat(parts[number :: len(places)]).view(-1, count, width) for number, count in enumerate(slots)]
+
+
+def splits(slots: Sequence[int], places: Sequence[Places], *, rank: int) -> tuple[list[int], list[int]]:
+    """Rows of a message of these groups, for every rank of the group: tokens that go there, and that come from there.
+
+    Args:
+        slots: C of each group.
+        places: of each group.
+        rank: this expert-parallel rank.
+    """
+    there = [
+        sum(len(own[other]) * count for own, count in zip(places, slots, strict=True))
+        for other in range(len(places[0]))
+    ]
+    return there, [there[rank]] * len(there)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +19,7 @@ from torch import Tensor
 from mmscale.model.expert_compute import ExpertCompute, swiglu
 from mmscale.model.experts import SpreadExperts
 from mmscale.model.linear_te import PlainState, with_fusion
+from mmscale.model.sharding import box_of
 from mmscale.model.state_te import FP8_STATE, delayed, expert_weight
 
 
@@ -38,7 +39,7 @@ class TEExperts(SpreadExperts):
 
         def linear(inputs: int, outputs: int, mode: str, name: str) -> GroupedLinear:
             made = GroupedLinear(
-                self.local_count,
+                len(self.own),
                 inputs,
                 outputs,
                 parallel_mode=mode,
@@ -71,27 +72,25 @@ class TEExperts(SpreadExperts):
     ) -> ShardedStateDict:
         """The global tensors of experts.py: [E, H, 2, inner] and [E, inner, H]."""
         del metadata
-        before = len(sharded_offsets)
         sharded: ShardedStateDict = {}
         for name, linear in (("w1", self.linear_fc1), ("w2", self.linear_fc2)):
             own = f"{prefix}{'linear_fc1' if name == 'w1' else 'linear_fc2'}."
-            for index in range(self.local_count):
+            for index, expert in enumerate(self.own):
                 sharded[f"{own}weight{index}"] = expert_weight(
                     getattr(linear, f"weight{index}"),
                     name=name,
                     key=f"{prefix}{name}",
-                    expert=(self.ep_rank * self.local_count + index, self.count),
+                    expert=(expert, self.count),
                     tensor_parallel=(self.tp_rank, self.tp),
                     replica=self.replica,
                     offsets=sharded_offsets,
                 )
             if delayed(self.config):
-                sharded[f"{own}{FP8_STATE}"] = ShardedTensor.from_rank_offsets(
+                sharded[f"{own}{FP8_STATE}"] = box_of(
                     f"{prefix}{name}.{FP8_STATE}",
                     linear.fp8_state(),
-                    *sharded_offsets,
-                    (before + 1, self.ep_rank, self.ep),
+                    axes={1: (self.own.start, self.count)},
                     replica_id=(0, self.tp_rank, self.replica),
-                    prepend_axis_num=before,
+                    offsets=sharded_offsets,
                 )
         return sharded

@@ -81,16 +81,19 @@ class DelayedScales(Fp32Buffers):
         state: [1 + steps, L, 5] fp32, scales in row 0 and amax values below; row 1 is what has been seen since the last
             update. Columns are input, weight, output, gradient of the output, gradient of the input.
         groups: process groups of this rank.
-        experts: products of experts, which expert-parallel ranks share.
+        place: of products of experts, which expert-parallel ranks share: index of the first one here, and E; None: of a
+            product that every rank has.
         name: of the weight in a checkpoint.
     """
 
     state: Tensor
     name = ""
 
-    def __init__(self, recipe: Recipe, groups: ProcessGroupCollection, *, count: int, experts: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, groups: ProcessGroupCollection, *, count: int, place: tuple[int, int] | None
+    ) -> None:
         super().__init__()
-        self.recipe, self.groups, self.experts = recipe, groups, experts
+        self.recipe, self.groups, self.place = recipe, groups, place
         state = torch.zeros(1 + recipe.history, count, COLUMNS)
         state[0] = 1.0
         self.register_buffer("state", state, persistent=False)
@@ -129,7 +132,7 @@ class Fp8Product(nn.Module):
         groups: tensor-parallel ranks agree on amax values.
         name: of the weight in a checkpoint.
         count: L.
-        experts: the products are those of experts that expert-parallel ranks share.
+        place: as of `DelayedScales`.
     """
 
     def __init__(
@@ -139,13 +142,13 @@ class Fp8Product(nn.Module):
         *,
         name: str = "",
         count: int = 1,
-        experts: bool = False,
+        place: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.recipe, self.tp = recipe, groups.tp
         self.scales: DelayedScales | None = None
         if recipe.scaling == "delayed":
-            self.scales = DelayedScales(recipe, groups, count=count, experts=experts)
+            self.scales = DelayedScales(recipe, groups, count=count, place=place)
             self.scales.name = name
 
     def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
@@ -278,11 +281,17 @@ class Fp8FeedForward(nn.Module):
     """SwiGLU experts whose two products are FP8's: stands in for `expert_compute.feed_forward`."""
 
     def __init__(
-        self, recipe: Recipe, groups: ProcessGroupCollection, *, name: str = "", count: int, experts: bool
+        self,
+        recipe: Recipe,
+        groups: ProcessGroupCollection,
+        *,
+        name: str = "",
+        count: int,
+        place: tuple[int, int] | None,
     ) -> None:
         super().__init__()
-        self.first = Fp8Product(recipe, groups, name=f"{name}.w1", count=count, experts=experts)
-        self.second = Fp8Product(recipe, groups, name=f"{name}.w2", count=count, experts=experts)
+        self.first = Fp8Product(recipe, groups, name=f"{name}.w1", count=count, place=place)
+        self.second = Fp8Product(recipe, groups, name=f"{name}.w2", count=count, place=place)
 
     def forward(self, tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         """Arguments and result as of `feed_forward`: [L, M, H], [L, H, 2, F], [L, F, H] -> [L, M, H]."""
@@ -314,7 +323,7 @@ def attach(model: Any, config: Config, groups: ProcessGroupCollection) -> None:
                 module.fp8 = Fp8Product(recipe, groups, name=name)
             elif isinstance(module, Experts):
                 # Shared experts are dense parameters: every rank holds them.
-                spread = not module.w1.allreduce  # type: ignore[attr-defined]
+                place = (module.own.start, module.count) if module.expert_parallel else None
                 module.compute = Fp8FeedForward(  # type: ignore[assignment]
-                    recipe, groups, name=name, count=module.local_count, experts=spread
+                    recipe, groups, name=name, count=len(module.own), place=place
                 )

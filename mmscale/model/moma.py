@@ -24,7 +24,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmscale.config.derived import expert_capacity
+from mmscale.config.derived import expert_capacity, experts_of_ranks
 from mmscale.model.auxiliary import AuxiliaryRouter
 from mmscale.model.capacity import Slots, actual_slots
 from mmscale.model.exchange import largest_everywhere, receive_as_expert, send_back, send_to_experts
@@ -145,10 +145,13 @@ class MoMaMLP(MegatronModule):
         self.experts = nn.ModuleDict()
         self.router = Router(config, settings.groups)
         self.expert_norm = nn.ModuleDict()
-        for group in settings.groups:
-            self.experts[group.name] = make(
-                config, count=group.experts, width=width, groups=self.pg, compute=settings.compute
-            )
+        counts = {group.name: group.experts for group in settings.groups}
+        self.places = list(experts_of_ranks(counts, self.pg.ep.size()).values())
+        for group, places in zip(settings.groups, self.places, strict=True):
+            if own := places[self.pg.ep.rank()]:
+                self.experts[group.name] = make(
+                    config, count=group.experts, width=width, groups=self.pg, own=own, compute=settings.compute
+                )
             if settings.norm_experts:
                 self.expert_norm[group.name] = self._norm()
         self.shared: MegatronModule | None = None
@@ -159,7 +162,7 @@ class MoMaMLP(MegatronModule):
                 count=1,
                 width=settings.shared_width,
                 groups=self.pg,
-                expert_parallel=False,
+                own=None,
                 compute=settings.compute,
             )
             self.shared_norm = self._norm() if settings.norm_experts else None
@@ -209,9 +212,9 @@ class MoMaMLP(MegatronModule):
         if self.settings.overlap:
             outputs, shared = self._overlapped(chosen, flat)
         else:
-            received = to_experts(chosen, self.pg.ep)
-            computed = [self.experts[g.name](tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
-            outputs = from_experts(computed, self.pg.ep)
+            received = to_experts(chosen, self.places, self.pg.ep)
+            computed = [self._computed(g, tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
+            outputs = from_experts(computed, self.places, self.pg.ep)
 
         total = flat.new_zeros(flat.shape, dtype=torch.float32)
         for group, output, selection in zip(self.settings.groups, outputs, selections, strict=True):
@@ -233,13 +236,20 @@ class MoMaMLP(MegatronModule):
 
     def _overlapped(self, chosen: list[Tensor], flat: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Outputs of every group and of the shared experts, each computed while other groups' tokens travel."""
-        group, ranks = self.pg.ep, self.pg.ep.size()
-        there = [send_to_experts(tokens, group) for tokens in chosen]
+        ep, groups = self.pg.ep, self.settings.groups
+        there = [send_to_experts(tokens, places, ep) for tokens, places in zip(chosen, self.places, strict=True)]
         shared = None if self.shared is None else self.shared(flat.unsqueeze(0))
         back = []
-        for own, travelling in zip(self.settings.groups, there, strict=True):
-            back.append(send_back(self.experts[own.name](receive_as_expert(travelling, ranks)), group))
-        return [travelling.arrived() for travelling in back], shared
+        for group, places, tokens, travelling in zip(groups, self.places, chosen, there, strict=True):
+            output = self._computed(group, receive_as_expert(travelling, places, ep))
+            back.append(send_back(output, places, tokens.shape[1], ep))
+        returned = [travelling.arrived() for travelling in back]
+        return [rows.view(*tokens.shape) for rows, tokens in zip(returned, chosen, strict=True)], shared
+
+    def _computed(self, group: ExpertGroup, tokens: Tensor) -> Tensor:
+        """What this rank's experts of a group make of their tokens; where it has none, of none."""
+        output: Tensor = self.experts[group.name](tokens) if group.name in self.experts else tokens
+        return output
 
     def _router_logits(self, hidden: Tensor, params: MixedModalParams) -> Tensor:
         """[S, B, all experts] fp32, computed where the token lives and gathered."""

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, shared_width
-from mmscale.plan.compute import expert_slots
+from mmscale.plan.compute import expert_slots, fullest_slots
 from mmscale.plan.stages import dtype_bytes
 
 _FP32 = 4
@@ -123,12 +123,13 @@ def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dic
     model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
     h, tokens = model.hidden_size, config.train.micro_batch_size * length
     slots = tokens * sum(expert_slots(config, length).values())
+    worked_on = tokens * fullest_slots(config, length)  # as many where expert parallelism divides every group
     width = shared_width(config)
     # Chosen tokens and outputs are whole on every tensor-parallel rank, the inner width is not.
     parts = {
         "router": tokens * (h / tp + sum(model.experts.counts.values())) * _FP32,
-        "chosen": slots * size * h,
-        "experts": slots * size * widths * model.ffn_hidden_size / tp,
+        "chosen": worked_on * size * h,
+        "experts": worked_on * size * widths * model.ffn_hidden_size / tp,
         "combine": slots * (h * (2 * _FP32 + norm) + _SLOT_BYTES),
     }
     if width:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step, overlap_data_parallel
 from mmscale.plan.activations import recomputed_modules
-from mmscale.plan.compute import expert_slots
+from mmscale.plan.compute import expert_slots, fullest_slots
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
 
@@ -104,7 +104,7 @@ def communication(
     Args:
         config: a configuration that passes the rules for `world` ranks.
         world: ranks.
-        stage: pipeline stage; all ranks of a stage send alike.
+        stage: pipeline stage; its fullest rank, where expert parallelism does not divide a group of experts.
         parameters: what `count_parameters` returned, if it is at hand.
     """
     parameters = parameters or count_parameters(config)
@@ -193,8 +193,10 @@ def _experts(ledger: _Ledger, config: Config, tokens: int, *, forwards: int, bac
             ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=hidden, calls=forwards)
     else:
         ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=logits, calls=backwards)
-    exchanged = sum(slots.values()) * hidden
-    ledger.add(Kind.EP, Operation.ALL_TO_ALL, ep, payload=exchanged, calls=2 * (forwards + backwards))
+    # Tokens on their way to experts, and on their way back from those of the fullest rank.
+    worked_on = fullest_slots(config, tokens // config.train.micro_batch_size)
+    for exchanged in (sum(slots.values()), worked_on):
+        ledger.add(Kind.EP, Operation.ALL_TO_ALL, ep, payload=exchanged * hidden, calls=forwards + backwards)
 
 
 def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters: Parameters) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, expert_capacity, shared_width
+from mmscale.config.derived import depth_tokens, expert_capacity, on_fullest_rank, shared_width
 from mmscale.config.fp8 import capacity_multiple
 
 
@@ -107,6 +107,15 @@ def _group_shares(config: Config, tokens: int) -> dict[str, float]:
         others = sum(quota for other, quota in quotas.items() if other != name)
         found[name] = min(share * model.seq_length, tokens - others) / tokens
     return found
+
+
+def fullest_slots(config: Config, tokens: int) -> float:
+    """Expert slots per token that the fullest expert-parallel rank works on, for all ranks' tokens together.
+
+    As many as `expert_slots` in sum where expert parallelism divides every group; more where ranks hold different
+    numbers of experts, and the others wait. Arguments as of `expert_slots`.
+    """
+    return config.parallel.ep * on_fullest_rank(config, expert_slots(config, tokens))
 
 
 def layer_flops(config: Config, *, depth: bool) -> Flops:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size, micro_batches_per_step
+from mmscale.config.derived import data_parallel_size, expert_counts, experts_of_ranks, micro_batches_per_step
 from mmscale.plan.activations import on_gpu
 from mmscale.plan.communication import communication, sent_by_kind
 from mmscale.plan.compute import Flops, flops_per_token
@@ -167,7 +167,7 @@ def _reasons(
         reasons.append(f"tp messages {_share(time.tp, time)}")
     if parallel.ep > 1:
         where = "inside" if parallel.tp * parallel.ep <= gpu.per_node else "across"
-        reasons.append(f"1/{parallel.ep} of the experts per rank, exchange {where} nodes {_share(time.ep, time)}")
+        reasons.append(f"{_experts_per_rank(config)} per rank, exchange {where} nodes {_share(time.ep, time)}")
     if parallel.pp > 1:
         reasons.append(f"pipeline waits {_share(time.bubble, time)}")
         if config.model.depth is not None:
@@ -184,6 +184,16 @@ def _reasons(
     if time.dp > 0.01 * time.total:
         reasons.append(f"gradients and parameters not hidden {_share(time.dp, time)}")
     return tuple(reasons)
+
+
+def _experts_per_rank(config: Config) -> str:
+    """Which part of the experts a rank holds, in words."""
+    counts, ranks = expert_counts(config), config.parallel.ep
+    if not any(count % ranks for count in counts.values()):
+        return f"1/{ranks} of the experts"
+    held = [sum(len(own[rank]) for own in experts_of_ranks(counts, ranks).values()) for rank in range(ranks)]
+    number = f"{min(held)} to {max(held)}" if min(held) < max(held) else f"{max(held)}"
+    return f"{number} of the {sum(counts.values())} experts (groups are not divisible)"
 
 
 def _share(part: float, time: StepTime) -> str:

@@ -19,7 +19,7 @@ from mmscale.plan.activations import (
     shared_mask,
     total,
 )
-from mmscale.plan.compute import expert_slots
+from mmscale.plan.compute import expert_slots, fullest_slots
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
 
@@ -196,7 +196,8 @@ def _communication(config: Config) -> float:
     hidden = _tokens(config) * model.hidden_size * size
     found = 2 * hidden if parallel.tp > 1 else 0.0  # gathered input; the gradient before it is scattered
     if parallel.ep > 1:
-        found += 2 * hidden * sum(expert_slots(config, model.seq_length).values())  # sent and received
+        sent = sum(expert_slots(config, model.seq_length).values())
+        found += hidden * (sent + fullest_slots(config, model.seq_length))  # sent and received
     if parallel.pp > 1:
         found += 2 * hidden / parallel.tp * (parallel.vpp or 1)
     return found

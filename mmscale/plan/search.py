@@ -150,7 +150,7 @@ def _changed(config: Config, **parallel: Any) -> Config:
 def _candidates(config: Config, world: int) -> Iterator[Config]:
     """Everything that numbers of heads, layers and experts leave open, without recomputation."""
     model, train = config.model, config.train
-    most_experts = max(model.experts.counts.values(), default=1)
+    most_experts = sum(model.experts.counts.values()) or 1
     sizes = sorted({*_MICRO_BATCHES, train.micro_batch_size})
     for tp in _divisors(world, model.num_attention_heads):
         for pp in _divisors(world // tp, model.num_layers):

@@ -6,6 +6,7 @@ Bytes per element are here too, since everything that follows is counted in them
 from __future__ import annotations
 
 from mmscale.config import Config
+from mmscale.config.derived import on_fullest_rank
 from mmscale.plan.parameters import Parameters
 
 
@@ -28,14 +29,16 @@ def first_and_last(config: Config, stage: int) -> tuple[bool, bool]:
 
 
 def stage_parameters(config: Config, parameters: Parameters, stage: int) -> tuple[float, float]:
-    """Parameters on a rank of this stage: (dense ones, experts)."""
-    tp, ep = config.parallel.tp, config.parallel.ep
+    """Parameters on the fullest rank of this stage: (dense ones, experts)."""
+    tp = config.parallel.tp
     first, last = first_and_last(config, stage)
-    dense = experts = 0.0
-    for index in stage_layers(config, stage):
+    dense, experts = 0.0, 0.0
+    indices = stage_layers(config, stage)
+    for index in indices:
         layer = parameters.layers[index]
         dense += layer.sharded_by_tp / tp + layer.replicated
-        experts += layer.all_experts / (tp * ep)
+    if indices and (of_groups := parameters.layers[indices[0]].experts):  # all layers have the same experts
+        experts = len(indices) * on_fullest_rank(config, of_groups) / tp
     if first:
         dense += parameters.embedding / tp
     if last:

@@ -18,7 +18,7 @@ from mmscale.config.derived import (
 )
 from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules, total
 from mmscale.plan.communication import Kind, Operation, Traffic, communication
-from mmscale.plan.compute import expert_slots, layer_flops
+from mmscale.plan.compute import expert_slots, fullest_slots, layer_flops
 from mmscale.plan.hardware import Gpu
 from mmscale.plan.parameters import Parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
@@ -178,7 +178,8 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     inner = min(model.hidden_size, model.ffn_hidden_size // tp)
     for depth, count in counts.items():
         flops = layer_flops(config, depth=depth)
-        expert = (flops.ffn / (fast * _reached(inner)) + flops.routers / plain) * tokens / tp
+        ffn = flops.ffn + _waited_for(config, depth=depth)
+        expert = (ffn / (fast * _reached(inner)) + flops.routers / plain) * tokens / tp
         seconds = flops.projections / (fast * _reached(width)) * tokens / tp + expert
         started = KERNELS[model.kind] * (1.3 if depth else 1.0) * LAUNCH
         parts = layer_activations(config, example[depth], kernels=on_gpu(config))
@@ -204,6 +205,16 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         elementwise += _LOGITS * rows * tokens / (gpu.bandwidth * MEMORY)
     backward = 2 * (products + attention) + elementwise * MOVES[1] / MOVES[0]
     return _Pass(products, attention, elementwise, backward, repeated)
+
+
+def _waited_for(config: Config, *, depth: bool) -> float:
+    """FLOPs per token of a layer that the fullest expert-parallel rank has more than the average one."""
+    model = config.model
+    if model.kind == "dense":
+        return 0.0
+    length = depth_tokens(config) if depth else model.seq_length
+    more = fullest_slots(config, length) - sum(expert_slots(config, length).values())
+    return length / model.seq_length * 2 * 3 * model.hidden_size * model.ffn_hidden_size * more
 
 
 def _cast_bytes(config: Config, *, depth: bool) -> float:

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint.tensors import SCALING
 from mmscale.model.fp8_emulate import DelayedScales
+from mmscale.model.sharding import box_of
 from mmscale.train.batch import Batch
 
 
@@ -41,7 +42,7 @@ class DelayedScaling:
         """Largest amax of all micro-batches and ranks: those that hold the same weights, and shards of them."""
         del lr
         for experts, replicas in ((False, self.groups.dp_cp), (True, self.groups.expt_dp)):
-            mine = [scales for scales in self.scales if scales.experts is experts]
+            mine = [scales for scales in self.scales if (scales.place is not None) is experts]
             if not mine:
                 continue
             flat = torch.cat([scales.seen.reshape(-1) for scales in mine])
@@ -58,12 +59,12 @@ def sharded(chunks: Iterable[torch.nn.Module]) -> dict[str, ShardedTensor]:
     found = {}
     for scales in scales_of(chunks):
         groups = scales.groups
-        replicas = groups.expt_dp if scales.experts else groups.dp_cp
+        replicas = groups.dp_cp if scales.place is None else groups.expt_dp
         name = f"{scales.name}{SCALING}"
-        found[name] = ShardedTensor.from_rank_offsets(
+        found[name] = box_of(
             name,
             scales.state,
-            *([(1, groups.ep.rank(), groups.ep.size())] if scales.experts else []),
+            axes={} if scales.place is None else {1: scales.place},
             replica_id=(0, groups.tp.rank(), replicas.rank()),
         )
     return found

@@ -26,6 +26,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense_tied": {"kind": "dense", "tie_embeddings": True},
     "moe": {"kind": "moe", "experts": {"counts": {"mixed": 8}, "scope": "micro_batch"}},
     "moma": {"kind": "moma", "experts": _EXPERTS, "num_query_groups": 2},
+    "moma_7t1i": {
+        "kind": "moma",
+        "experts": {
+            "counts": {"text": 7, "image": 1},
+            "share": {"text": 0.7, "image": 0.3},
+            "shared": 1,
+            "threshold_decay": 0.9,
+        },
+        "auxiliary": {"mode": "joint"},
+    },
     "moma_post": {"kind": "moma", "experts": _EXPERTS, "norm": "post"},
     "moma_post_per_expert_shared": {
         "kind": "moma",

@@ -41,6 +41,7 @@ FOUR_RANKS: dict[str, dict[str, Any]] = {
     "tp2_ep2": {"tp": 2, "ep": 2},
     "pp2_ep2": {"pp": 2, "ep": 2},
     "dp2_ep2": {"ep": 2},
+    "ep4": {"ep": 4},
     "pp2_interleaved_ep2_overlap": {"pp": 2, "vpp": 2, "ep": 2, "overlap_grad_reduce": True},
     "tp2_ep2_recompute": {"tp": 2, "ep": 2, "recompute": "full"},
 }
@@ -99,6 +100,20 @@ def test_two_ranks_equal_one_process(references: References, model: str, tmp_pat
 @pytest.mark.parametrize("model", ["moma_depth_per_modality", EVERYTHING])
 def test_four_ranks_equal_one_process(references: References, model: str, tmp_path: Path) -> None:
     _run(references, model, tmp_path, 4, _chosen(model, FOUR_RANKS, 4, rest=False))
+
+
+UNEVEN: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"ep2": {"ep": 2}, "ep2_overlap_experts": {"ep": 2, "overlap_experts": True}},
+    4: {"ep4": {"ep": 4}, "tp2_ep2": {"tp": 2, "ep": 2}, "pp2_ep2": {"pp": 2, "ep": 2, "recompute": "full"}},
+}
+
+
+@pytest.mark.parametrize("world_size", UNEVEN)
+def test_groups_that_expert_parallelism_does_not_divide(
+    references: References, world_size: int, tmp_path: Path
+) -> None:
+    """7 text experts and 1 image expert: ranks hold different numbers of each group, some none."""
+    _run(references, "moma_7t1i", tmp_path, world_size, UNEVEN[world_size])
 
 
 @pytest.mark.exhaustive

@@ -38,7 +38,7 @@ TOLERANCE = 5e-7  # relative: 2e-6 of a loss near 4, as for training steps
 STEPS = 2
 HELD_OUT = 6  # micro-batches: with 4 a step the last step is filled up
 
-ROUTED = {"experts": "moma_joint", "depth": "dense_depth_joint", "both": "moma_depth_joint"}
+ROUTED = {"experts": "moma_joint", "depth": "dense_depth_joint", "both": "moma_depth_joint", "uneven": "moma_7t1i"}
 TWO_RANKS: dict[str, dict[str, Any]] = {"ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {}}
 FOUR_RANKS: dict[str, dict[str, Any]] = {"tp2_ep2": {"tp": 2, "ep": 2}}
 

@@ -103,7 +103,7 @@ def test_captured_experts_are_the_plain_ones(products: Products) -> None:
     for graph in (False, True):
         compute = ExpertCompute(products, fused=True, graph=graph)
         experts = Experts(
-            transformer_config(settings), count=4, width=64, groups=groups.collection(), compute=compute
+            transformer_config(settings), count=4, width=64, groups=groups.collection(), own=range(4), compute=compute
         ).cuda()
         generator = torch.Generator().manual_seed(3)
         for parameter in experts.parameters():

@@ -44,8 +44,8 @@ def order_of(settings: Config) -> tuple[list[str], list[str]]:
     names = {id(part): name for name, part in model.decoder.layers[0].mlp.experts.items()}
 
     class Message(exchange._Message):
-        def __init__(self, tensor: Tensor, group: Any) -> None:
-            super().__init__(tensor, group)
+        def __init__(self, rows: Tensor, *arguments: Any) -> None:
+            super().__init__(rows, *arguments)
             happened.append("start")
 
         def wait(self) -> None:

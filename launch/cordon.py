@@ -1,33 +1,84 @@
-# Nodes found bad: a shared text file, one node a line with the reason behind a #, which the next launch excludes.
-# A person takes a line out when a node is mended; nothing here does.
+# Nodes found bad: a shared text file, one node a line with the reason and the time behind a #, which the next launches
+# exclude for a while. A person takes a line out earlier when a node is mended; nothing here does.
 """The cordon file."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _NODE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_TIME = "%Y-%m-%d %H:%M:%S"
+_ENTRY = re.compile(r"^\s*(\S+)\s*(?:#\s*(.*?)\s*)?$")
 
 
-def read(file: Path) -> list[str]:
-    """Nodes in the file, each once; a line that is no node is left out."""
+@dataclass(frozen=True)
+class Entry:
+    """A line of the file.
+
+    Attributes:
+        node: its name.
+        reason: why it is there.
+        time: when it was written [seconds since 1970]; None for a line of a person's own, which does not expire.
+    """
+
+    node: str
+    reason: str = ""
+    time: float | None = None
+
+
+def entries(file: Path, *, max_age_s: float = float("inf")) -> list[Entry]:
+    """Lines that still count, each node once; a line that is no node is left out.
+
+    Args:
+        file: the cordon file.
+        max_age_s: how long a line counts [seconds].
+    """
     if not file.is_file():
         return []
-    words = [line.split("#")[0].split() for line in file.read_text(errors="replace").splitlines()]
-    return list(dict.fromkeys(found[0] for found in words if len(found) == 1 and _NODE.match(found[0])))
+    found: dict[str, Entry] = {}
+    for line in file.read_text(errors="replace").splitlines():
+        parts = _ENTRY.match(line)
+        if parts is None or not _NODE.match(parts[1]):
+            continue
+        reason, comma, stamp = (parts[2] or "").rpartition(", ")
+        written = _seconds(stamp) if comma else None
+        entry = Entry(parts[1], reason if written is not None else parts[2] or "", written)
+        if written is None or time.time() - written <= max_age_s:
+            found.setdefault(entry.node, entry)
+    return list(found.values())
 
 
-def add(file: Path, nodes: Sequence[str], *, reason: str) -> list[str]:
-    """Write down nodes that are not there yet; returns them."""
-    new = [node for node in nodes if _NODE.match(node) and node not in read(file)]
+def read(file: Path, *, max_age_s: float = float("inf")) -> list[str]:
+    """Nodes of the lines that still count."""
+    return [entry.node for entry in entries(file, max_age_s=max_age_s)]
+
+
+def cause(text: str) -> str:
+    """What is wrong, without what differs from node to node: two nodes with the same cause are compared by it."""
+    return re.sub(r"[0-9.]+", "N", " ".join(text.replace("#", " ").split()))
+
+
+def add(file: Path, nodes: Sequence[str], *, reason: str, max_age_s: float = float("inf")) -> list[str]:
+    """Write down nodes that are not there yet, or whose lines have expired; returns them."""
+    there = read(file, max_age_s=max_age_s)
+    new = [node for node in nodes if _NODE.match(node) and node not in there]
     if new:
         file.parent.mkdir(parents=True, exist_ok=True)
         said = " ".join(reason.replace("#", " ").split())
-        text = "".join(f"{node}  # {said}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n" for node in new)
+        text = "".join(f"{node}  # {said}, {time.strftime(_TIME)}\n" for node in new)
         with file.open("ab") as opened:
             os.write(opened.fileno(), text.encode())  # one write: several jobs may find bad nodes at once
     return new
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return datetime.datetime.strptime(text, _TIME).timestamp()
+    except ValueError:
+        return None

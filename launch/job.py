@@ -235,17 +235,10 @@ class Supervisor:
         Raises:
             LaunchError: always.
         """
-        names = ",".join(sorted(bad))
         with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
             said = {node: one.text for node, one in sorted(bad.items())}
             events.add("preflight_failed", job=self.job, restart=self.restart, nodes=said)
-        if self.record.nodes == 1 or len(bad) < self.record.nodes:  # all at once: it is what is between them
-            nodes.cordon(self.record, self.profile, {node: said[node] for node, one in bad.items() if one.cordon})
-        raise LaunchError(
-            "; ".join(f"node {node} is not fit to train on: {text}" for node, text in said.items()),
-            remedy=f"`mmscale resume {self.run_dir}` leaves nodes of the cordon file out; by hand: #SBATCH "
-            f"--exclude={names}; a check is turned off by preflight.skip of the profile",
-        )
+        raise nodes.refusal(self.record, self.profile, bad)
 
     # --- one attempt ------------------------------------------------------------------------------------------------
 

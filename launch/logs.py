@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch import chain, status
 from launch import record as records
-from launch import status
 from launch.job_table import JobTable
 from mmscale.errors import LaunchError
 
@@ -61,9 +61,9 @@ def _more(file: Path, place: int) -> tuple[str, int]:
 
 def _file(run: Path, *, rank: int, attempt: int | None, job: bool) -> Path | None:
     if job:
-        newest = records.latest(run)
-        found = sorted((newest / "submitit").glob("*_log.out")) if newest is not None else []
-        return found[-1] if found else None
+        # A chained job that waits has none; those of an array print into one folder.
+        files = (records.job_log(folder) for folder, _ in reversed(chain.keys(run)))
+        return next((file for file in files if file is not None), None)
     # The newest folder need not have one: ranks that were started again in place go on in that of the first start.
     attempts = [attempt] if attempt is not None else reversed(_attempts(run))
     files = (run / "logs" / f"attempt_{chosen}" / f"rank_{rank}.log" for chosen in attempts)

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from launch import cordon as cordon_file
 from launch import scheduler
 from launch.profile import Profile
 from launch.record import Record
+from mmscale.errors import LaunchError
 from mmscale.runtime.rank_env import expand_hostlist
 from slurm.preflight import clock_problems
 
@@ -36,10 +37,12 @@ class Unfit:
         text: each check that failed, and why.
         cordon: whether it would be wrong in a later job too, on this node and not on others. On the only node of a job
             nobody can tell a full file system, or a program that does not run, from the node's own faults.
+        hardware: a device said so itself, or was measured: two nodes may well have that at the same time.
     """
 
     text: str
     cordon: bool
+    hardware: bool = False
 
 
 def examine(
@@ -81,8 +84,24 @@ def examine(
     said = {node: "; ".join(f"{name}: {text}" for name, text in problems.items()) for node, problems in found.items()}
     for node, text in sorted(said.items()):
         sys.stderr.write(f"node {node}: {text or 'ready'}\n")
-    own = {node: record.nodes > 1 or not _OWN.isdisjoint(problems) for node, problems in found.items()}
-    return {node: Unfit(text, own[node]) for node, text in said.items() if text}
+    return {
+        node: Unfit(
+            said[node], record.nodes > 1 or any(_is_own(*one) for one in problems.items()), _is_hardware(problems)
+        )
+        for node, problems in found.items()
+        if problems
+    }
+
+
+def _is_own(check: str, text: str) -> bool:
+    """Whether a problem on the only node of a job is the node's: a program that is not on PATH is the job's."""
+    return check in _OWN and "No such file or directory" not in text
+
+
+def _is_hardware(problems: Mapping[str, str]) -> bool:
+    """Whether a device is broken or missing, by its driver's word."""
+    broken = "GPUs are there" in problems.get("gpus", "")
+    return broken or not {"gpu_memory_errors", "gpu_xid"}.isdisjoint(problems)
 
 
 def measure(
@@ -140,7 +159,7 @@ def measure(
         sys.stderr.write(f"all-reduce, {name}: {'nothing' if value is None else f'{value:.2f} GB/s'}\n")
     demanded = wanted.all_reduce_inside_gb_s > 0 or wanted.all_reduce_between_gb_s > 0
     own = demanded if ended.late else record.nodes > 1 or not ended.error
-    return {node: Unfit(text, own) for node, text in bad.items()}, measured
+    return {node: Unfit(text, own, "GB/s" in text) for node, text in bad.items()}, measured
 
 
 def slow_nodes(
@@ -253,12 +272,71 @@ def _last_error(text: str) -> str:
     return next((line for line in reversed(lines) if scheduler.no_answer(line)), lines[-1])
 
 
-def cordon(record: Record, profile: Profile, bad: Mapping[str, str], *, reason: str = "") -> dict[str, str]:
-    """Write nodes into the profile's cordon file; those that are new there, with what is wrong."""
+def of_the_job(bad: Mapping[str, Unfit], *, nodes: int) -> dict[str, str]:
+    """Bad nodes that must not be cordoned, and why: what is wrong with them is the job's fault, or what they share.
+
+    Args:
+        bad: nodes with a problem.
+        nodes: of the job.
+    """
+    if nodes > 1 and len(bad) == nodes:
+        return dict.fromkeys(bad, "all nodes of the job have a problem")
+    causes = [cordon_file.cause(one.text) for one in bad.values() if not one.hardware]
+    found = {}
+    for node, one in bad.items():
+        if not one.hardware and causes.count(cordon_file.cause(one.text)) > 1:
+            found[node] = "several nodes have the same problem"
+        elif not one.cordon:
+            found[node] = "a job of one node cannot tell whether others have it too"
+    return found
+
+
+def refusal(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> LaunchError:
+    """Cordon bad nodes, if they are at fault themselves, and say so: the error that ends the job before ranks start."""
+    spared = of_the_job(bad, nodes=record.nodes)
+    cordon(
+        record,
+        profile,
+        {node: one.text for node, one in sorted(bad.items()) if node not in spared},
+        hardware=[node for node, one in bad.items() if one.hardware],
+    )
+    lines = [f"node {node} is not fit to train on: {one.text}" for node, one in sorted(bad.items())]
+    lines += [f"{node} is not cordoned: {why}" for node, why in sorted(spared.items())]
+    return LaunchError(
+        "; ".join(lines),
+        remedy=f"`mmscale resume {record.run}` leaves nodes of {profile.cordon_file or 'a cordon file'} out; by hand: "
+        f"#SBATCH --exclude={','.join(sorted(bad))}; a check is turned off by preflight.skip of the profile",
+    )
+
+
+def cordon(
+    record: Record, profile: Profile, bad: Mapping[str, str], *, reason: str = "", hardware: Container[str] = ()
+) -> dict[str, str]:
+    """Write nodes into the profile's cordon file; those that are new there, with what is wrong.
+
+    A node is not written down for what another one is there for already: it is then the jobs that have the problem.
+
+    Args:
+        record: of the launch.
+        profile: of the cluster.
+        bad: nodes, and what is wrong with each.
+        reason: what is written instead, for nodes that SLURM lost.
+        hardware: those whose devices are at fault, as others' may be too.
+    """
     if profile.cordon_file is None:
         return {}
     file = Path(record.cwd) / profile.cordon_file
-    new = {node: text for node, text in bad.items() if cordon_file.add(file, [node], reason=reason or text)}
-    for node, text in new.items():
-        sys.stderr.write(f"node {node} ({text}): written into {file}, and left out of later launches\n")
+    new = {}
+    for node, text in bad.items():
+        entries = cordon_file.entries(file, max_age_s=profile.cordon_expires)
+        same = [e.node for e in entries if cordon_file.cause(e.reason) == cordon_file.cause(text) and e.node != node]
+        if same and not reason and not hardware:
+            sys.stderr.write(
+                f"node {node} ({text}): not written into {file}, because {', '.join(same)} is there for the same: "
+                "probably no node is at fault; take the line out\n"
+            )
+            continue
+        if cordon_file.add(file, [node], reason=reason or text, max_age_s=profile.cordon_expires):
+            new[node] = text
+            sys.stderr.write(f"node {node} ({text}): written into {file}, and left out of later launches\n")
     return new

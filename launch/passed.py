@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.profile import Profile
+from launch.profile import SECRET, Profile
 from mmscale.errors import LaunchError, UsageError
 
 SECRETS = "secrets"  # folder in the launch folder, one file each
@@ -30,7 +30,6 @@ _KEPT = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "XDG_CACHE_HOME", "HF_*", "WANDB_*"),
     *("NCCL_*", "GLOO_*", "UCX_*", "FI_*", "CUDA_HOME", "CUDA_PATH"),
 )
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 # Facts of the process that submits, which may be a rank of a job itself.
 _OWN = ("MMSCALE_ATTEMPT_ID", "MMSCALE_LAUNCHER")
@@ -57,7 +56,7 @@ def passed(profile: Profile, environ: Mapping[str, str] = os.environ) -> Passed:
         for name, value in environ.items()
         if name not in _OWN and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     }
-    withheld = sorted(name for name, value in wanted.items() if _SECRET.search(name) or _PASSWORD_IN_URL.search(value))
+    withheld = sorted(name for name, value in wanted.items() if SECRET.search(name) or _PASSWORD_IN_URL.search(value))
     return Passed({name: value for name, value in wanted.items() if name not in withheld}, tuple(withheld))
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,28 @@ FOLDER = Path("configs/cluster")
 BUILT_IN = ("local", "debug")
 _MOST_PROBLEMS = 50  # in one message
 _SHOWN = 60  # characters of a wrong value
+# Names of variables that are not passed to jobs by their environment.
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+# Options of sbatch that the launcher sets, and what sets them.
+_NOT_FOR_SBATCH = {
+    **{name: f"use `{name}` of the profile" for name in ("account", "constraint", "exclude", "exclusive", "partition")},
+    **{name: f"use `{name}` of the profile" for name in ("qos", "reservation", "time")},
+    "nodes": "use `nodes` of the profile or --nodes",
+    "ntasks": "use `nodes` and `tasks_per_node`",
+    "ntasks-per-node": "use `tasks_per_node`",
+    "cpus-per-task": "use `cpus_per_task`",
+    "gpus": "use `gpus_per_node`",
+    "gpus-per-node": "use `gpus_per_node`",
+    "gpus-per-task": "use `gpus_per_node`",
+    "mem": "use `memory_gb`",
+    "dependency": "use --after",
+    "array": "use --sweep",
+    "signal": "use `signal_delay`",
+    "job-name": "use run.name",
+    **dict.fromkeys(
+        ("chdir", "output", "error", "open-mode", "wrap", "export", "parsable", "test-only"), "leave it out"
+    ),
+}
 _PLAIN = r"^[A-Za-z0-9][A-Za-z0-9._+@:-]*$"
 
 Plain = Annotated[str, Field(pattern=_PLAIN, max_length=200)]
@@ -141,6 +164,11 @@ class Profile(Section):
     )
     exclude: tuple[Nodes, ...] = setting("Nodes that are never used.", ())
     cordon_file: str | None = setting("Shared file of nodes found bad, one a line; they are not used either.", None)
+    cordon_expires: Seconds = setting(
+        "How long a line of the cordon file counts; a line without a time does not expire.",
+        14 * 86400.0,
+        unit="seconds",
+    )
     preflight: Preflight = setting("Checks of every node before ranks start.", Preflight())
     setup: tuple[Line, ...] = setting("Shell lines before anything else, e.g. 'module load cuda'.", ())
     environment: dict[Variable, EnvironmentVariable] = setting("Variables of the job.", {})
@@ -152,7 +180,7 @@ class Profile(Section):
     )
     container: Container | None = setting("Run ranks in a container.", None)
     sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Argument | int | bool] = setting(
-        "More options of sbatch, without dashes.", {}
+        "More options of sbatch, without dashes; not those that follow from other settings.", {}
     )
     srun: tuple[Argument, ...] = setting("More arguments of srun.", ())
 
@@ -162,6 +190,14 @@ class Profile(Section):
             raise ValueError("neither gpus_per_node nor tasks_per_node says how many ranks a node has")
         if self.scheduler != "slurm" and self.ranks != "srun":
             raise ValueError(f"ranks: {self.ranks} is for scheduler: slurm, and this is {self.scheduler}")
+        for name in self.sbatch:
+            if name in _NOT_FOR_SBATCH:
+                raise ValueError(f"sbatch: {name} would contradict what mmscale asks for; {_NOT_FOR_SBATCH[name]}")
+        if secret := next((name for name in self.keep if SECRET.search(name) and not name.endswith("*")), None):
+            raise ValueError(
+                f"keep: {secret} looks like a secret, which would lie in SLURM's records; "
+                f"use secrets: {{{secret}: {{env: {secret}}}}}"
+            )
         if self.signal_delay >= 60 * self.time:
             raise ValueError(f"signal_delay ({self.signal_delay:g} s) is not below the time limit ({self.time} min)")
         return self
@@ -185,10 +221,13 @@ class Profile(Section):
 
     def excluded(self) -> list[str]:
         """Nodes that are not to be used: those named here and those found bad since."""
-        nodes = list(self.exclude)
-        if self.cordon_file is not None:
-            nodes += [node for node in cordon.read(Path(self.cordon_file)) if node not in nodes]
-        return nodes
+        return list(dict.fromkeys([*self.exclude, *self.cordoned()]))
+
+    def cordoned(self) -> list[str]:
+        """Nodes found bad not too long ago."""
+        if self.cordon_file is None:
+            return []
+        return cordon.read(Path(self.cordon_file), max_age_s=self.cordon_expires)
 
 
 def load_profile(name: str) -> Profile:

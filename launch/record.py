@@ -201,9 +201,24 @@ def latest(run: Path) -> Path | None:
     return max(folders, key=lambda entry: int(entry.name), default=None)
 
 
-def set_job(folder: Path, job: JobKey) -> None:
-    """Write down which job a launch became."""
-    _write_json(folder / JOB, {"job": job.id, "time": round(time.time(), 3), **asdict(job)})
+def set_job(folder: Path, job: JobKey, *, log: str = "") -> None:
+    """Write down which job a launch became.
+
+    Args:
+        folder: of the launch.
+        job: its job.
+        log: file that the job prints into; tasks of an array print into the folder of its first launch.
+    """
+    _write_json(folder / JOB, {"job": job.id, "time": round(time.time(), 3), **asdict(job), "log": log})
+
+
+def job_log(folder: Path) -> Path | None:
+    """The file that a launch's job prints into; None if there is none yet, or nobody knows it."""
+    try:
+        name = str(json.loads((folder / JOB).read_text()).get("log", ""))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+    return Path(name) if name and Path(name).is_file() else None
 
 
 def key_of(folder: Path) -> JobKey | None:

@@ -226,6 +226,17 @@ def lost_nodes(hosts: str) -> dict[str, str]:
     return {node: state for node, state in states if re.search(r"(?<![A-Z_])(DOWN|FAIL|NOT_RESPONDING)|\*", state)}
 
 
+def unknown_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of some nodes that the cluster does not have (any more): sbatch refuses to exclude them."""
+    if not nodes:
+        return []
+    try:
+        known = set(run(["sinfo", "--noheader", "--Node", "--format=%N"]).split())
+    except LaunchError:
+        return []
+    return [node for node in nodes if node not in known] if known else []
+
+
 def requeue(job: str) -> None:
     """Have a job start again, from its batch script on.
 

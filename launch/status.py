@@ -28,9 +28,14 @@ _FINAL = {2: "failed", 3: "failed", 4: "failed", 5: "gave up", 74: "failed", 75:
 
 def known(folder: Path) -> list[Path]:
     """Run folders below a folder."""
-    return sorted(
-        entry for entry in folder.glob("*") if (entry / "config.yaml").is_file() or (entry / "launch").is_dir()
-    )
+    return sorted(entry for entry in folder.glob("*") if _is_run(entry))
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "config.yaml").is_file() or any((folder / "launch").glob("[0-9]*"))
+    except OSError:  # shown as unreadable
+        return True
 
 
 def status(runs: Iterable[Path], table: JobTable | None = None) -> list[dict[str, Any]]:
@@ -52,6 +57,8 @@ def status(runs: Iterable[Path], table: JobTable | None = None) -> list[dict[str
         except (MmscaleError, OSError, ValueError, KeyError, TypeError) as error:
             if len(folders) == 1 and isinstance(error, MmscaleError):
                 raise
+            if len(folders) == 1 and isinstance(error, PermissionError):
+                raise LaunchError(f"{run}: {_said(error)}") from None
             found.append(_unreadable(run, error))
     return found
 

@@ -139,7 +139,12 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
         passed.write_secrets(profile, Path(one.record.folder))
     if profile.scheduler != "slurm":
         return [_here(one.record) for one in planned]
-    executor = _executor([one.record for one in planned], profile, dependency=dependency)
+    executor = _executor(
+        [one.record for one in planned],
+        profile,
+        dependency=dependency,
+        unknown=scheduler.unknown_nodes(profile.cordoned()),
+    )
     jobs = [job.Job(one.record.folder) for one in planned]
     with passed.only(profile):
         try:
@@ -161,9 +166,10 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
                 f"SLURM did not take the job: {said}", remedy=f"look at the profile {planned[0].record.cluster}"
             ) from None
     numbers = [str(taken.job_id) for taken in submitted]
+    logs = {str(taken.job_id): str(taken.paths.stdout) for taken in submitted}
     for keys in ([records.JobKey(number) for number in numbers], _keys(numbers)):  # the number at once
         for one, key in zip(planned, keys, strict=True):
-            records.set_job(Path(one.record.folder), key)
+            records.set_job(Path(one.record.folder), key, log=logs[key.id])
     return [
         {"run": one.record.run, "job": number, "launch": one.record.folder}
         for one, number in zip(planned, numbers, strict=True)
@@ -216,7 +222,9 @@ def _after(after: str | None, *, ask: bool = True) -> str | None:
     return f"afterany:{name}"
 
 
-def _executor(taken: Sequence[records.Record], profile: Profile, *, dependency: str | None) -> SlurmExecutor:
+def _executor(
+    taken: Sequence[records.Record], profile: Profile, *, dependency: str | None, unknown: Sequence[str] = ()
+) -> SlurmExecutor:
     first = taken[0]
     # exec: the batch process becomes Python, so that what SLURM sends to the batch script reaches it.
     executor = _Executor(
@@ -236,7 +244,7 @@ def _executor(taken: Sequence[records.Record], profile: Profile, *, dependency: 
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "exclude": ",".join(profile.excluded()) or None,
+        "exclude": ",".join(node for node in profile.excluded() if node not in unknown) or None,
         "exclusive": profile.exclusive or None,
         "dependency": dependency,
         "use_srun": False,

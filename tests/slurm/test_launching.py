@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from launch import control, submit
+from launch import control, logs, submit
 from launch import record as records
 from mmscale.errors import LaunchError
 from mmscale.train.metrics import read_events, read_metrics
@@ -120,6 +120,8 @@ def test_a_sweep_and_a_chain(jobs: Jobs) -> None:
     assert last.state().state == "PENDING" and "Dependency" in last.state().reason
     for run in (one, other, last):
         assert run.until_ended().state == "COMPLETED", run.report()
+    for run in (one, other):  # all tasks print into one folder
+        assert f"{run.folder}/logs/" in "".join(logs.lines(run.folder, job=True))
     rates = [max(line["lr"] for line in read_metrics(run.folder)) for run in (one, other)]
     assert rates[1] / rates[0] == pytest.approx(3, rel=0.05)  # the schedules end at one minimum
     assert read_events(last.folder)[0]["time"] >= read_events(other.folder)[-1]["time"]

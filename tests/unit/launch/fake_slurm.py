@@ -23,29 +23,38 @@ class FakeSlurm:
         self.folder = folder
         folder.mkdir(parents=True)
         self.sacct("")
-        self._write("scontrol", 'echo "ClusterName = here"')
-        self._write("scancel", "true")
+        self.answer("scontrol", 'echo "ClusterName = here"')
+        self.answer("scancel", "true")
         self.jobs(**jobs)
 
     def jobs(self, **jobs: JobState) -> None:
         """Change what squeue says."""
-        self._write("squeue", "".join(f"echo '{_line(number, state)}'\n" for number, state in jobs.items()) or "true")
+        self.answer("squeue", "".join(f"echo '{_line(number, state)}'\n" for number, state in jobs.items()) or "true")
 
     def away(self) -> None:
         """slurmctld does not answer any more."""
         for name in ("squeue", "scontrol", "scancel"):
-            self._write(name, f'echo "{name}: error: {_AWAY}" >&2; exit 1')
+            self.answer(name, f'echo "{name}: error: {_AWAY}" >&2; exit 1')
 
     def sacct(self, *lines: str) -> None:
         """What the accounting knows."""
-        self._write("sacct", "".join(f"echo '{line}'\n" for line in lines) or "true")
+        self.answer("sacct", "".join(f"echo '{line}'\n" for line in lines) or "true")
 
     def calls(self, name: str) -> list[str]:
         """Arguments of each call of a command."""
         file = self.folder / f"{name}.calls"
         return file.read_text().splitlines() if file.exists() else []
 
-    def _write(self, name: str, script: str) -> None:
+    def open_to_all(self) -> None:
+        """Let other users call the commands."""
+        for file in self.folder.iterdir():
+            file.chmod(0o777)
+        for name in ("squeue", "sacct", "scontrol", "scancel", "sinfo"):
+            (self.folder / f"{name}.calls").touch(0o666)
+            (self.folder / f"{name}.calls").chmod(0o666)
+
+    def answer(self, name: str, script: str) -> None:
+        """Have a command run some lines of bash."""
         file = self.folder / name
         file.write_text(f'#!/bin/bash\necho "$@" >> {file}.calls\n{script}\n')
         file.chmod(0o755)

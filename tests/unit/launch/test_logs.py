@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import logs
+from launch import record as records
 from mmscale.errors import LaunchError
 
 
@@ -22,3 +23,23 @@ def test_ranks_that_were_started_in_place_are_found_in_the_folder_of_the_first_s
     for missing in ({"attempt": 11}, {"rank": 7}):
         with pytest.raises(LaunchError, match="has no log of rank"):
             list(logs.lines(tmp_path, **missing))  # type: ignore[arg-type]
+
+
+def test_the_jobs_own_log_is_that_of_this_runs_task_and_of_its_newest_job_that_has_one(tmp_path: Path) -> None:
+    """Tasks of an array print into the folder of its first launch."""
+    first = tmp_path / "one" / "launch" / "001"
+    (first / "submitit").mkdir(parents=True)
+    for task, name in enumerate(("one", "two")):
+        folder = tmp_path / name / "launch" / "001"
+        folder.mkdir(parents=True, exist_ok=True)
+        log = first / "submitit" / f"7_{task}_0_log.out"
+        log.write_text(f"job of {name}\n")
+        records.set_job(folder, records.JobKey(f"7_{task}"), log=str(log))
+    assert list(logs.lines(tmp_path / "one", job=True)) == ["job of one\n"]
+    assert list(logs.lines(tmp_path / "two", job=True)) == ["job of two\n"]
+    waiting = tmp_path / "two" / "launch" / "002"
+    waiting.mkdir()
+    records.set_job(waiting, records.JobKey("9"), log=str(waiting / "submitit" / "9_0_log.out"))
+    assert list(logs.lines(tmp_path / "two", job=True)) == ["job of two\n"]
+    with pytest.raises(LaunchError, match="has no log of its job"):
+        list(logs.lines(tmp_path / "three", job=True))

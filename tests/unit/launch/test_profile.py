@@ -38,12 +38,27 @@ def test_hostile_names_are_refused(key: str, value: str) -> None:
         {"setup": ["one\ntwo"]},
         {"container": {"image": "x;id"}},
         {"keep": ["A;B"]},
+        {"secrets": {"A": {"env": "B;C"}}},
+        {"secrets": {"A B": {"env": "B"}}},
     ],
     ids=str,
 )
 def test_hostile_values_elsewhere_are_refused(content: dict) -> None:
     with pytest.raises(ConfigError):
         profile_of({"tasks_per_node": 1, **content}, where="here")
+
+
+@pytest.mark.parametrize("name", ["nodes", "time", "gpus", "mem", "export", "array", "signal", "output"])
+def test_options_of_sbatch_that_follow_from_other_settings_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"sbatch: {name} would contradict"):
+        profile_of({"tasks_per_node": 1, "sbatch": {name: 1}}, where="here")
+    profile_of({"tasks_per_node": 1, "sbatch": {"mail-type": "FAIL", "nice": 100, "comment": "a"}}, where="here")
+
+
+def test_a_secret_is_not_kept_but_given(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="WANDB_API_KEY looks like a secret"):
+        profile_of({"tasks_per_node": 1, "keep": ["WANDB_API_KEY"]}, where="here")
+    profile_of({"tasks_per_node": 1, "keep": ["WANDB_*"]}, where="here")
 
 
 def test_unknown_settings_and_missing_reasons_are_errors() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +223,46 @@ def test_a_bad_folder_hides_no_other(slurm: FakeSlurm, tmp_path: Path, monkeypat
     empty.mkdir()
     torn = launched(tmp_path / "torn", records.JobKey("8"))
     (torn / "lease.json").write_text("{")
-    refused = tmp_path / "refused"  # a submission that SLURM did not take left nothing but the folder
+    refused = tmp_path / "refused"  # all that an older version left of a submission that SLURM did not take
     (refused / "launch").mkdir(parents=True)
     odd = launched(tmp_path / "odd", records.JobKey("not-a-number"))
     found = {Path(one["run"]).name: one for one in status.status([empty, torn, refused, odd, good])}
     assert found["good"]["state"] == "RUNNING"
-    for name in ("empty", "torn", "refused"):
-        assert found[name]["state"] in ("unreadable", "ended", "unknown"), found[name]
+    assert {name: found[name]["state"] for name in ("empty", "torn", "refused")} == {
+        "empty": "unreadable",
+        "torn": "ended",
+        "refused": "unreadable",
+    }
     json.dumps(list(found.values()))
     with pytest.raises(LaunchError, match="is no run folder"):
         status.status([empty])
+    assert status.known(tmp_path) == [good, odd, torn]
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder that all can read, and for root another user, who may not read everything."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    os.seteuid(os.getuid())
+    shutil.rmtree(folder)
+
+
+def test_another_users_folder_is_said_to_be_one(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeSlurm(nobody / "bin", **{"8": JobState("8", "RUNNING")})
+    monkeypatch.setenv("PATH", f"{fake.folder}:/usr/bin:/bin")
+    theirs, mine = (
+        launched(nobody / name, records.JobKey(number)) for name, number in (("theirs", "7"), ("mine", "8"))
+    )
+    closed = theirs / "launch" / "001"
+    closed.chmod(0)
+    if os.getuid() == 0:
+        fake.open_to_all()
+        os.seteuid(65534)
+    one, other = status.status([theirs, mine])
+    assert one["state"] == "unreadable" and f"no permission to read {closed}" in one["reason"]
+    assert "chmod" in one["reason"] and other["state"] == "RUNNING"
+    assert status.known(nobody)[-2:] == [mine, theirs]
+    with pytest.raises(LaunchError, match="no permission to read"):
+        status.status([theirs])

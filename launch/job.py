@@ -22,16 +22,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import agent, nodes, owner, passed, ranks, step
+from launch import agent, hangs, nodes, owner, passed, ranks, step
 from launch import budget as budgets
 from launch import record as records
 from launch.allocation import Allocation
+from launch.beginning import Beginning
 from launch.job_states import Phase, phase_of
 from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Budget, Ending, crashed, decide
+from launch.progress import Progress
 from launch.scheduler import UnreachableError, patiently
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError, MmscaleError
-from mmscale.resilience import lease, watchdog
+from mmscale.resilience import lease
 from mmscale.runtime.rank_env import unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
@@ -39,6 +41,7 @@ _REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank
 _POLL_S = 0.1
 _LOOK_S = 1.0  # between looks at a request to stop
 _STATUSES_S = 1.0  # between looks at what agents were not told: a listing of a folder that all nodes share
+_PROGRESS_S = 30.0  # between two notes of the run's progress
 _FIRST_LOOK_S = 10.0  # after ranks were started
 _OTHERS_S = 60.0  # after one rank has said that trying again would not help; as srun's --wait
 _KILLED_S = 90.0  # a requeued job is ended by SLURM within KillWait
@@ -87,6 +90,7 @@ class Supervisor:
             interrupted=self._stopping,
         )
         self._stop_looked, self._stop_known = float("-inf"), False
+        self._progress: Progress | None = None
         self._said = ""  # by srun, about the last start of ranks
         self._ranks: subprocess.Popen[bytes] | None = None
         self._sent = 0.0
@@ -265,13 +269,14 @@ class Supervisor:
         self.began, self.bandwidth = None, {}
         _say(f"attempt {attempt} ({lease_id}): {shlex.join(command)}")
         try:
-            status = self._start_until_begun(command, environment, logs, fence)
+            status = self._start_until_begun(command, environment, logs, fence, events)
             fence.check()
         except lease.FencedError as error:
             _say(f"error: {error.cause}")
             return Action.END, error.exit_status
+        self._note_progress(fence)
         attempt = self._after_restarts_in_place(attempt, lease_id, events)
-        self._tell_hang(attempt, lease_id, events)
+        hangs.tell(self.record, attempt, lease_id, events)
         ending = self._ending(status, attempt, cause=step.cause_of(logs, self._said))
         budget = self._budget().ended(step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending))
         budgets.keep(self.folder, budget)
@@ -305,21 +310,6 @@ class Supervisor:
             return action, GAVE_UP
         return action, STOPPED if status != 0 and not crashed(ending) and status not in (2, 3, 4, 5) else status
 
-    def _tell_hang(self, attempt: int, lease_id: str, events: EventLog) -> None:
-        """Tell of a hang, if ranks of this attempt wrote reports: unlike their logs these are in its own folder."""
-        logs = self.run_dir / "logs" / f"attempt_{attempt}"
-        hung = watchdog.reports(logs)
-        if not hung:
-            return
-        events.add(
-            "hang",
-            attempt_id=lease_id,
-            ranks=watchdog.culprits(hung, world_size=self.record.world_size),
-            step=max(report.step for report in hung),
-            waited_s=max(report.waited_s for report in hung),
-            reports=str(logs / watchdog.FOLDER),
-        )
-
     def _max_restarts(self) -> int:
         return 0 if self.profile.scheduler == "debug" else self.record.max_restarts
 
@@ -338,13 +328,13 @@ class Supervisor:
             if event["event"] != "ranks_ended" or event.get("action") != agent.IN_PLACE:
                 continue
             budgets.keep(self.folder, self._budget().ended(step=int(event["checkpoint"]), crashed=True))
-            self._tell_hang(int(event["attempt"]), lease_id, events)
+            hangs.tell(self.record, int(event["attempt"]), lease_id, events)
         last = max((int(event["attempt"]) for event in found), default=attempt)
         events.attempt = last
         return last
 
     def _start_until_begun(
-        self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence
+        self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence, events: EventLog
     ) -> int:
         """Start the ranks and wait for their end; again if slurmctld was away and none was started.
 
@@ -352,7 +342,7 @@ class Supervisor:
             UnreachableError: it stayed away for the profile's `slurm_patience`.
         """
         while True:
-            status = self._wait_for(command, environment, logs, fence)
+            status = self._wait_for(command, environment, logs, fence, events)
             self._said = step.report(logs)
             if status == 0 or not step.never_began(logs, self._said):
                 return status
@@ -365,12 +355,16 @@ class Supervisor:
                 raise
             (logs / step.LAUNCHER_LOG).unlink(missing_ok=True)
 
-    def _wait_for(self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence) -> int:
+    def _wait_for(
+        self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence, events: EventLog
+    ) -> int:
         """Start the ranks and wait for their end, passing requests on to them; their exit status."""
         self._ranks = step.start(command, environment, cwd=self.record.cwd, logs=logs, slurm=self.slurm)
         self._sent = 0.0
         waits_until = float("inf")
         look_at = time.monotonic() + _FIRST_LOOK_S if self.slurm else float("inf")
+        note_at = time.monotonic() + _PROGRESS_S
+        beginning = Beginning(self.run_dir, events.attempt, hint_after_s=self.profile.start_hint_after)
         list_at = 0.0 if self.profile.ranks == "torchrun" else float("inf")
         try:
             while True:
@@ -383,11 +377,18 @@ class Supervisor:
                         waits_until, list_at = time.monotonic() + _OTHERS_S, float("inf")
                 if time.monotonic() > waits_until:  # agents would start the others again and again, without the first
                     return agent.true_status(logs, 1)
+                if time.monotonic() >= note_at:
+                    note_at = time.monotonic() + _PROGRESS_S
+                    self._note_progress(fence)
                 if time.monotonic() > look_at:  # by now the step is there, and gets what is sent
                     look_at = float("inf")
                     self._look_for_preemption()
                 fence.look()
+                beginning.look(events, where=environment.get("MASTER_PORT", ""))
                 if self._stopping():
+                    if beginning.deaf():
+                        _say("the ranks have not begun, and do not hear the request to end: killed")
+                        return 128 + signal.SIGKILL
                     self._ask_to_save()
         finally:
             if self._ranks.poll() is None:
@@ -396,6 +397,14 @@ class Supervisor:
                     self._ranks.wait(5.0)
                 self._ranks.kill()
                 self._ranks.wait()
+
+    def _note_progress(self, fence: lease.Fence) -> None:
+        """Write down what `mmscale status` would otherwise read metrics.jsonl for, each time from its beginning."""
+        if self._progress is None:
+            self._progress = Progress.load(self.run_dir)
+        if self._progress.update(self.run_dir):
+            fence.check()
+            self._progress.save(self.run_dir)
 
     def _ask_to_save(self) -> None:
         now = time.monotonic()

@@ -162,6 +162,11 @@ class Profile(Section):
         1800.0,
         unit="seconds",
     )
+    start_hint_after: Seconds = setting(
+        "After how long the job says that its ranks have not begun yet; large checkpoints take their time.",
+        300.0,
+        unit="seconds",
+    )
     exclude: tuple[Nodes, ...] = setting("Nodes that are never used.", ())
     cordon_file: str | None = setting("Shared file of nodes found bad, one a line; they are not used either.", None)
     cordon_expires: Seconds = setting(

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ from launch import record as records
 from launch.goodput import goodput
 from launch.job_states import STATES
 from launch.job_table import JobTable
+from launch.progress import Progress
 from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError
 from mmscale.resilience import lease
-from mmscale.train.metrics import EVENTS, METRICS, read_events, read_metrics
+from mmscale.train.metrics import EVENTS, METRICS, read_events
 
 _FINAL = {2: "failed", 3: "failed", 4: "failed", 5: "gave up", 74: "failed", 75: "stopped"}
 
@@ -124,11 +125,11 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     if folder is None and not any((run / name).is_file() for name in ("config.yaml", METRICS, EVENTS)):
         raise LaunchError(f"{run} is no run folder", remedy="name a folder run.dir/run.name")
     events = read_events(run)
-    metrics = read_metrics(run)
+    progress = _progress(run)
     steps = _steps(run, folder)
-    last: dict[str, Any] = next((line for line in reversed(metrics) if "loss" in line), {})
+    last = progress.last
     state = _state(run, events, jobs)
-    share, times = goodput(events, _raw(run), now=time.time())
+    share, times = goodput(events, progress.groups(), now=time.time())
     saved = max(Store.of_run(run).steps(), default=None)
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
     step_time = last.get("step_time_s")
@@ -143,7 +144,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
         "eta_s": (steps - done) * float(step_time) if going and steps is not None and step_time is not None else None,
         "tokens_per_second": last.get("tokens_per_second"),
         "slowest_rank": _slowest(last),
-        "loss": {key.removeprefix("loss/"): last[key] for key in last if key.startswith("loss/")},
+        "loss": {key.removeprefix("loss/"): float(last[key]) for key in last if key.startswith("loss/")},
         "last_checkpoint": saved,
         "last_checkpoint_age_s": None if committed is None or saved is None else max(0.0, time.time() - committed),
         "restarts": _restarts(events),
@@ -154,6 +155,18 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
 
 
 _FIELDS = ("steps", "eta_s", "tokens_per_second", "slowest_rank", "last_checkpoint", "last_checkpoint_age_s", "goodput")
+
+
+@functools.lru_cache(maxsize=1000)
+def _known_progress(run: Path) -> Progress:
+    return Progress.load(run)
+
+
+def _progress(run: Path) -> Progress:
+    """A run's progress now. A process that looks again reads only what has been written since."""
+    found = _known_progress(run)
+    found.update(run)
+    return found
 
 
 def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
@@ -175,7 +188,8 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         found |= {"job": shown.key.id, "chain": [_of_chain(link) for link in living]}
         if shown.alive and shown.state is not None:
             now = shown.state
-            return found | {"state": now.state, "reason": now.reason, "nodes": now.nodes, "ended": False}
+            hint = events[-1].get("why", "") if events and events[-1]["event"] == "not_begun" else ""
+            return found | {"state": now.state, "reason": now.reason or hint, "nodes": now.nodes, "ended": False}
         if shown.elsewhere and not _over(run, events):
             return found | {"reason": shown.note, "ended": False}
         state, reason = _how_it_ended(run, events, shown)
@@ -263,17 +277,3 @@ def _steps(run: Path, folder: Path | None) -> int | None:
         except (ConfigError, ValueError, KeyError, TypeError):
             continue
     return None
-
-
-def _raw(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl as they were written."""
-    lines = []
-    file = run / METRICS
-    for text in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines

@@ -107,11 +107,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except PermissionError as error:
+        if os.environ.get("MMSCALE_DEBUG") == "1":
+            traceback.print_exc()
+        show_error(_not_permitted(error))
+        return MmscaleError.exit_status
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BROKEN_PIPE
     return status if isinstance(status, int) else 0
+
+
+def _not_permitted(error: PermissionError) -> MmscaleError:
+    """Another user's folder, usually: launch folders are closed to others."""
+    place = error.filename or "a file"
+    return MmscaleError(
+        f"no permission to use {place}", remedy=f"ask its owner for `chmod -R g+rX {place}`, or work on a copy"
+    )
 
 
 def _usage_error(error: typer.TyperException) -> UsageError:

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,7 @@ class Jobs:
         faults: str = "",
         after: str | None = None,
         stub: bool = False,
+        environment: Mapping[str, str] | None = None,
         **more: Any,
     ) -> Run:
         """Submit a run.
@@ -136,13 +137,14 @@ class Jobs:
             faults: as MMSCALE_FAULTS.
             after: as `--after`.
             stub: ranks are stub_rank.py, which imports no torch.
+            environment: more variables of the shell that launches.
             more: of `plan_launch`.
         """
         planned = submit.plan_launch(
             self.config, [f"run.dir={self.folder}", *overrides], cluster=str(self.profile), nodes=nodes, **more
         )
         wanted = [f"*:*:step:slow={slow_s}"] if slow_s else []
-        variables = {inject.VARIABLE: ",".join([*wanted, *([faults] if faults else [])])}
+        variables = {inject.VARIABLE: ",".join([*wanted, *([faults] if faults else [])]), **(environment or {})}
         if stub:
             variables[f"MMSCALE_{SLOW}"] = str(slow_s)
             planned = [

@@ -18,6 +18,7 @@ from mmscale.train.metrics import EventLog, MetricsLog
 
 STATE = "stub.json"  # of the "checkpoint": the step that the next attempt goes on from
 ENVIRONMENT = "stub_environment.json"  # of rank 0
+DEAF = "STUB_DEAF"  # set: it never begins, and hears no signal
 SLOW = "STUB_STEP_S"  # seconds of a step
 SAVE_EVERY = 5
 
@@ -29,6 +30,9 @@ def loss(step: int) -> float:
 
 def main() -> int:
     """One rank; its exit status."""
+    if os.environ.get(f"MMSCALE_{DEAF}"):  # as in a rendezvous that nobody comes to
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        time.sleep(600)
     signals: list[str] = []
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(signal.Signals(received).name))

@@ -133,7 +133,7 @@ def test_a_node_that_is_not_fit_is_left_out_before_ranks_start(jobs: Jobs, clust
 def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
     """One agent per node: a killed rank costs no new step of SLURM; SIGTERM of a preemption passes the agents by.
 
-    Before it, what an all-reduce between the nodes moves is measured.
+    SLURM is away when the rank dies. Before it, what an all-reduce between the nodes moves is measured.
     """
     checks = {"all_reduce_mb": 4, "all_reduce_between_gb_s": 1e-6}
     content = yaml.safe_load(jobs.profile.read_text()) | {"ranks": "torchrun", "preflight": checks}
@@ -141,9 +141,11 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     profile.write_text(yaml.safe_dump(content))
     run = dataclasses.replace(jobs, profile=profile, runs=jobs.runs).launch(slow_s=0.1)
     run.until_step(13)
+    jobs.cluster.stop_controller()
     os.kill(run.rank(1, below_agent=True), signal.SIGKILL)
     killed = time.time()
-    run.until_step(15, attempt=2)
+    run.until(lambda: run.step() >= 15 and run.attempt() == 2, "ranks are started again in place", lift=False)
+    jobs.cluster.restore()
     urgent = ("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
     jobs.cluster.run(*urgent)
     run.until(lambda: run.state().restarts == 1, "it is requeued")

@@ -1,0 +1,79 @@
+# Whether ranks that were started have begun: met, read their data and their checkpoint. Until then they may wait for
+# each other in C++, where no signal of Python's is heard; job.py asks this, and decides.
+"""Ranks that do not begin."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from mmscale.runtime.rank_env import expand_hostlist
+from mmscale.train.metrics import EVENTS, EventLog, read_events
+
+_EVERY_S = 2.0
+_DEAF_S = 30.0  # after a request to end: what a rank that imports torch may take to hear it
+_WAYS_OUT = (
+    "logs of the ranks say what they wait for (`mmscale logs RUN --rank 0`); if they wait for each other, no firewall "
+    "may stand between the nodes, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network"
+)
+
+
+class Beginning:
+    """Watches for the event `start` or `resume` of an attempt.
+
+    Args:
+        run: the run's folder.
+        attempt: its number; agents count on when they start ranks again in place.
+        hint_after_s: how long ranks may take before a hint is written down [seconds].
+    """
+
+    def __init__(self, run: Path, attempt: int, *, hint_after_s: float) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._hint_at = time.monotonic() + hint_after_s
+        self._deaf_s = min(_DEAF_S, hint_after_s)
+        self._asked: float | None = None
+        self._begun = False
+        self._looked, self._size = float("-inf"), -1
+
+    def begun(self) -> bool:
+        """Whether rank 0 has begun."""
+        now = time.monotonic()
+        if self._begun or now - self._looked < _EVERY_S:
+            return self._begun
+        self._looked = now
+        try:
+            size = (self._run / EVENTS).stat().st_size
+        except OSError:
+            return False
+        if size != self._size:
+            self._size = size
+            events = read_events(self._run)
+            mine = (event for event in events if int(event.get("attempt", 0)) >= self._attempt)
+            self._begun = any(event["event"] in ("start", "resume") for event in mine)
+        return self._begun
+
+    def look(self, events: EventLog, *, where: str) -> None:
+        """Write a hint, once, if ranks take long.
+
+        Args:
+            events: of the attempt.
+            where: port at which ranks meet on the first node.
+        """
+        if time.monotonic() < self._hint_at or self.begun():
+            return
+        self._hint_at = float("inf")
+        hosts = expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
+        head = os.environ.get("MASTER_ADDR") or (hosts[0] if hosts else "this machine")
+        why = f"no rank has begun; ranks meet at {head}{f':{where}' if where else ''}"
+        events.add("not_begun", why=why)
+        sys.stderr.write(f"{why}\n  fix: {_WAYS_OUT}\n")
+
+    def deaf(self) -> bool:
+        """Called while this job was asked to end: whether ranks have not begun, and had time enough to hear it."""
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        return now - self._asked > self._deaf_s and not self.begun()

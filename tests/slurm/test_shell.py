@@ -1,0 +1,67 @@
+"""What a job gets of the shell that launches it, on a real SLURM; and ranks that never meet. Ranks are stubs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch import control, passed
+from launch import record as records
+from tests.slurm.jobs import Jobs, shown
+from tests.slurm.stub_rank import DEAF, ENVIRONMENT
+
+FEW = "train.steps=3"
+
+
+def with_profile(jobs: Jobs, **settings: Any) -> Jobs:
+    profile = jobs.folder / "profile.yaml"
+    profile.write_text(yaml.safe_dump(yaml.safe_load(jobs.profile.read_text()) | settings))
+    return dataclasses.replace(jobs, profile=profile, runs=jobs.runs)
+
+
+def test_module_works_in_setup_and_secrets_reach_ranks(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`module` is a function that the shell exports; `module load` is what the schema gives as an example."""
+    monkeypatch.setenv("WANDB_API_KEY", "not-in-any-record-4711")
+    secrets = {"WANDB_API_KEY": {"env": "WANDB_API_KEY"}}
+    shell = {"BASH_FUNC_module%%": '() {  export LOADED="$2"\n}', "PYTHONPATH": "/of/the/user", "HF_HOME": "/hf"}
+    asked = with_profile(jobs, setup=["module load cuda"], secrets=secrets)
+    run = asked.launch(FEW, nodes=1, stub=True, environment=shell)
+    assert run.until_ended().state == "COMPLETED", run.report()
+    seen = json.loads((run.folder / ENVIRONMENT).read_text())
+    assert (seen["LOADED"], seen["HF_HOME"], seen["WANDB_API_KEY"]) == ("cuda", "/hf", os.environ["WANDB_API_KEY"])
+    code = records.latest(run.folder)
+    assert seen["PYTHONPATH"] == f"{code}/code:/of/the/user"
+    files = [file for file in run.folder.rglob("*") if file.is_file() and file.name != ENVIRONMENT]
+    assert not [file for file in files if b"4711" in file.read_bytes()]  # the job has removed its secrets at its end
+    assert not (Path(str(code)) / passed.SECRETS).exists()
+
+
+def test_setup_that_fails_is_no_run_that_trains(jobs: Jobs) -> None:
+    run = with_profile(jobs, setup=["module load cuda"]).launch(FEW, nodes=1, stub=True)
+    ended = run.until_ended()
+    assert (ended.state, ended.exit_status) == ("FAILED", 2), run.report()
+    assert shown(run)["state"] == "failed" and run.events() == []
+    assert "error: setup of the profile failed" in next(run.folder.glob("launch/001/submitit/*_log.out")).read_text()
+
+
+def test_ranks_that_never_meet_are_said_not_to_and_stop_is_heard(jobs: Jobs) -> None:
+    asked = with_profile(jobs, start_hint_after="4s")
+    run = asked.launch(FEW, nodes=1, stub=True, environment={f"MMSCALE_{DEAF}": "1"})
+    run.until(lambda: bool(run.events("not_begun")), "it is noticed")
+    (event,) = run.events("not_begun")
+    assert "no rank has begun; ranks meet at " in event["why"]
+    found = shown(run)
+    assert found["state"] == "RUNNING" and found["reason"] == event["why"]
+    control.stop(run.folder)
+    asked_at = time.monotonic()
+    ended = run.until_ended()
+    assert time.monotonic() - asked_at < 60
+    assert ended.exit_status == 75, run.report()
+    assert [event["action"] for event in run.events("ranks_ended")] == ["end"]

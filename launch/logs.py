@@ -62,8 +62,8 @@ def _more(file: Path, place: int) -> tuple[str, int]:
 def _file(run: Path, *, rank: int, attempt: int | None, job: bool) -> Path | None:
     if job:
         # A chained job that waits has none; those of an array print into one folder.
-        files = (records.job_log(folder) for folder, _ in reversed(chain.keys(run)))
-        return next((file for file in files if file is not None), None)
+        logs = (records.job_log(folder) for folder, _ in reversed(chain.keys(run)))
+        return next((log for log in logs if log is not None), None)
     # The newest folder need not have one: ranks that were started again in place go on in that of the first start.
     attempts = [attempt] if attempt is not None else reversed(_attempts(run))
     files = (run / "logs" / f"attempt_{chosen}" / f"rank_{rank}.log" for chosen in attempts)

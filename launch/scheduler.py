@@ -330,7 +330,7 @@ def run(command: Sequence[str], *, timeout_s: float = _TIMEOUT_S) -> str:
     if ended.returncode:
         lines = (ended.stderr or ended.stdout).strip().splitlines()
         said = lines[-1] if lines else f"exit status {ended.returncode}"
-        if no_answer(ended.stderr):
+        if ended.returncode < 0 or no_answer(ended.stderr):  # SIGPIPE: slurmctld ended within its answer
             raise UnreachableError(f"SLURM does not answer: {' '.join(command[:3])}: {said}", remedy=_AWAY)
         raise LaunchError(f"{' '.join(command[:3])}: {said}")
     return ended.stdout

@@ -39,7 +39,7 @@ class Run:
     cluster: Cluster
 
     def state(self) -> scheduler.JobState:
-        found = scheduler.job_state(self.job)
+        found = scheduler.patiently(lambda: scheduler.job_state(self.job), patience_s=60)
         assert found is not None
         return found
 
@@ -62,7 +62,7 @@ class Run:
         while not condition():
             assert time.monotonic() < deadline, f"it did not happen: {what}\n{self.report()}"
             if lift:
-                scheduler.lift_wait(self.job)
+                scheduler.lift_wait(self.job, self.state())
             time.sleep(0.1)
 
     def until_step(self, step: int, *, attempt: int | None = None) -> None:

@@ -96,3 +96,11 @@ def test_questions_are_repeated_until_there_is_an_answer(monkeypatch: pytest.Mon
 
     with pytest.raises(LaunchError, match="Invalid"):
         patiently(refuse, patience_s=1800)
+
+
+def test_a_command_that_slurmctld_left_in_its_answer_has_none() -> None:
+    with pytest.raises(UnreachableError, match="SLURM does not answer"):
+        scheduler.run(["bash", "-c", "kill -PIPE $$"])
+    with pytest.raises(LaunchError) as refused:
+        scheduler.run(["bash", "-c", "echo 'Access/permission denied' >&2; exit 1"])
+    assert not isinstance(refused.value, UnreachableError)

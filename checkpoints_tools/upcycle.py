@@ -277,6 +277,7 @@ class Upcycled:
         found = copy.deepcopy(self._source.common())
         progress = found.get("progress", {})
         kept = {name: progress.get(name, 0) for name in ("sequences", "tokens")}
+        kept["stream"] = progress.get("stream", [])
         found["progress"] = {"step": 0, **kept, "modality_tokens": progress.get("modality_tokens", {})}
         found.pop("auxiliary_optimizer", None)
         if "optimizer" in found:

@@ -136,15 +136,19 @@ class BatchLoader(Iterator[StepBatch]):
 
     def state_dict(self) -> dict[str, int]:
         """Sequences given out so far, over all ranks; what workers have read ahead does not count."""
-        return {"consumed_sequences": self._next * self._steps.mixture.micro_batch_size}
+        mixture = self._steps.mixture
+        return {"consumed_sequences": mixture.start + self._next * mixture.micro_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another loader stopped, whatever its dp_size, workers or micro-batches per step.
 
-        With another micro_batch_size the micro-batches are others, and the place is the nearest one not before it.
+        With another micro_batch_size the micro-batches are others, and the place is the nearest one not before it:
+        a stream that goes on with what was not read begins there (mmscale.data.segments).
         """
         self.close()
-        self._next = -(-state["consumed_sequences"] // self._steps.mixture.micro_batch_size)
+        mixture = self._steps.mixture
+        self._next = -(-(state["consumed_sequences"] - mixture.start) // mixture.micro_batch_size)
+        assert self._next >= 0, "this stream began later"
 
     def close(self) -> None:
         """Stop the workers. The next step starts them again."""

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.data.manifest import check_vocabulary, common_tokenizers, named_sources, read_manifest
-from mmscale.data.packing import EMPTY_SEQUENCE, Packing, Purpose, blend, deal, permutation
-from mmscale.data.packing_cache import PackedStream
+from mmscale.data.packing import EMPTY_SEQUENCE, Packing, Purpose, blend, blended, deal, permutation
+from mmscale.data.packing_cache import START, Begin, PackedStream
 from mmscale.data.source import Source
 from mmscale.data.vocab import NO_MODALITY, PAD, Vocabulary
 from mmscale.errors import DataError
@@ -79,6 +79,7 @@ class _Window:
     """Sequences that are dealt together, in the order of the micro-batches."""
 
     sources: NDArray[np.int64]  # of each sequence
+    places: NDArray[np.int64]  # its number inside its source's stream
     packing: Packing  # documents of each sequence, numbered inside its source
     counts: NDArray[np.int64]  # tokens of each sequence of each micro-batch [groups, b, K]
     labels: NDArray[np.int64]  # trained labels of each micro-batch [groups, K]
@@ -109,9 +110,13 @@ class Mixture:
         cache: folder of packing indices; default: .cache inside each source's folder.
         shuffle: False keeps the stored order of documents and, with balance off, of sequences.
         once: one pass instead of an endless stream.
+        begins: what was read of each source under other settings; default: nothing.
+        start: sequences that were consumed before this stream, over all sources; its micro-batch 0 follows them.
 
     Attributes:
         tokenizers: fingerprints of those that made the ids of all sources.
+        sources, begins, start: as they were given.
+        window: sequences that are dealt together: micro-batches of a window, times their sequences.
 
     Raises:
         DataError: a document is longer than a sequence, or sources were made by different tokenizers.
@@ -132,14 +137,20 @@ class Mixture:
         cache: Path | None = None,
         shuffle: bool = True,
         once: bool = False,
+        begins: Sequence[Begin] | None = None,
+        start: int = 0,
     ) -> None:
         assert sources
+        assert begins is None or len(begins) == len(sources)
         assert weights is None or len(weights) == len(sources)
         self.vocabulary = vocabulary
         self.tokenizers = common_tokenizers({source.folder: source.tokenizers for source in sources})
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.once = once
+        self.start = start
+        self.sources = tuple(sources)
+        self.begins = tuple(begins) if begins is not None else (START,) * len(sources)
         self._seed = seed
         self._balance = balance
         self._shuffle = shuffle
@@ -153,6 +164,7 @@ class Mixture:
                 shuffle=shuffle,
                 once=once,
                 cache=cache or source.folder / ".cache",
+                begin=self.begins[position],
             )
             for position, source in enumerate(sources)
         ]
@@ -162,6 +174,7 @@ class Mixture:
         self._weights = shares / shares.sum()
         self._sequences = int(sizes[shares > 0].sum())
         self._groups = max(1, min(deal_window, self._sequences) // micro_batch_size)  # micro-batches of a window
+        self.window = self._groups * micro_batch_size
         self._windows: OrderedDict[int, _Window] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,6 +208,24 @@ class Mixture:
             (int(window.sources[n]), packing.documents[packing.starts[n] : packing.starts[n + 1]])
             for n in range(group * self.micro_batch_size, (group + 1) * self.micro_batch_size)
         ]
+
+    def read(self, sequences: int) -> list[tuple[int, NDArray[np.int64]]]:
+        """What the first sequences of this stream are, for each source.
+
+        Args:
+            sequences: how many, a multiple of `micro_batch_size`.
+
+        Returns:
+            How many sequences of the source's stream were read without a gap, and the numbers of others, ascending:
+            a window is dealt in another order.
+        """
+        number, more = divmod(sequences, self.window)
+        taken = blended(self._weights, count=number * self.window)
+        if not more:
+            return [(int(count), np.zeros(0, np.int64)) for count in taken]
+        window, _ = self._find(number * self._groups)
+        sources, places = window.sources[:more], window.places[:more]
+        return [(int(count), np.sort(places[sources == source])) for source, count in enumerate(taken)]
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The micro-batch with this number.
@@ -246,7 +277,7 @@ class Mixture:
             counts=self.counts(index),
             label_counts=self.label_counts(index),
             sources=np.array([number for number, _ in rows]),
-            index=index,
+            index=index + self.start // self.micro_batch_size,
         )
 
     def _checked_modality(
@@ -327,8 +358,11 @@ class Mixture:
                 permutation(filled, seed=self._seed, source=0, purpose=Purpose.GROUPS, number=number)
             ]
         order = groups.ravel()
+        places = np.full(size, _NO_SOURCE, np.int64)
+        places[:count] = place
         return _Window(
             sources=sources[order],
+            places=places[order],
             packing=packing.take(before[order]),
             counts=counts[order].reshape(self._groups, -1, modalities),
             labels=labels[order].reshape(self._groups, -1, modalities).sum(axis=1),

@@ -266,9 +266,32 @@ def blend(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDAr
         given = np.flatnonzero(weights)
         chosen, places = blend(weights[given], start=start, count=count)
         return given[chosen], places
-    sources = len(weights)
-    if sources == 1:
+    if len(weights) == 1:
         return np.zeros(count, np.int64), np.arange(start, start + count)
+    _, due, skip = _due(weights, start=start, count=count)
+    return due[0, skip : skip + count], due[1, skip : skip + count]
+
+
+def blended(weights: NDArray[np.float64], *, count: int) -> NDArray[np.int64]:
+    """How many of the first `count` blended sequences are of each source, int64 [S]."""
+    if not weights.all():
+        found = np.zeros(len(weights), np.int64)
+        found[weights > 0] = blended(weights[weights > 0], count=count)
+        return found
+    if len(weights) == 1:
+        return np.array([count])
+    before, due, skip = _due(weights, start=count, count=0)
+    return before + np.bincount(due[0, :skip], minlength=len(weights))
+
+
+def _due(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """The blended stream from a little before `start` on.
+
+    Returns:
+        Sequences of each source before that [S]; source and number of each sequence from there on, in their order
+        [2, at least skip + count]; how many of these come before `start`.
+    """
+    sources = len(weights)
 
     def due(source: int, number: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray((number + 0.5) / weights[source], np.float64)
@@ -287,5 +310,4 @@ def blend(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDAr
         candidates.append(np.stack([np.full(enough, source), number]))
     merged = np.concatenate(candidates, axis=1)
     dues = np.concatenate([due(source, rows[1]) for source, rows in enumerate(candidates)])
-    order = np.lexsort((merged[0], dues))[skip : skip + count]
-    return merged[0][order], merged[1][order]
+    return before, merged[:, np.lexsort((merged[0], dues))], skip

@@ -14,7 +14,7 @@ import socket
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +36,27 @@ _BLOCKS_IN_MEMORY = 2
 # Small sources keep several epochs in one file: with one file an epoch, 1800 documents would soon mean thousands of
 # files, and resuming would read them all.
 _BLOCK_DOCUMENTS = 65_536
+
+
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """Where a stream of a source begins that was read before, under other settings.
+
+    Attributes:
+        leftovers: number of each epoch that was begun, and its documents that were not read, ascending.
+        epoch: the first epoch of which nothing was read.
+    """
+
+    leftovers: tuple[tuple[int, NDArray[np.int64]], ...] = ()
+    epoch: int = 0
+
+    @property
+    def unread(self) -> int:
+        """Documents that are left of epochs that were begun."""
+        return sum(len(documents) for _, documents in self.leftovers)
+
+
+START = Begin()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +89,7 @@ class PackedStream:
         shuffle: False keeps the stored order.
         once: only the first epoch will be read.
         cache: folder of packing indices.
+        begin: what was read before: what is left of begun epochs comes first, as a block of its own.
 
     Raises:
         DataError: a document is longer than a sequence.
@@ -84,6 +106,7 @@ class PackedStream:
         shuffle: bool,
         once: bool,
         cache: Path,
+        begin: Begin = START,
     ) -> None:
         check_lengths(source.lengths, seq_length=seq_length, what=f"data: {source.folder} ({source.split})")
         self.source = source
@@ -95,13 +118,21 @@ class PackedStream:
             "shuffle": shuffle,
         }
         self._epochs = 1 if once else max(1, _BLOCK_DOCUMENTS // len(source))  # of a block
-        content = json.dumps([ORDER, source.identity, self._epochs, self._settings], sort_keys=True)
+        self._begin = begin
+        listing: list[Any] = [ORDER, source.identity, self._epochs, self._settings]
+        if begin.leftovers or begin.epoch:
+            left = [[epoch, zlib.crc32(np.ascontiguousarray(documents).data)] for epoch, documents in begin.leftovers]
+            listing += [begin.epoch, left, begin.unread]
+        content = json.dumps(listing, sort_keys=True)
         self._key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._cache = cache
         self._ends: list[int] = []  # sequences up to the end of each block that was looked at
         self._loaded: OrderedDict[int, Block] = OrderedDict()
         # Epochs do not share sequences, so the first one ends where its last document's sequence does.
-        self.first_epoch = int(np.searchsorted(self.block(0).packing.starts, len(source)))
+        if begin.leftovers:
+            self.block(0)  # blocks are numbered in the order in which they are first looked at
+        whole = self.block(1 if begin.leftovers else 0)
+        self.first_epoch = int(np.searchsorted(whole.packing.starts, len(source)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be read again, for worker processes that do not fork."""
@@ -151,7 +182,7 @@ class PackedStream:
         if content.dtype == np.int64 and content.ndim == 1 and len(content) > _HEADER:
             crc, sequences, documents = content[:_HEADER].tolist()
             if (
-                documents == len(self.source) * self._epochs
+                documents == sum(len(self._documents(epoch)) for epoch in self._epochs_of(number))
                 and len(content) == _HEADER + sequences + 1 + documents
                 and crc == zlib.crc32(content[_HEADER:].data)
             ):
@@ -165,12 +196,54 @@ class PackedStream:
         with self._lock() as writable:
             packing = self._read(number) if writable else None
             if packing is None:
-                epochs = range(number * self._epochs, (number + 1) * self._epochs)
-                lengths = self.source.lengths
-                packing = Packing.joined([pack_epoch(lengths, epoch=epoch, **self._settings) for epoch in epochs])
+                packing = Packing.joined([self._packed(epoch) for epoch in self._epochs_of(number)])
                 if writable:
                     self._write(number, packing)
         return packing
+
+    def _epochs_of(self, number: int) -> Sequence[int]:
+        """Epochs of a block: those that were begun come first, then whole ones."""
+        if self._begin.leftovers:
+            if number == 0:
+                return [epoch for epoch, _ in self._begin.leftovers]
+            number -= 1
+        first = self._begin.epoch + number * self._epochs
+        return range(first, first + self._epochs)
+
+    def _documents(self, epoch: int) -> NDArray[np.int64] | range:
+        """Documents that this stream reads in an epoch."""
+        return next((left for number, left in self._begin.leftovers if number == epoch), range(len(self.source)))
+
+    def _packed(self, epoch: int) -> Packing:
+        documents = self._documents(epoch)
+        if isinstance(documents, range):
+            return pack_epoch(self.source.lengths, epoch=epoch, **self._settings)
+        packing = pack_epoch(self.source.lengths[documents], epoch=epoch, **self._settings)
+        return Packing(packing.starts, documents[packing.documents])
+
+    def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
+        """Where a stream goes on after some of this one's sequences were read.
+
+        Args:
+            taken: sequences 0..taken-1 were read.
+            more: further ones that were read, none below `taken`, ascending.
+        """
+        last = int(more[-1]) if len(more) else taken - 1
+        if last < 0:
+            return self._begin
+        first_block, last_block = self.locate(taken)[0], self.locate(last)[0]
+        found: list[tuple[int, NDArray[np.int64]]] = []
+        for number in range(first_block, max(first_block, last_block) + 1):
+            packing = self.block(number).packing
+            sequences = np.arange(len(packing)) + (self._ends[number - 1] if number else 0)
+            read = np.repeat((sequences < taken) | np.isin(sequences, more), np.diff(packing.starts))
+            end = 0
+            for epoch in self._epochs_of(number):
+                start, end = end, end + len(self._documents(epoch))
+                found.append((epoch, np.sort(packing.documents[start:end][~read[start:end]])))
+        begun = [epoch + 1 for epoch, left in found if len(left) < len(self.source)]
+        following = max([self._begin.epoch, *begun, *self._epochs_of(first_block)[:1]])
+        return Begin(tuple((epoch, left) for epoch, left in found if epoch < following and len(left)), following)
 
     def _write(self, number: int, packing: Packing) -> None:
         """Write whole or not at all; a full disk or a folder without write permission is no error."""

@@ -16,11 +16,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
 from mmscale.config.notes import notes
-from mmscale.data.identity import identities
+from mmscale.data.identity import identities, known
 from mmscale.data.manifest import read_blend
 from mmscale.data.mixture import Mixture, open_mixture
+from mmscale.data.segments import go_on
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import TrainingError
+from mmscale.errors import CheckpointError, TrainingError
 from mmscale.model.mixed_modal import Routing
 from mmscale.plan import flops_per_token, plan
 from mmscale.resilience import flight_recorder
@@ -148,6 +149,7 @@ class _Attempt:
             )
             return FINISHED
         self.records.begin(config, self.folder, attempt=self.number)
+        self._find_place()
         begun = "start" if changed is None else "resume"
         self.records.tell(begun, step=state.step, world_size=self.env.world_size, attempt_id=self.fence.lease_id)
         if config.train.dry_run:
@@ -169,6 +171,25 @@ class _Attempt:
         if not finished:
             self.progress.say(f"stopped on request after step {state.step}; start it again to go on")
         return FINISHED if finished else STOPPED
+
+    def _find_place(self) -> None:
+        """Go on in the data with what was not read, and say what changed in its order."""
+        state, store = self.state, self.checkpoints.store
+        info: dict[str, Any] = {}
+        if state.sequences and not state.stream:  # its settings say what the number means
+            info = from_first(store.info(state.step) if self.env.rank == 0 else None)
+        place = go_on(
+            self.config,
+            self.train_data,
+            data=self.data,
+            consumed=state.sequences,
+            segments=state.stream,
+            saved=info.get("config"),
+            known=known(info),
+        )
+        self.train_data, state.stream = place.mixture, place.segments
+        for line in place.lines:
+            self.progress.say(f"changed since the checkpoint: {line}")
 
     def _announce(self, changed: list[str]) -> None:
         shares = self.config.model.experts.share
@@ -238,7 +259,15 @@ class _Attempt:
         state = self.state
         # The save under way is waited for, then a checkpoint is hashed and read: each may take as long as a save.
         self.watchdog.beat(state.step, allowed_s=2 * self.config.checkpoint.deadline)
+        stream = state.stream
         found = saves.load_newest(self.checkpoints, self.memory, state, self.clock)
+        if found is not None:
+            if state.sequences < self.train_data.start:
+                raise CheckpointError(
+                    f"the newest whole checkpoint, of step {found}, is older than this attempt's order of the data",
+                    remedy="start it again: it goes on from that checkpoint",
+                )
+            state.stream = stream  # the checkpoint may be from before this attempt changed the order
         self.watchdog.beat(state.step)
         return found
 

@@ -32,23 +32,23 @@ class TrainState:
         optimizer: megatron's optimizer over them; None if only weights are wanted (evaluation).
         step: optimizer steps done.
         sequences: sequences consumed, over all ranks, those left out too: the place in the data.
-        stream: what a sequence's number means: settings of the data's order, before and after each change of them
-            (mmscale.data.segments). Empty in checkpoints from before it was kept.
         tokens: tokens trained on, padding not counted.
         modality_tokens: the same by modality.
         routers: the trainer of a joint run's auxiliary routers; their weights are in the chunks, their optimizer here.
         anomalies: what decisions about coming steps depend on. A checkpoint from before it was kept gives an empty one.
+        stream: what a sequence's number means: settings of the data's order, before and after each change of them
+            (mmscale.data.segments). Empty in checkpoints from before it was kept.
     """
 
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer | None
     step: int = 0
     sequences: int = 0
-    stream: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     modality_tokens: dict[str, int] = field(default_factory=dict)
     anomalies: AnomalyHistory = field(default_factory=AnomalyHistory)
     routers: AuxiliaryTrainer | None = None
+    stream: list[dict[str, Any]] = field(default_factory=list)
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""

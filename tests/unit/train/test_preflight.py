@@ -198,6 +198,7 @@ def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path, monke
         "model.seq_length": "128",
         "model.norm_eps": "1e-6",
         "model.rope_base": "5e5",
+        "model.experts.capacity": "actual",
         "model.experts.capacity_factor": "2",
         "model.experts.capacity_multiple": "8",
         "model.experts.scope": "micro_batch",

@@ -71,6 +71,11 @@ _BENCHMARKS = (
         "configs/quickstart.yaml --repeats 3",
     ),
     _Benchmark(
+        "routing",
+        "Tokens that no expert takes, by capacity rule, scope and ranking, with random routers. Options as --name.",
+        "--micro-batch 4 --experts 4",
+    ),
+    _Benchmark(
         "convert",
         "Time the export to Hugging Face beside a plain copy, and the exported model's generation beside a dense one.",
         "--hidden 512 --repeats 5",

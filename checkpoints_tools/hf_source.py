@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.tensors import CheckpointTensors, TensorEntry, open_tensors
-from mmscale.train.auxiliary_stage import find_routers, folder_of
+from mmscale.train.stages.origin import find_routers, folder_of
 
 
 class RunWeights:

@@ -1,4 +1,5 @@
-# `python -m launch.batch CONFIG [key=value ...]` inside a batch script of one's own: the same job without submitit.
+# `python -m launch.batch CONFIG [key=value ...] [--stage NAME] [--yes]` in a batch script of one's own: the same job
+# without submitit.
 # slurm/train.sbatch calls it. Nodes and ranks are what sbatch was asked for; the rest (node checks, cordon file, how
 # ranks are started) is of the profile that MMSCALE_CLUSTER names, if it names one.
 """A job whose script was written by hand."""
@@ -15,7 +16,7 @@ from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config.load import load
 from mmscale.errors import MmscaleError, UsageError
-from mmscale.train.preflight import preflight
+from mmscale.train.stages.table import MAIN, STAGES
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> NoReturn:
@@ -35,20 +36,20 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     """This job's launch folder, made at its first start: a restart finds it, whatever has been edited since."""
     if "SLURM_JOB_ID" not in environ or not arguments:
         raise UsageError(
-            "python -m launch.batch CONFIG [key=value ...] runs in a batch script of SLURM",
-            remedy="sbatch --nodes=2 --ntasks-per-node=8 slurm/train.sbatch CONFIG [key=value ...]",
+            "python -m launch.batch CONFIG [key=value ...] [--stage NAME] runs in a batch script of SLURM",
+            remedy="sbatch --nodes=2 --ntasks-per-node=8 slurm/train.sbatch CONFIG [key=value ...] [--stage NAME]",
         )
-    yes = "--yes" in arguments
-    config_file, *overrides = [argument for argument in arguments if argument != "--yes"]
+    config_file, overrides, stage, yes = _parsed(arguments)
     config = load(config_file, overrides)
+    run = STAGES[stage].folder(Path(config.run.dir) / config.run.name)
     number, count = environ["SLURM_JOB_ID"], environ.get("SLURM_JOB_NUM_NODES", "1")
-    for folder in (Path(config.run.dir) / config.run.name / records.FOLDER).absolute().glob("[0-9]*"):
+    for folder in (run / records.FOLDER).absolute().glob("[0-9]*"):
         if records.job_of(folder) == number:
             return folder
     nodes, ranks = int(count), int(environ.get("SLURM_NTASKS", count))
     if ranks % nodes:
         raise UsageError(f"{ranks} tasks on {nodes} nodes", remedy="ask for --ntasks-per-node instead of --ntasks")
-    preflight(config, world_size=ranks, yes=yes)
+    STAGES[stage].preflight(config, world_size=ranks, yes=yes)
     tasks = ranks // nodes
     cluster = environ.get("MMSCALE_CLUSTER", "")
     profile = load_profile(cluster) if cluster else Profile(tasks_per_node=tasks)
@@ -60,10 +61,28 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
         asked["gpus_per_node"] = int(gpus)
     profile = profile.model_copy(update=asked)
     cluster = cluster or "sbatch"
-    record = records.plan_record(config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, yes=yes)
+    record = records.plan_record(
+        config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, stage=stage, yes=yes
+    )
     records.write_record(record, config)
     records.set_job(Path(record.folder), records.JobKey(number, cluster=environ.get("SLURM_CLUSTER_NAME", "")))
     return Path(record.folder)
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[str, list[str], str, bool]:
+    """Configuration, overrides, stage, and whether changes are confirmed."""
+    rest = [argument for argument in arguments if argument != "--yes"]
+    stage = MAIN
+    if "--stage" in rest:
+        place = rest.index("--stage")
+        stage = next(iter(rest[place + 1 : place + 2]), "")
+        del rest[place : place + 2]
+    if stage not in STAGES or not rest:
+        raise UsageError(
+            f"{' '.join(arguments)}: no configuration, or --stage {stage!r} is no stage",
+            remedy=f"CONFIG [key=value ...] [--stage {'|'.join(STAGES)}] [--yes]",
+        )
+    return rest[0], rest[1:], stage, "--yes" in arguments
 
 
 if __name__ == "__main__":

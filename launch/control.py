@@ -19,13 +19,14 @@ from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
 from mmscale.resilience import lease
 from mmscale.train.preflight import check_changes
+from mmscale.train.stages.table import STAGES
 
 
 def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
     """Have a run save and end for good; or end it at once. All jobs of its chain end.
 
     Args:
-        run: its folder.
+        run: its folder, or that of its stage.
         now: without a save.
 
     Returns:
@@ -96,7 +97,7 @@ def resume(
     """Launch a run again with the configuration and the profile of its last launch.
 
     Args:
-        run: its folder.
+        run: its folder, or that of its stage.
         overrides: settings that change.
         cluster: another profile.
         nodes: another number of nodes.
@@ -116,7 +117,12 @@ def resume(
     owner.refuse_busy(run)
     chosen = cluster or record.cluster
     planned = submit.plan_launch(
-        record.config, overrides, cluster=chosen, nodes=nodes or (None if cluster else record.nodes), yes=yes
+        record.config,
+        overrides,
+        cluster=chosen,
+        nodes=nodes or (None if cluster else record.nodes),
+        stage=record.stage,
+        yes=yes,
     )
     changed = _changed(run, planned[0], yes=yes)
     (found,) = submit.launch(planned)
@@ -128,7 +134,13 @@ def _changed(run: Path, planned: submit.Planned, *, yes: bool) -> list[str]:
     newest = store.newest()
     if newest is None:
         return []
-    return check_changes(planned.config, store.info(newest), where=str(store.path(newest)), yes=yes)
+    return check_changes(
+        planned.config,
+        store.info(newest),
+        where=str(store.path(newest)),
+        settings=STAGES[planned.record.stage].settings,
+        yes=yes,
+    )
 
 
 def settings(run: Path) -> Any:

@@ -26,7 +26,7 @@ def command(
         port: for torchrun's agents: where they meet on the first node.
         in_place: for torchrun's agents: how often they may start their ranks again.
     """
-    train = ["train", str(record.config), *(["--yes"] if record.yes else [])]
+    train = ["train", str(record.config), "--stage", record.stage, *(["--yes"] if record.yes else [])]
     program = [record.python, "-m", "mmscale", *train]
     if profile.scheduler != "slurm":
         return [*program, "--nproc", str(record.world_size)]

@@ -22,6 +22,7 @@ from mmscale.config import Config
 from mmscale.config.load import digest, dump
 from mmscale.errors import LaunchError, UsageError
 from mmscale.runtime.environment import describe
+from mmscale.train.stages.table import MAIN, STAGES
 
 FOLDER, RECORD, JOB, STOP = "launch", "launch.json", "job.json", "stop.json"
 PACKAGES = ("mmscale", "launch", "slurm", "checkpoints_tools")
@@ -52,11 +53,11 @@ class JobKey:
 
 @dataclass(frozen=True)
 class Record:
-    """One launch of one run: everything its job has to know, as plain JSON.
+    """One launch of one stage of a run: everything its job has to know, as plain JSON.
 
     Attributes:
         folder: RUN/launch/NNN.
-        run: the run's folder.
+        run: the folder of the run, or of its stage.
         cwd: where it was launched: relative paths in the configuration begin there.
         cluster: name of the profile.
         profile: its content.
@@ -66,6 +67,7 @@ class Record:
         yes: the user has confirmed that the objective or the data change.
         time: of the launch [seconds since 1970].
         config_digest: of the resolved configuration.
+        stage: which stage of the run, by its name in mmscale.train.stages.table.
     """
 
     folder: str
@@ -81,6 +83,7 @@ class Record:
     yes: bool = False
     time: float = 0.0
     config_digest: str = ""
+    stage: str = MAIN
 
     @property
     def world_size(self) -> int:
@@ -103,14 +106,21 @@ class Record:
 
 
 def plan_record(
-    config: Config, *, cluster: str, profile: Profile, nodes: int, tasks_per_node: int, yes: bool = False
+    config: Config,
+    *,
+    cluster: str,
+    profile: Profile,
+    nodes: int,
+    tasks_per_node: int,
+    stage: str = MAIN,
+    yes: bool = False,
 ) -> Record:
     """The record of a launch that is not written yet.
 
     Raises:
         UsageError: a path would not survive SLURM's or a shell's reading of it.
     """
-    run = (Path(config.run.dir) / config.run.name).absolute()
+    run = STAGES[stage].folder(Path(config.run.dir) / config.run.name).absolute()
     for what, path in (("run.dir", run), ("the working directory", Path.cwd())):
         bad = sorted({character for character in str(path) if character in "%\\\"'`$\n\r\t"})
         if bad:
@@ -131,6 +141,7 @@ def plan_record(
         yes=yes,
         time=round(time.time(), 3),
         config_digest=digest(config),
+        stage=stage,
     )
 
 
@@ -196,7 +207,7 @@ def read_record(folder: Path) -> Record:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest launch folder of a run."""
+    """The newest launch folder of a run, or of a stage."""
     folders = [entry for entry in (run / FOLDER).glob("[0-9]*") if (entry / RECORD).is_file()]
     return max(folders, key=lambda entry: int(entry.name), default=None)
 

@@ -23,13 +23,18 @@ from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError
 from mmscale.resilience import lease
 from mmscale.train.metrics import EVENTS, METRICS, read_events
+from mmscale.train.stages.table import STAGES, of_folder
 
 _FINAL = {2: "failed", 3: "failed", 4: "failed", 5: "gave up", 74: "failed", 75: "stopped"}
 
 
 def known(folder: Path) -> list[Path]:
-    """Run folders below a folder."""
-    return sorted(entry for entry in folder.glob("*") if _is_run(entry))
+    """Run folders below a folder, each followed by those of its stages."""
+    found = []
+    for run in sorted(entry for entry in folder.glob("*") if _is_run(entry)):
+        stages = [stage.folder(run) for stage in STAGES.values() if stage.subfolder]
+        found += [run, *(place for place in stages if _is_run(place) or (place / EVENTS).is_file())]
+    return found
 
 
 def _is_run(folder: Path) -> bool:
@@ -40,7 +45,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def status(runs: Iterable[Path], table: JobTable | None = None) -> list[dict[str, Any]]:
-    """One object per run. SLURM is asked once for all of them; one that cannot be read does not hide the others.
+    """One object per run or stage. SLURM is asked once for all; one that cannot be read does not hide the others.
 
     Args:
         runs: their folders.
@@ -270,10 +275,11 @@ def _crashes(folder: Path | None) -> int:
 
 
 def _steps(run: Path, folder: Path | None) -> int | None:
-    """Steps of the whole run, without a check of the rest of its configuration."""
+    """Steps of the whole run or stage, without a check of the rest of its configuration."""
+    section, _, name = of_folder(run).steps.partition(".")
     for file in (run / "config.yaml", *([folder / "config.yaml"] if folder is not None else [])):
         try:
-            return int(read_file(file).data["train"]["steps"])
+            return int(read_file(file).data[section][name])
         except (ConfigError, ValueError, KeyError, TypeError):
             continue
     return None

@@ -23,7 +23,7 @@ from launch.profile import Profile, load_profile
 from mmscale.config import Config
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
-from mmscale.train.preflight import preflight
+from mmscale.train.stages.table import MAIN, STAGES, run_of
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
 
@@ -60,6 +60,8 @@ def plan_launch(
     cluster: str,
     nodes: int | None = None,
     sweep: Sequence[str] = (),
+    stage: str = MAIN,
+    after: bool = False,
     yes: bool = False,
 ) -> list[Planned]:
     """Check one run, or one for each combination of a sweep.
@@ -70,6 +72,8 @@ def plan_launch(
         cluster: name of a profile, or its file.
         nodes: instead of the profile's.
         sweep: `key=value,value,...` each.
+        stage: which stage of the run.
+        after: it will start when another job has ended.
         yes: go on although the objective or the data have changed since the newest checkpoint.
 
     Raises:
@@ -82,9 +86,9 @@ def plan_launch(
         if suffix:
             config = load(config_file, [*overrides, *variant, f"run.name={config.run.name}-{suffix}"])
         count, tasks = _layout(config, profile, nodes)
-        preflight(config, world_size=count * tasks, yes=yes)
+        STAGES[stage].preflight(config, world_size=count * tasks, yes=yes, waits=after)
         record = records.plan_record(
-            config, cluster=cluster, profile=profile, nodes=count, tasks_per_node=tasks, yes=yes
+            config, cluster=cluster, profile=profile, nodes=count, tasks_per_node=tasks, stage=stage, yes=yes
         )
         planned.append(Planned(record, config))
     return planned
@@ -131,8 +135,7 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
         raise LaunchError("there is no sbatch on this machine", remedy="use a login node, or --cluster local")
     dependency = _after(after)
     if dependency is None:
-        for one in planned:
-            owner.refuse_busy(Path(one.record.run))
+        _refuse_busy(planned)
     passed.check_secrets(profile)
     for one in planned:
         records.write_record(one.record, one.config)
@@ -174,6 +177,14 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
         {"run": one.record.run, "job": number, "launch": one.record.folder}
         for one, number in zip(planned, numbers, strict=True)
     ]
+
+
+def _refuse_busy(planned: Sequence[Planned]) -> None:
+    """Nobody may train the same; nor the run of a stage, which goes on from its newest checkpoint."""
+    for one in planned:
+        folder = Path(one.record.run)
+        for place in dict.fromkeys((run_of(folder), folder)):
+            owner.refuse_busy(place)
 
 
 def _keys(numbers: Sequence[str]) -> list[records.JobKey]:
@@ -232,7 +243,7 @@ def _executor(
         max_num_timeout=_NEVER_TIMES_OUT,
         python=f"exec {shlex.quote(first.python)}",
     )
-    name = Path(first.run).name
+    name = "-".join(dict.fromkeys((run_of(Path(first.run)).name, Path(first.run).name)))
     parameters: dict[str, Any] = {
         "job_name": f"mmscale-{name}",
         "nodes": first.nodes,

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
+from mmscale.cli.stage import OfStage, Stage
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; RUN/auxiliary: its auxiliary stage.")]
 Yes = Annotated[
     bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
 ]
@@ -42,13 +43,23 @@ def launch(
             "--sweep", metavar="KEY=A,B,...", show_default=False, help="A job array over these values; repeatable."
         ),
     ] = None,
+    stage: OfStage = Stage.MAIN,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Submit a run to SLURM: it goes on by itself after preemptions, time limits, crashes and lost nodes."""
     from launch import submit
 
-    planned = submit.plan_launch(config, overrides or (), cluster=cluster, nodes=nodes, sweep=sweep or (), yes=yes)
+    planned = submit.plan_launch(
+        config,
+        overrides or (),
+        cluster=cluster,
+        nodes=nodes,
+        sweep=sweep or (),
+        stage=stage,
+        after=after is not None,
+        yes=yes,
+    )
     if dry_run:
         text = submit.script(planned, after=after)
         emit({"script": text}, as_json=as_json, text=lambda: typer.echo(text, nl=not text.endswith("\n")))

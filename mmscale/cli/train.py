@@ -6,18 +6,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mmscale.cli import ranks
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
+from mmscale.cli.stage import OfStage, Stage
 from mmscale.errors import TrainingError, UsageError
-
-if TYPE_CHECKING:
-    from mmscale.config import Config
 
 _ROUTINGS = (
     "batch",
@@ -30,13 +27,6 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")
 _DIFFERS = TrainingError.exit_status
 
 
-class Stage(StrEnum):
-    """What `mmscale train` trains."""
-
-    MAIN = "main"
-    AUXILIARY = "auxiliary"
-
-
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -47,12 +37,7 @@ def train(
     yes: Annotated[
         bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
     ] = False,
-    stage: Annotated[
-        Stage,
-        typer.Option(
-            "--stage", help="main: the model; auxiliary: its causal routers, after it, everything else frozen."
-        ),
-    ] = Stage.MAIN,
+    stage: OfStage = Stage.MAIN,
     as_json: Json = False,
 ) -> None:
     """Train, from the run's newest checkpoint if there is one.
@@ -65,46 +50,25 @@ def train(
     from mmscale.config.load import load
     from mmscale.resilience.lease import launched_attempt
     from mmscale.train.metrics import next_attempt, read_metrics
+    from mmscale.train.stages.table import STAGES
 
     loaded = load(config, overrides or ())
-    run_dir = Path(loaded.run.dir) / loaded.run.name
-    if stage is Stage.AUXILIARY:
-        raise typer.Exit(_auxiliary(loaded, nproc, run_dir, as_json=as_json))
+    entry = STAGES[stage]
+    folder = entry.folder(Path(loaded.run.dir) / loaded.run.name)
     if ranks.starts_ranks(nproc):
         assert nproc is not None
-        from mmscale.train.preflight import preflight
-
-        preflight(loaded, world_size=nproc, yes=yes)  # said once here, and not by every rank
-        attempt = launched_attempt(run_dir) or next_attempt(run_dir)
-        raise typer.Exit(ranks.start(nproc, log_dir=run_dir / "logs" / f"attempt_{attempt}"))
+        entry.preflight(loaded, world_size=nproc, yes=yes)  # said once here, and not by every rank
+        attempt = launched_attempt(folder) or next_attempt(folder)
+        raise typer.Exit(ranks.start(nproc, log_dir=folder / "logs" / f"attempt_{attempt}"))
     env = ranks.own_rank(nproc)
     from mmscale.train import run
 
-    status = run.main(loaded, env, yes=yes)
-    if env.is_first and as_json:
-        records = read_metrics(run_dir)
-        result = {"run": str(run_dir), "exit_status": status, "last": records[-1] if records else None}
-        emit(result, as_json=True, text=lambda: None)
-    raise typer.Exit(status)
-
-
-def _auxiliary(config: Config, nproc: int | None, run_dir: Path, *, as_json: bool) -> int:
-    """The stage that trains the routers; returns its exit status."""
-    from mmscale.train import auxiliary_stage as stage
-    from mmscale.train.metrics import next_attempt, read_metrics
-
-    folder = stage.folder_of(run_dir)
-    if ranks.starts_ranks(nproc):
-        assert nproc is not None
-        stage.preflight(config, world_size=nproc)  # said once here, and not by every rank
-        return ranks.start(nproc, log_dir=folder / "logs" / f"attempt_{next_attempt(folder)}")
-    env = ranks.own_rank(nproc)
-    status = stage.main(config, env)
+    status = run.main(loaded, env, stage=entry.name, yes=yes)
     if env.is_first and as_json:
         records = read_metrics(folder)
-        result = {"run": str(run_dir), "exit_status": status, "last": records[-1] if records else None}
+        result = {"run": str(folder), "exit_status": status, "last": records[-1] if records else None}
         emit(result, as_json=True, text=lambda: None)
-    return status
+    raise typer.Exit(status)
 
 
 def evaluate(

@@ -27,9 +27,9 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.auxiliary import load_main_tensors, load_router_tensors, main_tensors, router_tensors
-from mmscale.train.auxiliary_stage import find_routers
 from mmscale.train.batch import to_device
+from mmscale.train.router_state import load_main_tensors, load_router_tensors, main_tensors, router_tensors
+from mmscale.train.stages.origin import find_routers
 
 T = TypeVar("T")
 _SEED = 0  # all weights are read, so nothing that is drawn from it stays

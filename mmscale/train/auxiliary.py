@@ -1,4 +1,4 @@
-"""Optimizer steps of auxiliary routers: by themselves in their own stage, or along with the main run.
+"""The optimizer of auxiliary routers: in a stage of their own (router_step.py), or along with the main run.
 
 The gradients come from the layers' forward pass (model/auxiliary.py). Here they are summed over ranks, divided by the
 number of decisions of each router, clipped and applied by an AdamW of their own, sharded over data-parallel ranks like
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +19,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.config import Config
-from mmscale.model.auxiliary import RouterLearning, calibrated, is_routers_key, ratios, routers_of
+from mmscale.model.auxiliary import RouterLearning, calibrated, ratios, routers_of
 from mmscale.runtime import device
 from mmscale.train.batch import Batch
-from mmscale.train.optim import aligned_shards, apply, load_optimizer, make_optimizer, measure, set_learning_rate
-from mmscale.train.optimizer_shards import expect
+from mmscale.train.optim import aligned_shards, apply, make_optimizer, measure, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,16 @@ Figures = dict[tuple[int, str], RouterFigures]  # by layer, from 1, and kind: "e
 
 
 @dataclass(frozen=True)
-class RouterStep:
-    """What a step of the routers left behind.
+class RouterGradient:
+    """What the batches of a step taught the routers of the whole model, before it is applied.
 
     Attributes:
-        grad_norm: norm of all routers' gradient before clipping.
-        applied: False if it was not finite and the weights are as before.
+        grad_norm: norm of all routers' gradient before clipping; NaN if any gradient or loss is not finite.
+        loss: mean over routers of the mean binary cross entropy of a decision; None if no router decided anything.
     """
 
     grad_norm: float
-    applied: bool
+    loss: float | None
 
 
 class AuxiliaryTrainer:
@@ -109,8 +107,8 @@ class AuxiliaryTrainer:
             batch.params.learning = self.learning
 
     @torch.no_grad()
-    def step(self, *, lr: float) -> RouterStep:
-        """Reduce, clip and apply what the batches have taught."""
+    def measure(self) -> RouterGradient:
+        """Reduce what the batches have taught, and measure it; nothing is applied. The same on every rank."""
         records = sorted(self.learning.records.items(), key=lambda entry: entry[0])
         self.module.finish_grad_sync()
         parameters = [p for _, record in records for p in record.router.parameters()]
@@ -120,24 +118,35 @@ class AuxiliaryTrainer:
             torch.distributed.all_reduce(flat, group=self.groups.tp)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+        mine = torch.zeros(1, 2, dtype=torch.float64, device=device.taken())  # sum of mean losses, number of routers
         if records:
-            decisions = torch.stack([record.decisions for _, record in records])
-            self._sum(decisions)
+            totals = torch.stack([torch.stack((record.decisions, record.loss)) for _, record in records])
+            _sum_over_tokens(totals, self.groups)
+            decisions = totals[:, 0].clamp(min=1.0)
             for (_, record), number in zip(records, decisions, strict=True):
                 for parameter in record.router.parameters():
-                    parameter.main_grad.div_(number.clamp(min=1.0))  # type: ignore[attr-defined]
-        norm, _ = measure(self.optimizer, torch.zeros(1, 2, device=device.taken()), self.groups)
-        if not math.isfinite(norm):
-            return RouterStep(grad_norm=norm, applied=False)
+                    parameter.main_grad.div_(number)  # type: ignore[attr-defined]
+            mine[0, 0], mine[0, 1] = (totals[:, 1] / decisions).sum(), len(records)
+            if self.groups.dp_cp.rank() > 0:  # every replica knows the sum: one of them counts
+                mine.zero_()
+        norm, total = measure(self.optimizer, mine, self.groups)
+        losses, number = total[0].tolist()
+        return RouterGradient(grad_norm=norm, loss=losses / number if number else None)
+
+    @torch.no_grad()
+    def apply(self, grad_norm: float, *, lr: float) -> bool:
+        """Clip and apply the gradient that was measured; whether it was applied."""
         set_learning_rate(self.optimizer, self.config, lr)
-        return RouterStep(grad_norm=norm, applied=apply(self.optimizer, norm))
+        return apply(self.optimizer, grad_norm)
+
+    def step(self, *, lr: float) -> bool:
+        """Measure and apply. A gradient that is not finite leaves the routers as they are; whether it was applied."""
+        gradient = self.measure()
+        return math.isfinite(gradient.grad_norm) and self.apply(gradient.grad_norm, lr=lr)
 
     def figures(self) -> Figures:
         """What the last step's batches showed of every router of the model; every rank calls it."""
         return figures(self.learning, self.groups)
-
-    def _sum(self, values: Tensor) -> None:
-        _sum_over_tokens(values, self.groups)
 
     def sharded(self, models: Mapping[str, Any], *, loading: bool, metadata: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's sharded state dict.
@@ -208,90 +217,3 @@ def table(found: Figures) -> list[dict[str, Any]]:
             row = {"layer": layer - 1, "kind": kind.split("/")[0], "modality": name}
             rows.append({**row, **ratios(torch.tensor(sums, dtype=torch.float64))})
     return rows
-
-
-@dataclass
-class RouterState:
-    """What a checkpoint of the stage keeps: routers, thresholds, their optimizer and counters. No main weights.
-
-    Attributes:
-        models: the chunks as GPTModels.
-        trainer: routers and optimizer; None if only weights are wanted.
-        step: steps of the stage done.
-        sequences: sequences consumed, over all ranks, counted from the main run's start.
-        calibrated: whether thresholds were set after the last step.
-    """
-
-    models: list[Any]
-    trainer: AuxiliaryTrainer | None
-    step: int = 0
-    sequences: int = 0
-    calibrated: bool = False
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def sharded(self, *, loading: bool) -> dict[str, Any]:
-        """The sharded state dict of this rank."""
-        state = router_tensors(self.models, self.metadata)
-        if self.trainer is not None:
-            models = {name: part for name, part in state.items() if part}
-            state["optimizer"] = self.trainer.sharded(models, loading=loading, metadata=dict(self.metadata))
-        if not loading:
-            state["progress"] = {"step": self.step, "sequences": self.sequences, "calibrated": self.calibrated}
-        return state
-
-    def expect(self, stored: Mapping[str, TensorEntry]) -> None:
-        """Learn which tensors the checkpoint has that is going to be read."""
-        if self.trainer is not None:
-            expect(self.trainer.optimizer, stored)
-
-    def restore(self, loaded: dict[str, Any]) -> None:
-        """Take over what was read."""
-        load_router_tensors(self.models, loaded)
-        if self.trainer is not None:
-            load_optimizer(self.trainer.optimizer, loaded["optimizer"])
-        for name, value in loaded["progress"].items():
-            setattr(self, name, value)
-
-
-def router_tensors(models: Sequence[Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The routers' part of the sharded state dicts of a model's chunks, by chunk."""
-    names = _chunk_names(models)
-    return {
-        name: {
-            key: value
-            for key, value in model.sharded_state_dict(metadata=dict(metadata)).items()
-            if is_routers_key(f".{key}")
-        }
-        for name, model in zip(names, models, strict=True)
-    }
-
-
-def load_router_tensors(models: Sequence[Any], loaded: Mapping[str, Any]) -> None:
-    """Copy what was read for `router_tensors` into the chunks; all other weights stay."""
-    for name, model in zip(_chunk_names(models), models, strict=True):
-        missing, unexpected = model.load_state_dict(loaded.get(name, {}), strict=False)
-        assert not unexpected and not [key for key in missing if is_routers_key(f".{key}")], (missing, unexpected)
-
-
-def main_tensors(models: Sequence[Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything else of the sharded state dicts: what a main run without routers has saved."""
-    names = _chunk_names(models)
-    return {
-        name: {
-            key: value
-            for key, value in model.sharded_state_dict(metadata=dict(metadata)).items()
-            if not is_routers_key(f".{key}")
-        }
-        for name, model in zip(names, models, strict=True)
-    }
-
-
-def load_main_tensors(models: Sequence[Any], loaded: Mapping[str, Any]) -> None:
-    """Copy what was read for `main_tensors` into the chunks; routers stay."""
-    for name, model in zip(_chunk_names(models), models, strict=True):
-        missing, unexpected = model.load_state_dict(loaded[name], strict=False)
-        assert not unexpected and all(is_routers_key(f".{key}") for key in missing), (missing, unexpected)
-
-
-def _chunk_names(models: Sequence[Any]) -> list[str]:
-    return ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]

@@ -77,6 +77,7 @@ class Backends:
 def backends_of(
     run_dir: Path,
     *,
+    name: str = "",
     tensorboard: bool = False,
     wandb: str | None = None,
     prometheus: tuple[str, int] | None = None,
@@ -85,19 +86,21 @@ def backends_of(
     """The back ends that are asked for and can be started.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the folder of the run, or of a stage of it.
+        name: of the run; default: the folder's.
         tensorboard: write TensorBoard events into `<run_dir>/tensorboard`.
         wandb: W&B project; None: off.
         prometheus: address and port to serve figures at; None: off.
         tell: is told the name and the reason of each one that is given up.
     """
     makers: dict[str, Callable[[], Backend]] = {}
+    name = name or run_dir.name
     if tensorboard:
         makers["tensorboard"] = lambda: TensorBoard(run_dir / "tensorboard")
     if wandb is not None:
-        makers["wandb"] = lambda: WeightsAndBiases(run_dir, project=wandb)
+        makers["wandb"] = lambda: WeightsAndBiases(run_dir, project=wandb, name=name)
     if prometheus is not None:
-        makers["prometheus_port"] = lambda: Prometheus(run_dir.name, address=prometheus[0], port=prometheus[1])
+        makers["prometheus_port"] = lambda: Prometheus(name, address=prometheus[0], port=prometheus[1])
     return Backends(makers, tell=tell)
 
 
@@ -143,9 +146,10 @@ class WeightsAndBiases:
     Args:
         run_dir: the run's folder.
         project: name of the project.
+        name: of the run.
     """
 
-    def __init__(self, run_dir: Path, *, project: str) -> None:
+    def __init__(self, run_dir: Path, *, project: str, name: str) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -154,8 +158,8 @@ class WeightsAndBiases:
         place = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
         self._run: Any = wandb.init(
             project=project,
-            name=run_dir.name,
-            id=f"{run_dir.name}-{place}",
+            name=name,
+            id=f"{name}-{place}",
             dir=str(run_dir),
             resume="allow",
             settings=wandb.Settings(init_timeout=_WANDB_WAIT_S),

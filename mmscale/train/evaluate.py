@@ -21,13 +21,13 @@ from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import device
 from mmscale.train.batch import part_of, to_device
-from mmscale.train.step import Stepper, mean_losses, reduce_sums
+from mmscale.train.step import Steps, mean_losses, reduce_sums
 
 
 def evaluate(
     config: Config,
     *,
-    stepper: Stepper,
+    stepper: Steps,
     mixture: Mixture,
     groups: ProcessGroupCollection,
     batches: int | None,

@@ -18,8 +18,8 @@ from mmscale.resilience.divergence import Diverged, find_diverged
 from mmscale.train.loop import StepReport, is_logged
 from mmscale.train.metrics import EVAL, EventLog, MetricsLog
 from mmscale.train.progress import Progress
-from mmscale.train.state import TrainState
-from mmscale.train.step import Stepper
+from mmscale.train.state import StageState
+from mmscale.train.step import Steps
 from mmscale.train.throughput import Throughput
 
 
@@ -31,7 +31,8 @@ class LogHook:
         clock: tokens per second.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
-        more: figures of others, of saves and of slow ranks, since the last call.
+        figures: what the stage itself knows of the step; every rank asks.
+        more: figures of others, of saves and of slow ranks, since the last call; rank 0 asks.
     """
 
     def __init__(
@@ -41,20 +42,22 @@ class LogHook:
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
+        figures: Callable[[], dict[str, float]],
         more: Callable[[], dict[str, float]],
     ) -> None:
+        self.figures = figures
         self.more = more
         self.config = config
         self.clock = clock
         self.progress = progress
         self.metrics = metrics
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """Nothing is read from the device on a step that is not logged."""
         if not is_logged(self.config, report.step):
             self.progress.step(report.step)
             return
-        values = report.result.losses | self._routing(report)
+        values = report.result.losses | self._routing(report) | self.figures()
         if self.metrics is not None:
             values |= {
                 "time": round(time.time(), 3),
@@ -119,7 +122,7 @@ class ReplicaHook:
         self,
         config: Config,
         *,
-        stepper: Stepper,
+        stepper: Steps,
         groups: ProcessGroupCollection,
         clock: Throughput,
         tell: Callable[..., None],
@@ -130,7 +133,7 @@ class ReplicaHook:
         self.clock = clock
         self.tell = tell
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """Nothing on other steps.
 
         Raises:
@@ -139,7 +142,7 @@ class ReplicaHook:
         if self.every == 0 or report.step % self.every:
             return
         with self.clock.measure("parameter_hash_s"), self.stepper.settled():
-            found = find_diverged(self.stepper.chunks, self.groups)
+            found = find_diverged(self.stepper.modules, self.groups)
         for rank in found:
             self.tell(
                 "diverged_rank",
@@ -196,7 +199,7 @@ class EvalHook:
         self.metrics = metrics
         self.events = events
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """Held-out losses under batch routing, which sees the future, and under every causal one that the model has."""
         every, last = self.config.train.eval_every, report.step == self.config.train.steps
         if not last and (every == 0 or report.step % every):
@@ -221,7 +224,7 @@ def routings_of(config: Config) -> list[Routing]:
     return found
 
 
-def _anomalies(state: TrainState) -> dict[str, float]:
+def _anomalies(state: StageState) -> dict[str, float]:
     """Findings of the whole run, and by kind what was found and done."""
     counts = state.anomalies.counts
     total = sum(counts.get(kind.value, 0) for kind in Kind)
@@ -238,6 +241,6 @@ class PlaceHook:
     def __init__(self, at: Callable[[str, int], None]) -> None:
         self.at = at
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """The step was applied and logged; its border comes next."""
         self.at("step", report.step)

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmscale.config import Config
 from mmscale.train.loop import StepReport
 from mmscale.train.metrics import MetricsLog
-from mmscale.train.state import TrainState
+from mmscale.train.state import StageState
 
 # A matrix of co-selection has E^2 numbers for every layer: with more experts only their loads are written.
 COSELECTION_UP_TO = 32
@@ -39,7 +39,7 @@ class LayersHook:
         self.groups = groups
         self.metrics = metrics
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """Only where the step's figures were asked for by modality."""
         if report.stats is None or not report.stats.modalities:
             return

@@ -15,23 +15,22 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from mmscale.model.state_te import scaled_modules
 from mmscale.runtime import random_state
 from mmscale.train.adam_compact import MOMENTS, CompactAdam
-from mmscale.train.state import TrainState, unwrapped
+from mmscale.train.state import StageState
 
 _MAIN = "main"  # a parameter itself, beside exp_avg and exp_avg_sq
 _TENSOR = "tensor:"  # stands in plain values where a tensor was taken out
 
 
-def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def capture(state: StageState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's tensors by name, not copied, and everything else as JSON."""
-    tensors = dict(_weights(state))
+    tensors = dict(state.local_tensors())
     for name, param, inner in _optimized(state):
         tensors[f"{name}.{_MAIN}"] = param
         moments = inner.state.get(param, {})
         tensors |= {f"{name}.{key}": value for key, value in moments.items() if isinstance(value, Tensor)}
-    tensors |= {name: module.fp8_state() for name, module in _scaled(state)}
+    tensors |= {name: module.fp8_state() for name, module in state.scaled()}
     random: dict[str, Tensor] = {}
     plain = {
         "progress": state.progress(),
@@ -41,13 +40,13 @@ def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: tensor.detach() for name, tensor in tensors.items()} | random, plain
 
 
-def problems(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> list[str]:
+def problems(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> list[str]:
     """Why a snapshot does not fit into this rank's model and optimizer; empty if it does."""
     found = [f"it has no {name}" for name in ("progress", "steps", "random") if name not in plain]
     if not found and [len(steps) for steps in plain["steps"]] != [len(inner.param_groups) for inner in _inner(state)]:
         found.append("it has other parameter groups")
-    wanted = {name: tensor.shape for name, tensor in _weights(state)}
-    wanted |= {name: module.fp8_state().shape for name, module in _scaled(state)}
+    wanted = {name: tensor.shape for name, tensor in state.local_tensors()}
+    wanted |= {name: module.fp8_state().shape for name, module in state.scaled()}
     known = set(wanted)
     other: list[str] = []
     for name, param, inner in _optimized(state):
@@ -70,7 +69,7 @@ def problems(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[st
 
 
 @torch.no_grad()
-def restore(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+def restore(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     """Go on where `capture` was called, in another process; every rank calls it.
 
     Args:
@@ -78,9 +77,9 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str
         tensors: what `capture` gave on this rank, after `problems` found none; copied.
         plain: likewise.
     """
-    for name, tensor in _weights(state):
+    for name, tensor in state.local_tensors():
         tensor.copy_(tensors[name])
-    for name, module in _scaled(state):
+    for name, module in state.scaled():
         module.set_fp8_state(tensors[name])
     for name, param, inner in _optimized(state):
         param.copy_(tensors[f"{name}.{_MAIN}"])
@@ -95,48 +94,28 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], plain: Mapping[str
                 group["step"] = step
     for optimizer in _distributed(state):
         optimizer._copy_main_params_to_model_params()
-    for chunk in state.chunks:
-        chunk.start_param_sync(force_sync=True)
-    if state.routers is not None:
-        state.routers.module.start_param_sync(force_sync=True)
+    state.gather()
     state.restore_progress(plain["progress"])
     random_state.restore(_put_together(plain["random"], tensors))
 
 
-def _weights(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """What the model keeps besides optimized parameters: buffers, and parameters that are frozen."""
-    for index, chunk in enumerate(state.chunks):
-        module = unwrapped(chunk)
-        yield from ((f"model.{index}.{name}", buffer) for name, buffer in module.named_buffers())
-        for name, param in module.named_parameters():
-            if not param.requires_grad:
-                yield f"model.{index}.{name}", param.data
-
-
-def _scaled(state: TrainState) -> Iterator[tuple[str, Any]]:
-    """Modules of Transformer-Engine that scale FP8 by what they have seen; emulated FP8 keeps that in buffers."""
-    for index, chunk in enumerate(state.chunks):
-        yield from ((f"fp8.{index}.{name}", module) for name, module in scaled_modules(unwrapped(chunk)))
-
-
-def _distributed(state: TrainState) -> list[DistributedOptimizer]:
-    """The optimizers by megatron of this rank: of dense, of expert parameters, of a joint run's routers.
+def _distributed(state: StageState) -> list[DistributedOptimizer]:
+    """The optimizers by megatron of this rank: of dense, of expert parameters, of routers.
 
     None of them without parameters.
     """
-    assert state.optimizer is not None
     found: list[Any] = []
-    for optimizer in (state.optimizer, *([] if state.routers is None else [state.routers.optimizer])):
+    for optimizer in state.optimizers():
         found += optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [optimizer for optimizer in found if not optimizer.is_stub_optimizer]
 
 
-def _inner(state: TrainState) -> list[torch.optim.Optimizer]:
+def _inner(state: StageState) -> list[torch.optim.Optimizer]:
     """The optimizers over this rank's shards."""
     return [optimizer.optimizer for optimizer in _distributed(state)]
 
 
-def _optimized(state: TrainState) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
+def _optimized(state: StageState) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
     """Every shard with a name, and whose it is; shards are dealt by megatron, always alike for one layout."""
     for number, inner in enumerate(_inner(state)):
         for group_number, group in enumerate(inner.param_groups):

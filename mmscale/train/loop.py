@@ -1,4 +1,4 @@
-"""The training loop: reads top to bottom, says when and not how.
+"""The training loop: reads top to bottom, says when and not how. It knows no stage: it is given one's parts.
 
 New wishes become a hook or a part of a step, never an `if` in the loop. The error path runs no collectives.
 """
@@ -14,8 +14,8 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.model.mixed_modal import RoutingStats
 from mmscale.train.batch import Batch, to_device
 from mmscale.train.schedule import learning_rate
-from mmscale.train.state import TrainState
-from mmscale.train.step import Stepper, StepResult
+from mmscale.train.state import StageState
+from mmscale.train.step import StepResult, Steps
 from mmscale.train.throughput import DATA_WAIT, SAVE_STALL, Throughput
 
 
@@ -43,11 +43,11 @@ class StepReport:
 class Hook(Protocol):
     """Something that happens after a step, on every rank."""
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """Called after every optimizer step."""
 
 
-class Steps(Protocol):
+class Guard(Protocol):
     """Takes steps."""
 
     def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
@@ -60,7 +60,7 @@ class Checkpoints(Protocol):
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a checkpoint after this step."""
 
-    def save(self, state: TrainState, *, last: bool = False) -> None:
+    def save(self, state: StageState, *, last: bool = False) -> None:
         """Begin a save, or wait for it to be committed if it is the last one; every rank calls it."""
 
 
@@ -84,9 +84,9 @@ class Trainer:
         self,
         config: Config,
         *,
-        state: TrainState,
-        stepper: Stepper,
-        guard: Steps,
+        state: StageState,
+        stepper: Steps,
+        guard: Guard,
         batches: Iterator[StepBatch],
         vocabulary: Vocabulary,
         hooks: Sequence[Hook],

@@ -21,7 +21,7 @@ from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train import local_state
 from mmscale.train.loop import StepReport
-from mmscale.train.state import TrainState
+from mmscale.train.state import StageState
 from mmscale.train.throughput import Throughput
 
 STALL = "memory_stall_s"
@@ -39,7 +39,7 @@ class MemoryHook:
         self.tier = tier
         self.clock = clock
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """Every `resilience.memory_every` steps."""
         if self.tier.due(state.step):
             with self.clock.measure(STALL):
@@ -98,7 +98,7 @@ def memory_of(
     tier.close()
 
 
-def go_on(tier: MemoryTier | None, state: TrainState, *, above: int) -> bool:
+def go_on(tier: MemoryTier | None, state: StageState, *, above: int) -> bool:
     """Go on from memory, if it holds something newer than step `above` that is whole. Every rank calls it."""
     if tier is None:
         return False

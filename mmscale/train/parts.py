@@ -1,6 +1,6 @@
 """What a run is made of before it trains: process groups, model, optimizer, stepper, loader.
 
-Builds, and starts nothing else; run.py and auxiliary_stage.py put these together with checkpoints and logs.
+Builds, and starts nothing else; run.py puts these together with checkpoints and logs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmscale.train.auxiliary import AuxiliaryTrainer
 from mmscale.train.batch import part_of, to_device
 from mmscale.train.companions import companions_of, routers_among
 from mmscale.train.optim import make_optimizer, wrap
-from mmscale.train.step import Stepper
+from mmscale.train.step import Stepper, Steps
 
 
 @dataclass
@@ -77,12 +77,12 @@ def build(config: Config, groups: ProcessGroupCollection) -> Parts:
     return Parts(groups, chunks, optimizer, stepper, routers_among(companions))
 
 
-def dry_run(config: Config, parts: Parts, data: Mixture) -> None:
+def dry_run(config: Config, stepper: Steps, groups: ProcessGroupCollection, data: Mixture) -> None:
     """One batch forward and backward without an update: finds errors of shape and memory before step 1."""
-    own = part_of(parts.groups).batch(data, 0, global_micro_batches(config))
+    own = part_of(groups).batch(data, 0, global_micro_batches(config))
     vocabulary = Vocabulary.from_config(config.vocab)
     with random_state.preserved():  # the next step draws what it would have drawn without a restart
-        parts.stepper.accumulate([to_device(content, vocabulary) for content in own])
+        stepper.accumulate([to_device(content, vocabulary) for content in own])
     device.synchronize()
 
 

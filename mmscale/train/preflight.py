@@ -6,7 +6,7 @@ It reads a few small files, writes nothing, and imports no torch, so that the la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def check_changes(
     where: str,
     yes: bool,
     data: Sequence[SourceIdentity] | None = None,
+    settings: Callable[[Config], Config] = lambda config: config,
 ) -> list[str]:
     """The settings that changed since a checkpoint, one line each, and what became of its data.
 
@@ -80,6 +81,7 @@ def check_changes(
         where: its name, for the message.
         yes: the user has confirmed that the objective or the data change.
         data: the data that is going to be read; None: looked up where the configuration says.
+        settings: gives the configuration of the stage that the checkpoint is of.
 
     Raises:
         ConfigError: they change, or the learning rate would jump, and nobody has confirmed it.
@@ -100,7 +102,7 @@ def check_changes(
             f"the objective or the data have changed since {where}: {'; '.join(asked)}",
             remedy="restore these settings, start another run.name, or confirm with `mmscale train ... --yes`",
         )
-    rate = _learning_rates(config, saved, info)
+    rate = _learning_rates(config, saved, info, settings)
     if rate is not None and rate.jumps and not yes:
         raise ConfigError(
             f"the learning rate would jump behind {where}: {rate}",
@@ -134,13 +136,15 @@ class _Rate:
         return self.after > JUMP * self.before
 
 
-def _learning_rates(config: Config, saved: Mapping[str, Any], info: Mapping[str, Any]) -> _Rate | None:
+def _learning_rates(
+    config: Config, saved: Mapping[str, Any], info: Mapping[str, Any], settings: Callable[[Config], Config]
+) -> _Rate | None:
     """None: the next step has the rate that it would have had, or nothing is trained yet."""
     step = info.get("step")
     if not isinstance(step, int) or step < 1:
         return None
     try:
-        before, after = around(Config.model_validate(saved), config, step=step)
+        before, after = around(settings(Config.model_validate(saved)), settings(config), step=step)
     except ValidationError:  # settings of another version
         return None
     return None if math.isclose(before, after, rel_tol=_SAME) else _Rate(step, before, after)

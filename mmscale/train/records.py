@@ -51,7 +51,7 @@ class Records:
 
 @contextlib.contextmanager
 def open_records(
-    folder: Path, *, attempt: int, rank: int, fence: Fence, log: LogConfig | None = None
+    folder: Path, *, attempt: int, rank: int, fence: Fence, log: LogConfig | None = None, name: str = ""
 ) -> Iterator[Records]:
     """The logs of a folder, closed in the end; an error that passes becomes an event.
 
@@ -61,6 +61,7 @@ def open_records(
         rank: of this process.
         fence: asked before every line: an attempt that has lost the run writes none.
         log: what gets the figures besides, from `Records.begin` on; None: nothing.
+        name: what these call the run; default: its folder's.
 
     Raises:
         FencedError: another attempt has taken the run over.
@@ -73,7 +74,7 @@ def open_records(
     events = EventLog(folder, attempt, may_write=fence.check)
     metrics = MetricsLog(folder, attempt=attempt, may_write=fence.check)
     try:
-        yield Records(metrics, events, lambda: _backends(folder, log, events))
+        yield Records(metrics, events, lambda: _backends(folder, name or folder.name, log, events))
     except FencedError:
         raise  # not a line more
     except BaseException as error:
@@ -84,12 +85,13 @@ def open_records(
         events.close()
 
 
-def _backends(folder: Path, log: LogConfig | None, events: EventLog) -> Backends | None:
+def _backends(folder: Path, name: str, log: LogConfig | None, events: EventLog) -> Backends | None:
     if log is None:
         return None
     port = log.prometheus_port
     return backends_of(
         folder,
+        name=name,
         tensorboard=log.tensorboard,
         wandb=log.wandb,
         prometheus=None if port is None else (log.prometheus_address, port),

@@ -1,6 +1,6 @@
-"""One attempt of a run, from a configuration to an exit status: puts the parts together in order.
+"""One attempt of a stage, from a configuration to an exit status: puts the parts together in order.
 
-The only place, with the auxiliary stage, that knows model, data, checkpoint and resilience at once.
+The only place that knows model, data, checkpoint and resilience at once. What is of one stage alone is in stages/.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
-from mmscale.config.notes import notes
 from mmscale.data.identity import identities, known
 from mmscale.data.manifest import read_blend
 from mmscale.data.mixture import Mixture, open_mixture
 from mmscale.data.segments import go_on
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, TrainingError
+from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.mixed_modal import Routing
-from mmscale.plan import flops_per_token, plan
 from mmscale.resilience import flight_recorder
 from mmscale.resilience.inject import Faults
 from mmscale.resilience.lease import Fence, launched_attempt
@@ -36,29 +36,33 @@ from mmscale.runtime.groups import from_first
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train import saves
 from mmscale.train.evaluate import evaluate
-from mmscale.train.hooks import EvalHook, LogHook, PlaceHook, ReplicaHook
-from mmscale.train.layers_log import LayersHook
+from mmscale.train.hooks import LogHook, PlaceHook, ReplicaHook
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.memory import MemoryHook, memory_of
 from mmscale.train.metrics import next_attempt
-from mmscale.train.parts import Parts, build, dry_run, loader_of, resolve_share, start
-from mmscale.train.preflight import preflight, tokenizers_of
-from mmscale.train.progress import Progress, banner
+from mmscale.train.parts import dry_run, loader_of, resolve_share, start
+from mmscale.train.preflight import tokenizers_of
+from mmscale.train.progress import Progress
 from mmscale.train.records import Records, open_records
-from mmscale.train.state import TrainState
+from mmscale.train.stages.auxiliary import AuxiliaryStage
+from mmscale.train.stages.built import BuiltStage, Given, Tools
+from mmscale.train.stages.main import MainStage
+from mmscale.train.stages.table import MAIN, STAGES, Stage
 from mmscale.train.step_guard import StepGuard
 from mmscale.train.stragglers import RankTimes
 from mmscale.train.throughput import Throughput, peak_tflops
 
 FINISHED, STOPPED = 0, 75
+BUILDERS: Mapping[str, Callable[[Given], BuiltStage]] = {MAIN: MainStage, "auxiliary": AuxiliaryStage}
 
 
-def main(config: Config, env: RankEnv, *, yes: bool = False) -> int:
+def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False) -> int:
     """Run one attempt on this rank.
 
     Args:
-        config: the configuration; `model.experts.share` may be 'auto'.
+        config: the run's configuration; `model.experts.share` may be 'auto'.
         env: this process's place among the ranks.
+        stage: a name in `STAGES`.
         yes: go on from a checkpoint although the objective or the data have changed since.
 
     Returns:
@@ -67,15 +71,19 @@ def main(config: Config, env: RankEnv, *, yes: bool = False) -> int:
     Raises:
         MmscaleError: something that the user can mend; the same on every rank where it can be.
     """
-    preflight(config, world_size=env.world_size, yes=yes)
-    config = resolve_share(config)
-    vocabulary = Vocabulary.from_config(config.vocab)
-    train_data = open_mixture(config, "train", vocabulary=vocabulary)
-    held_out = open_mixture(config, "validation", vocabulary=vocabulary)
-    groups = start(config, env)
+    entry = STAGES[stage]
+    entry.preflight(config, world_size=env.world_size, yes=yes)
+    config = resolve_share(entry.inherit(config))
+    settings = entry.settings(config)
+    vocabulary = Vocabulary.from_config(settings.vocab)
+    train_data = open_mixture(settings, "train", vocabulary=vocabulary)
+    held_out = open_mixture(settings, "validation", vocabulary=vocabulary)
+    groups = start(settings, env)
+    run = Path(config.run.dir) / config.run.name
+    given = Given(config, settings, run, entry.folder(run), env, groups)
     try:
         with StopRequest() as stop, contextlib.ExitStack() as stack:
-            return _Attempt(config, env, groups, train_data, held_out, stop, stack).run(yes=yes)
+            return _Attempt(entry, given, train_data, held_out, stop, stack).run(yes=yes)
     finally:
         process_groups.finalize()
 
@@ -88,34 +96,43 @@ class _Attempt:
 
     def __init__(
         self,
-        config: Config,
-        env: RankEnv,
-        groups: ProcessGroupCollection,
+        entry: Stage,
+        given: Given,
         train_data: Mixture,
         held_out: Mixture,
         stop: StopRequest,
         stack: contextlib.ExitStack,
     ) -> None:
-        self.config, self.env, self.groups, self.stop, self.stack = config, env, groups, stop, stack
+        self.entry, self.given, self.stop, self.stack = entry, given, stop, stack
+        self.config, self.env, self.folder = given.settings, given.env, given.folder
+        self.groups: ProcessGroupCollection = given.groups
         self.train_data, self.held_out = train_data, held_out
-        self.folder = Path(config.run.dir) / config.run.name
+        config, env = self.config, self.env
         self.fence = Fence.of_rank(self.folder, env.rank)
         self.faults = Faults.of_rank(env.rank)
-        first = env.rank == 0
+        first = env.is_first
         self.number = from_first((launched_attempt(self.folder) or next_attempt(self.folder)) if first else None)
-        self.parts: Parts = build(config, groups)
-        self.state = TrainState(self.parts.chunks, self.parts.optimizer, routers=self.parts.routers)
+        self.stage = BUILDERS[entry.name](given)
+        self.state, self.stepper = self.stage.state, self.stage.stepper
         self.records: Records = stack.enter_context(
-            open_records(self.folder, attempt=self.number, rank=env.rank, fence=self.fence, log=config.log)
+            open_records(
+                self.folder,
+                attempt=self.number,
+                rank=env.rank,
+                fence=self.fence,
+                log=config.log,
+                name="-".join(filter(None, (config.run.name, entry.subfolder))),
+            )
         )
         self.progress: Progress = stack.enter_context(Progress(config.train.steps, enabled=first))
         self.data = from_first(identities(config, read_blend(config)) if first else None)
         self.checkpoints: CheckpointManager = saves.manager_of(
-            config,
-            self.folder,
+            given,
             attempt=self.number,
-            tokenizers=from_first(tokenizers_of(self.folder, train_data.tokenizers) if first else None),
+            tokenizers=from_first(tokenizers_of(given.run, train_data.tokenizers) if first else None),
             data=self.data,
+            origin=self.stage.origin(),
+            begins_at=self.state.sequences,
             records=self.records,
             progress=self.progress,
             faults=self.faults,
@@ -132,28 +149,37 @@ class _Attempt:
             recorded=flight_recorder.dump,
         )
         self.clock = Throughput(
-            flops_per_token=flops_per_token(config).training,
+            flops_per_token=self.stage.flops_per_token,
             world_size=env.world_size,
             peak_tflops=peak_tflops(device.device_name(), config.precision.dtype),
         )
+        self.tools = Tools(self.clock, self.progress, self.records, self._evaluate, self._beat)
 
     def run(self, *, yes: bool) -> int:
         """Resume or start, train to the end or to a request to stop; the exit status."""
-        config, state = self.config, self.state
+        config, state, stage = self.config, self.state, self.stage
         memory = self.memory if config.checkpoint.resume else None
-        changed = saves.resume(config, self.checkpoints, memory, state, data=self.data, yes=yes)
+        changed = saves.resume(
+            self.given.config,
+            self.checkpoints,
+            memory,
+            state,
+            data=self.data,
+            settings=self.entry.settings,
+            is_complete=stage.is_complete,
+            yes=yes,
+        )
         self._announce(changed or [])
         if state.step >= config.train.steps:
-            self.progress.say(
-                f"{self.folder} is done: {state.step} of {config.train.steps} steps; raise train.steps to go on"
-            )
-            return FINISHED
-        self.records.begin(config, self.folder, attempt=self.number)
+            return self._done()
+        self.records.begin(self.given.config, self.folder, attempt=self.number)
         self._find_place()
         begun = "start" if changed is None else "resume"
-        self.records.tell(begun, step=state.step, world_size=self.env.world_size, attempt_id=self.fence.lease_id)
+        self.records.tell(
+            begun, step=state.step, world_size=self.env.world_size, attempt_id=self.fence.lease_id, **stage.origin()
+        )
         if config.train.dry_run:
-            dry_run(config, self.parts, self.train_data)
+            dry_run(config, self.stepper, self.groups, self.train_data)
         trainer = self._trainer()
         if self.memory is not None:
             self.memory.start()
@@ -164,6 +190,8 @@ class _Attempt:
         try:
             with self.watchdog:
                 finished = trainer.fit()
+                if finished:
+                    stage.complete(self.tools)
         except TrainingError:  # the same on every rank, so the save that is under way can still be committed
             self.checkpoints.saver.finish()
             raise
@@ -174,70 +202,83 @@ class _Attempt:
 
     def _find_place(self) -> None:
         """Go on in the data with what was not read, and say what changed in its order."""
-        state, store = self.state, self.checkpoints.store
+        state = self.state
         info: dict[str, Any] = {}
-        if state.sequences and not state.stream:  # its settings say what the number means
-            info = from_first(store.info(state.step) if self.env.rank == 0 else None)
+        saved: dict[str, Any] | None = None
+        if state.sequences and not state.stream:  # settings say what the number means
+            info, saved = self._settings_before()
         place = go_on(
             self.config,
             self.train_data,
             data=self.data,
             consumed=state.sequences,
             segments=state.stream,
-            saved=info.get("config"),
+            saved=saved,
             known=known(info),
         )
         self.train_data, state.stream = place.mixture, place.segments
         for line in place.lines:
             self.progress.say(f"changed since the checkpoint: {line}")
 
+    def _settings_before(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What the checkpoint says that the state is from, and the settings of the steps before it."""
+        step = self.state.step
+        if step == 0:
+            info = self.stage.begins_from
+            return info, info.get("config")
+        info = from_first(self.checkpoints.store.info(step) if self.env.is_first else None)
+        if not isinstance(info.get("config"), dict):
+            return info, None
+        return info, self.entry.settings(Config.model_validate(info["config"])).model_dump(mode="json")
+
     def _announce(self, changed: list[str]) -> None:
-        shares = self.config.model.experts.share
-        if self.env.rank == 0:
-            self.progress.say(
-                banner(
-                    self.config,
-                    world_size=self.env.world_size,
-                    device=device.device_name(),
-                    plan=plan(self.config),
-                    share=shares if isinstance(shares, dict) else None,
-                    attempt=self.number,
-                    start_step=self.state.step,
-                )
-            )
         if self.faults.text:
             self.records.tell("faults_requested", faults=self.faults.text)
-        for line in (*self.faults.warnings(), *notes(self.config)):
+        lines = [*self.stage.announce(attempt=self.number), *self.faults.warnings()]
+        for line in (*lines, *(f"changed since the checkpoint: {change}" for change in changed)):
             self.progress.say(line)
-        for line in changed:
-            self.progress.say(f"changed since the checkpoint: {line}")
+
+    def _done(self) -> int:
+        """Nothing is left to train: do what an attempt that was killed after the last step has left undone."""
+        if from_first(max(self.checkpoints.store.steps(), default=0)) < self.state.step:  # it goes on from memory alone
+            with self.stepper.settled():
+                self.checkpoints.save(self.state, last=True)
+        if not self.stage.is_complete():
+            with self.watchdog:
+                self.stage.complete(self.tools)
+        self.progress.say(
+            f"{self.folder} is done: {self.state.step} of {self.config.train.steps} steps; raise {self.entry.steps} to "
+            "go on"
+        )
+        return FINISHED
 
     def _trainer(self) -> Trainer:
         loader = loader_of(self.config, self.groups, self.train_data, consumed=self.state.sequences)
         self.stack.callback(loader.close)
         times = RankTimes(
             self.config,
-            stepper=self.parts.stepper,
+            stepper=self.stepper,
             state=self.state,
             begun=functools.partial(self.faults.at, "begin"),
         )
         guard = StepGuard(
             self.config,
             state=self.state,
-            stepper=self.parts.stepper,
+            stepper=self.stepper,
             load_newest=self._load_newest,
             go_on_at=lambda sequences: loader.load_state_dict({"consumed_sequences": sequences}),
             tell=self._anomaly,
             warn=self.progress.say,
+            optim=self.entry.optim,
         )
         return Trainer(
             self.config,
             state=self.state,
-            stepper=self.parts.stepper,
+            stepper=self.stepper,
             guard=guard,
             batches=times.watch(loader),
             vocabulary=Vocabulary.from_config(self.config.vocab),
-            hooks=self._hooks(times),
+            hooks=self._hooks(times, self.stage.hooks(self.tools, loader)),
             checkpoints=self.checkpoints,
             stop_requested=self._border,
             clock=self.clock,
@@ -271,49 +312,47 @@ class _Attempt:
         self.watchdog.beat(state.step)
         return found
 
-    def _hooks(self, times: RankTimes) -> list[Hook]:
+    def _hooks(self, times: RankTimes, own: list[Hook]) -> list[Hook]:
         config, clock, records = self.config, self.clock, self.records
         hooks: list[Hook] = [
             times,
-            ReplicaHook(config, stepper=self.parts.stepper, groups=self.groups, clock=clock, tell=records.tell),
+            ReplicaHook(config, stepper=self.stepper, groups=self.groups, clock=clock, tell=records.tell),
             LogHook(
                 config,
                 clock=clock,
                 progress=self.progress,
                 metrics=records.metrics,
+                figures=self.stepper.figures,
                 more=lambda: self.checkpoints.saver.figures() | times.figures(),
             ),
-            LayersHook(config, groups=self.groups, metrics=records.metrics),
-            EvalHook(
-                config,
-                evaluate=self._evaluate,
-                clock=clock,
-                progress=self.progress,
-                metrics=records.metrics,
-                events=records.events,
-            ),
+            *own,
             PlaceHook(self.faults.at),
         ]
         if self.memory is not None:
             hooks.append(MemoryHook(self.memory, clock=clock))
         return hooks
 
-    def _evaluate(self, routing: Routing) -> dict[str, float]:
+    def _evaluate(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, float]:
         step = self.state.step
 
         def on_batch() -> None:
-            self.watchdog.beat(step)  # a long evaluation is no hang; a batch that never ends is one
+            self._beat()
             self.faults.at("eval", step)
 
         return evaluate(
             self.config,
-            stepper=self.parts.stepper,
+            stepper=self.stepper,
             mixture=self.held_out,
             groups=self.groups,
             batches=self.config.train.eval_batches,
             routing=routing,
+            learning=learning,
             on_batch=on_batch,
         )
+
+    def _beat(self) -> None:
+        """A long piece of work goes on: it is no hang; a batch of it that never ends is one."""
+        self.watchdog.beat(self.state.step)
 
     def _anomaly(self, event: str, **fields: Any) -> None:
         self.records.tell(event, **fields)

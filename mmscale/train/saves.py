@@ -1,12 +1,11 @@
-"""A run and its checkpoints: how its manager is set up, where it goes on from, and how far a save has come.
+"""A stage and its checkpoints: how its manager is set up, where it goes on from, and how far a save has come.
 
 The manager knows neither configurations nor terminals; here it gets both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,17 +28,19 @@ from mmscale.train.memory import go_on
 from mmscale.train.preflight import check_changes
 from mmscale.train.progress import Progress
 from mmscale.train.records import Records
-from mmscale.train.state import TrainState
+from mmscale.train.stages.built import Given
+from mmscale.train.state import StageState
 from mmscale.train.throughput import SAVE_STALL, Throughput
 
 
 def manager_of(
-    config: Config,
-    run: Path,
+    given: Given,
     *,
     attempt: int,
     tokenizers: dict[str, str],
     data: Sequence[SourceIdentity],
+    origin: dict[str, Any],
+    begins_at: int,
     records: Records,
     progress: Progress,
     faults: Faults,
@@ -48,16 +49,18 @@ def manager_of(
     """The manager of an attempt: told events become lines of events.jsonl, and warnings on the terminal.
 
     Args:
-        config: the run's configuration.
-        run: the run's folder.
+        given: the stage.
         attempt: its number.
         tokenizers: fingerprints of those that the run has learned from; kept with every checkpoint.
         data: what it learns from; kept likewise.
+        origin: what else the stage's checkpoints say of themselves.
+        begins_at: sequences consumed before the stage's first step.
         records: where events go.
         progress: the terminal.
         faults: called at every point of a save.
         fence: called at every stage of a commit.
     """
+    settings = given.settings
 
     def tell(event: str, **fields: Any) -> None:
         records.tell(event, **fields)
@@ -73,32 +76,33 @@ def manager_of(
             )
 
     def counters(step: int) -> dict[str, Any]:
-        return {"step": step, "sequences": step * config.train.global_batch_size}
+        return {"step": step, "sequences": begins_at + step * settings.train.global_batch_size}
 
     return CheckpointManager(
-        run,
-        every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
+        given.folder,
+        every=settings.checkpoint.every,
+        keep=settings.checkpoint.keep,
         attempt=attempt,
         info={
-            "shape": shape_of(config),
-            "config": config.model_dump(mode="json"),
-            "config_digest": digest(config),
+            "shape": shape_of(given.config),
+            "config": given.config.model_dump(mode="json"),
+            "config_digest": digest(given.config),
             "attempt": attempt,
             "tokenizers": tokenizers,
             "data": [source.model_dump() for source in data],
+            **origin,
         },
         on_event=tell,
         saves=SaveSettings(
-            asynchronous=config.checkpoint.asynchronous,
-            deadline_s=config.checkpoint.deadline,
-            max_failures=config.checkpoint.max_failures,
+            asynchronous=settings.checkpoint.asynchronous,
+            deadline_s=settings.checkpoint.deadline,
+            max_failures=settings.checkpoint.max_failures,
         ),
         on_point=faults.at,
         on_stage=lambda stage: fence.check(),
-        keep_every=config.checkpoint.keep_every,
-        allow_missing=config.checkpoint.allow_missing,
-        seed=config.run.seed,
+        keep_every=settings.checkpoint.keep_every,
+        allow_missing=settings.checkpoint.allow_missing,
+        seed=settings.run.seed,
         code_version=code_version() if torch.distributed.get_rank() == 0 else "",
         default_progress=counters,
     )
@@ -108,14 +112,26 @@ def resume(
     config: Config,
     checkpoints: CheckpointManager,
     memory: MemoryTier | None,
-    state: TrainState,
+    state: StageState,
     *,
     data: Sequence[SourceIdentity],
+    settings: Callable[[Config], Config],
+    is_complete: Callable[[], bool],
     yes: bool,
 ) -> list[str] | None:
     """Go on from memory or from the newest whole checkpoint, whichever is newer.
 
-    Of a run that is done only the step is taken over: nothing of it is trained or written again.
+    Of a stage that is done only the step is taken over: nothing of it is trained or written again.
+
+    Args:
+        config: the run's configuration.
+        checkpoints: of the stage.
+        memory: of the stage; None: nothing is looked for there.
+        state: takes over what is found.
+        data: what it learns from.
+        settings: gives the stage's configuration.
+        is_complete: whether nothing is left to do after the step that the state then has.
+        yes: the user has confirmed that the objective or the data change.
 
     Returns:
         The settings changed since then in words; None for a new run.
@@ -131,16 +147,15 @@ def resume(
     store = checkpoints.store
     info = from_first(store.info(newest) if torch.distributed.get_rank() == 0 else None)
     check_shape(config, info.get("shape", {}), where=str(store.path(newest)))
-    lines = check_changes(config, info, data=data, where=str(store.path(newest)), yes=yes)
-    if newest >= config.train.steps:
-        state.step = newest
-    else:
+    lines = check_changes(config, info, data=data, where=str(store.path(newest)), settings=settings, yes=yes)
+    state.step = newest
+    if newest < settings(config).train.steps or not is_complete():
         checkpoints.load(state, newest)
     return lines
 
 
 def load_newest(
-    checkpoints: CheckpointManager, memory: MemoryTier | None, state: TrainState, clock: Throughput
+    checkpoints: CheckpointManager, memory: MemoryTier | None, state: StageState, clock: Throughput
 ) -> int | None:
     """Go back to the newest whole checkpoint; its step, or None where there is none."""
     with clock.measure("rollback_s"):

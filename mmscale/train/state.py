@@ -1,21 +1,23 @@
-"""What a run is made of and what a checkpoint keeps of it: weights, optimizer state, steps and sequences consumed.
+"""What a main run is made of and what a checkpoint keeps of it: weights, optimizer state, and any stage's counters.
 
 It knows how these become a sharded state dict and back; where and when they are written is checkpoint/'s business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
 from mmscale.checkpoint.sharded import metadata
 from mmscale.checkpoint.tensors import TensorEntry
+from mmscale.model.state_te import scaled_modules
 from mmscale.resilience.anomaly import AnomalyHistory
 from mmscale.train import fp8_scales
 from mmscale.train.auxiliary import AuxiliaryTrainer
@@ -23,32 +25,94 @@ from mmscale.train.optim import load_optimizer
 from mmscale.train.optimizer_shards import expect
 
 
-@dataclass
-class TrainState:
-    """The state of a run on this rank.
+@dataclass(kw_only=True)
+class Counters:
+    """Where a stage stands: the part of its state that the trainer moves on.
 
     Attributes:
-        chunks: model chunks of this rank, wrapped.
-        optimizer: megatron's optimizer over them; None if only weights are wanted (evaluation).
         step: optimizer steps done.
         sequences: sequences consumed, over all ranks, those left out too: the place in the data.
         tokens: tokens trained on, padding not counted.
         modality_tokens: the same by modality.
-        routers: the trainer of a joint run's auxiliary routers; their weights are in the chunks, their optimizer here.
         anomalies: what decisions about coming steps depend on. A checkpoint from before it was kept gives an empty one.
         stream: what a sequence's number means: settings of the data's order, before and after each change of them
             (mmscale.data.segments). Empty in checkpoints from before it was kept.
     """
 
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer | None
     step: int = 0
     sequences: int = 0
     tokens: int = 0
     modality_tokens: dict[str, int] = field(default_factory=dict)
     anomalies: AnomalyHistory = field(default_factory=AnomalyHistory)
-    routers: AuxiliaryTrainer | None = None
     stream: list[dict[str, Any]] = field(default_factory=list)
+
+    def progress(self) -> dict[str, Any]:
+        """The counters, as plain data."""
+        return {
+            "step": self.step,
+            "sequences": self.sequences,
+            "stream": self.stream,
+            "tokens": self.tokens,
+            "modality_tokens": dict(self.modality_tokens),
+            "anomalies": self.anomalies.plain(),
+        }
+
+    def restore_progress(self, plain: Mapping[str, Any]) -> None:
+        """Take over what `progress` gave."""
+        progress = dict(plain)
+        self.anomalies = AnomalyHistory.of(progress.pop("anomalies", None))
+        for name, value in progress.items():
+            setattr(self, name, value)
+
+
+class StageState(Protocol):
+    """The state of a stage: counters, what its checkpoints keep, and what a rank's own memory keeps."""
+
+    step: int
+    sequences: int
+    tokens: int
+    modality_tokens: dict[str, int]
+    anomalies: AnomalyHistory
+    stream: list[dict[str, Any]]
+
+    def sharded(self, *, loading: bool) -> dict[str, Any]:
+        """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""
+
+    def restore(self, loaded: dict[str, Any]) -> None:
+        """Take over what `checkpoint.sharded.read` gave."""
+
+    def progress(self) -> dict[str, Any]:
+        """The counters, as plain data."""
+
+    def restore_progress(self, plain: Mapping[str, Any]) -> None:
+        """Take over what `progress` gave."""
+
+    def optimizers(self) -> list[MegatronOptimizer]:
+        """The optimizers whose shards this rank holds."""
+
+    def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What the model keeps besides optimized parameters, by name."""
+
+    def scaled(self) -> Iterator[tuple[str, Any]]:
+        """Modules of Transformer-Engine that keep FP8 scales, by name."""
+
+    def gather(self) -> None:
+        """Fill the parameters from the optimizers' shards of all ranks; every rank calls it."""
+
+
+@dataclass
+class TrainState(Counters):
+    """The state of a main run on this rank.
+
+    Attributes:
+        chunks: model chunks of this rank, wrapped.
+        optimizer: megatron's optimizer over them; None if only weights are wanted (evaluation).
+        routers: the trainer of a joint run's auxiliary routers; their weights are in the chunks, their optimizer here.
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer | None
+    routers: AuxiliaryTrainer | None = None
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""
@@ -66,9 +130,8 @@ class TrainState:
 
     def expect(self, stored: Mapping[str, TensorEntry]) -> None:
         """Learn which tensors the checkpoint has that is going to be read: moments may be of another type there."""
-        for optimizer in (self.optimizer, None if self.routers is None else self.routers.optimizer):
-            if optimizer is not None:
-                expect(optimizer, stored)
+        for optimizer in self.optimizers():
+            expect(optimizer, stored)
 
     def sharded_weights(self) -> dict[str, Any]:
         """The model's part of it."""
@@ -78,17 +141,6 @@ class TrainState:
             # The model itself: DDP and Float16Module would put "module." before every key, differently for each dtype.
             models[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata())
         return models
-
-    def progress(self) -> dict[str, Any]:
-        """The counters, as plain data."""
-        return {
-            "step": self.step,
-            "sequences": self.sequences,
-            "stream": self.stream,
-            "tokens": self.tokens,
-            "modality_tokens": dict(self.modality_tokens),
-            "anomalies": self.anomalies.plain(),
-        }
 
     def restore(self, loaded: dict[str, Any]) -> None:
         """Take over what `checkpoint.sharded.read` gave."""
@@ -101,12 +153,31 @@ class TrainState:
         fp8_scales.restore(self.chunks, loaded.get("fp8", {}))
         self.restore_progress(loaded["progress"])
 
-    def restore_progress(self, plain: Mapping[str, Any]) -> None:
-        """Take over what `progress` gave."""
-        progress = dict(plain)
-        self.anomalies = AnomalyHistory.of(progress.pop("anomalies", None))
-        for name, value in progress.items():
-            setattr(self, name, value)
+    def optimizers(self) -> list[MegatronOptimizer]:
+        """The model's optimizer, and that of a joint run's routers."""
+        found = [self.optimizer, None if self.routers is None else self.routers.optimizer]
+        return [optimizer for optimizer in found if optimizer is not None]
+
+    def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers, and parameters that are frozen."""
+        for index, chunk in enumerate(self.chunks):
+            module = unwrapped(chunk)
+            yield from ((f"model.{index}.{name}", buffer) for name, buffer in module.named_buffers())
+            for name, param in module.named_parameters():
+                if not param.requires_grad:
+                    yield f"model.{index}.{name}", param.data
+
+    def scaled(self) -> Iterator[tuple[str, Any]]:
+        """Modules that scale FP8 by what they have seen; emulated FP8 keeps that in buffers."""
+        for index, chunk in enumerate(self.chunks):
+            yield from ((f"fp8.{index}.{name}", module) for name, module in scaled_modules(unwrapped(chunk)))
+
+    def gather(self) -> None:
+        """All chunks, and a joint run's routers."""
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+        if self.routers is not None:
+            self.routers.module.start_param_sync(force_sync=True)
 
 
 def _take_over(optimizer: MegatronOptimizer, loaded: dict[str, Any] | None) -> None:

@@ -1,7 +1,7 @@
 """One optimizer step, or one evaluation, through megatron's pipeline schedules.
 
-A step talks to the host once, when the gradient's norm is known (optim.py, `measure`); whether it is applied may be
-decided there. Loss sums of an evaluation stay tensors on the device until `reduce_sums`.
+A step talks to the host once, when the gradient's norm is known (optim.py, `measure`). Whether it is applied is decided
+there, between `compute` and `apply`. Loss sums of an evaluation stay tensors on the device until `reduce_sums`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -34,16 +34,17 @@ class StepResult:
     """What one step left behind.
 
     Attributes:
-        sums: [M + 1, 2] loss sums of this rank's micro-batches (zeros before the last pipeline stage).
-        grad_norm: norm of the whole model's gradient before clipping; NaN if any gradient or loss is not finite.
+        grad_norm: norm of the whole gradient before clipping; NaN if any gradient or loss is not finite.
         applied: False if the weights are as before.
-        losses: `loss`, `loss/<modality>` and `z_loss` of the whole batch.
+        losses: means over the whole batch, e.g. `loss`, `loss/<modality>` and `z_loss`.
+        sums: [M + 1, 2] loss sums of this rank's micro-batches (zeros before the last pipeline stage); a stage whose
+            losses are none of the model's has no rows.
     """
 
-    sums: Tensor
     grad_norm: float
     applied: bool
     losses: dict[str, float] = field(default_factory=dict)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
 
     @property
     def figures(self) -> dict[str, float]:
@@ -51,9 +52,33 @@ class StepResult:
         return {"grad_norm": self.grad_norm, **{k: v for k, v in self.losses.items() if k != "z_loss"}}
 
 
-def is_finite(result: StepResult) -> bool:
-    """Whether a step may be applied where nobody else decides."""
-    return math.isfinite(result.grad_norm)
+class Steps(Protocol):
+    """What a stage computes. The guard judges between `compute` and `apply`; every rank calls every method."""
+
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        """This rank's part of the model: replicas of its parameters must stay equal."""
+
+    def accumulate(self, batches: Sequence[Batch]) -> object:
+        """Forward, and whatever makes gradients, of this rank's micro-batches; nothing is applied."""
+
+    def compute(self, batches: Sequence[Batch]) -> StepResult:
+        """`accumulate`, then norm and losses over all ranks, the same on each. Not applied yet."""
+
+    def apply(self, computed: StepResult, *, lr: float) -> StepResult:
+        """Take the optimizer step with the gradients of the last `compute`."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Loss sums of the model over this rank's micro-batches, [M + 1, 2]."""
+
+    def figures(self) -> dict[str, float]:
+        """What else a logged step showed, the same on every rank."""
+
+    def settled(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, all ranks hold the newest parameters."""
+
+    def before_reduction(self, call: Callable[[], None]) -> None:
+        """From now on, call this where gradients of a step meet those of other ranks."""
 
 
 class Stepper:
@@ -84,30 +109,56 @@ class Stepper:
         )
         self._sends = P2PCommunicator(groups.pp, chunks[0].config) if config.parallel.pp > 1 else None
 
-    def train(
-        self, batches: Sequence[Batch], *, lr: float, accept: Callable[[StepResult], bool] = is_finite
-    ) -> StepResult:
-        """Accumulate the gradients of this rank's micro-batches and take an optimizer step.
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        """The chunks."""
+        return self.chunks
+
+    def train(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """One optimizer step, applied if it is finite: for whoever has no policy.
 
         Args:
             batches: this rank's part of the global batch.
             lr: learning rate of the step.
-            accept: asked with what is about to be applied, on every rank alike; False leaves weights, moments, Adam's
-                step count and learning rate as they are.
         """
+        computed = self.compute(batches)
+        return self.apply(computed, lr=lr) if math.isfinite(computed.grad_norm) else computed
+
+    def compute(self, batches: Sequence[Batch]) -> StepResult:
+        """Accumulate the gradients of this rank's micro-batches, and measure them and the losses over all ranks."""
         assert self.optimizer is not None
         sums = self.accumulate(batches)
         norm, total = measure(self.optimizer, sums, self.groups)
         losses = mean_losses(total, self.config.vocab.names)
-        result = StepResult(sums=sums, grad_norm=norm, applied=False, losses=losses)
-        if not accept(result):
-            return result
+        return StepResult(sums=sums, grad_norm=norm, applied=False, losses=losses)
+
+    def apply(self, computed: StepResult, *, lr: float) -> StepResult:
+        """Take the optimizer step, and let the companions learn from it.
+
+        A step that is only computed leaves weights, moments, Adam's step count and learning rate as they are.
+        """
+        assert self.optimizer is not None
         set_learning_rate(self.optimizer, self.config, lr)
-        result = replace(result, applied=apply(self.optimizer, norm))
+        result = replace(computed, applied=apply(self.optimizer, computed.grad_norm))
         if result.applied:
             for companion in self.companions:
                 companion.finish(lr=lr)
         return result
+
+    def figures(self) -> dict[str, float]:
+        """Nothing besides the losses."""
+        return {}
+
+    def before_reduction(self, call: Callable[[], None]) -> None:
+        """Call this at the end of the last backward pass of every step."""
+        transformer = self.chunks[0].config
+        reduce: Callable[..., Any] = transformer.finalize_model_grads_func  # type: ignore[assignment]
+
+        def finalize(*arguments: Any, **more: Any) -> Any:
+            call()
+            return reduce(*arguments, **more)
+
+        transformer.finalize_model_grads_func = finalize
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Zero the gradients, then forward and backward all micro-batches; gradients end up reduced and divided."""

@@ -1,4 +1,4 @@
-"""Takes steps under the anomaly policy: computes, asks, and applies, replays, leaves out, rolls back or gives up.
+"""Takes steps under the anomaly policy: computes, judges, then applies, replays, leaves out, rolls back or gives up.
 
 What to do is decided in resilience/anomaly.py. How a checkpoint is read, and data from another place, run.py knows.
 
@@ -17,8 +17,8 @@ from mmscale.errors import TrainingError
 from mmscale.resilience.anomaly import Action, AnomalyPolicy, Decision, Kind
 from mmscale.runtime import random_state
 from mmscale.train.batch import Batch
-from mmscale.train.state import TrainState
-from mmscale.train.step import Stepper, StepResult
+from mmscale.train.state import StageState
+from mmscale.train.step import StepResult, Steps
 
 
 class Tell(Protocol):
@@ -39,19 +39,22 @@ class StepGuard:
         go_on_at: lets the stream of batches go on after so many sequences.
         tell: events.
         warn: lines for the terminal.
+        optim: name of the settings of the stage's optimizer.
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        state: TrainState,
-        stepper: Stepper,
+        state: StageState,
+        stepper: Steps,
         load_newest: Callable[[], int | None],
         go_on_at: Callable[[int], None],
         tell: Tell,
         warn: Callable[[str], None],
+        optim: str = "optim",
     ) -> None:
+        self.optim = optim
         self.config = config
         self.state = state
         self.stepper = stepper
@@ -95,13 +98,12 @@ class StepGuard:
     def _attempt(
         self, on_device: Callable[[], list[Batch]], *, lr: float, replayed: bool
     ) -> tuple[StepResult, Decision]:
-        decisions = []
-
-        def accept(result: StepResult) -> bool:
-            decisions.append(self.policy.judge(self.state.anomalies, result.figures, replayed=replayed))
-            return decisions[-1].action is Action.APPLY
-
-        return self.stepper.train(on_device(), lr=lr, accept=accept), decisions[0]
+        """Compute, judge, and apply what the policy lets through."""
+        computed = self.stepper.compute(on_device())
+        decision = self.policy.judge(self.state.anomalies, computed.figures, replayed=replayed)
+        if decision.action is not Action.APPLY:
+            return computed, decision
+        return self.stepper.apply(computed, lr=lr), decision
 
     def _skip(self, batch: StepBatch, decision: Decision, what: str) -> None:
         start, end = self._span()
@@ -141,8 +143,8 @@ class StepGuard:
         raise TrainingError(
             f"step {self.state.step + 1}: {decision.reason}{again}, and the budget of {anomaly.budget} skipped batches "
             "and roll-backs is spent (resilience.anomaly.budget)",
-            remedy="lower optim.lr, raise optim.warmup, look at the batches that events.jsonl names, or raise "
-            "resilience.anomaly.budget; the last checkpoint is from before this step",
+            remedy=f"lower {self.optim}.lr, raise {self.optim}.warmup, look at the batches that events.jsonl names, or "
+            "raise resilience.anomaly.budget; the last checkpoint is from before this step",
         )
 
     def _span(self) -> tuple[int, int]:

@@ -16,7 +16,6 @@ so the loader's time lies between the marks. Measured on logged steps alone, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -24,8 +23,8 @@ from mmscale.config import Config
 from mmscale.data.loader import StepBatch
 from mmscale.runtime import device
 from mmscale.train.loop import StepReport, is_logged
-from mmscale.train.state import TrainState
-from mmscale.train.step import Stepper
+from mmscale.train.state import StageState
+from mmscale.train.step import Steps
 
 
 class RankTimes:
@@ -33,12 +32,12 @@ class RankTimes:
 
     Args:
         config: which steps are logged.
-        stepper: computes; its way to reduce gradients is wrapped.
+        stepper: computes; says when gradients are about to be reduced.
         state: says which step begins.
         begun: called with the step that begins: faults are injected there.
     """
 
-    def __init__(self, config: Config, *, stepper: Stepper, state: TrainState, begun: Callable[[int], None]) -> None:
+    def __init__(self, config: Config, *, stepper: Steps, state: StageState, begun: Callable[[int], None]) -> None:
         self.config = config
         self.state = state
         self._begun = begun
@@ -48,9 +47,7 @@ class RankTimes:
         self._size = torch.distributed.get_world_size()
         if self._size == 1:
             return
-        transformer = stepper.chunks[0].config
-        self._reduce: Callable[..., Any] = transformer.finalize_model_grads_func  # type: ignore[assignment]
-        transformer.finalize_model_grads_func = self._finalize
+        stepper.before_reduction(self._end)
 
     def watch(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
         """The same batches; asking for one begins a step."""
@@ -62,13 +59,12 @@ class RankTimes:
             self._begun(step)
             yield next(batches)
 
-    def _finalize(self, *arguments: Any, **more: Any) -> Any:
+    def _end(self) -> None:
         if self._measuring:
             self._timer.end()
             self._measuring = False  # a step that is computed again is measured once
-        return self._reduce(*arguments, **more)
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """Compare the ranks on a logged step; every rank calls it."""
         if self._size == 1 or not is_logged(self.config, report.step):
             return

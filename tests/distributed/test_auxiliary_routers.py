@@ -25,11 +25,12 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.auxiliary import AuxiliaryTrainer, RouterState, figures, set_thresholds, summary
-from mmscale.train.auxiliary_stage import take_step
+from mmscale.train.auxiliary import AuxiliaryTrainer, figures, set_thresholds, summary
 from mmscale.train.batch import Batch, to_device
 from mmscale.train.parts import build
-from mmscale.train.step import Stepper, mean_losses, reduce_sums
+from mmscale.train.router_state import RouterState
+from mmscale.train.router_step import RouterStepper
+from mmscale.train.step import Stepper, StepResult, mean_losses, reduce_sums
 from mmscale.train.synthetic import SyntheticMixture
 from mmscale.train.verify import with_share
 from tests.distributed.layouts import config
@@ -79,6 +80,11 @@ def batches(made: Config, step: int, vocabulary: Vocabulary, *, routing: Routing
     return [to_device(mixture.micro_batch(n), vocabulary, routing=routing) for n in numbers]
 
 
+def take_step(stepper: RouterStepper, batches: Sequence[Batch], *, lr: float) -> StepResult:
+    """A step as the trainer takes it where nothing is to be judged."""
+    return stepper.apply(stepper.compute(batches), lr=lr)
+
+
 def stage(made: Config) -> Seen:
     """Some steps of the stage from the run's initial weights, calibration, and what the routers then decide."""
     groups = process_groups.collection()
@@ -86,12 +92,12 @@ def stage(made: Config) -> Seen:
     models = build_chunks(made, groups, transformer=transformer)
     modules: Any = [Float16Module(transformer, m) if transformer.bf16 else m for m in models]
     trainer = AuxiliaryTrainer(made, transformer, modules, groups)
-    stepper = Stepper(made, modules, None, groups)
+    stepper = RouterStepper(Stepper(made, modules, None, groups), trainer)
     vocabulary = Vocabulary.from_config(made.vocab)
     losses, norms = [], []
     for step in range(STEPS):
-        result = take_step(stepper, trainer, batches(made, step, vocabulary), lr=made.auxiliary.optim.lr)
-        losses.append(summary(trainer.figures())["loss"])
+        result = take_step(stepper, batches(made, step, vocabulary), lr=made.auxiliary.optim.lr)
+        losses.append(stepper.figures()["loss"])
         norms.append(result.grad_norm)
     measured = RouterLearning(gradients=False, histograms=True)
     own = batches(made, STEPS, vocabulary)
@@ -197,7 +203,8 @@ def _resumed(made: Config, folder: Path, *, load: int | None, until: int) -> lis
         models = build_chunks(made, groups, transformer=transformer)
         modules: Any = [Float16Module(transformer, m) if transformer.bf16 else m for m in models]
         trainer = AuxiliaryTrainer(made, transformer, modules, groups)
-        stepper, vocabulary = Stepper(made, modules, None, groups), Vocabulary.from_config(made.vocab)
+        stepper = RouterStepper(Stepper(made, modules, None, groups), trainer)
+        vocabulary = Vocabulary.from_config(made.vocab)
         state = RouterState(models, trainer, metadata=metadata())
         checkpoints = CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=lambda *_, **__: None)
         if load is not None:
@@ -205,9 +212,9 @@ def _resumed(made: Config, folder: Path, *, load: int | None, until: int) -> lis
         taken = []
         while state.step < until:
             batch = batches(made, state.step, vocabulary)
-            result = take_step(stepper, trainer, batch, lr=made.auxiliary.optim.lr)
+            result = take_step(stepper, batch, lr=made.auxiliary.optim.lr)
             state.step += 1
-            taken.append((summary(trainer.figures())["loss"], result.grad_norm))
+            taken.append((stepper.figures()["loss"], result.grad_norm))
         checkpoints.save(state)
         return taken
     finally:
@@ -326,19 +333,18 @@ def test_a_gradient_that_is_not_finite_changes_no_router() -> None:
         groups = process_groups.initialize_layout(tp=1, pp=1, vpp=None, ep=1, seed=made.run.seed)
         transformer = transformer_config(made)
         models: Any = build_chunks(made, groups, transformer=transformer)
-        trainer, stepper = AuxiliaryTrainer(made, transformer, models, groups), Stepper(made, models, None, groups)
+        trainer = AuxiliaryTrainer(made, transformer, models, groups)
+        stepper = RouterStepper(Stepper(made, models, None, groups), trainer)
         vocabulary = Vocabulary.from_config(made.vocab)
-        assert take_step(stepper, trainer, batches(made, 0, vocabulary), lr=1e-3).applied
+        assert take_step(stepper, batches(made, 0, vocabulary), lr=1e-3).applied
         before = [p.detach().clone() for p in trainer.module.parameters()]
         own = batches(made, 1, vocabulary)
-        trainer.begin(own)
-        stepper.evaluate(own)
+        stepper.accumulate(own)
         if ranks.rank == 1:
             next(iter(trainer.learning.records.values())).router.out.main_grad[0, 0] = float("nan")
-        result = trainer.step(lr=1e-3)
-        assert not result.applied and math.isnan(result.grad_norm)
+        assert math.isnan(trainer.measure().grad_norm) and not trainer.step(lr=1e-3)
         assert all(torch.equal(p, was) for p, was in zip(trainer.module.parameters(), before, strict=True))
-        assert take_step(stepper, trainer, batches(made, 2, vocabulary), lr=1e-3).applied
+        assert take_step(stepper, batches(made, 2, vocabulary), lr=1e-3).applied
         process_groups.destroy_layout()
         process_groups.finalize()
 

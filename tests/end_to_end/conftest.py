@@ -59,8 +59,6 @@ def config(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 @pytest.fixture(scope="session")
 def exported(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of 30 steps, to be read only: `dense`; `tiny` with routers; `bare` without; `tiny-hf`, `dense-hf`."""
-    from mmscale.train import auxiliary_stage  # noqa: F401  what forked commands would import one by one
-
     folder = tmp_path_factory.mktemp("exported")
     train = ("train", config, f"run.dir={folder}", "train.steps=30", "checkpoint.every=0", "parallel.ep=1")
     train = (*train, "checkpoint.asynchronous=false", "train.eval_every=0")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import mmscale.inference.evaluate
-import mmscale.train.auxiliary_stage
+import mmscale.train.run
 from mmscale.data.manifest import MANIFEST
 from mmscale.train.metrics import read_events, read_metrics
 from tests.end_to_end.lives import Life

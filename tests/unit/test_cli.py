@@ -307,7 +307,7 @@ def test_train_ends_with_the_status_of_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, config: Path, status: int
 ) -> None:
     places: list[RankEnv] = []
-    fake = SimpleNamespace(main=lambda _config, env, *, yes: places.append(env) or status)
+    fake = SimpleNamespace(main=lambda _config, env, *, stage, yes: places.append(env) or status)
     monkeypatch.setitem(sys.modules, "mmscale.train.run", fake)
     monkeypatch.setattr("mmscale.train.run", fake, raising=False)
     assert run("train", config, "--json") == (

@@ -18,7 +18,7 @@ from mmscale.errors import TrainingError
 from mmscale.train.batch import Batch
 from mmscale.train.loop import StepReport, Trainer, is_logged
 from mmscale.train.state import TrainState
-from mmscale.train.step import Stepper, StepResult
+from mmscale.train.step import StepResult, Steps
 from mmscale.train.throughput import Throughput
 
 STEPS = 6
@@ -80,7 +80,7 @@ class Recording:
         return Trainer(
             self.config,
             state=state,
-            stepper=cast(Stepper, self),
+            stepper=cast(Steps, self),
             guard=self,
             batches=self.batches(state),
             vocabulary=Vocabulary.from_config(self.config.vocab),

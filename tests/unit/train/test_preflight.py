@@ -16,7 +16,9 @@ from mmscale.data.identity import identities, identity_of
 from mmscale.data.manifest import NO_TOKENIZER, Manifest, read_blend, write_manifest
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, ConfigError, DataError
-from mmscale.train import auxiliary_stage, preflight
+from mmscale.train import preflight
+from mmscale.train.stages import auxiliary_settings
+from mmscale.train.stages.table import STAGES
 from tests.unit.config.test_changes import config
 
 
@@ -142,7 +144,7 @@ def test_routers_learn_from_ids_of_the_main_run_s_meaning(tmp_path: Path) -> Non
 
     def stage(*overrides: str) -> None:
         made = config(f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
-        auxiliary_stage.preflight(made, world_size=1)
+        STAGES["auxiliary"].preflight(made, world_size=1)
 
     stage(f"data.path={other}")  # the newest checkpoint counts
     stage(f"data.path={text}", "precision.fp8=tensorwise", "precision.fp8_emulate=true", "precision.fp8_skip_first=1")
@@ -193,7 +195,7 @@ def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path, monke
     """Whatever setting decides it, from the table; the objective and the data of a stage are its own."""
     run = tmp_path / "run"
     commit(run, 10)
-    monkeypatch.setattr(auxiliary_stage, "read_blend", lambda _: {})
+    monkeypatch.setattr(auxiliary_settings, "read_blend", lambda _: {})
     other = {
         "model.seq_length": "128",
         "model.norm_eps": "1e-6",
@@ -213,7 +215,7 @@ def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path, monke
 
     def stage(*overrides: str) -> None:
         made = config(f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
-        auxiliary_stage.preflight(made, world_size=1)
+        STAGES["auxiliary"].preflight(made, world_size=1)
 
     for key, value in other.items():
         with pytest.raises(ConfigError, match=f"another function than that of .*{key}"):

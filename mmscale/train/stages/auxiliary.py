@@ -1,0 +1,194 @@
+"""The auxiliary stage: trains the causal routers of a run whose main part has a checkpoint; all else is frozen.
+
+It lives in RUN/auxiliary: checkpoints of routers, thresholds and their optimizer (the main weights stay where they
+are), logs like a run's, and report.json.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron.core.transformer.module import Float16Module
+
+from mmscale.checkpoint import integrity, sharded
+from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.config.derived import tokens_per_step
+from mmscale.data.loader import BatchLoader
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import CheckpointError
+from mmscale.model.auxiliary import RouterLearning
+from mmscale.model.build import build_chunks, transformer_config
+from mmscale.model.mixed_modal import Routing
+from mmscale.plan import flops_per_token
+from mmscale.runtime.groups import from_first
+from mmscale.train.auxiliary import AuxiliaryTrainer, figures, set_thresholds, table
+from mmscale.train.batch import to_device
+from mmscale.train.layers_log import LayersHook
+from mmscale.train.loop import Hook, StepReport
+from mmscale.train.router_state import (
+    RouterState,
+    load_main_tensors,
+    load_router_tensors,
+    main_tensors,
+    router_tensors,
+)
+from mmscale.train.router_step import RouterStepper
+from mmscale.train.stages.built import Given, Tools
+from mmscale.train.stages.origin import main_origin
+from mmscale.train.state import StageState
+from mmscale.train.step import Stepper
+
+REPORT = "report.json"
+CALIBRATION = "calibration_s"
+
+
+class AuxiliaryStage:
+    """The frozen model with its routers and their optimizer (`BuiltStage`).
+
+    Raises:
+        CheckpointError: the main run's checkpoint is damaged.
+    """
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        self.store = Store.of_run(given.run)
+        first = given.env.is_first
+        self.main_step: int = from_first(self.store.choose() if first else None)
+        self._origin: dict[str, Any] = from_first(main_origin(self.store, self.main_step) if first else None)
+        self.begins_from: dict[str, Any] = from_first(self.store.info(self.main_step) if first else None)
+        models, progress = self._load_main()
+        transformer = models[0].config
+        modules = [Float16Module(transformer, model) if transformer.bf16 else model for model in models]
+        trainer = AuxiliaryTrainer(given.config, transformer, modules, given.groups)
+        forward = Stepper(given.settings, modules, None, given.groups)  # type: ignore[arg-type]
+        self.stepper = RouterStepper(forward, trainer)
+        self.state = RouterState(
+            models,
+            trainer,
+            sequences=int(progress.get("sequences", 0)),
+            stream=list(progress.get("stream", [])),
+            metadata=sharded.metadata(),
+            tokens_per_step=tokens_per_step(given.settings),
+        )
+        self.flops_per_token = flops_per_token(given.settings).forward
+
+    def _load_main(self) -> tuple[list[Any], dict[str, Any]]:
+        """The model with the main run's weights, and the counters of the main run."""
+        given = self.given
+        folder = self.store.path(self.main_step)
+        manager = CheckpointManager(
+            given.run,
+            every=0,
+            keep=1,
+            attempt=0,
+            info={},
+            on_event=lambda *_, **__: None,
+            allow_missing=given.config.checkpoint.allow_missing,
+        )
+        if problems := manager.problems(self.main_step):
+            raise CheckpointError(
+                f"{folder} is damaged: {integrity.describe(problems)}",
+                remedy="start the main run again: it goes on from the newest whole checkpoint",
+            )
+        transformer = transformer_config(given.settings)
+        models = build_chunks(given.settings, given.groups, transformer=transformer)
+        wanted = main_tensors(models, sharded.metadata())
+        loaded = sharded.read(folder, wanted, partly=True)
+        load_main_tensors(models, loaded)
+        if given.config.model.auxiliary.mode == "joint":  # they go on from what the main run taught them
+            own = router_tensors(models, sharded.metadata())
+            load_router_tensors(models, sharded.read(folder, own, partly=True))
+        return models, dict(loaded.get("progress", {}))
+
+    def origin(self) -> dict[str, Any]:
+        """Which main checkpoint the routers belong to."""
+        return {"auxiliary": {**self._origin, "width": self.given.settings.model.auxiliary_width}}
+
+    def announce(self, *, attempt: int) -> list[str]:
+        """Whose routers are trained."""
+        assert self.state.trainer is not None
+        size = sum(parameter.numel() for parameter in self.state.trainer.module.parameters())
+        return [
+            f"auxiliary routers of {self.given.run}@{self.main_step}: {size:,} parameters on this stage, step "
+            f"{self.state.step} of {self.given.settings.train.steps}; everything else is frozen"
+        ]
+
+    def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
+        """Figures of every layer; thresholds after the last step, before it is saved."""
+        return [
+            LayersHook(self.given.settings, groups=self.given.groups, metrics=tools.records.metrics),
+            CalibrationHook(self.given, self.stepper, self.state, tools=tools, batches=batches),
+        ]
+
+    def is_complete(self) -> bool:
+        """Whether the report of the last step is written."""
+        return bool(from_first(self._is_reported() if self.given.env.is_first else None))
+
+    def _is_reported(self) -> bool:
+        try:
+            report = json.loads((self.given.folder / REPORT).read_text())
+        except (OSError, ValueError):
+            return False
+        # Reports from before they named their step stand.
+        return bool(
+            report.get("main_step") == self.main_step and report.get("step", self.state.step) == self.state.step
+        )
+
+    def complete(self, tools: Tools) -> None:
+        """What the routers are worth on held-out data: figures of every layer, and what causality costs."""
+        learning = RouterLearning(gradients=False)
+        found = {
+            routing.value: tools.evaluate(routing, learning=learning if routing is Routing.BATCH else None)
+            for routing in (Routing.BATCH, Routing.CAUSAL)
+        }
+        rows = table(figures(learning, self.given.groups))
+        for name, values in found.items():
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key != "z_loss")
+            tools.progress.say(f"held-out ({name} routing)  {shown}")
+        file = self.given.folder / REPORT
+        if self.given.env.is_first:
+            report = {"main_step": self.main_step, "step": self.state.step, "routers": rows, "held_out": found}
+            temporary = file.with_suffix(".json.tmp")
+            temporary.write_text(json.dumps(report, indent=1))
+            temporary.replace(file)
+        tools.progress.say(f"figures of every layer: {file}, or `mmscale eval RUN --routing causal`")
+
+
+class CalibrationHook:
+    """Sets thresholds after the last step, on the training batches that come after its own.
+
+    Args:
+        given: `auxiliary.calibration_batches`, steps, process groups.
+        stepper: runs the model.
+        state: is told that it was done.
+        tools: of the trainer.
+        batches: gives the batches.
+    """
+
+    def __init__(
+        self, given: Given, stepper: RouterStepper, state: RouterState, *, tools: Tools, batches: BatchLoader
+    ) -> None:
+        self.given = given
+        self.stepper = stepper
+        self.state = state
+        self.tools = tools
+        self.batches = batches
+        self.vocabulary = Vocabulary.from_config(given.settings.vocab)
+
+    def on_step(self, state: StageState, report: StepReport) -> None:
+        """Nothing on other steps."""
+        number = self.given.config.auxiliary.calibration_batches
+        if report.step != self.given.settings.train.steps or not number:
+            return
+        learning = RouterLearning(gradients=False, histograms=True)
+        with self.tools.clock.measure(CALIBRATION):
+            for _ in range(number):
+                self.tools.beat()
+                batches = [to_device(part, self.vocabulary) for part in next(self.batches).micro_batches]
+                for batch in batches:
+                    batch.params.learning = learning
+                self.stepper.evaluate(batches)
+            set_thresholds(learning, self.given.groups)
+        self.state.calibrated = True

@@ -1,0 +1,70 @@
+"""Which main checkpoint auxiliary routers belong to: kept in the stage's checkpoints, checked here. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.layout import Store
+from mmscale.config import Config
+from mmscale.config.derived import with_auxiliary_routers
+from mmscale.errors import CheckpointError
+
+FOLDER = "auxiliary"
+
+
+def folder_of(run: Path) -> Path:
+    """Where the auxiliary stage of a run lives."""
+    return run / FOLDER
+
+
+def main_origin(store: Store, step: int) -> dict[str, Any]:
+    """What identifies the main checkpoint that routers belong to: step, and digest of its manifest."""
+    file = store.path(step) / integrity.MANIFEST
+    content = file.read_bytes() if file.is_file() else b""
+    return {"main_step": step, "main_digest": hashlib.sha256(content).hexdigest()[:16]}
+
+
+def find_routers(run: Path, main_step: int) -> tuple[Path, int] | None:
+    """The newest checkpoint of the stage that was trained for this main checkpoint: its folder and width; None: none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    own = Store.of_run(folder_of(run))
+    origin = main_origin(Store.of_run(run), main_step)
+    for step in reversed(own.steps()):
+        saved = own.info(step).get("auxiliary", {})
+        if {key: saved.get(key) for key in origin} == origin:
+            integrity.require_whole(own.path(step), step=step)
+            return own.path(step), int(saved["width"])
+    return None
+
+
+def check_origin(own: Store, step: int, origin: dict[str, Any], config: Config) -> None:
+    """Refuse to go on with routers of another main checkpoint, or of another width.
+
+    Args:
+        own: the stage's checkpoints.
+        step: the one that it would go on from.
+        origin: of the main checkpoint that it would go on with.
+        config: the run's configuration.
+
+    Raises:
+        CheckpointError: they do not belong together.
+    """
+    saved = own.info(step).get("auxiliary", {})
+    if {key: saved.get(key) for key in origin} != origin:
+        raise CheckpointError(
+            f"{own.root.parent} holds routers for step {saved.get('main_step')} of the main run, whose newest "
+            f"checkpoint is another one (step {origin['main_step']})",
+            remedy=f"remove {own.root.parent} to train routers for step {origin['main_step']}",
+        )
+    width = with_auxiliary_routers(config).model.auxiliary_width
+    if saved.get("width") != width:
+        raise CheckpointError(
+            f"{own.path(step)} holds routers of width {saved.get('width')}, model.auxiliary.width is {width}",
+            remedy=f"restore the width, or remove {own.root.parent} to start anew",
+        )

@@ -33,6 +33,7 @@ ALLOWED = {
     ("mmscale.train.optim:measure", "cpu"): "the wait of a step: norm and losses, without which it cannot be judged",
     ("mmscale.train.optim:measure", "_local_scalar_dense"): "numbers of what has just come to the host",
     ("mmscale.train.step:mean_losses", "_local_scalar_dense"): "the same",
+    ("mmscale.train.auxiliary:measure", "tolist"): "the same",
     ("megatron.core.tensor_parallel.random:fork", "_local_scalar_dense"): "of the host generator's state",
 }
 # What hooks may fetch after a logged step; after any other step, nothing.

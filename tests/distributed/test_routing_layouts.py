@@ -24,11 +24,11 @@ from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.auxiliary import AuxiliaryTrainer
-from mmscale.train.auxiliary_stage import take_step
 from mmscale.train.batch import Batch, to_device
 from mmscale.train.evaluate import evaluate
 from mmscale.train.parts import build
-from mmscale.train.step import Stepper
+from mmscale.train.router_step import RouterStepper
+from mmscale.train.step import Stepper, Steps
 from mmscale.train.synthetic import SyntheticMixture
 from mmscale.train.verify import with_share
 from tests.distributed.layouts import config
@@ -82,7 +82,7 @@ def _batches(made: Config, step: int) -> list[Batch]:
     return [to_device(_mixture(made).micro_batch(number), vocabulary) for number in numbers]
 
 
-def _evaluations(made: Config, stepper: Stepper, prefix: str) -> dict[str, float]:
+def _evaluations(made: Config, stepper: Steps, prefix: str) -> dict[str, float]:
     """Held-out losses of every routing mode."""
     mixture: Any = HeldOut(made)
     found = {}
@@ -115,10 +115,11 @@ def in_the_stage(made: Config) -> dict[str, float]:
     groups = process_groups.collection()
     transformer = transformer_config(made)
     models: Any = build_chunks(made, groups, transformer=transformer)
-    trainer, stepper = AuxiliaryTrainer(made, transformer, models, groups), Stepper(made, models, None, groups)
+    trainer = AuxiliaryTrainer(made, transformer, models, groups)
+    stepper = RouterStepper(Stepper(made, models, None, groups), trainer)
     found = _evaluations(made, stepper, "young")
     for step in range(STEPS):
-        take_step(stepper, trainer, _batches(made, step), lr=made.auxiliary.optim.lr)
+        stepper.apply(stepper.compute(_batches(made, step)), lr=made.auxiliary.optim.lr)
     return found | _evaluations(made, stepper, "trained")
 
 

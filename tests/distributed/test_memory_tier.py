@@ -25,7 +25,8 @@ from mmscale.resilience import generations, guard, image, snapshot_files
 from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import local_state, run
+from mmscale.train import local_state
+from mmscale.train.parts import build
 from mmscale.train.state import TrainState
 from tests.distributed.test_resume import settings, start, train
 from tests.support import run_ranks
@@ -467,7 +468,7 @@ def test_a_restart_from_memory_goes_on_bit_by_bit(
         groups = process_groups.initialize_layout(
             tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, seed=config.run.seed
         )
-        parts = run.build(config, groups)
+        parts = build(config, groups)
         state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
         made = tier(ranks, place, attempt=1 if name == "first" else 2)
         if name == "first":

@@ -232,6 +232,8 @@ class _Attempt:
         return info, self.entry.settings(Config.model_validate(info["config"])).model_dump(mode="json")
 
     def _announce(self, changed: list[str]) -> None:
+        if not self.env.is_first:
+            return
         if self.faults.text:
             self.records.tell("faults_requested", faults=self.faults.text)
         lines = [*self.stage.announce(attempt=self.number), *self.faults.warnings()]

@@ -30,14 +30,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 full recompute": (2, {"tp": 2, "recompute": "full"}),
 }
 MODELS = ("moma", "moma_depth", "dense", "moma_post_per_expert_shared")
-# Blocks of 128 x 128 are not cut between tensor-parallel ranks.
-BLOCKS = {"hidden_size": 256, "ffn_hidden_size": 256, "seq_length": 256}
+# Left out: with tensor parallelism blockwise gradients differ from those of one rank by more than rounding (docs/gpu.md).
+RECIPES_OF_TP = tuple(recipe for recipe in RECIPES if recipe != "blockwise")
 
 
-def _made(model: str, layout: str, **precision: Any) -> Config:
-    made = config(model, dtype=precision.pop("dtype", "bf16"), parallel=LAYOUTS[layout][1])
-    blocks = precision.get("fp8") == "blockwise" and made.parallel.tp > 1
-    return using(small(made, **(BLOCKS if blocks else {})), "te", **precision)
+def _made(model: str, layout: str, *, dtype: str = "bf16", fp8: str = "off") -> Config:
+    return using(small(config(model, dtype=dtype, parallel=LAYOUTS[layout][1])), "te", fp8=fp8)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -45,6 +43,8 @@ def test_fp32_is_the_torch_backend(layout: str) -> None:
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
         for model in MODELS:
+            if model == "dense" and LAYOUTS[layout][1].get("ep"):
+                continue  # no experts to spread
             made = _made(model, layout, dtype="fp32")
             assert_equal(trace(using(made, "torch"), ranks), trace(made, ranks), f"{model} {layout}")
 
@@ -56,7 +56,7 @@ def test_fp8_is_near_bf16(layout: str) -> None:
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
         for model in MODELS[:2]:
-            for recipe in RECIPES:
+            for recipe in RECIPES_OF_TP if LAYOUTS[layout][1].get("tp") else RECIPES:
                 made = _made(model, layout, fp8=recipe)
                 loss, norm = compare(trace(using(made, "te", fp8="off"), ranks), trace(made, ranks))
                 assert 0.0 < loss < 0.02 and norm < 0.05, (model, layout, recipe, loss, norm)

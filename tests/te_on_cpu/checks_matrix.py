@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 full recompute": (2, {"tp": 2, "recompute": "full"}),
 }
 MODELS = ("moma", "moma_depth", "dense", "moma_post_per_expert_shared")
-# Left out: with tensor parallelism blockwise gradients differ from those of one rank by more than rounding (docs/gpu.md).
+# Blockwise is left out: under tensor parallelism its gradients differ from those of one rank (docs/gpu.md).
 RECIPES_OF_TP = tuple(recipe for recipe in RECIPES if recipe != "blockwise")
 
 

@@ -66,6 +66,7 @@ def main(folder: Path) -> int:
         with supervisor.noting_signals():
             return supervisor.run()
     except MmscaleError as error:
+        passed.remove_secrets(folder)
         _say(f"error: {error.cause}" + (f"\n  fix: {error.remedy}" if error.remedy else ""))
         return error.exit_status
 
@@ -277,7 +278,7 @@ class Supervisor:
         self._note_progress(fence)
         attempt = self._after_restarts_in_place(attempt, lease_id, events)
         hangs.tell(self.record, attempt, lease_id, events)
-        ending = self._ending(status, attempt, cause=step.cause_of(logs, self._said))
+        ending = self._ending(status, attempt, logs)
         budget = self._budget().ended(step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending))
         budgets.keep(self.folder, budget)
         ending = self._with_slurms_word(ending)
@@ -300,6 +301,7 @@ class Supervisor:
         _say(f"ranks ended with exit status {status}: {action}, {why}")
         if action is Action.REQUEUE:
             if refused := self._requeue():
+                passed.remove_secrets(self.folder)
                 events.add("not_requeued", why=refused)
                 _say(f"error: not requeued: {refused}\n  fix: `mmscale resume {self.record.run}` goes on")
                 return Action.END, STOPPED
@@ -414,7 +416,7 @@ class Supervisor:
 
     # --- after ------------------------------------------------------------------------------------------------------
 
-    def _ending(self, status: int, attempt: int, *, cause: str) -> Ending:
+    def _ending(self, status: int, attempt: int, logs: Path) -> Ending:
         """How the ranks ended: by their own word, then by what this process was sent."""
         events = [event for event in read_events(self.run_dir) if event.get("attempt") == attempt]
         named = next((event.get("signal") for event in events if event["event"] == "stop"), None)
@@ -423,7 +425,7 @@ class Supervisor:
         elif self.signals:
             named = self.signals[-1]
         ending = Ending(status, named, records.stop_asked(self.folder))
-        return replace(ending, cause=cause) if crashed(ending) else ending
+        return replace(ending, cause=step.cause_of(logs, self._said)) if crashed(ending) else ending
 
     def _with_slurms_word(self, ending: Ending) -> Ending:
         """The same with SLURM's word for the job, if anything depends on it: a crash is mended without an answer."""

@@ -15,7 +15,7 @@ from launch import budget as budgets
 from launch import chain, scheduler
 from launch import record as records
 from launch.goodput import goodput
-from launch.job_states import STATES
+from launch.job_states import STATES, Phase
 from launch.job_table import JobTable
 from launch.progress import Progress
 from mmscale.checkpoint.layout import Store
@@ -194,7 +194,8 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         if shown.alive and shown.state is not None:
             now = shown.state
             hint = events[-1].get("why", "") if events and events[-1]["event"] == "not_begun" else ""
-            return found | {"state": now.state, "reason": now.reason or hint, "nodes": now.nodes, "ended": False}
+            reason = ", ".join(filter(None, (now.reason or hint, _expected(now))))
+            return found | {"state": now.state, "reason": reason, "nodes": now.nodes, "ended": False}
         if shown.elsewhere and not _over(run, events):
             return found | {"reason": shown.note, "ended": False}
         state, reason = _how_it_ended(run, events, shown)
@@ -203,6 +204,12 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
     if owner is not None and owner.host:
         return found | {"state": "RUNNING", "nodes": owner.host, "ended": False}
     return found | {"state": _last_word(run, events) or "unknown"}
+
+
+def _expected(state: scheduler.JobState) -> str:
+    """When a waiting job is expected to start, if SLURM has planned that far."""
+    planned = state.phase is Phase.WAITING and state.start[:1].isdigit()
+    return f"expected start {state.start.replace('T', ' ')}" if planned else ""
 
 
 def _of_chain(link: chain.Link) -> dict[str, str]:

@@ -29,6 +29,7 @@ __all__ = ["Planned", "launch", "plan_launch", "script"]
 
 _SETUP_FAILED = 2  # as for a configuration: starting again would not help
 _NEVER_TIMES_OUT = 1_000_000  # restarts are counted by job.py; submitit's own count would end them
+_BETWEEN_VALUES = re.compile(r",(?![^\[]*\])")  # commas within a list belong to its value
 _SWEEP = re.compile(r"^[A-Za-z0-9_.]+=[^=]+$")
 
 
@@ -111,7 +112,12 @@ def _variants(sweep: Sequence[str]) -> Iterator[tuple[list[str], str]]:
         if not _SWEEP.match(text):
             raise UsageError(f"--sweep {text!r} is not key=value,value,...", remedy="e.g. --sweep train.lr=1e-4,3e-4")
         key, _, values = text.partition("=")
-        axes.append([(key, value.strip()) for value in values.split(",") if value.strip()])
+        chosen = [value.strip() for value in _BETWEEN_VALUES.split(values) if value.strip()]
+        if twice := next((value for value in chosen if chosen.count(value) > 1), None):
+            raise UsageError(
+                f"--sweep {text!r} has {twice} twice", remedy="two runs would have one name: leave one out"
+            )
+        axes.append([(key, value) for value in chosen])
     for choice in itertools.product(*axes):
         names = [f"{key.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9._-]', '_', value)}" for key, value in choice]
         yield [f"{key}={value}" for key, value in choice], "-".join(names)

@@ -64,6 +64,8 @@ def launch(
         text = submit.script(planned, after=after)
         emit({"script": text}, as_json=as_json, text=lambda: typer.echo(text, nl=not text.endswith("\n")))
         return
+    if cluster == "local":
+        typer.echo("this run trains on this machine; --cluster NAME submits it to SLURM", err=True)
     found = submit.launch(planned, after=after)
     emit(found, as_json=as_json, text=lambda: _launched(found))
     status = max((one.get("exit_status", 0) for one in found), default=0)

@@ -193,6 +193,14 @@ def test_a_chain_is_shown_and_stopped_as_a_whole(slurm: FakeSlurm, tmp_path: Pat
     assert asked == {"001": False, "002": True, "003": True, "004": True}
 
 
+def test_a_waiting_job_says_why_and_when_it_is_expected(slurm: FakeSlurm, tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", records.JobKey("7"))
+    slurm.jobs(**{"7": JobState("7", "PENDING", reason="Resources", start=TUESDAY)})
+    assert shown(run)["reason"] == "Resources, expected start 2026-11-24 10:00:00"
+    slurm.jobs(**{"7": JobState("7", "PENDING", reason="Priority")})
+    assert shown(run)["reason"] == "Priority"
+
+
 def test_stop_reaches_a_run_without_slurm(slurm: FakeSlurm, tmp_path: Path) -> None:
     run = launched(tmp_path / "run", records.JobKey("7"))
     slurm.away()

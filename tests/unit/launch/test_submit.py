@@ -155,6 +155,10 @@ def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(config: Path) -> No
     assert asked["array"] == "0-3%4" and "%A_%a" in asked["output"]
     with pytest.raises(UsageError, match="is not key=value"):
         submit.plan_launch(config, cluster=cluster, sweep=["optim.lr"])
+    with pytest.raises(UsageError, match="has 1e-4 twice"):
+        submit.plan_launch(config, cluster=cluster, sweep=["optim.lr=1e-4,3e-4,1e-4"])
+    lists = [overrides for overrides, _ in submit._variants(["optim.betas=[0.9,0.95],[0.9,0.99]"])]
+    assert lists == [["optim.betas=[0.9,0.95]"], ["optim.betas=[0.9,0.99]"]]
 
 
 def test_after_names_a_job_or_a_run(config: Path, tmp_path: Path) -> None:

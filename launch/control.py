@@ -55,9 +55,12 @@ def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
 
 
 def _end(link: chain.Link, *, now: bool) -> str:
-    if now or (link.state is not None and link.state.phase is Phase.WAITING):
+    phase = link.state.phase if link.state is not None else None
+    if now or phase is Phase.WAITING:
         scheduler.cancel(link.key.id)
         return "cancelled" if now else "cancelled while it waited"
+    if phase is Phase.ENDING:  # SLURM refuses signals now; if it was requeued, it finds the request when it starts
+        return "asked to end; SLURM is ending it already"
     scheduler.cancel(link.key.id, signal="USR1", batch_only=True)
     return "asked to save and end"
 

@@ -96,7 +96,8 @@ def _jobs(runs: Sequence[Path], table: JobTable) -> dict[Path, _Jobs]:
     try:
         found = chain.links_of(readable, table)
     except LaunchError as error:
-        return {run: _Jobs(error=error.cause) for run in runs}
+        asked = {run for run in readable if chain.keys(run)}
+        return {run: _Jobs(error=error.cause if run in asked else "") for run in runs}
     for link in (link for links in found.values() for link in links):
         if link.state is not None and scheduler.lift_wait(link.key.id, link.state):
             table.forget()
@@ -186,7 +187,9 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
     """state, reason, job, nodes, chain, ended."""
     found: dict[str, Any] = {"state": "unknown", "reason": "", "job": "", "nodes": "", "chain": [], "ended": True}
     if jobs.error:
-        return found | {"reason": jobs.error, "ended": _over(run, events)}
+        over = _over(run, events)
+        word = _last_word(run, events) if over else None
+        return found | {"state": word or "unknown", "reason": jobs.error, "ended": over}
     if jobs.links:
         living = chain.alive(jobs.links)
         shown = living[0] if living else jobs.links[-1]

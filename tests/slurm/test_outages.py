@@ -50,7 +50,8 @@ def test_an_outage_when_ranks_end_decides_nothing(jobs: Jobs, cluster: Cluster, 
     assert "through the run folder alone" in found["done"]
     stopped.until(lambda: bool(ended(stopped)), "it stops", lift=False)
     said = shown(finished)
-    assert said["state"] == "unknown" and said["ended"] and "SLURM does not answer" in said["reason"]
+    assert said["state"] == "finished" and said["ended"] and "SLURM does not answer" in said["reason"]
+    assert shown(crashed)["state"] == "unknown" and not shown(crashed)["ended"]
 
     cluster.restore()
     for run in (crashed, finished, asked):

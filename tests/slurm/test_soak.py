@@ -141,7 +141,7 @@ def test_everything_happens_to_a_run(jobs: Jobs, cluster: Cluster) -> None:
 
 
 def _assert_undisturbed(run: Run) -> None:
-    """Every step is there, with the loss of an undisturbed run; no attempt wrote anything once a later one had begun."""
+    """Every step is there, with the loss of an undisturbed run; no attempt wrote once a later one had begun."""
     lines = read_metrics(run.folder)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert all(line["loss"] == pytest.approx(loss(line["step"])) for line in lines)

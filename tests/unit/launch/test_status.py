@@ -139,8 +139,9 @@ def test_a_job_that_may_come_back_is_stopped_and_keeps_others_away_and_one_that_
     with pytest.raises(LaunchError, match=f"belongs to job 7, which is {state}"):
         owner.refuse_busy(run)
     control.stop(run)
-    (call,) = slurm.calls("scancel")
-    assert call == ("7" if STATES[state].phase is Phase.WAITING else "--signal=USR1 --batch 7")
+    calls = {Phase.WAITING: ["7"], Phase.ENDING: []}
+    assert slurm.calls("scancel") == calls.get(STATES[state].phase, ["--signal=USR1 --batch 7"])
+    assert records.stop_asked(run / "launch" / "001")
 
 
 def test_another_job_with_the_number_is_not_this_runs(slurm: FakeSlurm, tmp_path: Path) -> None:
@@ -245,6 +246,23 @@ def test_a_bad_folder_hides_no_other(slurm: FakeSlurm, tmp_path: Path, monkeypat
     with pytest.raises(LaunchError, match="is no run folder"):
         status.status([empty])
     assert status.known(tmp_path) == [good, odd, torn]
+
+
+def test_without_an_answer_the_runs_own_word_counts(slurm: FakeSlurm, tmp_path: Path) -> None:
+    over, going = (
+        launched(tmp_path / name, records.JobKey(number)) for name, number in (("over", "7"), ("going", "8"))
+    )
+    ended = {"status": 0, "over": True}
+    happened(over, ("launch", {"launch": "001"}), START, FINISH, ("ranks_ended", ended))
+    happened(going, ("launch", {"launch": "001"}), START)
+    local = tmp_path / "local"
+    happened(local, START, FINISH)
+    slurm.away()
+    one, other, third = status.status([over, going, local])
+    assert (one["state"], one["ended"]) == ("finished", True) and "does not answer" in one["reason"]
+    assert (other["state"], other["ended"]) == ("unknown", False)
+    assert (third["state"], third["reason"]) == ("finished", "")
+    assert status.ended(over, JobTable()) and not status.ended(going, JobTable())
 
 
 @pytest.fixture

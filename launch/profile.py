@@ -180,6 +180,9 @@ class Profile(Section):
     keep: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")], ...] = setting(
         "More variables of the submitting shell that the job gets; PREFIX* is allowed.", ()
     )
+    share: Literal["owner", "group"] = setting(
+        "Who may read launch folders, and so look at runs with status and logs; secrets stay the owner's.", "owner"
+    )
     secrets: dict[Variable, Secret] = setting(
         "Variables with secrets, e.g. WANDB_API_KEY: {env: WANDB_API_KEY} or {file: ~/.wandb_key}.", {}
     )

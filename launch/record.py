@@ -157,6 +157,8 @@ def write_record(record: Record, config: Config) -> None:
         folder.mkdir(mode=0o700)  # pickles will lie in it, and who can write there can run code as this user
     except FileExistsError:
         raise LaunchError(f"{folder} exists: is this run being launched twice?", remedy="try again") from None
+    if record.checked_profile().share == "group":
+        folder.chmod(0o750)
     copy_code(record.code)
     record.config.write_text(dump(config))
     _write_json(folder / "environment.json", describe())

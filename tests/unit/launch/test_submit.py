@@ -190,6 +190,9 @@ def test_the_launch_folder_holds_all_that_the_job_needs(config: Path) -> None:
     variables = os.environ | records.python_variables(planned.record)
     said = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True).stdout.split()
     assert said == [str(code / name / "__init__.py") for name in ("mmscale", "launch")]
+    (shared,) = submit.plan_launch(config, ["run.name=shared"], cluster=profile(config.parent, share="group"))
+    records.write_record(shared.record, shared.config)
+    assert Path(shared.record.folder).stat().st_mode & 0o777 == 0o750
     with pytest.raises(LaunchError, match="launched twice"):
         records.write_record(planned.record, planned.config)
     (again,) = submit.plan_launch(config, cluster=profile(config.parent))

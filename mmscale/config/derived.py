@@ -70,6 +70,15 @@ def expert_capacity(
     return min(limit, max(1, math.ceil(tokens / multiple) * multiple))
 
 
+def chunk_layers(config: Config) -> list[range]:
+    """Layers (from 0) of every pipeline chunk, in the model's order; chunk c of stage s is number c * pp + s."""
+    parallel, layers = config.parallel, config.model.num_layers
+    chunks = parallel.pp * (parallel.vpp or 1)
+    sizes = parallel.pp_layers or (layers // chunks,) * chunks
+    ends = list(accumulate(sizes))
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
 def experts_of_ranks(counts: Mapping[str, int], ranks: int) -> dict[str, tuple[range, ...]]:
     """Which experts of each group every expert-parallel rank holds: contiguous ranges, in the order of ranks.
 

@@ -31,11 +31,19 @@ def _layout(config: Config) -> Iterator[Problem]:
             "use parallel.vpp=null or more stages and chunks",
         )
     chunks = parallel.pp * (parallel.vpp or 1)
-    if layers % chunks:
+    if parallel.pp_layers is None:
+        if layers % chunks:
+            yield Problem(
+                f"model.num_layers = {layers} is not divisible by parallel.pp * vpp = {parallel.pp} * "
+                f"{parallel.vpp or 1} = {chunks}",
+                "change one of them, or say with parallel.pp_layers how many layers each stage has",
+            )
+    elif len(parallel.pp_layers) != chunks or sum(parallel.pp_layers) != layers:
         yield Problem(
-            f"model.num_layers = {layers} is not divisible by parallel.pp * vpp = {parallel.pp} * {parallel.vpp or 1} "
-            f"= {chunks}",
-            "change one of them",
+            f"parallel.pp_layers has {len(parallel.pp_layers)} numbers that sum to {sum(parallel.pp_layers)}; "
+            f"parallel.pp * vpp = {parallel.pp} * {parallel.vpp or 1} stages and chunks hold model.num_layers = "
+            f"{layers}",
+            "give one number for each, or leave it at null",
         )
     yield from _pipeline_sends(config)
 

@@ -179,6 +179,13 @@ class ParallelConfig(Section):
     tp: Count = setting("Tensor-parallel ranks; above 1 sequence parallelism is always on.", 1, unit="ranks")
     pp: Count = setting("Pipeline stages.", 1, unit="ranks")
     vpp: Count | None = setting("Model chunks per pipeline stage (interleaved schedule).", None, unit="chunks")
+    pp_layers: tuple[Count, ...] | None = setting(
+        "Layers of each pipeline stage; with vpp, of each chunk in the order of the model's layers. Default: equally "
+        "many. A shorter first or last stage makes up for the embedding or the output layer.",
+        None,
+        unit="layers",
+        source="mcore pipeline_model_parallel_layout",
+    )
     ep: Count = setting(
         "Expert-parallel ranks, over which the experts of every group are spread; where they do not divide a group, "
         "some hold one expert of it less.",

@@ -71,6 +71,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.tp > 1,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
+        pipeline_model_parallel_layout=_pipeline_layout(config),
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.tp,
         context_parallel_size=1,
@@ -100,6 +101,16 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
     transformer.te_gradient_accumulation_fusion = fusion.te  # no field of megatron-core: read by linear_te.py
     return transformer
+
+
+def _pipeline_layout(config: Config) -> list[list[str]] | None:
+    """The layers of every pipeline chunk by megatron-core's names; None: equally many."""
+    if config.parallel.pp_layers is None:
+        return None
+    chunks = [["decoder"] * number for number in config.parallel.pp_layers]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 @dataclass(frozen=True)

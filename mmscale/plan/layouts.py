@@ -67,6 +67,7 @@ class Layout:
             "tp": parallel.tp,
             "pp": parallel.pp,
             "vpp": parallel.vpp,
+            "pp_layers": None if parallel.pp_layers is None else list(parallel.pp_layers),
             "ep": parallel.ep,
             "dp": data_parallel_size(self.config, self.world),
             "recompute": parallel.recompute,
@@ -170,6 +171,8 @@ def _reasons(
         reasons.append(f"{_experts_per_rank(config)} per rank, exchange {where} nodes {_share(time.ep, time)}")
     if parallel.pp > 1:
         reasons.append(f"pipeline waits {_share(time.bubble, time)}")
+        if parallel.pp_layers is not None:
+            reasons.append(f"stages of {', '.join(map(str, parallel.pp_layers))} layers")
         if config.model.depth is not None:
             depth = [sum(map(config.model.is_depth_layer, stage_layers(config, s))) for s in range(parallel.pp)]
             if len(set(depth)) > 1:

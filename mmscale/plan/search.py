@@ -157,7 +157,7 @@ def _candidates(config: Config, world: int) -> Iterator[Config]:
             for ep in _divisors(world // (tp * pp), most_experts):
                 for vpp in (None, *_CHUNKS) if pp > 1 else (None,):
                     own = pp == config.parallel.pp and vpp == config.parallel.vpp
-                    sends = {} if own else {"overlap_p2p": None, "batch_p2p": None}
+                    sends = {} if own else {"overlap_p2p": None, "batch_p2p": None, "pp_layers": None}
                     spread = _changed(config, tp=tp, pp=pp, vpp=vpp, ep=ep, cp=1, recompute="none", **sends)
                     for size in sizes:
                         if size == train.micro_batch_size:

@@ -133,6 +133,7 @@ def _sibling(
     settings["run"]["name"] = f"{config.run.name}_{name}"
     model = settings["model"]
     if depth != (config.model.depth is not None):
+        settings["parallel"].pop("pp_layers", None)  # of another number of layers
         model["num_layers"] = _layers(config, settings, target)
     if not _near(settings, target, tolerance):
         model["ffn_hidden_size"] = _width(config, settings, target, tolerance)

@@ -6,7 +6,7 @@ Bytes per element are here too, since everything that follows is counted in them
 from __future__ import annotations
 
 from mmscale.config import Config
-from mmscale.config.derived import on_fullest_rank
+from mmscale.config.derived import chunk_layers, on_fullest_rank
 from mmscale.plan.parameters import Parameters
 
 
@@ -17,10 +17,7 @@ def dtype_bytes(config: Config) -> int:
 
 def stage_layers(config: Config, stage: int) -> list[int]:
     """Global indices of the layers of a pipeline stage; interleaved chunks are dealt round-robin."""
-    pp, chunks = config.parallel.pp, config.parallel.vpp or 1
-    size = config.model.num_layers // (pp * chunks)
-    starts = [(chunk * pp + stage) * size for chunk in range(chunks)]
-    return [layer for start in starts for layer in range(start, start + size)]
+    return [layer for chunk in chunk_layers(config)[stage :: config.parallel.pp] for layer in chunk]
 
 
 def first_and_last(config: Config, stage: int) -> tuple[bool, bool]:

@@ -116,10 +116,10 @@ def step_time(config: Config, world: int, gpu: Gpu, *, parameters: Parameters) -
         gpu: figures of the device.
         parameters: what `count_parameters` returned.
     """
-    seen: dict[tuple[bool, bool, int], StepTime] = {}
+    seen: dict[tuple[bool, bool, int, int], StepTime] = {}
     for stage in range(config.parallel.pp):
-        deep = sum(map(config.model.is_depth_layer, stage_layers(config, stage)))
-        key = (*first_and_last(config, stage), deep)
+        layers = stage_layers(config, stage)
+        key = (*first_and_last(config, stage), len(layers), sum(map(config.model.is_depth_layer, layers)))
         if key not in seen:
             seen[key] = _stage_time(config, world, gpu, stage=stage, parameters=parameters)
     return max(seen.values(), key=lambda time: time.total)

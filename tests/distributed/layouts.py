@@ -61,6 +61,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "experts": {**_EXPERTS, "capacity": "actual", "scope": "micro_batch", "capacity_factor": 1.3},
         "norm": "post",
     },
+    "moma_five_layers": {
+        "kind": "moma",
+        "num_layers": 5,
+        "experts": _EXPERTS,
+        "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
+    },
     "dense_depth_first": {"kind": "dense", "depth": {"every": 4, "capacity": 0.5, "multiple": 8}},
     "moma_depth_joint": {
         "kind": "moma",

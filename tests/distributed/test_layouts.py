@@ -71,8 +71,13 @@ def _run(
 
 
 def _fits(model: str, layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A dense model has no experts to spread."""
-    return {name: p for name, p in layouts.items() if MODELS[model]["kind"] != "dense" or p.get("ep", 1) == 1}
+    """A dense model has no experts to spread; equal stages must divide the layers."""
+    layers, dense = MODELS[model].get("num_layers", 4), MODELS[model]["kind"] == "dense"
+    return {
+        name: p
+        for name, p in layouts.items()
+        if not (dense and p.get("ep", 1) > 1) and layers % (p.get("pp", 1) * p.get("vpp", 1)) == 0
+    }
 
 
 # In every test run one model meets all layouts and every model meets the plain ones; `exhaustive` has the full product.
@@ -114,6 +119,24 @@ def test_groups_that_expert_parallelism_does_not_divide(
 ) -> None:
     """7 text experts and 1 image expert: ranks hold different numbers of each group, some none."""
     _run(references, "moma_7t1i", tmp_path, world_size, UNEVEN[world_size])
+
+
+UNEQUAL_STAGES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "pp2": {"pp": 2, "pp_layers": (2, 3)},
+        "pp2_interleaved": {"pp": 2, "vpp": 2, "pp_layers": (1, 2, 1, 1)},
+    },
+    4: {
+        "pp4": {"pp": 4, "pp_layers": (1, 2, 1, 1)},
+        "pp2_ep2": {"pp": 2, "ep": 2, "pp_layers": (4, 1), "recompute": "full"},
+    },
+}
+
+
+@pytest.mark.parametrize("world_size", UNEQUAL_STAGES)
+def test_stages_of_unequal_numbers_of_layers(references: References, world_size: int, tmp_path: Path) -> None:
+    """Layers keep their numbers: every second one is a Mixture-of-Depths layer, whatever stage it is on."""
+    _run(references, "moma_five_layers", tmp_path, world_size, UNEQUAL_STAGES[world_size])
 
 
 @pytest.mark.exhaustive

@@ -78,6 +78,8 @@ BROKEN = [
     ),
     ({"parallel__tp": 4, "vocab__pad_multiple": 5}, "vocab.pad_multiple = 5 pads to 165 rows"),
     ({"parallel__tp": 4, "model__seq_length": 66}, "above tp = 1 sequence parallelism splits every sequence"),
+    ({"parallel__pp": 2, "parallel__pp_layers": [1, 1, 2]}, "parallel.pp_layers has 3 numbers that sum to 4"),
+    ({"parallel__pp": 2, "parallel__pp_layers": [1, 2]}, "parallel.pp_layers has 2 numbers that sum to 3"),
     # experts
     ({"model__kind": "dense"}, "model.experts.counts is set, but model.kind = dense has no experts"),
     ({**DENSE, "model__experts__shared": 1}, "model.experts.shared is set, but model.kind = dense"),

@@ -120,6 +120,37 @@ def _types(folder: Path) -> dict[str, str]:
     return {name: entry.type_name for name, entry in stored(folder).items()}
 
 
+def restore_bad(run: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Read checkpoints that were set aside as damaged once more, and give those that are whole their names back.
+
+    Args:
+        run: the run's folder.
+        step: one of them; None: all.
+
+    Returns:
+        `restored`: steps; `damaged`: name and problems of each that stays where it is.
+
+    Raises:
+        CheckpointError: there is no such run or folder, or a checkpoint of that step is there.
+    """
+    store = open_store(run)
+    prefix = "" if step is None else f"{store.path(step).name}."
+    names = [name for name in store.condemned() if name.startswith(prefix)]
+    if not names:
+        raise CheckpointError(
+            f"{store.root}: no folder {'' if step is None else f'of step {step} '}was set aside",
+            remedy="`mmscale ckpt list` names those that were",
+        )
+    restored, damaged = [], {}
+    for name in names:
+        row = _verified(store.root / name, int(name.partition(".")[0].removeprefix("step_")))
+        if row["whole"]:
+            restored.append(store.restore_bad(name))
+        else:
+            damaged[name] = row["problems"]
+    return {"run": str(run), "restored": restored, "damaged": damaged}
+
+
 def prune(run: Path, *, keep: int) -> dict[str, Any]:
     """Delete all but the newest whole checkpoints, each of which is hashed before anything goes.
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -21,10 +23,16 @@ MANIFEST = "MANIFEST.json"
 FORMAT = 1
 ALGORITHM = "xxh3_128"  # finds every accident at the speed of memory; it is no signature against an attacker
 _CHUNK = 4 << 20
+PAUSES_S = (0.1, 1.0, 4.0)  # between reads of a file that the storage refuses: a stale handle is fresh after one
+T = TypeVar("T")
 
 
 class DamagedError(Exception):
     """A checkpoint is not what its manifest says; the text names the file."""
+
+
+class UnreadableError(CheckpointError):
+    """A file cannot be read here and now, which says nothing about what it holds."""
 
 
 class NoManifestError(DamagedError):
@@ -83,19 +91,46 @@ def text_digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def patiently(read: Callable[[], T], *, path: Path) -> T:
+    """What a read gives; one that fails is tried again after PAUSES_S.
+
+    Raises:
+        UnreadableError: it failed every time.
+        FileNotFoundError, IsADirectoryError, NotADirectoryError: there is no such file.
+    """
+    for pause in (*PAUSES_S, None):
+        try:
+            return read()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if pause is None:
+                raise UnreadableError(
+                    f"{path} cannot be read on {socket.gethostname()}: {error.strerror or error}",
+                    remedy="check the file system and start again: the checkpoint may well be whole. If the file is "
+                    f"lost, rename the folder {path.parent.name} to go on from the checkpoint before it",
+                ) from None
+        time.sleep(pause)
+    raise AssertionError
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
         NoManifestError: there is none.
-        DamagedError: it cannot be read, or a byte of it was changed.
+        DamagedError: a byte of it was changed.
+        UnreadableError: the storage refuses it.
+        CheckpointError: another version of mmscale wrote it, in a format that this one does not know.
     """
+    file = folder / MANIFEST
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        text = patiently(lambda: file.read_text(encoding="utf-8"), path=file)
     except FileNotFoundError:
         raise NoManifestError(f"{MANIFEST} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read: {error}") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise DamagedError(f"{MANIFEST} is damaged: {error}") from None
+    _refuse_other_format(file, text)
     try:
         parsed = json.loads(text)["manifest"]
         files = {name: FileRecord(**record) for name, record in parsed.pop("files").items()}
@@ -105,13 +140,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST} is damaged") from None
     if not same:
         raise DamagedError(f"{MANIFEST} is damaged: its own digest does not fit")
-    if manifest.format != FORMAT or manifest.algorithm != ALGORITHM:
+    return manifest
+
+
+def _refuse_other_format(file: Path, text: str) -> None:
+    """Refuse a manifest of a newer version, whatever fields it has, before its bytes are judged by ours.
+
+    Its digest covers the text of `manifest` as it is there, so damage is not taken for a newer version.
+    """
+    try:
+        whole = json.loads(text)
+        body = whole["manifest"]
+        found = (body["format"], body["algorithm"])
+        intact = whole["digest"] == text_digest(json.dumps(body, indent=1, sort_keys=True))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return  # damaged, as the caller will find
+    if intact and found != (FORMAT, ALGORITHM):
         raise CheckpointError(
-            f"{folder / MANIFEST} has format {manifest.format} with {manifest.algorithm}, "
-            f"this version reads format {FORMAT} with {ALGORITHM}",
+            f"{file} has format {found[0]} with {found[1]}, this version reads format {FORMAT} with {ALGORITHM}",
             remedy="use the version of mmscale that wrote it",
         )
-    return manifest
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -160,10 +208,26 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
 
 
 def structure(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong without reading any content: missing files, extra files, other sizes."""
+    """What is wrong without reading any content: missing files, extra files, other sizes.
+
+    Raises:
+        UnreadableError: the storage refuses to list the folder, or two listings differ.
+    """
+    problems = _structure(folder, manifest)
+    if problems:
+        time.sleep(PAUSES_S[0])
+        if _structure(folder, manifest) != problems:
+            raise UnreadableError(
+                f"{folder} is listed differently every time on {socket.gethostname()}",
+                remedy="check the file system and start again: the checkpoint may well be whole",
+            )
+    return problems
+
+
+def _structure(folder: Path, manifest: Manifest) -> list[str]:
     try:
-        present = sizes(folder)
-    except (DamagedError, OSError) as error:
+        present = patiently(lambda: sizes(folder), path=folder / MANIFEST)
+    except (DamagedError, FileNotFoundError, NotADirectoryError) as error:
         return [str(error)]
     wanted = manifest.files
     problems = [f"{name} is missing" for name in wanted if name not in present]
@@ -175,15 +239,44 @@ def structure(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def content(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Which of these files hold something else than what was written."""
+    """Which of these files hold something else than what was written, by two reads that agree.
+
+    The second read asks the storage again: a page of this host's memory may be what is wrong.
+
+    Raises:
+        UnreadableError: the storage refuses a file, or two reads of it differ.
+    """
     problems = []
     for name in names:
-        try:
-            if digest(folder / name) != manifest.files[name]:
-                problems.append(f"{name} has another content than what was written")
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error.strerror}")
+        file = folder / name
+        first = _read(file, fresh=False)
+        if first == manifest.files[name]:
+            continue
+        if first != _read(file, fresh=True):
+            raise UnreadableError(
+                f"{file} reads differently every time on {socket.gethostname()}",
+                remedy="check the memory and the storage of this host; the checkpoint may well be whole",
+            )
+        problems.append(f"{name} has another content than what was written")
     return problems
+
+
+def _read(file: Path, *, fresh: bool) -> FileRecord:
+    """The digest of a file; fresh: not from the page cache, if the kernel can drop it."""
+
+    def read() -> FileRecord:
+        if fresh:
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return digest(file)
+
+    try:
+        return patiently(read, path=file)
+    except (FileNotFoundError, NotADirectoryError):  # it was there when the folder was listed, perhaps on another host
+        raise UnreadableError(
+            f"{file} is not there on {socket.gethostname()}",
+            remedy="check that this host has the file system of the run mounted; the checkpoint may well be whole",
+        ) from None
 
 
 def verify(folder: Path, *, step: int | None = None) -> list[str]:

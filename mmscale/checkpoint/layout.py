@@ -22,6 +22,8 @@ FOLDER = "checkpoints"
 INFO = "mmscale.json"
 LATEST = "latest"
 ARRAYS = "tensors"  # the folder in an archive that holds its arrays
+EVENTS = "events.jsonl"  # of the run; train/metrics.py writes it
+SCRATCH = "from_scratch"  # the event after which older saves do not count
 INFO_FORMAT = 2  # 1 had no manifest
 _VERIFIED = 2  # checkpoints known to be whole that retention never goes below
 _STEP = re.compile(r"^step_(\d{8,})$")
@@ -175,17 +177,59 @@ class Store:
             return []
         return sorted(entry.name for entry in self.root.iterdir() if _BAD.match(entry.name))
 
+    def restore_bad(self, name: str) -> int:
+        """Give a folder that `condemn` left its name back; whether it is whole, the caller has found out.
+
+        Raises:
+            CheckpointError: there is a checkpoint of that step.
+        """
+        step = int(name.partition(".")[0].removeprefix("step_"))
+        if self.path(step).exists():
+            raise CheckpointError(
+                f"{self.path(step)} is there, so {name} cannot take its place",
+                remedy="rename one of the two by hand if you want the other",
+            )
+        (self.root / name).replace(self.path(step))
+        integrity.fsync(self.root)
+        self.point_to_newest()
+        return step
+
+    def lost(self) -> str:
+        """What says that there were checkpoints, where there are none now; "" if nothing does."""
+        if self.root.is_symlink() and not self.root.exists():
+            return f"{self.root} is a link to {self.root.readlink()}, which is not there"
+        entries = self.root.iterdir() if self.root.is_dir() else ()
+        if any((left := _LEFT.match(entry.name)) and left[2] == "old" for entry in entries):
+            return ""  # a commit was interrupted: `sweep` brings it back
+        if (self.root / LATEST).is_file():
+            return f"{self.root / LATEST} names {(self.root / LATEST).read_text(errors='replace').strip()[:40]!r}"
+        saved = None
+        events = self.root.parent / EVENTS
+        for line in events.read_text(encoding="utf-8", errors="replace").splitlines() if events.is_file() else ():
+            if f'"{SCRATCH}"' in line:
+                saved = None
+            elif '"save_committed"' in line:
+                saved = line
+        found = re.search(r'"step": *(\d+)', saved) if saved else None
+        return f"{events} says that step {found[1] if found else '?'} was saved" if saved else ""
+
     def newest(self) -> int | None:
         """The newest committed step; None where there never was one.
 
         Raises:
-            CheckpointError: there were checkpoints, and all of them turned out to be damaged.
+            CheckpointError: there were checkpoints, and all of them turned out to be damaged, or are gone.
         """
         steps, bad = self.steps(), self.condemned()
         if not steps and bad:
             raise CheckpointError(
                 f"no checkpoint in {self.root} is whole; damaged ones are kept as {', '.join(bad)}",
-                remedy="restore one from a copy, or remove these folders to start from scratch",
+                remedy="restore one from a copy, or remove these folders to start from scratch; if the storage was at "
+                "fault, `mmscale ckpt restore-bad` reads them once more",
+            )
+        if not steps and (why := self.lost()):
+            raise CheckpointError(
+                f"{self.root} holds no checkpoint, but {why}",
+                remedy="mount or restore that folder, or start again from step 0: mmscale train ... --from-scratch",
             )
         return steps[-1] if steps else None
 

@@ -167,10 +167,10 @@ class CheckpointManager:
         return None
 
     def problems(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint, found by all ranks together; empty if it is whole.
+        """What is wrong with a checkpoint, found by all ranks together and by two reads; empty if it is whole.
 
         Raises:
-            CheckpointError: it has no manifest, or anyone could write it.
+            CheckpointError: it has no manifest, anyone could write it, or the storage refuses it: that is no damage.
         """
         folder = self.store.path(step)
         manifest, problems = self._on_first(lambda: self._inspect(step))
@@ -182,6 +182,15 @@ class CheckpointManager:
         found = [line for part in self._on_all(lambda: integrity.content(folder, manifest, mine)) for line in part]
         if not found:
             self.verified.add(step)
+            return []
+        # Other ranks read the same files, on other nodes where there are several: storage of one node may be at fault.
+        theirs = integrity.deal(sizes, self._size)[(self._rank + max(1, self._size // 2)) % self._size]
+        again = [line for part in self._on_all(lambda: integrity.content(folder, manifest, theirs)) for line in part]
+        if sorted(again) != sorted(found):
+            raise CheckpointError(
+                f"ranks disagree about {folder}: {integrity.describe(found or again)} on one and not on another",
+                remedy="check memory and storage of the nodes; the checkpoint may well be whole",
+            )
         return found
 
     def _inspect(self, step: int) -> tuple[Manifest | None, list[str]]:

@@ -149,6 +149,23 @@ def _verdicts(result: dict[str, Any]) -> None:
         console().print(f"step {row['step']}: {said}", markup=False)
 
 
+@app.command("restore-bad", epilog="Example: mmscale ckpt restore-bad runs/quickstart@1200")
+def restore_bad(run: RunAtStep, as_json: Json = False) -> None:
+    """Verify checkpoints that were set aside as .bad, and give those that are whole their names back.
+
+    Exit status 4 if none is whole.
+    """
+    from checkpoints_tools import folders
+
+    folder, step = split_step(run)
+    result = folders.restore_bad(folder, step=step)
+    rows = [("restored", ", ".join(map(str, result["restored"])) or "none")]
+    rows += [(name, "; ".join(problems)) for name, problems in result["damaged"].items()]
+    emit(result, as_json=as_json, text=lambda: pairs(rows))
+    if not result["restored"]:
+        raise CheckpointError(f"none of {len(rows) - 1} folders is whole", remedy="restore a checkpoint from a copy")
+
+
 @app.command("diff", epilog="Example: mmscale ckpt diff runs/a@300 runs/b@300 --weights")
 def diff(
     one: Annotated[str, typer.Argument(metavar="A[@STEP]", help="Run folder and a step of it, or an archive.")],

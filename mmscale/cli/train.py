@@ -38,6 +38,9 @@ def train(
         bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
     ] = False,
     stage: OfStage = Stage.MAIN,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Start at step 0 although the run's checkpoints are lost.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train, from the run's newest checkpoint if there is one.
@@ -55,6 +58,10 @@ def train(
     loaded = load(config, overrides or ())
     entry = STAGES[stage]
     folder = entry.folder(Path(loaded.run.dir) / loaded.run.name)
+    if from_scratch:
+        from mmscale.train.scratch import start_from_scratch
+
+        start_from_scratch(folder, first=ranks.starts_ranks(nproc) or ranks.own_rank(nproc).is_first)
     if ranks.starts_ranks(nproc):
         assert nproc is not None
         entry.preflight(loaded, world_size=nproc, yes=yes)  # said once here, and not by every rank

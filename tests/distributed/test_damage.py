@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -190,6 +191,34 @@ def test_all_checkpoints_bad_is_no_start_from_scratch(ranks: RankEnv, tmp_path: 
         assert raised.value.exit_status == 4
     assert checkpoints.store.condemned() == ["step_00000001.bad", "step_00000002.bad"]
     assert manager(tmp_path / "new")[0].choose() is None  # a new run is something else
+
+
+@distributed(world_size=2)
+def test_errors_of_the_storage_rename_nothing(ranks: RankEnv, tmp_path: Path) -> None:
+    """A stale handle on one rank, a node without the mount, a page of memory that is wrong on one rank alone."""
+    begin(ranks)
+    save(tmp_path, 1, 2)
+    integrity.PAUSES_S = (0.0, 0.0)
+    real = integrity.digest
+
+    def stale(path: Path) -> integrity.FileRecord:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def unmounted(path: Path) -> integrity.FileRecord:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    def wrong(path: Path) -> integrity.FileRecord:
+        return replace(real(path), digest="0" * 32)
+
+    cases = {"cannot be read": stale, "is not there on": unmounted, "ranks disagree": wrong}
+    for number, (said, broken) in enumerate(cases.items()):
+        integrity.digest = broken if ranks.rank == 1 else real
+        with pytest.raises(CheckpointError, match=said) as raised:
+            manager(tmp_path, attempt=2 + number)[0].choose()
+        assert raised.value.remedy and raised.value.exit_status == 4
+        assert Store.of_run(tmp_path).steps() == [1, 2] and Store.of_run(tmp_path).condemned() == []
+    integrity.digest = real
+    assert manager(tmp_path, attempt=9)[0].choose() == 2
 
 
 @distributed(world_size=2)

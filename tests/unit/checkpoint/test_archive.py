@@ -157,6 +157,25 @@ def test_other_readers_read_it(made: Path) -> None:
     assert group[W1].chunks == (1, 64, 2, 16) and group[W1].shards == (2, 64, 2, 16)
 
 
+def test_what_was_set_aside_comes_back_if_it_is_whole(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    store = Store.of_run(copy)
+    store.condemn(7)
+
+    def check() -> None:
+        with pytest.raises(CheckpointError, match="no folder of step 8 was set aside"):
+            folders.restore_bad(copy, step=8)
+        bad = store.root / "step_00000007.bad" / "common.pt"
+        content = bad.read_bytes()
+        bad.write_bytes(content[:-1] + b"x")
+        assert folders.restore_bad(copy)["restored"] == [] and store.steps() == []
+        bad.write_bytes(content)
+        assert folders.restore_bad(copy, step=7) == {"run": str(copy), "restored": [7], "damaged": {}}
+        assert store.newest() == 7 and store.condemned() == []
+
+    forked(check)
+
+
 def test_archives_of_format_1_are_restored(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "_AS_BITS", {})  # bfloat16 as a type of its own, as format 1 had it
     monkeypatch.setattr(archive, "FORMAT", 1)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmscale.checkpoint import integrity
-from mmscale.checkpoint.integrity import MANIFEST, DamagedError, FileRecord, Manifest, NoManifestError
+from mmscale.checkpoint.integrity import MANIFEST, DamagedError, FileRecord, Manifest, NoManifestError, UnreadableError
 from mmscale.errors import CheckpointError
 
 FLIPS = 100
@@ -121,7 +123,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link": (lambda f: link(f / "common.pt"), "common.pt is neither a file nor a folder"),
     "manifest cut": (lambda f: os.truncate(f / MANIFEST, 500), f"{MANIFEST} is damaged"),
     "manifest empty": (lambda f: os.truncate(f / MANIFEST, 0), f"{MANIFEST} is damaged"),
-    "manifest is no UTF-8": (lambda f: (f / MANIFEST).write_bytes(b"\xff"), f"{MANIFEST} cannot be read"),
+    "manifest is no UTF-8": (lambda f: (f / MANIFEST).write_bytes(b"\xff"), f"{MANIFEST} is damaged"),
     "manifest reformatted": (
         lambda f: (f / MANIFEST).write_text(json.dumps(json.loads((f / MANIFEST).read_text()))),
         "its own digest does not fit",
@@ -194,12 +196,75 @@ def test_many_problems_are_cut_short() -> None:
     assert integrity.describe(list("abcde")) == "a; b; c, and 2 more"
 
 
-def test_a_file_that_cannot_be_read_is_a_problem(folder: Path) -> None:
+class Storage:
+    """Reads that fail as a file system's do: the given numbers of times, then not at all."""
+
+    def __init__(self, real: Callable[..., Any], *failures: int, other: FileRecord | None = None) -> None:
+        self.real, self.failures, self.other = real, list(failures), other
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.failures:
+            raise OSError(self.failures.pop(0), "told so")
+        if self.other is not None:
+            found, self.other = self.other, None
+            return found
+        return self.real(*arguments)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "PAUSES_S", (0.0, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EACCES])
+@pytest.mark.parametrize("reader", ["digest", "sizes"])
+def test_an_error_of_the_storage_is_no_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reader: str, number: int
+) -> None:
+    real = getattr(integrity, reader)
+    monkeypatch.setattr(integrity, reader, Storage(real, number, number, number))
+    assert integrity.verify(folder, step=10) == []
+    monkeypatch.setattr(integrity, reader, Storage(real, *[number] * 4))
+    with pytest.raises(UnreadableError, match=r"cannot be read on .*may well be whole") as error:
+        integrity.verify(folder, step=10)
+    assert error.value.exit_status == 4
+
+
+@pytest.mark.usefixtures("at_once")
+def test_damage_is_what_two_reads_agree_about(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = FileRecord(11_000, "0" * 32)
+    monkeypatch.setattr(integrity, "digest", Storage(integrity.digest, other=wrong))
+    with pytest.raises(UnreadableError, match="reads differently every time"):
+        integrity.verify(folder, step=10)
+    monkeypatch.undo()
+    listing = {**SIZES, "common.pt": 5}
+    monkeypatch.setattr(integrity, "PAUSES_S", (0.0,))
+    monkeypatch.setattr(integrity, "sizes", Storage(integrity.sizes, other=listing))  # type: ignore[arg-type]
+    with pytest.raises(UnreadableError, match="is listed differently every time"):
+        integrity.verify(folder, step=10)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_file_that_another_host_listed_is_no_damage(folder: Path) -> None:
     manifest = integrity.read_manifest(folder)
     (folder / "common.pt").unlink()
-    (found,) = integrity.content(folder, manifest, ["common.pt"])
-    assert "common.pt cannot be read" in found
+    with pytest.raises(UnreadableError, match=r"common\.pt is not there on .*mounted"):
+        integrity.content(folder, manifest, ["common.pt"])
     (folder / MANIFEST).unlink()
     (folder / MANIFEST).mkdir()
-    with pytest.raises(DamagedError, match="cannot be read"):
+    with pytest.raises(DamagedError, match="is damaged"):
+        integrity.read_manifest(folder)
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"algorithm": "blake3"}, {"format": 2, "signature": "x"}])
+def test_a_manifest_of_a_newer_version_is_refused_and_not_condemned(folder: Path, change: dict[str, Any]) -> None:
+    body = json.loads((folder / MANIFEST).read_text())["manifest"] | change
+    text = json.dumps(body, indent=1, sort_keys=True)
+    newer = json.dumps({"manifest": body, "digest": integrity.text_digest(text)}, indent=1, sort_keys=True) + "\n"
+    (folder / MANIFEST).write_text(newer)
+    with pytest.raises(CheckpointError, match=r"has format .*use the version of mmscale that wrote it"):
+        integrity.read_manifest(folder)
+    (folder / MANIFEST).write_text(newer.replace("abc", "abd"))  # a flipped bit of it is damage
+    with pytest.raises(DamagedError, match="is damaged"):
         integrity.read_manifest(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, INFO_FORMAT, LATEST, Store
 from mmscale.errors import CheckpointError
+from mmscale.train.metrics import EventLog, read_events
+from mmscale.train.scratch import start_from_scratch
 
 
 @pytest.fixture
@@ -212,3 +215,80 @@ def test_nothing_is_committed_that_everyone_may_write(store: Store) -> None:
         os.umask(before)
     for path in (store.root, final, *final.rglob("*")):
         assert path.stat().st_mode & 0o002 == 0, path
+
+
+class TestLostCheckpoints:
+    """A run that saved and has no checkpoint does not start at step 0 by itself."""
+
+    def saved(self, run: Path) -> Store:
+        (run / "checkpoints").mkdir(parents=True)
+        events = EventLog(run, 1)
+        events.add("save_committed", step=7)
+        events.close()
+        return Store.of_run(run)
+
+    def test_a_new_run_misses_nothing(self, tmp_path: Path) -> None:
+        assert Store.of_run(tmp_path).newest() is None
+        (tmp_path / "checkpoints").mkdir()
+        EventLog(tmp_path, 1).add("start", step=0)
+        assert Store.of_run(tmp_path).newest() is None
+        start_from_scratch(tmp_path)
+        assert [event["event"] for event in read_events(tmp_path)] == ["start"]
+
+    def test_events_know_of_a_save(self, tmp_path: Path) -> None:
+        store = self.saved(tmp_path)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=r"says that step 7 was saved.*--from-scratch") as error:
+                store.newest()
+            assert error.value.exit_status == 4
+            shutil.rmtree(store.root, ignore_errors=True)  # the whole folder is gone
+
+    def test_latest_knows_of_a_save(self, tmp_path: Path) -> None:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints/latest").write_text("step_00000004\n")
+        with pytest.raises(CheckpointError, match="latest names 'step_00000004'"):
+            Store.of_run(tmp_path).newest()
+
+    def test_a_link_to_nowhere(self, tmp_path: Path) -> None:
+        (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
+        for action in (Store.of_run(tmp_path).newest, lambda: start_from_scratch(tmp_path)):
+            with pytest.raises(CheckpointError, match=r"is a link to .*scratch, which is not there"):
+                action()
+
+    def test_a_commit_that_was_interrupted_is_no_loss(self, tmp_path: Path) -> None:
+        store = self.saved(tmp_path)
+        (store.root / "step_00000007.old.1").mkdir()
+        assert store.newest() is None
+        store.sweep()
+        assert store.newest() == 7
+
+    def test_from_scratch_is_noted_and_later_saves_count(self, tmp_path: Path) -> None:
+        store = self.saved(tmp_path)
+        (store.root / "latest").write_text("step_00000007\n")
+        start_from_scratch(tmp_path)
+        assert store.newest() is None
+        assert read_events(tmp_path)[-1]["event"] == "from_scratch"
+        start_from_scratch(tmp_path)
+        assert len(read_events(tmp_path)) == 2
+        events = EventLog(tmp_path, 2)
+        events.add("save_committed", step=9)
+        events.close()
+        with pytest.raises(CheckpointError, match="step 9 was saved"):
+            store.newest()
+
+    def test_from_scratch_deletes_nothing(self, tmp_path: Path) -> None:
+        store = self.saved(tmp_path)
+        store.path(7).mkdir()
+        with pytest.raises(CheckpointError, match=r"holds checkpoints \(7\), and --from-scratch deletes none"):
+            start_from_scratch(tmp_path)
+
+
+def test_a_folder_that_was_set_aside_gets_its_name_back(tmp_path: Path) -> None:
+    store = Store.of_run(tmp_path)
+    store.path(3).mkdir(parents=True)
+    bad = store.condemn(3)
+    assert store.restore_bad(bad.name) == 3 and store.newest() == 3 and store.condemned() == []
+    store.condemn(3)
+    store.path(3).mkdir()
+    with pytest.raises(CheckpointError, match="cannot take its place"):
+        store.restore_bad("step_00000003.bad")

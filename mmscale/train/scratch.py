@@ -1,0 +1,42 @@
+"""Starting a run again from step 0 after all of its checkpoints were lost (`--from-scratch`). No torch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from mmscale.checkpoint.layout import LATEST, SCRATCH, Store
+from mmscale.errors import CheckpointError
+from mmscale.train.metrics import EventLog, next_attempt
+
+_PATIENCE_S = 60.0
+
+
+def start_from_scratch(run: Path, *, first: bool = True) -> None:
+    """Note that the saves of before do not count any more; nothing to do where none are missed.
+
+    Args:
+        run: the run's folder.
+        first: whether this process writes the note; others wait for it.
+
+    Raises:
+        CheckpointError: there are checkpoints, or their folder is a link to nowhere.
+    """
+    store = Store.of_run(run)
+    if there := [*map(str, store.steps()), *store.condemned()]:
+        raise CheckpointError(
+            f"{store.root} holds checkpoints ({', '.join(there[-3:])}), and --from-scratch deletes none",
+            remedy="go on from them without --from-scratch, or start a new run with another run.name",
+        )
+    deadline = time.monotonic() + _PATIENCE_S
+    while not first and store.lost() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    why = store.lost()
+    if not first or not why:
+        return
+    if store.root.is_symlink():
+        raise CheckpointError(why, remedy="mount what it points to, or remove the link")
+    events = EventLog(run, next_attempt(run))
+    events.add(SCRATCH, lost=why)
+    events.close()
+    (store.root / LATEST).unlink(missing_ok=True)

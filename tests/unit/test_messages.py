@@ -18,7 +18,7 @@ ERRORS = {"Problem", "MmscaleError"} | {
     f"{kind}Error" for kind in ("Usage", "Config", "Data", "Checkpoint", "Training", "Save", "Launch")
 }
 # A text that ends with one of these was cut off.
-UNFINISHED = re.compile(r"(?:[,:;=(\[{*+-]|\b(?:a|an|the|of|for|and|or|but|in|by|than|that|which|be|over))$")
+UNFINISHED = re.compile(r"(?:[,:;=(\[{*+-]|\b(?:a|an|the|of|for|and|or|but|in|by|than|which|be|over))$")
 
 
 def messages() -> Iterator[tuple[str, str]]:

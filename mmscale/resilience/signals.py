@@ -13,11 +13,12 @@ import torch
 
 # SIGUSR2 is what SLURM is told to send before a time limit or a preemption, SIGTERM what it sends at any other end,
 # SIGUSR1 what a person sends who does not want the run back. The largest code on any rank counts for all.
-_CODES = {signal.SIGINT: 1, signal.SIGTERM: 2, signal.SIGUSR2: 3, signal.SIGUSR1: 4}
+# SIGHUP, of a terminal that is closed, counts as SIGTERM.
+_CODES = {signal.SIGINT: 1, signal.SIGTERM: 2, signal.SIGHUP: 2, signal.SIGUSR2: 3, signal.SIGUSR1: 4}
 
 
 class StopRequest:
-    """Handlers of SIGTERM, SIGUSR1, SIGUSR2 and SIGINT while it is entered. A second SIGINT interrupts at once.
+    """Handlers of SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGINT while it is entered. A second SIGINT interrupts at once.
 
     A launcher may have blocked them until now: what came meanwhile is delivered on entering. Only the process that
     entered it notes anything: a forked one (a loader, a writer) inherits the handlers, SLURM signals it as well, and
@@ -37,6 +38,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in _CODES:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
             self._previous[number] = signal.signal(number, self._note)
         self._mask = {int(number) for number in signal.pthread_sigmask(signal.SIG_UNBLOCK, _CODES)}
         return self

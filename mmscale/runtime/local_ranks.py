@@ -22,7 +22,10 @@ from mmscale.runtime.rank_env import STORE_FD, listen, port_of
 
 # What a rank says with its exit status, so that scripts around the launcher hear it too. Anything else is a crash.
 DOCUMENTED_STATUSES = (2, 3, 4, 5, 74, 75)
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+# What each signal becomes at the ranks. A terminal that is closed sends SIGHUP to this process only.
+FORWARDED = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)} | {
+    signal.SIGHUP: signal.SIGTERM
+}
 _POLL_S = 0.02
 _TAIL_LINES = 20
 _PR_SET_PDEATHSIG = 1
@@ -47,8 +50,9 @@ def run_local(
 ) -> int:
     """Run one command as `nproc` ranks and wait for all of them.
 
-    Rank 0 inherits stdout and stderr; rank R > 0 writes both to `log_dir/rank_R.log`. SIGTERM, SIGINT and SIGUSR2 are
-    passed on to every rank, which then have as long as they need (they save); a second SIGINT ends them.
+    Rank 0 inherits stdout and stderr; rank R > 0 writes both to `log_dir/rank_R.log`. SIGTERM, SIGINT, SIGUSR1,
+    SIGUSR2 and, as SIGTERM, SIGHUP are passed on to every rank, which then have as long as they need (they save); a
+    second SIGINT ends them.
 
     Args:
         nproc: Number of ranks.
@@ -145,10 +149,12 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[list[int]]:
         return
 
     def forward(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        _send(ranks, number)
+        passed = FORWARDED[signal.Signals(number)]
+        received.append(passed)
+        _send(ranks, passed)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    heard = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield received
     finally:

@@ -12,7 +12,7 @@ import pytest
 
 from mmscale.errors import LaunchError
 from mmscale.runtime import local_ranks
-from mmscale.runtime.local_ranks import run_local
+from mmscale.runtime.local_ranks import FORWARDED, run_local
 
 
 def run(nproc: int, code: str, folder: Path, *, environ: dict[str, str] | None = None, grace_s: float = 5.0) -> int:
@@ -173,7 +173,7 @@ import os, signal, sys, time
 def stop(number, frame):
     open(os.environ["FOLDER"] + f"/got_{os.environ['RANK']}", "w").write(str(number))
     sys.exit(75)
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, stop)
 open(os.environ["FOLDER"] + "/pid_" + os.environ["RANK"], "w").write(str(os.getpid()))
 time.sleep(100)
@@ -188,12 +188,12 @@ def start_launcher(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
     return launcher, [int(path.read_text()) for path in paths]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", FORWARDED)
 def test_signals_are_passed_on_to_every_rank(number: signal.Signals, tmp_path: Path) -> None:
     launcher, _ = start_launcher(tmp_path)
     launcher.send_signal(number)
     assert launcher.wait(timeout=30) == 75
-    assert [(tmp_path / f"got_{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2
+    assert [(tmp_path / f"got_{rank}").read_text() for rank in (0, 1)] == [str(int(FORWARDED[number]))] * 2
 
 
 def test_signal_that_no_rank_handles_is_named(tmp_path: Path) -> None:

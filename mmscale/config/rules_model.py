@@ -104,9 +104,11 @@ def _attention(config: Config) -> Iterator[Problem]:
         )
     if heads % tp:
         yield _not_divisible("model.num_attention_heads", heads, tp)
-    elif groups % tp:
-        # mcore would copy key/value heads to several ranks (attention.py); no parity test covers that here.
+    elif groups % tp and tp % groups:
+        # With fewer heads than ranks each has one that it shares with others (attention.py).
         yield _not_divisible("model.num_query_groups", groups, tp)
+    elif groups < tp and 2 * groups * model.head_dim % tp:
+        yield _not_divisible("model: the width of all key and value heads", 2 * groups * model.head_dim, tp)
 
 
 def _widths(config: Config) -> Iterator[Problem]:

@@ -96,6 +96,8 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
     d = model.head_dim
     query, key = model.num_attention_heads * d, model.query_groups * d
     joint = query + 2 * key  # one tensor holds queries, keys and values as projected; k and v are views of it
+    if model.query_groups < tp:  # every rank gathers all of it and has one key/value head, shared with others
+        joint, key = joint * tp, d * tp
     # A view keeps the whole: values do where nothing copies them, keys where the norm keeps its input.
     repeated = 0 if kernels is Kernels.TE else query - key
     viewed = repeated == 0 and (kernels is Kernels.CUDA or config.train.micro_batch_size == 1)

@@ -164,6 +164,10 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
     # of the weights (tensor_parallel/layers.py).
     gather(hidden, forwards + 2 * times)
     scatter(hidden, forwards + times)
+    if model.query_groups < tp:  # ranks that share a key/value head gather all heads (attention.py)
+        heads = inner * (model.num_attention_heads + 2 * model.query_groups) * model.head_dim * size
+        gather(heads, forwards)
+        scatter(heads, times)
     if model.kind == "dense":
         gather(hidden, feed_forwards + 2 * times)
         scatter(hidden, feed_forwards + times)

@@ -61,6 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "experts": {**_EXPERTS, "capacity": "actual", "scope": "micro_batch", "capacity_factor": 1.3},
         "norm": "post",
     },
+    "moma_one_kv_head": {"kind": "moma", "experts": _EXPERTS, "num_query_groups": 1},
     "moma_five_layers": {
         "kind": "moma",
         "num_layers": 5,

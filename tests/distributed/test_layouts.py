@@ -139,6 +139,12 @@ def test_stages_of_unequal_numbers_of_layers(references: References, world_size:
     _run(references, "moma_five_layers", tmp_path, world_size, UNEQUAL_STAGES[world_size])
 
 
+def test_fewer_key_value_heads_than_tensor_parallel_ranks(references: References, tmp_path: Path) -> None:
+    """Ranks share the head."""
+    layouts = {name: TWO_RANKS[name] for name in ("tp2", "tp2_recompute")}
+    _run(references, "moma_one_kv_head", tmp_path, 2, layouts)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("world_size", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["two", "four"])
 @pytest.mark.parametrize("model", [model for model in MODELS if model != EVERYTHING])

@@ -65,8 +65,13 @@ BROKEN = [
     # tensor parallelism
     ({"parallel__tp": 8}, "model.num_attention_heads = 4 is not divisible by parallel.tp = 8"),
     (
-        {"parallel__tp": 4, "model__num_query_groups": 2},
-        "model.num_query_groups = 2 is not divisible by parallel.tp = 4",
+        {
+            "parallel__tp": 4,
+            "model__num_attention_heads": 12,
+            "model__kv_channels": 16,
+            "model__num_query_groups": 3,
+        },
+        "model.num_query_groups = 3 is not divisible by parallel.tp = 4",
     ),
     (
         {"parallel__tp": 2, "model__ffn_hidden_size": 97},

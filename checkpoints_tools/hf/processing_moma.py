@@ -7,6 +7,7 @@ Letters: H W C height, width, channels; B rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,84 @@ class ImageGrammar(LogitsProcessor):
         return masked
 
 
+@dataclass(frozen=True)
+class _Image:
+    """A piece of a document that is an image, also where it is a string."""
+
+    value: Any
+
+
+def _piece(piece: Any) -> Any:
+    """A piece of `content`: text as it is, an image wrapped; dictionaries as in chat messages."""
+    if not isinstance(piece, dict) or "type" not in piece:
+        return piece if isinstance(piece, str) else _Image(piece)
+    if piece["type"] == "text":
+        return str(piece["text"])
+    found = next((piece[key] for key in ("image", "path", "url") if key in piece), None)
+    if piece["type"] != "image" or found is None:
+        raise ValueError(f'a piece of type {piece["type"]!r} is neither {{"type": "text"}} nor {{"type": "image"}}')
+    return _Image(found)
+
+
+def _images_in_order(images: Any, counts: list[int]) -> list[Any]:
+    """All images, in the order of the placeholders.
+
+    Args:
+        images: one image, several, or a list of images for each text.
+        counts: placeholders of each text.
+
+    Raises:
+        ValueError: there are more or fewer than placeholders.
+    """
+    several = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+    given = list(images) if several else [images]
+    if not any(one is None or isinstance(one, list | tuple) for one in given):
+        if sum(counts) != len(given):
+            raise ValueError(f"the text has {sum(counts)} {PLACEHOLDER} for {len(given)} images")
+        return given
+    lists = [[] if one is None else list(one) if isinstance(one, list | tuple) else [one] for one in given]
+    if len(lists) != len(counts):
+        raise ValueError(f"there are {len(counts)} texts and {len(lists)} lists of images")
+    for number, (own, count) in enumerate(zip(lists, counts, strict=True)):
+        if len(own) != count:
+            raise ValueError(f"text {number} has {count} {PLACEHOLDER} for {len(own)} images")
+    return [image for own in lists for image in own]
+
+
+# Arguments that transformers passes to any processor, and the values that ask for nothing.
+_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "truncation": (None, False, "do_not_truncate"),
+    "return_attention_mask": (None, True),
+    "return_token_type_ids": (None, False),
+    "return_mm_token_type_ids": (None, False),
+    "return_offsets_mapping": (None, False),
+    "videos": (None,),
+    "audio": (None,),
+    "pad_to_multiple_of": (None,),
+}
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that would be ignored.
+
+    Raises:
+        ValueError: an argument asks for what there is not.
+        TypeError: it is unknown.
+    """
+    for name, value in kwargs.items():
+        if name not in _ASKS_NOTHING:
+            raise TypeError(f"MomaProcessor got an unexpected keyword argument {name!r}")
+        if not any(value is harmless or value == harmless for harmless in _ASKS_NOTHING[name]):
+            why = ": it would cut images; shorten the prompt" if name == "truncation" else ""
+            raise ValueError(f"{name}={value!r} is not supported{why}")
+
+
 class MomaProcessor(ProcessorMixin):
     """Makes token ids of text and images, and text and images of token ids.
 
     `processor(text="a <image> of <image>", images=[one, other])`, or piece by piece, `processor(content=["a ", one,
-    " of ", other])`; lists of these for a batch. Documents begin with `<s>`.
+    " of ", other])`; lists of these for a batch. Documents begin with `<s>`. A string is a path among `images`, and
+    text in `content`, where a path is a `pathlib.Path` or `{"type": "image", "image": ...}`.
 
     Args:
         tokenizer: of text.
@@ -108,6 +182,9 @@ class MomaProcessor(ProcessorMixin):
         *,
         draw: bool = False,
         max_length: int | None = None,
+        padding: bool | str | None = True,
+        padding_side: str = "left",
+        add_special_tokens: bool = True,
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
@@ -115,58 +192,77 @@ class MomaProcessor(ProcessorMixin):
 
         Args:
             text: one text or several; with images, each `<image>` in it stands for the next of them.
-            images: Pillow images, paths or uint8 arrays, in order.
+            images: one image or several, in order; for several texts also a list of each one's images. See
+                `pixels_moma.load_pixels` for what an image is.
             content: instead of both, the pieces of one document, or a list of documents.
             draw: end with `<boi>`, so that the model goes on with an image.
             max_length: longest prompt [tokens]; default: the model's context.
+            padding: to the longest prompt (True, "longest"), to `max_length` ("max_length"), or not (False).
+            padding_side: "left", or "right" for training.
+            add_special_tokens: begin with `<s>`.
             return_tensors: "pt" or "np"; None: lists.
-            kwargs: ignored; pipelines pass the tokenizer's.
+            kwargs: what transformers passes to every processor, where it asks for nothing.
 
         Raises:
             ValueError: placeholders and images do not match, an image cannot be read, or a prompt is too long.
+            TypeError: an argument is unknown.
         """
-        del kwargs
+        _refuse_unknown(kwargs)
         documents = self._documents(text, images, content)
-        rows = [self.encode(document, draw=draw) for document in documents]
+        rows = [self.encode(document, draw=draw, begin=add_special_tokens) for document in documents]
         limit = max_length or self.tokenizer.model_max_length
         for row in rows:
             if len(row) > limit:
                 raise ValueError(f"a prompt has {len(row)} tokens, the model's context is {limit}; shorten it")
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = [[pad] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        ids, mask = self._padded(rows, limit if padding == "max_length" else max(map(len, rows)), padding, padding_side)
         return BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
 
+    def _padded(self, rows: list[list[int]], width: int, padding: Any, side: str) -> tuple[list[Any], list[Any]]:
+        """Rows of equal length, and 1 where they are not padding."""
+        if padding not in (True, False, None, "longest", "max_length", "do_not_pad") or side not in ("left", "right"):
+            raise ValueError(f"padding={padding!r} to the side {side!r} is not known")
+        if padding in (False, None, "do_not_pad"):
+            return rows, [[1] * len(row) for row in rows]
+        pad, right = self.tokenizer.pad_token_id, side == "right"
+        ids = [row + [pad] * (width - len(row)) if right else [pad] * (width - len(row)) + row for row in rows]
+        ones = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        return ids, [own if right else own[::-1] for own in ones]
+
     def _documents(self, text: Any, images: Any, content: Any) -> list[list[Any]]:
+        """Pieces of each document; images are wrapped, so that a path that is a string is no text."""
         if content is not None:
             if text is not None or images is not None:
                 raise ValueError("give either content, or text and images")
-            return [list(content)] if not content or not isinstance(content[0], list | tuple) else list(content)
+            batch = bool(content) and all(isinstance(piece, list | tuple) for piece in content)
+            return [[_piece(piece) for piece in document] for document in (content if batch else [content])]
         texts = [text or ""] if text is None or isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("text is an empty list: give at least one text")
+        for number, one in enumerate(texts):
+            if not isinstance(one, str):
+                raise ValueError(f"text {number} is of type {type(one).__name__}, not str")
         if images is None:
             return [[piece] for piece in texts]  # "<image>" is text then
-        rest = list(images) if isinstance(images, list | tuple) else [images]
-        wanted = sum(piece.count(PLACEHOLDER) for piece in texts)
-        if wanted != len(rest):
-            raise ValueError(f"the text has {wanted} {PLACEHOLDER} for {len(rest)} images")
+        counts = [piece.count(PLACEHOLDER) for piece in texts]
+        rest = _images_in_order(images, counts)
         documents = []
         for piece in texts:
             document: list[Any] = []
             for number, part in enumerate(piece.split(PLACEHOLDER)):
-                document += [rest.pop(0)] if number else []
+                document += [_Image(rest.pop(0))] if number else []
                 document += [part] if part else []
             documents.append(document)
         return documents
 
-    def encode(self, document: Sequence[Any], *, draw: bool = False) -> list[int]:
-        """Ids of one document's texts and images, `<s>` first."""
-        ids = [self.tokenizer.bos_token_id]
+    def encode(self, document: Sequence[Any], *, draw: bool = False, begin: bool = True) -> list[int]:
+        """Ids of one document's texts (strings) and images (anything else), `<s>` first."""
+        ids = [self.tokenizer.bos_token_id] if begin else []
         for piece in document:
             if isinstance(piece, str):
                 ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             else:
-                codes = self._codes_needed().encode(self.pixels(piece)[None])[0] + self.image_range[0]
+                image = piece.value if isinstance(piece, _Image) else piece
+                codes = self._codes_needed().encode(self.pixels(image)[None])[0] + self.image_range[0]
                 ids += [self.boi, *codes.tolist(), self.eoi]
         return [*ids, self.boi] if draw else ids
 

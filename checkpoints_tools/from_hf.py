@@ -6,33 +6,39 @@ code of the folder are never run.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from checkpoints_tools import hf_foreign
 from checkpoints_tools.hf_config import model_config
-from checkpoints_tools.hf_files import ModelFiles, unaccounted
+from checkpoints_tools.hf_files import ModelFiles, refuse_two_output_layers, unaccounted
+from checkpoints_tools.hf_settings import CONFIG, REPORT, config_of_export, is_ours, tokenizers_of_export
 from checkpoints_tools.hf_weights import Move, moves
-from checkpoints_tools.to_hf import CONFIG, REPORT, SETTINGS
 from mmscale.checkpoint import integrity, rewrite
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, unknown_tensor
 from mmscale.config import Config
 from mmscale.config.load import digest
+from mmscale.data.text_tokens import FILE as TOKENIZER_FILE
+from mmscale.data.text_tokens import FOLDER as TOKENIZER_FOLDER
+from mmscale.data.text_tokens import TextTokenizer
 from mmscale.errors import CheckpointError
 from mmscale.runtime.environment import code_version
 
 # What the config.json of an older export means where it lacks a key.
-_BEFORE = {"choice": "sigmoid"}
+_BEFORE = {"choice": "sigmoid", "no_modality_id": 0}
+# What a fine-tuning may change: it does not change what the weights compute.
+_FREE = {"dtype", "architectures", "auto_map", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
 _LINEAR = re.compile(r"\.(linear_qkv|linear_proj|linear_fc1|linear_fc2)\.weight$")
 _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
 
@@ -56,14 +62,16 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
     rewrite.refuse_checkpoints(run)
     content = _read_json(folder / CONFIG)
     files = ModelFiles(folder)
-    if (folder / SETTINGS).is_file():
+    tokenizer: TextTokenizer | None = None
+    if is_ours(folder, content):
         config, listed = _own(folder, content, files)
         kind, steps = "mmscale", f"`mmscale eval {run}`, or {_train(run)}"
     else:
         config, listed = hf_foreign.translate(content, files, image_codes=image_codes, seq_length=seq_length)
-        tokenizer = hf_foreign.write_tokenizer(folder, run, config)
+        tokenizer = hf_foreign.read_tokenizer(folder, config)
         kind = str(content.get("model_type"))
-        steps = f"`mmscale data prepare` with data.prepare.text.load: {tokenizer}, then {_train(run)} data.path=DIR"
+        file = run / TOKENIZER_FOLDER / TOKENIZER_FILE
+        steps = f"`mmscale data prepare` with data.prepare.text.load: {file}, then {_train(run)} data.path=DIR"
     wrong = unaccounted(
         (name for name in files.names() if not _redundant(name, config)),
         (target for move in listed for target in move.targets),
@@ -72,13 +80,15 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
         raise CheckpointError(
             f"{folder} does not hold what its {CONFIG} says: {integrity.describe(wrong)}", remedy=_AGAIN
         )
+    refuse_two_output_layers(files, tied=config.model.tie_embeddings)
     report = _read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    data = report.get("data", {})
-    tokenizers = {name: str(data[name]) for name in ("text_tokenizer", "image_tokenizer") if name in data}
-    source = HfTensors(folder, files, listed, config, tokenizers=tokenizers)
+    source = HfTensors(folder, files, listed, config, tokenizers=tokenizers_of_export(folder, content))
     parent = {"path": str(folder)} | ({"origin": report["origin"]} if "origin" in report else {})
     origin = {"made_by": "convert from-hf", "parents": [parent]}
-    made = rewrite.into_run(source, run, origin=origin, weights=True, code_version=code_version())
+    with _nothing_left_of(run):
+        if tokenizer is not None:
+            tokenizer.save(run / TOKENIZER_FOLDER)
+        made = rewrite.into_run(source, run, origin=origin, weights=True, code_version=code_version())
     names = source.names()
     return {
         "run": str(run),
@@ -180,14 +190,7 @@ def _own(folder: Path, content: dict[str, Any], files: ModelFiles) -> tuple[Conf
     Raises:
         CheckpointError: its two configurations disagree, or it is of another version.
     """
-    settings = _read_json(folder / SETTINGS)
-    try:
-        config = Config.model_validate(settings["config"])
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(
-            f"{folder / SETTINGS} holds no configuration of this version: {str(error).splitlines()[0]}",
-            remedy="use the version of mmscale that wrote it",
-        ) from None
+    config = config_of_export(folder, content)
     auxiliary, thresholds = int(content.get("auxiliary_size", 0)), bool(content.get("keeps_thresholds", False))
     wanted = model_config(
         config,
@@ -196,17 +199,38 @@ def _own(folder: Path, content: dict[str, Any], files: ModelFiles) -> tuple[Conf
         routing=str(content.get("routing", "causal")),
         tokens_per_image=int(content.get("tokens_per_image", 0)),
     )
-    other = sorted(key for key in wanted if key != "dtype" and content.get(key, _BEFORE.get(key)) != wanted[key])
+    other = sorted(key for key in wanted if key not in _FREE and content.get(key, _BEFORE.get(key)) != wanted[key])
+    if other == ["vocab_size"]:
+        raise CheckpointError(
+            f"{folder} has {content.get('vocab_size')} ids, its run had {wanted['vocab_size']}: tokens were added",
+            remedy="a run's ids are fixed by its data: resize the embedding back, or fine-tune without new tokens",
+        )
     if other:
         raise CheckpointError(
-            f"{folder / CONFIG} and {SETTINGS} disagree about {', '.join(other)}",
-            remedy="restore the files as they were exported",
+            f"{folder / CONFIG} and the settings of its run disagree about {', '.join(other)}",
+            remedy="restore these keys as they were exported",
         )
     if auxiliary:
         # The checkpoint holds them beside the other weights, as that of a joint run does.
         routers = config.model.auxiliary.model_copy(update={"mode": "joint", "width": auxiliary})
         config = config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": routers})})
     return config, moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+
+
+@contextlib.contextmanager
+def _nothing_left_of(run: Path) -> Iterator[None]:
+    """After an error nothing stands in the run's folder, or above it, that did not stand there before."""
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
+    before = set(run.iterdir()) if run.is_dir() else set()
+    try:
+        yield
+    except BaseException:
+        for path in [path for path in run.iterdir() if path not in before] if run.is_dir() else []:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process has put something there meanwhile
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def _train(run: Path) -> str:

@@ -76,23 +76,29 @@ class _Margins:
                 module.register_forward_hook(self._top1 if routing == "top1" else self._threshold)
             elif routing == "threshold" and getattr(module, "threshold", None) is not None:
                 module.register_forward_hook(self._cutoff)
+            elif routing == "threshold" and getattr(module, "depth_threshold", None) is not None:
+                module.register_forward_hook(self._depth_cutoff)
 
     def _note(self, distance: Tensor) -> None:
         if distance.numel():
             self.smallest = min(self.smallest, float(distance.min()))
 
-    def _threshold(self, module: Any, inputs: Any, output: Tensor) -> None:
-        self._note((output.sigmoid() - module.threshold.float()).abs())
+    def _threshold(self, module: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self._note((output[0].sigmoid() - module.threshold.float()).abs())
 
-    def _top1(self, module: Any, inputs: Any, output: Tensor) -> None:
+    def _top1(self, module: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         self._threshold(module, inputs, output)
-        if output.shape[-1] > 1:
-            best = output.topk(2, dim=-1).values
+        if output[0].shape[-1] > 1:
+            best = output[0].topk(2, dim=-1).values
             self._note((best[..., 0] - best[..., 1]).abs())
 
     def _cutoff(self, module: Any, inputs: Any, output: Tensor) -> None:
         logits = torch.nn.functional.linear(inputs[0].float(), module.router.float())
         self._note((module.ranked(logits) - module.threshold.float()).abs())
+
+    def _depth_cutoff(self, module: Any, inputs: Any, output: Tensor) -> None:
+        logits = inputs[0].float() @ module.depth_router.float()
+        self._note((logits - module.depth_threshold.float()).abs())
 
     def take(self) -> float:
         smallest, self.smallest = self.smallest, float("inf")

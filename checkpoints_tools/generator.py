@@ -17,7 +17,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -27,13 +26,12 @@ from checkpoints_tools.hf.image_codes_moma import read_codes
 from checkpoints_tools.hf.modeling_moma import MomaForCausalLM
 from checkpoints_tools.hf.processing_moma import PLACEHOLDER, MomaProcessor
 from checkpoints_tools.hf_config import model_config
-from checkpoints_tools.hf_files import ModelFiles
+from checkpoints_tools.hf_files import ModelFiles, refuse_two_output_layers
+from checkpoints_tools.hf_settings import CONFIG, KEY, config_of_export, is_ours, read_config
 from checkpoints_tools.hf_source import RunWeights
 from checkpoints_tools.hf_text import fast_tokenizer
 from checkpoints_tools.hf_weights import is_native
 from checkpoints_tools.to_hf import (
-    CONFIG,
-    SETTINGS,
     DataTokenizers,
     accounted,
     causal_routers,
@@ -189,6 +187,11 @@ def open_generator(path: Path, step: int | None = None, *, routing: str | None =
         if step is not None:
             raise UsageError(f"{path} is an exported folder, which has no steps", remedy=f"name it {path}")
         return _of_folder(path, routing)
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{path} is not a run folder (no config.yaml), nor an export (no {CONFIG})",
+            remedy="name a run: `mmscale train` prints it",
+        )
     return _of_run(path, step, routing or "causal")
 
 
@@ -242,14 +245,15 @@ def open_on_ranks(
 
 
 def _processor(config: Config, own: DataTokenizers) -> MomaProcessor:
-    tokenizer = fast_tokenizer(own.text, own.vocabulary, context=config.model.seq_length)
+    tokenizer = fast_tokenizer(own.text, own.vocabulary, rows=config.vocab.padded_size, context=config.model.seq_length)
     processor = MomaProcessor(tokenizer, modalities=_ranges(own.vocabulary))
     processor.codes = read_codes(own.folder) if own.image is not None else None
     return processor
 
 
 def _of_folder(folder: Path, routing: str | None) -> Generator:
-    config = _settings(folder)
+    content = read_config(folder)
+    config = _settings(folder, content)
     try:
         problems = integrity.verify(folder)
     except integrity.NoManifestError:  # a copy without it; sizes and names are looked at below
@@ -259,37 +263,37 @@ def _of_folder(folder: Path, routing: str | None) -> Generator:
     if problems:
         raise CheckpointError(f"{folder} is damaged: {integrity.describe(problems)}", remedy=_AGAIN)
     files = ModelFiles(folder)  # refuses missing shards and files outside of the folder
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if content.get("model_type") != ("moma" if not is_native(config) else "qwen3" if config.model.qk_norm else "llama"):
         raise CheckpointError(
-            f"{folder}: {CONFIG} says {content.get('model_type')!r}, which {SETTINGS} does not", remedy=_AGAIN
+            f"{folder}: {CONFIG} says {content.get('model_type')!r}, which its run's settings do not", remedy=_AGAIN
         )
     if routing is not None and config.model.routes:
         content["routing"] = routing
+    refuse_two_output_layers(files, tied=bool(content.get("tie_word_embeddings")))
     model = _loaded(content, folder, {name: files.read(name) for name in sorted(files.names())}, where=folder)
-    try:
-        processor: MomaProcessor = MomaProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything on files that are damaged or missing
-        raise CheckpointError(
-            f"{folder} has no readable processor: {str(error).strip().splitlines()[0]}", remedy=_AGAIN
-        ) from error
+    processor = _saved_processor(folder)
     return Generator(config, None, content["routing"] if config.model.routes else "none", model, processor)
 
 
-def _settings(folder: Path) -> Config:
-    file = folder / SETTINGS
-    if not file.is_file():
+def _saved_processor(folder: Path) -> MomaProcessor:
+    try:
+        if not (folder / "processor_config.json").is_file():  # transformers would make up a tokenizer without words
+            raise OSError("there is no processor_config.json")
+        return MomaProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything on files that are damaged or missing
         raise CheckpointError(
-            f"{folder} was not exported by mmscale (no {SETTINGS})",
+            f"{folder} has no readable processor: {str(error).strip().splitlines()[0]}",
+            remedy=f"a fine-tuned export needs it too: processor.save_pretrained(DIR); else {_AGAIN}",
+        ) from error
+
+
+def _settings(folder: Path, content: dict[str, Any]) -> Config:
+    if not is_ours(folder, content):
+        raise CheckpointError(
+            f"{folder} was not exported by mmscale (no {KEY} in its {CONFIG})",
             remedy="name a run, or a folder that `mmscale convert to-hf` made",
         )
-    try:
-        return Config.model_validate(json.loads(file.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(
-            f"{file} holds no configuration of this version: {str(error).splitlines()[0]}",
-            remedy="use the version of mmscale that wrote it",
-        ) from None
+    return config_of_export(folder, content)
 
 
 def _loaded(content: dict[str, Any], folder: Path | None, weights: dict[str, Tensor], *, where: Path) -> Any:

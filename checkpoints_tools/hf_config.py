@@ -56,6 +56,7 @@ def model_config(
     own = {
         "norm": model.norm,
         "qk_norm": model.qk_norm,
+        "no_modality_id": PAD,
         "modalities": [[n, *r] for n, r in zip(config.vocab.names, config.vocab.ranges, strict=True)],
         "expert_groups": expert_groups(config),
         "choice": model.experts.choice,

@@ -6,7 +6,6 @@ document alone, so that both give the same numbers but for rounding. generator.p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from checkpoints_tools.generator import Generator, open_generator
-from checkpoints_tools.to_hf import REPORT
+from checkpoints_tools.hf_settings import CONFIG, REPORT, read_config, tokenizers_of_export
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.manifest import check_tokenizers, read_blend
@@ -64,13 +63,13 @@ def evaluate_export(
 
 def _tokenizers(folder: Path) -> dict[str, str]:
     """Fingerprints of the tokenizers that the export was made with."""
-    try:
-        data = json.loads((folder / REPORT).read_text(encoding="utf-8"))["data"]
-        return {name: data[name] for name in ("text_tokenizer", "image_tokenizer")}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    found = tokenizers_of_export(folder, read_config(folder))
+    if not found:
         raise CheckpointError(
-            f"{folder / REPORT} cannot be read: {error}", remedy="export it again: `mmscale convert to-hf`"
-        ) from error
+            f"neither {folder / CONFIG} nor {REPORT} says which tokenizers the model was trained with",
+            remedy="export it again: `mmscale convert to-hf`",
+        )
+    return found
 
 
 @dataclass(frozen=True)

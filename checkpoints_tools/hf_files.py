@@ -22,6 +22,7 @@ from mmscale.checkpoint.integrity import fsync
 from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import device
+from mmscale.runtime.file_modes import as_umask_says
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -108,6 +109,7 @@ def _plan(source: Weights, moves: Sequence[Move], shard_bytes: int) -> list[set[
 
 def _write(file: Path, shard: dict[str, Tensor]) -> None:
     save_file(shard, file, metadata={"format": "pt"})
+    as_umask_says(file)
     fsync(file)
 
 
@@ -222,6 +224,27 @@ def _inside(folder: Path, name: object, *, said_by: Path) -> Path:
             remedy="do not use it, and find out where it comes from",
         )
     return file
+
+
+def refuse_two_output_layers(files: ModelFiles, *, tied: bool) -> None:
+    """Refuse an output layer of its own where the configuration says that it is the embedding.
+
+    Args:
+        files: the model's weights.
+        tied: `tie_word_embeddings` of config.json.
+
+    Raises:
+        CheckpointError: the two differ, so that one would be dropped silently.
+    """
+    output, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    names = set(files.names())
+    if not tied or output not in names or embedding not in names:
+        return
+    if not torch.equal(files.read(output), files.read(embedding)):
+        raise CheckpointError(
+            f"{files.folder}: config.json says that {output} is {embedding} (tie_word_embeddings), but it is another",
+            remedy="set tie_word_embeddings to false if the output layer was trained by itself; else delete it",
+        )
 
 
 def unaccounted(found: Iterable[str], wanted: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from checkpoints_tools.hf_files import ModelFiles
 from checkpoints_tools.hf_weights import Move, moves
 from mmscale.config import Config
 from mmscale.config.load import resolve
-from mmscale.data.text_tokens import FILE, FOLDER, TextTokenizer
+from mmscale.data.text_tokens import FILE, TextTokenizer
 from mmscale.data.vocab import BOS, EOS, PAD, SPECIAL_TOKENS
 from mmscale.errors import CheckpointError, ConfigError, DataError
 
@@ -167,15 +167,13 @@ class _Vocabulary:
         return whole.to(dtype)
 
 
-def write_tokenizer(folder: Path, run: Path, config: Config) -> Path:
-    """The model's tokenizer with the special tokens in front, for `data.prepare.text.load`; returns its file.
+def read_tokenizer(folder: Path, config: Config) -> TextTokenizer:
+    """The model's tokenizer with the special tokens in front, for `data.prepare.text.load`.
 
     Raises:
         CheckpointError: the folder has no tokenizer.json, or one that cannot be used.
     """
     try:
-        text = TextTokenizer.load(folder / FILE, size=config.vocab.modalities[0].size)
+        return TextTokenizer.load(folder / FILE, size=config.vocab.modalities[0].size)
     except DataError as error:
         raise CheckpointError(error.cause, remedy="put the model's tokenizer.json into the folder") from None
-    text.save(run / FOLDER)
-    return run / FOLDER / FILE

@@ -1,6 +1,7 @@
-"""A data set's text tokenizer as a Hugging Face fast tokenizer with the special tokens and names for image tokens.
+"""A data set's text tokenizer as a Hugging Face fast tokenizer with the special tokens and a name for every other id.
 
-Names of image tokens are there to be printed and looked up; no text of a user becomes one, nor a special token.
+Names of image tokens are there to be printed and looked up; no text of a user becomes one, nor a special token. Ids
+that nothing uses have names too: `len(tokenizer)` is then the number of the embedding's rows, to which users resize it.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from mmscale.data.vocab import BOS, SPECIAL_TOKENS, Vocabulary
 from mmscale.errors import DataError
 
 
-def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, context: int) -> Any:
+def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, rows: int, context: int) -> Any:
     """Transformers' PreTrainedTokenizerFast; without further options it puts `<s>` before a text.
 
     Args:
         text: the data set's tokenizer.
         vocabulary: id ranges.
+        rows: of the model's embedding.
         context: longest sequence [tokens].
 
     Raises:
-        DataError: a word of the tokenizer has the name of an image token.
+        DataError: a word of the tokenizer has the name of an image token or of an unused id.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -36,11 +38,13 @@ def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, context: int)
         for name, (first, end) in zip(vocabulary.names[1:], vocabulary.ranges[1:], strict=True)
         for number in range(first, end)
     }
+    used = {*text.tokenizer.get_vocab(with_added_tokens=True).values(), *named.values()}
+    named |= {f"<unused_{number}>": number for number in range(rows) if number not in used}
     taken = sorted(named.keys() & content["model"]["vocab"].keys())
     if taken:
         raise DataError(
-            f"text tokenizer: the word {taken[0]!r} would be taken for an image token",
-            remedy="rename the modality in vocab.modalities",
+            f"text tokenizer: the word {taken[0]!r} would be taken for an image token or an unused id",
+            remedy="rename the modality in vocab.modalities, or choose another text tokenizer",
         )
     # In the model's vocabulary too: an added token that is not gets the next free id, whatever its entry says.
     content["model"]["vocab"] |= named
@@ -63,9 +67,10 @@ def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, context: int)
     )
     ids = made.convert_tokens_to_ids([*SPECIAL_TOKENS, *named])
     assert ids == [*range(len(SPECIAL_TOKENS)), *named.values()], "tokenizers gave other ids than asked for"
+    assert len(made) == rows, "the tokenizer has other ids than the embedding"
     return made
 
 
-def write_text_tokenizer(folder: Path, text: TextTokenizer, vocabulary: Vocabulary, *, context: int) -> None:
+def write_text_tokenizer(folder: Path, text: TextTokenizer, vocabulary: Vocabulary, *, rows: int, context: int) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
-    fast_tokenizer(text, vocabulary, context=context).save_pretrained(folder)
+    fast_tokenizer(text, vocabulary, rows=rows, context=context).save_pretrained(folder)

@@ -18,6 +18,7 @@ from checkpoints_tools import gate, hf
 from checkpoints_tools.hf_card import card
 from checkpoints_tools.hf_config import CODE, PROCESSOR, generation_config, model_config
 from checkpoints_tools.hf_files import Written, unaccounted, write_weights
+from checkpoints_tools.hf_settings import CONFIG, REPORT, settings
 from checkpoints_tools.hf_source import RunWeights
 from checkpoints_tools.hf_text import write_text_tokenizer
 from checkpoints_tools.hf_weights import Move, is_native, moves
@@ -34,9 +35,6 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, DataError
 from mmscale.runtime.environment import code_version
 
-REPORT = "conversion_report.json"
-SETTINGS = "mmscale.json"
-CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
 OnStage = Callable[[str], None]
 
@@ -106,7 +104,7 @@ def export(
             thresholds=thresholds,
             routing=routing,
             tokens_per_image=own.image.tokens_per_image if own.image else 0,
-        )
+        ) | settings(config, own.about)
         _write_beside(folder, config, own)
         on_stage("files")
         report = _judged(folder, content, run, source, config, own, written, out, routing=routing, on_stage=on_stage)
@@ -180,6 +178,11 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
         DataError: there is no such data set, it has other tokenizers, or those of a blend are not the same.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
+    if data is None and not config.data.sources:  # a run that `convert from-hf` made
+        raise DataError(
+            f"the run of {source.path} has no data set, and with it no tokenizers",
+            remedy="name one: `mmscale convert to-hf RUN OUT --data DIR`, or data.path in the run's config.yaml",
+        )
     folders = [data] if data is not None else [Path(source.path) for source in named_sources(config)]
     blend = {folder: read_manifest(folder) for folder in folders}
     common_tokenizers({folder: manifest.tokenizers for folder, manifest in blend.items()})
@@ -194,8 +197,8 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
     saved = source.main.info().get("tokenizers")
     if isinstance(saved, dict):
         trained.append((f"the checkpoint {source.path}", saved))
-    elif data is not None and Path(named_sources(config)[0].path).is_dir():
-        first = Path(named_sources(config)[0].path)
+    elif data is not None and config.data.sources and Path(config.data.sources[0].path).is_dir():
+        first = Path(config.data.sources[0].path)
         other = read_manifest(first)
         trained.append((f"the run's data {first}", {name: getattr(other, name) for name in found}))
     for where, wanted in trained:
@@ -221,7 +224,8 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
 
 def _write_beside(folder: Path, config: Config, own: DataTokenizers) -> None:
     """Everything but weights, config.json, the card and the report."""
-    write_text_tokenizer(folder, own.text, own.vocabulary, context=config.model.seq_length)
+    rows, context = config.vocab.padded_size, config.model.seq_length
+    write_text_tokenizer(folder, own.text, own.vocabulary, rows=rows, context=context)
     ranges = [[n, *r] for n, r in zip(own.vocabulary.names, own.vocabulary.ranges, strict=True)]
     processor = {
         "processor_class": "MomaProcessor",
@@ -234,7 +238,6 @@ def _write_beside(folder: Path, config: Config, own: DataTokenizers) -> None:
         own.image.save(folder / IMAGE_TOKENIZER)
     for name in PROCESSOR if is_native(config) else (*CODE, *PROCESSOR):
         shutil.copyfile(Path(hf.__file__).with_name(name), folder / name)
-    _json(folder / SETTINGS, {"format": 1, "config": config.model_dump(mode="json")})
 
 
 def _judged(

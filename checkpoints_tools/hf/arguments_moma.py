@@ -66,7 +66,9 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
-def refuse_mixed_documents(position_ids: torch.Tensor | None, attention_mask: Any, cache: Cache | None) -> None:
+def refuse_mixed_documents(
+    position_ids: torch.Tensor | None, attention_mask: Any, cache: Cache | None, *, padding: torch.Tensor
+) -> None:
     """Refuse packed documents where they would attend to each other.
 
     transformers tells documents of a row apart by their positions only if there is neither a mask nor a cache.
@@ -75,6 +77,7 @@ def refuse_mixed_documents(position_ids: torch.Tensor | None, attention_mask: An
         position_ids: [B, S], or None.
         attention_mask: [B, past + S] with 0 for padding, one of four dimensions that decides itself, or None.
         cache: of earlier tokens, or a new one.
+        padding: [B, S] bool, tokens of no modality.
 
     Raises:
         ValueError: positions start again inside a row, and nothing would separate the documents.
@@ -85,11 +88,11 @@ def refuse_mixed_documents(position_ids: torch.Tensor | None, attention_mask: An
         return
     if torch.compiler.is_compiling():
         return
-    jumps = position_ids.diff(dim=-1) != 1
+    token = ~padding
     if attention_mask is not None:
-        seen = attention_mask[:, -position_ids.shape[-1] :].to(jumps.device, torch.bool)
-        jumps = jumps & seen[:, 1:] & seen[:, :-1]
-    if bool(jumps.any()):
+        token = token & attention_mask[:, -position_ids.shape[-1] :].to(padding.device, torch.bool)
+    jumps = position_ids.diff(dim=-1) != 1
+    if bool((jumps & token[:, 1:] & token[:, :-1]).any()):
         raise ValueError(f"position_ids start again inside a row: packed documents would be mixed; give {_PACKED}")
 
 

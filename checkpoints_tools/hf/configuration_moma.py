@@ -21,7 +21,8 @@ class MomaConfig(PreTrainedConfig):
         norm: placement of RMSNorm: before each sub-layer (`pre`), on its output (`post`), or on its output with every
             expert's output normalised by itself (`post_per_expert`).
         qk_norm: RMSNorm of each head's query and key.
-        modalities: `[name, first id, one past the last id]` of each, in id order; `pad_token_id` belongs to none.
+        modalities: `[name, first id, one past the last id]` of each, in id order; ids beyond them are of the first.
+        no_modality_id: the id that belongs to none, and that no expert takes; `pad_token_id` may become another.
         expert_groups: `{"name", "modalities": [indices], "experts": number}` of each group; empty: a dense layer.
         choice: by what an expert ranked tokens in training: its logit (`sigmoid`), its logit minus the mean over the
             group's experts (`competitive`), or the logarithm of the softmax over them (`softmax`). Cut-offs are on that
@@ -34,9 +35,18 @@ class MomaConfig(PreTrainedConfig):
             (`causal`), the best of them (`top1`; depth layers as in `causal`), or what the router ranks tokens by
             against its averaged cut-off (`threshold`).
         tokens_per_image: length of an image between `<boi>` and `<eoi>`; 0: not known.
+        mmscale: settings of the training run, for the way back into one.
     """
 
     model_type = "moma"
+    # Tensor-parallel inference: attention and dense layers are cut, experts and the rest are on every rank.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        **dict.fromkeys((f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise"),
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 65536
@@ -55,6 +65,7 @@ class MomaConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     modalities: list | None = None
+    no_modality_id: int = 0
     expert_groups: list | None = None
     choice: str = "sigmoid"
     shared_intermediate_size: int = 0
@@ -63,6 +74,7 @@ class MomaConfig(PreTrainedConfig):
     keeps_thresholds: bool = False
     routing: str = "causal"
     tokens_per_image: int = 0
+    mmscale: dict | None = None
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2

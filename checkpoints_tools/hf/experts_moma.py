@@ -16,21 +16,29 @@ from .configuration_moma import MomaConfig
 
 
 class MomaAuxiliaryRouter(nn.Module):
-    """Predicts from a token alone what the router would have chosen among all tokens: SiLU(x W1) W2 (section 2.4)."""
+    """Predicts from a token alone what the router would have chosen among all tokens: SiLU(x W1) W2 (section 2.4).
+
+    Its decision has no gradient, so its weights are buffers: DDP waits for a gradient of every parameter, and
+    transformers makes every parameter trainable that it loads.
+    """
+
+    hidden: torch.Tensor
+    out: torch.Tensor
+    threshold: torch.Tensor
 
     def __init__(self, hidden_size: int, width: int, outputs: int) -> None:
         super().__init__()
-        self.hidden = nn.Parameter(torch.empty(width, hidden_size))
-        self.out = nn.Parameter(torch.empty(outputs, width))
-        self.threshold = nn.Parameter(torch.empty(outputs), requires_grad=False)
+        self.register_buffer("hidden", torch.empty(width, hidden_size))
+        self.register_buffer("out", torch.empty(outputs, width))
+        self.register_buffer("threshold", torch.empty(outputs))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits, fp32: [..., H] -> [..., E]."""
-        return F.linear(F.silu(F.linear(tokens, self.hidden).float()), self.out.float())
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, fp32, and where their sigmoid is above the threshold: [..., H] -> [..., E] and [..., E] bool.
 
-    def decide(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where the sigmoid is above the threshold: [..., H] -> [..., E] bool."""
-        return self(tokens).sigmoid() > self.threshold.float()
+        Both here, because an offloaded module has its parameters only inside forward.
+        """
+        logits = F.linear(F.silu(F.linear(tokens, self.hidden).float()), self.out.float())
+        return logits, logits.sigmoid() > self.threshold.float()
 
 
 def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -42,6 +50,8 @@ def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> t
 class MomaExpertGroup(nn.Module):
     """Experts of some modalities with their routers: the auxiliary one decides, the true one's sigmoid is the gate."""
 
+    threshold: torch.Tensor | None
+
     def __init__(self, config: MomaConfig, modalities: list[int], experts: int) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -52,7 +62,7 @@ class MomaExpertGroup(nn.Module):
         self.routing = config.routing
         self.choice = config.choice
         self.auxiliary = MomaAuxiliaryRouter(hidden, config.auxiliary_size, experts) if config.auxiliary_size else None
-        self.threshold = nn.Parameter(torch.empty(experts), requires_grad=False) if config.keeps_thresholds else None
+        self.register_buffer("threshold", torch.empty(experts) if config.keeps_thresholds else None)
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
 
     def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
@@ -94,9 +104,10 @@ class MomaExpertGroup(nn.Module):
             assert self.threshold is not None
             return self.ranked(logits) > self.threshold.float()
         assert self.auxiliary is not None
+        scores, above = self.auxiliary(tokens)
         if self.routing == "top1":
-            return F.one_hot(self.auxiliary(tokens).argmax(dim=-1), logits.shape[-1]).bool()
-        return self.auxiliary.decide(tokens)
+            return F.one_hot(scores.argmax(dim=-1), logits.shape[-1]).bool()
+        return above
 
 
 class MomaSharedExpert(nn.Module):

@@ -80,6 +80,10 @@ class MomaAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if keep is not None:
+            if self.config._attn_implementation == "vllm":
+                raise ValueError(
+                    "vLLM's cache cannot hold the wider keys of Mixture-of-Depths: use transformers' generate"
+                )
             flag = torch.where(keep, 0.0, _SKIPPED * self.scaling).to(key.dtype)
             key = torch.cat((key, flag[:, None, :, None].expand(-1, key.shape[1], -1, 1)), dim=-1)
             query = F.pad(query, (0, 1), value=1.0 / self.scaling)
@@ -94,6 +98,8 @@ class MomaAttention(nn.Module):
 
 class MomaDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward with their residual connections; some layers only for the tokens they choose."""
+
+    depth_threshold: torch.Tensor | None
 
     def __init__(self, config: MomaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -117,9 +123,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
             self.depth_auxiliary = (
                 MomaAuxiliaryRouter(hidden, config.auxiliary_size, 1) if config.auxiliary_size else None
             )
-            self.depth_threshold = (
-                nn.Parameter(torch.empty(1), requires_grad=False) if config.keeps_thresholds else None
-            )
+            self.register_buffer("depth_threshold", torch.empty(1) if config.keeps_thresholds else None)
 
     def forward(self, hidden_states: torch.Tensor, modality: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; modality: [B, S], -1 for padding."""
@@ -134,7 +138,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
             keep = logits > self.depth_threshold.float()
         else:
             assert self.depth_auxiliary is not None
-            keep = self.depth_auxiliary.decide(hidden_states).squeeze(-1)
+            keep = self.depth_auxiliary(hidden_states)[1].squeeze(-1)
         keep = keep & (modality != NO_MODALITY)
         gate = logits.sigmoid()
         before = hidden_states[keep]
@@ -173,11 +177,12 @@ class MomaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        for name, parameter in module.named_parameters(recurse=False):
+        router = isinstance(module, MomaAuxiliaryRouter)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if "threshold" in name:
-                init.constant_(parameter, 0.5 if isinstance(module, MomaAuxiliaryRouter) else 0.0)
-            elif name != "weight":  # transformers fills those; init.* leaves alone what was loaded
-                init.normal_(parameter, mean=0.0, std=std)
+                init.constant_(tensor, 0.5 if router else 0.0)
+            elif router or (isinstance(tensor, nn.Parameter) and name != "weight"):
+                init.normal_(tensor, mean=0.0, std=std)  # leaves alone what was loaded
 
 
 class MomaModel(MomaPreTrainedModel):
@@ -193,11 +198,11 @@ class MomaModel(MomaPreTrainedModel):
         self.post_init()
 
     def modality_of(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Index of each id's modality, -1 for padding; same shape."""
+        """Index of each id's modality, -1 for padding; ids that were added to the vocabulary are text. Same shape."""
         modality = torch.zeros_like(input_ids)
-        for _, first, _ in (self.config.modalities or [])[1:]:
-            modality = modality + (input_ids >= first)
-        return torch.where(input_ids == (self.config.pad_token_id or 0), NO_MODALITY, modality)
+        for index, (_, first, end) in enumerate(self.config.modalities or []):
+            modality = torch.where((input_ids >= first) & (input_ids < end), index, modality)
+        return torch.where(input_ids == self.config.no_modality_id, NO_MODALITY, modality)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -236,7 +241,8 @@ class MomaModel(MomaPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        refuse_mixed_documents(position_ids, attention_mask, cache)
+        modality = self.modality_of(input_ids)
+        refuse_mixed_documents(position_ids, attention_mask, cache, padding=modality == NO_MODALITY)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)  # type: ignore[assignment]
@@ -247,7 +253,6 @@ class MomaModel(MomaPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: cache},
         )
-        modality = self.modality_of(input_ids)
         angles = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             hidden = layer(

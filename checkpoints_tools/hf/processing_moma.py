@@ -6,6 +6,7 @@ user never becomes a special token or an image token, whatever it says.
 Letters: H W C height, width, channels; B rows.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,29 @@ def _piece(piece: Any) -> Any:
     if piece["type"] != "image" or found is None:
         raise ValueError(f'a piece of type {piece["type"]!r} is neither {{"type": "text"}} nor {{"type": "image"}}')
     return _Image(found)
+
+
+# Stands in a rendered template for what a message says; of a private area of Unicode.
+_MARK = re.compile("\ue000(\\d+)\ue001")
+
+
+def _marked(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages with a mark instead of every text and image, and these."""
+    pieces: list[Any] = []
+
+    def mark(piece: Any) -> str:
+        pieces.append(piece)
+        return f"\ue000{len(pieces) - 1}\ue001"
+
+    marked = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            marked.append({**message, "content": mark(content)})
+        else:
+            texts = [{"type": "text", "text": mark(_piece(piece))} for piece in content]
+            marked.append({**message, "content": texts})
+    return marked, pieces
 
 
 def _images_in_order(images: Any, counts: list[int]) -> list[Any]:
@@ -265,6 +289,62 @@ class MomaProcessor(ProcessorMixin):
                 codes = self._codes_needed().encode(self.pixels(image)[None])[0] + self.image_range[0]
                 ids += [self.boi, *codes.tolist(), self.eoi]
         return [*ids, self.boi] if draw else ids
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        draw: bool = False,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids of chat messages; special tokens are those of the template, never those that a message spells out.
+
+        Args:
+            conversation: messages `{"role", "content"}`, or a list of conversations. Content is a text, or a list of
+                `{"type": "text", "text"}` and `{"type": "image", "image"}`, all of which the template sees as texts.
+            chat_template: Jinja; default: the processor's, then the tokenizer's.
+            add_generation_prompt: end where the assistant begins.
+            tokenize: False: the text, with `<image>` for images.
+            draw: end with `<boi>`, so that the model goes on with an image.
+            return_tensors: "pt" or "np"; None: lists.
+            kwargs: variables of the template.
+
+        Raises:
+            ValueError: there is no template, or a piece is neither text nor image.
+        """
+        template = chat_template or self.chat_template or self.tokenizer.chat_template
+        if template is None:
+            raise ValueError("there is no chat template: give chat_template, or set processor.chat_template")
+        kwargs = {key: value for key, value in kwargs.items() if key != "return_dict"}
+        several = bool(conversation) and not isinstance(conversation[0], dict)
+        found: list[Any] = []
+        for messages in conversation if several else [conversation]:
+            marked, pieces = _marked(messages)
+            text = self.tokenizer.apply_chat_template(
+                marked, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
+            )
+            parts = [pieces[int(part)] if odd % 2 else part for odd, part in enumerate(_MARK.split(text))]
+            if not tokenize:
+                found.append("".join(PLACEHOLDER if isinstance(part, _Image) else part for part in parts))
+                continue
+            own = self.tokenizer.bos_token_id
+            ids: list[int] = []
+            for odd, part in enumerate(parts):
+                ids += self.encode([part], begin=False) if odd % 2 else self._literal(part)
+            found.append([*([] if ids[:1] == [own] else [own]), *ids, *([self.boi] if draw else [])])
+        if not tokenize:
+            return found if several else found[0]
+        ids, mask = self._padded(found, max(map(len, found)), True, "left")
+        return BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+
+    def _literal(self, text: str) -> list[int]:
+        """Ids of a template's own text, whose special tokens are special."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        return ids
 
     def pixels(self, image: Any) -> np.ndarray:
         """An image as the tokenizer wants it, uint8 [H, W, C]: short side resized, centre cropped."""

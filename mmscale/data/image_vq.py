@@ -21,6 +21,7 @@ from torch import Tensor
 from mmscale.data.image_settings import SETTINGS, write_settings
 from mmscale.data.patches import Codes, Pixels
 from mmscale.errors import DataError
+from mmscale.runtime.file_modes import as_umask_says
 
 # model_type of config.json -> class of transformers
 _CLASSES = {"chameleon_vqgan": "ChameleonVQVAE", "janus_vqgan": "JanusVQVAE", "emu3_vqgan": "Emu3VQVAE"}
@@ -190,6 +191,7 @@ class VQTokenizer:
         try:
             with _quiet():
                 self.model.save_pretrained(folder / _MODEL)
+                as_umask_says(folder / _MODEL)
         except Exception as error:  # safetensors reports a full disk as its own kind
             raise DataError(
                 f"data: {folder / _MODEL} could not be written: {error}", remedy="free some space and run it again"

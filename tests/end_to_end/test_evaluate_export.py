@@ -55,9 +55,9 @@ def test_the_same_batches_and_every_source_of_a_blend(exported: Path, digits: Pa
     shutil.copytree(exported / "tiny-hf", hf)
     blend = {"path": None, "blend": [{"path": str(digits)}, {"path": str(half), "weight": 2.0}]}
     change_settings(run, lambda settings: settings["data"].update(blend))
-    stored = json.loads((hf / "mmscale.json").read_text())
-    stored["config"]["data"] |= blend
-    (hf / "mmscale.json").write_text(json.dumps(stored))
+    stored = json.loads((hf / "config.json").read_text())
+    stored["mmscale"]["config"]["data"].update(blend)
+    (hf / "config.json").write_text(json.dumps(stored))
     (hf / "MANIFEST.json").unlink()  # it is another export now
     export = evaluated(hf, "--batches", "3")
     assert_same_numbers(export, evaluated(run, "--routing", "causal", "--batches", "3"))
@@ -95,7 +95,22 @@ def test_what_cannot_be_evaluated_is_said(exported: Path, digits: Path, tmp_path
     damaged = Path(shutil.copytree(hf, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-9])
     assert_says(mmscale("eval", damaged), status=4, cause="is damaged", remedy="export it again")
-    (damaged / "conversion_report.json").unlink()
+    (damaged / "config.json").write_text("{")
+    assert_says(mmscale("eval", damaged), status=4, cause="is damaged: config.json cannot be read", remedy="again")
     (damaged / "MANIFEST.json").unlink()
     shutil.copy(hf / "model.safetensors", damaged)
-    assert_says(mmscale("eval", damaged), status=4, cause="conversion_report.json cannot be read", remedy="again")
+    stored = json.loads((hf / "config.json").read_text())
+    del stored["mmscale"]["tokenizers"]
+    (damaged / "config.json").write_text(json.dumps(stored))
+    assert_says(mmscale("eval", damaged), status=4, cause="says which tokenizers", remedy="export it again")
+
+
+def test_an_export_of_an_older_version(exported: Path, tmp_path: Path) -> None:
+    """Its settings stand in mmscale.json, its tokenizers in the report, and its config.json lacks newer keys."""
+    hf = Path(shutil.copytree(exported / "tiny-hf", tmp_path / "hf"))
+    content = json.loads((hf / "config.json").read_text())
+    (hf / "mmscale.json").write_text(json.dumps({"format": 1, "config": content.pop("mmscale")["config"]}))
+    (hf / "config.json").write_text(json.dumps({k: v for k, v in content.items() if k != "no_modality_id"}))
+    (hf / "MANIFEST.json").unlink()
+    assert evaluated(hf, "--batches", "1")["loss"] == evaluated(exported / "tiny-hf", "--batches", "1")["loss"]
+    ok("convert", "from-hf", hf, tmp_path / "run")

@@ -266,6 +266,8 @@ def test_a_damaged_export_is_not_loaded(exported: Path, tmp_path: Path) -> None:
     file.write_bytes(content)
     ended = mmscale("sample", tmp_path / "hf", "--prompt", "a", "--out", tmp_path / "none")
     assert_says(ended, status=4, cause="is damaged", remedy="export it again")
-    (tmp_path / "hf" / "mmscale.json").unlink()
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del settings["mmscale"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
     ended = mmscale("sample", tmp_path / "hf", "--prompt", "a", "--out", tmp_path / "none")
     assert_says(ended, status=4, cause="was not exported by mmscale", remedy="to-hf")

@@ -108,6 +108,7 @@ def test_padded_positions_are_no_packed_documents(model: MomaForCausalLM) -> Non
     left = torch.tensor([[0, 0, *IDS[0, :6].tolist()]])
     mask = (left != 0).long()
     want = whole(model, IDS[:, :6])
+    whole(model, torch.zeros(1, 2, dtype=torch.long), position_ids=torch.tensor([[0, 0]]))  # padding, though seen
     for positions in ([[0, 0, 0, 1, 2, 3, 4, 5]], [[1, 1, 0, 1, 2, 3, 4, 5]]):
         got = whole(model, left, attention_mask=mask, position_ids=torch.tensor(positions))[:, 2:]
         assert torch.allclose(got, want, atol=2e-5 * float(want.abs().max()))

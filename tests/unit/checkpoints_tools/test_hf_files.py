@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,21 @@ FOUND: dict[str, Any] = {
     "other_plain_ids": [],
     "other_images": 0,
 }
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_others_may_read_what_the_umask_lets_them(umask: int, tmp_path: Path) -> None:
+    """The safetensors library writes files of mode 0600 whatever the umask says."""
+    config = tiny("dense", num_query_groups=2)
+    before = os.umask(umask)
+    try:
+        write_weights(
+            tmp_path, Made(dense_shapes(config)), moves(config, auxiliary=False, thresholds=False), shard_bytes=10**9
+        )
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
 
 
 def test_verdict_of_a_good_export() -> None:

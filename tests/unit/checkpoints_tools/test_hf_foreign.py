@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from checkpoints_tools.from_hf import import_
+from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.tensors import open_tensors
 from mmscale.config.load import load
 from mmscale.data.packed import pack_rows
@@ -106,7 +108,7 @@ def test_what_is_refused(settings: dict[str, Any], said: str, tmp_path: Path) ->
     with pytest.raises(CheckpointError) as caught:
         import_(tmp_path / "hf", tmp_path / "run")
     assert said in str(caught.value) and caught.value.remedy
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
@@ -114,6 +116,40 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "hf" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         import_(tmp_path / "hf", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the run's folder nor those above it; and of a folder that was there, what was in it."""
+
+    def full(*arguments: Any, **settings: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    foreign(tmp_path / "hf", "qwen3")
+    monkeypatch.setattr(rewrite, "_write", full)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
+    for run in (tmp_path / "new" / "deep" / "run", tmp_path / "there"):
+        with pytest.raises(CheckpointError, match="No space left"):
+            import_(tmp_path / "hf", run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "there"]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["notes.txt"]
+
+
+def test_an_output_layer_beside_a_tied_one_is_not_dropped(tmp_path: Path) -> None:
+    """Some frameworks write both; where they differ, config.json or the file is wrong."""
+    model = foreign(tmp_path / "hf", "qwen3", tie_word_embeddings=False)
+    file = tmp_path / "hf" / "config.json"
+    tied = json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True})
+    file.write_text(tied)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is .*, but it is another") as caught:
+        import_(tmp_path / "hf", tmp_path / "run")
+    assert "tie_word_embeddings to false" in caught.value.remedy and not (tmp_path / "run").exists()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="10kB")
+    file.write_text(tied)
+    assert load(Path(import_(tmp_path / "hf", tmp_path / "run")["run"]) / "config.yaml").model.tie_embeddings
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def processor_with(image: ImageTokenizer, folder: Path) -> Any:
     """A folder as an export has it, loaded."""
     vocabulary = Vocabulary(("text", "image"), ((0, TEXT), (TEXT, TEXT + image.vocab_size)))
     text = TextTokenizer.train(["a red bus"] * 3, size=TEXT)
-    write_text_tokenizer(folder, text, vocabulary, context=512)
+    write_text_tokenizer(folder, text, vocabulary, rows=TEXT + image.vocab_size + 7, context=512)
     image.save(folder / "image_tokenizer")
     ranges = [["text", 0, TEXT], ["image", TEXT, TEXT + image.vocab_size]]
     (folder / "processor_config.json").write_text(json.dumps({"modalities": ranges}))

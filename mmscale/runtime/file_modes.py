@@ -1,0 +1,27 @@
+"""Rights of files that libraries write through temporary files, whose mode is 0600 whatever the umask says."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+
+def as_umask_says(*files: Path) -> None:
+    """Let a file be read and written by those whom the process's umask lets.
+
+    Args:
+        files: written by this process; a folder stands for all files below it.
+    """
+    allowed = 0o666 & ~_umask()
+    for file in files:
+        for one in file.rglob("*") if file.is_dir() else (file,):
+            if one.is_file() and not one.is_symlink():
+                one.chmod(stat.S_IMODE(one.stat().st_mode) | allowed)
+
+
+def _umask() -> int:
+    """The process's umask; asking the kernel by setting it would change it for other threads meanwhile."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o077

@@ -164,11 +164,25 @@ class Cluster:
         return int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
 
     def stop_controller(self) -> None:
-        """End slurmctld, which writes its state down first; jobs go on. `restore` starts it again."""
+        """End slurmctld, which writes its state down first; jobs go on. `start_controller` starts it again."""
         pid = int((self.folder / "run" / "slurmctld.pid").read_text())
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         until(lambda: not Path(f"/proc/{pid}").exists(), within_s=STOP_S, what="slurmctld ends")
+
+    def start_controller(self) -> None:
+        """Start slurmctld again and wait until it answers; unlike `restore` this changes no node's state."""
+        keeper, before = self.keeper(), self._state()["restored"]
+        if keeper is None:
+            raise ClusterError(f"no cluster runs in {self.folder}")
+        os.kill(keeper, signal.SIGHUP)
+        until(lambda: self._state()["restored"] > before, within_s=START_S, what="the keeper starts slurmctld")
+        until(self._controller_answers, within_s=START_S, what="slurmctld answers", pause_s=0.5)
+
+    def _controller_answers(self) -> bool:
+        with contextlib.suppress(ClusterError, subprocess.TimeoutExpired):
+            return "UP" in self.run("scontrol", "ping")
+        return False
 
     def cut(self, node: str) -> None:
         """Cut a node off from all others, while its processes live on; for clusters whose nodes have networks."""

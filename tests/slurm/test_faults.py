@@ -145,7 +145,7 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     os.kill(run.rank(1, below_agent=True), signal.SIGKILL)
     killed = time.time()
     run.until(lambda: run.step() >= 15 and run.attempt() == 2, "ranks are started again in place", lift=False)
-    jobs.cluster.restore()
+    jobs.cluster.start_controller()
     urgent = ("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
     jobs.cluster.run(*urgent)
     run.until(lambda: run.state().restarts == 1, "it is requeued")

@@ -53,7 +53,7 @@ def test_an_outage_when_ranks_end_decides_nothing(jobs: Jobs, cluster: Cluster, 
     assert said["state"] == "finished" and said["ended"] and "SLURM does not answer" in said["reason"]
     assert shown(crashed)["state"] == "unknown" and not shown(crashed)["ended"]
 
-    cluster.restore()
+    cluster.start_controller()
     for run in (crashed, finished, asked):
         assert run.until_ended().state == "COMPLETED", run.report()
         assert shown(run)["state"] == "finished", run.report()

@@ -49,7 +49,7 @@ class Soak:
         self.cluster.stop_controller()
         os.kill(self.run.rank(0), signal.SIGKILL)
         self.run.until(lambda: len(self.run.events("ranks_ended")) >= attempt, "it is noticed", lift=False)
-        self.cluster.restore()
+        self.cluster.start_controller()
         self.trains(attempt + 1)
 
     def time_limit(self) -> None:

@@ -91,6 +91,11 @@ class Record:
         return self.nodes * self.tasks_per_node
 
     @property
+    def main_run(self) -> Path:
+        """The run's folder, also for a stage of it."""
+        return Path(self.run).parent if STAGES[self.stage].subfolder else Path(self.run)
+
+    @property
     def config(self) -> Path:
         """The resolved configuration."""
         return Path(self.folder) / "config.yaml"

@@ -23,7 +23,7 @@ from launch.profile import Profile, load_profile
 from mmscale.config import Config
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
-from mmscale.train.stages.table import MAIN, STAGES, run_of
+from mmscale.train.stages.table import MAIN, STAGES
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
 
@@ -188,9 +188,8 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
 def _refuse_busy(planned: Sequence[Planned]) -> None:
     """Nobody may train the same; nor the run of a stage, which goes on from its newest checkpoint."""
     for one in planned:
-        folder = Path(one.record.run)
-        for place in dict.fromkeys((run_of(folder), folder)):
-            owner.refuse_busy(place)
+        for folder in dict.fromkeys((one.record.main_run, Path(one.record.run))):
+            owner.refuse_busy(folder)
 
 
 def _keys(numbers: Sequence[str]) -> list[records.JobKey]:
@@ -249,7 +248,7 @@ def _executor(
         max_num_timeout=_NEVER_TIMES_OUT,
         python=f"exec {shlex.quote(first.python)}",
     )
-    name = "-".join(dict.fromkeys((run_of(Path(first.run)).name, Path(first.run).name)))
+    name = "-".join(dict.fromkeys((first.main_run.name, Path(first.run).name)))
     parameters: dict[str, Any] = {
         "job_name": f"mmscale-{name}",
         "nodes": first.nodes,

@@ -17,6 +17,7 @@ import typer
 from mmscale import __version__
 from mmscale.cli import app, main, ranks
 from mmscale.cli.bench import split_options
+from mmscale.cli.stage import Stage
 from mmscale.cli.train import split_step
 from mmscale.errors import (
     CheckpointError,
@@ -28,6 +29,7 @@ from mmscale.errors import (
     UsageError,
 )
 from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.stages.table import STAGES
 
 CONFIG = """
 run: {name: tiny}
@@ -316,6 +318,14 @@ def test_train_ends_with_the_status_of_the_run(
         "",
     )
     assert places == [RankEnv()]
+
+
+def test_the_stage_option_names_the_stages_of_the_table(run: Run) -> None:
+    assert [stage.value for stage in Stage] == list(STAGES)
+    for command in ("train", "launch"):
+        text = " ".join(run(command, "--help")[1].replace("│", " ").split())
+        for stage in STAGES.values():
+            assert f"{stage.name}: {stage.help}" in text, text
 
 
 def test_train_starts_local_ranks(run: Run, monkeypatch: pytest.MonkeyPatch, config: Path) -> None:

@@ -108,10 +108,5 @@ def of_folder(folder: Path) -> Stage:
     return STAGES[MAIN]
 
 
-def run_of(folder: Path) -> Path:
-    """The run's folder, given its own or one of its stages'."""
-    return folder.parent if of_folder(folder).subfolder else folder
-
-
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
+    return (folder / "config.yaml").is_file() or any((folder / name).is_dir() for name in ("checkpoints", "launch"))

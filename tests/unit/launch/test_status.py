@@ -44,6 +44,20 @@ def launched(run: Path, *jobs: records.JobKey, steps: int = 300) -> Path:
     return run
 
 
+def test_stages_are_listed_behind_their_run_with_steps_of_their_own(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.yaml").write_text("train: {steps: 300}\nauxiliary: {steps: 7}\n")
+    stage = tmp_path / "one" / "auxiliary"
+    happened(stage, START)
+    (stage / "config.yaml").write_text((tmp_path / "one" / "config.yaml").read_text())
+    assert status.known(tmp_path) == [tmp_path / "one", stage, tmp_path / "two"]
+    assert [one["steps"] for one in status.status(status.known(tmp_path))] == [300, 7, 300]
+    (tmp_path / "auxiliary").mkdir()  # a run that is merely called so
+    (tmp_path / "auxiliary" / "config.yaml").write_text("train: {steps: 300}\nauxiliary: {steps: 7}\n")
+    assert shown(tmp_path / "auxiliary")["steps"] == 300
+
+
 def happened(run: Path, *events: tuple[str, dict[str, Any]]) -> None:
     log = EventLog(run, 1)
     for name, fields in events:

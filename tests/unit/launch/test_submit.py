@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import batch, passed, submit
+from launch import batch, passed, ranks, submit
 from launch import record as records
-from mmscale.errors import ConfigError, LaunchError, MmscaleError, UsageError
+from mmscale.errors import CheckpointError, ConfigError, LaunchError, MmscaleError, UsageError
+from mmscale.train.stages.table import MAIN, STAGES, Stage
 from tests.unit.data.prepared import corpus, prepare
 
 ROOT = Path(__file__).parents[3]
@@ -173,6 +175,39 @@ def test_after_names_a_job_or_a_run(config: Path, tmp_path: Path) -> None:
     assert options(script(config, after=str(run)))["dependency"] == "afterany:34_1"
     with pytest.raises(UsageError):
         script(config, after="12; id")
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=list(STAGES))
+def test_a_stage_is_launched_in_its_own_folder(config: Path, stage: Stage) -> None:
+    cluster = profile(config.parent)
+    (planned,) = submit.plan_launch(config, cluster=cluster, stage=stage.name, after=True)
+    run = config.parent / "runs" / "tiny"
+    assert planned.record.run == str(stage.folder(run)) and planned.record.main_run == run
+    name = "-".join(filter(None, ("mmscale-tiny", stage.subfolder)))
+    assert options(submit.script([planned], after="7"))["job-name"] == name
+    told = ranks.command(planned.record, planned.record.checked_profile(), logs=run, environ={})
+    assert told[told.index("--stage") + 1] == stage.name
+    if stage.name != MAIN:  # it goes on from what is not there yet
+        with pytest.raises(CheckpointError, match="no committed checkpoint"):
+            submit.plan_launch(config, cluster=cluster, stage=stage.name)
+
+
+def test_a_record_of_before_there_were_stages_is_of_the_main_run(config: Path) -> None:
+    (planned,) = submit.plan_launch(config, cluster=profile(config.parent))
+    records.write_record(planned.record, planned.config)
+    file = Path(planned.record.folder) / records.RECORD
+    plain = json.loads(file.read_text())
+    del plain["stage"]
+    file.write_text(json.dumps(plain))
+    assert records.read_record(file.parent) == planned.record
+
+
+def test_a_hand_written_script_names_a_stage() -> None:
+    assert batch._parsed(["c.yaml", "--stage", "auxiliary", "a=1", "--yes"]) == ("c.yaml", ["a=1"], "auxiliary", True)
+    assert batch._parsed(["c.yaml"]) == ("c.yaml", [], MAIN, False)
+    for wrong in (["c.yaml", "--stage"], ["c.yaml", "--stage", "other"], ["--yes"]):
+        with pytest.raises(UsageError, match="no configuration, or --stage"):
+            batch._parsed(wrong)
 
 
 def test_the_launch_folder_holds_all_that_the_job_needs(config: Path) -> None:

@@ -211,4 +211,4 @@ def test_memory_is_newer_than_the_disk(courses: Courses, undisturbed: Undisturbe
     assert course.store.steps() == []
     assert course.finish(*memory) == undisturbed[1]
     first, second = course.events("memory_restored")
-    assert first["step"] >= 4 and second["step"] >= STEPS - 2
+    assert 0 < first["step"] < 6 <= second["step"]  # copies are made beside the training

@@ -60,6 +60,11 @@ class HeldOut:
             return pack_rows(rows, vocabulary=Vocabulary.from_config(self.made.vocab), seq_length=64)[0]
         return _mixture(self.made).micro_batch(1000 + number)
 
+    def sequence_counts(self, number: int) -> Any:
+        """Tokens of each modality in each sequence of a micro-batch."""
+        ids = self.micro_batch(number).modality_ids
+        return np.stack([(ids == modality).sum(axis=1) for modality in range(len(self.made.vocab.names))], axis=1)
+
 
 def _mixture(made: Config) -> SyntheticMixture:
     share = made.model.experts.share

@@ -232,7 +232,16 @@ def _depth(config: Config) -> Iterator[Problem]:
         )
 
 
+def _dropout(config: Config) -> Iterator[Problem]:
+    if config.model.dropout >= 1.0:
+        yield Problem(
+            "model.dropout = 1 drops every output of attention and FFN: their weights get no gradient",
+            "use a value below 1",
+        )
+
+
 RULES: tuple[Rule, ...] = (
+    _dropout,
     _vocab,
     _attention,
     _widths,

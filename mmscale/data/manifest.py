@@ -152,6 +152,50 @@ def read_blend(config: Config) -> dict[Path, Manifest]:
     return blend
 
 
+def check_labels(config: Config, blend: Mapping[Path, Manifest]) -> None:
+    """Refuse data of which no token would be trained on: losses would look healthy, and nothing would be learned.
+
+    Reads tables up to the first document with a label that counts.
+
+    Args:
+        config: weights of the data sets and of modalities.
+        blend: folders and manifests of the data sets.
+
+    Raises:
+        DataError: there are documents, and none has such a label; or a table is damaged.
+    """
+    weighs = np.array([config.train.modality_weights.get(name, 1.0) > 0.0 for name in config.vocab.names])
+    unread = {Path(source.path) for source in config.data.sources if not source.weight}
+    folders = [folder for folder in blend if folder not in unread]
+    documents = 0
+    for folder in folders:
+        split = blend[folder].splits.get("train")
+        for part in split.parts if split is not None else ():
+            documents += part.documents
+            if part.documents and (_labels(read_table(folder, part)).any(axis=0) & weighs).any():
+                return
+    if documents:
+        raise DataError(
+            f"data: no token of {', '.join(map(str, folders))} is trained on: no document has a label in a modality "
+            "with a loss",
+            remedy='name modalities that documents have in their "loss", or leave it out; see train.modality_weights',
+        )
+
+
+def _labels(table: np.ndarray) -> np.ndarray:
+    """Trained labels of each document and modality [documents, modalities]; its first token is nobody's label."""
+    modalities = table.shape[1] - 1
+    labels = table[:, :modalities].copy()
+    labels[:, 0] -= 1
+    trained: np.ndarray = labels * ((table[:, modalities, None] >> np.arange(modalities)) & 1)
+    return trained
+
+
+def has_documents(blend: Mapping[Path, Manifest], split: str) -> bool:
+    """Whether any data set has documents in a split."""
+    return any(split in manifest.splits and manifest.splits[split].documents for manifest in blend.values())
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest so that it is there whole or not at all."""
     temporary = folder / (MANIFEST + ".tmp")

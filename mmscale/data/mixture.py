@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.manifest import check_vocabulary, common_tokenizers, named_sources, read_manifest
+from mmscale.data.manifest import check_vocabulary, common_tokenizers, has_documents, named_sources, read_manifest
 from mmscale.data.packing import EMPTY_SEQUENCE, Packing, Purpose, blend, blended, deal, permutation
 from mmscale.data.packing_cache import START, Begin, PackedStream
 from mmscale.data.source import Source
@@ -372,6 +372,8 @@ class Mixture:
 def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary) -> Mixture:
     """The stream of a run: endless for the split "train", one pass for any other.
 
+    Of a blend, any other split is that of the data sets that have one.
+
     The pass has a fixed shuffled order whatever the run's seed, so that an evaluation of a few batches sees a fair
     sample and runs with different seeds see the same one.
 
@@ -381,13 +383,16 @@ def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary) -> Mixtu
     """
     train = split == "train"
     data = config.data
+    folders = [Path(entry.path) for entry in named_sources(config)]
+    if not train:
+        folders = [one for one in folders if has_documents({one: read_manifest(one)}, split)] or folders
     return Mixture(
-        [Source(Path(entry.path), split=split, vocabulary=vocabulary) for entry in named_sources(config)],
+        [Source(folder, split=split, vocabulary=vocabulary) for folder in folders],
         vocabulary,
         seq_length=config.model.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         seed=config.run.seed if train else 0,
-        weights=[entry.weight for entry in data.sources],
+        weights=[entry.weight for entry in data.sources] if train else None,
         balance=data.balance,
         pack_window=data.pack_window,
         deal_window=data.deal_window,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.manifest import read_manifest
+from mmscale.data.manifest import has_documents, read_manifest
 from mmscale.data.tasks import read_task
 from mmscale.inference.tasks import choice_accuracy
 
@@ -48,6 +48,8 @@ def measured(scorer: Scorer, config: Config) -> dict[str, float]:
     result = losses | _perplexities(losses)
     if len(config.data.sources) > 1:
         for name, place in _named(config).items():
+            if not has_documents({place: read_manifest(place)}, SPLIT):
+                continue
             own = scorer.losses(with_data(config, place))
             result |= {f"source/{name}/{key}": value for key, value in (own | _perplexities(own)).items()}
     for source in config.data.sources:

@@ -22,6 +22,8 @@ from mmscale.train.state import StageState
 from mmscale.train.step import Steps
 from mmscale.train.throughput import Throughput
 
+STILL_AFTER = 10  # steps in a row whose gradient is 0
+
 
 class LogHook:
     """Fetches a logged step's routing figures from the devices and writes all figures down on rank 0.
@@ -229,6 +231,30 @@ def _anomalies(state: StageState) -> dict[str, float]:
     counts = state.anomalies.counts
     total = sum(counts.get(kind.value, 0) for kind in Kind)
     return {"anomalies": total, **{f"anomalies/{name}": count for name, count in sorted(counts.items())}}
+
+
+class StillHook:
+    """Says once when nothing is learned: the gradient was 0 for many steps in a row.
+
+    Args:
+        tell: events, on rank 0.
+        warn: what the user should read, on rank 0.
+    """
+
+    def __init__(self, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.warn = warn
+        self.steps = 0
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        """The norm is on the host already."""
+        self.steps = self.steps + 1 if report.result.grad_norm == 0.0 else 0
+        if self.steps == STILL_AFTER:
+            self.tell("no_gradient", step=report.step, steps=self.steps)
+            self.warn(
+                f"warning: nothing is learned: the gradient was 0 in each of the last {self.steps} steps, up to step "
+                f"{report.step}; look at the loss masks of the data, train.modality_weights and model.dropout"
+            )
 
 
 class PlaceHook:

@@ -21,11 +21,19 @@ from mmscale.config.changes import changes, describe, function_changes
 from mmscale.config.effects import Effect
 from mmscale.config.rules import check
 from mmscale.data.identity import SourceIdentity, compare, identities, known
-from mmscale.data.manifest import Manifest, check_tokenizers, common_tokenizers, read_blend
-from mmscale.errors import ConfigError
+from mmscale.data.manifest import (
+    Manifest,
+    check_labels,
+    check_tokenizers,
+    common_tokenizers,
+    has_documents,
+    read_blend,
+)
+from mmscale.errors import ConfigError, DataError
 from mmscale.train.schedule import around
 
 JUMP = 2.0  # a next step whose learning rate is larger by more than this has to be confirmed
+HELD_OUT = "validation"
 _SAME = 0.01  # relative difference of two learning rates that nobody needs to read
 
 
@@ -41,11 +49,17 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
         ConfigError: the layout does not fit, no data set is named, a new run would start among old checkpoints, or
             the objective or the data have changed since the newest one.
         DataError: a data set is missing, truncated, or was prepared with another vocabulary or with other tokenizers
-            than the others or the newest checkpoint.
+            than the others or the newest checkpoint; nothing of it is trained on; there is nothing to evaluate on.
         CheckpointError: the newest checkpoint holds another model, or all are damaged.
     """
     check(config, world_size=world_size)
     blend = read_blend(config)
+    check_labels(config, blend)
+    if config.train.eval_every and blend and not has_documents(blend, HELD_OUT):
+        raise DataError(
+            f"data: there are no held-out documents to evaluate on every {config.train.eval_every} steps",
+            remedy="train without evaluation (train.eval_every=0), or prepare the data with held_out above 0",
+        )
     store = Store.of_run(Path(config.run.dir) / config.run.name)
     newest = store.newest()
     if newest is None:

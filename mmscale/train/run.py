@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
 from mmscale.data.identity import identities, known
-from mmscale.data.manifest import read_blend
+from mmscale.data.manifest import has_documents, read_blend
 from mmscale.data.mixture import Mixture, open_mixture
 from mmscale.data.segments import go_on
 from mmscale.data.vocab import Vocabulary
@@ -36,12 +36,12 @@ from mmscale.runtime.groups import from_first
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train import saves
 from mmscale.train.evaluate import evaluate
-from mmscale.train.hooks import LogHook, PlaceHook, ReplicaHook
+from mmscale.train.hooks import LogHook, PlaceHook, ReplicaHook, StillHook
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.memory import MemoryHook, memory_of
 from mmscale.train.metrics import next_attempt
 from mmscale.train.parts import dry_run, loader_of, resolve_share, start
-from mmscale.train.preflight import tokenizers_of
+from mmscale.train.preflight import HELD_OUT, tokenizers_of
 from mmscale.train.progress import Progress
 from mmscale.train.records import Records, open_records
 from mmscale.train.stages.auxiliary import AuxiliaryStage
@@ -77,7 +77,9 @@ def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False) 
     settings = entry.settings(config)
     vocabulary = Vocabulary.from_config(settings.vocab)
     train_data = open_mixture(settings, "train", vocabulary=vocabulary)
-    held_out = open_mixture(settings, "validation", vocabulary=vocabulary)
+    held_out = None
+    if has_documents(read_blend(settings), HELD_OUT):
+        held_out = open_mixture(settings, HELD_OUT, vocabulary=vocabulary)
     groups = start(settings, env)
     run = Path(config.run.dir) / config.run.name
     given = Given(config, settings, run, entry.folder(run), env, groups)
@@ -99,7 +101,7 @@ class _Attempt:
         entry: Stage,
         given: Given,
         train_data: Mixture,
-        held_out: Mixture,
+        held_out: Mixture | None,
         stop: StopRequest,
         stack: contextlib.ExitStack,
     ) -> None:
@@ -153,7 +155,8 @@ class _Attempt:
             world_size=env.world_size,
             peak_tflops=peak_tflops(device.device_name(), config.precision.dtype),
         )
-        self.tools = Tools(self.clock, self.progress, self.records, self._evaluate, self._beat)
+        measure = None if held_out is None else self._evaluate
+        self.tools = Tools(self.clock, self.progress, self.records, measure, self._beat)
 
     def run(self, *, yes: bool) -> int:
         """Resume or start, train to the end or to a request to stop; the exit status."""
@@ -327,6 +330,7 @@ class _Attempt:
                 figures=self.stepper.figures,
                 more=lambda: self.checkpoints.saver.figures() | times.figures(),
             ),
+            StillHook(tell=records.tell, warn=self.progress.say),
             *own,
             PlaceHook(self.faults.at),
         ]
@@ -335,6 +339,7 @@ class _Attempt:
         return hooks
 
     def _evaluate(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, float]:
+        assert self.held_out is not None, "nobody evaluates without documents"
         step = self.state.step
 
         def on_batch() -> None:

@@ -86,6 +86,23 @@ def test_a_run_goes_on(name: str, config: Path, exported: Path, places: dict[str
     assert read_metrics(run)[-1]["step"] == 31 and Store.of_run(run).steps()[-1] == 31
 
 
+def test_a_run_without_held_out_documents(config: Path, digits: Path, tmp_path: Path) -> None:
+    """It trains where nobody asks for an evaluation, and says that there is none."""
+    folder = Path(shutil.copytree(digits, tmp_path / "all"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["validation"] = {"parts": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"tasks": []}))
+    command = ("train", config, f"run.dir={tmp_path}", f"data.path={folder}", "parallel.ep=1", "train.steps=5")
+    refused = mmscale(*command)
+    assert_says(refused, status=3, cause="no held-out documents to evaluate on every 30", remedy="train.eval_every=0")
+    ended = mmscale(*command, "train.eval_every=0")
+    assert ended.status == 0 and "nothing is evaluated" in ended.err, ended
+    assert not any(key.startswith("eval/") for line in read_metrics(tmp_path / "tiny") for key in line)
+    assert_says(
+        mmscale("eval", tmp_path / "tiny"), status=3, cause="'validation' of .* has no documents", remedy="held"
+    )
+
+
 @EXHAUSTIVE
 @pytest.mark.parametrize("name", CELLS)
 def test_its_stage_goes_on(name: str, config: Path, exported: Path, places: dict[str, str], tmp_path: Path) -> None:

@@ -139,11 +139,14 @@ class AuxiliaryStage:
     def complete(self, tools: Tools) -> None:
         """What the routers are worth on held-out data: figures of every layer, and what causality costs."""
         learning = RouterLearning(gradients=False)
-        found = {
-            routing.value: tools.evaluate(routing, learning=learning if routing is Routing.BATCH else None)
-            for routing in (Routing.BATCH, Routing.CAUSAL)
-        }
-        rows = table(figures(learning, self.given.groups))
+        found: dict[str, dict[str, float]] = {}
+        rows: list[dict[str, Any]] = []
+        if tools.evaluate is None:
+            tools.progress.say("there are no held-out documents: routers are not measured")
+        else:
+            for routing in (Routing.BATCH, Routing.CAUSAL):
+                found[routing.value] = tools.evaluate(routing, learning=learning if routing is Routing.BATCH else None)
+            rows = table(figures(learning, self.given.groups))
         for name, values in found.items():
             shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key != "z_loss")
             tools.progress.say(f"held-out ({name} routing)  {shown}")

@@ -58,14 +58,14 @@ class Tools:
         clock: measures pauses.
         progress: the terminal.
         records: metrics.jsonl and events.jsonl.
-        evaluate: measures the held-out split.
+        evaluate: measures the held-out split; None: there are no held-out documents.
         beat: called between pieces of work that take long, so that they are no hang.
     """
 
     clock: Throughput
     progress: Progress
     records: Records
-    evaluate: Evaluate
+    evaluate: Evaluate | None
     beat: Callable[[], None]
 
 

@@ -54,8 +54,12 @@ class MainStage:
     def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
         """Figures of every layer, and the held-out split."""
         config, metrics = self.given.settings, tools.records.metrics
+        layers = LayersHook(config, groups=self.given.groups, metrics=metrics)
+        if tools.evaluate is None:
+            tools.progress.say("there are no held-out documents: nothing is evaluated")
+            return [layers]
         return [
-            LayersHook(config, groups=self.given.groups, metrics=metrics),
+            layers,
             EvalHook(
                 config,
                 evaluate=tools.evaluate,

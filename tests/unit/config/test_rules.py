@@ -205,6 +205,7 @@ BROKEN = [
     ),
     ({"model__auxiliary__mode": "stage"}, "sets by itself"),
     ({"model__experts__threshold_decay": 1.0}, "threshold_decay = 1 never moves"),
+    ({"model__dropout": 1.0}, "model.dropout = 1 drops every output"),
     ({"optim__restart": 1000}, "optim.restart = 1000 is not below train.steps = 1000"),
     ({"optim__restart": 990, "optim__warmup": 20}, "optim.warmup = 20 steps is more than the 10"),
     ({"optim__min_lr": 1.0}, "optim.min_lr = 1 is above optim.lr = 0.0001"),

@@ -20,6 +20,7 @@ from mmscale.train import preflight
 from mmscale.train.stages import auxiliary_settings
 from mmscale.train.stages.table import STAGES
 from tests.unit.config.test_changes import config
+from tests.unit.data.prepared import corpus, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +185,34 @@ def test_data_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.Monkey
     check(run, f"data.path={first}")
     with pytest.raises(ConfigError, match=r"data\.path"):
         check(run, f"data.path={other}")
+
+
+def test_data_of_which_nothing_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss would look healthy. Held-out documents are needed only where they are asked for."""
+    monkeypatch.setattr(preflight, "read_blend", read_blend)
+    vocab = "[{name: text, size: 100}, {name: image, size: 32}]"
+    base = (f"vocab.modalities={vocab}", "vocab.pad_multiple=4")
+    run, documents = tmp_path / "run", corpus(20)
+
+    def start(name: str, loss: int, *overrides: str) -> None:
+        folder = tmp_path / name
+        if not folder.exists():
+            prepare(folder, documents, loss=[loss] * len(documents))
+        check(run, *base, f"data.path={folder}", *overrides)
+
+    start("all", 0b11)
+    start("images", 0b10)
+    with pytest.raises(DataError, match=r"no token of .*none is trained on") as raised:
+        start("none", 0)
+    assert raised.value.exit_status == 3 and '"loss"' in raised.value.remedy
+    with pytest.raises(DataError, match=r"no token of .*images is trained on"):
+        start("images", 0b10, "train.modality_weights={image: 0}")
+    with pytest.raises(DataError, match="no held-out documents to evaluate on every 10 steps") as raised:
+        start("all", 0b11, "train.eval_every=10")
+    assert "train.eval_every=0" in raised.value.remedy
+    blend = f"data.blend=[{{path: {tmp_path / 'none'}}}, {{path: {tmp_path / 'all'}, weight: 0}}]"
+    with pytest.raises(DataError, match=r"no token of .*none is trained on"):
+        check(run, *base, "data.path=null", blend)
 
 
 def test_an_imported_model_has_no_data_that_could_change(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmscale.config import Config, DataSource
+from mmscale.data.packing import check_lengths
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
 
@@ -152,29 +153,32 @@ def read_blend(config: Config) -> dict[Path, Manifest]:
     return blend
 
 
-def check_labels(config: Config, blend: Mapping[Path, Manifest]) -> None:
-    """Refuse data of which no token would be trained on: losses would look healthy, and nothing would be learned.
+def check_documents(config: Config, blend: Mapping[Path, Manifest]) -> None:
+    """Refuse data that the ranks would refuse, or that nothing would be learned from, by its tables alone.
 
-    Reads tables up to the first document with a label that counts.
+    Losses of data without a trained label would look healthy.
 
     Args:
-        config: weights of the data sets and of modalities.
+        config: length of a sequence, weights of the data sets and of modalities.
         blend: folders and manifests of the data sets.
 
     Raises:
-        DataError: there are documents, and none has such a label; or a table is damaged.
+        DataError: a document is longer than a sequence; there are documents, and none has a label that counts; or a
+            table is damaged.
     """
     weighs = np.array([config.train.modality_weights.get(name, 1.0) > 0.0 for name in config.vocab.names])
     unread = {Path(source.path) for source in config.data.sources if not source.weight}
     folders = [folder for folder in blend if folder not in unread]
-    documents = 0
+    found, learned = False, False
     for folder in folders:
         split = blend[folder].splits.get("train")
-        for part in split.parts if split is not None else ():
-            documents += part.documents
-            if part.documents and (_labels(read_table(folder, part)).any(axis=0) & weighs).any():
-                return
-    if documents:
+        tables = [read_table(folder, part) for part in (split.parts if split is not None else ()) if part.documents]
+        if tables:
+            found = True
+            lengths = np.concatenate([table[:, :-1].sum(axis=1) for table in tables])
+            check_lengths(lengths, seq_length=config.model.seq_length, what=f"data: {folder} (train)")
+            learned |= any((_labels(table).any(axis=0) & weighs).any() for table in tables)
+    if found and not learned:
         raise DataError(
             f"data: no token of {', '.join(map(str, folders))} is trained on: no document has a label in a modality "
             "with a loss",

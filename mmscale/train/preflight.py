@@ -23,7 +23,7 @@ from mmscale.config.rules import check
 from mmscale.data.identity import SourceIdentity, compare, identities, known
 from mmscale.data.manifest import (
     Manifest,
-    check_labels,
+    check_documents,
     check_tokenizers,
     common_tokenizers,
     has_documents,
@@ -54,7 +54,7 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
     """
     check(config, world_size=world_size)
     blend = read_blend(config)
-    check_labels(config, blend)
+    check_documents(config, blend)
     if config.train.eval_every and blend and not has_documents(blend, HELD_OUT):
         raise DataError(
             f"data: there are no held-out documents to evaluate on every {config.train.eval_every} steps",

@@ -191,7 +191,7 @@ def test_data_of_which_nothing_is_trained_on(tmp_path: Path, monkeypatch: pytest
     """Its loss would look healthy. Held-out documents are needed only where they are asked for."""
     monkeypatch.setattr(preflight, "read_blend", read_blend)
     vocab = "[{name: text, size: 100}, {name: image, size: 32}]"
-    base = (f"vocab.modalities={vocab}", "vocab.pad_multiple=4")
+    base = (f"vocab.modalities={vocab}", "vocab.pad_multiple=4", "model.seq_length=128")
     run, documents = tmp_path / "run", corpus(20)
 
     def start(name: str, loss: int, *overrides: str) -> None:
@@ -210,6 +210,10 @@ def test_data_of_which_nothing_is_trained_on(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(DataError, match="no held-out documents to evaluate on every 10 steps") as raised:
         start("all", 0b11, "train.eval_every=10")
     assert "train.eval_every=0" in raised.value.remedy
+    with pytest.raises(
+        DataError, match=r"all \(train\): document \d+ has \d+ tokens, model.seq_length is 16"
+    ) as raised:
+        start("all", 0b11, "model.seq_length=16", "model.depth.multiple=8")
     blend = f"data.blend=[{{path: {tmp_path / 'none'}}}, {{path: {tmp_path / 'all'}, weight: 0}}]"
     with pytest.raises(DataError, match=r"no token of .*none is trained on"):
         check(run, *base, "data.path=null", blend)

@@ -246,7 +246,7 @@ class StillHook:
         self.warn = warn
         self.steps = 0
 
-    def on_step(self, state: TrainState, report: StepReport) -> None:
+    def on_step(self, state: StageState, report: StepReport) -> None:
         """The norm is on the host already."""
         self.steps = self.steps + 1 if report.result.grad_norm == 0.0 else 0
         if self.steps == STILL_AFTER:

@@ -136,12 +136,13 @@ def test_it_is_computed_as_it_was_trained(
         for one in (run, exported / "tiny")
     ]
     assert found[0]["loss"] == found[1]["loss"]
-    drawn = [
-        mmscale("sample", one, "--prompt", "a", "--count", "1", "--seed", "3", "--out", tmp_path / one.parent.name)
-        for one in (run, exported / "tiny")
-    ]
-    assert drawn[0].status == drawn[1].status == 0, drawn
-    assert drawn[0].out.splitlines()[:1] == drawn[1].out.splitlines()[:1]
+    drawn = []
+    for number, one in enumerate((run, exported / "tiny")):
+        out = tmp_path / f"drawn{number}"
+        sampled = mmscale("sample", one, "--prompt", "a", "--count", "1", "--seed", "3", "--out", out)
+        assert sampled.status == 0, sampled
+        drawn.append((sampled.out.replace(str(out), "OUT"), [file.read_bytes() for file in sorted(out.glob("0*.png"))]))
+    assert drawn[0] == drawn[1]
     ended = mmscale("convert", "to-hf", run, tmp_path / "hf")
     assert ended.status == 0, ended
     one, other = (

@@ -28,6 +28,7 @@ DENSE = (
     "model.experts.counts={}",
     "parallel.ep=1",
 )
+ROUTED = ("model.experts.choice=competitive", "model.experts.capacity=actual")
 STAGE = ("--stage", "auxiliary", "auxiliary.steps=12", "auxiliary.optim.lr=1e-2", "auxiliary.calibration_batches=2")
 PROMPTS = ["draw a seven", "this is"]
 
@@ -43,7 +44,7 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`dense`; `tiny` with routers of their own stage; `bare` without any."""
     folder = tmp_path_factory.mktemp("convert")
     ok("train", config, f"run.dir={folder}", *MAIN, *DENSE)
-    routed = (config, f"run.dir={folder}", *MAIN)
+    routed = (config, f"run.dir={folder}", *MAIN, *ROUTED)
     ok("train", *routed, nproc=2)
     shutil.copytree(folder / "tiny", folder / "bare")
     ok("train", *routed, "parallel.ep=1", *STAGE)

@@ -45,7 +45,7 @@ def test_the_counters_go_out_and_come_back() -> None:
     state.modality_tokens["text"] = 0  # what was kept is a copy
     other = TrainState([], None)
     other.restore(kept)
-    assert other == TrainState([], None, 7, 56, 1000, {"text": 600, "image": 400})
+    assert other == TrainState([], None, step=7, sequences=56, tokens=1000, modality_tokens={"text": 600, "image": 400})
 
 
 def test_anomalies_go_out_and_come_back_and_may_be_missing() -> None:

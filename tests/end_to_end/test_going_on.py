@@ -148,4 +148,6 @@ def test_it_is_computed_as_it_was_trained(
     one, other = (
         json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", exported / "tiny-hf")
     )
+    for content in (one, other):
+        content.get("mmscale", {}).get("config", {}).pop("data", None)  # where it lay
     assert one == other

@@ -40,7 +40,12 @@ class ImageTokenizerConfig(Section):
         "(kmeans).",
         None,
     )
-    fit_patches: Count = setting("Patches that k-means is fitted to, at most.", 200_000, unit="patches")
+    fit_patches: Count = setting(
+        "Patches that k-means is fitted to, at most. One image is read for every 8 of them; a codebook has at most one "
+        "code for 40 patches of these images.",
+        200_000,
+        unit="patches",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from mmscale.data.image_files import load_image
 from mmscale.data.image_settings import SETTINGS
 from mmscale.data.image_tokens import ImageTokenizer, KMeansTokenizer, LevelsTokenizer, ResidualTokenizer
 from mmscale.data.patches import to_patches
-from mmscale.data.progress import Reporter
+from mmscale.data.progress import Detail, Reporter
 from mmscale.data.text_tokens import TextTokenizer
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
@@ -29,6 +29,8 @@ from mmscale.errors import ConfigError, DataError
 _TEXT_CHARACTERS = 200_000_000  # more text hardly changes the merges, and counting it takes minutes
 _PATCHES_PER_IMAGE = 8  # an image is read for every 8 patches asked for: enough variety without reading everything
 _MEASURED_IMAGES = 1024
+_PATCHES_PER_CODE = 40  # k-means centres of fewer patches describe these patches and not new ones
+_LEAST_CODES = 16
 
 
 def text_tokenizer(
@@ -49,7 +51,8 @@ def text_tokenizer(
     if settings.text.load is not None:
         tokenizer = TextTokenizer.load(Path(settings.text.load), size=high - low)
     else:
-        tokenizer = TextTokenizer.train(_texts(slices, settings.held_out), size=high - low)
+        with reporter.part("text tokenizer") as tell:
+            tokenizer = TextTokenizer.train(_texts(slices, settings.held_out, tell), size=high - low)
     tokenizer.save(folder)
     reporter.say(f"text tokenizer: {tokenizer.vocab_size} of {high - low} ids in use")
     return tokenizer
@@ -73,7 +76,8 @@ def image_tokenizer(
             return image_tokens.load_image_tokenizer(folder)
         except DataError:
             reporter.say(f"{folder} is damaged and made again")
-    tokenizer = _make_image_tokenizer(settings, high - low, slices)
+    with reporter.part("image tokenizer") as tell:
+        tokenizer = _make_image_tokenizer(settings, high - low, slices, reporter, tell)
     if tokenizer is None:
         return None
     if tokenizer.vocab_size > high - low:
@@ -81,7 +85,9 @@ def image_tokenizer(
             f"image tokenizer: {tokenizer.kind} has {tokenizer.vocab_size} codes, the image range {high - low} ids",
             remedy=f"give image {tokenizer.vocab_size} ids in vocab.modalities",
         )
-    measured = _measure(tokenizer, settings, slices)
+    with reporter.part("image tokenizer") as tell:
+        tell("measuring what is lost")
+        measured = _measure(tokenizer, settings, slices)
     image_tokens.save_whole(tokenizer, folder, measured=measured)
     if measured["psnr_db"] is not None:
         lost = f"PSNR {measured['psnr_db']} dB"
@@ -94,7 +100,7 @@ def image_tokenizer(
 
 
 def _make_image_tokenizer(
-    settings: PrepareConfig, codes: int, slices: Sequence[DocumentSlice]
+    settings: PrepareConfig, codes: int, slices: Sequence[DocumentSlice], reporter: Reporter, tell: Detail
 ) -> ImageTokenizer | None:
     image = settings.image
     if image.kind == "levels":
@@ -112,12 +118,25 @@ def _make_image_tokenizer(
             f"data.prepare.image: patches of {image.patch} pixels do not tile images of {image.size} pixels",
             remedy="choose a patch that divides size",
         )
-    patches = _patches(settings, slices)
+    patches, read = _patches(settings, slices, tell)
     if not len(patches):
         return None
-    first = codes - image.residual
-    base = KMeansTokenizer.fit(patches, size=image.size, channels=image.channels, patch=image.patch, codes=first)
-    return ResidualTokenizer.fit(patches, base=base, codes=image.residual) if image.residual else base
+    most = max(_LEAST_CODES, read // _PATCHES_PER_CODE)
+    first, second = min(codes - image.residual, most), min(image.residual, most)
+    if first + second < codes and len(np.unique(patches, axis=0)) > most:
+        reporter.say(
+            f"note: {read} patches of training images make at most {first + second} of {codes} image codes, one for "
+            f"{_PATCHES_PER_CODE} patches; the other ids stay unused. More images make more codes, or a larger "
+            "data.prepare.image.fit_patches if not all images were read"
+        )
+    base = KMeansTokenizer.fit(
+        patches, size=image.size, channels=image.channels, patch=image.patch, codes=first, tell=tell
+    )
+    if not second:
+        return base
+    return ResidualTokenizer.fit(
+        patches, base=base, codes=second, tell=lambda detail: tell(f"second codebook, {detail}")
+    )
 
 
 def _reused(image: ImageTokenizerConfig) -> ImageTokenizer:
@@ -137,10 +156,11 @@ def _documents(piece: DocumentSlice, split: SplitName, held_out: float) -> Itera
     return (item for item in piece.read() if isinstance(item, Document) and item.split_for(held_out) == split)
 
 
-def _texts(slices: Sequence[DocumentSlice], held_out: float) -> Iterator[str]:
+def _texts(slices: Sequence[DocumentSlice], held_out: float, tell: Detail) -> Iterator[str]:
     """Training text, at most _TEXT_CHARACTERS, equally from the start of every slice."""
     share = _TEXT_CHARACTERS // max(1, len(slices))
-    for piece in slices:
+    for number, piece in enumerate(slices, start=1):
+        tell(f"reading text, part {number} of {len(slices)}")
         characters = 0
         for document in _documents(piece, "train", held_out):
             for content in document.content:
@@ -149,6 +169,7 @@ def _texts(slices: Sequence[DocumentSlice], held_out: float) -> Iterator[str]:
                     yield content.text
             if characters >= share:
                 break
+    tell("choosing merges")
 
 
 def _images(
@@ -165,8 +186,8 @@ def _images(
                 continue
 
 
-def _patches(settings: PrepareConfig, slices: Sequence[DocumentSlice]) -> NDArray[np.uint8]:
-    """A uniform sample of at most fit_patches patches, uint8 [N, D].
+def _patches(settings: PrepareConfig, slices: Sequence[DocumentSlice], tell: Detail) -> tuple[NDArray[np.uint8], int]:
+    """A uniform sample of at most fit_patches patches, uint8 [N, D], and how many it was taken from.
 
     Every patch draws a number, and the smallest numbers stay: memory holds no more than twice the sample.
     """
@@ -174,14 +195,17 @@ def _patches(settings: PrepareConfig, slices: Sequence[DocumentSlice]) -> NDArra
     numbers = np.random.default_rng(0)
     kept = np.zeros((0, patch * patch * settings.image.channels), np.uint8)
     drawn = np.zeros(0)
+    read = 0
     images = _images(slices, "train", settings, max(1, wanted // _PATCHES_PER_IMAGE))
     while batch := list(itertools.islice(images, 256)):
         patches = to_patches(np.stack(batch), patch)
+        read += len(patches)
+        tell(f"reading images, {read} patches")
         kept, drawn = np.concatenate([kept, patches]), np.concatenate([drawn, numbers.random(len(patches))])
         if len(kept) > wanted:
             chosen = np.sort(np.argpartition(drawn, wanted)[:wanted])
             kept, drawn = kept[chosen], drawn[chosen]
-    return kept
+    return kept, read
 
 
 def _measure(tokenizer: ImageTokenizer, settings: PrepareConfig, slices: Sequence[DocumentSlice]) -> dict[str, object]:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.image_settings import SETTINGS, write_settings
-from mmscale.data.patches import Book, Codes, Pixels, cluster, to_patches
+from mmscale.data.patches import Book, Codes, Pixels, cluster, silent, to_patches
 from mmscale.errors import DataError
 
 FOLDER = "image_tokenizer"
@@ -142,7 +143,16 @@ class KMeansTokenizer:
         self.book = Book(codebook_KD)
 
     @classmethod
-    def fit(cls, patches_ND: Pixels, *, size: int, channels: int, patch: int, codes: int) -> KMeansTokenizer:
+    def fit(
+        cls,
+        patches_ND: Pixels,
+        *,
+        size: int,
+        channels: int,
+        patch: int,
+        codes: int,
+        tell: Callable[[str], None] = silent,
+    ) -> KMeansTokenizer:
         """Fit a codebook with scikit-learn's MiniBatchKMeans; always the same for the same patches.
 
         Args:
@@ -151,10 +161,13 @@ class KMeansTokenizer:
             channels: 1 or 3.
             patch: edge of a patch [pixels].
             codes: entries of the codebook at most; with no more distinct patches these are the codebook, exactly.
+            tell: told how far k-means is.
         """
         distinct, counts = np.unique(patches_ND, axis=0, return_counts=True)
         if len(distinct) > codes:
-            distinct = np.unique(np.rint(cluster(distinct, counts, codes)).clip(0, 255).astype(np.uint8), axis=0)
+            distinct = np.unique(
+                np.rint(cluster(distinct, counts, codes, tell=tell)).clip(0, 255).astype(np.uint8), axis=0
+            )
         # From dark to bright: neighbouring codes look alike, which is nicer in plots and costs nothing.
         order = np.argsort(distinct.sum(axis=1, dtype=np.int64), kind="stable")
         return cls(size, channels, patch, np.ascontiguousarray(distinct[order]))
@@ -221,18 +234,23 @@ class ResidualTokenizer:
         self._book = Book(residual_RD)
 
     @classmethod
-    def fit(cls, patches_ND: Pixels, *, base: KMeansTokenizer, codes: int) -> ResidualTokenizer:
+    def fit(
+        cls, patches_ND: Pixels, *, base: KMeansTokenizer, codes: int, tell: Callable[[str], None] = silent
+    ) -> ResidualTokenizer:
         """Fit the second codebook to what the first one leaves.
 
         Args:
             patches_ND: uint8 [N, patch*patch*channels], at least one.
             base: the first codebook.
             codes: entries of the second codebook at most.
+            tell: told how far k-means is.
         """
         left_ND = patches_ND.astype(np.int16) - base.codebook_KD[base.book.nearest(patches_ND)]
         distinct, counts = np.unique(left_ND, axis=0, return_counts=True)
         if len(distinct) > codes:
-            distinct = np.unique(np.rint(cluster(distinct, counts, codes)).clip(-255, 255).astype(np.int16), axis=0)
+            distinct = np.unique(
+                np.rint(cluster(distinct, counts, codes, tell=tell)).clip(-255, 255).astype(np.int16), axis=0
+            )
         order = np.argsort(np.abs(distinct.astype(np.int64)).sum(axis=1), kind="stable")  # from nothing to much
         return cls(base, np.ascontiguousarray(distinct[order]))
 

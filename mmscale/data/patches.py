@@ -6,6 +6,9 @@ codebook, D numbers of a patch. No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,8 +44,16 @@ class Book:
         return codes
 
 
-def cluster(distinct_ND: NDArray[np.integer], counts_N: NDArray[np.int64], codes: int) -> NDArray[np.float32]:
+def silent(detail: str) -> None:
+    """Takes what `cluster` tells and does nothing."""
+
+
+def cluster(
+    distinct_ND: NDArray[np.integer], counts_N: NDArray[np.int64], codes: int, *, tell: Callable[[str], None] = silent
+) -> NDArray[np.float32]:
     """Centres [codes, D] of distinct patches with weights.
+
+    `tell` is called before every start of k-means++ and after every step; with 8,192 codes a start takes minutes.
 
     On augmented digits that are 18 thousand instead of 240 thousand patches, 0.2 s instead of 1.5 s, and the same PSNR
     (24.0 dB held out; moving rarely used centres about, the default, costs 0.3 dB).
@@ -51,7 +62,20 @@ def cluster(distinct_ND: NDArray[np.integer], counts_N: NDArray[np.int64], codes
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
-    kmeans = MiniBatchKMeans(
+    # scikit-learn has no public call for this. The two methods only count; they change no number.
+    class Telling(MiniBatchKMeans):
+        starts = 0
+
+        def _init_centroids(self, *args: Any, **kwargs: Any) -> Any:
+            self.starts += 1
+            tell(f"k-means start {self.starts} of {self.n_init}")
+            return super()._init_centroids(*args, **kwargs)
+
+        def _mini_batch_convergence(self, step: int, n_steps: int, *args: Any) -> Any:
+            tell(f"k-means step {step + 1} of {n_steps}")
+            return super()._mini_batch_convergence(step, n_steps, *args)
+
+    kmeans = Telling(
         n_clusters=codes, batch_size=max(4096, 2 * codes), max_iter=10, n_init=3, random_state=0, reassignment_ratio=0
     )
     with threadpool_limits(1):  # sums in one order; and spinning OpenMP threads make it slower on busy machines

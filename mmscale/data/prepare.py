@@ -79,8 +79,9 @@ def prepare(
     reporter = Reporter(enabled=progress)
     vocabulary = Vocabulary.from_config(config.vocab)
     try:
-        jobs = _slices(settings)
-        source = _source(settings, vocabulary, jobs)
+        with reporter.part("listing documents"):
+            jobs = _slices(settings)
+            source = _source(settings, vocabulary, jobs)
         with _claimed(out, source, overwrite=overwrite):
             return _prepare(out, settings, vocabulary, jobs, source, strict, workers or settings.workers, reporter)
     except OSError as error:
@@ -125,10 +126,11 @@ def _prepare(
         first = f" (the first: {rejected[0].where}: {rejected[0].reason})" if rejected else ""
         raise DataError(f"data: no document is usable{first}", remedy=f"see {out / REJECTED}")
     found_tasks = []
-    for name, items in _questions(settings, setup):
-        file = f"{tasks.FOLDER}/{name}.jsonl"
-        tasks.write_task(out / file, items)
-        found_tasks.append(Task(name=name, file=file))
+    with reporter.part("tasks"):
+        for name, items in _questions(settings, setup):
+            file = f"{tasks.FOLDER}/{name}.jsonl"
+            tasks.write_task(out / file, items)
+            found_tasks.append(Task(name=name, file=file))
     by_split = {name: tuple(part.splits[name] for part in parts if name in part.splits) for name in SPLITS}
     manifest = Manifest(
         format=FORMAT,

@@ -1,4 +1,4 @@
-"""What `mmscale data prepare` shows on stderr: a bar on a terminal, plain lines elsewhere.
+"""What `mmscale data prepare` shows on stderr: bars on a terminal, plain lines elsewhere.
 
 stdout stays free for the command's result.
 """
@@ -6,20 +6,33 @@ stdout stays free for the command's result.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-_LINE_EVERY = 10.0  # seconds between plain lines
+_FIRST_LINE = 2.0  # seconds after which a part writes its first plain line
+_LINE_EVERY = 10.0  # seconds between further plain lines
 
 # Told the absolute number of records that are through.
 Advance = Callable[[int], None]
+# Told what a part is doing now.
+Detail = Callable[[str], None]
 
 
 class Reporter:
-    """Messages and a progress bar.
+    """Messages, and the progress of parts, one part at a time.
 
     Args:
         enabled: False: silent.
@@ -45,15 +58,45 @@ class Reporter:
                 task = progress.add_task(what, total=total)
                 yield lambda done: progress.update(task, completed=done)
         else:
-            yield self._lines(what, total)
+            with _lines(self.say, what, f"0 of {total}") as tell:
+                yield lambda done: tell(f"{done} of {total}")
 
-    def _lines(self, what: str, total: int) -> Advance:
-        last = time.monotonic()
+    @contextlib.contextmanager
+    def part(self, what: str) -> Iterator[Detail]:
+        """A part of unknown length; the yielded function takes what the part is doing."""
+        if not self.enabled:
+            yield lambda detail: None
+        elif self._console.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            with Progress(*columns, console=self._console, transient=True) as progress:
+                task = progress.add_task(what, total=None)
+                yield lambda detail: progress.update(task, description=escape(f"{what}: {detail}"))
+        else:
+            with _lines(self.say, what) as tell:
+                yield tell
 
-        def advance(done: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_EVERY:
-                last = time.monotonic()
-                self.say(f"{what}: {done} of {total}")
 
-        return advance
+@contextlib.contextmanager
+def _lines(say: Callable[[str], None], what: str, detail: str = "") -> Iterator[Detail]:
+    """Write a line every few seconds from a thread, since a part may spend minutes in one call of a library."""
+    began, ended, latest = time.monotonic(), threading.Event(), detail
+
+    def tell(detail: str) -> None:
+        nonlocal latest
+        latest = detail
+
+    def write() -> None:
+        pause = _FIRST_LINE
+        while not ended.wait(pause):
+            shown = f"{what}: {latest}" if latest else what
+            with contextlib.suppress(OSError):  # whoever read stderr is gone
+                say(f"{shown}, {time.monotonic() - began:.0f} s")
+            pause = _LINE_EVERY
+
+    thread = threading.Thread(target=write, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        thread.join()

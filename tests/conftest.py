@@ -3,6 +3,8 @@
 
 import gc
 import os
+import sys
+from typing import Any
 
 # With more than one OpenMP thread in the parent, forked ranks (tests/support.py) hang in their first large matmul.
 # Spinning threads would slow small machines down.
@@ -14,3 +16,17 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 # A fork leaves alone what its parent has yet to collect: the end of a process group waits for threads that the fork
 # does not have, and crashes. (mmscale/checkpoint/forked.py does as much for the forks of a trainer.)
 os.register_at_fork(after_in_child=gc.freeze)
+
+
+def pytest_collection_finish() -> None:
+    """Refuse tensorstore in this process: once it is used here, it aborts in every rank that is forked later."""
+    tensorstore: Any = sys.modules.get("tensorstore")
+    if tensorstore is None:
+        return
+    real, parent = tensorstore.open, os.getpid()
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        assert os.getpid() != parent, "use tensorstore in a fork: `run_ranks` of tests/support.py with world_size=1"
+        return real(*arguments, **options)
+
+    tensorstore.open = opened

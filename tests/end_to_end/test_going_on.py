@@ -108,11 +108,15 @@ def test_a_run_without_held_out_documents(config: Path, digits: Path, tmp_path: 
 def test_its_stage_goes_on(name: str, config: Path, exported: Path, places: dict[str, str], tmp_path: Path) -> None:
     cell, run = CELLS[name], tmp_path / "tiny"
     shutil.copytree(exported / "tiny", run)
-    ended = train(config, run, cell, places, "--stage", "auxiliary", "auxiliary.steps=13", "auxiliary.optim.lr=1e-2")
+    more = ("--stage", "auxiliary", "auxiliary.steps=13", "auxiliary.optim.lr=1e-2")
+    ended = train(config, run, cell, places, *more)
     if cell.stage:
         assert_says(ended, status=2, cause=f"another function than that of .*{cell.stage}", remedy="restore")
-    else:
-        assert ended.status == 0, ended
+        return
+    if cell.asks:
+        assert_says(ended, status=2, cause=filled(cell.asks, places), remedy="--yes")
+        ended = train(config, run, cell, places, *more, "--yes")
+    assert ended.status == 0, ended
 
 
 @EXHAUSTIVE

@@ -90,9 +90,10 @@ pytest: $(STAMP) $(EVALS) $(TE)/.unpacked
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null; then set -x; $(BIN)/python -m pytest tests/gpu; fi
 
-# What takes too long for every change.
+# What takes too long for every change. MATRICES=tests/distributed/test_layouts.py: only those of some files.
+MATRICES ?=
 matrices: $(STAMP) $(EVALS) $(TE)/.unpacked
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m exhaustive
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m exhaustive $(MATRICES)
 
 # The suite does 30.
 KILLS := 200

@@ -3,8 +3,12 @@
 
 import gc
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
 
 # With more than one OpenMP thread in the parent, forked ranks (tests/support.py) hang in their first large matmul.
 # Spinning threads would slow small machines down.
@@ -16,6 +20,17 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 # A fork leaves alone what its parent has yet to collect: the end of a process group waits for threads that the fork
 # does not have, and crashes. (mmscale/checkpoint/forked.py does as much for the forks of a trainer.)
 os.register_at_fork(after_in_child=gc.freeze)
+
+
+@pytest.fixture
+def signals_heard() -> Iterator[None]:
+    """SIGHUP and SIGINT as in a terminal: under nohup, or in the background, processes ignore them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_finish() -> None:

@@ -38,7 +38,7 @@ NOT_RUN = {
     "stop": "a run of a cluster",
     "resume": "a run of a cluster",
     **{f"ckpt {name}": "a trained run" for name in ("list", "show", "verify", "diff", "prune", "archive", "restore")},
-    **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "upcycle")},
+    **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "upcycle", "restore-bad")},
     **{f"convert {name}": "a trained run" for name in ("to-hf", "from-hf")},
     **{f"bench {benchmark.name}": "takes minutes, or a GPU" for benchmark in _BENCHMARKS},
 }

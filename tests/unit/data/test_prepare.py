@@ -420,6 +420,7 @@ def test_dead_worker_is_reported(undisturbed: tuple[Path, dict[str, bytes]], tmp
     assert files_of(out) == expected
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_interrupt(undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     file, _ = undisturbed
     for attempt in range(20):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,8 @@ from mmscale.resilience.signals import StopRequest
 from mmscale.runtime.rank_env import RankEnv
 from tests.support import distributed
 
+pytestmark = pytest.mark.usefixtures("signals_heard")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """The suite may itself run under nohup, or in the background, where signals are ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_nohup_stays_deaf_to_a_closed_terminal() -> None:

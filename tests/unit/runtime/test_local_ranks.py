@@ -14,6 +14,8 @@ from mmscale.errors import LaunchError
 from mmscale.runtime import local_ranks
 from mmscale.runtime.local_ranks import FORWARDED, run_local
 
+pytestmark = pytest.mark.usefixtures("signals_heard")
+
 
 def run(nproc: int, code: str, folder: Path, *, environ: dict[str, str] | None = None, grace_s: float = 5.0) -> int:
     prelude = "import os, sys, signal, time; rank = int(os.environ['RANK']); "

@@ -2,6 +2,9 @@
 
 Shipped beside the weights. Pictures of other sizes and formats are the business of pixels_moma.py.
 
+Each class has `tokens`, the length of an image, and `count`: codes are 0..count-1. A small data set has a small
+codebook, so `count` may be less than the number of image ids of the model.
+
 Letters: n images, H W C height, width, channels, T tokens of an image, K codes, D numbers of a patch.
 """
 
@@ -23,6 +26,7 @@ class LevelsCodes:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.size, self.channels, self.levels = settings["size"], settings["channels"], settings["levels"]
         self.tokens = self.size * self.size * self.channels
+        self.count = self.levels
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Uint8 [n, H, W, C] -> int64 [n, T]."""
@@ -45,6 +49,7 @@ class KMeansCodes:
         self._book = codebook.astype(exact)
         self._norm = (self._book**2).sum(axis=1)
         self.tokens = (self.size // self.patch) ** 2
+        self.count = len(codebook)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Uint8 [n, H, W, C] -> int64 [n, T]."""
@@ -72,6 +77,7 @@ class ResidualCodes(KMeansCodes):
         self.residual = residual  # int16 [R, D]
         self._entries = np.concatenate([codebook.astype(np.int64), residual.astype(np.int64)])
         self.tokens *= 2
+        self.count = len(self._entries)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Uint8 [n, H, W, C] -> int64 [n, T]."""
@@ -113,6 +119,7 @@ class VQCodes:
         self._rows = self.size // 2 ** (len(model.config.channel_multiplier) - 1)  # type: ignore[union-attr, arg-type]
         self._sized = type(model).__name__ == "Emu3VQVAE"
         self.tokens = self._rows**2
+        self.count = int(getattr(model.config, "num_embeddings", None) or model.config.codebook_size)  # type: ignore[union-attr, arg-type]
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ PLACEHOLDER = "<image>"
 
 
 class ImageGrammar(LogitsProcessor):
-    """Generated images are whole: `<boi>`, the image's tokens, `<eoi>`, and no image token anywhere else.
+    """Generated images can be decoded: `<boi>`, the image's tokens, `<eoi>`, and no image token anywhere else.
 
     For `generate(..., logits_processor=[processor.image_grammar()])`.
 
@@ -34,10 +34,12 @@ class ImageGrammar(LogitsProcessor):
         first, end: half-open range of image tokens.
         tokens: length of an image.
         boi, eoi: ids around an image.
+        codes: how many ids of the range have a code, from the first; None: all. The others are never generated.
     """
 
-    def __init__(self, first: int, end: int, *, tokens: int, boi: int, eoi: int) -> None:
+    def __init__(self, first: int, end: int, *, tokens: int, boi: int, eoi: int, codes: int | None = None) -> None:
         self.first, self.end, self.tokens, self.boi, self.eoi = first, end, tokens, boi, eoi
+        self.end_of_codes = end if codes is None else min(first + codes, end)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, vocabulary] with what may not come next at -inf."""
@@ -46,7 +48,8 @@ class ImageGrammar(LogitsProcessor):
         for row, ids in enumerate(recent.tolist()):
             since = ids[::-1].index(self.boi) if self.boi in ids else None
             if since is not None and self.eoi not in ids[len(ids) - since :]:
-                allowed = slice(self.first, self.end) if since < self.tokens else slice(self.eoi, self.eoi + 1)
+                image = slice(self.first, self.end_of_codes)
+                allowed = image if since < self.tokens else slice(self.eoi, self.eoi + 1)
                 masked[row, allowed] = scores[row, allowed]
             else:
                 masked[row] = scores[row]
@@ -352,7 +355,10 @@ class MomaProcessor(ProcessorMixin):
         return load_pixels(image, size=codes.size, channels=codes.channels)
 
     def pieces(self, ids: Any) -> list[Any]:
-        """Texts and Pillow images of one sequence of ids; an image that is not whole is left out."""
+        """Texts and Pillow images of one sequence of ids.
+
+        Left out: an image that is not whole, or that has an id without a code (`image_grammar` generates neither).
+        """
         numbers = [int(number) for number in ids if int(number) != self.tokenizer.pad_token_id]
         first, end = self.image_range
         found: list[Any] = []
@@ -363,9 +369,11 @@ class MomaProcessor(ProcessorMixin):
             while stop < len(numbers) and (first <= numbers[stop] < end) == inside:
                 stop += 1
             part = numbers[start:stop]
-            if inside and len(part) == self._codes_needed().tokens:
-                found.append(self._picture(part))
-            elif not inside and (text := self.tokenizer.decode(part, skip_special_tokens=True)):
+            if inside:
+                codes = self._codes_needed()
+                if len(part) == codes.tokens and max(part) - first < codes.count:
+                    found.append(self._picture(part))
+            elif text := self.tokenizer.decode(part, skip_special_tokens=True):
                 found.append(text)
             start = stop
         return found
@@ -376,7 +384,8 @@ class MomaProcessor(ProcessorMixin):
 
     def image_grammar(self) -> ImageGrammar:
         """Keeps generated images whole."""
-        return ImageGrammar(*self.image_range, tokens=self._codes_needed().tokens, boi=self.boi, eoi=self.eoi)
+        codes = self._codes_needed()
+        return ImageGrammar(*self.image_range, tokens=codes.tokens, boi=self.boi, eoi=self.eoi, codes=codes.count)
 
     def _codes_needed(self) -> Codes:
         if self.codes is None:

@@ -54,7 +54,8 @@ def draw(
     manifest = read_manifest(folder)
     text, images = open_text_tokenizer(folder), open_image_tokenizer(folder)
     length, codes = model.config.model.seq_length, manifest.tokens_per_image
-    low, high = model.vocabulary.range_of("image")
+    low, _ = model.vocabulary.range_of("image")
+    high = low + images.vocab_size  # a small data set has fewer codes than the range has ids
     starts = [np.array([BOS, *text.encode(prompt), BOI], dtype=np.int64) for prompt in prompts for _ in range(count)]
     for prompt, ids in zip(prompts, starts[::count], strict=True):
         if len(ids) + codes > length:

@@ -49,13 +49,14 @@ def tokenizer_of(kind: str, folder: Path) -> ImageTokenizer:
     return VQTokenizer.from_pretrained(folder, size=16, channels=3)
 
 
-def processor_with(image: ImageTokenizer, folder: Path) -> Any:
-    """A folder as an export has it, loaded."""
-    vocabulary = Vocabulary(("text", "image"), ((0, TEXT), (TEXT, TEXT + image.vocab_size)))
+def processor_with(image: ImageTokenizer, folder: Path, *, spare: int = 0) -> Any:
+    """A folder as an export has it, loaded; with `spare` image ids that have no code."""
+    end = TEXT + image.vocab_size + spare
+    vocabulary = Vocabulary(("text", "image"), ((0, TEXT), (TEXT, end)))
     text = TextTokenizer.train(["a red bus"] * 3, size=TEXT)
-    write_text_tokenizer(folder, text, vocabulary, rows=TEXT + image.vocab_size + 7, context=512)
+    write_text_tokenizer(folder, text, vocabulary, rows=end + 7, context=512)
     image.save(folder / "image_tokenizer")
-    ranges = [["text", 0, TEXT], ["image", TEXT, TEXT + image.vocab_size]]
+    ranges = [["text", 0, TEXT], ["image", TEXT, end]]
     (folder / "processor_config.json").write_text(json.dumps({"modalities": ranges}))
     return MomaProcessor.from_pretrained(folder)
 
@@ -76,6 +77,20 @@ def test_codes_and_pixels(kind: str, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path / "again")
     again = MomaProcessor.from_pretrained(tmp_path / "again")
     assert again.encode([images[0]]) == processor.encode([images[0]]) and again.image_range == processor.image_range
+
+
+@pytest.mark.parametrize("kind", ["levels", "kmeans", "kmeans-residual", "JanusVQVAE", "Emu3VQVAE"])
+def test_image_ids_without_a_code_are_never_generated(kind: str, tmp_path: Path) -> None:
+    """A codebook may be smaller than the range of image ids. An image with such an id is left out."""
+    image = tokenizer_of(kind, tmp_path / "model")
+    processor = processor_with(image, tmp_path / "export", spare=3)
+    first, end = processor.image_range
+    scores = processor.image_grammar()(torch.tensor([[1, processor.boi]]), torch.zeros(1, end + 7))
+    assert (scores[0] == 0).nonzero().flatten().tolist() == list(range(first, end - 3))
+    last = np.full(image.tokens_per_image, image.vocab_size - 1) + TEXT
+    assert len(processor.pieces([1, processor.boi, *last.tolist(), processor.eoi])) == 1
+    last[-1] += 1
+    assert processor.pieces([1, processor.boi, *last.tolist(), processor.eoi]) == []
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16", "1"])

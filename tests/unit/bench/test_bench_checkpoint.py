@@ -1,4 +1,4 @@
-# mmscale/bench/checkpoint.py: the comparison that the README quotes, on a tiny state; no assertion on time.
+# mmscale/bench/checkpoint.py: the comparison that docs/saves.md quotes, on a tiny state; no assertion on time.
 """Tests of the checkpoint benchmark."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# mmscale/bench/step.py: the comparison that the README quotes, on tiny shapes; no assertion on time.
+# mmscale/bench/step.py: the comparison that docs/results/step_time.md quotes, on tiny shapes; no assertion on time.
 """Tests of the step benchmark."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# mmscale/bench/data.py: the comparison that the README quotes, on a small corpus; no assertion on time.
+# mmscale/bench/data.py: the comparison that docs/results/packing.md quotes, on a small corpus; no assertion on time.
 """Tests of the data benchmark."""
 
 from __future__ import annotations

@@ -172,8 +172,17 @@ def _of_kind(config: Config, kind: str, groups: dict[str, int], *, depth: bool) 
     if kind == "moe":
         given.pop("share", None)
     model["experts"] = {**given, "counts": groups}
-    parallel["ep"] = math.gcd(config.parallel.ep, *groups.values())
+    parallel["ep"] = _expert_parallel(config.parallel.ep, sum(groups.values()))
     return settings
+
+
+def _expert_parallel(given: int, experts: int) -> int:
+    """The most expert-parallel ranks that divide the given ones and leave none without an expert.
+
+    A divisor, because it then divides the data-parallel ranks too. It need not divide the groups: their experts are
+    spread unevenly where it does not (mmscale.config.derived.experts_of_ranks).
+    """
+    return max(ranks for ranks in range(1, given + 1) if given % ranks == 0 and ranks <= experts)
 
 
 def _forward(settings: dict[str, Any], **model: int) -> float:

@@ -12,6 +12,7 @@ from mmscale.cli import main
 from mmscale.config import Config
 from mmscale.config.load import load, resolve
 from mmscale.config.rules import check
+from mmscale.config.schema import TrainConfig
 from mmscale.errors import ConfigError
 from mmscale.plan import flops_per_token
 from mmscale.plan.siblings import Sibling, group_name, siblings, text_of
@@ -26,6 +27,9 @@ def config(*overrides: str, **model: Any) -> Config:
         | model,
     }
     return resolve(values, overrides)
+
+
+TWENTY_FOUR = TrainConfig(micro_batch_size=1, global_batch_size=24)  # a sequence for each of 24 ranks
 
 
 def by_name(found: list[Sibling]) -> dict[str, Sibling]:
@@ -73,7 +77,7 @@ def test_layout_and_routing_settings_follow() -> None:
     found = by_name(siblings(given))
     assert {name: s.config.parallel.ep for name, s in found.items() if not name.startswith("mod")} == {
         "dense": 1,
-        "1t1i": 1,
+        "1t1i": 2,
         "moe8x": 2,
         "4t4i": 2,
     }
@@ -82,6 +86,24 @@ def test_layout_and_routing_settings_follow() -> None:
     assert found["mod_dense"].config.model.experts.threshold_decay == 0.9
     assert found["1t1i"].config.model.experts.noise == "gumbel"
     assert all(s.config.model.num_layers % 2 == 0 and s.config.model.ffn_hidden_size % 2 == 0 for s in found.values())
+
+
+@pytest.mark.parametrize(
+    ("ep", "expected"),
+    [
+        (4, {"dense": 1, "1t1i": 2, "moe8x": 4, "7t1i": 4}),  # groups of 7 and 1 are not divisible
+        (8, {"dense": 1, "1t1i": 2, "moe8x": 8, "7t1i": 8}),
+        (6, {"dense": 1, "1t1i": 2, "moe8x": 6, "7t1i": 6}),
+        (3, {"dense": 1, "1t1i": 1, "moe8x": 3, "7t1i": 3}),  # 2 ranks would not divide those of the others
+    ],
+)
+def test_expert_parallelism_is_kept_where_every_rank_has_an_expert(ep: int, expected: dict[str, int]) -> None:
+    given = config(f"parallel.ep={ep}", experts={"counts": {"text": 7, "image": 1}})
+    found = by_name(siblings(given))
+    assert {name: found[name].config.parallel.ep for name in expected} == expected
+    assert {found[f"mod_{name}"].config.parallel.ep for name in ("1t1i", "7t1i")} == {expected["1t1i"], ep}
+    for sibling in found.values():
+        check(sibling.config.model_copy(update={"train": TWENTY_FOUR}), world_size=24)
 
 
 @pytest.mark.parametrize("layout", [("delayed", 1), ("blockwise", 2)])

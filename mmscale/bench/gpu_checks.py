@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmscale.bench import experts
-from mmscale.bench.gpu_kernels import RECIPES, fp8_context, reset_fp8, te_experts
+from mmscale.bench.gpu_kernels import RECIPES, fp8_context, te_experts
 from mmscale.bench.gpu_session import Session
 from mmscale.bench.gpu_shapes import TINY, Shape
 from mmscale.checkpoint.manager import CheckpointManager
@@ -162,7 +162,7 @@ def toy(session: Session, backend: str, recipe: str) -> Config:
 def parts_of(config: Config) -> tuple[Parts, TrainState]:
     """Model and optimizer with their initial weights."""
     if config.precision.fp8 != "off":
-        reset_fp8()
+        transformer_engine.forget_scales()
     parts = build(config, groups.collection())
     return parts, TrainState(parts.chunks, parts.optimizer)
 

@@ -151,7 +151,7 @@ def te_experts(session: Session, recipe: str) -> tuple[nn.Module, Any]:
     shape = session.shape
     config = shape.config("moma", layers=1, dtype=session.dtype, backend="te", fp8=recipe, fusion="off")
     transformer = transformer_config(config)
-    reset_fp8()
+    transformer_engine.forget_scales()
     made = TEExperts(
         transformer,
         count=shape.experts,
@@ -164,13 +164,6 @@ def te_experts(session: Session, recipe: str) -> tuple[nn.Module, Any]:
         for parameter in made.parameters():
             parameter.normal_(0.0, 0.02)
     return made, transformer
-
-
-def reset_fp8() -> None:
-    """Forget the amax buffers of modules that are gone: Transformer-Engine keeps them globally."""
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-
-    FP8GlobalStateManager.reset()
 
 
 def _te_work(session: Session, recipe: str, *, first: bool) -> Callable[[int], object]:

@@ -13,7 +13,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 
 from mmscale.bench import operators
-from mmscale.bench.gpu_kernels import reset_fp8
 from mmscale.bench.gpu_session import Session
 from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
@@ -180,7 +179,7 @@ class _Stack:
     def _made(self) -> Stepper:
         if self.stepper is None:
             if self.config.precision.fp8 != "off":
-                reset_fp8()
+                transformer_engine.forget_scales()
             self.stepper = build(self.config, groups.collection()).stepper
             self.batches = _batches(self.config, count=2)
         return self.stepper

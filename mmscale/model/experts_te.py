@@ -8,19 +8,22 @@ Shapes: L experts on this rank, N rows of each, H hidden width, F inner width of
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.extensions.transformer_engine import TEGroupedLinear
+from megatron.core.extensions.transformer_engine import TEGroupedLinear, te
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 from mmscale.model.expert_compute import ExpertCompute, swiglu
 from mmscale.model.experts import SpreadExperts
 from mmscale.model.linear_te import PlainState, with_fusion
 from mmscale.model.sharding import box_of
 from mmscale.model.state_te import FP8_STATE, delayed, expert_weight
+from mmscale.runtime import groups as process_groups
 
 
 class GroupedLinear(PlainState, TEGroupedLinear):
@@ -35,6 +38,10 @@ class TEExperts(SpreadExperts):
     """E equal experts, spread as in experts.py."""
 
     def _make(self, groups: ProcessGroupCollection, compute: ExpertCompute) -> None:
+        # Spread over expert-parallel ranks; the others' scales are agreed on with those of dense layers.
+        self.scaling_group = (
+            process_groups.expert_replica_group() if self.expert_parallel and groups.ep.size() > 1 else None
+        )
         self.fused, config, width = compute.fused, self.config, self.width
 
         def linear(inputs: int, outputs: int, mode: str, name: str) -> GroupedLinear:
@@ -63,9 +70,25 @@ class TEExperts(SpreadExperts):
         """[L, N, H] -> [L, N, H], partial over tensor-parallel ranks: the caller sums."""
         experts, rows, hidden = tokens.shape
         splits = [rows] * experts
-        gate_up, _ = self.linear_fc1(tokens.reshape(experts * rows, hidden), splits)
-        output, _ = self.linear_fc2(swiglu(gate_up, fused=self.fused), splits)
+        with self._scaling():
+            gate_up, _ = self.linear_fc1(tokens.reshape(experts * rows, hidden), splits)
+            output, _ = self.linear_fc2(swiglu(gate_up, fused=self.fused), splits)
         return output.view(experts, rows, hidden)
+
+    def _scaling(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which delayed scales are agreed on by the ranks that hold the same experts.
+
+        The context around all layers (fp8_utils.py) takes the maximum over all data-parallel ranks, tensor by tensor in
+        the order of modules. Expert-parallel ranks hold other experts there, and other numbers of them where a group is
+        not divisible: scales of different experts would mix, or messages would differ in length. Transformer-Engine
+        keeps the tensors of every context apart, and reduces all of them when the outermost one ends.
+        """
+        if self.scaling_group is None or not delayed(self.config) or not FP8GlobalStateManager.is_fp8_enabled():
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[None] = te.pytorch.fp8_autocast(
+            enabled=True, fp8_recipe=FP8GlobalStateManager.get_fp8_recipe(), fp8_group=self.scaling_group
+        )
+        return context
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None

@@ -24,7 +24,7 @@ import torch
 from torch._C._distributed_c10d import HashStore, TCPStore
 
 from mmscale.errors import ConfigError
-from mmscale.runtime import device, megatron_cpu
+from mmscale.runtime import device, megatron_cpu, transformer_engine
 from mmscale.runtime.rank_env import RankEnv
 
 megatron_cpu.install()  # before the imports below, which it makes 1.9 CPU seconds cheaper on a host without CUDA
@@ -36,6 +36,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
+# Ranks that hold the same experts, each its tensor-parallel part: megatron-core has no such group.
+_expert_replicas: torch.distributed.ProcessGroup | None = None
 DEFAULT_TIMEOUT_S = 1800.0  # seconds a collective may take before the rank gives up
 
 
@@ -127,8 +129,28 @@ def initialize_layout(
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
+    _make_expert_replicas(tp=tp, pp=pp, ep=ep, timeout=timedelta(seconds=timeout_s))
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return collection()
+
+
+def _make_expert_replicas(*, tp: int, pp: int, ep: int, timeout: timedelta) -> None:
+    """Find or make the group of `expert_replica_group`."""
+    global _expert_replicas
+    replicas = torch.distributed.get_world_size() // (tp * pp * ep)
+    if ep == 1:
+        _expert_replicas = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    elif tp == 1:
+        _expert_replicas = parallel_state.get_expert_data_parallel_group()
+    elif replicas == 1:
+        _expert_replicas = parallel_state.get_tensor_model_parallel_group()
+    else:
+        # The order is the one that megatron-core gives its expert groups.
+        order = parallel_state.RankGenerator(tp=tp, ep=ep, dp=replicas, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+        for ranks in order.get_ranks("tp-dp"):
+            group = parallel_state.create_group(ranks, timeout=timeout, group_desc="EXPERT_REPLICAS")
+            if torch.distributed.get_rank() in ranks:
+                _expert_replicas = group
 
 
 def collection() -> ProcessGroupCollection:
@@ -152,7 +174,13 @@ def from_first(value: Any) -> Any:
 
 
 def destroy_layout() -> None:
-    """Undo `initialize_layout`, with everything megatron-core keeps in globals. Every rank must call it."""
+    """Undo `initialize_layout`, with everything that megatron-core and Transformer-Engine keep in globals.
+
+    Every rank must call it.
+    """
+    global _expert_replicas
+    _expert_replicas = None
+    transformer_engine.forget_scales()
     # destroy_model_parallel() only forgets the groups: their sockets and threads would stay until the process ends.
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
@@ -280,6 +308,12 @@ def expert_data_parallel_group() -> torch.distributed.ProcessGroup:
     """Group of the replicas of this rank's experts."""
     group: torch.distributed.ProcessGroup = parallel_state.get_expert_data_parallel_group()
     return group
+
+
+def expert_replica_group() -> torch.distributed.ProcessGroup:
+    """Group of the ranks that hold the same experts, whole or in tensor-parallel parts: they agree on FP8 scales."""
+    assert _expert_replicas is not None, "no layout is initialised"
+    return _expert_replicas
 
 
 def data_parallel_group() -> torch.distributed.ProcessGroup:

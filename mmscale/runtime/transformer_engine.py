@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 
@@ -39,6 +40,16 @@ def problem() -> str | None:
 def usable() -> bool:
     """Whether its layers can run here."""
     return problem() is None
+
+
+def forget_scales() -> None:
+    """Drop what Transformer-Engine keeps globally about delayed scaling: the amax buffers of every module ever made.
+
+    It reduces them at the end of every forward pass, over the groups that they were made under, also when the modules
+    and the groups are gone: the next layout would wait for ranks that no longer take part.
+    """
+    if "transformer_engine.pytorch" in sys.modules:
+        importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager.reset()
 
 
 # NVTE_FLASH_ATTN and NVTE_FUSED_ATTN, and the name of the choice; NVTE_UNFUSED_ATTN must be the value below it.

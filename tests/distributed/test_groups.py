@@ -226,6 +226,21 @@ def test_random_states_differ_over_tensor_parallel_ranks_only(ranks: Ranks) -> N
     assert torch.equal(draws()[0], first[0])  # a layout starts anew whatever ran before
 
 
+@distributed(world_size=8)
+def test_ranks_that_hold_the_same_experts(ranks: Ranks) -> None:
+    """Tensor-parallel parts and copies of this rank's experts, and no rank with other experts."""
+    groups.start(ranks)
+    for tp, pp, ep in ((1, 1, 1), (2, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (2, 2, 2), (1, 2, 2)):
+        collection = groups.initialize_layout(tp=tp, pp=pp, ep=ep)
+        own = (collection.ep.rank(), collection.pp.rank())
+        everyone: list[tuple[int, int]] = [own] * 8
+        torch.distributed.all_gather_object(everyone, own)
+        expected = [rank for rank, other in enumerate(everyone) if other == own]
+        found = torch.distributed.get_process_group_ranks(groups.expert_replica_group())
+        assert sorted(found) == expected, (tp, pp, ep, found, expected)
+        groups.destroy_layout()
+
+
 @distributed(world_size=1)
 def test_finalize_leaves_nothing(ranks: Ranks) -> None:
     groups.finalize()  # before anything was started

@@ -16,7 +16,13 @@ from tests.te_on_cpu import install
 
 ROOT = Path(__file__).parents[2]
 CHECKS = ROOT / "tests" / "te_on_cpu"
-EVERY_CHANGE = ("checks_layers.py", "checks_attention.py", "checks_checkpoints.py", "checks_steps.py")
+EVERY_CHANGE = (
+    "checks_layers.py",
+    "checks_attention.py",
+    "checks_checkpoints.py",
+    "checks_steps.py",
+    "checks_layouts.py",
+)
 
 
 def run_checks(*names: str, plugin: str = "tests.te_on_cpu.plugin", timeout_s: float) -> None:

@@ -92,24 +92,32 @@ def test_every_setting_of_moments_reads_every_other(tmp_path: Path) -> None:
     run_ranks(one, world_size=1, timeout_s=300)
 
 
-def test_scales_of_delayed_fp8_survive_another_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "products"), [("moma", 8), ("moma_7t1i", 8)])
+def test_scales_of_delayed_fp8_survive_another_layout(model: str, products: int, tmp_path: Path) -> None:
     """Every module's scales and histories come back as they were, experts' with their expert, whatever the layout."""
-    from mmscale.model.experts_te import GroupedLinear
+    from mmscale.model.experts_te import TEExperts
     from mmscale.model.state_te import scaled_modules
 
     from mmscale.train import local_state  # isort: skip
     from mmscale.train.state import TrainState, unwrapped  # isort: skip
 
-    def modules(state: TrainState) -> list[tuple[str, Any]]:
-        return list(scaled_modules(unwrapped(state.chunks[0])))
+    def modules(state: TrainState) -> list[tuple[str, Any, int]]:
+        """Name, linear and the number of its first product among those of all expert-parallel ranks."""
+        model = unwrapped(state.chunks[0])
+        first = {
+            linear: experts.own.start
+            for experts in model.modules()
+            if isinstance(experts, TEExperts)
+            for linear in (experts.linear_fc1, experts.linear_fc2)
+        }
+        return [(name, module, first.get(module, 0)) for name, module in scaled_modules(model)]
 
     def fp8(parallel: dict[str, int]) -> Config:
-        made = using(settings("moma", dtype="bf16", parallel=parallel), "te")
+        made = using(small(settings(model, dtype="bf16", parallel=parallel), num_layers=2), "te")
         precision = made.precision.model_copy(update={"fp8": "delayed", "fp8_amax_history": 5})
         return made.model_copy(update={"precision": precision})
 
-    def expected(name: str, module: Any, rank: int) -> torch.Tensor:
-        first = rank * module.products if isinstance(module, GroupedLinear) else 0
+    def expected(name: str, module: Any, first: int) -> torch.Tensor:
         numbers = torch.arange(1000).view(1, -1)[:, first : first + module.products]
         return (torch.arange(6 * 5).view(6, 1, 5) + 100 * numbers.unsqueeze(-1)).float() + len(name)
 
@@ -121,7 +129,7 @@ def test_scales_of_delayed_fp8_survive_another_layout(tmp_path: Path, monkeypatc
         start(ranks)
         options: Any = {"every": 0, "keep": 9, "attempt": 1, "info": {}, "on_event": _unheard}
         for turn, parallel in enumerate(({"ep": 2}, {}, {"tp": 2}, "torch")):
-            made = fp8(parallel) if isinstance(parallel, dict) else using(settings("moma", dtype="bf16"), "torch")
+            made = fp8(parallel) if isinstance(parallel, dict) else using(fp8({}), "torch", fp8="off")
             layout = made.parallel
             groups = process_groups.initialize_layout(tp=layout.tp, ep=layout.ep)
             parts = build(made, groups)
@@ -129,9 +137,12 @@ def test_scales_of_delayed_fp8_survive_another_layout(tmp_path: Path, monkeypatc
             checkpoints = CheckpointManager(tmp_path, **options)
             if turn == 0:
                 found = modules(state)
-                assert len(found) == 4 * (2 + 4)  # two linears and two times two grouped ones in each of 4 layers
-                for name, module in found:
-                    module.set_fp8_state(expected(name, module, groups.ep.rank()))
+                held = sum(module.products for name, module, _ in found if ".experts." in name)
+                assert (
+                    held == 2 * 2 * products // 2
+                )  # two linears of each expert in each of 2 layers, half of them here
+                for name, module, first in found:
+                    module.set_fp8_state(expected(name, module, first))
                 state.step = 2
                 checkpoints.save(state, last=True)
             else:
@@ -143,8 +154,8 @@ def test_scales_of_delayed_fp8_survive_another_layout(tmp_path: Path, monkeypatc
                 state = TrainState(parts.chunks, parts.optimizer)
                 assert local_state.problems(state, tensors, plain) == []
                 local_state.restore(state, tensors, plain)
-            for name, module in modules(state):
-                assert torch.equal(module.fp8_state(), expected(name, module, groups.ep.rank())), (turn, name)
+            for name, module, first in modules(state):
+                assert torch.equal(module.fp8_state(), expected(name, module, first)), (turn, name)
             process_groups.destroy_layout()
 
     run_ranks(ranks_of_two, world_size=2)

@@ -14,9 +14,11 @@ from mmscale.bench.gpu_kernels import RECIPES
 from mmscale.config import Config
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.verify import compare
-from tests.distributed.layouts import assert_equal, config, trace
+from tests.distributed.layouts import References, assert_equal, config, trace
 from tests.distributed.test_resume import TOLERANCE, leg, settings, start
 from tests.support import run_ranks
+from tests.te_on_cpu import checks_layouts as layouts
+from tests.te_on_cpu.checks_layouts import references  # noqa: F401  a fixture
 from tests.te_on_cpu.over_te import can_run, small, using  # noqa: F401  a fixture
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -68,6 +70,23 @@ def test_fp8_is_near_bf16(layout: str) -> None:
                 assert 0.0 < loss < 0.02 and norm < 0.05, (model, layout, recipe, loss, norm)
 
     run_ranks(ranks_do, world_size=LAYOUTS[layout][0], timeout_s=600)
+
+
+def _uneven(world_size: int, *, all_of_them: bool) -> list[str]:
+    names = [name for name, (size, *_) in layouts.UNEVEN.items() if size == world_size]
+    return names if all_of_them else [name for name in names if name not in layouts.EVERY_CHANGE]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_uneven_layouts_in_fp32_are_one_process(references: References, world_size: int, tmp_path: Path) -> None:  # noqa: F811
+    names = _uneven(world_size, all_of_them=False)
+    layouts.assert_one_process(references, names, tmp_path, world_size=world_size)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_uneven_layouts_in_fp8_are_near_bf16(world_size: int, recipe: str) -> None:
+    layouts.assert_fp8_near_bf16(_uneven(world_size, all_of_them=True), recipe, world_size=world_size)
 
 
 def test_a_dense_run_may_change_its_backend(tmp_path: Path) -> None:

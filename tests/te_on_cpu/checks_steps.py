@@ -57,8 +57,9 @@ class _Buffer:
         self.shape, self.dtype = shape, dtype
 
 
-def _with_user_buffers(precision: dict[str, Any]) -> Config:
-    made = small(config("dense", dtype="bf16", parallel={"tp": 2, "overlap_tensor": True}), num_layers=2)
+def _with_user_buffers(precision: dict[str, Any], key_value_heads: int | None) -> Config:
+    made = config("dense", dtype="bf16", parallel={"tp": 2, "overlap_tensor": True})
+    made = small(made, num_layers=2, num_query_groups=key_value_heads)
     return Config.model_validate(using(made, "te", **precision).model_dump())
 
 
@@ -71,17 +72,23 @@ _ASKS = {
 
 
 @pytest.mark.parametrize(
-    "precision",
+    ("precision", "key_value_heads"),
     [
-        {"fp8": "off"},
-        {"fp8": "tensorwise"},
-        {"fp8": "delayed"},
-        {"fp8": "tensorwise", "fp8_skip_first": 1},
-        {"fp8": "tensorwise", "fp8_skip_last": 1},
+        ({"fp8": "off"}, None),
+        ({"fp8": "tensorwise"}, None),
+        ({"fp8": "delayed"}, None),
+        ({"fp8": "tensorwise", "fp8_skip_first": 1}, None),
+        ({"fp8": "tensorwise", "fp8_skip_last": 1}, None),
+        # Both ranks share one head. What is gathered for it are the outputs of the product, by megatron-core and after
+        # it; the buffers hold the residual stream whatever the number of heads.
+        ({"fp8": "off"}, 1),
+        ({"fp8": "tensorwise", "fp8_skip_first": 1}, 1),
     ],
     ids=str,
 )
-def test_every_user_buffer_that_a_layer_asks_for_is_there(precision: dict[str, Any]) -> None:
+def test_every_user_buffer_that_a_layer_asks_for_is_there(
+    precision: dict[str, Any], key_value_heads: int | None
+) -> None:
     def two(ranks: RankEnv) -> None:
         compiled: Any = importlib.import_module("transformer_engine_torch")
         compiled.device_supports_multicast = lambda: True
@@ -92,7 +99,7 @@ def test_every_user_buffer_that_a_layer_asks_for_is_there(precision: dict[str, A
         new_group = torch.distributed.new_group
         torch.distributed.new_group = lambda *a, backend=None, **k: new_group(*a, backend="gloo", **k)
         torch.distributed.is_backend_available = lambda backend: True
-        settings = _with_user_buffers(precision)
+        settings = _with_user_buffers(precision, key_value_heads)
         groups = parts.start(settings, ranks)
         model = unwrapped(parts.build(settings, groups).chunks[0])
         base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
@@ -107,6 +114,8 @@ def test_every_user_buffer_that_a_layer_asks_for_is_there(precision: dict[str, A
                         assert buffer.shape == [2 * 64, 64]
                         asked += 1
         assert asked >= 2 * 4
+        heads = 4 + 2 * (key_value_heads or 4)
+        assert model.decoder.layers[0].self_attention.linear_qkv.weight.shape == (heads * 16 // 2, 64)
         process_groups.finalize()
 
     run_ranks(two, world_size=2)

@@ -99,6 +99,21 @@ def test_the_gate_says_how_close_it_is(kind: str, dense: Path, moma: Path) -> No
     assert "## Data" in card and "digits" in card and "causal" in card if kind == "moma" else "Qwen3" in card
 
 
+def test_the_gate_of_averaged_cut_offs(config: Path, tmp_path: Path) -> None:
+    """Competing experts, actual capacity and threshold routing together: no auxiliary routers are needed."""
+    cutoffs = (*MAIN, *ROUTED, "model.experts.threshold_decay=0.9", "parallel.ep=1")
+    ok("train", config, f"run.dir={tmp_path}", *cutoffs)
+    run, folder = tmp_path / "tiny", tmp_path / "hf"
+    ok("convert", "to-hf", run, folder, "--routing", "threshold")
+    report = json.loads((folder / "conversion_report.json").read_text())
+    assert report["model"]["routing"] == "threshold"
+    gate = report["gate"]
+    assert gate["passed"] and gate["problems"] == [] and gate["compared"] >= 6
+    assert gate["max_abs"] < 1e-5 and gate["argmax_same"] == gate["tokens"] > 60
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["keeps_thresholds"] and settings["choice"] == "competitive"
+
+
 def test_generation_gives_whole_images(moma: Path, tmp_path: Path) -> None:
     model, processor = loaded(moma)
     inputs = processor(text=PROMPTS, draw=True)

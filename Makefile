@@ -18,13 +18,14 @@ TE := $(VENV)/transformer-engine
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help quickstart test test-all lint pytest matrices transformer-engine soak preempted killed clean
+.PHONY: docs help quickstart test test-all lint pytest matrices transformer-engine soak preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
 	@echo "make test         install, lint and run the tests"
 	@echo "make test-all     the same, and every combination of layouts and features (tests marked exhaustive)"
 	@echo "make lint         ruff, mypy and import contracts only"
+	@echo "make docs         the documentation as a site in .site; fails on a broken link"
 	@echo "make soak         200 random kills of a run, which ends with the same numbers"
 	@echo "make preempted    20 random preemptions of a run on a local SLURM, which ends with the same numbers"
 	@echo "make killed       the quickstart, killed in three places, ends with the same numbers"
@@ -94,6 +95,16 @@ pytest: $(STAMP) $(EVALS) $(TE)/.unpacked
 MATRICES ?=
 matrices: $(STAMP) $(EVALS) $(TE)/.unpacked
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m exhaustive $(MATRICES)
+
+# Pages of settings and commands are generated from the code (mkdocs.yml).
+DOCS := $(VENV)/.installed-docs
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site: .site/index.html"
 
 # The suite does 30.
 KILLS := 200

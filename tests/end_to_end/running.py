@@ -239,3 +239,11 @@ def assert_says(ended: Ended, *, status: int, cause: str, remedy: str) -> None:
 def warnings_in(text: str) -> Sequence[str]:
     """Lines that look like warnings of Python or of a library's logger."""
     return [line for line in text.splitlines() if re.search(r"\bwarn|deprecat|/site-packages/", line, re.IGNORECASE)]
+
+
+def undocumented(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """Keys of metrics.jsonl that docs/reference/metrics.md does not have."""
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
+    known = [re.sub("<[a-z]+>", "[^/]+", key) for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
+    return {key for row in rows for key in row if not any(re.fullmatch(pattern, key) for pattern in known)}

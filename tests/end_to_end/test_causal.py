@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mmscale.train.metrics import read_metrics
-from tests.end_to_end.running import Ended, assert_says, change_settings, mmscale, start
+from tests.end_to_end.running import Ended, assert_says, change_settings, mmscale, start, undocumented
 
 STAGE_STEPS = 100  # long enough to be killed in between
 STAGE = (
@@ -74,6 +74,7 @@ def test_the_stage_ends_with_routers_thresholds_and_a_report(staged: Staged) -> 
     assert staged.ended.status == 0, staged.ended
     assert "held-out (batch routing)" in staged.ended.err and "held-out (causal routing)" in staged.ended.err
     records = read_metrics(staged.folder / "auxiliary")
+    assert not undocumented(records)
     assert records[-1]["step"] == STAGE_STEPS and records[-1]["loss"] < records[0]["loss"]
     rows = staged.report()["routers"]
     kinds = {(row["layer"], row["kind"], row["modality"]) for row in rows}

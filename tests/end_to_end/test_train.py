@@ -20,7 +20,7 @@ from PIL import Image
 from mmscale.report.layers import layers_of
 from mmscale.train.metrics import read_events, read_metrics
 from tests.end_to_end.conftest import STEPS
-from tests.end_to_end.running import Ended, assert_says, mmscale, start, warnings_in
+from tests.end_to_end.running import Ended, assert_says, mmscale, start, undocumented, warnings_in
 
 # mfu is missing on purpose: nobody knows a CPU's peak. save_stall_s is there where there was a save.
 KEYS = {
@@ -116,6 +116,7 @@ def test_it_finishes_and_the_run_folder_is_as_documented(whole: Run) -> None:
 def test_metrics_have_the_documented_keys_on_every_step(whole: Run) -> None:
     lines = whole.metrics()
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert not undocumented(lines)
     for line in lines:
         assert set(line) >= KEYS, KEYS - set(line)
         assert all(isinstance(value, int | float) for value in line.values()), line

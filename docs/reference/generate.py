@@ -1,0 +1,99 @@
+"""Pages of the reference that are generated from the code: every setting and every command. A hook of mkdocs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import typer.main
+
+from mmscale.cli import app
+from mmscale.config.explain import explain
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages to those of docs/."""
+    from mkdocs.structure.files import File
+
+    for name, text in (("settings", settings()), ("commands", commands())):
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    return files
+
+
+def settings() -> str:
+    """A table per section: type, unit, default, meaning and source of every setting."""
+    lines = [
+        "# Settings",
+        "",
+        "Every key of a configuration file. On the command line: `mmscale train CONFIG key=value`.",
+        "`mmscale config check CONFIG` prints the resolved configuration and where each value came from.",
+        "`mmscale config explain KEY` prints what stands here.",
+    ]
+    entries = [explain(key) for key in explain()["keys"]]
+    sections = {entry["key"]: entry["meaning"] for entry in entries if "type" not in entry}
+    tables: dict[str, list[str]] = {}
+    for entry in (entry for entry in entries if "type" in entry):
+        section = max((name for name in sections if entry["key"].startswith(f"{name}.")), key=len, default="")
+        tables.setdefault(section, []).append("| " + " | ".join(_cells(entry)) + " |")
+    for section, rows in tables.items():
+        lines += ["", f"## {section or 'Top level'}", "", sections.get(section, ""), ""]
+        lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(entry: dict[str, Any]) -> Iterator[str]:
+    allowed = entry["allowed"]
+    kind = (
+        ", ".join(f"`{value}`" for value in allowed) if allowed and not isinstance(allowed[0], bool) else entry["type"]
+    )
+    default = "required" if entry["required"] else f"`{json.dumps(entry['default'], ensure_ascii=False)}`"
+    unit, source = entry["unit"], entry["source"]
+    meaning = entry["meaning"] + (f" Unit: {unit}." if unit else "") + (f" Source: {source}." if source else "")
+    return (_escaped(text) for text in (f"`{entry['key']}`", kind, default, meaning))
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def commands() -> str:
+    """Every command with its help, arguments, options and example."""
+    root = typer.main.get_command(app)
+    lines = ["# Commands", "", "Every command has `--help`; most have `--json`."]
+    for path, command in _walk(root, ("mmscale",)):
+        lines += _page(path, command)
+    return "\n".join(lines) + "\n"
+
+
+def _walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if hasattr(command, "commands"):  # a group; typer may bring a click of its own, so no class is named here
+        for name, child in command.commands.items():
+            if not child.hidden:
+                yield from _walk(child, (*path, name))
+    else:
+        yield path, command
+
+
+def _page(path: tuple[str, ...], command: Any) -> Iterator[str]:
+    context = command.context_class(command, info_name=" ".join(path))
+    yield from (
+        "",
+        f"## {' '.join(path[1:])}",
+        "",
+        f"`{' '.join([*path, *command.collect_usage_pieces(context)])}`",
+        "",
+    )
+    yield from (_escaped(part) + "\n" for part in (command.help or "").split("\n\n"))
+    if command.epilog:
+        yield from ("", f"`{command.epilog.removeprefix('Example: ')}`")
+    rows = [row for row in (_row(parameter, context) for parameter in command.params) if row]
+    if rows:
+        yield from ("", "| argument or option | meaning |", "| --- | --- |", *rows)
+
+
+def _row(parameter: Any, context: Any) -> str:
+    record = (
+        None if getattr(parameter, "hidden", False) or parameter.name == "help" else parameter.get_help_record(context)
+    )
+    return f"| `{' '.join(record[0].split())}` | {_escaped(record[1])} |" if record else ""

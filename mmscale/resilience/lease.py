@@ -1,27 +1,42 @@
-# Which attempt owns a run's folder: lease.json, taken by who starts ranks, looked at by every rank before it writes.
-# It starts and stops nothing, asks no scheduler, and imports no torch.
+# Which attempt owns a run's folder: lease.json, looked at by every rank before it writes.
+# Who may take it, and how its holder shows that it lives, is in run_lock.py. No torch.
 """Fencing of old attempts.
 
 A cluster may believe a node dead whose processes live on, start the job elsewhere, and so have two attempts write into
-one folder (seen with SLURM when slurmd dies and its ranks do not). The launcher gives every attempt an id (job, restart
-count, number of the start within it) and writes it into the folder before ranks start; a rank that finds another id
-there ends without writing anything more.
+one folder (seen with SLURM when slurmd dies and its ranks do not). Every attempt has an id (job, restart count, number
+of the start within it), which is in lease.json before ranks start; a rank that finds another id there ends without
+writing anything more.
+
+The file has a fixed size and is rewritten in place by its owner, through a descriptor in which the owner has just read
+its own id; a new owner replaces the file. So a write that comes too late goes to a file that nobody reads any more, and
+a full disk does not stop the counter that shows that the holder lives. A lease that is given up stays in its place,
+marked as released: who was fenced out before stays so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import socket
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mmscale.errors import LaunchError
+from mmscale.runtime.processes import Process
 
 LEASE = "lease.json"
 VARIABLE = "MMSCALE_ATTEMPT_ID"  # what the launcher tells its ranks
+BEAT_S = 2.0  # between two beats of a holder
+SILENT_S = 20.0  # a holder that nobody can see counts as dead when it has not beaten for so long
+ORPHANED_S = 60.0  # for its own ranks, which have more to lose
+_WIDTH = 1000  # bytes before the beat
+_BEAT = '"beat": "'
+_DIGITS = 20
+_TRIES, _PAUSE_S = 4, 0.2
+_DAMAGED = (ValueError, TypeError, AttributeError, KeyError)  # of `decode`
 
 
 class FencedError(LaunchError):
@@ -36,30 +51,135 @@ class Lease:
         id: of the attempt; no two are equal.
         attempt: its number in the run, as in metrics.jsonl.
         job: of SLURM; "" for ranks of one machine.
-        host, pid: the process that started the ranks.
+        host: where the holder runs, for people.
+        process: the holder, which started the ranks or is rank 0 itself.
+        writer: rank 0 below a launcher, once it has begun: it may outlive the holder while it saves.
+        by: "train" or "launch".
         time: when it was taken [seconds since 1970].
+        token: random; no two takings are equal.
+        folder: inode of the run's folder: a copy of the folder has another one.
+        released: it was given up.
+        beat: counts as long as the holder lives.
     """
 
     id: str
     attempt: int
     job: str = ""
     host: str = ""
-    pid: int = 0
+    process: Process = field(default_factory=Process)
+    writer: Process | None = None
+    by: str = ""
     time: float = 0.0
+    token: str = ""
+    folder: int = 0
+    released: bool = False
+    beat: int = 0
+
+    def is_of(self, run: Path) -> bool:
+        """Whether it was taken in this folder, and not in one that this is a copy of."""
+        return self.folder == inode(run)
 
 
-def take(run: Path, lease_id: str, *, attempt: int, job: str = "") -> Lease:
-    """Make an attempt the owner of a run; whoever was loses it."""
-    lease = Lease(lease_id, attempt, job, socket.gethostname(), os.getpid(), round(time.time(), 3))
-    run.mkdir(parents=True, exist_ok=True)
-    _write(run, lease)
-    return lease
+def encode(lease: Lease) -> bytes:
+    """The content of the file; the same number of bytes for every lease."""
+    content = asdict(lease)
+    del content["beat"]
+    text = json.dumps(content)[:-1] + ","
+    assert len(text) <= _WIDTH, text
+    return f'{text.ljust(_WIDTH)}{_BEAT}{lease.beat:0{_DIGITS}d}"}}\n'.encode()
 
 
-def _write(run: Path, lease: Lease) -> None:
-    temporary = run / f".{LEASE}.{socket.gethostname()}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(lease)) + "\n")
-    temporary.replace(run / LEASE)
+def decode(content: bytes) -> Lease:
+    """Back from `encode`, or from what older versions wrote.
+
+    Raises:
+        ValueError, TypeError, AttributeError, KeyError: it is no lease.
+    """
+    found: dict[str, Any] = json.loads(content)
+    for name in ("process", "writer"):
+        if found.get(name) is not None:
+            found[name] = Process(**found[name])
+    if "pid" in found:  # written by a version that knew the number alone
+        found["process"] = Process(found["pid"])
+    found["beat"] = int(found.get("beat", 0))
+    return Lease(**{name: found[name] for name in Lease.__dataclass_fields__ if name in found})
+
+
+def inode(run: Path) -> int:
+    """What tells a folder from a copy of it; 0 if it is not there."""
+    try:
+        return run.stat().st_ino
+    except OSError:
+        return 0
+
+
+def read(file: Path) -> Lease | None:
+    """The lease in a file, given up or not; None if there is none.
+
+    Raises:
+        PermissionError: this user may not read it.
+        LaunchError: it cannot be read, also when tried again.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            return decode(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            raise
+        except OSError as error:  # a stale handle, a hiccup of the network: no word about whose it is
+            if not left:
+                raise LaunchError(f"{file} cannot be read: {error.strerror}", remedy="try again") from None
+        except _DAMAGED as error:  # being written, at best
+            if not left:
+                raise LaunchError(f"{file} cannot be read: {error}", remedy="remove it if nothing runs there") from None
+        time.sleep(_PAUSE_S)
+    raise AssertionError
+
+
+def owner(run: Path) -> Lease | None:
+    """The attempt that owns a run; None if there is none.
+
+    Raises:
+        PermissionError, LaunchError: as `read`.
+    """
+    found = read(run / LEASE)
+    return None if found is None or found.released else found
+
+
+@contextlib.contextmanager
+def _opened(run: Path, mine: Callable[[Lease], bool]) -> Iterator[tuple[int, Lease | None]]:
+    """The file, open for its owner, and the lease in it; None in its place if it is another's."""
+    descriptor = os.open(run / LEASE, os.O_RDWR)
+    try:
+        found = decode(os.pread(descriptor, 2 * _WIDTH, 0))
+        yield descriptor, (found if mine(found) else None)
+    finally:
+        os.close(descriptor)
+
+
+def _change(run: Path, lease_id: str, **fields: Any) -> None:
+    """Change one's own lease in its place.
+
+    Raises:
+        FencedError: another attempt owns the run.
+        LaunchError: it cannot be written, also when tried again.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            with _opened(run, lambda found: found.id == lease_id and not found.released) as (descriptor, found):
+                if found is not None:
+                    os.pwrite(descriptor, encode(replace(found, **fields))[:_WIDTH], 0)
+                    return
+                break
+        except FileNotFoundError:
+            break
+        except (OSError, *_DAMAGED) as error:
+            if not left:
+                raise LaunchError(f"{run / LEASE} cannot be written: {error}", remedy="try again") from None
+        time.sleep(_PAUSE_S)
+    held = owner(run)
+    raise FencedError(f"{run} belongs to attempt {held.id if held else 'nobody'} now, and not to {lease_id}")
 
 
 def renew(run: Path, lease_id: str, *, attempt: int) -> None:
@@ -67,29 +187,38 @@ def renew(run: Path, lease_id: str, *, attempt: int) -> None:
 
     Raises:
         FencedError: another attempt owns the run.
+        LaunchError: it cannot be written, also when tried again.
     """
-    found = owner(run)
-    if found is None or found.id != lease_id:
-        raise FencedError(f"{run} belongs to attempt {found.id if found else 'nobody'} now, and not to {lease_id}")
-    _write(run, replace(found, attempt=attempt))
+    _change(run, lease_id, attempt=attempt)
 
 
-def owner(run: Path) -> Lease | None:
-    """The attempt that owns a run; None if no launcher ever started one."""
-    try:
-        found = json.loads((run / LEASE).read_text())
-        return Lease(**{name: found[name] for name in Lease.__dataclass_fields__ if name in found})
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise LaunchError(f"{run / LEASE} cannot be read: {error}", remedy="remove it if nothing runs there") from None
+def join(run: Path, lease_id: str) -> None:
+    """Say that this process writes below the holder, if the lease is one's own and can be written."""
+    with contextlib.suppress(LaunchError):
+        _change(run, lease_id, writer=Process.this())
 
 
 def release(run: Path, lease_id: str) -> None:
     """Give a run up, if it is still one's own."""
-    found = owner(run)
-    if found is not None and found.id == lease_id:
-        (run / LEASE).unlink(missing_ok=True)
+    with contextlib.suppress(LaunchError):
+        _change(run, lease_id, released=True)
+
+
+def beat(run: Path, lease: Lease, number: int) -> bool:
+    """Count on; whether the file is there, and its lease still this one.
+
+    Raises:
+        OSError, ValueError, TypeError, AttributeError, KeyError: it cannot be read or written, which says nothing
+            about whose it is.
+    """
+    with _opened(run, lambda found: found.token == lease.token) as (descriptor, found):
+        if found is None:
+            return False
+        try:
+            os.pwrite(descriptor, f"{number:0{_DIGITS}d}".encode(), _WIDTH + len(_BEAT))
+        except OSError:  # a file system that writes changed blocks elsewhere is full
+            os.utime(descriptor)
+        return True
 
 
 def launched_attempt(run: Path, environ: Mapping[str, str] = os.environ) -> int | None:
@@ -99,7 +228,9 @@ def launched_attempt(run: Path, environ: Mapping[str, str] = os.environ) -> int 
 
 
 class Fence:
-    """Asks whether this process may still write.
+    """Asks whether this process may still write, and whether the holder of its lease lives.
+
+    Only a lease that is another attempt's ends anything: one that cannot be read, or is gone, says nothing.
 
     Args:
         run: The run's folder.
@@ -112,6 +243,9 @@ class Fence:
         self.lease_id = lease_id
         self.every_s = every_s
         self._looked = -every_s
+        self._found: Lease | None = None
+        self._sign: tuple[object, ...] = ()  # of life
+        self._sign_at = time.monotonic()
 
     @classmethod
     def of_rank(cls, run: Path, rank: int, environ: Mapping[str, str] = os.environ) -> Fence:
@@ -135,9 +269,30 @@ class Fence:
         """
         if self.lease_id is None:
             return
-        self._looked = time.monotonic()
-        found = owner(self.run)
-        if found is None or found.id != self.lease_id:
-            raise FencedError(
-                f"{self.run} belongs to attempt {found.id if found else 'nobody'} now; this one, {self.lease_id}, ends"
-            )
+        try:
+            found = read(self.run / LEASE)
+        except (LaunchError, OSError):
+            return
+        finally:
+            self._looked = time.monotonic()
+        if found is not None and found.id != self.lease_id:
+            raise FencedError(f"{self.run} belongs to attempt {found.id} now; this one, {self.lease_id}, ends")
+        self._found = found
+        sign = (None,) if found is None else (found.token, found.beat, found.attempt)
+        if sign != self._sign:
+            self._sign, self._sign_at = sign, self._looked
+
+    def is_orphaned(self) -> bool:
+        """Whether the holder of the lease has died, as far as the last look could tell.
+
+        Nobody takes care of this attempt's end then, and the next start may take the run over.
+        """
+        if self.lease_id is None or not self._sign:
+            return False
+        if self._found is not None:
+            if self._found.released:
+                return True
+            lives = self._found.process.lives()
+            if lives is not None:
+                return not lives
+        return self._looked - self._sign_at > ORPHANED_S

@@ -1,0 +1,112 @@
+# Names a process for good: a number alone is given to another process when its owner has ended. No torch.
+"""Identity of processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+_ENDED = ("Z", "X", "x")  # states in /proc/PID/stat of a process that has ended and is not reaped
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, also one of another machine or container.
+
+    Attributes:
+        pid: its number in its PID namespace.
+        started: when it was started [clock ticks since the machine booted]; field 22 of /proc/PID/stat, proc(5).
+        boot: id of that boot, which no two machines and no two boots share; "": unknown.
+        namespace: its PID namespace; "": unknown.
+    """
+
+    pid: int = 0
+    started: int = 0
+    boot: str = ""
+    namespace: str = ""
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """A process that this one can see; None if there is none."""
+        found = _stat(pid)
+        return None if found is None else cls(pid, found[1], _boot(), _namespace())
+
+    @classmethod
+    def this(cls) -> Process:
+        """The process that asks."""
+        return cls.of(os.getpid()) or cls(os.getpid())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its number means something to this process: the same boot of the same machine, the same namespace."""
+        return bool(self.boot and self.namespace) and (self.boot, self.namespace) == (_boot(), _namespace())
+
+    def lives(self) -> bool | None:
+        """Whether it runs; None where that cannot be told from here."""
+        if not self.is_here:
+            return None
+        try:
+            found = _stat(self.pid)
+        except OSError:  # /proc hides the processes of other users
+            return None
+        return found is not None and found[1] == self.started and found[0] not in _ENDED
+
+    def send(self, number: signal.Signals) -> bool:
+        """Send it a signal, and never one to a process that has got its number since.
+
+        Returns:
+            Whether it was there.
+
+        Raises:
+            PermissionError: it belongs to another user.
+        """
+        if not self.is_here:
+            return False
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return False
+        try:  # the descriptor stands for whoever has the number now; from here on that cannot change
+            if not self.lives():
+                return False
+            signal.pidfd_send_signal(descriptor, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """State and start time of a process; None if there is no such process.
+
+    Raises:
+        OSError: there is one, and this user may not know more.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        raise
+    return fields[0], int(fields[19])
+
+
+@functools.cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from launch.job_table import JobTable
 from mmscale.checkpoint.layout import Store
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
-from mmscale.resilience import lease
+from mmscale.resilience import lease, run_lock
 from mmscale.train.preflight import check_changes
 from mmscale.train.stages.table import STAGES
 
@@ -35,9 +33,11 @@ def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
     Raises:
         LaunchError: nothing of this run is running or waiting.
     """
-    folder = _launch_folder(run)
+    held = lease.owner(run)
+    if held is not None and not held.job:
+        return _stop_process(run, held, now=now)
     if not chain.keys(run):
-        return _stop_here(run, folder, now=now)
+        raise LaunchError(f"{run} does not run", remedy=f"`mmscale status {run}` tells how it ended")
     try:
         found = chain.links(run, JobTable())
     except scheduler.UnreachableError as error:
@@ -78,15 +78,28 @@ def _ask_without_slurm(run: Path, error: scheduler.UnreachableError) -> dict[str
     return {"run": str(run), "job": chain.keys(run)[-1][1].id, "done": done, "jobs": {}}
 
 
-def _stop_here(run: Path, folder: Path, *, now: bool) -> dict[str, Any]:
-    held = lease.owner(run)
-    if held is None or held.host != os.uname().nodename:
-        raise LaunchError(f"{run} does not run on this machine", remedy="run `mmscale stop` where it was launched")
-    records.ask_stop(folder)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(held.pid, signal.SIGKILL if now else signal.SIGUSR1)
-        return {"run": str(run), "job": "", "done": "ended" if now else "asked to save and end", "jobs": {}}
-    raise LaunchError(f"{run} does not run: process {held.pid} is gone", remedy=f"`mmscale resume {run}`")
+def _stop_process(run: Path, held: lease.Lease, *, now: bool) -> dict[str, Any]:
+    """Stop what a process holds that SLURM knows nothing of: `mmscale train`, or a launch on this machine."""
+    result = {"run": str(run), "job": "", "jobs": {}}
+    folder = records.latest(run)
+    if held.by == "launch" and folder is not None:
+        records.ask_stop(folder)
+    if run_lock.holder_lives(run, held) is None:
+        where = f"process {held.process.pid} on {held.host}"
+        if held.by == "launch" and folder is not None and not now:  # it looks for the request once a second
+            return result | {
+                "done": f"asked to save and end, through the run folder alone: {where} is not seen from here"
+            }
+        raise LaunchError(
+            f"{run} is trained by {where}, which is not seen from here", remedy=f"run `mmscale stop {run}` there"
+        )
+    # A launch has one child, which starts the ranks and takes them with it. Killed, `mmscale train` does so itself.
+    below = held.process.children() if now and held.by == "launch" else []
+    if not held.process.send(signal.SIGKILL if now else signal.SIGUSR1):
+        raise LaunchError(f"{run} does not run: process {held.process.pid} is gone", remedy=f"`mmscale resume {run}`")
+    for process in below:
+        process.send(signal.SIGKILL)
+    return result | {"done": "ended" if now else "asked to save and end"}
 
 
 def resume(

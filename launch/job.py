@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -32,8 +32,9 @@ from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Budget, Ending, c
 from launch.progress import Progress
 from launch.scheduler import UnreachableError, patiently
 from mmscale.checkpoint.layout import Store
-from mmscale.errors import LaunchError, MmscaleError
+from mmscale.errors import MmscaleError
 from mmscale.resilience import lease
+from mmscale.resilience.run_lock import RunLock
 from mmscale.runtime.rank_env import unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
@@ -45,7 +46,7 @@ _PROGRESS_S = 30.0  # between two notes of the run's progress
 _FIRST_LOOK_S = 10.0  # after ranks were started
 _OTHERS_S = 60.0  # after one rank has said that trying again would not help; as srun's --wait
 _KILLED_S = 90.0  # a requeued job is ended by SLURM within KillWait
-_NOTED = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_NOTED = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Supervisor:
         self.began: float | None = round(time.time(), 3)  # of a start of the job that no attempt has been told yet
         self.bandwidth: dict[str, Any] = {}
         self.signals: list[str] = []
+        self.lock = RunLock(self.run_dir, job=self.job, by="launch")
         self.allocation = Allocation(
             self.job,
             patience_s=self.profile.slurm_patience,
@@ -99,7 +101,8 @@ class Supervisor:
     @contextlib.contextmanager
     def noting_signals(self) -> Iterator[None]:
         """Note requests instead of ending; they are passed on by the loop, not by the handler."""
-        before = {number: signal.signal(number, self._note) for number in _NOTED}
+        heard = [number for number in _NOTED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield
         finally:
@@ -127,18 +130,31 @@ class Supervisor:
             UnreachableError: SLURM has not answered for the profile's `slurm_patience`, and no rank could be started.
         """
         try:
-            patiently(
-                lambda: owner.refuse_busy(self.run_dir, job=self.job),
-                patience_s=self.profile.slurm_patience if self.slurm else 0.0,
-                give_up=self._stopping,
-            )
-            return self._run()
+            with self.lock:
+                self._take(0, known_dead=self._refuse_busy())
+                return self._run()
         except UnreachableError as error:
             if self._stopping():
                 return self._end_before_ranks()
             with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
                 events.add("gave_up", why=error.cause, status=error.exit_status)
             raise
+
+    def _refuse_busy(self) -> frozenset[str]:
+        """`owner.refuse_busy` for the run of this job, and for other stages of it."""
+        found: frozenset[str] = frozenset()
+        for folder in self.record.stage_folders:
+            found |= patiently(
+                lambda folder=folder: owner.refuse_busy(folder, job=self.job),  # type: ignore[misc]
+                patience_s=self.profile.slurm_patience if self.slurm else 0.0,
+                give_up=self._stopping,
+            )
+        return found
+
+    def _take(self, number: int, *, known_dead: Collection[str] = ()) -> lease.Lease:
+        """Take the run's lease for an attempt; `number`: of the start of ranks within this start of the job."""
+        name = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
+        return self.lock.take(name, attempt=next_attempt(self.run_dir), known_dead=known_dead)
 
     def _run(self) -> int:
         self._remove_stale_results()
@@ -152,24 +168,17 @@ class Supervisor:
                 self._preflight()
                 if self._interrupted():
                     continue
-            attempt = next_attempt(self.run_dir)
-            lease_id = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
-            lease.take(self.run_dir, lease_id, attempt=attempt, job=self.job)
-            fence = lease.Fence(self.run_dir, lease_id)
-            try:
-                with contextlib.closing(EventLog(self.run_dir, attempt, may_write=fence.check)) as events:
-                    if lost:
-                        events.add("cordoned", nodes=lost, file=self.profile.cordon_file)
-                        lost = {}
-                    action, status = self._attempt(lease_id, attempt, fence, events)
-            except LaunchError:  # nothing of it runs any more
-                lease.release(self.run_dir, lease_id)
-                raise
+            taken = self._take(number)
+            fence = lease.Fence(self.run_dir, taken.id)
+            with contextlib.closing(EventLog(self.run_dir, taken.attempt, may_write=fence.check)) as events:
+                if lost:
+                    events.add("cordoned", nodes=lost, file=self.profile.cordon_file)
+                    lost = {}
+                action, status = self._attempt(taken.id, taken.attempt, fence, events)
             if action is Action.RETRY:
                 number += 1
                 continue
-            if action is not Action.REQUEUE:
-                lease.release(self.run_dir, lease_id)
+            self.lock.keep = action is Action.REQUEUE
             return status
 
     # --- before -----------------------------------------------------------------------------------------------------
@@ -196,7 +205,7 @@ class Supervisor:
             state = self.allocation.state(patiently_asked=True)
             if state is not None and phase_of(state) is Phase.RUNNING and state != NO_ANSWER:
                 _say(f"{self.signals[-1]} before ranks were started: requeued")
-                self._requeue()
+                self.lock.keep = not self._requeue()
         return STOPPED
 
     def _look_for_preemption(self) -> None:

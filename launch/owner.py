@@ -1,20 +1,19 @@
-# Whether somebody trains a run already: its lease says who does, SLURM whether that job still runs. Asked before a job
-# queues (submit.py, control.py), and once more by the job itself (job.py).
+# Whether somebody trains a run already: its lease says who does, SLURM whether that job still runs, its process and its
+# counter whether it lives. Asked before a job queues (submit.py, control.py), and once more by the job itself (job.py).
 """One run has one owner."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from launch import chain
 from launch import record as records
 from launch.job_table import JobTable
 from mmscale.errors import LaunchError
-from mmscale.resilience import lease
+from mmscale.resilience import lease, run_lock
 
 
-def refuse_busy(run: Path, *, job: str | None = None) -> None:
+def refuse_busy(run: Path, *, job: str | None = None) -> frozenset[str]:
     """Two jobs must not train one run.
 
     Args:
@@ -22,15 +21,17 @@ def refuse_busy(run: Path, *, job: str | None = None) -> None:
         job: the one that asks, "" without SLURM: it may own the run already, since an earlier start. None: there is
             none yet, and then all jobs of its launches count too, which may only wait to begin.
 
+    Returns:
+        Ids of attempts that are over, as SLURM says: `RunLock.take` need not watch their holders.
+
     Raises:
         UnreachableError: SLURM does not answer.
         LaunchError: another one trains it, or waits to.
     """
     owner = lease.owner(run)
-    if owner is not None and not owner.job and owner.host == os.uname().nodename and _lives(owner.pid):
-        raise LaunchError(
-            f"{run} is being trained by process {owner.pid}", remedy=f"`mmscale stop {run}` has it save and end"
-        )
+    if owner is not None and not owner.job:
+        run_lock.refuse_held(run)
+    over: frozenset[str] = frozenset()
     for link in _links(run, owner, job):
         if link.alive and link.state is not None:
             raise LaunchError(
@@ -43,6 +44,11 @@ def refuse_busy(run: Path, *, job: str | None = None) -> None:
                 f"{link.note}",
                 remedy=f"`mmscale stop {run}` there; if nothing runs any more, remove {run / lease.LEASE}",
             )
+        if owner is not None and link.key.id == owner.job and link.state is not None and link.folder != run:
+            over = frozenset({owner.id})
+    if owner is not None and owner.job:
+        run_lock.refuse_held(run, job=job or "", known_dead=over)
+    return over
 
 
 def _links(run: Path, owner: lease.Lease | None, job: str | None) -> list[chain.Link]:
@@ -55,14 +61,3 @@ def _links(run: Path, owner: lease.Lease | None, job: str | None) -> list[chain.
     if holder and all(link.key.id != holder for link in found):
         found.append(chain.Link(run, records.JobKey(holder), table.states([holder]).get(holder)))
     return found
-
-
-def _lives(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

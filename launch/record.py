@@ -96,6 +96,12 @@ class Record:
         return Path(self.run).parent if STAGES[self.stage].subfolder else Path(self.run)
 
     @property
+    def stage_folders(self) -> list[Path]:
+        """Folders of this stage and of all others of its run: one of them trains at a time."""
+        others = (stage.folder(self.main_run) for stage in STAGES.values())
+        return list(dict.fromkeys((Path(self.run), *others)))
+
+    @property
     def config(self) -> Path:
         """The resolved configuration."""
         return Path(self.folder) / "config.yaml"

@@ -21,7 +21,7 @@ from launch.progress import Progress
 from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError
-from mmscale.resilience import lease
+from mmscale.resilience import lease, run_lock
 from mmscale.train.metrics import EVENTS, METRICS, read_events
 from mmscale.train.stages.table import STAGES, of_folder
 
@@ -186,6 +186,9 @@ def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
 def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, Any]:
     """state, reason, job, nodes, chain, ended."""
     found: dict[str, Any] = {"state": "unknown", "reason": "", "job": "", "nodes": "", "chain": [], "ended": True}
+    held = lease.owner(run)
+    if held is not None and not held.job and _is_held(run, held):
+        return found | {"state": "RUNNING", "nodes": held.host, "ended": False}
     if jobs.error:
         over = _over(run, events)
         word = _last_word(run, events) if over else None
@@ -203,10 +206,16 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
             return found | {"reason": shown.note, "ended": False}
         state, reason = _how_it_ended(run, events, shown)
         return found | {"state": state, "reason": reason, "nodes": shown.state.nodes if shown.state else ""}
-    owner = lease.owner(run)
-    if owner is not None and owner.host:
-        return found | {"state": "RUNNING", "nodes": owner.host, "ended": False}
+    if held is not None and not held.job:
+        gone = f"process {held.process.pid} on {held.host} is gone, and has not said how it ended"
+        return found | {"state": _last_word(run, events) or "killed", "reason": gone, "nodes": held.host}
     return found | {"state": _last_word(run, events) or "unknown"}
+
+
+def _is_held(run: Path, held: lease.Lease) -> bool:
+    """Whether the holder lives: by its process or, where that is not seen, by the time of its last beat."""
+    lives = run_lock.holder_lives(run, held)
+    return held.is_of(run) and time.time() - lease.changed(run) < lease.ORPHANED_S if lives is None else lives
 
 
 def _expected(state: scheduler.JobState) -> str:

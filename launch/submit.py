@@ -186,9 +186,9 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
 
 
 def _refuse_busy(planned: Sequence[Planned]) -> None:
-    """Nobody may train the same; nor the run of a stage, which goes on from its newest checkpoint."""
+    """Nobody may train the same; nor another stage of the run, since they go on from each other's checkpoints."""
     for one in planned:
-        for folder in dict.fromkeys((one.record.main_run, Path(one.record.run))):
+        for folder in one.record.stage_folders:
             owner.refuse_busy(folder)
 
 

@@ -5,9 +5,9 @@ import os
 import signal
 import sys
 
-if "MMSCALE_ATTEMPT_ID" in os.environ and "MMSCALE_LAUNCHER" in os.environ:
+if "MMSCALE_LAUNCHER" in os.environ and not os.environ.get("MMSCALE_ATTEMPT_ID", "train-").startswith("train-"):
     # A rank of a launched job: a request to save that comes while torch is imported waits, and does not kill it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
 
 from mmscale.cli import main
 

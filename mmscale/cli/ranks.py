@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -56,9 +56,11 @@ def own_rank(nproc: int | None) -> RankEnv:
     return discover()
 
 
-def start(nproc: int, *, log_dir: Path, arguments: Sequence[str] | None = None) -> int:
+def start(
+    nproc: int, *, log_dir: Path, arguments: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
+) -> int:
     """Run this same command line as `nproc` ranks; returns their exit status."""
-    return run_local(nproc, list(sys.argv[1:] if arguments is None else arguments), log_dir=log_dir)
+    return run_local(nproc, list(sys.argv[1:] if arguments is None else arguments), log_dir=log_dir, environ=environ)
 
 
 def start_for_a_while(nproc: int | None) -> int:

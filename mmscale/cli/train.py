@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +17,10 @@ from mmscale.cli import ranks
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
 from mmscale.cli.stage import OfStage, Stage
 from mmscale.errors import TrainingError, UsageError
+from mmscale.runtime.rank_env import RankEnv
+
+if TYPE_CHECKING:
+    from mmscale.train.stages.table import Stage as StageEntry
 
 _ROUTINGS = (
     "batch",
@@ -51,23 +57,26 @@ def train(
     74 checkpoints cannot be written, 75 stopped on request after a save.
     """
     from mmscale.config.load import load
-    from mmscale.resilience.lease import launched_attempt
-    from mmscale.train.metrics import next_attempt, read_metrics
+    from mmscale.train import holding
+    from mmscale.train.metrics import read_metrics
     from mmscale.train.stages.table import STAGES
 
     loaded = load(config, overrides or ())
     entry = STAGES[stage]
-    folder = entry.folder(Path(loaded.run.dir) / loaded.run.name)
+    main_run = Path(loaded.run.dir) / loaded.run.name
+    folder = entry.folder(main_run)
+    starts = ranks.starts_ranks(nproc)
+    env = RankEnv() if starts else ranks.own_rank(nproc)
+    if env.world_size == 1:  # ranks that meet are refused by their first one, all of them
+        holding.refuse_held(main_run, entry)
     if from_scratch:
         from mmscale.train.scratch import start_from_scratch
 
-        start_from_scratch(folder, first=ranks.starts_ranks(nproc) or ranks.own_rank(nproc).is_first)
-    if ranks.starts_ranks(nproc):
+        start_from_scratch(folder, first=env.is_first)
+    if starts:
         assert nproc is not None
         entry.preflight(loaded, world_size=nproc, yes=yes)  # said once here, and not by every rank
-        attempt = launched_attempt(folder) or next_attempt(folder)
-        raise typer.Exit(ranks.start(nproc, log_dir=folder / "logs" / f"attempt_{attempt}"))
-    env = ranks.own_rank(nproc)
+        raise typer.Exit(_start_ranks(nproc, main_run, entry))
     from mmscale.train import run
 
     status = run.main(loaded, env, stage=entry.name, yes=yes)
@@ -76,6 +85,21 @@ def train(
         result = {"run": str(folder), "exit_status": status, "last": records[-1] if records else None}
         emit(result, as_json=True, text=lambda: None)
     raise typer.Exit(status)
+
+
+def _start_ranks(nproc: int, run: Path, stage: StageEntry) -> int:
+    """Train as local ranks, holding the run for them unless the job of a launch does; their exit status."""
+    from mmscale.resilience.lease import VARIABLE, launched_attempt
+    from mmscale.train import holding
+    from mmscale.train.metrics import next_attempt
+
+    folder = stage.folder(run)
+    with contextlib.ExitStack() as stack:
+        environ = dict(os.environ)
+        if not holding.is_launched():
+            environ[VARIABLE] = stack.enter_context(holding.held(run, stage))
+        attempt = launched_attempt(folder, environ) or next_attempt(folder)
+        return ranks.start(nproc, log_dir=folder / "logs" / f"attempt_{attempt}", environ=environ)
 
 
 def evaluate(

@@ -113,6 +113,11 @@ def inode(run: Path) -> int:
         return 0
 
 
+def changed(run: Path) -> float:
+    """When the lease was written last, by the clock of the file system [seconds since 1970]."""
+    return (run / LEASE).stat().st_mtime
+
+
 def read(file: Path) -> Lease | None:
     """The lease in a file, given up or not; None if there is none.
 

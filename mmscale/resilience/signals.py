@@ -60,6 +60,10 @@ class StopRequest:
         if self.name is None or _CODES[signal.Signals(number)] > _CODES[signal.Signals[self.name]]:
             self.name = signal.Signals(number).name
 
+    def ask(self, number: signal.Signals) -> None:
+        """Ask as this signal would."""
+        self._note(number, None)
+
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank. Every rank calls it at the same step."""
         return self.agreed_with(device)[0]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -54,6 +55,17 @@ class Process:
             return None
         return found is not None and found[1] == self.started and found[0] not in _ENDED
 
+    def children(self) -> list[Process]:
+        """The processes that it has started, as long as both live and are seen from here."""
+        if not self.lives():
+            return []
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if entry.name.isdigit() and int(_fields(int(entry.name))[1]) == self.pid:
+                    found.append(Process.of(int(entry.name)))
+        return [process for process in found if process is not None]
+
     def send(self, number: signal.Signals) -> bool:
         """Send it a signal, and never one to a process that has got its number since.
 
@@ -87,7 +99,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
         OSError: there is one, and this user may not know more.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _fields(pid)
     except (FileNotFoundError, ProcessLookupError):
         try:
             os.kill(pid, 0)
@@ -95,6 +107,11 @@ def _stat(pid: int) -> tuple[str, int] | None:
             return None
         raise
     return fields[0], int(fields[19])
+
+
+def _fields(pid: int) -> list[str]:
+    """State, parent, ... of a process: what follows its name, which may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from mmscale.runtime import device
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.groups import from_first
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import saves
+from mmscale.train import holding, saves
 from mmscale.train.evaluate import evaluate
 from mmscale.train.hooks import LogHook, PlaceHook, ReplicaHook, StillHook
 from mmscale.train.loop import Hook, Trainer
@@ -84,8 +84,12 @@ def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False) 
     run = Path(config.run.dir) / config.run.name
     given = Given(config, settings, run, entry.folder(run), env, groups)
     try:
-        with StopRequest() as stop, contextlib.ExitStack() as stack:
-            return _Attempt(entry, given, train_data, held_out, stop, stack).run(yes=yes)
+        with (
+            StopRequest() as stop,
+            holding.held_by_ranks(run, entry, env, from_first=from_first) as fence,
+            contextlib.ExitStack() as stack,
+        ):
+            return _Attempt(entry, given, train_data, held_out, stop, fence, stack).run(yes=yes)
     finally:
         process_groups.finalize()
 
@@ -103,6 +107,7 @@ class _Attempt:
         train_data: Mixture,
         held_out: Mixture | None,
         stop: StopRequest,
+        fence: Fence,
         stack: contextlib.ExitStack,
     ) -> None:
         self.entry, self.given, self.stop, self.stack = entry, given, stop, stack
@@ -110,7 +115,7 @@ class _Attempt:
         self.groups: ProcessGroupCollection = given.groups
         self.train_data, self.held_out = train_data, held_out
         config, env = self.config, self.env
-        self.fence = Fence.of_rank(self.folder, env.rank)
+        self.fence = fence
         self.faults = Faults.of_rank(env.rank)
         first = env.is_first
         self.number = from_first((launched_attempt(self.folder) or next_attempt(self.folder)) if first else None)

@@ -5,6 +5,7 @@ The manager knows neither configurations nor terminals; here it gets both.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,6 +171,8 @@ def load_newest(
 def border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput, fence: Fence) -> bool:
     """Between two steps: whether to stop, and how far the save has come that is under way, in one collective."""
     fence.look()
+    if fence.is_orphaned() and stop.name is None:
+        stop.ask(signal.SIGTERM)  # whoever started these ranks was killed: nobody else will end them
     saver = checkpoints.saver
     stopping, (working, failed) = stop.agreed_with(device.taken(), *saver.word())
     if saver.under_way:

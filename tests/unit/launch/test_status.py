@@ -18,7 +18,7 @@ from launch.job_states import STATES, Phase
 from launch.job_table import JobTable
 from launch.scheduler import ExitCode, JobState
 from mmscale.errors import LaunchError
-from mmscale.resilience import lease
+from mmscale.resilience import run_lock
 from mmscale.train.metrics import EventLog
 from tests.unit.launch.fake_slurm import FakeSlurm
 
@@ -184,7 +184,7 @@ def test_a_job_of_another_cluster_is_left_alone(slurm: FakeSlurm, tmp_path: Path
     found = shown(run)
     assert (found["state"], found["ended"]) == ("unknown", False) and "of cluster elsewhere" in found["reason"]
     owner.refuse_busy(run)
-    lease.take(run, "7.0.0", attempt=1, job="7")
+    run_lock.take(run, "7.0.0", attempt=1, job="7")
     with pytest.raises(LaunchError, match="nobody here can tell"):
         owner.refuse_busy(run)
 

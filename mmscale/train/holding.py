@@ -1,0 +1,112 @@
+# How a start of `mmscale train` holds its run: as the parent of local ranks, or as rank 0 of ranks that others started.
+# Below `mmscale launch` the job holds it, and ranks only look. The lock itself is resilience/run_lock.py's. No torch.
+"""A run's lock in training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmscale.errors import LaunchError
+from mmscale.resilience import lease, run_lock
+from mmscale.resilience.lease import VARIABLE, Fence
+from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.metrics import next_attempt
+from mmscale.train.stages.table import STAGES, Stage
+
+BY_TRAIN = "train-"  # ids of attempts that `mmscale train` holds begin so
+
+
+def is_launched() -> bool:
+    """Whether the job of a launch, or the parent of these ranks, holds the run."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def beside(run: Path, stage: Stage) -> list[Path]:
+    """Folders of the other stages of a run: they build on each other's checkpoints, so one of them trains at a time.
+
+    Args:
+        run: the main run's folder.
+        stage: the one that asks.
+    """
+    return [folder for other in STAGES.values() if other is not stage and (folder := other.folder(run)).is_dir()]
+
+
+def refuse_held(run: Path, stage: Stage) -> None:
+    """Refuse, before anything is imported or written, what `held` would refuse.
+
+    Args:
+        run: the main run's folder.
+        stage: what is to be trained.
+
+    Raises:
+        HeldError: this stage, or another one of the run, is being trained.
+    """
+    if is_launched():
+        return
+    for folder in (stage.folder(run), *beside(run, stage)):
+        run_lock.refuse_held(folder)
+
+
+@contextlib.contextmanager
+def held(run: Path, stage: Stage) -> Iterator[str]:
+    """Hold a stage of a run; the id of the attempt, which ranks are told as MMSCALE_ATTEMPT_ID.
+
+    Args:
+        run: the main run's folder.
+        stage: what is trained.
+
+    Raises:
+        HeldError: this stage, or another one of the run, is being trained.
+    """
+    folder = stage.folder(run)
+    with run_lock.RunLock(folder, by="train") as lock:
+        attempt = next_attempt(folder)
+        name = f"{BY_TRAIN}{secrets.token_hex(6)}"
+        lock.take(name, attempt=attempt)
+        for other in beside(run, stage):
+            run_lock.refuse_held(other)
+        if next_attempt(folder) != attempt:  # another one has trained between the two lines
+            lease.renew(folder, name, attempt=next_attempt(folder))
+        yield name
+
+
+@contextlib.contextmanager
+def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable[[Any], Any]) -> Iterator[Fence]:
+    """The same for ranks that meet: rank 0 holds the run unless a launcher does. Every rank calls it.
+
+    Args:
+        run: the main run's folder.
+        stage: what is trained.
+        env: place of this rank.
+        from_first: gives rank 0's value on every rank.
+
+    Raises:
+        HeldError: the same on every rank.
+    """
+    folder = stage.folder(run)
+    if is_launched():
+        fence = Fence.of_rank(folder, env.rank)
+        if env.is_first:
+            lease.join(folder, os.environ[VARIABLE])
+        try:
+            yield fence
+        finally:
+            if env.is_first and fence.is_orphaned():  # nobody else gives it up
+                lease.release(folder, os.environ[VARIABLE])
+        return
+    with contextlib.ExitStack() as stack:
+        name, refused = "", None
+        if env.is_first:
+            try:
+                name = stack.enter_context(held(run, stage))
+            except LaunchError as error:
+                refused = (error.cause, error.remedy)
+        name, refused = from_first((name, refused))
+        if refused is not None:
+            raise run_lock.HeldError(refused[0], remedy=refused[1])
+        yield Fence.of_rank(folder, env.rank, {VARIABLE: name})

@@ -58,11 +58,11 @@ def _node(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     # SLURM sends a request to save to every process of a step, SIGTERM of a preemption too: it is the ranks' business.
     # torchrun would give them 30 s for SIGTERM, and end with an error. They begin with the signals blocked as well, so
     # that one which comes before they listen waits for them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={tasks}"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={head}:{port}", f"--rdzv-conf=is_host={int(number == 0)}"]
     command += [f"--rdzv-id={environ.get('MMSCALE_ATTEMPT_ID', 'mmscale')}", f"--max-restarts={restarts}"]
-    command += ["--monitor-interval=0.5", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
+    command += ["--monitor-interval=0.5", "--signals-to-handle=SIGINT,SIGQUIT"]
     command += ["--module", "launch.agent", "rank", logs, head, *train]
     variables = {**environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     os.execve(command[0], command, variables)  # noqa: S606

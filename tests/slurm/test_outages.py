@@ -11,6 +11,7 @@ import pytest
 
 from launch import control, scheduler
 from launch.scheduler import UnreachableError
+from mmscale.resilience import lease
 from mmscale.train.metrics import read_events
 from slurm.local_cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, shown
@@ -61,4 +62,4 @@ def test_an_outage_when_ranks_end_decides_nothing(jobs: Jobs, cluster: Cluster, 
     assert [event["action"] for event in ended(asked)] == ["requeue", "end"] and asked.state().restarts == 1
     assert stopped.until_ended().exit_status == 75 and shown(stopped)["state"] == "stopped"
     for run in jobs.runs:
-        assert not (run.folder / "lease.json").exists()
+        assert lease.owner(run.folder) is None

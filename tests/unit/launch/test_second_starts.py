@@ -22,7 +22,7 @@ from tests.unit.data.prepared import corpus, prepare
 from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.resilience.test_run_lock import held
 
-# Who holds which folder of the run; a job of SLURM is one that SLURM says runs, or one that it does not know (any more).
+# Who holds which folder of the run; SLURM says that job 7 runs, and does not know job 9.
 HOLDERS: dict[str, dict[str, str]] = {
     "train": {"by": "train"},
     "launched here": {"by": "launch"},

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from checkpoints_tools.hf.configuration_moma import MomaConfig
 from checkpoints_tools.hf.image_codes_moma import read_codes
 from checkpoints_tools.hf.modeling_moma import MomaForCausalLM
+from checkpoints_tools.hf.pixels_moma import formats
 from checkpoints_tools.hf.processing_moma import PLACEHOLDER, MomaProcessor
 from checkpoints_tools.hf_config import model_config
 from checkpoints_tools.hf_files import ModelFiles, refuse_two_output_layers
@@ -148,7 +149,7 @@ class Generator:
         edge = self.processor.codes.size
         found = []
         for file in prompt.images:
-            with PIL.Image.open(file) as picture:
+            with PIL.Image.open(file, formats=formats()) as picture:
                 if picture.size != (edge, edge):
                     width, height = picture.size
                     found.append(f"{file} has {width} x {height} pixels, scaled and cropped to {edge} x {edge}")

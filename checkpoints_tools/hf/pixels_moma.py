@@ -4,6 +4,7 @@ Shipped beside the weights. Codes are the business of image_codes_moma.py.
 """
 
 import io
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ import PIL.ImageOps
 import torch
 
 _CHANNELS = (1, 3, 4)
-MAX_PIXELS = 100_000_000  # larger pictures may be bombs: a PNG of a few kB can unpack to gigabytes
+# Larger pictures may be bombs: a PNG of a few kB can unpack to gigabytes. These bounds are those of the training data.
+MAX_PIXELS = 100_000_000
+MAX_NUMBERS = 25_000_000  # pixels of 32-bit numbers
+MAX_ASPECT = 1000  # one side to the other
+_RESIZED_ASPECT = 8  # the ends of longer pictures are cut off before they are resized
+# Formats that Pillow decodes itself. It would run Ghostscript for EPS, whatever a file is called.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_STRIP = 1 << 22  # pixels converted at a time: transparency takes three copies of them
+_ORIENTATION = 0x0112  # of EXIF
 
 
 def load_pixels(image: Any, *, size: int, channels: int) -> np.ndarray:
@@ -34,17 +43,11 @@ def load_pixels(image: Any, *, size: int, channels: int) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             opened = _open(image)
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(f"it has {opened.width}x{opened.height} pixels, too many")
-            picture = _convert(PIL.ImageOps.exif_transpose(opened), channels)
+            _check_bounds(*opened.size, numbers=opened.mode in ("I", "F"))
+            picture = _convert(_upright(opened), channels)
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        raise ValueError(f"image {name} cannot be read: {error}") from error
-    if picture.size != (size, size):
-        scale = size / min(picture.size)
-        width, height = (max(size, round(edge * scale)) for edge in picture.size)
-        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
-        left, top = (width - size) // 2, (height - size) // 2
-        picture = picture.crop((left, top, left + size, top + size))
+        raise ValueError(f"image {name} cannot be read: {error or type(error).__name__}") from error
+    picture = _fitted(picture, size)
     return np.asarray(picture, dtype=np.uint8).reshape(size, size, channels)
 
 
@@ -56,16 +59,52 @@ def _open(image: Any) -> PIL.Image.Image:
     if isinstance(image, str) and "://" in image:
         raise ValueError("addresses are not fetched; download it and give its path")
     if isinstance(image, bytes | bytearray | memoryview):
-        return PIL.Image.open(io.BytesIO(image))
+        return PIL.Image.open(io.BytesIO(image), formats=formats())
     if isinstance(image, str | Path) or hasattr(image, "read"):
-        return PIL.Image.open(image)
+        return PIL.Image.open(image, formats=formats())
     if torch.is_tensor(image):
+        _check_array(image.shape, image.element_size())  # a view may be larger than the memory behind it
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         return _picture(image, channels_first=True)
     if hasattr(image, "__array__"):
-        return _picture(np.asarray(image), channels_first=False)
+        array = np.asarray(image)
+        _check_array(array.shape, array.itemsize)
+        return _picture(array, channels_first=False)
     raise ValueError("give a Pillow image, a path, bytes, an array or a tensor")
+
+
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    PIL.Image.init()
+    return tuple(name for name in FORMATS if name in PIL.Image.OPEN)
+
+
+def _check_bounds(width: int, height: int, *, numbers: bool) -> None:
+    """Refuse a picture by its size, before it is decoded.
+
+    Raises:
+        ValueError: it has too many pixels, or is too long for its width.
+    """
+    if width * height > (MAX_NUMBERS if numbers else MAX_PIXELS):
+        raise ValueError(f"it has {width}x{height} pixels, too many")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"it has {width}x{height} pixels, one side is more than {MAX_ASPECT} times the other")
+
+
+def _check_array(shape: tuple, item_bytes: int) -> None:
+    """Refuse an array that has more values than the largest picture.
+
+    Raises:
+        ValueError: it has too many values.
+    """
+    if math.prod(shape) > max(_CHANNELS) * (MAX_PIXELS if item_bytes <= 2 else MAX_NUMBERS):
+        raise ValueError(f"an array of shape {tuple(shape)} has too many values for one image")
+
+
+def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """As a camera wants it shown. Pillow would copy a picture that stands upright already."""
+    return PIL.ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
 
 
 def _picture(array: np.ndarray, *, channels_first: bool) -> PIL.Image.Image:
@@ -118,9 +157,58 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint8)
 
 
+def _fitted(picture: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """The short side resized to `size`, the centre cropped; a picture of this size as it is."""
+    if picture.size == (size, size):
+        return picture
+    picture = _without_ends(picture)
+    scale = size / min(picture.size)
+    width, height = (max(size, round(edge * scale)) for edge in picture.size)
+    picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def _without_ends(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The middle of a picture that is longer than _RESIZED_ASPECT times its short side."""
+    width, height = picture.size
+    most = _RESIZED_ASPECT * min(width, height)
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return picture.crop((left, top, width - left, height - top)) if left or top else picture
+
+
 def _convert(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
-    if picture.mode.startswith("I;16"):  # convert("L") would clip 16-bit grey at 255 instead of scaling it
-        picture = PIL.Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+    """Grey or RGB, transparency on white; strip by strip, so that large pictures take less memory."""
+    picture = _as_bytes(picture)
+    width, height = picture.size
+    rows = max(1, _STRIP // width)
+    if rows >= height:
+        return _opaque(picture, channels)
+    whole = PIL.Image.new("L" if channels == 1 else "RGB", picture.size)
+    for top in range(0, height, rows):
+        strip = picture.crop((0, top, width, min(height, top + rows)))
+        whole.paste(_opaque(strip, channels), (0, top))
+    return whole
+
+
+def _as_bytes(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture of numbers as one of bytes, which Pillow's `convert` would clip at 255 instead of scaling them.
+
+    Sixteen bits are shifted. Files of 32-bit numbers do not say which of them is white: see `_bytes`.
+
+    Raises:
+        ValueError: values have no brightness.
+    """
+    sixteen = picture.mode.startswith("I;16")
+    if not sixteen and picture.mode not in ("I", "F"):
+        return picture
+    values = np.asarray(picture)
+    if sixteen or (picture.mode == "I" and picture.format in ("PNG", "PPM")):  # Pillow scales these to 0..65535
+        return PIL.Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+    return PIL.Image.fromarray(_bytes(values))
+
+
+def _opaque(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = PIL.Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -128,4 +216,4 @@ def _convert(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-__all__ = ["MAX_PIXELS", "load_pixels"]
+__all__ = ["FORMATS", "MAX_ASPECT", "MAX_NUMBERS", "MAX_PIXELS", "formats", "load_pixels"]

@@ -77,16 +77,29 @@ def _spec(spec: str, overrides: list[str], documents: list[str]) -> Any:
 @app.command("inspect", epilog="Example: mmscale data inspect data/digits --sample 3 --out sample")
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")],
-    sample: Annotated[int | None, typer.Option("--sample", metavar="N", min=0, help="Draw document N back.")] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=0, help="Decode document N to text and PNG files.")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the sample.")] = "train",
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the sample's PNG files.")] = Path(
         "sample"
     ),
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="List the documents of the held-out split, one per line.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show documents and tokens of each modality, or one document as text and PNG."""
     from mmscale.data import inspect_set
 
+    if held_out:
+        documents = enumerate(inspect_set.lines(folder, "validation"))
+        if as_json:
+            emit([{"index": index, "text": line} for index, line in documents], as_json=True, text=lambda: None)
+            return
+        for index, line in documents:
+            typer.echo(f"{index}\t{line}")
+        return
     if sample is None:
         result = inspect_set.summary(folder)
         emit(result, as_json=as_json, text=lambda: _summary(result))
@@ -111,6 +124,9 @@ def _summary(result: dict[str, Any]) -> None:
         rows.append(("images", f"{image['kind']}, {image['size']}x{image['size']} pixels, {each}{quality}"))
     if result["tasks"]:
         rows.append(("tasks", ", ".join(result["tasks"])))
+    for what, (common, total) in result["held_out_in_training"].items():
+        if common:
+            rows.append(("held out", f"{common:,} of {total:,} {what} are in training documents too"))
     if result["rejected"]:
         rows.append(("rejected", f"{result['rejected']:,} documents, see rejected.jsonl"))
     pairs(rows)

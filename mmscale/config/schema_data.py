@@ -81,11 +81,16 @@ class PrepareConfig(Section):
         "documents",
     )
     documents: tuple[str, ...] = setting("JSONL, parquet or WebDataset (.tar) files; globs allowed.", ())
+    ignore: tuple[str, ...] = setting(
+        "Keys (columns) of documents that are not read. Any other unknown key rejects its document.", ()
+    )
     text: TextTokenizerConfig = setting("Text tokenizer.", TextTokenizerConfig())
     image: ImageTokenizerConfig = setting("Image tokenizer.", ImageTokenizerConfig())
     emoji: EmojiConfig = setting("Settings of the source emoji.", EmojiConfig())
     held_out: Share = setting(
-        "Share kept for validation: of documents, by a hash of their ids; of base emoji, by a hash of them.", 0.01
+        "Share kept for validation: of documents, by a hash of their `group`, else of their `id`, unless they have a "
+        "`split`; of base emoji, by a hash of them.",
+        0.01,
     )
     augment: Index = setting(
         "digits: shifted copies of each training image (0..8), one pixel in each direction.", 0, unit="copies"

@@ -16,12 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from mmscale.data.documents import BadDocumentError, Document, Rejected, Resolver, folder_resolver, parse_document
+from mmscale.data.documents import (
+    KEYS,
+    BadDocumentError,
+    Document,
+    Rejected,
+    Resolver,
+    folder_resolver,
+    parse_document,
+)
 from mmscale.errors import DataError
 
 Kind = Literal["jsonl", "parquet", "tar"]
 _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "tar"}
 _IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+_OF_A_PAIR = ("id", "loss", "group", "split")  # keys of a pair's .json that are read beside its caption
 _READ_BYTES = 1 << 20
 
 
@@ -32,6 +41,7 @@ class FileSlice:
     Attributes:
         digest: SHA-256 of the whole file.
         offset: byte at which the first record starts (jsonl, tar).
+        ignore: keys of a record that are not read.
     """
 
     path: Path
@@ -40,6 +50,7 @@ class FileSlice:
     first: int
     count: int
     offset: int = 0
+    ignore: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -81,28 +92,33 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def scan_files(files: Sequence[Path], *, slice_records: int, threads: int = 2) -> list[FileSlice]:
+def scan_files(
+    files: Sequence[Path], *, slice_records: int, threads: int = 2, ignore: tuple[str, ...] = ()
+) -> list[FileSlice]:
     """Digest every file once and cut it into slices.
 
     Args:
         files: as from `list_files`.
         slice_records: records of a slice, at most.
         threads: files read at a time (hashing releases the interpreter lock).
+        ignore: keys of a record that are not read.
 
     Raises:
         DataError: a file cannot be read or is damaged as a whole.
     """
     with ThreadPoolExecutor(threads) as pool:
-        return [part for parts in pool.map(lambda file: _scan(file, slice_records), files) for part in parts]
+        return [part for parts in pool.map(lambda file: _scan(file, slice_records, ignore), files) for part in parts]
 
 
-def _scan(file: Path, slice_records: int) -> list[FileSlice]:
+def _scan(file: Path, slice_records: int, ignore: tuple[str, ...]) -> list[FileSlice]:
     kind = _KINDS[file.suffix]
     try:
         if kind == "jsonl":
             digest, starts, total = _scan_jsonl(file, slice_records)
         elif kind == "parquet":
-            total = _open_parquet(file).metadata.num_rows
+            opened = _open_parquet(file)
+            _check_columns(file, opened.schema_arrow.names, ignore)
+            total = opened.metadata.num_rows
             digest, starts = _digest(file), [0] * -(-total // slice_records)
         else:
             digest = _digest(file)
@@ -110,7 +126,15 @@ def _scan(file: Path, slice_records: int) -> list[FileSlice]:
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"documents: {file} cannot be read: {error}", remedy="mend or remove it") from error
     return [
-        FileSlice(file, kind, digest, index * slice_records, min(slice_records, total - index * slice_records), start)
+        FileSlice(
+            file,
+            kind,
+            digest,
+            index * slice_records,
+            min(slice_records, total - index * slice_records),
+            start,
+            ignore,
+        )
         for index, start in enumerate(starts)
     ]
 
@@ -150,7 +174,7 @@ def _read_jsonl(part: FileSlice) -> Iterator[Document | Rejected]:
                 reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"broken JSON: {error}"
                 yield Rejected(where, where, reason)
                 continue
-            yield parse_document(record, where=where, fallback_id=where, resolve=resolve)
+            yield parse_document(record, where=where, fallback_id=where, resolve=resolve, ignore=part.ignore)
 
 
 # -------------------------------------------------------------------------------------------------------- parquet
@@ -171,10 +195,19 @@ def _open_parquet(file: Path) -> Any:
     return opened
 
 
+def _check_columns(file: Path, columns: Sequence[str], ignore: Sequence[str]) -> None:
+    unknown = [name for name in columns if name not in KEYS and name not in ignore]
+    if unknown:
+        raise DataError(
+            f"documents: {file} has columns that are no keys of documents: {', '.join(unknown)}",
+            remedy=f"rename them ({', '.join(KEYS)}), or data.prepare.ignore=[{','.join(unknown)}]",
+        )
+
+
 def _read_parquet(part: FileSlice) -> Iterator[Document | Rejected]:
     resolve = folder_resolver(part.path.parent)
     opened = _open_parquet(part.path)
-    columns = [name for name in ("id", "content", "loss") if name in opened.schema_arrow.names]
+    columns = [name for name in opened.schema_arrow.names if name in KEYS and name != "metadata"]
     end, group_start = part.first + part.count, 0
     for group in range(opened.num_row_groups):
         rows = opened.metadata.row_group(group).num_rows
@@ -243,10 +276,12 @@ def _read_tar(part: FileSlice) -> Iterator[Document | Rejected]:
                     assert opened is not None  # regular members only
                     files[PurePosixPath(member.name).name.partition(".")[2]] = opened.read()
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw
-                yield _parse_sample(key, files, where=f"{part.path.name}:{key}")
+                yield _parse_sample(key, files, where=f"{part.path.name}:{key}", ignore=part.ignore)
 
 
-def _parse_sample(key: str, files: Mapping[str, bytes], *, where: str) -> Document | Rejected:
+def _parse_sample(
+    key: str, files: Mapping[str, bytes], *, where: str, ignore: Sequence[str] = ()
+) -> Document | Rejected:
     """A sample with a .json that has `content` is a document; else its text and its image are a pair."""
     record: Any = {}
     if "json" in files:
@@ -256,17 +291,20 @@ def _parse_sample(key: str, files: Mapping[str, bytes], *, where: str) -> Docume
             return Rejected(where, key, f"broken JSON: {error}")
     if not isinstance(record, Mapping) or "content" not in record:
         record = _pair(key, files, record if isinstance(record, Mapping) else {})
-    return parse_document(record, where=where, fallback_id=key, resolve=_sample_resolver(key, files))
+    return parse_document(record, where=where, fallback_id=key, resolve=_sample_resolver(key, files), ignore=ignore)
 
 
 def _pair(key: str, files: Mapping[str, bytes], record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Caption and image, either one first: half of the pairs teach drawing, half describing (by a hash of the key)."""
+    """Caption and image, either one first: half of the pairs teach drawing, half describing (by a hash of the key).
+
+    The .json of a pair describes the picture in keys of its maker; those that are not a document's are not read.
+    """
     caption = files["txt"].decode("utf-8", "replace") if "txt" in files else record.get("caption", "")
     content: list[dict[str, Any]] = [{"type": "text", "text": caption}]
     content += [{"type": "image", "path": suffix} for suffix in files if suffix.lower() in _IMAGE_SUFFIXES]
     if hashlib.sha256(key.encode()).digest()[0] % 2:
         content.reverse()
-    return {"id": record.get("id", key), "content": content, "loss": record.get("loss")}
+    return {"id": key, "content": content} | {name: record[name] for name in _OF_A_PAIR if name in record}
 
 
 def _sample_resolver(key: str, files: Mapping[str, bytes]) -> Resolver:

@@ -5,8 +5,9 @@ Reading files is document_files.py; token ids are encode.py. No torch here.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TRAIN, VALIDATION = "train", "validation"
+KEYS = ("id", "content", "loss", "group", "split", "metadata")  # of a record; metadata is for the user, and not read
 SplitName = Literal["train", "validation"]
 
 
@@ -49,11 +51,12 @@ class Document:
     """One interleaved document.
 
     Attributes:
-        id: name of the document; its hash decides the split unless `split` is given.
+        id: name of the document.
         content: pieces in reading order.
         where: file and record, for messages.
         loss: modalities whose labels are trained on; None: all of them.
-        split: split the source insists on.
+        split: the split it belongs to, whatever its group.
+        group: documents of one group are in the same split; None: the id is the group.
     """
 
     id: str
@@ -61,6 +64,7 @@ class Document:
     where: str
     loss: tuple[str, ...] | None = None
     split: SplitName | None = None
+    group: str | None = None
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -68,14 +72,15 @@ class Document:
         return tuple(piece for piece in self.content if isinstance(piece, Image))
 
     def split_for(self, held_out: float) -> SplitName:
-        """The split it belongs to: the source's word, else by a hash of its id.
+        """The split it belongs to: `split` if it is given, else by a hash of its group or id.
 
         Args:
             held_out: share of documents for validation, 0..1.
         """
         if self.split is not None:
             return self.split
-        fraction = int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8], "big") / 2**64
+        decides = self.id if self.group is None else self.group
+        fraction = int.from_bytes(hashlib.sha256(decides.encode()).digest()[:8], "big") / 2**64
         return "validation" if fraction < held_out else "train"
 
 
@@ -136,7 +141,9 @@ def folder_resolver(folder: Path) -> Resolver:
     return resolve
 
 
-def parse_document(record: Any, *, where: str, fallback_id: str, resolve: Resolver) -> Document | Rejected:
+def parse_document(
+    record: Any, *, where: str, fallback_id: str, resolve: Resolver, ignore: Collection[str] = ()
+) -> Document | Rejected:
     """Check one decoded record.
 
     Args:
@@ -144,20 +151,44 @@ def parse_document(record: Any, *, where: str, fallback_id: str, resolve: Resolv
         where: file and record, for messages.
         fallback_id: id of a record that has none.
         resolve: looks up image paths.
+        ignore: further keys that a record may have; they are not read.
     """
     document_id = fallback_id
     try:
         if not isinstance(record, Mapping):
             raise BadDocumentError(f"the record is a {type(record).__name__}, not an object")
-        given = record.get("id")
-        if given is not None:
-            if not isinstance(given, str | int) or isinstance(given, bool) or given == "":
-                raise BadDocumentError("id is neither a string nor a number")
-            document_id = _clean(str(given), "id")
+        document_id = _parse_name(record, "id") or fallback_id
+        _check_keys(record, ignore)
         content = tuple(_parse_items(record.get("content"), resolve))
-        return Document(document_id, content, where, _parse_loss(record.get("loss")))
+        loss, split = _parse_loss(record.get("loss")), _parse_split(record.get("split"))
+        return Document(document_id, content, where, loss, split, _parse_name(record, "group"))
     except BadDocumentError as error:
         return Rejected(where, document_id.encode("utf-8", "replace").decode(), str(error))
+
+
+def _parse_name(record: Mapping[str, Any], key: str) -> str | None:
+    given = record.get(key)
+    if given is None:
+        return None
+    if not isinstance(given, str | int) or isinstance(given, bool) or given == "":
+        raise BadDocumentError(f"{key} is neither a string nor a number")
+    return _clean(str(given), key)
+
+
+def _check_keys(record: Mapping[str, Any], ignore: Collection[str]) -> None:
+    """A key that is not known is a mistake more often than not: `"task"`, `"splits"`."""
+    for key, value in record.items():
+        if key in KEYS or key in ignore or value is None:
+            continue
+        near = difflib.get_close_matches(str(key), KEYS, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KEYS)}"
+        raise BadDocumentError(f"unknown key {key!r}: {meant} (data.prepare.ignore names keys that are not to be read)")
+
+
+def _parse_split(split: Any) -> SplitName | None:
+    if split is None or split in (TRAIN, VALIDATION):
+        return split
+    raise BadDocumentError(f"split is {split!r}, neither {TRAIN!r} nor {VALIDATION!r}")
 
 
 def _parse_items(content: Any, resolve: Resolver) -> Iterator[Content]:

@@ -6,7 +6,8 @@ It reads only; nothing here trains or encodes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmscale.data.image_files import save_png, to_picture
 from mmscale.data.image_tokens import ImageTokenizer, load_image_tokenizer, open_image_tokenizer
 from mmscale.data.manifest import Manifest, Part, read_manifest, read_table
 from mmscale.data.parts import read_document
+from mmscale.data.shared_content import shared_content
 from mmscale.data.text_tokens import TextTokenizer, open_text_tokenizer
 from mmscale.data.vocab import SPECIAL_TOKENS, Vocabulary
 from mmscale.errors import DataError
@@ -52,7 +54,23 @@ def summary(folder: Path) -> dict[str, Any]:
         "image_tokenizer": _image_summary(folder, manifest),
         "tasks": [task.name for task in manifest.tasks],
         "rejected": manifest.rejected,
+        "held_out_in_training": {key: list(pair) for key, pair in asdict(shared_content(folder, manifest)).items()},
     }
+
+
+def lines(folder: Path, split: str) -> Iterator[str]:
+    """Every document of a split in one line, its images as marks.
+
+    Raises:
+        DataError: the data set is missing or damaged, or there is no such split.
+    """
+    manifest = read_manifest(folder)
+    if split not in manifest.splits:
+        raise DataError(f"data: {folder} has no split {split!r}", remedy=f"one of {', '.join(manifest.splits)}")
+    text = open_text_tokenizer(folder)
+    for part in manifest.splits[split].parts:
+        for index in range(part.documents):
+            yield _marked(read_document(folder, part, index), text, manifest).replace("\n", " ")
 
 
 def _split_summary(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from mmscale.data.parts import (
     write_whole,
 )
 from mmscale.data.progress import Reporter
+from mmscale.data.shared_content import shared_content
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
 
@@ -147,6 +148,8 @@ def _prepare(
     )
     write_manifest(out, manifest)
     _report(reporter, out, manifest, "is prepared")
+    for note in shared_content(out, manifest).notes():
+        reporter.say(note)
     return manifest
 
 
@@ -169,7 +172,9 @@ def _slices(settings: PrepareConfig) -> list[list[DocumentSlice]]:
         slices = emoji_slices(settings.emoji, held_out=settings.held_out, slice_records=settings.part_documents)
     else:
         files = list_files(settings.documents)
-        slices = scan_files(files, slice_records=settings.part_documents, threads=settings.workers)
+        slices = scan_files(
+            files, slice_records=settings.part_documents, threads=settings.workers, ignore=settings.ignore
+        )
     parts: list[list[DocumentSlice]] = []
     room = 0
     for piece in slices:
@@ -194,6 +199,8 @@ def _source(
     del fixed["emoji"]  # the slices say what they are made of
     if not fixed["image"]["residual"]:  # data sets from before there was such a setting stay what they are
         del fixed["image"]["residual"]
+    if not fixed["ignore"]:
+        del fixed["ignore"]
     listing = [[piece.identity for piece in part] for part in slices]
     content = {
         "encoding": _ENCODING,

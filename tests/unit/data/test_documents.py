@@ -42,7 +42,9 @@ def test_interleaved_document(tmp_path: Path) -> None:
     save_picture(tmp_path / "img/1.png", 1)
     speech = {"type": "tokens", "modality": "speech", "ids": [0, 3]}
     content = [text("a red bus"), image("img/1.png"), speech, text("")]
-    document = only(write_jsonl(tmp_path / "d.jsonl", [{"id": "a1", "content": content, "loss": ["text"], "url": "x"}]))
+    document = only(
+        write_jsonl(tmp_path / "d.jsonl", [{"id": "a1", "content": content, "loss": ["text"], "metadata": "x"}])
+    )
     assert isinstance(document, Document)
     assert (document.id, document.loss, document.where) == ("a1", ("text",), "d.jsonl:1")
     first, second, third = document.content
@@ -143,6 +145,41 @@ def test_split_is_a_function_of_the_id() -> None:
     assert 150 < len(held_out) < 250
     assert all(document.split_for(0.0) == "train" for document in documents)
     assert Document("doc1", (), "", split="validation").split_for(0.0) == "validation"
+
+
+def test_documents_of_a_group_are_in_one_split() -> None:
+    splits = [
+        {Document(f"{n}-{way}", (), "", group=f"{n}").split_for(0.5) for way in ("read", "draw")} for n in range(100)
+    ]
+    assert all(len(split) == 1 for split in splits) and len(set.union(*splits)) == 2
+
+
+def test_keys_of_a_record(tmp_path: Path) -> None:
+    record: dict[str, Any] = {"id": "a", "content": [text("x")], "split": "validation", "group": 7}
+    document = only(write_jsonl(tmp_path / "d.jsonl", [record | {"metadata": {"licence": "mit"}, "unused": None}]))
+    assert isinstance(document, Document)
+    assert document.split_for(0.0) == "validation" and document.group == "7"
+    assert "did you mean 'split'?" in reason(tmp_path, record | {"splits": "train"})
+    assert "unknown key 'task'" in reason(tmp_path, record | {"task": "digit"})
+    assert "neither 'train' nor 'validation'" in reason(tmp_path, record | {"split": "test"})
+    assert "group is neither" in reason(tmp_path, record | {"group": [1]})
+    file = write_jsonl(tmp_path / "e.jsonl", [record | {"task": "digit"}])
+    (piece,) = scan_files([file], slice_records=9, ignore=("task",))
+    assert isinstance(next(piece.read()), Document)
+
+
+def test_columns_of_a_parquet_file(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    file = tmp_path / "d.parquet"
+    content = [json.dumps([text("x")])] * 2
+    parquet.write_table(pyarrow.table({"content": content, "group": ["a", "a"], "url": ["u", "v"]}), file)
+    with pytest.raises(DataError, match="no keys of documents: url") as raised:
+        scan_files([file], slice_records=9)
+    assert "data.prepare.ignore=[url]" in str(raised.value.remedy)
+    (piece,) = scan_files([file], slice_records=9, ignore=("url",))
+    assert [item.group for item in piece.read() if isinstance(item, Document)] == ["a", "a"]
 
 
 def test_listing(tmp_path: Path) -> None:

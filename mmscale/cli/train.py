@@ -264,9 +264,15 @@ def _verdict(result: dict[str, Any]) -> None:
         ("tolerance", f"{result['tolerance']:.0e}"),
         ("gradients differ by", _worst(result["gradients"])),
         ("weights and state differ by", _worst(result["state"])),
+        *([] if result["choices"] is None else [("choices that differ", _choices(result["choices"]))]),
         ("verdict", "equal to one process" if result["passed"] else "NOT EQUAL to one process"),
     ]
     pairs(rows)
+
+
+def _choices(part: dict[str, Any]) -> str:
+    """How many choices of tokens are others than those of one process, which the first step repeats."""
+    return f"{part['difference']:.2%} of {part['compared']:,} (tolerance {part['tolerance']:.0%})"
 
 
 def _worst(part: dict[str, Any]) -> str:

@@ -122,6 +122,10 @@ class DepthLayer(MixedModalLayer):
         valid: Tensor | None = None
         if params.routing is Routing.BATCH:
             index = depth_choice(logits, params.modality_ids, self.depth.keep, self.depth.quotas)
+            if params.choices is not None:
+                index = params.choices.depth(
+                    index, length, micro_batch=params.noise_key, place=(self.layer_number, "depth")
+                )
             self._teach(hidden_states, logits.detach(), index, params)
         else:
             index, valid = self._decide(hidden_states, logits, params)

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 if TYPE_CHECKING:
     from mmscale.model.auxiliary import RouterLearning
+    from mmscale.model.choices import Choices
     from mmscale.model.thresholds import Cutoffs
 
 
@@ -104,6 +105,7 @@ class MixedModalParams(PackedSeqParams):
         routing: who decides which experts take a token.
         learning: where layers hand their true choices to, for auxiliary routers; None: nobody learns.
         cutoffs: where layers hand their cut-offs to, for moving averages; None: nobody asks.
+        choices: where choices are recorded, or repeated from; None: as in every training.
         documents: at least the number of documents, known on the host; None: whoever needs it reads it from the device.
             Kernels get a few more, see `padded_documents`.
         counts: tokens of each modality, known on the host; None: not known, and capacities cannot follow them.
@@ -117,6 +119,7 @@ class MixedModalParams(PackedSeqParams):
     routing: Routing = Routing.BATCH
     learning: RouterLearning | None = None
     cutoffs: Cutoffs | None = None
+    choices: Choices | None = None
     documents: int | None = None
     counts: TokenCounts | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -248,6 +251,7 @@ class MixedModalParams(PackedSeqParams):
             routing=self.routing,
             learning=self.learning,
             cutoffs=self.cutoffs,
+            choices=self.choices,
             counts=None if self.counts is None else self.counts.kept(length, quotas),
             # What fills a sequence up is a document more.
             documents=None if self.documents is None else self.documents + (0 if valid is None else index.shape[1]),

@@ -32,7 +32,7 @@ from mmscale.model.expert_compute import BATCHED, ExpertCompute, Products
 from mmscale.model.experts import Experts, from_experts, to_experts
 from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
 from mmscale.model.norm import RMSNorm
-from mmscale.model.ranking import RANKINGS
+from mmscale.model.ranking import RANKINGS, Ranking
 from mmscale.model.routing import (
     Selection,
     add_weighted,
@@ -281,7 +281,7 @@ class MoMaMLP(MegatronModule):
         for group, own in self._by_group(logits):
             member = params.tokens_of(group.modalities)
             slots = self._slots(group, params, member)
-            selection = expert_choice(own, member, slots, per_sequence=self.settings.per_sequence, rank=self._rank)
+            selection = self._choose(group.name, own, member, slots, params, noisy=report)
             if report and params.stats is not None:
                 self._report(params, group, selection, member)
             if report and params.cutoffs is not None and self.threshold is not None:
@@ -295,6 +295,17 @@ class MoMaMLP(MegatronModule):
                 )
             selections.append(selection)
         return selections
+
+    def _choose(
+        self, name: str, logits: Tensor, member: Tensor, slots: Slots, params: MixedModalParams, *, noisy: bool
+    ) -> Selection:
+        def choose(rank: Ranking) -> Selection:
+            return expert_choice(logits, member, slots, per_sequence=self.settings.per_sequence, rank=rank)
+
+        if params.choices is None:
+            return choose(self._rank)
+        place = (self.layer_number, name, noisy)
+        return params.choices.experts(choose, self._rank, shape=logits.shape, micro_batch=params.noise_key, place=place)
 
     def _slots(self, group: ExpertGroup, params: MixedModalParams, member: Tensor) -> Slots:
         """How many tokens the experts of a group take; all layers of a micro-batch that see the same tokens agree."""

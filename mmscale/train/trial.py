@@ -15,6 +15,7 @@ from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
+from mmscale.model.choices import Choices
 from mmscale.runtime import groups as process_groups
 from mmscale.train.batch import part_of, to_device
 from mmscale.train.companions import companions_of, routers_among
@@ -65,13 +66,20 @@ class Trial:
         self._stepper = Stepper(config, wrapped, optimizer, groups, companions=companions)
         self._state = TrainState(wrapped, optimizer, routers=routers_among(companions))
 
-    def train(self, steps: int) -> Trace:
-        """Take steps, each on the batch that its number says."""
+    def train(self, steps: int, *, choices: Choices | None = None) -> Trace:
+        """Take steps, each on the batch that its number says.
+
+        Args:
+            steps: how many.
+            choices: where they record or repeat which tokens were chosen.
+        """
         losses, norms = [], []
         own, per_step = part_of(self.groups), global_micro_batches(self.config)
         for step in range(self._state.step, self._state.step + steps):
             mine = own.batch(self._mixture, step * per_step, per_step)
             batches = [to_device(content, self._vocabulary) for content in mine]
+            for batch in batches:
+                batch.params.choices = choices
             result = self._stepper.train(batches, lr=self.config.optim.lr)
             losses.append(mean_losses(reduce_sums(result.sums, self.groups), self.config.vocab.names)["loss"])
             norms.append(result.grad_norm)
@@ -102,6 +110,7 @@ def take_steps(
     reference: Path | None = None,
     absent: str | None = None,
     alter: Callable[[list[Any]], None] | None = None,
+    choices: Choices | None = None,
 ) -> Trace:
     """Take steps; after the first one save, and go on from another layout's checkpoint, where that is asked for.
 
@@ -113,9 +122,10 @@ def take_steps(
             state.
         absent: as for `Trial`.
         alter: as for `Trial`.
+        choices: where the first step records or repeats which tokens were chosen.
     """
     trial = Trial(config, absent=absent, alter=alter)
-    trace = trial.train(SAVED_STEP)
+    trace = trial.train(SAVED_STEP, choices=choices)
     if saved is not None:
         trial.save(saved)
     if reference is not None:

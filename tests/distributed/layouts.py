@@ -12,7 +12,7 @@ from mmscale.config import Config
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.trial import Trace, take_steps
-from mmscale.train.verify import compare, compare_tensors, verdict
+from mmscale.train.verify import choices_of, compare, compare_tensors, counted, verdict
 from tests.support import run_ranks
 
 STEPS = 3
@@ -147,7 +147,10 @@ class References:
 
             def make(ranks: RankEnv) -> None:
                 start(ranks)
-                found = trace(alone, ranks, absent=absent, saved=folder)
+                choices = choices_of(alone, folder, repeat=False)
+                found = trace(alone, ranks, absent=absent, saved=folder, choices=choices)
+                if choices is not None:
+                    choices.save()
                 groups.finalize()
                 file.write_text(json.dumps([found.losses, found.grad_norms]))
 
@@ -193,9 +196,10 @@ def judge(
         alter: changes the model's chunks before they are wrapped.
     """
     reference, saved = references.get(settings, absent=absent), references.checkpoint(settings, absent=absent)
-    found = trace(settings, env, absent=absent, alter=alter, saved=folder, reference=saved)
+    choices = choices_of(settings, saved, repeat=True)
+    found = trace(settings, env, absent=absent, alter=alter, saved=folder, reference=saved, choices=choices)
     tensors = groups.from_first(compare_tensors(saved, folder) if env.rank == 0 else None)
-    return verdict(settings, reference=reference, trace=found, tensors=tensors)
+    return verdict(settings, reference=reference, trace=found, tensors=tensors, choices=counted(choices))
 
 
 def assert_passes(found: dict[str, Any], label: str) -> None:

@@ -217,8 +217,9 @@ def test_a_prompt_that_does_not_fit_is_refused(whole: Run, tmp_path: Path) -> No
 
 
 def test_verify_layout_prints_equal(config: Path) -> None:
-    ended = mmscale("verify-layout", config, "parallel.ep=2", nproc=2)
+    ended = mmscale("verify-layout", config, "parallel.ep=2", "precision.dtype=bf16", nproc=2)
     assert ended.status == 0, ended
+    assert "choices that differ" in ended.out and "(tolerance 2%)" in ended.out
     assert "equal to one process" in ended.out and "NOT" not in ended.out
     assert "verdict" not in ended.others  # said once
 

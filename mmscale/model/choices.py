@@ -1,0 +1,100 @@
+"""Records which tokens experts and Mixture-of-Depths layers choose, and repeats it in another run of the same batches.
+
+For comparing layouts. In bf16 another order of summation changes hidden states in the last of 8 bits, and with them the
+logits of routers. Of two tokens that are that close the other one is chosen then, and gradients are those of another
+token. With the choice repeated what is left is rounding. How many choices differ is counted.
+
+Shapes: S tokens of a sequence, B sequences of the micro-batch, E experts of a group, K tokens of a depth layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmscale.model.ranking import Ranking
+from mmscale.model.routing import Selection, chosen_by
+
+
+class Choices:
+    """The choices of one step, one file for each micro-batch.
+
+    Args:
+        folder: where they are kept.
+        repeat: choose what was recorded; otherwise record.
+
+    Attributes:
+        compared: tokens that were chosen in the recorded run, of the micro-batches that this rank has seen.
+        differing: those of them that this run would not have chosen.
+    """
+
+    def __init__(self, folder: Path, *, repeat: bool) -> None:
+        self._folder, self._repeat = folder, repeat
+        self._kept: dict[int, dict[Hashable, Tensor]] = {}
+        self._counts: dict[tuple[int, Hashable], tuple[int, int]] = {}
+
+    @property
+    def compared(self) -> int:
+        """See above."""
+        return sum(chosen for chosen, _ in self._counts.values())
+
+    @property
+    def differing(self) -> int:
+        """See above."""
+        return sum(missed for _, missed in self._counts.values())
+
+    def save(self) -> None:
+        """Write what was recorded."""
+        assert not self._repeat
+        self._folder.mkdir(parents=True)
+        for micro_batch, kept in self._kept.items():
+            torch.save(kept, self._file(micro_batch))
+
+    def experts(
+        self,
+        choose: Callable[[Ranking], Selection],
+        rank: Ranking,
+        *,
+        shape: torch.Size,
+        micro_batch: int,
+        place: Hashable,
+    ) -> Selection:
+        """The choice of a group of experts.
+
+        Args:
+            choose: from a ranking to a choice.
+            rank: the run's own ranking.
+            shape: [S, B, E].
+            micro_batch: number of the micro-batch, the same under every layout.
+            place: which choice of the micro-batch it is.
+        """
+        own = choose(rank)
+        taken = chosen_by(own, shape[0] * shape[1]).view(shape)
+        kept = self._settle(taken, micro_batch, place)
+        return own if kept is None else choose(lambda _: kept.float())
+
+    def depth(self, index: Tensor, length: int, *, micro_batch: int, place: Hashable) -> Tensor:
+        """The choice of a Mixture-of-Depths layer: positions [K, B], ascending, of S = `length`."""
+        taken = torch.zeros(length, index.shape[1], dtype=torch.bool, device=index.device).scatter_(0, index, True)
+        kept = self._settle(taken, micro_batch, place)
+        if kept is None:
+            return index
+        return (~kept).to(torch.uint8).sort(dim=0, stable=True).indices[: index.shape[0]]
+
+    def _settle(self, taken: Tensor, micro_batch: int, place: Hashable) -> Tensor | None:
+        """Record what was taken, or give what was recorded and count what is different."""
+        if not self._repeat:
+            self._kept.setdefault(micro_batch, {})[place] = taken.cpu()
+            return None
+        if micro_batch not in self._kept:
+            self._kept[micro_batch] = torch.load(self._file(micro_batch), weights_only=True)
+        kept = self._kept[micro_batch][place].to(taken.device)
+        # Recompute comes by twice and counts once.
+        self._counts[micro_batch, place] = (int(kept.sum()), int((kept & ~taken).sum()))
+        return kept
+
+    def _file(self, micro_batch: int) -> Path:
+        return self._folder / f"{micro_batch}.pt"

@@ -351,6 +351,8 @@ def test_verify_layout(
     result = {"layout": {"tp": 1, "vpp": None}, "steps": 3, "loss_difference": 1e-7, "grad_norm_difference": 0.0}
     part = {"compared": 2, "worst": "decoder.w", "difference": 1e-3, "tolerance": 5e-6, "differ": ["decoder.w"]}
     result |= {"tolerance": 2e-6, "passed": passed, "gradients": part, "state": part | {"differ": []}}
+    chosen = {"compared": 1536, "difference": 3 / 1536, "tolerance": 0.02}
+    result["choices"] = None if passed else chosen
     fake = SimpleNamespace(verify_layout=lambda _config, *, steps: result)
     monkeypatch.setitem(sys.modules, "mmscale.train.verify", fake)
     monkeypatch.setattr("mmscale.train.verify", fake, raising=False)
@@ -358,6 +360,7 @@ def test_verify_layout(
     assert found == status
     assert word in out
     assert "1.00e-03, decoder.w (2 tensors, tolerance 5e-06); beyond it: decoder.w" in " ".join(out.split())
+    assert ("choices that differ 0.20% of 1,536 (tolerance 2%)" in " ".join(out.split())) is not passed
 
 
 def test_verify_layout_starts_as_many_ranks_as_the_layout_has(

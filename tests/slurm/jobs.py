@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import record as records
-from launch import scheduler, status, submit
+from launch import chain, scheduler, status, submit
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError
 from mmscale.resilience import inject, lease
@@ -97,7 +96,10 @@ class Run:
 
     def report(self) -> str:
         """What helps to see why a test failed."""
-        parts = [str(scheduler.job_state(self.job)), str(self.events()[-8:])]
+        parts: list[str] = []
+        with contextlib.suppress(LaunchError):  # slurmctld may be away
+            parts = [str(scheduler.job_state(self.job))]
+        parts = [*parts, str(self.events()[-8:])]
         files = (*self.folder.glob("launch/*/submitit/*_log.out"), *sorted(self.folder.glob("logs/*/rank_*.log")))
         parts += [f"--- {file}\n{file.read_text(errors='replace')[-2500:]}" for file in files]
         return "\n".join(parts)
@@ -171,8 +173,7 @@ class Jobs:
     def end_all(self) -> None:
         """Nothing of this test goes on behind the next one."""
         for run in self.runs:
-            newest = records.latest(run.folder)
-            for job in {run.job, records.job_of(newest) if newest else run.job}:
+            for job in dict.fromkeys([*(key.id for _, key in reversed(chain.keys(run.folder))), run.job]):
                 with contextlib.suppress(LaunchError):
                     scheduler.cancel(str(job), signal="KILL", batch_only=False)
                 with contextlib.suppress(LaunchError):

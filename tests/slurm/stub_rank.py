@@ -16,16 +16,25 @@ import yaml
 from mmscale.resilience import lease
 from mmscale.train.metrics import EventLog, MetricsLog
 
-STATE = "stub.json"  # of the "checkpoint": the step that the next attempt goes on from
+STATE = "stub.json"  # of the "checkpoint": the step and the weights that the next attempt goes on from
 ENVIRONMENT = "stub_environment.json"  # of rank 0
 DEAF = "STUB_DEAF"  # set: it never begins, and hears no signal
 SLOW = "STUB_STEP_S"  # seconds of a step
 SAVE_EVERY = 5
 
 
-def loss(step: int) -> float:
-    """Loss after a step, the same in every attempt."""
-    return 3.0 / (1 + step)
+def stepped(weights: int, step: int) -> int:
+    """Weights after a step. They depend on all steps before: one that is left out or counted twice shows for ever."""
+    return (weights * 1103515245 + step) % 2**31
+
+
+def losses(steps: int) -> list[float]:
+    """Losses of a run that nothing happens to."""
+    weights, found = 1, []
+    for step in range(1, steps + 1):
+        weights = stepped(weights, step)
+        found.append(weights / 2**31)
+    return found
 
 
 def main() -> int:
@@ -43,7 +52,7 @@ def main() -> int:
     attempt = lease.launched_attempt(run)
     assert attempt is not None
     state = run / STATE
-    step = json.loads(state.read_text())["step"] if state.exists() else 0
+    step, weights = json.loads(state.read_text()).values() if state.exists() else (0, 1)
     events = EventLog(run, attempt, may_write=fence.check) if rank == 0 else None
     metrics = MetricsLog(run, attempt=attempt, may_write=fence.check) if rank == 0 else None
     if events is not None:
@@ -55,23 +64,24 @@ def main() -> int:
         time.sleep(pause)
         fence.look()
         step += 1
+        weights = stepped(weights, step)
         if metrics is not None:
-            metrics.write(step, {"loss": loss(step), "step_time_s": pause, "time": time.time()})
+            metrics.write(step, {"loss": weights / 2**31, "step_time_s": pause, "time": time.time()})
         if events is not None and (step % SAVE_EVERY == 0 or step == steps or signals):
             fence.check()
-            _save(state, step)
-            events.add("save_committed", step=step)
+            _save(state, step, weights)
+            events.add("stub_saved", step=step)  # "save_committed" without a checkpoint is a lost folder
     if events is not None:
         if step < steps:
             fence.check()
-            _save(state, step)
+            _save(state, step, weights)
         events.add("finish" if step == steps else "stop", step=step, signal=signals[0] if signals else None)
     return 0 if step == steps else 75
 
 
-def _save(file: Path, step: int) -> None:
+def _save(file: Path, step: int, weights: int) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"step": step}))
+    temporary.write_text(json.dumps({"step": step, "weights": weights}))
     temporary.replace(file)
 
 

@@ -7,30 +7,36 @@ repeats what a failure printed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from launch import control, scheduler
+from launch import chain, control, scheduler
+from launch.job_states import Phase
+from launch.job_table import JobTable
 from mmscale.runtime.rank_env import expand_hostlist
 from mmscale.train.metrics import METRICS, read_metrics
 from slurm.local_cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, shown
-from tests.slurm.stub_rank import loss
+from tests.slurm.stub_rank import losses
 
 EVENTS = int(os.environ.get("MMSCALE_EVENTS", "30"))
 SEED = int(os.environ.get("MMSCALE_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
 
 
 class Soak:
-    """A run and what is done to it. Each event leaves it running, perhaps as another job."""
+    """A run and what is done to it. Each event leaves it training, perhaps in another job."""
 
     def __init__(self, cluster: Cluster, launch: Callable[[], Run]) -> None:
         self.cluster, self.launch = cluster, launch
@@ -38,75 +44,109 @@ class Soak:
 
     def kill_rank(self) -> None:
         """A crash: restarted in place."""
-        attempt = self.run.attempt()
-        with contextlib.suppress(ProcessLookupError):
+        with self.another_attempt():
             os.kill(self.run.rank(0), signal.SIGKILL)
-        self.trains(attempt + 1)
 
     def outage(self) -> None:
         """The same while slurmctld is away."""
-        attempt = self.run.attempt()
-        self.cluster.stop_controller()
-        os.kill(self.run.rank(0), signal.SIGKILL)
-        self.run.until(lambda: len(self.run.events("ranks_ended")) >= attempt, "it is noticed", lift=False)
-        self.cluster.start_controller()
-        self.trains(attempt + 1)
+        before = len(self.run.events("ranks_ended"))
+        with self.another_attempt():
+            rank = self.run.rank(0)
+            self.cluster.stop_controller()
+            try:
+                os.kill(rank, signal.SIGKILL)
+                self.run.until(lambda: len(self.run.events("ranks_ended")) > before, "it is noticed", lift=False)
+            finally:
+                self.cluster.start_controller()
 
     def time_limit(self) -> None:
-        """What SLURM sends before a time limit."""
-        attempt = self.run.attempt()
-        scheduler.cancel(self.run.job, signal="USR2", batch_only=True)
-        self.trains(attempt + 1)
+        """The job's time is over in a minute or two."""
+        with self.another_attempt():
+            elapsed = int(self.cluster.run("squeue", "-h", "-j", self.run.job, "-O", "TimeUsed").split(":")[-2])
+            self.update(f"TimeLimit={elapsed + 2}")
+            self.run.until(lambda: bool(self.lately("stop")), "it is asked to save")
+            self.run.until(lambda: self.run.state().phase is not Phase.RUNNING, "the job ends")
+            self.update("TimeLimit=30")
 
     def requeue(self) -> None:
         """Somebody else requeues it."""
-        attempt = self.run.attempt()
-        scheduler.requeue(self.run.job)
-        self.trains(attempt + 1)
+        with self.another_attempt():
+            scheduler.requeue(self.run.job)
 
     def preemption(self) -> None:
-        """An urgent job takes all nodes."""
-        attempt = self.run.attempt()
-        self.cluster.run("sbatch", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
-        self.trains(attempt + 1)
+        """An urgent job takes all nodes, after a time of grace."""
+        with self.another_attempt():
+            self.urgent()
+
+    def preemption_without_grace(self) -> None:
+        """An urgent job takes all nodes at once, and preempted jobs are cancelled."""
+        partition = ("scontrol", "update", "PartitionName=main")
+        self.cluster.run(*partition, "PreemptMode=CANCEL", "GraceTime=0")
+        try:
+            with self.another_attempt():
+                self.urgent()
+                self.taken_over()
+        finally:
+            self.cluster.run(*partition, "PreemptMode=REQUEUE", "GraceTime=60")
 
     def cancelled(self) -> None:
-        """`scancel`, and a person who resumes."""
-        scheduler.cancel(self.run.job)
-        self.resumed()
+        """`scancel` of the job that trains."""
+        with self.another_attempt():
+            scheduler.cancel(self.run.job)
+            self.taken_over()
 
     def stopped(self) -> None:
-        """`mmscale stop` and `resume`."""
-        control.stop(self.run.folder)
-        self.resumed()
+        """`mmscale stop`, which ends the chain, and `resume`."""
+        with self.another_attempt():
+            control.stop(self.run.folder)
+            self.taken_over()
 
     def no_requeue(self) -> None:
-        """Preempted where requeues are off: it ends as stopped, and a person resumes."""
-        self.cluster.run("scontrol", "update", f"JobId={self.run.job}", "Requeue=0")
-        scheduler.cancel(self.run.job, signal="USR2", batch_only=True)
-        self.resumed()
+        """Asked to make room where requeue is forbidden."""
+        with self.another_attempt():
+            self.update("Requeue=0")
+            scheduler.cancel(self.run.job, signal="USR2", batch_only=True)
+            self.taken_over()
 
     def node_death(self) -> None:
         """All processes of a node, its slurmd too."""
-        attempt, node = self.run.attempt(), expand_hostlist(self.run.state().nodes)[0]
-        for pid in [self.cluster.slurmd(node), *self.cluster.processes(node)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.trains(attempt + 1)
+        node = expand_hostlist(self.run.state().nodes)[0]
+        with self.another_attempt():
+            for pid in [self.cluster.slurmd(node), *self.cluster.processes(node)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.cluster.restore()
 
-    def resumed(self) -> None:
-        """The job ends, and another one goes on."""
-        attempt = self.run.attempt()
-        self.run.until_ended()
-        self.run = self.launch()  # as `mmscale resume`, with stubs again
-        self.trains(attempt + 1)
+    def urgent(self) -> None:
+        """Somebody's job on all nodes."""
+        self.cluster.run("sbatch", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
 
-    def trains(self, attempt: int) -> None:
-        """An attempt has logged a few steps."""
-        before = self.run.step()
+    def update(self, change: str) -> None:
+        """Change the job that trains."""
+        self.cluster.run("scontrol", "update", f"JobId={self.run.job}", change)
+
+    def taken_over(self) -> None:
+        """The job ends, and the next one of the chain goes on; or a person resumes, where there is none."""
+        self.run.until_ended()
+        behind = chain.alive(chain.links(self.run.folder, JobTable()))
+        self.run = dataclasses.replace(self.run, job=behind[0].key.id) if behind else self.launch()
+
+    def lately(self, name: str) -> list[dict[str, Any]]:
+        """Events of the newest attempt."""
+        events = self.run.events()
+        return [event for event in events if event["attempt"] == events[-1]["attempt"] and event["event"] == name]
+
+    @contextlib.contextmanager
+    def another_attempt(self) -> Iterator[None]:
+        """Wait until an attempt later than the one that trains now has logged a few steps."""
+        attempt, before = self.run.attempt(), self.run.step()
+        yield
+        self.trains(attempt + 1, before + 2)
+
+    def trains(self, attempt: int, step: int) -> None:
+        """An attempt has come to a step."""
         self.run.until(
-            lambda: self.run.attempt() >= attempt and self.run.step() >= before + 2, f"attempt {attempt} trains"
+            lambda: self.run.attempt() >= attempt and self.run.step() >= step, f"attempt {attempt} comes to step {step}"
         )
 
 
@@ -115,35 +155,47 @@ def test_everything_happens_to_a_run(jobs: Jobs, cluster: Cluster) -> None:
     draw = random.Random(SEED)
     cordoned = jobs.folder / "cordoned.txt"
     profile = jobs.folder / "soak.yaml"
-    profile.write_text(yaml.safe_dump(yaml.safe_load(jobs.profile.read_text()) | {"cordon_file": str(cordoned)}))
-    steps = 200 * EVENTS
+    settings = {"cordon_file": str(cordoned), "chain": 3}
+    profile.write_text(yaml.safe_dump(yaml.safe_load(jobs.profile.read_text()) | settings))
     generous = ("resilience.max_restarts=1000", "resilience.max_restarts_without_progress=1000")
     wanted = Jobs(cluster, jobs.config, profile, jobs.folder, jobs.runs)
-    settings = (f"train.steps={steps}", *generous)
-    soak = Soak(cluster, lambda: wanted.launch(*settings, nodes=1, slow_s=0.1, stub=True))
-    soak.trains(1)
+    asked = (f"train.steps={10_000 * EVENTS}", *generous)
+    soak = Soak(cluster, lambda: wanted.launch(*asked, nodes=1, slow_s=0.1, stub=True))
+    soak.trains(1, 2)
     happenings: list[Callable[[], None]] = [
-        *(soak.kill_rank, soak.outage, soak.time_limit, soak.requeue, soak.preemption),
+        *(soak.kill_rank, soak.outage, soak.time_limit, soak.requeue, soak.preemption, soak.preemption_without_grace),
         *(soak.cancelled, soak.stopped, soak.no_requeue),
         *([soak.node_death] if cluster.own_names else []),
     ]
     order = [happening for _ in range(EVENTS) for happening in draw.sample(happenings, len(happenings))][:EVENTS]
+    began = time.monotonic()
     for number, happening in enumerate(order, start=1):
         sys.stderr.write(f"seed {SEED}, event {number}: {happening.__name__}\n")
         happening()
         cordoned.unlink(missing_ok=True)
-    reach = soak.run.step() + 10
-    soak.run.until(lambda: soak.run.step() >= reach, "it goes on")
-    _assert_undisturbed(soak.run)
+    soak.trains(soak.run.attempt(), soak.run.step() + 10)
+    steps, again = _undisturbed(soak.run)
+    counts = ", ".join(f"{number} {name}" for name, number in sorted(Counter(one.__name__ for one in order).items()))
+    sys.stderr.write(
+        f"{EVENTS} events in {time.monotonic() - began:.0f} s ({counts}): {soak.run.attempt()} attempts of "
+        f"{len(soak.run.events('launch'))} starts in {len(chain.keys(soak.run.folder))} jobs, "
+        f"{steps} steps, {again} of them done again\n"
+    )
     control.stop(soak.run.folder)
     assert soak.run.until_ended().exit_status == 75, soak.run.report()
     assert shown(soak.run)["state"] == "stopped"
 
 
-def _assert_undisturbed(run: Run) -> None:
-    """Every step is there, with the loss of an undisturbed run; no attempt wrote once a later one had begun."""
+def _undisturbed(run: Run) -> tuple[int, int]:
+    """Every step is there, with the loss of an undisturbed run; no attempt wrote once a later one had begun.
+
+    Returns:
+        How many steps there are, and how many were done again.
+    """
     lines = read_metrics(run.folder)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert all(line["loss"] == pytest.approx(loss(line["step"])) for line in lines)
-    attempts = [json.loads(text)["attempt"] for text in Path(run.folder / METRICS).read_text().splitlines()]
+    assert [line["loss"] for line in lines] == losses(len(lines))
+    written = Path(run.folder / METRICS).read_text().splitlines()
+    attempts = [json.loads(text)["attempt"] for text in written[:-1]]  # the last one may be half written
     assert attempts == sorted(attempts)
+    return len(lines), max(0, len(written) - len(lines))

@@ -19,6 +19,7 @@ import re
 import runpy
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -52,20 +53,21 @@ def node_command(
 
 
 def _node(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Become the agent of this node."""
+    """Be the agent of this node, in this process; torchrun leaves a folder of files of its ranks, which is removed."""
     logs, head, port, nodes, tasks, restarts, *train = arguments
     number = int(environ["SLURM_NODEID"])
     # SLURM sends a request to save to every process of a step, SIGTERM of a preemption too: it is the ranks' business.
     # torchrun would give them 30 s for SIGTERM, and end with an error. They begin with the signals blocked as well, so
     # that one which comes before they listen waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={tasks}"]
+    command = [f"--nnodes={nodes}", f"--nproc-per-node={tasks}"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={head}:{port}", f"--rdzv-conf=is_host={int(number == 0)}"]
     command += [f"--rdzv-id={environ.get('MMSCALE_ATTEMPT_ID', 'mmscale')}", f"--max-restarts={restarts}"]
     command += ["--monitor-interval=0.5", "--signals-to-handle=SIGINT,SIGQUIT"]
-    command += ["--module", "launch.agent", "rank", logs, head, *train]
-    variables = {**environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    os.execve(command[0], command, variables)  # noqa: S606
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with tempfile.TemporaryDirectory(prefix="torchelastic_") as folder:
+        sys.argv = ["torchrun", *command, f"--log-dir={folder}", "--module", "launch.agent", "rank", logs, head, *train]
+        runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
 
 
 def _rank(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -137,6 +139,7 @@ def main(arguments: Sequence[str]) -> int:
         return _rank(arguments[1:], os.environ)
     if len(arguments) > 6 and arguments[0] == "node" and "SLURM_NODEID" in os.environ:
         _node(arguments[1:], os.environ)
+        return 0
     raise UsageError(
         "python -m launch.agent is started by a job whose profile says `ranks: torchrun`",
         remedy="mmscale launch CONFIG --cluster NAME",

@@ -44,7 +44,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     run = STAGES[stage].folder(Path(config.run.dir) / config.run.name)
     number, count = environ["SLURM_JOB_ID"], environ.get("SLURM_JOB_NUM_NODES", "1")
     for folder in (run / records.FOLDER).absolute().glob("[0-9]*"):
-        if records.job_of(folder) == number:
+        if number in [key.id for key in records.keys_of(folder)]:
             return folder
     nodes, ranks = int(count), int(environ.get("SLURM_NTASKS", count))
     if ranks % nodes:

@@ -1,5 +1,6 @@
-# The jobs of a run: one per launch folder, more than one of them alive if they were chained by --after. Tells a job of
-# this run from another one that has its number: numbers start again, and clusters share file systems.
+# The jobs of a run: those of each launch folder; more than one of them is alive if they were chained, by `chain` of the
+# profile or by --after. Tells a job of this run from another one that has its number: numbers start again, and clusters
+# share file systems.
 """A run's chain of jobs."""
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class Link:
 
 
 def keys(run: Path) -> list[tuple[Path, JobKey]]:
-    """Launch folders with a job, in the order of their launches."""
+    """Jobs of a run with their launch folders, in the order in which they were submitted."""
     folders = [entry for entry in (run / records.FOLDER).glob("[0-9]*") if entry.name.isdigit()]
-    found = ((folder, records.key_of(folder)) for folder in sorted(folders, key=lambda entry: int(entry.name)))
-    return [(folder, key) for folder, key in found if key is not None]
+    folders.sort(key=lambda entry: int(entry.name))
+    return [(folder, key) for folder in folders for key in records.keys_of(folder)]
 
 
 def links(run: Path, table: JobTable) -> list[Link]:
-    """All jobs of a run, and what SLURM says of them, in the order of their launches.
+    """All jobs of a run, and what SLURM says of them, in the order of their submission.
 
     Raises:
         UnreachableError: SLURM does not answer.
@@ -82,6 +83,20 @@ def _link(folder: Path, key: JobKey, state: JobState | None, here: str) -> Link:
         note = f"number {key.id} is another job's now: {state.name}, submitted {state.submitted}"
         return Link(folder, key, note=note)
     return Link(folder, key, state)
+
+
+def last(found: Sequence[Link], jobs: Sequence[str]) -> Link:
+    """The job that says how a run without live jobs has ended: of the newest launch the one that was started last.
+
+    Those behind it were cancelled when the run was over.
+
+    Args:
+        found: all jobs of the run.
+        jobs: numbers of jobs that were started, in that order, as the run's events have them.
+    """
+    newest = [link for link in found if link.folder == found[-1].folder]
+    started = {link.key.id: link for link in newest}
+    return next((started[job] for job in reversed(jobs) if job in started), newest[-1])
 
 
 def alive(found: Iterable[Link]) -> list[Link]:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launch import chain, owner, scheduler, submit
@@ -109,6 +110,7 @@ def resume(
     cluster: str | None = None,
     nodes: int | None = None,
     yes: bool = False,
+    asked: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Launch a run again with the configuration and the profile of its last launch.
 
@@ -118,6 +120,7 @@ def resume(
         cluster: another profile.
         nodes: another number of nodes.
         yes: go on although the objective or the data change.
+        asked: settings of the profile that the command line replaces; those of the last launch stay without `cluster`.
 
     Returns:
         What `submit.launch` says, and `changed`: settings that differ from the newest checkpoint's.

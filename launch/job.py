@@ -16,21 +16,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import agent, hangs, nodes, owner, passed, ranks, step
+from launch import agent, batch_script, hangs, owner, passed, ranks, step
 from launch import budget as budgets
 from launch import record as records
 from launch.allocation import Allocation
 from launch.beginning import Beginning
+from launch.examination import Examination
 from launch.job_states import Phase, phase_of
+from launch.notify import Notifier, TellingLog
 from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Budget, Ending, crashed, decide
 from launch.progress import Progress
 from launch.scheduler import UnreachableError, patiently
+from launch.successors import Successors
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import MmscaleError
 from mmscale.resilience import lease
@@ -67,9 +70,12 @@ def main(folder: Path) -> int:
         with supervisor.noting_signals():
             return supervisor.run()
     except MmscaleError as error:
-        passed.remove_secrets(folder)
+        if not supervisor.successors.alive():
+            passed.remove_secrets(folder)
         _say(f"error: {error.cause}" + (f"\n  fix: {error.remedy}" if error.remedy else ""))
         return error.exit_status
+    finally:
+        supervisor.notifier.finish()
 
 
 class Supervisor:
@@ -91,6 +97,23 @@ class Supervisor:
             self.job,
             patience_s=self.profile.slurm_patience,
             interrupted=self._stopping,
+        )
+        self.successors = Successors(record, self.profile, self.job)
+        self.examination = Examination(
+            record,
+            self.profile,
+            self.allocation,
+            self.successors,
+            restart=self.restart,
+            log=self._log,
+            interrupted=self._interrupted,
+            stopping=self._stopping,
+        )
+        self.notifier = Notifier(
+            self.profile.notify,
+            folder=self.folder,
+            facts={"run": record.run, "job": self.job, "cluster": record.cluster},
+            secrets=lambda: passed.read_secrets(self.profile, self.folder),
         )
         self._stop_looked, self._stop_known = float("-inf"), False
         self._progress: Progress | None = None
@@ -136,7 +159,7 @@ class Supervisor:
         except UnreachableError as error:
             if self._stopping():
                 return self._end_before_ranks()
-            with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
+            with contextlib.closing(self._log(next_attempt(self.run_dir))) as events:
                 events.add("gave_up", why=error.cause, status=error.exit_status)
             raise
 
@@ -156,21 +179,29 @@ class Supervisor:
         name = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
         return self.lock.take(name, attempt=next_attempt(self.run_dir), known_dead=known_dead)
 
+    def _log(self, attempt: int, *, may_write: Callable[[], None] | None = None) -> EventLog:
+        """The run's events, which the profile's `notify` is told of."""
+        return TellingLog(self.run_dir, attempt, notifier=self.notifier, may_write=may_write)
+
     def _run(self) -> int:
-        self._remove_stale_results()
-        lost = self._lost_nodes()
+        batch_script.remove_stale_results(self.job)
+        if (over := self.successors.end_of_run()) is not None:
+            _say("an earlier job of this launch has ended the run: nothing is left to do")
+            self.successors.cancel()
+            return over
+        lost = self.examination.lost_nodes()
         budgets.keep(self.folder, self._budget())  # now: the first attempt is measured against what is there before it
         number = 0
         while True:
             if self._stopping():
                 return self._end_before_ranks()
             if number == 0 and self.slurm:
-                self._preflight()
+                self.bandwidth = self.examination.run(Job(str(self.folder)))
                 if self._interrupted():
                     continue
             taken = self._take(number)
             fence = lease.Fence(self.run_dir, taken.id)
-            with contextlib.closing(EventLog(self.run_dir, taken.attempt, may_write=fence.check)) as events:
+            with contextlib.closing(self._log(taken.attempt, may_write=fence.check)) as events:
                 if lost:
                     events.add("cordoned", nodes=lost, file=self.profile.cordon_file)
                     lost = {}
@@ -183,29 +214,14 @@ class Supervisor:
 
     # --- before -----------------------------------------------------------------------------------------------------
 
-    def _lost_nodes(self) -> dict[str, str]:
-        """Nodes that died under this job before it was requeued, if they are new in the cordon file."""
-        mine = [event for event in read_events(self.run_dir) if event["event"] == "launch"]
-        if not self.slurm or self.restart == 0 or not mine or mine[-1].get("job") != self.job:
-            return {}
-        found = self.allocation.lost_nodes(str(mine[-1].get("nodes", "")))
-        return nodes.cordon(self.record, self.profile, found, reason=f"lost by job {self.job}")
-
-    def _remove_stale_results(self) -> None:
-        """What submitit left of an earlier start of this job would be taken for this one's."""
-        job = os.environ.get("SLURM_ARRAY_JOB_ID", "")
-        name = f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if job else self.job
-        place = os.environ.get("SUBMITIT_FOLDER")
-        if name and place:
-            for file in Path(place.replace("%j", name)).glob(f"{name}_*_result.pkl*"):
-                file.unlink(missing_ok=True)
-
     def _end_before_ranks(self) -> int:
         if self.slurm and not self._stop_asked() and self.signals[-1] != "SIGUSR1":
             state = self.allocation.state(patiently_asked=True)
             if state is not None and phase_of(state) is Phase.RUNNING and state != NO_ANSWER:
                 _say(f"{self.signals[-1]} before ranks were started: requeued")
                 self.lock.keep = not self._requeue()
+        else:
+            self.successors.cancel()
         return STOPPED
 
     def _look_for_preemption(self) -> None:
@@ -222,37 +238,6 @@ class Supervisor:
         """Whether a step may have ended for what SLURM has sent it, and not for its nodes."""
         self._look_for_preemption()
         return bool(self.signals)
-
-    def _preflight(self) -> None:
-        """Examine the nodes, then how fast they are together.
-
-        Raises:
-            LaunchError: one is not fit.
-        """
-        bad = nodes.examine(self.record, self.profile, interrupted=self._interrupted, stopping=self._stopping)
-        if not bad and not self.signals:
-            bad, self.bandwidth = nodes.measure(
-                self.record,
-                self.profile,
-                port=unused_port(),
-                interrupted=self._interrupted,
-                stopping=self._stopping,
-            )
-        if bad:
-            self._refuse(bad)
-
-    def _refuse(self, bad: dict[str, nodes.Unfit]) -> None:
-        """End the job before ranks start.
-
-        SLURM changes the nodes that a job excludes only while it waits: requeued, this one could get the same again.
-
-        Raises:
-            LaunchError: always.
-        """
-        with contextlib.closing(EventLog(self.run_dir, next_attempt(self.run_dir))) as events:
-            said = {node: one.text for node, one in sorted(bad.items())}
-            events.add("preflight_failed", job=self.job, restart=self.restart, nodes=said)
-        raise nodes.refusal(self.record, self.profile, bad)
 
     # --- one attempt ------------------------------------------------------------------------------------------------
 
@@ -294,9 +279,7 @@ class Supervisor:
         action, why = decide(
             ending, budget, max_restarts=self._max_restarts(), max_without_progress=self.record.max_without_progress
         )
-        over = action is Action.GIVE_UP or (action is Action.END and not ending.left_to_slurm)
-        if over:
-            passed.remove_secrets(self.folder)
+        over = self._is_over(action, ending)
         events.add(
             "ranks_ended",
             attempt_id=lease_id,
@@ -308,18 +291,37 @@ class Supervisor:
             **({"cause": ending.cause} if ending.cause else {}),
         )
         _say(f"ranks ended with exit status {status}: {action}, {why}")
+        if over:
+            passed.remove_secrets(self.folder)
+            self.successors.cancel()
         if action is Action.REQUEUE:
-            if refused := self._requeue():
-                passed.remove_secrets(self.folder)
-                events.add("not_requeued", why=refused)
-                _say(f"error: not requeued: {refused}\n  fix: `mmscale resume {self.record.run}` goes on")
-                return Action.END, STOPPED
-            return action, STOPPED
+            refused = self._requeue()
+            return (self._not_requeued(refused, events) if refused else action), STOPPED
         if action is Action.GIVE_UP:
             events.add("gave_up", why=why, status=status)
             _say(f"error: gave up: {why}\n  fix: look at {logs}, then `mmscale resume {self.record.run}`")
             return action, GAVE_UP
         return action, STOPPED if status != 0 and not crashed(ending) and status not in (2, 3, 4, 5) else status
+
+    def _is_over(self, action: Action, ending: Ending) -> bool:
+        """Whether no job goes on with the run: neither this one, nor one behind it."""
+        if action is Action.GIVE_UP or (action is Action.END and ending.ends_run):
+            return True
+        return action is Action.END and not ending.left_to_slurm and not self.successors.alive()
+
+    def _not_requeued(self, refused: str, events: EventLog) -> Action:
+        """What becomes of a run whose job SLURM does not start again: the next one of its launch goes on, if any."""
+        if behind := self.successors.alive():
+            events.add("handed_over", job=behind[0], why=refused)
+            _say(f"not requeued: {refused}; job {behind[0]} goes on")
+            return Action.END
+        passed.remove_secrets(self.folder)
+        events.add("not_requeued", why=refused)
+        _say(
+            f"error: not requeued: {refused}\n  fix: `mmscale resume {self.record.run}` goes on; "
+            "with `chain: N` in the profile a launch submits N jobs, one behind the other"
+        )
+        return Action.END
 
     def _max_restarts(self) -> int:
         return 0 if self.profile.scheduler == "debug" else self.record.max_restarts
@@ -448,6 +450,7 @@ class Supervisor:
     def _requeue(self) -> str:
         """Have SLURM start this job again, and wait for it to end this process; why it does not, "" if it does."""
         self.signals.clear()
+        self.notifier.finish()  # SLURM will end them with this job
         if refused := self.allocation.requeue():
             return refused
         deadline = time.monotonic() + _KILLED_S

@@ -62,7 +62,7 @@ def _more(file: Path, place: int) -> tuple[str, int]:
 def _file(run: Path, *, rank: int, attempt: int | None, job: bool) -> Path | None:
     if job:
         # A chained job that waits has none; those of an array print into one folder.
-        logs = (records.job_log(folder) for folder, _ in reversed(chain.keys(run)))
+        logs = (records.job_log(folder, key.id) for folder, key in reversed(chain.keys(run)))
         return next((log for log in logs if log is not None), None)
     # The newest folder need not have one: ranks that were started again in place go on in that of the first start.
     attempts = [attempt] if attempt is not None else reversed(_attempts(run))

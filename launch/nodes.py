@@ -291,6 +291,16 @@ def of_the_job(bad: Mapping[str, Unfit], *, nodes: int) -> dict[str, str]:
     return found
 
 
+def at_fault(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> list[str]:
+    """Bad nodes with a fault of their own: a job without them would not have it."""
+    spared = of_the_job(bad, nodes=record.nodes)
+    return [
+        node
+        for node, one in sorted(bad.items())
+        if node not in spared and (one.hardware or not _others_with(record, profile, node, one.text))
+    ]
+
+
 def refusal(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> LaunchError:
     """Cordon bad nodes, if they are at fault themselves, and say so: the error that ends the job before ranks start."""
     spared = of_the_job(bad, nodes=record.nodes)
@@ -307,6 +317,15 @@ def refusal(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> Launc
         remedy=f"`mmscale resume {record.run}` leaves nodes of {profile.cordon_file or 'a cordon file'} out; by hand: "
         f"#SBATCH --exclude={','.join(sorted(bad))}; a check is turned off by preflight.skip of the profile",
     )
+
+
+def _others_with(record: Record, profile: Profile, node: str, text: str) -> list[str]:
+    """Nodes in the cordon file with the same problem."""
+    if profile.cordon_file is None:
+        return []
+    entries = cordon_file.entries(Path(record.cwd) / profile.cordon_file, max_age_s=profile.cordon_expires)
+    cause = cordon_file.cause(text)
+    return [entry.node for entry in entries if cordon_file.cause(entry.reason) == cause and entry.node != node]
 
 
 def cordon(
@@ -328,8 +347,7 @@ def cordon(
     file = Path(record.cwd) / profile.cordon_file
     new = {}
     for node, text in bad.items():
-        entries = cordon_file.entries(file, max_age_s=profile.cordon_expires)
-        same = [e.node for e in entries if cordon_file.cause(e.reason) == cordon_file.cause(text) and e.node != node]
+        same = _others_with(record, profile, node, text)
         if same and not reason and not hardware:
             sys.stderr.write(
                 f"node {node} ({text}): not written into {file}, because {', '.join(same)} is there for the same: "

@@ -72,6 +72,11 @@ class Ending:
         return not (self.status in (0, *FINAL) or self.stop_asked or self.signal == "SIGUSR1")
 
     @property
+    def ends_run(self) -> bool:
+        """Whether the run is over by its own account, and no other job should go on."""
+        return not self.needs_slurm
+
+    @property
     def left_to_slurm(self) -> bool:
         """Whether SLURM has ended the ranks, and decides whether the job comes back."""
         if self.job_state in (None, NO_ANSWER):

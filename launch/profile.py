@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -18,6 +20,7 @@ from mmscale.errors import ConfigError
 
 FOLDER = Path("configs/cluster")
 BUILT_IN = ("local", "debug")
+ASKED = ("time", "partition", "account", "qos")  # settings that the command line may replace
 _MOST_PROBLEMS = 50  # in one message
 _SHOWN = 60  # characters of a wrong value
 # Names of variables that are not passed to jobs by their environment.
@@ -37,6 +40,8 @@ _NOT_FOR_SBATCH = {
     "dependency": "use --after",
     "array": "use --sweep",
     "signal": "use `signal_delay`",
+    "requeue": "use `requeue` of the profile",
+    "no-requeue": "use `requeue: false` of the profile",
     "job-name": "use run.name",
     **dict.fromkeys(
         ("chdir", "output", "error", "open-mode", "wrap", "export", "parsable", "test-only"), "leave it out"
@@ -153,7 +158,26 @@ class Profile(Section):
     cpus_per_task: Count = setting("CPU cores of a rank.", 1, unit="cores")
     memory_gb: Index | None = setting("Memory of a node; 0: all of it.", None, unit="GB")
     exclusive: bool = setting("No other jobs on the nodes.", False)
-    time: Minutes = setting("Time limit, e.g. 90m, 12h, 2-00:00:00.", 24 * 60, unit="minutes")
+    time: Minutes | None = setting(
+        "Time limit, e.g. 90m, 12h, 2-00:00:00; default: the partition's.", None, unit="minutes"
+    )
+    requeue: bool = setting("Jobs ask SLURM to start them again after time limits and preemptions.", True)
+    chain: Count = setting(
+        "Jobs that a launch submits, each of which waits for the end of the one before it: for sites that forbid "
+        "requeue, or cancel preempted jobs.",
+        1,
+        unit="jobs",
+    )
+    replacements: Index = setting(
+        "How many more jobs a launch may submit by itself, each without the nodes that were found unfit.",
+        3,
+        unit="jobs",
+    )
+    notify: Line | None = setting(
+        "Shell line that is run when a run starts, has a fault, is requeued, stops, gives up or finishes; it gets "
+        "facts as JSON on stdin and in variables: MMSCALE_KIND, MMSCALE_RUN, MMSCALE_WHY, ...",
+        None,
+    )
     signal_delay: Seconds = setting(
         "How long before the time limit ranks are asked to save; must be longer than a save.", 120.0, unit="seconds"
     )
@@ -206,7 +230,7 @@ class Profile(Section):
                 f"keep: {secret} looks like a secret, which would lie in SLURM's records; "
                 f"use secrets: {{{secret}: {{env: {secret}}}}}"
             )
-        if self.signal_delay >= 60 * self.time:
+        if self.time is not None and self.signal_delay >= 60 * self.time:
             raise ValueError(f"signal_delay ({self.signal_delay:g} s) is not below the time limit ({self.time} min)")
         return self
 
@@ -238,14 +262,23 @@ class Profile(Section):
         return cordon.read(Path(self.cordon_file), max_age_s=self.cordon_expires)
 
 
-def load_profile(name: str) -> Profile:
+def load_profile(name: str, asked: Mapping[str, str] = MappingProxyType({})) -> Profile:
     """The profile `configs/cluster/NAME.yaml` below the working directory, a path of one, or `local` or `debug`.
+
+    Args:
+        name: of the profile.
+        asked: settings of the command line that replace the profile's (`ASKED`).
 
     Raises:
         ConfigError: there is none, or it is wrong.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if name in BUILT_IN and not file.is_file():
+        if asked:
+            raise ConfigError(
+                f"--{next(iter(asked))} is for SLURM, and --cluster {name} runs here",
+                remedy="name a profile of SLURM by --cluster",
+            )
         return Profile.model_validate({"scheduler": name})
     if not file.is_file():
         known = sorted({*BUILT_IN, *(entry.stem for entry in FOLDER.glob("*.yaml"))})
@@ -253,7 +286,12 @@ def load_profile(name: str) -> Profile:
             f"there is no cluster profile {file}",
             remedy=f"--cluster takes {', '.join(known)}, or a path of a YAML",
         )
-    return _checked(documents.read_file(file), where=str(file))
+    document = documents.read_file(file)
+    for setting_name, value in asked.items():
+        document.forget(setting_name)
+        document.data[setting_name] = value
+        document.marks[setting_name] = f"--{setting_name}"
+    return _checked(document, where=str(file))
 
 
 def profile_of(content: Any, *, where: str) -> Profile:

@@ -11,8 +11,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mmscale
@@ -25,6 +26,7 @@ from mmscale.runtime.environment import describe
 from mmscale.train.stages.table import MAIN, STAGES
 
 FOLDER, RECORD, JOB, STOP = "launch", "launch.json", "job.json", "stop.json"
+LATER = "successors"  # in job.json
 PACKAGES = ("mmscale", "launch", "slurm", "checkpoints_tools")
 
 
@@ -68,6 +70,7 @@ class Record:
         time: of the launch [seconds since 1970].
         config_digest: of the resolved configuration.
         stage: which stage of the run, by its name in mmscale.train.stages.table.
+        asked: settings of the command line that replace the profile's.
     """
 
     folder: str
@@ -84,6 +87,7 @@ class Record:
     time: float = 0.0
     config_digest: str = ""
     stage: str = MAIN
+    asked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -125,6 +129,7 @@ def plan_record(
     tasks_per_node: int,
     stage: str = MAIN,
     yes: bool = False,
+    asked: Mapping[str, str] = MappingProxyType({}),
 ) -> Record:
     """The record of a launch that is not written yet.
 
@@ -153,6 +158,7 @@ def plan_record(
         time=round(time.time(), 3),
         config_digest=digest(config),
         stage=stage,
+        asked=dict(asked),
     )
 
 
@@ -236,29 +242,40 @@ def set_job(folder: Path, job: JobKey, *, log: str = "") -> None:
     _write_json(folder / JOB, {"job": job.id, "time": round(time.time(), 3), **asdict(job), "log": log})
 
 
-def job_log(folder: Path) -> Path | None:
-    """The file that a launch's job prints into; None if there is none yet, or nobody knows it."""
-    try:
-        name = str(json.loads((folder / JOB).read_text()).get("log", ""))
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
+def add_job(folder: Path, job: JobKey, *, log: str = "") -> None:
+    """Write down a job that goes on where those before it end."""
+    found = json.loads((folder / JOB).read_text())
+    later = [one for one in found.get(LATER, []) if one["id"] != job.id]
+    _write_json(folder / JOB, found | {LATER: [*later, {**asdict(job), "log": log}]})
+
+
+def job_log(folder: Path, job: str) -> Path | None:
+    """The file that a job of a launch prints into; None if there is none yet, or nobody knows it."""
+    name = next((str(one.get("log", "")) for one in _jobs(folder) if one.get("id") == job), "")
     return Path(name) if name and Path(name).is_file() else None
 
 
-def key_of(folder: Path) -> JobKey | None:
-    """The job of a launch; None if it was not submitted, or is local."""
+def keys_of(folder: Path) -> list[JobKey]:
+    """The jobs of a launch, in their order; none if it was not submitted, or is local."""
+    found = []
+    for one in _jobs(folder):
+        with contextlib.suppress(KeyError, LaunchError):
+            number = checked(str(one["id"]))
+            found.append(JobKey(number, *(str(one.get(name, "")) for name in ("cluster", "name", "submitted"))))
+    return found
+
+
+def can_submit_again(folder: Path) -> bool:
+    """Whether we wrote the batch script of a launch: one of a person's own cannot be submitted again."""
+    return any(one.get("log") for one in _jobs(folder))
+
+
+def _jobs(folder: Path) -> list[dict[str, Any]]:
     try:
         found = json.loads((folder / JOB).read_text())
-        number = checked(str(found["job"]))
-        return JobKey(number, *(str(found.get(name, "")) for name in ("cluster", "name", "submitted")))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, LaunchError):
-        return None
-
-
-def job_of(folder: Path) -> str | None:
-    """The number of a launch's job; None as for `key_of`."""
-    key = key_of(folder)
-    return key.id if key is not None else None
+        return [{"id": found["job"], **found}, *found.get(LATER, [])]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def ask_stop(folder: Path) -> None:

@@ -237,6 +237,45 @@ def unknown_nodes(nodes: Sequence[str]) -> list[str]:
     return [node for node in nodes if node not in known] if known else []
 
 
+def partition_limit(partition: str | None) -> int | None:
+    """Longest time that jobs of a partition may ask for [minutes]; None: it has no limit, or nobody answers.
+
+    Args:
+        partition: its name; None: the cluster's default one.
+    """
+    try:
+        lines = run(["scontrol", "--oneliner", "show", "partition", *([partition] if partition else [])]).splitlines()
+    except LaunchError:
+        return None
+    chosen = [line for line in lines if partition or "Default=YES" in line.split()]
+    found = re.search(r"\bMaxTime=(?:(\d+)-)?(\d+):(\d+):\d+", chosen[0]) if chosen else None
+    if found is None:
+        return None
+    days, hours, minutes = (int(part or 0) for part in found.groups())
+    return days * 1440 + hours * 60 + minutes
+
+
+def excluded(job: str) -> str:
+    """SLURM's list of the nodes that a job must not use; "" for none.
+
+    Raises:
+        UnreachableError: SLURM does not answer.
+        LaunchError: it does not know the job.
+    """
+    found = re.search(r"\bExcNodeList=(\S+)", run(["scontrol", "--oneliner", "show", "job", checked(job)]))
+    return "" if found is None or found[1] == "(null)" else found[1]
+
+
+def exclude(job: str, nodes: Sequence[str]) -> None:
+    """Have a waiting job not use some nodes, instead of those that it was told before.
+
+    Raises:
+        UnreachableError: SLURM does not answer.
+        LaunchError: it refuses: the job does not wait any more.
+    """
+    run(["scontrol", "update", f"JobId={checked(job)}", f"ExcNodeList={','.join(dict.fromkeys(nodes))}"])
+
+
 def requeue(job: str) -> None:
     """Have a job start again, from its batch script on.
 

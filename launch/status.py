@@ -186,7 +186,7 @@ def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
 def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, Any]:
     """state, reason, job, nodes, chain, ended."""
     found: dict[str, Any] = {"state": "unknown", "reason": "", "job": "", "nodes": "", "chain": [], "ended": True}
-    held = lease.owner(run)
+    held = _owner(run)
     if held is not None and not held.job and _is_held(run, held):
         return found | {"state": "RUNNING", "nodes": held.host, "ended": False}
     if jobs.error:
@@ -195,7 +195,8 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         return found | {"state": word or "unknown", "reason": jobs.error, "ended": over}
     if jobs.links:
         living = chain.alive(jobs.links)
-        shown = living[0] if living else jobs.links[-1]
+        started = [str(event["job"]) for event in events if "job" in event]
+        shown = living[0] if living else chain.last(jobs.links, started)
         found |= {"job": shown.key.id, "chain": [_of_chain(link) for link in living]}
         if shown.alive and shown.state is not None:
             now = shown.state
@@ -210,6 +211,14 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         gone = f"process {held.process.pid} on {held.host} is gone, and has not said how it ended"
         return found | {"state": _last_word(run, events) or "killed", "reason": gone, "nodes": held.host}
     return found | {"state": _last_word(run, events) or "unknown"}
+
+
+def _owner(run: Path) -> lease.Lease | None:
+    """The owner of a run; None also where the lease is damaged: its jobs are shown nevertheless."""
+    try:
+        return lease.owner(run)
+    except LaunchError:
+        return None
 
 
 def _is_held(run: Path, held: lease.Lease) -> bool:

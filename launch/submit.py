@@ -4,20 +4,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import submitit
-from submitit.slurm.slurm import SlurmExecutor
-
-from launch import job, job_table, owner, passed, ranks, scheduler
+from launch import batch_script, job, owner, passed, ranks, scheduler, successors
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
@@ -27,8 +26,6 @@ from mmscale.train.stages.table import MAIN, STAGES
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
 
-_SETUP_FAILED = 2  # as for a configuration: starting again would not help
-_NEVER_TIMES_OUT = 1_000_000  # restarts are counted by job.py; submitit's own count would end them
 _BETWEEN_VALUES = re.compile(r",(?![^\[]*\])")  # commas within a list belong to its value
 _SWEEP = re.compile(r"^[A-Za-z0-9_.]+=[^=]+$")
 
@@ -46,14 +43,6 @@ class Planned:
     config: Config
 
 
-class _Executor(SlurmExecutor):
-    """submitit's, which also writes scripts where there is no SLURM."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-
 def plan_launch(
     config_file: Path,
     overrides: Sequence[str] = (),
@@ -64,6 +53,7 @@ def plan_launch(
     stage: str = MAIN,
     after: bool = False,
     yes: bool = False,
+    asked: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Planned]:
     """Check one run, or one for each combination of a sweep.
 
@@ -76,11 +66,12 @@ def plan_launch(
         stage: which stage of the run.
         after: it will start when another job has ended.
         yes: go on although the objective or the data have changed since the newest checkpoint.
+        asked: settings of the profile that the command line replaces (`profile.ASKED`).
 
     Raises:
         MmscaleError: anything that would make a run fail at its start.
     """
-    profile = load_profile(cluster)
+    profile = load_profile(cluster, asked)
     planned = []
     for variant, suffix in _variants(sweep):
         config = load(config_file, [*overrides, *variant])
@@ -89,7 +80,14 @@ def plan_launch(
         count, tasks = _layout(config, profile, nodes)
         STAGES[stage].preflight(config, world_size=count * tasks, yes=yes, waits=after)
         record = records.plan_record(
-            config, cluster=cluster, profile=profile, nodes=count, tasks_per_node=tasks, stage=stage, yes=yes
+            config,
+            cluster=cluster,
+            profile=profile,
+            nodes=count,
+            tasks_per_node=tasks,
+            stage=stage,
+            yes=yes,
+            asked=asked,
         )
         planned.append(Planned(record, config))
     return planned
@@ -123,15 +121,16 @@ def _variants(sweep: Sequence[str]) -> Iterator[tuple[list[str], str]]:
         yield [f"{key}={value}" for key, value in choice], "-".join(names)
 
 
-def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict[str, Any]]:
+def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int | None = None) -> list[dict[str, Any]]:
     """Write launch folders and submit their jobs, or run them here if the profile says so.
 
     Args:
         planned: what `plan_launch` gave; more than one becomes a job array.
-        after: a job or a run whose job has to end first.
+        after: a job or a run whose jobs have to end first.
+        at_once: how many runs of a sweep may train at a time; None: all of them.
 
     Returns:
-        One object per run: run, job, launch, and exit_status for those run here.
+        One object per run: run, job, launch, successors (jobs that wait behind it), and exit_status for those run here.
 
     Raises:
         MmscaleError: a run is being trained already, or SLURM refuses.
@@ -148,41 +147,41 @@ def launch(planned: Sequence[Planned], *, after: str | None = None) -> list[dict
         passed.write_secrets(profile, Path(one.record.folder))
     if profile.scheduler != "slurm":
         return [_here(one.record) for one in planned]
-    executor = _executor(
-        [one.record for one in planned],
-        profile,
-        dependency=dependency,
-        unknown=scheduler.unknown_nodes(profile.cordoned()),
-    )
-    jobs = [job.Job(one.record.folder) for one in planned]
-    with passed.only(profile):
-        try:
-            if len(jobs) == 1:
-                submitted = [executor.submit(jobs[0])]
-            else:
-                with executor.batch():
-                    submitted = [executor.submit(one) for one in jobs]
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
-            lines = [line for line in str(error).splitlines() if "error" in line.lower()]
-            for one in planned:
-                records.remove(one.record)  # nothing was launched
-            said = lines[-1] if lines else str(error).strip().splitlines()[-1]
-            if scheduler.no_answer(str(error)):
-                raise scheduler.UnreachableError(
-                    f"SLURM does not answer: {said}", remedy="launch again when it does (`scontrol ping`)"
-                ) from None
-            raise LaunchError(
-                f"SLURM did not take the job: {said}", remedy=f"look at the profile {planned[0].record.cluster}"
-            ) from None
-    numbers = [str(taken.job_id) for taken in submitted]
-    logs = {str(taken.job_id): str(taken.paths.stdout) for taken in submitted}
-    for keys in ([records.JobKey(number) for number in numbers], _keys(numbers)):  # the number at once
-        for one, key in zip(planned, keys, strict=True):
-            records.set_job(Path(one.record.folder), key, log=logs[key.id])
+    found = _submit(planned, profile, dependency=dependency, at_once=at_once)
     return [
-        {"run": one.record.run, "job": number, "launch": one.record.folder}
-        for one, number in zip(planned, numbers, strict=True)
+        {"run": one.record.run, "job": jobs[0], "launch": one.record.folder, "successors": jobs[1:]}
+        for one, jobs in zip(planned, found, strict=True)
     ]
+
+
+def _submit(
+    planned: Sequence[Planned], profile: Profile, *, dependency: str | None, at_once: int | None
+) -> list[list[str]]:
+    """Submit the job of each run and those behind it; their numbers, run by run."""
+    unknown = scheduler.unknown_nodes(profile.cordoned())
+    exclude = [node for node in profile.excluded() if node not in unknown]
+    numbers: list[str] = []
+    try:
+        chosen = batch_script.executor(
+            [one.record for one in planned], profile, dependency=dependency, exclude=exclude, at_once=at_once
+        )
+        submitted = batch_script.submit(chosen, [job.Job(one.record.folder) for one in planned], profile)
+        numbers = [one.id for one in submitted]
+        for keys in ([records.JobKey(number) for number in numbers], batch_script.keys(numbers)):  # the number at once
+            for one, key, taken in zip(planned, keys, submitted, strict=True):
+                records.set_job(Path(one.record.folder), key, log=taken.log)
+        for one in planned:
+            for _ in range(profile.chain - 1):
+                task = job.Job(one.record.folder)
+                numbers.append(successors.submit(one.record, profile, task, exclude=exclude))
+    except LaunchError:
+        for number in reversed(numbers):
+            with contextlib.suppress(LaunchError):
+                scheduler.cancel(number)
+        for one in planned:
+            records.remove(one.record)  # nothing was launched
+        raise
+    return [[key.id for key in records.keys_of(Path(one.record.folder))] for one in planned]
 
 
 def _refuse_busy(planned: Sequence[Planned]) -> None:
@@ -192,26 +191,19 @@ def _refuse_busy(planned: Sequence[Planned]) -> None:
             owner.refuse_busy(folder)
 
 
-def _keys(numbers: Sequence[str]) -> list[records.JobKey]:
-    """What tells these jobs from others that get their numbers; as much of it as SLURM says now."""
-    try:
-        cluster, states = scheduler.cluster_name(), job_table.states_of(numbers)
-    except LaunchError:
-        return [records.JobKey(number) for number in numbers]
-    found = []
-    for number in numbers:
-        state = states.get(number, scheduler.JobState(number, ""))
-        found.append(records.JobKey(number, cluster, state.name, state.submitted))
-    return found
-
-
-def script(planned: Sequence[Planned], *, after: str | None = None) -> str:
+def script(planned: Sequence[Planned], *, after: str | None = None, at_once: int | None = None) -> str:
     """The batch script that `launch` would submit. Neither a cluster nor the launch folder is needed."""
     profile = planned[0].record.checked_profile()
     if profile.scheduler != "slurm":
         logs = Path(planned[0].record.run) / "logs"
         return shlex.join(ranks.command(planned[0].record, profile, logs=logs, environ=os.environ))
-    executor = _executor([one.record for one in planned], profile, dependency=_after(after, ask=False))
+    executor = batch_script.executor(
+        [one.record for one in planned],
+        profile,
+        dependency=_after(after),
+        exclude=profile.excluded(),
+        at_once=at_once,
+    )
     if len(planned) > 1:
         executor.parameters["map_count"] = len(planned)
     return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
@@ -222,81 +214,17 @@ def _here(record: records.Record) -> dict[str, Any]:
     with passed.only(record.checked_profile()):
         os.environ.update(records.python_variables(record))
         status = job.main(Path(record.folder))
-    return {"run": record.run, "job": "", "launch": record.folder, "exit_status": status}
+    return {"run": record.run, "job": "", "launch": record.folder, "successors": [], "exit_status": status}
 
 
-def _after(after: str | None, *, ask: bool = True) -> str | None:
+def _after(after: str | None) -> str | None:
     """SLURM's dependency: the run goes on when that job has ended, however it did."""
     if after is None:
         return None
     if re.fullmatch(r"\d+(_\d+)?", after):
         return f"afterany:{after}"
     newest = records.latest(Path(after))
-    name = records.job_of(newest) if newest is not None else None
-    if name is None:
+    names = [key.id for key in records.keys_of(newest)] if newest is not None else []
+    if not names:
         raise UsageError(f"--after {after}: neither a job nor a run with one", remedy="name a job id or a run's folder")
-    return f"afterany:{name}"
-
-
-def _executor(
-    taken: Sequence[records.Record], profile: Profile, *, dependency: str | None, unknown: Sequence[str] = ()
-) -> SlurmExecutor:
-    first = taken[0]
-    # exec: the batch process becomes Python, so that what SLURM sends to the batch script reaches it.
-    executor = _Executor(
-        folder=Path(first.folder) / "submitit",
-        max_num_timeout=_NEVER_TIMES_OUT,
-        python=f"exec {shlex.quote(first.python)}",
-    )
-    name = "-".join(dict.fromkeys((first.main_run.name, Path(first.run).name)))
-    parameters: dict[str, Any] = {
-        "job_name": f"mmscale-{name}",
-        "nodes": first.nodes,
-        "ntasks_per_node": first.tasks_per_node,
-        "cpus_per_task": profile.cpus_per_task,
-        "gpus_per_node": profile.gpus_per_node or None,
-        "time": profile.time,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "exclude": ",".join(node for node in profile.excluded() if node not in unknown) or None,
-        "exclusive": profile.exclusive or None,
-        "dependency": dependency,
-        "use_srun": False,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "setup": _setup(first, profile),
-    }
-    more: dict[str, Any] = {
-        "chdir": first.cwd,
-        "requeue": True,
-        # To the batch script alone: it knows when ranks can be told.
-        "signal": f"B:USR2@{round(profile.signal_delay)}",
-        "reservation": profile.reservation,
-        "mem": None if profile.memory_gb is None else f"{profile.memory_gb}G" if profile.memory_gb else "0",
-        **profile.sbatch,
-    }
-    parameters["additional_parameters"] = {key: value for key, value in more.items() if value not in (None, False)}
-    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
-    executor.parameters["wckey"] = None  # submitit's own mark, which sites without accounting refuse
-    return executor
-
-
-def _setup(record: records.Record, profile: Profile) -> list[str]:
-    """Shell lines before the command; every value in them is quoted."""
-    lines = [
-        "# Until Python listens, a request to save must not end the script.",
-        "trap '' USR1 USR2",
-        *passed.comments(profile),
-    ]
-    if profile.setup:
-        said = "error: setup of the profile failed with exit status $?: $BASH_COMMAND"
-        lines += [f"trap 'echo \"{said}\" >&2; exit {_SETUP_FAILED}' ERR", *profile.setup, "trap - ERR"]
-    for name, variable in profile.environment.items():
-        lines += [f"# {variable.reason}", f"export {name}={shlex.quote(variable.value)}"]
-    lines += ["# The code as it was when the job was submitted, and not what lies in the working directory."]
-    variables = records.python_variables(record, {})
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    lines[-len(variables)] += "${PYTHONPATH:+:$PYTHONPATH}"
-    return lines
+    return f"afterany:{':'.join(names)}"

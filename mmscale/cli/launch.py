@@ -16,6 +16,21 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; RUN/auxili
 Yes = Annotated[
     bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
 ]
+Time = Annotated[
+    str | None, typer.Option("--time", metavar="LIMIT", show_default=False, help="Time limit; default: the profile's.")
+]
+Partition = Annotated[
+    str | None, typer.Option("--partition", metavar="NAME", show_default=False, help="Default: the profile's.")
+]
+Account = Annotated[
+    str | None, typer.Option("--account", metavar="NAME", show_default=False, help="Default: the profile's.")
+]
+Qos = Annotated[str | None, typer.Option("--qos", metavar="NAME", show_default=False, help="Default: the profile's.")]
+
+
+def _asked(**settings: str | None) -> dict[str, str]:
+    """Settings of a profile that were given on the command line."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def launch(
@@ -30,6 +45,10 @@ def launch(
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=1, show_default=False, help="Nodes; default: the profile's.")
     ] = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script, and submit and write nothing.")
     ] = False,
@@ -42,6 +61,10 @@ def launch(
         typer.Option(
             "--sweep", metavar="KEY=A,B,...", show_default=False, help="A job array over these values; repeatable."
         ),
+    ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option("--at-once", min=1, metavar="N", show_default=False, help="Runs of a sweep that train at a time."),
     ] = None,
     stage: OfStage = Stage.MAIN,
     yes: Yes = False,
@@ -59,14 +82,15 @@ def launch(
         stage=stage,
         after=after is not None,
         yes=yes,
+        asked=_asked(time=time, partition=partition, account=account, qos=qos),
     )
     if dry_run:
-        text = submit.script(planned, after=after)
+        text = submit.script(planned, after=after, at_once=at_once)
         emit({"script": text}, as_json=as_json, text=lambda: typer.echo(text, nl=not text.endswith("\n")))
         return
     if cluster == "local":
         typer.echo("this run trains on this machine; --cluster NAME submits it to SLURM", err=True)
-    found = submit.launch(planned, after=after)
+    found = submit.launch(planned, after=after, at_once=at_once)
     emit(found, as_json=as_json, text=lambda: _launched(found))
     status = max((one.get("exit_status", 0) for one in found), default=0)
     if status:
@@ -76,7 +100,8 @@ def launch(
 def _launched(found: list[dict[str, Any]]) -> None:
     for one in found:
         if one["job"]:
-            pairs([("job", one["job"]), ("run", one["run"]), ("launch", one["launch"])])
+            behind = [("then", " ".join(one["successors"]))] if one["successors"] else []
+            pairs([("job", one["job"]), *behind, ("run", one["run"]), ("launch", one["launch"])])
     if any(one["job"] for one in found):
         console().print(f"watch it: mmscale status {' '.join(one['run'] for one in found)}", markup=False)
 
@@ -104,13 +129,18 @@ def resume(
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=1, show_default=False, help="Default: as it was launched.")
     ] = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Launch a run again, from its newest checkpoint, with its own configuration."""
     from launch import control
 
-    result = control.resume(run, overrides or (), cluster=cluster, nodes=nodes, yes=yes)
+    asked = _asked(time=time, partition=partition, account=account, qos=qos)
+    result = control.resume(run, overrides or (), cluster=cluster, nodes=nodes, yes=yes, asked=asked)
     emit(result, as_json=as_json, text=lambda: _resumed(result))
     if result.get("exit_status"):
         raise typer.Exit(result["exit_status"])

@@ -106,10 +106,14 @@ def test_a_node_that_is_not_fit_is_left_out_before_ranks_start(jobs: Jobs, clust
         pytest.skip("nodes share one view of the file system (not root)")
     folder = jobs.folder / "tiny"
     folder.mkdir()
+    content = yaml.safe_load(jobs.profile.read_text()) | {"replacements": 0}
+    profile = jobs.folder / "waits.yaml"  # for a person; test_successors.py has those that go on by themselves
+    profile.write_text(yaml.safe_dump(content))
     on_n2 = ["nsenter", f"--target={cluster.slurmd('n2')}", "--mount"]
     subprocess.run([*on_n2, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=True)
     try:
-        run = jobs.launch("train.steps=4", "checkpoint.every=0", slow_s=0.0)
+        asked = dataclasses.replace(jobs, profile=profile, runs=jobs.runs)
+        run = asked.launch("train.steps=4", "checkpoint.every=0", slow_s=0.0)
         ended = run.until_ended()
         assert (ended.state, ended.exit_status) == ("FAILED", 1), run.report()
         assert shown(run)["state"] == "unfit nodes" and run.events("launch") == []
@@ -139,7 +143,9 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     content = yaml.safe_load(jobs.profile.read_text()) | {"ranks": "torchrun", "preflight": checks}
     profile = jobs.folder / "agents.yaml"
     profile.write_text(yaml.safe_dump(content))
-    run = dataclasses.replace(jobs, profile=profile, runs=jobs.runs).launch(slow_s=0.1)
+    temporary = {"TMPDIR": str(jobs.folder / "node")}
+    Path(temporary["TMPDIR"]).mkdir()
+    run = dataclasses.replace(jobs, profile=profile, runs=jobs.runs).launch(slow_s=0.1, environment=temporary)
     run.until_step(13)
     jobs.cluster.stop_controller()
     os.kill(run.rank(1, below_agent=True), signal.SIGKILL)
@@ -170,3 +176,4 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     found = shown(run)
     assert found["crashes"] == 1 and found["restarts"] == 2
     assert "step 15/60" in (run.folder / "logs" / "attempt_1" / "rank_0.log").read_text()
+    assert [file.name for file in Path(temporary["TMPDIR"]).glob("torchelastic_*")] == []

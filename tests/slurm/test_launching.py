@@ -18,6 +18,7 @@ import pytest
 
 from launch import control, logs, submit
 from launch import record as records
+from launch.profile import load_profile
 from mmscale.errors import LaunchError
 from mmscale.train.metrics import read_events, read_metrics
 from slurm.local_cluster import Cluster
@@ -81,6 +82,13 @@ def test_a_batch_script_of_ones_own_does_the_same(
     assert run.until_ended().state == "COMPLETED", (jobs.folder / f"{run.job}.log").read_text()
     assert len(list((run.folder / "launch").iterdir())) == 1  # the restart found its launch folder
     assert_equal(run, reference)
+
+
+def test_srun_takes_the_arguments_of_the_example_profile(cluster: Cluster) -> None:
+    """Where it places ranks, and on which memory."""
+    arguments = load_profile(str(ROOT / "configs/cluster/h100.yaml")).srun
+    assert arguments
+    assert cluster.run("srun", "--nodes=1", "--ntasks=2", *arguments, "echo", "here") == "here\nhere\n"
 
 
 @pytest.mark.mpi

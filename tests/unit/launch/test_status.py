@@ -58,6 +58,20 @@ def test_stages_are_listed_behind_their_run_with_steps_of_their_own(tmp_path: Pa
     assert shown(tmp_path / "auxiliary")["steps"] == 300
 
 
+def test_successors_that_were_cancelled_do_not_say_how_the_run_ended(slurm: FakeSlurm, tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", records.JobKey("7"))
+    records.add_job(run / "launch" / "001", records.JobKey("8"))
+    failed, cancelled = JobState("7", "FAILED", exit=ExitCode(3)), JobState("8", "CANCELLED")
+    slurm.jobs(**{"7": failed, "8": cancelled})
+    happened(run, ("launch", {"job": "7"}), START)
+    assert (shown(run)["state"], shown(run)["job"]) == ("failed", "7")
+    happened(run, ("handed_over", {"job": "8"}))  # which a person cancelled
+    assert (shown(run)["state"], shown(run)["job"]) == ("cancelled", "8")
+    slurm.jobs(**{"7": failed, "8": JobState("8", "PENDING")})
+    found = shown(run)
+    assert found["state"] == "PENDING" and not found["ended"]
+
+
 def happened(run: Path, *events: tuple[str, dict[str, Any]]) -> None:
     log = EventLog(run, 1)
     for name, fields in events:

@@ -18,6 +18,7 @@ from launch import record as records
 from mmscale.errors import CheckpointError, ConfigError, LaunchError, MmscaleError, UsageError
 from mmscale.train.stages.table import MAIN, STAGES, Stage
 from tests.unit.data.prepared import corpus, prepare
+from tests.unit.launch.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).parents[3]
 PROFILE: dict[str, Any] = {"nodes": 2, "tasks_per_node": 2, "time": "30m", "signal_delay": "60s"}
@@ -82,6 +83,37 @@ def test_the_script_asks_for_what_the_profile_says_and_writes_nothing(config: Pa
     assert {"requeue", "exclusive"} <= set(asked) and asked["open-mode"] == "append"
     assert "wckey" not in asked
     assert not (config.parent / "runs").exists()
+    assert {"no-requeue"} <= set(options(script(config, requeue=False))) - {"requeue"}
+
+
+def test_the_command_line_replaces_what_the_profile_asks_for(config: Path) -> None:
+    cluster = profile(config.parent, partition="batch", account="team")
+    asked = {"time": "2h", "partition": "debug", "qos": "high"}
+    (planned,) = submit.plan_launch(config, cluster=cluster, asked=asked)
+    found = options(submit.script([planned]))
+    expected = {"time": "120", "partition": "debug", "qos": "high", "account": "team"}
+    assert {name: found[name] for name in expected} == expected
+    assert planned.record.asked == asked  # `resume` asks for the same
+    with pytest.raises(ConfigError, match="--partition: partition is 'a;b'"):
+        submit.plan_launch(config, cluster=cluster, asked={"partition": "a;b"})
+    with pytest.raises(ConfigError, match="--qos is for SLURM, and --cluster local runs here"):
+        submit.plan_launch(config, cluster="local", asked={"qos": "high"})
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"), [("2-12:30:00", "3630"), ("01:00:00", "60"), ("UNLIMITED", None), (None, None)]
+)
+def test_a_job_asks_for_the_time_that_its_partition_allows(
+    config: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, minutes: str | None
+) -> None:
+    fake = FakeSlurm(config.parent / "bin")
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
+    other = "echo 'PartitionName=a Default=NO MaxTime=00:10:00 State=UP'"
+    fake.answer("scontrol", f"{other}; echo 'PartitionName=b Default=YES MaxTime={limit} State=UP'")
+    if limit is None:
+        fake.away()
+    found = options(script(config, time=None))
+    assert found.get("time") == minutes
 
 
 def test_the_script_is_bash_and_ends_with_the_process_that_signals_reach(config: Path) -> None:
@@ -155,12 +187,46 @@ def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(config: Path) -> No
     ]
     asked = options(submit.script(planned))
     assert asked["array"] == "0-3%4" and "%A_%a" in asked["output"]
+    assert options(submit.script(planned, at_once=2))["array"] == "0-3%2"
     with pytest.raises(UsageError, match="is not key=value"):
         submit.plan_launch(config, cluster=cluster, sweep=["optim.lr"])
     with pytest.raises(UsageError, match="has 1e-4 twice"):
         submit.plan_launch(config, cluster=cluster, sweep=["optim.lr=1e-4,3e-4,1e-4"])
     lists = [overrides for overrides, _ in submit._variants(["optim.betas=[0.9,0.95],[0.9,0.99]"])]
     assert lists == [["optim.betas=[0.9,0.95]"], ["optim.betas=[0.9,0.99]"]]
+
+
+@pytest.fixture
+def sbatch(config: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """An sbatch that takes five jobs, from number 11 on; what it was asked for is in script.N."""
+    fake = FakeSlurm(config.parent / "bin")
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
+    count = f"n=$((10 + $(wc -l < {fake.folder}/sbatch.calls))); cp ${{@: -1}} {fake.folder}/script.$n"
+    fake.answer("sbatch", f"{count}; [ $n -lt 16 ] || {{ echo 'sbatch: error: limit' >&2; exit 1; }}; echo job $n")
+    return fake
+
+
+def test_each_run_of_a_sweep_has_successors_of_its_own(config: Path, sbatch: FakeSlurm) -> None:
+    cluster = profile(config.parent, chain=3)
+    planned = submit.plan_launch(config, cluster=cluster, sweep=["run.seed=1,2"])
+    found = submit.launch(planned)
+    assert [(one["job"], one["successors"]) for one in found] == [("11_0", ["12", "13"]), ("11_1", ["14", "15"])]
+    asked = {number: options((sbatch.folder / f"script.{number}").read_text()) for number in range(11, 16)}
+    behind = ["afterany:11_0", "afterany:12", "afterany:11_1", "afterany:14"]
+    assert "dependency" not in asked[11] and [asked[number]["dependency"] for number in range(12, 16)] == behind
+    assert all("array" not in asked[number] for number in range(12, 16))
+    runs = {asked[number]["output"].rpartition("/launch/")[0] for number in (14, 15)}
+    assert runs == {planned[1].record.run}
+    after = options(script(config, after=planned[0].record.run))["dependency"]
+    assert after == "afterany:11_0:12:13"
+
+
+def test_a_chain_that_is_refused_in_part_is_taken_back(config: Path, sbatch: FakeSlurm) -> None:
+    planned = submit.plan_launch(config, cluster=profile(config.parent, chain=7))
+    with pytest.raises(LaunchError, match="SLURM did not take the job: sbatch: error: limit"):
+        submit.launch(planned)
+    assert sbatch.calls("scancel") == ["15", "14", "13", "12", "11"]
+    assert not Path(planned[0].record.run).exists()
 
 
 def test_after_names_a_job_or_a_run(config: Path, tmp_path: Path) -> None:

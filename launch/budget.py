@@ -20,8 +20,6 @@ def load(folder: Path) -> Budget | None:
         return None
 
 
-def keep(folder: Path, budget: Budget) -> None:
-    """Write it down, whole or not at all."""
-    temporary = folder / f".{_BUDGET}"
-    temporary.write_text(json.dumps(asdict(budget)))
-    temporary.replace(folder / _BUDGET)
+def file_of(folder: Path, budget: Budget) -> tuple[Path, bytes]:
+    """The file that holds the budget of a launch, and its content."""
+    return folder / _BUDGET, json.dumps(asdict(budget)).encode()

@@ -31,6 +31,10 @@ def goodput(
     for event in events:
         attempts.setdefault(int(event.get("attempt", 0)), []).append(event)
     order = [number for number in sorted(attempts) if any(e["event"] == "launch" for e in attempts[number])]
+    lines: dict[Any, list[Mapping[str, Any]]] = {}
+    for line in metrics:
+        lines.setdefault(line.get("attempt"), []).append(line)
+    resumed = _resumed_from(attempts, order)
     times = dict.fromkeys(PARTS, 0.0)
     previous_end: float | None = None
     for place, number in enumerate(order):
@@ -47,10 +51,10 @@ def goodput(
             times["start_up"] += end - begin
             continue
         times["start_up"] += begun["time"] - begin
-        next_step = _resumed_from(attempts, order[place + 1 :])
+        next_step = resumed[number]
         stopped = next((int(e["step"]) for e in mine if e["event"] in ("stop", "finish") and "step" in e), None)
         _split(
-            [line for line in metrics if line.get("attempt") == number],
+            lines.get(number, []),
             first=int(begun.get("step", 0)),
             counts_up_to=next_step,
             saved=stopped if next_step is None else next_step,
@@ -62,13 +66,15 @@ def goodput(
     return (times["steps"] / allocated if allocated > 0 else None), times
 
 
-def _resumed_from(attempts: Mapping[int, Sequence[Mapping[str, Any]]], later: Sequence[int]) -> int | None:
-    """The step after which a later attempt went on; None if none has begun."""
-    for number in later:
-        for event in attempts[number]:
-            if event["event"] in ("start", "resume"):
-                return int(event.get("step", 0))
-    return None
+def _resumed_from(attempts: Mapping[int, Sequence[Mapping[str, Any]]], order: Sequence[int]) -> dict[int, int | None]:
+    """By attempt, the step after which the next one that has begun went on; None if none has."""
+    found: dict[int, int | None] = {}
+    step: int | None = None
+    for number in reversed(order):
+        found[number] = step
+        begun = next((event for event in attempts[number] if event["event"] in ("start", "resume")), None)
+        step = step if begun is None else int(begun.get("step", 0))
+    return found
 
 
 def _split(

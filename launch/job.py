@@ -10,6 +10,7 @@ rank while the others are killed, which no collective checkpoint survives. SLURM
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -23,14 +24,14 @@ from types import FrameType
 from typing import Any
 
 from launch import agent, batch_script, hangs, owner, passed, ranks, step
-from launch import budget as budgets
 from launch import record as records
 from launch.allocation import Allocation
 from launch.beginning import Beginning
+from launch.disk import Disk
 from launch.examination import Examination
 from launch.job_states import Phase, phase_of
 from launch.notify import Notifier, TellingLog
-from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Budget, Ending, crashed, decide
+from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Ending, crashed, decide
 from launch.progress import Progress
 from launch.scheduler import UnreachableError, patiently
 from launch.successors import Successors
@@ -38,6 +39,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.errors import MmscaleError
 from mmscale.resilience import lease
 from mmscale.resilience.run_lock import RunLock
+from mmscale.runtime import console
 from mmscale.runtime.rank_env import unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
 
@@ -65,6 +67,7 @@ class Job:
 
 def main(folder: Path) -> int:
     """Run the job of a launch folder; its exit status."""
+    console.guard()
     supervisor = Supervisor(records.read_record(folder))
     try:
         with supervisor.noting_signals():
@@ -93,6 +96,7 @@ class Supervisor:
         self.bandwidth: dict[str, Any] = {}
         self.signals: list[str] = []
         self.lock = RunLock(self.run_dir, job=self.job, by="launch")
+        self.disk = Disk(self.run_dir, self.folder, give_up=self._stopping)
         self.allocation = Allocation(
             self.job,
             patience_s=self.profile.slurm_patience,
@@ -153,7 +157,7 @@ class Supervisor:
             UnreachableError: SLURM has not answered for the profile's `slurm_patience`, and no rank could be started.
         """
         try:
-            with self.lock:
+            with self.lock, contextlib.closing(self.disk):
                 self._take(0, known_dead=self._refuse_busy())
                 return self._run()
         except UnreachableError as error:
@@ -181,7 +185,11 @@ class Supervisor:
 
     def _log(self, attempt: int, *, may_write: Callable[[], None] | None = None) -> EventLog:
         """The run's events, which the profile's `notify` is told of."""
-        return TellingLog(self.run_dir, attempt, notifier=self.notifier, may_write=may_write)
+        return self.disk.noted(
+            TellingLog(
+                self.disk.place(), attempt, notifier=self.notifier, may_write=may_write, writer=self.disk.writer
+            )
+        )
 
     def _run(self) -> int:
         batch_script.remove_stale_results(self.job)
@@ -190,7 +198,7 @@ class Supervisor:
             self.successors.cancel()
             return over
         lost = self.examination.lost_nodes()
-        budgets.keep(self.folder, self._budget())  # now: the first attempt is measured against what is there before it
+        self.disk.keep(self.disk.budget())  # now: the first attempt is measured against what is there before it
         number = 0
         while True:
             if self._stopping():
@@ -199,7 +207,7 @@ class Supervisor:
                 self.bandwidth = self.examination.run(Job(str(self.folder)))
                 if self._interrupted():
                     continue
-            taken = self._take(number)
+            taken = self.disk.patiently(functools.partial(self._take, number))
             fence = lease.Fence(self.run_dir, taken.id)
             with contextlib.closing(self._log(taken.attempt, may_write=fence.check)) as events:
                 if lost:
@@ -243,7 +251,7 @@ class Supervisor:
 
     def _attempt(self, lease_id: str, attempt: int, fence: lease.Fence, events: EventLog) -> tuple[Action, int]:
         logs = self.run_dir / "logs" / f"attempt_{attempt}"
-        logs.mkdir(parents=True, exist_ok=True)
+        self.disk.patiently(functools.partial(logs.mkdir, parents=True, exist_ok=True))
         # The first node, where rank 0 is, is this one.
         port = unused_port() if self.slurm else 0
         in_place = self._restarts_in_place()
@@ -273,8 +281,10 @@ class Supervisor:
         attempt = self._after_restarts_in_place(attempt, lease_id, events)
         hangs.tell(self.record, attempt, lease_id, events)
         ending = self._ending(status, attempt, logs)
-        budget = self._budget().ended(step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending))
-        budgets.keep(self.folder, budget)
+        budget = self.disk.budget().ended(
+            step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending)
+        )
+        self.disk.keep(budget)
         ending = self._with_slurms_word(ending)
         action, why = decide(
             ending, budget, max_restarts=self._max_restarts(), max_without_progress=self.record.max_without_progress
@@ -328,7 +338,7 @@ class Supervisor:
 
     def _restarts_in_place(self) -> int:
         """How often agents may start ranks again before this process looks at what became of it."""
-        left = self._max_restarts() - self._budget().restarts
+        left = self._max_restarts() - self.disk.budget().restarts
         return max(0, min(left, self.record.max_without_progress))
 
     def _after_restarts_in_place(self, attempt: int, lease_id: str, events: EventLog) -> int:
@@ -340,7 +350,7 @@ class Supervisor:
         for event in found:
             if event["event"] != "ranks_ended" or event.get("action") != agent.IN_PLACE:
                 continue
-            budgets.keep(self.folder, self._budget().ended(step=int(event["checkpoint"]), crashed=True))
+            self.disk.keep(self.disk.budget().ended(step=int(event["checkpoint"]), crashed=True))
             hangs.tell(self.record, int(event["attempt"]), lease_id, events)
         last = max((int(event["attempt"]) for event in found), default=attempt)
         events.attempt = last
@@ -417,7 +427,7 @@ class Supervisor:
             self._progress = Progress.load(self.run_dir)
         if self._progress.update(self.run_dir):
             fence.check()
-            self._progress.save(self.run_dir)
+            self.disk.write(*self._progress.file(self.run_dir))
 
     def _ask_to_save(self) -> None:
         now = time.monotonic()
@@ -443,9 +453,6 @@ class Supervisor:
         if not ending.needs_slurm:
             return ending
         return replace(ending, job_state=self.allocation.state(patiently_asked=not crashed(ending)))
-
-    def _budget(self) -> Budget:
-        return budgets.load(self.folder) or Budget(step=max(Store.of_run(self.run_dir).steps(), default=0))
 
     def _requeue(self) -> str:
         """Have SLURM start this job again, and wait for it to end this process; why it does not, "" if it does."""

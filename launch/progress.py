@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,15 +69,13 @@ class Progress:
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
 
-    def save(self, run: Path) -> None:
-        """Write it down, whole or not at all. One process of a run does: its job."""
+    def file(self, run: Path) -> tuple[Path, bytes]:
+        """The file that keeps it, and its content. One process of a run writes it: its job."""
         groups = {
             number: [[one.step, one.seconds, one.save_stall_s, one.eval_s, one.timed] for one in found]
             for number, found in self.attempts.items()
         }
-        temporary = run / f".{PROGRESS}.{os.getpid()}"
-        temporary.write_text(json.dumps({"offset": self.offset, "last": self.last, "attempts": groups}))
-        temporary.replace(run / PROGRESS)
+        return run / PROGRESS, json.dumps({"offset": self.offset, "last": self.last, "attempts": groups}).encode()
 
     def update(self, run: Path) -> bool:
         """Read what has been written since; whether there was anything."""

@@ -10,7 +10,7 @@ from launch import agent
 from launch.profile import Profile
 from launch.record import Record
 from mmscale.resilience import lease, watchdog
-from mmscale.runtime.rank_env import expand_hostlist
+from mmscale.runtime.rank_env import GRACE, expand_hostlist
 
 
 def command(
@@ -85,4 +85,5 @@ def environment(
     if profile.scheduler == "slurm":
         found["MMSCALE_LAUNCHER"] = "torchrun" if profile.ranks == "torchrun" else "slurm"
         found.setdefault("MASTER_PORT", str(port))
+        found.setdefault(GRACE, f"{profile.signal_delay:g}")
     return found

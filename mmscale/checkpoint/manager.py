@@ -133,6 +133,10 @@ class CheckpointManager:
         """Whether the schedule asks for a checkpoint after this step."""
         return self.every > 0 and step % self.every == 0
 
+    def move(self, run: Path) -> None:
+        """Save into another folder from now on: the run's, which was renamed. What is under way there fails."""
+        self.store = self.saver.store = replace(self.store, root=Store.of_run(run).root)
+
     # --- save -------------------------------------------------------------------------------------------------------
 
     def save(self, state: Saveable, *, last: bool = False) -> None:

@@ -7,6 +7,7 @@ border of a step, by two numbers that travel with the request to stop (`word`), 
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class _Flight:
     began: float
     task: Forked | _Here | None = None
     phase: Literal["write", "commit"] = "write"
+    hurried_s: float = math.inf  # given up after this time, if that is before the deadline
     borders: int = 0  # steps trained meanwhile
     blocked_s: float = 0.0
     written: list[Written] = field(default_factory=list)
@@ -185,6 +187,15 @@ class Saver:
         self._finish()
         self._give_up()
 
+    def hurry(self, within_s: float) -> None:
+        """Give up the save that is under way unless it ends soon: a newer one has to be made in little time.
+
+        Args:
+            within_s: from now on [seconds].
+        """
+        if (flight := self._flight) is not None:
+            flight.hurried_s = min(flight.hurried_s, time.monotonic() - flight.began + max(0.0, within_s))
+
     def close(self) -> None:
         """End all processes. Not a collective: also for the error path. What was under way is lost."""
         if self._flight is not None and self._flight.task is not None:
@@ -244,7 +255,7 @@ class Saver:
         committed = True
         while (flight := self._flight) is not None:
             if flight.task is not None:
-                left = flight.began + self.settings.deadline_s - time.monotonic()
+                left = flight.began + min(self.settings.deadline_s, flight.hurried_s) - time.monotonic()
                 flight.task.wait(timeout_s=max(0.0, min(left, _AGREE_S)))
             agreed = torch.tensor(self._word(flight), device=device.taken())
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
@@ -255,9 +266,10 @@ class Saver:
         if flight.task is None or not flight.task.poll():
             flight.problem = flight.task.problem if flight.task is not None else None
             return 0, int(flight.problem is not None)
-        if time.monotonic() > flight.began + self.settings.deadline_s:
+        limit, rule = min((self.settings.deadline_s, "checkpoint.deadline"), (flight.hurried_s, "--grace of a stop"))
+        if time.monotonic() > flight.began + limit:
             doing = "writing" if flight.phase == "write" else "committing"
-            flight.problem = f"still {doing} after {self.settings.deadline_s:g} s (checkpoint.deadline)"
+            flight.problem = f"still {doing} after {limit:.4g} s ({rule})"
         return 1, int(flight.problem is not None)
 
     def _advance(self, working: int, failed: int) -> bool:

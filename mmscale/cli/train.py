@@ -47,6 +47,17 @@ def train(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Start at step 0 although the run's checkpoints are lost.")
     ] = False,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            "--grace",
+            metavar="SECONDS",
+            min=1.0,
+            show_default="signal_delay of a launch's profile, else 60",
+            help="How long a request to stop leaves: a save that hangs then is given up after half of it, and a new "
+            "one is made.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train, from the run's newest checkpoint if there is one.
@@ -57,10 +68,12 @@ def train(
     74 checkpoints cannot be written, 75 stopped on request after a save.
     """
     from mmscale.config.load import load
+    from mmscale.runtime import console
     from mmscale.train import holding
     from mmscale.train.metrics import read_metrics
     from mmscale.train.stages.table import STAGES
 
+    console.guard()
     loaded = load(config, overrides or ())
     entry = STAGES[stage]
     main_run = Path(loaded.run.dir) / loaded.run.name
@@ -79,7 +92,7 @@ def train(
         raise typer.Exit(_start_ranks(nproc, main_run, entry))
     from mmscale.train import run
 
-    status = run.main(loaded, env, stage=entry.name, yes=yes)
+    status = run.main(loaded, env, stage=entry.name, yes=yes, grace_s=grace)
     if env.is_first and as_json:
         records = read_metrics(folder)
         result = {"run": str(folder), "exit_status": status, "last": records[-1] if records else None}

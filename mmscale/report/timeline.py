@@ -155,6 +155,11 @@ def _condensed(events: Sequence[Event], history: History) -> list[dict[str, Any]
     A group ends where a later attempt goes on, so that nothing is counted that is done again.
     """
     begun = {_attempt(e): float(e.get("step", 0)) for e in events if e["event"] in ("start", "resume")}
+    newest: dict[float, int] = {}  # of the attempts that begin after a step, the last one
+    for attempt, step in begun.items():
+        newest[step] = max(newest.get(step, 0), attempt)
+    starts = np.array(sorted(newest))
+    begins = np.array([newest[step] for step in starts])
     lines = history.lines
     found: list[dict[str, Any]] = []
     for attempt in np.unique(lines.attempt):
@@ -164,7 +169,8 @@ def _condensed(events: Sequence[Event], history: History) -> list[dict[str, Any]
         timed = ~np.isnan(lines.columns["step_time_s"][rows])
         done = np.where(timed, np.diff(reached), 0.0)
         edges = np.linspace(0, len(rows), min(_GROUPS, len(rows)) + 1).astype(np.int64)
-        later = [step for number, step in begun.items() if number > attempt]
+        within = slice(*np.searchsorted(starts, (reached[0], reached[-1])))
+        later = starts[within][begins[within] > attempt]
         edges = np.unique(np.concatenate((edges, np.searchsorted(reached[1:], later, side="right"))))
         for first, end in itertools.pairwise(edges):
             part = slice(int(first), int(end))
@@ -181,16 +187,21 @@ def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float
     by_attempt: dict[int, list[Event]] = {}
     for event in events:
         by_attempt.setdefault(_attempt(event), []).append(event)
-    order = sorted(by_attempt)
+    counts_up_to: dict[int, int | None] = {}  # of an attempt: the first step that a later one goes on from
+    least: int | None = None
+    for attempt in sorted(by_attempt, reverse=True):
+        counts_up_to[attempt] = least
+        own = [_step(event) for event in by_attempt[attempt] if _resumes(event)]
+        least = min(own if least is None else [*own, least], default=None)
     found: list[tuple[float, float, str, int]] = []
-    for place, attempt in enumerate(order):
+    for attempt in sorted(by_attempt):
         mine = by_attempt[attempt]
         begin, end = float(mine[0].get("since", mine[0]["time"])), max(float(event["time"]) for event in mine)
         begun = next((float(e["time"]) for e in mine if e["event"] in ("start", "resume")), None)
         found.append((begin, end if begun is None else begun, "start_up", attempt))
         if begun is None:
             continue
-        counts = min((_step(e) for later in order[place + 1 :] for e in by_attempt[later] if _resumes(e)), default=None)
+        counts = counts_up_to[attempt]
         kept = end if counts is None else _reached(history, attempt, counts, begun=begun, end=end)
         found += [(begun, kept, "steps", attempt), (kept, end, "lost", attempt)]
     return found
@@ -224,10 +235,11 @@ def _happenings(events: Sequence[Event], history: History, *, begin: float) -> l
 
 def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
     """Attempts that ended without a word, because another one went on: their processes were killed."""
-    attempts = sorted({_attempt(event) for event in events})
+    by_attempt: dict[int, list[Event]] = {}
+    for event in events:
+        by_attempt.setdefault(_attempt(event), []).append(event)
     found = []
-    for attempt in attempts[:-1]:
-        mine = [event for event in events if _attempt(event) == attempt]
+    for attempt, mine in sorted(by_attempt.items())[:-1]:
         if any(event["event"] in _ENDS for event in mine):
             continue
         own = history.lines.attempt == attempt

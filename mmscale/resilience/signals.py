@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch
+
+from mmscale.runtime.rank_env import GRACE_S
 
 # SIGUSR2 is what SLURM is told to send before a time limit or a preemption, SIGTERM what it sends at any other end,
 # SIGUSR1 what a person sends who does not want the run back. The largest code on any rank counts for all.
@@ -24,14 +27,19 @@ class StopRequest:
     entered it notes anything: a forked one (a loader, a writer) inherits the handlers, SLURM signals it as well, and
     its end would be taken for a fault.
 
+    Args:
+        grace_s: how long this process may go on after a request, before it is ended [seconds].
+
     Attributes:
         name: the signal that came to this process.
         agreed_name: the signal that all ranks stop for, once they agreed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, grace_s: float = GRACE_S) -> None:
+        self.grace_s = grace_s
         self.name: str | None = None
         self.agreed_name: str | None = None
+        self._noted: float | None = None
         self._process = os.getpid()
         self._mask: set[int] = set()
         self._previous: dict[signal.Signals, object] = {}
@@ -57,12 +65,18 @@ class StopRequest:
             return
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
+        self._noted = self._noted or time.monotonic()
         if self.name is None or _CODES[signal.Signals(number)] > _CODES[signal.Signals[self.name]]:
             self.name = signal.Signals(number).name
 
     def ask(self, number: signal.Signals) -> None:
         """Ask as this signal would."""
         self._note(number, None)
+
+    @property
+    def waited_s(self) -> float:
+        """Since this process was first asked to stop; 0 if it was another one."""
+        return 0.0 if self._noted is None else time.monotonic() - self._noted
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank. Every rank calls it at the same step."""

@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 HUNG = 76  # exit status: a crash, for the launcher
 FOLDER = "hang"
 _FLOOR_S, _FACTOR = 300.0, 10.0
+_DISK_S = 10.0  # a report that is not written by then tells of a disk that does not answer
 _GRACE_S = 3.0  # between a rank's report and its end: the launcher ends all ranks with the first, and all should report
 _LATE_S = 2.0  # a rank that runs looks once a second; one that reports after others' grace is 3 s late
 # Files of torch in which a rank waits for others; a backward pass waits in C++, called from the last one.
@@ -138,22 +139,34 @@ class Watchdog:
             last = self._last
             if last is None or time.monotonic() - last < self.timeout_s:
                 continue
-            self._report(time.monotonic() - last)
-            if not self._over.wait(_GRACE_S) and self._last == last:
+            frozen = self._report(time.monotonic() - last)
+            if frozen and self._last == last:
+                self._last = time.monotonic()
+            elif not self._over.wait(_GRACE_S) and self._last == last:
                 self._end(HUNG)
                 return
             if not self._failed:  # a near miss
-                _tried(functools.partial(self._file.unlink, missing_ok=True))
+                _in_thread(functools.partial(self._file.unlink, missing_ok=True)).wait(_DISK_S)
 
     @property
     def _file(self) -> Path:
         return self.folder / f"rank_{self.rank}.json"
 
-    def _report(self, waited_s: float) -> None:
-        # The disk comes last: it may be full, read-only, or what hangs.
-        _tried(lambda: self._say(waited_s))
-        collectives = _tried(self._flight)
-        _tried(lambda: self._write(waited_s, collectives or {}))
+    def _report(self, waited_s: float) -> bool:
+        """Write down where this rank stands; whether the disk did not answer, and does now or the loop is over."""
+
+        def work() -> None:
+            # The disk comes last: it may be full, read-only, or what hangs.
+            _tried(lambda: self._say(waited_s))
+            collectives = _tried(self._flight)
+            _tried(lambda: self._write(waited_s, collectives or {}))
+
+        written = _in_thread(work)
+        if written.wait(_DISK_S):
+            return False
+        while not written.wait(1.0) and not self._over.is_set():
+            pass
+        return True
 
     def _say(self, waited_s: float) -> None:
         sys.stderr.write(
@@ -191,6 +204,20 @@ class Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"flight_{self.rank}.json").write_text(text)
         return entered(json.loads(text))
+
+
+def _in_thread(action: Callable[[], object]) -> threading.Event:
+    """Do something that a frozen disk may never end; the event is set when it has ended."""
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            _tried(action)
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, name="hang-report", daemon=True).start()
+    return ended
 
 
 def _tried(action: Callable[[], T]) -> T | None:

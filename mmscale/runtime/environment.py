@@ -60,23 +60,22 @@ _VARIABLE_PREFIXES = ("GLOO_", "NCCL_", "NVTE_", "TORCH_NCCL_")
 _LONGEST_DIFF = 100_000  # characters
 
 
-def write_environment(
-    run_dir: Path, *, hosts: list[str] | None = None, devices: list[str] | None = None, **facts: Any
+def environment_of_run(
+    *, hosts: list[str] | None = None, devices: list[str] | None = None, **facts: Any
 ) -> dict[str, Any]:
-    """Write environment.json, whole or not at all, and return its content.
+    """What environment.json holds.
 
     Args:
-        run_dir: The run's folder; made if it is missing.
         hosts: Names of all hosts of the run; SLURM's list, or this host, if None.
         devices: Names of the devices of the run; this rank's if None.
         facts: More to write down, e.g. attempt=2, world_size=8.
     """
-    content = describe() | {"hosts": hosts or _hosts(), "devices": devices or _devices(), **facts}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f".{ENVIRONMENT}.tmp"
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    temporary.replace(run_dir / ENVIRONMENT)
-    return content
+    return describe() | {"hosts": hosts or _hosts(), "devices": devices or _devices(), **facts}
+
+
+def environment_text(content: dict[str, Any]) -> bytes:
+    """The file's bytes."""
+    return (json.dumps(content, indent=1, default=str) + "\n").encode()
 
 
 def describe() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 from mmscale.errors import LaunchError
 from mmscale.runtime.rank_env import STORE_FD, listen, port_of
@@ -35,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
-    log: Path | None  # None: rank 0, whose output goes straight through
+    log: Path | None  # None: of rank 0, whose output goes straight through
     status: int | None = None  # as subprocess gives it: negative for a signal
 
 
@@ -69,7 +70,8 @@ def run_local(
     Raises:
         LaunchError: A rank died of a signal or with any other exit status. The tail of its log is on stderr by then.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # `_log` says so
+        log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[_Rank] = []
     with _forwarding(ranks) as received:
         try:
@@ -107,9 +109,9 @@ def _shared_variables(environ: Mapping[str, str], nproc: int, *, port: int) -> d
 def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: Path, *, listener: int) -> _Rank:
     first = number == 0
     own = {"RANK": str(number), "LOCAL_RANK": str(number)} | ({STORE_FD: str(listener)} if first else {})
-    log = log_dir / f"rank_{number}.log" if number else None
     with contextlib.ExitStack() as files:
-        output = files.enter_context(log.open("wb")) if log else None
+        output = _log(log_dir / f"rank_{number}.log") if number else None
+        log = Path(files.enter_context(output).name) if output else None
         try:
             process = subprocess.Popen(
                 command,
@@ -126,6 +128,15 @@ def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: 
         except OSError as error:
             raise LaunchError(f"rank {number} could not be started: {command[0]}: {error.strerror}") from error
     return _Rank(number, process, log)
+
+
+def _log(file: Path) -> BinaryIO | None:
+    """The log of a rank; None: the disk refuses it, and the rank's output goes straight through."""
+    try:
+        return file.open("wb")
+    except OSError as error:
+        sys.stderr.write(f"{file} cannot be written: {error.strerror}; that rank's output comes here\n")
+        return None
 
 
 def _die_with(parent: int) -> Callable[[], None]:

@@ -28,6 +28,8 @@ _FIRST_PORT, _PORTS = 20_000, 10_000
 
 # Rank 0's file descriptor of a socket that already listens on MASTER_PORT: set by who started it.
 STORE_FD = "MMSCALE_STORE_FD"
+GRACE_S = 60.0
+GRACE = "MMSCALE_GRACE"  # what a launcher tells its ranks [seconds]
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -345,3 +347,18 @@ def listen() -> socket.socket:
 def port_of(listener: socket.socket) -> int:
     """The port that a socket listens on."""
     return int(listener.getsockname()[1])
+
+
+def grace_of(given: float | None, environ: Mapping[str, str] = os.environ) -> float:
+    """The grace of a process: as given, or what its launcher says, or a minute.
+
+    Raises:
+        ConfigError: the launcher's word is no number.
+    """
+    text = environ.get(GRACE, "")
+    if given is not None or not text:
+        return GRACE_S if given is None else given
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{GRACE}={text} is no number", remedy=f"unset {GRACE}, or set it to seconds") from None

@@ -1,9 +1,12 @@
 # Where logged figures go besides metrics.jsonl: TensorBoard, Weights & Biases, Prometheus. All optional.
-# A run never ends because of one: a package or service that is away is said once and left out from then on.
+# A run never ends or waits because of one: a package or service that is away is said once and left out from then on; a
+# disk that refuses is tried again.
 """Logging back ends."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
 import re
@@ -11,12 +14,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmscale.runtime.disk_writer import DiskWriter
+
 _log = logging.getLogger(__name__)
+_FIGURE = 200  # bytes of memory, about
 _WANDB_WAIT_S = 30.0  # for the service's answer at the start; W&B's own default is 90 s of idle devices
 
 
 class Backend(Protocol):
-    """Takes the figures of logged steps. Any exception of any method means that it is gone."""
+    """Takes the figures of logged steps. Any exception of any method means that it is gone.
+
+    But for an OSError where `on_disk` is set: then the same call is made again, after the disk may have recovered.
+    """
+
+    on_disk: bool
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
         """The figures of a step; values may be NaN or infinite."""
@@ -29,7 +40,7 @@ class Backend(Protocol):
 
 
 class Backends:
-    """Those back ends that work.
+    """Those back ends that work, each with a thread of its own: one that hangs delays nothing else.
 
     Args:
         makers: by name, what starts each one.
@@ -40,13 +51,16 @@ class Backends:
         self, makers: Mapping[str, Callable[[], Backend]], *, tell: Callable[[str, str], None] | None = None
     ) -> None:
         self._tell = tell
+        self._writers: dict[str, DiskWriter] = {}
         self.working: dict[str, Backend] = {}
         for name, make in makers.items():
             self._guarded(name, lambda name=name, make=make: self.working.__setitem__(name, make()))  # type: ignore[misc]
+        for name in self.working:
+            self._writers[name] = DiskWriter(f"log.{name}", say=None)
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
         """Hand the figures of a step to all."""
-        self._each(lambda backend: backend.write(step, values, attempt=attempt))
+        self._each(lambda backend: backend.write(step, values, attempt=attempt), size=_FIGURE * len(values))
 
     def rolled_back(self) -> None:
         """Tell all that steps come again."""
@@ -55,17 +69,26 @@ class Backends:
     def close(self) -> None:
         """Close all."""
         self._each(lambda backend: backend.close())
+        for writer in self._writers.values():
+            writer.close()
         self.working.clear()
 
-    def _each(self, call: Callable[[Backend], None]) -> None:
-        for name, backend in list(self.working.items()):
-            self._guarded(name, lambda backend=backend: call(backend))  # type: ignore[misc]
+    def _each(self, call: Callable[[Backend], None], *, size: int = 0) -> None:
+        for name in list(self.working):
+            self._writers[name].submit(functools.partial(self._call, name, call), size=size)
 
-    def _guarded(self, name: str, call: Callable[[], None]) -> None:
+    def _call(self, name: str, call: Callable[[Backend], None]) -> None:
+        backend = self.working.get(name)
+        if backend is not None:
+            self._guarded(name, lambda: call(backend), again=backend.on_disk)
+
+    def _guarded(self, name: str, call: Callable[[], None], *, again: bool = False) -> None:
         # Whatever a service's client raises, also SystemExit, which W&B's once raised: training goes on.
         try:
             call()
         except (Exception, SystemExit) as error:
+            if again and isinstance(error, OSError):
+                raise
             self.working.pop(name, None)
             lines = str(error).strip().splitlines()
             reason = lines[0][:300] if lines else type(error).__name__
@@ -77,6 +100,7 @@ class Backends:
 def backends_of(
     run_dir: Path,
     *,
+    files: Path | None = None,
     name: str = "",
     tensorboard: bool = False,
     wandb: str | None = None,
@@ -87,6 +111,7 @@ def backends_of(
 
     Args:
         run_dir: the folder of the run, or of a stage of it.
+        files: the same folder by a path that this process alone can follow; default: `run_dir`.
         name: of the run; default: the folder's.
         tensorboard: write TensorBoard events into `<run_dir>/tensorboard`.
         wandb: W&B project; None: off.
@@ -96,7 +121,7 @@ def backends_of(
     makers: dict[str, Callable[[], Backend]] = {}
     name = name or run_dir.name
     if tensorboard:
-        makers["tensorboard"] = lambda: TensorBoard(run_dir / "tensorboard")
+        makers["tensorboard"] = lambda: TensorBoard((files or run_dir) / "tensorboard")
     if wandb is not None:
         makers["wandb"] = lambda: WeightsAndBiases(run_dir, project=wandb, name=name)
     if prometheus is not None:
@@ -111,6 +136,8 @@ class TensorBoard:
         folder: of the event files.
     """
 
+    on_disk = True
+
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -122,12 +149,20 @@ class TensorBoard:
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
         """One scalar for each figure."""
-        if self._writer is None:
-            # purge_step: what an earlier attempt wrote for this step and later ones was rolled back.
-            self._writer = self._type(str(self._folder), purge_step=step)
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+        try:
+            if self._writer is None:
+                # purge_step: what an earlier attempt wrote for this step and later ones was rolled back.
+                self._writer = self._type(str(self._folder), purge_step=step)
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+            self._writer.flush()
+        except OSError:
+            # Its thread has ended with the error: the next try begins another file, which purges what this one has.
+            broken, self._writer = self._writer, None
+            if broken is not None:
+                with contextlib.suppress(OSError):
+                    broken.close()
+            raise
 
     def rolled_back(self) -> None:
         """The next write purges what it repeats."""
@@ -135,9 +170,9 @@ class TensorBoard:
 
     def close(self) -> None:
         """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
 
 class WeightsAndBiases:
@@ -148,6 +183,8 @@ class WeightsAndBiases:
         project: name of the project.
         name: of the run.
     """
+
+    on_disk = False
 
     def __init__(self, run_dir: Path, *, project: str, name: str) -> None:
         try:
@@ -189,6 +226,8 @@ class Prometheus:
         address: of the interface to serve at.
         port: to serve at; 0: any free one.
     """
+
+    on_disk = False
 
     def __init__(self, run: str, *, address: str, port: int) -> None:
         try:

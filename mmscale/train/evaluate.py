@@ -24,6 +24,10 @@ from mmscale.train.batch import part_of, to_device
 from mmscale.train.step import Steps, mean_losses, reduce_sums
 
 
+class CutShortError(Exception):
+    """Ranks were asked to stop within an evaluation: the same on every rank."""
+
+
 def evaluate(
     config: Config,
     *,
@@ -49,7 +53,7 @@ def evaluate(
         routing: who decides which experts take a token; the model has what it needs.
         learning: collects figures of auxiliary routers against the true choices of batch routing; None: not measured.
         on_batch: called before each global batch, and before ranks add up what they found. A device may be as many
-            kernels behind as its queue holds.
+            kernels behind as its queue holds. It may raise, the same on every rank.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
     per_step = global_micro_batches(config)

@@ -15,8 +15,9 @@ from mmscale.errors import TrainingError
 from mmscale.model.mixed_modal import Routing
 from mmscale.resilience.anomaly import Kind
 from mmscale.resilience.divergence import Diverged, find_diverged
+from mmscale.train.evaluate import CutShortError
 from mmscale.train.loop import StepReport, is_logged
-from mmscale.train.metrics import EVAL, EventLog, MetricsLog
+from mmscale.train.metrics import CUT_SHORT, EVAL, MetricsLog
 from mmscale.train.progress import Progress
 from mmscale.train.state import StageState
 from mmscale.train.step import Steps
@@ -181,7 +182,7 @@ class EvalHook:
         clock: evaluation is a pause, not a part of the step time.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
-        events: events.jsonl; None on ranks other than 0.
+        tell: events, on rank 0.
     """
 
     def __init__(
@@ -192,28 +193,44 @@ class EvalHook:
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
-        events: EventLog | None,
+        tell: Callable[..., None],
     ) -> None:
         self.config = config
         self.evaluate = evaluate
         self.clock = clock
         self.progress = progress
         self.metrics = metrics
-        self.events = events
+        self.tell = tell
+
+    def due(self, step: int) -> bool:
+        """Whether the split is evaluated after a step."""
+        every = self.config.train.eval_every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Held-out losses under batch routing, which sees the future, and under every causal one that the model has."""
-        every, last = self.config.train.eval_every, report.step == self.config.train.steps
-        if not last and (every == 0 or report.step % every):
+        """Nothing on other steps. A request to stop is heard within; the next attempt evaluates then."""
+        if not self.due(report.step):
             return
+        try:
+            self.measure(report.step)
+        except CutShortError:
+            self.tell(CUT_SHORT, step=report.step)
+            self.progress.say(f"step {report.step}: asked to stop; the evaluation is made when the run goes on")
+
+    def measure(self, step: int) -> None:
+        """Held-out losses under batch routing, which sees the future, and under every causal one that the model has.
+
+        Raises:
+            CutShortError: ranks were asked to stop; nothing is written.
+        """
         with self.clock.measure("eval_s"):
             found = {routing: self.evaluate(routing) for routing in routings_of(self.config)}
         for routing, values in found.items():
             prefix = EVAL if routing.leaks else f"{EVAL}{routing}/"
             if self.metrics is not None:
-                self.metrics.write(report.step, {f"{prefix}{name}": value for name, value in values.items()})
+                self.metrics.write(step, {f"{prefix}{name}": value for name, value in values.items()})
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "z_loss")
-            self.progress.say(f"step {report.step}: held-out ({routing} routing)  {shown}")
+            self.progress.say(f"step {step}: held-out ({routing} routing)  {shown}")
 
 
 def routings_of(config: Config) -> list[Routing]:

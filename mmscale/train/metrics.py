@@ -2,7 +2,8 @@
 # It measures nothing (throughput.py does), decides nothing, and needs no torch to be read.
 """The run directory's append-only logs.
 
-Each line is one JSON object, written by one system call, so a killed run leaves at most one torn line, at the end.
+Each line is one JSON object, written by one system call, so a killed run leaves at most one torn line, at the end. A
+disk that refuses or hangs ends nothing: runtime/disk_writer.py keeps the lines until it takes them.
 JSON knows no NaN: a value that is not finite is written as the string "nan", "inf" or "-inf", and `read_metrics` gives
 it back as a float. A step that is done again after a resume appears again, with a higher "attempt"; one that is done
 again after a roll-back within an attempt, with a higher "rollback" (left out while it is 0).
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +21,12 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from mmscale.runtime.environment import write_environment
+from mmscale.runtime.disk_writer import Appended, DiskWriter
 from mmscale.train.backends import Backends
 from mmscale.train.throughput import Throughput
 
 __all__ = [
+    "CUT_SHORT",
     "EVAL",
     "EVENTS",
     "LAYERS",
@@ -33,15 +34,16 @@ __all__ = [
     "EventLog",
     "MetricsLog",
     "Throughput",
+    "evaluation_cut_short",
     "next_attempt",
     "read_events",
     "read_metrics",
-    "write_environment",
 ]
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 LAYERS = "layers.jsonl"
+CUT_SHORT = "evaluation_cut_short"  # an event, with the step
 EVAL = "eval/"  # prefix of keys measured on held-out data, e.g. eval/loss/text
 
 _log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class MetricsLog:
         attempt: Number of this attempt, from `next_attempt`.
         backends: TensorBoard and others that get the figures too.
         may_write: Called before every line; raises if this process must not write any more.
+        writer: Does the writing, and is closed by its owner; default: one of its own.
     """
 
     def __init__(
@@ -65,11 +68,15 @@ class MetricsLog:
         attempt: int,
         backends: Backends | None = None,
         may_write: Callable[[], None] | None = None,
+        writer: DiskWriter | None = None,
     ) -> None:
         self.attempt = attempt
         self.rollback = 0
-        self._lines = _Lines(run_dir / METRICS, may_write)
-        self._layers = _Lines(run_dir / LAYERS, may_write, lazy=True)
+        self._owned = writer is None
+        self._writer = writer or DiskWriter(str(run_dir))
+        self._lines = Appended(run_dir / METRICS, self._writer, may_write=may_write)
+        self._layers = Appended(run_dir / LAYERS, self._writer, may_write=may_write)
+        self._lines.touch()
         self._backends = backends or Backends({})
 
     def attach(self, backends: Backends) -> None:
@@ -82,13 +89,13 @@ class MetricsLog:
         Held-out values may come in a line of their own with the same step: `read_metrics` puts them together.
         """
         numbers = {key: _number(value) for key, value in values.items() if value is not None}
-        self._lines.append(self._place(step) | {key: _as_json(value) for key, value in numbers.items()})
+        self._lines.append(_line(self._place(step) | {key: _as_json(value) for key, value in numbers.items()}))
         shown = {key: value for key, value in numbers.items() if key != "time"}  # back ends have clocks of their own
         self._backends.write(step, shown, attempt=self.attempt)
 
     def write_layers(self, step: int, layers: Mapping[str, Any]) -> None:
         """Append the figures of every layer to layers.jsonl; read back by `report.layers.layers_of`."""
-        self._layers.append(self._place(step) | {"layers": dict(layers)})
+        self._layers.append(_line(self._place(step) | {"layers": dict(layers)}))
 
     def rolled_back(self, number: int) -> None:
         """Steps come again from here on.
@@ -100,9 +107,9 @@ class MetricsLog:
         self._backends.rolled_back()
 
     def close(self) -> None:
-        """Close everything; lines are on disk already."""
-        self._lines.close()
-        self._layers.close()
+        """Write what is left."""
+        if self._owned:
+            self._writer.close()
         self._backends.close()
 
     def _place(self, step: int) -> dict[str, Any]:
@@ -117,20 +124,32 @@ class EventLog:
         run_dir: The run's folder; made if it is missing.
         attempt: Number of this attempt, from `next_attempt`.
         may_write: Called before every line; raises if this process must not write any more.
+        writer: Does the writing, and is closed by its owner; default: one of its own, whose outages are events here.
     """
 
-    def __init__(self, run_dir: Path, attempt: int, *, may_write: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        attempt: int,
+        *,
+        may_write: Callable[[], None] | None = None,
+        writer: DiskWriter | None = None,
+    ) -> None:
         self.attempt = attempt
-        self._lines = _Lines(run_dir / EVENTS, may_write)
+        self.writer = writer or DiskWriter(str(run_dir), on_change=self.add)
+        self._owned = writer is None
+        self._lines = Appended(run_dir / EVENTS, self.writer, may_write=may_write)
+        self._lines.touch()
 
     def add(self, event: str, **fields: Any) -> None:
         """Append one event with the time [seconds since 1970] and whatever belongs to it."""
         plain = {key: _as_json(value) for key, value in fields.items()}
-        self._lines.append({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **plain})
+        self._lines.append(_line({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **plain}))
 
     def close(self) -> None:
-        """Close the file."""
-        self._lines.close()
+        """Write what is left."""
+        if self._owned:
+            self.writer.close()
 
 
 def next_attempt(run_dir: Path) -> int:
@@ -164,48 +183,20 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [steps[number] for number in sorted(steps)]
 
 
+def evaluation_cut_short(run_dir: Path, step: int) -> bool:
+    """Whether a request to stop cut the evaluation after a step short, and it was not made since."""
+    if not any(event["event"] == CUT_SHORT and event.get("step") == step for event in read_events(run_dir)):
+        return False
+    return not any(line.get("step") == step and _held_out_only(line) for line in _read_lines(run_dir / METRICS))
+
+
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events in the order they were written."""
     return list(_read_lines(run_dir / EVENTS))
 
 
-class _Lines:
-    """An append-only file of JSON lines.
-
-    Args:
-        path: of the file.
-        may_write: called before every line.
-        lazy: make the file with its first line only.
-    """
-
-    def __init__(self, path: Path, may_write: Callable[[], None] | None = None, *, lazy: bool = False) -> None:
-        self._may_write = may_write
-        self._path = path
-        self._file = -1
-        if not lazy:
-            self._open()
-
-    def _open(self) -> None:
-        path = self._path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # O_APPEND and one write per line: a line is whole or torn at its end, never mixed with another process's.
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # the last attempt died within a line: ours must not become part of it
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        text = json.dumps(record, allow_nan=False, default=str) + "\n"
-        if self._may_write is not None:
-            self._may_write()
-        if self._file < 0:
-            self._open()
-        os.write(self._file, text.encode())
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False, default=str) + "\n").encode()
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -14,9 +14,13 @@ from typing import Any
 
 from mmscale.config import Config, LogConfig
 from mmscale.config.load import dump
+from mmscale.errors import SaveError
 from mmscale.resilience.lease import Fence, FencedError
+from mmscale.runtime.disk_writer import DiskWriter, replacing
+from mmscale.runtime.environment import ENVIRONMENT, environment_of_run, environment_text
+from mmscale.runtime.held_folder import HeldFolder
 from mmscale.train.backends import Backends, backends_of
-from mmscale.train.metrics import EventLog, MetricsLog, write_environment
+from mmscale.train.metrics import EventLog, MetricsLog
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,15 @@ class Records:
     Attributes:
         metrics, events: None on ranks other than 0.
         backends: starts what else gets the figures.
+        writer: of all files; None on ranks other than 0, here and below.
+        folder: where they are.
     """
 
     metrics: MetricsLog | None = None
     events: EventLog | None = None
     backends: Callable[[], Backends | None] = lambda: None
+    writer: DiskWriter | None = None
+    folder: HeldFolder | None = None
 
     def begin(self, config: Config, run: Path, *, attempt: int) -> None:
         """Training begins: write the attempt's configuration and environment, and start the back ends.
@@ -39,9 +47,21 @@ class Records:
         """
         if self.metrics is None:
             return
-        write_settings(config, run, attempt=attempt)
+        self._write_settings(config, run, attempt=attempt)
         if (backends := self.backends()) is not None:
             self.metrics.attach(backends)
+
+    def _write_settings(self, config: Config, run: Path, *, attempt: int) -> None:
+        """The configuration and the environment of an attempt into the run's folder, each whole or not at all."""
+        text = dump(config).encode()
+        for name in (f"config.{attempt}.yaml", "config.yaml"):
+            self.write_file(run / name, text)
+        self.write_file(run / ENVIRONMENT, environment_text(environment_of_run()))
+
+    def write_file(self, file: Path, content: bytes) -> None:
+        """Give a file of the run its content, whole or not at all; on other ranks nothing happens."""
+        if self.writer is not None:
+            self.writer.submit(replacing(file, content), size=len(content), key=str(file))
 
     def tell(self, event: str, **fields: Any) -> None:
         """Add an event; on other ranks nothing happens."""
@@ -65,45 +85,44 @@ def open_records(
 
     Raises:
         FencedError: another attempt has taken the run over.
+        SaveError: the folder cannot be made. Once it is there a disk that refuses ends nothing.
     """
     if rank != 0:
         yield Records()
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    fence.check()
-    events = EventLog(folder, attempt, may_write=fence.check)
-    metrics = MetricsLog(folder, attempt=attempt, may_write=fence.check)
     try:
-        yield Records(metrics, events, lambda: _backends(folder, name or folder.name, log, events))
-    except FencedError:
-        raise  # not a line more
-    except BaseException as error:
-        events.add("fault", error=type(error).__name__, message=str(error)[:500])
-        raise
-    finally:
-        metrics.close()
-        events.close()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{folder} cannot be made: {error.strerror}", remedy="choose another run.dir") from None
+    fence.check()
+    writer = DiskWriter(str(folder))
+    with HeldFolder(folder) as held:
+        events = EventLog(held.stable, attempt, may_write=fence.check, writer=writer)
+        writer.on_change = events.add
+        metrics = MetricsLog(held.stable, attempt=attempt, may_write=fence.check, writer=writer)
+        try:
+            yield Records(metrics, events, lambda: _backends(held, name or folder.name, log, events), writer, held)
+        except FencedError:
+            raise  # not a line more
+        except BaseException as error:
+            events.add("fault", error=type(error).__name__, message=str(error)[:500])
+            raise
+        finally:
+            metrics.close()
+            events.close()
+            writer.close()
 
 
-def _backends(folder: Path, name: str, log: LogConfig | None, events: EventLog) -> Backends | None:
+def _backends(held: HeldFolder, name: str, log: LogConfig | None, events: EventLog) -> Backends | None:
     if log is None:
         return None
     port = log.prometheus_port
     return backends_of(
-        folder,
+        held.path,
+        files=held.stable,
         name=name,
         tensorboard=log.tensorboard,
         wandb=log.wandb,
         prometheus=None if port is None else (log.prometheus_address, port),
         tell=lambda name, reason: events.add("log_off", log=name, reason=reason),
     )
-
-
-def write_settings(config: Config, run: Path, *, attempt: int) -> None:
-    """The configuration and the environment of an attempt into the run's folder, each whole or not at all."""
-    text = dump(config)
-    for name in (f"config.{attempt}.yaml", "config.yaml"):
-        temporary = run / f"{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(run / name)
-    write_environment(run)

@@ -33,9 +33,9 @@ from mmscale.resilience.watchdog import Watchdog
 from mmscale.runtime import device
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.groups import from_first
-from mmscale.runtime.rank_env import RankEnv
+from mmscale.runtime.rank_env import RankEnv, grace_of
 from mmscale.train import holding, saves
-from mmscale.train.evaluate import evaluate
+from mmscale.train.evaluate import CutShortError, evaluate
 from mmscale.train.hooks import LogHook, PlaceHook, ReplicaHook, StillHook
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.memory import MemoryHook, memory_of
@@ -56,7 +56,7 @@ FINISHED, STOPPED = 0, 75
 BUILDERS: Mapping[str, Callable[[Given], BuiltStage]] = {MAIN: MainStage, "auxiliary": AuxiliaryStage}
 
 
-def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False) -> int:
+def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False, grace_s: float | None = None) -> int:
     """Run one attempt on this rank.
 
     Args:
@@ -64,6 +64,7 @@ def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False) 
         env: this process's place among the ranks.
         stage: a name in `STAGES`.
         yes: go on from a checkpoint although the objective or the data have changed since.
+        grace_s: how long a request to stop leaves for a save [seconds]; default: what the launcher says, or a minute.
 
     Returns:
         0: trained to the last step; 75: stopped on request after a committed save.
@@ -85,7 +86,7 @@ def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False) 
     given = Given(config, settings, run, entry.folder(run), env, groups)
     try:
         with (
-            StopRequest() as stop,
+            StopRequest(grace_s=grace_of(grace_s)) as stop,
             holding.held_by_ranks(run, entry, env, from_first=from_first) as fence,
             contextlib.ExitStack() as stack,
         ):
@@ -119,6 +120,7 @@ class _Attempt:
         self.faults = Faults.of_rank(env.rank)
         first = env.is_first
         self.number = from_first((launched_attempt(self.folder) or next_attempt(self.folder)) if first else None)
+        self.moved_to: Path | None = None  # where the folder is, once it was renamed
         self.stage = BUILDERS[entry.name](given)
         self.state, self.stepper = self.stage.state, self.stage.stepper
         self.records: Records = stack.enter_context(
@@ -197,16 +199,33 @@ class _Attempt:
         self.clock.restart()  # loading and the dry run are start-up, and no part of the first step's time
         try:
             with self.watchdog:
-                finished = trainer.fit()
-                if finished:
-                    stage.complete(self.tools)
+                finished = self._train(trainer)
         except TrainingError:  # the same on every rank, so the save that is under way can still be committed
             self.checkpoints.saver.finish()
             raise
+        self._refuse_moved()
         self.records.tell("finish" if finished else "stop", step=state.step, signal=self.stop.agreed_name)
         if not finished:
             self.progress.say(f"stopped on request after step {state.step}; start it again to go on")
         return FINISHED if finished else STOPPED
+
+    def _train(self, trainer: Trainer) -> bool:
+        """Train to the end, with all that belongs to it. False: stopped on request, or the folder was renamed."""
+        try:
+            self.stage.resumed(self.tools)
+            if not trainer.fit() or self.moved_to is not None:
+                return False
+            self.stage.complete(self.tools)
+        except CutShortError:
+            self._save_what_memory_has()
+            return False
+        return True
+
+    def _save_what_memory_has(self) -> None:
+        """Save the state if this attempt went on from memory alone, and has not saved since."""
+        if from_first(max(self.checkpoints.store.steps(), default=0)) < self.state.step:
+            with self.stepper.settled():
+                self.checkpoints.save(self.state, last=True)
 
     def _find_place(self) -> None:
         """Go on in the data with what was not read, and say what changed in its order."""
@@ -250,12 +269,14 @@ class _Attempt:
 
     def _done(self) -> int:
         """Nothing is left to train: do what an attempt that was killed after the last step has left undone."""
-        if from_first(max(self.checkpoints.store.steps(), default=0)) < self.state.step:  # it goes on from memory alone
-            with self.stepper.settled():
-                self.checkpoints.save(self.state, last=True)
+        self._save_what_memory_has()
         if not self.stage.is_complete():
-            with self.watchdog:
-                self.stage.complete(self.tools)
+            try:
+                with self.watchdog:
+                    self.stage.complete(self.tools)
+            except CutShortError:
+                return STOPPED
+            self.records.tell("finish", step=self.state.step, signal=None)
         self.progress.say(
             f"{self.folder} is done: {self.state.step} of {self.config.train.steps} steps; raise {self.entry.steps} to "
             "go on"
@@ -300,10 +321,36 @@ class _Attempt:
         waits = step == self.config.train.steps or (not checkpoint.asynchronous and self.checkpoints.due(step))
         # A request to stop is agreed on behind this line, and the save that follows it is waited for too.
         self.watchdog.beat(step, allowed_s=checkpoint.deadline if waits else 0.0)
-        stopping = saves.border(self.stop, self.checkpoints, self.clock, self.fence)
-        if stopping:
+        folder = self.records.folder
+        at = None if folder is None else folder.moved()
+        stopping, moved = saves.border(self.stop, self.checkpoints, self.clock, self.fence, moved=at is not None)
+        if moved:
+            self._follow(at)
+        if stopping or moved:
+            self.checkpoints.saver.hurry(self.stop.grace_s / 2 - self.stop.waited_s)
             self.watchdog.beat(step, allowed_s=checkpoint.deadline)
-        return stopping
+        return stopping or moved
+
+    def _follow(self, at: Path | None) -> None:
+        """Save where the folder is now; `at`: as rank 0 has seen it."""
+        self.moved_to = from_first(at)
+        self.records.tell("run_moved", step=self.state.step, to=str(self.moved_to))
+        self.checkpoints.move(self.moved_to)
+        self.checkpoints.saver.hurry(0.0)  # what it writes by the old name
+
+    def _refuse_moved(self) -> None:
+        """A run that was renamed ends: whoever would start it again looks for it where it was.
+
+        Raises:
+            TrainingError: it was.
+        """
+        if self.moved_to is None:
+            return
+        run = self.moved_to.parent if self.entry.subfolder else self.moved_to
+        raise TrainingError(
+            f"{self.folder} was renamed to {self.moved_to}; step {self.state.step} is saved there",
+            remedy=f"rename it back, or go on with run.dir={run.parent} run.name={run.name}",
+        )
 
     def _load_newest(self) -> int | None:
         """Roll back; the step of the checkpoint."""
@@ -350,6 +397,8 @@ class _Attempt:
         def on_batch() -> None:
             self._beat()
             self.faults.at("eval", step)
+            if self.stop.agreed(device.taken()):
+                raise CutShortError
 
         return evaluate(
             self.config,

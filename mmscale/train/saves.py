@@ -168,14 +168,26 @@ def load_newest(
     return newest
 
 
-def border(stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput, fence: Fence) -> bool:
-    """Between two steps: whether to stop, and how far the save has come that is under way, in one collective."""
+def border(
+    stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput, fence: Fence, *, moved: bool
+) -> tuple[bool, bool]:
+    """Between two steps, in one collective: whether to stop, whether a rank has seen the folder elsewhere.
+
+    It also goes on with the save that is under way.
+
+    Args:
+        stop: requests from outside.
+        checkpoints: of the stage.
+        clock: saving is a pause.
+        fence: whether this attempt may still write.
+        moved: whether this rank has seen it.
+    """
     fence.look()
     if fence.is_orphaned() and stop.name is None:
         stop.ask(signal.SIGTERM)  # whoever started these ranks was killed: nobody else will end them
     saver = checkpoints.saver
-    stopping, (working, failed) = stop.agreed_with(device.taken(), *saver.word())
+    stopping, (elsewhere, working, failed) = stop.agreed_with(device.taken(), int(moved), *saver.word())
     if saver.under_way:
         with clock.measure(SAVE_STALL):
             saver.advance(working, failed)
-    return stopping
+    return stopping, bool(elsewhere)

@@ -279,6 +279,25 @@ def test_the_last_save_is_waited_for_and_tried_again(ranks: RankEnv, tmp_path: P
 
 
 @distributed(world_size=2)
+def test_a_save_that_hangs_is_given_up_for_the_last_one(ranks: RankEnv, tmp_path: Path) -> None:
+    """A stop leaves little time: a save that hangs gets a part of it, one that is slow is waited for within that."""
+    begin(ranks)
+    for number, (fault, failures) in enumerate((("1:1:write:hang", 1), ("*:1:write:slow=0.1", 0))):
+        loop = Loop(tmp_path / str(number), ranks, fault)
+        loop.step()
+        loop.save()
+        loop.step()
+        loop.saver.hurry(0.2 if failures else PATIENCE_S)
+        loop.save(last=True)
+        assert loop.committed() == [1, 2][failures:] and loop.saver.failures == failures
+        if failures and ranks.rank == 0:
+            (failed,) = loop.events("save_failed")
+            assert re.fullmatch(r"still writing after [\d.]+ s \(--grace of a stop\)", failed["reason"])
+        assert_clean(loop)
+        assert_holds(loop, 2)
+
+
+@distributed(world_size=2)
 def test_killed_in_a_save_leaves_no_process(ranks: RankEnv, tmp_path: Path) -> None:
     """Row 32: a trainer that is killed with -9 takes its hanging writer with it; no shared memory is left."""
     begin(ranks)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -133,19 +134,24 @@ STOPS = {
     "in an evaluation": "1:12:eval:usr2",
     "twice": "1:15:step:term,1:15:save:term",
     "in the first step": "0:16:step:usr2",  # of its attempt
+    "while an earlier save hangs": "1:18:write:hang,0:19:step:term",
 }
+GRACE_S = 4  # that save is given up after half of it
 
 
 def test_one_rank_is_asked_to_stop(config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     """Rows 23 and 24: all ranks end with 75 behind a committed save of their last step, whichever rank was asked."""
     lives = Lives(config, tmp_path)
     for attempt, (when, faults) in enumerate(STOPS.items(), start=1):
-        life = lives.begin(faults)
+        life = lives.begin(faults, "--grace", str(GRACE_S))
         assert life.end() == {0: 75, 1: 75}, (when, life.said)
         last = [event for event in read_events(lives.run) if event["attempt"] == attempt][-2:]
         assert [event["event"] for event in last] == ["save_committed", "stop"], when
         assert last[0]["step"] == last[1]["step"] == lives.store.steps()[-1], when
         assert integrity.verify(lives.store.path(last[0]["step"])) == [], when
+    (given_up,) = lives.events("save_failed")
+    assert given_up["step"] == 18 and given_up["seconds"] < GRACE_S + 10
+    assert re.fullmatch(r"still writing after [\d.]+ s \(--grace of a stop\)", given_up["reason"])
     # SIGKILL before the save of a stop is done: the last commit stands.
     stood = lives.store.steps()[-1]
     life = lives.begin(f"0:{stood + 1}:step:term,*:{stood + 1}:write:hang")

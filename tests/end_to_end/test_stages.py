@@ -189,6 +189,27 @@ def test_a_gradient_that_is_not_finite_is_left_out(
     assert read_metrics(course.folder)[-1]["anomalies/skip"] == 1
 
 
+def test_stopped_within_an_evaluation(courses: Courses, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """A request is heard between two batches; the next start evaluates, and is stopped in it too."""
+    course = courses.course(tmp_path)
+    for asked in (0, 1):
+        life = course.live(f"{asked}:{STEPS}:eval:usr2")
+        assert life.statuses == {0: 75, 1: 75}, life.said
+        assert course.store.steps()[-1] == STEPS and held_out(course) == {}
+    assert course.finish() == undisturbed[1]
+    assert held_out(course) == held_out(undisturbed[0]) != {}
+    assert read_events(course.folder)[-1]["event"] == "finish"
+
+
+def held_out(course: Course) -> dict[str, Any]:
+    """What the evaluation after the last step gave."""
+    if course.stage == MAIN:
+        last = read_metrics(course.folder)[-1]
+        return {key: value for key, value in last.items() if key.startswith("eval/")}
+    report = course.folder / "report.json"
+    return dict(json.loads(report.read_text())["held_out"]) if report.exists() else {}
+
+
 @pytest.mark.exhaustive
 def test_killed_behind_the_last_step(courses: Courses, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """In its evaluation, which follows the last save in some stages: the next start makes up for it."""

@@ -122,6 +122,9 @@ class AuxiliaryStage:
             CalibrationHook(self.given, self.stepper, self.state, tools=tools, batches=batches),
         ]
 
+    def resumed(self, tools: Tools) -> None:
+        """Nothing: what is evaluated comes after the last step."""
+
     def is_complete(self) -> bool:
         """Whether the report of the last step is written."""
         return bool(from_first(self._is_reported() if self.given.env.is_first else None))

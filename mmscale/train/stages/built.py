@@ -44,7 +44,7 @@ class Given:
 
 
 class Evaluate(Protocol):
-    """Losses on the held-out split; every rank calls it. The hang watch sees each batch."""
+    """Losses on the held-out split; every rank calls it. The hang watch sees each batch, and a stop is heard there."""
 
     def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, float]:
         """As mmscale.train.evaluate.evaluate."""
@@ -100,6 +100,13 @@ class BuiltStage(Protocol):
         Args:
             tools: of the trainer.
             batches: gives the batches that follow the step's.
+        """
+
+    def resumed(self, tools: Tools) -> None:
+        """What the attempt before has left undone after the step that this one goes on from.
+
+        Raises:
+            CutShortError: ranks were asked to stop within an evaluation; here and in `complete`.
         """
 
     def is_complete(self) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmscale.config import Config
 from mmscale.config.notes import notes
 from mmscale.data.loader import BatchLoader
 from mmscale.plan import flops_per_token, plan
 from mmscale.runtime import device
+from mmscale.runtime.groups import from_first
 from mmscale.train.hooks import EvalHook
 from mmscale.train.layers_log import LayersHook
 from mmscale.train.loop import Hook
+from mmscale.train.metrics import evaluation_cut_short
 from mmscale.train.parts import build as build_parts
 from mmscale.train.progress import banner
 from mmscale.train.stages.built import Given, Tools
@@ -55,24 +58,36 @@ class MainStage:
         """Figures of every layer, and the held-out split."""
         config, metrics = self.given.settings, tools.records.metrics
         layers = LayersHook(config, groups=self.given.groups, metrics=metrics)
-        if tools.evaluate is None:
+        evaluation = _evaluation(config, tools)
+        if evaluation is None:
             tools.progress.say("there are no held-out documents: nothing is evaluated")
-            return [layers]
-        return [
-            layers,
-            EvalHook(
-                config,
-                evaluate=tools.evaluate,
-                clock=tools.clock,
-                progress=tools.progress,
-                metrics=metrics,
-                events=tools.records.events,
-            ),
-        ]
+        return [layers, evaluation] if evaluation is not None else [layers]
+
+    def resumed(self, tools: Tools) -> None:
+        """Evaluate after the step that this attempt goes on from, where a request to stop cut that short."""
+        evaluation = _evaluation(self.given.settings, tools)
+        if evaluation is not None and not self.is_complete():
+            evaluation.measure(self.state.step)
 
     def is_complete(self) -> bool:
-        """The last save is the end."""
-        return True
+        """Whether no evaluation was cut short by a request to stop."""
+        first, folder, step = self.given.env.is_first, self.given.folder, self.state.step
+        return not from_first(evaluation_cut_short(folder, step) if first else None)
 
     def complete(self, tools: Tools) -> None:
-        """Nothing is left."""
+        """As `resumed`, after the last step."""
+        self.resumed(tools)
+
+
+def _evaluation(config: Config, tools: Tools) -> EvalHook | None:
+    """What measures the held-out split; None if there is none."""
+    if tools.evaluate is None:
+        return None
+    return EvalHook(
+        config,
+        evaluate=tools.evaluate,
+        clock=tools.clock,
+        progress=tools.progress,
+        metrics=tools.records.metrics,
+        tell=tools.records.tell,
+    )

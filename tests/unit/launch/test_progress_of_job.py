@@ -16,6 +16,7 @@ from hypothesis import strategies as some
 from launch import progress, status
 from launch.goodput import goodput
 from launch.progress import PROGRESS, Progress
+from mmscale.runtime.disk_writer import replacing
 from mmscale.train.metrics import METRICS, EventLog
 
 LINES = some.lists(
@@ -60,7 +61,7 @@ def test_groups_give_the_goodput_of_the_lines(
     (run / METRICS).write_bytes(text[: cut % (len(text) + 1)])
     one = Progress.load(run)
     one.update(run)
-    one.save(run)
+    replacing(*one.file(run))()
     (run / METRICS).write_bytes(text)
     other = Progress.load(run)
     other.update(run)
@@ -110,7 +111,7 @@ def test_status_of_a_long_run_reads_its_end(tmp_path: Path) -> None:
         file.writelines(f'{{"step": {step}, {tail}' for step in range(1, 200_001))
     noted = Progress.load(run)
     noted.update(run)
-    noted.save(run)
+    replacing(*noted.file(run))()
     assert (run / PROGRESS).stat().st_size < 50_000
     with (run / METRICS).open("a") as file:
         file.write(f'{{"step": 200001, {tail}')

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,21 @@ def test_every_event_is_counted_and_the_last_are_listed(tmp_path: Path) -> None:
     assert [int(number) for number in re.findall(r"<td>number (\d+)</td>", text)] == list(range(800, 1000))
     drawn = [one["text"] for one in data_of(text)["runs"][0]["timeline"]["happenings"] if one["event"] == "anomaly"]
     assert (len(drawn), drawn[0], drawn[-1]) == (300, "number 0", "number 999")
+
+
+@pytest.mark.parametrize("attempts", [200, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 50_000))])
+def test_200_000_events_are_shown_in_seconds(tmp_path: Path, attempts: int) -> None:
+    """However they are spread over attempts: the work grows with the events, and not with their square."""
+    run = make_run(tmp_path / "run")
+    names = ("launch", "resume", "save_committed", "skip")
+    with (run / "events.jsonl").open("w") as file:
+        for number in range(200_000):
+            place = {"time": 1e9 + number, "attempt": 1 + number * attempts // 200_000, "step": number % 1000}
+            file.write(json.dumps({**place, "event": names[number % 4], "reason": "x" * 40}) + "\n")
+    began = time.process_time()
+    text = written([run], tmp_path / "report.html")
+    assert time.process_time() - began < 10.0
+    assert len(text) < 10_000_000
 
 
 def test_many_tokens_without_an_expert_are_noted(tmp_path: Path) -> None:

@@ -120,6 +120,22 @@ def test_it_ends_the_process_whatever_goes_wrong_with_its_report(
     assert len(reports(tmp_path / "attempt_1")) == 1  # where only the recorder is broken
 
 
+def test_a_disk_that_does_not_answer_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch waits for it, whether steps go on or not; a hang that is still there afterwards is found."""
+    monkeypatch.setattr(watchdog_module, "_DISK_S", 0.1)
+    monkeypatch.setattr(watchdog_module, "_GRACE_S", 0.1)
+    thawed, ended = threading.Event(), list[int]()
+    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.2, end=ended.append) as watchdog:
+        write = watchdog._write
+        monkeypatch.setattr(watchdog, "_write", lambda *report: (thawed.wait(60), write(*report)))
+        watchdog.beat(1)
+        time.sleep(1.5)
+        assert not ended and reports(tmp_path) == []
+        thawed.set()
+        until(lambda: ended, "the hang is still there")
+    assert ended == [HUNG] and [one.step for one in reports(tmp_path)] == [1]
+
+
 def test_the_time_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog = Watchdog(rank=0, folder=tmp_path, timeout_s=None)
     times = iter([0.0, 40.0, 50.0, 1000.0, 1040.0])

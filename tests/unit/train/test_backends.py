@@ -118,6 +118,8 @@ def test_a_package_that_is_not_installed(
 
 
 class Breaks(Backend):
+    on_disk = False
+
     def __init__(self, error: BaseException) -> None:
         self.error = error
         self.calls = 0

@@ -12,13 +12,13 @@ import pytest
 import mmscale
 from mmscale.report.layers import layers_of
 from mmscale.runtime import environment
+from mmscale.runtime.environment import environment_of_run, environment_text
 from mmscale.train.metrics import (
     EventLog,
     MetricsLog,
     next_attempt,
     read_events,
     read_metrics,
-    write_environment,
 )
 from mmscale.train.throughput import Throughput, peak_tflops
 
@@ -137,12 +137,11 @@ def test_layers_of_a_step_that_was_done_again(tmp_path: Path) -> None:
 # --- environment.json -----------------------------------------------------------------------------------------------
 
 
-def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "secret-1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-2")
-    write_environment(tmp_path / "run", devices=["H100"], attempt=2)
-    text = (tmp_path / "run" / "environment.json").read_text()
+    text = environment_text(environment_of_run(devices=["H100"], attempt=2))
     content = json.loads(text)
     assert content["mmscale"] == mmscale.__version__
     assert content["packages"]["numpy"]
@@ -150,13 +149,12 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (content["devices"], content["attempt"]) == (["H100"], 2)
     assert content["hosts"]
     assert "secret" not in json.dumps(content["variables"])
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["environment.json"]
 
 
-def test_hosts_of_a_slurm_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hosts_of_a_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
-    assert write_environment(tmp_path)["hosts"] == ["n1", "n2"]
+    assert environment_of_run()["hosts"] == ["n1", "n2"]
 
 
 def test_git_state_of_a_package_that_no_checkout_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,86 @@
+# What a job writes into the run's folder, on a disk that may refuse: small files wait in memory, and what has to be
+# there before ranks start is tried again for a while. When something is written, job.py decides.
+"""A job and its disk."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from launch import budget as budgets
+from launch.policy import Budget
+from mmscale.checkpoint.layout import Store
+from mmscale.errors import SaveError
+from mmscale.resilience import lease
+from mmscale.runtime.disk_writer import DiskWriter, replacing
+from mmscale.train.metrics import EventLog
+
+_PATIENCE_S = 1800.0  # as the profile's slurm_patience
+_AGAIN_S = 2.0
+T = TypeVar("T")
+
+
+class Disk:
+    """The files of a job.
+
+    Args:
+        run: folder of the run.
+        folder: of the launch.
+        give_up: whether nobody waits any more for what the disk refuses.
+    """
+
+    def __init__(self, run: Path, folder: Path, *, give_up: Callable[[], bool]) -> None:
+        self.run = run
+        self.folder = folder
+        self._give_up = give_up
+        self._writer = DiskWriter(str(run))
+        self._budget: Budget | None = None  # as it is on the disk, or will be
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Do something that has to be done before ranks start; again for a while if the disk refuses it.
+
+        Raises:
+            SaveError: the disk has refused for half an hour, or nobody waits any more.
+        """
+        until, said = time.monotonic() + _PATIENCE_S, False
+        while True:
+            try:
+                return action()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                if self._give_up() or time.monotonic() > until:
+                    raise SaveError(
+                        f"{self.run} cannot be written: {reason}",
+                        remedy="make room or mount it again, then `mmscale resume`",
+                    ) from None
+                if not said:
+                    sys.stderr.write(f"{self.run} cannot be written: {reason}; tried again for {_PATIENCE_S:g} s\n")
+                    said = True
+            time.sleep(_AGAIN_S)
+
+    def events(self, attempt: int, fence: lease.Fence) -> EventLog:
+        """The events of an attempt; outages of the disk become some of them."""
+        events = EventLog(self.run, attempt, may_write=fence.check, writer=self._writer)
+        self._writer.on_change = events.add
+        return events
+
+    def write(self, file: Path, content: bytes) -> None:
+        """Give a file its content, whole or not at all; later, if the disk refuses it now."""
+        self._writer.submit(replacing(file, content), size=len(content), key=str(file))
+
+    def budget(self) -> Budget:
+        """Restarts so far, also those that the disk has refused to note."""
+        known = self._budget or budgets.load(self.folder)
+        return known or Budget(step=max(Store.of_run(self.run).steps(), default=0))
+
+    def keep(self, budget: Budget) -> None:
+        """Remember a budget."""
+        self._budget = budget
+        self.write(*budgets.file_of(self.folder, budget))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

@@ -1,0 +1,304 @@
+# Writes a run's small files in a thread: what a disk refuses is kept and tried again, what hangs is not waited for.
+# It knows no file format and decides nothing about the run; checkpoints have writers of their own (checkpoint/).
+"""Writing that a full, read-only or frozen disk neither stops nor delays.
+
+A caller waits until its write is done, so that a record is in the file when the call returns. It stops waiting when the
+disk refuses or does not answer. Writes then queue up in memory, in order and bounded, and are tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+WAIT_S = 5.0  # a write that takes longer does not answer; on a machine with work a thread may start late
+RETRY_S = 1.0
+CLOSE_S = 10.0  # at the end, for what the disk still refuses
+LIMIT = 64 << 20  # bytes kept in memory: 60,000 lines of metrics.jsonl
+REFUSED, GOOD = "disk_refused", "disk_good"  # names of the events
+
+Heard = Callable[..., None]
+
+
+@dataclass
+class _Task:
+    action: Callable[[], None]
+    size: int
+    key: str | None
+    done: bool = False
+    error: BaseException | None = None
+
+
+@dataclass
+class _Outage:
+    """A time in which the disk does not take anything."""
+
+    began: float
+    kept: int = 0
+    lost: int = 0
+
+
+class DiskWriter:
+    """A queue of writes and the thread that does them.
+
+    Args:
+        place: what is written to, for messages.
+        on_change: is told "disk_refused" (with `reason`) when an outage begins and "disk_good" (with `seconds`, `kept`
+            and `lost` lines) when it is over. Called from any thread; it may write with this writer.
+        say: prints a line for a person, as `on_change` from any thread; default: on stderr. None: nothing is printed.
+        wait_s: how long a caller waits for its write.
+        limit: of what is kept [bytes]; later writes are counted as lost.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        *,
+        on_change: Heard | None = None,
+        say: Callable[[str], None] | Literal["stderr"] | None = "stderr",
+        wait_s: float | None = None,
+        limit: int = LIMIT,
+    ) -> None:
+        self.place = place
+        self.on_change = on_change
+        self.say = _to_stderr if say == "stderr" else say
+        self.wait_s = WAIT_S if wait_s is None else wait_s
+        self.limit = limit
+        self._queue: deque[_Task] = deque()
+        self._bytes = 0
+        self._outage: _Outage | None = None
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        # Reentrant: an announcement made under the lock submits the event that tells of it.
+        self._changed = threading.Condition(threading.RLock())
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the disk refuses or does not answer, as far as is known."""
+        return self._outage is not None
+
+    def submit(self, action: Callable[[], None], *, size: int, key: str | None = None) -> None:
+        """Have something written, behind all that was given before.
+
+        Args:
+            action: writes it; is called again after an OSError.
+            size: how much memory it keeps [bytes].
+            key: a waiting action with the same key is replaced: of a file's contents only the newest counts.
+
+        Raises:
+            BaseException: what this action, or an earlier one that nobody waited for, raised, unless it was an OSError.
+        """
+        task = _Task(action, size, key)
+        with self._changed:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if not self._enqueue(task):
+                return
+            if self._outage is not None or threading.current_thread() is self._thread:
+                return
+            self._changed.wait_for(lambda: task.done or self._outage is not None, self.wait_s)
+            if not task.done and self._outage is None:
+                self._begin_outage(f"no answer for {self.wait_s:g} s")
+            if task.error is not None:
+                self._error = None
+                raise task.error
+
+    def close(self, *, timeout_s: float | None = None) -> int:
+        """Write what is left, for a bounded time; how many writes are given up."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._queue, CLOSE_S if timeout_s is None else timeout_s)
+            left = len(self._queue)
+            if left:
+                self._queue.clear()
+                self._announce(f"warning: {left} records could not be written to {self.place} and are lost")
+            return left
+
+    # --- the queue, under the lock ----------------------------------------------------------------------------------
+
+    def _enqueue(self, task: _Task) -> bool:
+        waiting = [other for other in list(self._queue)[1:] if task.key is not None and other.key == task.key]
+        if waiting:
+            self._bytes += task.size - waiting[0].size
+            waiting[0].action, waiting[0].size = task.action, task.size
+            task.done = True
+            return False
+        if self._bytes + task.size > self.limit:
+            if self._outage is not None:
+                self._outage.lost += 1
+            return False
+        self._queue.append(task)
+        self._bytes += task.size
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="disk-writer", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+        return True
+
+    def _begin_outage(self, reason: str) -> None:
+        if self._outage is not None:
+            return
+        self._outage = _Outage(time.monotonic())
+        self._changed.notify_all()
+        self._announce(
+            f"warning: {self.place} cannot be written: {reason}. Training goes on; records are kept in memory and "
+            "written when the disk takes them"
+        )
+        self._tell(REFUSED, place=self.place, reason=reason)
+
+    def _end_outage(self) -> None:
+        outage, self._outage = self._outage, None
+        if outage is None:
+            return
+        seconds = time.monotonic() - outage.began
+        lost = f", {outage.lost} are lost" if outage.lost else ""
+        self._announce(f"{self.place} can be written again after {seconds:.0f} s: {outage.kept} records kept{lost}")
+        self._tell(GOOD, place=self.place, seconds=round(seconds, 1), kept=outage.kept, lost=outage.lost)
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        if self.on_change is not None:
+            try:
+                self.on_change(event, **fields)
+            except Exception as error:  # for whoever writes next: this may be the thread
+                self._error = self._error or error
+
+    def _announce(self, text: str) -> None:
+        if self.say is not None:
+            with contextlib.suppress(Exception):
+                self.say(text)
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (task := self._next()) is not None:
+            try:
+                task.action()
+            except OSError as error:
+                self._refused(error)
+                continue
+            except BaseException as error:
+                task.error = error
+            self._done(task)
+
+    def _next(self) -> _Task | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed, RETRY_S)
+            if not self._queue:
+                self._thread = None  # another one is started when there is something to do
+                return None
+            return self._queue[0]
+
+    def _refused(self, error: OSError) -> None:
+        where = f": {error.filename}" if error.filename else ""
+        with self._changed:
+            self._begin_outage(f"{error.strerror or error}{where}")
+            closed = self._closed
+            self._changed.wait_for(lambda: self._closed and not closed, RETRY_S)
+
+    def _done(self, task: _Task) -> None:
+        with self._changed:
+            task.done = True
+            if self._queue and self._queue[0] is task:  # else `close` has given it up
+                self._queue.popleft()
+                self._bytes -= task.size
+            if task.error is not None:
+                self._error = self._error or task.error
+            elif self._outage is not None:
+                self._outage.kept += 1
+            if not self._queue:
+                self._end_outage()
+            self._changed.notify_all()
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+class Appended:
+    """A file that lines are appended to. It is open only while one is written.
+
+    So a disk can be unmounted or made read-only meanwhile, and a handle cannot become stale.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+        writer: does the writing.
+        may_write: called before every write; raises if this process must not write any more.
+    """
+
+    def __init__(self, path: Path, writer: DiskWriter, *, may_write: Callable[[], None] | None = None) -> None:
+        self.path = path
+        self.writer = writer
+        self._may_write = may_write
+        self._whole = False  # whether the file ends with a whole line, as far as this process knows
+
+    def touch(self) -> None:
+        """Make the file if it is missing."""
+        self.writer.submit(lambda: self._write(b""), size=0)
+
+    def append(self, line: bytes) -> None:
+        """Add a line, which ends with a newline.
+
+        Raises:
+            MmscaleError: this process must not write any more.
+        """
+        self.writer.submit(lambda: self._write(line), size=len(line))
+
+    def _write(self, line: bytes) -> None:
+        if self._may_write is not None and line:
+            self._may_write()
+        # O_APPEND and one write per line: a line is whole or torn at its end, never mixed with another process's.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        try:
+            file = os.open(self.path, flags, 0o644)
+        except FileNotFoundError:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, flags, 0o644)
+        try:
+            if not self._whole:
+                _end_torn_line(file)
+            self._whole = False
+            before = os.fstat(file).st_size
+            written = os.write(file, line)
+            if written < len(line):  # there was room for a part of it
+                if os.fstat(file).st_size == before + written:
+                    os.ftruncate(file, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._whole = True
+        finally:
+            os.close(file)
+
+
+def _end_torn_line(file: int) -> None:
+    """Whoever wrote last may have died within a line: the next one must not become part of it."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.write(file, b"\n")
+
+
+def replacing(path: Path, content: bytes) -> Callable[[], None]:
+    """An action that gives a file its content, whole or not at all."""
+
+    def write() -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    return write

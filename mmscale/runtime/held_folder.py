@@ -1,0 +1,60 @@
+# A folder that a process keeps working in although somebody renames it. Linux; elsewhere a rename is not noticed.
+# What follows from a rename, its users decide.
+"""A folder by its inode, and not only by its name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+_DESCRIPTORS = Path("/proc/self/fd")
+
+
+class HeldFolder:
+    """An open descriptor of a folder, while it is entered.
+
+    Args:
+        path: of the folder, which exists.
+
+    Attributes:
+        stable: a path that leads to it whatever it is called, in this process and those that it forks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._file = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        self.stable = _DESCRIPTORS / str(self._file) if _DESCRIPTORS.is_dir() else self.path
+
+    def __enter__(self) -> HeldFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def moved(self) -> Path | None:
+        """Where it is now, if that is not where it was; None also if it was deleted, or nobody can tell."""
+        try:
+            if self._is_at(self.path):
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return None
+        candidates = []
+        with contextlib.suppress(OSError):
+            candidates.append(self.stable.readlink())
+        with contextlib.suppress(OSError):  # renamed from another host: the name that this one remembers is the old one
+            candidates += self.path.parent.iterdir()
+        for candidate in candidates:
+            with contextlib.suppress(OSError):
+                if self._is_at(candidate):
+                    return candidate
+        return None
+
+    def _is_at(self, path: Path) -> bool:
+        here, held = path.stat(), os.fstat(self._file)
+        return (here.st_dev, here.st_ino) == (held.st_dev, held.st_ino)

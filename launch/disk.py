@@ -14,13 +14,14 @@ from launch import budget as budgets
 from launch.policy import Budget
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import SaveError
-from mmscale.resilience import lease
 from mmscale.runtime.disk_writer import DiskWriter, replacing
+from mmscale.runtime.held_folder import HeldFolder
 from mmscale.train.metrics import EventLog
 
 _PATIENCE_S = 1800.0  # as the profile's slurm_patience
 _AGAIN_S = 2.0
 T = TypeVar("T")
+L = TypeVar("L", bound=EventLog)
 
 
 class Disk:
@@ -30,14 +31,18 @@ class Disk:
         run: folder of the run.
         folder: of the launch.
         give_up: whether nobody waits any more for what the disk refuses.
+
+    Attributes:
+        writer: of all of them.
     """
 
     def __init__(self, run: Path, folder: Path, *, give_up: Callable[[], bool]) -> None:
         self.run = run
         self.folder = folder
         self._give_up = give_up
-        self._writer = DiskWriter(str(run))
+        self.writer = DiskWriter(str(run))
         self._budget: Budget | None = None  # as it is on the disk, or will be
+        self._held: HeldFolder | None = None
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Do something that has to be done before ranks start; again for a while if the disk refuses it.
@@ -61,15 +66,25 @@ class Disk:
                     said = True
             time.sleep(_AGAIN_S)
 
-    def events(self, attempt: int, fence: lease.Fence) -> EventLog:
-        """The events of an attempt; outages of the disk become some of them."""
-        events = EventLog(self.run, attempt, may_write=fence.check, writer=self._writer)
-        self._writer.on_change = events.add
+    def place(self) -> Path:
+        """The run's folder by a path that leads there although it is renamed."""
+        if self._held is None:
+            self._held = HeldFolder(self.run)
+        return self._held.stable
+
+    def noted(self, events: L) -> L:
+        """Have outages of the disk become events from now on."""
+        self.writer.on_change = events.add
         return events
+
+    def now(self, path: Path) -> Path:
+        """A path below the run's folder, which leads there although that was renamed since ranks were started."""
+        held = self._held is not None and path.is_relative_to(self.run)
+        return self._held.stable / path.relative_to(self.run) if self._held is not None and held else path
 
     def write(self, file: Path, content: bytes) -> None:
         """Give a file its content, whole or not at all; later, if the disk refuses it now."""
-        self._writer.submit(replacing(file, content), size=len(content), key=str(file))
+        self.writer.submit(replacing(self.now(file), content), size=len(content), key=str(file))
 
     def budget(self) -> Budget:
         """Restarts so far, also those that the disk has refused to note."""
@@ -83,4 +98,6 @@ class Disk:
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        self.writer.close()
+        if self._held is not None:
+            self._held.close()

@@ -79,6 +79,7 @@ def main(folder: Path) -> int:
         return error.exit_status
     finally:
         supervisor.notifier.finish()
+        supervisor.disk.close()
 
 
 class Supervisor:
@@ -157,7 +158,7 @@ class Supervisor:
             UnreachableError: SLURM has not answered for the profile's `slurm_patience`, and no rank could be started.
         """
         try:
-            with self.lock, contextlib.closing(self.disk):
+            with self.lock:
                 self._take(0, known_dead=self._refuse_busy())
                 return self._run()
         except UnreachableError as error:
@@ -302,7 +303,7 @@ class Supervisor:
         )
         _say(f"ranks ended with exit status {status}: {action}, {why}")
         if over:
-            passed.remove_secrets(self.folder)
+            passed.remove_secrets(self.disk.now(self.folder))
             self.successors.cancel()
         if action is Action.REQUEUE:
             refused = self._requeue()
@@ -325,7 +326,7 @@ class Supervisor:
             events.add("handed_over", job=behind[0], why=refused)
             _say(f"not requeued: {refused}; job {behind[0]} goes on")
             return Action.END
-        passed.remove_secrets(self.folder)
+        passed.remove_secrets(self.disk.now(self.folder))
         events.add("not_requeued", why=refused)
         _say(
             f"error: not requeued: {refused}\n  fix: `mmscale resume {self.record.run}` goes on; "

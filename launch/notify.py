@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.policy import FINAL
+from mmscale.runtime.disk_writer import DiskWriter
 from mmscale.train.metrics import EventLog
 
 LOG = "notify.log"  # in the launch folder: what the command prints
@@ -114,12 +115,19 @@ class TellingLog(EventLog):
         attempt: as for `EventLog`.
         notifier: runs the command.
         may_write: as for `EventLog`.
+        writer: as for `EventLog`.
     """
 
     def __init__(
-        self, run_dir: Path, attempt: int, *, notifier: Notifier, may_write: Callable[[], None] | None = None
+        self,
+        run_dir: Path,
+        attempt: int,
+        *,
+        notifier: Notifier,
+        may_write: Callable[[], None] | None = None,
+        writer: DiskWriter | None = None,
     ) -> None:
-        super().__init__(run_dir, attempt, may_write=may_write)
+        super().__init__(run_dir, attempt, may_write=may_write, writer=writer)
         self._notifier = notifier
 
     def add(self, event: str, **fields: Any) -> None:

@@ -204,8 +204,8 @@ def join(run: Path, lease_id: str) -> None:
 
 
 def release(run: Path, lease_id: str) -> None:
-    """Give a run up, if it is still one's own."""
-    with contextlib.suppress(LaunchError):
+    """Give a run up, if it is still one's own. Where the disk refuses that, the process of the lease is gone soon."""
+    with contextlib.suppress(LaunchError, OSError):
         _change(run, lease_id, released=True)
 
 

@@ -33,6 +33,10 @@ class HeldFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
         os.close(self._file)
 
     def moved(self) -> Path | None:

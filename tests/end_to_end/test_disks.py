@@ -18,6 +18,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.runtime import disk_writer
 from mmscale.runtime.disk_writer import GOOD, REFUSED
 from mmscale.train.metrics import read_events, read_metrics
+from tests.end_to_end import lives
 from tests.end_to_end.disks import KINDS, Disk, disk_of
 from tests.end_to_end.lives import Life
 from tests.end_to_end.test_train import EXACT
@@ -136,9 +137,15 @@ def test_a_renamed_run_is_saved_where_it_is(
     ],
 )
 def test_a_launched_run_goes_on(
-    kind: str, ranks: int, config: Path, references: dict[int, dict[int, dict[str, Any]]], tmp_path: Path
+    kind: str,
+    ranks: int,
+    config: Path,
+    references: dict[int, dict[int, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The supervisor notes progress meanwhile, and the run is not called RUNNING when it is over."""
+    monkeypatch.setattr(lives, "PATIENCE_S", 300.0)  # three processes import torch, one after the other
     with disk_of(tmp_path / "disk", kind) as disk:
         arguments = ["launch", str(config), "--cluster", "local", f"run.dir={disk.folder}", *SETTINGS]
         life = Life([*arguments, f"parallel.ep={ranks}"], nproc=1, faults=SLOW)

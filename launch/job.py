@@ -187,9 +187,7 @@ class Supervisor:
     def _log(self, attempt: int, *, may_write: Callable[[], None] | None = None) -> EventLog:
         """The run's events, which the profile's `notify` is told of."""
         return self.disk.noted(
-            TellingLog(
-                self.disk.place(), attempt, notifier=self.notifier, may_write=may_write, writer=self.disk.writer
-            )
+            TellingLog(self.disk.place(), attempt, notifier=self.notifier, may_write=may_write, writer=self.disk.writer)
         )
 
     def _run(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mmscale.bench import gpu_checks
 from mmscale.bench.gpu_session import Session
 from mmscale.bench.gpu_shapes import FULL
 from mmscale.runtime import device, groups, stopwatch, transformer_engine
@@ -44,3 +45,10 @@ def one_rank() -> Iterator[None]:
 def session(one_rank: None) -> Session:
     """Sizes and record of the benchmark, whose checks these tests make."""
     return Session(FULL, repeats=3, deadline=time.monotonic() + 600)
+
+
+@pytest.fixture(scope="session")
+def begun(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> gpu_checks.Begun:
+    """A run of the torch backend that others go on from."""
+    session = Session(FULL, repeats=1, deadline=time.monotonic() + 600)
+    return gpu_checks.begin(session, tmp_path_factory.mktemp("begun"))

@@ -73,6 +73,8 @@ def test_every_row_of_the_gpu_benchmark_runs(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(gpu_layers, "VARIANTS", (("te", "off"), ("te", "delayed")))
     monkeypatch.setattr(gpu_checks, "RECIPES", ("tensorwise",))
+    monkeypatch.setattr(gpu_checks, "FOLLOWED", 4)
+    monkeypatch.setattr(gpu_checks, "TAIL", 2)
     monkeypatch.setattr(gpu_checks, "from_cpu", lambda: (0.0, "tests/gpu"))  # starts a process
 
     def one(ranks: RankEnv) -> None:
@@ -84,4 +86,4 @@ def test_every_row_of_the_gpu_benchmark_runs(monkeypatch: pytest.MonkeyPatch) ->
         assert {check["name"]: check["note"] for check in result["checks"] if not check["passed"]} == {}
         assert gpu.render(result).count("not measured") == 0
 
-    run_ranks(one, world_size=1)
+    run_ranks(one, world_size=1, timeout_s=300)

@@ -107,6 +107,7 @@ def _gpu() -> dict[str, Any]:
         "current_device": zero,
         "set_device": nothing,
         "synchronize": nothing,
+        "set_sync_debug_mode": nothing,
         "empty_cache": nothing,
         "get_device_name": lambda *_: _properties().name,
         "get_device_properties": _properties,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.hf.versions_moma import NEWEST, OLDEST
 from checkpoints_tools.hf_weights import is_native
 from mmscale.config import Config
 from mmscale.config.load import dump
@@ -19,7 +20,9 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [mixed-modal, early-fusion, mmscale]
 ---"""
-_USE = """```python
+_USE = """Tested with transformers {oldest} to {newest}; the code here warns about others.
+
+```python
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 folder = "."
@@ -51,6 +54,8 @@ def card(config: Config, report: dict[str, Any], *, run: Path, step: int) -> str
     routing = report["model"]["routing"]
     routed = f" Experts are chosen token by token (`{routing}`); nothing looks ahead." if routing else ""
     use = _USE.format(
+        oldest=OLDEST,
+        newest=NEWEST,
         remote="" if native else ", trust_remote_code=True",
         prompt="draw a seven" if images else "Once",
         draw=images,

@@ -12,8 +12,8 @@ from mmscale.config import Config
 from mmscale.config.derived import shared_width
 from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
 
-CODE = ("arguments_moma.py", "configuration_moma.py", "experts_moma.py", "modeling_moma.py")
-PROCESSOR = ("image_codes_moma.py", "pixels_moma.py", "processing_moma.py")
+CODE = ("arguments_moma.py", "configuration_moma.py", "experts_moma.py", "modeling_moma.py", "versions_moma.py")
+PROCESSOR = ("image_codes_moma.py", "pixels_moma.py", "processing_moma.py", "versions_moma.py")
 
 
 def model_config(

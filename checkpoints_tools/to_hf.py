@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools import gate, hf
+from checkpoints_tools.hf.versions_moma import NEWEST, OLDEST
 from checkpoints_tools.hf_card import card
 from checkpoints_tools.hf_config import CODE, PROCESSOR, generation_config, model_config
 from checkpoints_tools.hf_files import Written, unaccounted, write_weights
@@ -236,7 +237,7 @@ def _write_beside(folder: Path, config: Config, own: DataTokenizers) -> None:
     _json(folder / "generation_config.json", generation_config(config))
     if own.image is not None:
         own.image.save(folder / IMAGE_TOKENIZER)
-    for name in PROCESSOR if is_native(config) else (*CODE, *PROCESSOR):
+    for name in PROCESSOR if is_native(config) else {*CODE, *PROCESSOR}:
         shutil.copyfile(Path(hf.__file__).with_name(name), folder / name)
 
 
@@ -271,7 +272,7 @@ def _judged(
         raise CheckpointError(
             f"the gate refuses the export of {source.path}: {integrity.describe(verdict['problems'])}",
             remedy="nothing was published; this is a bug of the conversion, or a version of transformers that it does "
-            f"not know: it was written for 5.24, here is {found['transformers']}",
+            f"not know: it was tested with {OLDEST} to {NEWEST}, here is {found['transformers']}",
         )
     return {
         "gate": verdict,
@@ -281,6 +282,7 @@ def _judged(
         "generated": found["generated"],
         "data": own.about,
         "versions": {"mmscale": code_version(), "transformers": found["transformers"], "torch": found["torch"]},
+        "tested_transformers": {"oldest": OLDEST, "newest": NEWEST},
         "origin": origin_of("convert to-hf", source.parents, routing=used),
     }
 

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .arguments_moma import CACHE, LOSS, one_cache, refuse_mixed_documents, refuse_unknown
 from .configuration_moma import MomaConfig
 from .experts_moma import MomaAuxiliaryRouter, MomaDenseMLP, MomaSparseMLP
+from .versions_moma import warn_if_untested
 
 NO_MODALITY = -1
 # What a skipped token's key adds to every score before it is scaled: exp(-30000 / sqrt(D)) is 0, and fp16 holds it.
@@ -172,6 +173,10 @@ class MomaPreTrainedModel(PreTrainedModel):
     # bf16 would move a threshold by up to 0.4 %.
     _keep_in_fp32_modules_strict = ["threshold", "depth_threshold"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": MomaDecoderLayer, "attentions": MomaAttention}  # noqa: RUF012
+
+    def __init__(self, *inputs: Any, **kwargs: Any) -> None:
+        warn_if_untested()
+        super().__init__(*inputs, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .image_codes_moma import FOLDER, Codes, read_codes, write_codes
 from .pixels_moma import load_pixels
+from .versions_moma import warn_if_untested
 
 PLACEHOLDER = "<image>"
 
@@ -166,6 +167,7 @@ class MomaProcessor(ProcessorMixin):
     """
 
     def __init__(self, tokenizer: Any = None, modalities: list | None = None, **kwargs: Any) -> None:
+        warn_if_untested()
         super().__init__(tokenizer, **kwargs)
         self.modalities = [list(entry) for entry in modalities or []]
         self.codes: Codes | None = None

@@ -16,15 +16,16 @@ import pytest
 import transformers
 
 from checkpoints_tools import hf
+from checkpoints_tools.hf.versions_moma import NEWEST, OLDEST
 from checkpoints_tools.hf_config import CODE, model_config
 from tests.end_to_end.running import ROOT
 from tests.unit.checkpoints_tools.test_modeling_moma import MODELS, exported
 
 # What a version needs besides itself: 5.8 asks for older packages than the pinned ones.
 VERSIONS: dict[str, tuple[str, ...]] = {
-    "5.8.0": ("tokenizers==0.22.2", "huggingface_hub==1.33.0", "httpx", "httpcore"),
+    OLDEST: ("tokenizers==0.22.2", "huggingface_hub==1.33.0", "httpx", "httpcore"),
     "5.23.0": (),  # the last one to call the cache past_key_values
-    "5.24.0": (),  # the first one to call it cache
+    NEWEST: (),  # calls it cache
 }
 TESTS = ("test_forward_arguments.py", "test_modeling_moma.py", "test_processing_moma.py")
 GENERATE = """
@@ -89,3 +90,4 @@ def test_code_from_the_folder(version: str, name: str, installed: dict[str, dict
     said = json.loads(ended.stdout.splitlines()[-1])
     assert said["version"] == version and said["missing"] == []
     assert said["found"][0] == said["found"][1] == said["found"][2]
+    assert "tested with transformers" not in ended.stderr

@@ -21,7 +21,16 @@ from torch import Tensor
 from checkpoints_tools import hf_foreign
 from checkpoints_tools.hf_config import model_config
 from checkpoints_tools.hf_files import ModelFiles, refuse_two_output_layers, unaccounted
-from checkpoints_tools.hf_settings import CONFIG, REPORT, config_of_export, is_ours, tokenizers_of_export
+from checkpoints_tools.hf_settings import (
+    CONFIG,
+    REPORT,
+    config_of_export,
+    is_ours,
+    refuse_quantised,
+    tokenizers_of_export,
+)
+from checkpoints_tools.hf_shapes import shapes
+from checkpoints_tools.hf_verify import Digests, check_digests, check_shapes, check_values, is_weights
 from checkpoints_tools.hf_weights import Move, moves
 from mmscale.checkpoint import integrity, rewrite
 from mmscale.checkpoint.integrity import Manifest
@@ -46,6 +55,8 @@ _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
 def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | None = None) -> dict[str, Any]:
     """Commit the weights of a folder as the checkpoint of step 0 of a new run.
 
+    All of it is verified before anything is written: digests where the folder has them, shapes, and values.
+
     Args:
         folder: with config.json and safetensors.
         run: the run's folder, without checkpoints.
@@ -53,7 +64,8 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
         seq_length: a foreign model: tokens of a training sequence; None: its context, at most 4096.
 
     Returns:
-        `path` of the checkpoint, `run`, `tensors`, `bytes`, `model`, and what there is to do next as `next`.
+        `path` of the checkpoint, `run`, `tensors`, `bytes`, `model`, what was `verified`, and what there is to do next
+        as `next`.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, or holds a model that cannot be had here; the run has
@@ -61,26 +73,20 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
     """
     rewrite.refuse_checkpoints(run)
     content = _read_json(folder / CONFIG)
+    refuse_quantised(folder, content)
     files = ModelFiles(folder)
     tokenizer: TextTokenizer | None = None
+    rows = None
     if is_ours(folder, content):
         config, listed = _own(folder, content, files)
         kind, steps = "mmscale", f"`mmscale eval {run}`, or {_train(run)}"
     else:
         config, listed = hf_foreign.translate(content, files, image_codes=image_codes, seq_length=seq_length)
-        tokenizer = hf_foreign.read_tokenizer(folder, config)
+        tokenizer, rows = hf_foreign.read_tokenizer(folder, config), int(content["vocab_size"])
         kind = str(content.get("model_type"))
         file = run / TOKENIZER_FOLDER / TOKENIZER_FILE
         steps = f"`mmscale data prepare` with data.prepare.text.load: {file}, then {_train(run)} data.path=DIR"
-    wrong = unaccounted(
-        (name for name in files.names() if not _redundant(name, config)),
-        (target for move in listed for target in move.targets),
-    )
-    if wrong:
-        raise CheckpointError(
-            f"{folder} does not hold what its {CONFIG} says: {integrity.describe(wrong)}", remedy=_AGAIN
-        )
-    refuse_two_output_layers(files, tied=config.model.tie_embeddings)
+    digests = _verified(folder, content, files, config, listed, rows=rows)
     report = _read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     source = HfTensors(folder, files, listed, config, tokenizers=tokenizers_of_export(folder, content))
     parent = {"path": str(folder)} | ({"origin": report["origin"]} if "origin" in report else {})
@@ -96,6 +102,7 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
         "model": f"{config.model.kind} from {kind}",
         "tensors": len(names),
         "bytes": sum(source.entry(name).nbytes for name in names),
+        "verified": digests.said,
         "next": steps,
     }
 
@@ -105,13 +112,10 @@ class HfTensors:
 
     Args:
         folder: for messages.
-        files: its weights.
+        files: its weights, which have the shapes that the configuration says.
         listed: which of them become what.
         config: of the run that they are for.
         tokenizers: fingerprints of the tokenizers that it was trained with; none if they are not known.
-
-    Raises:
-        CheckpointError: a tensor has another shape than the configuration says.
     """
 
     def __init__(
@@ -126,17 +130,8 @@ class HfTensors:
         parts = [
             torch.empty(self._files.shape(name), dtype=self._files.dtype(name), device="meta") for name in move.targets
         ]
-        try:
-            whole = move.join(parts)
-            again = [tuple(part.shape) for part in move.split(whole)]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise self._refused(move, str(error).splitlines()[0]) from None
-        if again != [tuple(part.shape) for part in parts]:
-            raise self._refused(move, f"it has the shape {tuple(parts[0].shape)}")
+        whole = move.join(parts)
         return TensorEntry(move.source, tuple(whole.shape), whole.dtype)
-
-    def _refused(self, move: Move, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {move.targets[0]} does not fit {CONFIG}: {why}", remedy=_AGAIN)
 
     def names(self, *, weights: bool = False) -> list[str]:
         """Names of all tensors, sorted; there is no optimizer."""
@@ -215,6 +210,33 @@ def _own(folder: Path, content: dict[str, Any], files: ModelFiles) -> tuple[Conf
         routers = config.model.auxiliary.model_copy(update={"mode": "joint", "width": auxiliary})
         config = config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": routers})})
     return config, moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+
+
+def _verified(
+    folder: Path,
+    content: dict[str, Any],
+    files: ModelFiles,
+    config: Config,
+    listed: Sequence[Move],
+    *,
+    rows: int | None,
+) -> Digests:
+    """What the folder's digests say, if all of its tensors are there and look like those of a trained model.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged.
+    """
+    used = [target for move in listed for target in move.targets]
+    wrong = unaccounted((name for name in files.names() if not _redundant(name, config)), used)
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not hold what its {CONFIG} says: {integrity.describe(wrong)}", remedy=_AGAIN
+        )
+    digests = check_digests(folder, content, used=is_weights)
+    check_shapes(files, shapes(config, used, auxiliary_size=int(content.get("auxiliary_size", 0)), rows=rows))
+    check_values(files, used, whole=digests.same)
+    refuse_two_output_layers(files, tied=config.model.tie_embeddings)
+    return digests
 
 
 @contextlib.contextmanager

@@ -28,9 +28,10 @@ from checkpoints_tools.hf.pixels_moma import formats
 from checkpoints_tools.hf.processing_moma import PLACEHOLDER, MomaProcessor
 from checkpoints_tools.hf_config import model_config
 from checkpoints_tools.hf_files import ModelFiles, refuse_two_output_layers
-from checkpoints_tools.hf_settings import CONFIG, KEY, config_of_export, is_ours, read_config
+from checkpoints_tools.hf_settings import CONFIG, KEY, config_of_export, is_ours, read_config, refuse_quantised
 from checkpoints_tools.hf_source import RunWeights
 from checkpoints_tools.hf_text import fast_tokenizer
+from checkpoints_tools.hf_verify import check_digests, is_used
 from checkpoints_tools.hf_weights import is_native
 from checkpoints_tools.to_hf import (
     DataTokenizers,
@@ -254,15 +255,9 @@ def _processor(config: Config, own: DataTokenizers) -> MomaProcessor:
 
 def _of_folder(folder: Path, routing: str | None) -> Generator:
     content = read_config(folder)
+    refuse_quantised(folder, content)
     config = _settings(folder, content)
-    try:
-        problems = integrity.verify(folder)
-    except integrity.NoManifestError:  # a copy without it; sizes and names are looked at below
-        problems = []
-    except integrity.DamagedError as error:
-        problems = [str(error)]
-    if problems:
-        raise CheckpointError(f"{folder} is damaged: {integrity.describe(problems)}", remedy=_AGAIN)
+    check_digests(folder, content, used=is_used)
     files = ModelFiles(folder)  # refuses missing shards and files outside of the folder
     if content.get("model_type") != ("moma" if not is_native(config) else "qwen3" if config.model.qk_norm else "llama"):
         raise CheckpointError(

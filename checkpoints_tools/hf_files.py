@@ -171,6 +171,10 @@ class ModelFiles:
         """Names of all tensors."""
         return set(self._file)
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; nothing is read.
 

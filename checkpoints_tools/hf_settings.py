@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from checkpoints_tools.hf.versions_moma import NEWEST, OLDEST
 from mmscale.config import Config
 from mmscale.errors import CheckpointError
 
@@ -30,7 +31,10 @@ def settings(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
         tokenizers: fingerprints of the data set's, `text_tokenizer` and `image_tokenizer`, perhaps among other facts.
     """
     found = {name: str(tokenizers[name]) for name in TOKENIZERS}
-    return {KEY: {"format": 1, "config": config.model_dump(mode="json"), "tokenizers": found}}
+    tested = {"oldest": OLDEST, "newest": NEWEST}
+    return {
+        KEY: {"format": 1, "config": config.model_dump(mode="json"), "tokenizers": found, "tested_transformers": tested}
+    }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -51,6 +55,23 @@ def read_config(folder: Path) -> dict[str, Any]:
             remedy="copy the folder again, or export it again: `mmscale convert to-hf`",
         )
     return content
+
+
+def refuse_quantised(folder: Path, content: dict[str, Any]) -> None:
+    """Refuse a folder of quantised weights.
+
+    Args:
+        folder: for the message.
+        content: of its config.json.
+
+    Raises:
+        CheckpointError: its weights are quantised.
+    """
+    if content.get("quantization_config"):
+        raise CheckpointError(
+            f"the weights of {folder} are quantised ({CONFIG} has quantization_config)",
+            remedy="name the model before it was quantised",
+        )
 
 
 def is_ours(folder: Path, content: dict[str, Any]) -> bool:

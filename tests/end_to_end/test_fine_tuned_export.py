@@ -40,13 +40,36 @@ def test_a_fine_tuned_export_is_an_export(name: str, exported: Path, tmp_path: P
     assert (hf / "experts_moma.py").is_file() == (name == "tiny") and not (hf / "mmscale.json").exists()
     before, after = (evaluated(folder, "--batches", "2") for folder in (exported / f"{name}-hf", hf))
     assert before["loss"] != after["loss"]
-    ok("convert", "from-hf", hf, tmp_path / "run")
+    assert (hf / "versions_moma.py").is_file()  # the processor needs it, and with it the code of every model
+    said = json.loads(ok("convert", "from-hf", hf, tmp_path / "run", "--json"))
+    assert said["verified"] == "shapes and values; there is no MANIFEST.json with digests"
     run = evaluated(tmp_path / "run", "--routing", "causal", "--batches", "2")
     assert run["loss"] == pytest.approx(after["loss"], rel=2e-6)
     drawn = ok("sample", hf, "--prompt", "draw a seven", "--max-tokens", "8", "--out", tmp_path / "drawn")
     assert "draw a seven" in drawn
     ok("convert", "to-hf", tmp_path / "run", tmp_path / "again")
     assert evaluated(tmp_path / "again", "--batches", "2")["loss"] == pytest.approx(after["loss"], rel=2e-6)
+
+
+def test_fine_tuned_in_its_own_folder(exported: Path, tmp_path: Path) -> None:
+    """The manifest that stands there is of the model before. A damaged file is still told from a new one."""
+    from transformers import AutoModelForCausalLM
+
+    hf = Path(shutil.copytree(exported / "dense-hf", tmp_path / "hf"))
+    whole = bytearray((hf / "model.safetensors").read_bytes())
+    whole[-5] ^= 1
+    (hf / "model.safetensors").write_bytes(whole)
+    for arguments in (("convert", "from-hf", hf, tmp_path / "run"), ("eval", hf)):
+        ended = mmscale(*arguments)
+        assert_says(ended, status=4, cause="damaged: model.safetensors has another content", remedy="export it again")
+    assert not (tmp_path / "run").exists()
+    model = AutoModelForCausalLM.from_pretrained(exported / "dense-hf")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.01)
+    model.save_pretrained(hf)
+    said = json.loads(ok("convert", "from-hf", hf, tmp_path / "run", "--json"))
+    assert "transformers saved the model again" in said["verified"]
+    assert evaluated(hf, "--batches", "1")["loss"] != evaluated(exported / "dense-hf", "--batches", "1")["loss"]
 
 
 def test_what_a_fine_tuning_may_not_change(exported: Path, tmp_path: Path) -> None:

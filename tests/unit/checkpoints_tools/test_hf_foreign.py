@@ -90,6 +90,7 @@ def test_logits_are_theirs(kind: str, tied: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"quantization_config": {"quant_method": "awq"}}, "are quantised"),
         ({"model_type": "mixtral"}, "type 'mixtral' cannot be imported"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),

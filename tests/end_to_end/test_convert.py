@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 import torch
 
+from checkpoints_tools.hf.configuration_moma import ROUTINGS
 from mmscale.errors import DataError, MmscaleError
 from tests.end_to_end.running import ROOT, assert_says, listing, mmscale
 
@@ -332,6 +333,27 @@ def test_the_gate_generates(runs: Path, tmp_path: Path) -> None:
     status, error = forked(damaging("files", forget_the_cache, runs / "tiny", tmp_path / "hf"))
     assert status == 4 and "generate() gives other tokens than the trainer's model (cached, batched)" in error, error
     assert "logits differ" not in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def averaging(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that can route in every way: with averaged cut-offs and auxiliary routers."""
+    folder = tmp_path_factory.mktemp("averaging")
+    routed = (config, f"run.dir={folder}", *MAIN, "model.experts.threshold_decay=0.9", "parallel.ep=1")
+    ok("train", *routed)
+    ok("train", *routed, *STAGE)
+    return folder / "tiny"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_gate_generates_in_every_routing(routing: str, averaging: Path, tmp_path: Path) -> None:
+    ok("convert", "to-hf", averaging, tmp_path / "hf", "--routing", routing)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["routing"] == routing
+    report = json.loads((tmp_path / "hf" / "conversion_report.json").read_text())
+    assert report["model"]["routing"] == routing and report["gate"]["generated"] > 6
+    for row in report["generated"]:
+        assert row["trainer"] and row["cached"] == row["uncached"] == row["batched"] == row["trainer"]
 
 
 @pytest.mark.parametrize("stage", ["weights", "files"])

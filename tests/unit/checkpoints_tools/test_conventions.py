@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from checkpoints_tools.hf.modeling_moma import MomaAttention
 from checkpoints_tools.hf_config import model_config
 from tests.end_to_end.running import ROOT
 from tests.unit.checkpoints_tools.test_modeling_moma import MODELS, exported
@@ -54,6 +58,21 @@ def test_an_attention_function_of_the_user(monkeypatch: pytest.MonkeyPatch) -> N
         )
         assert torch.allclose(got[0], plain.model(IDS)[0], atol=1e-5)
     assert called == list(instances.items())
+
+
+def test_the_attention_call_can_be_found_in_the_source() -> None:
+    """vLLM 0.32 reads the source: one call of what a line took from ALL_ATTENTION_FUNCTIONS, scaled by an attribute."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(MomaAttention.forward)))
+    names = {
+        ast.unparse(node.target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and "ALL_ATTENTION_FUNCTIONS." in ast.unparse(node.value or ast.Pass())
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+    (call,) = calls
+    (scaling,) = [word.value for word in call.keywords if word.arg == "scaling"]
+    assert ast.unparse(scaling) == "self.scaling"
+    assert isinstance(exported(MODELS["moma"]).model.layers[0].self_attn.scaling, float)
 
 
 def test_depth_layers_are_refused_in_vllm() -> None:

@@ -309,15 +309,22 @@ def test_train_ends_with_the_status_of_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, config: Path, status: int
 ) -> None:
     places: list[RankEnv] = []
-    fake = SimpleNamespace(main=lambda _config, env, *, stage, yes: places.append(env) or status)
+    graces: list[float | None] = []
+
+    def main(_config: object, env: RankEnv, *, stage: str, yes: bool, grace_s: float | None) -> int:
+        places.append(env)
+        graces.append(grace_s)
+        return status
+
+    fake = SimpleNamespace(main=main)
     monkeypatch.setitem(sys.modules, "mmscale.train.run", fake)
     monkeypatch.setattr("mmscale.train.run", fake, raising=False)
-    assert run("train", config, "--json") == (
+    assert run("train", config, "--json", "--grace", 90) == (
         status,
         json.dumps({"run": "runs/tiny", "exit_status": status, "last": None}) + "\n",
         "",
     )
-    assert places == [RankEnv()]
+    assert places == [RankEnv()] and graces == [90.0]
 
 
 def test_the_stage_option_names_the_stages_of_the_table(run: Run) -> None:
@@ -334,8 +341,10 @@ def test_train_starts_local_ranks(run: Run, monkeypatch: pytest.MonkeyPatch, con
     monkeypatch.setattr(sys, "argv", ["mmscale", "train", "tiny.yaml", "--nproc", "2"])
     monkeypatch.setattr("mmscale.train.preflight.preflight", lambda *arguments, **options: None)  # there is no data
     assert run("train", config, "--nproc", 2)[0] == 75
-    log_dir = Path("runs/tiny/logs/attempt_1")
-    assert calls == [((2, ["train", "tiny.yaml", "--nproc", "2"]), {"log_dir": log_dir})]
+    ((arguments, options),) = calls
+    assert arguments == (2, ["train", "tiny.yaml", "--nproc", "2"])
+    assert options["log_dir"] == Path("runs/tiny/logs/attempt_1")
+    assert options["environ"]["MMSCALE_ATTEMPT_ID"].startswith("train-")  # ranks train under this process's lease
 
 
 def test_layout_that_does_not_fit_is_said_before_ranks_start(run: Run, config: Path) -> None:

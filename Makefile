@@ -18,7 +18,7 @@ TE := $(VENV)/transformer-engine
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: docs help quickstart test test-all lint pytest matrices transformer-engine soak preempted killed clean
+.PHONY: docs help quickstart test test-all lint pytest matrices transformer-engine apptainer soak preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
@@ -57,6 +57,12 @@ $(TE)/.unpacked: $(STAMP) tests/te_on_cpu/requirements.txt
 	  echo "note: Transformer-Engine's Python could not be downloaded; the tests over it will skip" >&2
 
 transformer-engine: $(TE)/.unpacked
+
+# For tests/slurm/test_containers.py; without it those of apptainer skip. As root, on Debian.
+apptainer: $(VENV)/apptainer/bin/apptainer
+
+$(VENV)/apptainer/bin/apptainer: tests/slurm/get_apptainer.sh $(STAMP)
+	tests/slurm/get_apptainer.sh $(VENV)/apptainer
 
 # The second time everything is there: preparing, training and exporting say so, and only evaluations and pictures are made
 # again. STRICT=--strict: fail where the model misses a target.

@@ -34,13 +34,12 @@ _KEPT = (*FINAL, STOPPED)
 
 
 def node_command(
-    train: Sequence[str], *, python: str, logs: Path, head: str, port: int, nodes: int, tasks: int, max_restarts: int
+    train: Sequence[str], *, logs: Path, head: str, port: int, nodes: int, tasks: int, max_restarts: int
 ) -> list[str]:
-    """The command of one srun task per node.
+    """Arguments of Python for one srun task per node.
 
     Args:
         train: arguments of `mmscale` for every rank.
-        python: interpreter.
         logs: folder of the ranks' output.
         head: host of node 0.
         port: where the agents meet there.
@@ -49,7 +48,7 @@ def node_command(
         max_restarts: how often an agent starts its ranks again.
     """
     numbers = [str(number) for number in (port, nodes, tasks, max_restarts)]
-    return [python, "-m", "launch.agent", "node", str(logs), head, *numbers, *train]
+    return ["-m", "launch.agent", "node", str(logs), head, *numbers, *train]
 
 
 def _node(arguments: Sequence[str], environ: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from launch import container
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config.load import load
@@ -64,6 +65,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     record = records.plan_record(
         config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, stage=stage, yes=yes
     )
+    container.check(record, profile, config)
     records.write_record(record, config)
     records.set_job(Path(record.folder), records.JobKey(number, cluster=environ.get("SLURM_CLUSTER_NAME", "")))
     return Path(record.folder)

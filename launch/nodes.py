@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import container, scheduler
 from launch import cordon as cordon_file
-from launch import scheduler
 from launch.profile import Profile
 from launch.record import Record
 from mmscale.errors import LaunchError
@@ -26,6 +27,12 @@ from slurm.preflight import clock_problems
 _TIMEOUT_S = 180.0  # a check asks a driver that may hang several times; all nodes are checked at once
 # Ranks import torch and meet, then every rank takes part in making each node's groups: a fixed part, and one per node.
 _MEASURED_S, _MEASURED_PER_NODE_S = 180.0, 2.0
+# What srun and slurmstepd add when a task has failed.
+_REPORT = re.compile(
+    r"(srun|slurmstepd): (error: )?"
+    r"(\S+: tasks? [\d,-]+: (Exited|Killed|Terminated|Aborted)|Terminating|Job step|spank:)"
+)
+_RUNTIME_ERROR = re.compile(r"\[ERROR\]|FATAL")  # of enroot, of apptainer
 _OWN = frozenset({"gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "shared_memory"})
 
 
@@ -72,6 +79,7 @@ def examine(
         patience_s=profile.slurm_patience,
         stopping=stopping,
     )
+    ended.show()
     answers = ended.lines
     found: dict[str, dict[str, str]] = {one["node"]: dict(one["problems"]) for one in answers}
     if "clock" not in profile.preflight.skip:
@@ -128,17 +136,17 @@ def measure(
     if "all_reduce" in wanted.skip or record.world_size == 1:
         return {}, {}
     environment = {**os.environ, "MMSCALE_LAUNCHER": "slurm", "MASTER_PORT": str(port)}
-    command = _srun(record, profile, tasks=record.tasks_per_node)
     limit = _MEASURED_S + _MEASURED_PER_NODE_S * record.nodes
-    command += [record.python, "-m", "slurm.bandwidth", f"--mb={wanted.all_reduce_mb:g}", f"--timeout-s={limit:g}"]
+    program = ["-m", "slurm.bandwidth", f"--mb={wanted.all_reduce_mb:g}", f"--timeout-s={limit:g}"]
     ended = _output(
-        command,
+        _srun(record, profile, program, tasks=record.tasks_per_node),
         record,
         environment,
         timeout_s=limit,
         patience_s=profile.slurm_patience,
         stopping=stopping,
     )
+    ended.show()
     lines = ended.lines
     nodes = expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
     bad = slow_nodes(
@@ -198,17 +206,21 @@ def slow_nodes(
 
 def _command(record: Record, profile: Profile) -> list[str]:
     wanted = profile.preflight
-    command = _srun(record, profile, tasks=1, kill_on_bad_exit=False)  # one that fails must not end the others' checks
-    command += [record.python, "-m", "slurm.preflight", record.run, f"--gpus={profile.gpus_per_node}"]
-    command += [f"--disk-gb={wanted.disk_gb:g}", f"--shared-memory-gb={wanted.shared_memory_gb:g}"]
-    return [*command, *(f"--skip={name}" for name in wanted.skip)]
+    program = ["-m", "slurm.preflight", record.run, f"--gpus={profile.gpus_per_node}"]
+    program += [f"--disk-gb={wanted.disk_gb:g}", f"--shared-memory-gb={wanted.shared_memory_gb:g}"]
+    program += [f"--skip={name}" for name in wanted.skip]
+    # One that fails must not end the others' checks.
+    return _srun(record, profile, program, tasks=1, kill_on_bad_exit=False)
 
 
-def _srun(record: Record, profile: Profile, *, tasks: int, kill_on_bad_exit: bool = True) -> list[str]:
-    """A step with some tasks on each node of the job."""
+def _srun(
+    record: Record, profile: Profile, program: Sequence[str], *, tasks: int, kill_on_bad_exit: bool = True
+) -> list[str]:
+    """A step with some tasks of Python on each node of the job."""
     command = ["srun", f"--nodes={record.nodes}", f"--ntasks={record.nodes * tasks}", f"--ntasks-per-node={tasks}"]
     command += [f"--cpus-per-task={profile.cpus_per_task}", "--mpi=none", "--export=ALL"]
-    return [*command, f"--kill-on-bad-exit={int(kill_on_bad_exit)}", *profile.srun_arguments]
+    command += [f"--kill-on-bad-exit={int(kill_on_bad_exit)}"]
+    return [*command, *container.task(record, profile, program)]
 
 
 @dataclass(frozen=True)
@@ -219,11 +231,18 @@ class _Output:
         lines: JSON objects.
         error: the last line of what it said besides; "" if it ended well.
         late: it did not end in time.
+        said: all that it said besides.
     """
 
     lines: list[dict[str, Any]]
     error: str
     late: bool
+    said: str = ""
+
+    def show(self) -> None:
+        """Print all that a step said which did not end well; the cause is seldom in its last line."""
+        if self.error and self.said:
+            sys.stderr.write(f"{self.said.rstrip()}\n")
 
 
 def _output(
@@ -247,7 +266,7 @@ def _output(
 
 
 def _once(command: Sequence[str], record: Record, environment: dict[str, str], *, timeout_s: float) -> _Output:
-    late = False
+    late, errors = False, ""
     try:
         ended = subprocess.run(
             command,
@@ -259,17 +278,26 @@ def _once(command: Sequence[str], record: Record, environment: dict[str, str], *
             timeout=timeout_s,
         )
         said, errors = ended.stdout, ended.stderr.strip()
-        error = "" if ended.returncode == 0 else _last_error(errors) if errors else f"status {ended.returncode}"
+        error = "" if ended.returncode == 0 else _main_error(errors) if errors else f"status {ended.returncode}"
     except subprocess.TimeoutExpired as cut_off:
         late = True
-        said, error = (cut_off.stdout or b"").decode(errors="replace"), f"nothing within {timeout_s:g} s"
-    return _Output([json.loads(line) for line in said.splitlines() if line.startswith("{")], error, late)
+        said, errors = ((part or b"").decode(errors="replace") for part in (cut_off.stdout, cut_off.stderr))
+        error = f"nothing within {timeout_s:g} s"
+    return _Output([json.loads(line) for line in said.splitlines() if line.startswith("{")], error, late, errors)
 
 
-def _last_error(text: str) -> str:
-    """The last line; or the one that says that slurmctld was away, because srun ends with a guess at the cause."""
+def _main_error(text: str) -> str:
+    """The line that says why a step failed.
+
+    That slurmctld was away comes first. Then what a container's runtime calls an error, and at last the last line that
+    is not srun's report on which tasks ended.
+    """
     lines = text.splitlines()
-    return next((line for line in reversed(lines) if scheduler.no_answer(line)), lines[-1])
+    telling = [line for line in lines if not _REPORT.match(line)]
+    for belongs in (scheduler.no_answer, _RUNTIME_ERROR.search, bool):
+        if found := next((line for line in reversed(telling) if belongs(line)), ""):
+            return found
+    return lines[-1]
 
 
 def of_the_job(bad: Mapping[str, Unfit], *, nodes: int) -> dict[str, str]:

@@ -54,6 +54,8 @@ Nodes = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,\[\]-]*$", max_l
 Constraint = Annotated[str, Field(pattern=r"^[A-Za-z0-9\[(][A-Za-z0-9._:,&|*\[\]()-]*$", max_length=200)]
 # One line without anything a shell expands: these become arguments, not shell text.
 Argument = Annotated[str, Field(pattern=r"^[A-Za-z0-9._+@:,=/%~\[\]-]+$", max_length=1000)]
+Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9/.][A-Za-z0-9._+@:=/%~#-]*$", max_length=1000)]
+Mount = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._+@=/%~-]*(:/[A-Za-z0-9._+@=/%~-]*(:(ro|rw))?)?$", max_length=1000)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
 # Lines of a person's own shell; a line break would hide a second one.
 Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$", max_length=2000)]
@@ -106,16 +108,34 @@ class Secret(Section):
 
 
 class Container(Section):
-    """Arguments of pyxis' srun plugin."""
+    """The image that ranks and node checks run in."""
 
-    image: Argument = setting("Image, e.g. a path of a squashfs file.")
-    mounts: tuple[Argument, ...] = setting("SOURCE:TARGET[:FLAGS] each.", ())
-    workdir: Argument | None = setting("Working directory inside.", None)
+    image: Image = setting("A file (.sqsh of enroot, .sif or a folder of apptainer), or what the runtime can pull.")
+    runtime: Literal["pyxis", "apptainer", "singularity"] = setting(
+        "What starts it: NVIDIA's plugin of srun, or a program of the nodes.", "pyxis"
+    )
+    python: Argument = setting("Interpreter inside; it needs mmscale's dependencies.", "python3")
+    mounts: tuple[Mount, ...] = setting(
+        "SOURCE[:TARGET[:ro|rw]] each; the run's folder and the working directory are mounted anyway.", ()
+    )
+    workdir: Argument | None = setting("Working directory inside; default: the one that was launched from.", None)
+    options: tuple[Argument, ...] = setting(
+        "More arguments: of srun with pyxis, of `apptainer exec` or `singularity exec` else.", ()
+    )
 
 
 # CHECKS of slurm/preflight.py, which mypy cannot take as a Literal.
 Check = Literal[
-    "gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "disk", "shared_memory", "run_folder", "clock", "all_reduce"
+    "gpus",
+    "gpu_idle",
+    "gpu_memory_errors",
+    "gpu_xid",
+    "disk",
+    "shared_memory",
+    "run_folder",
+    "python",
+    "clock",
+    "all_reduce",
 ]
 
 
@@ -210,7 +230,7 @@ class Profile(Section):
     secrets: dict[Variable, Secret] = setting(
         "Variables with secrets, e.g. WANDB_API_KEY: {env: WANDB_API_KEY} or {file: ~/.wandb_key}.", {}
     )
-    container: Container | None = setting("Run ranks in a container.", None)
+    container: Container | None = setting("Run ranks and node checks in a container.", None)
     sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Argument | int | bool] = setting(
         "More options of sbatch, without dashes; not those that follow from other settings.", {}
     )
@@ -222,6 +242,8 @@ class Profile(Section):
             raise ValueError("neither gpus_per_node nor tasks_per_node says how many ranks a node has")
         if self.scheduler != "slurm" and self.ranks != "srun":
             raise ValueError(f"ranks: {self.ranks} is for scheduler: slurm, and this is {self.scheduler}")
+        if self.scheduler != "slurm" and self.container is not None:
+            raise ValueError(f"container is for scheduler: slurm, and this is {self.scheduler}")
         for name in self.sbatch:
             if name in _NOT_FOR_SBATCH:
                 raise ValueError(f"sbatch: {name} would contradict what mmscale asks for; {_NOT_FOR_SBATCH[name]}")
@@ -238,18 +260,6 @@ class Profile(Section):
     def tasks(self) -> int:
         """Ranks on a node."""
         return self.tasks_per_node or self.gpus_per_node or 1
-
-    @property
-    def srun_arguments(self) -> list[str]:
-        """What a rank's srun gets from this profile."""
-        arguments = list(self.srun)
-        if self.container is not None:
-            arguments.append(f"--container-image={self.container.image}")
-            if self.container.mounts:
-                arguments.append(f"--container-mounts={','.join(self.container.mounts)}")
-            if self.container.workdir is not None:
-                arguments.append(f"--container-workdir={self.container.workdir}")
-        return arguments
 
     def excluded(self) -> list[str]:
         """Nodes that are not to be used: those named here and those found bad since."""

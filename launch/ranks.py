@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch import agent
+from launch import agent, container
 from launch.profile import Profile
 from launch.record import Record
 from mmscale.resilience import lease, watchdog
@@ -27,15 +27,14 @@ def command(
         in_place: for torchrun's agents: how often they may start their ranks again.
     """
     train = ["train", str(record.config), "--stage", record.stage, *(["--yes"] if record.yes else [])]
-    program = [record.python, "-m", "mmscale", *train]
+    program = ["-m", "mmscale", *train]
     if profile.scheduler != "slurm":
-        return [*program, "--nproc", str(record.world_size)]
+        return [record.python, *program, "--nproc", str(record.world_size)]
     tasks, cpus, name = record.tasks_per_node, profile.cpus_per_task, "rank"
     if profile.ranks == "torchrun":
         hosts = expand_hostlist(environ.get("SLURM_JOB_NODELIST", ""))
         program = agent.node_command(
             train,
-            python=record.python,
             logs=logs,
             head=environ.get("MASTER_ADDR") or (hosts[0] if hosts else "localhost"),
             port=port,
@@ -61,7 +60,7 @@ def command(
         f"--output={logs}/{name}_%t.log",
         f"--error={logs}/{name}_%t.log",
     ]
-    return [*arguments, *profile.srun_arguments, *program]
+    return [*arguments, *container.task(record, profile, program)]
 
 
 def environment(

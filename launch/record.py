@@ -10,13 +10,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import mmscale
+from launch import snapshot
 from launch.profile import Profile, profile_of
 from launch.scheduler import JobState, checked
 from mmscale.config import Config
@@ -27,7 +27,6 @@ from mmscale.train.stages.table import MAIN, STAGES
 
 FOLDER, RECORD, JOB, STOP = "launch", "launch.json", "job.json", "stop.json"
 LATER = "successors"  # in job.json
-PACKAGES = ("mmscale", "launch", "slurm", "checkpoints_tools")
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ class Record:
 
     @property
     def code(self) -> Path:
-        """The snapshot of the code."""
-        return Path(self.folder) / "code"
+        """The snapshot of the code, an archive that Python imports from."""
+        return Path(self.folder) / "code.zip"
 
     def checked_profile(self) -> Profile:
         """The profile."""
@@ -166,7 +165,8 @@ def write_record(record: Record, config: Config) -> None:
     """Make the launch folder: code, configuration, environment, record; the record last.
 
     Raises:
-        LaunchError: the folder exists: somebody else launches this run at the same time.
+        LaunchError: the folder exists, because somebody else launches this run at the same time; or our own code does
+            not parse.
     """
     folder = Path(record.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,11 @@ def write_record(record: Record, config: Config) -> None:
         raise LaunchError(f"{folder} exists: is this run being launched twice?", remedy="try again") from None
     if record.checked_profile().share == "group":
         folder.chmod(0o750)
-    copy_code(record.code)
+    try:
+        snapshot.write(record.code)
+    except LaunchError:
+        remove(record)
+        raise
     record.config.write_text(dump(config))
     _write_json(folder / "environment.json", describe())
     _write_json(folder / RECORD, asdict(record))
@@ -202,15 +206,6 @@ def python_variables(record: Record, environ: Mapping[str, str] = os.environ) ->
     """
     path = [str(record.code), *filter(None, [environ.get("PYTHONPATH", "")])]
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
-
-
-def copy_code(target: Path, packages: Iterable[str] = PACKAGES) -> None:
-    """Copy our packages as they are now, uncommitted edits included."""
-    root = Path(mmscale.__file__).parent.parent
-    for name in packages:
-        shutil.copytree(
-            root / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "*.tmp"), symlinks=True
-        )
 
 
 def read_record(folder: Path) -> Record:

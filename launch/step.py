@@ -15,6 +15,8 @@ from launch import scheduler
 LAUNCHER_LOG = "launcher.log"  # beside the ranks' logs: what srun says of the step
 _OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]?kill", re.IGNORECASE)
 _TASK = re.compile(r"error: (\S+): tasks? ([\d,-]+): Out Of Memory")
+# What pyxis says when it cannot start a container, and apptainer.
+_NO_CONTAINER = re.compile(r"pyxis: .*(\[ERROR\].*)|^(FATAL: .*)", re.MULTILINE)
 _TAIL = 20_000  # bytes of a rank's log
 
 
@@ -54,7 +56,7 @@ def never_began(logs: Path, said: str) -> bool:
 
 
 def cause_of(logs: Path, said: str) -> str:
-    """What a crash comes from, as far as SLURM says so: `out of memory`, with the tasks. "": nothing is known."""
+    """What a crash comes from, as far as SLURM says so: out of memory, or a container. "": nothing is known."""
     if killed := _TASK.findall(said):
         return "out of memory: " + ", ".join(f"rank {tasks} on {node}" for node, tasks in killed)
     if _OUT_OF_MEMORY.search(said):
@@ -62,6 +64,9 @@ def cause_of(logs: Path, said: str) -> str:
     for file in sorted(logs.glob("rank_*.log")):
         if re.search(rb"slurmstepd: error: Detected \d+ oom[-_]kill", _tail(file)):
             return f"out of memory: {file.stem.replace('_', ' ')}"
+    for text in (said, *(_tail(file).decode(errors="replace") for file in sorted(logs.glob("*_0.log")))):
+        if found := _NO_CONTAINER.search(text):
+            return f"container: {(found[1] or found[2]).strip()}"
     return ""
 
 

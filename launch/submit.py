@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from launch import batch_script, job, owner, passed, ranks, scheduler, successors
+from launch import batch_script, container, job, owner, passed, ranks, scheduler, successors
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
@@ -89,6 +89,7 @@ def plan_launch(
             yes=yes,
             asked=asked,
         )
+        container.check(record, profile, config)
         planned.append(Planned(record, config))
     return planned
 

@@ -10,8 +10,10 @@ that is off. The model is OLMo-core's health check with its cordon file.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -26,9 +28,12 @@ from typing import Any
 
 # clock and all_reduce are about several nodes: launch/nodes.py and slurm/bandwidth.py look at these.
 CHECKS = (
-    *("gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "disk", "shared_memory", "run_folder", "clock"),
+    *("gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "disk", "shared_memory", "run_folder", "python", "clock"),
     "all_reduce",
 )
+_PYTHON = (3, 11)
+# What `mmscale train` cannot do without.
+MODULES = ("torch", "megatron", "numpy", "orjson", "psutil", "pydantic", "rich", "typer", "xxhash", "yaml")
 MAX_SKEW_S = 30.0  # between nodes; certificates, leases and logs of one run are compared across them
 _SMI_TIMEOUT_S = 30.0  # a broken driver lets nvidia-smi hang
 _BUSY_MIB = 500.0
@@ -78,6 +83,7 @@ def examine(
         "disk": _disk,
         "shared_memory": _shared_memory,
         "run_folder": _run_folder,
+        "python": _python,
     }
     if wanted.gpus:
         ask = smi or _nvidia_smi
@@ -124,6 +130,15 @@ def _run_folder(wanted: Wanted, measured: dict[str, Any]) -> str:
         file.unlink(missing_ok=True)
     measured["run_folder_s"] = round(time.monotonic() - began, 4)
     return "" if same else f"{wanted.run} gives back other bytes than were written"
+
+
+def _python(wanted: Wanted, measured: dict[str, Any]) -> str:
+    """Whether this interpreter, which may be a container's, has what a rank imports; nothing is imported."""
+    measured["python"] = found = f"{sys.executable} (Python {platform.python_version()})"
+    if sys.version_info < _PYTHON:
+        return f"{found} is older than {'.'.join(map(str, _PYTHON))}"
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    return f"{found} has no {', '.join(missing)}" if missing else ""
 
 
 def _nvidia_smi(fields: str) -> list[list[str]]:

@@ -8,7 +8,6 @@ Every rank calls every method, and all of them return or raise alike.
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from mmscale.checkpoint import integrity, sharded
+from mmscale.checkpoint import integrity, random_states, sharded
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.save_settings import Provenance, Retention, SaveSettings
-from mmscale.checkpoint.saving import RANDOM, Saver, random_file
+from mmscale.checkpoint.saving import Saver
 from mmscale.checkpoint.tensors import WEIGHTS, TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups, random_state
@@ -257,15 +256,21 @@ class CheckpointManager:
     def _restore_random_state(self, step: int) -> None:
         folder = self.store.path(step)
         saved = self._on_first(lambda: _topology(folder))
-        file = folder / random_file(self._rank)
         if saved == groups.topology():
-            states = self._on_all(lambda: _load_random_state(file) is not None)
+            mine = None
+
+            def read() -> bool:
+                nonlocal mine
+                mine = random_states.read(folder, self._rank)
+                return mine is not None
+
+            states = self._on_all(read)
             if all(states):
-                state = _load_random_state(file)
-                assert state is not None
-                random_state.restore(state)
+                assert mine is not None
+                random_state.restore(mine)
                 return
-            self._refuse_missing(step, f"the random state of {states.count(False)} of {self._size} ranks ({RANDOM}/)")
+            missing = f"{states.count(False)} of {self._size} ranks ({random_states.FOLDER}/)"
+            self._refuse_missing(step, f"the random state of {missing}")
         random_state.reseed(self.seed, step)
         self._tell("random_state_fresh", step=step, saved_topology=saved, topology=groups.topology())
 
@@ -308,14 +313,3 @@ def _topology(folder: Path) -> dict[str, int] | None:
         return integrity.read_manifest(folder).topology
     except DamagedError:
         return None
-
-
-def _load_random_state(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(f"{file} cannot be read: {first}", remedy="choose an older checkpoint") from None
-    return state

@@ -14,11 +14,13 @@ class SaveSettings:
         asynchronous: training goes on while files are written; otherwise the trainer writes them itself.
         deadline_s: seconds after which an asynchronous save is given up.
         max_failures: failed saves in a row that end the attempt.
+        writers: ranks of each node that write, for the others too; 0: all of them, each its own files.
     """
 
     asynchronous: bool = False
     deadline_s: float = 900.0
     max_failures: int = 3
+    writers: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmscale.checkpoint import write
+from mmscale.checkpoint import grouped, random_states, write
 from mmscale.checkpoint.forked import Forked, Tell
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.layout import INFO, Store, info_text
@@ -27,7 +27,6 @@ from mmscale.checkpoint.write import Plan, Written
 from mmscale.errors import MmscaleError, SaveError
 from mmscale.runtime import device, groups, random_state
 
-RANDOM = "rng"
 _COMMITTED = "committed"
 _TRIES = 2  # of the last save of an attempt
 _GRACE_S = 2.0  # for what clears up at the end; the next start does it otherwise
@@ -110,6 +109,7 @@ class Saver:
         self._reason = ""
         self._step_time_saving: float | None = None
         self._planner: write.Planner | None = None
+        self._group: grouped.Group | None = None
         self._number = 0
         self._flight: _Flight | None = None
         self._clearing: list[Forked | _Here] = []  # processes that nobody waits for
@@ -222,21 +222,45 @@ class Saver:
         self._number += 1
         if self._planner is None:
             self._planner = write.Planner()
-        plan = self._planner.plan(sharded())
-        folder = self.store.temporary(step, self.provenance.attempt, self._number)
-        flight = self._flight = _Flight(step, self._number, folder, plan, began)
+            self._group = grouped.agree(self.settings.writers)
+        # Before the plan, in which ranks wait for each other: then it listens when the others send.
+        listener = self._listen(self._group, self._number)
+        try:
+            plan = self._planner.plan(sharded())
+            folder = self.store.temporary(step, self.provenance.attempt, self._number)
+            flight = self._flight = _Flight(step, self._number, folder, plan, began)
+            flight.task = self._start(self._writing(flight, listener), name="the writer")
+        finally:
+            if listener is not None:
+                listener.close()
+        flight.blocked_s += time.monotonic() - began
+
+    def _listen(self, group: grouped.Group | None, number: int) -> grouped.Listener | None:
+        return grouped.Listener(group, number) if group is not None and group.first == self._rank else None
+
+    def _writing(self, flight: _Flight, listener: grouped.Listener | None) -> Callable[[Tell], Written]:
+        """This rank's part of a save, to be done in any process that has the memory."""
+        plan, step, group = flight.plan, flight.step, self._group
         # Beside the tensors: this rank's random state, of which megatron-core would keep one per stage and tensor rank.
-        random = random_state.capture()
-        beside: dict[str, Callable[[Any], None]] = {random_file(self._rank): lambda file: torch.save(random, file)}
+        random = random_states.serialize(random_state.capture())
+        beside: dict[str, Callable[[Any], None]] = {}
         if self._rank == 0:
             text = info_text({**self.provenance.info, "step": step}).encode()
             beside[INFO] = lambda file: file.write(text)
 
-        def work(tell: Tell) -> Written:
-            return write.write(plan, folder, beside=beside, on_write=lambda *_: self.on_point("write", step))
+        def on_write(name: str, size: int) -> None:
+            self.on_point("write", step)
 
-        flight.task = self._start(work, name="the writer")
-        flight.blocked_s += time.monotonic() - began
+        within_s = self.settings.deadline_s
+        if group is None:
+            return lambda tell: write.write(plan, flight.folder, random=random, beside=beside, on_write=on_write)
+        if listener is not None:
+            return lambda tell: write.write_for_group(
+                plan, flight.folder, listener, random=random, beside=beside, on_write=on_write, timeout_s=within_s
+            )
+        return lambda tell: write.send_to_group(
+            plan, group, flight.number, random=random, on_write=on_write, timeout_s=within_s
+        )
 
     def _start(self, work: Callable[[Tell], Any], *, name: str) -> Forked | _Here:
         if self.settings.asynchronous:
@@ -344,6 +368,8 @@ class Saver:
         """Some rank's part failed: nobody goes on with this save. True if it turns out to have been committed."""
         committed = False
         if flight.task is not None:
+            if flight.problem is None and not flight.task.poll():
+                flight.problem = flight.task.problem
             if not flight.task.kill():
                 self._clearing.append(flight.task)
             committed = _COMMITTED in flight.task.messages
@@ -353,7 +379,8 @@ class Saver:
         if any(committed for _, committed in found):  # only the clearing up behind it failed
             self._end(flight, problem=next(iter(problems.values()), ""))
             return True
-        rank, reason = next(iter(problems.items()))
+        first_hand = {rank: why for rank, why in problems.items() if not why.startswith(grouped.ELSEWHERE)}
+        rank, reason = next(iter((first_hand or problems).items()))
         self._flight = None
         self.failures += 1
         self._in_a_row += 1
@@ -395,8 +422,3 @@ class Saver:
     def _tell(self, event: str, **fields: Any) -> None:
         if self._rank == 0:
             self.on_event(event, **fields)
-
-
-def random_file(rank: int) -> str:
-    """Where a rank's random state stands in a checkpoint."""
-    return f"{RANDOM}/rank_{rank:05d}.pt"

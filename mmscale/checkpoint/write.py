@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from mmscale.checkpoint import sharded
+from mmscale.checkpoint import grouped, random_states, sharded
 from mmscale.checkpoint.integrity import FileRecord
 from mmscale.checkpoint.pickles import METADATA
+from mmscale.errors import MmscaleError
 from mmscale.runtime import device
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig  # isort: skip
@@ -124,38 +125,157 @@ def _on_host(data: Any) -> Any:
     return data.to("cpu", non_blocking=True) if isinstance(data, Tensor) and not data.is_cpu else data
 
 
-def write(plan: Plan, folder: Path, *, beside: Mapping[str, Callable[[Any], None]], on_write: OnWrite) -> Written:
+def write(
+    plan: Plan, folder: Path, *, random: bytes, beside: Mapping[str, Callable[[Any], None]], on_write: OnWrite
+) -> Written:
     """Write this rank's files into a folder, which is made if nobody else has.
 
     Args:
         plan: what to write.
         folder: where to.
+        random: this rank's random state, serialized.
         beside: further files by relative name, each as a function that writes to a stream.
         on_write: called before every write with the name of the file and the number of bytes.
 
     Raises:
         OSError: the storage cannot take it.
     """
+    places: list[WriteResult] = []
+    contents: dict[str, Callable[[Any], None]] = {}
+    if plan.items:
+        name = _tensors_file(plan.rank)
+        contents[name] = lambda stream: places.extend(_items(plan.items, name, stream))
+    contents |= {**_firsts(plan), random_states.file_of(plan.rank): lambda stream: stream.write(random), **beside}
+    files, hash_s = _write_files(folder, contents, on_write=on_write)
+    return Written(files, places, hash_s)
+
+
+def write_for_group(
+    plan: Plan,
+    folder: Path,
+    listener: grouped.Listener,
+    *,
+    random: bytes,
+    beside: Mapping[str, Callable[[Any], None]],
+    on_write: OnWrite,
+    timeout_s: float,
+) -> Written:
+    """Write the files of a group of ranks, whose other ranks send theirs meanwhile (`send_to_group`).
+
+    Args:
+        plan: what this rank adds.
+        folder: where to.
+        listener: of the group.
+        random: this rank's random state, serialized.
+        beside: as `write`.
+        on_write: as `write`.
+        timeout_s: how long another rank may take for a piece.
+
+    Raises:
+        OSError: the storage cannot take it.
+        SaveError: another rank failed.
+    """
+    name, others = _tensors_file(plan.rank), listener.group.ranks[1:]
+    places: list[WriteResult] = []
+    states, begins = {plan.rank: random}, {}
+
+    def tensors(stream: io.BufferedWriter[Any]) -> None:
+        places.extend(_items(plan.items, name, stream))
+        for rank in others:
+            begins[rank] = stream.tell()
+            listener.copy(rank, stream.write)
+            state = io.BytesIO()
+            listener.copy(rank, state.write)
+            states[rank] = state.getvalue()
+
+    contents = {
+        name: tensors,
+        **_firsts(plan),
+        random_states.file_of_group(plan.rank): lambda stream: random_states.write(states, stream),
+        **beside,
+    }
+    try:
+        listener.accept(timeout_s=timeout_s)
+        files, hash_s = _write_files(folder, contents, on_write=on_write)
+    except (OSError, MmscaleError) as error:
+        listener.answer(problem=error.cause if isinstance(error, MmscaleError) else f"{error.strerror or error}")
+        raise
+    else:
+        listener.answer(file=name, begins=begins)
+    finally:
+        listener.close()
+    return Written(files, places, hash_s)
+
+
+def send_to_group(
+    plan: Plan, group: grouped.Group, number: int, *, random: bytes, on_write: OnWrite, timeout_s: float
+) -> Written:
+    """Have the first rank of a group write this rank's tensors.
+
+    Args:
+        plan: what this rank adds.
+        group: of this rank.
+        number: of the save.
+        random: this rank's random state, serialized.
+        on_write: called before every piece with the name of the file and the number of bytes.
+        timeout_s: how long the first rank may take for a piece; all of the ranks before this one are written first.
+
+    Raises:
+        SaveError: another rank failed.
+    """
+    name = _tensors_file(group.first)
+    places: list[WriteResult] = []
+
+    def state(stream: io.BufferedWriter[Any]) -> None:
+        stream.write(random)
+
+    answer = grouped.send(
+        group,
+        number,
+        plan.rank,
+        (lambda stream: places.extend(_items(plan.items, name, stream)), state),
+        on_write=lambda size: on_write(name, size),
+        timeout_s=timeout_s,
+    )
+    begin = answer["begins"][f"{plan.rank}"]
+    return Written(places=[_moved(place, begin) for place in places])
+
+
+def _moved(place: WriteResult, by: int) -> WriteResult:
+    where = dataclasses.replace(place.storage_data, offset=place.storage_data.offset + by)
+    return dataclasses.replace(place, storage_data=where)
+
+
+def _tensors_file(rank: int) -> str:
+    return f"__{rank}_0.distcp"
+
+
+def _firsts(plan: Plan) -> dict[str, Callable[[Any], None]]:
+    """What rank 0 writes for all."""
+    if plan.rank != 0:
+        return {}
+    config = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
+    return {
+        COMMON: lambda stream: torch.save(plan.common, stream),
+        BACKEND: lambda stream: stream.write(json.dumps(config).encode()),
+    }
+
+
+def _write_files(
+    folder: Path, contents: Mapping[str, Callable[[Any], None]], *, on_write: OnWrite
+) -> tuple[dict[str, FileRecord], float]:
+    """Write files; their records, and the seconds spent on digests."""
     for path in (folder.parent, folder):
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
     files: dict[str, FileRecord] = {}
-    places: list[WriteResult] = []
     hash_s = 0.0
-    contents: dict[str, Callable[[Any], None]] = {}
-    if plan.items:
-        name = f"__{plan.rank}_0.distcp"
-        contents[name] = lambda stream: places.extend(_items(plan.items, name, stream))
-    if plan.rank == 0:
-        config = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
-        contents[COMMON] = lambda stream: torch.save(plan.common, stream)
-        contents[BACKEND] = lambda stream: stream.write(json.dumps(config).encode())
-    for name, content in {**contents, **beside}.items():
+    for name, content in contents.items():
         with hashed(folder, name, on_write=on_write) as stream:
             content(stream)
         raw = cast(HashedFile, stream.raw)
         files[name] = raw.record()
         hash_s += raw.hash_s
-    return Written(files, places, hash_s)
+    return files, hash_s
 
 
 def write_index(plan: Plan, parts: list[Written], folder: Path, *, on_write: OnWrite) -> FileRecord:

@@ -70,13 +70,17 @@ def plan(
             "--gpu", metavar="NAME", show_default=False, help="h100 (the default for times), h200 or a100: its figures."
         ),
     ] = None,
+    storage: Annotated[
+        float,
+        typer.Option("--storage", metavar="GB/s", min=0.001, help="Bandwidth of the shared file system [GB/s]."),
+    ] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Compute parameters, FLOPs, memory and messages per rank, checkpoint size, and order parallel layouts by time."""
+    """Compute parameters, FLOPs, memory and messages per rank, load of the cluster; order layouts by time."""
     from mmscale import plan as planning
     from mmscale.config.load import load
 
-    result = planning.plan(load(config, overrides or ()), gpus, gpu_memory, gpu)
+    result = planning.plan(load(config, overrides or ()), gpus, gpu_memory, gpu, storage_gb_s=storage)
 
     def text() -> None:
         shown = console()

@@ -28,6 +28,12 @@ class CheckpointConfig(Section):
     deadline: Seconds = setting(
         "An asynchronous save that takes longer is given up; training goes on.", 900.0, unit="seconds"
     )
+    writers: Index = setting(
+        "Ranks of each node that write, for their neighbours too: fewer files per checkpoint, fewer streams at once; "
+        "0: every rank writes its own two files.",
+        0,
+        unit="ranks per node",
+    )
     max_failures: Count = setting("Failed saves in a row that end the attempt (exit 74).", 3, unit="saves")
 
 

@@ -90,6 +90,8 @@ def render(summary: dict[str, Any], *, width: int = 120, color: bool = False) ->
         console.print()
         console.print(_rejected(summary["rejected"]))
     console.print()
+    console.print(_cluster(summary["cluster"]))
+    console.print()
     console.print(_sweep(summary["step_law"]))
     console.print("\nassumptions", style="bold")
     for line in summary["assumptions"]:
@@ -219,6 +221,28 @@ def _rejected(rejected: list[dict[str, Any]]) -> Table:
         table.add_row(f"{entry['count']:,}", entry["cause"], details)
     if len(rejected) > _REJECTED_ROWS:
         table.add_row(f"{sum(entry['count'] for entry in rejected[_REJECTED_ROWS:]):,}", "other rules", "")
+    return table
+
+
+def _cluster(load: dict[str, Any]) -> Table:
+    table = _pairs(f"asked of file system and scheduler by {load['ranks']:,} ranks on {load['nodes']:,} nodes")
+    table.add_row(
+        "checkpoint",
+        f"{load['checkpoint_files']:,} files, {short(load['checkpoint_bytes'])}B, the largest "
+        f"{short(load['largest_file_bytes'])}B; {_fixed(load['checkpoint_s'])} s at {load['storage_gb_s']:g} GB/s",
+    )
+    table.add_row(
+        "start",
+        f"{load['launch_files']} files of the launch, {load['log_files']:,} logs; {load['start_files_per_node']:,} "
+        f"files read by each node; {short(load['start_opens'])} opens, {short(load['start_looks'])} looks; "
+        f"{load['scheduler_per_start']} requests to SLURM",
+    )
+    table.add_row("resume", f"{short(load['start_read_bytes'])}B read")
+    table.add_row(
+        "training",
+        f"{_fixed(load['metadata_per_s'])} looks at small files a second; {load['scheduler_per_hour']} requests to "
+        f"SLURM an hour, {load['scheduler_per_viewer_hour']} for each person who watches",
+    )
     return table
 
 

@@ -12,6 +12,7 @@ from mmscale.config.derived import tokens_per_step
 from mmscale.config.fp8 import roundings
 from mmscale.config.rules import check, violations
 from mmscale.plan.activations import Kernels, on_gpu
+from mmscale.plan.cluster_load import STORAGE_GB_S, cluster_load
 from mmscale.plan.compute import flops_per_token
 from mmscale.plan.hardware import DEFAULT, Gpu, gpu_named
 from mmscale.plan.layouts import USABLE, Layout, evaluate
@@ -25,7 +26,12 @@ _SHOWN = 20
 
 
 def plan(
-    config: Config, gpus: int | None = None, gpu_memory: float | None = None, gpu: str | None = None
+    config: Config,
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
+    gpu: str | None = None,
+    *,
+    storage_gb_s: float = STORAGE_GB_S,
 ) -> dict[str, Any]:
     """Arithmetic on a configuration.
 
@@ -34,13 +40,14 @@ def plan(
         gpus: devices; None: only the configuration's own layout, on as few ranks as it needs.
         gpu_memory: memory of a device [GiB]; None: the named GPU's, or unknown.
         gpu: name of the device whose figures times are reckoned with; None: h100.
+        storage_gb_s: bandwidth of the shared file system [GB/s].
 
     Returns:
         `model`, `parameters`, `flops_per_token`, `tokens_per_step`, `tokens`, `training_flops`, `checkpoint_bytes`,
         `gpus`, `gpu`, `gpu_memory_gib`, `layouts` (the fastest VPP, recompute and micro-batch of each TP x PP x EP, at
         most 20, and the configuration's own; fastest first), `layouts_possible`, `layouts_tried`, `refused` (cause ->
         number of candidates), `rejected` (the same with an example each), `own_layout_refused` (cause or null),
-        `step_law` and `assumptions`.
+        `step_law`, `cluster` (what the run asks of file system and scheduler) and `assumptions`.
 
     Raises:
         ConfigError: without `gpus`, the configuration's own layout violates a rule.
@@ -88,6 +95,7 @@ def plan(
         "rejected": [rejected.as_dict() for rejected in found.rejected.values()],
         "own_layout_refused": refused_own,
         "step_law": suggest(config, parameters).as_dict(),
+        "cluster": cluster_load(config, ranks, per_node=figures.per_node, storage_gb_s=storage_gb_s).as_dict(),
         "assumptions": _assumptions(config, figures),
     }
 

@@ -38,6 +38,9 @@ _DIGITS = 20
 _TRIES, _PAUSE_S = 4, 0.2
 _DAMAGED = (ValueError, TypeError, AttributeError, KeyError)  # of `decode`
 
+# Between a rank's looks [seconds]: rank 0, which writes logs; the first rank of each node; others.
+RANK_0_S, NODE_S, OTHERS_S = 1.0, 10.0, 60.0
+
 
 class FencedError(LaunchError):
     """Another attempt has taken over; this one must not write."""
@@ -253,9 +256,14 @@ class Fence:
         self._sign_at = time.monotonic()
 
     @classmethod
-    def of_rank(cls, run: Path, rank: int, environ: Mapping[str, str] = os.environ) -> Fence:
-        """The fence of a rank, by what its launcher told it."""
-        return cls(run, environ.get(VARIABLE) or None, every_s=1.0 if rank == 0 else 10.0)
+    def of_rank(cls, run: Path, rank: int, environ: Mapping[str, str] = os.environ, *, local_rank: int = 0) -> Fence:
+        """The fence of a rank, by what its launcher told it.
+
+        Ranks of one node lose it together, and a rank whose neighbour has ended does not get far: the first rank of a
+        node looks for all of them, the others now and then.
+        """
+        every_s = RANK_0_S if rank == 0 else NODE_S if local_rank == 0 else OTHERS_S
+        return cls(run, environ.get(VARIABLE) or None, every_s=every_s)
 
     def look(self) -> None:
         """`check`, now and then: for every step.

@@ -84,6 +84,7 @@ def describe() -> dict[str, Any]:
     return {
         "mmscale": mmscale.__version__,
         "git": git_state(),
+        "code": str(Path(mmscale.__file__).parent.parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),

@@ -90,7 +90,7 @@ def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable
     """
     folder = stage.folder(run)
     if is_launched():
-        fence = Fence.of_rank(folder, env.rank)
+        fence = Fence.of_rank(folder, env.rank, local_rank=env.local_rank)
         if env.is_first:
             lease.join(folder, os.environ[VARIABLE])
         try:
@@ -109,4 +109,4 @@ def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable
         name, refused = from_first((name, refused))
         if refused is not None:
             raise run_lock.HeldError(refused[0], remedy=refused[1])
-        yield Fence.of_rank(folder, env.rank, {VARIABLE: name})
+        yield Fence.of_rank(folder, env.rank, {VARIABLE: name}, local_rank=env.local_rank)

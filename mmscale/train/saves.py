@@ -98,6 +98,7 @@ def manager_of(
             asynchronous=settings.checkpoint.asynchronous,
             deadline_s=settings.checkpoint.deadline,
             max_failures=settings.checkpoint.max_failures,
+            writers=settings.checkpoint.writers,
         ),
         on_point=faults.at,
         on_stage=lambda stage: fence.check(),

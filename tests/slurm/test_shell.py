@@ -14,6 +14,7 @@ import yaml
 
 from launch import control, passed
 from launch import record as records
+from mmscale.plan.cluster_load import LAUNCH_FILES
 from tests.slurm.jobs import Jobs, shown
 from tests.slurm.stub_rank import DEAF, ENVIRONMENT
 
@@ -37,10 +38,12 @@ def test_module_works_in_setup_and_secrets_reach_ranks(jobs: Jobs, monkeypatch: 
     seen = json.loads((run.folder / ENVIRONMENT).read_text())
     assert (seen["LOADED"], seen["HF_HOME"], seen["WANDB_API_KEY"]) == ("cuda", "/hf", os.environ["WANDB_API_KEY"])
     code = records.latest(run.folder)
-    assert seen["PYTHONPATH"] == f"{code}/code:/of/the/user"
+    assert seen["PYTHONPATH"] == f"{code}/code.zip:/of/the/user"
     files = [file for file in run.folder.rglob("*") if file.is_file() and file.name != ENVIRONMENT]
     assert not [file for file in files if b"4711" in file.read_bytes()]  # the job has removed its secrets at its end
     assert not (Path(str(code)) / passed.SECRETS).exists()
+    left = [file.name for file in Path(str(code)).rglob("*") if file.is_file()]
+    assert len(left) == LAUNCH_FILES, left
 
 
 def test_setup_that_fails_is_no_run_that_trains(jobs: Jobs) -> None:

@@ -15,14 +15,15 @@ from typing import Any, get_args
 import pytest
 
 from launch import cordon
-from launch.nodes import slow_nodes
+from launch.nodes import _main_error, slow_nodes
 from launch.profile import Check
-from slurm import bandwidth
+from slurm import bandwidth, preflight
 from slurm.bandwidth import pairs
 from slurm.preflight import CHECKS, MAX_SKEW_S, Wanted, clock_problems, examine
 from tests.support import run_ranks
 
 ROOT = Path(__file__).parents[3]
+AWAY = "Unable to contact slurm controller (connect failure)"
 HEALTHY = {"name": [["H100"]] * 2, "memory.used": [["0", "3"], ["1", "3"]], "ecc": [["0", "0"], ["1", "[N/A]"]]}
 
 
@@ -218,3 +219,39 @@ def test_the_cordon_file_takes_a_node_once_and_one_line_each(tmp_path: Path) -> 
     assert [line.split("  # ")[0] for line in lines] == ["n1", "n2", "n3"]
     assert "disk: 0 GB free really, " in lines[0]
     assert cordon.read(file) == ["n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("a\nsrun: error: n1: task 0: Exited with exit code 1", "a"),
+        (
+            "slurmstepd: error: pyxis: container start failed with error code: 1\n"
+            "slurmstepd: error: pyxis: printing enroot log file:\n"
+            "slurmstepd: error: pyxis:     [ERROR] No such file or directory: /i.sqsh\n"
+            "slurmstepd: error: spank: required plugin spank_pyxis.so: task_init() failed with rc=-1\n"
+            "srun: error: n1: task 0: Exited with exit code 1\nsrun: Terminating StepId=1.0",
+            "slurmstepd: error: pyxis:     [ERROR] No such file or directory: /i.sqsh",
+        ),
+        (
+            "FATAL:   could not open image\nsrun: error: n1: tasks 0-1: Exited with exit code 255",
+            "FATAL:   could not open image",
+        ),
+        (
+            "srun: error: Unable to contact slurm controller (connect failure)\nsrun: guess",
+            "srun: error: Unable to contact slurm controller (connect failure)",
+        ),
+        ("srun: error: n1: task 0: Killed", "srun: error: n1: task 0: Killed"),
+    ],
+)
+def test_the_line_that_says_why_a_step_failed(said: str, wanted: str) -> None:
+    assert _main_error(said) == wanted
+
+
+def test_a_python_that_lacks_what_ranks_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted = Wanted(run=tmp_path)
+    assert "python" not in examine(wanted)["problems"]
+    monkeypatch.setattr(preflight, "MODULES", ("json", "no_such_module"))
+    assert examine(wanted)["problems"]["python"].endswith(" has no no_such_module")
+    monkeypatch.setattr(preflight, "_PYTHON", (99, 1))
+    assert "is older than 99.1" in examine(wanted)["problems"]["python"]

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -284,13 +285,13 @@ def test_the_launch_folder_holds_all_that_the_job_needs(config: Path) -> None:
     assert records.read_record(folder) == planned.record
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 7
     assert (folder / "environment.json").is_file()
-    code = folder / "code"
-    assert (code / "launch" / "job.py").read_bytes() == (ROOT / "launch" / "job.py").read_bytes()
-    assert not list(code.rglob("__pycache__"))
+    code = folder / "code.zip"
+    assert len(list(folder.rglob("*"))) == 4  # however many files the code has: one archive
+    assert zipfile.Path(code, "launch/job.py").read_bytes() == (ROOT / "launch" / "job.py").read_bytes()
     command = [sys.executable, "-c", "import mmscale, launch; print(mmscale.__file__, launch.__file__)"]
     variables = os.environ | records.python_variables(planned.record)
     said = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True).stdout.split()
-    assert said == [str(code / name / "__init__.py") for name in ("mmscale", "launch")]
+    assert said == [str(code / name / "__init__.pyc") for name in ("mmscale", "launch")]
     (shared,) = submit.plan_launch(config, ["run.name=shared"], cluster=profile(config.parent, share="group"))
     records.write_record(shared.record, shared.config)
     assert Path(shared.record.folder).stat().st_mode & 0o777 == 0o750
@@ -351,7 +352,7 @@ def test_the_snapshot_comes_first_and_the_users_own_path_behind_it(config: Path)
             capture_output=True,
             text=True,
         ).stdout
-        assert said == f"{config.parent}/runs/tiny/launch/001/code{behind}"
+        assert said == f"{config.parent}/runs/tiny/launch/001/code.zip{behind}"
 
 
 def test_secrets_reach_the_job_by_files_and_stay_out_of_everything_else(

@@ -158,7 +158,7 @@ def test_the_command_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["layouts"][0]["communication_bytes"]["grad_reduce"] > 0
-    assert {"step_law", "rejected", "refused", "assumptions", "gpu"} <= set(found)
+    assert {"step_law", "rejected", "refused", "assumptions", "gpu", "cluster"} <= set(found)
 
 
 def test_an_unknown_gpu_is_a_usage_error() -> None:

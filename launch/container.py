@@ -1,0 +1,130 @@
+# Ranks, agents and node checks in a container: what stands between srun and Python. A pure function of the launch.
+"""Containers.
+
+The supervising process of a job runs outside: it needs SLURM's commands, and no torch. Every step that it starts (node
+checks, all-reduces, ranks or agents) runs the image's Python with the launch's snapshot of our code. The run's folder
+and the working directory are always mounted under their own names; everything else that a run reads has to be in
+`mounts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from launch.profile import Container, Profile
+from launch.record import Record
+from mmscale.config import Config
+from mmscale.errors import ConfigError, UsageError
+
+# Of the host's Python: with them another one does not start, or imports packages that were made for the host's.
+_UNSET = ("PYTHONHOME", "PYTHONUSERBASE", "PYTHONSTARTUP")
+_SEPARATORS = ",:"  # of lists of mounts
+
+
+class _Start(NamedTuple):
+    """How a runtime is started.
+
+    Attributes:
+        srun: arguments of srun.
+        command: what stands before the program.
+    """
+
+    srun: list[str]
+    command: list[str]
+
+
+def _pyxis(container: Container, mounts: Sequence[str], workdir: str, *, gpus: bool) -> _Start:
+    """NVIDIA's plugin of srun, which starts enroot. Devices are the image's own request (NVIDIA_VISIBLE_DEVICES)."""
+    arguments = [
+        f"--container-image={container.image}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={workdir}",
+    ]
+    return _Start([*arguments, *container.options], [])
+
+
+def _apptainer(container: Container, mounts: Sequence[str], workdir: str, *, gpus: bool) -> _Start:
+    """A program that each task starts; SingularityCE takes the same arguments."""
+    arguments = [*(["--nv"] if gpus else []), f"--bind={','.join(mounts)}", f"--pwd={workdir}"]
+    return _Start([], [container.runtime, "exec", *arguments, *container.options, container.image])
+
+
+_RUNTIMES: Mapping[str, Callable[..., _Start]] = {
+    "pyxis": _pyxis,
+    "apptainer": _apptainer,
+    "singularity": _apptainer,
+}
+
+
+def task(record: Record, profile: Profile, arguments: Sequence[str]) -> list[str]:
+    """What follows srun's own arguments: those of the profile and of a container's runtime, then the task's command.
+
+    Args:
+        record: of the launch.
+        profile: of the cluster.
+        arguments: of Python, e.g. -m mmscale train ...
+    """
+    container = profile.container
+    if container is None:
+        return [*profile.srun, record.python, *arguments]
+    workdir = container.workdir or record.cwd
+    start = _RUNTIMES[container.runtime](container, _mounts(container, record), workdir, gpus=profile.gpus_per_node > 0)
+    return [*profile.srun, *start.srun, *start.command, *_python(container, record, profile), *arguments]
+
+
+def _python(container: Container, record: Record, profile: Profile) -> list[str]:
+    """The image's interpreter, by its own `env`: variables of an image would win over those that it is given.
+
+    PYTHONPATH of the shell names packages of the host; the profile's is meant.
+    """
+    own = profile.environment.get("PYTHONPATH")
+    path = [str(record.code), *([own.value] if own is not None else [])]
+    variables = {"PYTHONPATH": ":".join(path), "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}
+    unset = [f"--unset={name}" for name in _UNSET]
+    return ["env", *unset, *(f"{name}={value}" for name, value in variables.items()), container.python]
+
+
+def _mounts(container: Container, record: Record) -> list[str]:
+    """SOURCE:TARGET[:ro] of everything that is mounted."""
+    own = [Path(record.cwd), record.main_run]
+    wanted = [path for path in own if not any(other != path and path.is_relative_to(other) for other in own)]
+    given = [":".join(filter(None, mount)) for mount in map(_split, container.mounts)]
+    return list(dict.fromkeys([*given, *(f"{path}:{path}" for path in wanted)]))
+
+
+def _split(mount: str) -> tuple[str, str, str]:
+    """Source, target and flags; a mount without a target keeps its name."""
+    source, target, flags = (*mount.split(":"), "", "")[:3]
+    return source, target or source, flags if flags != "rw" else ""
+
+
+def check(record: Record, profile: Profile, config: Config) -> None:
+    """Refuse what would fail in the container, before anybody queues.
+
+    Raises:
+        ConfigError: the image is not there, or data are not mounted.
+        UsageError: a folder cannot be mounted.
+    """
+    container = profile.container
+    if container is None:
+        return
+    for path in (record.cwd, str(record.main_run)):
+        if bad := sorted(set(_SEPARATORS) & set(path)):
+            raise UsageError(
+                f"{path!r} has {' '.join(map(repr, bad))} and cannot be mounted in a container",
+                remedy="choose a path without commas and colons",
+            )
+    image = Path(container.image)
+    # A folder that is not here may be there on the nodes.
+    if image.is_absolute() and image.parent.is_dir() and not image.exists():
+        raise ConfigError(f"container.image: there is no {image}", remedy="import it: docs/containers.md says how")
+    targets = [PurePosixPath(mount.split(":")[1]) for mount in _mounts(container, record)]
+    for source in config.data.sources:
+        data = PurePosixPath(Path(record.cwd) / source.path)
+        if not any(data.is_relative_to(target) for target in targets):
+            raise ConfigError(
+                f"data {data} is not mounted in the container of the profile {record.cluster}",
+                remedy=f"container: {{mounts: [{data}:{data}:ro]}}",
+            )

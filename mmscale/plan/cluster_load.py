@@ -1,0 +1,139 @@
+"""What a run asks of the file system and the scheduler that its cluster shares, by the number of ranks.
+
+Counts follow from how this code works, and are held by tests (`tests/unit/launch/test_load.py`,
+`tests/distributed/test_grouped_saves.py`); seconds follow from a bandwidth that somebody states.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mmscale.config import Config
+from mmscale.plan.memory import state_bytes
+from mmscale.plan.parameters import count_parameters
+
+# Per checkpoint, whatever the ranks: .metadata, common.pt, metadata.json, mmscale.json, MANIFEST.json.
+FILES_OF_RANK_0 = 5
+# Per rank, or per rank that writes: tensors, random state.
+FILES_PER_WRITER = 2
+RANDOM_STATE_BYTES = 20_000
+# A launch folder: code.zip, config.yaml and environment.json, launch.json, job.json and budget.json; submitit's script,
+# pickle, log and result.
+LAUNCH_FILES = 6 + 4
+# Seconds between looks at lease.json: of rank 0, of the first rank of each node, of all others.
+LEASE_S = (1.0, 10.0, 60.0)
+# Seconds between looks of the supervising process: at a request to stop, at the run's progress.
+STOP_S, PROGRESS_S = 1.0, 30.0
+# Of one rank until it trains: opens, looks (stat), and different files; nearly all are torch's and megatron-core's.
+# Counted with strace for torch 2.13 (CPU) and Python 3.11; 900 of all requests are for the launch's archive.
+OPENS_PER_RANK, LOOKS_PER_RANK, FILES_PER_NODE = 5_200, 46_000, 3_800
+# Steps of SLURM at each start: node checks, all-reduces, ranks. Questions: whether it was preempted meanwhile.
+STEPS_PER_START, QUESTIONS_PER_START = 3, 4
+# Of `status --watch` and `logs --follow`, however many runs they show.
+QUESTIONS_PER_VIEWER_HOUR = 120
+STORAGE_GB_S = 10.0
+
+
+@dataclass(frozen=True)
+class ClusterLoad:
+    """What a run asks of what others use too.
+
+    Attributes:
+        ranks, nodes: of the run.
+        checkpoint_files: of one checkpoint.
+        checkpoint_bytes: of one checkpoint, without its index.
+        checkpoint_s: seconds to write it at the stated bandwidth.
+        largest_file_bytes: of a checkpoint, if ranks write alike.
+        storage_gb_s: the stated bandwidth [GB/s].
+        launch_files, log_files: of one start.
+        start_opens, start_looks: requests of all ranks at a start; what a node's cache answers is not told apart.
+        start_files_per_node: different files among them, which each node has to read once.
+        start_read_bytes: of the checkpoint at a resume: each file is hashed once and its tensors are read once.
+        metadata_per_s: looks at small files while it trains [1/s].
+        scheduler_per_start: steps and questions at a start.
+        scheduler_per_hour: questions of a run that trains; and of each person who watches.
+    """
+
+    ranks: int
+    nodes: int
+    checkpoint_files: int
+    checkpoint_bytes: float
+    checkpoint_s: float
+    largest_file_bytes: float
+    storage_gb_s: float
+    launch_files: int
+    log_files: int
+    start_opens: int
+    start_looks: int
+    start_files_per_node: int
+    start_read_bytes: float
+    metadata_per_s: float
+    scheduler_per_start: int
+    scheduler_per_hour: int
+    scheduler_per_viewer_hour: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def writers(ranks: int, *, per_node: int, wanted: int) -> int:
+    """Ranks that write files of a checkpoint.
+
+    Args:
+        ranks: of the run.
+        per_node: ranks of a node.
+        wanted: `checkpoint.writers`.
+    """
+    nodes, rest = divmod(ranks, per_node)
+    if wanted == 0:
+        return ranks
+    return nodes * min(wanted, per_node) + min(wanted, rest)
+
+
+def checkpoint_files(ranks: int, *, per_node: int, wanted: int) -> int:
+    """Files of one checkpoint; the arguments are those of `writers`."""
+    return FILES_PER_WRITER * writers(ranks, per_node=per_node, wanted=wanted) + FILES_OF_RANK_0
+
+
+def lease_reads_per_s(ranks: int, *, per_node: int) -> float:
+    """Reads of lease.json a second, of a run whose steps are shorter than the shortest pause."""
+    nodes = math.ceil(ranks / per_node)
+    first, of_node, other = LEASE_S
+    return 1 / first + (nodes - 1) / of_node + (ranks - nodes) / other
+
+
+def cluster_load(config: Config, ranks: int, *, per_node: int, storage_gb_s: float = STORAGE_GB_S) -> ClusterLoad:
+    """The load of a run.
+
+    Args:
+        config: a configuration.
+        ranks: of the run.
+        per_node: ranks of a node.
+        storage_gb_s: what all ranks together write to and read from the shared file system [GB/s].
+    """
+    per_node = min(per_node, ranks)
+    nodes = math.ceil(ranks / per_node)
+    size = count_parameters(config).total * state_bytes(config) + ranks * RANDOM_STATE_BYTES
+    wanted = config.checkpoint.writers
+    return ClusterLoad(
+        ranks=ranks,
+        nodes=nodes,
+        checkpoint_files=checkpoint_files(ranks, per_node=per_node, wanted=wanted),
+        checkpoint_bytes=size,
+        checkpoint_s=size / (storage_gb_s * 1e9),
+        largest_file_bytes=size / writers(ranks, per_node=per_node, wanted=wanted),
+        storage_gb_s=storage_gb_s,
+        launch_files=LAUNCH_FILES,
+        log_files=ranks + 1,
+        start_opens=ranks * OPENS_PER_RANK,
+        start_looks=ranks * LOOKS_PER_RANK,
+        start_files_per_node=FILES_PER_NODE,
+        start_read_bytes=2 * size,
+        metadata_per_s=lease_reads_per_s(ranks, per_node=per_node) + 1 / STOP_S + 1 / PROGRESS_S,
+        scheduler_per_start=STEPS_PER_START + QUESTIONS_PER_START,
+        scheduler_per_hour=0,
+        scheduler_per_viewer_hour=QUESTIONS_PER_VIEWER_HOUR,
+    )

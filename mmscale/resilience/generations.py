@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale.resilience.lease import inode
 from mmscale.resilience.snapshot_files import Marker
 
 INDEX = "memory.json"
@@ -52,15 +53,20 @@ def write_index(run: Path, generations: Sequence[Generation]) -> None:
     temporary = run / f"{INDEX}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-        json.dump({"format": FORMAT, "generations": [asdict(generation) for generation in generations]}, out, indent=1)
+        content = {"format": FORMAT, "folder": inode(run)}
+        json.dump({**content, "generations": [asdict(generation) for generation in generations]}, out, indent=1)
     temporary.replace(file)
 
 
 def read_index(run: Path) -> list[Generation]:
-    """What `write_index` wrote; nothing where there is none, or none that can be read."""
+    """What `write_index` wrote in this folder; nothing where there is none, or none that can be read.
+
+    A folder that was copied names snapshots that are the original's: the copy neither goes on from them nor ends them.
+    A folder that was renamed keeps them.
+    """
     try:
         content = json.loads((run / INDEX).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
+        if content["format"] != FORMAT or content.get("folder", inode(run)) != inode(run):
             return []
         return [
             Generation(

@@ -211,4 +211,4 @@ def test_rank_that_dies_at_start(config: Path, tmp_path: Path) -> None:
     assert_says(ended, status=1, cause="rank 1 of 2 ended with exit status 11", remedy=r"rank_1\.log")
     assert "no such device" in ended.err
     assert command.left_behind() == []
-    assert {file.name for file in runs.rglob("*") if file.is_file()} == {"rank_1.log"}
+    assert {file.name for file in runs.rglob("*") if file.is_file()} == {"rank_1.log", "lease.json"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def test_a_killed_rank_whose_memory_is_gone(config: Path, tmp_path: Path, monkey
     started, known = kill_a_rank(config, killed, after=5)
     at = folders(killed)
     try:
+        # A copy of the folder is another run: what it does ends nobody's snapshots, and it does not go on from them.
+        copy = Path(shutil.copytree(killed, tmp_path / "copy" / "tiny"))
+        assert generations.read_index(copy) == [] and generations.read_index(killed)
+        ended = mmscale("train", config, f"run.dir={copy.parent}", *OPTIONS, "train.steps=2", nproc=NPROC)
+        assert ended.status == 0 and "memory" not in ended.err, ended
+        assert all(folder.exists() for folder in at)
+
         guards = [pid for pid in started.processes() if b"mmscale.resilience.guard" in command(pid)]
         assert len(guards) == NPROC  # they outlive the ranks and the command
         for pid in guards:

@@ -34,7 +34,7 @@ def test_a_run_that_is_done_writes_nothing(config: Path, exported: Path, tmp_pat
     settings = ("train.steps=30", "parallel.ep=1", "log.tensorboard=true", "log.every=7")
     ended = ok("train", config, f"run.dir={tmp_path}", *settings, ROPE, "--yes")
     assert "is done: 30 of 30 steps" in ended.err + ended.out
-    assert listing(run) == before
+    assert [name for name, content in listing(run).items() if before.get(name) != content] in ([], ["lease.json"])
     assert loss(run, "--routing", "causal") == measured
 
 

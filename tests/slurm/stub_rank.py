@@ -43,12 +43,14 @@ def main() -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         time.sleep(600)
     signals: list[str] = []
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(signal.Signals(received).name))
     config = yaml.safe_load(Path(sys.argv[sys.argv.index("train") + 1]).read_text())
     run = Path(config["run"]["dir"]) / config["run"]["name"]
     rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("RANK") or 0)
     fence = lease.Fence.of_rank(run, rank)
+    if rank == 0:
+        lease.join(run, os.environ[lease.VARIABLE])
     attempt = lease.launched_attempt(run)
     assert attempt is not None
     state = run / STATE
@@ -63,6 +65,8 @@ def main() -> int:
     while step < steps and not signals:
         time.sleep(pause)
         fence.look()
+        if rank == 0 and fence.is_orphaned():
+            signals.append("SIGTERM")
         step += 1
         weights = stepped(weights, step)
         if metrics is not None:
@@ -76,6 +80,8 @@ def main() -> int:
             fence.check()
             _save(state, step, weights)
         events.add("finish" if step == steps else "stop", step=step, signal=signals[0] if signals else None)
+        if fence.is_orphaned():
+            lease.release(run, os.environ[lease.VARIABLE])
     return 0 if step == steps else 75
 
 

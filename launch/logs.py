@@ -33,7 +33,13 @@ def lines(
     """
     file = _file(run, rank=rank, attempt=attempt, job=job)
     if file is None and not follow:
-        raise LaunchError(f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}")
+        here = rank == 0 and not job and records.latest(run) is None
+        raise LaunchError(
+            f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}",
+            remedy="rank 0 of `mmscale train` prints where it was started; its figures are in metrics.jsonl"
+            if here
+            else "",
+        )
     place, table = 0, JobTable()
     while True:
         ended = follow and status.ended(run, table)  # asked before reading: what is written until then is printed

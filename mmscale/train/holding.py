@@ -26,6 +26,11 @@ def is_launched() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
+def by_train(lease_id: str | None) -> bool:
+    """Whether an attempt is held by `mmscale train` itself, at a terminal or in a person's own job."""
+    return bool(lease_id) and str(lease_id).startswith(BY_TRAIN)
+
+
 def beside(run: Path, stage: Stage) -> list[Path]:
     """Folders of the other stages of a run: they build on each other's checkpoints, so one of them trains at a time.
 

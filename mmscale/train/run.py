@@ -182,6 +182,8 @@ class _Attempt:
         self._announce(changed or [])
         if state.step >= config.train.steps:
             return self._done()
+        if holding.by_train(self.fence.lease_id):
+            self.progress.say(f"Ctrl-C saves a checkpoint and ends it; so does `mmscale stop {self.folder}` elsewhere")
         self.records.begin(self.given.config, self.folder, attempt=self.number)
         self._find_place()
         begun = "start" if changed is None else "resume"

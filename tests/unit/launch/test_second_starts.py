@@ -162,6 +162,8 @@ def test_stop_and_status_know_a_run_that_was_never_launched(
         assert main(["status", str(run), "--json"]) == 0
         shown = yaml.safe_load(capsys.readouterr().out)[0]
         assert (shown["state"], shown["nodes"], shown["ended"]) == ("RUNNING", os.uname().nodename, False)
+        assert main(["logs", str(run)]) == 1
+        assert "rank 0 of `mmscale train` prints where it was started" in capsys.readouterr().err
         assert main(["stop", str(run), "--json"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["done"] == "asked to save and end"
         assert process.wait(30) == -10  # SIGUSR1, which this one does not handle

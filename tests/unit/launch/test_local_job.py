@@ -43,8 +43,8 @@ class Local:
             overrides = [f"run.dir={self.runs}", "train.steps=4000"]
             (self.planned,) = submit.plan_launch(self.config, overrides, cluster="local")
         number = len(self.started) + 1
-        folder = str(self.run / "launch" / f"{number:03d}")
-        record = dataclasses.replace(self.planned.record, python=str(self.python), folder=folder)
+        place = str(self.run / "launch" / f"{number:03d}")
+        record = dataclasses.replace(self.planned.record, python=str(self.python), folder=place)
         records.write_record(record, self.planned.config)
         command = [*(["nohup"] if ignored else []), sys.executable, "-m", "launch.job", record.folder]
         environment = os.environ | {f"MMSCALE_{SLOW}": "0.05", "PYTHONPATH": str(ROOT)}
@@ -80,7 +80,7 @@ class Local:
         held = lease.owner(self.run)
         for job in self.started:
             job.kill()
-            job.communicate()
+            job.wait()
         if held is not None and held.writer is not None:
             held.writer.send(signal.SIGKILL)
 

@@ -35,9 +35,10 @@ def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
         LaunchError: nothing of this run is running or waiting.
     """
     held = lease.owner(run)
-    if held is not None and not held.job:
+    jobs = chain.keys(run)
+    if held is not None and not held.job and (not jobs or run_lock.holder_lives(run, held) is not False):
         return _stop_process(run, held, now=now)
-    if not chain.keys(run):
+    if not jobs:
         raise LaunchError(f"{run} does not run", remedy=f"`mmscale status {run}` tells how it ended")
     try:
         found = chain.links(run, JobTable())

@@ -61,7 +61,7 @@ def test_a_killed_rank_whose_memory_is_gone(config: Path, tmp_path: Path, monkey
         # A copy of the folder is another run: what it does ends nobody's snapshots, and it does not go on from them.
         copy = Path(shutil.copytree(killed, tmp_path / "copy" / "tiny"))
         assert generations.read_index(copy) == [] and generations.read_index(killed)
-        ended = mmscale("train", config, f"run.dir={copy.parent}", *OPTIONS, "train.steps=2", nproc=NPROC)
+        ended = mmscale("train", config, f"run.dir={copy.parent}", *OPTIONS, "train.steps=6", nproc=NPROC)
         assert ended.status == 0 and "memory" not in ended.err, ended
         assert all(folder.exists() for folder in at)
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from checkpoints_tools.generator import Generator, open_generator
 from checkpoints_tools.hf_settings import CONFIG, REPORT, read_config, tokenizers_of_export
-from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.manifest import check_tokenizers, read_blend
-from mmscale.data.mixture import MicroBatch, open_mixture
+from mmscale.data.mixture import MicroBatch, Mixture
+from mmscale.data.validation import read_validation
 from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
-from mmscale.inference.scores import SPLIT, measured, with_data
+from mmscale.inference.scores import measured, with_data
 from mmscale.train.step import mean_losses
 
 # Logits of a batch, fp32: 128 MiB at most, or one row.
@@ -55,7 +55,9 @@ def evaluate_export(
     generator = open_generator(folder, step, routing=routing)
     config = generator.config if data is None else with_data(generator.config, data)
     vocabulary, trained = Vocabulary.from_config(config.vocab), _tokenizers(folder)
-    for place, manifest in read_blend(config).items():
+    blend = read_blend(config)
+    blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
+    for place, manifest in blend.items():
         check_tokenizers(place, manifest.tokenizers, trained, where=str(folder))
     result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
     return result | measured(_ExportScorer(generator, vocabulary, batches), config)
@@ -80,16 +82,15 @@ class _ExportScorer:
     vocabulary: Vocabulary
     batches: int | None
 
-    def losses(self, config: Config) -> dict[str, float]:
+    def losses(self, data: Mixture) -> dict[str, float]:
         """Over the labels of the documents that the run's evaluation reads."""
-        mixture = open_mixture(config, SPLIT, vocabulary=self.vocabulary)
-        number = mixture.len_epoch()
+        number = data.len_epoch()
         if self.batches is not None:
-            number = min(number, self.batches * global_micro_batches(config))
+            number = min(number, self.batches * global_micro_batches(self.generator.config))
         modalities = len(self.vocabulary.names)
         total = torch.zeros(modalities + 1, 2, dtype=torch.float64)  # as in mmscale.train.loss
         for index in range(number):
-            documents = list(_documents(mixture.micro_batch(index)))
+            documents = list(_documents(data.micro_batch(index)))
             for rows, logits in self._logits([tokens for tokens, _, _ in documents]):
                 for row, logits_SV in zip(rows, logits, strict=True):
                     _, labels, mask = documents[row]

@@ -5,7 +5,7 @@ RUN/config.yaml belongs to the latest attempt, which may have changed them since
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,22 @@ def allows_missing(run: Path) -> bool:
 
 
 def _with_data(config: Config, run: Path | None) -> Config:
-    if run is None or not config.data.sources or _exists(config):
+    if run is None or not config.data.sources:
         return config
     latest = _of_run(run)
-    if latest is None or not latest.data.sources or not _exists(latest):
-        return config  # the message about the missing folder names the checkpoint's path
-    data = config.data.model_copy(update={"path": latest.data.path, "blend": latest.data.blend})
+    if latest is None:
+        return config  # the message about a missing folder names the checkpoint's path
+    data, now = config.data, latest.data
+    sources, others = ([source.path for source in one.sources] for one in (data, now))
+    if not _exist(sources) and others and _exist(others):
+        data = data.model_copy(update={"path": now.path, "blend": now.blend})
+    if not _exist(data.validation.values()) and now.validation and _exist(now.validation.values()):
+        data = data.model_copy(update={"validation": now.validation})
     return config.model_copy(update={"data": data})
 
 
-def _exists(config: Config) -> bool:
-    return all(Path(source.path).is_dir() for source in config.data.sources)
+def _exist(folders: Iterable[str]) -> bool:
+    return all(Path(folder).is_dir() for folder in folders)
 
 
 def _of_run(run: Path) -> Config | None:

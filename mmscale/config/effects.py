@@ -76,6 +76,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "model.auxiliary": Effect.FREE,  # they never touch the main weights; a joint run's are a matter of shape
     "data.path": Effect.DATA,
     "data.blend": Effect.DATA,
+    "data.validation": Effect.FREE,  # nothing is learned from it; other documents under a name are announced
     "data.balance": Effect.OBJECTIVE,
     "data.pack_window": Effect.OBJECTIVE,
     "data.deal_window": Effect.OBJECTIVE,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from mmscale.config.section import Count, Index, Rate, Section, Share, setting
+from mmscale.config.section import Count, Index, Name, Rate, Section, Share, setting
 
 
 class TextTokenizerConfig(Section):
@@ -117,6 +117,12 @@ class DataConfig(Section):
 
     path: str | None = setting("Folder of a prepared data set.", None)
     blend: tuple[DataSource, ...] = setting("Several prepared data sets with weights, instead of path.", ())
+    validation: dict[Name, str] = setting(
+        "Data sets to evaluate on, by name, besides the held-out documents of those trained on: folders written by "
+        "`mmscale data prepare`, with the same vocabulary and tokenizers. Of each the held-out documents are read, or "
+        "all where none are held out.",
+        {},
+    )
     balance: bool = setting("Deal packed sequences into micro-batches of nearly equal modality shares.", True)
     pack_window: Count = setting("Documents among which best-fit packing chooses.", 8192, unit="documents")
     deal_window: Count = setting("Packed sequences that are dealt into micro-batches together.", 2048, unit="sequences")

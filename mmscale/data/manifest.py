@@ -16,13 +16,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmscale.config import Config, DataSource
-from mmscale.data.packing import check_lengths
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 NO_TOKENIZER = "none"  # fingerprint of the image tokenizer of a data set without images
+TRAIN, HELD_OUT = "train", "validation"  # splits that `mmscale data prepare` writes
+# Documents start with a token of the first modality: BOS, or BOI where there is none. It is nobody's label.
+FIRST_MODALITY = 0
+_AGAIN = "run `mmscale data prepare` again: only damaged parts are made anew after you delete them"
 
 
 class _Entry(BaseModel):
@@ -153,51 +156,26 @@ def read_blend(config: Config) -> dict[Path, Manifest]:
     return blend
 
 
-def check_documents(config: Config, blend: Mapping[Path, Manifest]) -> None:
-    """Refuse data that the ranks would refuse, or that nothing would be learned from, by its tables alone.
-
-    Losses of data without a trained label would look healthy.
-
-    Args:
-        config: length of a sequence, weights of the data sets and of modalities.
-        blend: folders and manifests of the data sets.
-
-    Raises:
-        DataError: a document is longer than a sequence; there are documents, and none has a label that counts; or a
-            table is damaged.
-    """
-    weighs = np.array([config.train.modality_weights.get(name, 1.0) > 0.0 for name in config.vocab.names])
-    unread = {Path(source.path) for source in config.data.sources if not source.weight}
-    folders = [folder for folder in blend if folder not in unread]
-    found, learned = False, False
-    for folder in folders:
-        split = blend[folder].splits.get("train")
-        tables = [read_table(folder, part) for part in (split.parts if split is not None else ()) if part.documents]
-        if tables:
-            found = True
-            lengths = np.concatenate([table[:, :-1].sum(axis=1) for table in tables])
-            check_lengths(lengths, seq_length=config.model.seq_length, what=f"data: {folder} (train)")
-            learned |= any((_labels(table).any(axis=0) & weighs).any() for table in tables)
-    if found and not learned:
-        raise DataError(
-            f"data: no token of {', '.join(map(str, folders))} is trained on: no document has a label in a modality "
-            "with a loss",
-            remedy='name modalities that documents have in their "loss", or leave it out; see train.modality_weights',
-        )
-
-
-def _labels(table: np.ndarray) -> np.ndarray:
-    """Trained labels of each document and modality [documents, modalities]; its first token is nobody's label."""
-    modalities = table.shape[1] - 1
-    labels = table[:, :modalities].copy()
-    labels[:, 0] -= 1
-    trained: np.ndarray = labels * ((table[:, modalities, None] >> np.arange(modalities)) & 1)
-    return trained
-
-
 def has_documents(blend: Mapping[Path, Manifest], split: str) -> bool:
     """Whether any data set has documents in a split."""
     return any(split in manifest.splits and manifest.splits[split].documents for manifest in blend.values())
+
+
+def parts_of(folder: Path, manifest: Manifest, split: str) -> tuple[Part, ...]:
+    """The parts of a split that have documents.
+
+    Raises:
+        DataError: there is no such split, or none of its parts has any.
+    """
+    if split not in manifest.splits:
+        raise DataError(f"data: {folder} has no split {split!r}, only {', '.join(manifest.splits)}", remedy=_AGAIN)
+    found = tuple(part for part in manifest.splits[split].parts if part.documents)
+    if not found:
+        raise DataError(
+            f"data: the split {split!r} of {folder} has no documents",
+            remedy="prepare more documents, or change data.prepare.held_out",
+        )
+    return found
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -279,5 +257,26 @@ def read_table(folder: Path, part: Part) -> np.ndarray:
         raise DataError(
             f"data: {file} has shape {table.shape}, its part has {part.documents} documents",
             remedy="run `mmscale data prepare` again",
+        )
+    return table
+
+
+def checked_table(folder: Path, part: Part, modalities: tuple[str, ...]) -> np.ndarray:
+    """A part's table, checked against the manifest.
+
+    Raises:
+        DataError: the table is missing or does not fit.
+    """
+    table = read_table(folder, part)
+    sums = table[:, :-1].sum(axis=0)
+    if tuple(sums) != tuple(part.tokens.get(name, 0) for name in modalities):
+        raise DataError(
+            f"data: {folder / part.prefix}.meta.npy does not add up to the manifest's counts", remedy=_AGAIN
+        )
+    if (table[:, :-1] < 0).any() or (table[:, FIRST_MODALITY] < 1).any():
+        raise DataError(
+            f"data: {folder / part.prefix}.meta.npy has a document without a {modalities[0]} token; "
+            "a document starts with one",
+            remedy=_AGAIN,
         )
     return table

@@ -369,10 +369,11 @@ class Mixture:
         )
 
 
-def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary) -> Mixture:
+def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary, folder: Path | None = None) -> Mixture:
     """The stream of a run: endless for the split "train", one pass for any other.
 
-    Of a blend, any other split is that of the data sets that have one.
+    Of a blend, any other split is that of the data sets that have one. With `folder` it is one pass over the split of
+    that data set instead.
 
     The pass has a fixed shuffled order whatever the run's seed, so that an evaluation of a few batches sees a fair
     sample and runs with different seeds see the same one.
@@ -381,13 +382,13 @@ def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary) -> Mixtu
         ConfigError: no data set is named.
         DataError: a data set is missing, damaged, prepared with another vocabulary, or has too long documents.
     """
-    train = split == "train"
+    train = split == "train" and folder is None
     data = config.data
-    folders = [Path(entry.path) for entry in named_sources(config)]
-    if not train:
+    folders = [Path(entry.path) for entry in named_sources(config)] if folder is None else [folder]
+    if not train and folder is None:
         folders = [one for one in folders if has_documents({one: read_manifest(one)}, split)] or folders
     return Mixture(
-        [Source(folder, split=split, vocabulary=vocabulary) for folder in folders],
+        [Source(one, split=split, vocabulary=vocabulary) for one in folders],
         vocabulary,
         seq_length=config.model.seq_length,
         micro_batch_size=config.train.micro_batch_size,

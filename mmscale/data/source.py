@@ -18,14 +18,12 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
-from mmscale.data.manifest import Part, check_vocabulary, read_manifest, read_table
+from mmscale.data.manifest import FIRST_MODALITY, check_vocabulary, checked_table, parts_of, read_manifest
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 
 # A part costs three file descriptors (mcore keeps .idx, .bin and the map of .bin); a process has usually 1024.
 OPEN_PARTS = 128
-# Documents start with a token of the first modality: BOS, or BOI where there is none. It is nobody's label.
-FIRST_MODALITY = 0
 _AGAIN = "run `mmscale data prepare` again: only damaged parts are made anew after you delete them"
 
 
@@ -63,18 +61,11 @@ class Source:
     def __init__(self, folder: Path, *, split: str, vocabulary: Vocabulary) -> None:
         manifest = read_manifest(folder)
         check_vocabulary(folder, manifest, vocabulary)
-        if split not in manifest.splits:
-            raise DataError(f"data: {folder} has no split {split!r}, only {', '.join(manifest.splits)}", remedy=_AGAIN)
         self.folder = folder
         self.split = split
         self.tokenizers = manifest.tokenizers
-        self._parts = tuple(part for part in manifest.splits[split].parts if part.documents)
-        if not self._parts:
-            raise DataError(
-                f"data: the split {split!r} of {folder} has no documents",
-                remedy="prepare more documents or set held_out",
-            )
-        tables = [_checked_table(folder, part, manifest.modalities) for part in self._parts]
+        self._parts = parts_of(folder, manifest, split)
+        tables = [checked_table(folder, part, manifest.modalities) for part in self._parts]
         self._ends = np.cumsum([part.documents for part in self._parts])
         table = np.concatenate(tables)
         modalities = len(manifest.modalities)
@@ -142,24 +133,3 @@ class Source:
             self._open.popitem(last=False)
         self._open[number] = opened
         return opened
-
-
-def _checked_table(folder: Path, part: Part, modalities: tuple[str, ...]) -> NDArray[np.int64]:
-    """Read a part's table and check that it fits the manifest.
-
-    Raises:
-        DataError: the table is missing or does not fit.
-    """
-    table = read_table(folder, part)
-    sums = table[:, :-1].sum(axis=0)
-    if tuple(sums) != tuple(part.tokens.get(name, 0) for name in modalities):
-        raise DataError(
-            f"data: {folder / part.prefix}.meta.npy does not add up to the manifest's counts", remedy=_AGAIN
-        )
-    if (table[:, :-1] < 0).any() or (table[:, FIRST_MODALITY] < 1).any():
-        raise DataError(
-            f"data: {folder / part.prefix}.meta.npy has a document without a {modalities[0]} token; "
-            "a document starts with one",
-            remedy=_AGAIN,
-        )
-    return table

@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from mmscale.data.image_tokens import open_image_tokenizer
-from mmscale.data.manifest import read_manifest
+from mmscale.data.manifest import HELD_OUT, read_manifest
 from mmscale.data.packed import pack_rows
 from mmscale.data.source import Source
 from mmscale.data.text_tokens import open_text_tokenizer
 from mmscale.data.vocab import BOI, BOS, PAD
 from mmscale.errors import DataError
 from mmscale.inference.model import RunModel
-from mmscale.inference.scores import SPLIT
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _choose(logits: torch.Tensor, *, temperature: float, top_p: float, generator
 
 def _companions(folder: Path, model: RunModel, room: Sequence[int]) -> list[list[NDArray[np.int64]]]:
     """Held-out documents for each row, one after another, as many as there is room for."""
-    source = Source(folder, split=SPLIT, vocabulary=model.vocabulary)
+    source = Source(folder, split=HELD_OUT, vocabulary=model.vocabulary)
     rows: list[list[NDArray[np.int64]]] = []
     number = 0
     for left in room:

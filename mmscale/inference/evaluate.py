@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.data.manifest import check_tokenizers, read_blend
-from mmscale.data.mixture import open_mixture
+from mmscale.data.mixture import Mixture
 from mmscale.data.packed import fill_rows, pack_rows
+from mmscale.data.validation import read_validation
 from mmscale.inference.model import RunModel, open_run
-from mmscale.inference.scores import SPLIT, measured, with_data
+from mmscale.inference.scores import measured, passes_of, with_data
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.mixed_modal import Routing
 from mmscale.runtime.rank_env import RankEnv
@@ -45,7 +46,8 @@ def evaluate_run(
 
     Returns:
         `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>`; with several
-        data sets `source/<name>/loss` and the like. With causal routings also `batch`, the losses of batch routing
+        data sets `source/<name>/loss` and the like, of each set in `data.validation` `validation/<name>/loss` and the
+        like. With causal routings also `batch`, the losses of batch routing
         on the same data, and `gap`, how much larger the causal ones are; with `causal` also `routers`, the figures
         of the auxiliary routers' decisions against the true choice, a row for each layer and modality.
 
@@ -58,7 +60,9 @@ def evaluate_run(
         config = model.config
         if data is not None:
             config = with_data(config, data)
-        for folder, manifest in read_blend(config).items():  # the run's own data may have been prepared anew
+        blend = read_blend(config)
+        blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
+        for folder, manifest in blend.items():  # the run's own data may have been prepared anew
             check_tokenizers(folder, manifest.tokenizers, model.tokenizers, where=f"step {model.step} of {run}")
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
         result |= measured(_RunScorer(model, routing, batches), config)
@@ -75,9 +79,9 @@ class _RunScorer:
     routing: Routing
     batches: int | None
 
-    def losses(self, config: Config) -> dict[str, float]:
+    def losses(self, data: Mixture) -> dict[str, float]:
         """As training measures them."""
-        return _losses(self.model, config, self.batches, self.routing)
+        return _losses(self.model, data, self.batches, self.routing)
 
     def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         """For each document [tokens, vocabulary]; documents share sequences, as in training."""
@@ -98,12 +102,17 @@ class _RunScorer:
 def _against_batch(
     model: RunModel, config: Config, batches: int | None, losses: dict[str, float], routing: Routing
 ) -> dict[str, Any]:
-    """What causality costs, and how well auxiliary routers predict."""
+    """What causality costs, and how well auxiliary routers predict on the first of the sets."""
     learning = RouterLearning(gradients=False) if routing is Routing.CAUSAL else None
-    leaking = _losses(model, config, batches, Routing.BATCH, learning)
+    watching = learning
+    leaking: dict[str, float] = {}
+    for prefix, data in passes_of(config).items():
+        own = _losses(model, data, batches, Routing.BATCH, watching)
+        leaking |= {f"{prefix}{name}": value for name, value in own.items()}
+        watching = None
     found: dict[str, Any] = {
         "batch": leaking,
-        "gap": {name: losses[name] - value for name, value in leaking.items() if name != "z_loss"},
+        "gap": {name: losses[name] - value for name, value in leaking.items() if not name.endswith("z_loss")},
     }
     if learning is not None:
         found["routers"] = table(figures(learning, model.groups))
@@ -111,14 +120,13 @@ def _against_batch(
 
 
 def _losses(
-    model: RunModel, config: Config, batches: int | None, routing: Routing, learning: RouterLearning | None = None
+    model: RunModel, data: Mixture, batches: int | None, routing: Routing, learning: RouterLearning | None = None
 ) -> dict[str, float]:
-    mixture = open_mixture(config, SPLIT, vocabulary=model.vocabulary)
-    stepper = Stepper(config, [model.module], None, model.groups)  # type: ignore[list-item]
+    stepper = Stepper(model.config, [model.module], None, model.groups)  # type: ignore[list-item]
     return evaluate(
-        config,
+        model.config,
         stepper=stepper,
-        mixture=mixture,
+        mixture=data,
         groups=model.groups,
         batches=batches,
         routing=routing,

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mmscale.report.history import History
-from mmscale.train.metrics import EVAL
+from mmscale.train.held_out import CAUSAL_ROUTINGS, EVAL, HeldOut
 
 # Expert choice among the tokens of a batch sees later tokens: no number may stand without saying so.
 HELD_OUT = "held out (batch routing)"
-_ROUTINGS = ("causal", "threshold", "top1")
 _ELSEWHERE = (
     "attempt",
     "rollback",
@@ -110,6 +109,32 @@ class _Builder:
         self.modalities = modalities_of(histories)
 
     def losses(self) -> list[Chart]:
+        """Of training and held-out data, and one chart for each validation set."""
+        return [*self._main_losses(), *self._validation()]
+
+    def _validation(self) -> list[Chart]:
+        measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}
+        sets = dict.fromkeys(one.name for one in measured.values() if one is not None and one.name)
+        charts = []
+        for name in sets:
+            lines = []
+            for run, history in enumerate(self.histories):
+                own = [one for key, one in measured.items() if key in history.columns and one and one.name == name]
+                for one in own:
+                    head, _, modality = one.figure.partition("/")
+                    if head != "loss" or bool(modality) != bool(self.modalities):
+                        continue
+                    colour = self._colour(modality, 0) if len(self.histories) == 1 else run
+                    prefix = "" if len(self.histories) == 1 else f"{self.names[run]}: "
+                    label = f"{prefix}{modality or 'loss'} ({one.routing} routing)"
+                    mark = ("batch", *CAUSAL_ROUTINGS).index(one.routing)
+                    lines.append(Line(run, one.key, label, colour, points=True, mark=mark))
+            note = "A data set of its own (data.validation), by how experts were chosen."
+            title = f"Validation {name}: loss per token"
+            charts.append(Chart(f"validation_{name}", "Loss", title, "nats", note, lines=tuple(lines)))
+        return charts
+
+    def _main_losses(self) -> list[Chart]:
         note = "Training batches, and the held-out split by how experts were chosen."
         if not self.modalities:
             lines = self._losses_of("loss", "loss", 0)
@@ -133,7 +158,10 @@ class _Builder:
             own = colour if len(self.histories) == 1 else run
             prefix = label or self.names[run]
             candidates = [(key, prefix, False), (f"{EVAL}{key}", f"{prefix}, {HELD_OUT}", True)]
-            candidates += [(f"{EVAL}{r}/{key}", f"{prefix}, held out ({r} routing)", True) for r in _ROUTINGS]
+            candidates += [
+                (HeldOut(key, routing).key, f"{prefix}, held out ({routing} routing)", True)
+                for routing in CAUSAL_ROUTINGS
+            ]
             lines += [
                 Line(run, name, text, own, points, mark=max(0, place - 1))
                 for place, (name, text, points) in enumerate(candidates)

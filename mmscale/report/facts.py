@@ -16,10 +16,11 @@ import numpy as np
 
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError
-from mmscale.report.charts import HELD_OUT, modalities_of
+from mmscale.report.charts import modalities_of
 from mmscale.report.history import History, config_file
 from mmscale.report.timeline import Event, Timeline
-from mmscale.train.metrics import EVAL, METRICS
+from mmscale.train.held_out import EVAL, HeldOut
+from mmscale.train.metrics import METRICS
 from mmscale.train.unrouted import note as unrouted_note
 from mmscale.train.unrouted import unrouted
 
@@ -72,22 +73,19 @@ def losses(history: History) -> dict[str, dict[str, str]]:
     """The latest losses: by kind of measurement (training, held out under each routing), then by modality."""
     found: dict[str, dict[str, str]] = {}
     for key in history.columns:
-        routing, at, name = ("", "", key) if not key.startswith(EVAL) else key.removeprefix(EVAL).rpartition("loss")
-        name = f"{at}{name}"
-        value = history.last(key) if name.split("/")[0] == "loss" and "z_loss" not in key else None
+        measured = HeldOut.of(key)
+        name = key if measured is None else measured.figure
+        value = history.last(key) if name.split("/")[0] == "loss" else None
         if value is not None:
-            kind = "training" if name == key else f"held out ({routing.strip('/') or 'batch'} routing)"
+            kind = "training" if measured is None else measured.where
             row = name.removeprefix("loss").strip("/")
             found.setdefault(kind, {})[f"loss per {row} token" if row else "loss per token"] = f"{value:.4f}"
     return found
 
 
 def _name(key: str) -> str:
-    if not key.startswith(EVAL):
-        return key
-    rest = key.removeprefix(EVAL)
-    routing, _, loss = rest.partition("/")
-    return f"{loss}, held out ({routing} routing)" if routing != "loss" else f"{rest}, {HELD_OUT}"
+    measured = HeldOut.of(key)
+    return key if measured is None else f"{measured.figure}, {measured.where}"
 
 
 def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmscale.runtime.disk_writer import DiskWriter
+from mmscale.train.held_out import HeldOut
 
 _log = logging.getLogger(__name__)
 _FIGURE = 200  # bytes of memory, about
@@ -270,11 +271,9 @@ _MODALITY_LAST = ("loss", "tokens", "depth/selected_fraction")
 
 def prometheus_name(key: str) -> tuple[str, str, str]:
     """Name, modality and split of a key of metrics.jsonl; the latter two may be empty."""
-    parts = key.split("/")
-    split = ""
-    if parts[0] == "eval":
-        rest = 2 if len(parts) > 2 and parts[1] in ("causal", "threshold", "top1") else 1
-        split, parts = "/".join(parts[:rest]), parts[rest:]
+    measured = HeldOut.of(key)
+    split = "" if measured is None else key.removesuffix(f"/{measured.figure}")
+    parts = (key if measured is None else measured.figure).split("/")
     modality = ""
     if len(parts) > 1 and "/".join(parts[:-1]) in _MODALITY_LAST:
         modality = parts.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from mmscale.model.mixed_modal import Routing
 from mmscale.resilience.anomaly import Kind
 from mmscale.resilience.divergence import Diverged, find_diverged
 from mmscale.train.evaluate import CutShortError
+from mmscale.train.held_out import HeldOut
 from mmscale.train.loop import StepReport, is_logged
-from mmscale.train.metrics import CUT_SHORT, EVAL, MetricsLog
+from mmscale.train.metrics import CUT_SHORT, MetricsLog
 from mmscale.train.progress import Progress
 from mmscale.train.state import StageState
 from mmscale.train.step import Steps
@@ -174,11 +175,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 class EvalHook:
-    """Evaluates the held-out split every n steps and after the last one.
+    """Evaluates held-out data every n steps and after the last one.
 
     Args:
         config: how often.
-        evaluate: gives losses on the held-out split under a routing; every rank calls it.
+        evaluate: gives losses under a routing by name of the set; every rank calls it.
         clock: evaluation is a pause, not a part of the step time.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
@@ -189,7 +190,7 @@ class EvalHook:
         self,
         config: Config,
         *,
-        evaluate: Callable[[Routing], dict[str, float]],
+        evaluate: Callable[[Routing], dict[str, dict[str, float]]],
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
@@ -225,12 +226,24 @@ class EvalHook:
         """
         with self.clock.measure("eval_s"):
             found = {routing: self.evaluate(routing) for routing in routings_of(self.config)}
-        for routing, values in found.items():
-            prefix = EVAL if routing.leaks else f"{EVAL}{routing}/"
-            if self.metrics is not None:
-                self.metrics.write(step, {f"{prefix}{name}": value for name, value in values.items()})
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "z_loss")
-            self.progress.say(f"step {step}: held-out ({routing} routing)  {shown}")
+        for routing, sets in found.items():
+            for name, values in sets.items():
+                if self.metrics is not None:
+                    keys = {figure: HeldOut(figure, routing, name).key for figure in values}
+                    self.metrics.write(step, {keys[figure]: value for figure, value in values.items()})
+                self.progress.say(f"step {step}: {held_out_line(name, routing, values)}")
+
+
+def held_out_line(name: str, routing: str, values: Mapping[str, float]) -> str:
+    """Losses of one evaluation for the terminal.
+
+    Args:
+        name: of the set, as in `HeldOut`.
+        routing: who decided which experts take a token.
+        values: `loss`, `loss/<modality>`, `z_loss`.
+    """
+    shown = "  ".join(f"{figure} {value:.4f}" for figure, value in values.items() if figure != "z_loss")
+    return f"{f'validation {name}' if name else 'held-out'} ({routing} routing)  {shown}"
 
 
 def routings_of(config: Config) -> list[Routing]:

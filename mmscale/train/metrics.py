@@ -23,6 +23,7 @@ from typing import Any
 
 from mmscale.runtime.disk_writer import Appended, DiskWriter
 from mmscale.train.backends import Backends
+from mmscale.train.held_out import EVAL
 from mmscale.train.throughput import Throughput
 
 __all__ = [
@@ -44,7 +45,6 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 LAYERS = "layers.jsonl"
 CUT_SHORT = "evaluation_cut_short"  # an event, with the step
-EVAL = "eval/"  # prefix of keys measured on held-out data, e.g. eval/loss/text
 
 _log = logging.getLogger(__name__)
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -1,6 +1,7 @@
-"""What can be told wrong with a run before any rank starts: layout, data, the checkpoint it would go on from.
+"""Whether a stage can go on from its checkpoints: what `Stage.preflight` asks before any rank starts.
 
 It reads a few small files, writes nothing, and imports no torch, so that the launcher says it once, within a second.
+What is wrong with the data is found by mmscale/data/checks.py.
 """
 
 from __future__ import annotations
@@ -19,48 +20,45 @@ from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
 from mmscale.config.changes import changes, describe, function_changes
 from mmscale.config.effects import Effect
-from mmscale.config.rules import check
 from mmscale.data.identity import SourceIdentity, compare, identities, known
-from mmscale.data.manifest import (
-    Manifest,
-    check_documents,
-    check_tokenizers,
-    common_tokenizers,
-    has_documents,
-    read_blend,
-)
-from mmscale.errors import ConfigError, DataError
+from mmscale.data.manifest import Manifest, check_tokenizers, common_tokenizers, read_blend
+from mmscale.data.validation import read_validation, replaced
+from mmscale.errors import ConfigError
 from mmscale.train.schedule import around
+from mmscale.train.scratch import check_scratch
 
 JUMP = 2.0  # a next step whose learning rate is larger by more than this has to be confirmed
-HELD_OUT = "validation"
 _SAME = 0.01  # relative difference of two learning rates that nobody needs to read
 
 
-def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
-    """Refuse a run that cannot work.
+def check_resume(
+    config: Config,
+    store: Store,
+    blend: Mapping[Path, Manifest],
+    *,
+    yes: bool,
+    settings: Callable[[Config], Config] = lambda config: config,
+    from_scratch: bool = False,
+) -> None:
+    """Refuse to go on from the newest checkpoint of a stage where that cannot be right.
 
     Args:
         config: the run's configuration.
-        world_size: number of ranks.
+        store: the stage's checkpoints.
+        blend: folders and manifests of the data that is trained on.
         yes: the user has confirmed that the objective or the data change.
+        settings: gives the stage's configuration.
+        from_scratch: lost checkpoints are given up.
 
     Raises:
-        ConfigError: the layout does not fit, no data set is named, a new run would start among old checkpoints, or
-            the objective or the data have changed since the newest one.
-        DataError: a data set is missing, truncated, or was prepared with another vocabulary or with other tokenizers
-            than the others or the newest checkpoint; nothing of it is trained on; there is nothing to evaluate on.
-        CheckpointError: the newest checkpoint holds another model, or all are damaged.
+        ConfigError: a new run would start among old checkpoints, or the objective or the data have changed since the
+            newest one.
+        DataError: the data was prepared with other tokenizers than the newest checkpoint's.
+        CheckpointError: the newest checkpoint holds another model, all are damaged, or all are lost.
     """
-    check(config, world_size=world_size)
-    blend = read_blend(config)
-    check_documents(config, blend)
-    if config.train.eval_every and blend and not has_documents(blend, HELD_OUT):
-        raise DataError(
-            f"data: there are no held-out documents to evaluate on every {config.train.eval_every} steps",
-            remedy="train without evaluation (train.eval_every=0), or prepare the data with held_out above 0",
-        )
-    store = Store.of_run(Path(config.run.dir) / config.run.name)
+    if from_scratch:
+        check_scratch(store)
+        return
     newest = store.newest()
     if newest is None:
         return
@@ -70,12 +68,12 @@ def preflight(config: Config, *, world_size: int, yes: bool = False) -> None:
             f"checkpoint.resume is false, but {store.root} holds checkpoints up to step {newest}",
             remedy="start a new run with another run.name, or remove that folder",
         )
-    where, info = _newest_whole(store)
+    where, info = newest_whole(store)
     if info:
         check_shape(config, info.get("shape", {}), where=where)
         check_ids(blend, info, where=where)
         data = identities(config, blend) if known(info) is not None else None
-        check_changes(config, info, where=where, yes=yes, data=data)
+        check_changes(config, info, where=where, yes=yes, data=data, settings=settings)
 
 
 def check_changes(
@@ -123,7 +121,8 @@ def check_changes(
             remedy=f"hold it (optim.schedule=constant optim.lr={rate.before:.3g}), warm up anew (optim.restart="
             f"{rate.step} and optim.warmup), or confirm with `mmscale train ... --yes`",
         )
-    return asked + describe(found, confirmed=False) + moved + ([] if rate is None else [str(rate)])
+    said = asked + describe(found, confirmed=False) + moved + ([] if rate is None else [str(rate)])
+    return said + (replaced(info, read_validation(config, read_blend(config))) if info.get("validation") else [])
 
 
 @dataclass(frozen=True)
@@ -215,11 +214,11 @@ def tokenizers_of(run: Path, data: Mapping[str, str]) -> dict[str, str]:
         run: the run's folder.
         data: fingerprints of the data's tokenizers.
     """
-    where, info = _newest_whole(Store.of_run(run))
+    where, info = newest_whole(Store.of_run(run))
     return common_tokenizers({Path(where): info.get("tokenizers") or {}, run: data})
 
 
-def _newest_whole(store: Store) -> tuple[str, dict[str, Any]]:
+def newest_whole(store: Store) -> tuple[str, dict[str, Any]]:
     """The newest checkpoint that can be believed: its path and what it says about itself; nothing if there is none."""
     for step in reversed(store.steps()):
         if _looks_whole(store, step):

@@ -17,9 +17,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
 from mmscale.data.identity import identities, known
-from mmscale.data.manifest import has_documents, read_blend
+from mmscale.data.manifest import read_blend
 from mmscale.data.mixture import Mixture, open_mixture
+from mmscale.data.passes import open_passes
 from mmscale.data.segments import go_on
+from mmscale.data.validation import identities_of, read_validation
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, TrainingError
 from mmscale.model.auxiliary import RouterLearning
@@ -41,7 +43,7 @@ from mmscale.train.loop import Hook, Trainer
 from mmscale.train.memory import MemoryHook, memory_of
 from mmscale.train.metrics import next_attempt
 from mmscale.train.parts import dry_run, loader_of, resolve_share, start
-from mmscale.train.preflight import HELD_OUT, tokenizers_of
+from mmscale.train.preflight import tokenizers_of
 from mmscale.train.progress import Progress
 from mmscale.train.records import Records, open_records
 from mmscale.train.stages.auxiliary import AuxiliaryStage
@@ -78,9 +80,7 @@ def main(config: Config, env: RankEnv, *, stage: str = MAIN, yes: bool = False, 
     settings = entry.settings(config)
     vocabulary = Vocabulary.from_config(settings.vocab)
     train_data = open_mixture(settings, "train", vocabulary=vocabulary)
-    held_out = None
-    if has_documents(read_blend(settings), HELD_OUT):
-        held_out = open_mixture(settings, HELD_OUT, vocabulary=vocabulary)
+    held_out = open_passes(settings, vocabulary=vocabulary)
     groups = start(settings, env)
     run = Path(config.run.dir) / config.run.name
     given = Given(config, settings, run, entry.folder(run), env, groups)
@@ -106,7 +106,7 @@ class _Attempt:
         entry: Stage,
         given: Given,
         train_data: Mixture,
-        held_out: Mixture | None,
+        held_out: dict[str, Mixture],
         stop: StopRequest,
         fence: Fence,
         stack: contextlib.ExitStack,
@@ -134,12 +134,16 @@ class _Attempt:
             )
         )
         self.progress: Progress = stack.enter_context(Progress(config.train.steps, enabled=first))
-        self.data = from_first(identities(config, read_blend(config)) if first else None)
+        blend = read_blend(config)
+        sets = read_validation(config, blend) if first else []
+        self.data = from_first(identities(config, blend) if first else None)
+        self.evaluated = [one.describe() for one in sets]
         self.checkpoints: CheckpointManager = saves.manager_of(
             given,
             attempt=self.number,
             tokenizers=from_first(tokenizers_of(given.run, train_data.tokenizers) if first else None),
             data=self.data,
+            validation=identities_of(sets),
             origin=self.stage.origin(),
             begins_at=self.state.sequences,
             records=self.records,
@@ -162,7 +166,7 @@ class _Attempt:
             world_size=env.world_size,
             peak_tflops=peak_tflops(device.device_name(), config.precision.dtype),
         )
-        measure = None if held_out is None else self._evaluate
+        measure = self._evaluate if held_out else None
         self.tools = Tools(self.clock, self.progress, self.records, measure, self._beat)
 
     def run(self, *, yes: bool) -> int:
@@ -265,7 +269,7 @@ class _Attempt:
             return
         if self.faults.text:
             self.records.tell("faults_requested", faults=self.faults.text)
-        lines = [*self.stage.announce(attempt=self.number), *self.faults.warnings()]
+        lines = [*self.stage.announce(attempt=self.number), *self.evaluated, *self.faults.warnings()]
         for line in (*lines, *(f"changed since the checkpoint: {change}" for change in changed)):
             self.progress.say(line)
 
@@ -392,8 +396,7 @@ class _Attempt:
             hooks.append(MemoryHook(self.memory, clock=clock))
         return hooks
 
-    def _evaluate(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, float]:
-        assert self.held_out is not None, "nobody evaluates without documents"
+    def _evaluate(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, dict[str, float]]:
         step = self.state.step
 
         def on_batch() -> None:
@@ -402,16 +405,20 @@ class _Attempt:
             if self.stop.agreed(device.taken()):
                 raise CutShortError
 
-        return evaluate(
-            self.config,
-            stepper=self.stepper,
-            mixture=self.held_out,
-            groups=self.groups,
-            batches=self.config.train.eval_batches,
-            routing=routing,
-            learning=learning,
-            on_batch=on_batch,
-        )
+        found = {}
+        for name, mixture in self.held_out.items():
+            found[name] = evaluate(
+                self.config,
+                stepper=self.stepper,
+                mixture=mixture,
+                groups=self.groups,
+                batches=self.config.train.eval_batches,
+                routing=routing,
+                learning=learning,
+                on_batch=on_batch,
+            )
+            learning = None
+        return found
 
     def _beat(self) -> None:
         """A long piece of work goes on: it is no hang; a batch of it that never ends is one."""

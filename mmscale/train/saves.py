@@ -40,6 +40,7 @@ def manager_of(
     attempt: int,
     tokenizers: dict[str, str],
     data: Sequence[SourceIdentity],
+    validation: Sequence[dict[str, str]],
     origin: dict[str, Any],
     begins_at: int,
     records: Records,
@@ -54,6 +55,7 @@ def manager_of(
         attempt: its number.
         tokenizers: fingerprints of those that the run has learned from; kept with every checkpoint.
         data: what it learns from; kept likewise.
+        validation: sets that it is evaluated on, from `mmscale.data.validation.identities_of`; kept likewise.
         origin: what else the stage's checkpoints say of themselves.
         begins_at: sequences consumed before the stage's first step.
         records: where events go.
@@ -91,6 +93,7 @@ def manager_of(
             "attempt": attempt,
             "tokenizers": tokenizers,
             "data": [source.model_dump() for source in data],
+            "validation": list(validation),
             **origin,
         },
         on_event=tell,

@@ -12,6 +12,24 @@ from mmscale.train.metrics import EventLog, next_attempt
 _PATIENCE_S = 60.0
 
 
+def check_scratch(store: Store) -> None:
+    """Refuse `--from-scratch` where it would leave checkpoints behind, or could write none.
+
+    Args:
+        store: the checkpoints of the run, or of its stage.
+
+    Raises:
+        CheckpointError: there are checkpoints, or their folder is a link to nowhere.
+    """
+    if there := [*map(str, store.steps()), *store.condemned()]:
+        raise CheckpointError(
+            f"{store.root} holds checkpoints ({', '.join(there[-3:])}), and --from-scratch deletes none",
+            remedy="go on from them without --from-scratch, or start a new run with another run.name",
+        )
+    if store.root.is_symlink() and (why := store.lost()):
+        raise CheckpointError(why, remedy="mount what it points to, or remove the link")
+
+
 def start_from_scratch(run: Path, *, first: bool = True) -> None:
     """Note that the saves of before do not count any more; nothing to do where none are missed.
 
@@ -23,19 +41,13 @@ def start_from_scratch(run: Path, *, first: bool = True) -> None:
         CheckpointError: there are checkpoints, or their folder is a link to nowhere.
     """
     store = Store.of_run(run)
-    if there := [*map(str, store.steps()), *store.condemned()]:
-        raise CheckpointError(
-            f"{store.root} holds checkpoints ({', '.join(there[-3:])}), and --from-scratch deletes none",
-            remedy="go on from them without --from-scratch, or start a new run with another run.name",
-        )
+    check_scratch(store)
     deadline = time.monotonic() + _PATIENCE_S
     while not first and store.lost() and time.monotonic() < deadline:
         time.sleep(0.1)
     why = store.lost()
     if not first or not why:
         return
-    if store.root.is_symlink():
-        raise CheckpointError(why, remedy="mount what it points to, or remove the link")
     events = EventLog(run, next_attempt(run))
     events.add(SCRATCH, lost=why)
     events.close()

@@ -339,7 +339,7 @@ def test_train_starts_local_ranks(run: Run, monkeypatch: pytest.MonkeyPatch, con
     calls: list[Any] = []
     monkeypatch.setattr(ranks, "run_local", lambda *arguments, **options: calls.append((arguments, options)) or 75)
     monkeypatch.setattr(sys, "argv", ["mmscale", "train", "tiny.yaml", "--nproc", "2"])
-    monkeypatch.setattr("mmscale.train.preflight.preflight", lambda *arguments, **options: None)  # there is no data
+    monkeypatch.setattr("mmscale.train.stages.table.check_data", lambda settings: {})  # there is no data
     assert run("train", config, "--nproc", 2)[0] == 75
     ((arguments, options),) = calls
     assert arguments == (2, ["train", "tiny.yaml", "--nproc", "2"])

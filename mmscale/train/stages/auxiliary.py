@@ -16,6 +16,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config.derived import tokens_per_step
 from mmscale.data.loader import BatchLoader
+from mmscale.data.passes import SOURCES
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError
 from mmscale.model.auxiliary import RouterLearning
@@ -25,6 +26,7 @@ from mmscale.plan import flops_per_token
 from mmscale.runtime.groups import from_first
 from mmscale.train.auxiliary import AuxiliaryTrainer, figures, set_thresholds, table
 from mmscale.train.batch import to_device
+from mmscale.train.hooks import held_out_line
 from mmscale.train.layers_log import LayersHook
 from mmscale.train.loop import Hook, StepReport
 from mmscale.train.router_state import (
@@ -142,20 +144,28 @@ class AuxiliaryStage:
     def complete(self, tools: Tools) -> None:
         """What the routers are worth on held-out data: figures of every layer, and what causality costs."""
         learning = RouterLearning(gradients=False)
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, dict[str, dict[str, float]]] = {}
         rows: list[dict[str, Any]] = []
         if tools.evaluate is None:
             tools.progress.say("there are no held-out documents: routers are not measured")
         else:
             for routing in (Routing.BATCH, Routing.CAUSAL):
-                found[routing.value] = tools.evaluate(routing, learning=learning if routing is Routing.BATCH else None)
+                measured = tools.evaluate(routing, learning=learning if routing is Routing.BATCH else None)
+                for name, values in measured.items():
+                    found.setdefault(name, {})[routing.value] = values
             rows = table(figures(learning, self.given.groups))
-        for name, values in found.items():
-            shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key != "z_loss")
-            tools.progress.say(f"held-out ({name} routing)  {shown}")
+        for name, by_routing in found.items():
+            for routing_name, values in by_routing.items():
+                tools.progress.say(held_out_line(name, routing_name, values))
         file = self.given.folder / REPORT
         if self.given.env.is_first:
-            report = {"main_step": self.main_step, "step": self.state.step, "routers": rows, "held_out": found}
+            report = {
+                "main_step": self.main_step,
+                "step": self.state.step,
+                "routers": rows,
+                "held_out": found.pop(SOURCES, {}),
+                "validation": found,
+            }
             temporary = file.with_suffix(".json.tmp")
             temporary.write_text(json.dumps(report, indent=1))
             temporary.replace(file)

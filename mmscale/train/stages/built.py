@@ -44,10 +44,15 @@ class Given:
 
 
 class Evaluate(Protocol):
-    """Losses on the held-out split; every rank calls it. The hang watch sees each batch, and a stop is heard there."""
+    """Losses on held-out data; every rank calls it. The hang watch sees each batch, and a stop is heard there."""
 
-    def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, float]:
-        """As mmscale.train.evaluate.evaluate."""
+    def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, dict[str, float]]:
+        """As mmscale.train.evaluate.evaluate, for each set of mmscale.data.passes by its name.
+
+        Args:
+            routing: who decides which experts take a token.
+            learning: collects figures of auxiliary routers on the first of the sets.
+        """
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Tools:
         clock: measures pauses.
         progress: the terminal.
         records: metrics.jsonl and events.jsonl.
-        evaluate: measures the held-out split; None: there are no held-out documents.
+        evaluate: measures held-out data; None: there is none.
         beat: called between pieces of work that take long, so that they are no hang.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +44,28 @@ def find_routers(run: Path, main_step: int) -> tuple[Path, int] | None:
     return None
 
 
-def check_origin(own: Store, step: int, origin: dict[str, Any], config: Config) -> None:
+def check_origin(folder: Path, info: Mapping[str, Any], origin: Mapping[str, Any], config: Config) -> None:
     """Refuse to go on with routers of another main checkpoint, or of another width.
 
     Args:
-        own: the stage's checkpoints.
-        step: the one that it would go on from.
+        folder: the stage's checkpoint that it would go on from.
+        info: what that says about itself.
         origin: of the main checkpoint that it would go on with.
         config: the run's configuration.
 
     Raises:
         CheckpointError: they do not belong together.
     """
-    saved = own.info(step).get("auxiliary", {})
+    saved, stage = info.get("auxiliary", {}), folder.parent.parent
     if {key: saved.get(key) for key in origin} != origin:
         raise CheckpointError(
-            f"{own.root.parent} holds routers for step {saved.get('main_step')} of the main run, whose newest "
+            f"{stage} holds routers for step {saved.get('main_step')} of the main run, whose newest "
             f"checkpoint is another one (step {origin['main_step']})",
-            remedy=f"remove {own.root.parent} to train routers for step {origin['main_step']}",
+            remedy=f"remove {stage} to train routers for step {origin['main_step']}",
         )
     width = with_auxiliary_routers(config).model.auxiliary_width
     if saved.get("width") != width:
         raise CheckpointError(
-            f"{own.path(step)} holds routers of width {saved.get('width')}, model.auxiliary.width is {width}",
-            remedy=f"restore the width, or remove {own.root.parent} to start anew",
+            f"{folder} holds routers of width {saved.get('width')}, model.auxiliary.width is {width}",
+            remedy=f"restore the width, or remove {stage} to start anew",
         )

@@ -5,33 +5,19 @@ What a stage computes is built by a function of the same name in mmscale/train/r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from mmscale.checkpoint.layout import Store
 from mmscale.config import Config
-from mmscale.train import preflight
+from mmscale.config.rules import check
+from mmscale.data.checks import check_data
+from mmscale.data.manifest import Manifest
+from mmscale.train.preflight import check_resume
 from mmscale.train.stages import auxiliary_settings, origin
 
 MAIN = "main"
-
-
-class Preflight(Protocol):
-    """Refuses a stage that cannot work, before any rank starts."""
-
-    def __call__(self, config: Config, *, world_size: int, yes: bool = False, waits: bool = False) -> None:
-        """Reads small files only, writes nothing.
-
-        Args:
-            config: the run's configuration.
-            world_size: number of ranks.
-            yes: the user has confirmed that the objective or the data change.
-            waits: it starts when another job has ended, so checkpoints that it needs may not be there yet.
-
-        Raises:
-            MmscaleError: it cannot work.
-        """
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,9 @@ class Stage:
         settings: gives the configuration that the trainer works with; steps, batches, optimizer and checkpoints of
             the stage stand in `train`, `optim` and `checkpoint`.
         inherit: gives the run's configuration with what it takes over from the checkpoint that it builds on.
-        preflight: its checks.
+        check_model: refuses a model that the stage has nothing to do for.
+        check_origin: refuses a checkpoint of another stage that this one cannot build on; is given the run's
+            configuration and the manifests of its data.
     """
 
     name: str
@@ -57,15 +45,60 @@ class Stage:
     optim: str
     settings: Callable[[Config], Config]
     inherit: Callable[[Config], Config]
-    preflight: Preflight
+    check_model: Callable[[Config], None]
+    check_origin: Callable[[Config, Mapping[Path, Manifest]], None]
 
     def folder(self, run: Path) -> Path:
         """Where the stage of a run lives: checkpoints, logs, launches."""
         return run / self.subfolder
 
+    def preflight(
+        self,
+        config: Config,
+        *,
+        world_size: int,
+        yes: bool = False,
+        waits: bool = False,
+        from_scratch: bool = False,
+    ) -> None:
+        """Refuse a stage that cannot work, before any rank starts. Reads small files only, and writes nothing.
 
-def _main_preflight(config: Config, *, world_size: int, yes: bool = False, waits: bool = False) -> None:
-    preflight.preflight(config, world_size=world_size, yes=yes)
+        Args:
+            config: the run's configuration.
+            world_size: number of ranks.
+            yes: the user has confirmed that the objective or the data change.
+            waits: it starts when another job has ended: the checkpoint that it builds on may not be there yet, and is
+                looked at then.
+            from_scratch: the stage's own checkpoints are lost, and given up.
+
+        Raises:
+            ConfigError: the layout does not fit, no data set is named, a new run would start among old checkpoints, a
+                setting is not the main checkpoint's that decides what its frozen weights compute, or the objective or
+                the data have changed since the newest checkpoint.
+            DataError: as for `mmscale.data.checks.check_data`; or the data was prepared with other tokenizers than
+                that of the checkpoints.
+            CheckpointError: a checkpoint is missing, belongs to another model or to another main run, or all are
+                damaged.
+        """
+        self.check_model(config)
+        check(config, world_size=world_size)
+        settings = self.settings(config)
+        # A stage's own portions must fit the ranks too. What it sets in the model is refused in files.
+        check(settings.model_copy(update={"model": config.model}), world_size=world_size)
+        blend = check_data(settings)
+        if waits and self.subfolder:
+            return
+        self.check_origin(config, blend)
+        store = Store.of_run(self.folder(Path(config.run.dir) / config.run.name))
+        check_resume(config, store, blend, yes=yes, settings=self.settings, from_scratch=from_scratch)
+
+
+def _begins(config: Config, blend: Mapping[Path, Manifest]) -> None:
+    """The main stage builds on nothing."""
+
+
+def _anything(config: Config) -> None:
+    """Every model has a main stage."""
 
 
 def _unchanged(config: Config) -> Config:
@@ -83,7 +116,8 @@ STAGES = {
             optim="optim",
             settings=_unchanged,
             inherit=_unchanged,
-            preflight=_main_preflight,
+            check_model=_anything,
+            check_origin=_begins,
         ),
         Stage(
             name="auxiliary",
@@ -93,7 +127,8 @@ STAGES = {
             optim="auxiliary.optim",
             settings=auxiliary_settings.stage_config,
             inherit=auxiliary_settings.with_main_share,
-            preflight=auxiliary_settings.preflight,
+            check_model=auxiliary_settings.check_model,
+            check_origin=auxiliary_settings.check_main,
         ),
     )
 }

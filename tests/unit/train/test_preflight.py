@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmscale.checkpoint import integrity
@@ -12,12 +13,13 @@ from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.shape import shape_of
 from mmscale.config import Config
 from mmscale.config.effects import EFFECTS, Effect, effect_of
+from mmscale.data.checks import check_data
 from mmscale.data.identity import identities, identity_of
-from mmscale.data.manifest import NO_TOKENIZER, Manifest, read_blend, write_manifest
-from mmscale.data.vocab import Vocabulary
+from mmscale.data.manifest import NO_TOKENIZER, Manifest, read_blend, read_manifest, write_manifest
+from mmscale.data.vocab import BOS, EOS, Vocabulary
 from mmscale.errors import CheckpointError, ConfigError, DataError
 from mmscale.train import preflight
-from mmscale.train.stages import auxiliary_settings
+from mmscale.train.stages import table
 from mmscale.train.stages.table import STAGES
 from tests.unit.config.test_changes import config
 from tests.unit.data.prepared import corpus, prepare
@@ -26,6 +28,13 @@ from tests.unit.data.prepared import corpus, prepare
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "read_blend", lambda _: {})
+    monkeypatch.setattr(table, "check_data", lambda _: {})
+
+
+@pytest.fixture
+def real_data(no_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "read_blend", read_blend)
+    monkeypatch.setattr(table, "check_data", check_data)
 
 
 def commit(run: Path, step: int, *overrides: str, **more: Any) -> Path:
@@ -39,7 +48,7 @@ def commit(run: Path, step: int, *overrides: str, **more: Any) -> Path:
 
 def check(run: Path, *overrides: str, **options: Any) -> None:
     made: Config = config(f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
-    preflight.preflight(made, world_size=1, **options)
+    STAGES["main"].preflight(made, world_size=1, **options)
 
 
 def test_a_changed_objective_needs_a_yes(tmp_path: Path) -> None:
@@ -86,24 +95,16 @@ def test_settings_that_changed_are_lines(tmp_path: Path) -> None:
 
 def data_set(folder: Path, **tokenizers: str) -> tuple[Path, Manifest]:
     names = {"text_tokenizer": "t1", "image_tokenizer": "i1"} | tokenizers
-    vocabulary = Vocabulary.from_config(config().vocab)
-    content = {
-        "format": 1,
-        "modalities": vocabulary.names,
-        "ranges": vocabulary.ranges,
-        "vocabulary": vocabulary.fingerprint,
-        "tokens_per_image": 4,
-        "splits": {},
-    }
-    manifest = Manifest.model_validate(content | names)
-    folder.mkdir()
+    documents = [np.array([BOS, 10 + number, EOS]) for number in range(3)]
+    prepare(folder, documents, vocabulary=Vocabulary.from_config(config().vocab), parts=1)
+    manifest = read_manifest(folder).model_copy(update=names)
     write_manifest(folder, manifest)
     return folder, manifest
 
 
-def test_tokenizers_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("real_data")
+def test_tokenizers_do_not_mix(tmp_path: Path) -> None:
     """Neither in a blend nor with a checkpoint, `--yes` or not; data without images go with any image tokenizer."""
-    monkeypatch.setattr(preflight, "read_blend", read_blend)
     first, _ = data_set(tmp_path / "first")
     other, _ = data_set(tmp_path / "other", image_tokenizer="i2")
     text, _ = data_set(tmp_path / "text", image_tokenizer=NO_TOKENIZER)
@@ -134,6 +135,7 @@ def test_a_run_that_goes_on_with_text_keeps_its_image_tokenizer(tmp_path: Path) 
     assert preflight.tokenizers_of(run, text) == both == preflight.tokenizers_of(run, both)
 
 
+@pytest.mark.usefixtures("real_data")
 def test_routers_learn_from_ids_of_the_main_run_s_meaning(tmp_path: Path) -> None:
     """Another codebook under the same vocabulary would teach them what no token of the main run means."""
     first, _ = data_set(tmp_path / "first")
@@ -159,9 +161,9 @@ def test_routers_learn_from_ids_of_the_main_run_s_meaning(tmp_path: Path) -> Non
     stage(f"data.path={first}")
 
 
-def test_data_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("real_data")
+def test_data_is_known_by_its_content(tmp_path: Path) -> None:
     """Replaced under its path it needs a yes; moved it does not; a checkpoint from before knows the path only."""
-    monkeypatch.setattr(preflight, "read_blend", read_blend)
     first, manifest = data_set(tmp_path / "first")
     run = tmp_path / "run"
     kept = [{"path": str(first), "weight": 1.0, "identity": identity_of(first, manifest)}]
@@ -187,9 +189,9 @@ def test_data_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.Monkey
         check(run, f"data.path={other}")
 
 
-def test_data_of_which_nothing_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("real_data")
+def test_data_of_which_nothing_is_trained_on(tmp_path: Path) -> None:
     """Its loss would look healthy. Held-out documents are needed only where they are asked for."""
-    monkeypatch.setattr(preflight, "read_blend", read_blend)
     vocab = "[{name: text, size: 100}, {name: image, size: 32}]"
     base = (f"vocab.modalities={vocab}", "vocab.pad_multiple=4", "model.seq_length=128")
     run, documents = tmp_path / "run", corpus(20)
@@ -224,11 +226,10 @@ def test_an_imported_model_has_no_data_that_could_change(tmp_path: Path) -> None
     check(tmp_path / "run")
 
 
-def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path) -> None:
     """Whatever setting decides it, from the table; the objective and the data of a stage are its own."""
     run = tmp_path / "run"
     commit(run, 10)
-    monkeypatch.setattr(auxiliary_settings, "read_blend", lambda _: {})
     other = {
         "model.seq_length": "128",
         "model.norm_eps": "1e-6",

@@ -1,5 +1,5 @@
-# `python -m launch.batch CONFIG [key=value ...] [--stage NAME] [--yes]` in a batch script of one's own: the same job
-# without submitit.
+# `python -m launch.batch CONFIG [key=value ...] [--stage NAME] [--yes] [--from-scratch]` in a batch script of one's
+# own: the same job without submitit.
 # slurm/train.sbatch calls it. Nodes and ranks are what sbatch was asked for; the rest (node checks, cordon file, how
 # ranks are started) is of the profile that MMSCALE_CLUSTER names, if it names one.
 """A job whose script was written by hand."""
@@ -18,6 +18,8 @@ from launch.profile import Profile, load_profile
 from mmscale.config.load import load
 from mmscale.errors import MmscaleError, UsageError
 from mmscale.train.stages.table import MAIN, STAGES
+
+_FLAGS = {"--yes": "yes", "--from-scratch": "from_scratch"}
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> NoReturn:
@@ -40,7 +42,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
             "python -m launch.batch CONFIG [key=value ...] [--stage NAME] runs in a batch script of SLURM",
             remedy="sbatch --nodes=2 --ntasks-per-node=8 slurm/train.sbatch CONFIG [key=value ...] [--stage NAME]",
         )
-    config_file, overrides, stage, yes = _parsed(arguments)
+    config_file, overrides, stage, flags = _parsed(arguments)
     config = load(config_file, overrides)
     run = STAGES[stage].folder(Path(config.run.dir) / config.run.name)
     number, count = environ["SLURM_JOB_ID"], environ.get("SLURM_JOB_NUM_NODES", "1")
@@ -50,7 +52,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     nodes, ranks = int(count), int(environ.get("SLURM_NTASKS", count))
     if ranks % nodes:
         raise UsageError(f"{ranks} tasks on {nodes} nodes", remedy="ask for --ntasks-per-node instead of --ntasks")
-    STAGES[stage].preflight(config, world_size=ranks, yes=yes)
+    STAGES[stage].preflight(config, world_size=ranks, **flags)
     tasks = ranks // nodes
     cluster = environ.get("MMSCALE_CLUSTER", "")
     profile = load_profile(cluster) if cluster else Profile(tasks_per_node=tasks)
@@ -63,7 +65,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     profile = profile.model_copy(update=asked)
     cluster = cluster or "sbatch"
     record = records.plan_record(
-        config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, stage=stage, yes=yes
+        config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, stage=stage, **flags
     )
     container.check(record, profile, config)
     records.write_record(record, config)
@@ -71,9 +73,9 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     return Path(record.folder)
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[str, list[str], str, bool]:
-    """Configuration, overrides, stage, and whether changes are confirmed."""
-    rest = [argument for argument in arguments if argument != "--yes"]
+def _parsed(arguments: Sequence[str]) -> tuple[str, list[str], str, dict[str, bool]]:
+    """Configuration, overrides, stage, and what `mmscale launch` has as options of the same names."""
+    rest = [argument for argument in arguments if argument not in _FLAGS]
     stage = MAIN
     if "--stage" in rest:
         place = rest.index("--stage")
@@ -82,9 +84,9 @@ def _parsed(arguments: Sequence[str]) -> tuple[str, list[str], str, bool]:
     if stage not in STAGES or not rest:
         raise UsageError(
             f"{' '.join(arguments)}: no configuration, or --stage {stage!r} is no stage",
-            remedy=f"CONFIG [key=value ...] [--stage {'|'.join(STAGES)}] [--yes]",
+            remedy=f"CONFIG [key=value ...] [--stage {'|'.join(STAGES)}] {' '.join(f'[{flag}]' for flag in _FLAGS)}",
         )
-    return rest[0], rest[1:], stage, "--yes" in arguments
+    return rest[0], rest[1:], stage, {name: flag in arguments for flag, name in _FLAGS.items()}
 
 
 if __name__ == "__main__":

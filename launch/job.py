@@ -42,6 +42,7 @@ from mmscale.resilience.run_lock import RunLock
 from mmscale.runtime import console
 from mmscale.runtime.rank_env import unused_port
 from mmscale.train.metrics import EventLog, next_attempt, read_events
+from mmscale.train.scratch import start_from_scratch
 
 _REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
 _POLL_S = 0.1
@@ -196,6 +197,8 @@ class Supervisor:
             _say("an earlier job of this launch has ended the run: nothing is left to do")
             self.successors.cancel()
             return over
+        if self.record.from_scratch and budgets.load(self.folder) is None:  # the first start: later ones have saved
+            start_from_scratch(self.run_dir)
         lost = self.examination.lost_nodes()
         self.disk.keep(self.disk.budget())  # now: the first attempt is measured against what is there before it
         number = 0

@@ -66,6 +66,7 @@ class Record:
         max_restarts, max_without_progress: of `resilience`.
         python: interpreter of the job.
         yes: the user has confirmed that the objective or the data change.
+        from_scratch: the job's first start gives up checkpoints that are lost; later ones go on from its own.
         time: of the launch [seconds since 1970].
         config_digest: of the resolved configuration.
         stage: which stage of the run, by its name in mmscale.train.stages.table.
@@ -83,6 +84,7 @@ class Record:
     max_without_progress: int
     python: str = sys.executable
     yes: bool = False
+    from_scratch: bool = False
     time: float = 0.0
     config_digest: str = ""
     stage: str = MAIN
@@ -129,6 +131,7 @@ def plan_record(
     stage: str = MAIN,
     yes: bool = False,
     asked: Mapping[str, str] = MappingProxyType({}),
+    from_scratch: bool = False,
 ) -> Record:
     """The record of a launch that is not written yet.
 
@@ -154,6 +157,7 @@ def plan_record(
         max_restarts=config.resilience.max_restarts,
         max_without_progress=config.resilience.max_restarts_without_progress,
         yes=yes,
+        from_scratch=from_scratch,
         time=round(time.time(), 3),
         config_digest=digest(config),
         stage=stage,

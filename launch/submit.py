@@ -54,6 +54,7 @@ def plan_launch(
     after: bool = False,
     yes: bool = False,
     asked: Mapping[str, str] = MappingProxyType({}),
+    from_scratch: bool = False,
 ) -> list[Planned]:
     """Check one run, or one for each combination of a sweep.
 
@@ -67,6 +68,7 @@ def plan_launch(
         after: it will start when another job has ended.
         yes: go on although the objective or the data have changed since the newest checkpoint.
         asked: settings of the profile that the command line replaces (`profile.ASKED`).
+        from_scratch: start at step 0 although the checkpoints are lost.
 
     Raises:
         MmscaleError: anything that would make a run fail at its start.
@@ -78,7 +80,7 @@ def plan_launch(
         if suffix:
             config = load(config_file, [*overrides, *variant, f"run.name={config.run.name}-{suffix}"])
         count, tasks = _layout(config, profile, nodes)
-        STAGES[stage].preflight(config, world_size=count * tasks, yes=yes, waits=after)
+        STAGES[stage].preflight(config, world_size=count * tasks, yes=yes, waits=after, from_scratch=from_scratch)
         record = records.plan_record(
             config,
             cluster=cluster,
@@ -88,6 +90,7 @@ def plan_launch(
             stage=stage,
             yes=yes,
             asked=asked,
+            from_scratch=from_scratch,
         )
         container.check(record, profile, config)
         planned.append(Planned(record, config))

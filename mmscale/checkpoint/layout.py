@@ -229,7 +229,8 @@ class Store:
         if not steps and (why := self.lost()):
             raise CheckpointError(
                 f"{self.root} holds no checkpoint, but {why}",
-                remedy="mount or restore that folder, or start again from step 0: mmscale train ... --from-scratch",
+                remedy="mount or restore that folder, or start again from step 0: `mmscale train` or "
+                "`mmscale launch` with --from-scratch",
             )
         return steps[-1] if steps else None
 

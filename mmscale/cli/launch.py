@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
-from mmscale.cli.stage import OfStage, Stage
+from mmscale.cli.stage import FromScratch, OfStage, Stage
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; RUN/auxiliary: its auxiliary stage.")]
 Yes = Annotated[
@@ -68,6 +68,7 @@ def launch(
     ] = None,
     stage: OfStage = Stage.MAIN,
     yes: Yes = False,
+    from_scratch: FromScratch = False,
     as_json: Json = False,
 ) -> None:
     """Submit a run to SLURM: it goes on by itself after preemptions, time limits, crashes and lost nodes."""
@@ -83,6 +84,7 @@ def launch(
         after=after is not None,
         yes=yes,
         asked=_asked(time=time, partition=partition, account=account, qos=qos),
+        from_scratch=from_scratch,
     )
     if dry_run:
         text = submit.script(planned, after=after, at_once=at_once)

@@ -15,7 +15,7 @@ import typer
 
 from mmscale.cli import ranks
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
-from mmscale.cli.stage import OfStage, Stage
+from mmscale.cli.stage import FromScratch, OfStage, Stage
 from mmscale.errors import TrainingError, UsageError
 from mmscale.runtime.rank_env import RankEnv
 
@@ -44,9 +44,7 @@ def train(
         bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
     ] = False,
     stage: OfStage = Stage.MAIN,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Start at step 0 although the run's checkpoints are lost.")
-    ] = False,
+    from_scratch: FromScratch = False,
     grace: Annotated[
         float | None,
         typer.Option(

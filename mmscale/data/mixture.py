@@ -17,7 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.manifest import check_vocabulary, common_tokenizers, has_documents, named_sources, read_manifest
+from mmscale.data.manifest import (
+    check_vocabulary,
+    common_tokenizers,
+    has_documents,
+    named_sources,
+    parts_of,
+    read_manifest,
+)
 from mmscale.data.packing import EMPTY_SEQUENCE, Packing, Purpose, blend, blended, deal, permutation
 from mmscale.data.packing_cache import START, Begin, PackedStream
 from mmscale.data.source import Source
@@ -420,6 +427,7 @@ def nominal_share(config: Config) -> dict[str, float]:
         folder = Path(entry.path)
         manifest = read_manifest(folder)
         check_vocabulary(folder, manifest, Vocabulary.from_config(config.vocab))
+        parts_of(folder, manifest, "train")
         for name, part in manifest.share("train").items():
             share[name] += entry.weight / total * part
     return share

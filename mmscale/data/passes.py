@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmscale.config import Config
 from mmscale.data.manifest import HELD_OUT, has_documents, read_blend
 from mmscale.data.mixture import Mixture, open_mixture
-from mmscale.data.validation import read_validation
+from mmscale.data.validation import naming, read_validation
 from mmscale.data.vocab import Vocabulary
 
 SOURCES = ""  # name of the held-out documents of the data that is trained on
@@ -30,5 +30,6 @@ def open_passes(config: Config, *, vocabulary: Vocabulary) -> dict[str, Mixture]
     if has_documents(blend, HELD_OUT):
         found[SOURCES] = open_mixture(config, HELD_OUT, vocabulary=vocabulary)
     for one in read_validation(config, blend):
-        found[one.name] = open_mixture(config, one.split, vocabulary=vocabulary, folder=one.folder)
+        with naming(one.name):
+            found[one.name] = open_mixture(config, one.split, vocabulary=vocabulary, folder=one.folder)
     return found

@@ -270,8 +270,9 @@ def test_a_record_of_before_there_were_stages_is_of_the_main_run(config: Path) -
 
 
 def test_a_hand_written_script_names_a_stage() -> None:
-    assert batch._parsed(["c.yaml", "--stage", "auxiliary", "a=1", "--yes"]) == ("c.yaml", ["a=1"], "auxiliary", True)
-    assert batch._parsed(["c.yaml"]) == ("c.yaml", [], MAIN, False)
+    flags = {"yes": True, "from_scratch": False}
+    assert batch._parsed(["c.yaml", "--stage", "auxiliary", "a=1", "--yes"]) == ("c.yaml", ["a=1"], "auxiliary", flags)
+    assert batch._parsed(["c.yaml", "--from-scratch"]) == ("c.yaml", [], MAIN, {"yes": False, "from_scratch": True})
     for wrong in (["c.yaml", "--stage"], ["c.yaml", "--stage", "other"], ["--yes"]):
         with pytest.raises(UsageError, match="no configuration, or --stage"):
             batch._parsed(wrong)

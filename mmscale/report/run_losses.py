@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -264,7 +264,8 @@ def group_models(runs: Sequence[Run]) -> list[Model]:
     """Runs grouped by what they train: those of a group differ in their seed only; the first run's comes first."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        aside = {name: Config.model_fields[name].default for name in _ASIDE}
+        aside: dict[str, Any] = {name: Config.model_fields[name].default for name in _ASIDE}
+        aside["data"] = run.config.data.model_copy(update={"validation": {}})  # nothing is learned from it
         groups.setdefault(digest(run.config.model_copy(update=aside)), []).append(run)
     names = [group[0].folder.resolve().name for group in groups.values()]
     whole = len(set(names)) < len(names)

@@ -136,14 +136,14 @@ class _Attempt:
         self.progress: Progress = stack.enter_context(Progress(config.train.steps, enabled=first))
         blend = read_blend(config)
         sets = read_validation(config, blend) if first else []
-        self.data = from_first(identities(config, blend) if first else None)
         self.evaluated = [one.describe() for one in sets]
+        self.data = from_first(identities(config, blend) if first else None)
         self.checkpoints: CheckpointManager = saves.manager_of(
             given,
             attempt=self.number,
             tokenizers=from_first(tokenizers_of(given.run, train_data.tokenizers) if first else None),
             data=self.data,
-            validation=identities_of(sets),
+            validation=from_first(identities_of(sets) if first else None),
             origin=self.stage.origin(),
             begins_at=self.state.sequences,
             records=self.records,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,24 +67,100 @@ def filled(text: str, places: dict[str, str]) -> str:
     return text
 
 
-def train(config: Path, run: Path, cell: Cell, places: dict[str, str], *more: str) -> Ended:
-    settings = ("parallel.ep=1", "train.eval_every=0", "train.eval_batches=1", "checkpoint.asynchronous=false")
-    changed = [filled(text, places) for text in cell.overrides]
-    return mmscale("train", config, f"run.dir={run.parent}", "checkpoint.every=0", *settings, *changed, *more)
+@dataclass(frozen=True)
+class Subject:
+    """What goes on: a run, or its stage.
+
+    Attributes:
+        source: name of the finished run, below `exported`.
+        folder: where it is, below the run's folder.
+        steps: that it has done.
+        more: arguments that make it take one step more.
+    """
+
+    source: str
+    folder: str
+    steps: int
+    more: tuple[str, ...]
+
+
+SUBJECTS = {
+    "run": Subject("bare", "", 30, ("train.steps=31",)),
+    "stage": Subject(
+        "tiny", "auxiliary", 12, ("--stage", "auxiliary", "auxiliary.steps=13", "auxiliary.optim.lr=1e-2")
+    ),
+}
+# Layouts at the resume of a run of one process: ranks, settings.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "dp": (2, ()),
+    "tp": (2, ("parallel.tp=2",)),
+    "pp": (2, ("parallel.pp=2",)),
+    "ep": (2, ("parallel.ep=2",)),
+}
+# One micro-batch of four sequences is the whole batch.
+NOT_SHARED_OUT = {("batch", "dp"), ("batch", "ep")}
+
+
+@dataclass
+class Course:
+    """A subject with a change, wherever and however it goes on."""
+
+    config: Path
+    exported: Path
+    places: dict[str, str]
+    subject: Subject
+    cell: Cell
+    is_stage: bool
+
+    def settings(self, run: Path) -> list[str]:
+        fixed = ("train.eval_every=0", "train.eval_batches=1", "checkpoint.asynchronous=false", "checkpoint.every=0")
+        changed = [filled(text, self.places) for text in self.cell.overrides]
+        return [f"run.dir={run.parent}", *fixed, *changed, *self.subject.more]
+
+    def act(self, place: Path, act: Callable[..., Ended]) -> Ended | None:
+        """Let it go on, with `--yes` where it asks for that; None: it is refused, `--yes` or not.
+
+        Args:
+            place: where its copy is made.
+            act: called with arguments of a command.
+        """
+        cell, run = self.cell, place / "tiny"
+        shutil.copytree(self.exported / self.subject.source, run)
+        folder, settings = run / self.subject.folder, self.settings(run)
+        ended = act(*settings)
+        if self.is_stage and cell.stage:
+            cause = f"another function than that of .*{cell.stage}"
+            for other in (ended, act(*settings, "--yes")):
+                assert_says(other, status=2, cause=cause, remedy="restore")
+            return None
+        if cell.asks:
+            assert_says(ended, status=2, cause=filled(cell.asks, self.places), remedy="--yes")
+            assert Store.of_run(folder).steps() == [self.subject.steps]
+            ended = act(*settings, "--yes")
+        assert ended.status == 0, ended
+        assert Store.of_run(folder).steps()[-1] == read_metrics(folder)[-1]["step"] == self.subject.steps + 1
+        return ended
+
+    def loss(self, place: Path) -> float:
+        """Of the step that was taken."""
+        return float(read_metrics(place / "tiny" / self.subject.folder)[-1]["loss"])
+
+
+@pytest.fixture
+def course(config: Path, exported: Path, places: dict[str, str]) -> Callable[[str, str], Course]:
+    def of(subject: str, name: str) -> Course:
+        return Course(config, exported, places, SUBJECTS[subject], CELLS[name], subject == "stage")
+
+    return of
+
+
+Courses = Callable[[str, str], Course]
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_a_run_goes_on(name: str, config: Path, exported: Path, places: dict[str, str], tmp_path: Path) -> None:
-    cell, run = CELLS[name], tmp_path / "tiny"
-    shutil.copytree(exported / "bare", run)
-    ended = train(config, run, cell, places, "train.steps=31")
-    if cell.asks:
-        assert_says(ended, status=2, cause=filled(cell.asks, places), remedy="--yes")
-        assert Store.of_run(run).steps() == [30]
-        ended = train(config, run, cell, places, "train.steps=31", "--yes")
-    assert ended.status == 0, ended
-    assert filled(cell.says, places) in ended.err
-    assert read_metrics(run)[-1]["step"] == 31 and Store.of_run(run).steps()[-1] == 31
+def test_a_run_goes_on(name: str, config: Path, course: Courses, places: dict[str, str], tmp_path: Path) -> None:
+    ended = course("run", name).act(tmp_path, lambda *more: mmscale("train", config, "parallel.ep=1", *more))
+    assert ended is not None and filled(CELLS[name].says, places) in ended.err
 
 
 def test_a_run_without_held_out_documents(config: Path, digits: Path, tmp_path: Path) -> None:
@@ -105,18 +182,51 @@ def test_a_run_without_held_out_documents(config: Path, digits: Path, tmp_path: 
 
 @EXHAUSTIVE
 @pytest.mark.parametrize("name", CELLS)
-def test_its_stage_goes_on(name: str, config: Path, exported: Path, places: dict[str, str], tmp_path: Path) -> None:
-    cell, run = CELLS[name], tmp_path / "tiny"
-    shutil.copytree(exported / "tiny", run)
-    more = ("--stage", "auxiliary", "auxiliary.steps=13", "auxiliary.optim.lr=1e-2")
-    ended = train(config, run, cell, places, *more)
-    if cell.stage:
-        assert_says(ended, status=2, cause=f"another function than that of .*{cell.stage}", remedy="restore")
-        return
-    if cell.asks:
-        assert_says(ended, status=2, cause=filled(cell.asks, places), remedy="--yes")
-        ended = train(config, run, cell, places, *more, "--yes")
-    assert ended.status == 0, ended
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_another_layout_goes_on(subject: str, name: str, config: Path, course: Courses, tmp_path: Path) -> None:
+    """With the number of one process, or it is refused in words."""
+    one = course(subject, name)
+
+    def act(nproc: int, *settings: str) -> Callable[..., Ended]:
+        ep = () if "parallel.ep=2" in settings else ("parallel.ep=1",)
+        return lambda *more: mmscale("train", config, *ep, *settings, *more, nproc=nproc)
+
+    alone = one.act(tmp_path / "alone", act(1))
+    for layout, (nproc, settings) in LAYOUTS.items():
+        place = tmp_path / layout
+        if (name, layout) in NOT_SHARED_OUT:
+            shutil.copytree(one.exported / one.subject.source, place / "tiny")
+            ended = act(nproc, *settings)(*one.settings(place / "tiny"), "--yes")
+            assert_says(ended, status=2, cause="global_batch_size", remedy="multiple|divisible|raise|use")
+            continue
+        ended = one.act(place, act(nproc, *settings))
+        assert (ended is None) == (alone is None)
+        if ended is not None:
+            assert one.loss(place) == pytest.approx(one.loss(tmp_path / "alone"), rel=1e-5), layout
+
+
+@EXHAUSTIVE
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_launch_goes_on(subject: str, name: str, config: Path, course: Courses, tmp_path: Path) -> None:
+    """Refused before anything is written; else it takes the step that `train` takes."""
+    one = course(subject, name)
+    alone = one.act(tmp_path / "alone", lambda *more: mmscale("train", config, "parallel.ep=1", *more))
+
+    def launch(*more: str) -> Ended:
+        folder = tmp_path / "launched" / "tiny" / one.subject.folder / "launch"
+        dry = mmscale("launch", config, "--cluster", "local", "parallel.ep=1", *more, "--dry-run")
+        assert not folder.exists()
+        ended = mmscale("launch", config, "--cluster", "local", "parallel.ep=1", *more, timeout_s=400)
+        assert folder.exists() == (ended.status == 0) and dry.status == ended.status
+        if ended.status:
+            assert dry.err == ended.err
+        return ended
+
+    ended = one.act(tmp_path / "launched", launch)
+    assert (ended is None) == (alone is None)
+    if ended is not None:
+        assert one.loss(tmp_path / "launched") == one.loss(tmp_path / "alone")
 
 
 @EXHAUSTIVE

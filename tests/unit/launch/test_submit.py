@@ -27,8 +27,7 @@ PROFILE: dict[str, Any] = {"nodes": 2, "tasks_per_node": 2, "time": "30m", "sign
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    for split in ("train", "validation"):
-        prepare(tmp_path / "set", corpus(40), split=split)
+    prepare(tmp_path / "set", corpus(40))
     content = {
         "run": {"name": "tiny", "dir": str(tmp_path / "runs")},
         "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}]},

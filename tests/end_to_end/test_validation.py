@@ -14,7 +14,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.data.manifest import MANIFEST
 from mmscale.train.held_out import HeldOut
 from mmscale.train.metrics import read_metrics
-from tests.end_to_end.running import Ended, mmscale
+from tests.end_to_end.running import Ended, mmscale, undocumented
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp": (2, ()),
@@ -103,6 +103,7 @@ def test_each_is_reported_by_name(alone: tuple[Path, Ended], sets: Sets, tmp_pat
 
     run, ended = alone
     values = held_out(run)
+    assert undocumented(read_metrics(run)) == set()
     main = by_set(values, "")
     assert {"batch loss", "batch loss/image", "causal loss/text"} <= main.keys()
     assert by_set(values, "same") == main

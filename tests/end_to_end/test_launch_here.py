@@ -43,7 +43,9 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def until_step(command: Started, folder: Path, step: int, *, attempt: int) -> None:
-    command.until(lambda: any(m["step"] >= step and m["attempt"] >= attempt for m in read_metrics(folder)))
+    command.until(
+        lambda: any(m["step"] >= step and m["attempt"] >= attempt for m in read_metrics(folder)), timeout_s=300.0
+    )
 
 
 def the_rank(command: Started) -> int:
@@ -74,7 +76,7 @@ def test_a_stage_goes_on_after_a_kill(config: Path, digits: Path, main_run: Path
     try:
         until_step(command, stage, 3, attempt=1)
         os.kill(the_rank(command), signal.SIGKILL)
-        ended = command.end()
+        ended = command.end(timeout_s=300.0)
     finally:
         command.process.kill()
         command.process.wait()
@@ -114,7 +116,7 @@ def test_lost_checkpoints_are_given_up_once(config: Path, main_run: Path, tmp_pa
     try:
         until_step(launched, run, 3, attempt=2)
         launched.process.send_signal(signal.SIGTERM)
-        ended = launched.end()
+        ended = launched.end(timeout_s=300.0)
     finally:
         launched.process.kill()
         launched.process.wait()
@@ -135,4 +137,4 @@ def test_lost_checkpoints_are_given_up_once(config: Path, main_run: Path, tmp_pa
 def restart(folder: Path) -> subprocess.CompletedProcess[str]:
     """The job of a launch folder once more."""
     command = [sys.executable, "-u", "-m", "launch.job", str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

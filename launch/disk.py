@@ -91,6 +91,10 @@ class Disk:
         known = self._budget or budgets.load(self.folder)
         return known or Budget(step=max(Store.of_run(self.run).steps(), default=0))
 
+    def first_start(self) -> bool:
+        """Whether no job of this launch has noted a budget yet."""
+        return self._budget is None and budgets.load(self.folder) is None
+
     def keep(self, budget: Budget) -> None:
         """Remember a budget."""
         self._budget = budget

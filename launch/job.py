@@ -197,7 +197,7 @@ class Supervisor:
             _say("an earlier job of this launch has ended the run: nothing is left to do")
             self.successors.cancel()
             return over
-        if self.record.from_scratch and budgets.load(self.folder) is None:  # the first start: later ones have saved
+        if self.record.from_scratch and self.disk.first_start():  # later ones go on from what this one saves
             start_from_scratch(self.run_dir)
         lost = self.examination.lost_nodes()
         self.disk.keep(self.disk.budget())  # now: the first attempt is measured against what is there before it

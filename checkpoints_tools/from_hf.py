@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from checkpoints_tools.hf_settings import (
 from checkpoints_tools.hf_shapes import shapes
 from checkpoints_tools.hf_verify import Digests, check_digests, check_shapes, check_values, is_weights
 from checkpoints_tools.hf_weights import Move, moves
+from mmscale import bounded
 from mmscale.checkpoint import integrity, rewrite
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.shape import shape_of
@@ -266,11 +266,8 @@ def _redundant(name: str, config: Config) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return bounded.read_object(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing", remedy="name a Hugging Face folder on this machine") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}", remedy=_AGAIN) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object", remedy=_AGAIN)
-    return content

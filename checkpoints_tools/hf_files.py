@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints_tools.hf_weights import Move
+from mmscale import bounded
 from mmscale.checkpoint.integrity import fsync
 from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.errors import CheckpointError
@@ -148,8 +149,8 @@ class ModelFiles:
                 )
             return {_inside(self.folder, SINGLE, said_by=self.folder): None}
         try:
-            entries = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = bounded.read_json(self.folder / INDEX)["weight_map"].items()
+        except (OSError, *bounded.BAD_CONTENT) as error:
             raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error!r}", remedy=_AGAIN) from None
         files: dict[Path, set[str] | None] = {}
         for name, file in entries:
@@ -218,11 +219,11 @@ class ModelFiles:
 
 def _inside(folder: Path, name: object, *, said_by: Path) -> Path:
     path = PurePosixPath(str(name))
-    escapes = not isinstance(name, str) or path.is_absolute() or ".." in path.parts or "\\" in name
-    file = folder / path
+    escapes = not isinstance(name, str) or not name.isprintable() or path.is_absolute() or ".." in path.parts
+    file = folder / ("" if escapes or "\\" in str(name) else path)
     # In the cache of huggingface_hub every file of snapshots/<commit> is a link into blobs/.
     homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
-    if escapes or not any(file.resolve().is_relative_to(home) for home in homes):
+    if file == folder or not any(file.resolve().is_relative_to(home) for home in homes):
         raise CheckpointError(
             f"{said_by} names the file {str(name)[:200]!r}, outside of the folder",
             remedy="do not use it, and find out where it comes from",

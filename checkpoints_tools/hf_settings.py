@@ -6,14 +6,13 @@ mmscale.json beside it instead, which is read too.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from checkpoints_tools.hf.versions_moma import NEWEST, OLDEST
+from mmscale import bounded
 from mmscale.config import Config
+from mmscale.config.schema_model import MOST_LAYERS
 from mmscale.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -44,17 +43,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing or damaged.
     """
     try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content = bounded.read_object(folder / CONFIG)
+        _check_layers(content)
     except (OSError, ValueError) as error:
-        content, why = None, str(error)
-    else:
-        why = "it holds no JSON object"
-    if not isinstance(content, dict):
         raise CheckpointError(
-            f"{folder} is damaged: {CONFIG} cannot be read: {why}",
+            f"{folder} is damaged: {CONFIG} cannot be read: {error}",
             remedy="copy the folder again, or export it again: `mmscale convert to-hf`",
-        )
+        ) from None
     return content
+
+
+def _check_layers(content: dict[str, Any]) -> None:
+    """Refuse a number of layers that no model has: transformers makes lists of that length before it looks at weights.
+
+    Raises:
+        ValueError: it is no whole number, or larger than `model.num_layers` may be.
+    """
+    layers = content.get("num_hidden_layers", 1)
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {str(layers)[:60]}, not a whole number from 1 to {MOST_LAYERS}")
 
 
 def refuse_quantised(folder: Path, content: dict[str, Any]) -> None:
@@ -91,9 +98,9 @@ def config_of_export(folder: Path, content: dict[str, Any]) -> Config:
     """
     where = folder / (CONFIG if KEY in content else _BEFORE)
     try:
-        held = content[KEY] if KEY in content else json.loads(where.read_text(encoding="utf-8"))
+        held = content[KEY] if KEY in content else bounded.read_json(where)
         return Config.model_validate(held["config"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, *bounded.BAD_CONTENT) as error:  # ValidationError is a ValueError
         raise CheckpointError(
             f"{where} holds no configuration of this version: {str(error).splitlines()[0]}",
             remedy="use the version of mmscale that wrote it",
@@ -103,10 +110,7 @@ def config_of_export(folder: Path, content: dict[str, Any]) -> Config:
 def tokenizers_of_export(folder: Path, content: dict[str, Any]) -> dict[str, str]:
     """Fingerprints of the tokenizers that the model was trained with; empty if they are not known."""
     try:
-        if KEY in content:
-            held = content[KEY]["tokenizers"]
-        else:
-            held = json.loads((folder / REPORT).read_text(encoding="utf-8"))["data"]
+        held = content[KEY]["tokenizers"] if KEY in content else bounded.read_json(folder / REPORT)["data"]
         return {name: str(held[name]) for name in TOKENIZERS}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, *bounded.BAD_CONTENT):
         return {}

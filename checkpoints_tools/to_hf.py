@@ -23,6 +23,7 @@ from checkpoints_tools.hf_settings import CONFIG, REPORT, settings
 from checkpoints_tools.hf_source import RunWeights
 from checkpoints_tools.hf_text import write_text_tokenizer
 from checkpoints_tools.hf_weights import Move, is_native, moves
+from mmscale import bounded
 from mmscale.checkpoint import integrity, publish
 from mmscale.checkpoint.integrity import Manifest
 from mmscale.checkpoint.tensors import origin_of
@@ -117,13 +118,13 @@ def export(
 def up_to_date(run: Path, step: int | None, out: Path, *, routing: str) -> dict[str, Any] | None:
     """The report of an export that stands at `out` already, is whole and of this very checkpoint; None otherwise."""
     try:
-        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        report = bounded.read_json(out / REPORT)
         now = origin_of("", RunWeights(run, step).parents)["parents"]
         then = report["origin"]["parents"]
         same = [parent["manifest"] for parent in then] == [parent["manifest"] for parent in now]
         same = same and report["model"]["routing"] in (None, routing)
         whole = same and not integrity.verify(out)
-    except (OSError, ValueError, LookupError, TypeError, integrity.DamagedError):
+    except (OSError, *bounded.BAD_CONTENT, integrity.DamagedError):
         return None
     return {"path": str(out), **report} if whole else None
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch.policy import Budget
+from mmscale import bounded
 
 _BUDGET = "budget.json"
 
@@ -15,8 +16,8 @@ _BUDGET = "budget.json"
 def load(folder: Path) -> Budget | None:
     """The budget of a launch; None if nothing was written down."""
     try:
-        return Budget(**json.loads((folder / _BUDGET).read_text()))
-    except (OSError, ValueError, TypeError):
+        return bounded.read_record(Budget, folder / _BUDGET)
+    except (OSError, ValueError):
         return None
 
 

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from launch import container, scheduler
 from launch import cordon as cordon_file
 from launch.profile import Profile
 from launch.record import Record
+from mmscale import bounded
 from mmscale.errors import LaunchError
 from mmscale.runtime.rank_env import expand_hostlist
 from slurm.preflight import clock_problems
@@ -283,7 +284,16 @@ def _once(command: Sequence[str], record: Record, environment: dict[str, str], *
         late = True
         said, errors = ((part or b"").decode(errors="replace") for part in (cut_off.stdout, cut_off.stderr))
         error = f"nothing within {timeout_s:g} s"
-    return _Output([json.loads(line) for line in said.splitlines() if line.startswith("{")], error, late, errors)
+    return _Output(list(_objects(said)), error, late, errors)
+
+
+def _objects(said: str) -> Iterator[dict[str, Any]]:
+    """The lines of an output that are JSON objects; others are what the node's software prints."""
+    for line in said.splitlines():
+        with contextlib.suppress(ValueError):
+            found = bounded.parse_json(line)
+            if isinstance(found, dict):
+                yield found
 
 
 def _main_error(text: str) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmscale.train.metrics import METRICS
+from mmscale import bounded
+from mmscale.train.metrics import METRICS, parse_line
 
 PROGRESS = "progress.json"
 _GROUPS = 256  # of an attempt; twice as many are halved
@@ -63,10 +64,10 @@ class Progress:
     def load(cls, run: Path) -> Progress:
         """What the job has written down; nothing if there is no such file, or it is of another version."""
         try:
-            found = json.loads((run / PROGRESS).read_text())
+            found = bounded.read_object(run / PROGRESS)
             attempts = {int(name): [Group(*one) for one in groups] for name, groups in found["attempts"].items()}
             return cls(int(found["offset"]), dict(found["last"]), attempts)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (FileNotFoundError, *bounded.BAD_CONTENT):
             return cls()
 
     def file(self, run: Path) -> tuple[Path, bytes]:
@@ -113,12 +114,12 @@ class Progress:
                 *whole, rest = (rest + chunk).split(b"\n")
                 for text in whole:
                     self.offset += len(text) + 1
-                    try:
-                        line = json.loads(text)
-                    except ValueError:
-                        continue
-                    if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    line = parse_line(text)
+                    if line is not None and "step" in line:
                         yield line
+                if len(rest) > bounded.LONGEST_LINE:  # no line of ours: a hole in a damaged file, for instance
+                    self.offset += len(rest)
+                    rest = b""
 
     def _add(self, line: dict[str, Any]) -> None:
         if "loss" in line:

@@ -19,6 +19,7 @@ from typing import Any
 from launch import snapshot
 from launch.profile import Profile, profile_of
 from launch.scheduler import JobState, checked
+from mmscale import bounded
 from mmscale.config import Config
 from mmscale.config.load import digest, dump
 from mmscale.errors import LaunchError, UsageError
@@ -219,8 +220,8 @@ def read_record(folder: Path) -> Record:
         LaunchError: there is none.
     """
     try:
-        return Record(**json.loads((folder / RECORD).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return bounded.read_record(Record, folder / RECORD)
+    except (OSError, ValueError) as error:
         raise LaunchError(f"{folder} is no launch folder: {error}", remedy="launch again: `mmscale launch`") from None
 
 
@@ -243,7 +244,7 @@ def set_job(folder: Path, job: JobKey, *, log: str = "") -> None:
 
 def add_job(folder: Path, job: JobKey, *, log: str = "") -> None:
     """Write down a job that goes on where those before it end."""
-    found = json.loads((folder / JOB).read_text())
+    found = bounded.read_object(folder / JOB)
     later = [one for one in found.get(LATER, []) if one["id"] != job.id]
     _write_json(folder / JOB, found | {LATER: [*later, {**asdict(job), "log": log}]})
 
@@ -271,10 +272,11 @@ def can_submit_again(folder: Path) -> bool:
 
 def _jobs(folder: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads((folder / JOB).read_text())
-        return [{"id": found["job"], **found}, *found.get(LATER, [])]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        found = bounded.read_object(folder / JOB)
+        jobs = [{"id": found["job"], **found}, *found.get(LATER, [])]
+    except (FileNotFoundError, *bounded.BAD_CONTENT):
         return []
+    return [job for job in jobs if isinstance(job, dict)]
 
 
 def ask_stop(folder: Path) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from launch.goodput import goodput
 from launch.job_states import STATES, Phase
 from launch.job_table import JobTable
 from launch.progress import Progress
+from mmscale import bounded
 from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError
@@ -60,7 +62,7 @@ def status(runs: Iterable[Path], table: JobTable | None = None) -> list[dict[str
     for run in folders:
         try:
             found.append(_one(run, jobs[run]))
-        except (MmscaleError, OSError, ValueError, KeyError, TypeError) as error:
+        except (MmscaleError, OSError, *bounded.BAD_CONTENT) as error:
             if len(folders) == 1 and isinstance(error, MmscaleError):
                 raise
             if len(folders) == 1 and isinstance(error, PermissionError):
@@ -150,7 +152,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
         "eta_s": (steps - done) * float(step_time) if going and steps is not None and step_time is not None else None,
         "tokens_per_second": last.get("tokens_per_second"),
         "slowest_rank": _slowest(last),
-        "loss": {key.removeprefix("loss/"): float(last[key]) for key in last if key.startswith("loss/")},
+        "loss": {key.removeprefix("loss/"): _number(last[key]) for key in last if key.startswith("loss/")},
         "last_checkpoint": saved,
         "last_checkpoint_age_s": None if committed is None or saved is None else max(0.0, time.time() - committed),
         "restarts": _restarts(events),
@@ -177,10 +179,18 @@ def _progress(run: Path) -> Progress:
 
 def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
     """Which rank the others waited for in a logged step, and how much longer than the median it took."""
-    median, largest = line.get("rank_time_median_s"), line.get("rank_time_max_s")
-    if not median or largest is None:
+    rank, median, largest = (line.get(name) for name in ("slowest_rank", "rank_time_median_s", "rank_time_max_s"))
+    if not median or largest is None or rank is None:
         return None
-    return {"rank": int(line["slowest_rank"]), "over_median": round(float(largest) / float(median) - 1.0, 3)}
+    return {"rank": int(rank), "over_median": round(float(largest) / float(median) - 1.0, 3)}
+
+
+def _number(value: Any) -> float:
+    """A figure of metrics.jsonl, where what is not finite is a word; NaN where it is no figure."""
+    try:
+        return float(value)
+    except bounded.BAD_CONTENT:
+        return math.nan
 
 
 def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
+from mmscale import bounded
 from mmscale.checkpoint import arrays, integrity, plain, publish
 from mmscale.checkpoint.arrays import Grid
 from mmscale.checkpoint.integrity import DamagedError, Manifest
@@ -234,7 +235,10 @@ class ArchiveTensors:
                 raise unknown_tensor(name, self._names, where=self.path)
             folder = f"{ARRAYS}/{folder_of(name)}"
             metadata = self._json(f"{folder}/{arrays.META}")
-            shards = [f"{folder}/{file}" for file in arrays.shard_files(metadata)]
+            try:
+                shards = [f"{folder}/{file}" for file in arrays.shard_files(metadata)]
+            except ValueError as error:
+                raise _damaged(self.path, [f"{folder}/{arrays.META}: {error}"]) from None
             missing = [f"{file} is missing" for file in shards if file not in self._manifest.files]
             if missing:
                 raise _damaged(self.path, missing)
@@ -244,7 +248,7 @@ class ArchiveTensors:
     def _json(self, name: str) -> Any:
         self._require([name])
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return bounded.read_json(self.path / name)
         except (OSError, ValueError) as error:
             raise _damaged(self.path, [f"{name}: {error}"]) from None
 

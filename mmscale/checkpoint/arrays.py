@@ -21,6 +21,8 @@ import tensorstore as ts
 import torch
 from torch import Tensor
 
+from mmscale import bounded
+
 Box = tuple[slice, ...]
 META = "zarr.json"
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -35,6 +37,7 @@ DTYPES = frozenset(
 # Types that the zarr v3 specification does not have: stored as integers of their bits, with the type as an attribute.
 _AS_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 _ATTRIBUTE = "dtype"
+_MOST_SHARDS = 1_000_000  # of an array: one of 100 GB has 400
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,17 @@ def shard_files(metadata: dict[str, Any]) -> list[str]:
 
     Args:
         metadata: the parsed zarr.json.
+
+    Raises:
+        ValueError: it describes no array, or more shards than any archive has.
     """
-    grid = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    counts = [range(math.ceil(size / step)) for size, step in zip(metadata["shape"], grid, strict=True)]
+    try:
+        grid = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        counts = [range(-(-size // step)) for size, step in zip(metadata["shape"], grid, strict=True)]
+    except bounded.BAD_CONTENT as error:
+        raise ValueError(f"it describes no array ({type(error).__name__})") from None
+    if math.prod(map(len, counts)) > _MOST_SHARDS:
+        raise ValueError(f"it describes more than {_MOST_SHARDS:,} shards")
     return ["/".join(["c", *map(str, corner)]) for corner in itertools.product(*counts)]
 
 

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from mmscale import bounded
 from mmscale.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
+SIGNATURE = "MANIFEST.json.sig"  # of the manifest, by signing.py; it stands beside it and is no part of it
 FORMAT = 1
 ALGORITHM = "xxh3_128"  # finds every accident at the speed of memory; it is no signature against an attacker
 _CHUNK = 4 << 20
@@ -82,7 +84,7 @@ class Manifest:
         if self.origin is None:
             del fields["origin"]
         body = json.dumps(fields, indent=1, sort_keys=True)
-        whole = {"manifest": json.loads(body), "digest": text_digest(body)}
+        whole = {"manifest": bounded.parse_json(body), "digest": text_digest(body)}
         return json.dumps(whole, indent=1, sort_keys=True) + "\n"
 
 
@@ -125,18 +127,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST
     try:
-        text = patiently(lambda: file.read_text(encoding="utf-8"), path=file)
+        text = patiently(lambda: bounded.read_text(file), path=file)
     except FileNotFoundError:
         raise NoManifestError(f"{MANIFEST} is missing") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+    except (ValueError, IsADirectoryError) as error:  # not UTF-8, far too large, or no file
         raise DamagedError(f"{MANIFEST} is damaged: {error}") from None
     _refuse_other_format(file, text)
     try:
-        parsed = json.loads(text)["manifest"]
+        parsed = bounded.parse_json(text)["manifest"]
         files = {name: FileRecord(**record) for name, record in parsed.pop("files").items()}
         manifest = Manifest(files=files, **parsed)
         same = manifest.text() == text
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except bounded.BAD_CONTENT:
         raise DamagedError(f"{MANIFEST} is damaged") from None
     if not same:
         raise DamagedError(f"{MANIFEST} is damaged: its own digest does not fit")
@@ -149,11 +151,11 @@ def _refuse_other_format(file: Path, text: str) -> None:
     Its digest covers the text of `manifest` as it is there, so damage is not taken for a newer version.
     """
     try:
-        whole = json.loads(text)
+        whole = bounded.parse_json(text)
         body = whole["manifest"]
         found = (body["format"], body["algorithm"])
         intact = whole["digest"] == text_digest(json.dumps(body, indent=1, sort_keys=True))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except bounded.BAD_CONTENT:
         return  # damaged, as the caller will find
     if intact and found != (FORMAT, ALGORITHM):
         raise CheckpointError(
@@ -163,7 +165,7 @@ def _refuse_other_format(file: Path, text: str) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below a folder by relative path, without the manifest.
+    """Bytes of every file below a folder by relative path, without the manifest and its signature.
 
     Raises:
         DamagedError: something is neither a file nor a folder: links would lead out of the checkpoint.
@@ -176,7 +178,8 @@ def sizes(folder: Path) -> dict[str, int]:
             found[name] = status.st_size
         elif not stat.S_ISDIR(status.st_mode):
             raise DamagedError(f"{name} is neither a file nor a folder")
-    found.pop(MANIFEST, None)
+    for beside in (MANIFEST, SIGNATURE):
+        found.pop(beside, None)
     return found
 
 

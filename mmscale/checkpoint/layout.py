@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale import bounded
 from mmscale.checkpoint import integrity
 from mmscale.errors import CheckpointError
 
@@ -242,20 +243,17 @@ class Store:
         """
         file = self.path(step) / INFO
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            return bounded.read_object(file)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{file} cannot be read: {error}", remedy="choose an older checkpoint: RUN@STEP"
             ) from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{file} holds no JSON object", remedy="choose an older checkpoint: RUN@STEP")
-        return content
 
     def promises_manifest(self, step: int) -> bool:
         """Whether a checkpoint was written with a manifest: without one it is damaged then, and not just old."""
         try:
             return int(self.info(step).get("format", 1)) >= INFO_FORMAT
-        except (CheckpointError, TypeError, ValueError):
+        except (CheckpointError, *bounded.BAD_CONTENT):
             return True
 
     def prune(self, keep: int, *, every: int = 0, verified: Collection[int] = ()) -> list[int]:

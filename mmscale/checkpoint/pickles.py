@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}", remedy=remedy) from None
     for name in {info.relative_path for info in metadata.storage_data.values()}:
         _check_inside(folder, name, remedy=remedy)
+    _check_sizes(file, metadata, remedy=remedy)
     return metadata
 
 
@@ -82,6 +84,27 @@ def _is_tensor(entry: Any) -> bool:
         type(chunk) is ChunkStorageMetadata and _is_shape(chunk.offsets) and _is_shape(chunk.sizes)
         for chunk in entry.chunks
     )
+
+
+def _check_sizes(file: Path, metadata: Metadata, *, remedy: str) -> None:
+    """Refuse shapes that the stored bytes cannot fill: memory is taken by the shape.
+
+    Raises:
+        CheckpointError: a tensor, or a chunk of one, is larger than what is stored of it.
+    """
+    stored = {(key.fqn, key.offset): info.length for key, info in metadata.storage_data.items()}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        filled = 0
+        for chunk in entry.chunks:
+            length = stored.get((name, chunk.offsets), stored.get((name, None), 0))
+            volume = math.prod(chunk.sizes)
+            if volume * entry.properties.dtype.itemsize <= length:
+                filled += volume
+        if math.prod(entry.size) > filled:
+            shape = "x".join(map(str, entry.size))
+            raise CheckpointError(f"{file} says that {name} is {shape}, more than is stored of it", remedy=remedy)
 
 
 def _is_shape(shape: Any) -> bool:

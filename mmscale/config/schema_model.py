@@ -12,6 +12,8 @@ from pydantic import Field
 
 from mmscale.config.section import AtLeastOne, Count, Epsilon, Fraction, Index, Name, Positive, Section, Share, setting
 
+MOST_LAYERS = 10_000
+
 
 class ModalityVocab(Section):
     """One modality's share of the vocabulary."""
@@ -161,7 +163,7 @@ class ModelConfig(Section):
     kind: Literal["dense", "moe", "moma"] = setting(
         "dense; moe: one group of mixed-modal experts; moma: a group of experts per modality.", "moma"
     )
-    num_layers: Annotated[Count, Field(le=10_000)] = setting(
+    num_layers: Annotated[Count, Field(le=MOST_LAYERS)] = setting(
         "Transformer layers, counting Mixture-of-Depths layers.", unit="layers"
     )
     hidden_size: Count = setting("Width of the residual stream.")

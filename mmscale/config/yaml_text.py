@@ -52,6 +52,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._name = name
         self._depth = 0
+        self._values = 0
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is yaml.ScalarNode:
@@ -62,6 +63,10 @@ class _Loader(yaml.SafeLoader):
         if self._depth > MAX_DEPTH:
             line = self.peek_event().start_mark.line + 1
             raise ConfigError(f"{self._name}:{line}: nested more than {MAX_DEPTH} deep", remedy="nest less deeply")
+        self._values += 1
+        if self._values > 2 * MAX_VALUES:  # keys are nodes too
+            line = self.peek_event().start_mark.line + 1
+            raise ConfigError(f"{self._name}:{line}: more than {MAX_VALUES:,} values", remedy="give less")
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale import bounded
+from mmscale.data.arrays import read_array
 from mmscale.data.image_settings import SETTINGS, write_settings
 from mmscale.data.patches import Book, Codes, Pixels, cluster, silent, to_patches
 from mmscale.errors import DataError
@@ -338,21 +340,21 @@ def load_image_tokenizer(folder: Path) -> ImageTokenizer:
     """
     file = folder / SETTINGS
     try:
-        settings = json.loads(file.read_text())
+        settings = bounded.read_object(file)
         kind = settings["kind"]
         if kind == LevelsTokenizer.kind:
             return LevelsTokenizer(settings["size"], settings["channels"], settings["levels"])
         if kind in (KMeansTokenizer.kind, ResidualTokenizer.kind):
-            codebook = np.load(folder / _CODEBOOK, allow_pickle=False)
+            codebook = read_array(folder / _CODEBOOK)
             base = KMeansTokenizer(settings["size"], settings["channels"], settings["patch"], codebook)
             if kind == KMeansTokenizer.kind:
                 return base
-            return ResidualTokenizer(base, np.load(folder / _RESIDUAL, allow_pickle=False))
+            return ResidualTokenizer(base, read_array(folder / _RESIDUAL))
         if kind == "vq":
             from mmscale.data.image_vq import VQTokenizer  # torch and transformers, which the other kinds do without
 
             return VQTokenizer.load(folder)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, AssertionError, *bounded.BAD_CONTENT) as error:
         raise DataError(
             f"image tokenizer: {folder} cannot be read: {error or type(error).__name__}",
             remedy="name a folder that holds a fitted image tokenizer, or prepare the data again",

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmscale import bounded
 from mmscale.data.image_settings import SETTINGS, write_settings
 from mmscale.data.patches import Codes, Pixels
 from mmscale.errors import DataError
@@ -80,10 +81,10 @@ class VQTokenizer:
         """
         remedy = "name a local folder of a JanusVQVAE, Emu3VQVAE or ChameleonVQVAE in data.prepare.image.path"
         try:
-            model_type = json.loads((path / "config.json").read_text()).get("model_type")
-        except (OSError, ValueError, AttributeError) as error:
+            model_type = bounded.read_object(path / "config.json").get("model_type")
+        except (OSError, ValueError) as error:
             raise DataError(f"image tokenizer: {path} is not a model folder: {error}", remedy=remedy) from error
-        name = _CLASSES.get(model_type) or _WHOLE.get(model_type)
+        name = _CLASSES.get(str(model_type)) or _WHOLE.get(str(model_type))
         if name is None:
             raise DataError(f"image tokenizer: {path} holds a model of type {model_type!r}", remedy=remedy)
         try:
@@ -200,7 +201,7 @@ class VQTokenizer:
     @classmethod
     def load(cls, folder: Path) -> VQTokenizer:
         """Read what `save` wrote."""
-        settings = json.loads((folder / SETTINGS).read_text())
+        settings = bounded.read_object(folder / SETTINGS)
         loaded = cls.from_pretrained(folder / _MODEL, size=settings["size"], channels=settings["channels"])
         return cls(loaded.model, size=settings["size"], mean=settings["mean"], std=settings["std"])
 
@@ -221,6 +222,6 @@ def _quiet() -> Iterator[None]:
 
 def _normalisation(path: Path, channels: int) -> tuple[list[float], list[float]]:
     file = path / "preprocessor_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
+    settings = bounded.read_object(file) if file.is_file() else {}
     mean, std = (settings.get(key) or [0.5] * channels for key in ("image_mean", "image_std"))
     return [float(value) for value in mean], [float(value) for value in std]

@@ -5,7 +5,6 @@ It reads only; nothing here trains or encodes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ import PIL.Image
 import PIL.ImageDraw
 from numpy.typing import NDArray
 
+from mmscale import bounded
 from mmscale.data import image_tokens
 from mmscale.data.documents import TRAIN
 from mmscale.data.encode import IMAGE
@@ -96,7 +96,7 @@ def _image_summary(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
         return None
     tokenizer = open_image_tokenizer(folder)
     try:
-        measured = json.loads((folder / image_tokens.FOLDER / image_tokens.QUALITY).read_text())
+        measured = bounded.read_object(folder / image_tokens.FOLDER / image_tokens.QUALITY)
     except (OSError, ValueError):
         measured = {}
     return {

@@ -6,21 +6,23 @@ file is found before the first step.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from mmscale import bounded
 from mmscale.config import Config, DataSource
+from mmscale.data.arrays import read_array
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MOST_BYTES = 1 << 30  # of a manifest: it has 200 bytes for each part
 NO_TOKENIZER = "none"  # fingerprint of the image tokenizer of a data set without images
 TRAIN, HELD_OUT = "train", "validation"  # splits that `mmscale data prepare` writes
 # Documents start with a token of the first modality: BOS, or BOI where there is none. It is nobody's label.
@@ -32,6 +34,18 @@ class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError("it leads out of the folder")
+    return name
+
+
+# A file of the data set, relative to its folder.
+Inside = Annotated[str, AfterValidator(_inside)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+
+
 class Part(_Entry):
     """One Megatron IndexedDataset (`<prefix>.bin`, `<prefix>.idx`) and its per-document table (`<prefix>.meta.npy`).
 
@@ -39,11 +53,11 @@ class Part(_Entry):
     (bit m set: labels of modality m are trained on).
     """
 
-    prefix: str  # relative to the data set's folder, without suffix
-    documents: int
-    tokens: dict[str, int]  # tokens per modality
-    bin_bytes: int
-    idx_bytes: int
+    prefix: Inside  # relative to the data set's folder, without suffix
+    documents: Count
+    tokens: dict[str, Count]  # tokens per modality
+    bin_bytes: Count
+    idx_bytes: Count
 
 
 class Split(_Entry):
@@ -65,7 +79,7 @@ class Task(_Entry):
     """A question the data defines: documents of which one span is the answer (see `<file>`: JSONL)."""
 
     name: str
-    file: str  # JSONL: {"ids": [...], "answer": [start, end], "choices": [[ids], ...]}, relative
+    file: Inside  # JSONL: {"ids": [...], "answer": [start, end], "choices": [[ids], ...]}, relative
     kind: Literal["choice"] = "choice"
 
 
@@ -78,7 +92,7 @@ class Manifest(_Entry):
     vocabulary: str  # Vocabulary.fingerprint
     text_tokenizer: str  # fingerprint
     image_tokenizer: str  # fingerprint
-    tokens_per_image: int
+    tokens_per_image: Count
     splits: dict[str, Split]
     tasks: tuple[Task, ...] = ()
     rejected: int = 0
@@ -122,8 +136,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise DataError(f"data: {folder} is not a prepared data set (no {MANIFEST})", remedy=f"{prepare} to its end")
     try:
-        manifest = Manifest.model_validate(json.loads(file.read_text()))
-    except (json.JSONDecodeError, ValidationError) as error:
+        manifest = Manifest.model_validate(bounded.read_json(file, most=MOST_BYTES))
+    except (OSError, ValueError) as error:  # ValidationError is one
         raise DataError(f"data: {file} is damaged: {str(error).splitlines()[0]}", remedy=f"{prepare} again") from error
     if manifest.format != FORMAT:
         raise DataError(
@@ -250,8 +264,8 @@ def read_table(folder: Path, part: Part) -> np.ndarray:
     """
     file = folder / f"{part.prefix}.meta.npy"
     try:
-        table = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        table = read_array(file)
+    except (OSError, ValueError) as error:
         raise DataError(f"data: {file} cannot be read: {error}", remedy="run `mmscale data prepare` again") from error
     if table.shape != (part.documents, len(part.tokens) + 1):
         raise DataError(

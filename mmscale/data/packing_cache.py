@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.data.arrays import read_array
 from mmscale.data.packing import Packing, check_lengths, pack_epoch
 from mmscale.data.source import Source
 
@@ -173,7 +174,7 @@ class PackedStream:
         path = self._file(number)
         try:
             # Mapped: the processes of a node share one copy in the page cache.
-            content = np.load(path, mmap_mode="r", allow_pickle=False)
+            content = read_array(path, mapped=True)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, EOFError) as error:

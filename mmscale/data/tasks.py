@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmscale.data.manifest import Manifest
+from mmscale import bounded
+from mmscale.data.manifest import MOST_BYTES, Manifest
 from mmscale.data.parts import write_whole
 from mmscale.errors import DataError
 
@@ -63,12 +64,12 @@ def read_task(folder: Path, manifest: Manifest, name: str) -> list[TaskItem]:
     file = folder / found[0].file
     items = []
     try:
-        for line in file.read_text().splitlines():
-            fields = json.loads(line)
+        for line in bounded.read_bytes(file, most=MOST_BYTES).splitlines():
+            fields = bounded.parse_json(line)
             start, end = fields["answer"]
             item = TaskItem(tuple(fields["ids"]), (start, end), tuple(tuple(choice) for choice in fields["choices"]))
             item.right  # noqa: B018  raises if the answer is none of the choices
             items.append(item)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *bounded.BAD_CONTENT) as error:
         raise DataError(f"data: {file} is damaged: {error}", remedy="run `mmscale data prepare` again") from error
     return items

@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mmscale import bounded
 from mmscale.data.vocab import SPECIAL_TOKENS
 from mmscale.errors import DataError
 
 FOLDER = "text_tokenizer"
 FILE = "tokenizer.json"
+_MOST_BYTES = 256 << 20  # of a tokenizer.json; those of 256,000 words have about 35 MB
 _BYTES = 256
 
 
@@ -85,7 +87,7 @@ class TextTokenizer:
             DataError: the file is missing, damaged, of a kind whose ids cannot be moved, or too large.
         """
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = bounded.read_json(file, most=_MOST_BYTES)
             tokenizer = Tokenizer.from_str(json.dumps(_with_our_specials(content, file)))
         except DataError:
             raise

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mmscale import bounded
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError
 from mmscale.report.charts import modalities_of
@@ -122,10 +122,8 @@ def differences(some: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]
 def environment(run: Path) -> dict[str, Any]:
     """environment.json by dotted key, lists as they are; empty if there is none that can be read."""
     try:
-        content = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        content = bounded.read_object(run / "environment.json")
     except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict):
         return {}
     flat = dict(_flat(content))
     diff = flat.get("git.diff")

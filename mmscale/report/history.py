@@ -20,7 +20,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from mmscale.train.metrics import EVAL, METRICS
+from mmscale import bounded
+from mmscale.train.metrics import EVAL, METRICS, is_count
 
 Floats = NDArray[np.float64]
 
@@ -124,7 +125,7 @@ def _read_part(file: Path, begin: int, end: int) -> _Tables:
             lines.seek(begin - 1)
             lines.readline()  # the rest of a line that began before
         place = lines.tell()
-        for line in lines:
+        for line in bounded.lines(lines):
             if place >= end:
                 break
             tables.add(place, line)
@@ -147,7 +148,7 @@ class _Table:
             return
         try:
             block = np.array(self.rows, dtype=np.float64)
-        except (ValueError, TypeError):  # a word or a list where a number should be
+        except (ValueError, TypeError, OverflowError):  # a word or a list where a number should be
             block = np.array([[_number(value) for value in row] for row in self.rows])
         block[np.isnan(block)] = np.inf  # written, so measured
         self.blocks.append(np.ascontiguousarray(block.T))
@@ -162,10 +163,10 @@ class _Tables:
     def add(self, place: int, line: bytes) -> None:
         try:
             record = orjson.loads(line)
-        except orjson.JSONDecodeError:
+        except ValueError:
             self.torn += not line.isspace()
             return
-        if type(record) is not dict or type(record.get("step")) is not int:
+        if type(record) is not dict or "step" not in record or not _is_placed(record):
             self.torn += 1
             return
         keys = tuple(record)
@@ -182,10 +183,14 @@ class _Tables:
             table.flush()
 
 
+def _is_placed(record: dict[str, Any]) -> bool:
+    return is_count(record["step"]) and is_count(record.get("attempt", 0)) and is_count(record.get("rollback", 0))
+
+
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return np.nan
 
 

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from mmscale.train.metrics import LAYERS
+from mmscale import bounded
+from mmscale.train.metrics import LAYERS, is_count
 
 RECORDS = 60
 BYTES = 900_000  # of JSON, of one run
@@ -65,22 +66,22 @@ def _without_pairs(record: dict[str, Any]) -> dict[str, Any]:
 
 def _spread(lines: BinaryIO, size: int, *, records: int, limit: int) -> Iterator[dict[str, Any]]:
     """Whole records at evenly spread places of a file."""
-    first = lines.readline()
+    first = lines.readline(bounded.LONGEST_LINE)
     length, record = max(1, len(first)), _record(first)
     slim = length if record is None else len(orjson.dumps(_without_pairs(record)))
     number = max(2, min(records, limit // (2 * slim)))
     if size <= number * length:
         lines.seek(0)
-        yield from filter(None, map(_record, lines))
+        yield from filter(None, map(_record, bounded.lines(lines)))
         return
     places = [round(i * (size - length) / (number - 1)) for i in range(number)]
     last = -1
     for place in places:
         lines.seek(max(0, place - 1))
         if place > 0:
-            lines.readline()  # to the next beginning; the byte before it tells whether this is one
+            lines.readline(bounded.LONGEST_LINE)  # to the next beginning; the byte before it tells whether this is one
         begin = lines.tell()
-        line = lines.readline()
+        line = lines.readline(bounded.LONGEST_LINE)
         if not line and place == places[-1]:  # the last line is longer than the first
             line, begin = _last_line(lines, size, length)
         record = _record(line)
@@ -90,21 +91,34 @@ def _spread(lines: BinaryIO, size: int, *, records: int, limit: int) -> Iterator
 
 
 def _last_line(lines: BinaryIO, size: int, length: int) -> tuple[bytes, int]:
-    reach = length
+    reach, limit = length, min(size, bounded.LONGEST_LINE)
     while True:
-        reach = min(size, 2 * reach)
+        reach = min(limit, 2 * reach)
         lines.seek(size - reach)
         tail = lines.read(reach).rstrip(b"\n")
         cut = tail.rfind(b"\n")
-        if cut >= 0 or reach == size:
+        if cut >= 0 or reach == limit:
             return tail[cut + 1 :], size - reach + cut + 1
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError:
+    except ValueError:
         return None
-    if isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("layers"), dict):
-        return record
-    return None
+    whole = isinstance(record, dict) and is_count(record.get("step")) and _are_layers(record.get("layers"))
+    return record if whole else None
+
+
+def _are_layers(layers: Any) -> bool:
+    """Whether these are figures by name, of each layer by its number; experts' by group and modality."""
+    return isinstance(layers, dict) and all(
+        number.isdecimal() and isinstance(layer, dict) and _are_dicts(layer.get("experts", {}), depth=2)
+        for number, layer in layers.items()
+    )
+
+
+def _are_dicts(value: Any, *, depth: int) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return depth == 0 or all(_are_dicts(inner, depth=depth - 1) for inner in value.values())

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale import bounded
 from mmscale.resilience.lease import inode
 from mmscale.resilience.snapshot_files import Marker
 
@@ -65,7 +66,7 @@ def read_index(run: Path) -> list[Generation]:
     A folder that was renamed keeps them.
     """
     try:
-        content = json.loads((run / INDEX).read_text(encoding="utf-8"))
+        content = bounded.read_json(run / INDEX)
         if content["format"] != FORMAT or content.get("folder", inode(run)) != inode(run):
             return []
         return [
@@ -78,7 +79,7 @@ def read_index(run: Path) -> list[Generation]:
             )
             for entry in content["generations"]
         ]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, *bounded.BAD_CONTENT):
         return []
 
 

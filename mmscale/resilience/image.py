@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmscale import bounded
 from mmscale.resilience.parity import ALIGN
 from mmscale.resilience.snapshot_files import UnusableError
 from mmscale.runtime import device
@@ -124,7 +125,7 @@ def read(buffer: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         magic, header, length = _FIXED.unpack(buffer[: _FIXED.size].numpy().tobytes())
         if magic != _MAGIC or length != buffer.numel() or header > length - _FIXED.size:
             raise UnusableError("no image of a snapshot")
-        content = json.loads(buffer[_FIXED.size : _FIXED.size + header].numpy().tobytes())
+        content = bounded.parse_json(buffer[_FIXED.size : _FIXED.size + header].numpy().tobytes())
         tensors = {}
         for name, dtype, shape, offset, size in content["tensors"]:
             if min([0, *shape]) < 0 or math.prod(shape) * _DTYPES[dtype].itemsize != size:
@@ -133,7 +134,7 @@ def read(buffer: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise UnusableError(f"{name} stands outside of the image")
             tensors[name] = _view(buffer, offset, _DTYPES[dtype], torch.Size(shape))
         return tensors, dict(content["plain"])
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, RuntimeError, *bounded.BAD_CONTENT) as error:  # RuntimeError: torch, of a shape
         raise UnusableError(f"an image with a header that is not readable ({type(error).__name__})") from None
 
 

@@ -26,6 +26,8 @@ from typing import Any
 
 import xxhash
 
+from mmscale import bounded
+
 ROOT = Path("/dev/shm")  # noqa: S108  memory, and it outlives a process; folders in it are private and have random names
 SLOTS = (0, 1)
 SOCKET, LOG = "guard.sock", "guard.log"
@@ -76,13 +78,13 @@ class Marker:
             UnusableError: it is no marker, or one of another version.
         """
         try:
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = bounded.parse_json(text)
             if content.pop("format") != FORMAT:
                 raise UnusableError("a commit marker of another version")
             for name in ("members", "lengths", "digests"):
                 content[name] = tuple(content[name])
             marker = cls(**content)
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except bounded.BAD_CONTENT:
             raise UnusableError("a commit marker that is not readable") from None
         whole = all(isinstance(value, int) for value in (*marker.members, *marker.lengths, marker.step, marker.serial))
         if not whole or not len(marker.members) == len(marker.lengths) == len(marker.digests):

@@ -31,6 +31,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from mmscale import bounded
+
 HUNG = 76  # exit status: a crash, for the launcher
 FOLDER = "hang"
 _FLOOR_S, _FACTOR = 300.0, 10.0
@@ -245,8 +247,8 @@ def reports(folder: Path) -> list[Report]:
     found = []
     for file in (folder / FOLDER).glob("rank_*.json"):
         try:
-            found.append(Report(**json.loads(file.read_text())))
-        except (OSError, ValueError, TypeError):
+            found.append(bounded.read_record(Report, file))
+        except (OSError, ValueError):
             continue
     return sorted(found, key=lambda report: report.rank)
 

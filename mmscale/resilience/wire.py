@@ -14,6 +14,8 @@ import socket
 import struct
 from typing import Any
 
+from mmscale import bounded
+
 HANDSHAKE_S = 10.0
 _NONCE = 32
 _ME = struct.Struct("<I")
@@ -95,7 +97,7 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
     (size,) = _HEADER.unpack(first + _exactly(connection, _HEADER.size - 1))
     if size > _MOST_HEADER:
         raise RefusedError("a frame with a header of impossible size")
-    header = json.loads(_exactly(connection, size))
+    header = bounded.parse_json(_exactly(connection, size))
     if not isinstance(header, dict):
         raise RefusedError("a frame without a header")
     return header

@@ -21,6 +21,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from mmscale import bounded
 from mmscale.runtime.disk_writer import Appended, DiskWriter
 from mmscale.train.backends import Backends
 from mmscale.train.held_out import EVAL
@@ -45,6 +46,8 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 LAYERS = "layers.jsonl"
 CUT_SHORT = "evaluation_cut_short"  # an event, with the step
+
+LARGEST = 1 << 53  # of a count or a time: what a float has exactly
 
 _log = logging.getLogger(__name__)
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -192,7 +195,7 @@ def evaluation_cut_short(run_dir: Path, step: int) -> bool:
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events in the order they were written."""
-    return list(_read_lines(run_dir / EVENTS))
+    return [event for event in _read_lines(run_dir / EVENTS) if "event" in event and "time" in event]
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -202,16 +205,47 @@ def _line(record: Mapping[str, Any]) -> bytes:
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, text in enumerate(file, start=1):
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError:
-                if text.strip():
-                    _log.info("%s:%d is torn and left out", path, number)
-                continue
-            if isinstance(record, dict):
+    with path.open("rb") as file:
+        for number, line in enumerate(bounded.lines(file), start=1):
+            record = parse_line(line)
+            if record is not None:
                 yield record
+            elif line.strip():
+                _log.info("%s:%d is torn and left out", path, number)
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """A line of the logs, without the fields that every reader counts with where they are no numbers.
+
+    Returns:
+        None where the line is no JSON object, or does not say which attempt wrote it.
+    """
+    try:
+        record = bounded.parse_json(line.decode("utf-8", "replace"))
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not is_count(record.get("attempt", 0)):
+        return None
+    wrong = [name for name, fits in _COUNTED.items() if name in record and not fits(record[name])]
+    for name in wrong:
+        del record[name]
+    return record
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number that counts something."""
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LARGEST  # NaN is not
+
+
+_COUNTED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "rollback"), is_count),
+    **dict.fromkeys(("time", "since", "step_time_s", "save_stall_s", "eval_s"), _is_time),
+    **dict.fromkeys(("event", "launch", "why", "cause"), lambda value: isinstance(value, str)),
+}
 
 
 def _time(record: Mapping[str, Any]) -> tuple[int, int]:

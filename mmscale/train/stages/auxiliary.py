@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.core.transformer.module import Float16Module
 
+from mmscale import bounded
 from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.manager import CheckpointManager
@@ -133,7 +134,7 @@ class AuxiliaryStage:
 
     def _is_reported(self) -> bool:
         try:
-            report = json.loads((self.given.folder / REPORT).read_text())
+            report = bounded.read_object(self.given.folder / REPORT)
         except (OSError, ValueError):
             return False
         # Reports from before they named their step stand.

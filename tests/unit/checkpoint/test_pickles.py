@@ -123,6 +123,29 @@ def test_a_broken_index_is_an_error_in_words(tmp_path: Path, content: bytes) -> 
         read_metadata(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(10**12,), (2, 10**12), (10**6, 10**6, 10**6), (2**62, 2), (3, 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("chunked", ["whole", "chunk too", "chunks that are not stored"])
+def test_shapes_that_nothing_fills(tmp_path: Path, shape: tuple[int, ...], chunked: str) -> None:
+    """Memory is taken by the shape, before a byte is read."""
+    content = index()
+    entry = content.state_dict_metadata["weight"]
+    assert isinstance(entry, TensorStorageMetadata)
+    entry.size = torch.Size(shape)
+    if chunked == "chunk too":
+        entry.chunks = [ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))]
+    elif chunked != "whole":
+        entry.chunks *= 1000
+        assert content.storage_data is not None
+        content.storage_data = {MetadataIndex("weight", torch.Size([0, 1])): _StorageInfo("__0_0.distcp", 0, 12)}
+    (tmp_path / METADATA).write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=r"says that weight is .* more than is stored of it"):
+        read_metadata(tmp_path)
+
+
 CLASSES = (*strict_pickle._RECORDS, *strict_pickle._ENUMERATIONS, OrderedDict, torch.Size)
 
 

@@ -1,0 +1,437 @@
+"""Small files from outside: whatever they hold, reading ends soon, in words, and takes little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints_tools.hf_files import INDEX as WEIGHTS_INDEX
+from checkpoints_tools.hf_files import ModelFiles
+from checkpoints_tools.hf_settings import CONFIG, config_of_export, is_ours, read_config, tokenizers_of_export
+from launch import budget, record
+from launch.goodput import goodput
+from launch.policy import Budget
+from launch.progress import PROGRESS, Progress
+from launch.status import status
+from mmscale import bounded
+from mmscale.checkpoint import arrays, integrity
+from mmscale.checkpoint.layout import Store
+from mmscale.config.load import load
+from mmscale.data.arrays import read_array
+from mmscale.data.manifest import Manifest, Part, Split, Task, read_manifest
+from mmscale.data.tasks import read_task
+from mmscale.errors import CheckpointError, MmscaleError
+from mmscale.report import history
+from mmscale.report.facts import environment, results
+from mmscale.report.layers import layers_of
+from mmscale.report.timeline import timeline_of
+from mmscale.resilience import generations, snapshot_files, watchdog
+from mmscale.train.metrics import EVENTS, LAYERS, METRICS, next_attempt, read_events, read_metrics
+
+# --- the helper -------------------------------------------------------------------------------------------------------
+
+DEEP = {
+    "lists": "[" * 100_000,
+    "closed lists": "[" * 100_000 + "]" * 100_000,
+    "objects": '{"a":' * 50_000 + "1" + "}" * 50_000,
+    "just too deep": "[" * (bounded.DEEPEST + 1) + "]" * (bounded.DEEPEST + 1),
+    "behind many": json.dumps([[]] * 1000 + [json.loads("[" * 100 + "]" * 100)]),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("kind", [str, str.encode])
+def test_deep_json(name: str, kind: Callable[[str], str | bytes]) -> None:
+    with pytest.raises(ValueError, match=r"nested more than 64 deep"):
+        bounded.parse_json(kind(DEEP[name]))
+
+
+def test_what_is_within_the_bounds_is_read() -> None:
+    deepest = "[" * bounded.DEEPEST + "]" * bounded.DEEPEST
+    for text in (
+        deepest,
+        '"' + "[{" * 1000 + '"',
+        "[" + "[]," * 1000 + "1]",
+        str(1 << 127),
+        "-1.5e300",
+        "null",
+        "[NaN]",
+    ):
+        found = bounded.parse_json(text)
+        assert repr(found) == repr(json.loads(text)) and repr(bounded.parse_json(text.encode())) == repr(found)
+
+
+@pytest.mark.parametrize("text", ["1" * 65, '{"a": [-' + "9" * 4000 + "]}"])
+def test_numbers_that_no_float_holds(text: str) -> None:
+    with pytest.raises(ValueError, match="digits"):
+        bounded.parse_json(text)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large", "missing", "not UTF-8"])
+def test_what_is_no_small_file(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(file)  # opening it would wait for ever
+    elif kind == "device":
+        file = Path("/dev/zero")
+    elif kind == "folder":
+        file = tmp_path
+    elif kind == "large":
+        with file.open("wb") as stream:
+            stream.truncate(1 << 40)  # sparse
+    elif kind == "not UTF-8":
+        file.write_bytes(b'"\xff"')
+    with pytest.raises((OSError, ValueError), match=r"regular file|bytes, more than|No such file|Is a dir|codec"):
+        bounded.read_json(file)
+
+
+@dataclass(frozen=True)
+class Example:
+    name: str
+    counts: dict[str, int]
+    more: tuple[int, ...] = ()
+
+
+def test_records_are_of_their_types() -> None:
+    whole = Example("a", {"b": 1}, (1, 2))
+    assert bounded.record(Example, json.loads(json.dumps(asdict(whole)))) == whole
+    for wrong in (None, [], {}, {"name": "a"}, {"name": None, "counts": {}}, {"name": "a", "counts": [], "more": 1}):
+        with pytest.raises(ValueError):  # noqa: PT011
+            bounded.record(Example, wrong)
+    with pytest.raises(ValueError, match="other fields than counts, more, name"):
+        bounded.record(Example, {"name": "a", "counts": {}, "other": 1})
+
+
+def test_a_file_without_line_ends_comes_in_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"a\n" + bytes(100) + b"\nb")
+    with file.open("rb") as stream:
+        assert list(bounded.lines(stream, longest=40)) == [b"a\n", bytes(40), bytes(40), bytes(20) + b"\n", b"b"]
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def npy(shape: str, *, dtype: str = "<i8", body: bytes = b"", order: str = "False") -> bytes:
+    head = f"{{'descr': '{dtype}', 'fortran_order': {order}, 'shape': {shape}, }}"
+    head = head.ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + body
+
+
+ARRAYS = {
+    "a trillion": npy("(1000000000000,)"),
+    "a product beyond 64 bits": npy("(4294967296, 4294967296, 4294967296)"),
+    "negative": npy("(-1,)", body=bytes(8)),
+    "objects": npy("(1,)", dtype="|O", body=bytes(8)),
+    "texts": npy("(1,)", dtype="<U2", body=bytes(8)),
+    "cut off": npy("(2,)", body=bytes(8)),
+    "more behind it": npy("(1,)", body=bytes(16)),
+    "a program": npy("(__import__('os').system('false'),)"),
+    "a long header": npy("(" + "1," * 30_000 + ")"),
+    "a deep header": npy("(" * 5_000 + ")" * 5_000),
+    "a pickle": b"\x80\x04]\x94.",
+    "an archive": b"PK\x03\x04" + bytes(40),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_promise_too_much(tmp_path: Path, name: str, mapped: bool) -> None:
+    (tmp_path / "a.npy").write_bytes(ARRAYS[name])
+    began = time.process_time()
+    with pytest.raises((ValueError, OSError)):
+        read_array(tmp_path / "a.npy", mapped=mapped)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("array", [np.arange(6).reshape(2, 3), np.zeros((0, 3), np.uint16), np.float32(2), np.ones(3)])
+def test_arrays_are_read(tmp_path: Path, array: Any) -> None:
+    np.save(tmp_path / "a.npy", array)
+    for mapped in (False, True):
+        found = read_array(tmp_path / "a.npy", mapped=mapped)
+        np.testing.assert_array_equal(found, array)
+        assert found.dtype == np.asarray(array).dtype
+
+
+def test_archives_with_too_many_shards() -> None:
+    grid = {"chunk_grid": {"configuration": {"chunk_shape": [1, 1]}}}
+    for wrong in ([10**6, 10**6], [10**12], None, ["a", 1], [[], 1]):
+        with pytest.raises(ValueError, match="it describes"):
+            arrays.shard_files({**grid, "shape": wrong})
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+_ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(20)
+)
+YAML = {
+    "a billion laughs": _ALIASES,
+    "merges": "a: &a {x: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{','.join(['*a'] * 9)}]}}\n" for i in range(2000)),
+    "itself": "a: &a [*a]\n",
+    "deep": "a: " + "[" * 100_000,
+    "deep block": "- " * 100_000,
+    "many": "a: [" + "x," * 120_000 + "]",
+    "many keys": "\n".join(f"a{i}: 1" for i in range(30_000)),
+    "layers": "model: {num_layers: 200000000}",
+    "digits": "train: {steps: " + "9" * 200_000 + "}",
+    "tags": "a: !!python/object/apply:os.system [false]\n",
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_configurations_that_take_for_ever(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(YAML[name])
+    began = time.process_time()
+    with pytest.raises(MmscaleError) as raised:
+        load(file)
+    assert raised.value.remedy and len(raised.value.cause) < 20_000
+    assert time.process_time() - began < 2  # 0.1 to 0.8 s
+
+
+# --- every reader -----------------------------------------------------------------------------------------------------
+
+_DIGEST = integrity.FileRecord(3, integrity.text_digest("abc"))
+_MANIFEST = integrity.Manifest(2, 1, "c", "0.2", {"world_size": 2}, {"a.distcp": _DIGEST})
+_PART = Part(prefix="train/00000", documents=0, tokens={"text": 0}, bin_bytes=0, idx_bytes=0)
+_DATA = Manifest(
+    format=1,
+    modalities=("text",),
+    ranges=((0, 300),),
+    vocabulary="v",
+    text_tokenizer="t",
+    image_tokenizer="none",
+    tokens_per_image=0,
+    splits={"train": Split(parts=(_PART,))},
+)
+_GENERATION = {"name": "n", "attempt": 1, "identity": {}, "groups": [[0, 1]], "folders": ["/dev/shm/x"]}
+_EVENTS = [
+    {"time": 1.0, "attempt": 1, "event": "launch", "since": 0.5, "launch": "001"},
+    {"time": 2.0, "attempt": 1, "event": "start", "step": 0},
+    {"time": 3.0, "attempt": 1, "event": "save_committed", "step": 2},
+    {"time": 5.0, "attempt": 1, "event": "ranks_ended", "status": 1, "cause": "rank 0", "over": False},
+    {"time": 6.0, "attempt": 2, "event": "resume", "step": 2},
+    {"time": 8.0, "attempt": 2, "event": "finish", "step": 4},
+]
+_FIGURES = {"loss": 2.0, "loss/text": 2.0, "step_time_s": 0.1, "save_stall_s": 0.0, "eval_s": 0.0, "time": 3.0}
+_METRICS = [
+    {"step": 1, "attempt": 1, **_FIGURES, "tokens_per_second": 5.0},
+    {"step": 2, "attempt": 1, **_FIGURES, "slowest_rank": 1, "rank_time_median_s": 0.1, "rank_time_max_s": 0.2},
+    {"step": 3, "attempt": 2, "rollback": 1, **_FIGURES},
+    {"step": 3, "attempt": 2, "rollback": 1, "eval/loss/text": 1.5},
+]
+_LAYER = {"experts": {"up": {"text": {"load": [0.5, 0.5], "coselection": [[0, 1]]}}}, "norm": 1.0}
+_RECORD = {"folder": "f", "run": "r", "cwd": "c", "cluster": "x", "profile": {}, "nodes": 1, "tasks_per_node": 1}
+_JOB = {"job": "12", "cluster": "c", "name": "n", "submitted": "s", "log": "l"}
+_MARKER = {"members": [0, 1], "lengths": [3, 3], "digests": ["a", "b"], "rank": 0, "step": 1, "serial": 2}
+
+
+def _manifest(folder: Path) -> Any:
+    """With a digest of its own that fits: whoever changes a manifest can compute it."""
+    file = folder / integrity.MANIFEST
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        manifest = json.loads(file.read_text())["manifest"]
+        whole = {"manifest": manifest, "digest": integrity.text_digest(json.dumps(manifest, indent=1, sort_keys=True))}
+        file.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+    try:
+        return integrity.verify(folder, step=2)
+    except integrity.NoManifestError:
+        return None
+
+
+def _run(folder: Path) -> Any:
+    """All that a report and `status` compute of a run's logs."""
+    events, told = read_events(folder), history.read(folder)
+    goodput(events, read_metrics(folder), now=10.0)
+    timeline = timeline_of(events, told, begin=0.0, goodput=goodput)
+    timeline.as_json()
+    results(told, timeline=timeline, events=events)
+    layers_of(folder)
+    environment(folder)
+    next_attempt(folder)
+    return status([folder])
+
+
+def _model(folder: Path) -> Any:
+    content = read_config(folder)
+    return is_ours(folder, content) and config_of_export(folder, content), tokenizers_of_export(folder, content)
+
+
+@dataclass(frozen=True)
+class Reader:
+    file: str
+    content: Any
+    read: Callable[[Path], Any]
+    lines: bool = False
+
+
+READERS = {
+    "manifest of a checkpoint": Reader(integrity.MANIFEST, json.loads(_MANIFEST.text()), _manifest),
+    "info of a checkpoint": Reader(
+        "checkpoints/step_00000002/mmscale.json",
+        {"format": 2},
+        lambda folder: (store := Store.of_run(folder)).info(2) and store.promises_manifest(2),
+    ),
+    "manifest of data": Reader("manifest.json", json.loads(_DATA.model_dump_json()), read_manifest),
+    "task": Reader(
+        "tasks.jsonl",
+        [{"ids": [1, 2, 3], "answer": [1, 2], "choices": [[2], [5]]}],
+        lambda folder: read_task(
+            folder, _DATA.model_copy(update={"tasks": (Task(name="t", file="tasks.jsonl"),)}), "t"
+        ),
+        lines=True,
+    ),
+    "generations": Reader(
+        generations.INDEX, {"format": generations.FORMAT, "generations": [_GENERATION]}, generations.read_index
+    ),
+    "hang reports": Reader(
+        f"{watchdog.FOLDER}/rank_0.json",
+        asdict(watchdog.Report(0, "h", 1, 2, 3.0, True, ["a"])),
+        lambda folder: (found := watchdog.reports(folder)) and watchdog.culprits(found, world_size=2),
+    ),
+    "launch": Reader(record.RECORD, _RECORD, record.read_record),
+    "job": Reader(record.JOB, _JOB, lambda folder: (record.keys_of(folder), record.job_log(folder, "12"))),
+    "budget": Reader("budget.json", asdict(Budget()), budget.load),
+    "progress": Reader(
+        PROGRESS, {"offset": 0, "last": {}, "attempts": {"1": [[1, 0.1, 0.0, 0.0, True]]}}, Progress.load
+    ),
+    "config of a model": Reader(CONFIG, {"num_hidden_layers": 2, "mmscale": {"config": {}, "tokenizers": {}}}, _model),
+    "index of weights": Reader(WEIGHTS_INDEX, {"weight_map": {"a": "model.safetensors"}}, ModelFiles),
+    "events": Reader(EVENTS, _EVENTS, _run, lines=True),
+    "metrics": Reader(METRICS, _METRICS, _run, lines=True),
+    "layers": Reader(LAYERS, [{"step": 1, "attempt": 1, "layers": {"0": _LAYER}}] * 2, _run, lines=True),
+    "environment": Reader("environment.json", {"git": {"diff": "x"}, "packages": ["a"]}, _run),
+}
+# What readers raise in words of their own, besides errors of ours.
+IN_WORDS = (MmscaleError, integrity.DamagedError, snapshot_files.UnusableError)
+
+
+def place(reader: Reader, folder: Path, text: str | bytes) -> None:
+    file = folder / reader.file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+    (folder / "config.yaml").write_text("train: {steps: 4}\n")
+    for logged, lines in ((EVENTS, _EVENTS), (METRICS, _METRICS)):
+        if file.name != logged and reader.read is _run:
+            (folder / logged).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def text_of(reader: Reader, content: Any) -> str:
+    if reader.lines and isinstance(content, list):
+        return "".join(json.dumps(line) + "\n" for line in content)
+    return json.dumps(content)
+
+
+def read_in_words(reader: Reader, folder: Path) -> Any:
+    """What it read, or the error that said why not; anything but words fails, and so does more than a second."""
+    began = time.process_time()
+    try:
+        found: Any = reader.read(folder)
+    except IN_WORDS as error:
+        found = error
+    assert not isinstance(found, Exception) or len(str(found)) < 2000
+    assert time.process_time() - began < 1
+    return found
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers_read_what_is_right(tmp_path: Path, name: str) -> None:
+    reader = READERS[name]
+    place(reader, tmp_path, text_of(reader, reader.content))
+    read_in_words(reader, tmp_path)
+
+
+TEXTS: dict[str, str | bytes] = {
+    **DEEP,
+    "empty": b"",
+    "NUL": bytes(1000),
+    "not UTF-8": b"\xff\xfe{",
+    "half": b'{"a": ',
+    "null": b"null",
+    "a list": b"[]",
+    "a number": b"1e999",
+    "digits": b'{"format": ' + b"9" * 5000 + b"}",
+    "a surrogate": b'{"event": "\\ud800", "time": 1}',
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_reader_stumbles(tmp_path: Path, name: str) -> None:
+    for text in TEXTS.values():
+        place(READERS[name], tmp_path, text)
+        read_in_words(READERS[name], tmp_path)
+
+
+_WRONG: tuple[Any, ...] = (None, True, -1, 0, 1.5, 2**53 + 1, 10**30, 1e308, math.inf, math.nan, "", "x", "nan", "../x")
+_VALUES = st.sampled_from([*_WRONG, "\ud800", [], {}, [None], [[]], {"a": None}, [1, "x"], [10**12] * 3])
+
+
+@st.composite
+def changed(draw: st.DrawFn, content: Any) -> Any:
+    """A value with one of its parts replaced or left out."""
+    if not isinstance(content, dict | list) or not content or draw(st.integers(0, 9)) == 0:
+        return draw(_VALUES)
+    keys = list(content) if isinstance(content, dict) else list(range(len(content)))
+    key = draw(st.sampled_from(keys))
+    copy = dict(content) if isinstance(content, dict) else list(content)
+    if draw(st.integers(0, 4)) == 0:
+        del copy[key]
+    else:
+        copy[key] = draw(changed(content[key]))
+    return copy
+
+
+def fuzz(name: str, data: st.DataObject, folder: Path) -> None:
+    reader = READERS[name]
+    content = data.draw(changed(reader.content))
+    for _ in range(data.draw(st.integers(0, 2))):
+        content = data.draw(changed(content))
+    place(reader, folder, text_of(reader, content))
+    read_in_words(reader, folder)
+
+
+_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=_FOLDER)
+@given(name=st.sampled_from(sorted(READERS)), data=st.data())
+def test_changed_files_are_read_or_refused_in_words(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    fuzz(name, data, tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", READERS)
+@settings(deadline=None, max_examples=5000, suppress_health_check=_FOLDER)
+@given(data=st.data())
+def test_many_changed_files(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    fuzz(name, data, tmp_path)
+
+
+@pytest.mark.parametrize("layers", [200_000_000, 10**15, 0, -1, "2", None, 1.5, True])
+def test_a_model_with_too_many_layers(tmp_path: Path, layers: Any) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps({"num_hidden_layers": layers}))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is .* not a whole number from 1 to"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["../train/00000", "/etc/passwd", "a/../../b", "", "a\\b"])
+def test_parts_of_a_data_set_stay_inside_it(tmp_path: Path, prefix: str) -> None:
+    content = json.loads(_DATA.model_dump_json())
+    content["splits"]["train"]["parts"][0]["prefix"] = prefix
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(MmscaleError, match="is damaged"):
+        read_manifest(tmp_path)

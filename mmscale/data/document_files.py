@@ -5,17 +5,19 @@ Every slice can be read without reading what stands before it. What a record may
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import importlib
-import json
+import io
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+from mmscale import bounded
 from mmscale.data.documents import (
     KEYS,
     BadDocumentError,
@@ -32,6 +34,11 @@ _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "p
 _IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 _OF_A_PAIR = ("id", "loss", "group", "split")  # keys of a pair's .json that are read beside its caption
 _READ_BYTES = 1 << 20
+# Bounds on one record, whatever a file promises: a sparse archive of 2 kB may claim members of 20 GB.
+MOST_LINE = 64 << 20  # bytes of JSON
+MOST_SAMPLE = 256 << 20  # bytes of all members of a sample of an archive
+MOST_MEMBERS = 10_000  # of a sample
+_ROWS_A_BYTE = 8  # of a parquet file, at most: nulls take no room
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def _scan(file: Path, slice_records: int, ignore: tuple[str, ...]) -> list[FileS
         elif kind == "parquet":
             opened = _open_parquet(file)
             _check_columns(file, opened.schema_arrow.names, ignore)
-            total = opened.metadata.num_rows
+            total = _rows(file, opened)
             digest, starts = _digest(file), [0] * -(-total // slice_records)
         else:
             digest = _digest(file)
@@ -148,15 +155,25 @@ def _digest(file: Path) -> str:
 
 
 def _scan_jsonl(file: Path, slice_records: int) -> tuple[str, list[int], int]:
-    digest, starts, lines, offset = hashlib.sha256(), [], 0, 0
+    digest, starts, lines, offset = hashlib.sha256(), list[int](), 0, 0
+    begins = True
     with file.open("rb", buffering=_READ_BYTES) as stream:
-        for line in stream:
-            if lines % slice_records == 0:
+        for piece in bounded.lines(stream):
+            if begins and lines % slice_records == 0:
                 starts.append(offset)
-            digest.update(line)
-            offset += len(line)
-            lines += 1
+            lines += begins
+            digest.update(piece)
+            offset += len(piece)
+            begins = piece.endswith(b"\n")
     return digest.hexdigest(), starts, lines
+
+
+def _read_line(stream: BinaryIO) -> bytes | None:
+    """The next line; None for one that is longer than MOST_LINE, of which nothing is kept."""
+    line = piece = stream.readline(MOST_LINE)
+    while len(piece) == MOST_LINE and not piece.endswith(b"\n"):
+        piece = stream.readline(MOST_LINE)
+    return line if piece is line else None
 
 
 def _read_jsonl(part: FileSlice) -> Iterator[Document | Rejected]:
@@ -164,13 +181,16 @@ def _read_jsonl(part: FileSlice) -> Iterator[Document | Rejected]:
     with part.path.open("rb", buffering=_READ_BYTES) as stream:
         stream.seek(part.offset)
         for number in range(part.first + 1, part.first + part.count + 1):
-            line = stream.readline()
+            line = _read_line(stream)
+            where = f"{part.path.name}:{number}"
+            if line is None:
+                yield Rejected(where, where, f"the line is longer than {MOST_LINE:,} bytes")
+                continue
             if not line.strip():
                 continue
-            where = f"{part.path.name}:{number}"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not JSON
+                record = bounded.parse_json(line)
+            except ValueError as error:  # ValueError: not UTF-8 or not JSON
                 reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"broken JSON: {error}"
                 yield Rejected(where, where, reason)
                 continue
@@ -204,6 +224,21 @@ def _check_columns(file: Path, columns: Sequence[str], ignore: Sequence[str]) ->
         )
 
 
+def _rows(file: Path, opened: Any) -> int:
+    """Records of a parquet file.
+
+    Raises:
+        DataError: it promises more than it has room for; lists of that length are made of them.
+    """
+    rows: int = opened.metadata.num_rows
+    if not 0 <= rows <= _ROWS_A_BYTE * file.stat().st_size:
+        raise DataError(
+            f"documents: {file} says that it has {rows:,} rows, in {file.stat().st_size:,} bytes",
+            remedy="mend or remove it",
+        )
+    return rows
+
+
 def _read_parquet(part: FileSlice) -> Iterator[Document | Rejected]:
     resolve = folder_resolver(part.path.parent)
     opened = _open_parquet(part.path)
@@ -227,8 +262,8 @@ def _plain(record: Mapping[str, Any]) -> Mapping[str, Any]:
         value = plain.get(key)
         if isinstance(value, str) and value[:1] in "[{":
             try:
-                plain[key] = json.loads(value)
-            except (ValueError, RecursionError):
+                plain[key] = bounded.parse_json(value)
+            except ValueError:
                 plain[key] = None
     return plain
 
@@ -238,8 +273,12 @@ def _plain(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
     """Neighbouring regular members that share the name up to the first dot of the file name (WebDataset's rule)."""
-    key, members = "", list[tarfile.TarInfo]()
+    key, members, end = "", list[tarfile.TarInfo](), -1
     for member in archive:
+        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw
+        if member.size < 0 or member.offset <= end:  # it would be read again and again
+            raise tarfile.ReadError(f"{member.name} has an impossible size")
+        end = member.offset
         if not member.isreg():  # links and devices are never followed
             continue
         path = PurePosixPath(member.name)
@@ -248,14 +287,40 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarIn
             yield key, members
             members = []
         key = name
-        members.append(member)
+        if len(members) <= MOST_MEMBERS:
+            members.append(member)
     if members:
         yield key, members
 
 
+class _Stream(io.BufferedReader):
+    """A file of which no more is read at once than a sample may have: headers may promise anything."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MOST_SAMPLE:
+            raise tarfile.ReadError(f"a header or a member of {size} bytes")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _open_tar(file: Path, *, offset: int = 0) -> Iterator[tarfile.TarFile]:
+    """An archive, read from an offset on.
+
+    Raises:
+        tarfile.TarError: whatever is wrong with it. tarfile raises almost anything on damaged headers.
+    """
+    try:
+        with _Stream(io.FileIO(file)) as stream:
+            stream.seek(offset)
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                yield archive
+    except (EOFError, MemoryError, *bounded.BAD_CONTENT) as error:
+        raise tarfile.ReadError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
 def _scan_tar(file: Path, slice_records: int) -> tuple[list[int], int]:
     starts, total = [], 0
-    with tarfile.open(file, "r:") as archive:
+    with _open_tar(file) as archive:
         for _, members in _samples(archive):
             if total % slice_records == 0:
                 starts.append(members[0].offset)
@@ -264,19 +329,30 @@ def _scan_tar(file: Path, slice_records: int) -> tuple[list[int], int]:
 
 
 def _read_tar(part: FileSlice) -> Iterator[Document | Rejected]:
-    with part.path.open("rb") as stream:
-        stream.seek(part.offset)
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            for number, (key, members) in enumerate(_samples(archive)):
-                if number == part.count:
-                    return
-                files = {}
-                for member in members:
-                    opened = archive.extractfile(member)
-                    assert opened is not None  # regular members only
-                    files[PurePosixPath(member.name).name.partition(".")[2]] = opened.read()
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw
-                yield _parse_sample(key, files, where=f"{part.path.name}:{key}", ignore=part.ignore)
+    with _open_tar(part.path, offset=part.offset) as archive:
+        for number, (key, members) in enumerate(_samples(archive)):
+            if number == part.count:
+                return
+            where = f"{part.path.name}:{key}"
+            if reason := _too_large(members):
+                yield Rejected(where, key, reason)
+                continue
+            files = {}
+            for member in members:
+                opened = archive.extractfile(member)
+                assert opened is not None  # regular members only
+                files[PurePosixPath(member.name).name.partition(".")[2]] = opened.read()
+            yield _parse_sample(key, files, where=where, ignore=part.ignore)
+
+
+def _too_large(members: Sequence[tarfile.TarInfo]) -> str:
+    """Why the members of a sample are not read; "" if they are."""
+    if any(member.issparse() for member in members):
+        return "a member is sparse: it may claim any size"
+    total = sum(member.size for member in members)
+    if total > MOST_SAMPLE:
+        return f"the sample has {total:,} bytes, more than {MOST_SAMPLE:,}"
+    return f"the sample has more than {MOST_MEMBERS:,} members" if len(members) > MOST_MEMBERS else ""
 
 
 def _parse_sample(
@@ -286,8 +362,8 @@ def _parse_sample(
     record: Any = {}
     if "json" in files:
         try:
-            record = json.loads(files["json"])
-        except (ValueError, RecursionError) as error:
+            record = bounded.parse_json(files["json"])
+        except ValueError as error:
             return Rejected(where, key, f"broken JSON: {error}")
     if not isinstance(record, Mapping) or "content" not in record:
         record = _pair(key, files, record if isinstance(record, Mapping) else {})

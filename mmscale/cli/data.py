@@ -1,4 +1,4 @@
-# `mmscale data prepare` and `mmscale data inspect`: calls data/prepare.py and data/inspect_set.py.
+# `mmscale data prepare`, `inspect` and `verify`: calls data/prepare.py, data/inspect_set.py and data/digests.py.
 # What a document or a data set is stands there, not here.
 """Commands about data."""
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.output import Json, Overrides, emit, pairs
-from mmscale.errors import UsageError
+from mmscale.errors import DataError, UsageError
 
 app = typer.Typer(help="Prepare data sets and look into them.", no_args_is_help=True)
 
@@ -107,6 +107,38 @@ def inspect(
     drawn = inspect_set.draw_sample(folder, sample, out, split=split)
     rows = [("text", drawn["text"]), ("tokens", _counts(drawn["tokens"])), ("drawn on", drawn["sheet"])]
     emit(drawn, as_json=as_json, text=lambda: pairs(rows))
+
+
+@app.command("verify", epilog="Example: mmscale data verify data/digits")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")], as_json: Json = False
+) -> None:
+    """Read and hash every file of a data set.
+
+    Exit status 3 if a file is not what was prepared. Data sets of older versions have no digests: sizes are compared.
+    """
+    from mmscale.data import digests
+    from mmscale.data.manifest import read_manifest
+
+    read_manifest(folder)
+    wanted = digests.read(folder)
+    damaged = dict(digests.verify(folder, wanted or {}))
+    result = {"folder": str(folder), "digests": wanted is not None, "files": len(wanted or {}), "damaged": damaged}
+    emit(result, as_json=as_json, text=lambda: _verdict(result))
+    if damaged:
+        name, what = next(iter(damaged.items()))
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        raise DataError(
+            f"data: {folder / name} {what}{more}",
+            remedy="copy the data set again; or delete that part's files and run `mmscale data prepare` again",
+        )
+
+
+def _verdict(result: dict[str, Any]) -> None:
+    words = f"{result['files'] - len(result['damaged'])} of {result['files']} files are as they were prepared"
+    if not result["digests"]:
+        words = "no digests: it was prepared by an older version; files are there and of their sizes"
+    pairs([("data set", result["folder"]), ("verified", words), *result["damaged"].items()])
 
 
 def _summary(result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale import bounded
+from mmscale.data.digests import Hasher
 from mmscale.data.documents import TRAIN, VALIDATION, Document, DocumentSlice, Rejected
 from mmscale.data.encode import DocumentEncoder, Encoded
-from mmscale.data.manifest import Part
+from mmscale.data.manifest import MOST_BYTES, Part
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 
@@ -90,6 +92,9 @@ class PartWriter:
         folder: the data set.
         prefix: relative to the folder, without suffix.
         vocabulary: id ranges; an id outside is a bug of the caller and stops the writer, as numpy would wrap it.
+
+    Attributes:
+        digests: of the files by their paths relative to the folder, once they are finished.
     """
 
     def __init__(self, folder: Path, prefix: str, vocabulary: Vocabulary) -> None:
@@ -98,6 +103,8 @@ class PartWriter:
         self._lengths: list[int] = []
         self._rows: list[NDArray[np.int64]] = []
         self._stream: BinaryIO | None = None
+        self._hasher = Hasher()
+        self.digests: dict[str, str] = {}
 
     def _path(self, suffix: str) -> Path:
         return self.folder / (self.prefix + suffix)
@@ -112,7 +119,9 @@ class PartWriter:
         if self._stream is None:
             self._path("").parent.mkdir(parents=True, exist_ok=True)
             self._stream = self._path(".bin.tmp").open("wb")
-        self._stream.write(encoded.ids.astype(self.dtype).tobytes())
+        content = encoded.ids.astype(self.dtype).tobytes()
+        self._stream.write(content)
+        self._hasher.update(content)
         self._lengths.append(len(encoded.ids))
         self._rows.append(np.append(encoded.tokens, encoded.loss))
 
@@ -129,6 +138,10 @@ class PartWriter:
             with self._path(suffix + ".tmp").open("wb") as stream:
                 stream.write(data)
                 _sync(stream)
+            whole = Hasher()
+            whole.update(data)
+            self.digests[self.prefix + suffix] = whole.hexdigest()
+        self.digests[self.prefix + ".bin"] = self._hasher.hexdigest()
         _publish([(self._path(suffix + ".tmp"), self._path(suffix)) for suffix in SUFFIXES])
         tokens = dict(zip(self.vocabulary.names, table[:, :-1].sum(axis=0).tolist(), strict=True))
         sizes = [self._path(suffix).stat().st_size for suffix in (".bin", ".idx")]
@@ -222,6 +235,7 @@ class FinishedPart:
     splits: dict[str, Part]
     rejected: tuple[Rejected, ...]
     sizes: dict[str, int]  # relative path -> bytes, of every file of the part
+    digests: dict[str, str] = field(default_factory=dict)  # likewise; empty: made before digests were kept
 
 
 class StoppedError(Exception):
@@ -271,7 +285,8 @@ def build_part(
                     rejected.append(result)
             advance(len(chunk))
         splits = {split: part for split, writer in writers.items() if (part := writer.finish()) is not None}
-        finished = FinishedPart(job.digest, splits, tuple(rejected), _sizes(folder, splits))
+        digests = {name: digest for writer in writers.values() for name, digest in writer.digests.items()}
+        finished = FinishedPart(job.digest, splits, tuple(rejected), _sizes(folder, splits), digests)
         content = asdict(finished) | {"splits": {name: part.model_dump() for name, part in splits.items()}}
         (folder / DONE).mkdir(exist_ok=True)
         write_whole(folder / DONE / f"{job.name}.json", json.dumps(content, indent=1).encode())
@@ -305,14 +320,15 @@ def _sizes(folder: Path, splits: dict[str, Part]) -> dict[str, int]:
 def read_finished(folder: Path, job: PartJob) -> FinishedPart | None:
     """The record of a part that needs no work; None if it is missing, damaged, of another input, or lacks a file."""
     try:
-        content = json.loads((folder / DONE / f"{job.name}.json").read_text())
+        content = bounded.read_json(folder / DONE / f"{job.name}.json", most=MOST_BYTES)
         finished = FinishedPart(
             content["digest"],
             {name: Part.model_validate(part) for name, part in content["splits"].items()},
             tuple(Rejected(**rejected) for rejected in content["rejected"]),
             content["sizes"],
+            dict(content.get("digests", {})),
         )
         whole = finished.digest == job.digest and _sizes(folder, finished.splits) == finished.sizes
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *bounded.BAD_CONTENT):
         return None
     return finished if whole else None

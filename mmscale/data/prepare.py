@@ -1,7 +1,7 @@
 """`mmscale data prepare`: documents to a data set that is there whole or not at all, resumable and bit-identical.
 
-Order on disk: source.json (what it is made from), tokenizers, parts, rejected.jsonl, tasks, manifest.json. Until the
-manifest stands there nothing loads; what is finished before is kept when the run is broken off at any moment.
+Order on disk: source.json (what it is made from), tokenizers, parts, rejected.jsonl, tasks, digests.json, manifest.
+Until the manifest stands there nothing loads; what is finished before is kept when the run is broken off at any moment.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmscale import bounded
 from mmscale.config import Config, PrepareConfig
-from mmscale.data import image_tokens, tasks, text_tokens
+from mmscale.data import digests, image_tokens, tasks, text_tokens
 from mmscale.data.build import WorkSetup, build_parts
 from mmscale.data.digits import TASK as DIGIT_TASK
 from mmscale.data.digits import digit_slices, digit_task
@@ -26,7 +27,17 @@ from mmscale.data.documents import DocumentSlice
 from mmscale.data.emoji import TASK as EMOJI_TASK
 from mmscale.data.emoji import emoji_slices, emoji_task
 from mmscale.data.fit_tokenizers import image_tokenizer, text_tokenizer
-from mmscale.data.manifest import FORMAT, MANIFEST, NO_TOKENIZER, Manifest, Split, Task, read_manifest, write_manifest
+from mmscale.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    MOST_BYTES,
+    NO_TOKENIZER,
+    Manifest,
+    Split,
+    Task,
+    read_manifest,
+    write_manifest,
+)
 from mmscale.data.parts import (
     DONE,
     SPLITS,
@@ -46,8 +57,9 @@ SOURCE = "source.json"
 REJECTED = "rejected.jsonl"
 _LOCK = ".lock"
 _ENCODING = 1  # raised when the same documents would become other ids
+_TOKENIZERS = (text_tokens.FOLDER, image_tokens.FOLDER)
 # What a data set's folder may hold, in the order in which --overwrite removes it: first what makes it one.
-_OWN = (MANIFEST, REJECTED, *SPLITS, DONE, tasks.FOLDER, text_tokens.FOLDER, image_tokens.FOLDER, ".cache", SOURCE)
+_OWN = (MANIFEST, digests.DIGESTS, REJECTED, *SPLITS, DONE, tasks.FOLDER, *_TOKENIZERS, ".cache", SOURCE)
 
 
 def prepare(
@@ -146,11 +158,23 @@ def _prepare(
         rejected=len(rejected),
         source=source["digest"],
     )
+    with reporter.part("digests"):
+        write_whole(out / digests.DIGESTS, digests.text(_digests(out, parts, manifest)))
     write_manifest(out, manifest)
     _report(reporter, out, manifest, "is prepared")
     for note in shared_content(out, manifest).notes():
         reporter.say(note)
     return manifest
+
+
+def _digests(out: Path, parts: Sequence[FinishedPart], manifest: Manifest) -> dict[str, str]:
+    """Of every file that training, evaluation and drawing read, but the manifest."""
+    known = {name: digest for part in parts for name, digest in part.digests.items()}
+    others = [out / name for part in parts for name in part.sizes if name not in known]
+    others += [out / task.file for task in manifest.tasks]
+    for folder in _TOKENIZERS:
+        others += sorted(file for file in (out / folder).rglob("*") if file.is_file())
+    return digests.collect(out, known, others)
 
 
 def _questions(settings: PrepareConfig, setup: WorkSetup) -> Iterator[tuple[str, list[tasks.TaskItem]]]:
@@ -288,10 +312,9 @@ def _begin(out: Path, source: dict[str, Any], *, overwrite: bool) -> None:
 
 def _read_source(file: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text())
+        return bounded.read_object(file, most=MOST_BYTES)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,0 +1,124 @@
+"""Digests of every file of a prepared data set, and whether the files still are what was prepared.
+
+A flipped bit in a `.bin` file is another token, which nothing else notices. Knows no tokens and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+
+from mmscale import bounded
+from mmscale.errors import DataError
+
+DIGESTS = "digests.json"
+_FORMAT = 1
+_ALGORITHM = "xxh3_128"
+_MOST_BYTES = 1 << 30
+_CHUNK = 4 << 20
+
+
+class Hasher:
+    """The digest of a file while it is written."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, content: bytes) -> None:
+        """These bytes come next."""
+        self._state.update(content)
+
+    def hexdigest(self) -> str:
+        """Of all bytes so far."""
+        return self._state.hexdigest()
+
+
+def digest_of(file: Path, *, stopped: Callable[[], bool] = lambda: False) -> str | None:
+    """The digest of a file, hexadecimal.
+
+    Args:
+        file: read in chunks; the interpreter's lock is free meanwhile.
+        stopped: asked between chunks whether to give up; the result is None then.
+    """
+    state = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            if stopped():
+                return None
+            state.update(buffer[:count])
+    return state.hexdigest()
+
+
+def text(found: Mapping[str, str]) -> bytes:
+    """The content of digests.json.
+
+    Args:
+        found: digest of each file by its path relative to the data set's folder.
+    """
+    content = {"format": _FORMAT, "algorithm": _ALGORITHM, "files": dict(sorted(found.items()))}
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def collect(folder: Path, known: Mapping[str, str], more: Iterable[Path]) -> dict[str, str]:
+    """Digests of a data set's files: those that are known, and those of further files, which are read."""
+    found = dict(known)
+    for file in more:
+        digest = digest_of(file)
+        assert digest is not None
+        found[file.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def read(folder: Path) -> dict[str, str] | None:
+    """Digests by relative path; None: the data set is from before they were kept.
+
+    Raises:
+        DataError: digests.json is damaged, or of another version.
+    """
+    file = folder / DIGESTS
+    try:
+        content = bounded.read_object(file, most=_MOST_BYTES)
+        same = (content["format"], content["algorithm"]) == (_FORMAT, _ALGORITHM)
+        files = {str(name): str(digest) for name, digest in content["files"].items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, *bounded.BAD_CONTENT) as error:
+        raise DataError(f"data: {file} cannot be read: {error!r}", remedy="copy or prepare the data again") from None
+    if not same:
+        raise DataError(f"data: {file} is of another version", remedy="use the version of mmscale that prepared it")
+    outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name]
+    if outside:
+        raise DataError(
+            f"data: {file} names {outside[0]!r}, outside of the data set", remedy="copy or prepare the data again"
+        )
+    return files
+
+
+def verify(
+    folder: Path, wanted: Mapping[str, str], *, stopped: Callable[[], bool] = lambda: False
+) -> Iterable[tuple[str, str]]:
+    """Files that are not what was prepared, with what is wrong, one by one.
+
+    Args:
+        folder: of the data set.
+        wanted: from `read`.
+        stopped: asked between chunks whether to give up.
+
+    Raises:
+        OSError: the storage refuses a file; that says nothing about what it holds.
+    """
+    for name, digest in wanted.items():
+        try:
+            found = digest_of(folder / name, stopped=stopped)
+        except (FileNotFoundError, NotADirectoryError):
+            yield name, "is missing"
+            continue
+        if found is None:
+            return
+        # Read twice: a bit that flips in this host's memory or on the way is no damage of the file.
+        if found != digest and digest_of(folder / name, stopped=stopped) == found:
+            yield name, "has another content than was prepared"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmscale.checkpoint import integrity
+from mmscale.checkpoint import integrity, signing
 from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
 from mmscale.checkpoint.kinds import wrong_types
 from mmscale.checkpoint.layout import ARRAYS, Store, is_archive
@@ -82,6 +82,60 @@ def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
     steps = [chosen] if step is not None else store.steps()
     rows = [_with_types(store.path(one), _verified(store.path(one), one)) for one in steps]
     return {"run": str(run), "whole": all(row["whole"] for row in rows), "checkpoints": rows}
+
+
+def sign(run: Path, key: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Sign checkpoints that are whole: all of a run, one of them, or an archive.
+
+    Args:
+        run: the run's folder, or an archive.
+        key: of ssh.
+        step: one checkpoint; None: all.
+
+    Returns:
+        `signed`: step and signature of each.
+
+    Raises:
+        CheckpointError: there is none, or one is damaged; nothing is signed then.
+        UsageError: the key cannot be used.
+    """
+    found = verify(run, step=step)
+    damaged = [row for row in found["checkpoints"] if not row["whole"]]
+    if damaged:
+        raise CheckpointError(
+            f"step {damaged[0]['step']} of {run} is damaged: {integrity.describe(damaged[0]['problems'])}",
+            remedy="sign whole ones only: RUN@STEP",
+        )
+    folders = _folders(run, found)
+    return {
+        "run": str(run),
+        "signed": [{"step": step, "path": str(signing.sign(folder, key))} for step, folder in folders.items()],
+    }
+
+
+def with_signers(run: Path, found: dict[str, Any], signers: Path) -> dict[str, Any]:
+    """What `verify` found, with `signer` of each checkpoint: one that no allowed key has signed is not whole.
+
+    Args:
+        run: as it was given to `verify`.
+        found: what that returned.
+        signers: file of allowed signers.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    folders = _folders(run, found)
+    rows = []
+    for row in found["checkpoints"]:
+        name, problem = signing.signer(folders[row["step"]], signers)
+        problems = [*row["problems"], *([problem] if problem else [])]
+        rows.append(row | {"signer": name, "whole": not problems, "problems": problems})
+    return found | {"whole": all(row["whole"] for row in rows), "checkpoints": rows}
+
+
+def _folders(run: Path, found: dict[str, Any]) -> dict[int | None, Path]:
+    store = None if found.get("archive") else open_store(run)
+    return {row["step"]: run if store is None else store.path(row["step"]) for row in found["checkpoints"]}
 
 
 def _verified(folder: Path, step: int | None) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from mmscale.cli.train import split_step
 from mmscale.errors import CheckpointError, UsageError
 
 app = typer.Typer(
-    help="List, show, verify, compare, prune, archive, restore, reshard and average checkpoints.", no_args_is_help=True
+    help="List, show, verify, sign, compare, prune, archive, restore, reshard and average checkpoints.",
+    no_args_is_help=True,
 )
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 RunAtStep = Annotated[
@@ -123,15 +124,24 @@ def _contents(result: dict[str, Any]) -> None:
 
 
 @app.command("verify", epilog="Example: mmscale ckpt verify runs/quickstart")
-def verify(run: RunAtStep, as_json: Json = False) -> None:
+def verify(
+    run: RunAtStep,
+    signers: Annotated[
+        Path | None,
+        typer.Option("--signers", metavar="FILE", help="Allowed signers, see ssh-keygen(1): one must have signed."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Read and hash every file of a checkpoint, or of all of a run.
 
-    Exit status 4 if anything is damaged.
+    Exit status 4 if anything is damaged, or is not signed by an allowed key.
     """
     from checkpoints_tools import folders
 
     folder, step = split_step(run)
     result = folders.verify(folder, step=step)
+    if signers is not None:
+        result = folders.with_signers(folder, result, signers)
     emit(result, as_json=as_json, text=lambda: _verdicts(result))
     bad = [str(row["step"]) for row in result["checkpoints"] if not row["whole"]]
     if bad:
@@ -146,7 +156,29 @@ def verify(run: RunAtStep, as_json: Json = False) -> None:
 def _verdicts(result: dict[str, Any]) -> None:
     for row in result["checkpoints"]:
         said = f"whole, {row['files']} files, {size(row['bytes'])}" if row["whole"] else "; ".join(row["problems"])
-        console().print(f"step {row['step']}: {said}", markup=False)
+        by = f", signed by {row['signer']}" if row.get("signer") else ""
+        console().print(f"step {row['step']}: {said}{by}", markup=False)
+
+
+@app.command("sign", epilog="Example: mmscale ckpt sign runs/quickstart --key ~/.ssh/id_ed25519")
+def sign(
+    run: RunAtStep,
+    key: Annotated[
+        Path, typer.Option("--key", metavar="KEY", help="Key of ssh: without a passphrase, or in ssh-agent.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Verify and sign a checkpoint, or all of a run, with a key of ssh: MANIFEST.json.sig.
+
+    `mmscale ckpt verify --signers FILE` checks it, on any host.
+    """
+    from checkpoints_tools import folders
+
+    folder, step = split_step(run)
+    result = folders.sign(folder, key, step=step)
+    emit(
+        result, as_json=as_json, text=lambda: pairs([(f"step {row['step']}", row["path"]) for row in result["signed"]])
+    )
 
 
 @app.command("restore-bad", epilog="Example: mmscale ckpt restore-bad runs/quickstart@1200")

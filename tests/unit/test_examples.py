@@ -37,8 +37,11 @@ NOT_RUN = {
     "logs": "goes on until it is interrupted",
     "stop": "a run of a cluster",
     "resume": "a run of a cluster",
-    **{f"ckpt {name}": "a trained run" for name in ("list", "show", "verify", "diff", "prune", "archive", "restore")},
-    **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "upcycle", "restore-bad")},
+    **{
+        f"ckpt {name}": "a trained run"
+        for name in ("list", "show", "verify", "sign", "diff", "prune", "archive", "restore")
+    },
+    **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "upcycle", "restore-bad", "sign")},
     **{f"convert {name}": "a trained run" for name in ("to-hf", "from-hf")},
     **{f"bench {benchmark.name}": "takes minutes, or a GPU" for benchmark in _BENCHMARKS},
 }
@@ -119,6 +122,7 @@ RUN: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], tuple[str, 
     "launch": (digits, (), ()),
     "data prepare": (corpus, ("data/corpus/manifest.json",), ()),
     "data inspect": (digits, (), ()),
+    "data verify": (digits, (), ()),
     "report": (lambda folder: compared(folder, "dense", "moma"), ("report.html",), ()),
     "compare": (lambda folder: compared(folder, "dense", "4t4i", "moe8x"), ("eta.png",), ()),
     "scaling fit": (scaled, ("scaling.png",), ("--bootstrap", "2")),

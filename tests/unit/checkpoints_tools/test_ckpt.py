@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmscale.checkpoint import integrity
-from mmscale.checkpoint.integrity import MANIFEST
+from mmscale.checkpoint import integrity, signing
+from mmscale.checkpoint.integrity import MANIFEST, SIGNATURE
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.cli import main
@@ -126,6 +128,68 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ckpt(capsys, "verify", f"{run}@30")["whole"] is True
     (Store.of_run(run).path(30) / MANIFEST).unlink()
     assert ckpt(capsys, "verify", f"{run}@30", status=4)["checkpoints"][0]["problems"] == [f"{MANIFEST} is missing"]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys `ours` and `theirs`, one with a passphrase, and a file of allowed signers that has ours."""
+    folder = tmp_path_factory.mktemp("keys")
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("there is no ssh-keygen")
+    for name, passphrase in (("ours", ""), ("theirs", ""), ("locked", "passphrase")):
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-C", name, "-f", str(folder / name)]
+        subprocess.run(command, check=True, timeout=60)
+    signer = f'release@us namespaces="{signing.NAMESPACE}" {(folder / "ours.pub").read_text()}'
+    (folder / "signers").write_text(signer)
+    return folder
+
+
+def test_sign_and_verify(run: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = ckpt(capsys, "sign", run, "--key", keys / "ours")
+    assert [row["step"] for row in result["signed"]] == [10, 20, 30]
+    assert ckpt(capsys, "verify", run)["whole"] is True  # the signature is no extra file
+    result = ckpt(capsys, "verify", run, "--signers", keys / "signers")
+    assert result["whole"] is True and {row["signer"] for row in result["checkpoints"]} == {"release@us"}
+    assert ckpt(capsys, "list", run)["checkpoints"][0]["files"] > 3
+
+
+@pytest.mark.parametrize("attack", ["unsigned", "another key", "another checkpoint's", "a manifest that fits", "bytes"])
+def test_what_is_not_signed_is_not_taken(
+    run: Path, keys: Path, attack: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Digests find accidents; whoever can write into the folder writes a manifest that fits, and no signature."""
+    folder, other = Store.of_run(run).path(20), Store.of_run(run).path(10)
+    ckpt(capsys, "sign", f"{run}@20", "--key", keys / ("theirs" if attack == "another key" else "ours"))
+    ckpt(capsys, "sign", f"{run}@10", "--key", keys / "ours")
+    said = "its signature does not fit"
+    if attack == "unsigned":
+        (folder / SIGNATURE).unlink()
+        said = "it is not signed"
+    elif attack == "another key":
+        said = "nobody in"
+    elif attack == "another checkpoint's":
+        shutil.copyfile(other / SIGNATURE, folder / SIGNATURE)
+    elif attack == "bytes":
+        (folder / SIGNATURE).write_bytes(b"garbage")
+        said = "nobody in"
+    else:
+        damage(run, 20)
+        manifest = integrity.read_manifest(folder)
+        files = integrity.digests(folder, manifest.files)
+        (folder / MANIFEST).write_text(dataclasses.replace(manifest, files=files).text())
+        assert ckpt(capsys, "verify", f"{run}@20")["whole"] is True  # so much for digests
+    result = ckpt(capsys, "verify", f"{run}@20", "--signers", keys / "signers", status=4)
+    (row,) = result["checkpoints"]
+    assert said in row["problems"][-1] and row["signer"] == "" and not row["whole"]
+
+
+def test_keys_that_cannot_sign(run: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no key" in ckpt(capsys, "sign", run, "--key", keys / "none", status=2)
+    assert "cannot sign" in ckpt(capsys, "sign", run, "--key", keys / "locked", status=2)
+    assert "allowed signers" in ckpt(capsys, "verify", run, "--signers", keys / "none", status=2)
+    damage(run, 20)
+    assert "step 20 of" in ckpt(capsys, "sign", run, "--key", keys / "ours", status=4)
+    assert not list(run.rglob("*.sig"))
 
 
 def test_diff(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,12 +18,13 @@ TE := $(VENV)/transformer-engine
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
 
-.PHONY: docs help quickstart test test-all lint pytest matrices transformer-engine apptainer soak preempted killed clean
+.PHONY: docs help quickstart test test-all lint pytest matrices transformer-engine apptainer security soak preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
 	@echo "make test         install, lint and run the tests"
 	@echo "make test-all     the same, and every combination of layouts and features (tests marked exhaustive)"
+	@echo "make security     hostile inputs and fuzzers, about an hour"
 	@echo "make lint         ruff, mypy and import contracts only"
 	@echo "make docs         the documentation as a site in .site; fails on a broken link"
 	@echo "make soak         200 random kills of a run, which ends with the same numbers"
@@ -111,6 +112,14 @@ $(DOCS): $(STAMP)
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site: .site/index.html"
+
+# Files, pickles, images and archives that want to do harm, and changed ones by the ten thousands: about an hour.
+SECURITY := tests/unit/test_bounded.py tests/unit/test_wheel.py tests/unit/checkpoint/test_pickles.py \
+  tests/unit/data/test_hostile_files.py tests/unit/data/test_documents.py tests/unit/data/test_digests.py \
+  tests/unit/checkpoints_tools/test_image_bounds.py tests/unit/checkpoints_tools/test_ckpt.py \
+  tests/unit/config/test_load.py tests/end_to_end/test_secrets.py
+security: $(STAMP)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "exhaustive or not exhaustive" $(SECURITY)
 
 # The suite does 30.
 KILLS := 200

@@ -51,5 +51,6 @@ def test_no_artefact_holds_a_secret(config: Path, tmp_path: Path, monkeypatch: p
     )
     assert holding(tmp_path, CANARY.encode()) == []
     assert not any(CANARY in text for text in said)
+    assert [path for path in files if path.stat().st_mode & 0o6113] == []  # nothing runs, and only its owner writes
     (tmp_path / "leak").write_bytes(b"\0" + CANARY.encode())  # the search finds what is there
     assert holding(tmp_path, CANARY.encode()) == ["leak"]

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmscale import bounded
 from mmscale.errors import LaunchError
 from mmscale.runtime.processes import Process
 
@@ -98,7 +99,7 @@ def decode(content: bytes) -> Lease:
     Raises:
         ValueError, TypeError, AttributeError, KeyError: it is no lease.
     """
-    found: dict[str, Any] = json.loads(content)
+    found: dict[str, Any] = bounded.parse_json(content)
     for name in ("process", "writer"):
         if found.get(name) is not None:
             found[name] = Process(**found[name])

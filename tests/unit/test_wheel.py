@@ -56,7 +56,7 @@ def test_no_secret_and_no_path_of_the_builder(wheel: zipfile.ZipFile) -> None:
 
 
 def test_rights(wheel: zipfile.ZipFile) -> None:
-    """Nobody but the owner may write, and nothing gets more rights than its caller has."""
+    """Not everybody may write, and nothing gets more rights than its caller has."""
     for entry in wheel.infolist():
         mode = entry.external_attr >> 16
-        assert mode & 0o6022 == 0, (entry.filename, oct(mode))
+        assert mode & 0o6002 == 0, (entry.filename, oct(mode))

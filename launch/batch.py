@@ -65,7 +65,14 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
     profile = profile.model_copy(update=asked)
     cluster = cluster or "sbatch"
     record = records.plan_record(
-        config, cluster=cluster, profile=profile, nodes=nodes, tasks_per_node=tasks, stage=stage, **flags
+        config,
+        cluster=cluster,
+        profile=profile,
+        nodes=nodes,
+        tasks_per_node=tasks,
+        stage=stage,
+        yes=flags["yes"],
+        from_scratch=flags["from_scratch"],
     )
     container.check(record, profile, config)
     records.write_record(record, config)

@@ -95,7 +95,7 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
                 return [future.result() for future in futures]
             except BaseException:
                 stop.value = 1  # running parts end at their next chunk
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=True, cancel_futures=True)  # only then may the caller remove half-written files
                 raise
     except BrokenProcessPool as error:
         raise DataError(

@@ -48,7 +48,7 @@ def settings_of_numbers() -> Iterator[str]:
     for name, key in keys.all_keys().items():
         if key.section is None and is_number(key.annotation):
             yield name.replace(keys.ANY, "0")
-        elif keys.holds_names(key.annotation) and name != "auxiliary.optim":
+        elif keys.holds_names(key.annotation) and name not in ("auxiliary.optim", "data.validation"):  # no numbers
             yield f"{name}.text"
 
 

@@ -129,7 +129,7 @@ def test_every_part_tells_how_far_it_is(tmp_path: Path, parts: dict[str, list[st
     image_settings = KMEANS | {"residual": residual}
     settings = config(documents=[str(file)], vocab={"text": 300, "image": 40}, image=image_settings)
     prepare(settings, tmp_path / "out")
-    assert list(parts) == ["listing documents", "text tokenizer", "image tokenizer", "tasks"]
+    assert list(parts) == ["listing documents", "text tokenizer", "image tokenizer", "tasks", "digests"]
     assert parts["text tokenizer"] == ["reading text, part 1 of 1", "choosing merges"]
     told = parts["image tokenizer"]
     assert told[0].startswith("reading images, ") and told[-1] == "measuring what is lost"

@@ -47,8 +47,7 @@ STARTS: dict[str, tuple[list[str], dict[str, str]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration with its data, a profile, and a run that was launched here once."""
     folder = tmp_path_factory.mktemp("second")
-    for split in ("train", "validation"):
-        prepare(folder / "set", corpus(40), split=split)
+    prepare(folder / "set", corpus(40))
     model = {"kind": "moma", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
     content: dict[str, Any] = {
         "run": {"name": "tiny", "dir": str(folder / "runs")},

@@ -1,14 +1,17 @@
-"""Fixtures of the end-to-end tests: one tiny data set, prepared once, and models exported once."""
+"""Fixtures of the end-to-end tests: one tiny data set, prepared once, models exported once, runs that go on."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.end_to_end.going_on import CELLS, SUBJECTS, Course
 from tests.end_to_end.running import mmscale
 
 STEPS = 60
@@ -70,6 +73,24 @@ def exported(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "tiny", folder / "bare")
     to_hf = [("convert", "to-hf", folder / name, folder / f"{name}-hf") for name in ("tiny", "dense")]
     for arguments in ((*train, *stage), *to_hf):
-        ended = mmscale(*arguments)
+        ended = mmscale(*arguments, timeout_s=400)  # the gate generates in every routing
         assert ended.status == 0, ended
     return folder
+
+
+@pytest.fixture(scope="module")
+def places(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("places")
+    for name in ("moved", "other"):
+        shutil.copytree(digits, folder / name)
+    manifest = folder / "other" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source": "other documents"}))
+    return {"DIGITS": str(digits), "DATA": str(folder / "moved"), "OTHER": str(folder / "other")}
+
+
+@pytest.fixture
+def course(config: Path, exported: Path, places: dict[str, str]) -> Callable[[str, str], Course]:
+    def of(subject: str, name: str) -> Course:
+        return Course(config, exported, places, SUBJECTS[subject], CELLS[name], subject == "stage")
+
+    return of

@@ -19,7 +19,7 @@ from tests.distributed.test_resume import TOLERANCE, leg, settings, start
 from tests.support import run_ranks
 from tests.te_on_cpu import checks_layouts as layouts
 from tests.te_on_cpu.checks_layouts import references  # noqa: F401  a fixture
-from tests.te_on_cpu.over_te import can_run, small, using  # noqa: F401  a fixture
+from tests.te_on_cpu.over_te import can_run, in_whole_blocks, small, using  # noqa: F401  a fixture
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
@@ -32,17 +32,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 full recompute": (2, {"tp": 2, "recompute": "full"}),
 }
 MODELS = ("moma", "moma_depth", "dense", "moma_post_per_expert_shared")
-# Blocks of 128 x 128 are not cut between tensor-parallel ranks, so an expert's slots come in 128 too: also for bf16, or
-# the two would have other capacities.
-BLOCKS = {"hidden_size": 256, "ffn_hidden_size": 256, "seq_length": 256}
 
 
 def _made(model: str, layout: str, *, dtype: str = "bf16", fp8: str = "off") -> Config:
     made = config(model, dtype=dtype, parallel=LAYOUTS[layout][1])
     if fp8 == "blockwise" and made.parallel.tp > 1:
-        depth = made.model.depth and made.model.depth.model_copy(update={"multiple": 128})
-        experts = made.model.experts.model_copy(update={"capacity_multiple": 128})
-        made = small(made, **BLOCKS, experts=experts, depth=depth)
+        made = in_whole_blocks(made)
     return using(small(made), "te", fp8=fp8)
 
 

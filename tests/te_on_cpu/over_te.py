@@ -22,6 +22,20 @@ def small(made: Config, **model: Any) -> Config:
     return made.model_copy(update={"train": train, "model": made.model.model_copy(update=model)})
 
 
+# Blocks of 128 x 128 are not cut between tensor-parallel ranks, so an expert's slots come in 128 too: also for bf16, or
+# the two would have other capacities.
+_BLOCKS = {"hidden_size": 256, "ffn_hidden_size": 256, "seq_length": 256}
+
+
+def in_whole_blocks(made: Config) -> Config:
+    """The same model with sizes that blockwise FP8 takes under tensor parallelism."""
+    depth = made.model.depth and made.model.depth.model_copy(update={"multiple": 128})
+    experts = made.model.experts.model_copy(update={"capacity_multiple": 128})
+    return made.model_copy(
+        update={"model": made.model.model_copy(update={**_BLOCKS, "experts": experts, "depth": depth})}
+    )
+
+
 def using(made: Config, backend: str, *, moments: str | None = None, **precision: Any) -> Config:
     """The same model with the classes of a backend, its experts too."""
     experts = made.model.experts.model_copy(update={"compute": "te" if backend == "te" else "bmm"})

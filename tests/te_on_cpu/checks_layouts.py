@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmscale.config.rules import violations
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train import parts
@@ -75,8 +76,9 @@ def assert_fp8_near_bf16(names: Iterable[str], recipe: str, *, world_size: int) 
         for name in names:
             _, model, parallel = UNEVEN[name]
             made = config(model, dtype="bf16", parallel=parallel)
-            if recipe == "blockwise" and made.parallel.tp > 1:
+            if violations(using(made, "te", fp8=recipe), world_size=world_size):
                 made = in_whole_blocks(made)
+            assert violations(using(made, "te", fp8=recipe), world_size=world_size) == [], name
             loss, norm = compare(trace(using(made, "te"), ranks), trace(using(made, "te", fp8=recipe), ranks))
             assert 0.0 < loss < 0.02 and norm < 0.05, (name, recipe, loss, norm)
 

@@ -193,8 +193,9 @@ def test_every_fault_is_seen_and_named(references: References, tmp_path: Path) -
     run_ranks(ranks_do, world_size=2, timeout_s=240)
 
 
-# Rounding of bf16 hides what is smaller than it.
-TOO_SMALL_FOR_BF16 = "a small tensor's gradient is 0.1 % off"
+# Rounding of bf16 hides what is smaller than it: the second moves the norm by 7e-4 and no tensor.
+TOO_SMALL_FOR_BF16 = ("a small tensor's gradient is 0.1 % off", "experts' shards are not counted in the norm")
+IN_BF16 = {why: fault for why, fault in FAULTS.items() if why not in TOO_SMALL_FOR_BF16}
 
 
 def _in_bf16(references: References, faults: dict[str, Fault], models: set[str], folder: Path) -> None:
@@ -220,11 +221,11 @@ def _in_bf16(references: References, faults: dict[str, Fault], models: set[str],
 
 def test_faults_are_seen_in_bf16(references: References, tmp_path: Path) -> None:
     """Those of one model; choices of tokens are repeated, so that what differs is rounding."""
-    faults = {why: fault for why, fault in FAULTS.items() if fault.model == PER_EXPERT and why != TOO_SMALL_FOR_BF16}
+    faults = {why: fault for why, fault in IN_BF16.items() if fault.model == PER_EXPERT}
     _in_bf16(references, faults, {PER_EXPERT}, tmp_path)
 
 
 @pytest.mark.exhaustive
 def test_every_fault_is_seen_in_bf16(references: References, tmp_path: Path) -> None:
-    faults = {why: fault for why, fault in FAULTS.items() if fault.model != PER_EXPERT}
+    faults = {why: fault for why, fault in IN_BF16.items() if fault.model != PER_EXPERT}
     _in_bf16(references, faults, {fault.model for fault in faults.values()}, tmp_path)

@@ -31,7 +31,8 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_by_itself(jobs: Jobs, refere
     ended = run.until_ended()
     assert ended.state == "COMPLETED" and ended.restarts == 0, run.report()
     (first, _) = run.events("ranks_ended")
-    assert first["status"] == 137 and first["action"] == "retry"
+    # 143: srun gives the highest of the ranks' statuses, and has ended the other rank before that could end by itself.
+    assert first["status"] in (137, 143) and first["action"] == "retry"
     assert first["time"] - killed < 30
     (resume,) = run.events("resume")
     assert resume["step"] == max(event["step"] for event in run.events("save_committed") if event["attempt"] == 1)

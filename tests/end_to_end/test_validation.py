@@ -177,6 +177,9 @@ def test_an_export_is_evaluated_on_them(exported: Path, sets: Sets, tmp_path: Pa
     content = json.loads((export / "config.json").read_text())
     content["mmscale"]["config"]["data"]["validation"] = {"same": str(sets.same)}
     (export / "config.json").write_text(json.dumps(content))
-    found = json.loads(mmscale("eval", export, "--batches", "2", "--json").out)
+    (export / "MANIFEST.json").unlink()  # changed on purpose
+    ended = mmscale("eval", export, "--batches", "2", "--json")
+    assert ended.status == 0, ended
+    found = json.loads(ended.out)
     assert found["validation/same/loss"] == found["loss"]
     assert found["validation/same/perplexity/text"] == found["perplexity/text"]

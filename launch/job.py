@@ -130,7 +130,9 @@ class Supervisor:
     @contextlib.contextmanager
     def noting_signals(self) -> Iterator[None]:
         """Note requests instead of ending; they are passed on by the loop, not by the handler."""
-        heard = [number for number in _NOTED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        # nohup ignores SIGHUP. A batch script ignores requests to save only until this process listens.
+        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        heard = [number for number in _NOTED if number not in deaf]
         before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield

@@ -1,6 +1,6 @@
 """What a run asks of the file system and the scheduler that its cluster shares, by the number of ranks.
 
-Counts follow from how this code works, and are held by tests (`tests/unit/launch/test_load.py`,
+Counts follow from how this code works, and are held by tests (`tests/unit/launch/test_cluster_load.py`,
 `tests/distributed/test_grouped_saves.py`); seconds follow from a bandwidth that somebody states.
 """
 

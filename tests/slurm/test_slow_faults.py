@@ -168,7 +168,9 @@ def test_ranks_that_outlive_their_slurmd_are_fenced_out(story: Story) -> None:
     assert run.state().nodes != story.half_dead.node
     run.until(lambda: run.events("save_committed")[-1]["attempt"] == 2, "the new attempt saves")
     _assert_nothing_of_the_old_attempt(run)
-    assert "belongs to attempt" in (run.folder / "logs" / "attempt_1" / "rank_0.log").read_text()
+    # It is fenced out by the new attempt, or sees the death of the process that watched it, saves and ends before that.
+    ends = ("belongs to attempt", "stopped on request")
+    assert any(end in (run.folder / "logs" / "attempt_1" / "rank_0.log").read_text() for end in ends)
 
 
 def test_a_dead_node_is_replaced_by_a_spare(story: Story, reference: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from launch.disk import Disk
 from launch.examination import Examination
 from launch.job_states import Phase, phase_of
 from launch.notify import Notifier, TellingLog
-from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Ending, crashed, decide
+from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Ending, crashed, decide, known_status
 from launch.progress import Progress
 from launch.scheduler import UnreachableError, patiently
 from launch.successors import Successors
@@ -285,6 +285,7 @@ class Supervisor:
         attempt = self._after_restarts_in_place(attempt, lease_id, events)
         hangs.tell(self.record, attempt, lease_id, events)
         ending = self._ending(status, attempt, logs)
+        status = ending.status
         budget = self.disk.budget().ended(
             step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending)
         )
@@ -449,7 +450,7 @@ class Supervisor:
             named = "SIGUSR1"
         elif self.signals:
             named = self.signals[-1]
-        ending = Ending(status, named, records.stop_asked(self.folder))
+        ending = Ending(known_status(status, events), named, records.stop_asked(self.folder))
         return replace(ending, cause=step.cause_of(logs, self._said)) if crashed(ending) else ending
 
     def _with_slurms_word(self, ending: Ending) -> Ending:

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from launch.job_states import Phase, phase_of
 
@@ -82,6 +84,19 @@ class Ending:
         if self.job_state in (None, NO_ANSWER):
             return False
         return self.needs_slurm and phase_of(str(self.job_state)) not in (Phase.RUNNING, Phase.PAUSED)
+
+
+def known_status(status: int, events: Sequence[Mapping[str, Any]]) -> int:
+    """The exit status of srun, unless it is 0 for ranks that trained and never said that they ended: then 1.
+
+    srun ends with 0 when a node fails and the step does not answer in time.
+
+    Args:
+        status: of srun or of the local launcher.
+        events: of the attempt.
+    """
+    names = {event["event"] for event in events}
+    return 1 if status == 0 and names & {"start", "resume"} and not names & {"finish", "stop"} else status
 
 
 def crashed(ending: Ending) -> bool:

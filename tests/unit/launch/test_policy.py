@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.job_states import STATES, Phase
-from launch.policy import NO_ANSWER, Action, Budget, Ending, crashed, decide
+from launch.policy import NO_ANSWER, Action, Budget, Ending, crashed, decide, known_status
 
 _OURS = (Phase.RUNNING, Phase.PAUSED)
 CASES = [
@@ -82,3 +82,18 @@ def test_only_an_end_that_is_final_needs_no_word_of_slurm() -> None:
     assert not Ending(75, "SIGUSR1").needs_slurm and not Ending(75, stop_asked=True).needs_slurm
     assert Ending(75, "SIGUSR2").needs_slurm and Ending(137).needs_slurm
     assert Ending(137, job_state="COMPLETING").left_to_slurm and not Ending(137, job_state=NO_ANSWER).left_to_slurm
+
+
+@pytest.mark.parametrize(
+    ("status", "names", "known"),
+    [
+        (0, ["launch", "start", "save_committed", "finish"], 0),
+        (0, ["launch"], 0),  # ranks that found the run done
+        (0, ["launch", "start", "save_committed"], 1),  # srun after the failure of a node
+        (0, ["launch", "resume"], 1),
+        (137, ["launch", "start"], 137),
+        (75, ["launch", "start", "stop"], 75),
+    ],
+)
+def test_ranks_that_did_not_say_that_they_ended_have_not_finished(status: int, names: list[str], known: int) -> None:
+    assert known_status(status, [{"event": name} for name in names]) == known

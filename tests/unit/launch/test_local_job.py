@@ -124,7 +124,7 @@ def test_ranks_of_a_killed_supervisor_save_and_end_and_the_next_start_goes_on(lo
     (stopped,) = (event for event in read_events(local.run) if event["event"] == "stop")
     assert stopped["signal"] == "SIGTERM" and stopped["attempt"] == 1
     local.until(lambda: local.step() > stopped["step"] + 3)
-    assert not Path(f"/proc/{rank}").exists()
+    local.until(lambda: not Path(f"/proc/{rank}").exists(), within_s=10)  # until its new parent has waited for it
     (resumed,) = (event for event in read_events(local.run) if event["event"] == "resume")
     assert resumed["step"] == stopped["step"] and resumed["attempt"] == 2
     again.send_signal(signal.SIGTERM)

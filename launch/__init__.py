@@ -1,4 +1,4 @@
-"""Jobs on a SLURM cluster: submit, status, logs, stop, resume.
+"""Jobs on a SLURM cluster: launch, status, logs, stop, resume.
 
-Runs on login nodes, so nothing in here imports torch.
+This package runs on login nodes and imports no torch.
 """

@@ -1,6 +1,6 @@
-# The job that a supervising process runs in, and what it asks SLURM about it. An outage of slurmctld decides nothing:
-# questions are repeated for the profile's `slurm_patience`. What follows from the answers is policy.py's and job.py's.
-"""One's own allocation."""
+# The supervisor's own job, and its queries to SLURM about it. Queries are repeated for the profile's `slurm_patience`,
+# so an outage of slurmctld changes no decision. policy.py and job.py decide on the answers.
+"""The supervisor's view of its own SLURM job."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from launch.policy import NO_ANSWER
 from launch.scheduler import UnreachableError, patiently
 from mmscale.errors import LaunchError
 
-_SHORT_S = 10.0  # of a question that nothing waits for: `scontrol` itself gives up after 9 s or more
+_SHORT_S = 10.0  # timeout of an optional query: `scontrol` itself gives up after 9 s or more
 
 
 class Allocation:
-    """A job of SLURM, from within.
+    """The SLURM job that this process runs in.
 
     Args:
-        job: its id; "" without SLURM, and then nothing is ever asked.
-        patience_s: how long a question is repeated while slurmctld does not answer [seconds].
-        interrupted: whether this process was asked to end, looked at while it waits for an answer.
+        job: its id; "" without SLURM, and then nothing is queried.
+        patience_s: how long a query is repeated while slurmctld does not answer [seconds].
+        interrupted: whether this process was asked to end; polled while it waits for an answer.
     """
 
     def __init__(self, job: str, *, patience_s: float, interrupted: Callable[[], bool]) -> None:
@@ -29,19 +29,19 @@ class Allocation:
         self.interrupted = interrupted
 
     def wait_for_slurm(self) -> None:
-        """Wait until slurmctld answers: no step can be started before.
+        """Wait until slurmctld answers, because no step can start before.
 
         Raises:
-            UnreachableError: it did not in time, or this process was asked to end.
+            UnreachableError: there was no answer in time, or this process was asked to end.
         """
         if self.job:
             patiently(lambda: scheduler.job_state(self.job), patience_s=self.patience_s, give_up=self.interrupted)
 
     def state(self, *, patiently_asked: bool) -> str | None:
-        """SLURM's word for this job; `NO_ANSWER` if there is none; None without SLURM.
+        """SLURM's state of this job; `NO_ANSWER` if there is no answer; None without SLURM.
 
         Args:
-            patiently_asked: wait for an answer. Ranks that are started again in place do not.
+            patiently_asked: wait for an answer. A restart of ranks in place does not wait.
         """
         if not self.job:
             return None
@@ -55,7 +55,7 @@ class Allocation:
         return found.state if found is not None else "UNKNOWN"
 
     def preempted(self) -> bool:
-        """Whether SLURM has asked this job to make room; not where it does not answer."""
+        """Whether SLURM has preempted this job; False without an answer."""
         try:
             found = scheduler.job_state(self.job, timeout_s=_SHORT_S) if self.job else None
         except LaunchError:
@@ -63,14 +63,14 @@ class Allocation:
         return found is not None and found.preempted
 
     def lost_nodes(self, hosts: str) -> dict[str, str]:
-        """Those of its nodes that have failed, with their state; none where SLURM does not answer."""
+        """The failed nodes of a host list, with their states; empty without an answer."""
         try:
             return patiently(lambda: scheduler.lost_nodes(hosts), patience_s=self.patience_s, give_up=self.interrupted)
         except UnreachableError:
             return {}
 
     def requeue(self) -> str:
-        """Have SLURM start this job again; why it does not, "" if it does."""
+        """Requeue this job. Returns "" on success, otherwise the reason for the refusal."""
         try:
             patiently(lambda: scheduler.requeue(self.job), patience_s=self.patience_s)
         except LaunchError as error:

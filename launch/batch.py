@@ -1,8 +1,7 @@
-# `python -m launch.batch CONFIG [key=value ...] [--stage NAME] [--yes] [--from-scratch]` in a batch script of one's
-# own: the same job without submitit.
-# slurm/train.sbatch calls it. Nodes and ranks are what sbatch was asked for; the rest (node checks, cordon file, how
-# ranks are started) is of the profile that MMSCALE_CLUSTER names, if it names one.
-"""A job whose script was written by hand."""
+# `python -m launch.batch CONFIG [key=value ...] [--stage NAME] [--yes] [--from-scratch]` in a batch script that the
+# user wrote: the same job without submitit. slurm/train.sbatch calls it. sbatch determines nodes and ranks; node
+# checks, cordon file and the way to start ranks come from the profile that MMSCALE_CLUSTER names, if any.
+"""Entry point of jobs with a hand-written batch script."""
 
 from __future__ import annotations
 
@@ -23,20 +22,21 @@ _FLAGS = {"--yes": "yes", "--from-scratch": "from_scratch"}
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> NoReturn:
-    """Become the job, or end with the status of what is wrong."""
+    """Run as the job's supervisor, or exit with the status of an error."""
     try:
         folder = _folder(arguments, environ)
     except MmscaleError as error:
         sys.stderr.write(f"error: {error.cause}\n" + (f"  fix: {error.remedy}\n" if error.remedy else ""))
         sys.exit(error.exit_status)
     record = records.read_record(folder)
-    # A new interpreter, so that the supervisor too is the snapshot's; the process, and its signals, stay the same.
+    # A new interpreter, so that the supervisor also runs the snapshot's code; the process and its signal handling stay
+    # the same.
     variables = {**environ, **records.python_variables(record)}
     os.execve(record.python, [record.python, "-u", "-m", "launch.job", str(folder)], variables)  # noqa: S606
 
 
 def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
-    """This job's launch folder, made at its first start: a restart finds it, whatever has been edited since."""
+    """The launch folder of this job, made at its first start and reused by restarts, so later edits have no effect."""
     if "SLURM_JOB_ID" not in environ or not arguments:
         raise UsageError(
             "python -m launch.batch CONFIG [key=value ...] [--stage NAME] runs in a batch script of SLURM",
@@ -60,7 +60,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
         raise UsageError(f"MMSCALE_CLUSTER={cluster} is not a profile of SLURM", remedy="name one that is, or unset it")
     cpus = int(environ.get("SLURM_CPUS_PER_TASK", "1"))
     asked = {"tasks_per_node": tasks, "cpus_per_task": cpus}
-    if gpus := environ.get("SLURM_GPUS_ON_NODE"):  # not where devices are handed out without SLURM
+    if gpus := environ.get("SLURM_GPUS_ON_NODE"):  # GPUs may be in use without being allocated by SLURM
         asked["gpus_per_node"] = int(gpus)
     profile = profile.model_copy(update=asked)
     cluster = cluster or "sbatch"
@@ -81,7 +81,7 @@ def _folder(arguments: Sequence[str], environ: Mapping[str, str]) -> Path:
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[str, list[str], str, dict[str, bool]]:
-    """Configuration, overrides, stage, and what `mmscale launch` has as options of the same names."""
+    """Configuration, overrides, stage, and the flags of `mmscale launch` with the same names."""
     rest = [argument for argument in arguments if argument not in _FLAGS]
     stage = MAIN
     if "--stage" in rest:

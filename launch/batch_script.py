@@ -1,6 +1,6 @@
-# The batch script of a launch: what is asked of sbatch and the shell lines before the job's own process, and how it is
-# submitted through submitit. Which jobs are submitted, submit.py and successors.py decide.
-"""Batch scripts."""
+# The batch script of a launch: the options of sbatch, the shell lines before the job's process, and the submission
+# through submitit. submit.py and successors.py decide which jobs are submitted.
+"""Batch scripts and their submission."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from launch.profile import Profile
 from launch.record import JobKey
 from mmscale.errors import LaunchError
 
-_SETUP_FAILED = 2  # as for a configuration: starting again would not help
-_NEVER_TIMES_OUT = 1_000_000  # restarts are counted by job.py; submitit's own count would end them
+_SETUP_FAILED = 2  # the status of a wrong configuration: a restart would not help
+_NEVER_TIMES_OUT = 1_000_000  # job.py counts restarts; submitit's own count would end the job too early
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that SLURM took.
+    """A job that SLURM accepted.
 
     Attributes:
         id: its number.
-        log: file that it prints into.
+        log: file that the job prints to.
     """
 
     id: str
     log: str
 
 
-class _Executor(SlurmExecutor):
-    """submitit's, which also writes scripts where there is no SLURM."""
+class Executor(SlurmExecutor):
+    """submitit's executor, which can also write scripts on machines without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
+        """As where there is SLURM."""
         return 2
 
 
@@ -53,18 +54,18 @@ def executor(
     exclude: Sequence[str] = (),
     at_once: int | None = None,
 ) -> SlurmExecutor:
-    """Submitit's executor for the jobs of some launches.
+    """The executor of submitit for the jobs of some launches.
 
     Args:
-        taken: the launches; more than one becomes a job array.
+        taken: the launches; several become a job array.
         profile: of the cluster.
-        dependency: SLURM's, e.g. afterany:12.
-        exclude: nodes that are not to be used.
-        at_once: how many tasks of the array may run at a time; None: all of them.
+        dependency: of SLURM, e.g. afterany:12.
+        exclude: nodes that must not be used.
+        at_once: how many tasks of the array may run at a time; None: all.
     """
     first = taken[0]
-    # exec: the batch process becomes Python, so that what SLURM sends to the batch script reaches it.
-    chosen = _Executor(
+    # exec: the batch process becomes Python, so that signals to the batch script reach it.
+    chosen = Executor(
         folder=Path(first.folder) / "submitit",
         max_num_timeout=_NEVER_TIMES_OUT,
         python=f"exec {shlex.quote(first.python)}",
@@ -93,7 +94,7 @@ def executor(
     more: dict[str, Any] = {
         "chdir": first.cwd,
         "requeue" if profile.requeue else "no-requeue": True,
-        # To the batch script alone: it knows when ranks can be told.
+        # Signal the batch script only: the supervisor decides when to signal the ranks.
         "signal": f"B:USR2@{round(profile.signal_delay)}",
         "reservation": profile.reservation,
         "mem": None if profile.memory_gb is None else f"{profile.memory_gb}G" if profile.memory_gb else "0",
@@ -101,18 +102,18 @@ def executor(
     }
     parameters["additional_parameters"] = {key: value for key, value in more.items() if value not in (None, False)}
     chosen.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
-    # Instead of submitit's defaults: a mark that sites without accounting refuse, and 5 minutes.
+    # Replaces submitit's defaults: an option that sites without accounting refuse, and 5 minutes.
     for name in ("wckey", "time"):
         chosen.parameters[name] = parameters[name]
     return chosen
 
 
 def submit(chosen: SlurmExecutor, jobs: Sequence[Callable[[], None]], profile: Profile) -> list[Submitted]:
-    """Submit jobs, several of them as an array.
+    """Submit jobs; several become an array.
 
     Raises:
         UnreachableError: SLURM does not answer.
-        LaunchError: it refuses.
+        LaunchError: SLURM refuses.
     """
     with passed.only(profile):
         try:
@@ -122,8 +123,7 @@ def submit(chosen: SlurmExecutor, jobs: Sequence[Callable[[], None]], profile: P
                 with chosen.batch():
                     found = [chosen.submit(one) for one in jobs]
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
-            lines = [line for line in str(error).splitlines() if "error" in line.lower()]
-            said = lines[-1] if lines else str(error).strip().splitlines()[-1]
+            said = _refusal(str(error))
             if scheduler.no_answer(str(error)):
                 raise scheduler.UnreachableError(
                     f"SLURM does not answer: {said}", remedy="launch again when it does (`scontrol ping`)"
@@ -132,8 +132,16 @@ def submit(chosen: SlurmExecutor, jobs: Sequence[Callable[[], None]], profile: P
     return [Submitted(str(one.job_id), str(one.paths.stdout)) for one in found]
 
 
+def _refusal(said: str) -> str:
+    """The line of sbatch's output that says why it refuses."""
+    lines = said.strip().splitlines()
+    errors = [line for line in lines if "error" in line.lower()]
+    named = [line for line in lines if line.startswith("sbatch: ")]  # an unknown option, before `Try "sbatch --help"`
+    return (errors or named or lines or ["it gives no reason"])[-1]
+
+
 def remove_stale_results(job: str) -> None:
-    """Remove what submitit left of an earlier start of this job: it would be taken for this one's.
+    """Remove submitit's results of an earlier start of this job, which submitit would take for those of this start.
 
     Args:
         job: the job that this process runs in.
@@ -147,7 +155,7 @@ def remove_stale_results(job: str) -> None:
 
 
 def keys(numbers: Sequence[str]) -> list[JobKey]:
-    """What tells these jobs from others that get their numbers; as much of it as SLURM says now."""
+    """The identities of these jobs, as far as SLURM reports them now; numbers alone are reused."""
     try:
         cluster, states = scheduler.cluster_name(), job_table.states_of(numbers)
     except LaunchError:
@@ -160,7 +168,7 @@ def keys(numbers: Sequence[str]) -> list[JobKey]:
 
 
 def _setup(record: records.Record, profile: Profile) -> list[str]:
-    """Shell lines before the command; every value in them is quoted."""
+    """Shell lines before the command, with all values quoted."""
     lines = [
         "# Until Python listens, a request to save must not end the script.",
         "trap '' USR1 USR2",

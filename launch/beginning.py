@@ -1,6 +1,6 @@
-# Whether ranks that were started have begun: met, read their data and their checkpoint. Until then they may wait for
-# each other in C++, where no signal of Python's is heard; job.py asks this, and decides.
-"""Ranks that do not begin."""
+# Detects whether started ranks have begun to train: found each other, and read data and checkpoint. Until then they may
+# wait for each other in C++ code, which runs no Python signal handlers. job.py decides what follows.
+"""Detection of ranks that do not start training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from mmscale.runs.events import EVENTS, EventLog, read_events
 from mmscale.runtime.rank_env import expand_hostlist
-from mmscale.train.metrics import EVENTS, EventLog, read_events
 
 _EVERY_S = 2.0
-_DEAF_S = 30.0  # after a request to end: what a rank that imports torch may take to hear it
+_DEAF_S = 30.0  # after a stop request: time that a rank which imports torch may need to handle it
 _WAYS_OUT = (
     "logs of the ranks say what they wait for (`mmscale logs RUN --rank 0`); if they wait for each other, no firewall "
     "may stand between the nodes, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network"
@@ -25,8 +25,8 @@ class Beginning:
 
     Args:
         run: the run's folder.
-        attempt: its number; agents count on when they start ranks again in place.
-        hint_after_s: how long ranks may take before a hint is written down [seconds].
+        attempt: its number; later numbers count too, because agents restart ranks in place as new attempts.
+        hint_after_s: time until a hint is recorded [seconds].
     """
 
     def __init__(self, run: Path, attempt: int, *, hint_after_s: float) -> None:
@@ -39,7 +39,7 @@ class Beginning:
         self._looked, self._size = float("-inf"), -1
 
     def begun(self) -> bool:
-        """Whether rank 0 has begun."""
+        """Whether rank 0 has started training."""
         now = time.monotonic()
         if self._begun or now - self._looked < _EVERY_S:
             return self._begun
@@ -56,11 +56,11 @@ class Beginning:
         return self._begun
 
     def look(self, events: EventLog, *, where: str) -> None:
-        """Write a hint, once, if ranks take long.
+        """Record a hint, once, if ranks take too long.
 
         Args:
             events: of the attempt.
-            where: port at which ranks meet on the first node.
+            where: rendezvous port of the ranks on the first node.
         """
         if time.monotonic() < self._hint_at or self.begun():
             return
@@ -72,7 +72,10 @@ class Beginning:
         sys.stderr.write(f"{why}\n  fix: {_WAYS_OUT}\n")
 
     def deaf(self) -> bool:
-        """Called while this job was asked to end: whether ranks have not begun, and had time enough to hear it."""
+        """Whether ranks have not started training although they had enough time since the stop request.
+
+        Called while this job is asked to end.
+        """
         now = time.monotonic()
         if self._asked is None:
             self._asked = now

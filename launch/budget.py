@@ -1,5 +1,5 @@
-# budget.json of a launch folder: how many restarts a launch has had. What counts, and what follows, is policy.py's.
-"""A launch's restarts on disk."""
+# budget.json of a launch folder: the number of restarts of a launch. policy.py defines what counts and what follows.
+"""Stores the restart budget of a launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BUDGET = "budget.json"
 
 
 def load(folder: Path) -> Budget | None:
-    """The budget of a launch; None if nothing was written down."""
+    """The budget of a launch; None if none was stored."""
     try:
         return bounded.read_record(Budget, folder / _BUDGET)
     except (OSError, ValueError):
@@ -22,5 +22,5 @@ def load(folder: Path) -> Budget | None:
 
 
 def file_of(folder: Path, budget: Budget) -> tuple[Path, bytes]:
-    """The file that holds the budget of a launch, and its content."""
+    """The file for the budget of a launch, and its content."""
     return folder / _BUDGET, json.dumps(asdict(budget)).encode()

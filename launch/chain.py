@@ -1,7 +1,7 @@
-# The jobs of a run: those of each launch folder; more than one of them is alive if they were chained, by `chain` of the
-# profile or by --after. Tells a job of this run from another one that has its number: numbers start again, and clusters
-# share file systems.
-"""A run's chain of jobs."""
+# The jobs of a run: those of each launch folder. Several may be alive if they were chained, by `chain` of the profile
+# or by --after. A job is identified by more than its number, because numbers are reused and clusters share file
+# systems.
+"""The chain of jobs of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launch.job_table import JobTable
 from launch.record import JobKey
 from launch.scheduler import JobState
 
-# Which of several live jobs a run is said to be: the one that is nearest to training.
+# If several jobs are alive, the run's state is that of the job closest to training.
 _ORDER = (Phase.RUNNING, Phase.PAUSED, Phase.ENDING, Phase.WAITING)
 
 
@@ -26,10 +26,10 @@ class Link:
 
     Attributes:
         folder: its launch folder.
-        key: which job it is.
-        state: what SLURM says of it; None if it does not know it (any more).
-        elsewhere: it is a job of another cluster, and nobody here can tell whether it lives.
-        note: why there is no state, for a person; "" if SLURM has merely forgotten the job.
+        key: its identity.
+        state: SLURM's state; None if SLURM does not know the job (any more).
+        elsewhere: the job belongs to another cluster, so this machine cannot find out whether it is alive.
+        note: why there is no state, for a message; "" if SLURM has forgotten the job.
     """
 
     folder: Path
@@ -40,19 +40,19 @@ class Link:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, waits, or is being ended."""
+        """Whether the job runs, waits, or is being ended."""
         return self.state is not None and not self.state.ended
 
 
 def keys(run: Path) -> list[tuple[Path, JobKey]]:
-    """Jobs of a run with their launch folders, in the order in which they were submitted."""
+    """Jobs of a run with their launch folders, in the order of submission."""
     folders = [entry for entry in (run / records.FOLDER).glob("[0-9]*") if entry.name.isdigit()]
     folders.sort(key=lambda entry: int(entry.name))
     return [(folder, key) for folder in folders for key in records.keys_of(folder)]
 
 
 def links(run: Path, table: JobTable) -> list[Link]:
-    """All jobs of a run, and what SLURM says of them, in the order of their submission.
+    """All jobs of a run with SLURM's states, in the order of submission.
 
     Raises:
         UnreachableError: SLURM does not answer.
@@ -61,7 +61,7 @@ def links(run: Path, table: JobTable) -> list[Link]:
 
 
 def links_of(runs: Sequence[Path], table: JobTable) -> dict[Path, list[Link]]:
-    """The same for several runs, with one question for all of them.
+    """The same for several runs, with one query for all.
 
     Raises:
         UnreachableError: SLURM does not answer.
@@ -86,13 +86,13 @@ def _link(folder: Path, key: JobKey, state: JobState | None, here: str) -> Link:
 
 
 def last(found: Sequence[Link], jobs: Sequence[str]) -> Link:
-    """The job that says how a run without live jobs has ended: of the newest launch the one that was started last.
+    """The job whose state shows how a run without live jobs ended: the last started job of the newest launch.
 
-    Those behind it were cancelled when the run was over.
+    Jobs behind it were cancelled when the run was over.
 
     Args:
         found: all jobs of the run.
-        jobs: numbers of jobs that were started, in that order, as the run's events have them.
+        jobs: numbers of started jobs, in that order, from the run's events.
     """
     newest = [link for link in found if link.folder == found[-1].folder]
     started = {link.key.id: link for link in newest}
@@ -100,6 +100,6 @@ def last(found: Sequence[Link], jobs: Sequence[str]) -> Link:
 
 
 def alive(found: Iterable[Link]) -> list[Link]:
-    """Jobs that are not over, the one that is nearest to training first."""
+    """Jobs that have not ended, the one closest to training first."""
     living = [link for link in found if link.alive]
     return sorted(living, key=lambda link: _ORDER.index(link.state.phase) if link.state is not None else len(_ORDER))

@@ -1,9 +1,9 @@
-# Ranks, agents and node checks in a container: what stands between srun and Python. A pure function of the launch.
-"""Containers.
+# The command between srun and Python that runs a task in a container. A pure function of the launch.
+"""Runs ranks, agents and node checks in a container.
 
-The supervising process of a job runs outside: it needs SLURM's commands, and no torch. Every step that it starts (node
-checks, all-reduces, ranks or agents) runs the image's Python with the launch's snapshot of our code. The run's folder
-and the working directory are always mounted under their own names; everything else that a run reads has to be in
+The supervisor of a job runs outside the container, because it needs SLURM's commands and no torch. Every step that it
+starts (node checks, all-reduces, ranks or agents) runs the image's Python with the launch's code snapshot. The run's
+folder and the working directory are always mounted at the same paths. Everything else that a run reads must be in
 `mounts`.
 """
 
@@ -18,9 +18,9 @@ from launch.record import Record
 from mmscale.config import Config
 from mmscale.errors import ConfigError, UsageError
 
-# Of the host's Python: with them another one does not start, or imports packages that were made for the host's.
+# Variables of the host's Python: with them another Python fails to start, or imports the host's packages.
 _UNSET = ("PYTHONHOME", "PYTHONUSERBASE", "PYTHONSTARTUP")
-_SEPARATORS = ",:"  # of lists of mounts
+_SEPARATORS = ",:"  # separators of mount lists
 
 
 class _Start(NamedTuple):
@@ -28,7 +28,7 @@ class _Start(NamedTuple):
 
     Attributes:
         srun: arguments of srun.
-        command: what stands before the program.
+        command: prefix of the program.
     """
 
     srun: list[str]
@@ -36,7 +36,7 @@ class _Start(NamedTuple):
 
 
 def _pyxis(container: Container, mounts: Sequence[str], workdir: str, *, gpus: bool) -> _Start:
-    """NVIDIA's plugin of srun, which starts enroot. Devices are the image's own request (NVIDIA_VISIBLE_DEVICES)."""
+    """NVIDIA's plugin for srun, which starts enroot. The image requests its devices (NVIDIA_VISIBLE_DEVICES)."""
     arguments = [
         f"--container-image={container.image}",
         f"--container-mounts={','.join(mounts)}",
@@ -46,7 +46,7 @@ def _pyxis(container: Container, mounts: Sequence[str], workdir: str, *, gpus: b
 
 
 def _apptainer(container: Container, mounts: Sequence[str], workdir: str, *, gpus: bool) -> _Start:
-    """A program that each task starts; SingularityCE takes the same arguments."""
+    """A program that each task starts. SingularityCE takes the same arguments."""
     arguments = [*(["--nv"] if gpus else []), f"--bind={','.join(mounts)}", f"--pwd={workdir}"]
     return _Start([], [container.runtime, "exec", *arguments, *container.options, container.image])
 
@@ -59,7 +59,7 @@ _RUNTIMES: Mapping[str, Callable[..., _Start]] = {
 
 
 def task(record: Record, profile: Profile, arguments: Sequence[str]) -> list[str]:
-    """What follows srun's own arguments: those of the profile and of a container's runtime, then the task's command.
+    """Arguments after srun's own: those of the profile and of the container runtime, then the command of the task.
 
     Args:
         record: of the launch.
@@ -75,9 +75,9 @@ def task(record: Record, profile: Profile, arguments: Sequence[str]) -> list[str
 
 
 def _python(container: Container, record: Record, profile: Profile) -> list[str]:
-    """The image's interpreter, by its own `env`: variables of an image would win over those that it is given.
+    """The image's interpreter, started by its own `env`, because variables of an image would override the given ones.
 
-    PYTHONPATH of the shell names packages of the host; the profile's is meant.
+    PYTHONPATH of the shell refers to the host and is dropped; the profile's is kept.
     """
     own = profile.environment.get("PYTHONPATH")
     path = [str(record.code), *([own.value] if own is not None else [])]
@@ -95,16 +95,16 @@ def _mounts(container: Container, record: Record) -> list[str]:
 
 
 def _split(mount: str) -> tuple[str, str, str]:
-    """Source, target and flags; a mount without a target keeps its name."""
+    """Source, target and flags of a mount; without a target the source path is used."""
     source, target, flags = (*mount.split(":"), "", "")[:3]
     return source, target or source, flags if flags != "rw" else ""
 
 
 def check(record: Record, profile: Profile, config: Config) -> None:
-    """Refuse what would fail in the container, before anybody queues.
+    """Refuse, before the job is queued, what would fail in the container.
 
     Raises:
-        ConfigError: the image is not there, or data are not mounted.
+        ConfigError: the image does not exist, or data is not mounted.
         UsageError: a folder cannot be mounted.
     """
     container = profile.container
@@ -117,7 +117,7 @@ def check(record: Record, profile: Profile, config: Config) -> None:
                 remedy="choose a path without commas and colons",
             )
     image = Path(container.image)
-    # A folder that is not here may be there on the nodes.
+    # A folder that does not exist here may exist on the nodes.
     if image.is_absolute() and image.parent.is_dir() and not image.exists():
         raise ConfigError(f"container.image: there is no {image}", remedy="import it: docs/containers.md says how")
     targets = [PurePosixPath(mount.split(":")[1]) for mount in _mounts(container, record)]

@@ -1,5 +1,5 @@
-# `mmscale stop` and `resume`: ends a launched run after a save, launches it again. What was launched, record.py knows.
-"""Stopping and going on."""
+# `mmscale stop` and `resume`: end a run after a save, and launch it again. record.py has the records of launches.
+"""Stops and resumes runs."""
 
 from __future__ import annotations
 
@@ -14,43 +14,42 @@ from launch import record as records
 from launch.job_states import Phase
 from launch.job_table import JobTable
 from mmscale.checkpoint.layout import Store
-from mmscale.config.load import load
-from mmscale.errors import LaunchError, UsageError
+from mmscale.errors import LaunchError, UsageError, shell_command
 from mmscale.resilience import lease, run_lock
 from mmscale.train.preflight import check_changes
 from mmscale.train.stages.table import STAGES
 
 
 def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
-    """Have a run save and end for good; or end it at once. All jobs of its chain end.
+    """Make a run save and end for good, or end it immediately. All jobs of its chain end.
 
     Args:
         run: its folder, or that of its stage.
-        now: without a save.
+        now: end without a save.
 
     Returns:
-        run, job (the one that trains, or would first), done; and `jobs`: what was done to each, by its number.
+        run, job (the one that trains, or would be next), done; and `jobs`: the action on each, by its number.
 
     Raises:
-        LaunchError: nothing of this run is running or waiting.
+        LaunchError: no job of this run runs or waits.
     """
     held = lease.owner(run)
     jobs = chain.keys(run)
     if held is not None and not held.job and (not jobs or run_lock.holder_lives(run, held) is not False):
         return _stop_process(run, held, now=now)
     if not jobs:
-        raise LaunchError(f"{run} does not run", remedy=f"`mmscale status {run}` tells how it ended")
+        raise LaunchError(f"{run} does not run", remedy=f"{shell_command('status', run)} tells how it ended")
     try:
         found = chain.links(run, JobTable())
     except scheduler.UnreachableError as error:
         return _ask_without_slurm(run, error)
     living = chain.alive(found)
     if not living:
-        raise LaunchError(_none_runs(run, found[-1]), remedy=f"`mmscale resume {run}` starts it again")
-    for link in living:  # first, so that a restart which begins now knows it
+        raise LaunchError(_none_runs(run, found[-1]), remedy=f"{shell_command('resume', run)} starts it again")
+    for link in living:  # first, so that a restart that begins now finds the request
         records.ask_stop(link.folder)
     done = {}
-    for link in reversed(living):  # the one that trains last: its end would start the next one
+    for link in reversed(living):  # the training job last: its end would start the next one
         done[link.key.id] = _end(link, now=now)
     first = living[0].key.id
     return {"run": str(run), "job": first, "done": done[first], "jobs": dict(reversed(done.items()))}
@@ -61,7 +60,9 @@ def _end(link: chain.Link, *, now: bool) -> str:
     if now or phase is Phase.WAITING:
         scheduler.cancel(link.key.id)
         return "cancelled" if now else "cancelled while it waited"
-    if phase is Phase.ENDING:  # SLURM refuses signals now; if it was requeued, it finds the request when it starts
+    if (
+        phase is Phase.ENDING
+    ):  # SLURM refuses signals at this stage; if the job was requeued, it finds the request at its start
         return "asked to end; SLURM is ending it already"
     scheduler.cancel(link.key.id, signal="USR1", batch_only=True)
     return "asked to save and end"
@@ -73,7 +74,7 @@ def _none_runs(run: Path, last: chain.Link) -> str:
 
 
 def _ask_without_slurm(run: Path, error: scheduler.UnreachableError) -> dict[str, Any]:
-    """The request alone, in the run folder: a job looks for it there, and one that waits does so when it starts."""
+    """Only write the request into the run folder, which a running job polls and a waiting job reads at its start."""
     for folder, _ in chain.keys(run):
         records.ask_stop(folder)
     done = f"asked to save and end, through the run folder alone: {error.cause}"
@@ -81,24 +82,28 @@ def _ask_without_slurm(run: Path, error: scheduler.UnreachableError) -> dict[str
 
 
 def _stop_process(run: Path, held: lease.Lease, *, now: bool) -> dict[str, Any]:
-    """Stop what a process holds that SLURM knows nothing of: `mmscale train`, or a launch on this machine."""
+    """Stop a holder of the run that is not a SLURM job: `mmscale train`, or a launch on this machine."""
     result = {"run": str(run), "job": "", "jobs": {}}
     folder = records.latest(run)
     if held.by == "launch" and folder is not None:
         records.ask_stop(folder)
     if run_lock.holder_lives(run, held) is None:
         where = f"process {held.process.pid} on {held.host}"
-        if held.by == "launch" and folder is not None and not now:  # it looks for the request once a second
+        if held.by == "launch" and folder is not None and not now:  # it polls the request once a second
             return result | {
                 "done": f"asked to save and end, through the run folder alone: {where} is not seen from here"
             }
         raise LaunchError(
-            f"{run} is trained by {where}, which is not seen from here", remedy=f"run `mmscale stop {run}` there"
+            f"{run} is trained by {where}, which is not seen from here",
+            remedy=f"run {shell_command('stop', run)} there",
         )
-    # A launch has one child, which starts the ranks and takes them with it. Killed, `mmscale train` does so itself.
+    # A launch has one child, which starts the ranks and ends them with itself. A killed `mmscale train` ends its own
+    # ranks.
     below = held.process.children() if now and held.by == "launch" else []
     if not held.process.send(signal.SIGKILL if now else signal.SIGUSR1):
-        raise LaunchError(f"{run} does not run: process {held.process.pid} is gone", remedy=f"`mmscale resume {run}`")
+        raise LaunchError(
+            f"{run} does not run: process {held.process.pid} is gone", remedy=shell_command("resume", run)
+        )
     for process in below:
         process.send(signal.SIGKILL)
     return result | {"done": "ended" if now else "asked to save and end"}
@@ -117,17 +122,18 @@ def resume(
 
     Args:
         run: its folder, or that of its stage.
-        overrides: settings that change.
+        overrides: changed settings.
         cluster: another profile.
         nodes: another number of nodes.
-        yes: go on although the objective or the data change.
-        asked: settings of the profile that the command line replaces; those of the last launch stay without `cluster`.
+        yes: continue although the objective or the data changes.
+        asked: settings of the profile that the command line replaces; without `cluster` the last launch's stay in
+            effect.
 
     Returns:
-        What `submit.launch` says, and `changed`: settings that differ from the newest checkpoint's.
+        The result of `submit.launch`, and `changed`: settings that differ from the newest checkpoint's.
 
     Raises:
-        MmscaleError: it runs already, or a change has to be confirmed.
+        MmscaleError: the run is running, or a change needs a confirmation.
     """
     folder = _launch_folder(run)
     record = records.read_record(folder)
@@ -143,6 +149,7 @@ def resume(
         nodes=nodes or (None if cluster else record.nodes),
         stage=record.stage,
         yes=yes,
+        asked=asked if cluster else {**record.asked, **asked},
     )
     changed = _changed(run, planned[0], yes=yes)
     (found,) = submit.launch(planned)
@@ -161,12 +168,6 @@ def _changed(run: Path, planned: submit.Planned, *, yes: bool) -> list[str]:
         settings=STAGES[planned.record.stage].settings,
         yes=yes,
     )
-
-
-def settings(run: Path) -> Any:
-    """The configuration of the newest launch, or of the run where it was never launched."""
-    folder = records.latest(run)
-    return load(records.read_record(folder).config if folder is not None else run / "config.yaml")
 
 
 def _launch_folder(run: Path) -> Path:

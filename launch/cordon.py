@@ -1,5 +1,5 @@
-# Nodes found bad: a shared text file, one node a line with the reason and the time behind a #, which the next launches
-# exclude for a while. A person takes a line out earlier when a node is mended; nothing here does.
+# Nodes found bad: a shared text file, one node per line with reason and time after a #. Later launches exclude them for
+# a while. A person may remove a line earlier, when the node is repaired; the code never removes lines.
 """The cordon file."""
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Entry:
 
     Attributes:
         node: its name.
-        reason: why it is there.
-        time: when it was written [seconds since 1970]; None for a line of a person's own, which does not expire.
+        reason: why it was added.
+        time: when it was added [seconds since 1970]; None for a line that a person wrote without time, which never
+            expires.
     """
 
     node: str
@@ -33,7 +34,7 @@ class Entry:
 
 
 def entries(file: Path, *, max_age_s: float = float("inf")) -> list[Entry]:
-    """Lines that still count, each node once; a line that is no node is left out.
+    """Lines that still count, each node once; lines that name no node are ignored.
 
     Args:
         file: the cordon file.
@@ -60,12 +61,12 @@ def read(file: Path, *, max_age_s: float = float("inf")) -> list[str]:
 
 
 def cause(text: str) -> str:
-    """What is wrong, without what differs from node to node: two nodes with the same cause are compared by it."""
+    """The problem without the details that differ between nodes, for comparing the causes of two nodes."""
     return re.sub(r"[0-9.]+", "N", " ".join(text.replace("#", " ").split()))
 
 
 def add(file: Path, nodes: Sequence[str], *, reason: str, max_age_s: float = float("inf")) -> list[str]:
-    """Write down nodes that are not there yet, or whose lines have expired; returns them."""
+    """Add nodes that are missing or whose lines have expired; returns them."""
     there = read(file, max_age_s=max_age_s)
     new = [node for node in nodes if _NODE.match(node) and node not in there]
     if new:
@@ -73,7 +74,7 @@ def add(file: Path, nodes: Sequence[str], *, reason: str, max_age_s: float = flo
         said = " ".join(reason.replace("#", " ").split())
         text = "".join(f"{node}  # {said}, {time.strftime(_TIME)}\n" for node in new)
         with file.open("ab") as opened:
-            os.write(opened.fileno(), text.encode())  # one write: several jobs may find bad nodes at once
+            os.write(opened.fileno(), text.encode())  # one write: several jobs may find bad nodes at the same time
     return new
 
 

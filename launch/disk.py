@@ -1,6 +1,6 @@
-# What a job writes into the run's folder, on a disk that may refuse: small files wait in memory, and what has to be
-# there before ranks start is tried again for a while. When something is written, job.py decides.
-"""A job and its disk."""
+# Files that a job writes into the run's folder, on a disk that may fail. Small files wait in memory; files needed
+# before ranks start are retried for a while. job.py decides when something is written.
+"""Writes a job's files to a disk that may fail."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from launch import budget as budgets
 from launch.policy import Budget
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import SaveError
+from mmscale.runs.events import EventLog
 from mmscale.runtime.disk_writer import DiskWriter, replacing
 from mmscale.runtime.held_folder import HeldFolder
-from mmscale.train.metrics import EventLog
 
-_PATIENCE_S = 1800.0  # as the profile's slurm_patience
+_PATIENCE_S = 1800.0  # same as the profile's slurm_patience
 _AGAIN_S = 2.0
 T = TypeVar("T")
 L = TypeVar("L", bound=EventLog)
@@ -30,10 +30,10 @@ class Disk:
     Args:
         run: folder of the run.
         folder: of the launch.
-        give_up: whether nobody waits any more for what the disk refuses.
+        give_up: whether to stop waiting for the disk.
 
     Attributes:
-        writer: of all of them.
+        writer: writes all of them.
     """
 
     def __init__(self, run: Path, folder: Path, *, give_up: Callable[[], bool]) -> None:
@@ -41,14 +41,14 @@ class Disk:
         self.folder = folder
         self._give_up = give_up
         self.writer = DiskWriter(str(run))
-        self._budget: Budget | None = None  # as it is on the disk, or will be
+        self._budget: Budget | None = None  # as on the disk, now or when the writer has caught up
         self._held: HeldFolder | None = None
 
     def patiently(self, action: Callable[[], T]) -> T:
-        """Do something that has to be done before ranks start; again for a while if the disk refuses it.
+        """Run an action that must succeed before ranks start; retry for a while if the disk fails.
 
         Raises:
-            SaveError: the disk has refused for half an hour, or nobody waits any more.
+            SaveError: the disk has failed for half an hour, or `give_up` returned true.
         """
         until, said = time.monotonic() + _PATIENCE_S, False
         while True:
@@ -67,41 +67,41 @@ class Disk:
             time.sleep(_AGAIN_S)
 
     def place(self) -> Path:
-        """The run's folder by a path that leads there although it is renamed."""
+        """The run's folder, by a path that stays valid if the folder is renamed."""
         if self._held is None:
             self._held = HeldFolder(self.run)
         return self._held.stable
 
     def noted(self, events: L) -> L:
-        """Have outages of the disk become events from now on."""
+        """Record outages of the disk as events from now on."""
         self.writer.on_change = events.add
         return events
 
     def now(self, path: Path) -> Path:
-        """A path below the run's folder, which leads there although that was renamed since ranks were started."""
+        """A path below the run's folder that stays valid if the folder was renamed since ranks started."""
         held = self._held is not None and path.is_relative_to(self.run)
         return self._held.stable / path.relative_to(self.run) if self._held is not None and held else path
 
     def write(self, file: Path, content: bytes) -> None:
-        """Give a file its content, whole or not at all; later, if the disk refuses it now."""
+        """Write a file atomically; later, if the disk fails now."""
         self.writer.submit(replacing(self.now(file), content), size=len(content), key=str(file))
 
     def budget(self) -> Budget:
-        """Restarts so far, also those that the disk has refused to note."""
+        """Restarts so far, including those that could not be stored."""
         known = self._budget or budgets.load(self.folder)
         return known or Budget(step=max(Store.of_run(self.run).steps(), default=0))
 
     def first_start(self) -> bool:
-        """Whether no job of this launch has noted a budget yet."""
+        """Whether no job of this launch has stored a budget yet."""
         return self._budget is None and budgets.load(self.folder) is None
 
     def keep(self, budget: Budget) -> None:
-        """Remember a budget."""
+        """Store a budget."""
         self._budget = budget
         self.write(*budgets.file_of(self.folder, budget))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write everything that is still pending."""
         self.writer.close()
         if self._held is not None:
             self._held.close()

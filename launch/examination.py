@@ -1,6 +1,6 @@
-# What a job does about its nodes before ranks start: has them examined, and hands the run over to a job without those
-# that are unfit. How nodes are examined is nodes.py's, which jobs there are successors.py's.
-"""Nodes of a job before its ranks start."""
+# Checks of a job's nodes before ranks start: runs the checks, and hands the run over to a job without unfit nodes.
+# nodes.py checks nodes, successors.py manages the jobs.
+"""Node checks before the ranks of a job start."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from launch.profile import Profile
 from launch.record import Record
 from launch.successors import Successors
 from mmscale.errors import LaunchError
+from mmscale.runs.attempts import next_attempt
+from mmscale.runs.events import EventLog, read_events
 from mmscale.runtime.rank_env import unused_port
-from mmscale.train.metrics import EventLog, next_attempt, read_events
 
 
 class Examination:
-    """Of one start of a job.
+    """The node checks of one start of a job.
 
     Args:
         record: of the launch.
         profile: of the cluster.
         allocation: the job.
         successors: the other jobs of the launch.
-        restart: how often SLURM has started the job again.
-        log: gives the events of an attempt.
-        interrupted: whether the job was asked to end, with a question to SLURM: a check that SLURM ended says nothing.
-        stopping: the same without a question.
+        restart: how often SLURM has restarted the job.
+        log: returns the events of an attempt.
+        interrupted: whether the job was asked to end, including a query to SLURM: an interrupted check has no result.
+        stopping: the same without a query.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Examination:
         self._run = Path(record.run)
 
     def lost_nodes(self) -> dict[str, str]:
-        """Nodes that died under this job or the one before it, if they are new in the cordon file."""
+        """Nodes that died under this job or the previous one and are new in the cordon file."""
         mine = [event for event in read_events(self._run) if event["event"] == "launch"]
         last, job = str(mine[-1].get("job", "")) if mine else "", self._allocation.job
         if not job or not (self._successors.took_over(last) or (self._restart > 0 and last == job)):
@@ -65,16 +66,16 @@ class Examination:
         return nodes.cordon(self._record, self._profile, found, reason=f"lost by job {last}")
 
     def run(self, task: Callable[[], None]) -> dict[str, Any]:
-        """Examine the nodes, then how fast they are together.
+        """Check the nodes, then measure the bandwidth between them.
 
         Args:
-            task: what submitit pickles for a job that goes on without unfit nodes.
+            task: object that submitit pickles for a job that continues without unfit nodes.
 
         Returns:
-            Bus bandwidths of all-reduces [GB/s], as `nodes.measure` gives them.
+            Bus bandwidths of all-reduces [GB/s], as from `nodes.measure`.
 
         Raises:
-            LaunchError: one is not fit.
+            LaunchError: a node is unfit.
         """
         bandwidth: dict[str, Any] = {}
         bad = nodes.examine(self._record, self._profile, interrupted=self._interrupted, stopping=self._stopping)
@@ -91,9 +92,10 @@ class Examination:
         return bandwidth
 
     def _refuse(self, bad: dict[str, nodes.Unfit], task: Callable[[], None]) -> None:
-        """End the job before ranks start; another one goes on without nodes that have a fault of their own.
+        """End the job before ranks start. Another job continues without nodes that have a fault of their own.
 
-        SLURM changes the nodes that a job excludes only while it waits: requeued, this one could get the same again.
+        SLURM lets a job's excluded nodes change only while the job waits; if this one were requeued, it could get the
+        same nodes.
 
         Raises:
             LaunchError: always.
@@ -107,5 +109,5 @@ class Examination:
             if taken:
                 events.add("handed_over", job=taken, without=unfit, why="unfit nodes")
         if taken:
-            raise LaunchError(refusal.cause, remedy=f"none is needed: job {taken} goes on without {', '.join(unfit)}")
+            raise LaunchError(refusal.cause, remedy=f"none is needed: job {taken} continues without {', '.join(unfit)}")
         raise refusal

@@ -1,28 +1,31 @@
-# Where the time of a run went, from its events and metrics alone: pure arithmetic, nothing is measured here.
-"""Goodput: the share of allocated time that went into steps which count."""
+# Computes where the time of a run went, from its events and metrics. Pure arithmetic; it measures nothing.
+"""Goodput: the share of allocated time spent in steps that count."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PARTS = ("start_up", "steps", "save_stall", "evaluation", "lost", "waiting")
+from mmscale.runs.events import ORDERLY_ENDS
+
+PARTS = ("start_up", "steps", "save_stall", "evaluation", "lost", "other", "waiting")
 
 
 def goodput(
     events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], *, now: float
 ) -> tuple[float | None, dict[str, float]]:
-    """Productive time over allocated time, and where all of the time went.
+    """Productive time over allocated time, and the time of each part.
 
-    An attempt's time begins with its "launch" event, the first one of a job with the job (`since`), and ends with its
-    last event or now. Up to "start" or "resume" it is start-up. What follows is steps, save stalls and evaluation;
-    steps beyond the point from which the next attempt goes on are lost, with all that came after the last step that
-    counts. Between attempts the run waits.
+    An attempt starts with its "launch" event (the first attempt of a job with the start of the job, `since`) and ends
+    with its last event or now. The time until "start" or "resume" is start-up. The rest is steps, save stalls and
+    evaluation. Steps after the checkpoint from which the next attempt resumes are lost, and so is the rest of an
+    attempt that was killed or crashed. The rest of an attempt that saved its last step and ended in order (logging,
+    leaving the ranks) is "other". Between attempts the run waits.
 
     Args:
         events: of events.jsonl, in order.
-        metrics: lines of metrics.jsonl as they were written: a re-done step is there twice.
-        now: seconds since 1970; the end of an attempt that still runs.
+        metrics: lines of metrics.jsonl in file order: repeated steps occur twice.
+        now: seconds since 1970; the end of a running attempt.
 
     Returns:
         The share, None without an attempt; and seconds by part.
@@ -41,7 +44,9 @@ def goodput(
         mine = attempts[number]
         launched = next(e for e in mine if e["event"] == "launch")
         begin = launched.get("since", launched["time"])
-        over = any(e["event"] in ("ranks_ended", "gave_up") for e in mine) or place + 1 < len(order)
+        ended = next((e for e in reversed(mine) if e["event"] in ORDERLY_ENDS), None)
+        over = ended is not None or any(e["event"] in ("ranks_ended", "gave_up") for e in mine)
+        over = over or place + 1 < len(order)
         end = max(mine[-1]["time"], begin) if over else max(now, begin)
         if previous_end is not None:
             times["waiting"] += max(0.0, begin - previous_end)
@@ -52,22 +57,27 @@ def goodput(
             continue
         times["start_up"] += begun["time"] - begin
         next_step = resumed[number]
-        stopped = next((int(e["step"]) for e in mine if e["event"] in ("stop", "finish") and "step" in e), None)
+        stopped = None if ended is None or "step" not in ended else int(ended["step"])
         _split(
-            lines.get(number, []),
+            # The last save and evaluation come after the last logged step: the event of the end has their seconds.
+            [*lines.get(number, []), *([] if ended is None else [_pauses(ended)])],
             first=int(begun.get("step", 0)),
             counts_up_to=next_step,
             saved=stopped if next_step is None else next_step,
             seconds=end - begun["time"],
-            over=over,
+            rest="steps" if not over else "lost" if ended is None else "other",
             times=times,
         )
     allocated = sum(seconds for part, seconds in times.items() if part != "waiting")
     return (times["steps"] / allocated if allocated > 0 else None), times
 
 
+def _pauses(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: event[name] for name in ("save_stall_s", "eval_s") if name in event}
+
+
 def _resumed_from(attempts: Mapping[int, Sequence[Mapping[str, Any]]], order: Sequence[int]) -> dict[int, int | None]:
-    """By attempt, the step after which the next one that has begun went on; None if none has."""
+    """For each attempt, the step from which the next started attempt resumed; None if there is none."""
     found: dict[int, int | None] = {}
     step: int | None = None
     for number in reversed(order):
@@ -84,12 +94,14 @@ def _split(
     counts_up_to: int | None,
     saved: int | None,
     seconds: float,
-    over: bool,
+    rest: str,
     times: dict[str, float],
 ) -> None:
     """Add one attempt's seconds after its start-up to the parts.
 
-    Steps between the last logged one and the one that was `saved` count too, at the pace of those before.
+    Steps between the last logged one and the `saved` one also count, at the pace of the steps before. `rest` is the
+    part that gets the remaining time: of a running attempt the step in progress; of an ended one lost work, an
+    unnoticed fault, or the orderly exit.
     """
     stall = sum(float(line.get("save_stall_s", 0.0)) for line in lines)
     evaluation = sum(float(line.get("eval_s", 0.0)) for line in lines)
@@ -112,7 +124,5 @@ def _split(
     times["steps"] += steps * scale
     times["save_stall"] += stall * scale
     times["evaluation"] += evaluation * scale
-    rest = seconds - spent
-    # Of an attempt that runs the rest is the step that is being computed; of one that is over, work that was lost, a
-    # fault that was not noticed yet, and the way out.
-    times["lost" if over else "steps"] += rest
+    times["lost"] += min(lost, seconds - spent)
+    times[rest] += max(0.0, seconds - spent - lost)

@@ -1,5 +1,5 @@
-# The event about a hang, from the reports that ranks wrote when no step ended (mmscale/resilience/watchdog.py).
-"""Hangs of an attempt."""
+# Writes the event about a hang, from the reports that ranks wrote when no step ended (mmscale/resilience/watchdog.py).
+"""Records hangs of an attempt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.record import Record
 from mmscale.resilience import watchdog
-from mmscale.train.metrics import EventLog
+from mmscale.runs.events import EventLog
 
 
 def tell(record: Record, attempt: int, lease_id: str, events: EventLog) -> None:

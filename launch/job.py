@@ -1,10 +1,11 @@
-# The job itself: started once by SLURM's batch script on the first node, it starts the ranks (srun), passes requests to
-# save on to them, and when they have ended requeues, restarts or gives up as policy.py says. No torch, no collectives.
-"""What runs inside an allocation, and for `--cluster local` on this machine.
+# The job itself. SLURM's batch script starts it once on the first node. It starts the ranks (srun), passes requests to
+# save on to them, and when they have ended requeues, restarts or gives up, as policy.py decides. No torch, no
+# collectives.
+"""The supervisor: the process that runs inside an allocation, or for `--cluster local` on this machine.
 
-submitit pickles a `Job`, and starts it; its own handlers of signals are replaced at once, because they requeue from one
-rank while the others are killed, which no collective checkpoint survives. SLURM sends SIGUSR2 to this process alone
-(`--signal=B:USR2`), so that a request is known even while no rank runs.
+submitit pickles a `Job` and starts it. Its signal handlers are replaced at once, because they requeue from one rank
+while the others are killed, which no collective checkpoint survives. SLURM sends SIGUSR2 to this process only
+(`--signal=B:USR2`), so that a request is noticed even while no rank runs.
 """
 
 from __future__ import annotations
@@ -13,66 +14,69 @@ import contextlib
 import functools
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from launch import agent, batch_script, hangs, owner, passed, ranks, step
+from launch import batch_script, hangs, owner, passed
+from launch import rank_command as ranks
 from launch import record as records
+from launch import srun_step as step
 from launch.allocation import Allocation
-from launch.beginning import Beginning
 from launch.disk import Disk
+from launch.endings import after_restarts_in_place, ending_of, first_failed
 from launch.examination import Examination
 from launch.job_states import Phase, phase_of
 from launch.notify import Notifier, TellingLog
-from launch.policy import GAVE_UP, NO_ANSWER, STOPPED, Action, Ending, crashed, decide, known_status
-from launch.progress import Progress
+from launch.policy import (
+    GAVE_UP,
+    NO_ANSWER,
+    STOPPED,
+    Action,
+    Ending,
+    crashed,
+    decide,
+)
+from launch.rank_processes import RankProcesses
 from launch.scheduler import UnreachableError, patiently
+from launch.stop_requests import StopRequests
 from launch.successors import Successors
 from mmscale.checkpoint.layout import Store
-from mmscale.errors import MmscaleError
+from mmscale.errors import MmscaleError, shell_command
 from mmscale.resilience import lease
 from mmscale.resilience.run_lock import RunLock
+from mmscale.runs.attempts import next_attempt
+from mmscale.runs.events import EventLog, read_events
 from mmscale.runtime import console
 from mmscale.runtime.rank_env import unused_port
-from mmscale.train.metrics import EventLog, next_attempt, read_events
 from mmscale.train.scratch import start_from_scratch
 
-_REPEAT_S = 5.0  # a request to save is repeated: it may have come before a rank could note it
 _POLL_S = 0.1
-_LOOK_S = 1.0  # between looks at a request to stop
-_STATUSES_S = 1.0  # between looks at what agents were not told: a listing of a folder that all nodes share
-_PROGRESS_S = 30.0  # between two notes of the run's progress
-_FIRST_LOOK_S = 10.0  # after ranks were started
-_OTHERS_S = 60.0  # after one rank has said that trying again would not help; as srun's --wait
-_KILLED_S = 90.0  # a requeued job is ended by SLURM within KillWait
-_NOTED = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_KILLED_S = 90.0  # SLURM ends a requeued job within KillWait
 
 
 @dataclass(frozen=True)
 class Job:
-    """What submitit pickles: a path, and nothing that could go stale."""
+    """The object that submitit pickles: only a path, so that nothing in it can be outdated."""
 
     folder: str
 
     def __call__(self) -> None:
-        """Run the job of this launch folder, and end with its status: submitit would turn any other end into 1."""
+        """Run the job of this launch folder, and exit with its status; submitit would turn any other end into 1."""
         raise SystemExit(main(Path(self.folder)))
 
 
 def main(folder: Path) -> int:
-    """Run the job of a launch folder; its exit status."""
+    """Run the job of a launch folder; returns its exit status."""
     console.guard()
     supervisor = Supervisor(records.read_record(folder))
     try:
-        with supervisor.noting_signals():
-            return supervisor.run()
+        with passed.shared(supervisor.profile), supervisor.requests.noting_signals():
+            status = supervisor.run()
+            return supervisor.requests.status_for_slurm(status) if supervisor.slurm else status
     except MmscaleError as error:
         if not supervisor.successors.alive():
             passed.remove_secrets(folder)
@@ -84,7 +88,7 @@ def main(folder: Path) -> int:
 
 
 class Supervisor:
-    """One start of a job: ranks, again and again, until it ends or is requeued."""
+    """One start of a job: starts ranks repeatedly until the job ends or is requeued."""
 
     def __init__(self, record: records.Record) -> None:
         self.record = record
@@ -93,16 +97,17 @@ class Supervisor:
         self.profile = record.checked_profile()
         self.slurm = self.profile.scheduler == "slurm"
         self.job = os.environ.get("SLURM_JOB_ID", "") if self.slurm else ""
-        self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # unset the first time
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # unset at the first start
         self.began: float | None = round(time.time(), 3)  # of a start of the job that no attempt has been told yet
         self.bandwidth: dict[str, Any] = {}
-        self.signals: list[str] = []
+        self.requests = StopRequests(self.folder)
+        self.signals = self.requests.signals
         self.lock = RunLock(self.run_dir, job=self.job, by="launch")
-        self.disk = Disk(self.run_dir, self.folder, give_up=self._stopping)
+        self.disk = Disk(self.run_dir, self.folder, give_up=self.requests.stopping)
         self.allocation = Allocation(
             self.job,
             patience_s=self.profile.slurm_patience,
-            interrupted=self._stopping,
+            interrupted=self.requests.stopping,
         )
         self.successors = Successors(record, self.profile, self.job)
         self.examination = Examination(
@@ -113,49 +118,27 @@ class Supervisor:
             restart=self.restart,
             log=self._log,
             interrupted=self._interrupted,
-            stopping=self._stopping,
+            stopping=self.requests.stopping,
         )
         self.notifier = Notifier(
             self.profile.notify,
             folder=self.folder,
             facts={"run": record.run, "job": self.job, "cluster": record.cluster},
             secrets=lambda: passed.read_secrets(self.profile, self.folder),
+            writer=self.disk.writer,
         )
-        self._stop_looked, self._stop_known = float("-inf"), False
-        self._progress: Progress | None = None
-        self._said = ""  # by srun, about the last start of ranks
-        self._ranks: subprocess.Popen[bytes] | None = None
-        self._sent = 0.0
-
-    @contextlib.contextmanager
-    def noting_signals(self) -> Iterator[None]:
-        """Note requests instead of ending; they are passed on by the loop, not by the handler."""
-        # nohup ignores SIGHUP. A batch script ignores requests to save only until this process listens.
-        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        heard = [number for number in _NOTED if number not in deaf]
-        before = {number: signal.signal(number, self._note) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signals.append(signal.Signals(number).name)
-
-    def _stopping(self) -> bool:
-        """Whether this process was asked to end, as far as it knows by itself."""
-        return bool(self.signals) or self._stop_asked()
-
-    def _stop_asked(self) -> bool:
-        """Whether a person has asked for a stop; the file is on a file system that many share."""
-        now = time.monotonic()
-        if not self._stop_known and now - self._stop_looked >= _LOOK_S:
-            self._stop_known, self._stop_looked = records.stop_asked(self.folder), now
-        return self._stop_known
+        self._said = ""  # srun's output about the last start of ranks
+        self.ranks = RankProcesses(
+            record,
+            self.profile,
+            self.disk,
+            stopping=self.requests.stopping,
+            look_for_preemption=self._look_for_preemption,
+            say=_say,
+        )
 
     def run(self) -> int:
-        """The whole of it; returns the job's exit status.
+        """Run the job to its end; returns its exit status.
 
         Raises:
             UnreachableError: SLURM has not answered for the profile's `slurm_patience`, and no rank could be started.
@@ -165,7 +148,7 @@ class Supervisor:
                 self._take(0, known_dead=self._refuse_busy())
                 return self._run()
         except UnreachableError as error:
-            if self._stopping():
+            if self.requests.stopping():
                 return self._end_before_ranks()
             with contextlib.closing(self._log(next_attempt(self.run_dir))) as events:
                 events.add("gave_up", why=error.cause, status=error.exit_status)
@@ -178,7 +161,7 @@ class Supervisor:
             found |= patiently(
                 lambda folder=folder: owner.refuse_busy(folder, job=self.job),  # type: ignore[misc]
                 patience_s=self.profile.slurm_patience if self.slurm else 0.0,
-                give_up=self._stopping,
+                give_up=self.requests.stopping,
             )
         return found
 
@@ -188,7 +171,7 @@ class Supervisor:
         return self.lock.take(name, attempt=next_attempt(self.run_dir), known_dead=known_dead)
 
     def _log(self, attempt: int, *, may_write: Callable[[], None] | None = None) -> EventLog:
-        """The run's events, which the profile's `notify` is told of."""
+        """The run's event log, which also notifies through the profile's `notify`."""
         return self.disk.noted(
             TellingLog(self.disk.place(), attempt, notifier=self.notifier, may_write=may_write, writer=self.disk.writer)
         )
@@ -196,16 +179,16 @@ class Supervisor:
     def _run(self) -> int:
         batch_script.remove_stale_results(self.job)
         if (over := self.successors.end_of_run()) is not None:
-            _say("an earlier job of this launch has ended the run: nothing is left to do")
+            _say("an earlier start of this launch has ended the run: nothing is left to do")
             self.successors.cancel()
             return over
-        if self.record.from_scratch and self.disk.first_start():  # later ones go on from what this one saves
+        if self.record.from_scratch and self.disk.first_start():  # later attempts resume from its checkpoints
             start_from_scratch(self.run_dir)
         lost = self.examination.lost_nodes()
-        self.disk.keep(self.disk.budget())  # now: the first attempt is measured against what is there before it
+        self.disk.keep(self.disk.budget())  # read now: the first attempt's progress is measured from here
         number = 0
         while True:
-            if self._stopping():
+            if self.requests.stopping():
                 return self._end_before_ranks()
             if number == 0 and self.slurm:
                 self.bandwidth = self.examination.run(Job(str(self.folder)))
@@ -227,27 +210,28 @@ class Supervisor:
     # --- before -----------------------------------------------------------------------------------------------------
 
     def _end_before_ranks(self) -> int:
-        if self.slurm and not self._stop_asked() and self.signals[-1] != "SIGUSR1":
+        if self.slurm and not self.requests.asked() and self.signals[-1] != "SIGUSR1":
             state = self.allocation.state(patiently_asked=True)
             if state is not None and phase_of(state) is Phase.RUNNING and state != NO_ANSWER:
                 _say(f"{self.signals[-1]} before ranks were started: requeued")
                 self.lock.keep = not self._requeue()
         else:
+            _say(f"a stop of this launch was requested; {shell_command('resume', self.record.run)} continues the run")
             self.successors.cancel()
         return STOPPED
 
     def _look_for_preemption(self) -> None:
-        """Take a preemption that came before ranks could be told of it for the signal that they would have got.
+        """Record the signal of a preemption that arrived before any rank could receive it.
 
-        SLURM sends SIGTERM once, to the steps of a job: there may have been none yet, and the job would train on until
-        its time of grace is over.
+        SLURM sends SIGTERM once, to the steps of a job. If there was no step yet, the job would train until the end of
+        its grace period.
         """
         if self.allocation.preempted() and not self.signals:
             _say("preempted before ranks could be told")
             self.signals.append("SIGTERM")
 
     def _interrupted(self) -> bool:
-        """Whether a step may have ended for what SLURM has sent it, and not for its nodes."""
+        """Whether a step may have ended because of a signal from SLURM, and not because of its nodes."""
         self._look_for_preemption()
         return bool(self.signals)
 
@@ -256,7 +240,7 @@ class Supervisor:
     def _attempt(self, lease_id: str, attempt: int, fence: lease.Fence, events: EventLog) -> tuple[Action, int]:
         logs = self.run_dir / "logs" / f"attempt_{attempt}"
         self.disk.patiently(functools.partial(logs.mkdir, parents=True, exist_ok=True))
-        # The first node, where rank 0 is, is this one.
+        # This is the first node, where rank 0 runs.
         port = unused_port() if self.slurm else 0
         in_place = self._restarts_in_place()
         command = ranks.command(self.record, self.profile, logs=logs, environ=os.environ, port=port, in_place=in_place)
@@ -281,8 +265,8 @@ class Supervisor:
         except lease.FencedError as error:
             _say(f"error: {error.cause}")
             return Action.END, error.exit_status
-        self._note_progress(fence)
-        attempt = self._after_restarts_in_place(attempt, lease_id, events)
+        self.ranks.note_progress(fence)
+        attempt = after_restarts_in_place(self.record, self.disk, self.run_dir, attempt, lease_id, events)
         hangs.tell(self.record, attempt, lease_id, events)
         ending = self._ending(status, attempt, logs)
         status = ending.status
@@ -304,6 +288,8 @@ class Supervisor:
             why=why,
             over=over,
             **({"cause": ending.cause} if ending.cause else {}),
+            **({"failed": asdict(ending.failed)} if ending.failed else {}),
+            **({"unsaved": True} if ending.unsaved else {}),
         )
         _say(f"ranks ended with exit status {status}: {action}, {why}")
         if over:
@@ -311,29 +297,29 @@ class Supervisor:
             self.successors.cancel()
         if action is Action.REQUEUE:
             refused = self._requeue()
-            return (self._not_requeued(refused, events) if refused else action), STOPPED
+            return (self._not_requeued(refused, events), ending.exit_status) if refused else (action, STOPPED)
         if action is Action.GIVE_UP:
             events.add("gave_up", why=why, status=status)
-            _say(f"error: gave up: {why}\n  fix: look at {logs}, then `mmscale resume {self.record.run}`")
+            _say(f"error: gave up: {why}\n  fix: look at {logs}, then {shell_command('resume', self.record.run)}")
             return action, GAVE_UP
-        return action, STOPPED if status != 0 and not crashed(ending) and status not in (2, 3, 4, 5) else status
+        return action, ending.exit_status
 
     def _is_over(self, action: Action, ending: Ending) -> bool:
-        """Whether no job goes on with the run: neither this one, nor one behind it."""
+        """Whether no job will continue the run: neither this one nor one behind it."""
         if action is Action.GIVE_UP or (action is Action.END and ending.ends_run):
             return True
         return action is Action.END and not ending.left_to_slurm and not self.successors.alive()
 
     def _not_requeued(self, refused: str, events: EventLog) -> Action:
-        """What becomes of a run whose job SLURM does not start again: the next one of its launch goes on, if any."""
+        """The action if SLURM does not requeue the job: the next job of its launch continues, if there is one."""
         if behind := self.successors.alive():
             events.add("handed_over", job=behind[0], why=refused)
-            _say(f"not requeued: {refused}; job {behind[0]} goes on")
+            _say(f"not requeued: {refused}; job {behind[0]} continues")
             return Action.END
         passed.remove_secrets(self.disk.now(self.folder))
         events.add("not_requeued", why=refused)
         _say(
-            f"error: not requeued: {refused}\n  fix: `mmscale resume {self.record.run}` goes on; "
+            f"error: not requeued: {refused}\n  fix: {shell_command('resume', self.record.run)} continues the run; "
             "with `chain: N` in the profile a launch submits N jobs, one behind the other"
         )
         return Action.END
@@ -342,35 +328,20 @@ class Supervisor:
         return 0 if self.profile.scheduler == "debug" else self.record.max_restarts
 
     def _restarts_in_place(self) -> int:
-        """How often agents may start ranks again before this process looks at what became of it."""
+        """How often agents may restart ranks before this process checks the result."""
         left = self._max_restarts() - self.disk.budget().restarts
         return max(0, min(left, self.record.max_without_progress))
-
-    def _after_restarts_in_place(self, attempt: int, lease_id: str, events: EventLog) -> int:
-        """Count restarts by agents and tell of hangs before them; the attempt that ran last.
-
-        What comes behind it is of that attempt.
-        """
-        found = [event for event in read_events(self.run_dir) if event.get("attempt_id") == lease_id]
-        for event in found:
-            if event["event"] != "ranks_ended" or event.get("action") != agent.IN_PLACE:
-                continue
-            self.disk.keep(self.disk.budget().ended(step=int(event["checkpoint"]), crashed=True))
-            hangs.tell(self.record, int(event["attempt"]), lease_id, events)
-        last = max((int(event["attempt"]) for event in found), default=attempt)
-        events.attempt = last
-        return last
 
     def _start_until_begun(
         self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence, events: EventLog
     ) -> int:
-        """Start the ranks and wait for their end; again if slurmctld was away and none was started.
+        """Start the ranks and wait for their end; repeat if slurmctld was down and none was started.
 
         Raises:
-            UnreachableError: it stayed away for the profile's `slurm_patience`.
+            UnreachableError: it stayed down for the profile's `slurm_patience`.
         """
         while True:
-            status = self._wait_for(command, environment, logs, fence, events)
+            status = self.ranks.run(command, environment, logs, fence, events)
             self._said = step.report(logs)
             if status == 0 or not step.never_began(logs, self._said):
                 return status
@@ -378,89 +349,34 @@ class Supervisor:
             try:
                 self.allocation.wait_for_slurm()
             except UnreachableError:
-                if self._stopping():
+                if self.requests.stopping():
                     return STOPPED
                 raise
             (logs / step.LAUNCHER_LOG).unlink(missing_ok=True)
 
-    def _wait_for(
-        self, command: list[str], environment: dict[str, str], logs: Path, fence: lease.Fence, events: EventLog
-    ) -> int:
-        """Start the ranks and wait for their end, passing requests on to them; their exit status."""
-        self._ranks = step.start(command, environment, cwd=self.record.cwd, logs=logs, slurm=self.slurm)
-        self._sent = 0.0
-        waits_until = float("inf")
-        look_at = time.monotonic() + _FIRST_LOOK_S if self.slurm else float("inf")
-        note_at = time.monotonic() + _PROGRESS_S
-        beginning = Beginning(self.run_dir, events.attempt, hint_after_s=self.profile.start_hint_after)
-        list_at = 0.0 if self.profile.ranks == "torchrun" else float("inf")
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    status = self._ranks.wait(_POLL_S)
-                    return agent.true_status(logs, status if status >= 0 else 128 - status)
-                if time.monotonic() >= list_at:
-                    list_at = time.monotonic() + _STATUSES_S
-                    if agent.statuses(logs):
-                        waits_until, list_at = time.monotonic() + _OTHERS_S, float("inf")
-                if time.monotonic() > waits_until:  # agents would start the others again and again, without the first
-                    return agent.true_status(logs, 1)
-                if time.monotonic() >= note_at:
-                    note_at = time.monotonic() + _PROGRESS_S
-                    self._note_progress(fence)
-                if time.monotonic() > look_at:  # by now the step is there, and gets what is sent
-                    look_at = float("inf")
-                    self._look_for_preemption()
-                fence.look()
-                beginning.look(events, where=environment.get("MASTER_PORT", ""))
-                if self._stopping():
-                    if beginning.deaf():
-                        _say("the ranks have not begun, and do not hear the request to end: killed")
-                        return 128 + signal.SIGKILL
-                    self._ask_to_save()
-        finally:
-            if self._ranks.poll() is None:
-                self._ranks.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._ranks.wait(5.0)
-                self._ranks.kill()
-                self._ranks.wait()
-
-    def _note_progress(self, fence: lease.Fence) -> None:
-        """Write down what `mmscale status` would otherwise read metrics.jsonl for, each time from its beginning."""
-        if self._progress is None:
-            self._progress = Progress.load(self.run_dir)
-        if self._progress.update(self.run_dir):
-            fence.check()
-            self.disk.write(*self._progress.file(self.run_dir))
-
-    def _ask_to_save(self) -> None:
-        now = time.monotonic()
-        if self._ranks is not None and now - self._sent >= _REPEAT_S:
-            self._sent = now
-            self._ranks.send_signal(signal.SIGUSR2)  # srun and the local launcher pass it on to every rank
-
     # --- after ------------------------------------------------------------------------------------------------------
 
     def _ending(self, status: int, attempt: int, logs: Path) -> Ending:
-        """How the ranks ended: by their own word, then by what this process was sent."""
+        """How the ranks ended, by their own record first, then by the signals to this process."""
         events = [event for event in read_events(self.run_dir) if event.get("attempt") == attempt]
-        named = next((event.get("signal") for event in events if event["event"] == "stop"), None)
-        if "SIGUSR1" in self.signals:
-            named = "SIGUSR1"
-        elif self.signals:
-            named = self.signals[-1]
-        ending = Ending(known_status(status, events), named, records.stop_asked(self.folder))
-        return replace(ending, cause=step.cause_of(logs, self._said)) if crashed(ending) else ending
+        by_agents = self.slurm and self.profile.ranks == "torchrun"
+        return ending_of(
+            status,
+            events,
+            signals=self.signals,
+            failed=first_failed(self.record, by_agents=by_agents, logs=logs, events=events, said=self._said),
+            stop_asked=records.stop_asked(self.folder),
+            cause=lambda: step.cause_of(logs, self._said),
+        )
 
     def _with_slurms_word(self, ending: Ending) -> Ending:
-        """The same with SLURM's word for the job, if anything depends on it: a crash is mended without an answer."""
+        """The same with SLURM's state of the job, if the decision depends on it; a crash needs no answer."""
         if not ending.needs_slurm:
             return ending
         return replace(ending, job_state=self.allocation.state(patiently_asked=not crashed(ending)))
 
     def _requeue(self) -> str:
-        """Have SLURM start this job again, and wait for it to end this process; why it does not, "" if it does."""
+        """Requeue this job and wait until SLURM ends this process. Returns the reason for a refusal, "" on success."""
         self.signals.clear()
         self.notifier.finish()  # SLURM will end them with this job
         if refused := self.allocation.requeue():

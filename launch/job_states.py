@@ -17,7 +17,7 @@ class Phase(StrEnum):
 
     WAITING = "waiting"  # in the queue, held, or its nodes are being made ready: no process of it runs
     RUNNING = "running"
-    PAUSED = "paused"  # its processes are stopped; they go on by themselves
+    PAUSED = "paused"  # its processes are stopped; they continue without a request
     ENDING = "ending"  # SLURM is ending its processes; it may come back from the queue afterwards
     ENDED = "ended"  # it does not come back by itself
 

@@ -61,7 +61,7 @@ class JobTable:
         return {job: self._found[job] for job in wanted if job in self._found}
 
     def forget(self) -> None:
-        """Have SLURM asked anew the next time."""
+        """Query SLURM again the next time."""
         self._time = float("-inf")
 
     def _ask(self, jobs: frozenset[str]) -> None:

@@ -25,7 +25,7 @@ def lines(
         run: the run's folder.
         rank: whose.
         attempt: which; None: the newest that has the log, and with `follow` each one that comes after it.
-        follow: go on until the run has ended.
+        follow: continue until the run has ended.
         job: what the job says of its ranks, instead of a rank.
 
     Raises:
@@ -33,16 +33,10 @@ def lines(
     """
     file = _file(run, rank=rank, attempt=attempt, job=job)
     if file is None and not follow:
-        here = rank == 0 and not job and records.latest(run) is None
-        raise LaunchError(
-            f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}",
-            remedy="rank 0 of `mmscale train` prints where it was started; its figures are in metrics.jsonl"
-            if here
-            else "",
-        )
+        raise LaunchError(f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}")
     place, table = 0, JobTable()
     while True:
-        ended = follow and status.ended(run, table)  # asked before reading: what is written until then is printed
+        ended = follow and status.ended(run, table)  # checked before reading, so that output until then is printed
         newest = _file(run, rank=rank, attempt=attempt, job=job)
         if file is not None:
             text, place = _more(file, place)
@@ -67,10 +61,10 @@ def _more(file: Path, place: int) -> tuple[str, int]:
 
 def _file(run: Path, *, rank: int, attempt: int | None, job: bool) -> Path | None:
     if job:
-        # A chained job that waits has none; those of an array print into one folder.
+        # A waiting chained job has no log; jobs of an array print into one folder.
         logs = (records.job_log(folder, key.id) for folder, key in reversed(chain.keys(run)))
         return next((log for log in logs if log is not None), None)
-    # The newest folder need not have one: ranks that were started again in place go on in that of the first start.
+    # The newest folder may have no log: ranks that restart in place keep logging to the folder of the first start.
     attempts = [attempt] if attempt is not None else reversed(_attempts(run))
     files = (run / "logs" / f"attempt_{chosen}" / f"rank_{rank}.log" for chosen in attempts)
     return next((file for file in files if file.is_file()), None)

@@ -1,5 +1,5 @@
-# Nodes of a job: examined before its ranks start, and written into the cordon file if they are not fit or were lost.
-# What is examined is slurm/preflight.py's and slurm/bandwidth.py's; what follows for the job is job.py's.
+# Checks the nodes of a job before its ranks start, and adds unfit or lost nodes to the cordon file. slurm/preflight.py
+# and slurm/bandwidth.py run the checks; job.py decides what follows.
 """Fit and unfit nodes."""
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from launch import cordon as cordon_file
 from launch.profile import Profile
 from launch.record import Record
 from mmscale import bounded
-from mmscale.errors import LaunchError
+from mmscale.errors import LaunchError, shell_command
 from mmscale.runtime.rank_env import expand_hostlist
 from slurm.preflight import clock_problems
 
-_TIMEOUT_S = 180.0  # a check asks a driver that may hang several times; all nodes are checked at once
-# Ranks import torch and meet, then every rank takes part in making each node's groups: a fixed part, and one per node.
+_TIMEOUT_S = 180.0  # a check calls a driver several times, which may hang; all nodes are checked at the same time
+# Ranks import torch and rendezvous (constant), then every rank takes part in creating each node's groups (per node).
 _MEASURED_S, _MEASURED_PER_NODE_S = 180.0, 2.0
-# What srun and slurmstepd add when a task has failed.
+# Lines that srun and slurmstepd add when a task has failed.
 _REPORT = re.compile(
     r"(srun|slurmstepd): (error: )?"
     r"(\S+: tasks? [\d,-]+: (Exited|Killed|Terminated|Aborted)|Terminating|Job step|spank:)"
 )
-_RUNTIME_ERROR = re.compile(r"\[ERROR\]|FATAL")  # of enroot, of apptainer
+_RUNTIME_ERROR = re.compile(r"\[ERROR\]|FATAL")  # prefixes of enroot and apptainer
 _OWN = frozenset({"gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "shared_memory"})
 
 
 @dataclass(frozen=True)
 class Unfit:
-    """What is wrong with a node.
+    """The problems of a node.
 
     Attributes:
-        text: each check that failed, and why.
-        cordon: whether it would be wrong in a later job too, on this node and not on others. On the only node of a job
-            nobody can tell a full file system, or a program that does not run, from the node's own faults.
-        hardware: a device said so itself, or was measured: two nodes may well have that at the same time.
+        text: each failed check, with its reason.
+        cordon: whether the problem would also affect a later job, on this node and not on others. For the only node of
+            a job a full file system or a program that does not run cannot be distinguished from the node's own faults.
+        hardware: a device reported the fault itself, or it was measured: two nodes may have it at the same time.
     """
 
     text: str
@@ -60,16 +60,16 @@ def examine(
     interrupted: Callable[[], bool],
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Unfit]:
-    """Ask every node of this job.
+    """Check every node of this job.
 
     Args:
         record: of the launch.
-        profile: of the cluster: what a node has to offer, and what is not asked.
-        interrupted: whether this process was asked to end: a check that SLURM ended says nothing about nodes.
-        stopping: the same without a question to SLURM, looked at while it does not answer.
+        profile: of the cluster: requirements of a node, and skipped checks.
+        interrupted: whether this process was asked to end: an interrupted check has no result.
+        stopping: the same without a query to SLURM, polled while SLURM does not answer.
 
     Returns:
-        Nodes with a problem, and what it is.
+        Nodes with a problem, and the problem.
     """
     began = time.monotonic()
     ended = _output(
@@ -103,12 +103,12 @@ def examine(
 
 
 def _is_own(check: str, text: str) -> bool:
-    """Whether a problem on the only node of a job is the node's: a program that is not on PATH is the job's."""
+    """Whether a problem on the only node of a job is the node's own; a program missing on PATH is the job's problem."""
     return check in _OWN and "No such file or directory" not in text
 
 
 def _is_hardware(problems: Mapping[str, str]) -> bool:
-    """Whether a device is broken or missing, by its driver's word."""
+    """Whether a device is broken or missing, as reported by its driver."""
     broken = "GPUs are there" in problems.get("gpus", "")
     return broken or not {"gpu_memory_errors", "gpu_xid"}.isdisjoint(problems)
 
@@ -125,13 +125,13 @@ def measure(
 
     Args:
         record: of the launch.
-        profile: of the cluster: what has to be reached.
+        profile: of the cluster: minimum bandwidths.
         port: of the rendezvous on the first node.
         interrupted: as for `examine`.
         stopping: as for `examine`.
 
     Returns:
-        Nodes with a problem, and what it is; and the bus bandwidths [GB/s] that were measured.
+        Nodes with a problem, and the problem; and the measured bus bandwidths [GB/s].
     """
     wanted = profile.preflight
     if "all_reduce" in wanted.skip or record.world_size == 1:
@@ -174,14 +174,14 @@ def measure(
 def slow_nodes(
     lines: Sequence[Mapping[str, Any]], *, nodes: Sequence[str], inside_gb_s: float, between_gb_s: float, error: str
 ) -> dict[str, str]:
-    """Nodes whose all-reduces are too slow, or never came to an end.
+    """Nodes whose all-reduces are too slow or did not end.
 
     Args:
-        lines: what slurm/bandwidth.py printed.
+        lines: output of slurm/bandwidth.py.
         nodes: of the job.
-        inside_gb_s: what a node's ranks have to reach [GB/s]; 0: anything.
-        between_gb_s: what they have to reach with those of a neighbour [GB/s]; 0: anything.
-        error: what it said besides, if it did not end well.
+        inside_gb_s: minimum among a node's ranks [GB/s]; 0: none.
+        between_gb_s: minimum among the ranks of two neighbours [GB/s]; 0: none.
+        error: its other output, if it failed.
     """
     if any("all" in line for line in lines) or (len(nodes) == 1 and not error):
         error = ""
@@ -200,7 +200,7 @@ def slow_nodes(
             found[node] = f"all_reduce: nothing with its neighbours: {error}"
         elif between.get(node, math.inf) < between_gb_s:
             found[node] = f"all_reduce: {between[node]:.2f} GB/s with its neighbours, wants {between_gb_s:g}"
-    if error and not found:  # each works with its neighbours
+    if error and not found:  # each node works with its neighbours
         found = dict.fromkeys(nodes, f"all_reduce: nothing over all ranks: {error}")
     return found
 
@@ -210,7 +210,7 @@ def _command(record: Record, profile: Profile) -> list[str]:
     program = ["-m", "slurm.preflight", record.run, f"--gpus={profile.gpus_per_node}"]
     program += [f"--disk-gb={wanted.disk_gb:g}", f"--shared-memory-gb={wanted.shared_memory_gb:g}"]
     program += [f"--skip={name}" for name in wanted.skip]
-    # One that fails must not end the others' checks.
+    # A failing check must not end the others.
     return _srun(record, profile, program, tasks=1, kill_on_bad_exit=False)
 
 
@@ -226,13 +226,13 @@ def _srun(
 
 @dataclass(frozen=True)
 class _Output:
-    """What a step printed.
+    """The output of a step.
 
     Attributes:
         lines: JSON objects.
-        error: the last line of what it said besides; "" if it ended well.
+        error: the last line of its other output; "" if it ended well.
         late: it did not end in time.
-        said: all that it said besides.
+        said: all of its other output.
     """
 
     lines: list[dict[str, Any]]
@@ -241,7 +241,7 @@ class _Output:
     said: str = ""
 
     def show(self) -> None:
-        """Print all that a step said which did not end well; the cause is seldom in its last line."""
+        """Print the whole output of a failed step, because the cause is seldom in its last line."""
         if self.error and self.said:
             sys.stderr.write(f"{self.said.rstrip()}\n")
 
@@ -255,7 +255,7 @@ def _output(
     patience_s: float,
     stopping: Callable[[], bool],
 ) -> _Output:
-    """What a step prints. One that slurmctld did not start, because it was away, says nothing about nodes."""
+    """The output of a step. A step that slurmctld could not start, because it was down, has no result about nodes."""
 
     def step() -> _Output:
         found = _once(command, record, environment, timeout_s=timeout_s)
@@ -288,7 +288,7 @@ def _once(command: Sequence[str], record: Record, environment: dict[str, str], *
 
 
 def _objects(said: str) -> Iterator[dict[str, Any]]:
-    """The lines of an output that are JSON objects; others are what the node's software prints."""
+    """The JSON objects in an output; other lines come from the node's software."""
     for line in said.splitlines():
         with contextlib.suppress(ValueError):
             found = bounded.parse_json(line)
@@ -297,10 +297,10 @@ def _objects(said: str) -> Iterator[dict[str, Any]]:
 
 
 def _main_error(text: str) -> str:
-    """The line that says why a step failed.
+    """The line with the cause of a failed step.
 
-    That slurmctld was away comes first. Then what a container's runtime calls an error, and at last the last line that
-    is not srun's report on which tasks ended.
+    In order of preference: slurmctld was down; an error of a container runtime; the last line that is not srun's report
+    on ended tasks.
     """
     lines = text.splitlines()
     telling = [line for line in lines if not _REPORT.match(line)]
@@ -311,7 +311,7 @@ def _main_error(text: str) -> str:
 
 
 def of_the_job(bad: Mapping[str, Unfit], *, nodes: int) -> dict[str, str]:
-    """Bad nodes that must not be cordoned, and why: what is wrong with them is the job's fault, or what they share.
+    """Bad nodes that must not be cordoned, and why: the job, or something the nodes share, causes the problem.
 
     Args:
         bad: nodes with a problem.
@@ -330,7 +330,7 @@ def of_the_job(bad: Mapping[str, Unfit], *, nodes: int) -> dict[str, str]:
 
 
 def at_fault(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> list[str]:
-    """Bad nodes with a fault of their own: a job without them would not have it."""
+    """Bad nodes with a fault of their own: a job without them would not have the problem."""
     spared = of_the_job(bad, nodes=record.nodes)
     return [
         node
@@ -340,7 +340,7 @@ def at_fault(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> list
 
 
 def refusal(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> LaunchError:
-    """Cordon bad nodes, if they are at fault themselves, and say so: the error that ends the job before ranks start."""
+    """The error that ends the job before ranks start. Cordons the bad nodes that are at fault themselves."""
     spared = of_the_job(bad, nodes=record.nodes)
     cordon(
         record,
@@ -352,8 +352,8 @@ def refusal(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> Launc
     lines += [f"{node} is not cordoned: {why}" for node, why in sorted(spared.items())]
     return LaunchError(
         "; ".join(lines),
-        remedy=f"`mmscale resume {record.run}` leaves nodes of {profile.cordon_file or 'a cordon file'} out; by hand: "
-        f"#SBATCH --exclude={','.join(sorted(bad))}; a check is turned off by preflight.skip of the profile",
+        remedy=f"{shell_command('resume', record.run)} leaves nodes of {profile.cordon_file or 'a cordon file'} out; "
+        f"by hand: #SBATCH --exclude={','.join(sorted(bad))}; a check is turned off by preflight.skip of the profile",
     )
 
 
@@ -369,16 +369,16 @@ def _others_with(record: Record, profile: Profile, node: str, text: str) -> list
 def cordon(
     record: Record, profile: Profile, bad: Mapping[str, str], *, reason: str = "", hardware: Container[str] = ()
 ) -> dict[str, str]:
-    """Write nodes into the profile's cordon file; those that are new there, with what is wrong.
+    """Add nodes to the profile's cordon file; returns the new ones with their problems.
 
-    A node is not written down for what another one is there for already: it is then the jobs that have the problem.
+    A node is not added if another node is already there with the same problem: then the jobs are the likely cause.
 
     Args:
         record: of the launch.
         profile: of the cluster.
-        bad: nodes, and what is wrong with each.
-        reason: what is written instead, for nodes that SLURM lost.
-        hardware: those whose devices are at fault, as others' may be too.
+        bad: nodes, with the problem of each.
+        reason: text instead of the problem, for nodes that SLURM lost.
+        hardware: nodes whose devices are at fault, which may be true of several nodes.
     """
     if profile.cordon_file is None:
         return {}

@@ -1,6 +1,7 @@
-# Whether somebody trains a run already: its lease says who does, SLURM whether that job still runs, its process and its
-# counter whether it lives. Asked before a job queues (submit.py, control.py), and once more by the job itself (job.py).
-"""One run has one owner."""
+# Checks whether a run is being trained already: its lease names the owner; SLURM, the owner's process or the lease's
+# counter show whether the owner is alive. Checked before a job is queued (submit.py, control.py), and again by the job
+# itself (job.py).
+"""Ensures that only one job trains a run."""
 
 from __future__ import annotations
 
@@ -9,24 +10,24 @@ from pathlib import Path
 from launch import chain
 from launch import record as records
 from launch.job_table import JobTable
-from mmscale.errors import LaunchError
+from mmscale.errors import LaunchError, shell_command
 from mmscale.resilience import lease, run_lock
 
 
 def refuse_busy(run: Path, *, job: str | None = None) -> frozenset[str]:
-    """Two jobs must not train one run.
+    """Refuse a second job for a run.
 
     Args:
         run: its folder.
-        job: the one that asks, "" without SLURM: it may own the run already, since an earlier start. None: there is
-            none yet, and then all jobs of its launches count too, which may only wait to begin.
+        job: the job that asks, "" without SLURM: it may own the run already, since an earlier start. None: there is no
+            job yet, and then all jobs of the run's launches count, including waiting ones.
 
     Returns:
-        Ids of attempts that are over, as SLURM says: `RunLock.take` need not watch their holders.
+        Ids of attempts that have ended according to SLURM: `RunLock.take` need not watch their holders.
 
     Raises:
         UnreachableError: SLURM does not answer.
-        LaunchError: another one trains it, or waits to.
+        LaunchError: another job trains the run, or waits to.
     """
     owner = lease.owner(run)
     if owner is not None and not owner.job:
@@ -36,13 +37,13 @@ def refuse_busy(run: Path, *, job: str | None = None) -> frozenset[str]:
         if link.alive and link.state is not None:
             raise LaunchError(
                 f"{run} belongs to job {link.key.id}, which is {link.state.state}",
-                remedy=f"`mmscale stop {run}` ends it; --after {link.key.id} goes on after it",
+                remedy=f"{shell_command('stop', run)} ends it; --after {link.key.id} starts after it",
             )
         if link.elsewhere and owner is not None and owner.job == link.key.id:
             raise LaunchError(
                 f"{run} belongs to job {owner.job} by its {lease.LEASE}, and nobody here can tell whether that runs: "
                 f"{link.note}",
-                remedy=f"`mmscale stop {run}` there; if nothing runs any more, remove {run / lease.LEASE}",
+                remedy=f"{shell_command('stop', run)} there; if nothing runs any more, remove {run / lease.LEASE}",
             )
         if owner is not None and link.key.id == owner.job and link.state is not None and link.folder != run:
             over = frozenset({owner.id})

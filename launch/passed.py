@@ -1,8 +1,8 @@
-# Which variables a job gets from the shell that submits it, and how it gets secrets. ranks.py adds what ranks need.
-"""A job's environment.
+# Selects the variables that a job gets from the submitting shell, and passes secrets. ranks.py adds those of ranks.
+"""The environment of a job.
 
-SLURM's own default, the whole shell, would freeze what lies there into the job and each of its restarts. A job gets the
-variables that are named here and in the profile; names that look like secrets are withheld, and are given by `secrets`.
+SLURM's default, the whole shell, would keep accidental values in the job and each of its restarts. A job gets the
+variables listed here and in the profile. Names that look like secrets are withheld; `secrets` passes them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ SECRETS = "secrets"  # folder in the launch folder, one file each
 _KEPT = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH"),
     *("VIRTUAL_ENV", "CONDA_*", "SLURM_CONF", "MMSCALE_*", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"),
-    # Environment modules and Lmod: `module` is an exported function, and knows by variables what is loaded.
+    # Environment modules and Lmod: `module` is an exported function that reads these variables.
     *("BASH_ENV", "BASH_FUNC_*", "MODULE*", "LMOD_*", "__LMOD_*", "_ModuleTable*", "LOADEDMODULES", "_LMFILES_*"),
-    # How to reach others, and where caches are.
+    # Network settings and cache folders.
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "XDG_CACHE_HOME", "HF_*", "WANDB_*"),
     *("NCCL_*", "GLOO_*", "UCX_*", "FI_*", "CUDA_HOME", "CUDA_PATH"),
 )
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-# Facts of the process that submits, which may be a rank of a job itself.
+# Facts of the submitting process, which may itself be a rank of a job.
 _OWN = ("MMSCALE_ATTEMPT_ID", "MMSCALE_LAUNCHER")
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What a job gets of a shell.
+    """The variables that a job gets from a shell.
 
     Attributes:
         variables: by name.
-        withheld: names that would have been passed if they did not look like secrets.
+        withheld: names that are not passed because they look like secrets.
     """
 
     variables: dict[str, str]
@@ -49,7 +49,7 @@ class Passed:
 
 
 def passed(profile: Profile, environ: Mapping[str, str] = os.environ) -> Passed:
-    """Sort the variables of a shell; the profile's own `environment` is not in it."""
+    """Select the variables of a shell, without the profile's own `environment`."""
     patterns = (*_KEPT, *profile.keep)
     wanted = {
         name: value
@@ -61,9 +61,9 @@ def passed(profile: Profile, environ: Mapping[str, str] = os.environ) -> Passed:
 
 
 def comments(profile: Profile, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Lines of the batch script that name what is passed; values stay out of it."""
+    """Lines of the batch script that list the passed names, without values."""
     found = passed(profile, environ)
-    # An exported function is `BASH_FUNC_module%%`, which a name of a variable cannot be in a script.
+    # An exported function is `BASH_FUNC_module%%`, which is not a valid variable name in a script.
     lines = [f"# From the submitting shell: {' '.join(sorted(map(_plain, found.variables)))}"]
     withheld = [_plain(name) for name in found.withheld if name not in profile.secrets]
     if withheld:
@@ -79,7 +79,7 @@ def _plain(name: str) -> str:
 
 @contextlib.contextmanager
 def only(profile: Profile) -> Iterator[None]:
-    """This process with the variables that a job gets, for as long as sbatch takes them over."""
+    """Run with only the variables that a job gets, while sbatch copies them."""
     before = dict(os.environ)
     kept = passed(profile).variables | {name: variable.value for name, variable in profile.environment.items()}
     os.environ.clear()
@@ -92,17 +92,28 @@ def only(profile: Profile) -> Iterator[None]:
 
 
 def check_secrets(profile: Profile, environ: Mapping[str, str] = os.environ) -> None:
-    """Find out before anything is written whether all secrets are there.
+    """Check, before anything is written, that all secrets exist.
 
     Raises:
-        UsageError: one is not; names it, and not its value.
+        UsageError: one is missing; the message has its name and not its value.
     """
     for name in profile.secrets:
         _value(profile, name, environ)
 
 
+@contextlib.contextmanager
+def shared(profile: Profile) -> Iterator[None]:
+    """Files of a launch and its job are readable for the group with `share: group`, whatever the user's umask."""
+    before = os.umask(0o077)
+    os.umask(before & ~0o050 if profile.share == "group" else before)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def write_secrets(profile: Profile, folder: Path, environ: Mapping[str, str] = os.environ) -> None:
-    """Lay down secrets that come from variables of this shell, for the job to read; files are read by the job itself.
+    """Write secrets from variables of this shell to files for the job; it reads secrets in files itself.
 
     Args:
         profile: of the cluster.
@@ -139,7 +150,7 @@ def read_secrets(profile: Profile, folder: Path) -> dict[str, str]:
 
 
 def remove_secrets(folder: Path) -> None:
-    """Take secrets away when the job is over."""
+    """Remove secrets when the job has ended."""
     shutil.rmtree(folder / SECRETS, ignore_errors=True)
 
 

@@ -1,6 +1,6 @@
-# What follows when the ranks of an attempt have ended: a pure function of how, and of what happened before.
-# It looks at nothing and does nothing: job.py does.
-"""Finish, requeue, retry, leave it to SLURM, or give up."""
+# The decision after the ranks of an attempt have ended: a pure function of how they ended and of earlier attempts.
+# job.py gathers the facts and acts.
+"""Decides between finish, requeue, retry, leaving it to SLURM, and giving up."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from launch.failures import Failure
 from launch.job_states import Phase, phase_of
+from mmscale.runs.events import ORDERLY_ENDS
 
 STOPPED, GAVE_UP = 75, 5
 NO_ANSWER = "no answer"
-# What a person has to mend: trying again would say the same again.
+# Statuses that need a person: a restart would fail in the same way.
 FINAL = (2, 3, 4, 5)
-# Exit statuses of a process that a request to save ended before it could note it: SIGUSR1, SIGUSR2, SIGTERM.
+# Exit statuses of a process that a request to save ended before it could handle it: SIGUSR1, SIGUSR2, SIGTERM.
 _STOPPED_EARLY = (128 + 10, 128 + 12, 128 + 15)
 
 
@@ -23,8 +25,8 @@ class Action(StrEnum):
     """What to do next."""
 
     END = "end"  # with the ranks' exit status
-    REQUEUE = "requeue"  # by ourselves, once
-    RETRY = "retry"  # the ranks again, on the same nodes
+    REQUEUE = "requeue"  # by the job itself, once
+    RETRY = "retry"  # restart the ranks on the same nodes
     GIVE_UP = "give_up"
 
 
@@ -34,8 +36,8 @@ class Budget:
 
     Attributes:
         restarts: so far.
-        without_progress: attempts in a row that crashed without a new committed checkpoint.
-        step: newest committed one when the last attempt ended.
+        without_progress: consecutive attempts that crashed without a new committed checkpoint.
+        step: newest committed checkpoint when the last attempt ended.
     """
 
     restarts: int = 0
@@ -56,10 +58,12 @@ class Ending:
 
     Attributes:
         status: exit status of srun or of the local launcher.
-        signal: what the ranks agreed to stop for, or this process was sent; None: nothing.
-        stop_asked: a person asked for a stop for good.
-        job_state: SLURM's word for the job now; None without SLURM, NO_ANSWER if it did not answer.
-        cause: what a crash is known to come from, e.g. `out of memory`; "" if nothing is.
+        signal: signal for which the ranks agreed to stop, or which this process received; None: none.
+        stop_asked: a person requested a final stop.
+        job_state: SLURM's present state of the job; None without SLURM, NO_ANSWER if it did not answer.
+        cause: known cause of a crash, e.g. `out of memory`; "" if unknown.
+        failed: the rank that failed first; None if unknown.
+        lost_work: ranks trained and did not record an end, so steps since the last checkpoint are lost.
     """
 
     status: int
@@ -67,40 +71,70 @@ class Ending:
     stop_asked: bool = False
     job_state: str | None = None
     cause: str = ""
+    failed: Failure | None = None
+    lost_work: bool = False
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the ranks were asked to stop, and failed before they had saved."""
+        asked = self.signal is not None or self.stop_asked
+        return asked and self.lost_work and self.status not in (0, STOPPED, *FINAL)
+
+    @property
+    def exit_status(self) -> int:
+        """Exit status of a job that ends with its ranks: theirs, or `STOPPED` if they stopped as they were asked to."""
+        return self.status if self.status in (0, *FINAL) or self.unsaved or crashed(self) else STOPPED
 
     @property
     def needs_slurm(self) -> bool:
-        """Whether what follows depends on what becomes of the job. A run that is over by its own account does not."""
+        """Whether the decision depends on SLURM's state of the job; not if the run itself has recorded its end."""
         return not (self.status in (0, *FINAL) or self.stop_asked or self.signal == "SIGUSR1")
 
     @property
     def ends_run(self) -> bool:
-        """Whether the run is over by its own account, and no other job should go on."""
+        """Whether the run itself has recorded its end, so that no other job should continue it."""
         return not self.needs_slurm
 
     @property
     def left_to_slurm(self) -> bool:
-        """Whether SLURM has ended the ranks, and decides whether the job comes back."""
+        """Whether SLURM has ended the ranks and decides whether the job is requeued."""
         if self.job_state in (None, NO_ANSWER):
             return False
         return self.needs_slurm and phase_of(str(self.job_state)) not in (Phase.RUNNING, Phase.PAUSED)
 
 
-def known_status(status: int, events: Sequence[Mapping[str, Any]]) -> int:
-    """The exit status of srun, unless it is 0 for ranks that trained and never said that they ended: then 1.
+def first_failure(failures: Sequence[Failure]) -> Failure | None:
+    """The failure that decides: one that needs a person if there is one, otherwise the first.
 
-    srun ends with 0 when a node fails and the step does not answer in time.
+    A rank with an error in its data may end later than the others, which only lost the connection to it.
+    """
+    return next((one for one in failures if one.status in FINAL), failures[0] if failures else None)
+
+
+def known_status(status: int, events: Sequence[Mapping[str, Any]], failed: Failure | None = None) -> int:
+    """The exit status of the rank that failed first, or that of srun if no rank did.
+
+    It is 1 if srun ended with 0 although ranks trained and never recorded an end: srun ends with 0 when a node fails
+    and the step does not answer in time.
 
     Args:
         status: of srun or of the local launcher.
         events: of the attempt.
+        failed: from `first_failure`.
     """
+    if status != 0:
+        return (failed.status if failed is not None else None) or status
+    return 1 if lost_work(events) else status
+
+
+def lost_work(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the ranks of an attempt trained and never recorded an end, which follows their last save."""
     names = {event["event"] for event in events}
-    return 1 if status == 0 and names & {"start", "resume"} and not names & {"finish", "stop"} else status
+    return bool(names & {"start", "resume"}) and not names & {*ORDERLY_ENDS}
 
 
 def crashed(ending: Ending) -> bool:
-    """Whether nobody asked for this end, and trying again may help."""
+    """Whether the end was not requested and a restart may help."""
     if ending.status in (0, STOPPED, *FINAL):
         return False
     asked = ending.signal is not None or ending.stop_asked
@@ -108,11 +142,11 @@ def crashed(ending: Ending) -> bool:
 
 
 def decide(ending: Ending, budget: Budget, *, max_restarts: int, max_without_progress: int) -> tuple[Action, str]:
-    """What follows, and why.
+    """The action, and its reason.
 
     Args:
         ending: of the ranks.
-        budget: this attempt counted in.
+        budget: with this attempt counted.
         max_restarts: `resilience.max_restarts`.
         max_without_progress: `resilience.max_restarts_without_progress`.
     """
@@ -120,21 +154,27 @@ def decide(ending: Ending, budget: Budget, *, max_restarts: int, max_without_pro
         return Action.END, "finished"
     if ending.status in FINAL:
         return Action.END, f"exit status {ending.status}: starting again would not help"
+    cause = ending.cause or str(ending.failed or "")
+    named = f" ({cause})" if cause else ""
+    unsaved = f", but ended with exit status {ending.status}{named} before a save" if ending.unsaved else ""
     if ending.stop_asked or ending.signal == "SIGUSR1":
-        return Action.END, "stopped on request"
+        return Action.END, f"asked to stop{unsaved}" if unsaved else "stopped on request"
     if ending.left_to_slurm:
-        return Action.END, f"the job is {ending.job_state}: what follows is SLURM's business"
+        return Action.END, f"the job is {ending.job_state}: SLURM decides what follows"
     if not crashed(ending):
-        why = f"stopped for {ending.signal or 'a signal'}"
+        signal = ending.signal or "a signal"
+        why = f"asked to stop by {signal}{unsaved}" if unsaved else f"stopped for {signal}"
         if ending.job_state == NO_ANSWER:
             return Action.END, f"{why}; SLURM did not answer in time, so nobody has requeued the job: `mmscale resume`"
         return (Action.END if ending.job_state is None else Action.REQUEUE), why
     if budget.restarts > max_restarts:
-        return Action.GIVE_UP, f"crashed {budget.restarts} times, resilience.max_restarts is {max_restarts}"
-    if budget.without_progress > max_without_progress:
-        return Action.GIVE_UP, (
+        why = f"crashed {budget.restarts} times, resilience.max_restarts is {max_restarts}"
+    elif budget.without_progress > max_without_progress:
+        why = (
             f"crashed {budget.without_progress} times in a row without a new checkpoint (the newest is of step "
             f"{budget.step}); resilience.max_restarts_without_progress is {max_without_progress}"
         )
-    cause = f" ({ending.cause})" if ending.cause else ""
-    return Action.RETRY, f"crashed with exit status {ending.status}{cause}; restart {budget.restarts} of {max_restarts}"
+    else:
+        why = f"crashed with exit status {ending.status}{named}; restart {budget.restarts} of {max_restarts}"
+        return Action.RETRY, why
+    return Action.GIVE_UP, f"{why}; at last {cause}" if cause else why

@@ -1,5 +1,5 @@
-# How a cluster is asked for nodes: configs/cluster/NAME.yaml, checked strictly. No torch, no SLURM.
-# Every value that can reach a shell line is of a shape that means nothing to a shell; it is quoted as well.
+# Reads configs/cluster/NAME.yaml, which describes a cluster and the request for nodes. Checked strictly; no torch, no
+# SLURM. Values that can reach a shell line contain no shell syntax, and are quoted as well.
 """Cluster profiles."""
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FOLDER = Path("configs/cluster")
 BUILT_IN = ("local", "debug")
 ASKED = ("time", "partition", "account", "qos")  # settings that the command line may replace
 _MOST_PROBLEMS = 50  # in one message
-_SHOWN = 60  # characters of a wrong value
-# Names of variables that are not passed to jobs by their environment.
+_SHOWN = 60  # characters of a wrong value that are shown
+# Variables that are never passed to jobs through `environment`.
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
-# Options of sbatch that the launcher sets, and what sets them.
+# Options of sbatch that the launcher sets, with the setting to use instead.
 _NOT_FOR_SBATCH = {
     **{name: f"use `{name}` of the profile" for name in ("account", "constraint", "exclude", "exclusive", "partition")},
     **{name: f"use `{name}` of the profile" for name in ("qos", "reservation", "time")},
@@ -52,17 +52,17 @@ _PLAIN = r"^[A-Za-z0-9][A-Za-z0-9._+@:-]*$"
 Plain = Annotated[str, Field(pattern=_PLAIN, max_length=200)]
 Nodes = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,\[\]-]*$", max_length=2000)]
 Constraint = Annotated[str, Field(pattern=r"^[A-Za-z0-9\[(][A-Za-z0-9._:,&|*\[\]()-]*$", max_length=200)]
-# One line without anything a shell expands: these become arguments, not shell text.
+# One line without shell expansion: these become arguments, not shell text.
 Argument = Annotated[str, Field(pattern=r"^[A-Za-z0-9._+@:,=/%~\[\]-]+$", max_length=1000)]
 Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9/.][A-Za-z0-9._+@:=/%~#-]*$", max_length=1000)]
 Mount = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._+@=/%~-]*(:/[A-Za-z0-9._+@=/%~-]*(:(ro|rw))?)?$", max_length=1000)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
-# Lines of a person's own shell; a line break would hide a second one.
+# Shell lines of the user; a line break would hide a second command.
 Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$", max_length=2000)]
 
 
 def _minutes(value: Any) -> Any:
-    """Minutes from SLURM's forms (30, 12:30:00, 2-00:00:00) and a person's (90m, 12h, 2d)."""
+    """Minutes from SLURM's formats (30, 12:30:00, 2-00:00:00) and from 90m, 12h, 2d."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -86,14 +86,14 @@ Minutes = Annotated[Count, Field(le=366 * 1440), BeforeValidator(_minutes)]
 
 
 class EnvironmentVariable(Section):
-    """A variable of the job, and why it is set."""
+    """A variable of the job, with the reason for setting it."""
 
     value: Line = setting("Its value.")
     reason: Line = setting("Why it is set: the next reader wants to know whether it may go.")
 
 
 class Secret(Section):
-    """Where a job's secret comes from. Its value is never in a script, a log or a record."""
+    """The source of a job's secret. The value is never in a script, a log or a record."""
 
     env: Variable | None = setting("Variable of the submitting shell.", None)
     file: Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")] | None = setting(
@@ -159,7 +159,7 @@ class Preflight(Section):
 
 
 class Profile(Section):
-    """One cluster, or one way to use it."""
+    """The settings of one cluster, or of one way to use it."""
 
     scheduler: Literal["slurm", "local", "debug"] = setting("Who starts the ranks.", "slurm")
     partition: Plain | None = setting("SLURM partition.", None)
@@ -202,7 +202,7 @@ class Profile(Section):
         "How long before the time limit ranks are asked to save; must be longer than a save.", 120.0, unit="seconds"
     )
     slurm_patience: Seconds = setting(
-        "How long a job repeats a question that slurmctld does not answer; ranks that run go on meanwhile.",
+        "How long a job repeats a question that slurmctld does not answer; running ranks continue in the meantime.",
         1800.0,
         unit="seconds",
     )
@@ -225,7 +225,7 @@ class Profile(Section):
         "More variables of the submitting shell that the job gets; PREFIX* is allowed.", ()
     )
     share: Literal["owner", "group"] = setting(
-        "Who may read launch folders, and so look at runs with status and logs; secrets stay the owner's.", "owner"
+        "Who may read runs with status, logs and report: group, whatever your umask; secrets stay the owner's.", "owner"
     )
     secrets: dict[Variable, Secret] = setting(
         "Variables with secrets, e.g. WANDB_API_KEY: {env: WANDB_API_KEY} or {file: ~/.wandb_key}.", {}
@@ -262,11 +262,11 @@ class Profile(Section):
         return self.tasks_per_node or self.gpus_per_node or 1
 
     def excluded(self) -> list[str]:
-        """Nodes that are not to be used: those named here and those found bad since."""
+        """Nodes that must not be used: those listed in the profile and those found bad since."""
         return list(dict.fromkeys([*self.exclude, *self.cordoned()]))
 
     def cordoned(self) -> list[str]:
-        """Nodes found bad not too long ago."""
+        """Nodes that were found bad and whose lines have not expired."""
         if self.cordon_file is None:
             return []
         return cordon.read(Path(self.cordon_file), max_age_s=self.cordon_expires)
@@ -280,7 +280,7 @@ def load_profile(name: str, asked: Mapping[str, str] = MappingProxyType({})) -> 
         asked: settings of the command line that replace the profile's (`ASKED`).
 
     Raises:
-        ConfigError: there is none, or it is wrong.
+        ConfigError: the profile does not exist or is wrong.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if name in BUILT_IN and not file.is_file():
@@ -293,8 +293,8 @@ def load_profile(name: str, asked: Mapping[str, str] = MappingProxyType({})) -> 
     if not file.is_file():
         known = sorted({*BUILT_IN, *(entry.stem for entry in FOLDER.glob("*.yaml"))})
         raise ConfigError(
-            f"there is no cluster profile {file}",
-            remedy=f"--cluster takes {', '.join(known)}, or a path of a YAML",
+            f"there is no cluster profile {file} below {Path.cwd()}",
+            remedy=f"--cluster takes {', '.join(known)} here, or a path of a YAML; start it in the checkout",
         )
     document = documents.read_file(file)
     for setting_name, value in asked.items():
@@ -310,10 +310,10 @@ def profile_of(content: Any, *, where: str) -> Profile:
     Raises:
         ConfigError: it is wrong; names the place and the rule.
     """
-    return _checked(documents.Document(data=content or {}), where=where)
+    return _checked(documents.ConfigDocument(data=content or {}), where=where)
 
 
-def _checked(document: documents.Document, *, where: str) -> Profile:
+def _checked(document: documents.ConfigDocument, *, where: str) -> Profile:
     profile, errors = validate(Profile, document)
     if profile is not None:
         return profile
@@ -322,7 +322,7 @@ def _checked(document: documents.Document, *, where: str) -> Profile:
         key = dotted(document, problem)
         given = "" if problem["type"] in ("missing", "value_error") else f" is {str(problem['input'])[:_SHOWN]!r}"
         place = document.where(key) or f"{where}: "
-        # A union reports every member.
+        # Pydantic reports every member of a union.
         lines.setdefault(key, f"{place}{key}{given}{': ' if key else ''}{_said(problem['type'], problem['msg'])}")
     raise ConfigError("\n".join(lines.values()), remedy=f"settings of a profile: {', '.join(Profile.model_fields)}")
 

@@ -1,5 +1,5 @@
-# What a launch leaves in the run folder before anything runs: RUN/launch/NNN/ with code, resolved configuration,
-# environment and how it is to be started. Edits made while a job waits change nothing. It submits nothing.
+# The launch folder RUN/launch/NNN/, written before anything runs: code, resolved configuration, environment and the
+# record of the launch. Edits made while a job waits change nothing. This module submits nothing.
 """Launch folders."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -32,13 +33,13 @@ LATER = "successors"  # in job.json
 
 @dataclass(frozen=True)
 class JobKey:
-    """Which job a launch became. Its number alone does not say so: another cluster has it too, and numbers start again.
+    """The identity of a job. Its number alone is not unique: numbers are reused, and other clusters have the same ones.
 
     Attributes:
-        id: as SLURM numbers it; array tasks are `12_3`.
-        cluster: name of its cluster; "" if SLURM did not say, here and below.
+        id: SLURM's number; array tasks are `12_3`.
+        cluster: name of its cluster; "" if SLURM did not report it, as for the following.
         name: of the job.
-        submitted: when, as SLURM prints it.
+        submitted: time of submission, as SLURM prints it.
     """
 
     id: str
@@ -47,7 +48,7 @@ class JobKey:
     submitted: str = ""
 
     def is_job(self, state: JobState) -> bool:
-        """Whether SLURM speaks of this job. A requeue sets the time of its submission anew."""
+        """Whether a state of SLURM belongs to this job. A requeue renews the time of submission."""
         if not self.submitted or not state.submitted or state.submitted == self.submitted:
             return True
         return state.submitted > self.submitted and state.name == self.name and state.requeued
@@ -55,22 +56,22 @@ class JobKey:
 
 @dataclass(frozen=True)
 class Record:
-    """One launch of one stage of a run: everything its job has to know, as plain JSON.
+    """One launch of one stage of a run: everything that its job needs, as plain JSON.
 
     Attributes:
         folder: RUN/launch/NNN.
         run: the folder of the run, or of its stage.
-        cwd: where it was launched: relative paths in the configuration begin there.
+        cwd: working directory of the launch: base of relative paths in the configuration.
         cluster: name of the profile.
         profile: its content.
-        nodes, tasks_per_node: how many ranks.
+        nodes, tasks_per_node: numbers of nodes and of ranks on each.
         max_restarts, max_without_progress: of `resilience`.
         python: interpreter of the job.
-        yes: the user has confirmed that the objective or the data change.
-        from_scratch: the job's first start gives up checkpoints that are lost; later ones go on from its own.
+        yes: the user has confirmed a change of the objective or the data.
+        from_scratch: the job's first start ignores lost checkpoints; later starts resume from its own.
         time: of the launch [seconds since 1970].
         config_digest: of the resolved configuration.
-        stage: which stage of the run, by its name in mmscale.train.stages.table.
+        stage: of the run, by its name in mmscale.train.stages.table.
         asked: settings of the command line that replace the profile's.
     """
 
@@ -103,7 +104,7 @@ class Record:
 
     @property
     def stage_folders(self) -> list[Path]:
-        """Folders of this stage and of all others of its run: one of them trains at a time."""
+        """Folders of this stage and of all others of its run; only one of them trains at a time."""
         others = (stage.folder(self.main_run) for stage in STAGES.values())
         return list(dict.fromkeys((Path(self.run), *others)))
 
@@ -137,7 +138,7 @@ def plan_record(
     """The record of a launch that is not written yet.
 
     Raises:
-        UsageError: a path would not survive SLURM's or a shell's reading of it.
+        UsageError: a path contains characters that SLURM or a shell would interpret.
     """
     run = STAGES[stage].folder(Path(config.run.dir) / config.run.name).absolute()
     for what, path in (("run.dir", run), ("the working directory", Path.cwd())):
@@ -167,20 +168,22 @@ def plan_record(
 
 
 def write_record(record: Record, config: Config) -> None:
-    """Make the launch folder: code, configuration, environment, record; the record last.
+    """Create the launch folder: code, configuration, environment, and the record last.
 
     Raises:
-        LaunchError: the folder exists, because somebody else launches this run at the same time; or our own code does
-            not parse.
+        LaunchError: the folder exists, because this run is being launched twice at the same time; or mmscale's own code
+            does not parse.
     """
     folder = Path(record.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(mode=0o700)  # pickles will lie in it, and who can write there can run code as this user
+        folder.mkdir(
+            mode=0o700
+        )  # submitit's pickles will be stored there: a user who can write there can run code as this user
     except FileExistsError:
         raise LaunchError(f"{folder} exists: is this run being launched twice?", remedy="try again") from None
     if record.checked_profile().share == "group":
-        folder.chmod(0o750)
+        folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o050)  # setgid, which a shared folder has, stays
     try:
         snapshot.write(record.code)
     except LaunchError:
@@ -192,7 +195,7 @@ def write_record(record: Record, config: Config) -> None:
 
 
 def remove(record: Record) -> None:
-    """Take back a launch that SLURM refused, and the run's folder if there is nothing else in it."""
+    """Remove the folder of a launch that SLURM refused, and the run's folder if it is otherwise empty."""
     folder = Path(record.folder)
     shutil.rmtree(folder)
     for left in (folder.parent, Path(record.run)):
@@ -201,13 +204,13 @@ def remove(record: Record) -> None:
 
 
 def python_variables(record: Record, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What makes Python import the snapshot before anything else.
+    """Variables that make Python import the snapshot first.
 
-    Without SAFEPATH `python -m` looks into the working directory first.
+    Without SAFEPATH `python -m` would search the working directory first.
 
     Args:
         record: of the launch.
-        environ: whose PYTHONPATH comes behind the snapshot.
+        environ: its PYTHONPATH comes after the snapshot.
     """
     path = [str(record.code), *filter(None, [environ.get("PYTHONPATH", "")])]
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
@@ -232,31 +235,31 @@ def latest(run: Path) -> Path | None:
 
 
 def set_job(folder: Path, job: JobKey, *, log: str = "") -> None:
-    """Write down which job a launch became.
+    """Record the job of a launch.
 
     Args:
         folder: of the launch.
         job: its job.
-        log: file that the job prints into; tasks of an array print into the folder of its first launch.
+        log: file that the job prints to; tasks of an array print to the folder of its first launch.
     """
     _write_json(folder / JOB, {"job": job.id, "time": round(time.time(), 3), **asdict(job), "log": log})
 
 
 def add_job(folder: Path, job: JobKey, *, log: str = "") -> None:
-    """Write down a job that goes on where those before it end."""
+    """Record a job that continues where the earlier jobs of the launch end."""
     found = bounded.read_object(folder / JOB)
     later = [one for one in found.get(LATER, []) if one["id"] != job.id]
     _write_json(folder / JOB, found | {LATER: [*later, {**asdict(job), "log": log}]})
 
 
 def job_log(folder: Path, job: str) -> Path | None:
-    """The file that a job of a launch prints into; None if there is none yet, or nobody knows it."""
+    """The file that a job of a launch prints to; None if there is none yet, or it is unknown."""
     name = next((str(one.get("log", "")) for one in _jobs(folder) if one.get("id") == job), "")
     return Path(name) if name and Path(name).is_file() else None
 
 
 def keys_of(folder: Path) -> list[JobKey]:
-    """The jobs of a launch, in their order; none if it was not submitted, or is local."""
+    """The jobs of a launch, in order; empty if it was not submitted or is local."""
     found = []
     for one in _jobs(folder):
         with contextlib.suppress(KeyError, LaunchError):
@@ -266,7 +269,7 @@ def keys_of(folder: Path) -> list[JobKey]:
 
 
 def can_submit_again(folder: Path) -> bool:
-    """Whether we wrote the batch script of a launch: one of a person's own cannot be submitted again."""
+    """Whether mmscale wrote the batch script of a launch; a user's own script cannot be submitted again."""
     return any(one.get("log") for one in _jobs(folder))
 
 
@@ -280,12 +283,12 @@ def _jobs(folder: Path) -> list[dict[str, Any]]:
 
 
 def ask_stop(folder: Path) -> None:
-    """Write down that a person does not want this launch to go on, before anybody is told."""
+    """Record the request to stop this launch for good, before any job is signalled."""
     _write_json(folder / STOP, {"time": round(time.time(), 3)})
 
 
 def stop_asked(folder: Path) -> bool:
-    """Whether they do not."""
+    """Whether a stop of this launch was requested."""
     return (folder / STOP).exists()
 
 

@@ -1,6 +1,6 @@
-# Asks SLURM about one job and has it do things, through scontrol and scancel. Many jobs at once: job_table.py.
-# It decides nothing: job.py and control.py do.
-"""SLURM's commands."""
+# Queries SLURM about one job and controls it, through scontrol and scancel. job_table.py queries many jobs at once;
+# job.py and control.py make the decisions.
+"""Wrappers of SLURM's commands."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from typing import TypeVar
 from launch.job_states import Phase, name_of, phase_of
 from mmscale.errors import LaunchError
 
-_TIMEOUT_S = 60.0  # scontrol gives an unreachable slurmctld up by itself after 9 to 18 s (22.05)
+_TIMEOUT_S = 60.0  # scontrol itself gives up on an unreachable slurmctld after 9 to 18 s (22.05)
 _FILTERS = ("SQUEUE_", "SACCT_", "SCANCEL_")
 _PAUSE_S, _LONGEST_PAUSE_S, _LOOK_S = 1.0, 60.0, 0.2
-# What SLURM's commands print when slurmctld (or munge, or the network) is away. Anything else is an answer.
+# Output of SLURM's commands when slurmctld (or munge, or the network) is down. Any other output is an answer.
 _NO_ANSWER = re.compile(
     r"Unable to contact slurm controller|Unable to establish control machine|Unexpected message received"
     r"|Could not establish a configuration source|DNS SRV lookup failed|[Ss]ocket timed out|connect failure"
     r"|Connection (refused|reset|timed out)|Zero Bytes were transmitted|in standby mode|[Mm]essage (send|receive) fail"
     r"|Transport endpoint|Resource temporarily unavailable|[Mm]unge|[Aa]uthentication (error|credential)"
 )
-_WAIT_S, _SETTLED_S = 120.0, 4.0  # SLURM's wait after a requeue, and the part of it that must not be lifted
+_WAIT_S, _SETTLED_S = 120.0, 4.0  # SLURM's delay after a requeue, and the part of it that must not be removed
 
 
-_AWAY = "try again when slurmctld is back (`scontrol ping`); running jobs go on meanwhile"
+_AWAY = "try again when slurmctld is back (`scontrol ping`); running jobs continue in the meantime"
 _Answer = TypeVar("_Answer")
 
 
 class UnreachableError(LaunchError):
-    """SLURM does not answer: nothing is known of a job, and nothing follows from that."""
+    """SLURM does not answer, so the state of a job is unknown."""
 
 
 def no_answer(text: str) -> bool:
@@ -46,16 +46,16 @@ def no_answer(text: str) -> bool:
 
 
 def patiently(ask: Callable[[], _Answer], *, patience_s: float, give_up: Callable[[], bool] = lambda: False) -> _Answer:
-    """Ask SLURM, again and again with growing pauses while it does not answer.
+    """Repeat a query with growing pauses while SLURM does not answer.
 
     Args:
-        ask: one question; raises `UnreachableError` when there is no answer.
-        patience_s: how long [seconds].
-        give_up: looked at during the pauses.
+        ask: one query; raises `UnreachableError` if there is no answer.
+        patience_s: how long to repeat it [seconds].
+        give_up: polled during the pauses.
 
     Raises:
-        UnreachableError: there was no answer in time, or `give_up` said so.
-        LaunchError: SLURM answered, and refuses.
+        UnreachableError: there was no answer in time, or `give_up` returned true.
+        LaunchError: SLURM answered with a refusal.
     """
     deadline, pause, said = time.monotonic() + patience_s, _PAUSE_S, False
     while True:
@@ -103,7 +103,7 @@ class ExitCode:
             return f"exit status {self.status}"
         try:
             return f"killed by {signal.Signals(self.signal).name}"
-        except ValueError:  # SLURM's own, e.g. 125 for a job that ran out of memory
+        except ValueError:  # SLURM's own status, e.g. 125 for a job that ran out of memory
             return f"killed by signal {self.signal}"
 
 
@@ -112,17 +112,17 @@ class JobState:
     """One job as SLURM shows it.
 
     Attributes:
-        id: as SLURM numbers it, array tasks too.
+        id: SLURM's number, also of array tasks.
         state: RUNNING, PENDING, ... (job_states.py).
-        reason: why it waits; "" if nobody says.
+        reason: why it waits; "" if unknown.
         restarts: how often it was requeued.
         nodes: SLURM's host list.
         exit: how its batch script ended.
         start: when it started or will start, as SLURM prints it.
-        preempted: whether it has been asked to make room since it started.
+        preempted: whether it has been preempted since it started.
         name: of the job.
-        submitted: when, as SLURM prints it; a requeue sets it anew.
-        accounted: it is the accounting's answer; slurmctld knows the job no more.
+        submitted: time of submission, as SLURM prints it; a requeue renews it.
+        accounted: the answer is from the accounting, because slurmctld has forgotten the job.
     """
 
     id: str
@@ -139,17 +139,17 @@ class JobState:
 
     @property
     def phase(self) -> Phase:
-        """Where it is on its way."""
+        """Its phase between submission and end."""
         return phase_of(self.state)
 
     @property
     def ended(self) -> bool:
-        """Whether it does not come back by itself."""
+        """Whether SLURM will not start it again."""
         return self.phase is Phase.ENDED
 
     @property
     def requeued(self) -> bool:
-        """Whether its time of submission may be that of a requeue: the accounting does not count them."""
+        """Whether its time of submission may be that of a requeue; the accounting does not count requeues."""
         return self.restarts > 0 or self.accounted
 
     @property
@@ -159,11 +159,11 @@ class JobState:
 
 
 def job_state(job: str, *, timeout_s: float = _TIMEOUT_S) -> JobState | None:
-    """What SLURM says of a job; None if it does not know it (any more).
+    """SLURM's state of a job; None if SLURM does not know it (any more).
 
     Args:
         job: its id.
-        timeout_s: how long SLURM has for an answer [seconds].
+        timeout_s: timeout of the query [seconds].
 
     Raises:
         UnreachableError: SLURM does not answer.
@@ -178,7 +178,7 @@ def job_state(job: str, *, timeout_s: float = _TIMEOUT_S) -> JobState | None:
     if "JobState" not in fields:
         return None
     reason = fields.get("Reason", "")
-    preempted = fields.get("PreemptTime", "None")  # ISO times, which compare as text
+    preempted = fields.get("PreemptTime", "None")  # ISO times, which can be compared as text
     return JobState(
         id=fields.get("JobId", job),
         state=name_of(fields["JobState"]),
@@ -195,7 +195,7 @@ def job_state(job: str, *, timeout_s: float = _TIMEOUT_S) -> JobState | None:
 
 @functools.cache
 def cluster_name() -> str:
-    """Name of the cluster that this machine's commands talk to.
+    """Name of the cluster that this machine's commands use.
 
     Raises:
         UnreachableError: SLURM does not answer.
@@ -205,7 +205,7 @@ def cluster_name() -> str:
 
 
 def lost_nodes(hosts: str) -> dict[str, str]:
-    """Those of some nodes that have failed, with their state; not those that a person keeps jobs away from (DRAIN).
+    """The failed nodes of a list, with their states; drained nodes do not count.
 
     Args:
         hosts: as SLURM lists them, e.g. n[1-64].
@@ -222,12 +222,12 @@ def lost_nodes(hosts: str) -> dict[str, str]:
     except LaunchError:
         return {}
     states = re.findall(r"^NodeName=(\S+) .*?\bState=(\S+)", text, flags=re.MULTILINE)
-    # POWERED_DOWN is not DOWN; * marks a node that does not answer.
+    # POWERED_DOWN is not DOWN; * marks a node that does not respond.
     return {node: state for node, state in states if re.search(r"(?<![A-Z_])(DOWN|FAIL|NOT_RESPONDING)|\*", state)}
 
 
 def unknown_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those of some nodes that the cluster does not have (any more): sbatch refuses to exclude them."""
+    """Nodes that the cluster does not have (any more); sbatch refuses to exclude them."""
     if not nodes:
         return []
     try:
@@ -238,7 +238,7 @@ def unknown_nodes(nodes: Sequence[str]) -> list[str]:
 
 
 def partition_limit(partition: str | None) -> int | None:
-    """Longest time that jobs of a partition may ask for [minutes]; None: it has no limit, or nobody answers.
+    """Longest time limit of a partition [minutes]; None if it has no limit or SLURM does not answer.
 
     Args:
         partition: its name; None: the cluster's default one.
@@ -267,17 +267,17 @@ def excluded(job: str) -> str:
 
 
 def exclude(job: str, nodes: Sequence[str]) -> None:
-    """Have a waiting job not use some nodes, instead of those that it was told before.
+    """Replace the list of nodes that a waiting job must not use.
 
     Raises:
         UnreachableError: SLURM does not answer.
-        LaunchError: it refuses: the job does not wait any more.
+        LaunchError: SLURM refuses, because the job no longer waits.
     """
     run(["scontrol", "update", f"JobId={checked(job)}", f"ExcNodeList={','.join(dict.fromkeys(nodes))}"])
 
 
 def requeue(job: str) -> None:
-    """Have a job start again, from its batch script on.
+    """Requeue a job; it starts again with its batch script.
 
     Raises:
         UnreachableError: SLURM does not answer.
@@ -287,17 +287,18 @@ def requeue(job: str) -> None:
 
 
 def lift_wait(job: str, found: JobState | None = None) -> bool:
-    """Let a requeued job start now: SLURM makes it wait 120 s, whatever it is configured to do (22.05).
+    """Let a requeued job start now. SLURM delays it by 120 s under any configuration (22.05).
 
-    Not at once: nodes refuse a start whose credential is no younger than the end of the one before (to a second), and
-    the job is FAILED then; seen once in 20 requeues, when this was called in the same second.
+    The delay is not removed immediately: nodes refuse a start whose credential is not younger than the end of the
+    previous one (to a second), and the job becomes FAILED. This happened once in 20 requeues, when this function was
+    called in the same second.
 
     Args:
         job: its id.
-        found: what SLURM said of it a moment ago; None: it is asked.
+        found: SLURM's recent state of the job; None: it is queried.
 
     Returns:
-        Whether there was a wait, and it was permitted to lift it.
+        Whether there was a delay and SLURM permitted its removal.
     """
     found = found or job_state(job)
     if found is None or found.state != "PENDING" or found.reason != "BeginTime" or found.restarts == 0:
@@ -330,10 +331,10 @@ def cancel(job: str, *, signal: str | None = None, batch_only: bool = False) -> 
 
 
 def checked(job: str) -> str:
-    """A job's id.
+    """A valid job id.
 
     Raises:
-        LaunchError: it is none.
+        LaunchError: it is not valid.
     """
     if not re.fullmatch(r"\d+(_\d+)?", job):
         raise LaunchError(f"{job!r} is no job id of SLURM")
@@ -341,13 +342,13 @@ def checked(job: str) -> str:
 
 
 def run(command: Sequence[str], *, timeout_s: float = _TIMEOUT_S) -> str:
-    """What a command of SLURM prints.
+    """The output of a SLURM command.
 
     Raises:
         UnreachableError: slurmctld does not answer.
-        LaunchError: it refuses, or the command is not on this machine.
+        LaunchError: it refuses, or the command does not exist on this machine.
     """
-    # Variables of a user's shell that change what is asked, whom, or how times are printed.
+    # Shell variables of the user that would change the query, the cluster, or the format of times.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_FILTERS)}
     try:
         ended = subprocess.run(
@@ -369,7 +370,7 @@ def run(command: Sequence[str], *, timeout_s: float = _TIMEOUT_S) -> str:
     if ended.returncode:
         lines = (ended.stderr or ended.stdout).strip().splitlines()
         said = lines[-1] if lines else f"exit status {ended.returncode}"
-        if ended.returncode < 0 or no_answer(ended.stderr):  # SIGPIPE: slurmctld ended within its answer
+        if ended.returncode < 0 or no_answer(ended.stderr):  # SIGPIPE: slurmctld ended during its answer
             raise UnreachableError(f"SLURM does not answer: {' '.join(command[:3])}: {said}", remedy=_AWAY)
         raise LaunchError(f"{' '.join(command[:3])}: {said}")
     return ended.stdout

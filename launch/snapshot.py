@@ -1,10 +1,10 @@
-# The snapshot of our packages in a launch folder: one archive that Python imports from. No torch.
+# The snapshot of mmscale's packages in a launch folder: one archive that Python imports from. No torch.
 """Snapshots of the code.
 
-A folder would be 350 files per launch, which thousands of ranks look up one by one. Python imports from a zip archive
-instead: one file, which each node asks the file system for once and then has, and whose table of contents a rank keeps,
-so that modules which are not in it are looked up in memory. The archive also holds byte code, because Python does not
-cache what it compiles from an archive; another version of Python, such as a container's, takes the sources.
+A folder would be 350 files per launch, which thousands of ranks would look up one by one. A zip archive is one file
+that each node reads once and then caches. A rank keeps its table of contents in memory, so looking up modules that are
+not in it needs no file system. The archive also contains byte code, because Python does not cache what it compiles from
+an archive; another version of Python, such as a container's, uses the sources.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import mmscale
 from mmscale.errors import LaunchError
 
 PACKAGES = ("mmscale", "launch", "slurm", "checkpoints_tools")
+# No job runs these, and wheels do not have them either (pyproject.toml).
+LEFT_OUT = ("mmscale/bench", "slurm/local")
 _IGNORED = ("__pycache__",)
 _SUFFIXES = (".pyc", ".tmp")
-# Byte code that is never compared with its source (PEP 552): both are in the archive, and it does not change.
+# Byte code that is never compared with its source (PEP 552): both are in the archive, which does not change.
 _UNCHECKED = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def write(archive: Path, packages: Iterable[str] = PACKAGES) -> None:
-    """Write our packages as they are now, uncommitted edits included.
+    """Write the current packages, including uncommitted edits.
 
     Args:
         archive: file to write; it gets its name when it is complete.
@@ -41,7 +43,7 @@ def write(archive: Path, packages: Iterable[str] = PACKAGES) -> None:
     """
     root = Path(mmscale.__file__).parent.parent
     temporary = archive.with_name(f".{archive.name}")
-    # Not compressed: it is read in parts by many at once, and 5 MB are nothing to a file system.
+    # Not compressed: many processes read parts of it at the same time, and 5 MB are small for a file system.
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as opened:
         for file in _files(root, packages):
             name = file.relative_to(root).as_posix()
@@ -55,17 +57,19 @@ def write(archive: Path, packages: Iterable[str] = PACKAGES) -> None:
 def _files(root: Path, packages: Iterable[str]) -> Iterator[Path]:
     for package in packages:
         for file in sorted((root / package).rglob("*")):
-            if file.is_file() and file.suffix not in _SUFFIXES and not set(_IGNORED) & set(file.parts):
+            if not file.is_file() or file.suffix in _SUFFIXES or set(_IGNORED) & set(file.parts):
+                continue
+            if not any(file.is_relative_to(root / folder) for folder in LEFT_OUT):
                 yield file
 
 
 @functools.cache
 def _code(file: Path, modified: int, name: str) -> CodeType:
-    """The byte code of a source file, from Python's own cache where that is current; kept for the runs of a sweep.
+    """The byte code of a source file, from Python's own cache if that is current; cached for the runs of a sweep.
 
     Args:
         file: the source.
-        modified: its time of change [ns], which tells versions apart.
+        modified: its modification time [ns], which identifies its version.
         name: its path in the archive.
 
     Raises:

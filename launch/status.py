@@ -1,6 +1,6 @@
-# `mmscale status`: what a run does, from its folder and from scontrol. It prints nothing and changes nothing but one
-# thing: the wait that SLURM puts before a requeued job is lifted where that is permitted.
-"""State of runs."""
+# `mmscale status`: the state of a run, from its folder and from SLURM. It prints nothing, and changes only one thing:
+# it removes SLURM's delay of a requeued job if SLURM permits it.
+"""States of runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,34 @@ from launch import record as records
 from launch.goodput import goodput
 from launch.job_states import STATES, Phase
 from launch.job_table import JobTable
-from launch.progress import Progress
+from launch.run_states import MEANINGS, RunState
 from mmscale import bounded
 from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
-from mmscale.errors import ConfigError, LaunchError, MmscaleError
+from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
 from mmscale.resilience import lease, run_lock
-from mmscale.train.metrics import EVENTS, METRICS, read_events
+from mmscale.runs.events import EARLY, EVENTS, read_events
+from mmscale.runs.metrics import METRICS
+from mmscale.runs.run_progress import RunProgress
 from mmscale.train.stages.table import STAGES, of_folder
 
-_FINAL = {2: "failed", 3: "failed", 4: "failed", 5: "gave up", 74: "failed", 75: "stopped"}
+_FINAL = dict.fromkeys((2, 3, 4, 74), RunState.FAILED) | {5: RunState.GAVE_UP, 75: RunState.STOPPED}
+# How an attempt ended, by its last event. `finish` counts at the last step only.
+_WORDS = {
+    "preflight_failed": RunState.UNFIT_NODES,
+    "stop": RunState.STOPPED,
+    "gave_up": RunState.GAVE_UP,
+    "fault": RunState.CRASHED,
+    EARLY: RunState.ENDED_EARLY,
+}
+# Recorded by the run itself; they take precedence over SLURM's state of the job.
+_OWN_WORDS = (
+    RunState.FINISHED,
+    RunState.ENDED_EARLY,
+    RunState.STOPPED,
+    RunState.UNFIT_NODES,
+    RunState.GAVE_UP,
+)
 
 
 def known(folder: Path) -> list[Path]:
@@ -47,14 +65,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def status(runs: Iterable[Path], table: JobTable | None = None) -> list[dict[str, Any]]:
-    """One object per run or stage. SLURM is asked once for all; one that cannot be read does not hide the others.
+    """One object per run or stage. SLURM is queried once for all; an unreadable run does not hide the others.
 
     Args:
         runs: their folders.
-        table: SLURM's answers, kept by who looks again and again; None: it is asked now.
+        table: cached answers of SLURM, for repeated calls; None: SLURM is queried now.
 
     Raises:
-        LaunchError: a folder is no run, and it is the only one.
+        LaunchError: a folder is not a run, and it is the only one.
     """
     folders = [Path(run) for run in runs]
     jobs = _jobs(folders, table or JobTable())
@@ -72,7 +90,7 @@ def status(runs: Iterable[Path], table: JobTable | None = None) -> list[dict[str
 
 
 def ended(run: Path, table: JobTable) -> bool:
-    """Whether nothing of a run is running or waiting. SLURM is not asked where the run itself says so."""
+    """Whether no job of a run runs or waits. SLURM is not queried if the run itself has recorded its end."""
     events = read_events(run)
     if _over(run, events):
         return True
@@ -81,11 +99,11 @@ def ended(run: Path, table: JobTable) -> bool:
 
 @dataclass(frozen=True)
 class _Jobs:
-    """A run's jobs.
+    """The jobs of a run.
 
     Attributes:
         links: of its chain, in the order of their launches.
-        error: why nothing is known of them; "" if SLURM has answered.
+        error: why their states are unknown; "" if SLURM has answered.
     """
 
     links: Sequence[chain.Link] = ()
@@ -93,7 +111,7 @@ class _Jobs:
 
 
 def _jobs(runs: Sequence[Path], table: JobTable) -> dict[Path, _Jobs]:
-    """Jobs of all runs, with one question; a requeued one's wait is lifted."""
+    """Jobs of all runs, with one query; removes the delay of a requeued one."""
     readable = [run for run in runs if _readable(run)]
     try:
         found = chain.links_of(readable, table)
@@ -115,16 +133,25 @@ def _readable(run: Path) -> bool:
 
 
 def _unreadable(run: Path, error: Exception) -> dict[str, Any]:
-    """What is shown of a run that cannot be read."""
+    """The object for a run that cannot be read."""
     said = error.cause if isinstance(error, MmscaleError) else _said(error)
     nothing: dict[str, Any] = dict.fromkeys(_FIELDS)
-    shown = {"run": str(run), "state": "unreadable", "reason": said, "job": "", "nodes": "", "ended": True, "chain": []}
+    shown = {
+        "run": str(run),
+        "state": RunState.UNREADABLE,
+        "reason": said,
+        "job": "",
+        "nodes": "",
+        "ended": True,
+        "chain": [],
+    }
     return nothing | shown | {"attempt": 0, "step": 0, "loss": {}, "restarts": 0, "crashes": 0, "time": {}}
 
 
 def _said(error: Exception) -> str:
     if isinstance(error, PermissionError):
-        return f"no permission to read {error.filename}: ask its owner for `chmod -R g+rX {error.filename}`"
+        command = shell_command("-R", "g+rX", error.filename, program="chmod")
+        return f"no permission to read {error.filename}: ask its owner for {command}"
     return f"{type(error).__name__}: {error}"
 
 
@@ -155,6 +182,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
         "loss": {key.removeprefix("loss/"): _number(last[key]) for key in last if key.startswith("loss/")},
         "last_checkpoint": saved,
         "last_checkpoint_age_s": None if committed is None or saved is None else max(0.0, time.time() - committed),
+        "mirror": _mirror(events),
         "restarts": _restarts(events),
         "crashes": _crashes(folder),
         "goodput": share,
@@ -162,23 +190,37 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     }
 
 
-_FIELDS = ("steps", "eta_s", "tokens_per_second", "slowest_rank", "last_checkpoint", "last_checkpoint_age_s", "goodput")
+_FIELDS = (
+    *("steps", "eta_s", "tokens_per_second", "slowest_rank", "last_checkpoint", "last_checkpoint_age_s", "mirror"),
+    "goodput",
+)
+
+
+def _mirror(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The newest checkpoint in `checkpoint.mirror`, and why it lags behind; None: nothing was mirrored yet."""
+    told = [event for event in events if str(event["event"]).startswith("mirror_")]
+    if not told:
+        return None
+    # The newest is uploaded first, older ones that are kept follow.
+    done = [(event.get("attempt", 0), event.get("step", 0)) for event in told if event["event"] == "mirror_uploaded"]
+    problem = "" if told[-1]["event"] == "mirror_uploaded" else str(told[-1].get("reason", ""))
+    return {"step": max(done)[1] if done else None, "problem": problem}
 
 
 @functools.lru_cache(maxsize=1000)
-def _known_progress(run: Path) -> Progress:
-    return Progress.load(run)
+def _known_progress(run: Path) -> RunProgress:
+    return RunProgress.load(run)
 
 
-def _progress(run: Path) -> Progress:
-    """A run's progress now. A process that looks again reads only what has been written since."""
+def _progress(run: Path) -> RunProgress:
+    """A run's present progress. A process that calls this again reads only new lines."""
     found = _known_progress(run)
     found.update(run)
     return found
 
 
 def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
-    """Which rank the others waited for in a logged step, and how much longer than the median it took."""
+    """The rank that the others waited for in a logged step, and its excess over the median."""
     rank, median, largest = (line.get(name) for name in ("slowest_rank", "rank_time_median_s", "rank_time_max_s"))
     if not median or largest is None or rank is None:
         return None
@@ -186,7 +228,7 @@ def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> float:
-    """A figure of metrics.jsonl, where what is not finite is a word; NaN where it is no figure."""
+    """A figure of metrics.jsonl, where values that are not finite are words; NaN if it is not a figure."""
     try:
         return float(value)
     except bounded.BAD_CONTENT:
@@ -195,14 +237,21 @@ def _number(value: Any) -> float:
 
 def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, Any]:
     """state, reason, job, nodes, chain, ended."""
-    found: dict[str, Any] = {"state": "unknown", "reason": "", "job": "", "nodes": "", "chain": [], "ended": True}
+    found: dict[str, Any] = {
+        "state": RunState.UNKNOWN,
+        "reason": "",
+        "job": "",
+        "nodes": "",
+        "chain": [],
+        "ended": True,
+    }
     held = _owner(run)
     if held is not None and not held.job and _is_held(run, held):
         return found | {"state": "RUNNING", "nodes": held.host, "ended": False}
     if jobs.error:
         over = _over(run, events)
         word = _last_word(run, events) if over else None
-        return found | {"state": word or "unknown", "reason": jobs.error, "ended": over}
+        return found | {"state": word or RunState.UNKNOWN, "reason": jobs.error, "ended": over}
     if jobs.links:
         living = chain.alive(jobs.links)
         started = [str(event["job"]) for event in events if "job" in event]
@@ -219,12 +268,12 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         return found | {"state": state, "reason": reason, "nodes": shown.state.nodes if shown.state else ""}
     if held is not None and not held.job:
         gone = f"process {held.process.pid} on {held.host} is gone, and has not said how it ended"
-        return found | {"state": _last_word(run, events) or "killed", "reason": gone, "nodes": held.host}
-    return found | {"state": _last_word(run, events) or "unknown"}
+        return found | {"state": _last_word(run, events) or RunState.KILLED, "reason": gone, "nodes": held.host}
+    return found | {"state": _last_word(run, events) or RunState.UNKNOWN}
 
 
 def _owner(run: Path) -> lease.Lease | None:
-    """The owner of a run; None also where the lease is damaged: its jobs are shown nevertheless."""
+    """The owner of a run; None also if the lease is damaged, so that the run's jobs are still shown."""
     try:
         return lease.owner(run)
     except LaunchError:
@@ -232,7 +281,7 @@ def _owner(run: Path) -> lease.Lease | None:
 
 
 def _is_held(run: Path, held: lease.Lease) -> bool:
-    """Whether the holder lives: by its process or, where that is not seen, by the time of its last beat."""
+    """Whether the holder is alive: by its process, or, if that is not visible, by the time of its last heartbeat."""
     lives = run_lock.holder_lives(run, held)
     return held.is_of(run) and time.time() - lease.changed(run) < lease.ORPHANED_S if lives is None else lives
 
@@ -249,28 +298,30 @@ def _of_chain(link: chain.Link) -> dict[str, str]:
 
 
 def _how_it_ended(run: Path, events: list[dict[str, Any]], link: chain.Link) -> tuple[str, str]:
-    """State and reason of a run whose last job is over.
+    """State and reason of a run whose last job has ended.
 
-    What the run itself wrote down counts more than SLURM's state: a preempted job that ends in its time of grace is a
-    TIMEOUT, and a batch script that was killed has exit status 0.
+    The run's own record takes precedence over SLURM's state: a preempted job that ends in its grace period is a
+    TIMEOUT, and a killed batch script has exit status 0.
     """
     word, state = _last_word(run, events), link.state
-    reason = _why(events) if word == "gave up" else ""
-    if word in ("finished", "stopped", "unfit nodes", "gave up"):
+    reason = _why(events) if word == RunState.GAVE_UP else ""
+    if word in _OWN_WORDS:
         return word, reason
     if state is None:
-        return word or "ended", link.note or "SLURM does not know the job any more"
+        return word or RunState.ENDED, link.note or "SLURM does not know the job any more"
     if failure := STATES[state.state].failure if state.state in STATES else "":
         return failure, f"job {state.state}"
     if state.exit.signal:
         return str(state.exit), f"job {state.state}"
+    if state.state == "COMPLETED" and records.stop_asked(link.folder):  # before ranks could record it
+        return RunState.STOPPED, reason
     if state.state == "COMPLETED":
-        return "ended early", "the job is COMPLETED, and the run did not say that it reached its last step"
-    return _FINAL.get(state.exit.status, word or f"crashed ({state.exit})"), reason
+        return RunState.UNEXPLAINED, MEANINGS[RunState.UNEXPLAINED]
+    return _FINAL.get(state.exit.status, word or f"{RunState.CRASHED} ({state.exit})"), reason
 
 
 def _over(run: Path, events: list[dict[str, Any]]) -> bool:
-    """Whether a run is over by its own account: its job wrote down a final end, and nothing was launched since."""
+    """Whether a run has recorded its end, and has not been launched since."""
     if not events or lease.owner(run) is not None:
         return False
     last: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("ranks_ended", "launch")), {})
@@ -280,20 +331,19 @@ def _over(run: Path, events: list[dict[str, Any]]) -> bool:
 
 
 def _last_word(run: Path, events: list[dict[str, Any]]) -> str | None:
-    """How the last attempt ended by its own account. `finished` is said only of the run's last step."""
-    words = {"preflight_failed": "unfit nodes", "stop": "stopped", "gave_up": "gave up", "fault": "crashed"}
+    """How the last attempt ended, by its own record. It is `finished` only at the run's last step."""
     nothing_to_do = False  # an attempt that found the run finished
     for event in reversed(events):
         name = event["event"]
         if name == "finish":
             steps = _steps(run, records.latest(run))
-            return "finished" if steps is None or int(event.get("step", steps)) >= steps else None
-        if name in words:
-            return words[name]
+            return RunState.FINISHED if steps is None or int(event.get("step", steps)) >= steps else None
+        if name in _WORDS:
+            return _WORDS[name]
         if name == "ranks_ended":
             nothing_to_do = event.get("status") == 0
-            if "cause" in event:
-                return str(event["cause"])
+            if "cause" in event or event.get("unsaved"):
+                return str(event.get("cause", RunState.CRASHED))
         if name in ("start", "resume") or (name == "launch" and not nothing_to_do):
             return None
     return None

@@ -1,6 +1,6 @@
-# `mmscale launch`: checks a run before anybody queues for it, writes its launch folder, hands it to SLURM by submitit,
-# or runs it here. What happens inside the job is job.py's.
-"""Submission."""
+# `mmscale launch`: checks a run before it is queued, writes its launch folder, and submits it to SLURM through
+# submitit, or runs it on this machine. job.py is the process inside the job.
+"""Checks and submits launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from launch import batch_script, container, job, owner, passed, ranks, scheduler, successors
+from launch import batch_script, container, job, owner, passed, scheduler, successors
+from launch import rank_command as ranks
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
@@ -26,13 +27,13 @@ from mmscale.train.stages.table import MAIN, STAGES
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
 
-_BETWEEN_VALUES = re.compile(r",(?![^\[]*\])")  # commas within a list belong to its value
+_BETWEEN_VALUES = re.compile(r",(?![^\[]*\])")  # commas within a list are part of its value
 _SWEEP = re.compile(r"^[A-Za-z0-9_.]+=[^=]+$")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that passed all checks, and is not submitted.
+    """A run that passed all checks and is not submitted yet.
 
     Attributes:
         record: of its launch.
@@ -64,14 +65,14 @@ def plan_launch(
         cluster: name of a profile, or its file.
         nodes: instead of the profile's.
         sweep: `key=value,value,...` each.
-        stage: which stage of the run.
-        after: it will start when another job has ended.
-        yes: go on although the objective or the data have changed since the newest checkpoint.
+        stage: of the run.
+        after: the run starts when another job has ended.
+        yes: continue although the objective or the data have changed since the newest checkpoint.
         asked: settings of the profile that the command line replaces (`profile.ASKED`).
         from_scratch: start at step 0 although the checkpoints are lost.
 
     Raises:
-        MmscaleError: anything that would make a run fail at its start.
+        MmscaleError: anything that would make the run fail at its start.
     """
     profile = load_profile(cluster, asked)
     planned = []
@@ -80,7 +81,14 @@ def plan_launch(
         if suffix:
             config = load(config_file, [*overrides, *variant, f"run.name={config.run.name}-{suffix}"])
         count, tasks = _layout(config, profile, nodes)
-        STAGES[stage].preflight(config, world_size=count * tasks, yes=yes, waits=after, from_scratch=from_scratch)
+        STAGES[stage].preflight(
+            config,
+            world_size=count * tasks,
+            yes=yes,
+            waits=after,
+            from_scratch=from_scratch,
+            plugins_here=profile.container is None,
+        )
         record = records.plan_record(
             config,
             cluster=cluster,
@@ -98,7 +106,7 @@ def plan_launch(
 
 
 def _layout(config: Config, profile: Profile, nodes: int | None) -> tuple[int, int]:
-    """Nodes, and ranks on each."""
+    """Number of nodes, and of ranks on each."""
     if profile.scheduler == "slurm" or profile.tasks_per_node is not None or profile.gpus_per_node:
         return nodes or profile.nodes, profile.tasks
     if nodes not in (None, 1):
@@ -108,7 +116,7 @@ def _layout(config: Config, profile: Profile, nodes: int | None) -> tuple[int, i
 
 
 def _variants(sweep: Sequence[str]) -> Iterator[tuple[list[str], str]]:
-    """Overrides of each combination, and what its name ends with."""
+    """Overrides of each combination, and the suffix of its name."""
     axes = []
     for text in sweep:
         if not _SWEEP.match(text):
@@ -126,15 +134,15 @@ def _variants(sweep: Sequence[str]) -> Iterator[tuple[list[str], str]]:
 
 
 def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int | None = None) -> list[dict[str, Any]]:
-    """Write launch folders and submit their jobs, or run them here if the profile says so.
+    """Write launch folders and submit their jobs, or run them here if the profile is local.
 
     Args:
-        planned: what `plan_launch` gave; more than one becomes a job array.
+        planned: from `plan_launch`; several become a job array.
         after: a job or a run whose jobs have to end first.
-        at_once: how many runs of a sweep may train at a time; None: all of them.
+        at_once: how many runs of a sweep may train at a time; None: all.
 
     Returns:
-        One object per run: run, job, launch, successors (jobs that wait behind it), and exit_status for those run here.
+        One object per run: run, job, launch, successors (jobs that wait behind it), and exit_status of those run here.
 
     Raises:
         MmscaleError: a run is being trained already, or SLURM refuses.
@@ -146,12 +154,13 @@ def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int
     if dependency is None:
         _refuse_busy(planned)
     passed.check_secrets(profile)
-    for one in planned:
-        records.write_record(one.record, one.config)
-        passed.write_secrets(profile, Path(one.record.folder))
-    if profile.scheduler != "slurm":
-        return [_here(one.record) for one in planned]
-    found = _submit(planned, profile, dependency=dependency, at_once=at_once)
+    with passed.shared(profile):
+        for one in planned:
+            records.write_record(one.record, one.config)
+            passed.write_secrets(profile, Path(one.record.folder))
+        if profile.scheduler != "slurm":
+            return [_here(one.record) for one in planned]
+        found = _submit(planned, profile, dependency=dependency, at_once=at_once)
     return [
         {"run": one.record.run, "job": jobs[0], "launch": one.record.folder, "successors": jobs[1:]}
         for one, jobs in zip(planned, found, strict=True)
@@ -161,7 +170,7 @@ def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int
 def _submit(
     planned: Sequence[Planned], profile: Profile, *, dependency: str | None, at_once: int | None
 ) -> list[list[str]]:
-    """Submit the job of each run and those behind it; their numbers, run by run."""
+    """Submit the job of each run and its successors; returns their numbers, run by run."""
     unknown = scheduler.unknown_nodes(profile.cordoned())
     exclude = [node for node in profile.excluded() if node not in unknown]
     numbers: list[str] = []
@@ -171,7 +180,10 @@ def _submit(
         )
         submitted = batch_script.submit(chosen, [job.Job(one.record.folder) for one in planned], profile)
         numbers = [one.id for one in submitted]
-        for keys in ([records.JobKey(number) for number in numbers], batch_script.keys(numbers)):  # the number at once
+        for keys in (
+            [records.JobKey(number) for number in numbers],
+            batch_script.keys(numbers),
+        ):  # stored at once, so that the number is not lost
             for one, key, taken in zip(planned, keys, submitted, strict=True):
                 records.set_job(Path(one.record.folder), key, log=taken.log)
         for one in planned:
@@ -183,20 +195,20 @@ def _submit(
             with contextlib.suppress(LaunchError):
                 scheduler.cancel(number)
         for one in planned:
-            records.remove(one.record)  # nothing was launched
+            records.remove(one.record)  # no job was submitted
         raise
     return [[key.id for key in records.keys_of(Path(one.record.folder))] for one in planned]
 
 
 def _refuse_busy(planned: Sequence[Planned]) -> None:
-    """Nobody may train the same; nor another stage of the run, since they go on from each other's checkpoints."""
+    """Refuse runs that are being trained, or another stage of which is, because stages use each other's checkpoints."""
     for one in planned:
         for folder in one.record.stage_folders:
             owner.refuse_busy(folder)
 
 
 def script(planned: Sequence[Planned], *, after: str | None = None, at_once: int | None = None) -> str:
-    """The batch script that `launch` would submit. Neither a cluster nor the launch folder is needed."""
+    """The batch script that `launch` would submit. It needs neither a cluster nor the launch folder."""
     profile = planned[0].record.checked_profile()
     if profile.scheduler != "slurm":
         logs = Path(planned[0].record.run) / "logs"
@@ -222,7 +234,7 @@ def _here(record: records.Record) -> dict[str, Any]:
 
 
 def _after(after: str | None) -> str | None:
-    """SLURM's dependency: the run goes on when that job has ended, however it did."""
+    """SLURM's dependency: the run starts when that job has ended, in whatever way."""
     if after is None:
         return None
     if re.fullmatch(r"\d+(_\d+)?", after):

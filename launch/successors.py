@@ -1,5 +1,5 @@
-# Jobs of a launch that take a run over when the job before them ends: submitted ahead (`chain` of the profile), or by a
-# job whose nodes are unfit. SLURM starts them (afterany); the run's lease decides which job trains.
+# Jobs of a launch that take over the run when the job before them ends: submitted in advance (`chain` of the profile),
+# or by a job whose nodes are unfit. SLURM starts them (afterany); the run's lease decides which job trains.
 """Successor jobs."""
 
 from __future__ import annotations
@@ -12,45 +12,45 @@ from typing import Any
 
 from launch import batch_script, job_table, scheduler
 from launch import record as records
-from launch.policy import GAVE_UP, STOPPED
+from launch.policy import FINAL, GAVE_UP, STOPPED
 from launch.profile import Profile
 from launch.record import JobKey, Record
 from mmscale.errors import LaunchError
-from mmscale.train.metrics import read_events
+from mmscale.runs.events import read_events
 
 
 def submit(record: Record, profile: Profile, task: Callable[[], None], *, exclude: Sequence[str]) -> str:
-    """Submit one more job of a launch, which starts when the last one of it has ended.
+    """Submit one more job of a launch, which starts when the launch's last job has ended.
 
     Args:
         record: of the launch.
         profile: of the cluster.
-        task: what submitit pickles for it.
-        exclude: nodes that are not to be used.
+        task: object that submitit pickles for it.
+        exclude: nodes that must not be used.
 
     Returns:
         Its number.
 
     Raises:
         UnreachableError: SLURM does not answer.
-        LaunchError: it refuses.
+        LaunchError: SLURM refuses.
     """
     folder = Path(record.folder)
     last = records.keys_of(folder)[-1].id
     chosen = batch_script.executor([record], profile, dependency=f"afterany:{last}", exclude=exclude)
     (taken,) = batch_script.submit(chosen, [task], profile)
-    records.add_job(folder, JobKey(taken.id), log=taken.log)  # the number at once
+    records.add_job(folder, JobKey(taken.id), log=taken.log)  # stored at once, so that the number is not lost
     records.add_job(folder, batch_script.keys([taken.id])[0], log=taken.log)
     return taken.id
 
 
 class Successors:
-    """The other jobs of a launch, as the job that trains sees them.
+    """The other jobs of a launch, from the view of the training job.
 
     Args:
         record: of the launch.
         profile: of the cluster.
-        job: SLURM's number of the job that asks; "" without SLURM, and then there are none.
+        job: SLURM's number of the training job; "" without SLURM, and then there are no others.
     """
 
     def __init__(self, record: Record, profile: Profile, job: str) -> None:
@@ -60,7 +60,7 @@ class Successors:
         self._folder = Path(record.folder)
 
     def alive(self) -> list[str]:
-        """Numbers of the other jobs that run or wait; all that were submitted, where SLURM does not answer."""
+        """Numbers of the other jobs that run or wait; all submitted jobs if SLURM does not answer."""
         others = self._others()
         if not others:
             return []
@@ -72,22 +72,22 @@ class Successors:
         return [key.id for key, state in found if state is not None and key.is_job(state) and not state.ended]
 
     def cancel(self) -> None:
-        """Cancel those that wait: the run is over. One that starts nevertheless finds that out (`end_of_run`)."""
+        """Cancel the waiting jobs, because the run is over. One that starts anyway detects that (`end_of_run`)."""
         for number in reversed(self.alive()):
             try:
                 scheduler.cancel(number)
             except LaunchError as error:
-                sys.stderr.write(f"job {number}, which was to go on, is not cancelled: {error.cause}\n")
+                sys.stderr.write(f"job {number}, which was to continue, is not cancelled: {error.cause}\n")
 
     def without(self, unfit: Sequence[str], task: Callable[[], None]) -> str:
-        """Have the run go on elsewhere: leave nodes out of the jobs that wait, or submit one that does without them.
+        """Continue the run elsewhere: exclude nodes from the waiting jobs, or submit a new job that excludes them.
 
         Args:
             unfit: nodes with a fault of their own.
-            task: what submitit pickles for a new job.
+            task: object that submitit pickles for a new job.
 
         Returns:
-            Number of the job that goes on; "" if none does.
+            Number of the job that continues; "" if there is none.
         """
         submitted = len(records.keys_of(self._folder))
         if not self._job or not unfit or not records.can_submit_again(self._folder):
@@ -101,27 +101,33 @@ class Successors:
             before = _list(scheduler.excluded(self._job))
             return submit(self._record, self._profile, task, exclude=list(dict.fromkeys([*before, *unfit])))
         except LaunchError as error:
-            sys.stderr.write(f"no job goes on without {', '.join(unfit)}: {error.cause}\n")
+            sys.stderr.write(f"no job continues without {', '.join(unfit)}: {error.cause}\n")
             return ""
 
     def end_of_run(self) -> int | None:
-        """Exit status of a job that starts although an earlier one has ended the run for good; None: none has."""
-        if len(records.keys_of(self._folder)) < 2:
+        """Exit status for a job that starts after the run has ended for good; None: it has not ended.
+
+        Another job of the launch has ended it; or an earlier start of this job has reached the last step: SLURM 24.11
+        starts a job that was preempted and requeued once more when it has completed. After every other end of its own a
+        person may have requeued this job. It trains then, unless a stop of the launch was requested, which the
+        supervisor notices by itself.
+        """
+        if not self._job or not records.keys_of(self._folder):
             return None
         mine: list[dict[str, Any]] = []
         for event in read_events(Path(self._record.run)):
-            if event["event"] == "launch":
+            if event["event"] == "launch" and not event.get("in_place"):  # agents do not begin another launch
                 mine = [event] if event.get("launch") == self._folder.name else []
             elif mine:
                 mine.append(event)
-        if not mine or mine[0].get("job") == self._job:
-            return None
         last: dict[str, Any] = next((event for event in reversed(mine) if event["event"] == "ranks_ended"), {})
-        if not last.get("over"):
+        if not mine or not last.get("over"):
             return None
+        if mine[0].get("job") == self._job:
+            return 0 if last.get("status") == 0 else None
         if last.get("action") == "give_up":
             return GAVE_UP
-        return int(last["status"]) if last.get("status") in (0, 2, 3, 4, 5) else STOPPED
+        return int(last["status"]) if last.get("unsaved") or last.get("status") in (0, *FINAL) else STOPPED
 
     def took_over(self, job: str) -> bool:
         """Whether a job is an earlier one of this launch."""

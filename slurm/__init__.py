@@ -1,4 +1,4 @@
-"""What SLURM itself runs: the batch script, checks before a job, and a small local cluster for tests.
+"""What SLURM itself runs: the batch script and checks before a job; local/ is a small cluster for tests.
 
 Submitting jobs is the business of `launch`.
 """

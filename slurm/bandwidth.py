@@ -4,9 +4,9 @@
 
 One JSON object a line: each node's own figure as soon as it is known (`inside`), then one for each pair of neighbours
 (`pair`), then all together (`all`). Lines that are missing say whom the others wait for. Nodes are paired twice, as
-0-1, 2-3, ... and as 1-2, 3-4, ..., so that a slow node is told from its healthy partner: it is slow with both. Pairs
-without a node in common are measured at once: it takes the same time for any number of nodes, but for the making of
-groups.
+0-1, 2-3, ... and as 1-2, 3-4, ..., so that a slow node is distinguished from its healthy partner: it is slow with
+both. Pairs without a node in common are measured at once, which takes the same time for any number of nodes, except for
+creating groups.
 
 Bandwidths are bus bandwidths as nccl-tests defines them, 2 (n - 1) / n * bytes / seconds: what a link carried, whatever
 the number of ranks, so that one threshold serves jobs of every size.

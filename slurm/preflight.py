@@ -205,7 +205,7 @@ def clock_problems(answers: Sequence[Mapping[str, Any]], *, within_s: float) -> 
 
 
 def main() -> int:
-    """Print this node's answer; always 0: a node that cannot answer is told by its silence."""
+    """Print this node's answer; always 0: a missing answer identifies a node that cannot answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--gpus", type=int, default=0)

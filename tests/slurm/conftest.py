@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from slurm.local_cluster import Cluster, missing_programs
+from slurm.local.cluster import Cluster, missing_programs
 from tests.slurm.jobs import DEADLINE_S, PROFILE, ROOT, Jobs
 
 STEPS = 60
@@ -101,7 +101,7 @@ def jobs(cluster: Cluster, config: Path, profile: Path, tmp_path: Path) -> Itera
 @pytest.fixture(scope="session")
 def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Metrics of two ranks that nothing interrupted, without SLURM."""
-    from mmscale.train.metrics import read_metrics
+    from mmscale.runs.metrics import read_metrics
 
     runs = tmp_path_factory.mktemp("reference")
     command = [sys.executable, "-m", "mmscale", "train", str(config), f"run.dir={runs}", "--nproc", "2"]

@@ -4,7 +4,8 @@
 set -euo pipefail
 target=$(realpath -m "$1")
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT; chmod 755 "$work"
-command -v patchelf >/dev/null || apt-get install -qq -y --no-install-recommends patchelf squashfs-tools >/dev/null
+install() { apt-get install -qq -y --no-install-recommends patchelf squashfs-tools >/dev/null; }
+command -v patchelf >/dev/null || install || { apt-get -qq update && install; }
 mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -m1 debian.org/debian)
 key=/usr/share/keyrings/debian-archive-keyring.gpg
 mkdir -p "$work"/{lists/partial,cache/archives/partial,unpacked}

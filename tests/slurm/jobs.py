@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,17 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+
 from launch import chain, scheduler, status, submit
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError
 from mmscale.resilience import inject, lease
-from mmscale.train.metrics import METRICS, read_events, read_metrics
-from slurm.local_cluster import Cluster
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import METRICS, read_metrics
+from slurm.local.cluster import Cluster
 from tests.slurm.stub_rank import SLOW
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "configs/cluster/test.yaml"
-DEADLINE_S = 240.0
+DEADLINE_S = 400.0  # a start of ranks took 76 s on a machine with ten times as many processes as cores
+POLL_S, ASK_S = 0.2, 1.0  # between looks at the run's files, and questions to SLURM: those are processes
 # What must be the same however often a run was interrupted; the rest are times and numbers of attempts.
 EXACT = ("tokens", "loss", "loss/text", "loss/image", "z_loss", "grad_norm", "lr", "output_norm")
 
@@ -57,18 +61,24 @@ class Run:
 
     def until(self, condition: Callable[[], bool], what: str, *, lift: bool = True) -> None:
         """Wait for something; a requeued job's wait is lifted meanwhile, as `mmscale status` does."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline, ask_at = time.monotonic() + DEADLINE_S, 0.0
         while not condition():
             assert time.monotonic() < deadline, f"it did not happen: {what}\n{self.report()}"
-            if lift:
+            if lift and time.monotonic() >= ask_at:
                 scheduler.lift_wait(self.job, self.state())
-            time.sleep(0.1)
+                ask_at = time.monotonic() + ASK_S
+            time.sleep(POLL_S)
 
     def until_step(self, step: int, *, attempt: int | None = None) -> None:
         """Wait until a step is logged, by that attempt or a later one."""
 
+        ask_at = 0.0
+
         def there() -> bool:
-            assert not self.state().ended, self.report()
+            nonlocal ask_at
+            if time.monotonic() >= ask_at:
+                assert not self.state().ended, self.report()
+                ask_at = time.monotonic() + ASK_S
             return self.step() >= step and self.attempt() >= (attempt or 0)
 
         self.until(there, f"step {step} of attempt {attempt}")
@@ -119,6 +129,13 @@ class Jobs:
     folder: Path
     runs: list[Run] = field(default_factory=list)
 
+    def with_profile(self, **settings: Any) -> Jobs:
+        """The same with other settings of the profile; runs of both are ended at the end of the test."""
+        content = yaml.safe_load(self.profile.read_text()) | {"cordon_file": str(self.folder / "cordoned.txt")}
+        profile = self.folder / "profile.yaml"
+        profile.write_text(yaml.safe_dump(content | settings))
+        return dataclasses.replace(self, profile=profile)
+
     def launch(
         self,
         *overrides: str,
@@ -143,21 +160,24 @@ class Jobs:
             more: of `plan_launch`.
         """
         planned = submit.plan_launch(
-            self.config, [f"run.dir={self.folder}", *overrides], cluster=str(self.profile), nodes=nodes, **more
+            self.config,
+            [f"run.dir={self.folder}", *overrides],
+            cluster=str(self.profile),
+            nodes=nodes,
+            after=after is not None,
+            **more,
         )
         wanted = [f"*:*:step:slow={slow_s}"] if slow_s else []
         variables = {inject.VARIABLE: ",".join([*wanted, *([faults] if faults else [])]), **(environment or {})}
         if stub:
-            variables[f"MMSCALE_{SLOW}"] = str(slow_s)
+            variables |= {f"MMSCALE_{SLOW}": str(slow_s), "PYTHON_EXEC": self._stub()}  # the latter is read by torchrun
             planned = [
                 dataclasses.replace(one, record=dataclasses.replace(one.record, python=self._stub())) for one in planned
             ]
-        os.environ.update(variables)
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
             found = submit.launch(planned, after=after)
-        finally:
-            for name in variables:
-                del os.environ[name]
         launched = [Run(Path(one["run"]), one["job"], self.cluster) for one in found]
         self.runs += launched
         return launched[0]
@@ -165,8 +185,11 @@ class Jobs:
     def _stub(self) -> str:
         """An interpreter that starts the stub where a rank is wanted."""
         file = self.folder / "python"
-        stub = f"exec {sys.executable} {ROOT}/tests/slurm/stub_rank.py"
-        file.write_text(f'#!/bin/bash\n[ "$2" = mmscale ] && {stub} "$@"\nexec {sys.executable} "$@"\n')
+        if file.exists():  # a job may be starting it: a file that is being written again does nothing and ends with 0
+            return str(file)
+        stub = f'exec {sys.executable} {ROOT}/tests/slurm/stub_rank.py "$@"'
+        ranks = f'case "$2 $3 $4" in mmscale*|"-m launch.agent rank") {stub};; esac'
+        file.write_text(f'#!/bin/bash\n{ranks}\nexec {sys.executable} "$@"\n')
         file.chmod(0o755)
         return str(file)
 

@@ -10,16 +10,26 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mmscale.resilience import lease
-from mmscale.train.metrics import EventLog, MetricsLog
+from mmscale.runs.attempts import settings_name
+from mmscale.runs.events import EventLog
+from mmscale.train.log.metrics_log import MetricsLog
 
 STATE = "stub.json"  # of the "checkpoint": the step and the weights that the next attempt goes on from
 ENVIRONMENT = "stub_environment.json"  # of rank 0
 DEAF = "STUB_DEAF"  # set: it never begins, and hears no signal
 SLOW = "STUB_STEP_S"  # seconds of a step
+# RANK:STEP:END[,...]: how ranks end after a step, once; END is an exit status or the name of a signal.
+END = "STUB_END"
+WAIT = "wait"
+# STEP:FILE: ranks wait after this step until there is the file, so that a test acts while they train, however slow the
+# machine is.
+HOLD = "STUB_HOLD"
+FAIL = "STUB_FAIL"  # how rank 0 ends instead of recording the stop that it is asked for; as END has it
 SAVE_EVERY = 5
 
 
@@ -37,31 +47,122 @@ def losses(steps: int) -> list[float]:
     return found
 
 
+def below_agent() -> int:
+    """One rank of one of torchrun's agents, started as the agent starts it; its exit status for the agent."""
+    from launch import agent
+
+    agent.runpy.run_module = lambda *_, **__: sys.exit(main())  # type: ignore[attr-defined,assignment,misc]
+    return agent.main(sys.argv[sys.argv.index("launch.agent") + 1 :])
+
+
+def planned_ends(rank: int, attempt: int) -> dict[int, str]:
+    """How this rank ends, by step. Without a planned end it waits for one that has it, as in a collective, once."""
+    wanted = [one.split(":") for one in os.environ.get(f"MMSCALE_{END}", "").split(",") if one]
+    own = {int(step): end for number, step, end in wanted if int(number) == rank}
+    return own or {int(step): WAIT for _, step, _ in wanted if attempt == 1}
+
+
+def end_once(how: str, mark: Path) -> None:
+    """End this process, or wait until somebody does.
+
+    Args:
+        how: an exit status, the name of a signal, or WAIT.
+        mark: a file that says that this rank has ended. The number of the attempt would not: agents start a rank
+            again before rank 0 has begun the next attempt.
+    """
+    if how == WAIT:
+        time.sleep(600)
+    if mark.exists():
+        return
+    mark.touch()
+    if how.isdigit():
+        sys.exit(int(how))
+    os.kill(os.getpid(), signal.Signals[f"SIG{how}"])
+
+
+def hold(step: int, signals: list[str]) -> None:
+    """Wait for the test, or for a request to save."""
+    wanted, _, file = os.environ.get(f"MMSCALE_{HOLD}", "0:").partition(":")
+    while step == int(wanted) and not Path(file).exists() and not signals:
+        time.sleep(0.05)
+
+
+def noted_signals() -> list[str]:
+    """Names of received signals, from now on. SIGTERM ends a rank whose neighbour fails: it cannot save without it."""
+    signals: list[str] = []
+    ours = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+    if os.environ.get(f"MMSCALE_{END}"):
+        ours.remove(signal.SIGTERM)
+    for number in ours:
+        signal.signal(number, lambda received, _: signals.append(signal.Signals(received).name))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ours, signal.SIGTERM})  # agents start ranks with blocked signals
+    return signals
+
+
+class Records:
+    """What rank 0 writes into the run's folder.
+
+    Args:
+        run: the folder.
+        attempt: number of this one.
+        fence: of this rank.
+    """
+
+    def __init__(self, run: Path, attempt: int, fence: lease.Fence) -> None:
+        self.run, self.fence = run, fence
+        self.events = EventLog(run, attempt, may_write=fence.check)
+        self.metrics = MetricsLog(run, attempt=attempt, may_write=fence.check)
+
+    def begin(self, config: dict[str, Any], step: int, *, resumed: bool) -> None:
+        self.events.add("resume" if resumed else "start", step=step, attempt_id=self.fence.lease_id)
+        for name in ("config.yaml", settings_name(self.events.attempt)):
+            (self.run / name).write_text(yaml.safe_dump(config))
+        (self.run / ENVIRONMENT).write_text(json.dumps(dict(os.environ)))
+
+    def step(self, step: int, weights: int, pause: float) -> None:
+        self.metrics.write(step, {"loss": weights / 2**31, "step_time_s": pause, "time": time.time()})
+
+    def save(self, step: int, weights: int) -> None:
+        self.fence.check()
+        temporary = (self.run / STATE).with_suffix(".tmp")
+        temporary.write_text(json.dumps({"step": step, "weights": weights}))
+        temporary.replace(self.run / STATE)
+        self.events.add("stub_saved", step=step)  # "save_committed" without a checkpoint is a lost folder
+
+    def end(self, step: int, *, finished: bool, signals: list[str]) -> None:
+        self.events.add("finish" if finished else "stop", step=step, signal=signals[0] if signals else None)
+        if self.fence.is_orphaned():
+            lease.release(self.run, os.environ[lease.VARIABLE])
+
+
 def main() -> int:
     """One rank; its exit status."""
     if os.environ.get(f"MMSCALE_{DEAF}"):  # as in a rendezvous that nobody comes to
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         time.sleep(600)
-    signals: list[str] = []
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, lambda received, _: signals.append(signal.Signals(received).name))
+    signals = noted_signals()
     config = yaml.safe_load(Path(sys.argv[sys.argv.index("train") + 1]).read_text())
-    run = Path(config["run"]["dir"]) / config["run"]["name"]
-    rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("RANK") or 0)
+    run, steps = Path(config["run"]["dir"]) / config["run"]["name"], int(config["train"]["steps"])
+    if "--stage" in sys.argv:
+        from mmscale.train.stages.table import STAGES
+
+        stage = STAGES[sys.argv[sys.argv.index("--stage") + 1]]
+        section, _, key = stage.steps.partition(".")
+        run, steps = stage.folder(run), int(config[section][key])
+    by_srun = os.environ.get("MMSCALE_LAUNCHER") == "slurm"  # nothing is set on this machine
+    rank = int(os.environ.get("SLURM_PROCID" if by_srun else "RANK", "0"))
     fence = lease.Fence.of_rank(run, rank)
     if rank == 0:
         lease.join(run, os.environ[lease.VARIABLE])
     attempt = lease.launched_attempt(run)
     assert attempt is not None
-    state = run / STATE
-    step, weights = json.loads(state.read_text()).values() if state.exists() else (0, 1)
-    events = EventLog(run, attempt, may_write=fence.check) if rank == 0 else None
-    metrics = MetricsLog(run, attempt=attempt, may_write=fence.check) if rank == 0 else None
-    if events is not None:
-        events.add("resume" if state.exists() else "start", step=step, attempt_id=fence.lease_id)
-        (run / "config.yaml").write_text(yaml.safe_dump(config))
-        (run / ENVIRONMENT).write_text(json.dumps(dict(os.environ)))
-    steps, pause = int(config["train"]["steps"]), float(os.environ.get(f"MMSCALE_{SLOW}", "0.05"))
+    planned = planned_ends(rank, attempt)
+    resumed = attempt > 1 and (run / STATE).exists()  # rank 0 of this attempt may have saved before this rank begins
+    step, weights = json.loads((run / STATE).read_text()).values() if resumed else (0, 1)
+    records = Records(run, attempt, fence) if rank == 0 else None
+    if records is not None:
+        records.begin(config, step, resumed=resumed)
+    pause = float(os.environ.get(f"MMSCALE_{SLOW}", "0.05"))
     while step < steps and not signals:
         time.sleep(pause)
         fence.look()
@@ -69,27 +170,19 @@ def main() -> int:
             signals.append("SIGTERM")
         step += 1
         weights = stepped(weights, step)
-        if metrics is not None:
-            metrics.write(step, {"loss": weights / 2**31, "step_time_s": pause, "time": time.time()})
-        if events is not None and (step % SAVE_EVERY == 0 or step == steps or signals):
-            fence.check()
-            _save(state, step, weights)
-            events.add("stub_saved", step=step)  # "save_committed" without a checkpoint is a lost folder
-    if events is not None:
-        if step < steps:
-            fence.check()
-            _save(state, step, weights)
-        events.add("finish" if step == steps else "stop", step=step, signal=signals[0] if signals else None)
-        if fence.is_orphaned():
-            lease.release(run, os.environ[lease.VARIABLE])
+        if records is not None:
+            records.step(step, weights, pause)
+            if step % SAVE_EVERY == 0 or step == steps or signals:
+                records.save(step, weights)
+        hold(step, signals)
+        if step in planned:
+            end_once(planned[step], run / f"stub_ended_{rank}")
+    if records is not None:
+        if step < steps and (failure := os.environ.get(f"MMSCALE_{FAIL}")):
+            end_once(failure, run / "stub_failed")
+        records.end(step, finished=step == steps, signals=signals)
     return 0 if step == steps else 75
 
 
-def _save(file: Path, step: int, weights: int) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"step": step, "weights": weights}))
-    temporary.replace(file)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(below_agent() if "launch.agent" in sys.argv else main())

@@ -74,7 +74,9 @@ def make_image(folder: Path, runtime: str, monkeypatch: pytest.MonkeyPatch) -> I
     )
     python.chmod(0o755)
     # The checkout is there for the packages and the stub; Python imports our code from the snapshot.
-    readable = dict.fromkeys(["/usr", sys.base_prefix, sys.prefix, str(ROOT)])
+    readable = list(dict.fromkeys(["/usr", sys.base_prefix, sys.prefix, str(ROOT)]))
+    # a .venv may borrow packages of another one
+    readable += [p for p in sys.path if Path(p).is_dir() and not any(Path(p).is_relative_to(one) for one in readable)]
     settings = {
         "image": str(root),
         "runtime": runtime,

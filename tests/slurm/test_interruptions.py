@@ -5,6 +5,7 @@ SIGUSR2, `scontrol requeue` by somebody else, preemption, `mmscale stop` and `re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from launch import control, scheduler
 from mmscale.runtime.rank_env import port_of_job
-from slurm.local_cluster import Cluster
+from slurm.local.cluster import Cluster
 from tests.slurm.conftest import STEPS
 from tests.slurm.jobs import Jobs, Run, assert_equal, shown, steps_done_again
 
@@ -79,9 +80,10 @@ def _listeners(job: str) -> list[socket.socket]:
     for step in range(4):
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("", port_of_job(int(job), step=step)))
-        listener.listen()
         listeners.append(listener)
+        with contextlib.suppress(OSError):  # somebody else is there already
+            listener.bind(("", port_of_job(int(job), step=step)))
+            listener.listen()
     return listeners
 
 
@@ -114,7 +116,7 @@ def test_every_end_was_a_committed_save(story: Story) -> None:
 
 
 def test_a_stopped_run_stays_away_and_says_so(story: Story) -> None:
-    assert story.stopped.state == "FAILED" and story.stopped.exit_status == 75
+    assert story.stopped.state == "COMPLETED"  # no failure for SLURM and its mail
     assert story.stopped.restarts == 3
     assert story.shown_stopped["state"] == "stopped" and story.shown_stopped["ended"]
 

@@ -11,17 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launch import control, logs, submit
 from launch import record as records
 from launch.profile import load_profile
 from mmscale.errors import LaunchError
-from mmscale.train.metrics import read_events, read_metrics
-from slurm.local_cluster import Cluster
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
+from slurm.local.cluster import Cluster
 from tests.slurm.conftest import STEPS
 from tests.slurm.jobs import DEADLINE_S, EXACT, ROOT, Jobs, Run, assert_equal, shown
 
@@ -91,6 +94,23 @@ def test_srun_takes_the_arguments_of_the_example_profile(cluster: Cluster) -> No
     assert cluster.run("srun", "--nodes=1", "--ntasks=2", *arguments, "echo", "here") == "here\nhere\n"
 
 
+def test_blocks_of_nodes_of_the_example_profile(jobs: Jobs, cluster: Cluster) -> None:
+    """`--segment`: 24.11 takes it; a SLURM that does not know it is quoted, and no job is left."""
+    example = yaml.safe_load(re.sub(r"(?m)^# (?=sbatch: )", "", (ROOT / "configs/cluster/h100.yaml").read_text()))
+    assert example["sbatch"] == {"segment": 2}
+    asked = jobs.with_profile(sbatch=example["sbatch"])
+    version = tuple(map(int, re.findall(r"\d+", cluster.run("sbatch", "--version"))[:2]))
+    if version < (23, 11):
+        with pytest.raises(LaunchError, match="unrecognized option '--segment=2'"):
+            asked.launch(*FEW, stub=True)
+        assert cluster.run("squeue", "-h") == ""
+        return
+    run = asked.launch(*FEW, slow_s=0.0, stub=True)
+    assert run.until_ended().state == "COMPLETED", run.report()
+    (script,) = run.folder.glob("launch/001/submitit/*_submission.sh")
+    assert "#SBATCH --segment=2\n" in script.read_text()
+
+
 @pytest.mark.mpi
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install 'mmscale[mpi]'")
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py: pip install 'mmscale[mpi]'")
@@ -135,24 +155,50 @@ def test_a_sweep_and_a_chain(jobs: Jobs) -> None:
     assert read_events(last.folder)[0]["time"] >= read_events(other.folder)[-1]["time"]
 
 
-def test_a_job_that_waits_is_stopped_at_once(jobs: Jobs) -> None:
+@pytest.fixture
+def busy(jobs: Jobs) -> Iterator[None]:
+    """All nodes are taken: a job waits."""
     blocker = jobs.cluster.run("sbatch", "--parsable", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 300")
-    try:
-        run = jobs.launch(nodes=1)
-        assert run.state().state == "PENDING"
-        assert control.stop(run.folder)["done"] == "cancelled while it waited"
+    yield
+    jobs.cluster.run("scancel", blocker.strip())
+
+
+@pytest.mark.usefixtures("busy")
+def test_a_job_that_waits_is_stopped_at_once(jobs: Jobs) -> None:
+    run = jobs.launch(nodes=1)
+    assert run.state().state == "PENDING"
+    assert control.stop(run.folder)["done"] == "cancelled while it waited"
+    assert run.until_ended().state == "CANCELLED"
+    assert shown(run)["ended"]
+    with pytest.raises(LaunchError, match="does not run"):
+        control.stop(run.folder)
+
+
+@pytest.mark.usefixtures("busy")
+def test_resume_asks_for_what_the_launch_asked_for(jobs: Jobs) -> None:
+    """--time and its like replace the profile's values until other ones, or another profile, are passed."""
+    asked: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({}, {"TimeLimit": "00:25:00", "Account": "team"}),
+        ({"asked": {"time": "20m"}}, {"TimeLimit": "00:20:00", "Account": "team"}),
+        ({}, {"TimeLimit": "00:20:00", "Account": "team"}),
+        ({"cluster": str(jobs.profile)}, {"TimeLimit": "00:30:00", "Account": "(null)"}),
+        ({}, {"TimeLimit": "00:30:00", "Account": "(null)"}),
+    ]
+    run = jobs.launch(nodes=1, asked={"time": "25m", "account": "team"})
+    for more, wanted in asked:
+        control.stop(run.folder)
         assert run.until_ended().state == "CANCELLED"
-        assert shown(run)["ended"]
-        with pytest.raises(LaunchError, match="does not run"):
-            control.stop(run.folder)
-    finally:
-        jobs.cluster.run("scancel", blocker.strip())
+        run = Run(run.folder, control.resume(run.folder, **more)["job"], jobs.cluster)
+        jobs.runs.append(run)
+        said = jobs.cluster.run("scontrol", "show", "job", run.job).split()
+        assert {name: value for name, _, value in (word.partition("=") for word in said) if name in wanted} == wanted
 
 
 def test_without_slurm_a_killed_rank_is_restarted_and_stop_and_resume_work(
     config: Path, tmp_path: Path, reference: list[dict[str, Any]]
 ) -> None:
-    variables = os.environ | {"MMSCALE_FAULTS": "*:*:step:slow=0.05"}
+    mark = {"MMSCALE_TEST_COMMAND": str(tmp_path)}  # other tests have local ranks at the same time
+    variables = os.environ | {"MMSCALE_FAULTS": "*:*:step:slow=0.05"} | mark
     two = tmp_path / "two.yaml"
     two.write_text("scheduler: local\ntasks_per_node: 2\n")
     command = [sys.executable, "-m", "mmscale", "launch", str(config), f"run.dir={tmp_path}", "--cluster", str(two)]
@@ -169,7 +215,7 @@ def test_without_slurm_a_killed_rank_is_restarted_and_stop_and_resume_work(
         until_step(13, 1)
         with pytest.raises(LaunchError, match="is being trained by process"):
             submit.launch(submit.plan_launch(config, [f"run.dir={tmp_path}"], cluster=str(two)))
-        os.kill(_local_rank(1), signal.SIGKILL)
+        os.kill(_local_rank(1, mark), signal.SIGKILL)
         until_step(16, 2)
         control.stop(folder)
         _, said = process.communicate(timeout=DEADLINE_S)
@@ -188,17 +234,18 @@ def test_without_slurm_a_killed_rank_is_restarted_and_stop_and_resume_work(
     assert records.latest(folder).name == "002"  # type: ignore[union-attr]
 
 
-def _local_rank(number: int) -> int:
-    """The rank that a launcher below this process started."""
-    wanted = {f"RANK={number}".encode(), b"MMSCALE_LAUNCHER=local"}
+def _local_rank(number: int, mark: dict[str, str]) -> int:
+    """The rank of the launcher that was given this variable."""
+    variables = mark | {"RANK": f"{number}", "MMSCALE_LAUNCHER": "local"}
+    wanted = {f"{name}={value}".encode() for name, value in variables.items()}
     found = {}
     for entry in Path("/proc").iterdir():
         try:
-            variables = set((entry / "environ").read_bytes().split(b"\0"))
+            there = set((entry / "environ").read_bytes().split(b"\0"))
             if (
                 entry.name.isdigit()
-                and wanted <= variables
-                and any(v.startswith(b"MMSCALE_ATTEMPT_ID=") for v in variables)
+                and wanted <= there
+                and any(one.startswith(b"MMSCALE_ATTEMPT_ID=") for one in there)
             ):
                 found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from slurm import local_network
-from slurm.local_cluster import Cluster, ClusterError, missing_programs
+from slurm.local import node_networks
+from slurm.local.cluster import Cluster, ClusterError, missing_programs
 from tests.slurm.jobs import ROOT
 
 pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"no {', '.join(missing_programs())} on this machine")
 
 
 def by_hand(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "slurm/local_cluster.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "slurm/local/cluster.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def shell(lines: str, command: str) -> str:
-    ended = subprocess.run(["bash", "-c", f"{lines}\n{command}"], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(["bash", "-c", f"{lines}\n{command}"], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -95,7 +95,7 @@ def test_a_killed_keeper_takes_its_daemons_along(tmp_path: Path) -> None:
     assert not cluster.folder.exists()
 
 
-@pytest.mark.skipif(not local_network.possible(), reason="no network namespaces (not root)")
+@pytest.mark.skipif(not node_networks.possible(), reason="no network namespaces (not root)")
 def test_a_node_is_cut_off_and_no_interface_is_left(tmp_path: Path) -> None:
     cluster = Cluster.up(tmp_path / "cluster", nodes=2, networks=True)
     try:
@@ -116,7 +116,7 @@ def test_a_node_is_cut_off_and_no_interface_is_left(tmp_path: Path) -> None:
     assert not mine & interfaces()
 
 
-@pytest.mark.skipif(not local_network.possible(), reason="no network namespaces (not root)")
+@pytest.mark.skipif(not node_networks.possible(), reason="no network namespaces (not root)")
 def test_a_keeper_that_cannot_begin_leaves_no_bridge(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()  # of another cluster
     before = interfaces()

@@ -12,7 +12,7 @@ import yaml
 
 from launch import nodes, scheduler, submit
 from launch.record import Record
-from slurm.local_cluster import Cluster
+from slurm.local.cluster import Cluster
 from tests.slurm.jobs import Jobs, shown
 
 

@@ -12,11 +12,12 @@ import pytest
 from launch import control, scheduler
 from launch.scheduler import UnreachableError
 from mmscale.resilience import lease
-from mmscale.train.metrics import read_events
-from slurm.local_cluster import Cluster
+from mmscale.runs.events import read_events
+from slurm.local.cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, shown
+from tests.slurm.stub_rank import HOLD
 
-STEPS = "train.steps=60"
+STEPS = "train.steps=20"
 
 
 @pytest.fixture
@@ -32,15 +33,24 @@ def ended(run: Run) -> list[dict[str, Any]]:
 
 def test_an_outage_when_ranks_end_decides_nothing(jobs: Jobs, cluster: Cluster, outage: Callable[[], None]) -> None:
     """One run loses a rank, one reaches its last step, one is asked to make room, one is stopped by its owner."""
-    crashed = jobs.launch(STEPS, "run.name=crashed", nodes=1, slow_s=0.2, stub=True)
-    finished = jobs.launch("train.steps=20", "run.name=finished", nodes=1, slow_s=0.3, stub=True)
-    asked = jobs.launch(STEPS, "run.name=asked", nodes=1, slow_s=0.2, stub=True)
-    stopped = jobs.launch("train.steps=4000", "run.name=stopped", nodes=1, slow_s=0.2, stub=True)
+    released = jobs.folder / "released"
+    more: dict[str, Any] = {
+        "nodes": 1,
+        "slow_s": 0.2,
+        "stub": True,
+        "environment": {f"MMSCALE_{HOLD}": f"7:{released}"},
+    }
+    crashed = jobs.launch(STEPS, "run.name=crashed", **more)
+    finished = jobs.launch(STEPS, "run.name=finished", **more)
+    asked = jobs.launch(STEPS, "run.name=asked", **more)
+    stopped = jobs.launch("train.steps=4000", "run.name=stopped", **more)
     for run in jobs.runs:
-        run.until(lambda run=run: run.step() >= 7, f"{run.folder.name} trains")  # type: ignore[misc]
+        run.until(lambda run=run: run.step() == 7, f"{run.folder.name} trains")  # type: ignore[misc]
     outage()
     os.kill(crashed.rank(0), signal.SIGKILL)
     os.kill(asked.rank(0), signal.SIGUSR2)
+    asked.until(lambda: bool(asked.events("stop")), "it saves", lift=False)
+    released.touch()
     for run in jobs.runs[:2]:
         run.until(lambda run=run: bool(ended(run)), f"{run.folder.name} has decided", lift=False)  # type: ignore[misc]
     assert [event["action"] for event in ended(crashed)] == ["retry"]
@@ -60,6 +70,6 @@ def test_an_outage_when_ranks_end_decides_nothing(jobs: Jobs, cluster: Cluster, 
         assert shown(run)["state"] == "finished", run.report()
     assert shown(crashed)["crashes"] == 1 and crashed.state().restarts == 0
     assert [event["action"] for event in ended(asked)] == ["requeue", "end"] and asked.state().restarts == 1
-    assert stopped.until_ended().exit_status == 75 and shown(stopped)["state"] == "stopped"
+    assert stopped.until_ended().state == "COMPLETED" and shown(stopped)["state"] == "stopped"
     for run in jobs.runs:
         assert lease.owner(run.folder) is None

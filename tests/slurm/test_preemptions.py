@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from launch import scheduler
-from mmscale.train.metrics import METRICS, read_events
-from slurm.local_cluster import Cluster
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import METRICS
+from slurm.local.cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, assert_equal, shown, steps_done_again
 
 COUNT = int(os.environ.get("MMSCALE_PREEMPTIONS", "2"))

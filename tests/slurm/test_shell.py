@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from launch import control, passed
 from launch import record as records
@@ -21,18 +18,12 @@ from tests.slurm.stub_rank import DEAF, ENVIRONMENT
 FEW = "train.steps=3"
 
 
-def with_profile(jobs: Jobs, **settings: Any) -> Jobs:
-    profile = jobs.folder / "profile.yaml"
-    profile.write_text(yaml.safe_dump(yaml.safe_load(jobs.profile.read_text()) | settings))
-    return dataclasses.replace(jobs, profile=profile, runs=jobs.runs)
-
-
 def test_module_works_in_setup_and_secrets_reach_ranks(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """`module` is a function that the shell exports; `module load` is what the schema gives as an example."""
     monkeypatch.setenv("WANDB_API_KEY", "not-in-any-record-4711")
     secrets = {"WANDB_API_KEY": {"env": "WANDB_API_KEY"}}
     shell = {"BASH_FUNC_module%%": '() {  export LOADED="$2"\n}', "PYTHONPATH": "/of/the/user", "HF_HOME": "/hf"}
-    asked = with_profile(jobs, setup=["module load cuda"], secrets=secrets)
+    asked = jobs.with_profile(setup=["module load cuda"], secrets=secrets)
     run = asked.launch(FEW, nodes=1, stub=True, environment=shell)
     assert run.until_ended().state == "COMPLETED", run.report()
     seen = json.loads((run.folder / ENVIRONMENT).read_text())
@@ -47,7 +38,7 @@ def test_module_works_in_setup_and_secrets_reach_ranks(jobs: Jobs, monkeypatch: 
 
 
 def test_setup_that_fails_is_no_run_that_trains(jobs: Jobs) -> None:
-    run = with_profile(jobs, setup=["module load cuda"]).launch(FEW, nodes=1, stub=True)
+    run = jobs.with_profile(setup=["module load cuda"]).launch(FEW, nodes=1, stub=True)
     ended = run.until_ended()
     assert (ended.state, ended.exit_status) == ("FAILED", 2), run.report()
     assert shown(run)["state"] == "failed" and run.events() == []
@@ -55,7 +46,7 @@ def test_setup_that_fails_is_no_run_that_trains(jobs: Jobs) -> None:
 
 
 def test_ranks_that_never_meet_are_said_not_to_and_stop_is_heard(jobs: Jobs) -> None:
-    asked = with_profile(jobs, start_hint_after="4s")
+    asked = jobs.with_profile(start_hint_after="4s")
     run = asked.launch(FEW, nodes=1, stub=True, environment={f"MMSCALE_{DEAF}": "1"})
     run.until(lambda: bool(run.events("not_begun")), "it is noticed")
     (event,) = run.events("not_begun")
@@ -66,5 +57,5 @@ def test_ranks_that_never_meet_are_said_not_to_and_stop_is_heard(jobs: Jobs) -> 
     asked_at = time.monotonic()
     ended = run.until_ended()
     assert time.monotonic() - asked_at < 60
-    assert ended.exit_status == 75, run.report()
+    assert ended.state == "COMPLETED" and shown(run)["state"] == "stopped", run.report()
     assert [event["action"] for event in run.events("ranks_ended")] == ["end"]

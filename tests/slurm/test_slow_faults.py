@@ -6,7 +6,6 @@ time limits in minutes. It goes on elsewhere, and who has lost the run writes no
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -21,11 +20,11 @@ import yaml
 
 from launch import scheduler, submit
 from mmscale.checkpoint.layout import Store
+from mmscale.runs.metrics import METRICS
 from mmscale.runtime.rank_env import expand_hostlist
-from mmscale.train.metrics import METRICS
-from slurm import local_network
-from slurm.local_cluster import Cluster, missing_programs
-from tests.slurm.jobs import DEADLINE_S, PROFILE, Jobs, Run, assert_equal, steps_done_again
+from slurm.local import node_networks
+from slurm.local.cluster import Cluster, missing_programs
+from tests.slurm.jobs import DEADLINE_S, POLL_S, PROFILE, Jobs, Run, assert_equal, steps_done_again
 
 pytestmark = pytest.mark.slow
 NODES = 10
@@ -56,12 +55,6 @@ def _kill_slurmd(cluster: Cluster, node: str) -> None:
     os.kill(cluster.slurmd(node), signal.SIGKILL)
 
 
-def _kill_all(cluster: Cluster, node: str) -> None:
-    for pid in [cluster.slurmd(node), *cluster.processes(node)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 @dataclass(frozen=True)
 class Story:
     """What was seen."""
@@ -78,7 +71,7 @@ def story(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     if lacking := missing_programs():
         pytest.skip(f"no {', '.join(lacking)}: apt-get install slurmctld slurmd slurm-client munge")
     folder = tmp_path_factory.mktemp("lost")
-    networks = local_network.possible()
+    networks = node_networks.possible()
     cluster = Cluster.up(folder / "cluster", nodes=NODES, networks=networks)
     before = dict(os.environ)
     os.environ.update(cluster.environment())
@@ -90,7 +83,7 @@ def story(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
         half_dead = Loss(jobs.launch("run.name=half_dead", *endless, nodes=1, slow_s=0.1), 5, 0, _kill_slurmd)
         dead = cut_off = None
         if networks:  # whose a process is can be told, and a network can be cut
-            dead = Loss(jobs.launch("run.name=dead", slow_s=0.1), 13, 1, _kill_all)
+            dead = Loss(jobs.launch("run.name=dead", slow_s=0.1), 13, 1, Cluster.kill)
             # The first node: the process that watches the ranks is there, and goes on without SLURM.
             cut_off = Loss(jobs.launch("run.name=cut_off", slow_s=0.1), 13, 0, lambda cluster, node: cluster.cut(node))
         losses = [loss for loss in (half_dead, dead, cut_off) if loss is not None]
@@ -139,7 +132,7 @@ def _until(runs: list[Run], condition: Callable[[], bool], what: str) -> None:
         for run in runs:
             if scheduler.lift_wait(run.job) and run.folder.name == "limited":
                 run.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
-        time.sleep(0.1)
+        time.sleep(POLL_S)
 
 
 def _gone(pid: int) -> bool:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from launch import control
-from mmscale.train.metrics import read_metrics
+from mmscale.runs.metrics import read_metrics
 from tests.slurm.jobs import ROOT, Jobs, Run, assert_equal, shown, steps_done_again
+from tests.slurm.stub_rank import HOLD
 
 STEPS = 40
 SETTINGS = (
@@ -43,6 +44,25 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
+def test_a_stage_waits_for_the_run_and_is_shown_and_stopped(jobs: Jobs) -> None:
+    """Ranks are stubs; the run and its stage have folders, jobs and states of their own."""
+    few = ("train.steps=3", "auxiliary.steps=20")
+    main = jobs.launch(*few, nodes=1, slow_s=0.0, stub=True)
+    held = {f"MMSCALE_{HOLD}": f"6:{jobs.folder / 'on'}"}
+    run = jobs.launch(*few, nodes=1, slow_s=0.0, stub=True, stage="auxiliary", after=str(main.folder), environment=held)
+    assert run.folder == main.folder / "auxiliary"
+    run.until(lambda: run.step() == 6, "it is held")
+    assert main.state().state == "COMPLETED" and [line["step"] for line in read_metrics(main.folder)] == [1, 2, 3]
+    found = shown(run)
+    assert (found["state"], found["step"], found["steps"]) == ("RUNNING", 6, 20), found
+    control.stop(run.folder)
+    assert run.until_ended().state == "COMPLETED" and shown(run)["state"] == "stopped", run.report()
+    assert shown(main)["state"] == "finished"
+    assert [event["step"] for event in run.events("start", "stop", "finish")] == [0, 6]
+    assert [event["action"] for event in run.events("ranks_ended")] == ["end"]
+
+
+@pytest.mark.exhaustive
 def test_killed_preempted_stopped_and_resumed(jobs: Jobs, undisturbed: Path) -> None:
     shutil.copytree(undisturbed / "before" / "tiny", jobs.folder / "tiny")
     run = jobs.launch(*SETTINGS, slow_s=0.1, stage="auxiliary")
@@ -56,7 +76,7 @@ def test_killed_preempted_stopped_and_resumed(jobs: Jobs, undisturbed: Path) -> 
     run.until_step(run.step() + 2, attempt=3)
     assert shown(run)["steps"] == STEPS
     control.stop(run.folder)
-    assert run.until_ended().exit_status == 75, run.report()
+    assert run.until_ended().state == "COMPLETED" and shown(run)["state"] == "stopped", run.report()
     again = Run(run.folder, control.resume(run.folder)["job"], jobs.cluster)
     jobs.runs.append(again)
     assert again.until_ended().state == "COMPLETED", again.report()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 from collections.abc import Iterator
@@ -10,23 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from launch import chain, control, scheduler
 from launch.job_states import Phase
 from mmscale.resilience import lease
+from mmscale.runs.metrics import METRICS, read_metrics
 from mmscale.runtime.rank_env import expand_hostlist
-from mmscale.train.metrics import METRICS, read_metrics
-from slurm.local_cluster import Cluster
+from slurm.local.cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, shown
-from tests.slurm.stub_rank import losses
-
-
-def with_profile(jobs: Jobs, **settings: Any) -> Jobs:
-    content = yaml.safe_load(jobs.profile.read_text()) | {"cordon_file": str(jobs.folder / "cordoned.txt")}
-    profile = jobs.folder / "profile.yaml"
-    profile.write_text(yaml.safe_dump(content | settings))
-    return dataclasses.replace(jobs, profile=profile, runs=jobs.runs)
+from tests.slurm.stub_rank import FAIL, losses
 
 
 def numbers(run: Run) -> list[str]:
@@ -59,7 +50,7 @@ def cancelling(cluster: Cluster) -> Iterator[Cluster]:
 
 def test_a_chain_goes_on_where_no_job_comes_back(jobs: Jobs, cancelling: Cluster) -> None:
     """Asked to save where requeue is forbidden; then preempted by cancelling, without a word before it."""
-    run = with_profile(jobs, chain=4, requeue=False).launch("train.steps=60", nodes=1, slow_s=0.2, stub=True)
+    run = jobs.with_profile(chain=4, requeue=False).launch("train.steps=60", nodes=1, slow_s=0.2, stub=True)
     first, second, third, last = numbers(run)
     assert run.job == first
     run.until(lambda: run.step() >= 3, "the first job trains")
@@ -81,14 +72,50 @@ def test_a_chain_goes_on_where_no_job_comes_back(jobs: Jobs, cancelling: Cluster
     assert_undisturbed(run, 60)
 
 
-def test_stop_ends_the_chain(jobs: Jobs) -> None:
-    run = with_profile(jobs, chain=3).launch("train.steps=600", nodes=1, slow_s=0.2, stub=True)
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.exhaustive)])
+def test_a_node_dies_where_no_job_comes_back(jobs: Jobs, cluster: Cluster, lost: int) -> None:
+    """All processes of a node and its slurmd, with the job's own process (0) or without it."""
+    if not cluster.own_names:
+        pytest.skip("nodes share the machine's name (not root): nobody can tell whose a process is")
+    run = jobs.with_profile(chain=3, requeue=False).launch("train.steps=200", nodes=2, slow_s=0.3, stub=True)
+    first, second, last = numbers(run)
+    run.until(lambda: run.step() >= 7, "the first job trains")
+    node = expand_hostlist(run.state().nodes)[lost]
+    try:
+        cluster.kill(node)
+        run.until(lambda: run.attempt() >= 2, "the second job goes on")
+        run.until(lambda: all(state.ended for state in states(run)), "the run ends")
+        found = dict(zip(numbers(run), states(run), strict=True))
+        assert [found[job].state for job in (first, second, last)] == ["NODE_FAIL", "COMPLETED", "CANCELLED"], (
+            run.report()
+        )
+        assert all(state.restarts == 0 for state in found.values())
+        began = run.events("launch")
+        assert [event["job"] for event in began] == [first, second]
+        assert node not in expand_hostlist(began[1]["nodes"])
+        (cordoned,) = run.events("cordoned")
+        assert list(cordoned["nodes"]) == [node] and shown(run)["state"] == "finished"
+        assert_undisturbed(run, 200)
+    finally:
+        jobs.end_all()
+        cluster.restore()
+
+
+@pytest.mark.parametrize(
+    ("failure", "end", "state"),
+    [("", ("COMPLETED", 0), "stopped"), ("1", ("FAILED", 1), "crashed"), ("KILL", ("FAILED", 137), "crashed")],
+)
+def test_stop_ends_the_chain(jobs: Jobs, failure: str, end: tuple[str, int], state: str) -> None:
+    """It is no success if the save fails."""
+    more: dict[str, Any] = {"nodes": 1, "slow_s": 0.2, "stub": True, "environment": {f"MMSCALE_{FAIL}": failure}}
+    run = jobs.with_profile(chain=3).launch("train.steps=600", **more)
     run.until(lambda: run.step() >= 3, "it trains")
     done = control.stop(run.folder)["jobs"]
     assert list(done) == numbers(run) and "save" in done[run.job]
     run.until(lambda: all(state.ended for state in states(run)), "all end")
     assert [state.phase for state in states(run)] == [Phase.ENDED] * 3
-    assert states(run)[0].exit_status == 75 and shown(run)["state"] == "stopped"
+    assert (states(run)[0].state, states(run)[0].exit_status) == end, run.report()
+    assert shown(run)["state"] == state and shown(run)["job"] == run.job
     assert len(run.events("launch")) == 1
 
 
@@ -97,7 +124,7 @@ def test_a_node_that_is_unfit_after_a_requeue_is_left_out(jobs: Jobs, cluster: C
     """Nobody is there when SLURM starts the job again on a node that has broken meanwhile; a spare one is idle."""
     if not cluster.own_names:
         pytest.skip("nodes share one view of the file system (not root)")
-    asked = with_profile(jobs, chain=ahead)
+    asked = jobs.with_profile(chain=ahead)
     run = asked.launch("train.steps=60", nodes=2, slow_s=0.2, stub=True)
     run.until(lambda: run.step() >= 3, "it trains")
     broken = expand_hostlist(run.state().nodes)[1]
@@ -125,7 +152,7 @@ def test_notify_is_told_and_holds_nothing_up(jobs: Jobs) -> None:
     """One notification works, one hangs and one fails: the run does not notice."""
     told = jobs.folder / "told.txt"
     command = f'cat >> {told}; echo "$MMSCALE_KIND" >> {told}.kinds; [ "$MMSCALE_KIND" = start ] && sleep 600; false'
-    run = with_profile(jobs, notify=command).launch("train.steps=10", nodes=1, slow_s=0.1, stub=True)
+    run = jobs.with_profile(notify=command).launch("train.steps=10", nodes=1, slow_s=0.1, stub=True)
     assert run.until_ended().state == "COMPLETED", run.report()
     assert Path(f"{told}.kinds").read_text().split() == ["start", "finish"]
     start, finish = (json.loads(line) for line in told.read_text().splitlines())

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
-from launch import container, ranks
+from launch import container
+from launch import rank_command as ranks
 from launch.profile import Container, Profile, profile_of
 from launch.record import Record
 from mmscale.config import Config

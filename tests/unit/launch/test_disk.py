@@ -13,8 +13,8 @@ from launch import disk as disk_module
 from launch.disk import Disk
 from launch.policy import Budget
 from mmscale.errors import SaveError
+from mmscale.runs.events import EventLog, read_events
 from mmscale.runtime import disk_writer
-from mmscale.train.metrics import EventLog, read_events
 
 
 @pytest.fixture

@@ -26,7 +26,15 @@ def test_a_run_without_faults() -> None:
         {"step": 50, "attempt": 1, "step_time_s": 1.0, "save_stall_s": 0.5, "eval_s": 0.5},
     ]
     share, times = goodput(events, metrics, now=1000)
-    assert times == {"start_up": 10, "steps": 50, "save_stall": 0.5, "evaluation": 0.5, "lost": 1, "waiting": 0}
+    assert times == {
+        "start_up": 10,
+        "steps": 50,
+        "save_stall": 0.5,
+        "evaluation": 0.5,
+        "lost": 0,
+        "other": 1,
+        "waiting": 0,
+    }
     assert share == pytest.approx(50 / 62)
 
 
@@ -42,7 +50,15 @@ def test_work_that_is_done_again_is_lost() -> None:
         event(55, 2, "ranks_ended"),
     ]
     share, times = goodput(events, [*steps(1, 1, 17, 1.0), *steps(2, 11, 20, 1.0)], now=1000)
-    assert times == {"start_up": 15, "steps": 20, "save_stall": 0, "evaluation": 0, "lost": 10, "waiting": 10}
+    assert times == {
+        "start_up": 15,
+        "steps": 20,
+        "save_stall": 0,
+        "evaluation": 0,
+        "lost": 10,
+        "other": 0,
+        "waiting": 10,
+    }
     assert share == pytest.approx(20 / 45)
 
 
@@ -50,7 +66,7 @@ def test_an_attempt_that_never_trained_is_all_start_up() -> None:
     events = [event(0, 1, "launch"), event(7, 1, "ranks_ended"), event(9, 2, "launch")]
     assert goodput(events, [], now=12) == (
         0.0,
-        {**dict.fromkeys(("steps", "save_stall", "evaluation", "lost"), 0.0), "start_up": 10, "waiting": 2},
+        {**dict.fromkeys(("steps", "save_stall", "evaluation", "lost", "other"), 0.0), "start_up": 10, "waiting": 2},
     )
 
 
@@ -62,14 +78,14 @@ def test_steps_that_are_not_logged_but_saved_count(resumed: bool) -> None:
     events += [event(50, 2, "launch"), event(50, 2, "resume", step=37), event(50, 2, "ranks_ended")] if resumed else []
     metrics = [line for line in steps(1, 1, 30, 1.0) if line["step"] % 10 == 0]
     _, times = goodput(events, metrics, now=1000)
-    assert (times["steps"], times["lost"]) == (37, 3)
+    assert (times["steps"], times["lost"], times["other"]) == (37, 0, 3)
 
 
 def test_nodes_that_are_examined_are_allocated_time() -> None:
     events = [event(5, 1, "launch", since=1.0), event(7, 1, "start", step=0), event(8, 1, "stop")]
     events += [event(9, 1, "ranks_ended"), event(30, 2, "launch", since=21.0), event(31, 2, "ranks_ended")]
     share, times = goodput(events, steps(1, 1, 1, 1.0), now=31)
-    assert (times["start_up"], times["steps"], times["lost"], times["waiting"]) == (6 + 10, 1, 1, 12)
+    assert (times["start_up"], times["steps"], times["other"], times["waiting"]) == (6 + 10, 1, 1, 12)
     assert share == pytest.approx(1 / 18)
 
 
@@ -105,6 +121,37 @@ def test_the_parts_are_the_whole(number: int) -> None:
     assert sum(times.values()) == pytest.approx(events[-1]["time"] - events[0]["time"])
     assert times["waiting"] == pytest.approx(2 * (number - 1))
     assert share == pytest.approx(times["steps"] / (sum(times.values()) - times["waiting"]))
+
+
+@pytest.mark.parametrize(("end", "stopped", "resumed", "lost"), [
+    ("finish", 20, None, 0.0),
+    ("stop", 20, None, 0.0),
+    ("stop", 20, 20, 0.0),
+    ("stop", 20, 15, 5.0),  # its last checkpoint was damaged
+    (None, None, 20, 3.0),  # killed after the save: 3 s until somebody noticed
+    (None, None, 15, 8.0),
+])  # fmt: skip
+def test_lost_is_what_lies_behind_the_committed_save(
+    end: str | None, stopped: int | None, resumed: int | None, lost: float
+) -> None:
+    """20 steps in 20 s, a last save of 2 s and an evaluation of 4 s, which no logged step can tell of."""
+    pauses = {"save_stall_s": 2.0, "eval_s": 4.0} if end else {}
+    events = [event(0, 1, "launch"), event(0, 1, "start", step=0)]
+    events += [event(26, 1, end, step=stopped, **pauses)] if end else []
+    events += [event(29 if end else 23, 1, "ranks_ended")]
+    if resumed is not None:
+        events += [event(40, 2, "launch"), event(40, 2, "resume", step=resumed)]
+    _, times = goodput(events, steps(1, 1, 20, 1.0), now=40)
+    assert times["lost"] == lost
+    assert times["steps"] == min(20, resumed or 20)
+    assert (times["save_stall"], times["evaluation"], times["other"]) == ((2, 4, 3) if end else (0, 0, 0))
+
+
+@pytest.mark.parametrize("end", ["finish", "stop"])
+def test_a_run_that_nobody_launched_is_over_with_its_last_event(end: str) -> None:
+    events = [event(0, 1, "launch"), event(0, 1, "start", step=0), event(20, 1, end, step=20)]
+    share, _ = goodput(events, steps(1, 1, 20, 1.0), now=1e6)
+    assert share == 1.0
 
 
 def test_no_attempt_has_no_goodput() -> None:

@@ -12,7 +12,7 @@ from launch import record as records
 from launch.record import JobKey, Record
 from launch.scheduler import JobState
 from launch.successors import Successors
-from mmscale.train.metrics import EventLog
+from mmscale.runs.events import EventLog
 from tests.unit.launch.fake_slurm import FakeSlurm
 
 
@@ -65,6 +65,8 @@ ENDINGS: list[tuple[dict[str, Any] | None, int | None]] = [
     ({"over": True, "action": "end", "status": 0}, 0),
     ({"over": True, "action": "end", "status": 75}, 75),
     ({"over": True, "action": "end", "status": 3}, 3),
+    ({"over": True, "action": "end", "status": 137}, 75),  # before it could begin
+    ({"over": True, "action": "end", "status": 137, "unsaved": True}, 137),
     ({"over": True, "action": "give_up", "status": 137}, 5),
     ({"over": False, "action": "requeue", "status": 75}, None),
     ({"over": False, "action": "end", "status": 137}, None),
@@ -72,16 +74,21 @@ ENDINGS: list[tuple[dict[str, Any] | None, int | None]] = [
 ]
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["", "in_place"])
 @pytest.mark.parametrize(("ending", "status"), ENDINGS)
 def test_a_job_that_starts_after_the_end_of_the_run(
-    record: Record, ending: dict[str, Any] | None, status: int | None
+    record: Record, ending: dict[str, Any] | None, status: int | None, in_place: bool
 ) -> None:
     events = EventLog(Path(record.run), 1)
     assert successors(record, "8").end_of_run() is None
     events.add("launch", launch="001", job="7")
+    if in_place:  # agents have started the ranks again (agent.begin_attempt)
+        events.add("ranks_ended", action="in_place", checkpoint=5)
+        events.add("launch", in_place=True, job="7")
     if ending is not None:
         events.add("ranks_ended", **ending)
     assert successors(record, "8").end_of_run() == status
-    assert successors(record, "7").end_of_run() is None  # a person has requeued it
+    # A person has requeued it; what has reached its last step SLURM 24.11 starts again by itself after a preemption.
+    assert successors(record, "7").end_of_run() == (0 if status == 0 else None)
     events.add("launch", launch="002", job="12")  # a person has launched it anew
     assert successors(record, "8").end_of_run() is None

@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import _NOTED, Supervisor
+from launch import record
+from launch.job import Supervisor, main
+from launch.scheduler import JobState
+from launch.stop_requests import NOTED, StopRequests
+from mmscale.runs.events import read_events
+from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.launch.test_cluster_load import launched
 
 
 @pytest.fixture(params=[signal.SIG_DFL, signal.SIG_IGN], ids=["default", "ignored"])
 def disposition(request: pytest.FixtureRequest) -> Iterator[signal.Handlers]:
-    before = {number: signal.signal(number, request.param) for number in _NOTED}
+    before = {number: signal.signal(number, request.param) for number in NOTED}
     yield request.param
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -26,9 +31,37 @@ def test_what_a_batch_script_ignores_is_noted_and_what_nohup_ignores_is_not(
 ) -> None:
     """`trap '' USR1 USR2` protects the script until Python listens; ignored signals stay ignored over exec."""
     supervisor = Supervisor(launched(tmp_path))
-    with supervisor.noting_signals():
-        for number in _NOTED:
+    with supervisor.requests.noting_signals():
+        for number in NOTED:
             os.kill(os.getpid(), number)
     supervisor.disk.close()
-    expected = [number.name for number in _NOTED if number != signal.SIGHUP or disposition != signal.SIG_IGN]
+    expected = [number.name for number in NOTED if number != signal.SIGHUP or disposition != signal.SIG_IGN]
     assert supervisor.signals == expected
+
+
+def test_a_stop_on_request_is_no_failure_for_slurm(tmp_path: Path) -> None:
+    by_file, by_signal, neither = (tmp_path / name for name in ("file", "signal", "neither"))
+    for folder in (by_file, by_signal, neither):
+        folder.mkdir()
+    record.ask_stop(by_file)
+    signalled, preempted = StopRequests(by_signal), StopRequests(neither)
+    signalled.signals.append("SIGUSR1")
+    preempted.signals += ["SIGUSR2", "SIGTERM"]
+    assert [one.status_for_slurm(75) for one in (StopRequests(by_file), signalled, preempted)] == [0, 0, 75]
+    assert record.stop_asked(by_signal) and not record.stop_asked(neither)  # for `mmscale status`
+    for status in (0, 1, 2, 3, 4, 5, 74, 137):  # how it ended counts more than what was asked
+        assert StopRequests(by_file).status_for_slurm(status) == status
+
+
+def test_a_job_that_starts_again_after_a_stop_says_why_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A person has requeued it, or SLURM: the request is still there."""
+    launch = launched(tmp_path / "a run")
+    fake = FakeSlurm(tmp_path / "bin", **{"1": JobState("1", "RUNNING")})
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    record.ask_stop(Path(launch.folder))
+    assert main(Path(launch.folder)) == 0
+    assert f"a stop of this launch was requested; `mmscale resume '{launch.run}'` continues" in capsys.readouterr().err
+    assert not read_events(Path(launch.run))

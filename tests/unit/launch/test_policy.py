@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from launch.failures import of_srun
 from launch.job_states import STATES, Phase
-from launch.policy import NO_ANSWER, Action, Budget, Ending, crashed, decide, known_status
+from launch.policy import NO_ANSWER, Action, Budget, Ending, crashed, decide, first_failure, known_status, lost_work
 
 _OURS = (Phase.RUNNING, Phase.PAUSED)
 CASES = [
@@ -84,6 +87,31 @@ def test_only_an_end_that_is_final_needs_no_word_of_slurm() -> None:
     assert Ending(137, job_state="COMPLETING").left_to_slurm and not Ending(137, job_state=NO_ANSWER).left_to_slurm
 
 
+@pytest.mark.parametrize("asked", [{"signal": "SIGUSR1"}, {"stop_asked": True}, {"signal": "SIGUSR2"}])
+@pytest.mark.parametrize("status", [1, 74, 75, 137, 139, 143])
+@pytest.mark.parametrize(
+    ("names", "orderly"),
+    [
+        (["launch"], True),  # no rank had begun: there was nothing to save
+        (["launch", "resume", "stop"], True),
+        (["launch", "resume", "finish"], True),
+        (["launch", "resume", "save_begin"], False),
+    ],
+)
+def test_a_stop_is_one_only_if_nothing_is_lost(
+    asked: dict[str, Any], status: int, names: list[str], orderly: bool
+) -> None:
+    ending = Ending(status, **asked, job_state="RUNNING", lost_work=lost_work([{"event": name} for name in names]))
+    assert ending.unsaved == (not orderly and status != 75)
+    wrong = status in (74, 139)  # nobody ends ranks so to stop them
+    assert ending.exit_status == (status if ending.unsaved or wrong else 75)
+    action, why = decide(ending, Budget(), max_restarts=3, max_without_progress=2)
+    again = Action.RETRY if wrong else Action.REQUEUE
+    assert action is (again if asked == {"signal": "SIGUSR2"} else Action.END)
+    if ending.unsaved and action is not Action.RETRY:
+        assert "asked to stop" in why and why.endswith(f"but ended with exit status {status} before a save")
+
+
 @pytest.mark.parametrize(
     ("status", "names", "known"),
     [
@@ -97,3 +125,39 @@ def test_only_an_end_that_is_final_needs_no_word_of_slurm() -> None:
 )
 def test_ranks_that_did_not_say_that_they_ended_have_not_finished(status: int, names: list[str], known: int) -> None:
     assert known_status(status, [{"event": name} for name in names]) == known
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "known", "named", "action"),
+    [
+        # srun gives the highest of all statuses: 137 and 143 are those of ranks that it ended itself
+        (143, ["n2: task 1: Killed", "n1: task 0: Terminated"], 137, "rank 1 on n2: killed by SIGKILL", Action.RETRY),
+        (143, ["n2: task 1: Exited with exit code 1", "n1: task 0: Terminated"], 1, "n2: exit status 1", Action.RETRY),
+        (137, ["n1: tasks 0-1: Exited with exit code 3", "n2: task 2: Killed"], 3, "ranks 0-1 on n1", Action.END),
+        # others lost the connection to a rank that found its data damaged, and ended before it
+        (
+            143,
+            ["n1: task 0: Exited with exit code 1", "n2: task 1: Exited with exit code 3"],
+            3,
+            "rank 1 on n2",
+            Action.END,
+        ),
+        (139, ["n2: task 7: Segmentation fault (core dumped)", "n1: task 0: Killed"], 139, "by SIGSEGV", Action.RETRY),
+        (137, ["n2: task 7: Out Of Memory", "n1: task 0: Killed"], 137, "rank 7 on n2: Out Of Memory", Action.RETRY),
+        (143, ["n1: task 0: Exited with exit code 75", "n2: task 1: Terminated"], 75, "exit status 75", Action.REQUEUE),
+        (137, ["Node failure on n2", "Job step aborted: Waiting up to 32 seconds"], 137, "None", Action.RETRY),
+        (0, [], 0, "None", Action.END),
+    ],
+)
+def test_the_rank_that_failed_first_decides_and_is_named(
+    status: int, said: list[str], known: int, named: str, action: Action
+) -> None:
+    failed = first_failure(of_srun("".join(f"srun: error: {line}\n" for line in said)))
+    assert known_status(status, [{"event": "start"}, {"event": "finish"}], failed) == known
+    assert named in str(failed)
+    ending = Ending(known, "SIGUSR2" if known == 75 else None, job_state="RUNNING", failed=failed)
+    budget = Budget().ended(step=10, crashed=crashed(ending))
+    for restarts in (3, 0):
+        found, why = decide(ending, budget, max_restarts=restarts, max_without_progress=2)
+        assert found is (Action.GIVE_UP if restarts == 0 and action is Action.RETRY else action)
+        assert action is not Action.RETRY or str(failed or "") in why

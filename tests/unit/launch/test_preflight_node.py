@@ -169,7 +169,7 @@ def test_pairs_without_a_node_in_common_do_not_wait_for_each_other(tmp_path: Pat
         import torch.distributed as dist
 
         def late(group: Any, **more: Any) -> float:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while ranks.rank == 0 and not waited and not pair("n3", "n4"):
                 assert time.monotonic() < deadline, "n3 and n4 wait for n1"
                 time.sleep(0.01)
@@ -186,7 +186,7 @@ def test_pairs_without_a_node_in_common_do_not_wait_for_each_other(tmp_path: Pat
         bandwidth.run(dataclasses.replace(ranks, local_rank=0, local_world_size=1), megabytes=0.1)
         dist.destroy_process_group()
 
-    run_ranks(measured_by, world_size=4, timeout_s=60)
+    run_ranks(measured_by, world_size=4, timeout_s=300)
     told = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(line["node"] for line in told if "node" in line) == list(FOUR)
     found = ["-".join(line["pair"]) for line in told if "pair" in line]

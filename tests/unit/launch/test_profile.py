@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,10 @@ def test_names_that_are_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match="there is no cluster profile") as error:
         load_profile("nowhere")
     assert "test" in error.value.remedy and "local" in error.value.remedy
+    monkeypatch.chdir(tmp_path)  # outside the checkout its profiles are not found; the message says where was looked
+    with pytest.raises(ConfigError, match=re.escape(f"below {tmp_path}")) as error:
+        load_profile("test")
+    assert "start it in the checkout" in error.value.remedy
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
     with pytest.raises(ConfigError, match=r"broken\.yaml:1: not YAML"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from launch import chain, control, owner, status
 from launch import record as records
 from launch.job_states import STATES, Phase
 from launch.job_table import JobTable
+from launch.run_states import MEANINGS, RunState
 from launch.scheduler import ExitCode, JobState
 from mmscale.errors import LaunchError
 from mmscale.resilience import run_lock
-from mmscale.train.metrics import EventLog
+from mmscale.runs.events import EARLY, EventLog
 from tests.unit.launch.fake_slurm import FakeSlurm
 
 MONDAY, TUESDAY = "2026-11-23T10:00:00", "2026-11-24T10:00:00"
@@ -111,6 +113,36 @@ def test_a_run_is_finished_by_its_own_event_at_its_last_step_and_by_nothing_else
     assert shown(run)["state"] == "finished"
     happened(run, ("launch", {"launch": "001"}), ("resume", {"step": 250}))  # from an older checkpoint
     assert shown(run)["state"] != "finished"
+
+
+def test_an_end_on_purpose_is_told_from_one_without_an_explanation(slurm: FakeSlurm, tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", records.JobKey("7"))
+    slurm.jobs(**{"7": JobState("7", "COMPLETED")})
+    happened(run, START)
+    found = shown(run)
+    assert (found["state"], found["reason"]) == (RunState.UNEXPLAINED, MEANINGS[RunState.UNEXPLAINED])
+    records.ask_stop(run / "launch" / "001")  # and it ended before it had started ranks
+    assert shown(run)["state"] == RunState.STOPPED
+    happened(run, (EARLY, {"step": 48}))
+    assert (shown(run)["state"], shown(run)["reason"]) == (RunState.ENDED_EARLY, "")
+
+
+def test_a_stop_whose_save_failed_is_a_crash(slurm: FakeSlurm, tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", records.JobKey("7"))
+    records.ask_stop(run / "launch" / "001")
+    ended = ("ranks_ended", {"status": 1, "over": True, "unsaved": True})
+    happened(run, ("launch", {"launch": "001"}), START, ended)
+    slurm.jobs(**{"7": JobState("7", "FAILED", exit=ExitCode(1))})
+    assert shown(run)["state"] == RunState.CRASHED
+    slurm.away()
+    assert shown(run)["state"] == RunState.CRASHED
+
+
+def test_every_state_has_one_meaning_and_a_line_on_the_page() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "slurm.md").read_text()
+    assert list(MEANINGS) == list(RunState) and len(set(MEANINGS.values())) == len(MEANINGS)
+    assert "".join(f"| `{state}` | {meaning} |\n" for state, meaning in MEANINGS.items()) in page
+    assert not {meaning.failure for meaning in STATES.values()} & set(RunState)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +260,15 @@ def test_a_waiting_job_says_why_and_when_it_is_expected(slurm: FakeSlurm, tmp_pa
     assert shown(run)["reason"] == "Resources, expected start 2026-11-24 10:00:00"
     slurm.jobs(**{"7": JobState("7", "PENDING", reason="Priority")})
     assert shown(run)["reason"] == "Priority"
+
+
+def test_commands_in_messages_can_be_pasted(slurm: FakeSlurm, tmp_path: Path) -> None:
+    run = launched(tmp_path / "my run's", records.JobKey("7"))
+    slurm.jobs(**{"7": JobState("7", "COMPLETED")})
+    with pytest.raises(LaunchError) as ended:
+        control.stop(run)
+    command = ended.value.remedy.split("`")[1]
+    assert shlex.split(command) == ["mmscale", "resume", str(run)]
 
 
 def test_stop_reaches_a_run_without_slurm(slurm: FakeSlurm, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import scheduler, step
+from launch import scheduler
+from launch import srun_step as step
 from launch.scheduler import UnreachableError, patiently
 from mmscale.errors import LaunchError
 

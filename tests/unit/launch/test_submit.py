@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import batch, passed, ranks, submit
+from launch import batch, passed, rank_processes, submit
+from launch import rank_command as ranks
 from launch import record as records
 from mmscale.errors import CheckpointError, ConfigError, LaunchError, MmscaleError, UsageError
 from mmscale.train.stages.table import MAIN, STAGES, Stage
-from tests.unit.data.prepared import corpus, prepare
+from tests.unit.data.corpora import corpus, prepare
 from tests.unit.launch.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).parents[3]
@@ -229,6 +230,27 @@ def test_a_chain_that_is_refused_in_part_is_taken_back(config: Path, sbatch: Fak
     assert not Path(planned[0].record.run).exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("sbatch: unrecognized option '--segment=2'\nTry \"sbatch --help\" for more information", "--segment=2"),
+        ("sbatch: error: Invalid account\nsbatch: error: Batch job submission failed: no", "submission failed: no"),
+        ("a site's own filter\nsays no", "says no"),
+    ],
+)
+def test_a_refusal_of_sbatch_is_quoted(
+    config: Path, said: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeSlurm(tmp_path / "bin")
+    fake.answer("sbatch", f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
+    planned = submit.plan_launch(config, cluster=profile(config.parent))
+    with pytest.raises(LaunchError, match="SLURM did not take the job: ") as refused:
+        submit.launch(planned)
+    assert refused.value.cause.endswith((told, f"{told}'")), refused.value.cause
+    assert not Path(planned[0].record.run).exists()
+
+
 def test_after_names_a_job_or_a_run(config: Path, tmp_path: Path) -> None:
     assert options(script(config, after="12"))["dependency"] == "afterany:12"
     run = tmp_path / "other"
@@ -256,6 +278,15 @@ def test_a_stage_is_launched_in_its_own_folder(config: Path, stage: Stage) -> No
     if stage.name != MAIN:  # it goes on from what is not there yet
         with pytest.raises(CheckpointError, match="no committed checkpoint"):
             submit.plan_launch(config, cluster=cluster, stage=stage.name)
+
+
+@pytest.mark.parametrize("ranks_by", ["srun", "torchrun"])
+def test_one_rank_that_fails_ends_the_others(config: Path, ranks_by: str) -> None:
+    """SLURM ends them at once after a failure, and after a status of 0 as late as ranks without SLURM are ended."""
+    (planned,) = submit.plan_launch(config, cluster=profile(config.parent, ranks=ranks_by))
+    told = ranks.command(planned.record, planned.record.checked_profile(), logs=config.parent, environ={})
+    srun = told[: told.index(planned.record.python)]
+    assert srun[0] == "srun" and "--kill-on-bad-exit=1" in srun and f"--wait={rank_processes._OTHERS_S:.0f}" in srun
 
 
 def test_a_record_of_before_there_were_stages_is_of_the_main_run(config: Path) -> None:

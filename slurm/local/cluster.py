@@ -1,9 +1,9 @@
 # A real SLURM on this machine: slurmctld and N slurmd in a private folder, for tests and for trying `mmscale launch`.
-#   eval "$(python slurm/local_cluster.py up --nodes 3 --print-env)"; sinfo; python slurm/local_cluster.py down
+#   eval "$(python slurm/local/cluster.py up --nodes 3 --print-env)"; sinfo; python slurm/local/cluster.py down
 # It is no production set-up: nodes share this machine's cores, and no accounting or cgroups are there.
 """A local SLURM cluster.
 
-`up` starts a keeper (local_keeper.py), whose children all daemons are. As root every node has a host name and an
+`up` starts a keeper (keeper.py), whose children all daemons are. As root every node has a host name and an
 /etc/hosts of its own (UTS and mount namespaces); otherwise nodes share the machine's. With `--networks`, as root, every
 node has a network interface too (eth0), which can be cut.
 
@@ -26,11 +26,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):  # python slurm/local_cluster.py
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # python slurm/local/cluster.py
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from slurm import local_network
-from slurm.local_keeper import START_S, STATE, STOP_S, ClusterError, Keeper, find, names_of, started, until
+from slurm.local import node_networks
+from slurm.local.keeper import START_S, STATE, STOP_S, ClusterError, Keeper, find, names_of, started, until
 
 __all__ = ["Cluster", "ClusterError", "missing_programs"]
 
@@ -70,7 +70,7 @@ class Cluster:
         Raises:
             ClusterError: programs are missing, one is there already, or it does not come up.
         """
-        if networks and not local_network.possible():
+        if networks and not node_networks.possible():
             raise ClusterError("networks of nodes need root, `ip` and `unshare`")
         lacking = missing_programs()
         if lacking:
@@ -113,7 +113,7 @@ class Cluster:
             until(lambda: self.keeper() is None, within_s=STOP_S + 10, what=f"keeper {keeper} ends")
         with contextlib.suppress(ClusterError):  # a killed keeper leaves its state, and its bridge
             if network := self._state()["network"]:
-                local_network.Network(**network).down()
+                node_networks.Network(**network).down()
         if (self.folder / "keeper.log").exists():
             shutil.rmtree(self.folder)
 
@@ -164,7 +164,7 @@ class Cluster:
         return int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
 
     def stop_controller(self) -> None:
-        """End slurmctld, which writes its state down first; jobs go on. `start_controller` starts it again."""
+        """End slurmctld, which saves its state first; jobs continue. `start_controller` starts it again."""
         pid = int((self.folder / "run" / "slurmctld.pid").read_text())
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -186,7 +186,7 @@ class Cluster:
 
     def cut(self, node: str) -> None:
         """Cut a node off from all others, while its processes live on; for clusters whose nodes have networks."""
-        local_network.cut(self._state()["network"]["links"][node])
+        node_networks.cut(self._state()["network"]["links"][node])
 
     @property
     def own_names(self) -> bool:
@@ -196,7 +196,7 @@ class Cluster:
     def processes(self, node: str) -> list[int]:
         """All processes of a node, its slurmd left out; for clusters whose nodes have names of their own."""
         if not self._state()["own_names"]:
-            raise ClusterError("nodes share the machine's name, and nobody can tell whose a process is")
+            raise ClusterError("nodes share the machine's name, and the owner of a process cannot be determined")
         place = self._state()["namespaces"][node]
         found = []
         for entry in Path("/proc").iterdir():
@@ -204,6 +204,12 @@ class Cluster:
                 if entry.name.isdigit() and names_of(int(entry.name)) == place:
                     found.append(int(entry.name))
         return [pid for pid in found if pid != self.slurmd(node)]
+
+    def kill(self, node: str) -> None:
+        """Kill all processes of a node, its slurmd too; for clusters whose nodes have names of their own."""
+        for pid in [self.slurmd(node), *self.processes(node)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def restore(self) -> None:
         """Start daemons again that were killed, and wait until every node is usable."""

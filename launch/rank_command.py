@@ -1,4 +1,4 @@
-# How the ranks of a launch are started: the command and its environment. A pure function of the launch; job.py runs it.
+# Builds the command that starts the ranks of a launch, and its environment. Pure functions; job.py runs the command.
 """The command that starts ranks."""
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from mmscale.runtime.rank_env import GRACE, expand_hostlist
 def command(
     record: Record, profile: Profile, *, logs: Path, environ: Mapping[str, str], port: int = 0, in_place: int = 0
 ) -> list[str]:
-    """What starts all ranks.
+    """The command that starts all ranks.
 
     Args:
         record: of the launch.
         profile: of the cluster.
         logs: folder of the ranks' output.
         environ: of the job.
-        port: for torchrun's agents: where they meet on the first node.
-        in_place: for torchrun's agents: how often they may start their ranks again.
+        port: for torchrun's agents: rendezvous port on the first node.
+        in_place: for torchrun's agents: how often they may restart their ranks.
     """
     train = ["train", str(record.config), "--stage", record.stage, *(["--yes"] if record.yes else [])]
     program = ["-m", "mmscale", *train]
@@ -32,19 +32,19 @@ def command(
         return [record.python, *program, "--nproc", str(record.world_size)]
     tasks, cpus, name = record.tasks_per_node, profile.cpus_per_task, "rank"
     if profile.ranks == "torchrun":
-        hosts = expand_hostlist(environ.get("SLURM_JOB_NODELIST", ""))
+        names = hosts(environ)
         program = agent.node_command(
             train,
             logs=logs,
-            head=environ.get("MASTER_ADDR") or (hosts[0] if hosts else "localhost"),
+            head=environ.get("MASTER_ADDR") or (names[0] if names else "localhost"),
             port=port,
             nodes=record.nodes,
             tasks=tasks,
             max_restarts=in_place,
         )
         tasks, cpus, name = 1, cpus * tasks, "agent"
-    # --mpi=none: a site's default plugin may want a library that ranks do not need.
-    # --cpus-per-task: from 22.05 on srun does not take it over from sbatch.
+    # --mpi=none: a site's default plugin may need a library that ranks do not need.
+    # --cpus-per-task: since 22.05 srun does not inherit it from sbatch.
     arguments = [
         "srun",
         f"--nodes={record.nodes}",
@@ -63,17 +63,22 @@ def command(
     return [*arguments, *container.task(record, profile, program)]
 
 
+def hosts(environ: Mapping[str, str]) -> list[str]:
+    """Names of a job's nodes, in SLURM's order."""
+    return expand_hostlist(environ.get("SLURM_JOB_NODELIST", ""))
+
+
 def environment(
     profile: Profile, environ: Mapping[str, str], *, lease_id: str, port: int, logs: Path
 ) -> dict[str, str]:
-    """Variables of the ranks.
+    """Environment variables of the ranks.
 
     Args:
         profile: of the cluster.
         environ: of the job.
         lease_id: of the attempt.
         port: of the rendezvous on the first node, unless the profile sets MASTER_PORT.
-        logs: folder of the ranks' output: what NCCL writes down when a collective times out goes beside their reports.
+        logs: folder of the ranks' output; NCCL's dumps of collectives that time out go there too.
     """
     recorder = {
         "TORCH_FR_BUFFER_SIZE": "512",

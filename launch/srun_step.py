@@ -1,6 +1,6 @@
-# One start of ranks by srun (or by the local launcher): the process, what srun itself says, and what its end means.
-# When to start and what follows is job.py's.
-"""A step of ranks."""
+# One start of ranks by srun (or by the local launcher): the process, srun's own output, and the interpretation of its
+# end. job.py decides when to start ranks and what follows.
+"""One srun step of ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from launch import scheduler
 
-LAUNCHER_LOG = "launcher.log"  # beside the ranks' logs: what srun says of the step
+LAUNCHER_LOG = "launcher.log"  # next to the ranks' logs: srun's output about the step
 _OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]?kill", re.IGNORECASE)
 _TASK = re.compile(r"error: (\S+): tasks? ([\d,-]+): Out Of Memory")
-# What pyxis says when it cannot start a container, and apptainer.
+# Messages of pyxis and of apptainer when a container cannot start.
 _NO_CONTAINER = re.compile(r"pyxis: .*(\[ERROR\].*)|^(FATAL: .*)", re.MULTILINE)
 _TAIL = 20_000  # bytes of a rank's log
 
@@ -23,14 +23,14 @@ _TAIL = 20_000  # bytes of a rank's log
 def start(
     command: Sequence[str], environment: Mapping[str, str], *, cwd: str, logs: Path, slurm: bool
 ) -> subprocess.Popen[bytes]:
-    """Start ranks in a session of their own: what is sent to this process's group must not reach srun.
+    """Start ranks in a session of their own, so that signals to this process's group do not reach srun.
 
     Args:
         command: of srun or of the local launcher.
         environment: of the ranks.
         cwd: working directory.
         logs: folder of the ranks' output.
-        slurm: the command is srun, whose own words go into a file; ranks of one machine print where this process does.
+        slurm: the command is srun, whose own output goes to a file; local ranks print to this process's output.
     """
     if not slurm:
         return subprocess.Popen(command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -41,7 +41,7 @@ def start(
 
 
 def report(logs: Path) -> str:
-    """What srun said, also written to this process's standard error."""
+    """The output of srun, also written to this process's standard error."""
     try:
         said = (logs / LAUNCHER_LOG).read_text(errors="replace")
     except OSError:
@@ -51,12 +51,12 @@ def report(logs: Path) -> str:
 
 
 def never_began(logs: Path, said: str) -> bool:
-    """Whether srun could not start the ranks because slurmctld did not answer. That is no crash of the run."""
+    """Whether srun could not start the ranks because slurmctld did not answer, which does not count as a crash."""
     return scheduler.no_answer(said) and not any(logs.glob("rank_*.log")) and not any(logs.glob("agent_*.log"))
 
 
 def cause_of(logs: Path, said: str) -> str:
-    """What a crash comes from, as far as SLURM says so: out of memory, or a container. "": nothing is known."""
+    """The cause of a crash, as far as SLURM reports it: out of memory, or a container. "" if unknown."""
     if killed := _TASK.findall(said):
         return "out of memory: " + ", ".join(f"rank {tasks} on {node}" for node, tasks in killed)
     if _OUT_OF_MEMORY.search(said):

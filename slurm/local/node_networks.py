@@ -1,5 +1,5 @@
 # A network for the nodes of the local cluster: a bridge on this machine, and in each node an eth0 of its own.
-# It needs root and `ip`; local_cluster.py says which nodes there are, and starts what runs in them.
+# It needs root and `ip`; cluster.py says which nodes there are, and starts what runs in them.
 """A bridge with one virtual link per node, any of which can be cut.
 
 A node's network namespace belongs to its processes: the kernel removes its link with the last of them, and only the
@@ -80,7 +80,7 @@ def possible() -> bool:
 
 
 def cut(link: str) -> None:
-    """Take a link down: nothing comes through, and nobody is told."""
+    """Take a link down: packets are dropped without an error."""
     _ip("link", "set", link, "down")
 
 

@@ -1,5 +1,5 @@
 # The process that holds the local cluster's daemons: writes SLURM's configuration, starts them, takes in what ends.
-# local_cluster.py starts it and talks to it by its state file and signals; nothing else does.
+# cluster.py starts it and talks to it by its state file and signals; nothing else does.
 """The keeper of a local cluster.
 
 All daemons are its children, and it is a subreaper: also what they leave behind when they are killed (job steps, ranks)
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from slurm import local_network
+from slurm.local import node_networks
 
 STATE = "cluster.json"  # in the cluster's folder, while it runs
 START_S, STOP_S = 60.0, 20.0
@@ -84,7 +84,7 @@ class Keeper:
     def __init__(self, folder: Path, nodes: int, *, networks: bool = False) -> None:
         self.folder = folder
         self.networks = networks
-        self.network: local_network.Network | None = None
+        self.network: node_networks.Network | None = None
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.own_names = os.getuid() == 0 and _can_unshare()
         self.daemons: dict[str, int] = {}
@@ -100,7 +100,7 @@ class Keeper:
         self._make_folders()
         try:
             if self.networks:
-                self.network = local_network.Network.up()
+                self.network = node_networks.Network.up()
             self._write_files()
             self._start_missing()
             self._write_state()

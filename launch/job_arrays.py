@@ -1,0 +1,110 @@
+# Submits work that is no training run, as a job array and one job behind it. The caller's functions do the work; they
+# are pickled by submitit, so they belong to modules.
+"""Job arrays of functions."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import SlurmExecutor
+
+from launch import batch_script, passed, scheduler
+from launch.job_table import states_of
+from launch.profile import Profile
+from mmscale.errors import LaunchError
+
+
+def check(profile: Profile) -> None:
+    """Refuse job arrays where none can be submitted.
+
+    Raises:
+        LaunchError: there is no SLURM, or the profile is local.
+    """
+    if profile.scheduler != "slurm" or shutil.which("sbatch") is None:
+        raise LaunchError(
+            "a job array needs SLURM: there is no sbatch on this machine, or the profile is local",
+            remedy="use a login node, or leave --cluster out",
+        )
+
+
+def unfinished(jobs: Iterable[str]) -> list[str]:
+    """Numbers of those of some jobs that wait, run, or may start again; an array has one number.
+
+    Raises:
+        UnreachableError: SLURM does not answer.
+    """
+    found = (job.partition("_")[0] for job, state in sorted(states_of(jobs).items()) if not state.ended)
+    return list(dict.fromkeys(found))
+
+
+def submit(
+    calls: Sequence[Callable[[], None]], last: Callable[[], None], *, folder: Path, name: str, profile: Profile
+) -> list[str]:
+    """Submit functions as tasks of an array, and a last one that starts when all of them have ended, however they did.
+
+    SLURM requeues a task whose node fails. The last function has to make good what a killed task left.
+
+    Args:
+        calls: of the array's tasks.
+        last: of the job behind it.
+        folder: for submitit's files and the jobs' logs, on a file system that the nodes share.
+        name: of the jobs.
+        profile: of the cluster.
+
+    Returns:
+        Numbers of the tasks' jobs, then that of the last one.
+
+    Raises:
+        LaunchError: there is no SLURM, or it refuses.
+    """
+    check(profile)
+    with passed.shared(profile):
+        array = batch_script.submit(_executor(folder, name, profile, None), calls, profile)
+        numbers = [one.id for one in array]
+        behind = f"afterany:{':'.join(dict.fromkeys(number.partition('_')[0] for number in numbers))}"
+        try:
+            (ending,) = batch_script.submit(_executor(folder, name, profile, behind), [last], profile)
+        except LaunchError:
+            for number in numbers:
+                scheduler.cancel(number)
+            raise
+    return [*numbers, ending.id]
+
+
+def _executor(folder: Path, name: str, profile: Profile, dependency: str | None) -> SlurmExecutor:
+    chosen = batch_script.Executor(folder=folder, python=f"exec {shlex.quote(sys.executable)}")
+    setup = [*profile.setup]
+    for variable, given in profile.environment.items():
+        setup += [f"# {given.reason}", f"export {variable}={shlex.quote(given.value)}"]
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": profile.cpus_per_task,
+        "time": profile.time or scheduler.partition_limit(profile.partition),
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "dependency": dependency,
+        "use_srun": False,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "setup": setup,
+    }
+    more: dict[str, Any] = {
+        "requeue": True,
+        "reservation": profile.reservation,
+        "mem": None if profile.memory_gb is None else f"{profile.memory_gb}G" if profile.memory_gb else "0",
+        **profile.sbatch,
+    }
+    parameters["additional_parameters"] = {key: value for key, value in more.items() if value not in (None, False)}
+    chosen.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    for key in ("wckey", "time"):  # submitit's defaults: an option that sites without accounting refuse, and 5 minutes
+        chosen.parameters[key] = parameters[key]
+    return chosen

@@ -1,1 +1,1 @@
-"""Documents in, modality-balanced micro-batches out."""
+"""Prepares documents as token files, and reads them as modality-balanced micro-batches."""

@@ -1,10 +1,11 @@
-"""Digests of every file of a prepared data set, and whether the files still are what was prepared.
+"""Digests of every file of a prepared data set, and the check of the files against them.
 
-A flipped bit in a `.bin` file is another token, which nothing else notices. Knows no tokens and no torch.
+A flipped bit in a `.bin` file is another token, which nothing else detects. Independent of tokens; no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ _FORMAT = 1
 _ALGORITHM = "xxh3_128"
 _MOST_BYTES = 1 << 30
 _CHUNK = 4 << 20
+
+
+Seen = dict[tuple[int, int], str]  # digest by device and number of a file
 
 
 class Hasher:
@@ -99,7 +103,11 @@ def read(folder: Path) -> dict[str, str] | None:
 
 
 def verify(
-    folder: Path, wanted: Mapping[str, str], *, stopped: Callable[[], bool] = lambda: False
+    folder: Path,
+    wanted: Mapping[str, str],
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+    seen: Seen | None = None,
 ) -> Iterable[tuple[str, str]]:
     """Files that are not what was prepared, with what is wrong, one by one.
 
@@ -107,13 +115,17 @@ def verify(
         folder: of the data set.
         wanted: from `read`.
         stopped: asked between chunks whether to give up.
+        seen: digests of files that were read; several names of one file (parts of a Megatron corpus) cost one read.
 
     Raises:
         OSError: the storage refuses a file; that says nothing about what it holds.
     """
+    seen = {} if seen is None else seen
     for name, digest in wanted.items():
         try:
-            found = digest_of(folder / name, stopped=stopped)
+            state = (folder / name).stat()
+            file = state.st_dev, state.st_ino
+            found = seen[file] if file in seen else digest_of(folder / name, stopped=stopped)
         except (FileNotFoundError, NotADirectoryError):
             yield name, "is missing"
             continue
@@ -122,3 +134,32 @@ def verify(
         # Read twice: a bit that flips in this host's memory or on the way is no damage of the file.
         if found != digest and digest_of(folder / name, stopped=stopped) == found:
             yield name, "has another content than was prepared"
+        elif found == digest:
+            seen[file] = found
+
+
+def of_path(path: str | None, what: str) -> str | None:
+    """SHA-256 of a file, or of the names and contents of all files of a folder; None: none is named.
+
+    Args:
+        path: the file or folder.
+        what: the setting that names it.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    if path is None:
+        return None
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    if not files:
+        raise DataError(f"{what}: there is no {path}", remedy="correct the path")
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(root).as_posix() if file != root else ""
+        try:
+            with file.open("rb") as stream:
+                digest.update(name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{what}: {file} cannot be read: {error.strerror}", remedy="correct the path") from error
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""What `mmscale data prepare` shows on stderr: bars on a terminal, plain lines elsewhere.
+"""Progress of `mmscale data prepare` on stderr: bars on a terminal, plain lines elsewhere.
 
-stdout stays free for the command's result.
+stdout is reserved for the command's result.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _lines(say: Callable[[str], None], what: str, detail: str = "") -> Iterator[
         pause = _FIRST_LINE
         while not ended.wait(pause):
             shown = f"{what}: {latest}" if latest else what
-            with contextlib.suppress(OSError):  # whoever read stderr is gone
+            with contextlib.suppress(OSError):  # the reader of stderr is gone
                 say(f"{shown}, {time.monotonic() - began:.0f} s")
             pause = _LINE_EVERY
 

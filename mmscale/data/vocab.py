@@ -1,6 +1,6 @@
-"""Id ranges of each modality and the special tokens; which modality an id belongs to.
+"""The id ranges of modalities, the special tokens, and the modality of an id.
 
-One table serves data, model and export. No torch here; no tokenizer either.
+Data, model and export use the same table. No torch; no tokenizer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mmscale.errors import ConfigError, DataError
 # as in Chameleon's vocabulary. Padding is id 0 and routes nowhere.
 PAD, BOS, EOS, BOI, EOI = range(5)
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>")
+IMAGE = "image"  # the modality that BOI and EOI belong to
 NO_MODALITY = -1
 
 
@@ -30,10 +31,12 @@ class Vocabulary:
     Attributes:
         names: modalities in id order; the first one is text and holds the special tokens.
         ranges: half-open id range of each modality.
+        marked: further modalities with a begin and an end token of their own, in the order of these tokens.
     """
 
     names: tuple[str, ...]
     ranges: tuple[tuple[int, int], ...]
+    marked: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: VocabConfig) -> Vocabulary:
@@ -42,13 +45,26 @@ class Vocabulary:
         Raises:
             ConfigError: the text range cannot hold the special tokens.
         """
-        if config.modalities[0].size < len(SPECIAL_TOKENS):
+        made = cls(config.names, config.ranges, config.marked)
+        if config.modalities[0].size < len(made.specials):
             raise ConfigError(
                 f"vocab.modalities: {config.modalities[0].name} has {config.modalities[0].size} ids, "
-                f"fewer than the {len(SPECIAL_TOKENS)} special tokens",
+                f"fewer than the {len(made.specials)} special tokens",
                 remedy="give the first modality more ids",
             )
-        return cls(config.names, config.ranges)
+        return made
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """Names of the special tokens; their ids count from 0."""
+        return SPECIAL_TOKENS + tuple(token for name in self.marked for token in (f"<begin_{name}>", f"<end_{name}>"))
+
+    def marks(self, name: str) -> tuple[int, int] | None:
+        """Ids of the begin and the end token of a modality's items; None if it has none."""
+        if name in self.marked:
+            begin = len(SPECIAL_TOKENS) + 2 * self.marked.index(name)
+            return begin, begin + 1
+        return (BOI, EOI) if name == IMAGE and IMAGE in self.names else None
 
     @property
     def size(self) -> int:
@@ -58,7 +74,7 @@ class Vocabulary:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of names, ranges and special tokens: equal for equal vocabularies."""
-        content = json.dumps([self.names, self.ranges, SPECIAL_TOKENS])
+        content = json.dumps([self.names, self.ranges, self.specials])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def range_of(self, name: str) -> tuple[int, int]:

@@ -13,6 +13,9 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from mmscale.config import Config
+from mmscale.data.documents.schema import Item
+from mmscale.data.modalities.image_tokens import LevelsTokenizer
+from mmscale.data.modalities.table import read_item
 
 SIZE = 4  # edge of the pictures [pixels]
 
@@ -34,6 +37,12 @@ def picture(seed: int, *, size: int = SIZE, channels: int = 1) -> NDArray[np.uin
     """Random pixels uint8 [size, size, channels] in 16 grey levels."""
     levels = np.random.default_rng(seed).integers(0, 16, (size, size, channels))
     return (levels * 17).astype(np.uint8)
+
+
+def load_image(image: Item, *, size: int, channels: int) -> NDArray[np.uint8]:
+    """An image of a document as a tokenizer of this size gets it."""
+    pixels: NDArray[np.uint8] = read_item(image, LevelsTokenizer(size, channels, 2))
+    return pixels
 
 
 def save_picture(file: Path, seed: int, **kwargs: int) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from mmscale.cli import main
 from mmscale.data import digests
-from mmscale.data.identity import identity_of
-from mmscale.data.manifest import read_manifest
-from mmscale.data.prepare import prepare
+from mmscale.data.prepared.identity import identity_of
+from mmscale.data.prepared.manifest import read_manifest
+from mmscale.data.prepared.prepare import prepare
 from mmscale.errors import DataError
 from tests.unit.data.samples import config, image, save_picture, text, write_jsonl
 

@@ -1,0 +1,217 @@
+"""What is compared of each document, read from a prepared data set; in files, of which a slice is in memory at a time.
+
+D documents of the training split, numbered as its sampler numbers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from mmscale.data.arrays import scattered
+from mmscale.data.dedup.looks import COLOUR, GREY, PictureLooks, look
+from mmscale.data.dedup.words import MINIMA, SHINGLE, Hashes, hashes_of, shingles, signature, words_of
+from mmscale.data.modalities.modality import Codec
+from mmscale.data.modalities.table import decode_item, open_codecs
+from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokenizer
+from mmscale.data.prepared.manifest import Manifest, Part, parts_of, read_manifest
+from mmscale.data.prepared.parts import read_document
+from mmscale.data.vocab import IMAGE
+
+SLICE = 1 << 15  # documents of a piece of work
+FACTS = np.dtype(
+    [
+        ("shape", "<u8"),  # kinds of its parts in their order, never 0
+        ("text", "<u8"),  # its words; 0: it has none
+        ("items", "<u8"),  # codes of all its items; 0: it has none
+        ("rest", "<u8"),  # codes of its items behind the first
+        ("bits", "<u8"),  # structure of its first picture
+        ("looks", "?"),  # whether it has a picture that was decoded
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Documents of one part of a data set.
+
+    Attributes:
+        part: place of the part in the split.
+        start, stop: documents inside the part.
+        first: number of the first one in the split.
+    """
+
+    part: int
+    start: int
+    stop: int
+    first: int
+
+
+def slices(parts: Sequence[Part], *, size: int = SLICE) -> list[Stretch]:
+    """All documents of a split in pieces of work."""
+    found: list[Stretch] = []
+    first = 0
+    for number, part in enumerate(parts):
+        starts = range(0, part.documents, size)
+        found += [Stretch(number, start, min(start + size, part.documents), first + start) for start in starts]
+        first += part.documents
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentContent:
+    """A document, taken apart.
+
+    Attributes:
+        shape: hash of the kinds of its parts.
+        words: hashes of its words [n].
+        items: hash of each item's codes.
+        pictures: pixels of each item of the modality image, None for other items and if there is no way back.
+    """
+
+    shape: int
+    words: Hashes
+    items: list[int]
+    pictures: list[NDArray[np.uint8] | None]
+
+
+class ContentReader:
+    """Reads the documents of a split.
+
+    Args:
+        folder: a prepared data set.
+        split: name of the split.
+        draw: whether pictures are decoded.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, *, split: str, draw: bool) -> None:
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.parts = parts_of(folder, self.manifest, split)
+        self._draw = draw
+
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        return open_text_tokenizer(self.folder)
+
+    @cached_property
+    def _codecs(self) -> dict[str, Codec]:
+        return open_codecs(self.folder) if self._draw else {}
+
+    @cached_property
+    def _salts(self) -> dict[str, bytes]:
+        """Codes of other tokenizers are other codes."""
+        return {name: self.manifest.tokenizers.get(name, "").encode() for name in self.manifest.modalities}
+
+    def contents(self, piece: Stretch) -> Iterator[DocumentContent]:
+        """Its documents, one by one."""
+        part = self.parts[piece.part]
+        for place in range(piece.start, piece.stop):
+            yield self._content(read_document(self.folder, part, place))
+
+    def text(self, piece: Stretch, place: int) -> str:
+        """The text of a document of a slice, counted from the slice's first."""
+        return self._text(read_document(self.folder, self.parts[piece.part], piece.start + place))
+
+    def _text(self, ids: NDArray[np.int64]) -> str:
+        start, stop = self.manifest.ranges[0]
+        own = ids[(ids >= max(start, len(self.manifest.vocab.specials))) & (ids < stop)]
+        return self._tokenizer.decode(own) if len(own) else ""
+
+    def _content(self, ids: NDArray[np.int64]) -> DocumentContent:
+        vocabulary = self.manifest.vocab
+        modality = vocabulary.modality_of(ids)
+        borders = np.flatnonzero(np.diff(modality)) + 1
+        kinds: list[str] = []
+        items: list[int] = []
+        pictures: list[NDArray[np.uint8] | None] = []
+        for run in np.split(ids, borders):
+            name = vocabulary.names[int(vocabulary.modality_of(run[:1])[0])]
+            if name == vocabulary.names[0]:
+                if (run >= len(vocabulary.specials)).any():
+                    kinds.append(name)
+                continue
+            kinds.append(name)
+            codes = run - vocabulary.range_of(name)[0]
+            items.append(xxhash.xxh3_64_intdigest(self._salts[name] + codes.astype("<i8").tobytes()) or 1)
+            values = decode_item(name, codes, self._codecs.get(name)) if name == IMAGE and self._draw else None
+            pictures.append(values)
+        words = hashes_of(words_of(self._text(ids)))
+        return DocumentContent(xxhash.xxh3_64_intdigest("\0".join(kinds).encode()) or 1, words, items, pictures)
+
+
+def folded(hashes: Sequence[int] | Hashes) -> int:
+    """A hash of hashes in their order; 0 of none."""
+    state = xxhash.xxh3_64(np.asarray(hashes, np.uint64).tobytes())
+    return (state.intdigest() or 1) if len(hashes) else 0
+
+
+class Compared:
+    """Facts, signatures and thumbnails of all documents, in files that are mapped.
+
+    Args:
+        folder: of the files.
+        documents: D.
+        write: make them; otherwise they are there.
+    """
+
+    def __init__(self, folder: Path, documents: int, *, write: bool = False) -> None:
+        shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "facts": (FACTS, (documents,)),
+            "signatures": (np.dtype("<u4"), (documents, MINIMA)),
+            "grey": (np.dtype("u1"), (documents, GREY * GREY)),
+            "colour": (np.dtype("u1"), (documents, COLOUR * COLOUR * 3)),
+        }
+        if write:
+            for name, (dtype, shape) in shapes.items():  # without blocks on the disk until they are written
+                with (folder / name).open("wb") as file:
+                    file.truncate(dtype.itemsize * int(np.prod(shape)))
+        maps = {
+            name: np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape)
+            for name, (dtype, shape) in shapes.items()
+        }
+        self.facts, self.signatures, self.grey, self.colour = maps.values()
+
+    def looks(self, documents: NDArray[np.int64]) -> PictureLooks:
+        """Of the first pictures of some documents."""
+        return PictureLooks(self.facts["bits"][documents], self.grey[documents], self.colour[documents])
+
+    def add(self, number: int, content: DocumentContent, *, text: bool) -> PictureLooks | None:
+        """Write a document.
+
+        Args:
+            number: of the document.
+            content: of it.
+            text: whether signatures of texts are needed.
+
+        Returns:
+            PictureLooks of all its pictures.
+        """
+        drawn = [look(pixels) for pixels in content.pictures if pixels is not None]
+        first = bool(content.pictures) and content.pictures[0] is not None
+        self.facts[number] = (
+            content.shape,
+            folded(content.words),
+            folded(content.items),
+            int(scattered(np.array([folded(content.items[1:])], np.uint64))[0]),
+            drawn[0][0] if first else 0,
+            first,
+        )
+        if text and len(content.words):
+            self.signatures[number] = signature(np.unique(shingles(content.words, SHINGLE)))
+        if first:
+            self.grey[number], self.colour[number] = drawn[0][1:]
+        if not drawn:
+            return None
+        bits, grey, colour = (np.array(column) for column in zip(*drawn, strict=True))
+        return PictureLooks(bits.astype(np.uint64), grey, colour)

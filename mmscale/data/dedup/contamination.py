@@ -1,0 +1,143 @@
+"""Which training documents hold something of held-out documents: decontamination.
+
+A training document is contaminated if it has an item with the codes of a held-out one, a picture that looks like a
+held-out one, or a run of 13 words of a held-out document of text only (Brown et al. 2020, appendix C). Captions say
+nothing: they repeat. Runs of words in more than ten training documents are turns of phrase, and are left out of
+account. Memory: 8 bytes a word of held-out texts, 700 bytes a held-out picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.dedup.compared import ContentReader, DocumentContent, folded, slices
+from mmscale.data.dedup.looks import COLOUR, GREY, PictureLooks, look, near, table_keys
+from mmscale.data.dedup.words import Hashes, shingles
+
+GRAM = 13  # words
+PHRASE = 10  # training documents with a run of words from which on it is a phrase
+_CHUNK = 1024  # pictures with one key that are compared at once
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a training document has of held-out documents.
+
+    Attributes:
+        item: an item or a picture.
+        text: all of a held-out text of fewer than 13 words.
+        grams: numbers of runs of 13 words.
+    """
+
+    item: bool
+    text: bool
+    grams: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutContent:
+    """What held-out documents have, sorted.
+
+    Attributes:
+        grams: runs of 13 words of documents of text only.
+        texts: whole texts with fewer words, of documents of text only.
+        items: codes of items.
+        looks: of pictures.
+        keys: keys of the pictures, sorted, and of which picture each is.
+        distance: bits in which hashes of pictures may differ; -1: pictures are not compared.
+    """
+
+    grams: Hashes
+    texts: Hashes
+    items: Hashes
+    looks: PictureLooks
+    keys: tuple[Hashes, NDArray[np.int64]]
+    distance: int
+
+    def find(self, content: DocumentContent, looks: PictureLooks | None) -> Held:
+        """What a training document has of them.
+
+        Args:
+            content: the document.
+            looks: of its pictures; None: it has none.
+        """
+        item = bool(_among(np.array(content.items, np.uint64), self.items).any())
+        if not item and looks is not None and self.distance >= 0 and len(self.items):
+            item = self._looks_like(looks)
+        text = not content.items and bool(_among(np.array([folded(content.words)], np.uint64), self.texts).any())
+        grams = np.zeros(0, np.int64)
+        if len(self.grams) and len(content.words) >= GRAM:
+            own = np.unique(shingles(content.words, GRAM))
+            grams = np.searchsorted(self.grams, own[_among(own, self.grams)])
+        return Held(item, text and bool(len(content.words)), grams)
+
+    def _looks_like(self, looks: PictureLooks) -> bool:
+        keys, owners = self.keys
+        own = table_keys(looks.bits, distance=self.distance)
+        starts, stops = (np.searchsorted(keys, own, side=side) for side in ("left", "right"))
+        for picture in range(len(own)):
+            spans = zip(starts[picture].tolist(), stops[picture].tolist(), strict=True)
+            others = np.unique(np.concatenate([owners[start:stop] for start, stop in spans]))
+            # Few of those with a common key have a near hash, and thumbnails are 500 times as large as hashes.
+            others = others[np.bitwise_count(self.looks.bits[others] ^ looks.bits[picture]) <= self.distance]
+            for first in range(0, len(others), _CHUNK):
+                some = others[first : first + _CHUNK]
+                this = looks.take(np.full(len(some), picture))
+                if near(this, self.looks.take(some), distance=self.distance).any():
+                    return True
+        return False
+
+
+def _among(wanted: Hashes, known: Hashes) -> NDArray[np.bool_]:
+    """Whether numbers are among sorted ones."""
+    if not len(known):
+        return np.zeros(len(wanted), bool)
+    places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return np.asarray(known[places] == wanted)
+
+
+def read_held_out(sets: Sequence[tuple[Path, str]], *, distance: int) -> HeldOutContent:
+    """What the documents of some splits have.
+
+    Args:
+        sets: folders and splits.
+        distance: bits in which hashes of pictures may differ; -1: pictures are not decoded.
+
+    Raises:
+        DataError: a data set is missing or damaged.
+    """
+    grams, texts, items, drawn = [], [], [], []
+    for folder, split in sets:
+        reader = ContentReader(folder, split=split, draw=distance >= 0)
+        for piece in slices(reader.parts):
+            for content in reader.contents(piece):
+                items += content.items
+                drawn += [look(pixels) for pixels in content.pictures if pixels is not None]
+                if content.items or not len(content.words):
+                    continue
+                if len(content.words) < GRAM:
+                    texts.append(folded(content.words))
+                else:
+                    grams.append(np.unique(shingles(content.words, GRAM)))
+    drawn = list({(one[0], one[1].tobytes(), one[2].tobytes()): one for one in drawn}.values())  # each picture once
+    bits = np.array([one[0] for one in drawn], np.uint64)
+    grey = np.array([one[1] for one in drawn], np.uint8).reshape(-1, GREY * GREY)
+    colour = np.array([one[2] for one in drawn], np.uint8).reshape(-1, COLOUR * COLOUR * 3)
+    keys, owners = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    if distance >= 0 and len(bits):
+        table = table_keys(bits, distance=distance)
+        order = np.argsort(table.ravel(), kind="stable")
+        keys, owners = table.ravel()[order], order // table.shape[1]
+    return HeldOutContent(
+        grams=np.unique(np.concatenate(grams)) if grams else np.zeros(0, np.uint64),
+        texts=np.unique(np.array(texts, np.uint64)),
+        items=np.unique(np.array(items, np.uint64)),
+        looks=PictureLooks(bits, grey, colour),
+        keys=(keys, owners),
+        distance=distance,
+    )

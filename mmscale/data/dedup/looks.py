@@ -1,0 +1,79 @@
+"""Which pictures look alike: a hash of their coarse structure finds candidates, thumbnails decide.
+
+The hash says which of the 64 lowest frequencies of the cosine transform are strong. It does not compare them with their
+median, as is usual: most are near it, and noise of 12 of 255 then changes 12 of the 64 bits; with a threshold, 0.4.
+Pictures whose hashes differ in at most `d` bits share a key: of d + 2 groups of bits at least two are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import PIL.Image
+import scipy.fft
+from numpy.typing import NDArray
+
+from mmscale.data.arrays import scattered
+from mmscale.data.dedup.words import Hashes
+
+MOST_BITS = 6  # distance of hashes that can be asked for: 28 tables
+_EDGE, _LOW = 32, 8  # of the transform and of its part that is kept
+_STRONG = 64.0  # of an orthonormal transform of 32 x 32 pixels; noise of 12 has 7, all black or white 8160
+GREY, COLOUR = 16, 4  # edges of the thumbnails [pixels]
+# Largest differences of thumbnails of one picture, of 255. Lossy codes change 16 x 16 means by less than 20; a part
+# that is there in one picture only changes some of them by 100.
+_MOST, _MEAN = 40, 8.0
+
+
+@dataclass(frozen=True, eq=False)
+class PictureLooks:
+    """What is compared of n pictures.
+
+    Attributes:
+        bits: hashes of their structure, uint64 [n].
+        grey: thumbnails, uint8 [n, GREY * GREY].
+        colour: mean colours of parts, uint8 [n, COLOUR * COLOUR * 3].
+    """
+
+    bits: Hashes
+    grey: NDArray[np.uint8]
+    colour: NDArray[np.uint8]
+
+    def take(self, numbers: NDArray[np.int64]) -> PictureLooks:
+        """Some of them."""
+        return PictureLooks(self.bits[numbers], self.grey[numbers], self.colour[numbers])
+
+
+def look(pixels: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
+    """Hash and thumbnails of one picture, uint8 [height, width, 1 or 3]."""
+    picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    grey = picture.convert("L")
+    small = np.asarray(grey.resize((_EDGE, _EDGE), PIL.Image.Resampling.BOX), np.float64)
+    low = scipy.fft.dctn(small, norm="ortho")[:_LOW, :_LOW].ravel()
+    bits = int.from_bytes(np.packbits(low > _STRONG).tobytes(), "big")
+    return bits, _thumbnail(grey, GREY), _thumbnail(picture.convert("RGB"), COLOUR)
+
+
+def _thumbnail(picture: PIL.Image.Image, edge: int) -> NDArray[np.uint8]:
+    return np.asarray(picture.resize((edge, edge), PIL.Image.Resampling.BOX), np.uint8).ravel()
+
+
+def near(one: PictureLooks, other: PictureLooks, *, distance: int) -> NDArray[np.bool_]:
+    """Whether pictures look alike, pair by pair [n]."""
+    bits = np.bitwise_count(one.bits ^ other.bits) <= distance
+    grey = np.abs(one.grey.astype(np.int16) - other.grey)
+    colour = np.abs(one.colour.astype(np.int16) - other.colour)
+    return bits & (grey.max(axis=1) <= _MOST) & (grey.mean(axis=1) <= _MEAN) & (colour.max(axis=1) <= _MOST)
+
+
+def table_keys(bits: Hashes, *, distance: int) -> Hashes:
+    """Keys of which hashes within a distance share at least one, uint64 [n, tables]."""
+    groups = np.array_split(np.arange(64), distance + 2)
+    masks = [sum(1 << int(bit) for group in pair for bit in group) for pair in combinations(groups, 2)]
+    keys = [
+        scattered((bits & np.uint64(mask)) ^ scattered(np.array([number], np.uint64)))
+        for number, mask in enumerate(masks)
+    ]
+    return np.stack(keys, axis=1)

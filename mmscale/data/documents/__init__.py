@@ -1,0 +1,1 @@
+"""Documents: their schema, and readers of every file format."""

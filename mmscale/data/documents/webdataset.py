@@ -1,0 +1,330 @@
+"""WebDataset tar: neighbouring members with one name before the first dot are a document.
+
+An archive is read to its closing blocks when it is cut: tarfile takes a damaged header in the middle for the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mmscale import bounded
+from mmscale.data.documents import energon
+from mmscale.data.documents.document_files import File
+from mmscale.data.documents.schema import (
+    SUFFIXES,
+    BadDocumentError,
+    Document,
+    Rejected,
+    Resolver,
+    SplitName,
+    parse_document,
+)
+from mmscale.data.documents.slices import Format, ReadSettings, RecordRun, Scan, digest_of
+
+# Bounds on one sample, whatever a file promises: a sparse archive of 2 kB may claim members of 20 GB.
+MOST_SAMPLE = 256 << 20  # bytes of all members
+MOST_MEMBERS = 10_000
+MOST_BAD = 0.1  # share of samples that may be half pairs or in several places before the archive is refused
+_OF_A_PAIR = ("id", "loss", "group", "split")  # keys of a pair's .json that are read beside its caption
+_CAPTION_KEYS = ("caption", "text")  # of a pair's .json
+CODES = "npy"  # suffix of a picture's codes
+_CODES_OF = "image"
+_READ = {*SUFFIXES, CODES, "json"}
+_BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ArchiveFacts:
+    """What one run of records has to know of its archive.
+
+    Attributes:
+        repeated: keys of the run that appear in several places of the archive.
+        pairs: whether the archive has samples with a caption and an item.
+        split: of samples that name none.
+        notes: for the user.
+    """
+
+    repeated: tuple[str, ...] = ()
+    pairs: bool = False
+    split: SplitName | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _key(name: str) -> str:
+    """The name up to the first dot of the file name (WebDataset's rule)."""
+    path = PurePosixPath(name)
+    return str(path.parent / path.name.split(".", 1)[0])
+
+
+def _field(name: str) -> str:
+    """What stands behind the first dot, lower case."""
+    return PurePosixPath(name).name.partition(".")[2].lower()
+
+
+def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    """Neighbouring regular members of one key."""
+    key, members, end = "", list[tarfile.TarInfo](), -1
+    for member in archive:
+        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw
+        if member.size < 0 or member.offset <= end:  # it would be read again and again
+            raise tarfile.ReadError(f"{member.name} has an impossible size")
+        end = member.offset
+        if not member.isreg():  # links and devices are never followed
+            continue
+        name = _key(member.name)
+        if members and name != key:
+            yield key, members
+            members = []
+        key = name
+        if len(members) <= MOST_MEMBERS:
+            members.append(member)
+    if members:
+        yield key, members
+
+
+class _Stream(io.BufferedReader):
+    """A file of which no more is read at once than a sample may have: headers may promise anything."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MOST_SAMPLE:
+            raise tarfile.ReadError(f"a header or a member of {size} bytes")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _open_tar(file: File, *, offset: int = 0) -> Iterator[tarfile.TarFile]:
+    """An archive, read from an offset on.
+
+    Raises:
+        tarfile.TarError: whatever is wrong with it. tarfile raises almost anything on damaged headers.
+    """
+    try:
+        with _Stream(_raw(file)) as stream:
+            stream.seek(offset)
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                yield archive
+    except (EOFError, MemoryError, *bounded.BAD_CONTENT) as error:
+        raise tarfile.ReadError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def _raw(file: File) -> Any:
+    return io.FileIO(file) if isinstance(file, Path) else file.open()
+
+
+def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
+    runs, total, kinds, unread = list[RecordRun](), 0, Counter[str](), Counter[str]()
+    seen, repeated = set[bytes](), dict[str, list[int]]()
+    with _open_tar(file) as archive:
+        for key, members in _samples(archive):
+            if total % slice_records == 0:
+                runs.append(RecordRun(file, total, 0, members[0].offset, settings))
+            short = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            if short in seen:
+                repeated.setdefault(key, [])
+            seen.add(short)
+            kinds[kind := _kind(archive, members, settings)] += 1
+            if kind != "document" and len(unread) < MOST_MEMBERS:  # a document may name any member
+                unread.update({_field(member.name) for member in members} - _READ - set(settings.captions))
+            total += 1
+        _check_end(archive)
+    if len(repeated) > MOST_BAD * len(seen):
+        raise tarfile.ReadError(
+            f"members of {len(repeated):,} of {len(seen):,} samples are not next to each other; sort it by name"
+        )
+    halves = kinds["caption"] + kinds["item"]
+    if kinds["pair"] and settings.half_pairs == "reject" and halves > MOST_BAD * total:
+        raise tarfile.ReadError(
+            f"{kinds['item']:,} of {total:,} samples have no caption and {kinds['caption']:,} have nothing else, "
+            f"though {kinds['pair']:,} are pairs; captions end in {', '.join(settings.captions)} "
+            "(data.prepare.captions), and data.prepare.half_pairs=keep reads half pairs"
+        )
+    known = energon.facts_of(file)
+    if known is not None and known[0] != total:
+        raise tarfile.ReadError(f"it has {total:,} samples, and energon's index says {known[0]:,}")
+    facts = ArchiveFacts(tuple(repeated), bool(kinds["pair"]), known[1] if known else None, _notes(unread, total))
+    counts = [min(slice_records, total - run.first) for run in runs]
+    return Scan(
+        digest_of(file), [replace(run, count=count, facts=facts) for run, count in zip(runs, counts, strict=True)]
+    )
+
+
+def _kind(archive: tarfile.TarFile, members: Sequence[tarfile.TarInfo], settings: ReadSettings) -> str:
+    """What a sample seems to be: pair, caption, item, document (its .json has `content`) or other.
+
+    Names of members decide where they can. Else the .json is read: it may have the caption, or be a document.
+    """
+    fields = {_field(member.name) for member in members}
+    caption, item = bool(fields & set(settings.captions)), bool(fields & {*SUFFIXES, CODES})
+    if "json" in fields and not (caption and item):
+        record = _record_of(archive, next(member for member in members if _field(member.name) == "json"))
+        if record is None or "content" in record:
+            return "other" if record is None else "document"
+        caption = caption or bool(_described(record))
+    return "pair" if caption and item else "caption" if caption else "item" if item else "other"
+
+
+def _notes(unread: Mapping[str, int], total: int) -> tuple[str, ...]:
+    """What to say of members that no document uses, where most samples have them."""
+    found = sorted(field for field, count in unread.items() if 2 * count > total)
+    if not found:
+        return ()
+    names = ", ".join(f"KEY.{field}"[:80] for field in found[:5])
+    return (f"note: members {names} of most samples are not read. Captions: data.prepare.captions=[{found[0][:80]}]",)
+
+
+def _record_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Mapping[str, Any] | None:
+    """The content of a .json; None: it is no object, and is rejected when it is read."""
+    if member.issparse() or member.size > MOST_SAMPLE:
+        return None
+    opened = archive.extractfile(member)
+    assert opened is not None  # regular members only
+    try:
+        record = bounded.parse_json(opened.read())
+    except ValueError:
+        return None
+    return record if isinstance(record, Mapping) else None
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Refuse an archive that does not end with the closing blocks, or behind which there is something.
+
+    Raises:
+        tarfile.ReadError: it is damaged, cut, or followed by another one.
+    """
+    stream: Any = archive.fileobj
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(archive.offset)
+    closing = stream.read(2 * _BLOCK)
+    if closing.strip(b"\0"):
+        raise tarfile.ReadError(f"it is damaged at byte {archive.offset:,} of {size:,}")
+    if len(closing) < 2 * _BLOCK:
+        raise tarfile.ReadError(f"it is cut off at byte {size:,}: the closing blocks are missing")
+    while chunk := stream.read(_CHUNK):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"something follows its end at byte {archive.offset:,} of {size:,}; join archives with `tar -A`"
+            )
+
+
+def _read(part: RecordRun) -> Iterator[Document | Rejected]:
+    with _open_tar(part.path, offset=part.offset) as archive:
+        for number, (key, members) in enumerate(_samples(archive)):
+            if number == part.count:
+                return
+            where = f"{part.path.name}:{key}"
+            if reason := _refused(key, members, part.facts):
+                yield Rejected(where, _printable(key), reason)
+                continue
+            files = {}
+            for member in members:
+                opened = archive.extractfile(member)
+                assert opened is not None  # regular members only
+                files[PurePosixPath(member.name).name.partition(".")[2]] = opened.read()
+            yield _parse_sample(key, files, where, part)
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "replace").decode()
+
+
+def _refused(key: str, members: Sequence[tarfile.TarInfo], facts: ArchiveFacts) -> str:
+    """Why a sample is not read; "" if it is."""
+    if key in facts.repeated:
+        return "its members are not next to each other in the archive, or its key appears twice"
+    if any(member.issparse() for member in members):
+        return "a member is sparse: it may claim any size"
+    total = sum(member.size for member in members)
+    if total > MOST_SAMPLE:
+        return f"the sample has {total:,} bytes, more than {MOST_SAMPLE:,}"
+    if len(members) > MOST_MEMBERS:
+        return f"the sample has more than {MOST_MEMBERS:,} members"
+    names = Counter(PurePosixPath(member.name).name for member in members)
+    twice = [name for name, count in names.items() if count > 1]
+    return f"{twice[0]} is there twice" if twice else ""
+
+
+def _parse_sample(key: str, files: Mapping[str, bytes], where: str, part: RecordRun) -> Document | Rejected:
+    """A sample with a .json that has `content` is a document; else its text and its image are a pair."""
+    record: Any = {}
+    described = next((data for name, data in files.items() if name.lower() == "json"), None)
+    try:
+        if described is not None:
+            record = bounded.parse_json(described)
+        if not isinstance(record, Mapping) or "content" not in record:
+            record = _pair(key, files, record if isinstance(record, Mapping) else {}, part)
+    except ValueError as error:
+        reason = "broken JSON: " + ("not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error))
+        return Rejected(where, _printable(key), reason)
+    except BadDocumentError as error:
+        return Rejected(where, _printable(key), str(error))
+    ignore = part.settings.ignore
+    if part.facts.split is not None and isinstance(record, Mapping) and record.get("split") is None:
+        record = {**record, "split": part.facts.split}
+    return parse_document(record, where=where, fallback_id=key, resolve=_sample_resolver(key, files), ignore=ignore)
+
+
+def _pair(key: str, files: Mapping[str, bytes], record: Mapping[str, Any], part: RecordRun) -> Mapping[str, Any]:
+    """Caption and image, either one first: half of the pairs teach drawing, half describing (by a hash of the key).
+
+    The .json of a pair describes the picture in keys of its maker; those that are not a document's are not read.
+
+    Raises:
+        BadDocumentError: it is half a pair among whole ones, or its caption is no text.
+    """
+    caption = _caption(files, record, part.settings)
+    items: list[dict[str, Any]] = [
+        {"type": SUFFIXES[name.lower()], "path": name} for name in files if name.lower() in SUFFIXES
+    ]
+    if not items:  # beside a picture it may be anything, for instance an embedding
+        items = [{"type": "tokens", "modality": _CODES_OF, "path": name} for name in files if name.lower() == CODES]
+    if part.facts.pairs and part.settings.half_pairs == "reject" and not (caption and items):
+        missing = "a picture or another item" if caption else "a caption"
+        dotted = [name for name in files if "." in name and name.lower() not in part.settings.captions]
+        dots = f"; what is before the first dot of {dotted[0]!r} is taken for its key" if dotted else ""
+        raise BadDocumentError(f"the sample has no {missing.removeprefix('a ')}, and others have one{dots}")
+    content: list[dict[str, Any]] = [{"type": "text", "text": caption}, *items]
+    if hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[0] % 2:
+        content.reverse()
+    return {"id": key, "content": content} | {name: record[name] for name in _OF_A_PAIR if name in record}
+
+
+def _caption(files: Mapping[str, bytes], record: Mapping[str, Any], settings: ReadSettings) -> Any:
+    """The text of a pair: of a member, else of the .json; "" if there is none."""
+    lower = {name.lower(): data for name, data in files.items()}
+    found = next((lower[suffix] for suffix in settings.captions if suffix in lower), None)
+    if found is None:
+        return _described(record)
+    try:
+        return found.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadDocumentError("the caption is not UTF-8") from error
+
+
+def _described(record: Mapping[str, Any]) -> Any:
+    """The caption in the .json of a pair; "" if there is none."""
+    return next((record[name] for name in _CAPTION_KEYS if name in record), "")
+
+
+def _sample_resolver(key: str, files: Mapping[str, bytes]) -> Resolver:
+    """Image paths name a member of the same sample: "png", "a1.png" or "folder/a1.png"."""
+    path = PurePosixPath(key)
+
+    def resolve(name: str) -> bytes:
+        for prefix in ("", f"{path.name}.", f"{path}."):
+            if name.startswith(prefix) and name[len(prefix) :] in files:
+                return files[name[len(prefix) :]]
+        raise BadDocumentError(f"image {name} is missing from sample {key} of the archive")
+
+    return resolve
+
+
+WEBDATASET = Format(_scan, _read)

@@ -1,0 +1,220 @@
+"""Creates the tokenizers of a data set: trained on a sample of its training documents, or loaded.
+
+All are deterministic, so an interrupted run that is started again creates the same ones. Held-out documents are used
+only to measure the reconstruction of items. The file of a modality fits its own tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmscale.config import PrepareConfig
+from mmscale.config.plugins import use_of
+from mmscale.data.documents.schema import BadDocumentError, Document, DocumentSlice, SplitName, Text
+from mmscale.data.modalities import text_tokens
+from mmscale.data.modalities.modality import Codec, Report, Sample
+from mmscale.data.modalities.table import MODALITIES, folder_of, load_codec, read_item
+from mmscale.data.modalities.text_tokens import TextTokenizer, trained_by_plugin
+from mmscale.data.progress import Detail, Reporter
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import ConfigError, DataError
+
+QUALITY = "quality.json"
+LOAD = "load"  # setting of every modality: folder of a fitted tokenizer
+_TEXT_CHARACTERS = 200_000_000  # more text hardly changes the merges, and counting it takes minutes
+_MEASURED_ITEMS = 1024
+
+
+def text_tokenizer(
+    out: Path, settings: PrepareConfig, vocabulary: Vocabulary, slices: Sequence[DocumentSlice], reporter: Reporter
+) -> TextTokenizer:
+    """The data set's text tokenizer: what an earlier run left, else the one named, else a new one.
+
+    Raises:
+        DataError: it does not fit the text range, or a named file cannot be read.
+    """
+    low, high = vocabulary.ranges[0]
+    folder = out / text_tokens.FOLDER
+    if (folder / text_tokens.FILE).is_file():
+        try:
+            return TextTokenizer.load(folder / text_tokens.FILE, size=high - low)
+        except DataError:
+            reporter.say(f"{folder} is damaged and made again")
+    if settings.text.kind != "bpe" and settings.text.load is not None:
+        raise ConfigError(
+            f"data.prepare.text: kind is {settings.text.kind}, and load names a tokenizer",
+            remedy="remove one of the two",
+        )
+    if settings.text.kind == "bytes":
+        tokenizer = TextTokenizer.of_bytes(size=high - low, specials=vocabulary.specials)
+    elif settings.text.load is not None:
+        tokenizer = TextTokenizer.load(Path(settings.text.load), size=high - low, specials=vocabulary.specials)
+    else:
+        use = use_of(settings.text, "kind", key="kind")
+        with reporter.part("text tokenizer") as tell:
+            texts, size = _texts(slices, settings.held_out, tell), high - low
+            if use is None:
+                tokenizer = TextTokenizer.train(texts, size=size, specials=vocabulary.specials)
+            else:
+                use = dataclasses.replace(use, key="data.prepare.text.kind")
+                tokenizer = trained_by_plugin(use, texts, size=size, specials=vocabulary.specials)
+    tokenizer.save(folder)
+    used = f"{tokenizer.vocab_size} of {high - low} ids in use, one a byte"
+    if settings.text.kind != "bytes":
+        used = _used(tokenizer.vocab_size, high - low)
+    reporter.say(f"text tokenizer: {used}")
+    return tokenizer
+
+
+def _used(ids: int, size: int) -> str:
+    """How much of the text range a tokenizer takes, and what that means."""
+    if ids < size:
+        return f"{ids} of {size} ids in use; these texts repeat too little for more, the others stay unused"
+    return f"all {size} ids in use; more ids in vocab.modalities would make documents shorter"
+
+
+def item_tokenizers(
+    out: Path, settings: PrepareConfig, vocabulary: Vocabulary, slices: Sequence[DocumentSlice], reporter: Reporter
+) -> dict[str, Codec]:
+    """The data set's other tokenizers by modality, likewise; those of which there are items.
+
+    Raises:
+        ConfigError: their settings do not fit each other.
+        DataError: codes do not fit a range, or a named folder cannot be read.
+    """
+    found = {}
+    for name in vocabulary.names[1:]:
+        if name in MODALITIES and vocabulary.marks(name) is not None:
+            codec = _item_tokenizer(name, out / folder_of(name), settings, vocabulary, slices, reporter)
+            if codec is not None:
+                found[name] = codec
+    return found
+
+
+def check_settings(settings: PrepareConfig, vocabulary: Vocabulary) -> None:
+    """Refuse settings of a modality that the vocabulary does not have.
+
+    Raises:
+        ConfigError: there are such settings.
+    """
+    for name in settings.modalities:
+        if name not in MODALITIES or vocabulary.marks(name) is None:
+            known = ", ".join(one for one in MODALITIES if vocabulary.marks(one)) or "none"
+            raise ConfigError(
+                f"data.prepare.modalities.{name}: no such modality in vocab.modalities with begin and end tokens "
+                f"(there are: {known})",
+                remedy="add it to vocab.modalities with marks: true, or remove its settings",
+            )
+
+
+def _item_tokenizer(
+    name: str,
+    folder: Path,
+    settings: PrepareConfig,
+    vocabulary: Vocabulary,
+    slices: Sequence[DocumentSlice],
+    reporter: Reporter,
+) -> Codec | None:
+    what = f"{name} tokenizer"
+    if folder.is_dir():
+        try:
+            return load_codec(name, folder)
+        except DataError:
+            reporter.say(f"{folder} is damaged and made again")
+    low, high = vocabulary.range_of(name)
+    items = Sample(name, slices, settings)
+    with reporter.part(what) as tell:
+        codec = _made(name, items, high - low, Report(tell, reporter.say))
+    if codec is None:
+        return None
+    if codec.vocab_size > high - low:
+        raise DataError(
+            f"{what}: {codec.kind} has {codec.vocab_size} codes, the {name} range {high - low} ids",
+            remedy=f"give {name} {codec.vocab_size} ids in vocab.modalities",
+        )
+    with reporter.part(what) as tell:
+        tell("measuring what is lost")
+        measured = _measure(codec, items)
+    said = measured.pop("said", "")
+    save_whole(codec, folder, measured=measured)
+    on = f"; {said}" if said else ""
+    size = f"{codec.vocab_size} codes, {codec.tokens_per_item} tokens per {name}"
+    reporter.say(f"{what}: {codec.kind}, {size}{on}")
+    return codec
+
+
+def _made(name: str, items: Sample, codes: int, report: Report) -> Codec | None:
+    own = dict(items.settings.modalities.get(name, {}))
+    load = own.pop(LOAD, None)
+    if load is not None and own:
+        raise ConfigError(
+            f"data.prepare.modalities.{name}: load is given, and {', '.join(own)}",
+            remedy="remove the other settings: the tokenizer in the folder has its own",
+        )
+    if load is not None:
+        return load_codec(name, Path(str(load)))
+    try:
+        return MODALITIES[name].fit(own, items, codes, report)
+    except ValueError as error:
+        raise ConfigError(f"data.prepare.modalities.{name}: {error}", remedy="correct these settings") from error
+
+
+def _measure(codec: Codec, items: Sample) -> dict[str, Any]:
+    """Quality on held-out items, or on training items if none is held out."""
+    splits: tuple[SplitName, ...] = ("validation", "train")
+    for split in splits:
+        found = []
+        for item in itertools.islice(items.items(split, _MEASURED_ITEMS), _MEASURED_ITEMS):
+            try:
+                found.append(read_item(item, codec))
+            except BadDocumentError:
+                continue
+        if found:
+            measured = MODALITIES[items.modality].quality(codec, np.stack(found))
+            if said := measured.get("said"):
+                measured["said"] = f"{said} on {len(found)} {split} {items.modality}s"
+            return measured | {"split": split}
+    return {"codes_used": 0, "split": "train"}
+
+
+def save_whole(codec: Codec, folder: Path, *, measured: dict[str, Any]) -> None:
+    """Write a tokenizer and its measured quality so that the folder is there whole or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    codec.save(temporary)
+    (temporary / QUALITY).write_text(json.dumps(measured, indent=1) + "\n")
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    temporary.replace(folder)
+
+
+def _documents(piece: DocumentSlice, split: SplitName, held_out: float) -> Iterator[Document]:
+    """A slice's good documents of one split; bad ones are reported when the parts are made."""
+    return (item for item in piece.read() if isinstance(item, Document) and item.split_for(held_out) == split)
+
+
+def _texts(slices: Sequence[DocumentSlice], held_out: float, tell: Detail) -> Iterator[str]:
+    """Training text, at most _TEXT_CHARACTERS, equally from the start of every slice."""
+    share = _TEXT_CHARACTERS // max(1, len(slices))
+    for number, piece in enumerate(slices, start=1):
+        tell(f"reading text, part {number} of {len(slices)}")
+        characters = 0
+        for document in _documents(piece, "train", held_out):
+            for content in document.content:
+                if isinstance(content, Text):
+                    characters += len(content.text)
+                    yield content.text
+            if characters >= share:
+                break
+    tell("choosing merges")

@@ -1,0 +1,111 @@
+"""Images as a modality: read by Pillow, coded by the tokenizers of image_tokens.py, written as PNG.
+
+No torch here (a `vq` tokenizer brings its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.modalities import image_kinds, image_tokens
+from mmscale.data.modalities.image_files import LOST, OBLONG, PICTURES, TRANSPARENT, read_pixels, salvaged, save_png
+from mmscale.data.modalities.image_settings import SETTINGS, Fitting
+from mmscale.data.modalities.image_tokens import ImageTokenizer
+from mmscale.data.modalities.modality import Report, Sample, Tally
+from mmscale.errors import ConfigError
+from mmscale.tables.settings import IMAGE_FITS
+
+_PATCHES_PER_IMAGE = 8  # an image is read for every 8 patches asked for: enough variety without reading everything
+_PATCHES_PER_CODE = 40  # k-means centres of fewer patches describe these patches and not new ones
+_LEAST_CODES = 16
+
+
+class ImageModality:
+    """Pictures of one size; settings are `data.prepare.image`."""
+
+    name: ClassVar[str] = "image"
+    suffixes: ClassVar[tuple[str, ...]] = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+    written: ClassVar[str] = ".png"
+    files: ClassVar[tuple[str, ...]] = (SETTINGS,)  # and what its kind has
+    shipped: ClassVar[bool] = False  # exports have image_codes_moma.py and pixels_moma.py
+
+    @staticmethod
+    def fit(settings: Mapping[str, Any], items: Sample, codes: int, report: Report) -> ImageTokenizer | None:
+        """The tokenizer of `data.prepare.image`, fitted to training images where it has a codebook.
+
+        Raises:
+            ConfigError: its settings do not fit each other.
+            DataError: a named folder cannot be read.
+        """
+        if settings:
+            raise ConfigError(
+                f"data.prepare.modalities.image has {', '.join(settings)}", remedy="use data.prepare.image instead"
+            )
+        return image_kinds.fit_image_tokenizer(items, codes, report)
+
+    @staticmethod
+    def load(folder: Path) -> ImageTokenizer:
+        """Read a tokenizer."""
+        return image_kinds.load_image_tokenizer(folder)
+
+    @staticmethod
+    def read(source: Any, codec: Any) -> NDArray[np.uint8]:
+        """Pixels uint8 [H, W, C] of a file, bytes or pixels."""
+        return read_pixels(source, size=codec.size, channels=codec.channels, fitting=codec.fitting)
+
+    @staticmethod
+    def read_counted(source: Any, codec: Any, tally: Tally) -> NDArray[np.uint8]:
+        """The same, and counts pictures that were not square or not opaque."""
+        return read_pixels(source, size=codec.size, channels=codec.channels, fitting=codec.fitting, tally=tally)
+
+    @staticmethod
+    def salvage(source: Any) -> NDArray[np.uint8]:
+        """What can be read of a damaged picture, for `read`."""
+        return salvaged(source)
+
+    @staticmethod
+    def remarks(tally: Mapping[str, float], codec: Any) -> list[str]:
+        """What was done to pictures that were not square, and to transparent ones."""
+        found, count, fitting = [], int(tally.get(PICTURES, 0)), codec.fitting
+        if oblong := int(tally.get(OBLONG, 0)):
+            done = IMAGE_FITS[fitting.fit].done.format(share=f"{tally.get(LOST, 0) / oblong:.0%}")
+            others = ", ".join(name for name in IMAGE_FITS if name != fitting.fit)
+            found.append(
+                f"{oblong:,} of {count:,} pictures {_were(oblong)} not square: {done} (data.prepare.image.fit: "
+                f"{fitting.fit}; others: {others})"
+            )
+        if transparent := int(tally.get(TRANSPARENT, 0)):
+            colour = "white" if fitting.background == Fitting().background else str(list(fitting.background))
+            found.append(
+                f"{transparent:,} of {count:,} pictures have transparent pixels: they show {colour} "
+                "(data.prepare.image.background)"
+            )
+        return found
+
+    @staticmethod
+    def write(values: NDArray[Any], file: Path, codec: Any) -> None:
+        """Write pixels as a PNG file."""
+        save_png(values, file)
+
+    @staticmethod
+    def picture(values: NDArray[Any], codec: Any) -> NDArray[np.uint8]:
+        """The pixels themselves."""
+        return values
+
+    @staticmethod
+    def quality(codec: Any, items: NDArray[Any]) -> dict[str, Any]:
+        """As `image_tokens.quality`."""
+        measured = image_tokens.quality(codec, items)
+        lost = "nothing is lost" if measured.get("exact") else "PSNR not measured"
+        if measured["psnr_db"] is not None:
+            lost = f"PSNR {measured['psnr_db']} dB"
+        return measured | {"said": lost}
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"

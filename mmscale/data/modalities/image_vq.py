@@ -1,0 +1,231 @@
+"""Image tokenizer around a VQ-VAE of transformers (Chameleon, Janus, Emu3), read from a local folder.
+
+It runs on the CPU and never downloads anything. It does not train a VQ-VAE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmscale import bounded
+from mmscale.data.modalities.image_settings import Fitting, write_settings
+from mmscale.data.modalities.patches import Codes, Pixels
+from mmscale.errors import DataError
+from mmscale.runtime.file_modes import as_umask_says
+
+# model_type of config.json -> class of transformers
+_CLASSES = {"chameleon_vqgan": "ChameleonVQVAE", "janus_vqgan": "JanusVQVAE", "emu3_vqgan": "Emu3VQVAE"}
+# whole models, of which only this part is read
+_WHOLE = {"janus": "JanusVQVAE", "emu3": "Emu3VQVAE"}
+_PART = {r"^(model\.)?vqmodel\.": ""}
+_BATCH = 8  # images of a forward pass; fixed, so that codes do not depend on how documents fall into parts
+_MODEL = "model"
+
+
+class VQTokenizer:
+    """Codes of a neural vector-quantised autoencoder.
+
+    Args:
+        model: ChameleonVQVAE, JanusVQVAE or Emu3VQVAE.
+        size: edge of the images [pixels].
+        mean: what is subtracted from each channel of an image in 0..1.
+        std: what each channel is divided by then.
+        fitting: how pictures get this size.
+
+    Raises:
+        DataError: the model does not take images of this size.
+    """
+
+    kind = "vq"
+
+    def __init__(
+        self, model: Any, *, size: int, mean: list[float], std: list[float], fitting: Fitting | None = None
+    ) -> None:
+        self.model, self.size, self.fitting = model.eval().float(), size, fitting or Fitting()
+        config = model.config
+        self.channels = int(config.in_channels)
+        factor = 2 ** (len(config.channel_multiplier) - 1)
+        if size % factor:
+            raise DataError(
+                f"image tokenizer: {type(model).__name__} shrinks by {factor}, which does not divide {size} pixels",
+                remedy="set data.prepare.image.size to a multiple",
+            )
+        self.grid = (size // factor, size // factor)
+        patches = getattr(config, "num_patches", self.grid[0])
+        if patches != self.grid[0]:
+            raise DataError(
+                f"image tokenizer: {type(model).__name__} makes {patches} x {patches} codes of images of "
+                f"{patches * factor} pixels, but the size is {size}",
+                remedy=f"set data.prepare.image.size to {patches * factor}",
+            )
+        self.vocab_size = int(getattr(config, "num_embeddings", None) or config.codebook_size)
+        self._mean, self._std = mean, std
+        self._digest = ""
+
+    @classmethod
+    def from_pretrained(cls, path: Path, *, size: int, channels: int, fitting: Fitting | None = None) -> VQTokenizer:
+        """Read the model from a local folder as `save_pretrained` wrote it: by itself, or within a Janus or Emu3 model.
+
+        Pixel normalisation comes from preprocessor_config.json if there is one, else pixels go to -1..1.
+
+        Raises:
+            DataError: the folder is missing, holds another model or incomplete weights.
+        """
+        remedy = "name a local folder of a JanusVQVAE, Emu3VQVAE or ChameleonVQVAE in data.prepare.image.path"
+        try:
+            model_type = bounded.read_object(path / "config.json").get("model_type")
+        except (OSError, ValueError) as error:
+            raise DataError(f"image tokenizer: {path} is not a model folder: {error}", remedy=remedy) from error
+        name = _CLASSES.get(str(model_type)) or _WHOLE.get(str(model_type))
+        if name is None:
+            raise DataError(f"image tokenizer: {path} holds a model of type {model_type!r}", remedy=remedy)
+        try:
+            transformers = importlib.import_module("transformers")
+            model_class = getattr(transformers, name)
+        except ModuleNotFoundError as error:
+            raise DataError("image tokenizer: kind vq needs transformers", remedy="pip install transformers") from error
+        try:
+            with _quiet():
+                whole = None  # by way of its configuration, where Janus works out the number of patches
+                if model_type in _WHOLE:
+                    whole = transformers.AutoConfig.from_pretrained(path, local_files_only=True).vq_config
+                model, report = model_class.from_pretrained(
+                    path,
+                    config=whole,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    dtype=torch.float32,
+                    key_mapping=_PART if whole is not None else None,
+                )
+                if whole is not None:  # without the mapping of names, which transformers would turn round in saving
+                    weights = model.state_dict()
+                    model = model_class(whole)
+                    model.load_state_dict(weights)
+        except Exception as error:  # transformers and safetensors raise their own kinds
+            raise DataError(f"image tokenizer: {path} cannot be loaded: {error}", remedy=remedy) from error
+        # transformers fills missing weights with noise and only warns
+        if report["missing_keys"] or report.get("mismatched_keys"):
+            missing = sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"]))
+            raise DataError(f"image tokenizer: {path} lacks weights such as {missing[0]}", remedy=remedy)
+        if model.config.in_channels != channels:
+            raise DataError(
+                f"image tokenizer: {path} takes {model.config.in_channels} channels, the configuration says {channels}",
+                remedy=f"set data.prepare.image.channels to {model.config.in_channels}",
+            )
+        mean, std = _normalisation(path, channels)
+        return cls(model, size=size, mean=mean, std=std, fitting=fitting)
+
+    @property
+    def tokens_per_item(self) -> int:
+        """Tokens of an image."""
+        return int(self.grid[0] * self.grid[1])
+
+    @torch.inference_mode()
+    def encode(self, images_nHWC: Pixels) -> Codes:
+        """Images uint8 [n, H, W, C] to codes int64 [n, T]."""
+        pieces = [self._encode(images_nHWC[start : start + _BATCH]) for start in range(0, len(images_nHWC), _BATCH)]
+        return np.concatenate(pieces) if pieces else np.zeros((0, self.tokens_per_item), np.int64)
+
+    def _encode(self, images_nHWC: Pixels) -> Codes:
+        n = len(images_nHWC)
+        # Convolutions may sum differently for another batch size; filled up, an image's codes never depend on company.
+        filled = np.zeros((_BATCH, *images_nHWC.shape[1:]), np.uint8)
+        filled[:n] = images_nHWC
+        pixels = torch.from_numpy(filled).permute(0, 3, 1, 2).float() / 255
+        pixels = (pixels - self._column(self._mean)) / self._column(self._std)
+        if type(self.model).__name__ == "Emu3VQVAE":
+            sizes = torch.tensor([[self.size, self.size]] * _BATCH)
+            codes = torch.stack(list(self.model.encode(pixels, sizes).image_tokens))
+        else:
+            codes = self.model.encode(pixels).image_tokens
+        return codes.reshape(_BATCH, -1)[:n].numpy().astype(np.int64)
+
+    @torch.inference_mode()
+    def decode(self, codes_nT: Codes) -> Pixels:
+        """Codes int [n, T] to images uint8 [n, H, W, C].
+
+        Raises:
+            DataError: the class has no decoder (ChameleonVQVAE).
+        """
+        if not hasattr(self.model, "decode"):
+            raise DataError(
+                f"image tokenizer: transformers' {type(self.model).__name__} has no decoder, its codes cannot be drawn",
+                remedy="use JanusVQVAE or Emu3VQVAE to draw images",
+            )
+        drawn = []
+        for start in range(0, len(codes_nT), _BATCH):
+            codes = torch.from_numpy(np.ascontiguousarray(codes_nT[start : start + _BATCH], dtype=np.int64))
+            if type(self.model).__name__ == "Emu3VQVAE":
+                codes = codes.reshape(-1, *self.grid)
+            pixels = self.model.decode(codes)
+            pixels = pixels[:, 0] if pixels.ndim == 5 else pixels  # Emu3 draws its frames
+            pixels = (pixels * self._column(self._std) + self._column(self._mean)).clamp(0, 1) * 255
+            drawn.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        return np.concatenate(drawn)
+
+    def _column(self, values: list[float]) -> Tensor:
+        return torch.tensor(values).view(1, -1, 1, 1)
+
+    def _settings(self) -> dict[str, Any]:
+        own = {"kind": self.kind, "size": self.size, "channels": self.channels, "mean": self._mean, "std": self._std}
+        return own | self.fitting.changed()
+
+    def fingerprint(self) -> str:
+        """Hash of the class, the settings and every weight."""
+        if not self._digest:
+            digest = hashlib.sha256(json.dumps([type(self.model).__name__, self._settings()]).encode())
+            for name, tensor in sorted(self.model.state_dict().items()):
+                digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            self._digest = digest.hexdigest()[:16]
+        return self._digest
+
+    def save(self, folder: Path) -> None:
+        """Write settings and model: the data set stays readable when the original folder is gone."""
+        write_settings(folder, self._settings())
+        try:
+            with _quiet():
+                self.model.save_pretrained(folder / _MODEL)
+                as_umask_says(folder / _MODEL)
+        except Exception as error:  # safetensors reports a full disk as its own kind
+            raise DataError(
+                f"data: {folder / _MODEL} could not be written: {error}", remedy="free some space and run it again"
+            ) from error
+
+    @classmethod
+    def load(cls, folder: Path, settings: Mapping[str, Any]) -> VQTokenizer:
+        """Read what `save` wrote; `settings` are the content of its settings file."""
+        loaded = cls.from_pretrained(folder / _MODEL, size=settings["size"], channels=settings["channels"])
+        own = {key: settings[key] for key in ("size", "mean", "std")}
+        return cls(loaded.model, **own, fitting=Fitting.of(settings))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers draws a progress bar for every file, in every worker, across ours, and lists what it leaves out."""
+    from transformers.utils import logging  # image_vq.py is imported where transformers is missing, too
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _normalisation(path: Path, channels: int) -> tuple[list[float], list[float]]:
+    file = path / "preprocessor_config.json"
+    settings = bounded.read_object(file) if file.is_file() else {}
+    mean, std = (settings.get(key) or [0.5] * channels for key in ("image_mean", "image_std"))
+    return [float(value) for value in mean], [float(value) for value in std]

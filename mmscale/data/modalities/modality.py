@@ -1,0 +1,214 @@
+"""What a modality besides text consists of: how its items are read, turned into codes and back, and written.
+
+The table is table.py; nothing else in the package asks for a modality by its name. Text is not among them: it is what
+items are embedded in, of any length, in the first id range.
+
+Letters: n items, T tokens of an item.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.config import PrepareConfig
+from mmscale.data.documents.schema import BadDocumentError, Document, DocumentSlice, Item, SplitName
+from mmscale.data.modalities.patches import codebook
+
+Values = NDArray[Any]  # one item: pixels uint8 [H, W, C], samples float32 [S], whatever its modality computes with
+Codes = NDArray[np.int64]
+Tally = dict[str, float]  # what was done to items while they were read, counted by words of their modality
+
+
+class Codec(Protocol):
+    """A fitted tokenizer of one modality: items to codes and back. Codes are 0..vocab_size-1."""
+
+    kind: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+
+    @property
+    def tokens_per_item(self) -> int:
+        """T, equal for every item [tokens]."""
+
+    def encode(self, items: Values) -> Codes:
+        """Items [n, ...] to codes int64 [n, T]."""
+
+    def decode(self, codes_nT: Codes) -> Values:
+        """Codes int [n, T] to items [n, ...].
+
+        Raises:
+            ValueError, DataError: this tokenizer has no way back.
+        """
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which codes an item gets."""
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder that `Modality.load` reads."""
+
+
+class Modality(Protocol):
+    """One modality. The methods are static: a class is a row of the table.
+
+    Attributes:
+        name: in vocab.modalities, and the `type` of its items in documents.
+        suffixes: of its files in WebDataset archives, without the dot.
+        written: suffix of the files that it writes, with the dot.
+        files: what `Codec.save` writes, for downloads from a hub.
+        shipped: whether its file imports nothing of mmscale, so that `convert to-hf` can put it beside the weights.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    written: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+    shipped: ClassVar[bool]
+
+    @staticmethod
+    def fit(settings: Mapping[str, Any], items: Sample, codes: int, report: Report) -> Codec | None:
+        """A tokenizer for the items of training documents; always the same for the same items.
+
+        Args:
+            settings: `data.prepare.modalities.NAME`.
+            items: a sample of the items.
+            codes: ids of the modality's range.
+            report: told what is going on.
+
+        Returns:
+            None if there are no items.
+
+        Raises:
+            ValueError: settings are unknown or do not fit each other.
+        """
+
+    @staticmethod
+    def load(folder: Path) -> Codec:
+        """Read a tokenizer that `Codec.save` wrote.
+
+        Raises:
+            ValueError, OSError: it is missing or damaged.
+        """
+
+    @staticmethod
+    def read(source: Any, codec: Any) -> Values:
+        """One item as its tokenizer wants it.
+
+        Args:
+            source: a file (`Path`), an encoded file's bytes, or values.
+            codec: knows sizes and rates.
+
+        Raises:
+            ValueError: it cannot be read; the document is rejected.
+        """
+
+    @staticmethod
+    def write(values: Values, file: Path, codec: Any) -> None:
+        """Write one item as a file."""
+
+    @staticmethod
+    def picture(values: Values, codec: Any) -> NDArray[np.uint8]:
+        """One item as a picture for contact sheets and reports, uint8 [H, W, C]."""
+
+    @staticmethod
+    def quality(codec: Any, items: Values) -> dict[str, Any]:
+        """How well items survive: at least `codes_used`, and `said`, words for the terminal."""
+
+
+def count(tally: Tally, amounts: Mapping[str, float]) -> None:
+    """Add amounts to a tally."""
+    for key, amount in amounts.items():
+        tally[key] = tally.get(key, 0) + amount
+
+
+class Counting(Protocol):
+    """What a modality has besides, if its items lose something while they are read."""
+
+    @staticmethod
+    def read_counted(source: Any, codec: Any, tally: Tally) -> Values:
+        """As `Modality.read`, and counts what was done to the item."""
+
+    @staticmethod
+    def remarks(tally: Mapping[str, float], codec: Any) -> list[str]:
+        """Sentences for the terminal about items that were counted; none where nothing was lost."""
+
+
+class Salvaging(Protocol):
+    """What a modality has besides, if a part of a damaged item is worth something."""
+
+    @staticmethod
+    def salvage(source: Any) -> Values:
+        """What can be read of a damaged item, as a source for `Modality.read`.
+
+        Raises:
+            ValueError: nothing.
+        """
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where fitting says what it does.
+
+    Attributes:
+        tell: told the state of a long step, which is shown for a while.
+        say: told a line that stays.
+    """
+
+    tell: Callable[[str], None]
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Items of one modality in documents that are being prepared.
+
+    Attributes:
+        modality: its name.
+        slices: the documents.
+        settings: `data.prepare`.
+    """
+
+    modality: str
+    slices: Sequence[DocumentSlice]
+    settings: PrepareConfig
+
+    def items(self, split: SplitName, limit: int) -> Iterator[Item]:
+        """Items of a split, at most `limit`, equally from the start of every slice."""
+        share = -(-limit // max(1, len(self.slices)))
+        for piece in self.slices:
+            documents = (item for item in piece.read() if isinstance(item, Document))
+            chosen = (one for one in documents if one.split_for(self.settings.held_out) == split)
+            yield from itertools.islice((item for one in chosen for item in one.items(self.modality)), share)
+
+    def values(self, split: SplitName, limit: int, read: Callable[[Any], Values]) -> Iterator[Values]:
+        """The same, read; those that cannot be read are left out.
+
+        Args:
+            split: of which documents.
+            limit: items at most.
+            read: the source of an item to values; raises ValueError or BadDocumentError.
+        """
+        for item in self.items(split, limit):
+            try:
+                yield read(item.source)
+            except (ValueError, BadDocumentError):
+                continue
+
+    @staticmethod
+    def codebook(vectors_ND: NDArray[np.uint8], codes: int, report: Report) -> NDArray[np.uint8]:
+        """A k-means codebook of bytes, as `patches.codebook`.
+
+        Args:
+            vectors_ND: uint8 [N, D], at least one.
+            codes: entries at most.
+            report: told how far it is.
+        """
+        return codebook(vectors_ND, codes, tell=report.tell)

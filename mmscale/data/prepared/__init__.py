@@ -1,0 +1,1 @@
+"""Prepares data sets: documents are converted to token files on disk once."""

@@ -1,0 +1,235 @@
+"""Converts documents to token ids: `<s>` text, begin token, item codes, end token, pre-tokenised ids, `</s>`.
+
+parts.py writes them to files. No torch here (except a `vq` image tokenizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.documents.schema import BadDocumentError, Document, Item, Rejected, Text, Tokens, article
+from mmscale.data.modalities.modality import Codec, Tally, Values, count
+from mmscale.data.modalities.table import read_item
+from mmscale.data.modalities.text_tokens import TextTokenizer
+from mmscale.data.vocab import BOS, EOS, NO_MODALITY, Vocabulary
+
+Ids = NDArray[np.int64]
+TEXT, TOKENS, UNKNOWN = "text", "tokens", "unknown"  # a tally of texts, where a tokenizer may not know a word
+_NOTED = 0.001  # share of unknown tokens from which on it is said
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A document as token ids.
+
+    Attributes:
+        ids: int64 [tokens].
+        tokens: tokens of each modality, int64 [modalities]; begin and end tokens count as text.
+        loss: bit m set: labels of modality m are trained on.
+        document: what was encoded.
+        text_bytes: of its texts in UTF-8; None if some of its text came as tokens, whose bytes nobody knows.
+    """
+
+    ids: Ids
+    tokens: Ids
+    loss: int
+    document: Document
+    text_bytes: int | None = None
+
+
+class DocumentEncoder:
+    """Turns documents into ids of one vocabulary.
+
+    Args:
+        vocabulary: id ranges.
+        text: text tokenizer; its ids are those of the first range.
+        codecs: tokenizers of other modalities by name; documents with items of any other are rejected.
+        max_tokens: longer documents are rejected [tokens].
+        salvage: modalities of which damaged items are read as far as possible.
+
+    Attributes:
+        tallies: by modality, what was done to items while they were read, since `take_tallies`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        text: TextTokenizer,
+        codecs: Mapping[str, Codec],
+        max_tokens: int,
+        salvage: tuple[str, ...] = (),
+    ) -> None:
+        self.vocabulary, self.text, self.codecs, self.max_tokens = vocabulary, text, codecs, max_tokens
+        self.salvage = salvage
+        self.tallies: dict[str, Tally] = {name: {} for name in codecs}
+
+    def encode(self, documents: Sequence[Document]) -> list[Encoded | Rejected]:
+        """Encode several documents at once, in order; items and texts go through their tokenizers together."""
+        documents, kept = [one for one in documents if not self._too_much_text(one)], documents
+        texts = [piece.text for document in documents for piece in document.content if isinstance(piece, Text)]
+        encoded = self.text.encode_batch(texts)
+        if self.text.unknown is not None:
+            unknown = sum(int((ids == self.text.unknown).sum()) for ids in encoded)
+            count(self.tallies.setdefault(TEXT, {}), {TOKENS: sum(map(len, encoded)), UNKNOWN: unknown})
+        text_ids = iter(encoded)
+        drafts: list[list[Ids | Item] | Rejected] = []
+        values: dict[str, list[Values]] = {name: [] for name in self.codecs}
+        for document in documents:
+            own_texts = [next(text_ids) for piece in document.content if isinstance(piece, Text)]
+            try:
+                draft = self._draft(document, own_texts)
+                items = [piece for piece in draft if isinstance(piece, Item)]
+                read = [self._read(item) for item in items]
+            except BadDocumentError as error:
+                drafts.append(Rejected(document.where, document.id, str(error)))
+                continue
+            drafts.append(draft)
+            for item, one in zip(items, read, strict=True):
+                values[item.modality].append(one)
+        codes = {name: iter(self._codes(name, own)) for name, own in values.items()}
+        found = iter(
+            draft if isinstance(draft, Rejected) else self._finish(document, draft, codes)
+            for document, draft in zip(documents, drafts, strict=True)
+        )
+        return [next(found) if not (why := self._too_much_text(one)) else _rejected(one, why) for one in kept]
+
+    def _too_much_text(self, document: Document) -> str:
+        """Why a document is too long, whatever its tokens are; "" if it may not be.
+
+        A text has at least a token for as many characters as its longest token has. Without this bound a word of
+        megabytes takes minutes.
+        """
+        length = sum(len(piece.text) for piece in document.content if isinstance(piece, Text))
+        most = self.max_tokens * self.text.longest
+        return f"the document is too long: {length:,} characters are more than {self.max_tokens:,} tokens" * (
+            length > most
+        )
+
+    def _read(self, item: Item) -> Values:
+        name = item.modality
+        return read_item(item, self.codecs[name], self.tallies[name], salvage=name in self.salvage)
+
+    def take_tallies(self) -> dict[str, Tally]:
+        """What was counted since the last call, by modality."""
+        taken = {name: tally for name, tally in self.tallies.items() if tally}
+        self.tallies = {name: {} for name in self.codecs}
+        return taken
+
+    def _draft(self, document: Document, texts: list[Ids]) -> list[Ids | Item]:
+        """Pieces in order, items still as items; every check that needs no file."""
+        remaining = iter(texts)
+        draft: list[Ids | Item] = [_ids(BOS)]
+        length = 2
+        for piece in document.content:
+            if isinstance(piece, Text):
+                ids = next(remaining)
+            elif isinstance(piece, Tokens):
+                ids = self._pretokenised(piece)
+            else:
+                begin, end = self._marks(piece)
+                draft += [_ids(begin), piece, _ids(end)]
+                length += self.codecs[piece.modality].tokens_per_item + 2
+                continue
+            draft.append(ids)
+            length += len(ids)
+        if length == 2:
+            raise BadDocumentError("the document is empty")
+        if length > self.max_tokens:
+            raise BadDocumentError(
+                f"the document is too long: {length} tokens, max_document_tokens is {self.max_tokens}"
+            )
+        self._loss_bits(document)
+        return [*draft, _ids(EOS)]
+
+    def _marks(self, item: Item) -> tuple[int, int]:
+        """Ids around an item.
+
+        Raises:
+            BadDocumentError: the vocabulary or the data set has no such modality.
+        """
+        name = item.modality
+        if name not in self.vocabulary.names:
+            raise BadDocumentError(f"the document has {article(name)}, but the vocabulary has no modality {name}")
+        marks = self.vocabulary.marks(name)
+        if marks is None:
+            raise BadDocumentError(
+                f"the document has {article(name)}, but {name} has no begin and end tokens: give it marks: true in "
+                "vocab.modalities"
+            )
+        if name not in self.codecs:
+            raise BadDocumentError(f"the document has {article(name)}, but the data set has no {name} tokenizer")
+        return marks
+
+    def _pretokenised(self, piece: Tokens) -> Ids:
+        """Ids moved into the modality's range; codes of items get their begin and end tokens, as read ones do."""
+        if piece.modality not in self.vocabulary.names:
+            known = ", ".join(self.vocabulary.names)
+            raise BadDocumentError(f"the vocabulary has no modality {piece.modality!r}, only {known}")
+        low, high = self.vocabulary.range_of(piece.modality)
+        if max(piece.ids) >= high - low:
+            raise BadDocumentError(f"id {max(piece.ids)} is outside the {high - low} ids of modality {piece.modality}")
+        if low == 0 and min(piece.ids) < len(self.vocabulary.specials):
+            raise BadDocumentError(f"id {min(piece.ids)} of modality {piece.modality} is a special token")
+        ids = np.asarray(piece.ids, dtype=np.int64) + low
+        marks, codec = self.vocabulary.marks(piece.modality), self.codecs.get(piece.modality)
+        if marks is None:
+            return ids
+        if codec is not None and len(ids) != codec.tokens_per_item:
+            raise BadDocumentError(
+                f"{article(piece.modality)} has {len(ids)} tokens instead of {codec.tokens_per_item}"
+            )
+        return np.concatenate([_ids(marks[0]), ids, _ids(marks[1])])
+
+    def _loss_bits(self, document: Document) -> int:
+        names = self.vocabulary.names
+        if document.loss is None:
+            return (1 << len(names)) - 1
+        for name in document.loss:
+            if name not in names:
+                raise BadDocumentError(f"loss names {name!r}, the vocabulary has {', '.join(names)}")
+        return sum(1 << index for index, name in enumerate(names) if name in document.loss)
+
+    def _codes(self, name: str, values: list[Values]) -> Ids:
+        if not values:
+            return np.zeros((0, 0), np.int64)
+        low, high = self.vocabulary.range_of(name)
+        codes = self.codecs[name].encode(np.stack(values))
+        assert codes.min() >= 0 and codes.max() < high - low, f"{name} codes leave the {name} range"
+        return codes + low
+
+    def _finish(self, document: Document, draft: list[Ids | Item], codes: Mapping[str, Iterator[Ids]]) -> Encoded:
+        pieces = [next(codes[piece.modality]) if isinstance(piece, Item) else piece for piece in draft]
+        ids = np.concatenate(pieces)
+        modality = self.vocabulary.modality_of(ids)
+        assert modality.min() > NO_MODALITY, "padding inside a document"
+        tokens = np.bincount(modality, minlength=len(self.vocabulary.names)).astype(np.int64)
+        return Encoded(ids, tokens, self._loss_bits(document), document, self._text_bytes(document))
+
+    def _text_bytes(self, document: Document) -> int | None:
+        if any(isinstance(piece, Tokens) and piece.modality == self.vocabulary.names[0] for piece in document.content):
+            return None
+        return sum(len(piece.text.encode()) for piece in document.content if isinstance(piece, Text))
+
+
+def text_remarks(tally: Mapping[str, float]) -> list[str]:
+    """A sentence about words that the text tokenizer does not know; none where there are hardly any."""
+    tokens, unknown = tally.get(TOKENS, 0), tally.get(UNKNOWN, 0)
+    if unknown < _NOTED * max(1, tokens):
+        return []
+    return [
+        f"note: the text tokenizer has no token for {unknown / tokens:.1%} of the texts, which all become one and the "
+        "same: choose one with all bytes (data.prepare.text.load)"
+    ]
+
+
+def _rejected(document: Document, reason: str) -> Rejected:
+    return Rejected(document.where, document.id, reason)
+
+
+def _ids(*numbers: int) -> Ids:
+    return np.array(numbers, dtype=np.int64)

@@ -1,0 +1,141 @@
+"""The folder of a data set while it is prepared: whose it is, what it was made from, and what may be removed in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmscale import bounded
+from mmscale.data import digests
+from mmscale.data.modalities import text_tokens
+from mmscale.data.modalities.table import MODALITIES, folder_of
+from mmscale.data.prepared import selection, tasks
+from mmscale.data.prepared.manifest import MANIFEST, MOST_BYTES
+from mmscale.data.prepared.parts import DONE, SPLITS
+from mmscale.data.prepared.whole_files import LOCK, TEMPORARY, write_whole
+from mmscale.errors import DataError
+
+SOURCE = "source.json"
+REJECTED = "rejected.jsonl"
+JOBS = "jobs"  # logs of jobs that made the parts
+PLAN = "plan.json"  # of processes that share the parts
+
+_WRITTEN = (*SPLITS, DONE, tasks.FOLDER, text_tokens.FOLDER, selection.FOLDER, selection.SCORES)  # file by file
+
+
+def tokenizer_folders() -> tuple[str, ...]:
+    """Folders of tokenizers."""
+    return text_tokens.FOLDER, *map(folder_of, MODALITIES)
+
+
+def _own() -> tuple[str, ...]:
+    """What a data set's folder may hold, in the order in which --overwrite removes it: first what makes it one."""
+    return (
+        MANIFEST,
+        digests.DIGESTS,
+        REJECTED,
+        *SPLITS,
+        DONE,
+        tasks.FOLDER,
+        *tokenizer_folders(),
+        selection.FOLDER,
+        selection.SCORES,
+        ".cache",
+        PLAN,
+        JOBS,
+        SOURCE,
+    )
+
+
+@contextlib.contextmanager
+def claimed(out: Path, source: dict[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """Hold the folder for this run, after making sure that it is ours to write into."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"data: {out} is not a folder", remedy="choose another --out")
+    foreign = _foreign(out)
+    if foreign:
+        raise DataError(f"data: {out} holds something else than a data set ({foreign})", remedy="choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:  # the lock ends with the process, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"data: another process is preparing {out}", remedy="wait for it or stop it") from error
+        except OSError:  # a file system without locks
+            pass
+        _begin(out, source, overwrite=overwrite)
+        try:
+            yield
+        finally:
+            _remove_temporary(out)
+
+
+def _foreign(out: Path) -> str:
+    """A file that no data set has, if the folder is not the beginning of one."""
+    if not out.is_dir() or (out / SOURCE).exists():
+        return ""
+    names = {LOCK, *_own()}
+    begun = tuple(f"{name}." for name in _own())
+    found = (entry.name for entry in sorted(out.iterdir()) if entry.name not in names)
+    return next((name for name in found if not (name.startswith(begun) and name.endswith(TEMPORARY))), "")
+
+
+def _begin(out: Path, source: dict[str, Any], *, overwrite: bool) -> None:
+    file = out / SOURCE
+    before = read_source(out)
+    if before == source and not overwrite:
+        _remove_temporary(out)
+        return
+    leftovers = [name for name in _own() if (out / name).exists()]
+    if leftovers and not overwrite:
+        what = ", ".join(_differences(before, source)) if before else "it does not say from what"
+        raise DataError(
+            f"data: {out} was prepared from something else ({what})",
+            remedy="remove it, choose another --out, or give --overwrite",
+        )
+    for name in leftovers:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    _remove_temporary(out)
+    write_whole(file, (json.dumps(source, indent=1) + "\n").encode())
+
+
+def read_source(out: Path) -> dict[str, Any] | None:
+    """The record of what a folder's data set is made from; None: there is none."""
+    try:
+        return bounded.read_object(out / SOURCE, most=MOST_BYTES)
+    except (OSError, ValueError):
+        return None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of what changed."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and key != "digest":
+            found.append(prefix + key)
+    return found
+
+
+def _remove_temporary(out: Path) -> None:
+    """Remove what a broken-off run left half-written; only in the data set's own folders."""
+    for pattern in (
+        f"*{TEMPORARY}",
+        *(f"{name}/*{TEMPORARY}" for name in _WRITTEN),
+    ):
+        for path in out.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

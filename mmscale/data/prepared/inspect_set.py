@@ -1,0 +1,276 @@
+"""Shows the content of a prepared data set, and one document as text and files (`mmscale data inspect`).
+
+It only reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+from numpy.typing import NDArray
+
+from mmscale import bounded
+from mmscale.data.documents.schema import TRAIN
+from mmscale.data.modalities.fit import QUALITY
+from mmscale.data.modalities.image_files import to_picture
+from mmscale.data.modalities.table import MODALITIES, decode_item, folder_of, load_codec, open_codecs, remarks
+from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokenizer
+from mmscale.data.prepared.identity import identity_of
+from mmscale.data.prepared.manifest import Manifest, Part, read_manifest, read_table
+from mmscale.data.prepared.parts import read_document, total_tallies
+from mmscale.data.prepared.selection import read_selection
+from mmscale.data.prepared.shared_content import comparable, shared_content
+from mmscale.data.vocab import IMAGE, Vocabulary
+from mmscale.errors import DataError
+
+_FACTS = ("size", "channels", "grid", "rate")  # of tokenizers that have them
+_NOT_SHOWN = ("split", "images", "items", "note")  # of what was measured when a tokenizer was fitted
+_SHEET_WIDTH = 640  # pixels
+_SHEET_IMAGE = 128  # edge of an image on the sheet [pixels]
+_SHEET_GAP = 8  # pixels
+_SHEET_LINE = 16  # height of a line of Pillow's built-in font [pixels]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Documents, tokens, lengths, vocabulary and tokenizers of a data set, ready for JSON.
+
+    Raises:
+        DataError: the data set is missing, unfinished or damaged.
+    """
+    manifest = read_manifest(folder)
+    text = open_text_tokenizer(folder)
+    ranges = dict(zip(manifest.modalities, manifest.ranges, strict=True))
+    return {
+        "folder": str(folder),
+        "splits": {name: _split_summary(folder, manifest, name) for name in manifest.splits},
+        "vocabulary": {
+            "fingerprint": manifest.vocabulary,
+            "ranges": {name: list(pair) for name, pair in ranges.items()},
+        },
+        "text_tokenizer": {"fingerprint": manifest.text_tokenizer, "ids_in_use": text.vocab_size},
+        **{f"{name}_tokenizer": _codec_summary(folder, manifest, name) for name in _listed(manifest)},
+        "tasks": [task.name for task in manifest.tasks],
+        "rejected": manifest.rejected,
+        "selection": _selection(folder, manifest),
+        "held_out_in_training": _shared(folder, manifest),
+    }
+
+
+def _shared(folder: Path, manifest: Manifest) -> dict[str, list[int]] | None:
+    """What both splits have; None: it is not compared."""
+    if not comparable(manifest):
+        return None
+    return {key: list(pair) for key, pair in asdict(shared_content(folder, manifest)).items()}
+
+
+def lines(folder: Path, split: str) -> Iterator[str]:
+    """Every document of a split in one line, its items as marks.
+
+    Raises:
+        DataError: the data set is missing or damaged, or there is no such split.
+    """
+    manifest = read_manifest(folder)
+    if split not in manifest.splits:
+        raise DataError(f"data: {folder} has no split {split!r}", remedy=f"one of {', '.join(manifest.splits)}")
+    text = open_text_tokenizer(folder)
+    for part in manifest.splits[split].parts:
+        for index in range(part.documents):
+            yield _marked(read_document(folder, part, index), text, manifest).replace("\n", " ")
+
+
+def _split_summary(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    split = manifest.splits[name]
+    tables = [read_table(folder, part) for part in split.parts]
+    found: dict[str, Any] = {
+        "documents": split.documents,
+        "tokens": {modality: split.tokens(modality) for modality in manifest.modalities},
+        "share": {modality: round(share, 4) for modality, share in manifest.share(name).items()},
+    }
+    if tables:
+        lengths = np.concatenate([table[:, :-1].sum(axis=1) for table in tables])
+        found["document_tokens"] = {
+            "mean": round(float(lengths.mean()), 2),
+            "shortest": int(lengths.min()),
+            "longest": int(lengths.max()),
+        }
+    return found
+
+
+def _selection(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """Which training documents runs leave out or repeat; None: they read each once per epoch."""
+    found = read_selection(folder)
+    if found is None:
+        return None
+    return {
+        "current": found.of == identity_of(folder, manifest),
+        "layers": [layer.key for layer in found.layers],
+        "kept": found.kept,
+        "documents": found.documents,
+        "copies": round(found.copies, 2),
+        "tokens": {name: round(count) for name, count in found.tokens.items()},
+        "share": {name: round(share, 4) for name, share in found.share().items()},
+    }
+
+
+def _listed(manifest: Manifest) -> tuple[str, ...]:
+    """Modalities whose tokenizers are described; image is always among them, with null where there is none."""
+    return tuple(dict.fromkeys((IMAGE, *manifest.tokens_per_item)))
+
+
+def _codec_summary(folder: Path, manifest: Manifest, name: str) -> dict[str, Any] | None:
+    place = folder / folder_of(name)
+    if name not in MODALITIES or not place.is_dir():
+        return None
+    codec = load_codec(name, place)
+    try:
+        measured = bounded.read_object(place / QUALITY)
+    except (OSError, ValueError):
+        measured = {}
+    return {
+        "fingerprint": manifest.tokenizers.get(name),
+        "kind": codec.kind,
+        "codes": codec.vocab_size,
+        **{key: _plain(getattr(codec, key)) for key in _FACTS if hasattr(codec, key)},
+        **({key: _plain(value) for key, value in asdict(codec.fitting).items()} if hasattr(codec, "fitting") else {}),
+        f"tokens_per_{name}": codec.tokens_per_item,
+        "remarks": remarks(name, total_tallies(folder).get(name, {}), codec),
+    } | {key: value for key, value in measured.items() if key not in _NOT_SHOWN}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> dict[str, Any]:
+    """Draw one document back: its text, its items as files (PNG for images), and all of it on one contact sheet.
+
+    Args:
+        folder: the data set.
+        index: number of the document in its split.
+        out: folder of the files; made if it is missing.
+        split: name of the split.
+
+    Returns:
+        `text` (special tokens and items as marks), `content` (pieces as in a document file), `files` by modality,
+        `images` (those of them), `sheet` (a file), `tokens` per modality, `loss` (modalities whose labels are trained
+        on).
+
+    Raises:
+        DataError: the data set is missing or damaged, or there is no such document.
+    """
+    manifest = read_manifest(folder)
+    part, position = _locate(folder, manifest, split, index)
+    ids = read_document(folder, part, position)
+    row = read_table(folder, part)[position]
+    text, codecs = open_text_tokenizer(folder), open_codecs(folder)
+    out.mkdir(parents=True, exist_ok=True)
+
+    content: list[dict[str, Any]] = []
+    drawn: list[NDArray[np.uint8]] = []
+    files: dict[str, list[str]] = {IMAGE: []}
+    for modality, run in _runs(ids, manifest.vocab):
+        if modality == manifest.modalities[0]:
+            content += [{"type": "text", "text": piece} for piece in _texts(run, text, manifest)]
+            continue
+        codes = run - manifest.ranges[manifest.modalities.index(modality)][0]
+        values = decode_item(modality, codes, codecs.get(modality))
+        if values is None:
+            content.append({"type": "tokens", "modality": modality, "ids": codes.tolist()})
+            continue
+        kind, own = MODALITIES[modality], files.setdefault(modality, [])
+        file = out / f"{split}-{index}-{modality}-{len(own)}{kind.written}"
+        kind.write(values, file, codecs[modality])
+        own.append(str(file))
+        drawn.append(kind.picture(values, codecs[modality]))
+        content.append({"type": modality, "path": file.name})
+    sheet = out / f"{split}-{index}-sheet.png"
+    marked = _marked(ids, text, manifest)
+    _contact_sheet(marked, drawn).save(sheet, format="PNG")
+    return {
+        "split": split,
+        "index": index,
+        "text": marked,
+        "content": content,
+        "images": files[IMAGE],
+        "files": files,
+        "sheet": str(sheet),
+        "tokens": dict(zip(manifest.modalities, row[:-1].tolist(), strict=True)),
+        "loss": [name for bit, name in enumerate(manifest.modalities) if int(row[-1]) >> bit & 1],
+    }
+
+
+def _locate(folder: Path, manifest: Manifest, split: str, index: int) -> tuple[Part, int]:
+    if split not in manifest.splits:
+        raise DataError(f"data: {folder} has no split {split!r}", remedy=f"one of {', '.join(manifest.splits)}")
+    position = index
+    for part in manifest.splits[split].parts:
+        if 0 <= position < part.documents:
+            return part, position
+        position -= part.documents
+    last = manifest.splits[split].documents - 1
+    raise DataError(f"data: split {split} of {folder} has no document {index}", remedy=f"ask for 0..{last}")
+
+
+def _runs(ids: NDArray[np.int64], vocabulary: Vocabulary) -> list[tuple[str, NDArray[np.int64]]]:
+    """Neighbouring ids of one modality; two images side by side are parted by their <eoi> and <boi>."""
+    modality = vocabulary.modality_of(ids)
+    borders = np.flatnonzero(np.diff(modality)) + 1
+    return [
+        (vocabulary.names[int(vocabulary.modality_of(run[:1])[0])], run) for run in np.split(ids, borders) if len(run)
+    ]
+
+
+def _texts(run: NDArray[np.int64], tokenizer: TextTokenizer, manifest: Manifest) -> list[str]:
+    """Text between special tokens."""
+    pieces = np.split(run, np.flatnonzero(run < len(manifest.vocab.specials)))
+    decoded = (tokenizer.decode(piece) for piece in pieces)  # a piece may start with the special token: left out
+    return [piece for piece in decoded if piece]
+
+
+def _marked(ids: NDArray[np.int64], tokenizer: TextTokenizer, manifest: Manifest) -> str:
+    """The whole document in one line: `<s><boi>[image 0: 16 tokens]<eoi>this is a seven</s>`."""
+    vocabulary, specials = manifest.vocab, manifest.vocab.specials
+    pieces: list[str] = []
+    seen: Counter[str] = Counter()
+    for modality, run in _runs(ids, vocabulary):
+        if modality == manifest.modalities[0]:
+            for piece in np.split(run, np.flatnonzero(run < len(specials))):
+                if len(piece) and piece[0] < len(specials):
+                    pieces.append(specials[piece[0]])
+                pieces.append(tokenizer.decode(piece))
+            continue
+        number = f" {seen[modality]}" if vocabulary.marks(modality) else ""
+        pieces.append(f"[{modality}{number}: {len(run)} tokens]")
+        seen[modality] += 1
+    return "".join(pieces)
+
+
+def _contact_sheet(text: str, images: Sequence[NDArray[np.uint8]]) -> PIL.Image.Image:
+    """The text above the images, enlarged without smoothing so that single pixels can be distinguished."""
+    width = (_SHEET_WIDTH - 2 * _SHEET_GAP) // 7  # the built-in font is about 7 pixels wide
+    # the built-in font has no glyphs beyond Latin-1
+    shown = text.encode("latin-1", "replace").decode("latin-1")
+    lines = [shown[at : at + width] for at in range(0, len(shown), width)][:40]
+    lines = [line.replace("\n", " ") for line in lines]
+    columns = _SHEET_WIDTH // (_SHEET_IMAGE + _SHEET_GAP)
+    rows = -(-len(images) // columns)
+    top = _SHEET_GAP + _SHEET_LINE * len(lines)
+    height = top + rows * (_SHEET_IMAGE + _SHEET_GAP) + _SHEET_GAP
+    sheet = PIL.Image.new("RGB", (_SHEET_WIDTH, height), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        draw.text((_SHEET_GAP, _SHEET_GAP + number * _SHEET_LINE), line, fill="black")
+    for number, pixels in enumerate(images):
+        row, column = divmod(number, columns)
+        picture = to_picture(pixels).convert("RGB").resize((_SHEET_IMAGE,) * 2, PIL.Image.Resampling.NEAREST)
+        sheet.paste(
+            picture, (_SHEET_GAP + column * (_SHEET_IMAGE + _SHEET_GAP), top + row * (_SHEET_IMAGE + _SHEET_GAP))
+        )
+    return sheet

@@ -1,0 +1,398 @@
+"""Prepares a data set from documents (`mmscale data prepare`): atomic, resumable and bit-identical.
+
+Order on disk: source.json (the input), tokenizers, parts, rejected.jsonl, tasks, digests.json, manifest. Without the
+manifest nothing loads; finished files are kept if the run is interrupted at any moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmscale import bounded
+from mmscale.config import Config, PrepareConfig
+from mmscale.config.plugins import uses
+from mmscale.data import digests
+from mmscale.data.built_in.digits import TASK as DIGIT_TASK
+from mmscale.data.built_in.digits import digit_task
+from mmscale.data.built_in.emoji import TASK as EMOJI_TASK
+from mmscale.data.built_in.emoji import emoji_task
+from mmscale.data.documents.readers import list_local
+from mmscale.data.documents.schema import DocumentSlice
+from mmscale.data.modalities.fit import check_settings, item_tokenizers, text_tokenizer
+from mmscale.data.modalities.modality import Codec
+from mmscale.data.modalities.table import remarks
+from mmscale.data.prepared import tasks
+from mmscale.data.prepared.build import WorkSetup, build_parts
+from mmscale.data.prepared.encode import text_remarks
+from mmscale.data.prepared.folder import REJECTED, claimed, tokenizer_folders
+from mmscale.data.prepared.inputs import listing, slices_of, source_of
+from mmscale.data.prepared.manifest import (
+    FORMAT,
+    MANIFEST,
+    MOST_BYTES,
+    NO_TOKENIZER,
+    TEXT,
+    Manifest,
+    Split,
+    Task,
+    read_manifest,
+    write_manifest,
+)
+from mmscale.data.prepared.megatron import (
+    MegatronCorpus,
+    check_tokenizer_named,
+    check_tokens,
+    content_of,
+    corpora_of,
+    identities,
+    link,
+    offset_of,
+)
+from mmscale.data.prepared.parts import (
+    SPLITS,
+    FinishedPart,
+    PartJob,
+    read_finished,
+    strict_error,
+    total_tallies,
+)
+from mmscale.data.prepared.questions import read_questions
+from mmscale.data.prepared.reuse import check_companions
+from mmscale.data.prepared.shared_content import shared_content
+from mmscale.data.prepared.shares import Share, SharedPlan, shares_of
+from mmscale.data.prepared.table_facts import keep_facts
+from mmscale.data.prepared.whole_files import write_error, write_whole
+from mmscale.data.progress import Reporter
+from mmscale.data.vocab import IMAGE, Vocabulary
+from mmscale.errors import ConfigError, DataError
+from mmscale.tables import plugins
+
+
+def prepare(
+    config: Config,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    strict: bool | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Make a data set, or finish one that was begun; a finished one is left as it is.
+
+    Args:
+        config: `vocab` and `data.prepare` are used.
+        out: the data set's folder.
+        overwrite: make everything again, whatever is there.
+        strict: the first bad document is an error; default: data.prepare.strict.
+        workers: processes; default: data.prepare.workers.
+        progress: report on stderr.
+
+    Raises:
+        ConfigError: settings are missing or contradict each other.
+        DataError: an input is missing or bad, `out` holds something else, the disk is full, a worker died.
+    """
+    settings, vocabulary, reporter = _begun(config, out, overwrite=overwrite, progress=progress)
+    strict = settings.strict if strict is None else strict
+    try:
+        if settings.source == "megatron":
+            check_tokenizer_named(settings)
+            corpora = list(corpora_of(list_local(settings.documents)))
+            source = source_of(settings, vocabulary, identities(corpora))
+            with claimed(out, source, overwrite=overwrite):
+                return _link(out, settings, vocabulary, corpora, source, reporter)
+        jobs, source = _listed(settings, vocabulary, reporter)
+        with claimed(out, source, overwrite=overwrite):
+            return _prepare(out, settings, vocabulary, jobs, source, strict, workers or settings.workers, reporter)
+    except OSError as error:
+        raise write_error(error, Path(error.filename or out)) from error
+
+
+def plan_shares(
+    config: Config,
+    out: Path,
+    *,
+    number: int,
+    overwrite: bool = False,
+    strict: bool | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> list[Share]:
+    """List the documents and make the tokenizers, so that several processes can make the parts; `prepare` finishes.
+
+    Args:
+        config: as of `prepare`.
+        out: likewise.
+        number: shares at most.
+        overwrite: likewise.
+        strict: likewise.
+        workers: processes of each share.
+        progress: likewise.
+
+    Returns:
+        The shares of what is missing; none if every part is there.
+
+    Raises:
+        ConfigError, DataError: as `prepare`.
+    """
+    settings, vocabulary, reporter = _begun(config, out, overwrite=overwrite, progress=progress)
+    if settings.source == "megatron":
+        raise ConfigError("data.prepare: a Megatron corpus has no parts to share", remedy="leave --tasks out")
+    strict = settings.strict if strict is None else strict
+    try:
+        slices, source = _listed(settings, vocabulary, reporter)
+        with claimed(out, source, overwrite=overwrite):
+            plan = _planned(out, settings, vocabulary, slices, strict, reporter)
+            missing = [job for job in plan.jobs if read_finished(out, job) is None]
+            if missing:
+                (out / MANIFEST).unlink(missing_ok=True)  # a data set with missing parts must not load
+            SharedPlan(len(plan.jobs)).write(out)
+    except OSError as error:
+        raise write_error(error, Path(error.filename or out)) from error
+    return shares_of(plan.setup, missing, source=source["digest"], number=number, workers=workers or settings.workers)
+
+
+def finish(config: Config, out: Path, *, strict: bool | None, workers: int | None) -> None:
+    """`prepare`, as the job behind all shares does it."""
+    prepare(config, out, strict=strict, workers=workers)
+
+
+def _begun(config: Config, out: Path, *, overwrite: bool, progress: bool) -> tuple[PrepareConfig, Vocabulary, Reporter]:
+    """Settings that were checked, the vocabulary, and what says how far it is."""
+    settings = config.data.prepare
+    if settings is None:
+        raise ConfigError("data.prepare is not set", remedy="say what to prepare: data.prepare.source=digits")
+    reporter = Reporter(enabled=progress)
+    vocabulary = Vocabulary.from_config(config.vocab)
+    check_settings(settings, vocabulary)
+    for use in uses(settings, "data.prepare."):
+        plugins.check(use)
+    for note in check_companions(config, settings, out, overwrite=overwrite):
+        reporter.say(note)
+    return settings, vocabulary, reporter
+
+
+def _listed(
+    settings: PrepareConfig, vocabulary: Vocabulary, reporter: Reporter
+) -> tuple[list[list[DocumentSlice]], dict[str, Any]]:
+    """The input cut into parts, and the record of it."""
+    with reporter.part("listing documents"):
+        slices = slices_of(settings)
+        found = slices, source_of(settings, vocabulary, listing(slices))
+    for note in dict.fromkeys(note for part in slices for piece in part for note in getattr(piece, "notes", ())):
+        reporter.say(note)
+    return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be made, with the tokenizers in the folder."""
+
+    jobs: list[PartJob]
+    setup: WorkSetup
+    codecs: dict[str, Codec]
+    fingerprints: dict[str, str]
+
+
+def _planned(
+    out: Path,
+    settings: PrepareConfig,
+    vocabulary: Vocabulary,
+    slices: Sequence[Sequence[DocumentSlice]],
+    strict: bool,
+    reporter: Reporter,
+) -> _Plan:
+    flat = [piece for part in slices for piece in part]
+    text = text_tokenizer(out, settings, vocabulary, flat, reporter)
+    codecs = item_tokenizers(out, settings, vocabulary, flat, reporter)
+    fingerprints = {TEXT: text.fingerprint()} | {name: codec.fingerprint() for name, codec in codecs.items()}
+    others = [f"{name}:{value}" for name, value in fingerprints.items() if name not in (TEXT, IMAGE)]
+    # The digest of a part depends on this order and form: another one would make every finished part again.
+    ours = (fingerprints[TEXT], fingerprints.get(IMAGE, NO_TOKENIZER), *others)
+    identity = (*ours, vocabulary.fingerprint, str(settings.max_document_tokens), str(settings.held_out))
+    jobs = [PartJob(index, tuple(part), identity) for index, part in enumerate(slices)]
+    setup = WorkSetup(out, vocabulary, settings.max_document_tokens, settings.held_out, strict, _salvaged(settings))
+    return _Plan(jobs, setup, codecs, fingerprints)
+
+
+def _prepare(
+    out: Path,
+    settings: PrepareConfig,
+    vocabulary: Vocabulary,
+    slices: Sequence[Sequence[DocumentSlice]],
+    source: dict[str, Any],
+    strict: bool,
+    workers: int,
+    reporter: Reporter,
+) -> Manifest:
+    plan = _planned(out, settings, vocabulary, slices, strict, reporter)
+    jobs, setup, codecs, fingerprints = plan.jobs, plan.setup, plan.codecs, plan.fingerprints
+
+    finished = {job.index: part for job in jobs if (part := read_finished(out, job)) is not None}
+    missing = [job for job in jobs if job.index not in finished]
+    if not missing and (manifest := _standing(out, source)) is not None:
+        _check_strict(strict, finished.values())
+        _report(reporter, out, manifest, "is already prepared")
+        return manifest
+    if finished:
+        reporter.say(f"{len(finished)} of {len(jobs)} parts are there already")
+    _check_strict(strict, finished.values())
+    named_before = not _without_content(out, source)
+    (out / MANIFEST).unlink(missing_ok=True)  # a data set with missing parts must not load
+    with reporter.bar("documents", sum(job.count for job in missing)) as advance:
+        made = build_parts(setup, missing, workers=workers, advance=advance)
+    finished |= {job.index: part for job, part in zip(missing, made, strict=True)}
+    parts = [finished[job.index] for job in jobs]
+
+    rejected = [item for part in parts for item in part.rejected]
+    write_whole(out / REJECTED, "".join(json.dumps(asdict(item)) + "\n" for item in rejected).encode())
+    if not any(part.splits for part in parts):
+        first = f" (the first: {rejected[0].where}: {rejected[0].reason})" if rejected else ""
+        raise DataError(f"data: no document is usable{first}", remedy=f"see {out / REJECTED}")
+    found_tasks = _write_tasks(out, settings, setup, reporter)
+    by_split = {name: tuple(part.splits[name] for part in parts if name in part.splits) for name in SPLITS}
+    manifest = Manifest(
+        format=FORMAT,
+        modalities=vocabulary.names,
+        ranges=vocabulary.ranges,
+        vocabulary=vocabulary.fingerprint,
+        marked=vocabulary.marked,
+        tokenizers=fingerprints,
+        tokens_per_item={name: codec.tokens_per_item for name, codec in codecs.items()},
+        splits={name: Split(parts=own) for name, own in by_split.items()},
+        tasks=found_tasks,
+        rejected=len(rejected),
+        source=source["digest"],
+        content=_content(jobs, parts) if named_before else "",
+    )
+    known = {name: digest for part in parts for name, digest in part.digests.items()}
+    sizes = [name for part in parts for name in part.sizes]
+    with reporter.part("digests"):
+        write_whole(out / digests.DIGESTS, digests.text(_digests(out, known, sizes, manifest)))
+    write_manifest(out, manifest)
+    keep_facts(out, manifest)
+    _report(reporter, out, manifest, "is prepared")
+    tallies = total_tallies(out)
+    remarked = [line for name, codec in codecs.items() for line in remarks(name, tallies.get(name, {}), codec)]
+    for note in (*remarked, *text_remarks(tallies.get(TEXT, {})), *shared_content(out, manifest).notes()):
+        reporter.say(note)
+    return manifest
+
+
+def _link(
+    out: Path,
+    settings: PrepareConfig,
+    vocabulary: Vocabulary,
+    corpora: Sequence[MegatronCorpus],
+    source: dict[str, Any],
+    reporter: Reporter,
+) -> Manifest:
+    """A data set of Megatron corpora."""
+    if (manifest := _standing(out, source)) is not None:
+        check_tokens(out, corpora, reporter)
+        _report(reporter, out, manifest, "is already prepared")
+        return manifest
+    text = text_tokenizer(out, settings, vocabulary, (), reporter)
+    splits, known = link(out, corpora, settings, vocabulary, offset_of(settings, text), reporter)
+    if not any(splits.values()):
+        raise DataError("data: the corpora have no documents", remedy="name corpora with documents")
+    setup = WorkSetup(out, vocabulary, settings.max_document_tokens, settings.held_out, settings.strict)
+    manifest = Manifest(
+        format=FORMAT,
+        modalities=vocabulary.names,
+        ranges=vocabulary.ranges,
+        vocabulary=vocabulary.fingerprint,
+        marked=vocabulary.marked,
+        tokenizers={TEXT: text.fingerprint()},
+        tokens_per_item={},
+        splits={name: Split(parts=tuple(parts)) for name, parts in splits.items()},
+        tasks=_write_tasks(out, settings, setup, reporter),
+        source=source["digest"],
+        content="" if _without_content(out, source) else content_of(known),
+    )
+    write_whole(out / digests.DIGESTS, digests.text(_digests(out, known, (), manifest)))
+    write_manifest(out, manifest)
+    keep_facts(out, manifest)
+    _report(reporter, out, manifest, "is prepared")
+    return manifest
+
+
+def _write_tasks(out: Path, settings: PrepareConfig, setup: WorkSetup, reporter: Reporter) -> tuple[Task, ...]:
+    found = []
+    with reporter.part("tasks"):
+        for name, items in _questions(settings, setup):
+            file = f"{tasks.FOLDER}/{name}.jsonl"
+            tasks.write_task(out / file, items)
+            found.append(Task(name=name, file=file, kind="choice" if items[0].choices else "exact"))
+    return tuple(found)
+
+
+def _content(jobs: Sequence[PartJob], parts: Sequence[FinishedPart]) -> str:
+    """Digest of all parts if documents name files, which may change behind an unchanged listing; else "".
+
+    Also "" if a part is from before their state was kept: the data set keeps its identity when a part is made again.
+    """
+    if not any(job.items for job in jobs) or any(part.items is None for part in parts):
+        return ""
+    return hashlib.sha256(json.dumps([part.digests for part in parts], sort_keys=True).encode()).hexdigest()
+
+
+def _without_content(out: Path, source: dict[str, Any]) -> bool:
+    """Whether the manifest, which may be of a damaged data set, is of these documents and has no digest of parts."""
+    try:
+        found = bounded.read_object(out / MANIFEST, most=MOST_BYTES)
+    except (OSError, *bounded.BAD_CONTENT):
+        return False
+    return found.get("source") == source["digest"] and not found.get("content")
+
+
+def _digests(out: Path, known: dict[str, str], files: Iterable[str], manifest: Manifest) -> dict[str, str]:
+    """Of every file that training, evaluation and drawing read, but the manifest."""
+    others = [out / name for name in files if name not in known]
+    others += [out / task.file for task in manifest.tasks]
+    for folder in tokenizer_folders():
+        others += sorted(file for file in (out / folder).rglob("*") if file.is_file())
+    return digests.collect(out, known, others)
+
+
+def _questions(settings: PrepareConfig, setup: WorkSetup) -> Iterator[tuple[str, list[tasks.TaskItem]]]:
+    """Tasks of the built-in data sets, and the files of questions that the settings name."""
+    for name, file in settings.tasks.items():
+        yield name, read_questions(Path(file), setup.encoder())
+    if settings.source == "digits":
+        yield DIGIT_TASK, digit_task(setup.encoder())
+    if settings.source == "emoji":
+        encoder = setup.encoder()
+        items = emoji_task(settings.emoji, settings.held_out, encoder) if IMAGE in encoder.codecs else []
+        if items:
+            yield EMOJI_TASK, items
+
+
+def _salvaged(settings: PrepareConfig) -> tuple[str, ...]:
+    return (IMAGE,) if settings.image.damaged == "salvage" else ()
+
+
+def _standing(out: Path, source: dict[str, Any]) -> Manifest | None:
+    """The manifest, if the data set is finished and whole."""
+    try:
+        manifest = read_manifest(out)
+    except DataError:
+        return None
+    whole = manifest.source == source["digest"] and all((out / task.file).is_file() for task in manifest.tasks)
+    return manifest if whole else None
+
+
+def _check_strict(strict: bool, parts: Iterable[FinishedPart]) -> None:
+    for part in parts:
+        if strict and part.rejected:
+            raise strict_error(part.rejected[0])
+
+
+def _report(reporter: Reporter, out: Path, manifest: Manifest, state: str) -> None:
+    counts = ", ".join(f"{split.documents} {name}" for name, split in manifest.splits.items())
+    rejected = f"; {manifest.rejected} rejected, see {out / REJECTED}" if manifest.rejected else ""
+    reporter.say(f"{out} {state}: {counts} documents{rejected}")

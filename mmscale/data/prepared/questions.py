@@ -1,0 +1,197 @@
+"""Reads a file of questions: documents without their end, with the answers to choose from or the one right answer.
+
+One JSON object per line, with the keys of a document and
+
+    "choices": [" cat", " dog"], "answer": 1       which of these ends the document?
+    "answer": " dog"                                does the model write exactly this?
+
+An answer is appended to the last text as it is: a space in front of it belongs to it. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmscale import bounded
+from mmscale.config import Config
+from mmscale.data.documents.schema import Document, Rejected, Text, folder_resolver, parse_document
+from mmscale.data.modalities.table import open_codecs
+from mmscale.data.modalities.text_tokens import open_text_tokenizer
+from mmscale.data.prepared.encode import DocumentEncoder, Encoded
+from mmscale.data.prepared.manifest import most_complete, read_blend
+from mmscale.data.prepared.named_tasks import named_tasks
+from mmscale.data.prepared.tasks import TaskItem, read_task
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import DataError
+
+_MOST_LINE = 64 << 20  # bytes, as of a document
+_FORMAT = 'a question is a document with "choices": ["...", "..."] and "answer": NUMBER from 0, or with "answer": "..."'
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A line of the file.
+
+    Attributes:
+        document: what stands before the answer.
+        answers: the texts to choose from; one: exactly this is asked for.
+        right: index of the right one.
+    """
+
+    document: Document
+    answers: tuple[str, ...]
+    right: int
+
+
+def read_questions(file: Path, encoder: DocumentEncoder) -> list[TaskItem]:
+    """The questions of a file as ids.
+
+    Args:
+        file: JSONL; image paths are relative to its folder.
+        encoder: makes ids as the data set's documents got theirs.
+
+    Raises:
+        DataError: the file is missing, a line is no question, or an answer cannot be told from another one.
+    """
+    items = [_encoded(question, encoder) for question in _read(file)]
+    if not items:
+        raise DataError(f"task: {file} holds no questions", remedy=_FORMAT)
+    if len({len(item.choices) > 0 for item in items}) > 1:
+        raise DataError(
+            f"task: {file} mixes questions with choices and questions without", remedy="make two files of them"
+        )
+    return items
+
+
+def tokenizers_folder(config: Config) -> Path:
+    """The data set of a configuration that has all of its tokenizers.
+
+    Raises:
+        DataError: no data set of it is there.
+    """
+    folder = most_complete(read_blend(config))
+    assert folder is not None, "a configuration that is evaluated names data"
+    return folder
+
+
+def encoder_of(config: Config) -> DocumentEncoder:
+    """Documents to ids, with the tokenizers of the configuration's data.
+
+    Raises:
+        DataError: no data set of it is there.
+    """
+    folder = tokenizers_folder(config)
+    return DocumentEncoder(
+        Vocabulary.from_config(config.vocab),
+        text=open_text_tokenizer(folder),
+        codecs=open_codecs(folder),
+        max_tokens=config.model.seq_length,
+    )
+
+
+def task_items(config: Config) -> dict[str, list[TaskItem]]:
+    """The questions that a run is asked at every evaluation, by name (`train.tasks`).
+
+    Raises:
+        DataError: as `tasks.named_tasks`; a file holds no questions, or a question is longer than a sequence.
+    """
+    if not config.train.tasks:
+        return {}
+    blend = read_blend(config)
+    found: dict[str, list[TaskItem]] = {}
+    for name, place in named_tasks(config, blend).items():
+        if place in blend:
+            found[name] = read_task(place, blend[place], name)
+        else:
+            found[name] = read_questions(place, encoder_of(config))
+    longest = max(len(ids) for items in found.values() for item in items for ids in _whole(item))
+    if longest - 1 > config.model.seq_length:
+        raise DataError(
+            f"train.tasks: a question with its answer has {longest} tokens, model.seq_length is "
+            f"{config.model.seq_length}",
+            remedy="leave it out, or train on longer sequences",
+        )
+    return found
+
+
+def _whole(item: TaskItem) -> Iterator[tuple[int, ...]]:
+    """A question with each of its answers."""
+    start, end = item.answer
+    choices = item.choices or (item.ids[start:end],)
+    return ((*item.ids[:start], *choice) for choice in choices)
+
+
+def _read(file: Path) -> Iterator[_Question]:
+    resolve = folder_resolver(file.parent)
+    try:
+        with file.open("rb") as stream:
+            number = 0
+            while line := stream.readline(_MOST_LINE):
+                number += 1
+                if line.strip():
+                    yield _parsed(line, where=f"{file}:{number}", resolve=resolve)
+    except OSError as error:
+        raise DataError(f"task: {file} cannot be read: {error.strerror}", remedy="correct the path") from error
+
+
+def _parsed(line: bytes, *, where: str, resolve: Any) -> _Question:
+    try:
+        record = bounded.parse_json(line)
+    except bounded.BAD_CONTENT as error:
+        raise DataError(f"task: {where}: not JSON: {error}", remedy=_FORMAT) from error
+    if not isinstance(record, dict):
+        raise DataError(f"task: {where}: the line is no object", remedy=_FORMAT)
+    choices, answer = record.pop("choices", None), record.pop("answer", None)
+    document = parse_document(record, where=where, fallback_id=where, resolve=resolve)
+    if isinstance(document, Rejected):
+        raise DataError(f"task: {where}: {document.reason}", remedy=_FORMAT)
+    if choices is None:
+        if not isinstance(answer, str) or not answer:
+            raise DataError(f"task: {where}: there are no choices, and answer is no text", remedy=_FORMAT)
+        return _Question(document, (answer,), 0)
+    texts = choices if isinstance(choices, list) and all(isinstance(one, str) and one for one in choices) else []
+    if len(texts) < 2 or len(set(texts)) < len(texts):
+        raise DataError(f"task: {where}: choices are no list of at least two different texts", remedy=_FORMAT)
+    if type(answer) is not int or not 0 <= answer < len(texts):
+        raise DataError(f"task: {where}: answer is {answer!r}, no number from 0 to {len(texts) - 1}", remedy=_FORMAT)
+    return _Question(document, tuple(texts), answer)
+
+
+def _encoded(question: _Question, encoder: DocumentEncoder) -> TaskItem:
+    """Every answer is encoded with the text before it; what all of them begin with belongs to the question.
+
+    The answers go to the document's end, `</s>` included: else "cat" is likelier than every name that begins with it.
+    """
+    rows = [_ids(_ending_with(question.document, answer), encoder) for answer in question.answers]
+    whole = rows[question.right]
+    # The question alone ends with `</s>`, which no answer begins with.
+    start = _common(rows if len(rows) > 1 else [whole, _ids(question.document, encoder)])
+    answers = tuple(row[start:] for row in rows)
+    if len(set(answers)) < len(answers) or not all(answers):
+        raise DataError(f"task: {question.document.where}: two choices have the same tokens", remedy="make them differ")
+    return TaskItem(whole, (start, len(whole)), answers if len(answers) > 1 else ())
+
+
+def _ending_with(document: Document, answer: str) -> Document:
+    *before, last = document.content
+    content = (*before, Text(last.text + answer)) if isinstance(last, Text) else (*before, last, Text(answer))
+    return replace(document, content=content)
+
+
+def _ids(document: Document, encoder: DocumentEncoder) -> tuple[int, ...]:
+    (encoded,) = encoder.encode([document])
+    if not isinstance(encoded, Encoded):
+        raise DataError(f"task: {encoded.where}: {encoded.reason}", remedy="mend the document")
+    return tuple(encoded.ids.tolist())
+
+
+def _common(rows: Sequence[tuple[int, ...]]) -> int:
+    """Ids that all rows begin with; not the whole of one."""
+    number = 0
+    shortest = min(map(len, rows))
+    while number < shortest - 1 and len({row[number] for row in rows}) == 1:
+        number += 1
+    return number

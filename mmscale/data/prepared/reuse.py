@@ -1,0 +1,216 @@
+"""Preparing a second data set for a blend: the settings that reuse another set's tokenizers, and the check before work.
+
+Two data sets can be mixed only if their ids mean the same. This module reads small files of the other set and fits
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mmscale import bounded
+from mmscale.config import Config, PrepareConfig
+from mmscale.data.documents.schema import article
+from mmscale.data.modalities import image_kinds, image_tokens, text_tokens
+from mmscale.data.modalities.fit import LOAD
+from mmscale.data.modalities.image_settings import SETTINGS
+from mmscale.data.modalities.table import MODALITIES, folder_of, load_codec
+from mmscale.data.prepared.manifest import NO_TOKENIZER, Manifest, read_manifest
+from mmscale.data.vocab import IMAGE, Vocabulary
+from mmscale.errors import DataError
+
+_RECORD = "source.json"  # what a data set was prepared with (prepare.py)
+_SINGLE_USE = ("path", "fit_patches", "residual")  # settings of the fit, which a reused codebook does not need
+
+
+def settings_like(folder: Path) -> list[str]:
+    """Overrides that give a new data set the vocabulary and the tokenizers of a prepared one.
+
+    Args:
+        folder: the prepared data set.
+
+    Returns:
+        `KEY=VALUE` lines for `vocab.modalities`, `data.prepare.text` and `data.prepare.image`.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    ranges = zip(manifest.modalities, manifest.ranges, strict=True)
+    modalities = [
+        {"name": name, "size": end - start} | ({"marks": True} if name in manifest.marked else {})
+        for name, (start, end) in ranges
+    ]
+    found: dict[str, Any] = {
+        "vocab.modalities": modalities,
+        "data.prepare.text.load": str(folder / text_tokens.FOLDER / text_tokens.FILE),
+    }
+    others = {name: {LOAD: str(folder / folder_of(name))} for name in manifest.tokens_per_item if name != IMAGE}
+    if others:
+        found["data.prepare.modalities"] = others
+    place = folder / image_tokens.FOLDER
+    if manifest.image_tokenizer != NO_TOKENIZER:
+        fitting = image_kinds.load_image_tokenizer(place).fitting
+        known = {"fit": fitting.fit, "background": list(fitting.background)} | _image_settings(folder)
+        found |= {f"data.prepare.image.{key}": value for key, value in known.items() if key not in _SINGLE_USE}
+        found["data.prepare.image.path"] = str(place)
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+
+
+def check_vocabulary_like(folder: Path, config: Config) -> None:
+    """Refuse a configuration with another vocabulary than a prepared data set's.
+
+    Raises:
+        DataError: they differ; training with this configuration would refuse the new data set.
+    """
+    manifest = read_manifest(folder)
+    if manifest.vocabulary != Vocabulary.from_config(config.vocab).fingerprint:
+        ranges = zip(manifest.modalities, manifest.ranges, strict=True)
+        has = _sizes((name, end - start, name in manifest.marked) for name, (start, end) in ranges)
+        wants = _sizes((one.name, one.size, one.marks) for one in config.vocab.modalities)
+        raise DataError(
+            f"data prepare --like {folder}: its vocabulary is {has}, the configuration's {wants}",
+            remedy="give vocab.modalities the sizes and marks of the data set: ids of both must mean the same",
+        )
+
+
+def check_fit_like(folder: Path, config: Config) -> None:
+    """Refuse a configuration that says another fit of pictures than a prepared data set's.
+
+    Raises:
+        DataError: it does; one that says nothing is not refused.
+    """
+    if config.data.prepare is None or not (folder / image_tokens.FOLDER).is_dir():
+        return
+    image, has = config.data.prepare.image, image_kinds.load_image_tokenizer(folder / image_tokens.FOLDER).fitting
+    for key, own, wanted in (
+        ("fit", has.fit, image.fit),
+        ("background", list(has.background), list(image.background)),
+    ):
+        if key in image.model_fields_set and own != wanted:
+            raise DataError(
+                f"data prepare --like {folder}: its pictures have {key} {own}, data.prepare.image.{key} is {wanted}",
+                remedy=f"set data.prepare.image.{key} to {own}: one picture must get the same codes in both",
+            )
+
+
+def check_companions(config: Config, settings: PrepareConfig, out: Path, *, overwrite: bool) -> list[str]:
+    """Compare the tokenizers that `out` will have with those of the data sets that it is to be mixed with.
+
+    Args:
+        config: names the blend and the validation sets.
+        settings: how `out` is prepared.
+        out: folder of the new data set.
+        overwrite: what `out` holds of other documents goes, with its tokenizers.
+
+    Returns:
+        Notes for the user where `out` is not part of the configuration's data.
+
+    Raises:
+        DataError: `out` is part of the configuration's data, and its tokenizers would be others than those of a data
+            set that is prepared already.
+    """
+    named = [Path(source.path) for source in config.data.sources] + [
+        Path(one) for one in config.data.validation.values()
+    ]
+    mixed = any(one.resolve() == out.resolve() for one in named)
+    for folder in named:
+        if folder.resolve() == out.resolve():
+            continue
+        try:
+            manifest = read_manifest(folder)
+        except DataError:
+            continue  # not prepared yet
+        what = _differs(config, settings, out if not overwrite else None, manifest)
+        if not what:
+            continue
+        like = ["--like", str(folder)]
+        if not mixed:
+            return [
+                f"note: {out} gets {what} of its own; to train on it together with {folder}, add {shlex.join(like)}"
+            ]
+        again = ["--overwrite"] if _is_begun(out) else []
+        raise DataError(
+            f"data: {out} would get {what} of its own, but the configuration mixes it with {folder}: one id would mean "
+            "two things",
+            remedy=f"reuse the tokenizers of {folder}: add `{shlex.join([*like, *again])}` to this command",
+        )
+    return []
+
+
+def _differs(config: Config, settings: PrepareConfig, out: Path | None, manifest: Manifest) -> str:
+    """Names of the tokenizers that would not be those of `manifest`; empty: they are the same."""
+    found = []
+    if _text_fingerprint(config, settings, out) != manifest.text_tokenizer:
+        found.append("a text tokenizer")
+    wanted = manifest.image_tokenizer
+    if wanted != NO_TOKENIZER and _image_fingerprint(config, settings, out) != wanted:
+        found.append("an image tokenizer")
+    for name, fingerprint in manifest.tokenizers.items():
+        if name in MODALITIES and name != IMAGE and _fingerprint(name, settings, out) != fingerprint:
+            found.append(f"{article(name)} tokenizer")
+    return " and ".join(found)
+
+
+def _text_fingerprint(config: Config, settings: PrepareConfig, out: Path | None) -> str:
+    """Of the tokenizer that `out` has, will load, or that needs no text; empty: it will be trained."""
+    own = [] if out is None else [out / text_tokens.FOLDER / text_tokens.FILE]
+    named = [] if settings.text.load is None else [Path(settings.text.load)]
+    file = next((file for file in (*own, *named) if file.is_file()), None)
+    if file is None and settings.text.kind == "bytes":
+        vocabulary = Vocabulary.from_config(config.vocab)
+        low, high = vocabulary.ranges[0]
+        tokenizer = text_tokens.TextTokenizer.of_bytes(size=high - low, specials=vocabulary.specials)
+        return tokenizer.fingerprint()
+    return "" if file is None else text_tokens.TextTokenizer.load(file).fingerprint()
+
+
+def _fingerprint(name: str, settings: PrepareConfig, out: Path | None) -> str:
+    """Of another modality's tokenizer that `out` has or will load; empty: it will be fitted."""
+    own = [] if out is None else [out / folder_of(name)]
+    load = settings.modalities.get(name, {}).get(LOAD)
+    named = [] if load is None else [Path(str(load))]
+    folder = next((folder for folder in (*own, *named) if folder.is_dir()), None)
+    return "" if folder is None else load_codec(name, folder).fingerprint()
+
+
+def _image_fingerprint(config: Config, settings: PrepareConfig, out: Path | None) -> str:
+    """Of the tokenizer that `out` has, will load, or needs no fit; empty: it will be fitted."""
+    own = [] if out is None else [out / image_tokens.FOLDER]
+    named = [] if settings.image.path is None else [Path(settings.image.path)]
+    folder = next((folder for folder in (*own, *named) if (folder / SETTINGS).is_file()), None)
+    if folder is not None:
+        return image_kinds.load_image_tokenizer(folder).fingerprint()
+    image, names = settings.image, config.vocab.names
+    if IMAGE not in names:
+        return ""
+    made = image_kinds.without_images(image, config.vocab.modalities[names.index(IMAGE)].size)
+    return "" if made is None else made.fingerprint()
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    """Settings of `data.prepare.image` that the data set was prepared with."""
+    try:
+        record = bounded.read_object(folder / _RECORD)
+        return dict(record["settings"]["image"])
+    except (OSError, *bounded.BAD_CONTENT):  # prepared by another program
+        pass
+    try:
+        own = bounded.read_object(folder / image_tokens.FOLDER / SETTINGS)
+        return {key: own[key] for key in ("kind", "size", "channels", "patch") if key in own}
+    except (OSError, *bounded.BAD_CONTENT) as error:
+        raise DataError(
+            f"data: the image tokenizer of {folder} cannot be read: {error}", remedy="copy the data set again"
+        ) from error
+
+
+def _is_begun(out: Path) -> bool:
+    return (out / _RECORD).is_file()
+
+
+def _sizes(modalities: Iterable[tuple[str, int, bool]]) -> str:
+    return " + ".join(f"{size} {name}{' (marks)' if marks else ''}" for name, size, marks in modalities)

@@ -1,0 +1,38 @@
+"""Nominal shares of the modalities, measured from a configuration's training data. Reads manifests only; no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmscale.config import Config
+from mmscale.config.derived import first_weights
+from mmscale.data.prepared.identity import selected
+from mmscale.data.prepared.manifest import check_vocabulary, named_sources, parts_of, read_manifest
+from mmscale.data.vocab import Vocabulary
+
+
+def nominal_share(config: Config) -> dict[str, float]:
+    """Share of each modality in the training tokens, from which static expert capacities follow.
+
+    A blend's weights count sequences, and packed sequences are nearly full, so they weigh the shares of the tokens;
+    weights that change, as they are at the beginning, so that the shares do not depend on the number of steps.
+
+    Raises:
+        ConfigError: no data set is named.
+        DataError: a data set is missing or damaged.
+    """
+    if config.model.experts.share != "auto":
+        return dict(config.model.experts.share)
+    entries = named_sources(config)
+    weights = first_weights(config)
+    share = dict.fromkeys(config.vocab.names, 0.0)
+    for entry, weight in zip(entries, weights, strict=True):
+        folder = Path(entry.path)
+        manifest = read_manifest(folder)
+        check_vocabulary(folder, manifest, Vocabulary.from_config(config.vocab))
+        parts_of(folder, manifest, "train")
+        weighted = selected(config, folder, manifest)
+        own = manifest.share("train") if weighted is None else weighted.share()
+        for name, part in own.items():
+            share[name] += weight / sum(weights) * part
+    return share

@@ -1,0 +1,122 @@
+"""Preparing a data set by several processes that share a folder: each makes some of the parts.
+
+One process lists the documents and makes the tokenizers (`prepare.plan_shares`), each share makes its parts, and
+`prepare` finishes: it makes what is missing, and writes the manifest. Without a manifest nothing loads, so a share may
+be killed at any moment. A share that starts late, when the data set is finished or is of other documents, does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmscale import bounded
+from mmscale.data.modalities.table import register
+from mmscale.data.prepared.build import WorkSetup, build_parts
+from mmscale.data.prepared.folder import PLAN, read_source
+from mmscale.data.prepared.manifest import MANIFEST
+from mmscale.data.prepared.parts import DONE, PartJob, read_finished
+from mmscale.data.prepared.whole_files import LOCK, write_whole
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some parts of a data set; calling it makes those that are missing.
+
+    Attributes:
+        setup: what workers need.
+        jobs: the parts.
+        workers: processes.
+        source: digest of what the data set is made from, as in source.json.
+    """
+
+    setup: WorkSetup
+    jobs: tuple[PartJob, ...]
+    workers: int
+    source: str
+
+    def __call__(self) -> None:
+        """Make the parts, or none if the folder has become another data set or a finished one.
+
+        Raises:
+            DataError: one cannot be made. Parts that were finished before stay.
+        """
+        for modality in self.setup.modalities:  # a new process knows the built-in ones only
+            register(modality)
+        with _shared(self.setup.folder) as there:
+            if why := self._too_late() if there else "is gone":
+                sys.stderr.write(f"data: {self.setup.folder} {why}; this task makes no parts of it\n")
+                return
+            missing = [job for job in self.jobs if read_finished(self.setup.folder, job) is None]
+            build_parts(self.setup, missing, workers=self.workers, advance=lambda _: None)
+
+    def _too_late(self) -> str:
+        """Why no part may be made any more; "": they may. The folder is held."""
+        now = read_source(self.setup.folder)
+        if now is None or now.get("digest") != self.source:
+            return "is made from something else by now"
+        return "is finished" if (self.setup.folder / MANIFEST).exists() else ""
+
+
+def shares_of(setup: WorkSetup, jobs: Sequence[PartJob], *, source: str, number: int, workers: int) -> list[Share]:
+    """Every n-th part for each of `number` shares; none without parts."""
+    return [Share(setup, tuple(jobs[first::number]), workers, source) for first in range(min(number, len(jobs)))]
+
+
+@contextlib.contextmanager
+def _shared(folder: Path) -> Iterator[bool]:
+    """Hold the folder together with other shares, so that nobody else prepares or removes it; whether there is one."""
+    with contextlib.ExitStack() as held:
+        try:
+            lock = held.enter_context((folder / LOCK).open("r"))
+        except FileNotFoundError:
+            yield False
+            return
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield True
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """What several processes are making, for those who ask how far it is.
+
+    Attributes:
+        parts: that the data set will have.
+        jobs: that make them, the last one finishes.
+    """
+
+    parts: int
+    jobs: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the data set's folder."""
+        write_whole(folder / PLAN, json.dumps(asdict(self)).encode())
+
+
+def read_plan(folder: Path) -> SharedPlan | None:
+    """What several processes make, or have made, in a folder; None: nothing, or its record is damaged."""
+    try:
+        return bounded.read_record(SharedPlan, folder / PLAN)
+    except (OSError, *bounded.BAD_CONTENT):
+        return None
+
+
+def how_far(folder: Path) -> dict[str, Any] | None:
+    """State of a data set that several processes make, by its files; None: the folder is none.
+
+    Returns:
+        `folder`, `state` (preparing, prepared), `parts`, `done` and `jobs`.
+    """
+    planned = read_plan(folder)
+    if planned is None:
+        return None
+    done = len(list((folder / DONE).glob("*.json")))
+    state = "prepared" if (folder / MANIFEST).is_file() else "preparing"
+    return {"folder": str(folder), "state": state, "parts": planned.parts, "done": done, "jobs": list(planned.jobs)}

@@ -1,0 +1,171 @@
+"""Facts of documents for `mmscale plan --data`: of a prepared data set, or of document files that are not prepared yet.
+
+Reads manifests and records, opens some pictures for their sizes, and tokenizes nothing. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from mmscale.config import PrepareConfig
+from mmscale.data.documents.readers import list_files, scan_files
+from mmscale.data.documents.schema import Document, DocumentSlice, Item, SplitName, Text
+from mmscale.data.modalities.image_files import open_image
+from mmscale.data.modalities.modality import Report, Sample
+from mmscale.data.modalities.table import MODALITIES
+from mmscale.data.prepared.identity import identity_of
+from mmscale.data.prepared.manifest import HELD_OUT, MANIFEST, TRAIN, parts_of, read_manifest
+from mmscale.data.prepared.selection import read_selection
+from mmscale.data.prepared.table_facts import table_facts
+from mmscale.data.vocab import IMAGE
+from mmscale.errors import DataError
+from mmscale.plan.sizing_inputs import Facts, Items
+
+_RECORDS = 20_000  # of the files' starts are read; the rest is taken to be like them
+_PICTURES = 200  # are opened
+_ITEMS = 16  # of each other modality are read, to learn how many tokens they have
+
+
+def survey(where: Sequence[str]) -> Facts:
+    """Facts of a prepared data set's folder, or of document files.
+
+    Args:
+        where: one folder, or files (globs allowed).
+
+    Raises:
+        DataError: they are missing or damaged, or hold no documents.
+    """
+    if len(where) == 1 and Path(where[0]).is_dir():
+        folder = Path(where[0])
+        if not (folder / MANIFEST).is_file():
+            raise DataError(
+                f"data: {folder} is a folder without a prepared data set",
+                remedy=f"name the document files instead: --data '{folder}/*.jsonl'",
+            )
+        return _of_folder(folder)
+    return _of_files(where)
+
+
+def _of_folder(folder: Path) -> Facts:
+    manifest = read_manifest(folder)
+    ranges = zip(manifest.modalities, manifest.ranges, strict=True)
+    parts_of(folder, manifest, TRAIN)  # raises: there are none
+    longest = max(
+        table_facts(folder, manifest, split).longest for split, own in manifest.splits.items() if own.documents
+    )
+    chosen = read_selection(folder, of=identity_of(folder, manifest))
+    tokens = {name: manifest.splits[TRAIN].tokens(name) for name in manifest.modalities}
+    if chosen is not None:
+        tokens = {name: round(count) for name, count in chosen.tokens.items()}
+    each = manifest.tokens_per_image
+    return Facts(
+        where=(str(folder),),
+        documents=manifest.splits[TRAIN].documents if chosen is None else round(chosen.copies),
+        images=tokens.get("image", 0) // each if each else 0,
+        ids={name: end - start for name, (start, end) in ranges},
+        marked=manifest.marked,
+        tokens=tokens,
+        longest=longest,
+        held_out=manifest.splits[HELD_OUT].documents if HELD_OUT in manifest.splits else 0,
+    )
+
+
+def _of_files(where: Sequence[str]) -> Facts:
+    slices = scan_files(list_files(where), slice_records=_RECORDS, threads=1)
+    total = sum(piece.count for piece in slices)
+    share = max(1, _RECORDS // max(1, len(slices)))
+    read: list[Document] = []
+    for piece in slices:
+        own: list[Document] = []
+        for record in piece.read():
+            if isinstance(record, Document):
+                own.append(record)
+            if len(own) >= share:
+                break
+        read += own
+    if not read:
+        raise DataError(
+            f"data: there is no readable document in {', '.join(where)}",
+            remedy="`mmscale data prepare` lists what is wrong with each in rejected.jsonl",
+        )
+    scale = max(1.0, total / len(read)) if len(read) >= share else 1.0
+    texts = [sum(len(one.text) for one in document.content if isinstance(one, Text)) for document in read]
+    sizes = [sum(len(one.text.encode()) for one in document.content if isinstance(one, Text)) for document in read]
+    numbers = [len(document.images) for document in read]
+    pictures = [image for document in read for image in document.images]
+    edges, channels = _looked_at(pictures[:: max(1, len(pictures) // _PICTURES)])
+    return Facts(
+        where=tuple(where),
+        documents=round(scale * len(read)),
+        images=round(scale * sum(numbers)),
+        characters=round(scale * sum(texts)),
+        edge=round(median(edges)) if edges else None,
+        channels=channels,
+        most_images=max(numbers),
+        most_bytes=max(sizes),
+        distinct_images=max(1, round(scale * len({_name(image) for image in pictures}))) if pictures else None,
+        others=tuple(_others(read, slices, scale)),
+    )
+
+
+class _Few(Sample):
+    """The first items only: enough to fit a tokenizer that is thrown away."""
+
+    def items(self, split: SplitName, limit: int) -> Iterator[Item]:
+        """As of the base class."""
+        return itertools.islice(super().items(split, limit), _ITEMS)
+
+
+def _others(read: Sequence[Document], slices: Sequence[DocumentSlice], scale: float) -> Iterator[Items]:
+    """Items of modalities besides text and images.
+
+    Args:
+        read: the documents that were read.
+        slices: where they are from.
+        scale: documents that there are for each that was read.
+
+    Raises:
+        DataError: no item of a modality can be read.
+    """
+    for name, modality in MODALITIES.items():
+        counts = [len(document.items(name)) for document in read]
+        if name == IMAGE or not any(counts):
+            continue
+        silent = Report(lambda _: None, lambda _: None)
+        codec = modality.fit({}, _Few(name, slices, PrepareConfig()), _ITEMS, silent)
+        if codec is None:
+            raise DataError(
+                f"data: no {name} of the documents can be read",
+                remedy="`mmscale data prepare` lists what is wrong with each in rejected.jsonl",
+            )
+        yield Items(name, round(scale * sum(counts)), max(counts), codec.tokens_per_item)
+
+
+def _looked_at(pictures: Iterable[Item]) -> tuple[list[int], int]:
+    """Shorter edges of pictures [pixels], and 1 if all are grey, else 3."""
+    edges, grey = [], True
+    for image in pictures:
+        with contextlib.suppress(Exception):  # an unreadable picture is reported when the documents are prepared
+            source = image.source
+            if isinstance(source, np.ndarray):
+                edges.append(min(source.shape[:2]))
+                grey = grey and (source.ndim == 2 or source.shape[-1] == 1)
+                continue
+            with open_image(source) as opened:
+                edges.append(min(opened.size))
+                grey = grey and opened.mode in ("1", "L", "LA", "I", "I;16")
+    return edges, 1 if edges and grey else 3
+
+
+def _name(image: Item) -> str:
+    if isinstance(image.source, Path):
+        return str(image.source)
+    content = image.source if isinstance(image.source, bytes) else image.source.tobytes()
+    return hashlib.sha256(content).hexdigest()

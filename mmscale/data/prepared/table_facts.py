@@ -1,0 +1,155 @@
+"""What the per-document tables of a split add up to: the longest document, trained labels of each modality.
+
+The tables of a small split are read and checked whenever somebody asks. Those of a large one are read and checked once;
+the result is kept beside the data. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmscale import bounded
+from mmscale.data.prepared.manifest import FIRST_MODALITY, Manifest, Part, checked_table, parts_of
+from mmscale.errors import DataError
+
+log = logging.getLogger(__name__)
+
+LARGE = 1 << 20  # a split with more documents is not read whole at each start
+_CACHE = ".cache"  # inside the data set
+_THREADS = 8  # numpy's sums run beside one another
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """Facts of a split's tables.
+
+    Attributes:
+        longest: tokens of the longest document.
+        where: number of that document in its split.
+        labels: labels of each modality that are trained on, over all documents.
+    """
+
+    longest: int
+    where: int
+    labels: tuple[int, ...]
+
+
+def table_facts(folder: Path, manifest: Manifest, split: str, *, cache: Path | None = None) -> TableFacts:
+    """Facts of a split.
+
+    Args:
+        folder: the data set.
+        manifest: its manifest.
+        split: one that has documents.
+        cache: where facts of large splits are kept; default: .cache inside the data set.
+
+    Raises:
+        DataError: there is no such split, or a table is missing or damaged.
+    """
+    parts = parts_of(folder, manifest, split)
+    if sum(part.documents for part in parts) <= LARGE:
+        return _read(folder, manifest, parts)
+    file = (cache or folder / _CACHE) / f"facts-{_key(folder, manifest, split, parts)}.json"
+    found = _kept(file, len(manifest.modalities))
+    if found is None:
+        found = _read(folder, manifest, parts)
+        _keep(file, found)
+    return found
+
+
+def keep_facts(folder: Path, manifest: Manifest) -> None:
+    """Read the tables of large splits now, so that no start of a run has to."""
+    for split, own in manifest.splits.items():
+        if own.documents > LARGE:
+            table_facts(folder, manifest, split)
+
+
+def longer_than(folder: Path, manifest: Manifest, split: str, *, tokens: int) -> int:
+    """How many documents of a split have more tokens than this."""
+    parts = parts_of(folder, manifest, split)
+    return sum(int((_lengths(checked_table(folder, part, manifest.modalities)) > tokens).sum()) for part in parts)
+
+
+def _read(folder: Path, manifest: Manifest, parts: tuple[Part, ...]) -> TableFacts:
+    with ThreadPoolExecutor(min(_THREADS, len(parts))) as threads:
+        found = list(_in_order(threads, folder, manifest, parts))
+    before = np.cumsum([0, *(part.documents for part in parts)])
+    first = max(range(len(found)), key=lambda number: found[number].longest)
+    return TableFacts(
+        longest=found[first].longest,
+        where=int(before[first]) + found[first].where,
+        labels=tuple(map(sum, zip(*(one.labels for one in found), strict=True))),
+    )
+
+
+def _in_order(
+    threads: ThreadPoolExecutor, folder: Path, manifest: Manifest, parts: tuple[Part, ...]
+) -> Iterator[TableFacts]:
+    """Facts of each part; after a failure no further part is read."""
+    try:
+        yield from threads.map(partial(_of_part, folder, manifest), parts)
+    except DataError:
+        threads.shutdown(cancel_futures=True)
+        raise
+
+
+def _of_part(folder: Path, manifest: Manifest, part: Part) -> TableFacts:
+    table = checked_table(folder, part, manifest.modalities)
+    lengths = _lengths(table)
+    where, modalities = int(lengths.argmax()), len(manifest.modalities)
+    labels = table[:, :modalities].copy()
+    labels[:, FIRST_MODALITY] -= 1  # a document's first token is nobody's label
+    trained = (table[:, modalities, None] >> np.arange(modalities)) & 1
+    return TableFacts(int(lengths[where]), where, tuple((labels * trained).sum(axis=0).tolist()))
+
+
+def _lengths(table: np.ndarray) -> np.ndarray:
+    lengths: np.ndarray = table[:, :-1].sum(axis=1)
+    return lengths
+
+
+def _key(folder: Path, manifest: Manifest, split: str, parts: tuple[Part, ...]) -> str:
+    """Changes when the tables do; of data that other programs made also when they are written again."""
+    listing: list[Any] = [split, manifest.vocabulary, manifest.source, [part.listing for part in parts]]
+    if not manifest.source:
+        try:
+            listing += [(folder / f"{part.prefix}.meta.npy").stat().st_mtime_ns for part in parts]
+        except OSError as error:
+            raise DataError(
+                f"data: {error.filename} cannot be read: {error.strerror}", remedy="run `mmscale data prepare` again"
+            ) from error
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _kept(file: Path, modalities: int) -> TableFacts | None:
+    try:
+        content = bounded.read_object(file)
+        found = TableFacts(int(content["longest"]), int(content["where"]), tuple(map(int, content["labels"])))
+    except FileNotFoundError:
+        return None
+    except (OSError, *bounded.BAD_CONTENT) as error:
+        log.warning("data: %s cannot be read and is made again: %s", file, error)
+        return None
+    return found if len(found.labels) == modalities else None
+
+
+def _keep(file: Path, found: TableFacts) -> None:
+    """Write whole or not at all; a folder that cannot be written is no error."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(found)))
+        temporary.replace(file)
+    except OSError as error:
+        log.warning("data: %s cannot be written: the tables are read again at the next start: %s", file, error)

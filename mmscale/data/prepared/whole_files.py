@@ -1,0 +1,71 @@
+"""Writes files that are there whole or not at all, also after a power cut and beside other processes; locks folders.
+
+A file is written under a temporary name of its own, and renamed once it is on disk. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from mmscale.errors import DataError
+
+LOCK = ".lock"  # of a data set's folder
+TEMPORARY = ".tmp"  # the end of every temporary name
+_AGAIN = "free some space and run the same command again: finished parts are kept"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a data set's folder alone; waits for those who hold it. The lock ends with the process, however it ends."""
+    with (folder / LOCK).open("a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_error(error: OSError, path: Path) -> DataError:
+    """What a full disk, a quota or missing rights mean to the user."""
+    return DataError(f"data: {path} could not be written: {error.strerror or error}", remedy=_AGAIN)
+
+
+def temporary_for(file: Path) -> Path:
+    """A name beside a file that no other writer uses: two processes that make the same file do not mix their bytes."""
+    return file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    temporary = temporary_for(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            sync(stream)
+        publish([(temporary, file)])
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(stream: BinaryIO) -> None:
+    """Put what was written to a file on disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def publish(renames: Sequence[tuple[Path, Path]]) -> None:
+    """Give files that are on disk their names, which are on disk too afterwards."""
+    for temporary, file in renames:
+        temporary.replace(file)
+    for folder in {file.parent for _, file in renames}:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

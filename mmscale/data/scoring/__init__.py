@@ -1,0 +1,1 @@
+"""Scores of documents, and what follows from them: how often training reads each document."""

@@ -1,0 +1,239 @@
+"""The order "blocks": documents of a large source are shuffled across and inside blocks that are packed one by one.
+
+Chunks of consecutive documents are shuffled by a permutation whose elements are computed alone (feistel.py), and each
+block holds as many of them as any other, within one. A block is packed as an epoch of a small source is (packing.py).
+So time and memory do not depend on the number of documents. Where a block's sequences begin in the stream follows from
+the counts of all earlier blocks, which are kept (block_counts.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.stream.block_counts import BlockCounts
+from mmscale.data.stream.feistel import ROUNDS, Shuffle
+from mmscale.data.stream.packing import NO_SEQUENCES, Packing, Purpose, check_lengths, random_bits
+from mmscale.data.stream.sequences import START, Begin, Block, PackSettings, Rest, SequenceStream, pack_documents
+from mmscale.data.stream.source import Source
+from mmscale.errors import DataError
+from mmscale.tables.settings import DataOrder
+
+# Raise it when the same input gives another order.
+ORDER = 1
+_LEFT = 1 << 62  # number of the "block" of what was left of an epoch, as `pack_epoch` counts them
+_FEW = 2  # blocks: more missing counts than that are found together with other processes
+
+
+@dataclass(frozen=True)
+class Division:
+    """A source's documents divided into blocks, in each epoch into others.
+
+    Attributes:
+        documents: of the source.
+        order: sizes of blocks and chunks.
+    """
+
+    documents: int
+    order: DataOrder
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of consecutive documents; the last one may be smaller."""
+        return -(-self.documents // self.order.chunk)
+
+    def __len__(self) -> int:
+        """Blocks of an epoch, of at least `order.block` documents each if the source has as many."""
+        return max(1, self.chunks // max(1, self.order.block // self.order.chunk))
+
+    def members(self, number: int, *, seed: int, position: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
+        """Documents of a block, ascending."""
+        places = np.arange(self._first(number), self._first(number + 1))
+        if shuffle:
+            places = np.sort(self._shuffle(seed, position, epoch).at(places))
+        found = (places[:, None] * self.order.chunk + np.arange(self.order.chunk)).ravel()
+        return found[found < self.documents]
+
+    def behind(self, number: int, *, seed: int, position: int, epoch: int) -> int:
+        """Documents of a block of a shuffled epoch and of all that follow it."""
+        last = self.chunks - 1
+        found = (self.chunks - self._first(number)) * self.order.chunk
+        if self._shuffle(seed, position, epoch).place_of(np.array([last]))[0] >= self._first(number):
+            found -= self.chunks * self.order.chunk - self.documents  # the last chunk is smaller
+        return found
+
+    def _first(self, number: int) -> int:
+        """Place of a block's first chunk in the order of chunks."""
+        return self.chunks * number // len(self)
+
+    def _shuffle(self, seed: int, position: int, epoch: int) -> Shuffle:
+        keys = random_bits(ROUNDS, seed=seed, source=position, purpose=Purpose.CHUNKS, number=epoch)
+        return Shuffle(self.chunks, keys=keys)
+
+
+@dataclass(frozen=True, eq=False)
+class _Portion:
+    """Documents of one epoch that are packed together, and the number that selects their random order."""
+
+    epoch: int
+    number: int
+    documents: NDArray[np.int64]
+
+
+class BlockStream(SequenceStream):
+    """Sequences of one source whose epochs are shuffled and packed in blocks (order "blocks").
+
+    Args:
+        source: the documents.
+        packing: how they become sequences.
+        order: sizes of blocks and chunks.
+        folders: where the counts of sequences may be kept.
+        begin: what was read before: what is left of begun blocks comes first, then the rest of a begun epoch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        packing: PackSettings,
+        *,
+        order: DataOrder,
+        folders: Sequence[Path],
+        begin: Begin = START,
+    ) -> None:
+        super().__init__(source, begin=begin)
+        self._division = Division(len(source), order)
+        self._packing = packing
+        self._settings: dict[str, Any] = {
+            "seq_length": packing.seq_length,
+            "window": packing.window,
+            "seed": packing.seed,
+            "source": packing.position,
+            "shuffle": packing.shuffle,
+            "multiple": packing.multiple,
+        }
+        left = [[epoch, zlib.crc32(np.ascontiguousarray(documents).data)] for epoch, documents in begin.leftovers]
+        listing = [ORDER, source.identity, [order.block, order.chunk], self._settings, begin.epoch, left, begin.unread]
+        listing.append(None if begin.rest is None else [begin.rest.seed, begin.rest.position, begin.rest.first])
+        self._key = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()[:16]
+        self._counts = BlockCounts(folders, self._key)
+
+    @property
+    def first_epoch(self) -> int:
+        """Sequences of the first whole epoch: of one pass exactly, otherwise as if all blocks were like the first."""
+        blocks = len(self._division)
+        if self._packing.once:
+            self._count_all(blocks)
+            return self._ends[blocks - 1]
+        number = 1 if self._begin.leftovers else 0
+        seed, position, epoch, block = self._address(number)
+        members = self._division.members(block, seed=seed, position=position, epoch=epoch)
+        return max(1, round(len(self.block(number).packing) * len(self.source) / len(members)))
+
+    def _count_all(self, blocks: int) -> None:
+        """Count the sequences of the first blocks."""
+        missing = [number for number in range(len(self._ends), blocks) if self._counts.get(number) is None]
+        if len(missing) > _FEW:
+            self._counts.find(missing, self._count)
+        while len(self._ends) < blocks:
+            self._ends.append((self._ends[-1] if self._ends else 0) + self._counted(len(self._ends)))
+
+    def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
+        """Where a stream continues after some of this one's sequences were read; arguments as of the base class."""
+        last = int(more[-1]) if len(more) else taken - 1
+        if last < 0:
+            return self._begin
+        first_block, last_block = self.locate(taken)[0], self.locate(last)[0]
+        following = max(first_block, last_block) + 1
+        left: dict[int, list[NDArray[np.int64]]] = {}
+        for number in range(first_block, following):
+            for epoch, documents in self._unread(number, taken, more):
+                if len(documents):
+                    left.setdefault(epoch, []).append(documents)
+        leftovers = tuple((epoch, np.sort(np.concatenate(parts))) for epoch, parts in sorted(left.items()))
+        seed, position, epoch, block = self._address(following)
+        if block == 0:
+            return Begin(leftovers, epoch)
+        unread = self._division.behind(block, seed=seed, position=position, epoch=epoch)
+        rest = Rest(seed=seed, position=position, epoch=epoch, first=block, documents=unread)
+        return Begin(leftovers, epoch + 1, rest)
+
+    def _address(self, number: int) -> tuple[int, int, int, int]:
+        """Seed, position, epoch, and block of the epoch of a block of the stream that is not of leftovers."""
+        if self._begin.leftovers:
+            number -= 1
+        rest = self._begin.rest
+        if rest is not None:
+            blocks = len(self._division) - rest.first
+            if number < blocks:
+                return rest.seed, rest.position, rest.epoch, rest.first + number
+            number -= blocks
+        epoch, block = divmod(number, len(self._division))
+        return self._packing.seed, self._packing.position, self._begin.epoch + epoch, block
+
+    def _portions(self, number: int) -> list[_Portion]:
+        """The documents of a block of the stream."""
+        if number == 0 and self._begin.leftovers:
+            return [_Portion(epoch, _LEFT, documents) for epoch, documents in self._begin.leftovers]
+        seed, position, epoch, block = self._address(number)
+        members = self._division.members(
+            block, seed=seed, position=position, epoch=epoch, shuffle=self._packing.shuffle
+        )
+        return [_Portion(epoch, 1 + block, self.source.of_epoch(members, epoch))]
+
+    def _epochs_in(self, number: int) -> list[tuple[int, int]]:
+        return [(portion.epoch, len(portion.documents)) for portion in self._portions(number)]
+
+    def _pack(self, number: int) -> Packing:
+        parts = [NO_SEQUENCES]
+        for portion in self._portions(number):
+            if not len(portion.documents):
+                continue
+            lengths = self.source.rows(portion.documents).lengths
+            check_lengths(
+                lengths,
+                seq_length=self._packing.seq_length,
+                what=f"data: {self.source.folder} ({self.source.split}), a block",
+                numbers=portion.documents,
+            )
+            parts.append(
+                pack_documents(
+                    self.source, portion.documents, epoch=portion.epoch, block=portion.number, **self._settings
+                )
+            )
+        return Packing.joined(parts)
+
+    def _make(self, number: int) -> Block:
+        packing = self._pack(number)
+        known = self._counts.get(number)
+        if known is not None and known != len(packing):
+            raise DataError(
+                f"data: block {number} of {self.source.folder} has {len(packing)} sequences, {known} were counted "
+                "before: its tables have changed",
+                remedy="delete the counts-*.npy of its packing cache, and do not go on with a run that has read it",
+            )
+        self._counts.add(number, len(packing))
+        return Block(packing, self.source)
+
+    def _count(self, number: int) -> int:
+        return len(self._pack(number))
+
+    def _counted(self, number: int) -> int:
+        known = self._counts.get(number)
+        return len(self.block(number).packing) if known is None else known
+
+    def _size(self, number: int, *, wanted: int) -> int:
+        if self._counts.get(number) is None:
+            # Without padding; a few blocks too many are counted otherwise.
+            each = max(1, self.source.tokens // len(self._division) // self._packing.seq_length)
+            guess = number + 1 + (wanted - (self._ends[-1] if self._ends else 0)) // each
+            if guess - number > _FEW:
+                self._counts.find(range(number, guess), self._count)
+        return self._counted(number)

@@ -1,0 +1,64 @@
+"""Files of packing indices and counts: written whole or not at all, by one process of several, and never needed.
+
+A cache that is lost, damaged or cannot be written costs time but never changes the order.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.config import Config
+
+log = logging.getLogger(__name__)
+
+
+def spare_cache(config: Config) -> Path:
+    """Folder in the run for indices that cannot be written beside the data."""
+    return Path(config.run.dir) / config.run.name / ".cache"
+
+
+def write_array(path: Path, array: NDArray[np.int64]) -> None:
+    """Write whole or not at all; a full disk or a folder without write permission is no error."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("data: packing index %s cannot be written, it stays in memory: %s", path, error)
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[bool]:
+    """Hold the lock of the files of this name, and remove what killed writers left. Yields whether it can be written.
+
+    The lock only saves work: without one (some network file systems) every process packs for itself, and since
+    all get the same bytes and files appear whole, the last writer does no harm.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / f"{name}.lock").open("a")
+    except OSError as error:
+        log.warning("data: no packing cache in %s, indices stay in memory: %s", folder, error)
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for stale in folder.glob(f"{name}-*.tmp"):  # left by a process that was killed
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("data: %s cannot be locked: %s", file.name, error)
+        yield True

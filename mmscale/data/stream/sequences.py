@@ -1,0 +1,208 @@
+"""What the orders of a source have in common: sequences numbered from 0 through all passes, found block by block.
+
+packing_cache.py and blocks.py define what a block holds. N sequences, K modalities.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.stream.packing import NO_SEQUENCES, Packing, pack_epoch
+from mmscale.data.stream.source import Source
+
+_BLOCKS_IN_MEMORY = 2
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Blocks of a begun epoch of which nothing was read (order "blocks").
+
+    Attributes:
+        seed, position: they decided which documents each block of the epoch holds.
+        epoch: number of the epoch.
+        first: the first of the blocks; all later ones of the epoch follow.
+        documents: of these blocks.
+    """
+
+    seed: int
+    position: int
+    epoch: int
+    first: int
+    documents: int
+
+
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """Where a stream of a source begins that was read before, under other settings.
+
+    Attributes:
+        leftovers: number of each epoch that was begun, and its documents that were not read, ascending.
+        epoch: the first epoch of which nothing was read.
+        rest: blocks of a begun epoch that come after the leftovers.
+    """
+
+    leftovers: tuple[tuple[int, NDArray[np.int64]], ...] = ()
+    epoch: int = 0
+    rest: Rest | None = None
+
+    @property
+    def unread(self) -> int:
+        """Documents that are left of epochs that were begun."""
+        left = sum(len(documents) for _, documents in self.leftovers)
+        return left + (self.rest.documents if self.rest else 0)
+
+
+START = Begin()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """How documents of a source become sequences.
+
+    Attributes:
+        position: place of the source in the blend; it selects the random streams.
+        seq_length: tokens of a sequence.
+        seed: the run's seed.
+        window: documents among which packing chooses.
+        shuffle: False keeps the stored order.
+        once: only the first epoch will be read, to its end.
+        multiple: documents are padded to a multiple of this, which divides seq_length.
+    """
+
+    position: int
+    seq_length: int
+    seed: int
+    window: int
+    shuffle: bool = True
+    once: bool = False
+    multiple: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Sequences that were packed together, with sums per sequence."""
+
+    packing: Packing
+    source: Source
+
+    @cached_property
+    def _sums(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        rows = self.source.rows(self.packing.documents)
+        return self.packing.sums_of(rows.counts), self.packing.sums_of(rows.labels)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Tokens per modality of each sequence [N, K]."""
+        return self._sums[0]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Trained labels per modality of each sequence [N, K]."""
+        return self._sums[1]
+
+
+def pack_documents(read_from: Source, documents: NDArray[np.int64], *, epoch: int, **settings: Any) -> Packing:
+    """Documents of one epoch as sequences of documents of the source.
+
+    Args:
+        read_from: the source.
+        documents: their numbers, ascending; one that is read several times is there as often.
+        epoch: number of the epoch.
+        settings: further arguments of `pack_epoch`.
+    """
+    if not len(documents):
+        return NO_SEQUENCES
+    found, copies = np.unique(documents, return_counts=True)
+    repeated = copies if len(found) < len(documents) else None
+    packing = pack_epoch(read_from.rows(found).lengths, epoch=epoch, copies=repeated, **settings)
+    return Packing(packing.starts, found[packing.documents])
+
+
+class SequenceStream(ABC):
+    """Sequences of one source, numbered from 0 through all epochs.
+
+    Attributes:
+        source: the documents.
+    """
+
+    def __init__(self, source: Source, *, begin: Begin) -> None:
+        self.source = source
+        self._begin = begin
+        self._ends: list[int] = []  # sequences up to the end of each block that was counted
+        self._loaded: OrderedDict[int, Block] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be read again, for worker processes that do not fork."""
+        return {**self.__dict__, "_loaded": OrderedDict()}
+
+    @property
+    @abstractmethod
+    def first_epoch(self) -> int:
+        """Sequences of the first whole epoch: exact for one pass, an estimate for a large source otherwise."""
+
+    @abstractmethod
+    def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
+        """Where a stream continues after some of this one's sequences were read.
+
+        Args:
+            taken: sequences 0..taken-1 were read.
+            more: further ones that were read, none below `taken`, ascending.
+        """
+
+    @abstractmethod
+    def _make(self, number: int) -> Block:
+        """One block: from the cache, or packed now."""
+
+    @abstractmethod
+    def _size(self, number: int, *, wanted: int) -> int:
+        """Sequences of a block, all earlier ones being counted. The one that is looked for is sequence `wanted`."""
+
+    @abstractmethod
+    def _epochs_in(self, number: int) -> Sequence[tuple[int, int]]:
+        """Epochs that a block's documents belong to, in the order of its documents, and how many are of each."""
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Block of a sequence of the stream, and its place inside the block."""
+        while not self._ends or self._ends[-1] <= number:
+            size = self._size(len(self._ends), wanted=number)
+            self._ends.append((self._ends[-1] if self._ends else 0) + size)
+        block = bisect_right(self._ends, number)
+        return block, number - (self._ends[block - 1] if block else 0)
+
+    def stretch(self, start: int, count: int) -> Iterator[tuple[Block, NDArray[np.int64]]]:
+        """The sequences start..start+count-1, cut at blocks' borders: a block and places inside it."""
+        while count > 0:
+            number, place = self.locate(start)
+            block = self.block(number)
+            taken = min(count, len(block.packing) - place)
+            yield block, np.arange(place, place + taken)
+            start, count = start + taken, count - taken
+
+    def block(self, number: int) -> Block:
+        """One block: from memory, from the cache, or packed now."""
+        if number not in self._loaded:
+            made = self._make(number)
+            while len(self._loaded) >= _BLOCKS_IN_MEMORY:
+                self._loaded.popitem(last=False)
+            self._loaded[number] = made
+        return self._loaded[number]
+
+    def _unread(self, number: int, taken: int, more: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+        """Epochs of a block and their documents that were not read, ascending; arguments as of `behind`."""
+        packing = self.block(number).packing
+        sequences = np.arange(len(packing)) + (self._ends[number - 1] if number else 0)
+        read = np.repeat((sequences < taken) | np.isin(sequences, more), np.diff(packing.starts))
+        found, end = [], 0
+        for epoch, documents in self._epochs_in(number):
+            start, end = end, end + documents
+            found.append((epoch, np.sort(packing.documents[start:end][~read[start:end]])))
+        return found

@@ -1,0 +1,118 @@
+"""The per-document tables of a split: modalities, lengths and loss masks of the documents that are asked for.
+
+Small splits are read whole and checked. The tables of large ones stay in mapped files, which the processes of a node
+share in the page cache; only the rows that are asked for are read and checked. K modalities.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.data.prepared import table_facts
+from mmscale.data.prepared.manifest import FIRST_MODALITY, Part, checked_table, map_table, refuse_damaged
+
+_MAPS = 128  # open at once; each takes a file descriptor
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentRows:
+    """Rows of a table.
+
+    Attributes:
+        counts: tokens per modality of each document, int32 [n, K].
+        bits: loss masks: bit m set, labels of modality m are trained on, int64 [n].
+    """
+
+    counts: NDArray[np.int32]
+    bits: NDArray[np.int64]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, int64 [n]."""
+        return self.counts.sum(axis=1, dtype=np.int64)
+
+    @cached_property
+    def trained(self) -> NDArray[np.bool_]:
+        """Whether labels of a modality are trained on, bool [n, K]."""
+        return (self.bits[:, None] >> np.arange(self.counts.shape[1])) & 1 == 1
+
+    @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """Labels per modality that are trained on, int32 [n, K]; a label is the next token of the same document."""
+        labels = self.counts.copy()
+        labels[:, FIRST_MODALITY] -= 1
+        return labels * self.trained
+
+
+class DocumentTable:
+    """The tables of a split's parts, as one.
+
+    Args:
+        folder: the data set's folder.
+        parts: those of the split that have documents.
+        modalities: names of the modalities.
+
+    Attributes:
+        whole: whether it was read whole and checked.
+
+    Raises:
+        DataError: a table of a small split is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[Part], modalities: tuple[str, ...]) -> None:
+        self._folder, self._parts, self._modalities = folder, tuple(parts), modalities
+        self._ends = np.cumsum([part.documents for part in parts])
+        self.whole = int(self._ends[-1]) <= table_facts.LARGE
+        self._rows: DocumentRows | None = None
+        if self.whole:
+            self._rows = _rows(np.concatenate([checked_table(folder, part, modalities) for part in parts]))
+        self._maps: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the maps, for worker processes that do not fork."""
+        return {**self.__dict__, "_maps": OrderedDict()}
+
+    def rows(self, documents: NDArray[np.integer]) -> DocumentRows:
+        """Rows of some documents, in any order.
+
+        Raises:
+            DataError: a table is missing or damaged.
+        """
+        if self._rows is not None:
+            return DocumentRows(self._rows.counts[documents], self._rows.bits[documents])
+        table = np.empty((len(documents), len(self._modalities) + 1), np.int64)
+        part_of = np.searchsorted(self._ends, documents, side="right")
+        by_part = np.argsort(part_of, kind="stable")
+        numbers, firsts = np.unique(part_of[by_part], return_index=True)
+        for number, chosen in zip(numbers.tolist(), np.split(by_part, firsts[1:]), strict=True):
+            start = int(self._ends[number]) - self._parts[number].documents
+            table[chosen] = self._map(number)[documents[chosen] - start]
+            refuse_damaged(table[chosen], self._folder, self._parts[number], self._modalities)
+        return _rows(table)
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document of the split, int32 [D]."""
+        if self._rows is not None:
+            return self._rows.counts.sum(axis=1, dtype=np.int32)
+        tables = (checked_table(self._folder, part, self._modalities) for part in self._parts)
+        return np.concatenate([table[:, :-1].sum(axis=1, dtype=np.int32) for table in tables])
+
+    def _map(self, number: int) -> NDArray[Any]:
+        """A part's table, mapped; of many the one that was opened longest ago is closed."""
+        if number not in self._maps:
+            if len(self._maps) >= _MAPS:
+                self._maps.popitem(last=False)
+            self._maps[number] = map_table(self._folder, self._parts[number])
+        return self._maps[number]
+
+
+def _rows(table: NDArray[Any]) -> DocumentRows:
+    return DocumentRows(table[:, :-1].astype(np.int32), table[:, -1].astype(np.int64))

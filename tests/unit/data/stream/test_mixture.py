@@ -1,0 +1,597 @@
+# mmscale/data/stream/mixture.py, packing_cache.py and loader.py: a micro-batch is a pure function of its number,
+# whoever asks.
+"""Tests of the stream of micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import multiprocessing
+import pickle
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmscale.config import Config
+from mmscale.data.prepared import table_facts
+from mmscale.data.prepared.share import nominal_share
+from mmscale.data.stream import packing_cache
+from mmscale.data.stream.loader import BatchLoader
+from mmscale.data.stream.micro_batch import MicroBatch, slot_usage
+from mmscale.data.stream.mixture import Mixture, open_mixture
+from mmscale.data.stream.sharing import RankPart
+from mmscale.data.stream.source import Source
+from mmscale.data.vocab import BOS, EOS, PAD, Vocabulary
+from mmscale.errors import ConfigError, DataError
+from mmscale.tables.settings import DATA_ORDERS
+from tests.unit.data.corpora import THREE, VOCABULARY, corpus, document, prepare
+
+SEQ = 128
+DOCUMENTS = 120
+OPTIONS: dict[str, Any] = {"seq_length": SEQ, "micro_batch_size": 4, "seed": 3, "pack_window": 40, "deal_window": 16}
+
+
+SMALL_BLOCKS = dataclasses.replace(DATA_ORDERS["blocks"], block=24, chunk=4, above=20)
+
+
+@pytest.fixture(params=list(DATA_ORDERS))
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each order in turn, with blocks of few documents and tables that stay in their files."""
+    if request.param != "epochs":
+        monkeypatch.setitem(DATA_ORDERS, "blocks", SMALL_BLOCKS)
+        monkeypatch.setattr(table_facts, "LARGE", SMALL_BLOCKS.above)
+    monkeypatch.setitem(OPTIONS, "order", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[np.ndarray]:
+    return corpus(DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, documents: list[np.ndarray]) -> Path:
+    return prepare(tmp_path_factory.mktemp("data") / "set", documents, parts=3)
+
+
+def open_sources(*folders: Path, vocabulary: Vocabulary = VOCABULARY) -> list[Source]:
+    return [Source(folder, split="train", vocabulary=vocabulary) for folder in folders]
+
+
+def mix(*folders: Path, **options: Any) -> Mixture:
+    return Mixture(open_sources(*folders), VOCABULARY, **{**OPTIONS, **options})
+
+
+def digest(batch: MicroBatch) -> str:
+    content = hashlib.sha256()
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        content.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return content.hexdigest()
+
+
+def documents_in(batch: MicroBatch) -> list[tuple[int, ...]]:
+    """Token ids of every document, cut out by document_ids alone."""
+    found = []
+    for row, ids in zip(batch.tokens, batch.document_ids, strict=True):
+        pieces = np.split(row, np.flatnonzero(np.diff(ids)) + 1)
+        found += [tuple(piece.tolist()) for piece in pieces if piece[0] != PAD]
+    return found
+
+
+# What a micro-batch holds
+
+
+def test_shapes_types_and_padding(folder: Path) -> None:
+    batch = mix(folder).micro_batch(0)
+    types = {"tokens": "int64", "labels": "int64", "loss_mask": "float32", "position_ids": "int64"}
+    types |= {"document_ids": "int32", "modality_ids": "int8"}
+    for name, dtype in types.items():
+        array = getattr(batch, name)
+        assert (array.shape, array.dtype) == ((4, SEQ), dtype), name
+    pad = batch.tokens == PAD
+    assert pad.any()
+    assert (batch.modality_ids[pad] == -1).all()
+    assert (batch.loss_mask[pad] == 0).all()
+    assert (batch.labels[pad] == PAD).all()
+    assert batch.sources.tolist() == [0, 0, 0, 0]
+    for row in range(4):  # padding is one document of its own, behind the others
+        if pad[row].any():
+            first = int(pad[row].argmax())
+            assert pad[row, first:].all()
+            assert set(batch.document_ids[row, first:]) == {batch.document_ids[row, first - 1] + 1}
+
+
+def test_positions_restart_and_labels_stay_inside_documents(folder: Path) -> None:
+    mixture = mix(folder)
+    for index in range(5):
+        batch = mixture.micro_batch(index)
+        for row in range(4):
+            for number in np.unique(batch.document_ids[row]):
+                place = np.flatnonzero(batch.document_ids[row] == number)
+                assert (np.diff(place) == 1).all()
+                np.testing.assert_array_equal(batch.position_ids[row, place], np.arange(len(place)))
+                ids = batch.tokens[row, place]
+                if ids[0] == PAD:
+                    continue
+                assert ids[0] == BOS
+                assert ids[-1] == EOS
+                np.testing.assert_array_equal(batch.labels[row, place], [*ids[1:], PAD])
+                np.testing.assert_array_equal(batch.loss_mask[row, place], [1] * (len(place) - 1) + [0])
+
+
+@pytest.mark.usefixtures("order")
+def test_counts_agree_with_tokens(folder: Path) -> None:
+    mixture = mix(folder)
+    for index in range(5):
+        batch = mixture.micro_batch(index)
+        modality = VOCABULARY.modality_of(batch.tokens)
+        np.testing.assert_array_equal(batch.modality_ids, modality)
+        assert batch.counts == tuple((modality == m).sum() for m in range(2)) == mixture.counts(index)
+        labels = VOCABULARY.modality_of(batch.labels)
+        trained = tuple(int(batch.loss_mask[labels == m].sum()) for m in range(2))
+        assert batch.label_counts == trained == mixture.label_counts(index)
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 16])
+def test_documents_are_padded_to_a_multiple(folder: Path, documents: list[np.ndarray], multiple: int) -> None:
+    """Every document once an epoch, starting at a multiple, with its own labels; padding is its end."""
+    mixture = mix(folder, document_multiple=multiple, once=True)
+    found: list[tuple[int, ...]] = []
+    for index in range(mixture.len_epoch()):
+        batch = mixture.micro_batch(index)
+        assert batch.counts == tuple((batch.modality_ids == m).sum() for m in range(2)) == mixture.counts(index)
+        for row, numbers in enumerate(batch.document_ids):
+            borders = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
+            assert (borders % multiple == 0).all()
+            for start, end in pairwise(borders):
+                np.testing.assert_array_equal(batch.position_ids[row, start:end], np.arange(end - start))
+                ids = batch.tokens[row, start:end]
+                if ids[0] == PAD:
+                    continue
+                length = int(np.flatnonzero(ids == EOS)[-1]) + 1
+                assert end - start - length < multiple and (ids[length:] == PAD).all()
+                np.testing.assert_array_equal(batch.labels[row, start : start + length], [*ids[1:length], PAD])
+                np.testing.assert_array_equal(batch.loss_mask[row, start:end] > 0, np.arange(end - start) < length - 1)
+                found.append(tuple(ids[:length].tolist()))
+    assert sorted(found) == sorted(tuple(ids.tolist()) for ids in documents)
+
+
+@pytest.mark.parametrize(("bits", "text", "image"), [(0b01, True, False), (0b10, False, True), (0b00, False, False)])
+def test_loss_bits_are_honoured(
+    tmp_path: Path, documents: list[np.ndarray], bits: int, text: bool, image: bool
+) -> None:
+    batch = mix(prepare(tmp_path / "set", documents, loss=[bits] * DOCUMENTS)).micro_batch(0)
+    labels = VOCABULARY.modality_of(batch.labels)
+    assert batch.loss_mask[labels == 0].any() == text == (batch.label_counts[0] > 0)
+    assert batch.loss_mask[labels == 1].any() == image == (batch.label_counts[1] > 0)
+
+
+def test_three_modalities(tmp_path: Path, documents: list[np.ndarray]) -> None:
+    spoken = [np.where((ids >= 100) & (n % 4 == 1), ids % 18 + 132, ids) for n, ids in enumerate(documents)]
+    folder = prepare(tmp_path / "set", spoken, vocabulary=THREE)
+    batch = Mixture(open_sources(folder, vocabulary=THREE), THREE, **OPTIONS).micro_batch(0)
+    assert all(count > 0 for count in batch.counts)
+    assert len(batch.label_counts) == 3
+
+
+def epoch_ends(mixture: Mixture) -> np.ndarray:
+    """Sequences of the stream up to the end of each of the first epochs."""
+    stream, ends, sequences, documents = mixture.streams[0], [], 0, 0
+    number = 0
+    while len(ends) < 40:
+        starts = stream.block(number).packing.starts
+        for end in starts[1:]:
+            sequences += 1
+            if (documents + end) % DOCUMENTS == 0:
+                ends.append(sequences)
+        documents += int(starts[-1])
+        number += 1
+    return np.array(ends)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 7), window=st.integers(1, 40), deal_window=st.integers(1, 40), balance=st.booleans())
+def test_epochs_hold_every_document_once(
+    folder: Path, documents: list[np.ndarray], order: str, size: int, window: int, deal_window: int, balance: bool
+) -> None:
+    mixture = mix(folder, micro_batch_size=size, pack_window=window, deal_window=deal_window, balance=balance)
+    seen: Counter[tuple[int, ...]] = Counter()
+    needed = epoch_ends(mixture)[2]  # sequences of the first epochs
+    windows = -(-needed // (mixture._groups * size))
+    for index in range(windows * mixture._groups):
+        seen.update(documents_in(mixture.micro_batch(index)))
+    assert set(seen) == {tuple(ids.tolist()) for ids in documents}
+    # Whole windows were read, so two whole epochs and the beginning of the next ones.
+    read = windows * mixture._groups * size
+    epochs = int((epoch_ends(mixture) <= read).sum())
+    assert epochs >= 3
+    assert set(seen.values()) <= {epochs, epochs + 1}
+
+
+# Purity
+
+
+@pytest.mark.usefixtures("order")
+def test_a_micro_batch_depends_on_its_number_only(folder: Path) -> None:
+    mixture = mix(folder)
+    expected = [digest(mixture.micro_batch(index)) for index in range(40)]
+    assert len(set(expected)) == 40
+    backwards = mix(folder)
+    assert [digest(backwards.micro_batch(index)) for index in reversed(range(40))] == expected[::-1]
+    assert digest(pickle.loads(pickle.dumps(mixture)).micro_batch(17)) == expected[17]
+
+    def work(queue: Any) -> None:
+        queue.put([digest(mix(folder).micro_batch(index)) for index in (39, 3, 12)])
+
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=work, args=(queue,))
+    process.start()
+    assert queue.get(timeout=300) == [expected[39], expected[3], expected[12]]
+    process.join()
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("change", [{"seed": 4}, {"pack_window": 15}, {"seq_length": SEQ + 1}, {"shuffle": False}])
+def test_settings_change_the_order(folder: Path, change: dict[str, Any]) -> None:
+    assert documents_in(mix(folder).micro_batch(0)) != documents_in(mix(folder, **change).micro_batch(0))
+
+
+@pytest.mark.usefixtures("order")
+def test_stored_order_without_shuffling(folder: Path, documents: list[np.ndarray]) -> None:
+    mixture = mix(folder, shuffle=False, balance=False, pack_window=1, once=True)
+    found = [ids for index in range(mixture.len_epoch()) for ids in documents_in(mixture.micro_batch(index))]
+    assert found == [tuple(ids.tolist()) for ids in documents]
+
+
+# One pass
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("size", [1, 3, 4, 500])
+def test_one_pass_holds_every_document_once_and_then_nothing(
+    folder: Path, tmp_path: Path, documents: list[np.ndarray], size: int
+) -> None:
+    more = corpus(15, seed=5)
+    mixture = mix(folder, prepare(tmp_path / "more", more), micro_batch_size=size, once=True)
+    batches = [mixture.micro_batch(index) for index in range(mixture.len_epoch())]
+    found = Counter(ids for batch in batches for ids in documents_in(batch))
+    assert found == Counter(tuple(ids.tolist()) for ids in [*documents, *more])
+    for index in (mixture.len_epoch(), mixture.len_epoch() + 1000):
+        empty = mixture.micro_batch(index)
+        assert (empty.tokens == PAD).all()
+        assert empty.counts == empty.label_counts == (0, 0)
+        assert (empty.sources == -1).all()
+        assert (empty.document_ids == 0).all()
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_ranks_share_one_pass(folder: Path, documents: list[np.ndarray], dp: int) -> None:
+    found: Counter[tuple[int, ...]] = Counter()
+    steps = set()
+    for rank in range(dp):
+        batches = list(BatchLoader(mix(folder, once=True), dp_rank=rank, dp_size=dp, micro_batches_per_step=4))
+        steps.add(len(batches))
+        found.update(ids for step in batches for batch in step.micro_batches for ids in documents_in(batch))
+    assert found == Counter(tuple(ids.tolist()) for ids in documents)
+    assert len(steps) == 1
+
+
+# Blending and balance
+
+
+@pytest.mark.usefixtures("order")
+def test_a_blend_follows_its_weights_inside_micro_batches(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    text = prepare(tmp_path / "text", [document(n, text=int(rng.integers(5, 60)), rng=rng) for n in range(90)])
+    images = prepare(tmp_path / "images", [document(n, text=2, images=3, rng=rng) for n in range(60)])
+    mixture = mix(text, images, weights=[3.0, 1.0], deal_window=64, micro_batch_size=8)
+    batches = [mixture.micro_batch(index) for index in range(40)]
+    share = np.mean([(batch.sources == 1).mean() for batch in batches])
+    assert share == pytest.approx(0.25, abs=0.01)
+    assert all(0 < (batch.sources == 1).sum() < 8 for batch in batches)  # every micro-batch holds both
+    unbalanced = mix(text, images, weights=[3.0, 1.0], deal_window=64, micro_batch_size=8, balance=False)
+
+    def deviation(some: Mixture) -> float:
+        counts = np.array([some.counts(index) for index in range(40)])
+        return float((counts[:, 1] / counts.sum(axis=1)).std())
+
+    assert deviation(mixture) <= deviation(unbalanced)
+
+
+@pytest.mark.usefixtures("order")
+def test_a_source_of_weight_0_is_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    text = prepare(tmp_path / "text", [document(n, text=20, rng=rng) for n in range(40)])
+    images = prepare(tmp_path / "images", [document(n, text=2, images=3, rng=rng) for n in range(40)])
+    mixture = mix(text, images, weights=[1.0, 0.0])
+    assert all((mixture.micro_batch(index).sources == 0).all() for index in range(12))
+    assert mixture.len_epoch() == mix(text).len_epoch()
+    found = {source for index in range(12) for source in mix(text, images, once=True).micro_batch(index).sources}
+    assert {0, 1} <= found  # held-out passes read every source
+
+
+@pytest.mark.usefixtures("order")
+def test_sequence_counts_are_those_of_the_tokens(folder: Path) -> None:
+    mixture = mix(folder, once=True)
+    for index in range(mixture.len_epoch() + 1):  # the last one is empty
+        batch = mixture.micro_batch(index)
+        want = [[int((row == m).sum()) for m in range(2)] for row in batch.modality_ids]
+        assert mixture.sequence_counts(index).tolist() == want
+        assert mixture.counts(index) == tuple(map(sum, zip(*want, strict=True)))
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_ranks_that_exchange_tokens_know_each_others_counts(folder: Path, ep: int) -> None:
+    """Also from a number on that is no multiple of the ranks, and after the end of a pass."""
+    mixture, dp = mix(folder), 4
+    last = 13
+    read: dict[int, list[MicroBatch]] = {}
+    for rank in range(dp):
+        part = RankPart(rank, dp, tuple(range(rank // ep * ep, rank // ep * ep + ep)))
+        assert list(part.numbers(6, 8)) == [6 + rank, 10 + rank]
+        read[rank] = [part.read(mixture, number, last=last) for number in part.numbers(6, 12)]
+    for rank, batches in read.items():
+        first = rank // ep * ep
+        for place, batch in enumerate(batches):
+            together = [read[other][place] for other in range(first, first + ep)]
+            if ep == 1:
+                assert batch.everyone is None
+                continue
+            want = [[[(row == m).sum() for m in range(2)] for row in one.modality_ids] for one in together]
+            assert batch.everyone is not None and batch.everyone.tolist() == want
+
+
+@pytest.mark.usefixtures("order")
+def test_balanced_micro_batches_waste_fewer_slots(folder: Path) -> None:
+    def waste(**options: Any) -> tuple[float, int]:
+        mixture = mix(folder, deal_window=64, **options)
+        counts = np.array([mixture.counts(index) for index in range(36)])
+        nominal = tuple(counts.mean(axis=0).astype(int).tolist())
+        overflow = [
+            slot_usage(mixture.micro_batch(i), nominal=nominal, scope="micro_batch").overflow for i in range(36)
+        ]
+        return float(counts[:, 1].std()), int(np.sum(overflow))
+
+    balanced, shuffled = waste(), waste(balance=False)
+    assert balanced[0] < 0.5 * shuffled[0]
+    assert balanced[1] < 0.5 * shuffled[1]
+
+
+def test_slot_usage_counts_both_scopes(folder: Path) -> None:
+    batch = mix(folder).micro_batch(0)
+    text, image = batch.counts
+    whole = slot_usage(batch, nominal=(text - 5, image + 7), scope="micro_batch")
+    assert (whole.overflow, whole.unused) == ((5, 0), (0, 7))
+    rows = [[int((row == m).sum()) for m in range(2)] for row in batch.modality_ids]
+    each = slot_usage(batch, nominal=(60, 40), scope="sequence")
+    assert each.overflow == (sum(max(0, t - 60) for t, _ in rows), sum(max(0, i - 40) for _, i in rows))
+    assert each.unused == (sum(max(0, 60 - t) for t, _ in rows), sum(max(0, 40 - i) for _, i in rows))
+
+
+# The cache
+
+
+def test_a_damaged_cache_is_made_again(folder: Path, tmp_path: Path) -> None:
+    expected = digest(mix(folder, cache=tmp_path).micro_batch(1))
+    (file,) = tmp_path.glob("packing-*-0.npy")
+    content = file.read_bytes()
+    for damaged in (content[:-9], content[:40], b"", content[:-8] + b"\x00\x00\x00\x07" * 2):
+        file.write_bytes(damaged)
+        assert digest(mix(folder, cache=tmp_path).micro_batch(1)) == expected
+        assert file.read_bytes() == content
+
+
+def test_the_cache_is_used_and_leftovers_of_killed_writers_go(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", DOCUMENTS)
+    mix(folder, cache=tmp_path)
+    (file,) = tmp_path.glob("packing-*-0.npy")
+    stale = file.with_name(f"{file.name}.elsewhere.1.tmp")
+    stale.write_bytes(b"half")
+    mix(folder, cache=tmp_path).micro_batch(100)  # packs later epochs
+    assert not stale.exists()
+    monkeypatch.setattr(packing_cache, "pack_epoch", lambda *_, **__: pytest.fail("packed again"))
+    mix(folder, cache=tmp_path).micro_batch(100)
+
+
+def test_how_many_epochs_a_file_holds_does_not_change_the_order(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_batches(documents: int) -> list[str]:
+        monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", documents)
+        mixture = mix(folder, cache=tmp_path)
+        return [digest(mixture.micro_batch(index)) for index in range(60)]  # six epochs
+
+    expected = first_batches(1)
+    assert first_batches(2 * DOCUMENTS) == first_batches(100 * DOCUMENTS) == expected
+
+
+def test_without_a_writable_cache_indices_stay_in_memory(folder: Path, tmp_path: Path) -> None:
+    expected = digest(mix(folder, cache=tmp_path / "good").micro_batch(50))
+    (tmp_path / "file").write_text("")
+    assert digest(mix(folder, cache=tmp_path / "file" / "below").micro_batch(50)) == expected
+
+
+def test_of_four_processes_one_packs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = tmp_path / "packed"
+    real = packing_cache.pack_epoch
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        with packed.open("a") as file:
+            file.write("x")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(packing_cache, "pack_epoch", noted)
+    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", DOCUMENTS)
+    context = multiprocessing.get_context("fork")
+    queue, barrier = context.Queue(), context.Barrier(4)
+
+    def work() -> None:
+        sources = open_sources(folder)
+        barrier.wait()
+        queue.put(digest(Mixture(sources, VOCABULARY, cache=tmp_path / "cache", **OPTIONS).micro_batch(2)))
+
+    processes = [context.Process(target=work) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert len({queue.get(timeout=300) for _ in processes}) == 1
+    for process in processes:
+        process.join()
+    assert packed.read_text() == "x"
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+# The loader
+
+
+def run_steps(loader: BatchLoader, steps: int) -> list[list[str]]:
+    return [[digest(batch) for batch in next(loader).micro_batches] for _ in range(steps)]
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_order_does_not_depend_on_workers(folder: Path, workers: int) -> None:
+    options = {"dp_rank": 1, "dp_size": 2, "micro_batches_per_step": 4}
+    expected = run_steps(BatchLoader(mix(folder), **options), 7)
+    loader = BatchLoader(mix(folder), workers=workers, **options)
+    assert run_steps(loader, 7) == expected
+    loader.close()
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_resuming_at_another_dp_size_goes_on_with_the_same_batches(folder: Path, dp: int) -> None:
+    mixture = mix(folder)
+    whole = [[digest(mixture.micro_batch(step * 4 + i)) for i in range(4)] for step in range(6)]
+    first = BatchLoader(mix(folder), dp_rank=0, dp_size=2, micro_batches_per_step=4, workers=1)
+    run_steps(first, 3)
+    state = first.state_dict()
+    first.close()
+    assert state == {"consumed_sequences": 3 * 4 * 4}  # what the worker has read ahead does not count
+    resumed = []
+    for rank in range(dp):
+        loader = BatchLoader(mixture, dp_rank=rank, dp_size=dp, micro_batches_per_step=4)
+        loader.load_state_dict(state)
+        resumed.append(run_steps(loader, 3))
+    for step in range(3):
+        dealt = [resumed[rank][step] for rank in range(dp)]
+        assert [dealt[i % dp][i // dp] for i in range(4)] == whole[3 + step]
+    skipped = BatchLoader(mixture, dp_rank=0, dp_size=1, micro_batches_per_step=4, consumed_steps=3)
+    assert run_steps(skipped, 3) == whole[3:]
+
+
+@pytest.mark.usefixtures("order")
+def test_every_rank_knows_the_counts_of_the_global_batch(folder: Path) -> None:
+    steps = [next(BatchLoader(mix(folder), dp_rank=rank, dp_size=2, micro_batches_per_step=4)) for rank in range(2)]
+    batches = [batch for step in steps for batch in step.micro_batches]
+    for step in steps:
+        assert step.label_counts == tuple(np.sum([batch.label_counts for batch in batches], axis=0))
+        assert step.counts == tuple(np.sum([batch.counts for batch in batches], axis=0))
+
+
+def test_micro_batches_must_divide_among_ranks(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be shared out evenly among 3"):
+        BatchLoader(mix(folder), dp_rank=0, dp_size=3, micro_batches_per_step=4)
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_is_named_also_from_a_worker(tmp_path: Path, documents: list[np.ndarray], workers: int) -> None:
+    folder = prepare(tmp_path / "set", documents, parts=1)
+    file = folder / "train-00000.bin"
+    ids = np.frombuffer(file.read_bytes(), np.uint16).copy()
+    ids[:] = 101
+    file.write_bytes(ids.tobytes())
+    loader = BatchLoader(mix(folder), dp_rank=0, dp_size=1, micro_batches_per_step=1, workers=workers)
+    with pytest.raises(
+        DataError, match=r"^data: document \d+ of .*train-00000 has \[0, \d+\] tokens per modality"
+    ) as error:
+        next(loader)
+    assert error.value.remedy
+    loader.close()
+
+
+# From a configuration
+
+
+def config(**data: Any) -> Config:
+    model = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1, "seq_length": SEQ}
+    vocab = {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}]}
+    return Config.model_validate({"model": model, "vocab": vocab, "data": data, "train": {"micro_batch_size": 2}})
+
+
+def test_tables_are_asked_once_for_a_sequence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture, asked = mix(folder), Counter[str]()
+    mixture.counts(0)  # deals the window
+    rows = Source.rows
+
+    def counted(self: Source, documents: np.ndarray) -> Any:
+        asked["rows"] += 1
+        return rows(self, documents)
+
+    monkeypatch.setattr(Source, "rows", counted)
+    mixture.micro_batch(0)
+    assert asked["rows"] == OPTIONS["micro_batch_size"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 4}, {"seq_length": 256, "order": "blocks"}])
+def test_a_stream_like_another(changes: dict[str, Any], folder: Path) -> None:
+    """Equal to one that is made with these arguments, also of a pass; the other stays what it is."""
+    for once in (False, True):
+        first = mix(folder, once=once)
+        before = [digest(first.micro_batch(index)) for index in range(4)]
+        like, made = first.like(**changes), mix(folder, **{"once": once, **changes})
+        assert [digest(like.micro_batch(index)) for index in range(4)] == [
+            digest(made.micro_batch(index)) for index in range(4)
+        ]
+        assert [digest(first.micro_batch(index)) for index in range(4)] == before
+
+
+def test_open_mixture_trains_endlessly_and_evaluates_once(folder: Path, tmp_path: Path) -> None:
+    held_out = prepare(tmp_path / "set", corpus(9, seed=9), split="validation")
+    endless = open_mixture(config(path=str(folder)), "train", vocabulary=VOCABULARY)
+    assert not endless.once
+    assert endless.micro_batch(0).tokens.shape == (2, SEQ)
+    assert open_mixture(config(path=str(held_out)), "validation", vocabulary=VOCABULARY).once
+
+
+def test_open_mixture_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither data\.path nor data\.blend"):
+        open_mixture(config(), "train", vocabulary=VOCABULARY)
+    with pytest.raises(DataError, match="no folder"):
+        open_mixture(config(path=str(tmp_path / "nowhere")), "train", vocabulary=VOCABULARY)
+    with pytest.raises(DataError, match="another vocabulary"):
+        open_mixture(config(path=str(folder)), "train", vocabulary=THREE)
+    with pytest.raises(DataError, match=r"document \d+ has \d+ tokens, model\.seq_length is 16"):
+        mix(folder, seq_length=16)
+
+
+def test_nominal_share_weighs_the_blend(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    text = prepare(tmp_path / "text", [document(n, text=9, rng=rng) for n in range(9)])
+    alone = nominal_share(config(path=str(folder)))
+    assert sum(alone.values()) == pytest.approx(1.0)
+    assert 0 < alone["image"] < 1
+    blend = [{"path": str(folder), "weight": 1}, {"path": str(text), "weight": 3}]
+    assert nominal_share(config(blend=blend))["image"] == pytest.approx(alone["image"] / 4)
+    fixed = config(path=str(folder)).model_dump()
+    fixed["model"]["experts"]["share"] = {"text": 0.25, "image": 0.75}
+    assert nominal_share(Config.model_validate(fixed)) == {"text": 0.25, "image": 0.75}
+    with pytest.raises(ConfigError, match="neither"):
+        nominal_share(config())
+
+
+def test_the_cache_lies_beside_the_data(folder: Path) -> None:
+    mix(folder)
+    assert any((folder / ".cache").iterdir())

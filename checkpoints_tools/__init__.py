@@ -1,4 +1,4 @@
-"""Tools for checkpoints that exist: show, verify, reshard, archive, average, upcycle, to and from Hugging Face.
+"""Tools for existing checkpoints: show, verify, reshard, archive, average, upcycle, convert to Hugging Face.
 
-Writing checkpoints while training is the business of `mmscale.checkpoint`.
+`mmscale.checkpoint` writes checkpoints during training.
 """

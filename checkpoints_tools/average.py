@@ -1,6 +1,6 @@
-"""The weighted mean of several checkpoints' weights: uniform, or an exponential moving average over them.
+"""Averages the weights of several checkpoints: uniformly, or as an exponential moving average.
 
-The result has weights and the newest checkpoint's counters; no optimizer state, whose mean would mean nothing.
+The result has weights and the newest checkpoint's counters. It has no optimizer state, whose mean would be meaningless.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.sources import open_source, summary
-from mmscale.checkpoint import rewrite
-from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint import rewrite, run_folder
+from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of
 from mmscale.config.changes import function_changes
@@ -41,7 +41,7 @@ def average(checkpoints: Sequence[tuple[Path, int | None]], out: Path, *, ema: f
     """
     if len(checkpoints) < 2:
         raise UsageError("a mean needs two checkpoints or more", remedy="name them: RUN@100 RUN@200 ... OUT")
-    rewrite.refuse_checkpoints(out)
+    run_folder.refuse_checkpoints(out)
     counts = coefficients(len(checkpoints), ema=ema)
     mean = Mean([open_source(path, step) for path, step in checkpoints], counts)
     settings: dict[str, Any] = {"coefficients": counts} | ({} if ema is None else {"ema": ema})
@@ -113,7 +113,7 @@ class Mean:
         """What stands beside the newest one's tensors."""
         return self._newest.info()
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> CheckpointManifest:
         """The newest one's."""
         return self._newest.manifest()
 

@@ -1,4 +1,4 @@
-"""Copies of checkpoints in another form: into an archive, out of one, and cut into other files.
+"""Copies checkpoints into another form: to an archive, from one, and into another number of files.
 
 Values never change here; average.py computes new ones.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from checkpoints_tools.sources import open_source, summary
 from mmscale.checkpoint import archive as archives
-from mmscale.checkpoint import publish, rewrite
+from mmscale.checkpoint import publish, rewrite, run_folder
 from mmscale.checkpoint.archive import ArchiveTensors
 from mmscale.checkpoint.layout import is_archive
 from mmscale.checkpoint.tensors import TensorSource, origin_of
@@ -47,7 +47,7 @@ def archive(
 
 
 def restore(path: Path, run: Path, *, on_stage: OnStage = _nothing) -> dict[str, Any]:
-    """Make an archive the checkpoint of a run, which any layout goes on from.
+    """Make an archive the checkpoint of a run, from which any layout can train.
 
     Args:
         path: the archive.
@@ -57,7 +57,7 @@ def restore(path: Path, run: Path, *, on_stage: OnStage = _nothing) -> dict[str,
     Raises:
         CheckpointError: the archive is missing or damaged, the run has checkpoints or cannot be written.
     """
-    rewrite.refuse_checkpoints(run)
+    run_folder.refuse_checkpoints(run)
     if not is_archive(path):
         what = "is no archive" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}", remedy="`mmscale ckpt archive RUN[@STEP] OUT` makes one")
@@ -91,7 +91,7 @@ def reshard(
     Raises:
         CheckpointError: the checkpoint is missing or damaged, `out` has checkpoints or cannot be written.
     """
-    rewrite.refuse_checkpoints(out)
+    run_folder.refuse_checkpoints(out)
     source: TensorSource = open_source(run, step)
     made = rewrite.into_run(
         source,

@@ -1,4 +1,4 @@
-"""How far two checkpoints are apart, tensor by tensor: never more than one pair of tensors is in memory.
+"""Compares two checkpoints tensor by tensor, with only one pair of tensors in memory at a time.
 
 Tensors are whole ones, whatever layout wrote them. One process, no process group.
 """

@@ -1,18 +1,20 @@
-"""List, verify and prune the checkpoints of a run: what can be told from names, sizes, digests and types of tensors.
+"""Lists, verifies and prunes the checkpoints of a run by names, sizes, digests and types of tensors.
 
-No torch but for the index of a checkpoint that is verified, so that a login node can do it; values of tensors are the
-business of show.py and diff.py.
+torch is used only for the index of a verified checkpoint, so login nodes can use the rest; show.py and diff.py read
+values of tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from mmscale.checkpoint import integrity, signing
-from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
+from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError, DeletedError, NoManifestError
 from mmscale.checkpoint.kinds import wrong_types
 from mmscale.checkpoint.layout import ARRAYS, Store, is_archive
+from mmscale.checkpoint.save_settings import Retention
 from mmscale.config.load import load
 from mmscale.errors import CheckpointError, ConfigError
 
@@ -34,7 +36,7 @@ def open_store(run: Path) -> Store:
 
 
 def listing(run: Path) -> dict[str, Any]:
-    """Every committed checkpoint with its size and origin, and those that were set aside; nothing is hashed.
+    """Every committed checkpoint with its size and origin, and those renamed to .bad; nothing is hashed.
 
     Raises:
         CheckpointError: there is no such run.
@@ -49,10 +51,10 @@ def listing(run: Path) -> dict[str, Any]:
         if manifest is not None:
             row |= {name: getattr(manifest, name) for name in ("attempt", "topology", "code_version", "config_digest")}
         rows.append(row | {"manifest": manifest is not None})
-    return {"run": str(run), "checkpoints": rows, "bad": store.condemned()}
+    return {"run": str(run), "checkpoints": rows, "bad": store.quarantined(), "best": store.best()}
 
 
-def _manifest(folder: Path) -> Manifest | None:
+def _manifest(folder: Path) -> CheckpointManifest | None:
     try:
         return integrity.read_manifest(folder)
     except DamagedError:
@@ -80,7 +82,13 @@ def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
     store = open_store(run)
     chosen = store.choose(step)
     steps = [chosen] if step is not None else store.steps()
-    rows = [_with_types(store.path(one), _verified(store.path(one), one)) for one in steps]
+    rows = []
+    for one in steps:
+        try:
+            rows.append(_with_types(store.path(one), _verified(store.path(one), one)))
+        except DeletedError:
+            if step is not None or (one == steps[-1] and not rows):
+                raise
     return {"run": str(run), "whole": all(row["whole"] for row in rows), "checkpoints": rows}
 
 
@@ -139,13 +147,23 @@ def _folders(run: Path, found: dict[str, Any]) -> dict[int | None, Path]:
 
 
 def _verified(folder: Path, step: int | None) -> dict[str, Any]:
+    """One row of `verify`.
+
+    Raises:
+        DeletedError: it was deleted meanwhile.
+    """
     try:
-        integrity.refuse_world_writable(folder)
-        problems = integrity.verify(folder, step=step)
+        with integrity.while_there(folder):
+            integrity.refuse_world_writable(folder)
+            problems = integrity.verify(folder, step=step)
+    except DeletedError:
+        raise
     except NoManifestError as error:
         problems = [str(error)]
     except CheckpointError as error:
         problems = [error.cause]
+    if problems and not folder.exists():
+        raise integrity.deleted(folder)
     manifest = _manifest(folder)
     sizes = [record.size for record in manifest.files.values()] if manifest else []
     return {"step": step, "whole": not problems, "problems": problems, "files": len(sizes), "bytes": sum(sizes)}
@@ -156,7 +174,10 @@ def _with_types(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
     if not row["whole"]:
         return row
     try:
-        problems = wrong_types(_types(folder))
+        with integrity.while_there(folder):
+            problems = wrong_types(_types(folder))
+    except DeletedError:
+        raise
     except CheckpointError as error:
         problems = [error.cause]
     return row | {"whole": not problems, "problems": problems}
@@ -175,7 +196,7 @@ def _types(folder: Path) -> dict[str, str]:
 
 
 def restore_bad(run: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Read checkpoints that were set aside as damaged once more, and give those that are whole their names back.
+    """Read checkpoints that were renamed to .bad again, and rename the intact ones back.
 
     Args:
         run: the run's folder.
@@ -189,10 +210,10 @@ def restore_bad(run: Path, *, step: int | None = None) -> dict[str, Any]:
     """
     store = open_store(run)
     prefix = "" if step is None else f"{store.path(step).name}."
-    names = [name for name in store.condemned() if name.startswith(prefix)]
+    names = [name for name in store.quarantined() if name.startswith(prefix)]
     if not names:
         raise CheckpointError(
-            f"{store.root}: no folder {'' if step is None else f'of step {step} '}was set aside",
+            f"{store.root}: no folder {'' if step is None else f'of step {step} '}was renamed to .bad",
             remedy="`mmscale ckpt list` names those that were",
         )
     restored, damaged = [], {}
@@ -208,7 +229,7 @@ def restore_bad(run: Path, *, step: int | None = None) -> dict[str, Any]:
 def prune(run: Path, *, keep: int) -> dict[str, Any]:
     """Delete all but the newest whole checkpoints, each of which is hashed before anything goes.
 
-    Those that the run's configuration keeps for ever stay, and so do damaged ones among the newest.
+    Those that the run's configuration keeps for ever stay, the best one too, and so do damaged ones among the newest.
 
     Args:
         run: the run's folder.
@@ -222,8 +243,9 @@ def prune(run: Path, *, keep: int) -> dict[str, Any]:
     looked_at = 0
     for step in reversed(store.steps()):
         looked_at += 1
-        if _verified(store.path(step), step)["whole"]:
-            whole.append(step)
+        with contextlib.suppress(DeletedError):
+            if _verified(store.path(step), step)["whole"]:
+                whole.append(step)
         if len(whole) >= max(keep, FEWEST):
             break
     if len(whole) < FEWEST and len(store.steps()) > keep:
@@ -231,13 +253,17 @@ def prune(run: Path, *, keep: int) -> dict[str, Any]:
             f"{len(whole)} of {len(store.steps())} checkpoints in {store.root} are whole; nothing was deleted",
             remedy="`mmscale ckpt verify` says what is wrong with the others",
         )
-    gone = store.prune(looked_at, every=_kept_every(run), verified=whole)
+    best = store.best()
+    gone = store.prune(
+        looked_at, permanent=_retention(run).keeps, verified=whole, spared=() if best is None else (best,)
+    )
     store.point_to_newest()
     return {"run": str(run), "deleted": gone, "kept": store.steps(), "verified": sorted(whole)}
 
 
-def _kept_every(run: Path) -> int:
+def _retention(run: Path) -> Retention:
     try:
-        return load(run / "config.yaml").checkpoint.keep_every
+        settings = load(run / "config.yaml", recorded=True).checkpoint
     except ConfigError:  # no configuration of this version: nothing is said to stay for ever
-        return 0
+        return Retention(FEWEST)
+    return Retention(settings.keep, settings.keep_every, settings.early)

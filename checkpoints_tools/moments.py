@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, is_weight, unknown_tensor
-from mmscale.train.adam_compact import MOMENTS, triples_of
-from mmscale.train.adam_moments import TRIPLE, unpack
-from mmscale.train.optimizer_moments import cells_in
+from mmscale.train.optim.adam_compact import MOMENTS, triples_of
+from mmscale.train.optim.adam_moments import TRIPLE, unpack
+from mmscale.train.optim.stored_moments import cells_in
 
 _STATE = f"{OPTIMIZER}state."
 
@@ -75,7 +75,7 @@ class DecodedMoments:
         """What was stored beside the tensors."""
         return self._source.info()
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> CheckpointManifest:
         """What it consists of and where it comes from."""
         return self._source.manifest()
 

@@ -1,6 +1,6 @@
 """What a checkpoint holds: names, shapes and types of its tensors, parameters per modality, where it comes from.
 
-Reads the index only, through the allow-list of mmscale.checkpoint.pickles; no tensor is loaded.
+Reads the index only; no tensor is loaded.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoints_tools.folders import open_store
 from checkpoints_tools.sources import open_source
-from mmscale.checkpoint import integrity
+from mmscale.checkpoint import integrity, tensor_index
 from mmscale.checkpoint.layout import INFO, is_archive
-from mmscale.checkpoint.pickles import METADATA, read_metadata
 from mmscale.checkpoint.tensors import TensorEntry, is_weight
 from mmscale.errors import CheckpointError
 
@@ -40,14 +39,15 @@ def show(path: Path, *, step: int | None = None) -> dict[str, Any]:
     store = open_store(path)
     chosen = store.choose(step)
     folder = store.path(chosen)
-    _provenance(folder)  # before the index is read
-    index = read_metadata(folder).state_dict_metadata.items()
-    entries = [
-        TensorEntry(name, tuple(entry.size), entry.properties.dtype)
-        for name, entry in sorted(index)
-        if isinstance(entry, TensorStorageMetadata)
-    ]
-    return _contents(path, folder, chosen, entries, store.info(chosen))
+    with integrity.while_there(folder):
+        _provenance(folder)  # before the index is read
+        index = tensor_index.read(folder).state_dict_metadata.items()
+        entries = [
+            TensorEntry(name, tuple(entry.size), entry.properties.dtype)
+            for name, entry in sorted(index)
+            if isinstance(entry, TensorStorageMetadata)
+        ]
+        return _contents(path, folder, chosen, entries, store.info(chosen))
 
 
 def _contents(
@@ -80,7 +80,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     except integrity.DamagedError as error:
         raise CheckpointError(f"{folder} is damaged: {error}", remedy="choose another checkpoint: RUN@STEP") from None
     problems = integrity.structure(folder, manifest) or integrity.content(
-        folder, manifest, [name for name in (METADATA, INFO) if name in manifest.files]
+        folder, manifest, [name for name in (tensor_index.name_in(manifest.files), INFO) if name in manifest.files]
     )
     if problems:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies. The result is
 a checkpoint of step 0, so the learning rate's schedule starts again, with the source's place in the data, so that
-training sees new documents. Tensors are streamed. Training goes on at any layout; how, is mmscale.train's business.
+training sees new documents. Tensors are streamed. Any layout can train the result, through mmscale.train.
 
 What the model computes right after depends on where norms stand (`PRESERVES`, and a test for each).
 
@@ -24,15 +24,16 @@ from torch import Tensor
 
 from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source, summary
-from mmscale.checkpoint import rewrite
-from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint import rewrite, run_folder
+from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.tensors import OPTIMIZER, SCALING, Region, TensorEntry, TensorSource, origin_of, unknown_tensor
 from mmscale.config import Config, rules
 from mmscale.config.load import digest
-from mmscale.data.mixture import nominal_share
-from mmscale.errors import CheckpointError, MmscaleError, UsageError
+from mmscale.data.prepared.share import nominal_share
+from mmscale.errors import CheckpointError, MmscaleError, UsageError, shell_command
+from mmscale.layers import Routers, TensorPart, layer_tensors
 from mmscale.model.ranking import RANKINGS
 from mmscale.runtime.environment import code_version
 
@@ -81,7 +82,7 @@ def upcycle(
         CheckpointError: the source is missing, damaged, or has several experts already; `out` has checkpoints.
         ConfigError: the new model breaks a rule between settings.
     """
-    rewrite.refuse_checkpoints(out)
+    run_folder.refuse_checkpoints(out)
     source = decoded(open_source(run, step))
     old = config_of(source.info(), where=source.path)
     new = _upcycled(old, experts, done=source.step, steps=steps)
@@ -93,7 +94,7 @@ def upcycle(
         "preserves": PRESERVES[new.model.norm],
         "sequences": made.common()["progress"]["sequences"],
         "steps": new.train.steps,
-        "next": f"`mmscale train {out / 'config.yaml'}`",
+        "next": shell_command("train", out / "config.yaml"),
     }
 
 
@@ -110,21 +111,21 @@ def _upcycled(old: Config, experts: Mapping[str, int], *, done: int, steps: int 
             remedy="upcycle a dense model, or one with one expert of each group",
         )
     names, groups = set(old.vocab.names), set(old.model.experts.counts)
-    kind = "moma" if set(experts) == names else "moe"
+    per_modality = set(experts) == names
     wanted = f"{', '.join(f'{name}=N' for name in old.vocab.names)}, or one name for a mixed group"
-    if kind == "moe" and (len(experts) != 1 or set(experts) & names):
+    if not per_modality and (len(experts) != 1 or set(experts) & names):
         raise UsageError(f"--experts names {', '.join(experts) or 'nothing'}", remedy=f"name {wanted}")
-    if old.model.kind != "dense" and set(experts) != groups:
+    if old.model.has_experts and set(experts) != groups:
         raise UsageError(
             f"--experts names {', '.join(experts)}, the model has groups {', '.join(sorted(groups))}",
             remedy="name these groups: the FFN of one cannot become the experts of another",
         )
     settings = old.model_dump(mode="json")
-    settings["model"]["kind"] = kind
+    settings["model"]["kind"] = "moma" if per_modality else "moe"
     settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
     settings["model"]["auxiliary"]["mode"] = "off"
     settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
-    if kind == "moma" and old.model.experts.share == "auto":  # of a dense run, which never asked for it
+    if per_modality and old.model.experts.share == "auto":  # of a dense run, which never asked for it
         with contextlib.suppress(MmscaleError):  # training will ask again
             share = nominal_share(Config.model_validate(settings))
             settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
@@ -172,11 +173,11 @@ class Upcycled:
     def __init__(self, source: TensorSource, old: Config, new: Config, *, keep_moments: bool, seed: int) -> None:
         self.path, self.step = source.path, 0
         self._source, self._new, self._keep, self._seed = source, new, keep_moments, seed
-        self._dense = old.model.kind == "dense"
+        self._gone = [tensor.name for tensor in layer_tensors(old, depth=False) if tensor.part is TensorPart.FFN]
         replaced: set[str] = set()
         self._recipes: dict[str, _Recipe] = {}
         for layer in range(new.model.num_layers):
-            for name, recipe in self._layer(f"decoder.layers.{layer}."):
+            for name, recipe in _recipes(old, new, f"decoder.layers.{layer}."):
                 self._recipes[name] = recipe
                 replaced |= {recipe.source} if recipe.source is not None else set()
         # FP8 scales of another model say nothing about this one's.
@@ -200,24 +201,6 @@ class Upcycled:
             if recipe.is_parameter
         }
         self._names = sorted(kept | self._made.keys())
-
-    def _layer(self, layer: str) -> Iterator[tuple[str, _Recipe]]:
-        """The new tensors of one layer that are not the old ones."""
-        model, mlp = self._new.model, f"{layer}mlp."
-        hidden, inner = model.hidden_size, model.ffn_hidden_size
-        for group, count in model.experts.counts.items():
-            w1, w2 = f"{mlp}experts.{group}.w1", f"{mlp}experts.{group}.w2"
-            old1, old2 = (f"{mlp}linear_fc1.weight", f"{mlp}linear_fc2.weight") if self._dense else (w1, w2)
-            first, second = (_dense_w1, _dense_w2) if self._dense else (_only, _only)
-            yield w1, _Recipe((count, hidden, 2, inner), old1, old1, first, is_expert=True)
-            yield w2, _Recipe((count, inner, hidden), old2, old2, second, is_expert=True)
-            yield f"{mlp}router.{group}", _Recipe((count, hidden), old1, fresh="router")
-            if model.keeps_thresholds:
-                like = f"{layer}self_attention.linear_proj.weight"
-                yield f"{mlp}threshold.{group}", _Recipe((count,), like, fresh="cutoffs", is_parameter=False)
-            if self._dense and model.norm == "post_per_expert":
-                norm = f"{layer}mlp_bda.norm.weight"
-                yield f"{mlp}expert_norm.{group}.weight", _Recipe((hidden,), norm, norm)
 
     def names(self, *, weights: bool = False) -> list[str]:
         """Names of all tensors, sorted; `weights`: without the optimizer's."""
@@ -266,9 +249,9 @@ class Upcycled:
         }
         return self._source.info() | settings | {"attempt": 1}
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> CheckpointManifest:
         """Where it comes from."""
-        return Manifest(
+        return CheckpointManifest(
             step=0, attempt=1, config_digest=digest(self._new), code_version=code_version(), topology={}, files={}
         )
 
@@ -287,11 +270,11 @@ class Upcycled:
     def _optimizer(self, settings: dict[Any, Any]) -> dict[Any, Any]:
         """megatron-core has one optimizer for dense parameters (0) and one for experts (1).
 
-        Both count the old steps: megatron-core demands one number of all groups, and counting anew would blow the kept
-        moments up by Adam's bias correction. Moments that begin at 0 without it make first updates (1 - beta1) /
+        Both count the old steps: megatron-core needs one number for all groups, and counting from zero would scale the
+        kept moments up by Adam's bias correction. Moments that begin at 0 without it make first updates (1 - beta1) /
         sqrt(1 - beta2) of full size, 0.45 by default, while the learning rate warms up.
         """
-        if not self._dense:
+        if not self._gone:
             return settings
         expert = copy.deepcopy(settings)
         groups = expert["optimizer"]["param_groups"]
@@ -302,8 +285,31 @@ class Upcycled:
 
     def objects(self) -> dict[str, bytes]:
         """Serialized objects of the parts that stay."""
-        gone = (".mlp.linear_fc1.", ".mlp.linear_fc2.") if self._dense else ()
+        gone = tuple(f".{name.removesuffix('weight')}" for name in self._gone)
         return {name: value for name, value in self._source.objects().items() if not any(part in name for part in gone)}
+
+
+def _recipes(old: Config, new: Config, layer: str) -> Iterator[tuple[str, _Recipe]]:
+    """The new tensors of one layer that are not the old ones; `layer`: the prefix of their names."""
+    before = layer_tensors(old, depth=False)
+    ffn = [tensor for tensor in before if tensor.part is TensorPart.FFN]  # gate and up projection, down projection
+    norms = [tensor.name for tensor in before if tensor.part is TensorPart.NORM]
+    like = next(tensor.name for tensor in before if tensor.part is TensorPart.ATTENTION)
+    routers = Routers(None, new.model.keeps_thresholds)
+    for tensor in layer_tensors(new, depth=False, routers=routers):
+        name = layer + tensor.name
+        first = tensor.name.endswith(".w1")
+        if tensor.part is TensorPart.EXPERTS:
+            source = layer + ffn[0 if first else 1].name if ffn else name
+            form = (_dense_w1 if first else _dense_w2) if ffn else _only
+            yield name, _Recipe(tensor.shape, source, source, form, is_expert=True)
+        elif tensor.part is TensorPart.ROUTER:
+            yield name, _Recipe(tensor.shape, layer + like, fresh="router")
+        elif tensor.part is TensorPart.CUTOFF:
+            yield name, _Recipe(tensor.shape, layer + like, fresh="cutoffs", is_parameter=False)
+        elif tensor.part is TensorPart.EXPERT_NORM and ffn:
+            norm = layer + norms[-1]  # of the sub-layer's output
+            yield name, _Recipe(tensor.shape, norm, norm)
 
 
 def _weight_of(name: str) -> str:

@@ -1,1 +1,1 @@
-"""Checkpoints: their folders, and writing and reading sharded state."""
+"""Checkpoints: their folders, manifests and digests, and sharded writing and reading of training state."""

@@ -1,13 +1,14 @@
-"""A checkpoint as an archive that knows no layout: a zarr v3 array of every tensor, JSON of the rest, a manifest.
+"""Layout-independent archives of checkpoints: a zarr v3 array for every tensor, JSON for the rest, a manifest.
 
     MANIFEST.json              every file with size and digest; written last, before the folder gets its name
-    mmscale.json               step, shape of the model, configuration, where it comes from
+    mmscale.json               step, shape of the model, configuration, origin
     state.json  objects.json   counters and the optimizer's settings; serialized objects of layers (base64, not opened)
     tensors/<name>/            zarr.json and shards c/...: readable with any zarr v3 library; bfloat16 and FP8 are
                                stored as unsigned integers of their bits, with the type in the attribute `dtype`
 
-It holds weights, the optimizer's state and counters. Random states belong to the ranks of a layout and are not kept:
-whoever goes on from an archive starts new ones. Streams: one tensor at a time. Restoring is rewrite.py's business.
+An archive holds weights, optimizer state and counters. Random states belong to the ranks of a layout and are not
+stored: a run that resumes from an archive starts new ones. Reading and writing stream one tensor at a time. rewrite.py
+restores archives.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ import torch
 from torch import Tensor
 
 from mmscale import bounded
-from mmscale.checkpoint import arrays, integrity, plain, publish
-from mmscale.checkpoint.arrays import Grid
-from mmscale.checkpoint.integrity import DamagedError, Manifest
+from mmscale.checkpoint import integrity, plain, publish, zarr_arrays
+from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError
 from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.layout import ARRAYS, INFO
 from mmscale.checkpoint.tensors import (
@@ -38,14 +38,15 @@ from mmscale.checkpoint.tensors import (
     unknown_tensor,
     without_optimizers,
 )
+from mmscale.checkpoint.zarr_arrays import Grid
 from mmscale.errors import CheckpointError
 from mmscale.runtime import device
 
-FORMAT = 2  # 1: bfloat16 and FP8 by names of their own, which zarr-python cannot open; still read
+FORMAT = 2  # 1: bfloat16 and FP8 by private names that zarr-python cannot open; still readable
 _READ = (1, 2)
 STATE = "state.json"
 OBJECTS = "objects.json"
-_LONGEST = 200  # bytes of a folder's name; file systems take 255
+_LONGEST = 200  # bytes of a folder's name; file systems allow 255
 _REMEDY = "use another copy of the archive, or archive the checkpoint again"
 
 
@@ -57,16 +58,16 @@ def write(
     grid: Grid = Grid(),  # noqa: B008  frozen
     code_version: str = "",
     on_stage: Callable[[str], None] = lambda stage: None,
-) -> Manifest:
+) -> CheckpointManifest:
     """Write an archive of a checkpoint.
 
     Args:
         source: the checkpoint.
         out: the archive, a folder that does not exist yet.
-        weights: leave the optimizer's state out.
-        grid: how arrays are cut.
-        code_version: goes into the manifest.
-        on_stage: told the name of every sub-step after it; tests end the process there.
+        weights: exclude the optimizer state.
+        grid: sizes of chunks and shards.
+        code_version: for the manifest.
+        on_stage: called with the name of every sub-step after it; tests end the process there.
 
     Raises:
         CheckpointError: the source is damaged, `out` exists or nothing can be written there.
@@ -87,7 +88,7 @@ def write(
         for name, content in ((STATE, plain.encode(common)), (OBJECTS, objects), (INFO, info)):
             (temporary / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         on_stage("write")
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             step=source.step,
             attempt=source.manifest().attempt,
             config_digest=source.manifest().config_digest,
@@ -106,22 +107,22 @@ def _write_tensors(
 ) -> None:
     root.mkdir()
     group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    (root / arrays.META).write_text(json.dumps(group), encoding="utf-8")
+    (root / zarr_arrays.META).write_text(json.dumps(group), encoding="utf-8")
     for name in source.names(weights=weights):
         dtype = str(source.entry(name).dtype).removeprefix("torch.")
-        if dtype not in arrays.DTYPES:
+        if dtype not in zarr_arrays.DTYPES:
             raise CheckpointError(
                 f"{name} has type {dtype}, which zarr does not know", remedy="archive a checkpoint of another precision"
             )
-        arrays.write(root / folder_of(name), source.read(name), grid=grid)
+        zarr_arrays.write(root / folder_of(name), source.read(name), grid=grid)
         on_stage("tensor")
 
 
 def folder_of(name: str) -> str:
-    """The name of a tensor's folder: what is no letter, digit or one of `_.-~` is percent-encoded.
+    """The name of a tensor's folder: characters other than letters, digits and `_.-~` are percent-encoded.
 
     Raises:
-        CheckpointError: no file system would take it.
+        CheckpointError: no file system would accept it.
     """
     folder = quote(name, safe="")
     if not folder or folder.startswith(".") or len(folder) > _LONGEST:
@@ -132,14 +133,14 @@ def folder_of(name: str) -> str:
 class ArchiveTensors:
     """The tensors of an archive (a `TensorSource`).
 
-    Opening looks at the names and sizes of all files. A tensor that is read as a whole is hashed first; of a part, the
-    chunks that hold it are checked against their crc32c, and nothing else is read.
+    Opening checks the names and sizes of all files. A tensor that is read as a whole is hashed first. For a part of a
+    tensor only its chunks are read and checked against their crc32c.
 
     Args:
         path: the archive.
 
     Raises:
-        CheckpointError: it is damaged as far as names and sizes tell, or of another version, or anyone could write it.
+        CheckpointError: names or sizes show damage, the version is unknown, or anyone could write it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,9 +164,9 @@ class ArchiveTensors:
                 f"{path} is an archive of format {found}, this version reads format {FORMAT} and older",
                 remedy="use the version of mmscale that wrote it",
             )
-        ends = f"/{arrays.META}"
+        ends = f"/{zarr_arrays.META}"
         folders = [name.removeprefix(f"{ARRAYS}/").removesuffix(ends) for name in self._manifest.files if ends in name]
-        self._names = sorted(unquote(folder) for folder in folders if "/" not in folder and folder != arrays.META)
+        self._names = sorted(unquote(folder) for folder in folders if "/" not in folder and folder != zarr_arrays.META)
 
     def names(self, *, weights: bool = False) -> list[str]:
         """Names of all tensors, sorted.
@@ -183,7 +184,7 @@ class ArchiveTensors:
         """
         metadata = self._description(name)
         try:
-            dtype = arrays.dtype_of(metadata)
+            dtype = zarr_arrays.dtype_of(metadata)
         except ValueError as error:
             raise _damaged(self.path, [f"{name}: {error}"]) from None
         return TensorEntry(name, tuple(metadata["shape"]), getattr(torch, dtype))
@@ -201,18 +202,18 @@ class ArchiveTensors:
         require_types({name: self.entry(name).type_name}, where=self.path, alone=True)
         folder = f"{ARRAYS}/{folder_of(name)}"
         if region is None:
-            self._require([f"{folder}/{file}" for file in arrays.shard_files(self._metadata[name])])
+            self._require([f"{folder}/{file}" for file in zarr_arrays.shard_files(self._metadata[name])])
         try:
-            return arrays.read(self.path / folder, None if region is None else tuple(region))
+            return zarr_arrays.read(self.path / folder, None if region is None else tuple(region))
         except ValueError as error:
             raise _damaged(self.path, [f"{name}: {str(error).splitlines()[0]}"]) from None
 
     def info(self) -> dict[str, Any]:
-        """What was stored beside the tensors."""
+        """The metadata stored next to the tensors."""
         return dict(self._json(INFO))
 
-    def manifest(self) -> Manifest:
-        """What the archive consists of and where it comes from."""
+    def manifest(self) -> CheckpointManifest:
+        """The files and the origin of the archive."""
         return self._manifest
 
     def common(self) -> dict[str, Any]:
@@ -234,11 +235,11 @@ class ArchiveTensors:
             if name not in self._names:
                 raise unknown_tensor(name, self._names, where=self.path)
             folder = f"{ARRAYS}/{folder_of(name)}"
-            metadata = self._json(f"{folder}/{arrays.META}")
+            metadata = self._json(f"{folder}/{zarr_arrays.META}")
             try:
-                shards = [f"{folder}/{file}" for file in arrays.shard_files(metadata)]
+                shards = [f"{folder}/{file}" for file in zarr_arrays.shard_files(metadata)]
             except ValueError as error:
-                raise _damaged(self.path, [f"{folder}/{arrays.META}: {error}"]) from None
+                raise _damaged(self.path, [f"{folder}/{zarr_arrays.META}: {error}"]) from None
             missing = [f"{file} is missing" for file in shards if file not in self._manifest.files]
             if missing:
                 raise _damaged(self.path, missing)
@@ -253,7 +254,7 @@ class ArchiveTensors:
             raise _damaged(self.path, [f"{name}: {error}"]) from None
 
     def _require(self, names: list[str]) -> None:
-        """Hash files that were not hashed yet."""
+        """Hash files that have not been hashed yet."""
         new = [name for name in names if name not in self._hashed]
         unknown = [f"{name} is not in the manifest" for name in new if name not in self._manifest.files]
         problems = unknown or integrity.content(self.path, self._manifest, new)

@@ -1,4 +1,4 @@
-"""Compares two checkpoints of one step tensor by tensor, whatever layouts wrote them. Reads them; changes nothing.
+"""Compares two checkpoints of one step tensor by tensor, whatever layouts wrote them. It changes nothing.
 
 After the first step of Adam the first moment is (1 - beta1) times the clipped gradient, so comparing first moments
 compares the gradient of every parameter.
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from mmscale.checkpoint.tensors import SCALING, TensorSource
 
 FIRST_MOMENT = "optimizer.state.exp_avg."
-# Tensors whose norms are comparable; what begins with none of these is a weight or a threshold of the model.
+# Groups of tensors with comparable norms; names outside of these are weights or thresholds of the model.
 _KINDS = (FIRST_MOMENT, "optimizer.state.exp_avg_sq.", "optimizer.state.param.")
-# A tensor's difference is measured against its own norm, but at least against this share of the norm of all tensors of
-# its kind: what is left of a gradient after cancellation is rounding.
+# A tensor's difference is relative to its own norm, but at least to this share of the norm of all tensors of its kind:
+# a gradient that nearly cancels consists of rounding.
 FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How far one tensor of two checkpoints is apart.
+    """The difference of one tensor between two checkpoints.
 
     Attributes:
         name: the checkpoint's name of it.
-        value: norm of the difference, relative to the norm of the tensor; infinite where it is not a number,
-            or where only one of the two checkpoints has the tensor, or has it in another shape.
+        value: norm of the difference, relative to the norm of the tensor; infinite if it is NaN, or if only one of the
+            two checkpoints has the tensor, or has it in another shape.
     """
 
     name: str
@@ -40,10 +40,10 @@ class TensorDifference:
 
 
 def differences(reference: TensorSource, other: TensorSource) -> list[TensorDifference]:
-    """The difference of every tensor, the largest first. FP8's scales are left out: they follow from amax histories.
+    """The difference of every tensor, the largest first. FP8's scales are excluded: they follow from amax histories.
 
     Args:
-        reference: the checkpoint whose norms count.
+        reference: the checkpoint whose norms are used.
         other: the checkpoint that is compared with it.
     """
     ours, theirs = (set(_compared(source.names())) for source in (reference, other))
@@ -67,12 +67,12 @@ def differences(reference: TensorSource, other: TensorSource) -> list[TensorDiff
 def _ratio(apart: float, scale: float) -> float:
     if apart == 0.0:
         return 0.0
-    # What is not a number must not pass a comparison, and must stand first.
+    # NaN must not pass a comparison, and must be sorted first.
     return apart / scale if scale > 0.0 and math.isfinite(apart) else math.inf
 
 
 def largest(found: Iterable[TensorDifference]) -> TensorDifference:
-    """The largest difference; of nothing, one without a name."""
+    """The largest difference; without any, one with an empty name."""
     return next(iter(found), TensorDifference("", 0.0))
 
 

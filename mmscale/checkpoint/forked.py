@@ -1,7 +1,8 @@
-"""A function in a forked process, supervised: it sees memory as it was at the fork, and it never outlives its parent.
+"""Runs a function in a supervised forked process, which sees memory as of the fork and never outlives its parent.
 
-Knows nothing of checkpoints. On a host a fork is a snapshot of all tensors without a copy; device tensors have to be on
-the host before. The child must not use what threads of the parent hold (collectives, the loader, the terminal).
+Independent of checkpoints. In host memory a fork is a snapshot of all tensors without a copy; device tensors must be
+copied to the host before. The child must not use anything that threads of the parent hold (collectives, the loader, the
+terminal).
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _CHUNK = 1 << 16
 _POLL_S = 0.002
-_LENGTH = 8  # bytes before every message that say how long it is
+_LENGTH = 8  # bytes of the length before every message
 
-# Looked up once, in the parent: between fork and the child's work as little as possible. Linux only.
+# Looked up once, in the parent: as little as possible should happen between the fork and the child's work. Linux only.
 _PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 
 Tell = Callable[[Any], None]
 
 
 class Forked:
-    """A call in a forked process, and what it sends home.
+    """A call in a forked process, with its messages and result.
 
     Args:
-        work: is called in the child with a function that sends a picklable message to the parent; what it gives back is
-            the last message. It must not write to stdout or stderr.
-        name: what it is, in a few words for messages ("the writer").
+        work: called in the child with a function that sends a picklable message to the parent; its return value is the
+            last message. It must not write to stdout or stderr.
+        name: a short description for messages ("the writer").
 
     Attributes:
-        messages: what has been sent so far, in order.
-        result: what `work` gave back, once it is done.
-        problem: in one line why there is no result; None while it runs or if there is one.
+        messages: received so far, in order.
+        result: return value of `work`, once it is done.
+        problem: one line with the reason for the missing result; None while it runs or if there is a result.
     """
 
     def __init__(self, work: Callable[[Tell], Any], *, name: str) -> None:
@@ -58,7 +59,7 @@ class Forked:
         parent = os.getpid()
         self._pipe, sending = os.pipe()
         os.set_blocking(self._pipe, False)
-        # A request to stop must not reach the child before it says that it ignores them.
+        # A stop request must not reach the child before the child has set it to be ignored.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             self.pid = os.fork()
@@ -74,17 +75,17 @@ class Forked:
 
     @property
     def running(self) -> bool:
-        """Whether it is at work still, as of the last `poll`."""
+        """Whether it was still running at the last `poll`."""
         return self._running
 
     def poll(self) -> bool:
-        """Take in what was sent, notice the end. Microseconds; never blocks. True while it runs."""
+        """Receive messages and notice the end. Takes microseconds and never blocks. True while it runs."""
         if not self._running:
             return False
         self._receive()
         try:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:  # someone else has reaped it: what it sent tells how it went
+        except ChildProcessError:  # another process has reaped it: its messages show how it ended
             pid, status = self.pid, 0
         if pid:
             self._receive()
@@ -92,7 +93,7 @@ class Forked:
         return self._running
 
     def wait(self, *, timeout_s: float) -> bool:
-        """Poll until it has ended, at most this long. True if it has."""
+        """Poll until it has ended, up to this time. True if it has ended."""
         deadline = time.monotonic() + timeout_s
         while self.poll():
             if time.monotonic() > deadline:
@@ -101,7 +102,7 @@ class Forked:
         return True
 
     def kill(self, *, timeout_s: float = 1.0) -> bool:
-        """End it with SIGKILL. False if the kernel does not let it die in time (storage that hangs): poll later."""
+        """End it with SIGKILL. False if the kernel does not let it die in time (hanging storage): poll later."""
         if self._running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -147,14 +148,14 @@ def _signal_name(number: int) -> str:
 
 
 def _be_child(work: Callable[[Tell], Any], sending: int, parent: int, *, mask: Iterable[int]) -> None:
-    """The child's whole life; it never returns into the parent's code."""
+    """The whole life of the child process, which never returns into the parent's code."""
     status = 1
     try:
         die_with(parent)
-        for number in _STOP_SIGNALS:  # a request to stop goes to the trainer, which waits for this process
+        for number in _STOP_SIGNALS:  # stop requests go to the trainer, which waits for this process
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        gc.disable()  # collecting what the parent left would copy its pages, and may wait for its threads
+        gc.disable()  # a garbage collection would copy the parent's pages, and may wait for its threads
         torch.set_num_threads(1)  # the parent's OpenMP threads do not exist here
 
         def tell(message: Any) -> None:
@@ -180,7 +181,7 @@ def _be_child(work: Callable[[Tell], Any], sending: int, parent: int, *, mask: I
 
 
 def die_with(parent: int) -> None:
-    """End this process when its parent ends, however that happens. Linux only; elsewhere nothing is promised."""
+    """End this process when its parent ends, in whatever way. Linux only; elsewhere it has no effect."""
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it has ended in between

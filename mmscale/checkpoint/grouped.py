@@ -1,8 +1,8 @@
-"""Ranks of one node that put their tensors into one file (`checkpoint.writers`): how their writers meet.
+"""Sends the tensors of several ranks of one node into one file (`checkpoint.writers`).
 
-The first rank of a group writes the file and hashes it as one stream; the others send it their bytes through a socket
-of the node, one rank after the other, and are told where in the file these begin. It knows bytes only: what is in them,
-write.py decides, and when, saving.py.
+The first rank of a group writes the file and hashes it as one stream. The others send it their bytes through a socket
+of the node, one rank after the other, and receive their offsets in the file. This module handles bytes only; write.py
+defines their content, saving.py the schedule.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import secrets
 import socket
 import struct
@@ -21,23 +22,32 @@ from typing import Any
 
 import torch
 
+from mmscale import bounded
 from mmscale.errors import SaveError
+from mmscale.runtime.groups import gathered
 
 # Before the reason of a rank that only heard of another one's failure.
 ELSEWHERE = "another rank's part failed: "
+_ORIGIN = re.compile(re.escape(ELSEWHERE) + r"rank (\d+): (.+)", re.DOTALL)
 _LENGTH = struct.Struct("<q")  # of the next piece; 0 ends a part, a negative one is that of a message about a failure
 _NUMBERS = struct.Struct("<i")
 _CHUNK = 4 << 20
 _BUFFER = 1 << 20
 
 
+def origin(reason: str) -> tuple[int, str] | None:
+    """The rank that failed and its reason, of what a rank says that only heard of it; None if it knows no reason."""
+    found = _ORIGIN.fullmatch(reason)
+    return (origin(found[2]) or (int(found[1]), found[2])) if found else None
+
+
 @dataclass(frozen=True)
 class Group:
-    """Ranks of one node whose tensors stand in one file.
+    """Ranks of one node that share one file for their tensors.
 
     Attributes:
         ranks: ascending; the first one writes.
-        address: names their sockets, on this node alone.
+        address: name of their sockets, on this node alone.
     """
 
     ranks: tuple[int, ...]
@@ -58,8 +68,7 @@ def agree(writers: int) -> Group | None:
     if writers == 0:
         return None
     rank = torch.distributed.get_rank()
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, (_node(), secrets.token_hex(8)))
+    found = gathered((_node(), secrets.token_hex(8)))
     here = [other for other, (node, _) in enumerate(found) if node == found[rank][0]]
     (ranks,) = (part for part in split(here, writers) if rank in part)
     return Group(ranks, f"\0mmscale-save-{found[ranks[0]][1]}") if len(ranks) > 1 else None
@@ -258,7 +267,7 @@ def _answer(peer: socket.socket, group: Group) -> dict[str, Any]:
         pass
     if not line.endswith(b"\n"):
         raise SaveError(f"{ELSEWHERE}rank {group.first}, which writes this rank's tensors, has ended")
-    answer: dict[str, Any] = json.loads(line)
+    answer: dict[str, Any] = bounded.parse_json(line)
     if "problem" in answer:
         raise SaveError(f"{ELSEWHERE}rank {group.first}: {answer['problem'].removeprefix(ELSEWHERE)}")
     return answer

@@ -1,16 +1,17 @@
-"""Digests of every file of a checkpoint: MANIFEST.json, and whether a folder still is what it says.
+"""The manifest of a checkpoint: digests of all files, and the check of a folder against them.
 
-Reads and hashes bytes; knows no tensors (no torch), renames nothing. Who hashes which file, `deal` says.
+It reads and hashes bytes, without knowledge of tensors (no torch), and renames nothing. `deal` assigns files to ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,23 +19,27 @@ from typing import Any, TypeVar
 import xxhash
 
 from mmscale import bounded
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, shell_command
 
 MANIFEST = "MANIFEST.json"
-SIGNATURE = "MANIFEST.json.sig"  # of the manifest, by signing.py; it stands beside it and is no part of it
+SIGNATURE = "MANIFEST.json.sig"  # the manifest's signature, made by signing.py; not part of the manifest
 FORMAT = 1
-ALGORITHM = "xxh3_128"  # finds every accident at the speed of memory; it is no signature against an attacker
+ALGORITHM = "xxh3_128"  # detects every accident at the speed of memory; no protection against an attacker
 _CHUNK = 4 << 20
-PAUSES_S = (0.1, 1.0, 4.0)  # between reads of a file that the storage refuses: a stale handle is fresh after one
+PAUSES_S = (0.1, 1.0, 4.0)  # between reads of a file after storage errors: a stale handle is valid again after one
 T = TypeVar("T")
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what its manifest says; the text names the file."""
+    """A checkpoint does not match its manifest; the text names the file."""
 
 
 class UnreadableError(CheckpointError):
-    """A file cannot be read here and now, which says nothing about what it holds."""
+    """A file cannot be read on this host at the moment, which does not show whether it is damaged."""
+
+
+class DeletedError(CheckpointError):
+    """A checkpoint was deleted while it was read."""
 
 
 class NoManifestError(DamagedError):
@@ -55,17 +60,17 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a whole checkpoint consists of, and where it comes from.
+class CheckpointManifest:
+    """The files of a complete checkpoint, and its origin.
 
     Attributes:
         step: optimizer steps done.
         attempt: attempt of the run that wrote it.
         config_digest: digest of the configuration.
-        code_version: version of mmscale, and the commit where it is known.
+        code_version: version of mmscale, with the commit if known.
         topology: ranks of each dimension, e.g. {"world_size": 4, "tp": 2}.
-        files: every file but the manifest by its path relative to the folder.
-        origin: how it was made of others, e.g. {"made_by": "average", "parents": [...]}; None: ranks wrote it.
+        files: every file except the manifest by its path relative to the folder.
+        origin: how it was made from others, e.g. {"made_by": "average", "parents": [...]}; None: ranks wrote it.
     """
 
     step: int
@@ -79,7 +84,7 @@ class Manifest:
     origin: dict[str, Any] | None = None
 
     def text(self) -> str:
-        """The content of MANIFEST.json. Equal manifests have equal text, so that any changed byte shows."""
+        """The content of MANIFEST.json. Equal manifests have equal text, so that any changed byte is detected."""
         fields = asdict(self)
         if self.origin is None:
             del fields["origin"]
@@ -94,7 +99,7 @@ def text_digest(text: str) -> str:
 
 
 def patiently(read: Callable[[], T], *, path: Path) -> T:
-    """What a read gives; one that fails is tried again after PAUSES_S.
+    """The result of a read, which is retried after PAUSES_S if it fails.
 
     Raises:
         UnreadableError: it failed every time.
@@ -110,33 +115,38 @@ def patiently(read: Callable[[], T], *, path: Path) -> T:
                 raise UnreadableError(
                     f"{path} cannot be read on {socket.gethostname()}: {error.strerror or error}",
                     remedy="check the file system and start again: the checkpoint may well be whole. If the file is "
-                    f"lost, rename the folder {path.parent.name} to go on from the checkpoint before it",
+                    f"lost, rename the folder {path.parent.name} to resume from the checkpoint before it",
                 ) from None
         time.sleep(pause)
     raise AssertionError
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint.
 
     Raises:
         NoManifestError: there is none.
-        DamagedError: a byte of it was changed.
-        UnreadableError: the storage refuses it.
-        CheckpointError: another version of mmscale wrote it, in a format that this one does not know.
+        DamagedError: it was changed.
+        UnreadableError: a storage error.
+        CheckpointError: another version of mmscale wrote it, in an unknown format.
     """
     file = folder / MANIFEST
     try:
         text = patiently(lambda: bounded.read_text(file), path=file)
     except FileNotFoundError:
         raise NoManifestError(f"{MANIFEST} is missing") from None
-    except (ValueError, IsADirectoryError) as error:  # not UTF-8, far too large, or no file
+    except (ValueError, IsADirectoryError) as error:  # not UTF-8, far too large, or not a file
         raise DamagedError(f"{MANIFEST} is damaged: {error}") from None
-    _refuse_other_format(file, text)
+    return parse_manifest(text, where=file)
+
+
+def parse_manifest(text: str, *, where: Path | str) -> CheckpointManifest:
+    """The manifest in a text; `where` it was read, for messages. Errors as in `read_manifest`."""
+    _refuse_other_format(where, text)
     try:
         parsed = bounded.parse_json(text)["manifest"]
         files = {name: FileRecord(**record) for name, record in parsed.pop("files").items()}
-        manifest = Manifest(files=files, **parsed)
+        manifest = CheckpointManifest(files=files, **parsed)
         same = manifest.text() == text
     except bounded.BAD_CONTENT:
         raise DamagedError(f"{MANIFEST} is damaged") from None
@@ -145,10 +155,10 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _refuse_other_format(file: Path, text: str) -> None:
-    """Refuse a manifest of a newer version, whatever fields it has, before its bytes are judged by ours.
+def _refuse_other_format(file: Path | str, text: str) -> None:
+    """Refuse a manifest of a newer version, whatever fields it has, before it is parsed with the present format.
 
-    Its digest covers the text of `manifest` as it is there, so damage is not taken for a newer version.
+    Its digest covers the text of `manifest` as stored, so damage is not mistaken for a newer version.
     """
     try:
         whole = bounded.parse_json(text)
@@ -156,7 +166,7 @@ def _refuse_other_format(file: Path, text: str) -> None:
         found = (body["format"], body["algorithm"])
         intact = whole["digest"] == text_digest(json.dumps(body, indent=1, sort_keys=True))
     except bounded.BAD_CONTENT:
-        return  # damaged, as the caller will find
+        return  # damaged; the caller will detect it
     if intact and found != (FORMAT, ALGORITHM):
         raise CheckpointError(
             f"{file} has format {found[0]} with {found[1]}, this version reads format {FORMAT} with {ALGORITHM}",
@@ -184,13 +194,13 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def deal(files: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Names of files in `parts` lists of nearly equal bytes: the largest first, each to whoever has least."""
+    """Names of files in `parts` lists of nearly equal bytes: the largest first, each to the list with fewest bytes."""
     dealt: list[list[str]] = [[] for _ in range(parts)]
     load = [0] * parts
     for name in sorted(files, key=lambda name: (-files[name], name)):
         least = load.index(min(load))
         dealt[least].append(name)
-        load[least] += files[name] + _CHUNK // 64  # opening a file costs too
+        load[least] += files[name] + _CHUNK // 64  # opening a file has a cost too
     return dealt
 
 
@@ -210,11 +220,11 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     return {name: digest(folder / name) for name in names}
 
 
-def structure(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong without reading any content: missing files, extra files, other sizes.
+def structure(folder: Path, manifest: CheckpointManifest) -> list[str]:
+    """Problems that can be found without reading contents: missing files, extra files, other sizes.
 
     Raises:
-        UnreadableError: the storage refuses to list the folder, or two listings differ.
+        UnreadableError: the folder cannot be listed, or two listings differ.
     """
     problems = _structure(folder, manifest)
     if problems:
@@ -227,7 +237,7 @@ def structure(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _structure(folder: Path, manifest: Manifest) -> list[str]:
+def _structure(folder: Path, manifest: CheckpointManifest) -> list[str]:
     try:
         present = patiently(lambda: sizes(folder), path=folder / MANIFEST)
     except (DamagedError, FileNotFoundError, NotADirectoryError) as error:
@@ -241,13 +251,13 @@ def _structure(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def content(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Which of these files hold something else than what was written, by two reads that agree.
+def content(folder: Path, manifest: CheckpointManifest, names: Iterable[str]) -> list[str]:
+    """Files whose content differs from what was written, confirmed by two equal reads.
 
-    The second read asks the storage again: a page of this host's memory may be what is wrong.
+    The second read bypasses the page cache, because this host's memory may be at fault.
 
     Raises:
-        UnreadableError: the storage refuses a file, or two reads of it differ.
+        UnreadableError: a file cannot be read, or two reads of it differ.
     """
     problems = []
     for name in names:
@@ -275,7 +285,7 @@ def _read(file: Path, *, fresh: bool) -> FileRecord:
 
     try:
         return patiently(read, path=file)
-    except (FileNotFoundError, NotADirectoryError):  # it was there when the folder was listed, perhaps on another host
+    except (FileNotFoundError, NotADirectoryError):  # it existed when the folder was listed, perhaps on another host
         raise UnreadableError(
             f"{file} is not there on {socket.gethostname()}",
             remedy="check that this host has the file system of the run mounted; the checkpoint may well be whole",
@@ -283,14 +293,14 @@ def _read(file: Path, *, fresh: bool) -> FileRecord:
 
 
 def verify(folder: Path, *, step: int | None = None) -> list[str]:
-    """Everything that is wrong with a checkpoint, by one process; empty if it is whole.
+    """All problems of a checkpoint, found by one process; empty if it is intact.
 
     Args:
         folder: the checkpoint.
-        step: the step that its name says.
+        step: the step in its name.
 
     Raises:
-        NoManifestError: nothing can be told about it.
+        NoManifestError: it has no manifest.
     """
     try:
         manifest = read_manifest(folder)
@@ -304,12 +314,12 @@ def verify(folder: Path, *, step: int | None = None) -> list[str]:
 
 
 def require_whole(folder: Path, *, step: int, allow_missing: bool = False) -> None:
-    """Refuse a damaged checkpoint; it stays where it is.
+    """Refuse a damaged checkpoint, without renaming it.
 
     Args:
         folder: the checkpoint.
-        step: the step that its name says.
-        allow_missing: a checkpoint without a manifest is taken as it is.
+        step: the step in its name.
+        allow_missing: accept a checkpoint without a manifest.
 
     Raises:
         CheckpointError: it is damaged, has no manifest, or can be written by everyone.
@@ -321,7 +331,7 @@ def require_whole(folder: Path, *, step: int, allow_missing: bool = False) -> No
         if allow_missing:
             return
         raise CheckpointError(
-            f"{folder} has no {MANIFEST}, so nobody can tell whether it is whole",
+            f"{folder} has no {MANIFEST}, so it cannot be verified",
             remedy="choose a checkpoint that has one (RUN@STEP), or set checkpoint.allow_missing: true in the run's "
             "config.yaml to use it anyway",
         ) from None
@@ -331,8 +341,31 @@ def require_whole(folder: Path, *, step: int, allow_missing: bool = False) -> No
         )
 
 
+@contextlib.contextmanager
+def while_there(folder: Path) -> Iterator[None]:
+    """Read a checkpoint that its run may delete meanwhile (`checkpoint.keep`): what is missing then is not damage.
+
+    Raises:
+        DeletedError: reading failed, and the folder does not exist any more.
+    """
+    try:
+        yield
+    except (DamagedError, CheckpointError, OSError) as error:
+        if isinstance(error, DeletedError) or folder.exists():
+            raise
+        raise deleted(folder) from error
+
+
+def deleted(folder: Path) -> DeletedError:
+    """The error of a checkpoint that does not exist any more."""
+    return DeletedError(
+        f"{folder} was deleted while it was read",
+        remedy="a run keeps its newest checkpoints only (checkpoint.keep): choose a newer one, RUN@STEP",
+    )
+
+
 def refuse_world_writable(folder: Path) -> None:
-    """Anyone could have put anything into such a checkpoint, with a manifest that fits.
+    """Refuse a checkpoint that everyone can write, because its files and a matching manifest could be anybody's.
 
     Raises:
         CheckpointError: a folder or file of the checkpoint, or the folder around it, can be written by everyone.
@@ -342,7 +375,7 @@ def refuse_world_writable(folder: Path) -> None:
         if mode & stat.S_IWOTH and not stat.S_ISLNK(mode):
             raise CheckpointError(
                 f"{path} can be written by every user of this machine, so anyone may have changed the checkpoint",
-                remedy=f"make sure that it is yours, then `chmod -R o-w {folder.parent}`",
+                remedy=f"make sure that it is yours, then {shell_command('-R', 'o-w', folder.parent, program='chmod')}",
             )
 
 

@@ -1,8 +1,8 @@
-"""Which types of elements the tensors of a checkpoint may have, judged by their names.
+"""Element types that the tensors of a checkpoint may have, by their names.
 
-Digests (integrity.py) say whether a checkpoint is what a run wrote. This says whether a run wrote what the names
-promise: megatron-core converts whatever it reads, so an int16 tensor under the name of a master weight would load
-without an error and destroy the run. Types are names ("float32"), so nothing here imports torch.
+Digests (integrity.py) show whether a checkpoint is what a run wrote. This module checks that its types match its names:
+megatron-core converts whatever it reads, so an int16 tensor under the name of a master weight would load without an
+error and destroy the run. Types are names ("float32"), so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from mmscale.checkpoint import integrity
 from mmscale.errors import CheckpointError
 
-_SCALE = "_scale."  # between a moment's name and its parameter's: the scales of a moment in FP8
-_FP8 = "uint8"  # the bits of E4M3, see train/optimizer_moments.py
+_SCALE = "_scale."  # between the names of a moment and of its parameter: the scales of an FP8 moment
+_FP8 = "uint8"  # the bits of E4M3, see train/optim/stored_moments.py
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Kind:
     dtypes: tuple[str, ...]
 
 
-# The first kind that matches counts. All optimizers, also the auxiliary routers', use the same names.
+# The first matching kind applies. All optimizers, also the auxiliary routers', use the same names.
 KINDS: tuple[Kind, ...] = (
     Kind("a master weight", re.compile(r"optimizer\.state\.param\."), ("float32",)),
     Kind("the scale of a moment", re.compile(r"optimizer\.state\.exp_avg(_sq)?_scale\."), ("float32",)),

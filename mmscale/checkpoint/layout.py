@@ -1,32 +1,35 @@
-"""Folders of a run's checkpoints: names, the commit by rename, the newest one, retention.
+"""Folders of a run's checkpoints: names, commit by rename, the newest checkpoint, retention.
 
-Knows paths only: no torch, no tensors. A folder `step_00000100` was whole when it got that name, which it gets last;
-whether it still is, integrity.py says.
+It handles paths only: no torch, no tensors. A folder gets its name `step_00000100` last, when it is complete;
+integrity.py checks whether it is still intact.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmscale import bounded
-from mmscale.checkpoint import integrity
+from mmscale.checkpoint import integrity, publish
+from mmscale.checkpoint.save_settings import Best
 from mmscale.errors import CheckpointError
 
 FOLDER = "checkpoints"
 INFO = "mmscale.json"
 LATEST = "latest"
 ARRAYS = "tensors"  # the folder in an archive that holds its arrays
-EVENTS = "events.jsonl"  # of the run; train/metrics.py writes it
-SCRATCH = "from_scratch"  # the event after which older saves do not count
+EVENTS = "events.jsonl"  # of the run; runs/events.py writes it
+SCRATCH = "from_scratch"  # the event from which earlier saves do not count
+BEST = "best"  # in INFO: metric, step and value of the best checkpoint when this one was written
 INFO_FORMAT = 2  # 1 had no manifest
-_VERIFIED = 2  # checkpoints known to be whole that retention never goes below
+_VERIFIED = 2  # number of verified checkpoints that retention always keeps
 _STEP = re.compile(r"^step_(\d{8,})$")
 _BAD = re.compile(r"^step_\d{8,}\.bad(\.\d+)?$")
 _LEFT = re.compile(r"^(step_\d{8,})\.(tmp|old|deleted)")
@@ -37,7 +40,7 @@ def _nothing(stage: str) -> None:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a folder claims to be an archive; whether it is a whole one, archive.py says."""
+    """Whether a folder looks like an archive; archive.py checks it."""
     return (path / ARRAYS).is_dir() or (path / integrity.MANIFEST).is_file()
 
 
@@ -52,7 +55,7 @@ class Store:
 
     Attributes:
         root: `<run>/checkpoints`.
-        on_stage: told the name of every sub-step of a commit after it; tests end the process there.
+        on_stage: called with the name of every sub-step of a commit after it; tests end the process there.
     """
 
     root: Path
@@ -64,11 +67,11 @@ class Store:
         return cls(run / FOLDER)
 
     def path(self, step: int) -> Path:
-        """Where the committed checkpoint of a step stands."""
+        """The folder of the committed checkpoint of a step."""
         return self.root / f"step_{step:08d}"
 
     def temporary(self, step: int, attempt: int, number: int = 0) -> Path:
-        """Where it is written before it is committed; a new name for every attempt, and for every save in it."""
+        """The folder in which it is written before the commit; a new name for every attempt and every save."""
         name = f"step_{step:08d}.tmp.{attempt}"
         return self.root / (f"{name}.{number}" if number else name)
 
@@ -80,7 +83,7 @@ class Store:
         return sorted(int(match.group(1)) for match in found if match)
 
     def choose(self, step: int | None = None) -> int:
-        """The step to load: the one asked for, or the newest.
+        """The step to load: the requested one, or the newest.
 
         Raises:
             CheckpointError: there is none.
@@ -109,26 +112,21 @@ class Store:
         return folder
 
     def write_info(self, step: int, attempt: int, info: dict[str, Any]) -> None:
-        """Put what `info` gives back, plain JSON, into a folder that is being written. One process calls it."""
+        """Write the result of `info`, plain JSON, into a folder that is being written. One process calls it."""
         (self.temporary(step, attempt) / INFO).write_text(info_text(info), encoding="utf-8")
 
-    def commit(self, manifest: integrity.Manifest, *, number: int = 0) -> Path:
+    def commit(self, manifest: integrity.CheckpointManifest, *, number: int = 0) -> Path:
         """Make a written folder the checkpoint of its step. One process calls it, after all ranks have written.
 
-        Killed anywhere in between, it leaves the checkpoint that was there before or the new one, after a `sweep`.
+        If it is killed at any point, either the previous checkpoint or the new one exists after a `sweep`.
 
         Args:
-            manifest: what the folder consists of, as it was written.
+            manifest: the files of the folder, as written.
             number: of the save in its attempt.
         """
         step, attempt = manifest.step, manifest.attempt
         folder, final = self.temporary(step, attempt, number), self.path(step)
-        (folder / integrity.MANIFEST).write_text(manifest.text(), encoding="utf-8")
-        self.on_stage("manifest")
-        for file in (*folder.rglob("*"), folder):
-            file.chmod(stat.S_IMODE(file.stat().st_mode) & ~stat.S_IWOTH)
-            integrity.fsync(file)
-        self.on_stage("fsync")
+        publish.seal(folder, manifest, on_stage=self.on_stage)
         old = final.with_name(f"{final.name}.old.{attempt}")
         if final.exists():  # an earlier attempt reached this step too
             final.replace(old)
@@ -143,7 +141,7 @@ class Store:
         return final
 
     def point_to_newest(self) -> None:
-        """Write the newest checkpoint's name into `latest`: a hint for people and scripts, which nothing here reads."""
+        """Write the newest checkpoint's name into `latest`, a hint that is never used to choose a checkpoint."""
         steps, file = self.steps(), self.root / LATEST
         if not steps:
             file.unlink(missing_ok=True)
@@ -154,15 +152,14 @@ class Store:
                 return
         except (OSError, ValueError):
             pass
-        temporary = self.root / f"{LATEST}.tmp"
-        temporary.unlink(missing_ok=True)
+        temporary = self.root / f"{LATEST}.{os.getpid()}.tmp"  # the run and `mmscale ckpt prune` may write at once
         temporary.write_text(wanted, encoding="utf-8")
         integrity.fsync(temporary)
         temporary.replace(file)
         integrity.fsync(self.root)
 
-    def condemn(self, step: int) -> Path:
-        """Take a damaged checkpoint out of the way, for inspection: nothing here deletes it."""
+    def quarantine(self, step: int) -> Path:
+        """Rename a damaged checkpoint to `.bad`, for inspection. mmscale never deletes it."""
         target, number = self.path(step).with_suffix(".bad"), 1
         while target.exists():
             number += 1
@@ -172,14 +169,14 @@ class Store:
         self.point_to_newest()
         return target
 
-    def condemned(self) -> list[str]:
-        """Names of the folders that `condemn` left."""
+    def quarantined(self) -> list[str]:
+        """Names of the checkpoints renamed to `.bad`."""
         if not self.root.is_dir():
             return []
         return sorted(entry.name for entry in self.root.iterdir() if _BAD.match(entry.name))
 
     def restore_bad(self, name: str) -> int:
-        """Give a folder that `condemn` left its name back; whether it is whole, the caller has found out.
+        """Rename a `.bad` folder back; the caller has verified it.
 
         Raises:
             CheckpointError: there is a checkpoint of that step.
@@ -196,12 +193,12 @@ class Store:
         return step
 
     def lost(self) -> str:
-        """What says that there were checkpoints, where there are none now; "" if nothing does."""
+        """Evidence that checkpoints existed although there are none now; "" if there is none."""
         if self.root.is_symlink() and not self.root.exists():
             return f"{self.root} is a link to {self.root.readlink()}, which is not there"
         entries = self.root.iterdir() if self.root.is_dir() else ()
         if any((left := _LEFT.match(entry.name)) and left[2] == "old" for entry in entries):
-            return ""  # a commit was interrupted: `sweep` brings it back
+            return ""  # a commit was interrupted: `sweep` restores it
         if (self.root / LATEST).is_file():
             return f"{self.root / LATEST} names {(self.root / LATEST).read_text(errors='replace').strip()[:40]!r}"
         saved = None
@@ -215,12 +212,12 @@ class Store:
         return f"{events} says that step {found[1] if found else '?'} was saved" if saved else ""
 
     def newest(self) -> int | None:
-        """The newest committed step; None where there never was one.
+        """The newest committed step; None if there has never been one.
 
         Raises:
-            CheckpointError: there were checkpoints, and all of them turned out to be damaged, or are gone.
+            CheckpointError: there were checkpoints, and all of them are damaged or gone.
         """
-        steps, bad = self.steps(), self.condemned()
+        steps, bad = self.steps(), self.quarantined()
         if not steps and bad:
             raise CheckpointError(
                 f"no checkpoint in {self.root} is whole; damaged ones are kept as {', '.join(bad)}",
@@ -236,7 +233,7 @@ class Store:
         return steps[-1] if steps else None
 
     def info(self, step: int) -> dict[str, Any]:
-        """What was given to `write_info`.
+        """The metadata written by `write_info`.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -249,40 +246,67 @@ class Store:
                 f"{file} cannot be read: {error}", remedy="choose an older checkpoint: RUN@STEP"
             ) from error
 
+    def best(self) -> int | None:
+        """The step of the best checkpoint by `checkpoint.keep_best`, as the newest one says; None: nobody knows."""
+        named = self.named_best()
+        return None if named is None else named.step
+
+    def named_best(self) -> Best | None:
+        """What the newest checkpoint calls the best one, if that one exists."""
+        steps = self.steps()
+        try:
+            found = self.info(steps[-1])[BEST] if steps else None
+            best = None if found is None else Best(str(found["metric"]), int(found["step"]), float(found["value"]))
+        except (CheckpointError, *bounded.BAD_CONTENT):
+            return None
+        return best if best is not None and best.step in steps else None
+
     def promises_manifest(self, step: int) -> bool:
-        """Whether a checkpoint was written with a manifest: without one it is damaged then, and not just old."""
+        """Whether a checkpoint was written with a manifest: if it has none now, it is damaged, and not just old."""
         try:
             return int(self.info(step).get("format", 1)) >= INFO_FORMAT
         except (CheckpointError, *bounded.BAD_CONTENT):
             return True
 
-    def prune(self, keep: int, *, every: int = 0, verified: Collection[int] = ()) -> list[int]:
+    def prune(
+        self,
+        keep: int,
+        *,
+        permanent: Callable[[int], bool] = lambda step: False,
+        verified: Collection[int] = (),
+        spared: Collection[int] = (),
+    ) -> list[int]:
         """Delete old checkpoints; returns the deleted steps.
 
         Args:
-            keep: newest ones that stay.
-            every: steps divisible by it stay for ever; 0: none do.
-            verified: steps known to be whole. The two newest of them stay, and nothing goes while there are fewer.
+            keep: number of newest ones to keep.
+            permanent: whether the checkpoint of a step is always kept.
+            verified: steps of verified checkpoints. The two newest of them are kept, and nothing is deleted while there
+                are fewer.
+            spared: steps that are kept besides.
         """
         steps = self.steps()
         whole = [step for step in steps if step in verified]
         if len(whole) < _VERIFIED:
             return []
-        kept = {*steps[-keep:], *whole[-_VERIFIED:], *(step for step in steps if every and step % every == 0)}
+        kept = {*spared, *steps[-keep:], *whole[-_VERIFIED:], *filter(permanent, steps)}
         gone = [step for step in steps if step not in kept]
         for step in gone:
             doomed = self.path(step).with_suffix(".deleted")
-            self.path(step).replace(doomed)  # never a half-deleted folder under a committed name
-            shutil.rmtree(doomed)
+            with contextlib.suppress(FileNotFoundError):  # `mmscale ckpt prune` and the run may delete at once
+                self.path(step).replace(doomed)  # a committed name must never refer to a half-deleted folder
+                shutil.rmtree(doomed)
         return gone
 
     def sweep(self) -> None:
-        """Delete what a killed attempt left half-written or half-deleted. One process calls it, at the start.
+        """Delete half-written and half-deleted folders of a killed attempt. One process calls it, at the start.
 
-        A checkpoint that was moved away for its successor comes back if that never took its place.
+        A checkpoint that was moved away for its successor is restored if the successor never took its place.
         """
         if not self.root.is_dir():
             return
+        for file in self.root.glob(f"{LATEST}.*.tmp"):
+            file.unlink(missing_ok=True)
         for entry in list(self.root.iterdir()):
             left = _LEFT.match(entry.name)
             if not left or not entry.is_dir():

@@ -1,8 +1,7 @@
-"""When to save, what to keep, what to load: the checkpoints of one run, committed by rename, newest whole one first.
+"""Manages the checkpoints of one run: when to save, which to keep, and which to load (the newest intact one).
 
-What the state consists of, it is told; where it stands, layout.py says; whether it is whole, integrity.py; how it is
-written, saving.py.
-Every rank calls every method, and all of them return or raise alike.
+The caller passes the state. layout.py defines paths, integrity.py digests, saving.py the course of a save. Every rank
+calls every method, and all ranks return or raise alike.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 
 from mmscale.checkpoint import integrity, random_states, sharded
-from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
+from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError, NoManifestError
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.save_settings import Provenance, Retention, SaveSettings
 from mmscale.checkpoint.saving import Saver
@@ -24,7 +23,7 @@ from mmscale.checkpoint.tensors import WEIGHTS, TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups, random_state
 
-_ALLOW = "or set checkpoint.allow_missing=true to go on without"
+_ALLOW = "or set checkpoint.allow_missing=true to continue without"
 T = TypeVar("T")
 
 
@@ -33,7 +32,7 @@ def _nothing(place: str, step: int) -> None:
 
 
 class Saveable(Protocol):
-    """State that can become a sharded state dict and back."""
+    """State that can be converted to a sharded state dict and back."""
 
     step: int
 
@@ -41,12 +40,12 @@ class Saveable(Protocol):
         """This rank's part."""
 
     def restore(self, loaded: dict[str, Any]) -> None:
-        """Take over what was read."""
+        """Restore the state from what was read."""
 
 
 @runtime_checkable
 class HasWeights(Protocol):
-    """State that can go on from a checkpoint without optimizer state: `restore` is then given none."""
+    """State that can start from a checkpoint without optimizer state; `restore` then gets none."""
 
     def sharded_weights(self) -> dict[str, Any]:
         """This rank's part of the model."""
@@ -54,10 +53,10 @@ class HasWeights(Protocol):
 
 @runtime_checkable
 class HasTypes(Protocol):
-    """State that reads tensors of other types than it would write: it is told what there is before `sharded`."""
+    """State that can read tensors of other types than it writes: `expect` is called before `sharded`."""
 
     def expect(self, stored: Mapping[str, TensorEntry]) -> None:
-        """The tensors of the checkpoint that is going to be read."""
+        """The tensors of the checkpoint that will be read."""
 
 
 class CheckpointManager:
@@ -75,6 +74,7 @@ class CheckpointManager:
         on_point: as Saver's.
         on_stage: as Store's; what it raises gives up the save.
         keep_every: checkpoints of every n-th step are kept for ever; 0: none.
+        early: steps 1, 2, 4, ... up to this one are saved too, and kept for ever; 0: none.
         allow_missing: whether a checkpoint may lack its manifest, its counters or random states.
         seed: from which a rank gets new random numbers where the saved ones belong to another layout.
         code_version: goes into the manifest.
@@ -97,6 +97,7 @@ class CheckpointManager:
         on_point: Callable[[str, int], None] = _nothing,
         on_stage: Callable[[str], None] | None = None,
         keep_every: int = 0,
+        early: int = 0,
         allow_missing: bool = False,
         seed: int = 0,
         code_version: str = "",
@@ -114,66 +115,68 @@ class CheckpointManager:
             self.store,
             settings=saves or SaveSettings(),
             provenance=Provenance(attempt, info, code_version),
-            retention=Retention(keep, keep_every),
+            retention=Retention(keep, keep_every, early),
             on_event=on_event,
             on_point=on_point,
         )
-        self._let_through: set[int] = set()  # without a manifest, by allow_missing
+        self._let_through: set[int] = set()  # checkpoints without a manifest, accepted by allow_missing
         self._rank = torch.distributed.get_rank()
         self._size = torch.distributed.get_world_size()
         self._first = self._rank == 0
 
     @property
     def verified(self) -> set[int]:
-        """Steps that this attempt hashed while it wrote them, or found whole."""
+        """Steps that this attempt hashed while it wrote them, or verified."""
         return self.saver.verified
 
     def due(self, step: int) -> bool:
-        """Whether the schedule asks for a checkpoint after this step."""
-        return self.every > 0 and step % self.every == 0
+        """Whether the schedule asks for a checkpoint after this step, or it is the best one so far."""
+        scheduled = (self.every > 0 and step % self.every == 0) or self.saver.retention.is_early(step)
+        best = self.saver.best
+        return scheduled or (best is not None and best.step == step)
 
     def move(self, run: Path) -> None:
-        """Save into another folder from now on: the run's, which was renamed. What is under way there fails."""
+        """Save into another folder from now on, because the run's folder was renamed. A save in progress fails."""
         self.store = self.saver.store = replace(self.store, root=Store.of_run(run).root)
 
     # --- save -------------------------------------------------------------------------------------------------------
 
     def save(self, state: Saveable, *, last: bool = False) -> None:
-        """Begin a save, or make it where saves are not asynchronous; the last one is waited for.
+        """Start a save, or complete it if saves are not asynchronous; waits for the last one.
 
         Args:
-            state: what to save, as it is now.
-            last: nothing is trained after it, so it must succeed.
+            state: the state to save, as it is now.
+            last: no training follows, so it must succeed.
 
         Raises:
-            SaveError: the last save failed twice, or too many in a row did; what was committed before still stands.
+            SaveError: the last save failed twice, or too many in a row failed. Committed checkpoints stay valid.
         """
         self.saver.save(state.step, lambda: state.sharded(loading=False), last=last)
 
     # --- load -------------------------------------------------------------------------------------------------------
 
     def choose(self) -> int | None:
-        """The newest checkpoint that is whole, or None where there never was one. Damaged ones are renamed to `.bad`.
+        """The newest intact checkpoint, or None if there has never been one. Damaged ones are renamed to `.bad`.
 
         Raises:
-            CheckpointError: there are checkpoints and none is whole; or one has no manifest, or anyone could write it.
+            CheckpointError: there are checkpoints and none is intact; or one has no manifest, or anyone could write it.
         """
-        self.saver.finish()  # what is under way must not be swept away
+        self.saver.finish()  # a save in progress must not be swept away
         self._on_first(self.store.sweep)
         while (step := self._on_first(self.store.newest)) is not None:
             problems = self.problems(step)
             if not problems:
                 self._on_first(self.store.point_to_newest)
                 return step
-            bad = self._on_first(functools.partial(self.store.condemn, step))
+            bad = self._on_first(functools.partial(self.store.quarantine, step))
             self._tell("checkpoint_bad", step=step, kept_as=bad.name, problems=problems[:20])
         return None
 
     def problems(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint, found by all ranks together and by two reads; empty if it is whole.
+        """The problems of a checkpoint, found by all ranks together and confirmed by two reads; empty if it is intact.
 
         Raises:
-            CheckpointError: it has no manifest, anyone could write it, or the storage refuses it: that is no damage.
+            CheckpointError: it has no manifest, anyone could write it, or the storage fails, which is not damage.
         """
         folder = self.store.path(step)
         manifest, problems = self._on_first(lambda: self._inspect(step))
@@ -186,7 +189,8 @@ class CheckpointManager:
         if not found:
             self.verified.add(step)
             return []
-        # Other ranks read the same files, on other nodes where there are several: storage of one node may be at fault.
+        # Other ranks, on other nodes if there are several, read the same files: the storage of one node may be at
+        # fault.
         theirs = integrity.deal(sizes, self._size)[(self._rank + max(1, self._size // 2)) % self._size]
         again = [line for part in self._on_all(lambda: integrity.content(folder, manifest, theirs)) for line in part]
         if sorted(again) != sorted(found):
@@ -196,7 +200,7 @@ class CheckpointManager:
             )
         return found
 
-    def _inspect(self, step: int) -> tuple[Manifest | None, list[str]]:
+    def _inspect(self, step: int) -> tuple[CheckpointManifest | None, list[str]]:
         folder = self.store.path(step)
         integrity.refuse_world_writable(folder)
         try:
@@ -206,7 +210,7 @@ class CheckpointManager:
                 return None, [str(error)]
             if not self.allow_missing:
                 raise CheckpointError(
-                    f"{folder} has no {integrity.MANIFEST}, so nobody can tell whether it is whole",
+                    f"{folder} has no {integrity.MANIFEST}, so it cannot be verified",
                     remedy=f"choose a run that has one, {_ALLOW}",
                 ) from None
             self.on_event("checkpoint_unverified", step=step)
@@ -218,10 +222,10 @@ class CheckpointManager:
         return manifest, integrity.structure(folder, manifest)
 
     def load(self, state: Saveable, step: int) -> None:
-        """Read a committed checkpoint into the state, and go on with its random numbers.
+        """Read a committed checkpoint into the state, and restore its random numbers.
 
         Raises:
-            CheckpointError: it is damaged, or lacks something.
+            CheckpointError: it is damaged or incomplete.
         """
         if step not in self.verified | self._let_through and (problems := self.problems(step)):
             raise CheckpointError(
@@ -229,7 +233,7 @@ class CheckpointManager:
                 remedy="choose another checkpoint: RUN@STEP",
             )
         folder = self.store.path(step)
-        there = sharded.stored(folder)  # once: the index grows with the ranks that wrote it
+        there = sharded.stored(folder)  # once: the index grows with the number of ranks that wrote it
         loaded = sharded.read(folder, self._wanted(state, step, there), there=there)
         if "progress" not in loaded:
             self._refuse_missing(step, "its counters (progress)")
@@ -244,7 +248,7 @@ class CheckpointManager:
             return state.sharded(loading=True)
         self._refuse_missing(step, "the optimizer's state: it holds weights only")
         self._tell("optimizer_fresh", step=step)
-        # Asking megatron's optimizers for what they would load fills their state with whatever is in memory.
+        # Asking megatron's optimizers for the state to load would fill it with uninitialized memory.
         return state.sharded_weights() if isinstance(state, HasWeights) else state.sharded(loading=True)
 
     def _holds_weights_only(self, step: int) -> bool:
@@ -287,11 +291,11 @@ class CheckpointManager:
             self.on_event(event, **fields)
 
     def _on_first(self, action: Callable[[], T]) -> T:
-        """Rank 0's result on every rank: a shared file system may show other ranks something older."""
+        """Rank 0's result on every rank, because a shared file system may show other ranks an older state."""
         return self._on_all(lambda: action() if self._first else None)[0]  # type: ignore[return-value]
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:
-        """Every rank's result on every rank. Nobody goes on, or waits for ever, when one of them fails."""
+        """Every rank's result on every rank. If one rank fails, all fail, so that none continues or waits for ever."""
         result: T | None = None
         failure: CheckpointError | None = None
         try:
@@ -300,8 +304,7 @@ class CheckpointManager:
             failure = error
         except (OSError, DamagedError) as error:
             failure = CheckpointError(f"rank {self._rank}: {error}", remedy="check the file system of the run folder")
-        gathered: list[Any] = [None] * self._size
-        torch.distributed.all_gather_object(gathered, (result, failure and (failure.cause, failure.remedy)))
+        gathered = groups.gathered((result, failure and (failure.cause, failure.remedy)))
         for _, failed in gathered:
             if failed is not None:
                 raise CheckpointError(failed[0], remedy=failed[1])
@@ -309,7 +312,9 @@ class CheckpointManager:
 
 
 def _topology(folder: Path) -> dict[str, int] | None:
+    """Ranks of each dimension that a checkpoint was saved by; those from before context parallelism do not name cp."""
     try:
-        return integrity.read_manifest(folder).topology
+        found = integrity.read_manifest(folder).topology
+        return {**found, "cp": found.get("cp", 1)} if found else found
     except DamagedError:
         return None

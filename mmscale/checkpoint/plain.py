@@ -1,6 +1,6 @@
-"""Counters and settings of a checkpoint as JSON that comes back exactly: no pickle, readable in any language.
+"""Lossless JSON for the counters and settings of a checkpoint: no pickle, readable in any language.
 
-JSON knows no tuples, no keys but text, no bytes and no tensors; those get a tag. For small values: it is all one text.
+Tuples, keys other than text, bytes and tensors, which JSON lacks, are tagged. For small values: the result is one text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TAGS = {_TUPLE, _DICT, _BYTES, _TENSOR}
 
 
 def encode(value: Any) -> Any:
-    """Something that `json` writes, and `decode` turns back into `value`.
+    """A JSON-compatible value that `decode` turns back into `value`.
 
     Raises:
         CheckpointError: a value is neither plain data nor a tensor.
@@ -46,10 +46,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """What `encode` was given.
+    """The value that was passed to `encode`.
 
     Raises:
-        ValueError, TypeError, KeyError: it did not write this.
+        ValueError, TypeError, KeyError: the input is not from `encode`.
     """
     if isinstance(value, list):
         return [decode(item) for item in value]

@@ -1,6 +1,6 @@
-"""A folder that appears whole or not at all: written under another name, hashed, brought to the disk, renamed.
+"""Atomic folders: written under a temporary name, hashed, synced to disk and renamed.
 
-For what stands alone, such as an archive or a converted model. The checkpoints of a run, layout.py commits. No tensors.
+For stand-alone outputs such as archives and converted models. layout.py commits the checkpoints of runs. No tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmscale.checkpoint import integrity
-from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.errors import CheckpointError
 
 _LEFT = ".tmp."  # between the final name and a random part
@@ -28,15 +28,16 @@ def _nothing(stage: str) -> None:
 
 @contextlib.contextmanager
 def folder(final: Path) -> Iterator[Path]:
-    """A new folder beside `final` to write into; `commit` gives it that name. Without a commit nothing of it stays.
+    """A new folder next to `final` to write into; `commit` gives it that name. Without a commit it is removed.
 
-    What a killed process left beside `final` is deleted first, and what a living one is writing there is not.
+    Leftovers of killed processes next to `final` are deleted first, but not folders of processes that are still
+    writing.
 
     Args:
-        final: a name that nothing has yet.
+        final: a name that does not exist yet.
 
     Raises:
-        CheckpointError: something has that name, or nothing can be written there.
+        CheckpointError: the name exists, or nothing can be written there.
     """
     refuse_existing(final)
     with writing(final):
@@ -55,35 +56,48 @@ def folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # after a commit it is no longer there
 
 
-def commit(temporary: Path, final: Path, manifest: Manifest, *, on_stage: Callable[[str], None] = _nothing) -> None:
-    """Give a written folder its name. Killed before the rename it leaves nothing under that name.
+def commit(
+    temporary: Path, final: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None] = _nothing
+) -> None:
+    """Give a written folder its name. If it is killed before the rename, nothing has that name.
 
     Args:
-        temporary: what `folder` gave.
-        final: what `folder` was given.
-        manifest: what the folder consists of, hashed after it was written.
-        on_stage: told the name of every sub-step after it; tests end the process there.
+        temporary: from `folder`.
+        final: as passed to `folder`.
+        manifest: the files of the folder, hashed after they were written.
+        on_stage: called with the name of every sub-step after it; tests end the process there.
 
     Raises:
-        CheckpointError: something got that name meanwhile.
+        CheckpointError: the name was taken in the meantime.
     """
-    (temporary / integrity.MANIFEST).write_text(manifest.text(), encoding="utf-8")
-    on_stage("manifest")
-    for path in (*temporary.rglob("*"), temporary):
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~stat.S_IWOTH)
-        integrity.fsync(path)
-    on_stage("fsync")
+    seal(temporary, manifest, on_stage=on_stage)
     refuse_existing(final)
     temporary.rename(final)
     integrity.fsync(final.parent)
     on_stage("rename")
 
 
+def seal(folder: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None]) -> None:
+    """Write the manifest of a written folder, take the right to write from others, and sync everything to disk.
+
+    Args:
+        folder: still under its temporary name.
+        manifest: its files.
+        on_stage: called after "manifest" and "fsync".
+    """
+    (folder / integrity.MANIFEST).write_text(manifest.text(), encoding="utf-8")
+    on_stage("manifest")
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~stat.S_IWOTH)
+        integrity.fsync(path)
+    on_stage("fsync")
+
+
 def refuse_existing(final: Path) -> None:
-    """Nothing is ever written over.
+    """Refuse to overwrite anything.
 
     Raises:
-        CheckpointError: something has that name.
+        CheckpointError: the name exists.
     """
     if final.exists() or final.is_symlink():
         raise CheckpointError(f"{final} exists already", remedy="name a folder that does not exist, or remove this one")
@@ -91,7 +105,7 @@ def refuse_existing(final: Path) -> None:
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Inside, an error of the storage becomes one that says what to do.
+    """Turns storage errors inside the context into errors with a remedy.
 
     Raises:
         CheckpointError: nothing (more) can be written.
@@ -110,7 +124,7 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def _sweep(left: Path) -> None:
-    """Delete it unless its writer lives; a lock ends with its process."""
+    """Delete a leftover unless its writer is alive; a lock ends with its process."""
     try:
         handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mmscale.checkpoint import torch_files
 from mmscale.errors import CheckpointError
 
 FOLDER = "rng"
@@ -73,7 +74,7 @@ def _files_of_groups(folder: Path, rank: int) -> list[Path]:
 
 def _load(source: Any, file: Path) -> dict[Any, Any]:
     try:
-        return dict(torch.load(source, map_location="cpu", weights_only=True))
+        return dict(torch_files.load(source))
     except (RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"{file} cannot be read: {first}", remedy="choose an older checkpoint") from None

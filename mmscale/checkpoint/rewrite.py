@@ -1,11 +1,13 @@
-"""Writes a checkpoint of a run from tensors that are somewhere else: an archive, another checkpoint, a mean of several.
+"""Writes a run's checkpoint from tensors of another source: an archive, another checkpoint, or an average of several.
 
-One process, no process group, one tensor in memory at a time. The result is what ranks would have written (torch_dist,
-read at any layout), committed as every checkpoint is. Random states are no part of it: whoever goes on starts new ones.
+One process, no process group, one tensor in memory at a time. The result is the same as if ranks had written it
+(torch_dist, readable at any layout), and is committed as every checkpoint. Random states are not part of it: a run that
+resumes from it starts new ones.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,31 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from mmscale.checkpoint import integrity, publish
-from mmscale.checkpoint.arrays import boxes, cut
-from mmscale.checkpoint.integrity import Manifest
+from mmscale.checkpoint import integrity, publish, tensor_index
+from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.layout import FOLDER, Store
-from mmscale.checkpoint.tensors import COMMON, TensorEntry, TensorSource, contents_of, without_optimizers
-from mmscale.config import yaml_text
-from mmscale.errors import CheckpointError
+from mmscale.checkpoint.run_folder import refuse_checkpoints, write_config
+from mmscale.checkpoint.tensors import BACKEND, COMMON, TensorEntry, TensorSource, contents_of, without_optimizers
+from mmscale.checkpoint.zarr_arrays import boxes, cut
 from mmscale.runtime import device, megatron_cpu
+from mmscale.runtime.megatron_versions import CHECKPOINT_FORMAT
 
 megatron_cpu.install()
 
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # noqa: E402
 
-PIECE_BYTES = 256 << 20  # of a tensor, at most: what a rank that wants any part of a piece has to read
-FILE_BYTES = 1 << 30  # a file has about this size: ranks share the hashing of files
+PIECE_BYTES = 256 << 20  # of a tensor: the most that a rank has to read for any part of a piece
+FILE_BYTES = 1 << 30  # approximate size of a file: ranks share the hashing by files
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a tensor that is written in one go."""
+    """A box of a tensor that is written at once."""
 
     entry: TensorEntry
     box: tuple[slice, ...]
@@ -88,18 +89,18 @@ def into_run(
     info.pop("archive", None)
     device.give_back_host_memory()
     with publish.writing(run):
-        _write_config(run, info.get("config"))
+        write_config(run, info.get("config"))
         folder = store.begin(source.step, attempt)
         try:
             _write(source, folder, weights=weights, files=files, piece_bytes=piece_bytes, on_stage=on_stage)
             store.write_info(source.step, attempt, info)
             on_stage("write")
-            manifest = Manifest(
+            manifest = CheckpointManifest(
                 step=source.step,
                 attempt=attempt,
                 config_digest=source.manifest().config_digest,
                 code_version=code_version,
-                topology={},  # of no layout: equals none, so that nobody looks for its random states
+                topology={},  # no layout: equals none, so that nothing looks for its random states
                 files=integrity.digests(folder, integrity.sizes(folder)),
                 origin=origin,
             )
@@ -108,34 +109,6 @@ def into_run(
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def refuse_checkpoints(run: Path) -> None:
-    """A written checkpoint never joins those of a run: the next start would go by their numbers.
-
-    Raises:
-        CheckpointError: the run has committed checkpoints, or is no folder.
-    """
-    if run.exists() and not run.is_dir():
-        raise CheckpointError(f"{run} is not a folder", remedy="name a new run folder")
-    steps = Store.of_run(run).steps()
-    if steps:
-        raise CheckpointError(
-            f"{run} has checkpoints already (newest: step {steps[-1]})",
-            remedy="name a new run folder, or move these checkpoints away",
-        )
-
-
-def _write_config(run: Path, config: Any) -> None:
-    """The configuration of the source, so that evaluation and resuming find it; with this run's name."""
-    file = run / "config.yaml"
-    if file.exists() or not isinstance(config, dict):
-        return
-    settings = config | {"run": {**config.get("run", {}), "dir": str(run.parent), "name": run.name}}
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name("config.yaml.tmp")
-    temporary.write_text(yaml_text.dump(settings), encoding="utf-8")
-    temporary.replace(file)
 
 
 def _write(
@@ -172,10 +145,12 @@ def _write(
                 length = stream.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
         on_stage("file")
-    _IndexWriter(folder).finish(metadata, [results])
+    for name, content in tensor_index.files(metadata, results).items():
+        with (folder / name).open("xb") as stream:
+            content(stream)
     common = without_optimizers(source.common()) if weights else source.common()
     torch.save(common, folder / COMMON)
-    save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))
+    (folder / BACKEND).write_text(json.dumps(CHECKPOINT_FORMAT), encoding="utf-8")
 
 
 def _boxes(entry: TensorEntry, piece_bytes: int) -> Iterable[tuple[slice, ...]]:
@@ -185,7 +160,7 @@ def _boxes(entry: TensorEntry, piece_bytes: int) -> Iterable[tuple[slice, ...]]:
 
 
 def deal(pieces: list[Piece], files: int | None) -> list[list[Piece]]:
-    """Pieces in their order in files of nearly equal bytes; at least one file, and none without a piece but that."""
+    """Pieces in order, in files of nearly equal bytes; at least one file, and no other file without a piece."""
     total = sum(piece.nbytes for piece in pieces)
     number = max(1, min(files or -(-total // FILE_BYTES), len(pieces)))
     dealt: list[list[Piece]] = [[]]
@@ -200,16 +175,8 @@ def deal(pieces: list[Piece], files: int | None) -> list[list[Piece]]:
     return dealt
 
 
-class _IndexWriter(FileSystemWriter):
-    """Writes `.metadata`; torch's own would put a Path into it, which no reader with an allow-list takes."""
-
-    @property
-    def checkpoint_id(self) -> str:
-        return Path(self.path).name
-
-
 class _Cutter:
-    """Tensors of pieces; what the pieces of one tensor are cut from is read once."""
+    """The tensors of pieces; the source of the pieces of one tensor is read only once."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
@@ -218,7 +185,7 @@ class _Cutter:
 
     def tensor(self, piece: Piece) -> Tensor:
         if piece.entry.name != self._name:
-            self._whole = torch.empty(0)  # before the next one is there
+            self._whole = torch.empty(0)  # freed before the next one is read
             self._name, self._whole = piece.entry.name, self._source.read(piece.entry.name)
         part = self._whole[piece.box]
         # torch.save writes all of a view's storage.

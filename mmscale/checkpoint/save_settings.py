@@ -1,4 +1,4 @@
-"""How saves are made, what is kept of them, and what is stored beside the tensors. Plain values; no torch."""
+"""Settings of saves, retention, and provenance. Plain values; no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SaveSettings:
-    """How saves are made.
+    """Settings of saves.
 
     Attributes:
-        asynchronous: training goes on while files are written; otherwise the trainer writes them itself.
+        asynchronous: training continues while files are written; otherwise the trainer writes them itself.
         deadline_s: seconds after which an asynchronous save is given up.
         max_failures: failed saves in a row that end the attempt.
-        writers: ranks of each node that write, for the others too; 0: all of them, each its own files.
+        writers: number of ranks of each node that write, for the others too; 0: all of them, each its own files.
     """
 
     asynchronous: bool = False
@@ -25,25 +25,50 @@ class SaveSettings:
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept.
+    """Checkpoints to keep.
 
     Attributes:
-        keep: newest checkpoints.
-        keep_every: checkpoints of every n-th step are kept for ever; 0: none.
+        keep: number of newest checkpoints.
+        keep_every: checkpoints of every n-th step are kept permanently; 0: none.
+        early: checkpoints of steps 1, 2, 4, ... up to this one are kept permanently; 0: none.
     """
 
     keep: int
     keep_every: int = 0
+    early: int = 0
+
+    def is_early(self, step: int) -> bool:
+        """Whether a step is a power of two that is saved and kept."""
+        return 0 < step <= self.early and step & (step - 1) == 0
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of a step is kept permanently."""
+        return self.is_early(step) or (self.keep_every > 0 and step % self.keep_every == 0)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint of a run so far; kept in INFO of every checkpoint.
+
+    Attributes:
+        metric: the figure that decides.
+        step: of the checkpoint.
+        value: of the figure.
+    """
+
+    metric: str
+    step: int
+    value: float
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is stored beside the tensors.
+    """Metadata stored next to the tensors.
 
     Attributes:
         attempt: of the run.
         info: plain JSON; `config_digest` goes into the manifest too.
-        code_version: goes into the manifest.
+        code_version: for the manifest.
     """
 
     attempt: int

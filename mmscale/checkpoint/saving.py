@@ -1,72 +1,36 @@
-"""A save from its plan to its commit: off the critical path, supervised, one at a time.
+"""Asynchronous saves from plan to commit: supervised, one at a time, off the critical path.
 
-Training waits only for the plan and a fork. Every rank's writer is a forked process; when all of them are done, another
-one on rank 0 commits. A save that fails is given up and training goes on. Ranks agree on where a save stands at the
-border of a step, by two numbers that travel with the request to stop (`word`), so that no step costs a collective more.
+Training is blocked only for the plan and a fork. Every rank's writer is a forked process; when all of them are done,
+another one on rank 0 commits. A failed save is given up and training continues. At every step boundary ranks agree on
+the state of a save by two numbers in the all-reduce of the stop request (`Saver.status`), without an additional
+collective.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mmscale.checkpoint import grouped, random_states, write
+from mmscale.checkpoint.flight import Flight, Here, start
 from mmscale.checkpoint.forked import Forked, Tell
-from mmscale.checkpoint.integrity import Manifest
-from mmscale.checkpoint.layout import INFO, Store, info_text
-from mmscale.checkpoint.pickles import METADATA
-from mmscale.checkpoint.save_settings import Provenance, Retention, SaveSettings
-from mmscale.checkpoint.write import Plan, Written
-from mmscale.errors import MmscaleError, SaveError
+from mmscale.checkpoint.integrity import CheckpointManifest
+from mmscale.checkpoint.layout import BEST, INFO, Store, info_text
+from mmscale.checkpoint.save_settings import Best, Provenance, Retention, SaveSettings
+from mmscale.checkpoint.write import Written
+from mmscale.errors import SaveError
 from mmscale.runtime import device, groups, random_state
 
 _COMMITTED = "committed"
 _TRIES = 2  # of the last save of an attempt
-_GRACE_S = 2.0  # for what clears up at the end; the next start does it otherwise
-_AGREE_S = 5.0  # between two collectives while all ranks wait: they must not wait longer than one may take
-
-
-@dataclass
-class _Here:
-    """Work that was done in this process, as a Forked that has ended."""
-
-    result: Any = None
-    problem: str | None = None
-    messages: list[Any] = field(default_factory=list)
-
-    def poll(self) -> bool:
-        return False
-
-    def wait(self, *, timeout_s: float) -> bool:
-        return True
-
-    def kill(self, *, timeout_s: float = 1.0) -> bool:
-        return True
-
-
-@dataclass
-class _Flight:
-    """The save that is under way."""
-
-    step: int
-    number: int
-    folder: Path
-    plan: Plan
-    began: float
-    task: Forked | _Here | None = None
-    phase: Literal["write", "commit"] = "write"
-    hurried_s: float = math.inf  # given up after this time, if that is before the deadline
-    borders: int = 0  # steps trained meanwhile
-    blocked_s: float = 0.0
-    written: list[Written] = field(default_factory=list)
-    problem: str | None = None
+_GRACE_S = 2.0  # for cleaning up at the end; otherwise the next start does it
+_AGREE_S = 5.0  # between two collectives while all ranks wait: they must not wait longer than a collective may take
 
 
 class Saver:
@@ -85,6 +49,8 @@ class Saver:
     Attributes:
         verified: steps that were hashed while they were written.
         failures, skipped: saves given up, and saves due while another one was under way.
+        best: the best checkpoint so far, which is kept and named in every checkpoint; it may be the next one that is
+            saved. The owner sets it, the same on every rank.
     """
 
     def __init__(
@@ -105,38 +71,45 @@ class Saver:
         self.on_point = on_point
         self.verified: set[int] = set()
         self.failures = self.skipped = 0
+        self.best: Best | None = None
         self._in_a_row = 0
         self._reason = ""
         self._step_time_saving: float | None = None
         self._planner: write.Planner | None = None
         self._group: grouped.Group | None = None
         self._number = 0
-        self._flight: _Flight | None = None
-        self._clearing: list[Forked | _Here] = []  # processes that nobody waits for
+        self._flight: Flight | None = None
+        self._clearing: list[Forked | Here] = []  # processes that are no longer waited for
         self._rank = torch.distributed.get_rank()
         self._size = torch.distributed.get_world_size()
 
     @property
     def under_way(self) -> bool:
-        """Whether a save has begun and not ended: the same on every rank."""
+        """Whether a save is in progress; the same on every rank."""
         return self._flight is not None
+
+    def waits_before(self, step: int) -> bool:
+        """Whether a save of this step waits for the one in progress: it may not be skipped."""
+        best = self.best is not None and self.best.step == step
+        return self.under_way and (best or self.retention.is_early(step))
 
     # --- what the trainer calls -------------------------------------------------------------------------------------
 
     def save(self, step: int, sharded: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
-        """Begin a save; wait for its end if it is the last one, or if saves are not asynchronous.
+        """Start a save; wait for its end if it is the last one, or if saves are not asynchronous.
 
-        A save that is due while another one is under way is left out: queued ones would never catch up.
+        If another save is in progress, this one is skipped, because queued saves would never catch up. The save of the
+        best checkpoint and early saves wait instead.
 
         Args:
             step: steps done.
-            sharded: gives this rank's part of the state.
-            last: nothing is trained after it, so it must succeed.
+            sharded: returns this rank's part of the state.
+            last: no training follows, so it must succeed.
 
         Raises:
-            SaveError: the last save failed twice, or too many in a row did.
+            SaveError: the last save failed twice, or too many in a row failed.
         """
-        if self._flight is not None and not last:
+        if self._flight is not None and not last and not self.waits_before(step):
             self.skipped += 1
             self._tell("save_skipped", step=step, under_way=self._flight.step)
             return
@@ -153,23 +126,23 @@ class Saver:
             )
         self._give_up()
 
-    def word(self) -> tuple[int, int]:
-        """Where this rank's part of the save stands: (at work, failed), zeros if nothing is under way.
+    def status(self) -> tuple[int, int]:
+        """The state of this rank's part of the save: (in progress, failed); zeros without a save.
 
-        Called once at the border of every step, it costs microseconds. The maximum over all ranks is for `advance`.
+        Called once at every step boundary; takes microseconds. Pass the maximum over all ranks to `advance`.
         """
         flight = self._flight
         self._clearing = [task for task in self._clearing if task.poll()]
         if flight is None:
             return 0, 0
-        flight.borders += 1
+        flight.boundaries += 1
         return self._word(flight)
 
     def advance(self, working: int, failed: int) -> None:
-        """Go on with the save that is under way; every rank calls it with the same numbers.
+        """Advance the save in progress; every rank calls it with the same numbers.
 
         Args:
-            working: maximum over all ranks of `word`'s first number.
+            working: maximum over all ranks of `status`'s first number.
             failed: of its second.
 
         Raises:
@@ -179,7 +152,7 @@ class Saver:
         self._give_up()
 
     def finish(self) -> None:
-        """Wait until nothing is under way; every rank calls it.
+        """Wait for the save in progress; every rank calls it.
 
         Raises:
             SaveError: too many saves in a row failed.
@@ -188,7 +161,7 @@ class Saver:
         self._give_up()
 
     def hurry(self, within_s: float) -> None:
-        """Give up the save that is under way unless it ends soon: a newer one has to be made in little time.
+        """Give up the save in progress unless it ends soon, because a newer one has to be made in little time.
 
         Args:
             within_s: from now on [seconds].
@@ -197,7 +170,7 @@ class Saver:
             flight.hurried_s = min(flight.hurried_s, time.monotonic() - flight.began + max(0.0, within_s))
 
     def close(self) -> None:
-        """End all processes. Not a collective: also for the error path. What was under way is lost."""
+        """End all processes. Not a collective, so the error path can use it. A save in progress is lost."""
         if self._flight is not None and self._flight.task is not None:
             self._flight.task.kill()
         for task in self._clearing:
@@ -223,29 +196,39 @@ class Saver:
         if self._planner is None:
             self._planner = write.Planner()
             self._group = grouped.agree(self.settings.writers)
-        # Before the plan, in which ranks wait for each other: then it listens when the others send.
+        # Before the plan, in which ranks wait for each other: then it accepts connections when the others send.
         listener = self._listen(self._group, self._number)
         try:
             plan = self._planner.plan(sharded())
             folder = self.store.temporary(step, self.provenance.attempt, self._number)
-            flight = self._flight = _Flight(step, self._number, folder, plan, began)
-            flight.task = self._start(self._writing(flight, listener), name="the writer")
+            flight = self._flight = Flight(step, self._number, folder, plan, began, best=self._best_of(step))
+            flight.task = start(
+                self._writing(flight, listener), name="the writer", asynchronous=self.settings.asynchronous
+            )
         finally:
             if listener is not None:
                 listener.close()
         flight.blocked_s += time.monotonic() - began
 
+    def _best_of(self, step: int) -> Best | None:
+        """The best checkpoint that there is once this save is committed; rank 0 writes its name."""
+        best = self.best
+        if best is None or self._rank != 0 or best.step in (step, *self.store.steps()):
+            return best
+        return self.store.named_best()  # the save of a better one failed: that one is still the best
+
     def _listen(self, group: grouped.Group | None, number: int) -> grouped.Listener | None:
         return grouped.Listener(group, number) if group is not None and group.first == self._rank else None
 
-    def _writing(self, flight: _Flight, listener: grouped.Listener | None) -> Callable[[Tell], Written]:
-        """This rank's part of a save, to be done in any process that has the memory."""
+    def _writing(self, flight: Flight, listener: grouped.Listener | None) -> Callable[[Tell], Written]:
+        """The writing of this rank's part of a save, for any process that has the memory."""
         plan, step, group = flight.plan, flight.step, self._group
-        # Beside the tensors: this rank's random state, of which megatron-core would keep one per stage and tensor rank.
+        # Next to the tensors: this rank's random state; megatron-core would keep only one per stage and tensor rank.
         random = random_states.serialize(random_state.capture())
         beside: dict[str, Callable[[Any], None]] = {}
         if self._rank == 0:
-            text = info_text({**self.provenance.info, "step": step}).encode()
+            best = {} if flight.best is None else {BEST: asdict(flight.best)}
+            text = info_text({**self.provenance.info, "step": step, **best}).encode()
             beside[INFO] = lambda file: file.write(text)
 
         def on_write(name: str, size: int) -> None:
@@ -262,20 +245,8 @@ class Saver:
             plan, group, flight.number, random=random, on_write=on_write, timeout_s=within_s
         )
 
-    def _start(self, work: Callable[[Tell], Any], *, name: str) -> Forked | _Here:
-        if self.settings.asynchronous:
-            return Forked(work, name=name)
-        here = _Here()
-        try:
-            here.result = work(here.messages.append)
-        except OSError as error:
-            here.problem = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        except MmscaleError as error:
-            here.problem = error.cause
-        return here
-
     def _finish(self) -> bool:
-        """Wait for the save that is under way; whether it was committed. Each rank waits for its own process only."""
+        """Wait for the save in progress; returns whether it was committed. Each rank waits for its own process only."""
         committed = True
         while (flight := self._flight) is not None:
             if flight.task is not None:
@@ -286,7 +257,7 @@ class Saver:
             committed = self._advance(*map(int, agreed.tolist()))
         return committed
 
-    def _word(self, flight: _Flight) -> tuple[int, int]:
+    def _word(self, flight: Flight) -> tuple[int, int]:
         if flight.task is None or not flight.task.poll():
             flight.problem = flight.task.problem if flight.task is not None else None
             return 0, int(flight.problem is not None)
@@ -297,7 +268,7 @@ class Saver:
         return 1, int(flight.problem is not None)
 
     def _advance(self, working: int, failed: int) -> bool:
-        """The next thing that follows. False: the save was given up."""
+        """Do the next part of the save. False: the save was given up."""
         flight, began = self._flight, time.monotonic()
         if flight is None or (working and not failed):
             return True
@@ -310,8 +281,8 @@ class Saver:
             self._end(flight)
         return True
 
-    def _commit(self, flight: _Flight) -> None:
-        """All ranks have written: rank 0 gathers what, and has it committed."""
+    def _commit(self, flight: Flight) -> None:
+        """All ranks have written: rank 0 gathers their records and starts the commit."""
         assert flight.task is not None
         self.on_point("finalize", flight.step)
         first = self._rank == 0
@@ -321,7 +292,7 @@ class Saver:
         if parts is None:
             return
         flight.written = parts
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             step=flight.step,
             attempt=self.provenance.attempt,
             config_digest=str(self.provenance.info.get("config_digest", "")),
@@ -330,28 +301,30 @@ class Saver:
             files={name: record for part in parts for name, record in part.files.items()},
         )
         verified = {*self.verified, flight.step}
+        # As it was when this save began: a better one that was found since is not committed yet.
+        spared = () if flight.best is None else (flight.best.step,)
 
         def work(tell: Tell) -> None:
             self.store.on_stage("write")
             self.on_point("commit", flight.step)
-            record = write.write_index(
+            index = write.write_index(
                 flight.plan, parts, flight.folder, on_write=lambda *_: self.on_point("write", flight.step)
             )
-            manifest.files[METADATA] = record
+            manifest.files.update(index)
             self.store.on_stage("index")
             self.store.commit(manifest, number=flight.number)
             tell(_COMMITTED)
-            self.store.prune(self.retention.keep, every=self.retention.keep_every, verified=verified)
+            self.store.prune(self.retention.keep, permanent=self.retention.keeps, verified=verified, spared=spared)
 
-        flight.task = self._start(work, name="the commit")
+        flight.task = start(work, name="the commit", asynchronous=self.settings.asynchronous)
 
-    def _end(self, flight: _Flight, *, problem: str = "") -> None:
+    def _end(self, flight: Flight, *, problem: str = "") -> None:
         seconds = time.monotonic() - flight.began
         self._flight, self._in_a_row = None, 0
         self.verified.add(flight.step)
         fields: dict[str, Any] = {"problem": problem} if problem else {}
-        if flight.borders > 1:
-            self._step_time_saving = (seconds - flight.blocked_s) / flight.borders
+        if flight.boundaries > 1:
+            self._step_time_saving = (seconds - flight.blocked_s) / flight.boundaries
             fields["step_time_s"] = round(self._step_time_saving, 4)
         records = [record for part in flight.written for record in part.files.values()]
         self._tell(
@@ -364,8 +337,8 @@ class Saver:
             **fields,
         )
 
-    def _abort(self, flight: _Flight) -> bool:
-        """Some rank's part failed: nobody goes on with this save. True if it turns out to have been committed."""
+    def _abort(self, flight: Flight) -> bool:
+        """A rank's part failed: all ranks give up this save. True if it turns out to have been committed."""
         committed = False
         if flight.task is not None:
             if flight.problem is None and not flight.task.poll():
@@ -373,14 +346,15 @@ class Saver:
             if not flight.task.kill():
                 self._clearing.append(flight.task)
             committed = _COMMITTED in flight.task.messages
-        found: list[Any] = [None] * self._size
-        torch.distributed.all_gather_object(found, (flight.problem, committed))
+        found = groups.gathered((flight.problem, committed))
         problems = {rank: problem for rank, (problem, _) in enumerate(found) if problem is not None}
-        if any(committed for _, committed in found):  # only the clearing up behind it failed
+        if any(committed for _, committed in found):  # the commit succeeded; only the cleaning up failed
             self._end(flight, problem=next(iter(problems.values()), ""))
             return True
         first_hand = {rank: why for rank, why in problems.items() if not why.startswith(grouped.ELSEWHERE)}
         rank, reason = next(iter((first_hand or problems).items()))
+        if not first_hand:  # the rank that failed may not have told its own process yet
+            rank, reason = grouped.origin(reason) or (rank, reason)
         self._flight = None
         self.failures += 1
         self._in_a_row += 1
@@ -399,7 +373,7 @@ class Saver:
         return False
 
     def _remove(self, folder: Path) -> None:
-        """Best effort, and not by this process: where writing hangs, removing may hang too."""
+        """Remove a folder as well as possible, in another process: where writing hangs, removing may hang too."""
 
         def work(tell: Tell) -> None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -413,7 +387,7 @@ class Saver:
         if self._in_a_row >= self.settings.max_failures:
             raise SaveError(
                 f"{self._in_a_row} saves in a row failed, the last one on {self._reason}",
-                remedy=self._remedy("start it again: it goes on from the newest checkpoint"),
+                remedy=self._remedy("start it again: it resumes from the newest checkpoint"),
             )
 
     def _remedy(self, then: str) -> str:

@@ -1,6 +1,6 @@
-"""The configuration that a checkpoint was written with; whatever computes with a checkpoint takes its settings from it.
+"""The configuration that wrote a checkpoint; every computation with a checkpoint uses its settings.
 
-RUN/config.yaml belongs to the latest attempt, which may have changed them since. No torch.
+RUN/config.yaml belongs to the latest attempt, which may have other settings. No torch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ CONFIG = "config.yaml"
 def config_of(info: Mapping[str, Any], *, where: Path, run: Path | None = None) -> Config:
     """The configuration of a checkpoint.
 
-    A data set is found by its path, and data sets are moved: where the checkpoint's paths lead nowhere, those of the
-    run's config.yaml are taken if they exist.
+    Data sets are found by path and may have been moved: if the checkpoint's paths do not exist, those of the run's
+    config.yaml are used if they exist.
 
     Args:
-        info: what the checkpoint says about itself.
+        info: the checkpoint's metadata.
         where: its folder, for messages.
-        run: the run's folder; None: there is none, as for an archive. A checkpoint from before the configuration was
-            kept has that of the run's config.yaml.
+        run: the run's folder; None if there is none, as for an archive. A checkpoint from before the configuration was
+            stored uses the run's config.yaml.
 
     Raises:
-        CheckpointError: there is no configuration, or it is of another version.
+        CheckpointError: there is no configuration, or it has another version.
         ConfigError: the run's config.yaml is needed and cannot be read.
     """
     saved = info.get("config")
@@ -47,7 +47,7 @@ def config_of(info: Mapping[str, Any], *, where: Path, run: Path | None = None) 
             ) from None
     if run is None or not (run / CONFIG).is_file():
         raise CheckpointError(f"{where} holds no configuration", remedy="use the version of mmscale that wrote it")
-    config = load(run / CONFIG)
+    config = load(run / CONFIG, recorded=True)
     check_shape(config, info.get("shape", {}), where=str(where))
     return config
 
@@ -63,7 +63,7 @@ def _with_data(config: Config, run: Path | None) -> Config:
         return config
     latest = _of_run(run)
     if latest is None:
-        return config  # the message about a missing folder names the checkpoint's path
+        return config  # the error about a missing folder names the checkpoint's path
     data, now = config.data, latest.data
     sources, others = ([source.path for source in one.sources] for one in (data, now))
     if not _exist(sources) and others and _exist(others):
@@ -80,6 +80,6 @@ def _exist(folders: Iterable[str]) -> bool:
 def _of_run(run: Path) -> Config | None:
     """The configuration of the run's latest attempt; None if there is none that can be read."""
     try:
-        return load(run / CONFIG)
+        return load(run / CONFIG, recorded=True)
     except ConfigError:
         return None

@@ -1,4 +1,4 @@
-"""The model that a checkpoint was written for, as plain settings: compared before any tensor is read. No torch."""
+"""The settings that determine a checkpoint's tensors, compared before any tensor is read. No torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def shape_of(config: Config) -> dict[str, Any]:
     shape["model.experts.shared"] = model.experts.shared
     shape["model.experts.shared_ffn_hidden_size"] = model.experts.shared_ffn_hidden_size
     shape["model.depth.every"] = model.depth.every if model.depth else None
-    # None where the checkpoint has no such tensors, as in those written before there were any.
+    # None if the checkpoint has no such tensors, as older ones.
+    shape["model.qkv_bias"] = model.qkv_bias or None
     shape["model.auxiliary.width"] = model.auxiliary_width if model.auxiliary.mode == "joint" else None
     shape["model.experts.threshold_decay"] = "kept" if model.keeps_thresholds else None
     shape["vocab.modalities"] = [[modality.name, modality.size] for modality in vocab.modalities]
@@ -43,7 +44,7 @@ def check_shape(config: Config, saved: dict[str, Any], *, where: str) -> None:
 
     Args:
         config: this run's configuration.
-        saved: what `shape_of` gave when the checkpoint was written.
+        saved: result of `shape_of` when the checkpoint was written.
         where: name of the checkpoint, for the message.
 
     Raises:

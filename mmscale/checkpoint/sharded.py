@@ -1,6 +1,6 @@
-"""Sharded reading of training state through megatron's dist_checkpointing; any layout reads any other's.
+"""Sharded reading of training state through megatron's dist_checkpointing; any layout reads any other layout's state.
 
-Knows files and sharded state dicts; what the state consists of is train/state.py's business, writing is write.py's.
+It handles files and sharded state dicts. train/state/ defines the state; write.py writes it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from mmscale.checkpoint import integrity
+from mmscale.checkpoint import integrity, tensor_index
 from mmscale.checkpoint.kinds import require_types
-from mmscale.checkpoint.pickles import read_metadata, vetted
 from mmscale.checkpoint.tensors import SCALING, TensorEntry, is_weight
 from mmscale.errors import CheckpointError
 from mmscale.runtime import megatron_cpu
+from mmscale.runtime.groups import gathered
 
 megatron_cpu.install()
 
@@ -34,8 +33,9 @@ from megatron.core.dist_checkpointing.validation import (  # noqa: E402
 )
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402  (what ranks raise together)
 
-# How megatron's optimizers name and cut their state. Without chained_optim_avoid_prefix one expert-parallel rank writes
-# other keys than two (optimizer.py, ChainedOptimizer.sharded_state_dict); layers differ with Mixture-of-Depths.
+# How megatron's optimizers name and shard their state. Without chained_optim_avoid_prefix one expert-parallel rank
+# would write other keys than two (optimizer.py, ChainedOptimizer.sharded_state_dict); layers differ with
+# Mixture-of-Depths.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -44,25 +44,24 @@ METADATA = {
 
 
 def metadata() -> dict[str, Any]:
-    """A fresh copy of METADATA: megatron-core changes what it is given."""
+    """A fresh copy of METADATA, because megatron-core changes it."""
     return copy.deepcopy(METADATA)
 
 
 def read(folder: Path, state: ShardedStateDict, *, there: Stored | None = None, partly: bool = False) -> StateDict:
     """Read this rank's part, whatever layout wrote it; every rank calls it.
 
-    FP8's scales are read where both sides have them in one shape, and left as they are elsewhere: precision may change
-    within a run.
+    FP8's scales are read only if both sides have them in one shape, because precision may change within a run.
 
     Args:
         folder: a committed checkpoint.
-        state: what is wanted.
-        there: what `stored` found in it; None: it is looked up.
-        partly: the checkpoint may hold more than is wanted, e.g. optimizer state.
+        state: the requested state.
+        there: result of `stored` for the folder; None: it is read here.
+        partly: the checkpoint may hold more than requested, e.g. optimizer state.
 
     Raises:
-        CheckpointError: the checkpoint has not what `state` asks for, is damaged, or holds tensors of a wrong type or
-            with values that no training can go on from.
+        CheckpointError: the checkpoint lacks a part of `state`, is damaged, or holds tensors of a wrong type or with
+            values that no training can resume from.
     """
     quiet()
     there = stored(folder) if there is None else there
@@ -70,7 +69,7 @@ def read(folder: Path, state: ShardedStateDict, *, there: Stored | None = None, 
     require_types(used, where=folder)
     try:
         state = _without_other_scaling(state, there)
-        with vetted(folder, there.index):
+        with tensor_index.vetted(folder, there.index):
             loaded, unread, unknown = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
         unread = set() if partly else {name for name in unread if not name.endswith(SCALING)}
         maybe_report_missing_and_unexpected_keys(unread, unknown)
@@ -87,15 +86,13 @@ def read(folder: Path, state: ShardedStateDict, *, there: Stored | None = None, 
 def _require_plausible(loaded: StateDict, folder: Path) -> None:
     """Refuse values that are not finite, and second moments below zero; all ranks refuse together.
 
-    The step guard lets neither into a run's weights, so what wrote them was broken.
+    The step guard keeps both out of a run's weights, so the process that wrote them was broken.
     """
     mine = list(_implausible(loaded, ""))
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    if problems := sorted({line for part in found for line in part}):
+    if problems := sorted({line for part in gathered(mine) for line in part}):
         raise CheckpointError(
             f"checkpoint {folder} cannot be used: {integrity.describe(problems)}",
-            remedy=f"rename it to {folder.name}.bad: then the run goes on from the checkpoint before it",
+            remedy=f"rename it to {folder.name}.bad: then the run resumes from the checkpoint before it",
         )
 
 
@@ -150,10 +147,10 @@ def stored(folder: Path) -> Stored:
     Raises:
         CheckpointError: its index cannot be read.
     """
-    return Stored(read_metadata(folder))
+    return Stored(tensor_index.read(folder))
 
 
 def quiet() -> None:
-    """No deprecation notes at every save: ours to solve, not the user's."""
+    """Silence deprecation warnings at every save, which users cannot fix."""
     for name in ("megatron.core.dist_checkpointing", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)

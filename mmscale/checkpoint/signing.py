@@ -1,7 +1,7 @@
 """Signatures of checkpoints: MANIFEST.json.sig, made and checked by OpenSSH's ssh-keygen.
 
-A manifest has the digest of every file, so that a signature of it covers the checkpoint. Digests alone find accidents:
-whoever can write into the folder can write a manifest that fits. Keys stay where they are; no torch.
+A manifest has the digest of every file, so its signature covers the checkpoint. Digests alone detect only accidents:
+anyone who can write into the folder can write a matching manifest. Keys are never copied; no torch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sign(folder: Path, key: Path) -> Path:
 
 
 def signer(folder: Path, signers: Path) -> tuple[str, str]:
-    """Who signed a checkpoint's manifest, and what is wrong with it; one of the two is "".
+    """The signer of a checkpoint's manifest, and the problem with its signature; one of the two is "".
 
     Args:
         folder: the checkpoint; its files are checked against the manifest elsewhere.

@@ -1,8 +1,8 @@
 """Reads a pickle that holds an index of tensors, and refuses every operation that an index does not need.
 
-Python's own unpickler, one operation at a time: objects are made of a few classes, only what the pickle itself has made
-is filled, and classes, functions and members of enumerations are never written to. Whether the object that comes out is
-an index is checked by pickles.py.
+It interprets pickle operations one by one: objects are created from a few classes, only objects that the pickle itself
+created are filled, and classes, functions and members of enumerations are never written to. pickles.py checks whether
+the resulting object is an index.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def load(content: bytes) -> Any:
 
     Raises:
         pickle.UnpicklingError: it names or does something that no index needs.
-        Exception: it is damaged; anything may come.
+        Exception: it is damaged; any exception may occur.
     """
     collects = gc.isenabled()
     gc.disable()  # half of the time goes into looking for cycles among a million new objects
@@ -77,12 +77,18 @@ def _member(owner: Any, name: Any) -> Any:
     raise pickle.UnpicklingError("builtins.getattr")
 
 
+def _no_path(*parts: Any) -> None:
+    """In place of a path: torch's own writer notes the folder that it wrote to (StorageMeta), which nobody needs."""
+
+
 _GLOBALS: dict[tuple[str, str], Any] = {
     **{(kind.__module__, kind.__qualname__): kind for kind in (*_RECORDS, *_ENUMERATIONS)},
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _layout,
     **dict.fromkeys(_GETATTR, _member),
+    ("pathlib", "PosixPath"): _no_path,
+    ("pathlib._local", "PosixPath"): _no_path,  # Python 3.13
 }
 _MADE = {id(known) for known in _RECORDS}  # by identity: nothing that a pickle made is compared
 
@@ -95,6 +101,8 @@ def _called(function: Any, arguments: Any) -> bool:
         return len(arguments) == 0
     if function is _member:
         return len(arguments) == 2
+    if function is _no_path:
+        return all(type(part) is str for part in arguments)
     if len(arguments) != 1:
         return False
     if function is torch.Size:

@@ -1,7 +1,7 @@
 """Reads the tensors of a committed checkpoint by name, whole or in part, whatever layout wrote them.
 
-One process, no process group, no model. A file is hashed before anything in it is read; files that hold nothing that is
-asked for are not opened. It writes nothing; archive.py has the same reader for archives.
+One process, no process group, no model. A file is hashed before anything in it is read; files without requested tensors
+are not opened. It writes nothing; archive.py has the same reader for archives.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from mmscale.checkpoint import integrity
-from mmscale.checkpoint.integrity import DamagedError, Manifest, NoManifestError
+from mmscale.checkpoint import integrity, tensor_index, torch_files
+from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError, NoManifestError
 from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.layout import INFO, Store
-from mmscale.checkpoint.pickles import METADATA, read_metadata
 from mmscale.errors import CheckpointError
 
-OPTIMIZER = "optimizer."  # begins the names of the tensors of every optimizer
-# Ends the names of the state of FP8's delayed scaling. A checkpoint may lack it, as that of a run in bf16, and a reader
-# may have no use for it.
+OPTIMIZER = "optimizer."  # prefix of the names of every optimizer's tensors
+# Suffix of the names of the state of FP8's delayed scaling. Checkpoints of bf16 runs lack it, and some readers ignore
+# it.
 SCALING = ".fp8_state"
-WEIGHTS, TRAINING = "weights", "training"  # what a checkpoint holds: `contents` of mmscale.json
-COMMON = "common.pt"  # megatron-core's file of everything that is no tensor
+WEIGHTS, TRAINING = "weights", "training"  # content of a checkpoint: `contents` of mmscale.json
+BACKEND = "metadata.json"  # megatron-core recognises its checkpoints by this file
+COMMON = "common.pt"  # megatron-core's file for everything except tensors
 _REMEDY = "choose another checkpoint: RUN@STEP"
 Region = Sequence[slice]  # one slice of every dimension, with start and stop inside of it
 
@@ -70,10 +70,10 @@ class TensorEntry:
 
 
 class TensorSource(Protocol):
-    """Something that has named tensors: a checkpoint, an archive, or what is computed from them.
+    """An object with named tensors: a checkpoint, an archive, or a computation from them.
 
     Attributes:
-        path: where it lies, for messages.
+        path: for messages.
         step: optimizer steps done.
     """
 
@@ -90,10 +90,10 @@ class TensorSource(Protocol):
         """A tensor, or a box of it, on the host."""
 
     def info(self) -> dict[str, Any]:
-        """What was stored beside the tensors (mmscale.json): shape, configuration, provenance."""
+        """The metadata stored next to the tensors (mmscale.json): shape, configuration, provenance."""
 
-    def manifest(self) -> Manifest:
-        """What it consists of and where it comes from."""
+    def manifest(self) -> CheckpointManifest:
+        """Its files and its origin."""
 
     def common(self) -> dict[str, Any]:
         """Counters and the optimizer's settings: everything that is neither a tensor nor an object."""
@@ -135,10 +135,12 @@ class CheckpointTensors:
         self.step = step
         self.path = store.path(step)
         self._store = store
-        self._manifest = _manifest(self.path, step)
         self._hashed: set[str] = set()
-        self._require([METADATA, INFO] if INFO in self._manifest.files else [METADATA])
-        self._index = read_metadata(self.path)
+        with integrity.while_there(self.path):
+            self._manifest = _manifest(self.path, step)
+            self._index_file = tensor_index.name_in(self._manifest.files)
+            self._require([self._index_file, INFO] if INFO in self._manifest.files else [self._index_file])
+            self._index = tensor_index.read(self.path)
         self._reader = FileSystemReader(self.path)
         self._reader.storage_data = self._index.storage_data
 
@@ -180,8 +182,8 @@ class CheckpointTensors:
             return target
         items = create_read_items_for_chunk_list(name, found, [box])
         if sum(item.lengths.numel() for item in items) != target.numel():
-            raise CheckpointError(f"{self.path / METADATA} does not say where all of {name} is", remedy=_REMEDY)
-        self._read(items, _Into(target))
+            raise CheckpointError(f"{self.path / self._index_file} does not say where all of {name} is", remedy=_REMEDY)
+        self._read(items, ReadInto(target))
         return target
 
     def info(self) -> dict[str, Any]:
@@ -192,7 +194,7 @@ class CheckpointTensors:
         """
         return self._store.info(self.step)
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> CheckpointManifest:
         """What the checkpoint consists of and where it comes from."""
         return self._manifest
 
@@ -200,12 +202,13 @@ class CheckpointTensors:
         """Counters and the optimizer's settings, through torch's restricted reader."""
         if COMMON not in self._manifest.files:
             return {}
-        self._require([COMMON])
-        try:
-            found: dict[str, Any] = torch.load(self.path / COMMON, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle raises anything
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{self.path / COMMON} cannot be read: {first}", remedy=_REMEDY) from None
+        with integrity.while_there(self.path):
+            self._require([COMMON])
+            try:
+                found: dict[str, Any] = torch_files.load(self.path / COMMON)
+            except Exception as error:  # a damaged pickle may raise any exception
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise CheckpointError(f"{self.path / COMMON} cannot be read: {first}", remedy=_REMEDY) from None
         return found
 
     def objects(self) -> dict[str, bytes]:
@@ -224,17 +227,15 @@ class CheckpointTensors:
         return found
 
     def _read(self, items: list[ReadItem], planner: DefaultLoadPlanner) -> None:
-        try:
-            files = {self._index.storage_data[item.storage_index].relative_path for item in items}
-            self._require(sorted(files))
-            self._reader.read_data(LoadPlan(items), planner).wait()
-        except CheckpointError:
-            raise
-        except Exception as error:  # what is hashed and yet unreadable was written so; torch raises anything
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise CheckpointError(
-                f"{self.path} cannot be read: {type(error).__name__}: {first}", remedy=_REMEDY
-            ) from None
+        with integrity.while_there(self.path):
+            self._require(sorted({self._index.storage_data[item.storage_index].relative_path for item in items}))
+            try:
+                self._reader.read_data(LoadPlan(items), planner).wait()
+            except Exception as error:  # hashed and yet unreadable: written that way; torch may raise any exception
+                first = (str(error).strip().splitlines() or [""])[0]
+                raise CheckpointError(
+                    f"{self.path} cannot be read: {type(error).__name__}: {first}", remedy=_REMEDY
+                ) from None
 
     def _require(self, names: list[str]) -> None:
         """Hash files that were not hashed yet."""
@@ -246,7 +247,7 @@ class CheckpointTensors:
         self._hashed.update(new)
 
 
-class _Into(DefaultLoadPlanner):
+class ReadInto(DefaultLoadPlanner):
     """Copies what is read into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
@@ -254,6 +255,7 @@ class _Into(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The part of the tensor that an item fills."""
         part = self._target
         for dimension, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(dimension, offset, length)
@@ -286,13 +288,13 @@ def _box(size: torch.Size, region: Region | None) -> ChunkStorageMetadata:
     )
 
 
-def _manifest(folder: Path, step: int) -> Manifest:
+def _manifest(folder: Path, step: int) -> CheckpointManifest:
     integrity.refuse_world_writable(folder)
     try:
         manifest = integrity.read_manifest(folder)
     except NoManifestError:
         raise CheckpointError(
-            f"{folder} has no {integrity.MANIFEST}, so nobody can tell whether it is whole",
+            f"{folder} has no {integrity.MANIFEST}, so it cannot be verified",
             remedy="choose a checkpoint that has one: RUN@STEP",
         ) from None
     except DamagedError as error:
@@ -321,16 +323,16 @@ def without_optimizers(common: dict[str, Any]) -> dict[str, Any]:
 
 
 def origin_of(made_by: str, parents: Sequence[TensorSource], **settings: Any) -> dict[str, Any]:
-    """How something was made, and of what: for the manifest and for mmscale.json of the result.
+    """How an output was made and from what, for its manifest and mmscale.json.
 
     Args:
         made_by: the command.
-        parents: what it was made of.
-        settings: what else decided about it, plain JSON.
+        parents: its inputs.
+        settings: further options of the command, plain JSON.
 
     Returns:
         `made_by`, the settings, and `parents`: path, step, attempt, versions, digest of the manifest, and the parent's
-        own origin if it has one.
+            own origin if it has one.
     """
     found = []
     for parent in parents:
@@ -343,7 +345,7 @@ def origin_of(made_by: str, parents: Sequence[TensorSource], **settings: Any) ->
 
 
 def unknown_tensor(name: str, names: list[str], *, where: Path) -> CheckpointError:
-    """The error for a name that is not there, with the names that come close."""
+    """The error for a name that does not exist, with similar names."""
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return CheckpointError(
         f"{where} has no tensor {name}",

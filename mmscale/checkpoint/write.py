@@ -1,7 +1,7 @@
-"""What a save writes, and its writing: planned while training waits, written by anyone who has the memory.
+"""Plans and writes a rank's part of a save: planned while training waits, written by any process that has the memory.
 
-The plan is a collective; writing talks to nobody, so that it can run in a forked process. Every file is hashed while it
-is streamed and brought to the disk. Who writes when, saving.py says; what the state means, train/state.py.
+The plan is a collective. Writing communicates with no other rank, so it can run in a forked process. Every file is
+hashed while it is streamed and then synced to disk. saving.py schedules the work; train/state/ defines the state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,18 +20,17 @@ from typing import Any, cast
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from mmscale.checkpoint import grouped, random_states, sharded
+from mmscale.checkpoint import grouped, random_states, sharded, tensor_index
 from mmscale.checkpoint.integrity import FileRecord
-from mmscale.checkpoint.pickles import METADATA
 from mmscale.errors import MmscaleError
 from mmscale.runtime import device
+from mmscale.runtime.megatron_versions import CHECKPOINT_FORMAT
 
-from megatron.core.dist_checkpointing.core import CheckpointingConfig  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict  # isort: skip
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # isort: skip
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # isort: skip
@@ -50,13 +48,13 @@ OnWrite = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """What this rank has to write.
 
     Attributes:
         rank: of this process; names the file of its tensors.
         items: its tensors and objects, on the host.
-        common: what is no tensor; written by rank 0.
+        common: everything that is not a tensor; written by rank 0.
         metadata: the index of all ranks' tensors, without their places; on rank 0.
     """
 
@@ -82,7 +80,7 @@ class Written:
 
 
 class Planner:
-    """Plans saves of a state whose structure stays the same; what does not change is agreed on only once."""
+    """Plans saves of a state whose structure stays the same; ranks agree only once on what does not change."""
 
     def __init__(self) -> None:
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
@@ -91,8 +89,8 @@ class Planner:
         self._plan: SavePlan | None = None
         self._metadata: Metadata | None = None
 
-    def plan(self, state: ShardedStateDict) -> Plan:
-        """Every rank calls it; replicated tensors are dealt to ranks by their size."""
+    def plan(self, state: ShardedStateDict) -> WritePlan:
+        """Every rank calls it; replicated tensors are distributed among ranks by size."""
         sharded.quiet()
         tensors, common = save_preprocess(state, validate_access_integrity=self._plan is None)
         self._parallel.apply_saving_parallelization(tensors)
@@ -106,7 +104,7 @@ class Planner:
         final = planner.finish_plan(local)
         items = [(item, _on_host(planner.resolve_data(item))) for item in final.items]
         device.synchronize()  # copies from the device were only queued
-        return Plan(self._rank, items, common, self._metadata)
+        return WritePlan(self._rank, items, common, self._metadata)
 
     def _as_before(self, plan: SavePlan) -> bool:
         """Whether every rank writes the same tensors as last time."""
@@ -126,7 +124,7 @@ def _on_host(data: Any) -> Any:
 
 
 def write(
-    plan: Plan, folder: Path, *, random: bytes, beside: Mapping[str, Callable[[Any], None]], on_write: OnWrite
+    plan: WritePlan, folder: Path, *, random: bytes, beside: Mapping[str, Callable[[Any], None]], on_write: OnWrite
 ) -> Written:
     """Write this rank's files into a folder, which is made if nobody else has.
 
@@ -151,7 +149,7 @@ def write(
 
 
 def write_for_group(
-    plan: Plan,
+    plan: WritePlan,
     folder: Path,
     listener: grouped.Listener,
     *,
@@ -208,7 +206,7 @@ def write_for_group(
 
 
 def send_to_group(
-    plan: Plan, group: grouped.Group, number: int, *, random: bytes, on_write: OnWrite, timeout_s: float
+    plan: WritePlan, group: grouped.Group, number: int, *, random: bytes, on_write: OnWrite, timeout_s: float
 ) -> Written:
     """Have the first rank of a group write this rank's tensors.
 
@@ -250,19 +248,18 @@ def _tensors_file(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def _firsts(plan: Plan) -> dict[str, Callable[[Any], None]]:
-    """What rank 0 writes for all."""
+def _firsts(plan: WritePlan) -> dict[str, Callable[[Any], None]]:
+    """The files that rank 0 writes for all ranks."""
     if plan.rank != 0:
         return {}
-    config = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
     return {
         COMMON: lambda stream: torch.save(plan.common, stream),
-        BACKEND: lambda stream: stream.write(json.dumps(config).encode()),
+        BACKEND: lambda stream: stream.write(json.dumps(CHECKPOINT_FORMAT).encode()),
     }
 
 
 def _write_files(
-    folder: Path, contents: Mapping[str, Callable[[Any], None]], *, on_write: OnWrite
+    folder: Path, contents: Mapping[str, Callable[[Any], object]], *, on_write: OnWrite
 ) -> tuple[dict[str, FileRecord], float]:
     """Write files; their records, and the seconds spent on digests."""
     for path in (folder.parent, folder):
@@ -278,22 +275,15 @@ def _write_files(
     return files, hash_s
 
 
-def write_index(plan: Plan, parts: list[Written], folder: Path, *, on_write: OnWrite) -> FileRecord:
-    """Write the index of all ranks' tensors; rank 0 does, when all have written.
+def write_index(plan: WritePlan, parts: list[Written], folder: Path, *, on_write: OnWrite) -> dict[str, FileRecord]:
+    """Write the index of all ranks' tensors, ours and torch's; rank 0 does, when all have written.
 
     Raises:
         OSError: the storage cannot take it.
     """
     assert plan.metadata is not None
-    index = dataclasses.replace(
-        plan.metadata,
-        storage_data={place.index: place.storage_data for part in parts for place in part.places},
-        storage_meta=StorageMeta(),
-        version=CURRENT_DCP_VERSION,
-    )
-    with hashed(folder, METADATA, on_write=on_write) as stream:
-        pickle.dump(index, stream)
-    return cast(HashedFile, stream.raw).record()
+    contents = tensor_index.files(plan.metadata, (place for part in parts for place in part.places))
+    return _write_files(folder, contents, on_write=on_write)[0]
 
 
 def _items(items: list[tuple[WriteItem, Any]], name: str, stream: io.BufferedWriter[Any]) -> Iterator[WriteResult]:
@@ -347,7 +337,7 @@ class HashedFile(io.RawIOBase):
         return view.nbytes
 
     def sync(self) -> None:
-        """Bring it to the disk."""
+        """Sync it to disk."""
         os.fsync(self._file)
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Scoring and drawing with a trained checkpoint, in one process."""
+"""Evaluates and samples from trained checkpoints."""

@@ -1,28 +1,33 @@
-"""`mmscale eval` of a run: losses, perplexities and task accuracies of a checkpoint on held-out data, any routing."""
+"""Evaluates a run (`mmscale eval`): losses, perplexities and task accuracies on held-out data, under any routing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.manifest import check_tokenizers, read_blend
-from mmscale.data.mixture import Mixture
-from mmscale.data.packed import fill_rows, pack_rows
-from mmscale.data.validation import read_validation
+from mmscale.data.prepared.manifest import check_tokenizers, read_blend
+from mmscale.data.prepared.validation import read_validation
+from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.bits import bits_per_byte
+from mmscale.data.stream.mixture import Mixture
+from mmscale.data.stream.packed import fill_rows, pack_rows
 from mmscale.inference.model import RunModel, open_run
 from mmscale.inference.scores import measured, passes_of, with_data
 from mmscale.model.auxiliary import RouterLearning
-from mmscale.model.mixed_modal import Routing
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.auxiliary import figures, table
-from mmscale.train.evaluate import evaluate
-from mmscale.train.step import Stepper
+from mmscale.tables.plugins import Use
+from mmscale.tables.routings import Routing
+from mmscale.train.steps.answers import answers
+from mmscale.train.steps.auxiliary_routers import figures, table
+from mmscale.train.steps.evaluation import evaluate
+from mmscale.train.steps.step import Stepper
 
 
 def evaluate_run(
@@ -33,6 +38,8 @@ def evaluate_run(
     batches: int | None,
     routing: Routing = Routing.BATCH,
     env: RankEnv | None = None,
+    tasks: Sequence[Use] = (),
+    questions: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint in this process, or over tensor-parallel ranks, which all call it.
 
@@ -43,11 +50,13 @@ def evaluate_run(
         batches: global batches; None: the whole held-out split.
         routing: who decides which experts take a token.
         env: as in `open_run`.
+        tasks: plug-ins that measure something else.
+        questions: files of questions by name.
 
     Returns:
-        `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>`; with several
-        data sets `source/<name>/loss` and the like, of each set in `data.validation` `validation/<name>/loss` and the
-        like. With causal routings also `batch`, the losses of batch routing
+        `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>` and `tasks`;
+        with several data sets `source/<name>/loss` and the like, of each set in `data.validation`
+        `validation/<name>/loss` and the like. With causal routings also `batch`, the losses of batch routing
         on the same data, and `gap`, how much larger the causal ones are; with `causal` also `routers`, the figures
         of the auxiliary routers' decisions against the true choice, a row for each layer and modality.
 
@@ -62,10 +71,10 @@ def evaluate_run(
             config = with_data(config, data)
         blend = read_blend(config)
         blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
-        for folder, manifest in blend.items():  # the run's own data may have been prepared anew
+        for folder, manifest in blend.items():  # the run's own data may have been prepared again
             check_tokenizers(folder, manifest.tokenizers, model.tokenizers, where=f"step {model.step} of {run}")
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
-        result |= measured(_RunScorer(model, routing, batches), config)
+        result |= measured(_RunScorer(model, routing, batches), config, tasks=tasks, questions=questions)
         if not routing.leaks and model.config.model.routes:
             result |= _against_batch(model, config, batches, result, routing)
         return result
@@ -82,6 +91,11 @@ class _RunScorer:
     def losses(self, data: Mixture) -> dict[str, float]:
         """As training measures them."""
         return _losses(self.model, data, self.batches, self.routing)
+
+    def answers(self, asked: Sequence[Asked]) -> Answers:
+        """As training measures them."""
+        model = self.model
+        return answers(asked, config=model.config, stepper=_stepper(model), groups=model.groups, routing=self.routing)
 
     def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         """For each document [tokens, vocabulary]; documents share sequences, as in training."""
@@ -108,6 +122,7 @@ def _against_batch(
     leaking: dict[str, float] = {}
     for prefix, data in passes_of(config).items():
         own = _losses(model, data, batches, Routing.BATCH, watching)
+        own |= bits_per_byte(own, data, text=model.vocabulary.names[0])
         leaking |= {f"{prefix}{name}": value for name, value in own.items()}
         watching = None
     found: dict[str, Any] = {
@@ -119,13 +134,16 @@ def _against_batch(
     return found
 
 
+def _stepper(model: RunModel) -> Stepper:
+    return Stepper(model.config, [model.module], None, model.groups)  # type: ignore[list-item]
+
+
 def _losses(
     model: RunModel, data: Mixture, batches: int | None, routing: Routing, learning: RouterLearning | None = None
 ) -> dict[str, float]:
-    stepper = Stepper(model.config, [model.module], None, model.groups)  # type: ignore[list-item]
     return evaluate(
         model.config,
-        stepper=stepper,
+        stepper=_stepper(model),
         mixture=data,
         groups=model.groups,
         batches=batches,

@@ -1,9 +1,9 @@
-"""Token by token generation of text and images with a causal model of transformers: the one loop for runs and exports.
+"""Token-by-token generation of text and images with a causal transformers model, for runs and exports.
 
-It works on ids. The loop with its cache, and sampling, are transformers' `generate`; what mixed-modal sequences need
-beyond that stands here: rows of different lengths that each end at their own limit, images that begin only where
-there is room for all of them, and classifier-free guidance. What keeps an image whole is a processor that is given.
-Tokenizers, and where models come from, are checkpoints_tools/generator.py's business.
+It works on ids. transformers' `generate` provides the loop with its cache, and sampling. This module adds what
+mixed-modal sequences need: rows of different lengths with separate limits, images and other items that start only if
+there is room for all of them, and classifier-free guidance. Logits processors from the caller keep items whole.
+checkpoints_tools/huggingface/generator.py provides tokenizers and models.
 
 Shapes: B rows, S tokens so far, V vocabulary.
 """
@@ -25,6 +25,7 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
+from mmscale.data.documents.schema import article
 from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
 from mmscale.errors import DataError
 
@@ -37,8 +38,8 @@ class Sampling:
         temperature: divides logits; 0: always the most likely token.
         top_k: choose among so many of the most likely ones; 0: among all.
         top_p: choose among the most likely ones up to this probability.
-        guidance: of images, classifier-free: 1 draws from the prompt's distribution, more moves away from what would be
-            drawn without the prompt. Costs a second pass of the model for every image token.
+        guidance: of images and other items, classifier-free: 1 draws from the prompt's distribution, more moves away
+            from what would be drawn without the prompt. Costs a second pass of the model for every token of an item.
         max_tokens: longest continuation [tokens]; None: what the context has room for.
         seed: of the sampling.
         batch: rows that are computed at once.
@@ -54,28 +55,33 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class ImageRules:
-    """What generation must know of images.
+class ItemRules:
+    """Properties of a modality that generation needs; its items stand between a begin and an end token.
 
     Attributes:
-        first, end: half-open range of image tokens.
-        tokens: of an image, between `<boi>` and `<eoi>`.
-        grammar: keeps images whole: `<boi>`, that many image tokens, `<eoi>`, and no image token anywhere else.
+        name: of the modality.
+        first, end: half-open range of its tokens.
+        tokens: of an item, between its begin and end token.
+        opens, closes: ids of the begin and the end token.
+        grammar: keeps items whole: the begin token, that many tokens, the end token, and no such token anywhere else.
     """
 
+    name: str
     first: int
     end: int
     tokens: int
+    opens: int
+    closes: int
     grammar: LogitsProcessor
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was generated for one prompt.
+    """The text and images generated for one prompt.
 
     Attributes:
         ids: without the prompt, and without `</s>`.
-        ended: by `</s>`; else the limit was reached.
+        ended: by `</s>`; otherwise the limit was reached.
     """
 
     ids: tuple[int, ...]
@@ -88,7 +94,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
-    images: ImageRules | None,
+    items: Sequence[ItemRules],
     context: int,
     never: Sequence[int] = (),
     use_cache: bool = True,
@@ -97,27 +103,27 @@ def generate(
 
     Args:
         model: a causal language model of transformers in evaluation mode.
-        prompts: ids of each, `<s>` first; one may end with `<boi>`.
+        prompts: ids of each, `<s>` first; one may end with the begin token of an item.
         sampling: how tokens are chosen.
-        images: None: the model knows none, and no image is begun.
+        items: of the modalities that may be generated; `<boi>` and `<eoi>` are closed where image is not among them.
         context: longest sequence that the model was trained on [tokens].
         never: further ids that are never generated: padding of the vocabulary.
         use_cache: without it every token costs a pass over the whole sequence; the result is the same.
 
     Raises:
-        DataError: a prompt leaves no room for a continuation, or for the image that it begins.
+        DataError: a prompt leaves no room for a continuation, or for the item that it begins.
     """
-    limits = [_limit(prompt, sampling, images, context) for prompt in prompts]
+    limits = [_limit(prompt, sampling, items, context) for prompt in prompts]
     found: list[Continuation] = []
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         for start in range(0, len(prompts), sampling.batch):
             rows = slice(start, start + sampling.batch)
-            found += _batch(model, prompts[rows], limits[rows], sampling, images, never, use_cache)
+            found += _batch(model, prompts[rows], limits[rows], sampling, items, never, use_cache)
     return found
 
 
-def _limit(prompt: Sequence[int], sampling: Sampling, images: ImageRules | None, context: int) -> int:
+def _limit(prompt: Sequence[int], sampling: Sampling, items: Sequence[ItemRules], context: int) -> int:
     """Longest continuation of a prompt [tokens]."""
     room = context - len(prompt)
     if room < 1:
@@ -125,13 +131,13 @@ def _limit(prompt: Sequence[int], sampling: Sampling, images: ImageRules | None,
             f"a prompt has {len(prompt)} tokens, the model's context is {context}", remedy="shorten the prompt"
         )
     limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-    if prompt[-1] == BOI:
-        assert images is not None, "nothing can begin an image"
-        if limit <= images.tokens:
+    for item in items:
+        if prompt[-1] == item.opens and limit <= item.tokens:
             where = "context has room" if limit == room else "limit of new tokens is"
             raise DataError(
-                f"a prompt of {len(prompt)} tokens begins an image of {images.tokens} + 1, the {where} for {limit}",
-                remedy="shorten the prompt" if limit == room else f"--max-tokens {images.tokens + 1} or more",
+                f"a prompt of {len(prompt)} tokens begins {article(item.name)} of {item.tokens} + 1, the {where} for "
+                f"{limit}",
+                remedy="shorten the prompt" if limit == room else f"--max-tokens {item.tokens + 1} or more",
             )
     return limit
 
@@ -141,7 +147,7 @@ def _batch(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     sampling: Sampling,
-    images: ImageRules | None,
+    items: Sequence[ItemRules],
     never: Sequence[int],
     use_cache: bool,
 ) -> list[Continuation]:
@@ -156,11 +162,13 @@ def _batch(
     # Guidance compares two whole distributions, so it comes before anything is ruled out. Temperature, top-k and top-p
     # come last (transformers adds them), among what is left.
     processors: list[LogitsProcessor] = []
-    if images is not None and sampling.guidance != 1.0:
-        processors.append(ClassifierFreeGuidance(model, images, scale=sampling.guidance, use_cache=use_cache))
-    if images is not None:
-        processors += [images.grammar, RoomForImages(images, ends)]
-    closed = () if images is not None else (BOI, EOI)
+    if sampling.guidance != 1.0:
+        processors += [
+            ClassifierFreeGuidance(model, item, scale=sampling.guidance, use_cache=use_cache) for item in items
+        ]
+    for item in items:
+        processors += [item.grammar, RoomForItems(item, ends)]
+    closed = () if any(item.opens == BOI for item in items) else (BOI, EOI)
     processors.append(SuppressTokensLogitsProcessor([PAD, BOS, *closed, *never], device=str(ids.device)))
     greedy = sampling.temperature == 0.0
     chosen = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
@@ -189,7 +197,7 @@ def _continuation(ids: list[int], limit: int) -> Continuation:
 
 
 class RowLimits(StoppingCriteria):
-    """Every row ends at its own column.
+    """Stops every row at its own column.
 
     Args:
         ends: [B], number of columns.
@@ -203,51 +211,52 @@ class RowLimits(StoppingCriteria):
         return self.ends <= input_ids.shape[1]
 
 
-class RoomForImages(LogitsProcessor):
-    """An image begins only where its row has room for all of it.
+class RoomForItems(LogitsProcessor):
+    """Allows an item to start only if its row has room for all of it.
 
     Args:
-        images: how long one is.
+        item: how long one is.
         ends: [B], number of columns of each row.
     """
 
-    def __init__(self, images: ImageRules, ends: Tensor) -> None:
-        self.least = images.tokens + 2
+    def __init__(self, item: ItemRules, ends: Tensor) -> None:
+        self.least = item.tokens + 2
+        self.opens = item.opens
         self.ends = ends
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores [B, V] with `<boi>` at -inf where it comes too late."""
+        """Scores [B, V] with the begin token at -inf where it comes too late."""
         late = self.ends - input_ids.shape[1] < self.least
         scores = scores.clone()
-        scores[:, BOI] = scores[:, BOI].masked_fill(late, float("-inf"))
+        scores[:, self.opens] = scores[:, self.opens].masked_fill(late, float("-inf"))
         return scores
 
 
 class ClassifierFreeGuidance(LogitsProcessor):
-    """Scores of image tokens move away from those of the same image without its prompt.
+    """Scores of an item's tokens move away from those of the same item without its prompt.
 
-    u + scale * (c - u) with the log-probabilities c of the row and u of `<s> <boi>` and the image so far (Chameleon
-    2405.09818 and its kin draw so; Ho and Salimans 2207.12598). transformers' own class runs one unconditional branch
-    from the first token on; here rows begin images whenever they like, so the branch has a cache in which a row's older
-    columns are masked when it begins another image, and which is dropped when no row draws.
+    u + scale * (c - u) with the log-probabilities c of the row and u of `<s>`, the begin token and the item so far
+    (Chameleon 2405.09818 and its kin draw so; Ho and Salimans 2207.12598). transformers' own class runs one
+    unconditional branch from the first token on; here rows begin items whenever they like, so the branch has a cache in
+    which a row's older columns are masked when it begins another item, and which is dropped when no row draws.
 
     Args:
         model: the same model.
-        images: ranges and length.
+        item: range and length.
         scale: 1: no change.
-        use_cache: without it every image token costs a pass over the image so far.
+        use_cache: without it every token of an item costs a pass over the item so far.
     """
 
-    def __init__(self, model: Any, images: ImageRules, *, scale: float, use_cache: bool = True) -> None:
-        self.model, self.images, self.scale = model, images, scale
+    def __init__(self, model: Any, item: ItemRules, *, scale: float, use_cache: bool = True) -> None:
+        self.model, self.item, self.scale = model, item, scale
         self._unconditional = self._with_cache if use_cache else self._without_cache
         self._cache: Any = None
         self._seen: Tensor | None = None  # [B, columns], which of them a row attends to
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores [B, V], changed in rows whose next token is an image's."""
-        done = self._image_tokens(input_ids)
-        drawing = (done >= 0) & (done < self.images.tokens)
+        """Scores [B, V], changed in rows whose next token is an item's."""
+        done = self._item_tokens(input_ids)
+        drawing = (done >= 0) & (done < self.item.tokens)
         if not bool(drawing.any()):
             self._cache = self._seen = None
             return scores
@@ -255,17 +264,17 @@ class ClassifierFreeGuidance(LogitsProcessor):
         guided = without + self.scale * (scores.log_softmax(dim=-1) - without)
         return torch.where(drawing.unsqueeze(1), guided, scores)
 
-    def _image_tokens(self, ids: Tensor) -> Tensor:
-        """[B]: tokens of the image that a row is in, 0 after `<boi>`; -1 outside of images."""
-        recent = ids[:, -(self.images.tokens + 1) :]
-        of_image = (recent >= self.images.first) & (recent < self.images.end)
-        trailing = of_image.flip(1).long().cumprod(dim=1).sum(dim=1)
+    def _item_tokens(self, ids: Tensor) -> Tensor:
+        """[B]: tokens of the item that a row is in, 0 after the begin token; -1 outside of items."""
+        recent = ids[:, -(self.item.tokens + 1) :]
+        of_item = (recent >= self.item.first) & (recent < self.item.end)
+        trailing = of_item.flip(1).long().cumprod(dim=1).sum(dim=1)
         before = (recent.shape[1] - 1 - trailing).clamp(min=0)
-        begun = recent.gather(1, before.unsqueeze(1)).squeeze(1) == BOI
+        begun = recent.gather(1, before.unsqueeze(1)).squeeze(1) == self.item.opens
         return torch.where(begun, trailing, -1)
 
     def _without_cache(self, input_ids: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
-        """Logits [B, V] of what follows `<s> <boi>` and the image so far; of what follows `<s>` in other rows."""
+        """Logits [B, V] of what follows `<s>`, the begin token and the item so far; in other rows, what follows <s>."""
         own = torch.where(drawing, done + 2, 1).unsqueeze(1)  # columns of the branch, `<s>` included
         width = int(own.max())
         from_end = torch.arange(width, 0, -1, device=input_ids.device).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a model in one process, or over tensor-parallel ranks, whatever layout wrote it."""
+"""Opens a run's checkpoint as a model in one process, or over tensor-parallel ranks, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,36 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from mmscale.checkpoint import sharded
-from mmscale.checkpoint.integrity import require_whole
+from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.settings import CONFIG, allows_missing, config_of
 from mmscale.config import Config, rules
 from mmscale.config.derived import for_inference, with_auxiliary_routers
-from mmscale.data.mixture import MicroBatch
+from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, MmscaleError, UsageError
 from mmscale.model.build import build_chunks, transformer_config
-from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import to_device
-from mmscale.train.router_state import load_main_tensors, load_router_tensors, main_tensors, router_tensors
+from mmscale.tables.routings import Needs, Routing
 from mmscale.train.stages.origin import find_routers
+from mmscale.train.state.router_state import load_main_tensors, load_router_tensors, main_tensors, router_tensors
+from mmscale.train.steps.batch import to_device
 
 T = TypeVar("T")
 _SEED = 0  # all weights are read, so nothing that is drawn from it stays
+
+_LACKING = {
+    Needs.AUXILIARY: (
+        "there are no auxiliary routers for step {step} of this run",
+        "train them: `mmscale train CONFIG --stage auxiliary`; or use --routing batch, and read its numbers with care: "
+        "expert choice sees the future",
+    ),
+    Needs.THRESHOLDS: (
+        "this run kept no averages of its routers' cut-offs",
+        "train with model.experts.threshold_decay=0.99, or use --routing causal",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -56,25 +67,16 @@ class RunModel:
     tokenizers: dict[str, str]
 
     def require(self, routing: Routing) -> None:
-        """Refuse a routing that this checkpoint has nothing for.
+        """Refuse a routing that this checkpoint does not support.
 
         Raises:
             UsageError: it has no auxiliary routers, or no thresholds.
         """
-        model = self.config.model
-        if not model.routes or routing is Routing.BATCH:
+        model, needs = self.config.model, routing.mode.needs
+        if not model.routes or needs.held_by(model):
             return
-        if routing is Routing.THRESHOLD and not model.keeps_thresholds:
-            raise UsageError(
-                "--routing threshold: this run kept no averages of its routers' cut-offs",
-                remedy="train with model.experts.threshold_decay=0.99, or use --routing causal",
-            )
-        if routing is not Routing.THRESHOLD and model.auxiliary_width is None:
-            raise UsageError(
-                f"--routing {routing}: there are no auxiliary routers for step {self.step} of this run",
-                remedy="train them: `mmscale train CONFIG --stage auxiliary`; or use --routing batch, and read its "
-                "numbers with care: expert choice sees the future",
-            )
+        cause, remedy = _LACKING[needs]
+        raise UsageError(f"--routing {routing}: {cause.format(step=self.step)}", remedy=remedy)
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch, routing: Routing = Routing.BATCH) -> Tensor:
@@ -129,10 +131,12 @@ def open_run(
         transformer = transformer_config(config)
         (module,) = build_chunks(config, groups, transformer=transformer)
         wanted = main_tensors([module], sharded.metadata())
-        load_main_tensors([module], sharded.read(found.main, wanted, partly=True))
+        with integrity.while_there(found.main):
+            load_main_tensors([module], sharded.read(found.main, wanted, partly=True))
         if config.model.auxiliary_width is not None:
             wanted = router_tensors([module], sharded.metadata())
-            load_router_tensors([module], sharded.read(found.routers, wanted, partly=True))
+            with integrity.while_there(found.routers):
+                load_router_tensors([module], sharded.read(found.routers, wanted, partly=True))
         wrapped = Float16Module(transformer, module) if transformer.bf16 else module
         vocabulary = Vocabulary.from_config(config.vocab)
         yield RunModel(config, found.step, groups, wrapped, vocabulary, dict(found.info.get("tokenizers") or {}))
@@ -142,14 +146,14 @@ def open_run(
 
 @dataclass(frozen=True)
 class _Found:
-    """What is loaded.
+    """A checkpoint and its routers.
 
     Attributes:
         step: of the main checkpoint.
-        config: the configuration that it was written with.
-        info: what it says about itself.
+        config: the configuration that wrote it.
+        info: its metadata.
         main: its folder.
-        routers: the folder that holds auxiliary routers, if there are any: the stage's, or a joint run's `main`.
+        routers: the folder with auxiliary routers, if there are any: the stage's, or `main` of a joint run.
         width: of the stage's routers; None: there are none.
     """
 
@@ -166,8 +170,9 @@ def _find(run: Path, step: int | None) -> _Found:
     store = Store.of_run(run)
     chosen = store.choose(step)
     folder = store.path(chosen)
-    require_whole(folder, step=chosen, allow_missing=allows_missing(run))
-    info = store.info(chosen)
+    with integrity.while_there(folder):
+        integrity.require_whole(folder, step=chosen, allow_missing=allows_missing(run))
+        info = store.info(chosen)
     config = config_of(info, where=folder, run=run)
     routers, width = (find_routers(run, chosen) if config.model.routes else None) or (folder, None)
     return _Found(chosen, config, info, folder, routers, width)
@@ -188,7 +193,7 @@ def _here(config: Config, *, ranks: int, dtype: str | None) -> Config:
 
 
 def _on_first(action: Callable[[], T], *, rank: int) -> T:
-    """Rank 0's result on every rank, or its error: many ranks that hash the same files only wait for each other."""
+    """Rank 0's result on every rank, or its error; ranks that hash the same files would wait for each other."""
     found: T | Exception | None = None
     if rank == 0:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.data.digits import WORDS, labelled
+from mmscale.data.built_in.digits import WORDS, labelled
 from mmscale.errors import UsageError
 
 

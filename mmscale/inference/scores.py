@@ -1,105 +1,211 @@
 """What `mmscale eval` measures of any model on held-out data: losses, perplexities, each source's own, and tasks.
 
-How a model computes losses and log-probabilities is its scorer's business: evaluate.py's for a run's checkpoint,
-checkpoints_tools/hf_evaluate.py's for an exported folder.
+A model's scorer computes its losses and log-probabilities: evaluate.py's for a run's checkpoint,
+checkpoints_tools/huggingface/evaluate_export.py's for an exported folder.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.manifest import HELD_OUT, has_documents, read_manifest
-from mmscale.data.mixture import Mixture, open_mixture
-from mmscale.data.passes import SOURCES, open_passes
-from mmscale.data.tasks import read_task
-from mmscale.data.vocab import Vocabulary
-from mmscale.inference.tasks import choice_accuracy
-from mmscale.train.held_out import VALIDATION
+from mmscale.data.modalities.table import open_codecs
+from mmscale.data.modalities.text_tokens import open_text_tokenizer
+from mmscale.data.prepared.manifest import HELD_OUT, read_manifest
+from mmscale.data.prepared.named_tasks import having, names
+from mmscale.data.prepared.questions import encoder_of, read_questions, tokenizers_folder
+from mmscale.data.prepared.tasks import TaskItem, read_task
+from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.bits import bits_per_byte
+from mmscale.data.stream.mixture import Mixture, open_mixture
+from mmscale.data.stream.passes import open_passes
+from mmscale.data.vocab import BOS, IMAGE, Vocabulary
+from mmscale.errors import DataError
+from mmscale.runs.held_out import ACCURACY, prefix_of
+from mmscale.tables import plugins
+from mmscale.tables.plugins import Use
+from mmscale.train.steps.evaluation import extent_of
+from mmscale.train.steps.task_scores import score
 
 
 class Scorer(Protocol):
-    """A model under one routing."""
+    """A model under one routing.
+
+    Attributes:
+        batches: global batches that are read of each set; None: all.
+    """
+
+    @property
+    def batches(self) -> int | None:
+        """As above."""
+        ...
 
     def losses(self, data: Mixture) -> dict[str, float]:
         """`loss`, `loss/<modality>`, `z_loss` on one pass over held-out data."""
         ...
 
+    def answers(self, asked: Sequence[Asked]) -> Answers:
+        """Log-probabilities of the ends of documents."""
+        ...
+
     def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-        """For each document [tokens, vocabulary]: log-probabilities of the next token."""
+        """For each document [tokens, vocabulary]: log-probabilities of the next token. All of them are in memory."""
         ...
 
 
-def measured(scorer: Scorer, config: Config) -> dict[str, float]:
+@dataclass(frozen=True)
+class TaskRun:
+    """What a task of a plug-in learns when it is made, on every rank.
+
+    Attributes:
+        config: the settings of the model and of the data that it is evaluated on.
+        vocabulary: ids and ranges of the modalities.
+        folder: the prepared data set, whose tokenizers are the model's.
+    """
+
+    config: Config
+    vocabulary: Vocabulary
+    folder: Path
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """A text as the beginning of a document: ids [tokens], with the token that begins documents."""
+        return np.array([BOS, *open_text_tokenizer(self.folder).encode(text)], dtype=np.int64)
+
+    def draw(
+        self,
+        scorer: Scorer,
+        prompts: Sequence[str],
+        *,
+        modality: str = IMAGE,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> list[NDArray[Any]]:
+        """Items that the model writes after prompts, one for each: of images pixels uint8 [H, W, C].
+
+        The whole prompt is read for every token, so this is for some dozens of small items.
+
+        Args:
+            scorer: the model.
+            prompts: texts that the training documents put before such an item.
+            modality: of the items.
+            temperature: divides log-probabilities; 0: always the most likely code.
+            seed: of the sampling; the same on every rank.
+
+        Raises:
+            DataError: the data set has no such items, or a prompt leaves them no room in a sequence.
+        """
+        codec, marks = open_codecs(self.folder).get(modality), self.vocabulary.marks(modality)
+        if codec is None or marks is None:
+            raise DataError(
+                f"data: {self.folder} has no {modality} tokenizer", remedy=f"prepare it from documents with {modality}s"
+            )
+        low, _ = self.vocabulary.range_of(modality)
+        documents = [np.append(self.encode(prompt), marks[0]) for prompt in prompts]
+        longest = max(map(len, documents)) + codec.tokens_per_item
+        if longest > self.config.model.seq_length:
+            raise DataError(
+                f"a prompt and its {modality} take {longest} tokens, a sequence has {self.config.model.seq_length}",
+                remedy="shorten the prompts",
+            )
+        random = np.random.default_rng(seed)
+        for _ in range(codec.tokens_per_item):
+            scores = scorer.log_probabilities(documents)
+            last = np.stack([one[-1, low : low + codec.vocab_size] for one in scores]).astype(np.float64)
+            if temperature > 0:  # the largest of log-probabilities with Gumbel noise is a sample
+                last = last / temperature + random.gumbel(size=last.shape)
+            documents = [np.append(one, low + code) for one, code in zip(documents, last.argmax(axis=-1), strict=True)]
+        codes = np.stack([one[-codec.tokens_per_item :] for one in documents]) - low
+        return list(codec.decode(codes))
+
+
+def measured(
+    scorer: Scorer, config: Config, *, tasks: Sequence[Use] = (), questions: Mapping[str, Path] = MappingProxyType({})
+) -> dict[str, Any]:
     """Losses on held-out data, perplexities, each source's own, and accuracies of tasks.
 
     Args:
         scorer: the model.
         config: names the data.
+        tasks: plug-ins that measure something else; each gets the model.
+        questions: files of questions by name, besides the tasks that the data sets have; instead of one of that name.
 
     Returns:
-        `loss`, `loss/<modality>`, `z_loss`, `perplexity/<modality>`, `accuracy/<task>`; for a blend
-        `source/<name>/...`; for each set of `data.validation` `validation/<name>/...`.
+        `loss`, `loss/<modality>`, `z_loss`, `perplexity/<modality>`, `bits_per_byte/<text>` (where bytes were
+        counted), `accuracy/<task>`; `tasks` (for each right and asked questions, the 95 % interval of the accuracy,
+        what guessing gets, the file or data set that its questions are from, and data sets whose task of that name is
+        not asked); `task/<key>` of each plug-in;
+        for a blend `source/<name>/...`; for each set of `data.validation` `validation/<name>/...`; `batches`,
+        `batches_available` and `batches_in_training` of the first of these sets.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
-    result: dict[str, float] = {}
-    for prefix, data in passes_of(config).items():
+    result: dict[str, Any] = {}
+    for prefix, data in passes_of(config).items():  # the blend first
+        if not result:
+            result |= _extents(config, data, batches=scorer.batches)
         losses = scorer.losses(data)
+        losses |= bits_per_byte(losses, data, text=vocabulary.names[0])
         result |= {f"{prefix}{key}": value for key, value in (losses | _perplexities(losses)).items()}
-    if len(config.data.sources) > 1:
-        for name, place in _named(config).items():
-            if not has_documents({place: read_manifest(place)}, HELD_OUT):
-                continue
-            own = scorer.losses(open_mixture(config, HELD_OUT, vocabulary=vocabulary, folder=place))
-            result |= {f"source/{name}/{key}": value for key, value in (own | _perplexities(own)).items()}
-    folders = [("", Path(source.path)) for source in config.data.sources]
-    folders += [(_prefix(name), Path(path)) for name, path in config.data.validation.items()]
-    for prefix, folder in folders:
-        manifest = read_manifest(folder)
-        for task in manifest.tasks:
-            items = read_task(folder, manifest, task.name)
-            accuracy = choice_accuracy(items, log_probabilities=scorer.log_probabilities)
-            result[f"{prefix}accuracy/{task.name}"] = accuracy
+    sets = [("", {Path(source.path): read_manifest(Path(source.path)) for source in config.data.sources})]
+    for name, path in config.data.validation.items():
+        sets.append((prefix_of(name), {Path(path): read_manifest(Path(path))}))
+    scores: dict[str, dict[str, Any]] = {}
+    for prefix, blend in sets:
+        for name in names(blend):
+            first, *others = having(name, blend)
+            if prefix or name not in questions:
+                items = read_task(first, blend[first], name)
+                scores[f"{prefix}{ACCURACY}{name}"] = _asked(scorer, items, place=first, others=others)
+    for name, file in questions.items():
+        items = read_questions(file, encoder_of(config))
+        scores[f"{ACCURACY}{name}"] = _asked(scorer, items, place=file, others=having(name, sets[0][1]))
+    result |= {key: found["right"] / found["asked"] for key, found in scores.items()}
+    if scores:
+        result["tasks"] = {key.replace(ACCURACY, "", 1): found for key, found in scores.items()}
+    for use in tasks:
+        made = plugins.make(use, TaskRun(config, vocabulary, tokenizers_folder(config)))
+        result |= {f"task/{key}": float(value) for key, value in made(scorer).items()}
     return result
 
 
+def _asked(scorer: Scorer, items: Sequence[TaskItem], *, place: Path, others: Sequence[Path]) -> dict[str, Any]:
+    """A task's entry in `tasks`."""
+    return score(items, answers=scorer.answers).as_dict() | {"from": str(place), "not_asked": [*map(str, others)]}
+
+
+def _extents(config: Config, data: Mixture, *, batches: int | None) -> dict[str, float]:
+    """Global batches that are read, that there are, and that training's evaluations read."""
+    here, there = (extent_of(config, data, batches=number) for number in (batches, config.train.eval_batches))
+    return {"batches": here.batches, "batches_available": here.available, "batches_in_training": there.batches}
+
+
 def passes_of(config: Config) -> dict[str, Mixture]:
-    """What is evaluated, by the prefix of its keys: "" for the sources' held-out documents, `validation/<name>/`.
+    """What is evaluated, by the prefix of its keys: "" for the blend, `source/<name>/`, `validation/<name>/`.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
-    found = open_passes(config, vocabulary=vocabulary)
+    found = open_passes(config, vocabulary=vocabulary, each=True)
     if not found:
         open_mixture(config, HELD_OUT, vocabulary=vocabulary)  # raises, and says what is missing
-    return {_prefix(name): data for name, data in found.items()}
-
-
-def _prefix(name: str) -> str:
-    return f"{VALIDATION}{name}/" if name != SOURCES else ""
+    return {prefix_of(name): data for name, data in found.items()}
 
 
 def with_data(config: Config, folder: Path) -> Config:
     """The configuration with one other data set, and nothing else to evaluate on."""
     changed = config.data.model_copy(update={"path": str(folder), "blend": (), "validation": {}})
     return config.model_copy(update={"data": changed})
-
-
-def _named(config: Config) -> dict[str, Path]:
-    """Data sets of a blend by the names of their folders, or by their paths where those repeat."""
-    folders = [Path(source.path) for source in config.data.sources]
-    names = [folder.name for folder in folders]
-    return dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders, strict=True))
 
 
 def _perplexities(losses: dict[str, float]) -> dict[str, float]:

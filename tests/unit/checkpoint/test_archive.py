@@ -22,13 +22,13 @@ from torch import Tensor
 
 from checkpoints_tools import copying, folders
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.values import find, values
-from mmscale.checkpoint import archive, arrays, integrity, plain, publish, rewrite
+from checkpoints_tools.tensor_values import find, values
+from mmscale.checkpoint import archive, integrity, plain, publish, rewrite, zarr_arrays
 from mmscale.checkpoint.archive import ArchiveTensors
-from mmscale.checkpoint.arrays import Grid
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.checkpoint.tensors import TensorSource, open_tensors, origin_of
+from mmscale.checkpoint.zarr_arrays import Grid
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
@@ -160,10 +160,10 @@ def test_other_readers_read_it(made: Path) -> None:
 def test_what_was_set_aside_comes_back_if_it_is_whole(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     store = Store.of_run(copy)
-    store.condemn(7)
+    store.quarantine(7)
 
     def check() -> None:
-        with pytest.raises(CheckpointError, match="no folder of step 8 was set aside"):
+        with pytest.raises(CheckpointError, match=r"no folder of step 8 was renamed to \.bad"):
             folders.restore_bad(copy, step=8)
         bad = store.root / "step_00000007.bad" / "common.pt"
         content = bad.read_bytes()
@@ -171,13 +171,13 @@ def test_what_was_set_aside_comes_back_if_it_is_whole(run: Path, tmp_path: Path)
         assert folders.restore_bad(copy)["restored"] == [] and store.steps() == []
         bad.write_bytes(content)
         assert folders.restore_bad(copy, step=7) == {"run": str(copy), "restored": [7], "damaged": {}}
-        assert store.newest() == 7 and store.condemned() == []
+        assert store.newest() == 7 and store.quarantined() == []
 
     forked(check)
 
 
 def test_archives_of_format_1_are_restored(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "_AS_BITS", {})  # bfloat16 as a type of its own, as format 1 had it
+    monkeypatch.setattr(zarr_arrays, "_AS_BITS", {})  # bfloat16 as a type of its own, as format 1 had it
     monkeypatch.setattr(archive, "FORMAT", 1)
 
     def check() -> None:
@@ -190,15 +190,15 @@ def test_archives_of_format_1_are_restored(run: Path, tmp_path: Path, monkeypatc
     forked(check)
 
 
-@pytest.mark.parametrize("name", sorted(arrays.DTYPES))
+@pytest.mark.parametrize("name", sorted(zarr_arrays.DTYPES))
 def test_every_type_comes_back_and_zarr_reads_it(tmp_path: Path, name: str) -> None:
     zarr = pytest.importorskip("zarr")
     dtype = getattr(torch, name)
     tensor = torch.tensor([[0, 1, 0], [1, 1, 0]]).to(dtype)
 
     def check() -> None:
-        arrays.write(tmp_path / "one", tensor, grid=SMALL)
-        assert torch.equal(arrays.read(tmp_path / "one").float(), tensor.float())
+        zarr_arrays.write(tmp_path / "one", tensor, grid=SMALL)
+        assert torch.equal(zarr_arrays.read(tmp_path / "one").float(), tensor.float())
         array = zarr.open_array(str(tmp_path / "one"), mode="r")
         assert array.attrs.get("dtype", str(array.dtype)) == name
         assert torch.equal(torch.from_numpy(array[:]).view(dtype).float(), tensor.float())
@@ -291,7 +291,9 @@ def test_missing_shards_do_not_read_as_zeros(copied: Path) -> None:
             ArchiveTensors(copied)
         manifest = integrity.read_manifest(copied)  # not even if the manifest does not know it
         fewer = {name: record for name, record in manifest.files.items() if name != shard}
-        (copied / integrity.MANIFEST).write_text(integrity.Manifest(**{**vars(manifest), "files": fewer}).text())
+        (copied / integrity.MANIFEST).write_text(
+            integrity.CheckpointManifest(**{**vars(manifest), "files": fewer}).text()
+        )
         with pytest.raises(CheckpointError, match="0/0/0/0 is missing"):
             ArchiveTensors(copied).read(W1, [slice(2, 3), slice(0, 1), slice(0, 1), slice(0, 1)])
 
@@ -304,7 +306,9 @@ def test_an_archive_of_another_version(copied: Path) -> None:
         (copied / INFO).write_text(json.dumps(info))
         manifest = integrity.read_manifest(copied)
         files = integrity.digests(copied, integrity.sizes(copied))
-        (copied / integrity.MANIFEST).write_text(integrity.Manifest(**{**vars(manifest), "files": files}).text())
+        (copied / integrity.MANIFEST).write_text(
+            integrity.CheckpointManifest(**{**vars(manifest), "files": files}).text()
+        )
         with pytest.raises(CheckpointError, match=said):
             ArchiveTensors(copied)
 
@@ -406,8 +410,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         def read(self, name: str, region: Any = None) -> Tensor:
             return torch.full((largest // 4096, 1024), float(name[1:]))
 
-        def manifest(self) -> integrity.Manifest:
-            return integrity.Manifest(1, 1, "", "", {}, {})
+        def manifest(self) -> integrity.CheckpointManifest:
+            return integrity.CheckpointManifest(1, 1, "", "", {}, {})
 
         def info(self) -> dict[str, Any]:
             return {}
@@ -426,7 +430,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
     def check() -> None:
         grid = Grid(shard_bytes=2 << 20)
-        arrays.write(tmp_path / "warm", torch.zeros(3), grid=grid)
+        zarr_arrays.write(tmp_path / "warm", torch.zeros(3), grid=grid)
         source: TensorSource = Many()
         peaks = {"archive": peak_of(lambda: archive.write(source, tmp_path / "out", grid=grid))}
         kept = ArchiveTensors(tmp_path / "out")
@@ -452,7 +456,7 @@ def test_settings_come_back_exactly() -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (0, 4), (5, 7, 3), (3, 1000), (4, 64, 2, 16)])
 def test_boxes_of_a_grid_cover_every_element_once(shape: tuple[int, ...]) -> None:
     covered = torch.zeros(shape, dtype=torch.int)
-    for box in arrays.boxes(shape, SMALL.shard(shape, 4)):
+    for box in zarr_arrays.boxes(shape, SMALL.shard(shape, 4)):
         covered[box] += 1
     assert (covered == 1).all()
     for chunk, shard in zip(SMALL.chunk(shape, 4), SMALL.shard(shape, 4), strict=True):

@@ -14,7 +14,7 @@ from mmscale.checkpoint.forked import Forked, Tell
 from mmscale.errors import CheckpointError
 from tests.support import run_ranks
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def ended(work: Any) -> Forked:

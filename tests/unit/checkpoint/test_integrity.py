@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from mmscale.checkpoint import integrity
-from mmscale.checkpoint.integrity import MANIFEST, DamagedError, FileRecord, Manifest, NoManifestError, UnreadableError
+from mmscale.checkpoint.integrity import (
+    MANIFEST,
+    CheckpointManifest,
+    DamagedError,
+    FileRecord,
+    NoManifestError,
+    UnreadableError,
+)
 from mmscale.errors import CheckpointError
 
 FLIPS = 100
@@ -37,7 +44,7 @@ def make(folder: Path, *, seed: int = 0) -> Path:
     for name, size in SIZES.items():
         (folder / name).write_bytes(rng.randbytes(size))
     files = integrity.digests(folder, integrity.sizes(folder))
-    manifest = Manifest(10, 1, "abc", "0.1.0", {"world_size": 2, "tp": 1}, files)
+    manifest = CheckpointManifest(10, 1, "abc", "0.1.0", {"world_size": 2, "tp": 1}, files)
     (folder / MANIFEST).write_text(manifest.text())
     return folder
 
@@ -157,7 +164,7 @@ def test_a_checkpoint_without_manifest_is_refused_unless_allowed(folder: Path) -
 
 def test_a_manifest_of_a_later_format_is_no_damage(folder: Path) -> None:
     manifest = integrity.read_manifest(folder)
-    later = Manifest(**{**vars(manifest), "format": 2})
+    later = CheckpointManifest(**{**vars(manifest), "format": 2})
     (folder / MANIFEST).write_text(later.text())
     with pytest.raises(CheckpointError, match="has format 2"):
         integrity.read_manifest(folder)

@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmscale.checkpoint import integrity
+from mmscale.checkpoint import integrity, manager
 from mmscale.checkpoint.layout import INFO, INFO_FORMAT, LATEST, Store
+from mmscale.checkpoint.save_settings import Retention
 from mmscale.errors import CheckpointError
-from mmscale.train.metrics import EventLog, read_events
+from mmscale.runs.events import EventLog, read_events
 from mmscale.train.scratch import start_from_scratch
 
 
@@ -22,13 +24,15 @@ def store(tmp_path: Path) -> Store:
     return Store.of_run(tmp_path)
 
 
-def commit(store: Store, step: int, *, attempt: int = 1, text: str = "weights") -> Path:
+def commit(
+    store: Store, step: int, *, attempt: int = 1, text: str = "weights", info: dict[str, Any] | None = None
+) -> Path:
     folder = store.begin(step, attempt)
     (folder / "sub").mkdir()
     (folder / "sub" / "__0_0.distcp").write_text(text)
-    store.write_info(step, attempt, {"step": step})
+    store.write_info(step, attempt, {"step": step, **(info or {})})
     files = integrity.digests(folder, integrity.sizes(folder))
-    return store.commit(integrity.Manifest(step, attempt, "digest", "0.1.0", {"world_size": 1}, files))
+    return store.commit(integrity.CheckpointManifest(step, attempt, "digest", "0.1.0", {"world_size": 1}, files))
 
 
 def folders(store: Store) -> list[str]:
@@ -95,9 +99,38 @@ def test_choose(store: Store) -> None:
 def test_retention(store: Store, keep: int, every: int, verified: set[int], kept: set[int]) -> None:
     for step in (10, 20, 30, 40, 50):
         commit(store, step)
-    assert set(store.prune(keep, every=every, verified=verified)) == {10, 20, 30, 40, 50} - kept
+    assert (
+        set(store.prune(keep, permanent=Retention(keep, every).keeps, verified=verified)) == {10, 20, 30, 40, 50} - kept
+    )
     assert set(store.steps()) == kept
     assert folders(store) == [store.path(step).name for step in sorted(kept)]
+
+
+@pytest.mark.parametrize(
+    ("early", "every", "kept"),
+    [(0, 0, {9, 10}), (1, 0, {1, 9, 10}), (7, 0, {1, 2, 4, 9, 10}), (8, 5, {1, 2, 4, 5, 8, 9, 10})],
+)
+def test_early_checkpoints_stay(store: Store, early: int, every: int, kept: set[int]) -> None:
+    steps = range(1, 11)
+    for step in steps:
+        commit(store, step)
+    retention = Retention(1, every, early)
+    assert {step for step in steps if retention.is_early(step)} == {step for step in (1, 2, 4, 8) if step <= early}
+    store.prune(1, permanent=retention.keeps, verified=store.steps())
+    assert set(store.steps()) == kept
+
+
+def test_the_best_checkpoint_stays_as_long_as_the_newest_one_names_it(store: Store) -> None:
+    for step, best in ((10, 10), (20, 20), (30, 20), (40, 20), (50, 20)):
+        commit(store, step, info={"best": {"metric": "eval/loss", "step": best, "value": 1.0}})
+    assert store.best() == 20
+    assert store.prune(2, verified=store.steps(), spared=[20]) == [10, 30]
+    commit(store, 60)
+    assert store.best() is None
+    commit(store, 70, info={"best": {"step": 65}})  # its save failed
+    assert store.best() is None
+    commit(store, 80, info={"best": ["?"]})
+    assert store.best() is None
 
 
 def test_a_step_that_is_done_again_replaces_its_checkpoint(store: Store) -> None:
@@ -187,20 +220,20 @@ def test_latest_is_a_hint_that_is_put_right(store: Store, content: str | bytes |
 def test_a_condemned_checkpoint_is_kept_aside(store: Store) -> None:
     for step in (10, 20):
         commit(store, step)
-    assert store.condemn(20).name == "step_00000020.bad"
+    assert store.quarantine(20).name == "step_00000020.bad"
     assert (store.root / LATEST).read_text() == "step_00000010\n"
     commit(store, 20, attempt=2)
-    assert store.condemn(20).name == "step_00000020.bad.2"
+    assert store.quarantine(20).name == "step_00000020.bad.2"
     assert store.steps() == [10] and store.newest() == 10
     store.sweep()
     store.prune(1, verified=store.steps())
-    assert store.condemned() == ["step_00000020.bad", "step_00000020.bad.2"]
+    assert store.quarantined() == ["step_00000020.bad", "step_00000020.bad.2"]
 
 
 def test_only_condemned_checkpoints_are_no_reason_to_start_anew(store: Store) -> None:
     assert store.newest() is None
     commit(store, 10)
-    store.condemn(10)
+    store.quarantine(10)
     assert not (store.root / LATEST).exists()
     with pytest.raises(CheckpointError, match=r"step_00000010\.bad") as raised:
         store.newest()
@@ -286,9 +319,19 @@ class TestLostCheckpoints:
 def test_a_folder_that_was_set_aside_gets_its_name_back(tmp_path: Path) -> None:
     store = Store.of_run(tmp_path)
     store.path(3).mkdir(parents=True)
-    bad = store.condemn(3)
-    assert store.restore_bad(bad.name) == 3 and store.newest() == 3 and store.condemned() == []
-    store.condemn(3)
+    bad = store.quarantine(3)
+    assert store.restore_bad(bad.name) == 3 and store.newest() == 3 and store.quarantined() == []
+    store.quarantine(3)
     store.path(3).mkdir()
     with pytest.raises(CheckpointError, match="cannot take its place"):
         store.restore_bad("step_00000003.bad")
+
+
+def test_a_topology_from_before_context_parallelism_equals_that_of_the_same_ranks(tmp_path: Path) -> None:
+    """Its random states are restored; other ones would change the run."""
+    for topology in ({"world_size": 2, "tp": 2}, {"world_size": 2, "tp": 2, "cp": 1}):
+        manifest = integrity.CheckpointManifest(1, 1, "", "", topology, {})
+        (tmp_path / integrity.MANIFEST).write_text(manifest.text())
+        assert manager._topology(tmp_path) == {"world_size": 2, "tp": 2, "cp": 1}
+    (tmp_path / integrity.MANIFEST).write_text(integrity.CheckpointManifest(1, 1, "", "", {}, {}).text())
+    assert manager._topology(tmp_path) == {}, "of a converted checkpoint, which equals no layout"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 import resource
-import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mmscale.checkpoint import strict_pickle
-from mmscale.checkpoint.pickles import METADATA, read_metadata, vetted, weights_only
+from mmscale.checkpoint.pickles import METADATA
+from mmscale.checkpoint.tensor_index import read as read_metadata
+from mmscale.checkpoint.tensor_index import vetted
+from mmscale.checkpoint.torch_files import weights_only
 from mmscale.errors import CheckpointError
 from mmscale.runtime import megatron_cpu
+from tests.bounded_work import bounded_work
 
 megatron_cpu.install()
 
@@ -193,11 +196,11 @@ def test_nothing_is_written_to_classes_and_functions(tmp_path: Path, target: tup
     ],
 )
 def test_hostile_operations(tmp_path: Path, name: str, body: bytes) -> None:
-    before, began = untouched(), time.process_time()
+    before = untouched()
     (tmp_path / METADATA).write_bytes(b"\x80\x04" + body)
-    with pytest.raises(CheckpointError):
+    with bounded_work(), pytest.raises(CheckpointError):
         read_metadata(tmp_path)
-    assert untouched() == before and time.process_time() - began < 2
+    assert untouched() == before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20  # KiB
 
 
@@ -224,11 +227,11 @@ def edited(content: bytes, edits: list[tuple[str, int, bytes]]) -> bytes:
 
 
 def read_edited(protocol: int, edits: list[tuple[str, int, bytes]], folder: Path) -> None:
-    before, began = untouched(), time.process_time()
+    before = untouched()
     (folder / METADATA).write_bytes(edited(pickle.dumps(index(), protocol=protocol), edits))
-    with contextlib.suppress(CheckpointError):
+    with bounded_work(), contextlib.suppress(CheckpointError):
         assert isinstance(read_metadata(folder), Metadata)
-    assert untouched() == before and time.process_time() - began < 2
+    assert untouched() == before
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -236,13 +239,6 @@ def read_edited(protocol: int, edits: list[tuple[str, int, bytes]], folder: Path
 def test_changed_indices_are_read_or_refused(
     tmp_path: Path, protocol: int, edits: list[tuple[str, int, bytes]]
 ) -> None:
-    read_edited(protocol, edits, tmp_path)
-
-
-@pytest.mark.exhaustive
-@settings(deadline=None, max_examples=100_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(protocol=st.integers(2, pickle.HIGHEST_PROTOCOL), edits=EDITS)
-def test_100000_changed_indices(tmp_path: Path, protocol: int, edits: list[tuple[str, int, bytes]]) -> None:
     read_edited(protocol, edits, tmp_path)
 
 

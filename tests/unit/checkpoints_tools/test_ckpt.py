@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 import subprocess
+from collections.abc import Iterator
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from tests.support import run_ranks
 
-TOPOLOGY = {"world_size": 2, "tp": 1, "pp": 1, "vpp": 1, "ep": 1}
+TOPOLOGY = {"world_size": 2, "tp": 1, "pp": 1, "vpp": 1, "ep": 1, "cp": 1}
 
 
 class State:
@@ -91,7 +95,7 @@ def damage(run: Path, step: int) -> None:
 
 
 def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Store.of_run(run).condemn(20)
+    Store.of_run(run).quarantine(20)
     result = ckpt(capsys, "list", run)
     assert [row["step"] for row in result["checkpoints"]] == [10, 30]
     assert result["bad"] == ["step_00000020.bad"]
@@ -138,7 +142,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("there is no ssh-keygen")
     for name, passphrase in (("ours", ""), ("theirs", ""), ("locked", "passphrase")):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-C", name, "-f", str(folder / name)]
-        subprocess.run(command, check=True, timeout=60)
+        subprocess.run(command, check=True, timeout=300)
     signer = f'release@us namespaces="{signing.NAMESPACE}" {(folder / "ours.pub").read_text()}'
     (folder / "signers").write_text(signer)
     return folder
@@ -222,6 +226,83 @@ def test_prune_deletes_the_oldest(run: Path, capsys: pytest.CaptureFixture[str])
     assert result["deleted"] == [10] and result["kept"] == [20, 30]
 
 
+@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("command", [("show", "{run}@10"), ("diff", "{run}@10", "{run}"), ("verify", "{run}@10")])
+def test_deleted_while_it_is_read(
+    command: tuple[str, ...], after: int, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run deletes its oldest checkpoint when it saves: that is said, and is not called damage."""
+    digest, read = integrity.digest, []
+
+    def hashed(file: Path) -> integrity.FileRecord:
+        if "00000010" in str(file):
+            read.append(file)
+        if len(read) == after and "00000010" in str(file) and file.exists():
+            shutil.rmtree(file.parent)
+        return digest(file)
+
+    monkeypatch.setattr(integrity, "PAUSES_S", (0.0,))
+    if after:
+        monkeypatch.setattr(integrity, "digest", hashed)
+    else:
+        manifest = integrity.read_manifest
+        monkeypatch.setattr(
+            integrity, "read_manifest", lambda folder: (manifest(folder), shutil.rmtree(folder, ignore_errors=True))[0]
+        )
+    status = main(["ckpt", *(word.format(run=run) for word in command), "--json"])
+    said = capsys.readouterr().err
+    if status == 0:  # all was read before
+        assert command[0] == "show" and after == 3
+    else:
+        assert status == 4 and "step_00000010 was deleted while it was read" in said and "damaged" not in said
+
+
+def save_as(store: Store, step: int, content: Path) -> None:
+    """What a run does when it saves, with the files of another checkpoint."""
+    folder = store.temporary(step, 1)
+    shutil.copytree(content, folder, ignore=shutil.ignore_patterns(MANIFEST))
+    manifest = dataclasses.replace(integrity.read_manifest(content), step=step)
+    store.commit(manifest)
+    store.prune(3, verified=store.steps())
+
+
+def keep_saving(run: Path, content: Path, ended: Event, problems: Queue[str]) -> None:
+    store, step = Store.of_run(run), 30
+    while not ended.wait(0.02):
+        step += 1
+        try:
+            save_as(store, step, content)
+        except Exception as error:
+            problems.put(f"step {step}: {type(error).__name__}: {error}")
+            return
+
+
+@pytest.fixture
+def busy(run: Path, made: Path) -> Iterator[Path]:
+    """The folder of a run that saves and deletes all the time, which must not fail."""
+    context = multiprocessing.get_context("fork")
+    ended, problems = context.Event(), context.Queue()
+    process = context.Process(target=keep_saving, args=(run, Store.of_run(made).path(30), ended, problems))
+    process.start()
+    yield run
+    ended.set()
+    process.join(60)
+    assert problems.empty(), problems.get()
+    assert process.exitcode == 0
+    left = [entry.name for entry in Store.of_run(run).root.iterdir() if entry.name.endswith((".deleted", ".tmp"))]
+    assert left == []
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "prune --keep 2", "show"])
+def test_beside_a_run_that_saves(command: str, busy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They meet whole checkpoints, or say that one was deleted meanwhile."""
+    name, *options = command.split()
+    for _ in range(8):
+        status = main(["ckpt", name, str(busy), *options])
+        said = capsys.readouterr()
+        assert status == 0 or "was deleted while it was read" in said.err, said
+
+
 def test_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = ckpt(capsys, "average", f"{run}@10", f"{run}@20", f"{run}@30", tmp_path / "mean")
     assert (result["step"], result["contents"], result["tensors"]) == (30, "weights", 3)
@@ -246,7 +327,7 @@ def test_average_of_other_vocabularies(run: Path, tmp_path: Path, capsys: pytest
     (folder / INFO).write_text(json.dumps(info))
     files = integrity.digests(folder, integrity.sizes(folder))
     manifest = integrity.read_manifest(folder)
-    (folder / MANIFEST).write_text(integrity.Manifest(**{**vars(manifest), "files": files}).text())
+    (folder / MANIFEST).write_text(integrity.CheckpointManifest(**{**vars(manifest), "files": files}).text())
     said = ckpt(capsys, "average", f"{run}@10", f"{run}@20", tmp_path / "mean", status=4)
     assert "hold different models: vocab.modalities is" in said and "one vocabulary" in said
     damage(run, 30)
@@ -269,7 +350,7 @@ def test_people_get_text(run: Path, arguments: tuple[str, ...], capsys: pytest.C
     expected = {
         "list": "2 ranks",
         "show": "12 text, 8 image, 20 shared",
-        "verify": "step 30: whole",
+        "verify": "step 30: intact",
         "diff": "2 of 4 tensors are equal bit by bit",
         "prune": "20, 30",
     }

@@ -16,10 +16,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from checkpoints_tools.hf.modeling_moma import MomaAttention
-from checkpoints_tools.hf_config import model_config
+from checkpoints_tools.huggingface.model_config import model_config
+from checkpoints_tools.huggingface.shipped.modeling_moma import MomaAttention
 from tests.end_to_end.running import ROOT
-from tests.unit.checkpoints_tools.test_modeling_moma import MODELS, exported
+from tests.unit.checkpoints_tools.huggingface.test_modeling_moma import MODELS, exported
 
 IDS = torch.tensor([[1, 6, 25, 7, 30, 9, 26, 8]])
 
@@ -84,7 +84,7 @@ def test_depth_layers_are_refused_in_vllm() -> None:
 
 PARALLEL = """
 import sys, torch, torch.distributed as dist
-from checkpoints_tools.hf.modeling_moma import MomaForCausalLM
+from checkpoints_tools.huggingface.shipped.modeling_moma import MomaForCausalLM
 ids = torch.tensor([[1, 6, 25, 7, 30, 9, 26, 8]])
 model = MomaForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
 heads = model.model.layers[0].self_attn.q_proj.weight

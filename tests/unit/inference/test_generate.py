@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from checkpoints_tools.hf.processing_moma import ImageGrammar
-from checkpoints_tools.hf_config import model_config
+from checkpoints_tools.huggingface.model_config import model_config
+from checkpoints_tools.huggingface.shipped.grammar_moma import ImageGrammar
 from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
 from mmscale.errors import DataError
-from mmscale.inference.generate import Continuation, ImageRules, Sampling, generate
-from tests.unit.checkpoints_tools.test_modeling_moma import exported
+from mmscale.inference.generate import Continuation, ItemRules, Sampling, generate
+from tests.unit.checkpoints_tools.huggingface.test_modeling_moma import exported
 from tests.unit.model.reference import IMAGE_IDS, TEXT_IDS, depth, tiny
 
 FIRST, END, TOKENS, CONTEXT = TEXT_IDS, TEXT_IDS + IMAGE_IDS, 4, 26
@@ -24,8 +24,9 @@ IMAGE = [BOI, 20, 25, 21, 30, EOI]
 PROMPTS = [[BOS, 7, 9], [BOS, *IMAGE, 9, 10, 11], [BOS], [BOS, 8, 12, 5, BOI]]
 
 
-def rules() -> ImageRules:
-    return ImageRules(FIRST, END, TOKENS, ImageGrammar(FIRST, END, tokens=TOKENS, boi=BOI, eoi=EOI))
+def rules() -> ItemRules:
+    grammar = ImageGrammar(FIRST, END, tokens=TOKENS, boi=BOI, eoi=EOI)
+    return ItemRules("image", FIRST, END, TOKENS, BOI, EOI, grammar)
 
 
 def dense() -> Any:
@@ -86,7 +87,7 @@ def slow(model: Any, prompt: list[int], *, limit: int, guidance: float = 1.0) ->
 
 def generated(model: Any, prompts: list[list[int]], sampling: Sampling = GREEDY, **settings: Any) -> list[Continuation]:
     return generate(
-        model, prompts, sampling=sampling, images=rules(), context=CONTEXT, never=range(END, END + UNUSED), **settings
+        model, prompts, sampling=sampling, items=[rules()], context=CONTEXT, never=range(END, END + UNUSED), **settings
     )
 
 
@@ -166,7 +167,7 @@ def test_top_k_and_top_p_choose_among_what_the_grammar_leaves() -> None:
 def test_a_model_without_images_draws_none() -> None:
     own = dense()
     found = generate(
-        own, [[BOS], [BOS, 7]], sampling=Sampling(temperature=2.0), images=None, context=20, never=range(FIRST, END + 1)
+        own, [[BOS], [BOS, 7]], sampling=Sampling(temperature=2.0), items=[], context=20, never=range(FIRST, END + 1)
     )
     assert all(EOS < number < FIRST and number not in (BOI, EOI) for one in found for number in one.ids)
 

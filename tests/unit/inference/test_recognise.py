@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmscale.data.digits import WORDS, labelled
+from mmscale.data.built_in.digits import WORDS, labelled
 from mmscale.errors import UsageError
 from mmscale.inference.recognise import digit_of, recognise
 

@@ -1,0 +1,174 @@
+"""Writes the model card of an exported model: description, usage, training data, provenance.
+
+Text only; every number comes from the run's own logs and the gate's report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from checkpoints_tools.huggingface.shipped.versions_moma import NEWEST, OLDEST
+from checkpoints_tools.huggingface.weights import is_native
+from mmscale.config import Config
+from mmscale.config.load import dump
+from mmscale.data.prepared.manifest import NO_TOKENIZER
+from mmscale.runs.held_out import EVAL, HeldOut
+from mmscale.runs.metrics import read_metrics
+from mmscale.train.stages.stage_report import report_of
+
+TAGS = ["mixed-modal", "early-fusion", "mmscale"]
+_TASK = "text-generation"
+_USE = """Tested with transformers {oldest} to {newest}; the code here warns about others.
+
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+folder = "."
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder{remote})
+inputs = processor(text="{prompt}", draw={draw})
+ids = model.generate(**inputs, max_length={context}, do_sample=True{grammar})
+print(processor.pieces(ids[0]))  # {pieces}
+```"""
+
+
+def card(config: Config, report: dict[str, Any], *, run: Path, step: int, licence: str = "") -> str:
+    """README.md of the exported folder, with metadata as the Hugging Face Hub reads them.
+
+    Args:
+        config: the run's configuration.
+        report: the content of conversion_report.json.
+        run: the run's folder.
+        step: optimizer steps done.
+        licence: the Hub's identifier of the weights' licence, e.g. apache-2.0; "": the card names none.
+    """
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        tags=TAGS,
+        license=licence or None,
+        model_name=config.run.name,
+        eval_results=_results(run, step) or None,
+    )
+    body = _body(config, report, run=run, step=step)
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
+
+
+def _results(run: Path, step: int) -> list[EvalResult]:
+    """The rows of `losses_table` for the card's model-index."""
+    results = []
+    for key, (_, value) in sorted(_measured(run, step).items()):
+        where = HeldOut.of(key)
+        name = "" if where is None else where.name
+        results.append(
+            EvalResult(
+                task_type=_TASK,
+                dataset_type=name or "held-out",  # results of one type become one data set
+                dataset_name=name or "held-out split of the training data",
+                metric_type="loss",
+                metric_name=key.removeprefix(EVAL),
+                metric_value=round(value, 4),
+            )
+        )
+    return results
+
+
+def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> str:
+    native, images = is_native(config), report["data"]["image_tokenizer"] != NO_TOKENIZER
+    others = [name for name in config.vocab.marked if f"{name}_tokenizer" in report["data"]]
+    gate, origin = report["gate"], report["origin"]["parents"][0]
+    kind = report["model"]["class"]
+    code = (
+        f"transformers' own `{kind}`; only the processor of images is code of this folder."
+        if native
+        else f"`{kind}`, whose code is in this folder (`trust_remote_code=True`)."
+    )
+    routing = report["model"]["routing"]
+    routed = f" Experts are chosen token by token (`{routing}`); nothing looks ahead." if routing else ""
+    use = _USE.format(
+        oldest=OLDEST,
+        newest=NEWEST,
+        remote="" if native else ", trust_remote_code=True",
+        prompt="draw a seven" if images else "Once",
+        draw=images,
+        pieces="texts and Pillow images"
+        if not others
+        else f'texts, Pillow images, pieces of {" and ".join(others)} with .save(FILE); draw="{others[0]}" begins one',
+        context=config.model.seq_length,
+        grammar=", logits_processor=[processor.grammar()]" if images or others else "",
+    )
+    return (
+        "\n\n".join(
+            [
+                f"# {config.run.name}, step {step}",
+                f"A language model over {' and '.join(config.vocab.names)} tokens, trained with mmscale. It is {code}"
+                f"{routed} A row of a batch is one document; pad on the left.",
+                "## Use",
+                use,
+                "## Losses on held-out data",
+                losses_table(config, run, step),
+                "## Data",
+                _facts(report["data"]),
+                "## Conversion",
+                f"Logits of {gate['compared']} prompts ({gate['tokens']} tokens), whole, with a cache and left-padded, "
+                f"differ from the trainer's by at most {gate['max_abs']:.2g} (fp32, limit {gate['tolerance']:g}); the "
+                f"most likely token is the same at {gate['argmax_same']} of {gate['tokens']} places. `generate` gives "
+                f"the trainer's {gate['generated']} most likely next tokens with a cache, without one, left-padded. "
+                "Details: `conversion_report.json`.",
+                _facts(
+                    {
+                        "checkpoint": origin["path"],
+                        "manifest digest": origin["manifest"],
+                        "configuration digest": origin["config_digest"],
+                        "written by mmscale": origin["code_version"],
+                        "converted by mmscale": report["versions"]["mmscale"],
+                    }
+                ),
+                "## Configuration",
+                f"```yaml\n{dump(config).strip()}\n```",
+            ]
+        )
+        + "\n"
+    )
+
+
+def losses_table(config: Config, run: Path, step: int) -> str:
+    """The last held-out losses up to the step, with those of the auxiliary stage's routers; batch routing is named."""
+    found = _measured(run, step)
+    if not found:
+        return "None were logged."
+    rows = [f"| `{key.removeprefix(EVAL)}` | {value:.4f} | {at} |" for key, (at, value) in sorted(found.items())]
+    note = (
+        "Numbers whose name has no routing were measured with batch routing, as in training: experts chose among all "
+        "tokens of a sequence, later ones too. Those of `causal` and `threshold` routing see no later token."
+    )
+    more = ["", note] if config.model.routes else []
+    return "\n".join(["| measured | value | step |", "|---|---|---|", *rows, *more])
+
+
+def _measured(run: Path, step: int) -> dict[str, tuple[int, float]]:
+    """Step and value by key. Where the stage trained routers for this checkpoint, they are the exported ones."""
+    found: dict[str, tuple[int, float]] = {}
+    for record in read_metrics(run):
+        if record["step"] <= step:
+            found |= {
+                key: (record["step"], value)
+                for key, value in record.items()
+                if key.startswith(EVAL) and isinstance(value, float)
+            }
+    report = report_of(run)
+    if report is None or report.main_step != step:
+        return found
+    routed = {replace(where, stage="").key: (step, value) for where, value in report.causal().items()}
+    own = {HeldOut.of(key) for key in routed}
+    routings = {one.routing for one in own if one is not None}
+    kept = {key: value for key, value in found.items() if (one := HeldOut.of(key)) and one.routing not in routings}
+    return kept | routed
+
+
+def _facts(values: dict[str, Any]) -> str:
+    return "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in values.items() if value not in ("", None))

@@ -1,0 +1,40 @@
+"""Puts the files of modalities besides images beside the weights: an export reads recordings without mmscale."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from mmscale.data.modalities.table import MODALITIES
+
+FILE = "codecs_moma.py"
+
+
+def write_codecs(folder: Path, names: Iterable[str]) -> None:
+    """Write `codecs_moma.py` and the files of its classes.
+
+    Modalities whose file needs this package are left out: the export's processor then knows their ids only.
+
+    Args:
+        folder: the export.
+        names: modalities with a tokenizer.
+    """
+    lines, entries = [], []
+    for name in names:
+        modality = MODALITIES[name]
+        if not modality.shipped:
+            continue
+        module = f"modality_{name}_moma"
+        source = inspect.getsourcefile(modality)
+        assert source is not None
+        shutil.copyfile(source, folder / f"{module}.py")
+        lines.append(f"from .{module} import {modality.__name__}")
+        entries.append(f'    "{name}": {modality.__name__},')
+    if not lines:
+        return  # the empty table was copied
+    table = ["CODECS: dict[str, Any] = {", *entries, "}"]
+    head = '"""Modalities besides text and images that this folder\'s model has: name -> class."""'
+    content = [head, "", "from typing import Any", "", *lines, "", *table, "", '__all__ = ["CODECS"]', ""]
+    (folder / FILE).write_text("\n".join(content))

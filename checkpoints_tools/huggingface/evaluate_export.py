@@ -1,0 +1,172 @@
+"""Evaluates an exported folder (`mmscale eval`) with transformers, on a run's evaluation data.
+
+A row is one document here, whereas a run packs several into a sequence. Causal routing decides for a token from its own
+document alone, so both give the same numbers except for rounding. generator.py loads the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from checkpoints_tools.huggingface.export_settings import CONFIG, REPORT, read_config, tokenizers_of_export
+from checkpoints_tools.huggingface.generator import Generator, open_generator
+from mmscale.config.derived import global_micro_batches
+from mmscale.data.prepared.manifest import check_tokenizers, read_blend
+from mmscale.data.prepared.validation import read_validation
+from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.micro_batch import MicroBatch
+from mmscale.data.stream.mixture import Mixture
+from mmscale.data.vocab import PAD, Vocabulary
+from mmscale.errors import CheckpointError
+from mmscale.inference.scores import measured, with_data
+from mmscale.tables.plugins import Use
+from mmscale.train.steps.step import mean_losses
+
+# Logits of a batch, fp32: 128 MiB at most, or one row.
+_LOGITS = 2**25
+
+
+def evaluate_export(
+    folder: Path,
+    *,
+    step: int | None,
+    data: Path | None,
+    batches: int | None,
+    routing: str | None,
+    tasks: Sequence[Use] = (),
+    questions: Mapping[str, Path] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Evaluate an exported folder in this process.
+
+    Args:
+        folder: what `mmscale convert to-hf` made.
+        step: must be None: an export has no steps.
+        data: a prepared data set; None: the one that the model was trained on, by the path it had.
+        batches: global batches of the run's configuration; None: the whole held-out split.
+        routing: causal, top1 or threshold; None: as config.json says.
+        tasks: plug-ins that measure something else.
+        questions: files of questions by name.
+
+    Returns:
+        `run` (the folder), `step` (None), `routing`, and what `mmscale.inference.scores.measured` gives.
+
+    Raises:
+        CheckpointError: the folder is damaged, no export of ours, or has nothing for that routing.
+        DataError: the data set is missing, damaged, or made with another vocabulary or other tokenizers.
+        UsageError: a step was named.
+    """
+    generator = open_generator(folder, step, routing=routing)
+    config = generator.config if data is None else with_data(generator.config, data)
+    vocabulary, trained = Vocabulary.from_config(config.vocab), trained_tokenizers(folder)
+    blend = read_blend(config)
+    blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
+    for place, manifest in blend.items():
+        check_tokenizers(place, manifest.tokenizers, trained, where=str(folder))
+    result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
+    return result | measured(_ExportScorer(generator, vocabulary, batches), config, tasks=tasks, questions=questions)
+
+
+def trained_tokenizers(folder: Path) -> dict[str, str]:
+    """Fingerprints of the tokenizers that the export was made with."""
+    found = tokenizers_of_export(folder, read_config(folder))
+    if not found:
+        raise CheckpointError(
+            f"neither {folder / CONFIG} nor {REPORT} says which tokenizers the model was trained with",
+            remedy="export it again: `mmscale convert to-hf`",
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _ExportScorer:
+    """A model of transformers, on so many global batches."""
+
+    generator: Generator
+    vocabulary: Vocabulary
+    batches: int | None
+
+    def losses(self, data: Mixture) -> dict[str, float]:
+        """Over the labels of the documents that the run's evaluation reads."""
+        number = data.len_epoch()
+        if self.batches is not None:
+            number = min(number, self.batches * global_micro_batches(self.generator.config))
+        modalities = len(self.vocabulary.names)
+        total = torch.zeros(modalities + 1, 2, dtype=torch.float64)  # as in mmscale.train.steps.loss
+        for index in range(number):
+            documents = list(_documents(data.micro_batch(index)))
+            for rows, logits in self._logits([tokens for tokens, _, _ in documents]):
+                for row, logits_SV in zip(rows, logits, strict=True):
+                    _, labels, mask = documents[row]
+                    of_label = torch.from_numpy(self.vocabulary.modality_of(labels)).long()
+                    log_z = logits_SV[: len(labels)].logsumexp(dim=-1)
+                    ce = log_z - logits_SV[: len(labels)].gather(1, torch.from_numpy(labels)[:, None])[:, 0]
+                    trained = torch.from_numpy(mask) > 0
+                    for modality in range(modalities):
+                        own = ce[trained & (of_label == modality)].double()
+                        total[modality] += torch.tensor([own.sum(), len(own)])
+                    total[-1] += torch.tensor([log_z[trained].double().square().sum(), int(trained.sum())])
+        return mean_losses(total, self.vocabulary.names)
+
+    def answers(self, asked: Sequence[Asked]) -> Answers:
+        """A row for all that read the same tokens."""
+        askers: dict[tuple[int, ...], list[int]] = {}
+        for number, one in enumerate(asked):
+            askers.setdefault(one.read, []).append(number)
+        numbers = list(askers.values())
+        log_p, likeliest = np.zeros(len(asked)), np.zeros(len(asked), np.int64)
+        for rows, logits in self._logits([np.array(read, dtype=np.int64) for read in askers]):
+            for place, row in enumerate(rows):
+                for number in numbers[row]:
+                    one = asked[number]
+                    scores = logits[place, one.start - 1 : len(one.ids) - 1].log_softmax(dim=-1)
+                    own = scores.gather(1, torch.tensor(one.ids[one.start :])[:, None])[:, 0]
+                    log_p[number] = float(own.double().sum())
+                    likeliest[number] = int((own >= scores.amax(dim=-1)).sum())
+        return Answers(log_p, likeliest)
+
+    def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+        """For each document [tokens, vocabulary]."""
+        found: dict[int, NDArray[np.float32]] = {}
+        for rows, logits in self._logits(documents):
+            log_p = logits.log_softmax(dim=-1).numpy()
+            found |= {row: log_p[place, : len(documents[row])].copy() for place, row in enumerate(rows)}
+        return [found[row] for row in range(len(documents))]
+
+    @torch.no_grad()
+    def _logits(self, documents: Sequence[NDArray[np.int64]]) -> Iterator[tuple[list[int], Tensor]]:
+        """Documents of similar lengths in batches: their numbers, and logits fp32 [rows, longest, vocabulary].
+
+        Padding stands behind, where no token of a causal model sees it.
+        """
+        model = self.generator.model
+        by_length = sorted(range(len(documents)), key=lambda number: len(documents[number]), reverse=True)
+        while by_length:
+            longest = len(documents[by_length[0]])
+            count = max(1, _LOGITS // (longest * self.generator.config.vocab.padded_size))
+            rows, by_length = by_length[:count], by_length[count:]
+            ids = torch.full((len(rows), longest), PAD)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(rows):
+                ids[place, : len(documents[row])] = torch.from_numpy(documents[row])
+                mask[place, : len(documents[row])] = 1
+            out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            yield rows, out.logits.float().cpu()
+
+
+def _documents(batch: MicroBatch) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
+    """Tokens, labels and loss mask of every document of packed sequences."""
+    for row in range(len(batch.tokens)):
+        used = int((batch.modality_ids[row] >= 0).sum())  # padding stands behind
+        starts = [*np.flatnonzero(batch.position_ids[row, :used] == 0), used]
+        for start, end in pairwise(starts):
+            yield batch.tokens[row, start:end], batch.labels[row, start:end], batch.loss_mask[row, start:end]

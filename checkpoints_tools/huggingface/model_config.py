@@ -1,0 +1,118 @@
+"""Converts a run's configuration to the config.json of a Hugging Face model.
+
+Names and numbers only; no tensors, no files. from_hf.py converts back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints_tools.huggingface.weights import is_native, model_type
+from mmscale.config import Config, derived
+from mmscale.config.derived import shared_width
+from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
+
+# What transformers' own classes are told besides numbers.
+_NATIVE: dict[str, dict[str, Any]] = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
+    "llama": {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False},
+}
+CODE = ("arguments_moma.py", "configuration_moma.py", "experts_moma.py", "modeling_moma.py", "versions_moma.py")
+PROCESSOR = (
+    "codecs_moma.py",
+    "content_moma.py",
+    "grammar_moma.py",
+    "image_codes_moma.py",
+    "items_moma.py",
+    "pixels_moma.py",
+    "processing_moma.py",
+    "versions_moma.py",
+)
+
+
+def model_config(
+    config: Config, *, auxiliary_size: int, thresholds: bool, routing: str, tokens_per_image: int
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        config: the run's configuration.
+        auxiliary_size: inner width of its auxiliary routers; 0: there are none.
+        thresholds: it keeps averaged cut-offs.
+        routing: who decides which experts take a token (configuration_moma.py).
+        tokens_per_image: tokens of an image; 0: the data has none.
+    """
+    model = config.model
+    common = {
+        "vocab_size": config.vocab.padded_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.seq_length,
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": rope_parameters(config),
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.precision.dtype],
+    }
+    if is_native(config):
+        name = model_type(config)
+        return {"model_type": name, "hidden_act": "silu", **_NATIVE[name], **common}
+    own = {
+        "norm": model.norm,
+        "qk_norm": model.qk_norm,
+        "qkv_bias": model.qkv_bias,
+        "no_modality_id": PAD,
+        "modalities": [[n, *r] for n, r in zip(config.vocab.names, config.vocab.ranges, strict=True)],
+        "expert_groups": expert_groups(config),
+        "choice": model.experts.choice,
+        "shared_intermediate_size": shared_width(config) if model.has_experts else 0,
+        "mod_layers": [layer for layer in range(model.num_layers) if model.is_depth_layer(layer)],
+        "auxiliary_size": auxiliary_size,
+        "keeps_thresholds": thresholds,
+        "routing": routing,
+        "tokens_per_image": tokens_per_image,
+        "boi_token_id": BOI,
+        "eoi_token_id": EOI,
+    }
+    auto_map = {
+        "AutoConfig": "configuration_moma.MomaConfig",
+        "AutoModel": "modeling_moma.MomaModel",
+        "AutoModelForCausalLM": "modeling_moma.MomaForCausalLM",
+        "AutoProcessor": "processing_moma.MomaProcessor",
+    }
+    return {"architectures": ["MomaForCausalLM"], "model_type": "moma", "auto_map": auto_map, **common, **own}
+
+
+def rope_parameters(config: Config) -> dict[str, Any]:
+    """The rotary position embedding, with transformers' names."""
+    scaling = config.model.rope_scaling
+    kind = {"rope_type": "default"} if scaling is None else scaling.model_dump(mode="json")
+    return {**kind, "rope_theta": config.model.rope_base}
+
+
+def expert_groups(config: Config) -> list[dict[str, Any]]:
+    """Groups of experts as configuration_moma.py wants them; none in a dense model."""
+    return [
+        {"name": group.name, "modalities": list(group.modalities), "experts": group.experts}
+        for group in derived.expert_groups(config)
+    ]
+
+
+def generation_config(config: Config) -> dict[str, Any]:
+    """The content of generation_config.json: ids that no modality has are never generated."""
+    unused = list(range(config.vocab.size, config.vocab.padded_size))
+    return {
+        "_from_model_config": False,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        **({"suppress_tokens": unused} if unused else {}),
+    }

@@ -1,0 +1,58 @@
+"""Keeps generated images and other items whole. Shipped beside the weights.
+
+B rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.generation import LogitsProcessor
+
+
+class ImageGrammar(LogitsProcessor):
+    """Generated images can be decoded: `<boi>`, the image's tokens, `<eoi>`, and no image token anywhere else.
+
+    For `generate(..., logits_processor=[processor.image_grammar()])`.
+
+    Args:
+        first, end: half-open range of image tokens.
+        tokens: length of an image.
+        boi, eoi: ids around an image.
+        codes: how many ids of the range have a code, from the first; None: all. The others are never generated.
+    """
+
+    def __init__(self, first: int, end: int, *, tokens: int, boi: int, eoi: int, codes: int | None = None) -> None:
+        self.first, self.end, self.tokens, self.boi, self.eoi = first, end, tokens, boi, eoi
+        self.end_of_codes = end if codes is None else min(first + codes, end)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocabulary] with what may not come next at -inf."""
+        masked = torch.full_like(scores, float("-inf"))
+        recent = input_ids[:, -(self.tokens + 1) :]
+        for row, ids in enumerate(recent.tolist()):
+            since = ids[::-1].index(self.boi) if self.boi in ids else None
+            if since is not None and self.eoi not in ids[len(ids) - since :]:
+                image = slice(self.first, self.end_of_codes)
+                allowed = image if since < self.tokens else slice(self.eoi, self.eoi + 1)
+                masked[row, allowed] = scores[row, allowed]
+            else:
+                masked[row] = scores[row]
+                masked[row, self.first : self.end] = float("-inf")
+                masked[row, self.eoi] = float("-inf")
+        return masked
+
+
+class Grammar(LogitsProcessor):
+    """Several grammars, one after the other: items of one modality do not stand inside those of another."""
+
+    def __init__(self, parts: Sequence[LogitsProcessor]) -> None:
+        self.parts = list(parts)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocabulary] with what may not come next at -inf."""
+        for part in self.parts:
+            scores = part(input_ids, scores)
+        return scores
+
+
+__all__ = ["Grammar", "ImageGrammar"]

@@ -1,0 +1,74 @@
+"""A save in progress: its plan, its process and how far it is. saving.py decides what happens next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmscale.checkpoint.forked import Forked, Tell
+from mmscale.checkpoint.save_settings import Best
+from mmscale.checkpoint.write import WritePlan, Written
+from mmscale.errors import MmscaleError
+
+
+@dataclass
+class Here:
+    """Work that was done in this process, with the interface of an ended Forked."""
+
+    result: Any = None
+    problem: str | None = None
+    messages: list[Any] = field(default_factory=list)
+
+    def poll(self) -> bool:
+        """Whether it runs."""
+        return False
+
+    def wait(self, *, timeout_s: float) -> bool:
+        """Whether it has ended."""
+        return True
+
+    def kill(self, *, timeout_s: float = 1.0) -> bool:
+        """Whether it has ended."""
+        return True
+
+
+@dataclass
+class Flight:
+    """The save in progress."""
+
+    step: int
+    number: int
+    folder: Path
+    plan: WritePlan
+    began: float
+    best: Best | None = None
+    task: Forked | Here | None = None
+    phase: Literal["write", "commit"] = "write"
+    hurried_s: float = math.inf  # given up after this time, if that is before the deadline
+    boundaries: int = 0  # steps trained during the save
+    blocked_s: float = 0.0
+    written: list[Written] = field(default_factory=list)
+    problem: str | None = None
+
+
+def start(work: Callable[[Tell], Any], *, name: str, asynchronous: bool) -> Forked | Here:
+    """Begin a part of a save in a forked process, or do it in this one.
+
+    Args:
+        work: called with a function that sends a message home.
+        name: of the part, for messages.
+        asynchronous: in a forked process.
+    """
+    if asynchronous:
+        return Forked(work, name=name)
+    here = Here()
+    try:
+        here.result = work(here.messages.append)
+    except OSError as error:
+        here.problem = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    except MmscaleError as error:
+        here.problem = error.cause
+    return here

@@ -1,0 +1,154 @@
+"""The trainer's end of the mirror: starts the uploading process, passes requests on and collects its events.
+
+Nothing here waits for the store or raises because of it: a mirror never holds up training and never ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mmscale
+from mmscale import bounded
+from mmscale.checkpoint.mirror.mirror_settings import MirrorSettings
+from mmscale.checkpoint.mirror.worker import FAILED, FINISH, IDLE, LOOK, REFUSED
+
+_GRACE_S = 2.0
+# Not `-m`, which would take modules of the working directory for the standard library's. This package is found where
+# the trainer found it, after everything else.
+_PROGRAM = (
+    f"import sys; sys.path.append({str(Path(mmscale.__file__).resolve().parents[1])!r}); "
+    "from mmscale.checkpoint.mirror.worker import main; main()"
+)
+_MOST_BYTES = 1 << 20  # read from the process at once
+
+
+class UploadProcess:
+    """Uploads beside training. One rank holds it.
+
+    Args:
+        settings: what and how.
+        tell: events of the run.
+        warn: for the user; called at the first of several failures in a row.
+    """
+
+    def __init__(self, settings: MirrorSettings, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.tell = tell
+        self.warn = warn
+        self._process: subprocess.Popen[bytes] | None = None
+        self._received = b""
+        self._sent = 0  # requests since the process started
+        self._answered = -1
+        self._failing = False
+        self._finishing = False  # the process ends, and takes no more requests
+
+    def look(self) -> None:
+        """A checkpoint was committed, or may be missing in the mirror: start the process, or wake it."""
+        self.poll()
+        if self._finishing:
+            self.close()
+        if self._process is None:
+            self._start()
+        else:
+            self._send(LOOK)
+
+    def poll(self) -> None:
+        """Pass on the events that have arrived. Takes microseconds."""
+        process = self._process
+        if process is None or process.stdout is None:
+            return
+        ended = process.poll() is not None
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(process.stdout.fileno(), _MOST_BYTES):
+                self._received += chunk
+        *lines, self._received = self._received.split(b"\n")
+        for line in lines:
+            with contextlib.suppress(*bounded.BAD_CONTENT):
+                self._hear(bounded.parse_json(line))
+        if ended:
+            self._process = None
+            if not self._idle:
+                self._hear({"event": FAILED, "reason": f"the uploading process ended with {process.returncode}"})
+
+    def finish(self) -> None:
+        """No checkpoint follows: the process ends when the mirror is up to date."""
+        self.look()
+        self._send(FINISH)
+        self._finishing = True
+
+    @property
+    def _idle(self) -> bool:
+        """Whether the mirror was brought up to date after the last request."""
+        return self._answered >= self._sent
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still to be uploaded."""
+        self.poll()
+        return self._process is not None and not self._idle
+
+    def close(self, *, within_s: float = _GRACE_S) -> None:
+        """End the process. What it was uploading is completed by the next attempt, or by `mmscale ckpt mirror`."""
+        process, self._process, self._finishing = self._process, None, False
+        if process is None:
+            return
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        try:
+            process.wait(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _start(self) -> None:
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # libraries may print credentials; reasons come as events
+                bufsize=0,
+            )
+        except OSError as error:
+            self._hear({"event": FAILED, "reason": f"the uploading process did not start: {error}"})
+            return
+        assert self._process.stdin is not None and self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._received, self._sent, self._answered = b"", -1, -1
+        self._send(self.settings.line())
+
+    def _send(self, line: str) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        with contextlib.suppress(OSError):  # it has ended, which `poll` sees, or it has requests enough
+            os.write(process.stdin.fileno(), f"{line}\n".encode())
+            self._sent += 1
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        name = str(event.pop("event", ""))
+        if name == IDLE:
+            self._answered, self._failing = int(event["after"]), False
+            return
+        self.tell(name, **event)
+        if name in (FAILED, REFUSED) and not self._failing:
+            self.warn(f"warning: the mirror {self.settings.url} is behind: {event.get('reason')}")
+        self._failing = name == FAILED
+
+
+def wait_for(process: UploadProcess, *, within_s: float) -> bool:
+    """Wait until the mirror is up to date; whether it is. For commands; ranks wait together."""
+    until = time.monotonic() + within_s
+    while process.busy and time.monotonic() < until:
+        time.sleep(0.1)
+    return not process.busy

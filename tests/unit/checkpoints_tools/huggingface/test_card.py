@@ -1,0 +1,58 @@
+"""The model card's metadata, as the Hugging Face Hub reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from checkpoints_tools.huggingface.card import card
+from checkpoints_tools.huggingface.model_config import generation_config
+from mmscale.config import Config
+
+SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
+CONFIG = Config.model_validate(
+    {
+        "run": {"name": "tiny"},
+        "vocab": {"modalities": [{"name": "text", "size": 64}]},
+        "model": {"kind": "dense", **SHAPE},
+    }
+)
+PARENT = {"path": "p", "manifest": "m", "config_digest": "d", "code_version": "v"}
+REPORT: dict[str, Any] = {
+    "data": {"folder": "set", "image_tokenizer": "none"},
+    "gate": {"compared": 6, "tokens": 60, "max_abs": 1e-6, "tolerance": 1e-4, "argmax_same": 60, "generated": 7},
+    "origin": {"parents": [PARENT]},
+    "model": {"class": "Qwen3ForCausalLM", "routing": None},
+    "versions": {"mmscale": "1"},
+}
+METRICS = [
+    {"step": 10, "attempt": 1, "loss": 2.0, "eval/loss": 1.23456, "eval/validation/web/loss": 1.75},
+    {"step": 30, "attempt": 1, "eval/loss": 9.0},  # behind the exported step
+]
+
+
+@pytest.mark.parametrize("licence", ["", "apache-2.0"])
+def test_the_hub_reads_licence_tags_and_results(licence: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, METRICS)))
+    read = ModelCard(card(CONFIG, REPORT, run=tmp_path, step=20, licence=licence))
+    data = read.data
+    assert data.license == (licence or None)
+    assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "text-generation", "tiny")
+    assert data.tags == ["mixed-modal", "early-fusion", "mmscale"]
+    found = {(one.dataset_type, one.metric_type, one.metric_name): one.metric_value for one in data.eval_results}
+    assert found == {("held-out", "loss", "loss"): 1.2346, ("web", "loss", "validation/web/loss"): 1.75}
+    assert read.text.lstrip().startswith("# tiny, step 20")
+
+
+def test_a_run_that_was_never_evaluated(tmp_path: Path) -> None:
+    read = ModelCard(card(CONFIG, REPORT, run=tmp_path, step=20))
+    assert read.data.eval_results is None and "None were logged." in read.text
+
+
+def test_generation_has_no_length_of_its_own() -> None:
+    """A length there would contradict max_new_tokens, and transformers would warn of both."""
+    assert "max_length" not in generation_config(CONFIG)

@@ -1,7 +1,7 @@
-"""Reads small files and texts that come from outside: a run folder, a data set, a model folder, a user.
+"""Reads small files and texts of untrusted origin within bounds of size, depth and kind.
 
-Whatever they hold, reading takes little memory and time, and ends with the content or with an OSError or a ValueError
-of one line. What the content means is the caller's business, who catches BAD_CONTENT around it. No torch, no numpy.
+Any content takes little memory and time to read. The result is the content, or an OSError or a ValueError with a
+one-line message. The caller interprets the content and catches BAD_CONTENT around that. No torch, no numpy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter
 
-MOST_BYTES = 64 << 20  # of a file, unless its reader knows better; the largest of ours have a few MB
+MOST_BYTES = 64 << 20  # largest file, unless the reader sets another limit; mmscale's own files have a few MB at most
 LONGEST_LINE = 16 << 20  # bytes
-DEEPEST = 64  # lists and objects in each other; ours have less than 20
-# What reading the fields of an object raises that may be of any shape.
+DEEPEST = 64  # largest nesting of lists and objects; mmscale's own have less than 20
+# Exceptions that reading the fields of an object of unknown shape may raise.
 BAD_CONTENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-_DIGITS = 64  # of a whole number: what counts has less than 20, what is random up to 40
+_DIGITS = 64  # largest number of digits of an integer: counts have less than 20, random numbers up to 40
 _HUGE = re.compile(rf"[0-9]{{{_DIGITS}}}")
 _HUGE_BYTES = re.compile(_HUGE.pattern.encode())
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class BoundsError(ValueError):
-    """A file or text is larger, deeper or of another kind than what is read."""
+    """A file or text is too large, nested too deeply, or of another kind."""
 
 
 def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
@@ -46,9 +46,9 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
 
     Raises:
         OSError: it is missing or cannot be read.
-        BoundsError: it is larger, or a pipe, a device or a socket, which might never end.
+        BoundsError: it is larger, or it is a pipe, a device or a socket, which may have no end.
     """
-    # O_NONBLOCK: opening a pipe would wait for its writer.
+    # O_NONBLOCK: otherwise opening a pipe would wait for its writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if stat.S_ISDIR(status.st_mode):
@@ -61,17 +61,17 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
-    """The text of a file in UTF-8; errors as in `read_bytes`, and ValueError where it is not UTF-8."""
+    """The text of a UTF-8 file. Errors as in `read_bytes`, and ValueError if it is not UTF-8."""
     return read_bytes(path, most=most).decode("utf-8")
 
 
 def read_json(path: Path, *, most: int = MOST_BYTES) -> Any:
-    """What a file of JSON holds; errors as in `read_text` and `parse_json`."""
+    """The content of a JSON file. Errors as in `read_text` and `parse_json`."""
     return parse_json(read_text(path, most=most))
 
 
 def read_object(path: Path, *, most: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object in a file; errors as in `read_json`, and ValueError where it is something else."""
+    """The JSON object in a file. Errors as in `read_json`, and ValueError if it is not an object."""
     found = read_json(path, most=most)
     if not isinstance(found, dict):
         raise BoundsError("it holds no JSON object")
@@ -79,11 +79,11 @@ def read_object(path: Path, *, most: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a text of JSON says.
+    """The value of a JSON text.
 
     Raises:
         ValueError: it is not JSON.
-        BoundsError: it is nested deeper than DEEPEST, or a whole number has more than 64 digits.
+        BoundsError: it is nested deeper than DEEPEST, or an integer has more than 64 digits.
     """
     huge = _HUGE.search(text) if isinstance(text, str) else _HUGE_BYTES.search(text)
     try:
@@ -97,10 +97,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_record(kind: type[T], path: Path) -> T:
-    """A dataclass from a file of JSON.
-
-    Errors as in `read_object` and `record`.
-    """
+    """A dataclass from a JSON file. Errors as in `read_object` and `record`."""
     return record(kind, read_object(path))
 
 
@@ -108,7 +105,7 @@ def record(kind: type[T], fields: Any) -> T:
     """A dataclass from its fields.
 
     Raises:
-        ValueError: they are not those of the dataclass, or not of its types.
+        ValueError: the fields are not those of the dataclass, or have wrong types.
     """
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if not isinstance(fields, dict) or not fields.keys() <= known:
@@ -123,7 +120,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def lines(file: BinaryIO, *, longest: int = LONGEST_LINE) -> Iterator[bytes]:
-    """Lines of a file, ends included; a longer one comes in pieces, so that a file without line ends fits in memory."""
+    """Lines of a file with their line ends; a longer line is split, so that a file without line ends fits in memory."""
     while line := file.readline(longest):
         yield line
 

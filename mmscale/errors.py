@@ -1,7 +1,14 @@
-"""What a user can act on: every error carries a cause, a remedy and the exit status of the command.
+"""Errors that a user can act on. Each has a cause, a remedy and the exit status of the command.
 
-Bugs are not here: those stay `assert` and plain Python exceptions.
+Bugs are not reported with these classes: they stay `assert` and plain Python exceptions.
 """
+
+import shlex
+
+
+def shell_command(*words: object, program: str = "mmscale") -> str:
+    """A command for a message, in backquotes, with paths quoted for a shell."""
+    return f"`{program} {shlex.join(map(str, words))}`"
 
 
 class MmscaleError(Exception):
@@ -15,7 +22,7 @@ class MmscaleError(Exception):
     exit_status = 1
 
     def __init__(self, cause: str, *, remedy: str = "") -> None:
-        super().__init__(cause)  # the cause alone: pickle calls the class with these, and workers send errors home
+        super().__init__(cause)  # pickle calls the class with these, and workers send errors to their parent
         self.cause = cause
         self.remedy = remedy
 
@@ -51,6 +58,14 @@ class TrainingError(MmscaleError):
     """Training gave up."""
 
     exit_status = 5
+
+
+class HookError(TrainingError):
+    """A hook of another package failed, perhaps on this rank alone: no collective may follow."""
+
+
+class DamagedDataError(DataError):
+    """Prepared data is not what was prepared, as all ranks have agreed at the same step."""
 
 
 class SaveError(MmscaleError):

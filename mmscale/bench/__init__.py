@@ -1,1 +1,1 @@
-"""Measurements: what a part of mmscale costs, side by side with the alternatives."""
+"""Benchmarks: the cost of parts of mmscale, side by side with the alternatives."""

@@ -1,8 +1,8 @@
-"""What a save costs: milliseconds that training waits, seconds to the commit, beside megatron-core's and torch's saves.
+"""Measures saves: milliseconds that training waits, seconds to the commit; compared with megatron-core and torch.
 
-A real model with its optimizer is saved by ranks of this machine; all ways take turns in every round, so that a busy
-machine slows all of them. Then: verification, loading, the zarr archive and back, and a snapshot in memory. Nothing is
-read from a cold disk.
+Ranks of this machine save a real model with its optimizer; all methods alternate in every round, so that a busy machine
+slows all of them. Then: verification, loading, the zarr archive and back, and a snapshot in memory. Nothing is read
+from a cold disk.
 
     mmscale bench checkpoint --gigabytes 1 --nproc 2 --repeats 5
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mmscale import bounded
 from mmscale.bench import memory
 from mmscale.bench.saves import OURS, PEERS, WAYS, Measured, Save, timed
 from mmscale.checkpoint import archive, rewrite
@@ -82,12 +83,12 @@ def run(
             nproc,
             [f"--{key}={value}" for key, value in options.items()],
             log_dir=Path(name) / "logs",
-            environ={**os.environ, "PYTHONWARNINGS": "ignore"},  # said once by whoever started this
+            environ={**os.environ, "PYTHONWARNINGS": "ignore"},  # printed once by the parent process
             program=(sys.executable, "-m", "mmscale.bench.checkpoint"),
         )
         if status:
             raise LaunchError(f"a rank of the benchmark ended with exit status {status}")
-        result: dict[str, Any] = json.loads((Path(name) / _RESULT).read_text(encoding="utf-8"))
+        result: dict[str, Any] = bounded.read_object(Path(name) / _RESULT)
     return result
 
 

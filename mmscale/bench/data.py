@@ -1,7 +1,7 @@
-"""What packing and dealing are worth: padding, cut images, spread of the image share, wasted slots, documents/s.
+"""Compares packing schemes: padding, cut images, spread of the image share, wasted slots, documents/s.
 
-Compares concat-and-chunk (megatron's GPTDataset), best-fit packing, and best-fit packing dealt into micro-batches.
-It times this machine's CPU; it trains nothing.
+Concat-and-chunk (megatron's GPTDataset), best-fit packing, and best-fit packing dealt into micro-batches. It times this
+machine's CPU; it trains nothing.
 
     python -m mmscale.bench.data
 """
@@ -12,65 +12,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from numpy.typing import NDArray
 
+from mmscale.bench import data_start
+from mmscale.bench.corpus import VOCABULARY, Corpus, synthetic_corpus, write_corpus
 from mmscale.config import Config
-from mmscale.data.manifest import FORMAT, Manifest, Part, Split, write_manifest
-from mmscale.data.mixture import Mixture, open_mixture
-from mmscale.data.packing import Purpose, deal, pack_epoch, permutation
-from mmscale.data.source import Source
-from mmscale.data.vocab import BOI, EOI, Vocabulary
-
-IMAGE_TOKENS = 1024  # Chameleon's; BOI and EOI come on top and count as text
-VOCABULARY = Vocabulary(("text", "image"), ((0, 57_344), (57_344, 65_536)))
-_TEXT_ID = 1000
-
-
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """Lengths of documents and places of their images; D documents, I images.
-
-    Attributes:
-        counts: text and image tokens of each document, int64 [D, 2].
-        image_document: document of each image, ascending, int64 [I].
-        image_start: first token of each image inside its document, int64 [I].
-        image_tokens: tokens of each image, int64 [I].
-    """
-
-    counts: NDArray[np.int64]
-    image_document: NDArray[np.int64]
-    image_start: NDArray[np.int64]
-    image_tokens: NDArray[np.int64]
-
-
-def synthetic_corpus(*, documents: int = 150_000, seq_length: int = 4096, seed: int = 0) -> Corpus:
-    """Half text only (log-normal lengths), 42 % captions with an image, 8 % interleaved with 1 to 3 images.
-
-    About half of the tokens are image tokens. A stand-in: measure your own data with `run(config)`.
-    """
-    rng = np.random.default_rng(seed)
-    kind = rng.random(documents)
-    images = np.where(kind < 0.5, 0, np.where(kind < 0.92, 1, rng.integers(1, 4, documents)))
-    image = images * IMAGE_TOKENS
-    text = np.select(
-        [kind < 0.5, kind < 0.92],
-        [rng.lognormal(6.4, 1.1, documents), rng.lognormal(3.7, 0.5, documents)],
-        rng.lognormal(6.0, 0.5, documents),
-    )
-    text = np.clip(text.astype(np.int64) + 2 + 2 * images, 8 + 2 * images, seq_length - image)
-    document = np.repeat(np.arange(documents), images)
-    which = np.arange(len(document)) - np.repeat(np.cumsum(images) - images, images)
-    # Text is spread evenly before, between and behind the images; a caption stands before its image.
-    gap = np.where(kind < 0.92, text - 3, text // (images + 1))[document]
-    start = (which + 1) * gap + which * IMAGE_TOKENS
-    return Corpus(np.stack([text, image], axis=1), document, start, np.full(len(document), IMAGE_TOKENS))
+from mmscale.data.prepared.table_facts import LARGE
+from mmscale.data.stream.mixture import Mixture, open_mixture
+from mmscale.data.stream.packing import Purpose, deal, pack_epoch, permutation
+from mmscale.data.stream.source import Source
+from mmscale.data.vocab import Vocabulary
 
 
 def corpus_of(source: Source, vocabulary: Vocabulary) -> Corpus:
@@ -79,15 +35,17 @@ def corpus_of(source: Source, vocabulary: Vocabulary) -> Corpus:
     An image is a run of tokens of any modality but the first.
     """
     found = []
+    counts = np.empty((len(source), len(vocabulary.names)), np.int64)
     for begin in range(0, len(source), 4096):
         documents = np.arange(begin, min(begin + 4096, len(source)))
+        rows = source.rows(documents)
+        counts[documents] = rows.counts
         inside = np.concatenate([[False], vocabulary.modality_of(source.read(documents)) > 0, [False]])
-        ends = np.cumsum(source.lengths[documents], dtype=np.int64)
+        ends = np.cumsum(rows.lengths)
         first, last = np.flatnonzero(inside[1:] & ~inside[:-1]), np.flatnonzero(~inside[1:] & inside[:-1])
         of = np.searchsorted(ends, first, side="right")
-        found.append(np.stack([begin + of, first - (ends - source.lengths[documents])[of], last - first]))
+        found.append(np.stack([begin + of, first - (ends - rows.lengths)[of], last - first]))
     document, start, tokens = np.concatenate(found, axis=1)
-    counts = source.counts.astype(np.int64)
     return Corpus(np.stack([counts[:, 0], counts[:, 1:].sum(axis=1)], axis=1), document, start, tokens)
 
 
@@ -152,38 +110,6 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
     return {"min": float(min(values)), "median": float(np.median(values)), "max": float(max(values))}
 
 
-def _write(folder: Path, corpus: Corpus) -> None:
-    """The synthetic corpus as a prepared data set: one id for text, one for images."""
-    builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
-    first = np.searchsorted(corpus.image_document, np.arange(len(corpus.counts) + 1))
-    for document, length in enumerate(corpus.counts.sum(axis=1).tolist()):
-        ids = np.full(length, _TEXT_ID, np.uint16)
-        for image in range(first[document], first[document + 1]):
-            start, tokens = int(corpus.image_start[image]), int(corpus.image_tokens[image])
-            ids[start - 1], ids[start : start + tokens], ids[start + tokens] = BOI, VOCABULARY.ranges[1][0], EOI
-        builder.add_document(ids, [length])
-    builder.finalize(str(folder / "train.idx"))
-    np.save(folder / "train.meta.npy", np.column_stack([corpus.counts, np.full(len(corpus.counts), 3)]))
-    part = Part(
-        prefix="train",
-        documents=len(corpus.counts),
-        tokens=dict(zip(VOCABULARY.names, corpus.counts.sum(axis=0).tolist(), strict=True)),
-        bin_bytes=(folder / "train.bin").stat().st_size,
-        idx_bytes=(folder / "train.idx").stat().st_size,
-    )
-    manifest = Manifest(
-        format=FORMAT,
-        modalities=VOCABULARY.names,
-        ranges=VOCABULARY.ranges,
-        vocabulary=VOCABULARY.fingerprint,
-        text_tokenizer="none",
-        image_tokenizer="none",
-        tokens_per_image=IMAGE_TOKENS,
-        splits={"train": Split(parts=(part,))},
-    )
-    write_manifest(folder, manifest)
-
-
 def _reading(mixture: Mixture, micro_batches: int) -> dict[str, float]:
     """Milliseconds of making one micro-batch, its window being dealt already."""
     mixture.micro_batch(0)
@@ -205,7 +131,8 @@ def run(
 
     Args:
         config: its data set, windows and seq_length are used; None: the synthetic corpus.
-        documents: documents of the synthetic corpus.
+        documents: documents of the synthetic corpus; with more than 1,048,576 the start of a run is measured instead
+            of the schemes (`mmscale.bench.data_start`).
         seq_length: tokens of a sequence, without a config.
         micro_batch_sizes: sizes to compare [sequences].
         seed: seed of the orders.
@@ -216,6 +143,8 @@ def run(
         For each scheme: padding, images_cut (fractions), per micro-batch size the spread of the image share and the
         waste of static capacities, and documents_per_second (min, median, max); and read_ms of one micro-batch.
     """
+    if config is None and documents > LARGE:
+        return {"start": data_start.run(documents=documents, seq_length=seq_length, seed=seed)}
     pack_window, deal_window = 8192, 2048
     if config is not None:
         vocabulary = Vocabulary.from_config(config.vocab)
@@ -227,7 +156,7 @@ def run(
     else:
         corpus, batch = synthetic_corpus(documents=documents, seq_length=seq_length), 8
         with tempfile.TemporaryDirectory() as folder:
-            _write(Path(folder), synthetic_corpus(documents=min(documents, 8000), seq_length=seq_length))
+            write_corpus(Path(folder), synthetic_corpus(documents=min(documents, 8000), seq_length=seq_length))
             source = Source(Path(folder), split="train", vocabulary=VOCABULARY)
             mixture = Mixture([source], VOCABULARY, seq_length=seq_length, micro_batch_size=batch, seed=seed)
             reading = _reading(mixture, micro_batches)
@@ -268,6 +197,8 @@ def run(
 
 def render(result: dict[str, Any]) -> str:
     """The result of `run` as a table for people."""
+    if "start" in result:
+        return data_start.render(result["start"])
     lines = [
         f"{result['documents']:,} documents, {result['tokens'] / 1e6:.0f} M tokens, {result['image_share']:.0%} of "
         f"them image tokens, sequences of {result['seq_length']}",

@@ -37,7 +37,7 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Shape:
+class ExpertShape:
     """One group of experts on a rank.
 
     Attributes:
@@ -72,7 +72,7 @@ def loop(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def ways(shape: Shape, dtype: torch.dtype) -> dict[str, Way]:
+def ways(shape: ExpertShape, dtype: torch.dtype) -> dict[str, Way]:
     """What can run here: names as in `model.experts`, _fused for fused_swiglu, _graph for cuda_graph."""
     cuda = device.has_cuda()
 
@@ -127,7 +127,7 @@ def run(
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UsageError(f"bench experts: --{name} = {size} is not a positive number", remedy="give at least 1")
-    shape = Shape(experts, rows, hidden, ffn)
+    shape = ExpertShape(experts, rows, hidden, ffn)
     device.keep_host_memory()
     given = inputs(shape, _DTYPES[dtype])
     contenders = ways(shape, _DTYPES[dtype])
@@ -147,7 +147,7 @@ def run(
     return result
 
 
-def inputs(shape: Shape, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(shape: ExpertShape, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Random tokens [L, N, H] and weights [L, H, 2, F], [L, F, H] that keep their size; all want gradients."""
     generator = torch.Generator(device.taken()).manual_seed(seed)
 
@@ -187,7 +187,7 @@ def _time(way: Way, given: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
 
 
 def _figures(
-    rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str, part: str, shape: Shape
+    rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str, part: str, shape: ExpertShape
 ) -> dict[str, dict[str, float]]:
     seconds = [times[name][part] for times in rounds]
     flops = shape.flops * (3 if part == "training" else 1)

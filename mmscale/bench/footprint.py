@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmscale.bench import footprint_cases
 from mmscale.config import Config
+from mmscale.config.derived import global_micro_batches
 from mmscale.config.rules import check
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import UsageError
@@ -32,10 +33,10 @@ from mmscale.plan.memory import kept_for_backward
 from mmscale.runtime import device
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import parts
-from mmscale.train.batch import to_device
-from mmscale.train.synthetic import SyntheticMixture
-from mmscale.train.verify import with_share
+from mmscale.train import assembly
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.proof.verify_layout import with_share
+from mmscale.train.steps.batch import part_of, to_device
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,10 @@ def measure(config: Config) -> Footprint:
     config = with_share(config)
     share = config.model.experts.share
     assert isinstance(share, dict)
-    built = parts.build(config, groups)
+    built = assembly.build(config, groups)
     mixture, vocabulary = SyntheticMixture(config, share=share), Vocabulary.from_config(config.vocab)
-    numbers = range(groups.dp.rank(), config.train.global_batch_size // config.train.micro_batch_size, groups.dp.size())
-    batches = [to_device(mixture.micro_batch(number), vocabulary) for number in numbers]
+    own = part_of(groups).batch(mixture, 0, global_micro_batches(config))
+    batches = [to_device(content, vocabulary) for content in own]
     built.stepper.train(batches, lr=config.optim.lr)  # makes the optimizer's state
 
     weights, gradients, state = _storages(built)
@@ -156,7 +157,7 @@ def measure(config: Config) -> Footprint:
     )
 
 
-def _storages(built: parts.Parts) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+def _storages(built: assembly.TrainingParts) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
     """Bytes by storage of weights, gradients and optimizer state; what is in an earlier one is not counted again."""
     weights = _by_storage([parameter.data for chunk in built.chunks for parameter in chunk.parameters()])
     buffers = [buffer for chunk in built.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
@@ -226,7 +227,7 @@ def _one(config: Config) -> dict[str, Any]:
     one = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None, "ep": 1, "overlap_experts": False})
     alone = with_share(config.model_copy(update={"parallel": one}))
     check(alone, world_size=1)
-    parts.start(alone, RankEnv())
+    assembly.start(alone, RankEnv())
     try:
         kernels = on_gpu(alone) if device.has_cuda() else Kernels.HOST
         rows = compare(alone, measure(alone), kernels=kernels)

@@ -1,7 +1,8 @@
 """The models on which the plan's memory was compared with real steps: `mmscale bench footprint --cases`.
 
-Small ones that differ in what takes memory: experts, shared ones, norms per expert, Mixture-of-Depths, format,
-recompute. Few ids, or the logits, which are easily planned, would be most of it. It measures nothing itself.
+Small models that differ in what takes memory: experts, shared ones, norms per expert, Mixture-of-Depths, format,
+recompute. They have few ids, because otherwise the logits, which are easy to plan, would dominate. It measures nothing
+itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def case(model: str, dtype: str, recompute: str, *, width: int = 128) -> Config:
     Args:
         model: one of `MODELS`.
         dtype: precision.dtype.
-        recompute: parallel.recompute, or "mlp" for the feed-forward sub-layer alone.
+        recompute: parallel.recompute; "mlp" for the feed-forward sub-layer alone; "loss" for a loss in chunks, with so
+            many ids that the output layer takes most of the memory.
         width: model.hidden_size.
     """
     shape = {
@@ -40,19 +42,26 @@ def case(model: str, dtype: str, recompute: str, *, width: int = 128) -> Config:
         "num_query_groups": 2,
         "seq_length": 128,
     }
+    parallel = {"mlp": _FEED_FORWARD, "loss": {"loss_chunk": 64}}.get(recompute, {"recompute": recompute})
+    text = 16_384 if recompute == "loss" else 192
     return Config.model_validate(
         {
-            "vocab": {"modalities": [{"name": "text", "size": 192}, {"name": "image", "size": 64}]},
+            "vocab": {"modalities": [{"name": "text", "size": text}, {"name": "image", "size": 64}]},
             "model": shape | MODELS[model],
             "train": {"micro_batch_size": 2, "global_batch_size": 2},
-            "parallel": _FEED_FORWARD if recompute == "mlp" else {"recompute": recompute},
+            "parallel": parallel,
             "precision": {"dtype": dtype},
         }
     )
 
 
 def cases() -> Iterator[tuple[str, Config]]:
-    """Name and configuration of all: models x fp32 and bf16 x without recompute and with full x widths 64 and 128."""
+    """Name and configuration of all: models x fp32 and bf16 x without recompute and with full x widths 64 and 128.
+
+    And a loss in chunks, for which the model does not matter.
+    """
+    for dtype in ("fp32", "bf16"):
+        yield f"dense {dtype} loss in chunks", case("dense", dtype, "loss")
     for width in (64, 128):
         for model in MODELS:
             for dtype in ("fp32", "bf16"):

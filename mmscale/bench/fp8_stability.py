@@ -1,8 +1,8 @@
-"""Does training in FP8 stay as stable as in bf16? Learning rates, seeds and the sharpness of the loss, emulated.
+"""Compares the training stability of emulated FP8 and bf16: learning rates, seeds and the sharpness of the loss.
 
-After "To FP8 and Back Again" (arXiv 2405.18710), whose point is that a format must not narrow the range of learning
-rates and seeds that train: the same toy runs in every format, over learning rates and seeds, and the loss around where
-they end. Losses of a toy say nothing about a large model's; that a recipe is fragile shows early all the same.
+After "To FP8 and Back Again" (arXiv 2405.18710), which asks whether a format narrows the range of learning rates and
+seeds that train: the same toy runs in every format, over learning rates and seeds, and the loss around the final
+weights is measured. Losses of a toy do not predict a large model's, but a fragile recipe shows early.
 
     mmscale bench fp8-stability --steps 200 --seeds 2 --lrs 4e-3,1.6e-2,6.4e-2
 """
@@ -22,8 +22,8 @@ from mmscale.bench.fp8_toy import Toy, toy_config, train_toy
 from mmscale.errors import UsageError
 from mmscale.runtime import device, groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import Batch
-from mmscale.train.step import Stepper, mean_losses
+from mmscale.train.steps.batch import Batch
+from mmscale.train.steps.step import Stepper, mean_losses
 
 FORMATS: dict[str, dict[str, Any]] = {
     "high": {},  # `dtype` without FP8

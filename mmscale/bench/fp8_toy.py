@@ -1,4 +1,4 @@
-"""A run of seconds that tells what a number format does to a loss: small model, made-up language, whole training steps.
+"""A run of seconds that shows the effect of a number format on a loss: small model, artificial language, whole steps.
 
 The language can be learned, and not from the last token alone, so that attention and experts matter: a text token
 follows from the one before it, an image token from the one two places before. Everything is a function of the
@@ -17,11 +17,12 @@ import torch
 from mmscale.config import Config
 from mmscale.data.vocab import EOS, SPECIAL_TOKENS, Vocabulary
 from mmscale.runtime import device, groups
-from mmscale.train.batch import Batch, to_device
-from mmscale.train.parts import build
-from mmscale.train.schedule import learning_rate
-from mmscale.train.step import Stepper, mean_losses
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.tables.settings import KINDS
+from mmscale.train.assembly import build
+from mmscale.train.optim.schedule import learning_rate
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.steps.batch import Batch, to_device
+from mmscale.train.steps.step import Stepper, mean_losses
 
 _NOISE = 0.1  # share of tokens that follow from nothing
 _LANGUAGE = 2026  # the language is the same for all seeds
@@ -110,7 +111,7 @@ def toy_config(
                 "ffn_hidden_size": hidden,
                 "num_attention_heads": max(1, hidden // 32),
                 "seq_length": seq,
-                "experts": experts if kind == "moma" else {},
+                "experts": experts if KINDS[kind].experts else {},
             },
             "train": {"micro_batch_size": batch, "global_batch_size": batch, "steps": steps},
             "optim": {"lr": lr, "warmup": steps // 10, "schedule": "linear", "min_lr": 0.0},

@@ -1,9 +1,9 @@
-"""What one GPU gives: eight measurements with predictions and floors beside them, in two runs of at most 8 minutes.
+"""Benchmarks one GPU: eight measurements with predictions and floors, in two runs of at most 8 minutes.
 
     mmscale bench gpu --part 1 --out gpu-1.json   ceilings, experts in bf16 and FP8, token choice, routing, depth layer
-    mmscale bench gpu --part 2 --out gpu-2.json   training steps of layer stacks, and whether all of it is right
+    mmscale bench gpu --part 2 --out gpu-2.json   training steps of layer stacks, and correctness checks
 
-Communication between GPUs is not measured. `--device cpu --tiny` runs the same code on a CPU, to see that it works.
+Communication between GPUs is not measured. `--device cpu --tiny` runs the same code on a CPU, to try it.
 """
 
 from __future__ import annotations

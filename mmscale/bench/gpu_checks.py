@@ -1,7 +1,7 @@
-"""Measurement 8 of `mmscale bench gpu`, and of tests/gpu: is what is fast also right?
+"""Correctness checks of the fast paths: measurement 8 of `mmscale bench gpu`, also used by tests/gpu.
 
 Bytes of FP8 against the formulas of mmscale.model.fp8_formats on the host, experts against a loop in fp64, losses of
-every backend and recipe that goes on from one checkpoint, a checkpoint written and read, a run of a CPU continued here.
+every backend and recipe that continues from one checkpoint, a checkpoint written and read, a CPU's run continued here.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from mmscale.model.expert_compute import ExpertCompute, Products, feed_forward
 from mmscale.model.state_te import scaled_modules
 from mmscale.runtime import device, groups, stopwatch, transformer_engine
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import to_device
-from mmscale.train.parts import Parts, build
-from mmscale.train.state import TrainState, unwrapped
-from mmscale.train.step import mean_losses, reduce_sums
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.assembly import TrainingParts, build
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.state.train_state import TrainState, unwrapped
+from mmscale.train.steps.batch import to_device
+from mmscale.train.steps.step import mean_losses, reduce_sums
 
 TOY = Shape(hidden=256, inner=512, heads=4, seq=256, micro_batch=8, experts=8, vocabulary=1024, moma_layers=4)
 _BATCHES = 4  # that come again and again, so that there is something to learn
-STEPS, HALF = 8, 4  # of the runs that are stopped and go on
-BEGUN, FOLLOWED, TAIL = 40, 12, 6  # steps of torch, of those who go on from it, and those of them that are compared
+STEPS, HALF = 8, 4  # of the runs that are stopped and resumed
+BEGUN, FOLLOWED, TAIL = 40, 12, 6  # steps of torch, of the runs that continue from it, and of those the compared ones
 BYTES, EXPERTS_BF16, EXPERTS_FP8, LOSS, SAME, ACROSS = 0.0, 0.02, 0.12, 0.02, 1e-4, 2e-3
 
 
@@ -90,7 +90,7 @@ def _reference(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 def _inputs(session: Session) -> tuple[Tensor, Tensor, Tensor]:
     """Experts small enough for fp64 on the host."""
     shape = session.shape
-    group = experts.Shape(experts=4, rows=64, hidden=min(shape.hidden, 256), ffn=min(shape.inner, 512))
+    group = experts.ExpertShape(experts=4, rows=64, hidden=min(shape.hidden, 256), ffn=min(shape.inner, 512))
     return experts.inputs(group, session.torch_dtype, seed=11)
 
 
@@ -160,7 +160,7 @@ def toy(session: Session, backend: str, recipe: str) -> Config:
     return shape.config("moma", layers=shape.moma_layers, dtype=session.dtype, backend=backend, fp8=recipe)
 
 
-def parts_of(config: Config) -> tuple[Parts, TrainState]:
+def parts_of(config: Config) -> tuple[TrainingParts, TrainState]:
     """Model and optimizer with their initial weights."""
     if config.precision.fp8 != "off":
         transformer_engine.forget_scales()
@@ -168,7 +168,7 @@ def parts_of(config: Config) -> tuple[Parts, TrainState]:
     return parts, TrainState(parts.chunks, parts.optimizer)
 
 
-def train(config: Config, parts: Parts, state: TrainState, *, until: int, lr: float = 2e-3) -> list[float]:
+def train(config: Config, parts: TrainingParts, state: TrainState, *, until: int, lr: float = 2e-3) -> list[float]:
     """Losses of the steps up to this one; the same batches come again and again."""
     mixture = SyntheticMixture(config, share={"text": 0.5, "image": 0.5}, padding=0.0)
     vocabulary, losses = Vocabulary.from_config(config.vocab), []
@@ -182,7 +182,7 @@ def train(config: Config, parts: Parts, state: TrainState, *, until: int, lr: fl
 
 @dataclass(frozen=True)
 class Begun:
-    """A run of the torch backend without FP8, which every backend and recipe goes on from.
+    """A run of the torch backend without FP8, from which every backend and recipe continues.
 
     Attributes:
         folder: of its checkpoint.
@@ -196,11 +196,11 @@ class Begun:
 
 
 def begin(session: Session, folder: Path, *, steps: int = BEGUN) -> Begun:
-    """Train, save, and go on."""
+    """Train, save, and continue."""
     config = toy(session, "torch", "off")
     parts, state = parts_of(config)
     train(config, parts, state, until=steps)
-    with parts.stepper.settled():
+    with parts.stepper.materialized():
         _manager(folder).save(state, last=True)
     return Begun(folder, steps, tuple(train(config, parts, state, until=steps + FOLLOWED)))
 
@@ -277,7 +277,7 @@ def resumed(config: Config) -> tuple[float, str]:
     parts, state = parts_of(config)
     train(config, parts, state, until=HALF)
     with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
-        with parts.stepper.settled():
+        with parts.stepper.materialized():
             _manager(Path(folder)).save(state, last=True)
         before = _held(state)
         whole = train(config, parts, state, until=HALF + 1)
@@ -313,12 +313,12 @@ def from_cpu() -> tuple[float, str]:
 
 
 def _on_cpu(folder: Path) -> None:
-    """The part of `from_cpu` that runs in the other process: save half-way, go on, print the losses."""
+    """The part of `from_cpu` that runs in the other process: save half-way, continue, print the losses."""
     config = TINY.config("moma", layers=2, dtype="fp32", backend="torch")
     groups.initialize(RankEnv(), seed=config.run.seed)
     parts, state = parts_of(config)
     train(config, parts, state, until=HALF)
-    with parts.stepper.settled():
+    with parts.stepper.materialized():
         _manager(folder).save(state, last=True)
     sys.stdout.write(" ".join(map(repr, train(config, parts, state, until=STEPS))) + "\n")
     groups.finalize()

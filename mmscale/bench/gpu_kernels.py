@@ -84,7 +84,7 @@ def _tokens(session: Session) -> list[Tensor]:
 def expert_networks(session: Session) -> None:
     """One layer's experts with equally many tokens each: a loop, bmm, grouped_mm, with and without fused SwiGLU."""
     shape = session.shape
-    group = experts.Shape(shape.experts, shape.capacity, shape.hidden, shape.inner)
+    group = experts.ExpertShape(shape.experts, shape.capacity, shape.hidden, shape.inner)
     ways, flops = experts.ways(group, session.torch_dtype), shape.expert_flops()
     for key, name in _WAYS.items():
         if key not in ways:
@@ -97,7 +97,9 @@ def expert_networks(session: Session) -> None:
         session.time(2, f"{row} and backward", both, flops=3 * flops, key=f"{predicted} both")
 
 
-def _way_work(session: Session, group: experts.Shape, way: experts.Way, *, backward: bool) -> Callable[[int], object]:
+def _way_work(
+    session: Session, group: experts.ExpertShape, way: experts.Way, *, backward: bool
+) -> Callable[[int], object]:
     tokens = _tokens(session)
     _, w1, w2 = experts.inputs(group, session.torch_dtype)
     if backward:
@@ -111,7 +113,7 @@ def _way_work(session: Session, group: experts.Shape, way: experts.Way, *, backw
 
 
 def expert_fp8(session: Session) -> None:
-    """The same experts through Transformer-Engine: bf16, and every recipe, quantising weights anew or cached."""
+    """The same experts through Transformer-Engine: bf16, and every recipe, quantising weights each time or once."""
     flops = 3 * session.shape.expert_flops()
     names = ["experts te bf16", *(f"experts te {r} {w}" for r in RECIPES for w in ("first", "cached"))]
     if (missing := transformer_engine.problem()) is not None:

@@ -18,10 +18,11 @@ from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import device, groups, stopwatch, transformer_engine
-from mmscale.train.batch import Batch, to_device
-from mmscale.train.parts import build
-from mmscale.train.step import Stepper
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.tables.settings import KINDS
+from mmscale.train.assembly import build
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.steps.batch import Batch, to_device
+from mmscale.train.steps.step import Stepper
 from mmscale.train.throughput import peak_tflops
 
 _HALF = {"text": 0.5, "image": 0.5}
@@ -146,7 +147,7 @@ def stacks(session: Session) -> None:
             session.time(7, f"{name}, step", stack.steps, flops=flops, floor=floor, key=key, note="with the update")
             if passes is not None:
                 both[f"{kind} {layers} {backend} {precision}"] = passes
-                if kind == "moma" and fp8 == "off":
+                if KINDS[kind].experts and fp8 == "off":
                     session.facts.setdefault("profile", {})[name] = operators.profile(stack.once)  # type: ignore[index]
             del stack
             stopwatch.release()

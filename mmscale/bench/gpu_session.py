@@ -1,6 +1,6 @@
-"""The record of `mmscale bench gpu`: rows that are written down at once, a limit of time, reasons for what is missing.
+"""The record of `mmscale bench gpu`: rows written immediately, a time limit, and reasons for missing rows.
 
-A row that fails does not end the others; a run that is killed leaves what it has measured.
+A row that fails does not end the others; a killed run keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Check:
+class GpuCheck:
     """One comparison of the correctness part; limit is the largest value that passes.
 
     Attributes:
@@ -80,7 +80,7 @@ class Session:
     out: Path | None = None
     ceilings: Ceilings = EXPECTED
     rows: list[Row] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
+    checks: list[GpuCheck] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -157,19 +157,19 @@ class Session:
             try:
                 value, note = compare()
                 if math.isfinite(value):
-                    self.checks.append(Check(name, value, limit, bool(value <= limit), note))
+                    self.checks.append(GpuCheck(name, value, limit, bool(value <= limit), note))
                 else:
-                    self.checks.append(Check(name, None, limit, False, f"{value}: {note}"))
+                    self.checks.append(GpuCheck(name, None, limit, False, f"{value}: {note}"))
             except Exception as error:  # as above
                 note = f"{type(error).__name__}: {_first_line(error)}"
-                self.checks.append(Check(name, None, limit, False, note))
+                self.checks.append(GpuCheck(name, None, limit, False, note))
             finally:
                 stopwatch.release()
         self.write()
 
     def leave_out(self, name: str, limit: float, why: str) -> None:
         """Keep the reason for a missing check."""
-        self.checks.append(Check(name, None, limit, None, f"not measured: {why}"))
+        self.checks.append(GpuCheck(name, None, limit, None, f"not measured: {why}"))
 
     def _keep(self, row: Row) -> None:
         self.rows.append(row)

@@ -1,7 +1,7 @@
-"""Sizes of `mmscale bench gpu` and the arithmetic on them: FLOPs, bytes, floors and what was predicted beforehand.
+"""Sizes of `mmscale bench gpu` and the arithmetic on them: FLOPs, bytes, floors and predictions.
 
-No tensor is made here. FLOPs and parameters are what mmscale.plan counts of a shape's configurations; a floor is the
-time that the device's best matrix product or copy needs for the same work.
+No tensor is created here. FLOPs and parameters come from mmscale.plan; a floor is the time that the device's best
+matrix product or copy needs for the same work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from mmscale.config import Config
 from mmscale.plan import count_parameters, flops_per_token
 from mmscale.plan.compute import layer_flops
+from mmscale.tables.settings import KINDS
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Shape:
             "gradient_accumulation_fusion": fusion,
             "depth": {"every": layers, "capacity": 0.25, "multiple": 16} if depth else None,
         }
-        if kind == "moma":
+        if KINDS[kind].experts:
             model["experts"] = {
                 "counts": {"text": half, "image": half},
                 "share": {"text": 0.5, "image": 0.5},

@@ -1,8 +1,9 @@
-"""What a snapshot in memory costs: blocked ms, hashing and parity exchange in the background, rebuild of a lost rank.
+"""Measures snapshots in memory: blocked ms, hashing and parity exchange in the background, rebuild of a lost rank.
 
     python -m mmscale.bench.memory --megabytes 256 --nproc 4
 
-The state is made of random tensors; nothing is trained. A copy of the same bytes to ordinary memory is timed beside it.
+The state consists of random tensors; nothing is trained. A copy of the same bytes to ordinary memory is timed for
+comparison.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmscale import bounded
 from mmscale.errors import LaunchError, TrainingError
 from mmscale.resilience import snapshot_files
 from mmscale.resilience.memory_tier import MemoryTier
@@ -52,12 +54,12 @@ def run(*, megabytes: int = 256, nproc: int = 4, group: int = 4, repeats: int = 
             nproc,
             argv,
             log_dir=Path(name) / "logs",
-            environ={**os.environ, "PYTHONWARNINGS": "ignore"},  # said once by whoever started this
+            environ={**os.environ, "PYTHONWARNINGS": "ignore"},  # printed once by the parent process
             program=(sys.executable, "-m", "mmscale.bench.memory"),
         )
         if status:
             raise LaunchError(f"a rank of the benchmark ended with exit status {status}")
-        result: dict[str, Any] = json.loads((Path(name) / _RESULT).read_text(encoding="utf-8"))
+        result: dict[str, Any] = bounded.read_object(Path(name) / _RESULT)
     return result
 
 

@@ -1,6 +1,6 @@
-"""Where the time of a piece of work goes: torch.profiler's operators, sorted into what they are for.
+"""Profiles a piece of work: torch.profiler's operators, grouped by purpose.
 
-Self times of the host on a CPU, of the device's kernels on CUDA. Operators are told apart by name, so an elementwise
+Self times of the host on a CPU, of the device's kernels on CUDA. Operators are distinguished by name, so an elementwise
 product of a gate counts with all elementwise work.
 """
 

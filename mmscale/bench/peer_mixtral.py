@@ -13,7 +13,7 @@ from mmscale.config import Config
 from mmscale.errors import UsageError
 from mmscale.model.build import DTYPES
 from mmscale.runtime import device
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.proof.synthetic import SyntheticMixture
 
 
 class Peer:

@@ -1,7 +1,7 @@
-"""What each capacity rule and each ranking leaves without an expert, with routers that know nothing.
+"""Measures the share of tokens without an expert under each capacity rule and ranking, with random routers.
 
-Experts choose by independent normal logits among the tokens of packed documents of the synthetic corpus of
-`mmscale bench data`; the choice is the model's own. It trains nothing: trained experts do not choose at random.
+Experts choose by independent normal logits among the tokens of packed documents of the synthetic corpus of `mmscale
+bench data`, with the model's own code. It trains nothing: trained experts do not choose at random.
 
     mmscale bench routing
 """
@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmscale.bench.data import synthetic_corpus
+from mmscale.bench.corpus import synthetic_corpus
 from mmscale.config.derived import expert_capacity
-from mmscale.data.packing import deal, pack_epoch
+from mmscale.data.stream.packing import deal, pack_epoch
 from mmscale.errors import UsageError
 from mmscale.model.capacity import Slots, TokenCounts, actual_slots
 from mmscale.model.ranking import RANKINGS

@@ -1,6 +1,6 @@
-"""The ways to save that `mmscale bench checkpoint` compares: ours, megatron-core's and torch's, of the same model.
+"""The save methods that `mmscale bench checkpoint` compares: ours, megatron-core's and torch's, of the same model.
 
-Each gives the seconds that training waits and the seconds until everything is on the disk. It judges nothing.
+Each returns the seconds that training waits and the seconds until everything is on disk.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
 from mmscale.runtime import groups
-from mmscale.train.batch import to_device
-from mmscale.train.optimizer_shards import save_shardwise
-from mmscale.train.parts import build
-from mmscale.train.state import TrainState
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.assembly import build
+from mmscale.train.optim.shards import save_shardwise
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.state.train_state import TrainState
+from mmscale.train.steps.batch import to_device
 
 OURS, PEERS = ("sync", "async"), ("megatron", "megatron_async", "torch_async")
 WAYS = (*OURS, *PEERS)
@@ -177,9 +177,9 @@ class Measured:
                 begin = time.perf_counter()
                 self.step()
                 seen[way].append(slowest(time.perf_counter() - begin))
-                word = torch.tensor(manager.saver.word())
-                torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
-                manager.saver.advance(*map(int, word.tolist()))
+                status = torch.tensor(manager.saver.status())
+                torch.distributed.all_reduce(status, op=torch.distributed.ReduceOp.MAX)
+                manager.saver.advance(*map(int, status.tolist()))
         manager.saver.finish()
         return {way: statistics.median(times) for way, times in seen.items()}
 

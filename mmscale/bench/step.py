@@ -27,10 +27,10 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import count_parameters, flops_per_token
 from mmscale.runtime import device, groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import Batch, to_device
-from mmscale.train.optim import make_optimizer, set_learning_rate, wrap
-from mmscale.train.step import Stepper
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.optim.optimizer import make_optimizer, set_learning_rate, wrap
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.steps.batch import Batch, to_device
+from mmscale.train.steps.step import Stepper
 
 _EXPERTS = {"counts": {"text": 4, "image": 4}, "share": {"text": 0.5, "image": 0.5}}
 _MODELS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
-# The `mmscale` command: which commands exist, and how an error becomes two lines and an exit status.
-# No logic: commands parse, call and print. Nothing here imports torch, so that every --help is there at once.
-"""The command line. `main` is what the console script and `python -m mmscale` call."""
+# The `mmscale` command: the list of commands, and the mapping of errors to two lines and an exit status. Commands only
+# parse, call and print. Nothing here imports torch, so that every --help is fast.
+"""The command line. The console script and `python -m mmscale` call `main`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from mmscale.cli import (
     config,
     convert,
     data,
+    data_weights,
+    init,
     launch,
     machine,
     report,
@@ -27,12 +29,12 @@ from mmscale.cli import (
     train,
 )
 from mmscale.cli.output import show_error
-from mmscale.errors import MmscaleError, UsageError
+from mmscale.errors import MmscaleError, UsageError, shell_command
 from mmscale.runtime import quiet
 
 __all__ = ["app", "main"]
 
-_EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+_EXIT_BROKEN_PIPE = 141  # exit status of a program that SIGPIPE ended, as in a shell
 
 app = typer.Typer(
     name="mmscale",
@@ -43,7 +45,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("doctor", epilog="Example: mmscale doctor --run-dir /scratch/runs")(machine.doctor)
+app.command("init", epilog="Example: mmscale init digits --preset quickstart")(init.init)
 app.add_typer(config.app, name="config")
+data.app.command("dedup", epilog="Example: mmscale data dedup data/corpus --against data/benchmark --workers 8")(
+    data_weights.dedup
+)
+data.app.command("score", epilog="Example: mmscale data score data/corpus --by rules")(data_weights.score)
+data.app.command("select", epilog="Example: mmscale data select data/corpus --by rules --top 0.2 --temperature 0.5")(
+    data_weights.select
+)
 app.add_typer(data.app, name="data")
 app.command("plan", epilog="Example: mmscale plan configs/moma_1b4_4t4i.yaml --gpus 64 --gpu-memory 80 --gpu h100")(
     machine.plan
@@ -87,22 +97,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: Command line without the program's name; that of the process if None.
+        arguments: Command line without the program's name; None for that of the process.
 
     Returns:
-        The exit status: 0, or that of the error. Whatever is no MmscaleError is a bug and keeps its traceback.
+        The exit status: 0, or that of the error. Exceptions other than MmscaleError are bugs and keep their traceback.
     """
     quiet.install()
     try:
         status = app(list(sys.argv[1:] if arguments is None else arguments), prog_name="mmscale", standalone_mode=False)
-        sys.stdout.flush()  # here a reader that has gone is still caught
+        sys.stdout.flush()  # detects a reader that has closed the pipe
     except MmscaleError as error:
         if os.environ.get("MMSCALE_DEBUG") == "1":
             traceback.print_exc()
         show_error(error)
         return error.exit_status
-    except typer.TyperException as error:  # typer's own: unknown option, missing argument, value of the wrong type
-        if error.format_message():  # a group without a command has printed its help and has nothing to add
+    except typer.TyperException as error:  # errors of typer: unknown option, missing argument, value of the wrong type
+        if error.format_message():  # a group without a command has printed its help
             show_error(_usage_error(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -113,17 +123,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_error(_not_permitted(error))
         return MmscaleError.exit_status
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, and would complain there.
+        # The interpreter flushes stdout again at exit, which would print an error for the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BROKEN_PIPE
     return status if isinstance(status, int) else 0
 
 
 def _not_permitted(error: PermissionError) -> MmscaleError:
-    """Another user's folder, usually: launch folders are closed to others."""
+    """The error for a folder of another user, usually a launch folder, which is closed to others."""
     place = error.filename or "a file"
     return MmscaleError(
-        f"no permission to use {place}", remedy=f"ask its owner for `chmod -R g+rX {place}`, or work on a copy"
+        f"no permission to use {place}",
+        remedy=f"ask its owner for {shell_command('-R', 'g+rX', place, program='chmod')}, or work on a copy",
     )
 
 
@@ -133,7 +144,7 @@ def _usage_error(error: typer.TyperException) -> UsageError:
     option = str(getattr(error, "option_name", "") or "")
     cause = error.format_message().rstrip(".")
     cause, _, meant = cause.partition(". Did you mean ")  # how typer puts it for commands
-    remedy = f"did you mean {meant}" if meant else f"`{command} --help` shows what there is"
+    remedy = f"did you mean {meant}" if meant else f"`{command} --help` shows the usage"
     near = sorted(getattr(error, "possibilities", None) or [])
     if "." in option:
         remedy = f"settings are written without dashes: {option.lstrip('-')}=VALUE"

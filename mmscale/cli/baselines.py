@@ -1,6 +1,6 @@
-# `mmscale baselines`: files of configurations with equal FLOPs. The arithmetic is plan/siblings.py's.
+# `mmscale baselines`: configuration files with equal FLOPs. plan/siblings.py computes them.
 # Needs no torch.
-"""Command that writes what a configuration is to be compared with."""
+"""The command that writes baselines for a configuration."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def baselines(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write siblings of a configuration with equal FLOPs per token: dense, 1t1i, moe8x, 4t4i, with Mixture-of-Depths.
+    """Write baselines with equal FLOPs per token: dense, 1t1i, moe8x, 4t4i, with Mixture-of-Depths.
 
-    A file that stands there with other contents is not replaced.
+    An existing file with other contents is not replaced.
     """
     from mmscale.config.load import load
     from mmscale.plan.siblings import TOLERANCE, siblings, text_of
@@ -49,7 +49,7 @@ def baselines(
     for file, text in files.items():
         if file.exists() and file.read_text(encoding="utf-8") != text:
             raise UsageError(
-                f"{file} stands there and differs from what would be written", remedy="remove it, or give another --out"
+                f"{file} exists and differs from the file to write", remedy="remove it, or give another --out"
             )
     out.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():

@@ -1,5 +1,5 @@
-# `mmscale bench NAME [CONFIG] [--option value ...]`: calls run() of mmscale/bench/NAME.py with the options it takes.
-# A new benchmark needs one entry here; its options are its function's arguments.
+# `mmscale bench NAME [CONFIG] [--option value ...]`: calls run() of mmscale/bench/NAME.py with its options.
+# A new benchmark needs one entry here; its options are the arguments of its function.
 """Benchmark commands."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import typer
@@ -22,9 +23,9 @@ class _Benchmark(NamedTuple):
 
     Attributes:
         name: of the command.
-        help: what it measures; what it takes.
-        example: its arguments.
-        home: module with `run` and, where the result is more than pairs, `render`; default: mmscale.bench.NAME.
+        help: what it measures, and its arguments.
+        example: its arguments in an example.
+        home: module with `run` and, if the result is more than pairs, `render`; default: mmscale.bench.NAME.
     """
 
     name: str
@@ -41,22 +42,23 @@ _BENCHMARKS = (
     ),
     _Benchmark(
         "checkpoint",
-        "Time saves beside megatron-core's and torch's own; loading, archive, memory. Options as --name value.",
+        "Time saves, compared with megatron-core's and torch's own; loading, archive, memory. Options as --name value.",
         "--gigabytes 1 --nproc 2 --repeats 5",
     ),
     _Benchmark(
         "gpu",
-        "Measure one GPU: experts, FP8, stacks of layers, and whether they are right. Options as --name value.",
+        "Measure one GPU and check results: experts, FP8, stacks of layers. Options as --name value.",
         "--part 1 --out gpu-1.json",
     ),
     _Benchmark(
         "experts",
-        "Time the ways to compute experts (model.experts.compute) beside their floor. Options as --name value.",
+        "Time the implementations of experts (model.experts.compute) against a floor. Options as --name value.",
         "--hidden 512 --ffn 1408 --experts 4 --rows 512",
     ),
     _Benchmark(
         "footprint",
-        "Compare a real step's memory, by tensors, with what `mmscale plan` says: CONFIG [KEY=VALUE]... or --cases.",
+        "Compare a real step's memory, by tensors, with the prediction of `mmscale plan`: CONFIG [KEY=VALUE]... or "
+        "--cases.",
         "configs/quickstart.yaml",
     ),
     _Benchmark(
@@ -72,14 +74,21 @@ _BENCHMARKS = (
     ),
     _Benchmark(
         "routing",
-        "Tokens that no expert takes, by capacity rule, scope and ranking, with random routers. Options as --name.",
+        "Count tokens that no expert takes, by capacity rule, scope and ranking, with random routers. Options as "
+        "--name.",
         "--micro-batch 4 --experts 4",
     ),
     _Benchmark(
+        "context",
+        "Count how evenly splits of sequences share work among context-parallel ranks. Options as --name value.",
+        "--seq-length 32768 --sizes 4,8",
+    ),
+    _Benchmark(
         "convert",
-        "Time the export to Hugging Face beside a plain copy, and the exported model's generation beside a dense one.",
+        "Time the export to Hugging Face against a plain copy, and the exported model's generation against a dense "
+        "one.",
         "--hidden 512 --repeats 5",
-        home="checkpoints_tools.bench_convert",
+        home="mmscale.bench.conversion",
     ),
 )
 
@@ -101,7 +110,7 @@ for _benchmark in _BENCHMARKS:
 
 
 def _bench(name: str, home: str, arguments: Sequence[str], *, as_json: bool) -> None:
-    module = importlib.import_module(home)
+    module = _module(home)
     values, options = split_options(name, arguments)
     known = {
         key: parameter
@@ -122,6 +131,23 @@ def _bench(name: str, home: str, arguments: Sequence[str], *, as_json: bool) -> 
     result = module.run(**options)
     render: Callable[[Any], str] | None = getattr(module, "render", None)
     emit(result, as_json=as_json, text=lambda: typer.echo(render(result)) if render else pairs(result.items()))
+
+
+def _module(home: str) -> ModuleType:
+    """Import a benchmark.
+
+    Raises:
+        UsageError: this is an installed wheel, which has none.
+    """
+    try:
+        return importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name != "mmscale.bench":
+            raise
+        raise UsageError(
+            "the benchmarks are not part of the installed package",
+            remedy="run `mmscale bench` from a checkout of the repository, installed with `pip install -e .`",
+        ) from None
 
 
 def split_options(name: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -149,7 +175,7 @@ def split_options(name: str, arguments: Sequence[str]) -> tuple[list[str], dict[
 
 
 def _value(text: str) -> Any:
-    """A number, true or false, a tuple of those written with commas, or text."""
+    """A number, a boolean, a tuple of comma-separated values, or text."""
     from mmscale.config.values import parse_integer
 
     if "," in text:

@@ -1,6 +1,6 @@
-# `mmscale ckpt ...`: looks at checkpoints, verifies, compares and prunes them; ckpt_copies.py writes new ones.
-# It parses and prints; checkpoints_tools/ does the work. list, verify and prune start without torch.
-"""Commands about checkpoints."""
+# `mmscale ckpt ...`: shows, verifies, compares and prunes checkpoints; ckpt_copies.py writes new ones.
+# It parses and prints; checkpoints_tools/ does the work. list, verify and prune do not import torch.
+"""Commands that show, verify, compare and prune checkpoints."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli import ckpt_copies
+from mmscale.cli import ckpt_copies, ckpt_mirrors
 from mmscale.cli.output import Json, console, emit, pairs, size
 from mmscale.cli.train import split_step
 from mmscale.errors import CheckpointError, UsageError
 
 app = typer.Typer(
-    help="List, show, verify, sign, compare, prune, archive, restore, reshard and average checkpoints.",
+    help="List, show, verify, sign, compare, prune, archive, restore, reshard, average, mirror and fetch checkpoints.",
     no_args_is_help=True,
 )
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 RunAtStep = Annotated[
-    str, typer.Argument(metavar="RUN[@STEP]|ARCHIVE", help="Run folder and a step of it, or an archive.")
+    str, typer.Argument(metavar="RUN[@STEP]|ARCHIVE", help="Run folder and optionally a step of it, or an archive.")
 ]
 
 
 @app.command("list", epilog="Example: mmscale ckpt list runs/quickstart")
 def list_(run: Run, as_json: Json = False) -> None:
-    """List the checkpoints of a run; nothing is hashed."""
+    """List the checkpoints of a run, without hashing them."""
     from checkpoints_tools.folders import listing
 
     result = listing(run)
@@ -36,7 +36,7 @@ def list_(run: Run, as_json: Json = False) -> None:
 def _listing(result: dict[str, Any]) -> None:
     rows = [
         (
-            row["step"],
+            f"{row['step']} (best)" if row["step"] == result["best"] else row["step"],
             size(row["bytes"]),
             row["files"],
             row.get("attempt", "?"),
@@ -47,7 +47,7 @@ def _listing(result: dict[str, Any]) -> None:
     ]
     _table(("step", "size", "files", "attempt", "written by", "version"), rows)
     for name in result["bad"]:
-        console().print(f"{name}: damaged, set aside")
+        console().print(f"{name}: damaged, renamed to .bad")
 
 
 @app.command(
@@ -58,7 +58,7 @@ def show(
     run: RunAtStep,
     tensor: Annotated[
         str | None,
-        typer.Option("--tensor", metavar="NAME", help="Show the values of this tensor; parts may be left out."),
+        typer.Option("--tensor", metavar="NAME", help="Show the values of this tensor; a part of its name is enough."),
     ] = None,
     box: Annotated[
         str,
@@ -76,7 +76,7 @@ def show(
         result = showing.show(folder, step=step)
         emit(result, as_json=as_json, text=lambda: _contents(result))
         return
-    from checkpoints_tools.values import values
+    from checkpoints_tools.tensor_values import values
 
     found = values(folder, name=tensor, step=step, box=box)
     emit(found, as_json=as_json, text=lambda: _values(found))
@@ -97,7 +97,7 @@ def _values(found: dict[str, Any]) -> None:
 
 
 def _rows(values: Any) -> str:
-    """Nested lists, the innermost ones a line each."""
+    """Nested lists as text, one line for each innermost list."""
     if not isinstance(values, list):
         return f"{values:.6g}"
     if not values or not isinstance(values[0], list):
@@ -128,13 +128,15 @@ def verify(
     run: RunAtStep,
     signers: Annotated[
         Path | None,
-        typer.Option("--signers", metavar="FILE", help="Allowed signers, see ssh-keygen(1): one must have signed."),
+        typer.Option(
+            "--signers", metavar="FILE", help="Allowed signers, see ssh-keygen(1); one of them must have signed."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read and hash every file of a checkpoint, or of all of a run.
+    """Read and hash every file of a checkpoint, or of all checkpoints of a run.
 
-    Exit status 4 if anything is damaged, or is not signed by an allowed key.
+    Exit status 4 if a file is damaged, or if no allowed key has signed a checkpoint.
     """
     from checkpoints_tools import folders
 
@@ -149,13 +151,13 @@ def verify(
             f"{len(bad)} of {len(result['checkpoints'])} checkpoints of {folder} are damaged: step {', '.join(bad)}",
             remedy="use another copy of the archive"
             if result.get("archive")
-            else "`mmscale train` goes on from the newest whole one; restore the others from a copy",
+            else "`mmscale train` resumes from the newest intact one; restore the others from a copy",
         )
 
 
 def _verdicts(result: dict[str, Any]) -> None:
     for row in result["checkpoints"]:
-        said = f"whole, {row['files']} files, {size(row['bytes'])}" if row["whole"] else "; ".join(row["problems"])
+        said = f"intact, {row['files']} files, {size(row['bytes'])}" if row["whole"] else "; ".join(row["problems"])
         by = f", signed by {row['signer']}" if row.get("signer") else ""
         console().print(f"step {row['step']}: {said}{by}", markup=False)
 
@@ -163,14 +165,12 @@ def _verdicts(result: dict[str, Any]) -> None:
 @app.command("sign", epilog="Example: mmscale ckpt sign runs/quickstart --key ~/.ssh/id_ed25519")
 def sign(
     run: RunAtStep,
-    key: Annotated[
-        Path, typer.Option("--key", metavar="KEY", help="Key of ssh: without a passphrase, or in ssh-agent.")
-    ],
+    key: Annotated[Path, typer.Option("--key", metavar="KEY", help="ssh key: without a passphrase, or in ssh-agent.")],
     as_json: Json = False,
 ) -> None:
-    """Verify and sign a checkpoint, or all of a run, with a key of ssh: MANIFEST.json.sig.
+    """Verify and sign a checkpoint, or all checkpoints of a run, with an ssh key: MANIFEST.json.sig.
 
-    `mmscale ckpt verify --signers FILE` checks it, on any host.
+    `mmscale ckpt verify --signers FILE` checks the signature, on any host.
     """
     from checkpoints_tools import folders
 
@@ -183,9 +183,9 @@ def sign(
 
 @app.command("restore-bad", epilog="Example: mmscale ckpt restore-bad runs/quickstart@1200")
 def restore_bad(run: RunAtStep, as_json: Json = False) -> None:
-    """Verify checkpoints that were set aside as .bad, and give those that are whole their names back.
+    """Verify checkpoints that were renamed to .bad, and rename the intact ones back.
 
-    Exit status 4 if none is whole.
+    Exit status 4 if none is intact.
     """
     from checkpoints_tools import folders
 
@@ -195,14 +195,16 @@ def restore_bad(run: RunAtStep, as_json: Json = False) -> None:
     rows += [(name, "; ".join(problems)) for name, problems in result["damaged"].items()]
     emit(result, as_json=as_json, text=lambda: pairs(rows))
     if not result["restored"]:
-        raise CheckpointError(f"none of {len(rows) - 1} folders is whole", remedy="restore a checkpoint from a copy")
+        raise CheckpointError(f"none of {len(rows) - 1} folders is intact", remedy="restore a checkpoint from a copy")
 
 
 @app.command("diff", epilog="Example: mmscale ckpt diff runs/a@300 runs/b@300 --weights")
 def diff(
-    one: Annotated[str, typer.Argument(metavar="A[@STEP]", help="Run folder and a step of it, or an archive.")],
-    other: Annotated[str, typer.Argument(metavar="B[@STEP]", help="The one to compare with.")],
-    weights: Annotated[bool, typer.Option("--weights", help="Leave the optimizer's state out.")] = False,
+    one: Annotated[
+        str, typer.Argument(metavar="A[@STEP]", help="Run folder and optionally a step of it, or an archive.")
+    ],
+    other: Annotated[str, typer.Argument(metavar="B[@STEP]", help="Checkpoint to compare with.")],
+    weights: Annotated[bool, typer.Option("--weights", help="Exclude the optimizer state.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor."""
@@ -228,10 +230,12 @@ def _differences(result: dict[str, Any]) -> None:
 @app.command("prune", epilog="Example: mmscale ckpt prune runs/quickstart --keep 2")
 def prune(
     run: Run,
-    keep: Annotated[int, typer.Option("--keep", metavar="N", min=1, help="Newest whole checkpoints that stay.")],
+    keep: Annotated[
+        int, typer.Option("--keep", metavar="N", min=1, help="Number of newest intact checkpoints to keep.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Delete old checkpoints; at least two that were just verified stay."""
+    """Delete old checkpoints; at least two that were just verified are kept."""
     from checkpoints_tools import folders
 
     result = folders.prune(run, keep=keep)
@@ -251,6 +255,10 @@ app.command("average", epilog="Example: mmscale ckpt average runs/a@800 runs/a@9
 )
 app.command("upcycle", epilog="Example: mmscale ckpt upcycle runs/1t1i@10000 runs/4t4i --experts text=4,image=4")(
     ckpt_copies.upcycle
+)
+app.command("mirror", epilog="Example: mmscale ckpt mirror runs/quickstart")(ckpt_mirrors.mirror)
+app.command("fetch", epilog="Example: mmscale ckpt fetch s3://bucket/runs/quickstart runs/quickstart")(
+    ckpt_mirrors.fetch
 )
 
 

@@ -14,7 +14,7 @@ from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 
 RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and a step of it.")]
-Weights = Annotated[bool, typer.Option("--weights", help="Leave the optimizer's state out.")]
+Weights = Annotated[bool, typer.Option("--weights", help="Exclude the optimizer state.")]
 NewRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a new run.")]
 
 
@@ -24,9 +24,9 @@ def archive(
     weights: Weights = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as a zarr v3 archive: no layout, no pickles, partly readable, every chunk with a checksum.
+    """Write a checkpoint as a zarr v3 archive: no layout, no pickles, partial reads, a checksum for every chunk.
 
-    Random states are not part of it: who goes on from it gets new ones.
+    Random states are not stored: a run that resumes from the archive gets new ones.
     """
     from checkpoints_tools import copying
 
@@ -39,7 +39,7 @@ def restore(
     run: NewRun,
     as_json: Json = False,
 ) -> None:
-    """Make an archive the checkpoint of a new run: train goes on from it at any layout, eval reads it."""
+    """Make an archive the checkpoint of a new run, which any layout can train and `eval` can evaluate."""
     from checkpoints_tools import copying
 
     _emit(copying.restore(path, run), as_json=as_json)
@@ -52,15 +52,19 @@ def reshard(
     files: Annotated[
         int | None,
         typer.Option(
-            "--files", metavar="N", min=1, show_default=False, help="Files with tensors; without it one for every GiB."
+            "--files",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Number of files with tensors; default: one for every GiB.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint again in fewer (or more) files, in a new run.
 
-    Every layout loads every checkpoint as it is. This merges the files of many ranks for copying, or for file systems
-    that are short of files, and with --weights it leaves two thirds or more of the bytes out.
+    Every layout loads every checkpoint as it is. This command merges the files of many ranks for copying, or for file
+    systems with few inodes. With --weights it omits two thirds or more of the bytes.
     """
     from checkpoints_tools import copying
 
@@ -83,7 +87,7 @@ def average(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Average the weights of checkpoints of one model; the result is a checkpoint without optimizer state."""
+    """Average the weights of several checkpoints of one model. The result is a checkpoint without optimizer state."""
     if len(paths) < 3:
         raise UsageError(
             "average needs two checkpoints or more, and a folder for the result", remedy="RUN@100 RUN@200 ... OUT"
@@ -103,7 +107,7 @@ def upcycle(
         typer.Option("--experts", metavar="NAME=N,...", help="Experts of each group, e.g. text=4,image=4 or mixed=8."),
     ],
     keep_moments: Annotated[
-        bool, typer.Option("--keep-moments", help="Copy the FFN's optimizer moments too; else they begin at 0.")
+        bool, typer.Option("--keep-moments", help="Copy the FFN's optimizer moments too; default: they start at 0.")
     ] = False,
     steps: Annotated[
         int | None,
@@ -114,10 +118,10 @@ def upcycle(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make experts of a model's only FFN, or of the one of each modality; train goes on from it at any layout.
+    """Make several experts from a model's only FFN, or from its one expert per modality.
 
-    Experts are copies, routers are new, router noise is on; the learning rate's schedule begins again, the place in
-    the data is kept.
+    Any layout can train the result. Experts are copies, routers are new and router noise is on. The learning-rate
+    schedule starts again; the position in the data is kept.
     """
     from checkpoints_tools import upcycle as upcycling
 
@@ -129,10 +133,10 @@ def upcycle(
 
 
 def _counts(text: str) -> dict[str, int]:
-    """`text=4,image=4` as numbers.
+    """Parses `text=4,image=4` into numbers.
 
     Raises:
-        UsageError: it is written otherwise.
+        UsageError: the text has another form.
     """
     found: dict[str, int] = {}
     for part in text.split(","):
@@ -158,5 +162,5 @@ def _emit(result: dict[str, Any], *, as_json: bool) -> None:
     if "experts" in result:
         facts.append(("experts", ", ".join(f"{count} of {name}" for name, count in result["experts"].items())))
         facts.append(("computes the same", result["preserves"]))
-        facts.append(("goes on", f"{result['next']}: {result['steps']} steps after {result['sequences']} sequences"))
+        facts.append(("continues", f"{result['next']}: {result['steps']} steps after {result['sequences']} sequences"))
     emit(result, as_json=as_json, text=lambda: pairs(facts))

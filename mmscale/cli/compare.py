@@ -1,6 +1,6 @@
-# `mmscale compare`: how much less work models need than a baseline for the same loss. report/compare.py computes.
+# `mmscale compare`: the work that models need for a baseline's losses. report/compare.py computes it.
 # Needs no torch.
-"""Command that compares runs at equal loss."""
+"""The command that compares runs at equal loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def compare(
     baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="Run folder, usually of a dense model.")],
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="Run folders; runs that differ in their seed only are one model."),
+        typer.Argument(metavar="RUN", help="Run folders; runs that differ only in seed are one model."),
     ],
     out: Annotated[
         Path | None,
@@ -35,10 +35,10 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Give the FLOPs and seconds that models need for a baseline's losses (eta), per modality and overall.
+    """Print the FLOPs and seconds that models need for a baseline's losses (eta), per modality and overall.
 
-    By training loss as in the paper, by held-out loss, and by held-out loss under causal routing. A loss that one of
-    the two never reaches gives a bound.
+    Compares training losses as in the paper, held-out losses, and held-out losses under causal routing. If one of the
+    two never reaches a loss, the result is a bound.
     """
     shares = _shares(at)
     if out is not None and out.suffix != ".png":
@@ -58,5 +58,5 @@ def _shares(text: str) -> tuple[float, ...]:
     except ValueError:
         shares = ()
     if not shares or not all(0.0 < share <= 1.0 for share in shares):
-        raise UsageError(f"--at {text!r}: wants shares above 0 and up to 1", remedy="write e.g. --at 0.25,0.5,1")
+        raise UsageError(f"--at {text!r}: needs shares above 0 and up to 1", remedy="write e.g. --at 0.25,0.5,1")
     return shares

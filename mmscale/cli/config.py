@@ -1,6 +1,6 @@
-# `mmscale config check` and `mmscale config explain`: prints what config/load.py and config/explain.py return.
+# `mmscale config check` and `mmscale config explain`: print the results of config/load.py and config/explain.py.
 # No checks and no torch here.
-"""Commands about the configuration."""
+"""Commands that check a configuration and explain settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Check a configuration strictly; show every setting and where its value comes from."""
+    """Check a configuration strictly; print every setting and the origin of its value."""
     from mmscale.config import load as loading
     from mmscale.config.notes import notes as notes_of
 
@@ -56,7 +56,7 @@ def _settings(values: dict[str, Any], sources: dict[str, str], notes: list[str])
 
 @app.command("explain", epilog="Example: mmscale config explain train.global_batch_size")
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", show_default=False, help="Dotted key; none: list all.")] = "",
+    key: Annotated[str, typer.Argument(metavar="KEY", show_default=False, help="Dotted key; default: list all.")] = "",
     as_json: Json = False,
 ) -> None:
     """Explain one setting: type, unit, default, meaning, source."""
@@ -70,7 +70,7 @@ def _entry(entry: dict[str, Any], explain_key: Any) -> None:
     if "type" in entry:
         shown = {"": entry["meaning"], "wants": entry["type"], "unit": entry["unit"], "source": entry["source"]}
         rows = [(name, value) for name, value in shown.items() if value]
-        rows.insert(2, ("default", "none, it must be given" if entry["required"] else json.dumps(entry["default"])))
+        rows.insert(2, ("default", "none, it is required" if entry["required"] else json.dumps(entry["default"])))
         pairs(((name or entry["key"], value) for name, value in rows))
     else:
         pairs([(entry["key"] or "mmscale", entry["meaning"])])

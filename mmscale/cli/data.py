@@ -1,9 +1,11 @@
-# `mmscale data prepare`, `inspect` and `verify`: calls data/prepare.py, data/inspect_set.py and data/digests.py.
-# What a document or a data set is stands there, not here.
-"""Commands about data."""
+# `mmscale data prepare`, `inspect` and `verify`: calls prepare.py and inspect_set.py of data/prepared, and
+# data/digests.py.
+# Documents and data sets are defined there.
+"""Commands that prepare, inspect and verify data sets."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.output import Json, Overrides, emit, pairs
-from mmscale.errors import DataError, UsageError
+from mmscale.errors import DataError, UsageError, shell_command
 
 app = typer.Typer(help="Prepare data sets and look into them.", no_args_is_help=True)
 
@@ -39,26 +41,104 @@ def prepare(
             "--documents", metavar="FILE", help="JSONL, parquet or .tar of documents; globs; may be repeated."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what --out holds of other documents.")] = False,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            metavar="DIR",
+            show_default=False,
+            help="Reuse the vocabulary and the tokenizers of a prepared data set, to mix both in data.blend.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an existing data set of other documents.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad document.")] = False,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes.", show_default=False)] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option("--tasks", metavar="N", min=1, help="Tasks of a job array on --cluster.", show_default=False),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="NAME",
+            show_default=False,
+            help="Profile of a SLURM cluster whose jobs make the parts; this process lists documents and makes "
+            "tokenizers.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tokenize text and images into an indexed data set; parallel, and resumable by running it again."""
+    """Tokenize text and images into an indexed data set, in parallel. Run it again to resume."""
     changes = list(overrides or [])
-    if "=" in spec:  # no SPEC: the first setting stands in its place
+    if "=" in spec:  # without SPEC its place holds the first setting
         changes.insert(0, spec)
         spec = ""
-    config = _spec(spec, changes, documents or [])
-    from mmscale.data import inspect_set
-    from mmscale.data import prepare as preparing
+    config = _spec(spec, changes, documents or [], like)
+    from mmscale.data.prepared import inspect_set
+    from mmscale.data.prepared import prepare as preparing
 
-    preparing.prepare(config, out, overwrite=overwrite, strict=strict or None, workers=workers, progress=not as_json)
+    given: dict[str, Any] = {"strict": strict or None, "workers": workers, "progress": not as_json}
+    if (tasks is None) != (cluster is None):
+        raise UsageError("data prepare: --tasks and --cluster belong together", remedy="give both, or --workers")
+    if tasks is not None and cluster is not None:
+        submitted = _submit(config, out.resolve(), cluster, number=tasks, overwrite=overwrite, given=given)
+        emit(submitted, as_json=as_json, text=lambda: pairs(submitted.items()))
+        return
+    preparing.prepare(config, out, overwrite=overwrite, **given)
     result = inspect_set.summary(out)
     emit(result, as_json=as_json, text=lambda: _summary(result))
 
 
-def _spec(spec: str, overrides: list[str], documents: list[str]) -> Any:
+def _submit(
+    config: Any, out: Path, cluster: str, *, number: int, overwrite: bool, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Submit shares of the parts, and the job that finishes."""
+    from launch import job_arrays
+    from launch.profile import load_profile
+    from mmscale.data.prepared import folder, shares
+    from mmscale.data.prepared import prepare as preparing
+
+    profile = load_profile(cluster, {})
+    job_arrays.check(profile)
+    before = shares.read_plan(out)
+    if before is not None and (going := job_arrays.unfinished(before.jobs)):
+        raise DataError(
+            f"data: jobs are making {out}: {', '.join(going)} wait or run",
+            remedy=f"wait for them ({shell_command('status', out)}), or cancel them first: scancel {' '.join(going)}",
+        )
+    found = preparing.plan_shares(config, out, number=number, overwrite=overwrite, **given)
+    finish = functools.partial(preparing.finish, config, out, strict=given["strict"], workers=given["workers"])
+    if not found:
+        finish()
+        return {"folder": str(out), "state": "prepared"}
+    name = f"mmscale-prepare-{out.name}"
+    jobs = job_arrays.submit(found, finish, folder=out / folder.JOBS, name=name, profile=profile)
+    parts = sum(len(one.jobs) for one in found)
+    planned = shares.read_plan(out)
+    assert planned is not None, "plan_shares has written it"
+    shares.SharedPlan(planned.parts, tuple(jobs)).write(out)
+    return {"folder": str(out), "state": "submitted", "parts": parts, "tasks": len(found), "jobs": ", ".join(jobs)}
+
+
+def _spec(spec: str, overrides: list[str], documents: list[str], like: Path | None) -> Any:
+    if like is None:
+        return _loaded(spec, overrides, documents)
+    from mmscale.config import load as loading
+    from mmscale.data.prepared import reuse
+
+    if spec:
+        alone = loading.load(spec, overrides)
+        reuse.check_vocabulary_like(like, alone)
+        reuse.check_fit_like(like, alone)
+    config = _loaded(spec, [*reuse.settings_like(like), *overrides], documents)
+    reuse.check_fit_like(like, config)
+    return config
+
+
+def _loaded(spec: str, overrides: list[str], documents: list[str]) -> Any:
     from mmscale.config import load as loading
 
     if documents:
@@ -89,8 +169,8 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show documents and tokens of each modality, or one document as text and PNG."""
-    from mmscale.data import inspect_set
+    """Print documents and tokens of each modality, or write one document as text and PNG."""
+    from mmscale.data.prepared import inspect_set
 
     if held_out:
         documents = enumerate(inspect_set.lines(folder, "validation"))
@@ -106,6 +186,7 @@ def inspect(
         return
     drawn = inspect_set.draw_sample(folder, sample, out, split=split)
     rows = [("text", drawn["text"]), ("tokens", _counts(drawn["tokens"])), ("drawn on", drawn["sheet"])]
+    rows += [(f"{name} files", ", ".join(own)) for name, own in drawn["files"].items() if name != "image"]
     emit(drawn, as_json=as_json, text=lambda: pairs(rows))
 
 
@@ -115,13 +196,17 @@ def verify(
 ) -> None:
     """Read and hash every file of a data set.
 
-    Exit status 3 if a file is not what was prepared. Data sets of older versions have no digests: sizes are compared.
+    Exit status 3 if a file has changed since its preparation. Data sets of older versions have no digests; then only
+    sizes are compared.
     """
     from mmscale.data import digests
-    from mmscale.data.manifest import read_manifest
+    from mmscale.data.prepared.manifest import read_manifest
+    from mmscale.data.prepared.selection import digests_of
 
     read_manifest(folder)
     wanted = digests.read(folder)
+    if wanted is not None:
+        wanted |= digests_of(folder)
     damaged = dict(digests.verify(folder, wanted or {}))
     result = {"folder": str(folder), "digests": wanted is not None, "files": len(wanted or {}), "damaged": damaged}
     emit(result, as_json=as_json, text=lambda: _verdict(result))
@@ -135,9 +220,9 @@ def verify(
 
 
 def _verdict(result: dict[str, Any]) -> None:
-    words = f"{result['files'] - len(result['damaged'])} of {result['files']} files are as they were prepared"
+    words = f"{result['files'] - len(result['damaged'])} of {result['files']} files are unchanged"
     if not result["digests"]:
-        words = "no digests: it was prepared by an older version; files are there and of their sizes"
+        words = "no digests: an older version prepared the data set; all files exist and have the right sizes"
     pairs([("data set", result["folder"]), ("verified", words), *result["damaged"].items()])
 
 
@@ -147,16 +232,30 @@ def _summary(result: dict[str, Any]) -> None:
         lengths = split.get("document_tokens")
         mean = f"; {lengths['mean']:g} a document ({lengths['shortest']}..{lengths['longest']})" if lengths else ""
         rows.append((name, f"{split['documents']:,} documents, {_counts(split['tokens'])} tokens{mean}"))
+    if chosen := result["selection"]:
+        rows.append(("", f"{chosen['kept']:,} of them in training, {_counts(chosen['tokens'])} tokens per epoch"))
+        rows.append(("", f"by the weights {', '.join(chosen['layers'])}"))
+        if not chosen["current"]:
+            rows.append(("", "which were made for other documents: run the commands that made them again"))
     ranges = result["vocabulary"]["ranges"]
     rows.append(("ids", ", ".join(f"{name} {first}..{end - 1}" for name, (first, end) in ranges.items())))
-    image = result.get("image_tokenizer")
-    if image:
-        each = f"{image['tokens_per_image']} tokens each, {image['codes']} codes"
-        quality = f", PSNR {image['psnr_db']:.1f} dB" if isinstance(image.get("psnr_db"), float) else ""
-        rows.append(("images", f"{image['kind']}, {image['size']}x{image['size']} pixels, {each}{quality}"))
+    for name in ranges:
+        own = result.get(f"{name}_tokenizer")
+        if own and (each := own.get(f"tokens_per_{name}")):
+            size = f"{own['size']}x{own['size']} pixels, " if "size" in own else ""
+            rate = f"{own['rate']} Hz, " if "rate" in own else ""
+            quality = f", PSNR {own['psnr_db']:.1f} dB" if isinstance(own.get("psnr_db"), float) else ""
+            what = f"{own['kind']}, {size}{rate}{each} tokens each, {own['codes']} codes{quality}"
+            rows.append(("images" if name == "image" else name, what))
+            rows += [("", line) for line in own.get("remarks", ())]
     if result["tasks"]:
         rows.append(("tasks", ", ".join(result["tasks"])))
-    for what, (common, total) in result["held_out_in_training"].items():
+    shared = result["held_out_in_training"]
+    if shared is None:
+        rows.append(
+            ("held out", "not compared with training documents: they are of a Megatron corpus (data dedup does)")
+        )
+    for what, (common, total) in (shared or {}).items():
         if common:
             rows.append(("held out", f"{common:,} of {total:,} {what} are in training documents too"))
     if result["rejected"]:

@@ -1,20 +1,25 @@
 # `mmscale launch`, `status`, `logs`, `stop`, `resume`: jobs on a cluster.
-# They parse and print; launch/ does the work, and no torch is imported: login nodes have none.
-"""Commands about jobs."""
+# They parse and print; launch/ does the work. torch is not imported, because login nodes do not have it.
+"""Commands that launch, monitor and stop jobs."""
 
 from __future__ import annotations
 
+import functools
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
-from mmscale.cli.stage import FromScratch, OfStage, Stage
+from mmscale.cli.stage import FromScratch, OfStage, StageName
+
+if TYPE_CHECKING:
+    from launch.job_table import JobTable
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; RUN/auxiliary: its auxiliary stage.")]
 Yes = Annotated[
-    bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
+    bool, typer.Option("--yes", help="Continue although the objective or the data changed since the checkpoint.")
 ]
 Time = Annotated[
     str | None, typer.Option("--time", metavar="LIMIT", show_default=False, help="Time limit; default: the profile's.")
@@ -29,7 +34,7 @@ Qos = Annotated[str | None, typer.Option("--qos", metavar="NAME", show_default=F
 
 
 def _asked(**settings: str | None) -> dict[str, str]:
-    """Settings of a profile that were given on the command line."""
+    """Settings of the profile that the command line overrides."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -39,7 +44,9 @@ def launch(
     cluster: Annotated[
         str,
         typer.Option(
-            "--cluster", metavar="NAME", help="configs/cluster/NAME.yaml, a path of one, or local or debug: run here."
+            "--cluster",
+            metavar="NAME",
+            help="Name or path of configs/cluster/NAME.yaml; or local or debug: run on this machine.",
         ),
     ] = "local",
     nodes: Annotated[
@@ -59,19 +66,28 @@ def launch(
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            "--sweep", metavar="KEY=A,B,...", show_default=False, help="A job array over these values; repeatable."
+            "--sweep",
+            metavar="KEY=A,B,...",
+            show_default=False,
+            help="Submit a job array over these values; repeatable.",
         ),
     ] = None,
     at_once: Annotated[
         int | None,
-        typer.Option("--at-once", min=1, metavar="N", show_default=False, help="Runs of a sweep that train at a time."),
+        typer.Option(
+            "--at-once",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Largest number of runs of a sweep that train at a time.",
+        ),
     ] = None,
-    stage: OfStage = Stage.MAIN,
+    stage: OfStage = StageName.MAIN,
     yes: Yes = False,
     from_scratch: FromScratch = False,
     as_json: Json = False,
 ) -> None:
-    """Submit a run to SLURM: it goes on by itself after preemptions, time limits, crashes and lost nodes."""
+    """Submit a run to SLURM. It continues automatically after preemptions, time limits, crashes and lost nodes."""
     from launch import submit
 
     planned = submit.plan_launch(
@@ -105,12 +121,12 @@ def _launched(found: list[dict[str, Any]]) -> None:
             behind = [("then", " ".join(one["successors"]))] if one["successors"] else []
             pairs([("job", one["job"]), *behind, ("run", one["run"]), ("launch", one["launch"])])
     if any(one["job"] for one in found):
-        console().print(f"watch it: mmscale status {' '.join(one['run'] for one in found)}", markup=False)
+        console().print(f"monitor it: mmscale status {shlex.join(one['run'] for one in found)}", markup=False)
 
 
 def stop(
     run: Run,
-    now: Annotated[bool, typer.Option("--now", help="End it at once, without a save.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="End it immediately, without a save.")] = False,
     as_json: Json = False,
 ) -> None:
     """Ask a run to save a checkpoint and exit, with all jobs of its chain. Continue it with `mmscale resume`."""
@@ -126,10 +142,11 @@ def resume(
     run: Run,
     overrides: Overrides = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="NAME", show_default=False, help="Default: as it was launched.")
+        str | None,
+        typer.Option("--cluster", metavar="NAME", show_default=False, help="Default: the cluster of the last launch."),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, show_default=False, help="Default: as it was launched.")
+        int | None, typer.Option("--nodes", min=1, show_default=False, help="Default: the nodes of the last launch.")
     ] = None,
     time: Time = None,
     partition: Partition = None,
@@ -138,7 +155,7 @@ def resume(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Launch a run again, from its newest checkpoint, with its own configuration."""
+    """Launch a run again from its newest checkpoint, with its own configuration."""
     from launch import control
 
     asked = _asked(time=time, partition=partition, account=account, qos=qos)
@@ -160,11 +177,11 @@ def logs(
     attempt: Annotated[
         int | None, typer.Option("--attempt", min=1, show_default=False, help="Default: the newest.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run ends.")] = False,
-    job: Annotated[bool, typer.Option("--job", help="What the job itself says, instead of a rank.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="Print the job's own log instead of a rank's.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what a rank printed."""
+    """Print the output of a rank."""
     from launch import logs as printing
 
     pieces = printing.lines(run, rank=rank, attempt=attempt, follow=follow, job=job)
@@ -178,33 +195,59 @@ def logs(
 def status(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN...", show_default=False, help="Run folders; default: all below runs/."),
+        typer.Argument(metavar="RUN...", show_default=False, help="Run folders; default: all in runs/."),
     ] = None,
     watch: Annotated[
         float | None, typer.Option("--watch", metavar="SECONDS", min=0.5, show_default=False, help="Show it again.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what runs do: SLURM's state, progress, losses, checkpoints, restarts, goodput."""
+    """Show the state of runs: SLURM's state, progress, losses, checkpoints, restarts, goodput.
+
+    Folders of data sets that jobs prepare are shown with the parts that are made.
+    """
     import time
 
     from launch import status as states
     from launch.job_table import JobTable
 
-    table = JobTable()  # SLURM's answers count for half a minute, however often the table is shown
+    table = JobTable()  # SLURM's answers are cached for half a minute, however often the table is printed
     while True:
-        found = states.status(runs or states.known(Path("runs")), table)
-        emit(found, as_json=as_json, text=lambda found=found: _table(found, clear=watch is not None))  # type: ignore[misc]
+        found = _states(runs or states.known(Path("runs")), table)
+        emit(found, as_json=as_json, text=functools.partial(_show, found, clear=watch is not None))
         if watch is None or all(one["ended"] for one in found):
             return
         time.sleep(watch)
 
 
-def _table(found: list[dict[str, Any]], *, clear: bool) -> None:
+def _states(folders: list[Path], table: JobTable) -> list[dict[str, Any]]:
+    """One object per folder, in their order, of runs and of data sets that jobs prepare."""
+    from launch import status as states
+    from mmscale.cli.set_status import state_of
+
+    sets = {folder: one for folder in folders if (one := state_of(folder, table)) is not None}
+    runs = iter(states.status([folder for folder in folders if folder not in sets], table))
+    return [sets[folder] if folder in sets else next(runs) for folder in folders]
+
+
+def _show(found: list[dict[str, Any]], *, clear: bool) -> None:
+    shown = console()
+    if clear and shown.is_terminal:
+        shown.clear()
+    for one in (one for one in found if "parts" in one):
+        made = f"{one['state']}, {one['done']} of {one['parts']} parts"
+        why = [("reason", one["reason"]), ("logs", one["logs"])] if one["reason"] else []
+        pairs([("data set", one["folder"]), ("state", made), ("jobs", ", ".join(one["jobs"])), *why])
+    runs = [one for one in found if "parts" not in one]
+    if runs or not found:
+        _table(runs)
+
+
+def _table(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mmscale.train.progress import count, duration
+    from mmscale.train.log.progress_lines import count, duration
 
     table = Table(box=None, pad_edge=False)
     columns = (
@@ -240,16 +283,23 @@ def _table(found: list[dict[str, Any]], *, clear: bool) -> None:
             "-" if one["tokens_per_second"] is None else count(one["tokens_per_second"]),
             "-" if slow is None else f"rank {slow['rank']} +{slow['over_median']:.0%}",
             losses or "-",
-            "-" if saved is None else f"{saved}" + (f", {duration(age)} ago" if age is not None else ""),
+            "-"
+            if saved is None
+            else f"{saved}" + (f", {duration(age)} ago" if age is not None else "") + _mirrored(one["mirror"]),
             str(one["restarts"]),
             "-" if one["goodput"] is None else f"{one['goodput']:.0%}",
         )
         table.add_row(*(Text(cell) for cell in cells))
     shown = console()
-    if clear and shown.is_terminal:
-        shown.clear()
     shown.print(table)
     for one in found:
         if one["time"]:
             parts = ", ".join(f"{name} {duration(value)}" for name, value in one["time"].items())
             shown.print(f"{one['run']}: {parts}", markup=False)
+
+
+def _mirrored(mirror: dict[str, Any] | None) -> str:
+    if mirror is None:
+        return ""
+    step = "nothing" if mirror["step"] is None else mirror["step"]
+    return f", {step} in the mirror" + (f" ({mirror['problem']})" if mirror["problem"] else "")

@@ -1,5 +1,5 @@
-# How commands print: tables for people, one JSON object for scripts, two lines for an error.
-# It knows no command; importing it is cheap, rich comes only with the first table.
+# Printing: tables for people, one JSON object for scripts, two lines for an error.
+# Independent of commands. Importing it is cheap: rich is imported with the first table.
 """Output of commands. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def emit(result: Any, *, as_json: bool, text: Callable[[], None]) -> None:
     """Print the result of a command.
 
     Args:
-        result: What `--json` prints.
-        as_json: Whether it does.
+        result: The object that `--json` prints.
+        as_json: Whether `--json` was given.
         text: Prints the same for people.
     """
     if as_json:
@@ -41,7 +41,7 @@ def emit(result: Any, *, as_json: bool, text: Callable[[], None]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes "nan", "inf" or "-inf", as in metrics.jsonl."""
+    """JSON has no NaN: numbers that are not finite become "nan", "inf" or "-inf", as in metrics.jsonl."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -52,7 +52,7 @@ def _finite(value: Any) -> Any:
 
 
 def console() -> Console:
-    """Console on stdout; as wide as the terminal, and wide enough for whole lines where there is none."""
+    """Console on stdout, as wide as the terminal; without a terminal wide enough for whole lines."""
     from rich.console import Console
 
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)

@@ -1,6 +1,6 @@
-# `--nproc N`: is this process a rank already, or does it have to start the ranks?
-# Starting and watching is runtime/local_ranks.py's.
-"""Local ranks of a command."""
+# `--nproc N`: decides whether this process is a rank already or has to start the ranks.
+# runtime/local_ranks.py starts and watches them.
+"""Starts the local ranks of a command."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OnRanks = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Share a run's model among N ranks here (TP).",
+        help="Share a run's model among N ranks of this machine (TP).",
     ),
 ]
 _SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def starts_ranks(nproc: int | None) -> bool:
-    """Whether this process is to start `nproc` local ranks instead of being one.
+    """Whether this process has to start `nproc` local ranks instead of being one.
 
     Raises:
         UsageError: it is a rank of another launcher.
@@ -44,13 +44,13 @@ def starts_ranks(nproc: int | None) -> bool:
         name, size = next(iter(sizes.items()))
         raise UsageError(
             f"--nproc {nproc} starts ranks on this machine, but this process is already one of {size} ({name}={size})",
-            remedy="leave --nproc out: the ranks of SLURM, torchrun and mpirun are joined as they are",
+            remedy="leave --nproc out: ranks of SLURM, torchrun and mpirun need no further ones",
         )
     return True
 
 
 def own_rank(nproc: int | None) -> RankEnv:
-    """The place of this process; `--nproc 1` is one rank, whatever job it stands in."""
+    """The rank of this process. `--nproc 1` is a single rank, in any job."""
     if nproc == 1 and os.environ.get("MMSCALE_LAUNCHER") != "local":
         return RankEnv()
     return discover()
@@ -64,24 +64,24 @@ def start(
 
 
 def start_for_a_while(nproc: int | None) -> int:
-    """As `start`, for commands that leave no logs behind unless a rank crashes."""
+    """As `start`, for commands that keep logs only if a rank crashes."""
     assert nproc is not None
     logs = Path(tempfile.mkdtemp(prefix="mmscale-ranks-"))
     status = start(nproc, log_dir=logs)
-    shutil.rmtree(logs)  # on a crash, which raises, they stay and the error names them
+    shutil.rmtree(logs)  # not reached after a crash: then the logs stay and the error names them
     return status
 
 
 def shared(nproc: int | None) -> RankEnv | None:
-    """The place of this process among ranks that share a model; None: it is alone, whatever job it stands in."""
+    """The rank of this process among ranks that share a model; None for a single process, in any job."""
     return None if nproc is None or nproc == 1 else own_rank(nproc)
 
 
 def refuse(nproc: int | None, what: str) -> None:
-    """Refuse ranks where one process does the work.
+    """Refuse several ranks for work that runs in one process.
 
     Raises:
-        UsageError: they are asked for.
+        UsageError: several ranks are requested.
     """
     if nproc is not None and nproc > 1:
         raise UsageError(

@@ -1,9 +1,10 @@
-# `mmscale report`: runs as one HTML page and PNGs. Reading and drawing are report/'s, goodput is launch/'s.
+# `mmscale report`: runs as one HTML page and PNGs. report/ reads and draws, launch/ computes goodput.
 # Needs no torch.
-"""Command that reports on runs."""
+"""The command that reports on runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from mmscale.errors import UsageError
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.")],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="report.html, or a .png of the curves alone.")
+        Path, typer.Option("--out", metavar="FILE", help="report.html, or a .png of the curves only.")
     ] = Path("report.html"),
     baseline: Annotated[
         Path | None,
@@ -24,18 +25,19 @@ def report(
             "--baseline",
             metavar="RUN",
             show_default=False,
-            help="Compare at equal loss with this run; else a dense one.",
+            help="Run to compare with at equal loss; default: a dense one.",
         ),
     ] = None,
-    png: Annotated[
-        bool, typer.Option("--png/--no-png", help="Write each figure as OUT_<figure>.png beside the page too.")
-    ] = True,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Also write each figure as OUT_<figure>.png.")] = True,
     as_json: Json = False,
 ) -> None:
     """Show runs on one HTML page: losses, optimization, throughput, routing, layers, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
-    written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, baseline=baseline, png=png)
+    from mmscale.runtime.waiting import waiting
+
+    with waiting(f"loading what {out} needs", enabled=not as_json) as tell:
+        written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, tell, baseline=baseline, png=png)
     emit(
         {"out": str(out), "runs": [str(run) for run in runs], "files": [str(file) for file in written]},
         as_json=as_json,
@@ -50,13 +52,18 @@ def _curves(runs: list[Path], out: Path) -> list[Path]:
     return [out]
 
 
-def _page(runs: list[Path], out: Path, *, baseline: Path | None, png: bool) -> list[Path]:
+def _page(runs: list[Path], out: Path, tell: Callable[[str], None], *, baseline: Path | None, png: bool) -> list[Path]:
     from launch.goodput import goodput
     from mmscale.report import comparison_section, page, pictures
 
+    tell(f"reading {', '.join(map(str, runs))}")
     found = page.read_runs(runs, goodput=goodput)
     first = baseline or comparison_section.baseline_of(found)
     sections = {comparison_section.HEADING: comparison_section.comparison_section(first, found)} if first else {}
+    tell(f"writing {out}")
     drawn = page.curves(found)
     page.write_page(found, out, drawn=drawn, sections=sections)
-    return [out, *(pictures.write_pictures(found, out, drawn=drawn) if png else [])]
+    if not png:
+        return [out]
+    tell("drawing the figures as PNG (--no-png leaves them out)")
+    return [out, *pictures.write_pictures(found, out, drawn=drawn)]

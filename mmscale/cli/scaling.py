@@ -1,6 +1,6 @@
-# `mmscale scaling fit`: the mixed-modal scaling law through a set of runs. report/scaling*.py compute.
+# `mmscale scaling fit`: fits the mixed-modal scaling law to runs. report/scaling*.py compute it.
 # Needs no torch.
-"""Commands about scaling laws."""
+"""Commands that fit scaling laws."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SIZES = ("active", "total")
 @app.command("fit", epilog="Example: mmscale scaling fit runs/text_* runs/image_* runs/both_* --out scaling.png")
 def fit(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Run folders: on each modality alone, and on pairs.")
+        list[Path], typer.Argument(metavar="RUN", help="Run folders: of each modality alone, and of pairs.")
     ],
     view: Annotated[str, typer.Option("--view", help=f"Loss at the last evaluation: {', '.join(_VIEWS)}.")] = "causal",
     parameters: Annotated[
-        str, typer.Option("--parameters", help="What counts as size: active (of an average token) or total.")
+        str, typer.Option("--parameters", help="Meaning of size: parameters active for an average token, or total.")
     ] = "active",
     at: Annotated[
         str,
@@ -34,19 +34,24 @@ def fit(
     ] = "",
     least_share: Annotated[
         float,
-        typer.Option("--least-share", min=0.0, max=0.5, help="Share of the tokens that makes a modality of a run."),
+        typer.Option(
+            "--least-share",
+            min=0.0,
+            max=0.5,
+            help="Smallest share of the tokens with which a modality counts as part of a run.",
+        ),
     ] = 0.1,
-    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Fits to resampled residuals.")] = 200,
+    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Number of fits to resampled residuals.")] = 200,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", show_default=False, help="Draw fit and barrier: a .png.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fit the additive mixed-modal law, and predict from which size on modalities help each other."""
+    """Fit the additive mixed-modal law, and predict the size from which modalities help each other."""
     if view not in _VIEWS:
-        raise UsageError(f"--view {view!r} is no loss of a run", remedy=f"choose {', '.join(_VIEWS)}")
+        raise UsageError(f"--view {view!r} is not a loss of a run", remedy=f"choose {', '.join(_VIEWS)}")
     if parameters not in _SIZES:
-        raise UsageError(f"--parameters {parameters!r} is no size", remedy=f"choose {', '.join(_SIZES)}")
+        raise UsageError(f"--parameters {parameters!r} is not a size", remedy=f"choose {', '.join(_SIZES)}")
     tokens = _tokens(at)
     if out is not None and out.suffix != ".png":
         raise UsageError(f"--out {out}: the picture is a .png", remedy="write --out scaling.png")
@@ -70,5 +75,5 @@ def _tokens(text: str) -> tuple[float, ...]:
     except ValueError:
         tokens = (0.0,)
     if not all(count > 0 for count in tokens):
-        raise UsageError(f"--at {text!r}: wants numbers of tokens", remedy="write e.g. --at 1e9,45.1e9")
+        raise UsageError(f"--at {text!r}: needs numbers of tokens", remedy="write e.g. --at 1e9,45.1e9")
     return tokens

@@ -1,7 +1,7 @@
-# Options that `mmscale train` and `mmscale launch` share: which stage of a run they are about, and where it starts.
-# The stages themselves are in mmscale/train/stages/table.py, whose names are repeated here because its imports would
-# cost every command's start.
-"""Options about stages."""
+# Options that `mmscale train` and `mmscale launch` share: the stage of a run to train, and its start.
+# mmscale/train/stages/table.py defines the stages. Their names are repeated here, because importing the table would
+# slow down the start of every command.
+"""Options of commands that train a stage."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Annotated
 import typer
 
 
-class Stage(StrEnum):
-    """What `mmscale train` and `mmscale launch` train."""
+class StageName(StrEnum):
+    """The part of a run that `mmscale train` and `mmscale launch` train."""
 
     MAIN = "main"
     AUXILIARY = "auxiliary"
 
 
 OfStage = Annotated[
-    Stage,
-    typer.Option("--stage", help="main: the model; auxiliary: its causal routers, after it, everything else frozen."),
+    StageName,
+    typer.Option(
+        "--stage",
+        help="main: the model; auxiliary: its causal routers, after the main run, with all other weights frozen.",
+    ),
 ]
 FromScratch = Annotated[
     bool, typer.Option("--from-scratch", help="Start at step 0 although the run's checkpoints are lost.")

@@ -1,5 +1,5 @@
 # `mmscale train`, `eval` and `verify-layout`: the commands that compute.
-# They find the rank, call train/ or inference/, and print what comes back.
+# They find the rank, call train/ or inference/, and print the result.
 """Commands that train and evaluate."""
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ import typer
 
 from mmscale.cli import ranks
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
-from mmscale.cli.stage import FromScratch, OfStage, Stage
+from mmscale.cli.stage import FromScratch, OfStage, StageName
 from mmscale.errors import TrainingError, UsageError
 from mmscale.runtime.rank_env import RankEnv
+from mmscale.runtime.waiting import Waiting, waiting
+from mmscale.tables import plugins
+from mmscale.tables.plugins import Use
+from mmscale.tables.routings import Routing, meanings
 
 if TYPE_CHECKING:
     from mmscale.train.stages.table import Stage as StageEntry
 
-_ROUTINGS = (
-    "batch",
-    "causal",
-    "top1",
-    "threshold",
-)  # mmscale.model.mixed_modal.Routing, which costs an import of torch
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
-# What local ranks say to the process that started them; with 1 they would be reported as crashed.
+BEST = "best"  # after an @, instead of a step
+# Local ranks' status for the process that started them, which reports 1 as a crash.
 _DIFFERS = TrainingError.exit_status
 
 
@@ -41,9 +40,9 @@ def train(
         typer.Option("--nproc", metavar="N", min=1, show_default=False, help="Start N ranks on this machine."),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Go on although the objective or the data changed since the checkpoint.")
+        bool, typer.Option("--yes", help="Continue although the objective or the data changed since the checkpoint.")
     ] = False,
-    stage: OfStage = Stage.MAIN,
+    stage: OfStage = StageName.MAIN,
     from_scratch: FromScratch = False,
     grace: Annotated[
         float | None,
@@ -52,23 +51,23 @@ def train(
             metavar="SECONDS",
             min=1.0,
             show_default="signal_delay of a launch's profile, else 60",
-            help="How long a request to stop leaves: a save that hangs then is given up after half of it, and a new "
-            "one is made.",
+            help="Grace period after a stop request: a save that hangs is given up after half of it, and a new one "
+            "is made.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train, from the run's newest checkpoint if there is one.
+    """Train, starting from the run's newest checkpoint if there is one.
 
     Without --nproc it joins the ranks that SLURM, torchrun or mpirun started.
 
-    Exit status: 0 finished, 2 usage or configuration, 3 data, 4 no usable checkpoint, 5 training gave up,
-    74 checkpoints cannot be written, 75 stopped on request after a save.
+    Exit status: 0 finished, 2 usage or configuration, 3 data, 4 no usable checkpoint, 5 training gave up, 74
+    checkpoints cannot be written, 75 stopped on request after a save.
     """
     from mmscale.config.load import load
+    from mmscale.runs.metrics import read_metrics
     from mmscale.runtime import console
     from mmscale.train import holding
-    from mmscale.train.metrics import read_metrics
     from mmscale.train.stages.table import STAGES
 
     console.guard()
@@ -78,7 +77,7 @@ def train(
     folder = entry.folder(main_run)
     starts = ranks.starts_ranks(nproc)
     env = RankEnv() if starts else ranks.own_rank(nproc)
-    if env.world_size == 1:  # ranks that meet are refused by their first one, all of them
+    if env.world_size == 1:  # in a process group, the first rank refuses for all
         holding.refuse_held(main_run, entry)
     if from_scratch:
         from mmscale.train.scratch import start_from_scratch
@@ -86,11 +85,12 @@ def train(
         start_from_scratch(folder, first=env.is_first)
     if starts:
         assert nproc is not None
-        entry.preflight(loaded, world_size=nproc, yes=yes)  # said once here, and not by every rank
+        entry.preflight(loaded, world_size=nproc, yes=yes)  # printed once here instead of by every rank
         raise typer.Exit(_start_ranks(nproc, main_run, entry))
-    from mmscale.train import run
+    with Waiting("loading torch and megatron-core", enabled=env.is_first) as starting:
+        from mmscale.train import run
 
-    status = run.main(loaded, env, stage=entry.name, yes=yes, grace_s=grace)
+        status = run.main(loaded, env, stage=entry.name, yes=yes, grace_s=grace, starting=starting)
     if env.is_first and as_json:
         records = read_metrics(folder)
         result = {"run": str(folder), "exit_status": status, "last": records[-1] if records else None}
@@ -99,10 +99,10 @@ def train(
 
 
 def _start_ranks(nproc: int, run: Path, stage: StageEntry) -> int:
-    """Train as local ranks, holding the run for them unless the job of a launch does; their exit status."""
+    """Train with local ranks; returns their exit status. Holds the run's lease unless a launch's job holds it."""
     from mmscale.resilience.lease import VARIABLE, launched_attempt
+    from mmscale.runs.attempts import next_attempt
     from mmscale.train import holding
-    from mmscale.train.metrics import next_attempt
 
     folder = stage.folder(run)
     with contextlib.ExitStack() as stack:
@@ -133,61 +133,117 @@ def evaluate(
             "--routing",
             metavar="MODE",
             show_default="batch; of an export: what its config.json says",
-            help="batch: experts choose among all tokens, later ones too; causal: auxiliary routers decide; top1: they "
-            "pick one expert per token; threshold: averaged cut-offs decide.",
+            help=f"What selects experts. {meanings(Routing)}",
         ),
     ] = None,
     batches: Annotated[
         int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="[NAME=]FILE|PLUGIN",
+            show_default=False,
+            help="JSONL of questions with choices or with one right answer; or a plug-in that measures something else, "
+            "as module:attribute or by its entry point. May be repeated.",
+        ),
+    ] = None,
     nproc: ranks.OnRanks = None,
     as_json: Json = False,
 ) -> None:
-    """Loss and perplexity of each modality on held-out data, and accuracy where the data has a task.
+    """Print loss and perplexity of each modality on held-out data, and accuracy if the data has a task.
 
-    An export is computed by transformers, without the network and without the code in its folder.
+    transformers computes an export, without network access and without the code in its folder.
     """
     folder, step = split_step(run)
-    if routing is not None and routing not in _ROUTINGS:
-        raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(_ROUTINGS)}")
+    if routing is not None and routing not in tuple(Routing):
+        raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
+    questions, others = _tasks(task or [])
+    tasks = [Use("task", "--task", name, {}) for name in others]
+    for use in tasks:
+        plugins.check(use)
+    asked: dict[str, Any] = {key: given for key, given in {"tasks": tasks, "questions": questions}.items() if given}
     if (folder / "config.json").is_file():
         if routing == "batch":
             raise UsageError(
                 "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"
             )
         ranks.refuse(nproc, "an export")
-        from checkpoints_tools.hf_evaluate import evaluate_export
+        with waiting("loading torch and transformers", enabled=not as_json) as tell:
+            from checkpoints_tools.huggingface.evaluate_export import evaluate_export
 
-        result = evaluate_export(folder, step=step, data=data, batches=batches, routing=routing)
+            tell(f"evaluating {folder}")
+            measured: dict[str, Any] = {"step": step, "data": data, "batches": batches, "routing": routing}
+            result = evaluate_export(folder, **measured, **asked)
     else:
         if ranks.starts_ranks(nproc):
             raise typer.Exit(ranks.start_for_a_while(nproc))
-        from mmscale.inference.evaluate import evaluate_run
-        from mmscale.model.mixed_modal import Routing
+        shared = ranks.shared(nproc)
+        shows = not as_json and (shared is None or shared.is_first)
+        with waiting("loading torch and megatron-core", enabled=shows) as tell:
+            from mmscale.inference.evaluate import evaluate_run
 
-        chosen, shared = Routing(routing or "batch"), ranks.shared(nproc)
-        options: dict[str, Any] = {} if shared is None else {"env": shared}
-        result = evaluate_run(folder, step=step, data=data, batches=batches, routing=chosen, **options)
+            tell(f"evaluating {folder}")
+            chosen = Routing(routing or "batch")
+            options: dict[str, Any] = {} if shared is None else {"env": shared}
+            options |= asked
+            result = evaluate_run(folder, step=step, data=data, batches=batches, routing=chosen, **options)
         result.setdefault("routing", chosen.value)
         if shared is not None and not shared.is_first:
             return
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
 
 
-def split_step(text: str) -> tuple[Path, int | None]:
-    """`runs/x@100` -> (runs/x, 100).
+def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:
+    """Files of questions by name, `icons=which.jsonl` or the file's own name, and what is no such file: plug-ins.
 
     Raises:
-        UsageError: what stands behind the @ is no step.
+        UsageError: two files have one name.
+    """
+    from mmscale.data.prepared.named_tasks import question_file
+
+    found: dict[str, Path] = {}
+    others = []
+    for text in named:
+        name, path = question_file(text)
+        if path is None:
+            others.append(text)
+            continue
+        if name in found:
+            raise UsageError(f"--task: two tasks are named {name}", remedy="give them names: --task NAME=FILE")
+        found[name] = path
+    return found, others
+
+
+def split_step(text: str) -> tuple[Path, int | None]:
+    """`runs/x@100` -> (runs/x, 100); `runs/x@best` -> (runs/x, step of the best checkpoint).
+
+    Raises:
+        UsageError: the text after the @ is not a step.
     """
     folder, at, step = text.rpartition("@")
     if not at:
         return Path(text), None
     if step.isdigit():
         return Path(folder), int(step)
-    if "/" in step or Path(text).exists():  # the @ belongs to the path
+    if step == BEST and not Path(text).exists():
+        return Path(folder), _best_of(Path(folder))
+    if "/" in step or Path(text).exists():  # the @ is part of the path
         return Path(text), None
-    raise UsageError(f"{text}: {step!r} behind the @ is not a step", remedy=f"write a number, e.g. {folder}@100")
+    raise UsageError(f"{text}: {step!r} after the @ is not a step", remedy=f"write a number, e.g. {folder}@100")
+
+
+def _best_of(run: Path) -> int:
+    from mmscale.checkpoint.layout import Store
+
+    best = Store.of_run(run).best()
+    if best is None:
+        raise UsageError(
+            f"{run}@{BEST}: no checkpoint of this run is known to be the best one",
+            remedy="train with checkpoint.keep_best=eval/loss, or name a step",
+        )
+    return best
 
 
 def _evaluation(result: dict[str, Any]) -> None:
@@ -196,22 +252,45 @@ def _evaluation(result: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("measured", "value", "routing"):
         table.add_column(column, justify="right" if column == "value" else "left")
+    tasks = result.get("tasks", {})
     for key, value in result.items():
         if isinstance(value, float):
-            table.add_row(key, f"{value:.4f}", result["routing"])
+            found = tasks.get(key.replace("accuracy/", "", 1)) if "accuracy/" in key else None
+            table.add_row(_shown(key), f"{value:.4f}" if found is None else _share_right(found), result["routing"])
     for key, value in result.get("batch", {}).items():
-        table.add_row(key, f"{value:.4f}", "batch")
+        table.add_row(_shown(key), f"{value:.4f}", "batch")
     for key, value in result.get("gap", {}).items():
         table.add_row(f"gap in {key}", f"{value:+.4f}", f"{result['routing']} - batch")
     shown = console()
-    others = {key: value for key, value in result.items() if isinstance(value, str | int) and key != "routing"}
-    pairs(others.items())
+    plain = {key: value for key, value in result.items() if isinstance(value, str | int) and key != "routing"}
+    pairs(plain.items())
     shown.print(table)
+    for name, task in tasks.items():
+        if task["not_asked"]:
+            shown.print(f"{name}: questions of {task['from']}; not those of {', '.join(task['not_asked'])}")
     if result.get("routers"):
-        shown.print("auxiliary routers against the choice of batch routing:")
+        shown.print("auxiliary routers compared with the choices of batch routing:")
         shown.print(_routers(result["routers"]))
+    read, training = result.get("batches"), result.get("batches_in_training")
+    if read != training:
+        shown.print(
+            f"{read} batches were read; evaluations in training read the first {training} (train.eval_batches): "
+            f"--batches {training} gives their numbers"
+        )
     if result["routing"] == "batch" or "batch" in result:
         shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
+
+
+def _shown(key: str) -> str:
+    """A figure's name, with what it is where the name alone does not say it (Z: the softmax's denominator)."""
+    return key.replace("z_loss", "z_loss = mean of (log Z)²")
+
+
+def _share_right(found: dict[str, Any]) -> str:
+    """`22.9%, 11 of 48 (95 % interval 13.3% to 36.5%, chance 10.0%)`."""
+    chance = "" if found["chance"] is None else f", chance {found['chance']:.1%}"
+    interval = f"95 % interval {found['low']:.1%} to {found['high']:.1%}"
+    return f"{found['right'] / found['asked']:.1%}, {found['right']} of {found['asked']} ({interval}{chance})"
 
 
 def _routers(rows: list[dict[str, Any]]) -> Any:
@@ -234,31 +313,33 @@ def verify_layout(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to compare.")] = 3,
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", metavar="N", min=1, show_default=False, help="Ranks; default: tp * pp * ep."),
+        typer.Option(
+            "--nproc", metavar="N", min=1, show_default=False, help="Ranks; default: the least that the layout needs."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a parallel layout with one process: losses, gradient norms, and the gradient of every tensor.
 
-    The layout and one process each save a checkpoint after step 1, below run.dir, and both are compared tensor by
-    tensor; the layout then goes on from the one process's checkpoint. Exit status 1 if they differ.
+    The layout and one process each save a checkpoint after step 1, below run.dir, and all tensors of both are compared.
+    The layout then resumes from the checkpoint of the one process. Exit status 1 if they differ.
     """
-    from mmscale.config import rules
+    from mmscale.config import derived, rules
     from mmscale.config.load import load
 
     loaded = load(config, overrides or ())
     if nproc is None:
-        nproc = loaded.parallel.tp * loaded.parallel.pp * loaded.parallel.ep
+        nproc = derived.least_ranks(loaded)
     rules.check(loaded, world_size=nproc)
     if ranks.starts_ranks(nproc):
         logs = Path(tempfile.mkdtemp(prefix="mmscale-verify-"))
         status = ranks.start(nproc, log_dir=logs)
-        shutil.rmtree(logs)  # on a crash, which raises, they stay and the error names them
+        shutil.rmtree(logs)  # not reached after a crash: then the logs stay and the error names them
         raise typer.Exit(1 if status == _DIFFERS else status)
     env = ranks.own_rank(nproc)
-    from mmscale.train import verify
+    from mmscale.train.proof import verify_layout as comparing
 
-    result = verify.verify_layout(loaded, steps=steps)
+    result = comparing.verify_layout(loaded, steps=steps)
     if env.is_first:
         emit(result, as_json=as_json, text=lambda: _verdict(result))
     if not result["passed"]:
@@ -282,12 +363,12 @@ def _verdict(result: dict[str, Any]) -> None:
 
 
 def _choices(part: dict[str, Any]) -> str:
-    """How many choices of tokens are others than those of one process, which the first step repeats."""
+    """The share of token choices that differ from those of one process, which the first step repeats."""
     return f"{part['difference']:.2%} of {part['compared']:,} (tolerance {part['tolerance']:.0%})"
 
 
 def _worst(part: dict[str, Any]) -> str:
-    """The tensor that differs most, relative to its norm, and how many exceed the tolerance."""
+    """The tensor with the largest difference relative to its norm, and the tensors beyond the tolerance."""
     number = len(part["differ"])
     found = f"{part['difference']:.2e}, {part['worst']} ({part['compared']} tensors, tolerance {part['tolerance']:.0e})"
     return found if number == 0 else f"{found}; beyond it: {', '.join(part['differ'])}"

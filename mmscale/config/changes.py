@@ -1,7 +1,7 @@
-"""What changed between the configuration that wrote a checkpoint and the one that goes on from it.
+"""Compares the configuration that wrote a checkpoint with the one that resumes from it.
 
-The new configuration always wins; which changes are refused, or have to be confirmed, follows from effects.py. Who asks
-is train's business.
+The new configuration takes precedence. effects.py determines which changes are refused or need a confirmation;
+mmscale.train asks the user.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from mmscale.config.effects import Effect, effect_of
 from mmscale.config.schema import Config
 
 _AUTO = "model.experts.share"
-# What a checkpoint that does not know a setting was trained with, whatever the default is today.
-_BEFORE = {"model.experts.choice": "sigmoid", "model.experts.capacity": "nominal"}
+_DATA_SEED, _SEED = "data.seed", "run.seed"
+# Values in effect for checkpoints from before a setting existed, independent of today's default.
+_BEFORE = {
+    "model.experts.choice": "sigmoid",
+    "model.experts.capacity": "nominal",
+    "data.seed": None,
+    "data.order": "epochs",
+}
 _MISSING = object()
-# After these the run optimizes something else than before, or reads other data.
+# A change with one of these effects changes what the run optimizes or which data it reads.
 CONFIRMED = frozenset({Effect.FUNCTION, Effect.OBJECTIVE, Effect.DATA})
 
 
@@ -53,20 +59,21 @@ def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
 
     Args:
         old: `Config.model_dump(mode="json")` of the configuration that wrote the checkpoint.
-        new: this run's; an `auto` share that is not resolved yet is left out.
+        new: this run's; an `auto` share that is not resolved yet is ignored.
     """
     before, after = _settings(old), _settings(new.model_dump(mode="json"))
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
         one, other = before.get(key, _BEFORE.get(key, _MISSING)), after.get(key, _MISSING)
-        if one == other or (new.model.experts.share == "auto" and key.startswith(_AUTO)):
+        unresolved = new.model.experts.share == "auto" and key.startswith(_AUTO)
+        if one == other or unresolved or (key == _DATA_SEED and _data_seed(before) == _data_seed(after)):
             continue
         found.append(Change(key, _shown(one), _shown(other), effect_of(key, new)))
     return found
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with the settings that were added since, as they were in effect when it was written.
+    """A checkpoint's configuration, with later settings added at the values that were in effect when it was written.
 
     Args:
         saved: as for `changes`.
@@ -82,18 +89,24 @@ def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def function_changes(old: Mapping[str, Any], new: Config) -> list[str]:
-    """One line for each setting whose change makes the same weights compute something else."""
+    """One line for each changed setting that makes the same weights compute a different function."""
     return [str(change) for change in changes(old, new) if change.effect is Effect.FUNCTION]
 
 
 def describe(found: Sequence[Change], *, confirmed: bool) -> list[str]:
-    """One line for each change that has to be confirmed, or for each other one."""
+    """One line for each change that needs a confirmation, or for each that does not."""
     return [str(change) for change in found if change.confirmed is confirmed]
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Single values by dotted key; an empty list or mapping is as good as none."""
+    """Single values by dotted key; empty lists and mappings count as missing."""
     return {key: value for key, value in documents.leaves(dict(data)) if value not in ({}, [])}
+
+
+def _data_seed(settings: Mapping[str, Any]) -> Any:
+    """The seed of the data's order; `data.seed` may be null, or missing in an old checkpoint."""
+    own = settings.get(_DATA_SEED)
+    return settings.get(_SEED) if own is None else own
 
 
 def _shown(value: Any) -> str:

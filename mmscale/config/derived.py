@@ -1,22 +1,40 @@
-"""Numbers that follow from a configuration: portions of a batch, capacities of experts and of depth layers.
+"""Values computed from a configuration: micro-batches, capacities of experts and depth layers, placement of experts.
 
-One definition for model, plan, data and checks. Nothing is validated here (rules.py does that), nothing imports torch.
+Model, plan, data and checks share these definitions. Validation is in rules.py. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
 
 from mmscale.config.fp8 import depth_multiple, high_precision
 from mmscale.config.schema import Config, ParallelConfig
+from mmscale.tables.routings import measured_routings
 
 
 def data_parallel_size(config: Config, world: int) -> int:
-    """Model replicas that `world` ranks hold: what tensor and pipeline parallelism leave over [ranks]."""
+    """Replicas that read different micro-batches: world / (TP * PP * CP) [ranks]."""
+    return world // (config.parallel.tp * config.parallel.pp * config.parallel.cp)
+
+
+def dense_replicas(config: Config, world: int) -> int:
+    """Copies of each dense weight: the context-parallel ranks of all data-parallel replicas, world / (TP * PP) [ranks].
+
+    They sum gradients and share the optimizer's state, and experts are spread over them.
+    """
     return world // (config.parallel.tp * config.parallel.pp)
+
+
+def least_ranks(config: Config) -> int:
+    """The smallest world of the layout [ranks]."""
+    parallel = config.parallel
+    return parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
 
 
 def global_micro_batches(config: Config) -> int:
@@ -34,10 +52,53 @@ def tokens_per_step(config: Config) -> int:
     return config.train.global_batch_size * config.model.seq_length
 
 
+def blend_phases(config: Config) -> list[tuple[int, tuple[float, ...]]]:
+    """Steps from which on the data sets have other weights, the first one 0, and these weights; empty without data.
+
+    The weights are those that the mixing temperature leaves.
+    """
+    sources = config.data.sources
+    steps = {step for one in sources if isinstance(one.weight, dict) for step in one.weight}
+    found: list[tuple[int, tuple[float, ...]]] = []
+    for step in sorted({0} | steps) if sources else ():
+        weights = _tempered([one.weight_at(step) for one in sources], config.data.temperature)
+        if not found or found[-1][1] != weights:
+            found.append((step, weights))
+    return found
+
+
+def _tempered(weights: Sequence[float], temperature: float) -> tuple[float, ...]:
+    """Weights to the power of 1 / temperature; in units of the largest one where a float would not hold them."""
+    power = 1.0 / temperature
+    try:
+        found = tuple(one**power for one in weights)
+    except OverflowError:
+        found = (math.inf,)
+    if math.isfinite(sum(found)) and any(found) == any(weights):
+        return found
+    return tuple((one / max(weights)) ** power for one in weights)
+
+
+def first_weights(config: Config) -> list[float]:
+    """Weights of the data sets at the run's beginning."""
+    return [weight for _, weights in blend_phases(config)[:1] for weight in weights]
+
+
+def mean_shares(config: Config) -> list[float]:
+    """Share of each data set in the sequences of the whole run."""
+    phases, steps = blend_phases(config), max(1, config.train.steps)
+    ends = [min(start, steps) for start, _ in phases[1:]] + [steps]
+    found = [0.0] * len(config.data.sources)
+    for (start, weights), end in zip(phases, ends, strict=True):
+        for number, weight in enumerate(weights):
+            found[number] += max(0, end - start) / steps * weight / sum(weights)
+    return found
+
+
 def depth_tokens(config: Config) -> int:
     """Tokens of each sequence that a Mixture-of-Depths layer processes [tokens].
 
-    Rounded up to `model.depth.multiple` (and what FP8 wants), a constant of the configuration: rounding to TP instead
+    Rounded up to `model.depth.multiple` (or FP8's multiple), a constant of the configuration: rounding to TP instead
     would make the selection, and so the loss, depend on the layout. Without Mixture-of-Depths it is the whole sequence.
     """
     depth, length = config.model.depth, config.model.seq_length
@@ -80,11 +141,11 @@ def chunk_layers(config: Config) -> list[range]:
 
 
 def experts_of_ranks(counts: Mapping[str, int], ranks: int) -> dict[str, tuple[range, ...]]:
-    """Which experts of each group every expert-parallel rank holds: contiguous ranges, in the order of ranks.
+    """The experts of each group that every expert-parallel rank holds: contiguous ranges, in rank order.
 
-    Ranks hold equally many experts of a group, or one more where the group's number is not divisible. Those one-more go
-    to the ranks that follow the ones that had them in the groups before, so ranks hold equally many experts altogether
-    wherever the total allows it: 7 text experts and 1 image expert are 2 on each of 4 ranks.
+    Each rank holds n // ranks experts of a group of n, and n % ranks ranks hold one more. The ranks with one more are
+    those after the ranks that had one more in the preceding groups. So all ranks hold the same total number of experts
+    whenever the total is divisible: 7 text experts and 1 image expert are 2 on each of 4 ranks.
 
     Args:
         counts: experts of each group, in the groups' order.
@@ -104,22 +165,47 @@ def _spread(counts: tuple[int, ...], ranks: int) -> list[tuple[range, ...]]:
     return found
 
 
+class GroupSize(NamedTuple):
+    """A group of experts.
+
+    Attributes:
+        name: of its modality, or of the mixed group.
+        modalities: indices of the modalities whose tokens it takes.
+        experts: their number.
+    """
+
+    name: str
+    modalities: tuple[int, ...]
+    experts: int
+
+
+def expert_groups(config: Config) -> tuple[GroupSize, ...]:
+    """Groups of experts in the order that model, checkpoints and plan share; none in a dense model.
+
+    The order is the vocabulary's, whatever the order in the file.
+    """
+    model, names = config.model, config.vocab.names
+    counts = model.experts.counts
+    if not model.has_experts:
+        return ()
+    if not model.per_modality:
+        return tuple(GroupSize(name, tuple(range(len(names))), count) for name, count in counts.items())
+    return tuple(GroupSize(name, (index,), counts[name]) for index, name in enumerate(names) if name in counts)
+
+
 def expert_counts(config: Config) -> dict[str, int]:
-    """Experts of each group, in the order that model, checkpoints and plan share."""
-    counts = config.model.experts.counts
-    if config.model.kind != "moma":
-        return dict(counts)
-    return {name: counts[name] for name in config.vocab.names if name in counts}
+    """Experts of each group, in the order of `expert_groups`."""
+    return {group.name: group.experts for group in expert_groups(config)}
 
 
 def on_fullest_rank(config: Config, of_groups: Mapping[str, float]) -> float:
-    """What the expert-parallel rank with the most of it has of something that each group's experts share equally.
+    """The largest amount of a quantity on any expert-parallel rank; each group's experts share it equally.
 
-    With groups that expert parallelism divides it is the sum over groups divided by the ranks.
+    If expert parallelism divides every group, it is the sum over groups divided by the ranks.
 
     Args:
         config: gives groups and ranks.
-        of_groups: the whole of each group, e.g. its parameters.
+        of_groups: the total of each group, e.g. its parameters.
     """
     counts, ranks = expert_counts(config), config.parallel.ep
     if not any(count % ranks for count in counts.values()):
@@ -136,9 +222,9 @@ def shared_width(config: Config) -> int:
 
 
 def with_auxiliary_routers(config: Config) -> Config:
-    """The configuration whose model holds auxiliary routers, as the stage that trains them and inference build it.
+    """The configuration of a model with auxiliary routers, for the stage that trains them and for inference.
 
-    Without FP8, whose scales belong to training steps; the slots that it rounded stay.
+    FP8 is off, because its scales belong to training steps; slots stay rounded as under FP8.
     """
     config = high_precision(config)
     if config.model.auxiliary.mode != "off":
@@ -148,7 +234,7 @@ def with_auxiliary_routers(config: Config) -> Config:
 
 
 def for_inference(config: Config, *, tp: int = 1) -> Config:
-    """The same model on any machine: nothing is left of the layout and the machine that a run was trained on.
+    """The same model for any machine: without the layout and the backend that a run was trained with.
 
     Args:
         config: the run's configuration.
@@ -167,14 +253,50 @@ def for_inference(config: Config, *, tp: int = 1) -> Config:
     )
 
 
+BITS = "bits_per_byte/"  # names of what is measured on held-out text for each byte of it begin with it
+SOURCE = "source/"  # names of what is measured on one source of a blend begin with it
+
+
+def source_names(config: Config) -> dict[str, str]:
+    """Folders of a blend's data sets by name; nothing without a blend, where all figures are those of the one set.
+
+    A name is the folder's, with as many of its parents in front (`a.web`, `b.web`) as distinguish it from the others.
+    """
+    # Path.absolute keeps "..", which `Path.resolve` would follow through links: a name should not depend on them.
+    folders = {Path(os.path.normpath(Path(source.path).absolute())): source.path for source in config.data.sources}
+    if len(folders) < 2:
+        return {}
+    names: list[str] = []
+    for parents in range(1, 1 + max(len(folder.parts) for folder in folders)):
+        names = [".".join(folder.parts[1:][-parents:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, folders.values(), strict=True))
+
+
+def held_out_figures(config: Config) -> list[str]:
+    """Losses that evaluations of a run measure, as metrics.jsonl names them (mmscale.runs.held_out.HeldOut)."""
+    routings = ["" if routing.leaks else f"{routing}/" for routing in measured_routings(config.model)]
+    sets = ["", *(f"validation/{name}/" for name in config.data.validation)]
+    if config.train.eval_sources:
+        sets += [f"{SOURCE}{name}/" for name in source_names(config)]
+    figures = ["loss", *(f"loss/{name}" for name in config.vocab.names)]
+    return [f"eval/{one}{routing}{figure}" for one in sets for routing in routings for figure in figures]
+
+
+def data_seed(config: Config) -> int:
+    """Seed of the order of training documents."""
+    return config.run.seed if config.data.seed is None else config.data.seed
+
+
 def overlap_p2p(config: Config) -> bool:
-    """Whether pipeline sends overlap with compute; left open, it follows from interleaving."""
+    """Whether pipeline sends overlap with compute; by default with an interleaved schedule."""
     chosen = config.parallel.overlap_p2p
     return config.parallel.vpp is not None if chosen is None else chosen
 
 
 def batch_p2p(config: Config) -> bool:
-    """Whether pipeline sends and receives are batched; left open, they are when they do not overlap with compute."""
+    """Whether pipeline sends and receives are batched; by default if they do not overlap with compute."""
     chosen = config.parallel.batch_p2p
     return not overlap_p2p(config) if chosen is None else chosen
 
@@ -182,12 +304,12 @@ def batch_p2p(config: Config) -> bool:
 def overlap_data_parallel(config: Config, *, nccl: bool) -> tuple[bool, bool]:
     """Whether gradients are reduced during backward, and parameters gathered during forward.
 
-    Left open, both are where ranks talk through NCCL. On gloo the same cores compute and send: nothing is gained, and
-    a step in one order is easier to follow.
+    By default both are on with NCCL. On gloo the same cores compute and send, so nothing is gained, and steps without
+    overlap are easier to follow.
 
     Args:
         config: gives `parallel.overlap_grad_reduce` and `overlap_param_gather`.
-        nccl: whether ranks talk through NCCL.
+        nccl: whether ranks communicate through NCCL.
     """
     reduce, gather = config.parallel.overlap_grad_reduce, config.parallel.overlap_param_gather
     if reduce is None:

@@ -1,6 +1,6 @@
-"""A YAML file or an override as plain data that remembers where each value stands.
+"""Reads a YAML file or an override into plain data and records the source line of each value.
 
-Knows YAML and dotted keys, not the schema: load.py judges the values.
+It handles YAML and dotted keys only; load.py checks the values.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import yaml
 from mmscale.config import yaml_text
 from mmscale.errors import ConfigError
 
-_MAX_SHOWN = 60  # characters of a wrong override that a message repeats
+_MAX_SHOWN = 60  # characters of a wrong override shown in a message
 _MAX_KEY = 1000  # characters
 
 
 @dataclass
-class Document:
-    """Plain data with marks.
+class ConfigDocument:
+    """Plain data with the source of each value.
 
     Attributes:
         data: mappings, lists and scalars.
-        marks: where each dotted key was given: "file:line" or "override".
-        written: the characters of each scalar as written, for values that YAML took for numbers.
+        marks: source of each dotted key: "file:line" or "override".
+        written: the original characters of each scalar, in case YAML read text as a number.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Document:
                 del table[name]
 
     def where(self, key: str) -> str:
-        """The place of a key, of something inside it or of the nearest section around it: "file:line: ", or ""."""
+        """The source of a key, of a key below it or of the nearest enclosing section: "file:line: ", or ""."""
         inside = [mark for name, mark in self.marks.items() if name.startswith(f"{key}.")]
         if key not in self.marks and inside:
             return f"{inside[0]}: "
@@ -51,7 +51,7 @@ class Document:
         return ""
 
 
-def read_file(path: Path) -> Document:
+def read_file(path: Path) -> ConfigDocument:
     """Read a YAML file whose top level is a mapping.
 
     Raises:
@@ -66,15 +66,15 @@ def read_file(path: Path) -> Document:
         raise ConfigError(f"{path}: cannot be read: {error}", remedy="give a readable YAML file in UTF-8") from None
     node = yaml_text.compose(text, str(path))
     if node is None:
-        return Document()
+        return ConfigDocument()
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: holds no mapping at its top level", remedy="write `section:` lines, e.g. `model:`")
-    document = Document()
+    document = ConfigDocument()
     document.data = _Reader(document, str(path)).value(node, "", 0)
     return document
 
 
-def apply_override(document: Document, text: str, *, defaults: dict[str, Any]) -> str:
+def apply_override(document: ConfigDocument, text: str, *, defaults: dict[str, Any]) -> str:
     """Set one `dotted.key=value` in the document and return the key.
 
     Args:
@@ -150,9 +150,9 @@ def leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _Reader:
-    """Turns nodes into data; PyYAML's own constructor would drop lines and let a later duplicate key win silently."""
+    """Converts YAML nodes into data; PyYAML's own constructor drops line numbers and accepts duplicate keys."""
 
-    def __init__(self, document: Document, name: str) -> None:
+    def __init__(self, document: ConfigDocument, name: str) -> None:
         self.document = document
         self.name = name
         self.values = 0

@@ -1,6 +1,6 @@
-"""What a change of each setting does to a run that goes on from a checkpoint: one table over the whole schema.
+"""The table of effects: what a change of each setting does to a run that resumes from a checkpoint.
 
-Sections whose settings all have one effect are listed as a whole. What changes.py asks of a user follows from it.
+A section whose settings all have one effect has one line. changes.py derives from it which changes need a confirmation.
 """
 
 from __future__ import annotations
@@ -12,30 +12,35 @@ from mmscale.config.schema import Config
 
 
 class Effect(StrEnum):
-    """What a setting decides."""
+    """What a change of a setting affects."""
 
-    SHAPE = "shape"  # which weights there are and what they mean; never changes: `checkpoint.shape.check_shape`
+    SHAPE = "shape"  # which weights exist and what they mean; must not change: `checkpoint.shape.check_shape`
     FUNCTION = "function"  # what the same weights compute
     OBJECTIVE = "objective"  # what is minimized, or which batches are read
-    DATA = "data"  # where the data is; whether it is the same is told by its content
+    DATA = "data"  # where the data is; its content decides whether it is the same
     FREE = "free"  # how long, how fast, where and with which optimizer; noise of training; faults and logs
 
 
 def _routed(config: Config) -> Effect:
-    """Capacities follow from the length of a sequence."""
+    """Capacities depend on the sequence length."""
     return Effect.FUNCTION if config.model.routes else Effect.OBJECTIVE
 
 
 def _scope(config: Config) -> Effect:
-    """Only where experts choose among the tokens of a micro-batch."""
-    chosen = config.model.experts.scope == "micro_batch" and config.model.kind != "dense"
+    """The micro-batch size matters only if experts choose among the tokens of a micro-batch."""
+    chosen = config.model.experts.scope == "micro_batch" and config.model.has_experts
     return Effect.FUNCTION if chosen else Effect.FREE
+
+
+def _seed(config: Config) -> Effect:
+    """With a seed of its own the order of the data does not depend on the run's."""
+    return Effect.OBJECTIVE if config.data.seed is None else Effect.FREE
 
 
 EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "run.dir": Effect.FREE,
     "run.name": Effect.FREE,
-    "run.seed": Effect.OBJECTIVE,
+    "run.seed": _seed,
     "vocab": Effect.SHAPE,
     "model.kind": Effect.SHAPE,
     "model.num_layers": Effect.SHAPE,
@@ -49,6 +54,8 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "model.norm_eps": Effect.FUNCTION,
     "model.qk_norm": Effect.SHAPE,
     "model.rope_base": Effect.FUNCTION,
+    "model.rope_scaling": Effect.FUNCTION,
+    "model.qkv_bias": Effect.SHAPE,
     "model.tie_embeddings": Effect.SHAPE,
     "model.init_std": Effect.FREE,
     "model.dropout": Effect.FREE,
@@ -67,34 +74,46 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "model.experts.compute": Effect.FREE,
     "model.experts.fused_swiglu": Effect.FREE,
     "model.experts.cuda_graph": Effect.FREE,
-    "model.experts.threshold_decay": Effect.FREE,  # whether averages are kept at all is a matter of shape
+    "model.experts.threshold_decay": Effect.FREE,  # whether averages exist at all is part of the shape
     "model.depth": Effect.SHAPE,
     "model.depth.every": Effect.SHAPE,
     "model.depth.capacity": Effect.FUNCTION,
     "model.depth.multiple": Effect.FUNCTION,
     "model.depth.choice": Effect.FUNCTION,
-    "model.auxiliary": Effect.FREE,  # they never touch the main weights; a joint run's are a matter of shape
+    "model.auxiliary": Effect.FREE,  # they never change the main weights; a joint run's routers are part of the shape
     "data.path": Effect.DATA,
     "data.blend": Effect.DATA,
-    "data.validation": Effect.FREE,  # nothing is learned from it; other documents under a name are announced
+    "data.temperature": Effect.DATA,
+    "data.validation": Effect.FREE,  # not trained on; changed documents under a name are reported
+    "data.order": Effect.FREE,  # of new runs; a run keeps its own (`mmscale.data.stream.segments`)
+    "data.selection": Effect.FREE,  # weights that come or go are part of what identifies the data
     "data.balance": Effect.OBJECTIVE,
     "data.pack_window": Effect.OBJECTIVE,
     "data.deal_window": Effect.OBJECTIVE,
+    "data.seed": Effect.OBJECTIVE,
+    "data.document_multiple": Effect.OBJECTIVE,
     "data.cache": Effect.FREE,
+    "data.verify": Effect.FREE,
     "data.workers": Effect.FREE,
-    "data.prepare": Effect.FREE,  # data that was prepared anew is other data, whatever was set
+    "data.prepare": Effect.FREE,  # data that was prepared again is other data in any case
     "train.steps": Effect.FREE,
     "train.micro_batch_size": _scope,
     "train.global_batch_size": Effect.OBJECTIVE,
     "train.eval_every": Effect.FREE,
     "train.eval_batches": Effect.FREE,
+    "train.eval_sources": Effect.FREE,
+    "train.tasks": Effect.FREE,
+    "train.loss": Effect.OBJECTIVE,
+    "train.loss_args": Effect.OBJECTIVE,
+    "train.hooks": Effect.FREE,  # they may look, and change nothing
+    "train.stop_when": Effect.FREE,
     "train.z_loss": Effect.OBJECTIVE,
     "train.modality_weights": Effect.OBJECTIVE,
     "train.dry_run": Effect.FREE,
     "optim": Effect.FREE,
     "auxiliary": Effect.FREE,
     "parallel": Effect.FREE,
-    "precision": Effect.FREE,  # rounding; slots that FP8 rounds up are announced
+    "precision": Effect.FREE,  # rounding; slots that FP8 rounds up are reported
     "checkpoint": Effect.FREE,
     "resilience": Effect.FREE,
     "log": Effect.FREE,
@@ -102,14 +121,14 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
 
 
 def entry_of(key: str) -> str | None:
-    """The line of the table that a dotted key falls under: its own, or that of the nearest section around it."""
+    """The line of the table for a dotted key: its own, or that of the nearest enclosing section."""
     while key and key not in EFFECTS:
         key = key.rpartition(".")[0]
     return key or None
 
 
 def effect_of(key: str, config: Config) -> Effect:
-    """The effect of a setting in a configuration; one that this version does not know has none."""
+    """The effect of a setting in a configuration. A setting that this version does not know is free."""
     entry = entry_of(key)
     if entry is None:
         return Effect.FREE

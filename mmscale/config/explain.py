@@ -1,11 +1,11 @@
-"""What one setting means, for `mmscale config explain KEY`.
+"""Describes one setting, for `mmscale config explain KEY`.
 
-Everything comes from the schema's own descriptions; nothing is printed here.
+All texts come from the schema. This module prints nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -46,7 +46,7 @@ def explain(key: str = "") -> dict[str, Any]:
         "unit": found.unit,
         "required": found.field.is_required(),
         "default": _default(found),
-        "allowed": _allowed(found.field.annotation),
+        "allowed": keys.allowed_values(found.annotation),
         "source": found.source,
     }
     return entry | ({"keys": inside} if inside else {})
@@ -59,12 +59,3 @@ def _default(key: Key) -> Any:
     if isinstance(default, tuple):
         return [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in default]
     return default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-
-
-def _allowed(annotation: Any) -> list[Any] | None:
-    """The values of a choice; None where any value of the type may stand."""
-    if annotation is bool:
-        return [True, False]
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return None

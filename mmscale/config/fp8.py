@@ -1,7 +1,8 @@
-"""What FP8 asks of shapes: rows of its products come in sixteens, so static slots are rounded up, and said to be.
+"""Shape requirements of FP8: static slots are rounded up to multiples, and each rounding is reported.
 
 Source: Transformer-Engine 2.11 asserts rows % 8 and last dimensions % 16, and expert rows are aligned to 16 for every
-recipe of sm_90; a blockwise tensor that is gathered (sequence parallelism) has whole blocks of 128 both ways.
+recipe of sm_90. A blockwise tensor that is gathered (sequence parallelism) needs whole blocks of 128 in both
+dimensions.
 """
 
 from __future__ import annotations
@@ -14,33 +15,33 @@ ALIGNMENT, BLOCK = 16, 128
 
 
 def blocks_are_gathered(config: Config) -> bool:
-    """Whether blockwise tensors travel between ranks, so that blocks may not be cut."""
+    """Whether blockwise tensors are communicated between ranks, which requires whole blocks."""
     return config.precision.fp8 == "blockwise" and config.parallel.tp > 1
 
 
 def row_multiple(config: Config) -> int:
-    """Rows of an FP8 product, and slots of an expert, are a multiple of this [tokens]; 1 without FP8."""
+    """Divisor of the rows of an FP8 product and of the slots of an expert [tokens]; 1 without FP8."""
     if config.precision.fp8 == "off":
         return 1
     return BLOCK if blocks_are_gathered(config) else ALIGNMENT
 
 
 def capacity_multiple(config: Config) -> int:
-    """Slots of an expert are rounded up to this: model.experts.capacity_multiple, and what FP8 wants [tokens]."""
+    """The multiple to which slots of an expert are rounded up: model.experts.capacity_multiple and FP8's [tokens]."""
     return math.lcm(config.model.experts.capacity_multiple, row_multiple(config))
 
 
 def depth_multiple(config: Config) -> int:
-    """Tokens of a sequence that a Mixture-of-Depths layer selects are rounded up to this [tokens]."""
+    """The multiple to which the tokens that a Mixture-of-Depths layer selects are rounded up [tokens]."""
     depth = config.model.depth
     return math.lcm(1 if depth is None else depth.multiple, row_multiple(config))
 
 
 def roundings(config: Config) -> list[str]:
-    """One line for each setting that FP8 rounds up; what it costs is seen in `mmscale plan`."""
+    """One line for each setting that FP8 rounds up; `mmscale plan` shows the cost."""
     model, rows = config.model, row_multiple(config)
     found = []
-    if model.kind != "dense":
+    if model.has_experts:
         found.append(("model.experts.capacity_multiple", model.experts.capacity_multiple, capacity_multiple(config)))
     if model.depth is not None:
         found.append(("model.depth.multiple", model.depth.multiple, depth_multiple(config)))
@@ -51,13 +52,13 @@ def roundings(config: Config) -> list[str]:
 
 
 def high_precision(config: Config) -> Config:
-    """The same model without FP8, with the slots that FP8 gave it: for inference and for what is trained afterwards."""
+    """The same model without FP8, with the slot counts of FP8: for inference and for later training stages."""
     if config.precision.fp8 == "off":
         return config
     model = config.model
     experts = model.experts.model_copy(update={"capacity_multiple": capacity_multiple(config)})
     depth = None if model.depth is None else model.depth.model_copy(update={"multiple": depth_multiple(config)})
-    # What the rules refuse without a recipe goes too; margins and formats say nothing then.
+    # Also resets the settings that the rules refuse without a recipe; margins and formats have no effect then.
     off = {"fp8": "off", "fp8_emulate": False, "fp8_skip_first": 0, "fp8_skip_last": 0}
     precision = config.precision.model_copy(update=off)
     return config.model_copy(

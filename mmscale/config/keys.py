@@ -1,6 +1,6 @@
-"""The schema seen as dotted keys: which exist, what each one wants in words, which one a typo meant.
+"""The schema as dotted keys: the existing keys, the values each accepts in words, and suggestions for typos.
 
-Reading files is load.py's business, showing a key to a person explain.py's.
+Reading files is in load.py; `config explain` is in explain.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from mmscale.config.schema import Config, Section
-from mmscale.config.section import LARGEST
+from mmscale.config.section import LARGEST, OneOf, PlugIns
 
 # Stands for a list index or a name chosen by the user, as in vocab.modalities.*.size.
 ANY = "*"
 _CLOSE = 0.6
 _LONGEST = 100  # characters; comparing takes time that grows with the square
-# What other training stacks call some settings; no string distance finds these.
+# Names of some settings in other training stacks, which no string distance would find.
 _ELSEWHERE = {
     "batch_size": "train.global_batch_size",
     "d_model": "model.hidden_size",
@@ -55,12 +55,12 @@ class Key:
 
     @property
     def unit(self) -> str:
-        """What the number counts, or ""."""
+        """The unit of the number, or ""."""
         return str(self._extra.get("unit", ""))
 
     @property
     def source(self) -> str:
-        """Paper section or file that the setting comes from, or ""."""
+        """Paper section or source file of the setting, or ""."""
         return str(self._extra.get("source", ""))
 
     @property
@@ -76,7 +76,7 @@ class Key:
 
     @property
     def wants(self) -> str:
-        """The values it takes, in words, with the unit."""
+        """The accepted values in words, with the unit."""
         words = describe(self.annotation)
         return f"{words} [{self.unit}]" if self.unit else words
 
@@ -123,7 +123,7 @@ def find(key: str) -> Key | None:
 
 
 def wants(name: str) -> str:
-    """What a dotted key wants, in words; for an entry of a mapping, what its value wants. "" for an unknown key."""
+    """The values that a dotted key accepts, in words; for an entry of a mapping its value's. "" for an unknown key."""
     key = find(name)
     if key is None:
         return ""
@@ -141,12 +141,12 @@ def _entry_of(annotation: Any) -> Any:
 
 
 def holds_names(annotation: Any) -> bool:
-    """Whether the type is, or may be, a mapping from names chosen by the user."""
+    """Whether the type is, or may be, a mapping whose keys the user chooses."""
     return get_origin(annotation) is dict or any(holds_names(argument) for argument in get_args(annotation))
 
 
 def accepts(annotation: Any, kind: type) -> bool:
-    """Whether a value of exactly this Python type may stand at a place of this annotation (bool is not an int here)."""
+    """Whether an annotation accepts a value of exactly this Python type (here bool does not count as int)."""
     if get_origin(annotation) is Literal:
         return any(type(value) is kind for value in get_args(annotation))
     if annotation is kind:
@@ -154,10 +154,32 @@ def accepts(annotation: Any, kind: type) -> bool:
     return any(accepts(argument, kind) for argument in get_args(annotation) if argument is not annotation)
 
 
+def allowed_values(annotation: Any) -> list[Any] | None:
+    """The values of a choice; None where any value of the type is allowed."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is bool:
+        return [True, False]
+    if origin is Literal:
+        return list(arguments)
+    if origin is Annotated:
+        tables = [list(map(str, item.table)) for item in _flat(arguments[1:]) if _closed(item)]
+        return tables[0] if tables else None
+    return None
+
+
+def _closed(item: Any) -> bool:
+    return isinstance(item, OneOf) and not item.plugin
+
+
 def describe(annotation: Any) -> str:
     """A type in words, e.g. "a whole number of at least 1, or null"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        for item in _flat(arguments[1:]):
+            if isinstance(item, OneOf):
+                return f"one of {', '.join(item.table)}" + (", or a plug-in (module:attribute)" if item.plugin else "")
+            if isinstance(item, PlugIns):
+                return "a mapping of plug-ins (module:attribute), each to a mapping of its arguments"
         return _constrained(arguments[0], arguments[1:])
     if origin in (Union, types.UnionType):
         ordered = [argument for argument in arguments if argument is not type(None)]
@@ -172,7 +194,7 @@ def describe(annotation: Any) -> str:
         return f"a list, each entry {describe(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return f"a mapping with {', '.join(annotation.model_fields)}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "a value"}.get(
         annotation, str(annotation)
     )
 
@@ -201,7 +223,7 @@ def _flat(metadata: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def did_you_mean(key: str) -> str | None:
-    """The existing key that an unknown one most likely meant, also in another section; None if nothing is near."""
+    """The existing key that a mistyped key most likely means, also in another section; None if none is similar."""
     if len(key) > _LONGEST:
         return None
     keys = [name for name in all_keys() if ANY not in name]

@@ -1,6 +1,6 @@
-"""Reading a configuration: YAML file plus overrides -> Config, with the origin of every value; and writing it back.
+"""Loads a configuration from a YAML file plus overrides, with the origin of every value, and writes it back.
 
-Every problem of a file is reported at once. Rules between settings are in rules.py.
+All problems of a file are reported at once. Rules between settings are in rules.py.
 """
 
 from __future__ import annotations
@@ -15,41 +15,43 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from mmscale.config import document as documents
-from mmscale.config import keys, rules, yaml_text
-from mmscale.config.document import Document
+from mmscale.config import keys, plugins, rules, yaml_text
+from mmscale.config.document import ConfigDocument
 from mmscale.config.schema import Config
 from mmscale.config.section import LARGEST
 from mmscale.config.validate import dotted, validate
 
-_SHOWN = 60  # characters of a wrong value that a message repeats
+_SHOWN = 60  # characters of a wrong value shown in a message
 _MOST_PROBLEMS = 50  # in one message
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and check a configuration file.
+def load(path: str | Path, overrides: Sequence[str] = (), *, recorded: bool = False) -> Config:
+    """Read a configuration file, apply overrides and check it.
 
     Args:
         path: YAML file.
-        overrides: `dotted.key=value` strings; values are YAML; the last one of a key wins.
+        overrides: `dotted.key=value` strings; values are YAML; the last one of a key applies.
+        recorded: a run wrote the file, and nothing is trained: plug-ins that it names need not be installed here.
 
     Raises:
-        ConfigError: the file, a value or a rule is wrong; its first line is the first problem, more lines the others.
+        ConfigError: the file, a value or a rule is wrong. The first line is the first problem, further lines the
+            others.
     """
-    return _build(_read(path, overrides))
+    return _build(_read(path, overrides), recorded=recorded)
 
 
 def resolve(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The same for settings that are in memory already.
+    """The same as `load` for settings in memory.
 
     Raises:
         ConfigError: a value or a rule is wrong.
     """
-    document = Document(data=_plain(mapping))
+    document = ConfigDocument(data=_plain(mapping))
     return _build(_override(document, overrides))
 
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Where each value comes from: dotted key -> "default", "file:line" or "override".
+    """The origin of each value: dotted key -> "default", "file:line" or "override".
 
     Raises:
         ConfigError: as for `load`.
@@ -69,16 +71,16 @@ def dump(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """Hash of all settings: equal for equal configurations, however they were written."""
+    """Hash of all settings: equal for equal configurations, independent of how they were written."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _read(path: str | Path, overrides: Sequence[str]) -> Document:
+def _read(path: str | Path, overrides: Sequence[str]) -> ConfigDocument:
     return _override(documents.read_file(Path(path)), overrides)
 
 
-def _override(document: Document, overrides: Sequence[str]) -> Document:
+def _override(document: ConfigDocument, overrides: Sequence[str]) -> ConfigDocument:
     defaults = _list_defaults() if overrides else {}
     for text in overrides:
         documents.apply_override(document, text, defaults=defaults)
@@ -105,17 +107,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _build(document: Document) -> Config:
+def _build(document: ConfigDocument, *, recorded: bool = False) -> Config:
     config, errors = validate(Config, document)
     problems = {**_problems(document, errors[:_MOST_PROBLEMS]), **_booleans_for_numbers(document)}
     if config is None or problems:
         raise rules.as_error(list(problems.values())[:_MOST_PROBLEMS])
     rules.check(config)
+    if not recorded:
+        plugins.check_names(config)
     return config
 
 
-def _booleans_for_numbers(document: Document) -> dict[str, rules.Problem]:
-    """`steps: true` would pass as 1: Python's bool is an int."""
+def _booleans_for_numbers(document: ConfigDocument) -> dict[str, rules.Problem]:
+    """Refuses `steps: true`, which would pass as 1 because Python's bool is an int."""
     problems = {}
     for name, value in documents.leaves(document.data):
         key = keys.find(name)
@@ -126,7 +130,7 @@ def _booleans_for_numbers(document: Document) -> dict[str, rules.Problem]:
     return problems
 
 
-def _problems(document: Document, errors: Sequence[ErrorDetails]) -> dict[str, rules.Problem]:
+def _problems(document: ConfigDocument, errors: Sequence[ErrorDetails]) -> dict[str, rules.Problem]:
     """One problem per dotted key; unknown keys first, since they often explain the others."""
     unknown, wrong, missing = {}, {}, []
     suggested = set()
@@ -147,21 +151,21 @@ def _problems(document: Document, errors: Sequence[ErrorDetails]) -> dict[str, r
 
 def _wants(name: str, error: ErrorDetails) -> str:
     limit = error.get("ctx", {}).get("le")
-    if error["type"] == "less_than_equal" and limit == LARGEST:  # too large for anything: not part of a description
+    if error["type"] == "less_than_equal" and limit == LARGEST:  # the general upper bound is not part of a description
         return f"{keys.wants(name)}, and at most {limit:g}"
     if error["loc"][-1] == "[key]":
         return "a name of letters, digits, '.', '_' and '-' as a key"
     return keys.wants(name) or error["msg"]
 
 
-def _unknown(document: Document, name: str, meant: str | None) -> rules.Problem:
+def _unknown(document: ConfigDocument, name: str, meant: str | None) -> rules.Problem:
     where = document.where(name)
     name = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
     remedy = f"did you mean `{meant}`?" if meant else "`mmscale config explain` lists all settings"
     return rules.Problem(f"{where}{name} is not a setting", remedy)
 
 
-def _wrong(document: Document, name: str, value: Any, wants: str) -> rules.Problem:
+def _wrong(document: ConfigDocument, name: str, value: Any, wants: str) -> rules.Problem:
     shown = "null" if value is None else json.dumps(value, default=str)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
     key = keys.find(name)
@@ -169,7 +173,7 @@ def _wrong(document: Document, name: str, value: Any, wants: str) -> rules.Probl
     return rules.Problem(f"{document.where(name)}{name} is {shown}, wants {wants}", remedy)
 
 
-def _missing(document: Document, name: str) -> rules.Problem:
+def _missing(document: ConfigDocument, name: str) -> rules.Problem:
     key = keys.find(name)
     wants = f" ({key.wants})" if key is not None and key.section is None else ""
     return rules.Problem(

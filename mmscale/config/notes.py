@@ -1,26 +1,30 @@
-"""What a reader of a configuration should know although nothing is wrong: settings without effect, sizes rounded up.
+"""Notes on a valid configuration: settings without effect, and sizes that are rounded up.
 
-A setting without effect is named, not refused: siblings of a run and sweeps change the setting that it depends on.
+A setting without effect is reported but not refused, because sweeps and variants of a run change the setting that it
+depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mmscale.config import keys
 from mmscale.config.fp8 import roundings
-from mmscale.config.schema import Config, PrepareConfig
+from mmscale.config.schema import Config, OptimConfig, PrepareConfig
+from mmscale.tables.settings import IMAGE_TOKENIZERS, KINDS, LOSSES, OPTIMIZERS, SCHEDULES, TEXT_TOKENIZERS
+from mmscale.tables.table import Table
 
 
 class Need(NamedTuple):
-    """Settings that have an effect only where another one allows it.
+    """Settings that have an effect only if another setting allows it.
 
     Attributes:
-        keys: dotted keys below `section`.
         section: dotted key of their section.
-        words: what they need, for a message.
-        met: whether a configuration has it.
+        keys: names below `section`.
+        words: the condition, for a message.
+        met: whether a configuration meets the condition.
     """
 
     section: str
@@ -34,29 +38,63 @@ def _prepare(met: Callable[[PrepareConfig], bool]) -> Callable[[Config], bool]:
 
 
 def _schedule(section: str) -> list[Need]:
-    def has(*names: str) -> Callable[[Config], bool]:
-        return lambda config: (config.auxiliary.optim if "." in section else config.optim).schedule in names
+    def optim(config: Config) -> OptimConfig:
+        return config.auxiliary.optim if "." in section else config.optim
 
-    return [
-        Need(section, ("decay",), f"{section}.schedule = wsd or power", has("wsd", "power")),
-        Need(section, ("power_exponent", "power_tokens"), f"{section}.schedule = power", has("power")),
-        Need(
+    def plugged(setting: str, table: Table[Any]) -> Need:
+        return Need(
             section,
-            ("min_lr",),
-            f"another {section}.schedule than constant",
-            has("linear", "cosine", "wsd", "inverse_sqrt", "power"),
-        ),
-    ]
+            (f"{setting}_args",),
+            f"a plug-in as {section}.{setting}",
+            lambda config: getattr(optim(config), setting) not in table,
+        )
+
+    def read(setting: str) -> Need:
+        readers = [name for name, schedule in SCHEDULES.items() if setting in schedule.reads]
+        others = [name for name in SCHEDULES if name not in readers]
+        words = f"another {section}.schedule than {' or '.join(others)}" if len(others) < len(readers) else ""
+        # A plug-in may read any of them.
+        return Need(
+            section,
+            (setting,),
+            words or f"{section}.schedule = {' or '.join(readers)}",
+            lambda config: optim(config).schedule not in others,
+        )
+
+    optional = dict.fromkeys(setting for schedule in SCHEDULES.values() for setting in schedule.reads)
+    return [*map(read, optional), plugged("schedule", SCHEDULES), plugged("optimizer", OPTIMIZERS)]
 
 
+_PLUGGED = ("path", "fit_patches")  # settings that image tokenizers of plug-ins depend on, too
+
+
+def _image_kind_reads(readers: list[str], unread: list[str], prepare: PrepareConfig, *, plugged: bool) -> bool:
+    """Whether the kind of image tokenizer depends on a setting; `plugged`: plug-ins do."""
+    return prepare.image.kind not in unread if plugged else prepare.image.kind in readers
+
+
+def _tokenizers() -> Iterator[Need]:
+    for setting in dict.fromkeys(setting for kind in IMAGE_TOKENIZERS.values() for setting in kind.reads):
+        readers = [name for name, kind in IMAGE_TOKENIZERS.items() if setting in kind.reads]
+        unread = [name for name in IMAGE_TOKENIZERS if name not in readers]
+        met = _prepare(functools.partial(_image_kind_reads, readers, unread, plugged=setting in _PLUGGED))
+        yield Need("data.prepare.image", (setting,), f"data.prepare.image.kind = {' or '.join(readers)}", met)
+    plugged_in = _prepare(lambda prepare: prepare.image.kind not in IMAGE_TOKENIZERS)
+    yield Need("data.prepare.image", ("kind_args",), "a plug-in as data.prepare.image.kind", plugged_in)
+    plugged_in = _prepare(lambda prepare: prepare.text.kind not in TEXT_TOKENIZERS)
+    yield Need("data.prepare.text", ("kind_args",), "a plug-in as data.prepare.text.kind", plugged_in)
+
+
+_WITH_EXPERTS = " or ".join(name for name, kind in KINDS.items() if kind.experts)
 _EXPERTS = ("capacity_factor", "capacity_multiple", "scope", "compute", "fused_swiglu")
 NEEDS: tuple[Need, ...] = (
+    Need("train", ("loss_args",), "a plug-in as train.loss", lambda config: config.train.loss not in LOSSES),
     *_schedule("optim"),
     *_schedule("auxiliary.optim"),
     Need(
         "auxiliary",
         ("steps", "micro_batch_size", "global_batch_size", "checkpoint_every"),
-        "a stage of its own: with model.auxiliary.mode = joint those of `train` and `checkpoint` count",
+        "a separate stage: with model.auxiliary.mode = joint the settings of `train` and `checkpoint` apply",
         lambda config: config.model.auxiliary.mode != "joint",
     ),
     Need(
@@ -66,7 +104,7 @@ NEEDS: tuple[Need, ...] = (
         lambda config: config.parallel.recompute == "selective",
     ),
     Need("parallel", ("overlap_p2p", "batch_p2p"), "parallel.pp above 1", lambda config: config.parallel.pp > 1),
-    Need("model.experts", _EXPERTS, "model.kind = moe or moma", lambda config: config.model.kind != "dense"),
+    Need("model.experts", _EXPERTS, f"model.kind = {_WITH_EXPERTS}", lambda config: config.model.has_experts),
     Need(
         "model.experts",
         ("shared_ffn_hidden_size",),
@@ -100,8 +138,8 @@ NEEDS: tuple[Need, ...] = (
     Need(
         "resilience.anomaly",
         ("budget",),
-        "resilience.anomaly.action = skip or rollback",
-        lambda config: config.resilience.anomaly.action != "log",
+        "resilience.anomaly.action = skip or rollback, or optim.grad_norm_skip_threshold",
+        lambda config: config.resilience.anomaly.action != "log" or _limits_norms(config),
     ),
     Need(
         "resilience",
@@ -115,18 +153,7 @@ NEEDS: tuple[Need, ...] = (
         "log.prometheus_port",
         lambda config: config.log.prometheus_port is not None,
     ),
-    Need(
-        "data.prepare.image",
-        ("patch", "residual", "fit_patches"),
-        "data.prepare.image.kind = kmeans",
-        _prepare(lambda prepare: prepare.image.kind == "kmeans"),
-    ),
-    Need(
-        "data.prepare.image",
-        ("path",),
-        "data.prepare.image.kind = kmeans or vq",
-        _prepare(lambda prepare: prepare.image.kind != "levels"),
-    ),
+    *_tokenizers(),
     Need(
         "data.prepare.emoji",
         ("font", "annotations", "languages", "skin_tones", "limit"),
@@ -142,8 +169,12 @@ NEEDS: tuple[Need, ...] = (
 )
 
 
+def _limits_norms(config: Config) -> bool:
+    return any(optim.grad_norm_skip_threshold is not None for optim in (config.optim, config.auxiliary.optim))
+
+
 def notes(config: Config) -> list[str]:
-    """Sentences for `config check` and the start of a run."""
+    """Notes that `config check` and the start of a run print."""
     return [*unused(config), *roundings(config)]
 
 

@@ -1,4 +1,4 @@
-"""What a rule between settings reports, and what a rule is. The rules themselves are in rules.py and rules_*.py."""
+"""The types of rules between settings and of their problems. The rules are in rules.py and rules_*.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmscale.errors import ConfigError
 
 
 class Problem(NamedTuple):
-    """A violated rule: what is wrong and what helps."""
+    """A violated rule: cause and remedy."""
 
     cause: str
     remedy: str
@@ -20,7 +20,7 @@ Rule = Callable[[Config], Iterator[Problem]]
 
 
 def as_error(problems: Sequence[Problem]) -> ConfigError:
-    """One error for all problems: the first is its cause and remedy, each other one is a further line of the cause."""
+    """One error for all problems: the first gives its cause and remedy, the others are further lines of the cause."""
     first, *others = problems
     lines = [first.cause, *(f"also: {problem.cause}; {problem.remedy}" for problem in others)]
     return ConfigError("\n".join(lines), remedy=first.remedy)

@@ -1,6 +1,6 @@
-"""Rules about how experts are computed and what overlaps with what (`model.experts`, `parallel.overlap_*`).
+"""Rules about the computation of experts and about overlap (`model.experts`, `parallel.overlap_*`).
 
-Whether this machine can do it is asked where the model is built; here is what no machine can.
+These rules hold on every machine. Whether this machine supports a setting is checked when the model is built.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 
-# grouped_mm refuses matrices whose rows do not begin at multiples of this [bytes] (aten/native/GroupedMMUtils.h).
+# grouped_mm refuses matrices whose rows do not start at multiples of this [bytes] (aten/native/GroupedMMUtils.h).
 _ROW_BYTES = 16
 
 
 def _grouped(config: Config) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tp
-    if model.kind == "dense" or model.experts.compute != "grouped_mm":
+    if not model.has_experts or model.experts.compute != "grouped_mm":
         return
     multiple = _ROW_BYTES // (2 if config.precision.dtype == "bf16" else 4)
     for key, width in (
@@ -26,7 +26,7 @@ def _grouped(config: Config) -> Iterator[Problem]:
         if width % multiple:
             yield Problem(
                 f"model.experts.compute = grouped_mm: {key} = {width} is not a multiple of {multiple}, and its "
-                f"kernels want rows of {_ROW_BYTES} bytes",
+                f"kernels need rows of a multiple of {_ROW_BYTES} bytes",
                 f"make it a multiple of {multiple}, or use model.experts.compute=bmm",
             )
 
@@ -35,11 +35,13 @@ def _graphs(config: Config) -> Iterator[Problem]:
     parallel, experts = config.parallel, config.model.experts
     if not experts.cuda_graph:
         return
-    if config.model.kind == "dense":
-        yield Problem("model.experts.cuda_graph is set, but model.kind = dense has no experts", "remove it")
+    if not config.model.has_experts:
+        yield Problem(
+            f"model.experts.cuda_graph is set, but model.kind = {config.model.kind} has no experts", "remove it"
+        )
     if experts.capacity == "actual":
         yield Problem(
-            "model.experts.cuda_graph with model.experts.capacity = actual: a graph repeats the shapes that it was "
+            "model.experts.cuda_graph with model.experts.capacity = actual: a graph replays the shapes that it was "
             "captured with, and these capacities change with every micro-batch",
             "use model.experts.capacity=nominal or model.experts.cuda_graph=false",
         )
@@ -51,8 +53,8 @@ def _graphs(config: Config) -> Iterator[Problem]:
         )
     if parallel.recompute == "full":
         yield Problem(
-            "model.experts.cuda_graph with parallel.recompute = full: graphs keep their activations for good, so "
-            "recomputing layers would save nothing",
+            "model.experts.cuda_graph with parallel.recompute = full: graphs keep their activations permanently, so "
+            "recomputing layers would save no memory",
             "use parallel.recompute=selective or none, or model.experts.cuda_graph=false",
         )
     why = "Transformer-Engine's modules update FP8 state between micro-batches, which a captured graph would repeat"
@@ -79,13 +81,13 @@ def _overlap(config: Config) -> Iterator[Problem]:
         )
     if parallel.overlap_experts and parallel.ep == 1:
         yield Problem(
-            "parallel.overlap_experts is set, but with parallel.ep = 1 no tokens travel",
+            "parallel.overlap_experts is set, but with parallel.ep = 1 no tokens are exchanged",
             "set parallel.ep or drop parallel.overlap_experts",
         )
 
 
 def _user_buffers(config: Config) -> Iterator[Problem]:
-    """What Transformer-Engine's user buffers cannot carry (transformer_engine/pytorch/module/base.py)."""
+    """Limits of Transformer-Engine's user buffers (transformer_engine/pytorch/module/base.py)."""
     parallel, model, precision = config.parallel, config.model, config.precision
     if not parallel.overlap_tensor:
         return

@@ -1,6 +1,6 @@
 """Rules about the vocabulary, the architecture and its experts.
 
-Why a rule exists stands next to it; file names without a path are of megatron-core 0.16.1.
+A comment next to each rule gives its reason; file names without a path are of megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -62,16 +62,23 @@ def _vocab(config: Config) -> Iterator[Problem]:
             f"vocab.modalities: names repeat: {', '.join(config.vocab.names)}", "give each modality its own name"
         )
     for name in sorted({*config.vocab.names, *config.model.experts.counts}):
-        # Names become parts of parameter names; torch refuses dots and what its containers are called themselves.
+        # Names become parts of parameter names; torch refuses dots and the names of attributes of its containers.
         if "." in name or name in _RESERVED:
             yield Problem(
                 f"the modality or expert group {name!r} cannot be part of a parameter's name",
                 "choose a name without dots that no torch module has as an attribute, e.g. text or image",
             )
-    if modalities[0].size < _SPECIAL_TOKENS:
+    for name in config.vocab.marked:
+        if name in (modalities[0].name, "image"):
+            yield Problem(
+                f"vocab.modalities: {name} has marks: only modalities after the first take them, and image has its own",
+                "remove marks there",
+            )
+    special = _SPECIAL_TOKENS + 2 * len(config.vocab.marked)
+    if modalities[0].size < special:
         yield Problem(
             f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the "
-            f"{_SPECIAL_TOKENS} special tokens that stand in the first range",
+            f"{special} special tokens that stand in the first range",
             "give the first modality more ids",
         )
     unknown = sorted(set(config.train.modality_weights) - set(config.vocab.names))
@@ -97,7 +104,10 @@ def _attention(config: Config) -> Iterator[Problem]:
             "change one of them or set model.kv_channels",
         )
     elif model.head_dim % 2:
-        yield Problem(f"model: the head width {model.head_dim} is odd, rotary embedding turns pairs", "make it even")
+        yield Problem(
+            f"model: the head width {model.head_dim} is odd, but rotary embedding rotates pairs of values",
+            "make it even",
+        )
     if heads % groups:
         yield Problem(
             f"model.num_attention_heads = {heads} is not divisible by model.num_query_groups = {groups}", "make it so"
@@ -105,7 +115,7 @@ def _attention(config: Config) -> Iterator[Problem]:
     if heads % tp:
         yield _not_divisible("model.num_attention_heads", heads, tp)
     elif groups % tp and tp % groups:
-        # With fewer heads than ranks each has one that it shares with others (attention.py).
+        # With fewer heads than ranks, several ranks share a head (attention.py).
         yield _not_divisible("model.num_query_groups", groups, tp)
     elif groups < tp and 2 * groups * model.head_dim % tp:
         yield _not_divisible("model: the width of all key and value heads", 2 * groups * model.head_dim, tp)
@@ -127,7 +137,7 @@ def _widths(config: Config) -> Iterator[Problem]:
             f"make vocab.pad_multiple a multiple of {tp}",
         )
     if model.seq_length % tp:
-        # Sequence parallelism is always on: without it nobody would reduce the routers' gradients over TP.
+        # Sequence parallelism is always on: without it the routers' gradients would not be reduced over TP.
         yield Problem(
             f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {tp}; above tp = 1 sequence "
             "parallelism splits every sequence over the tensor-parallel ranks",
@@ -140,8 +150,9 @@ def _not_divisible(name: str, value: int, tp: int) -> Problem:
 
 
 def _experts(config: Config) -> Iterator[Problem]:
-    kind, experts, names = config.model.kind, config.model.experts, config.vocab.names
-    if kind == "dense":
+    model, names = config.model, config.vocab.names
+    experts = model.experts
+    if not model.has_experts:
         settings = (
             ("counts", experts.counts),
             ("shared", experts.shared),
@@ -152,19 +163,20 @@ def _experts(config: Config) -> Iterator[Problem]:
         for key, given in settings:
             if given:
                 yield Problem(
-                    f"model.experts.{key} is set, but model.kind = dense has no experts", "remove it or change the kind"
+                    f"model.experts.{key} is set, but model.kind = {model.kind} has no experts",
+                    "remove it or change the kind",
                 )
         return
-    if kind == "moe" and len(experts.counts) != 1:
+    if not model.per_modality and len(experts.counts) != 1:
         yield Problem(
-            f"model.experts.counts has {len(experts.counts)} groups, model.kind = moe wants exactly one for all "
-            "modalities",
+            f"model.experts.counts has {len(experts.counts)} groups, model.kind = {model.kind} wants exactly one "
+            "for all modalities",
             "write for instance counts: {mixed: 8}, or use kind: moma for a group per modality",
         )
-    if kind == "moma" and set(experts.counts) != set(names):
+    if model.per_modality and set(experts.counts) != set(names):
         yield Problem(
-            f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = moma wants one group "
-            f"for each of vocab.modalities: {', '.join(names)}",
+            f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = {model.kind} wants one "
+            f"group for each of vocab.modalities: {', '.join(names)}",
             "give every modality its number of experts",
         )
     total = sum(experts.counts.values())
@@ -189,7 +201,7 @@ def _capacity(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"model.experts.share sums to {sum(experts.share.values()):g}, not to 1", "make the shares sum to 1"
             )
-    if model.kind == "dense":
+    if not model.has_experts:
         return
     scope = model.seq_length * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
     if experts.capacity_multiple > scope:
@@ -199,11 +211,11 @@ def _capacity(config: Config) -> Iterator[Problem]:
             "lower it",
         )
     for name, count in experts.counts.items():
-        share = experts.share.get(name, 1.0) if model.kind == "moma" and experts.share != "auto" else 1.0
+        share = experts.share.get(name, 1.0) if model.per_modality and experts.share != "auto" else 1.0
         if experts.capacity == "actual":
-            continue  # never more than all tokens of the group
-        if model.kind == "moma" and experts.share == "auto":
-            continue  # not known before the data is
+            continue  # capped at all tokens of the group
+        if model.per_modality and experts.share == "auto":
+            continue  # unknown until the data is known
         wanted = experts.capacity_factor * share / count
         if wanted > 1.0:
             yield Problem(
@@ -240,7 +252,25 @@ def _dropout(config: Config) -> Iterator[Problem]:
         )
 
 
+def _rope(config: Config) -> Iterator[Problem]:
+    scaling, base = config.model.rope_scaling, config.model.rope_base
+    if base != int(base):
+        # GPTModel takes rotary_base as an int.
+        yield Problem(
+            f"model.rope_base = {base:.12g} is not a whole number, the only kind that megatron-core takes",
+            f"set it to {int(base)} or {int(base) + 1}",
+        )
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        # Between the two the angles are mixed: there would be nothing between.
+        yield Problem(
+            f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor:g} is not above low_freq_factor = "
+            f"{scaling.low_freq_factor:g}",
+            "Llama 3.1 has 4 and 1",
+        )
+
+
 RULES: tuple[Rule, ...] = (
+    _rope,
     _dropout,
     _vocab,
     _attention,

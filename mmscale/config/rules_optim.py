@@ -1,6 +1,6 @@
-"""Rules about optimizers, of the main run and of the auxiliary routers, and their learning-rate schedules.
+"""Rules about the optimizers of the main run and of the auxiliary routers, and about their schedules.
 
-Why a rule exists stands next to it.
+A comment next to each rule gives its reason.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config, OptimConfig
+from mmscale.tables.settings import MOMENTS, OPTIMIZERS, SCHEDULES
 
 _BF16_BETA2 = 0.995
 
@@ -22,52 +23,66 @@ def _optim(config: Config) -> Iterator[Problem]:
 def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
     if optim.restart and optim.restart >= steps:
         yield Problem(
-            f"{section}.restart = {optim.restart} is not below {of}.steps = {steps}: nothing would follow it",
+            f"{section}.restart = {optim.restart} is not below {of}.steps = {steps}: no step would follow it",
             f"raise {of}.steps, or lower {section}.restart",
         )
         return
     steps -= optim.restart
-    left = f"the {steps} behind {section}.restart" if optim.restart else f"{of}.steps = {steps}"
+    left = f"the {steps} after {section}.restart" if optim.restart else f"{of}.steps = {steps}"
     if optim.warmup > steps:
         yield Problem(f"{section}.warmup = {optim.warmup} steps is more than {left}", "shorten the warm-up")
     if optim.min_lr > optim.lr:
         yield Problem(
             f"{section}.min_lr = {optim.min_lr:g} is above {section}.lr = {optim.lr:g}", f"lower {section}.min_lr"
         )
-    if optim.schedule in ("wsd", "power") and optim.decay is not None and optim.warmup + optim.decay > steps:
+    if _decays_at_the_end(optim) and optim.decay is not None and optim.warmup + optim.decay > steps:
         yield Problem(
             f"{section}.warmup + {section}.decay = {optim.warmup} + {optim.decay} steps is more than {left}",
             "shorten one of them",
         )
     for key, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if beta >= 1.0:
-            yield Problem(f"{section}.{key} = {beta:g} never forgets, Adam divides by 1 - {key}", "use a value below 1")
+            yield Problem(
+                f"{section}.{key} = {beta:g} never decays, and Adam divides by 1 - {key}", "use a value below 1"
+            )
+
+
+def _decays_at_the_end(optim: OptimConfig) -> bool:
+    """Whether the schedule is a built-in one with a final decay; what a plug-in does is its own matter."""
+    return optim.schedule in SCHEDULES and SCHEDULES[optim.schedule].final_decay
 
 
 def _moments(config: Config) -> Iterator[Problem]:
-    joint = config.model.auxiliary.mode == "joint"  # then the routers' optimizer is in the copies too
+    joint = config.model.auxiliary.mode == "joint"  # in joint runs the copies include the routers' optimizer
     for section, optim, copied in (
         ("optim", config.optim, True),
         ("auxiliary.optim", config.auxiliary.optim, joint),
     ):
-        if optim.moments in ("bf16", "te_bf16") and optim.beta2 > _BF16_BETA2:
+        stored = MOMENTS[optim.moments]
+        if stored.bf16 and optim.beta2 > _BF16_BETA2:
             # bf16 has 8 bits: a moment that shrinks by less than 2^-8 is rounded back to where it was.
             yield Problem(
                 f"{section}.moments = {optim.moments} with {section}.beta2 = {optim.beta2:g}: a second moment would "
-                "never decay, what a step takes off is less than bf16 can show",
+                "never decay, because the change in a step is below the resolution of bf16",
                 f"use {section}.beta2={_BF16_BETA2:g} at most, or {section}.moments=fp8_coat",
             )
-        if optim.moments in ("te_bf16", "te_fp8") and config.precision.dtype != "bf16":
+        if stored.te_dtype is not None and optim.optimizer not in OPTIMIZERS:
+            yield Problem(
+                f"{section}.moments = {optim.moments} with {section}.optimizer = {optim.optimizer}: "
+                "Transformer-Engine keeps these moments for its own Adam only",
+                f"use {section}.moments=fp32, bf16 or fp8_coat",
+            )
+        if stored.te_dtype is not None and config.precision.dtype != "bf16":
             yield Problem(
                 f"{section}.moments = {optim.moments} is for bf16 parameters, precision.dtype is "
                 f"{config.precision.dtype}: Transformer-Engine's Adam keeps the master weights",
                 "use precision.dtype=bf16, or bf16 or fp8_coat",
             )
-        if copied and optim.moments in ("te_bf16", "te_fp8") and config.resilience.memory_every:
-            # The scales of FP8 states are no part of what a torch optimizer calls its state.
+        if copied and stored.te_dtype is not None and config.resilience.memory_every:
+            # The scales of FP8 states are not part of the state of a torch optimizer.
             yield Problem(
                 f"{section}.moments = {optim.moments} with resilience.memory_every: a copy in memory would not be the "
-                "whole state of Transformer-Engine's Adam",
+                "complete state of Transformer-Engine's Adam",
                 f"use resilience.memory_every=0, or {section}.moments=bf16 or fp8_coat",
             )
 

@@ -1,6 +1,6 @@
-"""Rules about the layout: how the model and the batch are spread over ranks.
+"""Rules about the layout of the model and the batch over ranks.
 
-Why a rule exists stands next to it; file names without a path are of megatron-core 0.16.1.
+A comment next to each rule gives its reason; file names without a path are of megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -14,15 +14,10 @@ from mmscale.config.schema import Config
 
 def _layout(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
-    if parallel.cp > 1:
+    if parallel.ep > 1 and not config.model.has_experts:
         yield Problem(
-            f"parallel.cp = {parallel.cp}: context parallelism is refused: expert choice and Mixture-of-Depths rank "
-            "the tokens of whole sequences, which no rank would see",
-            "use parallel.cp=1; parallel.tp splits long sequences as well",
-        )
-    if parallel.ep > 1 and config.model.kind == "dense":
-        yield Problem(
-            f"parallel.ep = {parallel.ep}, but model.kind = dense has no experts to spread", "use parallel.ep=1"
+            f"parallel.ep = {parallel.ep}, but model.kind = {config.model.kind} has no experts to spread",
+            "use parallel.ep=1",
         )
     if parallel.vpp is not None and (parallel.pp == 1 or parallel.vpp == 1):
         yield Problem(
@@ -36,7 +31,7 @@ def _layout(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"model.num_layers = {layers} is not divisible by parallel.pp * vpp = {parallel.pp} * "
                 f"{parallel.vpp or 1} = {chunks}",
-                "change one of them, or say with parallel.pp_layers how many layers each stage has",
+                "change one of them, or set the number of layers of each stage with parallel.pp_layers",
             )
     elif len(parallel.pp_layers) != chunks or sum(parallel.pp_layers) != layers:
         yield Problem(
@@ -46,6 +41,60 @@ def _layout(config: Config) -> Iterator[Problem]:
             "give one number for each, or leave it at null",
         )
     yield from _pipeline_sends(config)
+
+
+def _context(config: Config) -> Iterator[Problem]:
+    parallel, model, cp = config.parallel, config.model, config.parallel.cp
+    if cp == 1:
+        return
+    if config.data.document_multiple % (2 * cp):
+        yield Problem(
+            f"parallel.cp = {cp} with data.document_multiple = {config.data.document_multiple}: every document is cut "
+            f"into 2 * cp = {2 * cp} equal pieces",
+            f"set data.document_multiple to a multiple of {2 * cp}; it changes packing, so keep it for all layouts",
+        )
+    if model.seq_length % (2 * cp * parallel.tp):
+        yield Problem(
+            f"model.seq_length = {model.seq_length} is not divisible by 2 * parallel.cp * parallel.tp = "
+            f"{2 * cp * parallel.tp}: sequences are split over context-parallel, then tensor-parallel ranks",
+            "change one of them",
+        )
+    if model.depth is not None and derived.depth_tokens(config) % (2 * cp * parallel.tp):
+        yield Problem(
+            f"model.depth selects {derived.depth_tokens(config)} tokens of a sequence, which are split into 2 * "
+            f"parallel.cp * parallel.tp = {2 * cp * parallel.tp} parts",
+            f"make model.depth.multiple a multiple of {2 * cp * parallel.tp}",
+        )
+    if parallel.ep % cp and cp % parallel.ep:
+        # Ranks of an exchange take as many slots as the fullest of them needs; a sequence's ranks must agree on it.
+        yield Problem(
+            f"parallel.cp = {cp} with parallel.ep = {parallel.ep}: neither divides the other, so the ranks of a "
+            "sequence would exchange tokens with different ranks' sequences",
+            "make one of them a multiple of the other",
+        )
+    yield from _not_split(config)
+
+
+def _not_split(config: Config) -> Iterator[Problem]:
+    """What does not work on split sequences."""
+    parallel, model, cp = config.parallel, config.model, config.parallel.cp
+    if model.backend == "te":
+        yield Problem(
+            f"parallel.cp = {cp} with model.backend = te: Transformer-Engine's attention does not take sequences that "
+            "are split inside their documents",
+            "use model.backend=torch, or parallel.cp=1",
+        )
+    if config.precision.fp8 != "off":
+        yield Problem(
+            f"parallel.cp = {cp} with precision.fp8 = {config.precision.fp8} is not implemented",
+            "use precision.fp8=off, or parallel.cp=1",
+        )
+    if parallel.overlap_tensor:
+        yield Problem(
+            f"parallel.cp = {cp} with parallel.overlap_tensor: user buffers are Transformer-Engine's, whose attention "
+            "does not take split sequences",
+            "drop parallel.overlap_tensor, or use parallel.cp=1",
+        )
 
 
 def _pipeline_sends(config: Config) -> Iterator[Problem]:
@@ -73,17 +122,20 @@ def world(config: Config, world_size: int) -> list[Problem]:
     """Violated rules about the number of ranks."""
     parallel, train = config.parallel, config.train
     model_ranks = parallel.tp * parallel.pp
-    if world_size % model_ranks:
-        cause = (
-            f"parallel.tp * pp = {parallel.tp} * {parallel.pp} = {model_ranks} does not divide the {world_size} ranks"
-        )
+    sequence_ranks = model_ranks * parallel.cp
+    if world_size % sequence_ranks:
+        names, sizes = "tp * pp", f"{parallel.tp} * {parallel.pp}"
+        if parallel.cp > 1:
+            names, sizes = f"{names} * cp", f"{sizes} * {parallel.cp}"
+        cause = f"parallel.{names} = {sizes} = {sequence_ranks} does not divide the {world_size} ranks"
         return [Problem(cause, "`mmscale plan CONFIG --gpus N` lists layouts that do")]
     problems = []
-    replicas = derived.data_parallel_size(config, world_size)
-    if replicas % parallel.ep:
+    replicas, holders = derived.data_parallel_size(config, world_size), derived.dense_replicas(config, world_size)
+    if holders % parallel.ep:
+        kind = "data-parallel" if parallel.cp == 1 else "context- and data-parallel"
         cause = (
-            f"parallel.ep = {parallel.ep} does not divide the {replicas} data-parallel ranks ({world_size} ranks / tp "
-            f"* pp = {model_ranks}); experts are spread over data-parallel ranks"
+            f"parallel.ep = {parallel.ep} does not divide the {holders} {kind} ranks ({world_size} ranks / tp "
+            f"* pp = {model_ranks}); experts are spread over {kind} ranks"
         )
         problems.append(Problem(cause, "`mmscale plan CONFIG --gpus N` lists layouts that do"))
     portion = train.micro_batch_size * replicas
@@ -103,4 +155,4 @@ def world(config: Config, world_size: int) -> list[Problem]:
     return problems
 
 
-RULES: tuple[Rule, ...] = (_layout,)
+RULES: tuple[Rule, ...] = (_layout, _context)

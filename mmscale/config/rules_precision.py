@@ -1,6 +1,6 @@
-"""Rules about number formats: FP8 recipes and the shapes that their products take.
+"""Rules about number formats: FP8 recipes and the shapes of their products.
 
-Why a rule exists stands next to it; file names without a path are of megatron-core 0.16.1.
+A comment next to each rule gives its reason; file names without a path are of megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mmscale.config.fp8 import ALIGNMENT, BLOCK, blocks_are_gathered, row_multip
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 
-_LARGEST_MARGIN = 8  # 2^8 of e4m3's 448 leave 1.75: what is larger throws the format away
+_LARGEST_MARGIN = 8  # 448 / 2^8 = 1.75: a larger margin would waste e4m3's range
 
 
 def _recipe(config: Config) -> Iterator[Problem]:
@@ -28,7 +28,7 @@ def _recipe(config: Config) -> Iterator[Problem]:
                 yield Problem(f"precision.{key} is set, but precision.fp8 = off", "choose a recipe or remove it")
         return
     if precision.fp8 == "delayed" and (first or last):
-        # All layers enter FP8 in one context, at whose end amax values are agreed on (fp8_utils.py).
+        # All layers run in one FP8 context, at whose end all amax values are reduced together (fp8_utils.py).
         yield Problem(
             "precision.fp8_skip_first and fp8_skip_last do not go with precision.fp8 = delayed: all layers agree on "
             "their scales at once",
@@ -36,7 +36,7 @@ def _recipe(config: Config) -> Iterator[Problem]:
         )
     elif first + last >= layers:
         yield Problem(
-            f"precision.fp8_skip_first + fp8_skip_last = {first} + {last} leave none of the {layers} layers to FP8",
+            f"precision.fp8_skip_first + fp8_skip_last = {first} + {last} leave no layer in FP8 of {layers}",
             "lower them, or set precision.fp8=off",
         )
     for key, count in (("fp8_skip_first", first), ("fp8_skip_last", last)):
@@ -53,11 +53,11 @@ def _recipe(config: Config) -> Iterator[Problem]:
 
 
 def _kernels(config: Config) -> Iterator[Problem]:
-    """Who multiplies: without Transformer-Engine megatron-core would train in bf16 without a word (fp8_utils.py)."""
+    """Without Transformer-Engine's kernels megatron-core would silently train in bf16 (fp8_utils.py)."""
     model, precision = config.model, config.precision
     if precision.fp8 == "off":
         return
-    compute = model.experts.compute if model.kind != "dense" else "auto"
+    compute = model.experts.compute if model.has_experts else "auto"
     if precision.fp8_emulate:
         if model.backend == "te":
             yield Problem(

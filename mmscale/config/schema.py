@@ -1,13 +1,12 @@
-"""Every setting of mmscale: a name, a type, a unit, a default and a meaning.
+"""Every setting of mmscale, with type, unit, default and description.
 
-Only shapes of single values live here and in the schema_*.py beside it, which hold the larger sections. Rules between
-settings are in rules.py, reading and overriding in load.py. Nothing here imports torch: the schema is read on login
-nodes.
+Larger sections are in the schema_*.py files. The schema checks single values only: rules between settings are in
+rules.py, reading files and overrides is in load.py. Nothing here imports torch, because login nodes read the schema.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -37,6 +36,8 @@ from mmscale.config.section import (
     Fraction,
     Index,
     Name,
+    OneOf,
+    PlugIns,
     Port,
     Positive,
     Rate,
@@ -46,6 +47,7 @@ from mmscale.config.section import (
     Share,
     setting,
 )
+from mmscale.tables.settings import LOSSES, MOMENTS, OPTIMIZERS, SCHEDULES
 
 __all__ = [
     "AnomalyConfig",
@@ -71,12 +73,14 @@ __all__ = [
     "Positive",
     "PrecisionConfig",
     "PrepareConfig",
+    "ProfileConfig",
     "Rate",
     "ResilienceConfig",
     "RunConfig",
     "Seconds",
     "Section",
     "Share",
+    "StopWhenConfig",
     "TextTokenizerConfig",
     "TrainConfig",
     "VocabConfig",
@@ -85,15 +89,30 @@ __all__ = [
 
 
 class RunConfig(Section):
-    """Where a run lives."""
+    """Folder, name and seed of a run."""
 
     dir: str = setting("Folder that holds run folders.", "runs")
     name: Name = setting("Name of the run; its folder is run.dir/run.name.", "default")
-    seed: Seed = setting("Seed of weights, data order and dropout.", 1234)
+    seed: Seed = setting("Seed of weights and dropout, and of the data order unless data.seed is set.", 1234)
+
+
+class StopWhenConfig(Section):
+    """When training ends before its last step: held-out data shows no progress any more."""
+
+    metric: str = setting(
+        "Held-out figure, as metrics.jsonl names it: eval/loss, eval/loss/image, eval/causal/loss, "
+        "eval/validation/NAME/loss, eval/source/NAME/loss. Lower is better.",
+        "eval/loss",
+    )
+    patience: Count = setting(
+        "Evaluations in a row without a new lowest value, after which training saves and ends (exit 0).",
+        5,
+        unit="evaluations",
+    )
 
 
 class TrainConfig(Section):
-    """How long and in which portions."""
+    """Number of steps, batch sizes, evaluation and loss weights."""
 
     steps: Count = setting("Optimizer steps.", 1000, unit="steps")
     micro_batch_size: Count = setting("Sequences of one forward and backward pass on a rank.", 1, unit="sequences")
@@ -102,8 +121,30 @@ class TrainConfig(Section):
     )
     eval_every: Index = setting("Evaluate on the held-out split every n steps; 0: only at the end.", 0, unit="steps")
     eval_batches: Count = setting("Global batches of one evaluation.", 8, unit="batches")
+    eval_sources: bool = setting(
+        "With data.blend, evaluate the held-out documents of each source by themselves too. Each takes as long as "
+        "the blend.",
+        True,
+    )
+    loss: Annotated[str, OneOf(LOSSES, plugin="loss")] = setting(
+        f"What is minimised in the main stage. {LOSSES.help} Held-out losses are cross entropy in any case.",
+        "cross_entropy",
+    )
+    loss_args: dict[Name, Any] = setting("Keyword arguments of a loss that is a plug-in.", {})
+    tasks: tuple[str, ...] = setting(
+        "Questions that are asked at every evaluation: names of tasks of the training data (data.prepare.tasks), or "
+        "[NAME=]FILE.jsonl. Accuracies are in metrics.jsonl as eval/accuracy/NAME.",
+        (),
+    )
+    stop_when: StopWhenConfig | None = setting(
+        "End training early; null: train to the last step. An ended run goes on only if this is changed.",
+        None,
+    )
     z_loss: Share = setting("Weight of log(Z)^2 of the output softmax.", 1e-5, source="Chameleon 2.3")
     modality_weights: dict[Name, Rate] = setting("Weight of each modality's token losses; default 1.", {})
+    hooks: Annotated[dict[str, dict[str, Any]], PlugIns("hook")] = setting(
+        "Plug-ins that are called at points of the run's life, in this order, each with its keyword arguments.", {}
+    )
     dry_run: bool = setting("Run one batch forward and backward before step 1 to find errors early.", True)
 
 
@@ -112,12 +153,13 @@ class OptimConfig(Section):
 
     lr: Annotated[Positive, Field(le=10.0)] = setting("Peak learning rate.", 1e-4, source="MoMa Table 5")
     min_lr: Rate = setting("Learning rate that the schedule reaches after the last step.", 1e-6)
-    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "power"] = setting(
-        "Decay after warm-up; power: lr * (tokens / power_tokens)^power_exponent, capped at lr.", "linear"
+    schedule: Annotated[str, OneOf(SCHEDULES, plugin="schedule")] = setting(
+        f"Learning rate after the warm-up. {SCHEDULES.help}", "linear"
     )
+    schedule_args: dict[Name, Any] = setting("Keyword arguments of a schedule that is a plug-in.", {})
     warmup: Index = setting("Linear warm-up.", 0, unit="steps")
     restart: Index = setting(
-        "The schedule begins anew after this step, warm-up included: for a run that is extended. 0: at the start.",
+        "The schedule starts again after this step, with its warm-up: for a run that is extended. 0: at the start.",
         0,
         unit="steps",
     )
@@ -128,28 +170,37 @@ class OptimConfig(Section):
     power_tokens: AtLeastOne = setting(
         "power: tokens up to which the learning rate stays at its peak.", 1e9, unit="tokens"
     )
+    optimizer: Annotated[str, OneOf(OPTIMIZERS, plugin="optimizer")] = setting(
+        f"Update of the parameters. {OPTIMIZERS.help}", "adamw"
+    )
+    optimizer_args: dict[Name, Any] = setting("Keyword arguments of an optimizer that is a plug-in.", {})
     weight_decay: Annotated[Rate, Field(le=10.0)] = setting(
-        "Decoupled weight decay of matrices: embeddings and experts' routers too. Vectors (norms' weights, depth "
-        "routers) have none.",
+        "Decoupled weight decay of matrices, including embeddings and experts' routers. Vectors (norm weights, "
+        "depth routers) have none.",
         0.1,
     )
     beta1: Share = setting("Adam's decay of the first moment.", 0.9)
     beta2: Share = setting("Adam's decay of the second moment.", 0.95)
     eps: Epsilon = setting("Adam's epsilon.", 1e-5)
     clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
-    moments: Literal["fp32", "bf16", "fp8_coat", "te_bf16", "te_fp8"] = setting(
-        "How Adam's moments of matrices are kept: fp32 (8 bytes per parameter), bf16 (4), fp8_coat (2.19: E4M3 with "
-        "dynamic range expansion in groups of 128); te_bf16 and te_fp8: by Transformer-Engine's FusedAdam, GPU only. "
-        "A checkpoint of one is read by a run with another.",
+    grad_norm_skip_threshold: Positive | None = setting(
+        "Skip the batch of a step whose gradient norm, before clipping, is above this, whatever "
+        "resilience.anomaly.action says; skipped batches count in resilience.anomaly.budget. null: no limit.",
+        None,
+        source="mcore grad_norm_skip_threshold",
+    )
+    moments: Annotated[str, OneOf(MOMENTS)] = setting(
+        f"Storage of Adam's moments of matrices. {MOMENTS.help} A run with one setting reads checkpoints with another.",
         "fp32",
         source="COAT, arXiv 2410.19313, section 4.1",
     )
 
 
 class AuxiliaryStageConfig(Section):
-    """How auxiliary routers are trained: `mmscale train CONFIG --stage auxiliary`, or along with a joint run.
+    """Training of auxiliary routers: `mmscale train CONFIG --stage auxiliary`, or together with a joint run.
 
-    Batches not given here are those of `train`; a joint run takes its steps and batches from there too.
+    Batch sizes that are not given default to those of `train`. A joint run takes its steps and batches from `train`
+    too.
     """
 
     steps: Count = setting("Optimizer steps of the stage.", 5000, unit="steps", source="MoMa Table 6")
@@ -160,8 +211,8 @@ class AuxiliaryStageConfig(Section):
         "Sequences of an optimizer step, over all ranks; default: train.global_batch_size.", None, unit="sequences"
     )
     calibration_batches: Index = setting(
-        "Global batches of training data after the last step, on which thresholds are set so that a token gets as many "
-        "experts on average as in training; 0: thresholds stay at 0.5.",
+        "Global batches of training data on which thresholds are set after the last step, so that a token gets as "
+        "many experts on average as in training; 0: thresholds stay at 0.5.",
         16,
         unit="batches",
     )
@@ -174,44 +225,54 @@ class AuxiliaryStageConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model and the batch are spread over ranks; data parallelism is what the other dimensions leave over."""
+    """The layout of model and batch over ranks. Data parallelism uses the ranks that the other dimensions leave."""
 
     tp: Count = setting("Tensor-parallel ranks; above 1 sequence parallelism is always on.", 1, unit="ranks")
     pp: Count = setting("Pipeline stages.", 1, unit="ranks")
     vpp: Count | None = setting("Model chunks per pipeline stage (interleaved schedule).", None, unit="chunks")
     pp_layers: tuple[Count, ...] | None = setting(
-        "Layers of each pipeline stage; with vpp, of each chunk in the order of the model's layers. Default: equally "
-        "many. A shorter first or last stage makes up for the embedding or the output layer.",
+        "Layers of each pipeline stage; with vpp, of each chunk in the order of the model's layers. Default: equal "
+        "numbers. A shorter first or last stage compensates for the embedding or the output layer.",
         None,
         unit="layers",
         source="mcore pipeline_model_parallel_layout",
     )
     ep: Count = setting(
-        "Expert-parallel ranks, over which the experts of every group are spread; where they do not divide a group, "
-        "some hold one expert of it less.",
+        "Expert-parallel ranks, which share the experts of every group; if they do not divide a group, some ranks "
+        "hold one expert of it less.",
         1,
         unit="ranks",
     )
     cp: Count = setting(
-        "Context-parallel ranks; only 1: expert choice and depth rank whole sequences.", 1, unit="ranks"
+        "Context-parallel ranks, which share the tokens of every sequence. Experts and depth layers still choose among "
+        "all of its tokens. Needs data.document_multiple.",
+        1,
+        unit="ranks",
     )
     recompute: Literal["none", "full", "selective"] = setting(
-        "Recompute activations in backward: whole layers, or the parts of them that recompute_modules names.", "none"
+        "Recompute activations in backward: whole layers, or the parts that recompute_modules names.", "none"
     )
     recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = setting(
-        "selective: what is recomputed. core_attn: attention between its projections; mlp: the feed-forward sub-layer, "
+        "selective: parts to recompute. core_attn: attention between its projections; mlp: the feed-forward sub-layer, "
         "with experts and their exchange.",
         ("core_attn",),
         source="mcore recompute_modules",
     )
+    loss_chunk: Index = setting(
+        "Tokens of a micro-batch for which logits exist at one time. Output layer and loss are computed in such "
+        "chunks, and logits again in backward: one more product of the output layer. 0: all tokens at once.",
+        0,
+        unit="tokens",
+    )
     overlap_grad_reduce: bool | None = setting(
-        "Reduce gradients while backward goes on; default: where ranks talk through NCCL.", None
+        "Reduce gradients during the backward pass; default: on with NCCL, off with gloo.", None
     )
     overlap_param_gather: bool | None = setting(
-        "Gather updated parameters while forward goes on; default: as overlap_grad_reduce.", None
+        "Gather updated parameters during the forward pass; default: as overlap_grad_reduce.", None
     )
     overlap_experts: bool = setting(
-        "Exchange each group's tokens by itself, while other groups and shared experts compute; needs ep > 1.", False
+        "Exchange the tokens of each group separately, while other groups and shared experts compute; needs ep > 1.",
+        False,
     )
     overlap_tensor: bool = setting(
         "Overlap tensor-parallel messages of attention with its products through Transformer-Engine's user buffers; "
@@ -223,8 +284,16 @@ class ParallelConfig(Section):
     batch_p2p: bool | None = setting("Batch pipeline sends and receives; default: when they are not overlapped.", None)
 
 
+class ProfileConfig(Section):
+    """Steps that torch's profiler records (`log.profile`)."""
+
+    start: Count = setting("First step that is recorded.", 10, unit="steps")
+    steps: Count = setting("Number of steps; a trace has several megabytes a step.", 3, unit="steps")
+    ranks: tuple[Index, ...] = setting("Ranks that record; each writes a file of its own.", (0,), unit="ranks")
+
+
 class LogConfig(Section):
-    """What is reported while training."""
+    """Logging during training."""
 
     every: Count = setting("Log every n steps.", 10, unit="steps")
     layers_every: Index = setting(
@@ -233,21 +302,34 @@ class LogConfig(Section):
         5,
         unit="logged steps",
     )
+    profile: ProfileConfig | None = setting(
+        "Record a few steps of a stage with torch's profiler into <run>/profile; null: off.", None
+    )
     tensorboard: bool = setting("Write TensorBoard events into the run folder.", False)
-    wandb: str | None = setting("Weights & Biases project; null: off. Without the service a run goes on.", None)
+    wandb: str | None = setting(
+        "Weights & Biases project; null: off. A run continues if the service does not answer.", None
+    )
+    mlflow: str | None = setting(
+        "MLflow experiment at MLFLOW_TRACKING_URI, by default files in <run>/mlflow; null: off. A run continues if the "
+        "service does not answer.",
+        None,
+    )
+    sinks: Annotated[dict[str, dict[str, Any]], PlugIns("sink")] = setting(
+        "Plug-ins that get the figures of logged steps, each with its keyword arguments.", {}
+    )
     prometheus_port: Port | None = setting(
         "Serve the latest figures at http://HOST:PORT/metrics on the host of rank 0; null: off.", None, unit="port"
     )
     prometheus_address: str = setting(
-        "Address of the interface that serves them; 127.0.0.1: this host only.",
-        "0.0.0.0",  # noqa: S104  # as Prometheus exporters do: the server that asks stands elsewhere
+        "Address of the interface that serves the figures; 127.0.0.1: this host only.",
+        "0.0.0.0",  # noqa: S104  # as other Prometheus exporters: the server runs on another host
     )
 
 
 class Config(Section):
     """The whole configuration of a run."""
 
-    run: RunConfig = setting("Where the run lives.", RunConfig())
+    run: RunConfig = setting("Folder, name and seed of the run.", RunConfig())
     vocab: VocabConfig = setting("Token ids.", VocabConfig())
     model: ModelConfig = setting("Architecture.")
     data: DataConfig = setting("Data.", DataConfig())

@@ -1,6 +1,6 @@
 """Settings of the vocabulary and of the architecture (`vocab`, `model`).
 
-Rules between them are in rules_model.py, numbers that follow from them in derived.py.
+Rules between them are in rules_model.py; values computed from them are in derived.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mmscale.config.section import AtLeastOne, Count, Epsilon, Fraction, Index, Name, Positive, Section, Share, setting
+from mmscale.config.section import (
+    AtLeastOne,
+    Count,
+    Epsilon,
+    Fraction,
+    Index,
+    Name,
+    OneOf,
+    Positive,
+    Section,
+    Share,
+    setting,
+)
+from mmscale.tables.settings import KINDS, NORMS, RANKINGS, NormPlacement
 
 MOST_LAYERS = 10_000
 
@@ -21,6 +34,11 @@ class ModalityVocab(Section):
     name: Name = setting("Name of the modality, e.g. text or image.")
     size: Count = setting(
         "Number of token ids of this modality; the first modality includes the special tokens.", unit="ids"
+    )
+    marks: bool = setting(
+        "Whether each item stands between a begin and an end token of its own, whose ids follow the other special "
+        "tokens. Documents with files of a modality, and generation, need them; image has `<boi>` and `<eoi>` anyway.",
+        False,
     )
 
 
@@ -40,6 +58,11 @@ class VocabConfig(Section):
     def names(self) -> tuple[str, ...]:
         """Names of the modalities in id order."""
         return tuple(modality.name for modality in self.modalities)
+
+    @property
+    def marked(self) -> tuple[str, ...]:
+        """Names of the modalities with begin and end tokens of their own."""
+        return tuple(modality.name for modality in self.modalities if modality.marks)
 
     @property
     def size(self) -> int:
@@ -68,14 +91,16 @@ class ExpertsConfig(Section):
         {},
         unit="experts",
     )
-    shared: Index = setting("Experts of one more group that sees every token, in every modality.", 0, unit="experts")
+    shared: Index = setting(
+        "Experts of an additional group that processes every token of every modality.", 0, unit="experts"
+    )
     shared_ffn_hidden_size: Count | None = setting(
         "SwiGLU width of each shared expert; default: ffn_hidden_size.", None
     )
     capacity: Literal["nominal", "actual"] = setting(
-        "Tokens of a group from which its experts' capacity follows: nominal, a fixed share of all tokens "
-        "(model.experts.share), so that shapes are static; actual, the tokens of the group that a sequence or "
-        "micro-batch (model.experts.scope) has, as in the paper.",
+        "Tokens that determine the capacity of a group's experts. nominal: a fixed share of all tokens "
+        "(model.experts.share), so that shapes are static; actual: the group's tokens in the sequence or "
+        "micro-batch (model.experts.scope), as in the paper.",
         "nominal",
         source="MoMa 2.2",
     )
@@ -88,20 +113,19 @@ class ExpertsConfig(Section):
         "Tokens per expert are rounded up to this, and with FP8 to 16 or 128 as well.", 1, unit="tokens"
     )
     scope: Literal["sequence", "micro_batch"] = setting(
-        "Tokens among which an expert chooses: each sequence by itself (the same whatever the micro-batch size) "
-        "or the whole micro-batch (the paper's reading).",
+        "Tokens among which an expert chooses: those of each sequence (independent of the micro-batch size) or "
+        "those of the whole micro-batch (the paper's reading).",
         "sequence",
         source="MoMa 2.2 says 'a batch'",
     )
     share: Literal["auto"] | dict[Name, Share] = setting(
-        "Nominal share of each modality in the tokens, from which static capacities follow; "
-        "auto: measured when the data was prepared.",
+        "Nominal share of each modality in the tokens, which determines static capacities; auto: the share measured "
+        "during data preparation.",
         "auto",
     )
-    choice: Literal["sigmoid", "competitive", "softmax"] = setting(
-        "By what an expert ranks tokens: sigmoid, its own logit (the paper's); competitive, its logit minus the mean "
-        "over the group's experts, so that they do not all want the same tokens; softmax, the softmax over the group's "
-        "experts. The gate is the sigmoid of the logit under every choice.",
+    choice: Annotated[str, OneOf(RANKINGS)] = setting(
+        f"Value by which an expert ranks tokens. {RANKINGS.help} "
+        "The gate is the sigmoid of the logit under every choice.",
         "sigmoid",
         source="MoMa 2.2; softmax: expert choice, arXiv 2202.09368",
     )
@@ -109,13 +133,13 @@ class ExpertsConfig(Section):
         "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"
     )
     compute: Literal["auto", "bmm", "grouped_mm", "te"] = setting(
-        "What multiplies the experts' rows with their weights: batched products (bmm), torch's grouped_mm, or "
-        "Transformer-Engine's grouped linear; auto: te where model.backend is and FP8 asks for it, else bmm. Weights "
-        "and results are the same; `mmscale bench experts` measures them.",
+        "Implementation of the experts' matrix products: batched products (bmm), torch's grouped_mm, or "
+        "Transformer-Engine's grouped linear (te). auto: te if model.backend is te and FP8 needs it, otherwise bmm. "
+        "Weights and results are the same; `mmscale bench experts` measures them.",
         "auto",
     )
     fused_swiglu: bool | None = setting(
-        "SwiGLU of the experts as one compiled function that keeps its input only; default: where CUDA is.",
+        "SwiGLU of the experts as one compiled function that keeps only its input; default: on with CUDA.",
         None,
         source="mcore fusions/fused_bias_swiglu.py",
     )
@@ -124,8 +148,8 @@ class ExpertsConfig(Section):
         False,
     )
     threshold_decay: Share = setting(
-        "Decay per step of the moving average of each expert's cut-off, which `--routing threshold` decides by; "
-        "0: none is kept.",
+        "Decay per step of the moving average of each expert's cut-off, which `--routing threshold` uses; 0: no "
+        "average is kept.",
         0.0,
         source="Expert Threshold, arXiv 2603.11535",
     )
@@ -140,8 +164,8 @@ class DepthConfig(Section):
         "Selected tokens per sequence are rounded up to this; TP must divide it.", 8, unit="tokens"
     )
     choice: Literal["mixed", "per_modality"] = setting(
-        "mixed: the best tokens of any modality, experts get nominal counts scaled by the capacity and empty slots "
-        "are masked; per_modality: each modality keeps its nominal share, so experts stay full.",
+        "mixed: the best tokens of any modality; experts get nominal counts scaled by the capacity, and empty slots "
+        "are masked. per_modality: each modality keeps its nominal share, so experts stay full.",
         "mixed",
     )
 
@@ -150,19 +174,31 @@ class AuxiliaryRoutersConfig(Section):
     """Routers that predict expert and depth choice from one token, for causal inference (MoMa, section 2.4)."""
 
     mode: Literal["off", "stage", "joint"] = setting(
-        "off: the main run has none, `mmscale train CONFIG --stage auxiliary` adds and trains them after it; joint: "
-        "trained along with the main run, without touching it; stage: what that command sets by itself.",
+        "off: the main run has none, and `mmscale train CONFIG --stage auxiliary` adds and trains them after it; "
+        "joint: trained together with the main run, whose weights they do not change; stage: set by that command.",
         "off",
     )
     width: Count | None = setting("Inner width; default: half of hidden_size.", None, source="MoMa 2.4")
 
 
+class RopeScalingConfig(Section):
+    """Stretched rotary position embeddings, as in Llama 3.1: slow angles are divided, fast ones stay."""
+
+    rope_type: Literal["llama3"] = setting("The rule, by transformers' name.", "llama3")
+    factor: AtLeastOne = setting("Angles that turn slowly are divided by this.", 8.0, source="Llama 3.1: 8")
+    low_freq_factor: Positive = setting(
+        "Angles with fewer turns than this within the original context are divided.", 1.0, unit="turns"
+    )
+    high_freq_factor: Positive = setting("Angles with more turns than this stay.", 4.0, unit="turns")
+    original_max_position_embeddings: Count = setting(
+        "Context that the model was first trained with.", 8192, unit="tokens"
+    )
+
+
 class ModelConfig(Section):
     """Decoder-only transformer over one sequence of discrete tokens of all modalities."""
 
-    kind: Literal["dense", "moe", "moma"] = setting(
-        "dense; moe: one group of mixed-modal experts; moma: a group of experts per modality.", "moma"
-    )
+    kind: Annotated[str, OneOf(KINDS)] = setting(f"Feed-forward layers. {KINDS.help}", "moma")
     num_layers: Annotated[Count, Field(le=MOST_LAYERS)] = setting(
         "Transformer layers, counting Mixture-of-Depths layers.", unit="layers"
     )
@@ -170,33 +206,36 @@ class ModelConfig(Section):
     ffn_hidden_size: Count = setting("SwiGLU inner width of the dense FFN and of every expert.")
     num_attention_heads: Count = setting("Query heads.", unit="heads")
     num_query_groups: Count | None = setting(
-        "Key/value heads (GQA); default: as many as query heads.", None, unit="heads"
+        "Key/value heads (GQA); default: one for each query head.", None, unit="heads"
     )
     kv_channels: Count | None = setting("Width of a head; default: hidden_size / num_attention_heads.", None)
     seq_length: Count = setting("Tokens of a packed sequence.", 4096, unit="tokens")
-    norm: Literal["pre", "post", "post_per_expert"] = setting(
-        "RMSNorm placement: before each sub-layer; after it (Chameleon/Swin, the paper's); or after it with every "
-        "expert's output normalised before its gate, which keeps the gate's gradient for every token.",
+    norm: Annotated[str, OneOf(NORMS)] = setting(
+        f"Placement of RMSNorm. {NORMS.help}",
         "pre",
         source="MoMa 2.2, Chameleon 2.3",
     )
     norm_eps: Epsilon = setting("Epsilon of RMSNorm.", 1e-5)
     qk_norm: bool = setting("RMSNorm over each head's query and key, before RoPE.", True, source="Chameleon 2.3")
     rope_base: AtLeastOne = setting("Base of the rotary position embedding.", 10_000.0)
+    rope_scaling: RopeScalingConfig | None = setting(
+        "Stretch the rotary position embedding; null: do not. For models that continue a Llama 3.", None
+    )
+    qkv_bias: bool = setting("Add biases to query, key and value projections. For models that continue a Qwen2.", False)
     tie_embeddings: bool = setting("Share the input embedding with the output layer.", False)
     init_std: Annotated[Positive, Field(le=10.0)] = setting(
         "Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02
     )
     dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)
     backend: Literal["auto", "te", "torch"] = setting(
-        "Whose linears, norms and attention fill the layers: te, Transformer-Engine's (CUDA only); torch, "
-        "megatron-core's and torch's; auto: te where it can run. Checkpoints are the same.",
+        "Classes of linears, norms and attention. te: Transformer-Engine's (CUDA only); torch: megatron-core's and "
+        "torch's; auto: te where it can run. Checkpoints are the same.",
         "auto",
     )
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = setting(
-        "Weight gradients are added to the fp32 gradient buffer by the matrix product itself. Transformer-Engine's "
-        "layers can; the output layer and the torch backend need NVIDIA apex built with its CUDA extensions. auto: "
-        "whatever can.",
+        "Add weight gradients to the fp32 gradient buffer within the matrix product. Transformer-Engine's layers "
+        "support it; the output layer and the torch backend need NVIDIA apex built with its CUDA extensions. auto: "
+        "wherever it is supported.",
         "auto",
     )
     experts: ExpertsConfig = setting("Modality groups of experts.", ExpertsConfig())
@@ -214,13 +253,33 @@ class ModelConfig(Section):
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
+    def has_experts(self) -> bool:
+        """Whether feed-forward layers are groups of experts."""
+        return KINDS[self.kind].experts
+
+    @property
+    def per_modality(self) -> bool:
+        """Whether each modality has a group of experts of its own."""
+        return KINDS[self.kind].per_modality
+
+    @property
+    def norm_placement(self) -> NormPlacement:
+        """Where norms stand."""
+        return NORMS[self.norm]
+
+    @property
+    def normalizes_experts(self) -> bool:
+        """Whether every expert's output is normalised by itself, and the sub-layer's output is not."""
+        return self.has_experts and self.norm_placement.per_expert
+
+    @property
     def routes(self) -> bool:
-        """Whether anything in the model is chosen among tokens: experts, or depth."""
-        return self.kind != "dense" or self.depth is not None
+        """Whether the model has experts or Mixture-of-Depths layers, which choose among tokens."""
+        return self.has_experts or self.depth is not None
 
     @property
     def auxiliary_width(self) -> int | None:
-        """Inner width of the auxiliary routers in the model; None: it has none."""
+        """Inner width of the auxiliary routers; None if the model has none."""
         if self.auxiliary.mode == "off" or not self.routes:
             return None
         return self.auxiliary.width or max(1, self.hidden_size // 2)

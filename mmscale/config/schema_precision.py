@@ -1,6 +1,6 @@
 """Settings of number formats (`precision`).
 
-Only shapes of single values; rules between them and others are in rules_precision.py.
+The schema checks single values; rules between settings are in rules_precision.py.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ class PrecisionConfig(Section):
         False,
     )
     fp8_format: Literal["hybrid", "e4m3"] = setting(
-        "hybrid: e4m3 forward and e5m2 for gradients; e4m3: all of it.", "hybrid"
+        "hybrid: e4m3 forward and e5m2 for gradients; e4m3: both.", "hybrid"
     )
     fp8_margin: Index = setting(
         "delayed: scales are divided by 2^margin, as headroom for growing values.", 0, unit="powers of two"
     )
-    fp8_amax_history: Count = setting("delayed: amax values that are remembered.", 1024, unit="steps")
-    fp8_amax_choice: Literal["max", "most_recent"] = setting("delayed: which of them gives the scale.", "max")
-    fp8_skip_first: Index = setting("First layers whose linears stay in `dtype`.", 0, unit="layers")
-    fp8_skip_last: Index = setting("Last layers whose linears stay in `dtype`.", 0, unit="layers")
+    fp8_amax_history: Count = setting("delayed: length of the amax history.", 1024, unit="steps")
+    fp8_amax_choice: Literal["max", "most_recent"] = setting(
+        "delayed: amax value of the history that sets the scale.", "max"
+    )
+    fp8_skip_first: Index = setting("Number of first layers whose linears stay in `dtype`.", 0, unit="layers")
+    fp8_skip_last: Index = setting("Number of last layers whose linears stay in `dtype`.", 0, unit="layers")
 
     @property
     def emulated(self) -> bool:
-        """Whether products are rounded to FP8 by plain torch."""
+        """Whether plain torch rounds products to FP8."""
         return self.fp8 != "off" and self.fp8_emulate

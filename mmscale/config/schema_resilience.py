@@ -1,4 +1,4 @@
-"""Settings of checkpoints and of going on in spite of faults (`checkpoint`, `resilience`).
+"""Settings of checkpoints and of recovery from faults (`checkpoint`, `resilience`).
 
 Rules between them are in rules.py.
 """
@@ -7,41 +7,77 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmscale.config.section import Count, Index, Positive, Seconds, Section, setting
+from mmscale.config.section import Count, Index, Positive, Rate, Seconds, Section, setting
 
 
 class CheckpointConfig(Section):
-    """When the training state is written, and how much of it is kept."""
+    """When checkpoints are written, and which are kept."""
 
     every: Index = setting("Save every n steps; 0: only at the end.", 0, unit="steps")
-    keep: Count = setting("Newest checkpoints kept; never fewer than two known to be whole.", 3, unit="checkpoints")
-    keep_every: Index = setting("Keep checkpoints of every n-th step for ever; 0: none.", 0, unit="steps")
-    allow_missing: bool = setting(
-        "Go on from a checkpoint that lacks its manifest, counters, random or optimizer state.", False
+    keep: Count = setting(
+        "Number of newest checkpoints to keep; at least two verified ones always stay.", 3, unit="checkpoints"
     )
-    resume: bool = setting("Go on from the run's newest checkpoint if there is one.", True)
+    keep_every: Index = setting("Keep checkpoints of every n-th step permanently; 0: none.", 0, unit="steps")
+    early: Index = setting(
+        "Also save after steps 1, 2, 4, 8, ... up to this one, and keep these checkpoints permanently, to study the "
+        "beginning of training. Main stage only; 0: none.",
+        0,
+        unit="steps",
+        source="Pythia, arXiv 2304.01373, section 2.1: 512",
+    )
+    keep_best: str | None = setting(
+        "Keep the checkpoint with the lowest value of this held-out figure (a key of metrics.jsonl, e.g. eval/loss) "
+        "besides the newest ones. An evaluation that finds a new lowest value is followed by a save. Commands call it "
+        "RUN@best.",
+        None,
+    )
+    allow_missing: bool = setting(
+        "Resume from a checkpoint that lacks its manifest, counters, random state or optimizer state.", False
+    )
+    resume: bool = setting("Resume from the run's newest checkpoint if there is one.", True)
     asynchronous: bool = setting(
-        "Train on while a forked process of every rank writes; false: the ranks write themselves. A host needs memory "
-        "for up to twice the training state.",
+        "Continue training while a forked process of every rank writes; false: the ranks write themselves. A host "
+        "needs memory for up to twice the training state.",
         True,
     )
     deadline: Seconds = setting(
-        "An asynchronous save that takes longer is given up; training goes on.", 900.0, unit="seconds"
+        "An asynchronous save that takes longer is given up; training continues.", 900.0, unit="seconds"
     )
     writers: Index = setting(
-        "Ranks of each node that write, for their neighbours too: fewer files per checkpoint, fewer streams at once; "
-        "0: every rank writes its own two files.",
+        "Number of ranks of each node that write, also for their neighbours: fewer files per checkpoint and fewer "
+        "concurrent streams; 0: every rank writes its own two files.",
         0,
         unit="ranks per node",
     )
     max_failures: Count = setting("Failed saves in a row that end the attempt (exit 74).", 3, unit="saves")
+    mirror: str | None = setting(
+        "Folder in an object store or another file system (s3://BUCKET/FOLDER, gs://..., file:///...) to which "
+        "committed checkpoints are copied, below run.name. Credentials come from the environment. A mirror that fails "
+        "never ends training.",
+        None,
+    )
+    mirror_keep: Count = setting(
+        "Number of newest checkpoints kept in the mirror, besides those of keep_every, early and keep_best.",
+        2,
+        unit="checkpoints",
+    )
+    mirror_bandwidth: Rate = setting(
+        "Largest number of bytes per second that are sent to the mirror; 0: no limit.", 0.0, unit="bytes per second"
+    )
+    mirror_streams: Count = setting("Files sent to the mirror at the same time.", 4, unit="files")
+    mirror_wait: Seconds = setting(
+        "How long a run that has ended waits for the mirror; `mmscale ckpt mirror RUN` uploads what is left then.",
+        1800.0,
+        unit="seconds",
+    )
 
 
 class AnomalyConfig(Section):
-    """What is done about losses and gradients that do not look right, before they reach the weights."""
+    """Policy for abnormal losses and gradients before they reach the weights."""
 
     window: Count = setting(
-        "Applied steps whose median and spread (MAD) say what is usual; half of them are needed for a verdict.",
+        "Number of applied steps whose median and spread (MAD) define the normal range; half of them are needed for "
+        "a decision.",
         128,
         unit="steps",
         source="OLMo-core SkipStepOptimizer: 128",
@@ -54,17 +90,17 @@ class AnomalyConfig(Section):
         source="OLMo-core SkipStepOptimizer: 6",
     )
     action: Literal["log", "skip", "rollback"] = setting(
-        "What follows a spike. log: the step is taken; skip: the batch is left out; rollback: go back to the newest "
-        "whole checkpoint and leave out skip_window steps of data.",
+        "Action on a spike. log: apply the step; skip: skip the batch; rollback: return to the newest intact "
+        "checkpoint and skip skip_window steps of data.",
         "log",
     )
     budget: Index = setting(
-        "Batches left out and roll-backs of the whole run, together; one more ends training (exit 5).",
+        "Largest number of skipped batches and roll-backs of the whole run, together; one more ends training (exit 5).",
         10,
         unit="batches or roll-backs",
     )
     skip_window: Count = setting(
-        "Steps of data left out after a roll-back, from the checkpoint on; at least up to the batch that spiked.",
+        "Steps of data skipped after a roll-back, counted from the checkpoint; at least up to the batch that spiked.",
         200,
         unit="steps",
         source="PaLM, arXiv 2204.02311, section 5.1: 200-500 batches",
@@ -72,43 +108,44 @@ class AnomalyConfig(Section):
 
 
 class ResilienceConfig(Section):
-    """Going on in spite of faults."""
+    """Restarts, hang detection, anomalies and snapshots in memory."""
 
     max_restarts: Index = setting(
-        "Restarts of a launched job after crashes, over all of its attempts; one more gives up (exit 5). Stops on "
+        "Restarts of a launched job after crashes, over all attempts; one more crash gives up (exit 5). Stops on "
         "request, preemptions, lost nodes and time limits do not count.",
         20,
         unit="restarts",
     )
     max_restarts_without_progress: Index = setting(
-        "Restarts after crashes in a row without a new checkpoint; one more gives up (exit 5).",
+        "Consecutive restarts after crashes without a new checkpoint; one more crash gives up (exit 5).",
         2,
         unit="restarts",
         source="NVRx ft_launcher: 3 cycles",
     )
     hang_timeout: Seconds | None = setting(
-        "No step ends, and no batch of an evaluation, for this long: ranks write down where they stand, and the "
-        "attempt ends as a crash; default: ten times the longest that one of these took so far, but five minutes at "
-        "least. A save that is waited for may take checkpoint.deadline longer, a roll-back twice that.",
+        "If no step and no evaluation batch ends for this long, ranks write their stacks and the attempt ends as a "
+        "crash. Default: ten times the longest of these so far, at least five minutes. Waiting for a save may take "
+        "checkpoint.deadline longer, a roll-back twice that.",
         None,
         unit="seconds",
     )
     anomaly: AnomalyConfig = setting("NaN, Inf and spikes.", AnomalyConfig())
     parameter_hash_every: Index = setting(
-        "Compare the bytes of replicated parameters every n steps, and name a rank that differs; 0: never.",
+        "Compare the bytes of replicated parameters every n steps and report a rank that differs; 0: never.",
         1000,
         unit="steps",
     )
     memory_every: Index = setting(
-        "Copy every rank's state into shared memory (/dev/shm) every n steps, with parity against the loss of a rank "
-        "or node; a restart on the same layout goes on from there if it is newer than the newest checkpoint. 0: never.",
+        "Copy every rank's state into shared memory (/dev/shm) every n steps, with parity against the loss of a "
+        "rank or node; a restart on the same layout resumes from it if it is newer than the newest checkpoint. 0: "
+        "never.",
         0,
         unit="steps",
         source="REFT, arXiv 2310.12670",
     )
     memory_group: Index = setting(
-        "Ranks that keep each other's parity, on different nodes where there are enough: one of them may be lost, and "
-        "a copy of the state takes 1 / (memory_group - 1) more memory; 2 is a mirror.",
+        "Ranks that keep each other's parity, on different nodes if there are enough. One of them may be lost; a "
+        "copy of the state takes 1 / (memory_group - 1) more memory; 2 is a mirror.",
         4,
         unit="ranks",
     )

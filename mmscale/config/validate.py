@@ -1,6 +1,6 @@
-"""Checks a document against a section of settings, and reads two things as a person means them.
+"""Validates a document against a section of settings, and corrects two misreadings of YAML.
 
-It knows pydantic's errors and the text of scalars, not the settings: load.py and launch/profile.py word the problems.
+It handles pydantic's errors and the text of scalars. load.py and launch/profile.py write the messages.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mmscale.config.document import Document
+from mmscale.config.document import ConfigDocument
 from mmscale.config.section import Section
 
 S = TypeVar("S", bound=Section)
 
 
-def validate(section: type[S], document: Document) -> tuple[S | None, list[ErrorDetails]]:
-    """The settings of a document, or what is wrong with it.
+def validate(section: type[S], document: ConfigDocument) -> tuple[S | None, list[ErrorDetails]]:
+    """The settings of a document, or the errors in it.
 
-    An empty `section:` is read as all defaults, and a scalar where text is wanted is read as it was written:
-    `run.name=$JOB_ID` must not fail because the id has only digits.
+    An empty `section:` means all defaults. A scalar in place of text is read as written: `run.name=$JOB_ID` must not
+    fail if the id has only digits.
 
     Args:
         section: the class of the whole document.
-        document: changed in place where it is read so.
+        document: changed in place by these two corrections.
     """
     try:
         return section.model_validate(document.data), []
@@ -36,13 +36,13 @@ def validate(section: type[S], document: Document) -> tuple[S | None, list[Error
     return validate(section, document)
 
 
-def dotted(document: Document, error: ErrorDetails) -> str:
+def dotted(document: ConfigDocument, error: ErrorDetails) -> str:
     """The dotted key of an error."""
     return ".".join(str(part) for part in _path(document, error))
 
 
-def _repair(document: Document, errors: Sequence[ErrorDetails]) -> bool:
-    """Whether something could be read in another way."""
+def _repair(document: ConfigDocument, errors: Sequence[ErrorDetails]) -> bool:
+    """Whether a misreading was corrected."""
     changed = False
     for error in errors:
         path = _path(document, error)
@@ -63,12 +63,15 @@ def _set(data: Any, path: Sequence[Any], value: Any) -> None:
     data[last] = value
 
 
-def _path(document: Document, error: ErrorDetails) -> list[str | int]:
-    """The keys and indices of an error: pydantic mixes tags of union members and "[key]" into its own path."""
+def _path(document: ConfigDocument, error: ErrorDetails) -> list[str | int]:
+    """The keys and indices of an error, without the union tags and "[key]" that pydantic adds to its path."""
     here: Any = document.data
     parts: list[str | int] = []
     for part in error["loc"]:
-        known = part in here if isinstance(here, dict) else isinstance(here, list) and isinstance(part, int)
+        if isinstance(here, dict):
+            known = part in here
+        else:  # a list that is too short lacks the last of its numbers
+            known = isinstance(here, list) and isinstance(part, int) and part < len(here)
         if known:
             here = here[part]
         elif error["type"] != "missing":

@@ -1,6 +1,6 @@
-"""Reads numbers and durations as people write them: 3e-4, 2e9, 4_096, 010, 64k, 1h, 12:30:00.
+"""Parses numbers and durations such as 3e-4, 2e9, 4_096, 010, 64k, 1h and 12:30:00.
 
-The YAML reader leaves what is not a number of YAML 1.2 as text, so numeric settings go through these.
+The YAML reader leaves everything that is not a number of YAML 1.2 as text, so numeric settings use these parsers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
 
 def parse_number(value: Any) -> Any:
-    """A float for strings such as "3e-4" or "64k"; anything else is returned as it is, for pydantic to judge."""
+    """A float for strings such as "3e-4" or "64k"; other values are returned unchanged for pydantic to check."""
     if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")  # Python's bool is an int
+        raise ValueError("true and false are not numbers")  # Python's bool is an int
     if not isinstance(value, str) or len(value) > _LONGEST:
         return value
     text = value.strip()
@@ -30,7 +30,7 @@ def parse_number(value: Any) -> Any:
 
 
 def parse_integer(value: Any) -> Any:
-    """An int for whole numbers such as "2e9"; anything else is returned as it is, for pydantic to judge."""
+    """An int for whole numbers such as "2e9"; other values are returned unchanged for pydantic to check."""
     number = parse_number(value)
     if isinstance(number, float) and number.is_integer():
         return int(number)

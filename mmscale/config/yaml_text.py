@@ -1,7 +1,7 @@
-"""Reads and writes YAML text. Every YAML file and every override goes through here; nothing else imports `yaml`.
+"""Reads and writes YAML text. Every YAML file and override passes through here; no other module imports `yaml`.
 
-Scalars follow YAML 1.2: `1e-4` is a number; `010`, `1:30`, `no`, `on` and dates are text. The size, the depth and the
-number of values of a text are bounded. Keys and their places are document.py's business.
+Scalars follow YAML 1.2: `1e-4` is a number; `010`, `1:30`, `no`, `on` and dates are text. Size, depth and number of
+values are bounded. document.py handles keys and their places.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmscale.errors import ConfigError
 # A configuration has about 200 lines. The bounds keep the slowest text of this size below about a second.
 MAX_CHARACTERS = 256 * 1024
 MAX_DEPTH = 20
-MAX_VALUES = 10_000
+MAX_VALUES = 5_000
 
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULLS = {"", "~", "null", "Null", "NULL"}
@@ -113,7 +113,7 @@ def value_of(node: yaml.ScalarNode) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that this reader or one of YAML 1.1 would take for something else."""
+    """Quotes every text that this reader or a YAML 1.1 reader would read as another type."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:

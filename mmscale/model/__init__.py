@@ -1,4 +1,4 @@
-"""Mixed-modal transformer layers on megatron-core's TransformerBlock. Knows no data and no training loop."""
+"""Mixed-modal transformer layers on megatron-core's TransformerBlock. Independent of data and training loop."""
 
 from mmscale.runtime import megatron_cpu
 

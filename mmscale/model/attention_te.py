@@ -1,7 +1,7 @@
-"""Core attention through Transformer-Engine: documents as ragged sequences of their own.
+"""Core attention through Transformer-Engine, with documents as ragged sequences.
 
-Imported only where Transformer-Engine is. Not for fp32, nor where Transformer-Engine has no fused kernel for ragged
-sequences: attention.py's class fills the slot then.
+Imported only if Transformer-Engine is installed. Not used for fp32, nor if Transformer-Engine has no fused kernel for
+ragged sequences; then attention.py's class fills the slot.
 
 Shapes: S tokens, B sequences, H heads of this rank, G key/value heads of this rank, D width of a head.
 """
@@ -29,9 +29,9 @@ _LENGTH, _DOCUMENTS = 4096, 64  # of a usual micro-batch; no kernel's limits dep
 def takes_documents(transformer: TransformerConfig) -> bool:
     """Whether Transformer-Engine has a fused kernel for this model's heads and ragged sequences on this machine.
 
-    Without one it materialises scores of [documents, H, S, S]: below compute capability 9.0 cuDNN takes no ragged
-    sequences, and flash-attn may not be installed. Transformer-Engine itself is asked, so its environment variables and
-    versions count.
+    Without one it materialises scores of [documents, H, S, S]: below compute capability 9.0 cuDNN does not support
+    ragged sequences, and flash-attn may be missing. Transformer-Engine itself is asked, so that its environment
+    variables and versions are taken into account.
     """
     if not transformer.bf16:
         return False  # the kernels take no fp32
@@ -62,11 +62,11 @@ _choices: dict[tuple[Any, ...], dict[str, Any]] = {}  # a few: numbers of docume
 
 @contextlib.contextmanager
 def _known_choice(key: tuple[Any, ...]) -> Iterator[None]:
-    """Inside, Transformer-Engine remembers the backend that it chose for the last call with this key.
+    """Inside, Transformer-Engine uses the backend that it chose for the last call with this key.
 
-    It keeps one choice, for all modules, and compares the number of sequences and their length. Layers of
-    Mixture-of-Depths have others than those before and after them, so every call would choose anew. Transformer-Engine
-    compares all parameters all the same: a choice that does not fit is not used.
+    It stores one choice for all modules, and compares the number of sequences and their length. Mixture-of-Depths
+    layers differ in these from the layers around them, so without this every call would choose again.
+    Transformer-Engine still compares all parameters, so an unsuitable choice is never used.
     """
     kept: dict[str, Any] = importlib.import_module(f"{_PACKAGE}.dot_product_attention")._attention_backends
     if key in _choices:
@@ -78,7 +78,7 @@ def _known_choice(key: tuple[Any, ...]) -> Iterator[None]:
 
 
 class FusedDocumentAttention(TEDotProductAttention):
-    """Fused attention over documents as sequences of their own: nothing is computed that a document mask would hide."""
+    """Fused attention over documents as separate sequences, without computing masked parts."""
 
     def forward(
         self,

@@ -1,11 +1,11 @@
-"""Auxiliary routers: predict from one token alone what expert choice and depth choice decide among all tokens.
+"""Auxiliary routers: predict from one token alone the choices that experts and depth layers make among all tokens.
 
-MoMa (arXiv 2407.21770), section 2.4: sigmoid(SiLU(x W1) W2) per layer and group of experts, and per
-Mixture-of-Depths layer, trained by binary cross entropy on the true choice. Here are the module, what it learns from
-and what is counted about it; optimizer, steps and checkpoints are mmscale.train's.
+MoMa (arXiv 2407.21770), section 2.4: sigmoid(SiLU(x W1) W2) per layer and group of experts, and per Mixture-of-Depths
+layer, trained by binary cross entropy on the true choice. This module has the routers, their learning and their
+figures; optimizer, steps and checkpoints are in mmscale.train.
 
-A Mixture-of-Depths layer has one auxiliary router for all modalities, as it has one main router (paper, section 2.4:
-W2 is d/2 x 1); its figures are told per modality all the same.
+A Mixture-of-Depths layer has one auxiliary router for all modalities, as it has one main router (paper, section 2.4: W2
+is d/2 x 1). Its figures are still reported per modality.
 
 Shapes: S tokens of this rank's part of a sequence, B sequences, H hidden width, A inner width (H / 2), E decisions per
 token (experts of the group; 1 for depth).
@@ -73,7 +73,7 @@ class AuxiliaryRouter(Fp32Buffers):
 
 @dataclass
 class RouterRecord:
-    """Sums over what one router was asked on this rank.
+    """Sums over the decisions of one router on this rank.
 
     Attributes:
         router: the router.
@@ -93,10 +93,10 @@ class RouterRecord:
 
 
 class RouterLearning:
-    """What layers hand their true choices to: routers get gradients from them, or are only measured.
+    """Receives the true choices of layers: computes gradients of the routers, or only measures them.
 
-    The loss of a layer is differentiated on the spot, by itself: its input is detached, so nothing of it reaches the
-    main model, no activation outlives the layer, and pipelines and recompute need no further thought.
+    The loss of a layer is differentiated immediately: its input is detached, so no gradient reaches the main model and
+    no activation outlives the layer. Pipelines and recompute need no special case.
 
     Args:
         gradients: add the gradient of the summed cross entropy to the routers' parameters.
@@ -110,7 +110,7 @@ class RouterLearning:
         self._seen: set[tuple[int, str, int]] = set()
 
     def clear(self) -> None:
-        """Forget all sums; called at the start of a step."""
+        """Reset all sums; called at the start of a step."""
         self.records.clear()
         self._seen.clear()
 
@@ -208,9 +208,9 @@ def _histogram(scores: Tensor, member: Tensor) -> Tensor:
 
 
 def calibrated(histogram: Tensor, taken: Tensor) -> Tensor:
-    """Thresholds [E] above which as many scores lie as the true choice took tokens.
+    """Thresholds [E] such that as many scores lie above as the true choice took tokens.
 
-    Of the bin edges the one that comes closest; an expert that took none gets 1, above every score.
+    The closest bin edge is chosen; an expert that took no token gets 1, above every score.
 
     Args:
         histogram: [E, BINS] over all ranks.
@@ -234,11 +234,12 @@ def is_routers_key(key: str) -> bool:
 
 
 def ratios(sums: Tensor) -> dict[str, float]:
-    """Figures for people from sums of FIGURES; one that would divide by zero is left out.
+    """Ratios from the sums of FIGURES; a ratio that would divide by zero is omitted.
 
     Returns:
-        `accuracy` of single decisions, `precision`, `recall`; `unrouted`, the share of tokens that the auxiliary router
-        gives no expert, or skips, and `per_token`, the mean number of experts; with `_batch`, those of the true choice.
+        `accuracy` of single decisions, `precision`, `recall`; `unrouted`, the share of tokens that get no expert, or
+        skip the layer, by the auxiliary router, and `per_token`, the mean number of experts; with `_batch`, those of
+        the true choice.
     """
     decisions, predicted, actual, hits, tokens, without, without_actual = sums.tolist()
     found = {

@@ -1,6 +1,6 @@
-"""From a configuration to model chunks on this rank. The only maker of a TransformerConfig.
+"""Builds the model chunks of this rank from a configuration. Only this module creates a TransformerConfig.
 
-Wrapping in Float16Module and DDP, and everything about gradients, belongs to mmscale.train.
+mmscale.train wraps chunks in Float16Module and DDP, and handles gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from mmscale.config import Config, ParallelConfig
-from mmscale.config.derived import batch_p2p, overlap_p2p
+from mmscale.config.derived import batch_p2p, expert_counts, overlap_p2p
 from mmscale.errors import ConfigError
 from mmscale.model.fp8_emulate import attach
 from mmscale.model.fp8_settings import fp8_settings
@@ -44,7 +44,7 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """megatron-core's view of a configuration; rules of mmscale.config.rules hold already."""
+    """megatron-core's TransformerConfig of a configuration that has passed mmscale.config.rules."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.precision.dtype]
     fusion = gradient_fusion(config)
@@ -63,10 +63,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         # finalize_model_grads finds q and k norms by name only when this is set.
         qk_layernorm=model.qk_norm,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         # EP > 1 demands it (transformer_config.py); our own experts do not read it.
-        num_moe_experts=sum(model.experts.counts.values()) if model.kind != "dense" else None,
+        num_moe_experts=sum(expert_counts(config).values()) or None,
         tensor_model_parallel_size=parallel.tp,
         sequence_parallel=parallel.tp > 1,
         pipeline_model_parallel_size=parallel.pp,
@@ -74,7 +75,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_layout=_pipeline_layout(config),
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.tp,
-        context_parallel_size=1,
+        context_parallel_size=parallel.cp,
         overlap_p2p_comm=overlap_p2p(config),
         batch_p2p_comm=batch_p2p(config),
         tp_comm_overlap=parallel.overlap_tensor,
@@ -104,7 +105,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def _pipeline_layout(config: Config) -> list[list[str]] | None:
-    """The layers of every pipeline chunk by megatron-core's names; None: equally many."""
+    """The layers of every pipeline chunk by megatron-core's names; None if chunks have equal numbers."""
     if config.parallel.pp_layers is None:
         return None
     chunks = [["decoder"] * number for number in config.parallel.pp_layers]
@@ -115,11 +116,11 @@ def _pipeline_layout(config: Config) -> list[list[str]] | None:
 
 @dataclass(frozen=True)
 class GradientFusion:
-    """Which linears add their weight gradients to the fp32 buffer within the matrix product.
+    """The linears that add their weight gradients to the fp32 buffer within the matrix product.
 
     Attributes:
-        everywhere: all, the output layer too, by apex's kernel.
-        te: Transformer-Engine's, by their own.
+        everywhere: all, including the output layer, by apex's kernel.
+        te: Transformer-Engine's, by their own kernels.
     """
 
     everywhere: bool
@@ -127,13 +128,13 @@ class GradientFusion:
 
 
 def gradient_fusion(config: Config) -> GradientFusion:
-    """What `model.gradient_accumulation_fusion` means on this machine.
+    """Resolves `model.gradient_accumulation_fusion` for this machine.
 
-    megatron-core asks apex's absence only when its output layer is made, with a RuntimeError; a Python-only apex it
-    takes for whole.
+    megatron-core checks for apex only when it creates its output layer, with a RuntimeError, and it does not
+    distinguish a Python-only apex from a complete one.
 
     Raises:
-        ConfigError: it is asked for and nothing here can do it.
+        ConfigError: it is requested but not possible here.
     """
     wanted, status = config.model.gradient_accumulation_fusion, doctor.apex_status()
     everywhere = device.has_cuda() and status == "ok"
@@ -180,10 +181,28 @@ def build_chunks(
                 pg_collection=groups,
                 vp_stage=vp_stage,
             )
+        _scale_angles(model, config)
+        # It would keep the angles of this context-parallel rank's part of a sequence only, and positions that restart
+        # with every document look up any angle.
+        model.rotary_pos_emb.cp_group = None
         attach(model, config, groups)
         initialize(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
         chunks.append(model.to(device.taken()))
     return chunks
+
+
+def _scale_angles(model: GPTModel, config: Config) -> None:
+    """Apply `model.rope_scaling`. GPTModel passes only one of its numbers on, megatron-core's own formula takes all."""
+    scaling = config.model.rope_scaling
+    if scaling is not None:
+        rope = model.rotary_pos_emb
+        rope.inv_freq = rope._apply_scaling(
+            rope.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-"""How many tokens an expert takes of a sequence or micro-batch, and in which slots they stand.
+"""The number of tokens that an expert takes of a sequence or micro-batch, and their slots.
 
 `nominal`: from the modality's nominal share, the same in every batch, so that shapes are static. `actual`: from the
-tokens that are there, k_e = ceil(factor * b / E) (MoMa, arXiv 2407.21770, section 2.2). Actual counts are known on the
-host: the loader counts this rank's tokens, and the tables of packed documents give those of every expert-parallel rank.
-So all ranks of an exchange compute the same number of slots without a message, and nothing waits for the device.
+present tokens, k_e = ceil(factor * b / E) (MoMa, arXiv 2407.21770, section 2.2). Actual counts are known on the host:
+the loader counts this rank's tokens, and the tables of packed documents give those of every expert-parallel rank. So
+all ranks of an exchange compute the same number of slots without communication and without waiting for the device.
 
 Shapes: S tokens of a sequence, B sequences of the micro-batch, M modalities, E experts of a group, R expert-parallel
 ranks, Q scopes in which experts choose (B sequences, or 1 micro-batch).
@@ -24,10 +24,13 @@ from mmscale.runtime import device
 class Slots(NamedTuple):
     """The slots of every expert of a group.
 
+    An expert's slots form a table [capacity, Q]: row p holds, for each of the Q scopes, the p-th best token of that
+    scope.
+
     Attributes:
-        capacity: most tokens that an expert takes of any scope; places in the order of preference run up to it.
+        capacity: largest number of tokens that an expert takes of any scope; rows in the order of preference.
         limit: [Q] tokens that an expert takes of each scope; None: `capacity` of each.
-        place: [slots] the slots, as place * Q + scope, each once; None: all places up to `capacity` of all scopes.
+        place: [slots] the used slots, as place * Q + scope, each once; None: all places up to `capacity` of all scopes.
     """
 
     capacity: int
@@ -54,11 +57,11 @@ class TokenCounts:
     quotas: tuple[int, ...] | None = None
 
     def kept(self, keep: int, quotas: tuple[int, ...] | None) -> TokenCounts:
-        """The same tokens in front of what a Mixture-of-Depths layer does with those that it keeps."""
+        """The same tokens, seen from a Mixture-of-Depths layer that keeps only some of them."""
         return replace(self, keep=keep, quotas=quotas)
 
     def most(self, tokens: NDArray[np.int64], modalities: tuple[int, ...]) -> NDArray[np.int64]:
-        """Most tokens of these modalities that a sequence can have: exact without Mixture-of-Depths.
+        """Upper bound of the tokens of these modalities in a sequence; exact without Mixture-of-Depths.
 
         Args:
             tokens: [..., M], `own` or `everyone`.
@@ -81,11 +84,11 @@ Numbers = TypeVar("Numbers", NDArray[np.float64], Tensor)
 
 
 def actual_capacity(tokens: Numbers, experts: int, *, factor: float, multiple: int) -> Numbers:
-    """Tokens that each expert takes of scopes with so many tokens of its group.
+    """Tokens that each expert takes of scopes with this many tokens of its group.
 
-    One formula for the host (NumPy) and for the device (torch), which must agree: ceil(factor * tokens / experts),
-    rounded up to `multiple`, at most all tokens; 0 where there is none. It grows with the tokens, so the capacity of an
-    upper bound is an upper bound.
+    One formula for the host (NumPy) and the device (torch), which must agree: ceil(factor * tokens / experts), rounded
+    up to `multiple`, at most all tokens; 0 if there are none. It increases with the tokens, so the capacity of an upper
+    bound is an upper bound.
 
     Args:
         tokens: whole numbers in fp64, any shape.
@@ -109,20 +112,20 @@ def actual_slots(
     factor: float,
     multiple: int,
 ) -> Slots:
-    """Slots for the tokens that are there; as many on every expert-parallel rank.
+    """Slots for the present tokens; the same number on every expert-parallel rank.
 
     Args:
-        counts: what the host knows of the micro-batches of all ranks of the exchange.
+        counts: the host's counts of the micro-batches of all ranks of the exchange.
         member: [S, B] bool on the device, tokens of the group.
         modalities: those of the group.
         experts: E, over all expert-parallel ranks.
-        per_sequence: each sequence chooses by itself.
+        per_sequence: experts choose in each sequence separately.
         factor: model.experts.capacity_factor.
         multiple: slots are a multiple of this, for FP8.
 
     Returns:
-        As many slots as the fullest rank's expert needs, at least one, rounded up to `multiple`. Places beyond a
-        scope's own limit, which is counted on the device, are slots that no token fills.
+        As many slots as the fullest rank's expert needs, at least one, rounded up to `multiple`. Slots beyond a scope's
+        own limit, which is counted on the device, stay empty.
     """
     tokens, scopes = member.numel(), member.shape[1] if per_sequence else 1
 

@@ -1,8 +1,8 @@
-"""Records which tokens experts and Mixture-of-Depths layers choose, and repeats it in another run of the same batches.
+"""Records the tokens that experts and depth layers choose, and repeats the choices in another run.
 
-For comparing layouts. In bf16 another order of summation changes hidden states in the last of 8 bits, and with them the
-logits of routers. Of two tokens that are that close the other one is chosen then, and gradients are those of another
-token. With the choice repeated what is left is rounding. How many choices differ is counted.
+Used for comparing layouts. In bf16 another order of summation changes hidden states in the last of 8 bits, and with
+them the logits of routers. Of two tokens with close logits the other one may then be chosen, and gradients are those of
+another token. With repeated choices only rounding remains. The number of differing choices is counted.
 
 Shapes: S tokens of a sequence, B sequences of the micro-batch, E experts of a group, K tokens of a depth layer.
 """
@@ -85,12 +85,12 @@ class Choices:
         return (~kept).to(torch.uint8).sort(dim=0, stable=True).indices[: index.shape[0]]
 
     def _settle(self, taken: Tensor, micro_batch: int, place: Hashable) -> Tensor | None:
-        """Record what was taken, or give what was recorded and count what is different."""
+        """Record what was taken, or return the recorded choice and count the differences."""
         if not self._repeat:
             self._kept.setdefault(micro_batch, {})[place] = taken.cpu()
             return None
         if micro_batch not in self._kept:
-            self._kept[micro_batch] = torch.load(self._file(micro_batch), weights_only=True)
+            self._kept[micro_batch] = torch.load(self._file(micro_batch), weights_only=True)  # noqa: TID251 (its own)
         kept = self._kept[micro_batch][place].to(taken.device)
         # Recompute comes by twice and counts once.
         self._counts[micro_batch, place] = (int(kept.sum()), int((kept & ~taken).sum()))

@@ -1,8 +1,8 @@
-"""Exchange of tokens with their experts that travels while something else is computed.
+"""The exchange of tokens with their experts, overlapped with computation.
 
-`to_experts` of experts.py sends all groups in one message and waits. Here every group has a message of its own, which
-is started and, where its tokens are needed, waited for; in backward the gradient's message is started where the forward
-one was waited for. The results are the same to the last bit: messages move rows and change none.
+`to_experts` of experts.py sends all groups in one message and waits. Here every group has a separate message, which is
+started early and waited for when its tokens are needed; in backward the gradient's message starts where the forward one
+was waited for. The results are bit-identical: messages move rows without changing them.
 
 Shapes: E experts of a group, L of them on this rank, C slots of an expert on a rank, H hidden width.
 """
@@ -21,8 +21,8 @@ from mmscale.model.experts import Places, splits
 def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
     """The largest of each count over the ranks that exchange tokens, on the host.
 
-    Where routing is decided token by token, ranks need different numbers of slots. The exchange wants equal ones, so
-    every rank takes as many as the fullest one needs. Every rank calls it; it waits for the device.
+    With routing token by token, ranks need different numbers of slots. The exchange needs equal ones, so every rank
+    uses as many as the fullest one needs. Every rank calls it; it waits for the device.
 
     Args:
         counts: integers, of the same shape on all ranks [n].
@@ -34,7 +34,7 @@ def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
 
 
 class _Message:
-    """An all-to-all of rows on its way. Holds what is sent until it has been sent."""
+    """An all-to-all of rows in progress. Holds the sent data until it has been sent."""
 
     def __init__(self, rows: Tensor, there: list[int], here: list[int], group: ProcessGroup) -> None:
         self.sent = rows.contiguous()
@@ -51,7 +51,7 @@ class _Message:
 
 
 class _Journey:
-    """What the two ends of an exchange know of each other.
+    """Data shared by the two ends of an exchange.
 
     Attributes:
         to, of: rows that go to every rank, and that come from every rank.
@@ -115,7 +115,7 @@ class Travelling:
         self._rows = _Depart.apply(rows, self._journey)
 
     def arrived(self) -> Tensor:
-        """What the other ranks sent, [m, H], ordered by the rank that it comes from. To be asked once."""
+        """The rows from the other ranks, [m, H], ordered by the sending rank. Call it once."""
         return _Arrive.apply(self._rows, self._journey)
 
 

@@ -1,8 +1,8 @@
-"""How the products of all experts of a group are computed: batched, grouped, fused or captured; one result.
+"""Implementations of the experts' matrix products: batched, grouped, fused or captured, with one result.
 
-Static capacities give every expert equally many rows, so no choice needs counts from the device. Which one is fastest
-is measured by `mmscale bench experts`; docs/performance.md says what was found. Transformer-Engine's grouped linear
-keeps weights of its own and is a module of experts_te.py; here is only its name.
+Static capacities give every expert the same number of rows, so no implementation needs counts from the device. `mmscale
+bench experts` measures them; docs/performance.md has the results. Transformer-Engine's grouped linear has its own
+weights and is a module of experts_te.py.
 
 Shapes: L experts on this rank, N rows of each, H hidden width, F inner width of this tensor-parallel rank.
 """
@@ -38,12 +38,12 @@ class Products(StrEnum):
 
 @dataclass(frozen=True)
 class ExpertCompute:
-    """How a group of experts is computed on this machine; `auto` is decided.
+    """The implementation for a group of experts on this machine, with `auto` resolved.
 
     Attributes:
-        products: what multiplies.
-        fused: SwiGLU as one function that keeps its input only and recomputes the rest in backward; torch.compile
-            makes one kernel of each pass where CUDA is.
+        products: implementation of the products.
+        fused: SwiGLU as one function that keeps only its input and recomputes the rest in backward; with CUDA
+            torch.compile makes one kernel of each pass.
         graph: forward and backward of each group are captured as CUDA graphs.
     """
 
@@ -56,10 +56,10 @@ BATCHED = ExpertCompute()
 
 
 def chosen(config: Config) -> ExpertCompute:
-    """What `model.experts.compute`, `fused_swiglu` and `cuda_graph` mean on this machine.
+    """Resolves `model.experts.compute`, `fused_swiglu` and `cuda_graph` for this machine.
 
     Raises:
-        ConfigError: this machine or its torch lacks what was asked for.
+        ConfigError: this machine or its torch does not support the request.
     """
     experts, cuda = config.model.experts, device.has_cuda()
     if experts.compute == "auto":

@@ -1,10 +1,10 @@
 """SwiGLU experts as batched 3-D parameters, and the exchange that brings tokens to them in one message.
 
-How they are computed is in expert_compute.py, the exchange that travels while experts compute in exchange.py.
+expert_compute.py computes them; exchange.py has the overlapped exchange.
 
-Host integers say how many experts of a group a rank holds and how many slots an expert has, so every shape is known on
-the host: no counts are exchanged and nothing waits for the device. Where expert parallelism does not divide a group,
-some ranks hold one expert less of it, and messages have unequal splits (mmscale.config.derived.experts_of_ranks).
+The host knows how many experts of a group a rank holds and how many slots an expert has, so every shape is known on the
+host: no counts are exchanged and nothing waits for the device. If expert parallelism does not divide a group, some
+ranks hold one expert of it less, and messages have unequal splits (mmscale.config.derived.experts_of_ranks).
 
 Shapes: E experts of a group, L of them on this rank, N tokens of an expert, C slots of an expert on one rank, H hidden
 width, F inner width of this tensor-parallel rank.
@@ -31,16 +31,16 @@ from mmscale.runtime.cuda_graphs import Captured
 
 
 class SpreadExperts(MegatronModule):
-    """E equal experts: whole ones spread over expert-parallel ranks, their inner width over tensor-parallel ranks.
+    """E equal experts: distributed over expert-parallel ranks, inner width sharded over tensor-parallel ranks.
 
     Args:
         config: gives widths, dtype and initialisation.
         count: E, over all expert-parallel ranks.
         width: SwiGLU inner width over all tensor-parallel ranks.
         groups: process groups; expert tensor parallelism equals tensor parallelism.
-        own: which of them this expert-parallel rank holds, at least one; None: every rank holds all of them as ordinary
+        own: the experts of this expert-parallel rank, at least one; None: every rank holds all of them as ordinary
             (dense) parameters.
-        compute: how the products are computed, see expert_compute.py.
+        compute: implementation of the products, see expert_compute.py.
 
     Attributes:
         own: global indices of this rank's experts.

@@ -1,7 +1,7 @@
-"""SwiGLU experts through Transformer-Engine's grouped linear: in place of experts.py's, with the same checkpoint.
+"""SwiGLU experts through Transformer-Engine's grouped linear: a replacement of experts.py's with the same checkpoint.
 
-Imported only where Transformer-Engine is. With expert choice every expert has equally many rows, a number that the host
-knows, so the list of splits costs no wait for the device.
+Imported only if Transformer-Engine is installed. With expert choice every expert has the same number of rows, which the
+host knows, so the list of splits needs no wait for the device.
 
 Shapes: L experts on this rank, N rows of each, H hidden width, F inner width of this tensor-parallel rank.
 """
@@ -76,12 +76,13 @@ class TEExperts(SpreadExperts):
         return output.view(experts, rows, hidden)
 
     def _scaling(self) -> contextlib.AbstractContextManager[None]:
-        """The context in which delayed scales are agreed on by the ranks that hold the same experts.
+        """The context in which the ranks that hold the same experts reduce their delayed scales.
 
         The context around all layers (fp8_utils.py) takes the maximum over all data-parallel ranks, tensor by tensor in
-        the order of modules. Expert-parallel ranks hold other experts there, and other numbers of them where a group is
-        not divisible: scales of different experts would mix, or messages would differ in length. Transformer-Engine
-        keeps the tensors of every context apart, and reduces all of them when the outermost one ends.
+        the order of modules. Expert-parallel ranks hold different experts there, and different numbers of them if a
+        group is not divisible: scales of different experts would mix, or messages would differ in length.
+        Transformer-Engine keeps the tensors of every context separate, and reduces all of them when the outermost one
+        ends.
         """
         if self.scaling_group is None or not delayed(self.config) or not FP8GlobalStateManager.is_fp8_enabled():
             return contextlib.nullcontext()

@@ -1,12 +1,12 @@
-"""FP8 linears and experts in plain torch: what Transformer-Engine's do to numbers, on any device, at no gain in speed.
+"""FP8 linears and experts in plain torch: the numerics of Transformer-Engine's FP8 on any device, without its speed.
 
-Forward both operands are rounded to e4m3, backward the gradient to e5m2 (`hybrid`) or e4m3, products are summed in fp32
-and come out in the operands' format; SwiGLU, norms, attention scores and everything else stay as they are. The formulas
-are fp8_formats.py's; how delayed scales follow from amax values at the end of a step is mmscale.train.fp8_scales'.
+In forward both operands are rounded to e4m3, in backward the gradient to e5m2 (`hybrid`) or e4m3; products are summed
+in fp32 and returned in the operands' format. SwiGLU, norms, attention scores and everything else are unchanged. The
+formulas are in fp8_formats.py; train/steps/fp8_scales.py updates delayed scales at the end of a step.
 
-Two things are other than Transformer-Engine's, so that losses depend on the layout no more than without FP8: amax of a
-tensor that is sharded over tensor-parallel ranks is agreed on among them, and delayed scales move once in an optimizer
-step instead of once in a micro-batch.
+Two details differ from Transformer-Engine's, so that losses depend on the layout no more than without FP8:
+tensor-parallel ranks reduce the amax of a tensor that is sharded over them, and delayed scales move once per optimizer
+step instead of once per micro-batch.
 
 Shapes: L products of one kind (experts on this rank; 1 for a linear), M rows, K summed over, N columns.
 """
@@ -55,7 +55,7 @@ class Recipe:
 
     @classmethod
     def of(cls, config: Config) -> Recipe:
-        """What a configuration asks for; it emulates."""
+        """The recipe of a configuration with emulated FP8."""
         precision = config.precision
         assert precision.fp8 != "off", "the caller asks `precision.emulated`"
         return cls(
@@ -72,17 +72,17 @@ class Recipe:
 
 
 class DelayedScales(Fp32Buffers):
-    """Scales of a product's three tensors and the amax values that they follow from, for each of L products.
+    """Scales of a product's three tensors and the amax values that determine them, for each of L products.
 
-    Not in the model's state dict, so that weights are the same with any recipe: mmscale.train.fp8_scales puts it into
-    checkpoints, as state_te.py has it for Transformer-Engine.
+    Not in the model's state dict, so that weights are the same with any recipe: train/steps/fp8_scales.py stores it in
+    checkpoints, as state_te.py does for Transformer-Engine.
 
     Attributes:
-        state: [1 + steps, L, 5] fp32, scales in row 0 and amax values below; row 1 is what has been seen since the last
+        state: [1 + steps, L, 5] fp32, scales in row 0 and amax values below; row 1 holds those seen since the last
             update. Columns are input, weight, output, gradient of the output, gradient of the input.
         groups: process groups of this rank.
-        place: of products of experts, which expert-parallel ranks share: index of the first one here, and E; None: of a
-            product that every rank has.
+        place: for products of experts, which expert-parallel ranks share: index of the first one here, and E; None:
+            every rank has the product.
         name: of the weight in a checkpoint.
     """
 
@@ -103,7 +103,7 @@ class DelayedScales(Fp32Buffers):
         return self.state[0, :, role].view(-1, 1, 1)
 
     def see(self, role: int, amax: Tensor) -> None:
-        """Remember amax [L, 1, 1] of one of the tensors. What is not a number counts as infinite: ranks can agree."""
+        """Record amax [L, 1, 1] of one of the tensors. NaN counts as infinite, so that ranks can reduce it."""
         found = torch.nan_to_num(amax.view(-1), nan=float("inf"), posinf=float("inf"))
         self.seen[:, role] = torch.maximum(self.seen[:, role], found)
 
@@ -113,7 +113,7 @@ class DelayedScales(Fp32Buffers):
         return self.state[1]
 
     def update(self) -> None:
-        """Scales of the next step, after ranks have agreed on what was seen."""
+        """Compute the scales of the next step, after ranks have reduced the seen values."""
         limits = [formats.largest(self.recipe.format_of(role)) for role in range(COLUMNS)]
         formats.update_delayed(
             self.state[1:],
@@ -248,8 +248,9 @@ class _Fp8Linear:
         if self.fp8 is None:
             output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
             return output
-        assert kwargs["bias"] is None
-        return _linear(self.fp8, self._whole(input), weight)
+        output = _linear(self.fp8, self._whole(input), weight)
+        bias: Tensor | None = kwargs["bias"]  # added outside of the FP8 product, as Transformer-Engine does
+        return output if bias is None else output + bias
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """The rows of all tensor-parallel ranks, where the linear takes them in parts."""

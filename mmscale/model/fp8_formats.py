@@ -1,10 +1,10 @@
-"""FP8 in formulas: scales from amax values, rounding, blocks. Pure tensor functions on any device; no model, no groups.
+"""FP8 as formulas: scales from amax values, rounding, blocks. Pure tensor functions on any device; no model, no groups.
 
-Equal to Transformer-Engine 2.11 bit for bit: CurrentScalingQuantizerRef (quantization_current_scaling.py) for scales
-from the tensor itself, the fused update (delayed_scaling.cu) for delayed ones, compute_scale_from_amax
-(recipe_common.cuh) where amax is not finite: there the kernels take 1, and the Python reference takes 0 or NaN.
+Bit-identical to Transformer-Engine 2.11: CurrentScalingQuantizerRef (quantization_current_scaling.py) for scales from
+the tensor itself, the fused update (delayed_scaling.cu) for delayed ones, and compute_scale_from_amax
+(recipe_common.cuh) for amax values that are not finite, where the kernels use 1 and the Python reference uses 0 or NaN.
 
-Values are clamped before the cast and amax is taken before it: torch 2.11 casts what is out of range to NaN and torch
+Values are clamped before the cast and amax is taken before it: torch 2.11 casts values out of range to NaN and torch
 2.13 to the largest value, infinities included.
 
 Shapes: M rows, K columns, leading dimensions L (experts).
@@ -25,12 +25,12 @@ _FP32_MAX = torch.finfo(torch.float32).max
 
 
 class Blocks(StrEnum):
-    """Which values share a scale, for a matrix [M, K].
+    """The values of a matrix [M, K] that share a scale.
 
     TENSOR: all of it.
     ROW: 128 neighbours of a row: activations and gradients, along the dimension that the product sums over.
     COLUMN: 128 neighbours of a column: the same tensors in the product of the weight's gradient.
-    TILE: 128 x 128: weights, which are read both ways.
+    TILE: 128 x 128: weights, which are read in both directions.
     """
 
     TENSOR = "tensor"
@@ -162,15 +162,15 @@ def transposed(quantized: Quantized) -> Quantized:
 
 
 def update_delayed(history: Tensor, scale: Tensor, limit: Tensor, *, margin: int, most_recent: bool) -> None:
-    """Scales for what comes from what was seen, in place; entry 0 of the history is the newest and is emptied.
+    """Update scales from the amax history, in place; entry 0 of the history is the newest and is cleared.
 
     Args:
         history: [steps, ...] fp32 amax values; entry 0 of the step that ends, entry 1 the oldest, the last one the
-            newest before it, as Transformer-Engine rolls them.
-        scale: [...] fp32; stays where amax is 0, infinite or not a number.
+            newest before it, in Transformer-Engine's order.
+        scale: [...] fp32; unchanged where amax is 0, infinite or NaN.
         limit: [...] fp32, largest value of each tensor's format.
         margin: scales are divided by 2^margin.
-        most_recent: entry 0 gives the scale instead of the largest of all.
+        most_recent: use entry 0 instead of the largest of all.
     """
     amax = history[0].clone() if most_recent else history.amax(dim=0)
     rolled = history.roll(-1, 0)

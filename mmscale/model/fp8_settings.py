@@ -1,7 +1,7 @@
-"""From `precision.fp8` to megatron-core's FP8 fields, for layers of Transformer-Engine.
+"""Converts `precision.fp8` to megatron-core's FP8 fields, for layers of Transformer-Engine.
 
 Emulated FP8 sets none of them: megatron-core would enter Transformer-Engine's context, or, without it, a null context
-that trains in bf16 without a word (fp8_utils.py).
+that silently trains in bf16 (fp8_utils.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the parallel layout.
 
-Every parameter is drawn as a global tensor from a generator seeded by (seed, key, block of rows); a rank draws the
-blocks that its shard touches and keeps its part. So TP, PP, EP and DP ranks agree, and so does one process. Works for
-any module whose sharded_state_dict is right, which it thereby tests too.
+Every parameter is drawn as a global tensor from a generator seeded by (seed, key, block of rows). A rank draws the
+blocks that its shard overlaps and keeps its part. So TP, PP, EP and DP ranks agree, and so does one process. It works
+for any module whose sharded_state_dict is right, and thereby tests that too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmscale.model.norm import norm_weights
 
+_BIASES = ".linear_qkv.bias"  # start at zero
 # Projections back into the residual stream start smaller, as in GPT-2 and megatron-core's scaled_init_method_normal.
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", ".w2")
 # Elements of one independently drawn block: bounds the memory that initialising a large tensor takes.
@@ -24,7 +25,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def initialize(model: MegatronModule, *, seed: int, std: float, num_layers: int) -> None:
-    """Fill all parameters of a model chunk; norm weights stay at one.
+    """Fill all parameters of a model chunk; norm weights stay at one, biases are zero.
 
     Args:
         model: a megatron-core model, before it is wrapped in Float16Module or DDP.
@@ -44,7 +45,10 @@ def initialize(model: MegatronModule, *, seed: int, std: float, num_layers: int)
             if storage in norms | kept:
                 continue
             scaled = part.key.endswith(_OUTPUT_PROJECTIONS)
-            _fill(part, seed=seed, std=std / math.sqrt(2 * num_layers) if scaled else std)
+            if part.key.endswith(_BIASES):
+                part.data.detach().zero_()
+            else:
+                _fill(part, seed=seed, std=std / math.sqrt(2 * num_layers) if scaled else std)
             drawn.add(storage)
     for name, parameter in model.named_parameters():
         assert parameter.untyped_storage().data_ptr() in drawn | norms, f"{name} was not initialised"

@@ -1,10 +1,11 @@
-"""Transformer layers of mixed-modal models: the plain one, and the Mixture-of-Depths one.
+"""Transformer layers of mixed-modal models: the plain layer and the Mixture-of-Depths layer.
 
-Both are megatron-core's TransformerLayer with forward overridden only to hand the micro-batch's facts to attention and
-to the feed-forward slot. Mixture-of-Depths: arXiv 2404.02258, MoMa (arXiv 2407.21770) section 2.3: selected tokens go
-through attention and feed-forward, the others skip the layer.
+Both are megatron-core's TransformerLayer; forward is overridden only to pass the per-token data of the micro-batch to
+attention and to the feed-forward slot. Mixture-of-Depths: arXiv 2404.02258, MoMa (arXiv 2407.21770) section 2.3:
+selected tokens go through attention and feed-forward, the others skip the layer.
 
-Shapes: S tokens of a full sequence, B sequences, H hidden width, K selected tokens per sequence.
+Shapes: S tokens of a full sequence, split over CP context-parallel and then TP tensor-parallel ranks, B sequences, H
+hidden width, K selected tokens per sequence.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from torch import Tensor, nn
 
 from mmscale.model.auxiliary import AuxiliaryRouter
 from mmscale.model.capacity import Slots
+from mmscale.model.decisions import DECISIONS
 from mmscale.model.exchange import largest_everywhere
-from mmscale.model.mixed_modal import MixedModalParams, Routing
+from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.model.routing import depth_choice, depth_decided
 from mmscale.model.thresholds import Thresholds
+from mmscale.tables.routings import Needs, Routing
 
 
 class MixedModalLayer(TransformerLayer):
-    """Attention within documents, then the feed-forward slot, which gets the micro-batch's facts as `padding_mask`."""
+    """Attention within documents, then the feed-forward slot, which receives the per-token data as `padding_mask`."""
 
     def forward(
         self,
@@ -39,7 +42,7 @@ class MixedModalLayer(TransformerLayer):
         rotary_pos_emb: Tensor,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[S / TP, B, H] -> ([S / TP, B, H], no context)."""
+        """[S / CP / TP, B, H] -> ([S / CP / TP, B, H], no context)."""
         hidden, context = self._forward_attention(
             hidden_states,
             attention_mask=None,
@@ -56,7 +59,7 @@ class MixedModalLayer(TransformerLayer):
             params.stats.add(self.layer_number, "output_norm", output.float().norm(dim=-1).mean())
         if params.stats is not None and params.stats.modalities:
             local = output.shape[0]
-            own = params.modality_ids[self.tp_group.rank() * local :][:local]
+            own = params.local(params.modality_ids)[self.tp_group.rank() * local :][:local]
             masks = torch.stack([own == modality for modality in range(params.stats.modalities)]).double()
             sums = (masks * output.detach().float().norm(dim=-1)).sum(dim=(1, 2))
             params.stats.count(self.layer_number, "output_norm", torch.stack((sums, masks.sum(dim=(1, 2)))))
@@ -86,8 +89,8 @@ class DepthSettings:
 class DepthLayer(MixedModalLayer):
     """x + sigmoid(x . w) (layer(x) - x) for the K tokens with the highest scores of each sequence; x for the others.
 
-    In causal modes a token is processed if the one auxiliary router of the layer (for all modalities) says so; as many
-    tokens of a sequence as it may be. The gate stays the main router's.
+    In causal modes the layer's auxiliary router (one for all modalities) decides for each token, so the number of
+    processed tokens varies. The gate stays the main router's.
     """
 
     def __init__(self, *args: Any, depth: DepthSettings, **kwargs: Any) -> None:
@@ -109,7 +112,7 @@ class DepthLayer(MixedModalLayer):
         rotary_pos_emb: Tensor,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[S / TP, B, H] -> ([S / TP, B, H], no context)."""
+        """[S / CP / TP, B, H] -> ([S / CP / TP, B, H], no context)."""
         params = packed_seq_params
         local = hidden_states.float() @ self.depth_router.float()
         # What follows is computed whole on every tensor-parallel rank, so backward splits instead of summing.
@@ -117,6 +120,8 @@ class DepthLayer(MixedModalLayer):
         full = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
+        context = self.pg_collection.cp
+        logits, full = params.gather(logits, context), params.gather(full, context)
         length, batch, width = full.shape
 
         valid: Tensor | None = None
@@ -129,13 +134,15 @@ class DepthLayer(MixedModalLayer):
             self._teach(hidden_states, logits.detach(), index, params)
         else:
             index, valid = self._decide(hidden_states, logits, params)
-        rows = (index * batch + torch.arange(batch, device=index.device)).reshape(-1)
-        selected = full.reshape(length * batch, width).index_select(0, rows).view(-1, batch, width)
         inner = params.select(index, valid, quotas=self.depth.quotas)
+        # This context-parallel rank's part of the selected tokens.
+        mine, real = inner.local(index), None if valid is None else inner.local(valid)
+        rows = (mine * batch + torch.arange(batch, device=index.device)).reshape(-1)
+        selected = full.reshape(length * batch, width).index_select(0, rows).view(-1, batch, width)
         if params.stats is not None:
             self._report(params, inner)
 
-        out, context = super().forward(
+        out, nothing = super().forward(
             scatter_to_sequence_parallel_region(selected, group=self.tp_group),
             packed_seq_params=inner,
             rotary_pos_emb=rotary_pos_emb,
@@ -143,41 +150,48 @@ class DepthLayer(MixedModalLayer):
         out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.tp_group)
 
         weight = torch.sigmoid(logits.reshape(-1).index_select(0, rows)).unsqueeze(-1)
-        if valid is not None:
-            weight = weight * valid.reshape(-1, 1)
+        if real is not None:
+            weight = weight * real.reshape(-1, 1)
         delta = (weight * (out - selected).reshape(-1, width).float()).to(full.dtype)
         update = torch.zeros_like(full).reshape(length * batch, width).index_add_(0, rows, delta)
-        update = scatter_to_sequence_parallel_region(update.view(length, batch, width), group=self.tp_group)
+        update = params.scatter_sum(update.view(length, batch, width), context)
+        update = scatter_to_sequence_parallel_region(update, group=self.tp_group)
         output = hidden_states + update
         self._report_output(params, output)
-        return output, context
+        return output, nothing
 
     def _decide(self, hidden: Tensor, logits: Tensor, params: MixedModalParams) -> tuple[Tensor, Tensor]:
-        """Positions [K, B] of the tokens to process, decided from each token alone, and which of them count."""
-        if params.routing is Routing.THRESHOLD:
-            taken = logits > self.depth_threshold.of("logit")
+        """Positions [K, B] of the tokens to process, decided from each token alone, and a mask of the valid ones."""
+        if params.routing.mode.needs is Needs.THRESHOLDS:
+            scores, threshold = logits, self.depth_threshold.of("logit")
         else:
             scores = gather_from_sequence_parallel_region(
                 self.depth_auxiliary(hidden), tensor_parallel_output_grad=False, group=self.tp_group
-            )
-            taken = torch.sigmoid(scores).squeeze(-1) > self.depth_auxiliary.threshold
-        taken = taken & (params.modality_ids >= 0)
+            ).squeeze(-1)
+            scores = params.gather(scores, self.pg_collection.cp)
+            threshold = self.depth_auxiliary.threshold
+        taken = DECISIONS[params.routing].depth(scores, threshold) & (params.modality_ids >= 0)
         multiple = self.tp_group.size() * self.depth.row_multiple
+        if params.context is not None:  # zig-zag needs 2 * CP pieces
+            multiple *= 2 * params.context.size
         # The experts inside need the same number of tokens on every rank that they exchange tokens with.
         (most,) = largest_everywhere(taken.sum(dim=0).max().view(1), self.pg_collection.ep)
         return depth_decided(taken, -(-max(1, most) // multiple) * multiple)
 
     @torch.no_grad()
     def _teach(self, hidden: Tensor, logits: Tensor, index: Tensor, params: MixedModalParams) -> None:
-        """Hand the true choice to the auxiliary router, and its cut-off to the moving average."""
+        """Pass the true choice to the auxiliary router, and its cut-off to the moving average."""
         if params.learning is not None:
             taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, index, True)
             own = slice(self.tp_group.rank() * hidden.shape[0], (self.tp_group.rank() + 1) * hidden.shape[0])
-            masks = {name: params.tokens_of((number,))[own] for number, name in enumerate(self.depth.modalities)}
+            masks = {
+                name: params.local(params.tokens_of((number,)))[own]
+                for number, name in enumerate(self.depth.modalities)
+            }
             params.learning.observe(
                 self.depth_auxiliary,
                 hidden,
-                taken[own].unsqueeze(-1),
+                params.local(taken)[own].unsqueeze(-1),
                 masks,
                 layer=self.layer_number,
                 kind="depth",

@@ -1,7 +1,7 @@
-"""Transformer-Engine's modules with mmscale's checkpoint names: linears and norm.
+"""Transformer-Engine's linears and norm with mmscale's checkpoint names.
 
-Imported only where Transformer-Engine is (runtime/transformer_engine.py, usable). They are megatron-core's wrappers;
-what is added is how their state is kept (state_te.py) and what the slots of mixed-modal layers ask for.
+Imported only if Transformer-Engine is usable (runtime/transformer_engine.py). They are megatron-core's wrappers with
+other state dicts (state_te.py) and with the arguments of the slots of mixed-modal layers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mmscale.runtime import device
 
 
 def with_fusion(config: TransformerConfig) -> TransformerConfig:
-    """The configuration that Transformer-Engine's modules are made with.
+    """The configuration for creating Transformer-Engine's modules.
 
     megatron-core has one switch for all linears, and its own output layer refuses it without apex; Transformer-Engine's
-    do without. build.py says in `te_gradient_accumulation_fusion` what they are to do.
+    work without apex. build.py sets `te_gradient_accumulation_fusion` for them.
     """
     if not getattr(config, "te_gradient_accumulation_fusion", False) or config.gradient_accumulation_fusion:
         return config
@@ -53,17 +53,17 @@ class PlainState:
     _num_fp8_tensors_per_gemm: Any = None
 
     def get_extra_state(self) -> None:
-        """Nothing, as megatron-core's linears."""
+        """Empty, as for megatron-core's linears."""
 
     def set_extra_state(self, state: Any) -> None:
-        """What a checkpoint gives here is empty."""
+        """Ignored: it is empty in a checkpoint."""
 
     @property
     def _interleaved(self) -> bool:
         return self.products == 1 or self._num_fp8_tensors_per_gemm is not None
 
     def fp8_state(self) -> Tensor:
-        """[1 + A, G, 5], see state_te.py: what the module has now, or would start with."""
+        """[1 + A, G, 5], see state_te.py: the present state, or the initial one."""
         if "scaling_fwd" not in self.fp8_meta:
             return Scaling.fresh(self.products, self.config.fp8_amax_history_len).packed(interleaved=True)
         forward, backward = self.fp8_meta["scaling_fwd"], self.fp8_meta["scaling_bwd"]
@@ -71,7 +71,7 @@ class PlainState:
         return state.packed(interleaved=self._interleaved).detach()
 
     def set_fp8_state(self, packed: Tensor) -> None:
-        """Take over what `fp8_state` gave, through Transformer-Engine's own reader: it allocates what is not there."""
+        """Restore the result of `fp8_state` through Transformer-Engine's reader, which allocates missing tensors."""
         state = Scaling.unpacked(packed.cpu(), interleaved=self._interleaved)
         plain = {
             "recipe": get_fp8_recipe(self.config),

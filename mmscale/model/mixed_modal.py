@@ -1,8 +1,8 @@
-"""What a layer must know of a micro-batch besides its hidden states: modality, position and document of every token.
+"""Per-token data of a micro-batch besides hidden states: modality, position and document of every token.
 
-It travels in megatron-core's `packed_seq_params`, the only argument that reaches every layer by closure under recompute
-and by keyword otherwise, with several micro-batches in flight (transformer_block.py, _checkpointed_forward). Keeping
-it on modules instead is silently wrong: backward's recompute would read the last micro-batch's ids.
+It is passed in megatron-core's `packed_seq_params`, the only argument that reaches every layer by closure under
+recompute and by keyword otherwise, with several micro-batches in flight (transformer_block.py, _checkpointed_forward).
+Storing it on modules instead would be silently wrong: the recompute in backward would read the last micro-batch's ids.
 
 Shapes: S tokens of a sequence, B sequences of the micro-batch, K tokens that a Mixture-of-Depths layer selected.
 """
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from mmscale.model.capacity import TokenCounts
+from mmscale.model.context import ContextSplit
+from mmscale.tables.routings import Routing
 
 T = TypeVar("T")
 
@@ -31,32 +33,12 @@ if TYPE_CHECKING:
 _FEWEST_SEQUENCES, _ROUNDED_SEQUENCES = 32, 512  # Transformer-Engine 2.11: fused_attn.cpp, get_max_batch_size
 
 
-class Routing(StrEnum):
-    """Who decides which experts take a token. The gate is the main router's sigmoid in every mode (MoMa, 2.4).
-
-    BATCH: experts choose among all tokens of the sequence or micro-batch, later ones too, as in training.
-    CAUSAL: the auxiliary routers, where sigmoid(score) > threshold; a token gets any number of experts.
-    TOP1: the expert of the token's group with the highest auxiliary score; depth layers decide as in CAUSAL.
-    THRESHOLD: what the main router ranks tokens by against the moving average of its cut-off (Expert Threshold).
-    """
-
-    BATCH = "batch"
-    CAUSAL = "causal"
-    TOP1 = "top1"
-    THRESHOLD = "threshold"
-
-    @property
-    def leaks(self) -> bool:
-        """Whether a token's output depends on later tokens."""
-        return self is Routing.BATCH
-
-
 def padded_documents(count: int) -> int:
-    """The number of sequences that kernels are told for so many documents.
+    """The number of sequences that kernels get for this number of documents.
 
-    cuDNN builds a graph for every number of sequences that it has not seen. Transformer-Engine 2.11 rounds up to 32 or
-    a power of two, but above 512 it takes the number as it is, and every micro-batch has another one. So those are
-    rounded here, in steps of an eighth of the next power of two: four graphs from 512 to 1024.
+    cuDNN builds a graph for every new number of sequences. Transformer-Engine 2.11 rounds up to 32 or a power of two,
+    but above 512 it uses the exact number, which differs in every micro-batch. Those are rounded here, in steps of an
+    eighth of the next power of two: four graphs from 512 to 1024.
     """
     octave = 1 << (max(count, _FEWEST_SEQUENCES) - 1).bit_length()
     step = octave if octave <= _ROUNDED_SEQUENCES else octave // 8
@@ -64,10 +46,10 @@ def padded_documents(count: int) -> int:
 
 
 class RoutingStats:
-    """Collects detached routing figures of one forward pass by (layer, name); recompute overwrites equals.
+    """Collects detached routing figures of one forward pass by (layer, name); recompute overwrites equal values.
 
     Args:
-        modalities: number of modalities to split counts of every layer by; 0: nobody asks for counts.
+        modalities: number of modalities to split counts of every layer by; 0: no counts are collected.
     """
 
     def __init__(self, *, modalities: int = 0) -> None:
@@ -93,22 +75,23 @@ class RoutingStats:
 
 @dataclass
 class MixedModalParams(PackedSeqParams):
-    """Per-token facts of a micro-batch, for the full sequence on every tensor-parallel rank.
+    """Per-token data of a micro-batch, for the full sequence on every tensor- and context-parallel rank.
 
     Attributes:
-        modality_ids: [S, B] int8, index of the token's modality, -1 for padding, which routes nowhere.
+        modality_ids: [S, B] int8, index of the token's modality, -1 for padding, which is not routed.
         position_ids: [S, B] int64, restarting at every document.
-        document_ids: [S, B] int32; a token attends to earlier tokens of its own document only. A document's tokens
-            stand together, and neighbouring documents have different numbers.
+        document_ids: [S, B] int32; a token attends to earlier tokens of its own document only. A document's tokens are
+            contiguous, and neighbouring documents have different numbers.
         noise_key: number of the micro-batch, the same under every layout; router noise is drawn from it and the seed.
-        stats: where layers report routing figures; None on steps that are not logged.
-        routing: who decides which experts take a token.
-        learning: where layers hand their true choices to, for auxiliary routers; None: nobody learns.
-        cutoffs: where layers hand their cut-offs to, for moving averages; None: nobody asks.
-        choices: where choices are recorded, or repeated from; None: as in every training.
-        documents: at least the number of documents, known on the host; None: whoever needs it reads it from the device.
-            Kernels get a few more, see `padded_documents`.
-        counts: tokens of each modality, known on the host; None: not known, and capacities cannot follow them.
+        stats: collects routing figures; None on steps that are not logged.
+        routing: what decides which experts take a token.
+        learning: receives the true choices, for auxiliary routers; None: no router learns.
+        cutoffs: receives cut-offs, for moving averages; None: none are kept.
+        choices: records choices, or repeats recorded ones; None in normal training.
+        documents: upper bound of the number of documents, known on the host; None: it is read from the device when
+            needed. Kernels get a rounded number, see `padded_documents`.
+        counts: tokens of each modality, known on the host; None: unknown, so that capacities cannot depend on them.
+        context: which tokens this context-parallel rank computes; None: all of them.
     """
 
     modality_ids: Tensor = None  # type: ignore[assignment]  # the base class has defaults
@@ -122,6 +105,7 @@ class MixedModalParams(PackedSeqParams):
     choices: Choices | None = None
     documents: int | None = None
     counts: TokenCounts | None = None
+    context: ContextSplit | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     _lengths: list[int] | None = field(default=None, repr=False)
 
@@ -137,6 +121,7 @@ class MixedModalParams(PackedSeqParams):
         routing: Routing = Routing.BATCH,
         documents: int | None = None,
         counts: TokenCounts | None = None,
+        context: ContextSplit | None = None,
     ) -> MixedModalParams:
         """From [B, S] tensors as the loader has them."""
         length = modality_ids.shape[1]
@@ -153,7 +138,23 @@ class MixedModalParams(PackedSeqParams):
             routing=routing,
             documents=documents,
             counts=counts,
+            context=context,
         )
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This context-parallel rank's rows of a tensor of all tokens: [S, B, ...] -> [S / CP, B, ...]."""
+        return tensor if self.context is None else self.context.local(tensor)
+
+    def gather(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        """[S / CP, B, ...] of all context-parallel ranks -> [S, B, ...] in the sequence's order; see `ContextSplit`."""
+        if self.context is None:
+            assert group.size() == 1, "the batch was not split over context-parallel ranks"
+            return tensor
+        return self.context.gather(tensor, group)
+
+    def scatter_sum(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        """Partial [S, B, ...] of all context-parallel ranks -> [S / CP, B, ...], this rank's rows of their sum."""
+        return tensor if self.context is None else self.context.scatter_sum(tensor, group)
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """What all layers of the micro-batch need, made once."""
@@ -175,16 +176,17 @@ class MixedModalParams(PackedSeqParams):
         return self.cached(("tokens_of", modalities), make)
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """[B, 1, S, S] additive mask: 0 where query (row) may see key (column), -inf elsewhere.
+        """[B, 1, S / CP, S] additive mask: 0 where query (row) may see key (column), -inf elsewhere.
 
         Made once for all layers of a micro-batch. Every token may see itself, so no row is empty.
         """
 
         def make() -> Tensor:
             documents = self.document_ids.t()
-            size = documents.shape[1]
-            same = documents.unsqueeze(2) == documents.unsqueeze(1)
-            causal = torch.ones(size, size, dtype=torch.bool, device=documents.device).tril()
+            places = torch.arange(documents.shape[1], device=documents.device)
+            same = self.local(self.document_ids).t().unsqueeze(2) == documents.unsqueeze(1)
+            own = places.unsqueeze(0) if self.context is None else self.context.own.t()
+            causal = own.unsqueeze(2) >= places
             bias = torch.zeros(same.shape, dtype=dtype, device=documents.device)
             return bias.masked_fill_(~(same & causal), float("-inf")).unsqueeze(1)
 
@@ -221,8 +223,8 @@ class MixedModalParams(PackedSeqParams):
         return self.cached("document_ends", make)
 
     def rotary(self, table: Tensor) -> Tensor:
-        """Angles of every token, [S, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""
-        return self.cached("rotary", lambda: table[:, 0, 0, :][self.position_ids].unsqueeze(2))
+        """Angles of this rank's tokens, [S / CP, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""
+        return self.cached("rotary", lambda: table[:, 0, 0, :][self.local(self.position_ids)].unsqueeze(2))
 
     def select(
         self, index: Tensor, valid: Tensor | None = None, *, quotas: tuple[int, ...] | None = None
@@ -255,4 +257,5 @@ class MixedModalParams(PackedSeqParams):
             counts=None if self.counts is None else self.counts.kept(length, quotas),
             # What fills a sequence up is a document more.
             documents=None if self.documents is None else self.documents + (0 if valid is None else index.shape[1]),
+            context=None if self.context is None else self.context.dealt(length),
         )

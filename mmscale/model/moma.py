@@ -2,12 +2,13 @@
 
 Fills the `mlp` slot of megatron-core's TransformerLayer. One group with all modalities is the paper's mixed `moe`.
 
+With context parallelism every rank gathers logits and hidden states of the whole sequence, makes the same choice, and
+computes an equal part of every expert's slots; the outputs are summed over the ranks (docs/context_parallel.md).
+
 Shapes: S tokens of a full sequence, B sequences, H hidden width, E experts of a group, C tokens per expert.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -27,84 +28,34 @@ from torch.nn import functional as F
 from mmscale.config.derived import expert_capacity, experts_of_ranks
 from mmscale.model.auxiliary import AuxiliaryRouter
 from mmscale.model.capacity import Slots, actual_slots
+from mmscale.model.decisions import DECISIONS
 from mmscale.model.exchange import largest_everywhere, receive_as_expert, send_back, send_to_experts
-from mmscale.model.expert_compute import BATCHED, ExpertCompute, Products
+from mmscale.model.expert_compute import ExpertCompute, Products
 from mmscale.model.experts import Experts, from_experts, to_experts
-from mmscale.model.mixed_modal import MixedModalParams, Routing, RoutingStats
+from mmscale.model.mixed_modal import MixedModalParams
+from mmscale.model.moma_settings import ExpertGroup, MoMaSettings
 from mmscale.model.norm import RMSNorm
 from mmscale.model.ranking import RANKINGS, Ranking
 from mmscale.model.routing import (
     Selection,
     add_weighted,
     chosen_by,
-    count_choices,
+    dealt,
     decided,
     expert_choice,
     gumbel_noise,
     noise_key,
 )
+from mmscale.model.routing_figures import report_choice
 from mmscale.model.thresholds import Thresholds
-
-
-@dataclass(frozen=True)
-class ExpertGroup:
-    """One group of experts.
-
-    Attributes:
-        name: name of the modality, or of the mixed group.
-        modalities: indices of the modalities whose tokens it takes.
-        experts: number of experts.
-        share: nominal share of its tokens among all tokens.
-    """
-
-    name: str
-    modalities: tuple[int, ...]
-    experts: int
-    share: float
-
-
-@dataclass(frozen=True)
-class MoMaSettings:
-    """Everything a MoMa feed-forward layer is built from besides the TransformerConfig.
-
-    Attributes:
-        groups: groups of experts, each with its own router.
-        per_sequence: an expert chooses within each sequence instead of the micro-batch.
-        actual: capacities follow the tokens that are there instead of nominal shares.
-        capacity_factor: slots of a group relative to its tokens.
-        capacity_multiple: slots per expert are rounded up to this.
-        choice: by what an expert ranks tokens, of ranking.RANKINGS.
-        gumbel: Gumbel-sigmoid noise in training.
-        noise_seed: the run's seed, from which noise is drawn.
-        norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
-        shared_width: SwiGLU width of the shared experts together; 0: none.
-        auxiliary_width: inner width of each group's auxiliary router; None: there are none.
-        thresholds: whether the averaged cut-offs of Expert Threshold are kept.
-        compute: how experts are computed; `auto` is decided.
-        overlap: each group's tokens are exchanged while other experts compute.
-    """
-
-    groups: tuple[ExpertGroup, ...]
-    per_sequence: bool = True
-    actual: bool = False
-    capacity_factor: float = 1.0
-    capacity_multiple: int = 1
-    choice: str = "sigmoid"
-    gumbel: bool = False
-    noise_seed: int = 0
-    norm_experts: bool = False
-    shared_width: int = 0
-    auxiliary_width: int | None = None
-    thresholds: bool = False
-    compute: ExpertCompute = BATCHED
-    overlap: bool = False
+from mmscale.tables.routings import Needs, Routing
 
 
 class Router(nn.Module):
     """Logits of all groups' experts, x . w_e, in fp32.
 
-    A module that is called, with the weights as its own parameters: overlapped parameter gathering waits for a weight
-    in a hook of the module that holds it (distributed_data_parallel.py), and a container is never called.
+    It is a module with its own parameters and is called as one: overlapped parameter gathering waits for a weight in a
+    forward hook of the module that holds it (distributed_data_parallel.py), and a container is never called.
     """
 
     def __init__(self, config: TransformerConfig, groups: tuple[ExpertGroup, ...]) -> None:
@@ -128,12 +79,12 @@ class MoMaMLP(MegatronModule):
         config: TransformerConfig,
         *,
         settings: MoMaSettings,
-        pg_collection: ProcessGroupCollection,
-        **_: object,
+        groups: ProcessGroupCollection,
+        **_: object,  # megatron-core from 0.18 on passes its own pg_collection, and names
     ) -> None:
         super().__init__(config=config)
         self.settings = settings
-        self.pg = pg_collection
+        self.pg = groups
         self._rank = RANKINGS[settings.choice]
         self.layer_number = 0
         assert config.sequence_parallel or self.pg.tp.size() == 1, (
@@ -187,19 +138,20 @@ class MoMaMLP(MegatronModule):
         self.layer_number = layer_number
 
     def forward(self, hidden_states: Tensor, padding_mask: MixedModalParams | None = None) -> tuple[Tensor, None]:
-        """[S / TP, B, H] -> ([S / TP, B, H], no bias).
+        """[S / CP / TP, B, H] -> ([S / CP / TP, B, H], no bias).
 
         Args:
-            hidden_states: this tensor-parallel rank's tokens.
+            hidden_states: this rank's tokens.
             padding_mask: the micro-batch's facts; `padding_mask` is the one spare argument of the mlp slot, and
                 recompute binds it with functools.partial.
         """
         params = padding_mask
         assert params is not None, "MoMa layers need the micro-batch's modality ids"
         logits = self._router_logits(hidden_states, params)
-        full = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=self.pg.tp)
+        local = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=self.pg.tp)
+        full = params.gather(local, self.pg.cp)
         length, batch, width = full.shape
-        flat = full.reshape(length * batch, width)
+        flat, own = full.reshape(length * batch, width), local.reshape(-1, width)
 
         if params.routing is Routing.BATCH:
             selections = self._select(logits, params)
@@ -207,10 +159,11 @@ class MoMaMLP(MegatronModule):
                 self._teach(hidden_states, logits, selections, params)
         else:
             selections = self._decide(hidden_states, logits, params)
+        selections = [self._dealt(selection) for selection in selections]
         chosen = [flat.index_select(0, s.token.reshape(-1)).view(*s.token.shape, width) for s in selections]
         shared: Tensor | None = None
         if self.settings.overlap:
-            outputs, shared = self._overlapped(chosen, flat)
+            outputs, shared = self._overlapped(chosen, own)
         else:
             received = to_experts(chosen, self.places, self.pg.ep)
             computed = [self._computed(g, tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
@@ -223,22 +176,36 @@ class MoMaMLP(MegatronModule):
                     reduce_from_tensor_model_parallel_region(output, group=self.pg.tp)
                 )
             add_weighted(total, output, selection)
+        total = self._summed(total.view(length, batch, width), params, dtype=hidden_states.dtype).flatten(0, 1)
         if self.shared is not None:
-            output = (self.shared(flat.unsqueeze(0)) if shared is None else shared).squeeze(0)
+            output = (self.shared(own.unsqueeze(0)) if shared is None else shared).squeeze(0)
             if self.shared_norm is not None:
                 output = self.shared_norm(reduce_from_tensor_model_parallel_region(output, group=self.pg.tp))
             total.add_(output)
 
-        whole = total.to(hidden_states.dtype).view(length, batch, width)
+        whole = total.to(hidden_states.dtype).view(local.shape)
         if self.settings.norm_experts:  # already summed over tensor-parallel ranks
             return scatter_to_sequence_parallel_region(whole, group=self.pg.tp), None
         return reduce_scatter_to_sequence_parallel_region(whole, group=self.pg.tp), None
 
-    def _overlapped(self, chosen: list[Tensor], flat: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Outputs of every group and of the shared experts, each computed while other groups' tokens travel."""
+    def _dealt(self, selection: Selection) -> Selection:
+        """The slots that this context-parallel rank computes; every rank has as many."""
+        return dealt(
+            selection, rank=self.pg.cp.rank(), size=self.pg.cp.size(), multiple=self.settings.capacity_multiple
+        )
+
+    def _summed(self, total: Tensor, params: MixedModalParams, *, dtype: torch.dtype) -> Tensor:
+        """Outputs [S, B, H] of this rank's slots -> those of all slots for this rank's tokens, fp32 [S / CP, B, H].
+
+        They travel in the hidden states' dtype, as partial sums over tensor-parallel ranks do.
+        """
+        return total if params.context is None else params.scatter_sum(total.to(dtype), self.pg.cp).float()
+
+    def _overlapped(self, chosen: list[Tensor], own: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Outputs of all groups and of the shared experts, computed while other groups' tokens are exchanged."""
         ep, groups = self.pg.ep, self.settings.groups
         there = [send_to_experts(tokens, places, ep) for tokens, places in zip(chosen, self.places, strict=True)]
-        shared = None if self.shared is None else self.shared(flat.unsqueeze(0))
+        shared = None if self.shared is None else self.shared(own.unsqueeze(0))
         back = []
         for group, places, tokens, travelling in zip(groups, self.places, chosen, there, strict=True):
             output = self._computed(group, receive_as_expert(travelling, places, ep))
@@ -247,7 +214,7 @@ class MoMaMLP(MegatronModule):
         return [rows.view(*tokens.shape) for rows, tokens in zip(returned, chosen, strict=True)], shared
 
     def _computed(self, group: ExpertGroup, tokens: Tensor) -> Tensor:
-        """What this rank's experts of a group make of their tokens; where it has none, of none."""
+        """Outputs of this rank's experts of a group; empty if it has none."""
         output: Tensor = self.experts[group.name](tokens) if group.name in self.experts else tokens
         return output
 
@@ -259,6 +226,7 @@ class MoMaMLP(MegatronModule):
         # part.
         partial = not self.settings.norm_experts
         logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=partial, group=self.pg.tp)
+        logits = params.gather(logits, self.pg.cp)
         if self._noisy:
             logits = logits + self._noise(logits, params)
         return logits
@@ -283,7 +251,7 @@ class MoMaMLP(MegatronModule):
             slots = self._slots(group, params, member)
             selection = self._choose(group.name, own, member, slots, params, noisy=report)
             if report and params.stats is not None:
-                self._report(params, group, selection, member)
+                report_choice(params, self.layer_number, group, selection)
             if report and params.cutoffs is not None and self.threshold is not None:
                 params.cutoffs.add(
                     self.threshold.of(group.name),
@@ -308,7 +276,7 @@ class MoMaMLP(MegatronModule):
         return params.choices.experts(choose, self._rank, shape=logits.shape, micro_batch=params.noise_key, place=place)
 
     def _slots(self, group: ExpertGroup, params: MixedModalParams, member: Tensor) -> Slots:
-        """How many tokens the experts of a group take; all layers of a micro-batch that see the same tokens agree."""
+        """The slots of a group's experts; equal for all layers of a micro-batch that see the same tokens."""
         length, batch = member.shape
         factor, multiple = self.settings.capacity_factor, self.settings.capacity_multiple
         if not self.settings.actual:
@@ -333,25 +301,26 @@ class MoMaMLP(MegatronModule):
             ),
         )
 
+    def _scores(
+        self, group: ExpertGroup, logits: Tensor, hidden: Tensor, params: MixedModalParams
+    ) -> tuple[Tensor, Tensor]:
+        """What a causal mode decides by, [S, B, E], and the thresholds [E] that it is compared with."""
+        if params.routing.mode.needs is Needs.THRESHOLDS:
+            assert self.threshold is not None, "the caller checks that the model keeps thresholds"
+            return self._rank(logits), self.threshold.of(group.name)
+        router = self.auxiliary[group.name]
+        assert isinstance(router, AuxiliaryRouter)
+        scores = gather_from_sequence_parallel_region(
+            router(hidden), tensor_parallel_output_grad=False, group=self.pg.tp
+        )
+        return params.gather(scores, self.pg.cp), router.threshold
+
     def _decide(self, hidden: Tensor, logits: Tensor, params: MixedModalParams) -> list[Selection]:
-        """Each token's experts from the token alone, in any mode but BATCH."""
+        """Each token's experts, decided from the token alone, in any mode except BATCH."""
         taken = []
         for group, own in self._by_group(logits):
             member = params.tokens_of(group.modalities).unsqueeze(-1)
-            if params.routing is Routing.THRESHOLD:
-                assert self.threshold is not None, "the caller checks that the model keeps thresholds"
-                taken.append((self._rank(own) > self.threshold.of(group.name)) & member)
-                continue
-            router = self.auxiliary[group.name]
-            assert isinstance(router, AuxiliaryRouter)
-            scores = gather_from_sequence_parallel_region(
-                router(hidden), tensor_parallel_output_grad=False, group=self.pg.tp
-            )
-            if params.routing is Routing.TOP1:
-                best = F.one_hot(scores.argmax(dim=-1), group.experts).bool()
-                taken.append(best & member)
-            else:
-                taken.append((torch.sigmoid(scores) > router.threshold) & member)
+            taken.append(DECISIONS[params.routing].experts(*self._scores(group, own, hidden, params)) & member)
         # As many slots as the fullest expert of any rank needs, so no token is dropped.
         most = largest_everywhere(torch.stack([group.sum(dim=(0, 1)).max() for group in taken]), self.pg.ep)
         selections = []
@@ -359,31 +328,18 @@ class MoMaMLP(MegatronModule):
             multiple = self.settings.capacity_multiple  # FP8 wants it here too
             selection = decided(decision, own, -(-max(1, count) // multiple) * multiple)
             if params.stats is not None:
-                member = params.tokens_of(group.modalities)
-                self._report(params, group, selection, member)
+                report_choice(params, self.layer_number, group, selection)
             selections.append(selection)
         return selections
 
     @torch.no_grad()
-    def _report(self, params: MixedModalParams, group: ExpertGroup, selection: Selection, member: Tensor) -> None:
-        stats = params.stats
-        assert stats is not None
-        _report(stats, self.layer_number, group.name, selection, member)
-        if stats.modalities:
-            taken = chosen_by(selection, member.numel())
-            for modality in group.modalities:
-                counted = count_choices(taken, selection, params.tokens_of((modality,)).reshape(-1))
-                stats.count(self.layer_number, f"experts/{group.name}/{modality}", counted)
-
-    @torch.no_grad()
     def _teach(self, hidden: Tensor, logits: Tensor, selections: list[Selection], params: MixedModalParams) -> None:
-        """Hand the true choice to the auxiliary routers, which live where their tokens do."""
+        """Pass the true choice to the auxiliary routers, which run where their tokens are."""
         assert params.learning is not None
         length, batch, _ = logits.shape
         if self._noisy:  # predicted is the choice without noise
             selections = self._select(logits - self._noise(logits, params), params, report=False)
-        local = hidden.shape[0]
-        first = self.pg.tp.rank() * local
+        mine = slice(self.pg.tp.rank() * hidden.shape[0], (self.pg.tp.rank() + 1) * hidden.shape[0])
         for group, selection in zip(self.settings.groups, selections, strict=True):
             router = self.auxiliary[group.name]
             assert isinstance(router, AuxiliaryRouter)
@@ -391,8 +347,8 @@ class MoMaMLP(MegatronModule):
             params.learning.observe(
                 router,
                 hidden,
-                taken[first : first + local],
-                {group.name: params.tokens_of(group.modalities)[first : first + local]},
+                params.local(taken)[mine],
+                {group.name: params.local(params.tokens_of(group.modalities))[mine]},
                 layer=self.layer_number,
                 kind=f"experts/{group.name}",
                 micro_batch=params.noise_key,
@@ -430,21 +386,3 @@ def _maker(compute: ExpertCompute) -> type[MegatronModule]:
     from mmscale.model.experts_te import TEExperts
 
     return TEExperts
-
-
-def _report(stats: RoutingStats, layer: int, name: str, selection: Selection, member: Tensor) -> None:
-    """Share of the group's tokens that no expert took, and how unevenly experts are filled and scored (std / mean).
-
-    Experts that choose take equally many tokens, so their fill says nothing there; the sums of their gates show whether
-    some experts are hardly used.
-    """
-    taken = chosen_by(selection, member.numel()).any(dim=1)  # a mask of slots would be counted on the host
-    own = member.reshape(-1)
-    # Counting the missing ones makes a micro-batch without the modality 0, not 1.
-    stats.add(layer, f"experts/{name}/unrouted_fraction", (~taken & own).sum() / own.sum().clamp(min=1))
-    for figure, values in (
-        ("tokens_per_expert_cv", selection.valid.sum(dim=1).float()),
-        ("gate_mass_cv", selection.gate.detach().sum(dim=1)),
-    ):
-        spread = values.std(correction=0) / values.mean().clamp(min=1e-9)
-        stats.add(layer, f"experts/{name}/{figure}", spread)

@@ -1,7 +1,7 @@
-"""RMSNorm that knows sequence parallelism, and the residual connection with a norm on the sub-layer's output.
+"""RMSNorm with support for sequence parallelism, and the residual connection with a norm on the sub-layer's output.
 
-megatron-core's local norms refuse sequence parallelism without Transformer-Engine or apex (torch_norm.py), and pick
-another class when `apex` can be imported, so the class is always named explicitly.
+megatron-core's local norms refuse sequence parallelism without Transformer-Engine or apex (torch_norm.py), and select
+another class when `apex` can be imported, so mmscale always names the class explicitly.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class RMSNorm(nn.Module):
 
 
 def norm_weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights of all norms of a model, those fused with a linear too; told by class, for any name may be a modality's.
+    """Weights of all norms, also of those fused with a linear; found by class, as any name may be a modality's.
 
-    A class of another backend says `is_norm = True`, or `has_norm = True` if it is a linear with a norm before it.
+    A class of another backend has `is_norm = True`, or `has_norm = True` if it is a linear with a norm before it.
     """
     for module in model.modules():
         if isinstance(module, RMSNorm) or getattr(type(module), "is_norm", False):

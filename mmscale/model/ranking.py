@@ -1,8 +1,8 @@
-"""By what an expert ranks the tokens it chooses from: a table with one function for each `model.experts.choice`.
+"""Ranking functions of expert choice: a table with one function for each `model.experts.choice`.
 
-Only the order of tokens differs: the gate is the sigmoid of the router's logit under every choice. Averaged cut-offs
-(Expert Threshold) and routing by them are on the same scale. The exported model has the same functions
-(checkpoints_tools/hf/modeling_moma.py).
+They affect only the order of tokens: the gate is the sigmoid of the router's logit under every choice. Averaged
+cut-offs (Expert Threshold) and routing by them use the same scale. The exported model has the same functions
+(checkpoints_tools/huggingface/shipped/modeling_moma.py).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def by_sigmoid(logits: Tensor) -> Tensor:
 
 
 def by_advantage(logits: Tensor) -> Tensor:
-    """The logit minus the mean over the group's experts: tokens that this expert wants more than the others do.
+    """The logit minus the mean over the group's experts: tokens that this expert prefers more than the others do.
 
-    Arguments and result as of `by_sigmoid`. Computed in fp64, so that tokens with equal logits stay equal. An expert
-    that is alone in its group has nobody to be compared with and ranks by its logit.
+    Arguments and result as of `by_sigmoid`. Computed in fp64, so that tokens with equal logits stay equal. The only
+    expert of a group ranks by its logit.
     """
     experts = logits.shape[-1]
     if experts == 1:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmscale.model.capacity import Slots
 from mmscale.model.ranking import Ranking, by_sigmoid
@@ -25,12 +26,12 @@ _NOISE_BITS = 10
 
 
 def _best(ranked: Tensor, count: int) -> Tensor:
-    """Positions along dim 0 of the `count` largest values; values that differ by rounding go to the earlier position.
+    """Positions along dim 0 of the `count` largest values; values that differ only by rounding count as equal.
 
-    Ties are no accident: every document's first token has the same hidden state in all layers, and in layer 0 every
-    repeated token has. Their logits come out equal, or apart by the last bit, as vector loops happen to fall, and which
-    of them is chosen then differs between layouts (seen as a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587
-    and 0.31037584 against equal ones). So the lowest bits, a relative 1e-4, are dropped and the sort is stable.
+    Ties are common: every document's first token has the same hidden state in all layers, and in layer 0 every repeated
+    token has. Their logits come out equal, or differ in the last bit depending on vectorization, so the choice among
+    them would differ between layouts (seen as a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587 and
+    0.31037584 against equal ones). So the lowest bits, a relative 1e-4, are dropped and the sort is stable.
     """
     return _coarse(ranked).sort(dim=0, descending=True, stable=True).indices[:count]
 
@@ -41,7 +42,7 @@ def _coarse(values: Tensor) -> Tensor:
 
 
 class Selection(NamedTuple):
-    """Which tokens each expert takes.
+    """The tokens that each expert takes.
 
     Attributes:
         token: [E, slots] int64, flat token numbers; each expert's are distinct.
@@ -63,8 +64,8 @@ def expert_choice(
         logits: [S, B, E] fp32.
         member: [S, B] bool, tokens of the group; others get gate 0 if they fill an empty slot.
         slots: how many tokens an expert takes of each sequence or of the micro-batch (capacity.py).
-        per_sequence: each sequence chooses by itself, so the micro-batch size does not matter.
-        rank: what an expert ranks tokens by (ranking.py).
+        per_sequence: each sequence is a separate scope, so the micro-batch size does not matter.
+        rank: ranking function (ranking.py).
 
     Returns:
         `slots.place` slots per expert; without these, B * capacity if per_sequence, else capacity slots.
@@ -92,7 +93,7 @@ def expert_choice(
 
 
 def decided(taken: Tensor, logits: Tensor, capacity: int) -> Selection:
-    """The same slots filled with what was decided token by token; no token is dropped.
+    """The slots of decisions made token by token; no token is dropped.
 
     Args:
         taken: [S, B, E] bool, whether the expert takes the token.
@@ -104,6 +105,23 @@ def decided(taken: Tensor, logits: Tensor, capacity: int) -> Selection:
     valid = flat.t().gather(1, token)
     gate = torch.sigmoid(logits).reshape(flat.shape).t().gather(1, token) * valid
     return Selection(token, gate, valid)
+
+
+def dealt(selection: Selection, *, rank: int, size: int, multiple: int = 1) -> Selection:
+    """A rank's part of every expert's slots: every `size`-th one, so that all ranks have equally good tokens.
+
+    Args:
+        selection: a choice that all ranks have made alike.
+        rank: this rank.
+        size: ranks that share the slots; with 1 the selection is returned.
+        multiple: slots of a rank are a multiple of this; what is missing is filled up with empty slots.
+    """
+    if size == 1:
+        return selection
+    slots = selection.token.shape[1]
+    more = -slots % (size * multiple)
+    token, gate, valid = (F.pad(part, (0, more))[:, rank::size] for part in selection)
+    return Selection(token.contiguous(), gate, valid)
 
 
 def chosen_by(selection: Selection, tokens: int) -> Tensor:
@@ -196,7 +214,7 @@ def depth_choice(logits: Tensor, modality: Tensor, keep: int, quotas: tuple[int,
                 continue
             own = modality == index
             best = _best(ranked.masked_fill(~own, _FOREIGN), quota)
-            # Where a modality has fewer tokens than its quota, `best` goes on with tokens of others: they keep what
+            # Where a modality has fewer tokens than its quota, `best` continues with tokens of others: they keep what
             # they were.
             within.scatter_(0, best, own.gather(0, best) | within.gather(0, best))
         ranked = ranked.masked_fill(within, float("inf"))
@@ -204,14 +222,14 @@ def depth_choice(logits: Tensor, modality: Tensor, keep: int, quotas: tuple[int,
 
 
 def depth_decided(taken: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The tokens that were decided to be processed, filled up to a rectangle.
+    """The tokens decided to be processed, padded to a rectangle.
 
     Args:
         taken: [S, B] bool.
         keep: K, at least as many as any sequence keeps.
 
     Returns:
-        [K, B] int64 positions, ascending where they count, and [K, B] bool: which count.
+        [K, B] int64 positions, ascending where valid, and [K, B] bool: the valid ones.
     """
     index = (~taken).to(torch.uint8).sort(dim=0, stable=True).indices[:keep]
     return index, taken.gather(0, index)

@@ -1,4 +1,4 @@
-"""A rank's box of a tensor that ranks share unequally, as megatron-core's checkpoints describe it."""
+"""A rank's box of a tensor that ranks share unequally, for megatron-core's checkpoints."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def box_of(
     replica_id: ReplicaId,
     offsets: tuple[tuple[int, int, int], ...] = (),
 ) -> ShardedTensor:
-    """Where this rank's data stands in the global tensor.
+    """The place of this rank's data in the global tensor, as offset and size in every dimension.
 
-    `ShardedTensor.from_rank_offsets` wants equal shards; this one is on no regular grid, so megatron-core leaves it to
-    torch's checkpoints to check that boxes neither overlap nor leave gaps.
+    `ShardedTensor.from_rank_offsets` needs equal shards. This box is on no regular grid, so torch's checkpoints check
+    that boxes neither overlap nor leave gaps.
 
     Args:
         key: of the global tensor.
         data: this rank's part.
         axes: for each sharded axis of the data the first global index and the global size; others are whole.
         replica_id: which copy of the part this is.
-        offsets: axes that the caller put before: (axis, index, size).
+        offsets: axes that the caller prepended: (axis, index, size).
     """
     before = len(offsets)
     shape, first = list(data.shape), [0] * data.dim()

@@ -1,12 +1,13 @@
-"""Which class fills which slot of megatron-core's TransformerLayer, layer by layer.
+"""Selects the class for each slot of megatron-core's TransformerLayer, layer by layer.
 
-Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden. The torch backend
-has its classes named here, Transformer-Engine in spec_te.py; everything else is the same for both.
+Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden. The torch backend's
+classes are named here, Transformer-Engine's in spec_te.py; everything else is the same for both.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,16 +22,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens
+from mmscale.config.derived import depth_tokens, expert_groups, shared_width
 from mmscale.config.fp8 import capacity_multiple, row_multiple
 from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.expert_compute import chosen
 from mmscale.model.fp8_emulate import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from mmscale.model.layer import DepthLayer, DepthSettings, MixedModalLayer
-from mmscale.model.moma import ExpertGroup, MoMaMLP, MoMaSettings
+from mmscale.model.moma import MoMaMLP
+from mmscale.model.moma_settings import ExpertGroup, MoMaSettings
 from mmscale.model.norm import Residual, RMSNorm
-from mmscale.model.parts import Parts
+from mmscale.model.slot_parts import Parts
 from mmscale.runtime import transformer_engine
 
 TORCH = Parts(
@@ -40,16 +42,22 @@ EMULATED_FP8 = replace(TORCH, column=Fp8ColumnParallelLinear, row=Fp8RowParallel
 
 
 def backend(config: Config) -> Literal["te", "torch"]:
-    """What `model.backend` means on this machine.
+    """Resolves `model.backend` for this machine.
 
     Raises:
-        ConfigError: Transformer-Engine is asked for and cannot run here.
+        ConfigError: Transformer-Engine is requested but cannot run here.
     """
     if config.model.backend == "te":
         transformer_engine.require("model.backend = te")
         return "te"
     if config.precision.emulated:
         return "torch"
+    if config.parallel.cp > 1 and config.model.backend == "auto" and transformer_engine.usable():
+        raise ConfigError(
+            f"parallel.cp = {config.parallel.cp}: model.backend = auto would choose Transformer-Engine here, whose "
+            "attention does not take sequences that are split inside their documents",
+            remedy="set model.backend=torch, or parallel.cp=1",
+        )
     return "te" if config.model.backend == "auto" and transformer_engine.usable() else "torch"
 
 
@@ -67,7 +75,8 @@ def nominal_share(config: Config) -> dict[str, float]:
     """Nominal share of each modality in the tokens.
 
     Raises:
-        ConfigError: the share is still `auto`; whoever opens the data puts the measured one into the configuration.
+        ConfigError: the share is still `auto`; the code that opens the data must have replaced it by the measured
+            share.
     """
     share = config.model.experts.share
     if share == "auto":
@@ -81,20 +90,9 @@ def nominal_share(config: Config) -> dict[str, float]:
 def moma_settings(config: Config) -> MoMaSettings:
     """Groups of experts that a configuration asks for."""
     experts = config.model.experts
-    names = config.vocab.names
-    groups: tuple[ExpertGroup, ...]
-    if config.model.kind == "moe":
-        groups = tuple(
-            ExpertGroup(name, tuple(range(len(names))), count, 1.0) for name, count in experts.counts.items()
-        )
-    else:
-        share = nominal_share(config)
-        # In the vocabulary's order, whatever the order in the file: ranks and checkpoints must agree.
-        groups = tuple(
-            ExpertGroup(name, (index,), experts.counts[name], share[name]) for index, name in enumerate(names)
-        )
+    share = nominal_share(config) if config.model.per_modality else {}
     return MoMaSettings(
-        groups=groups,
+        groups=tuple(ExpertGroup(*group, share.get(group.name, 1.0)) for group in expert_groups(config)),
         per_sequence=experts.scope == "sequence",
         actual=experts.capacity == "actual",
         capacity_factor=experts.capacity_factor,
@@ -102,8 +100,8 @@ def moma_settings(config: Config) -> MoMaSettings:
         choice=experts.choice,
         gumbel=experts.noise == "gumbel",
         noise_seed=config.run.seed,
-        norm_experts=config.model.norm == "post_per_expert",
-        shared_width=experts.shared * (experts.shared_ffn_hidden_size or config.model.ffn_hidden_size),
+        norm_experts=config.model.normalizes_experts,
+        shared_width=shared_width(config),
         auxiliary_width=config.model.auxiliary_width,
         thresholds=config.model.keeps_thresholds,
         compute=chosen(config),
@@ -128,6 +126,40 @@ def depth_settings(config: Config) -> DepthSettings:
     )
 
 
+@dataclass(frozen=True)
+class FeedForward:
+    """What fills the feed-forward slot of a layer.
+
+    Attributes:
+        spec: the module.
+        takes_norm: its first linear alone reads the norm before it, so that both can be one module.
+    """
+
+    spec: ModuleSpec
+    takes_norm: bool
+
+
+def _dense(config: Config, _: ProcessGroupCollection, classes: Parts) -> FeedForward:
+    """One SwiGLU for all tokens."""
+    first = (classes.norm_column if config.model.norm_placement.before else None) or classes.column
+    spec = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=first, linear_fc2=classes.row))
+    return FeedForward(spec, takes_norm=True)
+
+
+def _experts(config: Config, groups: ProcessGroupCollection, _: Parts) -> FeedForward:
+    """Groups of experts."""
+    spec = ModuleSpec(module=MoMaMLP, params={"settings": moma_settings(config), "groups": groups})
+    return FeedForward(spec, takes_norm=False)
+
+
+# The module of each kind of layer (`model.kind`); its tensors are in mmscale.layers.feed_forward.
+FEED_FORWARDS: Mapping[str, Callable[[Config, ProcessGroupCollection, Parts], FeedForward]] = {
+    "dense": _dense,
+    "moe": _experts,
+    "moma": _experts,
+}
+
+
 def layer_spec(
     config: Config,
     transformer: TransformerConfig,
@@ -146,10 +178,11 @@ def layer_spec(
         classes: what fills the slots; those of this machine's backend if None.
     """
     classes = classes or parts(config, transformer)
-    pre, moma = config.model.norm == "pre", config.model.kind != "dense"
+    pre = config.model.norm_placement.before
     norm = classes.norm if pre else IdentityOp
     # A norm whose output only one linear reads is part of that linear, where the backend has such a thing.
     fused = classes.norm_column if pre else None
+    feed_forward = FEED_FORWARDS[config.model.kind](config, groups, classes)
     qk_norm = classes.norm if config.model.qk_norm else IdentityOp
     # Normalised experts carry their own norms, so the residual connection of that sub-layer has none.
     attention_residual = ModuleSpec(
@@ -157,15 +190,8 @@ def layer_spec(
     )
     mlp_residual = (
         ModuleSpec(module=Residual, params={"norm_config": None})
-        if moma and config.model.norm == "post_per_expert"
+        if config.model.normalizes_experts
         else attention_residual
-    )
-    mlp = (
-        ModuleSpec(module=MoMaMLP, params={"settings": moma_settings(config), "pg_collection": groups})
-        if moma
-        else ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=fused or classes.column, linear_fc2=classes.row)
-        )
     )
     submodules = TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fused else norm,
@@ -181,8 +207,8 @@ def layer_spec(
             ),
         ),
         self_attn_bda=attention_residual,
-        pre_mlp_layernorm=IdentityOp if fused and not moma else norm,
-        mlp=mlp,
+        pre_mlp_layernorm=IdentityOp if fused and feed_forward.takes_norm else norm,
+        mlp=feed_forward.spec,
         mlp_bda=mlp_residual,
         sharded_state_dict_keys_map=classes.keys,
     )

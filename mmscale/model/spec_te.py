@@ -1,4 +1,4 @@
-"""The classes of Transformer-Engine for the slots of spec.py. Imported only where Transformer-Engine is.
+"""Transformer-Engine's classes for the slots of spec.py. Imported only if Transformer-Engine is installed.
 
 Routers, embedding and output layer are not here: they stay in higher precision, in both backends.
 """
@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.attention_te import FusedDocumentAttention, takes_documents
 from mmscale.model.linear_te import ColumnLinear, Norm, NormColumnLinear, RowLinear
-from mmscale.model.parts import Parts
+from mmscale.model.slot_parts import Parts
 
 
 def parts(transformer: TransformerConfig) -> Parts:

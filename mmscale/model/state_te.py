@@ -1,7 +1,7 @@
-"""How parameters and FP8 state of Transformer-Engine's modules stand in a checkpoint: the torch backend's, and tensors.
+"""Checkpoint format of Transformer-Engine's parameters and FP8 state: the torch backend's names, plain tensors.
 
 Transformer-Engine pickles its FP8 state into bytes; here it is one plain tensor, because no checkpoint of mmscale is
-unpickled. Pure functions of tensors, so that they can be tested where Transformer-Engine cannot run.
+unpickled. Pure functions of tensors, so that they can be tested without Transformer-Engine.
 
 Shapes: E experts of a group, H hidden width, F inner width of this tensor-parallel rank, G products of one module (1
 for a linear, the local experts for a grouped one), A length of the amax history.

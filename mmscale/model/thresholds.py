@@ -1,9 +1,9 @@
-"""Expert Threshold: routing by a moving average of each expert's cut-off, causal and without parameters.
+"""Expert Threshold: causal routing by a moving average of each expert's cut-off, without parameters.
 
-Source: arXiv 2603.11535. In training experts choose as ever (expert choice); the value at which each expert's choice
-ended (the logit, or what `model.experts.choice` ranks by) is averaged over steps, and a token goes to the experts whose
-average its own value exceeds. Here are the
-averages and how cut-offs are collected; who sums them over ranks is mmscale.train's business.
+Source: arXiv 2603.11535. In training experts choose as usual (expert choice). The value at which each expert's choice
+ended (the logit, or the ranking value of `model.experts.choice`) is averaged over steps, and a token goes to the
+experts whose average its own value exceeds. This module has the averages and collects cut-offs; mmscale.train sums them
+over ranks.
 
 Shapes: S tokens of a sequence, B sequences, E experts of a group, C tokens per expert.
 """
@@ -46,7 +46,7 @@ class Cutoffs:
         self._seen: set[tuple[int, str, int]] = set()
 
     def clear(self) -> None:
-        """Forget all; called at the start of a step."""
+        """Reset all sums; called at the start of a step."""
         self.sums.clear()
         self._seen.clear()
 
@@ -60,15 +60,15 @@ class Cutoffs:
         per_sequence: bool,
         key: tuple[int, str, int],
     ) -> None:
-        """Take the cut-offs of one choice.
+        """Add the cut-offs of one choice.
 
         Args:
-            threshold: the buffer that they move.
-            ranked: [S, B, E], what tokens were ranked by.
+            threshold: the buffer to update.
+            ranked: [S, B, E], ranking values.
             member: [S, B] bool.
             slots: how many tokens were taken of each scope.
-            per_sequence: each sequence chose by itself.
-            key: layer, group and micro-batch: recompute shows every choice twice, and once is enough.
+            per_sequence: each sequence was a separate scope.
+            key: layer, group and micro-batch: recompute shows every choice twice, and only one counts.
         """
         if key in self._seen:
             return
@@ -80,10 +80,10 @@ class Cutoffs:
 
 @torch.no_grad()
 def cutoffs(ranked: Tensor, member: Tensor, slots: Slots, *, per_sequence: bool) -> Tensor:
-    """Sums over the choices of the value between the last token taken and the first one left, fp64 [E + 1].
+    """Sums over the choices of the midpoint between the last token taken and the first one left, fp64 [E + 1].
 
-    Where all tokens of the group were taken it is the lowest value. The last entry is the number of choices that had a
-    token at all. Arguments as in `Cutoffs.add`.
+    If all tokens of the group were taken, it is the lowest value. The last entry is the number of choices with at least
+    one token. Arguments as in `Cutoffs.add`.
     """
     experts = ranked.shape[-1]
     ranked = ranked.masked_fill(~member.unsqueeze(-1), float("-inf"))

@@ -1,9 +1,9 @@
-"""Arithmetic on a configuration: parameters, FLOPs, memory, messages, time, layouts. Measures nothing, needs no torch.
+"""Computes parameters, FLOPs, memory, messages, time and layouts of a configuration. Measures nothing, needs no torch.
 
-`plan` returns plain data with stable keys, `render` makes text of it.
+`plan` returns plain data with stable keys, `render` converts it to text.
 """
 
-from mmscale.plan.communication import Kind, Operation, Traffic, communication, sent_by_kind
+from mmscale.plan.communication import MessageKind, Operation, Traffic, communication, sent_by_kind
 from mmscale.plan.compute import Flops, flops_per_token
 from mmscale.plan.layouts import Layout
 from mmscale.plan.memory import RankMemory, rank_memory
@@ -15,8 +15,8 @@ from mmscale.plan.summary import plan
 
 __all__ = [
     "Flops",
-    "Kind",
     "Layout",
+    "MessageKind",
     "Operation",
     "Parameters",
     "RankMemory",

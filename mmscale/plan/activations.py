@@ -1,7 +1,9 @@
-"""What backward needs of a forward pass, part by part: the tensors that autograd keeps when these layers run.
+"""The tensors that autograd keeps for backward, part by part.
 
 Derived from the code of mmscale.model by listing what torch saves (`torch.autograd.graph.saved_tensors_hooks`); a test
 compares sums with that. Temporary tensors, which live shorter than a layer, are `workspace` in memory.py.
+
+With context parallelism a rank has its part of the tokens; keys, values and router logits it has of all of them.
 
 Letters: h hidden width, f SwiGLU width, d head width; bytes are per rank and micro-batch.
 """
@@ -13,8 +15,8 @@ from enum import StrEnum
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, shared_width
-from mmscale.plan.compute import expert_slots, fullest_slots
-from mmscale.plan.stages import dtype_bytes
+from mmscale.plan.compute import dealt_slots, fullest_slots
+from mmscale.plan.stages import dtype_bytes, rank_tokens
 
 _FP32 = 4
 # Token numbers (three times int64), gate and validity of an expert's slot.
@@ -24,7 +26,8 @@ _SLOT_BYTES = 3 * 8 + _FP32 + 1
 class Kernels(StrEnum):
     """How torch runs a layer, which decides what it keeps.
 
-    HOST: on a CPU. RMSNorm is made of elementary operations that keep fp32 copies; attention is one call per document.
+    HOST: on a CPU. RMSNorm is made of elementary operations that keep fp32 copies; attention is one call per document,
+        with context parallelism one call with one mask.
     CUDA: on a GPU, torch backend. RMSNorm is one kernel; attention has one mask for all documents of a micro-batch.
     TE: on a GPU, Transformer-Engine's layers. As CUDA, but attention has no mask, repeats no keys and values, and gets
         copies of them where a micro-batch has several sequences.
@@ -41,8 +44,16 @@ class Kernels(StrEnum):
 
 
 def on_gpu(config: Config) -> Kernels:
-    """Kernels of a configuration on a GPU; `model.backend: auto` is taken to find Transformer-Engine."""
-    return Kernels.CUDA if config.model.backend == "torch" else Kernels.TE
+    """Kernels of a configuration on a GPU; `model.backend: auto` is taken to find Transformer-Engine.
+
+    Context parallelism runs on the torch backend only.
+    """
+    return Kernels.CUDA if config.model.backend == "torch" or config.parallel.cp > 1 else Kernels.TE
+
+
+def masked(config: Config, kernels: Kernels) -> bool:
+    """Whether attention has one mask for all documents of a micro-batch."""
+    return kernels is Kernels.CUDA or (kernels is Kernels.HOST and config.parallel.cp > 1)
 
 
 def recomputed_modules(config: Config) -> frozenset[str]:
@@ -66,33 +77,33 @@ def layer_activations(
         `experts`, `combine` (fp32 outputs on their way back to the tokens), `depth` (selection and update of a
         Mixture-of-Depths layer), `mask`.
     """
-    model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
+    model, tp, cp, size = config.model, config.parallel.tp, config.parallel.cp, dtype_bytes(config)
     h, batch = model.hidden_size, config.train.micro_batch_size
     depth = model.is_depth_layer(layer)
     length = depth_tokens(config) if depth else model.seq_length
-    tokens = batch * length
-    per_expert = model.norm == "post_per_expert" and model.kind != "dense"
+    tokens = batch * length / cp
+    per_expert = model.normalizes_experts
     # Besides its output a norm keeps its input, or on a host an fp32 copy of it and the normalised values.
     norm = 2 * _FP32 if kernels.norm_copies else size
     parts = {"norms": tokens * h * norm * (1 if per_expert else 2) / tp}
     parts["attention"] = tokens * _attention(config, norm=norm, kernels=kernels, again="core_attn" in again)
     if "mlp" in again:
         parts["ffn"] = tokens * size * h / tp
-    elif model.kind == "dense":
+    elif not model.has_experts:
         # The first projection's two halves, SiLU, the shifted linear half, their product; and the input.
         parts["ffn"] = tokens * size * (5 * model.ffn_hidden_size + h) / tp
     else:
         parts |= _experts(config, length, norm=norm if per_expert else 0, kernels=kernels)
     if depth:
-        parts["depth"] = batch * model.seq_length * h * _FP32 / tp + tokens * h * (_FP32 + size)
-    if kernels is Kernels.CUDA and depth:  # the other layers share one
+        parts["depth"] = batch * model.seq_length * h * _FP32 / (cp * tp) + tokens * h * (_FP32 + size)
+    if masked(config, kernels) and depth:  # the other layers share one
         parts["mask"] = tokens * length * size
     return parts
 
 
 def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> float:
-    """Bytes per token of attention, its input included."""
-    model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
+    """Bytes per token of this rank of attention, its input included."""
+    model, tp, cp, size = config.model, config.parallel.tp, config.parallel.cp, dtype_bytes(config)
     d = model.head_dim
     query, key = model.num_attention_heads * d, model.query_groups * d
     joint = query + 2 * key  # one tensor holds queries, keys and values as projected; k and v are views of it
@@ -100,7 +111,7 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
         joint, key = joint * tp, d * tp
     # A view keeps the whole: values do where nothing copies them, keys where the norm keeps its input.
     repeated = 0 if kernels is Kernels.TE else query - key
-    viewed = repeated == 0 and (kernels is Kernels.CUDA or config.train.micro_batch_size == 1)
+    viewed = cp == 1 and repeated == 0 and (kernels is Kernels.CUDA or config.train.micro_batch_size == 1)
     kept_joint = viewed or again
     elements = 0.0
     if model.qk_norm:
@@ -108,7 +119,10 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
         kept_joint = kept_joint or uncast
         elements += norm * query + (norm - size if uncast else norm) * key
     if again:
-        elements += size * (query + key)
+        elements += size * (query + (2 if cp > 1 else 1) * key)
+    elif cp > 1:
+        # Gathered keys and values of all tokens, repeated for every query head.
+        elements += size * (query + 2 * cp * (key + repeated)) + size * query + _FP32 * model.num_attention_heads
     else:
         values = 0 if viewed else key + repeated
         elements += size * (query + key + repeated + values) + size * query + _FP32 * model.num_attention_heads
@@ -123,13 +137,14 @@ def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dic
     # Gate and up projection, their product; SiLU of the gate as well where torch's own operations run.
     widths = 3 if (kernels is not Kernels.HOST if fused is None else fused) else 4
     model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
-    h, tokens = model.hidden_size, config.train.micro_batch_size * length
-    slots = tokens * sum(expert_slots(config, length).values())
-    worked_on = tokens * fullest_slots(config, length)  # as many where expert parallelism divides every group
+    h, whole = model.hidden_size, config.train.micro_batch_size * length
+    tokens = whole / config.parallel.cp
+    slots = whole * sum(dealt_slots(config, length).values())
+    worked_on = whole * fullest_slots(config, length)  # as many where expert parallelism divides every group
     width = shared_width(config)
     # Chosen tokens and outputs are whole on every tensor-parallel rank, the inner width is not.
     parts = {
-        "router": tokens * (h / tp + sum(model.experts.counts.values())) * _FP32,
+        "router": (tokens * h / tp + whole * sum(model.experts.counts.values())) * _FP32,
         "chosen": worked_on * size * h,
         "experts": worked_on * size * widths * model.ffn_hidden_size / tp,
         "combine": slots * (h * (2 * _FP32 + norm) + _SLOT_BYTES),
@@ -141,23 +156,19 @@ def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dic
 
 def recomputed_input(config: Config) -> float:
     """Bytes that a fully recomputed layer keeps: its input."""
-    tokens = config.train.micro_batch_size * config.model.seq_length
-    return tokens * config.model.hidden_size * dtype_bytes(config) / config.parallel.tp
+    return rank_tokens(config) * config.model.hidden_size * dtype_bytes(config) / config.parallel.tp
 
 
 def output_activations(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
     """Bytes kept by the final norm, besides the output layer's input; logits are counted apart."""
     size = dtype_bytes(config)
     norm = 2 * _FP32 if kernels.norm_copies else size
-    tokens = config.train.micro_batch_size * config.model.seq_length
-    return tokens * config.model.hidden_size * (norm + size) / config.parallel.tp
+    return rank_tokens(config) * config.model.hidden_size * (norm + size) / config.parallel.tp
 
 
 def shared_mask(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
-    """Bytes of the mask [B, S, S] that confines attention to documents, made once for all layers of a micro-batch."""
-    if kernels is not Kernels.CUDA:
-        return 0.0
-    return config.train.micro_batch_size * config.model.seq_length**2 * dtype_bytes(config)
+    """Bytes of the mask [B, S / CP, S] that confines attention to documents, made once for a micro-batch."""
+    return rank_tokens(config) * config.model.seq_length * dtype_bytes(config) if masked(config, kernels) else 0.0
 
 
 def expert_choice(parts: Mapping[str, float]) -> float:

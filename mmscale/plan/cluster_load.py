@@ -1,7 +1,7 @@
-"""What a run asks of the file system and the scheduler that its cluster shares, by the number of ranks.
+"""The load of a run on the file system and the scheduler of its cluster, by number of ranks.
 
-Counts follow from how this code works, and are held by tests (`tests/unit/launch/test_cluster_load.py`,
-`tests/distributed/test_grouped_saves.py`); seconds follow from a bandwidth that somebody states.
+Counts follow from the code and are checked by tests (`tests/unit/launch/test_cluster_load.py`,
+`tests/distributed/test_grouped_saves.py`); seconds are computed from a given bandwidth.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from mmscale.config import Config
 from mmscale.plan.memory import state_bytes
 from mmscale.plan.parameters import count_parameters
 
-# Per checkpoint, whatever the ranks: .metadata, common.pt, metadata.json, mmscale.json, MANIFEST.json.
-FILES_OF_RANK_0 = 5
+# Per checkpoint, whatever the ranks: index.json, .metadata, common.pt, metadata.json, mmscale.json, MANIFEST.json.
+FILES_OF_RANK_0 = 6
 # Per rank, or per rank that writes: tensors, random state.
 FILES_PER_WRITER = 2
 RANDOM_STATE_BYTES = 20_000
@@ -48,7 +48,7 @@ class ClusterLoad:
         largest_file_bytes: of a checkpoint, if ranks write alike.
         storage_gb_s: the stated bandwidth [GB/s].
         launch_files, log_files: of one start.
-        start_opens, start_looks: requests of all ranks at a start; what a node's cache answers is not told apart.
+        start_opens, start_looks: requests of all ranks at a start, including those that a node's cache answers.
         start_files_per_node: different files among them, which each node has to read once.
         start_read_bytes: of the checkpoint at a resume: each file is hashed once and its tensors are read once.
         metadata_per_s: looks at small files while it trains [1/s].

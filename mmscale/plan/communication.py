@@ -1,7 +1,7 @@
-"""What a rank sends in one optimizer step, by kind, counted from the calls that model, schedules and optimizer make.
+"""Bytes that a rank sends in one optimizer step, by kind, counted from the calls of model, schedules and optimizer.
 
-Not counted: the few numbers of the gradient's norm and of logged losses, auxiliary routers, and what starts and ends a
-run. Volumes are those of ring algorithms, which move the least that is possible.
+Not counted: the few numbers of the gradient norm and of logged losses, auxiliary routers, and the start and end of a
+run. Volumes are those of ring algorithms, which move the least possible.
 
 Letters: S tokens of a sequence, B sequences of a micro-batch, H hidden width, K tokens that a depth layer selects.
 """
@@ -13,30 +13,32 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size, depth_tokens, micro_batches_per_step, overlap_data_parallel
+from mmscale.config.derived import dense_replicas, depth_tokens, micro_batches_per_step, overlap_data_parallel
 from mmscale.plan.activations import recomputed_modules
-from mmscale.plan.compute import expert_slots, fullest_slots
+from mmscale.plan.compute import dealt_slots, fullest_slots
 from mmscale.plan.parameters import Parameters, count_parameters
-from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
+from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
 
 _FP32 = 4
 # megatron-core's buckets of overlapped reduction, in elements (distributed_data_parallel.py).
 _BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
-class Kind(StrEnum):
+class MessageKind(StrEnum):
     """What messages are for.
 
     TP: sums over tensor-parallel ranks (loss, normalised experts, gradients of replicated weights).
     SP: gathering and scattering of the sequence around tensor-parallel matrix products.
+    CP: keys and values, router logits and hidden states of the parts of a sequence, and sums of experts' outputs.
     EP: tokens to their experts and back.
     PP: hidden states and their gradients between stages, and the gradient of tied embeddings.
-    GRAD_REDUCE: gradients over data-parallel ranks.
-    PARAM_GATHER: updated parameters over data-parallel ranks.
+    GRAD_REDUCE: gradients over context- and data-parallel ranks.
+    PARAM_GATHER: updated parameters over them.
     """
 
     TP = "tp"
     SP = "sp"
+    CP = "cp"
     EP = "ep"
     PP = "pp"
     GRAD_REDUCE = "grad_reduce"
@@ -65,7 +67,7 @@ class Traffic:
         payload: bytes of the whole tensors together: gathered, to be reduced, handed to the exchange, or sent.
     """
 
-    kind: Kind
+    kind: MessageKind
     operation: Operation
     ranks: int
     calls: int
@@ -84,10 +86,10 @@ class _Ledger:
     """Sums calls and bytes by (kind, operation, ranks); a group of one rank says nothing."""
 
     def __init__(self) -> None:
-        self.calls: Counter[tuple[Kind, Operation, int]] = Counter()
-        self.payload: Counter[tuple[Kind, Operation, int]] = Counter()
+        self.calls: Counter[tuple[MessageKind, Operation, int]] = Counter()
+        self.payload: Counter[tuple[MessageKind, Operation, int]] = Counter()
 
-    def add(self, kind: Kind, operation: Operation, ranks: int, *, payload: float, calls: int = 1) -> None:
+    def add(self, kind: MessageKind, operation: Operation, ranks: int, *, payload: float, calls: int = 1) -> None:
         if ranks > 1 and calls > 0 and payload > 0:
             self.calls[kind, operation, ranks] += calls
             self.payload[kind, operation, ranks] += calls * payload  # type: ignore[assignment]
@@ -115,30 +117,30 @@ def communication(
     layers = Counter(config.model.is_depth_layer(layer) for layer in stage_layers(config, stage))
     for depth, count in layers.items():
         _layer(ledger, config, depth=depth, times=count * micro_batches)
-    tokens = config.train.micro_batch_size * config.model.seq_length
+    tokens = rank_tokens(config)
     hidden = tokens * config.model.hidden_size * dtype_bytes(config)
     if first:  # the embedding's partial rows, and their gradient
-        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=micro_batches)
-        ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=micro_batches)
+        ledger.add(MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=micro_batches)
+        ledger.add(MessageKind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=micro_batches)
     if last:  # the output layer, then peak and sums of the sharded softmax
-        ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=2 * micro_batches)
-        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=micro_batches)
-        ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=tokens * _FP32, calls=micro_batches)
-        ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=2 * tokens * _FP32, calls=micro_batches)
+        ledger.add(MessageKind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=2 * micro_batches)
+        ledger.add(MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=micro_batches)
+        ledger.add(MessageKind.TP, Operation.ALL_REDUCE, tp, payload=tokens * _FP32, calls=micro_batches)
+        ledger.add(MessageKind.TP, Operation.ALL_REDUCE, tp, payload=2 * tokens * _FP32, calls=micro_batches)
     if parallel.pp > 1:
         chunks = parallel.vpp or 1
         forward, backward = chunks - int(last), chunks - int(first)
         calls = (forward + backward) * micro_batches
-        ledger.add(Kind.PP, Operation.SEND, parallel.pp, payload=hidden / tp, calls=calls)
+        ledger.add(MessageKind.PP, Operation.SEND, parallel.pp, payload=hidden / tp, calls=calls)
         if config.model.tie_embeddings and (first or last):
-            ledger.add(Kind.PP, Operation.ALL_REDUCE, 2, payload=parameters.embedding / tp * _FP32)
+            ledger.add(MessageKind.PP, Operation.ALL_REDUCE, 2, payload=parameters.embedding / tp * _FP32)
     _states(ledger, config, world, stage, parameters)
     return tuple(ledger.entries())
 
 
 def sent_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
     """Bytes that a rank sends in a step, for every kind, zeros included."""
-    sums = dict.fromkeys((kind.value for kind in Kind), 0.0)
+    sums = dict.fromkeys((kind.value for kind in MessageKind), 0.0)
     for entry in traffic:
         sums[entry.kind.value] += entry.sent
     return sums
@@ -147,18 +149,27 @@ def sent_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
 def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
     """Messages of so many passes through a layer: forward, backward, and forward once more of what is recomputed."""
     model, parallel, size = config.model, config.parallel, dtype_bytes(config)
-    tp, batch = parallel.tp, config.train.micro_batch_size
-    inner = batch * (depth_tokens(config) if depth else model.seq_length)
+    tp, cp, batch = parallel.tp, parallel.cp, config.train.micro_batch_size
+    length = depth_tokens(config) if depth else model.seq_length
+    inner = batch * length / cp
     forwards = times * (2 if parallel.recompute == "full" else 1)
     feed_forwards = times * 2 if "mlp" in recomputed_modules(config) else forwards
     row = model.hidden_size * size
 
     def gather(payload: float, calls: int) -> None:
-        ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=payload, calls=calls)
+        ledger.add(MessageKind.SP, Operation.ALL_GATHER, tp, payload=payload, calls=calls)
 
     def scatter(payload: float, calls: int) -> None:
-        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=payload, calls=calls)
+        ledger.add(MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=payload, calls=calls)
 
+    def split(payload: float, calls: int, backwards: int) -> None:
+        """What context-parallel ranks gather, or sum and scatter; backward does the opposite."""
+        ledger.add(MessageKind.CP, Operation.ALL_GATHER, cp, payload=payload, calls=calls)
+        ledger.add(MessageKind.CP, Operation.REDUCE_SCATTER, cp, payload=payload, calls=backwards)
+
+    keys = 2 * max(model.query_groups / tp, 1) * model.head_dim * size  # keys and values of this rank's heads
+    attentions = times * 2 if "core_attn" in recomputed_modules(config) else forwards
+    split(batch * length * keys, attentions, times)
     hidden = inner * row
     # Attention: gather before QKV, scatter after the projection. Backward gathers the input once more for the gradient
     # of the weights (tensor_parallel/layers.py).
@@ -168,45 +179,54 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
         heads = inner * (model.num_attention_heads + 2 * model.query_groups) * model.head_dim * size
         gather(heads, forwards)
         scatter(heads, times)
-    if model.kind == "dense":
+    if not model.has_experts:
         gather(hidden, feed_forwards + 2 * times)
         scatter(hidden, feed_forwards + times)
     else:
-        _experts(ledger, config, inner, forwards=feed_forwards, backwards=times)
+        _experts(ledger, config, length, forwards=feed_forwards, backwards=times)
     if depth:
         whole = batch * model.seq_length
-        gather(whole * _FP32, forwards)  # scores
-        gather(whole * row, forwards + times)  # hidden states; the gradient of the scattered update
+        gather(whole / cp * _FP32, forwards)  # scores
+        gather(whole / cp * row, forwards + times)  # hidden states; the gradient of the scattered update
+        split(whole * _FP32, forwards, times)
+        split(whole * row, forwards + times, forwards + times)  # hidden states; the summed update, the other way round
         gather(hidden, forwards + times)  # the layer's output; the gradient of the scattered selection
 
 
-def _experts(ledger: _Ledger, config: Config, tokens: int, *, forwards: int, backwards: int) -> None:
-    """A MoMa feed-forward sub-layer over `tokens` tokens of a micro-batch."""
-    model, tp, ep = config.model, config.parallel.tp, config.parallel.ep
-    row = model.hidden_size * dtype_bytes(config)
-    hidden, logits = tokens * row, tokens * sum(model.experts.counts.values()) * _FP32
-    slots = expert_slots(config, tokens // config.train.micro_batch_size)
-    whole = model.norm == "post_per_expert"  # outputs are summed before their norm, and only scattered after it
-    ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=forwards + backwards)
-    ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=backwards + (0 if whole else forwards))
-    ledger.add(Kind.SP, Operation.ALL_GATHER, tp, payload=logits, calls=forwards)
+def _experts(ledger: _Ledger, config: Config, length: int, *, forwards: int, backwards: int) -> None:
+    """A MoMa feed-forward sub-layer over sequences of `length` tokens."""
+    model, tp, ep, cp = config.model, config.parallel.tp, config.parallel.ep, config.parallel.cp
+    sequence = config.train.micro_batch_size * length * model.hidden_size * dtype_bytes(config)
+    scores = config.train.micro_batch_size * length * sum(model.experts.counts.values()) * _FP32
+    hidden, logits = sequence / cp, scores / cp
+    slots = dealt_slots(config, length)
+    for payload in (sequence, scores):
+        ledger.add(MessageKind.CP, Operation.ALL_GATHER, cp, payload=payload, calls=forwards)
+        ledger.add(MessageKind.CP, Operation.REDUCE_SCATTER, cp, payload=payload, calls=backwards)
+    ledger.add(MessageKind.CP, Operation.REDUCE_SCATTER, cp, payload=sequence, calls=forwards)  # the experts' outputs
+    ledger.add(MessageKind.CP, Operation.ALL_GATHER, cp, payload=sequence, calls=backwards)
+    whole = model.normalizes_experts  # outputs are summed before their norm, and only scattered after it
+    ledger.add(MessageKind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=forwards + backwards)
+    ledger.add(
+        MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=backwards + (0 if whole else forwards)
+    )
+    ledger.add(MessageKind.SP, Operation.ALL_GATHER, tp, payload=logits, calls=forwards)
     if whole:
         for share in slots.values():
-            ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=share * hidden, calls=forwards)
+            ledger.add(MessageKind.TP, Operation.ALL_REDUCE, tp, payload=share * sequence, calls=forwards)
         if model.experts.shared:
-            ledger.add(Kind.TP, Operation.ALL_REDUCE, tp, payload=hidden, calls=forwards)
+            ledger.add(MessageKind.TP, Operation.ALL_REDUCE, tp, payload=hidden, calls=forwards)
     else:
-        ledger.add(Kind.SP, Operation.REDUCE_SCATTER, tp, payload=logits, calls=backwards)
+        ledger.add(MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=logits, calls=backwards)
     # Tokens on their way to experts, and on their way back from those of the fullest rank.
-    worked_on = fullest_slots(config, tokens // config.train.micro_batch_size)
-    for exchanged in (sum(slots.values()), worked_on):
-        ledger.add(Kind.EP, Operation.ALL_TO_ALL, ep, payload=exchanged * hidden, calls=forwards + backwards)
+    for exchanged in (sum(slots.values()), fullest_slots(config, length)):
+        ledger.add(MessageKind.EP, Operation.ALL_TO_ALL, ep, payload=exchanged * sequence, calls=forwards + backwards)
 
 
 def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters: Parameters) -> None:
     """Gradients and updated parameters, once a step."""
     parallel, size = config.parallel, dtype_bytes(config)
-    replicas = data_parallel_size(config, world)
+    replicas = dense_replicas(config, world)
     dense, experts = stage_parameters(config, parameters, stage)
     reduce_overlapped, gather_overlapped = overlap_data_parallel(config, nccl=True)
     # Without overlap the optimizers of dense and of expert parameters both have all parameters gathered after their
@@ -214,13 +234,13 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
     gathers = 2 if experts and not gather_overlapped else 1
     for elements, ranks in ((dense, replicas), (experts, replicas // parallel.ep)):
         for kind, operation, width, overlapped in (
-            (Kind.GRAD_REDUCE, Operation.REDUCE_SCATTER, _FP32, reduce_overlapped),
-            (Kind.PARAM_GATHER, Operation.ALL_GATHER, size, gather_overlapped),
+            (MessageKind.GRAD_REDUCE, Operation.REDUCE_SCATTER, _FP32, reduce_overlapped),
+            (MessageKind.PARAM_GATHER, Operation.ALL_GATHER, size, gather_overlapped),
         ):
             bucket = max(_BUCKET, _BUCKET_PER_RANK * ranks)
             calls = max(1, round(elements / bucket)) if overlapped else (parallel.vpp or 1)
-            times = gathers if kind is Kind.PARAM_GATHER else 1
+            times = gathers if kind is MessageKind.PARAM_GATHER else 1
             ledger.add(kind, operation, ranks, payload=elements * width / calls, calls=calls * times)
     replicated = sum(parameters.layers[layer].replicated for layer in stage_layers(config, stage))
     replicated += parameters.final_norm if first_and_last(config, stage)[1] else 0
-    ledger.add(Kind.TP, Operation.ALL_REDUCE, parallel.tp, payload=replicated * _FP32)
+    ledger.add(MessageKind.TP, Operation.ALL_REDUCE, parallel.tp, payload=replicated * _FP32)

@@ -6,11 +6,13 @@ Mixture-of-Depths models of a class in Table 1 (arXiv 2407.21770) are within 3 %
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, expert_capacity, on_fullest_rank, shared_width
+from mmscale.config.derived import depth_tokens, expert_capacity, expert_counts, on_fullest_rank
 from mmscale.config.fp8 import capacity_multiple
+from mmscale.layers import TensorPart, layer_tensors
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _group_shares(config: Config, tokens: int) -> dict[str, float]:
     A Mixture-of-Depths layer with actual capacities has slots for the most tokens of each group that it may keep.
     """
     model = config.model
-    if model.kind == "moe":
+    if not model.per_modality:
         return dict.fromkeys(model.experts.counts, 1.0)
     shares = nominal_shares(config)
     if model.experts.capacity == "nominal" or model.depth is None or tokens == model.seq_length:
@@ -109,13 +111,31 @@ def _group_shares(config: Config, tokens: int) -> dict[str, float]:
     return found
 
 
+def dealt_slots(config: Config, tokens: int) -> dict[str, float]:
+    """Expert slots of a context-parallel rank per token of the whole sequence, for each group.
+
+    Every expert's slots are dealt to the ranks, filled up where they do not go round (mmscale.model.routing.dealt).
+    Arguments as of `expert_slots`.
+    """
+    found, cp = expert_slots(config, tokens), config.parallel.cp
+    if cp == 1:
+        return found
+    whole, parts = tokens * config.train.micro_batch_size, cp * capacity_multiple(config)
+    counts = config.model.experts.counts
+    return {
+        name: counts[name] * math.ceil(round(share * whole / counts[name]) / parts) * (parts // cp) / whole
+        for name, share in found.items()
+    }
+
+
 def fullest_slots(config: Config, tokens: int) -> float:
     """Expert slots per token that the fullest expert-parallel rank works on, for all ranks' tokens together.
 
-    As many as `expert_slots` in sum where expert parallelism divides every group; more where ranks hold different
-    numbers of experts, and the others wait. Arguments as of `expert_slots`.
+    Of each sequence a context-parallel rank sends its part of the slots. As many as `dealt_slots` in sum where expert
+    parallelism divides every group; more where ranks hold different numbers of experts, and the others wait. Arguments
+    as of `expert_slots`.
     """
-    return config.parallel.ep * on_fullest_rank(config, expert_slots(config, tokens))
+    return config.parallel.ep * on_fullest_rank(config, dealt_slots(config, tokens))
 
 
 def layer_flops(config: Config, *, depth: bool) -> Flops:
@@ -126,19 +146,22 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
         depth: whether it is a Mixture-of-Depths layer, which works on a fraction of the tokens.
     """
     model = config.model
-    h, width = model.hidden_size, model.num_attention_heads * model.head_dim
     tokens = depth_tokens(config) if depth else model.seq_length
     fraction = tokens / model.seq_length
-    ffn, routers = 1.0 * model.ffn_hidden_size, 0
-    if model.kind != "dense":
-        ffn = sum(expert_slots(config, tokens).values()) * model.ffn_hidden_size + shared_width(config)
-        routers = sum(model.experts.counts.values())
+    slots = expert_slots(config, tokens) if model.has_experts else {}
+    counts = expert_counts(config)
+    elements = dict.fromkeys(TensorPart, 0.0)  # of matrices, by part, that a token is multiplied with
+    for tensor in layer_tensors(config, depth=depth):
+        share = (
+            slots[tensor.group] / counts[tensor.group] if tensor.part is TensorPart.EXPERTS and tensor.group else 1.0
+        )
+        elements[tensor.part] += share * tensor.size
     return Flops(
-        projections=fraction * 2 * h * (2 * width + 2 * model.query_groups * model.head_dim),
+        projections=fraction * 2 * elements[TensorPart.ATTENTION],
         # Two products over the tokens so far, half of them on average.
-        attention=fraction * 2 * 2 * width * tokens / 2,
-        ffn=fraction * 2 * 3 * h * ffn,
-        routers=fraction * 2 * h * routers + (2 * h if depth else 0),
+        attention=fraction * 2 * 2 * model.num_attention_heads * model.head_dim * tokens / 2,
+        ffn=fraction * 2 * sum(elements[part] for part in (TensorPart.FFN, TensorPart.EXPERTS, TensorPart.SHARED)),
+        routers=fraction * 2 * elements[TensorPart.ROUTER] + 2 * elements[TensorPart.DEPTH_ROUTER],
         output=0.0,
     )
 

@@ -1,6 +1,6 @@
-"""One way to spread a configuration over ranks: memory, time, traffic, and what speaks for and against it.
+"""Evaluates one layout of a configuration: memory, time, traffic, and its advantages and disadvantages.
 
-search.py tries all of them.
+search.py tries all layouts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from mmscale.config.derived import data_parallel_size, expert_counts, experts_of
 from mmscale.plan.activations import on_gpu
 from mmscale.plan.communication import communication, sent_by_kind
 from mmscale.plan.compute import Flops, flops_per_token
-from mmscale.plan.hardware import DEFAULT, GPUS, Gpu
 from mmscale.plan.memory import GIB, RankMemory, stages_memory
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.stages import dtype_bytes, stage_layers
 from mmscale.plan.timing import StepTime, mfu, step_time
+from mmscale.tables.gpus import DEFAULT, GPUS, Gpu
 
 # The rest is for the allocator's fragments, NCCL's own buffers and the device's context.
 USABLE = 0.9
@@ -69,6 +69,7 @@ class Layout:
             "vpp": parallel.vpp,
             "pp_layers": None if parallel.pp_layers is None else list(parallel.pp_layers),
             "ep": parallel.ep,
+            "cp": parallel.cp,
             "dp": data_parallel_size(self.config, self.world),
             "recompute": parallel.recompute,
             "recompute_modules": list(parallel.recompute_modules) if parallel.recompute == "selective" else [],
@@ -166,9 +167,7 @@ def _reasons(
         reasons.append(f"tensor parallelism leaves the node of {gpu.per_node}")
     if parallel.tp > 1:
         reasons.append(f"tp messages {_share(time.tp, time)}")
-    if parallel.ep > 1:
-        where = "inside" if parallel.tp * parallel.ep <= gpu.per_node else "across"
-        reasons.append(f"{_experts_per_rank(config)} per rank, exchange {where} nodes {_share(time.ep, time)}")
+    reasons += _exchanges(config, gpu, time)
     if parallel.pp > 1:
         reasons.append(f"pipeline waits {_share(time.bubble, time)}")
         if parallel.pp_layers is not None:
@@ -182,11 +181,24 @@ def _reasons(
         parts = " and ".join(names[name] for name in parallel.recompute_modules)
         what = parts if parallel.recompute == "selective" else "every layer"
         reasons.append(f"recomputes {what} {_share(time.recompute, time)}")
-    if parallel.tp * parallel.pp * parallel.ep == 1:
+    if parallel.tp * parallel.pp * parallel.ep * parallel.cp == 1:
         reasons.append("data parallelism only")
     if time.dp > 0.01 * time.total:
         reasons.append(f"gradients and parameters not hidden {_share(time.dp, time)}")
     return tuple(reasons)
+
+
+def _exchanges(config: Config, gpu: Gpu, time: StepTime) -> list[str]:
+    """What the ranks of a sequence and those that share the experts send each other."""
+    parallel = config.parallel
+    return [
+        f"{what} {'inside' if parallel.tp * ranks <= gpu.per_node else 'across'} nodes {_share(seconds, time)}"
+        for ranks, what, seconds in (
+            (parallel.cp, f"sequences split over {parallel.cp} ranks, gathered", time.cp),
+            (parallel.ep, f"{_experts_per_rank(config)} per rank, exchange", time.ep),
+        )
+        if ranks > 1
+    ]
 
 
 def _experts_per_rank(config: Config) -> str:

@@ -1,6 +1,6 @@
-"""Memory of a rank at its fullest moment: states, activations, logits, temporary tensors, communication buffers.
+"""Peak memory of a rank: states, activations, logits, temporary tensors, communication buffers.
 
-Counted are tensors. The allocator's fragments and the device's context are what `USABLE` in layouts.py leaves free.
+Only tensors are counted. `USABLE` in layouts.py leaves room for the allocator's fragments and the device's context.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size, micro_batches_per_step
+from mmscale.config.derived import dense_replicas, micro_batches_per_step
 from mmscale.plan.activations import (
     Kernels,
     expert_choice,
@@ -19,15 +19,14 @@ from mmscale.plan.activations import (
     shared_mask,
     total,
 )
-from mmscale.plan.compute import expert_slots, fullest_slots
+from mmscale.plan.compute import dealt_slots, fullest_slots
 from mmscale.plan.parameters import Parameters, count_parameters
-from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
+from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
+from mmscale.tables.settings import MOMENTS
 
 GIB = 2**30
 # Gradients are accumulated and reduced in fp32 whatever the parameters' type.
 _GRADIENT_BYTES = 4
-# Both moments of a parameter, by `optim.moments`.
-_MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "fp8_coat": 2.19, "te_bf16": 4.0, "te_fp8": 2.0}
 _MAIN_COPY_BYTES = 4
 _FP32 = 4
 
@@ -39,7 +38,7 @@ class RankMemory:
     Attributes:
         parameters: weights.
         gradients: fp32 gradient buffers.
-        optimizer: Adam's moments and, for bf16 weights, fp32 copies; sharded over data-parallel ranks.
+        optimizer: Adam's moments and, for bf16 weights, fp32 copies; sharded over context- and data-parallel ranks.
         activations: what backward needs of the micro-batches in flight, logits left out.
         expert_choice: the part of `activations` that choosing and combining takes.
         depth: the part of `activations` that Mixture-of-Depths takes to select and to put back.
@@ -91,7 +90,7 @@ class RankMemory:
 
 def state_bytes(config: Config) -> float:
     """Bytes per parameter of a checkpoint: the weight, its fp32 main copy and two moments."""
-    return dtype_bytes(config) + _MAIN_COPY_BYTES + _MOMENT_BYTES[config.optim.moments]
+    return dtype_bytes(config) + _MAIN_COPY_BYTES + MOMENTS[config.optim.moments].bytes
 
 
 def rank_memory(config: Config, world: int, *, kernels: Kernels = Kernels.CUDA) -> RankMemory:
@@ -112,7 +111,7 @@ def stages_memory(
         parameters: what `count_parameters` returned, if it is at hand.
     """
     parameters = parameters or count_parameters(config)
-    replicas = data_parallel_size(config, world)
+    replicas = dense_replicas(config, world)
     micro_batches = micro_batches_per_step(config, world)
     main_copy = _MAIN_COPY_BYTES if config.precision.dtype == "bf16" else 0
     # Layers come in two kinds at most: with and without Mixture-of-Depths.
@@ -137,7 +136,7 @@ def stages_memory(
             RankMemory(
                 parameters=(dense + experts) * dtype_bytes(config),
                 gradients=(dense + experts) * _GRADIENT_BYTES,
-                optimizer=sharded * (_MOMENT_BYTES[config.optim.moments] + main_copy),
+                optimizer=sharded * (MOMENTS[config.optim.moments].bytes + main_copy),
                 activations=activations,
                 expert_choice=held * sum(expert_choice(parts[kind]) for kind in layers),
                 depth=held * sum(parts[kind].get("depth", 0.0) for kind in layers),
@@ -155,7 +154,10 @@ def kept_for_backward(config: Config, *, kernels: Kernels = Kernels.CUDA) -> flo
     again = recomputed_modules(config)
     indices = range(config.model.num_layers)
     layers = [total(layer_activations(config, index, kernels=kernels, again=again)) for index in indices]
-    softmax = _tokens(config) * config.vocab.padded_size * _FP32 + output_activations(config, kernels=kernels)
+    loss = (
+        _hidden_copy(config) if config.parallel.loss_chunk else rank_tokens(config) * config.vocab.padded_size * _FP32
+    )
+    softmax = loss + output_activations(config, kernels=kernels)
     shared = shared_mask(config, kernels=kernels)
     if config.parallel.recompute == "full":
         return shared + recomputed_input(config) * len(layers) + max(softmax, *layers)
@@ -181,28 +183,49 @@ def logits_bytes(config: Config) -> float:
     """
     rows = config.vocab.padded_size / config.parallel.tp
     size = dtype_bytes(config)
-    backward = _tokens(config) * rows * 2 * _FP32 + rows * config.model.hidden_size * size
-    return max(_tokens(config) * rows * 3 * _FP32, backward)
+    if config.parallel.loss_chunk:
+        return _chunked_bytes(config, rows)
+    backward = rank_tokens(config) * rows * 2 * _FP32 + rows * config.model.hidden_size * size
+    return max(rank_tokens(config) * rows * 3 * _FP32, backward)
+
+
+def _chunked_bytes(config: Config, rows: float) -> float:
+    """The same of a loss in chunks: backward holds one chunk's gradient, and the gradients of weight and hidden states.
+
+    In bf16 a chunk's part of the weight's gradient is added to an fp32 sum, and its logits exist in both formats.
+    """
+    size, hidden = dtype_bytes(config), config.model.hidden_size
+    chunk = min(config.parallel.loss_chunk, rank_tokens(config))
+    kept = _hidden_copy(config) + (rank_tokens(config) + rows) * hidden * _FP32
+    if config.precision.dtype == "fp32":
+        return kept + chunk * rows * _FP32
+    return kept + max(chunk * rows * (_FP32 + size), (chunk + hidden) * rows * size)
+
+
+def _hidden_copy(config: Config) -> float:
+    """Bytes of the output layer's input as a loss in chunks keeps it: whole, and in fp32 from a model in bf16."""
+    gathered = dtype_bytes(config) if config.parallel.tp > 1 else 0
+    return rank_tokens(config) * config.model.hidden_size * (_FP32 + gathered)
 
 
 def _temporary(config: Config) -> float:
     """Bytes of gradients within one layer's backward, which frees as it goes: four fp32 hidden states were seen."""
-    return 4 * _tokens(config) * config.model.hidden_size * _FP32 / config.parallel.tp
+    return 4 * rank_tokens(config) * config.model.hidden_size * _FP32 / config.parallel.tp
 
 
 def _communication(config: Config) -> float:
     """Bytes of gathered sequences, exchanged tokens and received hidden states."""
     model, parallel, size = config.model, config.parallel, dtype_bytes(config)
-    hidden = _tokens(config) * model.hidden_size * size
+    hidden = rank_tokens(config) * model.hidden_size * size
+    whole = hidden * parallel.cp
     found = 2 * hidden if parallel.tp > 1 else 0.0  # gathered input; the gradient before it is scattered
+    if parallel.cp > 1 and (model.has_experts or model.depth is not None):
+        # Hidden states of the sequence as they arrive and in its order; the sum of the experts' outputs and what is
+        # sent of it.
+        found += 2 * whole + whole * (_FP32 + size) / size
     if parallel.ep > 1:
-        sent = sum(expert_slots(config, model.seq_length).values())
-        found += hidden * (sent + fullest_slots(config, model.seq_length))  # sent and received
+        sent = sum(dealt_slots(config, model.seq_length).values())
+        found += whole * (sent + fullest_slots(config, model.seq_length))  # sent and received
     if parallel.pp > 1:
         found += 2 * hidden / parallel.tp * (parallel.vpp or 1)
     return found
-
-
-def _tokens(config: Config) -> int:
-    """Tokens of a micro-batch."""
-    return config.train.micro_batch_size * config.model.seq_length

@@ -35,6 +35,7 @@ _TIME = (
     ("elementwise", "element-wise"),
     ("recompute", "recompute"),
     ("tp", "TP and SP messages"),
+    ("cp", "CP messages"),
     ("ep", "EP messages"),
     ("pp", "PP messages"),
     ("bubble", "pipeline bubble"),
@@ -44,6 +45,7 @@ _TIME = (
 _SENT = (
     ("tp", "TP"),
     ("sp", "SP"),
+    ("cp", "CP"),
     ("ep", "EP"),
     ("pp", "PP"),
     ("grad_reduce", "gradients"),
@@ -129,9 +131,18 @@ def _model(summary: dict[str, Any]) -> Table:
     parts = {name: value for name, value in flops.items() if name not in ("forward", "training") and value}
     table.add_row("", ", ".join(f"{name} {value / flops['forward']:.1%}" for name, value in parts.items()))
     table.add_row("tokens", f"{short(summary['tokens_per_step'])} per step, {short(summary['tokens'])} in all")
-    table.add_row("training", f"{summary['training_flops']:.3g} FLOPs")
+    table.add_row("training", f"{summary['training_flops']:.3g} FLOPs{_duration(summary)}")
     table.add_row("checkpoint", f"{short(summary['checkpoint_bytes'])}B")
     return table
+
+
+def _duration(summary: dict[str, Any]) -> str:
+    found = summary["duration"]
+    if found is None:
+        return ""
+    hours = found["gpu_hours"] / summary["gpus"]
+    time = f"{found['days']:.3g} days" if hours >= 48 else f"{hours:.3g} hours"
+    return f", {time} on {summary['gpus']:,} x {summary['gpu']} = {short(found['gpu_hours'])} GPU-hours"
 
 
 def _layouts(summary: dict[str, Any], *, wide: bool) -> list[Table]:
@@ -140,14 +151,21 @@ def _layouts(summary: dict[str, Any], *, wide: bool) -> list[Table]:
     title = f"layouts on {summary['gpus']} ranks" + (f" of {memory:g} GiB" if memory is not None else "")
     table = Table(title=title, title_justify="left", title_style="bold", box=HEAVY_HEAD if wide else None)
     why = _pairs("why")
-    for column in ("", "tp", "pp", "vpp", "ep", "dp", "mb", "recompute", "GiB", "s/step", "tokens/s", "MFU"):
+    entries = summary["layouts"]
+    context = ("cp",) if any(entry["cp"] > 1 for entry in entries) else ()
+    sizes = ("tp", "pp", "vpp", *context, "ep", "dp")
+    for column in ("", *sizes, "mb", "recompute", "GiB", "s/step", "tokens/s", "MFU"):
         table.add_column(column, justify="right", no_wrap=True)
     if wide:
         table.add_column("why")
-    entries = summary["layouts"]
-    shown = entries[:_LAYOUT_ROWS] + [entry for entry in entries[_LAYOUT_ROWS:] if entry["current"]]
+    contexts = {entry["cp"]: entry for entry in reversed(entries)}  # the fastest of each
+    shown = [
+        entry
+        for place, entry in enumerate(entries)
+        if place < _LAYOUT_ROWS or entry["current"] or entry is contexts[entry["cp"]]
+    ]
     for layout in shown:
-        cells = [layout[key] for key in ("tp", "pp", "vpp", "ep", "dp", "micro_batch_size")]
+        cells = [layout[key] for key in (*sizes, "micro_batch_size")]
         cells.append("+".join(layout["recompute_modules"]) or layout["recompute"])
         style = "red" if layout["fits"] is False else "green" if layout is entries[0] else None
         place, reasons = f"{entries.index(layout) + 1}{' *' if layout['current'] else ''}", "; ".join(layout["reasons"])
@@ -169,7 +187,7 @@ def _counts(summary: dict[str, Any]) -> str:
     tried, possible = summary["layouts_tried"], summary["layouts_possible"]
     if tried == 1:
         return "* the configuration's own layout, on as few ranks as it needs; --gpus N tries others"
-    shown = "the fastest of each tp x pp x ep" if possible else "the ones that come nearest"
+    shown = "the fastest of each tp x pp x cp x ep" if possible else "the ones that come nearest"
     return f"* the configuration's own; {tried:,} candidates tried, {possible:,} possible; shown: {shown}"
 
 
@@ -214,7 +232,8 @@ def _rejected(rejected: list[dict[str, Any]]) -> Table:
     table.add_column("example")
     for entry in rejected[:_REJECTED_ROWS]:
         example = entry["example"]
-        place = " ".join(f"{key}{example[key]}" for key in ("tp", "pp", "vpp", "ep", "dp") if example[key] is not None)
+        sizes = {key: example[key] for key in ("tp", "pp", "vpp", "ep", "cp", "dp") if key != "cp" or example[key] > 1}
+        place = " ".join(f"{key}{size}" for key, size in sizes.items() if size is not None)
         details = f"{place} mb{example['micro_batch_size']}"
         if example["recompute"] != "none":
             details += f" {example['recompute']}"

@@ -1,10 +1,11 @@
-"""All ways to spread a configuration: TP x PP x VPP x EP x DP x recompute x micro-batch, the possible ones in order.
+"""Searches all layouts of a configuration: TP x PP x VPP x CP x EP x DP x recompute x micro-batch, fastest first.
 
-Recomputation is tried where a layout does not fit without it: it never makes a step shorter.
+Recomputation is tried only if a layout does not fit without it, because it never makes a step shorter.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,10 @@ from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size
 from mmscale.config.rules import violations
 from mmscale.plan.compute import Flops, flops_per_token
-from mmscale.plan.hardware import DEFAULT, GPUS, Gpu
 from mmscale.plan.layouts import Layout, evaluate, fullest, recompute_label, usable_bytes
 from mmscale.plan.memory import GIB, RankMemory
 from mmscale.plan.parameters import count_parameters
+from mmscale.tables.gpus import DEFAULT, GPUS, Gpu
 
 _CHUNKS = (2, 3, 4, 6)
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -29,12 +30,15 @@ _RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")},
     {"recompute": "full"},
 )
+# Context-parallel ranks to try, and the tokens of a sequence that each of them has at least: splitting shorter
+# sequences gains nothing.
+_CONTEXTS, _LEAST_PART = (1, 2, 4, 8, 16, 32, 64), 4096
 # Layouts that are shown where none fits.
 _NEAREST = 5
 
 
 @dataclass
-class Rejected:
+class RejectedLayouts:
     """What one rule refused.
 
     Attributes:
@@ -63,13 +67,13 @@ class Search:
     """
 
     layouts: list[Layout] = field(default_factory=list)
-    rejected: dict[str, Rejected] = field(default_factory=dict)
+    rejected: dict[str, RejectedLayouts] = field(default_factory=dict)
     tried: int = 0
 
     def reject(self, candidate: Config, world: int, cause: str, *, rule: str | None = None) -> None:
         """Count a candidate against a rule: causes that differ in numbers only are one rule."""
         found = self.rejected.setdefault(
-            rule or re.sub(r"\d+(\.\d+)?", "N", cause), Rejected(cause, _example(candidate, world))
+            rule or re.sub(r"\d+(\.\d+)?", "N", cause), RejectedLayouts(cause, _example(candidate, world))
         )
         found.count += 1
 
@@ -96,7 +100,11 @@ def search(config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: G
         layout = evaluate(
             candidate, gpus, gpu_memory=gpu_memory, gpu=gpu, parameters=parameters, flops=flops[size], memory=memory
         )
-        found.layouts.append(replace(layout, reasons=(*layout.reasons, *_other_scope(candidate, config))))
+        found.layouts.append(
+            replace(
+                layout, reasons=(*layout.reasons, *_other_scope(candidate, config), *_other_padding(candidate, config))
+            )
+        )
 
     for plain in _candidates(config, gpus):
         problems = violations(plain, world_size=gpus)
@@ -154,11 +162,12 @@ def _candidates(config: Config, world: int) -> Iterator[Config]:
     sizes = sorted({*_MICRO_BATCHES, train.micro_batch_size})
     for tp in _divisors(world, model.num_attention_heads):
         for pp in _divisors(world // tp, model.num_layers):
-            for ep in _divisors(world // (tp * pp), most_experts):
+            for cp, ep in _shares(config, world // (tp * pp), most_experts):
                 for vpp in (None, *_CHUNKS) if pp > 1 else (None,):
                     own = pp == config.parallel.pp and vpp == config.parallel.vpp
                     sends = {} if own else {"overlap_p2p": None, "batch_p2p": None, "pp_layers": None}
-                    spread = _changed(config, tp=tp, pp=pp, vpp=vpp, ep=ep, cp=1, recompute="none", **sends)
+                    spread = _changed(config, tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp, recompute="none", **sends)
+                    spread = _padded(spread)
                     for size in sizes:
                         if size == train.micro_batch_size:
                             yield spread
@@ -167,10 +176,30 @@ def _candidates(config: Config, world: int) -> Iterator[Config]:
                             yield spread.model_copy(update=update)
 
 
+def _shares(config: Config, replicas: int, most_experts: int) -> Iterator[tuple[int, int]]:
+    """Context- and expert-parallel sizes that so many copies of the dense weights can have."""
+    own, length = config.parallel.cp, config.model.seq_length
+    for cp in sorted({own, *(size for size in _CONTEXTS if size == 1 or length // size >= _LEAST_PART)}):
+        if replicas % cp == 0:
+            yield from ((cp, ep) for ep in _divisors(replicas, most_experts) if ep % cp == 0 or cp % ep == 0)
+
+
+def _padded(config: Config) -> Config:
+    """The configuration with documents padded as its context parallelism needs it."""
+    multiple = math.lcm(config.data.document_multiple, 2 * config.parallel.cp if config.parallel.cp > 1 else 1)
+    return config.model_copy(update={"data": config.data.model_copy(update={"document_multiple": multiple})})
+
+
+def _other_padding(candidate: Config, config: Config) -> tuple[str, ...]:
+    """Documents that are padded to another multiple are packed otherwise."""
+    multiple = candidate.data.document_multiple
+    return () if multiple == config.data.document_multiple else (f"needs data.document_multiple={multiple}",)
+
+
 def _other_scope(candidate: Config, config: Config) -> tuple[str, ...]:
     """A micro-batch of another size is another model where experts choose among its tokens."""
     size, own = candidate.train.micro_batch_size, config.train.micro_batch_size
-    if config.model.kind == "dense" or config.model.experts.scope == "sequence" or size == own:
+    if not config.model.has_experts or config.model.experts.scope == "sequence" or size == own:
         return ()
     return (f"experts choose among {size} sequences, not {own}",)
 
@@ -182,6 +211,7 @@ def _example(config: Config, world: int) -> dict[str, Any]:
         "pp": parallel.pp,
         "vpp": parallel.vpp,
         "ep": parallel.ep,
+        "cp": parallel.cp,
         "dp": data_parallel_size(config, world),
         "recompute": recompute_label(config),
         "micro_batch_size": config.train.micro_batch_size,

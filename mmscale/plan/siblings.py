@@ -1,7 +1,7 @@
-"""Configurations that cost as many FLOPs per token as a given one: what its model is to be compared with.
+"""Generates configurations with the same FLOPs per token as a given one, for comparison with it.
 
-Dense, a modality's own FFN (1t1i), mixed experts (moe8x), experts per modality (4t4i), and each with Mixture-of-Depths
-(MoMa, arXiv 2407.21770, Table 1). Equal means by `flops_per_token`, forward. It trains nothing, and it does not look at
+Dense, one FFN per modality (1t1i), mixed experts (moe8x), experts per modality (4t4i), and each with Mixture-of-Depths
+(MoMa, arXiv 2407.21770, Table 1). Equality is measured by `flops_per_token`, forward. It trains nothing and reads no
 data: with `model.experts.share: auto` it counts as `mmscale plan` does.
 """
 
@@ -19,6 +19,7 @@ from mmscale.config.schema import DepthConfig
 from mmscale.errors import ConfigError
 from mmscale.plan.compute import flops_per_token
 from mmscale.plan.parameters import count_parameters
+from mmscale.tables.settings import KINDS
 
 TOLERANCE = 0.01  # of FLOPs per token; the paper's own models differ by up to 0.027
 EXPERTS = 4  # of each modality, where the given configuration does not say
@@ -83,7 +84,7 @@ def siblings(config: Config, *, experts: int | None = None, tolerance: float = T
             (f"moe{sum(counts.values())}x", "moe", {"mixed": sum(counts.values())}),
             (group_name(counts), "moma", counts),
         ):
-            if depth and kind == "moe":
+            if depth and "mixed" in groups:
                 continue  # the paper has none
             label = f"mod_{name}" if depth else name
             if any(label == other.name for other in found):
@@ -119,9 +120,14 @@ def text_of(sibling: Sibling, *, of: str) -> str:
 def _counts(config: Config, experts: int | None) -> dict[str, int]:
     """Experts of each modality."""
     names, given = config.vocab.names, config.model.experts.counts
-    if experts is None and config.model.kind == "moma" and max(given.values()) > 1:
+    if experts is None and config.model.per_modality and max(given.values()) > 1:
         return {name: given[name] for name in names}
-    if experts is None and config.model.kind == "moe" and sum(given.values()) % len(names) == 0:
+    if (
+        experts is None
+        and config.model.has_experts
+        and not config.model.per_modality
+        and sum(given.values()) % len(names) == 0
+    ):
         return dict.fromkeys(names, sum(given.values()) // len(names))
     return dict.fromkeys(names, experts or EXPERTS)
 
@@ -161,7 +167,7 @@ def _of_kind(config: Config, kind: str, groups: dict[str, int], *, depth: bool) 
         model["depth"]["multiple"] = math.lcm(model["depth"]["multiple"], config.parallel.tp)
     else:
         model.pop("depth", None)
-    if kind == "dense":
+    if not KINDS[kind].experts:
         parallel.pop("ep", None)
         # Cut-offs of depth layers are kept where experts' were; a dense model that routes nothing has none.
         kept = {"threshold_decay": given["threshold_decay"]} if depth and "threshold_decay" in given else {}
@@ -169,7 +175,7 @@ def _of_kind(config: Config, kind: str, groups: dict[str, int], *, depth: bool) 
         if not depth:
             model.pop("auxiliary", None)
         return settings
-    if kind == "moe":
+    if not KINDS[kind].per_modality:
         given.pop("share", None)
     model["experts"] = {**given, "counts": groups}
     parallel["ep"] = _expert_parallel(config.parallel.ep, sum(groups.values()))

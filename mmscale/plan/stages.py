@@ -1,6 +1,6 @@
-"""What stands on which pipeline stage: layers and parameters of a rank. Interleaved chunks are dealt round-robin.
+"""Layers and parameters of each pipeline stage. Interleaved chunks are assigned round-robin.
 
-Bytes per element are here too, since everything that follows is counted in them.
+Bytes per element are here too, because all later counts use them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ from __future__ import annotations
 from mmscale.config import Config
 from mmscale.config.derived import chunk_layers, on_fullest_rank
 from mmscale.plan.parameters import Parameters
+
+
+def rank_tokens(config: Config) -> float:
+    """Tokens of a micro-batch that a context-parallel rank has."""
+    return config.train.micro_batch_size * config.model.seq_length / config.parallel.cp
 
 
 def dtype_bytes(config: Config) -> int:

@@ -51,11 +51,11 @@ def suggest(config: Config, parameters: Parameters) -> Suggestion:
     caveats = ["fitted to text with AdamW, cosine decay and sequences of 2,048; mixed-modal runs may want another"]
     if tokens > _FITTED_TOKENS:
         caveats.append(f"{tokens:.2g} tokens are {tokens / _FITTED_TOKENS:.0f} times the longest run of the fit")
-    if config.model.kind != "dense":
+    if config.model.has_experts:
         caveats.append("N counts all experts: the published mixtures follow total, not active parameters")
     if config.model.depth is not None:
         caveats.append("nothing is known about Mixture-of-Depths")
-    if config.model.qk_norm or config.model.norm != "pre":
+    if config.model.qk_norm or not config.model.norm_placement.before:
         caveats.append("QK-norm and norms after sub-layers stand larger rates, and were not in the fit")
     return Suggestion(
         lr=1.79 * count**-0.713 * tokens**0.307,

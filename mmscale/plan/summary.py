@@ -1,26 +1,23 @@
-"""Everything `mmscale plan` knows about a configuration, as plain data with stable keys.
-
-Text is render.py's.
-"""
+"""The complete plan of a configuration as plain data with stable keys; render.py converts it to text."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mmscale.config import Config
-from mmscale.config.derived import tokens_per_step
+from mmscale.config.derived import least_ranks, tokens_per_step
 from mmscale.config.fp8 import roundings
 from mmscale.config.rules import check, violations
 from mmscale.plan.activations import Kernels, on_gpu
 from mmscale.plan.cluster_load import STORAGE_GB_S, cluster_load
 from mmscale.plan.compute import flops_per_token
-from mmscale.plan.hardware import DEFAULT, Gpu, gpu_named
 from mmscale.plan.layouts import USABLE, Layout, evaluate
 from mmscale.plan.memory import state_bytes
 from mmscale.plan.parameters import count_parameters
 from mmscale.plan.search import Search, is_own, search
 from mmscale.plan.step_law import suggest
 from mmscale.plan.timing import assumptions
+from mmscale.tables.gpus import DEFAULT, Gpu, gpu_named
 
 _SHOWN = 20
 
@@ -38,29 +35,29 @@ def plan(
     Args:
         config: a loaded configuration.
         gpus: devices; None: only the configuration's own layout, on as few ranks as it needs.
-        gpu_memory: memory of a device [GiB]; None: the named GPU's, or unknown.
+        gpu_memory: memory of a device [GiB]; None: the GPU's, or unknown with neither `gpu` nor `gpus`.
         gpu: name of the device whose figures times are reckoned with; None: h100.
         storage_gb_s: bandwidth of the shared file system [GB/s].
 
     Returns:
         `model`, `parameters`, `flops_per_token`, `tokens_per_step`, `tokens`, `training_flops`, `checkpoint_bytes`,
-        `gpus`, `gpu`, `gpu_memory_gib`, `layouts` (the fastest VPP, recompute and micro-batch of each TP x PP x EP, at
-        most 20, and the configuration's own; fastest first), `layouts_possible`, `layouts_tried`, `refused` (cause ->
-        number of candidates), `rejected` (the same with an example each), `own_layout_refused` (cause or null),
-        `step_law`, `cluster` (what the run asks of file system and scheduler) and `assumptions`.
+        `gpus`, `gpu`, `gpu_memory_gib`, `layouts` (the fastest VPP, recompute and micro-batch of each TP x PP x CP x
+        EP, at most 20, the fastest of each CP, and the configuration's own; fastest first), `duration` of the whole
+        training in the first layout (`days`, `gpu_hours`; null if none fits), `layouts_possible`, `layouts_tried`,
+        `refused` (cause -> number of candidates), `rejected` (the same with an example each), `own_layout_refused`
+        (cause or null), `step_law`, `cluster` (what the run asks of file system and scheduler) and `assumptions`.
 
     Raises:
         ConfigError: without `gpus`, the configuration's own layout violates a rule.
         UsageError: no figures of the GPU.
     """
     figures = gpu_named(gpu or DEFAULT)
-    if gpu_memory is None and gpu is not None:
+    if gpu_memory is None and (gpu is not None or gpus is not None):
         gpu_memory = figures.memory
     parameters, flops = count_parameters(config), flops_per_token(config)
-    parallel = config.parallel
     ranks, refused_own = gpus, None
     if ranks is None:
-        ranks = parallel.tp * parallel.pp * parallel.ep
+        ranks = least_ranks(config)
         check(config, world_size=ranks)
         found = Search([evaluate(config, ranks, gpu_memory=gpu_memory, gpu=figures)], tried=1)
     else:
@@ -89,6 +86,7 @@ def plan(
         "gpu": figures.name,
         "gpu_memory_gib": gpu_memory,
         "layouts": [_entry(layout, config) for layout in _shown(found.layouts, config)],
+        "duration": _duration(found.layouts, tokens, ranks),
         "layouts_possible": sum(layout.fits is not False for layout in found.layouts),
         "layouts_tried": found.tried,
         "refused": {rejected.cause: rejected.count for rejected in found.rejected.values()},
@@ -101,14 +99,28 @@ def plan(
 
 
 def _shown(found: list[Layout], config: Config) -> list[Layout]:
-    """The fastest of each TP x PP x EP, and the configuration's own layout wherever it stands."""
-    best: dict[tuple[int, int, int], Layout] = {}
+    """The fastest of each TP x PP x CP x EP; also the fastest of each CP, and the configuration's own."""
+    best: dict[tuple[int, int, int, int], Layout] = {}
     for layout in found:
         parallel = layout.config.parallel
-        best.setdefault((parallel.tp, parallel.pp, parallel.ep), layout)
+        best.setdefault((parallel.tp, parallel.pp, parallel.cp, parallel.ep), layout)
     kept = list(best.values())[:_SHOWN]
+    of_context: dict[int, Layout] = {}
+    for layout in best.values():
+        of_context.setdefault(layout.config.parallel.cp, layout)
+    kept += [layout for layout in of_context.values() if layout not in kept]
     kept += [layout for layout in found if is_own(layout, config) and layout not in kept]
     return sorted(kept, key=lambda layout: (layout.fits is False, layout.cost))
+
+
+def _duration(found: list[Layout], tokens: int, ranks: int) -> dict[str, float] | None:
+    """How long the whole training takes in the fastest layout that fits."""
+    fits = [layout for layout in found if layout.fits is not False]
+    if not fits:
+        return None
+    fastest = min(fits, key=lambda layout: layout.cost)
+    seconds = tokens / fastest.tokens_per_second
+    return {"days": seconds / 86_400, "gpu_hours": ranks * seconds / 3600}
 
 
 def _entry(layout: Layout, config: Config) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def _assumptions(config: Config, gpu: Gpu) -> list[str]:
         "time orders layouts, it was fitted to no run: a difference of a few percent says nothing",
         *assumptions(gpu, config),
     ]
-    if config.model.kind == "moma" and config.model.experts.share == "auto":
+    if config.model.per_modality and config.model.experts.share == "auto":
         lines.append("model.experts.share is auto: equal shares are assumed until data is measured")
     if config.precision.fp8 != "off":
         lines.append("FP8: memory counts activations and weights in bf16; time counts casts, of weights once a step")

@@ -1,4 +1,4 @@
-"""How long an optimizer step takes, from data-sheet figures and stated fractions of them: to compare layouts with.
+"""Estimates the time of an optimizer step from data-sheet figures and assumed fractions of them, to compare layouts.
 
 Every assumption is a constant below and a line of `assumptions`. Nothing here has been fitted to a run of mmscale.
 """
@@ -10,18 +10,19 @@ from dataclasses import dataclass, fields
 
 from mmscale.config import Config
 from mmscale.config.derived import (
-    data_parallel_size,
+    dense_replicas,
     depth_tokens,
     micro_batches_per_step,
     overlap_data_parallel,
     overlap_p2p,
 )
 from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules, total
-from mmscale.plan.communication import Kind, Operation, Traffic, communication
-from mmscale.plan.compute import expert_slots, fullest_slots, layer_flops
-from mmscale.plan.hardware import Gpu
+from mmscale.plan.communication import MessageKind, Operation, Traffic, communication
+from mmscale.plan.compute import dealt_slots, expert_slots, fullest_slots, layer_flops
 from mmscale.plan.parameters import Parameters
-from mmscale.plan.stages import dtype_bytes, first_and_last, stage_layers, stage_parameters
+from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
+from mmscale.tables.gpus import Gpu
+from mmscale.tables.settings import KINDS
 
 # Fractions of the data sheet that large operations reach.
 PRODUCTS, MEMORY, LINK, NETWORK = 0.7, 0.8, 0.75, 0.8
@@ -31,8 +32,8 @@ ATTENTION = {Kernels.TE: 0.4, Kernels.CUDA: 0.2}
 HALF_WIDTH = 256
 # Every byte that a layer keeps is moved so often by element-wise operations, forward and backward.
 MOVES = 2, 3
-# Kernels of a layer's forward pass, and seconds to start one; backward has twice as many.
-KERNELS, LAUNCH = {"dense": 30, "moe": 60, "moma": 75}, 4e-6
+# Seconds to start a kernel; backward starts twice as many as forward (`ModelKind.kernels`).
+LAUNCH = 4e-6
 # Seconds until a message arrives, within and between machines.
 LATENCY = 5e-6, 15e-6
 # Bytes moved to make an FP8 tensor of a bf16 one: read for its largest value and for the cast, written both ways round.
@@ -52,6 +53,7 @@ class StepTime:
         elementwise: everything that waits for memory.
         recompute: forward passes that are repeated.
         tp: tensor and sequence parallelism.
+        cp: keys and values, logits and hidden states of the parts of a sequence.
         ep: tokens to their experts and back.
         pp: sends between stages that do not overlap.
         bubble: waiting for other stages.
@@ -64,6 +66,7 @@ class StepTime:
     elementwise: float
     recompute: float
     tp: float
+    cp: float
     ep: float
     pp: float
     bubble: float
@@ -83,7 +86,7 @@ class StepTime:
     @property
     def communication(self) -> float:
         """Messages that nothing hides [s]."""
-        return self.tp + self.ep + self.pp + self.dp
+        return self.tp + self.cp + self.ep + self.pp + self.dp
 
     def as_dict(self) -> dict[str, float]:
         """Plain data in seconds."""
@@ -135,20 +138,21 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     parallel = config.parallel
     micro_batches = micro_batches_per_step(config, world)
     one = _compute(config, gpu, stage)
-    sums: Counter[Kind] = Counter()
+    sums: Counter[MessageKind] = Counter()
     for traffic in communication(config, world, stage=stage, parameters=parameters):
         sums[traffic.kind] += _seconds(traffic, config, world, gpu)  # type: ignore[assignment]
-    reduce, gather = sums[Kind.GRAD_REDUCE], sums[Kind.PARAM_GATHER]
+    reduce, gather = sums[MessageKind.GRAD_REDUCE], sums[MessageKind.PARAM_GATHER]
     overlapped = overlap_data_parallel(config, nccl=True)
     # Only the last backward and the first forward pass of a step can hide them.
     exposed = max(0.0, reduce - one.backward) if overlapped[0] else reduce
     exposed += max(0.0, gather - one.forward) if overlapped[1] else gather
-    tensor = sums[Kind.TP] + sums[Kind.SP]
-    pipeline = 0.0 if overlap_p2p(config) else sums[Kind.PP]
-    busy = micro_batches * (one.forward + one.backward + one.recompute) + tensor + sums[Kind.EP] + pipeline
+    tensor = sums[MessageKind.TP] + sums[MessageKind.SP]
+    pipeline = 0.0 if overlap_p2p(config) else sums[MessageKind.PP]
+    shown = tensor + sums[MessageKind.CP] + sums[MessageKind.EP] + pipeline
+    busy = micro_batches * (one.forward + one.backward + one.recompute) + shown
     bubble = busy / micro_batches * (parallel.pp - 1) / (parallel.vpp or 1)
     dense, experts = stage_parameters(config, parameters, stage)
-    replicas = data_parallel_size(config, world)
+    replicas = dense_replicas(config, world)
     shard = dense / replicas + experts / max(1, replicas // parallel.ep)
     # megatron-core keeps FP8 weights for all micro-batches of a step.
     casts = _CAST if _peak(config, gpu, fp8=True) > _peak(config, gpu, fp8=False) else 0
@@ -158,7 +162,8 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
         elementwise=micro_batches * one.elementwise * (1 + MOVES[1] / MOVES[0]),
         recompute=micro_batches * one.recompute,
         tp=tensor,
-        ep=sums[Kind.EP],
+        cp=sums[MessageKind.CP],
+        ep=sums[MessageKind.EP],
         pp=pipeline,
         bubble=bubble,
         dp=exposed,
@@ -169,7 +174,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
 def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     """Seconds of a micro-batch on a stage, nothing repeated."""
     model, tp = config.model, config.parallel.tp
-    tokens = config.train.micro_batch_size * model.seq_length
+    tokens = rank_tokens(config)
     products = attention = elementwise = launched = feed_forward = 0.0
     counts = Counter(model.is_depth_layer(layer) for layer in stage_layers(config, stage))
     example = {model.is_depth_layer(layer): layer for layer in stage_layers(config, stage)}
@@ -181,7 +186,7 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         ffn = flops.ffn + _waited_for(config, depth=depth)
         expert = (ffn / (fast * _reached(inner)) + flops.routers / plain) * tokens / tp
         seconds = flops.projections / (fast * _reached(width)) * tokens / tp + expert
-        started = KERNELS[model.kind] * (1.3 if depth else 1.0) * LAUNCH
+        started = KINDS[model.kind].kernels * (1.3 if depth else 1.0) * LAUNCH
         parts = layer_activations(config, example[depth], kernels=on_gpu(config))
         cast = _cast_bytes(config, depth=depth) if fast > plain else 0.0
         moved = (MOVES[0] * total(parts) + cast) / (gpu.bandwidth * MEMORY)
@@ -195,14 +200,16 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         products += count * seconds
     products += launched
     again = recomputed_modules(config)
-    # Layers only: the output layer and its logits are never repeated.
+    # Layers only: the output layer and its logits are repeated by a loss in chunks.
     repeated = products + attention + elementwise if config.parallel.recompute == "full" else 0.0
     repeated += attention if "core_attn" in again else 0.0
     repeated += feed_forward if "mlp" in again else 0.0
     if first_and_last(config, stage)[1]:
         rows = config.vocab.padded_size / tp
-        products += 2 * model.hidden_size * rows * tokens / (plain * _reached(int(min(model.hidden_size, rows))))
+        product = 2 * model.hidden_size * rows * tokens / (plain * _reached(int(min(model.hidden_size, rows))))
+        products += product
         elementwise += _LOGITS * rows * tokens / (gpu.bandwidth * MEMORY)
+        repeated += product if config.parallel.loss_chunk else 0.0
     backward = 2 * (products + attention) + elementwise * MOVES[1] / MOVES[0]
     return _Pass(products, attention, elementwise, backward, repeated)
 
@@ -210,10 +217,10 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
 def _waited_for(config: Config, *, depth: bool) -> float:
     """FLOPs per token of a layer that the fullest expert-parallel rank has more than the average one."""
     model = config.model
-    if model.kind == "dense":
+    if not model.has_experts:
         return 0.0
     length = depth_tokens(config) if depth else model.seq_length
-    more = fullest_slots(config, length) - sum(expert_slots(config, length).values())
+    more = config.parallel.cp * (fullest_slots(config, length) - sum(dealt_slots(config, length).values()))
     return length / model.seq_length * 2 * 3 * model.hidden_size * model.ffn_hidden_size * more
 
 
@@ -221,10 +228,10 @@ def _cast_bytes(config: Config, *, depth: bool) -> float:
     """Bytes that casting inputs of a layer's products to FP8 moves, in one forward pass."""
     model = config.model
     length = depth_tokens(config) if depth else model.seq_length
-    slots = 1.0 if model.kind == "dense" else sum(expert_slots(config, length).values())
+    slots = sum(expert_slots(config, length).values()) if model.has_experts else 1.0
     inputs: float = model.hidden_size + model.num_attention_heads * model.head_dim
     inputs += slots * (model.hidden_size + model.ffn_hidden_size)
-    return _CAST * config.train.micro_batch_size * length * inputs / config.parallel.tp
+    return _CAST * config.train.micro_batch_size * length * inputs / (config.parallel.tp * config.parallel.cp)
 
 
 def _peak(config: Config, gpu: Gpu, *, fp8: bool) -> float:
@@ -244,21 +251,24 @@ def _reached(side: int) -> float:
 def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
     """Seconds of messages, none of them overlapped.
 
-    Ranks stand in megatron-core's order tp-ep-dp-pp. A ring over several machines has as many adapters as the group has
-    ranks in a machine; in an exchange each rank sends through its own.
+    Ranks stand in megatron-core's order tp-cp-dp-pp, where experts are spread over cp and then dp. A ring over several
+    machines has as many adapters as the group has ranks in a machine; in an exchange each rank sends through its own.
     """
     parallel = config.parallel
     node = gpu.per_node
     # Distance between neighbours of the group, in ranks.
     stride = {
-        Kind.TP: 1,
-        Kind.SP: 1,
-        Kind.EP: parallel.tp,
-        Kind.PP: world // parallel.pp,
-        Kind.GRAD_REDUCE: parallel.tp,
-        Kind.PARAM_GATHER: parallel.tp,
+        MessageKind.TP: 1,
+        MessageKind.SP: 1,
+        MessageKind.CP: parallel.tp,
+        MessageKind.EP: parallel.tp,
+        MessageKind.PP: world // parallel.pp,
+        MessageKind.GRAD_REDUCE: parallel.tp,
+        MessageKind.PARAM_GATHER: parallel.tp,
     }[traffic.kind]
-    if traffic.kind in (Kind.GRAD_REDUCE, Kind.PARAM_GATHER) and traffic.ranks < data_parallel_size(config, world):
+    if traffic.kind in (MessageKind.GRAD_REDUCE, MessageKind.PARAM_GATHER) and traffic.ranks < dense_replicas(
+        config, world
+    ):
         stride *= parallel.ep
     inside = max(1, min(traffic.ranks, node // stride))
     link, network = gpu.link * LINK, gpu.network * NETWORK
@@ -283,7 +293,7 @@ def assumptions(gpu: Gpu, config: Config) -> list[str]:
         f"{gpu.network / 1e9:.0f} GB/s between them",
         f"reached of that: {PRODUCTS:.0%} by products (half with a side of {HALF_WIDTH}), "
         f"{ATTENTION[on_gpu(config)]:.0%} by attention, {MEMORY:.0%} of memory, {LINK:.0%} inside, {NETWORK:.0%} "
-        f"between; {1e6 * LAUNCH:.0f} us to start each of {KERNELS[config.model.kind]} kernels a layer",
+        f"between; {1e6 * LAUNCH:.0f} us to start each of {KINDS[config.model.kind].kernels} kernels a layer",
         "overlapped: gradients and parameters with one backward and one forward pass where the settings say so, sends "
         "between stages with interleaving; messages of TP and EP with nothing",
     ]

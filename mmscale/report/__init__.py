@@ -1,1 +1,1 @@
-"""Reports on runs: figures and one HTML page. Reads run folders and never touches a model."""
+"""Reports on runs: figures and one HTML page. Reads run folders and never loads a model."""

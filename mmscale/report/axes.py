@@ -1,6 +1,6 @@
 # What a run's figures may be drawn against: steps, tokens, model FLOPs, hours since its first event.
 # Nothing is drawn here, and nothing is made up: an axis that a run has no numbers for is all NaN.
-"""Axes of a run."""
+"""The x axes of a run's figures: steps, tokens, model FLOPs, and hours since its first event."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from mmscale.errors import MmscaleError
-from mmscale.report.history import Floats, History, config_file
+from mmscale.report.history import Floats, History
+from mmscale.runs.attempts import settings_file
 
 AXES = ("step", "tokens", "flops", "hours")
 # Pauses are no part of step_time_s, and come on top of it where the lines have no time of their own.
-_PAUSES = ("save_stall_s", "eval_s", "parameter_hash_s", "rollback_s")
+_PAUSES = ("save_stall_s", "eval_s", "parameter_hash_s", "rollback_s", "profile_s")
 
 
 def axes_of(run: Path, history: History, *, clock: Floats, begin: float) -> dict[str, Floats]:
@@ -30,19 +31,19 @@ def axes_of(run: Path, history: History, *, clock: Floats, begin: float) -> dict
     tokens = history.of("tokens")
     flops = history.of("flops")
     if len(history) and np.isnan(flops).all() and not np.isnan(tokens).all():
-        flops = tokens * _flops_per_token(config_file(run, history.attempt))
+        flops = tokens * _flops_per_token(settings_file(run, history.attempt))
     return {"step": history.steps, "tokens": tokens, "flops": flops, "hours": (clock - begin) / 3600.0}
 
 
 def first_time(events: Sequence[Mapping[str, Any]], *, clock: Floats) -> float:
-    """When a run began [seconds since 1970]: its first event, or its first step; NaN if nobody knows."""
+    """Start of a run [seconds since 1970]: its first event, or its first step; NaN if unknown."""
     times = [float(event["time"]) for event in events if isinstance(event.get("time"), int | float)]
     known = clock[np.isfinite(clock)]
     return min([*times, *([float(known.min())] if len(known) else [])], default=float("nan"))
 
 
 def clock_of(history: History, events: Sequence[Mapping[str, Any]]) -> Floats:
-    """When each row was logged [seconds since 1970]; summed up from step times in runs whose lines have no time."""
+    """Time at which each row was logged [seconds since 1970]; summed from step times if lines have no time."""
     clock = history.of("time").copy()
     if not len(history) or not np.isnan(clock).all():
         return clock
@@ -78,6 +79,6 @@ def _flops_per_token(config: Path) -> float:
     from mmscale.plan import flops_per_token
 
     try:
-        return float(flops_per_token(load(config)).training)
+        return float(flops_per_token(load(config, recorded=True)).training)
     except (MmscaleError, OSError, ValueError):
         return float("nan")

@@ -1,6 +1,6 @@
 # Which figures a report shows: the one list behind the page and the PNGs.
 # It names columns and titles; reading, downsampling and drawing are elsewhere.
-"""Charts of runs."""
+"""The list of all charts of a report, shared by the page and the PNGs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mmscale.config.derived import BITS, SOURCE
+from mmscale.report.figure_titles import title_of
 from mmscale.report.history import History
-from mmscale.train.held_out import CAUSAL_ROUTINGS, EVAL, HeldOut
+from mmscale.runs.held_out import ACCURACY, AUXILIARY, EVAL, HeldOut, words_of
+from mmscale.tables.routings import CAUSAL_ROUTINGS
 
 # Expert choice among the tokens of a batch sees later tokens: no number may stand without saying so.
 HELD_OUT = "held out (batch routing)"
@@ -37,6 +40,7 @@ class Line:
         points: marks at each measurement instead of a line.
         joined: whether marks are joined; sums over different spans are not.
         mark: number of their shape.
+        best: the lowest value is marked.
         names: values name something, as ranks' numbers do: a point of many is the most frequent one, not their mean.
     """
 
@@ -47,6 +51,7 @@ class Line:
     points: bool = False
     joined: bool = True
     mark: int = 0
+    best: bool = False
     names: bool = False
 
 
@@ -78,7 +83,7 @@ class Chart:
 
 
 def charts_of(runs: Mapping[str, History]) -> list[Chart]:
-    """All charts in order; those that no run has measured anything of are there without lines.
+    """All charts in order; charts without any measurement have no lines.
 
     With one run a colour is a modality; with several, a colour is a run and each modality has charts of its own.
 
@@ -102,6 +107,11 @@ def modalities_of(histories: Iterable[History]) -> list[str]:
     return list(found)
 
 
+def _mark(measured: HeldOut) -> int:
+    """Number of the shape that stands for a routing."""
+    return ("batch", *CAUSAL_ROUTINGS).index(measured.routing)
+
+
 class _Builder:
     def __init__(self, names: Sequence[str], histories: Sequence[History]) -> None:
         self.names = names
@@ -109,8 +119,43 @@ class _Builder:
         self.modalities = modalities_of(histories)
 
     def losses(self) -> list[Chart]:
-        """Of training and held-out data, and one chart for each validation set."""
-        return [*self._main_losses(), *self._validation()]
+        """Of training and held-out data, and one chart for each source of a blend and each validation set."""
+        return [*self._main_losses(), *self._validation(), *self._bits(), *self._accuracies()]
+
+    def _bits(self) -> list[Chart]:
+        """Bits per byte of held-out text: it compares runs with different tokenizers."""
+        lines = []
+        for run, history in enumerate(self.histories):
+            prefix = "" if len(self.names) == 1 else f"{self.names[run]}, "
+            found = [one for key in history.columns if (one := HeldOut.of(key)) and one.figure.startswith(BITS)]
+            lines += [
+                Line(run, one.key, f"{prefix}{one.where}", run, points=True, mark=_mark(one), best=True)
+                for one in found
+            ]
+        if not lines:
+            return []
+        note = "Held-out text, special tokens included. It compares runs whose text tokenizers differ."
+        return [Chart("bits_per_byte", "Loss", "Bits per byte of text", "bits", note, lines=tuple(lines))]
+
+    def _accuracies(self) -> list[Chart]:
+        """One chart for each task that was asked along the run."""
+        measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}
+        figures = dict.fromkeys(one.figure for one in measured.values() if one and one.figure.startswith(ACCURACY))
+        charts = []
+        for figure in figures:
+            lines = []
+            for run, history in enumerate(self.histories):
+                prefix = "" if len(self.names) == 1 else f"{self.names[run]}, "
+                lines += [
+                    Line(run, key, f"{prefix}{one.how}", run, points=True, mark=_mark(one))
+                    for key, one in measured.items()
+                    if key in history.columns and one and one.figure == figure and not one.name
+                ]
+            task = figure.removeprefix(ACCURACY)
+            note = "Questions answered right. mmscale eval gives the 95 % interval, and what guessing gets."
+            title = f"Accuracy: {task}"
+            charts.append(Chart(f"accuracy_{task}", "Loss", title, note=note, zero=True, lines=tuple(lines)))
+        return charts
 
     def _validation(self) -> list[Chart]:
         measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}
@@ -126,12 +171,13 @@ class _Builder:
                         continue
                     colour = self._colour(modality, 0) if len(self.histories) == 1 else run
                     prefix = "" if len(self.histories) == 1 else f"{self.names[run]}: "
-                    label = f"{prefix}{modality or 'loss'} ({one.routing} routing)"
-                    mark = ("batch", *CAUSAL_ROUTINGS).index(one.routing)
-                    lines.append(Line(run, one.key, label, colour, points=True, mark=mark))
-            note = "A data set of its own (data.validation), by how experts were chosen."
-            title = f"Validation {name}: loss per token"
-            charts.append(Chart(f"validation_{name}", "Loss", title, "nats", note, lines=tuple(lines)))
+                    label = f"{prefix}{modality or 'loss'} ({one.how})"
+                    lines.append(Line(run, one.key, label, colour, points=True, mark=_mark(one), best=True))
+            what = "Held-out documents of one source" if name.startswith(SOURCE) else "A data set of its own"
+            note = f"{what} (data.{'blend' if name.startswith(SOURCE) else 'validation'}), by how experts were chosen."
+            words = words_of(name)
+            title = f"{words[0].upper()}{words[1:]}: loss per token"
+            charts.append(Chart(words.replace(" ", "_", 1), "Loss", title, "nats", note, lines=tuple(lines)))
         return charts
 
     def _main_losses(self) -> list[Chart]:
@@ -157,15 +203,14 @@ class _Builder:
         for run, history in enumerate(self.histories):
             own = colour if len(self.histories) == 1 else run
             prefix = label or self.names[run]
-            candidates = [(key, prefix, False), (f"{EVAL}{key}", f"{prefix}, {HELD_OUT}", True)]
-            candidates += [
-                (HeldOut(key, routing).key, f"{prefix}, held out ({routing} routing)", True)
-                for routing in CAUSAL_ROUTINGS
-            ]
+            held_out = [HeldOut(key)]
+            held_out += [HeldOut(key, routing, stage=stage) for stage in ("", AUXILIARY) for routing in CAUSAL_ROUTINGS]
+            if key in history.columns:
+                lines.append(Line(run, key, prefix, own))
             lines += [
-                Line(run, name, text, own, points, mark=max(0, place - 1))
-                for place, (name, text, points) in enumerate(candidates)
-                if name in history.columns
+                Line(run, one.key, f"{prefix}, {one.where}", own, points=True, mark=_mark(one), best=True)
+                for one in held_out
+                if one.key in history.columns
             ]
         return tuple(lines)
 
@@ -210,7 +255,11 @@ class _Builder:
                 "waits",
                 section,
                 "Time of a step",
-                (("step_time_s", "step", False), ("data_wait_s", "of it: waiting for data", False)),
+                (
+                    ("step_time_s", "step", False),
+                    ("data_wait_s", "of it: waiting for data", False),
+                    ("step_time_saving_s", "step while a save runs", True),
+                ),
                 unit="s",
                 log=True,
             )
@@ -297,7 +346,9 @@ class _Builder:
                 continue
             values = np.concatenate([history.measured(key)[1] for history in self.histories])
             if len(np.unique(values[np.isfinite(values)])) > 1:
-                found.append(replace(self._each(key, "Other figures", key), name=f"other_{key.replace('/', '_')}"))
+                title, unit = title_of(key)
+                chart = self._each(key, "Other figures", title, unit=unit, note="" if title == key else key)
+                found.append(replace(chart, name=f"other_{key.replace('/', '_')}"))
         return found
 
     def _each(self, key: str, section: str, title: str, **extra: object) -> Chart:

@@ -1,6 +1,6 @@
-"""Models against a baseline at equal loss: FLOPs and seconds, per modality, at several losses, by three losses.
+"""Compares models with a baseline at equal loss: FLOPs and seconds, per modality, for three kinds of loss.
 
-It computes ratios of what run_losses.py reads, says what must be known to trust them, and draws nothing.
+It computes ratios from the data of run_losses.py and notes on their validity; it draws nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from mmscale.report.run_losses import (
     refuse_data,
     refuse_vocabulary,
 )
+from mmscale.tables.settings import SCHEDULES
+from mmscale.train.stages.stage_report import report_of
 
 MEASURES: tuple[Measure, ...] = ("flops", "seconds")
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -36,7 +38,7 @@ _FLOPS_APART = 0.03
 
 @dataclass(frozen=True)
 class Speedup:
-    """A ratio and what it is of.
+    """One ratio, and what it compares.
 
     Attributes:
         model: name of the model compared with the baseline.
@@ -57,13 +59,13 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found.
+    """The result of a comparison.
 
     Attributes:
         baseline, models: the runs.
         parts: ALL and the modalities.
-        speedups: every ratio that can be given.
-        notes: what a reader must know to trust the numbers.
+        speedups: every ratio that can be computed.
+        notes: facts that limit the validity of the numbers.
     """
 
     baseline: Model
@@ -179,6 +181,7 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
             notes.append(f"{model.name}: {dropped} losses that are not finite are left out")
         if abs(apart := run.flops_per_token / first.flops_per_token - 1) > _FLOPS_APART:
             notes.append(f"{model.name}: {apart:+.1%} FLOPs per token, which the ratios of FLOPs account for")
+        notes += _of_stage(model)
         if missing := [view for view in VIEWS if view not in run.losses]:
             notes.append(f"{model.name}: not measured: {'; '.join(MEANING[view] for view in missing)}")
         notes += _young(model)
@@ -190,7 +193,8 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
             notes.append(f"{model.name}: evaluated on another part of the held-out split than {baseline.name}")
         if _schedule(run.config) != _schedule(first.config):
             notes.append(f"{model.name}: another batch, learning rate, schedule or length than {baseline.name}")
-    if first.config.optim.schedule not in ("constant", "wsd", "power"):
+    schedule = SCHEDULES.get(first.config.optim.schedule)  # None: a plug-in
+    if schedule is None or not schedule.comparable:
         notes.append(
             f"learning rates decay ({first.config.optim.schedule}): before its end a model has not had its decay, "
             "so ratios are too low"
@@ -198,6 +202,22 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
     if any(len(model.runs) == 1 for model in (baseline, *models)):
         notes.append("one seed of a model: its ratios have no spread")
     return notes
+
+
+def _of_stage(model: Model) -> list[str]:
+    """Causal losses of the auxiliary stage: one measurement at the end, which no ratio at equal loss can be made of."""
+    found = []
+    for run in model.runs:
+        report = report_of(run.folder)
+        losses = {} if report is None else report.causal()
+        shown = {where.routing: value for where, value in losses.items() if (where.figure, where.name) == ("loss", "")}
+        found += [
+            f"{model.name}: held-out loss {value:.4f} under {routing} routing after the auxiliary stage of step "
+            f"{report.main_step} ({run.folder}): one measurement, so there is no ratio"
+            for routing, value in shown.items()
+            if report is not None
+        ]
+    return found
 
 
 def _young(model: Model) -> list[str]:

@@ -1,6 +1,6 @@
-"""An equal-loss comparison as text and as a picture: tables of ratios, and the step-matching plot of MoT.
+"""Renders an equal-loss comparison as text and as a picture: tables of ratios, and the step-matching plot of MoT.
 
-It computes no ratio (compare.py does).
+compare.py computes the ratios.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # The page's section on runs at equal loss: what compare.py found, as HTML. It computes nothing and refuses nothing:
 # runs that cannot be compared get a section that says why.
-"""Equal loss on the report page."""
+"""The report page's section on equal loss."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from mmscale.report.compare import compare
 from mmscale.report.compare_view import render, step_matching
 from mmscale.report.look import save_figure
 from mmscale.report.page import Run
+from mmscale.tables.settings import KINDS
 
 HEADING = "Equal loss"
 
 
 def baseline_of(runs: Sequence[Run]) -> Path | None:
-    """The run that others are compared with if nobody names one: the first dense one beside one that is not."""
+    """The default baseline: the first dense run, if there is also one that is not dense."""
     kinds = {run.path: run.settings.get("model.kind") for run in runs}
-    dense = [run for run, kind in kinds.items() if kind == "dense"]
-    return dense[0] if dense and any(kind not in ("dense", None) for kind in kinds.values()) else None
+    experts = {run: KINDS[str(kind)].experts for run, kind in kinds.items() if kind in KINDS}
+    dense = [run for run, has in experts.items() if not has]
+    return dense[0] if dense and any(experts.values()) else None
 
 
 def comparison_section(baseline: Path, runs: Sequence[Run]) -> str:

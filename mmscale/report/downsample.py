@@ -1,11 +1,12 @@
 # Curves of any length in a bounded number of points that keep every extreme: mean, lowest and highest of each bin.
 # It knows nothing of keys or pictures.
-"""Downsampling of curves."""
+"""Downsamples curves of any length to a bounded number of points, keeping every extreme."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ class Curve:
         mean, low, high: [P] of the finite values of a bin; NaN where it has none. Of names (`Downsampler.curve`) all
             three are the most frequent one.
         broken: bins in which something was not finite.
+        gaps: bins that begin behind a break: they are not joined with the one before.
     """
 
     at: dict[str, Floats]
@@ -31,10 +33,20 @@ class Curve:
     low: Floats
     high: Floats
     broken: NDArray[np.int64]
+    gaps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def pieces(self) -> list[slice]:
+        """Places of the points between gaps, in order."""
+        edges = [0, *self.gaps.tolist(), len(self.mean)]
+        return [slice(first, end) for first, end in itertools.pairwise(edges) if end > first]
+
+    def with_gaps(self, values: Floats) -> Floats:
+        """[P] values, of a curve or its axis, with NaN before each gap: a line drawn through them is broken there."""
+        return np.insert(values.astype(np.float64), self.gaps, np.nan)
 
     @property
     def exact(self) -> bool:
-        """Whether every measurement is a point of its own."""
+        """Whether every measurement is a separate point."""
         return bool(np.array_equal(self.low, self.high, equal_nan=True))
 
 
@@ -49,21 +61,25 @@ class Downsampler:
     def __init__(self, axes: Mapping[str, Floats], *, points: int = POINTS) -> None:
         self.axes = axes
         self.points = points
-        self._shared: dict[bytes, dict[str, Floats]] = {}
+        self._shared: dict[tuple[bytes, tuple[int, ...]], dict[str, Floats]] = {}
 
-    def curve(self, column: Floats, *, names: bool = False) -> Curve | None:
+    def curve(self, column: Floats, *, names: bool = False, breaks: tuple[int, ...] = ()) -> Curve | None:
         """The curve of a column; None if it was never measured.
 
         Args:
             column: [R], NaN where nothing was measured, infinite where it was not finite.
             names: values are numbers that name something, as a rank's, and have no mean.
+            breaks: steps after which the curve does not go on; the axes have "step" then.
         """
         measured = ~np.isnan(column)
         rows = np.flatnonzero(measured)
         if not len(rows):
             return None
-        edges = np.unique(np.linspace(0, len(rows), min(self.points, len(rows)) + 1).astype(np.int64))[:-1]
-        key = np.packbits(measured).tobytes()
+        edges = np.linspace(0, len(rows), min(self.points, len(rows)) + 1).astype(np.int64)[:-1]
+        starts = np.searchsorted(self.axes["step"][rows], breaks, side="right") if breaks else np.zeros(0, np.int64)
+        starts = np.unique(starts[(starts > 0) & (starts < len(rows))])
+        edges = np.unique(np.concatenate((edges, starts)))
+        key = np.packbits(measured).tobytes(), breaks
         if key not in self._shared:
             self._shared[key] = {name: _mean(values[rows], edges) for name, values in self.axes.items()}
         values = column[rows]
@@ -73,7 +89,8 @@ class Downsampler:
             mean = low = high = _most_frequent(values, edges)
         else:
             mean, low, high = _mean(values, edges), np.fmin.reduceat(values, edges), np.fmax.reduceat(values, edges)
-        return Curve(self._shared[key], mean, low, high, np.flatnonzero(np.logical_or.reduceat(broken, edges)))
+        broken_bins = np.flatnonzero(np.logical_or.reduceat(broken, edges))
+        return Curve(self._shared[key], mean, low, high, broken_bins, np.searchsorted(edges, starts))
 
 
 def _most_frequent(values: Floats, edges: NDArray[np.int64]) -> Floats:

@@ -1,7 +1,7 @@
-"""How much work a loss takes: a falling curve through noisy points, and the ratio of two of them at the same loss.
+"""The work needed to reach a loss: fits a falling curve to noisy points, and computes ratios at equal loss.
 
 eta (MoMa, arXiv 2407.21770, section 4): the baseline's work at a loss over the other model's. Monotone regression, then
-monotone interpolation of log(work) by loss, so that a loss is reached once. It knows arrays, not runs.
+monotone interpolation of log(work) by loss, so that each loss is reached once. It works on arrays, independent of runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FEWEST = 3  # points that make a curve
 
 
 class Bound(StrEnum):
-    """What is known of a ratio."""
+    """Kinds of results for a ratio."""
 
     NONE = ""  # the ratio itself
     AT_LEAST = ">="  # the baseline was never as low as this loss
@@ -60,19 +60,18 @@ class Ratio:
 
 
 class Falling:
-    """A loss that never rises with work, up to the lowest point that was measured.
+    """A loss that never rises with work, up to the lowest measured point.
 
-    What comes after the lowest point (over-fitting, or noise) says nothing about how much work a lower loss takes, and
-    averaged into the last level it would make a loss that was reached look as if it never was. So the regression ends
-    there. The price: the end of the curve is the lowest of noisy points, and below the loss it stands for by about the
-    noise of a point, in both models alike; the regression levels only what comes before. Losses of single training
-    steps are averaged in bins first, and single evaluations stand as they are: a level that only the lowest of them
-    reaches rests on that one.
+    Points after the lowest one (over-fitting, or noise) do not show how much work a lower loss takes, and averaged into
+    the last level they would make a reached loss look unreached. So the regression ends there. The cost: the end of the
+    curve is the lowest of noisy points, below the true loss by about the noise of a point, in both models alike; the
+    regression smooths only the points before. Losses of single training steps are averaged in bins first; single
+    evaluations are used as they are, so a level that only the lowest of them reaches depends on that one.
 
     Args:
         work: FLOPs, seconds or steps of each point, above 0; any order, repeated ones (several seeds) are averaged.
-        loss: loss of each point; points that are not finite are left out.
-        bins: points are averaged in so many bins of equal width in log(work) first; None: they are not.
+        loss: loss of each point; points that are not finite are ignored.
+        bins: number of bins of equal width in log(work) in which points are averaged first; None: no averaging.
 
     Raises:
         ValueError: fewer than three points are left.

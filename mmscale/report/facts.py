@@ -1,11 +1,10 @@
 # What a report says in words and tables: results, configuration, environment, what differs between runs, what is odd.
 # It reads the small files of a run folder and interprets no figure.
-"""Facts about runs."""
+"""Text and tables of a report: results, configuration, environment, differences between runs, and warnings."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,19 +16,29 @@ from mmscale import bounded
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError
 from mmscale.report.charts import modalities_of
-from mmscale.report.history import History, config_file
+from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
-from mmscale.train.held_out import EVAL, HeldOut
-from mmscale.train.metrics import METRICS
-from mmscale.train.unrouted import note as unrouted_note
-from mmscale.train.unrouted import unrouted
+from mmscale.runs.attempts import attempts_with_settings, settings_file
+from mmscale.runs.events import ROUTINE
+from mmscale.runs.held_out import EVAL, HeldOut
+from mmscale.runs.metrics import METRICS
+from mmscale.runs.unrouted import note as unrouted_note
+from mmscale.runs.unrouted import unrouted
 
-_ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended", "stop")
 _DIFF_UP_TO = 20_000  # characters of uncommitted changes that a page shows
 
 
-def results(history: History, *, timeline: Timeline | None = None, events: Sequence[Event] = ()) -> dict[str, str]:
-    """What a run reached, as words by row name; what was not measured is left out."""
+def results(
+    history: History, *, timeline: Timeline | None = None, events: Sequence[Event] = (), since: int = 0
+) -> dict[str, str]:
+    """What a run reached, as words by row name; what was not measured is left out.
+
+    Args:
+        history: its figures.
+        timeline: of the run.
+        events: of events.jsonl.
+        since: the step after which held-out losses can be compared with each other.
+    """
     facts: dict[str, str] = {}
     if len(history):
         facts["last step"] = f"{int(history.steps[-1]):,}"
@@ -37,6 +46,7 @@ def results(history: History, *, timeline: Timeline | None = None, events: Seque
         value = history.last(key) if key.split("/")[0] in ("loss", EVAL[:-1]) and "z_loss" not in key else None
         if value is not None:
             facts[_name(key)] = f"{value:.4f}"
+    facts |= _best(history, since=since)
     for key, name, form in (
         ("tokens", "tokens", "{:,.0f}"),
         ("flops", "model FLOPs", "{:.3e}"),
@@ -59,8 +69,23 @@ def results(history: History, *, timeline: Timeline | None = None, events: Seque
     numbers = [int(event.get("attempt", 1)) for event in events if isinstance(event.get("attempt"), int)]
     attempts = history.measured("attempt")[1]
     facts["attempts"] = str(max([*numbers, int(attempts.max()) if len(attempts) else 1]))
-    unusual = Counter(str(event.get("event")) for event in events if event.get("event") not in _ROUTINE)
+    unusual = Counter(str(event.get("event")) for event in events if event.get("event") not in ROUTINE)
     return facts | {name: str(number) for name, number in sorted(unusual.items())}
+
+
+def _best(history: History, *, since: int) -> dict[str, str]:
+    """The lowest held-out losses over all modalities and where they were measured."""
+    found = {}
+    for key in history.columns:
+        measured = HeldOut.of(key)
+        if measured is None or measured.figure != "loss" or measured.stage:
+            continue
+        steps, values = history.measured(key)
+        steps, values = steps[steps > since], values[steps > since]
+        if len(values) > 1 and np.isfinite(values).any():
+            place = int(np.nanargmin(values))
+            found[f"best loss, {measured.where}"] = f"{values[place]:.4f} at step {int(steps[place]):,}"
+    return found
 
 
 def _unrouted(history: History) -> dict[str, float]:
@@ -77,10 +102,16 @@ def losses(history: History) -> dict[str, dict[str, str]]:
         name = key if measured is None else measured.figure
         value = history.last(key) if name.split("/")[0] == "loss" else None
         if value is not None:
-            kind = "training" if measured is None else measured.where
+            kind = "training" if measured is None else _kind(history, key, measured)
             row = name.removeprefix("loss").strip("/")
             found.setdefault(kind, {})[f"loss per {row} token" if row else "loss per token"] = f"{value:.4f}"
     return found
+
+
+def _kind(history: History, key: str, measured: HeldOut) -> str:
+    """Where a held-out value was measured; of an older checkpoint, as a stage's may be, with its step."""
+    step = int(history.measured(key)[0][-1])
+    return measured.where if step == int(history.steps[-1]) else f"{measured.where}, step {step:,}"
 
 
 def _name(key: str) -> str:
@@ -96,7 +127,7 @@ def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:
         attempt: the attempt; None: the latest one.
     """
     try:
-        data = read_file(config_file(run, attempt)).data
+        data = read_file(settings_file(run, attempt)).data
     except ConfigError:
         return {}
     return dict(_flat(data)) if data else {}
@@ -104,10 +135,8 @@ def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:
 
 def changes(run: Path) -> list[tuple[int, str, Any, Any]]:
     """What an attempt's configuration had changed of the one before: attempt, key, before, after."""
-    names = [re.fullmatch(r"config\.(\d+)\.yaml", file.name) for file in run.glob("config.*.yaml")]
-    numbers = sorted(int(name[1]) for name in names if name)
     found = []
-    for before, after in itertools.pairwise(numbers):
+    for before, after in itertools.pairwise(attempts_with_settings(run)):
         old, new = settings(run, attempt=before), settings(run, attempt=after)
         if old and new:
             found += [(after, key, old.get(key), new.get(key)) for key in _differing((old, new))]
@@ -135,7 +164,7 @@ def environment(run: Path) -> dict[str, Any]:
 def notes(
     runs: Mapping[str, Path], histories: Mapping[str, History], configurations: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """What a reader must know before he trusts the figures."""
+    """Warnings that limit the validity of the figures."""
     found = []
     for name, history in histories.items():
         if not len(history):

@@ -1,10 +1,11 @@
 # Pictures of runs: loss curves of several runs, and rows of small images. PNG files, drawn without a display.
 # It reads metrics.jsonl and nothing else of a run, and interprets nothing. A report's PNGs are made by pictures.py.
-"""Figures."""
+"""Draws loss curves of several runs, and rows of small images, as PNG files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.errors import UsageError
+from mmscale.report.breaks import Cut, cuts_of, steps_of
 from mmscale.report.charts import HELD_OUT, modalities_of
 from mmscale.report.downsample import Curve, Downsampler
 from mmscale.report.history import History, read
@@ -22,11 +24,14 @@ from mmscale.report.look import (
     dress,
     engineering,
     log_scale,
+    mark_cuts,
     new_figure,
     save_figure,
     whole_steps,
 )
-from mmscale.train.metrics import EVAL, METRICS
+from mmscale.runs.events import read_events
+from mmscale.runs.held_out import EVAL
+from mmscale.runs.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,18 +56,21 @@ def loss_curves(runs: Sequence[Path], out: Path) -> None:
     Raises:
         UsageError: A run has no metrics.
     """
-    histories = {name: _history(run) for name, run in zip(run_names(runs), runs, strict=True)}
+    found = {
+        name: _Run(_history(run), cuts_of(run, read_events(run)))
+        for name, run in zip(run_names(runs), runs, strict=True)
+    }
     figure = new_figure(width=10.0, height=7.2)
     grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1.0))
     losses = figure.add_subplot(grid[0, :])
-    _draw_losses(losses, histories)
+    _draw_losses(losses, found)
     panels = (
         ("grad_norm", "gradient norm", "log"),
         ("lr", "learning rate", "linear"),
         ("tokens_per_second", "tokens per second", "linear"),
     )
     for column, (key, title, scale) in enumerate(panels):
-        _draw_panel(figure.add_subplot(grid[1, column], sharex=losses), histories, key, title=title, scale=scale)
+        _draw_panel(figure.add_subplot(grid[1, column], sharex=losses), found, key, title=title, scale=scale)
     save_figure(figure, out)
 
 
@@ -98,6 +106,12 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
+@dataclass(frozen=True)
+class _Run:
+    history: History
+    cuts: list[Cut]
+
+
 def _history(run: Path) -> History:
     history = read(run)
     if not len(history):
@@ -107,14 +121,15 @@ def _history(run: Path) -> History:
     return history
 
 
-def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
-    modalities = [f"{_LOSS}{name}" for name in modalities_of(histories.values())]
-    for number, (run, history) in enumerate(histories.items()):
-        prefix = f"{run}: " if len(histories) > 1 else ""
+def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
+    modalities = [f"{_LOSS}{name}" for name in modalities_of([run.history for run in runs.values()])]
+    mark_cuts(axes, [(cut.step, cut.text) for run in runs.values() for cut in run.cuts])
+    for number, (name_of_run, run) in enumerate(runs.items()):
+        prefix = f"{name_of_run}: " if len(runs) > 1 else ""
         for place, key in enumerate(modalities or ["loss"]):
             name = key.removeprefix(_LOSS) if modalities else "loss"
             colour = COLOURS[place % len(COLOURS)]
-            curve, held = _curve(history, key), _curve(history, f"{EVAL}{key}")
+            curve, held = _curve(run, key), _curve(run, f"{EVAL}{key}")
             if curve is not None:
                 _draw_line(axes, curve, colour=colour, style=_STYLES[number % len(_STYLES)], label=f"{prefix}{name}")
             if held is not None:
@@ -127,8 +142,9 @@ def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
                     zorder=3,
                     marker=MARKS[number % len(MARKS)],
                     markersize=6.5,
-                    markeredgecolor="white",  # readable on their own line
-                    markeredgewidth=0.8,
+                    markerfacecolor=(colour, 0.45),  # marks at one place show through each other
+                    markeredgecolor=colour,
+                    markeredgewidth=1.0,
                 )
     axes.set_title("Loss per token" if not modalities else "Loss per token of each modality", loc="left", fontsize=11)
     axes.set_ylabel("cross-entropy [nats]")
@@ -136,18 +152,18 @@ def _draw_losses(axes: Axes, histories: Mapping[str, History]) -> None:
     dress(axes)
     whole_steps(axes)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, ncols=1 if len(histories) < 3 else 2)
+        axes.legend(frameon=False, fontsize=9, ncols=1 if len(runs) < 3 else 2)
 
 
-def _draw_panel(axes: Axes, histories: Mapping[str, History], key: str, *, title: str, scale: str) -> None:
+def _draw_panel(axes: Axes, runs: Mapping[str, _Run], key: str, *, title: str, scale: str) -> None:
     measured = False
-    for number, (run, history) in enumerate(histories.items()):
-        curve = _curve(history, key)
+    for number, (name, run) in enumerate(runs.items()):
+        curve = _curve(run, key)
         if curve is not None:
             measured = True
             style = _STYLES[number % len(_STYLES)]
-            colour = GREY if len(histories) == 1 else COLOURS[number % len(COLOURS)]
-            _draw_line(axes, curve, colour=colour, style=style, label=run)
+            colour = GREY if len(runs) == 1 else COLOURS[number % len(COLOURS)]
+            _draw_line(axes, curve, colour=colour, style=style, label=name)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step")
     if not measured:
@@ -162,18 +178,20 @@ def _draw_panel(axes: Axes, histories: Mapping[str, History], key: str, *, title
     whole_steps(axes)
 
 
-def _curve(history: History, key: str) -> Curve | None:
-    return Downsampler({_STEP: history.steps}, points=_POINTS).curve(history.of(key))
+def _curve(run: _Run, key: str) -> Curve | None:
+    sampler = Downsampler({_STEP: run.history.steps}, points=_POINTS)
+    return sampler.curve(run.history.of(key), breaks=() if key == "lr" else steps_of(run.cuts, key))
 
 
 def _draw_line(axes: Axes, curve: Curve, *, colour: str, style: str, label: str) -> None:
-    steps, values = curve.at[_STEP], curve.mean
-    marker = "." if len(values) < _DOTS_BELOW else "none"
+    steps, number = curve.with_gaps(curve.at[_STEP]), len(curve.mean)
+    marker = "." if number < _DOTS_BELOW else "none"
     if not curve.exact:
-        axes.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-    if len(values) > _SMOOTH_ABOVE:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
-        values = running_mean(values, span=len(values) // _SMOOTH_ABOVE * 2)
+        low, high = curve.with_gaps(curve.low), curve.with_gaps(curve.high)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    if number > _SMOOTH_ABOVE:
+        axes.plot(steps, curve.with_gaps(curve.mean), color=colour, linewidth=0.8, alpha=0.25)
+    values = curve.with_gaps(smoothed(curve, span=number // _SMOOTH_ABOVE * 2 if number > _SMOOTH_ABOVE else 0))
     axes.plot(steps, values, color=colour, linestyle=style, linewidth=1.6, label=label, marker=marker, markersize=4)
 
 
@@ -189,6 +207,13 @@ def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float6
     first, end = places - reach, np.minimum(places + reach + 1, len(values))
     number = counts[end] - counts[first]
     return np.where(number > 0, (sums[end] - sums[first]) / np.maximum(number, 1), np.nan)
+
+
+def smoothed(curve: Curve, *, span: int) -> NDArray[np.float64]:
+    """[P] running means of a curve, none of them across a gap; the curve itself where the span is 0."""
+    if span == 0:
+        return curve.mean
+    return np.concatenate([running_mean(curve.mean[piece], span=span) for piece in curve.pieces()])
 
 
 def _draw_image(axes: Axes, image: NDArray[Any]) -> None:

@@ -1,6 +1,6 @@
 # layers.jsonl for heat maps: as many records, evenly spread over the run, as a page can carry.
 # Of a long file only those are read that are shown.
-"""Figures of every layer over time."""
+"""Reads layers.jsonl for heat maps: a bounded number of records, evenly spread over the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import orjson
 
 from mmscale import bounded
-from mmscale.train.metrics import LAYERS, is_count
+from mmscale.runs.json_lines import is_count
+from mmscale.runs.metrics import LAYERS
 
 RECORDS = 60
 BYTES = 900_000  # of JSON, of one run
@@ -19,6 +20,8 @@ BYTES = 900_000  # of JSON, of one run
 
 def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[dict[str, Any]]:
     """Records `{"step", "attempt", "layers"}` in the order of steps; empty where the run wrote none.
+
+    Layers are counted from 0, also those of runs of earlier versions, whose files count them from 1.
 
     Args:
         run: its folder.
@@ -106,16 +109,22 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = orjson.loads(line)
     except ValueError:
         return None
-    whole = isinstance(record, dict) and is_count(record.get("step")) and _are_layers(record.get("layers"))
-    return record if whole else None
+    if not (isinstance(record, dict) and is_count(record.get("step")) and _are_layers(record.get("layers"))):
+        return None
+    first = record.pop("first_layer", 1)  # not written by earlier versions
+    if first == 1:
+        record["layers"] = {str(int(number) - 1): layer for number, layer in record["layers"].items()}
+    return record
 
 
 def _are_layers(layers: Any) -> bool:
     """Whether these are figures by name, of each layer by its number; experts' by group and modality."""
-    return isinstance(layers, dict) and all(
-        number.isdecimal() and isinstance(layer, dict) and _are_dicts(layer.get("experts", {}), depth=2)
-        for number, layer in layers.items()
-    )
+    return isinstance(layers, dict) and all(_is_layer(number, layer) for number, layer in layers.items())
+
+
+def _is_layer(number: str, layer: Any) -> bool:
+    named = number.isdecimal() and len(number) < 7
+    return named and isinstance(layer, dict) and _are_dicts(layer.get("experts", {}), depth=2)
 
 
 def _are_dicts(value: Any, *, depth: int) -> bool:

@@ -1,7 +1,8 @@
-"""How all figures look: colours, axes, labels, and files that are the same for the same run. It draws nothing."""
+"""The style of all figures: colours, axes, labels, and deterministic files. It draws nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without yellow and black: told apart with any colour vision and in print.
+# Okabe and Ito's colours without yellow and black: distinguishable with any colour vision and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKS = ("o", "D", "s", "^")
 GREY = "#5a5a5a"
@@ -24,6 +25,27 @@ def new_figure(*, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def mark_cuts(axes: Axes, cuts: Iterable[tuple[float, str]]) -> None:
+    """Vertical lines where curves are broken, and what changed there.
+
+    Args:
+        axes: the panel.
+        cuts: place and text of each.
+    """
+    for place, text in dict(cuts).items():
+        axes.axvline(place, color=GREY, linewidth=1.0, linestyle=(0, (6, 2)), zorder=1)
+        axes.annotate(
+            text,
+            (place, 1.0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=7.5,
+            color=GREY,
+        )
 
 
 def save_figure(figure: Figure, out: Path | BinaryIO) -> None:

@@ -1,6 +1,6 @@
 # One HTML page about runs that needs no other file and no network: its own style, script and numbers are inside.
 # It puts together what history, charts, layers, timeline and facts found; the script (assets/*.js) draws.
-"""The report page."""
+"""Writes the report: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import orjson
 from mmscale.errors import UsageError
 from mmscale.report import facts
 from mmscale.report.axes import axes_of, clock_of, first_time
+from mmscale.report.breaks import Cut, cuts_of
 from mmscale.report.charts import Chart, modalities_of
 from mmscale.report.curves import Curves, curves_of
 from mmscale.report.downsample import Curve
@@ -25,7 +26,8 @@ from mmscale.report.figures import run_names
 from mmscale.report.history import Floats, History, read
 from mmscale.report.layers import BYTES, layers_of
 from mmscale.report.timeline import Goodput, Timeline, timeline_of
-from mmscale.train.metrics import EVENTS, METRICS, read_events
+from mmscale.runs.events import EVENTS, read_events
+from mmscale.runs.metrics import METRICS
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
 _EVENTS_SHOWN = 200
@@ -34,17 +36,18 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a report knows it.
+    """The data of a run for a report.
 
     Attributes:
-        name: short and unlike all others.
+        name: short and unique.
         path: its folder.
-        settings: its configuration by dotted key, as it was written; empty where none can be read.
+        settings: its configuration by dotted key, as written; empty if none can be read.
         history: its figures.
-        axes: what they may be drawn against.
+        axes: the x axes of its figures.
         events: of events.jsonl.
-        timeline: what became of it.
+        timeline: its attempts, saves and faults.
         layers: records of layers.jsonl.
+        cuts: where its curves are broken.
     """
 
     name: str
@@ -55,17 +58,18 @@ class Run:
     events: list[dict[str, Any]]
     timeline: Timeline
     layers: list[dict[str, Any]]
+    cuts: list[Cut]
 
 
 def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
-    """Everything that a report shows of some runs.
+    """Read all data that a report shows.
 
     Args:
         runs: run folders.
-        goodput: the arithmetic of where time went.
+        goodput: function that computes goodput.
 
     Raises:
-        UsageError: a folder is no run.
+        UsageError: a folder is not a run.
     """
     found = []
     for name, path in zip(run_names(runs), runs, strict=True):
@@ -87,14 +91,17 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
                 events,
                 timeline_of(events, history, begin=begin, goodput=goodput),
                 layers_of(path, limit=BYTES // len(runs)),
+                cuts_of(path, events),
             )
         )
     return found
 
 
 def curves(runs: Sequence[Run]) -> Curves:
-    """What `write_page` and `pictures.write_pictures` draw of runs; whoever wants both makes it once."""
-    return curves_of({run.name: run.history for run in runs}, [run.axes for run in runs])
+    """What `write_page` and `pictures.write_pictures` draw of runs; computed once for both."""
+    return curves_of(
+        {run.name: run.history for run in runs}, [run.axes for run in runs], cuts=[run.cuts for run in runs]
+    )
 
 
 def write_page(
@@ -122,7 +129,8 @@ def write_page(
         nav="".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in _headings(charts, sections or {})),
         body="\n".join(part for part in body if part),
         footer="Drag over a chart to zoom, double-click to go back; click a name in a legend to hide it. "
-        "Bands reach from the lowest to the highest value; ▲ marks values above the scale, in red what is not finite.",
+        "Bands reach from the lowest to the highest value; ▲ marks values above the scale, in red what is not finite. "
+        "A ring marks the lowest held-out loss.",
         # A "<" could end the script: JSON knows another way to write it.
         data=orjson.dumps(data).decode().replace("<", "\\u003c"),
         script="\n".join((files / name).read_text(encoding="utf-8") for name in _SCRIPTS),
@@ -157,6 +165,7 @@ def _data(runs: Sequence[Run], found: Curves) -> dict[str, Any]:
                 "groups": groups[number] or [{name: [] for name in run.axes}],
                 "timeline": run.timeline.as_json(),
                 "layers": run.layers,
+                "cuts": [asdict(cut) for cut in run.cuts],
             }
             for number, run in enumerate(runs)
         ],
@@ -169,6 +178,8 @@ def _points(curve: Curve) -> dict[str, Any]:
         points |= {"low": _short(curve.low), "high": _short(curve.high)}
     if len(curve.broken):
         points["broken"] = curve.broken.tolist()
+    if len(curve.gaps):
+        points["gaps"] = curve.gaps.tolist()
     return points
 
 
@@ -229,7 +240,10 @@ def _notes(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> list[str]:
-    found = {run.name: facts.results(run.history, timeline=run.timeline, events=run.events) for run in runs}
+    found = {
+        run.name: facts.results(run.history, timeline=run.timeline, events=run.events, since=_comparable_since(run))
+        for run in runs
+    }
     if len(runs) > 1:
         return [_section("Results", _table(found))]
     (run,), (values,) = runs, found.values()
@@ -239,6 +253,10 @@ def _overview(runs: Sequence[Run]) -> list[str]:
         if not name.startswith("loss")
     )
     return [_section("Results", f'<div class="cards">{cards}</div>{_table(facts.losses(run.history))}')]
+
+
+def _comparable_since(run: Run) -> int:
+    return max((cut.step for cut in run.cuts if cut.held_out), default=0)
 
 
 def _chart_sections(charts: Sequence[Chart]) -> list[str]:

@@ -1,6 +1,6 @@
 # The figures of the page as PNG files, for slides and papers: the same charts and numbers, drawn by matplotlib.
 # What to draw is decided by charts.py, layers.py and timeline.py.
-"""PNGs of a report."""
+"""Draws the figures of the report page as PNG files with matplotlib, for slides and papers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ import numpy as np
 from mmscale.report.charts import Chart, modalities_of
 from mmscale.report.curves import Curves
 from mmscale.report.downsample import Curve
-from mmscale.report.figures import running_mean
+from mmscale.report.figures import smoothed
 from mmscale.report.history import Floats
-from mmscale.report.look import COLOURS, MARKS, dress, engineering, log_scale, new_figure, save_figure, whole_steps
+from mmscale.report.look import (
+    COLOURS,
+    MARKS,
+    dress,
+    engineering,
+    log_scale,
+    mark_cuts,
+    new_figure,
+    save_figure,
+    whole_steps,
+)
 from mmscale.report.page import Run, curves
 
 if TYPE_CHECKING:
@@ -27,6 +37,7 @@ _PARTS = {
     "save_stall": ("save stalls", "#c98500"),
     "evaluation": ("evaluation", "#7a6bb5"),
     "lost": ("lost, done again", "#d55e00"),
+    "other": ("other", "#9a8f80"),
     "waiting": ("waiting", "#c3c8cf"),
 }
 _MANY_MARKS = 80
@@ -50,7 +61,7 @@ def write_pictures(runs: Sequence[Run], out: Path, *, drawn: Curves | None = Non
         own = [chart for chart in drawn.charts if chart.section == section and chart.lines]
         if own:
             files.append(_beside(out, section.lower().replace(" ", "_")))
-            _draw_charts(own, drawn, files[-1])
+            _draw_charts(own, drawn, runs, files[-1])
     for run in runs:
         suffix = "" if len(runs) == 1 else f"_{runs.index(run) + 1}"
         if run.layers:
@@ -65,7 +76,7 @@ def _beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}_{name}.png")
 
 
-def _draw_charts(charts: Sequence[Chart], drawn: Curves, file: Path) -> None:
+def _draw_charts(charts: Sequence[Chart], drawn: Curves, runs: Sequence[Run], file: Path) -> None:
     columns = 1 if len(charts) == 1 else 2
     wide = charts[0].wide and len(charts) > 1
     cells = len(charts) + wide
@@ -75,36 +86,46 @@ def _draw_charts(charts: Sequence[Chart], drawn: Curves, file: Path) -> None:
     for number, chart in enumerate(charts):
         place = number + (wide and number > 0)
         cell = grid[0, :] if wide and number == 0 else grid[place // columns, place % columns]
-        _draw_chart(figure.add_subplot(cell), chart, drawn)
+        _draw_chart(figure.add_subplot(cell), chart, drawn, runs)
     save_figure(figure, file)
 
 
-def _draw_chart(axes: Axes, chart: Chart, drawn: Curves) -> None:
+def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) -> None:
+    cuts = [(cut.step, cut.text) for line in chart.lines for cut in runs[line.run].cuts if cut.breaks(line.key)]
+    mark_cuts(axes, () if chart.raw else cuts)
     for line in chart.lines:
         curve = drawn.found.get((line.run, line.key))
         if curve is None:
             continue
-        colour, steps = COLOURS[line.colour % len(COLOURS)], curve.at["step"]
+        colour, steps = COLOURS[line.colour % len(COLOURS)], curve.with_gaps(curve.at["step"])
+        low, mean, high = (curve.with_gaps(values) for values in (curve.low, curve.mean, curve.high))
         if not curve.exact and (line.joined or not line.points):
-            axes.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         elif not curve.exact:
             # A point for many pauses says nothing of the longest: a stem reaches from the lowest to the highest.
-            axes.vlines(steps, curve.low, curve.high, color=colour, linewidth=0.9, alpha=0.6)
+            axes.vlines(steps, low, high, color=colour, linewidth=0.9, alpha=0.6)
         if line.points:
             mark = MARKS[line.mark % len(MARKS)]
             style = ":" if line.joined else "none"
             axes.plot(
                 steps,
-                curve.mean,
+                mean,
                 marker=mark,
                 color=colour,
                 linestyle=style,
                 linewidth=0.8,
                 markersize=4.5,
-                markeredgecolor="white",
-                markeredgewidth=0.6 if len(steps) <= _MANY_MARKS else 0.0,  # or edges would hide their neighbours
+                # Marks at one place show through each other: the first shape is half transparent, others are outlines.
+                markerfacecolor="none" if line.mark % len(MARKS) else (colour, 0.45),
+                markeredgecolor=colour,
+                markeredgewidth=1.1 if len(steps) <= _MANY_MARKS else 0.5,
                 label=line.label,
             )
+            last = curve.pieces()[-1]
+            if line.best and np.isfinite(curve.mean[last]).sum() > 1:
+                lowest = last.start + int(np.nanargmin(curve.mean[last]))
+                place = curve.at["step"][lowest], curve.mean[lowest]
+                axes.plot(*place, "o", color=colour, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
         else:
             _draw_curve(axes, curve, colour=colour, label=line.label, raw=chart.raw)
     title = f"{chart.title} [{chart.unit}]" if chart.unit else chart.title
@@ -123,12 +144,11 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves) -> None:
 
 
 def _draw_curve(axes: Axes, curve: Curve, *, colour: str, label: str, raw: bool) -> None:
-    steps = curve.at["step"]
-    span = 0 if raw else len(steps) // 100
+    steps = curve.with_gaps(curve.at["step"])
+    span = 0 if raw else len(curve.mean) // 100
     if span > 0:
-        axes.plot(steps, curve.mean, color=colour, linewidth=0.7, alpha=0.3)
-    smooth = running_mean(curve.mean, span=span) if span > 0 else curve.mean
-    axes.plot(steps, smooth, color=colour, linewidth=1.6, label=label)
+        axes.plot(steps, curve.with_gaps(curve.mean), color=colour, linewidth=0.7, alpha=0.3)
+    axes.plot(steps, curve.with_gaps(smoothed(curve, span=span)), color=colour, linewidth=1.6, label=label)
 
 
 def _draw_layers(run: Run, out: Path, *, suffix: str) -> list[Path]:
@@ -276,6 +296,8 @@ def _draw_timelines(runs: Sequence[Run], file: Path) -> None:
         drawn = run.timeline.drawn()
         unusual = [one.hours for one in drawn if not one.routine]
         axes.plot(unusual, [row + 0.38] * len(unusual), "x", color="#c62828", markersize=5, clip_on=False)
+        stops = [one.hours for one in drawn if one.event == "stop"]
+        axes.plot(stops, [row + 0.38] * len(stops), "s", color="#7a7a7a", markersize=4, clip_on=False)
         saves = [one.hours for one in drawn if one.event == "save_committed"]
         axes.plot(saves, [row + 0.38] * len(saves), "|", color="#5a5a5a", markersize=5)
     shares = [f", goodput {run.timeline.goodput:.1%}" if run.timeline.goodput is not None else "" for run in runs]

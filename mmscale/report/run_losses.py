@@ -1,8 +1,8 @@
-"""Losses of runs against the work they took: read from run folders, refused where they cannot be compared, grouped.
+"""Losses of runs against the work they took: read from run folders, checked for comparability, grouped by model.
 
-`training`: the loss of the batches trained on, as the paper has it; experts choose among all tokens, which leaks the
-future. `held_out`: the same routing on held-out data. `causal`: held-out data, every token routed from itself alone;
-only this one says what a model is worth that generates. Ratios are compare.py's.
+`training`: the loss of the training batches, as in the paper; experts choose among all tokens, which uses later ones.
+`held_out`: the same routing on held-out data. `causal`: held-out data, every token routed without looking at later
+ones; only this one is valid for a model that generates. compare.py computes ratios.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
 from mmscale.config.load import digest, load
-from mmscale.data.manifest import read_manifest
+from mmscale.data.prepared.manifest import read_manifest
 from mmscale.errors import ConfigError, DataError, UsageError
 from mmscale.plan.compute import flops_per_token
 from mmscale.report.equal_loss import SMOOTH_BINS, Falling
-from mmscale.report.history import History, config_file, read
-from mmscale.train.metrics import EVAL, METRICS
+from mmscale.report.history import History, read
+from mmscale.runs.attempts import settings_file
+from mmscale.runs.held_out import EVAL
+from mmscale.runs.metrics import METRICS
+from mmscale.tables.routings import CAUSAL_ROUTINGS
 
 View = Literal["training", "held_out", "causal"]
 Measure = Literal["flops", "seconds"]
@@ -35,7 +38,8 @@ MEANING: dict[View, str] = {
     "causal": "held-out loss, causal routing (every token routed from itself alone)",
 }
 ALL = "all"  # all modalities together
-_CAUSAL = ("causal", "threshold")  # routings that train evaluates by, in order of preference
+# Causal routings by which a run measures held-out losses, in order of preference.
+_CAUSAL = tuple(routing for routing in CAUSAL_ROUTINGS if routing.mode.measured)
 _LOSS = "loss"
 # Settings that do not change what is computed: two runs that differ in nothing else are seeds of one model.
 _ASIDE = {"run", "checkpoint", "resilience", "log", "parallel"}
@@ -60,7 +64,7 @@ _NOTHING = Points(np.zeros(0), np.zeros(0), np.zeros(0))
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """A run as far as it is compared.
 
     Attributes:
@@ -100,7 +104,7 @@ class Model:
     """
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[ComparedRun, ...]
 
     def curves(self, view: View, part: str, measure: Measure) -> list[Falling]:
         """The curve of all runs' points; with several runs follow those that have enough points for one of their own.
@@ -110,9 +114,9 @@ class Model:
         whole, alone = self._curves(view, part, measure)
         return [] if whole is None else [whole, *(curve for curve in alone.values() if curve is not None)]
 
-    def young(self, view: View) -> list[Run]:
+    def young(self, view: View) -> list[ComparedRun]:
         """Runs that are in the curve of all points, or would be, with too few for one of their own."""
-        found: dict[Path, Run] = {}
+        found: dict[Path, ComparedRun] = {}
         for part in (ALL, *self.runs[0].config.vocab.names):
             whole, alone = self._curves(view, part, "flops")
             if whole is not None:
@@ -136,7 +140,7 @@ def _falling(points: Sequence[Points], measure: Measure, *, bins: int | None) ->
         return None
 
 
-def read_run(folder: Path, *, history: History | None = None) -> Run:
+def read_run(folder: Path, *, history: History | None = None) -> ComparedRun:
     """Read what is compared of a run.
 
     Args:
@@ -168,7 +172,7 @@ def read_run(folder: Path, *, history: History | None = None) -> Run:
             losses.setdefault(view, {})[part] = points
     counts = [(name, history.last(f"tokens/{name}")) for name in config.vocab.names]
     tokens = {name: count for name, count in counts if count is not None and np.isfinite(count)}
-    return Run(folder, config, losses, dropped, int(history.steps[-1]), tokens)
+    return ComparedRun(folder, config, losses, dropped, int(history.steps[-1]), tokens)
 
 
 def _configurations(folder: Path, history: History) -> dict[int | None, Config]:
@@ -179,8 +183,8 @@ def _configurations(folder: Path, history: History) -> dict[int | None, Config]:
     """
     attempts = np.unique(history.of("attempt")).tolist()
     numbers = [int(attempt) if np.isfinite(attempt) else None for attempt in attempts] or [None]
-    files = {number: config_file(folder, number) for number in numbers}
-    loaded = {file: load(file) for file in set(files.values())}
+    files = {number: settings_file(folder, number) for number in numbers}
+    loaded = {file: load(file, recorded=True) for file in set(files.values())}
     return {number: loaded[file] for number, file in files.items()}
 
 
@@ -216,8 +220,8 @@ def _clock(history: History) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.append(0.0, steps), np.append(0.0, np.cumsum(np.diff(steps, prepend=0.0) * times))
 
 
-def refuse_vocabulary(first: Run, run: Run) -> None:
-    """Losses per token of other vocabularies say nothing about models.
+def refuse_vocabulary(first: ComparedRun, run: ComparedRun) -> None:
+    """Refuse runs with different vocabularies, whose losses per token are not comparable.
 
     Raises:
         UsageError: the two runs have different ones.
@@ -229,8 +233,8 @@ def refuse_vocabulary(first: Run, run: Run) -> None:
         )
 
 
-def refuse_data(first: Run, run: Run) -> None:
-    """Nor do losses on other data.
+def refuse_data(first: ComparedRun, run: ComparedRun) -> None:
+    """Refuse runs with different data, whose losses are not comparable.
 
     Raises:
         UsageError: the two runs were trained on different data.
@@ -252,7 +256,7 @@ def _data(config: Config) -> list[tuple[str, ...]]:
         except DataError:
             found.append((str(Path(source.path).resolve()), str(source.weight)))
         else:
-            found.append((manifest.source, manifest.text_tokenizer, manifest.image_tokenizer, str(source.weight)))
+            found.append((manifest.source, *sorted(manifest.tokenizers.values()), str(source.weight)))
     return found
 
 
@@ -260,9 +264,9 @@ def _paths(config: Config) -> str:
     return ", ".join(source.path for source in config.data.sources)
 
 
-def group_models(runs: Sequence[Run]) -> list[Model]:
+def group_models(runs: Sequence[ComparedRun]) -> list[Model]:
     """Runs grouped by what they train: those of a group differ in their seed only; the first run's comes first."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
         aside: dict[str, Any] = {name: Config.model_fields[name].default for name in _ASIDE}
         aside["data"] = run.config.data.model_copy(update={"validation": {}})  # nothing is learned from it

@@ -3,8 +3,8 @@
     L(N, D)        = E + A / N^alpha + B / D^beta                                   one modality alone
     L(N, D_i, D_j) = (L_i(N, D_i) + L_j(N, D_j)) / 2 - C + A / N^alpha + B / (D_i + D_j)^beta     two together
 
-C is what modalities can give each other at most; the other two terms are their competition for a finite model and
-finite data. It knows numbers, not runs. N parameters, D tokens, losses in nats per token.
+C is the largest gain that modalities can give each other; the other two terms are their competition for a finite model
+and finite data. It works on numbers, independent of runs. N parameters, D tokens, losses in nats per token.
 """
 
 from __future__ import annotations

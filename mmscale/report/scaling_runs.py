@@ -1,6 +1,6 @@
-"""Runs as points of the mixed-modal scaling law: what they were trained on, how large they are, where they ended.
+"""Converts runs to points of the mixed-modal scaling law: training data, model size, final losses.
 
-The law itself is scaling.py's.
+scaling.py fits the law.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from mmscale.errors import UsageError
 from mmscale.plan.parameters import count_parameters
-from mmscale.report.run_losses import Run, View, read_run, refuse_vocabulary
+from mmscale.report.run_losses import ComparedRun, View, read_run, refuse_vocabulary
 from mmscale.report.scaling import FEWEST_RUNS, FEWEST_VALUES, Observations
 
 Size = Literal["active", "total"]
@@ -22,7 +22,7 @@ LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """One run.
 
     Attributes:
@@ -40,7 +40,7 @@ class Point:
 
 def read_points(
     folders: Sequence[Path], *, view: View = "causal", size: Size = "active", least_share: float = LEAST_SHARE
-) -> list[Point]:
+) -> list[ScalingPoint]:
     """Read runs.
 
     Args:
@@ -59,13 +59,13 @@ def read_points(
     return [_point(run, view, size, least_share) for run in runs]
 
 
-def observations(points: Sequence[Point]) -> dict[tuple[str, ...], Observations]:
+def observations(points: Sequence[ScalingPoint]) -> dict[tuple[str, ...], Observations]:
     """Points by the names of their modalities, ready to be fitted.
 
     Raises:
         UsageError: three modalities in a run, a pair without both modalities alone, or too few runs for the constants.
     """
-    groups: dict[tuple[str, ...], list[Point]] = {}
+    groups: dict[tuple[str, ...], list[ScalingPoint]] = {}
     for point in points:
         groups.setdefault(tuple(point.tokens), []).append(point)
     found = {}
@@ -102,12 +102,12 @@ def _refuse(
     together = np.log(np.stack([seen.parameters, seen.all_tokens]))
     if abs(np.corrcoef(together)[0, 1]) > 1 - 1e-6:
         raise UsageError(
-            f"scaling: {label}: the numbers of tokens are a function of the sizes, so their terms cannot be told apart",
+            f"scaling: {label}: the numbers of tokens are a function of the sizes, so their terms cannot be separated",
             remedy="add runs of the same size with more or fewer tokens",
         )
 
 
-def _point(run: Run, view: View, size: Size, least_share: float) -> Point:
+def _point(run: ComparedRun, view: View, size: Size, least_share: float) -> ScalingPoint:
     whole = sum(run.tokens.values())
     if not whole:
         raise UsageError(
@@ -125,4 +125,6 @@ def _point(run: Run, view: View, size: Size, least_share: float) -> Point:
     tokens = {name: run.tokens[name] * steps[name] / run.steps for name in names}
     counted = count_parameters(run.config)
     parameters = counted.active if size == "active" else counted.total
-    return Point(run.folder, float(parameters), tokens, float(np.mean([measured[name].loss[-1] for name in names])))
+    return ScalingPoint(
+        run.folder, float(parameters), tokens, float(np.mean([measured[name].loss[-1] for name in names]))
+    )

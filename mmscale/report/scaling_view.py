@@ -1,4 +1,4 @@
-"""A fitted scaling law as plain data, as text and as a picture. It fits nothing (scaling.py does)."""
+"""Renders a fitted scaling law as plain data, as text and as a picture; scaling.py fits it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # What happened to a run and when: its attempts, what stopped them, and where its time went.
 # The shares of time are the goodput arithmetic's, which is handed in; nothing is drawn here.
-"""Timeline of a run."""
+"""The timeline of a run: attempts, saves, faults, and lost work."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmscale.report.history import Floats, History
+from mmscale.runs.events import ORDERLY_ENDS, ROUTINE
 
 Event = Mapping[str, Any]
-_ROUTINE = ("launch", "start", "resume", "save_begin", "save_committed", "finish", "ranks_ended")
-_ENDS = ("finish", "stop", "fault", "ranks_ended", "gave_up")
+_ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
 _DRAWN = 300  # happenings of each kind in a picture
 _GROUPS = 400  # of an attempt's lines, for the goodput arithmetic
 
@@ -152,7 +152,7 @@ def _with_ends(events: Sequence[Event], history: History) -> list[Event]:
 def _condensed(events: Sequence[Event], history: History) -> list[dict[str, Any]]:
     """Lines of each attempt in groups, with the sums that the goodput arithmetic takes of them.
 
-    A group ends where a later attempt goes on, so that nothing is counted that is done again.
+    A group ends where a later attempt resumes, so that repeated steps are not counted twice.
     """
     begun = {_attempt(e): float(e.get("step", 0)) for e in events if e["event"] in ("start", "resume")}
     newest: dict[float, int] = {}  # of the attempts that begin after a step, the last one
@@ -187,7 +187,7 @@ def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float
     by_attempt: dict[int, list[Event]] = {}
     for event in events:
         by_attempt.setdefault(_attempt(event), []).append(event)
-    counts_up_to: dict[int, int | None] = {}  # of an attempt: the first step that a later one goes on from
+    counts_up_to: dict[int, int | None] = {}  # of an attempt: the step from which a later one resumes
     least: int | None = None
     for attempt in sorted(by_attempt, reverse=True):
         counts_up_to[attempt] = least
@@ -202,9 +202,20 @@ def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float
         if begun is None:
             continue
         counts = counts_up_to[attempt]
-        kept = end if counts is None else _reached(history, attempt, counts, begun=begun, end=end)
+        kept = end if counts is None else _kept(history, mine, attempt, counts, begun=begun, end=end)
         found += [(begun, kept, "steps", attempt), (kept, end, "lost", attempt)]
     return found
+
+
+def _kept(history: History, events: Sequence[Event], attempt: int, step: int, *, begun: float, end: float) -> float:
+    """Up to when an attempt's work counts, if the next one resumes after a step: its end where it saved that step last.
+
+    The save of the step began when the step was done, which need not be a logged one.
+    """
+    if any(event["event"] in ORDERLY_ENDS and _step(event) <= step for event in events):
+        return end
+    saved = [float(e["time"]) for e in events if e["event"] == "save_begin" and _step(e) == step]
+    return min(end, max([_reached(history, attempt, step, begun=begun, end=end), *saved]))
 
 
 def _reached(history: History, attempt: int, step: int, *, begun: float, end: float) -> float:
@@ -225,7 +236,7 @@ def _happenings(events: Sequence[Event], history: History, *, begin: float) -> l
             step=int(event["step"]) if isinstance(event.get("step"), int) else None,
             event=str(event["event"]),
             text=_text(event),
-            routine=event["event"] in _ROUTINE,
+            routine=event["event"] in ROUTINE,
         )
         for event in events
         if event["event"] != "save_begin"  # the commit is what counts
@@ -234,7 +245,7 @@ def _happenings(events: Sequence[Event], history: History, *, begin: float) -> l
 
 
 def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
-    """Attempts that ended without a word, because another one went on: their processes were killed."""
+    """Attempts that ended without an event although another one followed: their processes were killed."""
     by_attempt: dict[int, list[Event]] = {}
     for event in events:
         by_attempt.setdefault(_attempt(event), []).append(event)

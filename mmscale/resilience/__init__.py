@@ -1,1 +1,1 @@
-"""Going on in spite of faults."""
+"""Fault tolerance: anomaly policy, diverged replicas, snapshots in memory, leases, stop requests, hang detection."""

@@ -1,11 +1,11 @@
-"""Do the replicas of a parameter still hold the same bytes? If not: which rank is the odd one out.
+"""Compares the bytes of replicated parameters and identifies the rank that differs.
 
-Data-parallel ranks, and tensor-parallel ones where a parameter is not cut, hold copies that nothing compares: BLOOM's
-layer norms were silently out of step between tensor-parallel ranks. What can be seen: tensor-parallel copies that
-drifted apart, and damage since parameters were gathered, which overwrites all but a rank's own shard. What cannot: a
-wrong gradient that went into the reduction, and the optimizer's shards, of which there is one copy only.
+Data-parallel ranks, and tensor-parallel ranks if a parameter is not sharded, hold copies that training never compares:
+BLOOM's layer norms silently diverged between tensor-parallel ranks. This module detects tensor-parallel copies that
+drifted apart, and damage since parameters were gathered, which overwrites everything but a rank's own shard. It cannot
+detect a wrong gradient that went into the reduction, or damage in optimizer shards, which have only one copy.
 
-Hashing is on the host, so that hosts and devices agree. It knows no policy and writes nothing.
+Hashes are computed on the host, so that hosts and devices agree. This module contains no policy and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import xxhash
@@ -23,8 +22,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mmscale.runtime import device
+from mmscale.runtime.groups import gathered
 
-Key = tuple[int, int, int, int, str]  # stage, chunk, tensor-parallel and expert-parallel rank (-1: not cut), name
+Key = tuple[int, int, int, int, str]  # stage, chunk, tensor-parallel and expert-parallel rank (-1: not sharded), name
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Diverged:
         rank: its number in the world.
         host: where it runs.
         parameters: names of those that differ.
-        certain: a majority of replicas says so; otherwise nobody can tell which one is right, and all are listed.
+        certain: found by a majority of replicas; otherwise it is unknown which one is right, and all are listed.
     """
 
     rank: int
@@ -55,12 +55,12 @@ class _Replica:
 
 
 def find_diverged(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> list[Diverged]:
-    """Compare all replicas of all parameters; the same answer on every rank. Every rank calls it.
+    """Compare all replicas of all parameters; the result is the same on every rank. Every rank calls it.
 
-    As long as all are equal it costs one hash of the parameters and at most five reductions of 16 bytes a parameter.
+    If all are equal, the cost is one hash of the parameters and at most five reductions of 16 bytes per parameter.
 
     Args:
-        chunks: model chunks of this rank, wrapped or not; the newest parameters have arrived.
+        chunks: model chunks of this rank, wrapped or not; the newest parameters have been gathered.
         groups: process groups.
     """
     mine = list(_replicas(chunks, groups))
@@ -77,18 +77,18 @@ def find_diverged(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollect
     torch.distributed.all_reduce(anyone, op=torch.distributed.ReduceOp.MAX)
     if not int(anyone):
         return []
-    # From here on cost does not matter.
-    everyones = set().union(*_gathered(doubtful))
-    held = _gathered((socket.gethostname(), {r.key: r.digest for r in mine if r.key in everyones}))
+    # This path is rare, so its cost does not matter.
+    everyones = set().union(*gathered(doubtful))
+    held = gathered((socket.gethostname(), {r.key: r.digest for r in mine if r.key in everyones}))
     return blame([host for host, _ in held], [digests for _, digests in held])
 
 
 def blame(hosts: Sequence[str], digests: Sequence[Mapping[Key, int]]) -> list[Diverged]:
-    """Who differs, by majority for each parameter.
+    """Ranks that differ, by majority for each parameter.
 
     Args:
         hosts: host name of each rank.
-        digests: of each rank, for the parameters that differ somewhere.
+        digests: of each rank, for the parameters that differ on some rank.
     """
     certain: dict[int, list[str]] = {}
     suspected: dict[int, list[str]] = {}
@@ -111,7 +111,7 @@ def blame(hosts: Sequence[str], digests: Sequence[Mapping[Key, int]]) -> list[Di
 def _replicas(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[_Replica]:
     for index, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
-            # The marks that megatron-core's gradient norm and optimizer go by.
+            # The attributes that megatron-core's gradient norm and optimizer use.
             expert = not getattr(parameter, "allreduce", True)
             cut = bool(getattr(parameter, "tensor_model_parallel", False))
             tensor_rank = (groups.expt_tp if expert else groups.tp).rank() if cut else -1
@@ -132,13 +132,7 @@ def _unequal(replicas: Iterable[_Replica], group: ProcessGroup) -> set[Key]:
     if group.size() == 1 or not mine:  # all ranks of a group hold the same parameters
         return set()
     digests = torch.tensor([replica.digest for replica in mine], device=device.taken())
-    extremes = torch.stack((digests, ~digests))  # ~ turns the order around: one reduction gives maximum and minimum
+    extremes = torch.stack((digests, ~digests))  # ~ reverses the order: one reduction gives maximum and minimum
     torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
     unequal = (extremes[0] != ~extremes[1]).tolist()
     return {replica.key for replica, differs in zip(mine, unequal, strict=True) if differs}
-
-
-def _gathered(mine: Any) -> list[Any]:
-    everyones: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, mine)
-    return everyones

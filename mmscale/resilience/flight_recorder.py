@@ -1,22 +1,22 @@
-# torch's flight recorder: which collectives this process has entered lately, by process group, for NCCL and gloo.
-# It is on where TORCH_FR_BUFFER_SIZE is set before groups are made (launch/ranks.py sets it); it costs no collective.
-"""The flight recorder, read from within the process: a rank that hangs cannot be asked from outside."""
+# torch's flight recorder: the recent collectives of this process, by process group, for NCCL and gloo. It is active if
+# TORCH_FR_BUFFER_SIZE is set before groups are created (launch/rank_command.py). Reading it needs no collective.
+"""Reads torch's flight recorder within the process, because a hanging rank cannot be queried from outside."""
 
 from __future__ import annotations
 
-import json
-
 from torch._C import _distributed_c10d
+
+from mmscale import bounded
 
 
 def dump() -> str | None:
-    """Torch's record of the last collectives of this process as JSON; None if it records none.
+    """Torch's record of the last collectives of this process as JSON; None if there is none.
 
-    Private functions of torch, which has no public ones: what is missing in another version is left out.
+    Uses private functions of torch, because there are no public ones; functions missing in another version are skipped.
     """
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # the first one in builds with CUDA
         function = getattr(_distributed_c10d, name, None)
         text = function(True, False).decode() if function is not None else ""
-        if text and json.loads(text).get("entries"):
+        if text and bounded.parse_json(text).get("entries"):
             return str(text)
     return None

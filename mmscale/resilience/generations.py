@@ -1,7 +1,7 @@
-"""Where a run's snapshots in memory are: `memory.json` in the run folder, and which of them a restart can use.
+"""The index of a run's snapshots in memory, `memory.json` in the run folder, and the choice of one for a restart.
 
-A generation is the snapshots of one attempt. Files and pure decisions; no torch, no collectives. Every rank is given
-the same offers and so comes to the same choice.
+A generation is the snapshots of one attempt. This module has file access and pure decisions; no torch, no collectives.
+Every rank is given the same offers and so makes the same choice.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Generation:
     """The snapshots of one attempt.
 
     Attributes:
-        name: random; stands in every commit marker.
+        name: random; part of every commit marker.
         attempt: attempt of the run.
-        identity: what must be equal for an exact restart: layout, configuration.
+        identity: properties that must be equal for an exact restart: layout, configuration.
         groups: ranks of each parity group, in member order.
         folders: name of each rank's folder.
     """
@@ -45,7 +45,10 @@ class Generation:
 
 
 def write_index(run: Path, generations: Sequence[Generation]) -> None:
-    """Write down where the snapshots are, newest generation last; none: the file goes. One process calls it."""
+    """Write the index of snapshots, newest generation last; without generations the file is removed.
+
+    One process calls it.
+    """
     file = run / INDEX
     if not generations:
         file.unlink(missing_ok=True)
@@ -60,10 +63,10 @@ def write_index(run: Path, generations: Sequence[Generation]) -> None:
 
 
 def read_index(run: Path) -> list[Generation]:
-    """What `write_index` wrote in this folder; nothing where there is none, or none that can be read.
+    """The index that `write_index` wrote in this folder; empty if it is missing or cannot be read.
 
-    A folder that was copied names snapshots that are the original's: the copy neither goes on from them nor ends them.
-    A folder that was renamed keeps them.
+    In a copied folder the index is ignored: its snapshots belong to the original, and the copy must neither resume from
+    them nor end them. A renamed folder keeps its snapshots.
     """
     try:
         content = bounded.read_json(run / INDEX)
@@ -88,10 +91,10 @@ class Offer:
     """A committed slot that a rank of the new attempt can read.
 
     Attributes:
-        rank: whose state it is.
-        slot: where in its folder.
-        holder: rank of the new attempt that reads it.
-        marker: what it says about itself.
+        rank: owner of the state.
+        slot: number in its folder.
+        holder: rank of the new attempt that can read it.
+        marker: its commit marker.
     """
 
     rank: int
@@ -101,13 +104,13 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The snapshot to go on from.
+class ChosenSnapshot:
+    """The snapshot to resume from.
 
     Attributes:
         step: its step.
-        sources: the offer that serves each rank.
-        lost: ranks that have none, and are rebuilt from their group's parity.
+        sources: the offer used for each rank.
+        lost: ranks without an offer, which are rebuilt from their group's parity.
     """
 
     step: int
@@ -115,13 +118,13 @@ class Choice:
     lost: tuple[int, ...]
 
 
-def choose(generation: Generation, offers: Collection[Offer], *, above: int) -> tuple[Choice | None, list[str]]:
-    """The newest snapshot of which every parity group lacks one member at most, and why others are refused.
+def choose(generation: Generation, offers: Collection[Offer], *, above: int) -> tuple[ChosenSnapshot | None, list[str]]:
+    """The newest snapshot of which every parity group lacks at most one member, and the reasons against the others.
 
     Args:
         generation: the snapshots' generation.
-        offers: committed slots; of several holders of one slot the rank itself is preferred.
-        above: step of the newest checkpoint on disk, which wins if it is as new.
+        offers: committed slots; if several ranks hold a slot, its own rank is preferred.
+        above: step of the newest checkpoint on disk, which is preferred if it is as new.
     """
     reasons: list[str] = []
     by_serial: dict[int, dict[int, Offer]] = {}
@@ -143,7 +146,7 @@ def choose(generation: Generation, offers: Collection[Offer], *, above: int) -> 
             return None, [*reasons, f"step {step} is not newer than the checkpoint of step {above}"]
         else:
             lost = tuple(rank for rank in range(len(generation.folders)) if rank not in sources)
-            return Choice(step, sources, lost), reasons
+            return ChosenSnapshot(step, sources, lost), reasons
     return None, list(dict.fromkeys(reasons))
 
 

@@ -1,13 +1,13 @@
-"""The guard of a rank's snapshots: a process of its own, so that they and the work on them outlive the trainer.
+"""The guard of a rank's snapshots: a separate process, so that snapshots and the work on them outlive the trainer.
 
     python -m mmscale.resilience.guard        started by memory_tier.py, with one end of a socket pair as stdin
 
-The trainer copies its state into a slot and goes on training. The guard hashes it, exchanges parity with the guards of
-its group, and commits the slot. When its trainer is gone it keeps the folder until a newer attempt has taken over, or
-for `hold_s` seconds. It neither restores anything nor decides what may be restored: restore.py does. No torch: it
-starts in a fraction of a second and takes a few MB.
+The trainer copies its state into a slot and continues training. The guard hashes the slot, exchanges parity with the
+guards of its group, and commits it. When its trainer is gone it keeps the folder until a newer attempt has taken over,
+or for `hold_s` seconds. restore.py restores snapshots and decides which may be restored. No torch: a guard starts in a
+fraction of a second and takes a few MB.
 
-Trainer to guard, one JSON object a line: "setup" (first, with the token), "group" (peers' addresses; again when the
+Trainer to guard, one JSON object per line: "setup" (first, with the token), "group" (peers' addresses; again when the
 images' sizes change), "snapshot", "finish". Guard to trainer: "port", "committed", "failed".
 """
 
@@ -30,17 +30,18 @@ from typing import Any
 
 import numpy as np
 
+from mmscale import bounded
 from mmscale.resilience import parity, snapshot_files, wire
 from mmscale.resilience.snapshot_files import Marker, UnusableError
 
 _log = logging.getLogger(__name__)
-_FRAME = 4 << 20  # bytes received before they are XORed: stays in the cache
+_FRAME = 4 << 20  # bytes received before they are XORed: they stay in the cache
 _ENDED, _ALIVE = b"ended\n", b"alive\n"
 
 
 @dataclass
 class _Group:
-    """The parity group as its trainers agreed on it."""
+    """The parity group, as agreed on by its trainers."""
 
     generation: str
     attempt: int
@@ -55,7 +56,7 @@ class _Group:
 
 @dataclass
 class _Incoming:
-    """Parity of one snapshot while it comes in."""
+    """The parity of one snapshot while it is received."""
 
     serial: int
     slot: int
@@ -69,7 +70,8 @@ class Guard:
 
     Args:
         control: the trainer's end of the socket pair.
-        parent: file descriptor that becomes readable when the trainer is gone; None where the kernel has none.
+        parent: file descriptor that becomes readable when the trainer is gone; None if the kernel has no such
+            descriptor.
     """
 
     def __init__(self, control: socket.socket, parent: int | None) -> None:
@@ -86,13 +88,13 @@ class Guard:
         self._lines = b""
 
     def serve(self) -> None:
-        """Do what the trainer says; when it is gone, hold out until a newer attempt comes or the time is over."""
+        """Carry out the trainer's orders; after its end, wait until a newer attempt takes over or the time is up."""
         setup = self._first_order()
         if setup is None:
             return
         self.folder, self.hold_s = Path(setup["folder"]), float(setup["hold_s"])
         if os.getppid() != setup["trainer"]:
-            self.parent = None  # it is gone already, this is the descriptor of whoever adopted this process
+            self.parent = None  # it is gone already: this descriptor belongs to the process that adopted this one
         self.token = bytes.fromhex(setup["token"])
         try:
             with wire.listen(setup["address"]) as peers, self._successors() as successors:
@@ -108,7 +110,7 @@ class Guard:
             if not self._read_control():
                 return None
         line, _, self._lines = self._lines.partition(b"\n")
-        setup: dict[str, Any] = json.loads(line)
+        setup: dict[str, Any] = bounded.parse_json(line)
         return setup
 
     def _read_control(self) -> bool:
@@ -124,7 +126,7 @@ class Guard:
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
     def _loop(self, peers: socket.socket, successors: socket.socket) -> None:
-        deadline: float | None = None  # None while the trainer lives
+        deadline: float | None = None  # None while the trainer is alive
         with selectors.DefaultSelector() as selector:
             for source in (self.control, peers, successors):
                 selector.register(source, selectors.EVENT_READ)
@@ -141,7 +143,7 @@ class Guard:
                     elif key.fileobj is self.control and self._read_control():
                         if self._obey():
                             return
-                    elif deadline is None:  # the control's end, or the parent's
+                    elif deadline is None:  # the end of the control socket, or of the parent
                         deadline = time.monotonic() + self.hold_s
                         selector.unregister(self.control)
                         if self.parent is not None:
@@ -149,17 +151,17 @@ class Guard:
                         break
 
     def _obey(self) -> bool:
-        """Carry out whole lines; whether it is time to end."""
+        """Carry out the complete lines; returns whether to end."""
         *lines, self._lines = self._lines.split(b"\n")
         for line in lines:
-            order = json.loads(line)
+            order = bounded.parse_json(line)
             kind = order.pop("order")
             if kind == "finish":
                 return True
             if kind == "group":
                 self._join(_Group(**order))
             elif kind == "snapshot":
-                # The trainer orders one snapshot at a time, so there is one of these threads.
+                # The trainer orders one snapshot at a time, so there is only one of these threads.
                 threading.Thread(target=functools.partial(self._snapshot, **order), daemon=True).start()
         return False
 
@@ -206,7 +208,9 @@ class Guard:
             incoming = self._begin(group, serial, slot)
             self._note(incoming, group.me, length, digest)
             for distance in range(1, len(group.members)):
-                other = (group.me + distance) % len(group.members)  # not all to the same guard at once
+                other = (group.me + distance) % len(
+                    group.members
+                )  # spread, so that not all send to the same guard at once
                 part = parity.piece(member=group.me, stripe=other, length=length, chunk=group.chunk)
                 header = {"epoch": group.epoch, "serial": serial, "slot": slot, "length": length}
                 with memoryview(content) as view, view[part] as payload:
@@ -228,7 +232,7 @@ class Guard:
         return {"digest_s": hashed - began, "exchange_s": exchanged - hashed}
 
     def _begin(self, group: _Group, serial: int, slot: int) -> _Incoming:
-        """The parity of a snapshot, empty when it is asked for first: by the own trainer or by a faster peer."""
+        """The parity of a snapshot, created when it is first requested: by the own trainer or by a faster peer."""
         with self._changed:
             known = self._incoming
             if known is not None and known.serial == serial:
@@ -275,7 +279,7 @@ class Guard:
         self._outgoing.clear()
 
     def _receive(self, connection: socket.socket) -> None:
-        """Everything that one peer sends, for as long as it lives. Whatever is wrong, it learns by the end of it."""
+        """Receive everything that one peer sends while it is alive. On any error the connection is closed."""
         with connection:
             try:
                 member = wire.welcome(connection, token=self.token, timeout_s=self.hold_s)
@@ -288,7 +292,7 @@ class Guard:
     def _receive_piece(
         self, connection: socket.socket, member: int, header: dict[str, Any], scratch: parity.Bytes
     ) -> None:
-        with self._changed:  # a peer may be ahead of the own trainer, which still has to say who is in the group
+        with self._changed:  # a peer may be ahead of the own trainer, which has not yet sent the group's members
             self._changed.wait_for(
                 lambda: self.group is not None and self.group.epoch >= header["epoch"], timeout=self.hold_s
             )
@@ -304,16 +308,16 @@ class Guard:
         for begin in range(0, size, _FRAME):
             count = min(_FRAME, size - begin)
             wire.receive_into(connection, view[:count])
-            with self._changed:  # two peers' pieces lie on top of each other
+            with self._changed:  # pieces of two peers overlap
                 parity.xor_into(incoming.parity[begin:], scratch[:count])
         self._note(incoming, member, int(header["length"]), str(header["digest"]))
 
 
 def end(folder: Path) -> bool:
-    """Have a folder's guard end and the folder go. A guard that is dead already cannot; then it is done here.
+    """End a folder's guard and remove the folder. If the guard is dead already, the folder is removed here.
 
     Returns:
-        False: its trainer is alive, nothing was done.
+        False: its trainer is alive, and nothing was done.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(10.0)
@@ -328,15 +332,17 @@ def end(folder: Path) -> bool:
 
 
 def main() -> None:
-    """Be the guard of the process that started this one."""
+    """Run as the guard of the process that started this one."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # those who end a job's trainers must not end what it would go on from
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # signals that end a job's trainers must not end the snapshots it would resume from
     try:
         parent = os.pidfd_open(os.getppid())
     except OSError:
-        parent = None  # the socket pair's end says it too, unless the trainer's children hold it open
+        parent = None  # the end of the socket pair shows it too, unless children of the trainer keep it open
     Guard(socket.socket(fileno=os.dup(sys.stdin.fileno())), parent).serve()
-    os._exit(0)  # threads that wait for peers are not waited for
+    os._exit(0)  # threads that wait for peers are not joined
 
 
 if __name__ == "__main__":

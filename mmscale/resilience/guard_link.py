@@ -1,6 +1,6 @@
-"""A guard as its trainer sees it: started, told what to do, listened to, ended.
+"""The trainer's side of a guard: starts it, sends orders, reads answers, and ends it.
 
-What guards do is guard.py's business, when snapshots are taken memory_tier.py's. No torch.
+guard.py is the guard itself; memory_tier.py decides when to take snapshots. No torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mmscale import bounded
 from mmscale.resilience import guard, snapshot_files
 from mmscale.resilience.snapshot_files import UnusableError
 from mmscale.runtime.rank_env import RankEnv
@@ -29,9 +30,9 @@ class GuardLink:
     """A guard's process and the socket pair to it.
 
     Args:
-        root: where its folder is made.
-        address: of this node, where it listens for its peers.
-        token: what peers must know, random.
+        root: folder for its folder.
+        address: of this node, on which it listens for its peers.
+        token: random secret that peers must know.
         hold_s: how long it keeps its folder without a trainer [seconds].
 
     Raises:
@@ -40,7 +41,7 @@ class GuardLink:
 
     def __init__(self, root: Path, *, address: str, token: bytes, hold_s: float) -> None:
         self.folder = snapshot_files.create_folder(root)
-        self.problem = ""  # why it is of no use any more
+        self.problem = ""  # reason why the guard is no longer usable
         self.last: dict[str, float] = {}
         self._lines = b""
         self._ordered = self._committed = 0
@@ -54,12 +55,12 @@ class GuardLink:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                start_new_session=True,  # whoever ends this rank with its process group must not end the guard
+                start_new_session=True,  # a signal to this rank's process group must not end the guard
             )
             setup = {
                 "folder": str(self.folder),
                 "address": address,
-                "token": token.hex(),  # through a socket pair: no other user can read it, as they could arguments
+                "token": token.hex(),  # through a socket pair: other users could read arguments, but not this
                 "hold_s": hold_s,
                 "trainer": os.getpid(),
             }
@@ -80,28 +81,28 @@ class GuardLink:
 
     @property
     def pending_s(self) -> float:
-        """For how long the newest snapshot has not been committed; 0: it is."""
+        """Time since the newest snapshot without a commit; 0 if it is committed."""
         return 0.0 if self._ordered == self._committed else max(time.monotonic() - self._since, 1e-9)
 
     def order(self, order: str, **fields: Any) -> None:
-        """Tell the guard; a dead one is noticed by `listen`."""
+        """Send an order to the guard; `listen` detects a dead one."""
         with contextlib.suppress(OSError):
             self._control.settimeout(_ORDER_S)
             self._control.sendall(json.dumps({"order": order, **fields}).encode() + b"\n")
 
     def order_snapshot(self, *, serial: int, slot: int, step: int, length: int) -> None:
-        """A slot has been written."""
+        """Report that a slot has been written."""
         self._ordered, self._since = serial, time.monotonic()
         self.order("snapshot", serial=serial, slot=slot, step=step, length=length)
 
     def listen(self, *, until_committed_s: float = 0.0) -> None:
-        """Take in what the guard has said; wait for a commit for so long."""
+        """Read the guard's messages; wait up to this time for a commit."""
         deadline = time.monotonic() + until_committed_s
         while not self.problem and self._read(max(0.0, deadline - time.monotonic()) if self.pending_s else 0.0):
             pass
 
     def _read(self, timeout_s: float) -> bool:
-        """One look at the socket; whether anything came."""
+        """Poll the socket once; returns whether a message arrived."""
         self._control.settimeout(timeout_s)
         try:
             received = self._control.recv(1 << 16)
@@ -114,7 +115,7 @@ class GuardLink:
             return False
         *lines, self._lines = (self._lines + received).split(b"\n")
         for line in lines:
-            said = json.loads(line)
+            said = bounded.parse_json(line)
             if "port" in said:
                 self.port = int(said["port"])
             elif "failed" in said:
@@ -131,7 +132,7 @@ class GuardLink:
         return lines[-1] if lines else "it left no message"
 
     def finish(self, *, within_s: float = 10.0) -> None:
-        """The guard ends and takes its folder with it; if it does not, it is done from here."""
+        """End the guard and its folder; if the guard does not react, the folder is removed here."""
         self.order("finish")
         self._control.close()
         if self._process is not None:
@@ -155,8 +156,8 @@ def own_address(env: RankEnv, nodes: list[str]) -> str:
         with contextlib.suppress(OSError):
             family, kind, _, _, target = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:
-                probe.connect(target)  # sends nothing: asks the routing table
+                probe.connect(target)  # sends nothing: queries the routing table
                 found = str(probe.getsockname()[0])
-            if not ipaddress.ip_address(found).is_loopback:  # many hosts' own names lead to 127.0.1.1
+            if not ipaddress.ip_address(found).is_loopback:  # on many hosts the own name resolves to 127.0.1.1
                 return found
     return "127.0.0.1"

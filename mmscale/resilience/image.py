@@ -5,7 +5,7 @@ r"""A rank's state as one flat image: a header in JSON, then the bytes of every 
     24  the header: {"tensors": [[name, dtype, shape, offset, bytes], ...], "plain": {...}}
     ... zeros up to the first tensor; tensors are aligned to 64 bytes; offsets count from the start of the image
 
-What the tensors mean, train/local_state.py says. Where the image lies, snapshot_files.py.
+train/state/local_state.py defines the tensors; snapshot_files.py defines the place of the image.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where everything stands in an image.
+class ImagePlan:
+    """The layout of an image.
 
     Attributes:
         shapes: name, dtype and shape of each tensor, in order.
-        offsets: byte at which each tensor begins.
+        offsets: first byte of each tensor.
         table: the header's list of tensors, as JSON.
         space: bytes up to the first tensor.
         length: bytes of the image.
@@ -67,7 +67,7 @@ class Plan:
     length: int
 
     def fits(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> bool:
-        """Whether a state still has the shape that this was made for."""
+        """Whether a state still has the shapes of this plan."""
         return _shapes(tensors) == self.shapes and _FIXED.size + len(self._header(plain)) <= self.space
 
     def _header(self, plain: Mapping[str, Any]) -> bytes:
@@ -87,8 +87,8 @@ class Plan:
 
         Args:
             buffer: [length] bytes on the host.
-            views: `views(buffer)`; thousands of them are worth keeping.
-            tensors: what was planned for, on any device.
+            views: `views(buffer)`; reused, because there may be thousands of them.
+            tensors: as planned, on any device.
             plain: JSON.
         """
         header = self._header(plain)
@@ -101,7 +101,7 @@ class Plan:
         device.synchronize()
 
 
-def make_plan(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Plan:
+def make_plan(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> ImagePlan:
     """Lay out an image for these tensors, with room for plain values to grow."""
     shapes = _shapes(tensors)
     names = len(json.dumps([[name, str(dtype), list(shape)] for name, dtype, shape in shapes]))
@@ -112,14 +112,14 @@ def make_plan(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Plan:
         offsets.append(offset)
         rows.append([name, str(dtype).removeprefix("torch."), list(shape), offset, size])
         offset += _round(size)
-    return Plan(shapes, tuple(offsets), json.dumps(rows), space, offset)
+    return ImagePlan(shapes, tuple(offsets), json.dumps(rows), space, offset)
 
 
 def read(buffer: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, as views of the image, and plain values.
 
     Raises:
-        UnusableError: it is no image. A digest says whether it is the right one; nothing here runs what it says.
+        UnusableError: it is not an image. Digests are checked elsewhere; reading never runs code from the image.
     """
     try:
         magic, header, length = _FIXED.unpack(buffer[: _FIXED.size].numpy().tobytes())

@@ -1,7 +1,7 @@
-"""Faults on request, for tests: a rank is killed, stopped, slowed down or refused its storage at a place and a step.
+"""Fault injection for tests: kills, stops or slows down a rank, or fails its storage, at a place and a step.
 
 MMSCALE_FAULTS="RANK:STEP:PLACE:ACTION[=VALUE], ..." with `*` for any rank or step, e.g. `1:4:write:ENOSPC`. Without the
-variable nothing here does anything. What happens afterwards is what is under test; nothing here knows it.
+variable this module does nothing. It is independent of the recovery that tests check.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from mmscale.errors import ConfigError
 
 VARIABLE = "MMSCALE_FAULTS"
-# In the trainer: begin: before a step asks for its batch; step: after a step, before its border; eval: before each
-# batch of an evaluation, and at its end; save: a save begins; finalize: all ranks have written. In the processes of a
+# In the trainer: begin: before a step requests its batch; step: after a step, before its boundary; eval: before each
+# batch of an evaluation, and at its end; save: a save starts; finalize: all ranks have written. In the processes of a
 # save: write: before each write; commit: before rank 0 commits.
 PLACES = ("begin", "step", "eval", "save", "finalize", "write", "commit")
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr2": signal.SIGUSR2}
@@ -29,13 +29,13 @@ ACTIONS = (*_SIGNALS, "hang", "slow", *_ERRORS)
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens where.
+    """One fault to inject.
 
     Attributes:
         rank, step: where; None: anywhere.
         place: one of PLACES.
-        action: one of ACTIONS. kill, stop, term, usr2: a signal to the process that is there; hang: it opens a pipe
-            that nobody reads; slow: it sleeps `value` seconds; ENOSPC, ...: its storage says so.
+        action: one of ACTIONS. kill, stop, term, usr2: a signal to the process that reaches the place; hang: it opens a
+            pipe that nobody reads; slow: it sleeps `value` seconds; ENOSPC, ...: its storage fails with this error.
         value: seconds of `slow`.
     """
 
@@ -52,7 +52,7 @@ class Faults:
 
     Attributes:
         faults: those of this rank.
-        text: what was asked for on all ranks.
+        text: the request for all ranks.
     """
 
     faults: list[Fault] = field(default_factory=list)
@@ -60,32 +60,32 @@ class Faults:
 
     @classmethod
     def of_rank(cls, rank: int, environ: Mapping[str, str] = os.environ) -> Faults:
-        """What the environment asks of a rank.
+        """The faults that the environment requests for a rank.
 
         Raises:
-            ConfigError: the variable cannot be read.
+            ConfigError: the variable cannot be parsed.
         """
         texts = [text.strip() for text in environ.get(VARIABLE, "").split(",")]
         faults = [_parse(text) for text in texts if text]
         return cls([fault for fault in faults if fault.rank in (None, rank)], ", ".join(filter(None, texts)))
 
     def warnings(self) -> list[str]:
-        """Lines for the start of a run: a variable left in a shell must not act unnoticed."""
+        """Lines for the start of a run, so that a variable left in a shell is noticed."""
         asked = f"warning: {VARIABLE} is set, so faults are injected: {self.text}. Unset it unless this is a test."
         return [asked] if self.text else []
 
     def at(self, place: str, step: int) -> None:
-        """Called at a place; does what was asked for there.
+        """Inject the faults of a place.
 
         Raises:
-            OSError: that was asked for.
+            OSError: that was requested.
         """
         for fault in list(self.faults):
             if fault.place != place or fault.step not in (None, step):
                 continue
             if fault.action in _SIGNALS:
                 if fault.step is not None:
-                    self.faults.remove(fault)  # a signal comes once; a step may come again after a roll-back
+                    self.faults.remove(fault)  # a signal is sent once; a step may be repeated after a roll-back
                 os.kill(os.getpid(), _SIGNALS[fault.action])
             elif fault.action == "hang":
                 pipe = Path(tempfile.mkdtemp(prefix="mmscale-hang-")) / "pipe"

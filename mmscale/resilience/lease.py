@@ -1,16 +1,16 @@
-# Which attempt owns a run's folder: lease.json, looked at by every rank before it writes.
-# Who may take it, and how its holder shows that it lives, is in run_lock.py. No torch.
+# Which attempt owns a run's folder: lease.json, checked by every rank before it writes. run_lock.py decides who may
+# take it and keeps the holder's heartbeat. No torch.
 """Fencing of old attempts.
 
-A cluster may believe a node dead whose processes live on, start the job elsewhere, and so have two attempts write into
-one folder (seen with SLURM when slurmd dies and its ranks do not). Every attempt has an id (job, restart count, number
-of the start within it), which is in lease.json before ranks start; a rank that finds another id there ends without
-writing anything more.
+A cluster may declare a node dead while its processes are still alive, start the job elsewhere, and so have two attempts
+write into one folder (seen with SLURM when slurmd dies and its ranks do not). Every attempt has an id (job, restart
+count, number of the start within it), which is in lease.json before ranks start. A rank that finds another id there
+ends without writing anything more.
 
-The file has a fixed size and is rewritten in place by its owner, through a descriptor in which the owner has just read
-its own id; a new owner replaces the file. So a write that comes too late goes to a file that nobody reads any more, and
-a full disk does not stop the counter that shows that the holder lives. A lease that is given up stays in its place,
-marked as released: who was fenced out before stays so.
+The file has a fixed size. Its owner rewrites it in place, through a descriptor from which the owner has just read its
+own id; a new owner replaces the file. So a late write goes to a file that nobody reads any more, and a full disk does
+not stop the heartbeat counter. A released lease stays in place, marked as released, so that fenced attempts stay
+fenced.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from mmscale.errors import LaunchError
 from mmscale.runtime.processes import Process
 
 LEASE = "lease.json"
-VARIABLE = "MMSCALE_ATTEMPT_ID"  # what the launcher tells its ranks
-BEAT_S = 2.0  # between two beats of a holder
-SILENT_S = 20.0  # a holder that nobody can see counts as dead when it has not beaten for so long
-ORPHANED_S = 60.0  # for its own ranks, which have more to lose
-_WIDTH = 1000  # bytes before the beat
+VARIABLE = "MMSCALE_ATTEMPT_ID"  # variable through which the launcher passes the id to its ranks
+BEAT_S = 2.0  # between two heartbeats of a holder
+SILENT_S = 20.0  # a holder on another machine counts as dead after this time without a heartbeat
+ORPHANED_S = 60.0  # longer for its own ranks, which have more to lose
+_WIDTH = 1000  # bytes before the heartbeat counter
 _BEAT = '"beat": "'
 _DIGITS = 20
 _TRIES, _PAUSE_S = 4, 0.2
-_DAMAGED = (ValueError, TypeError, AttributeError, KeyError)  # of `decode`
+_DAMAGED = (ValueError, TypeError, AttributeError, KeyError)  # errors of `decode`
 
-# Between a rank's looks [seconds]: rank 0, which writes logs; the first rank of each node; others.
+# Interval between a rank's checks [seconds]: rank 0, which writes logs; the first rank of each node; others.
 RANK_0_S, NODE_S, OTHERS_S = 1.0, 10.0, 60.0
 
 
@@ -49,21 +49,21 @@ class FencedError(LaunchError):
 
 @dataclass(frozen=True)
 class Lease:
-    """Who owns a run.
+    """The owner of a run.
 
     Attributes:
-        id: of the attempt; no two are equal.
+        id: of the attempt; unique.
         attempt: its number in the run, as in metrics.jsonl.
         job: of SLURM; "" for ranks of one machine.
-        host: where the holder runs, for people.
+        host: of the holder, for messages.
         process: the holder, which started the ranks or is rank 0 itself.
-        writer: rank 0 below a launcher, once it has begun: it may outlive the holder while it saves.
+        writer: rank 0 below a launcher, once it has started: it may outlive the holder while it saves.
         by: "train" or "launch".
         time: when it was taken [seconds since 1970].
-        token: random; no two takings are equal.
+        token: random; unique for every taking.
         folder: inode of the run's folder: a copy of the folder has another one.
-        released: it was given up.
-        beat: counts as long as the holder lives.
+        released: it was released.
+        beat: counter that increases while the holder is alive.
     """
 
     id: str
@@ -80,12 +80,12 @@ class Lease:
     beat: int = 0
 
     def is_of(self, run: Path) -> bool:
-        """Whether it was taken in this folder, and not in one that this is a copy of."""
+        """Whether it was taken in this folder, and not in the original of a copy."""
         return self.folder == inode(run)
 
 
 def encode(lease: Lease) -> bytes:
-    """The content of the file; the same number of bytes for every lease."""
+    """The content of the file; every lease has the same number of bytes."""
     content = asdict(lease)
     del content["beat"]
     text = json.dumps(content)[:-1] + ","
@@ -94,23 +94,23 @@ def encode(lease: Lease) -> bytes:
 
 
 def decode(content: bytes) -> Lease:
-    """Back from `encode`, or from what older versions wrote.
+    """Parses the output of `encode` or of older versions.
 
     Raises:
-        ValueError, TypeError, AttributeError, KeyError: it is no lease.
+        ValueError, TypeError, AttributeError, KeyError: it is not a lease.
     """
     found: dict[str, Any] = bounded.parse_json(content)
     for name in ("process", "writer"):
         if found.get(name) is not None:
             found[name] = Process(**found[name])
-    if "pid" in found:  # written by a version that knew the number alone
+    if "pid" in found:  # written by an older version, which stored only the PID
         found["process"] = Process(found["pid"])
     found["beat"] = int(found.get("beat", 0))
     return Lease(**{name: found[name] for name in Lease.__dataclass_fields__ if name in found})
 
 
 def inode(run: Path) -> int:
-    """What tells a folder from a copy of it; 0 if it is not there."""
+    """Distinguishes a folder from a copy of it; 0 if the folder does not exist."""
     try:
         return run.stat().st_ino
     except OSError:
@@ -118,16 +118,16 @@ def inode(run: Path) -> int:
 
 
 def changed(run: Path) -> float:
-    """When the lease was written last, by the clock of the file system [seconds since 1970]."""
+    """Time of the last write of the lease, by the clock of the file system [seconds since 1970]."""
     return (run / LEASE).stat().st_mtime
 
 
 def read(file: Path) -> Lease | None:
-    """The lease in a file, given up or not; None if there is none.
+    """The lease in a file, released or not; None if there is none.
 
     Raises:
         PermissionError: this user may not read it.
-        LaunchError: it cannot be read, also when tried again.
+        LaunchError: it cannot be read, even after retries.
     """
     for left in reversed(range(_TRIES)):
         try:
@@ -136,10 +136,10 @@ def read(file: Path) -> Lease | None:
             return None
         except PermissionError:
             raise
-        except OSError as error:  # a stale handle, a hiccup of the network: no word about whose it is
+        except OSError as error:  # a stale handle or a network error does not show who owns the run
             if not left:
                 raise LaunchError(f"{file} cannot be read: {error.strerror}", remedy="try again") from None
-        except _DAMAGED as error:  # being written, at best
+        except _DAMAGED as error:  # possibly being written at this moment
             if not left:
                 raise LaunchError(f"{file} cannot be read: {error}", remedy="remove it if nothing runs there") from None
         time.sleep(_PAUSE_S)
@@ -158,7 +158,7 @@ def owner(run: Path) -> Lease | None:
 
 @contextlib.contextmanager
 def _opened(run: Path, mine: Callable[[Lease], bool]) -> Iterator[tuple[int, Lease | None]]:
-    """The file, open for its owner, and the lease in it; None in its place if it is another's."""
+    """The file, opened for its owner, and the lease in it; None instead if it belongs to another attempt."""
     descriptor = os.open(run / LEASE, os.O_RDWR)
     try:
         found = decode(os.pread(descriptor, 2 * _WIDTH, 0))
@@ -168,11 +168,11 @@ def _opened(run: Path, mine: Callable[[Lease], bool]) -> Iterator[tuple[int, Lea
 
 
 def _change(run: Path, lease_id: str, **fields: Any) -> None:
-    """Change one's own lease in its place.
+    """Change one's own lease in place.
 
     Raises:
         FencedError: another attempt owns the run.
-        LaunchError: it cannot be written, also when tried again.
+        LaunchError: it cannot be written, even after retries.
     """
     for left in reversed(range(_TRIES)):
         try:
@@ -192,59 +192,62 @@ def _change(run: Path, lease_id: str, **fields: Any) -> None:
 
 
 def renew(run: Path, lease_id: str, *, attempt: int) -> None:
-    """Give one's own lease the number of another attempt.
+    """Change the attempt number of this process's lease.
 
     Raises:
         FencedError: another attempt owns the run.
-        LaunchError: it cannot be written, also when tried again.
+        LaunchError: it cannot be written, even after retries.
     """
     _change(run, lease_id, attempt=attempt)
 
 
 def join(run: Path, lease_id: str) -> None:
-    """Say that this process writes below the holder, if the lease is one's own and can be written."""
+    """Record this process as the writer below the holder, if the lease is one's own and can be written."""
     with contextlib.suppress(LaunchError):
         _change(run, lease_id, writer=Process.this())
 
 
 def release(run: Path, lease_id: str) -> None:
-    """Give a run up, if it is still one's own. Where the disk refuses that, the process of the lease is gone soon."""
+    """Release the run, if the lease is still one's own.
+
+    If the disk fails, the end of the holder's process has the same effect.
+    """
     with contextlib.suppress(LaunchError, OSError):
         _change(run, lease_id, released=True)
 
 
 def beat(run: Path, lease: Lease, number: int) -> bool:
-    """Count on; whether the file is there, and its lease still this one.
+    """Increase the counter; returns whether the file exists and still holds this lease.
 
     Raises:
-        OSError, ValueError, TypeError, AttributeError, KeyError: it cannot be read or written, which says nothing
-            about whose it is.
+        OSError, ValueError, TypeError, AttributeError, KeyError: it cannot be read or written, which does not show who
+            owns the run.
     """
     with _opened(run, lambda found: found.token == lease.token) as (descriptor, found):
         if found is None:
             return False
         try:
             os.pwrite(descriptor, f"{number:0{_DIGITS}d}".encode(), _WIDTH + len(_BEAT))
-        except OSError:  # a file system that writes changed blocks elsewhere is full
+        except OSError:  # a copy-on-write file system may be full
             os.utime(descriptor)
         return True
 
 
 def launched_attempt(run: Path, environ: Mapping[str, str] = os.environ) -> int | None:
-    """The number that the launcher of this process gave its attempt; None: there is no launcher, or it lost the run."""
+    """The attempt number from the launcher of this process; None if there is no launcher, or it has lost the run."""
     found = owner(run) if environ.get(VARIABLE) else None
     return found.attempt if found is not None and found.id == environ[VARIABLE] else None
 
 
 class Fence:
-    """Asks whether this process may still write, and whether the holder of its lease lives.
+    """Checks whether this process may still write, and whether the holder of its lease is alive.
 
-    Only a lease that is another attempt's ends anything: one that cannot be read, or is gone, says nothing.
+    Only a lease of another attempt ends a process; a missing or unreadable lease does not.
 
     Args:
         run: The run's folder.
-        lease_id: This attempt; None: nobody started it with a lease, and nothing is ever asked.
-        every_s: `look` reads the file no more often than this [seconds]; thousands of ranks share a file system.
+        lease_id: This attempt; None: started without a lease, and nothing is ever checked.
+        every_s: Minimum interval between reads of the file by `look` [seconds]; thousands of ranks share a file system.
     """
 
     def __init__(self, run: Path, lease_id: str | None, *, every_s: float = 1.0) -> None:
@@ -258,16 +261,16 @@ class Fence:
 
     @classmethod
     def of_rank(cls, run: Path, rank: int, environ: Mapping[str, str] = os.environ, *, local_rank: int = 0) -> Fence:
-        """The fence of a rank, by what its launcher told it.
+        """The fence of a rank, from the environment set by its launcher.
 
-        Ranks of one node lose it together, and a rank whose neighbour has ended does not get far: the first rank of a
-        node looks for all of them, the others now and then.
+        Ranks of one node lose the run together, and a rank cannot continue for long after its neighbour has ended. So
+        the first rank of a node checks often, and the others rarely.
         """
         every_s = RANK_0_S if rank == 0 else NODE_S if local_rank == 0 else OTHERS_S
         return cls(run, environ.get(VARIABLE) or None, every_s=every_s)
 
     def look(self) -> None:
-        """`check`, now and then: for every step.
+        """`check` at limited intervals, for every step.
 
         Raises:
             FencedError: another attempt owns the run.
@@ -276,7 +279,7 @@ class Fence:
             self.check()
 
     def check(self) -> None:
-        """Called before anything is written that a later attempt would read.
+        """Called before writing anything that a later attempt would read.
 
         Raises:
             FencedError: another attempt owns the run.
@@ -297,9 +300,9 @@ class Fence:
             self._sign, self._sign_at = sign, self._looked
 
     def is_orphaned(self) -> bool:
-        """Whether the holder of the lease has died, as far as the last look could tell.
+        """Whether the holder of the lease had died at the last check.
 
-        Nobody takes care of this attempt's end then, and the next start may take the run over.
+        Then no process handles the end of this attempt, and the next start may take over the run.
         """
         if self.lease_id is None or not self._sign:
             return False

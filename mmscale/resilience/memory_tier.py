@@ -1,11 +1,11 @@
-"""Snapshots of every rank's state in shared memory, taken every few steps by the trainer, kept by guards.
+"""Snapshots of every rank's state in shared memory, taken every few steps by the trainer and kept by guards.
 
-Two slots: one is written while the other holds the newest committed snapshot, so that a step exists at any moment which
-all ranks have. The trainer is blocked for a copy at the speed of memory; hashing, parity and commit are the guard's
-(guard.py). What the state consists of, train/local_state.py says. Every rank calls every method but `close` and
-`forget`, and all of them return alike.
+There are two slots: one is written while the other holds the newest committed snapshot, so at any moment there is a
+step that all ranks have. The trainer is blocked only for a copy at the speed of memory; the guard (guard.py) does
+hashing, parity and commit. train/state/local_state.py defines the state. Every rank calls every method except `close`
+and `forget`, and all of them return the same result.
 
-A tier that cannot work (no space, a dead guard) says so once and is off: it never ends a run.
+If the tier cannot work (no space, a dead guard) it reports that once and turns itself off. It never ends a run.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from mmscale import bounded
 from mmscale.resilience import generations, guard, image, parity, snapshot_files
 from mmscale.resilience.generations import Generation
 from mmscale.resilience.guard_link import GuardLink, own_address
 from mmscale.resilience.restore import Recovery
 from mmscale.resilience.snapshot_files import UnusableError
 from mmscale.runtime import host_memory
+from mmscale.runtime.groups import gathered
 from mmscale.runtime.rank_env import RankEnv
 
 _log = logging.getLogger(__name__)
-_SPARE = 0.1  # part of the file system that stays free: NCCL and loader processes need shared memory too
+_SPARE = 0.1  # share of the file system that stays free: NCCL and loader processes need shared memory too
 _MOST_REASONS = 20  # in an event; thousands of ranks may have one each
 
 Accept = Callable[[Mapping[str, Tensor], Mapping[str, Any]], list[str]]
@@ -45,9 +47,9 @@ class Statistics:
 
     Attributes:
         bytes: of this rank's image.
-        copy_s: the trainer was blocked while it was copied.
-        digest_s, exchange_s: the guard hashed it; sent it and took in parity.
-        taken, skipped: snapshots so far; those that were due while the one before was not yet committed.
+        copy_s: time that the copy blocked the trainer.
+        digest_s, exchange_s: time in which the guard hashed it; sent it and received parity.
+        taken, skipped: snapshots so far; snapshots skipped because the previous one was not yet committed.
     """
 
     bytes: int = 0
@@ -59,20 +61,20 @@ class Statistics:
 
 
 class MemoryTier:
-    """The snapshots in memory of one attempt, and what a former attempt left.
+    """The snapshots in memory of one attempt, and those left by a former attempt.
 
     Args:
-        run: the run's folder, where the index stands.
+        run: the run's folder, which contains the index.
         env: place of this rank.
         group: all ranks, on the host (gloo).
-        every: take a snapshot every n steps; 0: never, and what is left is removed.
+        every: take a snapshot every n steps; 0: never, and remaining snapshots are removed.
         group_size: ranks of a parity group.
         hold_s: how long a guard keeps its folder after its trainer's death [seconds].
         attempt: number of this attempt.
-        identity: what must be equal for an exact restart, JSON.
-        on_event: told "memory_restored", "memory_refused", "memory_off", with their fields, on rank 0.
+        identity: properties that must be equal for an exact restart, JSON.
+        on_event: called with "memory_restored", "memory_refused", "memory_off" and their fields, on rank 0.
         timeout_s: how long guards may take for one snapshot [seconds].
-        root: where folders are made.
+        root: where folders are created.
     """
 
     def __init__(
@@ -97,33 +99,31 @@ class MemoryTier:
         self.group_size = group_size
         self.hold_s = hold_s
         self.attempt = attempt
-        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.identity: dict[str, Any] = bounded.parse_json(json.dumps(identity))
         self.on_event = on_event
         self.timeout_s = timeout_s
         self.root = root
         self.statistics = Statistics()
         self.generation: Generation | None = None  # this attempt's; None: not started, or off
         self._left = self._everywhere(lambda: generations.read_index(run))  # of former attempts
-        self._recovery: Recovery | None = None  # keeps the mapping of what was restored
+        self._recovery: Recovery | None = None  # keeps the mapping of the restored image
         self._link: GuardLink | None = None
         self._addresses: list[tuple[str, int]] = []
         self._nodes: list[str] = []
-        self._plan: image.Plan | None = None
+        self._plan: image.ImagePlan | None = None
         self._lengths: list[int] = []  # of all ranks' images
         self._epoch = 0  # counts changes of these
-        self._ready: dict[int, int] = {}  # slot -> epoch for which its files were made
+        self._ready: dict[int, int] = {}  # slot -> epoch for which its files were created
         self._buffers: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     def _everywhere(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's answer on every rank."""
+        """Rank 0's result on every rank."""
         box = [action() if self.env.rank == 0 else None]
         torch.distributed.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def _gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self.env.world_size
-        torch.distributed.all_gather_object(gathered, value, group=self.group)
-        return gathered
+        return gathered(value, group=self.group)
 
     def _tell(self, event: str, **fields: Any) -> None:
         if self.env.rank == 0:
@@ -136,13 +136,13 @@ class MemoryTier:
     # --- what a former attempt left ---------------------------------------------------------------------------------
 
     def restore(self, *, above: int, accept: Accept) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest snapshot of a former attempt: its step, this rank's tensors and plain values; None: there is none.
+        """The newest snapshot of a former attempt, if any: its step, this rank's tensors and plain values.
 
         The tensors may be views of shared memory, valid until the next snapshot: copy them.
 
         Args:
-            above: step of the newest whole checkpoint; only a newer snapshot is taken.
-            accept: says what does not fit into this run, in words; asked on every rank before any of them goes on.
+            above: step of the newest intact checkpoint; only a newer snapshot is used.
+            accept: describes what does not fit this run; called on every rank before any of them continues.
         """
         began = time.monotonic()
         for generation in reversed(self._left if self.every else []):
@@ -183,7 +183,7 @@ class MemoryTier:
         self._tell("memory_refused", reasons=reasons[:_MOST_REASONS], of_attempt=generation.attempt)
 
     def discard(self) -> None:
-        """Have the guards of former attempts end and give their memory back; also where no guard is left."""
+        """End the guards of former attempts and free their memory, also if no guard is left."""
         self._recovery = None
         for generation in self._left:
             for name in generation.folders:
@@ -197,7 +197,7 @@ class MemoryTier:
     # --- start and end ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start this attempt's guards. What was restored stays until the first own snapshot is committed."""
+        """Start this attempt's guards. The restored snapshot is kept until the first own snapshot is committed."""
         if self._recovery is None:
             self.discard()
         if not self.every:
@@ -227,9 +227,9 @@ class MemoryTier:
             generations.write_index(self.run, [*self._left, self.generation])
 
     def close(self) -> None:
-        """End the guards and give all memory back: the run is finished, or saved on disk. No collective.
+        """End the guards and free all memory, because the run is finished or saved on disk. No collective.
 
-        A rank that dies does not come here, and its guard holds out.
+        A rank that dies does not get here, and its guard keeps its folder for a while.
         """
         self._buffers.clear()
         if self._link is not None:
@@ -241,7 +241,7 @@ class MemoryTier:
             generations.write_index(self.run, [])
 
     def _off(self, problems: list[str]) -> bool:
-        """Turn the tier off on all ranks if any of them has a problem; whether it is off."""
+        """Turn the tier off on all ranks if any of them has a problem; returns whether it is off."""
         found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
         if not found:
             return False
@@ -257,9 +257,9 @@ class MemoryTier:
 
         Args:
             step: optimizer steps done.
-            tensors: state of this rank, on any device; the same names and shapes every time, or memory is laid out
-                anew.
-            plain: what else belongs to it, JSON.
+            tensors: state of this rank, on any device; with other names or shapes than before, memory is laid out
+                again.
+            plain: further state, JSON.
 
         Returns:
             Whether it was taken: not while an earlier one is not committed everywhere, and not when the tier is off.
@@ -301,7 +301,7 @@ class MemoryTier:
         return True
 
     def wait(self, *, timeout_s: float = 60.0) -> bool:
-        """Until this rank's guard has committed what was taken; False if it did not. No collective."""
+        """Wait until this rank's guard has committed the snapshot; False if it did not. No collective."""
         if self._link is None:
             return False
         self._link.listen(until_committed_s=timeout_s)
@@ -309,7 +309,7 @@ class MemoryTier:
         return self._link.pending_s == 0 and not self._link.problem
 
     def forget(self) -> None:
-        """What was taken so far must not be gone on from: the run has rolled back. No collective."""
+        """Invalidate the snapshots so far, because the run has rolled back. No collective."""
         if self._link is not None:
             self._link.listen(until_committed_s=self.timeout_s)
             for slot in snapshot_files.SLOTS:
@@ -320,7 +320,7 @@ class MemoryTier:
         self.statistics.exchange_s = link.last.get("exchange_s", 0.0)
 
     def _any(self, *flags: bool) -> list[bool]:
-        """Whether any rank says so, for each flag."""
+        """For each flag, whether it is set on any rank."""
         values = torch.tensor([int(flag) for flag in flags])
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return [bool(value) for value in values.tolist()]
@@ -329,7 +329,7 @@ class MemoryTier:
         return self._ready.get(slot) == self._epoch
 
     def _prepare(self, slot: int) -> bool:
-        """Files of a slot for the sizes of today's images, on all ranks, before any guard sends to another."""
+        """Create the files of a slot for the present image sizes, on all ranks, before any guard sends."""
         assert self._plan is not None and self._link is not None and self.generation is not None
         lengths = self._gather(self._plan.length)
         changed, self._lengths = lengths != self._lengths, lengths
@@ -341,8 +341,8 @@ class MemoryTier:
         if chunk:
             files[snapshot_files.parity_file(folder, slot)] = chunk
         if self._left and self._no_space(chunk):
-            self.discard()  # better a new snapshot than an old one
-            self._gather(None)  # by all ranks, before anyone looks again
+            self.discard()  # a new snapshot is preferred to an old one
+            self._gather(None)  # by all ranks, before any of them checks again
         problem = self._no_space(chunk)
         if not problem:
             try:
@@ -374,7 +374,9 @@ class MemoryTier:
         return True
 
     def _no_space(self, chunk: int) -> str:
-        """Whether this node's ranks together need more for their slots than there is. Every rank calls it.
+        """Describes a lack of space if this node's ranks together need more for their slots than there is.
+
+        Every rank calls it.
 
         Args:
             chunk: bytes of this rank's parity.

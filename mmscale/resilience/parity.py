@@ -1,8 +1,9 @@
-"""XOR parity of a group of ranks, rotated over its members as in RAID 5: who holds what, and how to rebuild a member.
+"""XOR parity of a group of ranks, rotated over its members as in RAID 5, and the rebuilding of a lost member.
 
-Pure maths on byte arrays; no torch, no files, no sockets. With n members there are n stripes. Member m keeps the parity
-of stripe m, and deals its own bytes in n - 1 pieces to the other stripes, so one copy of the state costs 1 / (n - 1)
-more memory, and two members are a mirror of each other. Any one member can be rebuilt from the others, two cannot.
+Pure maths on byte arrays; no torch, no files, no sockets. With n members there are n stripes. Member m stores the
+parity of stripe m, and its own image is cut into n - 1 pieces, one for each of the other stripes. So one copy of the
+state needs 1 / (n - 1) more memory, and two members mirror each other. Any one member can be rebuilt from the others;
+two cannot.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
-ALIGN = 64  # bytes; every image and every piece is a multiple, so that XOR goes by words
+ALIGN = 64  # bytes; all images and pieces are multiples of this, so that XOR works on words
 
 
 def groups_of(nodes: Sequence[Hashable], *, size: int) -> list[tuple[int, ...]]:
-    """Deal ranks to parity groups, members on different nodes where there are enough nodes.
+    """Assign ranks to parity groups, with members on different nodes if there are enough nodes.
 
-    No group is larger than `size`, and sizes differ by at most one, so 6 ranks in groups of 4 are 3 + 3. Only where a
-    rank would be left alone it joins the others: 3 ranks in groups of 2 are one group of 3. A world of one rank has no
-    parity.
+    No group is larger than `size`, and sizes differ by at most one, so 6 ranks in groups of 4 are 3 + 3. A rank that
+    would be alone joins another group: 3 ranks in groups of 2 are one group of 3. A world of one rank has no parity.
 
     Args:
         nodes: node of each rank.
@@ -38,7 +38,7 @@ def groups_of(nodes: Sequence[Hashable], *, size: int) -> list[tuple[int, ...]]:
     for rank, node in enumerate(nodes):
         places.append((seen.setdefault(node, 0), order.index(node), rank))
         seen[node] += 1
-    # First all first ranks of the nodes, then all second ones: neighbours in this order are on different nodes.
+    # First the first rank of each node, then the second ones: neighbours in this order are on different nodes.
     ranks = [rank for _, _, rank in sorted(places)]
     world = len(ranks)
     number = max(1, min(-(-world // size), world // 2))
@@ -59,7 +59,7 @@ def chunk_bytes(lengths: Sequence[int]) -> int:
 
 
 def piece(*, member: int, stripe: int, length: int, chunk: int) -> slice:
-    """Where the part of a member's image that belongs to another member's stripe stands; may be short or empty."""
+    """The slice of a member's image that belongs to another member's stripe; it may be short or empty."""
     assert member != stripe
     index = stripe if stripe < member else stripe - 1
     return slice(min(index * chunk, length), min((index + 1) * chunk, length))
@@ -73,7 +73,7 @@ def xor_into(target: Bytes, source: Bytes) -> None:
 
 
 def parity_of(images: Sequence[Bytes], *, member: int) -> Bytes:
-    """The parity that a member keeps, from the images of all others (its own is not looked at)."""
+    """The parity that a member keeps, from the images of all others (its own is ignored)."""
     lengths = [image.size for image in images]
     chunk = chunk_bytes(lengths)
     parity = np.zeros(chunk, np.uint8)
@@ -101,7 +101,7 @@ def contribution_bytes(lengths: Sequence[int], *, member: int, lost: int, stripe
 
 
 def contribution(image: Bytes, parity: Bytes, lengths: Sequence[int], *, member: int, lost: int, stripe: int) -> Bytes:
-    """What a survivor adds to one stripe of a lost member's image; XOR over all survivors gives that part of it.
+    """A survivor's contribution to one stripe of a lost member's image; the XOR over all survivors is that part of it.
 
     Args:
         image: the survivor's image.
@@ -119,7 +119,7 @@ def contribution(image: Bytes, parity: Bytes, lengths: Sequence[int], *, member:
 
 
 def rebuild(images: Sequence[Bytes], parities: Sequence[Bytes], lengths: Sequence[int], *, lost: int) -> Bytes:
-    """A lost member's image from all others' images and parities (its own entries are not looked at)."""
+    """A lost member's image from all others' images and parities (its own entries are ignored)."""
     image = np.zeros(lengths[lost], np.uint8)
     for stripe in range(len(lengths)):
         if stripe == lost:

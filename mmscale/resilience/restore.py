@@ -1,7 +1,7 @@
-"""A rank's image from the memory of an attempt that died: found, verified, and rebuilt from parity where it is lost.
+"""Recovers a rank's image from the memory of a dead attempt: found, verified, and rebuilt from parity if lost.
 
-Every rank calls `recover`; all of them get an image of the same step, or none does. What is in an image, image.py says.
-The ranks of the new attempt do it by themselves, over their host group: guards of the old attempt are not asked.
+Every rank calls `recover`; either all of them get an image of the same step, or none does. image.py defines the content
+of an image. The ranks of the new attempt do the work, over their host group, without the guards of the old attempt.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mmscale.resilience import parity, snapshot_files
-from mmscale.resilience.generations import Choice, Generation, Offer, choose
+from mmscale.resilience.generations import ChosenSnapshot, Generation, Offer, choose
 from mmscale.resilience.snapshot_files import UnusableError
+from mmscale.runtime.groups import gathered
 
 _AT_ONCE = 64 << 20  # bytes of one message
 
@@ -32,8 +33,8 @@ class Recovered:
         step: its step.
         image: [bytes]; may be a private view of a file in shared memory.
         lost: ranks whose images were rebuilt from parity.
-        seconds: from the first look to the last digest.
-        rebuild_s: of these, moving and XORing bytes.
+        seconds: from the start of the search to the last digest.
+        rebuild_s: of these, for sending and XORing bytes.
     """
 
     step: int
@@ -44,12 +45,12 @@ class Recovered:
 
 
 class Recovery:
-    """One look at a generation's memory; every rank makes it and calls it alike.
+    """A recovery from one generation's memory. Every rank creates it and makes the same calls.
 
     Args:
-        generation: whose memory.
+        generation: of the snapshots.
         group: all ranks, on the host (gloo).
-        root: where folders stand.
+        root: folder of the snapshot folders.
     """
 
     def __init__(self, generation: Generation, *, group: ProcessGroup, root: Path = snapshot_files.ROOT) -> None:
@@ -60,10 +61,10 @@ class Recovery:
         self._mapped: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def recover(self, *, above: int) -> tuple[Recovered | None, list[str]]:
-        """This rank's image of the newest usable snapshot after step `above`, or None; and what was refused and why."""
+        """This rank's image of the newest usable snapshot after step `above`, or None; and why others are refused."""
         began = time.monotonic()
         offers, problems = self._offers()
-        while True:  # an offer with a wrong digest is none: look again without it
+        while True:  # an offer with a wrong digest is dropped: choose again without it
             choice, reasons = choose(self.generation, offers, above=above)
             if choice is None:
                 return None, list(dict.fromkeys([*problems, *reasons]))
@@ -87,12 +88,10 @@ class Recovery:
         return Recovered(choice.step, image, choice.lost, ended - began, ended - moving), refused
 
     def _gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * torch.distributed.get_world_size(self.group)
-        torch.distributed.all_gather_object(gathered, value, group=self.group)
-        return gathered
+        return gathered(value, group=self.group)
 
     def _offers(self) -> tuple[list[Offer], list[str]]:
-        """What all ranks can read. A folder's random name says that it is this run's, on whichever node it is now."""
+        """The slots that all ranks can read. A folder is found by its random name, on any node."""
         mine: list[Offer] = []
         problems: list[str] = []
         for rank, name in enumerate(self.generation.folders):
@@ -105,8 +104,8 @@ class Recovery:
         gathered = self._gather((mine, problems))
         return [offer for offers, _ in gathered for offer in offers], [text for _, texts in gathered for text in texts]
 
-    def _verify(self, choice: Choice) -> dict[tuple[int, int], str]:
-        """Slots of the choice whose bytes are not what their markers say, hashed by their holders."""
+    def _verify(self, choice: ChosenSnapshot) -> dict[tuple[int, int], str]:
+        """Slots of the choice whose bytes do not match their markers, hashed by their holders."""
         bad: dict[tuple[int, int], str] = {}
         for offer in choice.sources.values():
             if offer.holder != self.rank:
@@ -128,10 +127,10 @@ class Recovery:
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
-    def _image(self, choice: Choice) -> Tensor:
-        """This rank's image, while other ranks are served from what this one holds.
+    def _image(self, choice: ChosenSnapshot) -> Tensor:
+        """This rank's image, while this rank also serves the others.
 
-        All ranks walk through the same list of messages in the same order, so none can wait for another in a circle.
+        All ranks go through the same list of messages in the same order, so no cycle of waits can occur.
         """
         mine: Tensor | None = None
         for rank in range(len(self.generation.folders)):
@@ -141,7 +140,7 @@ class Recovery:
         return mine
 
     def _fetch(self, offer: Offer) -> Tensor | None:
-        """A whole image: a view of the file where its rank is still on the same node, otherwise sent."""
+        """A whole image: a view of the file if its rank is still on the same node, otherwise received."""
         source = self._held(offer)[0] if offer.holder == self.rank else None
         if offer.holder == offer.rank:
             return source
@@ -154,8 +153,8 @@ class Recovery:
         self._move(offer.holder, offer.rank, length, source=source, take=take)
         return image
 
-    def _rebuild(self, choice: Choice, lost: int) -> Tensor | None:
-        """A lost rank's image, XORed together by that rank from what its group's survivors send."""
+    def _rebuild(self, choice: ChosenSnapshot, lost: int) -> Tensor | None:
+        """A lost rank's image, XORed by that rank from the contributions of its group's survivors."""
         group = self.generation.group_of(lost)
         survivors = [choice.sources[rank] for rank in group if rank != lost]
         member, lengths = group.index(lost), survivors[0].marker.lengths
@@ -184,7 +183,7 @@ class Recovery:
     def _move(
         self, giver: int, taker: int, size: int, *, source: Tensor | None, take: Callable[[int, Tensor], None]
     ) -> None:
-        """Bytes from one rank to another, who takes them part by part; every other rank goes on at once."""
+        """Send bytes from one rank to another, part by part; every other rank returns at once."""
         if self.rank not in (giver, taker):
             return
         assert source is None or source.numel() == size

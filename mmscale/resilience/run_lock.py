@@ -1,17 +1,17 @@
-# One trainer for a run, however and wherever it is started: takes the run's lease, refuses while its holder lives, and
-# keeps the lease alive. What the file is, and what ranks ask it, is in lease.py. No torch.
+# Ensures one trainer per run, however and wherever it is started: takes the run's lease, refuses while its holder is
+# alive, and keeps the heartbeat. lease.py defines the file and the checks of ranks. No torch.
 """The lock of a run.
 
-Whether a holder lives is told by its process where that can be seen (same boot of the same machine, same PID
-namespace): at once. Anywhere else by its counter: a second starter watches it for some seconds. Clocks and host names
-are never compared, and no `flock` is needed: over NFS, `link` is what happens once.
+If the holder's process is visible (same boot of the same machine, same PID namespace), its state is known at once.
+Otherwise a second starter watches the holder's counter for some seconds. Clocks and host names are never compared, and
+no `flock` is needed: over NFS, `link` is atomic.
 
-Every lease has a random token. Only one process can succeed a lease, because it has to make a link that is named after
-the token; so of two that start at the same time one is refused.
+Every lease has a random token. Only one process can succeed a lease, because it has to create a link named after the
+token; so of two that start at the same time one is refused.
 
     with RunLock(run, by="train") as lock:
-        lock.take("train-1", attempt=3)      # HeldError: somebody trains it
-        ...                                  # beats in a thread; released at the end
+        lock.take("train-1", attempt=3)      # HeldError: another process trains it
+        ...                                  # heartbeats in a thread; released at the end
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 
-from mmscale.errors import LaunchError
+from mmscale.errors import LaunchError, shell_command
 from mmscale.resilience.lease import BEAT_S, LEASE, SILENT_S, Lease, beat, encode, inode, owner, read, release
 from mmscale.runtime.processes import Process
 
 _LOOK_S = 0.5
-_STALLED_S = 3.0  # a look that took so long says nothing of the holder: the file system stood still for both
+_STALLED_S = 3.0  # a read that took so long shows nothing about the holder: the file system stood still for both
 _NOBODY = "nobody"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class HeldError(LaunchError):
-    """Somebody else trains the run, and lives."""
+    """Another process trains the run and is alive."""
 
 
 def refuse_held(run: Path, *, job: str = "", known_dead: Collection[str] = ()) -> None:
-    """Refuse to start beside a holder that lives; nothing is taken.
+    """Refuse to start while a holder is alive; takes nothing.
 
-    Waits for up to `SILENT_S` where only the counter can tell.
+    Waits for up to `SILENT_S` if only the counter can show it.
 
     Args:
         run: the run's folder, or that of a stage.
         job: of SLURM, that asks: its own earlier starts are over.
-        known_dead: ids of attempts that are over, as SLURM says.
+        known_dead: ids of attempts that have ended according to SLURM.
 
     Raises:
-        HeldError: the holder lives.
+        HeldError: the holder is alive.
         LaunchError: the lease cannot be read.
     """
     held = _current(run)[0]
@@ -74,14 +74,14 @@ def take(
 
     Args:
         run: its folder.
-        lease_id: of the attempt; no two are equal.
+        lease_id: of the attempt; unique.
         attempt: its number.
         job: of SLURM; it may take the run from its own earlier starts, as a process may from itself.
         by: "train" or "launch".
         known_dead: as for `refuse_held`.
 
     Raises:
-        HeldError: another one owns it, and lives.
+        HeldError: another one owns it and is alive.
         LaunchError: the lease cannot be read or written.
     """
     run.mkdir(parents=True, exist_ok=True)
@@ -111,12 +111,12 @@ def take(
 
 
 def holder_lives(run: Path, held: Lease) -> bool | None:
-    """Whether the holder of a lease lives; None: not to be told from here without a look at its counter."""
+    """Whether the holder of a lease is alive; None if only its counter can show it."""
     lives = held.process.lives()
     if not held.process.boot and held.host == socket.gethostname():  # taken by an older version
         with contextlib.suppress(OSError):
             return Process.of(held.process.pid) is not None
-    if lives and not held.is_of(run):  # this folder is a copy of its
+    if lives and not held.is_of(run):  # this folder is a copy of the holder's
         return None
     return lives
 
@@ -127,10 +127,10 @@ def holder_lives(run: Path, held: Lease) -> bool | None:
 def _refuse_living(
     run: Path, held: Lease, again: Callable[[], Lease | None], *, job: str, known_dead: Collection[str]
 ) -> None:
-    """Return if the lease may be taken over, or is no longer this holder's.
+    """Return if the lease may be taken over, or no longer belongs to this holder.
 
     Raises:
-        HeldError: the holder lives.
+        HeldError: the holder is alive.
     """
     if (job and held.job == job) or held.process == Process.this() or held.id in known_dead:
         return
@@ -156,7 +156,7 @@ def _refuse_living(
         if time.monotonic() - before > _STALLED_S:
             began = time.monotonic()
         if found is None or found.token != first.token:
-            return  # given up, or taken by another one: asked anew by who wants to take it
+            return  # released, or taken by another one: the caller decides again
         if not ending and found.beat != first.beat:
             raise _held(run, found)
         held = found
@@ -174,7 +174,7 @@ def _held(run: Path, held: Lease, *, saving: bool = False) -> HeldError:
         )
     here = "" if held.process.is_here or held.job else f" on {held.host}"
     return HeldError(
-        f"{run} is being trained by {_who(held)}", remedy=f"`mmscale stop {run}`{here} has it save and end"
+        f"{run} is being trained by {_who(held)}", remedy=f"{shell_command('stop', run)}{here} has it save and end"
     )
 
 
@@ -182,12 +182,12 @@ def _held(run: Path, held: Lease, *, saving: bool = False) -> HeldError:
 
 
 def _claim(run: Path, token: str) -> Path:
-    """What the one successor of a lease makes."""
+    """The path of the link that the only successor of a lease creates."""
     return run / f".{LEASE}.after.{token}"
 
 
 def _current(run: Path) -> tuple[Lease | None, list[str]]:
-    """The newest lease, published or claimed by a process that has not come to publish it, and the tokens up to it."""
+    """The newest lease, published or claimed by a process that has not published it yet, and the tokens up to it."""
     held = read(run / LEASE)
     tokens = [held.token if held is not None else _NOBODY]
     while (claimed := read(_claim(run, tokens[-1]))) is not None:
@@ -197,10 +197,10 @@ def _current(run: Path) -> tuple[Lease | None, list[str]]:
 
 
 def _succeed(run: Path, lease: Lease, tokens: list[str]) -> bool:
-    """Become the successor of the newest lease; False: somebody else was faster.
+    """Become the successor of the newest lease; False: another process was faster.
 
     Raises:
-        OSError: the file system does not take it.
+        OSError: the file system refuses it.
     """
     temporary, claim = run / f".{LEASE}.{lease.token}", _claim(run, tokens[-1])
     try:
@@ -209,7 +209,7 @@ def _succeed(run: Path, lease: Lease, tokens: list[str]) -> bool:
             return False
         published = read(run / LEASE)
         if (published.token if published is not None else _NOBODY) != tokens[0]:
-            claim.unlink(missing_ok=True)  # what this would succeed was over before the link was made
+            claim.unlink(missing_ok=True)  # the lease that this would succeed was over before the link was made
             return False
         temporary.replace(run / LEASE)
     finally:
@@ -242,9 +242,9 @@ def _link(source: Path, target: Path) -> bool:
 
 
 class RunLock:
-    """This process's hold on a run: beats while it is entered, and gives the run up in the end.
+    """This process's hold on a run: sends heartbeats while entered, and releases the run at the end.
 
-    A beat that cannot be written, on a full or frozen disk, is no lost lease: it is tried again.
+    A heartbeat that cannot be written, on a full or frozen disk, does not lose the lease: it is retried.
 
     Args:
         run: the run's folder.
@@ -252,8 +252,8 @@ class RunLock:
         by: "train" or "launch".
 
     Attributes:
-        lease: what it holds; None before `take`.
-        keep: do not give the run up in the end: SLURM starts this job again.
+        lease: the lease that it holds; None before `take`.
+        keep: do not release the run at the end, because SLURM restarts this job.
     """
 
     def __init__(self, run: Path, *, job: str = "", by: str = "train") -> None:
@@ -264,7 +264,7 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def take(self, lease_id: str, *, attempt: int, known_dead: Collection[str] = ()) -> Lease:
-        """`run_lock.take`, and keep it from then on; again for the next attempt of the same process."""
+        """`run_lock.take`, with heartbeats from then on; again for the next attempt of the same process."""
         self.lease = take(self.run, lease_id, attempt=attempt, job=self.job, by=self.by, known_dead=known_dead)
         if self._thread is None:
             self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -279,7 +279,7 @@ class RunLock:
     ) -> None:
         self._ended.set()
         if self._thread is not None:
-            self._thread.join(timeout=2 * BEAT_S)  # it may stand in a file system that is frozen
+            self._thread.join(timeout=2 * BEAT_S)  # the file system may be frozen
         if self.lease is not None and not self.keep:
             release(self.run, self.lease.id)
 
@@ -297,7 +297,7 @@ class RunLock:
                 continue
 
     def _restore(self, lease: Lease) -> None:
-        """Somebody has removed the file: put it back, unless another one has taken the run since."""
+        """The file was removed: write it again, unless another process has taken the run since."""
         temporary = self.run / f".{LEASE}.{lease.token}"
         try:
             temporary.write_bytes(encode(lease))

@@ -1,6 +1,6 @@
-"""A request to stop, from the outside: noted when a signal comes, agreed on by all ranks at a step's border.
+"""Stop requests by signal: recorded when a signal arrives, agreed on by all ranks at a step boundary.
 
-Nothing is saved or sent from inside a handler; requeueing is the launcher's business.
+Handlers neither save nor communicate. The launcher requeues jobs.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import torch
 
 from mmscale.runtime.rank_env import GRACE_S
 
-# SIGUSR2 is what SLURM is told to send before a time limit or a preemption, SIGTERM what it sends at any other end,
-# SIGUSR1 what a person sends who does not want the run back. The largest code on any rank counts for all.
-# SIGHUP, of a terminal that is closed, counts as SIGTERM.
+# SLURM sends SIGUSR2 before a time limit or a preemption (as requested by the launcher) and SIGTERM at any other end; a
+# person who wants a final stop sends SIGUSR1. The largest code on any rank counts for all. SIGHUP, of a closed
+# terminal, counts as SIGTERM.
 _CODES = {signal.SIGINT: 1, signal.SIGTERM: 2, signal.SIGHUP: 2, signal.SIGUSR2: 3, signal.SIGUSR1: 4}
 
 
 class StopRequest:
     """Handlers of SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGINT while it is entered. A second SIGINT interrupts at once.
 
-    A launcher may have blocked them until now: what came meanwhile is delivered on entering. Only the process that
-    entered it notes anything: a forked one (a loader, a writer) inherits the handlers, SLURM signals it as well, and
-    its end would be taken for a fault.
+    A launcher may have blocked these signals until now; pending ones are delivered on entering. Only the process that
+    entered it records anything: a forked process (a loader, a writer) inherits the handlers and is signalled by SLURM
+    as well, but its end must not count as a fault.
 
     Args:
-        grace_s: how long this process may go on after a request, before it is ended [seconds].
+        grace_s: how long this process may continue after a request, before it is ended [seconds].
 
     Attributes:
-        name: the signal that came to this process.
+        name: the signal that this process received.
         agreed_name: the signal that all ranks stop for, once they agreed.
     """
 
@@ -55,7 +55,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # First the mask: a request that is repeated while the process ends must not end it by the default action.
+        # First the mask: a repeated request while the process ends must not end it by the default action.
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -70,20 +70,23 @@ class StopRequest:
             self.name = signal.Signals(number).name
 
     def ask(self, number: signal.Signals) -> None:
-        """Ask as this signal would."""
+        """Request a stop as this signal would."""
         self._note(number, None)
 
     @property
     def waited_s(self) -> float:
-        """Since this process was first asked to stop; 0 if it was another one."""
+        """Time since the first stop request to this process; 0 if another process was asked."""
         return 0.0 if self._noted is None else time.monotonic() - self._noted
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop: the same answer on every rank. Every rank calls it at the same step."""
+        """Whether any rank was asked to stop; the result is the same on every rank.
+
+        Every rank calls it at the same step.
+        """
         return self.agreed_with(device)[0]
 
     def agreed_with(self, device: torch.device, *numbers: int) -> tuple[bool, list[int]]:
-        """The same, and the maxima of further numbers over all ranks: what is agreed on at every step travels at once.
+        """The same, and the maxima of further numbers over all ranks, so that each step needs only one collective.
 
         Args:
             device: of the collective.

@@ -3,10 +3,10 @@
     /dev/shm/mmscale-<32 random hexadecimal digits>/      0700
         image.0   parity.0   commit.0                     0600; slot 0: the state, parity of others' states, marker
         image.1   parity.1   commit.1                     slot 1
-        guard.sock   guard.log                            the guard that looks after the folder
+        guard.sock   guard.log                            the guard of the folder
 
-A slot without its marker is torn. The marker is written last, by rename, and is deleted first. No torch: the guard
-reads and writes these files too. What an image consists of, image.py says.
+A slot without its marker is incomplete. The marker is written last, by rename, and is deleted first. No torch: the
+guard reads and writes these files too. image.py defines the content of an image.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _HASHED_AT_ONCE = 16 << 20
 
 
 class UnusableError(Exception):
-    """A file of the memory tier is not what it should be; the text says why."""
+    """A file of the memory tier is invalid; the text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a committed slot holds, and what its group needs to rebuild any one member.
+    """The content of a committed slot, and the data that its group needs to rebuild any one member.
 
     Attributes:
-        generation: random name of the set of guards that wrote it; no two attempts share one.
+        generation: random name of the set of guards that wrote it; unique for each attempt.
         attempt: attempt of the run.
         serial: counts the snapshots of a generation; the highest is the newest, also after a roll-back.
         step: optimizer steps done.
-        rank: whose state it is.
+        rank: owner of the state.
         members: ranks of the parity group, in member order.
         lengths: bytes of each member's image.
         digests: xxh3_128 of each member's image.
@@ -98,25 +98,25 @@ class Marker:
 
 
 def create_folder(root: Path = ROOT) -> Path:
-    """A new private folder with a name that nobody can guess."""
+    """A new private folder with an unguessable name."""
     folder = root / f"mmscale-{secrets.token_hex(16)}"
     folder.mkdir(mode=0o700)
     return folder
 
 
 def existing_folder(name: str, root: Path = ROOT) -> Path | None:
-    """The folder of this name, if this machine has it and nobody else could have written into it."""
+    """The folder of this name, if it exists on this machine and no other user could have written into it."""
     folder = root / name
     try:
         found = folder.lstat()
-    except OSError:  # also where another process has just removed it
+    except OSError:  # also if another process has just removed it
         return None
     private = found.st_uid == os.geteuid() and not stat.S_IMODE(found.st_mode) & 0o077
     return folder if _NAME.match(name) and stat.S_ISDIR(found.st_mode) and private else None
 
 
 def remove_folder(folder: Path) -> None:
-    """Give its memory back. Two processes may do it at the same time."""
+    """Free its memory. Two processes may do it at the same time."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -140,9 +140,10 @@ def free_bytes(root: Path = ROOT) -> tuple[int, int]:
 
 
 def allocate(file: Path, size: int) -> None:
-    """A file of this size whose pages exist.
+    """Create a file of this size with allocated pages.
 
-    A sparse file on a full tmpfs would end the process with SIGBUS in the middle of a copy; fallocate says so before.
+    Writing to a sparse file on a full tmpfs would end the process with SIGBUS in the middle of a copy; fallocate
+    reports the lack of space before.
 
     Raises:
         OSError: there is no space (ENOSPC).
@@ -157,12 +158,12 @@ def allocate(file: Path, size: int) -> None:
 
 
 def map_file(file: Path, *, writable: bool = False) -> mmap.mmap:
-    """A file's bytes in memory: shared if `writable`, otherwise what is written stays private.
+    """A file's bytes in memory: shared if `writable`, otherwise writes stay private.
 
     Raises:
         UnusableError: it is missing or empty.
     """
-    populate = mmap.MAP_POPULATE if writable else 0  # page by page faults would halve the speed of the first copy
+    populate = mmap.MAP_POPULATE if writable else 0  # page faults one by one would halve the speed of the first copy
     try:
         descriptor = os.open(file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW)
     except OSError as error:
@@ -178,7 +179,10 @@ def map_file(file: Path, *, writable: bool = False) -> mmap.mmap:
 
 
 def digest(content: Any) -> str:
-    """xxh3_128 of a buffer: finds every accident at the speed of memory; it is no signature against an attacker."""
+    """xxh3_128 of a buffer.
+
+    It detects every accident at the speed of memory; it is no protection against an attacker.
+    """
     hashed = xxhash.xxh3_128()
     with memoryview(content) as view, view.cast("B") as octets:
         for begin in range(0, len(octets), _HASHED_AT_ONCE):  # in parts: other threads of the guard run in between
@@ -205,7 +209,7 @@ def file_digest(file: Path, size: int) -> str:
 
 
 def commit(folder: Path, slot: int, marker: Marker) -> None:
-    """Declare a slot whole; after everything else."""
+    """Mark a slot as complete, after everything else."""
     temporary = folder / f"commit.{slot}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -214,12 +218,12 @@ def commit(folder: Path, slot: int, marker: Marker) -> None:
 
 
 def uncommit(folder: Path, slot: int) -> None:
-    """Declare a slot torn; before anything of it is overwritten."""
+    """Mark a slot as incomplete, before any part of it is overwritten."""
     (folder / f"commit.{slot}").unlink(missing_ok=True)
 
 
 def committed(folder: Path) -> tuple[dict[int, Marker], list[str]]:
-    """Markers by slot, and what is wrong with the others."""
+    """Markers by slot, and the problems of the other slots."""
     markers, problems = {}, []
     for slot in SLOTS:
         try:

@@ -1,16 +1,16 @@
-# A thread in every rank that notices when no step ends any more, writes down where its rank stands, ends the attempt.
-# It restarts nothing (the launcher does) and runs no collective: those are what may hang.
-"""Hang watch.
+# A thread in every rank that notices when no step ends any more, reports where its rank waits, and ends the attempt.
+# The launcher restarts ranks. The thread runs no collective, because collectives are what may hang.
+"""Hang detection.
 
-A rank that waits for ever in a collective says nothing by itself, and neither does the one it waits for. Each rank
-therefore notes every border between two steps; when none came for too long, its thread writes the stacks of all threads
-and whether the main one stands in a collective into RUN/logs/attempt_N/hang/rank_R.json, and ends the process with
-`HUNG`. `culprits` reads all of these files: those who did not enter the collective that the others wait in. A border
-that comes just then takes the file away again, and the watch goes on.
+A rank that waits for ever in a collective prints nothing, and neither does the rank that it waits for. So each rank
+records every step boundary. If there was none for too long, its thread writes the stacks of all threads, and whether
+the main thread waits in a collective, into RUN/logs/attempt_N/hang/rank_R.json, and ends the process with `HUNG`.
+`culprits` reads all of these files and finds the ranks that did not enter the collective that the others wait in. If a
+step boundary is reached just then, the file is removed and the watch continues.
 
-Where torch's flight recorder is on (TORCH_FR_BUFFER_SIZE, which `launch` sets for its ranks; for NCCL and gloo alike)
-the last collectives of each process group are in flight_R.json beside it, and how many a rank has entered tells who
-is behind.
+If torch's flight recorder is active (TORCH_FR_BUFFER_SIZE, which `launch` sets for its ranks; for NCCL and gloo) the
+last collectives of each process group are written to flight_R.json, and the number of entered collectives shows which
+rank is behind.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from typing import Any, TypeVar
 
 from mmscale import bounded
 
-HUNG = 76  # exit status: a crash, for the launcher
+HUNG = 76  # exit status; the launcher treats it as a crash
 FOLDER = "hang"
 _FLOOR_S, _FACTOR = 300.0, 10.0
-_DISK_S = 10.0  # a report that is not written by then tells of a disk that does not answer
+_DISK_S = 10.0  # if the report is not written by then, the disk hangs
 _GRACE_S = 3.0  # between a rank's report and its end: the launcher ends all ranks with the first, and all should report
-_LATE_S = 2.0  # a rank that runs looks once a second; one that reports after others' grace is 3 s late
+_LATE_S = 2.0  # a running rank checks once a second; one that reports after others' grace period is 3 s late
 # Files of torch in which a rank waits for others; a backward pass waits in C++, called from the last one.
 _WAITS_IN = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Report:
-    """Where a rank stood.
+class HangReport:
+    """The state of a hanging rank.
 
     Attributes:
-        rank, host: which one.
-        step: the last one whose border it reached.
-        borders: how many it reached in this attempt.
-        waited_s: since the last one [seconds].
+        rank, host: of the report.
+        step: the last step whose boundary it reached.
+        borders: number of boundaries that it reached in this attempt.
+        waited_s: time since the last one [seconds].
         in_collective: whether its main thread waited for other ranks.
         stack: of its main thread, innermost last: "file:line function".
-        collectives: how many it has entered, by number of the process group; empty without a flight recorder.
-        late_s: how much longer it waited than it should have before it reported [seconds].
+        collectives: number of entered collectives, by number of the process group; empty without a flight recorder.
+        late_s: delay of the report beyond the timeout [seconds].
     """
 
     rank: int
@@ -71,14 +71,14 @@ class Report:
 
 
 class Watchdog:
-    """Watches one rank while it is entered. Begins with the first `beat`: starting up takes as long as it takes.
+    """Watches one rank while it is entered. It starts with the first `beat`, because start-up has no time limit.
 
     Args:
         rank: of this process.
         folder: RUN/logs/attempt_N.
-        timeout_s: None: ten times the longest time between two borders so far, but five minutes at least.
-        recorded: gives the flight recorder's JSON, None where there is none.
-        end: ends the process; tests give another one.
+        timeout_s: None: ten times the longest time between two boundaries so far, at least five minutes.
+        recorded: returns the flight recorder's JSON, or None.
+        end: ends the process; replaced in tests.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A peer that ends itself first breaks the collective that others wait in: what they have reported stays true.
+        # A peer that ends first breaks the collective that others wait in; their reports stay valid.
         self._failed = kind is not None
         self._over.set()
         self._thread.join(_GRACE_S + 2.0)
@@ -124,12 +124,12 @@ class Watchdog:
         return (learned if self._timeout_s is None else self._timeout_s) + self._allowed_s
 
     def beat(self, step: int, *, allowed_s: float = 0.0) -> None:
-        """A border is reached, before ranks agree on anything there; also between two batches of an evaluation.
+        """A step boundary is reached, before any collective there; also called between two batches of an evaluation.
 
         Args:
-            step: the last one that was done.
-            allowed_s: what follows may take this much longer than a step, and teaches nothing: a save that is waited
-                for, or a roll-back.
+            step: the last completed step.
+            allowed_s: additional time for what follows, which is not used to estimate the timeout: waiting for a save,
+                or a roll-back.
         """
         now = time.monotonic()
         if self._last is not None and not self._allowed_s:
@@ -147,7 +147,7 @@ class Watchdog:
             elif not self._over.wait(_GRACE_S) and self._last == last:
                 self._end(HUNG)
                 return
-            if not self._failed:  # a near miss
+            if not self._failed:  # it was only slow
                 _in_thread(functools.partial(self._file.unlink, missing_ok=True)).wait(_DISK_S)
 
     @property
@@ -155,10 +155,10 @@ class Watchdog:
         return self.folder / f"rank_{self.rank}.json"
 
     def _report(self, waited_s: float) -> bool:
-        """Write down where this rank stands; whether the disk did not answer, and does now or the loop is over."""
+        """Write the report of this rank. Returns whether the disk hung and then recovered, or the loop has ended."""
 
         def work() -> None:
-            # The disk comes last: it may be full, read-only, or what hangs.
+            # The disk comes last: it may be full, read-only, or the cause of the hang.
             _tried(lambda: self._say(waited_s))
             collectives = _tried(self._flight)
             _tried(lambda: self._write(waited_s, collectives or {}))
@@ -182,7 +182,7 @@ class Watchdog:
         frames = traceback.extract_stack(frame) if frame is not None else []
         waits = any(entry.filename.endswith(_WAITS_IN) for entry in frames)
         stack = [f"{entry.filename}:{entry.lineno} {entry.name}" for entry in frames]
-        report = Report(
+        report = HangReport(
             rank=self.rank,
             host=socket.gethostname(),
             step=self._step,
@@ -199,17 +199,17 @@ class Watchdog:
         temporary.replace(self._file)
 
     def _flight(self) -> dict[str, int]:
-        """Write down what the flight recorder has; collectives that this rank has entered, by group."""
+        """Write the flight recorder's record; returns the number of entered collectives by group."""
         text = self._recorded()
         if text is None:
             return {}
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"flight_{self.rank}.json").write_text(text)
-        return entered(json.loads(text))
+        return entered(bounded.parse_json(text))
 
 
 def _in_thread(action: Callable[[], object]) -> threading.Event:
-    """Do something that a frozen disk may never end; the event is set when it has ended."""
+    """Run an action that may never return on a frozen disk; the event is set when it has returned."""
     ended = threading.Event()
 
     def work() -> None:
@@ -223,7 +223,7 @@ def _in_thread(action: Callable[[], object]) -> threading.Event:
 
 
 def _tried(action: Callable[[], T]) -> T | None:
-    """What the action gives, or None: what cannot be said or written down must not keep a hung process alive."""
+    """The result of the action, or None on an error: a failing report must not keep a hung process alive."""
     try:
         return action()
     except Exception:
@@ -233,33 +233,33 @@ def _tried(action: Callable[[], T]) -> T | None:
 
 
 def entered(recorded: Mapping[str, Any]) -> dict[str, int]:
-    """How many collectives a process has entered, by the number of the group, from its flight recorder's JSON."""
+    """Number of collectives that a process has entered, by the number of the group, from its flight recorder's JSON."""
     last: dict[str, int] = {}
     for entry in recorded.get("entries", []):
         if not entry.get("is_p2p"):
-            number = str(entry["process_group"][0])  # the same on all ranks, whether they are in the group or not
+            number = str(entry["process_group"][0])  # the same number on all ranks, members of the group or not
             last[number] = max(last.get(number, 0), int(entry["collective_seq_id"]))
     return last
 
 
-def reports(folder: Path) -> list[Report]:
+def reports(folder: Path) -> list[HangReport]:
     """Reports of an attempt that hung, by rank; empty if it did not."""
     found = []
     for file in (folder / FOLDER).glob("rank_*.json"):
         try:
-            found.append(bounded.read_record(Report, file))
+            found.append(bounded.read_record(HangReport, file))
         except (OSError, ValueError):
             continue
     return sorted(found, key=lambda report: report.rank)
 
 
-def culprits(found: Sequence[Report], *, world_size: int) -> list[int]:
+def culprits(found: Sequence[HangReport], *, world_size: int) -> list[int]:
     """Ranks that the others waited for.
 
-    Those who could not even report (stopped, dead), or only after the others had ended (SLURM wakes a stopped process
-    before it ends it); else those who stand outside of a collective while others wait in
-    one; else those who have entered fewer collectives of a group than others of it; else those who reached the fewest
-    borders. All of them if nothing tells them apart.
+    In order: ranks that could not report (stopped, dead), or only after the others had ended (SLURM wakes a stopped
+    process before it ends it); ranks outside a collective while others wait in one; ranks that have entered fewer
+    collectives of a group than its other members; ranks with the fewest boundaries. All ranks if nothing distinguishes
+    them.
     """
     timely = {report.rank for report in found if report.late_s < _LATE_S}
     silent = sorted(set(range(world_size)) - timely)

@@ -1,7 +1,7 @@
 """Connections between guards: both ends prove that they know the run's token, then send frames of bytes.
 
-No pickle, and every wait has an end. `multiprocessing.connection` has the same hand-shake, but no time-outs: whoever
-connects and says nothing would stop its accept for ever. What is sent is neither encrypted nor signed.
+No pickle, and every wait has a timeout. `multiprocessing.connection` has the same handshake but no timeouts: a client
+that connects and sends nothing would block its accept for ever. Frames are neither encrypted nor signed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_HEADER = 1 << 20
 
 
 class RefusedError(Exception):
-    """The other end does not know the token, or does not speak this protocol."""
+    """The other end does not know the token, or does not use this protocol."""
 
 
 def listen(address: str) -> socket.socket:
@@ -37,10 +37,10 @@ def listen(address: str) -> socket.socket:
 
 
 def connect(address: tuple[str, int], *, token: bytes, me: int, timeout_s: float) -> socket.socket:
-    """Connect to a guard as member `me`; each send and each receive may take `timeout_s` from then on.
+    """Connect to a guard as member `me`; each later send and receive may take `timeout_s`.
 
     Raises:
-        RefusedError, OSError: nobody is there, or it is not a guard of this run.
+        RefusedError, OSError: there is no listener, or it is not a guard of this run.
     """
     connection = socket.create_connection(address, timeout=HANDSHAKE_S)
     try:
@@ -80,14 +80,14 @@ def welcome(connection: socket.socket, *, token: bytes, timeout_s: float) -> int
 
 
 def send(connection: socket.socket, header: dict[str, Any], payload: memoryview) -> None:
-    """One frame: a small JSON header that tells the payload's size as "size", and the payload, which is not copied."""
+    """Send one frame: a small JSON header with the payload's size as "size", and the payload, which is not copied."""
     text = json.dumps({**header, "size": len(payload)}).encode()
     connection.sendall(_HEADER.pack(len(text)) + text)
     connection.sendall(payload)
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """Wait, for ever, for the next frame's header; None at the end. The payload is read with `receive_into`."""
+    """Wait without a timeout for the next frame's header; None at the end. Read the payload with `receive_into`."""
     timeout_s = connection.gettimeout()
     connection.settimeout(None)
     first = connection.recv(1)

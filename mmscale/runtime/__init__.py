@@ -1,1 +1,1 @@
-"""Where am I running: ranks, devices, process groups, and megatron-core on CPU."""
+"""The runtime environment: ranks, devices, process groups, megatron-core on CPU, and robust writing."""

@@ -1,5 +1,5 @@
-# What a process prints: lines that a full, frozen or closed output refuses are kept for a while and end nothing.
-# Only for processes that train or supervise; a command whose output is its result lets errors through.
+# Output of a process: lines that a full, frozen or closed output does not accept are kept for a while and end nothing.
+# Only for processes that train or supervise; other commands report output errors.
 """Standard output and error that never raise and never block for long."""
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, TextIO
 from mmscale.runtime.disk_writer import DiskWriter
 
 _KEPT = 1 << 20  # bytes
-_GONE = (errno.EPIPE, errno.EBADF)  # nobody will ever read it
+_GONE = (errno.EPIPE, errno.EBADF)  # the reader has gone for good
 
 
 class _Guarded(io.TextIOBase):
-    """A text stream that writes whole lines to a file descriptor by a DiskWriter."""
+    """A text stream that writes whole lines to a file descriptor through a DiskWriter."""
 
     def __init__(self, original: TextIO, number: int) -> None:
         self.original = original
@@ -79,7 +79,7 @@ _guarded: list[tuple[str, _Guarded]] = []
 
 
 def guard() -> None:
-    """Replace sys.stdout and sys.stderr of this process where they are its real ones. Children get the real ones."""
+    """Replace this process's sys.stdout and sys.stderr if they are the original ones, which children still get."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         try:
@@ -95,7 +95,7 @@ def guard() -> None:
 
 
 def _in_child() -> None:
-    """The thread that writes does not exist in a forked process."""
+    """A forked process has no writer thread."""
     for name, guarded in _guarded:
         if getattr(sys, name) is guarded:
             setattr(sys, name, guarded.original)

@@ -1,6 +1,6 @@
-"""Functions of static shapes as CUDA graphs: one launch for forward and one for backward instead of one per kernel.
+"""Captures functions of static shapes as CUDA graphs: one launch each for forward and backward.
 
-torch.cuda.make_graphed_callables does the work. Not for what reads from the device or communicates.
+torch.cuda.make_graphed_callables does the work. Not usable for functions that read from the device or communicate.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mmscale.runtime import device
 class Captured:
     """A differentiable function of an input and of weights, captured when first called with gradients.
 
-    The graph works on the weights where they lie: they may change in place, as optimizers do. It keeps the activations
-    of one call, so a call's backward must come before the next call with gradients (one micro-batch in flight). Calls
-    without gradients, or of another shape or type, run as they are.
+    The graph uses the memory of the weights, which may change in place, as by optimizers. It keeps the activations of
+    one call, so a call's backward must come before the next call with gradients (one micro-batch in flight). Calls
+    without gradients, or of another shape or type, are not captured.
 
     Args:
-        function: takes the input and the weights, gives one tensor.
+        function: takes the input and the weights, returns one tensor.
 
     Raises:
         ConfigError: there is no CUDA device.
@@ -43,7 +43,7 @@ class Captured:
         """Replay, or capture and replay, or call."""
         if not (torch.is_grad_enabled() and given.requires_grad and given.is_cuda):
             return self.function(given, *weights)
-        # Loading a checkpoint copies in place; whoever moves a weight gets a new graph and not the old weights.
+        # Loading a checkpoint copies in place; a moved weight gets a new graph and not the old weights.
         key = (given.shape, given.dtype, *(weight.data_ptr() for weight in weights))
         if self.graph is None:
             self.graph, self.key = self._capture(given, weights), key

@@ -1,6 +1,6 @@
-# CUDA or CPU, asked in one place: the device of this rank, its memory, its name, its random seed.
-# The only module of the package that uses torch.cuda; it starts no process group and knows no megatron-core.
-"""The device this rank computes on."""
+# CUDA or CPU, decided in one place: the device of this rank, its memory, its name, its random seed. The only module of
+# the package that uses torch.cuda; it starts no process group and is independent of megatron-core.
+"""The device that this rank computes on."""
 
 from __future__ import annotations
 
@@ -82,21 +82,21 @@ def synchronize() -> None:
 
 
 class Timer:
-    """Seconds between two places of the device's queue, without a wait: marks are queued like kernels.
+    """Seconds between two points of the device's queue, without a wait: events are queued like kernels.
 
-    Only the current stream is looked at, so what runs beside it (NCCL's) is not waited for. A mark is reached when
-    what was queued before it is done, and not before the host has set it. On a CPU: the host's clock.
+    Only the current stream is measured; parallel streams (NCCL's) are not waited for. An event is reached when all work
+    queued before it is done, and not before the host has recorded it. On a CPU: the host's clock.
     """
 
     def __init__(self) -> None:
         self._marks: list[torch.cuda.Event | float | None] = [None, None]
 
     def begin(self) -> None:
-        """Set the first mark, and forget the second."""
+        """Record the first event, and reset the second."""
         self._marks = [self._mark(), None]
 
     def end(self) -> None:
-        """Set the second mark."""
+        """Record the second event."""
         self._marks[1] = self._mark()
 
     @staticmethod
@@ -108,7 +108,7 @@ class Timer:
         return event
 
     def seconds(self) -> float | None:
-        """Between the marks; None without both. The device must have reached them: something later was waited for."""
+        """Between the events; None without both. The device must have reached them, by a wait for something later."""
         first, second = self._marks
         if first is None or second is None:
             return None
@@ -119,13 +119,13 @@ class Timer:
 
 
 def keep_host_memory() -> bool:
-    """Let this process keep freed memory for itself. A no-op where CUDA is available or the C library is not glibc.
+    """Keep freed memory in this process. A no-op with CUDA, or if the C library is not glibc.
 
-    By default glibc gives blocks above 32 MB back to the kernel and asks for them again, page by page: up to a quarter
-    of the CPU time of a training step with tensors of that size.
+    By default glibc returns blocks above 32 MB to the kernel and requests them again, page by page: up to a quarter of
+    the CPU time of a training step with tensors of that size.
 
     Returns:
-        Whether it does from now on.
+        Whether freed memory is kept from now on.
     """
     if has_cuda() or platform.libc_ver()[0] != "glibc":
         return False
@@ -135,13 +135,13 @@ def keep_host_memory() -> bool:
 
 
 def give_back_host_memory() -> bool:
-    """Let this process give every freed block above 1 MiB back at once: for tools that stream large tensors.
+    """Return every freed block above 1 MiB to the kernel at once, for tools that stream large tensors.
 
-    By default glibc raises that limit to the size of what was freed before (up to 32 MiB), and keeps blocks below it:
-    reading tensors of 24 MiB one by one then took 168 MiB instead of 76.
+    By default glibc raises that limit to the size of freed blocks (up to 32 MiB), and keeps blocks below it: reading
+    tensors of 24 MiB one by one then took 168 MiB instead of 76.
 
     Returns:
-        Whether it does from now on; False where the C library is not glibc.
+        Whether blocks are returned from now on; False if the C library is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -179,7 +179,7 @@ def memory_stats(*, reset_peak: bool = False) -> MemoryStats:
 
 
 def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
-    """A host array on a device, without the host waiting for what the device still has to do."""
+    """Copy a host array to a device without waiting for the device's pending work."""
     found = torch.from_numpy(array)
     if where.type == "cuda":
         found = found.pin_memory()  # copies from pageable memory may wait

@@ -1,9 +1,9 @@
-# Writes a run's small files in a thread: what a disk refuses is kept and tried again, what hangs is not waited for.
-# It knows no file format and decides nothing about the run; checkpoints have writers of their own (checkpoint/).
-"""Writing that a full, read-only or frozen disk neither stops nor delays.
+# Writes a run's small files in a thread: failed writes are kept and retried, and hanging writes are not waited for.
+# Independent of file formats; checkpoints have their own writers (checkpoint/).
+"""Writes files in a way that a full, read-only or frozen disk neither stops nor delays.
 
 A caller waits until its write is done, so that a record is in the file when the call returns. It stops waiting when the
-disk refuses or does not answer. Writes then queue up in memory, in order and bounded, and are tried again.
+disk fails or does not respond. Writes then queue up in memory, in order and bounded, and are retried.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-WAIT_S = 5.0  # a write that takes longer does not answer; on a machine with work a thread may start late
+WAIT_S = 5.0  # a longer write counts as hanging; on a busy machine a thread may start late
 RETRY_S = 1.0
-CLOSE_S = 10.0  # at the end, for what the disk still refuses
+CLOSE_S = 10.0  # at the end, for writes that the disk still refuses
 LIMIT = 64 << 20  # bytes kept in memory: 60,000 lines of metrics.jsonl
 REFUSED, GOOD = "disk_refused", "disk_good"  # names of the events
 
@@ -40,7 +40,7 @@ class _Task:
 
 @dataclass
 class _Outage:
-    """A time in which the disk does not take anything."""
+    """A period in which the disk accepts no writes."""
 
     began: float
     kept: int = 0
@@ -52,8 +52,8 @@ class DiskWriter:
 
     Args:
         place: what is written to, for messages.
-        on_change: is told "disk_refused" (with `reason`) when an outage begins and "disk_good" (with `seconds`, `kept`
-            and `lost` lines) when it is over. Called from any thread; it may write with this writer.
+        on_change: called with "disk_refused" (with `reason`) when an outage begins and "disk_good" (with `seconds`,
+            `kept` and `lost` lines) when it is over. Called from any thread; it may write with this writer.
         say: prints a line for a person, as `on_change` from any thread; default: on stderr. None: nothing is printed.
         wait_s: how long a caller waits for its write.
         limit: of what is kept [bytes]; later writes are counted as lost.
@@ -84,19 +84,20 @@ class DiskWriter:
 
     @property
     def refuses(self) -> bool:
-        """Whether the disk refuses or does not answer, as far as is known."""
+        """Whether the disk is known to fail or hang."""
         return self._outage is not None
 
     def submit(self, action: Callable[[], None], *, size: int, key: str | None = None) -> None:
-        """Have something written, behind all that was given before.
+        """Write something after everything that was submitted before.
 
         Args:
             action: writes it; is called again after an OSError.
-            size: how much memory it keeps [bytes].
-            key: a waiting action with the same key is replaced: of a file's contents only the newest counts.
+            size: memory that it keeps [bytes].
+            key: a waiting action with the same key is replaced, because only the newest content of a file counts.
 
         Raises:
-            BaseException: what this action, or an earlier one that nobody waited for, raised, unless it was an OSError.
+            BaseException: an error of this action, or of an earlier one that was not waited for, unless it was an
+                OSError.
         """
         task = _Task(action, size, key)
         with self._changed:
@@ -115,7 +116,7 @@ class DiskWriter:
                 raise task.error
 
     def close(self, *, timeout_s: float | None = None) -> int:
-        """Write what is left, for a bounded time; how many writes are given up."""
+        """Write everything that is left, for a limited time; returns the number of abandoned writes."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -153,7 +154,7 @@ class DiskWriter:
         self._outage = _Outage(time.monotonic())
         self._changed.notify_all()
         self._announce(
-            f"warning: {self.place} cannot be written: {reason}. Training goes on; records are kept in memory and "
+            f"warning: {self.place} cannot be written: {reason}. Training continues; records are kept in memory and "
             "written when the disk takes them"
         )
         self._tell(REFUSED, place=self.place, reason=reason)
@@ -171,7 +172,7 @@ class DiskWriter:
         if self.on_change is not None:
             try:
                 self.on_change(event, **fields)
-            except Exception as error:  # for whoever writes next: this may be the thread
+            except Exception as error:  # for the next writer: this may be the thread
                 self._error = self._error or error
 
     def _announce(self, text: str) -> None:
@@ -282,14 +283,14 @@ class Appended:
 
 
 def _end_torn_line(file: int) -> None:
-    """Whoever wrote last may have died within a line: the next one must not become part of it."""
+    """The last writer may have died within a line: the next line must not become part of it."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")
 
 
 def replacing(path: Path, content: bytes) -> Callable[[], None]:
-    """An action that gives a file its content, whole or not at all."""
+    """An action that replaces a file's content atomically."""
 
     def write() -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,6 +1,6 @@
-# `mmscale doctor`: what of the machine works, what is absent, what is wrong, and what to do about it.
-# Each check stands alone and must not raise; nothing is changed, and torch is imported only to be asked.
-"""Checks of this machine."""
+# `mmscale doctor`: what works on this machine, what is missing, what is wrong, and how to fix it. Each check is
+# independent and must not raise; nothing is changed, and torch is imported only for its checks.
+"""Checks of this machine for `mmscale doctor`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from packaging.version import InvalidVersion, Version
 Status = Literal["ok", "warn", "missing"]
 ApexStatus = Literal["absent", "wrong", "python-only", "ok"]
 
-MEGATRON = "0.16.1"  # the CPU adaptor and the model layers lean on this version's insides
+MEGATRON = "0.16.1"  # tested by the suite; the CPU adaptor and the model layers depend on its internals
+_MEGATRON_TRIED = (MEGATRON, "0.19.2")  # docs/versions.md
 _TORCH = "2.6"
-_TRANSFORMER_ENGINE = ("2.9", "2.12")  # what megatron-core 0.16.1 asks for: from, below
+_TRANSFORMER_ENGINE = ("2.9", "2.12")  # required by megatron-core 0.16.1: from, below
 _GIB = 2**30
 _LEAST_FREE_GIB = 5
 _LEAST_SHM_GIB = 1
@@ -56,10 +57,10 @@ class Check:
 
 
 def examine(*, run_dir: Path = Path("runs")) -> list[dict[str, Any]]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
-        run_dir: Folder that is to hold runs; it need not exist yet.
+        run_dir: Folder for runs; it need not exist yet.
 
     Returns:
         One dict per check: name, status ("ok", "warn", "missing"), detail, fix, required.
@@ -75,7 +76,7 @@ def examine(*, run_dir: Path = Path("runs")) -> list[dict[str, Any]]:
 
 
 def healthy(checks: list[dict[str, Any]]) -> bool:
-    """Whether nothing that is required is missing."""
+    """Whether no required component is missing."""
     return not any(check["required"] and check["status"] == "missing" for check in checks)
 
 
@@ -97,7 +98,7 @@ def _safely(name: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
     found: list[Check] = []
     try:
         found.extend(check())
-    except Exception as error:  # a doctor must not fall ill
+    except Exception as error:  # doctor itself must never fail
         found.append(Check(name, "warn", f"could not be checked: {type(error).__name__}: {error}"))
     return found
 
@@ -140,8 +141,8 @@ def _megatron() -> Check:
     fix = f"pip install megatron-core=={MEGATRON}"
     if version is None:
         return Check("megatron-core", "missing", "not installed", fix, required=True)
-    if version != MEGATRON:
-        return Check("megatron-core", "warn", f"{version}, mmscale is made for {MEGATRON}", fix)
+    if version not in _MEGATRON_TRIED:
+        return Check("megatron-core", "warn", f"{version}, mmscale was tried with {' and '.join(_MEGATRON_TRIED)}", fix)
     return Check("megatron-core", "ok", version, required=True)
 
 

@@ -1,6 +1,6 @@
-# What a run ran with: code version, package versions, hosts, devices. An allow-list, so that no secret can get into it.
-# It checks nothing (doctor.py does) and needs no torch except for the device's name.
-"""environment.json of a run folder."""
+# The environment of a run: code version, package versions, hosts, devices. An allow-list, so that no secret can get
+# into it. It checks nothing (doctor.py does) and needs no torch except for the device's name.
+"""Collects the content of a run folder's environment.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import mmscale
 from mmscale.runtime.rank_env import expand_hostlist
 
 ENVIRONMENT = "environment.json"
-# Only these are looked up: a listing of all packages would show names of private ones.
+# Only these packages are looked up: a list of all packages would show names of private ones.
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -63,12 +63,12 @@ _LONGEST_DIFF = 100_000  # characters
 def environment_of_run(
     *, hosts: list[str] | None = None, devices: list[str] | None = None, **facts: Any
 ) -> dict[str, Any]:
-    """What environment.json holds.
+    """The content of environment.json.
 
     Args:
         hosts: Names of all hosts of the run; SLURM's list, or this host, if None.
         devices: Names of the devices of the run; this rank's if None.
-        facts: More to write down, e.g. attempt=2, world_size=8.
+        facts: Further entries, e.g. attempt=2, world_size=8.
     """
     return describe() | {"hosts": hosts or _hosts(), "devices": devices or _devices(), **facts}
 

@@ -1,4 +1,4 @@
-"""Rights of files that libraries write through temporary files, whose mode is 0600 whatever the umask says."""
+"""Sets the modes of files that libraries write through temporary files, which have mode 0600 whatever the umask is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def as_umask_says(*files: Path) -> None:
-    """Let a file be read and written by those whom the process's umask lets.
+    """Set the modes of files according to the process's umask.
 
     Args:
         files: written by this process; a folder stands for all files below it.

@@ -1,17 +1,13 @@
-# Starts torch.distributed and megatron-core's process groups, and hands them out as one ProcessGroupCollection.
-# The only module that imports megatron.core.parallel_state: everything else is given its groups, or asks here.
+# Starts torch.distributed and megatron-core's process groups, and provides them as one ProcessGroupCollection. The only
+# module that imports megatron.core.parallel_state: all others receive their groups, or use this module.
 """Process groups of a run.
 
-Two lives, so that one set of processes can go through several layouts (0.1 s each; a new process takes 6 s):
+Two levels of initialization, so that one set of processes can use several layouts (0.1 s each; a new process takes 6
+s):
 
     start(env) -> initialize_layout(tp=..., pp=...) -> destroy_layout() -> initialize_layout(...) -> ... -> finalize()
 
-`initialize` is `start` plus `initialize_layout`, for everyone else.
-
-The collection holds every group that megatron-core 0.16.1 asks for: schedules and `finalize_model_grads` (tp, cp, pp,
-embd, pos_embd, dp_cp), DDP and optimizer (dp, dp_cp, expt_dp, intra_dist_opt, mp, tp_ep_pp), layers (tp, cp, ep,
-expt_tp, tp_ep). No second, gloo twin of the data-parallel groups is made: `get_megatron_optimizer` refuses it together
-with a collection, so call it with `use_gloo_process_groups=False`.
+Others call `initialize`, which is `start` plus `initialize_layout`.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ from mmscale.errors import ConfigError
 from mmscale.runtime import device, megatron_cpu, transformer_engine
 from mmscale.runtime.rank_env import RankEnv
 
-megatron_cpu.install()  # before the imports below, which it makes 1.9 CPU seconds cheaper on a host without CUDA
+megatron_cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
@@ -48,6 +44,7 @@ def initialize(
     pp: int = 1,
     vpp: int | None = None,
     ep: int = 1,
+    cp: int = 1,
     seed: int = 1234,
     init_method: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -59,7 +56,8 @@ def initialize(
         tp: Tensor-parallel size; experts are sharded by the same factor (ETP = TP).
         pp: Pipeline-parallel size.
         vpp: Model chunks per pipeline stage; None or 1 for the plain 1F1B schedule.
-        ep: Expert-parallel size, inside the data-parallel ranks.
+        ep: Expert-parallel size, inside the ranks that hold the same dense weights (context- and data-parallel ones).
+        cp: Context-parallel size: ranks that share the tokens of a sequence.
         seed: Seed of megatron's random state trackers (dropout, weights); ranks of a tensor-parallel group differ.
         init_method: URL of the rendezvous; that of `env` if None.
         timeout_s: Seconds a collective may take.
@@ -67,9 +65,9 @@ def initialize(
     Raises:
         ConfigError: The layout does not fit the world size.
     """
-    _check_layout(env.world_size, tp=tp, pp=pp, vpp=vpp, ep=ep)  # before anyone waits for the others
+    _check_layout(env.world_size, tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)  # before anyone waits for the others
     start(env, init_method=init_method, timeout_s=timeout_s)
-    return initialize_layout(tp=tp, pp=pp, vpp=vpp, ep=ep, seed=seed, timeout_s=timeout_s)
+    return initialize_layout(tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp, seed=seed, timeout_s=timeout_s)
 
 
 def start(env: RankEnv, *, init_method: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -115,15 +113,17 @@ def initialize_layout(
     pp: int = 1,
     vpp: int | None = None,
     ep: int = 1,
+    cp: int = 1,
     seed: int = 1234,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> ProcessGroupCollection:
     """Make megatron-core's groups for one layout; every rank must call it. Arguments as in `initialize`."""
-    _check_layout(torch.distributed.get_world_size(), tp=tp, pp=pp, vpp=vpp, ep=ep)
+    _check_layout(torch.distributed.get_world_size(), tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=tp,  # expert choice needs a token's whole width on each rank of the exchange
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
@@ -164,13 +164,25 @@ def host_group(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> torch.distributed.Pro
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value on every rank, whatever others give; every rank calls it.
+    """Rank 0's value on every rank, whatever value others pass; every rank calls it.
 
-    For what is read from a folder: a shared file system may show ranks different things.
+    For values read from a folder, because a shared file system may show ranks different things.
     """
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(value: Any, *, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks, in the order of their ranks; every rank of the group calls it.
+
+    Args:
+        value: of this rank; any object that pickles.
+        group: of the ranks that take part; None: all.
+    """
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def destroy_layout() -> None:
@@ -205,13 +217,18 @@ def finalize() -> None:
     torch.distributed.destroy_process_group()
 
 
-def _check_layout(world_size: int, *, tp: int, pp: int, vpp: int | None, ep: int) -> None:
-    for name, size in (("tp", tp), ("pp", pp), ("vpp", 1 if vpp is None else vpp), ("ep", ep)):
+def _check_layout(world_size: int, *, tp: int, pp: int, vpp: int | None, ep: int, cp: int) -> None:
+    for name, size in (("tp", tp), ("pp", pp), ("vpp", 1 if vpp is None else vpp), ("ep", ep), ("cp", cp)):
         if size < 1:
             raise ConfigError(f"parallel.{name} = {size} is below 1")
     if world_size % (tp * pp):
         raise ConfigError(
             f"parallel: tp*pp = {tp}*{pp} = {tp * pp} does not divide the world size {world_size}",
+            remedy="`mmscale plan` lists the layouts that do",
+        )
+    if world_size % (tp * pp * cp):
+        raise ConfigError(
+            f"parallel: tp*pp*cp = {tp}*{pp}*{cp} = {tp * pp * cp} does not divide the world size {world_size}",
             remedy="`mmscale plan` lists the layouts that do",
         )
     if world_size % (tp * pp * ep):
@@ -235,22 +252,28 @@ def topology() -> dict[str, int]:
         "pp": pipeline_size(),
         "vpp": virtual_pipeline_size() or 1,
         "ep": expert_parallel_size(),
+        "cp": context_parallel_size(),
     }
 
 
 def data_parallel_rank() -> int:
-    """Which part of every global batch this rank reads."""
+    """The index of the part of every global batch that this rank reads."""
     return int(parallel_state.get_data_parallel_rank())
 
 
 def data_parallel_size() -> int:
-    """Into how many parts the global batch is dealt."""
+    """The number of parts of a global batch."""
     return int(parallel_state.get_data_parallel_world_size())
 
 
-def tensor_parallel_rank() -> int:
-    """Rank in the tensor-parallel group."""
-    return int(parallel_state.get_tensor_model_parallel_rank())
+def context_parallel_rank() -> int:
+    """The index of this rank's part of every sequence."""
+    return int(parallel_state.get_context_parallel_rank())
+
+
+def context_parallel_size() -> int:
+    """The number of ranks that share a sequence."""
+    return int(parallel_state.get_context_parallel_world_size())
 
 
 def tensor_parallel_size() -> int:
@@ -274,49 +297,12 @@ def virtual_pipeline_size() -> int | None:
     return None if size is None else int(size)
 
 
-def is_first_stage(vp_stage: int | None = None) -> bool:
-    """Whether this rank (this chunk, if given) holds the embedding.
-
-    Args:
-        vp_stage: Chunk of an interleaved pipeline; None asks whether any chunk of this rank does.
-    """
-    return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage))
-
-
-def is_last_stage(vp_stage: int | None = None) -> bool:
-    """Whether this rank (this chunk, if given) computes the loss. Arguments as in `is_first_stage`."""
-    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage))
-
-
-def expert_parallel_rank() -> int:
-    """Rank in the expert-parallel group."""
-    return int(parallel_state.get_expert_model_parallel_rank())
-
-
 def expert_parallel_size() -> int:
     """Size of the expert-parallel group."""
     return int(parallel_state.get_expert_model_parallel_world_size())
 
 
-def expert_parallel_group() -> torch.distributed.ProcessGroup:
-    """Group over which tokens travel to their experts."""
-    group: torch.distributed.ProcessGroup = parallel_state.get_expert_model_parallel_group()
-    return group
-
-
-def expert_data_parallel_group() -> torch.distributed.ProcessGroup:
-    """Group of the replicas of this rank's experts."""
-    group: torch.distributed.ProcessGroup = parallel_state.get_expert_data_parallel_group()
-    return group
-
-
 def expert_replica_group() -> torch.distributed.ProcessGroup:
-    """Group of the ranks that hold the same experts, whole or in tensor-parallel parts: they agree on FP8 scales."""
+    """Group of the ranks that hold the same experts, whole or in tensor-parallel parts; they reduce FP8 scales."""
     assert _expert_replicas is not None, "no layout is initialised"
     return _expert_replicas
-
-
-def data_parallel_group() -> torch.distributed.ProcessGroup:
-    """Group of the replicas of this rank's dense weights."""
-    group: torch.distributed.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return group

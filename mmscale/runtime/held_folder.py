@@ -1,6 +1,6 @@
-# A folder that a process keeps working in although somebody renames it. Linux; elsewhere a rename is not noticed.
-# What follows from a rename, its users decide.
-"""A folder by its inode, and not only by its name."""
+# Keeps using a folder although it is renamed. Linux; on other systems a rename is not noticed. Callers decide what
+# follows from a rename.
+"""Refers to a folder by its inode as well as by its name, so that a rename is noticed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class HeldFolder:
         path: of the folder, which exists.
 
     Attributes:
-        stable: a path that leads to it whatever it is called, in this process and those that it forks.
+        stable: a path to it that stays valid under any name, in this process and in forked ones.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,11 +36,11 @@ class HeldFolder:
         self.close()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the descriptor."""
         os.close(self._file)
 
     def moved(self) -> Path | None:
-        """Where it is now, if that is not where it was; None also if it was deleted, or nobody can tell."""
+        """The new path, if the folder was renamed; None if not, if it was deleted, or if the path is unknown."""
         try:
             if self._is_at(self.path):
                 return None

@@ -1,4 +1,4 @@
-"""How much memory processes of this machine may still take: the machine's, and what its control groups allow.
+"""The memory that processes may still use: the machine's free memory and the limits of control groups.
 
 Reads /proc and /sys only; no torch.
 """
@@ -12,9 +12,9 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available(*, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
-    """Bytes until something is killed for memory: by the machine, or by a control group (SLURM, containers).
+    """Bytes that can be allocated before the machine or a control group (SLURM, containers) kills a process.
 
-    Page cache that can be dropped does not count as taken. What cannot be read does not limit.
+    Reclaimable page cache does not count as used. Limits that cannot be read are ignored.
 
     Args:
         proc: where procfs is mounted.

@@ -1,6 +1,6 @@
-"""How many hardware queues CUDA may launch kernels through, and user buffers: what overlap of messages hangs on.
+"""Sets the number of CUDA hardware queues and creates user buffers, which overlapped communication depends on.
 
-Both must be settled before the model is made: the first before CUDA is used at all, the second once groups exist.
+Both must be done before the model is created: the first before CUDA is used at all, the second once groups exist.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _log = logging.getLogger(__name__)
 
 
 def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> None:
-    """Let kernels start in the order in which they were launched, where tensor-parallel overlap relies on it.
+    """Make kernels start in launch order, which tensor-parallel overlap relies on.
 
     In backward megatron-core launches a collective and then the product that it overlaps with
-    (tensor_parallel/layers.py). With several queues the product may take all of the device first, and the collective
+    (tensor_parallel/layers.py). With several queues the product may occupy the whole device first, and the collective
     waits behind it. Without tensor parallelism nothing relies on the order, and several queues let the exchange of
-    tokens, data-parallel messages and products pass each other: then the variable is left as it is.
+    tokens, data-parallel messages and products overlap; then the variable is not changed.
 
-    It does not ask whether there is a device: asking may be what starts CUDA, and a host ignores the variable. Another
-    number that somebody has set stays, with a warning.
+    It does not check for a device, because that may start CUDA, and a host ignores the variable. Another number set by
+    the user is kept, with a warning.
 
     Args:
         tp: tensor-parallel ranks.

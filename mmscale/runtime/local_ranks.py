@@ -1,5 +1,5 @@
-# `mmscale train --nproc N`: N rank processes on this machine, watched as one. No torch here.
-# It does not restart ranks (resilience does) and it does not span machines (SLURM, torchrun or mpirun do).
+# `mmscale train --nproc N`: N rank processes on this machine, supervised together. No torch here. It does not restart
+# ranks (the launcher does) and does not span machines (SLURM, torchrun or mpirun do).
 """Start ranks on this machine, forward signals to them, and end all of them when one dies."""
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import BinaryIO
 from mmscale.errors import LaunchError
 from mmscale.runtime.rank_env import STORE_FD, listen, port_of
 
-# What a rank says with its exit status, so that scripts around the launcher hear it too. Anything else is a crash.
+# Exit statuses of ranks that are passed on, so that scripts around the launcher receive them. Any other status is a
+# crash.
 DOCUMENTED_STATUSES = (2, 3, 4, 5, 74, 75)
-# What each signal becomes at the ranks. A terminal that is closed sends SIGHUP to this process only.
+# The signal that ranks get for each received signal. A closed terminal sends SIGHUP to this process only.
 FORWARDED = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)} | {
     signal.SIGHUP: signal.SIGTERM
 }
@@ -75,12 +76,13 @@ def run_local(
     ranks: list[_Rank] = []
     with _forwarding(ranks) as received:
         try:
-            with listen() as listener:  # closed here once rank 0 has it: if rank 0 ends, nobody waits at its port
+            with listen() as listener:  # closed here once rank 0 has it: if rank 0 ends, no process waits at its port
                 shared = _shared_variables(os.environ if environ is None else environ, nproc, port=port_of(listener))
                 for number in range(nproc):
-                    # One at a time, no comprehension: if the third cannot start, the first two must be known to end.
+                    # One at a time, no comprehension: if the third cannot start, the first two must be in the list to
+                    # be ended.
                     ranks.append(_start(number, [*program, *argv], shared, log_dir, listener=listener.fileno()))  # noqa: PERF401
-            for signal_number in received:  # came while ranks were being started: the later ones have missed it
+            for signal_number in received:  # received while ranks were being started: the later ones have missed it
                 _send(ranks, signal_number)
             return _wait(ranks, grace_s=grace_s, received=received)
         finally:
@@ -120,8 +122,8 @@ def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: 
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                # A group of its own: Ctrl-C reaches the launcher alone, which passes it on once, and what a rank
-                # leaves running can be ended with it.
+                # A separate process group: Ctrl-C reaches only the launcher, which passes it on once, and the group can
+                # be used to end processes that a rank leaves running.
                 process_group=0,
                 preexec_fn=_die_with(os.getpid()),
             )
@@ -131,7 +133,7 @@ def _start(number: int, command: list[str], shared: Mapping[str, str], log_dir: 
 
 
 def _log(file: Path) -> BinaryIO | None:
-    """The log of a rank; None: the disk refuses it, and the rank's output goes straight through."""
+    """The log of a rank; None if the disk fails: then the rank's output is not redirected."""
     try:
         return file.open("wb")
     except OSError as error:
@@ -140,8 +142,10 @@ def _log(file: Path) -> BinaryIO | None:
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """A function for the child that ties its life to the launcher's: no orphans even if that is killed with -9."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: between fork and exec as little as possible
+    """A function for the child that ends it together with the launcher, even if the launcher is killed with -9."""
+    prctl = ctypes.CDLL(
+        None, use_errno=True
+    ).prctl  # looked up here: as little as possible should happen between fork and exec
 
     def tie() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -156,7 +160,7 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[list[int]]:
     """Pass signals on to the ranks. Yields the list of signals received so far."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers; whoever has it forwards
+        yield received  # only the main thread may set handlers; the main thread forwards
         return
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -194,7 +198,7 @@ def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
 
     first = min(failed, key=_severity)
     if first.status in DOCUMENTED_STATUSES:
-        # The ranks agreed to stop or all found the same fault: let each say so in its own words.
+        # The ranks agreed to stop or all found the same fault: give each time to report it.
         _wait_until(lambda: not _running(ranks), ranks, grace_s)
         crashed = [rank for rank in ranks if rank.status not in (None, 0, *DOCUMENTED_STATUSES)]
         first = crashed[0] if crashed else first
@@ -209,7 +213,7 @@ def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
             f"rank {first.number} of {len(ranks)} {_how_it_ended(first)}; the other ranks were ended",
             remedy=f"its log is {first.log}" if first.log else "its output is above",
         )
-    if ranks[0].status != first.status:  # rank 0 did not say it on the terminal
+    if ranks[0].status != first.status:  # rank 0 did not print it on the terminal
         _print_tail(first)
     return first.status
 
@@ -219,7 +223,7 @@ def _running(ranks: list[_Rank]) -> list[_Rank]:
 
 
 def _poll(ranks: list[_Rank]) -> list[_Rank]:
-    """Take in the ranks that have ended since the last call, and end what they left running."""
+    """Collect the ranks that have ended since the last call, and end processes that they left running."""
     ended = []
     for rank in _running(ranks):
         # Look without reaping first: while the zombie exists its process group cannot belong to anyone else.
@@ -254,7 +258,7 @@ def _signal_group(rank: _Rank, number: signal.Signals) -> None:
 
 
 def _severity(rank: _Rank) -> tuple[int, int]:
-    """Order of ranks found dead at the same look: a killed rank is the cause, lost connections of others the effect."""
+    """Sort key of ranks found dead in one poll: a killed rank is the cause, lost connections of others the effect."""
     status = rank.status or 0
     return (0 if status < 0 else 2 if status in DOCUMENTED_STATUSES else 1, rank.number)
 

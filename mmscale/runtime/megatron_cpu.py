@@ -3,8 +3,7 @@
 """The CPU adaptor of megatron-core.
 
 How it works: every `megatron.core.*` module looks up the global name `torch` at each use, so re-binding that one name
-per module to a proxy reaches all of them. A global `TorchFunctionMode` would cost 23-32 % of a training step (2-4 us on
-every torch call, even `x.shape`); the proxy costs nothing on an attribute and 0.7 us on a tensor factory.
+per module to a proxy (megatron_proxy.py) reaches all of them. What the proxy does not reach is patched here.
 
 Call `install()` once before megatron-core is used. `PATCHES` lists every change with its reason; each has a
 `still_needed()` which, in a process without `install()`, tells whether megatron-core still has the fault.
@@ -18,11 +17,13 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from mmscale.runtime.megatron_proxy import megatron_modules, rebind_all
 
 # The roots of what the training path imports, also what megatron-core imports late inside functions: a module that is
 # imported after `install()` needs a `rebind()`.
@@ -41,150 +42,20 @@ MODULES: tuple[str, ...] = (
     "megatron.core.rerun_state_machine",
 )
 
-# Where the proxy is needed: (module under megatron.core, function, what its source says). A test checks each line.
-TOUCH_POINTS: tuple[tuple[str, str, str], ...] = (
-    ("dist_checkpointing.strategies.async_utils", "PersistentAsyncCaller.async_loop", "torch.cuda.set_device"),  # :488
-    ("dist_checkpointing.strategies.async_utils", "TemporalAsyncCaller.schedule_async_call", "synchronize"),  # :212
-    ("dist_checkpointing.strategies.async_utils", "AsyncCaller.sync_all_async_calls", "cuda.current_device()"),  # :165
-    ("dist_checkpointing.strategies.async_utils", "AsyncCallsQueue.maybe_finalize_async_calls", "current_device()"),
-    ("dist_checkpointing.strategies.filesystem_async", "FileSystemWriterAsync.preload_tensors", "cuda.synchronize()"),
-    ("dist_checkpointing.strategies.state_dict_saver", "save_state_dict_async_finalize", "current_device()"),  # :252
-    ("distributed.param_and_grad_buffer", "_ParamAndGradBuffer.__init__", "device=torch.cuda.current_device()"),  # :800
-    ("models.common.embeddings.rotary_pos_embedding", "RotaryEmbedding.get_emb", "torch.cuda.current_device()"),  # :162
-    ("optimizer.clip_grads", "count_zeros_fp32", "device='cuda'"),  # :207
-    ("optimizer.clip_grads", "get_grad_norm_fp32", "device='cuda'"),  # :90, 103, 115
-    ("optimizer.distrib_optimizer", "DistributedOptimizer.get_parameter_state_dp_zero", "current_device()"),  # :1077
-    ("optimizer.optimizer", "MixedPrecisionOptimizer.__init__", "device='cuda'"),  # :473-485
-    ("optimizer.optimizer", "FP32Optimizer.__init__", "device='cuda'"),  # :907
-    ("pipeline_parallel.p2p_communication", "P2PCommunicator._communicate", "device=torch.cuda.current_device()"),
-    ("pipeline_parallel.schedules", "forward_backward_no_pipelining", 'device="cuda"'),  # :596
-    ("pipeline_parallel.schedules", "forward_backward_pipelining_with_interleaving", 'device="cuda"'),  # :983
-    ("pipeline_parallel.schedules", "forward_backward_pipelining_without_interleaving", 'device="cuda"'),  # :2138
-    ("rerun_state_machine", "RerunStateMachine.validate_result", "torch.cuda.current_device()"),  # :525
-    ("tensor_parallel.data", "_build_key_size_numel_dictionaries", "device='cuda'"),  # :37
-    ("tensor_parallel.layers", "LinearWithGradAccumulationAndAsyncCommunication.backward", "cuda.current_device()"),
-    ("tensor_parallel.mappings", "_gather_along_first_dim", "device=torch.cuda.current_device()"),  # :141
-    ("tensor_parallel.mappings", "_reduce_scatter_along_first_dim", "device=torch.cuda.current_device()"),  # :181
-    ("tensor_parallel.random", "CudaRNGStatesTracker.add", "torch.cuda.get_rng_state()"),  # :235
-    ("tensor_parallel.random", "model_parallel_cuda_manual_seed", "torch.cuda.manual_seed"),  # :422
-    ("timers", "Timers._get_elapsed_time_all_ranks", "device=torch.cuda.current_device()"),  # :303
-    ("transformer.utils", "get_default_causal_mask", 'device="cuda"'),  # :35
-    ("utils", "GlobalMemoryBuffer.get_tensor", "device=torch.cuda.current_device()"),  # :631
-    ("utils", "local_multi_tensor_l2_norm", 'device="cuda"'),  # :1207
-)
-
-_CPU = torch.device("cpu")
 _installed = False
-
-
-# --- the proxy that megatron-core sees as `torch` ---------------------------------------------------------------------
-
-
-class _HostCuda(types.ModuleType):
-    """Stand-in for `torch.cuda`: the few functions megatron-core calls on the training path, all else is the real one.
-
-    `is_available()` is the real one and stays False.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch.cuda")
-        # tensor_parallel/random.py:55,237 save and restore "the CUDA generator". On a host there is only the CPU one,
-        # so a dropout mask depends on the layout here; tests of parity between layouts use dropout 0.
-        self.get_rng_state = lambda device=None: torch.get_rng_state()
-        self.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
-        self.manual_seed = torch.default_generator.manual_seed
-        self.random = self
-        # A device, not an index: it ends as `tensor.to(device=...)` in rotary_pos_embedding.py:162, where no factory
-        # of the proxy stands between.
-        self.current_device = lambda: _CPU
-        # async_utils.py:488 calls set_device(rank % device_count()) in the writer process.
-        self.device_count = lambda: 1
-        self.set_device = _do_nothing
-        self.synchronize = _do_nothing  # p2p_communication.py:398, timers.py:152, filesystem_async.py:230
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
-
-
-class _HostTorch(types.ModuleType):
-    """`torch` as megatron-core sees it: its factories turn `device="cuda"` into the host, `.cuda` is a stand-in."""
-
-    # fmt: off
-    FACTORIES = (
-        "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "ones", "ones_like",
-        "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
-    )
-    # fmt: on
-
-    def __init__(self) -> None:
-        super().__init__("torch")
-        # A copy and not only __getattr__, so that a look-up costs what it costs on torch itself.
-        self.__dict__.update(vars(torch))
-        self.__dict__["cuda"] = _HostCuda()
-        for name in self.FACTORIES:
-            self.__dict__[name] = _on_host(getattr(torch, name))
-
-    def __getattr__(self, name: str) -> Any:  # submodules that torch loads late
-        return getattr(torch, name)
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(factory)
-    def on_host(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
-        if device is not None and device is not _CPU and str(device).startswith("cuda"):
-            kwargs["device"] = _CPU
-        return factory(*args, **kwargs)
-
-    return on_host
-
-
-def _megatron_modules() -> list[types.ModuleType]:
-    return [m for name, m in list(sys.modules.items()) if name.split(".")[:2] == ["megatron", "core"] and m is not None]
-
-
-@functools.cache
-def _proxy() -> _HostTorch:
-    return _HostTorch()
 
 
 def rebind() -> None:
     """Re-bind `torch` in megatron-core modules imported since `install()`. Cheap; a no-op where CUDA exists."""
     if _installed:
-        _rebind_all()
-
-
-# --- patches ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _without_compile() -> Iterator[None]:
-    """Import megatron-core without `torch.compile`: it is the `jit_fuser` that modules bind by name at their import.
-
-    `megatron.core.jit.disable_jit_fuser()` alone comes too late: importing it runs `megatron/core/__init__.py`, which
-    imports the users. Saves 1.9 CPU seconds per process too (torch._dynamo is not imported).
-    """
-
-    def leave_as_is(model: Any = None, **_: Any) -> Any:
-        return model if model is not None else leave_as_is
-
-    original = torch.compile
-    torch.compile = leave_as_is
-    try:
-        yield
-    finally:
-        torch.compile = original
+        rebind_all()
 
 
 def _disable_jit() -> None:
     jit = importlib.import_module("megatron.core.jit")
     jit.disable_jit_fuser()
     # Users that were imported before `install()` hold compiled functions: take the plain ones back.
-    for module in _megatron_modules():
+    for module in megatron_modules():
         if "jit_fuser" in vars(module):
             module.__dict__["jit_fuser"] = jit.jit_fuser
         for name, value in list(vars(module).items()):
@@ -286,12 +157,6 @@ def _leave_alone_what_is_whole() -> None:
         setattr(module, name, unless_alone(getattr(module, name)))
 
 
-def _rebind_all() -> None:
-    for module in _megatron_modules():
-        if vars(module).get("torch") is torch:
-            module.__dict__["torch"] = _proxy()
-
-
 @dataclass(frozen=True)
 class Patch:
     """One change to megatron-core."""
@@ -372,7 +237,7 @@ PATCHES: tuple[Patch, ...] = (
         name="torch",
         where="see TOUCH_POINTS",
         reason="device='cuda' and torch.cuda.current_device() in tensor factories, CUDA random state, synchronize",
-        apply=_rebind_all,
+        apply=rebind_all,
         still_needed=lambda: _raises(_probe_mask, *_NO_DEVICE),
     ),
     Patch(
@@ -428,9 +293,8 @@ def install() -> None:
     # An importable Transformer-Engine is taken for a usable one: its FusedAdam would be given host tensors. Where it
     # cannot be imported for want of cuDNN it raises RuntimeError, and megatron-core catches ImportError only.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
-    with _without_compile():
-        for name in MODULES:
-            importlib.import_module(name)
+    for name in MODULES:
+        importlib.import_module(name)
     for patch in PATCHES:
         patch.apply()
     _installed = True

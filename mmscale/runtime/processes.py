@@ -1,5 +1,5 @@
 # Names a process for good: a number alone is given to another process when its owner has ended. No torch.
-"""Identity of processes."""
+"""Identifies processes beyond their PID, so that a reused PID is not mistaken for the old process."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Process:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:
             return False
-        try:  # the descriptor stands for whoever has the number now; from here on that cannot change
+        try:  # the descriptor refers to the process that has the number now; this cannot change any more
             if not self.lives():
                 return False
             signal.pidfd_send_signal(descriptor, number)

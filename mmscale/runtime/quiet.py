@@ -1,6 +1,6 @@
 # Warnings of libraries that a user cannot act on, each with the reason why it is harmless. Any other one is shown.
 # It silences no logger and no error; MMSCALE_DEBUG=1 and `python -W ...` show everything.
-"""The known warnings of megatron-core 0.16.1 and torch: a dozen lines at every start, on every rank."""
+"""Silences the known warnings of megatron-core 0.16.1 and torch: a dozen lines at every start, on every rank."""
 
 from __future__ import annotations
 

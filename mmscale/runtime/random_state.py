@@ -1,6 +1,6 @@
 """The random state of this rank: Python's, NumPy's, torch's on host and device, and megatron-core's trackers.
 
-Taken apart into tensors and numbers, so that a file of it needs no pickle of classes. Knows no checkpoint.
+It is split into tensors and numbers, so that storing it needs no pickle of classes. Independent of checkpoints.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def reseed(seed: int, step: int) -> int:
     tracker makes them differ where they should.
     """
     place = f"{seed}:{step}:{groups.data_parallel_rank()}:{groups.pipeline_rank()}"
+    if groups.context_parallel_size() > 1:
+        place += f":{groups.context_parallel_rank()}"
     mixed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
     device.set_seeds(mixed)
     model_parallel_cuda_manual_seed(mixed, force_reset_rng=True)

@@ -2,10 +2,9 @@
 # It starts nothing and imports no torch, so `mmscale doctor` and every `--help` may use it.
 """Discovery of the rank environment.
 
-The innermost launcher wins: torchrun's variables (which `mmscale train --nproc N` sets too), then a SLURM step
-(`srun`), then `mpirun`, then a single process. Two launchers that disagree are an error, not a guess: ranks that wait
-for peers which do not exist cost node-hours before anyone looks. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrules
-all of it.
+The innermost launcher takes precedence: torchrun's variables (which `mmscale train --nproc N` sets too), then a SLURM
+step (`srun`), then `mpirun`, then a single process. Two launchers that disagree are an error, not a guess: ranks that
+wait for missing peers would waste node-hours. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrides the discovery.
 """
 
 from __future__ import annotations
@@ -336,7 +335,7 @@ def rendezvous_by_mpi4py() -> Rendezvous:
 def listen() -> socket.socket:
     """A socket that listens on a port of the system's choice.
 
-    Whoever starts ranks opens it and hands it to rank 0, so that no other process can take the port in between.
+    The process that starts ranks opens it and passes it to rank 0, so no other process can take the port in between.
     """
     listener = socket.socket()
     listener.bind(("", 0))

@@ -1,7 +1,4 @@
-"""Seconds of a piece of work: CUDA events where work is queued on a device, the host's clock elsewhere.
-
-Nothing is said about what the numbers mean; benchmarks do that.
-"""
+"""Measures the seconds of an operation: with CUDA events if it runs on a device, otherwise with the host's clock."""
 
 from __future__ import annotations
 

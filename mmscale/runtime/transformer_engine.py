@@ -1,7 +1,7 @@
-"""Is Transformer-Engine here, and can it be used? Asked before anything of it is imported.
+"""Checks whether Transformer-Engine is installed and usable, before anything of it is imported.
 
-`import transformer_engine` fails in more ways than ImportError: RuntimeError without cuDNN, OSError for an undefined
-symbol of cuBLAS. megatron-core catches ImportError only, and so cannot itself be imported then.
+`import transformer_engine` can fail with more than ImportError: RuntimeError without cuDNN, OSError for an undefined
+symbol of cuBLAS. megatron-core catches ImportError only, and could then not be imported itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-# How a start of `mmscale train` holds its run: as the parent of local ranks, or as rank 0 of ranks that others started.
-# Below `mmscale launch` the job holds it, and ranks only look. The lock itself is resilience/run_lock.py's. No torch.
-"""A run's lock in training."""
+# Holds a run's lease during `mmscale train`, as the parent of local ranks, or as rank 0 of ranks that another program
+# started. Below `mmscale launch` the job holds it, and ranks only check it. resilience/run_lock.py is the lock itself.
+# No torch.
+"""Holds the lock of a run during training."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmscale.errors import LaunchError
+from mmscale.errors import LaunchError, shell_command
 from mmscale.resilience import lease, run_lock
 from mmscale.resilience.lease import VARIABLE, Fence
+from mmscale.runs.attempts import next_attempt
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.metrics import next_attempt
 from mmscale.train.stages.table import STAGES, Stage
 
-BY_TRAIN = "train-"  # ids of attempts that `mmscale train` holds begin so
+BY_TRAIN = "train-"  # prefix of the ids of attempts that `mmscale train` holds
 
 
 def is_launched() -> bool:
@@ -27,16 +28,22 @@ def is_launched() -> bool:
 
 
 def by_train(lease_id: str | None) -> bool:
-    """Whether an attempt is held by `mmscale train` itself, at a terminal or in a person's own job."""
+    """Whether `mmscale train` itself holds an attempt, at a terminal or in a user's own job."""
     return bool(lease_id) and str(lease_id).startswith(BY_TRAIN)
 
 
+def how_to_end(lease_id: str | None, run: Path) -> str:
+    """A line for a person who trains with `mmscale train`; below a launch "", whose job has told already."""
+    ended = f"Ctrl-C saves a checkpoint and ends it; so does {shell_command('stop', run)} elsewhere"
+    return ended if by_train(lease_id) else ""
+
+
 def beside(run: Path, stage: Stage) -> list[Path]:
-    """Folders of the other stages of a run: they build on each other's checkpoints, so one of them trains at a time.
+    """Folders of the other stages of a run. Stages use each other's checkpoints, so only one of them trains at a time.
 
     Args:
         run: the main run's folder.
-        stage: the one that asks.
+        stage: the stage that asks.
     """
     return [folder for other in STAGES.values() if other is not stage and (folder := other.folder(run)).is_dir()]
 
@@ -59,11 +66,11 @@ def refuse_held(run: Path, stage: Stage) -> None:
 
 @contextlib.contextmanager
 def held(run: Path, stage: Stage) -> Iterator[str]:
-    """Hold a stage of a run; the id of the attempt, which ranks are told as MMSCALE_ATTEMPT_ID.
+    """Hold a stage of a run; yields the id of the attempt, which ranks get as MMSCALE_ATTEMPT_ID.
 
     Args:
         run: the main run's folder.
-        stage: what is trained.
+        stage: the stage to train.
 
     Raises:
         HeldError: this stage, or another one of the run, is being trained.
@@ -75,20 +82,20 @@ def held(run: Path, stage: Stage) -> Iterator[str]:
         lock.take(name, attempt=attempt)
         for other in beside(run, stage):
             run_lock.refuse_held(other)
-        if next_attempt(folder) != attempt:  # another one has trained between the two lines
+        if next_attempt(folder) != attempt:  # another process has trained between the two lines
             lease.renew(folder, name, attempt=next_attempt(folder))
         yield name
 
 
 @contextlib.contextmanager
 def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable[[Any], Any]) -> Iterator[Fence]:
-    """The same for ranks that meet: rank 0 holds the run unless a launcher does. Every rank calls it.
+    """The same for ranks in a process group: rank 0 holds the run unless a launcher does. Every rank calls it.
 
     Args:
         run: the main run's folder.
-        stage: what is trained.
+        stage: the stage to train.
         env: place of this rank.
-        from_first: gives rank 0's value on every rank.
+        from_first: returns rank 0's value on every rank.
 
     Raises:
         HeldError: the same on every rank.
@@ -101,7 +108,7 @@ def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable
         try:
             yield fence
         finally:
-            if env.is_first and fence.is_orphaned():  # nobody else gives it up
+            if env.is_first and fence.is_orphaned():  # no other process releases it
                 lease.release(folder, os.environ[VARIABLE])
         return
     with contextlib.ExitStack() as stack:

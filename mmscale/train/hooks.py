@@ -1,4 +1,4 @@
-"""What happens after a step: replicas are compared, figures are logged, the held-out split is evaluated."""
+"""Hooks that run after a step: compare replicas, log figures, evaluate the held-out split."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.config import Config
-from mmscale.data.mixture import MicroBatch, slot_usage
+from mmscale.data.stream.micro_batch import MicroBatch, slot_usage
 from mmscale.errors import TrainingError
-from mmscale.model.mixed_modal import Routing
-from mmscale.resilience.anomaly import Kind
+from mmscale.resilience.anomaly import AnomalyKind
 from mmscale.resilience.divergence import Diverged, find_diverged
-from mmscale.train.evaluate import CutShortError
-from mmscale.train.held_out import HeldOut
-from mmscale.train.loop import StepReport, is_logged
-from mmscale.train.metrics import CUT_SHORT, MetricsLog
-from mmscale.train.progress import Progress
-from mmscale.train.state import StageState
-from mmscale.train.step import Steps
+from mmscale.runs.events import CUT_SHORT
+from mmscale.runs.held_out import HeldOut, words_of
+from mmscale.runtime.groups import from_first, gathered
+from mmscale.tables.routings import Routing, measured_routings
+from mmscale.train.log.metrics_log import MetricsLog
+from mmscale.train.log.progress_lines import Progress
+from mmscale.train.log.records import Records
+from mmscale.train.loop import Hook
+from mmscale.train.stage_state import StageState
+from mmscale.train.steps.evaluation import CutShortError
+from mmscale.train.steps.step import Steps
+from mmscale.train.steps.step_report import StepReport, is_logged
 from mmscale.train.throughput import Throughput
 
 STILL_AFTER = 10  # steps in a row whose gradient is 0
@@ -57,7 +60,7 @@ class LogHook:
         self.metrics = metrics
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Nothing is read from the device on a step that is not logged."""
+        """Reads from the device only on logged steps."""
         if not is_logged(self.config, report.step):
             self.progress.step(report.step)
             return
@@ -83,11 +86,9 @@ class LogHook:
         """Routing figures, averaged over layers and ranks: stages hold other layers, replicas other tokens."""
         assert report.stats is not None
         mine = {name: float(value) for name, value in report.stats.means().items()}
-        gathered: list[dict[str, float] | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, mine)
         found: dict[str, list[float]] = {}
-        for figures in gathered:
-            for name, value in (figures or {}).items():
+        for figures in gathered(mine):
+            for name, value in figures.items():
                 found.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
@@ -97,7 +98,7 @@ class LogHook:
         Capacities that follow the actual tokens have neither.
         """
         experts, names = self.config.model.experts, self.config.vocab.names
-        if self.config.model.kind != "moma" or experts.share == "auto" or experts.capacity == "actual":
+        if not self.config.model.per_modality or experts.share == "auto" or experts.capacity == "actual":
             return {}
         length, rows = self.config.model.seq_length, self.config.train.micro_batch_size
         scope = length if experts.scope == "sequence" else length * rows
@@ -145,7 +146,7 @@ class ReplicaHook:
         """
         if self.every == 0 or report.step % self.every:
             return
-        with self.clock.measure("parameter_hash_s"), self.stepper.settled():
+        with self.clock.measure("parameter_hash_s"), self.stepper.materialized():
             found = find_diverged(self.stepper.modules, self.groups)
         for rank in found:
             self.tell(
@@ -160,14 +161,14 @@ class ReplicaHook:
         if found:
             raise TrainingError(
                 f"step {report.step}: parameters differ from their replicas on {_named(found)}",
-                remedy="start again without that node: the run goes on from its last checkpoint",
+                remedy="start again without that node: the run resumes from its last checkpoint",
             )
 
 
 def _named(found: Sequence[Diverged]) -> str:
     sure = [rank for rank in found if rank.certain] or found
     ranks = ", ".join(f"rank {rank.rank} on {rank.host} ({_some(rank.parameters)})" for rank in sure)
-    return ranks if sure[0].certain else f"one of these, and nobody can tell which: {ranks}"
+    return ranks if sure[0].certain else f"one of these, unknown which: {ranks}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -184,6 +185,8 @@ class EvalHook:
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
         tell: events, on rank 0.
+        heard: is given the step and all values by their keys, the same on every rank.
+        extents: which part of a set is read, by its name; of those that are read only partly.
     """
 
     def __init__(
@@ -195,8 +198,12 @@ class EvalHook:
         progress: Progress,
         metrics: MetricsLog | None,
         tell: Callable[..., None],
+        heard: Callable[[int, Mapping[str, float]], None],
+        extents: Mapping[str, str],
     ) -> None:
         self.config = config
+        self.heard = heard
+        self.extents = extents
         self.evaluate = evaluate
         self.clock = clock
         self.progress = progress
@@ -209,66 +216,62 @@ class EvalHook:
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Nothing on other steps. A request to stop is heard within; the next attempt evaluates then."""
+        """Evaluates on due steps. A stop request can interrupt it; the next attempt then evaluates."""
         if not self.due(report.step):
             return
         try:
             self.measure(report.step)
         except CutShortError:
             self.tell(CUT_SHORT, step=report.step)
-            self.progress.say(f"step {report.step}: asked to stop; the evaluation is made when the run goes on")
+            self.progress.say(f"step {report.step}: asked to stop; the evaluation follows when the run continues")
 
     def measure(self, step: int) -> None:
-        """Held-out losses under batch routing, which sees the future, and under every causal one that the model has.
+        """Held-out losses under batch routing, which uses later tokens, and under every causal routing of the model.
 
         Raises:
-            CutShortError: ranks were asked to stop; nothing is written.
+            CutShortError: a stop was requested; nothing is written.
         """
         with self.clock.measure("eval_s"):
-            found = {routing: self.evaluate(routing) for routing in routings_of(self.config)}
+            found = {routing: self.evaluate(routing) for routing in measured_routings(self.config.model)}
+        everything: dict[str, float] = {}
         for routing, sets in found.items():
             for name, values in sets.items():
+                keyed = {HeldOut(figure, routing, name).key: value for figure, value in values.items()}
+                everything |= keyed
                 if self.metrics is not None:
-                    keys = {figure: HeldOut(figure, routing, name).key for figure in values}
-                    self.metrics.write(step, {keys[figure]: value for figure, value in values.items()})
-                self.progress.say(f"step {step}: {held_out_line(name, routing, values)}")
+                    self.metrics.write(step, keyed)
+                line = held_out_line(name, routing, values, extent=self.extents.get(name, ""))
+                self.progress.say(f"step {step}: {line}")
+        self.heard(step, from_first(everything))
 
 
-def held_out_line(name: str, routing: str, values: Mapping[str, float]) -> str:
+def held_out_line(name: str, routing: str, values: Mapping[str, float], *, extent: str = "") -> str:
     """Losses of one evaluation for the terminal.
 
     Args:
         name: of the set, as in `HeldOut`.
         routing: who decided which experts take a token.
         values: `loss`, `loss/<modality>`, `z_loss`.
+        extent: which part of the set was read, if not all.
     """
     shown = "  ".join(f"{figure} {value:.4f}" for figure, value in values.items() if figure != "z_loss")
-    return f"{f'validation {name}' if name else 'held-out'} ({routing} routing)  {shown}"
-
-
-def routings_of(config: Config) -> list[Routing]:
-    """Routings that the model being trained can be evaluated under: batch, and those that it learns."""
-    found = [Routing.BATCH]
-    if config.model.auxiliary_width is not None:
-        found.append(Routing.CAUSAL)
-    if config.model.keeps_thresholds:
-        found.append(Routing.THRESHOLD)
-    return found
+    part = f"  ({extent})" if extent else ""
+    return f"{words_of(name) or 'held-out'} ({routing} routing)  {shown}{part}"
 
 
 def _anomalies(state: StageState) -> dict[str, float]:
     """Findings of the whole run, and by kind what was found and done."""
     counts = state.anomalies.counts
-    total = sum(counts.get(kind.value, 0) for kind in Kind)
+    total = sum(counts.get(kind.value, 0) for kind in AnomalyKind)
     return {"anomalies": total, **{f"anomalies/{name}": count for name, count in sorted(counts.items())}}
 
 
 class StillHook:
-    """Says once when nothing is learned: the gradient was 0 for many steps in a row.
+    """Warns once when the model does not learn: the gradient was 0 for many steps in a row.
 
     Args:
         tell: events, on rank 0.
-        warn: what the user should read, on rank 0.
+        warn: warnings for the user, on rank 0.
     """
 
     def __init__(self, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
@@ -288,15 +291,46 @@ class StillHook:
 
 
 class PlaceHook:
-    """Tells that a step is done: faults are injected there.
+    """Reports that a step is done, for fault injection.
 
     Args:
-        at: is told the place and the step.
+        at: called with the place and the step.
     """
 
     def __init__(self, at: Callable[[str, int], None]) -> None:
         self.at = at
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """The step was applied and logged; its border comes next."""
+        """The step was applied and logged; its boundary comes next."""
         self.at("step", report.step)
+
+
+def common_hooks(
+    config: Config,
+    *,
+    stepper: Steps,
+    groups: ProcessGroupCollection,
+    clock: Throughput,
+    progress: Progress,
+    records: Records,
+    plugins: Hook,
+    figures: Callable[[], dict[str, float]],
+) -> list[Hook]:
+    """The hooks that every stage has, in their order.
+
+    Args:
+        config: of the stage.
+        stepper: takes its steps.
+        groups: process groups.
+        clock: measures steps and pauses.
+        progress: the terminal.
+        records: the run's files.
+        plugins: hooks from outside, which see the step before it is logged.
+        figures: of saves and rank times, for logged steps.
+    """
+    return [
+        ReplicaHook(config, stepper=stepper, groups=groups, clock=clock, tell=records.tell),
+        plugins,
+        LogHook(config, clock=clock, progress=progress, metrics=records.metrics, figures=stepper.figures, more=figures),
+        StillHook(tell=records.tell, warn=progress.say),
+    ]

@@ -1,6 +1,6 @@
-"""The training loop: reads top to bottom, says when and not how. It knows no stage: it is given one's parts.
+"""The training loop. It reads from top to bottom and is independent of stages, whose parts it is given.
 
-New wishes become a hook or a part of a step, never an `if` in the loop. The error path runs no collectives.
+Add features as a hook or as a part of a step, never as an `if` in the loop. The error path runs no collectives.
 """
 
 from __future__ import annotations
@@ -9,45 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from mmscale.config import Config
-from mmscale.data.loader import StepBatch
+from mmscale.data.stream.loader import StepBatch
 from mmscale.data.vocab import Vocabulary
-from mmscale.model.mixed_modal import RoutingStats
-from mmscale.train.batch import Batch, to_device
-from mmscale.train.schedule import learning_rate
-from mmscale.train.state import StageState
-from mmscale.train.step import StepResult, Steps
+from mmscale.train.optim.schedule import learning_rate
+from mmscale.train.stage_state import StageState
+from mmscale.train.steps.batch import Batch, to_device
+from mmscale.train.steps.step import StepResult, Steps
+from mmscale.train.steps.step_report import StepReport, routing_stats
 from mmscale.train.throughput import DATA_WAIT, SAVE_STALL, Throughput
 
 
-class StepReport:
-    """What hooks learn of a step.
-
-    Attributes:
-        step: its number, from 1.
-        batch: what it was trained on (this rank's part, and the global counts).
-        result: losses and gradient norm.
-        lr: learning rate.
-        stats: routing figures, on logged steps.
-    """
-
-    def __init__(
-        self, *, step: int, batch: StepBatch, result: StepResult, lr: float, stats: RoutingStats | None
-    ) -> None:
-        self.step = step
-        self.batch = batch
-        self.result = result
-        self.lr = lr
-        self.stats = stats
-
-
 class Hook(Protocol):
-    """Something that happens after a step, on every rank."""
+    """An action after every step, on every rank."""
 
     def on_step(self, state: StageState, report: StepReport) -> None:
         """Called after every optimizer step."""
 
 
-class Guard(Protocol):
+class TakesSteps(Protocol):
     """Takes steps."""
 
     def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
@@ -55,7 +34,7 @@ class Guard(Protocol):
 
 
 class Checkpoints(Protocol):
-    """Says when to save, and saves."""
+    """Decides when to save, and saves."""
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a checkpoint after this step."""
@@ -69,14 +48,15 @@ class Trainer:
 
     Args:
         config: steps, schedule, logging.
-        state: where the run stands; goes on from there.
+        state: the state of the run to continue from.
         stepper: what computes.
         guard: takes steps with it, and decides which are applied.
         batches: this rank's part of every global batch, from the state's place on.
         vocabulary: gives labels their modality.
         hooks: what happens after a step, in order.
         checkpoints: when and how to save.
-        stop_requested: whether to stop at this border; the same answer on every rank.
+        stop_requested: whether to stop at this step boundary; the same answer on every rank.
+        is_over: whether nothing is left to train, the same answer on every rank; default: after the last step.
         clock: measures waiting and saving.
     """
 
@@ -86,13 +66,14 @@ class Trainer:
         *,
         state: StageState,
         stepper: Steps,
-        guard: Guard,
+        guard: TakesSteps,
         batches: Iterator[StepBatch],
         vocabulary: Vocabulary,
         hooks: Sequence[Hook],
         checkpoints: Checkpoints,
         stop_requested: Callable[[], bool],
         clock: Throughput,
+        is_over: Callable[[], bool] | None = None,
     ) -> None:
         self.config = config
         self.state = state
@@ -103,24 +84,25 @@ class Trainer:
         self.hooks = hooks
         self.checkpoints = checkpoints
         self.stop_requested = stop_requested
+        self.is_over = is_over or (lambda: state.step >= config.train.steps)
         self.clock = clock
 
     def fit(self) -> bool:
-        """Train to the last step. False: stopped on request after a save, so the run should be started again."""
-        state, steps = self.state, self.config.train.steps
-        while state.step < steps:
+        """Train until it is over. False: stopped on request after a save, so the run should be started again."""
+        state = self.state
+        while not self.is_over():
             report = self._step()
             self._advance(report.batch)
             for hook in self.hooks:
                 hook.on_step(state, report)
             stop = self.stop_requested()
-            last = stop or state.step == steps
+            last = stop or self.is_over()
             if last or self.checkpoints.due(state.step):
-                with self.clock.measure(SAVE_STALL), self.stepper.settled():
+                with self.clock.measure(SAVE_STALL), self.stepper.materialized():
                     self.checkpoints.save(state, last=last)
             if stop:
                 break
-        return state.step >= steps
+        return self.is_over()
 
     def _step(self) -> StepReport:
         """The next step that is applied; batches before it may be left out, and the state may go back."""
@@ -154,17 +136,3 @@ class Trainer:
         for name, count in zip(self.config.vocab.names, batch.counts, strict=True):
             state.modality_tokens[name] = state.modality_tokens.get(name, 0) + count
         self.clock.step(sum(batch.counts))
-
-
-def is_logged(config: Config, step: int) -> bool:
-    """Whether this step's figures are fetched from the device and written down."""
-    return step == 1 or step % config.log.every == 0 or step == config.train.steps
-
-
-def routing_stats(config: Config, step: int) -> RoutingStats | None:
-    """Where layers report figures of a step, split by modality where layers.jsonl gets them; None: nobody asks."""
-    if not is_logged(config, step):
-        return None
-    every = config.log.layers_every * config.log.every
-    whole = every > 0 and (step == 1 or step % every == 0 or step == config.train.steps)
-    return RoutingStats(modalities=len(config.vocab.names) if whole else 0)

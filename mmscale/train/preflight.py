@@ -1,11 +1,12 @@
-"""Whether a stage can go on from its checkpoints: what `Stage.preflight` asks before any rank starts.
+"""Checks whether a stage can resume from its checkpoints; `Stage.preflight` calls it before any rank starts.
 
-It reads a few small files, writes nothing, and imports no torch, so that the launcher says it once, within a second.
-What is wrong with the data is found by mmscale/data/checks.py.
+It reads a few small files, writes nothing, and imports no torch, so that the launcher reports problems within a second.
+mmscale/data/stream/checks.py checks the data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,24 @@ from pydantic import ValidationError
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint.mirror.remote import require_package
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
 from mmscale.config.changes import changes, describe, function_changes
 from mmscale.config.effects import Effect
-from mmscale.data.identity import SourceIdentity, compare, identities, known
-from mmscale.data.manifest import Manifest, check_tokenizers, common_tokenizers, read_blend
-from mmscale.data.validation import read_validation, replaced
-from mmscale.errors import ConfigError
-from mmscale.train.schedule import around
+from mmscale.data.prepared.identity import SourceIdentity, compare, identities, known
+from mmscale.data.prepared.manifest import (
+    Manifest,
+    by_modality,
+    check_tokenizers,
+    common_tokenizers,
+    read_blend,
+    read_manifest,
+)
+from mmscale.data.prepared.validation import read_validation, replaced
+from mmscale.errors import ConfigError, MmscaleError
+from mmscale.tables.plugins import PluginError
+from mmscale.train.optim.schedule import around
 from mmscale.train.scratch import check_scratch
 
 JUMP = 2.0  # a next step whose learning rate is larger by more than this has to be confirmed
@@ -40,15 +50,15 @@ def check_resume(
     settings: Callable[[Config], Config] = lambda config: config,
     from_scratch: bool = False,
 ) -> None:
-    """Refuse to go on from the newest checkpoint of a stage where that cannot be right.
+    """Refuse to resume from the newest checkpoint of a stage if something does not fit.
 
     Args:
         config: the run's configuration.
         store: the stage's checkpoints.
-        blend: folders and manifests of the data that is trained on.
-        yes: the user has confirmed that the objective or the data change.
-        settings: gives the stage's configuration.
-        from_scratch: lost checkpoints are given up.
+        blend: folders and manifests of the training data.
+        yes: the user has confirmed a change of the objective or the data.
+        settings: returns the stage's configuration.
+        from_scratch: ignore lost checkpoints.
 
     Raises:
         ConfigError: a new run would start among old checkpoints, or the objective or the data have changed since the
@@ -118,7 +128,7 @@ def check_changes(
     if rate is not None and rate.jumps and not yes:
         raise ConfigError(
             f"the learning rate would jump behind {where}: {rate}",
-            remedy=f"hold it (optim.schedule=constant optim.lr={rate.before:.3g}), warm up anew (optim.restart="
+            remedy=f"hold it (optim.schedule=constant optim.lr={rate.before:.3g}), warm up again (optim.restart="
             f"{rate.step} and optim.warmup), or confirm with `mmscale train ... --yes`",
         )
     said = asked + describe(found, confirmed=False) + moved + ([] if rate is None else [str(rate)])
@@ -156,23 +166,52 @@ def _learning_rates(
     step = info.get("step")
     if not isinstance(step, int) or step < 1:
         return None
+    now = settings(config)
     try:
-        before, after = around(settings(Config.model_validate(saved)), settings(config), step=step)
+        before, after = around(settings(Config.model_validate(saved)), now, step=step)
     except ValidationError:  # settings of another version
         return None
+    except PluginError:
+        if now.optim.schedule == saved.get("optim", {}).get("schedule"):
+            raise
+        return None  # the checkpoint's schedule is gone, and the run takes another one: what it gave is not known
     return None if math.isclose(before, after, rel_tol=_SAME) else _Rate(step, before, after)
 
 
+def check_profile(config: Config, *, world_size: int) -> None:
+    """Refuse a profile of ranks that the run does not have.
+
+    Raises:
+        ConfigError: a rank of `log.profile.ranks` is too large.
+    """
+    ranks = () if config.log.profile is None else config.log.profile.ranks
+    missing = [rank for rank in ranks if rank >= world_size]
+    if missing:
+        raise ConfigError(
+            f"log.profile.ranks: there is no rank {missing[0]} among {world_size}", remedy="ranks count from 0"
+        )
+
+
+def check_mirror(config: Config) -> None:
+    """Refuse a mirror for which no package is installed. Whether the store answers is seen during training.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.checkpoint.mirror is not None:
+        require_package(config.checkpoint.mirror)
+
+
 def check_function(config: Config, info: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a stage whose frozen weights would compute something else than the checkpoint that they come from.
+    """Refuse a stage whose frozen weights would compute a different function than in the checkpoint they come from.
 
     Args:
         config: the stage's configuration.
-        info: what the main checkpoint says about itself.
+        info: the main checkpoint's metadata.
         where: its name, for the message.
 
     Raises:
-        ConfigError: a setting that decides what the weights compute has changed; `--yes` does not allow it.
+        ConfigError: a setting that determines the weights' function has changed; `--yes` does not allow it.
     """
     saved = info.get("config")
     found = function_changes(saved, config) if isinstance(saved, dict) else []
@@ -190,25 +229,35 @@ def _names_data(saved: Mapping[str, Any]) -> bool:
 
 
 def check_ids(blend: Mapping[Path, Manifest], info: Mapping[str, Any], *, where: str) -> None:
-    """Refuse data whose ids mean something else than those that a checkpoint has learned; not even `--yes` allows it.
+    """Refuse data whose token ids have another meaning than in a checkpoint; even `--yes` does not allow it.
 
     Args:
         blend: folders and manifests of the data sets.
-        info: what the checkpoint says about itself.
+        info: the checkpoint's metadata.
         where: its name, for the message.
 
     Raises:
-        DataError: a tokenizer is another one.
+        DataError: a tokenizer differs.
     """
-    known = info.get("tokenizers") or {}  # checkpoints from before they were kept have none
+    learned = info.get("tokenizers") or {}  # checkpoints from before they were kept have none
     for folder, manifest in blend.items():
-        check_tokenizers(folder, manifest.tokenizers, known, where=where)
+        check_tokenizers(folder, manifest.tokenizers, learned, where=where, like=_trained_on(info, learned))
+
+
+def _trained_on(info: Mapping[str, Any], wanted: Mapping[str, str]) -> Path | None:
+    """A data set of the checkpoint that still has the tokenizers it was trained with; None: there is none."""
+    for source in known(info) or ():
+        folder = Path(source.path)
+        with contextlib.suppress(MmscaleError):
+            if read_manifest(folder).tokenizers == by_modality(wanted):
+                return folder
+    return None
 
 
 def tokenizers_of(run: Path, data: Mapping[str, str]) -> dict[str, str]:
-    """Fingerprints that a run's next checkpoints keep: those of its data, and those that it has learned before.
+    """Tokenizer fingerprints for a run's next checkpoints: those of its data, and those it has learned before.
 
-    A run that goes on with text alone still knows images by the codes of their tokenizer.
+    A run that continues with text only still knows images by the codes of their tokenizer.
 
     Args:
         run: the run's folder.

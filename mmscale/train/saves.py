@@ -1,4 +1,4 @@
-"""A stage and its checkpoints: how its manager is set up, where it goes on from, and how far a save has come.
+"""A stage and its checkpoints: setting up its manager, resuming, and the progress of a save.
 
 The manager knows neither configurations nor terminals; here it gets both.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +18,23 @@ from mmscale.checkpoint.save_settings import SaveSettings
 from mmscale.checkpoint.shape import check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.load import digest
-from mmscale.data.identity import SourceIdentity
+from mmscale.data.prepared.identity import SourceIdentity
+from mmscale.errors import CheckpointError, TrainingError
 from mmscale.resilience.inject import Faults
 from mmscale.resilience.lease import Fence
 from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.resilience.signals import StopRequest
+from mmscale.runs.breaks import break_of
 from mmscale.runtime import device
 from mmscale.runtime.environment import code_version
 from mmscale.runtime.groups import from_first
-from mmscale.train.memory import go_on
+from mmscale.train.evaluated_on import EvaluatedOn
+from mmscale.train.log.progress_lines import Progress
+from mmscale.train.log.records import Records
 from mmscale.train.preflight import check_changes
-from mmscale.train.progress import Progress
-from mmscale.train.records import Records
+from mmscale.train.stage_state import StageState
 from mmscale.train.stages.built import Given
-from mmscale.train.state import StageState
+from mmscale.train.state.memory_snapshots import resume_from_memory
 from mmscale.train.throughput import SAVE_STALL, Throughput
 
 
@@ -40,13 +44,14 @@ def manager_of(
     attempt: int,
     tokenizers: dict[str, str],
     data: Sequence[SourceIdentity],
-    validation: Sequence[dict[str, str]],
+    evaluated_on: EvaluatedOn,
     origin: dict[str, Any],
     begins_at: int,
     records: Records,
     progress: Progress,
     faults: Faults,
     fence: Fence,
+    committed: Callable[[], None] = lambda: None,
 ) -> CheckpointManager:
     """The manager of an attempt: told events become lines of events.jsonl, and warnings on the terminal.
 
@@ -55,18 +60,21 @@ def manager_of(
         attempt: its number.
         tokenizers: fingerprints of those that the run has learned from; kept with every checkpoint.
         data: what it learns from; kept likewise.
-        validation: sets that it is evaluated on, from `mmscale.data.validation.identities_of`; kept likewise.
+        evaluated_on: validation sets and tasks; their names and hashes are kept likewise.
         origin: what else the stage's checkpoints say of themselves.
         begins_at: sequences consumed before the stage's first step.
         records: where events go.
         progress: the terminal.
         faults: called at every point of a save.
         fence: called at every stage of a commit.
+        committed: called after a save was committed, on rank 0.
     """
     settings = given.settings
 
     def tell(event: str, **fields: Any) -> None:
         records.tell(event, **fields)
+        if event == "save_committed":
+            committed()
         if event == "checkpoint_bad":
             found = integrity.describe(fields["problems"])
             progress.say(
@@ -93,7 +101,7 @@ def manager_of(
             "attempt": attempt,
             "tokenizers": tokenizers,
             "data": [source.model_dump() for source in data],
-            "validation": list(validation),
+            **evaluated_on.kept,
             **origin,
         },
         on_event=tell,
@@ -106,6 +114,7 @@ def manager_of(
         on_point=faults.at,
         on_stage=lambda stage: fence.check(),
         keep_every=settings.checkpoint.keep_every,
+        early=settings.checkpoint.early,
         allow_missing=settings.checkpoint.allow_missing,
         seed=settings.run.seed,
         code_version=code_version() if torch.distributed.get_rank() == 0 else "",
@@ -120,11 +129,12 @@ def resume(
     state: StageState,
     *,
     data: Sequence[SourceIdentity],
+    evaluated_on: EvaluatedOn,
     settings: Callable[[Config], Config],
     is_complete: Callable[[], bool],
     yes: bool,
 ) -> list[str] | None:
-    """Go on from memory or from the newest whole checkpoint, whichever is newer.
+    """Resume from memory or from the newest intact checkpoint, whichever is newer.
 
     Of a stage that is done only the step is taken over: nothing of it is trained or written again.
 
@@ -134,6 +144,7 @@ def resume(
         memory: of the stage; None: nothing is looked for there.
         state: takes over what is found.
         data: what it learns from.
+        evaluated_on: validation sets and tasks of this attempt.
         settings: gives the stage's configuration.
         is_complete: whether nothing is left to do after the step that the state then has.
         yes: the user has confirmed that the objective or the data change.
@@ -142,10 +153,10 @@ def resume(
         The settings changed since then in words; None for a new run.
     """
     on_disk = from_first(max(checkpoints.store.steps(), default=0))
-    if go_on(memory, state, above=on_disk):  # nothing on disk could be newer, so nothing there is read
+    if resume_from_memory(memory, state, above=on_disk):  # nothing on disk could be newer, so nothing there is read
         return []
     newest = checkpoints.choose()
-    if (newest or 0) < on_disk and go_on(memory, state, above=newest or 0):
+    if (newest or 0) < on_disk and resume_from_memory(memory, state, above=newest or 0):
         return []
     if newest is None:
         return None
@@ -156,42 +167,79 @@ def resume(
     state.step = newest
     if newest < settings(config).train.steps or not is_complete():
         checkpoints.load(state, newest)
+    lines += evaluated_on.changed(info)
+    if break_of(lines).training:
+        state.anomalies.begin_anew(step=newest)  # one's own change is no spike
     return lines
 
 
 def load_newest(
-    checkpoints: CheckpointManager, memory: MemoryTier | None, state: StageState, clock: Throughput
+    checkpoints: CheckpointManager, memory: MemoryTier | None, state: StageState, clock: Throughput, *, not_before: int
 ) -> int | None:
-    """Go back to the newest whole checkpoint; its step, or None where there is none."""
+    """Go back to the newest whole checkpoint; its step, or None where there is none.
+
+    Raises:
+        CheckpointError: it is from before sequence `not_before`, from which this attempt's order of the data holds.
+    """
+    stream = state.stream
     with clock.measure("rollback_s"):
         newest = checkpoints.choose()
         if newest is not None:
             checkpoints.load(state, newest)
             if memory is not None:
                 memory.forget()
+    if newest is None:
+        return None
+    if state.sequences < not_before:
+        raise CheckpointError(
+            f"the newest whole checkpoint, of step {newest}, is older than this attempt's order of the data",
+            remedy="start it again: it resumes from that checkpoint",
+        )
+    state.stream = stream  # the checkpoint may be from before this attempt changed the order
     return newest
 
 
-def border(
+def poll_stop_and_save(
     stop: StopRequest, checkpoints: CheckpointManager, clock: Throughput, fence: Fence, *, moved: bool
 ) -> tuple[bool, bool]:
-    """Between two steps, in one collective: whether to stop, whether a rank has seen the folder elsewhere.
-
-    It also goes on with the save that is under way.
+    """One all-reduce per step: agrees on stop requests and on a moved run folder, and advances a pending save.
 
     Args:
-        stop: requests from outside.
+        stop: stop requests by signal.
         checkpoints: of the stage.
         clock: saving is a pause.
         fence: whether this attempt may still write.
-        moved: whether this rank has seen it.
+        moved: whether this rank has found the run's folder renamed.
+
+    Returns:
+        Whether to stop, and whether any rank has found the folder renamed.
     """
     fence.look()
     if fence.is_orphaned() and stop.name is None:
-        stop.ask(signal.SIGTERM)  # whoever started these ranks was killed: nobody else will end them
+        stop.ask(signal.SIGTERM)  # the launcher of these ranks was killed: no other process will end them
     saver = checkpoints.saver
-    stopping, (elsewhere, working, failed) = stop.agreed_with(device.taken(), int(moved), *saver.word())
+    stopping, (elsewhere, working, failed) = stop.agreed_with(device.taken(), int(moved), *saver.status())
     if saver.under_way:
         with clock.measure(SAVE_STALL):
             saver.advance(working, failed)
     return stopping, bool(elsewhere)
+
+
+def refuse_moved(given: Given, moved_to: Path | None, *, step: int) -> None:
+    """End a run whose folder was renamed, because a restart would look for it at its old path.
+
+    Args:
+        given: what the stage was built with.
+        moved_to: the stage's folder now; None: it is where it was.
+        step: of the checkpoint that was saved there.
+
+    Raises:
+        TrainingError: it was renamed.
+    """
+    if moved_to is None:
+        return
+    run = moved_to if given.folder == given.run else moved_to.parent
+    raise TrainingError(
+        f"{given.folder} was renamed to {moved_to}; step {step} is saved there",
+        remedy=f"rename it back, or continue with run.dir={run.parent} run.name={run.name}",
+    )

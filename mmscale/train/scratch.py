@@ -1,4 +1,4 @@
-"""Starting a run again from step 0 after all of its checkpoints were lost (`--from-scratch`). No torch."""
+"""Restarts a run from step 0 after all of its checkpoints were lost (`--from-scratch`). No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mmscale.checkpoint.layout import LATEST, SCRATCH, Store
 from mmscale.errors import CheckpointError
-from mmscale.train.metrics import EventLog, next_attempt
+from mmscale.runs.attempts import next_attempt
+from mmscale.runs.events import EventLog
 
 _PATIENCE_S = 60.0
 
@@ -21,21 +22,21 @@ def check_scratch(store: Store) -> None:
     Raises:
         CheckpointError: there are checkpoints, or their folder is a link to nowhere.
     """
-    if there := [*map(str, store.steps()), *store.condemned()]:
+    if there := [*map(str, store.steps()), *store.quarantined()]:
         raise CheckpointError(
             f"{store.root} holds checkpoints ({', '.join(there[-3:])}), and --from-scratch deletes none",
-            remedy="go on from them without --from-scratch, or start a new run with another run.name",
+            remedy="continue from them without --from-scratch, or start a new run with another run.name",
         )
     if store.root.is_symlink() and (why := store.lost()):
         raise CheckpointError(why, remedy="mount what it points to, or remove the link")
 
 
 def start_from_scratch(run: Path, *, first: bool = True) -> None:
-    """Note that the saves of before do not count any more; nothing to do where none are missed.
+    """Record that earlier saves no longer count; does nothing if no checkpoint is missing.
 
     Args:
         run: the run's folder.
-        first: whether this process writes the note; others wait for it.
+        first: whether this process writes the record; others wait for it.
 
     Raises:
         CheckpointError: there are checkpoints, or their folder is a link to nowhere.

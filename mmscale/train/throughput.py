@@ -20,7 +20,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from mmscale.plan.hardware import bf16_peak
+from mmscale.tables.gpus import bf16_peak
 
 # Part of a step's time. All other measured times (saving, evaluation) are pauses and no part of it.
 DATA_WAIT = "data_wait_s"
@@ -86,6 +86,10 @@ class Throughput:
         """
         self._tokens += tokens
         self._steps += 1
+
+    def pauses(self) -> dict[str, float]:
+        """Sums of the pauses since the last `read`, to milliseconds."""
+        return {what: round(seconds, 3) for what, seconds in self._spent.items() if what != DATA_WAIT}
 
     def read(self) -> dict[str, float]:
         """Means over the steps since the last call, keyed as in metrics.jsonl. Empty if there was no step.

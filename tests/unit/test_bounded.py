@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-import time
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,28 +17,37 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints_tools.hf_files import INDEX as WEIGHTS_INDEX
-from checkpoints_tools.hf_files import ModelFiles
-from checkpoints_tools.hf_settings import CONFIG, config_of_export, is_ours, read_config, tokenizers_of_export
+from checkpoints_tools.huggingface.export_settings import (
+    CONFIG,
+    config_of_export,
+    is_ours,
+    read_config,
+    tokenizers_of_export,
+)
+from checkpoints_tools.huggingface.files import INDEX as WEIGHTS_INDEX
+from checkpoints_tools.huggingface.files import ModelFiles
 from launch import budget, record
 from launch.goodput import goodput
 from launch.policy import Budget
-from launch.progress import PROGRESS, Progress
 from launch.status import status
 from mmscale import bounded
-from mmscale.checkpoint import arrays, integrity
+from mmscale.checkpoint import integrity, zarr_arrays
 from mmscale.checkpoint.layout import Store
 from mmscale.config.load import load
 from mmscale.data.arrays import read_array
-from mmscale.data.manifest import Manifest, Part, Split, Task, read_manifest
-from mmscale.data.tasks import read_task
+from mmscale.data.prepared.manifest import Manifest, Part, Split, Task, read_manifest
+from mmscale.data.prepared.tasks import read_task
 from mmscale.errors import CheckpointError, MmscaleError
 from mmscale.report import history
 from mmscale.report.facts import environment, results
 from mmscale.report.layers import layers_of
 from mmscale.report.timeline import timeline_of
 from mmscale.resilience import generations, snapshot_files, watchdog
-from mmscale.train.metrics import EVENTS, LAYERS, METRICS, next_attempt, read_events, read_metrics
+from mmscale.runs.attempts import next_attempt
+from mmscale.runs.events import EVENTS, read_events
+from mmscale.runs.metrics import LAYERS, METRICS, read_metrics
+from mmscale.runs.run_progress import PROGRESS, RunProgress
+from tests.bounded_work import bounded_work
 
 # --- the helper -------------------------------------------------------------------------------------------------------
 
@@ -151,10 +160,8 @@ ARRAYS = {
 @pytest.mark.parametrize("name", ARRAYS)
 def test_arrays_that_promise_too_much(tmp_path: Path, name: str, mapped: bool) -> None:
     (tmp_path / "a.npy").write_bytes(ARRAYS[name])
-    began = time.process_time()
-    with pytest.raises((ValueError, OSError)):
+    with bounded_work(), pytest.raises((ValueError, OSError)):
         read_array(tmp_path / "a.npy", mapped=mapped)
-    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("array", [np.arange(6).reshape(2, 3), np.zeros((0, 3), np.uint16), np.float32(2), np.ones(3)])
@@ -170,7 +177,7 @@ def test_archives_with_too_many_shards() -> None:
     grid = {"chunk_grid": {"configuration": {"chunk_shape": [1, 1]}}}
     for wrong in ([10**6, 10**6], [10**12], None, ["a", 1], [[], 1]):
         with pytest.raises(ValueError, match="it describes"):
-            arrays.shard_files({**grid, "shape": wrong})
+            zarr_arrays.shard_files({**grid, "shape": wrong})
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -196,17 +203,15 @@ YAML = {
 def test_configurations_that_take_for_ever(tmp_path: Path, name: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(YAML[name])
-    began = time.process_time()
-    with pytest.raises(MmscaleError) as raised:
+    with bounded_work(), pytest.raises(MmscaleError) as raised:
         load(file)
     assert raised.value.remedy and len(raised.value.cause) < 20_000
-    assert time.process_time() - began < 2  # 0.1 to 0.8 s
 
 
 # --- every reader -----------------------------------------------------------------------------------------------------
 
 _DIGEST = integrity.FileRecord(3, integrity.text_digest("abc"))
-_MANIFEST = integrity.Manifest(2, 1, "c", "0.2", {"world_size": 2}, {"a.distcp": _DIGEST})
+_MANIFEST = integrity.CheckpointManifest(2, 1, "c", "0.2", {"world_size": 2}, {"a.distcp": _DIGEST})
 _PART = Part(prefix="train/00000", documents=0, tokens={"text": 0}, bin_bytes=0, idx_bytes=0)
 _DATA = Manifest(
     format=1,
@@ -300,14 +305,14 @@ READERS = {
     ),
     "hang reports": Reader(
         f"{watchdog.FOLDER}/rank_0.json",
-        asdict(watchdog.Report(0, "h", 1, 2, 3.0, True, ["a"])),
+        asdict(watchdog.HangReport(0, "h", 1, 2, 3.0, True, ["a"])),
         lambda folder: (found := watchdog.reports(folder)) and watchdog.culprits(found, world_size=2),
     ),
     "launch": Reader(record.RECORD, _RECORD, record.read_record),
     "job": Reader(record.JOB, _JOB, lambda folder: (record.keys_of(folder), record.job_log(folder, "12"))),
     "budget": Reader("budget.json", asdict(Budget()), budget.load),
     "progress": Reader(
-        PROGRESS, {"offset": 0, "last": {}, "attempts": {"1": [[1, 0.1, 0.0, 0.0, True]]}}, Progress.load
+        PROGRESS, {"offset": 0, "last": {}, "attempts": {"1": [[1, 0.1, 0.0, 0.0, True]]}}, RunProgress.load
     ),
     "config of a model": Reader(CONFIG, {"num_hidden_layers": 2, "mmscale": {"config": {}, "tokenizers": {}}}, _model),
     "index of weights": Reader(WEIGHTS_INDEX, {"weight_map": {"a": "model.safetensors"}}, ModelFiles),
@@ -337,14 +342,13 @@ def text_of(reader: Reader, content: Any) -> str:
 
 
 def read_in_words(reader: Reader, folder: Path) -> Any:
-    """What it read, or the error that said why not; anything but words fails, and so does more than a second."""
-    began = time.process_time()
-    try:
-        found: Any = reader.read(folder)
-    except IN_WORDS as error:
-        found = error
+    """What it read, or the error that said why not; anything but words fails, and so does work without a bound."""
+    with bounded_work():
+        try:
+            found: Any = reader.read(folder)
+        except IN_WORDS as error:
+            found = error
     assert not isinstance(found, Exception) or len(str(found)) < 2000
-    assert time.process_time() - began < 1
     return found
 
 
@@ -435,3 +439,30 @@ def test_parts_of_a_data_set_stay_inside_it(tmp_path: Path, prefix: str) -> None
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(MmscaleError, match="is damaged"):
         read_manifest(tmp_path)
+
+
+SOURCES = sorted(path for top in ("mmscale", "launch", "checkpoints_tools") for path in Path(top).rglob("*.py"))
+
+
+def test_nothing_reads_json_past_this_module() -> None:
+    """As ruff's banned-api holds where the rule is on; mmscale/runtime may use torch.cuda, so it is off there."""
+    allowed = {
+        "mmscale/bounded.py",
+        "mmscale/data/modalities/audio.py",  # ships with exports; the table looks first
+        "checkpoints_tools/huggingface/gate_reload.py",
+        "checkpoints_tools/huggingface/shipped/image_codes_moma.py",
+    }
+    read = re.compile(r"(?<!or)json\.loads?\(|yaml\.(safe_)?load\(")
+    found = {path.as_posix() for path in SOURCES if read.search(path.read_text())}
+    assert len(SOURCES) > 200 and found == allowed
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "null", "[1]", '{"kind": ' + "9" * 5000 + "}", " " * (2 << 20)])
+def test_settings_of_an_exported_image_tokenizer(tmp_path: Path, content: str) -> None:
+    """It is read by a module that is shipped with exports and has no mmscale."""
+    from checkpoints_tools.huggingface.shipped.image_codes_moma import FOLDER, SETTINGS, read_codes
+
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / SETTINGS).write_text(content)
+    with bounded_work(), pytest.raises(ValueError, match=r"holds no JSON object|more than the|integer string"):
+        read_codes(tmp_path)

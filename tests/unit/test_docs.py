@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -30,16 +31,75 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(file), target
 
 
+@functools.cache
+def _tests() -> dict[str, set[str]]:
+    """Names of tests and of their classes, by the name of their file without `.py`."""
+    files = {file.stem: file.read_text() for file in ROOT.glob("tests/**/test_*.py")}
+    return {
+        name: set(re.findall(r"^ *(?:def|class) ([Tt]est_?\w+)", text, re.MULTILINE)) for name, text in files.items()
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    """`tests/FOLDER/test_FILE.py`, `test_FILE::test_NAME`, and `…` for the rest of a name or the file named before."""
+    text, tests = page.read_text(), _tests()
+    names = {name for found in tests.values() for name in found}
+    for path in re.findall(r"\btests/[\w/.-]*\w", text):
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists() or list(ROOT.glob(f"{path}*")), path
+    file = ""
+    for named, name, cut in re.findall(r"(?:\b(test_\w+)(?:\.py)?|…)::(\w+)(…?)", text):
+        file = named or file
+        assert any(one == name or (cut and one.startswith(name)) for one in tests.get(file, ())), f"{file}::{name}"
+    for name, cut in re.findall(r"(?<!:)\b(test_\w+)(…?)", text):
+        known = {*tests, *names}
+        assert name in known or (cut and any(one.startswith(name) for one in known)), name
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 180
 
 
 def test_the_picture_of_imports_is_that_of_the_contracts() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
-    wanted = [set(re.findall(r"\(([\w.]+)\)", layer.replace("mmscale.", ""))) for layer in reversed(layers)]
+    staircases = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     page = (ROOT / "docs" / "architecture.md").read_text()
-    (picture,) = re.findall(r"```\n(errors <-.*?)```", page, flags=re.DOTALL)
-    assert [set(re.findall(r"\w+", layer)) for layer in picture.split("<-")] == wanted
-    for package in set().union(*wanted):
-        assert re.search(rf"(^|\s){package}(/|\.py)\s", page, flags=re.MULTILINE), package
+    pictures = re.findall(r"```\n([^`]*? <- [^`]*?)```", page)
+    for layers, picture in zip(staircases, pictures, strict=True):
+        wanted = [set(re.findall(r"\(([\w.]+)\)", layer.replace("mmscale.", ""))) for layer in reversed(layers)]
+        assert [set(re.findall(r"\w+", layer)) for layer in picture.split("<-")] == wanted
+        for package in set().union(*wanted):
+            assert re.search(rf"(^|\s){package}(/|\.py)(\s|$)", page, flags=re.MULTILINE), package
+
+
+def test_make_security_runs_what_the_page_names() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    named = set(re.findall(r"`(?:tests/[\w/]+/)?(test_\w+)[`:]", page))
+    listed = re.search(r"^SECURITY := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert listed is not None
+    files = [ROOT / name for name in listed[1].replace("\\\n", " ").split()]
+    assert [str(file) for file in files if not file.is_file()] == []
+    assert {file.stem for file in files} == named
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/extending/*.md")), ids=lambda page: page.name)
+def test_code_of_a_how_to_page_is_that_of_the_example(page: Path) -> None:
+    """Which is what tests run."""
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert blocks or page.name == "index.md"
+    for file, code in blocks:
+        assert code == (ROOT / file).read_text(), file
+
+
+def test_every_choice_is_on_the_reference_page() -> None:
+    from docs.reference import generate
+    from mmscale.tables import settings
+    from mmscale.tables.plugins import PLUGINS
+    from mmscale.tables.routings import ROUTINGS
+    from mmscale.tables.table import Table
+
+    page = generate.choices()
+    for table in (*(one for one in vars(settings).values() if isinstance(one, Table)), ROUTINGS):
+        assert all(f"| `{name}` | {choice.meaning} |" in page for name, choice in table.items()), table.title
+    assert all(f"| {name} |" in page for name in PLUGINS)
+    assert all((ROOT / "docs" / kind.page).is_file() for kind in PLUGINS.values())

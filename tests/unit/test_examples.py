@@ -42,6 +42,7 @@ NOT_RUN = {
         for name in ("list", "show", "verify", "sign", "diff", "prune", "archive", "restore")
     },
     **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "upcycle", "restore-bad", "sign")},
+    **{f"ckpt {name}": "an object store" for name in ("mirror", "fetch")},
     **{f"convert {name}": "a trained run" for name in ("to-hf", "from-hf")},
     **{f"bench {benchmark.name}": "takes minutes, or a GPU" for benchmark in _BENCHMARKS},
 }
@@ -91,6 +92,17 @@ def digits(folder: Path) -> None:
     assert main([*command, "--documents", "corpus/*.jsonl", "--json"]) == 0
 
 
+def weighed(folder: Path) -> None:
+    """A corpus, a benchmark to compare it with, and a score."""
+    corpus(folder)
+    second = folder / "corpus/part-1.jsonl"
+    second.write_text(second.read_text().replace("bus", "tram"))
+    for name, part in (("corpus", 0), ("benchmark", 1)):
+        command = ["data", "prepare", "configs/quickstart.yaml", "data.prepare.image.kind=levels", "--json"]
+        assert main([*command, "--out", f"data/{name}", "--documents", f"corpus/part-{part}.jsonl"]) == 0
+    assert main(["data", "score", "data/corpus", "--by", "rules", "--json"]) == 0
+
+
 def compared(folder: Path, *models: str) -> None:
     settings: dict[str, dict[str, Any]] = {
         "dense": {},
@@ -120,9 +132,13 @@ RUN: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], tuple[str, 
     "plan": (None, (), ()),
     "baselines": (None, ("baselines/quickstart_dense.yaml", "baselines/quickstart_mod_4t4i.yaml"), ()),
     "launch": (digits, (), ()),
+    "init": (None, ("digits/README.md", "digits/configs/quickstart.yaml"), ()),
     "data prepare": (corpus, ("data/corpus/manifest.json",), ()),
     "data inspect": (digits, (), ()),
     "data verify": (digits, (), ()),
+    "data dedup": (weighed, ("data/corpus/selection/selection.json",), ("--no-held-out",)),
+    "data score": (weighed, ("data/corpus/scores/rules.npy",), ()),
+    "data select": (weighed, ("data/corpus/selection/selection.json",), ()),
     "report": (lambda folder: compared(folder, "dense", "moma"), ("report.html",), ()),
     "compare": (lambda folder: compared(folder, "dense", "4t4i", "moe8x"), ("eta.png",), ()),
     "scaling fit": (scaled, ("scaling.png",), ("--bootstrap", "2")),

@@ -64,6 +64,46 @@ def test_messages_are_whole() -> None:
     assert wrong == []
 
 
+# Values in commands that are no paths: names of settings and modules.
+NO_PATHS = {"key.name if key else name", "name", "module_name"}
+QUOTING = {"quote", "join", "shell_command"}
+
+
+def unquoted(source: str) -> Iterator[tuple[int, str]]:
+    """Values that stand in a command in backquotes, after its first word, as they are."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        text = ""
+        for part in node.values:
+            if isinstance(part, ast.Constant):
+                text += str(part.value)
+                continue
+            value = part.value if isinstance(part, ast.FormattedValue) else part
+            called = value.func if isinstance(value, ast.Call) else None
+            quotes = getattr(called, "attr", getattr(called, "id", "")) in QUOTING
+            if text.count("`") % 2 and " " in text.rpartition("`")[2] and not quotes:
+                yield node.lineno, ast.unparse(value)
+            text += "X"
+
+
+def test_paths_in_commands_are_quoted_for_a_shell() -> None:
+    """A user pastes the command of a remedy; a path may have spaces."""
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}: {value}"
+        for folder in ("mmscale", "launch", "checkpoints_tools", "slurm")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for line, value in unquoted(file.read_text(encoding="utf-8"))
+        if value not in NO_PATHS
+    ]
+    assert wrong == []
+
+
+def test_an_unquoted_path_is_found() -> None:
+    assert list(unquoted('f"{run}: see `mmscale stop {run}`"')) == [(1, "run")]
+    assert list(unquoted('f"{run}: `{run}`, `mmscale stop {quote(run)}`"')) == []
+
+
 @pytest.mark.parametrize(
     "text", ["X is more than", "one  two", " one", "see (this", "use `x", "give:", "split over", "it is."]
 )

@@ -151,5 +151,5 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "eta_moe8x.yaml" in capsys.readouterr().out
     (out / "eta_dense.yaml").write_text("mine")
     assert main(command) == 2
-    assert "differs from what would be written" in capsys.readouterr().err
+    assert "differs from the file to write" in capsys.readouterr().err
     assert (out / "eta_dense.yaml").read_text() == "mine"

@@ -13,9 +13,19 @@ function axisDomain() {
 }
 
 // Mean over neighbours on both sides, so that curves do not lag; the window shrinks at the beginning, where they are steep.
-function smoothed(values, amount) {
-  const reach = Math.round((values.length / 200) * amount);
-  if (reach < 1 || values.length < 40) return values;
+function smoothed(line, amount) {
+  const reach = Math.round((line.mean.length / 200) * amount);
+  if (reach < 1 || line.mean.length < 40) return line.mean;
+  return pieces(line).flatMap(([first, end]) => means(line.mean.slice(first, end), reach));
+}
+
+// Places of a line's points between its gaps: [first, end) of each piece.
+function pieces(line) {
+  const edges = [0, ...(line.gaps ?? []), line.mean.length];
+  return edges.slice(1).map((end, i) => [edges[i], end]);
+}
+
+function means(values, reach) {
   const sums = [0], counts = [0];
   values.forEach((v, i) => { sums.push(sums[i] + (v ?? 0)); counts.push(counts[i] + (v === null ? 0 : 1)); });
   return values.map((v, i) => {
@@ -32,7 +42,25 @@ const MARKS = [
   (x, y) => `M${x - 4},${y - 4}h8v8h-8Z`,
 ];
 
+// Marks at one place show through each other: the first shape is filled and half transparent, the others are outlines.
+function inked(line) {
+  const stroke = colour(line.colour);
+  return { fill: stroke, "fill-opacity": line.mark % 4 ? 0 : 0.45, stroke, "stroke-width": line.mark % 4 ? 1.7 : 1 };
+}
+
 const MANY_MARKS = 80, DASHES = ["7 3", "7 2 2 2", "3 3", "2 3"];
+
+// Place of the lowest value of a line behind its last gap; -1 where there are fewer than two, of which none is worth a mark.
+function best(line) {
+  const from = (line.gaps ?? []).at(-1) ?? 0;
+  const known = line.mean.map((v, i) => [v, i]).filter(([v, i]) => v !== null && i >= from);
+  return known.length < 2 ? -1 : known.reduce((low, one) => (one[0] < low[0] ? one : low))[1];
+}
+
+// Whether a cut breaks the curve of a column, as mmscale/report/breaks.py says.
+function breaks(cut, key) {
+  return key.startsWith("eval/") ? cut.held_out || (cut.tasks && key.includes("/accuracy/")) : cut.training;
+}
 
 class Chart {
   constructor(spec, parent) {
@@ -62,7 +90,7 @@ class Chart {
     const box = el("div", { class: "legend" });
     for (const line of this.lines) {
       const picture = el("svg", { width: 22, height: 12 });
-      if (line.points) picture.append(el("path", { d: MARKS[line.mark % 4](11, 6), fill: colour(line.colour) }));
+      if (line.points) picture.append(el("path", { d: MARKS[line.mark % 4](11, 6), ...inked(line) }));
       else picture.append(el("line", { x1: 1, x2: 21, y1: 6, y2: 6, stroke: colour(line.colour), "stroke-width": 2.5 }));
       const button = el("button", { type: "button", title: "show or hide", onclick: () => {
         const key = this.key(line);
@@ -89,15 +117,16 @@ class Chart {
     for (const line of this.lines) {
       line.x = line.group[state.axis];
       line.known = line.x.some((x) => x !== null);
-      line.curve = line.points || this.spec.raw ? line.mean : smoothed(line.mean, state.smooth);
+      line.curve = line.points || this.spec.raw ? line.mean : smoothed(line, state.smooth);
     }
     this.scaleY();
     const clip = `clip-${this.spec.name}`.replace(/[^\w-]/g, "_");
     const svg = el("svg", { height: H, viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": this.spec.title },
-      el("defs", {}, el("clipPath", { id: clip }, el("rect", { x: box.left, y: box.top - 4, width: box.right - box.left, height: box.bottom - box.top + 8 }))));
+      el("defs", {}, el("clipPath", { id: clip }, el("rect", { x: box.left - 9, y: box.top - 4, width: box.right - box.left + 18, height: box.bottom - box.top + 8 }))));
     this.grid(svg);
     const inner = el("g", { "clip-path": `url(#${clip})` });
     if (state.events) this.events(inner);
+    this.cuts(inner);
     this.shown().forEach((line) => this.line(inner, line));
     svg.append(inner);
     this.over = el("g", {});
@@ -158,9 +187,11 @@ class Chart {
     const inside = (v) => v !== null && v !== undefined && (!this.log || v > 0);
     const Y = (v) => Math.max(top - 30, Math.min(bottom + 30, this.sy(v))).toFixed(1);
     const X = line.x.map((x) => (x === null ? null : this.sx(x).toFixed(1)));
+    const gaps = new Set(line.gaps ?? []); // points that are not joined with the one before
     const path = (values) => {
       let text = "", pen = false;
       values.forEach((v, i) => {
+        if (gaps.has(i)) pen = false;
         if (X[i] === null || !inside(v)) { pen = false; return; }
         text += `${pen ? "L" : "M"}${X[i]},${Y(v)}`;
         pen = true;
@@ -169,8 +200,10 @@ class Chart {
     };
     if (line.low && (!line.points || line.joined)) {
       const seen = X.map((x, i) => (x !== null && inside(line.low[i]) && inside(line.high[i]) ? i : -1)).filter((i) => i >= 0);
-      if (seen.length) {
-        const band = seen.map((i) => `${X[i]},${Y(line.high[i])}`).concat(seen.reverse().map((i) => `${X[i]},${Y(line.low[i])}`));
+      for (const [first, end] of pieces(line)) {
+        const own = seen.filter((i) => i >= first && i < end);
+        if (!own.length) continue;
+        const band = own.map((i) => `${X[i]},${Y(line.high[i])}`).concat(own.reverse().map((i) => `${X[i]},${Y(line.low[i])}`));
         parent.append(el("polygon", { points: band.join(" "), fill: stroke, opacity: 0.16 }));
       }
     } else if (line.low) {
@@ -183,7 +216,13 @@ class Chart {
       const many = line.joined && line.mean.length > MANY_MARKS;
       if (line.joined) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": many ? 1.6 : 1, "stroke-dasharray": DASHES[many ? line.mark % 4 : 3], opacity: many ? 1 : 0.7 }));
       const marks = many ? "" : line.mean.map((v, i) => (X[i] === null || !inside(v) ? "" : MARKS[line.mark % 4](Number(X[i]), Number(Y(v))))).join("");
-      parent.append(el("path", { d: marks, fill: stroke, stroke: "var(--panel)", "stroke-width": line.mean.length > MANY_MARKS ? 0 : 1 }));
+      parent.append(el("path", { d: marks, ...inked(line) }));
+      const lowest = line.best ? best(line) : -1;
+      if (lowest >= 0 && X[lowest] !== null && inside(line.mean[lowest])) {
+        const ring = el("circle", { class: "best", cx: X[lowest], cy: Y(line.mean[lowest]), r: 7.5, fill: "none", stroke, "stroke-width": 1.8 });
+        ring.append(el("title", {}, `lowest: ${short(line.mean[lowest])} at step ${line.group.step[lowest]}`));
+        parent.append(ring);
+      }
     } else {
       if (line.curve !== line.mean) parent.append(el("path", { d: path(line.mean), fill: "none", stroke, "stroke-width": 0.8, opacity: 0.35 }));
       parent.append(el("path", { d: path(line.curve), fill: "none", stroke, "stroke-width": 1.8, "stroke-linejoin": "round" }));
@@ -208,6 +247,21 @@ class Chart {
         if (x === null || x < this.x0 || x > this.x1) continue;
         const stroke = one.routine ? "var(--soft)" : "var(--bad)";
         parent.append(el("line", { x1: this.sx(x), x2: this.sx(x), y1: top, y2: bottom, stroke, "stroke-dasharray": "3 3", opacity: 0.6 }));
+      }
+    });
+  }
+
+  // Lines where other data, batches or sequences begin, and what changed.
+  cuts(parent) {
+    if (this.spec.raw) return;
+    const { top, bottom } = this.box;
+    DATA.runs.forEach((run, number) => {
+      const own = this.shown().filter((line) => line.run === number);
+      for (const cut of run.cuts.filter((one) => own.some((line) => breaks(one, line.key ?? "")))) {
+        const place = eventPlace(run, cut), x = place === null ? null : this.sx(place);
+        if (x === null || place < this.x0 || place > this.x1) continue;
+        parent.append(el("line", { class: "cut", x1: x, x2: x, y1: top, y2: bottom, stroke: "var(--soft)", "stroke-width": 1.4 }),
+          el("text", { class: "cut", x: x + 4, y: top + 9 }, cut.text));
       }
     });
   }

@@ -2,8 +2,10 @@
 "use strict";
 const PARTS = [
   ["steps", "steps that count", "--s-steps"], ["start_up", "start-up", "--s-start"], ["save_stall", "save stalls", "--s-stall"],
-  ["evaluation", "evaluation", "--s-eval"], ["lost", "lost, done again", "--s-lost"], ["waiting", "waiting between attempts", "--s-wait"],
+  ["evaluation", "evaluation", "--s-eval"], ["lost", "lost, done again", "--s-lost"], ["other", "other", "--s-other"], ["waiting", "waiting between attempts", "--s-wait"],
 ];
+// Routine events that are drawn, as marks: a circle or a square.
+const QUIET = { finish: [0, "--s-steps"], ended_early: [0, "--s-steps"], resume: [0, "--soft"], stop: [3, "--soft"] };
 const SPANS = { steps: "--s-steps", start_up: "--s-start", lost: "--s-lost" };
 
 function timelineOf(run, parent) {
@@ -31,15 +33,19 @@ function timelineOf(run, parent) {
       const mine = spans.filter((s) => s.attempt === attempt), from = sx(mine[0].begin), to = sx(mine.at(-1).end);
       if (to - from > 14) svg.append(el("text", { x: from + 3, y: 16 }, to - from > 70 ? `attempt ${attempt}` : String(attempt)));
     }
-    for (const one of happenings) {
-      const x = sx(one.hours), save = one.event === "save_committed", quiet = one.routine && !save;
-      if (quiet && one.event !== "finish" && one.event !== "resume") continue;
-      const node = save ? el("line", { x1: x, x2: x, y1: 51, y2: 57, stroke: "var(--soft)", "stroke-width": 1.5 })
-        : quiet ? el("path", { d: MARKS[0](x, 62), fill: one.event === "finish" ? "var(--s-steps)" : "var(--soft)" })
-        : el("path", { d: `M${x - 4.5},${57.5}l9,9m0,-9l-9,9`, stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" });
+    const drawn = happenings.filter((one) => !one.routine || one.event === "save_committed" || one.event in QUIET);
+    // What stands at a place: marks may hide each other.
+    const near = (x) => drawn.filter((one) => Math.abs(sx(one.hours) - x) < 6).slice(0, 8).flatMap((one) => {
       const where = one.step === null ? "" : ` at step ${one.step.toLocaleString("en")}`;
+      return [[el("b", {}, one.event + where), ` attempt ${one.attempt}, ${duration(one.hours)}`], ...(one.text ? [[one.text]] : [])];
+    });
+    for (const one of drawn) {
+      const x = sx(one.hours), save = one.event === "save_committed", quiet = one.routine && !save;
+      const node = save ? el("line", { x1: x, x2: x, y1: 51, y2: 57, stroke: "var(--soft)", "stroke-width": 1.5 })
+        : quiet ? el("path", { class: `event ${one.event}`, d: MARKS[QUIET[one.event][0]](x, 62), fill: `var(${QUIET[one.event][1]})`, "fill-opacity": 0.45, stroke: `var(${QUIET[one.event][1]})` })
+        : el("path", { d: `M${x - 4.5},${57.5}l9,9m0,-9l-9,9`, stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" });
       const hit = el("rect", { x: x - 5, y: 50, width: 10, height: 20, fill: "transparent" });
-      hit.addEventListener("pointermove", (event) => showTip(event, [[el("b", {}, one.event + where)], [`attempt ${one.attempt}, ${duration(one.hours)}`], [one.text]]));
+      hit.addEventListener("pointermove", (event) => showTip(event, near(x)));
       hit.addEventListener("pointerleave", hideTip);
       svg.append(node, hit);
     }

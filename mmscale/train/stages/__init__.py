@@ -1,1 +1,1 @@
-"""The stages that the trainer can be given: which there are (table.py), and what each one brings (main.py, ...)."""
+"""The stages of training: the table of stages (table.py), and what each stage provides (main.py, ...)."""

@@ -1,4 +1,4 @@
-"""The auxiliary stage before any rank starts: its settings and checks. Imports no torch."""
+"""Settings and checks of the auxiliary stage before any rank starts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
 from mmscale.config.derived import with_auxiliary_routers
-from mmscale.data.manifest import Manifest
+from mmscale.data.prepared.manifest import Manifest
 from mmscale.errors import ConfigError
 from mmscale.train.preflight import check_function, check_ids, newest_whole
 from mmscale.train.stages.origin import check_origin, folder_of, main_origin
@@ -23,8 +23,9 @@ def stage_config(config: Config) -> Config:
         "micro_batch_size": stage.micro_batch_size or train.micro_batch_size,
         "global_batch_size": stage.global_batch_size or train.global_batch_size,
         "eval_every": 0,  # it is evaluated once, behind its last step
+        "stop_when": None,
     }
-    checkpoint = config.checkpoint.model_copy(update={"every": stage.checkpoint_every})
+    checkpoint = config.checkpoint.model_copy(update={"every": stage.checkpoint_every, "early": 0, "keep_best": None})
     return with_auxiliary_routers(config).model_copy(
         update={"train": train.model_copy(update=settings), "optim": stage.optim, "checkpoint": checkpoint}
     )

@@ -1,8 +1,8 @@
-"""What a stage brings to the trainer, and what it gets from it. run.py knows no more of a stage than this."""
+"""The interface between a stage and the trainer: what a stage provides, and what it receives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,25 +10,25 @@ from typing import Any, Protocol
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.config import Config
-from mmscale.data.loader import BatchLoader
+from mmscale.data.stream.loader import BatchLoader
 from mmscale.model.auxiliary import RouterLearning
-from mmscale.model.mixed_modal import Routing
 from mmscale.runtime.rank_env import RankEnv
+from mmscale.tables.routings import Routing
+from mmscale.train.log.progress_lines import Progress
+from mmscale.train.log.records import Records
 from mmscale.train.loop import Hook
-from mmscale.train.progress import Progress
-from mmscale.train.records import Records
-from mmscale.train.state import StageState
-from mmscale.train.step import Steps
+from mmscale.train.stage_state import StageState
+from mmscale.train.steps.step import Steps
 from mmscale.train.throughput import Throughput
 
 
 @dataclass(frozen=True)
 class Given:
-    """From what a stage is built, on every rank.
+    """The inputs for building a stage, on every rank.
 
     Attributes:
         config: the run's configuration, shares resolved.
-        settings: the stage's: what `Stage.settings` made of it.
+        settings: the stage's, from `Stage.settings`.
         run: the run's folder.
         folder: the stage's folder.
         env: this process's place among the ranks.
@@ -47,7 +47,7 @@ class Evaluate(Protocol):
     """Losses on held-out data; every rank calls it. The hang watch sees each batch, and a stop is heard there."""
 
     def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, dict[str, float]]:
-        """As mmscale.train.evaluate.evaluate, for each set of mmscale.data.passes by its name.
+        """As mmscale.train.steps.evaluation.evaluate, for each set of mmscale.data.stream.passes by its name.
 
         Args:
             routing: who decides which experts take a token.
@@ -65,6 +65,8 @@ class Tools:
         records: metrics.jsonl and events.jsonl.
         evaluate: measures held-out data; None: there is none.
         beat: called between pieces of work that take long, so that they are no hang.
+        extents: which part of a set is evaluated, by its name; of those that are read only partly.
+        heard: is given the step of an evaluation and its values by their keys, the same on every rank.
     """
 
     clock: Throughput
@@ -72,6 +74,8 @@ class Tools:
     records: Records
     evaluate: Evaluate | None
     beat: Callable[[], None]
+    extents: Mapping[str, str]
+    heard: Callable[[int, Mapping[str, float]], None]
 
 
 class BuiltStage(Protocol):
@@ -91,7 +95,7 @@ class BuiltStage(Protocol):
 
     @property
     def begins_from(self) -> dict[str, Any]:
-        """What the checkpoint of another stage says of itself whose place in the data the first step goes on from."""
+        """Metadata of another stage's checkpoint, from whose position in the data the first step continues."""
 
     def origin(self) -> dict[str, Any]:
         """What its checkpoints say of themselves beside what all do."""
@@ -108,7 +112,7 @@ class BuiltStage(Protocol):
         """
 
     def resumed(self, tools: Tools) -> None:
-        """What the attempt before has left undone after the step that this one goes on from.
+        """Finish what the previous attempt has left undone after the step from which this one resumes.
 
         Raises:
             CutShortError: ranks were asked to stop within an evaluation; here and in `complete`.

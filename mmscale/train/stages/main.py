@@ -6,18 +6,18 @@ from typing import Any
 
 from mmscale.config import Config
 from mmscale.config.notes import notes
-from mmscale.data.loader import BatchLoader
+from mmscale.data.stream.loader import BatchLoader
 from mmscale.plan import flops_per_token, plan
+from mmscale.runs.metrics import evaluation_cut_short
 from mmscale.runtime import device
 from mmscale.runtime.groups import from_first
+from mmscale.train.assembly import build as build_parts
 from mmscale.train.hooks import EvalHook
-from mmscale.train.layers_log import LayersHook
+from mmscale.train.log.layers_log import LayersHook
+from mmscale.train.log.progress_lines import banner, source_shares
 from mmscale.train.loop import Hook
-from mmscale.train.metrics import evaluation_cut_short
-from mmscale.train.parts import build as build_parts
-from mmscale.train.progress import banner
 from mmscale.train.stages.built import Given, Tools
-from mmscale.train.state import TrainState
+from mmscale.train.state.train_state import TrainState
 
 
 class MainStage:
@@ -49,6 +49,7 @@ class MainStage:
             device=device.device_name(),
             plan=plan(config),
             share=shares if isinstance(shares, dict) else None,
+            sources=source_shares(config),
             attempt=attempt,
             start_step=self.state.step,
         )
@@ -64,7 +65,7 @@ class MainStage:
         return [layers, evaluation] if evaluation is not None else [layers]
 
     def resumed(self, tools: Tools) -> None:
-        """Evaluate after the step that this attempt goes on from, where a request to stop cut that short."""
+        """Evaluate after the step from which this attempt resumes, if a stop request interrupted that."""
         evaluation = _evaluation(self.given.settings, tools)
         if evaluation is not None and not self.is_complete():
             evaluation.measure(self.state.step)
@@ -90,4 +91,6 @@ def _evaluation(config: Config, tools: Tools) -> EvalHook | None:
         progress=tools.progress,
         metrics=tools.records.metrics,
         tell=tools.records.tell,
+        heard=tools.heard,
+        extents=tools.extents,
     )

@@ -1,4 +1,4 @@
-"""Which main checkpoint auxiliary routers belong to: kept in the stage's checkpoints, checked here. No torch."""
+"""The main checkpoint that auxiliary routers belong to: recorded in the stage's checkpoints, checked here. No torch."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def find_routers(run: Path, main_step: int) -> tuple[Path, int] | None:
 
 
 def check_origin(folder: Path, info: Mapping[str, Any], origin: Mapping[str, Any], config: Config) -> None:
-    """Refuse to go on with routers of another main checkpoint, or of another width.
+    """Refuse to continue with routers of another main checkpoint, or of another width.
 
     Args:
-        folder: the stage's checkpoint that it would go on from.
+        folder: the stage's checkpoint from which it would resume.
         info: what that says about itself.
-        origin: of the main checkpoint that it would go on with.
+        origin: of the main checkpoint that it would use.
         config: the run's configuration.
 
     Raises:
@@ -67,5 +67,5 @@ def check_origin(folder: Path, info: Mapping[str, Any], origin: Mapping[str, Any
     if saved.get("width") != width:
         raise CheckpointError(
             f"{folder} holds routers of width {saved.get('width')}, model.auxiliary.width is {width}",
-            remedy=f"restore the width, or remove {stage} to start anew",
+            remedy=f"restore the width, or remove {stage} to start again",
         )

@@ -1,6 +1,6 @@
-"""The stages of a run by name: folder, settings and checks of each. Imports no torch: the launcher reads it.
+"""The table of a run's stages: folder, settings and checks of each. Imports no torch, because the launcher reads it.
 
-What a stage computes is built by a function of the same name in mmscale/train/run.py, on the ranks.
+A function of the same name in mmscale/train/run.py builds the stage on the ranks.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmscale.checkpoint.layout import Store
-from mmscale.config import Config
+from mmscale.config import Config, plugins
 from mmscale.config.rules import check
-from mmscale.data.checks import check_data
-from mmscale.data.manifest import Manifest
-from mmscale.train.preflight import check_resume
+from mmscale.data.prepared.manifest import Manifest
+from mmscale.data.stream.checks import check_data
+from mmscale.train.preflight import check_mirror, check_profile, check_resume
 from mmscale.train.stages import auxiliary_settings, origin
 
 MAIN = "main"
@@ -60,6 +60,7 @@ class Stage:
         yes: bool = False,
         waits: bool = False,
         from_scratch: bool = False,
+        plugins_here: bool = True,
     ) -> None:
         """Refuse a stage that cannot work, before any rank starts. Reads small files only, and writes nothing.
 
@@ -70,18 +71,23 @@ class Stage:
             waits: it starts when another job has ended: the checkpoint that it builds on may not be there yet, and is
                 looked at then.
             from_scratch: the stage's own checkpoints are lost, and given up.
+            plugins_here: ranks will see the packages that this process sees; otherwise they load plug-ins first.
 
         Raises:
-            ConfigError: the layout does not fit, no data set is named, a new run would start among old checkpoints, a
-                setting is not the main checkpoint's that decides what its frozen weights compute, or the objective or
-                the data have changed since the newest checkpoint.
-            DataError: as for `mmscale.data.checks.check_data`; or the data was prepared with other tokenizers than
-                that of the checkpoints.
+            ConfigError: the layout does not fit, a rank to profile does not exist, no data set is named, a new run
+                would start among old checkpoints, a setting is not the main checkpoint's that decides what its frozen
+                weights compute, or the objective or the data have changed since the newest checkpoint.
+            DataError: as for `mmscale.data.stream.checks.check_data`; or the data was prepared with other tokenizers
+                than that of the checkpoints.
             CheckpointError: a checkpoint is missing, belongs to another model or to another main run, or all are
                 damaged.
         """
         self.check_model(config)
         check(config, world_size=world_size)
+        check_profile(config, world_size=world_size)
+        if plugins_here:
+            plugins.check(config)
+            check_mirror(config)
         settings = self.settings(config)
         # A stage's own portions must fit the ranks too. What it sets in the model is refused in files.
         check(settings.model_copy(update={"model": config.model}), world_size=world_size)
@@ -121,7 +127,7 @@ STAGES = {
         ),
         Stage(
             name="auxiliary",
-            help="its causal routers, after it, everything else frozen",
+            help="its causal routers, after the main run, with all other weights frozen",
             subfolder=origin.FOLDER,
             steps="auxiliary.steps",
             optim="auxiliary.optim",

@@ -27,7 +27,7 @@ def test_a_small_run() -> None:
 
 
 def test_all_ways_are_the_same_function() -> None:
-    shape = experts.Shape(3, 5, 16, 8)
+    shape = experts.ExpertShape(3, 5, 16, 8)
     given = experts.inputs(shape, torch.float32)
     outputs = {name: way(*given) for name, way in experts.ways(shape, torch.float32).items() if name != experts.FLOOR}
     for name, output in outputs.items():
@@ -35,7 +35,7 @@ def test_all_ways_are_the_same_function() -> None:
 
 
 def test_grouped_mm_is_left_out_where_its_kernels_refuse() -> None:
-    assert "grouped_mm" not in experts.ways(experts.Shape(2, 4, 16, 7), torch.float32)
+    assert "grouped_mm" not in experts.ways(experts.ExpertShape(2, 4, 16, 7), torch.float32)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"rows": 0}, {"repeats": "many"}])

@@ -10,6 +10,7 @@ import pytest
 
 from mmscale.bench import footprint, footprint_cases
 from mmscale.bench.footprint_cases import case, cases
+from mmscale.config import Config
 from mmscale.errors import UsageError
 from mmscale.plan.activations import Kernels
 from mmscale.runtime import groups
@@ -26,7 +27,16 @@ _CASES = [
     ("moma", "bf16", "mlp"),
     ("moma_shared_depth", "bf16", "none"),
     ("moma_shared_depth", "bf16", "full"),
+    ("dense", "fp32", "loss"),
+    ("moma", "bf16", "loss"),
+    ("moma_depth", "bf16", "none", "actual"),
 ]
+
+
+def _config(model: str, dtype: str, recompute: str, capacity: str = "nominal") -> Config:
+    config = case(model, dtype, recompute)
+    experts = config.model.experts.model_copy(update={"capacity": capacity})
+    return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         groups.start(ranks)
         found: dict[str, Any] = {}
         for named in _CASES:
-            config = case(*named)
+            config = _config(*named)
             groups.initialize_layout(tp=1, pp=1, vpp=None, ep=1, seed=1)
             found["-".join(named)] = footprint.compare(config, footprint.measure(config), kernels=Kernels.HOST)
             groups.destroy_layout()
@@ -60,7 +70,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("named", _CASES, ids="-".join)
-def test_the_plan_says_what_a_step_uses(named: tuple[str, str, str], measured: dict[str, Any]) -> None:
+def test_the_plan_says_what_a_step_uses(named: tuple[str, ...], measured: dict[str, Any]) -> None:
     rows = {name: (planned, found) for name, planned, found in measured["-".join(named)]}
     assert min(found for _, found in rows.values()) > 0
     for name in ("parameters", "gradients", "optimizer"):  # buffers are padded to a multiple of 64 elements
@@ -88,7 +98,7 @@ def test_cases_are_summed_up_by_their_extremes(measured: dict[str, Any]) -> None
         assert ratio == {"min": min(ratios), "max": max(ratios)}
         assert f"{name:<20} {min(ratios):.3f} to {max(ratios):.3f}" in table
     assert table[1].startswith("dense bf16 recompute=none width=64 ")
-    assert len(dict(cases())) == 40
+    assert len(dict(cases())) == 42
 
 
 def test_it_wants_a_configuration_or_cases() -> None:

@@ -102,6 +102,26 @@ def test_a_share_that_is_measured_later_is_no_change() -> None:
     assert changes(saved(), resolve(unresolved)) == []
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "asked"),
+    [
+        ((), ("data.seed=1234",), []),  # run.seed's default: the same order
+        ((), ("data.seed=5",), ["data.seed: null -> 5"]),
+        (("data.seed=5",), (), ["data.seed: 5 -> null"]),
+        (("run.seed=5", "data.seed=5"), ("run.seed=5",), []),
+        (("data.seed=5",), ("data.seed=5", "run.seed=6"), []),
+        ((), ("data.seed=1234", "run.seed=6"), []),
+        ((), ("run.seed=6",), ["run.seed: 1234 -> 6"]),
+    ],
+)
+def test_the_seed_of_the_order_is_confirmed(old: tuple[str, ...], new: tuple[str, ...], asked: list[str]) -> None:
+    before = saved(*old)
+    assert describe(changes(before, config(*new)), confirmed=True) == asked
+    if before["data"]["seed"] is None:  # a checkpoint from before the setting existed
+        del before["data"]["seed"]
+        assert len(describe(changes(before, config(*new)), confirmed=True)) == len(asked)
+
+
 def test_old_checkpoints_keep_the_choice_that_they_were_trained_with() -> None:
     old = saved()
     del old["model"]["experts"]["choice"]
@@ -127,7 +147,7 @@ def test_every_setting_of_the_schema_is_in_the_table() -> None:
     sections = {name for name in EFFECTS if all_keys()[name].section is not None}
     assert sections == {
         *("vocab", "optim", "auxiliary", "parallel", "precision", "checkpoint", "resilience", "log"),
-        *("model.depth", "model.auxiliary", "data.prepare"),
+        *("model.depth", "model.auxiliary", "model.rope_scaling", "data.prepare", "train.stop_when"),
     }, "these settings need a line each"
 
 

@@ -10,7 +10,9 @@ from mmscale.errors import UsageError
 
 # Whole numbers that count nothing with a name: widths, and the seed.
 _WITHOUT_UNIT = {
+    "data.prepare.modalities",
     "run.seed",
+    "data.seed",
     "model.hidden_size",
     "model.ffn_hidden_size",
     "model.kv_channels",
@@ -60,7 +62,7 @@ def test_a_section_lists_its_keys() -> None:
 def test_lists_and_mappings_by_index_and_name() -> None:
     assert explain("vocab.modalities.0.size")["unit"] == "ids"
     assert explain("model.experts.counts.text")["unit"] == "experts"
-    assert explain("vocab.modalities")["default"][1] == {"name": "image", "size": 8192}
+    assert explain("vocab.modalities")["default"][1] == {"name": "image", "size": 8192, "marks": False}
 
 
 def test_no_key_lists_everything() -> None:

@@ -181,7 +181,7 @@ class TestUnknownKeys:
             ("train.lr=3", "optim.lr"),
             ("lr=3", "optim.lr"),
             ("optim.learning_rate=3", "optim.lr"),
-            ("optim.seed=3", "run.seed"),
+            ("optim.seed=3", "data.seed"),
             ("model.experts.every=3", "model.depth.every"),
             ("model.experts.capacity_facto=3", "model.experts.capacity_factor"),
             ("parallel.tensor_model_parallel_size=2", "parallel.tp"),

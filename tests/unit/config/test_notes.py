@@ -38,8 +38,16 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
             ("power_exponent", -0.3, "wsd", "power"),
             ("power_tokens", 2e9, "linear", "power"),
             ("min_lr", 1e-5, "constant", "inverse_sqrt"),
+            ("schedule_args", {"a": 1}, "cosine", "package.module:Schedule"),
         )
     },
+    **{
+        f"{section}.optimizer_args": ({"a": 1}, {}, {
+            f"{section.replace('.', '__')}__optimizer": "package.module:Optimizer"
+        })
+        for section in ("optim", "auxiliary.optim")
+    },
+    "train.loss_args": ({"a": 1}, {}, {"train__loss": "package.module:Loss"}),
     **{
         f"auxiliary.{key}": (8, {"model__auxiliary__mode": "joint"}, {})
         for key in ("steps", "micro_batch_size", "global_batch_size", "checkpoint_every")
@@ -69,6 +77,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "data.prepare.image.residual": (16, {"data__prepare__image__kind": "vq", "data__prepare__image__path": "x"}, {}),
     "data.prepare.image.fit_patches": (9, {"data__prepare__image__kind": "vq", "data__prepare__image__path": "x"}, {}),
     "data.prepare.image.path": ("x", {"data__prepare__image__kind": "levels", "data__prepare__image__size": 4}, {}),
+    "data.prepare.image.kind_args": ({"a": 1}, {}, {"data__prepare__image__kind": "package.module:Codes"}),
+    "data.prepare.text.kind_args": ({"a": 1}, {}, {"data__prepare__text__kind": "package.module:Words"}),
     "data.prepare.emoji.font": ("x", {}, {"data__prepare__source": "emoji", "data__prepare__documents": []}),
     "data.prepare.emoji.annotations": ("x", {}, {"data__prepare__source": "emoji", "data__prepare__documents": []}),
     "data.prepare.emoji.languages": (("de",), DIGITS, {

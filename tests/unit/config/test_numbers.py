@@ -43,12 +43,19 @@ def is_number(annotation: Any) -> bool:
     return annotation in (int, float)
 
 
+def is_mapping_of_numbers(annotation: Any) -> bool:
+    if get_origin(annotation) is dict:
+        value = get_args(annotation)[1]
+        return is_number(value) and not keys.accepts(value, str)
+    return any(map(is_mapping_of_numbers, get_args(annotation)))
+
+
 def settings_of_numbers() -> Iterator[str]:
     """Dotted keys of the whole configuration; `*` and mappings filled in with what BASE has."""
     for name, key in keys.all_keys().items():
         if key.section is None and is_number(key.annotation):
             yield name.replace(keys.ANY, "0")
-        elif keys.holds_names(key.annotation) and name not in ("auxiliary.optim", "data.validation"):  # no numbers
+        elif is_mapping_of_numbers(key.annotation):
             yield f"{name}.text"
 
 

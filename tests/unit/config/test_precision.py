@@ -41,7 +41,7 @@ BROKEN = [
     ({"precision__fp8": "off"}, "precision.fp8_emulate is set, but precision.fp8 = off"),
     ({"precision": {"fp8_skip_last": 1}}, "precision.fp8_skip_last is set, but precision.fp8 = off"),
     ({"precision__fp8": "delayed", "precision__fp8_skip_first": 1}, "do not go with precision.fp8 = delayed"),
-    ({"precision__fp8_skip_first": 4, "precision__fp8_skip_last": 4}, "leave none of the 8 layers to FP8"),
+    ({"precision__fp8_skip_first": 4, "precision__fp8_skip_last": 4}, "leave no layer in FP8 of 8"),
     ({"precision__fp8_skip_first": 5, "parallel__pp": 2}, "fp8_skip_first = 5 is more than the 4 layers of a pipeline"),
     ({"precision__fp8_margin": 9}, "scales would be 2^9 times too small"),
     ({"model__backend": "te"}, "precision.fp8_emulate with model.backend = te"),

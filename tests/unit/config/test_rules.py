@@ -62,6 +62,12 @@ BROKEN = [
     ({"model__num_attention_heads": 6}, "model.hidden_size = 64 is not divisible by model.num_attention_heads = 6"),
     ({"model__kv_channels": 7}, "the head width 7 is odd"),
     ({"model__num_query_groups": 3}, "model.num_attention_heads = 4 is not divisible by model.num_query_groups = 3"),
+    ({"model__rope_base": 12345.6}, "model.rope_base = 12345.6 is not a whole number"),
+    ({"model__rope_scaling": {"high_freq_factor": 1.0}}, "high_freq_factor = 1 is not above low_freq_factor = 1"),
+    # mirrors
+    ({"checkpoint__mirror": "s3://key:hidden@bucket/x"}, "checkpoint.mirror holds credentials"),
+    ({"checkpoint__mirror": "bucket/x"}, "checkpoint.mirror = 'bucket/x' is no URL of a folder"),
+    ({"checkpoint__mirror": "file://x"}, "checkpoint.mirror = 'file://x': a folder in the file system is named from"),
     # tensor parallelism
     ({"parallel__tp": 8}, "model.num_attention_heads = 4 is not divisible by parallel.tp = 8"),
     (
@@ -114,7 +120,35 @@ BROKEN = [
     ),
     ({"model__depth": {"multiple": 65}}, "model.depth.multiple = 65 is more than model.seq_length = 64"),
     # layout
-    ({"parallel__cp": 2}, "context parallelism is refused: expert choice and Mixture-of-Depths rank the tokens of"),
+    (
+        {"parallel__cp": 2},
+        "parallel.cp = 2 with data.document_multiple = 1: every document is cut into 2 * cp = 4 equal pieces",
+    ),
+    (
+        {"parallel__cp": 4, "data__document_multiple": 8, "parallel__tp": 4, "model__seq_length": 72},
+        "model.seq_length = 72 is not divisible by 2 * parallel.cp * parallel.tp = 32",
+    ),
+    (
+        {"parallel__cp": 4, "data__document_multiple": 8, "model__depth": {"multiple": 4, "capacity": 0.05}},
+        "model.depth selects 4 tokens of a sequence, which are split into 2 * parallel.cp * parallel.tp = 8 parts",
+    ),
+    (
+        {"parallel__cp": 2, "data__document_multiple": 4, "parallel__ep": 3},
+        "parallel.cp = 2 with parallel.ep = 3: neither divides the other",
+    ),
+    (
+        {"parallel__cp": 2, "data__document_multiple": 4, "train__tasks": ["which"], "train__eval_every": 2},
+        "train.tasks is set, but parallel.cp > 1 splits the sequences of questions over ranks",
+    ),
+    (
+        {"parallel__cp": 2, "data__document_multiple": 4, "model__backend": "te"},
+        "parallel.cp = 2 with model.backend = te: Transformer-Engine's attention does not take sequences",
+    ),
+    (
+        {"parallel__cp": 2, "data__document_multiple": 4, "precision__fp8": "tensorwise", "precision__dtype": "bf16"},
+        "parallel.cp = 2 with precision.fp8 = tensorwise is not implemented",
+    ),
+    ({"data__document_multiple": 48}, "model.seq_length = 64 is not divisible by data.document_multiple = 48"),
     ({**DENSE, "parallel__ep": 2}, "parallel.ep = 2, but model.kind = dense has no experts to spread"),
     ({"parallel__vpp": 2}, "parallel.vpp = 2 with parallel.pp = 1: interleaving needs two stages"),
     ({"parallel__vpp": 1, "parallel__pp": 2}, "parallel.vpp = 1 with parallel.pp = 2: interleaving needs"),
@@ -137,7 +171,7 @@ BROKEN = [
         {"parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": False},
         "parallel.overlap_param_gather needs parallel.overlap_grad_reduce",
     ),
-    ({"parallel__overlap_experts": True}, "with parallel.ep = 1 no tokens travel"),
+    ({"parallel__overlap_experts": True}, "with parallel.ep = 1 no tokens are exchanged"),
     ({"parallel__overlap_tensor": True}, "with parallel.tp = 1 there are no tensor-parallel messages"),
     (
         {"parallel__overlap_tensor": True, "parallel__tp": 2, "model__backend": "torch"},
@@ -174,16 +208,17 @@ BROKEN = [
         "these capacities change with every micro-batch",
     ),
     ({"model__experts__cuda_graph": True, "parallel__pp": 2}, "a pipeline stage has several in flight"),
-    ({"model__experts__cuda_graph": True, "parallel__recompute": "full"}, "recomputing layers would save nothing"),
+    ({"model__experts__cuda_graph": True, "parallel__recompute": "full"}, "recomputing layers would save no memory"),
     (
         {
             "model__experts__cuda_graph": True,
             "parallel__recompute": "selective",
             "parallel__recompute_modules": ["mlp"],
         },
-        "recomputing experts would save nothing",
+        "recomputing experts would save no memory",
     ),
     ({"parallel__recompute": "selective", "parallel__recompute_modules": []}, "nothing would be recomputed"),
+    ({"parallel__loss_chunk": 8, "train__loss": "a.b:Loss"}, "a plug-in gets the logits of all tokens"),
     ({"model__experts__cuda_graph": True, "model__experts__compute": "te"}, "a captured graph would repeat"),
     (
         {"model__experts__cuda_graph": True, "precision__fp8": "tensorwise"},
@@ -203,8 +238,8 @@ BROKEN = [
         {"auxiliary__global_batch_size": 3, "auxiliary__micro_batch_size": 2},
         "auxiliary: the global batch of 3 sequences",
     ),
-    ({"model__auxiliary__mode": "stage"}, "sets by itself"),
-    ({"model__experts__threshold_decay": 1.0}, "threshold_decay = 1 never moves"),
+    ({"model__auxiliary__mode": "stage"}, "is set by"),
+    ({"model__experts__threshold_decay": 1.0}, "threshold_decay = 1 keeps"),
     ({"model__dropout": 1.0}, "model.dropout = 1 drops every output"),
     ({"optim__restart": 1000}, "optim.restart = 1000 is not below train.steps = 1000"),
     ({"optim__restart": 990, "optim__warmup": 20}, "optim.warmup = 20 steps is more than the 10"),
@@ -213,7 +248,7 @@ BROKEN = [
         {"optim__schedule": "wsd", "optim__warmup": 6, "optim__decay": 6, "train__steps": 10},
         "optim.warmup + optim.decay = 6 + 6 steps is more than train.steps = 10",
     ),
-    ({"optim__beta2": 1.0}, "optim.beta2 = 1 never forgets"),
+    ({"optim__beta2": 1.0}, "optim.beta2 = 1 never decays"),
     ({"optim__moments": "bf16", "optim__beta2": 0.999}, "optim.moments = bf16 with optim.beta2 = 0.999"),
     ({"auxiliary__optim__moments": "te_fp8", "precision__dtype": "fp32"}, "auxiliary.optim.moments = te_fp8 is for"),
     ({"optim__moments": "te_bf16", "resilience__memory_every": 1}, "te_bf16 with resilience.memory_every"),
@@ -221,10 +256,20 @@ BROKEN = [
         {"auxiliary__optim__moments": "te_fp8", "resilience__memory_every": 1, "model__auxiliary__mode": "joint"},
         "auxiliary.optim.moments = te_fp8 with resilience.memory_every",
     ),
-    ({"resilience__anomaly__window": 7}, "resilience.anomaly.window = 7 steps say little"),
-    ({"resilience__memory_group": 1}, "resilience.memory_group = 1 leaves nobody to keep a rank's parity"),
+    ({"resilience__anomaly__window": 7}, "resilience.anomaly.window = 7 steps are too few"),
+    ({"resilience__memory_group": 1}, "resilience.memory_group = 1 leaves no other rank to keep a rank's parity"),
+    (
+        {"checkpoint__keep_best": "eval/los", "train__eval_every": 5},
+        "checkpoint.keep_best = eval/los is nothing that this run measures",
+    ),
+    (
+        {"train__stop_when": {"metric": "eval/causal/loss"}, "train__eval_every": 5},
+        "train.stop_when.metric = eval/causal/loss is nothing that this run measures",
+    ),
+    ({"train__stop_when": {}}, "train.stop_when.metric is set, but train.eval_every is 0"),
     # data
     ({"data__path": "a", "data__blend": [{"path": "b"}]}, "data.path and data.blend are both set"),
+    ({"data__prepare": {"source": "megatron"}}, "data.prepare.documents is empty, but data.prepare.source = megatron"),
     ({"data__prepare": {}}, "data.prepare.documents is empty, but data.prepare.source = documents"),
     (
         {"data__prepare": {"source": "digits", "documents": ["a"], "image": {"size": 8}}},
@@ -260,7 +305,7 @@ BROKEN = [
             "data__prepare": {"source": "digits", "image": {"kind": "levels", "size": 4, "channels": 1}},
             "vocab__modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 257}],
         },
-        "image has 257 ids, data.prepare.image.kind = levels wants one for each of 2 to 256 grey levels",
+        "image has 257 ids, data.prepare.image.kind = levels needs one for each of 2 to 256 grey levels",
     ),
     (
         {"data__prepare": {"documents": ["a"], "image": {"kind": "vq"}}},
@@ -278,6 +323,11 @@ BROKEN = [
 
 BROKEN_FOR_RANKS = [
     ({"parallel__tp": 2, "parallel__pp": 2}, 6, "parallel.tp * pp = 2 * 2 = 4 does not divide the 6 ranks"),
+    (
+        {"parallel__tp": 2, "parallel__cp": 2, "data__document_multiple": 4},
+        6,
+        "parallel.tp * pp * cp = 2 * 1 * 2 = 4 does not divide the 6 ranks",
+    ),
     ({"parallel__ep": 4}, 2, "parallel.ep = 4 does not divide the 2 data-parallel ranks"),
     (
         {"train__global_batch_size": 8, "train__micro_batch_size": 2},
@@ -336,7 +386,7 @@ def test_broken_for_so_many_ranks(changes: dict[str, Any], ranks: int, cause: st
 
 def test_all_violations_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
-        check(config(parallel__cp=2, optim__min_lr=1.0, train__global_batch_size=3), world_size=2)
+        check(config(parallel__cp=2, optim__min_lr=1.0, train__global_batch_size=3), world_size=4)
     first, *others = caught.value.cause.splitlines()
     assert "parallel.cp" in first
     assert len(others) == 2

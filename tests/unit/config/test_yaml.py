@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from hypothesis import strategies as st
 
 from launch.profile import load_profile
 from mmscale.config import yaml_text
-from mmscale.config.document import Document, apply_override, read_file
+from mmscale.config.document import ConfigDocument, apply_override, read_file
 from mmscale.config.load import flatten, load
 from mmscale.errors import ConfigError
 from mmscale.report import facts
+from tests.bounded_work import bounded_work
 
 ROOT = Path(__file__).parents[3]
 MODEL = "model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 64, num_attention_heads: 4, kind: dense}\n"
@@ -79,7 +79,7 @@ REFUSED = (
 
 
 def given_by_override(text: str) -> Any:
-    document = Document()
+    document = ConfigDocument()
     apply_override(document, f"a={text}", defaults={})
     return document.data["a"]
 
@@ -210,7 +210,7 @@ DATA = st.dictionaries(
 @example({"a": ["010", "1:30", "1e3", "0o7", "no", "", "~", "=", "2024-01-01"]})
 def test_what_is_written_is_read_back(data: dict[str, Any]) -> None:
     text = yaml_text.dump(data)
-    document = Document()
+    document = ConfigDocument()
     apply_override(document, f"a={text}", defaults={})
     assert document.data["a"] == data
     # Texts stay texts for a reader of YAML 1.1 too.
@@ -222,11 +222,12 @@ WORDS = ["&a ", "*a", "!!", "- ", ": ", "\n  ", "---\n", "...", "%YAML 1.1\n", "
 PIECES = st.sampled_from([*"[]{}:,-?&*!|>%@`#'\"\n\t aZ09.~=<", *WORDS])
 
 
-@settings(deadline=2000, max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(st.lists(PIECES, max_size=60).map("".join))
 def test_any_text_is_read_or_refused_in_words(text: str) -> None:
     try:
-        apply_override(Document(), f"a={text}", defaults={})
+        with bounded_work():
+            apply_override(ConfigDocument(), f"a={text}", defaults={})
     except ConfigError as error:
         assert error.remedy and "\n" not in error.cause  # noqa: PT017  # most texts are right
 
@@ -257,16 +258,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused_within_seconds(tmp_path: Path, name: str) -> None:
+def test_hostile_files_are_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(HOSTILE[name])
-    began = time.process_time()
-    for read in (load, lambda path: load_profile(str(path))):
-        with pytest.raises(ConfigError) as error:
-            read(file)
-        assert error.value.remedy and len(error.value.cause) < 20_000
-    assert facts.settings(tmp_path) == {}
-    assert time.process_time() - began < 6
+    with bounded_work():
+        for read in (load, lambda path: load_profile(str(path))):
+            with pytest.raises(ConfigError) as error:
+                read(file)
+            assert error.value.remedy and len(error.value.cause) < 20_000
+        assert facts.settings(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

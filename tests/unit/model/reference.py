@@ -244,10 +244,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.stack(rows).reshape(x.shape)
 
 
-def rotate(x: Tensor, position: int, base: float) -> Tensor:
-    """RoPE of a head's vector [D]: components i and i + D/2, as a complex number, turn by position * base^(-2i/D)."""
+def turns(i: int, width: int, model: ModelConfig) -> float:
+    """Angle per position of components i and i + D/2: base^(-2i/D), slow ones divided as in Llama 3.1."""
+    speed = model.rope_base ** (-2 * i / width)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return speed
+    within = scaling.original_max_position_embeddings * speed / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = min(1.0, max(0.0, (within - low) / (high - low)))
+    return kept * speed + (1.0 - kept) * speed / scaling.factor
+
+
+def rotate(x: Tensor, position: int, model: ModelConfig) -> Tensor:
+    """RoPE of a head's vector [D]: components i and i + D/2, as a complex number, turn by position * `turns`."""
     half = x.shape[0] // 2
-    angle = torch.tensor([position * base ** (-2 * i / x.shape[0]) for i in range(half)], dtype=torch.float64)
+    angle = torch.tensor([position * turns(i, x.shape[0], model) for i in range(half)], dtype=torch.float64)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     real, imaginary = x[:half], x[half:]
     return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos))
@@ -322,7 +334,9 @@ class Reference:
         heads, groups, width = self.model.num_attention_heads, self.model.query_groups, self.model.head_dim
         per_group = heads // groups
         # linear_qkv holds, for each key/value head, its query heads, then the key head, then the value head.
-        blocks = self.weights[f"{prefix}linear_qkv.weight"].split(width)
+        fused = self.weights[f"{prefix}linear_qkv.weight"]
+        biases = self.weights.get(f"{prefix}linear_qkv.bias", torch.zeros(len(fused), dtype=fused.dtype))
+        blocks = list(zip(fused.split(width), biases.split(width), strict=True))
         query = [blocks[h // per_group * (per_group + 2) + h % per_group] for h in range(heads)]
         key = [blocks[g * (per_group + 2) + per_group] for g in range(groups)]
         value = [blocks[g * (per_group + 2) + per_group + 1] for g in range(groups)]
@@ -331,12 +345,12 @@ class Reference:
             group = head // per_group
             for document in sorted(set(facts.document)):
                 rows = [row for row, own in enumerate(facts.document) if own == document]
-                q, k, v = (x[rows] @ weight.t() for weight in (query[head], key[group], value[group]))
+                parts = (query[head], key[group], value[group])
+                q, k, v = (x[rows] @ weight.t() + bias for weight, bias in parts)
                 if self.model.qk_norm:
                     q, k = self._norm(q, f"{prefix}q_layernorm.weight"), self._norm(k, f"{prefix}k_layernorm.weight")
-                base = self.model.rope_base
-                q = torch.stack([rotate(t, facts.position[r], base) for t, r in zip(q, rows, strict=True)])
-                k = torch.stack([rotate(t, facts.position[r], base) for t, r in zip(k, rows, strict=True)])
+                q = torch.stack([rotate(t, facts.position[r], self.model) for t, r in zip(q, rows, strict=True)])
+                k = torch.stack([rotate(t, facts.position[r], self.model) for t, r in zip(k, rows, strict=True)])
                 for place, row in enumerate(rows):
                     scores = (k[: place + 1] @ q[place]) / math.sqrt(width)
                     outputs[row].append(torch.softmax(scores, dim=0) @ v[: place + 1])

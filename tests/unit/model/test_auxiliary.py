@@ -17,10 +17,11 @@ from mmscale.config import Config, ExpertsConfig, ModelConfig
 from mmscale.model.auxiliary import BINS, AuxiliaryRouter, RouterLearning, calibrated, ratios, routers_of
 from mmscale.model.capacity import Slots
 from mmscale.model.layer import DepthLayer
-from mmscale.model.mixed_modal import MixedModalParams, Routing
+from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.model.ranking import RANKINGS
 from mmscale.model.thresholds import Cutoffs, Thresholds, cutoffs, move
 from mmscale.plan import count_parameters
+from mmscale.tables.routings import Routing
 from tests.unit.model.comparison import TOLERANCE, params_of, relative, run_layer, run_model
 from tests.unit.model.reference import (
     SHARE,
@@ -190,13 +191,20 @@ def _taught(model: GPTModel, batch: Batch, learning: RouterLearning) -> MixedMod
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize(
-    ("kind", "choice"), [("moma", "sigmoid"), ("moe", "sigmoid"), *(("moma", choice) for choice in list(RANKINGS)[1:])]
+    ("kind", "experts"),
+    [
+        ("moma", None),
+        ("moe", None),
+        *(("moma", moma_experts(choice=choice)) for choice in list(RANKINGS)[1:]),
+        ("moma", moma_experts(capacity="actual")),
+        ("moma", moma_experts(capacity="actual", choice="competitive", capacity_factor=1.4)),
+    ],
+    ids=["moma", "moe", *list(RANKINGS)[1:], "actual", "actual competitive"],
 )
 def test_routers_learn_the_true_choice_and_nothing_else_does(
-    kind: str, choice: str, recompute: str, build: Callable[..., GPTModel]
+    kind: str, experts: ExpertsConfig | None, recompute: str, build: Callable[..., GPTModel]
 ) -> None:
     """Loss, gradient and figures of every router from plain tensors; the main model's gradients are untouched."""
-    experts = None if choice == "sigmoid" else moma_experts(choice=choice)
     config = with_routers(kind=kind, depth=depth(), recompute=recompute, experts=experts)
     model, batch = build(config).train(), usual_batch()
     learning = RouterLearning(gradients=True)
@@ -265,11 +273,12 @@ def _true_choice(
     logits = hidden @ getattr(mlp.router, name).detach().t()
     ranked = [[rank(token.tolist(), mlp.settings.choice) for token in row] for row in logits]
     length = logits.shape[0]
-    capacity = max(1, int(-(-length * group.share // group.experts)))
     choice = torch.zeros(logits.shape, dtype=torch.bool)
     for b in range(logits.shape[1]):
+        own = [i for i in range(length) if member[i, b]]
+        among = len(own) if mlp.settings.actual else length * group.share
+        capacity = max(1, math.ceil(mlp.settings.capacity_factor * among / group.experts - 1e-9))
         for e in range(group.experts):
-            own = [i for i in range(length) if member[i, b]]
             for i in sorted(own, key=lambda i: -ranked[i][b][e])[:capacity]:
                 choice[i, b, e] = True
     return choice, member

@@ -19,8 +19,8 @@ from mmscale.model.build import build_chunks
 from mmscale.model.experts import Experts
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import to_device
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.steps.batch import to_device
 from tests.distributed.layouts import config
 from tests.support import run_ranks
 

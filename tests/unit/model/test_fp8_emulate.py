@@ -19,9 +19,9 @@ from mmscale.model.build import transformer_config
 from mmscale.model.fp8_emulate import GRADIENT, ROWS, WEIGHT, Fp8Product, Recipe
 from mmscale.model.fp8_formats import E4M3, E5M2, Blocks
 from mmscale.model.fp8_settings import fp8_settings
-from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import transformer_engine
-from mmscale.train.fp8_scales import DelayedScaling, scales_of
+from mmscale.tables.routings import Routing
+from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
 from tests.unit.model.comparison import relative, run_model
 from tests.unit.model.reference import Batch, batch_of, random_documents, tiny
 

@@ -24,6 +24,7 @@ CONFIGS = {
     "moe": tiny("moe"),
     "everything": tiny(norm="post_per_expert", depth=depth(), experts=moma_experts(shared=1)),
     "tied": tiny(tie_embeddings=True),
+    "biased": tiny("dense", qkv_bias=True),
 }
 
 
@@ -39,7 +40,7 @@ def test_the_same_twice_and_different_by_seed(name: str, build: Callable[..., GP
     assert first.keys() == second.keys()
     for key, weight in first.items():
         assert torch.equal(weight, second[key]), key
-        assert ("norm" in key) == torch.equal(weight, third[key]), key
+        assert ("norm" in key or key.endswith(".bias")) == torch.equal(weight, third[key]), key
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

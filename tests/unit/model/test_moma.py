@@ -15,7 +15,7 @@ from torch import Tensor
 from mmscale.config import Config, ExpertsConfig, ModalityVocab, ParallelConfig
 from mmscale.model.mixed_modal import RoutingStats
 from mmscale.model.ranking import RANKINGS
-from mmscale.train.layers_log import fractions
+from mmscale.train.log.layers_log import fractions
 from tests.unit.model.comparison import (
     TOLERANCE,
     assert_agrees,
@@ -42,6 +42,8 @@ from tests.unit.model.reference import (
 )
 
 NORMS = ("pre", "post", "post_per_expert")
+# Of the two angles of a head of 4, one is divided and one is kept.
+SCALED = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
 UNEVEN = {"text": 0.75, "image": 0.25}
 MODELS: dict[str, Config] = {
     **{f"{kind}_{norm}": tiny(kind, norm=norm) for kind in ("dense", "moe", "moma") for norm in NORMS},
@@ -49,6 +51,9 @@ MODELS: dict[str, Config] = {
     "dense_gqa": tiny("dense", num_query_groups=2),
     "dense_mqa_wide_heads": tiny("dense", num_query_groups=1, kv_channels=6),
     "dense_plain": tiny("dense", qk_norm=False, tie_embeddings=True, rope_base=500.0, norm_eps=1e-3),
+    "dense_qwen2": tiny("dense", qk_norm=False, qkv_bias=True, num_query_groups=2),
+    "dense_llama3": tiny("dense", qk_norm=False, rope_scaling=SCALED),
+    "moma_biased_scaled": tiny(qkv_bias=True, rope_scaling=SCALED, norm="post"),
     "moma_gqa_tied": tiny(num_query_groups=2, tie_embeddings=True),
     "moma_no_qk_norm": tiny(qk_norm=False),
     "moma_uneven_share": tiny(experts=moma_experts(share=UNEVEN, capacity_factor=1.3)),
@@ -331,7 +336,7 @@ def test_counts_of_a_layer_are_counted_one_by_one(kind: str, build: Callable[...
     model, batch, stats = build(config), usual_batch(), RoutingStats(modalities=2)
     hidden = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(9))
     model.decoder.layers[0].mlp(hidden, padding_mask=params_of(batch, stats=stats))
-    got = fractions({key: value.numpy() for key, value in stats.counts.items()}, config.vocab.names)["1"]["experts"]
+    got = fractions({key: value.numpy() for key, value in stats.counts.items()}, config.vocab.names)["0"]["experts"]
     facts, reference = facts_of(batch), Reference(config, weights_of(model))
     for group, number in experts.counts.items():
         gates = reference.gates("decoder.layers.0.", group, list(hidden.unbind(1)), facts)
@@ -360,13 +365,13 @@ def test_output_norm_of_every_layer_by_modality(build: Callable[..., GPTModel]) 
     for hook in hooks:
         hook.remove()
     got = fractions({key: value.numpy() for key, value in stats.counts.items()}, config.vocab.names)
-    for layer, output in enumerate(outputs, start=1):
+    for layer, output in enumerate(outputs):
         for index, modality in enumerate(config.vocab.names):
             places = [(i, b) for b, f in enumerate(facts_of(batch)) for i, m in enumerate(f.modality) if m == index]
             mean = sum(float(output[i, b].norm()) for i, b in places) / len(places)
             assert got[str(layer)]["output_norm"][modality] == pytest.approx(mean, rel=1e-4)
-    assert set(got["1"]["depth"]) == {"text", "image"} and "depth" not in got["2"]
-    for modality, share in got["1"]["depth"].items():
+    assert set(got["0"]["depth"]) == {"text", "image"} and "depth" not in got["1"]
+    for modality, share in got["0"]["depth"].items():
         assert share == pytest.approx(float(stats.values[1, f"depth/selected_fraction/{modality}"]), rel=1e-4)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from random import Random
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checkpoints_tools.hf.configuration_moma import CHOICES
-from mmscale.config import ExpertsConfig
+from checkpoints_tools.huggingface.shipped.configuration_moma import CHOICES
 from mmscale.model import routing
 from mmscale.model.auxiliary import BINS, calibrated
 from mmscale.model.capacity import Slots, TokenCounts, actual_capacity, actual_slots
 from mmscale.model.ranking import RANKINGS
 from mmscale.model.thresholds import cutoffs, move
+from mmscale.tables import settings as tables
 from tests.unit.model import routing_oracles as oracles
 from tests.unit.model.routing_oracles import Problem, problems
 
@@ -60,7 +59,7 @@ def test_ranks(problem: Problem) -> None:
 
 
 def test_every_choice_of_the_schema_has_a_ranking() -> None:
-    assert tuple(RANKINGS) == get_args(ExpertsConfig.model_fields["choice"].annotation)
+    assert tuple(RANKINGS) == tuple(tables.RANKINGS)
     assert tuple(RANKINGS) == CHOICES  # of the exported model
 
 

@@ -13,7 +13,7 @@ from mmscale.model.expert_compute import BATCHED, chosen, feed_forward
 from mmscale.model.spec import TORCH, parts
 from mmscale.model.state_te import Scaling, expert_weight, w1_of, w2_of, weight_of_w1, weight_of_w2
 from mmscale.runtime import device, doctor
-from mmscale.train.optimizer_boxes import boxes_of
+from mmscale.train.optim.boxes import boxes_of
 from tests.distributed.layouts import config
 
 EXPERTS, HIDDEN, INNER = 3, 5, 7

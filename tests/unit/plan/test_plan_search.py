@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from mmscale.errors import UsageError
 from mmscale.plan import plan, render, search
 from mmscale.plan.layouts import usable_bytes
 from mmscale.plan.search import is_own
+from mmscale.tables.gpus import DEFAULT, GPUS
+from tests.bounded_work import bounded_work
 
 PAPER = Path(__file__).parents[3] / "configs" / "moma_1b4_4t4i.yaml"
 
@@ -118,17 +119,24 @@ def test_the_own_layout_is_among_them_or_said_to_be_refused() -> None:
 def test_gpu_gives_its_memory() -> None:
     assert plan(config(), gpus=2, gpu="h200")["gpu_memory_gib"] == 140.4
     assert plan(config(), gpus=2, gpu="h200", gpu_memory=40)["gpu_memory_gib"] == 40
-    assert plan(config(), gpus=2)["gpu_memory_gib"] is None
+    assert plan(config())["gpu_memory_gib"] is None  # the configuration's own layout, wherever it runs
     with pytest.raises(UsageError):
         plan(config(), gpus=2, gpu="tpu")
 
 
-def test_the_papers_model_on_64_devices_in_a_blink() -> None:
+def test_where_no_gpu_is_named_layouts_fit_the_one_that_times_are_of() -> None:
+    """Without a limit the fastest layouts would be those that need the most memory."""
+    summary = plan(load(PAPER), gpus=8)
+    assert summary["gpu_memory_gib"] == GPUS[DEFAULT].memory
+    assert summary["layouts"] == plan(load(PAPER), gpus=8, gpu=DEFAULT)["layouts"]
+    assert 0 < summary["layouts_possible"] < summary["layouts_tried"]
+    assert summary["layouts"][0]["memory"]["total_gib"] < GPUS[DEFAULT].memory
+
+
+def test_the_papers_model_on_64_devices() -> None:
     settings = load(PAPER, ["model.ffn_hidden_size=5461"])  # the paper's width, which tensor parallelism cannot halve
-    began = time.process_time()
-    summary = plan(settings, gpus=64, gpu_memory=80, gpu="h100")
-    # Processor time, so that a busy machine does not matter; 0.15 s were seen.
-    assert time.process_time() - began < 1.0
+    with bounded_work():
+        summary = plan(settings, gpus=64, gpu_memory=80, gpu="h100")
     assert summary["layouts_tried"] > 1000
     assert summary["layouts_possible"] > 50
     best = summary["layouts"][0]
@@ -154,7 +162,7 @@ def test_the_command_needs_no_torch() -> None:
         f"app(['plan', '{PAPER}', '--gpus', '16', '--gpu', 'h100', '--json'], standalone_mode=False); "
         "assert not {'torch', 'megatron', 'numpy'} & set(sys.modules), 'too much imported'"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["layouts"][0]["communication_bytes"]["grad_reduce"] > 0
@@ -167,8 +175,20 @@ def test_an_unknown_gpu_is_a_usage_error() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2
     assert "--gpu v100: no figures of it" in done.stderr
-    assert "fix: use one of h100, h200, a100" in done.stderr
+    assert "fix: use one of h100, h200, b200, gb200, a100" in done.stderr
+
+
+def test_long_sequences_are_planned_with_context_parallelism() -> None:
+    found = plan(load(PAPER, ["model.seq_length=32768", "train.micro_batch_size=1"]), gpus=8, gpu="h100")
+    split = [entry for entry in found["layouts"] if entry["cp"] > 1 and entry["fits"]]
+    assert {entry["cp"] for entry in split} == {2, 4, 8}
+    for entry in split:
+        assert any(reason.startswith("needs data.document_multiple=") for reason in entry["reasons"])
+        assert entry["communication_bytes"]["cp"] > 0 and entry["time_s"]["cp"] > 0
+    assert " cp " in re.sub("[┃│]", " ", render(found))
+    short = plan(load(PAPER), gpus=8, gpu="h100")
+    assert all(entry["cp"] == 1 for entry in short["layouts"])

@@ -11,10 +11,10 @@ import pytest
 from mmscale.config import Config
 from mmscale.config.load import load, resolve
 from mmscale.errors import UsageError
-from mmscale.plan import Kind, Operation, Traffic, communication, count_parameters, flops_per_token, sent_by_kind
-from mmscale.plan.hardware import GPUS, gpu_named
+from mmscale.plan import MessageKind, Operation, Traffic, communication, count_parameters, flops_per_token, sent_by_kind
 from mmscale.plan.step_law import suggest
 from mmscale.plan.timing import StepTime, mfu, step_time
+from mmscale.tables.gpus import GPUS, gpu_named
 
 H100 = GPUS["h100"]
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -126,9 +126,9 @@ def test_large_micro_batches_hide_the_cost_of_starting_kernels() -> None:
 def test_sent_by_ring_algorithms() -> None:
     kinds = {Operation.ALL_GATHER: 75.0, Operation.REDUCE_SCATTER: 75.0, Operation.ALL_REDUCE: 150.0}
     for operation, sent in kinds.items():
-        assert Traffic(Kind.SP, operation, ranks=4, calls=1, payload=100.0).sent == sent
-    assert Traffic(Kind.EP, Operation.ALL_TO_ALL, ranks=4, calls=1, payload=100.0).sent == 75.0
-    assert Traffic(Kind.PP, Operation.SEND, ranks=4, calls=1, payload=100.0).sent == 100.0
+        assert Traffic(MessageKind.SP, operation, ranks=4, calls=1, payload=100.0).sent == sent
+    assert Traffic(MessageKind.EP, Operation.ALL_TO_ALL, ranks=4, calls=1, payload=100.0).sent == 75.0
+    assert Traffic(MessageKind.PP, Operation.SEND, ranks=4, calls=1, payload=100.0).sent == 100.0
 
 
 def test_one_rank_sends_nothing() -> None:
@@ -145,7 +145,7 @@ def test_tied_embeddings_are_summed_over_first_and_last_stage() -> None:
 
 
 def test_an_unknown_gpu() -> None:
-    with pytest.raises(UsageError, match="--gpu v100: no figures of it; use one of h100, h200, a100"):
+    with pytest.raises(UsageError, match="--gpu v100: no figures of it; use one of h100, h200, b200, gb200, a100"):
         gpu_named("v100")
     assert gpu_named("H200") is GPUS["h200"]
 

@@ -24,7 +24,8 @@ from mmscale.report.compare import compare
 from mmscale.report.comparison_section import comparison_section
 from mmscale.report.equal_loss import Bound
 from mmscale.report.run_losses import ALL, read_run
-from mmscale.train.metrics import METRICS, MetricsLog
+from mmscale.runs.metrics import METRICS
+from mmscale.train.log.metrics_log import MetricsLog
 
 SPEEDUPS = {"text": 2.0, "image": 4.0}
 STEPS = 600
@@ -263,4 +264,4 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capture
     assert result["baseline"]["name"] == "dense"
     assert main([*command, "--out", "eta.pdf"]) == 2
     assert main(["compare", *map(str, runs), "--at", "0,1"]) == 2
-    assert "wants shares above 0 and up to 1" in capsys.readouterr().err
+    assert "needs shares above 0 and up to 1" in capsys.readouterr().err

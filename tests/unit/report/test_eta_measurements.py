@@ -17,7 +17,7 @@ from mmscale.config.load import dump, load, resolve
 from mmscale.plan.siblings import siblings
 from mmscale.report.compare import Comparison, compare
 from mmscale.report.run_losses import ALL, VIEWS, View
-from mmscale.train.metrics import METRICS
+from mmscale.runs.metrics import METRICS
 
 ROOT = Path(__file__).parents[3]
 FILE = ROOT / "docs" / "measurements" / "eta.json"

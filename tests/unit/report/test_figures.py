@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from mmscale.errors import UsageError
 from mmscale.report import figures, look
-from mmscale.train.metrics import EventLog, MetricsLog
+from mmscale.runs.events import EventLog
+from mmscale.train.log.metrics_log import MetricsLog
 
 
 def make_run(folder: Path, *, steps: int = 5) -> Path:

@@ -15,7 +15,8 @@ from mmscale.report.axes import axes_of, clock_of, first_time
 from mmscale.report.downsample import Downsampler
 from mmscale.report.history import read
 from mmscale.report.layers import layers_of
-from mmscale.train.metrics import MetricsLog, read_metrics
+from mmscale.runs.metrics import read_metrics
+from mmscale.train.log.metrics_log import MetricsLog
 
 
 def as_records(run: Path, **options: int) -> list[dict[str, float]]:
@@ -161,6 +162,19 @@ def test_records_without_co_selection_that_are_too_large(tmp_path: Path) -> None
     found = layers_of(tmp_path, limit=2000)
     assert len(json.dumps(found)) > 2000  # all of what was read
     assert found[-1]["layers"]["39"] == {"output_norm": {"text": 2.0}}
+
+
+def test_layers_are_counted_from_0_also_those_of_earlier_versions(tmp_path: Path) -> None:
+    """Their files counted from 1, and a run of theirs goes on in the same file."""
+    figures = {"output_norm": {"text": 1.0}}
+    old = {"step": 1, "attempt": 1, "layers": {"1": figures, "2": {}}}
+    (tmp_path / "layers.jsonl").write_text(json.dumps(old) + "\n")
+    log = MetricsLog(tmp_path, attempt=2)
+    log.write_layers(2, {"0": figures, "1": {}})
+    log.close()
+    with (tmp_path / "layers.jsonl").open("a") as file:
+        file.write(json.dumps(old | {"step": 3, "layers": {"9" * 7: {}}}) + "\n")
+    assert [record["layers"] for record in layers_of(tmp_path)] == 2 * [{"0": figures, "1": {}}]
 
 
 def test_numbers_that_name_something_have_no_mean() -> None:

@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from mmscale.errors import UsageError
 from mmscale.report import comparison_section, page, pictures
 from mmscale.report.downsample import Downsampler
 from mmscale.report.facts import losses, results
-from mmscale.train.metrics import MetricsLog
+from mmscale.train.log.metrics_log import MetricsLog
+from tests.bounded_work import bounded_work
 
 VOCABULARY = "vocab:\n  modalities:\n  - {name: text, size: 384}\n  - {name: image, size: %d}\n"
 
@@ -142,12 +142,34 @@ def test_a_run_that_was_killed_and_went_on(tmp_path: Path) -> None:
     (death,) = [one for one in run.timeline.happenings if not one.routine]
     assert (death.event, death.attempt, death.step, round(death.hours * 3600)) == ("died", 1, 30, 60)
     assert run.timeline.seconds == {
-        "start_up": 0, "steps": 60, "save_stall": 0, "evaluation": 0, "lost": 20, "waiting": 60,
+        "start_up": 0, "steps": 60, "save_stall": 0, "evaluation": 0, "lost": 20, "other": 0, "waiting": 60,
     }  # fmt: skip
     assert run.timeline.goodput == pytest.approx(60 / 80)
     facts = results(run.history, timeline=run.timeline, events=run.events)
     assert (facts["goodput"], facts["attempts"]) == ("75.0%", "2")
     assert losses(run.history)["held out (causal routing)"] == {"loss per text token": "1.6250"}
+
+
+def test_a_stop_on_request_loses_nothing_and_is_routine(tmp_path: Path) -> None:
+    """Saved after step 24, which was not logged: the attempt's line of step 20 is its last one."""
+    run = make_run(tmp_path / "run", steps=20)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()][:-1]
+    now = events[-1]["time"]
+    events += [
+        {"time": now + 8, "attempt": 1, "event": "save_begin", "step": 24},
+        {"time": now + 10, "attempt": 1, "event": "save_committed", "step": 24},
+        {"time": now + 10, "attempt": 1, "event": "stop", "step": 24, "signal": "SIGINT", "save_stall_s": 2.0},
+        {"time": now + 15, "attempt": 2, "event": "resume", "step": 24},
+        {"time": now + 15, "attempt": 2, "event": "data_verified"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (found,) = page.read_runs([run], goodput=goodput)
+    spans = [(one.kind, one.attempt, round((one.end - one.begin) * 3600)) for one in found.timeline.spans]
+    assert spans == [("steps", 1, 50)]
+    seconds = found.timeline.seconds
+    assert (seconds["steps"], seconds["save_stall"], seconds["lost"]) == (48, 2, 0)
+    assert all(one.routine for one in found.timeline.happenings)
+    assert "not routine" not in written([run], tmp_path / "report.html")
 
 
 def test_a_killed_attempt_changes_no_sum(tmp_path: Path) -> None:
@@ -244,7 +266,7 @@ def test_every_event_is_counted_and_the_last_are_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attempts", [200, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 50_000))])
-def test_200_000_events_are_shown_in_seconds(tmp_path: Path, attempts: int) -> None:
+def test_200_000_events_are_shown(tmp_path: Path, attempts: int) -> None:
     """However they are spread over attempts: the work grows with the events, and not with their square."""
     run = make_run(tmp_path / "run")
     names = ("launch", "resume", "save_committed", "skip")
@@ -252,9 +274,8 @@ def test_200_000_events_are_shown_in_seconds(tmp_path: Path, attempts: int) -> N
         for number in range(200_000):
             place = {"time": 1e9 + number, "attempt": 1 + number * attempts // 200_000, "step": number % 1000}
             file.write(json.dumps({**place, "event": names[number % 4], "reason": "x" * 40}) + "\n")
-    began = time.process_time()
-    text = written([run], tmp_path / "report.html")
-    assert time.process_time() - began < 10.0
+    with bounded_work():
+        text = written([run], tmp_path / "report.html")
     assert len(text) < 10_000_000
 
 
@@ -419,7 +440,7 @@ def test_in_a_browser(chromium: str, tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     assert "CONSOLE" not in ended.stderr, ended.stderr

@@ -18,7 +18,7 @@ from mmscale.errors import UsageError
 from mmscale.plan import count_parameters
 from mmscale.report import scaling_runs, scaling_view
 from mmscale.report.scaling import Law, Observations, Terms, barrier_parameters, cheapest_barrier, fit, interval
-from mmscale.train.metrics import MetricsLog
+from mmscale.train.log.metrics_log import MetricsLog
 
 # Exponents of text and image of arXiv 2301.03728.
 TEXT = Terms(1.6, 30.0, 0.18, 80.0, 0.22)
@@ -231,9 +231,9 @@ def test_what_a_run_must_have(tmp_path: Path, runs: list[Path]) -> None:
 
 def test_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
-        (("--view", "training"), "is no loss of a run"),
-        (("--parameters", "all"), "is no size"),
-        (("--at", "many"), "wants numbers of tokens"),
+        (("--view", "training"), "is not a loss of a run"),
+        (("--parameters", "all"), "is not a size"),
+        (("--at", "many"), "needs numbers of tokens"),
         (("--out", "x.pdf"), "the picture is a .png"),
     ):
         assert main(["scaling", "fit", "runs/x", *options]) == 2

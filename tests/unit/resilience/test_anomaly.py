@@ -11,7 +11,15 @@ import pytest
 from scipy import stats
 
 from mmscale.config import AnomalyConfig
-from mmscale.resilience.anomaly import Action, AnomalyHistory, AnomalyPolicy, Decision, Finding, Kind, robust_z
+from mmscale.resilience.anomaly import (
+    AnomalyHistory,
+    AnomalyKind,
+    AnomalyPolicy,
+    Finding,
+    StepAction,
+    StepDecision,
+    robust_z,
+)
 
 WINDOW = 16
 
@@ -29,7 +37,7 @@ def usual(decider: AnomalyPolicy, history: AnomalyHistory, *, steps: int = WINDO
             "loss": rng.normal(3.0, 0.1),
             "loss/image": rng.normal(4.0, 0.1),
         }
-        assert decider.judge(history, figures) == Decision(Action.APPLY)
+        assert decider.judge(history, figures) == StepDecision(StepAction.APPLY)
 
 
 # --- the detector ---------------------------------------------------------------------------------------------------
@@ -87,31 +95,31 @@ def test_normal_noise_gives_no_alarm_in_many_steps() -> None:
 def test_no_verdict_before_half_a_window_is_known() -> None:
     decider, history = policy(action="skip"), AnomalyHistory()
     usual(decider, history, steps=WINDOW // 2 - 1)
-    assert decider.judge(history, {"loss": 1e9}).action is Action.APPLY
-    assert decider.judge(history, {"loss": 1e9}).action is Action.SKIP  # 1e9 is one of eight
+    assert decider.judge(history, {"loss": 1e9}).action is StepAction.APPLY
+    assert decider.judge(history, {"loss": 1e9}).action is StepAction.SKIP  # 1e9 is one of eight
 
 
 def test_a_series_is_judged_by_its_own_history() -> None:
     """A modality that comes now and then has had no steps to be usual in."""
     decider, history = policy(action="skip"), AnomalyHistory()
     usual(decider, history)
-    assert decider.judge(history, {"loss": 3.0, "loss/audio": 1e9}).action is Action.APPLY
-    assert decider.judge(history, {"loss": 3.0, "loss/image": 9.0}).action is Action.SKIP
+    assert decider.judge(history, {"loss": 3.0, "loss/audio": 1e9}).action is StepAction.APPLY
+    assert decider.judge(history, {"loss": 3.0, "loss/image": 9.0}).action is StepAction.SKIP
 
 
 def test_a_fall_is_no_spike() -> None:
     decider, history = policy(action="skip"), AnomalyHistory()
     usual(decider, history)
-    assert decider.judge(history, {"loss": -1e9, "grad_norm": 0.0}) == Decision(Action.APPLY)
+    assert decider.judge(history, {"loss": -1e9, "grad_norm": 0.0}) == StepDecision(StepAction.APPLY)
 
 
 def test_a_logged_spike_is_applied_told_and_becomes_history() -> None:
     decider, history = policy(), AnomalyHistory()
     usual(decider, history)
     decision = decider.judge(history, {"grad_norm": 20.0, "loss": 3.0})
-    assert decision.action is Action.APPLY
+    assert decision.action is StepAction.APPLY
     ((finding),) = decision.findings
-    assert (finding.kind, finding.name, finding.value) == (Kind.SPIKE, "grad_norm", 20.0)
+    assert (finding.kind, finding.name, finding.value) == (AnomalyKind.SPIKE, "grad_norm", 20.0)
     assert finding.z > 6 and finding.median == pytest.approx(1.0, abs=0.1)
     assert decision.reason.startswith("grad_norm 20 (median ")
     assert history.counts == {"spike": 1} and history.spent == 0
@@ -121,16 +129,16 @@ def test_a_logged_spike_is_applied_told_and_becomes_history() -> None:
     assert found[0] and not found[-1]
 
 
-@pytest.mark.parametrize(("wanted", "action"), [("skip", Action.SKIP), ("rollback", Action.ROLL_BACK)])
-def test_a_spike_is_not_applied_until_the_budget_is_spent(wanted: str, action: Action) -> None:
+@pytest.mark.parametrize(("wanted", "action"), [("skip", StepAction.SKIP), ("rollback", StepAction.ROLL_BACK)])
+def test_a_spike_is_not_applied_until_the_budget_is_spent(wanted: str, action: StepAction) -> None:
     decider, history = policy(action=wanted, budget=2), AnomalyHistory()
     usual(decider, history)
     series = json.dumps(history.series)
     spike = {"grad_norm": 1.0, "loss": 30.0, "loss/image": 40.0}
-    assert [decider.judge(history, spike).action for _ in range(3)] == [action, action, Action.GIVE_UP]
+    assert [decider.judge(history, spike).action for _ in range(3)] == [action, action, StepAction.GIVE_UP]
     assert json.dumps(history.series) == series  # what is not applied is not usual
     assert history.counts == {"spike": 3, action.value: 2} and history.spent == 2
-    assert decider.judge(history, {"grad_norm": 1.0, "loss": 3.0}).action is Action.APPLY
+    assert decider.judge(history, {"grad_norm": 1.0, "loss": 3.0}).action is StepAction.APPLY
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -141,26 +149,41 @@ def test_what_is_not_finite_is_replayed_once_and_then_left_out(bad: float, wante
     figures = {"grad_norm": bad, "loss": 3.0}
     first = decider.judge(history, figures)
     assert repr(first) == repr(decider.judge(history, figures))  # from Python 3.13 on, a NaN in it equals nothing
-    assert (first.action, [f.name for f in first.findings]) == (Action.REPLAY, ["grad_norm"])
+    assert (first.action, [f.name for f in first.findings]) == (StepAction.REPLAY, ["grad_norm"])
     assert history == AnomalyHistory()  # nothing is decided yet
-    assert decider.judge(history, figures, replayed=True).action is Action.SKIP
-    assert decider.judge(history, figures, replayed=True).action is Action.GIVE_UP
+    assert decider.judge(history, figures, replayed=True).action is StepAction.SKIP
+    assert decider.judge(history, figures, replayed=True).action is StepAction.GIVE_UP
     assert history.counts == {"nonfinite": 2, "skip": 1} and history.series == {}
+
+
+@pytest.mark.parametrize("wanted", ["log", "skip", "rollback"])
+def test_a_norm_above_the_limit_is_skipped_from_the_first_step_on(wanted: str) -> None:
+    config = AnomalyConfig(window=WINDOW, action=wanted, budget=2)
+    decider, history = AnomalyPolicy(config, largest_norm=5.0), AnomalyHistory()
+    assert decider.judge(history, {"grad_norm": 5.0, "loss": 9.0}) == StepDecision(StepAction.APPLY)
+    for _ in range(2):
+        decision = decider.judge(history, {"grad_norm": 5.5, "loss": 3.0})
+        assert decision.action is StepAction.SKIP
+        assert decision.reason == "grad_norm 5.5 (above 5, grad_norm_skip_threshold)"
+    assert decider.judge(history, {"grad_norm": 5.5}).action is StepAction.GIVE_UP
+    assert history.counts == {"above_limit": 3, "skip": 2} and history.series["grad_norm"] == [5.0]
+    assert decider.judge(history, {"grad_norm": math.nan}).action is StepAction.REPLAY  # NaN comes first
+    assert decider.judge(history, {"loss": 1e9}).action is StepAction.APPLY
 
 
 def test_a_fault_that_is_gone_costs_nothing_but_is_counted() -> None:
     decider, history = policy(action="skip", budget=0), AnomalyHistory()
     usual(decider, history)
-    assert decider.judge(history, {"loss": math.nan}).action is Action.REPLAY
-    assert decider.judge(history, {"loss": 3.0}, replayed=True) == Decision(Action.APPLY)
+    assert decider.judge(history, {"loss": math.nan}).action is StepAction.REPLAY
+    assert decider.judge(history, {"loss": 3.0}, replayed=True) == StepDecision(StepAction.APPLY)
     assert history.counts == {"fault_transient": 1} and history.spent == 0
     # What comes out of the replay is looked at like any other step.
-    assert decider.judge(history, {"loss": 30.0}, replayed=True).action is Action.GIVE_UP
+    assert decider.judge(history, {"loss": 30.0}, replayed=True).action is StepAction.GIVE_UP
 
 
 def test_findings_in_words() -> None:
-    assert str(Finding(Kind.SPIKE, "loss", 9.12345, 3.0, 12.34)) == "loss 9.123 (median 3, z 12.3)"
-    assert str(Finding(Kind.NONFINITE, "grad_norm", math.nan)) == "grad_norm nan"
+    assert str(Finding(AnomalyKind.SPIKE, "loss", 9.12345, 3.0, 12.34)) == "loss 9.123 (median 3, z 12.3)"
+    assert str(Finding(AnomalyKind.NONFINITE, "grad_norm", math.nan)) == "grad_norm nan"
 
 
 # --- history --------------------------------------------------------------------------------------------------------
@@ -183,8 +206,10 @@ def test_history_is_plain_data_and_decides_the_same_when_it_comes_back() -> None
 def test_a_shorter_window_forgets() -> None:
     """The configuration wins: of a longer history the newest part counts."""
     history = AnomalyHistory(series={"loss": [100.0] * 20 + [1.0] * 8})
-    assert AnomalyPolicy(AnomalyConfig(window=8, action="skip")).judge(history, {"loss": 50.0}).action is Action.SKIP
-    assert AnomalyPolicy(AnomalyConfig(window=8)).judge(history, {"loss": 1.0}).action is Action.APPLY
+    assert (
+        AnomalyPolicy(AnomalyConfig(window=8, action="skip")).judge(history, {"loss": 50.0}).action is StepAction.SKIP
+    )
+    assert AnomalyPolicy(AnomalyConfig(window=8)).judge(history, {"loss": 1.0}).action is StepAction.APPLY
     assert history.series["loss"] == [1.0] * 8
 
 
@@ -202,5 +227,20 @@ def test_spans_that_meet_become_one_and_a_roll_back_covers_earlier_ones() -> Non
 def test_after_a_roll_back_the_past_is_usual_and_the_budget_stays_spent() -> None:
     older = AnomalyHistory(series={"loss": [3.0]}, counts={"spike": 1}, spent=1, skipped=[[0, 8]])
     now = AnomalyHistory(series={"loss": [3.0, 4.0]}, counts={"spike": 4}, spent=3, skipped=[[0, 8], [64, 72]])
-    now.rolled_back_to(older)
+    now.rolled_back_to(older, step=1)
     assert now == AnomalyHistory(series={"loss": [3.0]}, counts={"spike": 4}, spent=3, skipped=[[0, 8], [64, 72]])
+
+
+def test_a_change_of_ones_own_is_no_spike() -> None:
+    """Losses of other data or batches are not judged by those before, also after a roll-back to a step before."""
+    policy, usual = AnomalyPolicy(AnomalyConfig(window=8, action="skip")), {"loss": [3.0, 3.01, 2.99, 3.0] * 2}
+    history = AnomalyHistory(series=dict(usual), spent=1)
+    assert policy.judge(history, {"loss": 5.0}).action is StepAction.SKIP
+    history = AnomalyHistory(series=dict(usual), spent=1)
+    history.begin_anew(step=8)
+    assert policy.judge(history, {"loss": 5.0}).action is StepAction.APPLY and history.spent == 1
+    history.rolled_back_to(AnomalyHistory(series=dict(usual)), step=8)
+    assert history.series == {}
+    history.rolled_back_to(AnomalyHistory(series={"loss": [5.0]}), step=9)
+    assert history.series == {"loss": [5.0]}
+    assert AnomalyHistory.of(history.plain()) == history

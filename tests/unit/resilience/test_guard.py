@@ -19,6 +19,7 @@ from mmscale.resilience.snapshot_files import Marker, UnusableError
 from mmscale.runtime.rank_env import RankEnv
 
 TOKEN = b"t" * 32
+PATIENCE_S = 300.0  # waits end early
 MARKER = Marker(
     generation="g",
     attempt=1,
@@ -41,7 +42,7 @@ def accepted() -> Iterator[tuple[tuple[str, int], list[object]]]:
         def welcome() -> None:
             connection, _ = listener.accept()
             try:
-                found.append(wire.welcome(connection, token=TOKEN, timeout_s=5.0))
+                found.append(wire.welcome(connection, token=TOKEN, timeout_s=PATIENCE_S))
                 header = wire.receive(connection)
                 assert header is not None
                 payload = bytearray(header["size"])
@@ -56,27 +57,27 @@ def accepted() -> Iterator[tuple[tuple[str, int], list[object]]]:
         thread = threading.Thread(target=welcome)
         thread.start()
         yield listener.getsockname(), found
-        thread.join(timeout=20.0)
+        thread.join(timeout=PATIENCE_S)
         assert not thread.is_alive()
 
 
 def test_frames_between_those_who_know_the_token(accepted: tuple[tuple[str, int], list[object]]) -> None:
     address, found = accepted
-    with wire.connect(address, token=TOKEN, me=5, timeout_s=5.0) as connection:
+    with wire.connect(address, token=TOKEN, me=5, timeout_s=PATIENCE_S) as connection:
         wire.send(connection, {"what": "piece"}, memoryview(b"x" * 100_000))
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and thread.name.startswith("Thread"):
-            thread.join(timeout=5.0)
+            thread.join(timeout=PATIENCE_S)
     assert found == [5, ("piece", b"x" * 100_000), None]
 
 
 def test_who_does_not_know_the_token_is_refused(accepted: tuple[tuple[str, int], list[object]]) -> None:
     address, found = accepted
     with pytest.raises((wire.RefusedError, OSError)):
-        wire.connect(address, token=b"f" * 32, me=5, timeout_s=5.0)
+        wire.connect(address, token=b"f" * 32, me=5, timeout_s=PATIENCE_S)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and thread.name.startswith("Thread"):
-            thread.join(timeout=5.0)
+            thread.join(timeout=PATIENCE_S)
     assert [type(entry) for entry in found] == [wire.RefusedError]
 
 
@@ -94,7 +95,7 @@ def test_a_listener_that_does_not_know_the_token_gets_nothing() -> None:
         thread = threading.Thread(target=impostor)
         thread.start()
         with pytest.raises(wire.RefusedError, match="does not know the token"):
-            wire.connect(listener.getsockname(), token=TOKEN, me=0, timeout_s=5.0)
+            wire.connect(listener.getsockname(), token=TOKEN, me=0, timeout_s=PATIENCE_S)
         thread.join()
 
 
@@ -104,7 +105,7 @@ def test_a_guard_without_a_trainer_leaves_nothing() -> None:
     process = subprocess.Popen([sys.executable, "-m", "mmscale.resilience.guard"], stdin=theirs.fileno())
     theirs.close()
     ours.close()
-    assert process.wait(timeout=30.0) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
 
     folder = snapshot_files.create_folder()
     ours, theirs = socket.socketpair()
@@ -115,7 +116,7 @@ def test_a_guard_without_a_trainer_leaves_nothing() -> None:
     assert b"port" in ours.recv(1024)
     assert (folder / snapshot_files.SOCKET).exists()
     ours.close()
-    assert process.wait(timeout=30.0) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     assert not folder.exists()
 
 

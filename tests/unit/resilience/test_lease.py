@@ -9,7 +9,7 @@ import pytest
 from mmscale.errors import LaunchError
 from mmscale.resilience import lease, run_lock
 from mmscale.resilience.lease import LEASE, VARIABLE, Fence, FencedError
-from mmscale.train.metrics import EventLog, read_events
+from mmscale.runs.events import EventLog, read_events
 
 
 def test_whoever_takes_a_run_has_it(tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def test_torch_with_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch
     assert check.detail == "cannot be imported: libcudart.so.13: cannot open shared object file"
 
 
-@pytest.mark.parametrize(("version", "status"), [("0.16.1", "ok"), ("0.19.2", "warn"), (None, "missing")])
+@pytest.mark.parametrize(
+    ("version", "status"), [("0.16.1", "ok"), ("0.19.2", "ok"), ("0.17.0", "warn"), (None, "missing")]
+)
 def test_megatron(monkeypatch: pytest.MonkeyPatch, version: str | None, status: str) -> None:
     versions(monkeypatch, megatron_core=version)
     check = doctor._megatron()

@@ -13,7 +13,7 @@ from mmscale.errors import ConfigError
 from mmscale.runtime import launch_order
 from mmscale.runtime.launch_order import QUEUES
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import parts
+from mmscale.train import assembly
 from tests.distributed.layouts import config
 from tests.support import run_ranks
 
@@ -35,7 +35,7 @@ def test_a_run_sets_it_before_it_asks_for_a_device() -> None:
         os.environ.pop(QUEUES, None)
         torch.cuda.is_available = is_available
         with pytest.raises(ConfigError, match="world size"):  # one rank: it ends where groups would be made
-            parts.start(config("dense", parallel={"tp": 2}), ranks)
+            assembly.start(config("dense", parallel={"tp": 2}), ranks)
         assert found and set(found) == {"1"}
 
     run_ranks(begin, world_size=1)

@@ -31,7 +31,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -84,7 +84,7 @@ groups.start(discover(), timeout_s=600)
     began = time.monotonic()
     with pytest.raises(LaunchError, match=f"rank {lost} of 2 ended with exit status 9"):
         run(2, code, tmp_path, environ={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])})
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 300  # not the 600 s of the groups
 
 
 def test_threads_that_the_user_asks_for_are_kept(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_rank_that_ignores_sigterm_is_killed_after_the_grace_time(tmp_path: Path
     began = time.monotonic()
     with pytest.raises(LaunchError, match="exit status 9"):
         run(2, code, tmp_path, grace_s=0.5)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 90  # not the 100 s of the sleep
 
 
 @pytest.mark.parametrize("status", [2, 3, 4, 5, 74, 75])
@@ -173,7 +173,7 @@ sys.exit(run_local(2, [], log_dir=Path(sys.argv[1]) / "logs", program=(sys.execu
 RANK = """
 import os, signal, sys, time
 def stop(number, frame):
-    open(os.environ["FOLDER"] + f"/got_{os.environ['RANK']}", "w").write(str(number))
+    open(os.environ["FOLDER"] + f"/got_{os.environ['RANK']}", "a").write(f"{number} ")
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, stop)
@@ -194,8 +194,10 @@ def start_launcher(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
 def test_signals_are_passed_on_to_every_rank(number: signal.Signals, tmp_path: Path) -> None:
     launcher, _ = start_launcher(tmp_path)
     launcher.send_signal(number)
-    assert launcher.wait(timeout=30) == 75
-    assert [(tmp_path / f"got_{rank}").read_text() for rank in (0, 1)] == [str(int(FORWARDED[number]))] * 2
+    assert launcher.wait(timeout=300) == 75
+    # The rank that is slower to end may be asked to terminate as well.
+    first = [(tmp_path / f"got_{rank}").read_text().split()[0] for rank in (0, 1)]
+    assert first == [str(int(FORWARDED[number]))] * 2
 
 
 def test_signal_that_no_rank_handles_is_named(tmp_path: Path) -> None:
@@ -235,5 +237,5 @@ time.sleep(100)
 def test_no_orphans_when_the_launcher_is_killed(tmp_path: Path) -> None:
     launcher, pids = start_launcher(tmp_path)
     launcher.kill()
-    launcher.wait(timeout=30)
+    launcher.wait(timeout=300)
     wait_for(lambda: not any(alive(pid) for pid in pids))

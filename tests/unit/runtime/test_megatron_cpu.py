@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmscale.runtime import megatron_cpu
+from mmscale.runtime import megatron_cpu, megatron_proxy
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptor is a no-op where CUDA exists")
 
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptor i
 REPORT = """
 import inspect, json, sys, warnings
 warnings.simplefilter("ignore")
-from mmscale.runtime import megatron_cpu as adaptor
+from mmscale.runtime import megatron_cpu as adaptor, megatron_proxy as proxy
 import torch
 {setup}
 needed = {{patch.name: patch.still_needed() for patch in adaptor.PATCHES}}
-missing = [place for *place, text in adaptor.TOUCH_POINTS if text not in inspect.getsource(adaptor._function(*place))]
+missing = [place for *place, text in proxy.TOUCH_POINTS if text not in inspect.getsource(adaptor._function(*place))]
 print(json.dumps({{"needed": needed, "missing": missing, "extra": {extra}}}))
 """
 
@@ -39,7 +39,8 @@ def _run(*, setup: str = "", extra: str = "None") -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def without() -> dict[str, Any]:
     # On a "machine with CUDA" install() must do nothing: the report then shows megatron-core as it is.
-    pretend = "real = torch.cuda.is_available; torch.cuda.is_available = lambda: True; adaptor.install(); "
+    pretend = "from mmscale.runtime import megatron_import; megatron_import.uninstall(); "
+    pretend += "real = torch.cuda.is_available; torch.cuda.is_available = lambda: True; adaptor.install(); "
     return _run(
         setup=pretend + "imported = 'megatron.core' in sys.modules; torch.cuda.is_available = real", extra="imported"
     )
@@ -101,17 +102,17 @@ def test_rebind_reaches_a_module_imported_late() -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 1), "cpu", None])
 def test_factories_make_host_tensors(device: Any) -> None:
-    proxy = megatron_cpu._HostTorch()
+    proxy = megatron_proxy.HostTorch()
     assert proxy.zeros(2, device=device).device.type == "cpu"
     assert proxy.tensor([1.0], device=device).device.type == "cpu"
 
 
 def test_factories_leave_other_devices_alone() -> None:
-    assert megatron_cpu._HostTorch().empty(2, device="meta").device.type == "meta"
+    assert megatron_proxy.HostTorch().empty(2, device="meta").device.type == "meta"
 
 
 def test_proxy_passes_everything_else_through() -> None:
-    proxy = megatron_cpu._HostTorch()
+    proxy = megatron_proxy.HostTorch()
     assert proxy.nn is torch.nn
     assert proxy.Tensor is torch.Tensor
     assert proxy.cuda.FloatTensor is torch.cuda.FloatTensor

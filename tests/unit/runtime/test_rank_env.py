@@ -215,4 +215,4 @@ def test_an_unused_port_is_nobodys_and_none_that_an_outgoing_connection_may_have
 
 def test_no_torch_is_imported() -> None:
     program = "import sys, mmscale.runtime.rank_env, mmscale.runtime.local_ranks; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=300).returncode == 0

@@ -13,39 +13,42 @@ import torch
 from torch import Tensor
 
 from mmscale.config import Config
-from mmscale.data.loader import StepBatch
+from mmscale.data.stream.loader import StepBatch
 from mmscale.model.attention import DocumentAttention
 from mmscale.runtime import device, groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import part_of, to_device
-from mmscale.train.layers_log import LayersHook
-from mmscale.train.loop import StepReport, routing_stats
-from mmscale.train.parts import build
-from mmscale.train.state import TrainState
-from mmscale.train.stragglers import RankTimes
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.assembly import build
+from mmscale.train.log.layers_log import LayersHook
+from mmscale.train.log.stragglers import RankTimes
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.state.train_state import TrainState
+from mmscale.train.steps.batch import part_of, to_device
+from mmscale.train.steps.step_report import StepReport, routing_stats
 from tests.device_reads import DeviceReads
 from tests.distributed.layouts import config
 from tests.support import run_ranks
 
 # Where a step may read, and why.
 ALLOWED = {
-    ("mmscale.train.optim:measure", "cpu"): "the wait of a step: norm and losses, without which it cannot be judged",
-    ("mmscale.train.optim:measure", "_local_scalar_dense"): "numbers of what has just come to the host",
-    ("mmscale.train.step:mean_losses", "_local_scalar_dense"): "the same",
-    ("mmscale.train.auxiliary:measure", "tolist"): "the same",
+    (
+        "mmscale.train.optim.optimizer:measure",
+        "cpu",
+    ): "the wait of a step: norm and losses, without which it cannot be judged",
+    ("mmscale.train.optim.optimizer:measure", "_local_scalar_dense"): "numbers of what has just come to the host",
+    ("mmscale.train.steps.step:mean_losses", "_local_scalar_dense"): "the same",
+    ("mmscale.train.steps.auxiliary_routers:measure", "tolist"): "the same",
     ("megatron.core.tensor_parallel.random:fork", "_local_scalar_dense"): "of the host generator's state",
 }
 # What hooks may fetch after a logged step; after any other step, nothing.
 LOGGED = {
-    ("mmscale.train.layers_log:_summed", "cpu"): "counts of all layers, at once",
-    ("mmscale.train.layers_log:_summed", "numpy"): "of what has just come to the host",
+    ("mmscale.train.log.layers_log:_summed", "cpu"): "counts of all layers, at once",
+    ("mmscale.train.log.layers_log:_summed", "numpy"): "of what has just come to the host",
     **{
-        ("mmscale.train.layers_log:on_step", what): "counts of all pipeline stages, as an object"
+        ("mmscale.runtime.groups:gathered", what): "counts of all pipeline stages, as an object"
         for what in ("cpu", "numpy", "_local_scalar_dense")
     },
-    ("mmscale.train.stragglers:on_step", "upload"): "this rank's time",
-    ("mmscale.train.stragglers:on_step", "tolist"): "all ranks' times",
+    ("mmscale.train.log.stragglers:on_step", "upload"): "this rank's time",
+    ("mmscale.train.log.stragglers:on_step", "tolist"): "all ranks' times",
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {"dtype": "bf16"}),
@@ -112,15 +115,15 @@ def test_a_step_reads_once() -> None:
             for step, (reads, after) in reads_of(own).items():
                 found = reads.found
                 assert not found.keys() - ALLOWED.keys(), f"{name}, step {step}: {found}"
-                assert found["mmscale.train.optim:measure", "cpu"] == (2 if joint else 1), f"{name}: {found}"
+                assert found["mmscale.train.optim.optimizer:measure", "cpu"] == (2 if joint else 1), f"{name}: {found}"
                 fetched = after.found
                 assert not fetched.keys() - (LOGGED.keys() if step == 3 else set()), f"{name}, step {step}: {fetched}"
-                for place in ("layers_log:_summed", "cpu"), ("stragglers:on_step", "tolist"):
+                for place in ("log.layers_log:_summed", "cpu"), ("log.stragglers:on_step", "tolist"):
                     times = fetched[f"mmscale.train.{place[0]}", place[1]]
                     assert times == (step == 3), f"{name}, step {step}: {fetched}"
         groups.finalize()
 
-    run_ranks(steps, world_size=2, timeout_s=240)
+    run_ranks(steps, world_size=2, timeout_s=600)
 
 
 def _with_small_moments(settings: Config) -> Config:

@@ -12,13 +12,14 @@ import torch
 
 from mmscale.config import Config
 from mmscale.config.load import resolve
-from mmscale.data.loader import StepBatch
+from mmscale.data.stream.loader import StepBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
-from mmscale.train.batch import Batch
-from mmscale.train.loop import StepReport, Trainer, is_logged
-from mmscale.train.state import TrainState
-from mmscale.train.step import StepResult, Steps
+from mmscale.train.loop import Trainer
+from mmscale.train.state.train_state import TrainState
+from mmscale.train.steps.batch import Batch
+from mmscale.train.steps.step import StepResult, Steps
+from mmscale.train.steps.step_report import StepReport, is_logged
 from mmscale.train.throughput import Throughput
 
 STEPS = 6
@@ -60,8 +61,8 @@ class Recording:
             self.state.sequences += self.config.train.global_batch_size
         return StepResult(sums=torch.zeros(3, 2), grad_norm=1.0, applied=applied)
 
-    def settled(self) -> contextlib.nullcontext[None]:
-        self.calls.append("settle")
+    def materialized(self) -> contextlib.nullcontext[None]:
+        self.calls.append("materialize")
         return contextlib.nullcontext()
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
@@ -99,7 +100,7 @@ def test_trains_to_the_last_step_saves_and_says_so() -> None:
     state, recording = fresh(), Recording(config())
     assert recording.trainer(state).fit() is True
     each = [f"{what} {step}" for step in range(1, STEPS + 1) for what in ("read", "hook")]
-    assert recording.calls == [*each, "settle", f"save {STEPS} and wait"]
+    assert recording.calls == [*each, "materialize", f"save {STEPS} and wait"]
     assert (state.step, state.sequences, state.tokens) == (STEPS, 8 * STEPS, 100 * STEPS)
     assert state.modality_tokens == {"text": 60 * STEPS, "image": 40 * STEPS}
 
@@ -110,13 +111,13 @@ def test_saves_when_due_after_the_hooks_and_only_once_at_the_end() -> None:
     saves = [call for call in recording.calls if call.startswith("save")]
     assert saves == ["save 3", "save 6 and wait"]
     at = recording.calls.index("hook 3")
-    assert recording.calls[at + 1 : at + 3] == ["settle", "save 3"]
+    assert recording.calls[at + 1 : at + 3] == ["materialize", "save 3"]
 
 
 def test_a_stop_saves_at_once_and_says_that_it_is_not_done() -> None:
     state, recording = fresh(), Recording(config(), every=3, stop_after=4)
     assert recording.trainer(state).fit() is False
-    assert recording.calls[-3:] == ["hook 4", "settle", "save 4 and wait"]
+    assert recording.calls[-3:] == ["hook 4", "materialize", "save 4 and wait"]
     assert state.step == 4
 
 
@@ -124,6 +125,16 @@ def test_a_stop_during_the_last_step_is_done() -> None:
     state, recording = fresh(), Recording(config(), stop_after=STEPS)
     assert recording.trainer(state).fit() is True
     assert recording.calls[-1] == f"save {STEPS} and wait" and recording.calls.count(f"save {STEPS} and wait") == 1
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_that_ends_early_saves_at_once_and_is_done(stopped: bool) -> None:
+    """Held-out data decided so, by a hook; a request to stop at the same step changes nothing."""
+    state, recording = fresh(), Recording(config(), every=3, stop_after=4 if stopped else None)
+    trainer = recording.trainer(state)
+    trainer.is_over = lambda: state.step >= 4
+    assert trainer.fit() is True
+    assert recording.calls[-3:] == ["hook 4", "materialize", "save 4 and wait"]
 
 
 def test_goes_on_where_the_state_stands() -> None:

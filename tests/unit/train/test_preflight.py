@@ -13,16 +13,23 @@ from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.shape import shape_of
 from mmscale.config import Config
 from mmscale.config.effects import EFFECTS, Effect, effect_of
-from mmscale.data.checks import check_data
-from mmscale.data.identity import identities, identity_of
-from mmscale.data.manifest import NO_TOKENIZER, Manifest, read_blend, read_manifest, write_manifest
+from mmscale.data.prepared.identity import identities, identity_of
+from mmscale.data.prepared.manifest import (
+    NO_TOKENIZER,
+    Manifest,
+    by_modality,
+    read_blend,
+    read_manifest,
+    write_manifest,
+)
+from mmscale.data.stream.checks import check_data
 from mmscale.data.vocab import BOS, EOS, Vocabulary
 from mmscale.errors import CheckpointError, ConfigError, DataError
 from mmscale.train import preflight
 from mmscale.train.stages import table
 from mmscale.train.stages.table import STAGES
 from tests.unit.config.test_changes import config
-from tests.unit.data.prepared import corpus, prepare
+from tests.unit.data.corpora import corpus, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +50,7 @@ def commit(run: Path, step: int, *overrides: str, **more: Any) -> Path:
     store.write_info(step, 1, {"shape": shape_of(made), "config": made.model_dump(mode="json"), "step": step} | more)
     (folder / "weights").write_bytes(b"0" * 100)
     files = integrity.digests(folder, integrity.sizes(folder))
-    return store.commit(integrity.Manifest(step, 1, "", "", {}, files))
+    return store.commit(integrity.CheckpointManifest(step, 1, "", "", {}, files))
 
 
 def check(run: Path, *overrides: str, **options: Any) -> None:
@@ -59,6 +66,12 @@ def test_a_changed_objective_needs_a_yes(tmp_path: Path) -> None:
     assert "train.z_loss" in raised.value.cause and "--yes" in raised.value.remedy
     assert raised.value.exit_status == 2
     check(tmp_path / "run", "run.seed=5", "train.z_loss=0", yes=True)
+
+
+def test_a_profile_of_ranks_that_are_not_there(tmp_path: Path) -> None:
+    check(tmp_path / "run", "log.profile={ranks: [0]}")
+    with pytest.raises(ConfigError, match="no rank 1 among 1"):
+        check(tmp_path / "run", "log.profile={ranks: [0, 1]}")
 
 
 def test_a_damaged_newest_checkpoint_does_not_judge(tmp_path: Path) -> None:
@@ -80,7 +93,7 @@ def test_a_damaged_newest_checkpoint_does_not_judge(tmp_path: Path) -> None:
 
 def test_only_damaged_checkpoints(tmp_path: Path) -> None:
     commit(tmp_path / "run", 10)
-    Store.of_run(tmp_path / "run").condemn(10)
+    Store.of_run(tmp_path / "run").quarantine(10)
     with pytest.raises(CheckpointError, match=r"step_00000010\.bad"):
         check(tmp_path / "run")
 
@@ -97,7 +110,7 @@ def data_set(folder: Path, **tokenizers: str) -> tuple[Path, Manifest]:
     names = {"text_tokenizer": "t1", "image_tokenizer": "i1"} | tokenizers
     documents = [np.array([BOS, 10 + number, EOS]) for number in range(3)]
     prepare(folder, documents, vocabulary=Vocabulary.from_config(config().vocab), parts=1)
-    manifest = read_manifest(folder).model_copy(update=names)
+    manifest = read_manifest(folder).model_copy(update={"tokenizers": by_modality(names)})
     write_manifest(folder, manifest)
     return folder, manifest
 
@@ -127,12 +140,13 @@ def test_tokenizers_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_with_text_keeps_its_image_tokenizer(tmp_path: Path) -> None:
-    text = {"text_tokenizer": "t1", "image_tokenizer": NO_TOKENIZER}
-    both = {"text_tokenizer": "t1", "image_tokenizer": "i1"}
+    text, both = {"text": "t1"}, {"text": "t1", "image": "i1"}
     run = tmp_path / "run"
     assert preflight.tokenizers_of(run, text) == text
-    commit(run, 10, tokenizers=both)
-    assert preflight.tokenizers_of(run, text) == both == preflight.tokenizers_of(run, both)
+    older = {"text_tokenizer": "t1", "image_tokenizer": "i1"}  # as checkpoints held them before there was audio
+    for step, saved in ((10, older), (20, both)):
+        commit(run, step, tokenizers=saved)
+        assert preflight.tokenizers_of(run, text) == both == preflight.tokenizers_of(run, both)
 
 
 @pytest.mark.usefixtures("real_data")
@@ -234,6 +248,7 @@ def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path) -> No
         "model.seq_length": "128",
         "model.norm_eps": "1e-6",
         "model.rope_base": "5e5",
+        "model.rope_scaling": "{factor: 4}",
         "model.experts.capacity": "actual",
         "model.experts.capacity_factor": "2",
         "model.experts.capacity_multiple": "8",

@@ -1,0 +1,219 @@
+# `mmscale data dedup`, `score` and `select`: calls data/dedup and data/scoring.
+"""Commands that decide which documents of a prepared data set are trained on, and how often."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli.output import Json, emit, pairs
+from mmscale.errors import UsageError
+
+MATCHES = ("joint", "text", "image")
+DataSet = Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes.")]
+
+
+def dedup(
+    folder: DataSet,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against",
+            metavar="DIR",
+            help="Prepared data set whose held-out documents (or all, if none are held out) training must not hold; "
+            "may be repeated.",
+        ),
+    ] = None,
+    own: Annotated[
+        bool, typer.Option("--held-out/--no-held-out", help="Compare with the data set's own held-out documents too.")
+    ] = True,
+    match: Annotated[
+        str,
+        typer.Option(
+            "--match",
+            metavar="WHAT",
+            help="What makes documents duplicates. joint: texts and items; text: texts, whatever the items; image: "
+            "items, whatever the texts.",
+        ),
+    ] = "joint",
+    similarity: Annotated[
+        float,
+        typer.Option(
+            "--similarity", min=0.0, max=1.0, help="Estimated Jaccard index of texts' runs of 5 words, from which on."
+        ),
+    ] = 0.7,
+    distance: Annotated[
+        int,
+        typer.Option(
+            "--image-distance",
+            min=-1,
+            max=6,
+            help="Bits of 64 in which the structure of two pictures may differ; -1: only equal codes are equal "
+            "pictures, and none is decoded.",
+        ),
+    ] = 2,
+    exact: Annotated[bool, typer.Option("--exact", help="Only equal texts and equal codes are duplicates.")] = False,
+    max_cluster: Annotated[
+        int | None,
+        typer.Option(
+            "--max-cluster",
+            min=1,
+            show_default=False,
+            help="Different contents that may be linked as duplicates; more are an error. Default: a hundredth of the "
+            "documents, at least 1000.",
+        ),
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            "--scratch",
+            metavar="DIR",
+            show_default=False,
+            help="Folder of temporary files, 1,000 bytes a document. Default: .cache inside the data set.",
+        ),
+    ] = None,
+    workers: Workers = 2,
+    remove: Annotated[bool, typer.Option("--remove", help="Read all documents again; nothing is compared.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Leave duplicates, and documents that hold held-out ones, out of training.
+
+    Tokens stay as they are. What is left out is written to selection/ in the data set's folder, which every run reads
+    at its start (see data.selection).
+    """
+    from mmscale.data.dedup import apply
+    from mmscale.data.dedup.pairs import DuplicateRule
+    from mmscale.data.progress import Reporter
+
+    if match not in MATCHES:
+        raise UsageError(f"data dedup: --match {match!r} is none of {', '.join(MATCHES)}", remedy="choose one of these")
+    if remove:
+        done = apply.undo(folder)
+        _removed(folder, done, "is trained on whole" if done else "left out nothing", as_json=as_json)
+        return
+    result = apply.dedup(
+        folder,
+        rule=DuplicateRule(match, similarity, distance, exact),
+        against=against or [],
+        held_out=own,
+        max_cluster=max_cluster,
+        scratch=scratch,
+        workers=workers,
+        reporter=Reporter(enabled=not as_json),
+    )
+    emit(result, as_json=as_json, text=lambda: _found(result))
+
+
+def _removed(folder: Path, done: bool, words: str, *, as_json: bool) -> None:
+    emit({"folder": str(folder), "removed": done}, as_json=as_json, text=lambda: pairs([("data set", words)]))
+
+
+def _found(result: dict[str, Any]) -> None:
+    rows: list[tuple[str, object]] = [
+        ("data set", result["folder"]),
+        ("kept", f"{result['kept']:,} of {result['documents']:,} documents"),
+        ("duplicates", f"{result['duplicates']:,}, in {result['clusters']:,} clusters"),
+    ]
+    for what, count in result["contaminated"].items():
+        if count:
+            rows.append(("contaminated", f"{count:,} documents have {what} of held-out documents"))
+    rows += [
+        ("cluster", f"{one['documents']:,} documents like document {one['first']}: {one['text']!r}")
+        for one in result["largest"][:3]
+    ]
+    pairs(rows)
+
+
+def score(
+    folder: DataSet,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            metavar="WHAT",
+            help="rules: text quality by rules about lines; FILE.npy or FILE.parquet (column score): a score for each "
+            "training document, in the order of the data set.",
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", show_default=False, help="Name of the score. Default: rules, or the file's.")
+    ] = None,
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """Write a score of each training document beside the data, for `mmscale data select`."""
+    from mmscale.data.progress import Reporter
+    from mmscale.data.scoring import weigh
+
+    result = weigh.score(folder, by, name=name, workers=workers, reporter=Reporter(enabled=not as_json))
+    quantiles = " / ".join(f"{value:.4g}" for value in result["quantiles"])
+    rows = [("data set", result["folder"]), ("score", result["name"]), ("least / quartiles / most", quantiles)]
+    emit(result, as_json=as_json, text=lambda: pairs(rows))
+
+
+def select(
+    folder: DataSet,
+    expression: Annotated[
+        str | None,
+        typer.Option(
+            "--expr",
+            metavar="EXPRESSION",
+            show_default=False,
+            help="A condition, or how often an epoch reads a document: of scores, `tokens` and tokens of modalities, "
+            "e.g. 'rules > 0.4 and image_tokens > 0' or '1 + (quality > 0.9)'.",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="SCORE", show_default=False, help="A score (or an expression): the best stay."),
+    ] = None,
+    top: Annotated[
+        float | None,
+        typer.Option("--top", min=0.0, max=1.0, show_default=False, help="Share of the documents that stays."),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature", min=0.0, help="Above 0: a sample with probabilities softmax(score / temperature)."
+        ),
+    ] = 0.0,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            "--d4",
+            metavar="EMBEDDINGS.npy",
+            show_default=False,
+            help="Embeddings of the training documents, a row for each: near duplicates and typical documents go.",
+        ),
+    ] = None,
+    clusters: Annotated[int, typer.Option("--clusters", min=1, help="Clusters of D4.")] = 1000,
+    similar: Annotated[
+        float, typer.Option("--similar", min=-1.0, max=1.0, help="Cosine similarity of near duplicates in D4.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is random.")] = 0,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the weights back.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write how often an epoch reads each training document; `mmscale data dedup` stays in force."""
+    from mmscale.data.scoring import weigh
+
+    if remove:
+        done = weigh.undo(folder)
+        _removed(folder, done, "has no selection any more" if done else "had no selection", as_json=as_json)
+        return
+    result = weigh.select(
+        folder,
+        expression=expression,
+        by=by,
+        top=top,
+        temperature=temperature,
+        embeddings=embeddings,
+        clusters=clusters,
+        similar=similar,
+        seed=seed,
+    )
+    shown = f"{result['kept']:,} of {result['documents']:,} documents, {result['weight']:,.1f} in an epoch"
+    emit(result, as_json=as_json, text=lambda: pairs([("data set", str(folder)), ("kept", shown)]))

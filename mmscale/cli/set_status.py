@@ -1,0 +1,53 @@
+# `mmscale status SET`: data/prepared/shares.py says what is made, launch/job_table.py whether somebody still makes it.
+"""The state of a data set that jobs prepare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.job_table import JobTable
+
+
+def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
+    """How far the jobs of a data set are; None: the folder is none that jobs prepare.
+
+    A job that failed writes no manifest, so the set would be waited for in vain when none of its jobs is left.
+
+    Args:
+        folder: of the set, or of anything else.
+        table: SLURM's answers.
+
+    Returns:
+        `folder`, `state` (preparing, prepared, failed), `reason` ("" if there is nothing to say), `parts`, `done`,
+        `jobs`, `logs` (their folder) and `ended` (nobody works on it).
+    """
+    if not (folder / "plan.json").is_file():  # before the import, which takes a second
+        return None
+    from mmscale.data.prepared.folder import JOBS
+    from mmscale.data.prepared.shares import how_far
+
+    found = how_far(folder)
+    if found is None:
+        return None
+    found |= {"reason": "", "logs": str(folder / JOBS), "ended": found["state"] == "prepared"}
+    return found if found["ended"] else found | _by_jobs(found["jobs"], table)
+
+
+def _by_jobs(jobs: list[str], table: JobTable) -> dict[str, Any]:
+    """What SLURM says of the jobs of a set without a manifest."""
+    from launch.scheduler import UnreachableError
+
+    if not jobs:
+        return {"state": "failed", "ended": True, "reason": "no job was submitted: run `mmscale data prepare` again"}
+    try:
+        states = table.states(jobs)
+    except UnreachableError as error:
+        return {"reason": error.cause}
+    if any(not state.ended for state in states.values()):
+        return {}
+    last = states.get(jobs[-1])
+    how = "SLURM does not know it any more" if last is None else f"it is {last.state} ({last.exit})"
+    why = f"no job runs or waits, and job {jobs[-1]}, which was to finish, has not: {how}"
+    return {"state": "failed", "ended": True, "reason": f"{why}; `mmscale data prepare` again goes on"}

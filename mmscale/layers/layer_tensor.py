@@ -1,0 +1,126 @@
+"""One row of the table of tensors, and what its columns can hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from mmscale.config import Config
+
+
+class TensorPart(Enum):
+    """What a tensor belongs to. Parameters and FLOPs are counted by part."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    FINAL_NORM = "final_norm"
+    ATTENTION = "attention"
+    FFN = "ffn"
+    EXPERTS = "experts"
+    SHARED = "shared"  # shared experts
+    ROUTER = "router"
+    EXPERT_NORM = "expert_norm"  # of the outputs of one group's experts
+    NORM = "norm"  # all other norms of a layer
+    DEPTH_ROUTER = "depth_router"
+    AUXILIARY = "auxiliary"  # auxiliary routers
+    CUTOFF = "cutoff"  # thresholds of auxiliary routers, and averaged cut-offs; buffers, not parameters
+
+
+class Form(StrEnum):
+    """How a tensor of a checkpoint becomes tensors of a Hugging Face model.
+
+    SAME: one tensor, unchanged.
+    QKV: queries, keys and values, which a checkpoint stores head group by head group.
+    HALVES: gate and up projection, one after the other along axis 0.
+    JOINED: [E, H, 2, F] as [E, H, 2F].
+    ONE_JOINED: [1, H, 2, F] as [H, 2F].
+    ONE: [1, F, H] as [F, H].
+    """
+
+    SAME = "same"
+    QKV = "qkv"
+    HALVES = "halves"
+    JOINED = "joined"
+    ONE_JOINED = "one_joined"
+    ONE = "one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTensor:
+    """One tensor of a model, as one process would hold it.
+
+    Attributes:
+        name: in a checkpoint; within its layer, or in the model (`model_tensors`).
+        shape: of the whole tensor.
+        part: what it belongs to.
+        hf: names of the tensors of an export that it becomes; within their layer, or in the model.
+        form: how it becomes them.
+        tp_axis: the axis that tensor-parallel ranks share; None: every rank holds all of it.
+        group: the group of experts; None: it belongs to none.
+        modality: the only modality whose tokens use it; None: tokens of every modality do.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: TensorPart
+    hf: tuple[str, ...]
+    form: Form = Form.SAME
+    tp_axis: int | None = None
+    group: str | None = None
+    modality: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is trained and counted as a parameter; otherwise it is a buffer."""
+        return self.part is not TensorPart.CUTOFF
+
+    @property
+    def spread(self) -> bool:
+        """Whether expert-parallel ranks share axis 0, the experts of a group."""
+        return self.part is TensorPart.EXPERTS
+
+
+@dataclass(frozen=True)
+class Routers:
+    """What a model holds besides its main weights, for causal routing.
+
+    Attributes:
+        auxiliary_width: inner width of the auxiliary routers; None: there are none.
+        thresholds: whether it keeps averaged cut-offs.
+    """
+
+    auxiliary_width: int | None
+    thresholds: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Routers:
+        """Those that the model of a configuration is built with."""
+        return cls(config.model.auxiliary_width, config.model.keeps_thresholds)
+
+
+def auxiliary_tensors(prefix: str, hf: str, *, outputs: int, hidden: int, width: int) -> list[LayerTensor]:
+    """The tensors of one auxiliary router.
+
+    Args:
+        prefix: of the names in a checkpoint.
+        hf: of the names in an export.
+        outputs: its decisions for each token.
+        hidden: width of its input.
+        width: its inner width.
+    """
+    shapes = {"hidden": (width, hidden), "out": (outputs, width), "threshold": (outputs,)}
+    return [
+        LayerTensor(
+            name=prefix + name,
+            shape=shape,
+            part=TensorPart.CUTOFF if name == "threshold" else TensorPart.AUXILIARY,
+            hf=(hf + name,),
+        )
+        for name, shape in shapes.items()
+    ]

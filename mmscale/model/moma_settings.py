@@ -1,0 +1,61 @@
+"""What a MoMa feed-forward layer is built from besides the TransformerConfig: groups of experts and how they choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmscale.model.expert_compute import BATCHED, ExpertCompute
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """One group of experts.
+
+    Attributes:
+        name: name of the modality, or of the mixed group.
+        modalities: indices of the modalities whose tokens it takes.
+        experts: number of experts.
+        share: nominal share of its tokens among all tokens.
+    """
+
+    name: str
+    modalities: tuple[int, ...]
+    experts: int
+    share: float
+
+
+@dataclass(frozen=True)
+class MoMaSettings:
+    """Everything a MoMa feed-forward layer is built from besides the TransformerConfig.
+
+    Attributes:
+        groups: groups of experts, each with its own router.
+        per_sequence: an expert chooses within each sequence instead of the micro-batch.
+        actual: capacities follow the tokens that are there instead of nominal shares.
+        capacity_factor: slots of a group relative to its tokens.
+        capacity_multiple: slots per expert are rounded up to this.
+        choice: by what an expert ranks tokens, of ranking.RANKINGS.
+        gumbel: Gumbel-sigmoid noise in training.
+        noise_seed: the run's seed, from which noise is drawn.
+        norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
+        shared_width: SwiGLU width of the shared experts together; 0: none.
+        auxiliary_width: inner width of each group's auxiliary router; None: there are none.
+        thresholds: whether the averaged cut-offs of Expert Threshold are kept.
+        compute: how experts are computed; `auto` is decided.
+        overlap: each group's tokens are exchanged while other experts compute.
+    """
+
+    groups: tuple[ExpertGroup, ...]
+    per_sequence: bool = True
+    actual: bool = False
+    capacity_factor: float = 1.0
+    capacity_multiple: int = 1
+    choice: str = "sigmoid"
+    gumbel: bool = False
+    noise_seed: int = 0
+    norm_experts: bool = False
+    shared_width: int = 0
+    auxiliary_width: int | None = None
+    thresholds: bool = False
+    compute: ExpertCompute = BATCHED
+    overlap: bool = False

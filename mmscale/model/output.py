@@ -1,0 +1,44 @@
+"""The output layer without its product: what the loss needs to compute logits in chunks.
+
+Shapes: S tokens of a sequence, B sequences, H hidden width, V vocabulary rows of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def without_logits(model: Any) -> Iterator[Tensor | None]:
+    """Inside, a forward pass returns the output layer's input, [B, S, H] on every rank, instead of logits [B, S, V].
+
+    Gradients of that input are summed over tensor-parallel ranks by the backward pass, as those of the layer's own.
+
+    Args:
+        model: a GPTModel, in its wrappers or without.
+
+    Yields:
+        The layer's weight, [V, H]; None: this chunk of the model has no output layer, and nothing changes.
+    """
+    inner: Any = unwrap_model(model)
+    if not inner.post_process:
+        yield None
+        return
+    layer = inner.output_layer
+
+    def gathered(hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        if layer.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=inner.pg_collection.tp)
+        return hidden, None
+
+    layer.forward = gathered  # of this instance, until the end of the block
+    try:
+        yield inner.shared_embedding_or_output_weight() if inner.share_embeddings_and_output_weights else layer.weight
+    finally:
+        del layer.forward

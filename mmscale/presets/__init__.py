@@ -1,0 +1,41 @@
+"""Folders that `mmscale init` copies: configurations, a cluster profile, and a README of five commands each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mmscale.errors import UsageError
+
+FOLDER = Path(__file__).parent
+PRESETS = {
+    "quickstart": "handwritten digits, five minutes on two cores",
+    "own-data": "your own pictures and words, one process",
+    "slurm": "the quickstart on a SLURM cluster, with a profile to edit",
+}
+
+
+def copy(preset: str, folder: Path) -> list[Path]:
+    """Write the files of a preset.
+
+    Args:
+        preset: one of PRESETS.
+        folder: where to; it is made if it is missing.
+
+    Returns:
+        The new files.
+
+    Raises:
+        UsageError: unknown preset, or one of the files exists. Nothing has been written then.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"there is no preset {preset!r}", remedy=f"choose one of: {', '.join(PRESETS)}")
+    source = FOLDER / preset
+    files = [file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file()]
+    existing = [str(folder / name) for name in files if (folder / name).exists()]
+    if existing:
+        raise UsageError(f"{', '.join(existing)} exists already", remedy="name another folder, or move it away")
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    return [folder / name for name in files]

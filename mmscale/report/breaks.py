@@ -1,0 +1,74 @@
+# Where a run's curves are broken: steps after which other data, batches or sequences make them other quantities.
+# It reads events and configurations; curves are cut by downsample.py.
+"""Breaks of a run's curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmscale.report.facts import changes
+from mmscale.runs.breaks import Break, break_of
+from mmscale.runs.held_out import ACCURACY, EVAL
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where curves do not go on.
+
+    Attributes:
+        step: the last step before it.
+        text: what changed there.
+        training, held_out, tasks: which curves are broken; `held_out` breaks accuracies too.
+    """
+
+    step: int
+    text: str
+    training: bool
+    held_out: bool
+    tasks: bool = False
+
+    def breaks(self, key: str) -> bool:
+        """Whether the curve of a column is broken here."""
+        if not key.startswith(EVAL):
+            return self.training
+        return self.held_out or (self.tasks and f"/{ACCURACY}" in key)
+
+
+def cuts_of(run: Path, events: Sequence[Mapping[str, Any]]) -> list[Cut]:
+    """Breaks of a run in the order of its steps; those behind which nothing was trained in the end are left out.
+
+    Args:
+        run: its folder; runs of earlier versions have their changes in the configurations of their attempts only.
+        events: of events.jsonl.
+    """
+    found: dict[int, Break] = {}
+    by_attempt: dict[Any, list[str]] = {}
+    for attempt, key, *_ in changes(run):
+        by_attempt.setdefault(attempt, []).append(key)
+    for event in events:
+        step = event.get("step")
+        if event.get("event") != "resume" or type(step) is not int:
+            continue
+        for later in [one for one in found if one > step]:  # these steps are done again
+            del found[later]
+        lines = event.get("changed")
+        known = lines if isinstance(lines, list) else by_attempt.get(event.get("attempt"), [])
+        one = break_of([str(line) for line in known])
+        if step > 0 and one.what:
+            before = found.get(step, Break())
+            what = tuple(dict.fromkeys((*before.what, *one.what)))
+            found[step] = Break(
+                what, one.training or before.training, one.held_out or before.held_out, one.tasks or before.tasks
+            )
+    return [
+        Cut(step, f"changed: {', '.join(one.what)}", one.training, one.held_out, one.tasks)
+        for step, one in sorted(found.items())
+    ]
+
+
+def steps_of(cuts: Sequence[Cut], key: str) -> tuple[int, ...]:
+    """The steps after which a column's curve is broken."""
+    return tuple(cut.step for cut in cuts if cut.breaks(key))

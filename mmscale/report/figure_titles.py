@@ -1,0 +1,21 @@
+"""Titles and units of figures of metrics.jsonl that have no chart of their own in a report."""
+
+from __future__ import annotations
+
+# By their name or the name before its first slash (docs/reference/metrics.md).
+_WORDS = {
+    "memory_stall_s": ("Pauses: snapshots in memory", "s"),
+    "parameter_hash_s": ("Pauses: comparing replicas", "s"),
+    "calibration_s": ("Pauses: calibration of thresholds", "s"),
+    "profile_s": ("Pauses: writing a profile", "s"),
+    "save_failures": ("Failed saves so far", ""),
+    "saves_skipped": ("Skipped saves so far", ""),
+    "anomalies": ("Findings of the anomaly policy so far", ""),
+}
+
+
+def title_of(key: str) -> tuple[str, str]:
+    """Title and unit of a figure without a chart of its own; its key where nothing else is known."""
+    name, _, kind = key.partition("/")
+    title, unit = _WORDS.get(name, (key, ""))
+    return (f"{title}: {kind}" if kind and name in _WORDS else title), unit

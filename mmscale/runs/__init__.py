@@ -1,0 +1,1 @@
+"""What a run's files say, for those who read them. Imports no torch."""

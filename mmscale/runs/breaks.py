@@ -1,0 +1,63 @@
+"""Which changes of a run that goes on make its losses other quantities than before. No torch.
+
+The trainer starts to count held-out figures again there, and the report breaks its curves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Break:
+    """What is not comparable with the steps before.
+
+    Attributes:
+        what: for people; empty: everything is.
+        training: losses of training batches.
+        held_out: losses of held-out data, and accuracies.
+        tasks: accuracies.
+    """
+
+    what: tuple[str, ...] = ()
+    training: bool = False
+    held_out: bool = False
+    tasks: bool = False
+
+
+# Beginnings of the lines that tell of changes (mmscale.train.saves.resume), the first that fits counts.
+_RULES = (
+    ("data: share of", Break(("share of data",), training=True)),  # held-out documents are read by their number
+    ("data: another order", Break()),
+    ("data: ", Break(("data",), training=True, held_out=True)),
+    ("data.path", Break(("data",), training=True, held_out=True)),  # of runs from before content was compared
+    ("data.blend", Break(("data",), training=True, held_out=True)),
+    ("data.validation", Break(("validation set",), held_out=True)),
+    ("data.document_multiple", Break(("padding of documents",), training=True, held_out=True)),
+    ("task ", Break(("questions",), tasks=True)),
+    ("train.global_batch_size", Break(("batch",), training=True, held_out=True)),
+    ("train.micro_batch_size", Break(("batch",), training=True, held_out=True)),
+    ("train.eval_batches", Break(("held-out batches",), held_out=True)),
+    ("model.seq_length", Break(("sequence length",), training=True, held_out=True)),
+)
+_SAME = "the same documents"  # ends the line of a data set that was moved
+
+
+def break_of(lines: Iterable[str]) -> Break:
+    """What changes mean for the losses.
+
+    Args:
+        lines: one for each change, as a resume prints them.
+    """
+    found = [
+        next((one for prefix, one in _RULES if line.startswith(prefix)), Break())
+        for line in lines
+        if not line.endswith(_SAME)
+    ]
+    return Break(
+        tuple(dict.fromkeys(what for one in found for what in one.what)),
+        any(one.training for one in found),
+        any(one.held_out for one in found),
+        any(one.tasks for one in found),
+    )

@@ -1,0 +1,280 @@
+"""One table for each choice of the configuration: its names, what they mean, and the facts that other modules need.
+
+The schema takes the allowed values from here, `mmscale config explain` and the reference pages take the meanings. A new
+choice is one entry here and one entry in the table of code that implements it; a test compares both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmscale.tables.table import Choice, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKind(Choice):
+    """A kind of feed-forward layer (`model.kind`).
+
+    Attributes:
+        experts: whether feed-forward layers are groups of experts.
+        per_modality: whether each modality has a group of its own.
+        kernels: GPU kernels that the forward pass of a layer starts, about.
+    """
+
+    experts: bool
+    per_modality: bool = False
+    kernels: int
+
+
+KINDS: Table[ModelKind] = Table(
+    "Feed-forward layers",
+    ("model.kind",),
+    {
+        "dense": ModelKind(meaning="one SwiGLU for all tokens", experts=False, kernels=30),
+        "moe": ModelKind(meaning="one group of experts for the tokens of all modalities", experts=True, kernels=60),
+        "moma": ModelKind(meaning="a group of experts per modality", experts=True, per_modality=True, kernels=75),
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormPlacement(Choice):
+    """Where RMSNorm stands in a layer (`model.norm`).
+
+    Attributes:
+        before: whether sub-layers normalise their input; otherwise their output.
+        per_expert: whether every expert's output is normalised by itself. The sub-layer's output is not, then.
+    """
+
+    before: bool = False
+    per_expert: bool = False
+
+
+NORMS: Table[NormPlacement] = Table(
+    "Norm placements",
+    ("model.norm",),
+    {
+        "pre": NormPlacement(meaning="before each sub-layer", before=True),
+        "post": NormPlacement(meaning="after each sub-layer (Chameleon/Swin, the paper's)"),
+        "post_per_expert": NormPlacement(
+            meaning="after each sub-layer, and every expert's output is normalised before its gate, which keeps the "
+            "gate's gradient for every token",
+            per_expert=True,
+        ),
+    },
+)
+
+
+RANKINGS: Table[Choice] = Table(
+    "Expert rankings",
+    ("model.experts.choice",),
+    {
+        "sigmoid": Choice(meaning="the expert's own logit (the paper's)"),
+        "competitive": Choice(
+            meaning="the logit minus the mean over the group's experts, so that they do not all want the same tokens"
+        ),
+        "softmax": Choice(meaning="the softmax over the group's experts"),
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Choice):
+    """A learning-rate schedule after the warm-up (`optim.schedule`).
+
+    Attributes:
+        reads: settings beside `lr` and `warmup` that it depends on and that not every schedule does.
+        comparable: whether losses before its end can be compared between runs of different length: the learning rate
+            does not depend on the number of steps until then.
+    """
+
+    reads: tuple[str, ...] = ()
+    comparable: bool = False
+
+    @property
+    def final_decay(self) -> bool:
+        """Whether it decays over the last `optim.decay` steps only."""
+        return "decay" in self.reads
+
+
+SCHEDULES: Table[Schedule] = Table(
+    "Learning-rate schedules",
+    ("optim.schedule", "auxiliary.optim.schedule"),
+    {
+        "constant": Schedule(meaning="the peak to the end", comparable=True),
+        "linear": Schedule(meaning="a straight line from the peak to min_lr", reads=("min_lr",)),
+        "cosine": Schedule(meaning="half a cosine from the peak to min_lr", reads=("min_lr",)),
+        "wsd": Schedule(
+            meaning="the peak, then a straight line to min_lr over the last `decay` steps",
+            reads=("decay", "min_lr"),
+            comparable=True,
+        ),
+        "inverse_sqrt": Schedule(meaning="the peak times sqrt(warmup / step), at least min_lr", reads=("min_lr",)),
+        "power": Schedule(
+            meaning="lr * (tokens / power_tokens)^power_exponent, capped at lr, then as wsd",
+            reads=("decay", "min_lr", "power_exponent", "power_tokens"),
+            comparable=True,
+        ),
+    },
+)
+
+
+OPTIMIZERS: Table[Choice] = Table(
+    "Optimizers",
+    ("optim.optimizer", "auxiliary.optim.optimizer"),
+    {"adamw": Choice(meaning="AdamW, with decoupled weight decay")},
+)
+
+
+LOSSES: Table[Choice] = Table(
+    "Losses",
+    ("train.loss",),
+    {"cross_entropy": Choice(meaning="cross entropy weighted by train.modality_weights, plus z-loss")},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentFormat(Choice):
+    """How Adam's moments of matrices are stored (`optim.moments`).
+
+    Attributes:
+        bytes: of both moments of a parameter [bytes].
+        bf16: whether moments have bf16's 8 bits, which cannot show a slow decay.
+        compact: whether mmscale's own Adam stores them (train: adam_compact.py).
+        in_groups: whether neighbouring elements share a scale, so that ranks' shards must begin at a group.
+        te_dtype: Transformer-Engine's FusedAdam stores them in this torch type; None: not its.
+    """
+
+    bytes: float
+    bf16: bool = False
+    compact: bool = False
+    in_groups: bool = False
+    te_dtype: str | None = None
+
+
+MOMENTS: Table[MomentFormat] = Table(
+    "Formats of Adam's moments",
+    ("optim.moments", "auxiliary.optim.moments"),
+    {
+        "fp32": MomentFormat(meaning="8 bytes per parameter", bytes=8.0),
+        "bf16": MomentFormat(meaning="4 bytes per parameter", bytes=4.0, bf16=True, compact=True),
+        "fp8_coat": MomentFormat(
+            meaning="E4M3 with dynamic range expansion in groups of 128, 2.19 bytes per parameter",
+            bytes=2.19,
+            compact=True,
+            in_groups=True,
+        ),
+        "te_bf16": MomentFormat(
+            meaning="4 bytes per parameter, by Transformer-Engine's FusedAdam, GPU only",
+            bytes=4.0,
+            bf16=True,
+            te_dtype="bfloat16",
+        ),
+        "te_fp8": MomentFormat(
+            meaning="2 bytes per parameter, by Transformer-Engine's FusedAdam, GPU only", bytes=2.0, te_dtype="uint8"
+        ),
+    },
+)
+
+
+TEXT_TOKENIZERS: Table[Choice] = Table(
+    "Text tokenizers",
+    ("data.prepare.text.kind",),
+    {
+        "bpe": Choice(meaning="byte-level BPE through Hugging Face tokenizers, trained or loaded"),
+        "bytes": Choice(meaning="each byte of UTF-8 is a token, in 256 ids after the special tokens"),
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenizerKind(Choice):
+    """A kind of image tokenizer (`data.prepare.image.kind`).
+
+    Attributes:
+        reads: settings of `data.prepare.image` that it depends on and that not every kind does.
+    """
+
+    reads: tuple[str, ...] = ()
+
+
+IMAGE_TOKENIZERS: Table[ImageTokenizerKind] = Table(
+    "Image tokenizers",
+    ("data.prepare.image.kind",),
+    {
+        "levels": ImageTokenizerKind(meaning="each pixel's grey level"),
+        "kmeans": ImageTokenizerKind(
+            meaning="a codebook of patches fitted to the data", reads=("patch", "residual", "fit_patches", "path")
+        ),
+        "vq": ImageTokenizerKind(meaning="a transformers VQ-VAE", reads=("path",)),
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOrder(Choice):
+    """How the documents of a source follow one another (`data.order`). Runs remember the name, so facts never change.
+
+    Attributes:
+        block: documents that are shuffled and packed together, about; 0: those of a whole pass.
+        chunk: consecutive documents of the data set that are always in one block.
+        above: sources with more documents than this are read in blocks [documents].
+    """
+
+    block: int = 0
+    chunk: int = 1
+    above: int = 0
+
+
+DATA_ORDERS: Table[DataOrder] = Table(
+    "Data orders",
+    ("data.order",),
+    {
+        "epochs": DataOrder(meaning="all documents of a pass are shuffled and packed together"),
+        "blocks": DataOrder(
+            meaning="a source with more than 1,048,576 documents is shuffled and packed in blocks of about 262,144, "
+            "which takes the same time and memory for any number of documents, and smaller sources as with epochs",
+            block=1 << 18,
+            chunk=64,
+            above=1 << 20,
+        ),
+    },
+)
+
+
+READERS: Table[Choice] = Table(
+    "Readers of document files",
+    ("data.prepare.reader",),
+    {"suffix": Choice(meaning="JSONL, parquet or WebDataset tar, by the suffix of each file")},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFit(Choice):
+    """How a picture that is not square becomes one (`data.prepare.image.fit`).
+
+    Attributes:
+        done: what happens to it, with `{share}`: on average, 1 minus the short side by the long one [percent].
+    """
+
+    done: str
+
+
+IMAGE_FITS: Table[ImageFit] = Table(
+    "Fits of pictures that are not square",
+    ("data.prepare.image.fit",),
+    {
+        "crop": ImageFit(
+            meaning="the centre square, without the ends of the long side",
+            done="cropped to the centre, which cuts off {share} of their area on average",
+        ),
+        "pad": ImageFit(
+            meaning="the whole picture, with bars of the background colour beside it",
+            done="padded to a square, of which {share} is background on average",
+        ),
+        "stretch": ImageFit(
+            meaning="the whole picture, its long side shortened to the short one",
+            done="stretched to a square, their long sides shortened by {share} on average",
+        ),
+    },
+)

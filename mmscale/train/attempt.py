@@ -1,0 +1,399 @@
+"""One attempt of a stage on one rank: combines the parts of a run, resumes, trains, and reports how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.checkpoint.manager import CheckpointManager
+from mmscale.data.prepared.identity import identities
+from mmscale.data.prepared.manifest import read_blend
+from mmscale.data.prepared.tasks import TaskItem
+from mmscale.data.stream.mixture import Mixture
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import DamagedDataError, HookError, TrainingError
+from mmscale.plan import plan
+from mmscale.resilience import flight_recorder
+from mmscale.resilience.inject import Faults
+from mmscale.resilience.lease import Fence, launched_attempt
+from mmscale.resilience.memory_tier import MemoryTier
+from mmscale.resilience.signals import StopRequest
+from mmscale.resilience.watchdog import Watchdog
+from mmscale.runs.attempts import next_attempt
+from mmscale.runs.events import EARLY
+from mmscale.runtime import device
+from mmscale.runtime.groups import from_first
+from mmscale.runtime.waiting import Waiting
+from mmscale.train import holding, saves
+from mmscale.train.assembly import dry_run, loader_of
+from mmscale.train.boundary import StepBoundary
+from mmscale.train.data_check import DataCheck
+from mmscale.train.data_place import find_place
+from mmscale.train.evaluated_on import EvaluatedOn
+from mmscale.train.held_out_evaluation import HeldOutEvaluation
+from mmscale.train.hooks import PlaceHook, common_hooks
+from mmscale.train.log.exposure import exposure
+from mmscale.train.log.profile_window import ProfileWindow
+from mmscale.train.log.progress_lines import Progress
+from mmscale.train.log.records import Records, open_records
+from mmscale.train.log.stragglers import RankTimes
+from mmscale.train.loop import Hook, Trainer
+from mmscale.train.mirroring import mirroring
+from mmscale.train.plugin_hooks import AnnouncedSaves, HookRun, PluginHooks
+from mmscale.train.preflight import tokenizers_of
+from mmscale.train.stages.built import BuiltStage, Given, Tools
+from mmscale.train.stages.table import MAIN, Stage
+from mmscale.train.state.memory_snapshots import MemoryHook, memory_of
+from mmscale.train.state.watched import Watch
+from mmscale.train.steps.evaluation import CutShortError, partly_read
+from mmscale.train.steps.step_guard import StepGuard
+from mmscale.train.throughput import Throughput, peak_tflops
+
+FINISHED, STOPPED = 0, 75
+MOST_CHANGES = 50  # that an event names
+
+
+class Attempt:
+    """One attempt. Every rank holds one; all its methods are called on every rank.
+
+    Everything that must be closed is put on the exit stack as soon as it is open.
+    """
+
+    def __init__(
+        self,
+        entry: Stage,
+        given: Given,
+        build: Callable[[Given], BuiltStage],
+        train_data: Mixture,
+        held_out: dict[str, Mixture],
+        tasks: dict[str, list[TaskItem]],
+        stop: StopRequest,
+        fence: Fence,
+        stack: contextlib.ExitStack,
+        starting: Waiting,
+    ) -> None:
+        self.starting = starting
+        self.entry, self.given, self.stop, self.stack = entry, given, stop, stack
+        self.config, self.env, self.folder = given.settings, given.env, given.folder
+        self.groups: ProcessGroupCollection = given.groups
+        self.train_data, self.fence = train_data, fence
+        config, env = self.config, self.env
+        self.faults = Faults.of_rank(env.rank)
+        first = env.is_first
+        self.number = from_first((launched_attempt(self.folder) or next_attempt(self.folder)) if first else None)
+        self.stage = build(given)
+        self.state, self.stepper = self.stage.state, self.stage.stepper
+        self.records: Records = stack.enter_context(
+            open_records(
+                self.folder,
+                attempt=self.number,
+                rank=env.rank,
+                fence=self.fence,
+                log=config.log,
+                name="-".join(filter(None, (config.run.name, entry.subfolder))),
+                transcribed=holding.by_train(self.fence.lease_id),
+            )
+        )
+        self.progress: Progress = stack.enter_context(
+            Progress(config.train.steps, enabled=first, copy=self.records.transcript.say, starting=starting)
+        )
+        blend = read_blend(config)
+        self.evaluated_on = from_first(EvaluatedOn.of(config, blend, tasks) if first else None)
+        self.data = from_first(identities(config, blend) if first else None)
+        say, tell = self.progress.say, self.records.tell
+        self.mirror = stack.enter_context(mirroring(given, stop=stop, tell=tell, say=say))
+        self.checkpoints: CheckpointManager = saves.manager_of(
+            given,
+            attempt=self.number,
+            tokenizers=from_first(tokenizers_of(given.run, train_data.tokenizers) if first else None),
+            data=self.data,
+            evaluated_on=self.evaluated_on,
+            origin=self.stage.origin(),
+            begins_at=self.state.sequences,
+            records=self.records,
+            progress=self.progress,
+            faults=self.faults,
+            fence=self.fence,
+            committed=self.mirror.look,
+        )
+        stack.callback(self.checkpoints.saver.close)
+        self.memory: MemoryTier | None = stack.enter_context(
+            memory_of(config, env, run=self.folder, attempt=self.number, tell=tell, warn=say)
+        )
+        self.watchdog = Watchdog(
+            rank=env.rank,
+            folder=self.folder / "logs" / f"attempt_{self.number}",
+            timeout_s=config.resilience.hang_timeout,
+            recorded=flight_recorder.dump,
+        )
+        self.clock = Throughput(
+            flops_per_token=self.stage.flops_per_token,
+            world_size=env.world_size,
+            peak_tflops=peak_tflops(device.device_name(), config.precision.dtype),
+        )
+        seen = HookRun(config, entry.name, self.folder, env.rank, env.world_size, self.stepper.modules, say, tell)
+        self.plugins = PluginHooks(config, seen)
+        self.saves = AnnouncedSaves(self.checkpoints, self.plugins)
+        self.watch = Watch(config, self.state, saver=self.checkpoints.saver, tell=tell, say=say)
+        self.boundary = StepBoundary(
+            config,
+            state=self.state,
+            stop=stop,
+            checkpoints=self.checkpoints,
+            clock=self.clock,
+            fence=fence,
+            watchdog=self.watchdog,
+            records=self.records,
+            is_over=self.watch.is_over,
+        )
+        measure = HeldOutEvaluation(
+            config,
+            state=self.state,
+            stepper=self.stepper,
+            passes=held_out,
+            tasks=tasks,
+            groups=self.groups,
+            beat=self._beat,
+            at=self.faults.at,
+            stop=stop,
+            heard=self.plugins.on_evaluation,
+        )
+        evaluate, parts = measure if held_out or tasks else None, measure.extents()
+        self.tools = Tools(self.clock, self.progress, self.records, evaluate, self._beat, parts, self.watch.heard)
+
+    def run(self, *, yes: bool) -> int:
+        """Resume or start, train to the end or to a stop request; returns the exit status."""
+        config, state, stage = self.config, self.state, self.stage
+        memory = self.memory if config.checkpoint.resume else None
+        self.starting.tell("looking for a checkpoint and loading it")
+        changed = saves.resume(
+            self.given.config,
+            self.checkpoints,
+            memory,
+            state,
+            data=self.data,
+            evaluated_on=self.evaluated_on,
+            settings=self.entry.settings,
+            is_complete=stage.is_complete,
+            yes=yes,
+        )
+        self._announce(changed or [])
+        self.watch.goes_on(changed or [])
+        if self.watch.is_over():
+            return self._done()
+        if said := holding.how_to_end(self.fence.lease_id, self.folder):
+            self.progress.say(said)
+        self.records.begin(self.given.config, self.folder, attempt=self.number)
+        self._seek()
+        begun, told = ("start", {}) if changed is None else ("resume", {"changed": changed[:MOST_CHANGES]})
+        self.records.tell(
+            begun,
+            step=state.step,
+            world_size=self.env.world_size,
+            attempt_id=self.fence.lease_id,
+            **told,
+            **stage.origin(),
+        )
+        if config.train.dry_run:
+            dry_run(config, self.stepper, self.groups, self.train_data)
+        self.mirror.look()
+        self.starting.tell("taking the first step")
+        trainer = self._trainer()
+        if self.memory is not None:
+            self.memory.start()
+        # megatron-core collects garbage in every save while all wait: what is there now stays, and is not looked at.
+        gc.collect()
+        gc.freeze()
+        self.clock.restart()  # loading and the dry run are start-up, and no part of the first step's time
+        try:
+            with self.watchdog:
+                self.plugins.on_start(state.step)
+                finished = self._train(trainer)
+                self.plugins.on_end(state.step, finished=finished)
+        except HookError:  # perhaps on this rank alone, so no collective
+            raise
+        except (TrainingError, DamagedDataError):  # on every rank alike, so the save under way can still be committed
+            self.checkpoints.saver.finish()
+            raise
+        saves.refuse_moved(self.given, self.boundary.moved_to, step=state.step)
+        self._record_end(finished=finished)
+        if not finished:
+            self.progress.say(f"stopped on request after step {state.step}; start it again to continue")
+        return FINISHED if finished else STOPPED
+
+    def _train(self, trainer: Trainer) -> bool:
+        """Train to the end, with all its resources. False: stopped on request, or the folder was renamed."""
+        try:
+            self._catch_up(self.stage.resumed)
+            if not trainer.fit() or self.boundary.moved_to is not None:
+                return False
+            self._catch_up(self.stage.complete)
+        except CutShortError:
+            if self._only_in_memory():
+                self._save_again()
+            return False
+        return True
+
+    def _record_end(self, *, finished: bool) -> None:
+        self.mirror.wait(finished=finished)  # before the event: status goes by the last one
+        # The last save and evaluation come after the last logged step.
+        early = self.watch.early_end() if finished else {}
+        event = "stop" if not finished else EARLY if early else "finish"
+        pauses = self.clock.pauses()
+        self.records.tell(event, step=self.state.step, signal=self.stop.agreed_name, **pauses, **early)
+
+    def _catch_up(self, measure: Callable[[Tools], None]) -> None:
+        """Evaluate what was left undone, and save again a state that turns out to be the best or the last one."""
+        before = self.checkpoints.saver.best, self.watch.is_over()
+        measure(self.tools)
+        if (self.checkpoints.saver.best, self.watch.is_over()) != before:
+            self._save_again()
+
+    def _save_again(self) -> None:
+        with self.stepper.materialized():
+            self.saves.save(self.state, last=True)
+
+    def _only_in_memory(self) -> bool:
+        """Whether this attempt resumed from memory and has not saved since."""
+        return from_first(max(self.checkpoints.store.steps(), default=0)) < self.state.step
+
+    def _seek(self) -> None:
+        """Continue in the data with the documents that were not read, and report changes of the order."""
+        place = find_place(
+            self.config,
+            self.train_data,
+            self.state,
+            data=self.data,
+            store=self.checkpoints.store,
+            first=self.env.is_first,
+            begins_from=self.stage.begins_from,
+            settings_of=self.entry.settings,
+        )
+        self.train_data, self.state.stream = place.mixture, place.segments
+        for line in place.lines:
+            self.progress.say(f"changed since the checkpoint: {line}")
+
+    def _announce(self, changed: list[str]) -> None:
+        if not self.env.is_first:
+            return
+        if self.faults.text:
+            self.records.tell("faults_requested", faults=self.faults.text)
+        parameters = plan(self.given.config)["parameters"] if self.entry.name == MAIN else {}
+        for line in (
+            *self.stage.announce(attempt=self.number),
+            exposure(self.config, self.train_data, parameters=parameters),
+            *self.evaluated_on.lines,
+            *partly_read(self.tools.extents, batches=self.config.train.eval_batches),
+            *self.faults.warnings(),
+            *(f"changed since the checkpoint: {change}" for change in changed),
+        ):
+            self.progress.say(line)
+
+    def _done(self) -> int:
+        """Nothing is left to train: finish what a killed attempt has left undone after the last step."""
+        unsaved, undone = self._only_in_memory(), not self.stage.is_complete()
+        if unsaved or undone:
+            self.clock.restart()
+            with self.watchdog:
+                self.plugins.on_start(self.state.step)
+                finished = self._finish(unsaved=unsaved, undone=undone)
+                self.plugins.on_end(self.state.step, finished=finished)
+            self._record_end(finished=finished)
+            if not finished:
+                return STOPPED
+        else:
+            self.mirror.wait(finished=True)
+        self.progress.say(f"{self.folder} is done: {self.watch.why_over(raised=self.entry.steps)}")
+        return FINISHED
+
+    def _finish(self, *, unsaved: bool, undone: bool) -> bool:
+        """Whether no request to stop came meanwhile."""
+        if unsaved:
+            self._save_again()
+        with contextlib.suppress(CutShortError):
+            if undone:
+                self._catch_up(self.stage.complete)
+            return True
+        return False
+
+    def _trainer(self) -> Trainer:
+        loader = loader_of(self.config, self.groups, self.train_data, consumed=self.state.sequences)
+        self.stack.callback(loader.close)
+        begun = functools.partial(self.faults.at, "begin")
+        times = RankTimes(self.config, stepper=self.stepper, state=self.state, begun=begun)
+        guard = StepGuard(
+            self.config,
+            state=self.state,
+            stepper=self.stepper,
+            load_newest=self._load_newest,
+            seek=lambda sequences: loader.load_state_dict({"consumed_sequences": sequences}),
+            tell=self._anomaly,
+            warn=self.progress.say,
+            optim=self.entry.optim,
+        )
+        return Trainer(
+            self.config,
+            state=self.state,
+            stepper=self.stepper,
+            guard=guard,
+            batches=times.watch(loader),
+            vocabulary=Vocabulary.from_config(self.config.vocab),
+            hooks=self._hooks(times, self.stage.hooks(self.tools, loader)),
+            checkpoints=self.saves,
+            stop_requested=self.boundary.stops,
+            is_over=self.watch.is_over,
+            clock=self.clock,
+        )
+
+    def _load_newest(self) -> int | None:
+        """Roll back; the step of the checkpoint."""
+        state = self.state
+        # The save under way is waited for, then a checkpoint is hashed and read: each may take as long as a save.
+        self.watchdog.beat(state.step, allowed_s=2 * self.config.checkpoint.deadline)
+        found = saves.load_newest(self.checkpoints, self.memory, state, self.clock, not_before=self.train_data.start)
+        self.watchdog.beat(state.step)
+        self.watch.went_back()
+        return found
+
+    def _hooks(self, times: RankTimes, own: list[Hook]) -> list[Hook]:
+        common = common_hooks(
+            self.config,
+            stepper=self.stepper,
+            groups=self.groups,
+            clock=self.clock,
+            progress=self.progress,
+            records=self.records,
+            plugins=self.plugins,
+            figures=lambda: self.checkpoints.saver.figures() | times.figures() | self.plugins.figures(),
+        )
+        last: list[Hook] = [PlaceHook(self.faults.at)]
+        if self.memory is not None:
+            last.append(MemoryHook(self.memory, clock=self.clock))
+        say, tell = self.progress.say, self.records.tell
+        check = self.stack.enter_context(DataCheck(self.config, self.env, tell=tell, warn=say))
+        window = ProfileWindow(
+            self.config,
+            folder=self.folder,
+            attempt=self.number,
+            rank=self.env.rank,
+            next_step=self.state.step + 1,
+            clock=self.clock,
+            tell=tell,
+            beat=self._beat,
+        )
+        self.stack.enter_context(window)
+        return [times, *common, check, window, self.mirror, *own, *last]
+
+    def _beat(self) -> None:
+        """Tell the hang watch that a long operation makes progress; a part of it that never ends is still a hang."""
+        self.watchdog.beat(self.state.step)
+
+    def _anomaly(self, event: str, **fields: Any) -> None:
+        self.records.tell(event, **fields)
+        if self.records.metrics is not None and event == "rollback":
+            self.records.metrics.rolled_back(fields["number"])

@@ -1,0 +1,57 @@
+"""The position in the data from which an attempt continues, by its checkpoint's counters and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mmscale.checkpoint.layout import Store
+from mmscale.config import Config
+from mmscale.data.prepared.identity import SourceIdentity, known
+from mmscale.data.stream.mixture import Mixture
+from mmscale.data.stream.segments import Place, resume_stream
+from mmscale.runtime.groups import from_first
+from mmscale.train.stage_state import StageState
+
+
+def find_place(
+    config: Config,
+    mixture: Mixture,
+    state: StageState,
+    *,
+    data: Sequence[SourceIdentity],
+    store: Store,
+    first: bool,
+    begins_from: Mapping[str, Any],
+    settings_of: Callable[[Config], Config],
+) -> Place:
+    """The stream of documents that were not read yet, and how its order has changed. Every rank calls it.
+
+    Args:
+        config: of this attempt.
+        mixture: the data from its beginning.
+        state: of the stage, as loaded; an empty `stream` is that of a checkpoint from before it was kept.
+        data: identities of the data sets.
+        store: the stage's checkpoints.
+        first: whether this is rank 0, which reads them.
+        begins_from: information of the checkpoint from whose position the stage's step 0 continues; empty: none.
+        settings_of: the stage's settings in a run's configuration.
+    """
+    info: Mapping[str, Any] = {}
+    saved: Mapping[str, Any] | None = None
+    if state.sequences and not state.stream:  # the settings define what the number of sequences means
+        info = begins_from if state.step == 0 else from_first(store.info(state.step) if first else None)
+        saved = info.get("config")
+        if state.step > 0:
+            run = Config.model_validate(saved) if isinstance(saved, dict) else None
+            saved = None if run is None else settings_of(run).model_dump(mode="json")
+    return resume_stream(
+        config,
+        mixture,
+        data=data,
+        consumed=state.sequences,
+        step=int(begins_from.get("step", 0)) + state.step,  # weights that change count the steps of the run
+        segments=state.stream,
+        saved=saved,
+        known=known(info),
+    )

@@ -1,0 +1,55 @@
+"""What a run is evaluated on besides its own data, as its start says it and as its checkpoints keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmscale.config import Config
+from mmscale.data.prepared.manifest import Manifest
+from mmscale.data.prepared.named_tasks import having, named_tasks
+from mmscale.data.prepared.tasks import TaskItem, replaced
+from mmscale.data.prepared.tasks import identities_of as identities_of_tasks
+from mmscale.data.prepared.validation import identities_of, read_validation
+from mmscale.train.steps.task_scores import describe
+
+
+@dataclass(frozen=True)
+class EvaluatedOn:
+    """Validation sets and tasks.
+
+    Attributes:
+        lines: for the start of the run, one for each.
+        kept: `validation` and `tasks`, what checkpoints keep of them: names, and hashes of their content.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    kept: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, blend: Mapping[Path, Manifest], tasks: Mapping[str, Sequence[TaskItem]]) -> EvaluatedOn:
+        """Of a configuration.
+
+        Args:
+            config: names sets and tasks.
+            blend: the data that is trained on.
+            tasks: the questions of each task of `train.tasks`.
+        """
+        sets = read_validation(config, blend)
+        lines = [one.describe() for one in sets]
+        for name, place in named_tasks(config, blend).items():
+            others = having(name, blend)[1:] if place in blend else having(name, blend)
+            lines.append(describe(name, tasks[name], place=place, others=others))
+        return cls(lines, {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)})
+
+    def changed(self, info: Mapping[str, Any]) -> list[str]:
+        """One line for each task that asks something else than when a checkpoint was written.
+
+        Validation sets are compared by `mmscale.train.preflight.check_changes`.
+
+        Args:
+            info: what the checkpoint says about itself.
+        """
+        return replaced(info.get("tasks", ()), self.kept["tasks"])

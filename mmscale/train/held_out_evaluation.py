@@ -1,0 +1,120 @@
+"""Evaluation of held-out sets and tasks in the middle of an attempt, which a request to stop may cut short."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.config import Config
+from mmscale.data.prepared.tasks import TaskItem
+from mmscale.data.stream.mixture import Mixture
+from mmscale.data.stream.passes import SOURCES
+from mmscale.model.auxiliary import RouterLearning
+from mmscale.resilience.signals import StopRequest
+from mmscale.runs.held_out import ACCURACY
+from mmscale.runtime import device
+from mmscale.tables.routings import Routing
+from mmscale.train.stage_state import StageState
+from mmscale.train.steps.answers import answers
+from mmscale.train.steps.evaluation import CutShortError, evaluate_passes, extent_of
+from mmscale.train.steps.step import Steps
+from mmscale.train.steps.task_scores import score
+
+
+class HeldOutEvaluation:
+    """Evaluates all held-out sets, and asks all tasks, under one routing; every rank calls it.
+
+    Args:
+        config: of the stage.
+        state: gives the step.
+        stepper: computes.
+        passes: one pass over each set, by its name.
+        tasks: questions by name; their accuracies stand among the figures of the first set.
+        groups: process groups.
+        beat: tells the hang watch that a batch comes next.
+        at: is called with the place "eval" and the step, for fault injection.
+        stop: requests to stop.
+        heard: is given the step, the routing, and the figures of each set.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        state: StageState,
+        stepper: Steps,
+        passes: Mapping[str, Mixture],
+        tasks: Mapping[str, Sequence[TaskItem]],
+        groups: ProcessGroupCollection,
+        beat: Callable[[], None],
+        at: Callable[[str, int], None],
+        stop: StopRequest,
+        heard: Callable[[int, Routing, dict[str, dict[str, float]]], None],
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.stepper = stepper
+        self.passes = passes
+        self.tasks = tasks
+        self.groups = groups
+        self.beat = beat
+        self.at = at
+        self.stop = stop
+        self.heard = heard
+
+    def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, dict[str, float]]:
+        """Figures of each set by its name.
+
+        Args:
+            routing: who decides which experts take a token.
+            learning: collects figures of auxiliary routers on the first set.
+
+        Raises:
+            CutShortError: a request to stop came; on every rank.
+        """
+        self._in_order_of_run()
+        found = evaluate_passes(
+            self.config,
+            stepper=self.stepper,
+            passes=self.passes,
+            groups=self.groups,
+            routing=routing,
+            learning=learning,
+            on_batch=self._on_batch,
+        )
+        if self.tasks:
+            found.setdefault(SOURCES, {}).update(self._accuracies(routing))
+        self.heard(self.state.step, routing, found)
+        return found
+
+    def extents(self) -> dict[str, str]:
+        """How much of each set is read, for people; empty where all of it is."""
+        batches = self.config.train.eval_batches
+        return {name: str(extent_of(self.config, data, batches=batches)) for name, data in self.passes.items()}
+
+    def _in_order_of_run(self) -> None:
+        """Large sets are read in the order that the run began with, as its training data is."""
+        if self.state.stream:
+            order = self.state.stream[0].get("order", "epochs")
+            self.passes = {
+                name: data if data.order == order else data.like(order=order) for name, data in self.passes.items()
+            }
+
+    def _accuracies(self, routing: Routing) -> dict[str, float]:
+        ask = functools.partial(
+            answers,
+            config=self.config,
+            stepper=self.stepper,
+            groups=self.groups,
+            routing=routing,
+            on_batch=self._on_batch,
+        )
+        return {f"{ACCURACY}{name}": score(items, answers=ask).accuracy for name, items in self.tasks.items()}
+
+    def _on_batch(self) -> None:
+        self.beat()
+        self.at("eval", self.state.step)
+        if self.stop.agreed(device.taken()):
+            raise CutShortError

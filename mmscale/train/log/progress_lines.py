@@ -1,0 +1,252 @@
+# What a person sees of a run: a banner before step 1, a live line on a terminal, plain lines in a log file.
+# Pure formatting: it measures nothing, and only rank 0's instance prints.
+"""Progress of training on stderr; stdout is reserved for results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from mmscale.config import Config
+from mmscale.config.derived import data_parallel_size, mean_shares, micro_batches_per_step, tokens_per_step
+from mmscale.runs.unrouted import note, unrouted
+from mmscale.runtime.waiting import Waiting
+
+_BAR = 20  # characters
+
+
+class Progress:
+    """The progress of one attempt.
+
+    Args:
+        steps: Steps of the whole run.
+        enabled: False on every rank but the first: silent.
+        console: Where to print; stderr if None.
+        copy: Gets every line that stays, and every logged step, as plain text: a log file.
+        starting: Lines about the start of the run, which end with the first step that is shown.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+        copy: Callable[[str], None] = lambda text: None,
+        starting: Waiting | None = None,
+    ) -> None:
+        self._starting = starting
+        self.steps = steps
+        self.enabled = enabled
+        self._copy = copy
+        self._console = console or Console(stderr=True, highlight=False)
+        self._values: dict[str, float] = {}
+        self._noted = False
+        self._live: Live | None = None
+        if enabled and self._console.is_terminal:
+            # transient: the bar goes when the run ends, the lines above it stay.
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def step(self, step: int) -> None:
+        """A step is done that is not logged: the bar moves, a log file gets no line."""
+        if self._live is not None:
+            self._started()
+            self._live.update(Text(f"{_bar(step, self.steps)} {line(step, self.steps, self._values)}", no_wrap=True))
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """A logged step.
+
+        Args:
+            step: Steps done.
+            values: What metrics.jsonl gets.
+        """
+        if not self.enabled:
+            return
+        self._started()
+        self._values.update(values)
+        if self._live is not None:
+            self.step(step)
+            self._copy(line(step, self.steps, values))
+        else:
+            self.say(line(step, self.steps, values))
+        high = note(unrouted(values))
+        if high is not None and not self._noted:
+            self._noted = True  # once an attempt: the share stands in every line
+            self.say(f"note: step {step}: {high}")
+
+    def say(self, message: str) -> None:
+        """One line that stays, e.g. a checkpoint or a held-out loss."""
+        if self.enabled:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._copy(message)
+
+    def _started(self) -> None:
+        if self._starting is not None:
+            self._starting.close()
+            self._starting = None
+
+    def close(self) -> None:
+        """Leave the terminal as it was; the last values stay as a line."""
+        self._started()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def line(step: int, steps: int, values: Mapping[str, float]) -> str:
+    """`step 120/1000  loss 2.3456 (text 2.1000, image 3.4000)  grad 0.81  lr 1.0e-04  12.3k tokens/s  left 3m10s`."""
+    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4f}{_by_modality(values)}")
+    if "grad_norm" in values:
+        parts.append(f"grad {values['grad_norm']:.3g}")
+    if "lr" in values:
+        parts.append(f"lr {values['lr']:.2e}")
+    if shares := unrouted(values):
+        parts.append(f"unrouted {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
+    if "tokens_per_second" in values:
+        parts.append(f"{count(values['tokens_per_second'])} tokens/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    if values.get("rank_time_median_s"):
+        excess = values["rank_time_max_s"] / values["rank_time_median_s"] - 1.0
+        parts.append(f"rank {int(values['slowest_rank'])} +{excess:.0%}")
+    if "step_time_s" in values and step < steps:
+        parts.append(f"left {duration((steps - step) * values['step_time_s'])}")
+    return "  ".join(parts)
+
+
+def _by_modality(values: Mapping[str, float]) -> str:
+    losses = [f"{key.removeprefix('loss/')} {value:.4f}" for key, value in values.items() if key.startswith("loss/")]
+    return f" ({', '.join(losses)})" if losses else ""
+
+
+def _bar(step: int, steps: int) -> str:
+    full = min(_BAR, _BAR * step // max(steps, 1))
+    return "━" * full + "╌" * (_BAR - full)
+
+
+def count(number: float) -> str:
+    """A number as people say it: 812, 12.3k, 7.32M, 1.41B."""
+    if not math.isfinite(number):
+        return str(number)
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999,950 would be shown as 1000k.
+        if abs(number) >= limit * 0.9995:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}" if number != int(number) else str(int(number))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 8s, 3m10s, 5h02m, 2d03h."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
+
+
+def banner(
+    config: Config,
+    *,
+    world_size: int,
+    device: str,
+    plan: Mapping[str, Any] | None = None,
+    share: Mapping[str, float] | None = None,
+    sources: Mapping[str, float] | None = None,
+    attempt: int = 1,
+    start_step: int = 0,
+) -> str:
+    """What is about to run, in a few lines.
+
+    Args:
+        config: The resolved configuration.
+        world_size: Ranks.
+        device: Name of a rank's device.
+        plan: `mmscale.plan.plan(config)`; its `parameters` are shown.
+        share: Share of each modality in the training data.
+        sources: Share of each data set in the training sequences, by its folder.
+        attempt: Number of this attempt.
+        start_step: Steps that a checkpoint has done already.
+    """
+    parallel = config.parallel
+    grid = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "ep": parallel.ep}
+    sizes = [f"{name} {size}" for name, size in grid.items() if size is not None]
+    sizes.append(f"dp {data_parallel_size(config, world_size)}")
+    train, model = config.train, config.model
+    micro_batches = micro_batches_per_step(config, world_size)
+    rows = [("run", _run_line(config, attempt=attempt, start_step=start_step))]
+    rows.append(("model", f"{model.kind}, {model.num_layers} layers x {model.hidden_size}{_experts(config)}"))
+    if plan is not None:
+        rows.append(("parameters", _parameters(plan.get("parameters", {}))))
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    rows.append(("layout", f"{ranks}: {', '.join(sizes)}, {_format(config)}, on {device}"))
+    batch = f"{count(tokens_per_step(config))} tokens = {train.global_batch_size} sequences x {model.seq_length}"
+    portions = f"{_plural(micro_batches, 'micro-batch', 'micro-batches')} of {train.micro_batch_size} per replica"
+    rows.append(("step", f"{batch}; {portions}"))
+    if share:
+        rows.append(("data", ", ".join(f"{name} {value:.1%}" for name, value in share.items())))
+    if sources:
+        rows.append(("sources", ", ".join(f"{name} {value:.1%}" for name, value in sources.items())))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def source_shares(config: Config) -> dict[str, float]:
+    """Share of each data set in the training sequences of the whole run, by its folder."""
+    shares = zip(config.data.sources, mean_shares(config), strict=True)
+    return {source.path: share for source, share in shares if share}
+
+
+def _run_line(config: Config, *, attempt: int, start_step: int) -> str:
+    text = f"{config.run.dir.rstrip('/')}/{config.run.name}, attempt {attempt}"
+    if start_step:
+        return f"{text}, resumes after step {start_step} of {config.train.steps}"
+    return f"{text}, {config.train.steps} steps"
+
+
+def _format(config: Config) -> str:
+    precision = config.precision
+    if precision.fp8 == "off":
+        return precision.dtype
+    return f"{precision.dtype} with {'emulated ' if precision.fp8_emulate else ''}FP8 ({precision.fp8})"
+
+
+def _experts(config: Config) -> str:
+    experts = config.model.experts
+    groups = [f"{number} {name}" for name, number in experts.counts.items()] if config.model.has_experts else []
+    if experts.shared and groups:
+        groups.append(f"{experts.shared} shared")
+    text = f", experts {' + '.join(groups)}" if groups else ""
+    depth = config.model.depth
+    return text if depth is None else f"{text}, depth every {depth.every} layers at {depth.capacity:.0%}"
+
+
+def _parameters(parameters: Mapping[str, Any]) -> str:
+    parts = [f"{count(parameters[name])} {name}" for name in ("total", "active") if name in parameters]
+    by_modality = parameters.get("per_modality") or {}
+    return ", ".join(parts + [f"{count(number)} for {name} alone" for name, number in by_modality.items()])
+
+
+def _plural(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,85 @@
+"""The mirror of a stage's checkpoints during training: which rank uploads, when it looks, how long the end waits."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from mmscale.checkpoint.mirror.mirror_settings import MirrorSettings
+from mmscale.checkpoint.mirror.upload_process import UploadProcess
+from mmscale.resilience.signals import StopRequest
+from mmscale.runtime.groups import from_first
+from mmscale.train.stage_state import StageState
+from mmscale.train.stages.built import Given
+from mmscale.train.steps.step_report import StepReport
+
+_LOOK_S = 1.0  # between two looks of rank 0 while all ranks wait
+
+
+class Mirroring:
+    """Uploads beside one attempt. Every rank holds one; rank 0 has the process. A hook, and told of saves.
+
+    Args:
+        given: the stage.
+        stop: requests to stop.
+        tell: events, on rank 0.
+        say: warnings.
+    """
+
+    def __init__(
+        self, given: Given, *, stop: StopRequest, tell: Callable[..., None], say: Callable[[str], None]
+    ) -> None:
+        self.stop = stop
+        self.wait_s = given.settings.checkpoint.mirror_wait
+        settings = MirrorSettings.of_stage(given.settings, run=given.run, folder=given.folder)
+        self.is_on = settings is not None
+        first = given.env.is_first
+        self.process = None if settings is None or not first else UploadProcess(settings, tell=tell, warn=say)
+
+    def look(self) -> None:
+        """A checkpoint was committed, or one may be missing in the mirror."""
+        if self.process is not None:
+            self.process.look()
+
+    def on_step(self, state: StageState, report: StepReport) -> None:
+        """Pass on what the process has told."""
+        if self.process is not None:
+            self.process.poll()
+
+    def wait(self, *, finished: bool) -> None:
+        """Wait for the upload of the last checkpoint; every rank calls it, and none leaves before the others.
+
+        Args:
+            finished: nothing is left to train. Otherwise only half of the time is used that a request to stop leaves.
+        """
+        if not self.is_on:
+            return
+        left = self.wait_s if finished else min(self.wait_s, self.stop.grace_s / 2 - self.stop.waited_s)
+        until = time.monotonic() + left
+        if self.process is not None:
+            self.process.finish()
+        while from_first(self._goes_on(until, interruptible=finished)):
+            pass
+
+    def _goes_on(self, until: float, *, interruptible: bool) -> bool:
+        """On rank 0: whether to wait longer, after a pause."""
+        if self.process is None:
+            return False
+        pause_until = min(until, time.monotonic() + _LOOK_S)
+        while self.process.busy and time.monotonic() < pause_until:
+            time.sleep(0.05)
+        return self.process.busy and time.monotonic() < until and not (interruptible and self.stop.name is not None)
+
+
+@contextlib.contextmanager
+def mirroring(
+    given: Given, *, stop: StopRequest, tell: Callable[..., None], say: Callable[[str], None]
+) -> Iterator[Mirroring]:
+    """The mirror of an attempt; its process ends with the context."""
+    made = Mirroring(given, stop=stop, tell=tell, say=say)
+    try:
+        yield made
+    finally:
+        if made.process is not None:
+            made.process.close()

@@ -1,0 +1,169 @@
+# AdamW whose moments take 2.19 (FP8) or 4 (bf16) bytes per parameter instead of 8. Plain torch, on any device.
+# Transformer-Engine's own version is used through megatron-core's precision-aware optimizer (optimizer.py).
+"""`CompactAdam`: moments are stored in bf16 or FP8 and expanded to fp32 only while a chunk is updated.
+
+Parameters are updated in chunks, so that only one chunk's moments exist in fp32. Vectors (norms, biases) keep fp32
+moments: they are few and sensitive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmscale.tables.settings import MOMENTS as MOMENT_FORMATS
+from mmscale.train.optim.adam import HostFusedAdam
+from mmscale.train.optim.adam_moments import GROUP, TRIPLE, from_groups, group_count, pack, to_groups, unpack
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Number of elements whose moments are in fp32 at once. A host's cache holds the data of 2^16 of them; a device needs
+# more.
+_PIECE_HOST, _PIECE_DEVICE = 1 << 16, 1 << 24
+
+
+def triples_of(moment: str) -> str:
+    """Name of the state that holds the scales of a moment in FP8."""
+    return f"{moment}_scale"
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """The place of a rank's shard in its parameter.
+
+    Attributes:
+        lead: elements between the start of a group and the shard's first element.
+        format: of its moments, a compact one of `optim.moments`; None: fp32.
+    """
+
+    lead: int = 0
+    format: str | None = None
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether neighbouring elements share a scale."""
+        return self.format is not None and MOMENT_FORMATS[self.format].in_groups
+
+    @classmethod
+    def at(cls, start: int, stored: str | None) -> ShardPlace:
+        """The place of a shard that begins with this element of its parameter."""
+        return cls(start % GROUP, stored)
+
+
+class CompactAdam(HostFusedAdam):
+    """AdamW with small moments; arithmetic of HostFusedAdam, in fp32.
+
+    Args:
+        params: Parameters or parameter groups.
+        moments: bf16, rounded to nearest; fp8_coat: adam_moments.py.
+        options: As HostFusedAdam's.
+
+    Attributes:
+        places: known places of shards; matrices without an entry are stored small.
+    """
+
+    def __init__(self, params: Iterable[Any], *, moments: str, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.moments = moments
+        self.places: dict[Tensor, ShardPlace] = {}
+
+    def place(self, param: Tensor) -> ShardPlace:
+        """How the moments of a parameter, or of a shard of one, are stored."""
+        default = ShardPlace(format=self.moments if param.ndim >= 2 else None)
+        return self.places.get(param, default)
+
+    def layout(self, param: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of everything that is kept for a parameter."""
+        place, numel = self.place(param), param.numel()
+        if place.in_groups:
+            kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+            for moment in MOMENTS:
+                kept[moment] = (torch.uint8, (numel,))
+                kept[triples_of(moment)] = (torch.float32, (group_count(numel, place.lead), TRIPLE))
+            return kept
+        dtype = torch.float32 if place.format is None else torch.bfloat16
+        return {moment: (dtype, tuple(param.shape)) for moment in MOMENTS}
+
+    def initialize(self) -> None:
+        """Moments of zero for every parameter that has none yet."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._state(param)
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if len(state) == 0:
+            for name, (dtype, shape) in self.layout(param).items():
+                # The triple of a group of zeros may be any value except zero and infinity.
+                make = torch.ones if name in map(triples_of, MOMENTS) else torch.zeros
+                state[name] = make(shape, dtype=dtype, device=param.device)
+        return state
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        whole = [param for param in params if self.place(param).format is None]
+        if whole:
+            super()._update(group, whole)
+        for param in params:
+            place = self.place(param)
+            if place.format is not None:
+                self._update_in_pieces(group, param, place)
+
+    def _update_in_pieces(self, group: dict[str, Any], param: Tensor, place: ShardPlace) -> None:
+        assert param.grad is not None
+        state = self._state(param)
+        values, grads, numel = param.view(-1), param.grad.reshape(-1), param.numel()
+        most = _PIECE_HOST if param.is_cpu else _PIECE_DEVICE
+        begin = 0
+        while begin < numel:
+            end = min(numel, begin + most - (place.lead + begin) % GROUP)  # ends with a group
+            moments = {name: read(state, name, place, begin, end) for name in MOMENTS}
+            piece = values[begin:end], grads[begin:end]
+            self.update(group, [piece[0]], [piece[1]], [moments["exp_avg"]], [moments["exp_avg_sq"]])
+            for name, value in moments.items():
+                write(state, name, place, begin, value)
+            begin = end
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """As torch's, but types stay: torch would make every state as wide as its parameter."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            if number in state_dict["state"]:
+                found = state_dict["state"][number]
+                self.state[param] = {name: value.to(device=param.device) for name, value in found.items()}
+
+
+def read(state: Mapping[str, Tensor], moment: str, place: ShardPlace, begin: int, end: int) -> Tensor:
+    """Elements [begin, end) of a shard's moment in fp32: a copy.
+
+    Args:
+        state: what the optimizer keeps of the shard.
+        moment: one of `MOMENTS`.
+        place: of the shard.
+        begin: if it is FP8, the shard's first element or a group's.
+        end: one behind the last element.
+    """
+    stored = state[moment].view(-1)[begin:end]
+    if not place.in_groups:
+        return stored.to(torch.float32, copy=True)
+    lead = (place.lead + begin) % GROUP
+    first = (place.lead + begin) // GROUP
+    triples = state[triples_of(moment)][first : first + group_count(end - begin, lead)]
+    return from_groups(unpack(to_groups(stored, lead), triples), lead, end - begin)
+
+
+def write(state: Mapping[str, Tensor], moment: str, place: ShardPlace, begin: int, values: Tensor) -> None:
+    """Store fp32 values from element `begin` on; the counterpart of `read`."""
+    stored = state[moment].view(-1)[begin : begin + values.numel()]
+    if not place.in_groups:
+        stored.copy_(values)
+        return
+    lead = (place.lead + begin) % GROUP
+    first = (place.lead + begin) // GROUP
+    packed = pack(to_groups(values, lead), keep_positive=moment == "exp_avg_sq")
+    stored.copy_(from_groups(packed.codes, lead, values.numel()))
+    state[triples_of(moment)][first : first + packed.triples.shape[0]] = packed.triples

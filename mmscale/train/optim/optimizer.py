@@ -1,0 +1,259 @@
+"""Wraps model chunks with gradient buffers (DDP) and creates megatron's distributed optimizer.
+
+megatron-core's `step()` measures, clips and applies in one call. Here it is split into `measure` and `apply`, so that a
+step can be checked before it reaches the weights.
+
+schedule.py computes the learning rate, which is written into the parameter groups before every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mmscale.config import Config, OptimConfig
+from mmscale.config.derived import overlap_data_parallel
+from mmscale.errors import ConfigError
+from mmscale.model.build import DTYPES
+from mmscale.runtime import device
+from mmscale.runtime.megatron_versions import grads_for_norm
+from mmscale.tables import plugins
+from mmscale.tables.plugins import Use
+from mmscale.tables.settings import MOMENTS, OPTIMIZERS
+from mmscale.train.optim import adam
+from mmscale.train.optim.adam import HostFusedAdam
+from mmscale.train.optim.adam_compact import CompactAdam
+from mmscale.train.optim.finalize import finalize
+from mmscale.train.optim.shards import save_shardwise
+
+# Elements of a gradient bucket with overlapped communication; None: megatron's own choice, at least 40 million.
+BUCKET_ELEMENTS: int | None = None
+
+
+def wrap(
+    config: Config, transformer: TransformerConfig, chunks: list[Any], groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """Put each chunk into Float16Module (bf16) and DDP, and connect DDP with megatron's schedules.
+
+    The distributed optimizer is used at every size, also on one rank: the plain optimizers cannot read its checkpoints.
+    """
+    overlap_grads, overlap_params = overlap_data_parallel(config, nccl=device.has_cuda())
+    ddp_config = DistributedDataParallelConfig(
+        bucket_size=BUCKET_ELEMENTS,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap_grads,
+        overlap_param_gather=overlap_params,
+        use_distributed_optimizer=True,
+        pad_buckets_for_high_nccl_busbw=aligned_shards(config.optim.moments),
+    )
+    modules: list[MegatronModule] = [
+        Float16Module(transformer, chunk) if transformer.bf16 else chunk for chunk in chunks
+    ]
+    wrapped = [
+        DistributedDataParallel(
+            config=transformer,
+            ddp_config=ddp_config,
+            module=module,
+            # Later chunks of an interleaved stage are not on the critical path.
+            disable_bucketing=index > 0,
+            pg_collection=groups,
+        )
+        for index, module in enumerate(modules)
+    ]
+
+    def of_chunks(functions: list[Callable[..., Any]]) -> Any:
+        return functions[0] if len(functions) == 1 else functions
+
+    if overlap_grads:
+        transformer.no_sync_func = of_chunks([chunk.no_sync for chunk in wrapped])
+        transformer.grad_sync_func = (
+            of_chunks([chunk.start_grad_sync for chunk in wrapped]) if len(wrapped) > 1 else None
+        )
+    if overlap_params and len(wrapped) > 1:
+        transformer.param_sync_func = of_chunks([chunk.start_param_sync for chunk in wrapped])
+    transformer.finalize_model_grads_func = finalize
+    return wrapped
+
+
+def aligned_shards(moments: str) -> bool:
+    """Whether buckets are padded to 2^16, so that no rank's part of a parameter starts inside a cell of FP8 moments.
+
+    Otherwise a bucket is a multiple of 128 and of the ranks, and with four or more ranks parts could start anywhere.
+    """
+    return MOMENTS[moments].in_groups
+
+
+def make_optimizer(
+    config: Config, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """AdamW over all chunks, sharded over data-parallel ranks; one optimizer for dense, one for expert parameters."""
+    adam.install()
+    optim, dtype = config.optim, DTYPES[config.precision.dtype]
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap_data_parallel(config, nccl=device.has_cuda())[1],
+        **precision_aware(optim.moments),
+    )
+    with contextlib.ExitStack() as stack:
+        if (made := optimizer_class(optim)) is not None:
+            stack.enter_context(adam.made_by(made[0], **made[1]))
+        optimizer = get_megatron_optimizer(
+            optimizer_config, chunks, use_gloo_process_groups=False, pg_collection=groups
+        )
+    save_shardwise(optimizer)
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def optimizer_class(optim: OptimConfig) -> tuple[type[HostFusedAdam], dict[str, Any]] | None:
+    """The class that updates this rank's shards, and its options besides Adam's; None: megatron-core's own choice.
+
+    Raises:
+        PluginError: a plug-in cannot be used.
+    """
+    compact = {"moments": optim.moments} if MOMENTS[optim.moments].compact else {}
+    if optim.optimizer in OPTIMIZERS:
+        return (CompactAdam, compact) if compact else None
+    use = Use("optimizer", "optim.optimizer", optim.optimizer, optim.optimizer_args)
+    plugins.check(use)
+    own: Any = plugins.load(use)
+    options = plugins.arguments(use, own)
+    if not compact:
+        return own, options
+    # Its arithmetic over CompactAdam's storage: `update` is the plug-in's, pieces and state are CompactAdam's.
+    return type(f"Compact{own.__name__}", (own, CompactAdam), {}), options | compact
+
+
+def precision_aware(moments: str) -> dict[str, Any]:
+    """megatron-core's settings for moments that Transformer-Engine's FusedAdam keeps; empty for all others.
+
+    Raises:
+        ConfigError: it is not installed; megatron-core would say so in the middle of the start.
+    """
+    name = MOMENTS[moments].te_dtype
+    if name is None:
+        return {}
+    dtype = getattr(torch, name)
+    if not distrib_optimizer.USING_TE_OPTIMIZER:
+        raise ConfigError(
+            f"optim.moments = {moments} needs Transformer-Engine's FusedAdam, which is not installed here",
+            remedy="use optim.moments=bf16 or fp8_coat, which need nothing, or install it (`mmscale doctor`)",
+        )
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": dtype,
+        "exp_avg_sq_dtype": dtype,
+        # True, megatron-core's default, keeps only the lower 16 bits of master weights, and they are what a save would
+        # write under the masters' names: no other optimizer could read them.
+        "store_param_remainders": False,
+    }
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, config: Config, lr: float) -> None:
+    """Write the learning rate and weight decay of the coming step into all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = config.optim.weight_decay * group.get("wd_mult", 1.0)
+
+
+def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Restore moments, main parameters and step counts from a checkpoint; hyperparameters stay the configuration's.
+
+    OPT-175B was once continued with a checkpoint's old learning rate.
+    """
+    configured = [_hyperparameters(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(loaded)
+    for group, values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(values)
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says about a parameter group; parameters and their step count are state."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
+
+
+@torch.no_grad()
+def measure(optimizer: MegatronOptimizer, sums: Tensor, groups: ProcessGroupCollection) -> tuple[float, Tensor]:
+    """The gradient norm and the loss sums of the whole batch, the same on every rank, in one reduction.
+
+    The norm needs this reduction anyway; the loss sums are added to it. It is the only time that a step waits for the
+    device. So all pipeline stages know the losses before the step is applied. The arithmetic is megatron-core's
+    (clip_grads.py, get_grad_norm_fp32), whose reduction has no room for more values.
+
+    Args:
+        optimizer: gradients are reduced and divided.
+        sums: loss sums of this rank's micro-batches; zeros before the last pipeline stage.
+        groups: process groups.
+
+    Returns:
+        The norm, NaN if any gradient or loss of any rank is not finite; the reduced sums, fp64 on the host.
+    """
+    optimizer.prepare_grads()
+    counted: list[Tensor] = []
+    # Copies of a gradient that the norm leaves out, because another tensor-parallel rank's or stage's is counted: an
+    # Inf in one of them would be applied unseen.
+    uncounted: list[Tensor] = []
+    for part in _parts(optimizer):
+        mine = grads_for_norm(part)
+        in_norm = {id(grad) for grad in mine}
+        counted += mine
+        name = "decoupled_grad" if _decoupled(part) else "grad"
+        everything = (getattr(param, name, None) for param in part.get_parameters())
+        uncounted += [grad for grad in everything if grad is not None and id(grad) not in in_norm]
+    broken = ~torch.isfinite(sums).all()
+    if uncounted:
+        broken = broken | ~torch.isfinite(torch.stack(torch._foreach_norm(uncounted))).all()
+    square = sums.new_zeros((), dtype=torch.float64)
+    if counted:
+        square = torch.nn.utils.get_total_norm(counted).to(sums.device, torch.float64).square()
+    mine_sums = sums.double() if groups.tp.rank() == 0 else torch.zeros_like(sums, dtype=torch.float64)
+    total = torch.cat((torch.stack((square, broken.double())), mine_sums.flatten()))
+    torch.distributed.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    total = total.cpu()
+    norm = math.sqrt(float(total[0])) if total[1] == 0 and total[0] >= 0 else math.nan
+    return norm, total[2:].view(sums.shape)
+
+
+@torch.no_grad()
+def apply(optimizer: MegatronOptimizer, norm: float) -> bool:
+    """Clip the gradients that `measure` has measured, and update the weights."""
+    for part in _parts(optimizer):
+        params = part.get_parameters()
+        if params and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                params, max_norm=part.config.clip_grad, total_norm=norm, use_decoupled_grad=_decoupled(part)
+            )
+    return bool(optimizer.step_with_ready_grads())
+
+
+def _decoupled(part: Any) -> bool:
+    """Whether gradients stand beside the parameters' own: Transformer-Engine's Adam with bf16 parameters."""
+    return bool(part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers of dense and of expert parameters; those without parameters on this rank have nothing to say."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -1,0 +1,173 @@
+"""Saves the distributed optimizer's state without gathering: every data-parallel rank writes the part that it owns.
+
+megatron-core's `fully_reshardable` format gathers master weights and moments of all ranks on every rank before a save:
+12 bytes per parameter through the network while training waits. Here the same tensors are described as boxes of each
+rank's own part (boxes.py), so nothing is sent. Names, shapes and values on disk are the same. Loading is
+megatron-core's, unless moments are stored small on either side: then stored_moments.py loads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from mmscale.checkpoint.tensors import TensorEntry
+from mmscale.tables.settings import MOMENTS as MOMENT_FORMATS
+from mmscale.train.optim.adam_compact import MOMENTS, CompactAdam, ShardPlace
+from mmscale.train.optim.boxes import boxes_of
+from mmscale.train.optim.stored_moments import MomentReader, cell_of, moment_boxes, stores_small
+
+PREFIX = "optimizer.state"
+_MAIN = "param"
+_LEAST_CELL = 8  # elements; with fewer elements per copy of a scale a checkpoint would be larger than with fp32 moments
+
+
+class ShardwiseOptimizer(DistributedOptimizer):
+    """megatron-core's distributed optimizer, saving without communication; an instance is made by `save_shardwise`.
+
+    Attributes:
+        stored: the tensors of the checkpoint that is going to be read; None: not known, moments are stored as here.
+    """
+
+    stored: Mapping[str, TensorEntry] | None = None
+    _reader: MomentReader | None = None
+    _taken: Mapping[Tensor, Mapping[str, Tensor]] = {}  # what `_reader` fills, by parameter; replaced, never changed
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: ShardedStateDict = {},  # noqa: B006  as megatron-core has it
+        is_loading: bool = False,
+        sharding_type: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """As megatron-core's; it would make fp32 moments before it reads any."""
+        if is_loading and isinstance(self.optimizer, CompactAdam):
+            self.optimizer.initialize()
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading, sharding_type, metadata)
+
+    def sharded_param_state_fully_reshardable(
+        self,
+        model_sharded_state_dict: ShardedStateDict,
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict | None:
+        """This rank's part of master weights and moments, as boxes of the global tensors.
+
+        Args:
+            model_sharded_state_dict: says where each parameter stands in its global tensor.
+            is_loading: then megatron-core's own way, if moments are fp32 here and there: every rank asks for its
+                parameters as a whole.
+            metadata: how megatron-core names and cuts state.
+        """
+        self._reader, self._taken = None, {}
+        if is_loading and not self._small:
+            return super().sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
+        sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        places = {entry.data: entry for entry in nested_values(sharded)}
+        state: dict[str, ShardedTensor] = {}
+        if is_loading:
+            self._reader = MomentReader(PREFIX, self.stored)
+        for parameter, start, end in self._owned():
+            pieces = list(boxes_of(places[parameter], parameter, start, end))
+            tensors = self._get_main_param_and_optimizer_states(parameter)
+            found: list[ShardedTensor] = []
+            if self._reader is not None:
+                main, moments = self._targets(parameter)
+                place, cell = self._place(parameter), self._cell(parameter)
+                found = self._reader.ask(pieces, main, moments, place, cell=cell)
+            else:
+                found += [piece.shard(f"{PREFIX}.{_MAIN}", tensors[_MAIN].detach().view(-1)) for piece in pieces]
+                for moment in MOMENTS:
+                    place, cell = self._place(parameter), self._cell(parameter)
+                    found += moment_boxes(PREFIX, moment, pieces, tensors, place, cell=cell)
+            state |= {str(len(state) + number): box for number, box in enumerate(found)}
+        return state
+
+    def load_parameter_state_from_fully_reshardable(self, state_dict: dict[Any, Any]) -> None:
+        """Take over what was read."""
+        if self._reader is None:
+            super().load_parameter_state_from_fully_reshardable(state_dict)
+            return
+        self._reader.take([state_dict[str(number)] for number in range(len(state_dict))])
+        with torch.no_grad():
+            for parameter, tensors in self._taken.items():
+                self._set_main_param_and_optimizer_states(parameter, tensors)
+        self._reader, self._taken = None, {}
+
+    def _targets(self, parameter: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Where the master weights and moments of this rank's part go when they are read.
+
+        Only CompactAdam's are the tensors themselves. megatron-core replaces the state of all others before it takes
+        over what was read, and Transformer-Engine's Adam stores it in its own way: these get fp32 copies first, which
+        `_set_main_param_and_optimizer_states` brings in.
+        """
+        main = self._main(parameter)
+        if isinstance(self.optimizer, CompactAdam):
+            return main, self.optimizer.state[main]
+        made = {name: torch.empty_like(main, dtype=torch.float32) for name in (_MAIN, *MOMENTS)}
+        self._taken = {**self._taken, parameter: made}
+        return made[_MAIN], made
+
+    @property
+    def _small(self) -> bool:
+        return isinstance(self.optimizer, CompactAdam) or (
+            self.stored is not None and stores_small(PREFIX, self.stored)
+        )
+
+    def _owned(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Every parameter that this rank has a part of, with the flat range of that part."""
+        for buckets in self.gbuf_ranges:
+            for by_bucket in buckets.values():
+                for bucket in by_bucket:
+                    for parameter, ranges in bucket["param_map"].items():
+                        yield parameter, ranges["param"].start, ranges["param"].end
+
+    def _main(self, parameter: Tensor) -> Tensor:
+        group, order = self.model_param_group_index_map[parameter]
+        main: Tensor = self.optimizer.param_groups[group]["params"][order]
+        return main
+
+    def _place(self, parameter: Tensor) -> ShardPlace:
+        inner = self.optimizer
+        return inner.place(self._main(parameter)) if isinstance(inner, CompactAdam) else ShardPlace()
+
+    def _cell(self, parameter: Tensor) -> int:
+        """Elements that always share a scale, wherever ranks' parts of this parameter begin; the same on all ranks."""
+        buffer, _, bucket = self.model_param_gbuf_map[parameter]
+        data: Tensor = self.buffers[buffer].buckets[bucket].grad_data
+        return cell_of(parameter.shape, shard=data.numel() // self.data_parallel_group.size())
+
+    def place_shards(self) -> None:
+        """Give the optimizer of this rank's shards the place of each shard in its parameter."""
+        inner = self.optimizer
+        if not isinstance(inner, CompactAdam):
+            return
+        for parameter, start, _ in self._owned():
+            small = parameter.ndim >= 2 and (
+                not MOMENT_FORMATS[inner.moments].in_groups or self._cell(parameter) >= _LEAST_CELL
+            )
+            inner.places[self._main(parameter)] = ShardPlace.at(start, inner.moments if small else None)
+
+
+def save_shardwise(optimizer: MegatronOptimizer) -> None:
+    """Make every distributed optimizer in it save its own shards, without gathering."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if type(part) is DistributedOptimizer:
+            part.__class__ = ShardwiseOptimizer  # get_megatron_optimizer names its class; only methods differ
+            if not part.is_stub_optimizer:
+                part.place_shards()
+
+
+def expect(optimizer: MegatronOptimizer, stored: Mapping[str, TensorEntry] | None) -> None:
+    """Set the tensors of the checkpoint that will be read, so that moments of any type can be converted."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, ShardwiseOptimizer):
+            part.stored = stored

@@ -1,0 +1,242 @@
+"""Adam's moments in checkpoints: written in their present type, and converted to this run's type when they are read.
+
+A moment in FP8 is two tensors: `exp_avg` with the parameter's shape (uint8, the bits of E4M3), and `exp_avg_scale`,
+fp32, with the three numbers of adam_moments.py for every *cell* of the last dimension. Groups of 128 follow the flat
+parts of ranks, so another layout has other groups. Cells have at most 64 elements, chosen so that no rank's part starts
+inside one, and every cell stores the numbers of its group. For a parameter [R, C] with cells of 64 the scales have the
+shape [R, 3 C / 64]. So any layout can read any box, and:
+
+- groups that consist of elements of one old group keep their bits: always on the same layout, and on any other if rows
+  are multiples of 128, or if the tensor is not sharded in its last dimension and parts start with a group;
+- other groups are decoded and quantised again, with at most E4M3's rounding (adam_moments.py) once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from mmscale.checkpoint.tensors import TensorEntry
+from mmscale.train.optim.adam_compact import MOMENTS, ShardPlace, triples_of, write
+from mmscale.train.optim.adam_moments import GROUP, TRIPLE, from_groups, pack, to_groups, unpack
+from mmscale.train.optim.boxes import FlatBox
+
+_CELL = 64  # megatron-core begins parameters at multiples of it
+
+
+def cell_of(shape: Sequence[int], *, shard: int) -> int:
+    """Number of elements of the last dimension that always share a scale.
+
+    Args:
+        shape: of this rank's part of the parameter.
+        shard: elements of a bucket that a data-parallel rank owns.
+    """
+    return math.gcd(_CELL, shape[-1], shard) if shape else 1
+
+
+def stores_small(prefix: str, stored: Mapping[str, TensorEntry]) -> bool:
+    """Whether a checkpoint has moments that are not fp32."""
+    names = tuple(f"{prefix}.{moment}" for moment in MOMENTS)
+    return any(entry.dtype is not torch.float32 for name, entry in stored.items() if name.startswith(names))
+
+
+def moment_boxes(
+    prefix: str, moment: str, pieces: Sequence[FlatBox], state: Mapping[str, Tensor], place: ShardPlace, *, cell: int
+) -> list[ShardedTensor]:
+    """What is written of a rank's part of one moment.
+
+    Args:
+        prefix: begins the names.
+        moment: one of `MOMENTS`.
+        pieces: of the part.
+        state: what the optimizer keeps of it.
+        place: where the part stands in its parameter, and how its moments are kept.
+        cell: as of `cell_of`.
+    """
+    flat = state[moment].detach().view(-1)
+    found = [piece.shard(f"{prefix}.{moment}", flat) for piece in pieces]
+    if not place.in_groups:
+        return found
+    begins = torch.arange(place.lead, place.lead + flat.numel(), cell, device=flat.device)
+    cells = state[triples_of(moment)][begins // GROUP]
+    for piece in pieces:
+        first, last = piece.at // cell, (piece.at + piece.numel) // cell
+        sizes = piece.cell_sizes(cell=cell, width=TRIPLE, axis=piece.axis)
+        numbers = piece.from_memory(cells[first:last].reshape(-1), sizes)
+        name = f"{prefix}.{triples_of(moment)}"
+        found.append(piece.cells(name, numbers, cell=cell, width=TRIPLE, axis=piece.axis))
+    return found
+
+
+@dataclass
+class _Asked:
+    """One moment of a rank's part that is being read.
+
+    Attributes:
+        state, moment, place: where it goes.
+        pieces: of the part.
+        values: numbers of the boxes among all that are read.
+        cells: the same of the scales' boxes; empty if the checkpoint has none.
+        cell, axis: how many elements share a scale in the checkpoint, and in which dimension.
+    """
+
+    state: Mapping[str, Tensor]
+    moment: str
+    place: ShardPlace
+    pieces: Sequence[FlatBox]
+    values: range
+    cells: range
+    cell: int
+    axis: int
+
+
+class MomentReader:
+    """Reads one optimizer's master weights and moments, from a checkpoint that keeps moments in its own way.
+
+    Args:
+        prefix: begins the names.
+        stored: tensors of the checkpoint; None: as they would be written here.
+    """
+
+    def __init__(self, prefix: str, stored: Mapping[str, TensorEntry] | None) -> None:
+        self._prefix = prefix
+        self._stored = stored
+        self._number = 0
+        self._mains: list[tuple[Tensor, Sequence[FlatBox], range]] = []
+        self._asked: list[_Asked] = []
+
+    def ask(
+        self, pieces: Sequence[FlatBox], main: Tensor, state: Mapping[str, Tensor], place: ShardPlace, *, cell: int
+    ) -> list[ShardedTensor]:
+        """The boxes to read for a rank's part of a parameter; `take` wants their content in this order.
+
+        Args:
+            pieces: of the part.
+            main: the part's master weights.
+            state: the part's moments.
+            place: where the part stands in its parameter.
+            cell: as of `cell_of`.
+        """
+        found = [piece.shard(f"{self._prefix}.param", main.new_empty(main.numel())) for piece in pieces]
+        self._mains.append((main, pieces, self._numbers(len(found))))
+        for moment in MOMENTS:
+            name, scales = f"{self._prefix}.{moment}", f"{self._prefix}.{triples_of(moment)}"
+            key = pieces[0].whole.key
+            dtype, cells = self._kept(name, scales, pieces[0], place, cell)
+            values = [piece.shard(name, main.new_empty(main.numel(), dtype=dtype)) for piece in pieces]
+            boxes: list[ShardedTensor] = []
+            size, axis = cells or (1, 0)
+            if cells is not None:
+                for piece in pieces:
+                    numbers = main.new_empty(piece.cell_sizes(cell=size, width=TRIPLE, axis=axis))
+                    boxes.append(piece.cells(scales, numbers, cell=size, width=TRIPLE, axis=axis))
+            assert all(piece.whole.key == key for piece in pieces), pieces
+            numbers_of = self._numbers(len(values)), self._numbers(len(boxes))
+            self._asked.append(_Asked(state, moment, place, pieces, *numbers_of, size, axis))
+            found += [*values, *boxes]
+        return found
+
+    def _numbers(self, count: int) -> range:
+        self._number += count
+        return range(self._number - count, self._number)
+
+    def _kept(
+        self, name: str, scales: str, piece: FlatBox, place: ShardPlace, cell: int
+    ) -> tuple[torch.dtype, tuple[int, int] | None]:
+        """Type of a moment in the checkpoint; the cell of its scales and their dimension, if it has any."""
+        whole = piece.whole
+        if self._stored is None:
+            if place.in_groups:
+                return torch.uint8, (cell, piece.axis)
+            return torch.float32 if place.format is None else torch.bfloat16, None
+        if (entry := self._stored.get(f"{scales}.{whole.key}")) is not None:
+            size, dimension = cells_in(whole.global_shape, entry.shape)
+            return torch.uint8, (size, dimension - whole.prepend_axis_num)
+        found = self._stored.get(f"{name}.{whole.key}")
+        return found.dtype if found is not None else torch.float32, None
+
+    @torch.no_grad()
+    def take(self, loaded: Sequence[Tensor]) -> None:
+        """Put what was read where it belongs.
+
+        Args:
+            loaded: contents of all boxes that were asked for.
+        """
+        for main, pieces, numbers in self._mains:
+            main.view(-1).copy_(_joined(pieces, [loaded[number] for number in numbers]))
+        for asked in self._asked:
+            self._take(asked, loaded)
+
+    def _take(self, asked: _Asked, loaded: Sequence[Tensor]) -> None:
+        stored = _joined(asked.pieces, [loaded[number] for number in asked.values])
+        if not asked.cells:
+            write(asked.state, asked.moment, asked.place, 0, stored.float())
+            return
+        tables, ids, known = [], [], 0
+        for piece, number in zip(asked.pieces, asked.cells, strict=True):
+            tables.append(triples_in(loaded[number].view(_sizes_of(piece, asked)), asked.axis))
+            ids.append(_cell_ids(piece, asked) + known)
+            known += len(tables[-1])
+        # Equal numbers get one id, so that an old group is one whatever its cells are.
+        table, same = torch.unique(torch.cat(tables).view(torch.int32), dim=0, return_inverse=True)
+        _settle(asked, stored, table.view(torch.float32), same[torch.cat(ids).to(same.device)])
+
+
+def _settle(asked: _Asked, codes: Tensor, table: Tensor, ids: Tensor) -> None:
+    """Elements in FP8 with the id of each one's scales, into however they are kept here."""
+    if not asked.place.in_groups:
+        write(asked.state, asked.moment, asked.place, 0, unpack(codes.unsqueeze(-1), table[ids]).squeeze(-1))
+        return
+    lead, numel = asked.place.lead, codes.numel()
+    grouped_codes, grouped_ids = to_groups(codes, lead), to_groups(ids + 1, lead)  # 0: outside of this rank's part
+    highest = grouped_ids.amax(dim=1)
+    lowest = torch.where(grouped_ids > 0, grouped_ids, highest.unsqueeze(1)).amin(dim=1)
+    triples = table[highest - 1]
+    torn = (lowest != highest).nonzero().flatten()
+    if len(torn):
+        inside = grouped_ids[torn] > 0
+        known = table[(grouped_ids[torn] - 1).clamp(min=0)]
+        values = unpack(grouped_codes[torn].unsqueeze(-1), known).squeeze(-1)
+        packed = pack(torch.where(inside, values, 0.0), keep_positive=asked.moment == "exp_avg_sq")
+        grouped_codes = grouped_codes.clone()
+        grouped_codes[torn], triples[torn] = packed.codes, packed.triples
+    asked.state[asked.moment].view(-1).copy_(from_groups(grouped_codes, lead, numel))
+    asked.state[triples_of(asked.moment)].copy_(triples)
+
+
+def _sizes_of(piece: FlatBox, asked: _Asked) -> tuple[int, ...]:
+    return piece.cell_sizes(cell=asked.cell, width=TRIPLE, axis=asked.axis)
+
+
+def _cell_ids(piece: FlatBox, asked: _Asked) -> Tensor:
+    """For every element of a box, as memory has it, the number of its cell among those that were read for the box."""
+    axis, (begin, _) = asked.axis, piece.columns(asked.axis)
+    sizes = piece.cell_sizes(cell=asked.cell, width=1, axis=axis)
+    cells = torch.arange(math.prod(sizes)).view(sizes).repeat_interleave(asked.cell, dim=axis)
+    return piece.to_memory(cells.narrow(axis, begin % asked.cell, piece.sizes[axis]))
+
+
+def cells_in(shape: Sequence[int], scales: Sequence[int]) -> tuple[int, int]:
+    """Elements of a cell, and the dimension of cells, from the shapes of a moment's two tensors.
+
+    A cell is a power of two, so exactly one dimension differs.
+    """
+    axis = next(axis for axis, (size, numbers) in enumerate(zip(shape, scales, strict=True)) if size != numbers)
+    return shape[axis] * TRIPLE // scales[axis], axis
+
+
+def triples_in(scales: Tensor, axis: int) -> Tensor:
+    """A box of scales with 3 n numbers in one dimension, as [cells, 3]: cells in the order of the box."""
+    parted = scales.unflatten(axis, (-1, TRIPLE))
+    return parted.movedim(axis + 1, -1).reshape(-1, TRIPLE)
+
+
+def _joined(pieces: Sequence[FlatBox], parts: Sequence[Tensor]) -> Tensor:
+    """Boxes as the flat range that they are; of one dtype."""
+    assert [piece.numel for piece in pieces] == [part.numel() for part in parts], pieces
+    return torch.cat([piece.to_memory(part) for piece, part in zip(pieces, parts, strict=True)])

@@ -1,0 +1,88 @@
+"""Synthetic micro-batches from an index, for layout checks and benchmarks.
+
+They have the shapes and per-token data of real batches: documents of text with image blocks inside, padding at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.config import Config
+from mmscale.data.stream.micro_batch import MicroBatch
+from mmscale.data.stream.packed import pack_rows
+from mmscale.data.vocab import EOS, SPECIAL_TOKENS, Vocabulary
+
+
+class SyntheticMixture:
+    """A pure function from an index to a micro-batch.
+
+    Args:
+        config: shapes, vocabulary, seed.
+        share: share of each modality's tokens; the first modality (text) gets what the others leave over.
+        absent: modality that no micro-batch with an odd index holds, for checks of empty groups; None: all are there.
+        documents: documents per sequence.
+        padding: share of each sequence that is padding.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        share: dict[str, float],
+        absent: str | None = None,
+        documents: int = 3,
+        padding: float = 0.03,
+    ) -> None:
+        self.config = config
+        self.vocabulary = Vocabulary.from_config(config.vocab)
+        self.share = share
+        self.absent = absent
+        self.documents = documents
+        self.padding = padding
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """The micro-batch with this number, the same on every rank."""
+        rng = np.random.Generator(np.random.Philox(key=[self.config.run.seed, index]))
+        length, multiple = self.config.model.seq_length, self.config.data.document_multiple
+        borders = np.linspace(0, length - int(self.padding * length), self.documents + 1).astype(int)
+        borders = borders // multiple * multiple
+        # With a multiple, some documents end with padding up to it.
+        short = [number % 2 * (multiple // 2) for number in range(self.documents)]
+        absent = self.absent if index % 2 else None
+        rows = [
+            [
+                self._document(rng, end - start - less, absent=absent)
+                for (start, end), less in zip(pairwise(borders), short, strict=True)
+            ]
+            for _ in range(self.config.train.micro_batch_size)
+        ]
+        batch, _ = pack_rows(rows, vocabulary=self.vocabulary, seq_length=length, multiple=multiple)
+        return replace(batch, index=index)
+
+    def sequence_counts(self, index: int) -> NDArray[np.int64]:
+        """Tokens per modality of each sequence of a micro-batch, int64 [b, K]."""
+        ids = self.micro_batch(index).modality_ids
+        counts: NDArray[np.int64] = (ids[:, :, None] == np.arange(len(self.vocabulary.names))).sum(axis=1)
+        return counts
+
+    def _document(self, rng: np.random.Generator, length: int, *, absent: str | None) -> np.ndarray:
+        """Text with one contiguous block of each other modality inside, ending in EOS."""
+        first, end = self.vocabulary.ranges[0]
+        ids = rng.integers(first + len(SPECIAL_TOKENS), end, size=length)
+        at = int(rng.integers(1, 4))
+        for name, (low, high) in zip(self.vocabulary.names[1:], self.vocabulary.ranges[1:], strict=True):
+            if name == absent:
+                continue
+            block = min(round(self.share[name] * length), length - at - 1)
+            ids[at : at + block] = rng.integers(low, high, size=max(block, 0))
+            at += max(block, 0)
+        if absent == self.vocabulary.names[0]:
+            low, high = self.vocabulary.ranges[1]
+            ids[:] = rng.integers(low, high, size=length)
+            return ids
+        ids[-1] = EOS
+        return ids

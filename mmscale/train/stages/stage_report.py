@@ -1,0 +1,94 @@
+"""What the auxiliary stage measured after its last step: `RUN/auxiliary/report.json`, as its readers need it. No torch.
+
+The stage writes the file; the report page, `compare` and the model card read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmscale import bounded
+from mmscale.checkpoint.layout import Store
+from mmscale.config.derived import SOURCE
+from mmscale.runs.held_out import AUXILIARY, HeldOut
+from mmscale.train.stages.origin import folder_of, main_origin
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """Held-out losses of a main checkpoint with the routers that the stage trained for it.
+
+    Attributes:
+        main_step: step of the main checkpoint.
+        step: last step of the stage.
+        losses: [nats] by what was measured; those of batch routing too.
+    """
+
+    main_step: int
+    step: int
+    losses: Mapping[HeldOut, float]
+
+    def causal(self) -> dict[HeldOut, float]:
+        """Losses that the stage's routers decide: all but those of batch routing, marked as the stage's."""
+        return {
+            replace(where, stage=AUXILIARY): value for where, value in self.losses.items() if where.routing != "batch"
+        }
+
+
+def report_in(folder: Path) -> StageReport | None:
+    """The report in the stage's own folder; None: there is none that can be read."""
+    return _read(folder / REPORT)[0]
+
+
+def report_of(run: Path) -> StageReport | None:
+    """The report on a main run's checkpoint.
+
+    Args:
+        run: the main run's folder.
+
+    Returns:
+        None: the stage has not ended, or it was trained for another checkpoint that had the same step.
+    """
+    found, digest = _read(folder_of(run) / REPORT)
+    store = Store.of_run(run)
+    if found is None or digest is None or not store.path(found.main_step).is_dir():
+        return found  # written before digests were kept, or the checkpoint is not kept any more
+    return found if main_origin(store, found.main_step)["main_digest"] == digest else None
+
+
+def _read(file: Path) -> tuple[StageReport | None, str | None]:
+    try:
+        content = bounded.read_object(file)
+        losses = dict(_losses(content))
+        digest = content.get("main_digest")
+        step = int(content["main_step"])
+        return StageReport(step, int(content.get("step", 0)), losses), None if digest is None else str(digest)
+    except (OSError, *bounded.BAD_CONTENT):
+        return None, None
+
+
+def by_kind(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sets by what they are: `source` of each source of a blend, where there is one; `validation` of each further set.
+
+    Args:
+        found: what was measured, by the names of `HeldOut`.
+    """
+    sources = {name.removeprefix(SOURCE): own for name, own in found.items() if name.startswith(SOURCE)}
+    others = {name: own for name, own in found.items() if not name.startswith(SOURCE)}
+    return ({"source": sources} if sources else {}) | {"validation": others}
+
+
+def _losses(content: Mapping[str, Any]) -> Iterator[tuple[HeldOut, float]]:
+    """As `by_kind` wrote them, and `held_out` of all data that is trained on: losses by routing and figure."""
+    sources = {f"{SOURCE}{name}": own for name, own in content.get("source", {}).items()}
+    for name, routings in {"": content.get("held_out", {}), **sources, **content.get("validation", {})}.items():
+        for routing, figures in routings.items():
+            for figure, value in figures.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    yield HeldOut(figure, routing, name), float(value)

@@ -1,0 +1,120 @@
+"""What a main run is made of and what a checkpoint keeps of it: weights and optimizer state.
+
+It knows how these become a sharded state dict and back; mmscale.checkpoint decides where and when they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from mmscale.checkpoint.sharded import metadata
+from mmscale.checkpoint.tensors import TensorEntry
+from mmscale.model.state_te import scaled_modules
+from mmscale.train.optim.optimizer import load_optimizer
+from mmscale.train.optim.shards import expect
+from mmscale.train.stage_state import Counters
+from mmscale.train.steps import fp8_scales
+from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
+
+
+@dataclass
+class TrainState(Counters):
+    """The state of a main run on this rank.
+
+    Attributes:
+        chunks: model chunks of this rank, wrapped.
+        optimizer: megatron's optimizer over them; None if only weights are wanted (evaluation).
+        routers: the trainer of a joint run's auxiliary routers; their weights are in the chunks, their optimizer here.
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer | None
+    routers: AuxiliaryTrainer | None = None
+
+    def sharded(self, *, loading: bool) -> dict[str, Any]:
+        """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""
+        models = self.sharded_weights()
+        state: dict[str, Any] = dict(models)
+        if self.optimizer is not None:
+            state["optimizer"] = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata())
+        if self.routers is not None:
+            state["auxiliary_optimizer"] = self.routers.sharded(models, loading=loading, metadata=metadata())
+        if scales := fp8_scales.sharded(self.chunks):
+            state["fp8"] = scales
+        if not loading:
+            state["progress"] = self.progress()
+        return state
+
+    def expect(self, stored: Mapping[str, TensorEntry]) -> None:
+        """Learn which tensors the checkpoint has that is going to be read: moments may be of another type there."""
+        for optimizer in self.optimizers():
+            expect(optimizer, stored)
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """The model's part of it."""
+        models: dict[str, Any] = {}
+        for index, chunk in enumerate(self.chunks):
+            key = "model" if len(self.chunks) == 1 else f"model{index}"
+            # The model itself: DDP and Float16Module would put "module." before every key, differently for each dtype.
+            models[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata())
+        return models
+
+    def restore(self, loaded: dict[str, Any]) -> None:
+        """Take over what `checkpoint.sharded.read` gave."""
+        for index, chunk in enumerate(self.chunks):
+            unwrapped(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{index}"])
+        if self.optimizer is not None:
+            _take_over(self.optimizer, loaded.get("optimizer"))
+        if self.routers is not None:
+            _take_over(self.routers.optimizer, loaded.get("auxiliary_optimizer"))
+        fp8_scales.restore(self.chunks, loaded.get("fp8", {}))
+        self.restore_progress(loaded["progress"])
+
+    def optimizers(self) -> list[MegatronOptimizer]:
+        """The model's optimizer, and that of a joint run's routers."""
+        found = [self.optimizer, None if self.routers is None else self.routers.optimizer]
+        return [optimizer for optimizer in found if optimizer is not None]
+
+    def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers, and parameters that are frozen."""
+        for index, chunk in enumerate(self.chunks):
+            module = unwrapped(chunk)
+            yield from ((f"model.{index}.{name}", buffer) for name, buffer in module.named_buffers())
+            for name, param in module.named_parameters():
+                if not param.requires_grad:
+                    yield f"model.{index}.{name}", param.data
+
+    def scaled(self) -> Iterator[tuple[str, Any]]:
+        """Modules that scale FP8 by what they have seen; emulated FP8 keeps that in buffers."""
+        for index, chunk in enumerate(self.chunks):
+            yield from ((f"fp8.{index}.{name}", module) for name, module in scaled_modules(unwrapped(chunk)))
+
+    def gather(self) -> None:
+        """All chunks, and a joint run's routers."""
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+        if self.routers is not None:
+            self.routers.module.start_param_sync(force_sync=True)
+
+
+def _take_over(optimizer: MegatronOptimizer, loaded: dict[str, Any] | None) -> None:
+    """What was read; without it (a checkpoint of weights only) the fp32 parameters are at least those of the model."""
+    if loaded is None:
+        optimizer.reload_model_params()
+    else:
+        load_optimizer(optimizer, loaded)
+
+
+def unwrapped(module: torch.nn.Module) -> Any:
+    """The GPTModel inside DDP and Float16Module."""
+    while isinstance(module, DistributedDataParallel | Float16Module):
+        module = module.module
+    return module

@@ -1,0 +1,150 @@
+"""Held-out figures over a run: the best value so far, and how many evaluations ago that was.
+
+What follows from them: the best checkpoint is kept (`checkpoint.keep_best`), training ends early (`train.stop_when`),
+and a person is told when the held-out loss rises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from mmscale.checkpoint.save_settings import Best
+from mmscale.config import Config
+from mmscale.runs.breaks import break_of
+from mmscale.train.stage_state import Course
+
+LOSS = "eval/loss"  # watched in every run
+RISING = 3  # evaluations in a row with a higher value than the one before, after which a person is told
+
+
+class Watched(Protocol):
+    """The part of a stage's state that is needed here."""
+
+    step: int
+    watched: dict[str, Course]
+
+
+class SavesBest(Protocol):
+    """An object that saves and keeps the best checkpoint."""
+
+    best: Best | None
+
+
+class Watch:
+    """Takes in evaluations and says what follows. All methods answer the same on every rank.
+
+    Args:
+        config: of the stage.
+        state: keeps the courses, so that an attempt goes on counting where the one before was saved.
+        saver: is told which checkpoint is the best one.
+        tell: events, on rank 0.
+        say: lines for the terminal, on rank 0.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: Watched,
+        *,
+        saver: SavesBest,
+        tell: Callable[..., None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.steps = config.train.steps
+        self.stop_when = config.train.stop_when
+        self.keep_best = config.checkpoint.keep_best
+        self.state = state
+        self.saver = saver
+        self.tell = tell
+        self.say = say
+        self._anew_from = -1  # step up to which figures of checkpoints are other quantities
+
+    def heard(self, step: int, values: Mapping[str, float]) -> None:
+        """Take in an evaluation.
+
+        Args:
+            step: optimizer steps done.
+            values: by the keys of metrics.jsonl, the same on every rank.
+        """
+        wanted = (LOSS, self.keep_best, None if self.stop_when is None else self.stop_when.metric)
+        for name in dict.fromkeys(wanted):
+            if name is not None and name in values:
+                self.state.watched.setdefault(name, Course()).add(step, values[name])
+        self.note_best()
+        self._note_rising(step)
+
+    def goes_on(self, changed: Sequence[str]) -> None:
+        """Take over the courses of the state, unless held-out figures are other quantities from now on.
+
+        Args:
+            changed: one line for each change since the checkpoint.
+        """
+        found = break_of(changed)
+        if found.held_out and self.state.watched:
+            self.state.watched.clear()
+            self._anew_from = self.state.step
+            self.say(f"changed: {', '.join(found.what)}: the best held-out figures are looked for again")
+        self.note_best()
+
+    def went_back(self) -> None:
+        """The state is that of an older checkpoint again, after a roll-back."""
+        if self.state.step <= self._anew_from:
+            self.state.watched.clear()
+        self.note_best()
+
+    def note_best(self) -> None:
+        """Tell the saver which checkpoint is the best one."""
+        metric = self.keep_best
+        course = None if metric is None else self.state.watched.get(metric)
+        if metric is None or course is None or not math.isfinite(course.best):
+            self.saver.best = None
+        else:
+            self.saver.best = Best(metric, course.best_step, course.best)
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to train: the last step is done, or held-out data has shown no progress for long."""
+        return self.state.step >= self.steps or self._ended_by() is not None
+
+    def early_end(self) -> dict[str, Any]:
+        """Say why training ends before its last step; fields of the event. Nothing where the last step is done."""
+        course = self._ended_by()
+        if self.state.step >= self.steps or course is None or self.stop_when is None:
+            return {}
+        self.say(f"ended early after step {self.state.step}: {self._why(course)}")
+        found = {"metric": self.stop_when.metric, "patience": self.stop_when.patience}
+        return found | {"best": course.best, "best_step": course.best_step}
+
+    def why_over(self, *, raised: str) -> str:
+        """Where a run that is over stands, and what makes it go on.
+
+        Args:
+            raised: the setting that holds the number of steps.
+        """
+        done, course = f"{self.state.step} of {self.steps} steps", self._ended_by()
+        if self.state.step >= self.steps or course is None:
+            return f"{done}; raise {raised} to go on"
+        remedy = "raise train.stop_when.patience or set train.stop_when=null to go on"
+        return f"{done}, ended early: {self._why(course)}; {remedy}"
+
+    def _ended_by(self) -> Course | None:
+        course = None if self.stop_when is None else self.state.watched.get(self.stop_when.metric)
+        patient = self.stop_when is None or course is None or course.since < self.stop_when.patience
+        return None if patient else course
+
+    def _why(self, course: Course) -> str:
+        assert self.stop_when is not None
+        number = "1 evaluation" if course.since == 1 else f"{course.since} evaluations"
+        return f"{self.stop_when.metric} was lowest at step {course.best_step} ({course.best:.4f}), {number} ago"
+
+    def _note_rising(self, step: int) -> None:
+        course = self.state.watched.get(LOSS)
+        if course is None or course.step != step or course.rising != RISING:
+            return
+        self.tell("held_out_rising", step=step, metric=LOSS, evaluations=RISING, value=course.last)
+        self.say(
+            f"note: step {step}: the held-out loss has risen in {RISING} evaluations in a row, to {course.last:.4f}; "
+            f"it was lowest at step {course.best_step} ({course.best:.4f}). The run may overfit its data: see "
+            "checkpoint.keep_best and train.stop_when"
+        )

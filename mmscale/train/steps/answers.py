@@ -1,0 +1,63 @@
+"""Log-probabilities of tokens that tasks ask for, under the layout that trains, with nothing else kept in memory.
+
+The questions are packed by mmscale.data.stream.asked and scored by task_scores.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.config import Config
+from mmscale.config.derived import global_micro_batches
+from mmscale.data.stream.asked import Answers, Asked, PackedQuestions
+from mmscale.data.vocab import Vocabulary
+from mmscale.runtime import device
+from mmscale.tables.routings import Routing
+from mmscale.train.steps.batch import part_of, to_device
+from mmscale.train.steps.step import Steps, reduce_sums
+
+
+def answers(
+    asked: Sequence[Asked],
+    *,
+    config: Config,
+    stepper: Steps,
+    groups: ProcessGroupCollection,
+    routing: Routing,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Answers:
+    """What the model says about the ends of documents; every rank calls it, and gets the same.
+
+    Documents share sequences, as in training.
+
+    Args:
+        asked: the documents, the same on every rank.
+        config: batch sizes.
+        stepper: runs the model forward.
+        groups: process groups.
+        routing: who decides which experts take a token.
+        on_batch: as in `evaluation.evaluate`.
+    """
+    vocabulary, per_step = Vocabulary.from_config(config.vocab), global_micro_batches(config)
+    length, rows = config.model.seq_length, config.train.micro_batch_size
+    packed = PackedQuestions(asked, vocabulary=vocabulary, seq_length=length, rows=rows)
+    own, last = part_of(groups), len(packed) - 1
+    total = torch.zeros(len(asked), 2, device=device.taken(), dtype=torch.float64)
+    for first in range(0, len(packed), per_step):
+        on_batch()
+        numbers = list(own.numbers(first, per_step))
+        batches = [
+            to_device(own.read(packed, number, last=last), vocabulary, routing=routing)  # later ones repeat the last
+            for number in numbers
+        ]
+        wanted = [packed.wanted(min(number, last)) for number in numbers]
+        for number, one, found in zip(numbers, wanted, stepper.pick(batches, wanted), strict=False):
+            if number <= last:
+                total.index_add_(0, torch.from_numpy(one.asked).to(total.device), found.double())
+    on_batch()
+    log_p, likeliest = reduce_sums(total, groups).numpy().T
+    return Answers(log_p, np.rint(likeliest).astype(np.int64))

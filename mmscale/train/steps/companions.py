@@ -1,0 +1,95 @@
+"""What learns beside the main model from its passes: routers of a joint run, averages of cut-offs, FP8 scales.
+
+A companion sees a step's batches before they go forward, and is notified when the step was applied. It changes nothing
+that the loss or gradient of that step depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mmscale.config import Config
+from mmscale.model.thresholds import Cutoffs, move
+from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
+from mmscale.train.steps.batch import Batch
+from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
+
+
+class Companion(Protocol):
+    """Learns beside the main model."""
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """These batches go forward next; what earlier ones left is forgotten."""
+
+    def finish(self, *, lr: float) -> None:
+        """The main model took the step, at this learning rate. Every rank calls it."""
+
+
+class JointRouters:
+    """Auxiliary routers that take a step of their own after each of the main model's.
+
+    Their learning rate follows the main schedule's shape, up to their own peak, `auxiliary.optim.lr`.
+    """
+
+    def __init__(self, config: Config, trainer: AuxiliaryTrainer) -> None:
+        self.trainer = trainer
+        self.scale = config.auxiliary.optim.lr / config.optim.lr
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Let these batches teach the routers."""
+        self.trainer.begin(batches)
+
+    def finish(self, *, lr: float) -> None:
+        """Step. A gradient that is not finite leaves the routers as they are."""
+        self.trainer.step(lr=lr * self.scale)
+
+
+class ThresholdAverages:
+    """Moves the thresholds of Expert Threshold (arXiv 2603.11535) towards each step's cut-offs."""
+
+    def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
+        self.decay = config.model.experts.threshold_decay
+        self.groups = groups
+        self.cutoffs = Cutoffs()
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Collect these batches' cut-offs."""
+        self.cutoffs.clear()
+        for batch in batches:
+            batch.params.cutoffs = self.cutoffs
+
+    @torch.no_grad()
+    def finish(self, *, lr: float) -> None:
+        """One reduction over data-parallel ranks; tensor- and expert-parallel ranks have seen the same logits."""
+        del lr
+        found = [self.cutoffs.sums[key] for key in sorted(self.cutoffs.sums)]
+        if not found:
+            return
+        flat = torch.cat([sums for _, sums in found])
+        torch.distributed.all_reduce(flat, group=self.groups.dp_cp)
+        for (threshold, _), sums in zip(found, flat.split([sums.numel() for _, sums in found]), strict=True):
+            move(threshold, sums, decay=self.decay)
+
+
+def companions_of(
+    config: Config, transformer: TransformerConfig, chunks: Sequence[Any], groups: ProcessGroupCollection
+) -> list[Companion]:
+    """What a configuration asks for besides the main model. Made after the main model's buffers and optimizer."""
+    found: list[Companion] = []
+    if config.model.auxiliary.mode == "joint":
+        found.append(JointRouters(config, AuxiliaryTrainer(config, transformer, chunks, groups)))
+    if config.model.keeps_thresholds:
+        found.append(ThresholdAverages(config, groups))
+    if scales := scales_of(chunks):
+        found.append(DelayedScaling(scales, groups))
+    return found
+
+
+def routers_among(companions: Sequence[Companion]) -> AuxiliaryTrainer | None:
+    """The trainer of a joint run's routers, whose optimizer checkpoints keep."""
+    return next((companion.trainer for companion in companions if isinstance(companion, JointRouters)), None)

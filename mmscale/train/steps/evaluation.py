@@ -1,0 +1,159 @@
+"""Losses on a held-out split under the layout that trains.
+
+With batch routing experts and depth layers choose among all tokens of a sequence, later ones too, so those losses leak
+the future. Causal routing needs auxiliary routers, or thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.config import Config
+from mmscale.config.derived import global_micro_batches
+from mmscale.data.stream.bits import bits_per_byte
+from mmscale.data.stream.micro_batch import MicroBatch
+from mmscale.data.stream.mixture import Mixture
+from mmscale.data.vocab import Vocabulary
+from mmscale.model.auxiliary import RouterLearning
+from mmscale.runtime import device
+from mmscale.tables.routings import Routing
+from mmscale.train.steps.batch import part_of, to_device
+from mmscale.train.steps.step import Steps, mean_losses, reduce_sums
+
+
+class CutShortError(Exception):
+    """Ranks were asked to stop within an evaluation: the same on every rank."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a set an evaluation reads.
+
+    Attributes:
+        batches: global batches that are read, the first ones of the pass.
+        available: global batches of the whole set.
+    """
+
+    batches: int
+    available: int
+
+    def __str__(self) -> str:
+        """For the line of a partial evaluation; empty where all is read."""
+        return f"first {self.batches} of {self.available} batches" if self.batches < self.available else ""
+
+
+def extent_of(config: Config, mixture: Mixture, *, batches: int | None) -> Extent:
+    """What `evaluate` reads.
+
+    Args:
+        config: batch sizes.
+        mixture: one pass over a set.
+        batches: global batches at most; None: the whole set.
+    """
+    available = -(-mixture.len_epoch() // global_micro_batches(config))
+    return Extent(available if batches is None else min(available, batches), available)
+
+
+def partly_read(extents: Mapping[str, str], *, batches: int) -> list[str]:
+    """A line for those who compare held-out losses of training with those of `mmscale eval`; nothing if all is read.
+
+    Args:
+        extents: which part of a set is read, by its name.
+        batches: `train.eval_batches`.
+    """
+    if not any(extents.values()):
+        return []
+    return [
+        f"evaluations read the first {batches} batches (train.eval_batches); `mmscale eval` reads all of them, and "
+        f"gives the same numbers with --batches {batches}"
+    ]
+
+
+def evaluate(
+    config: Config,
+    *,
+    stepper: Steps,
+    mixture: Mixture,
+    groups: ProcessGroupCollection,
+    batches: int | None,
+    routing: Routing = Routing.BATCH,
+    learning: RouterLearning | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """`loss`, `loss/<modality>`, `z_loss` over the first global batches of a pass; every rank calls it.
+
+    The same micro-batches whatever the layout. The last global batch is filled up with micro-batches that count
+    nothing.
+
+    Args:
+        config: batch sizes.
+        stepper: runs the model forward.
+        mixture: one pass over the held-out split.
+        groups: process groups.
+        batches: global batches; None: the whole split.
+        routing: who decides which experts take a token; the model has what it needs.
+        learning: collects figures of auxiliary routers against the true choices of batch routing; None: not measured.
+        on_batch: called before each global batch, and before ranks add up what they found. A device may be as many
+            kernels behind as its queue holds. It may raise, the same on every rank.
+    """
+    vocabulary = Vocabulary.from_config(config.vocab)
+    per_step = global_micro_batches(config)
+    available = mixture.len_epoch()
+    steps = extent_of(config, mixture, batches=batches).batches
+    own = part_of(groups)
+    total = torch.zeros(len(vocabulary.names) + 1, 2, device=device.taken(), dtype=torch.float64)
+    for step in range(steps):
+        on_batch()
+        parts = []
+        for number in own.numbers(step * per_step, per_step):
+            inside = number < available
+            content = own.read(mixture, number, last=available - 1)
+            content = content if inside else _silent(content)
+            part = to_device(content, vocabulary, routing=routing)
+            part.params.learning = learning if inside else None
+            parts.append(part)
+        total += stepper.evaluate(parts)
+    on_batch()
+    return mean_losses(reduce_sums(total, groups), vocabulary.names)
+
+
+def evaluate_passes(
+    config: Config,
+    *,
+    stepper: Steps,
+    passes: Mapping[str, Mixture],
+    groups: ProcessGroupCollection,
+    routing: Routing,
+    learning: RouterLearning | None,
+    on_batch: Callable[[], None],
+) -> dict[str, dict[str, float]]:
+    """`evaluate` for each held-out set by its name, over `train.eval_batches`, and bits per byte.
+
+    The first set teaches `learning`.
+    """
+    found = {}
+    text = Vocabulary.from_config(config.vocab).names[0]
+    for name, mixture in passes.items():
+        found[name] = evaluate(
+            config,
+            stepper=stepper,
+            mixture=mixture,
+            groups=groups,
+            batches=config.train.eval_batches,
+            routing=routing,
+            learning=learning,
+            on_batch=on_batch,
+        )
+        found[name] |= bits_per_byte(found[name], mixture, text=text)
+        learning = None
+    return found
+
+
+def _silent(batch: MicroBatch) -> MicroBatch:
+    """The same micro-batch with no label that counts: pipelines need a whole number of them."""
+    return replace(batch, loss_mask=np.zeros_like(batch.loss_mask), label_counts=tuple(0 for _ in batch.label_counts))

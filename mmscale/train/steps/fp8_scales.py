@@ -1,0 +1,77 @@
+"""Delayed FP8 scales over a run: agreed on by ranks after every step, kept in checkpoints under the weights' names.
+
+For emulated FP8; Transformer-Engine does this by itself. What a product sees and how scales follow is in
+mmscale.model.fp8_emulate. Scales move when a step was taken: what a rejected batch or a dry run showed is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmscale.checkpoint.tensors import SCALING
+from mmscale.model.fp8_emulate import DelayedScales
+from mmscale.model.sharding import box_of
+from mmscale.train.steps.batch import Batch
+
+
+def scales_of(chunks: Iterable[torch.nn.Module]) -> list[DelayedScales]:
+    """All of this rank, in the same order on all ranks of a pipeline stage; none without delayed scaling."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, DelayedScales)]
+
+
+class DelayedScaling:
+    """Moves the scales after every step that was taken (a `Companion`)."""
+
+    def __init__(self, scales: Sequence[DelayedScales], groups: ProcessGroupCollection) -> None:
+        self.groups = groups
+        self.scales = scales
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Forget what an earlier batch showed that was not taken."""
+        del batches
+        for scales in self.scales:
+            scales.seen.zero_()
+
+    @torch.no_grad()
+    def finish(self, *, lr: float) -> None:
+        """Largest amax of all micro-batches and ranks: those that hold the same weights, and shards of them."""
+        del lr
+        for experts, replicas in ((False, self.groups.dp_cp), (True, self.groups.expt_dp)):
+            mine = [scales for scales in self.scales if (scales.place is not None) is experts]
+            if not mine:
+                continue
+            flat = torch.cat([scales.seen.reshape(-1) for scales in mine])
+            for group in (replicas, self.groups.tp):
+                if group.size() > 1:
+                    torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.MAX, group=group)
+            for scales, seen in zip(mine, flat.split([scales.seen.numel() for scales in mine]), strict=True):
+                scales.seen.copy_(seen.view_as(scales.seen))
+                scales.update()
+
+
+def sharded(chunks: Iterable[torch.nn.Module]) -> dict[str, ShardedTensor]:
+    """The scales as a checkpoint has them, by name; experts' over expert-parallel ranks, others replicated."""
+    found = {}
+    for scales in scales_of(chunks):
+        groups = scales.groups
+        replicas = groups.dp_cp if scales.place is None else groups.expt_dp
+        name = f"{scales.name}{SCALING}"
+        found[name] = box_of(
+            name,
+            scales.state,
+            axes={} if scales.place is None else {1: scales.place},
+            replica_id=(0, groups.tp.rank(), replicas.rank()),
+        )
+    return found
+
+
+def restore(chunks: Iterable[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
+    """Take over what was read; what the checkpoint lacks stays at its start: scales of one, an empty history."""
+    for scales in scales_of(chunks):
+        if (state := loaded.get(f"{scales.name}{SCALING}")) is not None:
+            scales.state.copy_(state)

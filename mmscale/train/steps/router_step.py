@@ -1,0 +1,71 @@
+"""Steps of the auxiliary stage: the model goes forward, nothing of it is differentiated, only its routers change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmscale.data.stream.asked import WantedTokens
+from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer, summary
+from mmscale.train.steps.batch import Batch
+from mmscale.train.steps.step import Stepper, StepResult
+
+
+class RouterStepper:
+    """Computes and applies steps of the routers (`Steps`).
+
+    Args:
+        forward: runs the model, without optimizer.
+        trainer: the routers with their optimizer.
+    """
+
+    def __init__(self, forward: Stepper, trainer: AuxiliaryTrainer) -> None:
+        self.forward = forward
+        self.trainer = trainer
+        self._before_reduction: Callable[[], None] = lambda: None
+
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        """The chunks: main weights and routers."""
+        return self.forward.chunks
+
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
+        """Let these batches teach the routers while they go forward."""
+        self.trainer.begin(batches)
+        return self.forward.evaluate(batches)
+
+    def compute(self, batches: Sequence[Batch]) -> StepResult:
+        """Gradient norm and loss of the routers; not applied yet."""
+        self.accumulate(batches)
+        self._before_reduction()
+        found = self.trainer.measure()
+        losses = {} if found.loss is None else {"loss": found.loss}
+        return StepResult(grad_norm=found.grad_norm, applied=False, losses=losses)
+
+    def apply(self, computed: StepResult, *, lr: float) -> StepResult:
+        """Take the optimizer step of the routers."""
+        return replace(computed, applied=self.trainer.apply(computed.grad_norm, lr=lr))
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Loss sums of the model; routers learn nothing."""
+        return self.forward.evaluate(batches)
+
+    def pick(self, batches: Sequence[Batch], wanted: Sequence[WantedTokens]) -> list[Tensor]:
+        """As `Steps.pick`."""
+        return self.forward.pick(batches, wanted)
+
+    def figures(self) -> dict[str, float]:
+        """Loss, accuracy and the like, means over layers, of the last step's batches; every rank calls it."""
+        return summary(self.trainer.figures())
+
+    def materialized(self) -> contextlib.AbstractContextManager[None]:
+        """Parameters are gathered as soon as a step is applied."""
+        return self.forward.materialized()
+
+    def before_reduction(self, call: Callable[[], None]) -> None:
+        """Call this when all micro-batches of a step have gone forward."""
+        self._before_reduction = call

@@ -1,0 +1,136 @@
+"""Curves do not join losses of other data, batches or sequences; the place is marked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.goodput import goodput
+from mmscale.config.changes import changes
+from mmscale.config.load import resolve
+from mmscale.data.prepared.tasks import replaced
+from mmscale.report import figures, page, pictures
+from mmscale.report.breaks import Cut, cuts_of
+from mmscale.report.downsample import Downsampler
+from mmscale.runs.breaks import Break, break_of
+from mmscale.train.log.metrics_log import MetricsLog
+
+ACCURACIES = {"eval/accuracy/which", "eval/causal/accuracy/which"}
+MODEL = {"kind": "dense", "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
+# What a user changes, and whether losses of training and of held-out data are broken by it.
+CHANGED: dict[str, tuple[bool, bool]] = {
+    "data.path=other": (True, True),
+    "data.validation={web: x}": (False, True),
+    "data.document_multiple=4": (True, True),
+    "train.global_batch_size=16": (True, True),
+    "train.micro_batch_size=2": (True, True),
+    "train.eval_batches=3": (False, True),
+    "model.seq_length=64": (True, True),
+    "optim.lr=1e-3": (False, False),
+    "train.steps=7": (False, False),
+    "train.eval_every=7": (False, False),
+    "parallel.tp=1": (False, False),
+    "checkpoint.keep_best=eval/loss": (False, False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_change_of_settings_breaks_what_it_should(change: str) -> None:
+    """The lines are those that a resume prints."""
+    base = {"model": MODEL | {"seq_length": 32}, "data": {"path": "d"}}
+    before, after = resolve(base, ["train.eval_every=5"]), resolve(base, ["train.eval_every=5", change])
+    found = break_of([str(one) for one in changes(before.model_dump(mode="json"), after)])
+    assert (found.training, found.held_out) == CHANGED[change]
+
+
+@pytest.mark.parametrize(("line", "training", "held_out"), [
+    ("data: d holds other documents", True, True),
+    ("data: d is left out", True, True),
+    ("data: d is new", True, True),
+    ("data: share of d: 0.5 -> 0.9", True, False),
+    ("data: d -> e, the same documents", False, False),
+    ("data: another order, now e, d", False, False),
+    ("data.validation.web holds other documents: its losses do not go on from earlier ones", False, True),
+])  # fmt: skip
+def test_a_change_of_documents_breaks_what_it_should(line: str, training: bool, held_out: bool) -> None:
+    assert (break_of([line]).training, break_of([line]).held_out) == (training, held_out)
+    assert break_of([]) == Break()
+
+
+def make_run(folder: Path, *, changed: list[str], resumed: int = 20, steps: int = 40) -> Path:
+    events: list[dict[str, Any]] = [{"time": 0.0, "attempt": 1, "event": "start", "step": 0}]
+    for attempt, first, last in ((1, 1, resumed), (2, resumed + 1, steps)):
+        log = MetricsLog(folder, attempt=attempt)
+        for step in range(first, last + 1):
+            log.write(step, {"loss": 1.0 / step, "loss/text": 1.0 / step, "lr": 1.0, "time": float(step)})
+            if step % 5 == 0:
+                accuracies = {"eval/accuracy/which": 0.5, "eval/causal/accuracy/which": 0.5}
+                log.write(step, {"eval/loss": 2.0, "eval/loss/text": 2.0 + attempt} | accuracies)
+        log.close()
+        events.append({"time": float(last), "attempt": attempt, "event": "stop", "step": last})
+    events[2:2] = [{"time": resumed + 0.5, "attempt": 2, "event": "resume", "step": resumed, "changed": changed}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "config.yaml").write_text("train: {steps: 40}\n")
+    return folder
+
+
+@pytest.mark.parametrize(("line", "broken"), [
+    ("data.blend: x -> y", {"loss/text", "eval/loss/text", *ACCURACIES}),
+    ("train.eval_batches: 2 -> 3", {"eval/loss/text", *ACCURACIES}),
+    (*replaced([{"name": "which", "identity": "a"}], [{"name": "which", "identity": "b"}]), ACCURACIES),
+    ("data: share of d: 0.5 -> 0.9", {"loss/text"}),
+    ("optim.lr: 1 -> 2", set()),
+])  # fmt: skip
+def test_the_page_breaks_these_curves_and_no_other(tmp_path: Path, line: str, broken: set[str]) -> None:
+    runs = page.read_runs([make_run(tmp_path / "run", changed=[line])], goodput=goodput)
+    assert [cut.step for cut in runs[0].cuts] == ([20] if broken else [])
+    drawn = page.curves(runs)
+    gaps = {key: curve.gaps.tolist() for (_, key), curve in drawn.found.items()}
+    assert {key for key, places in gaps.items() if places} - {"loss", "eval/loss"} == broken
+    if "loss/text" in broken:
+        assert gaps["loss/text"] == [20]  # the row of step 21
+    if "eval/loss/text" in broken:
+        assert gaps["eval/loss/text"] == [4]
+    page.write_page(runs, tmp_path / "report.html", drawn=drawn)
+    assert ('"gaps":[20]' in (tmp_path / "report.html").read_text()) is ("loss/text" in broken)
+    assert pictures.write_pictures(runs, tmp_path / "report.html", drawn=drawn)
+    figures.loss_curves([tmp_path / "run"], tmp_path / "curves.png")
+
+
+def test_steps_that_are_done_again_leave_no_break(tmp_path: Path) -> None:
+    """The run went back before the change, and is trained with the old settings from there on."""
+
+    def resume(step: int, *lines: str) -> dict[str, Any]:
+        return {"event": "resume", "step": step, "changed": list(lines)}
+
+    events = [resume(30, "data.path: a -> b"), resume(10, "train.global_batch_size: 8 -> 4")]
+    assert cuts_of(tmp_path, events) == [Cut(10, "changed: batch", training=True, held_out=True)]
+    assert cuts_of(tmp_path, [resume(0, "data.path: a -> b")]) == []
+
+
+def test_runs_of_earlier_versions_have_their_changes_in_their_configurations(tmp_path: Path) -> None:
+    for attempt, path in ((1, "a"), (2, "b")):
+        (tmp_path / f"config.{attempt}.yaml").write_text(f"data: {{path: {path}}}\n")
+    (cut,) = cuts_of(tmp_path, [{"event": "resume", "step": 8, "attempt": 2}])
+    assert (cut.step, cut.text) == (8, "changed: data")
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(1, 50), st.lists(st.integers(0, 420), max_size=4))
+def test_no_point_of_a_curve_is_of_both_sides(rows: int, points: int, breaks: list[int]) -> None:
+    steps = np.arange(1.0, rows + 1)
+    curve = Downsampler({"step": steps}, points=points).curve(steps, breaks=tuple(sorted(breaks)))
+    assert curve is not None
+    for after in breaks:
+        assert not ((curve.low <= after) & (curve.high > after)).any()
+    inside = sorted({after for after in breaks if 0 < after < rows})
+    assert len(curve.gaps) == len(inside) and len(curve.pieces()) == len(inside) + 1
+    assert [curve.low[place] for place in curve.gaps] == [after + 1 for after in inside]
+    assert sum(piece.stop - piece.start for piece in curve.pieces()) == len(curve.mean)
+    assert np.isnan(curve.with_gaps(curve.mean)).sum() == len(inside)

@@ -1,0 +1,61 @@
+# mmscale/runtime/waiting.py: what a user sees of work that takes a while.
+"""Tests of lines about waiting."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from mmscale.runtime import waiting as module
+from mmscale.runtime.waiting import waiting
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(module, "LINE_EVERY", 0.2)
+
+
+def wait_for(lines: list[str], number: int) -> None:
+    end = time.monotonic() + 20
+    while len(lines) < number and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_each_work_has_a_line_and_long_work_several() -> None:
+    lines: list[str] = []
+    with waiting("loading torch", say=lines.append) as tell:
+        wait_for(lines, 2)
+        tell("reading step 100")
+        wait_for(lines, 3)
+    assert lines[0] == "loading torch ..."
+    assert lines[1].startswith("loading torch ... ") and lines[1].endswith(" s")
+    assert "reading step 100 ..." in lines
+    number = len(lines)
+    time.sleep(0.3)
+    assert len(lines) == number  # nothing after the end
+
+
+def test_short_work_is_not_mentioned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_LINE", 60.0)
+    with waiting("adding"):
+        pass
+    with waiting("nothing", enabled=False) as tell:
+        tell("still nothing")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_first_line_comes_within_two_seconds() -> None:
+    assert 0.5 <= _real("FIRST_LINE") <= 2.0
+
+
+def _real(name: str) -> float:
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return float(ast.literal_eval(node.value))
+    raise AssertionError(name)

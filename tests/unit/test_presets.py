@@ -1,0 +1,71 @@
+"""`mmscale init`: what it writes is right, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from launch.profile import load_profile
+from mmscale.cli import app, main
+from mmscale.config.load import load
+from mmscale.presets import FOLDER, PRESETS, copy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commands(readme: str) -> list[list[str]]:
+    return [line.split() for line in re.findall(r"^ *(mmscale .+)$", readme, re.MULTILINE)]
+
+
+def test_every_folder_is_a_preset() -> None:
+    assert {folder.name for folder in FOLDER.iterdir() if folder.is_dir() and folder.name != "__pycache__"} == set(
+        PRESETS
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_and_commands(preset: str, tmp_path: Path) -> None:
+    files = copy(preset, tmp_path)
+    for file in files:
+        if file.parent.name == "configs":
+            load(file)
+        elif file.parent.name == "cluster":
+            assert load_profile(str(file)).nodes == 1
+    (readme,) = (file for file in files if file.name == "README.md")
+    found = commands(readme.read_text())
+    assert len(found) == 5
+    known = typer.main.get_command(app)
+    for command in found:
+        group = known
+        for word in command[1:]:
+            group = getattr(group, "commands", {}).get(word, group)
+        assert group is not known, command
+        assert not hasattr(group, "commands"), command
+        for word in command:
+            if word.startswith("--"):
+                assert any(word in parameter.opts for parameter in group.params), (word, command)
+            if word.startswith("configs/"):
+                assert (tmp_path / word).exists()
+
+
+def test_the_quickstart_is_that_of_the_checkout(tmp_path: Path) -> None:
+    copy("quickstart", tmp_path)
+    assert (tmp_path / "configs/quickstart.yaml").read_text() == (ROOT / "configs/quickstart.yaml").read_text()
+    assert not (tmp_path / "configs/quickstart.yaml").is_symlink()
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    assert main(["init", str(tmp_path)]) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_unknown_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(tmp_path / "new"), "--preset", "large"]) == 2
+    assert "choose one of: quickstart, own-data, slurm" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,94 @@
+# What a command imports before it works, and what it says meanwhile; in new processes, since this one has imported all.
+"""Tests of start-up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# What nothing needs before the first step on a CPU; each costs 0.2 to 2 seconds of CPU in every rank.
+UNUSED = ("torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "tensorboard", "matplotlib", "pandas", "scipy")
+LIGHT = ("torch", "megatron", "transformers", "matplotlib", "scipy", "sklearn", "pandas", "numpy")
+
+IMPORTS = """
+import importlib, json, sys
+found = {}
+for name in sys.argv[1].split(","):
+    importlib.import_module(name)
+    found[name] = [one for one in sys.argv[2].split(",") if one in sys.modules]
+exec(sys.argv[3])
+found["then"] = [one for one in sys.argv[2].split(",") if one in sys.modules]
+print(json.dumps(found))
+"""
+
+# What a host's rank does with megatron-core and its optimizer until it has taken a step and saved.
+STEP = """
+import torch
+from mmscale.runtime import megatron_cpu
+from mmscale.train.optim.adam import HostFusedAdam
+megatron_cpu.install()
+weight = torch.nn.Parameter(torch.ones(4))
+weight.grad = torch.ones(4)
+optimizer = HostFusedAdam([weight])
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert weight.grad is None and weight[0] < 1
+"""
+
+# A line would come after a second; here it comes at once. The commands end with an error.
+COMMANDS = """
+import sys
+from mmscale.runtime import waiting
+waiting.FIRST_LINE = 0.01
+from mmscale.cli import main
+for line in sys.argv[1].split(";"):
+    print("$", line, file=sys.stderr, flush=True)
+    main(line.split())
+"""
+
+
+def imported(names: str, watched: tuple[str, ...], *, then: str = "") -> dict[str, list[str]]:
+    """Watched modules that are there after the import of each name, and after the code that is run then."""
+    command = [sys.executable, "-c", IMPORTS, names, ",".join(watched), then]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, list[str]] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA megatron-core's functions are compiled")
+def test_a_rank_imports_what_it_needs() -> None:
+    """Data first: the module that imports megatron-core first must not matter."""
+    names = "mmscale.data.stream.source,mmscale.train.run,mmscale.inference.evaluate"
+    assert imported(names, UNUSED, then=STEP) == {name: [] for name in [*names.split(","), "then"]}
+
+
+def test_commands_and_checks_before_a_start_need_no_torch() -> None:
+    names = "mmscale.cli,mmscale.config.load"
+    assert imported(names, LIGHT) == {name: [] for name in [*names.split(","), "then"]}
+    names = "launch.status,mmscale.plan,mmscale.train.stages.table,mmscale.report.page"
+    assert imported(names, ("torch", "megatron", "transformers", "sklearn", "pandas")) == {
+        name: [] for name in [*names.split(","), "then"]
+    }
+
+
+def test_a_command_says_what_it_is_doing(tmp_path: Path) -> None:
+    lines = {
+        f"report {tmp_path}/none": "loading what report.html needs ...",
+        f"convert to-hf {tmp_path}/none {tmp_path}/out": "loading torch ...",
+        f"eval {tmp_path}/none": "loading torch and megatron-core ...",
+        f"train configs/quickstart.yaml data.path={tmp_path}/none": "loading torch and megatron-core ...",
+        f"sample {tmp_path}/none --prompt x": "loading torch and transformers ...",
+    }
+    command = [sys.executable, "-c", COMMANDS, ";".join(lines)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2])
+    parts = ended.stderr.split("$ ")[1:]
+    assert len(parts) == len(lines), ended.stderr
+    for part, (line, words) in zip(parts, lines.items(), strict=True):
+        assert words in part and "error: " in part, (line, part)

@@ -1,0 +1,90 @@
+"""Tables of choices: schema, help, documentation, code and exported model name the same things."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmscale.config.explain import explain
+from mmscale.config.load import resolve
+from mmscale.errors import ConfigError
+from mmscale.tables import settings
+from mmscale.tables.routings import CAUSAL_ROUTINGS, ROUTINGS, Needs, Routing
+from mmscale.tables.settings import (
+    DATA_ORDERS,
+    IMAGE_FITS,
+    IMAGE_TOKENIZERS,
+    KINDS,
+    LOSSES,
+    MOMENTS,
+    NORMS,
+    OPTIMIZERS,
+    RANKINGS,
+    READERS,
+    SCHEDULES,
+    TEXT_TOKENIZERS,
+)
+from mmscale.tables.table import Table
+
+TABLES = [value for value in vars(settings).values() if isinstance(value, Table)]
+SETTINGS = [(table, key) for table in TABLES for key in table.settings]
+SMALL: dict[str, Any] = {
+    "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "kind": "dense"}
+}
+
+
+def test_there_are_tables() -> None:
+    assert [
+        KINDS,
+        NORMS,
+        RANKINGS,
+        SCHEDULES,
+        OPTIMIZERS,
+        LOSSES,
+        MOMENTS,
+        TEXT_TOKENIZERS,
+        IMAGE_TOKENIZERS,
+        DATA_ORDERS,
+        READERS,
+        IMAGE_FITS,
+    ] == TABLES
+
+
+@pytest.mark.parametrize(("table", "key"), SETTINGS, ids=[key for _, key in SETTINGS])
+def test_a_setting_takes_the_names_of_its_table(table: Table[Any], key: str) -> None:
+    entry = explain(key)
+    assert all(name in entry["type"] for name in table)
+    assert entry["allowed"] == (None if "plug-in" in entry["type"] else list(table))
+    assert entry["default"] in table
+    assert table.help in entry["meaning"] or key.startswith("auxiliary.")
+    with pytest.raises(ConfigError) as caught:
+        resolve(SMALL, [f"{key}=nonsense", "data.prepare.documents=[some.jsonl]"])
+    assert all(name in caught.value.cause for name in table)
+
+
+@pytest.mark.parametrize("table", [*TABLES, ROUTINGS], ids=lambda table: table.title)
+def test_every_choice_says_what_it_means(table: Table[Any]) -> None:
+    for name, choice in table.items():
+        assert choice.meaning and not choice.meaning.endswith("."), name
+        assert ";" not in choice.meaning and ": " not in choice.meaning, "the help lists them as `name: meaning; ...`"
+
+
+def test_code_has_an_entry_for_every_name() -> None:
+    from checkpoints_tools import upcycle
+    from checkpoints_tools.huggingface.shipped import configuration_moma
+    from mmscale.config.rules_data import IMAGE_RULES
+    from mmscale.data.modalities.image_kinds import FITS, LOADS
+    from mmscale.inference.model import _LACKING
+    from mmscale.model.decisions import DECISIONS
+    from mmscale.model.ranking import RANKINGS as FUNCTIONS
+    from mmscale.train.optim.schedule import SHAPES
+
+    assert list(FUNCTIONS) == list(RANKINGS) == list(configuration_moma.CHOICES)
+    assert list(SHAPES) == list(SCHEDULES)
+    assert list(NORMS) == list(configuration_moma.NORMS) == list(upcycle.PRESERVES)
+    assert tuple(DECISIONS) == CAUSAL_ROUTINGS == configuration_moma.ROUTINGS
+    assert list(ROUTINGS) == list(Routing)
+    assert list(IMAGE_RULES) == list(IMAGE_TOKENIZERS) == list(FITS)
+    assert set(IMAGE_TOKENIZERS) <= set(LOADS)
+    assert {*_LACKING, Needs.NOTHING} == set(Needs)

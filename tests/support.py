@@ -54,7 +54,7 @@ class Ranks(RankEnv):
         return f"file://{self.rendezvous}"
 
 
-def distributed(world_size: int, *, timeout_s: float = 120.0) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def distributed(world_size: int, *, timeout_s: float = 300.0) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test function once per rank, in forked processes.
 
     Args:
@@ -78,7 +78,7 @@ def distributed(world_size: int, *, timeout_s: float = 120.0) -> Callable[[Calla
     return decorate
 
 
-def run_ranks(function: Callable[..., None], *, world_size: int, timeout_s: float = 120.0) -> None:
+def run_ranks(function: Callable[..., None], *, world_size: int, timeout_s: float = 300.0) -> None:
     """Call `function(ranks=...)` in `world_size` forked processes. Fails or skips the test like a plain call would."""
     _import_what_ranks_need()
     folder = Path(tempfile.mkdtemp(prefix="mmscale-ranks-"))
@@ -227,3 +227,8 @@ def _report(folder: Path, statuses: dict[int, int], *, stopped: list[int], timed
     if stopped and not timed_out:
         parts.append(f"(ranks {stopped} were still running and were stopped)")
     return "\n".join(parts)
+
+
+def spoken(err: str) -> str:
+    """What a command printed on stderr, without its lines about waiting, which depend on the machine's load."""
+    return re.sub(r"^.* \.\.\.( \d+ s)?\n", "", err, flags=re.MULTILINE)

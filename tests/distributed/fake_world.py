@@ -24,9 +24,9 @@ from mmscale.config import Config
 from mmscale.model import build as model_build
 from mmscale.model.attention import DocumentAttention
 from mmscale.runtime import groups
-from mmscale.train.batch import to_device
-from mmscale.train.parts import Parts, build
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.assembly import TrainingParts, build
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.steps.batch import part_of, to_device
 from tests.distributed.collectives import Collectives
 
 
@@ -49,7 +49,9 @@ def rank_of(config: Config, rank: int, world: int) -> Iterator[ProcessGroupColle
     torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     parallel = config.parallel
     try:
-        yield groups.initialize_layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=1)
+        yield groups.initialize_layout(
+            tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=1
+        )
     finally:
         groups.finalize()
 
@@ -72,7 +74,10 @@ def _without_numbers() -> Iterator[None]:
     def on_a_device(
         self: DocumentAttention, query: Tensor, key: Tensor, value: Tensor, *_: Any, **facts: Any
     ) -> Tensor:
-        return self._masked(query, key, value, facts["packed_seq_params"].attention_bias(query.dtype))
+        params = facts["packed_seq_params"]
+        if params.context is not None:
+            key, value = self._gathered(key, value, params)
+        return self._masked(query, key, value, params.attention_bias(query.dtype))
 
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
@@ -98,8 +103,8 @@ def one_step(config: Config, pg: ProcessGroupCollection) -> tuple[States, Collec
     with _without_numbers(), FakeTensorMode(allow_non_fake_inputs=True):
         parts = build(config, pg)
         mixture = SyntheticMixture(config, share={"text": 0.5, "image": 0.5})
-        number = config.train.global_batch_size // config.train.micro_batch_size // pg.dp.size()
-        batches = [to_device(mixture.micro_batch(index), mixture.vocabulary) for index in range(number)]
+        own = part_of(pg).batch(mixture, 0, config.train.global_batch_size // config.train.micro_batch_size)
+        batches = [to_device(content, mixture.vocabulary) for content in own]
         with Collectives() as messages:
             parts.stepper.accumulate(batches)
             for part in _optimizers(parts):
@@ -109,12 +114,12 @@ def one_step(config: Config, pg: ProcessGroupCollection) -> tuple[States, Collec
         return _states(parts), messages
 
 
-def _optimizers(parts: Parts) -> list[Any]:
+def _optimizers(parts: TrainingParts) -> list[Any]:
     chained = getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])
     return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
 
 
-def _states(parts: Parts) -> States:
+def _states(parts: TrainingParts) -> States:
     buffers = [buffer for chunk in parts.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     parameters = [parameter for chunk in parts.chunks for parameter in chunk.parameters()]
     optimizers = _optimizers(parts)

@@ -11,8 +11,8 @@ from typing import Any
 from mmscale.config import Config
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.trial import Trace, take_steps
-from mmscale.train.verify import choices_of, compare, compare_tensors, counted, verdict
+from mmscale.train.proof.trial import Trace, take_steps
+from mmscale.train.proof.verify_layout import choices_of, compare, compare_tensors, counted, verdict
 from tests.support import run_ranks
 
 STEPS = 3
@@ -23,7 +23,13 @@ NORM_TOLERANCE = 2e-6
 _EXPERTS = {"counts": {"text": 4, "image": 4}, "share": {"text": 0.5, "image": 0.5}}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
-    "dense_tied": {"kind": "dense", "tie_embeddings": True},
+    "dense_tied": {
+        "kind": "dense",
+        "tie_embeddings": True,
+        "qk_norm": False,
+        "qkv_bias": True,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32},
+    },
     "moe": {"kind": "moe", "experts": {"counts": {"mixed": 8}, "scope": "micro_batch"}},
     "moma": {"kind": "moma", "experts": _EXPERTS, "num_query_groups": 2},
     "moma_7t1i": {
@@ -61,7 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "experts": {**_EXPERTS, "capacity": "actual", "scope": "micro_batch", "capacity_factor": 1.3},
         "norm": "post",
     },
-    "moma_one_kv_head": {"kind": "moma", "experts": _EXPERTS, "num_query_groups": 1},
+    "moma_one_kv_head": {"kind": "moma", "experts": _EXPERTS, "num_query_groups": 1, "qkv_bias": True},
     "moma_five_layers": {
         "kind": "moma",
         "num_layers": 5,
@@ -94,7 +100,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(model: str, *, dtype: str = "fp32", parallel: Mapping[str, Any] | None = None, **train: Any) -> Config:
+def config(
+    model: str,
+    *,
+    dtype: str = "fp32",
+    parallel: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    **train: Any,
+) -> Config:
     """A model of 4 layers that trains in milliseconds."""
     shape = {
         "num_layers": 4,
@@ -111,6 +124,7 @@ def config(model: str, *, dtype: str = "fp32", parallel: Mapping[str, Any] | Non
             # 3e-3 makes fp32 rounding grow threefold a step in post-norm models: 4e-8, 2e-7, 8e-7, 4e-6 for DP2.
             "optim": {"lr": 1e-3},
             "parallel": dict(parallel or {}),
+            "data": dict(data or {}),
             "precision": {"dtype": dtype},
         }
     )
@@ -119,7 +133,9 @@ def config(model: str, *, dtype: str = "fp32", parallel: Mapping[str, Any] | Non
 def trace(settings: Config, env: RankEnv, *, steps: int = STEPS, **options: Any) -> Trace:
     """Steps under the settings' layout, with process groups made and destroyed around them. Options: `take_steps`."""
     parallel = settings.parallel
-    groups.initialize_layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=settings.run.seed)
+    groups.initialize_layout(
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=settings.run.seed
+    )
     try:
         return take_steps(settings, steps=steps, **options)
     finally:

@@ -11,8 +11,8 @@ import pytest
 from checkpoints_tools.average import average
 from checkpoints_tools.diff import diff
 from mmscale.checkpoint import archive, rewrite
-from mmscale.checkpoint.arrays import Grid
 from mmscale.checkpoint.tensors import open_tensors, origin_of
+from mmscale.checkpoint.zarr_arrays import Grid
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
@@ -34,7 +34,7 @@ def _leg(folder: Path, world_size: int, parallel: dict[str, Any], *, load: int |
             file.write_text(json.dumps([taken.losses, taken.norms]))
         process_groups.finalize()
 
-    run_ranks(ranks_do, world_size=world_size, timeout_s=240)
+    run_ranks(ranks_do, world_size=world_size, timeout_s=600)
     return json.loads(file.read_text())
 
 
@@ -99,4 +99,4 @@ def test_training_from_weights_only(tmp_path: Path) -> None:
         assert largest_difference(saved, tensors(run, SAVED + 1)) > 1e-3  # other moments
         process_groups.finalize()
 
-    run_ranks(ranks_do, world_size=2, timeout_s=240)
+    run_ranks(ranks_do, world_size=2, timeout_s=600)

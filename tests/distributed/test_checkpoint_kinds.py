@@ -18,8 +18,8 @@ from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.parts import build
-from mmscale.train.state import TrainState
+from mmscale.train.assembly import build
+from mmscale.train.state.train_state import TrainState
 from tests.distributed.test_resume import settings, start, train
 from tests.support import run_ranks
 
@@ -112,7 +112,7 @@ def test_a_load_refuses_what_names_do_not_promise(tmp_path: Path) -> None:
                 assert open_source(tmp_path / f"{name}_weights", None).names()
         assert all(folders.verify(tmp_path / name)["whole"] for name in VALUES)  # its digests and types are right
 
-    run_ranks(ranks_do, world_size=2, timeout_s=240)
+    run_ranks(ranks_do, world_size=2, timeout_s=600)
     run_ranks(tools_do, world_size=1)  # tensorstore works in no fork of a process that has used it
 
 

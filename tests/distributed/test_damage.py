@@ -18,11 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmscale.checkpoint import integrity, sharded
+from mmscale.checkpoint import integrity, tensor_index
 from mmscale.checkpoint.integrity import MANIFEST
 from mmscale.checkpoint.layout import INFO, LATEST, Store
 from mmscale.checkpoint.manager import CheckpointManager
-from mmscale.checkpoint.pickles import read_metadata
 from mmscale.errors import CheckpointError, SaveError
 from mmscale.resilience.inject import VARIABLE, Faults
 from mmscale.runtime import groups as process_groups
@@ -121,7 +120,16 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     ),
     **{
         f"{how} {name}": functools.partial(do, name)
-        for name in (".metadata", "__1_0.distcp", "common.pt", "metadata.json", INFO, MANIFEST, "rng/rank_00001.pt")
+        for name in (
+            "index.json",
+            ".metadata",
+            "__1_0.distcp",
+            "common.pt",
+            "metadata.json",
+            INFO,
+            MANIFEST,
+            "rng/rank_00001.pt",
+        )
         for how, do in {
             "truncated": lambda name, f: os.truncate(f / name, (f / name).stat().st_size // 2),
             "deleted": lambda name, f: (f / name).unlink(),
@@ -165,8 +173,8 @@ def test_100_of_100_flipped_bits_in_every_kind_of_file(ranks: RankEnv, tmp_path:
     folder, rng = checkpoints.store.path(1), random.Random(5)
     names = [*integrity.sizes(folder), MANIFEST]
     assert (
-        len(names) == 9
-    )  # .metadata, two .distcp, common.pt, metadata.json, mmscale.json two random states, the manifest
+        len(names) == 10
+    )  # index.json, .metadata, two .distcp, common.pt, metadata.json, mmscale.json, two random states, the manifest
     found = 0
     for number in range(FLIPS):
         file = folder / names[number % len(names)]
@@ -189,7 +197,7 @@ def test_all_checkpoints_bad_is_no_start_from_scratch(ranks: RankEnv, tmp_path: 
         with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole") as raised:
             checkpoints.choose()
         assert raised.value.exit_status == 4
-    assert checkpoints.store.condemned() == ["step_00000001.bad", "step_00000002.bad"]
+    assert checkpoints.store.quarantined() == ["step_00000001.bad", "step_00000002.bad"]
     assert manager(tmp_path / "new")[0].choose() is None  # a new run is something else
 
 
@@ -216,7 +224,7 @@ def test_errors_of_the_storage_rename_nothing(ranks: RankEnv, tmp_path: Path) ->
         with pytest.raises(CheckpointError, match=said) as raised:
             manager(tmp_path, attempt=2 + number)[0].choose()
         assert raised.value.remedy and raised.value.exit_status == 4
-        assert Store.of_run(tmp_path).steps() == [1, 2] and Store.of_run(tmp_path).condemned() == []
+        assert Store.of_run(tmp_path).steps() == [1, 2] and Store.of_run(tmp_path).quarantined() == []
     integrity.digest = real
     assert manager(tmp_path, attempt=9)[0].choose() == 2
 
@@ -371,6 +379,10 @@ def test_hostile_pickles_do_not_run(ranks: RankEnv, tmp_path: Path) -> None:
         "common.pt": lambda: torch.save({"progress": Touches(marker)}, folder / "common.pt"),
         "rng/rank_00000.pt": lambda: torch.save({"python": Touches(marker)}, folder / "rng/rank_00000.pt"),
     }
+    on_first(lambda: (hostile[".metadata"](), rewrite_manifest(folder)))
+    manager(tmp_path, attempt=2)[0].load(Weights(), 1)  # index.json is beside it, so nobody opens it
+    assert not marker.exists()
+    on_first((folder / "index.json").unlink)  # as in a checkpoint of an older version
     for name, write in hostile.items():
         on_first(lambda write=write: (write(), rewrite_manifest(folder)))
         checkpoints, _ = manager(tmp_path, attempt=2)
@@ -380,7 +392,9 @@ def test_hostile_pickles_do_not_run(ranks: RankEnv, tmp_path: Path) -> None:
         assert raised.value.exit_status == 4 and not marker.exists(), name
         on_first(lambda name=name: (folder / name).write_bytes(whole[name]))
     on_first(lambda: rewrite_manifest(folder))
-    manager(tmp_path, attempt=2)[0].load(Weights(), 1)
+    state = Weights()
+    manager(tmp_path, attempt=2)[0].load(state, 1)
+    assert state.is_whole()
     on_first(lambda: folder.chmod(0o777))
     with pytest.raises(CheckpointError, match="can be written by every user"):
         manager(tmp_path, attempt=2)[0].load(Weights(), 1)
@@ -396,7 +410,8 @@ def test_the_index_is_read_once(ranks: RankEnv, tmp_path: Path, monkeypatch: pyt
     save(tmp_path, 1)
     checkpoints, _ = manager(tmp_path, attempt=2)
     reads: list[Path] = []
-    monkeypatch.setattr(sharded, "read_metadata", lambda folder: (reads.append(folder), read_metadata(folder))[1])
+    read = tensor_index.read
+    monkeypatch.setattr(tensor_index, "read", lambda folder: (reads.append(folder), read(folder))[1])
     checkpoints.load(Told(), 1)
     assert reads == [Store.of_run(tmp_path).path(1)]
 

@@ -12,15 +12,15 @@ from mmscale.errors import TrainingError
 from mmscale.resilience.divergence import blame, find_diverged
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
+from mmscale.train.assembly import TrainingParts
 from mmscale.train.hooks import ReplicaHook
-from mmscale.train.parts import Parts
 from mmscale.train.throughput import Throughput
 from tests.distributed.test_anomalies import build, changed, live, with_policy
 from tests.distributed.test_resume import OVERLAPPED, settings, start
 from tests.support import distributed
 
 
-def flip_a_bit(parts: Parts, name: str, *, rank: int) -> None:
+def flip_a_bit(parts: TrainingParts, name: str, *, rank: int) -> None:
     """The lowest bit of one element of one parameter, on one rank."""
     if torch.distributed.get_rank() != rank:
         return
@@ -28,7 +28,7 @@ def flip_a_bit(parts: Parts, name: str, *, rank: int) -> None:
     parameter.data.view(-1).view(torch.int32 if parameter.element_size() == 4 else torch.int16)[5] ^= 1
 
 
-def trained(model: str, parallel: dict[str, Any], dtype: str = "fp32") -> Parts:
+def trained(model: str, parallel: dict[str, Any], dtype: str = "fp32") -> TrainingParts:
     made = with_policy(settings(model, dtype=dtype, parallel=parallel), steps=2)
     parts, state = build(made)
     live(made, parts, state)
@@ -48,7 +48,7 @@ def test_healthy_replicas_are_equal_and_a_flipped_bit_is_found(ranks: RankEnv) -
     host = socket.gethostname()
     for model, dtype, parallel in HEALTHY:
         parts = trained(model, parallel, dtype)
-        with parts.stepper.settled():
+        with parts.stepper.materialized():
             assert find_diverged(parts.chunks, parts.groups) == [], (model, parallel)
         process_groups.destroy_layout()
 

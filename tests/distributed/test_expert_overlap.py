@@ -39,4 +39,4 @@ def test_overlapped_exchange_equals_one_process(references: References) -> None:
         assert_equal(expected["moma"], trace(other, ranks), "grouped_mm, fused")
         groups.finalize()
 
-    run_ranks(steps, world_size=2, timeout_s=240)
+    run_ranks(steps, world_size=2, timeout_s=600)

@@ -20,10 +20,10 @@ from mmscale.config import Config
 from mmscale.model.fp8_emulate import Fp8Product
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.fp8_scales import scales_of
-from mmscale.train.parts import build
-from mmscale.train.state import TrainState
-from mmscale.train.verify import Trace, compare
+from mmscale.train.assembly import build
+from mmscale.train.proof.verify_layout import Trace, compare
+from mmscale.train.state.train_state import TrainState
+from mmscale.train.steps.fp8_scales import scales_of
 from tests.distributed.layouts import LOSS_TOLERANCE, NORM_TOLERANCE, config, trace
 from tests.distributed.test_resume import STEPS, largest_difference, leg, settings, start, tensors
 from tests.support import run_ranks
@@ -159,7 +159,7 @@ def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path) -
         leg(made({}), tmp_path / "plain", load=2, until=STEPS)
         groups.finalize()
 
-    run_ranks(ranks_do, world_size=2, timeout_s=240)
+    run_ranks(ranks_do, world_size=2, timeout_s=600)
     run_ranks(alone, world_size=1)
 
 

@@ -17,7 +17,7 @@ from tests.distributed.test_damage import Weights, begin, manager
 from tests.support import run_ranks
 
 WORLD = 4
-OWN = {"MANIFEST.json", ".metadata", "common.pt", "metadata.json", "mmscale.json"}
+OWN = {"MANIFEST.json", "index.json", ".metadata", "common.pt", "metadata.json", "mmscale.json"}
 
 
 def files(folder: Path) -> set[str]:
@@ -96,3 +96,12 @@ class Uneven(Weights):
         replica = torch.distributed.get_rank()
         state: dict[str, Any] = {"weight": ShardedTensor.from_rank_offsets("weight", self.tensor, replica_id=replica)}
         return state if loading else state | {"progress": {"step": self.step}}
+
+
+def test_the_rank_that_failed_is_named() -> None:
+    """By those that only heard of it, also through a third one."""
+    heard = f"{grouped.ELSEWHERE}rank 3: No space left on device"
+    assert grouped.origin(heard) == (3, "No space left on device")
+    assert grouped.origin(f"{grouped.ELSEWHERE}rank 0: {heard}") == (3, "No space left on device")
+    assert grouped.origin(f"{grouped.ELSEWHERE}rank 3 has ended") is None
+    assert grouped.origin("No space left on device") is None

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmscale.errors import ConfigError
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import adam
+from mmscale.train.optim import adam
 from tests.support import Ranks, distributed, run_ranks
 
 VOCAB, LENGTH, BATCHES, STEPS = 32, 8, 4, 3
@@ -69,8 +69,8 @@ def _train(pg: ProcessGroupCollection, *, pp: int = 1, vpp: int | None = None, d
             get_gpt_layer_local_spec(normalization="LayerNorm"),
             VOCAB,
             LENGTH,
-            pre_process=groups.is_first_stage(chunk),
-            post_process=groups.is_last_stage(chunk),
+            pre_process=pg.pp.rank() == 0 and chunk == 0,
+            post_process=pg.pp.rank() == pp - 1 and chunk == (vpp or 1) - 1,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
             pg_collection=pg,
@@ -157,51 +157,44 @@ def test_layouts_train_alike(ranks: Ranks) -> None:
 @distributed(world_size=4)
 def test_groups_of_every_layout(ranks: Ranks) -> None:
     groups.start(ranks)
-    for tp, pp, ep in (
-        (1, 1, 1),
-        (2, 1, 1),
-        (1, 2, 1),
-        (2, 2, 1),
-        (1, 1, 4),
-        (2, 1, 2),
-        (1, 2, 2),
-        (4, 1, 1),
-        (1, 4, 1),
+    for tp, pp, ep, cp in (
+        (1, 1, 1, 1),
+        (2, 1, 1, 1),
+        (1, 2, 1, 1),
+        (2, 2, 1, 1),
+        (1, 1, 4, 1),
+        (2, 1, 2, 1),
+        (1, 2, 2, 1),
+        (4, 1, 1, 1),
+        (1, 4, 1, 1),
+        (1, 1, 1, 2),
+        (1, 1, 4, 2),
+        (1, 1, 2, 4),
+        (2, 1, 2, 2),
+        (1, 2, 1, 2),
     ):
-        pg = groups.initialize_layout(tp=tp, pp=pp, ep=ep)
-        dp = 4 // (tp * pp)
-        sizes = {"tp": tp, "pp": pp, "cp": 1, "dp": dp, "dp_cp": dp, "ep": ep, "expt_tp": tp, "expt_dp": dp // ep}
-        sizes |= {"mp": tp * pp, "tp_ep": tp * ep, "tp_ep_pp": tp * ep * pp, "tp_cp": tp, "intra_dist_opt": 4}
+        pg = groups.initialize_layout(tp=tp, pp=pp, ep=ep, cp=cp)
+        holders = 4 // (tp * pp)  # of the same dense weights
+        dp = holders // cp
+        sizes = {"tp": tp, "pp": pp, "cp": cp, "dp": dp, "dp_cp": holders, "ep": ep, "expt_tp": tp}
+        sizes |= {"mp": tp * pp, "tp_ep": tp * ep, "tp_ep_pp": tp * ep * pp, "tp_cp": tp * cp, "intra_dist_opt": 4}
+        sizes |= {"expt_dp": holders // ep}
         assert {name: getattr(pg, name).size() for name in sizes} == sizes
         for name in sizes:
             total = torch.ones(1)
             torch.distributed.all_reduce(total, group=getattr(pg, name))
             assert int(total) == sizes[name]
-        assert (pg.embd is None) == (not groups.is_first_stage() and not groups.is_last_stage())
+        assert (pg.embd is None) == (groups.pipeline_rank() not in (0, pp - 1))
         assert (groups.tensor_parallel_size(), groups.pipeline_size(), groups.expert_parallel_size()) == (tp, pp, ep)
         assert groups.data_parallel_size() == dp
-        assert groups.tensor_parallel_rank() == ranks.rank % tp  # neighbours share a node and its fast links
+        assert pg.tp.rank() == ranks.rank % tp  # neighbours share a node and its fast links
         assert groups.pipeline_rank() == ranks.rank // (4 // pp)
-        assert groups.data_parallel_rank() == ranks.rank // tp % dp
-        assert groups.expert_parallel_rank() == ranks.rank // tp % ep
-        assert groups.expert_parallel_group() is pg.ep
-        assert groups.expert_data_parallel_group() is pg.expt_dp
-        assert groups.data_parallel_group() is pg.dp_cp
-        assert groups.is_first_stage() == (groups.pipeline_rank() == 0)
-        assert groups.is_last_stage() == (groups.pipeline_rank() == pp - 1)
+        assert (groups.context_parallel_size(), groups.context_parallel_rank()) == (cp, ranks.rank // tp % cp)
+        assert groups.data_parallel_rank() == ranks.rank // (tp * cp) % dp
+        assert pg.ep.rank() == ranks.rank // tp % ep
         assert groups.virtual_pipeline_size() is None
         groups.destroy_layout()
         assert torch.distributed.distributed_c10d._world.pg_map.keys() == {torch.distributed.group.WORLD}
-
-
-@distributed(world_size=2)
-def test_chunks_of_an_interleaved_pipeline(ranks: Ranks) -> None:
-    groups.initialize(ranks, pp=2, vpp=3)
-    assert groups.virtual_pipeline_size() == 3
-    assert [groups.is_first_stage(chunk) for chunk in range(3)] == [ranks.rank == 0, False, False]
-    assert [groups.is_last_stage(chunk) for chunk in range(3)] == [False, False, ranks.rank == 1]
-    assert groups.is_first_stage() == (ranks.rank == 0)
-    assert groups.is_last_stage() == (ranks.rank == 1)
 
 
 @distributed(world_size=2)
@@ -230,15 +223,28 @@ def test_random_states_differ_over_tensor_parallel_ranks_only(ranks: Ranks) -> N
 def test_ranks_that_hold_the_same_experts(ranks: Ranks) -> None:
     """Tensor-parallel parts and copies of this rank's experts, and no rank with other experts."""
     groups.start(ranks)
-    for tp, pp, ep in ((1, 1, 1), (2, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (2, 2, 2), (1, 2, 2)):
-        collection = groups.initialize_layout(tp=tp, pp=pp, ep=ep)
+    for tp, pp, ep, cp in (
+        *((1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 4, 1), (2, 1, 2, 1), (2, 1, 4, 1), (2, 2, 2, 1), (1, 2, 2, 1)),
+        *((1, 1, 1, 2), (2, 1, 2, 2), (2, 1, 4, 2)),
+    ):
+        collection = groups.initialize_layout(tp=tp, pp=pp, ep=ep, cp=cp)
         own = (collection.ep.rank(), collection.pp.rank())
-        everyone: list[tuple[int, int]] = [own] * 8
-        torch.distributed.all_gather_object(everyone, own)
+        everyone = groups.gathered(own)
         expected = [rank for rank, other in enumerate(everyone) if other == own]
         found = torch.distributed.get_process_group_ranks(groups.expert_replica_group())
-        assert sorted(found) == expected, (tp, pp, ep, found, expected)
+        assert sorted(found) == expected, (tp, pp, ep, cp, found, expected)
         groups.destroy_layout()
+
+
+@distributed(world_size=4)
+def test_gathered_has_the_order_of_ranks(ranks: Ranks) -> None:
+    groups.start(ranks)
+    collection = groups.initialize_layout(tp=2)
+    mine = {"rank": ranks.rank}
+    assert [one["rank"] for one in groups.gathered(mine)] == [0, 1, 2, 3]
+    first = ranks.rank // 2 * 2
+    assert [one["rank"] for one in groups.gathered(mine, group=collection.tp)] == [first, first + 1]
+    groups.destroy_layout()
 
 
 @distributed(world_size=1)
@@ -257,6 +263,7 @@ def test_finalize_leaves_nothing(ranks: Ranks) -> None:
     [
         ({"tp": 3}, r"tp\*pp = 3\*1 = 3 does not divide the world size 8; `mmscale plan` lists"),
         ({"tp": 2, "pp": 2, "ep": 4}, r"ep = 4 does not divide the data-parallel size 2 \(world size 8 / tp\*pp 4\)"),
+        ({"tp": 2, "cp": 8}, r"tp\*pp\*cp = 2\*1\*8 = 16 does not divide the world size 8"),
         ({"vpp": 2}, r"parallel.vpp = 2 cuts a pipeline stage in chunks, but parallel.pp = 1"),
         ({"tp": 0}, r"parallel.tp = 0 is below 1"),
     ],
@@ -283,4 +290,4 @@ def test_ranks_can_be_forked_after_groups_of_this_process() -> None:
             rotary(2 + length, cp_group=collection.cp)
         groups.finalize()
 
-    run_ranks(start_groups, world_size=2, timeout_s=30)
+    run_ranks(start_groups, world_size=2, timeout_s=300)

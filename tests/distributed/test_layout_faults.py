@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.auxiliary import AuxiliaryTrainer
-from mmscale.train.companions import ThresholdAverages
-from mmscale.train.trial import Trace
-from mmscale.train.verify import choices_of, compare_tensors, counted, verdict
+from mmscale.train.proof.trial import Trace
+from mmscale.train.proof.verify_layout import choices_of, compare_tensors, counted, verdict
+from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
+from mmscale.train.steps.companions import ThresholdAverages
 from tests.distributed.layouts import References, assert_passes, config, judge, start, trace
 from tests.support import run_ranks
 
@@ -190,7 +190,7 @@ def test_every_fault_is_seen_and_named(references: References, tmp_path: Path) -
         _assert_seen(references, FAULTS, ranks, tmp_path)
         process_groups.finalize()
 
-    run_ranks(ranks_do, world_size=2, timeout_s=240)
+    run_ranks(ranks_do, world_size=2, timeout_s=600)
 
 
 # Rounding of bf16 hides what is smaller than it: the second moves the norm by 7e-4 and no tensor.

@@ -13,7 +13,7 @@ import pytest
 
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.verify import Trace, compare
+from mmscale.train.proof.verify_layout import Trace, compare
 from tests.distributed.layouts import (
     MODELS,
     References,
@@ -34,6 +34,9 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "tp2_recompute": {"tp": 2, "recompute": "full"},
     "pp2_recompute": {"pp": 2, "recompute": "full"},
     "ep2_recompute_selective": {"ep": 2, "recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "tp2_loss_chunks": {"tp": 2, "loss_chunk": 48},  # two whole chunks and a part of one
+    "pp2_interleaved_loss_chunks": {"pp": 2, "vpp": 2, "loss_chunk": 1},
+    "dp2_overlap_loss_chunks": {"overlap_grad_reduce": True, "overlap_param_gather": True, "loss_chunk": 1000},
     "dp2_overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 FOUR_RANKS: dict[str, dict[str, Any]] = {
@@ -43,6 +46,7 @@ FOUR_RANKS: dict[str, dict[str, Any]] = {
     "dp2_ep2": {"ep": 2},
     "ep4": {"ep": 4},
     "pp2_interleaved_ep2_overlap": {"pp": 2, "vpp": 2, "ep": 2, "overlap_grad_reduce": True},
+    "tp2_pp2_loss_chunks": {"tp": 2, "pp": 2, "loss_chunk": 40},
     "tp2_ep2_recompute": {"tp": 2, "ep": 2, "recompute": "full"},
 }
 
@@ -67,7 +71,7 @@ def _run(
             assert_passes(judge(references, made, ranks, folder / name, absent=absent), f"{model} {name}")
         groups.finalize()
 
-    run_ranks(steps, world_size=world_size, timeout_s=240)
+    run_ranks(steps, world_size=world_size, timeout_s=600)
 
 
 def _fits(model: str, layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -80,29 +84,46 @@ def _fits(model: str, layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str,
     }
 
 
-# In every test run one model meets all layouts and every model meets the plain ones; `exhaustive` has the full product.
+# In every test run one model meets every kind of parallelism, recompute, overlap and chunk, where a row has several of
+# them at once; a kind of expert, norm or choice meets the rows that could treat it differently. `exhaustive` has the
+# rest of the product. ep2 has two replicas, as dp2 has.
 EVERYTHING = "moma_depth_joint"
-PLAIN = {2: ("dp2", "tp2", "pp2", "ep2"), 4: ("tp2_ep2", "pp2_interleaved_ep2_overlap")}
+ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {
+        EVERYTHING: (
+            *("tp2_recompute", "pp2_recompute", "ep2_recompute_selective"),
+            *("tp2_loss_chunks", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
+        ),
+        # A tied output weight stands on two stages, and meets chunks in every layout, too.
+        "dense_tied": ("dp2", "tp2", "pp2", "tp2_loss_chunks", "pp2_interleaved_loss_chunks"),
+        "moe": ("tp2", "ep2"),
+        "moe_softmax": ("tp2",),
+        "moma_post": ("tp2", "pp2"),  # the paper's norms
+        "moma_post_per_expert_shared": ("tp2", "ep2"),
+        "moma_competitive": ("ep2",),
+        "moma_actual": ("tp2", "ep2"),
+        "moma_actual_micro_batch": ("ep2",),
+    },
+    4: {
+        EVERYTHING: ("tp2_pp2", "pp2_interleaved_ep2_overlap", "tp2_ep2_recompute"),
+        "moma_depth_per_modality": ("tp2_ep2",),
+    },
+}
 
 
 def _chosen(model: str, layouts: dict[str, dict[str, Any]], world_size: int, *, rest: bool) -> dict[str, Any]:
     """The layouts of every test run, or the rest of them."""
-    always = layouts if model == EVERYTHING else PLAIN[world_size]
-    return {name: p for name, p in _fits(model, layouts).items() if (name in always) is not rest}
+    always, fits = ALWAYS[world_size].get(model, ()), _fits(model, layouts)
+    assert set(always) <= fits.keys(), f"{model} has no layouts {set(always) - fits.keys()}"
+    return {name: p for name, p in fits.items() if (name in always) is not rest}
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        *("dense_tied", "moe", "moma_post", EVERYTHING, "moma_post_per_expert_shared"),
-        *("moma_competitive", "moe_softmax", "moma_actual", "moma_actual_micro_batch"),
-    ],
-)
+@pytest.mark.parametrize("model", ALWAYS[2])
 def test_two_ranks_equal_one_process(references: References, model: str, tmp_path: Path) -> None:
     _run(references, model, tmp_path, 2, _chosen(model, TWO_RANKS, 2, rest=False))
 
 
-@pytest.mark.parametrize("model", ["moma_depth_per_modality", EVERYTHING])
+@pytest.mark.parametrize("model", ALWAYS[4])
 def test_four_ranks_equal_one_process(references: References, model: str, tmp_path: Path) -> None:
     _run(references, model, tmp_path, 4, _chosen(model, FOUR_RANKS, 4, rest=False))
 
@@ -145,16 +166,19 @@ def test_fewer_key_value_heads_than_tensor_parallel_ranks(references: References
     _run(references, "moma_one_kv_head", tmp_path, 2, layouts)
 
 
+LAYOUTS = {2: TWO_RANKS, 4: FOUR_RANKS}
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("world_size", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["two", "four"])
-@pytest.mark.parametrize("model", [model for model in MODELS if model != EVERYTHING])
-def test_every_model_under_every_layout(
-    references: References, model: str, world_size: int, layouts: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    _run(references, model, tmp_path, world_size, _chosen(model, layouts, world_size, rest=True))
+@pytest.mark.parametrize(
+    ("world_size", "model"),
+    [(size, model) for size in LAYOUTS for model in MODELS if _chosen(model, LAYOUTS[size], size, rest=True)],
+)
+def test_every_model_under_every_layout(references: References, model: str, world_size: int, tmp_path: Path) -> None:
+    _run(references, model, tmp_path, world_size, _chosen(model, LAYOUTS[world_size], world_size, rest=True))
 
 
-@pytest.mark.parametrize("absent", ["image", "text"])
+@pytest.mark.parametrize("absent", ["image", pytest.param("text", marks=pytest.mark.exhaustive)])
 def test_a_modality_may_be_missing_in_a_micro_batch(references: References, absent: str, tmp_path: Path) -> None:
     """Odd micro-batches lack a modality: its experts run on masked slots and every rank stays in the exchange."""
     layouts = {name: TWO_RANKS[name] for name in ("tp2", "pp2", "ep2", "dp2_overlap", "pp2_recompute")}

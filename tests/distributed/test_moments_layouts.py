@@ -17,14 +17,14 @@ from checkpoints_tools.copying import archive, reshard, restore
 from checkpoints_tools.diff import diff
 from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.values import values
+from checkpoints_tools.tensor_values import values
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.adam_compact import MOMENTS, triples_of
-from mmscale.train.parts import build
-from mmscale.train.state import TrainState
+from mmscale.train.assembly import build
+from mmscale.train.optim.adam_compact import MOMENTS, triples_of
+from mmscale.train.state.train_state import TrainState
 from tests.distributed.test_resume import STEPS, leg, settings, start, tensors, train
 from tests.support import run_ranks
 
@@ -102,7 +102,7 @@ def test_same_layout_goes_on_exactly(tmp_path: Path) -> None:
             assert bool(scales) == (moments == "fp8_coat")
         process_groups.finalize()
 
-    run_ranks(ranks_do, world_size=2, timeout_s=240)
+    run_ranks(ranks_do, world_size=2, timeout_s=600)
 
 
 class TestOtherLayouts:
@@ -132,8 +132,8 @@ class TestOtherLayouts:
             leg(made("moma", "fp8_coat"), folder / "narrow_tp", load=2, until=3)
             process_groups.finalize()
 
-        run_ranks(two, world_size=2, timeout_s=240)
-        run_ranks(one, world_size=1, timeout_s=240)
+        run_ranks(two, world_size=2, timeout_s=600)
+        run_ranks(one, world_size=1, timeout_s=600)
         return folder
 
     @pytest.mark.parametrize("layout", ["dp", "tp", "ep", "one"])

@@ -31,7 +31,7 @@ groups.finalize()
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py: pip install 'mmscale[mpi]'")
 def test_mpirun_ranks_find_each_other() -> None:
     assert MPIRUN is not None
-    version = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True, timeout=60).stdout
+    version = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True, timeout=300).stdout
     # Open MPI wants to be told that a test may use one core for two ranks, and run as root in a container.
     flags = ["--oversubscribe", "--allow-run-as-root"] if "Open MPI" in version or "Open RTE" in version else []
     command = [MPIRUN, *flags, "-n", "2", sys.executable, "-W", "ignore", "-c", PROGRAM]

@@ -13,18 +13,18 @@ from mmscale.config import Config
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import optim
-from mmscale.train.batch import to_device
-from mmscale.train.state import TrainState
-from mmscale.train.step import Stepper, mean_losses, reduce_sums
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.optim import optimizer
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.state.train_state import TrainState
+from mmscale.train.steps.batch import to_device
+from mmscale.train.steps.step import Stepper, mean_losses, reduce_sums
 from tests.distributed.layouts import config
 from tests.support import run_ranks
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
-def _train(settings: Config, folder: Path, *, settle: bool = True) -> list[float]:
+def _train(settings: Config, folder: Path, *, materialize: bool = True) -> list[float]:
     """Three steps, then a checkpoint."""
     parallel = settings.parallel
     pg = groups.initialize_layout(pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=1)
@@ -32,8 +32,8 @@ def _train(settings: Config, folder: Path, *, settle: bool = True) -> list[float
     assert isinstance(share, dict)
     mixture = SyntheticMixture(settings, share=share)
     transformer = transformer_config(settings)
-    chunks = optim.wrap(settings, transformer, build_chunks(settings, pg, transformer=transformer), pg)
-    stepper = Stepper(settings, chunks, optim.make_optimizer(settings, chunks, pg), pg)
+    chunks = optimizer.wrap(settings, transformer, build_chunks(settings, pg, transformer=transformer), pg)
+    stepper = Stepper(settings, chunks, optimizer.make_optimizer(settings, chunks, pg), pg)
     losses = []
     for step in range(3):
         numbers = range(step * 4 + pg.dp.rank(), (step + 1) * 4, pg.dp.size())
@@ -41,7 +41,7 @@ def _train(settings: Config, folder: Path, *, settle: bool = True) -> list[float
         losses.append(mean_losses(reduce_sums(stepper.train(batches, lr=1e-3).sums, pg), ("text", "image"))["loss"])
     state = TrainState(chunks, None)
     checkpoints = CheckpointManager(folder, every=0, keep=1, attempt=1, info={}, on_event=lambda *_, **__: None)
-    with stepper.settled() if settle else contextlib.nullcontext():
+    with stepper.materialized() if materialize else contextlib.nullcontext():
         checkpoints.save(state)
     groups.destroy_layout()
     return losses
@@ -61,7 +61,7 @@ def test_overlap_trains_and_saves_the_same(tmp_path: Path) -> None:
     """Many buckets, so that every module must wait for its own; saving without settling is the negative control."""
 
     def steps(ranks: RankEnv) -> None:
-        optim.BUCKET_ELEMENTS = 3000
+        optimizer.BUCKET_ELEMENTS = 3000
         groups.start(ranks)
         for name, layout in {"dp2": {}, "ep2": {"ep": 2}}.items():
             plain, overlapped = ({**layout}, {**layout, **OVERLAP})
@@ -71,8 +71,8 @@ def test_overlap_trains_and_saves_the_same(tmp_path: Path) -> None:
             ]
             assert losses[0] == losses[1], name
             assert _difference(tmp_path / f"{name}_0", tmp_path / f"{name}_1") == 0.0, name
-        _train(config("moma_depth", parallel=OVERLAP), tmp_path / "unsettled", settle=False)
-        assert _difference(tmp_path / "dp2_0", tmp_path / "unsettled") > 1e-5
+        _train(config("moma_depth", parallel=OVERLAP), tmp_path / "not_materialized", materialize=False)
+        assert _difference(tmp_path / "dp2_0", tmp_path / "not_materialized") > 1e-5
         groups.finalize()
 
     run_ranks(steps, world_size=2)

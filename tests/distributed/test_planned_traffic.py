@@ -12,17 +12,17 @@ from mmscale.config import Config
 from mmscale.data.vocab import Vocabulary
 from mmscale.plan import Operation, communication
 from mmscale.runtime import groups
-from mmscale.train import parts
-from mmscale.train.batch import to_device
-from mmscale.train.optim import apply
-from mmscale.train.synthetic import SyntheticMixture
-from mmscale.train.verify import with_share
+from mmscale.train import assembly
+from mmscale.train.optim.optimizer import apply
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.proof.verify_layout import with_share
+from mmscale.train.steps.batch import part_of, to_device
 from tests.distributed.collectives import Collectives, Key
 from tests.distributed.layouts import config
 from tests.support import Ranks, distributed
 
 # Numbers of tokens, which the plan does not count.
-_SMALL = 256
+_SMALL = 128
 
 
 def _planned(settings: Config, world: int, stage: int) -> tuple[Counter[Key], Counter[Key]]:
@@ -41,13 +41,10 @@ def _found(settings: Config) -> Collectives:
     settings = with_share(settings)
     share = settings.model.experts.share
     assert isinstance(share, dict)
-    built = parts.build(settings, collection)
+    built = assembly.build(settings, collection)
     mixture, vocabulary = SyntheticMixture(settings, share=share), Vocabulary.from_config(settings.vocab)
     number = settings.train.global_batch_size // settings.train.micro_batch_size
-    batches = [
-        to_device(mixture.micro_batch(index), vocabulary)
-        for index in range(collection.dp.rank(), number, collection.dp.size())
-    ]
+    batches = [to_device(content, vocabulary) for content in part_of(collection).batch(mixture, 0, number)]
     with Collectives(above=_SMALL) as seen:
         built.stepper.accumulate(batches)
         built.optimizer.prepare_grads()
@@ -77,6 +74,11 @@ _LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("moma_five_layers", {"pp": 2, "ep": 2, "pp_layers": (2, 3)}),
     ("moma_7t1i", {"tp": 2, "ep": 2}),
     ("moma", {"tp": 2, "ep": 2, "recompute": "selective", "recompute_modules": ["mlp"]}),
+    ("dense", {"cp": 4}),
+    ("moma_depth", {"cp": 2, "tp": 2}),
+    ("moma_7t1i", {"cp": 2, "ep": 4}),
+    ("moma_post_per_expert_shared", {"cp": 2, "pp": 2, "recompute": "full"}),
+    ("moma_one_kv_head", {"cp": 2, "tp": 2, "ep": 2, "recompute": "selective", "recompute_modules": ["core_attn"]}),
 ]
 
 
@@ -86,12 +88,13 @@ def test_calls_and_bytes_of_a_step(ranks: Ranks) -> None:
     failures = []
     for model, parallel in _LAYOUTS:
         # On gloo the default is no overlap, the plan's default is NCCL's.
-        settings = config(model, dtype="bf16", parallel=parallel | {"overlap_grad_reduce": False})
+        data = {"document_multiple": 8} if "cp" in parallel else {}
+        settings = config(model, dtype="bf16", parallel=parallel | {"overlap_grad_reduce": False}, data=data)
         # Routers that are trained beside the model take no part in the step that is counted here.
         off = settings.model.auxiliary.model_copy(update={"mode": "off"})
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"auxiliary": off})})
         layout = settings.parallel
-        groups.initialize_layout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, seed=1)
+        groups.initialize_layout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, cp=layout.cp, seed=1)
         stage = groups.collection().pp.rank()
         found = _fullest(_found(settings), stage)
         groups.destroy_layout()

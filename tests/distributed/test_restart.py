@@ -12,8 +12,8 @@ from mmscale.config import Config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime import random_state
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.parts import build
-from mmscale.train.state import TrainState
+from mmscale.train.assembly import build
+from mmscale.train.state.train_state import TrainState
 from tests.distributed.test_resume import settings, start, train
 from tests.support import distributed, run_ranks
 

@@ -16,21 +16,21 @@ import pytest
 
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches, with_auxiliary_routers
-from mmscale.data.mixture import MicroBatch
-from mmscale.data.packed import pack_rows
+from mmscale.data.stream.micro_batch import MicroBatch
+from mmscale.data.stream.packed import pack_rows
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
-from mmscale.model.mixed_modal import Routing
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.auxiliary import AuxiliaryTrainer
-from mmscale.train.batch import Batch, to_device
-from mmscale.train.evaluate import evaluate
-from mmscale.train.parts import build
-from mmscale.train.router_step import RouterStepper
-from mmscale.train.step import Stepper, Steps
-from mmscale.train.synthetic import SyntheticMixture
-from mmscale.train.verify import with_share
+from mmscale.tables.routings import Routing
+from mmscale.train.assembly import build
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.proof.verify_layout import with_share
+from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
+from mmscale.train.steps.batch import Batch, part_of, to_device
+from mmscale.train.steps.evaluation import evaluate
+from mmscale.train.steps.router_step import RouterStepper
+from mmscale.train.steps.step import Stepper, Steps
 from tests.distributed.layouts import config
 from tests.support import run_ranks
 
@@ -39,8 +39,19 @@ STEPS = 2
 HELD_OUT = 6  # micro-batches: with 4 a step the last step is filled up
 
 ROUTED = {"experts": "moma_joint", "depth": "dense_depth_joint", "both": "moma_depth_joint", "uneven": "moma_7t1i"}
-TWO_RANKS: dict[str, dict[str, Any]] = {"ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {}}
-FOUR_RANKS: dict[str, dict[str, Any]] = {"tp2_ep2": {"tp": 2, "ep": 2}}
+DATA = {"document_multiple": 4}  # for context parallelism
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "ep2": {"ep": 2},
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "dp2": {},
+    "cp2": {"cp": 2},
+}
+FOUR_RANKS: dict[str, dict[str, Any]] = {
+    "tp2_ep2": {"tp": 2, "ep": 2},
+    "cp2_ep4": {"cp": 2, "ep": 4},
+    "cp2_tp2": {"cp": 2, "tp": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -74,17 +85,17 @@ def _mixture(made: Config) -> SyntheticMixture:
 
 def _settings(routed: str, parallel: Mapping[str, Any], *, micro_batch: int) -> Config:
     model = ROUTED[routed]
-    made = with_share(config(model, parallel=parallel, micro_batch_size=micro_batch, global_batch_size=4 * micro_batch))
+    sizes = {"micro_batch_size": micro_batch, "global_batch_size": 4 * micro_batch}
+    made = with_share(config(model, parallel=parallel, data=DATA, **sizes))
     # Routers that decide after a few steps.
     optim = made.auxiliary.optim.model_copy(update={"lr": 1e-3})
     return made.model_copy(update={"auxiliary": made.auxiliary.model_copy(update={"optim": optim})})
 
 
 def _batches(made: Config, step: int) -> list[Batch]:
-    groups, per_step = process_groups.collection(), global_micro_batches(made)
-    numbers = range(step * per_step + groups.dp.rank(), (step + 1) * per_step, groups.dp.size())
+    own, per_step = part_of(process_groups.collection()), global_micro_batches(made)
     vocabulary = Vocabulary.from_config(made.vocab)
-    return [to_device(_mixture(made).micro_batch(number), vocabulary) for number in numbers]
+    return [to_device(content, vocabulary) for content in own.batch(_mixture(made), step * per_step, per_step)]
 
 
 def _evaluations(made: Config, stepper: Steps, prefix: str) -> dict[str, float]:
@@ -133,7 +144,7 @@ WAYS = {"run": in_a_run, "stage": in_the_stage}
 
 def _under(way: str, made: Config) -> dict[str, float]:
     parallel = made.parallel
-    process_groups.initialize_layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
+    process_groups.initialize_layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp)
     try:
         return WAYS[way](made)
     finally:
@@ -166,7 +177,7 @@ def _compare(
     run_ranks(alone, world_size=1)
     wanted: dict[str, float] = json.loads(file.read_text())
     assert len({wanted[f"trained {routing} loss"] for routing in Routing}) >= (3 if routed == "depth" else 4), wanted
-    run_ranks(ranks_do, world_size=world_size, timeout_s=240)
+    run_ranks(ranks_do, world_size=world_size, timeout_s=600)
 
 
 def test_a_run_evaluates_every_routing_mode_as_one_process(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """No save stops the training: every fault of storage and of writers, on forked ranks, and the state after recovery.
 
 A small loop stands for the trainer: a step changes the weights in place, and its border agrees on the save under way as
-train/run.py does. Faults come from resilience/inject.py, by rank, step and place.
+train/attempt.py does. Faults come from resilience/inject.py, by rank, step and place.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import torch
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import LATEST
 from mmscale.checkpoint.manager import CheckpointManager
-from mmscale.checkpoint.save_settings import SaveSettings
+from mmscale.checkpoint.save_settings import Best, SaveSettings
 from mmscale.errors import SaveError
 from mmscale.resilience.inject import VARIABLE, Faults
 from mmscale.resilience.signals import StopRequest
 from mmscale.runtime.rank_env import RankEnv
+from tests import shared_memory
 from tests.distributed.test_damage import Weights, begin
 from tests.support import distributed, run_ranks
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 CPU = torch.device("cpu")
 
 
@@ -74,10 +75,10 @@ class Loop:
         """A step and its border."""
         self.state.step += 1
         self.state.tensor.add_(1.0)
-        self.border()
+        self.step_boundary()
 
-    def border(self) -> None:
-        _, (working, failed) = self.stop.agreed_with(CPU, *self.saver.word())
+    def step_boundary(self) -> None:
+        _, (working, failed) = self.stop.agreed_with(CPU, *self.saver.status())
         self.saver.advance(working, failed)
 
     def save(self, *, last: bool = False) -> None:
@@ -113,7 +114,7 @@ def assert_clean(loop: Loop) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while psutil.Process().children(recursive=True):
         assert time.monotonic() < deadline, psutil.Process().children(recursive=True)
-        loop.saver.word()
+        loop.saver.status()
         time.sleep(0.002)
     torch.distributed.barrier()
     store = loop.checkpoints.store
@@ -184,7 +185,7 @@ def test_a_save_that_fails_is_given_up_and_the_next_one_works(tmp_path: Path, wr
             if ranks.rank == 0:
                 (failed,) = loop.events("save_failed")
                 waits = writers and "still writing" in reason  # the rank that writes, for the one that hangs
-                assert failed["step"] == 2 and (waits or rank in (failed["rank"], None)), name
+                assert failed["step"] == 2 and (waits or rank in (failed["rank"], None)), (name, failed)
                 assert re.search(reason, failed["reason"]), name
                 assert failed["in_a_row"] == 1
             assert loop.committed() == [1], name
@@ -199,6 +200,28 @@ def test_a_save_that_fails_is_given_up_and_the_next_one_works(tmp_path: Path, wr
             assert_holds(loop, loop.state.step)
 
     run_ranks(ranks_do, world_size=2, timeout_s=400)
+
+
+@distributed(world_size=2)
+def test_a_failed_save_of_a_better_one_keeps_the_best_one(ranks: RankEnv, tmp_path: Path) -> None:
+    begin(ranks)
+    loop = Loop(tmp_path, ranks, "*:2:write:ENOSPC")
+    loop.saver.retention = replace(loop.saver.retention, keep=1)
+    for step, value in ((1, 1.0), (2, 0.5)):
+        while loop.state.step < step:
+            loop.step()
+        loop.saver.best = Best("eval/loss", step, value)
+        loop.save()
+        if step == 1:
+            while loop.saver.under_way:  # the next step is 2 for certain
+                loop.step_boundary()
+        else:
+            loop.landed()
+    while loop.state.step < 5:
+        loop.step()
+    loop.save(last=True)
+    assert loop.committed() == [1, loop.state.step] and loop.checkpoints.store.best() == 1
+    assert_clean(loop)
 
 
 @distributed(world_size=2)
@@ -249,7 +272,7 @@ def test_several_failures_in_a_row_end_the_attempt(ranks: RankEnv, tmp_path: Pat
         loop.state = Weights(step)
         loop.save()
         while loop.saver.under_way:
-            loop.border()
+            loop.step_boundary()
     loop.state = Weights(4)
     loop.save()
     with pytest.raises(
@@ -307,7 +330,7 @@ def test_a_save_that_hangs_is_given_up_for_the_last_one(ranks: RankEnv, tmp_path
 def test_killed_in_a_save_leaves_no_process(ranks: RankEnv, tmp_path: Path) -> None:
     """Row 32: a trainer that is killed with -9 takes its hanging writer with it; no shared memory is left."""
     begin(ranks)
-    before = set(Path("/dev/shm").iterdir())
+    before = shared_memory.entries()
     parent = os.getpid()
     reading, writing = os.pipe()
     trainer = os.fork()
@@ -331,7 +354,7 @@ def test_killed_in_a_save_leaves_no_process(ranks: RankEnv, tmp_path: Path) -> N
         assert time.monotonic() < deadline, "the writer outlives its trainer"
         time.sleep(0.002)
     torch.distributed.barrier()
-    assert set(Path("/dev/shm").iterdir()) <= before
+    assert shared_memory.left_behind(before) == set()
 
 
 def test_a_file_system_that_is_full(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size
+from mmscale.config.derived import data_parallel_size, dense_replicas
 from mmscale.config.load import load
 from mmscale.plan.communication import Operation, communication
 from mmscale.plan.memory import stages_memory
@@ -34,19 +34,18 @@ def recipe(*changes: str) -> Config:
 
 
 def _grid(config: Config) -> list[dict[str, int]]:
-    """Coordinates of every rank in the order tp-ep-dp-pp that mmscale.plan.timing takes distances from.
+    """Coordinates of every rank in the order tp-cp-dp-pp that mmscale.plan.timing takes distances from.
 
-    `ep` is the rank among expert-parallel ranks, which are consecutive data-parallel ranks; `edp` numbers the copies
-    of the same experts.
+    `ep` is the rank among expert-parallel ranks, which are consecutive holders of the same dense weights: context- and
+    then data-parallel ranks; `edp` numbers the copies of the same experts.
     """
-    tp, ep = config.parallel.tp, config.parallel.ep
-    replicas = data_parallel_size(config, WORLD)
+    tp, ep, cp = config.parallel.tp, config.parallel.ep, config.parallel.cp
+    holders = dense_replicas(config, WORLD)
     grid = []
     for rank in range(WORLD):
-        dp = rank // tp % replicas
-        grid.append(
-            {"rank": rank, "tp": rank % tp, "dp": dp, "pp": rank // (tp * replicas), "ep": dp % ep, "edp": dp // ep}
-        )
+        holder = rank // tp % holders
+        sizes = {"cp": holder % cp, "dp": holder // cp, "ep": holder % ep, "edp": holder // ep}
+        grid.append({"rank": rank, "tp": rank % tp, "pp": rank // (tp * holders)} | sizes)
     return grid
 
 
@@ -66,6 +65,7 @@ def alone(function: Any) -> None:
         ["parallel.ep=4"],
         ["parallel.tp=2", "parallel.pp=4", "parallel.ep=4"],
         ["parallel.tp=8", "parallel.pp=2", "parallel.ep=2"],
+        ["parallel.tp=2", "parallel.pp=2", "parallel.ep=8", "parallel.cp=4", "data.document_multiple=8"],
     ],
 )
 def test_ranks_stand_in_the_order_that_times_are_planned_with(layout: list[str]) -> None:
@@ -73,9 +73,11 @@ def test_ranks_stand_in_the_order_that_times_are_planned_with(layout: list[str])
     grid = _grid(config)
     # Ranks that agree in these coordinates form a group.
     fixed = {
-        "tp": ("dp", "pp"),
-        "pp": ("dp", "tp"),
-        "dp": ("tp", "pp"),
+        "tp": ("dp", "cp", "pp"),
+        "pp": ("dp", "cp", "tp"),
+        "dp": ("cp", "tp", "pp"),
+        "cp": ("dp", "tp", "pp"),
+        "dp_cp": ("tp", "pp"),
         "ep": ("tp", "pp", "edp"),
         "expt_dp": ("tp", "pp", "ep"),
     }
@@ -108,6 +110,8 @@ def test_a_rank_of_the_recipe_holds_what_the_plan_says() -> None:
     alone(check)
 
 
+# Every kind of parallelism and every kind of layer is in those that remain.
+RARE = ("recipe", "tp8_depth", "cp2_pp4_ep8")
 # Two layers of a stage say what all do; two micro-batches, for what comes once a step and what comes with each.
 STEPS: dict[str, list[str]] = {
     "recipe": ["model.num_layers=2"],
@@ -120,15 +124,26 @@ STEPS: dict[str, list[str]] = {
         *("parallel.tp=4", "parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", "model.num_layers=4"),
         *("model.norm=post_per_expert", "model.experts.shared=1"),
     ],
+    "cp4_tp2_depth": [
+        *("parallel.cp=4", "data.document_multiple=8", "parallel.tp=2", "parallel.ep=4", "parallel.recompute=none"),
+        *("model.num_layers=2", "model.norm=pre", "model.depth.every=2", "model.depth.capacity=0.25"),
+    ],
+    "cp2_pp4_ep8": [
+        *("parallel.cp=2", "data.document_multiple=4", "parallel.pp=4", "parallel.ep=8", "model.num_layers=4"),
+    ],
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in STEPS if name not in RARE), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in RARE)],
+)
 def test_a_step_holds_and_says_what_the_plan_says(name: str) -> None:
     small = ["train.micro_batch_size=2", "model.seq_length=1024"]
     config = recipe(*small, *STEPS[name])
-    replicas = WORLD // (config.parallel.tp * config.parallel.pp)
-    config = recipe(*small, *STEPS[name], f"train.global_batch_size={2 * 2 * replicas}")
+    replicas = dense_replicas(config, WORLD)
+    sequences = 2 * 2 * data_parallel_size(config, WORLD)
+    config = recipe(*small, *STEPS[name], f"train.global_batch_size={sequences}")
     planned_memory = stages_memory(config, WORLD)
 
     def check() -> None:

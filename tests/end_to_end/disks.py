@@ -53,7 +53,7 @@ class Disk:
 
     def _remount(self, mode: str) -> None:
         """Refused while any file is open for writing."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while subprocess.run(["mount", "-o", f"remount,{mode}", str(self.folder)], capture_output=True).returncode:
             assert time.monotonic() < deadline, "a file stays open for writing"
             time.sleep(0.001)

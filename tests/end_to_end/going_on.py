@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmscale.checkpoint.layout import Store
-from mmscale.train.metrics import read_metrics
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import Ended, assert_says
 
 

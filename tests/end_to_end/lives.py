@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -17,7 +18,7 @@ import psutil
 from mmscale.resilience.inject import VARIABLE
 from tests.end_to_end.running import fork_all
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 
 
 @dataclass
@@ -56,6 +57,16 @@ class Life:
             if rank in (None, other) and other not in self.statuses:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
+
+    def hears(self, number: int) -> bool:
+        """Whether every rank that is alive has a handler for this signal; before that the signal kills it."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.statuses:
+                with contextlib.suppress(FileNotFoundError):
+                    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+                    if caught is not None and not int(caught[1], 16) >> (number - 1) & 1:
+                        return False
+        return True
 
     def poll(self) -> bool:
         """Whether any rank is alive."""

@@ -22,8 +22,9 @@ from typing import Any
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.runtime.rank_env import STORE_FD, listen, port_of
+from tests.support import spoken
 
-AFTER_A_FAILURE_S = 30.0  # of one rank, the others have this long to end
+AFTER_A_FAILURE_S = 120.0  # of one rank, the others have this long to end
 
 ROOT = Path(__file__).parents[2]
 MARK = "MMSCALE_TEST_COMMAND"
@@ -45,11 +46,11 @@ class Ended:
     others: str = ""
 
 
-def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) -> Ended:
+def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) -> Ended:
     """`mmscale ARGUMENTS` as forked ranks, which find themselves as the ranks of `--nproc` do."""
     import mmscale.inference.evaluate
-    import mmscale.train.run
-    import mmscale.train.verify  # noqa: F401  what forks would import one by one
+    import mmscale.train.proof.verify_layout
+    import mmscale.train.run  # noqa: F401  what forks would import one by one
 
     folder = Path(tempfile.mkdtemp(prefix="mmscale-forked-"))
     pids = fork_all([str(argument) for argument in arguments], nproc, folder)
@@ -77,6 +78,7 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 120.0) ->
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
+    texts = {name: spoken(text) if name.endswith(".err") else text for name, text in texts.items()}
     others = "".join(text for name, text in sorted(texts.items()) if not name.startswith("0."))
     assert len(set(statuses.values())) == 1, f"{statuses}\n{texts}"
     return Ended(statuses[0], texts["0.out"], texts["0.err"], others)
@@ -145,7 +147,7 @@ class Started:
                     continue
         return found
 
-    def left_behind(self, *, within_s: float = 5.0) -> list[int]:
+    def left_behind(self, *, within_s: float = 300.0) -> list[int]:
         """What still lives after its end; a killed process is gone a moment after the signal."""
         deadline = time.monotonic() + within_s
         while (found := self.processes()) and time.monotonic() < deadline:
@@ -163,7 +165,7 @@ class Started:
         )
         return pid
 
-    def until(self, condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
+    def until(self, condition: Callable[[], bool], *, timeout_s: float = 300.0) -> None:
         """Wait for something while it runs."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -171,10 +173,10 @@ class Started:
             assert time.monotonic() < deadline, "it did not happen"
             time.sleep(0.01)
 
-    def end(self, *, timeout_s: float = 120.0) -> Ended:
+    def end(self, *, timeout_s: float = 300.0) -> Ended:
         """Wait for its end."""
         out, err = self.process.communicate(timeout=timeout_s)
-        return Ended(self.process.returncode, out, err)
+        return Ended(self.process.returncode, out, spoken(err))
 
 
 def _stat(pid: int) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mmscale.train.metrics import read_events, read_metrics
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import assert_says, mmscale
 
 STEP = 10

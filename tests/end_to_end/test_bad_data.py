@@ -16,11 +16,11 @@ import pytest
 
 from mmscale.cli import main
 from mmscale.config.load import load
-from mmscale.data.manifest import MANIFEST, Manifest, write_manifest
+from mmscale.data.prepared.manifest import MANIFEST, Manifest, write_manifest
 from mmscale.data.vocab import BOS, EOS, Vocabulary
 from mmscale.train.stages.table import MAIN, STAGES, Stage
 from tests.end_to_end.running import Ended, assert_says, listing, mmscale
-from tests.unit.data.prepared import prepare
+from tests.unit.data.corpora import prepare
 
 LONGEST = 64  # model.seq_length of the configuration
 
@@ -90,7 +90,7 @@ SETS = ("data.path=MAIN", "data.validation.web=OTHER")
 CASES = {
     "no folder": Case(lambda made: unmake(made.main), "there is no folder MAIN", "data prepare"),
     "not prepared": Case(lambda made: (made.main / MANIFEST).unlink(), "MAIN is not a prepared data set", "prepare"),
-    "cut off": Case(lambda made: cut(made.main), r"MAIN/train-00000.bin has \d+ bytes instead of", "made anew"),
+    "cut off": Case(lambda made: cut(made.main), r"MAIN/train-00000.bin has \d+ bytes instead of", "made again"),
     "no table": Case(lambda made: (made.main / "train-00000.meta.npy").unlink(), "meta.npy cannot be read", "again"),
     "another table": Case(
         lambda made: made.table("main", lambda table: table.__setitem__((0, 0), 9)), "does not add up", "again"
@@ -134,9 +134,9 @@ CASES = {
         "vocab.modalities",
     ),
     "another tokenizer in the blend": Case(
-        lambda made: made.change("other", lambda content: content.update(text_tokenizer="t2")),
+        lambda made: made.change("other", lambda content: content.update(tokenizers={"text": "t2"})),
         "text tokenizer of OTHER .* is another than that of the blend's data",
-        "tokenizers of training",
+        "--like",
         BLEND,
     ),
     "no label": Case(
@@ -161,9 +161,9 @@ CASES = {
         SETS,
     ),
     "validation set of another tokenizer": Case(
-        lambda made: made.change("other", lambda content: content.update(text_tokenizer="t2")),
+        lambda made: made.change("other", lambda content: content.update(tokenizers={"text": "t2"})),
         "data.validation.web: the text tokenizer of OTHER .* is another than that of the data that is trained on",
-        "tokenizers of training",
+        "--like",
         SETS,
     ),
     "validation documents too long": Case(
@@ -193,7 +193,7 @@ def made(config: Path, tmp_path: Path) -> Made:
             folder = prepare(tmp_path / name, documents, vocabulary=vocabulary, parts=1, split=split)
             manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
             splits[split] = manifest.splits[split]
-        changed = {"splits": splits, "text_tokenizer": "t1", "source": name}
+        changed = {"splits": splits, "tokenizers": {"text": "t1"}, "source": name}
         write_manifest(folder, manifest.model_copy(update=changed))
     return Made(tmp_path / "main", tmp_path / "other")
 

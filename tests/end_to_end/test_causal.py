@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mmscale.train.metrics import read_metrics
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import Ended, assert_says, change_settings, mmscale, start, undocumented
 
 STAGE_STEPS = 100  # long enough to be killed in between

@@ -15,8 +15,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
-from checkpoints_tools.hf.configuration_moma import ROUTINGS
+from checkpoints_tools.huggingface.shipped.configuration_moma import ROUTINGS
 from mmscale.errors import DataError, MmscaleError
 from tests.end_to_end.running import ROOT, assert_says, listing, mmscale
 
@@ -31,6 +32,7 @@ DENSE = (
 )
 ROUTED = ("model.experts.choice=competitive", "model.experts.capacity=actual")
 STAGE = ("--stage", "auxiliary", "auxiliary.steps=12", "auxiliary.optim.lr=1e-2", "auxiliary.calibration_batches=2")
+LICENCE = "apache-2.0"
 PROMPTS = ["draw a seven", "this is"]
 
 
@@ -55,7 +57,7 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dense(runs: Path) -> Path:
     """The dense run, exported."""
-    ok("convert", "to-hf", runs / "dense", runs / "dense-hf", "--shard-size", "60e3")
+    ok("convert", "to-hf", runs / "dense", runs / "dense-hf", "--shard-size", "60e3", "--license", LICENCE)
     return runs / "dense-hf"
 
 
@@ -100,6 +102,21 @@ def test_the_gate_says_how_close_it_is(kind: str, dense: Path, moma: Path) -> No
     assert "## Data" in card and "digits" in card and "causal" in card if kind == "moma" else "Qwen3" in card
 
 
+@pytest.mark.parametrize("kind", ["dense", "moma"])
+def test_the_card_has_what_the_hub_reads(kind: str, dense: Path, moma: Path) -> None:
+    """Licence, tags and the held-out losses as a model-index; generation_config.json sets no length."""
+    folder = {"dense": dense, "moma": moma}[kind]
+    card = ModelCard.load(folder / "README.md")
+    data = card.data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation") and "mmscale" in data.tags
+    assert data.license == (LICENCE if kind == "dense" else None)
+    losses = {one.metric_name: one.metric_value for one in data.eval_results}
+    assert losses and all(f"| `{name}` | {value:.4f} |" in card.text for name, value in losses.items())
+    assert {(one.dataset_type, one.metric_type) for one in data.eval_results} == {("held-out", "loss")}
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert "max_length" not in generation and generation["eos_token_id"] == 2
+
+
 def test_the_gate_of_averaged_cut_offs(config: Path, tmp_path: Path) -> None:
     """Competing experts, actual capacity and threshold routing together: no auxiliary routers are needed."""
     cutoffs = (*MAIN, *ROUTED, "model.experts.threshold_decay=0.9", "parallel.ep=1")
@@ -136,13 +153,13 @@ def test_generation_gives_whole_images(moma: Path, tmp_path: Path) -> None:
 
 
 def test_the_processor(moma: Path, tmp_path: Path, digits: Path) -> None:
-    from mmscale.data.image_tokens import open_image_tokenizer
-    from mmscale.data.text_tokens import open_text_tokenizer
+    from mmscale.data.modalities.image_kinds import load_image_tokenizer
+    from mmscale.data.modalities.text_tokens import open_text_tokenizer
 
     _, processor = loaded(moma)
     rng = np.random.default_rng(0)
     picture = PIL.Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8))
-    codes = open_image_tokenizer(digits).encode(np.asarray(picture)[None, ..., None])[0] + 384
+    codes = load_image_tokenizer(digits / "image_tokenizer").encode(np.asarray(picture)[None, ..., None])[0] + 384
     text = open_text_tokenizer(digits).encode("this ").tolist()
     want = [1, *text, 3, *codes.tolist(), 4]
     assert processor(text="this <image>", images=picture)["input_ids"][0].tolist() == want
@@ -203,7 +220,7 @@ def test_without_routers_nothing_is_exported(runs: Path, tmp_path: Path) -> None
 
 def test_an_existing_folder_stays(moma: Path, dense: Path, runs: Path) -> None:
     before = listing(moma)
-    assert "was there already" in ok("convert", "to-hf", runs / "tiny", moma)
+    assert "existed already" in ok("convert", "to-hf", runs / "tiny", moma)
     for other in ((runs / "dense", moma), (runs / "tiny", moma, "--routing", "top1")):
         assert_says(mmscale("convert", "to-hf", *other), status=4, cause="exists already", remedy="name")
     assert listing(moma) == before
@@ -226,9 +243,11 @@ def test_other_tokenizers(runs: Path, digits: Path, tmp_path: Path) -> None:
     ended = mmscale("convert", "to-hf", runs / "dense", tmp_path / "hf", "--data", other)
     assert_says(ended, status=3, cause="image tokenizer of .*other.* is another", remedy="--data DIR")
     manifest = json.loads((other / "manifest.json").read_text())
-    from mmscale.data.image_tokens import open_image_tokenizer
+    from mmscale.data.modalities.image_kinds import load_image_tokenizer
 
-    manifest["image_tokenizer"] = open_image_tokenizer(other).fingerprint()  # whole, but not what was trained on
+    manifest["tokenizers"]["image"] = load_image_tokenizer(
+        other / "image_tokenizer"
+    ).fingerprint()  # whole, but not what was trained on
     (other / "manifest.json").write_text(json.dumps(manifest))
     ended = mmscale("convert", "to-hf", runs / "dense", tmp_path / "hf", "--data", other)
     assert_says(ended, status=3, cause="image tokenizer of .*other.* is another", remedy="--data DIR")
@@ -237,15 +256,16 @@ def test_other_tokenizers(runs: Path, digits: Path, tmp_path: Path) -> None:
 
 def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None:
     """Those of the data set that has images, though a set of texts stands before it; sets that differ are refused."""
-    from checkpoints_tools.hf_source import RunWeights
-    from checkpoints_tools.to_hf import tokenizers_of
+    from checkpoints_tools.huggingface.run_weights import RunWeights
+    from checkpoints_tools.huggingface.to_hf import tokenizers_of
     from mmscale.config.schema import DataSource
-    from mmscale.data.manifest import NO_TOKENIZER
 
-    def changed(name: str, **values: str) -> Path:
+    def changed(name: str, others: dict[str, str]) -> Path:
         folder = Path(shutil.copytree(digits, tmp_path / name))
         file = folder / "manifest.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        manifest = json.loads(file.read_text())
+        manifest["tokenizers"] = {"text": manifest["tokenizers"]["text"], **others}
+        file.write_text(json.dumps(manifest))
         return folder
 
     def tokenizers(*folders: Path) -> Any:
@@ -255,12 +275,12 @@ def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None
         data = config.data.model_copy(update={"path": None, "blend": blend})
         return tokenizers_of(config.model_copy(update={"data": data}), source, None)
 
-    texts = changed("texts", image_tokenizer=NO_TOKENIZER)
+    texts = changed("texts", {})
     shutil.rmtree(texts / "image_tokenizer")
     found = tokenizers(texts, digits)
-    assert found.folder == digits and found.image is not None and found.image.tokens_per_image > 0
+    assert found.folder == digits and found.tokens_per_image > 0
     with pytest.raises(DataError, match=r"image tokenizer of .*other.* is another than that of the blend"):
-        tokenizers(digits, changed("other", image_tokenizer="kmeans-ffff"))
+        tokenizers(digits, changed("other", {"image": "kmeans-ffff"}))
 
 
 def forked(function: Callable[[], Any]) -> tuple[int, str]:
@@ -285,7 +305,7 @@ def forked(function: Callable[[], Any]) -> tuple[int, str]:
 
 def damaging(stage: str, damage: Callable[[Path], None], run: Path, out: Path) -> Callable[[], Any]:
     """An export whose temporary folder is damaged after a stage."""
-    from checkpoints_tools.to_hf import export
+    from checkpoints_tools.huggingface.to_hf import export
 
     def on_stage(reached: str) -> None:
         if reached == stage:

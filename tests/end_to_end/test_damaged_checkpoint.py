@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmscale.train.metrics import read_events
+from mmscale.runs.events import read_events
 from tests.end_to_end.running import assert_says, listing, mmscale
 
 SETTINGS = ("train.eval_every=0", "train.eval_batches=1", "optim.warmup=1", "parallel.ep=1", "checkpoint.every=1")
@@ -47,12 +47,12 @@ def test_training_takes_the_one_before_and_says_so_once(runs: Path, config: Path
     assert ended.status == 0, ended
     (warning,) = (line for line in ended.err.splitlines() if "warning" in line)
     assert "step 2 is damaged, kept as step_00000002.bad: __0_0.distcp has another content" in warning
-    assert "goes on after step 1 of 3" in ended.err
+    assert "resumes after step 1 of 3" in ended.err
     assert "changed since the checkpoint: train.steps: 2 -> 3" in ended.err
     (event,) = (event for event in read_events(runs / "tiny") if event["event"] == "checkpoint_bad")
     assert event["step"] == 2 and event["problems"] == ["__0_0.distcp has another content than what was written"]
     verified = mmscale("ckpt", "verify", runs / "tiny")
-    assert verified.status == 0 and "step 3: whole" in verified.out
+    assert verified.status == 0 and "step 3: intact" in verified.out
 
 
 def test_nothing_whole_is_left(runs: Path, config: Path) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-import launch.job
+import launch.rank_processes
 from launch.status import status
 from mmscale.checkpoint.layout import Store
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
 from mmscale.runtime import disk_writer
 from mmscale.runtime.disk_writer import GOOD, REFUSED
-from mmscale.train.metrics import read_events, read_metrics
 from tests.end_to_end import lives
 from tests.end_to_end.disks import KINDS, Disk, disk_of
 from tests.end_to_end.lives import Life
@@ -51,7 +52,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked processes have these too."""
     monkeypatch.setattr(disk_writer, "WAIT_S", 0.5)
     monkeypatch.setattr(disk_writer, "RETRY_S", 0.1)
-    monkeypatch.setattr(launch.job, "_PROGRESS_S", 0.05)
+    monkeypatch.setattr(launch.rank_processes, "_PROGRESS_S", 0.05)
 
 
 def shown(life: Life) -> int:
@@ -121,7 +122,7 @@ def test_a_renamed_run_is_saved_where_it_is(
     (moved,) = [event for event in read_events(run) if event["event"] == "run_moved"]
     assert moved["to"] == str(run) and Store.of_run(run).steps()[-1] == moved["step"]
     assert f"was renamed to {run}; step {moved['step']} is saved there" in life.said
-    assert f"rename it back, or go on with run.dir={tmp_path} run.name=moved" in life.said
+    assert f"rename it back, or continue with run.dir={tmp_path} run.name=moved" in life.said
     life = Life([*arguments, "run.name=moved"])
     assert life.end() == {0: 0, 1: 0}, life.said
     assert numbers(run) == references[2]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import checkpoints_tools.hf_evaluate  # noqa: F401  what forked commands would import one by one
+import checkpoints_tools.huggingface.evaluate_export  # noqa: F401  what forked commands would import one by one
 from tests.end_to_end.running import assert_says, change_settings, mmscale
 
 SAME = 2e-6  # fp32, means over 600 documents
@@ -29,7 +29,7 @@ def evaluated(*arguments: str | Path) -> dict[str, Any]:
 
 def assert_same_numbers(export: dict[str, Any], run: dict[str, Any]) -> None:
     numbers = {key: value for key, value in run.items() if isinstance(value, float)}
-    assert {"loss", "z_loss", "loss/text", "perplexity/image", "accuracy/digit"} <= numbers.keys()
+    assert {"loss", "z_loss", "loss/text", "bits_per_byte/text", "perplexity/image", "accuracy/digit"} <= numbers.keys()
     assert {key: value for key, value in export.items() if isinstance(value, float)} == pytest.approx(numbers, rel=SAME)
 
 
@@ -66,6 +66,34 @@ def test_the_same_batches_and_every_source_of_a_blend(exported: Path, digits: Pa
     assert export["loss"] != evaluated(hf)["loss"]
 
 
+def test_questions_of_ones_own(exported: Path, tmp_path: Path) -> None:
+    """A file of questions gets the same answers from a run and from its export, with the interval of the accuracy."""
+    words = [" zero", " one", " two", " three"]
+    lines = [{"content": [{"type": "text", "text": "this is"}], "choices": words, "answer": n % 4} for n in range(12)]
+    choice, exact = tmp_path / "which.jsonl", tmp_path / "exact.jsonl"
+    choice.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = [{"type": "text", "text": "draw "}]
+    exact.write_text("".join(json.dumps({"content": content, "answer": word.strip()}) + "\n" for word in words))
+    asked = ("--task", str(choice), "--task", f"write={exact}", "--batches", "1")
+    run = evaluated(exported / "tiny", "--routing", "causal", *asked)
+    export = evaluated(exported / "tiny-hf", *asked)
+    assert run["tasks"] == export["tasks"]
+    assert run["tasks"]["which"] | {"low": 0, "high": 0} == {
+        "right": 3,
+        "asked": 12,
+        "low": 0,
+        "high": 0,
+        "chance": 0.25,
+        "from": str(choice),
+        "not_asked": [],
+    }  # the same question with every answer: whichever the model prefers, it is right three times
+    assert run["tasks"]["write"]["asked"] == 4 and run["tasks"]["write"]["chance"] is None
+    assert run["accuracy/which"] == 0.25 and "digit" in run["tasks"]
+    text = ok("eval", exported / "tiny-hf", *asked)
+    (line,) = (line for line in text.splitlines() if line.startswith("accuracy/which"))
+    assert "25.0%, 3 of 12 (95 % interval 8.9% to 53.2%, chance 25.0%)" in line
+
+
 def test_people_read_the_routing_beside_every_number(exported: Path) -> None:
     text = ok("eval", exported / "tiny-hf", "--batches", "1")
     numbers = [line for line in text.splitlines() if line.startswith(("loss", "perplexity", "accuracy"))]
@@ -83,7 +111,9 @@ def test_what_cannot_be_evaluated_is_said(exported: Path, digits: Path, tmp_path
     assert_says(ended, status=3, cause="there is no folder", remedy="data prepare")
     other = Path(shutil.copytree(digits, tmp_path / "other"))
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"image_tokenizer": "another"}))
+    (other / "manifest.json").write_text(
+        json.dumps(manifest | {"tokenizers": manifest["tokenizers"] | {"image": "another"}})
+    )
     for model in (hf, exported / "tiny"):
         ended = mmscale("eval", model, "--data", other)
         assert_says(ended, status=3, cause=r"image tokenizer of .*other \(another\) is another", remedy="tokenizers of")

@@ -13,7 +13,7 @@ import torch
 from mmscale.data.vocab import SPECIAL_TOKENS
 from tests.end_to_end.running import assert_says, mmscale
 from tests.end_to_end.test_evaluate_export import evaluated, ok
-from tests.unit.checkpoints_tools.test_hf_foreign import foreign
+from tests.unit.checkpoints_tools.huggingface.test_hf_foreign import foreign
 
 
 def fine_tuned(export: Path, out: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmscale.train.metrics import read_metrics
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.going_on import CELLS, Courses, filled
 from tests.end_to_end.running import assert_says, change_settings, mmscale
 

@@ -10,7 +10,8 @@ import pytest
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.resilience import watchdog
 from mmscale.resilience.inject import VARIABLE
-from mmscale.train.metrics import read_events, read_metrics
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import mmscale
 from tests.end_to_end.test_anomaly_policy import BAD, poison, unpredictable
 from tests.end_to_end.test_anomaly_policy import SETTINGS as ROLLS_BACK
@@ -50,7 +51,7 @@ def test_an_evaluation_that_is_stuck_is_a_hang(config: Path, tmp_path: Path, mon
     ended = mmscale("train", config, f"run.dir={tmp_path}", *EVALUATES)
     assert ended.status == watchdog.HUNG and "after step 2; stacks of rank 0" in ended.err, ended
     (report,) = watchdog.reports(tmp_path / "tiny" / "logs" / "attempt_1")
-    assert report.step == 2 and any("evaluate.py" in line for line in report.stack)
+    assert report.step == 2 and any("evaluation.py" in line for line in report.stack)
 
 
 def test_a_roll_back_that_takes_long_is_no_hang(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

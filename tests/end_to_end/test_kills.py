@@ -1,6 +1,6 @@
 """Ranks are killed, stopped and refused their storage at every moment, and the run ends with the same numbers.
 
-MMSCALE_KILLS=200 (`make soak`) for more than the 30 random kills of every run of the suite.
+MMSCALE_KILLS=200 (`make soak`) for more than the 10 random kills of every run of the suite.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import pytest
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import LATEST, Store
-from mmscale.train.metrics import read_events, read_metrics
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
+from tests import shared_memory
 from tests.end_to_end.lives import Life
 from tests.end_to_end.test_train import EXACT
 
-KILLS = int(os.environ.get("MMSCALE_KILLS", "30"))
+KILLS = int(os.environ.get("MMSCALE_KILLS", "10"))
 STEPS = 24
-SHARED = Path("/dev/shm")
 
 
 class Lives:
@@ -70,7 +71,7 @@ def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 
 def test_killed_at_random_moments(config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     """Row 1: all ranks with -9, in start, steps and saves; the newest checkpoint is whole, and the end the same."""
-    rng, shared = random.Random(1), set(SHARED.iterdir())
+    rng, shared = random.Random(1), shared_memory.entries()
     number, kills, moments = 0, 0, Counter[str]()
     lives, longest = Lives(config, tmp_path / "0"), 1.0
     while kills < KILLS:
@@ -96,7 +97,7 @@ def test_killed_at_random_moments(config: Path, reference: dict[int, dict[str, A
             number += 1
             lives = Lives(config, tmp_path / f"{number}")
     assert lives.finish() == reference
-    assert {path for path in SHARED.iterdir() if path not in shared} == set()
+    assert shared_memory.left_behind(shared) == set()
     fell = ", ".join(f"{count} while {moment}" for moment, count in moments.most_common())
     print(f"\n{kills} kills: {fell}; {number + 1} runs of {STEPS} steps ended with the numbers of the undisturbed one")
 
@@ -114,7 +115,7 @@ DEATHS = {
 
 def test_one_rank_is_killed_at_every_place(config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     """Rows 2 and 32: the others end by themselves and not well, nobody is left, the next start goes on."""
-    lives, shared = Lives(config, tmp_path), set(SHARED.iterdir())
+    lives, shared = Lives(config, tmp_path), shared_memory.entries()
     for faults, rank in DEATHS.items():
         life = lives.begin(faults)
         statuses = life.end()
@@ -125,7 +126,7 @@ def test_one_rank_is_killed_at_every_place(config: Path, reference: dict[int, di
         assert all(integrity.verify(lives.store.path(step), step=step) == [] for step in steps), faults
     assert lives.finish() == reference
     assert not [entry for entry in lives.store.root.iterdir() if entry.name != LATEST and "." in entry.name]
-    assert {path for path in SHARED.iterdir() if path not in shared} == set()
+    assert shared_memory.left_behind(shared) == set()
 
 
 STOPS = {
@@ -150,7 +151,7 @@ def test_one_rank_is_asked_to_stop(config: Path, reference: dict[int, dict[str, 
         assert last[0]["step"] == last[1]["step"] == lives.store.steps()[-1], when
         assert integrity.verify(lives.store.path(last[0]["step"])) == [], when
     (given_up,) = lives.events("save_failed")
-    assert given_up["step"] == 18 and given_up["seconds"] < GRACE_S + 10
+    assert given_up["step"] == 18 and given_up["seconds"] < 60
     assert re.fullmatch(r"still writing after [\d.]+ s \(--grace of a stop\)", given_up["reason"])
     # SIGKILL before the save of a stop is done: the last commit stands.
     stood = lives.store.steps()[-1]

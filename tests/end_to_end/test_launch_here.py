@@ -15,7 +15,8 @@ import pytest
 
 from mmscale.checkpoint.layout import Store
 from mmscale.resilience.inject import VARIABLE
-from mmscale.train.metrics import read_events, read_metrics
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import ROOT, Started, assert_says, listing, mmscale, start
 
 STEPS = 8
@@ -69,9 +70,10 @@ def test_a_stage_goes_on_after_a_kill(config: Path, digits: Path, main_run: Path
     for folder in runs.values():
         shutil.copytree(main_run, folder / "tiny")
     arguments = (*SETTINGS, f"data.validation.web={digits}", "--stage", "auxiliary")
+    profile = "log.profile={start: 2, steps: 5}"
     ended = mmscale("train", config, f"run.dir={runs['whole']}", *arguments)
     assert ended.status == 0, ended
-    command = start("launch", config, f"run.dir={runs['killed']}", *arguments, environ=SLOW)
+    command = start("launch", config, f"run.dir={runs['killed']}", *arguments, profile, environ=SLOW)
     whole, stage = (folder / "tiny" / "auxiliary" for folder in runs.values())
     try:
         until_step(command, stage, 3, attempt=1)
@@ -86,7 +88,10 @@ def test_a_stage_goes_on_after_a_kill(config: Path, digits: Path, main_run: Path
     reports = [json.loads((folder / "report.json").read_text()) for folder in (stage, whole)]
     assert reports[0] == reports[1] and reports[0]["validation"]["web"] == reports[0]["held_out"]
     assert [event["action"] for event in events(stage, "ranks_ended")] == ["retry", "end"]
-    assert events(stage, "resume")[0]["step"] in (2, 4)
+    resumed = events(stage, "resume")[0]["step"]
+    assert resumed in (2, 4)
+    traces = [file.name for file in (stage / "profile").iterdir()]  # the killed attempt has written none
+    assert traces == [f"attempt_2_rank_0_steps_{resumed + 1}-6.json.gz"]
     asked = events(stage, "faults_requested")
     assert [(event["attempt"], event["faults"]) for event in asked] == [(1, SLOW[VARIABLE]), (2, SLOW[VARIABLE])]
     assert not events(whole, "faults_requested")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mmscale.resilience import generations, guard, snapshot_files
-from mmscale.train.metrics import read_events, read_metrics
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import Started, mmscale, start
 
 NPROC, STEPS, LOST = 4, 40, 2
@@ -77,7 +78,7 @@ def test_a_killed_rank_whose_memory_is_gone(config: Path, tmp_path: Path, monkey
         assert ended.status == 0, ended
         (restored,) = [event for event in read_events(killed) if event["event"] == "memory_restored"]
         assert restored["step"] >= known and restored["rebuilt"] == [LOST]
-        assert f"goes on from memory: step {restored['step']} of attempt 1, ranks [2] rebuilt" in ended.err
+        assert f"resumes from memory: step {restored['step']} of attempt 1, ranks [2] rebuilt" in ended.err
         (resumed,) = [event for event in read_events(killed) if event["event"] == "resume"]
         assert resumed["step"] == restored["step"]
         assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS

@@ -16,14 +16,14 @@ import pytest
 import sklearn.svm  # noqa: F401
 import yaml
 
-import checkpoints_tools.generator  # noqa: F401
+import checkpoints_tools.huggingface.generator  # noqa: F401
 import mmscale.inference.draw
 import mmscale.inference.recognise
 import mmscale.report.figures
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import Store
-from mmscale.data.digits import labelled
-from mmscale.data.image_files import save_png
+from mmscale.data.built_in.digits import labelled
+from mmscale.data.modalities.image_files import save_png
 from mmscale.data.vocab import EOI, EOS
 from tests.end_to_end.running import Ended, assert_says, change_settings, mmscale
 
@@ -54,7 +54,7 @@ def test_run_and_export_give_the_same_pictures(name: str, exported: Path, seven:
         ("--prompt", "two of <image> are", "--image", seven, "--count", "3", "--top-k", "40", "--guidance", "2")
     ]
     if name == "tiny":
-        ways.append(("--prompt", "draw a two", "--prompt", "a one", "--count", "1", "--temperature", "0"))
+        ways.append(("--prompt", "draw a two", "--count", "1", "--temperature", "0", "--guidance", "auto"))
     for way in ways:
         one = sampled(exported / name, *way, "--draw", "--out", tmp_path / "run")
         other = sampled(exported / f"{name}-hf", *way, "--draw", "--out", tmp_path / "hf")
@@ -62,6 +62,10 @@ def test_run_and_export_give_the_same_pictures(name: str, exported: Path, seven:
         assert one["routing"] == other["routing"] == ("causal" if name == "tiny" else "none")
         said = [[(sample["text"], sample["tokens"]) for sample in found["samples"]] for found in (one, other)]
         assert said[0] == said[1] and len(one["images"]) >= len(said[0])
+        if "auto" in way:
+            mine, theirs = one["guidance"], other["guidance"]
+            assert mine["items"] > 0 and mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+            assert mine["losses"][f"{mine['chosen']:g}"] == min(mine["losses"].values())
         for mine, theirs in zip([*one["images"], one["sheet"]], [*other["images"], other["sheet"]], strict=True):
             assert Path(mine).read_bytes() == Path(theirs).read_bytes()
         assert PIL.Image.open(one["images"][0]).size == (8, 8)
@@ -159,11 +163,12 @@ def test_tokens_are_the_trainers(exported: Path, seven: Path) -> None:
     """Greedy with the cache, token for token what the trainer's causal forward says, which has no cache."""
     import torch
 
-    from checkpoints_tools.generator import Prompt, open_generator
-    from mmscale.data.packed import pack_rows
+    from checkpoints_tools.huggingface.generator import open_generator
+    from checkpoints_tools.huggingface.prompts import Prompt
+    from mmscale.data.stream.packed import pack_rows
     from mmscale.inference.generate import Sampling
     from mmscale.inference.model import open_run
-    from mmscale.model.mixed_modal import Routing
+    from mmscale.tables.routings import Routing
     from tests.unit.inference.test_generate import allowed_of
 
     asked = [Prompt("draw a seven"), Prompt("", (seven,)), Prompt("this is a <image>, <image>", (seven, seven), True)]
@@ -238,7 +243,8 @@ def test_recognition_counts_every_digit_that_was_asked_for(exported: Path, tmp_p
         (("tiny", "--prompt", "a", "--image", "text.png"), 3, "text.png cannot be read", "another picture"),
         (("tiny", "--prompt", "<image><image>", "--image", "{seven}"), 2, "2 <image> for 1 images", "as many --image"),
         (("tiny", "--prompt", "\udce4"), 3, "no valid UTF-8", "encoding"),
-        (("tiny", "--prompt", "a", "--routing", "best"), 2, "'best' is not known", "causal"),
+        (("tiny", "--prompt", "a", "--guidance", "much"), 2, "'much' is no number from 0 on, nor auto", "--guidance 2"),
+        (("tiny", "--prompt", "a", "--routing", "best"), 2, "'best' is not a routing", "causal"),
         (("tiny", "--prompt", "a", "--routing", "threshold"), 4, "no averaged cut-offs", ""),
         (("tiny-hf", "--prompt", "a", "--routing", "threshold"), 4, "needs tensors", "--routing"),
         (("tiny-hf@3", "--prompt", "a"), 2, "has no steps", "tiny-hf"),

@@ -5,6 +5,7 @@ A new stage is tested here as soon as it is in the table; only its settings are 
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import shutil
@@ -20,10 +21,11 @@ import torch
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import Store
 from mmscale.resilience import watchdog
-from mmscale.train.metrics import read_events, read_metrics
-from mmscale.train.router_step import RouterStepper
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
 from mmscale.train.stages.table import MAIN, STAGES
-from mmscale.train.step import Stepper
+from mmscale.train.steps.router_step import RouterStepper
+from mmscale.train.steps.step import Stepper
 from tests.end_to_end.lives import Life
 from tests.end_to_end.running import mmscale
 
@@ -109,9 +111,10 @@ def courses(request: pytest.FixtureRequest, config: Path, main_run: Path) -> Cou
 
 @pytest.fixture(scope="module")
 def undisturbed(courses: Courses, tmp_path_factory: pytest.TempPathFactory) -> tuple[Course, dict[int, dict[str, Any]]]:
-    """A run that nobody disturbs, with TensorBoard."""
+    """A run that nobody disturbs, with TensorBoard, a profile, and early saves in the main stage."""
     course = courses.course(tmp_path_factory.mktemp("undisturbed"))
-    numbers = course.finish("log.tensorboard=true")
+    profile = "log.profile={start: 3, steps: 2, ranks: [1]}"
+    numbers = course.finish("log.tensorboard=true", profile, "checkpoint.early=4")
     assert sorted(numbers) == list(range(1, STEPS + 1))
     return course, numbers
 
@@ -134,6 +137,21 @@ def test_sinks_saves_and_figures(undisturbed: Undisturbed) -> None:
     for before, line in pairwise(lines):
         trained = line["tokens"] - before["tokens"]
         assert line["tokens_per_second"] * line["step_time_s"] == pytest.approx(trained, rel=1e-6)
+
+
+def test_profile_and_early_saves(undisturbed: Undisturbed) -> None:
+    """Steps 3 and 4 of rank 1 only; the numbers of all others equal those without a profile (tests below)."""
+    course, _ = undisturbed
+    (trace,) = (course.folder / "profile").iterdir()
+    assert trace.name == "attempt_1_rank_1_steps_3-4.json.gz"
+    named = [event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert {name for name in named if name.startswith("step ")} == {"step 3", "step 4"}
+    assert any("mm" in name for name in named)
+    (told,) = course.events("profile")
+    assert (told["first"], told["step"], told["ranks"]) == (3, 4, [1])
+    assert [line["step"] for line in read_metrics(course.folder) if "profile_s" in line] == [5]  # a pause of rank 0 too
+    early = {1, 2, 4} if course.stage == MAIN else set()
+    assert set(course.store.steps()) >= early and (1 in course.store.steps()) == (course.stage == MAIN)
 
 
 def test_killed_stopped_and_refused_its_storage(courses: Courses, undisturbed: Undisturbed, tmp_path: Path) -> None:

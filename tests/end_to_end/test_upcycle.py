@@ -15,11 +15,11 @@ from torch import Tensor
 import checkpoints_tools.upcycle  # noqa: F401  what forked commands would import one by one
 import mmscale.inference.evaluate
 from checkpoints_tools.sources import open_source
-from mmscale.data.mixture import open_mixture
+from mmscale.data.stream.mixture import open_mixture
 from mmscale.data.vocab import PAD
 from mmscale.inference.model import open_run
 from mmscale.model.moma import MoMaMLP
-from mmscale.train.metrics import read_metrics
+from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import assert_says, mmscale
 
 STEPS = 4
@@ -38,7 +38,7 @@ MODELS = {
         *ONE_EACH,
         *("model.norm=post_per_expert", "model.experts.threshold_decay=0.9", "model.experts.choice=softmax"),
     ),
-    "dense": DENSE,
+    "dense": (*DENSE, "model.qkv_bias=true"),
     "dense-post": (*DENSE, *POST),
     "dense-post_per_expert": (*DENSE, "model.norm=post_per_expert"),
 }

@@ -15,15 +15,15 @@ from mmscale.model.expert_compute import ExpertCompute, Products
 from mmscale.model.experts import Experts
 from mmscale.model.mixed_modal import RoutingStats
 from mmscale.runtime import device, groups
-from mmscale.train.batch import Batch, to_device
-from mmscale.train.parts import Parts, build
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.assembly import TrainingParts, build
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.steps.batch import Batch, to_device
 from tests.distributed.layouts import config
 
 MODELS = ["dense", "moe", "moma_post_per_expert_shared", "moma_depth", "moma_depth_joint"]
 
 
-def started(settings: Config) -> tuple[Parts, list[list[Batch]]]:
+def started(settings: Config) -> tuple[TrainingParts, list[list[Batch]]]:
     """A model after one step, and the batches of two more."""
     parts = build(settings, groups.collection())
     mixture = SyntheticMixture(settings, share={"text": 0.5, "image": 0.5})

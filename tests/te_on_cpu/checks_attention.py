@@ -16,9 +16,9 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.batch import to_device
-from mmscale.train.parts import build
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train.assembly import build
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.steps.batch import to_device
 from tests.distributed.layouts import config
 from tests.distributed.test_resume import start
 from tests.support import run_ranks

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
 from mmscale.config import Config
-from mmscale.config.schema import OptimConfig
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
+from mmscale.tables import settings as tables
 from tests.distributed.test_resume import TOLERANCE, assert_weights_are_newest, leg, settings, start, tensors
 from tests.support import run_ranks
 from tests.te_on_cpu.over_te import can_run, small, using  # noqa: F401  a fixture
 
-MOMENTS = get_args(OptimConfig.model_fields["moments"].annotation)
+MOMENTS = tuple(tables.MOMENTS)
 
 
 def test_a_run_may_change_its_backend_and_its_layout(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
             halves = leg(made, tmp_path / name, load=None, until=2) + leg(made, tmp_path / name, load=2, until=3)
             assert whole == halves, (name, whole, halves)
 
-    run_ranks(one, world_size=1, timeout_s=240)
+    run_ranks(one, world_size=1, timeout_s=600)
 
 
 def test_every_setting_of_moments_reads_every_other(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_scales_of_delayed_fp8_survive_another_layout(model: str, products: int,
     from mmscale.model.experts_te import TEExperts
     from mmscale.model.state_te import scaled_modules
 
-    from mmscale.train import local_state  # isort: skip
-    from mmscale.train.state import TrainState, unwrapped  # isort: skip
+    from mmscale.train.state import local_state  # isort: skip
+    from mmscale.train.state.train_state import TrainState, unwrapped  # isort: skip
 
     def modules(state: TrainState) -> list[tuple[str, Any, int]]:
         """Name, linear and the number of its first product among those of all expert-parallel ranks."""
@@ -123,7 +123,7 @@ def test_scales_of_delayed_fp8_survive_another_layout(model: str, products: int,
 
     def ranks_of_two(ranks: RankEnv) -> None:
         from mmscale.checkpoint.manager import CheckpointManager
-        from mmscale.train.parts import build
+        from mmscale.train.assembly import build
         from tests.distributed.test_resume import _unheard
 
         start(ranks)

@@ -10,7 +10,7 @@ from mmscale.bench.gpu_kernels import RECIPES
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.verify import compare
+from mmscale.train.proof.verify_layout import compare
 from tests.distributed.layouts import assert_equal, config, trace
 from tests.distributed.test_resume import start
 from tests.support import run_ranks

@@ -16,11 +16,11 @@ import torch
 from mmscale.config.rules import violations
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import parts
-from mmscale.train.batch import to_device
-from mmscale.train.state import unwrapped
-from mmscale.train.synthetic import SyntheticMixture
-from mmscale.train.verify import compare, compare_tensors, verdict
+from mmscale.train import assembly
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.proof.verify_layout import compare, compare_tensors, verdict
+from mmscale.train.state.train_state import unwrapped
+from mmscale.train.steps.batch import to_device
 from tests.distributed.layouts import References, assert_passes, config, start, trace
 from tests.support import run_ranks
 from tests.te_on_cpu.over_te import can_run, in_whole_blocks, small, using  # noqa: F401  a fixture
@@ -98,7 +98,7 @@ def test_delayed_scales_are_those_of_an_expert(world_size: int, parallel: dict[s
         start(ranks)
         layout = process_groups.initialize_layout(tp=parallel.get("tp", 1), ep=parallel["ep"])
         made = using(small(config("moma_7t1i", dtype="bf16", parallel=parallel), num_layers=1), "te", fp8="delayed")
-        built = parts.build(made, layout)
+        built = assembly.build(made, layout)
         linears = [
             linear
             for module in unwrapped(built.chunks[0]).modules()

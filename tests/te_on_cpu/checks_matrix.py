@@ -13,7 +13,7 @@ import pytest
 from mmscale.bench.gpu_kernels import RECIPES
 from mmscale.config import Config
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.verify import compare
+from mmscale.train.proof.verify_layout import compare
 from tests.distributed.layouts import References, assert_equal, config, trace
 from tests.distributed.test_resume import TOLERANCE, leg, settings, start
 from tests.support import run_ranks

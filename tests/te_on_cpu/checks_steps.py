@@ -12,10 +12,10 @@ from mmscale.bench.gpu_kernels import RECIPES
 from mmscale.config import Config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train import parts
-from mmscale.train.batch import to_device
-from mmscale.train.state import unwrapped
-from mmscale.train.synthetic import SyntheticMixture
+from mmscale.train import assembly
+from mmscale.train.proof.synthetic import SyntheticMixture
+from mmscale.train.state.train_state import unwrapped
+from mmscale.train.steps.batch import to_device
 from tests.device_reads import DeviceReads
 from tests.distributed.layouts import config
 from tests.distributed.test_resume import start
@@ -24,9 +24,9 @@ from tests.te_on_cpu.over_te import can_run, small, using  # noqa: F401  a fixtu
 
 # Where a step may read; tests/unit/train/test_device_reads.py has the same for the torch backend.
 ALLOWED = {
-    ("mmscale.train.optim:measure", "cpu"),
-    ("mmscale.train.optim:measure", "_local_scalar_dense"),
-    ("mmscale.train.step:mean_losses", "_local_scalar_dense"),
+    ("mmscale.train.optim.optimizer:measure", "cpu"),
+    ("mmscale.train.optim.optimizer:measure", "_local_scalar_dense"),
+    ("mmscale.train.steps.step:mean_losses", "_local_scalar_dense"),
     ("megatron.core.tensor_parallel.random:fork", "_local_scalar_dense"),
 }
 
@@ -38,14 +38,14 @@ def test_a_step_reads_once(recipe: str) -> None:
     def one(ranks: RankEnv) -> None:
         start(ranks)
         settings = using(small(config("moma_depth", dtype="bf16"), num_layers=2), "te", fp8=recipe)
-        made = parts.build(settings, process_groups.initialize_layout())
+        made = assembly.build(settings, process_groups.initialize_layout())
         mixture = SyntheticMixture(settings, share={"text": 0.5, "image": 0.5})
         for step in range(2):
             batches = [to_device(mixture.micro_batch(2 * step + number), mixture.vocabulary) for number in range(2)]
             with DeviceReads() as reads:
                 made.stepper.train(batches, lr=1e-3)
         assert not reads.found.keys() - ALLOWED, reads.found
-        assert reads.found["mmscale.train.optim:measure", "cpu"] == 1
+        assert reads.found["mmscale.train.optim.optimizer:measure", "cpu"] == 1
 
     run_ranks(one, world_size=1)
 
@@ -100,8 +100,8 @@ def test_every_user_buffer_that_a_layer_asks_for_is_there(
         torch.distributed.new_group = lambda *a, backend=None, **k: new_group(*a, backend="gloo", **k)
         torch.distributed.is_backend_available = lambda backend: True
         settings = _with_user_buffers(precision, key_value_heads)
-        groups = parts.start(settings, ranks)
-        model = unwrapped(parts.build(settings, groups).chunks[0])
+        groups = assembly.start(settings, ranks)
+        model = unwrapped(assembly.build(settings, groups).chunks[0])
         base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
         first, last = settings.precision.fp8_skip_first, settings.precision.fp8_skip_last
         asked = 0

@@ -182,7 +182,7 @@ class _Torch(types.ModuleType):
 def _asks(depth: int = 2) -> bool:
     """Whether the caller is Transformer-Engine's Python, directly or through mmscale's CPU adaptor."""
     name = sys._getframe(depth).f_globals.get("__name__", "")
-    if name == "mmscale.runtime.megatron_cpu":
+    if name.startswith("mmscale.runtime.megatron_"):
         name = sys._getframe(depth + 1).f_globals.get("__name__", "")
     return name == "transformer_engine" or name.startswith("transformer_engine.")
 

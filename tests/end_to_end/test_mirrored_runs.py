@@ -1,0 +1,133 @@
+"""Runs with `checkpoint.mirror`: what a run, a kill, a stage and a store that is away leave there, and how they go on.
+
+tests/unit/checkpoint/test_mirror.py has the uploads and downloads themselves, test_s3_mirror.py an S3 server.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmscale.checkpoint import integrity
+from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.mirror.downloads import generations
+from mmscale.checkpoint.mirror.remote import Remote
+from mmscale.resilience.inject import VARIABLE
+from mmscale.runs.events import read_events
+from mmscale.runs.metrics import read_metrics
+from tests.end_to_end.running import mmscale
+
+STEPS = 12
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "checkpoint.every=4",
+    "train.eval_every=0",
+    "auxiliary.steps=4",
+)
+# Layouts and ways of saving that write a checkpoint, and the layout that goes on from the mirror.
+WRITTEN = {
+    "async": (2, ("parallel.ep=2",), ("parallel.ep=1", "parallel.tp=2")),
+    "blocking": (2, ("parallel.ep=1", "parallel.pp=2", "checkpoint.asynchronous=false"), ("parallel.ep=2",)),
+    "grouped": (2, ("parallel.ep=2", "checkpoint.writers=1"), ("parallel.ep=1",)),
+}
+
+
+def events(run: Path, name: str) -> list[int | None]:
+    return [event.get("step") for event in read_events(run) if event["event"] == name]
+
+
+def mirrored(folder: Path) -> list[int]:
+    return [one.step for one in generations(Remote(f"file://{folder}"))]
+
+
+@pytest.mark.parametrize(
+    "way", ["async", *(pytest.param(way, marks=pytest.mark.exhaustive) for way in WRITTEN if way != "async")]
+)
+def test_a_run_goes_on_elsewhere_from_its_mirror(config: Path, tmp_path: Path, way: str) -> None:
+    """A run that was killed after step 10 goes on from step 8, with another layout and nothing of the first folder."""
+    nproc, writing, other = WRITTEN[way]
+    mirror = f"checkpoint.mirror=file://{tmp_path}/mirror"
+    whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "*:10:step:kill")
+        killed = mmscale("train", config, f"run.dir={first}", *SETTINGS, *writing, mirror, nproc=nproc)
+        assert killed.status not in (0, 2), killed
+    store = Store.of_run(first / "tiny")
+    if mirrored(tmp_path / "mirror" / "tiny") != [4, 8]:  # the kill was faster than the upload
+        ended = mmscale("ckpt", "mirror", first / "tiny", "--json")
+        assert ended.status == 0, ended
+    assert mirrored(tmp_path / "mirror" / "tiny") == [4, 8] == store.steps()[-2:]
+    store.root.rename(tmp_path / "gone")
+    ended = mmscale("ckpt", "fetch", f"file://{tmp_path}/mirror/tiny", second / "tiny", "--json")
+    assert ended.status == 0, ended
+    assert [one["step"] for one in json.loads(ended.out)["fetched"]] == [8]
+    # `train RUN/config.yaml`: a new cluster has another folder for the mirror's next generations, or the same.
+    ended = mmscale("train", second / "tiny" / "config.yaml", *other, nproc=nproc)
+    assert ended.status == 0, ended
+    assert mirrored(tmp_path / "mirror" / "tiny") == [8, 12], "the second run's attempt is the newer one"
+    ended = mmscale("train", config, f"run.dir={whole}", *SETTINGS, *other, nproc=nproc)
+    assert ended.status == 0, ended
+    one, again = ({row["step"]: row["loss"] for row in read_metrics(run / "tiny")} for run in (whole, second))
+    assert set(again) == set(range(9, STEPS + 1))
+    assert again == pytest.approx({step: one[step] for step in again}, rel=1e-4)
+
+
+def test_the_end_waits_for_the_mirror_and_the_stage_has_its_own(config: Path, tmp_path: Path) -> None:
+    """At 400 kB/s the last upload outlives training; the routers' checkpoints are fetched with the main ones."""
+    settings = (f"run.dir={tmp_path}/runs", *SETTINGS, f"checkpoint.mirror=file://{tmp_path}/mirror")
+    ended = mmscale("train", config, *settings, "checkpoint.mirror_bandwidth=400k", nproc=2)
+    assert ended.status == 0, ended
+    run = tmp_path / "runs" / "tiny"
+    assert mirrored(tmp_path / "mirror" / "tiny")[-1] == STEPS
+    assert [event["event"] for event in read_events(run)][-1] == "finish"
+    (shown,) = json.loads(mmscale("status", run, "--json").out)
+    assert (shown["state"], shown["mirror"]) == ("finished", {"step": STEPS, "problem": ""})
+    ended = mmscale("train", config, *settings, "--stage", "auxiliary", nproc=2)
+    assert ended.status == 0, ended
+    assert mmscale("ckpt", "mirror", run, "--json").status == 0
+    new = tmp_path / "new" / "tiny"
+    ended = mmscale("ckpt", "fetch", f"file://{tmp_path}/mirror/tiny", new, "--json")
+    assert ended.status == 0, ended
+    assert [(one["stage"], one["step"]) for one in json.loads(ended.out)["fetched"]] == [
+        ("main", STEPS),
+        ("auxiliary", 4),
+    ]
+    one, other = (
+        json.loads(mmscale("eval", place, "--batches", "1", "--routing", "causal", "--json").out)
+        for place in (run, new)
+    )
+    assert one["loss"] == other["loss"]
+    for folder in (run, run / "auxiliary"):
+        newest = Store.of_run(folder).choose()
+        assert integrity.verify(Store.of_run(folder).path(newest), step=newest) == []
+
+
+def test_a_store_that_is_away_ends_nothing(config: Path, tmp_path: Path) -> None:
+    """The run trains to its end with status 0, says why the mirror lags behind, and the command uploads later."""
+    (tmp_path / "mirror").write_text("in the way")
+    settings = (*SETTINGS, f"checkpoint.mirror=file://{tmp_path}/mirror", "checkpoint.mirror_wait=2")
+    ended = mmscale("train", config, f"run.dir={tmp_path}/runs", "parallel.ep=1", *settings)
+    assert ended.status == 0, ended
+    run = tmp_path / "runs" / "tiny"
+    assert f"the mirror file://{tmp_path}/mirror/tiny is behind" in ended.out + ended.err
+    assert events(run, "finish") == [STEPS] and not events(run, "mirror_uploaded") and events(run, "mirror_failed")
+    ended = mmscale("ckpt", "mirror", run)
+    assert ended.status == 4 and "NotADirectoryError" in ended.err
+    (tmp_path / "mirror").unlink()
+    assert mmscale("ckpt", "mirror", run).status == 0
+    assert mirrored(tmp_path / "mirror" / "tiny") == [8, STEPS]
+
+
+def test_what_is_refused_before_anything_starts(config: Path, tmp_path: Path) -> None:
+    """Credentials in a URL, which would be written into records, and stores for which no package is installed."""
+    for url, said in (
+        ("s3://key:hunter2@bucket/folder", "holds credentials"),
+        ("bucket/folder", "is no URL"),
+        ("file://folder", "named from the root"),
+        ("gopher9://bucket/folder", "knows no store"),
+    ):
+        ended = mmscale("train", config, f"run.dir={tmp_path}", "parallel.ep=1", f"checkpoint.mirror={url}")
+        assert ended.status == 2 and said in ended.err, ended
+        assert "hunter2" not in ended.err and not (tmp_path / "tiny").exists()

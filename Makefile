@@ -1,38 +1,44 @@
-# make quickstart: from nothing to a trained and evaluated model. make test: the suite. make test-all: with the large matrices too.
-# Nothing here is needed by the package itself; PYTHON=python3.12 make ... picks an interpreter.
+# make quickstart trains and evaluates a model from scratch. make test runs the suite, make test-all also the large matrices.
+# The package itself needs nothing from this file. PYTHON=python3.12 make ... picks an interpreter.
 .DEFAULT_GOAL := help
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
 PYTHON ?= python3
-# More arguments for pip, for instance an index with CPU-only wheels of torch.
+# Further arguments for pip, for instance an index with CPU-only wheels of torch.
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EVALS := $(VENV)/.installed-evals
-# Transformer-Engine's Python, without what it has compiled, in a folder of its own: tests/te_on_cpu.
+# Transformer-Engine's Python without its compiled parts, in a separate folder, for tests/te_on_cpu.
 TE := $(VENV)/transformer-engine
 
 # A machine's threads are shared by local ranks, and idle OpenMP threads must not spin against them.
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
+# Further arguments for pytest in make test, for instance -x.
+PYTEST_ARGS ?=
 
-.PHONY: docs help quickstart test test-all lint pytest matrices transformer-engine apptainer security soak preempted killed clean
+.PHONY: docs help wheelhouse quickstart test test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 security soak chaos preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
 	@echo "make test         install, lint and run the tests"
 	@echo "make test-all     the same, and every combination of layouts and features (tests marked exhaustive)"
 	@echo "make security     hostile inputs and fuzzers, about an hour"
+	@echo "make durations    run the tests one after the other; table of what each costs"
 	@echo "make lint         ruff, mypy and import contracts only"
 	@echo "make docs         the documentation as a site in .site; fails on a broken link"
-	@echo "make soak         200 random kills of a run, which ends with the same numbers"
-	@echo "make preempted    20 random preemptions of a run on a local SLURM, which ends with the same numbers"
-	@echo "make killed       the quickstart, killed in three places, ends with the same numbers"
+	@echo "make wheelhouse   wheels of mmscale and all its dependencies in wheelhouse/, for a machine without a network"
+	@echo "make soak         kill a run 200 times at random; its numbers must equal an undisturbed run's"
+	@echo "make chaos        disturb runs of 1, 2 and 4 ranks with 50 random events; the same (EVENTS=, SEED=)"
+	@echo "make preempted    preempt a run 20 times at random on a local SLURM; its numbers must equal an undisturbed run's"
+	@echo "make test-slurm-24   tests/slurm on SLURM 24.11, in a Debian 13 beside this system (root, Debian)"
+	@echo "make killed       kill the quickstart in three places; its numbers must equal an undisturbed run's"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
 
-# Depends on what decides the packages; installing twice changes nothing.
+# Reinstalls only when the files that select the packages change.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no $(PYTHON)" >&2; \
 	  echo "remedy: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -45,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# What the tests alone need: half a minute more, which the quickstart does without.
+# Packages that only the tests need: half a minute that the quickstart saves.
 $(EVALS): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev,evals]'
 	@touch $@
@@ -65,8 +71,25 @@ apptainer: $(VENV)/apptainer/bin/apptainer
 $(VENV)/apptainer/bin/apptainer: tests/slurm/get_apptainer.sh $(STAMP)
 	tests/slurm/get_apptainer.sh $(VENV)/apptainer
 
-# The second time everything is there: preparing, training and exporting say so, and only evaluations and pictures are made
-# again. STRICT=--strict: fail where the model misses a target.
+# Everything that a machine without a network needs, for this machine's kind and Python. There:
+#   pip install --no-index --find-links wheelhouse -c constraints.txt 'mmscale[hf,data]'
+WHEELHOUSE ?= wheelhouse
+EXTRAS ?= hf,data
+wheelhouse:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no $(PYTHON)" >&2; exit 1; }
+	@mkdir -p $(WHEELHOUSE)
+	$(PYTHON) -m pip wheel --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -w $(WHEELHOUSE) '.[$(EXTRAS)]'
+	@cp constraints.txt $(WHEELHOUSE)/
+	@echo "$(WHEELHOUSE): $$(ls $(WHEELHOUSE)/*.whl | wc -l) wheels, $$(du -sh $(WHEELHOUSE) | cut -f1)"
+
+# Nightly. Makes the root file system the first time (300 MB). ON=tests/slurm/test_shell.py: only those of some files.
+DEBIAN_13 ?= /var/tmp/mmscale-debian-13
+ON ?= tests/slurm
+test-slurm-24: $(STAMP)
+	tests/slurm/on_debian_13.sh $(DEBIAN_13) $(ON)
+
+# A second start finds the data, the model and the export and skips those steps; it repeats only evaluations and pictures.
+# STRICT=--strict: fail if the model misses a target.
 RUN := runs/quickstart
 DIGITS := zero one two three four five six seven eight nine
 STRICT ?=
@@ -93,12 +116,37 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Ranks of the suite are forks that compute on the CPU, also where there are GPUs; what needs one runs after it.
+# The suite's ranks are forked processes that compute on the CPU, even on a machine with GPUs. GPU tests run afterwards.
+# Three streams run at once: tests/unit is one process, tests/slurm waits for SLURM more than it computes, the rest starts
+# ranks. The output of the first two comes after that of the rest. A stream for which PYTEST_ARGS choose no test (status 5)
+# is no failure unless all have none. Each has a cache of its own, for instance for PYTEST_ARGS=--last-failed.
+UNIT_LOG := $(VENV)/tests-unit.log
+SLURM_LOG := $(VENV)/tests-slurm.log
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS) -o cache_dir=.pytest_cache
+# Job control gives each a process group of its own; Ctrl-C and SIGTERM are passed on to all.
 pytest: $(STAMP) $(EVALS) $(TE)/.unpacked
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+	@echo "tests/unit and tests/slurm run beside the other tests; their output comes last, and is in $(UNIT_LOG) and $(SLURM_LOG)"
+	@set -m; failed=5; export CUDA_VISIBLE_DEVICES=; \
+	  $(PYTEST)/unit tests/unit < /dev/null > $(UNIT_LOG) 2>&1 & unit=$$!; \
+	  $(PYTEST)/slurm tests/slurm < /dev/null > $(SLURM_LOG) 2>&1 & slurm=$$!; \
+	  $(PYTEST)/rest --ignore=tests/unit --ignore=tests/slurm < /dev/null & rest=$$!; \
+	  for name in INT TERM; do trap "kill -$$name $$unit $$slurm $$rest 2>/dev/null || true" $$name; done; \
+	  for one in $$rest $$unit $$slurm; do \
+	    status=0; wait $$one || status=$$?; \
+	    while kill -0 $$one 2>/dev/null; do wait $$one || status=$$?; done; \
+	    if (( status != 5 && (status || failed == 5) )); then failed=$$status; fi; \
+	  done; cat $(UNIT_LOG) $(SLURM_LOG); exit $$failed
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null; then set -x; $(BIN)/python -m pytest tests/gpu; fi
 
-# What takes too long for every change. MATRICES=tests/distributed/test_layouts.py: only those of some files.
+# The table of docs/results/durations.md: the same tests, one process at a time, and what each of them cost.
+DURATIONS := $(VENV)/durations.tsv
+durations: $(STAMP) $(EVALS) $(TE)/.unpacked
+	@rm -f $(DURATIONS)
+	@failed=0; export CUDA_VISIBLE_DEVICES=; for folder in unit te_on_cpu distributed end_to_end slurm; do \
+	  $(BIN)/python -m pytest -q -p tests.durations --durations-to $(DURATIONS) tests/$$folder < /dev/null || failed=$$?; \
+	done; $(BIN)/python -m tests.durations $(DURATIONS); exit $$failed
+
+# Tests that take too long to run on every change. MATRICES=tests/distributed/test_layouts.py: only those of some files.
 MATRICES ?=
 matrices: $(STAMP) $(EVALS) $(TE)/.unpacked
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m exhaustive $(MATRICES)
@@ -113,24 +161,36 @@ docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site: .site/index.html"
 
-# Files, pickles, images and archives that want to do harm, and changed ones by the ten thousands: about an hour.
-SECURITY := tests/unit/test_bounded.py tests/unit/test_wheel.py tests/unit/checkpoint/test_pickles.py \
-  tests/unit/data/test_hostile_files.py tests/unit/data/test_documents.py tests/unit/data/test_digests.py \
-  tests/unit/checkpoints_tools/test_image_bounds.py tests/unit/checkpoints_tools/test_ckpt.py \
-  tests/unit/config/test_load.py tests/end_to_end/test_secrets.py
+# Hostile files, pickles, images and archives, and tens of thousands of randomly changed ones: about an hour.
+# The tests that docs/security.md names; tests/unit/test_docs.py compares.
+SECURITY := tests/unit/test_bounded.py tests/unit/test_wheel.py tests/unit/config/test_load.py \
+  tests/unit/checkpoint/test_archive.py tests/unit/checkpoint/test_fuzzed_indices.py tests/unit/checkpoint/test_integrity.py \
+  tests/unit/checkpoint/test_pickles.py tests/unit/checkpoint/test_tensor_index.py tests/unit/checkpoint/test_torch_files.py \
+  tests/unit/data/documents/test_hostile_files.py tests/unit/data/documents/test_documents.py tests/unit/data/test_digests.py \
+  tests/unit/data/prepared/test_plugin_tokenizers.py \
+  tests/unit/launch/test_sharing.py \
+  tests/unit/checkpoints_tools/huggingface/test_hf_files.py tests/unit/checkpoints_tools/huggingface/test_image_bounds.py \
+  tests/unit/checkpoints_tools/test_ckpt.py tests/distributed/test_damage.py tests/end_to_end/test_data_check.py \
+  tests/end_to_end/test_plugins.py tests/end_to_end/test_secrets.py
 security: $(STAMP)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "exhaustive or not exhaustive" $(SECURITY)
 
-# The suite does 30.
+# The suite kills 10 times.
 KILLS := 200
 soak: $(STAMP)
 	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -W ignore tests/end_to_end/test_kills.py -k random
 
-# The suite does two; about twenty seconds each.
+# The suite has five events. Each takes about five seconds on two cores; the seed is printed.
+EVENTS ?= 50
+SEED ?= $(shell date +%s)
+chaos: $(STAMP)
+	MMSCALE_CHAOS=$(EVENTS) MMSCALE_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -q -W ignore tests/end_to_end/test_chaos.py
+
+# The suite preempts twice. Each preemption takes about twenty seconds.
 preempted: $(STAMP)
 	MMSCALE_PREEMPTIONS=20 $(BIN)/python -m pytest -q -s -W ignore tests/slurm/test_preemptions.py
 
-# Beside one that nobody disturbs; the suite does the same with a tiny model.
+# Compares with an undisturbed quickstart; the suite does the same with a tiny model.
 killed: quickstart
 	MMSCALE_QUICKSTART=$(CURDIR)/$(RUN) $(BIN)/python -m pytest -q -s tests/end_to_end/test_quickstart.py -k make
 

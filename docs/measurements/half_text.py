@@ -10,9 +10,9 @@ import textwrap
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from mmscale.data.digits import digit_slices
-from mmscale.data.documents import Image
-from mmscale.data.image_files import save_png
+from mmscale.data.built_in.digits import digit_slices
+from mmscale.data.documents.schema import Image
+from mmscale.data.modalities.image_files import save_png
 
 CHARACTERS = 120  # of a text at most
 

@@ -65,7 +65,8 @@ def table(found: dict[str, Any]) -> list[str]:
             if not runs:
                 continue
             losses = [run["held_out"][-1][1] for run in runs]
-            late = [[row for row in run["unrouted"] if row[0] > 0.75 * run["unrouted"][-1][0]] for run in runs]
+            shares = [run["unrouted"] for run in runs if run["unrouted"]]  # of some runs the last losses alone are kept
+            late = [[row for row in share if row[0] > 0.75 * share[-1][0]] for share in shares]
             text, image = (mean(row[column] for rows in late for row in rows) for column in (1, 2))
             causal = [run["causal"] for run in runs if "causal" in run]
             cells = [
@@ -96,7 +97,7 @@ def draw(file: Path, out: Path) -> None:
     figure, axes = plt.subplots(3, len(names), figsize=(4.2 * len(names), 9), squeeze=False, layout="constrained")
     for column, name in enumerate(names):
         for way, colour in WAYS.items():
-            runs = seeds(found, name, way)
+            runs = [run for run in seeds(found, name, way) if run["unrouted"]]
             if not runs:
                 continue
             for row, (key, index) in enumerate((("unrouted", 1), ("unrouted", 2), ("held_out", 1))):

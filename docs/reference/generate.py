@@ -1,4 +1,4 @@
-"""Pages of the reference that are generated from the code: every setting and every command. A hook of mkdocs."""
+"""Pages of the reference that are generated from the code: settings, commands, choices. A hook of mkdocs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import typer.main
 
 from mmscale.cli import app
 from mmscale.config.explain import explain
+from mmscale.tables import settings as tables
+from mmscale.tables.plugins import PLUGINS
+from mmscale.tables.routings import ROUTINGS
+from mmscale.tables.table import Table
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to those of docs/."""
     from mkdocs.structure.files import File
 
-    for name, text in (("settings", settings()), ("commands", commands())):
+    for name, text in (("settings", settings()), ("commands", commands()), ("choices", choices())):
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
 
@@ -55,6 +59,21 @@ def _cells(entry: dict[str, Any]) -> Iterator[str]:
 
 def _escaped(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def choices() -> str:
+    """A table for each enumeration: names and meanings; and the kinds of plug-ins."""
+    lines = ["# Choices", "", "Everything that is chosen by name, and the kinds of plug-ins that a setting takes."]
+    for table in (*(one for one in vars(tables).values() if isinstance(one, Table)), ROUTINGS):
+        keys = ", ".join(f"`{key}`" for key in table.settings)
+        lines += ["", f"## {table.title}", "", f"Values of {keys}.", "", "| name | meaning |", "| --- | --- |"]
+        lines += [f"| `{name}` | {_escaped(choice.meaning)} |" for name, choice in table.items()]
+    lines += ["", f"## {PLUGINS.title}", "", "| kind | settings | what it decides | its factory gets | its methods |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for name, kind in PLUGINS.items():
+        cells = [*(", ".join(f"`{one}`" for one in words) for words in (kind.settings, kind.given, kind.methods))]
+        lines.append(f"| {name} | {cells[0]} | {_escaped(kind.meaning)} | {cells[1] or 'nothing'} | {cells[2]} |")
+    return "\n".join(lines) + "\n"
 
 
 def commands() -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -206,8 +207,6 @@ def status(
 
     Folders of data sets that jobs prepare are shown with the parts that are made.
     """
-    import time
-
     from launch import status as states
     from launch.job_table import JobTable
 

@@ -4,11 +4,14 @@
 An upper bound that an assertion, a refusal or a wait for something states must be at least `CEILING_S` of
 tests/bounded_work.py. To show that something is quick, count what it does: reads, waits, processes, records.
 It is a lint: it follows names within a function, but not what another function measures.
+
+A second rule: functions of `time` are replaced for one module (`replace_time`), not for the whole process.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +20,8 @@ import pytest
 from tests.bounded_work import CEILING_S
 
 ROOT = Path(__file__).parents[2]
-CLOCKS = {"monotonic", "perf_counter", "process_time", "thread_time", "time", "monotonic_ns", "perf_counter_ns"}
+CLOCKS = {"monotonic", "perf_counter", "process_time", "thread_time", "time"}
+CLOCKS |= {f"{clock}_ns" for clock in CLOCKS}
 # Ceilings that every test may use, and measurements of which none is asserted.
 MAY_READ_PROCESSOR_TIME = ("tests/bounded_work.py", "tests/unit/checkpoint/test_fuzzed_indices.py")
 Constants = dict[str, float]
@@ -248,6 +252,18 @@ def faults(source: str, shared: Constants) -> list[str]:
     return sorted(set(found))
 
 
+def replaced_for_all(source: str) -> list[int]:
+    """Lines that replace a function of `time` for every module and thread, subprocess among them."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "patch", "patch.object")):
+            named = [one.value if isinstance(one, ast.Constant) else ast.unparse(one) for one in node.args[:2]]
+            parts = ".".join(map(str, named)).split(".")
+            if any(one == "time" and other in CLOCKS | {"sleep"} for one, other in itertools.pairwise(parts)):
+                found.append(node.lineno)
+    return found
+
+
 def tests() -> list[Path]:
     return [path for path in sorted((ROOT / "tests").rglob("*.py")) if path != Path(__file__)]
 
@@ -270,6 +286,27 @@ def test_processor_time_is_read_in_one_place() -> None:
         str(path.relative_to(ROOT)) for path in tests() if any(f"time.{name}" in path.read_text() for name in names)
     ]
     assert sorted(found) == sorted(MAY_READ_PROCESSOR_TIME)
+
+
+def test_time_is_replaced_for_one_module() -> None:
+    found = {str(path.relative_to(ROOT)): replaced_for_all(path.read_text()) for path in tests()}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        ('monkeypatch.setattr(time, "sleep", f)', True),
+        ('monkeypatch.setattr(scheduler.time, "monotonic", f)', True),
+        ('monkeypatch.setattr("launch.job_table.time.monotonic", f)', True),
+        ('mock.patch("launch.logs.time.sleep")', True),
+        ('mock.patch.object(time, "time_ns", f)', True),
+        ('monkeypatch.setattr(module, "time", clock)', False),
+        ('monkeypatch.setattr(clock, "sleep", f)', False),
+    ],
+)
+def test_a_replacement_for_all_is_seen(line: str, seen: bool) -> None:
+    assert bool(replaced_for_all(line)) is seen
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import MANIFEST, CheckpointManifest
 from mmscale.checkpoint.layout import BEST, Store
 from mmscale.checkpoint.mirror import downloads
+from mmscale.checkpoint.mirror import remote as remote_module
 from mmscale.checkpoint.mirror.generation import MirroredStep, outdated
 from mmscale.checkpoint.mirror.mirror_settings import MirrorSettings
 from mmscale.checkpoint.mirror.reasons import without_secrets
@@ -33,6 +34,7 @@ from mmscale.checkpoint.save_settings import Retention
 from mmscale.cli import main
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.runs.attempts import next_attempt
+from tests.module_time import replace_time
 
 FILES = {"__0_0.distcp": 70_000, "__1_0.distcp": 300_000, "random/0": 17, ".metadata": 0}
 
@@ -352,8 +354,7 @@ def test_a_full_disk_is_said(store: Store, remote: Remote, tmp_path: Path, monke
 def test_bandwidth_is_bounded_over_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock that it waits on, so that no test measures time."""
     now, slept = [0.0], []
-    monkeypatch.setattr("mmscale.checkpoint.mirror.remote.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("mmscale.checkpoint.mirror.remote.time.sleep", slept.append)
+    replace_time(monkeypatch, remote_module, monotonic=lambda: now[0], sleep=slept.append)
     pace = Pace(1000.0)
     for _ in range(5):
         pace.wait(500)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from typer.testing import CliRunner
 from launch import record as records
 from launch.scheduler import ExitCode, JobState
 from mmscale.cli import app
+from mmscale.cli import launch as launch_commands
 from mmscale.data.prepared.folder import PLAN
 from mmscale.data.prepared.shares import SharedPlan
+from tests.module_time import replace_time
 from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.launch.test_status import launched
 
@@ -95,7 +96,7 @@ def test_a_watched_list_ends_when_all_have_ended(
         slept.append(seconds)
         (prepared / "manifest.json").write_text("{}")
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    replace_time(monkeypatch, launch_commands, sleep=sleep)
     ended = CliRunner().invoke(app, ["status", "--watch", "5", "--json", str(prepared), str(run)])
     first, last = (json.loads(line) for line in ended.output.splitlines())
     assert slept == [5.0]

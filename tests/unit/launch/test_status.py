@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch import chain, control, owner, status
+from launch import chain, control, job_table, owner, status
 from launch import record as records
 from launch.job_states import STATES, Phase
 from launch.job_table import JobTable
@@ -22,6 +22,7 @@ from launch.scheduler import ExitCode, JobState
 from mmscale.errors import LaunchError
 from mmscale.resilience import run_lock
 from mmscale.runs.events import EARLY, EventLog
+from tests.module_time import replace_time
 from tests.unit.launch.fake_slurm import FakeSlurm
 
 MONDAY, TUESDAY = "2026-11-23T10:00:00", "2026-11-24T10:00:00"
@@ -284,7 +285,7 @@ def test_one_question_for_all_runs_and_two_a_minute(
     runs = [launched(tmp_path / f"run{number}", records.JobKey(str(number))) for number in range(7, 10)]
     slurm.jobs(**{str(number): JobState(str(number), "RUNNING") for number in range(7, 10)})
     now = [100.0]
-    monkeypatch.setattr("launch.job_table.time.monotonic", lambda: now[0])
+    replace_time(monkeypatch, job_table, monotonic=lambda: now[0])
     table = JobTable()
     for _ in range(120):  # `status --watch 0.5` for a minute
         assert [one["state"] for one in status.status(runs, table)] == ["RUNNING"] * 3

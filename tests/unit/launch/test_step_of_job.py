@@ -11,6 +11,7 @@ from launch import scheduler
 from launch import srun_step as step
 from launch.scheduler import UnreachableError, patiently
 from mmscale.errors import LaunchError
+from tests.module_time import replace_time
 
 AWAY = "srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller (connect failure)\n"
 
@@ -71,8 +72,12 @@ def test_a_refusal_is_an_answer(said: str) -> None:
 
 def test_questions_are_repeated_until_there_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     now, asked = [0.0], [0.0]
-    monkeypatch.setattr(scheduler.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    replace_time(
+        monkeypatch,
+        scheduler,
+        monotonic=lambda: now[0],
+        sleep=lambda seconds: now.__setitem__(0, now[0] + seconds),
+    )
 
     def ask() -> str:
         asked.append(now[0])

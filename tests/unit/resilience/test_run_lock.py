@@ -23,6 +23,7 @@ from mmscale.resilience import lease, run_lock
 from mmscale.resilience.lease import LEASE, Fence, FencedError
 from mmscale.resilience.run_lock import HeldError, RunLock
 from mmscale.runtime.processes import Process
+from tests.module_time import replace_time
 
 ROOT = Path(__file__).parents[3]
 HOLD = """
@@ -110,7 +111,7 @@ def test_a_dead_holder_costs_nothing_on_its_own_machine(tmp_path: Path, monkeypa
         holder.send_signal(signal.SIGKILL)
         while (Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "Z":
             time.sleep(0.01)
-        monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s"))
+        replace_time(monkeypatch, run_lock, sleep=lambda seconds: pytest.fail(f"it waits {seconds} s"))
         run_lock.take(tmp_path, "again", attempt=2)
     mine = Process.this()
     recycled = lease.Lease(

@@ -14,6 +14,7 @@ import torch
 
 from mmscale.resilience import watchdog as watchdog_module
 from mmscale.resilience.watchdog import HUNG, HangReport, Watchdog, culprits, reports
+from tests.module_time import replace_time
 from tests.support import distributed
 
 
@@ -139,7 +140,7 @@ def test_a_disk_that_does_not_answer_is_no_hang(tmp_path: Path, monkeypatch: pyt
 def test_the_time_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog = Watchdog(rank=0, folder=tmp_path, timeout_s=None)
     times = iter([0.0, 40.0, 50.0, 1000.0, 1040.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    replace_time(monkeypatch, watchdog_module, monotonic=lambda: next(times))
     watchdog.beat(1)
     assert watchdog.timeout_s == 300.0
     watchdog.beat(2)

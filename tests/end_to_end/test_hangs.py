@@ -16,7 +16,7 @@ from tests.end_to_end.running import mmscale
 from tests.end_to_end.test_anomaly_policy import BAD, poison, unpredictable
 from tests.end_to_end.test_anomaly_policy import SETTINGS as ROLLS_BACK
 
-TIMEOUT_S, BATCHES = 2.0, 12
+TIMEOUT_S, BATCHES = 5.0, 12
 # The only evaluation follows the last step, so nothing was learned of how long it takes.
 EVALUATES = (
     "parallel.ep=1",

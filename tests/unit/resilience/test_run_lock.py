@@ -236,10 +236,10 @@ def test_ranks_of_a_killed_launch_save_before_the_next_start(tmp_path: Path, hur
 
 
 def test_ranks_tell_the_death_of_a_holder_that_they_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "ORPHANED_S", 3.0)
+    monkeypatch.setattr(lease, "ORPHANED_S", 6.0)
     with held(tmp_path, by="launch", place="another PID namespace") as holder:
         fence = Fence(tmp_path, "launch-.holder", every_s=0)
-        for _ in range(5):
+        for _ in range(8):
             fence.look()
             assert not fence.is_orphaned()
             time.sleep(1.0)

@@ -7,6 +7,7 @@ come after the text. New rows are drawn around the mean of the existing ones. Nu
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmscale.config.load import resolve
 from mmscale.data.modalities.text_tokens import FILE, TextTokenizer
 from mmscale.data.vocab import BOS, EOS, PAD, SPECIAL_TOKENS
 from mmscale.errors import CheckpointError, ConfigError, DataError
+from mmscale.tables.settings import ROPE_SCALINGS
 
 # model_type -> settings of the model
 KINDS: dict[str, dict[str, bool]] = {
@@ -33,6 +35,9 @@ _LONGEST = 4096  # tokens of a training sequence, unless one is named
 # Of new rows around the mean, relative to the spread of the known ones: with none all image tokens would start as one
 # token, with all of it as random words.
 _SPREAD = 0.1
+
+
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None}  # transformers' defaults
 
 
 def translate(
@@ -117,7 +122,7 @@ def refuse_others(content: dict[str, Any]) -> None:
         ("attention_bias", bool(content.get("attention_bias", False)), False),
         ("mlp_bias", bool(content.get("mlp_bias", False)), False),
         ("use_sliding_window", bool(content.get("use_sliding_window", False)), False),
-        ("rope_type", rope_type, "llama3" if rope_type == "llama3" else "default"),
+        ("rope_type", rope_type, rope_type if rope_type in ROPE_SCALINGS else "default"),
     ]
     for name, value, wanted in odd:
         if value != wanted:
@@ -142,15 +147,32 @@ def _rope_type(rope: dict[str, Any]) -> Any:
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """`model.rope_scaling`; all numbers must be given, because no default of ours is the model's."""
-    if _rope_type(rope) == "default":
+    """`model.rope_scaling`; numbers without a default of transformers must be given: ours are not the model's."""
+    kind = _rope_type(rope)
+    if kind == "default":
         return None
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [name for name in names if name not in rope]:
+    reads = ("factor", *ROPE_SCALINGS[kind].reads)
+    if missing := [name for name in reads if rope.get(name) is None and name not in _YARN]:
         raise CheckpointError(
             f"the model's rope_parameters lack {', '.join(missing)}", remedy="copy config.json again, or complete it"
         )
-    return {"rope_type": "llama3", **{name: rope[name] for name in names}}
+    found = {name: rope[name] for name in reads if rope.get(name) is not None}
+    if kind == "yarn":
+        found = {**_YARN, "attention_factor": _attention_factor(rope), **found}
+    return {"rope_type": kind, **found}
+
+
+def _attention_factor(rope: dict[str, Any]) -> float | None:
+    """That of `mscale` and `mscale_all_dim`, which count if both are given and not 0."""
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not (over and under):
+        return None
+    if wrong := [name for name in ("factor", "mscale", "mscale_all_dim") if not isinstance(rope[name], float | int)]:
+        raise CheckpointError(
+            f"the model's rope_parameters have no number for {', '.join(wrong)}", remedy="copy config.json again"
+        )
+    grows = 0.1 * math.log(max(1.0, rope["factor"]))
+    return float((grows * over + 1.0) / (grows * under + 1.0))
 
 
 def _id(value: Any) -> int | None:

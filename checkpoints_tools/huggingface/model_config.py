@@ -11,6 +11,7 @@ from checkpoints_tools.huggingface.weights import is_native, model_type
 from mmscale.config import Config, derived
 from mmscale.config.derived import shared_width
 from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
+from mmscale.tables.settings import ROPE_SCALINGS
 
 # What transformers' own classes are told besides numbers.
 _NATIVE: dict[str, dict[str, Any]] = {
@@ -93,9 +94,12 @@ def model_config(
 
 def rope_parameters(config: Config) -> dict[str, Any]:
     """The rotary position embedding, with transformers' names."""
-    scaling = config.model.rope_scaling
-    kind = {"rope_type": "default"} if scaling is None else scaling.model_dump(mode="json")
-    return {**kind, "rope_theta": config.model.rope_base}
+    scaling, base = config.model.rope_scaling, {"rope_theta": config.model.rope_base}
+    if scaling is None:
+        return {"rope_type": "default", **base}
+    given = scaling.model_dump(mode="json", exclude_none=True)
+    reads = ("rope_type", "factor", *ROPE_SCALINGS[scaling.rope_type].reads)
+    return {**{name: given[name] for name in reads if name in given}, **base}
 
 
 def expert_groups(config: Config) -> list[dict[str, Any]]:

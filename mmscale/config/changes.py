@@ -24,6 +24,10 @@ _BEFORE = {
     "model.experts.capacity": "nominal",
     "data.seed": None,
     "data.order": "epochs",
+    "model.rope_scaling.beta_fast": 32.0,
+    "model.rope_scaling.beta_slow": 1.0,
+    "model.rope_scaling.attention_factor": None,
+    "model.rope_scaling.truncate": True,
 }
 _MISSING = object()
 # A change with one of these effects changes what the run optimizes or which data it reads.
@@ -81,10 +85,11 @@ def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     full: dict[str, Any] = copy.deepcopy(dict(saved))
     for key, value in _BEFORE.items():
         *parents, last = key.split(".")
-        section = full
+        section: Any = full
         for parent in parents:
-            section = section.setdefault(parent, {})
-        section.setdefault(last, value)
+            section = None if section is None else section.setdefault(parent, {})
+        if section is not None:  # null: an optional section that the configuration has not
+            section.setdefault(last, value)
     return full
 
 

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 from mmscale.config import keys
 from mmscale.config.fp8 import roundings
 from mmscale.config.schema import Config, OptimConfig, PrepareConfig
-from mmscale.tables.settings import IMAGE_TOKENIZERS, KINDS, LOSSES, OPTIMIZERS, SCHEDULES, TEXT_TOKENIZERS
+from mmscale.tables.settings import (
+    IMAGE_TOKENIZERS,
+    KINDS,
+    LOSSES,
+    OPTIMIZERS,
+    ROPE_SCALINGS,
+    SCHEDULES,
+    TEXT_TOKENIZERS,
+)
 from mmscale.tables.table import Table
 
 
@@ -85,6 +93,19 @@ def _tokenizers() -> Iterator[Need]:
     yield Need("data.prepare.text", ("kind_args",), "a plug-in as data.prepare.text.kind", plugged_in)
 
 
+def _rope_scaling() -> Iterator[Need]:
+    section = "model.rope_scaling"
+    for setting in dict.fromkeys(setting for scaling in ROPE_SCALINGS.values() for setting in scaling.reads):
+        readers = [name for name, scaling in ROPE_SCALINGS.items() if setting in scaling.reads]
+        met = functools.partial(_rope_reads, readers)
+        yield Need(section, (setting,), f"{section}.rope_type = {' or '.join(readers)}", met)
+
+
+def _rope_reads(readers: list[str], config: Config) -> bool:
+    scaling = config.model.rope_scaling
+    return scaling is None or scaling.rope_type in readers
+
+
 _WITH_EXPERTS = " or ".join(name for name, kind in KINDS.items() if kind.experts)
 _EXPERTS = ("capacity_factor", "capacity_multiple", "scope", "compute", "fused_swiglu")
 NEEDS: tuple[Need, ...] = (
@@ -111,6 +132,7 @@ NEEDS: tuple[Need, ...] = (
         "model.experts.shared above 0",
         lambda c: c.model.experts.shared > 0,
     ),
+    *_rope_scaling(),
     Need(
         "precision",
         ("fp8_format",),

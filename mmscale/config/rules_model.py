@@ -260,13 +260,23 @@ def _rope(config: Config) -> Iterator[Problem]:
             f"model.rope_base = {base:.12g} is not a whole number, the only kind that megatron-core takes",
             f"set it to {int(base)} or {int(base) + 1}",
         )
-    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+    if scaling is None:
+        return
+    if scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
         # Between the two the angles are mixed: there would be nothing between.
         yield Problem(
             f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor:g} is not above low_freq_factor = "
             f"{scaling.low_freq_factor:g}",
             "Llama 3.1 has 4 and 1",
         )
+    if scaling.rope_type == "yarn" and scaling.beta_fast <= scaling.beta_slow:
+        yield Problem(
+            f"model.rope_scaling.beta_fast = {scaling.beta_fast:g} is not above beta_slow = {scaling.beta_slow:g}",
+            "YaRN has 32 and 1",
+        )
+    if scaling.rope_type == "yarn" and base < 2:
+        # The formula divides by the base's logarithm.
+        yield Problem(f"model.rope_base = {base:g} with YaRN: all angles are equal", "raise model.rope_base")
 
 
 RULES: tuple[Rule, ...] = (

@@ -24,6 +24,7 @@ from mmscale.config.schema_model import (
     ExpertsConfig,
     ModalityVocab,
     ModelConfig,
+    RopeScalingConfig,
     VocabConfig,
 )
 from mmscale.config.schema_precision import PrecisionConfig
@@ -76,6 +77,7 @@ __all__ = [
     "ProfileConfig",
     "Rate",
     "ResilienceConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "Seconds",
     "Section",

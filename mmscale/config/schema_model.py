@@ -23,7 +23,7 @@ from mmscale.config.section import (
     Share,
     setting,
 )
-from mmscale.tables.settings import KINDS, NORMS, RANKINGS, NormPlacement
+from mmscale.tables.settings import KINDS, NORMS, RANKINGS, ROPE_SCALINGS, NormPlacement
 
 MOST_LAYERS = 10_000
 
@@ -182,17 +182,32 @@ class AuxiliaryRoutersConfig(Section):
 
 
 class RopeScalingConfig(Section):
-    """Stretched rotary position embeddings, as in Llama 3.1: slow angles are divided, fast ones stay."""
+    """Stretched rotary position embeddings, for sequences longer than those the model was first trained with."""
 
-    rope_type: Literal["llama3"] = setting("The rule, by transformers' name.", "llama3")
+    rope_type: Annotated[str, OneOf(ROPE_SCALINGS)] = setting(
+        f"The rule, by transformers' name. {ROPE_SCALINGS.help}", "llama3"
+    )
     factor: AtLeastOne = setting("Angles that turn slowly are divided by this.", 8.0, source="Llama 3.1: 8")
-    low_freq_factor: Positive = setting(
-        "Angles with fewer turns than this within the original context are divided.", 1.0, unit="turns"
-    )
-    high_freq_factor: Positive = setting("Angles with more turns than this stay.", 4.0, unit="turns")
     original_max_position_embeddings: Count = setting(
-        "Context that the model was first trained with.", 8192, unit="tokens"
+        "llama3, yarn: context that the model was first trained with.", 8192, unit="tokens"
     )
+    low_freq_factor: Positive = setting(
+        "llama3: angles with fewer turns than this within the original context are divided.", 1.0, unit="turns"
+    )
+    high_freq_factor: Positive = setting("llama3: angles with more turns than this stay.", 4.0, unit="turns")
+    beta_fast: Positive = setting(
+        "yarn: angles with more turns than this within the original context stay.",
+        32.0,
+        unit="turns",
+        source="arXiv 2309.00071",
+    )
+    beta_slow: Positive = setting(
+        "yarn: angles with fewer turns than this are divided.", 1.0, unit="turns", source="arXiv 2309.00071"
+    )
+    attention_factor: Positive | None = setting(
+        "yarn: queries and keys are multiplied by this; default: 0.1 ln(factor) + 1.", None, source="arXiv 2309.00071"
+    )
+    truncate: bool = setting("yarn: round the two bounds, which are numbers of an angle, outwards.", True)
 
 
 class ModelConfig(Section):
@@ -219,7 +234,8 @@ class ModelConfig(Section):
     qk_norm: bool = setting("RMSNorm over each head's query and key, before RoPE.", True, source="Chameleon 2.3")
     rope_base: AtLeastOne = setting("Base of the rotary position embedding.", 10_000.0)
     rope_scaling: RopeScalingConfig | None = setting(
-        "Stretch the rotary position embedding; null: do not. For models that continue a Llama 3.", None
+        "Stretch the rotary position embedding, for longer sequences or models that continue a Llama 3; null: do not.",
+        None,
     )
     qkv_bias: bool = setting("Add biases to query, key and value projections. For models that continue a Qwen2.", False)
     tie_embeddings: bool = setting("Share the input embedding with the output layer.", False)

@@ -24,6 +24,7 @@ from mmscale.errors import ConfigError
 from mmscale.model.fp8_emulate import attach
 from mmscale.model.fp8_settings import fp8_settings
 from mmscale.model.init import initialize
+from mmscale.model.rope import lengthen, scale_angles
 from mmscale.model.spec import backend, block_spec
 from mmscale.runtime import device, doctor, transformer_engine
 
@@ -100,6 +101,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_recompute(parallel),
         **fp8_settings(config),
     )
+    lengthen(transformer, model)
     transformer.te_gradient_accumulation_fusion = fusion.te  # no field of megatron-core: read by linear_te.py
     return transformer
 
@@ -181,7 +183,7 @@ def build_chunks(
                 pg_collection=groups,
                 vp_stage=vp_stage,
             )
-        _scale_angles(model, config)
+        scale_angles(model.rotary_pos_emb, config.model)
         # It would keep the angles of this context-parallel rank's part of a sequence only, and positions that restart
         # with every document look up any angle.
         model.rotary_pos_emb.cp_group = None
@@ -189,20 +191,6 @@ def build_chunks(
         initialize(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
         chunks.append(model.to(device.taken()))
     return chunks
-
-
-def _scale_angles(model: GPTModel, config: Config) -> None:
-    """Apply `model.rope_scaling`. GPTModel passes only one of its numbers on, megatron-core's own formula takes all."""
-    scaling = config.model.rope_scaling
-    if scaling is not None:
-        rope = model.rotary_pos_emb
-        rope.inv_freq = rope._apply_scaling(
-            rope.inv_freq,
-            factor=scaling.factor,
-            low_freq_factor=scaling.low_freq_factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=scaling.original_max_position_embeddings,
-        )
 
 
 @contextlib.contextmanager

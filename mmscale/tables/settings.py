@@ -79,6 +79,34 @@ RANKINGS: Table[Choice] = Table(
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling(Choice):
+    """A rule that stretches rotary position embeddings (`model.rope_scaling.rope_type`), by transformers' name.
+
+    Attributes:
+        reads: settings beside `factor` that it depends on, by transformers' names.
+    """
+
+    reads: tuple[str, ...] = ()
+
+
+ROPE_SCALINGS: Table[RopeScaling] = Table(
+    "Stretched rotary position embeddings",
+    ("model.rope_scaling.rope_type",),
+    {
+        "llama3": RopeScaling(
+            meaning="slow angles are divided by the factor, fast ones stay (Llama 3.1)",
+            reads=("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        ),
+        "linear": RopeScaling(meaning="every angle is divided by the factor (position interpolation)"),
+        "yarn": RopeScaling(
+            meaning="slow angles are divided by the factor, fast ones stay, and queries and keys are lengthened (YaRN)",
+            reads=("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+        ),
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule(Choice):
     """A learning-rate schedule after the warm-up (`optim.schedule`).
 

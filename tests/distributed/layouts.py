@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
         "qk_norm": False,
         "qkv_bias": True,
-        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32},
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     },
     "moe": {"kind": "moe", "experts": {"counts": {"mixed": 8}, "scope": "micro_batch"}},
     "moma": {"kind": "moma", "experts": _EXPERTS, "num_query_groups": 2},

@@ -91,6 +91,11 @@ def test_split_sequences_equal_one_process(references: References, world_size: i
     _run(references, EVERYTHING, tmp_path, world_size, list(PLAIN[world_size]))
 
 
+def test_stretched_positions_of_split_sequences(references: References, tmp_path: Path) -> None:
+    assert MODELS["dense_tied"]["rope_scaling"]["rope_type"] == "yarn"
+    _run(references, "dense_tied", tmp_path, 2, ["cp2"])
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("world_size", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)

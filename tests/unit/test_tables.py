@@ -22,6 +22,7 @@ from mmscale.tables.settings import (
     OPTIMIZERS,
     RANKINGS,
     READERS,
+    ROPE_SCALINGS,
     SCHEDULES,
     TEXT_TOKENIZERS,
 )
@@ -39,6 +40,7 @@ def test_there_are_tables() -> None:
         KINDS,
         NORMS,
         RANKINGS,
+        ROPE_SCALINGS,
         SCHEDULES,
         OPTIMIZERS,
         LOSSES,
@@ -78,10 +80,12 @@ def test_code_has_an_entry_for_every_name() -> None:
     from mmscale.inference.model import _LACKING
     from mmscale.model.decisions import DECISIONS
     from mmscale.model.ranking import RANKINGS as FUNCTIONS
+    from mmscale.model.rope import SCALINGS
     from mmscale.train.optim.schedule import SHAPES
 
     assert list(FUNCTIONS) == list(RANKINGS) == list(configuration_moma.CHOICES)
     assert list(SHAPES) == list(SCHEDULES)
+    assert list(SCALINGS) == list(ROPE_SCALINGS)
     assert list(NORMS) == list(configuration_moma.NORMS) == list(upcycle.PRESERVES)
     assert tuple(DECISIONS) == CAUSAL_ROUTINGS == configuration_moma.ROUTINGS
     assert list(ROUTINGS) == list(Routing)

@@ -44,6 +44,16 @@ def test_settings_that_are_younger_than_the_checkpoint(tmp_path: Path, monkeypat
     assert config_of({"config": saved}, where=tmp_path).model.experts.choice == "softmax"
 
 
+@pytest.mark.parametrize("scaling", ["null", "{factor: 4}"])
+def test_stretched_positions_from_before_there_was_yarn(scaling: str, tmp_path: Path) -> None:
+    now = config(f"model.rope_scaling={scaling}")
+    saved = now.model_dump(mode="json")
+    for key in ("beta_fast", "beta_slow", "attention_factor", "truncate"):
+        (saved["model"]["rope_scaling"] or {}).pop(key, None)
+    assert config_of({"config": saved}, where=tmp_path).model.rope_scaling == now.model.rope_scaling
+    assert changes.changes(saved, now) == []
+
+
 def test_data_that_moved_is_found_where_the_latest_attempt_found_it(tmp_path: Path) -> None:
     there, gone = tmp_path / "there", tmp_path / "gone"
     there.mkdir()

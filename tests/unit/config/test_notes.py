@@ -61,6 +61,20 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "model.experts.compute": ("bmm", DENSE, {}),
     "model.experts.fused_swiglu": (True, DENSE, {}),
     "model.experts.shared_ffn_hidden_size": (32, {}, {"model__experts__shared": 1}),
+    **{
+        f"model.rope_scaling.{key}": (value, {"model__rope_scaling__rope_type": useless}, {
+            "model__rope_scaling__rope_type": counts
+        })
+        for key, value, useless, counts in (
+            ("low_freq_factor", 2.0, "yarn", "llama3"),
+            ("high_freq_factor", 2.0, "linear", "llama3"),
+            ("original_max_position_embeddings", 64, "linear", "yarn"),
+            ("beta_fast", 16.0, "llama3", "yarn"),
+            ("beta_slow", 2.0, "linear", "yarn"),
+            ("attention_factor", 1.5, "llama3", "yarn"),
+            ("truncate", False, "linear", "yarn"),
+        )
+    },
     "precision.fp8_format": ("e4m3", {}, {"precision__fp8": "tensorwise"}),
     "precision.fp8_margin": (1, {"precision__fp8": "blockwise"}, {"precision__fp8": "delayed"}),
     "precision.fp8_amax_history": (16, {}, {"precision__fp8": "delayed"}),

@@ -64,6 +64,11 @@ BROKEN = [
     ({"model__num_query_groups": 3}, "model.num_attention_heads = 4 is not divisible by model.num_query_groups = 3"),
     ({"model__rope_base": 12345.6}, "model.rope_base = 12345.6 is not a whole number"),
     ({"model__rope_scaling": {"high_freq_factor": 1.0}}, "high_freq_factor = 1 is not above low_freq_factor = 1"),
+    (
+        {"model__rope_scaling": {"rope_type": "yarn", "beta_fast": 1.0}},
+        "model.rope_scaling.beta_fast = 1 is not above beta_slow = 1",
+    ),
+    ({"model__rope_scaling": {"rope_type": "yarn"}, "model__rope_base": 1.0}, "model.rope_base = 1 with YaRN"),
     # mirrors
     ({"checkpoint__mirror": "s3://key:hidden@bucket/x"}, "checkpoint.mirror holds credentials"),
     ({"checkpoint__mirror": "bucket/x"}, "checkpoint.mirror = 'bucket/x' is no URL of a folder"),

@@ -245,11 +245,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def turns(i: int, width: int, model: ModelConfig) -> float:
-    """Angle per position of components i and i + D/2: base^(-2i/D), slow ones divided as in Llama 3.1."""
+    """Angle per position of components i and i + D/2: base^(-2i/D), divided by `model.rope_scaling`."""
     speed = model.rope_base ** (-2 * i / width)
     scaling = model.rope_scaling
     if scaling is None:
         return speed
+    if scaling.rope_type == "linear":
+        return speed / scaling.factor
+    if scaling.rope_type == "yarn":
+        # Number of the angle that turns so often within the original context; arXiv 2309.00071, equation 17 solved for
+        # the number, as its authors' code does.
+        bounds = []
+        for often in (scaling.beta_fast, scaling.beta_slow):
+            wavelength = scaling.original_max_position_embeddings / often
+            bounds.append(width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(model.rope_base)))
+        if scaling.truncate:
+            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+        first, last = max(bounds[0], 0), min(bounds[1], width - 1)
+        divided = min(1.0, max(0.0, (i - first) / (last - first)))
+        return (1.0 - divided) * speed + divided * speed / scaling.factor
     within = scaling.original_max_position_embeddings * speed / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = min(1.0, max(0.0, (within - low) / (high - low)))
@@ -257,12 +271,18 @@ def turns(i: int, width: int, model: ModelConfig) -> float:
 
 
 def rotate(x: Tensor, position: int, model: ModelConfig) -> Tensor:
-    """RoPE of a head's vector [D]: components i and i + D/2, as a complex number, turn by position * `turns`."""
+    """RoPE of a head's vector [D]: components i and i + D/2, as a complex number, turn by position * `turns`.
+
+    YaRN lengthens them, too (arXiv 2309.00071, section 3.4).
+    """
     half = x.shape[0] // 2
     angle = torch.tensor([position * turns(i, x.shape[0], model) for i in range(half)], dtype=torch.float64)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     real, imaginary = x[:half], x[half:]
-    return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos))
+    length, scaling = 1.0, model.rope_scaling
+    if scaling is not None and scaling.rope_type == "yarn":
+        length = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    return length * torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos))
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

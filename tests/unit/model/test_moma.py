@@ -44,6 +44,8 @@ from tests.unit.model.reference import (
 NORMS = ("pre", "post", "post_per_expert")
 # Of the two angles of a head of 4, one is divided and one is kept.
 SCALED = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
+# Of the four angles of a head of 8, one is kept, one divided, and two are mixed.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}
 UNEVEN = {"text": 0.75, "image": 0.25}
 MODELS: dict[str, Config] = {
     **{f"{kind}_{norm}": tiny(kind, norm=norm) for kind in ("dense", "moe", "moma") for norm in NORMS},
@@ -53,6 +55,11 @@ MODELS: dict[str, Config] = {
     "dense_plain": tiny("dense", qk_norm=False, tie_embeddings=True, rope_base=500.0, norm_eps=1e-3),
     "dense_qwen2": tiny("dense", qk_norm=False, qkv_bias=True, num_query_groups=2),
     "dense_llama3": tiny("dense", qk_norm=False, rope_scaling=SCALED),
+    "dense_linear": tiny("dense", rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "dense_yarn": tiny("dense", qk_norm=False, kv_channels=8, rope_base=100.0, rope_scaling=YARN),
+    "moma_yarn_attention_factor": tiny(
+        kv_channels=8, rope_base=100.0, rope_scaling=YARN | {"attention_factor": 1.5, "truncate": False}
+    ),
     "moma_biased_scaled": tiny(qkv_bias=True, rope_scaling=SCALED, norm="post"),
     "moma_gqa_tied": tiny(num_query_groups=2, tie_embeddings=True),
     "moma_no_qk_norm": tiny(qk_norm=False),

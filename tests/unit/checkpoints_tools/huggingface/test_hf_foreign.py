@@ -80,6 +80,15 @@ LLAMA_3 = {
 }
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -87,6 +96,9 @@ LLAMA_3 = {
         ("qwen2", {"tie_word_embeddings": True}),
         ("llama", {}),
         ("llama", {"rope_parameters": LLAMA_3}),
+        ("qwen3", {"rope_parameters": YARN}),
+        ("llama", {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False}}),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 2.0}}),
     ],
 )
 def test_logits_are_theirs(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -155,7 +167,9 @@ NO_NUMBERS: list[dict[str, Any]] = [
         ({"quantization_config": {"quant_method": "awq"}}, "are quantised"),
         ({"model_type": "mixtral"}, "type 'mixtral' cannot be imported"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, "rope_type is 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "lack original_max_position_embeddings"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters lack low_freq_factor"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

@@ -18,12 +18,18 @@ from tests.unit.checkpoints_tools.huggingface.causal_reference import CausalRefe
 from tests.unit.model.reference import SHARE, batch_of, depth, moma_experts, random_documents, tiny
 
 TOLERANCE = 2e-5  # of the largest logit
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}
 MODELS: dict[str, Config] = {
     "moma": tiny("moma", num_query_groups=2),
     "tied without QK-norm": tiny("moma", tie_embeddings=True, qk_norm=False),
     "biases, scaled RoPE": tiny(
         "moma", qkv_bias=True, rope_scaling={"factor": 4.0, "original_max_position_embeddings": 16}
     ),
+    "YaRN": tiny("moma", kv_channels=8, rope_base=100.0, rope_scaling=YARN),
+    "YaRN, own attention factor": tiny(
+        "moma", kv_channels=8, rope_base=100.0, rope_scaling=YARN | {"attention_factor": 1.5, "truncate": False}
+    ),
+    "linear RoPE": tiny("moma", rope_scaling={"rope_type": "linear", "factor": 2.5}),
     "post norm, shared": tiny("moma", norm="post", experts=moma_experts(shared=2, shared_ffn_hidden_size=6)),
     "normalised experts, shared": tiny("moma", norm="post_per_expert", experts=moma_experts(shared=1)),
     "moe": tiny("moe"),

@@ -1,0 +1,50 @@
+"""A run whose sequences become longer: positions are stretched, data goes on, the export computes the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mmscale.runs.metrics import read_metrics
+from tests.end_to_end.running import assert_says, mmscale
+
+DENSE = ("run.name=dense", "model.kind=dense", "model.depth=null", "model.experts.counts={}", "parallel.ep=1")
+SHORT = ("model.seq_length=64", "train.steps=4")
+LONG = (
+    "model.seq_length=128",
+    "model.rope_scaling={rope_type: yarn, factor: 2, original_max_position_embeddings: 64}",
+    "train.steps=8",
+)
+
+
+def test_a_run_goes_on_with_longer_sequences_and_yarn(config: Path, tmp_path: Path) -> None:
+    train = ("train", config, f"run.dir={tmp_path}", *DENSE, "checkpoint.asynchronous=false", "train.eval_every=0")
+    train = (*train, "checkpoint.every=4", "optim.schedule=constant", "optim.warmup=1")
+    short = mmscale(*train, *SHORT)
+    assert short.status == 0, short
+    refused = mmscale(*train, *LONG)
+    assert_says(refused, status=2, cause="model.rope_scaling.rope_type", remedy="--yes")
+    assert "model.seq_length: 64 -> 128" in refused.err
+    longer = mmscale(*train, *LONG, "--yes")
+    assert longer.status == 0, longer
+    assert "no document is read twice" in longer.err
+    run = tmp_path / "dense"
+    steps = [line for line in read_metrics(run) if "loss" in line]
+    assert [line["step"] for line in steps] == [*range(1, 9)]
+    trained = [line["tokens"] for line in steps]
+    assert trained[3] <= 4 * 4 * 64 and trained[-1] - trained[-2] > 4 * 64  # loss over more than short sequences hold
+    exported = mmscale("convert", "to-hf", run, tmp_path / "hf")
+    assert exported.status == 0, exported
+    gate = json.loads((tmp_path / "hf" / "conversion_report.json").read_text())["gate"]
+    assert gate["passed"] and gate["max_abs"] < 1e-5
+    content = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert content["max_position_embeddings"] == 128
+    assert content["rope_parameters"] == {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+    }

@@ -120,7 +120,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def lines(file: BinaryIO, *, longest: int = LONGEST_LINE) -> Iterator[bytes]:
-    """Lines of a file with their line ends; a longer line is split, so that a file without line ends fits in memory."""
+    """Lines of a file with their line ends.
+
+    A longer line is split, so that a file without line ends needs little memory.
+    """
     while line := file.readline(longest):
         yield line
 

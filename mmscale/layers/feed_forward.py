@@ -1,7 +1,7 @@
 """Tensors of the feed-forward layer, a function for each kind (`model.kind`).
 
 A new kind is an entry in KINDS of mmscale.tables.settings, one in FEED_FORWARDS, and one in FEED_FORWARDS of
-mmscale.model.spec. Nothing else asks for a kind by name.
+mmscale.model.spec. No other code depends on the name of a kind.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _group(config: Config, group: str, count: int, routers: Routers) -> Iterator
     """The tensors of one group of `count` experts."""
     hidden, inner, hf = config.model.hidden_size, config.model.ffn_hidden_size, f"mlp.experts.{group}."
     yield LayerTensor(name=f"mlp.router.{group}", shape=(count, hidden), part=TensorPart.ROUTER, hf=(f"{hf}router",))
-    # w1 holds gate and up projection on an axis of their own.
+    # In w1 the gate and up projections have their own axis, of size 2.
     yield LayerTensor(
         name=f"mlp.experts.{group}.w1",
         shape=(count, hidden, 2, inner),
@@ -80,7 +80,7 @@ def _group(config: Config, group: str, count: int, routers: Routers) -> Iterator
 
 
 def _shared(config: Config, width: int) -> Iterator[LayerTensor]:
-    """Shared experts, which are one expert of their joint width."""
+    """Shared experts, stored as one expert of their joint width."""
     hidden = config.model.hidden_size
     yield LayerTensor(
         name="mlp.shared.w1",

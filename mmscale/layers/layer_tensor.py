@@ -1,4 +1,4 @@
-"""One row of the table of tensors, and what its columns can hold."""
+"""One row of the table of tensors, and the possible values of its columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TensorPart(Enum):
 
 
 class Form(StrEnum):
-    """How a tensor of a checkpoint becomes tensors of a Hugging Face model.
+    """How a tensor of a checkpoint is converted to tensors of a Hugging Face model.
 
     SAME: one tensor, unchanged.
     QKV: queries, keys and values, which a checkpoint stores head group by head group.
@@ -48,15 +48,15 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTensor:
-    """One tensor of a model, as one process would hold it.
+    """One tensor of a model, unsharded.
 
     Attributes:
         name: in a checkpoint; within its layer, or in the model (`model_tensors`).
         shape: of the whole tensor.
         part: what it belongs to.
-        hf: names of the tensors of an export that it becomes; within their layer, or in the model.
-        form: how it becomes them.
-        tp_axis: the axis that tensor-parallel ranks share; None: every rank holds all of it.
+        hf: names of the corresponding tensors in an export; within their layer, or in the model.
+        form: how it is converted to them.
+        tp_axis: the axis that is sharded over tensor-parallel ranks; None: every rank holds the whole tensor.
         group: the group of experts; None: it belongs to none.
         modality: the only modality whose tokens use it; None: tokens of every modality do.
     """
@@ -82,13 +82,13 @@ class LayerTensor:
 
     @property
     def spread(self) -> bool:
-        """Whether expert-parallel ranks share axis 0, the experts of a group."""
+        """Whether axis 0, the experts of a group, is distributed over expert-parallel ranks."""
         return self.part is TensorPart.EXPERTS
 
 
 @dataclass(frozen=True)
 class Routers:
-    """What a model holds besides its main weights, for causal routing.
+    """Tensors for causal routing that a model has besides its main weights.
 
     Attributes:
         auxiliary_width: inner width of the auxiliary routers; None: there are none.
@@ -100,7 +100,7 @@ class Routers:
 
     @classmethod
     def of(cls, config: Config) -> Routers:
-        """Those that the model of a configuration is built with."""
+        """Those of the model that a configuration describes."""
         return cls(config.model.auxiliary_width, config.model.keeps_thresholds)
 
 
@@ -109,8 +109,8 @@ def auxiliary_tensors(prefix: str, hf: str, *, outputs: int, hidden: int, width:
 
     Args:
         prefix: of the names in a checkpoint.
-        hf: of the names in an export.
-        outputs: its decisions for each token.
+        hf: prefix of the names in an export.
+        outputs: number of its decisions for each token.
         hidden: width of its input.
         width: its inner width.
     """

@@ -17,7 +17,7 @@ def layer_tensors(config: Config, *, depth: bool, routers: Routers | None = None
     Args:
         config: gives the model.
         depth: whether it is a Mixture-of-Depths layer.
-        routers: what it holds for causal routing; None: what the configuration says.
+        routers: its tensors for causal routing; None: those of the configuration.
     """
     routers = routers or Routers.of(config)
     found = [*attention_tensors(config), *_norms(config), *FEED_FORWARDS[config.model.kind](config, routers)]
@@ -25,7 +25,10 @@ def layer_tensors(config: Config, *, depth: bool, routers: Routers | None = None
 
 
 def model_tensors(config: Config, *, routers: Routers | None = None) -> list[LayerTensor]:
-    """All tensors of a model, with their whole names. A tied output layer is not listed. Arguments as of a layer."""
+    """All tensors of a model, with their full names. A tied output layer is not listed.
+
+    Arguments as for `layer_tensors`.
+    """
     model = config.model
     rows, hidden = config.vocab.padded_size, model.hidden_size
     found = [
@@ -66,13 +69,13 @@ def model_tensors(config: Config, *, routers: Routers | None = None) -> list[Lay
 
 
 def _norms(config: Config) -> Iterator[LayerTensor]:
-    """Norms of both sub-layers, where the norm placement has them."""
+    """Norms of both sub-layers, at the positions of the norm placement."""
     placement = config.model.norm_placement
     if placement.before:
         names = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
     else:
         names = {"self_attn_bda.norm": "attention_output_norm", "mlp_bda.norm": "mlp_output_norm"}
-        if config.model.normalizes_experts:  # then the sub-layer's output is not normalised
+        if config.model.normalizes_experts:  # the experts' outputs are normalised instead of the sub-layer's
             del names["mlp_bda.norm"]
     for name, hf in names.items():
         yield LayerTensor(
@@ -81,7 +84,7 @@ def _norms(config: Config) -> Iterator[LayerTensor]:
 
 
 def _depth(config: Config, routers: Routers) -> Iterator[LayerTensor]:
-    """What a Mixture-of-Depths layer holds besides another layer."""
+    """The additional tensors of a Mixture-of-Depths layer."""
     hidden = config.model.hidden_size
     yield LayerTensor(name="depth_router", shape=(hidden,), part=TensorPart.DEPTH_ROUTER, hf=("depth_router",))
     if routers.auxiliary_width is not None:

@@ -2,5 +2,5 @@
 
 from mmscale.runtime import megatron_cpu
 
-# megatron-core binds its JIT decorators while its modules are imported, so the adaptor goes first.
+# megatron-core binds its JIT decorators while its modules are imported, so the adaptor must be installed before them.
 megatron_cpu.install()

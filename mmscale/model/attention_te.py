@@ -23,15 +23,15 @@ from torch import Tensor
 from mmscale.model.mixed_modal import MixedModalParams
 
 _PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
-_LENGTH, _DOCUMENTS = 4096, 64  # of a usual micro-batch; no kernel's limits depend on them
+_LENGTH, _DOCUMENTS = 4096, 64  # of a typical micro-batch; whether a kernel exists does not depend on them
 
 
 def takes_documents(transformer: TransformerConfig) -> bool:
     """Whether Transformer-Engine has a fused kernel for this model's heads and ragged sequences on this machine.
 
-    Without one it materialises scores of [documents, H, S, S]: below compute capability 9.0 cuDNN does not support
-    ragged sequences, and flash-attn may be missing. Transformer-Engine itself is asked, so that its environment
-    variables and versions are taken into account.
+    Without a fused kernel Transformer-Engine would materialise scores of [documents, H, S, S]. That happens below
+    compute capability 9.0, where cuDNN does not support ragged sequences, if flash-attn is not installed. The function
+    asks Transformer-Engine itself, so that its environment variables and its version are taken into account.
     """
     if not transformer.bf16:
         return False  # the kernels take no fp32
@@ -57,16 +57,16 @@ def takes_documents(transformer: TransformerConfig) -> bool:
     return bool(flash or fused)
 
 
-_choices: dict[tuple[Any, ...], dict[str, Any]] = {}  # a few: numbers of documents are rounded
+_choices: dict[tuple[Any, ...], dict[str, Any]] = {}  # stays small, because the numbers of documents are rounded
 
 
 @contextlib.contextmanager
 def _known_choice(key: tuple[Any, ...]) -> Iterator[None]:
     """Inside, Transformer-Engine uses the backend that it chose for the last call with this key.
 
-    It stores one choice for all modules, and compares the number of sequences and their length. Mixture-of-Depths
-    layers differ in these from the layers around them, so without this every call would choose again.
-    Transformer-Engine still compares all parameters, so an unsuitable choice is never used.
+    Transformer-Engine caches one choice for all modules and makes a new one when the number of sequences or their
+    length changes. Mixture-of-Depths layers differ in both from the layers around them, so without this function every
+    call would choose again. Transformer-Engine still compares all parameters, so an unsuitable choice is never used.
     """
     kept: dict[str, Any] = importlib.import_module(f"{_PACKAGE}.dot_product_attention")._attention_backends
     if key in _choices:
@@ -97,7 +97,7 @@ class FusedDocumentAttention(TEDotProductAttention):
             return super().forward(query, key, value, None, AttnMaskType.causal)
         length, batch = query.shape[:2]
         ends = packed_seq_params.document_ends()
-        # `thd` wants the tokens of a sequence together; with one sequence in the micro-batch nothing is copied.
+        # The `thd` layout needs the tokens of a sequence next to each other; with one sequence nothing is copied.
         flat = [tensor.transpose(0, 1).reshape(length * batch, *tensor.shape[2:]) for tensor in (query, key, value)]
         documents = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=length, max_seqlen_kv=length

@@ -1,11 +1,11 @@
-"""Auxiliary routers: predict from one token alone the choices that experts and depth layers make among all tokens.
+"""Auxiliary routers: predict, from one token alone, the choices that experts and depth layers make among all tokens.
 
 MoMa (arXiv 2407.21770), section 2.4: sigmoid(SiLU(x W1) W2) per layer and group of experts, and per Mixture-of-Depths
-layer, trained by binary cross entropy on the true choice. This module has the routers, their learning and their
-figures; optimizer, steps and checkpoints are in mmscale.train.
+layer, trained by binary cross entropy on the true choice. This module contains the routers, their gradients and their
+metrics; optimizer, steps and checkpoints are in mmscale.train.
 
 A Mixture-of-Depths layer has one auxiliary router for all modalities, as it has one main router (paper, section 2.4: W2
-is d/2 x 1). Its figures are still reported per modality.
+is d/2 x 1). Its metrics are still reported per modality.
 
 Shapes: S tokens of this rank's part of a sequence, B sequences, H hidden width, A inner width (H / 2), E decisions per
 token (experts of the group; 1 for depth).
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-# Bins of a score in [0, 1] from which thresholds are read: counts add up exactly over ranks, whatever the layout.
+# Bins of the histogram of scores in [0, 1] that thresholds are computed from. Integer counts add up exactly over
+# ranks, so thresholds do not depend on the layout.
 BINS = 4096
-# What the sums of figures count.
+# Names of the entries of a vector of sums, in order.
 FIGURES = ("decisions", "predicted", "actual", "hits", "tokens", "without_predicted", "without_actual")
 
 
@@ -55,13 +56,13 @@ class AuxiliaryRouter(Fp32Buffers):
 
     def __init__(self, config: TransformerConfig, *, outputs: int, width: int) -> None:
         super().__init__()
-        # No gradients by autograd: RouterLearning makes them. So the main model's gradient buffers, optimizer and norm
-        # pass the routers by.
+        # RouterLearning computes the gradients, not autograd. The main model's gradient buffers, optimizer and gradient
+        # norm therefore do not include the routers.
         hidden, out = (width, config.hidden_size), (outputs, width)
         self.hidden = nn.Parameter(torch.empty(hidden, dtype=config.params_dtype), requires_grad=False)
         self.out = nn.Parameter(torch.empty(out, dtype=config.params_dtype), requires_grad=False)
         for parameter in (self.hidden, self.out):
-            # It sees this rank's tokens only: gradients are partial over tensor-parallel ranks.
+            # The router sees this rank's tokens only, so gradients are partial sums over tensor-parallel ranks.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.register_buffer("threshold", torch.full((outputs,), 0.5))
 
@@ -78,10 +79,10 @@ class RouterRecord:
     Attributes:
         router: the router.
         loss: [] fp64, sum of binary cross entropies.
-        decisions: [] fp64, number of (token, expert) pairs in it.
-        figures: for each modality or group [FIGURES], fp64.
-        histogram: [E, BINS] int64 of scores of its tokens; None unless thresholds are to be calibrated.
-        taken: [E] int64, tokens that the true choice gave to each expert; None likewise.
+        decisions: [] fp64, number of (token, expert) pairs in `loss`.
+        figures: for each modality or group the sums named by FIGURES, fp64.
+        histogram: [E, BINS] int64, counts of the scores of its tokens; None unless thresholds are to be calibrated.
+        taken: [E] int64, tokens that each expert took in the true choice; None unless thresholds are to be calibrated.
     """
 
     router: AuxiliaryRouter
@@ -93,7 +94,7 @@ class RouterRecord:
 
 
 class RouterLearning:
-    """Receives the true choices of layers: computes gradients of the routers, or only measures them.
+    """Receives the true choices of layers, and computes the gradients of the routers or only measures the routers.
 
     The loss of a layer is differentiated immediately: its input is detached, so no gradient reaches the main model and
     no activation outlives the layer. Pipelines and recompute need no special case.
@@ -125,16 +126,16 @@ class RouterLearning:
         kind: str,
         micro_batch: int,
     ) -> None:
-        """Learn from, and count, one choice.
+        """Learn from one choice and add it to the sums.
 
         Args:
-            router: predicts it.
-            hidden: [S, B, H], the true router's input.
+            router: the router that predicts this choice.
+            hidden: [S, B, H], the input of the main router.
             choice: [S, B, E] bool, the true choice.
-            masks: [S, B] bool by name; tokens of none of them count nothing.
+            masks: [S, B] bool by name of the modality or group; tokens in none of the masks are not counted.
             layer: number of the layer, from 1.
             kind: "experts/<group>" or "depth".
-            micro_batch: its number: recompute shows every choice twice, and once is enough.
+            micro_batch: its number. Recompute repeats every choice; the number is used to count each one once.
         """
         if (layer, kind, micro_batch) in self._seen:
             return
@@ -218,7 +219,7 @@ def calibrated(histogram: Tensor, taken: Tensor) -> Tensor:
     """
     above = histogram.flip(1).cumsum(1).flip(1)  # [E, BINS]: scores in this bin or a higher one
     candidates = torch.cat((above, torch.zeros_like(above[:, :1])), dim=1)
-    # argmin takes the first of equals: reversed, that is the highest edge.
+    # Of equal values argmin returns the first one; in the reversed order that is the highest bin edge.
     best = BINS - (candidates.flip(1) - taken.unsqueeze(1)).abs().argmin(dim=1)
     return best.float() / BINS
 

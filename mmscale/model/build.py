@@ -61,13 +61,13 @@ def transformer_config(config: Config) -> TransformerConfig:
         attention_backend=AttnBackend[transformer_engine.attention_backend()],
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        # finalize_model_grads finds q and k norms by name only when this is set.
+        # finalize_model_grads looks for the q and k norms (by name) only if this is set.
         qk_layernorm=model.qk_norm,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
-        # EP > 1 demands it (transformer_config.py); our own experts do not read it.
+        # Required for EP > 1 (transformer_config.py); mmscale's experts do not read it.
         num_moe_experts=sum(expert_counts(config).values()) or None,
         tensor_model_parallel_size=parallel.tp,
         sequence_parallel=parallel.tp > 1,
@@ -87,8 +87,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        # init.py fills the weights. megatron-core must still "initialise": only there it marks tensor-parallel
-        # parameters, without which the gradient norm counts one shard of each (tensor_parallel/layers.py).
+        # init.py fills the weights. megatron-core must still "initialise", because it marks tensor-parallel parameters
+        # only there; of an unmarked parameter the gradient norm counts one shard (tensor_parallel/layers.py).
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -102,12 +102,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         **fp8_settings(config),
     )
     lengthen(transformer, model)
-    transformer.te_gradient_accumulation_fusion = fusion.te  # no field of megatron-core: read by linear_te.py
+    transformer.te_gradient_accumulation_fusion = fusion.te  # not a field of megatron-core; linear_te.py reads it
     return transformer
 
 
 def _pipeline_layout(config: Config) -> list[list[str]] | None:
-    """The layers of every pipeline chunk by megatron-core's names; None if chunks have equal numbers."""
+    """The layers of every pipeline chunk by megatron-core's names; None if all chunks have equally many layers."""
     if config.parallel.pp_layers is None:
         return None
     chunks = [["decoder"] * number for number in config.parallel.pp_layers]
@@ -118,11 +118,11 @@ def _pipeline_layout(config: Config) -> list[list[str]] | None:
 
 @dataclass(frozen=True)
 class GradientFusion:
-    """The linears that add their weight gradients to the fp32 buffer within the matrix product.
+    """Which linears add their weight gradients to the fp32 buffer within the matrix product.
 
     Attributes:
-        everywhere: all, including the output layer, by apex's kernel.
-        te: Transformer-Engine's, by their own kernels.
+        everywhere: all of them, including the output layer, through apex's kernel.
+        te: Transformer-Engine's linears, through their own kernels.
     """
 
     everywhere: bool
@@ -132,8 +132,8 @@ class GradientFusion:
 def gradient_fusion(config: Config) -> GradientFusion:
     """Resolves `model.gradient_accumulation_fusion` for this machine.
 
-    megatron-core checks for apex only when it creates its output layer, with a RuntimeError, and it does not
-    distinguish a Python-only apex from a complete one.
+    This function checks for apex itself: megatron-core does so only when it creates its output layer, with a
+    RuntimeError, and it does not distinguish a Python-only installation of apex from a complete one.
 
     Raises:
         ConfigError: it is requested but not possible here.
@@ -184,8 +184,8 @@ def build_chunks(
                 vp_stage=vp_stage,
             )
         scale_angles(model.rotary_pos_emb, config.model)
-        # It would keep the angles of this context-parallel rank's part of a sequence only, and positions that restart
-        # with every document look up any angle.
+        # With the group set, the module would return only the angles of this context-parallel rank's part of a
+        # sequence. Positions restart with every document, so every rank needs the whole table.
         model.rotary_pos_emb.cp_group = None
         attach(model, config, groups)
         initialize(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
@@ -195,7 +195,7 @@ def build_chunks(
 
 @contextlib.contextmanager
 def _quiet_layers() -> Iterator[None]:
-    """Silence megatron-core's 'Unknown MLP type' warning of every layer: our class takes its groups from its spec."""
+    """Suppress megatron-core's warning 'Unknown MLP type', which it prints for every layer with groups of experts."""
     logger = logging.getLogger("megatron.core.transformer.transformer_layer")
     level = logger.level
     logger.setLevel(logging.ERROR)

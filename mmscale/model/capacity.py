@@ -28,9 +28,9 @@ class Slots(NamedTuple):
     scope.
 
     Attributes:
-        capacity: largest number of tokens that an expert takes of any scope; rows in the order of preference.
+        capacity: largest number of tokens that an expert takes of any scope, i.e. rows of the table.
         limit: [Q] tokens that an expert takes of each scope; None: `capacity` of each.
-        place: [slots] the used slots, as place * Q + scope, each once; None: all places up to `capacity` of all scopes.
+        place: [slots] the used entries of the table as row * Q + scope, without duplicates; None: all entries.
     """
 
     capacity: int
@@ -46,9 +46,9 @@ class TokenCounts:
         own: [B, M] int64, of this rank's micro-batch.
         everyone: [R, B, M] int64, of the micro-batches that the expert-parallel ranks process at the same
             time, this rank's among them.
-        keep: tokens of each sequence that a Mixture-of-Depths layer keeps; which ones, only the device knows. None: all
-            of them.
-        quotas: tokens of each modality that it takes first; None: it has no quotas.
+        keep: tokens of each sequence that a Mixture-of-Depths layer keeps. Which ones it keeps is known on the device
+            only. None: all tokens.
+        quotas: tokens of each modality that the layer takes first; None: there are no quotas.
     """
 
     own: NDArray[np.int64]
@@ -57,7 +57,7 @@ class TokenCounts:
     quotas: tuple[int, ...] | None = None
 
     def kept(self, keep: int, quotas: tuple[int, ...] | None) -> TokenCounts:
-        """The same tokens, seen from a Mixture-of-Depths layer that keeps only some of them."""
+        """The counts for the layers inside a Mixture-of-Depths layer that keeps only some of the tokens."""
         return replace(self, keep=keep, quotas=quotas)
 
     def most(self, tokens: NDArray[np.int64], modalities: tuple[int, ...]) -> NDArray[np.int64]:
@@ -96,10 +96,10 @@ def actual_capacity(tokens: Numbers, experts: int, *, factor: float, multiple: i
         factor: model.experts.capacity_factor.
         multiple: `capacity_multiple` of mmscale.config.fp8 [tokens].
     """
-    # As in derived.expert_capacity: what is whole on paper is not rounded up to the next token.
+    # As in derived.expert_capacity: 1e-9 keeps a quotient that is an integer up to rounding from being rounded up.
     exact = -((1e-9 - factor * tokens / experts) // 1)
     rounded = -(-exact // multiple) * multiple
-    return tokens - (tokens - rounded).clip(0)  # the smaller of the two
+    return tokens - (tokens - rounded).clip(0)  # min(tokens, rounded), for NumPy and torch
 
 
 def actual_slots(
@@ -134,9 +134,14 @@ def actual_slots(
         found = found if per_sequence else found.sum(axis=-1, keepdims=True)
         return actual_capacity(found.astype(np.float64), experts, factor=factor, multiple=multiple).astype(np.int64)
 
+    # Example: 2 scopes, E = 2, factor = 1. Here the scopes hold 6 and 2 tokens of the group, so an expert takes 3 + 1;
+    # on the fullest rank it takes 5. All ranks exchange messages of the same size, so every expert gets 5 slots here
+    # too. The fifth is added to a scope (`_filled_up`) and stays empty, because its row lies beyond that scope's
+    # `limit`.
     most = max(1, int(bounds(counts.everyone).sum(axis=-1).max()))
     slots = min(tokens, -(-most // multiple) * multiple)
     places = _filled_up([int(bound) for bound in bounds(counts.own)], slots, tokens // scopes)
+    # Entry (row p, scope q) of the table of slots is number p * Q + q; scope q uses rows 0 ... places[q] - 1.
     where = np.concatenate([np.arange(count) * scopes + scope for scope, count in enumerate(places)])
     found = member.sum(dim=0) if per_sequence else member.sum().view(1)
     return Slots(
@@ -147,7 +152,10 @@ def actual_slots(
 
 
 def _filled_up(places: list[int], slots: int, length: int) -> list[int]:
-    """Places of each scope, more of them until there are as many as slots: no place stands for two slots."""
+    """Extends the numbers of rows per scope until they add up to `slots`.
+
+    A scope gets at most `length` rows, its number of tokens, so that every slot stands for another token.
+    """
     left = slots - sum(places)
     found = []
     for own in places:

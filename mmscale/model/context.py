@@ -1,8 +1,8 @@
-"""A sequence that is split over context-parallel ranks: gathers it in its order, and sums partial results back.
+"""Sequences that are split over context-parallel ranks: gathers them in their order, and sums partial results.
 
-What depends on other tokens (attention, expert choice, Mixture-of-Depths) works on gathered tensors in the order of the
-sequence, so that ties between tokens break as in one process. Which rank has which token is decided where the batch is
-read (mmscale.data.stream.context_rows).
+Whatever depends on other tokens (attention, expert choice, Mixture-of-Depths) works on gathered tensors in the order of
+the sequence, so that ties between tokens are broken as in one process. mmscale.data.stream.context_rows decides, when a
+batch is read, which rank gets which token.
 
 Shapes: S tokens of a sequence, N = S / CP tokens of this rank, B sequences of the micro-batch.
 """
@@ -23,10 +23,10 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, eq=False)
 class ContextSplit:
-    """Where the tokens of the sequences of a micro-batch are.
+    """Which rank holds which tokens of the sequences of a micro-batch.
 
     Attributes:
-        order: [S, B] int64, positions of rank 0's tokens, then those of rank 1, and so on; each rank's ascend.
+        order: [S, B] int64, positions of rank 0's tokens, then those of rank 1, and so on, ascending for each rank.
         rank: this rank.
         size: context-parallel ranks.
     """
@@ -49,7 +49,7 @@ class ContextSplit:
 
     @cached_property
     def _places(self) -> Tensor:
-        """[S * B] where each token of the sequence stands among the gathered rows: the inverse of `_rows`."""
+        """[S * B] row of each token of the sequences, in order, among the gathered rows: the inverse of `_rows`."""
         return torch.argsort(self._rows)
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ class ContextSplit:
     def gather(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         """[N, B, ...] of every rank -> [S, B, ...] in the sequence's order, on every rank.
 
-        Backward sums what all ranks made of a rank's rows: each of them uses the gathered tensor for other outputs.
+        Backward sums the gradients of all ranks and returns each rank its own rows, because each rank computes other
+        outputs from the gathered tensor.
         """
         self._check(group)
         rows = gather_from_sequence_parallel_region(tensor.contiguous(), group=group)
@@ -73,7 +74,10 @@ class ContextSplit:
         return reduce_scatter_to_sequence_parallel_region(rows, group=group)
 
     def dealt(self, length: int) -> ContextSplit:
-        """Another split over the same ranks, of `length` tokens of every sequence, zig-zag in 2 * CP pieces."""
+        """Splits the first `length` positions of every sequence over the same ranks, zig-zag in 2 * CP pieces."""
+        # Rank r gets pieces r and 2 * CP - 1 - r: an early and a late one. Causal attention costs more for later
+        # tokens, so this gives all ranks the same work. With CP = 2 rank 0 gets pieces 0 and 3, rank 1 gets pieces 1
+        # and 2.
         pieces = torch.arange(length, device=self.order.device).view(2 * self.size, -1)
         order = torch.cat([pieces[[rank, 2 * self.size - 1 - rank]].reshape(-1) for rank in range(self.size)])
         return ContextSplit(order.unsqueeze(1).repeat(1, self.order.shape[1]), self.rank, self.size)

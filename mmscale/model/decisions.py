@@ -1,7 +1,7 @@
 """How each causal routing mode decides: a table with one entry for each causal mode of mmscale.tables.routings.
 
-A decision is about one token alone. By what it decides (auxiliary scores, or what the main router ranks tokens by) is
-computed by the layers, which hold the routers.
+A decision depends on one token alone. The layers, which own the routers, compute the values that it is based on: the
+scores of the auxiliary routers, or the values by which the main router ranks tokens.
 
 Shapes: E experts of a group; 1 for a Mixture-of-Depths layer.
 """
@@ -45,7 +45,7 @@ def best(scores: Tensor, threshold: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a mode decides.
+    """The functions with which a mode decides.
 
     Attributes:
         experts: which experts of a group take a token.

@@ -1,8 +1,9 @@
 """The exchange of tokens with their experts, overlapped with computation.
 
-`to_experts` of experts.py sends all groups in one message and waits. Here every group has a separate message, which is
-started early and waited for when its tokens are needed; in backward the gradient's message starts where the forward one
-was waited for. The results are bit-identical: messages move rows without changing them.
+`to_experts` of experts.py sends all groups in one message and waits. Here every group has its own message, which is
+started early; the code waits for it when the tokens are needed. In backward the roles are reversed: the gradient's
+message starts where forward waited, and is waited for where forward started. The results are bit-identical, because
+messages only move rows.
 
 Shapes: E experts of a group, L of them on this rank, C slots of an expert on a rank, H hidden width.
 """
@@ -19,10 +20,10 @@ from mmscale.model.experts import Places, splits
 
 
 def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
-    """The largest of each count over the ranks that exchange tokens, on the host.
+    """The largest value of each count over the ranks that exchange tokens, on the host.
 
-    With routing token by token, ranks need different numbers of slots. The exchange needs equal ones, so every rank
-    uses as many as the fullest one needs. Every rank calls it; it waits for the device.
+    With routing token by token, ranks need different numbers of slots, but the exchange needs equal ones, so every rank
+    uses as many as the fullest rank needs. All ranks of the group must call this; it waits for the device.
 
     Args:
         counts: integers, of the same shape on all ranks [n].
@@ -34,7 +35,7 @@ def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
 
 
 class _Message:
-    """An all-to-all of rows in progress. Holds the sent data until it has been sent."""
+    """An all-to-all of rows in progress. It keeps a reference to the data that it sends until they have been sent."""
 
     def __init__(self, rows: Tensor, there: list[int], here: list[int], group: ProcessGroup) -> None:
         self.sent = rows.contiguous()
@@ -44,17 +45,17 @@ class _Message:
         )
 
     def wait(self) -> None:
-        """On CUDA the stream waits, not the host."""
+        """Wait for the message. With CUDA the stream waits, not the host."""
         assert self.work is not None
         self.work.wait()
         del self.sent
 
 
 class _Journey:
-    """Data shared by the two ends of an exchange.
+    """Data shared by the start and the end of one exchange.
 
     Attributes:
-        to, of: rows that go to every rank, and that come from every rank.
+        to, of: numbers of rows that are sent to, and received from, every rank.
     """
 
     def __init__(self, there: list[int], here: list[int], group: ProcessGroup) -> None:
@@ -65,7 +66,10 @@ class _Journey:
 
 
 class _Depart(torch.autograd.Function):
-    """Starts the message; its output is filled when `_Arrive` has waited. Backward: waits for the gradient's."""
+    """Starts the message; its output is filled when `_Arrive` has waited.
+
+    Backward: waits for the gradient's message.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, journey: _Journey) -> Tensor:
@@ -76,7 +80,8 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         message = ctx.journey.back
-        # What `_Arrive` handed on, and nothing was added to it: the gradient itself is in the message.
+        # The gradient is the tensor that `_Arrive` returned, and autograd added nothing to it: the true gradient is
+        # still in the message.
         assert message is not None and message.sent.data_ptr() == gradients[0].data_ptr()
         message.wait()
         ctx.journey.back = None
@@ -84,7 +89,7 @@ class _Depart(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """Waits for the message. Backward: starts the gradient's."""
+    """Waits for the message. Backward: starts the gradient's message."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, journey: _Journey) -> Tensor:
@@ -97,16 +102,17 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.journey.back = _Message(gradients[0], ctx.journey.of, ctx.journey.to, ctx.journey.group)
-        return ctx.journey.back.sent, None  # of the shape that autograd expects here
+        # A tensor of the shape that autograd expects; `_Depart` reads the gradient from the message.
+        return ctx.journey.back.sent, None
 
 
 class Travelling:
-    """Rows of one group on their way to other ranks. Every rank starts the same exchanges in the same order.
+    """The rows of one group while they are sent to other ranks. Every rank starts the same exchanges in the same order.
 
     Args:
         rows: [n, H], ordered by the rank that they go to.
-        there: rows for every rank.
-        here: rows from every rank.
+        there: numbers of rows sent to every rank.
+        here: numbers of rows received from every rank.
         group: expert-parallel ranks.
     """
 
@@ -126,7 +132,7 @@ def send_to_experts(chosen: Tensor, places: Places, group: ProcessGroup) -> Trav
 
 
 def receive_as_expert(travelling: Travelling, places: Places, group: ProcessGroup) -> Tensor:
-    """What an expert's rank received: [L, EP * C, H], by sending rank, as from `to_experts`."""
+    """The tokens that this rank's experts received: [L, EP * C, H], by sending rank, as from `to_experts`."""
     rows = travelling.arrived()
     ranks, local, width = group.size(), len(places[group.rank()]), rows.shape[1]
     slots = rows.shape[0] // max(1, ranks * local)
@@ -134,10 +140,10 @@ def receive_as_expert(travelling: Travelling, places: Places, group: ProcessGrou
 
 
 def send_back(outputs: Tensor, places: Places, slots: int, group: ProcessGroup) -> Travelling:
-    """Start sending experts' outputs [L, EP * C, H] back to where their tokens came from.
+    """Start sending experts' outputs [L, EP * C, H] back to the ranks that the tokens came from.
 
     Args:
-        outputs: of this rank's experts, none where it has no expert of the group.
+        outputs: of this rank's experts; empty if it has no expert of the group.
         places: experts of every rank.
         slots: C.
         group: expert-parallel ranks.

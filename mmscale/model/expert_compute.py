@@ -1,8 +1,8 @@
-"""Implementations of the experts' matrix products: batched, grouped, fused or captured, with one result.
+"""Implementations of the experts' matrix products: batched, grouped, fused or captured. All give the same result.
 
-Static capacities give every expert the same number of rows, so no implementation needs counts from the device. `mmscale
-bench experts` measures them; docs/performance.md has the results. Transformer-Engine's grouped linear has its own
-weights and is a module of experts_te.py.
+With static capacities every expert has the same number of rows, so no implementation needs counts from the device.
+`mmscale bench experts` measures the implementations; docs/performance.md has the results. Transformer-Engine's grouped
+linear has its own weights and is a module of experts_te.py.
 
 Shapes: L experts on this rank, N rows of each, H hidden width, F inner width of this tensor-parallel rank.
 """
@@ -24,7 +24,7 @@ from mmscale.runtime import device, transformer_engine
 
 
 class Products(StrEnum):
-    """What multiplies the rows of all experts with their weights.
+    """The implementation that multiplies the rows of all experts with their weights.
 
     BMM: one batched product (cuBLAS strided batched, or the host's BLAS for each expert).
     GROUPED_MM: torch.nn.functional.grouped_mm, one kernel over ragged groups.
@@ -59,11 +59,11 @@ def chosen(config: Config) -> ExpertCompute:
     """Resolves `model.experts.compute`, `fused_swiglu` and `cuda_graph` for this machine.
 
     Raises:
-        ConfigError: this machine or its torch does not support the request.
+        ConfigError: this machine or its version of torch does not support a requested option.
     """
     experts, cuda = config.model.experts, device.has_cuda()
     if experts.compute == "auto":
-        # Only Transformer-Engine's have FP8 kernels; emulated FP8 is computed by torch.
+        # Only Transformer-Engine's experts have FP8 kernels; emulated FP8 is computed by torch.
         fp8 = config.precision.fp8 != "off" and not config.precision.emulated
         products = Products.TE if fp8 else Products.BMM
     else:
@@ -93,7 +93,7 @@ def chosen(config: Config) -> ExpertCompute:
 def swiglu(gate_up: Tensor, *, fused: bool) -> Tensor:
     """[..., gate F, up F] -> silu(gate) * up, [..., F].
 
-    Unfused, autograd keeps the gate, the up part, silu(gate) and the product; fused, the input and the product.
+    Unfused, autograd saves the gate, the up part, silu(gate) and the product; fused, the input and the product.
     """
     if fused:
         return SwiGLUFunction.apply(gate_up, False, False)
@@ -127,7 +127,7 @@ def _grouped(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class _DenseGradient(torch.autograd.Function):
-    """The identity, whose gradient has strides of its own: grouped_mm's backward refuses an expanded one."""
+    """The identity; makes the gradient contiguous, because grouped_mm's backward refuses an expanded one."""
 
     @staticmethod
     def forward(ctx: object, tensor: Tensor) -> Tensor:

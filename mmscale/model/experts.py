@@ -1,10 +1,10 @@
-"""SwiGLU experts as batched 3-D parameters, and the exchange that brings tokens to them in one message.
+"""SwiGLU experts as batched 3-D parameters, and the exchange that sends tokens to them in one message.
 
-expert_compute.py computes them; exchange.py has the overlapped exchange.
+expert_compute.py computes the products; exchange.py has the overlapped exchange.
 
-The host knows how many experts of a group a rank holds and how many slots an expert has, so every shape is known on the
-host: no counts are exchanged and nothing waits for the device. If expert parallelism does not divide a group, some
-ranks hold one expert of it less, and messages have unequal splits (mmscale.config.derived.experts_of_ranks).
+The host knows how many experts of a group every rank holds and how many slots an expert has, so every shape is known on
+the host: no counts are exchanged and nothing waits for the device. If expert parallelism does not divide a group, some
+ranks hold one expert less, and messages have unequal splits (mmscale.config.derived.experts_of_ranks).
 
 Shapes: E experts of a group, L of them on this rank, N tokens of an expert, C slots of an expert on one rank, H hidden
 width, F inner width of this tensor-parallel rank.
@@ -68,23 +68,24 @@ class SpreadExperts(MegatronModule):
 
     @abstractmethod
     def _make(self, groups: ProcessGroupCollection, compute: ExpertCompute) -> None:
-        """Make the parameters of this rank's experts."""
+        """Create the parameters of this rank's experts."""
 
 
 class Experts(SpreadExperts):
-    """Experts as two batched parameters; Transformer-Engine's way to compute them is experts_te.py."""
+    """Experts as two batched parameters. experts_te.py has the version that uses Transformer-Engine."""
 
     def _make(self, groups: ProcessGroupCollection, compute: ExpertCompute) -> None:
         hidden, inner, dtype = self.config.hidden_size, self.width // self.tp, self.config.params_dtype
-        # w1 keeps gate and up projections on an axis of their own: resharding over tensor parallelism is then a plain
-        # axis.
+        # In w1 the gate and up projections have their own axis, so that resharding over tensor parallelism splits one
+        # plain axis.
         self.w1 = nn.Parameter(torch.empty(len(self.own), hidden, 2, inner, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(len(self.own), inner, hidden, dtype=dtype))
         for parameter, axis in ((self.w1, 3), (self.w2, 1)):
-            # Without this the gradient norm counts tensor-parallel rank 0's shard only (tensor_parallel/layers.py).
+            # Without this the gradient norm counts only the shard of tensor-parallel rank 0
+            # (tensor_parallel/layers.py).
             set_tensor_model_parallel_attributes(parameter, True, axis, 1)
-            # Reduced over the expert-data-parallel group, in buffers of their own; also at EP = 1, so that checkpoints
-            # have the same two optimizers under every layout (distributed_data_parallel.py).
+            # False: the gradient is reduced over the expert-data-parallel group, in separate buffers. Also at EP = 1,
+            # so that checkpoints have the same two optimizers under every layout (distributed_data_parallel.py).
             parameter.allreduce = not self.expert_parallel  # type: ignore[attr-defined]
         function = functools.partial(feed_forward, compute=compute)
         self.compute = Captured(function) if compute.graph else function
@@ -119,7 +120,8 @@ def to_experts(
 ) -> list[Tensor]:
     """Send every group's chosen tokens to the ranks of their experts, in one all-to-all.
 
-    All ranks always take part, whatever their modalities, in forward and backward: slots stay in the graph.
+    All ranks always take part in forward and backward, whatever modalities their tokens have, because empty slots are
+    sent too and stay in the autograd graph.
 
     Args:
         chosen: for each group [E, C, H], the tokens its experts took on this rank; C is the same on all ranks.
@@ -165,18 +167,19 @@ def from_experts(
     ]
     there, here = splits(slots, places, rank=rank)
     received = all_to_all(group, torch.cat(sent, dim=1).view(-1, width), there, here)
-    # From every rank its experts' rows, group by group.
+    # The received rows are ordered by the sending rank and, within a rank, by group. parts[number :: groups] are one
+    # group's rows of all ranks; concatenated they are in the order of the group's experts.
     sizes = [len(own[other]) * count for other in range(ranks) for own, count in zip(places, slots, strict=True)]
     parts = received.split(sizes)
     return [torch.cat(parts[number :: len(places)]).view(-1, count, width) for number, count in enumerate(slots)]
 
 
 def splits(slots: Sequence[int], places: Sequence[Places], *, rank: int) -> tuple[list[int], list[int]]:
-    """Rows of a message of these groups, for every rank of the group: tokens that go there, and that come from there.
+    """Numbers of rows that a message with these groups sends to every rank, and that it receives from every rank.
 
     Args:
         slots: C of each group.
-        places: of each group.
+        places: of each group, the experts of every rank.
         rank: this expert-parallel rank.
     """
     there = [

@@ -1,7 +1,7 @@
-"""SwiGLU experts through Transformer-Engine's grouped linear: a replacement of experts.py's with the same checkpoint.
+"""SwiGLU experts through Transformer-Engine's grouped linear: replaces experts.py's class, with the same checkpoint.
 
 Imported only if Transformer-Engine is installed. With expert choice every expert has the same number of rows, which the
-host knows, so the list of splits needs no wait for the device.
+host knows, so passing the list of splits does not wait for the device.
 
 Shapes: L experts on this rank, N rows of each, H hidden width, F inner width of this tensor-parallel rank.
 """
@@ -35,10 +35,11 @@ class GroupedLinear(PlainState, TEGroupedLinear):
 
 
 class TEExperts(SpreadExperts):
-    """E equal experts, spread as in experts.py."""
+    """E equal experts, distributed over ranks as in experts.py."""
 
     def _make(self, groups: ProcessGroupCollection, compute: ExpertCompute) -> None:
-        # Spread over expert-parallel ranks; the others' scales are agreed on with those of dense layers.
+        # Only for experts that are distributed over expert-parallel ranks. The scales of all others are reduced
+        # together with those of dense layers.
         self.scaling_group = (
             process_groups.expert_replica_group() if self.expert_parallel and groups.ep.size() > 1 else None
         )
@@ -62,7 +63,7 @@ class TEExperts(SpreadExperts):
                 parameter.allreduce = not self.expert_parallel  # as in experts.py, also at EP = 1
             return made
 
-        # Gate rows before up rows within a rank's shard, as state_te.py expects.
+        # Within a rank's shard the gate rows come before the up rows, as state_te.py expects.
         self.linear_fc1 = linear(config.hidden_size, 2 * width, "column", "fc1")
         self.linear_fc2 = linear(width, config.hidden_size, "row", "fc2")
 

@@ -31,7 +31,8 @@ from mmscale.model.expert_compute import swiglu
 from mmscale.model.experts import Experts
 from mmscale.model.fp8_formats import Blocks, Quantized
 
-# The tensors of a product, by their columns among those that Transformer-Engine keeps delayed scales of.
+# The tensors of a product, as column numbers of `DelayedScales.state`: the order in which Transformer-Engine keeps
+# delayed scales. Columns 2 and 4 (output, gradient of the input) are not used.
 ROWS, WEIGHT, GRADIENT, COLUMNS = 0, 1, 3, 5
 
 
@@ -41,10 +42,10 @@ class Recipe:
 
     Attributes:
         scaling: delayed, tensorwise or blockwise.
-        gradient: format of gradients; that of rows and weights is e4m3.
+        gradient: format of gradients; rows and weights use e4m3.
         margin: delayed scales are divided by 2^margin.
-        history: steps whose amax values are remembered.
-        most_recent: the newest of them gives the scale, not the largest.
+        history: number of steps whose amax values are kept.
+        most_recent: use the newest amax value for the scale, not the largest one of the history.
     """
 
     scaling: Literal["delayed", "tensorwise", "blockwise"]
@@ -74,14 +75,14 @@ class Recipe:
 class DelayedScales(Fp32Buffers):
     """Scales of a product's three tensors and the amax values that determine them, for each of L products.
 
-    Not in the model's state dict, so that weights are the same with any recipe: train/steps/fp8_scales.py stores it in
-    checkpoints, as state_te.py does for Transformer-Engine.
+    They are not in the model's state dict, so that weights are the same with any recipe: train/steps/fp8_scales.py
+    stores them in checkpoints, as state_te.py does for Transformer-Engine.
 
     Attributes:
-        state: [1 + steps, L, 5] fp32, scales in row 0 and amax values below; row 1 holds those seen since the last
+        state: [1 + steps, L, 5] fp32, scales in row 0 and amax values below; row 1 holds those recorded since the last
             update. Columns are input, weight, output, gradient of the output, gradient of the input.
         groups: process groups of this rank.
-        place: for products of experts, which expert-parallel ranks share: index of the first one here, and E; None:
+        place: for experts that are distributed over expert-parallel ranks: index of the first one here, and E. None:
             every rank has the product.
         name: of the weight in a checkpoint.
     """
@@ -99,21 +100,21 @@ class DelayedScales(Fp32Buffers):
         self.register_buffer("state", state, persistent=False)
 
     def scale(self, role: int) -> Tensor:
-        """[L, 1, 1]."""
+        """Scale of one of the tensors for each product, [L, 1, 1]."""
         return self.state[0, :, role].view(-1, 1, 1)
 
     def see(self, role: int, amax: Tensor) -> None:
-        """Record amax [L, 1, 1] of one of the tensors. NaN counts as infinite, so that ranks can reduce it."""
+        """Record the amax [L, 1, 1] of one of the tensors. NaN is recorded as infinity, so that ranks can reduce it."""
         found = torch.nan_to_num(amax.view(-1), nan=float("inf"), posinf=float("inf"))
         self.seen[:, role] = torch.maximum(self.seen[:, role], found)
 
     @property
     def seen(self) -> Tensor:
-        """[L, 5], amax values since the last update; a view."""
+        """[L, 5], amax values recorded since the last update; a view."""
         return self.state[1]
 
     def update(self) -> None:
-        """Compute the scales of the next step, after ranks have reduced the seen values."""
+        """Compute the scales of the next step; call it after ranks have reduced `seen`."""
         limits = [formats.largest(self.recipe.format_of(role)) for role in range(COLUMNS)]
         formats.update_delayed(
             self.state[1:],
@@ -129,10 +130,10 @@ class Fp8Product(nn.Module):
 
     Args:
         recipe: how tensors are scaled.
-        groups: tensor-parallel ranks agree on amax values.
+        groups: process groups; tensor-parallel ranks reduce amax values.
         name: of the weight in a checkpoint.
         count: L.
-        place: as of `DelayedScales`.
+        place: as for `DelayedScales`.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Fp8Product(nn.Module):
         """Multiply.
 
         Raises:
-            ConfigError: a size that tensor cores do not take.
+            ConfigError: a dimension is not a multiple of 16, as FP8 tensor cores require.
         """
         require_aligned(rows.shape[-2], rows.shape[-1], weight.shape[-1])
         product: Tensor = _Product.apply(rows, weight, self)
@@ -169,7 +170,7 @@ class Fp8Product(nn.Module):
             tensor: [L, ., .].
             role: ROWS, WEIGHT or GRADIENT.
             blocks: which values share a scale, if the recipe is blockwise.
-            seen: delayed scaling remembers its amax.
+            seen: record its amax for delayed scaling.
         """
         dtype = self.recipe.format_of(role)
         if self.recipe.scaling == "blockwise":
@@ -185,9 +186,11 @@ class Fp8Product(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """The three products of a linear. One scale per tensor: a tensor is rounded once and read both ways.
+    """The three products of a linear: forward, gradient of the rows, gradient of the weight.
 
-    Blocks run along the dimension that is summed over, so rows and gradient are rounded once for each of two products.
+    With one scale per tensor, a tensor is rounded once and used in two products. Blocks, however, run along the
+    dimension that is summed over, which differs between products, so rows and gradient are rounded separately for each
+    product.
     """
 
     @staticmethod
@@ -221,7 +224,7 @@ class _Product(torch.autograd.Function):
 
 
 def require_aligned(rows: int, inner: int, columns: int) -> None:
-    """Refuse sizes that FP8 tensor cores do not take in one of a linear's three products.
+    """Refuse sizes that FP8 tensor cores do not support in one of a linear's three products.
 
     Raises:
         ConfigError: one of them is not a multiple of 16.
@@ -236,29 +239,29 @@ def require_aligned(rows: int, inner: int, columns: int) -> None:
 
 
 class _Fp8Linear:
-    """One of megatron-core's linears, whose products are FP8's once `attach` gave it some."""
+    """Base of megatron-core's linears whose product is computed in emulated FP8, after `attach` has set `fp8`."""
 
     fp8: Fp8Product | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fp8 = None  # not of the class: a module hides its submodules behind attributes of its class
+        self.fp8 = None  # an attribute of the instance: one of the class would hide the submodule that `attach` sets
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
         if self.fp8 is None:
             output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
             return output
         output = _linear(self.fp8, self._whole(input), weight)
-        bias: Tensor | None = kwargs["bias"]  # added outside of the FP8 product, as Transformer-Engine does
+        bias: Tensor | None = kwargs["bias"]  # added after the FP8 product, as in Transformer-Engine
         return output if bias is None else output + bias
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """The rows of all tensor-parallel ranks, where the linear takes them in parts."""
+        """The rows of all tensor-parallel ranks, gathered if the input is split over them (sequence parallelism)."""
         return hidden
 
 
 class Fp8ColumnParallelLinear(_Fp8Linear, ColumnParallelLinear):
-    """Its outputs are sharded."""
+    """A linear whose output is sharded over tensor-parallel ranks."""
 
     def _whole(self, hidden: Tensor) -> Tensor:
         assert self.sequence_parallel == (self.tp_group.size() > 1)
@@ -268,18 +271,18 @@ class Fp8ColumnParallelLinear(_Fp8Linear, ColumnParallelLinear):
 
 
 class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
-    """Its inputs are sharded."""
+    """A linear whose input is sharded over tensor-parallel ranks."""
 
 
 def _linear(product: Fp8Product, hidden: Tensor, weight: Tensor) -> Tensor:
-    """[S, B, K] and a weight [N, K] -> [S, B, N]."""
+    """[S, B, K] and a weight [N, K] -> [S, B, N], through an FP8 product."""
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     output: Tensor = product(flat, weight.t().unsqueeze(0))
     return output.view(*hidden.shape[:-1], -1)
 
 
 class Fp8FeedForward(nn.Module):
-    """SwiGLU experts whose two products are FP8's: stands in for `expert_compute.feed_forward`."""
+    """SwiGLU experts whose two products are in emulated FP8; replaces `expert_compute.feed_forward`."""
 
     def __init__(
         self,
@@ -295,14 +298,14 @@ class Fp8FeedForward(nn.Module):
         self.second = Fp8Product(recipe, groups, name=f"{name}.w2", count=count, place=place)
 
     def forward(self, tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """Arguments and result as of `feed_forward`: [L, M, H], [L, H, 2, F], [L, F, H] -> [L, M, H]."""
+        """Arguments and result as for `feed_forward`: [L, M, H], [L, H, 2, F], [L, F, H] -> [L, M, H]."""
         gate_up = self.first(tokens, w1.view(*w1.shape[:2], -1))
         output: Tensor = self.second(swiglu(gate_up, fused=False), w2)
         return output
 
 
 def attach(model: Any, config: Config, groups: ProcessGroupCollection) -> None:
-    """Give attention's and the feed-forward's products of a model chunk their FP8, layer by layer.
+    """Give the linears of attention and feed-forward in a model chunk their FP8 products, layer by layer.
 
     Args:
         model: a GPTModel whose linears are of the classes above.
@@ -323,7 +326,7 @@ def attach(model: Any, config: Config, groups: ProcessGroupCollection) -> None:
             if isinstance(module, Fp8ColumnParallelLinear | Fp8RowParallelLinear):
                 module.fp8 = Fp8Product(recipe, groups, name=name)
             elif isinstance(module, Experts):
-                # Shared experts are dense parameters: every rank holds them.
+                # Shared experts are dense parameters, which every rank holds.
                 place = (module.own.start, module.count) if module.expert_parallel else None
                 module.compute = Fp8FeedForward(  # type: ignore[assignment]
                     recipe, groups, name=name, count=len(module.own), place=place

@@ -1,11 +1,11 @@
-"""FP8 as formulas: scales from amax values, rounding, blocks. Pure tensor functions on any device; no model, no groups.
+"""FP8 formulas: scales from amax values, rounding, blocks. Pure tensor functions for any device; no model, no groups.
 
 Bit-identical to Transformer-Engine 2.11: CurrentScalingQuantizerRef (quantization_current_scaling.py) for scales from
 the tensor itself, the fused update (delayed_scaling.cu) for delayed ones, and compute_scale_from_amax
 (recipe_common.cuh) for amax values that are not finite, where the kernels use 1 and the Python reference uses 0 or NaN.
 
-Values are clamped before the cast and amax is taken before it: torch 2.11 casts values out of range to NaN and torch
-2.13 to the largest value, infinities included.
+The amax is taken first, then values are clamped, then cast: torch 2.11 casts values out of range to NaN and torch 2.13
+to the largest value, infinities included.
 
 Shapes: M rows, K columns, leading dimensions L (experts).
 """
@@ -25,12 +25,12 @@ _FP32_MAX = torch.finfo(torch.float32).max
 
 
 class Blocks(StrEnum):
-    """The values of a matrix [M, K] that share a scale.
+    """Which values of a matrix [M, K] share a scale.
 
-    TENSOR: all of it.
-    ROW: 128 neighbours of a row: activations and gradients, along the dimension that the product sums over.
-    COLUMN: 128 neighbours of a column: the same tensors in the product of the weight's gradient.
-    TILE: 128 x 128: weights, which are read in both directions.
+    TENSOR: all of them.
+    ROW: 128 neighbours in a row: activations and gradients, along the dimension that the product sums over.
+    COLUMN: 128 neighbours in a column: the same tensors in the product that gives the weight's gradient.
+    TILE: 128 x 128 values: weights, which are read in both directions.
     """
 
     TENSOR = "tensor"
@@ -49,9 +49,9 @@ class Quantized:
     """A tensor [..., M, K] in FP8.
 
     Attributes:
-        codes: FP8 values of its shape.
-        scale_inv: fp32, what codes are multiplied with: [..., 1, 1], or one for each block.
-        blocks: which values share a scale; TENSOR: they all do, in each of the leading dimensions.
+        codes: FP8 values, of the tensor's shape.
+        scale_inv: fp32 factors that turn codes into values: [..., 1, 1], or one for each block.
+        blocks: which values share a scale; with TENSOR, all values of one index of the leading dimensions do.
     """
 
     codes: Tensor
@@ -59,7 +59,7 @@ class Quantized:
     blocks: Blocks
 
     def dequantized(self) -> Tensor:
-        """fp32, of the shape of the codes."""
+        """The values in fp32, of the shape of the codes."""
         if self.blocks is Blocks.TENSOR:
             return self.codes.float() * self.scale_inv
         values = _blocked(self.codes.float(), self.blocks) * self.scale_inv[..., :, None, :, None]
@@ -67,12 +67,12 @@ class Quantized:
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest value of an FP8 format: 448 of e4m3, 57344 of e5m2."""
+    """The largest value of an FP8 format: 448 for e4m3, 57344 for e5m2."""
     return float(torch.finfo(dtype).max)
 
 
 def amax_of(tensor: Tensor) -> Tensor:
-    """Max |x| over the last two dimensions, fp32 [..., 1, 1]; 0 of no values."""
+    """Max |x| over the last two dimensions, fp32 [..., 1, 1]; 0 if there are no values."""
     if tensor.numel() == 0:
         return torch.zeros(*tensor.shape[:-2], 1, 1, device=tensor.device)
     return tensor.detach().abs().amax(dim=(-2, -1), keepdim=True).float()
@@ -86,39 +86,40 @@ def scale_of(
     eps: float = 0.0,
     source: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What a tensor with this amax is multiplied with before the cast.
+    """The factor with which a tensor with this amax is multiplied before the cast.
 
     Args:
         amax: fp32, any shape.
         dtype: FP8 format.
         power_of_two: clear the mantissa of the scale, i.e. round it down to a power of two.
-        eps: smaller amax values count as this.
-        source: format of the tensor; its largest value stands in where the quotient overflows.
+        eps: lower bound of amax.
+        source: format of the tensor; its largest value is the scale if the quotient overflows.
 
     Returns:
         fp32: largest(dtype) / max(amax, eps); 1 where amax is 0, infinite or not a number.
     """
     amax = torch.where(amax < eps, eps, amax)
-    scale = torch.div(largest(dtype), amax)  # `number / tensor` multiplies with the reciprocal: one bit off
+    # Not `number / tensor`, which multiplies with the reciprocal and is one bit off.
+    scale = torch.div(largest(dtype), amax)
     scale = torch.where(torch.isinf(scale), torch.finfo(source).max, scale)
     if power_of_two:
-        scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)  # sign and exponent
+        scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)  # keeps sign and exponent
     return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
 
 
 def cast(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """FP8 codes of tensor * scale, saturated, rounded to nearest even. Not a number stays so."""
+    """FP8 codes of tensor * scale, saturated, rounded to nearest even. NaN stays NaN."""
     limit = largest(dtype)
     return (tensor.float() * scale).clamp(-limit, limit).to(dtype)
 
 
 def quantize_tensor(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantized:
-    """[..., M, K] with a scale [..., 1, 1] from elsewhere."""
+    """Quantize [..., M, K] with a given scale [..., 1, 1]."""
     return Quantized(cast(tensor, scale, dtype), scale.reciprocal(), Blocks.TENSOR)
 
 
 def quantize_blocks(tensor: Tensor, dtype: torch.dtype, blocks: Blocks) -> Quantized:
-    """[..., M, K] with a power-of-two scale for each block; blocks at the edges may be smaller."""
+    """Quantize [..., M, K] with a power-of-two scale for each block; blocks at the edges may be smaller."""
     values = _blocked(tensor.detach().float(), blocks)
     amax = values.abs().amax(dim=(-3, -1))
     scale = scale_of(amax, dtype, power_of_two=True, source=tensor.dtype)
@@ -127,7 +128,7 @@ def quantize_blocks(tensor: Tensor, dtype: torch.dtype, blocks: Blocks) -> Quant
 
 
 def _blocked(tensor: Tensor, blocks: Blocks) -> Tensor:
-    """[..., M, K] -> [..., blocks down, rows of one, blocks across, columns of one], filled up with zeros."""
+    """[..., M, K] -> [..., block rows, rows in a block, block columns, columns in a block], padded with zeros."""
     rows, columns = blocks.shape
     height, width = tensor.shape[-2:]
     down, across = -(-height // rows), -(-width // columns)
@@ -145,8 +146,8 @@ def _whole(blocked: Tensor, shape: torch.Size) -> Tensor:
 def product(left: Quantized, right: Quantized, out: torch.dtype) -> Tensor:
     """[L, M, K] x [L, K, N] summed in fp32, as FP8 tensor cores do.
 
-    With one scale per tensor codes are multiplied and the sum is scaled; with blocks values are: their scales are
-    powers of two, so both are exact.
+    With one scale per tensor the codes are multiplied and the sum is scaled. With blocks the dequantized values are
+    multiplied: the scales are powers of two, so dequantizing is exact.
     """
     if left.blocks is Blocks.TENSOR and right.blocks is Blocks.TENSOR:
         summed = torch.bmm(left.codes.float(), right.codes.float())
@@ -155,7 +156,7 @@ def product(left: Quantized, right: Quantized, out: torch.dtype) -> Tensor:
 
 
 def transposed(quantized: Quantized) -> Quantized:
-    """[..., M, K] -> [..., K, M]; a tensor in rows becomes one in columns."""
+    """[..., M, K] -> [..., K, M]; blocks along rows become blocks along columns."""
     turned = {Blocks.ROW: Blocks.COLUMN, Blocks.COLUMN: Blocks.ROW}
     blocks = turned.get(quantized.blocks, quantized.blocks)
     return Quantized(quantized.codes.transpose(-2, -1), quantized.scale_inv.transpose(-2, -1), blocks)

@@ -1,7 +1,7 @@
 """Converts `precision.fp8` to megatron-core's FP8 fields, for layers of Transformer-Engine.
 
-Emulated FP8 sets none of them: megatron-core would enter Transformer-Engine's context, or, without it, a null context
-that silently trains in bf16 (fp8_utils.py).
+With emulated FP8 none of them is set: megatron-core would enter Transformer-Engine's FP8 context or, if
+Transformer-Engine is not installed, a null context that silently trains in bf16 (fp8_utils.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def fp8_settings(config: Config) -> dict[str, Any]:
     """Arguments of TransformerConfig; none without FP8 or with emulated FP8.
 
     Raises:
-        ConfigError: FP8 is asked for, and Transformer-Engine is not here.
+        ConfigError: FP8 is requested and Transformer-Engine is not installed.
     """
     precision = config.precision
     if precision.fp8 == "off" or precision.emulated:

@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the parallel layout.
 
 Every parameter is drawn as a global tensor from a generator seeded by (seed, key, block of rows). A rank draws the
-blocks that its shard overlaps and keeps its part. So TP, PP, EP and DP ranks agree, and so does one process. It works
-for any module whose sharded_state_dict is right, and thereby tests that too.
+blocks that its shard overlaps and keeps its part, so the ranks of every layout agree with each other and with one
+process. This works for any module with a correct sharded_state_dict, and it also tests that sharded_state_dict.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmscale.model.norm import norm_weights
 _BIASES = ".linear_qkv.bias"  # start at zero
 # Projections back into the residual stream start smaller, as in GPT-2 and megatron-core's scaled_init_method_normal.
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", ".w2")
-# Elements of one independently drawn block: bounds the memory that initialising a large tensor takes.
+# Elements of one independently drawn block; bounds the memory needed to initialise a large tensor.
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -34,7 +34,7 @@ def initialize(model: MegatronModule, *, seed: int, std: float, num_layers: int)
         num_layers: layers of the whole model.
     """
     norms = {weight.untyped_storage().data_ptr() for weight in norm_weights(model)}
-    # Buffers (thresholds of routers) start as their modules made them.
+    # Buffers (thresholds of routers) keep the initial values that their modules gave them.
     kept = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
     drawn: set[int] = set()
     for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
@@ -67,7 +67,7 @@ def _fill(part: ShardedTensor, *, seed: int, std: float) -> None:
     assert part.data is not None
     offset, local = part.global_offset, part.local_shape
     shape = part.global_shape
-    # Leading axes that sharding prepended (layers of a homogeneous block) do not exist with non_homogeneous_layers.
+    # With non_homogeneous_layers sharding prepends no axes (for the layers of a homogeneous block).
     assert len(shape) == part.data.dim(), part.key
     rows_per_block = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
     target = part.data.detach()

@@ -54,7 +54,10 @@ class MixedModalLayer(TransformerLayer):
         return output, context
 
     def _report_output(self, params: MixedModalParams, output: Tensor) -> None:
-        """Mean norm of the last layer's output: it predicts divergence (Chameleon, arXiv 2405.09818, section 2.3)."""
+        """Report the mean norm of the last layer's output. Source: Chameleon, arXiv 2405.09818, section 2.3.
+
+        The norm predicts divergence.
+        """
         if params.stats is not None and self.layer_number == self.config.num_layers:
             params.stats.add(self.layer_number, "output_norm", output.float().norm(dim=-1).mean())
         if params.stats is not None and params.stats.modalities:
@@ -75,7 +78,8 @@ class DepthSettings:
         modalities: names, for reports.
         auxiliary_width: inner width of the auxiliary router; None: there is none.
         thresholds: whether the averaged cut-off of Expert Threshold is kept.
-        row_multiple: what is decided token by token is filled up to a multiple of this on every rank, for FP8.
+        row_multiple: when tokens are decided one by one, every rank pads the selected ones to a multiple of this, for
+            FP8.
     """
 
     keep: int
@@ -97,7 +101,7 @@ class DepthLayer(MixedModalLayer):
         super().__init__(*args, **kwargs)
         self.depth = depth
         self.depth_router = nn.Parameter(torch.empty(self.config.hidden_size, dtype=self.config.params_dtype))
-        # Scores are computed where tokens live: the gradient is partial over tensor-parallel ranks.
+        # Each rank computes the scores of its own tokens, so the gradient is partial over tensor-parallel ranks.
         self.depth_router.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         if depth.auxiliary_width is not None:
             self.depth_auxiliary = AuxiliaryRouter(self.config, outputs=1, width=depth.auxiliary_width)
@@ -115,7 +119,7 @@ class DepthLayer(MixedModalLayer):
         """[S / CP / TP, B, H] -> ([S / CP / TP, B, H], no context)."""
         params = packed_seq_params
         local = hidden_states.float() @ self.depth_router.float()
-        # What follows is computed whole on every tensor-parallel rank, so backward splits instead of summing.
+        # Every tensor-parallel rank computes the following in full, so backward splits the gradient instead of summing.
         logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=False, group=self.tp_group)
         full = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
@@ -135,7 +139,7 @@ class DepthLayer(MixedModalLayer):
         else:
             index, valid = self._decide(hidden_states, logits, params)
         inner = params.select(index, valid, quotas=self.depth.quotas)
-        # This context-parallel rank's part of the selected tokens.
+        # The part of the selected tokens that this context-parallel rank computes.
         mine, real = inner.local(index), None if valid is None else inner.local(valid)
         rows = (mine * batch + torch.arange(batch, device=index.device)).reshape(-1)
         selected = full.reshape(length * batch, width).index_select(0, rows).view(-1, batch, width)
@@ -172,15 +176,15 @@ class DepthLayer(MixedModalLayer):
             threshold = self.depth_auxiliary.threshold
         taken = DECISIONS[params.routing].depth(scores, threshold) & (params.modality_ids >= 0)
         multiple = self.tp_group.size() * self.depth.row_multiple
-        if params.context is not None:  # zig-zag needs 2 * CP pieces
+        if params.context is not None:  # the zig-zag split cuts sequences into 2 * CP equal pieces
             multiple *= 2 * params.context.size
-        # The experts inside need the same number of tokens on every rank that they exchange tokens with.
+        # The experts inside the layer need the same number of tokens on all ranks that exchange tokens.
         (most,) = largest_everywhere(taken.sum(dim=0).max().view(1), self.pg_collection.ep)
         return depth_decided(taken, -(-max(1, most) // multiple) * multiple)
 
     @torch.no_grad()
     def _teach(self, hidden: Tensor, logits: Tensor, index: Tensor, params: MixedModalParams) -> None:
-        """Pass the true choice to the auxiliary router, and its cut-off to the moving average."""
+        """Pass the true choice to the auxiliary router, and the cut-off of the choice to the moving average."""
         if params.learning is not None:
             taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, index, True)
             own = slice(self.tp_group.rank() * hidden.shape[0], (self.tp_group.rank() + 1) * hidden.shape[0])

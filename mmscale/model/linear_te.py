@@ -1,7 +1,7 @@
 """Transformer-Engine's linears and norm with mmscale's checkpoint names.
 
-Imported only if Transformer-Engine is usable (runtime/transformer_engine.py). They are megatron-core's wrappers with
-other state dicts (state_te.py) and with the arguments of the slots of mixed-modal layers.
+Imported only if Transformer-Engine is usable (runtime/transformer_engine.py). The classes are megatron-core's wrappers
+with other state dicts (state_te.py), and take the arguments that the slots of mixed-modal layers pass.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from mmscale.runtime import device
 def with_fusion(config: TransformerConfig) -> TransformerConfig:
     """The configuration for creating Transformer-Engine's modules.
 
-    megatron-core has one switch for all linears, and its own output layer refuses it without apex; Transformer-Engine's
-    work without apex. build.py sets `te_gradient_accumulation_fusion` for them.
+    megatron-core has one switch for gradient accumulation fusion in all linears, and its own output layer refuses it
+    without apex, although Transformer-Engine's linears work without apex. build.py sets
+    `te_gradient_accumulation_fusion` for them.
     """
     if not getattr(config, "te_gradient_accumulation_fusion", False) or config.gradient_accumulation_fusion:
         return config
@@ -42,28 +43,28 @@ def with_fusion(config: TransformerConfig) -> TransformerConfig:
 class PlainState:
     """Mix-in before a module of Transformer-Engine: FP8 state is a plain tensor, and `_extra_state` stays empty.
 
-    The empty one is what megatron-core's own linears keep, so the names in a checkpoint are theirs.
+    megatron-core's own linears have an empty `_extra_state` too, so the names in a checkpoint are the same.
     """
 
     config: TransformerConfig
     fp8_meta: dict[str, Any]
     keeps_fp8_state = True
     products = 1
-    # Who keeps the order of scales by product says how many belong to one (grouped_linear.py, since 2.9).
+    # Modules that order scales by product declare here how many belong to one product (grouped_linear.py, since 2.9).
     _num_fp8_tensors_per_gemm: Any = None
 
     def get_extra_state(self) -> None:
         """Empty, as for megatron-core's linears."""
 
     def set_extra_state(self, state: Any) -> None:
-        """Ignored: it is empty in a checkpoint."""
+        """Ignored: the entry is empty in a checkpoint."""
 
     @property
     def _interleaved(self) -> bool:
         return self.products == 1 or self._num_fp8_tensors_per_gemm is not None
 
     def fp8_state(self) -> Tensor:
-        """[1 + A, G, 5], see state_te.py: the present state, or the initial one."""
+        """[1 + A, G, 5], see state_te.py: the present state, or the initial one if there is none yet."""
         if "scaling_fwd" not in self.fp8_meta:
             return Scaling.fresh(self.products, self.config.fp8_amax_history_len).packed(interleaved=True)
         forward, backward = self.fp8_meta["scaling_fwd"], self.fp8_meta["scaling_bwd"]
@@ -86,20 +87,20 @@ class PlainState:
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         packed = state_dict.pop(f"{prefix}{FP8_STATE}", None)
-        state_dict.setdefault(f"{prefix}_extra_state", None)  # not there in what other tools have written
+        state_dict.setdefault(f"{prefix}_extra_state", None)  # missing in checkpoints written by other tools
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         if packed is not None and delayed(self.config):
             self.set_fp8_state(packed)
 
 
 class _Linear(PlainState):
-    """What the three linears have in common."""
+    """The common part of the three linears."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=with_fusion(config), **kwargs)  # type: ignore[call-arg]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> Any:
-        """megatron-core's names, and the FP8 state if there is one, the same on all ranks of the layer."""
+        """megatron-core's names, and the FP8 state, if any, which is the same on all ranks that hold the layer."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         if delayed(self.config):
@@ -123,7 +124,7 @@ class RowLinear(_Linear, TERowParallelLinear):
 
 
 class NormColumnLinear(_Linear, TELayerNormColumnParallelLinear):
-    """RMSNorm and the linear after it: the normalised input is made in FP8 at once and not kept twice."""
+    """RMSNorm and the linear after it: the normalised input is produced in FP8 directly and not stored twice."""
 
     has_norm = True
 
@@ -132,7 +133,7 @@ class Norm(te.pytorch.RMSNorm):
     """Transformer-Engine's RMSNorm with the arguments of megatron-core's norm slots."""
 
     is_norm = True
-    # It has no state but its weight; the class above would put an empty `_extra_state` into every checkpoint.
+    # The norm's only state is its weight; the base class would put an empty `_extra_state` into every checkpoint.
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
 

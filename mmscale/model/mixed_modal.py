@@ -1,8 +1,9 @@
 """Per-token data of a micro-batch besides hidden states: modality, position and document of every token.
 
-It is passed in megatron-core's `packed_seq_params`, the only argument that reaches every layer by closure under
-recompute and by keyword otherwise, with several micro-batches in flight (transformer_block.py, _checkpointed_forward).
-Storing it on modules instead would be silently wrong: the recompute in backward would read the last micro-batch's ids.
+The data are passed in megatron-core's `packed_seq_params`, the only argument that reaches every layer with several
+micro-batches in flight: by closure under recompute, by keyword otherwise (transformer_block.py, _checkpointed_forward).
+Storing them on modules instead would be silently wrong: the recompute in backward would read the ids of the last
+micro-batch.
 
 Shapes: S tokens of a sequence, B sequences of the micro-batch, K tokens that a Mixture-of-Depths layer selected.
 """
@@ -34,11 +35,11 @@ _FEWEST_SEQUENCES, _ROUNDED_SEQUENCES = 32, 512  # Transformer-Engine 2.11: fuse
 
 
 def padded_documents(count: int) -> int:
-    """The number of sequences that kernels get for this number of documents.
+    """The number of sequences that kernels are called with for this number of documents.
 
     cuDNN builds a graph for every new number of sequences. Transformer-Engine 2.11 rounds up to 32 or a power of two,
-    but above 512 it uses the exact number, which differs in every micro-batch. Those are rounded here, in steps of an
-    eighth of the next power of two: four graphs from 512 to 1024.
+    but above 512 it uses the exact number, which differs in every micro-batch. This function rounds numbers above 512
+    up, in steps of an eighth of the next power of two: four graphs from 512 to 1024.
     """
     octave = 1 << (max(count, _FEWEST_SEQUENCES) - 1).bit_length()
     step = octave if octave <= _ROUNDED_SEQUENCES else octave // 8
@@ -46,10 +47,10 @@ def padded_documents(count: int) -> int:
 
 
 class RoutingStats:
-    """Collects detached routing figures of one forward pass by (layer, name); recompute overwrites equal values.
+    """Collects detached routing metrics of one forward pass by (layer, name); recompute overwrites equal values.
 
     Args:
-        modalities: number of modalities to split counts of every layer by; 0: no counts are collected.
+        modalities: number of modalities that the counts of every layer are split by; 0: no counts are collected.
     """
 
     def __init__(self, *, modalities: int = 0) -> None:
@@ -58,15 +59,15 @@ class RoutingStats:
         self.counts: dict[tuple[int, str], Tensor] = {}
 
     def add(self, layer: int, name: str, value: Tensor) -> None:
-        """Keep a scalar tensor. No synchronisation with the host happens here."""
+        """Store a scalar tensor. Does not synchronise with the host."""
         self.values[layer, name] = value.detach().float()
 
     def count(self, layer: int, name: str, value: Tensor) -> None:
-        """Keep a tensor of sums, which may be added up over ranks that hold other tokens."""
+        """Store a tensor of sums, which may be added up over ranks that hold other tokens."""
         self.counts[layer, name] = value.detach().double()
 
     def means(self) -> dict[str, Tensor]:
-        """Mean over layers of each figure."""
+        """Mean over layers of each metric."""
         by_name: dict[str, list[Tensor]] = {}
         for (_, name), value in self.values.items():
             by_name.setdefault(name, []).append(value)
@@ -82,14 +83,14 @@ class MixedModalParams(PackedSeqParams):
         position_ids: [S, B] int64, restarting at every document.
         document_ids: [S, B] int32; a token attends to earlier tokens of its own document only. A document's tokens are
             contiguous, and neighbouring documents have different numbers.
-        noise_key: number of the micro-batch, the same under every layout; router noise is drawn from it and the seed.
-        stats: collects routing figures; None on steps that are not logged.
-        routing: what decides which experts take a token.
+        noise_key: number of the micro-batch, the same under every layout; it seeds router noise together with the seed.
+        stats: collects routing metrics; None on steps that are not logged.
+        routing: mode by which experts are assigned to tokens.
         learning: receives the true choices, for auxiliary routers; None: no router learns.
         cutoffs: receives cut-offs, for moving averages; None: none are kept.
         choices: records choices, or repeats recorded ones; None in normal training.
         documents: upper bound of the number of documents, known on the host; None: it is read from the device when
-            needed. Kernels get a rounded number, see `padded_documents`.
+            needed. Kernels are called with a rounded number, see `padded_documents`.
         counts: tokens of each modality, known on the host; None: unknown, so that capacities cannot depend on them.
         context: which tokens this context-parallel rank computes; None: all of them.
     """
@@ -123,9 +124,9 @@ class MixedModalParams(PackedSeqParams):
         counts: TokenCounts | None = None,
         context: ContextSplit | None = None,
     ) -> MixedModalParams:
-        """From [B, S] tensors as the loader has them."""
+        """Make an instance from the loader's [B, S] tensors."""
         length = modality_ids.shape[1]
-        # max_seqlen_*: get_rotary_seq_len takes their maximum (rotary_pos_embedding.py) and dies on None.
+        # max_seqlen_* must be set: get_rotary_seq_len takes their maximum (rotary_pos_embedding.py) and fails on None.
         return cls(
             qkv_format="sbhd",
             max_seqlen_q=length,
@@ -157,7 +158,7 @@ class MixedModalParams(PackedSeqParams):
         return tensor if self.context is None else self.context.scatter_sum(tensor, group)
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
-        """What all layers of the micro-batch need, made once."""
+        """A value that all layers of the micro-batch need; `make` is called once."""
         if key not in self._cache:
             with torch.no_grad():
                 self._cache[key] = make()
@@ -176,9 +177,9 @@ class MixedModalParams(PackedSeqParams):
         return self.cached(("tokens_of", modalities), make)
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """[B, 1, S / CP, S] additive mask: 0 where query (row) may see key (column), -inf elsewhere.
+        """[B, 1, S / CP, S] additive mask: 0 where a query (row) may attend to a key (column), -inf elsewhere.
 
-        Made once for all layers of a micro-batch. Every token may see itself, so no row is empty.
+        Made once for all layers of a micro-batch. Every token may attend to itself, so no row is all -inf.
         """
 
         def make() -> Tensor:
@@ -204,10 +205,10 @@ class MixedModalParams(PackedSeqParams):
         return self._lengths
 
     def document_ends(self) -> Tensor:
-        """[documents + 1] int32: 0, and the end of every document, one sequence after another.
+        """[documents + 1] int32: 0, then the end of every document, one sequence after another.
 
-        For kernels over ragged sequences (cu_seqlens). With `documents` their number is that of `padded_documents`:
-        what is more than there are documents are empty ones at the end. Nothing is read from the device then.
+        These are the `cu_seqlens` of kernels for ragged sequences. If `documents` is set, nothing is read from the
+        device and the array has `padded_documents` + 1 entries: empty documents follow the last one.
         """
 
         def make() -> Tensor:
@@ -229,12 +230,12 @@ class MixedModalParams(PackedSeqParams):
     def select(
         self, index: Tensor, valid: Tensor | None = None, *, quotas: tuple[int, ...] | None = None
     ) -> MixedModalParams:
-        """The same facts of the tokens at index [K, B] (ascending along K, so order and causality are kept).
+        """The same data for the tokens at index [K, B] (ascending along K, so order and causality are kept).
 
         Args:
             index: [K, B].
-            valid: [K, B] bool, a prefix of each sequence: what follows is filled up and becomes padding.
-            quotas: tokens of each modality that were selected first, if there were such.
+            valid: [K, B] bool, true for a prefix of each sequence; the rest becomes padding. None: all are valid.
+            quotas: tokens of each modality that were selected first, if there were quotas.
         """
         length = index.shape[0]
         modality_ids, document_ids = self.modality_ids.gather(0, index), self.document_ids.gather(0, index)
@@ -255,7 +256,7 @@ class MixedModalParams(PackedSeqParams):
             cutoffs=self.cutoffs,
             choices=self.choices,
             counts=None if self.counts is None else self.counts.kept(length, quotas),
-            # What fills a sequence up is a document more.
+            # The padding at the end of a sequence counts as another document.
             documents=None if self.documents is None else self.documents + (0 if valid is None else index.shape[1]),
             context=None if self.context is None else self.context.dealt(length),
         )

@@ -54,15 +54,16 @@ from mmscale.tables.routings import Needs, Routing
 class Router(nn.Module):
     """Logits of all groups' experts, x . w_e, in fp32.
 
-    It is a module with its own parameters and is called as one: overlapped parameter gathering waits for a weight in a
-    forward hook of the module that holds it (distributed_data_parallel.py), and a container is never called.
+    The router is a separate module that is called, because overlapped parameter gathering waits for a weight in a
+    forward hook of the module that holds it (distributed_data_parallel.py), and the hooks of a mere container never
+    run.
     """
 
     def __init__(self, config: TransformerConfig, groups: tuple[ExpertGroup, ...]) -> None:
         super().__init__()
         for group in groups:
             weight = nn.Parameter(torch.empty(group.experts, config.hidden_size, dtype=config.params_dtype))
-            # The router sees this rank's tokens only, so its gradient is partial over tensor-parallel ranks.
+            # The router sees this rank's tokens only, so its gradient is a partial sum over tensor-parallel ranks.
             weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(group.name, weight)
 
@@ -72,7 +73,7 @@ class Router(nn.Module):
 
 
 class MoMaMLP(MegatronModule):
-    """y = sum over experts e that took the token of sigmoid(x . w_e) FFN_e(x), plus the shared experts' output."""
+    """y = sum over the experts e that took the token of sigmoid(x . w_e) FFN_e(x), plus the shared experts' output."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class MoMaMLP(MegatronModule):
         *,
         settings: MoMaSettings,
         groups: ProcessGroupCollection,
-        **_: object,  # megatron-core from 0.18 on passes its own pg_collection, and names
+        **_: object,  # from 0.18 on megatron-core also passes its own pg_collection and names
     ) -> None:
         super().__init__(config=config)
         self.settings = settings
@@ -142,8 +143,8 @@ class MoMaMLP(MegatronModule):
 
         Args:
             hidden_states: this rank's tokens.
-            padding_mask: the micro-batch's facts; `padding_mask` is the one spare argument of the mlp slot, and
-                recompute binds it with functools.partial.
+            padding_mask: the micro-batch's `MixedModalParams`. `padding_mask` is the one unused argument of the mlp
+                slot; recompute binds it with functools.partial.
         """
         params = padding_mask
         assert params is not None, "MoMa layers need the micro-batch's modality ids"
@@ -189,7 +190,7 @@ class MoMaMLP(MegatronModule):
         return reduce_scatter_to_sequence_parallel_region(whole, group=self.pg.tp), None
 
     def _dealt(self, selection: Selection) -> Selection:
-        """The slots that this context-parallel rank computes; every rank has as many."""
+        """The slots that this context-parallel rank computes; all ranks have the same number."""
         return dealt(
             selection, rank=self.pg.cp.rank(), size=self.pg.cp.size(), multiple=self.settings.capacity_multiple
         )
@@ -197,7 +198,7 @@ class MoMaMLP(MegatronModule):
     def _summed(self, total: Tensor, params: MixedModalParams, *, dtype: torch.dtype) -> Tensor:
         """Outputs [S, B, H] of this rank's slots -> those of all slots for this rank's tokens, fp32 [S / CP, B, H].
 
-        They travel in the hidden states' dtype, as partial sums over tensor-parallel ranks do.
+        The message has the hidden states' dtype, as for partial sums over tensor-parallel ranks.
         """
         return total if params.context is None else params.scatter_sum(total.to(dtype), self.pg.cp).float()
 
@@ -219,11 +220,10 @@ class MoMaMLP(MegatronModule):
         return output
 
     def _router_logits(self, hidden: Tensor, params: MixedModalParams) -> Tensor:
-        """[S, B, all experts] fp32, computed where the token lives and gathered."""
+        """[S, B, all experts] fp32; each rank computes the logits of its own tokens, then they are gathered."""
         local = self.router(hidden)
-        # Gates multiply outputs that are partial over tensor-parallel ranks, so their gradients are partial and are
-        # summed on the way back; with normalised experts the outputs are whole, and each rank takes its own tokens'
-        # part.
+        # Gates multiply expert outputs that are partial sums over tensor-parallel ranks, so the gradients of gates are
+        # partial too, and backward sums them. Normalised experts have complete outputs; there backward only splits.
         partial = not self.settings.norm_experts
         logits = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=partial, group=self.pg.tp)
         logits = params.gather(logits, self.pg.cp)
@@ -276,7 +276,7 @@ class MoMaMLP(MegatronModule):
         return params.choices.experts(choose, self._rank, shape=logits.shape, micro_batch=params.noise_key, place=place)
 
     def _slots(self, group: ExpertGroup, params: MixedModalParams, member: Tensor) -> Slots:
-        """The slots of a group's experts; equal for all layers of a micro-batch that see the same tokens."""
+        """The slots of a group's experts; the same for all layers of a micro-batch that process the same tokens."""
         length, batch = member.shape
         factor, multiple = self.settings.capacity_factor, self.settings.capacity_multiple
         if not self.settings.actual:
@@ -304,7 +304,7 @@ class MoMaMLP(MegatronModule):
     def _scores(
         self, group: ExpertGroup, logits: Tensor, hidden: Tensor, params: MixedModalParams
     ) -> tuple[Tensor, Tensor]:
-        """What a causal mode decides by, [S, B, E], and the thresholds [E] that it is compared with."""
+        """The values [S, B, E] that a causal mode decides by, and the thresholds [E] that they are compared with."""
         if params.routing.mode.needs is Needs.THRESHOLDS:
             assert self.threshold is not None, "the caller checks that the model keeps thresholds"
             return self._rank(logits), self.threshold.of(group.name)
@@ -321,11 +321,11 @@ class MoMaMLP(MegatronModule):
         for group, own in self._by_group(logits):
             member = params.tokens_of(group.modalities).unsqueeze(-1)
             taken.append(DECISIONS[params.routing].experts(*self._scores(group, own, hidden, params)) & member)
-        # As many slots as the fullest expert of any rank needs, so no token is dropped.
+        # Every expert gets as many slots as the fullest expert of any rank needs, so no token is dropped.
         most = largest_everywhere(torch.stack([group.sum(dim=(0, 1)).max() for group in taken]), self.pg.ep)
         selections = []
         for (group, own), decision, count in zip(self._by_group(logits), taken, most, strict=True):
-            multiple = self.settings.capacity_multiple  # FP8 wants it here too
+            multiple = self.settings.capacity_multiple  # FP8 needs rows in this multiple here too
             selection = decided(decision, own, -(-max(1, count) // multiple) * multiple)
             if params.stats is not None:
                 report_choice(params, self.layer_number, group, selection)
@@ -334,10 +334,10 @@ class MoMaMLP(MegatronModule):
 
     @torch.no_grad()
     def _teach(self, hidden: Tensor, logits: Tensor, selections: list[Selection], params: MixedModalParams) -> None:
-        """Pass the true choice to the auxiliary routers, which run where their tokens are."""
+        """Pass the true choice to the auxiliary routers. Each rank passes the choices for its own tokens."""
         assert params.learning is not None
         length, batch, _ = logits.shape
-        if self._noisy:  # predicted is the choice without noise
+        if self._noisy:  # routers learn to predict the choice without noise
             selections = self._select(logits - self._noise(logits, params), params, report=False)
         mine = slice(self.pg.tp.rank() * hidden.shape[0], (self.pg.tp.rank() + 1) * hidden.shape[0])
         for group, selection in zip(self.settings.groups, selections, strict=True):
@@ -357,7 +357,7 @@ class MoMaMLP(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Routers and norms are replicated; experts are sharded by themselves."""
+        """Routers and norms are replicated; the experts' module shards its own parameters."""
         sharded: ShardedStateDict = {}
         for name, experts in self.experts.items():
             assert isinstance(experts, MegatronModule)

@@ -1,4 +1,4 @@
-"""What a MoMa feed-forward layer is built from besides the TransformerConfig: groups of experts and how they choose."""
+"""The settings of a MoMa feed-forward layer besides the TransformerConfig: groups of experts and how they choose."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class MoMaSettings:
-    """Everything a MoMa feed-forward layer is built from besides the TransformerConfig.
+    """The settings of a MoMa feed-forward layer besides the TransformerConfig.
 
     Attributes:
         groups: groups of experts, each with its own router.
         per_sequence: an expert chooses within each sequence instead of the micro-batch.
-        actual: capacities follow the tokens that are there instead of nominal shares.
+        actual: capacities follow the tokens of the micro-batch instead of nominal shares.
         capacity_factor: slots of a group relative to its tokens.
-        capacity_multiple: slots per expert are rounded up to this.
-        choice: by what an expert ranks tokens, of ranking.RANKINGS.
+        capacity_multiple: slots per expert are rounded up to a multiple of this.
+        choice: how an expert ranks tokens, a key of ranking.RANKINGS.
         gumbel: Gumbel-sigmoid noise in training.
-        noise_seed: the run's seed, from which noise is drawn.
+        noise_seed: the run's seed, which also seeds the noise.
         norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
         shared_width: SwiGLU width of the shared experts together; 0: none.
         auxiliary_width: inner width of each group's auxiliary router; None: there are none.
         thresholds: whether the averaged cut-offs of Expert Threshold are kept.
-        compute: how experts are computed; `auto` is decided.
+        compute: implementation of the experts, with `auto` resolved.
         overlap: each group's tokens are exchanged while other experts compute.
     """
 

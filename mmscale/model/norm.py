@@ -1,7 +1,7 @@
 """RMSNorm with support for sequence parallelism, and the residual connection with a norm on the sub-layer's output.
 
-megatron-core's local norms refuse sequence parallelism without Transformer-Engine or apex (torch_norm.py), and select
-another class when `apex` can be imported, so mmscale always names the class explicitly.
+mmscale always names its norm class explicitly, because megatron-core's local norms refuse sequence parallelism without
+Transformer-Engine or apex (torch_norm.py), and select another class when `apex` can be imported.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
     Args:
-        config: tells whether tokens are sharded over tensor-parallel ranks; the weight's gradient is then partial
-            and megatron's finalize_model_grads sums it over them.
+        config: says whether tokens are sharded over tensor-parallel ranks. If so the weight's gradient is partial, and
+            megatron's finalize_model_grads sums it over them.
         hidden_size: size of the last dimension.
         eps: added to the mean square.
-        replicated: the input is whole on every tensor-parallel rank, so the gradient is whole too. Each rank gives its
-            share of it all the same: kernels whose sums have no fixed order (scatter on CUDA) would let the copies
-            drift apart, and what is summed is equal on all ranks.
+        replicated: every tensor-parallel rank has the whole input, so each computes the whole gradient. Each rank then
+            contributes 1 / TP of its gradient to the sum: kernels whose sums have no fixed order (scatter on CUDA)
+            would otherwise let the replicas drift apart, whereas the sum is the same on all ranks.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 def norm_weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights of all norms, also of those fused with a linear; found by class, as any name may be a modality's.
+    """Weights of all norms, including those fused with a linear. Found by class, because a modality may have any name.
 
     A class of another backend has `is_norm = True`, or `has_norm = True` if it is a linear with a norm before it.
     """
@@ -59,8 +59,8 @@ def norm_weights(model: nn.Module) -> Iterator[nn.Parameter]:
 class Residual(nn.Module):
     """residual + dropout(norm(x)): fills megatron-core's bias-dropout-add slots of post-norm layers.
 
-    Swin's placement, used by Chameleon-34B and MoMa (papers: 2405.09818 section 2.3, 2407.21770 section 2.2). As a
-    module of the slot it keeps TransformerLayer's forward as it is.
+    Swin's placement, used by Chameleon-34B and MoMa (papers: 2405.09818 section 2.3, 2407.21770 section 2.2). Because
+    it is a module in that slot, TransformerLayer's forward needs no change.
     """
 
     def __init__(

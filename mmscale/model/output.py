@@ -1,4 +1,4 @@
-"""The output layer without its product: what the loss needs to compute logits in chunks.
+"""Runs a model without the product of its output layer, so that the loss can compute logits in chunks.
 
 Shapes: S tokens of a sequence, B sequences, H hidden width, V vocabulary rows of this tensor-parallel rank.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 def without_logits(model: Any) -> Iterator[Tensor | None]:
     """Inside, a forward pass returns the output layer's input, [B, S, H] on every rank, instead of logits [B, S, V].
 
-    Gradients of that input are summed over tensor-parallel ranks by the backward pass, as those of the layer's own.
+    Backward sums the gradients of that input over tensor-parallel ranks, as the output layer itself would.
 
     Args:
-        model: a GPTModel, in its wrappers or without.
+        model: a GPTModel, with or without its wrappers.
 
     Yields:
         The layer's weight, [V, H]; None: this chunk of the model has no output layer, and nothing changes.
@@ -37,7 +37,7 @@ def without_logits(model: Any) -> Iterator[Tensor | None]:
             hidden = gather_from_sequence_parallel_region(hidden, group=inner.pg_collection.tp)
         return hidden, None
 
-    layer.forward = gathered  # of this instance, until the end of the block
+    layer.forward = gathered  # on this instance only, until the end of the `with` block
     try:
         yield inner.shared_embedding_or_output_weight() if inner.share_embeddings_and_output_weights else layer.weight
     finally:

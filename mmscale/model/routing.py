@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from mmscale.model.capacity import Slots
 from mmscale.model.ranking import Ranking, by_sigmoid
 
-# Choices rank logits, not sigmoids: near 0 a sigmoid keeps 1e-7 of resolution, and above a logit of 17 all are 1.
+# Tokens are ranked by logits, not by sigmoids: fp32 sigmoids near 1 have a resolution of 1e-7 only, and above a logit
+# of 17 all of them are 1. Tokens that do not belong to the group get this value and are ranked last.
 _FOREIGN = float("-inf")
-# Mantissa bits of a logit that do not count in a choice (of 23).
+# Number of the lowest mantissa bits of a logit (of 23) that a choice ignores.
 _NOISE_BITS = 10
 
 
@@ -29,15 +30,15 @@ def _best(ranked: Tensor, count: int) -> Tensor:
     """Positions along dim 0 of the `count` largest values; values that differ only by rounding count as equal.
 
     Ties are common: every document's first token has the same hidden state in all layers, and in layer 0 every repeated
-    token has. Their logits come out equal, or differ in the last bit depending on vectorization, so the choice among
-    them would differ between layouts (seen as a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587 and
-    0.31037584 against equal ones). So the lowest bits, a relative 1e-4, are dropped and the sort is stable.
+    token has. Their logits are equal, or differ in the last bit depending on vectorization, so the choice among them
+    would differ between layouts (this caused a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587 and 0.31037584
+    where one process had equal ones). Therefore the lowest bits, a relative 1e-4, are dropped and the sort is stable.
     """
     return _coarse(ranked).sort(dim=0, descending=True, stable=True).indices[:count]
 
 
 def _coarse(values: Tensor) -> Tensor:
-    """fp32 values without the bits that rounding makes differ."""
+    """fp32 values with the lowest mantissa bits, in which rounding may differ, set to zero."""
     return (values.contiguous().view(torch.int32) & (-1 << _NOISE_BITS)).view(torch.float32)
 
 
@@ -45,9 +46,9 @@ class Selection(NamedTuple):
     """The tokens that each expert takes.
 
     Attributes:
-        token: [E, slots] int64, flat token numbers; each expert's are distinct.
-        gate: [E, slots] fp32, the weight of the expert's output, 0 in slots that no token of the group fills.
-        valid: [E, slots] bool, the slot holds a token of the group.
+        token: [E, slots] int64, flat token numbers, distinct for each expert.
+        gate: [E, slots] fp32, the weight of the expert's output; 0 in empty slots.
+        valid: [E, slots] bool, the slot holds a token of the group; otherwise it is empty.
     """
 
     token: Tensor
@@ -72,7 +73,7 @@ def expert_choice(
     """
     length, batch, experts = logits.shape
     scores = torch.sigmoid(logits)
-    # Coarse before ranking too: a difference of logits magnifies what rounding makes of equal ones.
+    # Rounded before ranking too: a ranking that subtracts logits magnifies the rounding differences of equal ones.
     ranked = rank(_coarse(logits.detach())).masked_fill(~member.unsqueeze(-1), _FOREIGN)
     if per_sequence:
         chosen = _best(ranked, slots.capacity)  # [C, B, E]
@@ -93,13 +94,15 @@ def expert_choice(
 
 
 def decided(taken: Tensor, logits: Tensor, capacity: int) -> Selection:
-    """The slots of decisions made token by token; no token is dropped.
+    """The slots for decisions that were made token by token; no token is dropped.
 
     Args:
         taken: [S, B, E] bool, whether the expert takes the token.
         logits: [S, B, E] fp32 of the main router, which gives the gates.
         capacity: slots per expert, at least as many as any expert takes tokens.
     """
+    # A stable sort of "not taken" (0 before 1) puts each expert's taken tokens first, in their order; the rest of its
+    # `capacity` slots is filled with tokens that it did not take, which `valid` marks as empty.
     flat = taken.reshape(-1, taken.shape[-1])  # [T, E]
     token = (~flat).to(torch.uint8).sort(dim=0, stable=True).indices[:capacity].t()  # taken ones first, in order
     valid = flat.t().gather(1, token)
@@ -108,13 +111,13 @@ def decided(taken: Tensor, logits: Tensor, capacity: int) -> Selection:
 
 
 def dealt(selection: Selection, *, rank: int, size: int, multiple: int = 1) -> Selection:
-    """A rank's part of every expert's slots: every `size`-th one, so that all ranks have equally good tokens.
+    """A rank's part of every expert's slots: every `size`-th one, so that all ranks get tokens of similar rank.
 
     Args:
-        selection: a choice that all ranks have made alike.
+        selection: a choice that is the same on all ranks.
         rank: this rank.
         size: ranks that share the slots; with 1 the selection is returned.
-        multiple: slots of a rank are a multiple of this; what is missing is filled up with empty slots.
+        multiple: the number of slots of a rank is rounded up to a multiple of this with empty slots.
     """
     if size == 1:
         return selection
@@ -131,16 +134,16 @@ def chosen_by(selection: Selection, tokens: int) -> Tensor:
 
 
 def count_choices(taken: Tensor, selection: Selection, own: Tensor) -> Tensor:
-    """What experts did with some of the tokens, as sums that may be added up over ranks.
+    """Counts what experts did with some of the tokens, as sums that may be added up over ranks.
 
     Args:
         taken: [T, E] bool, which experts took which token (`chosen_by`).
-        selection: the choice behind it.
-        own: [T] bool, the tokens that are asked about.
+        selection: the choice that `taken` comes from.
+        own: [T] bool, the tokens to count.
 
     Returns:
-        [2 + E + E * E] fp64: number of tokens; of those that no expert took; sum of gates of each expert; and how many
-        tokens experts i and j both took, row by row, so that the diagonal is each expert's load.
+        [2 + E + E * E] fp64: number of tokens; number of those that no expert took; sum of gates of each expert; and
+        how many tokens experts i and j both took, row by row, so that the diagonal is each expert's load.
     """
     mine = (taken & own.unsqueeze(-1)).double()
     gates = (selection.gate.detach().double() * own[selection.token]).sum(dim=1)
@@ -153,7 +156,7 @@ def combine(outputs: Tensor, selection: Selection, tokens: int) -> Tensor:
 
     Args:
         outputs: [E, slots, width].
-        selection: the choice that made them.
+        selection: the choice that `outputs` were computed for.
         tokens: number of tokens S * B.
     """
     total = torch.zeros(tokens, outputs.shape[-1], dtype=torch.float32, device=outputs.device)
@@ -163,15 +166,17 @@ def combine(outputs: Tensor, selection: Selection, tokens: int) -> Tensor:
 def add_weighted(total: Tensor, outputs: Tensor, selection: Selection) -> Tensor:
     """Add gate * output to each token's row of `total` [tokens, width] in place, and return it.
 
-    In place, because a sum over all tokens in fp32 is twice the size of the hidden states: a new one for every group
-    and for every addition would be most of what a layer reads and writes besides its products.
+    In place, because a sum over all tokens in fp32 is twice the size of the hidden states: allocating a new one for
+    every group and every addition would account for most of the memory traffic of a layer besides its products.
     """
     weighted = outputs.float() * selection.gate.unsqueeze(-1)
     return total.index_add_(0, selection.token.reshape(-1), weighted.reshape(-1, outputs.shape[-1]))
 
 
 def noise_key(*, seed: int, micro_batch: int, layer: int) -> int:
-    """The key of a layer's noise in a micro-batch: other keys for other seeds, and none that are near each other.
+    """The key of a layer's noise in a micro-batch.
+
+    Hashed, so that different seeds, micro-batches and layers get unrelated keys.
 
     Args:
         seed: the run's seed.
@@ -183,7 +188,9 @@ def noise_key(*, seed: int, micro_batch: int, layer: int) -> int:
 
 
 def gumbel_noise(shape: torch.Size, *, key: int, device: torch.device) -> Tensor:
-    """G' - G'' of two Gumbel samples, which is Logistic(0, 1); a pure function of the key, so no layout changes it.
+    """The difference G' - G'' of two Gumbel samples, which is Logistic(0, 1).
+
+    Depends on the key only, not on the layout.
 
     Source: MoMa section 2.5, Gumbel-Sigmoid(x) = Sigmoid(x + G' - G'').
     """
@@ -214,15 +221,16 @@ def depth_choice(logits: Tensor, modality: Tensor, keep: int, quotas: tuple[int,
                 continue
             own = modality == index
             best = _best(ranked.masked_fill(~own, _FOREIGN), quota)
-            # Where a modality has fewer tokens than its quota, `best` continues with tokens of others: they keep what
-            # they were.
+            # If a modality has fewer tokens than its quota, the rest of `best` are tokens of other modalities. Those
+            # keep their value of `within`.
             within.scatter_(0, best, own.gather(0, best) | within.gather(0, best))
+        # Tokens within a quota come first, then the best of the remaining ones.
         ranked = ranked.masked_fill(within, float("inf"))
     return _best(ranked, keep).sort(dim=0).values
 
 
 def depth_decided(taken: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The tokens decided to be processed, padded to a rectangle.
+    """The tokens that a causal mode decided to process, padded to the same number in every sequence.
 
     Args:
         taken: [S, B] bool.

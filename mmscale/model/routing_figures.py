@@ -1,4 +1,4 @@
-"""Figures of a choice of experts for the logs: tokens that no expert took, and how evenly experts are used."""
+"""Metrics of a choice of experts for the logs: tokens that no expert took, and how evenly experts are used."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from mmscale.model.routing import Selection, chosen_by, count_choices
 
 @torch.no_grad()
 def report_choice(params: MixedModalParams, layer: int, group: ExpertGroup, selection: Selection) -> None:
-    """Share of the group's tokens that no expert took, and how unevenly experts are filled and scored (std / mean).
+    """Report the share of the group's tokens that no expert took, and how unevenly experts are used (std / mean).
 
     With expert choice all experts take the same number of tokens, so their fill is not informative; the sums of their
     gates show whether some experts are hardly used.
 
     Args:
-        params: the micro-batch; it collects figures.
+        params: the micro-batch; collects the metrics.
         layer: its number, from 1.
         group: the experts.
-        selection: what they took of all tokens of the micro-batch.
+        selection: their choice among all tokens of the micro-batch.
     """
     stats = params.stats
     assert stats is not None
     own = params.tokens_of(group.modalities).reshape(-1)
     by_expert = chosen_by(selection, own.numel())
-    taken = by_expert.any(dim=1)  # a mask of slots would be counted on the host
-    # Counting the missing ones makes a micro-batch without the modality 0, not 1.
+    # Indexing with a mask of slots would wait for the device, because the number of results is unknown.
+    taken = by_expert.any(dim=1)
+    # Unrouted tokens are counted, not routed ones, so that a micro-batch without the modality gives 0, not 1.
     stats.add(layer, f"experts/{group.name}/unrouted_fraction", (~taken & own).sum() / own.sum().clamp(min=1))
     for figure, values in (
         ("tokens_per_expert_cv", selection.valid.sum(dim=1).float()),

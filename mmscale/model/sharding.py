@@ -1,4 +1,4 @@
-"""A rank's box of a tensor that ranks share unequally, for megatron-core's checkpoints."""
+"""A rank's box of a tensor that ranks split into unequal parts, for megatron-core's checkpoints."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def box_of(
 ) -> ShardedTensor:
     """The place of this rank's data in the global tensor, as offset and size in every dimension.
 
-    `ShardedTensor.from_rank_offsets` needs equal shards. This box is on no regular grid, so torch's checkpoints check
-    that boxes neither overlap nor leave gaps.
+    `ShardedTensor.from_rank_offsets` requires equal shards. A box may have any offset and size, so torch's checkpoint
+    code checks that boxes neither overlap nor leave gaps.
 
     Args:
         key: of the global tensor.
         data: this rank's part.
-        axes: for each sharded axis of the data the first global index and the global size; others are whole.
+        axes: for each sharded axis of the data the first global index and the global size; other axes are complete.
         replica_id: which copy of the part this is.
         offsets: axes that the caller prepended: (axis, index, size).
     """

@@ -1,4 +1,4 @@
-"""The classes that a backend provides: one for each kind of slot of a layer. Names only; nothing is imported here."""
+"""The classes that a backend provides for the slots of a layer. This module imports none of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Parts:
-    """The classes that a backend fills the slots with; each is made with megatron-core's arguments of that slot.
+    """The classes with which a backend fills the slots; each takes megatron-core's arguments for that slot.
 
-    Norms are named, never megatron-core's LNImpl: that one is another class where anything called `apex` is importable.
+    Norms are named here instead of using megatron-core's LNImpl, which is another class if a package `apex` is
+    importable.
 
     Attributes:
         column, row: linears whose output or input is sharded over tensor-parallel ranks.
-        norm_column: a norm and the column-parallel linear after it in one; None: two modules.
+        norm_column: a module that is a norm and the column-parallel linear after it; None: the backend uses two
+            modules.
         norm: RMSNorm.
         attention: core attention, causal within documents.
     """
@@ -26,7 +28,7 @@ class Parts:
 
     @property
     def keys(self) -> dict[str, str]:
-        """Names of a fused norm's weights in a checkpoint: those of a separate norm module."""
+        """Maps the checkpoint names of a fused norm's weights to those of a separate norm module."""
         if self.norm_column is None:
             return {}
         return {

@@ -75,7 +75,7 @@ def nominal_share(config: Config) -> dict[str, float]:
     """Nominal share of each modality in the tokens.
 
     Raises:
-        ConfigError: the share is still `auto`; the code that opens the data must have replaced it by the measured
+        ConfigError: the share is still `auto`; the code that opens the data should have replaced it by the measured
             share.
     """
     share = config.model.experts.share
@@ -88,7 +88,7 @@ def nominal_share(config: Config) -> dict[str, float]:
 
 
 def moma_settings(config: Config) -> MoMaSettings:
-    """Groups of experts that a configuration asks for."""
+    """Settings of the expert layers for a configuration."""
     experts = config.model.experts
     share = nominal_share(config) if config.model.per_modality else {}
     return MoMaSettings(
@@ -110,7 +110,7 @@ def moma_settings(config: Config) -> MoMaSettings:
 
 
 def depth_settings(config: Config) -> DepthSettings:
-    """Tokens that the Mixture-of-Depths layers of a configuration process."""
+    """Settings of the Mixture-of-Depths layers for a configuration."""
     assert config.model.depth is not None
     keep, quotas = depth_tokens(config), None
     if config.model.depth.choice == "per_modality":
@@ -128,11 +128,11 @@ def depth_settings(config: Config) -> DepthSettings:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """What fills the feed-forward slot of a layer.
+    """The module in the feed-forward slot of a layer.
 
     Attributes:
         spec: the module.
-        takes_norm: its first linear alone reads the norm before it, so that both can be one module.
+        takes_norm: only its first linear reads the output of the norm before it, so both can be one module.
     """
 
     spec: ModuleSpec
@@ -172,19 +172,19 @@ def layer_spec(
 
     Args:
         config: the run's configuration.
-        transformer: megatron-core's view of it.
+        transformer: the corresponding TransformerConfig.
         layer: global index, from 0.
         groups: process groups of this rank.
-        classes: what fills the slots; those of this machine's backend if None.
+        classes: fill the slots; None: those of this machine's backend.
     """
     classes = classes or parts(config, transformer)
     pre = config.model.norm_placement.before
     norm = classes.norm if pre else IdentityOp
-    # A norm whose output only one linear reads is part of that linear, where the backend has such a thing.
+    # A norm whose output only one linear reads is fused into that linear, if the backend has such a module.
     fused = classes.norm_column if pre else None
     feed_forward = FEED_FORWARDS[config.model.kind](config, groups, classes)
     qk_norm = classes.norm if config.model.qk_norm else IdentityOp
-    # Normalised experts carry their own norms, so the residual connection of that sub-layer has none.
+    # Normalised experts contain their own norms, so the residual connection after them has none.
     attention_residual = ModuleSpec(
         module=Residual, params={"norm_config": None if pre else transformer, "norm_class": classes.norm}
     )
@@ -220,7 +220,7 @@ def layer_spec(
 def block_spec(
     config: Config, transformer: TransformerConfig, groups: ProcessGroupCollection, *, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The specs of the layers of this pipeline stage (and chunk); megatron-core does not slice a list by itself."""
+    """The specs of the layers of this pipeline stage (and chunk); megatron-core does not slice a list of specs."""
     offset = get_transformer_layer_offset(transformer, vp_stage, groups.pp.rank())
     count = get_num_layers_to_build(transformer, vp_stage, groups.pp.rank())
     classes = parts(config, transformer)

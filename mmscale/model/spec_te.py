@@ -1,6 +1,6 @@
 """Transformer-Engine's classes for the slots of spec.py. Imported only if Transformer-Engine is installed.
 
-Routers, embedding and output layer are not here: they stay in higher precision, in both backends.
+Routers, embedding and output layer are not included: they stay in higher precision with both backends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mmscale.model.slot_parts import Parts
 
 
 def parts(transformer: TransformerConfig) -> Parts:
-    """All of a layer's classes but the experts', which `model.experts.compute` chooses (expert_compute.py)."""
+    """The classes of a layer except for the experts, which `model.experts.compute` selects (expert_compute.py)."""
     return Parts(
         column=ColumnLinear,
         row=RowLinear,

@@ -17,19 +17,20 @@ from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, S
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-# Name of the state of delayed scaling beside a module's weights. What ends with it may be absent from a checkpoint, or
-# be of no use to who reads it.
+# Name, next to a module's weights, of the state of delayed scaling. A checkpoint may lack keys that end with it, and a
+# run without FP8 ignores them.
 FP8_STATE = "fp8_state"
-FORWARD, BACKWARD = 3, 2  # scaled tensors of one product: input, weight, output; gradients of output and of input
+# Number of scaled tensors of one product: input, weight, output; gradients of output and input.
+FORWARD, BACKWARD = 3, 2
 
 
 def delayed(config: TransformerConfig) -> bool:
-    """Whether modules keep amax histories: the other recipes look at the tensor itself and keep nothing."""
+    """Whether modules keep amax histories (delayed scaling); other recipes compute scales from the tensor itself."""
     return bool(config.fp8) and config.fp8_recipe == "delayed"
 
 
 def scaled_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules of Transformer-Engine whose FP8 state is part of the run, by name: `fp8_state`, `set_fp8_state`."""
+    """Modules of Transformer-Engine whose FP8 state belongs to the run (`fp8_state`, `set_fp8_state`), by name."""
     config = getattr(model, "config", None)
     if config is None or not delayed(config):
         return
@@ -39,7 +40,7 @@ def scaled_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def w1_of(weight: Tensor) -> Tensor:
-    """[2 F, H] as Transformer-Engine has it, gate rows before up rows -> [1, H, 2, F], a view."""
+    """[2 F, H] as in Transformer-Engine, gate rows before up rows -> [1, H, 2, F], a view."""
     return weight.view(2, -1, weight.shape[1]).permute(2, 0, 1).unsqueeze(0)
 
 
@@ -103,7 +104,7 @@ def expert_weight(
 
 
 class Scaling(NamedTuple):
-    """State of delayed scaling of one module, as its `fp8_meta` has it, on any device.
+    """State of delayed scaling of one module, as in its `fp8_meta`, on any device.
 
     Attributes:
         scale_fwd, scale_bwd: [3 G] and [2 G].
@@ -117,7 +118,7 @@ class Scaling(NamedTuple):
 
     @classmethod
     def fresh(cls, products: int, history: int) -> Scaling:
-        """What Transformer-Engine starts with: scales of one, empty histories."""
+        """Transformer-Engine's initial state: scales of one, empty histories."""
         return cls(
             torch.ones(FORWARD * products),
             torch.zeros(history, FORWARD * products),
@@ -126,11 +127,12 @@ class Scaling(NamedTuple):
         )
 
     def packed(self, *, interleaved: bool) -> Tensor:
-        """[1 + A, G, 5] fp32: scale in row 0, history below; forward's three columns, then backward's two.
+        """[1 + A, G, 5] fp32: scale in row 0, history below; three columns for forward, then two for backward.
 
         Args:
-            interleaved: a product's tensors stand together (Transformer-Engine 2.11's grouped linear), instead of all
-                products' inputs, then all weights, ...: megatron-core 0.16.1 splits as if they never did.
+            interleaved: scales are ordered by product (Transformer-Engine 2.11's grouped linear): all tensors of the
+                first product, then those of the second one. Otherwise all inputs come first, then all weights, and so
+                on, which is what megatron-core 0.16.1 assumes when it splits them.
         """
         parts = []
         for scale, amax, kinds in ((self.scale_fwd, self.amax_fwd, FORWARD), (self.scale_bwd, self.amax_bwd, BACKWARD)):

@@ -1,9 +1,9 @@
 """Expert Threshold: causal routing by a moving average of each expert's cut-off, without parameters.
 
-Source: arXiv 2603.11535. In training experts choose as usual (expert choice). The value at which each expert's choice
-ended (the logit, or the ranking value of `model.experts.choice`) is averaged over steps, and a token goes to the
-experts whose average its own value exceeds. This module has the averages and collects cut-offs; mmscale.train sums them
-over ranks.
+Source: arXiv 2603.11535. In training experts choose as usual (expert choice). The cut-off of an expert's choice is the
+value (the logit, or the ranking value of `model.experts.choice`) between the last token that it took and the first one
+that it did not take. Cut-offs are averaged over steps, and a token goes to the experts whose average its own value
+exceeds. This module holds the averages and collects cut-offs; mmscale.train sums them over ranks.
 
 Shapes: S tokens of a sequence, B sequences, E experts of a group, C tokens per expert.
 """
@@ -25,7 +25,7 @@ class Thresholds(Fp32Buffers):
 
     Args:
         counts: experts of each group.
-        rank: what tokens are ranked by. A buffer starts with the rank of logits that are all 0.
+        rank: ranking function. A buffer is initialised with its values for logits that are all 0.
     """
 
     def __init__(self, counts: Mapping[str, int], *, rank: Ranking = by_sigmoid) -> None:
@@ -39,7 +39,7 @@ class Thresholds(Fp32Buffers):
 
 
 class Cutoffs:
-    """Cut-offs of a step's micro-batches on this rank: sums [E + 1] by threshold, the last entry their number."""
+    """Cut-offs of a step's micro-batches on this rank: for each threshold sums [E + 1], the last entry their number."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
@@ -65,10 +65,10 @@ class Cutoffs:
         Args:
             threshold: the buffer to update.
             ranked: [S, B, E], ranking values.
-            member: [S, B] bool.
+            member: [S, B] bool, tokens of the group.
             slots: how many tokens were taken of each scope.
             per_sequence: each sequence was a separate scope.
-            key: layer, group and micro-batch: recompute shows every choice twice, and only one counts.
+            key: layer, group and micro-batch. Recompute repeats every choice; the key is used to count each one once.
         """
         if key in self._seen:
             return
@@ -90,6 +90,8 @@ def cutoffs(ranked: Tensor, member: Tensor, slots: Slots, *, per_sequence: bool)
     if not per_sequence:
         ranked, member = ranked.reshape(-1, 1, experts), member.reshape(-1, 1)
     values = ranked.topk(min(slots.capacity + 1, ranked.shape[0]), dim=0).values  # [C + 1, B, E]
+    # Per scope: rows 0 ... limit - 1 of `values` were taken, row `limit` is the best one that was not. With no more
+    # tokens than `limit` both indices point to the last token of the group.
     there = member.sum(dim=0)  # [B]
     limit = torch.full_like(there, slots.capacity) if slots.limit is None else slots.limit
     last, following = torch.minimum(there, limit).clamp(min=1) - 1, torch.minimum(there, limit + 1).clamp(min=1) - 1
@@ -100,11 +102,11 @@ def cutoffs(ranked: Tensor, member: Tensor, slots: Slots, *, per_sequence: bool)
 
 
 def move(threshold: Tensor, sums: Tensor, *, decay: float) -> None:
-    """Set a threshold to decay * threshold + (1 - decay) * mean cut-off; without any choice it stays.
+    """Set a threshold to decay * threshold + (1 - decay) * mean cut-off; unchanged if there was no choice.
 
     Args:
         threshold: [E], changed in place.
-        sums: [E + 1] over all ranks, as `cutoffs` gives them.
+        sums: [E + 1] over all ranks, as returned by `cutoffs`.
         decay: of the moving average.
     """
     number = sums[-1]

@@ -1,1 +1,4 @@
-"""Tables of everything that is chosen by name. No torch, and no configuration: the command line reads them at once."""
+"""Tables of everything that is chosen by name.
+
+They need neither torch nor a configuration: the command line reads them.
+"""

@@ -1,6 +1,6 @@
-"""Figures of GPUs and of the machines around them, from data sheets, not measurements.
+"""Data-sheet figures of GPUs and of the machines around them; not measurements.
 
-mmscale.plan.timing assumes which fraction of a figure is reached; the MFU of a run uses the peaks from here too.
+mmscale.plan.timing assumes which fraction of a figure is reached. The MFU of a run uses the peaks of this module too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Gpu:
     """One device in a machine of eight.
 
     Attributes:
-        name: as people call it.
-        memory: what is left of it for a process [GiB].
+        name: common name.
+        memory: available to a process [GiB].
         bf16: dense tensor-core peak [FLOP/s].
-        fp8: the same in FP8; None: it has none.
+        fp8: the same in FP8; None: not supported.
         fp32: peak without tensor cores [FLOP/s].
         bandwidth: of its memory [bytes/s].
         link: to the other devices of the machine, one direction [bytes/s].
@@ -105,7 +105,7 @@ GPUS = {
     ),
 }
 DEFAULT = "h100"
-# Dense bf16 tensor-core peaks [FLOP/s] by the name that a device gives itself; the first pattern found in it counts.
+# Dense bf16 tensor-core peaks [FLOP/s] by a part of the name that the driver reports; the first match counts.
 _BF16_PEAKS = (
     (r"\bGB200\b", GPUS["gb200"].bf16),
     (r"\bB200\b", GPUS["b200"].bf16),
@@ -135,11 +135,11 @@ def gpu_named(name: str) -> Gpu:
 
 
 def bf16_peak(device_name: str) -> float | None:
-    """Peak of a device for bf16 matrix products [FLOP/s]; None where we do not know it.
+    """Peak of a device for bf16 matrix products [FLOP/s]; None if it is unknown.
 
     Args:
         device_name: as its driver reports it, e.g. NVIDIA H100 80GB HBM3.
     """
-    if "MIG" in device_name:  # a slice has an unknown part of the device
+    if "MIG" in device_name:  # a MIG slice is an unknown part of the device
         return None
     return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, device_name)), None)

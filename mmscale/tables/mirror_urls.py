@@ -1,4 +1,4 @@
-"""URLs of mirrors: the kind of store that one names, and why one is refused; the setting and the commands ask here."""
+"""URLs of mirrors: the kind of store that a URL names, and why it is refused. Used by the setting and by commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def problem_of(url: str, *, what: str) -> ConfigError | None:
 
     Args:
         url: to check; it is not shown if it holds credentials.
-        what: holds the URL, for the message, e.g. the name of a setting.
+        what: the origin of the URL for the message, e.g. the name of a setting.
     """
     place = url.partition("://")[2]
     if "@" in place.partition("/")[0]:

@@ -1,9 +1,9 @@
 """Plug-ins: code of other packages that a setting names by import path or by entry point.
 
 A setting that takes plug-ins holds a built-in name, `module:attribute`, or the name of an entry point of the group
-`mmscale.plugins`. What is named is a factory: a class or a function that mmscale calls once on every
-rank, with what the kind gives it and the keyword arguments of the configuration. Nothing is imported before `load` or
-`check` is called.
+`mmscale.plugins`. The name refers to a factory: a class or a function that mmscale calls once on every rank, with the
+arguments of its kind and the keyword arguments of the configuration. Nothing is imported before `load` or `check` is
+called.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class PluginKind(Choice):
-    """A place where a run takes code from outside.
+    """A kind of plug-in.
 
     Attributes:
         settings: dotted keys that name plug-ins of the kind.
-        given: what the factory gets besides the arguments of the configuration, in this order, in words.
-        methods: what its result must have; "__call__": it is called.
-        subclass_of: "module:class" that it must be a subclass of; "": it may be anything that can be called.
-        set_by_mmscale: keyword arguments that mmscale gives from other settings.
+        given: positional arguments of the factory, in words, in this order.
+        methods: methods that its result must have; "__call__": it must be callable.
+        subclass_of: "module:class" that the factory must be a subclass of; "": any callable is allowed.
+        set_by_mmscale: keyword arguments that mmscale sets from other settings.
         page: of the documentation, below docs/.
     """
 
@@ -120,7 +120,7 @@ class PluginError(ConfigError):
 
 
 class MissingPluginError(PluginError):
-    """A plug-in is not installed here, or something that it imports is not."""
+    """A plug-in, or a package that it imports, is not installed on this machine."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,16 @@ class Use:
 
 
 def is_plugin_name(text: str) -> bool:
-    """Whether a text can name a plug-in: `module:attribute`, or what an entry point may be called."""
+    """Whether a text can name a plug-in: `module:attribute`, or a valid name of an entry point."""
     return bool(_PATH.fullmatch(text) or _NAME.fullmatch(text))
 
 
 def check_name(use: Use, built_in: Sequence[str]) -> None:
-    """Refuse a name that is neither a path nor an installed entry point. Imports nothing.
+    """Refuse a name that is neither an import path nor an installed entry point. Imports nothing.
 
     Args:
         use: of a plug-in.
-        built_in: the setting's own names, for the message.
+        built_in: the setting's built-in names, for the message.
 
     Raises:
         PluginError: it is neither.
@@ -190,20 +190,20 @@ def make(use: Use, *given: Any) -> Any:
 
     Args:
         use: of a plug-in.
-        given: what its kind gives to factories.
+        given: the positional arguments of its kind.
 
     Raises:
-        PluginError: it cannot be loaded, its arguments are wrong, or it lacks a method of its kind.
+        PluginError: it cannot be loaded, its arguments are wrong, or its result lacks a required method.
     """
     factory = load(use)
     return require_methods(use, factory(*given, **arguments(use, factory)))
 
 
 def check(use: Use) -> None:
-    """Load a plug-in and compare its signature with the configuration's arguments; it is not called.
+    """Load a plug-in and compare its signature with the configuration's arguments; the factory is not called.
 
     Raises:
-        PluginError: it could not be made.
+        PluginError: `make` would fail.
     """
     kind, factory = PLUGINS[use.kind], load(use)
     if kind.subclass_of:
@@ -220,17 +220,17 @@ def check(use: Use) -> None:
 
 
 def require_methods(use: Use, made: Any) -> Any:
-    """The object, if it has what its kind asks for.
+    """The object, after checking that it has the methods of its kind.
 
     Raises:
-        PluginError: it has not.
+        PluginError: a method is missing.
     """
     _require(use, made)
     return made
 
 
 def arguments(use: Use, factory: Callable[..., Any]) -> dict[str, Any]:
-    """The configuration's arguments as the factory's annotations want them: "3e-4" becomes a float.
+    """The configuration's arguments, converted to the types of the factory's annotations: "3e-4" becomes a float.
 
     Raises:
         PluginError: one is unknown, missing or of a wrong type.
@@ -238,7 +238,7 @@ def arguments(use: Use, factory: Callable[..., Any]) -> dict[str, Any]:
     kind = PLUGINS[use.kind]
     try:
         signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # some classes of extensions have none
+    except (TypeError, ValueError):  # some classes of extension modules have no signature
         return dict(use.args)
     named, any_other = _names(factory, signature)
     own = [name for name in named[len(kind.given) :] if name not in kind.set_by_mmscale]
@@ -256,10 +256,10 @@ def arguments(use: Use, factory: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _names(factory: Callable[..., Any], signature: inspect.Signature) -> tuple[list[str], bool]:
-    """Names of all parameters, and whether any other name is taken.
+    """Names of all parameters, and whether any other name is accepted.
 
-    `**options` of a class with a base class go on to the base class: its names are added. `**options` of a function, or
-    of a class without a base class, take any name.
+    `**options` of a class with a base class are passed on to the base class, so its names are added. `**options` of a
+    function, or of a class without a base class, accept any name.
     """
     named = [name for name, one in signature.parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     if len(named) == len(signature.parameters):
@@ -276,7 +276,7 @@ def _words(given: tuple[str, ...]) -> str:
 
 
 def _called(factory: Callable[..., Any]) -> Any:
-    """The function whose annotations are those of the arguments."""
+    """The function whose annotations describe the arguments."""
     return inspect.getattr_static(factory, "__init__") if isinstance(factory, type) else factory
 
 
@@ -287,7 +287,7 @@ def _typed(use: Use, factory: Callable[..., Any], name: str, value: Any) -> Any:
         hints = typing.get_type_hints(_called(factory))
         adapter: TypeAdapter[Any] = TypeAdapter(hints[name])
     except (NameError, KeyError, TypeError, PydanticSchemaGenerationError):
-        return value  # not annotated, or not with a type that can be checked
+        return value  # there is no annotation, or its type cannot be checked
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
@@ -308,7 +308,7 @@ def _require(use: Use, made: Any) -> None:
 
 
 def _inherits_call(made: Any) -> bool:
-    """Every class can be called, also one whose instances cannot."""
+    """Whether `__call__` is the one of `type`: every class can be called, even one whose instances cannot."""
     return isinstance(made, type) and not any("__call__" in vars(base) for base in made.__mro__)
 
 
@@ -338,7 +338,7 @@ def _imported(use: Use, module_name: str) -> Any:
             f"{use.key}: {use.name} imports {error.name}, which is not installed here",
             remedy=f"install {error.name} in this environment",
         ) from None
-    except Exception as error:  # whatever a foreign module does when it is imported
+    except Exception as error:  # the import of another package may raise anything
         raise PluginError(
             f"{use.key}: {module_name} cannot be imported: {type(error).__name__}: {error}",
             remedy=f"`python -c 'import {module_name}'` shows where",

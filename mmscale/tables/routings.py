@@ -1,6 +1,6 @@
-"""Routing modes: who decides which experts and depth layers take a token. The gate is the main router's in every mode.
+"""Routing modes: how experts and depth layers are assigned tokens. The gate is the main router's in every mode.
 
-Commands, metric names, the report and the model read this table. How a mode decides is in the model
+Commands, metric names, the report and the model read this table. The decision functions are in the model
 (mmscale/model/decisions.py).
 """
 
@@ -15,7 +15,7 @@ from mmscale.tables.table import Choice, Table
 
 
 class Routing(StrEnum):
-    """Who decides which experts take a token (MoMa, section 2.4; Expert Threshold, arXiv 2603.11535)."""
+    """The mode by which experts are assigned to tokens (MoMa, section 2.4; Expert Threshold, arXiv 2603.11535)."""
 
     BATCH = "batch"
     CAUSAL = "causal"
@@ -34,7 +34,7 @@ class Routing(StrEnum):
 
 
 class Trained(Protocol):
-    """What is asked about a model (mmscale.config.ModelConfig)."""
+    """The properties of a model that routing modes need (mmscale.config.ModelConfig)."""
 
     @property
     def auxiliary_width(self) -> int | None:

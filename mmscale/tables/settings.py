@@ -17,8 +17,8 @@ class ModelKind(Choice):
 
     Attributes:
         experts: whether feed-forward layers are groups of experts.
-        per_modality: whether each modality has a group of its own.
-        kernels: GPU kernels that the forward pass of a layer starts, about.
+        per_modality: whether each modality has its own group.
+        kernels: approximate number of GPU kernels that the forward pass of a layer starts.
     """
 
     experts: bool
@@ -39,11 +39,11 @@ KINDS: Table[ModelKind] = Table(
 
 @dataclass(frozen=True, kw_only=True)
 class NormPlacement(Choice):
-    """Where RMSNorm stands in a layer (`model.norm`).
+    """Where RMSNorm is applied in a layer (`model.norm`).
 
     Attributes:
         before: whether sub-layers normalise their input; otherwise their output.
-        per_expert: whether every expert's output is normalised by itself. The sub-layer's output is not, then.
+        per_expert: whether every expert's output is normalised separately. The sub-layer's output is not, then.
     """
 
     before: bool = False
@@ -111,9 +111,9 @@ class Schedule(Choice):
     """A learning-rate schedule after the warm-up (`optim.schedule`).
 
     Attributes:
-        reads: settings beside `lr` and `warmup` that it depends on and that not every schedule does.
-        comparable: whether losses before its end can be compared between runs of different length: the learning rate
-            does not depend on the number of steps until then.
+        reads: settings that it depends on besides `lr` and `warmup` and that not every schedule depends on.
+        comparable: whether losses before its end can be compared between runs of different length, because the learning
+            rate does not depend on the number of steps until then.
     """
 
     reads: tuple[str, ...] = ()
@@ -167,10 +167,10 @@ class MomentFormat(Choice):
 
     Attributes:
         bytes: of both moments of a parameter [bytes].
-        bf16: whether moments have bf16's 8 bits, which cannot show a slow decay.
+        bf16: whether moments have bf16's 8 bits, which are too coarse for a slow decay.
         compact: whether mmscale's own Adam stores them (train: adam_compact.py).
         in_groups: whether neighbouring elements share a scale, so that ranks' shards must begin at a group.
-        te_dtype: Transformer-Engine's FusedAdam stores them in this torch type; None: not its.
+        te_dtype: torch dtype in which Transformer-Engine's FusedAdam stores them; None: it does not support them.
     """
 
     bytes: float
@@ -241,10 +241,10 @@ IMAGE_TOKENIZERS: Table[ImageTokenizerKind] = Table(
 
 @dataclass(frozen=True, kw_only=True)
 class DataOrder(Choice):
-    """How the documents of a source follow one another (`data.order`). Runs remember the name, so facts never change.
+    """The order of the documents of a source (`data.order`). Runs store the name, so these values must never change.
 
     Attributes:
-        block: documents that are shuffled and packed together, about; 0: those of a whole pass.
+        block: approximate number of documents that are shuffled and packed together; 0: those of a whole pass.
         chunk: consecutive documents of the data set that are always in one block.
         above: sources with more documents than this are read in blocks [documents].
     """
@@ -279,10 +279,10 @@ READERS: Table[Choice] = Table(
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFit(Choice):
-    """How a picture that is not square becomes one (`data.prepare.image.fit`).
+    """How an image that is not square becomes square (`data.prepare.image.fit`).
 
     Attributes:
-        done: what happens to it, with `{share}`: on average, 1 minus the short side by the long one [percent].
+        done: effect on the image, with `{share}`: on average, 1 minus the short side by the long one [percent].
     """
 
     done: str

@@ -1,1 +1,1 @@
-"""Training: loop, step, loss, optimizer, metrics; run.py is the one place that puts the parts together."""
+"""Training: loop, step, loss, optimizer, metrics. run.py assembles the parts of an attempt."""

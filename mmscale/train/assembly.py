@@ -1,6 +1,6 @@
 """Builds the parts of a run before it trains: process groups, model, optimizer, stepper, loader.
 
-It starts nothing else; run.py combines the parts with checkpoints and logs.
+run.py combines these parts with checkpoints and logs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def resolve_share(config: Config) -> Config:
 def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
     """Seeds, torch.distributed and megatron's process groups."""
     parallel = config.parallel
-    launch_order.one_queue(tp=parallel.tp)  # before anything asks for the device
+    launch_order.one_queue(tp=parallel.tp)  # before any code initialises the device
     device.keep_host_memory()
     device.set_seeds(config.run.seed)
     groups = process_groups.initialize(
@@ -79,10 +79,10 @@ def build(config: Config, groups: ProcessGroupCollection) -> TrainingParts:
 
 
 def dry_run(config: Config, stepper: Steps, groups: ProcessGroupCollection, data: Mixture) -> None:
-    """One batch forward and backward without an update: finds errors of shape and memory before step 1."""
+    """One batch forward and backward without an update: finds errors of shapes and memory before step 1."""
     own = part_of(groups).batch(data, 0, global_micro_batches(config))
     vocabulary = Vocabulary.from_config(config.vocab)
-    with random_state.preserved():  # the next step draws what it would have drawn without a restart
+    with random_state.preserved():  # so that the next step draws the same random numbers as without a restart
         stepper.accumulate([to_device(content, vocabulary) for content in own])
     device.synchronize()
 

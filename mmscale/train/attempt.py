@@ -55,11 +55,11 @@ from mmscale.train.steps.step_guard import StepGuard
 from mmscale.train.throughput import Throughput, peak_tflops
 
 FINISHED, STOPPED = 0, 75
-MOST_CHANGES = 50  # that an event names
+MOST_CHANGES = 50  # largest number of changed settings that an event lists
 
 
 class Attempt:
-    """One attempt. Every rank holds one; all its methods are called on every rank.
+    """One attempt. Every rank has one, and all methods are called on every rank.
 
     Everything that must be closed is put on the exit stack as soon as it is open.
     """
@@ -206,18 +206,18 @@ class Attempt:
         trainer = self._trainer()
         if self.memory is not None:
             self.memory.start()
-        # megatron-core collects garbage in every save while all wait: what is there now stays, and is not looked at.
+        # megatron-core collects garbage in every save while all ranks wait; it need not visit the objects of now again.
         gc.collect()
         gc.freeze()
-        self.clock.restart()  # loading and the dry run are start-up, and no part of the first step's time
+        self.clock.restart()  # the first step's time must not include loading and the dry run
         try:
             with self.watchdog:
                 self.plugins.on_start(state.step)
                 finished = self._train(trainer)
                 self.plugins.on_end(state.step, finished=finished)
-        except HookError:  # perhaps on this rank alone, so no collective
+        except HookError:  # may have been raised on this rank alone, so no collective is possible
             raise
-        except (TrainingError, DamagedDataError):  # on every rank alike, so the save under way can still be committed
+        except (TrainingError, DamagedDataError):  # raised on every rank: the pending save can be committed
             self.checkpoints.saver.finish()
             raise
         saves.refuse_moved(self.given, self.boundary.moved_to, step=state.step)
@@ -227,7 +227,7 @@ class Attempt:
         return FINISHED if finished else STOPPED
 
     def _train(self, trainer: Trainer) -> bool:
-        """Train to the end, with all its resources. False: stopped on request, or the folder was renamed."""
+        """Train to the end, with all resources open. False: stopped on request, or the run folder was renamed."""
         try:
             self._catch_up(self.stage.resumed)
             if not trainer.fit() or self.boundary.moved_to is not None:
@@ -240,7 +240,7 @@ class Attempt:
         return True
 
     def _record_end(self, *, finished: bool) -> None:
-        self.mirror.wait(finished=finished)  # before the event: status goes by the last one
+        self.mirror.wait(finished=finished)  # before the final event, because `status` shows the last one
         # The last save and evaluation come after the last logged step.
         early = self.watch.early_end() if finished else {}
         event = "stop" if not finished else EARLY if early else "finish"
@@ -248,7 +248,7 @@ class Attempt:
         self.records.tell(event, step=self.state.step, signal=self.stop.agreed_name, **pauses, **early)
 
     def _catch_up(self, measure: Callable[[Tools], None]) -> None:
-        """Evaluate what was left undone, and save again a state that turns out to be the best or the last one."""
+        """Run evaluations that the previous attempt missed; save again if the state is now the best or the last one."""
         before = self.checkpoints.saver.best, self.watch.is_over()
         measure(self.tools)
         if (self.checkpoints.saver.best, self.watch.is_over()) != before:
@@ -263,7 +263,7 @@ class Attempt:
         return from_first(max(self.checkpoints.store.steps(), default=0)) < self.state.step
 
     def _seek(self) -> None:
-        """Continue in the data with the documents that were not read, and report changes of the order."""
+        """Move the data stream to the first unread document, and report changes of the order of the data."""
         place = find_place(
             self.config,
             self.train_data,
@@ -295,7 +295,7 @@ class Attempt:
             self.progress.say(line)
 
     def _done(self) -> int:
-        """Nothing is left to train: finish what a killed attempt has left undone after the last step."""
+        """Nothing is left to train: complete the work after the last step that a killed attempt did not finish."""
         unsaved, undone = self._only_in_memory(), not self.stage.is_complete()
         if unsaved or undone:
             self.clock.restart()
@@ -312,7 +312,7 @@ class Attempt:
         return FINISHED
 
     def _finish(self, *, unsaved: bool, undone: bool) -> bool:
-        """Whether no request to stop came meanwhile."""
+        """Finish the attempt. True: no stop request arrived meanwhile."""
         if unsaved:
             self._save_again()
         with contextlib.suppress(CutShortError):
@@ -351,9 +351,9 @@ class Attempt:
         )
 
     def _load_newest(self) -> int | None:
-        """Roll back; the step of the checkpoint."""
+        """Roll back to the newest checkpoint; returns its step."""
         state = self.state
-        # The save under way is waited for, then a checkpoint is hashed and read: each may take as long as a save.
+        # This waits for the save in progress, then hashes and reads a checkpoint. Each may take as long as a save.
         self.watchdog.beat(state.step, allowed_s=2 * self.config.checkpoint.deadline)
         found = saves.load_newest(self.checkpoints, self.memory, state, self.clock, not_before=self.train_data.start)
         self.watchdog.beat(state.step)
@@ -390,7 +390,7 @@ class Attempt:
         return [times, *common, check, window, self.mirror, *own, *last]
 
     def _beat(self) -> None:
-        """Tell the hang watch that a long operation makes progress; a part of it that never ends is still a hang."""
+        """Report progress of a long operation to the watchdog. A part of it that never ends is still detected."""
         self.watchdog.beat(self.state.step)
 
     def _anomaly(self, event: str, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""The boundary between two steps: requests to stop, the save under way, and a run folder that was renamed."""
+"""The boundary between two steps: handles stop requests, the save in progress, and a run folder that was renamed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mmscale.train.throughput import Throughput
 
 
 class StepBoundary:
-    """Called after every step, on every rank; the answer is the same on all of them.
+    """Called after every step, on every rank; returns the same answer on all of them.
 
     Args:
         config: of the stage.
-        state: gives the step.
-        stop: requests to stop.
+        state: has the step.
+        stop: stop requests.
         checkpoints: of the stage.
-        clock: saving is a pause.
+        clock: measures the pause for saving.
         fence: whether this attempt may still write.
-        watchdog: is told how long the coming wait may take.
-        records: the run's files, and where their folder is.
+        watchdog: receives the time limit of the coming wait.
+        records: the run's files and their folder.
         is_over: whether nothing is left to train.
 
     Attributes:
-        moved_to: the stage's folder now, once it was renamed.
+        moved_to: the stage's present folder, after it was renamed.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class StepBoundary:
         self.moved_to: Path | None = None
 
     def stops(self) -> bool:
-        """Whether to stop here."""
+        """Whether to stop at this boundary."""
         step = self.state.step
         completes = not self.checkpoint.asynchronous and self.checkpoints.due(step)
         waits = self.is_over() or completes or self.checkpoints.saver.waits_before(step)
-        # A request to stop is agreed on behind this line, and the save that follows it is waited for too.
+        # Ranks agree on a stop request below, and then also wait for the save that follows it.
         self.watchdog.beat(step, allowed_s=self.checkpoint.deadline if waits else 0.0)
         folder = self.records.folder
         at = None if folder is None else folder.moved()
@@ -79,8 +79,8 @@ class StepBoundary:
         return stopping or moved
 
     def _follow(self, at: Path | None) -> None:
-        """Save where the folder is now; `at`: as rank 0 has seen it."""
+        """Save in the renamed folder; `at` is its present path as found by rank 0."""
         self.moved_to = from_first(at)
         self.records.tell("run_moved", step=self.state.step, to=str(self.moved_to))
         self.checkpoints.move(self.moved_to)
-        self.checkpoints.saver.hurry(0.0)  # what it writes by the old name
+        self.checkpoints.saver.hurry(0.0)  # finish the save that uses the old path

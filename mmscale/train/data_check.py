@@ -1,7 +1,7 @@
-"""Reads the prepared data once in the background after a start, and ends the run if a file is not what was prepared.
+"""Reads the prepared data once in the background after a start, and ends the run if a file was altered.
 
-A flipped bit in a `.bin` file is another token, which nothing else notices. The first rank of each node reads in a
-thread of the lowest priority (`data.verify`); ranks agree on what was found at logged steps, until all has been read.
+A flipped bit in a `.bin` file is another token, which nothing else would notice. The first rank of each node reads in a
+thread of the lowest priority (`data.verify`); ranks exchange their results at logged steps until all data was read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mmscale.train.stage_state import StageState
 from mmscale.train.steps.step_report import StepReport, is_logged
 
 _NAMED = 10  # files in an event, at most
-_LOWEST = 19  # priority of the thread: training goes first where cores are short
+_LOWEST = 19  # priority of the thread: training takes precedence if there are few cores
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Found:
     """What one rank has found so far.
 
     Attributes:
-        done: it has read everything that it should.
-        files, bytes: that are as prepared.
+        done: it has read all of its part.
+        files, bytes: number of intact files, and their size.
         seconds: since it began.
-        damaged: files that are not what was prepared, each with what is wrong.
-        unread: why the storage refused a file; "": it did not.
+        damaged: files that differ from their digest, each with the difference.
+        unread: why the storage failed to read a file; "": it did not fail.
     """
 
     done: bool = False
@@ -56,11 +56,11 @@ class Reader:
     """The thread that reads.
 
     Attributes:
-        found: replaced as a whole, so that it can be read at any time.
+        found: replaced as a whole, so that another thread can read it at any time.
 
     Args:
         folders: of prepared data sets; those without digests are left out.
-        part, parts: which of the files: every `parts`-th one from `part` on. No parts: none.
+        part, parts: which of the files are read: every `parts`-th one, starting at `part`. `parts` 0: none.
     """
 
     def __init__(self, folders: Sequence[Path], *, part: int, parts: int) -> None:
@@ -70,18 +70,18 @@ class Reader:
         self._thread = threading.Thread(target=self._work, name="data check", daemon=True)
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start reading."""
         if self._parts:
             self._thread.start()
 
     def close(self) -> None:
-        """End within the read of one chunk; a storage that does not answer is not waited for."""
+        """Stop after the present chunk. Does not wait for a storage that does not answer."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(1.0)
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError):  # a thread has a priority of its own on Linux
+        with contextlib.suppress(OSError):  # on Linux each thread has its own priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
         began, files, size, damaged, unread = time.monotonic(), 0, 0, [], ""
         seen: digests.Seen = {}
@@ -95,7 +95,7 @@ class Reader:
                 if not problems:
                     files, size = files + 1, size + (folder / name).stat().st_size
                 self.found = Found(False, files, size, time.monotonic() - began, tuple(damaged))
-        except DataError as error:  # digests.json itself
+        except DataError as error:  # digests.json itself is damaged
             damaged.append(error.cause.removeprefix("data: "))
         except OSError as error:
             unread = f"{error.filename or 'the data'}: {error.strerror or error} (on {socket.gethostname()})"
@@ -109,13 +109,13 @@ class Reader:
 
 
 class DataCheck:
-    """A hook that says once that the data is what was prepared, or ends the run.
+    """A hook that reports once that the data is intact, or ends the run.
 
     Every rank makes one and enters it; making it is a collective.
 
     Args:
         config: the data, `data.verify`, and which steps are logged.
-        env: the first rank of each node reads.
+        env: place of this rank; the first rank of each node reads.
         tell: writes an event.
         warn: prints a line.
     """
@@ -141,15 +141,15 @@ class DataCheck:
         self._reader.close()
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Agrees at a logged step.
+        """Exchange results at a logged step.
 
         Raises:
-            DamagedDataError: a file is not what was prepared; the same on every rank.
+            DamagedDataError: a file was altered since it was prepared; the same on every rank.
         """
         if not self._open or not is_logged(self._config, report.step):
             return
         mine = self._reader.found
-        # Two numbers for as long as there is nothing to say: what was found is gathered once, at the end.
+        # Ranks exchange two flags only; details are gathered once, when all are done or one has found damage.
         news = torch.tensor([not mine.done, bool(mine.damaged)], dtype=torch.int32, device=device.taken())
         torch.distributed.all_reduce(news, op=torch.distributed.ReduceOp.MAX)
         reading, broken = news.tolist()

@@ -1,4 +1,4 @@
-"""The position in the data from which an attempt continues, by its checkpoint's counters and settings."""
+"""The position in the data from which an attempt continues, from its checkpoint's counters and settings."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def find_place(
     Args:
         config: of this attempt.
         mixture: the data from its beginning.
-        state: of the stage, as loaded; an empty `stream` is that of a checkpoint from before it was kept.
+        state: of the stage, as loaded; `stream` is empty in checkpoints of versions that did not store it.
         data: identities of the data sets.
         store: the stage's checkpoints.
-        first: whether this is rank 0, which reads them.
-        begins_from: information of the checkpoint from whose position the stage's step 0 continues; empty: none.
-        settings_of: the stage's settings in a run's configuration.
+        first: whether this is rank 0, which reads the checkpoints.
+        begins_from: metadata of the checkpoint from whose position the stage's step 0 continues; empty: none.
+        settings_of: returns the stage's settings for a run's configuration.
     """
     info: Mapping[str, Any] = {}
     saved: Mapping[str, Any] | None = None
-    if state.sequences and not state.stream:  # the settings define what the number of sequences means
+    if state.sequences and not state.stream:  # the meaning of the number of sequences depends on the settings then
         info = begins_from if state.step == 0 else from_first(store.info(state.step) if first else None)
         saved = info.get("config")
         if state.step > 0:
@@ -50,7 +50,8 @@ def find_place(
         mixture,
         data=data,
         consumed=state.sequences,
-        step=int(begins_from.get("step", 0)) + state.step,  # weights that change count the steps of the run
+        # A schedule of data weights counts the steps of the main run.
+        step=int(begins_from.get("step", 0)) + state.step,
         segments=state.stream,
         saved=saved,
         known=known(info),

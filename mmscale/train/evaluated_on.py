@@ -1,4 +1,4 @@
-"""What a run is evaluated on besides its own data, as its start says it and as its checkpoints keep it."""
+"""The validation sets and tasks that a run is evaluated on besides its own data: lines for the start, and metadata."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class EvaluatedOn:
     """Validation sets and tasks.
 
     Attributes:
-        lines: for the start of the run, one for each.
-        kept: `validation` and `tasks`, what checkpoints keep of them: names, and hashes of their content.
+        lines: one for each, printed at the start of the run.
+        kept: `validation` and `tasks` in a checkpoint's metadata: names, and hashes of their content.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -30,11 +30,11 @@ class EvaluatedOn:
 
     @classmethod
     def of(cls, config: Config, blend: Mapping[Path, Manifest], tasks: Mapping[str, Sequence[TaskItem]]) -> EvaluatedOn:
-        """Of a configuration.
+        """Make one from a configuration.
 
         Args:
             config: names sets and tasks.
-            blend: the data that is trained on.
+            blend: the training data.
             tasks: the questions of each task of `train.tasks`.
         """
         sets = read_validation(config, blend)
@@ -45,11 +45,11 @@ class EvaluatedOn:
         return cls(lines, {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)})
 
     def changed(self, info: Mapping[str, Any]) -> list[str]:
-        """One line for each task that asks something else than when a checkpoint was written.
+        """One line for each task whose questions have changed since a checkpoint was written.
 
-        Validation sets are compared by `mmscale.train.preflight.check_changes`.
+        `mmscale.train.preflight.check_changes` compares validation sets.
 
         Args:
-            info: what the checkpoint says about itself.
+            info: the checkpoint's metadata.
         """
         return replaced(info.get("tasks", ()), self.kept["tasks"])

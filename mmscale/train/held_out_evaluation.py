@@ -1,4 +1,4 @@
-"""Evaluation of held-out sets and tasks in the middle of an attempt, which a request to stop may cut short."""
+"""Evaluation of held-out sets and tasks during an attempt; a stop request can interrupt it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from mmscale.train.steps.task_scores import score
 
 
 class HeldOutEvaluation:
-    """Evaluates all held-out sets, and asks all tasks, under one routing; every rank calls it.
+    """Evaluates all held-out sets and all tasks under one routing mode; every rank calls it.
 
     Args:
         config: of the stage.
-        state: gives the step.
+        state: has the step.
         stepper: computes.
         passes: one pass over each set, by its name.
-        tasks: questions by name; their accuracies stand among the figures of the first set.
+        tasks: questions by name; their accuracies are reported with the metrics of the first set.
         groups: process groups.
-        beat: tells the hang watch that a batch comes next.
-        at: is called with the place "eval" and the step, for fault injection.
-        stop: requests to stop.
-        heard: is given the step, the routing, and the figures of each set.
+        beat: reports progress to the hang watchdog before each batch.
+        at: called with the place "eval" and the step, for fault injection.
+        stop: stop requests.
+        heard: called with the step, the routing mode, and the metrics of each set.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class HeldOutEvaluation:
         self.heard = heard
 
     def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, dict[str, float]]:
-        """Figures of each set by its name.
+        """Metrics of each set by its name.
 
         Args:
-            routing: who decides which experts take a token.
-            learning: collects figures of auxiliary routers on the first set.
+            routing: mode by which experts are assigned to tokens.
+            learning: collects metrics of auxiliary routers on the first set.
 
         Raises:
-            CutShortError: a request to stop came; on every rank.
+            CutShortError: a stop was requested; raised on every rank.
         """
         self._in_order_of_run()
         found = evaluate_passes(
@@ -90,12 +90,12 @@ class HeldOutEvaluation:
         return found
 
     def extents(self) -> dict[str, str]:
-        """How much of each set is read, for people; empty where all of it is."""
+        """Which part of each set is read, in words; sets that are read completely are left out."""
         batches = self.config.train.eval_batches
         return {name: str(extent_of(self.config, data, batches=batches)) for name, data in self.passes.items()}
 
     def _in_order_of_run(self) -> None:
-        """Large sets are read in the order that the run began with, as its training data is."""
+        """Use the order with which the run began for large sets too, as for its training data."""
         if self.state.stream:
             order = self.state.stream[0].get("order", "epochs")
             self.passes = {

@@ -1,5 +1,5 @@
-# Holds a run's lease during `mmscale train`, as the parent of local ranks, or as rank 0 of ranks that another program
-# started. Below `mmscale launch` the job holds it, and ranks only check it. resilience/run_lock.py is the lock itself.
+# Holds a run's lease during `mmscale train`: in the parent of local ranks, or in rank 0 if another program started the
+# ranks. Under `mmscale launch` the job holds it, and ranks only check it. resilience/run_lock.py is the lock itself.
 # No torch.
 """Holds the lock of a run during training."""
 
@@ -19,21 +19,21 @@ from mmscale.runs.attempts import next_attempt
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.stages.table import STAGES, Stage
 
-BY_TRAIN = "train-"  # prefix of the ids of attempts that `mmscale train` holds
+BY_TRAIN = "train-"  # prefix of the lease ids of attempts that `mmscale train` started
 
 
 def is_launched() -> bool:
-    """Whether the job of a launch, or the parent of these ranks, holds the run."""
+    """Whether the job of a launch, or the parent of these ranks, holds the lease of the run."""
     return bool(os.environ.get(VARIABLE))
 
 
 def by_train(lease_id: str | None) -> bool:
-    """Whether `mmscale train` itself holds an attempt, at a terminal or in a user's own job."""
+    """Whether `mmscale train` itself holds the lease of an attempt, at a terminal or in a user's own job."""
     return bool(lease_id) and str(lease_id).startswith(BY_TRAIN)
 
 
 def how_to_end(lease_id: str | None, run: Path) -> str:
-    """A line for a person who trains with `mmscale train`; below a launch "", whose job has told already."""
+    """How to stop, in one line, for users of `mmscale train`; "" under a launch, whose job has printed it already."""
     ended = f"Ctrl-C saves a checkpoint and ends it; so does {shell_command('stop', run)} elsewhere"
     return ended if by_train(lease_id) else ""
 
@@ -43,17 +43,17 @@ def beside(run: Path, stage: Stage) -> list[Path]:
 
     Args:
         run: the main run's folder.
-        stage: the stage that asks.
+        stage: the stage that is left out.
     """
     return [folder for other in STAGES.values() if other is not stage and (folder := other.folder(run)).is_dir()]
 
 
 def refuse_held(run: Path, stage: Stage) -> None:
-    """Refuse, before anything is imported or written, what `held` would refuse.
+    """Raise the errors of `held`, before anything is imported or written.
 
     Args:
         run: the main run's folder.
-        stage: what is to be trained.
+        stage: the stage to train.
 
     Raises:
         HeldError: this stage, or another one of the run, is being trained.
@@ -66,7 +66,7 @@ def refuse_held(run: Path, stage: Stage) -> None:
 
 @contextlib.contextmanager
 def held(run: Path, stage: Stage) -> Iterator[str]:
-    """Hold a stage of a run; yields the id of the attempt, which ranks get as MMSCALE_ATTEMPT_ID.
+    """Hold the lease of a stage; yields the id of the attempt, which ranks get as MMSCALE_ATTEMPT_ID.
 
     Args:
         run: the main run's folder.
@@ -82,14 +82,16 @@ def held(run: Path, stage: Stage) -> Iterator[str]:
         lock.take(name, attempt=attempt)
         for other in beside(run, stage):
             run_lock.refuse_held(other)
-        if next_attempt(folder) != attempt:  # another process has trained between the two lines
+        if next_attempt(folder) != attempt:  # another process has trained since the number was read
             lease.renew(folder, name, attempt=next_attempt(folder))
         yield name
 
 
 @contextlib.contextmanager
 def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable[[Any], Any]) -> Iterator[Fence]:
-    """The same for ranks in a process group: rank 0 holds the run unless a launcher does. Every rank calls it.
+    """The same as `held` for ranks in a process group: rank 0 holds the lease unless a launcher does.
+
+    Every rank calls it.
 
     Args:
         run: the main run's folder.
@@ -108,7 +110,7 @@ def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable
         try:
             yield fence
         finally:
-            if env.is_first and fence.is_orphaned():  # no other process releases it
+            if env.is_first and fence.is_orphaned():  # no other process would release it
                 lease.release(folder, os.environ[VARIABLE])
         return
     with contextlib.ExitStack() as stack:

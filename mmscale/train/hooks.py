@@ -31,15 +31,15 @@ STILL_AFTER = 10  # steps in a row whose gradient is 0
 
 
 class LogHook:
-    """Fetches a logged step's routing figures from the devices and writes all figures down on rank 0.
+    """Fetches the routing metrics of a logged step from the devices and writes all metrics on rank 0.
 
     Args:
         config: which steps are logged.
         clock: tokens per second.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
-        figures: what the stage itself knows of the step; every rank asks.
-        more: figures of others, of saves and of slow ranks, since the last call; rank 0 asks.
+        figures: returns the stage's own metrics of the step; called on every rank.
+        more: returns metrics of saves and of slow ranks since the last call; called on rank 0.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LogHook:
             self.progress.update(report.step, values)
 
     def _routing(self, report: StepReport) -> dict[str, float]:
-        """Routing figures, averaged over layers and ranks: stages hold other layers, replicas other tokens."""
+        """Routing metrics, averaged over layers and ranks: stages hold different layers, replicas different tokens."""
         assert report.stats is not None
         mine = {name: float(value) for name, value in report.stats.means().items()}
         found: dict[str, list[float]] = {}
@@ -93,9 +93,9 @@ class LogHook:
         return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
     def _slots(self, micro_batches: tuple[MicroBatch, ...]) -> dict[str, float]:
-        """Tokens over the nominal capacity and slots left empty, as shares of this rank's tokens; moma only.
+        """Tokens over the nominal capacity and slots left empty, as shares of this rank's tokens.
 
-        Capacities that follow the actual tokens have neither.
+        For `model.kind: moma` only. Empty if capacities follow the actual tokens.
         """
         experts, names = self.config.model.experts, self.config.vocab.names
         if not self.config.model.per_modality or experts.share == "auto" or experts.capacity == "actual":
@@ -113,14 +113,14 @@ class LogHook:
 
 
 class ReplicaHook:
-    """Compares the replicas of all parameters every n steps, before anything of that step is saved.
+    """Compares the replicas of all parameters every n steps, before the state of that step is saved.
 
     Args:
         config: how often.
         stepper: holds the parameters.
-        groups: who holds replicas.
-        clock: comparing is a pause, not a part of the step time.
-        tell: events.
+        groups: which ranks hold replicas.
+        clock: measures the comparison as a pause, not as a part of the step time.
+        tell: writes events.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ReplicaHook:
         self.tell = tell
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Nothing on other steps.
+        """Compare on due steps.
 
         Raises:
             TrainingError: a rank has diverged; the same on every rank.
@@ -180,13 +180,13 @@ class EvalHook:
 
     Args:
         config: how often.
-        evaluate: gives losses under a routing by name of the set; every rank calls it.
-        clock: evaluation is a pause, not a part of the step time.
+        evaluate: returns losses under a routing mode by name of the set; every rank calls it.
+        clock: measures the evaluation as a pause, not as a part of the step time.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
-        tell: events, on rank 0.
-        heard: is given the step and all values by their keys, the same on every rank.
-        extents: which part of a set is read, by its name; of those that are read only partly.
+        tell: writes events, on rank 0.
+        heard: called with the step and all values by their keys, which are the same on every rank.
+        extents: which part of a set is read, by the set's name; contains only sets that are not read completely.
     """
 
     def __init__(
@@ -211,12 +211,12 @@ class EvalHook:
         self.tell = tell
 
     def due(self, step: int) -> bool:
-        """Whether the split is evaluated after a step."""
+        """Whether held-out data are evaluated after a step."""
         every = self.config.train.eval_every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Evaluates on due steps. A stop request can interrupt it; the next attempt then evaluates."""
+        """Evaluate on due steps. A stop request can interrupt it; the next attempt then evaluates."""
         if not self.due(report.step):
             return
         try:
@@ -250,7 +250,7 @@ def held_out_line(name: str, routing: str, values: Mapping[str, float], *, exten
 
     Args:
         name: of the set, as in `HeldOut`.
-        routing: who decided which experts take a token.
+        routing: mode by which experts were assigned to tokens.
         values: `loss`, `loss/<modality>`, `z_loss`.
         extent: which part of the set was read, if not all.
     """
@@ -260,18 +260,18 @@ def held_out_line(name: str, routing: str, values: Mapping[str, float], *, exten
 
 
 def _anomalies(state: StageState) -> dict[str, float]:
-    """Findings of the whole run, and by kind what was found and done."""
+    """Anomalies of the whole run: their number, and by kind how many occurred and what was done about them."""
     counts = state.anomalies.counts
     total = sum(counts.get(kind.value, 0) for kind in AnomalyKind)
     return {"anomalies": total, **{f"anomalies/{name}": count for name, count in sorted(counts.items())}}
 
 
 class StillHook:
-    """Warns once when the model does not learn: the gradient was 0 for many steps in a row.
+    """Warns once if the model does not learn: the gradient was 0 for many steps in a row.
 
     Args:
-        tell: events, on rank 0.
-        warn: warnings for the user, on rank 0.
+        tell: writes events, on rank 0.
+        warn: prints warnings for the user, on rank 0.
     """
 
     def __init__(self, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
@@ -280,7 +280,7 @@ class StillHook:
         self.steps = 0
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """The norm is on the host already."""
+        """Checks the gradient norm, which is on the host already."""
         self.steps = self.steps + 1 if report.result.grad_norm == 0.0 else 0
         if self.steps == STILL_AFTER:
             self.tell("no_gradient", step=report.step, steps=self.steps)
@@ -291,17 +291,17 @@ class StillHook:
 
 
 class PlaceHook:
-    """Reports that a step is done, for fault injection.
+    """Reports the end of every step, for fault injection.
 
     Args:
-        at: called with the place and the step.
+        at: called with the name of the place and the step.
     """
 
     def __init__(self, at: Callable[[str, int], None]) -> None:
         self.at = at
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """The step was applied and logged; its boundary comes next."""
+        """The step was applied and logged; the step boundary comes next."""
         self.at("step", report.step)
 
 
@@ -316,17 +316,17 @@ def common_hooks(
     plugins: Hook,
     figures: Callable[[], dict[str, float]],
 ) -> list[Hook]:
-    """The hooks that every stage has, in their order.
+    """The hooks that all stages have, in order.
 
     Args:
         config: of the stage.
-        stepper: takes its steps.
+        stepper: computes its steps.
         groups: process groups.
         clock: measures steps and pauses.
         progress: the terminal.
         records: the run's files.
-        plugins: hooks from outside, which see the step before it is logged.
-        figures: of saves and rank times, for logged steps.
+        plugins: plug-in hooks, which run before the step is logged.
+        figures: returns metrics of saves and rank times, for logged steps.
     """
     return [
         ReplicaHook(config, stepper=stepper, groups=groups, clock=clock, tell=records.tell),

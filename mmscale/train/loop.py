@@ -1,4 +1,4 @@
-"""The training loop. It reads from top to bottom and is independent of stages, whose parts it is given.
+"""The training loop. It reads from top to bottom and does not depend on stages, which pass their parts in.
 
 Add features as a hook or as a part of a step, never as an `if` in the loop. The error path runs no collectives.
 """
@@ -30,7 +30,7 @@ class TakesSteps(Protocol):
     """Takes steps."""
 
     def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
-        """One optimizer step. If it was not applied the state has moved: past the batch, or back to a checkpoint."""
+        """Take one optimizer step. If it was not applied, the state is past the batch, or back at a checkpoint."""
 
 
 class Checkpoints(Protocol):
@@ -40,7 +40,7 @@ class Checkpoints(Protocol):
         """Whether the schedule asks for a checkpoint after this step."""
 
     def save(self, state: StageState, *, last: bool = False) -> None:
-        """Begin a save, or wait for it to be committed if it is the last one; every rank calls it."""
+        """Begin a save; if `last`, wait until it is committed. Every rank calls it."""
 
 
 class Trainer:
@@ -49,11 +49,11 @@ class Trainer:
     Args:
         config: steps, schedule, logging.
         state: the state of the run to continue from.
-        stepper: what computes.
-        guard: takes steps with it, and decides which are applied.
-        batches: this rank's part of every global batch, from the state's place on.
-        vocabulary: gives labels their modality.
-        hooks: what happens after a step, in order.
+        stepper: computes.
+        guard: takes steps with the stepper, and decides which are applied.
+        batches: this rank's part of every global batch, starting at the state's position in the data.
+        vocabulary: gives the modality of labels.
+        hooks: called after a step, in order.
         checkpoints: when and how to save.
         stop_requested: whether to stop at this step boundary; the same answer on every rank.
         is_over: whether nothing is left to train, the same answer on every rank; default: after the last step.
@@ -88,7 +88,7 @@ class Trainer:
         self.clock = clock
 
     def fit(self) -> bool:
-        """Train until it is over. False: stopped on request after a save, so the run should be started again."""
+        """Train to the end. False: stopped on request after a save, so the run should be started again."""
         state = self.state
         while not self.is_over():
             report = self._step()
@@ -105,7 +105,10 @@ class Trainer:
         return self.is_over()
 
     def _step(self) -> StepReport:
-        """The next step that is applied; batches before it may be left out, and the state may go back."""
+        """Takes steps until one is applied, and returns it.
+
+        Batches before it may be skipped, and the state may be rolled back.
+        """
         while True:
             with self.clock.measure(DATA_WAIT):
                 batch = next(self.batches)

@@ -1,4 +1,4 @@
-"""The mirror of a stage's checkpoints during training: which rank uploads, when it looks, how long the end waits."""
+"""The mirror of a stage's checkpoints during training: which rank uploads, when, and how long the end waits for it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mmscale.train.stage_state import StageState
 from mmscale.train.stages.built import Given
 from mmscale.train.steps.step_report import StepReport
 
-_LOOK_S = 1.0  # between two looks of rank 0 while all ranks wait
+_LOOK_S = 1.0  # rank 0 polls in this interval while all ranks wait
 
 
 class Mirroring:
-    """Uploads beside one attempt. Every rank holds one; rank 0 has the process. A hook, and told of saves.
+    """Uploads during one attempt. Every rank has one; rank 0 starts the uploading process. A hook; saves notify it.
 
     Args:
         given: the stage.
-        stop: requests to stop.
-        tell: events, on rank 0.
-        say: warnings.
+        stop: stop requests.
+        tell: writes events, on rank 0.
+        say: prints warnings.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class Mirroring:
         self.process = None if settings is None or not first else UploadProcess(settings, tell=tell, warn=say)
 
     def look(self) -> None:
-        """A checkpoint was committed, or one may be missing in the mirror."""
+        """Check for checkpoints to upload: one was committed, or the mirror may lack one."""
         if self.process is not None:
             self.process.look()
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Pass on what the process has told."""
+        """Pass on the messages of the uploading process."""
         if self.process is not None:
             self.process.poll()
 
     def wait(self, *, finished: bool) -> None:
-        """Wait for the upload of the last checkpoint; every rank calls it, and none leaves before the others.
+        """Wait for the upload of the last checkpoint; every rank calls it, and all return together.
 
         Args:
-            finished: nothing is left to train. Otherwise only half of the time is used that a request to stop leaves.
+            finished: nothing is left to train. Otherwise it uses at most half of the time that a stop request leaves.
         """
         if not self.is_on:
             return
@@ -63,7 +63,7 @@ class Mirroring:
             pass
 
     def _goes_on(self, until: float, *, interruptible: bool) -> bool:
-        """On rank 0: whether to wait longer, after a pause."""
+        """Pause, then return whether to wait longer; on rank 0."""
         if self.process is None:
             return False
         pause_until = min(until, time.monotonic() + _LOOK_S)

@@ -1,6 +1,6 @@
-"""Hooks of other packages (`train.hooks`): a base class with the points of a run's life, and what calls them.
+"""Plug-in hooks (`train.hooks`): the base class with the events of a run, and the code that calls the hooks.
 
-docs/extending/hook.md says what a hook may do at each point. The trainer's own hooks are in hooks.py.
+docs/extending/hook.md says what a hook may do in each method. The trainer's own hooks are in hooks.py.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mmscale.train.loop import Checkpoints
 from mmscale.train.stage_state import StageState
 from mmscale.train.steps.step_report import StepReport
 
-PREFIX = "hooks/"  # of their figures in metrics.jsonl
+PREFIX = "hooks/"  # prefix of their metrics in metrics.jsonl
 
 
 @dataclass(frozen=True)
 class HookRun:
-    """What a hook learns of its run when it is made, on every rank.
+    """Information about the run that a hook receives when it is made, on every rank.
 
     Attributes:
         config: the settings of the stage.
         stage: "main" or the name of another stage.
-        folder: of the stage: metrics.jsonl, events.jsonl and checkpoints are there. Write files on rank 0 only.
+        folder: of the stage, with metrics.jsonl, events.jsonl and checkpoints. Write files on rank 0 only.
         rank: of this process.
         world_size: number of ranks.
         modules: this rank's part of the model.
@@ -50,24 +50,24 @@ class HookRun:
 
 
 class TrainingHook:
-    """Base class of hooks: every point of a run's life, each of which does nothing. Every rank calls every method.
+    """Base class of hooks. Its methods, one for each event of a run, do nothing. Every rank calls every method.
 
-    A hook may look at everything and must change nothing: weights, gradients, optimizer and random numbers stay as they
-    are. It may use collectives if all ranks do, at the same points. What it takes is part of the step's time.
+    A hook must not change anything: weights, gradients, optimizer and random numbers. It may use collectives if all
+    ranks use them in the same order. The time that a hook takes is part of the step's time.
     """
 
     def on_start(self, step: int) -> None:
-        """Weights, optimizer and the place in the data are loaded.
+        """Weights, optimizer and the position in the data are loaded.
 
         Args:
             step: steps done so far; 0 in a new run.
         """
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """An optimizer step was applied. After a rollback step numbers come again.
+        """An optimizer step was applied. After a rollback, step numbers repeat.
 
         Args:
-            state: what checkpoints keep: step, tokens and so on.
+            state: the state that checkpoints store: step, tokens and so on.
             report: batch, losses, gradient norm and learning rate of the step.
         """
 
@@ -76,23 +76,26 @@ class TrainingHook:
 
         Args:
             step: steps done so far.
-            routing: who decided which experts take a token.
-            losses: by data set, "" being the held-out documents of the training data: `loss`, `loss/<modality>`.
+            routing: mode by which experts were assigned to tokens.
+            losses: `loss` and `loss/<modality>` by data set; "" means the held-out documents of the training data.
         """
 
     def on_save(self, step: int) -> None:
-        """A checkpoint of this step is going to be saved. Whether it gets complete is known later, to events.jsonl."""
+        """A checkpoint of this step is about to be saved.
+
+        An event in events.jsonl says later whether it was completed.
+        """
 
     def on_end(self, step: int, *, finished: bool) -> None:
-        """Training ends: the last checkpoint is complete. Not called when the run ends by an error.
+        """Training ends and the last checkpoint is complete. Not called when the run ends with an error.
 
         Args:
             step: steps done so far.
-            finished: whether it was the last step; otherwise the run was asked to stop.
+            finished: whether it was the last step; otherwise a stop was requested.
         """
 
     def figures(self) -> Mapping[str, float]:
-        """Figures for metrics.jsonl and all sinks, asked after `on_step` of a logged step. Rank 0's are written.
+        """Metrics for metrics.jsonl and all sinks, called after `on_step` of a logged step. Only rank 0's are written.
 
         They are written as `hooks/<key>`.
         """
@@ -104,10 +107,10 @@ class PluginHooks(TrainingHook):
 
     Args:
         config: `train.hooks`.
-        run: what each one is made with.
+        run: passed to each hook when it is made.
 
     Raises:
-        PluginError: one cannot be made.
+        PluginError: a hook cannot be made.
     """
 
     def __init__(self, config: Config, run: HookRun) -> None:
@@ -115,27 +118,27 @@ class PluginHooks(TrainingHook):
         self.hooks: dict[str, TrainingHook] = {use.name: plugins.make(use, run) for use in uses}
 
     def on_start(self, step: int) -> None:
-        """Call all."""
+        """Call all hooks."""
         self._each("on_start", step, lambda hook: hook.on_start(step))
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Call all."""
+        """Call all hooks."""
         self._each("on_step", report.step, lambda hook: hook.on_step(state, report))
 
     def on_evaluation(self, step: int, routing: str, losses: Mapping[str, Mapping[str, float]]) -> None:
-        """Call all."""
+        """Call all hooks."""
         self._each("on_evaluation", step, lambda hook: hook.on_evaluation(step, routing, losses))
 
     def on_save(self, step: int) -> None:
-        """Call all."""
+        """Call all hooks."""
         self._each("on_save", step, lambda hook: hook.on_save(step))
 
     def on_end(self, step: int, *, finished: bool) -> None:
-        """Call all."""
+        """Call all hooks."""
         self._each("on_end", step, lambda hook: hook.on_end(step, finished=finished))
 
     def figures(self) -> dict[str, float]:
-        """Figures of all, under `hooks/`."""
+        """Metrics of all hooks, under `hooks/`."""
         found: dict[str, float] = {}
         for name, hook in self.hooks.items():
             with _named(name, "figures"):
@@ -149,29 +152,29 @@ class PluginHooks(TrainingHook):
 
 
 class AnnouncedSaves:
-    """Checkpoints whose hooks hear of a save before it begins (`Checkpoints`).
+    """Checkpoints that notify hooks before each save (`Checkpoints`).
 
     Args:
-        checkpoints: what saves.
-        hooks: what hears of it.
+        checkpoints: saves.
+        hooks: notified.
     """
 
     def __init__(self, checkpoints: Checkpoints, hooks: PluginHooks) -> None:
         self.checkpoints, self.hooks = checkpoints, hooks
 
     def due(self, step: int) -> bool:
-        """As of the checkpoints."""
+        """As for the checkpoints."""
         return self.checkpoints.due(step)
 
     def save(self, state: StageState, *, last: bool = False) -> None:
-        """Tell the hooks, then save."""
+        """Notify the hooks, then save."""
         self.hooks.on_save(state.step)
         self.checkpoints.save(state, last=last)
 
 
 @contextlib.contextmanager
 def _named(name: str, where: str) -> Iterator[None]:
-    """An error of a hook names it.
+    """Adds the name of the hook to an error that it raises.
 
     Raises:
         HookError: the hook raised, perhaps on this rank alone.

@@ -37,8 +37,8 @@ from mmscale.tables.plugins import PluginError
 from mmscale.train.optim.schedule import around
 from mmscale.train.scratch import check_scratch
 
-JUMP = 2.0  # a next step whose learning rate is larger by more than this has to be confirmed
-_SAME = 0.01  # relative difference of two learning rates that nobody needs to read
+JUMP = 2.0  # the user must confirm a change that increases the next learning rate by more than this factor
+_SAME = 0.01  # relative difference of two learning rates below which no change is reported
 
 
 def check_resume(
@@ -61,8 +61,8 @@ def check_resume(
         from_scratch: ignore lost checkpoints.
 
     Raises:
-        ConfigError: a new run would start among old checkpoints, or the objective or the data have changed since the
-            newest one.
+        ConfigError: a new run would start in a folder with old checkpoints, or the objective or the data have changed
+            since the newest one.
         DataError: the data was prepared with other tokenizers than the newest checkpoint's.
         CheckpointError: the newest checkpoint holds another model, all are damaged, or all are lost.
     """
@@ -73,7 +73,7 @@ def check_resume(
     if newest is None:
         return
     if not config.checkpoint.resume:
-        # Retention and the next start go by step numbers: they would prefer the old run's later checkpoints.
+        # Retention and the next start select checkpoints by step number, and would prefer the old run's later ones.
         raise ConfigError(
             f"checkpoint.resume is false, but {store.root} holds checkpoints up to step {newest}",
             remedy="start a new run with another run.name, or remove that folder",
@@ -95,21 +95,22 @@ def check_changes(
     data: Sequence[SourceIdentity] | None = None,
     settings: Callable[[Config], Config] = lambda config: config,
 ) -> list[str]:
-    """The settings that changed since a checkpoint, one line each, and what became of its data.
+    """The settings that changed since a checkpoint, one line each, and changes of its data.
 
     Args:
         config: this run's configuration.
-        info: what the checkpoint says about itself.
+        info: the checkpoint's metadata.
         where: its name, for the message.
         yes: the user has confirmed that the objective or the data change.
-        data: the data that is going to be read; None: looked up where the configuration says.
-        settings: gives the configuration of the stage that the checkpoint is of.
+        data: the data that is going to be read; None: found through the configuration.
+        settings: returns the configuration of the checkpoint's stage.
 
     Raises:
-        ConfigError: they change, or the learning rate would jump, and nobody has confirmed it.
+        ConfigError: the objective or the data change, or the learning rate would jump, and the user has not confirmed
+            it.
     """
     saved = info.get("config")
-    if not isinstance(saved, dict):  # written before the configuration was kept
+    if not isinstance(saved, dict):  # written by a version that did not store the configuration
         return []
     found = changes(saved, config)
     before = known(info)
@@ -141,8 +142,8 @@ class _Rate:
 
     Attributes:
         step: steps done.
-        before: of the next step by the old settings, or of the last one that they had.
-        after: of the next step by the new ones.
+        before: of the next step by the old settings, or of their last step if they are done.
+        after: of the next step by the new settings.
     """
 
     step: int
@@ -155,31 +156,31 @@ class _Rate:
 
     @property
     def jumps(self) -> bool:
-        """Whether a person should be asked: Adam's moments belong to the small rate."""
+        """Whether the user should confirm the change: Adam's moments were built up with the small rate."""
         return self.after > JUMP * self.before
 
 
 def _learning_rates(
     config: Config, saved: Mapping[str, Any], info: Mapping[str, Any], settings: Callable[[Config], Config]
 ) -> _Rate | None:
-    """None: the next step has the rate that it would have had, or nothing is trained yet."""
+    """The learning rates before and after. None: the next step's rate is unchanged, or nothing is trained yet."""
     step = info.get("step")
     if not isinstance(step, int) or step < 1:
         return None
     now = settings(config)
     try:
         before, after = around(settings(Config.model_validate(saved)), now, step=step)
-    except ValidationError:  # settings of another version
+    except ValidationError:  # the settings were written by another version
         return None
     except PluginError:
         if now.optim.schedule == saved.get("optim", {}).get("schedule"):
             raise
-        return None  # the checkpoint's schedule is gone, and the run takes another one: what it gave is not known
+        return None  # the checkpoint's schedule is a plug-in that is not installed any more, so its rate is unknown
     return None if math.isclose(before, after, rel_tol=_SAME) else _Rate(step, before, after)
 
 
 def check_profile(config: Config, *, world_size: int) -> None:
-    """Refuse a profile of ranks that the run does not have.
+    """Refuse to profile a rank that the run does not have.
 
     Raises:
         ConfigError: a rank of `log.profile.ranks` is too large.
@@ -193,10 +194,10 @@ def check_profile(config: Config, *, world_size: int) -> None:
 
 
 def check_mirror(config: Config) -> None:
-    """Refuse a mirror for which no package is installed. Whether the store answers is seen during training.
+    """Refuse a mirror if no package for its protocol is installed. The store itself is contacted only during training.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the package is missing.
     """
     if config.checkpoint.mirror is not None:
         require_package(config.checkpoint.mirror)
@@ -211,7 +212,7 @@ def check_function(config: Config, info: Mapping[str, Any], *, where: str) -> No
         where: its name, for the message.
 
     Raises:
-        ConfigError: a setting that determines the weights' function has changed; `--yes` does not allow it.
+        ConfigError: a setting that determines the weights' function has changed; `--yes` does not override this.
     """
     saved = info.get("config")
     found = function_changes(saved, config) if isinstance(saved, dict) else []
@@ -223,13 +224,13 @@ def check_function(config: Config, info: Mapping[str, Any], *, where: str) -> No
 
 
 def _names_data(saved: Mapping[str, Any]) -> bool:
-    """Whether a configuration names data; an imported model's does not, and any data is its first."""
+    """Whether a configuration names data. That of an imported model does not; its first data is no change then."""
     data = saved.get("data") or {}
     return bool(data.get("path") or data.get("blend"))
 
 
 def check_ids(blend: Mapping[Path, Manifest], info: Mapping[str, Any], *, where: str) -> None:
-    """Refuse data whose token ids have another meaning than in a checkpoint; even `--yes` does not allow it.
+    """Refuse data whose token ids have another meaning than in a checkpoint; `--yes` does not override this.
 
     Args:
         blend: folders and manifests of the data sets.
@@ -239,7 +240,7 @@ def check_ids(blend: Mapping[Path, Manifest], info: Mapping[str, Any], *, where:
     Raises:
         DataError: a tokenizer differs.
     """
-    learned = info.get("tokenizers") or {}  # checkpoints from before they were kept have none
+    learned = info.get("tokenizers") or {}  # older checkpoints have no such entry
     for folder, manifest in blend.items():
         check_tokenizers(folder, manifest.tokenizers, learned, where=where, like=_trained_on(info, learned))
 
@@ -255,9 +256,9 @@ def _trained_on(info: Mapping[str, Any], wanted: Mapping[str, str]) -> Path | No
 
 
 def tokenizers_of(run: Path, data: Mapping[str, str]) -> dict[str, str]:
-    """Tokenizer fingerprints for a run's next checkpoints: those of its data, and those it has learned before.
+    """Tokenizer fingerprints for a run's next checkpoints: those of its data, and those of all earlier data.
 
-    A run that continues with text only still knows images by the codes of their tokenizer.
+    A run that continues with text only still knows the image codes of its earlier tokenizer.
 
     Args:
         run: the run's folder.
@@ -268,7 +269,7 @@ def tokenizers_of(run: Path, data: Mapping[str, str]) -> dict[str, str]:
 
 
 def newest_whole(store: Store) -> tuple[str, dict[str, Any]]:
-    """The newest checkpoint that can be believed: its path and what it says about itself; nothing if there is none."""
+    """The newest checkpoint that looks intact: its path and its metadata; empty if there is none."""
     for step in reversed(store.steps()):
         if _looks_whole(store, step):
             return str(store.path(step)), store.info(step)
@@ -276,7 +277,7 @@ def newest_whole(store: Store) -> tuple[str, dict[str, Any]]:
 
 
 def _looks_whole(store: Store, step: int) -> bool:
-    """Whether what a checkpoint says about itself can be believed; the ranks read and hash the rest."""
+    """Whether a checkpoint's metadata is intact. Ranks read and hash the rest when they load it."""
     folder = store.path(step)
     try:
         manifest = integrity.read_manifest(folder)

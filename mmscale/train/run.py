@@ -1,6 +1,6 @@
 """Runs one attempt of a stage, from a configuration to an exit status: data, ranks and model, then attempt.py.
 
-Parts of single stages are in stages/.
+The parts of single stages are in stages/.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def main(
         env: this process's place among the ranks.
         stage: a name in `STAGES`.
         yes: resume from a checkpoint although the objective or the data have changed since.
-        grace_s: how long a request to stop leaves for a save [seconds]; default: what the launcher says, or a minute.
-        starting: shows what is being done until the first step is logged; default: nothing is shown.
+        grace_s: time that a stop request leaves for a save [seconds]; default: the launcher's value, or a minute.
+        starting: shows the progress of the start until the first step is logged; default: nothing is shown.
 
     Returns:
         0: trained to the last step; 75: stopped on request after a committed save.
 
     Raises:
-        MmscaleError: something that the user can mend; the same on every rank where it can be.
+        MmscaleError: an error that the user can fix; the same on every rank if possible.
     """
     starting = starting or Waiting("", enabled=False)
     entry = STAGES[stage]
@@ -66,7 +66,7 @@ def main(
     held_out, asked = open_passes(settings, vocabulary=vocabulary), task_items(settings)
     starting.tell("starting 1 rank" if env.world_size == 1 else f"waiting for all {env.world_size} ranks")
     groups = start(settings, env)
-    tasks = from_first(asked)  # the same on every rank, also where a node reads an older file
+    tasks = from_first(asked)  # the same on every rank, even if a node still sees an older version of the file
     starting.tell("building the model")
     run = Path(config.run.dir) / config.run.name
     given = Given(config, settings, run, entry.folder(run), env, groups)

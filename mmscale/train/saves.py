@@ -1,6 +1,6 @@
-"""A stage and its checkpoints: setting up its manager, resuming, and the progress of a save.
+"""A stage and its checkpoints: sets up the checkpoint manager, resumes, and follows the progress of a save.
 
-The manager knows neither configurations nor terminals; here it gets both.
+The manager does not depend on configurations and terminals; this module connects it with both.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def manager_of(
     fence: Fence,
     committed: Callable[[], None] = lambda: None,
 ) -> CheckpointManager:
-    """The manager of an attempt: told events become lines of events.jsonl, and warnings on the terminal.
+    """The checkpoint manager of an attempt. Its events are written to events.jsonl, its warnings to the terminal.
 
     Args:
         given: the stage.
         attempt: its number.
-        tokenizers: fingerprints of those that the run has learned from; kept with every checkpoint.
-        data: what it learns from; kept likewise.
-        evaluated_on: validation sets and tasks; their names and hashes are kept likewise.
-        origin: what else the stage's checkpoints say of themselves.
+        tokenizers: fingerprints of the tokenizers of all data so far; stored with every checkpoint.
+        data: identities of the training data; stored likewise.
+        evaluated_on: validation sets and tasks; their names and hashes are stored likewise.
+        origin: further metadata of the stage's checkpoints.
         begins_at: sequences consumed before the stage's first step.
-        records: where events go.
+        records: receives events.
         progress: the terminal.
         faults: called at every point of a save.
         fence: called at every stage of a commit.
@@ -136,24 +136,24 @@ def resume(
 ) -> list[str] | None:
     """Resume from memory or from the newest intact checkpoint, whichever is newer.
 
-    Of a stage that is done only the step is taken over: nothing of it is trained or written again.
+    If the stage is complete only the step is restored, because nothing is trained or written again.
 
     Args:
         config: the run's configuration.
         checkpoints: of the stage.
-        memory: of the stage; None: nothing is looked for there.
-        state: takes over what is found.
-        data: what it learns from.
+        memory: of the stage; None: there is no memory tier.
+        state: receives the restored state.
+        data: identities of the training data.
         evaluated_on: validation sets and tasks of this attempt.
-        settings: gives the stage's configuration.
+        settings: returns the stage's configuration.
         is_complete: whether nothing is left to do after the step that the state then has.
         yes: the user has confirmed that the objective or the data change.
 
     Returns:
-        The settings changed since then in words; None for a new run.
+        The settings changed since then, in words; None for a new run.
     """
     on_disk = from_first(max(checkpoints.store.steps(), default=0))
-    if resume_from_memory(memory, state, above=on_disk):  # nothing on disk could be newer, so nothing there is read
+    if resume_from_memory(memory, state, above=on_disk):  # nothing on disk is newer, so no checkpoint is read
         return []
     newest = checkpoints.choose()
     if (newest or 0) < on_disk and resume_from_memory(memory, state, above=newest or 0):
@@ -169,17 +169,17 @@ def resume(
         checkpoints.load(state, newest)
     lines += evaluated_on.changed(info)
     if break_of(lines).training:
-        state.anomalies.begin_anew(step=newest)  # one's own change is no spike
+        state.anomalies.begin_anew(step=newest)  # a jump of the loss after a change of settings is not an anomaly
     return lines
 
 
 def load_newest(
     checkpoints: CheckpointManager, memory: MemoryTier | None, state: StageState, clock: Throughput, *, not_before: int
 ) -> int | None:
-    """Go back to the newest whole checkpoint; its step, or None where there is none.
+    """Load the newest intact checkpoint; returns its step, or None if there is none.
 
     Raises:
-        CheckpointError: it is from before sequence `not_before`, from which this attempt's order of the data holds.
+        CheckpointError: it is from before sequence `not_before`, where this attempt's order of the data begins.
     """
     stream = state.stream
     with clock.measure("rollback_s"):
@@ -195,7 +195,7 @@ def load_newest(
             f"the newest whole checkpoint, of step {newest}, is older than this attempt's order of the data",
             remedy="start it again: it resumes from that checkpoint",
         )
-    state.stream = stream  # the checkpoint may be from before this attempt changed the order
+    state.stream = stream  # the checkpoint may have been written before this attempt changed the order
     return newest
 
 
@@ -207,7 +207,7 @@ def poll_stop_and_save(
     Args:
         stop: stop requests by signal.
         checkpoints: of the stage.
-        clock: saving is a pause.
+        clock: measures saving as a pause.
         fence: whether this attempt may still write.
         moved: whether this rank has found the run's folder renamed.
 
@@ -216,7 +216,7 @@ def poll_stop_and_save(
     """
     fence.look()
     if fence.is_orphaned() and stop.name is None:
-        stop.ask(signal.SIGTERM)  # the launcher of these ranks was killed: no other process will end them
+        stop.ask(signal.SIGTERM)  # the launcher of these ranks was killed, and no other process would end them
     saver = checkpoints.saver
     stopping, (elsewhere, working, failed) = stop.agreed_with(device.taken(), int(moved), *saver.status())
     if saver.under_way:
@@ -229,8 +229,8 @@ def refuse_moved(given: Given, moved_to: Path | None, *, step: int) -> None:
     """End a run whose folder was renamed, because a restart would look for it at its old path.
 
     Args:
-        given: what the stage was built with.
-        moved_to: the stage's folder now; None: it is where it was.
+        given: the inputs of the stage.
+        moved_to: the stage's present folder; None: it was not renamed.
         step: of the checkpoint that was saved there.
 
     Raises:

@@ -14,13 +14,13 @@ _PATIENCE_S = 60.0
 
 
 def check_scratch(store: Store) -> None:
-    """Refuse `--from-scratch` where it would leave checkpoints behind, or could write none.
+    """Refuse `--from-scratch` if checkpoints exist, or if none could be written.
 
     Args:
         store: the checkpoints of the run, or of its stage.
 
     Raises:
-        CheckpointError: there are checkpoints, or their folder is a link to nowhere.
+        CheckpointError: there are checkpoints, or their folder is a dangling link.
     """
     if there := [*map(str, store.steps()), *store.quarantined()]:
         raise CheckpointError(
@@ -39,7 +39,7 @@ def start_from_scratch(run: Path, *, first: bool = True) -> None:
         first: whether this process writes the record; others wait for it.
 
     Raises:
-        CheckpointError: there are checkpoints, or their folder is a link to nowhere.
+        CheckpointError: there are checkpoints, or their folder is a dangling link.
     """
     store = Store.of_run(run)
     check_scratch(store)

@@ -1,6 +1,6 @@
-"""The state of a stage as every room of training sees it: counters, courses of held-out figures, and a protocol.
+"""The state of a stage as all packages of training use it: counters, histories of held-out values, and a protocol.
 
-What a main run keeps is in state/train_state.py, what the auxiliary stage keeps in state/router_state.py.
+state/train_state.py implements it for main runs, state/router_state.py for the auxiliary stage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmscale.resilience.anomaly import AnomalyHistory
 
 @dataclass
 class Course:
-    """How a figure has gone, where lower is better.
+    """Summary of the history of a value for which lower is better.
 
     Attributes:
         best: lowest finite value; infinite before the first one.
@@ -37,9 +37,9 @@ class Course:
     rising: int = 0
 
     def add(self, step: int, value: float) -> None:
-        """Take in an evaluation. A value that is not finite is never the best one.
+        """Add an evaluation. A value that is not finite is never the best one.
 
-        One of a step that was evaluated already is left out: an attempt may repeat it.
+        A step that was already added is ignored, because an attempt may repeat evaluations.
         """
         if step <= self.step:
             return
@@ -52,28 +52,28 @@ class Course:
 
 
 def plain_courses(courses: Mapping[str, Course]) -> dict[str, Any]:
-    """Courses as a checkpoint keeps them."""
+    """Courses as plain data for a checkpoint."""
     return {name: asdict(course) for name, course in courses.items()}
 
 
 def courses_of(saved: Mapping[str, Any] | None) -> dict[str, Course]:
-    """What `plain_courses` was given; nothing from a checkpoint without it."""
+    """The inverse of `plain_courses`; empty for a checkpoint without courses."""
     return {name: Course(**course) for name, course in (saved or {}).items()}
 
 
 @dataclass(kw_only=True)
 class Counters:
-    """Where a stage stands: the part of its state that the trainer moves on.
+    """The progress of a stage: the part of its state that the trainer advances.
 
     Attributes:
         step: optimizer steps done.
-        sequences: sequences consumed, over all ranks, those left out too: the place in the data.
+        sequences: sequences consumed over all ranks, skipped ones included: the position in the data.
         tokens: tokens trained on, padding not counted.
         modality_tokens: the same by modality.
-        anomalies: what decisions about coming steps depend on. A checkpoint from before it was kept gives an empty one.
-        stream: what a sequence's number means: settings of the data's order, before and after each change of them
-            (mmscale.data.stream.segments). Empty in checkpoints from before it was kept.
-        watched: courses of held-out figures by name.
+        anomalies: history that decisions about later steps depend on. Empty from older checkpoints without it.
+        stream: settings that define the order of the data, before and after each change of them
+            (mmscale.data.stream.segments); they give a sequence's number its meaning. Empty in older checkpoints.
+        watched: courses of held-out values by name.
     """
 
     step: int = 0
@@ -97,7 +97,7 @@ class Counters:
         }
 
     def restore_progress(self, plain: Mapping[str, Any]) -> None:
-        """Take over what `progress` gave."""
+        """Restore the result of `progress`."""
         progress = dict(plain)
         self.anomalies = AnomalyHistory.of(progress.pop("anomalies", None))
         self.watched = courses_of(progress.pop("watched", None))
@@ -106,7 +106,7 @@ class Counters:
 
 
 class StageState(Protocol):
-    """The state of a stage: counters, what its checkpoints keep, and what a rank's own memory keeps."""
+    """The state of a stage: counters, the tensors that checkpoints store, and those that the memory tier copies."""
 
     step: int
     sequences: int
@@ -120,19 +120,19 @@ class StageState(Protocol):
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""
 
     def restore(self, loaded: dict[str, Any]) -> None:
-        """Take over what `checkpoint.sharded.read` gave."""
+        """Restore the result of `checkpoint.sharded.read`."""
 
     def progress(self) -> dict[str, Any]:
         """The counters, as plain data."""
 
     def restore_progress(self, plain: Mapping[str, Any]) -> None:
-        """Take over what `progress` gave."""
+        """Restore the result of `progress`."""
 
     def optimizers(self) -> list[MegatronOptimizer]:
         """The optimizers whose shards this rank holds."""
 
     def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What the model keeps besides optimized parameters, by name."""
+        """The model's tensors that no optimizer holds, by name."""
 
     def scaled(self) -> Iterator[tuple[str, Any]]:
         """Modules of Transformer-Engine that keep FP8 scales, by name."""

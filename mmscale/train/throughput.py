@@ -1,5 +1,5 @@
-# How fast a run is: tokens per second, where the seconds of a step go, model FLOP/s, and MFU where the peak is known.
-# It counts time on the host and writes nothing; FLOPs per token and peaks come from mmscale.plan.
+# Measures the speed of a run: tokens per second, the parts of a step's time, model FLOP/s, and MFU if the peak is
+# known. It measures time on the host and writes nothing; FLOPs per token and peaks come from mmscale.plan.
 """A clock for the training loop, and how it is used.
 
 ```
@@ -22,17 +22,17 @@ from collections.abc import Callable, Iterator
 
 from mmscale.tables.gpus import bf16_peak
 
-# Part of a step's time. All other measured times (saving, evaluation) are pauses and no part of it.
+# Part of a step's time. All other measured times (saving, evaluation) are pauses, which a step's time excludes.
 DATA_WAIT = "data_wait_s"
 SAVE_STALL = "save_stall_s"
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
-    """Peak of a device for matrix products [TFLOP/s]; None where we do not know it, so that no MFU is made up.
+    """Peak of a device for matrix products [TFLOP/s]; None if it is unknown, in which case no MFU is reported.
 
     Args:
-        device_name: As `runtime.device.device_name()` gives it.
-        dtype: precision.dtype. Only bf16 has one honest peak: fp32 depends on whether TF32 is allowed.
+        device_name: As returned by `runtime.device.device_name()`.
+        dtype: precision.dtype. Only bf16 has a definite peak: that of fp32 depends on whether TF32 is allowed.
     """
     peak = bf16_peak(device_name) if dtype == "bf16" else None
     return None if peak is None else peak / 1e12
@@ -42,7 +42,7 @@ class Throughput:
     """Counts tokens and seconds between two calls of `read`.
 
     Args:
-        flops_per_token: Model FLOPs of one token, forward and backward, recomputation not counted; None: unknown.
+        flops_per_token: Model FLOPs of one token, forward and backward, without recomputation; None: unknown.
         world_size: Ranks that share the work.
         peak_tflops: Peak of one rank's device [TFLOP/s]; None: unknown.
         now: Clock [seconds].
@@ -88,14 +88,14 @@ class Throughput:
         self._steps += 1
 
     def pauses(self) -> dict[str, float]:
-        """Sums of the pauses since the last `read`, to milliseconds."""
+        """Sums of the pauses since the last `read`, rounded to milliseconds."""
         return {what: round(seconds, 3) for what, seconds in self._spent.items() if what != DATA_WAIT}
 
     def read(self) -> dict[str, float]:
         """Means over the steps since the last call, keyed as in metrics.jsonl. Empty if there was no step.
 
-        `save_stall_s` and other pauses are sums, and are left out of the step time: a run that saves often has the same
-        tokens per second and a worse goodput.
+        `save_stall_s` and other pauses are sums and are not part of the step time: frequent saves do not change the
+        tokens per second, but lower the goodput.
         """
         pauses = {what: seconds for what, seconds in self._spent.items() if what != DATA_WAIT}
         seconds = self._now() - self._since - sum(pauses.values())

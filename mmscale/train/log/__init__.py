@@ -1,1 +1,1 @@
-"""Logs of a run: metrics, events, progress lines and layer figures, and the sinks that receive them."""
+"""Logs of a run: metrics, events, progress lines and layer metrics, and the sinks that receive them."""

@@ -1,4 +1,4 @@
-"""How much data a run sees: passes over each source, tokens, tokens per parameter. In words, before the first step."""
+"""How much data a run sees: passes over each source, tokens, tokens per parameter. One line, before the first step."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def exposure(config: Config, data: Mixture, *, parameters: Mapping[str, Any]) ->
 
 
 def _tokens(source: Source) -> float:
-    """Tokens of a pass: weights of documents leave some out, and repeat others."""
+    """Tokens of one pass. Document weights omit some documents and repeat others."""
     chosen = read_selection(source.folder) if source.selection else None
     return float(source.tokens) if chosen is None else sum(chosen.tokens.values())
 
 
 def _rounded(number: float) -> str:
-    """Two digits of what is small, whole numbers of the rest."""
+    """A number with two digits if it is small, otherwise a whole number."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

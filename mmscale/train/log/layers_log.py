@@ -1,7 +1,7 @@
 """Logs what every layer did with the tokens of a step: expert load and co-selection, depth selection, output norm.
 
-Written to layers.jsonl every `log.layers_every` logged steps. Counts are of the last micro-batch of every rank, summed
-over ranks on the device and fetched once. Other steps are not affected.
+Written to layers.jsonl at every `log.layers_every`-th logged step. Counts are those of the last micro-batch of every
+rank, summed over ranks on the device and fetched once. Other steps are not affected.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mmscale.train.log.metrics_log import MetricsLog
 from mmscale.train.stage_state import StageState
 from mmscale.train.steps.step_report import StepReport
 
-# A matrix of co-selection has E^2 numbers for every layer: with more experts only their loads are written.
+# A co-selection matrix has E^2 numbers for every layer; with more experts than this only their loads are written.
 COSELECTION_UP_TO = 32
 _DIGITS = 5
 
 
 class LayersHook:
-    """Adds up the counts of layers over ranks and writes them as fractions on rank 0; all ranks hold one.
+    """Adds up the counts of layers over ranks and writes them as fractions on rank 0; every rank has one.
 
     Args:
         config: names of modalities.
-        groups: ranks that hold other tokens, and pipeline stages, which hold other layers.
+        groups: process groups: data-parallel ranks hold other tokens, pipeline stages other layers.
         metrics: the logs; None on ranks other than 0.
     """
 
@@ -41,7 +41,7 @@ class LayersHook:
         self.metrics = metrics
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Runs only if the step's figures were collected by modality."""
+        """Runs only if the step's counts were collected by modality."""
         if report.stats is None or not report.stats.modalities:
             return
         found = self._summed(report.stats.counts)
@@ -56,8 +56,8 @@ class LayersHook:
             return {}
         keys = sorted(counts)
         flat = torch.cat([counts[key].reshape(-1) for key in keys])
-        # Tensor-parallel ranks count the same tokens in routers and their own ones in norms. Only ratios are written,
-        # so that neither matters.
+        # All tensor-parallel ranks count the same tokens in routers, but each counts only its own tokens in norms. Both
+        # are correct, because only ratios of these sums are written.
         torch.distributed.all_reduce(flat, group=self.groups.tp_dp_cp)
         parts = np.split(flat.cpu().numpy(), np.cumsum([counts[key].numel() for key in keys])[:-1])
         return {key: part.reshape(counts[key].shape) for key, part in zip(keys, parts, strict=True)}
@@ -94,7 +94,7 @@ def fractions(counts: Mapping[tuple[int, str], NDArray[np.float64]], names: Sequ
 
 
 def _experts(values: NDArray[np.float64]) -> dict[str, Any]:
-    """From the sums of `routing.count_choices`."""
+    """Ratios from the sums of `routing.count_choices`."""
     experts = round((len(values) - 2 + 0.25) ** 0.5 - 0.5)  # E + E^2 = len - 2
     tokens, missed = values[:2]
     both = values[2 + experts :].reshape(experts, experts)
@@ -111,7 +111,7 @@ def _experts(values: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _short(values: Any) -> Any:
-    """Numbers with the digits that a picture can show; NaN and infinity as words, as in metrics.jsonl."""
+    """Numbers rounded to the digits that a chart can show; NaN and infinity as strings, as in metrics.jsonl."""
     if isinstance(values, np.ndarray) and values.ndim:
         return [_short(value) for value in values]
     value = float(values)

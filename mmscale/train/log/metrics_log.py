@@ -1,7 +1,7 @@
-# Writes metrics.jsonl and layers.jsonl and passes figures on to sinks. It measures nothing. runs/metrics.py reads them.
-"""The run's log of figures.
+# Writes metrics.jsonl and layers.jsonl and passes metrics on to sinks. runs/metrics.py reads the files.
+"""The run's log of metrics.
 
-A disk that refuses or hangs does not stop the run: runtime/disk_writer.py keeps the lines and tries again.
+A disk that fails or hangs does not stop the run: runtime/disk_writer.py keeps the lines and tries again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mmscale.train.log.sinks import Backends
 
 
 class MetricsLog:
-    """metrics.jsonl and layers.jsonl, and whatever else takes figures. Rank 0 holds one; other ranks hold none.
+    """Writes metrics.jsonl and layers.jsonl, and passes metrics on to sinks. Rank 0 has one; other ranks have none.
 
     Args:
         run_dir: The run's folder; made if it is missing.
         attempt: Number of this attempt, from `next_attempt`.
-        backends: TensorBoard and others that get the figures too.
+        backends: TensorBoard and other sinks that get the metrics too.
         may_write: Called before every line; raises if this process must not write any more.
-        writer: Does the writing, and is closed by its owner; default: one of its own.
+        writer: Writes the files, and is closed by its owner; default: a new one.
     """
 
     def __init__(
@@ -47,25 +47,25 @@ class MetricsLog:
         self._backends = backends or Backends({})
 
     def attach(self, backends: Backends) -> None:
-        """Hand the figures of coming steps to these back ends too, and close them in the end."""
+        """Pass the metrics of later steps to these sinks too, and close them at the end."""
         self._backends = backends
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Append the values of one step. A value that is None was not measured and is left out.
+        """Append the values of one step. A value of None was not measured and is left out.
 
-        Held-out values may come in a line of their own with the same step: `read_metrics` puts them together.
+        Held-out values may be written as another line with the same step; `read_metrics` joins them.
         """
         numbers = {key: _number(value) for key, value in values.items() if value is not None}
         self._lines.append(line_of(self._place(step) | {key: as_json(value) for key, value in numbers.items()}))
-        shown = {key: value for key, value in numbers.items() if key != "time"}  # back ends have clocks of their own
+        shown = {key: value for key, value in numbers.items() if key != "time"}  # sinks record their own time
         self._backends.write(step, shown, attempt=self.attempt)
 
     def write_layers(self, step: int, layers: Mapping[str, Any]) -> None:
-        """Append the figures of layers, counted from 0, to layers.jsonl; read back by `report.layers.layers_of`."""
+        """Append the metrics of layers, counted from 0, to layers.jsonl; `report.layers.layers_of` reads them."""
         self._layers.append(line_of(self._place(step) | {"first_layer": 0, "layers": dict(layers)}))
 
     def rolled_back(self, number: int) -> None:
-        """Steps come again from here on.
+        """The run was rolled back: later lines repeat steps.
 
         Args:
             number: of the roll-back, counted over the whole run.
@@ -74,7 +74,7 @@ class MetricsLog:
         self._backends.rolled_back()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining lines."""
         if self._owned:
             self._writer.close()
         self._backends.close()

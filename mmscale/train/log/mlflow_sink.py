@@ -1,4 +1,4 @@
-"""MLflow as a sink of logged figures; sinks.py starts it and keeps its errors from the run."""
+"""MLflow as a sink of metrics; sinks.py starts it and keeps its errors from ending the run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 from mmscale.train.log.sink_run import SinkRun
 
-_TAG = "mmscale_run"  # finds the run again when an attempt goes on
-_BATCH = 100  # parameters of a request, at most
+_TAG = "mmscale_run"  # tag by which a later attempt finds the MLflow run
+_BATCH = 100  # largest number of parameters in a request
 
 
 class MLflow:
     """A run of MLflow at MLFLOW_TRACKING_URI; default: files in `<run>/mlflow`.
 
-    The service is asked at the first write, in the sink's own thread, so that one that does not answer delays nothing.
+    The service is contacted at the first write, in the sink's own thread, so that a service that does not answer delays
+    nothing.
 
     Args:
-        run: whose figures and settings it gets.
+        run: its metrics and settings are sent.
         experiment: name of the experiment.
     """
 
@@ -46,15 +47,15 @@ class MLflow:
         self._client.log_batch(self._id, metrics=metrics)
 
     def rolled_back(self) -> None:
-        """Steps that come again replace nothing: both are in the history, distinguished by their time."""
+        """Nothing: repeated steps replace no values. Both are in the history and differ in their time."""
 
     def close(self) -> None:
-        """Mark the run as finished; an attempt that goes on makes it a running one again."""
+        """Mark the MLflow run as finished; the next attempt sets it to running again."""
         if self._client is not None:
             self._client.set_terminated(self._id)
 
     def _connect(self, attempt: int) -> None:
-        """Find the run that an earlier attempt has begun, or begin one, and give it the settings."""
+        """Find the MLflow run of an earlier attempt or begin one, and send the settings."""
         from mlflow.entities import Param
 
         client = self._type(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or self._files())
@@ -68,7 +69,7 @@ class MLflow:
             tags = {_TAG: self._run.id}
             self._id = client.create_run(experiment, run_name=self._run.name, tags=tags).info.run_id
         client.set_tag(self._id, "mmscale.attempt", str(attempt))
-        known = runs[0].data.params if runs else {}  # what MLflow has of a parameter cannot be changed
+        known = runs[0].data.params if runs else {}  # MLflow does not allow changing the value of a parameter
         new = [Param(key, str(value)) for key, value in self._run.settings.items() if key not in known]
         for first in range(0, len(new), _BATCH):
             client.log_batch(self._id, params=new[first : first + _BATCH])
@@ -78,7 +79,10 @@ class MLflow:
         self._client = client
 
     def _files(self) -> str:
-        """Address of a store in files, which MLflow 3.17 refuses without this variable: it wants a database there."""
+        """Address of a file store.
+
+        MLflow 3.17 accepts one only with this environment variable; it prefers a database.
+        """
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         address: str = (self._run.folder.resolve() / "mlflow").as_uri()
         return address

@@ -25,18 +25,18 @@ _log = logging.getLogger(__name__)
 
 
 def trace_name(*, attempt: int, rank: int, first: int, last: int) -> str:
-    """Name of a trace file: of an attempt's rank and its first and last recorded step."""
+    """Name of the trace file of a rank in an attempt, with its first and last recorded step."""
     return f"attempt_{attempt}_rank_{rank}_steps_{first}-{last}.json.gz"
 
 
 class ProfileWindow:
-    """A hook that records steps; to be entered right before the first step of an attempt.
+    """A hook that records steps; it must be entered right before the first step of an attempt.
 
-    An attempt that resumes within the window records the rest of it, one that resumes behind it nothing. A window that
-    a stop cuts short, or a roll-back repeats, is written once, with the steps that it has.
+    An attempt that resumes within the window records the rest of it; one that resumes after it records nothing. A
+    window that a stop interrupts, or that a roll-back repeats, is written once, with the steps recorded so far.
 
     At the end of a window all ranks wait for those that write: rank 0 measures the run's speed, and would count the
-    seconds of another rank's write as a slow step. An attempt that ends within a window waits for nobody, as it may end
+    seconds of another rank's write as a slow step. An attempt that ends within a window does not wait, as it may end
     with an error on one rank.
 
     Args:
@@ -45,9 +45,9 @@ class ProfileWindow:
         attempt: its number.
         rank: of this process.
         next_step: the first step of this attempt.
-        clock: writing a trace is a pause, not a part of the step time.
-        tell: events, on rank 0.
-        beat: tells the hang watch that the run makes progress, before and after the write.
+        clock: measures the writing of a trace as a pause, not as a part of the step time.
+        tell: writes events, on rank 0.
+        beat: reports progress to the hang watchdog, before and after the write.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class ProfileWindow:
         self._ranks = () if window is None else window.ranks
         self._steps = range(0) if window is None else range(window.start, window.start + window.steps)
         self._next = next_step
-        self._first = 0  # of the recorded steps; 0: the window has not begun
+        self._first = 0  # first recorded step; 0: the window has not begun
         self._profiler: Any = None
-        self._step: Any = None  # names the step in the trace
+        self._step: Any = None  # annotates the step in the trace
 
     def __enter__(self) -> Self:
         if self._next in self._steps:
@@ -82,7 +82,7 @@ class ProfileWindow:
             self._end(self._next - 1)
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Begins before the first step of the window and ends behind the last one."""
+        """Start recording before the first step of the window, and stop after the last one."""
         self._next = report.step + 1
         if self._first and self._next not in self._steps:
             self._beat()
@@ -138,6 +138,6 @@ class ProfileWindow:
         profiler, self._profiler = self._profiler, None
         self._step.__exit__(None, None, None)
         self._step = None
-        with contextlib.suppress(RuntimeError):  # an attempt that ends with an error may have broken it
+        with contextlib.suppress(RuntimeError):  # the profiler may be unusable if the attempt ends with an error
             profiler.stop()
         return profiler

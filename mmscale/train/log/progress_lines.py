@@ -1,5 +1,5 @@
-# What a person sees of a run: a banner before step 1, a live line on a terminal, plain lines in a log file.
-# Pure formatting: it measures nothing, and only rank 0's instance prints.
+# The output of a run for people: a banner before step 1, a live line on a terminal, plain lines in a log file.
+# This module only formats. Only rank 0's instance prints.
 """Progress of training on stderr; stdout is reserved for results."""
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Progress:
 
     Args:
         steps: Steps of the whole run.
-        enabled: False on every rank but the first: silent.
+        enabled: False on all ranks except the first, which then print nothing.
         console: Where to print; stderr if None.
-        copy: Gets every line that stays, and every logged step, as plain text: a log file.
-        starting: Lines about the start of the run, which end with the first step that is shown.
+        copy: Receives every permanent line and every logged step as plain text, for a log file.
+        starting: Shows the start of the run until the first step is shown.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Progress:
         self._noted = False
         self._live: Live | None = None
         if enabled and self._console.is_terminal:
-            # transient: the bar goes when the run ends, the lines above it stay.
+            # transient: the bar is removed when the run ends; the lines above it stay.
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
 
@@ -63,17 +63,17 @@ class Progress:
         self.close()
 
     def step(self, step: int) -> None:
-        """A step is done that is not logged: the bar moves, a log file gets no line."""
+        """A step that is not logged is done: the bar moves, a log file gets no line."""
         if self._live is not None:
             self._started()
             self._live.update(Text(f"{_bar(step, self.steps)} {line(step, self.steps, self._values)}", no_wrap=True))
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """A logged step.
+        """A logged step is done.
 
         Args:
             step: Steps done.
-            values: What metrics.jsonl gets.
+            values: The values written to metrics.jsonl.
         """
         if not self.enabled:
             return
@@ -86,11 +86,11 @@ class Progress:
             self.say(line(step, self.steps, values))
         high = note(unrouted(values))
         if high is not None and not self._noted:
-            self._noted = True  # once an attempt: the share stands in every line
+            self._noted = True  # once per attempt; later lines contain the share only
             self.say(f"note: step {step}: {high}")
 
     def say(self, message: str) -> None:
-        """One line that stays, e.g. a checkpoint or a held-out loss."""
+        """Print a permanent line, e.g. about a checkpoint or a held-out loss."""
         if self.enabled:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
             self._copy(message)
@@ -101,7 +101,7 @@ class Progress:
             self._starting = None
 
     def close(self) -> None:
-        """Leave the terminal as it was; the last values stay as a line."""
+        """Restore the terminal; the last values stay as a line."""
         self._started()
         if self._live is not None:
             self._live.stop()
@@ -142,18 +142,18 @@ def _bar(step: int, steps: int) -> str:
 
 
 def count(number: float) -> str:
-    """A number as people say it: 812, 12.3k, 7.32M, 1.41B."""
+    """A number in short form: 812, 12.3k, 7.32M, 1.41B."""
     if not math.isfinite(number):
         return str(number)
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # 999,950 would be shown as 1000k.
+        # Otherwise 999,950 would be shown as 1000k.
         if abs(number) >= limit * 0.9995:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}" if number != int(number) else str(int(number))
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 8s, 3m10s, 5h02m, 2d03h."""
+    """Seconds in short form: 8s, 3m10s, 5h02m, 2d03h."""
     if not math.isfinite(seconds):
         return "?"
     whole = round(seconds)
@@ -177,7 +177,7 @@ def banner(
     attempt: int = 1,
     start_step: int = 0,
 ) -> str:
-    """What is about to run, in a few lines.
+    """A few lines that describe the run before it starts.
 
     Args:
         config: The resolved configuration.
@@ -187,7 +187,7 @@ def banner(
         share: Share of each modality in the training data.
         sources: Share of each data set in the training sequences, by its folder.
         attempt: Number of this attempt.
-        start_step: Steps that a checkpoint has done already.
+        start_step: Steps done in the checkpoint that the attempt resumes from.
     """
     parallel = config.parallel
     grid = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "ep": parallel.ep}

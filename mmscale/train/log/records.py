@@ -1,7 +1,7 @@
-"""Rank 0's records of an attempt: metrics.jsonl, events.jsonl, its configuration, environment and printed lines.
+"""Rank 0's records of an attempt: metrics.jsonl, events.jsonl, configuration, environment and printed lines.
 
-The configuration is written when training starts: an attempt that finds the run finished, or is refused, keeps that of
-the previous attempt.
+The configuration is written when training starts. An attempt that is refused, or that finds the run finished, does not
+overwrite the one of the previous attempt.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from mmscale.train.log.sinks import Backends, backends_of
 class Transcript:
     """Lines that rank 0 prints, also written to `logs/attempt_N/rank_0.log` for `mmscale logs`.
 
-    Nothing is written until training starts: an attempt with nothing to do leaves no log.
+    Nothing is written until training starts, so an attempt with nothing to do leaves no log.
 
     Args:
-        file: the log; None: no log. The output of a launch's ranks is redirected into a log anyway.
+        file: the log; None: no log. A launch redirects the output of its ranks into logs anyway.
     """
 
     def __init__(self, file: Appended | None) -> None:
@@ -42,7 +42,7 @@ class Transcript:
         self._waiting: list[str] | None = []
 
     def begin(self) -> None:
-        """Write the lines so far, and every later line at once."""
+        """Write the lines so far, and each later line immediately."""
         waiting, self._waiting = self._waiting or [], None
         for text in waiting:
             self.say(text)
@@ -57,7 +57,7 @@ class Transcript:
             self._file.append(f"{text}\n".encode(errors="replace"))
 
     def say_error(self, error: BaseException) -> None:
-        """Add what ended the attempt: cause and remedy, or the traceback of a crash."""
+        """Add the error that ended the attempt: cause and remedy, or the traceback of a crash."""
         if isinstance(error, MmscaleError):
             self.say(f"error: {error.cause}" + (f"\n  fix: {error.remedy}" if error.remedy else ""))
         else:
@@ -70,10 +70,10 @@ class Records:
 
     Attributes:
         metrics, events: None on ranks other than 0.
-        backends: starts what else gets the figures.
-        writer: of all files; None on ranks other than 0, here and below.
-        folder: where they are.
-        transcript: what rank 0 prints.
+        backends: starts the sinks.
+        writer: writes all files; None on ranks other than 0, as are the following.
+        folder: where the files are.
+        transcript: the lines that rank 0 prints.
     """
 
     metrics: MetricsLog | None = None
@@ -84,9 +84,9 @@ class Records:
     transcript: Transcript = field(default_factory=lambda: Transcript(None))
 
     def begin(self, config: Config, run: Path, *, attempt: int) -> None:
-        """Training starts: write the attempt's configuration and environment, and start the back ends.
+        """Training starts: write the attempt's configuration and environment, and start the sinks.
 
-        Only on rank 0.
+        Does nothing on other ranks than 0.
         """
         if self.metrics is None:
             return
@@ -96,19 +96,19 @@ class Records:
             self.metrics.attach(backends)
 
     def _write_settings(self, config: Config, run: Path, *, attempt: int) -> None:
-        """The configuration and the environment of an attempt into the run's folder, each whole or not at all."""
+        """Write the configuration and the environment of an attempt into the run's folder, each atomically."""
         text = dump(config).encode()
         for name in (settings_name(attempt), LATEST_SETTINGS):
             self.write_file(run / name, text)
         self.write_file(run / ENVIRONMENT, environment_text(environment_of_run()))
 
     def write_file(self, file: Path, content: bytes) -> None:
-        """Give a file of the run its content, whole or not at all; on other ranks nothing happens."""
+        """Write a file of the run atomically; on other ranks nothing happens."""
         if self.writer is not None:
             self.writer.submit(replacing(file, content), size=len(content), key=str(file))
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Add an event; on other ranks nothing happens."""
+        """Write an event; on other ranks nothing happens."""
         if self.events is not None:
             self.events.add(event, **fields)
 
@@ -124,20 +124,20 @@ def open_records(
     name: str = "",
     transcribed: bool = False,
 ) -> Iterator[Records]:
-    """The logs of a folder, closed in the end; an error that passes becomes an event.
+    """Open the logs of a folder and close them at the end; an error that passes through is written as an event.
 
     Args:
         folder: of the run, or of a stage of it.
         attempt: number of the attempt.
         rank: of this process.
-        fence: asked before every line: an attempt that has lost the run writes none.
-        log: what gets the figures besides, from `Records.begin` on; None: nothing.
-        name: what these call the run; default: its folder's.
-        transcribed: whether what is printed is kept in a log too.
+        fence: checked before every line: an attempt that has lost the run writes none.
+        log: the sinks to start in `Records.begin`; None: none.
+        name: name of the run in the sinks; default: its folder's.
+        transcribed: whether printed lines are also written to a log.
 
     Raises:
-        FencedError: another attempt has taken the run over.
-        SaveError: the folder cannot be made. Once it is there a disk that refuses ends nothing.
+        FencedError: another attempt has taken over the run.
+        SaveError: the folder cannot be made. Later write errors do not end the run.
     """
     if rank != 0:
         yield Records()
@@ -158,7 +158,7 @@ def open_records(
         try:
             yield Records(metrics, events, backends, writer, held, transcript)
         except FencedError:
-            raise  # not a line more
+            raise  # without writing an event
         except BaseException as error:
             transcript.say_error(error)
             events.add("fault", error=type(error).__name__, message=str(error)[:500])

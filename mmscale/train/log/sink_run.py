@@ -1,4 +1,4 @@
-"""What a sink is told about its run: place, name and settings."""
+"""The information about a run that its sinks receive: folder, name and settings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmscale.config.document import leaves
 
 @dataclass(frozen=True)
 class SinkRun:
-    """The run whose figures a sink gets.
+    """The run whose metrics a sink receives.
 
     Attributes:
         folder: of the run, or of a stage of it.
-        files: the same folder by a path that stays right when the folder is renamed; only this process can use it.
+        files: the same folder by a path that stays valid when the folder is renamed; only this process can use it.
         name: of the run.
         settings: the attempt's whole configuration by dotted key, without arguments of plug-ins, which may be secret.
     """
@@ -31,13 +31,13 @@ class SinkRun:
 
     @property
     def id(self) -> str:
-        """The same for every attempt of a run; two runs of one name in different folders do not share it."""
+        """The same for every attempt of a run; different for runs of the same name in different folders."""
         place = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:8]
         return f"{self.name}-{place}"
 
 
 def shown_settings(config: Config) -> dict[str, Any]:
-    """What sinks show of a configuration: single values by dotted key; lists as text, null left out.
+    """The settings that sinks show: single values by dotted key; lists as text, null left out.
 
     Args:
         config: of the run.

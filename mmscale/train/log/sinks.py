@@ -1,7 +1,7 @@
-"""Optional sinks of logged figures besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Prometheus.
+"""Optional sinks of metrics besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Prometheus.
 
-They never end a run or block it: a missing package or service is reported once and not used any more; a failing disk is
-retried.
+They never end a run or block it. If a package or service is missing, that is reported once and the sink is turned off;
+writes to a failing disk are retried.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from mmscale.train.log.mlflow_sink import MLflow
 from mmscale.train.log.sink_run import SinkRun
 
 _log = logging.getLogger(__name__)
-_FIGURE = 200  # bytes of memory, about
-_COMPARED = ("loss", "eval/loss")  # figures beside the settings in TensorBoard's table of runs
-_WANDB_WAIT_S = 30.0  # for the service's answer at the start; W&B's own default is 90 s of idle devices
+_FIGURE = 200  # approximate memory of a queued value [bytes]
+_COMPARED = ("loss", "eval/loss")  # metrics shown next to the settings in TensorBoard's table of runs
+_WANDB_WAIT_S = 30.0  # timeout for the service's first answer; with W&B's own default devices would be idle for 90 s
 
 
 class Backend(Protocol):
-    """Receives the figures of logged steps. Any exception of any method turns it off.
+    """Receives the metrics of logged steps. Any exception of any method turns it off.
 
-    Exception: an OSError of a back end with `on_disk`. Then the call is repeated, because the disk may recover.
+    Exception: after an OSError of a sink with `on_disk` the call is repeated, because the disk may recover.
     """
 
     on_disk: bool
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
-        """The figures of a step; values may be NaN or infinite."""
+        """Write the metrics of a step; values may be NaN or infinite."""
 
     def rolled_back(self) -> None:
-        """Steps that are already written will be repeated."""
+        """The run was rolled back: steps that are already written will be repeated."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining values."""
 
 
 class Backends:
-    """The active back ends, each with its own thread, so that one that hangs does not delay the others.
+    """The active sinks, each with its own thread, so that one that hangs does not delay the others.
 
     Args:
-        makers: by name, functions that start each one.
-        tell: called with the name and the reason of each one that is turned off.
+        makers: functions that start the sinks, by name.
+        tell: called with the name of a sink that is turned off, and the reason.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class Backends:
             self._writers[name] = DiskWriter(f"log.{name}", say=None)
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
-        """Hand the figures of a step to all."""
+        """Pass the metrics of a step to all sinks."""
         self._each(lambda backend: backend.write(step, values, attempt=attempt), size=_FIGURE * len(values))
 
     def rolled_back(self) -> None:
-        """Tell all that steps come again."""
+        """Pass a roll-back on to all sinks."""
         self._each(lambda backend: backend.rolled_back())
 
     def close(self) -> None:
-        """Close all."""
+        """Close all sinks."""
         self._each(lambda backend: backend.close())
         for writer in self._writers.values():
             writer.close()
@@ -90,7 +90,7 @@ class Backends:
             self._guarded(name, lambda: call(backend), again=getattr(backend, "on_disk", False))
 
     def _guarded(self, name: str, call: Callable[[], None], *, again: bool = False) -> None:
-        # Training continues after any exception of a service's client, also SystemExit, which W&B's once raised.
+        # Training continues after any exception of a service's client, including SystemExit, which W&B has raised.
         try:
             call()
         except (Exception, SystemExit) as error:
@@ -107,12 +107,12 @@ class Backends:
 
 
 def backends_of(run: SinkRun, log: LogConfig, *, tell: Callable[[str, str], None] | None = None) -> Backends:
-    """The sinks that are asked for and can be started: built-in ones by their setting, plug-ins by `log.sinks`.
+    """The requested sinks that can be started: built-in ones by their setting, plug-ins by `log.sinks`.
 
     Args:
-        run: whose figures they get.
-        log: what is asked for.
-        tell: called with the name and the reason of each one that is given up.
+        run: its metrics are written.
+        log: which sinks are requested.
+        tell: called with the name of a sink that is turned off, and the reason.
     """
     makers: dict[str, Callable[[], Backend]] = {}
     for name, sink in SINKS.items():
@@ -141,20 +141,21 @@ class TensorBoard:
         self._type: Any = SummaryWriter
         self._folder = folder
         self._settings = dict(settings or {})
-        self._writer: Any = None  # made at the first write, which knows the step to start from
+        self._writer: Any = None  # made at the first write, whose step is the first one of the file
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
-        """One scalar for each figure."""
+        """Write one scalar for each metric."""
         try:
             if self._writer is None:
-                # purge_step: what an earlier attempt wrote for this step and later ones was rolled back.
+                # purge_step: values that an earlier attempt wrote for this step and later ones are outdated.
                 self._writer = self._type(str(self._folder), purge_step=step)
                 self._write_settings()
             for key, value in values.items():
                 self._writer.add_scalar(key, value, step)
             self._writer.flush()
         except OSError:
-            # Its thread has ended with the error: the next try begins another file, which purges what this one has.
+            # The writer's thread has ended with the error. The next call begins another file, which purges this one's
+            # values.
             broken, self._writer = self._writer, None
             if broken is not None:
                 with contextlib.suppress(OSError):
@@ -162,17 +163,17 @@ class TensorBoard:
             raise
 
     def _write_settings(self) -> None:
-        """The settings for the tab HParams; `SummaryWriter.add_hparams` would begin a run of its own for them."""
+        """Write the settings for the tab HParams; `SummaryWriter.add_hparams` would create a separate run for them."""
         if self._settings:
             from torch.utils.tensorboard.summary import hparams
 
-            # torch takes a bool for a number.
+            # torch would treat a bool as a number.
             shown = {key: str(value) if isinstance(value, bool) else value for key, value in self._settings.items()}
             for summary in hparams(shown, dict.fromkeys(_COMPARED, 0.0)):
                 self._writer.file_writer.add_summary(summary)
 
     def rolled_back(self) -> None:
-        """The next write purges what it repeats."""
+        """The next write purges the values that it repeats."""
         self.close()
 
     def close(self) -> None:
@@ -186,7 +187,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases; WANDB_MODE=offline keeps it in `<run_dir>/wandb`.
 
     Args:
-        run: whose figures and configuration it gets.
+        run: its metrics and configuration are sent.
         project: name of the project.
     """
 
@@ -204,25 +205,26 @@ class WeightsAndBiases:
             dir=str(run.folder),
             resume="allow",
             config=dict(run.settings),
-            allow_val_change=True,  # a setting may differ from that of the attempt before
+            allow_val_change=True,  # a setting may differ from the previous attempt's
             settings=wandb.Settings(init_timeout=_WANDB_WAIT_S),
         )
-        self._run.define_metric("*", step_metric="step")  # W&B's own step only grows: it would drop a re-done step
+        # W&B's own step can only increase, so it would drop a repeated step.
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
-        """Queue the figures; sending happens in W&B's own process."""
+        """Queue the values; W&B's own process sends them."""
         self._run.log({"step": step, "attempt": attempt, **values})
 
     def rolled_back(self) -> None:
-        """Steps that come again replace nothing: both are in the history, distinguished by their order."""
+        """Nothing: repeated steps replace no values. Both are in the history and differ in their order."""
 
     def close(self) -> None:
-        """Wait until everything is sent."""
+        """Wait until everything was sent."""
         self._run.finish()
 
 
 class Prometheus:
-    """Serves the latest figures over HTTP, as gauges `mmscale_<name>` with the labels run, modality and split.
+    """Serves the latest metrics over HTTP, as gauges `mmscale_<name>` with the labels run, modality and split.
 
     `experts/text/unrouted_fraction` is `mmscale_experts_unrouted_fraction{modality="text"}`, `eval/loss/text` is
     `mmscale_loss{modality="text",split="eval"}`.
@@ -249,7 +251,7 @@ class Prometheus:
         self.port: int = self._server.server_port
 
     def write(self, step: int, values: Mapping[str, float], *, attempt: int) -> None:
-        """Replace the figures that are served."""
+        """Replace the served values."""
         for key, value in {"step": step, "attempt": attempt, **values}.items():
             name, modality, split = prometheus_name(key)
             if name not in self._gauges:
@@ -257,7 +259,7 @@ class Prometheus:
             self._gauges[name].labels(run=self._run, modality=modality, split=split).set(value)
 
     def rolled_back(self) -> None:
-        """Gauges know only the latest."""
+        """Nothing: gauges have only the latest value."""
 
     def close(self) -> None:
         """Stop serving."""
@@ -271,7 +273,7 @@ class Prometheus:
         return Gauge(name, f"{name} of the latest logged step", ("run", "modality", "split"), registry=self.registry)
 
 
-# By the setting of `log` that turns each on.
+# The built-in sinks by the setting of `log` that turns each on.
 SINKS: dict[str, Callable[[SinkRun, LogConfig], Backend]] = {
     "tensorboard": lambda run, log: TensorBoard(run.files / "tensorboard", run.settings),
     "wandb": lambda run, log: WeightsAndBiases(run, project=log.wandb or ""),

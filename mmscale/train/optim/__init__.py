@@ -1,1 +1,1 @@
-"""Optimizers, how their states are stored in every layout, and the learning rate."""
+"""Optimizers, how their states are stored under every layout, and the learning rate."""

@@ -1,12 +1,12 @@
-# AdamW with the state layout of Apex's and Transformer-Engine's FusedAdam, for machines without them (CPU hosts). It is
-# not a faster Adam: megatron-core 0.16.1 cannot reload what it saves from torch.optim.AdamW.
-"""`HostFusedAdam` and the switches that make megatron-core use it, or another.
+# AdamW with the state layout of Apex's and Transformer-Engine's FusedAdam, for machines without them (CPU hosts). Its
+# purpose is not speed: megatron-core 0.16.1 cannot reload the state that it saves from torch.optim.AdamW.
+"""`HostFusedAdam`, and the switches that make megatron-core use it or another optimizer.
 
-torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number and on
-loading hands the *same* tensor to all parameters (distrib_optimizer.py:820-825); torch then counts it up once per
-parameter: with 5 parameters step 7 becomes 12, and the bias correction is silently wrong. Before that,
+torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number, and when
+loading it assigns the *same* tensor to all parameters (distrib_optimizer.py:820-825). torch then increments it once per
+parameter: with 5 parameters step 7 becomes 12, and the bias correction is silently wrong. Even before that,
 `sharded_state_dict(is_loading=True)` fails on an assert (:642) because no state exists yet. FusedAdam's layout, with
-`step` in the parameter group, has neither fault.
+`step` in the parameter group, has neither problem.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class HostFusedAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 
-    # torch wraps these methods, so that torch.compile leaves them alone, in a function that imports torch._dynamo and
-    # torch._inductor at its first call: 1 second of CPU in every rank. Nothing is compiled on a host.
+    # torch wraps these methods to exclude them from torch.compile. The wrapper imports torch._dynamo and
+    # torch._inductor at its first call, which takes 1 second of CPU in every rank. Nothing is compiled on a host, so it
+    # is removed.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
@@ -76,7 +77,8 @@ class HostFusedAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if not group["params"]:
-                continue  # FusedAdam does not count the steps of an empty group; megatron-core aligns them when saving
+                # Like FusedAdam, do not count the steps of an empty group; megatron-core aligns the counts when saving.
+                continue
             group["step"] = group.get("step", 0) + 1
             params = [param for param in group["params"] if param.grad is not None]
             if params:
@@ -102,10 +104,10 @@ class HostFusedAdam(torch.optim.Optimizer):
         averages: list[Tensor],
         squares: list[Tensor],
     ) -> None:
-        """Change parameters and both moments in place. An optimizer of one's own replaces this method.
+        """Update parameters and both moments in place. A custom optimizer overrides this method.
 
-        Parameters are this rank's flat fp32 shards, or pieces of them: an update of an element may depend on that
-        element's gradient and moments only, and on the numbers of the group.
+        Parameters are this rank's flat fp32 shards, or pieces of them: the update of an element may depend only on that
+        element's gradient and moments, and on the hyperparameters of the group.
 
         Args:
             group: `lr`, `betas`, `eps`, `weight_decay`, and `step`, from 1.
@@ -116,9 +118,9 @@ class HostFusedAdam(torch.optim.Optimizer):
         """
         lr, (beta1, beta2), step, decay = group["lr"], group["betas"], group["step"], group["weight_decay"]
         if not group["bias_correction"]:
-            # torch's kernels always correct, by 1 - beta^step; at this step nothing is left to correct.
+            # torch's kernels always divide by 1 - beta^step, which is 1 for this step.
             step = 1 << 24
-        # One pass over memory, and no copy of the parameters as scratch.
+        # The fused kernels need one pass over memory and no temporary copy of the parameters.
         update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
         update(
             params,
@@ -126,7 +128,7 @@ class HostFusedAdam(torch.optim.Optimizer):
             averages,
             squares,
             [],
-            # Filled on the device: a tensor made of a number is copied there, and waited for, once per parameter.
+            # `torch.full` on the device: `torch.tensor(step)` would copy, and wait, once per parameter.
             [torch.full((), float(step), device=param.device) for param in params],
             lr=lr,
             beta1=beta1,
@@ -151,7 +153,8 @@ def made_by(make: type[Any], **options: Any) -> Iterator[None]:
     def adam(*args: Any, **given: Any) -> torch.optim.Optimizer:
         return make(*args, **given, **options)
 
-    optimizer.Adam, distrib_optimizer.Adam = adam, make  # called there, asked for with isinstance here
+    # The former is called; the latter is used in an isinstance check.
+    optimizer.Adam, distrib_optimizer.Adam = adam, make
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 """`CompactAdam`: moments are stored in bf16 or FP8 and expanded to fp32 only while a chunk is updated.
 
 Parameters are updated in chunks, so that only one chunk's moments exist in fp32. Vectors (norms, biases) keep fp32
-moments: they are few and sensitive.
+moments, because they are few and sensitive.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from mmscale.train.optim.adam import HostFusedAdam
 from mmscale.train.optim.adam_moments import GROUP, TRIPLE, from_groups, group_count, pack, to_groups, unpack
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Number of elements whose moments are in fp32 at once. A host's cache holds the data of 2^16 of them; a device needs
-# more.
+# Elements of a chunk. The data of 2^16 elements fit into a host's cache; a device needs larger chunks.
 _PIECE_HOST, _PIECE_DEVICE = 1 << 16, 1 << 24
 
 
@@ -35,7 +34,7 @@ class ShardPlace:
     """The place of a rank's shard in its parameter.
 
     Attributes:
-        lead: elements between the start of a group and the shard's first element.
+        lead: elements between the start of a group of FP8 moments and the shard's first element.
         format: of its moments, a compact one of `optim.moments`; None: fp32.
     """
 
@@ -54,15 +53,15 @@ class ShardPlace:
 
 
 class CompactAdam(HostFusedAdam):
-    """AdamW with small moments; arithmetic of HostFusedAdam, in fp32.
+    """AdamW with compact moments; arithmetic of HostFusedAdam, in fp32.
 
     Args:
         params: Parameters or parameter groups.
-        moments: bf16, rounded to nearest; fp8_coat: adam_moments.py.
+        moments: bf16, rounded to nearest; or fp8_coat, see adam_moments.py.
         options: As HostFusedAdam's.
 
     Attributes:
-        places: known places of shards; matrices without an entry are stored small.
+        places: known places of shards; the moments of matrices without an entry are compact.
     """
 
     def __init__(self, params: Iterable[Any], *, moments: str, **options: Any) -> None:
@@ -76,7 +75,7 @@ class CompactAdam(HostFusedAdam):
         return self.places.get(param, default)
 
     def layout(self, param: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of everything that is kept for a parameter."""
+        """Type and shape of every state tensor of a parameter."""
         place, numel = self.place(param), param.numel()
         if place.in_groups:
             kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -88,7 +87,7 @@ class CompactAdam(HostFusedAdam):
         return {moment: (dtype, tuple(param.shape)) for moment in MOMENTS}
 
     def initialize(self) -> None:
-        """Moments of zero for every parameter that has none yet."""
+        """Create moments of zero for every parameter that has none yet."""
         for group in self.param_groups:
             for param in group["params"]:
                 self._state(param)
@@ -97,7 +96,7 @@ class CompactAdam(HostFusedAdam):
         state: dict[str, Tensor] = self.state[param]
         if len(state) == 0:
             for name, (dtype, shape) in self.layout(param).items():
-                # The triple of a group of zeros may be any value except zero and infinity.
+                # The scale, exponent and middle of a group of zeros may have any value except zero and infinity.
                 make = torch.ones if name in map(triples_of, MOMENTS) else torch.zeros
                 state[name] = make(shape, dtype=dtype, device=param.device)
         return state
@@ -118,7 +117,7 @@ class CompactAdam(HostFusedAdam):
         most = _PIECE_HOST if param.is_cpu else _PIECE_DEVICE
         begin = 0
         while begin < numel:
-            end = min(numel, begin + most - (place.lead + begin) % GROUP)  # ends with a group
+            end = min(numel, begin + most - (place.lead + begin) % GROUP)  # the chunk ends at the end of a group
             moments = {name: read(state, name, place, begin, end) for name in MOMENTS}
             piece = values[begin:end], grads[begin:end]
             self.update(group, [piece[0]], [piece[1]], [moments["exp_avg"]], [moments["exp_avg_sq"]])
@@ -127,7 +126,7 @@ class CompactAdam(HostFusedAdam):
             begin = end
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """As torch's, but types stay: torch would make every state as wide as its parameter."""
+        """As torch's, but dtypes are kept: torch would convert every state to the dtype of its parameter."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
@@ -141,11 +140,11 @@ def read(state: Mapping[str, Tensor], moment: str, place: ShardPlace, begin: int
     """Elements [begin, end) of a shard's moment in fp32: a copy.
 
     Args:
-        state: what the optimizer keeps of the shard.
+        state: the optimizer's state of the shard.
         moment: one of `MOMENTS`.
         place: of the shard.
-        begin: if it is FP8, the shard's first element or a group's.
-        end: one behind the last element.
+        begin: for FP8 moments, the first element of the shard or of a group.
+        end: one past the last element.
     """
     stored = state[moment].view(-1)[begin:end]
     if not place.in_groups:

@@ -24,10 +24,10 @@ class FlatBox:
 
     Attributes:
         whole: this rank's part of the global tensor, as the model describes it.
-        offsets, sizes: of the box in that part.
-        at: position of its first element in the flat range.
-        order: the part's dimensions in memory order, outermost first; None: the tensor's own order. A stacked weight
-            keeps (in, out), Transformer-Engine's grouped linear (out, in).
+        offsets, sizes: of the box within that part.
+        at: position of the box's first element in the flat range.
+        order: the part's dimensions in memory order, outermost first; None: the tensor's own order. A stacked expert
+            weight has (in, out), but Transformer-Engine's grouped linear stores (out, in).
     """
 
     whole: ShardedTensor
@@ -38,7 +38,7 @@ class FlatBox:
 
     @property
     def numel(self) -> int:
-        """Elements of the box."""
+        """Number of elements of the box."""
         return math.prod(self.sizes)
 
     @property
@@ -52,7 +52,7 @@ class FlatBox:
         return begin, begin + self.sizes[axis]
 
     def shard(self, prefix: str, flat: Tensor) -> ShardedTensor:
-        """The box's elements of a flat range, under `prefix` and the tensor's key."""
+        """The box's elements of a flat range as a ShardedTensor with key `<prefix>.<key of the tensor>`."""
         whole = self.whole
         before = whole.global_offset[: whole.prepend_axis_num]
         inside = zip(whole.global_offset[whole.prepend_axis_num :], self.offsets, strict=True)
@@ -67,11 +67,13 @@ class FlatBox:
         )
 
     def cells(self, prefix: str, data: Tensor, *, cell: int, width: int, axis: int) -> ShardedTensor:
-        """The same of a tensor that has `width` numbers for every `cell` elements of one dimension.
+        """The corresponding box of a tensor that has `width` numbers for every `cell` elements of one dimension.
+
+        Used for the scales of FP8 moments: neighbouring elements (a cell) share `width` numbers.
 
         Args:
-            prefix: goes before the tensor's key.
-            data: the numbers of all cells that hold a part of the box, of shape `cell_sizes(...)`.
+            prefix: of the key.
+            data: the numbers of all cells that overlap the box, of shape `cell_sizes(...)`.
             cell: elements of a cell; the global dimension is a multiple of it.
             width: numbers of a cell.
             axis: the dimension.
@@ -86,19 +88,19 @@ class FlatBox:
         return box_of(whole, f"{prefix}.{whole.key}", data, offset=offset, sizes=sizes, shape=shape)
 
     def cell_sizes(self, *, cell: int, width: int, axis: int) -> tuple[int, ...]:
-        """Shape of the box that `cells` describes: the cells that hold a part of this one."""
+        """Shape of the box that `cells` describes: all cells that overlap this box."""
         begin, end = self.columns(axis)
         return (*self.sizes[:axis], (-(-end // cell) - begin // cell) * width, *self.sizes[axis + 1 :])
 
     def from_memory(self, flat: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Elements in the order of memory as a box of these sizes."""
+        """Reshape elements in memory order to a box of these sizes."""
         if self.order is None:
             return flat.view(tuple(sizes))
         places = [self.order.index(axis) for axis in range(len(self.order))]
         return flat.view([sizes[axis] for axis in self.order]).permute(places)
 
     def to_memory(self, box: Tensor) -> Tensor:
-        """The inverse of `from_memory`, of a box of this one's sizes."""
+        """The inverse of `from_memory`, for a box of this one's sizes."""
         data = box.reshape(self.sizes)
         return (data if self.order is None else data.permute(self.order)).reshape(-1)
 
@@ -106,7 +108,10 @@ class FlatBox:
 def box_of(
     whole: ShardedTensor, key: str, data: Tensor, *, offset: Sequence[int], sizes: Sequence[int], shape: Sequence[int]
 ) -> ShardedTensor:
-    """A box of a tensor of any sharding; on no regular grid, because ranks own different numbers of elements."""
+    """A ShardedTensor for a box at any offset.
+
+    Not on a regular grid, because ranks own different numbers of elements.
+    """
     prepended = whole.prepend_axis_num
     assert len(whole.replica_id) == 3, whole  # (pipeline, tensor, data-parallel), by megatron-core's convention
     local = (1,) * prepended + tuple(sizes)
@@ -118,19 +123,30 @@ def box_of(
         global_shape=tuple(shape),
         global_offset=tuple(offset),
         axis_fragmentations=None,
-        replica_id=(*whole.replica_id[:2], 0),  # no other data-parallel rank has these elements
+        # 0: this rank writes the box, because no other data-parallel rank has these elements.
+        replica_id=(*whole.replica_id[:2], 0),
         allow_shape_mismatch=whole.allow_shape_mismatch,
     )
 
 
 def boxes_of(place: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, end: int) -> Iterator[FlatBox]:
-    """The elements [start, end) of a parameter as pieces of its global tensor (or tensors: SwiGLU's two halves)."""
+    """Cut elements [start, end) of a parameter into boxes of its global tensor (or tensors: SwiGLU's two halves).
+
+    Args:
+        place: describes the parameter on this rank.
+        parameter: the parameter of the model.
+        start: first element of this data-parallel rank's part, in memory order.
+        end: one past the last element.
+    """
     for whole in _tensors(place, parameter):
         assert whole.data is not None
         order = order_of(whole.data)
+        # `memory` has its dimensions in memory order, so that [start, end) is a row-major range of it. `boxes` cuts
+        # that range; below, offsets and sizes are permuted back to the tensor's own dimensions.
         memory = whole.data if order is None else whole.data.permute(order)
         assert memory.is_contiguous(), whole.key
-        first = whole.data.storage_offset() - parameter.storage_offset()  # start of this piece in the parameter
+        # First element of this tensor in the parameter.
+        first = whole.data.storage_offset() - parameter.storage_offset()
         low, high = max(start, first), min(end, first + whole.data.numel())
         if low >= high:
             continue
@@ -145,7 +161,7 @@ def boxes_of(place: ShardedTensor | ShardedTensorFactory, parameter: Tensor, sta
 
 
 def order_of(data: Tensor) -> tuple[int, ...] | None:
-    """The dimensions of a permuted tensor as memory has them, outermost first; None: it is not permuted."""
+    """The dimensions of a permuted tensor in memory order, outermost first; None: it is contiguous."""
     if data.is_contiguous():
         return None
     strides = data.stride()
@@ -161,7 +177,8 @@ def _tensors(place: ShardedTensor | ShardedTensorFactory, parameter: Tensor) -> 
 def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
     """Cut the flat range [start, end) of a row-major tensor into boxes, in the order of their elements.
 
-    At most 2 * dimensions - 1 of them: the rest of a row, whole rows, the beginning of a row, and so on inside.
+    Recursive: the end of the row that the range starts in, then whole rows, then the beginning of the row that it ends
+    in; the two partial rows are cut in the same way along their own dimensions. At most 2 * dimensions - 1 boxes.
     """
     if start >= end:
         return
@@ -169,8 +186,9 @@ def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
         yield (), ()
         return
     row = math.prod(shape[1:])
+    # Rows first ... last - 1 lie completely inside the range.
     first, last = -(-start // row), end // row
-    if first > last:  # both ends inside one row
+    if first > last:  # the range starts and ends inside one row
         yield from _in_row(shape, last, start - last * row, end - last * row)
         return
     if start < first * row:

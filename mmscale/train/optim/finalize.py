@@ -1,7 +1,7 @@
 """Finishes the gradients after the last micro-batch: reduces them and divides by the number of trained labels.
 
-Equals megatron-core's finalize_model_grads without its `if num_tokens > 0`, which reads from the device and so leaves
-it idle before the optimizer's kernels are queued. The numbers are the same.
+Replaces megatron-core's finalize_model_grads and gives the same numbers. It omits the `if num_tokens > 0`, which reads
+from the device and so leaves the device idle before the optimizer's kernels are queued.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def finalize(
     pg_collection: ProcessGroupCollection | None = None,
     force_all_reduce: bool = False,
 ) -> None:
-    """Called by megatron-core's schedules; arguments as finalize_model_grads.
+    """Called by megatron-core's schedules; arguments as for finalize_model_grads.
 
     Args:
         model: the wrapped chunks of this rank.
-        num_tokens: int32 scalar, trained labels of this rank's micro-batches; counts on the last pipeline stage.
+        num_tokens: int32 scalar, trained labels of this rank's micro-batches; only the last pipeline stage's counts.
         pg_collection: process groups.
-        force_all_reduce: reduce gradients whole instead of into shards.
+        force_all_reduce: all-reduce gradients instead of reduce-scattering them into shards.
     """
     finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
     if num_tokens is None:

@@ -45,9 +45,10 @@ BUCKET_ELEMENTS: int | None = None
 def wrap(
     config: Config, transformer: TransformerConfig, chunks: list[Any], groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
-    """Put each chunk into Float16Module (bf16) and DDP, and connect DDP with megatron's schedules.
+    """Wrap each chunk in Float16Module (bf16) and DDP, and connect DDP with megatron's schedules.
 
-    The distributed optimizer is used at every size, also on one rank: the plain optimizers cannot read its checkpoints.
+    The distributed optimizer is used at every size, also on one rank, because megatron's other optimizers cannot read
+    its checkpoints.
     """
     overlap_grads, overlap_params = overlap_data_parallel(config, nccl=device.has_cuda())
     ddp_config = DistributedDataParallelConfig(
@@ -90,7 +91,8 @@ def wrap(
 def aligned_shards(moments: str) -> bool:
     """Whether buckets are padded to 2^16, so that no rank's part of a parameter starts inside a cell of FP8 moments.
 
-    Otherwise a bucket is a multiple of 128 and of the ranks, and with four or more ranks parts could start anywhere.
+    Without padding the size of a bucket is a multiple of 128 and of the number of ranks, so that with four or more
+    ranks a part could start anywhere.
     """
     return MOMENTS[moments].in_groups
 
@@ -98,7 +100,7 @@ def aligned_shards(moments: str) -> bool:
 def make_optimizer(
     config: Config, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """AdamW over all chunks, sharded over data-parallel ranks; one optimizer for dense, one for expert parameters."""
+    """AdamW over all chunks, sharded over data-parallel ranks: an optimizer for dense and one for expert parameters."""
     adam.install()
     optim, dtype = config.optim, DTYPES[config.precision.dtype]
     optimizer_config = OptimizerConfig(
@@ -142,15 +144,16 @@ def optimizer_class(optim: OptimConfig) -> tuple[type[HostFusedAdam], dict[str, 
     options = plugins.arguments(use, own)
     if not compact:
         return own, options
-    # Its arithmetic over CompactAdam's storage: `update` is the plug-in's, pieces and state are CompactAdam's.
+    # Combines both classes: `update` is the plug-in's; chunks and stored state are CompactAdam's.
     return type(f"Compact{own.__name__}", (own, CompactAdam), {}), options | compact
 
 
 def precision_aware(moments: str) -> dict[str, Any]:
-    """megatron-core's settings for moments that Transformer-Engine's FusedAdam keeps; empty for all others.
+    """megatron-core's settings for moments that Transformer-Engine's FusedAdam stores; empty for all others.
 
     Raises:
-        ConfigError: it is not installed; megatron-core would say so in the middle of the start.
+        ConfigError: Transformer-Engine is not installed. megatron-core would report that only in the middle of the
+            start.
     """
     name = MOMENTS[moments].te_dtype
     if name is None:
@@ -165,8 +168,8 @@ def precision_aware(moments: str) -> dict[str, Any]:
         "use_precision_aware_optimizer": True,
         "exp_avg_dtype": dtype,
         "exp_avg_sq_dtype": dtype,
-        # True, megatron-core's default, keeps only the lower 16 bits of master weights, and they are what a save would
-        # write under the masters' names: no other optimizer could read them.
+        # True, megatron-core's default, keeps only the lower 16 bits of master weights. A save would write those under
+        # the master weights' names, and no other optimizer could read them.
         "store_param_remainders": False,
     }
 
@@ -181,7 +184,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, config: Config, lr: float) -
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Restore moments, main parameters and step counts from a checkpoint; hyperparameters stay the configuration's.
 
-    OPT-175B was once continued with a checkpoint's old learning rate.
+    Otherwise a run would continue with the old learning rate, which happened to OPT-175B.
     """
     configured = [_hyperparameters(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(loaded)
@@ -190,7 +193,7 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration says about a parameter group; parameters and their step count are state."""
+    """The entries of a parameter group that the configuration sets; parameters and their step count are state."""
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
@@ -198,12 +201,12 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 def measure(optimizer: MegatronOptimizer, sums: Tensor, groups: ProcessGroupCollection) -> tuple[float, Tensor]:
     """The gradient norm and the loss sums of the whole batch, the same on every rank, in one reduction.
 
-    The norm needs this reduction anyway; the loss sums are added to it. It is the only time that a step waits for the
-    device. So all pipeline stages know the losses before the step is applied. The arithmetic is megatron-core's
-    (clip_grads.py, get_grad_norm_fp32), whose reduction has no room for more values.
+    The norm needs this reduction anyway, so the loss sums are added to it and all pipeline stages know the losses
+    before the step is applied. This is the only time that a step waits for the device. The arithmetic is
+    megatron-core's (clip_grads.py, get_grad_norm_fp32), whose reduction has no room for more values.
 
     Args:
-        optimizer: gradients are reduced and divided.
+        optimizer: its gradients are already reduced and divided.
         sums: loss sums of this rank's micro-batches; zeros before the last pipeline stage.
         groups: process groups.
 
@@ -212,8 +215,8 @@ def measure(optimizer: MegatronOptimizer, sums: Tensor, groups: ProcessGroupColl
     """
     optimizer.prepare_grads()
     counted: list[Tensor] = []
-    # Copies of a gradient that the norm leaves out, because another tensor-parallel rank's or stage's is counted: an
-    # Inf in one of them would be applied unseen.
+    # Gradients that the norm leaves out on this rank, because the copy of another tensor-parallel rank or pipeline
+    # stage is counted. They are checked too: an Inf in one of them would otherwise be applied unnoticed.
     uncounted: list[Tensor] = []
     for part in _parts(optimizer):
         mine = grads_for_norm(part)
@@ -238,7 +241,7 @@ def measure(optimizer: MegatronOptimizer, sums: Tensor, groups: ProcessGroupColl
 
 @torch.no_grad()
 def apply(optimizer: MegatronOptimizer, norm: float) -> bool:
-    """Clip the gradients that `measure` has measured, and update the weights."""
+    """Clip the gradients with the norm from `measure`, and update the weights."""
     for part in _parts(optimizer):
         params = part.get_parameters()
         if params and part.config.clip_grad > 0.0:
@@ -249,11 +252,11 @@ def apply(optimizer: MegatronOptimizer, norm: float) -> bool:
 
 
 def _decoupled(part: Any) -> bool:
-    """Whether gradients stand beside the parameters' own: Transformer-Engine's Adam with bf16 parameters."""
+    """Whether gradients are in `decoupled_grad` instead of `grad`: Transformer-Engine's Adam with bf16 parameters."""
     return bool(part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers of dense and of expert parameters; those without parameters on this rank have nothing to say."""
+    """The optimizers of dense and of expert parameters, without those that have no parameters on this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -1,7 +1,7 @@
-"""Learning-rate schedules: pure functions of the step and of the consumed tokens, so nothing has to be saved.
+"""Learning-rate schedules: pure functions of the step and of the consumed tokens, so no state has to be saved.
 
 Decays have the shapes of Megatron-LM, torchtitan (WSD) and the power scheduler (arXiv 2408.13359). A decay reaches
-`min_lr` after the last step and not at it: with `min_lr: 0` that step would have no effect.
+`min_lr` one step after the last one: with `min_lr: 0` the last step would otherwise have no effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmscale.tables.plugins import PluginError, Use
 
 @dataclass(frozen=True)
 class Point:
-    """A step after the warm-up, as a schedule sees it.
+    """A step after the warm-up, as the input of a schedule.
 
     Attributes:
         step: the step that is about to be taken, from 1; counted from `optim.restart` on.
@@ -95,7 +95,7 @@ def shape_of(config: OptimConfig) -> Shape:
     if config.schedule in SHAPES:
         return SHAPES[config.schedule]
     key = config.schedule, json.dumps(config.schedule_args, sort_keys=True)
-    if key not in _PLUGGED:  # asked for in every step
+    if key not in _PLUGGED:  # called at every step, so the plug-in is cached
         _PLUGGED[key] = _plugged(config.schedule, config.schedule_args)
     return _PLUGGED[key]
 
@@ -123,18 +123,18 @@ def _between(floor: float, peak: float, share: float) -> float:
 
 
 def _progress(at: Point) -> float:
-    """How much of the decay from the end of the warm-up on is over: 0 at its last step, 1 after the run's last."""
+    """Fraction of the decay that is over: 0 at the last step of the warm-up, 1 after the last step of the run."""
     return min(1.0, (at.step - at.optim.warmup) / (max(0, at.steps - at.optim.warmup) + 1))
 
 
 def _final_decay(at: Point) -> float:
-    """What is left of the decay over the last steps: 1 before it, 0 after the run's last step."""
+    """Factor of the decay over the last steps: 1 before it, 0 after the run's last step."""
     decay = at.optim.decay if at.optim.decay is not None else max(1, at.steps // 10)
     return 1.0 if decay == 0 else min(1.0, max(0.0, (at.steps + 1 - at.step) / (decay + 1)))
 
 
 def around(old: Config, new: Config, *, step: int) -> tuple[float, float]:
-    """Learning rates on both sides of a change of settings.
+    """Learning rates before and after a change of settings.
 
     Args:
         old: the configuration that trained up to here.
@@ -142,8 +142,8 @@ def around(old: Config, new: Config, *, step: int) -> tuple[float, float]:
         step: steps done, at least 1.
 
     Returns:
-        What `old` gives for the next step, or gave for its last one if it is done; what `new` gives for the next step.
+        The rate of `old` for the next step, or for its last step if `old` is done; the rate of `new` for the next step.
     """
-    tokens = step * tokens_per_step(old)  # near enough to compare both
+    tokens = step * tokens_per_step(old)  # accurate enough to compare both
     before = learning_rate(old.optim, step=min(step + 1, old.train.steps), steps=old.train.steps, tokens=tokens)
     return before, learning_rate(new.optim, step=step + 1, steps=new.train.steps, tokens=tokens)

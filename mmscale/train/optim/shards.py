@@ -2,8 +2,8 @@
 
 megatron-core's `fully_reshardable` format gathers master weights and moments of all ranks on every rank before a save:
 12 bytes per parameter through the network while training waits. Here the same tensors are described as boxes of each
-rank's own part (boxes.py), so nothing is sent. Names, shapes and values on disk are the same. Loading is
-megatron-core's, unless moments are stored small on either side: then stored_moments.py loads them.
+rank's own part (boxes.py), so nothing is sent. Names, shapes and values on disk are the same. megatron-core's code
+loads them; stored_moments.py does if moments are compact in the checkpoint or in this run.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ from mmscale.train.optim.stored_moments import MomentReader, cell_of, moment_box
 
 PREFIX = "optimizer.state"
 _MAIN = "param"
-_LEAST_CELL = 8  # elements; with fewer elements per copy of a scale a checkpoint would be larger than with fp32 moments
+_LEAST_CELL = 8  # elements; with smaller cells the scales would make a checkpoint larger than with fp32 moments
 
 
 class ShardwiseOptimizer(DistributedOptimizer):
     """megatron-core's distributed optimizer, saving without communication; an instance is made by `save_shardwise`.
 
     Attributes:
-        stored: the tensors of the checkpoint that is going to be read; None: not known, moments are stored as here.
+        stored: the tensors of the checkpoint that is going to be read; None: unknown, moments are assumed to be stored
+            as they are here.
     """
 
     stored: Mapping[str, TensorEntry] | None = None
     _reader: MomentReader | None = None
-    _taken: Mapping[Tensor, Mapping[str, Tensor]] = {}  # what `_reader` fills, by parameter; replaced, never changed
+    # The tensors that `_reader` fills, by parameter; assigned as a whole, never modified.
+    _taken: Mapping[Tensor, Mapping[str, Tensor]] = {}
 
     def sharded_state_dict(
         self,
@@ -48,7 +50,7 @@ class ShardwiseOptimizer(DistributedOptimizer):
         sharding_type: str | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> Any:
-        """As megatron-core's; it would make fp32 moments before it reads any."""
+        """As megatron-core's method, which would create fp32 moments before reading any."""
         if is_loading and isinstance(self.optimizer, CompactAdam):
             self.optimizer.initialize()
         return super().sharded_state_dict(model_sharded_state_dict, is_loading, sharding_type, metadata)
@@ -62,10 +64,10 @@ class ShardwiseOptimizer(DistributedOptimizer):
         """This rank's part of master weights and moments, as boxes of the global tensors.
 
         Args:
-            model_sharded_state_dict: says where each parameter stands in its global tensor.
-            is_loading: then megatron-core's own way, if moments are fp32 here and there: every rank asks for its
-                parameters as a whole.
-            metadata: how megatron-core names and cuts state.
+            model_sharded_state_dict: describes the place of each parameter in its global tensor.
+            is_loading: if moments are fp32 here and in the checkpoint, megatron-core's own method is used, with which
+                every rank reads complete parameters.
+            metadata: how megatron-core names and splits state.
         """
         self._reader, self._taken = None, {}
         if is_loading and not self._small:
@@ -92,7 +94,7 @@ class ShardwiseOptimizer(DistributedOptimizer):
         return state
 
     def load_parameter_state_from_fully_reshardable(self, state_dict: dict[Any, Any]) -> None:
-        """Take over what was read."""
+        """Copy the tensors that were read into the optimizer."""
         if self._reader is None:
             super().load_parameter_state_from_fully_reshardable(state_dict)
             return
@@ -103,11 +105,11 @@ class ShardwiseOptimizer(DistributedOptimizer):
         self._reader, self._taken = None, {}
 
     def _targets(self, parameter: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Where the master weights and moments of this rank's part go when they are read.
+        """The tensors into which the master weights and moments of this rank's part are read.
 
-        Only CompactAdam's are the tensors themselves. megatron-core replaces the state of all others before it takes
-        over what was read, and Transformer-Engine's Adam stores it in its own way: these get fp32 copies first, which
-        `_set_main_param_and_optimizer_states` brings in.
+        Only for CompactAdam are these the optimizer's own tensors. megatron-core replaces the state of all other
+        optimizers before it copies loaded tensors, and Transformer-Engine's Adam has its own representation. For those,
+        fp32 copies are read, and `_set_main_param_and_optimizer_states` copies them into the optimizer.
         """
         main = self._main(parameter)
         if isinstance(self.optimizer, CompactAdam):
@@ -123,7 +125,7 @@ class ShardwiseOptimizer(DistributedOptimizer):
         )
 
     def _owned(self) -> Iterator[tuple[Tensor, int, int]]:
-        """Every parameter that this rank has a part of, with the flat range of that part."""
+        """Every parameter of which this rank owns a part, with the flat range [start, end) of that part."""
         for buckets in self.gbuf_ranges:
             for by_bucket in buckets.values():
                 for bucket in by_bucket:
@@ -140,13 +142,16 @@ class ShardwiseOptimizer(DistributedOptimizer):
         return inner.place(self._main(parameter)) if isinstance(inner, CompactAdam) else ShardPlace()
 
     def _cell(self, parameter: Tensor) -> int:
-        """Elements that always share a scale, wherever ranks' parts of this parameter begin; the same on all ranks."""
+        """Number of elements that always share a scale, wherever ranks' parts of this parameter begin.
+
+        The same on all ranks.
+        """
         buffer, _, bucket = self.model_param_gbuf_map[parameter]
         data: Tensor = self.buffers[buffer].buckets[bucket].grad_data
         return cell_of(parameter.shape, shard=data.numel() // self.data_parallel_group.size())
 
     def place_shards(self) -> None:
-        """Give the optimizer of this rank's shards the place of each shard in its parameter."""
+        """Tell the optimizer of this rank's shards the place of each shard in its parameter."""
         inner = self.optimizer
         if not isinstance(inner, CompactAdam):
             return
@@ -161,7 +166,8 @@ def save_shardwise(optimizer: MegatronOptimizer) -> None:
     """Make every distributed optimizer in it save its own shards, without gathering."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if type(part) is DistributedOptimizer:
-            part.__class__ = ShardwiseOptimizer  # get_megatron_optimizer names its class; only methods differ
+            # Get_megatron_optimizer always creates its own class; ours differs in methods only.
+            part.__class__ = ShardwiseOptimizer
             if not part.is_stub_optimizer:
                 part.place_shards()
 

@@ -1,14 +1,14 @@
-"""Adam's moments in checkpoints: written in their present type, and converted to this run's type when they are read.
+"""Adam's moments in checkpoints: written in their present format, converted to this run's format when read.
 
 A moment in FP8 is two tensors: `exp_avg` with the parameter's shape (uint8, the bits of E4M3), and `exp_avg_scale`,
-fp32, with the three numbers of adam_moments.py for every *cell* of the last dimension. Groups of 128 follow the flat
-parts of ranks, so another layout has other groups. Cells have at most 64 elements, chosen so that no rank's part starts
-inside one, and every cell stores the numbers of its group. For a parameter [R, C] with cells of 64 the scales have the
-shape [R, 3 C / 64]. So any layout can read any box, and:
+fp32, with the three numbers of adam_moments.py for every *cell* of the last dimension. Groups of 128 are counted along
+the flat parts of ranks, so another layout has other groups. Cells have at most 64 elements, chosen so that no rank's
+part starts inside one, and for every cell the numbers of its group are stored. For a parameter [R, C] with cells of 64
+the scales have the shape [R, 3 C / 64]. So any layout can read any box, and:
 
 - groups that consist of elements of one old group keep their bits: always on the same layout, and on any other if rows
   are multiples of 128, or if the tensor is not sharded in its last dimension and parts start with a group;
-- other groups are decoded and quantised again, with at most E4M3's rounding (adam_moments.py) once more.
+- other groups are decoded and quantised again, which adds at most one more E4M3 rounding error (adam_moments.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mmscale.train.optim.adam_compact import MOMENTS, ShardPlace, triples_of, wr
 from mmscale.train.optim.adam_moments import GROUP, TRIPLE, from_groups, pack, to_groups, unpack
 from mmscale.train.optim.boxes import FlatBox
 
-_CELL = 64  # megatron-core begins parameters at multiples of it
+_CELL = 64  # megatron-core aligns the start of parameters to multiples of this
 
 
 def cell_of(shape: Sequence[int], *, shard: int) -> int:
@@ -48,20 +48,22 @@ def stores_small(prefix: str, stored: Mapping[str, TensorEntry]) -> bool:
 def moment_boxes(
     prefix: str, moment: str, pieces: Sequence[FlatBox], state: Mapping[str, Tensor], place: ShardPlace, *, cell: int
 ) -> list[ShardedTensor]:
-    """What is written of a rank's part of one moment.
+    """The boxes to write for a rank's part of one moment.
 
     Args:
-        prefix: begins the names.
+        prefix: of the keys.
         moment: one of `MOMENTS`.
-        pieces: of the part.
-        state: what the optimizer keeps of it.
-        place: where the part stands in its parameter, and how its moments are kept.
-        cell: as of `cell_of`.
+        pieces: boxes of the part.
+        state: the optimizer's state of the part.
+        place: where the part begins in its parameter, and the format of its moments.
+        cell: as for `cell_of`.
     """
     flat = state[moment].detach().view(-1)
     found = [piece.shard(f"{prefix}.{moment}", flat) for piece in pieces]
     if not place.in_groups:
         return found
+    # First element of each cell, counted from the start of the part's first group: // GROUP is the number of its group,
+    # whose triple is repeated for each of the group's cells.
     begins = torch.arange(place.lead, place.lead + flat.numel(), cell, device=flat.device)
     cells = state[triples_of(moment)][begins // GROUP]
     for piece in pieces:
@@ -78,11 +80,11 @@ class _Asked:
     """One moment of a rank's part that is being read.
 
     Attributes:
-        state, moment, place: where it goes.
-        pieces: of the part.
-        values: numbers of the boxes among all that are read.
-        cells: the same of the scales' boxes; empty if the checkpoint has none.
-        cell, axis: how many elements share a scale in the checkpoint, and in which dimension.
+        state, moment, place: where the values are stored.
+        pieces: boxes of the part.
+        values: numbers of its boxes in the list of all boxes that are read.
+        cells: likewise the numbers of the scales' boxes; empty if the checkpoint has no scales.
+        cell, axis: how many elements share a scale in the checkpoint, and along which dimension.
     """
 
     state: Mapping[str, Tensor]
@@ -96,11 +98,11 @@ class _Asked:
 
 
 class MomentReader:
-    """Reads one optimizer's master weights and moments, from a checkpoint that keeps moments in its own way.
+    """Reads one optimizer's master weights and moments from a checkpoint whose moments have any format.
 
     Args:
-        prefix: begins the names.
-        stored: tensors of the checkpoint; None: as they would be written here.
+        prefix: of the keys.
+        stored: tensors of the checkpoint; None: assume the format in which this run would write them.
     """
 
     def __init__(self, prefix: str, stored: Mapping[str, TensorEntry] | None) -> None:
@@ -113,14 +115,14 @@ class MomentReader:
     def ask(
         self, pieces: Sequence[FlatBox], main: Tensor, state: Mapping[str, Tensor], place: ShardPlace, *, cell: int
     ) -> list[ShardedTensor]:
-        """The boxes to read for a rank's part of a parameter; `take` wants their content in this order.
+        """The boxes to read for a rank's part of a parameter; `take` expects their contents in this order.
 
         Args:
-            pieces: of the part.
+            pieces: boxes of the part.
             main: the part's master weights.
             state: the part's moments.
-            place: where the part stands in its parameter.
-            cell: as of `cell_of`.
+            place: where the part begins in its parameter.
+            cell: as for `cell_of`.
         """
         found = [piece.shard(f"{self._prefix}.param", main.new_empty(main.numel())) for piece in pieces]
         self._mains.append((main, pieces, self._numbers(len(found))))
@@ -148,7 +150,7 @@ class MomentReader:
     def _kept(
         self, name: str, scales: str, piece: FlatBox, place: ShardPlace, cell: int
     ) -> tuple[torch.dtype, tuple[int, int] | None]:
-        """Type of a moment in the checkpoint; the cell of its scales and their dimension, if it has any."""
+        """Dtype of a moment in the checkpoint; the cell size of its scales and their dimension, if it has scales."""
         whole = piece.whole
         if self._stored is None:
             if place.in_groups:
@@ -162,10 +164,10 @@ class MomentReader:
 
     @torch.no_grad()
     def take(self, loaded: Sequence[Tensor]) -> None:
-        """Put what was read where it belongs.
+        """Store the values that were read.
 
         Args:
-            loaded: contents of all boxes that were asked for.
+            loaded: contents of all boxes returned by `ask`.
         """
         for main, pieces, numbers in self._mains:
             main.view(-1).copy_(_joined(pieces, [loaded[number] for number in numbers]))
@@ -182,18 +184,22 @@ class MomentReader:
             tables.append(triples_in(loaded[number].view(_sizes_of(piece, asked)), asked.axis))
             ids.append(_cell_ids(piece, asked) + known)
             known += len(tables[-1])
-        # Equal numbers get one id, so that an old group is one whatever its cells are.
+        # `ids` has one cell number per element. Cells of the same old group have equal triples and get the same id
+        # here, so that the cells of the checkpoint do not matter below.
         table, same = torch.unique(torch.cat(tables).view(torch.int32), dim=0, return_inverse=True)
-        _settle(asked, stored, table.view(torch.float32), same[torch.cat(ids).to(same.device)])
+        _store_codes(asked, stored, table.view(torch.float32), same[torch.cat(ids).to(same.device)])
 
 
-def _settle(asked: _Asked, codes: Tensor, table: Tensor, ids: Tensor) -> None:
-    """Elements in FP8 with the id of each one's scales, into however they are kept here."""
+def _store_codes(asked: _Asked, codes: Tensor, table: Tensor, ids: Tensor) -> None:
+    """Store FP8 elements and the id of each element's triple in `table`, in the format of this run's moments."""
     if not asked.place.in_groups:
         write(asked.state, asked.moment, asked.place, 0, unpack(codes.unsqueeze(-1), table[ids]).squeeze(-1))
         return
     lead, numel = asked.place.lead, codes.numel()
-    grouped_codes, grouped_ids = to_groups(codes, lead), to_groups(ids + 1, lead)  # 0: outside of this rank's part
+    # Id 0: padding outside of this rank's part.
+    grouped_codes, grouped_ids = to_groups(codes, lead), to_groups(ids + 1, lead)
+    # A new group whose elements all have the same id is part of one old group, and keeps its codes and its triple.
+    # Groups with several ids are decoded, each element with its own triple, and quantised again.
     highest = grouped_ids.amax(dim=1)
     lowest = torch.where(grouped_ids > 0, grouped_ids, highest.unsqueeze(1)).amin(dim=1)
     triples = table[highest - 1]
@@ -214,7 +220,7 @@ def _sizes_of(piece: FlatBox, asked: _Asked) -> tuple[int, ...]:
 
 
 def _cell_ids(piece: FlatBox, asked: _Asked) -> Tensor:
-    """For every element of a box, as memory has it, the number of its cell among those that were read for the box."""
+    """For every element of a box, in memory order, the number of its cell among those that were read for the box."""
     axis, (begin, _) = asked.axis, piece.columns(asked.axis)
     sizes = piece.cell_sizes(cell=asked.cell, width=1, axis=axis)
     cells = torch.arange(math.prod(sizes)).view(sizes).repeat_interleave(asked.cell, dim=axis)
@@ -224,7 +230,7 @@ def _cell_ids(piece: FlatBox, asked: _Asked) -> Tensor:
 def cells_in(shape: Sequence[int], scales: Sequence[int]) -> tuple[int, int]:
     """Elements of a cell, and the dimension of cells, from the shapes of a moment's two tensors.
 
-    A cell is a power of two, so exactly one dimension differs.
+    The size of a cell is a power of two, never 3, so the shapes differ in exactly one dimension.
     """
     axis = next(axis for axis, (size, numbers) in enumerate(zip(shape, scales, strict=True)) if size != numbers)
     return shape[axis] * TRIPLE // scales[axis], axis
@@ -237,6 +243,6 @@ def triples_in(scales: Tensor, axis: int) -> Tensor:
 
 
 def _joined(pieces: Sequence[FlatBox], parts: Sequence[Tensor]) -> Tensor:
-    """Boxes as the flat range that they are; of one dtype."""
+    """Concatenate boxes of one dtype to the flat range that they were cut from."""
     assert [piece.numel for piece in pieces] == [part.numel() for part in parts], pieces
     return torch.cat([piece.to_memory(part) for piece, part in zip(pieces, parts, strict=True)])

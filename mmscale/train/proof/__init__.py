@@ -1,1 +1,1 @@
-"""`mmscale verify-layout`: a few steps on synthetic batches, compared with one process tensor by tensor."""
+"""`mmscale verify-layout`: compares a few steps on synthetic batches with one process, tensor by tensor."""

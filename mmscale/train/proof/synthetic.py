@@ -22,8 +22,8 @@ class SyntheticMixture:
 
     Args:
         config: shapes, vocabulary, seed.
-        share: share of each modality's tokens; the first modality (text) gets what the others leave over.
-        absent: modality that no micro-batch with an odd index holds, for checks of empty groups; None: all are there.
+        share: share of each modality's tokens; the first modality (text) gets the rest.
+        absent: modality that is missing in micro-batches with an odd index, to test empty groups; None: none is.
         documents: documents per sequence.
         padding: share of each sequence that is padding.
     """
@@ -50,7 +50,7 @@ class SyntheticMixture:
         length, multiple = self.config.model.seq_length, self.config.data.document_multiple
         borders = np.linspace(0, length - int(self.padding * length), self.documents + 1).astype(int)
         borders = borders // multiple * multiple
-        # With a multiple, some documents end with padding up to it.
+        # With `document_multiple`, every second document is shorter and padded to a multiple.
         short = [number % 2 * (multiple // 2) for number in range(self.documents)]
         absent = self.absent if index % 2 else None
         rows = [

@@ -1,6 +1,6 @@
 """Runs a few training steps on synthetic batches under the initialised layout, with a checkpoint after the first.
 
-Used for comparing layouts, by `mmscale verify-layout` and the tests. verify_layout.py evaluates the results.
+`mmscale verify-layout` and the tests use it to compare layouts. verify_layout.py evaluates the results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmscale.train.steps.batch import part_of, to_device
 from mmscale.train.steps.companions import companions_of, routers_among
 from mmscale.train.steps.step import Stepper, mean_losses, reduce_sums
 
-SAVED_STEP = 1  # its first moments are gradients
+SAVED_STEP = 1  # after the first step, Adam's first moments are gradients times a constant
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Trace:
 
 
 class Trial:
-    """A short run from the run's initial weights, on batches determined by their number.
+    """A short training run from the configuration's initial weights, on batches determined by their number.
 
     Args:
         config: the run's configuration; with `model.experts.share` 'auto', equal shares are used.
-        absent: modality that odd micro-batches lack.
+        absent: modality that is missing in odd micro-batches.
         alter: changes the model chunks before they are wrapped (negative controls in tests).
     """
 
@@ -67,11 +67,11 @@ class Trial:
         self._state = TrainState(wrapped, optimizer, routers=routers_among(companions))
 
     def train(self, steps: int, *, choices: Choices | None = None) -> Trace:
-        """Take steps, each on the batch that its number says.
+        """Take steps on the batches with the steps' numbers.
 
         Args:
             steps: how many.
-            choices: where they record or repeat which tokens were chosen.
+            choices: records or repeats which tokens were chosen.
         """
         losses, norms = [], []
         own, per_step = part_of(self.groups), global_micro_batches(self.config)
@@ -92,7 +92,7 @@ class Trial:
             self._checkpoints(folder).save(self._state, last=True)
 
     def load(self, folder: Path, step: int) -> None:
-        """Resume from a checkpoint, whatever layout wrote it."""
+        """Resume from a checkpoint that any layout wrote."""
         with self._stepper.materialized():
             self._checkpoints(folder).load(self._state, step)
 
@@ -117,12 +117,12 @@ def take_steps(
     Args:
         config: the run's configuration.
         steps: optimizer steps.
-        saved: folder for a checkpoint after the first step; None: there is none.
+        saved: folder for a checkpoint after the first step; None: none is written.
         reference: folder of another trial's checkpoint from which the steps after the first continue; None: from
-            the own state.
+            its own state.
         absent: as for `Trial`.
         alter: as for `Trial`.
-        choices: where the first step records or repeats which tokens were chosen.
+        choices: records or repeats which tokens were chosen in the first step.
     """
     trial = Trial(config, absent=absent, alter=alter)
     trace = trial.train(SAVED_STEP, choices=choices)
@@ -134,7 +134,7 @@ def take_steps(
 
 
 def with_share(config: Config) -> Config:
-    """The configuration with nominal shares filled in: equal ones where they would be measured from data."""
+    """The configuration with nominal shares filled in: equal ones if they would be measured from data."""
     if config.model.experts.share != "auto":
         return config
     names = config.vocab.names
@@ -143,4 +143,4 @@ def with_share(config: Config) -> Config:
 
 
 def _unheard(*event: object, **fields: object) -> None:
-    """The checkpoints of a trial have no log."""
+    """Ignores the events of checkpoints, because a trial has no log."""

@@ -1,8 +1,8 @@
 """Compares a parallel layout with one process: losses, gradient norms, and every tensor of a checkpoint.
 
 Users run it as `mmscale verify-layout`; the test matrix uses it too. Rank 0 first takes the steps alone, as a world of
-one process, and saves after the first. Then all ranks take the first step under the layout, save, and continue from the
-checkpoint of the one process. The two checkpoints are compared tensor by tensor.
+one process, and saves after the first step. Then all ranks take the first step under the layout, save, and continue
+from the checkpoint of the single process. The two checkpoints are compared tensor by tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mmscale.train.proof.trial import SAVED_STEP, Trace, take_steps, with_share
 
 __all__ = ["Trace", "compare", "take_steps", "verdict", "verify_layout", "with_share"]
 
-_NAMED = 10  # differing tensors that a result names
+_NAMED = 10  # largest number of differing tensors that a result lists
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Tolerance:
     """Differences allowed for rounding of the same arithmetic in another order.
 
     Attributes:
-        value: largest difference of losses, and of gradient norms relative to them.
+        value: largest difference of losses, and largest relative difference of gradient norms.
         gradient: largest difference of a first moment after step 1, relative to the tensor's norm.
         state: the same for weights, second moments and thresholds.
         choices: share of the tokens chosen by experts and depth layers that may differ. The first step then repeats the
@@ -61,12 +61,12 @@ TOLERANCE = {
 
 
 def tolerance_of(config: Config) -> Tolerance:
-    """The tolerance of a run's number formats."""
+    """The tolerance for a run's number formats."""
     return TOLERANCE[config.precision.dtype if config.precision.fp8 == "off" else "fp8"]
 
 
 def single_process(config: Config) -> Config:
-    """The same run without any parallelism and without recompute."""
+    """The same configuration without any parallelism and without recompute."""
     return config.model_copy(update={"parallel": ParallelConfig()})
 
 
@@ -83,12 +83,12 @@ def compare_tensors(reference: Path, saved: Path) -> list[TensorDifference]:
 
 
 def choices_of(config: Config, folder: Path, *, repeat: bool) -> Choices | None:
-    """What records or repeats the choices of the first step below a folder; None where a layout chooses for itself."""
+    """Records or repeats the choices of the first step in a folder; None if layouts make their own choices."""
     return None if tolerance_of(config).choices is None else Choices(folder / "choices", repeat=repeat)
 
 
 def counted(choices: Choices | None) -> tuple[int, int]:
-    """Chosen tokens that were compared and those that differ, over all ranks; each calls it."""
+    """Numbers of chosen tokens that were compared and that differ, over all ranks; every rank calls it."""
     own = (0, 0) if choices is None else (choices.compared, choices.differing)
     compared, differing = (sum(counts) for counts in zip(*process_groups.gathered(own), strict=True))
     return compared, differing
@@ -102,19 +102,19 @@ def verdict(
     tensors: Sequence[TensorDifference],
     choices: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """What `mmscale verify-layout` says about a layout.
+    """The result of `mmscale verify-layout` for a layout.
 
     Args:
         config: gives the tolerance.
         reference: the trace of one process.
         trace: the layout's.
         tensors: differences between their checkpoints, the largest first.
-        choices: what `counted` gives.
+        choices: the result of `counted`.
 
     Returns:
         `loss_difference`, `grad_norm_difference`, `tolerance`, `gradients` and `state` (number of tensors `compared`,
         `worst` tensor, its `difference`, `tolerance`, and names of those that `differ`), `choices` (number `compared`,
-        share as `difference`, `tolerance`; null where a layout chooses for itself), `passed`, and both traces.
+        share as `difference`, `tolerance`; null if layouts make their own choices), `passed`, and both traces.
     """
     allowed = tolerance_of(config)
     loss, norm = compare(reference, trace)
@@ -122,7 +122,7 @@ def verdict(
         "gradients": _part([one for one in tensors if one.is_gradient], allowed.gradient),
         "state": _part([one for one in tensors if not one.is_gradient], allowed.state),
     }
-    # Not a number fails every comparison.
+    # NaN fails every comparison.
     passed = loss <= allowed.value and norm <= allowed.value and not any(part["differ"] for part in parts.values())
     chosen: dict[str, Any] | None = None
     if allowed.choices is not None:
@@ -156,15 +156,15 @@ def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> 
     """Compare this run's layout with one process. Called on every rank, before any process group is started.
 
     Two checkpoints are written below `run.dir`, which all ranks must see, and removed again. Adam's moments are kept in
-    fp32, whatever `optim.moments` says: they are compared as gradients.
+    fp32, whatever `optim.moments` says, because they are compared as gradients.
 
     Args:
         config: the run's configuration, with its parallel layout.
-        steps: optimizer steps, at least 3: wrong gradients hardly move the loss at first.
-        env: this process's place; discovered from the environment if not given.
+        steps: optimizer steps, at least 3: wrong gradients hardly change the loss at first.
+        env: this process's place; read from the environment if not given.
 
     Returns:
-        `layout`, `steps`, and what `verdict` gives, on every rank.
+        `layout`, `steps`, and the entries of `verdict`, on every rank.
     """
     from mmscale.runtime.rank_env import discover
 
@@ -191,7 +191,7 @@ def verify_layout(config: Config, *, steps: int, env: RankEnv | None = None) -> 
 def _under_the_layout(
     config: Config, env: RankEnv, *, steps: int, reference: Trace | None, folder: Path | None
 ) -> dict[str, Any]:
-    """Take the steps on all ranks and judge them; only rank 0 knows what one process gave."""
+    """Take the steps on all ranks and compare the results; only rank 0 has those of the single process."""
     parallel = config.parallel
     process_groups.initialize(
         env, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=config.run.seed

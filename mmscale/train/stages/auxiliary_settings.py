@@ -1,4 +1,4 @@
-"""Settings and checks of the auxiliary stage before any rank starts. Imports no torch."""
+"""Settings and checks of the auxiliary stage, used before any rank starts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mmscale.train.stages.origin import check_origin, folder_of, main_origin
 
 
 def stage_config(config: Config) -> Config:
-    """The run's configuration with the stage's steps, batches and optimizer, and routers in the model."""
+    """The run's configuration with the stage's steps, batches and optimizer, and with routers in the model."""
     stage, train = config.auxiliary, config.train
     settings = {
         "steps": stage.steps,
         "micro_batch_size": stage.micro_batch_size or train.micro_batch_size,
         "global_batch_size": stage.global_batch_size or train.global_batch_size,
-        "eval_every": 0,  # it is evaluated once, behind its last step
+        "eval_every": 0,  # evaluated only once, after the last step
         "stop_when": None,
     }
     checkpoint = config.checkpoint.model_copy(update={"every": stage.checkpoint_every, "early": 0, "keep_best": None})
@@ -35,7 +35,7 @@ def check_model(config: Config) -> None:
     """Refuse a model without routing.
 
     Raises:
-        ConfigError: it routes nothing.
+        ConfigError: it has no routing.
     """
     if not config.model.routes:
         raise ConfigError(
@@ -45,14 +45,14 @@ def check_model(config: Config) -> None:
 
 
 def check_main(config: Config, blend: Mapping[Path, Manifest]) -> None:
-    """Refuse a main checkpoint that the stage cannot train routers for; no tensor is read.
+    """Refuse a main checkpoint for which the stage cannot train routers; no tensor is read.
 
     Args:
         config: the run's configuration.
-        blend: folders and manifests of the data that is trained on.
+        blend: folders and manifests of the training data.
 
     Raises:
-        ConfigError: a setting is not the main checkpoint's that decides what its weights compute.
+        ConfigError: a setting that determines the function of the main weights differs from the main checkpoint's.
         DataError: the data was prepared with other tokenizers than the main run's.
         CheckpointError: there is no main checkpoint, it holds another model, or the stage's belongs to another one.
     """
@@ -71,7 +71,7 @@ def check_main(config: Config, blend: Mapping[Path, Manifest]) -> None:
 
 
 def with_main_share(config: Config) -> Config:
-    """The configuration whose `auto` shares are those that the main checkpoint was trained with, on whatever data."""
+    """The configuration with `auto` shares replaced by those of the main checkpoint, whatever the data of the stage."""
     store = Store.of_run(Path(config.run.dir) / config.run.name)
     info = store.info(store.choose())
     share = info.get("config", {}).get("model", {}).get("experts", {}).get("share")

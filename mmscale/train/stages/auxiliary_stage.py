@@ -102,17 +102,17 @@ class AuxiliaryStage:
         wanted = main_tensors(models, sharded.metadata())
         loaded = sharded.read(folder, wanted, partly=True)
         load_main_tensors(models, loaded)
-        if given.config.model.auxiliary.mode == "joint":  # they continue from their state in the main run
+        if given.config.model.auxiliary.mode == "joint":  # the routers start from their state in the main run
             own = router_tensors(models, sharded.metadata())
             load_router_tensors(models, sharded.read(folder, own, partly=True))
         return models, dict(loaded.get("progress", {}))
 
     def origin(self) -> dict[str, Any]:
-        """Which main checkpoint the routers belong to."""
+        """Identifies the main checkpoint that the routers belong to."""
         return {"auxiliary": {**self._origin, "width": self.given.settings.model.auxiliary_width}}
 
     def announce(self, *, attempt: int) -> list[str]:
-        """Whose routers are trained."""
+        """Lines that say for which main checkpoint routers are trained."""
         assert self.state.trainer is not None
         size = sum(parameter.numel() for parameter in self.state.trainer.module.parameters())
         return [
@@ -121,14 +121,14 @@ class AuxiliaryStage:
         ]
 
     def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
-        """Figures of every layer; thresholds after the last step, before it is saved."""
+        """Metrics of every layer; calibration of thresholds after the last step, before it is saved."""
         return [
             LayersHook(self.given.settings, groups=self.given.groups, metrics=tools.records.metrics),
             CalibrationHook(self.given, self.stepper, self.state, tools=tools, batches=batches),
         ]
 
     def resumed(self, tools: Tools) -> None:
-        """Nothing: what is evaluated comes after the last step."""
+        """Nothing: the only evaluation comes after the last step."""
 
     def is_complete(self) -> bool:
         """Whether the report of the last step is written."""
@@ -139,13 +139,13 @@ class AuxiliaryStage:
             report = bounded.read_object(self.given.folder / REPORT)
         except (OSError, ValueError):
             return False
-        # Reports from before they named their step stand.
+        # Reports of older versions do not contain their step, and are accepted.
         return bool(
             report.get("main_step") == self.main_step and report.get("step", self.state.step) == self.state.step
         )
 
     def complete(self, tools: Tools) -> None:
-        """What the routers are worth on held-out data: figures of every layer, and what causality costs."""
+        """Evaluate the routers on held-out data: metrics of every layer, and losses compared with batch routing."""
         learning = RouterLearning(gradients=False)
         found: dict[str, dict[str, dict[str, float]]] = {}
         rows: list[dict[str, Any]] = []
@@ -175,12 +175,12 @@ class AuxiliaryStage:
 
 
 class CalibrationHook:
-    """Sets thresholds after the last step, on the training batches that come after its own.
+    """Sets thresholds after the last step, from the training batches that follow it.
 
     Args:
         given: `auxiliary.calibration_batches`, steps, process groups.
         stepper: runs the model.
-        state: records that it was done.
+        state: records that thresholds were set.
         tools: of the trainer.
         batches: gives the batches.
     """
@@ -196,7 +196,7 @@ class CalibrationHook:
         self.vocabulary = Vocabulary.from_config(given.settings.vocab)
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Nothing on other steps."""
+        """Set thresholds after the last step; nothing on other steps."""
         number = self.given.config.auxiliary.calibration_batches
         if report.step != self.given.settings.train.steps or not number:
             return

@@ -44,29 +44,32 @@ class Given:
 
 
 class Evaluate(Protocol):
-    """Losses on held-out data; every rank calls it. The hang watch sees each batch, and a stop is heard there."""
+    """Losses on held-out data; every rank calls it.
+
+    Each batch reports progress to the watchdog and checks for a stop.
+    """
 
     def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, dict[str, float]]:
         """As mmscale.train.steps.evaluation.evaluate, for each set of mmscale.data.stream.passes by its name.
 
         Args:
-            routing: who decides which experts take a token.
-            learning: collects figures of auxiliary routers on the first of the sets.
+            routing: mode by which experts are assigned to tokens.
+            learning: collects metrics of auxiliary routers on the first of the sets.
         """
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What the trainer lends to a stage's own hooks and to its end.
+    """The trainer's services for a stage's own hooks and for its completion.
 
     Attributes:
         clock: measures pauses.
         progress: the terminal.
         records: metrics.jsonl and events.jsonl.
         evaluate: measures held-out data; None: there is none.
-        beat: called between pieces of work that take long, so that they are no hang.
-        extents: which part of a set is evaluated, by its name; of those that are read only partly.
-        heard: is given the step of an evaluation and its values by their keys, the same on every rank.
+        beat: must be called between parts of long work, so that the watchdog does not take it for a hang.
+        extents: which part of a set is evaluated, by the set's name; contains only sets that are not read completely.
+        heard: called with the step of an evaluation and its values by their keys, the same on every rank.
     """
 
     clock: Throughput
@@ -79,15 +82,15 @@ class Tools:
 
 
 class BuiltStage(Protocol):
-    """A stage on this rank, with the weights that it begins with. Every rank calls every method."""
+    """A stage on this rank, with its initial weights. Every rank calls every method."""
 
     @property
     def stepper(self) -> Steps:
-        """What it computes."""
+        """Computes its steps."""
 
     @property
     def state(self) -> StageState:
-        """What its checkpoints keep."""
+        """The state that its checkpoints store."""
 
     @property
     def flops_per_token(self) -> float:
@@ -98,13 +101,13 @@ class BuiltStage(Protocol):
         """Metadata of another stage's checkpoint, from whose position in the data the first step continues."""
 
     def origin(self) -> dict[str, Any]:
-        """What its checkpoints say of themselves beside what all do."""
+        """Metadata that only this stage's checkpoints have."""
 
     def announce(self, *, attempt: int) -> list[str]:
         """Lines for the terminal before the first step of an attempt."""
 
     def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
-        """What happens after a step in this stage alone.
+        """Hooks that only this stage has.
 
         Args:
             tools: of the trainer.
@@ -112,14 +115,17 @@ class BuiltStage(Protocol):
         """
 
     def resumed(self, tools: Tools) -> None:
-        """Finish what the previous attempt has left undone after the step from which this one resumes.
+        """Finish what the previous attempt left undone after the step from which this one resumes.
 
         Raises:
-            CutShortError: ranks were asked to stop within an evaluation; here and in `complete`.
+            CutShortError: a stop was requested during an evaluation; here and in `complete`.
         """
 
     def is_complete(self) -> bool:
-        """Whether nothing is left to do after the last step's save."""
+        """Whether nothing is left to do after the last step was saved."""
 
     def complete(self, tools: Tools) -> None:
-        """What is left to do: the last step is saved. Called again by the next attempt if this one is killed in it."""
+        """Do the work that follows the save of the last step.
+
+        If this attempt is killed in it, the next one calls it again.
+        """

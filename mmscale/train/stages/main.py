@@ -32,15 +32,15 @@ class MainStage:
 
     @property
     def begins_from(self) -> dict[str, Any]:
-        """Nothing: the data begins."""
+        """Empty: the main stage starts at the beginning of the data."""
         return {}
 
     def origin(self) -> dict[str, Any]:
-        """Nothing: it begins by itself."""
+        """Empty: the main stage does not depend on another stage."""
         return {}
 
     def announce(self, *, attempt: int) -> list[str]:
-        """What is trained, on what; notes on its settings."""
+        """Lines about the model, the data, and notes on the settings."""
         config = self.given.settings
         shares = config.model.experts.share
         shown = banner(
@@ -56,7 +56,7 @@ class MainStage:
         return [shown, *notes(config)]
 
     def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
-        """Figures of every layer, and the held-out split."""
+        """Metrics of every layer, and evaluation of held-out data."""
         config, metrics = self.given.settings, tools.records.metrics
         layers = LayersHook(config, groups=self.given.groups, metrics=metrics)
         evaluation = _evaluation(config, tools)
@@ -71,7 +71,7 @@ class MainStage:
             evaluation.measure(self.state.step)
 
     def is_complete(self) -> bool:
-        """Whether no evaluation was cut short by a request to stop."""
+        """Whether no evaluation was interrupted by a stop request."""
         first, folder, step = self.given.env.is_first, self.given.folder, self.state.step
         return not from_first(evaluation_cut_short(folder, step) if first else None)
 
@@ -81,7 +81,7 @@ class MainStage:
 
 
 def _evaluation(config: Config, tools: Tools) -> EvalHook | None:
-    """What measures the held-out split; None if there is none."""
+    """The hook that evaluates held-out data; None if there is none."""
     if tools.evaluate is None:
         return None
     return EvalHook(

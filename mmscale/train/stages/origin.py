@@ -17,19 +17,19 @@ FOLDER = "auxiliary"
 
 
 def folder_of(run: Path) -> Path:
-    """Where the auxiliary stage of a run lives."""
+    """Folder of the auxiliary stage of a run."""
     return run / FOLDER
 
 
 def main_origin(store: Store, step: int) -> dict[str, Any]:
-    """What identifies the main checkpoint that routers belong to: step, and digest of its manifest."""
+    """Identifies the main checkpoint that routers belong to: its step, and the digest of its manifest."""
     file = store.path(step) / integrity.MANIFEST
     content = file.read_bytes() if file.is_file() else b""
     return {"main_step": step, "main_digest": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def find_routers(run: Path, main_step: int) -> tuple[Path, int] | None:
-    """The newest checkpoint of the stage that was trained for this main checkpoint: its folder and width; None: none.
+    """The stage's newest checkpoint that was trained for this main checkpoint: its folder and width; None: none.
 
     Raises:
         CheckpointError: it is damaged.
@@ -49,7 +49,7 @@ def check_origin(folder: Path, info: Mapping[str, Any], origin: Mapping[str, Any
 
     Args:
         folder: the stage's checkpoint from which it would resume.
-        info: what that says about itself.
+        info: that checkpoint's metadata.
         origin: of the main checkpoint that it would use.
         config: the run's configuration.
 

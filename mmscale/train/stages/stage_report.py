@@ -1,4 +1,4 @@
-"""What the auxiliary stage measured after its last step: `RUN/auxiliary/report.json`, as its readers need it. No torch.
+"""The results of the auxiliary stage after its last step: `RUN/auxiliary/report.json`, for its readers. No torch.
 
 The stage writes the file; the report page, `compare` and the model card read it.
 """
@@ -27,7 +27,7 @@ class StageReport:
     Attributes:
         main_step: step of the main checkpoint.
         step: last step of the stage.
-        losses: [nats] by what was measured; those of batch routing too.
+        losses: [nats] by routing mode and data set; includes those of batch routing.
     """
 
     main_step: int
@@ -35,14 +35,14 @@ class StageReport:
     losses: Mapping[HeldOut, float]
 
     def causal(self) -> dict[HeldOut, float]:
-        """Losses that the stage's routers decide: all but those of batch routing, marked as the stage's."""
+        """Losses under the stage's routers, i.e. all except those of batch routing, marked as the stage's."""
         return {
             replace(where, stage=AUXILIARY): value for where, value in self.losses.items() if where.routing != "batch"
         }
 
 
 def report_in(folder: Path) -> StageReport | None:
-    """The report in the stage's own folder; None: there is none that can be read."""
+    """The report in the stage's folder; None: there is no readable one."""
     return _read(folder / REPORT)[0]
 
 
@@ -58,7 +58,7 @@ def report_of(run: Path) -> StageReport | None:
     found, digest = _read(folder_of(run) / REPORT)
     store = Store.of_run(run)
     if found is None or digest is None or not store.path(found.main_step).is_dir():
-        return found  # written before digests were kept, or the checkpoint is not kept any more
+        return found  # the report has no digest (older version), or the checkpoint was deleted
     return found if main_origin(store, found.main_step)["main_digest"] == digest else None
 
 
@@ -74,10 +74,10 @@ def _read(file: Path) -> tuple[StageReport | None, str | None]:
 
 
 def by_kind(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sets by what they are: `source` of each source of a blend, where there is one; `validation` of each further set.
+    """Losses grouped by the kind of data set: `source` for each source of a blend, `validation` for each further set.
 
     Args:
-        found: what was measured, by the names of `HeldOut`.
+        found: losses by the names of `HeldOut`.
     """
     sources = {name.removeprefix(SOURCE): own for name, own in found.items() if name.startswith(SOURCE)}
     others = {name: own for name, own in found.items() if not name.startswith(SOURCE)}
@@ -85,7 +85,7 @@ def by_kind(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _losses(content: Mapping[str, Any]) -> Iterator[tuple[HeldOut, float]]:
-    """As `by_kind` wrote them, and `held_out` of all data that is trained on: losses by routing and figure."""
+    """The inverse of `by_kind`, with `held_out` for the whole training data: losses by routing mode and name."""
     sources = {f"{SOURCE}{name}": own for name, own in content.get("source", {}).items()}
     for name, routings in {"": content.get("held_out", {}), **sources, **content.get("validation", {})}.items():
         for routing, figures in routings.items():

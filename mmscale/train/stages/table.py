@@ -22,19 +22,19 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, as the command line, the launcher and the trainer know it.
+    """The description of a stage for the command line, the launcher and the trainer.
 
     Attributes:
-        name: as `--stage` takes it.
+        name: value of `--stage`.
         help: what it trains.
-        subfolder: where it lives below the run's folder; "": the run's folder itself.
+        subfolder: its folder below the run's folder; "": the run's folder itself.
         steps: the setting that holds its number of steps.
         optim: the settings of its optimizer.
-        settings: gives the configuration that the trainer works with; steps, batches, optimizer and checkpoints of
-            the stage stand in `train`, `optim` and `checkpoint`.
-        inherit: gives the run's configuration with what it takes over from the checkpoint that it builds on.
-        check_model: refuses a model that the stage has nothing to do for.
-        check_origin: refuses a checkpoint of another stage that this one cannot build on; is given the run's
+        settings: returns the configuration that the trainer works with; steps, batches, optimizer and checkpoints of
+            the stage are in `train`, `optim` and `checkpoint`.
+        inherit: returns the run's configuration with the values taken from the checkpoint that the stage builds on.
+        check_model: refuses a model for which the stage has nothing to do.
+        check_origin: refuses a checkpoint of another stage that this one cannot build on; called with the run's
             configuration and the manifests of its data.
     """
 
@@ -49,7 +49,7 @@ class Stage:
     check_origin: Callable[[Config, Mapping[Path, Manifest]], None]
 
     def folder(self, run: Path) -> Path:
-        """Where the stage of a run lives: checkpoints, logs, launches."""
+        """Folder of the stage in a run: checkpoints, logs, launches."""
         return run / self.subfolder
 
     def preflight(
@@ -68,15 +68,16 @@ class Stage:
             config: the run's configuration.
             world_size: number of ranks.
             yes: the user has confirmed that the objective or the data change.
-            waits: it starts when another job has ended: the checkpoint that it builds on may not be there yet, and is
-                looked at then.
-            from_scratch: the stage's own checkpoints are lost, and given up.
-            plugins_here: ranks will see the packages that this process sees; otherwise they load plug-ins first.
+            waits: it starts after another job: the checkpoint that it builds on may not exist yet, and is checked
+                later.
+            from_scratch: the stage's own checkpoints are lost, and the user gives them up.
+            plugins_here: ranks will see the packages that this process sees; otherwise only the ranks check plug-ins.
 
         Raises:
             ConfigError: the layout does not fit, a rank to profile does not exist, no data set is named, a new run
-                would start among old checkpoints, a setting is not the main checkpoint's that decides what its frozen
-                weights compute, or the objective or the data have changed since the newest checkpoint.
+                would start in a folder with old checkpoints, a setting that determines the function of frozen weights
+                differs from the main checkpoint's, or the objective or the data have changed since the newest
+                checkpoint.
             DataError: as for `mmscale.data.stream.checks.check_data`; or the data was prepared with other tokenizers
                 than that of the checkpoints.
             CheckpointError: a checkpoint is missing, belongs to another model or to another main run, or all are
@@ -89,7 +90,8 @@ class Stage:
             plugins.check(config)
             check_mirror(config)
         settings = self.settings(config)
-        # A stage's own portions must fit the ranks too. What it sets in the model is refused in files.
+        # The stage's batch sizes must fit the ranks too. The model is the run's, because a check would refuse the
+        # fields that only a stage may set.
         check(settings.model_copy(update={"model": config.model}), world_size=world_size)
         blend = check_data(settings)
         if waits and self.subfolder:
@@ -100,11 +102,11 @@ class Stage:
 
 
 def _begins(config: Config, blend: Mapping[Path, Manifest]) -> None:
-    """The main stage builds on nothing."""
+    """The main stage builds on no checkpoint."""
 
 
 def _anything(config: Config) -> None:
-    """Every model has a main stage."""
+    """The main stage can train every model."""
 
 
 def _unchanged(config: Config) -> Config:
@@ -141,7 +143,7 @@ STAGES = {
 
 
 def of_folder(folder: Path) -> Stage:
-    """The stage that lives in a folder: RUN/auxiliary is the auxiliary stage of RUN, any other folder a main run."""
+    """The stage that a folder belongs to: RUN/auxiliary is the auxiliary stage of RUN, any other folder a main run."""
     place = folder.absolute()
     for stage in STAGES.values():
         if stage.subfolder and place.name == stage.subfolder and _is_run(place.parent):

@@ -1,1 +1,1 @@
-"""The state of a run, the part of it that checkpoints store, and the part that the memory tier copies per rank."""
+"""The state of a run: what checkpoints store of it, and what the memory tier copies per rank."""

@@ -1,8 +1,8 @@
-"""The state of one rank for an exact restart on the same layout: for the memory tier, not for checkpoints.
+"""The state of one rank for an exact restart on the same layout. For the memory tier, not for checkpoints.
 
-Each rank keeps its shard of the optimizer: fp32 parameters and moments. Weights are not stored: they follow from the
-shards by the cast and the all-gather that end every optimizer step. So a snapshot is as small as the sharded state, and
-nothing waits for a gather. This module is independent of files, other ranks and other layouts.
+Each rank keeps its shard of the optimizer: fp32 parameters and moments. Weights are not stored, because they follow
+from the shards by the cast and the all-gather that end every optimizer step. So a snapshot is as small as the sharded
+state, and no gather is needed. This module does not depend on files, other ranks or other layouts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmscale.train.optim.adam_compact import MOMENTS, CompactAdam
 from mmscale.train.stage_state import StageState
 
 _MAIN = "main"  # the parameter itself, next to exp_avg and exp_avg_sq
-_TENSOR = "tensor:"  # placeholder in plain values for a tensor that was taken out
+_TENSOR = "tensor:"  # placeholder in plain values for a tensor that is stored separately
 
 
 def capture(state: StageState) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -41,7 +41,7 @@ def capture(state: StageState) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def problems(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> list[str]:
-    """Why a snapshot does not fit into this rank's model and optimizer; empty if it does."""
+    """Why a snapshot does not fit this rank's model and optimizer; empty if it fits."""
     found = [f"it has no {name}" for name in ("progress", "steps", "random") if name not in plain]
     if not found and [len(steps) for steps in plain["steps"]] != [len(inner.param_groups) for inner in _inner(state)]:
         found.append("it has other parameter groups")
@@ -70,7 +70,7 @@ def problems(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[st
 
 @torch.no_grad()
 def restore(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Restore the state that `capture` returned in another process; every rank calls it.
+    """Restore a state that `capture` returned in another process; every rank calls it.
 
     Args:
         state: a new model and optimizer of the same configuration and layout.
@@ -100,9 +100,9 @@ def restore(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[str
 
 
 def _distributed(state: StageState) -> list[DistributedOptimizer]:
-    """The optimizers by megatron of this rank: of dense, of expert parameters, of routers.
+    """This rank's distributed optimizers: of dense parameters, of expert parameters, of routers.
 
-    None of them without parameters.
+    Those without parameters are left out.
     """
     found: list[Any] = []
     for optimizer in state.optimizers():
@@ -111,12 +111,12 @@ def _distributed(state: StageState) -> list[DistributedOptimizer]:
 
 
 def _inner(state: StageState) -> list[torch.optim.Optimizer]:
-    """The optimizers over this rank's shards."""
+    """The optimizers that update this rank's shards."""
     return [optimizer.optimizer for optimizer in _distributed(state)]
 
 
 def _optimized(state: StageState) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
-    """Every shard with a name, and whose it is; shards are dealt by megatron, always alike for one layout."""
+    """Every shard with a name and its optimizer. For one layout megatron always assigns the same shards to a rank."""
     for number, inner in enumerate(_inner(state)):
         for group_number, group in enumerate(inner.param_groups):
             for index, param in enumerate(group["params"]):
@@ -124,10 +124,10 @@ def _optimized(state: StageState) -> Iterator[tuple[str, Tensor, torch.optim.Opt
 
 
 def _moments(inner: torch.optim.Optimizer, param: Tensor) -> dict[str, torch.dtype]:
-    """What an optimizer keeps of a shard, by name."""
+    """State tensors that an optimizer keeps for a shard, by name."""
     if isinstance(inner, CompactAdam):
         return {name: dtype for name, (dtype, _) in inner.layout(param).items()}
-    return dict.fromkeys(MOMENTS, torch.float32)  # Transformer-Engine's own types are refused with the memory tier
+    return dict.fromkeys(MOMENTS, torch.float32)  # the memory tier refuses Transformer-Engine's own types
 
 
 def _taken_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

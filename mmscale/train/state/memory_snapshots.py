@@ -1,6 +1,6 @@
 """Connects the memory tier to a run: takes snapshots after steps, restores them at a restart, and frees memory.
 
-resilience/memory_tier.py keeps the snapshots; local_state.py defines their content.
+resilience/memory_tier.py stores the snapshots; local_state.py defines their content.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ STALL = "memory_stall_s"
 
 
 class MemoryHook:
-    """Takes snapshots. The last hook of a step: what the others draw or count belongs to it.
+    """Takes snapshots. It must be the last hook of a step, so that the changes of other hooks are included.
 
     Args:
-        tier: keeps them.
-        clock: the copy is a pause, not a part of the step time.
+        tier: stores them.
+        clock: measures the copy as a pause, not as a part of the step time.
     """
 
     def __init__(self, tier: MemoryTier, *, clock: Throughput) -> None:
@@ -40,7 +40,7 @@ class MemoryHook:
         self.clock = clock
 
     def on_step(self, state: StageState, report: StepReport) -> None:
-        """Every `resilience.memory_every` steps."""
+        """Take a snapshot every `resilience.memory_every` steps."""
         if self.tier.due(state.step):
             with self.clock.measure(STALL):
                 self.tier.snapshot(state.step, *local_state.capture(state))
@@ -50,18 +50,18 @@ class MemoryHook:
 def memory_of(
     config: Config, env: RankEnv, *, run: Path, attempt: int, tell: Callable[..., None], warn: Callable[[str], None]
 ) -> Iterator[MemoryTier | None]:
-    """The memory tier of an attempt; None if none is wanted and none was left. Every rank calls it.
+    """The memory tier of an attempt; None if it is off and no snapshot was left. Every rank calls it.
 
-    What it holds goes when the attempt ends well, since the disk has a checkpoint then, and when training gave up,
-    since it would give up again. After any other end guards hold it for the next attempt.
+    Snapshots are deleted when the attempt ends well, because the disk has a checkpoint then, and when training gave up,
+    because it would give up again. After any other end the guard processes keep them for the next attempt.
 
     Args:
         config: the run's configuration.
         env: place of this rank.
         run: the run's folder.
         attempt: number of this attempt.
-        tell: events, on rank 0.
-        warn: what the user should read, on rank 0.
+        tell: writes events, on rank 0.
+        warn: prints warnings for the user, on rank 0.
     """
 
     def heard(event: str, **fields: Any) -> None:

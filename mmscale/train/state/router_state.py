@@ -1,4 +1,4 @@
-"""The state in the auxiliary stage's checkpoints, and the separation of a model's tensors into routers and others."""
+"""The state that the auxiliary stage's checkpoints store, and functions that separate routers from other tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
 
 @dataclass
 class RouterState(Counters):
-    """What a checkpoint of the stage keeps: routers, thresholds, their optimizer and counters. No main weights.
+    """The content of a checkpoint of the stage: routers, thresholds, their optimizer and counters. No main weights.
 
     `sequences` is counted from the main run's start, all other counters from the stage's.
 
     Attributes:
         models: the chunks as GPTModels.
-        trainer: routers and optimizer; None if only weights are wanted.
+        trainer: routers and optimizer; None if only weights are needed.
         calibrated: whether thresholds were set after the last step.
         metadata: how megatron's optimizers name their state.
-        tokens_per_step: counts tokens of a checkpoint from before the stage counted them [tokens].
+        tokens_per_step: used to compute the token count of older checkpoints, which did not store it [tokens].
     """
 
     models: list[Any]
@@ -52,20 +52,20 @@ class RouterState(Counters):
         return super().progress() | {"calibrated": self.calibrated}
 
     def expect(self, stored: Mapping[str, TensorEntry]) -> None:
-        """Learn which tensors the checkpoint has that is going to be read."""
+        """Set the tensors of the checkpoint that is going to be read."""
         if self.trainer is not None:
             expect(self.trainer.optimizer, stored)
 
     def restore(self, loaded: dict[str, Any]) -> None:
-        """Take over what was read."""
+        """Restore the state that was read."""
         load_router_tensors(self.models, loaded)
         if self.trainer is not None:
             load_optimizer(self.trainer.optimizer, loaded["optimizer"])
         self.restore_progress(loaded["progress"])
 
     def restore_progress(self, plain: Mapping[str, Any]) -> None:
-        """Take over what `progress` gave."""
-        missing = {"stream": [], "tokens": plain["step"] * self.tokens_per_step}  # in checkpoints from before
+        """Restore the result of `progress`."""
+        missing = {"stream": [], "tokens": plain["step"] * self.tokens_per_step}  # fields that older checkpoints lack
         super().restore_progress(missing | dict(plain))
 
     def optimizers(self) -> list[MegatronOptimizer]:
@@ -73,7 +73,10 @@ class RouterState(Counters):
         return [] if self.trainer is None else [self.trainer.optimizer]
 
     def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Thresholds: all else that the stage changes is in the optimizer's shards, main weights are the main run's."""
+        """Thresholds.
+
+        All else that the stage changes is in the optimizer's shards; main weights belong to the main run.
+        """
         for index, model in enumerate(self.models):
             for name, buffer in model.named_buffers():
                 if is_routers_key(f".{name}"):
@@ -103,14 +106,14 @@ def router_tensors(models: Sequence[Any], metadata: Mapping[str, Any]) -> dict[s
 
 
 def load_router_tensors(models: Sequence[Any], loaded: Mapping[str, Any]) -> None:
-    """Copy what was read for `router_tensors` into the chunks; all other weights stay."""
+    """Copy the tensors that were read for `router_tensors` into the chunks; all other weights are unchanged."""
     for name, model in zip(_chunk_names(models), models, strict=True):
         missing, unexpected = model.load_state_dict(loaded.get(name, {}), strict=False)
         assert not unexpected and not [key for key in missing if is_routers_key(f".{key}")], (missing, unexpected)
 
 
 def main_tensors(models: Sequence[Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything else of the sharded state dicts: what a main run without routers has saved."""
+    """All other parts of the sharded state dicts, i.e. those that a main run without routers has saved."""
     names = _chunk_names(models)
     return {
         name: {
@@ -123,7 +126,7 @@ def main_tensors(models: Sequence[Any], metadata: Mapping[str, Any]) -> dict[str
 
 
 def load_main_tensors(models: Sequence[Any], loaded: Mapping[str, Any]) -> None:
-    """Copy what was read for `main_tensors` into the chunks; routers stay."""
+    """Copy the tensors that were read for `main_tensors` into the chunks; routers are unchanged."""
     for name, model in zip(_chunk_names(models), models, strict=True):
         missing, unexpected = model.load_state_dict(loaded[name], strict=False)
         assert not unexpected and all(is_routers_key(f".{key}") for key in missing), (missing, unexpected)

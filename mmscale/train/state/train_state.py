@@ -1,6 +1,6 @@
-"""What a main run is made of and what a checkpoint keeps of it: weights and optimizer state.
+"""The state of a main run: weights, optimizer state and counters, and how checkpoints store them.
 
-It knows how these become a sharded state dict and back; mmscale.checkpoint decides where and when they are written.
+It converts these to a sharded state dict and back; mmscale.checkpoint decides where and when they are written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TrainState(Counters):
 
     Attributes:
         chunks: model chunks of this rank, wrapped.
-        optimizer: megatron's optimizer over them; None if only weights are wanted (evaluation).
+        optimizer: megatron's optimizer over them; None if only weights are needed (evaluation).
         routers: the trainer of a joint run's auxiliary routers; their weights are in the chunks, their optimizer here.
     """
 
@@ -54,21 +54,21 @@ class TrainState(Counters):
         return state
 
     def expect(self, stored: Mapping[str, TensorEntry]) -> None:
-        """Learn which tensors the checkpoint has that is going to be read: moments may be of another type there."""
+        """Set the tensors of the checkpoint that is going to be read, whose moments may have another format."""
         for optimizer in self.optimizers():
             expect(optimizer, stored)
 
     def sharded_weights(self) -> dict[str, Any]:
-        """The model's part of it."""
+        """The model's part of the sharded state dict."""
         models: dict[str, Any] = {}
         for index, chunk in enumerate(self.chunks):
             key = "model" if len(self.chunks) == 1 else f"model{index}"
-            # The model itself: DDP and Float16Module would put "module." before every key, differently for each dtype.
+            # Unwrapped, because DDP and Float16Module would put "module." before every key, depending on the dtype.
             models[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata())
         return models
 
     def restore(self, loaded: dict[str, Any]) -> None:
-        """Take over what `checkpoint.sharded.read` gave."""
+        """Restore the result of `checkpoint.sharded.read`."""
         for index, chunk in enumerate(self.chunks):
             unwrapped(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{index}"])
         if self.optimizer is not None:
@@ -84,7 +84,7 @@ class TrainState(Counters):
         return [optimizer for optimizer in found if optimizer is not None]
 
     def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Buffers, and parameters that are frozen."""
+        """Buffers, and frozen parameters."""
         for index, chunk in enumerate(self.chunks):
             module = unwrapped(chunk)
             yield from ((f"model.{index}.{name}", buffer) for name, buffer in module.named_buffers())
@@ -93,12 +93,12 @@ class TrainState(Counters):
                     yield f"model.{index}.{name}", param.data
 
     def scaled(self) -> Iterator[tuple[str, Any]]:
-        """Modules that scale FP8 by what they have seen; emulated FP8 keeps that in buffers."""
+        """Modules with delayed FP8 scales, by name; emulated FP8 keeps its scales in buffers."""
         for index, chunk in enumerate(self.chunks):
             yield from ((f"fp8.{index}.{name}", module) for name, module in scaled_modules(unwrapped(chunk)))
 
     def gather(self) -> None:
-        """All chunks, and a joint run's routers."""
+        """Gather the parameters of all chunks, and of a joint run's routers."""
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)
         if self.routers is not None:
@@ -106,7 +106,7 @@ class TrainState(Counters):
 
 
 def _take_over(optimizer: MegatronOptimizer, loaded: dict[str, Any] | None) -> None:
-    """What was read; without it (a checkpoint of weights only) the fp32 parameters are at least those of the model."""
+    """Load the optimizer's state. For a checkpoint of weights only, set the fp32 parameters to the model's."""
     if loaded is None:
         optimizer.reload_model_params()
     else:

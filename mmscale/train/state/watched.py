@@ -1,7 +1,7 @@
-"""Held-out figures over a run: the best value so far, and how many evaluations ago that was.
+"""Follows held-out values over a run: the best value so far, and how many evaluations ago that was.
 
-What follows from them: the best checkpoint is kept (`checkpoint.keep_best`), training ends early (`train.stop_when`),
-and a person is told when the held-out loss rises.
+Consequences: the best checkpoint is kept (`checkpoint.keep_best`), training ends early (`train.stop_when`), and the
+user is warned when the held-out loss rises.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mmscale.config import Config
 from mmscale.runs.breaks import break_of
 from mmscale.train.stage_state import Course
 
-LOSS = "eval/loss"  # watched in every run
-RISING = 3  # evaluations in a row with a higher value than the one before, after which a person is told
+LOSS = "eval/loss"  # followed in every run
+RISING = 3  # the user is warned after so many evaluations in a row with a higher value than the one before
 
 
 class Watched(Protocol):
-    """The part of a stage's state that is needed here."""
+    """The part of a stage's state that this module needs."""
 
     step: int
     watched: dict[str, Course]
@@ -33,14 +33,14 @@ class SavesBest(Protocol):
 
 
 class Watch:
-    """Takes in evaluations and says what follows. All methods answer the same on every rank.
+    """Receives evaluations and decides their consequences. All methods return the same on every rank.
 
     Args:
         config: of the stage.
-        state: keeps the courses, so that an attempt goes on counting where the one before was saved.
-        saver: is told which checkpoint is the best one.
-        tell: events, on rank 0.
-        say: lines for the terminal, on rank 0.
+        state: stores the courses, so that an attempt continues the counts of the previous one.
+        saver: is notified which checkpoint is the best one.
+        tell: writes events, on rank 0.
+        say: prints lines on the terminal, on rank 0.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Watch:
         self.saver = saver
         self.tell = tell
         self.say = say
-        self._anew_from = -1  # step up to which figures of checkpoints are other quantities
+        self._anew_from = -1  # up to this step, values in checkpoints are not comparable with the present ones
 
     def heard(self, step: int, values: Mapping[str, float]) -> None:
-        """Take in an evaluation.
+        """Add an evaluation.
 
         Args:
             step: optimizer steps done.
@@ -76,7 +76,7 @@ class Watch:
         self._note_rising(step)
 
     def goes_on(self, changed: Sequence[str]) -> None:
-        """Take over the courses of the state, unless held-out figures are other quantities from now on.
+        """Continue the courses of the state, unless held-out values are not comparable any more.
 
         Args:
             changed: one line for each change since the checkpoint.
@@ -89,13 +89,13 @@ class Watch:
         self.note_best()
 
     def went_back(self) -> None:
-        """The state is that of an older checkpoint again, after a roll-back."""
+        """The state was rolled back to an older checkpoint."""
         if self.state.step <= self._anew_from:
             self.state.watched.clear()
         self.note_best()
 
     def note_best(self) -> None:
-        """Tell the saver which checkpoint is the best one."""
+        """Notify the saver which checkpoint is the best one."""
         metric = self.keep_best
         course = None if metric is None else self.state.watched.get(metric)
         if metric is None or course is None or not math.isfinite(course.best):
@@ -104,11 +104,11 @@ class Watch:
             self.saver.best = Best(metric, course.best_step, course.best)
 
     def is_over(self) -> bool:
-        """Whether nothing is left to train: the last step is done, or held-out data has shown no progress for long."""
+        """Whether nothing is left to train: the last step is done, or held-out values have not improved for long."""
         return self.state.step >= self.steps or self._ended_by() is not None
 
     def early_end(self) -> dict[str, Any]:
-        """Say why training ends before its last step; fields of the event. Nothing where the last step is done."""
+        """Why training ends before its last step, as fields of the event. Empty if the last step is done."""
         course = self._ended_by()
         if self.state.step >= self.steps or course is None or self.stop_when is None:
             return {}
@@ -117,10 +117,10 @@ class Watch:
         return found | {"best": course.best, "best_step": course.best_step}
 
     def why_over(self, *, raised: str) -> str:
-        """Where a run that is over stands, and what makes it go on.
+        """Why a run is over, and how to continue it.
 
         Args:
-            raised: the setting that holds the number of steps.
+            raised: name of the setting with the number of steps, which the user can raise.
         """
         done, course = f"{self.state.step} of {self.steps} steps", self._ended_by()
         if self.state.step >= self.steps or course is None:

@@ -1,6 +1,6 @@
-"""Log-probabilities of tokens that tasks ask for, under the layout that trains, with nothing else kept in memory.
+"""Log-probabilities of the tokens that tasks ask for, computed with the layout that trains, without storing logits.
 
-The questions are packed by mmscale.data.stream.asked and scored by task_scores.py.
+mmscale.data.stream.asked packs the questions; task_scores.py scores the answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def answers(
     routing: Routing,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """What the model says about the ends of documents; every rank calls it, and gets the same.
+    """The model's answers at the ends of documents; every rank calls it, and gets the same result.
 
     Documents share sequences, as in training.
 
@@ -39,7 +39,7 @@ def answers(
         config: batch sizes.
         stepper: runs the model forward.
         groups: process groups.
-        routing: who decides which experts take a token.
+        routing: mode by which experts are assigned to tokens.
         on_batch: as in `evaluation.evaluate`.
     """
     vocabulary, per_step = Vocabulary.from_config(config.vocab), global_micro_batches(config)
@@ -51,7 +51,8 @@ def answers(
         on_batch()
         numbers = list(own.numbers(first, per_step))
         batches = [
-            to_device(own.read(packed, number, last=last), vocabulary, routing=routing)  # later ones repeat the last
+            # Numbers beyond `last` repeat the last one.
+            to_device(own.read(packed, number, last=last), vocabulary, routing=routing)
             for number in numbers
         ]
         wanted = [packed.wanted(min(number, last)) for number in numbers]

@@ -1,8 +1,8 @@
-"""The optimizer of auxiliary routers: in a stage of their own (router_step.py), or along with the main run.
+"""The optimizer of auxiliary routers, used in a separate stage (router_step.py) or during the main run.
 
 The gradients come from the layers' forward pass (model/auxiliary.py). Here they are summed over ranks, divided by the
-number of decisions of each router, clipped and applied by an AdamW of their own, sharded over data-parallel ranks like
-the main one. The main model's gradients, their norm and its optimizer never meet them.
+number of decisions of each router, clipped and applied by a separate AdamW, sharded over data-parallel ranks like
+the main one. They are independent of the main model's gradients, gradient norm and optimizer.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mmscale.train.steps.batch import Batch
 
 @dataclass(frozen=True)
 class RouterFigures:
-    """What is known of one router over some batches, on all ranks.
+    """Metrics of one router over some batches, on all ranks.
 
     Attributes:
         loss: mean binary cross entropy of a decision.
-        sums: for each group or modality, sums as mmscale.model.auxiliary.FIGURES names them.
+        sums: for each group or modality, sums with the names of mmscale.model.auxiliary.FIGURES.
     """
 
     loss: float
@@ -45,7 +45,7 @@ Figures = dict[tuple[int, str], RouterFigures]  # by layer, from 1, and kind: "e
 
 @dataclass(frozen=True)
 class RouterGradient:
-    """What the batches of a step taught the routers of the whole model, before it is applied.
+    """The gradient of the routers of the whole model from the batches of a step, before it is applied.
 
     Attributes:
         grad_norm: norm of all routers' gradient before clipping; NaN if any gradient or loss is not finite.
@@ -84,7 +84,7 @@ class AuxiliaryTrainer:
             use_distributed_optimizer=True,
             pad_buckets_for_high_nccl_busbw=aligned_shards(self.config.optim.moments),
         )
-        held.requires_grad_(True)  # only while buffers and optimizer are made: they go by it
+        held.requires_grad_(True)  # only while buffers and optimizer are created, which skip parameters without it
         self.module = DistributedDataParallel(
             config=transformer, ddp_config=ddp, module=held, disable_bucketing=True, pg_collection=groups
         )
@@ -96,11 +96,11 @@ class AuxiliaryTrainer:
             [self.module],
             groups,
         )
-        transformer.grad_scale_func = scale  # the main optimizer's, if there is one
+        transformer.grad_scale_func = scale  # restore the main optimizer's function, if there is one
         held.requires_grad_(False)
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Start a step: these batches teach the routers while they go forward."""
+        """Start a step: the routers learn from the next forward passes of these batches."""
         self.module.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.learning.clear()
@@ -109,11 +109,11 @@ class AuxiliaryTrainer:
 
     @torch.no_grad()
     def measure(self) -> RouterGradient:
-        """Reduce what the batches have taught, and measure it; nothing is applied. The same on every rank."""
+        """Reduce the gradients of the batches and return their norm, the same on every rank; nothing is applied."""
         records = sorted(self.learning.records.items(), key=lambda entry: entry[0])
         self.module.finish_grad_sync()
         parameters = [p for _, record in records for p in record.router.parameters()]
-        if parameters and self.groups.tp.size() > 1:  # each rank taught by its own tokens (sequence parallelism)
+        if parameters and self.groups.tp.size() > 1:  # each rank has learned from its own tokens (sequence parallelism)
             gradients: list[Tensor] = [p.main_grad for p in parameters]  # type: ignore[attr-defined]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             torch.distributed.all_reduce(flat, group=self.groups.tp)
@@ -128,7 +128,7 @@ class AuxiliaryTrainer:
                 for parameter in record.router.parameters():
                     parameter.main_grad.div_(number)  # type: ignore[attr-defined]
             mine[0, 0], mine[0, 1] = (totals[:, 1] / decisions).sum(), len(records)
-            if self.groups.dp_cp.rank() > 0:  # every replica knows the sum: one of them counts
+            if self.groups.dp_cp.rank() > 0:  # every replica has the sum, so only one is counted
                 mine.zero_()
         norm, total = measure(self.optimizer, mine, self.groups)
         losses, number = total[0].tolist()
@@ -136,17 +136,20 @@ class AuxiliaryTrainer:
 
     @torch.no_grad()
     def apply(self, grad_norm: float, *, lr: float) -> bool:
-        """Clip and apply the gradient that was measured; whether it was applied."""
+        """Clip and apply the gradient from `measure`. Returns whether it was applied."""
         set_learning_rate(self.optimizer, self.config, lr)
         return apply(self.optimizer, grad_norm)
 
     def step(self, *, lr: float) -> bool:
-        """Measure and apply. A gradient that is not finite leaves the routers as they are; whether it was applied."""
+        """Measure and apply. A gradient that is not finite leaves the routers unchanged.
+
+        Returns whether it was applied.
+        """
         gradient = self.measure()
         return math.isfinite(gradient.grad_norm) and self.apply(gradient.grad_norm, lr=lr)
 
     def figures(self) -> Figures:
-        """What the last step's batches showed of every router of the model; every rank calls it."""
+        """Metrics of every router of the model for the last step's batches; every rank calls it."""
         return figures(self.learning, self.groups)
 
     def sharded(self, models: Mapping[str, Any], *, loading: bool, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class AuxiliaryTrainer:
 
         Args:
             models: sharded state dicts of the chunks.
-            loading: whether it is to be read into.
+            loading: whether a checkpoint is going to be read into it.
             metadata: how megatron's optimizers name their state.
         """
         state: dict[str, Any] = self.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=metadata)
@@ -162,7 +165,7 @@ class AuxiliaryTrainer:
 
 
 def figures(learning: RouterLearning, groups: ProcessGroupCollection) -> Figures:
-    """Sums of all ranks, by layer and kind; every rank calls it and gets all pipeline stages' routers."""
+    """Sums of all ranks, by layer and kind; every rank calls it and gets the routers of all pipeline stages."""
     mine: Figures = {}
     for key, record in sorted(learning.records.items(), key=lambda entry: entry[0]):
         names = list(record.figures)
@@ -182,7 +185,7 @@ def figures(learning: RouterLearning, groups: ProcessGroupCollection) -> Figures
 
 
 def set_thresholds(learning: RouterLearning, groups: ProcessGroupCollection) -> None:
-    """Put each router's thresholds where it decides as often as the true choice did; every rank calls it."""
+    """Set each router's thresholds so that it decides as often as the true choice did; every rank calls it."""
     for _, record in sorted(learning.records.items(), key=lambda entry: entry[0]):
         assert record.histogram is not None and record.taken is not None
         counts = torch.cat((record.histogram, record.taken.unsqueeze(1)), dim=1)
@@ -209,7 +212,7 @@ def summary(found: Figures) -> dict[str, float]:
 
 
 def table(found: Figures) -> list[dict[str, Any]]:
-    """One row for each layer and modality: `layer` (from 0), `kind`, `modality`, and what `ratios` gives."""
+    """One row for each layer and modality: `layer` (from 0), `kind`, `modality`, and the entries of `ratios`."""
     rows = []
     for (layer, kind), router in found.items():
         for name, sums in router.sums.items():

@@ -1,4 +1,4 @@
-"""A micro-batch from the loader (NumPy, host) -> tensors on this rank's device and the facts that layers need."""
+"""Converts micro-batches of the loader (NumPy, host) to tensors on this rank's device and per-token data for layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch:
         tokens, labels: [B, S / CP] int64, those of this context-parallel rank.
         label_modality: [B, S / CP] int8.
         loss_mask: [B, S / CP] fp32, 1 where the label is trained on.
-        params: facts for the layers about whole sequences, [S, B] inside.
+        params: per-token data for layers, of whole sequences [S, B].
     """
 
     tokens: Tensor
@@ -40,7 +40,7 @@ class Batch:
 
 def part_of(groups: ProcessGroupCollection) -> RankPart:
     """This rank's part of every global batch, and the ranks that exchange tokens with its experts."""
-    # Ranks of a context-parallel group are neighbours here and read the same micro-batches.
+    # The ranks of a context-parallel group are neighbours in this list and read the same micro-batches.
     everyone, cp = torch.distributed.get_process_group_ranks(groups.dp_cp), groups.cp
     together = torch.distributed.get_process_group_ranks(groups.ep)
     places = tuple(everyone.index(rank) // cp.size() for rank in together)
@@ -58,9 +58,10 @@ def to_device(
 
     Args:
         micro_batch: from the loader.
-        vocabulary: gives the labels' modality; losses are reported by it, routing goes by the input token's.
-        stats: where layers report routing figures; None on steps that are not logged.
-        routing: who decides which experts take a token.
+        vocabulary: gives the modality of labels. Losses are reported by the label's modality, but routing depends on
+            the input token's.
+        stats: where layers report routing metrics; None on steps that are not logged.
+        routing: mode by which experts are assigned to tokens.
     """
     where, ids = device.taken(), micro_batch.document_ids
 
@@ -92,7 +93,7 @@ def to_device(
 
 
 def counts_of(micro_batch: MicroBatch, *, modalities: int) -> TokenCounts:
-    """Tokens of each modality in every sequence, of this rank's micro-batch and those that are processed beside it.
+    """Tokens of each modality in every sequence, of this rank's micro-batch and those that other ranks process with it.
 
     Raises:
         DataError: a token belongs to no modality.

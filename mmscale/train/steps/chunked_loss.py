@@ -1,7 +1,7 @@
-"""Cross entropy from hidden states: logits exist for a chunk of tokens at a time (`parallel.loss_chunk`).
+"""Cross entropy from hidden states: logits exist only for a chunk of tokens at a time (`parallel.loss_chunk`).
 
-Backward computes each chunk's logits again, one more product of the output layer, as recomputed layers do. The values
-are those of loss.py: the same formula on the same numbers, chunk by chunk; the weight's gradient is summed in fp32.
+Backward recomputes each chunk's logits, which costs one more product of the output layer. The values are those of
+loss.py: the same formula on the same numbers, chunk by chunk; the weight's gradient is summed in fp32.
 
 Shapes: T tokens, C tokens of a chunk, H hidden width, V vocabulary rows of this tensor-parallel rank.
 """
@@ -19,7 +19,7 @@ from mmscale.train.steps.loss import place_labels
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """(hidden [T, H], weight [V, H], labels [T]) -> (ce [T], log Z [T]); keeps two numbers a token for backward."""
+    """(hidden [T, H], weight [V, H], labels [T]) -> (ce [T], log Z [T]); saves two numbers per token for backward."""
 
     @staticmethod
     def forward(
@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _statistics(
     rows: Tensor, weight: Tensor, labels: Tensor, group: torch.distributed.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a chunk: the largest logit over all ranks; this rank's part of the label's logit and of Z, relative to it."""
+    """For a chunk: the largest logit over all ranks; this rank's part of the label's logit and of Z, relative to it."""
     logits = logits_of(rows, weight)
     peak = logits.amax(dim=-1)
     if group.size() > 1:
@@ -78,9 +78,9 @@ def _add_gradients(
     grad_rows: Tensor,
     grad_weight: Tensor,
 ) -> None:
-    """One chunk of backward: fills its rows of the hidden states' gradient, and adds to that of the weight.
+    """One chunk of backward: sets its rows of the hidden states' gradient, and adds to the gradient of the weight.
 
-    A function of its own, so that nothing of a chunk is alive when the next one begins.
+    A separate function, so that all tensors of a chunk are freed before the next one begins.
     """
     local, inside = place_labels(labels, rows=weight.shape[0], group=group)
     softmax = logits_of(rows, weight).sub_(peak.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
@@ -99,7 +99,7 @@ def _add_gradients(
 def logits_of(rows: Tensor, weight: Tensor) -> Tensor:
     """Logits of hidden states [C, H], [C, V] fp32.
 
-    Hidden states come as fp32 from a model in bf16 (Float16Module), with bf16 values.
+    A model in bf16 returns hidden states as fp32 with bf16 values (Float16Module).
     """
     return functional.linear(rows.to(weight.dtype), weight).float()
 
@@ -114,7 +114,7 @@ def chunked_cross_entropy(
         weight: [V, H] of this tensor-parallel rank.
         labels: [B, S] ids in the whole vocabulary.
         group: tensor-parallel ranks.
-        chunk: tokens whose logits exist at one time.
+        chunk: number of tokens whose logits exist at the same time.
 
     Returns:
         Two tensors [B, S], the same on all ranks of the group.

@@ -1,7 +1,7 @@
-"""What learns beside the main model from its passes: routers of a joint run, averages of cut-offs, FP8 scales.
+"""Components that learn from the main model's passes: routers of a joint run, averages of cut-offs, FP8 scales.
 
-A companion sees a step's batches before they go forward, and is notified when the step was applied. It changes nothing
-that the loss or gradient of that step depend on.
+A companion is called before a step's batches go forward, and after the step was applied. It changes nothing that the
+loss or gradient of that step depend on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
 
 
 class Companion(Protocol):
-    """Learns beside the main model."""
+    """Learns from the passes of the main model."""
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """These batches go forward next; what earlier ones left is forgotten."""
+        """These batches go forward next; forget the data of earlier ones."""
 
     def finish(self, *, lr: float) -> None:
-        """The main model took the step, at this learning rate. Every rank calls it."""
+        """The main model took the step, with this learning rate. Every rank calls it."""
 
 
 class JointRouters:
-    """Auxiliary routers that take a step of their own after each of the main model's.
+    """Auxiliary routers that take their own step after each of the main model's.
 
-    Their learning rate follows the main schedule's shape, up to their own peak, `auxiliary.optim.lr`.
+    Their learning rate follows the main schedule's shape, with their own peak, `auxiliary.optim.lr`.
     """
 
     def __init__(self, config: Config, trainer: AuxiliaryTrainer) -> None:
@@ -41,11 +41,11 @@ class JointRouters:
         self.scale = config.auxiliary.optim.lr / config.optim.lr
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Let these batches teach the routers."""
+        """Let the routers learn from these batches."""
         self.trainer.begin(batches)
 
     def finish(self, *, lr: float) -> None:
-        """Step. A gradient that is not finite leaves the routers as they are."""
+        """Take a step of the routers. A gradient that is not finite leaves them unchanged."""
         self.trainer.step(lr=lr * self.scale)
 
 
@@ -65,7 +65,10 @@ class ThresholdAverages:
 
     @torch.no_grad()
     def finish(self, *, lr: float) -> None:
-        """One reduction over data-parallel ranks; tensor- and expert-parallel ranks have seen the same logits."""
+        """Update the averages with one reduction over data-parallel ranks.
+
+        Tensor- and expert-parallel ranks have seen the same logits.
+        """
         del lr
         found = [self.cutoffs.sums[key] for key in sorted(self.cutoffs.sums)]
         if not found:
@@ -79,7 +82,10 @@ class ThresholdAverages:
 def companions_of(
     config: Config, transformer: TransformerConfig, chunks: Sequence[Any], groups: ProcessGroupCollection
 ) -> list[Companion]:
-    """What a configuration asks for besides the main model. Made after the main model's buffers and optimizer."""
+    """The companions that a configuration requests.
+
+    Call it after the main model's buffers and optimizer are created.
+    """
     found: list[Companion] = []
     if config.model.auxiliary.mode == "joint":
         found.append(JointRouters(config, AuxiliaryTrainer(config, transformer, chunks, groups)))
@@ -91,5 +97,5 @@ def companions_of(
 
 
 def routers_among(companions: Sequence[Companion]) -> AuxiliaryTrainer | None:
-    """The trainer of a joint run's routers, whose optimizer checkpoints keep."""
+    """The trainer of a joint run's routers, whose optimizer is part of checkpoints; None: there is none."""
     return next((companion.trainer for companion in companions if isinstance(companion, JointRouters)), None)

@@ -1,7 +1,7 @@
-"""Losses on a held-out split under the layout that trains.
+"""Losses on held-out data, computed with the layout that trains.
 
-With batch routing experts and depth layers choose among all tokens of a sequence, later ones too, so those losses leak
-the future. Causal routing needs auxiliary routers, or thresholds.
+With batch routing, experts and depth layers choose among all tokens of a sequence, later ones included, so those losses
+use information about the future. Causal routing needs auxiliary routers, or thresholds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mmscale.train.steps.step import Steps, mean_losses, reduce_sums
 
 
 class CutShortError(Exception):
-    """Ranks were asked to stop within an evaluation: the same on every rank."""
+    """A stop was requested during an evaluation; raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Extent:
     """How much of a set an evaluation reads.
 
     Attributes:
-        batches: global batches that are read, the first ones of the pass.
-        available: global batches of the whole set.
+        batches: number of global batches that are read, from the beginning of the pass.
+        available: number of global batches in the whole set.
     """
 
     batches: int
     available: int
 
     def __str__(self) -> str:
-        """For the line of a partial evaluation; empty where all is read."""
+        """In words, if the set is read only partly; otherwise empty."""
         return f"first {self.batches} of {self.available} batches" if self.batches < self.available else ""
 
 
 def extent_of(config: Config, mixture: Mixture, *, batches: int | None) -> Extent:
-    """What `evaluate` reads.
+    """How much `evaluate` reads.
 
     Args:
         config: batch sizes.
@@ -60,7 +60,7 @@ def extent_of(config: Config, mixture: Mixture, *, batches: int | None) -> Exten
 
 
 def partly_read(extents: Mapping[str, str], *, batches: int) -> list[str]:
-    """A line for those who compare held-out losses of training with those of `mmscale eval`; nothing if all is read.
+    """A note for users who compare held-out losses of training with those of `mmscale eval`; empty if all is read.
 
     Args:
         extents: which part of a set is read, by its name.
@@ -87,19 +87,19 @@ def evaluate(
 ) -> dict[str, float]:
     """`loss`, `loss/<modality>`, `z_loss` over the first global batches of a pass; every rank calls it.
 
-    The same micro-batches whatever the layout. The last global batch is filled up with micro-batches that count
-    nothing.
+    The micro-batches are the same under every layout. The last global batch is filled up with micro-batches whose
+    labels do not count.
 
     Args:
         config: batch sizes.
         stepper: runs the model forward.
-        mixture: one pass over the held-out split.
+        mixture: one pass over the held-out data.
         groups: process groups.
-        batches: global batches; None: the whole split.
-        routing: who decides which experts take a token; the model has what it needs.
-        learning: collects figures of auxiliary routers against the true choices of batch routing; None: not measured.
-        on_batch: called before each global batch, and before ranks add up what they found. A device may be as many
-            kernels behind as its queue holds. It may raise, the same on every rank.
+        batches: global batches; None: all of them.
+        routing: mode by which experts are assigned to tokens; the model must have what it needs.
+        learning: collects metrics of auxiliary routers against the true choices of batch routing; None: not measured.
+        on_batch: called before each global batch, and before the results of ranks are added up, because a device may
+            lag behind by as many kernels as its queue holds. It may raise, the same on every rank.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
     per_step = global_micro_batches(config)
@@ -134,7 +134,7 @@ def evaluate_passes(
 ) -> dict[str, dict[str, float]]:
     """`evaluate` for each held-out set by its name, over `train.eval_batches`, and bits per byte.
 
-    The first set teaches `learning`.
+    `learning` receives the first set only.
     """
     found = {}
     text = Vocabulary.from_config(config.vocab).names[0]
@@ -155,5 +155,5 @@ def evaluate_passes(
 
 
 def _silent(batch: MicroBatch) -> MicroBatch:
-    """The same micro-batch with no label that counts: pipelines need a whole number of them."""
+    """The same micro-batch without labels that count: pipelines need a certain number of micro-batches."""
     return replace(batch, loss_mask=np.zeros_like(batch.loss_mask), label_counts=tuple(0 for _ in batch.label_counts))

@@ -1,7 +1,7 @@
-"""Delayed FP8 scales over a run: agreed on by ranks after every step, kept in checkpoints under the weights' names.
+"""Delayed FP8 scales during a run: reduced over ranks after every step, stored in checkpoints under the weights' names.
 
-For emulated FP8; Transformer-Engine does this by itself. What a product sees and how scales follow is in
-mmscale.model.fp8_emulate. Scales move when a step was taken: what a rejected batch or a dry run showed is forgotten.
+For emulated FP8; Transformer-Engine does this by itself. mmscale.model.fp8_emulate records amax values and computes
+scales. Scales change only when a step was applied: amax values of a rejected batch or a dry run are forgotten.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from mmscale.train.steps.batch import Batch
 
 
 def scales_of(chunks: Iterable[torch.nn.Module]) -> list[DelayedScales]:
-    """All of this rank, in the same order on all ranks of a pipeline stage; none without delayed scaling."""
+    """All scales of this rank, in the same order on all ranks of a pipeline stage; empty without delayed scaling."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, DelayedScales)]
 
 
 class DelayedScaling:
-    """Moves the scales after every step that was taken (a `Companion`)."""
+    """Updates the scales after every step that was applied (a `Companion`)."""
 
     def __init__(self, scales: Sequence[DelayedScales], groups: ProcessGroupCollection) -> None:
         self.groups = groups
         self.scales = scales
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Forget what an earlier batch showed that was not taken."""
+        """Forget amax values of an earlier batch whose step was not applied."""
         del batches
         for scales in self.scales:
             scales.seen.zero_()
 
     @torch.no_grad()
     def finish(self, *, lr: float) -> None:
-        """Largest amax of all micro-batches and ranks: those that hold the same weights, and shards of them."""
+        """Take the largest amax over micro-batches and over the ranks that hold the same weight or shards of it."""
         del lr
         for experts, replicas in ((False, self.groups.dp_cp), (True, self.groups.expt_dp)):
             mine = [scales for scales in self.scales if (scales.place is not None) is experts]
@@ -55,7 +55,7 @@ class DelayedScaling:
 
 
 def sharded(chunks: Iterable[torch.nn.Module]) -> dict[str, ShardedTensor]:
-    """The scales as a checkpoint has them, by name; experts' over expert-parallel ranks, others replicated."""
+    """The scales as tensors of a checkpoint, by name: experts' over expert-parallel ranks, others replicated."""
     found = {}
     for scales in scales_of(chunks):
         groups = scales.groups
@@ -71,7 +71,7 @@ def sharded(chunks: Iterable[torch.nn.Module]) -> dict[str, ShardedTensor]:
 
 
 def restore(chunks: Iterable[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Take over what was read; what the checkpoint lacks stays at its start: scales of one, an empty history."""
+    """Restore the scales that were read; those that the checkpoint lacks keep their initial state: ones, no history."""
     for scales in scales_of(chunks):
         if (state := loaded.get(f"{scales.name}{SCALING}")) is not None:
             scales.state.copy_(state)

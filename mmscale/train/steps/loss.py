@@ -1,9 +1,9 @@
 """Cross entropy and z-loss over a vocabulary that is sharded over tensor-parallel ranks, and their sums per modality.
 
-Formulas: ce = log Z - logit[label]; z-loss = (log Z)^2 (Chameleon, arXiv 2405.09818, section 2.3). Algorithm of the
-sharded softmax: as in megatron/core/tensor_parallel/cross_entropy.py, with log Z returned besides.
+Formulas: ce = log Z - logit[label]; z-loss = (log Z)^2 (Chameleon, arXiv 2405.09818, section 2.3). The sharded softmax
+is computed as in megatron/core/tensor_parallel/cross_entropy.py, and log Z is returned too.
 
-Shapes: B sequences, S tokens, V vocabulary rows of this rank, M modalities, P places, N tokens that are asked for.
+Shapes: B sequences, S tokens, V vocabulary rows of this rank, M modalities, P places, N requested tokens.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mmscale.tables import plugins
 from mmscale.tables.plugins import Use
 from mmscale.tables.settings import LOSSES
 
-# Loss sums are [M + 1, 2]: row m holds (sum of ce, number) of trained labels of modality m; the last row (sum of
-# z-loss, number).
+# Loss sums are [M + 1, 2]: row m holds (sum of ce, number) of the trained labels of modality m; the last row holds
+# (sum of z-loss, number) of all trained labels.
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """(logits, labels) -> (ce, log Z); keeps one softmax for backward."""
+    """(logits, labels) -> (ce, log Z); saves one softmax for backward."""
 
     @staticmethod
     def forward(
@@ -63,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def place_labels(labels: Tensor, *, rows: int, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Rows of this rank's shard of the vocabulary that labels stand for, 0 where another rank has them; and where not.
+    """The row of each label in this rank's shard of the vocabulary, and a mask of the labels of other ranks (row 0).
 
     Args:
         labels: ids in the whole vocabulary.
@@ -101,14 +101,14 @@ def picked(
     """Log-probabilities of single tokens, fp32.
 
     Args:
-        outputs: [B, S, V] logits of this tensor-parallel rank, or what `logits` makes them of.
+        outputs: [B, S, V] logits of this tensor-parallel rank, or the input of `logits`.
         wanted: places and tokens.
         group: tensor-parallel ranks.
-        logits: fp32 logits [P, V] of outputs at places.
-        chunk: places whose logits exist at one time; 0: all.
+        logits: computes fp32 logits [P, V] from outputs at places.
+        chunk: number of places whose logits exist at the same time; 0: all.
 
     Returns:
-        [N, 2], the same on all ranks of the group: log-probability of each token, and 1 if no other is likelier.
+        [N, 2], the same on all ranks of the group: log-probability of each token, and 1 if it is the most likely one.
     """
     device = outputs.device
     rows, positions, places, tokens = (
@@ -124,7 +124,7 @@ def picked(
         peak_P[part] = at_PV.amax(dim=-1)
         if group.size() > 1:
             torch.distributed.all_reduce(peak_P[part], op=torch.distributed.ReduceOp.MAX, group=group)
-        # Which tokens are asked for here is known on the host, so nothing waits for the device.
+        # The host knows which tokens are requested, so nothing waits for the device.
         own = torch.from_numpy(np.flatnonzero((wanted.places >= part.start) & (wanted.places < part.stop))).to(device)
         local, inside = place_labels(tokens[own], rows=at_PV.shape[-1], group=group)
         target[own] = torch.where(inside, at_PV[places[own] - first, local], 0.0)
@@ -137,7 +137,7 @@ def picked(
 
 
 class Loss(Protocol):
-    """What a micro-batch is trained to minimise; plug-ins of `train.loss` make one."""
+    """The objective for a micro-batch; plug-ins of `train.loss` make one."""
 
     def __call__(
         self,
@@ -152,7 +152,7 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: sum over trained labels of weight[modality] * ce + z_loss * (log Z)^2, over their number.
+    """The built-in objective: mean over trained labels of weight[modality] * ce + z_loss * (log Z)^2.
 
     Attributes:
         modalities: M.
@@ -190,11 +190,11 @@ class Objective:
     def of_tokens(
         self, ce: Tensor, log_z: Tensor, label_modality: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `__call__`, from cross entropy and log Z of every token, [B, S]."""
+        """As `__call__`, from the cross entropy and log Z of every token, [B, S]."""
         own = torch.stack([mask * (label_modality == m) for m in range(self.modalities)])  # [M, B, S]
         sums, counts = (own * ce).sum(dim=(1, 2)), own.sum(dim=(1, 2))
         squared, number = (mask * log_z.square()).sum(), counts.sum()
-        # Python numbers, not a tensor of them: that would be copied to the device, and waited for.
+        # The weights are Python numbers; a tensor of them would have to be copied to the device, which waits.
         weighted = torch.stack([weight * part for weight, part in zip(self.weights, sums.unbind(), strict=True)])
         loss = weighted.sum() + self.z_loss * squared
         report = torch.stack((torch.cat((sums, squared[None])), torch.cat((counts, number[None]))), dim=1)
@@ -202,11 +202,11 @@ class Objective:
 
 
 def loss_of(config: Config, objective: Objective) -> Loss:
-    """What the main stage minimises.
+    """The objective of the main stage.
 
     Args:
         config: `train.loss`.
-        objective: the built-in loss, which a plug-in gets.
+        objective: the built-in objective, which is passed to a plug-in.
 
     Raises:
         PluginError: the plug-in cannot be used.

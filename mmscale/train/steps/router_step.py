@@ -1,4 +1,4 @@
-"""Steps of the auxiliary stage: the model goes forward, nothing of it is differentiated, only its routers change."""
+"""Steps of the auxiliary stage: the frozen model runs forward without gradients, and only its routers are updated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RouterStepper:
         return self.forward.chunks
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """Let these batches teach the routers while they go forward."""
+        """Run these batches forward; the routers learn from them."""
         self.trainer.begin(batches)
         return self.forward.evaluate(batches)
 
@@ -51,7 +51,7 @@ class RouterStepper:
         return replace(computed, applied=self.trainer.apply(computed.grad_norm, lr=lr))
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Loss sums of the model; routers learn nothing."""
+        """Loss sums of the model; routers do not learn."""
         return self.forward.evaluate(batches)
 
     def pick(self, batches: Sequence[Batch], wanted: Sequence[WantedTokens]) -> list[Tensor]:
@@ -59,13 +59,13 @@ class RouterStepper:
         return self.forward.pick(batches, wanted)
 
     def figures(self) -> dict[str, float]:
-        """Loss, accuracy and the like, means over layers, of the last step's batches; every rank calls it."""
+        """Loss, accuracy and the like of the last step's batches, means over layers; every rank calls it."""
         return summary(self.trainer.figures())
 
     def materialized(self) -> contextlib.AbstractContextManager[None]:
-        """Parameters are gathered as soon as a step is applied."""
+        """Nothing to do: parameters are gathered as soon as a step is applied."""
         return self.forward.materialized()
 
     def before_reduction(self, call: Callable[[], None]) -> None:
-        """Call this when all micro-batches of a step have gone forward."""
+        """From now on, call this when all micro-batches of a step have gone forward."""
         self._before_reduction = call

@@ -1,7 +1,8 @@
 """One optimizer step, or one evaluation, through megatron's pipeline schedules.
 
-A step waits for the device once, for the gradient's norm (`measure` in optim/optimizer.py). Whether the step is applied
-is decided there, between `compute` and `apply`. Loss sums of an evaluation stay on the device until `reduce_sums`.
+A step waits for the device once, for the gradient's norm (`measure` in optim/optimizer.py). Between `compute` and
+`apply` the caller decides whether the step is applied. Loss sums of an evaluation stay on the device until
+`reduce_sums`.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from mmscale.train.steps.loss import Loss, Objective, loss_of, picked
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step left behind.
+    """The result of one step.
 
     Attributes:
         grad_norm: norm of the whole gradient before clipping; NaN if any gradient or loss is not finite.
-        applied: False if the weights are as before.
+        applied: False if the weights are unchanged.
         losses: means over the whole batch, e.g. `loss`, `loss/<modality>` and `z_loss`.
-        sums: [M + 1, 2] loss sums of this rank's micro-batches (zeros before the last pipeline stage); a stage whose
-            losses are none of the model's has no rows.
+        sums: [M + 1, 2] loss sums of this rank's micro-batches (zeros before the last pipeline stage); without rows in
+            a stage whose loss is not the model's.
     """
 
     grad_norm: float
@@ -51,22 +52,22 @@ class StepResult:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What tells whether the step is sound: gradient norm and losses; finite if and only if all ranks are."""
+        """The values by which a step is judged: gradient norm and losses; finite if and only if all ranks' are."""
         return {"grad_norm": self.grad_norm, **{k: v for k, v in self.losses.items() if k != "z_loss"}}
 
 
 class Steps(Protocol):
-    """What a stage computes. The guard judges between `compute` and `apply`; every rank calls every method."""
+    """The computation of a stage. The guard decides between `compute` and `apply`. Every rank calls every method."""
 
     @property
     def modules(self) -> Sequence[torch.nn.Module]:
-        """This rank's part of the model: replicas of its parameters must stay equal."""
+        """This rank's part of the model; replicas of its parameters must stay equal."""
 
     def accumulate(self, batches: Sequence[Batch]) -> object:
-        """Forward, and whatever makes gradients, of this rank's micro-batches; nothing is applied."""
+        """Run this rank's micro-batches forward and compute gradients; nothing is applied."""
 
     def compute(self, batches: Sequence[Batch]) -> StepResult:
-        """`accumulate`, then norm and losses over all ranks, the same on each. Not applied yet."""
+        """`accumulate`, then the norm and losses over all ranks, the same on each. Not applied yet."""
 
     def apply(self, computed: StepResult, *, lr: float) -> StepResult:
         """Take the optimizer step with the gradients of the last `compute`."""
@@ -75,16 +76,16 @@ class Steps(Protocol):
         """Loss sums of the model over this rank's micro-batches, [M + 1, 2]."""
 
     def pick(self, batches: Sequence[Batch], wanted: Sequence[WantedTokens]) -> list[Tensor]:
-        """As `loss.picked`, of each of this rank's micro-batches; nothing before the last pipeline stage."""
+        """As `loss.picked`, for each of this rank's micro-batches; empty before the last pipeline stage."""
 
     def figures(self) -> dict[str, float]:
-        """What else a logged step showed, the same on every rank."""
+        """Further metrics of a logged step, the same on every rank."""
 
     def materialized(self) -> contextlib.AbstractContextManager[None]:
         """Inside, all ranks hold the newest parameters."""
 
     def before_reduction(self, call: Callable[[], None]) -> None:
-        """From now on, call this where gradients of a step meet those of other ranks."""
+        """From now on, call this right before the gradients of a step are reduced over ranks."""
 
 
 class Stepper:
@@ -110,7 +111,7 @@ class Stepper:
             weights=tuple(config.train.modality_weights.get(name, 1.0) for name in names),
             z_loss=config.train.z_loss,
         )
-        # Evaluation alone needs no plug-in.
+        # Without an optimizer the model is only evaluated, so the plug-in is not loaded.
         self.loss: Loss = self.objective if optimizer is None else loss_of(config, self.objective)
         self._schedule = get_forward_backward_func(
             pp_size=config.parallel.pp, vp_size=config.parallel.vpp if config.parallel.vpp else None
@@ -123,7 +124,7 @@ class Stepper:
         return self.chunks
 
     def train(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """One optimizer step, applied if it is finite: for callers without a policy.
+        """One optimizer step, applied if it is finite: for callers without an anomaly policy.
 
         Args:
             batches: this rank's part of the global batch.
@@ -133,7 +134,7 @@ class Stepper:
         return self.apply(computed, lr=lr) if math.isfinite(computed.grad_norm) else computed
 
     def compute(self, batches: Sequence[Batch]) -> StepResult:
-        """Accumulate the gradients of this rank's micro-batches, and measure them and the losses over all ranks."""
+        """Accumulate the gradients of this rank's micro-batches, then measure gradients and losses over all ranks."""
         assert self.optimizer is not None
         sums = self.accumulate(batches)
         norm, total = measure(self.optimizer, sums, self.groups)
@@ -143,7 +144,7 @@ class Stepper:
     def apply(self, computed: StepResult, *, lr: float) -> StepResult:
         """Take the optimizer step, and let the companions learn from it.
 
-        A step that is only computed leaves weights, moments, Adam's step count and learning rate as they are.
+        If `apply` is not called, weights, moments, Adam's step count and learning rate are unchanged.
         """
         assert self.optimizer is not None
         set_learning_rate(self.optimizer, self.config, lr)
@@ -154,11 +155,11 @@ class Stepper:
         return result
 
     def figures(self) -> dict[str, float]:
-        """Nothing besides the losses."""
+        """Empty: there are no metrics besides the losses."""
         return {}
 
     def before_reduction(self, call: Callable[[], None]) -> None:
-        """Call this at the end of the last backward pass of every step."""
+        """From now on, call this at the end of the last backward pass of every step."""
         transformer = self.chunks[0].config
         reduce: Callable[..., Any] = transformer.finalize_model_grads_func  # type: ignore[assignment]
 
@@ -184,7 +185,7 @@ class Stepper:
         """Inside, all ranks hold the newest parameters; every rank enters it.
 
         With overlapped gathering the shards of other ranks arrive only in the next forward pass, so a checkpoint
-        written right after a step would hold the parameters of the step before.
+        written right after a step would otherwise hold the parameters of the previous step.
         """
         overlapping = [chunk for chunk in self.chunks if getattr(chunk, "use_forward_hook", False)]
         for chunk in overlapping:
@@ -210,7 +211,7 @@ class Stepper:
         return self._scheduled(self._forward_picking, list(zip(batches, wanted, strict=True)), forward_only=True)
 
     def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> Tensor:
-        # Held-out losses stay cross entropy, whatever is trained with.
+        # Held-out losses are always cross entropy, whatever the training loss.
         forward = functools.partial(self._forward, self.objective if forward_only else self.loss)
         reports = self._scheduled(forward, batches, forward_only=forward_only)
         if not reports:
@@ -218,8 +219,8 @@ class Stepper:
         return torch.stack(reports).sum(dim=0)
 
     def _scheduled(self, forward: Callable[..., Any], batches: Sequence[Any], *, forward_only: bool) -> list[Tensor]:
-        """Reports of the micro-batches in their order; none before the last pipeline stage."""
-        # Every stage and every chunk reads the same micro-batches: layers everywhere need modality ids.
+        """Reports of the micro-batches in their order; empty before the last pipeline stage."""
+        # Every stage and every chunk reads the same micro-batches, because all layers need modality ids.
         iterators: list[Iterator[Any]] = [iter(batches) for _ in self.chunks]
         reports: list[Tensor] = self._schedule(
             forward_step_func=forward,
@@ -258,7 +259,7 @@ class Stepper:
         return loss(logits, batch.labels, batch.label_modality, batch.loss_mask, self.groups.tp)
 
     def _chunked_sums(self, batch: Batch, weight: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert weight is not None  # megatron-core calls it where the output layer is
+        assert weight is not None  # megatron-core calls it only in the chunk with the output layer
         chunk = self.config.parallel.loss_chunk
         ce, log_z = chunked_cross_entropy(hidden, weight, batch.labels, self.groups.tp, chunk=chunk)
         return self.objective.of_tokens(ce, log_z, batch.label_modality, batch.loss_mask)
@@ -272,13 +273,13 @@ def _output(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 def _report(of: Callable[[Tensor], Tensor], output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the schedules want of a loss function that only reports; nothing is differentiated."""
+    """The result that the schedules require of a loss function. This one only reports; nothing is differentiated."""
     nothing = torch.zeros((), device=output.device)
     return nothing, nothing.to(torch.int32) + 1, of(output)
 
 
 def _hidden(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """What the output layer gets, [B, S, H], and its weight; None where this chunk of the model has no such layer."""
+    """The output layer's input, [B, S, H], and its weight; None if this chunk of the model has no output layer."""
     with without_logits(model) as weight:
         return _output(model, batch), weight
 

@@ -1,9 +1,9 @@
-"""Takes steps under the anomaly policy: computes, judges, then applies, replays, leaves out, rolls back or gives up.
+"""Takes steps under the anomaly policy: computes, decides, then applies, replays, skips, rolls back or gives up.
 
-What to do is decided in resilience/anomaly.py. How a checkpoint is read, and data from another place, run.py knows.
+resilience/anomaly.py decides. run.py passes the functions that load a checkpoint and move the data stream.
 
-A rank cannot be the only one to see a NaN: norm and losses come out of one reduction over all ranks (optimizer.py,
-`measure`), so all decide alike, and a healthy step costs no collective and no wait for the device more than without.
+A NaN cannot occur on one rank only: norm and losses are the result of one reduction over all ranks (optimizer.py,
+`measure`), so all ranks decide alike, and a healthy step needs no further collective or wait for the device.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Tell(Protocol):
 
 
 class StepGuard:
-    """Steps that reach the weights only if they look right.
+    """Applies a step to the weights only if it looks right.
 
     Args:
         config: the policy's settings, the batch size.
-        state: where the run stands; its history decides, and is kept up.
+        state: progress of the run; its history of losses is used and updated.
         stepper: computes and applies.
-        load_newest: reads the newest whole checkpoint into the state; its step, or None where there is none yet.
+        load_newest: loads the newest intact checkpoint into the state; returns its step, or None if there is none yet.
         seek: moves the stream of batches to this number of consumed sequences.
-        tell: events.
-        warn: lines for the terminal.
+        tell: writes events.
+        warn: prints lines on the terminal.
         optim: name of the settings of the stage's optimizer.
     """
 
@@ -65,7 +65,9 @@ class StepGuard:
         self.policy = AnomalyPolicy(config.resilience.anomaly, largest_norm=config.optim.grad_norm_skip_threshold)
 
     def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
-        """One step. If it is not applied, the weights are those of before, or of a checkpoint, and the state says so.
+        """Take one step.
+
+        If it is not applied, the weights are unchanged or those of a checkpoint, and the state is adjusted.
 
         Args:
             batch: the global batch.
@@ -73,9 +75,10 @@ class StepGuard:
             lr: learning rate of the step.
 
         Raises:
-            TrainingError: the budget is spent; on every rank, and with weights that were not touched.
+            TrainingError: the policy's budget is used up; on every rank, with unchanged weights.
         """
-        # Not on demand: by the time a NaN shows, dropout has moved the generators on. A few kB, without the device.
+        # Captured before every step: when a NaN shows up, dropout has already advanced the generators. A few kB on the
+        # host.
         drawn = random_state.capture()
         result, decision = self._attempt(on_device, lr=lr, replayed=False)
         if decision.action is StepAction.REPLAY:
@@ -89,7 +92,7 @@ class StepGuard:
         if decision.action is StepAction.GIVE_UP:
             self._give_up(decision)
         if decision.action is StepAction.SKIP:
-            random_state.restore(drawn)  # the run continues as if the batch did not exist
+            random_state.restore(drawn)  # the run continues as if the batch had not existed
             self._skip(batch, decision, "the batch is left out")
         if decision.action is StepAction.ROLL_BACK:
             self._roll_back(batch, decision, drawn)
@@ -98,7 +101,7 @@ class StepGuard:
     def _attempt(
         self, on_device: Callable[[], list[Batch]], *, lr: float, replayed: bool
     ) -> tuple[StepResult, StepDecision]:
-        """Compute, judge, and apply what the policy lets through."""
+        """Compute the step, decide, and apply it if the policy allows that."""
         computed = self.stepper.compute(on_device())
         decision = self.policy.judge(self.state.anomalies, computed.figures, replayed=replayed)
         if decision.action is not StepAction.APPLY:
@@ -112,7 +115,7 @@ class StepGuard:
         self.state.sequences = end
 
     def _roll_back(self, batch: StepBatch, decision: StepDecision, drawn: dict[str, Any]) -> None:
-        """PaLM's rule: the data of the discarded steps is left out with what follows, as it led into the spike."""
+        """PaLM's rule: skip the present batch and the data of the discarded steps, because they led to the spike."""
         state, (_, spiked) = self.state, self._span()
         step, happened = state.step + 1, state.anomalies
         found = self.load_newest()
@@ -149,7 +152,7 @@ class StepGuard:
         )
 
     def _span(self) -> tuple[int, int]:
-        """The sequences of the batch in hand."""
+        """The range of sequences of the present batch."""
         return self.state.sequences, self.state.sequences + self.config.train.global_batch_size
 
     def _report(self, event: str, decision: StepDecision, what: str, *, at: int | None = None, **fields: Any) -> None:

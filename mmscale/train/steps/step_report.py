@@ -16,7 +16,7 @@ class StepReport:
         batch: its batch (this rank's part, and the global counts).
         result: losses and gradient norm.
         lr: learning rate.
-        stats: routing figures, on logged steps.
+        stats: routing metrics, on logged steps.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class StepReport:
 
 
 def is_logged(config: Config, step: int) -> bool:
-    """Whether this step's figures are fetched from the device and written down."""
+    """Whether this step's metrics are fetched from the device and written."""
     return step == 1 or step % config.log.every == 0 or step == config.train.steps
 
 
 def routing_stats(config: Config, step: int) -> RoutingStats | None:
-    """Where layers report figures of a step, split by modality where layers.jsonl gets them; None: nobody asks."""
+    """Collects a step's routing metrics, split by modality if layers.jsonl gets them; None: the step is not logged."""
     if not is_logged(config, step):
         return None
     every = config.log.layers_every * config.log.every

@@ -1,6 +1,6 @@
-"""Accuracy on questions: those of a data set, or of a file of the user's own.
+"""Accuracy on questions of a data set, or of a file of the user.
 
-The question is everything before the answer, and the last token of an answer is never in the input: with batch routing
+The question is everything before the answer. The last token of an answer is never in the input: with batch routing,
 expert choice ranks all tokens of a sequence, so an answer in the input could be read from the routing of the question.
 Other questions do share the sequence. With causal routing neither matters: an answer is scored given its prefix.
 """
@@ -18,17 +18,17 @@ from mmscale.data.prepared.tasks import TaskItem
 from mmscale.data.stream.asked import Answers, Asked
 
 AnswersOf = Callable[[Sequence[Asked]], Answers]  # a model
-_Z = 1.959964  # of a normal distribution, 95 % inside
+_Z = 1.959964  # quantile of the normal distribution for a 95 % interval
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many questions of a task were answered right.
+    """How many questions of a task were answered correctly.
 
     Attributes:
-        right: questions.
-        asked: questions.
-        chance: share that guessing gets right; None: there is nothing to guess from.
+        right: number of questions answered correctly.
+        asked: number of questions.
+        chance: accuracy of guessing; None: the questions have no choices.
     """
 
     right: int
@@ -55,7 +55,7 @@ class Score:
 
 
 def chance_of(items: Sequence[TaskItem]) -> float | None:
-    """Share that guessing gets right; None: there is nothing to guess from."""
+    """Accuracy of guessing; None: the questions have no choices."""
     return sum(1 / len(item.choices) for item in items) / len(items) if items[0].choices else None
 
 
@@ -65,8 +65,8 @@ def describe(name: str, items: Sequence[TaskItem], *, place: Path, others: Seque
     Args:
         name: of the task.
         items: its questions.
-        place: the data set or the file that they are from.
-        others: data sets whose task of that name is not asked.
+        place: the data set or the file that they come from.
+        others: data sets whose task of that name is not used.
     """
     chance = chance_of(items)
     how = "written exactly" if chance is None else f"guessing gets {chance:.1%}"
@@ -74,7 +74,7 @@ def describe(name: str, items: Sequence[TaskItem], *, place: Path, others: Seque
 
 
 def unasked(name: str, others: Sequence[str]) -> str:
-    """Says of data sets that their task of a name is not asked; empty if there are none."""
+    """Says which data sets have a task of this name that is not used; empty if there are none."""
     if not others:
         return ""
     return f"; the task {name} of {', '.join(others)} is not asked (only one task of a name is)"
@@ -83,9 +83,9 @@ def unasked(name: str, others: Sequence[str]) -> str:
 def score(items: Sequence[TaskItem], *, answers: AnswersOf) -> Score:
     """Ask all questions of a task.
 
-    Of choices the one with the highest likelihood is the model's answer: the sum of its tokens' log-probabilities.
-    Without choices the answer is right if the model, always taking the likeliest token, writes it to its end. (With
-    causal routing the likeliest tokens given the right ones before them are what generation would write.)
+    If there are choices, the model's answer is the one with the highest likelihood: the sum of its tokens'
+    log-probabilities. Without choices, the answer is correct if each of its tokens is the most likely one given the
+    tokens before it. (With causal routing this is what greedy generation would write.)
 
     Args:
         items: questions of one kind.

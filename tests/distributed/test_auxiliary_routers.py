@@ -30,7 +30,7 @@ from mmscale.train.proof.synthetic import SyntheticMixture
 from mmscale.train.proof.verify_layout import with_share
 from mmscale.train.state.router_state import RouterState
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer, figures, set_thresholds, summary
-from mmscale.train.steps.batch import Batch, to_device
+from mmscale.train.steps.batch import Batch, part_of, to_device
 from mmscale.train.steps.router_step import RouterStepper
 from mmscale.train.steps.step import Stepper, StepResult, mean_losses, reduce_sums
 from tests.distributed.layouts import config
@@ -63,9 +63,12 @@ class Seen:
         }
 
 
-def settings(model: str, *, parallel: Mapping[str, Any] | None = None, dtype: str = "fp32") -> Config:
+def settings(
+    model: str, *, parallel: Mapping[str, Any] | None = None, dtype: str = "fp32", document_multiple: int = 1
+) -> Config:
     """Routers in a small model, at a learning rate that makes them decide after a few steps."""
-    made = with_auxiliary_routers(with_share(config(model, parallel=parallel, dtype=dtype)))
+    data = {"document_multiple": document_multiple}
+    made = with_auxiliary_routers(with_share(config(model, parallel=parallel, dtype=dtype, data=data)))
     optim = made.auxiliary.optim.model_copy(update={"lr": 1e-3})
     return made.model_copy(update={"auxiliary": made.auxiliary.model_copy(update={"optim": optim})})
 
@@ -76,8 +79,8 @@ def batches(made: Config, step: int, vocabulary: Vocabulary, *, routing: Routing
     share = made.model.experts.share
     assert isinstance(share, dict)
     mixture, per_step = SyntheticMixture(made, share=share), global_micro_batches(made)
-    numbers = range(step * per_step + groups.dp.rank(), (step + 1) * per_step, groups.dp.size())
-    return [to_device(mixture.micro_batch(n), vocabulary, routing=routing) for n in numbers]
+    mine = part_of(groups).batch(mixture, step * per_step, per_step)
+    return [to_device(content, vocabulary, routing=routing) for content in mine]
 
 
 def take_step(stepper: RouterStepper, batches: Sequence[Batch], *, lr: float) -> StepResult:
@@ -122,7 +125,7 @@ def under(made: Config) -> Seen:
     """The same with process groups around it."""
     parallel = made.parallel
     process_groups.initialize_layout(
-        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=made.run.seed
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=made.run.seed
     )
     try:
         return stage(made)
@@ -130,12 +133,12 @@ def under(made: Config) -> Seen:
         process_groups.destroy_layout()
 
 
-def alone(model: str, file: Path) -> Seen:
-    """The numbers of one process, from a forked rank."""
+def alone(model: str, file: Path, **options: Any) -> Seen:
+    """The numbers of one process, from a forked rank. Options: `settings`."""
 
     def ranks_do(ranks: RankEnv) -> None:
         process_groups.start(ranks)
-        file.write_text(json.dumps(asdict(under(settings(model)))))
+        file.write_text(json.dumps(asdict(under(settings(model, **options)))))
         process_groups.finalize()
 
     run_ranks(ranks_do, world_size=1)
@@ -143,11 +146,13 @@ def alone(model: str, file: Path) -> Seen:
     return Seen(*(tuple(v) if isinstance(v, list) else v for v in plain.values()))
 
 
-def _compare(reference: Seen, model: str, world_size: int, layouts: Mapping[str, Mapping[str, Any]]) -> None:
+def _compare(
+    reference: Seen, model: str, world_size: int, layouts: Mapping[str, Mapping[str, Any]], **options: Any
+) -> None:
     def ranks_do(ranks: RankEnv) -> None:
         process_groups.start(ranks)
         for name, parallel in layouts.items():
-            found = reference.differences(under(settings(model, parallel=parallel)))
+            found = reference.differences(under(settings(model, parallel=parallel, **options)))
             # A score within rounding of 0.5 may fall on the other side of it.
             accuracy, causal = found.pop("accuracy"), found.pop("causal")
             assert max(found.values()) <= TOLERANCE and accuracy <= 1e-3 and causal <= TOLERANCE, (name, found, causal)
@@ -195,11 +200,20 @@ def test_four_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
     _compare(reference, model, 4, _some(FOUR_RANKS, ["tp2_ep2", "pp2_ep2"]))
 
 
+def test_split_sequences_equal_one_process(tmp_path: Path) -> None:
+    """Context parallelism: routers of experts and of Mixture-of-Depths layers learn from the tokens of all ranks."""
+    reference = alone("moma_depth", tmp_path / "alone.json", document_multiple=8)
+    assert reference.losses[-1] < reference.losses[0] and any(reference.thresholds)
+    layouts = {"cp2": {"cp": 2}, "cp2_ep2": {"cp": 2, "ep": 2}}
+    _compare(reference, "moma_depth", 2, layouts, document_multiple=8)
+    _compare(reference, "moma_depth", 4, {"cp2_tp2": {"cp": 2, "tp": 2}}, document_multiple=8)
+
+
 def _resumed(made: Config, folder: Path, *, load: int | None, until: int) -> list[tuple[float, float]]:
     """Fresh process groups and model, the stage from a checkpoint or from its start, and a checkpoint at the end."""
     parallel = made.parallel
     groups = process_groups.initialize_layout(
-        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=made.run.seed
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=made.run.seed
     )
     try:
         transformer = transformer_config(made)
@@ -255,7 +269,7 @@ def _main_steps(made: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All parameters and thresholds of this rank after some steps of the main run, and what they were."""
     parallel = made.parallel
     groups = process_groups.initialize_layout(
-        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, seed=made.run.seed
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=made.run.seed
     )
     try:
         parts = build(made, groups)

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from launch import scheduler
-from launch.policy import NO_ANSWER
+from launch.policy import NO_ANSWER, Ending, crashed
 from launch.scheduler import UnreachableError, patiently
 from mmscale.errors import LaunchError
 
@@ -53,6 +54,13 @@ class Allocation:
         except UnreachableError:
             return NO_ANSWER
         return found.state if found is not None else "UNKNOWN"
+
+    def with_state(self, ending: Ending) -> Ending:
+        """An end of ranks with SLURM's state of the job, if the decision depends on it; a crash needs no answer."""
+        if not ending.needs_slurm:
+            return ending
+        asked = not crashed(ending)
+        return replace(ending, job_state=self.state(patiently_asked=asked), preempted=asked and self.preempted())
 
     def preempted(self) -> bool:
         """Whether SLURM has preempted this job; False without an answer."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from launch import budget as budgets
-from launch.policy import Budget
+from launch.policy import Budget, Ending, crashed
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import SaveError
 from mmscale.runs.events import EventLog
@@ -94,6 +94,13 @@ class Disk:
     def first_start(self) -> bool:
         """Whether no job of this launch has stored a budget yet."""
         return self._budget is None and budgets.load(self.folder) is None
+
+    def count(self, ending: Ending, before: Budget) -> Budget:
+        """Store and return the budget after an end of ranks, given the budget before it."""
+        step = max(Store.of_run(self.run).steps(), default=0)
+        budget = before.ended(step=step, crashed=crashed(ending), requeue_counts=ending.requeue_counts)
+        self.keep(budget)
+        return budget
 
     def keep(self, budget: Budget) -> None:
         """Store a budget."""

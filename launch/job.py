@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,19 @@ from launch.allocation import Allocation
 from launch.disk import Disk
 from launch.endings import after_restarts_in_place, ending_of, first_failed
 from launch.examination import Examination
-from launch.job_states import Phase, phase_of
 from launch.notify import Notifier, TellingLog
 from launch.policy import (
     GAVE_UP,
-    NO_ANSWER,
     STOPPED,
     Action,
+    Budget,
     Ending,
-    crashed,
     decide,
 )
 from launch.rank_processes import RankProcesses
 from launch.scheduler import UnreachableError, patiently
 from launch.stop_requests import StopRequests
 from launch.successors import Successors
-from mmscale.checkpoint.layout import Store
 from mmscale.errors import MmscaleError, shell_command
 from mmscale.resilience import lease
 from mmscale.resilience.run_lock import RunLock
@@ -189,7 +186,7 @@ class Supervisor:
         number = 0
         while True:
             if self.requests.stopping():
-                return self._end_before_ranks()
+                return self._end_before_ranks(counted=number > 0)
             if number == 0 and self.slurm:
                 self.bandwidth = self.examination.run(Job(str(self.folder)))
                 if self._interrupted():
@@ -209,15 +206,23 @@ class Supervisor:
 
     # --- before -----------------------------------------------------------------------------------------------------
 
-    def _end_before_ranks(self) -> int:
-        if self.slurm and not self.requests.asked() and self.signals[-1] != "SIGUSR1":
-            state = self.allocation.state(patiently_asked=True)
-            if state is not None and phase_of(state) is Phase.RUNNING and state != NO_ANSWER:
-                _say(f"{self.signals[-1]} before ranks were started: requeued")
-                self.lock.keep = not self._requeue()
-        else:
+    def _end_before_ranks(self, *, counted: bool = False) -> int:
+        """End this start of the job; `counted`: it has started ranks, and their end is in the budget already."""
+        if not self.slurm or self.requests.asked() or self.signals[-1] == "SIGUSR1":
             _say(f"a stop of this launch was requested; {shell_command('resume', self.record.run)} continues the run")
             self.successors.cancel()
+            return STOPPED
+        ending = self.allocation.with_state(Ending(STOPPED, self.signals[-1]))
+        before = self.disk.budget()
+        action, why = self._decide(ending, before if counted else self.disk.count(ending, before))
+        if action is Action.GIVE_UP:
+            self.successors.cancel()
+            passed.remove_secrets(self.folder)
+            with contextlib.closing(self._log(next_attempt(self.run_dir))) as events:
+                return self._give_up(why, STOPPED, self.run_dir / "logs", events)
+        if action is Action.REQUEUE:
+            _say(f"{self.signals[-1]} before ranks were started: requeued")
+            self.lock.keep = not self._requeue()
         return STOPPED
 
     def _look_for_preemption(self) -> None:
@@ -270,14 +275,11 @@ class Supervisor:
         hangs.tell(self.record, attempt, lease_id, events)
         ending = self._ending(status, attempt, logs)
         status = ending.status
-        budget = self.disk.budget().ended(
-            step=max(Store.of_run(self.run_dir).steps(), default=0), crashed=crashed(ending)
-        )
-        self.disk.keep(budget)
-        ending = self._with_slurms_word(ending)
-        action, why = decide(
-            ending, budget, max_restarts=self._max_restarts(), max_without_progress=self.record.max_without_progress
-        )
+        before = self.disk.budget()
+        self.disk.count(ending, before)  # a crash is counted even if SLURM ends this process before it answers
+        ending = self.allocation.with_state(ending)
+        budget = self.disk.count(ending, before)
+        action, why = self._decide(ending, budget)
         over = self._is_over(action, ending)
         events.add(
             "ranks_ended",
@@ -299,10 +301,17 @@ class Supervisor:
             refused = self._requeue()
             return (self._not_requeued(refused, events), ending.exit_status) if refused else (action, STOPPED)
         if action is Action.GIVE_UP:
-            events.add("gave_up", why=why, status=status)
-            _say(f"error: gave up: {why}\n  fix: look at {logs}, then {shell_command('resume', self.record.run)}")
-            return action, GAVE_UP
+            return action, self._give_up(why, status, logs, events)
         return action, ending.exit_status
+
+    def _decide(self, ending: Ending, budget: Budget) -> tuple[Action, str]:
+        most = self.record.max_without_progress
+        return decide(ending, budget, max_restarts=self._max_restarts(), max_without_progress=most)
+
+    def _give_up(self, why: str, status: int, logs: Path, events: EventLog) -> int:
+        events.add("gave_up", why=why, status=status)
+        _say(f"error: gave up: {why}\n  fix: look at {logs}, then {shell_command('resume', self.record.run)}")
+        return GAVE_UP
 
     def _is_over(self, action: Action, ending: Ending) -> bool:
         """Whether no job will continue the run: neither this one nor one behind it."""
@@ -368,12 +377,6 @@ class Supervisor:
             stop_asked=records.stop_asked(self.folder),
             cause=lambda: step.cause_of(logs, self._said),
         )
-
-    def _with_slurms_word(self, ending: Ending) -> Ending:
-        """The same with SLURM's state of the job, if the decision depends on it; a crash needs no answer."""
-        if not ending.needs_slurm:
-            return ending
-        return replace(ending, job_state=self.allocation.state(patiently_asked=not crashed(ending)))
 
     def _requeue(self) -> str:
         """Requeue this job and wait until SLURM ends this process. Returns the reason for a refusal, "" on success."""

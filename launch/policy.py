@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -32,11 +32,12 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Budget:
-    """Restarts after crashes, over all attempts of a launch.
+    """Restarts of a launch, over all of its attempts.
 
     Attributes:
-        restarts: so far.
-        without_progress: consecutive attempts that crashed without a new committed checkpoint.
+        restarts: after crashes, so far.
+        without_progress: consecutive ends without a new committed checkpoint: crashes, and requeues that count
+            (`Ending.requeue_counts`).
         step: newest committed checkpoint when the last attempt ended.
     """
 
@@ -44,12 +45,10 @@ class Budget:
     without_progress: int = 0
     step: int = 0
 
-    def ended(self, *, step: int, crashed: bool) -> Budget:
+    def ended(self, *, step: int, crashed: bool, requeue_counts: bool = False) -> Budget:
         """The budget after an attempt that left `step` as the newest committed one."""
-        progressed = step > self.step
-        if not crashed:
-            return replace(self, step=step, without_progress=0 if progressed else self.without_progress)
-        return Budget(self.restarts + 1, 0 if progressed else self.without_progress + 1, step)
+        without_progress = 0 if step > self.step else self.without_progress + (crashed or requeue_counts)
+        return Budget(self.restarts + crashed, without_progress, step)
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Ending:
         cause: known cause of a crash, e.g. `out of memory`; "" if unknown.
         failed: the rank that failed first; None if unknown.
         lost_work: ranks trained and did not record an end, so steps since the last checkpoint are lost.
+        preempted: SLURM has preempted the job.
     """
 
     status: int
@@ -73,6 +73,7 @@ class Ending:
     cause: str = ""
     failed: Failure | None = None
     lost_work: bool = False
+    preempted: bool = False
 
     @property
     def unsaved(self) -> bool:
@@ -94,6 +95,16 @@ class Ending:
     def ends_run(self) -> bool:
         """Whether the run itself has recorded its end, so that no other job should continue it."""
         return not self.needs_slurm
+
+    @property
+    def requeue_counts(self) -> bool:
+        """Whether the job requeues itself and would do the same for ever if nothing changed.
+
+        A save that fails does so after every request. A time limit that is too short for the start of the run is
+        reached at every start. A preemption says nothing about the run, unless a save has failed.
+        """
+        ours = self.job_state not in (None, NO_ANSWER) and self.needs_slurm and not self.left_to_slurm
+        return ours and not crashed(self) and (self.unsaved or not self.preempted)
 
     @property
     def left_to_slurm(self) -> bool:
@@ -166,15 +177,20 @@ def decide(ending: Ending, budget: Budget, *, max_restarts: int, max_without_pro
         why = f"asked to stop by {signal}{unsaved}" if unsaved else f"stopped for {signal}"
         if ending.job_state == NO_ANSWER:
             return Action.END, f"{why}; SLURM did not answer in time, so nobody has requeued the job: `mmscale resume`"
+        if ending.requeue_counts and budget.without_progress > max_without_progress:
+            return Action.GIVE_UP, f"{_no_progress(budget, max_without_progress)}; at last {why}"
         return (Action.END if ending.job_state is None else Action.REQUEUE), why
     if budget.restarts > max_restarts:
         why = f"crashed {budget.restarts} times, resilience.max_restarts is {max_restarts}"
     elif budget.without_progress > max_without_progress:
-        why = (
-            f"crashed {budget.without_progress} times in a row without a new checkpoint (the newest is of step "
-            f"{budget.step}); resilience.max_restarts_without_progress is {max_without_progress}"
-        )
+        why = _no_progress(budget, max_without_progress)
     else:
         why = f"crashed with exit status {ending.status}{named}; restart {budget.restarts} of {max_restarts}"
         return Action.RETRY, why
     return Action.GIVE_UP, f"{why}; at last {cause}" if cause else why
+
+
+def _no_progress(budget: Budget, most: int) -> str:
+    times = "once" if budget.without_progress == 1 else f"{budget.without_progress} times in a row"
+    newest = f"the newest is of step {budget.step}" if budget.step else "there is none"
+    return f"ended {times} without a new checkpoint ({newest}); resilience.max_restarts_without_progress is {most}"

@@ -117,7 +117,8 @@ class ResilienceConfig(Section):
         unit="restarts",
     )
     max_restarts_without_progress: Index = setting(
-        "Consecutive restarts after crashes without a new checkpoint; one more crash gives up (exit 5).",
+        "Consecutive restarts after crashes, failed saves at a request to stop, or time limits without a new "
+        "checkpoint; one more gives up (exit 5). Preemptions do not count.",
         2,
         unit="restarts",
         source="NVRx ft_launcher: 3 cycles",

@@ -68,7 +68,7 @@ def test_the_same_exception_in_every_attempt_ends_with_status_5_and_says_why(job
     # The first attempt commits step 10; the second and the third only repeat what follows.
     assert [event["action"] for event in run.events("ranks_ended")] == ["retry", "retry", "give_up"]
     (gave_up,) = run.events("gave_up")
-    assert "2 times in a row without a new checkpoint (the newest is of step 10)" in gave_up["why"]
+    assert "ended 2 times in a row without a new checkpoint (the newest is of step 10)" in gave_up["why"]
     found = shown(run)
     assert found["state"] == "gave up" and found["crashes"] == 3 and found["reason"] == gave_up["why"]
 

@@ -119,6 +119,27 @@ def test_stop_ends_the_chain(jobs: Jobs, failure: str, end: tuple[str, int], sta
     assert len(run.events("launch")) == 1
 
 
+def test_a_save_that_fails_each_time_is_not_requeued_for_ever(jobs: Jobs) -> None:
+    more: dict[str, Any] = {"nodes": 1, "slow_s": 0.2, "stub": True, "environment": {f"MMSCALE_{FAIL}": "1"}}
+    run = jobs.launch("train.steps=6000", "resilience.max_restarts_without_progress=1", **more)
+    for attempt in (1, 2):
+        run.until(lambda number=attempt: run.attempt() >= number, f"attempt {attempt} trains")  # type: ignore[misc]
+        (run.folder / "stub_failed").unlink(missing_ok=True)  # a stub fails once otherwise
+        scheduler.cancel(run.job, signal="USR2", batch_only=True)
+    job = run.until_ended()
+    assert (job.state, job.exit_status, job.restarts) == ("FAILED", 5, 1), run.report()
+    ended = run.events("ranks_ended")
+    assert [(event["action"], event["unsaved"], event["over"]) for event in ended] == [
+        ("requeue", True, False),
+        ("give_up", True, True),
+    ]
+    (gave_up,) = run.events("gave_up")
+    assert gave_up["why"].startswith("ended 2 times in a row without a new checkpoint (there is none)")
+    assert "asked to stop by SIGUSR2, but ended with exit status" in gave_up["why"]
+    found = shown(run)
+    assert found["state"] == "gave up" and gave_up["why"] in found["reason"]
+
+
 @pytest.mark.parametrize("ahead", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_node_that_is_unfit_after_a_requeue_is_left_out(jobs: Jobs, cluster: Cluster, ahead: int) -> None:
     """Nobody is there when SLURM starts the job again on a node that has broken meanwhile; a spare one is idle."""

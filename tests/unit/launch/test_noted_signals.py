@@ -65,3 +65,30 @@ def test_a_job_that_starts_again_after_a_stop_says_why_it_ends(
     assert main(Path(launch.folder)) == 0
     assert f"a stop of this launch was requested; `mmscale resume '{launch.run}'` continues" in capsys.readouterr().err
     assert not read_events(Path(launch.run))
+
+
+@pytest.mark.parametrize("preempted", ["", "PreemptTime=2026-01-01T00:01:00"])
+def test_a_start_that_never_gets_to_its_ranks_in_time_is_not_repeated_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: str
+) -> None:
+    """A time limit that node checks alone fill; a preemption meanwhile says nothing about the run."""
+    launch = launched(tmp_path / "run")
+    fake = FakeSlurm(tmp_path / "bin")
+    job = f"JobId=1 JobName=x JobState=RUNNING Restarts=3 StartTime=2026-01-01T00:00:00 {preempted}"
+    fake.answer("scontrol", f'case "$1" in requeue) echo "not permitted" >&2; exit 1;; esac; echo "{job}"')
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    supervisor = Supervisor(launch)
+    supervisor.signals.append("SIGUSR2")
+    status = supervisor.run()
+    supervisor.disk.close()
+    asked = [call for call in fake.calls("scontrol") if call.startswith("requeue")]
+    if preempted:
+        assert (status, asked) == (75, ["requeue 1"]) and not read_events(Path(launch.run))
+        return
+    assert (status, asked) == (5, [])
+    (gave_up,) = read_events(Path(launch.run))
+    assert gave_up["event"] == "gave_up" and gave_up["why"] == (
+        "ended once without a new checkpoint (there is none); resilience.max_restarts_without_progress is 0; "
+        "at last stopped for SIGUSR2"
+    )

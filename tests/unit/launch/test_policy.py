@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,55 @@ def test_attempts_without_a_new_checkpoint_are_counted_in_a_row() -> None:
         budget = budget.ended(step=step, crashed=True)
         actions.append(decide(crash, budget, max_restarts=99, max_without_progress=1)[0])
     assert actions == [Action.RETRY] * 4 + [Action.GIVE_UP]
+
+
+FAILED_SAVE = Ending(1, "SIGUSR2", job_state="RUNNING", lost_work=True)
+TOO_SHORT = Ending(75, "SIGUSR2", job_state="RUNNING")  # a time limit that the start of the run does not fit into
+
+
+@pytest.mark.parametrize(
+    ("ending", "counts"),
+    [
+        (FAILED_SAVE, True),
+        (replace(FAILED_SAVE, status=137), True),
+        (replace(FAILED_SAVE, preempted=True), True),
+        (TOO_SHORT, True),
+        (replace(TOO_SHORT, signal="SIGTERM"), True),
+        (replace(TOO_SHORT, preempted=True), False),
+        (replace(TOO_SHORT, signal="SIGTERM", preempted=True), False),
+        # nobody requeues it, SLURM does, or it is counted as a crash
+        (replace(FAILED_SAVE, signal="SIGUSR1"), False),
+        (replace(FAILED_SAVE, stop_asked=True), False),
+        (replace(FAILED_SAVE, job_state="COMPLETING"), False),
+        (replace(FAILED_SAVE, job_state=NO_ANSWER), False),
+        (replace(FAILED_SAVE, job_state=None), False),
+        (replace(FAILED_SAVE, status=74), False),
+    ],
+    ids=str,
+)
+def test_requeues_in_a_row_without_a_new_checkpoint_are_bounded(ending: Ending, counts: bool) -> None:
+    assert ending.requeue_counts == counts
+    if ending.job_state != "RUNNING" or ending.ends_run or crashed(ending):
+        return
+    budget = Budget()
+    actions, why = [], ""
+    for step in (10, 10, 10, 20, 20, 20, 20):
+        budget = budget.ended(step=step, crashed=False, requeue_counts=ending.requeue_counts)
+        action, why = decide(ending, budget, max_restarts=0, max_without_progress=2)
+        actions.append(action)
+    assert budget.restarts == 0
+    assert actions == [Action.REQUEUE] * 6 + [Action.GIVE_UP if counts else Action.REQUEUE]
+    if counts:
+        assert why.startswith("ended 3 times in a row without a new checkpoint (the newest is of step 20)")
+        assert "max_restarts_without_progress is 2; at last " in why
+        assert ("exit status" in why and "before a save" in why) == ending.unsaved
+
+
+def test_crashes_and_failed_saves_are_one_count() -> None:
+    budget = Budget().ended(step=0, crashed=True).ended(step=0, crashed=False, requeue_counts=True)
+    assert (budget.restarts, budget.without_progress) == (1, 2)
+    assert budget.ended(step=0, crashed=False) == budget
+    assert budget.ended(step=5, crashed=False).without_progress == 0
 
 
 def test_no_restarts_at_all() -> None:

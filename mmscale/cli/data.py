@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.output import Json, Overrides, emit, pairs
-from mmscale.errors import DataError, UsageError, shell_command
+from mmscale.errors import DataError, LaunchError, UsageError, shell_command
 
 app = typer.Typer(help="Prepare data sets and look into them.", no_args_is_help=True)
 
@@ -115,11 +115,15 @@ def _submit(
         finish()
         return {"folder": str(out), "state": "prepared"}
     name = f"mmscale-prepare-{out.name}"
-    jobs = job_arrays.submit(found, finish, folder=out / folder.JOBS, name=name, profile=profile)
-    parts = sum(len(one.jobs) for one in found)
     planned = shares.read_plan(out)
     assert planned is not None, "plan_shares has written it"
+    try:
+        jobs = job_arrays.submit(found, finish, folder=out / folder.JOBS, name=name, profile=profile)
+    except LaunchError as error:
+        shares.SharedPlan(planned.parts, refused=error.cause).write(out)
+        raise
     shares.SharedPlan(planned.parts, tuple(jobs)).write(out)
+    parts = sum(len(one.jobs) for one in found)
     return {"folder": str(out), "state": "submitted", "parts": parts, "tasks": len(found), "jobs": ", ".join(jobs)}
 
 

@@ -20,8 +20,8 @@ def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
         table: SLURM's answers.
 
     Returns:
-        `folder`, `state` (preparing, prepared, failed), `reason` ("" if there is nothing to say), `parts`, `done`,
-        `jobs`, `logs` (their folder) and `ended` (nobody works on it).
+        `folder`, `state` (submitting, preparing, prepared, failed), `reason` ("" if there is nothing to say), `parts`,
+        `done`, `jobs`, `logs` (their folder) and `ended` (nobody works on it).
     """
     if not (folder / "plan.json").is_file():  # before the import, which takes a second
         return None
@@ -31,16 +31,14 @@ def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
     found = how_far(folder)
     if found is None:
         return None
-    found |= {"reason": "", "logs": str(folder / JOBS), "ended": found["state"] == "prepared"}
-    return found if found["ended"] else found | _by_jobs(found["jobs"], table)
+    found |= {"logs": str(folder / JOBS), "ended": found["state"] in ("prepared", "failed")}
+    return found | _by_jobs(found["jobs"], table) if found["state"] == "preparing" else found
 
 
 def _by_jobs(jobs: list[str], table: JobTable) -> dict[str, Any]:
     """What SLURM says of the jobs of a set without a manifest."""
     from launch.scheduler import UnreachableError
 
-    if not jobs:
-        return {"state": "failed", "ended": True, "reason": "no job was submitted: run `mmscale data prepare` again"}
     try:
         states = table.states(jobs)
     except UnreachableError as error:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from mmscale.data.prepared.folder import PLAN, read_source
 from mmscale.data.prepared.manifest import MANIFEST
 from mmscale.data.prepared.parts import DONE, PartJob, read_finished
 from mmscale.data.prepared.whole_files import LOCK, write_whole
+
+# From the plan to the numbers of its jobs: two calls of sbatch. The process that submits them may have been killed.
+_SUBMITTED_WITHIN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,13 @@ class SharedPlan:
 
     Attributes:
         parts: that the data set will have.
-        jobs: that make them, the last one finishes.
+        jobs: that make them, the last one finishes; none if they are not submitted (yet).
+        refused: why they could not be submitted; "" if nothing is known.
     """
 
     parts: int
     jobs: tuple[str, ...] = ()
+    refused: str = ""
 
     def write(self, folder: Path) -> None:
         """Keep it in the data set's folder."""
@@ -112,11 +118,35 @@ def how_far(folder: Path) -> dict[str, Any] | None:
     """State of a data set that several processes make, by its files; None: the folder is none.
 
     Returns:
-        `folder`, `state` (preparing, prepared), `parts`, `done` and `jobs`.
+        `folder`, `state` (submitting, preparing, failed, prepared), `reason` of a failure, `parts`, `done` and `jobs`.
     """
     planned = read_plan(folder)
     if planned is None:
         return None
+    state, reason = _state(folder, planned)
     done = len(list((folder / DONE).glob("*.json")))
-    state = "prepared" if (folder / MANIFEST).is_file() else "preparing"
-    return {"folder": str(folder), "state": state, "parts": planned.parts, "done": done, "jobs": list(planned.jobs)}
+    return {
+        "folder": str(folder),
+        "state": state,
+        "reason": reason,
+        "parts": planned.parts,
+        "done": done,
+        "jobs": list(planned.jobs),
+    }
+
+
+def _state(folder: Path, planned: SharedPlan) -> tuple[str, str]:
+    """State by the files of a set, and the reason of a failure."""
+    if (folder / MANIFEST).is_file():
+        return "prepared", ""
+    if planned.jobs:
+        return "preparing", ""
+    if planned.refused:
+        return "failed", f"{planned.refused}; run `mmscale data prepare` again"
+    try:
+        age_s = time.time() - (folder / PLAN).stat().st_mtime
+    except OSError:  # it is being replaced
+        age_s = 0.0
+    if age_s < _SUBMITTED_WITHIN_S:
+        return "submitting", ""
+    return "failed", "no job was submitted: run `mmscale data prepare` again"

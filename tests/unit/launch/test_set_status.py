@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,16 @@ from mmscale.cli import launch as launch_commands
 from mmscale.data.prepared.folder import PLAN
 from mmscale.data.prepared.shares import SharedPlan
 from tests.module_time import replace_time
+from tests.unit.data.samples import corpus
 from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.launch.test_status import launched
+
+SPEC = """
+vocab: {modalities: [{name: text, size: 300}, {name: image, size: 16}]}
+model: {kind: dense, num_layers: 1, hidden_size: 64, ffn_hidden_size: 64, num_attention_heads: 1}
+data:
+  prepare: {image: {kind: levels, size: 4, channels: 1}, part_documents: 6, workers: 1, documents: [%s]}
+"""
 
 
 @pytest.fixture
@@ -67,9 +79,28 @@ def test_a_set_is_waited_for_as_long_as_a_job_of_it_lives(slurm: FakeSlurm, prep
     assert (shown(prepared)[0]["state"], shown(prepared)[0]["ended"]) == ("prepared", True)
 
 
-def test_without_a_job_nobody_prepares(slurm: FakeSlurm, prepared: Path) -> None:
+def test_before_its_jobs_are_submitted_a_set_has_not_failed(slurm: FakeSlurm, prepared: Path) -> None:
     SharedPlan(2).write(prepared)
-    assert (shown(prepared)[0]["state"], shown(prepared)[0]["ended"]) == ("failed", True)
+    (one,) = shown(prepared)
+    assert (one["state"], one["ended"], one["reason"]) == ("submitting", False, "")
+    assert "submitting, 1 of 2 parts" in CliRunner().invoke(app, ["status", str(prepared)]).output
+    hour_ago = time.time() - 3600  # whoever was to submit them is gone
+    os.utime(prepared / PLAN, (hour_ago, hour_ago))
+    (one,) = shown(prepared)
+    assert (one["state"], one["ended"]) == ("failed", True) and "no job was submitted" in one["reason"]
+
+
+def test_a_set_whose_jobs_slurm_refuses_has_failed(slurm: FakeSlurm, tmp_path: Path) -> None:
+    spec, out, during = tmp_path / "spec.yaml", tmp_path / "set", tmp_path / "during.json"
+    spec.write_text(SPEC % corpus(tmp_path / "in", 12))
+    status = f"{shlex.quote(sys.executable)} -m mmscale status --json {shlex.quote(str(out))} > {during}"
+    slurm.answer("sbatch", f'{status}; echo "sbatch: error: invalid account" >&2; exit 1')
+    command = ["data", "prepare", str(spec), "--out", str(out), "--cluster", "test", "--tasks", "2"]
+    ended = CliRunner().invoke(app, command)
+    assert ended.exit_code and "invalid account" in ended.output + str(ended.exception)
+    assert [one["state"] for one in json.loads(during.read_text())] == ["submitting"]
+    (one,) = shown(out)
+    assert (one["state"], one["ended"]) == ("failed", True) and "invalid account" in one["reason"]
 
 
 def test_sets_and_runs_are_one_list(slurm: FakeSlurm, prepared: Path, tmp_path: Path) -> None:

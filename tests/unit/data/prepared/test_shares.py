@@ -43,7 +43,7 @@ def test_shares_make_what_one_process_makes(tmp_path: Path) -> None:
         with pytest.raises(DataError):
             read_manifest(out)
     told = how_far(out)
-    assert told is not None and (told["state"], told["done"], told["parts"]) == ("preparing", 5, 7)
+    assert told is not None and (told["state"], told["done"], told["parts"]) == ("submitting", 5, 7)
     prepare(settings, out, progress=False)
     assert made(out) == made(tmp_path / "one")
     assert (how_far(out) or {})["state"] == "prepared" and how_far(tmp_path / "one") is None

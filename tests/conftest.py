@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 # With more than one OpenMP thread in the parent, forked ranks (tests/support.py) hang in their first large matmul.
@@ -17,6 +18,11 @@ os.environ["GOMP_SPINCOUNT"] = "0"
 # A test takes part in no run: variables of a launcher around pytest would make it look like a rank.
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MMSCALE_LAUNCHER"):
     os.environ.pop(_name, None)
+# A busy machine fails no property: an example may take any time, and so may drawing it.
+hypothesis.settings.register_profile(
+    "any_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any_machine")
 # A fork leaves alone what its parent has yet to collect: the end of a process group waits for threads that the fork
 # does not have, and crashes. (mmscale/checkpoint/forked.py does as much for the forks of a trainer.)
 os.register_at_fork(after_in_child=gc.freeze)

@@ -176,6 +176,12 @@ class DataSource(Section):
         "sequences.",
         1.0,
     )
+    max_epochs: Count | None = setting(
+        "Passes over its documents after which it is not read any more in a run: its weight goes to the other sources. "
+        "A run whose sources all end before train.steps is refused.",
+        None,
+        unit="passes",
+    )
 
     def weight_at(self, step: int) -> float:
         """The weight of the batch that follows this many steps."""

@@ -53,6 +53,7 @@ def find_place(
         # A schedule of data weights counts the steps of the main run.
         step=int(begins_from.get("step", 0)) + state.step,
         segments=state.stream,
+        ahead=max(0, config.train.steps - state.step) * config.train.global_batch_size,
         saved=saved,
         known=known(info),
     )

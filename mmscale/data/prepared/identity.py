@@ -29,6 +29,7 @@ class SourceIdentity(BaseModel):
         later: steps from which on it has another weight, and this weight.
         identity: equal for equal documents in an equal order, wherever they are.
         selection: names the weights of documents that training applies; empty: none.
+        max_epochs: passes after which it is not read any more; None: no limit.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +39,7 @@ class SourceIdentity(BaseModel):
     identity: str
     selection: str = ""
     later: tuple[tuple[int, float], ...] = ()
+    max_epochs: int | None = None
 
 
 def identities(config: Config, blend: Mapping[Path, Manifest], *, split: str = "train") -> list[SourceIdentity]:
@@ -53,6 +55,7 @@ def identities(config: Config, blend: Mapping[Path, Manifest], *, split: str = "
         SourceIdentity(
             path=source.path,
             weight=phases[0][1][number],
+            max_epochs=source.max_epochs,
             later=tuple((step, weights[number]) for step, weights in phases[1:]),
             identity=identity_of(Path(source.path), blend[Path(source.path)], split=split),
             selection=selection_of(config, Path(source.path), blend[Path(source.path)]) if split == TRAIN else "",
@@ -120,6 +123,9 @@ def compare(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> tup
         before, after = old[i].selection, new[j].selection
         if before != after:
             lines.append(f"data: weights of the documents of {new[j].path}: {before or 'none'} -> {after or 'none'}")
+        limits = [one.max_epochs or "no limit" for one in (old[i], new[j])]
+        if limits[0] != limits[1]:
+            lines.append(f"data: max_epochs of {new[j].path}: {limits[0]} -> {limits[1]}")
     if [i for i, _ in pairs] != sorted(i for i, _ in pairs):
         lines.append(f"data: another order, now {', '.join(one.path for one in new)}")
     shares, now = _shares(old), _shares(new)

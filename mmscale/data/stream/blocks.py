@@ -108,7 +108,7 @@ class BlockStream(SequenceStream):
         folders: Sequence[Path],
         begin: Begin = START,
     ) -> None:
-        super().__init__(source, begin=begin)
+        super().__init__(source, begin=begin, seq_length=packing.seq_length)
         self._division = Division(len(source), order)
         self._packing = packing
         self._settings: dict[str, Any] = {
@@ -190,6 +190,11 @@ class BlockStream(SequenceStream):
 
     def _epochs_in(self, number: int) -> list[tuple[int, int]]:
         return [(portion.epoch, len(portion.documents)) for portion in self._portions(number)]
+
+    def _last_epoch(self, number: int) -> int:
+        if number == 0 and self._begin.leftovers:
+            return self._begin.leftovers[-1][0]
+        return self._address(number)[2]
 
     def _pack(self, number: int) -> Packing:
         parts = [NO_SEQUENCES]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,15 @@ from mmscale.data.stream.blend_phases import BlendPhases, Phases, later_phases
 from mmscale.data.stream.cache_files import spare_cache
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.orders import open_stream
-from mmscale.data.stream.packing import (
-    EMPTY_SEQUENCE,
-    Packing,
-    Purpose,
-    deal,
-    padded_lengths,
-    permutation,
-)
+from mmscale.data.stream.packing import padded_lengths
 from mmscale.data.stream.sequences import START, Begin, PackSettings
 from mmscale.data.stream.source import Source, open_source
 from mmscale.data.stream.token_check import checked_modality
+from mmscale.data.stream.windows import Dealing, Window, deal_window
 from mmscale.data.vocab import NO_MODALITY, PAD, Vocabulary
+from mmscale.errors import DataError
 
 _WINDOWS_IN_MEMORY = 2
-_NO_SOURCE = -1
-
-
-@dataclass(frozen=True, eq=False)
-class _Window:
-    """Sequences that are dealt together, in the order of the micro-batches."""
-
-    sources: NDArray[np.int64]  # of each sequence
-    places: NDArray[np.int64]  # its number inside its source's stream
-    packing: Packing  # documents of each sequence, numbered inside its source
-    counts: NDArray[np.int64]  # tokens of each sequence of each micro-batch [groups, b, K]
-    labels: NDArray[np.int64]  # trained labels of each micro-batch [groups, K]
 
 
 class Mixture:
@@ -83,10 +65,12 @@ class Mixture:
         begins: what was read of each source under other settings; default: nothing.
         phases: sequences of this stream from which on the weights are others, and these; see `BlendPhases`.
         start: sequences that were consumed before this stream, over all sources; its micro-batch 0 follows them.
+        max_epochs: of each source, passes after which it is not read any more, those before `begins` included; None:
+            no limit; default: none for all. Ignored with `once`.
 
     Attributes:
         tokenizers: fingerprints of those that made the ids of all sources.
-        sources, begins, start, order: as they were given.
+        sources, begins, start, order, max_epochs: as they were given.
         streams: sequences of each source.
 
     Raises:
@@ -114,6 +98,7 @@ class Mixture:
         begins: Sequence[Begin] | None = None,
         phases: Phases = (),
         start: int = 0,
+        max_epochs: Sequence[int | None] | None = None,
     ) -> None:
         options = {name: given for name, given in locals().items() if name not in ("self", "sources", "vocabulary")}
         self._options: dict[str, Any] = options
@@ -132,6 +117,7 @@ class Mixture:
         self.start = start
         self.order = order
         self.sources = tuple(sources)
+        self.max_epochs = tuple(max_epochs) if max_epochs is not None else (None,) * len(sources)
         self.begins = tuple(begins) if begins is not None else (START,) * len(sources)
         self._seed = seed
         self._balance = balance
@@ -155,7 +141,7 @@ class Mixture:
             for position, source in enumerate(sources)
         ]
         self._given_weights, self._phases, self._deal_window = weights, tuple(phases), deal_window
-        self._windows: OrderedDict[int, _Window] = OrderedDict()
+        self._windows: OrderedDict[int, Window] = OrderedDict()
 
     def like(self, sources: Sequence[Source] | None = None, **changes: Any) -> Mixture:
         """A stream with the same arguments but for those that are named."""
@@ -178,7 +164,13 @@ class Mixture:
 
     @cached_property
     def _blend(self) -> BlendPhases:
-        return BlendPhases([(0, self._shares.tolist()), *(() if self.once else self._phases)])
+        if self.once:
+            return BlendPhases([(0, self._shares.tolist())])
+        limits = [
+            None if passes is None else partial(stream.sequences_of, passes)
+            for stream, passes in zip(self.streams, self.max_epochs, strict=True)
+        ]
+        return BlendPhases([(0, self._shares.tolist()), *self._phases], limits)
 
     @cached_property
     def _sequences(self) -> int:
@@ -188,6 +180,17 @@ class Mixture:
     def _groups(self) -> int:
         """Micro-batches of a window."""
         return max(1, min(self._deal_window, self._sequences) // self.micro_batch_size)
+
+    @property
+    def _dealing(self) -> Dealing:
+        return Dealing(
+            groups=self._groups,
+            micro_batch_size=self.micro_batch_size,
+            modalities=len(self.vocabulary.names),
+            balance=self._balance,
+            shuffle=self._shuffle,
+            seed=self._seed,
+        )
 
     @property
     def window(self) -> int:
@@ -202,6 +205,24 @@ class Mixture:
         """How many times each source is read in this many sequences, counted from the start of training."""
         counts = self._blend.counts(sequences)
         return [int(count) / int(size) if size else 0.0 for count, size in zip(counts, self._sizes, strict=True)]
+
+    def end(self, within: int) -> int | None:
+        """Sequences of this stream, in whole micro-batches, if they are at most `within`; None: there are more.
+
+        Only a stream whose sources all have `max_epochs` ends. To find the end can mean to pack all that it reads.
+        """
+        end = self._blend.end(within)
+        return None if end is None else end // self.micro_batch_size * self.micro_batch_size
+
+    def limits(self, within: int) -> list[int | None]:
+        """Sequences of each source's stream, if its `max_epochs` ends it in this many sequences; None: it does not."""
+        self._blend.end(within)
+        return [self._blend.spent.get(source) for source in range(len(self.sources))]
+
+    def described_limits(self) -> str:
+        """Sources that have `max_epochs`, for messages."""
+        pairs = zip(self.sources, self.max_epochs, strict=True)
+        return ", ".join(f"{source.folder}: {passes}" for source, passes in pairs if passes)
 
     def counts(self, index: int) -> tuple[int, ...]:
         """Tokens per modality of a micro-batch, without reading tokens."""
@@ -304,7 +325,7 @@ class Mixture:
             index=index + self.start // self.micro_batch_size,
         )
 
-    def _find(self, index: int) -> tuple[_Window, int]:
+    def _find(self, index: int) -> tuple[Window, int]:
         """The window of a micro-batch, and the micro-batch's place in it."""
         number, group = divmod(index, self._groups)
         if number not in self._windows:
@@ -312,55 +333,23 @@ class Mixture:
             while len(self._windows) >= _WINDOWS_IN_MEMORY:
                 self._windows.popitem(last=False)
             self._windows[number] = window
+        if not self.once and group >= self._windows[number].filled:
+            raise DataError(
+                f"data: all sources have been read as often as max_epochs allows ({self.described_limits()})",
+                remedy="raise max_epochs of a source in data.blend, or lower train.steps",
+            )
         return self._windows[number], group
 
-    def _deal(self, number: int) -> _Window:
+    def _deal(self, number: int) -> Window:
         """Take a window out of the blended stream and deal it into micro-batches."""
-        size = self._groups * self.micro_batch_size
-        start = number * size
-        count = min(size, max(0, self._sequences - start)) if self.once else size
+        start, count = number * self.window, self.window
+        if self.once:
+            count = min(count, max(0, self._sequences - start))
+        else:
+            end = self.end(start + count)  # that of limits; no micro-batch is partly empty there
+            count = count if end is None else max(0, end - start)
         of_source, place = self._blend.stretch(start, count)
-        modalities = len(self.vocabulary.names)
-        counts = np.zeros((size, modalities), np.int64)
-        labels = np.zeros((size, modalities), np.int64)
-        sources = np.full(size, _NO_SOURCE, np.int64)
-        sources[:count] = of_source
-        parts: list[Packing] = []
-        before = np.zeros(size, np.int64)  # place of each sequence among all parts
-        taken = 0
-        for position, stream in enumerate(self.streams):
-            rows = np.flatnonzero(sources == position)
-            if not len(rows):
-                continue
-            begin = 0
-            for block, places in stream.stretch(int(place[rows[0]]), len(rows)):
-                some = rows[begin : begin + len(places)]
-                counts[some], labels[some] = block.counts[places], block.labels[places]
-                before[some] = taken + np.arange(len(places))
-                parts.append(block.packing.take(places))
-                begin += len(places)
-                taken += len(places)
-        before[count:] = taken  # the empty sequence, for all of them
-        packing = Packing.joined([*parts, EMPTY_SEQUENCE])
-
-        groups = np.arange(size).reshape(self._groups, self.micro_batch_size)
-        filled = -(-count // self.micro_batch_size)  # fewer than all at the end of `once` only
-        if self._balance and filled:
-            groups[:filled] = deal(counts[: filled * self.micro_batch_size], group=self.micro_batch_size)
-        if self._shuffle:
-            groups[:filled] = groups[
-                permutation(filled, seed=self._seed, source=0, purpose=Purpose.GROUPS, number=number)
-            ]
-        order = groups.ravel()
-        places = np.full(size, _NO_SOURCE, np.int64)
-        places[:count] = place
-        return _Window(
-            sources=sources[order],
-            places=places[order],
-            packing=packing.take(before[order]),
-            counts=counts[order].reshape(self._groups, -1, modalities),
-            labels=labels[order].reshape(self._groups, -1, modalities).sum(axis=1),
-        )
+        return deal_window(number, self._dealing, streams=self.streams, of_source=of_source, place=place)
 
 
 def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary, folder: Path | None = None) -> Mixture:
@@ -389,6 +378,7 @@ def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary, folder: 
         seed=data_seed(config) if train else 0,
         weights=first_weights(config) if train else None,
         phases=later_phases(config) if train else (),
+        max_epochs=[entry.max_epochs for entry in named_sources(config)] if train else None,
         balance=data.balance,
         pack_window=data.pack_window,
         deal_window=data.deal_window,

@@ -48,7 +48,7 @@ class PackedStream(SequenceStream):
 
     def __init__(self, source: Source, packing: PackSettings, *, cache: Path, begin: Begin = START) -> None:
         check_lengths(source.lengths, seq_length=packing.seq_length, what=f"data: {source.folder} ({source.split})")
-        super().__init__(source, begin=begin)
+        super().__init__(source, begin=begin, seq_length=packing.seq_length)
         self._settings: dict[str, Any] = {
             "seq_length": packing.seq_length,
             "window": packing.window,
@@ -83,6 +83,9 @@ class PackedStream(SequenceStream):
 
     def _epochs_in(self, number: int) -> list[tuple[int, int]]:
         return [(epoch, len(self._documents(epoch))) for epoch in self._epochs_of(number)]
+
+    def _last_epoch(self, number: int) -> int:
+        return self._epochs_of(number)[-1]
 
     def _file(self, number: int) -> Path:
         return self._cache / f"packing-{self._key}-{number}.npy"

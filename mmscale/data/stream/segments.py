@@ -11,114 +11,29 @@ No process groups, no torch.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from mmscale.config import Config
-from mmscale.config.derived import blend_phases, data_seed, first_weights
+from mmscale.config.derived import first_weights
 from mmscale.data.prepared.identity import SourceIdentity, identity_of
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.stream.blend_phases import BlendPhases
 from mmscale.data.stream.cache_files import spare_cache
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.orders import open_stream
+from mmscale.data.stream.segment_settings import Key, Segment, segment_of
 from mmscale.data.stream.sequences import START, Begin, PackSettings
 from mmscale.data.stream.source import Source
 from mmscale.errors import DataError, MmscaleError
 from mmscale.tables.settings import DATA_ORDERS
 
 SPLIT = "train"
-Key = tuple[str, int]  # identity of a source, and its number among equal ones
-
-
-class SegmentSource(BaseModel):
-    """A source of a segment.
-
-    The sequences of a source that a closed segment has read are numbers 0 to taken - 1 of the source's stream, and
-    taken + n for each n in `more`.
-
-    Attributes:
-        path, identity, selection: as in `SourceIdentity`.
-        share: of the sequences.
-        taken: once the segment is over, sequences of the source's stream that were read without a gap.
-        more: numbers of further ones that were read, counted from `taken`.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    path: str
-    identity: str
-    share: float
-    taken: int = 0
-    more: tuple[int, ...] = ()
-    selection: str = ""
-
-
-class Segment(BaseModel):
-    """A part of a run with one order of its data.
-
-    Attributes:
-        start: sequences that were consumed before it.
-        window: sequences that are dealt together.
-        parts: the sources in their order.
-        seq_length, micro_batch_size, seed, balance, pack_window, deal_window, document_multiple, order: as in
-            `Mixture`.
-        phases: steps from which on the sources have other weights, and these.
-        batch: sequences of a step.
-        offset: sequences that were consumed before step 0 of the phases, below 0 if the steps before were larger.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    start: int
-    window: int
-    parts: tuple[SegmentSource, ...]
-    seq_length: int
-    micro_batch_size: int
-    seed: int
-    balance: bool
-    pack_window: int
-    deal_window: int
-    document_multiple: int = 1
-    order: str = "epochs"  # the only one before runs remembered theirs
-    phases: tuple[tuple[int, tuple[float, ...]], ...] = ()
-    batch: int = 0  # kept by no older version
-    offset: int = 0
-
-    @property
-    def keys(self) -> list[Key]:
-        """Keys by which its sources are found in other segments."""
-        seen: Counter[str] = Counter()
-        found = []
-        for part in self.parts:
-            found.append((part.identity, seen[part.identity]))
-            seen[part.identity] += 1
-        return found
-
-    @property
-    def blend(self) -> list[tuple[int, tuple[float, ...]]]:
-        """Its phases as `BlendPhases` wants them, counted from its start."""
-        first = min(0, *(self._sequence(step) for step, _ in self.phases)) if self.phases else 0
-        later = [(self._sequence(step), weights) for step, weights in self.phases]
-        return [(first, tuple(part.share for part in self.parts)), *later]
-
-    def _sequence(self, step: int) -> int:
-        return step * self.batch + self.offset - self.start
-
-    def same_order(self, other: Segment) -> bool:
-        """Whether the same numbers mean the same documents, independent of paths."""
-        return self._order() == other._order()
-
-    def _order(self) -> tuple[Any, ...]:
-        left_out = {"start", "window", "parts", "offset"} | (set() if self.phases else {"batch"})
-        settings = self.model_dump(exclude=left_out)
-        return settings, [(part.identity, part.selection, round(part.share, 12)) for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -144,6 +59,7 @@ def resume_stream(
     consumed: int,
     step: int,
     segments: Sequence[Mapping[str, Any]],
+    ahead: int = 0,
     saved: Mapping[str, Any] | None = None,
     known: Sequence[SourceIdentity] | None = None,
 ) -> Place:
@@ -156,23 +72,25 @@ def resume_stream(
         consumed: sequences that the run has consumed.
         step: that it has reached, with those of the stage before.
         segments: from the checkpoint; empty in a new run, and in checkpoints from before segments were kept.
+        ahead: sequences that it is going to consume.
         saved: the checkpoint's configuration, if it kept no segments.
         known: its sources likewise.
 
     Raises:
-        DataError: the data is damaged.
+        DataError: the data is damaged, or `max_epochs` leave fewer sequences than are going to be consumed.
     """
     past = [Segment.model_validate(segment) for segment in segments]
     order = _order_of(past, consumed=consumed, default=config.data.order)
     if mixture.order != order:
         mixture = mixture.like(order=order)
-    wanted = _segment(config, data, window=mixture.window, order=order)
+    wanted = segment_of(config, data, window=mixture.window, order=order)
     if not past:
         before = _before(saved, known) if saved is not None and consumed else None
         past = [before or wanted]
     open_, closed = past[-1], past[:-1]
     if wanted.same_order(open_):
         place = _at(config, mixture, closed, open_.model_copy(update={"parts": wanted.parts}))
+        open_ = _limited(open_, place, consumed=consumed, ahead=ahead, batch=wanted.batch)
         return Place(place, [segment.model_dump() for segment in (*closed, open_)], [])
     done = max(0, consumed - open_.start) // open_.micro_batch_size * open_.micro_batch_size
     over, twice = _closed(open_, closed, done, config, mixture, data)
@@ -180,10 +98,30 @@ def resume_stream(
     # of the batch alone begins no segment while there are no phases.
     new = wanted.model_copy(update={"start": consumed, "offset": consumed - step * wanted.batch})
     place = _at(config, mixture, [*closed, over], new)
+    new = _limited(new, place, consumed=consumed, ahead=ahead, batch=wanted.batch)
     new = new.model_copy(update={"window": place.window})
     return Place(
         place, [segment.model_dump() for segment in (*closed, over, new)], _lines(place, open_, new, twice=twice)
     )
+
+
+def _limited(segment: Segment, mixture: Mixture, *, consumed: int, ahead: int, batch: int) -> Segment:
+    """The segment with the limits that it will reach.
+
+    Raises:
+        DataError: it ends before all sequences are consumed that are going to be.
+    """
+    done = consumed - mixture.start
+    end = mixture.end(done + ahead)
+    if end is not None and end < done + ahead:
+        raise DataError(
+            f"data: no source may be read more often than max_epochs says ({mixture.described_limits()}), which leaves "
+            f"data for {max(0, end - done) // batch} of the {ahead // batch} steps to come",
+            remedy="raise max_epochs of a source in data.blend, or lower train.steps",
+        )
+    limits = mixture.limits(done + ahead)
+    parts = [part.model_copy(update={"limit": limit}) for part, limit in zip(segment.parts, limits, strict=True)]
+    return segment.model_copy(update={"parts": tuple(parts)})
 
 
 def _order_of(past: Sequence[Segment], *, consumed: int, default: str) -> str:
@@ -201,28 +139,6 @@ def _order_of(past: Sequence[Segment], *, consumed: int, default: str) -> str:
     return began
 
 
-def _segment(config: Config, data: Sequence[SourceIdentity], *, window: int, order: str) -> Segment:
-    total = sum(source.weight for source in data)
-    return Segment(
-        start=0,
-        window=window,
-        parts=tuple(
-            SegmentSource(path=one.path, identity=one.identity, share=one.weight / total, selection=one.selection)
-            for one in data
-        ),
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        seed=data_seed(config),
-        balance=config.data.balance,
-        pack_window=config.data.pack_window,
-        deal_window=config.data.deal_window,
-        document_multiple=config.data.document_multiple,
-        order=order,
-        phases=tuple(blend_phases(config)[1:]),
-        batch=config.train.global_batch_size,
-    )
-
-
 def _before(saved: Mapping[str, Any], known: Sequence[SourceIdentity] | None) -> Segment | None:
     """The only segment of a run that kept none; None if it cannot be told what it read."""
     old = Config.model_validate(saved)
@@ -235,7 +151,7 @@ def _before(saved: Mapping[str, Any], known: Sequence[SourceIdentity] | None) ->
                 return None
             known.append(SourceIdentity(path=source.path, weight=weight, identity=identity))
     size = old.train.micro_batch_size
-    return _segment(old, known, window=max(1, old.data.deal_window // size) * size, order="epochs") if known else None
+    return segment_of(old, known, window=max(1, old.data.deal_window // size) * size, order="epochs") if known else None
 
 
 def _at(config: Config, mixture: Mixture, closed: Sequence[Segment], segment: Segment) -> Mixture:
@@ -255,6 +171,7 @@ def _stream(segment: Segment, sources: Sequence[Source], begins: Sequence[Begin]
         seed=segment.seed,
         weights=[part.share for part in segment.parts],
         phases=segment.blend[1:],
+        max_epochs=[part.max_epochs for part in segment.parts],
         balance=segment.balance,
         pack_window=segment.pack_window,
         deal_window=segment.deal_window,
@@ -317,7 +234,8 @@ def _closed(
     """
     sources = _sources(segment, mixture, data)
     if sources is None:
-        taken = BlendPhases(segment.blend).counts(done // segment.window * segment.window)
+        limits = [None if part.limit is None else partial(_if_at_most, part.limit) for part in segment.parts]
+        taken = BlendPhases(segment.blend, limits).counts(done // segment.window * segment.window)
         read = [(int(count), np.zeros(0, np.int64)) for count in taken]
         twice = done % segment.window
     else:
@@ -329,6 +247,10 @@ def _closed(
         for part, (taken, more) in zip(segment.parts, read, strict=True)
     )
     return segment.model_copy(update={"parts": parts}), twice
+
+
+def _if_at_most(number: int, most: int) -> int | None:
+    return number if number <= most else None
 
 
 def _sources(segment: Segment, mixture: Mixture, data: Sequence[SourceIdentity]) -> list[Source] | None:

@@ -5,6 +5,7 @@ packing_cache.py and blocks.py define what a block holds. N sequences, K modalit
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
@@ -134,8 +135,9 @@ class SequenceStream(ABC):
         source: the documents.
     """
 
-    def __init__(self, source: Source, *, begin: Begin) -> None:
+    def __init__(self, source: Source, *, begin: Begin, seq_length: int) -> None:
         self.source = source
+        self._seq_length = seq_length
         self._begin = begin
         self._ends: list[int] = []  # sequences up to the end of each block that was counted
         self._loaded: OrderedDict[int, Block] = OrderedDict()
@@ -170,13 +172,56 @@ class SequenceStream(ABC):
     def _epochs_in(self, number: int) -> Sequence[tuple[int, int]]:
         """Epochs that a block's documents belong to, in the order of its documents, and how many are of each."""
 
+    @abstractmethod
+    def _last_epoch(self, number: int) -> int:
+        """The last of these epochs. No later block has an earlier one."""
+
     def locate(self, number: int) -> tuple[int, int]:
         """Block of a sequence of the stream, and its place inside the block."""
         while not self._ends or self._ends[-1] <= number:
-            size = self._size(len(self._ends), wanted=number)
-            self._ends.append((self._ends[-1] if self._ends else 0) + size)
+            self._count_to(len(self._ends), wanted=number)
         block = bisect_right(self._ends, number)
         return block, number - (self._ends[block - 1] if block else 0)
+
+    def sequences_of(self, passes: int, most: int) -> int | None:
+        """Sequences of this stream that belong to the first passes over the source, if at most `most`; None: more.
+
+        Args:
+            passes: counted from the beginning of the run, so those that are behind `begin` have no sequences here.
+            most: the blocks of this many sequences are counted at most, and none if their number of tokens says that
+                there are more.
+        """
+        least = self._least(passes)
+        if least > most:
+            return None
+        for number in itertools.count():
+            before = self._ends[number - 1] if number else 0
+            if before > most:
+                return None
+            if self._last_epoch(number) >= passes:
+                break
+            self._count_to(number, wanted=min(most, self._about(passes)))
+        documents = sum(count for epoch, count in self._epochs_in(number) if epoch < passes)
+        inside = int(np.searchsorted(self.block(number).packing.starts, documents)) if documents else 0
+        return before + inside if before + inside <= most else None
+
+    def _least(self, passes: int) -> int:
+        """A number of sequences that the rest of the first passes has at least."""
+        if self.source.selection is not None:
+            return 0  # an epoch has other tokens than the source
+        return max(0, passes - self._begin.epoch) * self.source.tokens // self._seq_length
+
+    def _about(self, passes: int) -> int:
+        """About how many sequences the rest of the first passes has: so many are counted together."""
+        rest = self._begin.rest
+        begun = rest.documents / len(self.source) if rest is not None and rest.epoch < passes else 0.0
+        return int((max(0, passes - self._begin.epoch) + begun) * self.source.tokens / self._seq_length)
+
+    def _count_to(self, number: int, *, wanted: int) -> None:
+        """Count the sequences up to a block's end; `wanted` as of `_size`."""
+        while len(self._ends) <= number:
+            size = self._size(len(self._ends), wanted=wanted)
+            self._ends.append((self._ends[-1] if self._ends else 0) + size)
 
     def stretch(self, start: int, count: int) -> Iterator[tuple[Block, NDArray[np.int64]]]:
         """The sequences start..start+count-1, cut at blocks' borders: a block and places inside it."""

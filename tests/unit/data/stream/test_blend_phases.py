@@ -21,7 +21,8 @@ from mmscale.data.prepared.share import nominal_share
 from mmscale.data.stream.blend_phases import BlendPhases
 from mmscale.data.stream.mixture import open_mixture
 from mmscale.data.stream.packing import blend, blended
-from mmscale.data.stream.segments import Place, Segment, resume_stream
+from mmscale.data.stream.segment_settings import Segment
+from mmscale.data.stream.segments import Place, resume_stream
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError
 from mmscale.train.data_place import find_place

@@ -149,7 +149,8 @@ def test_added_ids_are_text(model: MomaForCausalLM) -> None:
     """They stand behind the image tokens."""
     size, image, want = model.config.vocab_size, model.config.modalities[1][1], logits(model)
     model.resize_token_embeddings(size + 3)
-    assert torch.equal(logits(model)[..., :size], want)
+    # A product with more columns is rounded differently on some processors.
+    torch.testing.assert_close(logits(model)[..., :size], want, rtol=1e-5, atol=1e-5)
     assert model.model.modality_of(torch.tensor([0, 1, image - 1, image, size, size + 2])).tolist() == [
         -1,
         0,

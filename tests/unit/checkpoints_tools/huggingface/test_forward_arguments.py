@@ -82,7 +82,9 @@ def test_what_transformers_passes_is_taken(model: MomaForCausalLM) -> None:
     assert torch.allclose(model(IDS, labels=IDS, num_items_in_batch=torch.tensor(14)).loss, mean / 2)
     shifted = torch.nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
     assert torch.equal(model(IDS, labels=IDS, shift_labels=shifted).loss, mean)
-    assert torch.equal(model(IDS, logits_to_keep=torch.tensor([2, 7])).logits, want[:, [2, 7]])
+    # A product of fewer rows is rounded differently on some processors.
+    kept = model(IDS, logits_to_keep=torch.tensor([2, 7])).logits
+    torch.testing.assert_close(kept, want[:, [2, 7]], rtol=1e-5, atol=1e-5)
 
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])

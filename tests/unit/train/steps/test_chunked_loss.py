@@ -74,5 +74,7 @@ def test_a_sharded_vocabulary(ranks: RankEnv) -> None:
     torch.distributed.all_reduce(part)
     torch.testing.assert_close(part, grad_hidden, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rows, grad_weight.chunk(2)[ranks.rank], rtol=1e-5, atol=1e-6)
-    assert torch.equal(cross_entropy(torch.nn.functional.linear(hidden, mine), labels, group)[0], ce)
+    at_once = cross_entropy(torch.nn.functional.linear(hidden, mine), labels, group)[0]
+    # A product of fewer rows is rounded differently on some processors.
+    torch.testing.assert_close(at_once, ce, rtol=1e-5, atol=1e-5)
     groups.finalize()

@@ -1,4 +1,4 @@
-"""Reads .npy files of untrusted origin within the bounds of the file size, and scatters numbers. No torch."""
+"""Reads .npy files of untrusted origin within the bounds of the file size, and hashes arrays of integers. No torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # by which the state of splitmix64 grows
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of the state of splitmix64
 
 
 def read_array(path: Path, *, mapped: bool = False) -> NDArray[Any]:
-    """The numbers of a .npy file.
+    """The array in a .npy file.
 
     A header may claim any shape, so it is compared with the size of the file before memory is allocated. numpy's `load`
     allocates first, and also opens archives and pickles.
     """
     size = path.stat().st_size
-    if not path.is_file():  # opening a pipe would wait for its writer
+    if not path.is_file():  # opening a pipe would wait for a writer
         raise ValueError("it is not a regular file")
     try:
         array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
@@ -34,7 +34,7 @@ def read_array(path: Path, *, mapped: bool = False) -> NDArray[Any]:
 
 
 def parse_array(content: bytes) -> NDArray[Any]:
-    """The numbers in the content of a .npy file. Errors as in `read_array`."""
+    """The array in the content of a .npy file. Errors as in `read_array`."""
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
@@ -48,12 +48,12 @@ def parse_array(content: bytes) -> NDArray[Any]:
 
 
 def scattered(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One output of splitmix64 for each state: a one-to-one map that destroys order (Steele et al. 2014)."""
+    """One output of splitmix64 for each state: a one-to-one hash (Steele et al. 2014)."""
     return finalized(numbers + GOLDEN)
 
 
 def finalized(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 alone."""
+    """Only the finalizer of splitmix64."""
     mixed = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -1,6 +1,7 @@
 """Digests of every file of a prepared data set, and the check of the files against them.
 
-A flipped bit in a `.bin` file is another token, which nothing else detects. Independent of tokens; no torch.
+A flipped bit in a `.bin` file is another token, which nothing else detects. This module does not interpret tokens; no
+torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MOST_BYTES = 1 << 30
 _CHUNK = 4 << 20
 
 
-Seen = dict[tuple[int, int], str]  # digest by device and number of a file
+Seen = dict[tuple[int, int], str]  # digest by device and inode of a file
 
 
 class Hasher:
@@ -32,11 +33,11 @@ class Hasher:
         self._state = xxhash.xxh3_128()
 
     def update(self, content: bytes) -> None:
-        """These bytes come next."""
+        """Add bytes."""
         self._state.update(content)
 
     def hexdigest(self) -> str:
-        """Of all bytes so far."""
+        """The digest of all bytes so far."""
         return self._state.hexdigest()
 
 
@@ -44,8 +45,8 @@ def digest_of(file: Path, *, stopped: Callable[[], bool] = lambda: False) -> str
     """The digest of a file, hexadecimal.
 
     Args:
-        file: read in chunks; the interpreter's lock is free meanwhile.
-        stopped: asked between chunks whether to give up; the result is None then.
+        file: read in chunks, with the GIL released.
+        stopped: called between chunks; if it returns true the result is None.
     """
     state = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_CHUNK))
@@ -68,7 +69,7 @@ def text(found: Mapping[str, str]) -> bytes:
 
 
 def collect(folder: Path, known: Mapping[str, str], more: Iterable[Path]) -> dict[str, str]:
-    """Digests of a data set's files: those that are known, and those of further files, which are read."""
+    """Digests of a data set's files: the known ones, and those of `more` files, which are read."""
     found = dict(known)
     for file in more:
         digest = digest_of(file)
@@ -78,7 +79,7 @@ def collect(folder: Path, known: Mapping[str, str], more: Iterable[Path]) -> dic
 
 
 def read(folder: Path) -> dict[str, str] | None:
-    """Digests by relative path; None: the data set is from before they were kept.
+    """Digests by relative path; None: the data set was written by a version without digests.
 
     Raises:
         DataError: digests.json is damaged, or of another version.
@@ -109,16 +110,16 @@ def verify(
     stopped: Callable[[], bool] = lambda: False,
     seen: Seen | None = None,
 ) -> Iterable[tuple[str, str]]:
-    """Files that are not what was prepared, with what is wrong, one by one.
+    """Files that were altered since they were prepared, with the difference, one by one.
 
     Args:
         folder: of the data set.
         wanted: from `read`.
-        stopped: asked between chunks whether to give up.
+        stopped: called between chunks; true: give up.
         seen: digests of files that were read; several names of one file (parts of a Megatron corpus) cost one read.
 
     Raises:
-        OSError: the storage refuses a file; that says nothing about what it holds.
+        OSError: the storage fails to read a file, so its content is unknown.
     """
     seen = {} if seen is None else seen
     for name, digest in wanted.items():
@@ -131,7 +132,7 @@ def verify(
             continue
         if found is None:
             return
-        # Read twice: a bit that flips in this host's memory or on the way is no damage of the file.
+        # Read a second time, because a bit may have flipped in this host's memory or in transit.
         if found != digest and digest_of(folder / name, stopped=stopped) == found:
             yield name, "has another content than was prepared"
         elif found == digest:
@@ -139,7 +140,7 @@ def verify(
 
 
 def of_path(path: str | None, what: str) -> str | None:
-    """SHA-256 of a file, or of the names and contents of all files of a folder; None: none is named.
+    """SHA-256 of a file, or of the names and contents of all files of a folder; None if `path` is None.
 
     Args:
         path: the file or folder.

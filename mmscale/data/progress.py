@@ -22,12 +22,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_FIRST_LINE = 2.0  # seconds after which a part writes its first plain line
-_LINE_EVERY = 10.0  # seconds between further plain lines
+_FIRST_LINE = 2.0  # time after which a part writes its first plain line [s]
+_LINE_EVERY = 10.0  # interval of further plain lines [s]
 
-# Told the absolute number of records that are through.
+# Called with the absolute number of processed records.
 Advance = Callable[[int], None]
-# Told what a part is doing now.
+# Called with the present activity of a part.
 Detail = Callable[[str], None]
 
 
@@ -43,13 +43,13 @@ class Reporter:
         self._console = Console(stderr=True, highlight=False)
 
     def say(self, message: str) -> None:
-        """One line."""
+        """Print one line."""
         if self.enabled:
             self._console.print(message, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Advance]:
-        """Progress over `total` records; the yielded function takes how many are through."""
+        """Progress over `total` records; call the yielded function with the number of processed records."""
         if not self.enabled:
             yield lambda done: None
         elif self._console.is_terminal:
@@ -63,7 +63,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def part(self, what: str) -> Iterator[Detail]:
-        """A part of unknown length; the yielded function takes what the part is doing."""
+        """A part of unknown length; call the yielded function with its present activity."""
         if not self.enabled:
             yield lambda detail: None
         elif self._console.is_terminal:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from mmscale.config import VocabConfig
 from mmscale.errors import ConfigError, DataError
 
-# Ids of the special tokens. They stand first in the first (text) range: BOI and EOI are predicted from text context,
-# as in Chameleon's vocabulary. Padding is id 0 and routes nowhere.
+# Ids of the special tokens, at the beginning of the first (text) range: BOI and EOI are predicted from text context, as
+# in Chameleon's vocabulary. Padding is id 0 and is not routed.
 PAD, BOS, EOS, BOI, EOI = range(5)
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>")
 IMAGE = "image"  # the modality that BOI and EOI belong to
@@ -31,7 +31,7 @@ class Vocabulary:
     Attributes:
         names: modalities in id order; the first one is text and holds the special tokens.
         ranges: half-open id range of each modality.
-        marked: further modalities with a begin and an end token of their own, in the order of these tokens.
+        marked: further modalities with separate begin and end tokens, in the order of these tokens.
     """
 
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class Vocabulary:
 
     @classmethod
     def from_config(cls, config: VocabConfig) -> Vocabulary:
-        """The vocabulary that a configuration asks for.
+        """The vocabulary of a configuration.
 
         Raises:
             ConfigError: the text range cannot hold the special tokens.
@@ -68,7 +68,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Number of ids that can occur [ids]."""
+        """Number of possible ids [ids]."""
         return self.ranges[-1][1]
 
     @cached_property

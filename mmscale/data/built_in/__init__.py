@@ -1,1 +1,1 @@
-"""Data sets that can be prepared without own files."""
+"""Data sets that can be prepared without files of the user."""

@@ -1,8 +1,8 @@
 """The built-in real data set: scikit-learn's handwritten digits as caption <-> image documents, and a task on them.
 
 1,797 images of 8x8 pixels with 17 grey levels, in scikit-learn's wheel. About a sixth of the images is held out, the
-same share of every class; the same writers occur in both splits, so this is no measure of generalisation to new hands.
-Only the documents are made here: from there on they go the way of all documents.
+same share of every class. The same writers occur in both splits, so the task does not measure generalisation to new
+writers. This module only makes the documents; they are prepared like any others.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def labelled(*, held_out: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _hash(purpose: str, index: int) -> int:
-    """A number that has nothing to do with the label: the digits come in the order 0, 1, .. 9, 0, 1, .."""
+    """A number that is independent of the label; the digits are stored in the order 0, 1, .. 9, 0, 1, .."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{index}".encode()).digest()[:8], "big")
 
 
@@ -61,8 +61,8 @@ def _hash(purpose: str, index: int) -> int:
 class DigitsSlice:
     """Records first..first+count-1 of the digits.
 
-    Record 2k describes, record 2k+1 draws. First come all images as they are, then shifted copies of the training
-    images.
+    Record 2k describes an image, record 2k+1 draws it. All images in their original form come first, then shifted
+    copies of the training images.
 
     Attributes:
         augment: shifted copies of each training image, 0..8.
@@ -74,7 +74,7 @@ class DigitsSlice:
 
     @property
     def identity(self) -> str:
-        """The images' content, the templates and the run of records."""
+        """A hash of the images' content, the templates and the range of records."""
         images, labels, _ = _images()
         content = images.tobytes() + labels.tobytes() + repr((DESCRIBE, DRAW, WORDS, _HELD_OUT)).encode()
         return f"digits:{hashlib.sha256(content).hexdigest()}:{self.augment}:{self.first}+{self.count}"
@@ -124,7 +124,7 @@ def _document(index: int, *, copy: int, draws: bool) -> Document:
 
 
 def _shifted(pixels: NDArray[np.uint8], down: int, right: int) -> NDArray[np.uint8]:
-    """Pixels [8, 8] moved by one pixel; what comes in is black, what leaves is lost."""
+    """Pixels [8, 8] moved by one pixel; black pixels are moved in, and pixels at the edge are lost."""
     padded = np.pad(pixels, 1)
     height, width = pixels.shape
     return padded[1 - down : 1 - down + height, 1 - right : 1 - right + width]
@@ -134,10 +134,10 @@ def digit_task(encoder: DocumentEncoder) -> list[TaskItem]:
     """One question for every held-out image: which digit is it?
 
     Args:
-        encoder: makes ids the way the training documents got theirs.
+        encoder: makes ids in the same way as for the training documents.
 
     Raises:
-        DataError: the text tokenizer cannot tell the ten words apart, or a document does not fit.
+        DataError: the text tokenizer cannot distinguish the ten words, or a document does not fit.
     """
     _, labels, held_out = _images()
     choices = {template: _choices(encoder, template) for template in DESCRIBE}
@@ -157,7 +157,7 @@ def digit_task(encoder: DocumentEncoder) -> list[TaskItem]:
 
 
 def _choices(encoder: DocumentEncoder, template: str) -> tuple[tuple[int, ...], ...]:
-    """Ids of the ten words where the template ends: what remains of the captions behind their common start."""
+    """Ids of the ten words at the end of the template: the rest of the captions after their common beginning."""
     captions = [tuple(encoder.text.encode(template.format(word)).tolist()) for word in WORDS]
     common = 0
     while len({caption[: common + 1] for caption in captions}) == 1:

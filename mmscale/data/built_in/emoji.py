@@ -1,8 +1,8 @@
 """A second built-in data set: pictures of emoji and their names, as name <-> picture documents, and a task on them.
 
 Pictures come from a colour font (Debian: fonts-noto-color-emoji), names from the annotations of the Unicode CLDR
-(Debian: unicode-cldr-core). Nothing is downloaded. Emoji of one base, and emoji that look the same, are on one side of
-the split; which base that is, is emoji_base.py's. No torch here.
+(Debian: unicode-cldr-core). Nothing is downloaded. All variants of a base emoji, and emoji that look the same, are in
+the same split; emoji_base.py finds the base. No torch here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ CHOICES = 10  # names to choose from, one of them right
 EDGE = 136  # edge of a picture [pixels]: the width of a glyph of Noto Color Emoji, which has this one size
 _FONT_SIZE = 109  # the bitmap font's only size
 _FOLDERS = ("annotations", "annotationsDerived")  # derived: skin tones, flags, keycaps, sequences
-_NOBODY = "\U0010fffd"  # private use: no font has it
-_LAST = "\U0010ffff"  # sorts behind every emoji: a group is named by one of its bases
+_NOBODY = "\U0010fffd"  # a private-use character, which no font contains
+_LAST = "\U0010ffff"  # sorts after every emoji, so that it never becomes the name of a group
 _GET = (
     "apt-get install fonts-noto-color-emoji unicode-cldr-core, or name unpacked copies in data.prepare.emoji.font and "
     "data.prepare.emoji.annotations"
@@ -49,7 +49,7 @@ class Emoji:
     Attributes:
         text: its code points.
         names: one for each language.
-        group: the base that its side of the split hangs on.
+        group: the base that determines its split.
         held_out: whether it is for validation.
     """
 
@@ -63,8 +63,8 @@ class Emoji:
 class EmojiSlice:
     """Records first..first+count-1 of the emoji.
 
-    For every emoji come, for every language, one record that describes and one that draws. Emoji are in an order that
-    has nothing to do with what they show.
+    For every emoji and every language there is one record that describes and one that draws. The order of emoji is
+    independent of what they show.
 
     Attributes:
         settings: where they come from.
@@ -80,7 +80,7 @@ class EmojiSlice:
 
     @property
     def identity(self) -> str:
-        """The files' content, the templates, what is taken, and the run of records."""
+        """A hash of the files' content, the templates, the selection of emoji, and the range of records."""
         chosen = (
             self.settings.languages,
             self.settings.skin_tones,
@@ -165,8 +165,9 @@ def all_emoji(settings: EmojiConfig, held_out: float) -> tuple[Emoji, ...]:
     for text in known:
         if settings.limit and len(drawn) == settings.limit:
             break
-        mask = font.getmask(text)  # quick: most annotated characters are no emoji
-        if bytes(mask) not in (b"", nothing) and mask.size[0] <= EDGE:  # wider: a sequence without a glyph of its own
+        mask = font.getmask(text)  # a quick test: most annotated characters are not emoji
+        # Wider: a sequence for which the font has no single glyph.
+        if bytes(mask) not in (b"", nothing) and mask.size[0] <= EDGE:
             drawn[text] = picture(text, font)
     if not drawn:
         raise DataError(
@@ -186,7 +187,7 @@ def all_emoji(settings: EmojiConfig, held_out: float) -> tuple[Emoji, ...]:
 
 
 def _groups(drawn: dict[str, NDArray[np.uint8]]) -> dict[str, str]:
-    """What belongs to one side: emoji of one base, and of equal pictures, and of equal pictures with those, and so on.
+    """Emoji that must be in the same split: those of one base and those with equal pictures, joined transitively.
 
     The flags of Norway and of Bouvet Island look the same.
     """
@@ -265,15 +266,15 @@ def _digest(settings: EmojiConfig) -> str:
 def emoji_task(settings: EmojiConfig, held_out: float, encoder: DocumentEncoder) -> list[TaskItem]:
     """A question for every held-out base: which of ten names, all of held-out emoji, does the picture have?
 
-    The model has seen neither the emoji nor a variant of it; words of its name it may know from others.
+    The model has not seen the emoji or a variant of it, but may know words of its name from others.
 
     Args:
-        settings: where they come from; the first language is asked in.
+        settings: where they come from; questions are in the first language.
         held_out: share of base emoji for validation.
-        encoder: makes ids the way the training documents got theirs.
+        encoder: makes ids in the same way as for the training documents.
 
     Returns:
-        Nothing where fewer than ten bases are held out.
+        Empty if fewer than ten bases are held out.
 
     Raises:
         DataError: a document does not fit.
@@ -301,7 +302,7 @@ def emoji_task(settings: EmojiConfig, held_out: float, encoder: DocumentEncoder)
 
 
 def _item(encoded: Encoded, emoji: Emoji, chosen: Sequence[Emoji], encoder: DocumentEncoder) -> TaskItem:
-    """The answer goes to the document's end, `</s>` included: else "cat" is likelier than every name it begins."""
+    """A question whose answers end with `</s>`: otherwise "cat" would be likelier than all names that begin with it."""
     text = encoded.document.content[-1]
     assert isinstance(text, Text)
     question = text.text.removesuffix(emoji.names[0])

@@ -1,6 +1,6 @@
 """Finds the base emoji of a variant: skin tones, genders, hair and families do not make another emoji.
 
-Used only for the split of emoji.py. It prefers to merge: a wrong merge costs a little data, but a wrong separation
+Used only for the split of emoji.py. If in doubt it merges: a wrong merge costs a little data, but a wrong separation
 would put near-copies of a training picture into the held-out split.
 """
 
@@ -11,12 +11,12 @@ _JOINER, _PICTURE = "\u200d", "\ufe0f"
 _GENDERS = frozenset("♀♂")
 _HAIR = frozenset("🦰🦱🦳🦲")
 _PERSON, _CHILD, _HEART = "🧑", "🧒", "❤"
-# Men, women and persons of one meaning -> one of them
+# Maps man, woman and person of the same meaning to one of them.
 _SAME = str.maketrans(
     {"👨": "🧑", "👩": "🧑", "👦": "🧒", "👧": "🧒", "👴": "🧓", "👵": "🧓", "🤴": "🫅", "👸": "🫅"}
     | {"🎅": "🤶", "🕺": "💃", "👬": "👫", "👭": "👫", "🫃": "🤰", "🫄": "🤰"}
 )
-# Sequences after that -> the emoji of one character that means the same
+# Maps a sequence, after the mapping above, to the single-character emoji of the same meaning.
 _SEQUENCES = {
     (_PERSON, "🤝", _PERSON): "👫",
     (_PERSON, _HEART, _PERSON): "💑",
@@ -27,7 +27,7 @@ _SEQUENCES = {
 
 
 def has_skin_tone(text: str) -> bool:
-    """Whether an emoji is a variant in a skin tone; the five tones by themselves are none."""
+    """Whether an emoji is a variant in a skin tone; the five tone characters themselves are not."""
     return len(text) > 1 and any(point in _TONES for point in text)
 
 

@@ -1,1 +1,1 @@
-"""Finds documents of a prepared data set that are alike, or that are in held-out data too."""
+"""Finds near-duplicate documents of a prepared data set, and documents that also occur in held-out data."""

@@ -1,4 +1,4 @@
-"""`mmscale data dedup`: finds duplicates of a data set and keeps the result as weights of its documents."""
+"""`mmscale data dedup`: finds duplicates in a data set and stores the result as weights of its documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmscale.errors import DataError
 
 LAYER = "dedup"
 _SCRATCH = ".cache/dedup"  # inside the data set
-MOST_SHARE, MOST_LEAST = 0.01, 1000  # of a cluster: of the documents, and at least so many
+MOST_SHARE, MOST_LEAST = 0.01, 1000  # default limit of a cluster: this share of the documents, but at least this number
 
 
 def dedup(
@@ -32,21 +32,22 @@ def dedup(
     workers: int = 1,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Leave out duplicates and contaminated documents of the training split from now on.
+    """From now on exclude duplicates and contaminated documents of the training split.
 
     Args:
         folder: a prepared data set.
         rule: when two documents are duplicates.
-        against: further data sets with held-out documents; all documents of those that hold none out.
-        held_out: whether its own held-out documents count.
+        against: further data sets with held-out documents; of data sets without a held-out split all documents are
+            used.
+        held_out: whether its own held-out documents are used too.
         max_cluster: different contents that one cluster may have; default: a hundredth of the documents, at least 1000.
-        scratch: folder that gets a folder of temporary files, about 1,000 bytes a document; default: .cache inside the
+        scratch: folder for a folder of temporary files, about 1,000 bytes a document; default: .cache inside the
             data set.
         workers: processes.
         reporter: shows the progress.
 
     Returns:
-        What was found, ready for JSON.
+        The findings, ready for JSON.
 
     Raises:
         DataError: a data set is missing or damaged, a cluster is too large, or no document would be left. Nothing is
@@ -90,7 +91,7 @@ def dedup(
 
 
 def undo(folder: Path) -> bool:
-    """Leave out no duplicates any more; False: none were left out.
+    """Stop excluding duplicates; False: none were excluded.
 
     Raises:
         DataError: the data set or its selection is missing or damaged.

@@ -1,4 +1,4 @@
-"""Duplicates of duplicates as clusters, of which the first document stays. D documents."""
+"""Joins pairs of duplicates into clusters, of which the first document is kept. D documents."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-_CHUNK = 1 << 20  # documents or pairs that are looked at together
+_CHUNK = 1 << 20  # documents or pairs that are processed together
 
 
 class DuplicateForest:
-    """Disjoint sets of documents, each known by its smallest number; in a file that is mapped, 8 bytes a document.
+    """Disjoint sets of documents, each identified by its smallest number; in a mapped file, 8 bytes a document.
 
     Args:
-        file: it is made.
+        file: created.
         documents: D.
     """
 
@@ -51,18 +51,18 @@ class DuplicateForest:
 
 
 def chunks(count: int) -> list[tuple[int, int]]:
-    """Starts and ends of stretches of 0..count-1."""
+    """Starts and ends of consecutive ranges that cover 0..count-1."""
     return [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
 @dataclass(frozen=True)
 class DuplicateCluster:
-    """Documents that are alike, each like another of them.
+    """Documents of which each is a duplicate of another one.
 
     Attributes:
-        first: the smallest number, which stays.
-        documents: how many.
-        contents: different ones among them: equal words and codes count once.
+        first: the smallest number; this document is kept.
+        documents: number of documents.
+        contents: number of different contents; equal words and codes count once.
     """
 
     first: int
@@ -73,14 +73,14 @@ class DuplicateCluster:
 def largest(
     forest: DuplicateForest, file: Path, documents: int, facts: NDArray[np.void], *, count: int
 ) -> tuple[int, list[DuplicateCluster]]:
-    """How many clusters of two and more there are, and the largest ones.
+    """The number of clusters with two or more documents, and the largest ones.
 
     Args:
         forest: of all documents.
         file: for the sizes, 8 bytes a document.
         documents: D.
         facts: of the documents, as in compared.py.
-        count: of clusters that are returned.
+        count: number of clusters to return.
     """
     sizes = np.memmap(file, dtype=np.int64, mode="w+", shape=(documents,))
     for start, stop in chunks(documents):

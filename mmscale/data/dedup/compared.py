@@ -1,6 +1,7 @@
-"""What is compared of each document, read from a prepared data set; in files, of which a slice is in memory at a time.
+"""The properties of documents that deduplication compares: read from a prepared data set, stored in files.
 
-D documents of the training split, numbered as its sampler numbers them.
+Only a slice of the files is in memory at a time. D documents of the training split, with the numbers that the sampler
+uses.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ FACTS = np.dtype(
 
 @dataclass(frozen=True)
 class Stretch:
-    """Documents of one part of a data set.
+    """Consecutive documents of one part of a data set.
 
     Attributes:
-        part: place of the part in the split.
+        part: number of the part in the split.
         start, stop: documents inside the part.
         first: number of the first one in the split.
     """
@@ -55,7 +56,7 @@ class Stretch:
 
 
 def slices(parts: Sequence[Part], *, size: int = SLICE) -> list[Stretch]:
-    """All documents of a split in pieces of work."""
+    """All documents of a split, divided into units of work."""
     found: list[Stretch] = []
     first = 0
     for number, part in enumerate(parts):
@@ -67,13 +68,13 @@ def slices(parts: Sequence[Part], *, size: int = SLICE) -> list[Stretch]:
 
 @dataclass(frozen=True, eq=False)
 class DocumentContent:
-    """A document, taken apart.
+    """The content of a document, as hashes and pictures.
 
     Attributes:
         shape: hash of the kinds of its parts.
         words: hashes of its words [n].
         items: hash of each item's codes.
-        pictures: pixels of each item of the modality image, None for other items and if there is no way back.
+        pictures: pixels of each item of the modality image; None for other items, and if the tokenizer cannot decode.
     """
 
     shape: int
@@ -110,17 +111,17 @@ class ContentReader:
 
     @cached_property
     def _salts(self) -> dict[str, bytes]:
-        """Codes of other tokenizers are other codes."""
+        """Salts by which hashes of codes depend on the tokenizer: equal codes of different tokenizers are not equal."""
         return {name: self.manifest.tokenizers.get(name, "").encode() for name in self.manifest.modalities}
 
     def contents(self, piece: Stretch) -> Iterator[DocumentContent]:
-        """Its documents, one by one."""
+        """The contents of its documents, one by one."""
         part = self.parts[piece.part]
         for place in range(piece.start, piece.stop):
             yield self._content(read_document(self.folder, part, place))
 
     def text(self, piece: Stretch, place: int) -> str:
-        """The text of a document of a slice, counted from the slice's first."""
+        """The text of a document of a slice; `place` counts from the slice's first document."""
         return self._text(read_document(self.folder, self.parts[piece.part], piece.start + place))
 
     def _text(self, ids: NDArray[np.int64]) -> str:
@@ -151,18 +152,18 @@ class ContentReader:
 
 
 def folded(hashes: Sequence[int] | Hashes) -> int:
-    """A hash of hashes in their order; 0 of none."""
+    """A hash of a sequence of hashes; 0 if it is empty."""
     state = xxhash.xxh3_64(np.asarray(hashes, np.uint64).tobytes())
     return (state.intdigest() or 1) if len(hashes) else 0
 
 
 class Compared:
-    """Facts, signatures and thumbnails of all documents, in files that are mapped.
+    """Facts, signatures and thumbnails of all documents, in mapped files.
 
     Args:
         folder: of the files.
         documents: D.
-        write: make them; otherwise they are there.
+        write: create the files; otherwise they exist.
     """
 
     def __init__(self, folder: Path, documents: int, *, write: bool = False) -> None:
@@ -173,7 +174,7 @@ class Compared:
             "colour": (np.dtype("u1"), (documents, COLOUR * COLOUR * 3)),
         }
         if write:
-            for name, (dtype, shape) in shapes.items():  # without blocks on the disk until they are written
+            for name, (dtype, shape) in shapes.items():  # sparse files: the disk allocates blocks when they are written
                 with (folder / name).open("wb") as file:
                     file.truncate(dtype.itemsize * int(np.prod(shape)))
         maps = {
@@ -183,11 +184,11 @@ class Compared:
         self.facts, self.signatures, self.grey, self.colour = maps.values()
 
     def looks(self, documents: NDArray[np.int64]) -> PictureLooks:
-        """Of the first pictures of some documents."""
+        """Hashes and thumbnails of the first picture of some documents."""
         return PictureLooks(self.facts["bits"][documents], self.grey[documents], self.colour[documents])
 
     def add(self, number: int, content: DocumentContent, *, text: bool) -> PictureLooks | None:
-        """Write a document.
+        """Write the data of a document.
 
         Args:
             number: of the document.
@@ -195,7 +196,7 @@ class Compared:
             text: whether signatures of texts are needed.
 
         Returns:
-            PictureLooks of all its pictures.
+            Hashes and thumbnails of all its pictures.
         """
         drawn = [look(pixels) for pixels in content.pictures if pixels is not None]
         first = bool(content.pictures) and content.pictures[0] is not None

@@ -1,9 +1,9 @@
-"""Which training documents hold something of held-out documents: decontamination.
+"""Finds training documents that contain parts of held-out documents (decontamination).
 
 A training document is contaminated if it has an item with the codes of a held-out one, a picture that looks like a
-held-out one, or a run of 13 words of a held-out document of text only (Brown et al. 2020, appendix C). Captions say
-nothing: they repeat. Runs of words in more than ten training documents are turns of phrase, and are left out of
-account. Memory: 8 bytes a word of held-out texts, 700 bytes a held-out picture.
+held-out one, or a run of 13 words of a held-out document of text only (Brown et al. 2020, appendix C). Captions are not
+compared, because they repeat. Runs of words in more than ten training documents are common phrases, and are ignored.
+Memory: 8 bytes a word of held-out texts, 700 bytes a held-out picture.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from mmscale.data.dedup.looks import COLOUR, GREY, PictureLooks, look, near, tab
 from mmscale.data.dedup.words import Hashes, shingles
 
 GRAM = 13  # words
-PHRASE = 10  # training documents with a run of words from which on it is a phrase
-_CHUNK = 1024  # pictures with one key that are compared at once
+PHRASE = 10  # a run of words in more training documents than this is a common phrase
+_CHUNK = 1024  # pictures with the same key that are compared at once
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What a training document has of held-out documents.
+    """Which parts of held-out documents a training document contains.
 
     Attributes:
         item: an item or a picture.
-        text: all of a held-out text of fewer than 13 words.
+        text: a complete held-out text of fewer than 13 words.
         grams: numbers of runs of 13 words.
     """
 
@@ -41,14 +41,14 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class HeldOutContent:
-    """What held-out documents have, sorted.
+    """The contents of held-out documents, sorted.
 
     Attributes:
         grams: runs of 13 words of documents of text only.
-        texts: whole texts with fewer words, of documents of text only.
+        texts: complete texts with fewer words, of documents of text only.
         items: codes of items.
         looks: of pictures.
-        keys: keys of the pictures, sorted, and of which picture each is.
+        keys: keys of the pictures, sorted, with the number of the picture.
         distance: bits in which hashes of pictures may differ; -1: pictures are not compared.
     """
 
@@ -60,7 +60,7 @@ class HeldOutContent:
     distance: int
 
     def find(self, content: DocumentContent, looks: PictureLooks | None) -> Held:
-        """What a training document has of them.
+        """Which of these contents a training document has.
 
         Args:
             content: the document.
@@ -83,7 +83,7 @@ class HeldOutContent:
         for picture in range(len(own)):
             spans = zip(starts[picture].tolist(), stops[picture].tolist(), strict=True)
             others = np.unique(np.concatenate([owners[start:stop] for start, stop in spans]))
-            # Few of those with a common key have a near hash, and thumbnails are 500 times as large as hashes.
+            # Hashes are compared first: few pictures with a common key pass, and thumbnails are 500 times as large.
             others = others[np.bitwise_count(self.looks.bits[others] ^ looks.bits[picture]) <= self.distance]
             for first in range(0, len(others), _CHUNK):
                 some = others[first : first + _CHUNK]
@@ -94,7 +94,7 @@ class HeldOutContent:
 
 
 def _among(wanted: Hashes, known: Hashes) -> NDArray[np.bool_]:
-    """Whether numbers are among sorted ones."""
+    """Which numbers occur in a sorted array."""
     if not len(known):
         return np.zeros(len(wanted), bool)
     places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
@@ -102,7 +102,7 @@ def _among(wanted: Hashes, known: Hashes) -> NDArray[np.bool_]:
 
 
 def read_held_out(sets: Sequence[tuple[Path, str]], *, distance: int) -> HeldOutContent:
-    """What the documents of some splits have.
+    """The contents of the documents of some splits.
 
     Args:
         sets: folders and splits.

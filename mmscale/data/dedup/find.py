@@ -1,8 +1,8 @@
 """Finds duplicates and contaminated documents of a data set in several processes and bounded memory.
 
-First pass: each process reads slices of documents and writes what is compared of them, and a sorted run of keys.
-Second pass: each process takes ranges of keys and compares documents with a key in common. Then clusters are joined.
-Everything lies in a scratch folder meanwhile: about 1,000 bytes a document.
+First pass: each process reads slices of documents, writes their properties, and a sorted run of keys. Second pass: each
+process takes ranges of keys and compares documents with a key in common. Then clusters are joined. A scratch folder
+holds the temporary files: about 1,000 bytes a document.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from mmscale.data.dedup.pairs import RANGE, DuplicateRule, edges, merged
 from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
 
-SHOWN = 10  # clusters
+SHOWN = 10  # largest clusters that are reported
 _PREFIX, _LOCK = "mmscale-dedup-", "lock"
 _Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What was found in the D documents of a training split.
+    """The findings for the D documents of a training split.
 
     Attributes:
         keep: bool [D].
-        duplicates: documents that are like an earlier one.
-        contaminated: documents that hold something of held-out ones, by what it is; one may have several.
-        clusters: how many there are.
+        duplicates: number of documents that are like an earlier one.
+        contaminated: number of documents with content of held-out ones, by the kind of content; a document may have
+            several.
+        clusters: number of clusters.
         largest: the largest ones, with the start of the text of their first document.
     """
 
@@ -55,7 +56,7 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a process needs to know."""
+    """The inputs of a worker process."""
 
     folder: Path
     scratch: Path
@@ -125,7 +126,7 @@ def _own_folder(scratch: Path) -> Iterator[Path]:
     """A new folder in `scratch`, removed at the end; those of processes that were killed are removed first."""
     scratch.mkdir(parents=True, exist_ok=True)
     for lock in scratch.glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError), lock.open("r") as held:  # of a process that lives, or without locks
+        with contextlib.suppress(OSError), lock.open("r") as held:  # its process is alive, or there are no locks
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
     with contextlib.ExitStack() as stack:
@@ -133,7 +134,7 @@ def _own_folder(scratch: Path) -> Iterator[Path]:
             stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=scratch, ignore_cleanup_errors=True))
         )
         held = stack.enter_context((own / _LOCK).open("w"))
-        with contextlib.suppress(OSError):  # a file system without locks: what a killed process leaves stays there
+        with contextlib.suppress(OSError):  # a file system without locks: the files of killed processes are not removed
             fcntl.flock(held, fcntl.LOCK_EX)
         yield own
 
@@ -153,14 +154,14 @@ def in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers: int
 
 
 def _ranges(entries: int) -> Iterable[tuple[int, int | None]]:
-    """Equal ranges of the 64-bit keys: they are hashes, so each has about as many entries."""
+    """Equal ranges of the 64-bit keys. Keys are hashes, so all ranges have about the same number of entries."""
     count = max(1, -(-entries // RANGE))
     bounds = [(1 << 64) * number // count for number in range(count)]
     return zip(bounds, [*bounds[1:], None], strict=True)
 
 
 def _read(work: _Work, piece: Stretch) -> int:
-    """First pass over a slice; returns how many keys it has."""
+    """First pass over a slice; returns its number of keys."""
     reader = ContentReader(work.folder, split="train", draw=work.rule.draws)
     records = Compared(work.scratch, work.documents)
     flags = np.zeros((piece.stop - piece.start, 2), bool)
@@ -180,7 +181,7 @@ def _read(work: _Work, piece: Stretch) -> int:
 
 
 def _compare(work: _Work, bounds: tuple[int, int | None]) -> Path:
-    """Second pass over a range of keys; returns the file of its pairs."""
+    """Second pass over a range of keys; returns the file with its pairs."""
     records = Compared(work.scratch, work.documents)
     run = merged(sorted(work.scratch.glob("run-*.npy")), *bounds)
     file = work.scratch / f"pairs-{bounds[0]}.npy"
@@ -191,7 +192,7 @@ def _compare(work: _Work, bounds: tuple[int, int | None]) -> Path:
 def _contaminated(
     scratch: Path, pieces: Sequence[Stretch], keep: NDArray[np.bool_], held_out: HeldOutContent | None
 ) -> dict[str, int]:
-    """Drops contaminated documents from `keep`; how many of those that were left, by what they hold."""
+    """Removes contaminated documents from `keep`; returns the numbers of those removed, by kind of content."""
     if held_out is None:
         return {}
     often = np.zeros(len(held_out.grams), np.int64)

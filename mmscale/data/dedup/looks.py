@@ -1,8 +1,9 @@
-"""Which pictures look alike: a hash of their coarse structure finds candidates, thumbnails decide.
+"""Which pictures look alike: a hash of their coarse structure finds candidates, then thumbnails are compared.
 
-The hash says which of the 64 lowest frequencies of the cosine transform are strong. It does not compare them with their
-median, as is usual: most are near it, and noise of 12 of 255 then changes 12 of the 64 bits; with a threshold, 0.4.
-Pictures whose hashes differ in at most `d` bits share a key: of d + 2 groups of bits at least two are equal.
+A bit of the hash says whether one of the 64 lowest frequencies of the cosine transform is strong. The usual threshold
+is the median, but most frequencies are near it, and noise of 12 (of 255) then changes 12 of the 64 bits; with a fixed
+threshold it changes 0.4. Pictures whose hashes differ in at most `d` bits share a key: the bits are divided into d + 2
+groups, of which at least two must be equal.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from numpy.typing import NDArray
 from mmscale.data.arrays import scattered
 from mmscale.data.dedup.words import Hashes
 
-MOST_BITS = 6  # distance of hashes that can be asked for: 28 tables
-_EDGE, _LOW = 32, 8  # of the transform and of its part that is kept
-_STRONG = 64.0  # of an orthonormal transform of 32 x 32 pixels; noise of 12 has 7, all black or white 8160
+MOST_BITS = 6  # largest supported distance of hashes: 28 tables
+_EDGE, _LOW = 32, 8  # edges of the transform, and of the part that is used
+_STRONG = 64.0  # threshold for an orthonormal transform of 32 x 32 pixels; noise of 12 gives 7, all black or white 8160
 GREY, COLOUR = 16, 4  # edges of the thumbnails [pixels]
-# Largest differences of thumbnails of one picture, of 255. Lossy codes change 16 x 16 means by less than 20; a part
-# that is there in one picture only changes some of them by 100.
+# Largest differences (of 255) between thumbnails of the same picture. Lossy codes change 16 x 16 means by less than
+# 20; an object that only one of the pictures has changes some of them by 100.
 _MOST, _MEAN = 40, 8.0
 
 
 @dataclass(frozen=True, eq=False)
 class PictureLooks:
-    """What is compared of n pictures.
+    """The compared properties of n pictures.
 
     Attributes:
         bits: hashes of their structure, uint64 [n].
@@ -42,7 +43,7 @@ class PictureLooks:
     colour: NDArray[np.uint8]
 
     def take(self, numbers: NDArray[np.int64]) -> PictureLooks:
-        """Some of them."""
+        """The properties of some of the pictures."""
         return PictureLooks(self.bits[numbers], self.grey[numbers], self.colour[numbers])
 
 
@@ -69,7 +70,7 @@ def near(one: PictureLooks, other: PictureLooks, *, distance: int) -> NDArray[np
 
 
 def table_keys(bits: Hashes, *, distance: int) -> Hashes:
-    """Keys of which hashes within a distance share at least one, uint64 [n, tables]."""
+    """Keys, of which hashes within a distance share at least one, uint64 [n, tables]."""
     groups = np.array_split(np.arange(64), distance + 2)
     masks = [sum(1 << int(bit) for group in pair for bit in group) for pair in combinations(groups, 2)]
     keys = [

@@ -1,7 +1,7 @@
-"""Pairs of documents that are alike: candidates have a key in common, and each pair is then compared itself.
+"""Pairs of similar documents: candidates have a key in common, then each pair is compared.
 
-Keys lie on disk as sorted runs, one of each slice of documents. Ranges of keys are merged one at a time, so memory
-depends on the range only. D documents, n pairs.
+Keys are stored on disk as sorted runs, one for each slice of documents. Ranges of keys are merged one at a time, so
+memory depends only on the size of a range. D documents, n pairs.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from mmscale.data.dedup.looks import near, table_keys
 from mmscale.data.dedup.words import Hashes, band_keys
 
 RUN = np.dtype([("key", "<u8"), ("document", "<i8")])
-RANGE = 1 << 21  # keys of a range [keys]: 32 MB, and about as much again while they are sorted
-_NEIGHBOURS = 8  # of one key, a document is compared with the first one and with this many before it
-_PAIRS = 1 << 15  # that are compared at once: 32 MB of signatures
+RANGE = 1 << 21  # size of a range [keys]: 32 MB, and about as much again while they are sorted
+_NEIGHBOURS = 8  # a document is compared with the first document of the same key and with this many preceding ones
+_PAIRS = 1 << 15  # pairs that are compared at once: 32 MB of signatures
 
 
 @dataclass(frozen=True)
 class DuplicateRule:
-    """When two documents are duplicates. Documents whose parts are of other kinds or in another order never are.
+    """When two documents are duplicates. Documents whose sequences of kinds of parts differ never are.
 
     Attributes:
-        match: "joint": their texts are and their items are; "text": their texts are; "image": their items are.
-        similarity: of two texts, from which on they are: share of equal minima of their signatures.
+        match: "joint": if their texts and their items match; "text": if their texts match; "image": if their items
+            match.
+        similarity: lowest share of equal minima of the signatures of two matching texts.
         distance: bits in which the hashes of two pictures may differ; -1: their codes must be equal.
-        exact: only equal texts and equal codes are duplicates.
+        exact: only equal texts and equal codes match.
     """
 
     match: str = "joint"
@@ -42,7 +43,7 @@ class DuplicateRule:
 
     @property
     def draws(self) -> bool:
-        """Whether pictures are decoded."""
+        """Whether pictures must be decoded."""
         return self.distance >= 0 and not self.exact and self.match != "text"
 
     @property
@@ -77,7 +78,7 @@ class DuplicateRule:
         with_items, with_text = facts["items"] != 0, facts["text"] != 0
         if self.match == "text":
             by_text, by_items = with_text, np.zeros_like(with_text)
-        else:  # an item is a better key than a caption, which many items have
+        else:  # an item is a better key than a caption, which may belong to many items
             by_text, by_items = (with_text & ~with_items) & (self.match == "joint"), with_items
         rows = np.flatnonzero(by_text)
         if len(rows):
@@ -136,7 +137,7 @@ def merged(runs: list[Path], low: int, high: int | None) -> NDArray[np.void]:
 def edges(
     records: Compared, run: NDArray[np.void], alike: Callable[[Compared, NDArray[np.int64], NDArray[np.int64]], NDArray]
 ) -> NDArray[np.int64]:
-    """Candidates of a range of keys that are duplicates, int64 [n, 2], each once."""
+    """The duplicates among the candidates of a range of keys, int64 [n, 2], each pair once."""
     found = [np.empty((0, 2), np.int64)]
     for pairs in candidates(run):
         pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)

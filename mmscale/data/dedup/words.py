@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from mmscale.data.arrays import scattered
 
-MINIMA = 128  # of a signature: the standard error of an estimate of 0.8 is 0.035
-BANDS, ROWS = 18, 7  # 126 of the minima; the last two serve the estimate only
+MINIMA = 128  # numbers of a signature; the standard error of an estimate of 0.8 is 0.035
+BANDS, ROWS = 18, 7  # 126 of the minima; the last two are used for the estimate only
 SHINGLE = 5  # words
 _CHUNK = 2048  # shingles that are hashed together: 2 MB of numbers
 _CACHED = 1 << 18  # words whose hashes are kept
-# A letter of a script without spaces is a word. So is a sign: ":-)" and ":-(" are different texts.
+# Each letter of a script without spaces is a word. So is each punctuation mark: ":-)" and ":-(" differ.
 _SOLID = "぀-ヿ㐀-鿿가-힯"
 _WORD = re.compile(rf"[{_SOLID}]|[^\W{_SOLID}]+|[^\w\s]")
 
@@ -35,7 +35,7 @@ _cache: dict[str, int] = {}
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text without regard to case and spaces."""
+    """Words of a text, ignoring case and spaces."""
     return _WORD.findall(text.casefold())
 
 
@@ -50,7 +50,7 @@ def hashes_of(words: Sequence[str]) -> Hashes:
 
 
 def shingles(words: Hashes, size: int) -> Hashes:
-    """Hashes of all runs of `size` words, uint64; of fewer words the one run that there is.
+    """Hashes of all runs of `size` words, uint64; if there are fewer words, of the only run.
 
     Args:
         words: hashes of the words of a text, in its order [n].

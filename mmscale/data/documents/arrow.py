@@ -1,6 +1,6 @@
 """Arrow files of Hugging Face datasets (`save_to_disk`): a document in each row (rows.py).
 
-A folder has state.json, which lists its files; several splits stand in folders beside dataset_dict.json. The package
+A folder has state.json, which lists its files; folders of several splits are next to dataset_dict.json. The package
 `datasets` is not needed.
 """
 
@@ -27,7 +27,7 @@ def files_of(folder: Path) -> list[Path]:
     """Files of a folder that energon has indexed or `datasets` wrote, or the parquet files below a folder.
 
     Raises:
-        DataError: it holds neither, a file is missing, or it has splits besides train and validation.
+        DataError: it holds neither, a file is missing, or it has splits other than train and validation.
     """
     if (folder / META).is_dir():
         shards = [folder / name for name in shards_of(folder)]
@@ -61,14 +61,14 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def _split_of(file: File) -> str | None:
-    """The split that a file belongs to by its folder."""
+    """The split that a file belongs to according to its folder."""
     if not isinstance(file, Path) or not (file.parent.parent / _SPLITS).is_file():
         return None
     return file.parent.name if file.parent.name in (TRAIN, VALIDATION) else None
 
 
 def _batches(file: File) -> Iterator[Any]:
-    """Record batches of a stream or a file of Arrow, mapped where it is local.
+    """Record batches of an Arrow stream or file, mapped if it is local.
 
     Raises:
         DataError: it is neither, or damaged.
@@ -91,7 +91,7 @@ def _batches(file: File) -> Iterator[Any]:
 
 
 def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
-    batches = list(_batches(file))  # mapped: they take no memory
+    batches = list(_batches(file))  # mapped, so they take no memory
     if not batches:
         return Scan(digest_of(file), [])
     read_columns(file, batches[0].schema.names, settings)
@@ -100,7 +100,7 @@ def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
 
 
 def _naming_files(batches: list[Any], settings: ReadSettings) -> Iterator[Any]:
-    """The content in small batches; items that have their bytes with them name no files, so they are not looked at."""
+    """The content in small batches. Items that contain their bytes name no files, so those bytes are not read."""
     columns = list(settings.columns or ("content",))
     if settings.columns and all("bytes" in str(batches[0].schema.field(name).type) for name in columns):
         return

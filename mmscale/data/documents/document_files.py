@@ -1,6 +1,6 @@
 """Document files, on a file system or an object store (`s3://`, `gs://`, whatever fsspec opens).
 
-A remote file is read in blocks: the next one is fetched while this one is used, and a fetch that fails is tried again.
+A remote file is read in blocks: the next one is fetched while the current one is used, and failed fetches are retried.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ READ_BYTES = 1 << 20
 BLOCK = 8 << 20  # bytes of a fetch
 TRIES = 5
 PAUSE = 0.5  # seconds before the second try; doubled before each further one
-_VERSIONS = ("ETag", "etag", "md5Hash", "sha256", "mtime", "created")  # what stores call what changes with the content
-MOST_ITEM = 256 << 20  # bytes of a file that a document names
+# Names, in various stores, of a property that changes with the content.
+_VERSIONS = ("ETag", "etag", "md5Hash", "sha256", "mtime", "created")
+MOST_ITEM = 256 << 20  # largest file that a document may name [bytes]
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on an object store. It has those attributes and methods of a Path that readers use.
+    """A file on an object store, with the attributes and methods of a Path that readers use.
 
     Attributes:
         url: with its protocol.
@@ -47,11 +48,11 @@ class RemoteFile:
 
     @property
     def suffix(self) -> str:
-        """As of a Path."""
+        """As for a Path."""
         return Path(self.name).suffix
 
     def open(self, mode: str = "rb", buffering: int = READ_BYTES) -> BinaryIO:
-        """The file, to be read; it can be sought in."""
+        """Open the file for reading; it is seekable."""
         assert mode == "rb"
         return io.BufferedReader(_Blocks(self), buffering)
 
@@ -72,7 +73,7 @@ def list_remote(pattern: str) -> list[RemoteFile]:
     """Files that a URL names; globs are sorted.
 
     Raises:
-        DataError: fsspec or the package for the protocol is missing, or the store cannot be asked.
+        DataError: fsspec or the package for the protocol is missing, or the store cannot be reached.
     """
     protocol = pattern.partition("://")[0]
     system = _system(protocol)
@@ -82,7 +83,7 @@ def list_remote(pattern: str) -> list[RemoteFile]:
         else:
             found = [system.unstrip_protocol(name) for name in sorted(_tried(lambda: system.glob(pattern)))]
         return [_stated(system, url) for url in found if not url.endswith("/")]
-    except Exception as error:  # whatever a store's package raises
+    except Exception as error:  # packages of stores raise all kinds of errors
         raise DataError(
             f"data.prepare: {pattern} cannot be listed: {type(error).__name__}: {error}",
             remedy="see the store's own variables for credentials and addresses (FSSPEC_S3_ENDPOINT_URL, AWS_PROFILE)",
@@ -110,10 +111,10 @@ def _system(protocol: str) -> Any:
 
 
 def _tried(call: Callable[[], Any]) -> Any:
-    """What a call gives; it is tried again after errors that may pass.
+    """The result of a call, which is retried after errors that may be temporary.
 
     Raises:
-        OSError: as the last try.
+        OSError: of the last attempt.
     """
     for attempt in range(TRIES):
         try:
@@ -128,7 +129,7 @@ def _tried(call: Callable[[], Any]) -> Any:
 
 
 class _Blocks(io.RawIOBase):
-    """A remote file in blocks, with the next one on its way."""
+    """A remote file, read in blocks with one block of read-ahead."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file, self._at = file, 0
@@ -182,12 +183,12 @@ class _Blocks(io.RawIOBase):
 
 
 def resolver_of(file: File) -> Resolver:
-    """Finds items that the documents of a file name: beside it."""
+    """Finds items that the documents of a file name, relative to the file's folder."""
     return folder_resolver(file.parent) if isinstance(file, Path) else _remote_resolver(file)
 
 
 def _remote_resolver(file: RemoteFile) -> Resolver:
-    """Fetches items that are named relative to the folder of a remote file and do not leave it."""
+    """Fetches items by names relative to the folder of a remote file; names that leave the folder are refused."""
     folder, system = file.url.rsplit("/", 1)[0], _system(file.url.partition("://")[0])
 
     def resolve(path: str) -> bytes:
@@ -208,19 +209,19 @@ def _remote_resolver(file: RemoteFile) -> Resolver:
 
 
 def state_of(file: File, name: str) -> str:
-    """Size and time of an item beside a document file; "none" if it is missing."""
+    """Size and time of an item next to a document file; "none" if it is missing."""
     try:
         if isinstance(file, Path):
             status = (file.parent / name).stat()
             return f"{status.st_size} {status.st_mtime_ns}"
         found = _stated(_system(file.url.partition("://")[0]), f"{file.url.rsplit('/', 1)[0]}/{name}")
         return f"{found.size} {found.version}"
-    except (OSError, ValueError):  # missing, or no name that a file can have
+    except (OSError, ValueError):  # missing, or not a valid file name
         return "none"
 
 
 def version_of(file: File) -> str:
-    """Size and time of a file, asked again; "none" if it is gone."""
+    """The present size and time of a file; "none" if it is gone."""
     try:
         if isinstance(file, Path):
             status = file.stat()
@@ -234,5 +235,5 @@ def version_of(file: File) -> str:
 
 
 def size_of(file: File) -> int:
-    """Bytes of a file."""
+    """Size of a file [bytes]."""
     return file.stat().st_size if isinstance(file, Path) else file.size

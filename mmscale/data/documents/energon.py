@@ -1,6 +1,6 @@
 """Folders of WebDataset tars that Megatron-Energon has indexed (`energon prepare`): their shards and splits.
 
-The package is not needed. The samples are read as those of any archive; how energon would map their fields is not.
+The package is not needed. Samples are read like those of any archive; energon's field mapping is not applied.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _read(stem: Path) -> Mapping[str, Any]:
 
 
 def _names(patterns: Any) -> Iterator[str]:
-    """Names of shards, with `{000..019}` written out."""
+    """Names of shards, with `{000..019}` expanded."""
     for pattern in patterns:
         ranges = [_numbers(*found) for found in _BRACES.findall(pattern)]
         form = _BRACES.sub("{}", pattern)
@@ -64,7 +64,7 @@ def _numbers(first: str, last: str) -> list[str]:
 
 
 def facts_of(file: object) -> tuple[int, SplitName] | None:
-    """Samples and split of a shard of such a folder; None: it is of none."""
+    """Samples and split of a shard of such a folder; None: the file is not in one."""
     if not isinstance(file, Path):
         return None
     folder = next((one for one in file.parents if (one / META).is_dir()), None)

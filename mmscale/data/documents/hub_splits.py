@@ -1,6 +1,6 @@
-"""The split of a table by its name, as repositories of the Hugging Face Hub name them.
+"""The split of a table from its file name, by the conventions of the Hugging Face Hub.
 
-`data/train-00000-of-00002.parquet`, `train.parquet` and `train/0.parquet` are of the split train. No pyarrow.
+`data/train-00000-of-00002.parquet`, `train.parquet` and `train/0.parquet` belong to the split train. No pyarrow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmscale.errors import DataError
 
 TABLES = (".parquet", ".arrow")
 _SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
-_NAMES = {  # of the Hub's documentation
+_NAMES = {  # as in the Hub's documentation
     TRAIN: (TRAIN, "training"),
     VALIDATION: (VALIDATION, "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -25,7 +25,7 @@ _FOLDERS = (TRAIN, VALIDATION, "test")  # `dev` and `val` may be any folder
 
 
 def named_split(file: File) -> str:
-    """The split in the name of a table or of its folder: train, validation or another; "" if it names none."""
+    """The split in the name of a table or of its folder: train, validation or another; "" if there is none."""
     path = PurePosixPath(str(file))
     if path.suffix not in TABLES:
         return ""
@@ -35,10 +35,10 @@ def named_split(file: File) -> str:
 
 
 def refuse_other_splits(files: Sequence[File], pattern: str) -> None:
-    """Refuse files that one pattern has found if they are of a split besides train and validation, and of others.
+    """Refuse files matched by one pattern if some are of train or validation and others of another split.
 
     Raises:
-        DataError: they are.
+        DataError: there are such files.
     """
     found = {split: file for file in files if (split := named_split(file))}
     others = sorted(found.keys() - {TRAIN, VALIDATION})
@@ -50,9 +50,9 @@ def refuse_other_splits(files: Sequence[File], pattern: str) -> None:
 
 
 def splits_of(files: Iterable[File]) -> dict[File, SplitName]:
-    """The split of those files whose names say train or validation, if there are some of validation.
+    """The split of the files whose names say train or validation, if some say validation.
 
-    Otherwise a share of the documents is held out, as of any others, so training files are bound to no split.
+    Otherwise a share of the documents is held out as usual, so files named train are not bound to a split.
     """
     found: dict[File, SplitName] = {}
     for file in files:

@@ -1,6 +1,6 @@
 """JSONL, plain or compressed by gzip or zstd: a document in each line.
 
-Lines that name files are parsed when the file is cut, to see later whether those files changed.
+When a file is cut into runs, lines that name files are parsed, so that later changes of those files are noticed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmscale.data.documents.schema import Document, Rejected, parse_document
 from mmscale.data.documents.slices import Format, ItemStates, ReadSettings, RecordRun, Scan, digest_of
 from mmscale.errors import DataError
 
-MOST_LINE = 64 << 20  # bytes of JSON, whatever a file promises
+MOST_LINE = 64 << 20  # longest line [bytes]
 
 
 def _zstd(file: File) -> BinaryIO:
@@ -43,7 +43,7 @@ def _open(file: File) -> Any:
 
 
 def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
-    """Runs of `slice_records` lines; a compressed file is one run, as there is no way into its middle."""
+    """Runs of `slice_records` lines. A compressed file is one run, because reading cannot start in its middle."""
     packed = file.suffix in _PACKED
     digest, lines, offset, begins = hashlib.sha256(), 0, 0, True
     starts, items, states = list[tuple[int, int]](), list[str](), ItemStates(file)
@@ -70,7 +70,7 @@ def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
 
 
 def _named(line: bytes) -> list[Any]:
-    """Paths of items in a line; none if it is no document."""
+    """Paths of items in a line; empty if it is not a document."""
     try:
         content = bounded.parse_json(line)["content"]
         return [item.get("path") for item in content if isinstance(item, Mapping)]
@@ -79,7 +79,7 @@ def _named(line: bytes) -> list[Any]:
 
 
 def _read_line(stream: BinaryIO) -> bytes | None:
-    """The next line; None for one that is longer than MOST_LINE, of which nothing is kept."""
+    """The next line; None for one longer than MOST_LINE, which is discarded."""
     line = piece = stream.readline(MOST_LINE)
     while len(piece) == MOST_LINE and not piece.endswith(b"\n"):
         piece = stream.readline(MOST_LINE)

@@ -13,7 +13,7 @@ from mmscale.data.documents.schema import Document, Rejected
 from mmscale.data.documents.slices import Format, ReadSettings, RecordRun, Scan, cut, digest_of
 from mmscale.errors import DataError
 
-_ROWS_A_BYTE = 8  # of a file, at most: nulls take no room
+_ROWS_A_BYTE = 8  # upper bound of rows per byte of a file; nulls take almost no space
 _BATCH = 256  # rows decoded at a time
 
 
@@ -40,7 +40,7 @@ def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
 
 
 def _naming_files(opened: Any, settings: ReadSettings) -> list[str]:
-    """Leaves that may name files: `path` inside of the content. Bytes of items are not read for that."""
+    """Columns that may name files: `path` inside the content. The bytes of items are not read for that."""
     columns = settings.columns or ("content",)
     leaves = [opened.schema.column(index).path for index in range(len(opened.schema))]
     with_bytes = {leaf.rpartition(".")[0] for leaf in leaves if leaf.endswith(".bytes")}
@@ -54,10 +54,10 @@ def _naming_files(opened: Any, settings: ReadSettings) -> list[str]:
 
 
 def _rows(file: File, opened: Any) -> int:
-    """Records of a parquet file.
+    """Number of records of a parquet file.
 
     Raises:
-        DataError: it promises more than it has room for; lists of that length are made of them.
+        DataError: the file claims more than its size allows; lists of that length would be allocated.
     """
     rows: int = opened.metadata.num_rows
     if not 0 <= rows <= _ROWS_A_BYTE * size_of(file):
@@ -69,7 +69,7 @@ def _rows(file: File, opened: Any) -> int:
 
 
 class _Rows:
-    """Rows of one row group from one of them on: slices of a group that are read in order decode it once.
+    """Rows of one row group, starting at one of them. Slices of a group that are read in order decode it once.
 
     Attributes:
         at: number of the next row, in its file.
@@ -82,7 +82,7 @@ class _Rows:
         self._used = 0
 
     def take(self, first: int, count: int) -> Iterator[Row]:
-        """Rows first..first+count-1 of the file; a text instead of a row says why it cannot be read."""
+        """Rows first..first+count-1 of the file; a string instead of a row says why it cannot be read."""
         while count:
             if self._batch is None or self._used == self._batch.num_rows:
                 self._batch, self._used = next(self._batches), 0
@@ -97,7 +97,8 @@ class _Rows:
             yield from rows_of(some)
 
 
-_latest: dict[tuple[str, str, int], _Rows] = {}  # the row group that this process has read last, and how far
+# The row group that this process has read last, with the position in it.
+_latest: dict[tuple[str, str, int], _Rows] = {}
 
 
 def _version(file: File) -> str:

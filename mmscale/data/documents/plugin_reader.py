@@ -1,6 +1,6 @@
 """Reads document files of other formats through a plug-in (`data.prepare.reader`).
 
-readers.py reads the built-in formats. The plug-in gives records; schema.py checks them as those of any other file.
+readers.py reads the built-in formats. The plug-in returns records; schema.py checks them like those of any other file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PluginSlice:
 
     @property
     def identity(self) -> str:
-        """File content and the run of records; the plug-in's name is in the settings of the data set."""
+        """File content and the range of records; the plug-in's name is in the settings of the data set."""
         return f"{self.path.name}:{self.digest}:{self.first}+{self.count}"
 
     def read(self) -> Iterator[Document | Rejected]:
@@ -48,7 +48,7 @@ class PluginSlice:
 
         Raises:
             PluginError: the plug-in cannot be loaded.
-            DataError: it fails, or gives another number of records than it counted.
+            DataError: it fails, or returns another number of records than it counted.
         """
         resolve, made = folder_resolver(self.path.parent), plugins.make(self.use)
         number = self.first
@@ -101,7 +101,7 @@ def scan_with(
 
 
 def _item_states(use: Use, reader: Any, file: Path, first: int, count: int) -> str:
-    """State of the files that records name; what else may be wrong with the records is said when they are read."""
+    """State of the files that records name. Other problems of the records are reported when they are read."""
     states = ItemStates(file)
     for record in _guarded(use, file, lambda: reader.read(file, first, count)):
         content = record.get("content") if isinstance(record, Mapping) else None
@@ -111,12 +111,12 @@ def _item_states(use: Use, reader: Any, file: Path, first: int, count: int) -> s
 
 
 def _guarded(use: Use, file: Path, call: Callable[[], Any]) -> Iterator[Any]:
-    """What a call gives, one by one. Any error of the plug-in becomes one line that names it and the file."""
+    """The results of a call, one by one. Any error of the plug-in becomes one line that names it and the file."""
     try:
         yield from call()
     except MmscaleError:
         raise
-    except Exception as error:  # whatever a foreign reader does with a damaged file
+    except Exception as error:  # a plug-in may raise anything for a damaged file
         raise DataError(
             f"documents: {use.name} cannot read {file}: {type(error).__name__}: {error}",
             remedy="mend or remove the file, or correct the reader",

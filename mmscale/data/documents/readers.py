@@ -57,18 +57,19 @@ class FileSlice:
 
     @property
     def count(self) -> int:
-        """Records."""
+        """Number of records."""
         return self.run.count
 
     @property
     def identity(self) -> str:
-        """File content, the run of records, and their split; neither folder nor modification time."""
-        split = f":{self.run.split}" if self.run.split else ""  # others stay what they were before it was read
+        """File content, range of records, and their split; independent of folder and modification time."""
+        # Identities without a split are those of versions that did not read it.
+        split = f":{self.run.split}" if self.run.split else ""
         return f"{self.run.path.name}:{self.digest}:{self.run.first}+{self.run.count}{split}"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the format has to say to the user about the file."""
+        """Remarks of the format about the file, for the user."""
         return getattr(self.run.facts, "notes", ())
 
     @property
@@ -80,7 +81,7 @@ class FileSlice:
         """The slice's documents and rejections.
 
         Raises:
-            DataError: the file is gone, or not even a file of its kind, or has changed since it was digested.
+            DataError: the file is gone, is not of its format, or has changed since it was digested.
         """
         try:
             yield from FORMATS[self.suffix].read(self.run)
@@ -94,12 +95,12 @@ class FileSlice:
 
 
 def list_files(patterns: Sequence[str]) -> list[File]:
-    """Document files in the given order; what a glob finds is sorted, a file named twice is read once.
+    """Document files in the given order; results of a glob are sorted, and a file named twice is read once.
 
     A name may be a URL, and a folder of Hugging Face datasets.
 
     Raises:
-        DataError: a name matches nothing, or a file is of no known kind.
+        DataError: a name matches nothing, or a file has no known format.
     """
     found: dict[File, None] = {}
     for pattern in _named(patterns):
@@ -124,7 +125,7 @@ def list_files(patterns: Sequence[str]) -> list[File]:
 
 
 def list_local(patterns: Sequence[str]) -> list[Path]:
-    """The same for files of any kind, which others read: no URLs.
+    """The same for files of any kind that other modules read; no URLs.
 
     Raises:
         DataError: a name matches nothing, or is a URL.
@@ -166,8 +167,8 @@ def scan_files(
     Args:
         files: as from `list_files`.
         slice_records: records of a slice, at most.
-        threads: files read at a time (hashing releases the interpreter lock).
-        settings: what decides what records become.
+        threads: files read at a time (hashing releases the GIL).
+        settings: decide how records are converted.
 
     Raises:
         DataError: a file cannot be read or is damaged as a whole.

@@ -1,4 +1,4 @@
-"""Rows of tables (parquet, Arrow) as documents: columns named as keys of a document, or columns that make one up."""
+"""Rows of tables (parquet, Arrow) as documents: the columns are keys of a document, or are combined to its content."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmscale.errors import DataError
 
 _OWN = tuple(key for key in KEYS if key not in ("content", "metadata"))
 
-Row = Mapping[str, Any] | str  # a text instead of a row says why it cannot be read
+Row = Mapping[str, Any] | str  # a string instead of a row says why it cannot be read
 
 
 def read_columns(file: File, names: Sequence[str], settings: ReadSettings) -> list[str]:
-    """The columns that are read.
+    """The columns to read.
 
     Args:
         file: for messages.
@@ -27,7 +27,7 @@ def read_columns(file: File, names: Sequence[str], settings: ReadSettings) -> li
         settings: `columns` and `ignore`.
 
     Raises:
-        DataError: there is no content, or a column is no key of documents.
+        DataError: there is no content, or a column is not a key of documents.
     """
     if settings.columns:
         missing = [name for name in settings.columns if name not in names]
@@ -52,7 +52,10 @@ def read_columns(file: File, names: Sequence[str], settings: ReadSettings) -> li
 
 
 def rows_of(batch: Any) -> list[Row]:
-    """Rows of a record batch; one that no Python value can be made of is a text, for instance where it is not UTF-8."""
+    """Rows of a record batch.
+
+    A string instead of a row says why it cannot be converted, e.g. text that is not UTF-8.
+    """
     try:
         found: list[Row] = batch.to_pylist()
         return found
@@ -75,7 +78,7 @@ def documents_of(part: RecordRun, rows: Iterable[Row], split: str | None = None)
     Args:
         part: the run.
         rows: its rows.
-        split: of rows that have none; None: the one that the name of the file says.
+        split: of rows that name none; None: the split in the name of the file.
     """
     resolve, split = resolver_of(part.path), split or part.split
     for number, row in enumerate(rows, start=part.first):
@@ -95,9 +98,9 @@ def with_item_states(
     """The runs, with the state of the files that their rows name.
 
     Args:
-        file: that they are of.
+        file: of the runs.
         runs: all of them.
-        batches: of all rows, with the columns that name files.
+        batches: all rows, with the columns that name files.
         columns: `data.prepare.columns`.
     """
     states, found, row = ItemStates(file), list[RecordRun](), 0
@@ -115,13 +118,14 @@ def with_item_states(
 
 def _record(row: Mapping[str, Any], columns: Sequence[str]) -> Mapping[str, Any]:
     plain = dict(row)
-    if isinstance(plain.get("id"), float) and plain["id"].is_integer():  # a column of numbers in which some are missing
+    # An integer column with missing values becomes a column of floats.
+    if isinstance(plain.get("id"), float) and plain["id"].is_integer():
         plain["id"] = int(plain["id"])
     if columns:
         values = [_codes(name, row.get(name)) for name in columns]
         content = [piece for value in _in_order(values) for piece in _pieces(value)]
         return {name: plain[name] for name in _OWN if name in plain and name not in columns} | {"content": content}
-    for key in ("content", "loss"):  # they may be columns of JSON text, which needs no nested schema
+    for key in ("content", "loss"):  # both may be columns of JSON text, for which a table needs no nested schema
         value = plain.get(key)
         if isinstance(value, str) and value[:1] in "[{":
             try:
@@ -132,14 +136,14 @@ def _record(row: Mapping[str, Any], columns: Sequence[str]) -> Mapping[str, Any]
 
 
 def _codes(name: str, value: Any) -> Any:
-    """A list of whole numbers is the codes of an item of the modality that the column is named after."""
+    """A list of integers means the codes of an item, whose modality is the name of the column."""
     if isinstance(value, list) and value and all(type(one) is int for one in value):
         return {"type": "tokens", "modality": name, "ids": value}
     return value
 
 
 def _in_order(values: list[Any]) -> list[Any]:
-    """The values of the columns. Lists of one length are parallel, with nothing where another one has something."""
+    """The values of the columns. Lists of the same length are interleaved; an entry may be null."""
     lists = [value for value in values if isinstance(value, list)]
     if len(lists) == len(values) > 1 and len({len(one) for one in lists}) == 1:
         return [value for several in zip(*lists, strict=True) for value in several]
@@ -157,4 +161,4 @@ def _pieces(value: Any) -> Iterator[Any]:
         for one in value:
             yield from _pieces(one)
     elif value is not None:
-        yield value  # refused with its place
+        yield value  # `parse_document` refuses it and reports its position

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from mmscale.data.arrays import parse_array, read_array
 
 TRAIN, VALIDATION = "train", "validation"
-KEYS = ("id", "content", "loss", "group", "split", "metadata")  # of a record; metadata is for the user, and not read
+# Keys of a record; `metadata` is for the user and is not read.
+KEYS = ("id", "content", "loss", "group", "split", "metadata")
 SplitName = Literal["train", "validation"]
 
 
@@ -31,7 +32,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """An item of a modality other than text: a file, an encoded file's bytes, or its values as an array."""
+    """An item of a modality other than text: a file, the bytes of a file, or its values as an array."""
 
     source: Path | bytes | NDArray[Any]
     name: str = ""  # for messages
@@ -65,7 +66,7 @@ class Document:
         content: pieces in reading order.
         where: file and record, for messages.
         loss: modalities whose labels are trained on; None: all of them.
-        split: the split it belongs to, whatever its group.
+        split: its split, regardless of its group.
         group: documents of one group are in the same split; None: the id is the group.
     """
 
@@ -86,7 +87,7 @@ class Document:
         return self.items("image")
 
     def split_for(self, held_out: float) -> SplitName:
-        """The split it belongs to: `split` if it is given, else by a hash of its group or id.
+        """Its split: `split` if it is set, otherwise determined by a hash of its group or id.
 
         Args:
             held_out: share of documents for validation, 0..1.
@@ -108,28 +109,31 @@ class Rejected:
 
 
 class DocumentSlice(Protocol):
-    """A fixed run of records of one input: parts are made of these, and workers receive them (so they pickle)."""
+    """A fixed range of records of one input.
+
+    Parts are made of slices, and workers receive them (so they can be pickled).
+    """
 
     @property
     def count(self) -> int:
-        """Records in the slice (blank lines of a JSONL file count, they yield nothing)."""
+        """Number of records in the slice (blank lines of a JSONL file are counted, but yield nothing)."""
 
     @property
     def identity(self) -> str:
-        """Changes if any record of the slice may have changed."""
+        """A string that changes if any record of the slice may have changed."""
 
     def read(self) -> Iterator[Document | Rejected]:
         """The slice's documents and rejections, always the same in the same order."""
 
 
-_SHOWN = 200  # characters of a path in a message
+_SHOWN = 200  # longest path in a message [characters]
 
 
 class BadDocumentError(Exception):
     """Why a record is not a document; becomes Rejected.reason."""
 
 
-# Turns the path of an item into something to load; raises BadDocumentError.
+# Returns the file or the bytes of an item for its path; raises BadDocumentError.
 Resolver = Callable[[str], Path | bytes]
 
 
@@ -164,13 +168,13 @@ def folder_resolver(folder: Path) -> Resolver:
 def parse_document(
     record: Any, *, where: str, fallback_id: str, resolve: Resolver, ignore: Collection[str] = ()
 ) -> Document | Rejected:
-    """Check one decoded record.
+    """Check one decoded record and convert it.
 
     Args:
         record: the JSON object of a line, or a row of the same columns.
         where: file and record, for messages.
         fallback_id: id of a record that has none.
-        resolve: looks up image paths.
+        resolve: finds the files of items.
         ignore: further keys that a record may have; they are not read.
     """
     document_id = fallback_id
@@ -196,7 +200,7 @@ def _parse_name(record: Mapping[str, Any], key: str) -> str | None:
 
 
 def _check_keys(record: Mapping[str, Any], ignore: Collection[str]) -> None:
-    """A key that is not known is a mistake more often than not: `"task"`, `"splits"`."""
+    """Refuse unknown keys, which are usually mistakes: `"task"`, `"splits"`."""
     for key, value in record.items():
         if key in KEYS or key in ignore or value is None:
             continue
@@ -283,14 +287,14 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], int, Resolver], Content | None]
     "image": _parse_file,
     "tokens": _parse_tokens,
 }
-# Modality of a file in a WebDataset sample by its suffix.
+# The modality of a file in a WebDataset sample, by its suffix.
 SUFFIXES: dict[str, str] = dict.fromkeys(
     ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"), "image"
 )
 
 
 def know_modality(name: str, suffixes: Iterable[str]) -> None:
-    """Have documents hold items `{"type": name, "path": ...}`; called by the table of modalities.
+    """Allow items `{"type": name, "path": ...}` in documents; called by the table of modalities.
 
     Args:
         name: the modality.
@@ -313,7 +317,7 @@ def _parse_loss(loss: Any) -> tuple[str, ...] | None:
 
 
 def clean(text: str, what: str) -> str:
-    """JSON may spell half of a surrogate pair, which no tokenizer and no UTF-8 file can hold."""
+    """The text, after refusing half surrogate pairs: JSON may contain them, but tokenizers and UTF-8 files cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

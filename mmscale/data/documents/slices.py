@@ -1,6 +1,6 @@
-"""What readers of document files are given and what they give: a run of records, and how a file is cut into runs.
+"""Inputs and outputs of readers of document files: a run of records, and how a file is cut into runs.
 
-readers.py has the table of formats; each format is a file beside it.
+readers.py has the table of formats; each format has its own file in this folder.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mmscale.data.documents.schema import Document, Rejected, SplitName
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """Settings of `data.prepare` that decide what records become.
+    """Settings of `data.prepare` that decide how records are converted.
 
     Attributes:
         ignore: keys of a record that are not read.
         captions: suffixes of captions in WebDataset archives, lower case, without the dot.
-        columns: of tables, those that make up a document, in their order; (): they are named as keys of a document.
-        half_pairs: what becomes of a sample of such an archive without its caption or its item.
+        columns: columns of tables that are combined to a document, in order; (): columns are keys of a document.
+        half_pairs: what to do with samples of such an archive that lack the caption or the item.
     """
 
     ignore: tuple[str, ...] = ()
@@ -38,11 +38,11 @@ class RecordRun:
     Attributes:
         path: the file.
         first, count: the records.
-        offset: byte at which the first record starts, where the format has one.
-        settings: what decides what records become.
-        facts: what the format found out about the file or the run when it was cut.
+        offset: byte at which the first record starts, if the format uses it.
+        settings: decide how records are converted.
+        facts: data that the format's `scan` passes to its `read`.
         items: state of the files that the records name (sizes and times), hashed; "": they name none.
-        split: of records that name none, by the name of the file; None: it says none.
+        split: of records that name none, from the name of the file; None: it names none.
     """
 
     path: File
@@ -89,7 +89,7 @@ def cut(file: File, total: int, slice_records: int, settings: ReadSettings) -> l
 
 
 def digest_of(file: File) -> str:
-    """SHA-256 of a file; of what a store says about one, where that changes with the content."""
+    """SHA-256 of a file; for a remote file with a version, of that version."""
     if isinstance(file, RemoteFile) and file.version:
         return hashlib.sha256(f"{file.size}:{file.version}".encode()).hexdigest()
     stream: Any
@@ -102,19 +102,19 @@ class ItemStates:
     """Collects the sizes and times of files that records name, so that a changed picture is noticed.
 
     Attributes:
-        file: beside which they are.
+        file: the document file; names are relative to its folder.
     """
 
     file: File
     _states: list[str] = field(default_factory=list)
 
     def add(self, names: Sequence[Any]) -> None:
-        """Files named by a record, whatever the names are."""
+        """Add the files that a record names; invalid names are allowed."""
         for name in names:
             if isinstance(name, str):
                 self._states.append(f"{name!r} {state_of(self.file, name)}")
 
     def take(self) -> str:
-        """Hash of what was added since the last call; "" if nothing was."""
+        """Hash of everything added since the last call; "" if nothing was."""
         states, self._states = self._states, []
         return hashlib.sha256("\n".join(states).encode()).hexdigest() if states else ""

@@ -1,6 +1,7 @@
-"""WebDataset tar: neighbouring members with one name before the first dot are a document.
+"""WebDataset tar: neighbouring members with the same name up to the first dot are a document.
 
-An archive is read to its closing blocks when it is cut: tarfile takes a damaged header in the middle for the end.
+When an archive is cut into runs, it is read up to its closing blocks, because tarfile treats a damaged header in the
+middle as the end.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from mmscale.data.documents.schema import (
 )
 from mmscale.data.documents.slices import Format, ReadSettings, RecordRun, Scan, digest_of
 
-# Bounds on one sample, whatever a file promises: a sparse archive of 2 kB may claim members of 20 GB.
+# Bounds on one sample, because headers may claim anything: a sparse archive of 2 kB can have members of 20 GB.
 MOST_SAMPLE = 256 << 20  # bytes of all members
 MOST_MEMBERS = 10_000
-MOST_BAD = 0.1  # share of samples that may be half pairs or in several places before the archive is refused
-_OF_A_PAIR = ("id", "loss", "group", "split")  # keys of a pair's .json that are read beside its caption
+MOST_BAD = 0.1  # an archive with a larger share of incomplete or repeated samples is refused
+_OF_A_PAIR = ("id", "loss", "group", "split")  # keys of a pair's .json that are read besides its caption
 _CAPTION_KEYS = ("caption", "text")  # of a pair's .json
 CODES = "npy"  # suffix of a picture's codes
 _CODES_OF = "image"
@@ -44,10 +45,10 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class ArchiveFacts:
-    """What one run of records has to know of its archive.
+    """Data about the archive that every run of its records needs.
 
     Attributes:
-        repeated: keys of the run that appear in several places of the archive.
+        repeated: keys of the run that occur in several places of the archive.
         pairs: whether the archive has samples with a caption and an item.
         split: of samples that name none.
         notes: for the user.
@@ -66,16 +67,16 @@ def _key(name: str) -> str:
 
 
 def _field(name: str) -> str:
-    """What stands behind the first dot, lower case."""
+    """The part of the file name after the first dot, lower case."""
     return PurePosixPath(name).name.partition(".")[2].lower()
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """Neighbouring regular members of one key."""
+    """Neighbouring regular members with the same key."""
     key, members, end = "", list[tarfile.TarInfo](), -1
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw
-        if member.size < 0 or member.offset <= end:  # it would be read again and again
+        if member.size < 0 or member.offset <= end:  # such a member would be read in an endless loop
             raise tarfile.ReadError(f"{member.name} has an impossible size")
         end = member.offset
         if not member.isreg():  # links and devices are never followed
@@ -92,7 +93,7 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarIn
 
 
 class _Stream(io.BufferedReader):
-    """A file of which no more is read at once than a sample may have: headers may promise anything."""
+    """A file from which at most the size of a sample is read at once, because headers may claim anything."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MOST_SAMPLE:
@@ -105,7 +106,7 @@ def _open_tar(file: File, *, offset: int = 0) -> Iterator[tarfile.TarFile]:
     """An archive, read from an offset on.
 
     Raises:
-        tarfile.TarError: whatever is wrong with it. tarfile raises almost anything on damaged headers.
+        tarfile.TarError: for any damage. tarfile itself raises almost anything on damaged headers.
     """
     try:
         with _Stream(_raw(file)) as stream:
@@ -132,7 +133,7 @@ def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
                 repeated.setdefault(key, [])
             seen.add(short)
             kinds[kind := _kind(archive, members, settings)] += 1
-            if kind != "document" and len(unread) < MOST_MEMBERS:  # a document may name any member
+            if kind != "document" and len(unread) < MOST_MEMBERS:  # the .json of a document may refer to any member
                 unread.update({_field(member.name) for member in members} - _READ - set(settings.captions))
             total += 1
         _check_end(archive)
@@ -158,9 +159,9 @@ def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
 
 
 def _kind(archive: tarfile.TarFile, members: Sequence[tarfile.TarInfo], settings: ReadSettings) -> str:
-    """What a sample seems to be: pair, caption, item, document (its .json has `content`) or other.
+    """The kind of a sample: pair, caption, item, document (its .json has `content`) or other.
 
-    Names of members decide where they can. Else the .json is read: it may have the caption, or be a document.
+    If the names of members do not decide, the .json is read: it may have the caption, or be a document.
     """
     fields = {_field(member.name) for member in members}
     caption, item = bool(fields & set(settings.captions)), bool(fields & {*SUFFIXES, CODES})
@@ -173,7 +174,7 @@ def _kind(archive: tarfile.TarFile, members: Sequence[tarfile.TarInfo], settings
 
 
 def _notes(unread: Mapping[str, int], total: int) -> tuple[str, ...]:
-    """What to say of members that no document uses, where most samples have them."""
+    """Remarks about members that no document uses, if most samples have them."""
     found = sorted(field for field, count in unread.items() if 2 * count > total)
     if not found:
         return ()
@@ -182,7 +183,7 @@ def _notes(unread: Mapping[str, int], total: int) -> tuple[str, ...]:
 
 
 def _record_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Mapping[str, Any] | None:
-    """The content of a .json; None: it is no object, and is rejected when it is read."""
+    """The content of a .json; None: it is not an object, and the sample is rejected when it is read."""
     if member.issparse() or member.size > MOST_SAMPLE:
         return None
     opened = archive.extractfile(member)
@@ -195,10 +196,10 @@ def _record_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Mapping[str
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Refuse an archive that does not end with the closing blocks, or behind which there is something.
+    """Refuse an archive that does not end with the closing blocks, or that has data after them.
 
     Raises:
-        tarfile.ReadError: it is damaged, cut, or followed by another one.
+        tarfile.ReadError: it is damaged, truncated, or followed by another one.
     """
     stream: Any = archive.fileobj
     size = stream.seek(0, io.SEEK_END)
@@ -237,7 +238,7 @@ def _printable(name: str) -> str:
 
 
 def _refused(key: str, members: Sequence[tarfile.TarInfo], facts: ArchiveFacts) -> str:
-    """Why a sample is not read; "" if it is."""
+    """Why a sample is not used; "" if it is."""
     if key in facts.repeated:
         return "its members are not next to each other in the archive, or its key appears twice"
     if any(member.issparse() for member in members):
@@ -253,7 +254,7 @@ def _refused(key: str, members: Sequence[tarfile.TarInfo], facts: ArchiveFacts) 
 
 
 def _parse_sample(key: str, files: Mapping[str, bytes], where: str, part: RecordRun) -> Document | Rejected:
-    """A sample with a .json that has `content` is a document; else its text and its image are a pair."""
+    """A sample with a .json that has `content` is a document; otherwise its text and its image are a pair."""
     record: Any = {}
     described = next((data for name, data in files.items() if name.lower() == "json"), None)
     try:
@@ -273,18 +274,20 @@ def _parse_sample(key: str, files: Mapping[str, bytes], where: str, part: Record
 
 
 def _pair(key: str, files: Mapping[str, bytes], record: Mapping[str, Any], part: RecordRun) -> Mapping[str, Any]:
-    """Caption and image, either one first: half of the pairs teach drawing, half describing (by a hash of the key).
+    """A document with caption and image.
 
-    The .json of a pair describes the picture in keys of its maker; those that are not a document's are not read.
+    By a hash of the key, half of the pairs have the image first, half the caption.
+
+    The .json of a pair may have further keys about the picture, which are not read.
 
     Raises:
-        BadDocumentError: it is half a pair among whole ones, or its caption is no text.
+        BadDocumentError: the pair is incomplete although other samples are pairs, or its caption is not text.
     """
     caption = _caption(files, record, part.settings)
     items: list[dict[str, Any]] = [
         {"type": SUFFIXES[name.lower()], "path": name} for name in files if name.lower() in SUFFIXES
     ]
-    if not items:  # beside a picture it may be anything, for instance an embedding
+    if not items:  # next to a picture it may be anything, for instance an embedding
         items = [{"type": "tokens", "modality": _CODES_OF, "path": name} for name in files if name.lower() == CODES]
     if part.facts.pairs and part.settings.half_pairs == "reject" and not (caption and items):
         missing = "a picture or another item" if caption else "a caption"
@@ -298,7 +301,7 @@ def _pair(key: str, files: Mapping[str, bytes], record: Mapping[str, Any], part:
 
 
 def _caption(files: Mapping[str, bytes], record: Mapping[str, Any], settings: ReadSettings) -> Any:
-    """The text of a pair: of a member, else of the .json; "" if there is none."""
+    """The caption of a pair: a member, or in the .json; "" if there is none."""
     lower = {name.lower(): data for name, data in files.items()}
     found = next((lower[suffix] for suffix in settings.captions if suffix in lower), None)
     if found is None:

@@ -1,6 +1,6 @@
-"""Short recordings as a modality: WAV files, a k-means codebook of log-mel frames, Griffin-Lim for the way back.
+"""Short recordings as a modality: WAV files, a k-means codebook of log-mel frames, decoded by Griffin-Lim.
 
-`convert to-hf` puts this very file beside the weights, so it imports nothing of this package, and no more than NumPy.
+`convert to-hf` copies this file next to the weights, so it imports nothing of this package, and only NumPy.
 
 Letters: n recordings, S samples, F frames, M mel bands, T tokens of a recording, K codes, D numbers of a code.
 """
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 MOST_SECONDS = 600  # longer files are refused before they are read
 _WINDOW_S, _HOP_S = 0.04, 0.01  # of the short-time Fourier transform [s]
-_QUIETEST_PEAK_DB = -40.0  # below it a recording is silence: nothing in it is loud because it is the loudest
-_FLOOR_DB, _STEPS = -80.0, 255  # a band is a whole number of steps above the floor, relative to the peak
-_LOUD = 0.02  # share of the peak from which on something is heard; silence before it is cut off
-_ROUNDS = 32  # of Griffin-Lim
+# A recording with a lower peak is silence: levels are relative to the peak and would amplify noise.
+_QUIETEST_PEAK_DB = -40.0
+_FLOOR_DB, _STEPS = -80.0, 255  # a band's level is an integer number of steps above the floor, relative to the peak
+_LOUD = 0.02  # sound begins at this share of the peak; silence before it is cut off
+_ROUNDS = 32  # iterations of Griffin-Lim
 _SETTINGS, _CODEBOOK = "audio_tokenizer.json", "codebook.npy"
 
 
@@ -33,9 +34,9 @@ class AudioSettings:
 
     Attributes:
         rate: samples per second; recordings are resampled.
-        seconds: length of every recording; silence is added, or the end cut off.
+        seconds: length of every recording; shorter ones are padded with silence, longer ones are cut off.
         bands: mel bands of a frame.
-        frames: frames of 10 ms that become one token together.
+        frames: frames of 10 ms that together become one token.
         fit_items: recordings that the codebook is fitted to, at most.
     """
 
@@ -46,7 +47,7 @@ class AudioSettings:
     fit_items: int = 4000
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Refuse invalid settings."""
         for name, least, most in (
             ("rate", 2000, 48000),
             ("bands", 4, 256),
@@ -61,9 +62,9 @@ class AudioSettings:
 
 
 class AudioCodec:
-    """Every `frames` frames' nearest entry of a codebook is a token.
+    """A tokenizer: a token is the nearest entry of a codebook for every `frames` frames.
 
-    Frames are whole numbers, so of given frames the codes do not depend on the machine.
+    Frames are integers, so for given frames the codes do not depend on the machine.
 
     Args:
         settings: of the frames.
@@ -218,13 +219,13 @@ class AudioModality:
 
     @staticmethod
     def picture(values: NDArray[Any], codec: AudioCodec) -> NDArray[np.uint8]:
-        """Its bands over time, low ones at the bottom, uint8 [bands, frames, 1]."""
+        """The levels of its bands over time, low bands at the bottom, uint8 [bands, frames, 1]."""
         frames = codec.features(np.asarray(values)[None]).reshape(-1, codec.settings.bands)
         return np.ascontiguousarray(frames.T[::-1, :, None])
 
     @staticmethod
     def quality(codec: AudioCodec, items: NDArray[Any]) -> dict[str, Any]:
-        """Error of the bands [dB, root of the mean square], and the number of codes in use."""
+        """Root mean square error of the bands [dB], and the number of codes in use."""
         codes = codec.encode(items)
         lost = codec.features(items).astype(np.float64) - codec.codebook_KD[codes.reshape(-1)]
         error = round(float(np.sqrt(np.mean(lost**2)) * (-_FLOOR_DB / _STEPS)), 3)
@@ -233,19 +234,19 @@ class AudioModality:
 
 
 def _of_codes(settings: AudioSettings) -> dict[str, Any]:
-    """The settings that decide codes."""
+    """The settings that affect codes."""
     return {name: value for name, value in asdict(settings).items() if name != "fit_items"}
 
 
 def mel_bands(rate: int, window: int, bands: int) -> NDArray[np.float64]:
-    """Weights [bands, window // 2 + 1] of triangles that are equally wide on the mel scale (O'Shaughnessy 1987)."""
+    """Weights [bands, window // 2 + 1] of triangles of equal width on the mel scale (O'Shaughnessy 1987)."""
     top = 2595 * np.log10(1 + rate / 2 / 700)
     edges = 700 * (10 ** (np.linspace(0, top, bands + 2) / 2595) - 1)
     bins = np.fft.rfftfreq(window, 1 / rate)
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     weights: NDArray[np.float64] = np.maximum(0, np.minimum(rising, falling))
-    # Low bands may lie between two bins of the transform: they take the nearest one.
+    # A low band may lie between two bins of the transform; it gets the nearest bin.
     for band in np.flatnonzero(weights.sum(axis=1) == 0):
         weights[band, np.abs(bins - edges[band + 1]).argmin()] = 1.0
     return weights
@@ -261,7 +262,7 @@ def spectra(waves_nS: NDArray[Any], window: int, hop: int) -> NDArray[np.complex
 
 
 def waves_of(spectra_nFB: NDArray[Any], window: int, hop: int) -> NDArray[np.float64]:
-    """Waves [n, frames * hop] of the least squared distance to given spectra."""
+    """Waves [n, frames * hop] with the least squared distance to given spectra."""
     n, count = spectra_nFB.shape[:2]
     frames = np.fft.irfft(spectra_nFB, n=window, axis=-1) * _hann(window)
     total = np.zeros((n, count * hop + window))
@@ -298,7 +299,7 @@ def _read_wav(source: Path | bytes) -> tuple[NDArray[np.float64], int]:
     elif width in (2, 3, 4):
         raw = np.frombuffer(content[: len(content) // width * width], np.uint8).reshape(-1, width)
         wide = np.zeros((len(raw), 4), np.uint8)
-        wide[:, 4 - width :] = raw  # the high bytes of little-endian numbers
+        wide[:, 4 - width :] = raw  # fill the high bytes of little-endian integers
         samples = wide.view("<i4")[:, 0] / 2.0**31
     else:
         raise ValueError(f"it has samples of {width} bytes")
@@ -307,7 +308,7 @@ def _read_wav(source: Path | bytes) -> tuple[NDArray[np.float64], int]:
 
 
 def _resampled(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np.float64]:
-    """The same sound at another rate, by its Fourier transform."""
+    """The same sound at another rate, through its Fourier transform."""
     if rate == wanted or not len(samples):
         return samples
     count = max(1, round(len(samples) * wanted / rate))

@@ -1,7 +1,7 @@
 """Creates the tokenizers of a data set: trained on a sample of its training documents, or loaded.
 
-All are deterministic, so an interrupted run that is started again creates the same ones. Held-out documents are used
-only to measure the reconstruction of items. The file of a modality fits its own tokenizer.
+Everything is deterministic, so an interrupted run that is started again creates the same tokenizers. Held-out documents
+are used only to measure the reconstruction of items. Each modality's own module fits its tokenizer.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _MEASURED_ITEMS = 1024
 def text_tokenizer(
     out: Path, settings: PrepareConfig, vocabulary: Vocabulary, slices: Sequence[DocumentSlice], reporter: Reporter
 ) -> TextTokenizer:
-    """The data set's text tokenizer: what an earlier run left, else the one named, else a new one.
+    """The data set's text tokenizer: that of an earlier run, or the one named in the settings, or a new one.
 
     Raises:
-        DataError: it does not fit the text range, or a named file cannot be read.
+        DataError: it does not fit into the text range, or a named file cannot be read.
     """
     low, high = vocabulary.ranges[0]
     folder = out / text_tokens.FOLDER
@@ -76,7 +76,7 @@ def text_tokenizer(
 
 
 def _used(ids: int, size: int) -> str:
-    """How much of the text range a tokenizer takes, and what that means."""
+    """How much of the text range a tokenizer uses, and what follows from that."""
     if ids < size:
         return f"{ids} of {size} ids in use; these texts repeat too little for more, the others stay unused"
     return f"all {size} ids in use; more ids in vocab.modalities would make documents shorter"
@@ -85,11 +85,11 @@ def _used(ids: int, size: int) -> str:
 def item_tokenizers(
     out: Path, settings: PrepareConfig, vocabulary: Vocabulary, slices: Sequence[DocumentSlice], reporter: Reporter
 ) -> dict[str, Codec]:
-    """The data set's other tokenizers by modality, likewise; those of which there are items.
+    """The data set's other tokenizers by modality, likewise, for modalities of which there are items.
 
     Raises:
         ConfigError: their settings do not fit each other.
-        DataError: codes do not fit a range, or a named folder cannot be read.
+        DataError: codes do not fit into a range, or a named folder cannot be read.
     """
     found = {}
     for name in vocabulary.names[1:]:
@@ -187,7 +187,7 @@ def _measure(codec: Codec, items: Sample) -> dict[str, Any]:
 
 
 def save_whole(codec: Codec, folder: Path, *, measured: dict[str, Any]) -> None:
-    """Write a tokenizer and its measured quality so that the folder is there whole or not at all."""
+    """Write a tokenizer and its measured quality into a folder, atomically."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     codec.save(temporary)
@@ -200,7 +200,7 @@ def save_whole(codec: Codec, folder: Path, *, measured: dict[str, Any]) -> None:
 
 
 def _documents(piece: DocumentSlice, split: SplitName, held_out: float) -> Iterator[Document]:
-    """A slice's good documents of one split; bad ones are reported when the parts are made."""
+    """A slice's valid documents of one split; invalid ones are reported when the parts are made."""
     return (item for item in piece.read() if isinstance(item, Document) and item.split_for(held_out) == split)
 
 

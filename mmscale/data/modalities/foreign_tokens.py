@@ -1,6 +1,6 @@
-"""A `.tiktoken` file as a tokenizer.json.
+"""Converts a `.tiktoken` file to a tokenizer.json.
 
-The result is checked on a sample of texts against the ranks of the file, so that no id differs in silence.
+The result is compared with the ranks of the file on a sample of texts, so that no id differs unnoticed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmscale import bounded
 from mmscale.errors import DataError
 
 SUFFIX = ".tiktoken"
-# How texts are cut before bytes are joined: the pattern of cl100k_base (GPT-4, Llama 3 has the same but for digits).
+# Cuts texts into pieces before bytes are merged: the pattern of cl100k_base (GPT-4; Llama 3's differs for digits).
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,8 +35,8 @@ def converted(file: Path, *, pattern: str = PATTERN, sample: Iterable[str] = _SA
     """The content of a tokenizer.json with the ids of a `.tiktoken` file.
 
     Args:
-        file: a token in base64 and its rank in each line; ranks are ids.
-        pattern: regular expression that cuts texts; the file does not say it.
+        file: each line has a token in base64 and its rank, which is its id.
+        pattern: regular expression that cuts texts into pieces; the file does not contain it.
         sample: texts on which both are compared.
 
     Raises:
@@ -90,20 +90,20 @@ def _read(file: Path) -> dict[bytes, int]:
 
 
 def _letters() -> dict[int, str]:
-    """The letter that byte-level tokenizers write for each byte (GPT-2's table)."""
+    """The character that byte-level tokenizers use for each byte (GPT-2's table)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in set(shown)]
     return {byte: chr(byte) for byte in shown} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
 
 
 def _joined(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> tuple[bytes, bytes] | None:
-    """The two tokens that were joined last into this one; None if ranks below its own do not lead to it."""
+    """The two tokens whose merge gives this one; None if merging with lower ranks does not lead to it."""
     parts = _parts(token, ranks, below=below)
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def _by_ranks(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """Ids as tiktoken finds them: of all neighbours the pair of lowest rank is joined, until none can be."""
+    """Ids as tiktoken computes them: the neighbouring pair with the lowest rank is merged, until none is left."""
     if piece in ranks:
         return [ranks[piece]]
     return [ranks[part] for part in _parts(piece, ranks, below=1 << 62)]

@@ -20,8 +20,8 @@ from mmscale.data.modalities.modality import Report, Sample, Tally
 from mmscale.errors import ConfigError
 from mmscale.tables.settings import IMAGE_FITS
 
-_PATCHES_PER_IMAGE = 8  # an image is read for every 8 patches asked for: enough variety without reading everything
-_PATCHES_PER_CODE = 40  # k-means centres of fewer patches describe these patches and not new ones
+_PATCHES_PER_IMAGE = 8  # one image is read for every 8 requested patches: enough variety without reading all images
+_PATCHES_PER_CODE = 40  # with fewer patches per code, k-means overfits to them
 _LEAST_CODES = 16
 
 
@@ -31,12 +31,12 @@ class ImageModality:
     name: ClassVar[str] = "image"
     suffixes: ClassVar[tuple[str, ...]] = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
     written: ClassVar[str] = ".png"
-    files: ClassVar[tuple[str, ...]] = (SETTINGS,)  # and what its kind has
-    shipped: ClassVar[bool] = False  # exports have image_codes_moma.py and pixels_moma.py
+    files: ClassVar[tuple[str, ...]] = (SETTINGS,)  # and the files of the tokenizer's kind
+    shipped: ClassVar[bool] = False  # exports contain image_codes_moma.py and pixels_moma.py instead
 
     @staticmethod
     def fit(settings: Mapping[str, Any], items: Sample, codes: int, report: Report) -> ImageTokenizer | None:
-        """The tokenizer of `data.prepare.image`, fitted to training images where it has a codebook.
+        """The tokenizer of `data.prepare.image`, fitted to training images if it has a codebook.
 
         Raises:
             ConfigError: its settings do not fit each other.
@@ -60,17 +60,17 @@ class ImageModality:
 
     @staticmethod
     def read_counted(source: Any, codec: Any, tally: Tally) -> NDArray[np.uint8]:
-        """The same, and counts pictures that were not square or not opaque."""
+        """The same as `read`; counts pictures that were not square or not opaque."""
         return read_pixels(source, size=codec.size, channels=codec.channels, fitting=codec.fitting, tally=tally)
 
     @staticmethod
     def salvage(source: Any) -> NDArray[np.uint8]:
-        """What can be read of a damaged picture, for `read`."""
+        """The readable part of a damaged picture, as a source for `read`."""
         return salvaged(source)
 
     @staticmethod
     def remarks(tally: Mapping[str, float], codec: Any) -> list[str]:
-        """What was done to pictures that were not square, and to transparent ones."""
+        """Sentences about pictures that were not square or not opaque, and how they were converted."""
         found, count, fitting = [], int(tally.get(PICTURES, 0)), codec.fitting
         if oblong := int(tally.get(OBLONG, 0)):
             done = IMAGE_FITS[fitting.fit].done.format(share=f"{tally.get(LOST, 0) / oblong:.0%}")

@@ -21,22 +21,22 @@ from numpy.typing import NDArray
 from mmscale.data.modalities.image_settings import Fitting
 from mmscale.data.modalities.modality import Tally, count
 
-# Bounds on the memory that a picture takes, as in the exported processor (huggingface/shipped/pixels_moma.py).
-# A PNG of a few kB may unpack to 300 MB of RGB: larger pictures are refused before they are decoded.
+# Bounds on the memory for a picture, as in the exported processor (huggingface/shipped/pixels_moma.py). A PNG of a few
+# kB may unpack to 300 MB of RGB. Larger pictures are refused before they are decoded.
 MAX_PIXELS = 100_000_000
-# Numbers of 32 bits take several times the memory of bytes while they are scaled.
+# The bound for 32-bit pixels, which take several times the memory of bytes while they are scaled.
 MAX_NUMBERS = 25_000_000
 # Before a crop the short side is resized to the wanted edge: 1 x 65000 pixels would become 256 x 16 million. So the
 # ends of a long picture are cut off before; the filter does not reach them. Longer ones are refused, whatever the fit.
 MAX_ASPECT = 1000  # one side to the other
 _RESIZED_ASPECT = 8
-# Formats that Pillow decodes itself. It would run Ghostscript for EPS, whatever a file is called.
+# Formats that Pillow decodes itself. For EPS it would run Ghostscript, whatever the file's name is.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_STRIP = 1 << 22  # pixels converted at a time: transparency takes three copies of them
-_ORIENTATION = 0x0112  # of EXIF
+_STRIP = 1 << 22  # pixels converted at a time; transparency needs three copies of them
+_ORIENTATION = 0x0112  # tag of EXIF
 _DEFAULT = Fitting()
 Colour = tuple[int, int, int]  # red, green, blue, 0..255
-# What is counted while pictures are read. LOST sums, over pictures that are not square, 1 - short side / long side.
+# Keys of the tally of read pictures. LOST is the sum of 1 - short side / long side over pictures that are not square.
 PICTURES, OBLONG, TRANSPARENT, LOST = "pictures", "oblong", "transparent", "lost"
 
 
@@ -50,24 +50,24 @@ def read_pixels(
 ) -> NDArray[np.uint8]:
     """Pixels of one image as a square.
 
-    An image of this size already keeps its pixels as they are. Formats, sizes and proportions are bounded by the
+    The pixels of an image that already has this size are unchanged. Formats, sizes and proportions are bounded by the
     constants above.
 
     Args:
         source: file, bytes or pixels.
         size: edge of the result [pixels].
         channels: 1 (grey) or 3 (RGB).
-        fitting: what is done to other proportions, and the colour under transparency.
+        fitting: how other proportions are converted, and the colour under transparency.
         tally: counts pictures, and those that were not square or had transparent pixels.
 
     Returns:
         uint8 [size, size, channels]
 
     Raises:
-        ValueError: the image cannot be decoded, or is beyond the bounds.
+        ValueError: the image cannot be decoded, or exceeds the bounds.
     """
     try:
-        with warnings.catch_warnings():  # palette, EXIF and bomb warnings: the picture is either read or refused
+        with warnings.catch_warnings():  # ignore palette, EXIF and bomb warnings: the picture is either read or refused
             warnings.simplefilter("ignore")
             with open_image(source) as opened:
                 _check_bounds(opened)
@@ -84,7 +84,7 @@ def read_pixels(
 
 
 def open_image(source: Path | bytes | NDArray[Any]) -> PIL.Image.Image:
-    """A picture of one of FORMATS, its header read. Pillow raises almost anything if it cannot be."""
+    """A picture of one of FORMATS, with its header read. Pillow raises almost anything for a damaged file."""
     if isinstance(source, np.ndarray):
         return PIL.Image.fromarray(source.squeeze(-1) if source.ndim == 3 and source.shape[-1] == 1 else source)
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
@@ -98,16 +98,17 @@ def _formats() -> tuple[str, ...]:
 
 
 def salvaged(source: Path | bytes) -> NDArray[np.uint8]:
-    """What can be read of a damaged picture: its rows up to the damage, whatever its EXIF and texts hold.
+    """The readable part of a damaged picture: its rows up to the damage. Damaged EXIF and text data are ignored.
 
     Returns:
         uint8 [H, W] or [H, W, C], for `read_pixels`.
 
     Raises:
-        ValueError: nothing can be read, or the picture is beyond the bounds.
+        ValueError: nothing can be read, or the picture exceeds the bounds.
     """
     before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
-    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True  # Pillow has no such argument; a worker reads one picture at a time
+    # A global of Pillow, which has no such argument; a worker reads one picture at a time.
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -116,7 +117,7 @@ def salvaged(source: Path | bytes) -> NDArray[np.uint8]:
                 opened.load()
                 try:
                     picture = _upright(opened)
-                except Exception:  # damaged EXIF: it stands as it is stored
+                except Exception:  # damaged EXIF: the picture is not rotated
                     picture = opened
                 picture = _as_bytes(picture)
                 return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
@@ -140,7 +141,7 @@ def _check_bounds(picture: PIL.Image.Image) -> None:
 
 
 def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """As a camera wants it shown. Pillow would copy a picture that stands upright already."""
+    """The picture with EXIF's orientation applied. Pillow would copy even a picture that is upright already."""
     return PIL.ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
 
 
@@ -155,7 +156,7 @@ def _cropped(picture: PIL.Image.Image, size: int, background: Colour) -> PIL.Ima
 
 
 def _padded(picture: PIL.Image.Image, size: int, background: Colour) -> PIL.Image.Image:
-    """The long side resized to `size`, the picture in the middle of the background."""
+    """The long side resized to `size`, the picture centred on the background."""
     scale = size / max(picture.size)
     width, height = (min(size, max(1, round(edge * scale))) for edge in picture.size)
     whole = PIL.Image.new("RGB", (size, size), background).convert(picture.mode)
@@ -170,7 +171,7 @@ def _stretched(picture: PIL.Image.Image, size: int, background: Colour) -> PIL.I
     return picture.resize((size, size), PIL.Image.Resampling.LANCZOS)
 
 
-# An opaque picture of another size, L or RGB, to a square; by the names of IMAGE_FITS.
+# Functions that make a square of an opaque picture (L or RGB) of another size, by the names of IMAGE_FITS.
 FITS: Mapping[str, Callable[[PIL.Image.Image, int, Colour], PIL.Image.Image]] = {
     "crop": _cropped,
     "pad": _padded,
@@ -179,7 +180,7 @@ FITS: Mapping[str, Callable[[PIL.Image.Image, int, Colour], PIL.Image.Image]] = 
 
 
 def _without_ends(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The middle of a picture that is longer than _RESIZED_ASPECT times its short side."""
+    """The middle of a picture whose long side is more than _RESIZED_ASPECT times its short side."""
     width, height = picture.size
     most = _RESIZED_ASPECT * min(width, height)
     left, top = max(0, width - most) // 2, max(0, height - most) // 2
@@ -189,7 +190,7 @@ def _without_ends(picture: PIL.Image.Image) -> PIL.Image.Image:
 def _convert(picture: PIL.Image.Image, channels: int, background: Colour) -> tuple[PIL.Image.Image, bool]:
     """Grey or RGB on the background, and whether any pixel was transparent.
 
-    It goes strip by strip, so that large pictures take less memory.
+    Works strip by strip, so that large pictures need less memory.
     """
     picture = _as_bytes(picture)
     width, height = picture.size
@@ -205,12 +206,12 @@ def _convert(picture: PIL.Image.Image, channels: int, background: Colour) -> tup
 
 
 def _as_bytes(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture of numbers as one of bytes, which Pillow's `convert` would clip at 255 instead of scaling them.
+    """Converts a picture of 16- or 32-bit pixels to bytes by scaling; Pillow's `convert` would clip at 255.
 
-    Sixteen bits are shifted. Files of 32-bit numbers do not say which of them is white: see `_brightness`.
+    16-bit values are shifted. Files of 32-bit pixels do not say which value is white: see `_brightness`.
 
     Raises:
-        ValueError: values have no brightness.
+        ValueError: the values cannot be interpreted as brightness.
     """
     sixteen = picture.mode.startswith("I;16")
     if not sixteen and picture.mode not in ("I", "F"):
@@ -222,7 +223,7 @@ def _as_bytes(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _brightness(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Whole numbers and floats from 0 to 255 as they are, floats from 0 to 1 scaled to 0..255.
+    """Integers and floats from 0 to 255 unchanged, floats from 0 to 1 scaled to 0..255.
 
     Raises:
         ValueError: values are outside of that.
@@ -230,7 +231,7 @@ def _brightness(values: NDArray[Any]) -> NDArray[np.uint8]:
     low, high = float(values.min()), float(values.max())
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
-    if not (low >= 0 and high <= 255 and bool((values == np.rint(values)).all())):  # a NaN equals nothing
+    if not (low >= 0 and high <= 255 and bool((values == np.rint(values)).all())):  # false for NaN
         raise ValueError(
             f"its values are {low:g} to {high:g}, of {values.itemsize * 8} bits: only whole numbers from 0 to 255 and "
             "fractions from 0 to 1 have a brightness; save it with 8 or 16 bits"

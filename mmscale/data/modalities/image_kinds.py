@@ -1,6 +1,6 @@
-"""The kinds of image tokenizers: how each is fitted to the images of training documents, and how it is read back.
+"""The kinds of image tokenizers: how each is fitted to the images of training documents, and how it is loaded.
 
-Every kind is an entry of both tables. No torch here (a `vq` tokenizer brings its own).
+Every kind is an entry of both tables. No torch here (a `vq` tokenizer imports it).
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from mmscale.data.modalities.modality import Report, Sample
 from mmscale.data.modalities.patches import to_patches
 from mmscale.errors import ConfigError, DataError
 
-_PATCHES_PER_IMAGE = 8  # an image is read for every 8 patches asked for: enough variety without reading everything
-_PATCHES_PER_CODE = 40  # k-means centres of fewer patches describe these patches and not new ones
+_PATCHES_PER_IMAGE = 8  # one image is read for every 8 requested patches: enough variety without reading all images
+_PATCHES_PER_CODE = 40  # with fewer patches per code, k-means overfits to them
 _LEAST_CODES = 16
-_SETTING = {ResidualTokenizer.kind: KMeansTokenizer.kind}  # kinds of saved tokenizers that settings name otherwise
+_SETTING = {ResidualTokenizer.kind: KMeansTokenizer.kind}  # saved kinds whose name in the settings differs
 
 Fit = Callable[[Sample, int, Report], ImageTokenizer | None]
 Load = Callable[[Path, Mapping[str, Any]], ImageTokenizer]
 
 
 def fit_image_tokenizer(items: Sample, codes: int, report: Report) -> ImageTokenizer | None:
-    """The tokenizer of `data.prepare.image`: the one in its folder if there is one, else a new one.
+    """The tokenizer of `data.prepare.image`: the one in its folder if it exists, otherwise a new one.
 
     Args:
         items: the images of training documents.
         codes: ids of the image range.
-        report: told what is going on.
+        report: receives messages.
 
     Returns:
         None if there are no images to fit it to.
@@ -67,7 +67,7 @@ def load_image_tokenizer(folder: Path) -> ImageTokenizer:
         settings = bounded.read_object(file)
         if (load := LOADS.get(settings["kind"])) is not None:
             return load(folder, settings)
-        if "args" in settings:  # as the settings of every plug-in
+        if "args" in settings:  # which only plug-ins have
             return PluginTokenizer.load(folder, settings)
     except (OSError, AssertionError, *bounded.BAD_CONTENT) as error:
         raise DataError(
@@ -78,7 +78,7 @@ def load_image_tokenizer(folder: Path) -> ImageTokenizer:
 
 
 def without_images(image: ImageTokenizerConfig, codes: int) -> ImageTokenizer | None:
-    """The tokenizer that these settings always give; None: it is fitted to images.
+    """The tokenizer, if the settings determine it completely; None: it must be fitted to images.
 
     Args:
         image: the settings.
@@ -89,7 +89,7 @@ def without_images(image: ImageTokenizerConfig, codes: int) -> ImageTokenizer | 
 
 
 def fitting_of(image: ImageTokenizerConfig) -> Fitting:
-    """How settings make squares of pictures."""
+    """How these settings make pictures square."""
     return Fitting(image.fit, image.background)
 
 
@@ -107,7 +107,7 @@ def _fit_vq(items: Sample, codes: int, report: Report) -> ImageTokenizer:
     image = items.settings.image
     if image.path is None:
         raise ConfigError("data.prepare.image: kind vq needs path", remedy="name the local folder of a VQ model")
-    # It brings torch and transformers, which the other kinds do without.
+    # Imports torch and transformers, which the other kinds do not need.
     from mmscale.data.modalities.image_vq import VQTokenizer
 
     path, fitting = Path(image.path), fitting_of(image)
@@ -178,14 +178,15 @@ def _reused(image: ImageTokenizerConfig) -> ImageTokenizer:
 
 
 def _reader(image: ImageTokenizerConfig) -> Callable[..., NDArray[np.uint8]]:
-    """Reads the source of an item as pixels of these settings."""
+    """Reads the source of an item as pixels, by these settings."""
     return functools.partial(read_pixels, size=image.size, channels=image.channels, fitting=fitting_of(image))
 
 
 def _patches(items: Sample, report: Report) -> tuple[NDArray[np.uint8], int]:
     """A uniform sample of at most fit_patches patches, uint8 [N, D], and how many it was taken from.
 
-    Every patch draws a number, and the smallest numbers stay: memory holds no more than twice the sample.
+    Every patch gets a random number, and those with the smallest numbers are kept, so that memory holds at most twice
+    the sample.
     """
     image = items.settings.image
     patch, wanted = image.patch, image.fit_patches
@@ -223,12 +224,12 @@ def _fit_plugin(items: Sample, codes: int, report: Report) -> ImageTokenizer | N
 
 
 FITS: Mapping[str, Fit] = {"levels": _fit_levels, "kmeans": _fit_kmeans, "vq": _fit_vq}
-# By the kind in the settings file; a k-means tokenizer with a second codebook has one of its own.
+# By the kind in the settings file; a k-means tokenizer with a second codebook has a separate kind.
 LOADS: Mapping[str, Load] = {
     LevelsTokenizer.kind: LevelsTokenizer.load,
     KMeansTokenizer.kind: KMeansTokenizer.load,
     ResidualTokenizer.kind: ResidualTokenizer.load,
     "vq": _load_vq,
 }
-# Those that need no images.
+# Kinds that need no images.
 FIXED: Mapping[str, Callable[[ImageTokenizerConfig, int], ImageTokenizer]] = {"levels": _levels}

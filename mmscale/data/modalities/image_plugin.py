@@ -1,7 +1,7 @@
-"""Image tokenizers of other packages (`data.prepare.image.kind` names a plug-in), as tokenizers of this one.
+"""Image tokenizers of other packages: `data.prepare.image.kind` names a plug-in.
 
-A data set's folder names the plug-in, so a process that encodes or draws imports it. Only subclasses of `ImageCodes`
-are called: a data set from elsewhere cannot have any other function called.
+A data set's folder names the plug-in, so a process that encodes or decodes images imports it. Only subclasses of
+`ImageCodes` are called, so that a data set from elsewhere cannot make mmscale call an arbitrary function.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from mmscale.errors import DataError, MmscaleError
 from mmscale.tables import plugins
 from mmscale.tables.plugins import Use
 
-KIND = "image_tokenizer"  # in the table of plug-ins
-OWN = "plugin"  # folder of what the plug-in saves, inside the tokenizer's folder
+KIND = "image_tokenizer"  # key in the table of plug-ins
+OWN = "plugin"  # folder of the plug-in's own files, inside the tokenizer's folder
 
 
 class ImageCodes(ABC):
-    """Base class of image tokenizers in plug-ins. Errors of its methods become errors that name the plug-in.
+    """Base class of image tokenizers in plug-ins. Errors of its methods are reported with the name of the plug-in.
 
-    mmscale resizes pictures to squares of `size` pixels before, and moves codes to the ids of images after.
+    mmscale resizes pictures to squares of `size` pixels before, and maps codes to the ids of images afterwards.
 
     Args:
         size: edge of the images [pixels].
@@ -43,11 +43,11 @@ class ImageCodes(ABC):
 
     @abstractmethod
     def fit(self, images: Iterator[Pixels], codes: int) -> None:
-        """Fit it to training images; the result may depend on them and on nothing else.
+        """Fit it to training images; the result must not depend on anything else.
 
         Args:
             images: each uint8 [size, size, channels].
-            codes: the most codes that it may have.
+            codes: largest number of codes that it may have.
         """
 
     @abstractmethod
@@ -60,15 +60,15 @@ class ImageCodes(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what `load` reads into an empty folder. The same tokenizer writes the same bytes."""
+        """Write the files that `load` reads into an empty folder. The same tokenizer must write the same bytes."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read the files that `save` wrote."""
 
 
 class PluginTokenizer:
-    """An image tokenizer that a plug-in computes (an `ImageTokenizer`).
+    """An image tokenizer implemented by a plug-in (an `ImageTokenizer`).
 
     Args:
         use: names the plug-in, and its arguments.
@@ -77,7 +77,7 @@ class PluginTokenizer:
         fitting: how pictures get this size.
 
     Raises:
-        PluginError: the plug-in cannot be loaded, or is no subclass of `ImageCodes`.
+        PluginError: the plug-in cannot be loaded, or is not a subclass of `ImageCodes`.
     """
 
     def __init__(self, use: Use, size: int, channels: int, fitting: Fitting) -> None:
@@ -90,7 +90,7 @@ class PluginTokenizer:
         """Fit it to images.
 
         Raises:
-            DataError: the plug-in fails, or has more codes than it may.
+            DataError: the plug-in fails, or has too many codes.
         """
         self._guarded("be fitted", lambda: self.made.fit(images, codes))
         if not 0 < self.vocab_size <= codes:
@@ -119,7 +119,7 @@ class PluginTokenizer:
         """Images uint8 [n, H, W, C] to codes int64 [n, T].
 
         Raises:
-            DataError: the plug-in fails, or gives something else than codes.
+            DataError: the plug-in fails, or its result is not codes.
         """
         codes = np.asarray(self._guarded("encode images", lambda: self.made.encode(images_nHWC)))
         wanted = (len(images_nHWC), self.tokens_per_item)
@@ -136,7 +136,7 @@ class PluginTokenizer:
         """Codes int [n, T] to images uint8 [n, H, W, C].
 
         Raises:
-            DataError: the plug-in fails, or gives something else than images.
+            DataError: the plug-in fails, or its result is not images.
         """
         images = np.asarray(self._guarded("draw images", lambda: self.made.decode(np.asarray(codes_nT))))
         wanted = (len(codes_nT), self.size, self.size, self.channels)
@@ -152,8 +152,8 @@ class PluginTokenizer:
         return own | self.fitting.changed()
 
     def fingerprint(self) -> str:
-        """Hash of the settings and of what the plug-in saves."""
-        import tempfile  # seldom needed
+        """Hash of the settings and of the plug-in's files."""
+        import tempfile  # rarely needed
 
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         with tempfile.TemporaryDirectory() as scratch:
@@ -164,7 +164,7 @@ class PluginTokenizer:
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write the settings, and in a folder of its own what the plug-in saves."""
+        """Write the settings, and the plug-in's files in a separate folder."""
         write_settings(folder, self._settings())
         own = folder / OWN
         own.mkdir()
@@ -192,12 +192,12 @@ class PluginTokenizer:
         return found
 
     def _guarded(self, what: str, call: Any) -> Any:
-        """The result of a method of the plug-in. Any error of it becomes one line that names it."""
+        """The result of a method of the plug-in. Any error becomes one line that names the plug-in."""
         try:
             return call()
         except (MmscaleError, OSError):
             raise
-        except Exception as error:  # whatever foreign code does
+        except Exception as error:  # a plug-in may raise anything
             raise DataError(
                 f"image tokenizer: {self.kind} cannot {what}: {type(error).__name__}: {error}",
                 remedy="correct the plug-in, see docs/extending/image_tokenizer.md",

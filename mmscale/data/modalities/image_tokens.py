@@ -31,7 +31,7 @@ DEFAULT = Fitting()
 
 
 class ImageTokenizer(Protocol):
-    """What every image tokenizer can do."""
+    """Interface of image tokenizers."""
 
     kind: str
     size: int  # edge of its images [pixels]
@@ -61,7 +61,7 @@ class ImageTokenizer(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides which codes an image gets."""
+        """Hash of everything that affects the codes of an image."""
 
     def save(self, folder: Path) -> None:
         """Write it into a folder that `load_image_tokenizer` reads."""
@@ -73,7 +73,7 @@ class LevelsTokenizer:
     Args:
         size: edge of the images [pixels].
         channels: 1 or 3; the channels of a pixel are neighbours in the sequence.
-        levels: number of codes, 2..256. 17 keeps scikit-learn's digits exactly.
+        levels: number of codes, 2..256. 17 represent scikit-learn's digits exactly.
         fitting: how pictures get this size.
     """
 
@@ -126,10 +126,10 @@ class LevelsTokenizer:
 
 
 class KMeansTokenizer:
-    """Every patch's nearest entry of a codebook is a token.
+    """The token of a patch is the nearest entry of a codebook.
 
-    Entries are whole grey values, so distances are exact integers in float32 and codes do not depend on the machine,
-    its BLAS or the number of threads.
+    Entries are integer grey values, so distances are exact in float32 and codes do not depend on the machine, its BLAS
+    or the number of threads.
 
     Args:
         size: edge of the images [pixels].
@@ -164,16 +164,16 @@ class KMeansTokenizer:
         fitting: Fitting = DEFAULT,
         tell: Callable[[str], None] = silent,
     ) -> KMeansTokenizer:
-        """Fit a codebook with scikit-learn's MiniBatchKMeans; always the same for the same patches.
+        """Fit a codebook with scikit-learn's MiniBatchKMeans; deterministic for the same patches.
 
         Args:
             patches_ND: uint8 [N, patch*patch*channels], at least one.
             size: edge of the images [pixels].
             channels: 1 or 3.
             patch: edge of a patch [pixels].
-            codes: entries of the codebook at most; with no more distinct patches these are the codebook, exactly.
+            codes: entries of the codebook at most; if there are no more distinct patches, they are the codebook.
             fitting: how pictures get this size.
-            tell: told how far k-means is.
+            tell: receives the progress of k-means.
         """
         return cls(size, channels, patch, codebook(patches_ND, codes, tell=tell), fitting)
 
@@ -226,10 +226,10 @@ class KMeansTokenizer:
 
 
 class ResidualTokenizer:
-    """Every patch is the sum of an entry of a codebook and an entry of a second one, for what the first one leaves.
+    """Every patch is the sum of an entry of a codebook and an entry of a second codebook for the residual.
 
-    A patch has two tokens, one after the other, so an image twice as many as with one codebook. Codes of the first book
-    are 0..K-1, those of the second K..K+R-1. All entries are whole numbers, so that codes do not depend on the machine.
+    A patch has two consecutive tokens, so an image has twice as many as with one codebook. Codes of the first book are
+    0..K-1, those of the second K..K+R-1. All entries are integers, so that codes do not depend on the machine.
 
     Args:
         base: the first codebook.
@@ -249,13 +249,13 @@ class ResidualTokenizer:
     def fit(
         cls, patches_ND: Pixels, *, base: KMeansTokenizer, codes: int, tell: Callable[[str], None] = silent
     ) -> ResidualTokenizer:
-        """Fit the second codebook to what the first one leaves.
+        """Fit the second codebook to the residuals of the first one.
 
         Args:
             patches_ND: uint8 [N, patch*patch*channels], at least one.
             base: the first codebook.
             codes: entries of the second codebook at most.
-            tell: told how far k-means is.
+            tell: receives the progress of k-means.
         """
         left_ND = patches_ND.astype(np.int16) - base.codebook_KD[base.book.nearest(patches_ND)]
         distinct, counts = np.unique(left_ND, axis=0, return_counts=True)
@@ -263,7 +263,8 @@ class ResidualTokenizer:
             distinct = np.unique(
                 np.rint(cluster(distinct, counts, codes, tell=tell)).clip(-255, 255).astype(np.int16), axis=0
             )
-        order = np.argsort(np.abs(distinct.astype(np.int64)).sum(axis=1), kind="stable")  # from nothing to much
+        # From small to large residuals.
+        order = np.argsort(np.abs(distinct.astype(np.int64)).sum(axis=1), kind="stable")
         return cls(base, np.ascontiguousarray(distinct[order]))
 
     @property
@@ -273,7 +274,7 @@ class ResidualTokenizer:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes; the two of a patch are neighbours."""
+        """Rows and columns of codes; the two codes of a patch are neighbours."""
         rows, columns = self.base.grid
         return rows, 2 * columns
 
@@ -293,7 +294,7 @@ class ResidualTokenizer:
     def decode(self, codes_nT: Codes) -> Pixels:
         """Codes int [n, T] to images uint8 [n, H, W, C].
 
-        Two codes of one book, which a model that has learned little may write, are added all the same.
+        Two codes of the same book, which a barely trained model may generate, are also added.
         """
         codes = np.asarray(codes_nT)
         n, (rows, columns), p = len(codes), self.base.grid, self.patch
@@ -332,9 +333,10 @@ def _write_array(file: Path, array: NDArray[Any]) -> None:
 
 
 def quality(tokenizer: ImageTokenizer, images_nHWC: Pixels) -> dict[str, Any]:
-    """How well images survive: peak signal-to-noise ratio [dB] and the number of codes in use.
+    """How well images are reconstructed: peak signal-to-noise ratio [dB] and the number of codes in use.
 
-    `psnr_db` is null where the tokenizer cannot draw, and where nothing is lost (`exact`: the ratio is infinite).
+    `psnr_db` is null if the tokenizer cannot decode, and if the reconstruction is exact (`exact`: the ratio is
+    infinite).
     """
     codes = tokenizer.encode(images_nHWC)
     found: dict[str, Any] = {"images": len(images_nHWC), "codes_used": len(np.unique(codes)), "psnr_db": None}

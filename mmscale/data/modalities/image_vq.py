@@ -24,12 +24,12 @@ from mmscale.data.modalities.patches import Codes, Pixels
 from mmscale.errors import DataError
 from mmscale.runtime.file_modes import as_umask_says
 
-# model_type of config.json -> class of transformers
+# Maps model_type of config.json to a class of transformers.
 _CLASSES = {"chameleon_vqgan": "ChameleonVQVAE", "janus_vqgan": "JanusVQVAE", "emu3_vqgan": "Emu3VQVAE"}
-# whole models, of which only this part is read
+# Complete models, of which only this part is read.
 _WHOLE = {"janus": "JanusVQVAE", "emu3": "Emu3VQVAE"}
 _PART = {r"^(model\.)?vqmodel\.": ""}
-_BATCH = 8  # images of a forward pass; fixed, so that codes do not depend on how documents fall into parts
+_BATCH = 8  # images of a forward pass; fixed, so that codes do not depend on how documents are divided into parts
 _MODEL = "model"
 
 
@@ -39,12 +39,12 @@ class VQTokenizer:
     Args:
         model: ChameleonVQVAE, JanusVQVAE or Emu3VQVAE.
         size: edge of the images [pixels].
-        mean: what is subtracted from each channel of an image in 0..1.
-        std: what each channel is divided by then.
+        mean: subtracted from each channel of an image in 0..1.
+        std: divisor of each channel after that.
         fitting: how pictures get this size.
 
     Raises:
-        DataError: the model does not take images of this size.
+        DataError: the model does not support images of this size.
     """
 
     kind = "vq"
@@ -75,9 +75,9 @@ class VQTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: Path, *, size: int, channels: int, fitting: Fitting | None = None) -> VQTokenizer:
-        """Read the model from a local folder as `save_pretrained` wrote it: by itself, or within a Janus or Emu3 model.
+        """Read the model from a local folder of `save_pretrained`: the VQ-VAE alone, or a whole Janus or Emu3 model.
 
-        Pixel normalisation comes from preprocessor_config.json if there is one, else pixels go to -1..1.
+        Pixel normalisation comes from preprocessor_config.json if there is one, otherwise pixels are mapped to -1..1.
 
         Raises:
             DataError: the folder is missing, holds another model or incomplete weights.
@@ -97,7 +97,7 @@ class VQTokenizer:
             raise DataError("image tokenizer: kind vq needs transformers", remedy="pip install transformers") from error
         try:
             with _quiet():
-                whole = None  # by way of its configuration, where Janus works out the number of patches
+                whole = None  # use the whole model's configuration, because Janus computes the number of patches there
                 if model_type in _WHOLE:
                     whole = transformers.AutoConfig.from_pretrained(path, local_files_only=True).vq_config
                 model, report = model_class.from_pretrained(
@@ -108,13 +108,13 @@ class VQTokenizer:
                     dtype=torch.float32,
                     key_mapping=_PART if whole is not None else None,
                 )
-                if whole is not None:  # without the mapping of names, which transformers would turn round in saving
+                if whole is not None:  # remove the name mapping, which transformers would invert when saving
                     weights = model.state_dict()
                     model = model_class(whole)
                     model.load_state_dict(weights)
         except Exception as error:  # transformers and safetensors raise their own kinds
             raise DataError(f"image tokenizer: {path} cannot be loaded: {error}", remedy=remedy) from error
-        # transformers fills missing weights with noise and only warns
+        # transformers initialises missing weights randomly and only warns
         if report["missing_keys"] or report.get("mismatched_keys"):
             missing = sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"]))
             raise DataError(f"image tokenizer: {path} lacks weights such as {missing[0]}", remedy=remedy)
@@ -139,7 +139,8 @@ class VQTokenizer:
 
     def _encode(self, images_nHWC: Pixels) -> Codes:
         n = len(images_nHWC)
-        # Convolutions may sum differently for another batch size; filled up, an image's codes never depend on company.
+        # Convolutions may sum in another order for another batch size. The batch is padded, so that an image's codes do
+        # not depend on the other images.
         filled = np.zeros((_BATCH, *images_nHWC.shape[1:]), np.uint8)
         filled[:n] = images_nHWC
         pixels = torch.from_numpy(filled).permute(0, 3, 1, 2).float() / 255
@@ -169,7 +170,7 @@ class VQTokenizer:
             if type(self.model).__name__ == "Emu3VQVAE":
                 codes = codes.reshape(-1, *self.grid)
             pixels = self.model.decode(codes)
-            pixels = pixels[:, 0] if pixels.ndim == 5 else pixels  # Emu3 draws its frames
+            pixels = pixels[:, 0] if pixels.ndim == 5 else pixels  # Emu3 returns frames
             pixels = (pixels * self._column(self._std) + self._column(self._mean)).clamp(0, 1) * 255
             drawn.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
         return np.concatenate(drawn)
@@ -191,7 +192,7 @@ class VQTokenizer:
         return self._digest
 
     def save(self, folder: Path) -> None:
-        """Write settings and model: the data set stays readable when the original folder is gone."""
+        """Write settings and model, so that the data set does not need the original folder."""
         write_settings(folder, self._settings())
         try:
             with _quiet():
@@ -212,8 +213,9 @@ class VQTokenizer:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers draws a progress bar for every file, in every worker, across ours, and lists what it leaves out."""
-    from transformers.utils import logging  # image_vq.py is imported where transformers is missing, too
+    """Silences transformers, which draws a progress bar for every file in every worker, and lists unused weights."""
+    # Imported here, because transformers may be missing where this module is imported.
+    from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()

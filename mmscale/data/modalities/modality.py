@@ -1,7 +1,7 @@
-"""What a modality besides text consists of: how its items are read, turned into codes and back, and written.
+"""The interface of a modality besides text: how its items are read, converted to codes and back, and written.
 
-The table is table.py; nothing else in the package asks for a modality by its name. Text is not among them: it is what
-items are embedded in, of any length, in the first id range.
+The table is in table.py; no other module depends on the name of a modality. Text is not in it: items are embedded in
+text, which has any length and the first id range.
 
 Letters: n items, T tokens of an item.
 """
@@ -21,9 +21,9 @@ from mmscale.config import PrepareConfig
 from mmscale.data.documents.schema import BadDocumentError, Document, DocumentSlice, Item, SplitName
 from mmscale.data.modalities.patches import codebook
 
-Values = NDArray[Any]  # one item: pixels uint8 [H, W, C], samples float32 [S], whatever its modality computes with
+Values = NDArray[Any]  # one item, in the form that its modality uses: pixels uint8 [H, W, C], samples float32 [S]
 Codes = NDArray[np.int64]
-Tally = dict[str, float]  # what was done to items while they were read, counted by words of their modality
+Tally = dict[str, float]  # counts of conversions applied to items when they were read, by keys of the modality
 
 
 class Codec(Protocol):
@@ -46,25 +46,25 @@ class Codec(Protocol):
         """Codes int [n, T] to items [n, ...].
 
         Raises:
-            ValueError, DataError: this tokenizer has no way back.
+            ValueError, DataError: this tokenizer cannot decode.
         """
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides which codes an item gets."""
+        """Hash of everything that affects the codes of an item."""
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder that `Modality.load` reads."""
+        """Write the tokenizer into a folder, for `Modality.load`."""
 
 
 class Modality(Protocol):
-    """One modality. The methods are static: a class is a row of the table.
+    """One modality. The methods are static; a class is an entry of the table.
 
     Attributes:
         name: in vocab.modalities, and the `type` of its items in documents.
         suffixes: of its files in WebDataset archives, without the dot.
         written: suffix of the files that it writes, with the dot.
-        files: what `Codec.save` writes, for downloads from a hub.
-        shipped: whether its file imports nothing of mmscale, so that `convert to-hf` can put it beside the weights.
+        files: written by `Codec.save`; needed for downloads from a hub.
+        shipped: whether its module imports nothing of mmscale, so that `convert to-hf` can copy it next to the weights.
     """
 
     name: ClassVar[str]
@@ -75,13 +75,13 @@ class Modality(Protocol):
 
     @staticmethod
     def fit(settings: Mapping[str, Any], items: Sample, codes: int, report: Report) -> Codec | None:
-        """A tokenizer for the items of training documents; always the same for the same items.
+        """A tokenizer for the items of training documents; deterministic for the same items.
 
         Args:
             settings: `data.prepare.modalities.NAME`.
             items: a sample of the items.
             codes: ids of the modality's range.
-            report: told what is going on.
+            report: receives messages.
 
         Returns:
             None if there are no items.
@@ -100,10 +100,10 @@ class Modality(Protocol):
 
     @staticmethod
     def read(source: Any, codec: Any) -> Values:
-        """One item as its tokenizer wants it.
+        """One item in the form that its tokenizer needs.
 
         Args:
-            source: a file (`Path`), an encoded file's bytes, or values.
+            source: a file (`Path`), the bytes of a file, or values.
             codec: knows sizes and rates.
 
         Raises:
@@ -120,7 +120,7 @@ class Modality(Protocol):
 
     @staticmethod
     def quality(codec: Any, items: Values) -> dict[str, Any]:
-        """How well items survive: at least `codes_used`, and `said`, words for the terminal."""
+        """How well items are reconstructed: at least `codes_used`, and `said`, a text for the terminal."""
 
 
 def count(tally: Tally, amounts: Mapping[str, float]) -> None:
@@ -130,36 +130,36 @@ def count(tally: Tally, amounts: Mapping[str, float]) -> None:
 
 
 class Counting(Protocol):
-    """What a modality has besides, if its items lose something while they are read."""
+    """Additional methods of a modality whose items are converted with losses when they are read."""
 
     @staticmethod
     def read_counted(source: Any, codec: Any, tally: Tally) -> Values:
-        """As `Modality.read`, and counts what was done to the item."""
+        """As `Modality.read`, and counts the conversions of the item."""
 
     @staticmethod
     def remarks(tally: Mapping[str, float], codec: Any) -> list[str]:
-        """Sentences for the terminal about items that were counted; none where nothing was lost."""
+        """Sentences for the terminal about the counts; empty if nothing was lost."""
 
 
 class Salvaging(Protocol):
-    """What a modality has besides, if a part of a damaged item is worth something."""
+    """Additional methods of a modality whose damaged items are partly usable."""
 
     @staticmethod
     def salvage(source: Any) -> Values:
-        """What can be read of a damaged item, as a source for `Modality.read`.
+        """The readable part of a damaged item, as a source for `Modality.read`.
 
         Raises:
-            ValueError: nothing.
+            ValueError: nothing can be read.
         """
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where fitting says what it does.
+    """Receives messages while a tokenizer is fitted.
 
     Attributes:
-        tell: told the state of a long step, which is shown for a while.
-        say: told a line that stays.
+        tell: receives the state of a long step, which is shown temporarily.
+        say: receives a permanent line.
     """
 
     tell: Callable[[str], None]
@@ -181,7 +181,7 @@ class Sample:
     settings: PrepareConfig
 
     def items(self, split: SplitName, limit: int) -> Iterator[Item]:
-        """Items of a split, at most `limit`, equally from the start of every slice."""
+        """Items of a split, at most `limit`, the same number from the start of every slice."""
         share = -(-limit // max(1, len(self.slices)))
         for piece in self.slices:
             documents = (item for item in piece.read() if isinstance(item, Document))
@@ -189,12 +189,12 @@ class Sample:
             yield from itertools.islice((item for one in chosen for item in one.items(self.modality)), share)
 
     def values(self, split: SplitName, limit: int, read: Callable[[Any], Values]) -> Iterator[Values]:
-        """The same, read; those that cannot be read are left out.
+        """The values of these items; those that cannot be read are left out.
 
         Args:
             split: of which documents.
             limit: items at most.
-            read: the source of an item to values; raises ValueError or BadDocumentError.
+            read: converts the source of an item to values; raises ValueError or BadDocumentError.
         """
         for item in self.items(split, limit):
             try:
@@ -209,6 +209,6 @@ class Sample:
         Args:
             vectors_ND: uint8 [N, D], at least one.
             codes: entries at most.
-            report: told how far it is.
+            report: receives the progress.
         """
         return codebook(vectors_ND, codes, tell=report.tell)

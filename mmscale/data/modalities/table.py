@@ -1,6 +1,6 @@
 """The table of modalities besides text, and their tokenizers in the folder of a data set.
 
-A new modality is a file beside this one and its name in the last line of the table. Plug-ins call `register`.
+A new modality is a file in this folder and its name in the last line of the table. Plug-ins call `register`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mmscale.data.modalities.image import ImageModality
 from mmscale.data.modalities.modality import Codec, Codes, Modality, Tally, Values, count
 from mmscale.errors import DataError, MmscaleError
 
-SALVAGED = "salvaged"  # counted in tallies
+SALVAGED = "salvaged"  # key of tallies
 MODALITIES: dict[str, type[Modality]] = {}
 
 
 def register(modality: type[Modality]) -> type[Modality]:
-    """Add a modality, so that documents may hold its items and data sets its tokenizer."""
+    """Add a modality, so that documents may contain its items and data sets its tokenizer."""
     MODALITIES[modality.name] = modality
     know_modality(modality.name, modality.suffixes)
     return modality
@@ -45,19 +45,20 @@ def load_codec(name: str, folder: Path) -> Codec:
 
     Args:
         name: of the modality, in the table.
-        folder: that the tokenizer was saved to.
+        folder: in which the tokenizer was saved.
 
     Raises:
         DataError: it is missing or damaged.
     """
     try:
         for file in MODALITIES[name].files:
-            if file.endswith(".json"):  # codecs that are shipped cannot use `bounded` themselves
+            # Checked here, because codecs that are shipped with exports cannot import `bounded`.
+            if file.endswith(".json"):
                 bounded.read_json(folder / file)
         return MODALITIES[name].load(folder)
     except MmscaleError:
         raise
-    except Exception as error:  # whatever a damaged file makes of a codec that others wrote
+    except Exception as error:  # codecs of plug-ins may raise anything for a damaged file
         raise DataError(
             f"{name} tokenizer: {folder} cannot be read: {error or type(error).__name__}",
             remedy=f"name a folder that holds a fitted {name} tokenizer, or prepare the data again",
@@ -76,13 +77,13 @@ def open_codecs(folder: Path) -> dict[str, Codec]:
 
 
 def read_item(item: Item, codec: Codec, tally: Tally | None = None, *, salvage: bool = False) -> Values:
-    """An item as its tokenizer wants it.
+    """An item in the form that its tokenizer needs.
 
     Args:
         item: of a document.
         codec: the tokenizer.
-        tally: counts what is done to items while they are read, where their modality has `modality.Counting`.
-        salvage: read what can be read of a damaged item, where its modality has `modality.Salvaging`.
+        tally: counts conversions of items, if their modality has `modality.Counting`.
+        salvage: read a damaged item as far as possible, if its modality has `modality.Salvaging`.
 
     Raises:
         BadDocumentError: it cannot be read.
@@ -104,7 +105,7 @@ def read_item(item: Item, codec: Codec, tally: Tally | None = None, *, salvage: 
 
 
 def remarks(name: str, tally: Mapping[str, float], codec: Codec) -> list[str]:
-    """Sentences about what was done to a modality's items while they were read."""
+    """Sentences about conversions of a modality's items while they were read."""
     modality: Any = MODALITIES[name]
     found = list(modality.remarks(tally, codec)) if tally and hasattr(modality, "remarks") else []
     if salvaged := int(tally.get(SALVAGED, 0)):
@@ -113,7 +114,7 @@ def remarks(name: str, tally: Mapping[str, float], codec: Codec) -> list[str]:
 
 
 def decode_item(name: str, codes: Sequence[int] | Codes, codec: Codec | None) -> Values | None:
-    """The values of one item's codes; None if it is not whole, or its tokenizer has no way back."""
+    """The values of one item's codes; None if the item is incomplete, or its tokenizer cannot decode."""
     numbers = np.asarray(codes, dtype=np.int64)
     if name not in MODALITIES or codec is None or len(numbers) != codec.tokens_per_item:
         return None

@@ -26,20 +26,20 @@ from mmscale.tables.plugins import Use
 
 FOLDER = "text_tokenizer"
 FILE = "tokenizer.json"
-_MOST_BYTES = 256 << 20  # of a tokenizer.json; those of 256,000 words have about 35 MB
+_MOST_BYTES = 256 << 20  # largest tokenizer.json; those with 256,000 tokens have about 35 MB
 _BYTES = 256
 
 
 class TextTokenizer:
-    """A `tokenizers.Tokenizer` whose ids 0..4 are the special tokens and never come out of text.
+    """A `tokenizers.Tokenizer` whose ids 0..4 are the special tokens, which encoding a text never produces.
 
     Args:
         tokenizer: ids 0..4 are SPECIAL_TOKENS.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # A user who writes "<boi>" must not open an image. The flag is not stored in tokenizer.json (tokenizers
-        # 0.23), so it is set on every instance.
+        # "<boi>" in a text must not start an image. The flag is not stored in tokenizer.json (tokenizers 0.23), so it
+        # is set on every instance.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
 
@@ -48,7 +48,7 @@ class TextTokenizer:
         """Train byte-level BPE that fits into the text range.
 
         Args:
-            texts: the corpus; a small one yields fewer merges and leaves the rest of the range unused.
+            texts: the corpus; a small one gives fewer merges and leaves the rest of the range unused.
             size: ids of the text range, special tokens included [ids].
             specials: special tokens of the vocabulary, in the order of their ids.
 
@@ -63,7 +63,7 @@ class TextTokenizer:
                 remedy=f"give text at least {least} ids, or load a tokenizer that is smaller",
             )
         tokenizer = Tokenizer(models.BPE())
-        # No space is added in front, so decoding gives back exactly what was encoded; " seven" is one piece wherever
+        # No space is added in front, so decoding returns exactly the encoded text; " seven" is the same piece wherever
         # it follows other text.
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -79,21 +79,21 @@ class TextTokenizer:
 
     @classmethod
     def of_bytes(cls, *, size: int, specials: Sequence[str] = SPECIAL_TOKENS) -> TextTokenizer:
-        """A token for each byte: BPE without merges. Arguments and errors as of `train`."""
+        """A token for each byte: BPE without merges. Arguments and errors as for `train`."""
         cls.train([], size=size, specials=specials)  # raises: the range is too small
         return cls.train([], size=len(specials) + _BYTES, specials=specials)
 
     @classmethod
     def load(cls, file: Path, *, size: int | None = None, specials: Sequence[str] = SPECIAL_TOKENS) -> TextTokenizer:
-        """Read a tokenizer.json, ours or another's, or a .tiktoken file.
+        """Read a tokenizer.json, of mmscale or another program, or a .tiktoken file.
 
-        A tokenizer without our special tokens at ids 0..4 is moved up by 5 ids (more of both, if the vocabulary has
-        begin and end tokens of further modalities); where its own special tokens have our
-        names ("<s>"), they are renamed, as ours take their place.
+        If the file does not have our special tokens at ids 0..4, all its ids are moved up by 5 (by more, if the
+        vocabulary has begin and end tokens of further modalities). If its own special tokens have our names ("<s>"),
+        they are renamed and ours replace them.
 
         Args:
             file: the tokenizer.json.
-            size: ids of the text range, checked where given [ids].
+            size: ids of the text range, checked if given [ids].
             specials: special tokens of the vocabulary, in the order of their ids.
 
         Raises:
@@ -103,7 +103,7 @@ class TextTokenizer:
             content = read_content(file)
         except DataError:
             raise
-        except Exception as error:  # whatever a damaged file makes of its reader
+        except Exception as error:  # readers may raise anything for a damaged file
             raise _unreadable(file, error) from error
         return cls.of(content, file, size=size, specials=specials)
 
@@ -115,12 +115,12 @@ class TextTokenizer:
 
         Args:
             content: plain data.
-            file: where it is from, for messages.
-            size: as of `load`.
-            specials: as of `load`.
+            file: its origin, for messages.
+            size: as for `load`.
+            specials: as for `load`.
 
         Raises:
-            DataError: as `load`.
+            DataError: as for `load`.
         """
         try:
             tokenizer = Tokenizer.from_str(json.dumps(_with_our_specials(content, file, tuple(specials))))
@@ -150,16 +150,16 @@ class TextTokenizer:
 
     @cached_property
     def longest(self) -> int:
-        """The most characters of a text that one token can stand for; very many if nobody knows.
+        """Upper bound of the characters that one token stands for; a very large number if there is no bound.
 
-        Byte-level tokens stand for at least one byte each with a character of theirs. Others may drop or join text.
+        A byte-level token stands for at least one byte per character of its name. Others may drop or join text.
         """
         lossless = isinstance(self.tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel) and not self.tokenizer.normalizer
         return max(map(len, self.tokenizer.get_vocab(with_added_tokens=True))) if lossless else 1 << 40
 
     @cached_property
     def unknown(self) -> int | None:
-        """Id of texts that the tokenizer has no token for; None: it has one for every text."""
+        """Id for texts that the tokenizer has no token for; None: it can encode every text."""
         name = getattr(self.tokenizer.model, "unk_token", None)
         return None if name is None else self.tokenizer.token_to_id(name)
 
@@ -193,7 +193,7 @@ class TextTokenizer:
 
 
 def read_content(file: Path) -> dict[str, Any]:
-    """The content of a tokenizer.json, or of what a file of another program becomes.
+    """The content of a tokenizer.json, or of another program's file after conversion.
 
     Raises:
         OSError, ValueError, DataError: it is missing or damaged.
@@ -215,7 +215,7 @@ def open_text_tokenizer(folder: Path) -> TextTokenizer:
 def trained_by_plugin(
     use: Use, texts: Iterator[str], *, size: int, specials: Sequence[str] = SPECIAL_TOKENS
 ) -> TextTokenizer:
-    """Have a plug-in train a tokenizer. What it makes is a tokenizer.json like any other, so nothing else needs it.
+    """Train a tokenizer with a plug-in. The result is an ordinary tokenizer.json, so the plug-in is not needed later.
 
     Args:
         use: names the plug-in, and its arguments.
@@ -225,7 +225,7 @@ def trained_by_plugin(
 
     Raises:
         PluginError: the plug-in cannot be loaded.
-        DataError: it fails, gives something else than a tokenizer, or one that does not fit into the range.
+        DataError: it fails, its result is not a tokenizer, or does not fit into the range.
     """
     plugins.check(use)
     made = plugins.make(use, size - len(specials))
@@ -233,7 +233,7 @@ def trained_by_plugin(
         trained = made.train(texts)
     except MmscaleError:
         raise
-    except Exception as error:  # whatever foreign code does
+    except Exception as error:  # a plug-in may raise anything
         raise DataError(
             f"text tokenizer: {use.name} cannot be trained: {type(error).__name__}: {error}",
             remedy="correct the plug-in, see docs/extending/text_tokenizer.md",
@@ -254,7 +254,7 @@ def _unreadable(file: object, error: Exception) -> DataError:
 
 
 def _with_our_specials(content: dict[str, Any], file: object, specials: tuple[str, ...]) -> dict[str, Any]:
-    """The content of a tokenizer.json with the special tokens at the first ids."""
+    """The content of a tokenizer.json, changed so that the special tokens have the first ids."""
     model, added = content["model"], content.get("added_tokens") or []
     vocabulary: dict[str, int] = model["vocab"]
     if not isinstance(vocabulary, dict):
@@ -275,7 +275,7 @@ def _with_our_specials(content: dict[str, Any], file: object, specials: tuple[st
     vocabulary = {name: index for index, name in enumerate(specials)} | vocabulary
     if model.get("unk_token") in specials:
         model = model | {"unk_token": _renamed(model["unk_token"], specials)}
-    # Templates, truncation and padding would add tokens of their own or cut documents in silence.
+    # Templates, truncation and padding would add tokens or silently cut documents.
     dropped = {"post_processor": None, "truncation": None, "padding": None}
     return content | dropped | {"model": model | {"vocab": vocabulary}, "added_tokens": ours + theirs}
 

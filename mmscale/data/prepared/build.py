@@ -1,4 +1,4 @@
-"""Makes the parts of a data set in worker processes: a worker that dies is reported, and none outlives its parent.
+"""Makes the parts of a data set in worker processes. A worker that dies is reported, and none outlives its parent.
 
 parts.py defines a part; prepare.py uses this module.
 """
@@ -28,7 +28,7 @@ from mmscale.data.progress import Advance
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 
-_POLL = 0.2  # seconds between looks at the workers' counters
+_POLL = 0.2  # interval in which the workers' counters are read [s]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -45,7 +45,7 @@ class WorkSetup:
     modalities: tuple[type[Modality], ...] = field(default_factory=lambda: tuple(MODALITIES.values()))
 
     def encoder(self) -> DocumentEncoder:
-        """Documents to ids, with the data set's tokenizers."""
+        """An encoder of documents, with the data set's tokenizers."""
         return DocumentEncoder(
             self.vocabulary,
             text=open_text_tokenizer(self.folder),
@@ -59,16 +59,16 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
     """Make parts, several at a time.
 
     Args:
-        setup: what workers need.
+        setup: inputs of the workers.
         jobs: the parts to make, in any order.
         workers: processes; with one the parts are made in this process.
-        advance: told how many records are through.
+        advance: called with the number of processed records.
 
     Returns:
         The finished parts in the order of `jobs`.
 
     Raises:
-        DataError: a part could not be made, or a worker died. Parts finished before stay.
+        DataError: a part could not be made, or a worker died. Parts that were finished before are kept.
     """
     if workers == 1 or len(jobs) <= 1:
         return _build_here(setup, jobs, advance)
@@ -84,7 +84,7 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
                 _watch(futures, counters, advance)
                 return [future.result() for future in futures]
             except BaseException:
-                stop.value = 1  # running parts end at their next chunk
+                stop.value = 1  # makes running parts stop after their current chunk
                 pool.shutdown(wait=True, cancel_futures=True)  # only then may the caller remove half-written files
                 raise
     except BrokenProcessPool as error:
@@ -132,15 +132,15 @@ _worker: tuple[WorkSetup, DocumentEncoder | None, Any, Any] | None = None
 def _start_worker(setup: WorkSetup, stop: Any, counters: Any, parent: int) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    with contextlib.suppress(OSError, AttributeError):  # Linux: die with the parent, also when it is killed with -9
+    with contextlib.suppress(OSError, AttributeError):  # Linux: die with the parent, even if it is killed with SIGKILL
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    # One thread per worker: the workers are the parallelism.
+    # One thread per worker, because the workers already use all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, if the image tokenizer brings it
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, if the image tokenizer imports it
     threadpool_limits(1)  # for numpy's BLAS, which is loaded already
-    for modality in setup.modalities:  # a new process knows the built-in ones only
+    for modality in setup.modalities:  # a new process has registered the built-in ones only
         register(modality)
     _worker = (setup, None, stop, counters)
 

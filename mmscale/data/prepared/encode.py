@@ -18,8 +18,8 @@ from mmscale.data.modalities.text_tokens import TextTokenizer
 from mmscale.data.vocab import BOS, EOS, NO_MODALITY, Vocabulary
 
 Ids = NDArray[np.int64]
-TEXT, TOKENS, UNKNOWN = "text", "tokens", "unknown"  # a tally of texts, where a tokenizer may not know a word
-_NOTED = 0.001  # share of unknown tokens from which on it is said
+TEXT, TOKENS, UNKNOWN = "text", "tokens", "unknown"  # keys of a tally, for tokenizers that do not know every word
+_NOTED = 0.001  # share of unknown tokens from which on they are reported
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class Encoded:
         ids: int64 [tokens].
         tokens: tokens of each modality, int64 [modalities]; begin and end tokens count as text.
         loss: bit m set: labels of modality m are trained on.
-        document: what was encoded.
-        text_bytes: of its texts in UTF-8; None if some of its text came as tokens, whose bytes nobody knows.
+        document: the encoded document.
+        text_bytes: of its texts in UTF-8; None if some of its text was given as tokens, whose bytes are unknown.
     """
 
     ids: Ids
@@ -42,7 +42,7 @@ class Encoded:
 
 
 class DocumentEncoder:
-    """Turns documents into ids of one vocabulary.
+    """Converts documents to ids of one vocabulary.
 
     Args:
         vocabulary: id ranges.
@@ -52,7 +52,7 @@ class DocumentEncoder:
         salvage: modalities of which damaged items are read as far as possible.
 
     Attributes:
-        tallies: by modality, what was done to items while they were read, since `take_tallies`.
+        tallies: by modality, counts of conversions of items since the last `take_tallies`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DocumentEncoder:
         self.tallies: dict[str, Tally] = {name: {} for name in codecs}
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | Rejected]:
-        """Encode several documents at once, in order; items and texts go through their tokenizers together."""
+        """Encode several documents, in order; their items and texts are tokenized in batches."""
         documents, kept = [one for one in documents if not self._too_much_text(one)], documents
         texts = [piece.text for document in documents for piece in document.content if isinstance(piece, Text)]
         encoded = self.text.encode_batch(texts)
@@ -99,10 +99,10 @@ class DocumentEncoder:
         return [next(found) if not (why := self._too_much_text(one)) else _rejected(one, why) for one in kept]
 
     def _too_much_text(self, document: Document) -> str:
-        """Why a document is too long, whatever its tokens are; "" if it may not be.
+        """Why the text is certainly too long, before it is tokenized; "" if it may fit.
 
-        A text has at least a token for as many characters as its longest token has. Without this bound a word of
-        megabytes takes minutes.
+        The number of tokens is at least the number of characters divided by the longest token. Without this bound a
+        word of several megabytes would take minutes.
         """
         length = sum(len(piece.text) for piece in document.content if isinstance(piece, Text))
         most = self.max_tokens * self.text.longest
@@ -115,13 +115,13 @@ class DocumentEncoder:
         return read_item(item, self.codecs[name], self.tallies[name], salvage=name in self.salvage)
 
     def take_tallies(self) -> dict[str, Tally]:
-        """What was counted since the last call, by modality."""
+        """The counts since the last call, by modality."""
         taken = {name: tally for name, tally in self.tallies.items() if tally}
         self.tallies = {name: {} for name in self.codecs}
         return taken
 
     def _draft(self, document: Document, texts: list[Ids]) -> list[Ids | Item]:
-        """Pieces in order, items still as items; every check that needs no file."""
+        """The pieces in order, with items not yet encoded; does every check that needs no file."""
         remaining = iter(texts)
         draft: list[Ids | Item] = [_ids(BOS)]
         length = 2
@@ -147,7 +147,7 @@ class DocumentEncoder:
         return [*draft, _ids(EOS)]
 
     def _marks(self, item: Item) -> tuple[int, int]:
-        """Ids around an item.
+        """Ids of the begin and end tokens of an item.
 
         Raises:
             BadDocumentError: the vocabulary or the data set has no such modality.
@@ -166,7 +166,7 @@ class DocumentEncoder:
         return marks
 
     def _pretokenised(self, piece: Tokens) -> Ids:
-        """Ids moved into the modality's range; codes of items get their begin and end tokens, as read ones do."""
+        """Ids moved into the modality's range; codes of items get begin and end tokens, like encoded items."""
         if piece.modality not in self.vocabulary.names:
             known = ", ".join(self.vocabulary.names)
             raise BadDocumentError(f"the vocabulary has no modality {piece.modality!r}, only {known}")
@@ -217,7 +217,7 @@ class DocumentEncoder:
 
 
 def text_remarks(tally: Mapping[str, float]) -> list[str]:
-    """A sentence about words that the text tokenizer does not know; none where there are hardly any."""
+    """A sentence about words that the text tokenizer does not know; empty if there are hardly any."""
     tokens, unknown = tally.get(TOKENS, 0), tally.get(UNKNOWN, 0)
     if unknown < _NOTED * max(1, tokens):
         return []

@@ -1,4 +1,4 @@
-"""The folder of a data set while it is prepared: whose it is, what it was made from, and what may be removed in it."""
+"""The folder of a data set while it is prepared: locking, the record of its source, and what may be removed in it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mmscale.errors import DataError
 
 SOURCE = "source.json"
 REJECTED = "rejected.jsonl"
-JOBS = "jobs"  # logs of jobs that made the parts
-PLAN = "plan.json"  # of processes that share the parts
+JOBS = "jobs"  # folder with logs of the jobs that made the parts
+PLAN = "plan.json"  # plan of the processes that share the parts
 
-_WRITTEN = (*SPLITS, DONE, tasks.FOLDER, text_tokens.FOLDER, selection.FOLDER, selection.SCORES)  # file by file
+_WRITTEN = (*SPLITS, DONE, tasks.FOLDER, text_tokens.FOLDER, selection.FOLDER, selection.SCORES)  # written file by file
 
 
 def tokenizer_folders() -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def tokenizer_folders() -> tuple[str, ...]:
 
 
 def _own() -> tuple[str, ...]:
-    """What a data set's folder may hold, in the order in which --overwrite removes it: first what makes it one."""
+    """Names that a data set's folder may contain, in the order in which --overwrite removes them: manifest first."""
     return (
         MANIFEST,
         digests.DIGESTS,
@@ -54,14 +54,14 @@ def _own() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def claimed(out: Path, source: dict[str, Any], *, overwrite: bool) -> Iterator[None]:
-    """Hold the folder for this run, after making sure that it is ours to write into."""
+    """Lock the folder for this run, after checking that it may be written to."""
     if out.exists() and not out.is_dir():
         raise DataError(f"data: {out} is not a folder", remedy="choose another --out")
     foreign = _foreign(out)
     if foreign:
         raise DataError(f"data: {out} holds something else than a data set ({foreign})", remedy="choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:  # the lock ends with the process, however it ends
+    with (out / LOCK).open("w") as lock:  # the lock is released when the process ends, however it ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -76,7 +76,7 @@ def claimed(out: Path, source: dict[str, Any], *, overwrite: bool) -> Iterator[N
 
 
 def _foreign(out: Path) -> str:
-    """A file that no data set has, if the folder is not the beginning of one."""
+    """A file that no data set contains, if the folder is not that of a data set in preparation."""
     if not out.is_dir() or (out / SOURCE).exists():
         return ""
     names = {LOCK, *_own()}
@@ -109,7 +109,7 @@ def _begin(out: Path, source: dict[str, Any], *, overwrite: bool) -> None:
 
 
 def read_source(out: Path) -> dict[str, Any] | None:
-    """The record of what a folder's data set is made from; None: there is none."""
+    """The record of the source of a folder's data set; None: there is none."""
     try:
         return bounded.read_object(out / SOURCE, most=MOST_BYTES)
     except (OSError, ValueError):
@@ -117,7 +117,7 @@ def read_source(out: Path) -> dict[str, Any] | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of what changed."""
+    """Dotted names of the differing entries."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -129,7 +129,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 def _remove_temporary(out: Path) -> None:
-    """Remove what a broken-off run left half-written; only in the data set's own folders."""
+    """Remove temporary files of an interrupted run; only in the data set's own folders."""
     for pattern in (
         f"*{TEMPORARY}",
         *(f"{name}/*{TEMPORARY}" for name in _WRITTEN),

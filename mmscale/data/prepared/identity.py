@@ -1,6 +1,7 @@
 """The identity of a run's data by content, independent of paths: stored in checkpoints, compared when a run resumes.
 
-It reads manifests, and tables of lengths only if a manifest does not record the origin of the data. No torch.
+It is computed from manifests, and from tables of lengths only if a manifest does not record the origin of the data. No
+torch.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class SourceIdentity(BaseModel):
     """One data set of a blend.
 
     Attributes:
-        path: where it was found.
-        weight: its weight at the run's beginning.
-        later: steps from which on it has another weight, and this weight.
-        identity: equal for equal documents in an equal order, wherever they are.
+        path: its folder when it was read.
+        weight: its weight at the beginning of the run.
+        later: steps at which its weight changes, with the new weights.
+        identity: equal for equal documents in the same order, wherever they are.
         selection: names the weights of documents that training applies; empty: none.
         max_epochs: passes after which it is not read any more; None: no limit.
     """
@@ -67,8 +68,8 @@ def identities(config: Config, blend: Mapping[Path, Manifest], *, split: str = "
 def identity_of(folder: Path, manifest: Manifest, *, split: str = "train") -> str:
     """A hash of a split's content.
 
-    `data prepare` puts a digest of the documents and of what they were prepared with into the manifest. Data that was
-    made by other programs is identified by the lengths, modalities and loss masks of its documents instead.
+    `data prepare` writes a digest of the documents and of the settings into the manifest. Data that was made by other
+    programs is identified by the lengths, modalities and loss masks of its documents instead.
     """
     parts = manifest.splits[split].parts if split in manifest.splits else ()
     listing: list[Any] = [split, manifest.vocabulary, manifest.source, [part.listing for part in parts]]
@@ -98,13 +99,13 @@ def selection_of(config: Config, folder: Path, manifest: Manifest) -> str:
 
 
 def known(info: Mapping[str, Any]) -> list[SourceIdentity] | None:
-    """The data that a checkpoint was trained on; None: it was written before this was kept."""
+    """The data that a checkpoint was trained on; None: the checkpoint does not contain it (older versions)."""
     saved = info.get("data")
     return None if saved is None else [SourceIdentity.model_validate(entry) for entry in saved]
 
 
 def compare(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> tuple[list[str], list[str]]:
-    """What changed in the data: one line for each change that makes it other data, and one for each folder that moved.
+    """What changed in the data: one line for each change of its content, and one for each folder that moved.
 
     Args:
         old: the data of the checkpoint.
@@ -139,7 +140,7 @@ def compare(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> tup
 
 
 def match(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> list[tuple[int, int]]:
-    """Places in `old` and `new` of the same documents, in the order of `new`; of equal ones those of one path."""
+    """Pairs of places in `old` and `new` with the same documents, in the order of `new`; prefers equal paths."""
     left = dict(enumerate(old))
     found: dict[int, int] = {}
     for same_path in (True, False):

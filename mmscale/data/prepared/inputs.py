@@ -1,4 +1,4 @@
-"""What a data set is made from: its documents, cut into parts, and the record of everything that decides its bytes."""
+"""The inputs of a data set: its documents, cut into parts, and the record of everything that affects its bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmscale.data.documents.slices import ReadSettings
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 
-_ENCODING = 1  # raised when the same documents would become other ids
+_ENCODING = 1  # increase it when the same documents would get other ids
 
 
 def slices_of(settings: PrepareConfig) -> list[list[DocumentSlice]]:
@@ -61,17 +61,17 @@ def listing(slices: Sequence[Sequence[DocumentSlice]]) -> str:
 
 
 def source_of(settings: PrepareConfig, vocabulary: Vocabulary, documents: str) -> dict[str, Any]:
-    """What the data set is made from: everything that decides its bytes, and a digest of it."""
+    """The record of a data set's inputs: everything that affects its bytes, and a digest of it."""
     fixed = settings.model_dump(mode="json", exclude={"workers", "strict", "documents"})
-    # what a path holds counts, not where it is
+    # the digest depends on the content of the file, not on its path
     fixed["text"]["load"] = digests.of_path(settings.text.load, "data.prepare.text.load")
-    if fixed["text"]["kind"] == "bpe":  # as before there was another one
+    if fixed["text"]["kind"] == "bpe":  # omitted, as in versions that had no other kind
         del fixed["text"]["kind"]
     for section in ("text", "image"):
         if not fixed[section]["kind_args"]:
             del fixed[section]["kind_args"]
     fixed["image"]["path"] = digests.of_path(settings.image.path, "data.prepare.image.path")
-    del fixed["emoji"]  # the slices say what they are made of
+    del fixed["emoji"]  # already part of the slices' identities
     _leave_out_defaults(fixed["image"])
     questions = settings.tasks.items()
     fixed["tasks"] = {name: digests.of_path(file, f"data.prepare.tasks.{name}") for name, file in questions}
@@ -79,7 +79,7 @@ def source_of(settings: PrepareConfig, vocabulary: Vocabulary, documents: str) -
         del fixed["reader"]
     for key in ("captions", "half_pairs", "id_offset"):
         if fixed[key] == PrepareConfig().model_dump(mode="json")[key]:
-            del fixed[key]  # data sets from before there were these settings stay what they are
+            del fixed[key]  # omitted, so that the digests of data sets of older versions stay valid
     for key in ("columns", "ignore", "modalities", "reader_args", "tasks"):
         if not fixed[key]:
             del fixed[key]
@@ -97,7 +97,7 @@ def source_of(settings: PrepareConfig, vocabulary: Vocabulary, documents: str) -
 
 
 def _leave_out_defaults(image: dict[str, Any]) -> None:
-    """Data sets from before there were these settings stay what they are."""
+    """Omit default values, so that the digests of data sets of older versions stay valid."""
     for key in ("residual", "fit", "background", "damaged"):
         if image[key] == ImageTokenizerConfig().model_dump(mode="json")[key]:
             del image[key]

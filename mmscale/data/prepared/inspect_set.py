@@ -1,6 +1,6 @@
 """Shows the content of a prepared data set, and one document as text and files (`mmscale data inspect`).
 
-It only reads.
+It does not change the data set.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mmscale.data.prepared.shared_content import comparable, shared_content
 from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import DataError
 
-_FACTS = ("size", "channels", "grid", "rate")  # of tokenizers that have them
-_NOT_SHOWN = ("split", "images", "items", "note")  # of what was measured when a tokenizer was fitted
+_FACTS = ("size", "channels", "grid", "rate")  # attributes of tokenizers to show, if they exist
+_NOT_SHOWN = ("split", "images", "items", "note")  # measured values of a tokenizer that are not shown
 _SHEET_WIDTH = 640  # pixels
 _SHEET_IMAGE = 128  # edge of an image on the sheet [pixels]
 _SHEET_GAP = 8  # pixels
@@ -64,14 +64,14 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def _shared(folder: Path, manifest: Manifest) -> dict[str, list[int]] | None:
-    """What both splits have; None: it is not compared."""
+    """Content that both splits have in common; None: they cannot be compared."""
     if not comparable(manifest):
         return None
     return {key: list(pair) for key, pair in asdict(shared_content(folder, manifest)).items()}
 
 
 def lines(folder: Path, split: str) -> Iterator[str]:
-    """Every document of a split in one line, its items as marks.
+    """Every document of a split as one line, with marks for its items.
 
     Raises:
         DataError: the data set is missing or damaged, or there is no such split.
@@ -104,7 +104,7 @@ def _split_summary(folder: Path, manifest: Manifest, name: str) -> dict[str, Any
 
 
 def _selection(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """Which training documents runs leave out or repeat; None: they read each once per epoch."""
+    """Which training documents runs exclude or repeat; None: they read each once per epoch."""
     found = read_selection(folder)
     if found is None:
         return None
@@ -120,7 +120,7 @@ def _selection(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
 
 
 def _listed(manifest: Manifest) -> tuple[str, ...]:
-    """Modalities whose tokenizers are described; image is always among them, with null where there is none."""
+    """Modalities whose tokenizers are described. Image is always included, with null if there is no tokenizer."""
     return tuple(dict.fromkeys((IMAGE, *manifest.tokens_per_item)))
 
 
@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 
 def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> dict[str, Any]:
-    """Draw one document back: its text, its items as files (PNG for images), and all of it on one contact sheet.
+    """Convert one document back: its text, its items as files (PNG for images), and all of it on one contact sheet.
 
     Args:
         folder: the data set.
@@ -219,7 +219,7 @@ def _locate(folder: Path, manifest: Manifest, split: str, index: int) -> tuple[P
 
 
 def _runs(ids: NDArray[np.int64], vocabulary: Vocabulary) -> list[tuple[str, NDArray[np.int64]]]:
-    """Neighbouring ids of one modality; two images side by side are parted by their <eoi> and <boi>."""
+    """Runs of ids of one modality; two neighbouring images are separated by their <eoi> and <boi>."""
     modality = vocabulary.modality_of(ids)
     borders = np.flatnonzero(np.diff(modality)) + 1
     return [
@@ -230,7 +230,8 @@ def _runs(ids: NDArray[np.int64], vocabulary: Vocabulary) -> list[tuple[str, NDA
 def _texts(run: NDArray[np.int64], tokenizer: TextTokenizer, manifest: Manifest) -> list[str]:
     """Text between special tokens."""
     pieces = np.split(run, np.flatnonzero(run < len(manifest.vocab.specials)))
-    decoded = (tokenizer.decode(piece) for piece in pieces)  # a piece may start with the special token: left out
+    # A piece may start with the special token, which decoding omits.
+    decoded = (tokenizer.decode(piece) for piece in pieces)
     return [piece for piece in decoded if piece]
 
 
@@ -253,7 +254,7 @@ def _marked(ids: NDArray[np.int64], tokenizer: TextTokenizer, manifest: Manifest
 
 
 def _contact_sheet(text: str, images: Sequence[NDArray[np.uint8]]) -> PIL.Image.Image:
-    """The text above the images, enlarged without smoothing so that single pixels can be distinguished."""
+    """The text above the images, enlarged without smoothing so that single pixels are visible."""
     width = (_SHEET_WIDTH - 2 * _SHEET_GAP) // 7  # the built-in font is about 7 pixels wide
     # the built-in font has no glyphs beyond Latin-1
     shown = text.encode("latin-1", "replace").decode("latin-1")

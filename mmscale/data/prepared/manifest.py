@@ -1,7 +1,7 @@
 """The manifest of a prepared data set: vocabulary, tokenizers, splits, parts, counts.
 
-The manifest is written last: a folder without one is not a data set. Reading checks every part's size, so a truncated
-file is found before the first step.
+The manifest is written last: a folder without one is not a data set. Reading it checks the size of every part, so a
+truncated file is found before the first step.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # 1: the tokenizers of text and images only, each in a field of its own
-MOST_BYTES = 1 << 30  # of a manifest: it has 200 bytes for each part
+FORMAT = 2  # version 1 had the tokenizers of text and images only, each in a separate field
+MOST_BYTES = 1 << 30  # largest manifest; it has 200 bytes for each part
 NO_TOKENIZER = "none"  # fingerprint of a tokenizer that a data set does not have
-TEXT = "text"  # what the tokenizer of the first modality is known by, whatever the vocabulary calls it
+TEXT = "text"  # key of the tokenizer of the first modality, whatever its name in the vocabulary
 TRAIN, HELD_OUT = "train", "validation"  # splits that `mmscale data prepare` writes
-# Documents start with a token of the first modality: BOS, or BOI where there is none. It is nobody's label.
+# Documents start with a token of the first modality (BOS, or BOI if there is no BOS), which is never a label.
 FIRST_MODALITY = 0
 _AGAIN = "run `mmscale data prepare` again: only damaged parts are made again after you delete them"
 
@@ -43,7 +43,7 @@ def _inside(name: str) -> str:
     return name
 
 
-# A file of the data set, relative to its folder.
+# The path of a file of the data set, relative to its folder.
 Inside = Annotated[str, AfterValidator(_inside)]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
@@ -60,17 +60,17 @@ class Part(_Entry):
     tokens: dict[str, Count]  # tokens per modality
     bin_bytes: Count
     idx_bytes: Count
-    # For bits per byte, of documents whose text is trained on: UTF-8 bytes (None: not counted), labels of the first
-    # modality.
+    # For bits per byte, over documents whose text is trained on: UTF-8 bytes (None: not counted), and labels of the
+    # first modality.
     text_bytes: Count | None = None
     text_labels: Count = 0
-    # The .bin is a link to a file of a Megatron corpus, whose index is in another order than ours; this is added to its
-    # ids. None: the .bin is our own, and its documents stand one after another.
+    # Set if the .bin is a link to a file of a Megatron corpus, whose documents may be in another order: added to its
+    # ids. None: mmscale wrote the .bin, and its documents follow one another.
     id_offset: Count | None = None
 
     @property
     def listing(self) -> dict[str, Any]:
-        """What identities of data are made of: the fields that parts have always had, and what is not as it was."""
+        """The entries that identities of data are computed from: the fields of all versions, and newer ones if set."""
         own = {} if self.id_offset is None else {"id_offset": self.id_offset}
         return self.model_dump(exclude={"text_bytes", "text_labels", "id_offset"}) | own
 
@@ -91,7 +91,7 @@ class Split(_Entry):
 
 
 class Task(_Entry):
-    """A question the data defines: documents of which one span is the answer (see `<file>`: JSONL)."""
+    """A question that the data set defines: documents of which one span is the answer (`<file>`: JSONL)."""
 
     name: str
     file: Inside  # JSONL: {"ids": [...], "answer": [start, end], "choices": [[ids], ...]}, relative
@@ -111,13 +111,13 @@ class Manifest(_Entry):
     splits: dict[str, Split]
     tasks: tuple[Task, ...] = ()
     rejected: int = 0
-    source: str = ""  # digest of the listing and settings it was prepared from
-    content: str = ""  # digest of all parts, if documents name files: these may change behind an unchanged listing
+    source: str = ""  # digest of the documents and settings that it was prepared from
+    content: str = ""  # digest of all parts, if documents name files, which may change while the document files do not
 
     @model_validator(mode="before")
     @classmethod
     def _by_modality(cls, given: Any) -> Any:
-        """Format 1 named the tokenizers one by one."""
+        """Converts format 1, which has a field for each tokenizer."""
         if not isinstance(given, dict) or "tokenizers" in given or "text_tokenizer" not in given:
             return given
         old = dict(given)
@@ -127,7 +127,7 @@ class Manifest(_Entry):
 
     @property
     def vocab(self) -> Vocabulary:
-        """The vocabulary that its ids are of."""
+        """The vocabulary of its ids."""
         return Vocabulary(self.modalities, self.ranges, self.marked)
 
     @property
@@ -197,10 +197,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_blend(config: Config) -> dict[Path, Manifest]:
-    """Manifests of a configuration's data sets by folder, of its vocabulary and of one kind of tokenizers.
+    """Manifests of a configuration's data sets by folder, after checking that vocabulary and tokenizers agree.
 
     Raises:
-        ConfigError: none is named.
+        ConfigError: no data set is named.
         DataError: one is missing, damaged, or was prepared with another vocabulary or with other tokenizers than the
             others.
     """
@@ -213,12 +213,12 @@ def read_blend(config: Config) -> dict[Path, Manifest]:
 
 
 def most_complete(blend: Mapping[Path, Manifest]) -> Path | None:
-    """The first of the data sets with the most tokenizers: what others can be prepared like."""
+    """The first of the data sets with the most tokenizers, as a model for preparing others."""
     return max(blend, key=lambda folder: len(blend[folder].tokenizers), default=None)
 
 
 def has_documents(blend: Mapping[Path, Manifest], split: str) -> bool:
-    """Whether any data set has documents in a split."""
+    """Whether any data set has documents in this split."""
     return any(split in manifest.splits and manifest.splits[split].documents for manifest in blend.values())
 
 
@@ -240,7 +240,7 @@ def parts_of(folder: Path, manifest: Manifest, split: str) -> tuple[Part, ...]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest so that it is there whole or not at all."""
+    """Write the manifest atomically."""
     temporary = folder / (MANIFEST + ".tmp")
     with temporary.open("w") as file:
         file.write(manifest.model_dump_json(indent=1))
@@ -250,7 +250,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
-    """Refuse data whose ids mean something else than the configuration's.
+    """Refuse data whose ids have another meaning than the configuration's.
 
     Raises:
         DataError: the vocabularies differ.
@@ -265,10 +265,10 @@ def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -
 
 
 def by_modality(fingerprints: Mapping[str, str]) -> dict[str, str]:
-    """Fingerprints by modality, without those of tokenizers that there are not.
+    """Fingerprints by modality, without those of missing tokenizers.
 
     Args:
-        fingerprints: as a manifest, a checkpoint or an export holds them; older ones say `text_tokenizer`.
+        fingerprints: as in a manifest, a checkpoint or an export; older ones use the key `text_tokenizer`.
     """
     return {name.removesuffix("_tokenizer"): value for name, value in fingerprints.items() if value != NO_TOKENIZER}
 
@@ -276,13 +276,13 @@ def by_modality(fingerprints: Mapping[str, str]) -> dict[str, str]:
 def check_tokenizers(
     folder: Path, found: Mapping[str, str], wanted: Mapping[str, str], *, where: str, like: Path | None = None
 ) -> None:
-    """Refuse data whose ids were made by other tokenizers than a model's, though the vocabularies agree.
+    """Refuse data whose ids were made by other tokenizers than a model's, even if the vocabularies agree.
 
     Args:
         folder: the data set.
         found: its `Manifest.tokenizers`.
-        wanted: fingerprints likewise; one that is missing on one side is not compared.
-        where: whose they are.
+        wanted: fingerprints likewise; modalities that only one side has are not compared.
+        where: owner of `wanted`, for the message.
         like: a data set with the wanted tokenizers, for the remedy.
 
     Raises:
@@ -302,7 +302,7 @@ def check_tokenizers(
 
 
 def common_tokenizers(blend: Mapping[Path, Mapping[str, str]], *, like: Path | None = None) -> dict[str, str]:
-    """Fingerprints of the tokenizers of a blend by modality; a data set without images says nothing about theirs.
+    """Fingerprints of the tokenizers of a blend by modality. Data sets need not have all modalities.
 
     Args:
         blend: folders and their `Manifest.tokenizers`.
@@ -328,7 +328,7 @@ def read_table(folder: Path, part: Part) -> np.ndarray:
 
 
 def map_table(folder: Path, part: Part) -> np.ndarray:
-    """The table of a part as `read_table` gives it, mapped instead of read.
+    """The table of a part as from `read_table`, mapped instead of read.
 
     Raises:
         DataError: the table is missing or does not fit the part.

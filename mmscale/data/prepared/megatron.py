@@ -1,8 +1,8 @@
 """Megatron corpora (`.bin`/`.idx` of `tools/preprocess_data.py`) as a data set, without a copy of their tokens.
 
-The data set has an index and a table of its own, and links to the .bin files. Ids are moved by a constant when they are
-read. A document longer than `max_document_tokens` becomes several, which follow one another in the same file. Text
-only. Every id is checked once. No torch.
+The data set has its own index and table, and links to the .bin files. A constant is added to ids when they are read. A
+document longer than `max_document_tokens` becomes several consecutive ones in the same file. Text only. Every id is
+checked once. No torch.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from mmscale.data.progress import Reporter
 from mmscale.data.vocab import EOS, PAD, SPECIAL_TOKENS, Vocabulary
 from mmscale.errors import ConfigError, DataError
 
-DOCUMENTS = 1 << 20  # of a part, before long ones are cut
+DOCUMENTS = 1 << 20  # documents of a part, before long ones are cut
 _HEAD = struct.Struct("<QBQQ")  # version, code of the type, sequences, documents + 1
 _VERSION = 1
-_FLOATS = (6, 7)  # codes of types that are no ids
+_FLOATS = (6, 7)  # codes of floating-point types, which cannot be ids
 _CHUNK = 16 << 20  # ids checked at a time
 
 
@@ -68,21 +68,21 @@ class MegatronCorpus:
 
     @property
     def changed(self) -> int:
-        """When the tokens were written, replaced or moved the last time [ns]."""
+        """When the token file was last written, replaced or moved [ns]."""
         state = self.bin.stat()
         return max(state.st_mtime_ns, state.st_ctime_ns)
 
     @property
     def identity(self) -> str:
-        """Changes with the index and the size of the tokens; `check_tokens` compares them."""
+        """Changes with the index and the size of the token file; `check_tokens` compares the tokens."""
         return f"{self.idx.name}:{self.digest}:{self.bin.stat().st_size}"
 
 
 def open_corpus(idx: Path) -> MegatronCorpus:
-    """Read an index, and check that it is one and fits its .bin file.
+    """Read and check an index, and compare it with its .bin file.
 
     Raises:
-        DataError: it is damaged, of another version, multimodal, or of numbers that are no ids.
+        DataError: it is damaged, of another version, multimodal, or its numbers are not ids.
     """
     tokens = idx.with_suffix(".bin")
     try:
@@ -137,7 +137,7 @@ def _refused(idx: Path, why: str, remedy: str = "copy the corpus again, or leave
 
 
 def check_tokenizer_named(settings: PrepareConfig) -> None:
-    """Refuse corpora without their tokenizer.
+    """Refuse corpora if the settings do not name their tokenizer.
 
     Raises:
         ConfigError: none is named.
@@ -150,7 +150,7 @@ def check_tokenizer_named(settings: PrepareConfig) -> None:
 
 
 def offset_of(settings: PrepareConfig, tokenizer: TextTokenizer) -> int:
-    """What is added to the ids of corpora: by how much loading moved up the ids of the tokenizer's file."""
+    """The number to add to the ids of corpora: by how much loading the tokenizer's file moved up its ids."""
     if settings.id_offset is not None:
         return settings.id_offset
     assert settings.text.load is not None
@@ -173,21 +173,21 @@ def link(
     offset: int,
     told: Reporter,
 ) -> tuple[dict[str, list[Part]], dict[str, str]]:
-    """Index, table and link of every part.
+    """Create index, table and link of every part.
 
     Args:
-        out: the data set's folder, which is held.
+        out: the data set's folder, which is locked.
         corpora: in the order in which they were named.
         settings: `max_document_tokens` and `held_out`.
         vocabulary: ids must be in its first range.
-        offset: is added to ids.
-        told: how far it is.
+        offset: added to ids.
+        told: receives the progress.
 
     Returns:
         Parts by split, and digests by file.
 
     Raises:
-        DataError: an id is outside of the text range or padding, sequences of a document are apart.
+        DataError: an id is outside of the text range or padding, or sequences of a document are not contiguous.
     """
     splits: dict[str, list[Part]] = {TRAIN: [], VALIDATION: []}
     known: dict[str, str] = {}
@@ -207,7 +207,7 @@ def link(
 
 
 def _checked_ids(corpus: MegatronCorpus, vocabulary: Vocabulary, offset: int, tell: Any) -> str:
-    """Digest of the tokens, after checking that every id is one of text: no padding, no begin or end of an item."""
+    """Digest of the tokens, after checking that every id is text: no padding, no begin or end token of an item."""
     low, high = vocabulary.ranges[0]
     ids = (
         np.memmap(corpus.bin, dtype=corpus.dtype, mode="r") if corpus.bin.stat().st_size else np.zeros(0, corpus.dtype)
@@ -249,7 +249,7 @@ def _pieces(
     ends = np.concatenate([[0], sizes.cumsum()])
     lengths = ends[bounds[1:] - bounds[0]] - ends[bounds[:-1] - bounds[0]]
     starts = (pointers[0] if len(pointers) else 0) + ends[bounds[:-1] - bounds[0]]
-    # Half of a document must not be held out, so its number decides, and not its pieces'.
+    # All pieces of a document must be in the same split, so the number of the document decides.
     held = _fractions(np.arange(first, first + len(lengths), dtype=np.uint64), number) < settings.held_out
     most = settings.max_document_tokens
     pieces = -(-lengths // most)
@@ -260,7 +260,7 @@ def _pieces(
 
 
 def _fractions(numbers: NDArray[np.uint64], stream: int) -> NDArray[np.float64]:
-    """A fraction for each document, from 0 to 1: the number of a document is the step of splitmix64."""
+    """A random fraction from 0 to 1 for each document: splitmix64 of the document's number."""
     states = (numbers + np.uint64(stream) * np.uint64(1 << 40) + np.uint64(1)) * GOLDEN
     fractions: NDArray[np.float64] = finalized(states).astype(np.float64) / 2.0**64
     return fractions
@@ -304,7 +304,7 @@ def _write(
 
 
 def check_tokens(out: Path, corpora: Sequence[MegatronCorpus], told: Reporter) -> None:
-    """Refuse a prepared data set whose corpora have other tokens by now; files that were not touched are not read.
+    """Refuse a prepared data set if the tokens of its corpora have changed. Untouched files are not read.
 
     Raises:
         DataError: a corpus has other tokens, of the same number.
@@ -327,14 +327,14 @@ def content_of(known: Mapping[str, str]) -> str:
     """Digest of the tokens of all corpora.
 
     Args:
-        known: digests by file, of `link`.
+        known: digests by file, from `link`.
     """
     tokens = sorted((name, digest) for name, digest in known.items() if name.endswith(".bin"))
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def identities(corpora: Sequence[MegatronCorpus]) -> str:
-    """Digest of what a data set is linked to."""
+    """Digest of the corpora that a data set is linked to."""
     return hashlib.sha256(json.dumps([corpus.identity for corpus in corpora]).encode()).hexdigest()
 
 
@@ -342,7 +342,7 @@ def corpora_of(files: Sequence[Path]) -> Iterator[MegatronCorpus]:
     """The corpora of these index files.
 
     Raises:
-        DataError: a file is no index.
+        DataError: a file is not an index.
     """
     for file in files:
         if file.suffix != ".idx":

@@ -1,4 +1,4 @@
-"""Finds tasks of data sets, and those of `train.tasks`, before they are read. Login nodes do it too: no torch."""
+"""Finds tasks of data sets, and those of `train.tasks`, before they are read. Also used on login nodes: no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmscale.errors import DataError
 
 
 def having(name: str, blend: Mapping[Path, Manifest]) -> list[Path]:
-    """The data sets that have a task of this name; the questions of the first one are asked.
+    """The data sets that have a task of this name. The questions of the first one are used.
 
     Args:
         name: of the task.
@@ -50,7 +50,7 @@ def named_tasks(config: Config, blend: Mapping[Path, Manifest]) -> dict[str, Pat
 
 
 def question_file(text: str) -> tuple[str, Path | None]:
-    """Name and file of a task: `icons=which.jsonl` or `which.jsonl`; None: it is no file of questions."""
+    """Name and file of a task: `icons=which.jsonl` or `which.jsonl`; None: it does not name a file."""
     name, given, file = text.rpartition("=")
     path = Path(file)
     if path.suffix != ".jsonl":

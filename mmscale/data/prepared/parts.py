@@ -1,6 +1,6 @@
 """One part of a data set: a Megatron IndexedDataset, written crash-safe and read without torch.
 
-prepare.py cuts the input into parts and makes them in processes.
+prepare.py cuts the input into parts and makes them in several processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmscale.errors import DataError
 SPLITS = (TRAIN, VALIDATION)
 SUFFIXES = (".bin", ".idx", ".meta.npy")
 DONE = "done"
-_CHUNK = 64  # documents tokenised together: one call of the image tokenizer, one look at the stop flag
+_CHUNK = 64  # documents tokenised together: one call of the image tokenizer, one check of the stop flag
 
 # megatron/core/datasets/indexed_dataset.py: header, version, and the codes of its DType enum
 HEADER = b"MMIDIDX\x00\x00"
@@ -48,18 +48,18 @@ DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def dtype_for(vocabulary: Vocabulary) -> np.dtype[Any]:
-    """Type of the ids on disk: uint16 while every id fits, else int32.
+    """Type of the ids on disk: uint16 if every id fits, otherwise int32.
 
-    It is written into the index explicitly: megatron has two thresholds of its own, 65500 and 65536, and a vocabulary
-    of Chameleon's 65536 ids falls between them.
+    It is written into the index explicitly, because megatron uses two different thresholds, 65500 and 65536, and a
+    vocabulary of Chameleon's 65536 ids falls between them.
     """
     return np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.int32)
 
 
 class PartWriter:
-    """Writes one split of one part: `<prefix>.bin`, `.idx` and `.meta.npy`, each under its own temporary name first.
+    """Writes one split of one part: `<prefix>.bin`, `.idx` and `.meta.npy`, each under a unique temporary name first.
 
-    megatron's own builder keeps Python lists and publishes half-written files, hence this one.
+    megatron's own builder is not used, because it keeps Python lists and leaves half-written files.
 
     Args:
         folder: the data set.
@@ -67,7 +67,7 @@ class PartWriter:
         vocabulary: id ranges; an id outside is a bug of the caller and stops the writer, as numpy would wrap it.
 
     Attributes:
-        digests: of the files by their paths relative to the folder, once they are finished.
+        digests: of the finished files, by their paths relative to the folder.
     """
 
     def __init__(self, folder: Path, prefix: str, vocabulary: Vocabulary) -> None:
@@ -102,11 +102,11 @@ class PartWriter:
         if encoded.loss & 1:
             counted = None if None in (self._text_bytes, encoded.text_bytes) else encoded.text_bytes
             self._text_bytes = None if counted is None else (self._text_bytes or 0) + counted
-            self._text_labels += int(encoded.tokens[0]) - 1  # a document's first token is nobody's label
+            self._text_labels += int(encoded.tokens[0]) - 1  # a document's first token is never a label
         self._rows.append(np.append(encoded.tokens, encoded.loss))
 
     def finish(self) -> Part | None:
-        """Make the files safe and give them their names; None if no document was added."""
+        """Flush the files to disk and give them their final names; None if no document was added."""
         if self._stream is None:
             return None
         sync(self._stream)
@@ -136,9 +136,9 @@ class PartWriter:
         )
 
     def abort(self) -> None:
-        """Remove what was not given its name."""
+        """Remove the temporary files."""
         if self._stream is not None:
-            with contextlib.suppress(OSError):  # a full disk: buffered bytes cannot be written, and need not
+            with contextlib.suppress(OSError):  # on a full disk buffered bytes cannot be written; they are not needed
                 self._stream.close()
         for temporary in self._temporary.values():
             temporary.unlink(missing_ok=True)
@@ -190,12 +190,12 @@ def read_document(folder: Path, part: Part, index: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class PartJob:
-    """What one part is made of.
+    """The inputs of one part.
 
     Attributes:
         index: number of the part.
         slices: its documents.
-        tokenizers: fingerprints and limits that decide the ids.
+        tokenizers: fingerprints and limits that affect the ids.
     """
 
     index: int
@@ -209,7 +209,7 @@ class PartJob:
 
     @property
     def count(self) -> int:
-        """Records."""
+        """Number of records."""
         return sum(piece.count for piece in self.slices)
 
     @property
@@ -220,27 +220,27 @@ class PartJob:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that decides the part's files, but the files that its records name."""
+        """Hash of everything that affects the part's files, except the files that its records name."""
         content = json.dumps([self.index, [piece.identity for piece in self.slices], self.tokenizers])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class FinishedPart:
-    """done/<part>.json, written after the part's files: without it the part does not count."""
+    """The record done/<part>.json, written after the part's files. A part without it does not count."""
 
     digest: str
     splits: dict[str, Part]
     rejected: tuple[Rejected, ...]
     sizes: dict[str, int]  # relative path -> bytes, of every file of the part
-    digests: dict[str, str] = field(default_factory=dict)  # likewise; empty: made before digests were kept
-    # modality -> what was counted while items were read; empty: nothing, or made before it was counted
+    digests: dict[str, str] = field(default_factory=dict)  # likewise; empty in parts of older versions
+    # counts of conversions of items, by modality; empty if there were none, and in parts of older versions
     tallies: dict[str, Tally] = field(default_factory=dict)
-    items: str | None = ""  # PartJob.items; None: made before it was kept
+    items: str | None = ""  # PartJob.items; None in parts of older versions
 
 
 class StoppedError(Exception):
-    """The run was given up while this part was being made."""
+    """Preparing was stopped while this part was being made."""
 
 
 def build_part(
@@ -253,31 +253,31 @@ def build_part(
     advance: Callable[[int], None],
     stopped: Callable[[], bool],
 ) -> FinishedPart:
-    """Make one part; nothing with a final name appears before everything of it is on disk.
+    """Make one part; no file gets its final name before all of the part is on disk.
 
     Args:
         folder: the data set.
         job: which documents.
         encoder: documents to ids.
         held_out: share of documents for validation.
-        strict: the first bad document is an error.
-        advance: told how many records more were read.
-        stopped: asked between chunks whether to give up.
+        strict: raise an error for the first bad document.
+        advance: called with the number of further records that were read.
+        stopped: called between chunks; true: stop.
 
     Raises:
         DataError: the disk is full, an input is gone, or strict and a document is bad.
-        StoppedError: `stopped` said so.
+        StoppedError: `stopped` returned true.
     """
     writers = {split: PartWriter(folder, f"{split}/{job.name}", encoder.vocabulary) for split in SPLITS}
     rejected: list[Rejected] = []
-    encoder.take_tallies()  # of a part that was given up
+    encoder.take_tallies()  # discard the counts of an abandoned part
     try:
         for chunk in _chunks(job):
             if stopped():
                 raise StoppedError
             documents = [item for item in chunk if isinstance(item, Document)]
             encoded = iter(encoder.encode(documents))
-            for item in chunk:  # rejections keep the order of the input
+            for item in chunk:  # keeps rejections in the order of the input
                 result = next(encoded) if isinstance(item, Document) else item
                 if isinstance(result, Encoded):
                     writers[result.document.split_for(held_out)].add(result)
@@ -302,7 +302,7 @@ def build_part(
 
 
 def strict_error(rejected: Rejected) -> DataError:
-    """The error that a bad document is under --strict."""
+    """The error for a bad document under --strict."""
     return DataError(
         f"{rejected.where}: document {rejected.id!r}: {rejected.reason}",
         remedy="mend it, or leave out --strict to skip it",
@@ -321,9 +321,10 @@ def _sizes(folder: Path, splits: dict[str, Part]) -> dict[str, int]:
 
 
 def read_finished(folder: Path, job: PartJob) -> FinishedPart | None:
-    """The record of a part that needs no work.
+    """The record of a finished part.
 
-    None if it is missing, damaged, of another input, lacks a file, or if files that its records name have changed.
+    None if it is missing, damaged, of another input, if a file is missing, or if files that its records name have
+    changed.
     """
     try:
         content = bounded.read_json(folder / DONE / f"{job.name}.json", most=MOST_BYTES)
@@ -344,7 +345,7 @@ def read_finished(folder: Path, job: PartJob) -> FinishedPart | None:
 
 
 def total_tallies(folder: Path) -> dict[str, Tally]:
-    """By modality, what was counted in all parts of a data set while items were read."""
+    """By modality, the counts of conversions in all parts of a data set."""
     found: dict[str, Tally] = {}
     for file in sorted((folder / DONE).glob("*.json")):
         try:

@@ -1,7 +1,7 @@
 """Prepares a data set from documents (`mmscale data prepare`): atomic, resumable and bit-identical.
 
-Order on disk: source.json (the input), tokenizers, parts, rejected.jsonl, tasks, digests.json, manifest. Without the
-manifest nothing loads; finished files are kept if the run is interrupted at any moment.
+Order on disk: source.json (the input), tokenizers, parts, rejected.jsonl, tasks, digests.json, manifest. Without a
+manifest the data set cannot be loaded; finished files are kept if the run is interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Make a data set, or finish one that was begun; a finished one is left as it is.
+    """Make a data set, or finish one that was begun. A finished one is not changed.
 
     Args:
         config: `vocab` and `data.prepare` are used.
         out: the data set's folder.
-        overwrite: make everything again, whatever is there.
-        strict: the first bad document is an error; default: data.prepare.strict.
+        overwrite: make everything again.
+        strict: raise an error for the first bad document; default: data.prepare.strict.
         workers: processes; default: data.prepare.workers.
         progress: report on stderr.
 
@@ -122,10 +122,10 @@ def plan_shares(
     workers: int | None = None,
     progress: bool = True,
 ) -> list[Share]:
-    """List the documents and make the tokenizers, so that several processes can make the parts; `prepare` finishes.
+    """List the documents and make the tokenizers, so that several processes can make the parts. `prepare` finishes.
 
     Args:
-        config: as of `prepare`.
+        config: as for `prepare`.
         out: likewise.
         number: shares at most.
         overwrite: likewise.
@@ -134,10 +134,10 @@ def plan_shares(
         progress: likewise.
 
     Returns:
-        The shares of what is missing; none if every part is there.
+        Shares of the missing parts; empty if every part exists.
 
     Raises:
-        ConfigError, DataError: as `prepare`.
+        ConfigError, DataError: as for `prepare`.
     """
     settings, vocabulary, reporter = _begun(config, out, overwrite=overwrite, progress=progress)
     if settings.source == "megatron":
@@ -157,12 +157,12 @@ def plan_shares(
 
 
 def finish(config: Config, out: Path, *, strict: bool | None, workers: int | None) -> None:
-    """`prepare`, as the job behind all shares does it."""
+    """`prepare`, as it is called in the job that runs after all shares."""
     prepare(config, out, strict=strict, workers=workers)
 
 
 def _begun(config: Config, out: Path, *, overwrite: bool, progress: bool) -> tuple[PrepareConfig, Vocabulary, Reporter]:
-    """Settings that were checked, the vocabulary, and what says how far it is."""
+    """Checked settings, the vocabulary, and the reporter of progress."""
     settings = config.data.prepare
     if settings is None:
         raise ConfigError("data.prepare is not set", remedy="say what to prepare: data.prepare.source=digits")
@@ -190,7 +190,7 @@ def _listed(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be made, with the tokenizers in the folder."""
+    """The parts to make, with the tokenizers in the folder."""
 
     jobs: list[PartJob]
     setup: WorkSetup
@@ -211,7 +211,7 @@ def _planned(
     codecs = item_tokenizers(out, settings, vocabulary, flat, reporter)
     fingerprints = {TEXT: text.fingerprint()} | {name: codec.fingerprint() for name, codec in codecs.items()}
     others = [f"{name}:{value}" for name, value in fingerprints.items() if name not in (TEXT, IMAGE)]
-    # The digest of a part depends on this order and form: another one would make every finished part again.
+    # The digests of parts depend on this order and form. Any change would make every finished part invalid.
     ours = (fingerprints[TEXT], fingerprints.get(IMAGE, NO_TOKENIZER), *others)
     identity = (*ours, vocabulary.fingerprint, str(settings.max_document_tokens), str(settings.held_out))
     jobs = [PartJob(index, tuple(part), identity) for index, part in enumerate(slices)]
@@ -291,7 +291,7 @@ def _link(
     source: dict[str, Any],
     reporter: Reporter,
 ) -> Manifest:
-    """A data set of Megatron corpora."""
+    """Make a data set of Megatron corpora."""
     if (manifest := _standing(out, source)) is not None:
         check_tokens(out, corpora, reporter)
         _report(reporter, out, manifest, "is already prepared")
@@ -332,9 +332,10 @@ def _write_tasks(out: Path, settings: PrepareConfig, setup: WorkSetup, reporter:
 
 
 def _content(jobs: Sequence[PartJob], parts: Sequence[FinishedPart]) -> str:
-    """Digest of all parts if documents name files, which may change behind an unchanged listing; else "".
+    """Digest of all parts if documents name files, which may change while the document files do not; otherwise "".
 
-    Also "" if a part is from before their state was kept: the data set keeps its identity when a part is made again.
+    Also "" if a part was made by a version that did not record the state of those files, so that the data set keeps its
+    identity when a part is made again.
     """
     if not any(job.items for job in jobs) or any(part.items is None for part in parts):
         return ""
@@ -342,7 +343,7 @@ def _content(jobs: Sequence[PartJob], parts: Sequence[FinishedPart]) -> str:
 
 
 def _without_content(out: Path, source: dict[str, Any]) -> bool:
-    """Whether the manifest, which may be of a damaged data set, is of these documents and has no digest of parts."""
+    """Whether the manifest, even of a damaged data set, is of these documents and has no digest of parts."""
     try:
         found = bounded.read_object(out / MANIFEST, most=MOST_BYTES)
     except (OSError, *bounded.BAD_CONTENT):
@@ -351,7 +352,7 @@ def _without_content(out: Path, source: dict[str, Any]) -> bool:
 
 
 def _digests(out: Path, known: dict[str, str], files: Iterable[str], manifest: Manifest) -> dict[str, str]:
-    """Of every file that training, evaluation and drawing read, but the manifest."""
+    """Digests of all files that training, evaluation and decoding read, except the manifest."""
     others = [out / name for name in files if name not in known]
     others += [out / task.file for task in manifest.tasks]
     for folder in tokenizer_folders():
@@ -360,7 +361,7 @@ def _digests(out: Path, known: dict[str, str], files: Iterable[str], manifest: M
 
 
 def _questions(settings: PrepareConfig, setup: WorkSetup) -> Iterator[tuple[str, list[tasks.TaskItem]]]:
-    """Tasks of the built-in data sets, and the files of questions that the settings name."""
+    """Tasks of the built-in data sets, and those of the files that the settings name."""
     for name, file in settings.tasks.items():
         yield name, read_questions(Path(file), setup.encoder())
     if settings.source == "digits":
@@ -377,7 +378,7 @@ def _salvaged(settings: PrepareConfig) -> tuple[str, ...]:
 
 
 def _standing(out: Path, source: dict[str, Any]) -> Manifest | None:
-    """The manifest, if the data set is finished and whole."""
+    """The manifest, if the data set is finished and complete."""
     try:
         manifest = read_manifest(out)
     except DataError:

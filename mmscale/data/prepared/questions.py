@@ -1,11 +1,11 @@
-"""Reads a file of questions: documents without their end, with the answers to choose from or the one right answer.
+"""Reads a file of questions: documents without their end, with answers to choose from or the one correct answer.
 
 One JSON object per line, with the keys of a document and
 
     "choices": [" cat", " dog"], "answer": 1       which of these ends the document?
     "answer": " dog"                                does the model write exactly this?
 
-An answer is appended to the last text as it is: a space in front of it belongs to it. No torch here.
+An answer is appended to the last text unchanged, with its leading space if it has one. No torch here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mmscale.data.prepared.tasks import TaskItem, read_task
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 
-_MOST_LINE = 64 << 20  # bytes, as of a document
+_MOST_LINE = 64 << 20  # bytes, as for documents
 _FORMAT = 'a question is a document with "choices": ["...", "..."] and "answer": NUMBER from 0, or with "answer": "..."'
 
 
@@ -36,9 +36,9 @@ class _Question:
     """A line of the file.
 
     Attributes:
-        document: what stands before the answer.
-        answers: the texts to choose from; one: exactly this is asked for.
-        right: index of the right one.
+        document: the part before the answer.
+        answers: the texts to choose from; if there is only one, the model must write exactly this.
+        right: index of the correct one.
     """
 
     document: Document
@@ -51,10 +51,10 @@ def read_questions(file: Path, encoder: DocumentEncoder) -> list[TaskItem]:
 
     Args:
         file: JSONL; image paths are relative to its folder.
-        encoder: makes ids as the data set's documents got theirs.
+        encoder: makes ids in the same way as for the data set's documents.
 
     Raises:
-        DataError: the file is missing, a line is no question, or an answer cannot be told from another one.
+        DataError: the file is missing, a line is not a question, or two answers have the same ids.
     """
     items = [_encoded(question, encoder) for question in _read(file)]
     if not items:
@@ -67,10 +67,10 @@ def read_questions(file: Path, encoder: DocumentEncoder) -> list[TaskItem]:
 
 
 def tokenizers_folder(config: Config) -> Path:
-    """The data set of a configuration that has all of its tokenizers.
+    """A data set of a configuration that has all of its tokenizers.
 
     Raises:
-        DataError: no data set of it is there.
+        DataError: none of its data sets exists.
     """
     folder = most_complete(read_blend(config))
     assert folder is not None, "a configuration that is evaluated names data"
@@ -78,10 +78,10 @@ def tokenizers_folder(config: Config) -> Path:
 
 
 def encoder_of(config: Config) -> DocumentEncoder:
-    """Documents to ids, with the tokenizers of the configuration's data.
+    """An encoder with the tokenizers of the configuration's data.
 
     Raises:
-        DataError: no data set of it is there.
+        DataError: none of its data sets exists.
     """
     folder = tokenizers_folder(config)
     return DocumentEncoder(
@@ -93,10 +93,10 @@ def encoder_of(config: Config) -> DocumentEncoder:
 
 
 def task_items(config: Config) -> dict[str, list[TaskItem]]:
-    """The questions that a run is asked at every evaluation, by name (`train.tasks`).
+    """The questions that a run is evaluated on, by name (`train.tasks`).
 
     Raises:
-        DataError: as `tasks.named_tasks`; a file holds no questions, or a question is longer than a sequence.
+        DataError: as for `named_tasks.named_tasks`; a file holds no questions, or a question is longer than a sequence.
     """
     if not config.train.tasks:
         return {}
@@ -118,7 +118,7 @@ def task_items(config: Config) -> dict[str, list[TaskItem]]:
 
 
 def _whole(item: TaskItem) -> Iterator[tuple[int, ...]]:
-    """A question with each of its answers."""
+    """The ids of a question with each of its answers."""
     start, end = item.answer
     choices = item.choices or (item.ids[start:end],)
     return ((*item.ids[:start], *choice) for choice in choices)
@@ -161,13 +161,16 @@ def _parsed(line: bytes, *, where: str, resolve: Any) -> _Question:
 
 
 def _encoded(question: _Question, encoder: DocumentEncoder) -> TaskItem:
-    """Every answer is encoded with the text before it; what all of them begin with belongs to the question.
+    """Encodes every answer together with the text before it.
 
-    The answers go to the document's end, `</s>` included: else "cat" is likelier than every name that begins with it.
+    The ids that all of them begin with belong to the question.
+
+    Answers include the end of the document, `</s>`: otherwise "cat" would be likelier than every name that begins with
+    it.
     """
     rows = [_ids(_ending_with(question.document, answer), encoder) for answer in question.answers]
     whole = rows[question.right]
-    # The question alone ends with `</s>`, which no answer begins with.
+    # A single answer is compared with the question alone, which ends with `</s>`; no answer begins with that.
     start = _common(rows if len(rows) > 1 else [whole, _ids(question.document, encoder)])
     answers = tuple(row[start:] for row in rows)
     if len(set(answers)) < len(answers) or not all(answers):
@@ -189,7 +192,7 @@ def _ids(document: Document, encoder: DocumentEncoder) -> tuple[int, ...]:
 
 
 def _common(rows: Sequence[tuple[int, ...]]) -> int:
-    """Ids that all rows begin with; not the whole of one."""
+    """Number of ids that all rows begin with, less than the length of the shortest row."""
     number = 0
     shortest = min(map(len, rows))
     while number < shortest - 1 and len({row[number] for row in rows}) == 1:

@@ -1,7 +1,7 @@
-"""Preparing a second data set for a blend: the settings that reuse another set's tokenizers, and the check before work.
+"""Preparing a second data set for a blend: settings that reuse another set's tokenizers, and a check beforehand.
 
-Two data sets can be mixed only if their ids mean the same. This module reads small files of the other set and fits
-nothing.
+Two data sets can be mixed only if their ids have the same meaning. This module reads small files of the other set and
+fits nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mmscale.data.prepared.manifest import NO_TOKENIZER, Manifest, read_manifest
 from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import DataError
 
-_RECORD = "source.json"  # what a data set was prepared with (prepare.py)
-_SINGLE_USE = ("path", "fit_patches", "residual")  # settings of the fit, which a reused codebook does not need
+_RECORD = "source.json"  # the settings that a data set was prepared with (prepare.py)
+_SINGLE_USE = ("path", "fit_patches", "residual")  # settings for fitting, which a reused codebook does not need
 
 
 def settings_like(folder: Path) -> list[str]:
@@ -62,7 +62,7 @@ def settings_like(folder: Path) -> list[str]:
 
 
 def check_vocabulary_like(folder: Path, config: Config) -> None:
-    """Refuse a configuration with another vocabulary than a prepared data set's.
+    """Refuse a configuration whose vocabulary differs from a prepared data set's.
 
     Raises:
         DataError: they differ; training with this configuration would refuse the new data set.
@@ -79,10 +79,10 @@ def check_vocabulary_like(folder: Path, config: Config) -> None:
 
 
 def check_fit_like(folder: Path, config: Config) -> None:
-    """Refuse a configuration that says another fit of pictures than a prepared data set's.
+    """Refuse a configuration that converts pictures to squares in another way than a prepared data set.
 
     Raises:
-        DataError: it does; one that says nothing is not refused.
+        DataError: it names another way; a configuration that names none is accepted.
     """
     if config.data.prepare is None or not (folder / image_tokens.FOLDER).is_dir():
         return
@@ -99,20 +99,20 @@ def check_fit_like(folder: Path, config: Config) -> None:
 
 
 def check_companions(config: Config, settings: PrepareConfig, out: Path, *, overwrite: bool) -> list[str]:
-    """Compare the tokenizers that `out` will have with those of the data sets that it is to be mixed with.
+    """Compare the tokenizers that `out` will have with those of the data sets that it is going to be mixed with.
 
     Args:
         config: names the blend and the validation sets.
         settings: how `out` is prepared.
         out: folder of the new data set.
-        overwrite: what `out` holds of other documents goes, with its tokenizers.
+        overwrite: a data set of other documents in `out` is deleted, with its tokenizers.
 
     Returns:
-        Notes for the user where `out` is not part of the configuration's data.
+        Notes for the user if `out` is not part of the configuration's data.
 
     Raises:
-        DataError: `out` is part of the configuration's data, and its tokenizers would be others than those of a data
-            set that is prepared already.
+        DataError: `out` is part of the configuration's data, and its tokenizers would differ from those of a data
+            set that is already prepared.
     """
     named = [Path(source.path) for source in config.data.sources] + [
         Path(one) for one in config.data.validation.values()
@@ -143,7 +143,7 @@ def check_companions(config: Config, settings: PrepareConfig, out: Path, *, over
 
 
 def _differs(config: Config, settings: PrepareConfig, out: Path | None, manifest: Manifest) -> str:
-    """Names of the tokenizers that would not be those of `manifest`; empty: they are the same."""
+    """Names of the tokenizers that would differ from those of `manifest`; empty: they are the same."""
     found = []
     if _text_fingerprint(config, settings, out) != manifest.text_tokenizer:
         found.append("a text tokenizer")
@@ -157,7 +157,7 @@ def _differs(config: Config, settings: PrepareConfig, out: Path | None, manifest
 
 
 def _text_fingerprint(config: Config, settings: PrepareConfig, out: Path | None) -> str:
-    """Of the tokenizer that `out` has, will load, or that needs no text; empty: it will be trained."""
+    """Fingerprint of the tokenizer that `out` has, will load, or that needs no training; empty: it will be trained."""
     own = [] if out is None else [out / text_tokens.FOLDER / text_tokens.FILE]
     named = [] if settings.text.load is None else [Path(settings.text.load)]
     file = next((file for file in (*own, *named) if file.is_file()), None)
@@ -170,7 +170,7 @@ def _text_fingerprint(config: Config, settings: PrepareConfig, out: Path | None)
 
 
 def _fingerprint(name: str, settings: PrepareConfig, out: Path | None) -> str:
-    """Of another modality's tokenizer that `out` has or will load; empty: it will be fitted."""
+    """Fingerprint of another modality's tokenizer that `out` has or will load; empty: it will be fitted."""
     own = [] if out is None else [out / folder_of(name)]
     load = settings.modalities.get(name, {}).get(LOAD)
     named = [] if load is None else [Path(str(load))]
@@ -179,7 +179,7 @@ def _fingerprint(name: str, settings: PrepareConfig, out: Path | None) -> str:
 
 
 def _image_fingerprint(config: Config, settings: PrepareConfig, out: Path | None) -> str:
-    """Of the tokenizer that `out` has, will load, or needs no fit; empty: it will be fitted."""
+    """Fingerprint of the tokenizer that `out` has, will load, or that needs no fit; empty: it will be fitted."""
     own = [] if out is None else [out / image_tokens.FOLDER]
     named = [] if settings.image.path is None else [Path(settings.image.path)]
     folder = next((folder for folder in (*own, *named) if (folder / SETTINGS).is_file()), None)

@@ -1,8 +1,8 @@
-"""Weights of training documents: which ones a run leaves out, and which ones it repeats.
+"""Weights of training documents: which ones a run excludes, and which ones it repeats.
 
-`mmscale data dedup` and `data select` write them beside a prepared data set, whose tokens stay what they are. Each of
-the two writes a layer; a document's weight is the product over the layers. The sampler reads a document floor or ceil
-of its weight times in an epoch (`copies`). This file stores and reads weights only. No torch.
+`mmscale data dedup` and `data select` write them next to a prepared data set, whose tokens are unchanged. Each of the
+two commands writes a layer; a document's weight is the product over the layers. In an epoch the sampler reads a
+document as often as its weight, rounded up or down (`copies`). This module stores and reads weights. No torch.
 
 D documents of the training split.
 """
@@ -25,13 +25,13 @@ from mmscale.data.prepared.whole_files import held, publish, sync, temporary_for
 from mmscale.errors import DataError
 
 FOLDER = "selection"
-SCORES = "scores"  # of documents, which weights are made of
+SCORES = "scores"  # folder of the scores from which weights are computed
 FILE = f"{FOLDER}/selection.json"
-MOST_WEIGHT = 64.0  # copies of a document in an epoch; more would be a mistake of units
+MOST_WEIGHT = 64.0  # largest number of copies of a document in an epoch; more is probably a mistake of units
 _FORMAT = 1
 _MOST_BYTES = 1 << 24
-_CHUNK = 1 << 20  # documents that are added up at once
-_KEY = 12  # letters of a digest that name a file
+_CHUNK = 1 << 20  # documents that are processed at once
+_KEY = 12  # characters of a digest in the name of a file
 
 
 class _Entry(BaseModel):
@@ -39,13 +39,13 @@ class _Entry(BaseModel):
 
 
 class Layer(_Entry):
-    """Weights that one command has written.
+    """The weights that one command has written.
 
     Attributes:
         name: of the command.
         file: float32 [D] or bool [D], relative to the data set's folder.
         digest: of the file, as in digests.json.
-        made: what it was made by, for people.
+        made: arguments of the command, for people.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -55,7 +55,7 @@ class Layer(_Entry):
 
     @property
     def key(self) -> str:
-        """Name and content."""
+        """Its name and the digest of its content."""
         return f"{self.name}-{self.digest[:_KEY]}"
 
 
@@ -67,8 +67,8 @@ class SelectionFile(_Entry):
         documents: D.
         layers: in the order of their names.
         kept: documents with a weight above 0.
-        copies: sum of the weights: documents of an epoch in the mean.
-        tokens: of an epoch in the mean, by modality.
+        copies: sum of the weights, which is the mean number of documents of an epoch.
+        tokens: mean number of tokens of an epoch, by modality.
     """
 
     format: int
@@ -81,7 +81,7 @@ class SelectionFile(_Entry):
 
     @property
     def identity(self) -> str:
-        """Names the weights by their content: the keys of the layers."""
+        """Identifies the weights by their content: the keys of the layers."""
         return "+".join(layer.key for layer in self.layers)
 
     def share(self) -> dict[str, float]:
@@ -126,8 +126,8 @@ class DocumentWeights:
 
     Args:
         folder: the data set.
-        identity: `SelectionFile.identity`. Files of selections that were replaced are kept, so that a run that has
-            read by them finds its position.
+        identity: `SelectionFile.identity`. Files of replaced selections are kept, so that a run that has used them
+            finds its position.
         documents: D.
 
     Raises:
@@ -160,7 +160,7 @@ class DocumentWeights:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the maps, for worker processes that do not fork."""
+        """All attributes except the maps, for worker processes that do not fork."""
         return {**self.__dict__, "_layers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ class DocumentWeights:
         """Weights of some documents, float64 [n].
 
         Raises:
-            DataError: one is no weight.
+            DataError: a value is not a valid weight.
         """
         product = np.asarray(1.0)
         for layer in self._layers:
@@ -185,22 +185,22 @@ class DocumentWeights:
         return found
 
     def repeated(self, documents: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """The documents as often as an epoch reads them, in their order."""
+        """The documents in their order, each as often as the epoch reads it."""
         return np.repeat(documents, copies(self.weights(documents), documents, epoch))
 
 
 def copies(weights: NDArray[np.float64], documents: NDArray[np.integer], epoch: int) -> NDArray[np.int64]:
     """How often an epoch reads each document, int64 [n]; a pure function of the arguments.
 
-    After E epochs a document was read E * weight times, within one. Each document has an offset in [0, 1), so that
-    documents of one weight do not all come in the same epoch.
+    After E epochs a document was read E * weight times, up to a difference of one. Each document has a random offset in
+    [0, 1), so that documents with the same fractional weight do not all occur in the same epoch.
 
     Args:
         weights: of the documents [n].
         documents: their numbers [n].
         epoch: number of the epoch.
     """
-    # 32 bits: sums with whole weights are then exact, so weight 1 means exactly once.
+    # 32 bits, so that sums with integer weights are exact and weight 1 means exactly once.
     offset = (scattered(documents.astype(np.uint64)) >> np.uint64(32)).astype(np.float64) / 2.0**32
     return (np.floor((epoch + 1) * weights + offset) - np.floor(epoch * weights + offset)).astype(np.int64)
 
@@ -218,7 +218,7 @@ def write_layer(
     of: str,
     made: Mapping[str, Any],
 ) -> SelectionFile:
-    """Write the weights of one command; those of the others stay. It is there whole or not at all.
+    """Write the weights of one command, atomically; the layers of other commands are kept.
 
     Args:
         folder: the data set.
@@ -227,15 +227,15 @@ def write_layer(
         weights: bool [D] or float32 [D].
         name: of the layer, which is replaced.
         of: identity of the documents.
-        made: what it was made by.
+        made: arguments of the command.
 
     Raises:
-        DataError: no document would be left, or a weight is none.
+        DataError: no document would be left, or a value is not a valid weight.
     """
     assert weights.dtype in (np.bool_, np.float32)
     (folder / FOLDER).mkdir(exist_ok=True)
     temporary = temporary_for(folder / FOLDER / f"{name}.npy")
-    with held(folder):  # another command may write its layer meanwhile, and `prepare` removes temporary files
+    with held(folder):  # another command may write its layer at the same time, and `prepare` removes temporary files
         try:
             with temporary.open("wb") as stream:
                 np.lib.format.write_array(stream, weights, allow_pickle=False)
@@ -256,7 +256,7 @@ def write_layer(
 
 
 def remove_layer(folder: Path, manifest: Manifest, parts: Sequence[Part], *, name: str, of: str) -> bool:
-    """Leave out the weights of one command, whose file is kept; False: there are none.
+    """Stop applying the weights of one command, whose file is kept; False: there are none.
 
     Raises:
         DataError: the selection is damaged.
@@ -270,7 +270,7 @@ def remove_layer(folder: Path, manifest: Manifest, parts: Sequence[Part], *, nam
 
 
 def _layers(folder: Path, of: str) -> dict[str, Layer]:
-    """Layers that stay valid: those of other documents do not."""
+    """The layers that are still valid; those for other documents are dropped."""
     before = read_selection(folder)
     return {layer.name: layer for layer in before.layers} if before is not None and before.of == of else {}
 

@@ -12,10 +12,10 @@ from mmscale.data.vocab import Vocabulary
 
 
 def nominal_share(config: Config) -> dict[str, float]:
-    """Share of each modality in the training tokens, from which static expert capacities follow.
+    """Share of each modality in the training tokens, which determines static expert capacities.
 
-    A blend's weights count sequences, and packed sequences are nearly full, so they weigh the shares of the tokens;
-    weights that change, as they are at the beginning, so that the shares do not depend on the number of steps.
+    The weights of a blend count sequences. Packed sequences are nearly full, so these weights are also used for tokens.
+    If weights change during a run, the initial ones are used, so that the shares do not depend on the number of steps.
 
     Raises:
         ConfigError: no data set is named.

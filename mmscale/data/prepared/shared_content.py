@@ -1,7 +1,7 @@
 """Finds pictures, other items and texts of held-out documents that also occur in training documents.
 
-Held-out figures of such documents measure memorization. Whole token sequences are compared: items by their codes,
-texts only if a document has nothing else (captions may repeat). For large data sets a bounded number of training tokens
+Held-out losses of such documents measure memorization. Complete token sequences are compared: items by their codes,
+and texts only of documents without items (captions may repeat). Of large data sets a limited number of training tokens
 is read, so the shares are lower bounds.
 """
 
@@ -19,10 +19,10 @@ from mmscale.data.documents.schema import TRAIN, VALIDATION
 from mmscale.data.prepared.manifest import Manifest, Part, read_table
 from mmscale.data.prepared.parts import dtype_for
 
-TOKENS = 50_000_000  # read of each split, at most: about 3 s
-_WEIGHTS = 1 << 16  # random factors of positions in a text; those of longer texts repeat
+TOKENS = 50_000_000  # largest number of tokens read of each split: about 3 s
+_WEIGHTS = 1 << 16  # number of random factors for positions in a text; longer texts repeat them
 
-_NOTED = 0.01  # share from which on it is said
+_NOTED = 0.01  # smallest share that is reported
 
 Keys = NDArray[np.uint64]
 
@@ -32,15 +32,15 @@ class Shared:
     """What two splits have in common.
 
     Attributes:
-        pictures, texts: items of modalities with a tokenizer, and documents of text only: (number in held-out documents
-            that training documents have, number in held-out documents).
+        pictures, texts: (number in held-out documents that training documents have too, number in held-out documents),
+            of items of modalities with a tokenizer, and of documents of text only.
     """
 
     pictures: tuple[int, int]
     texts: tuple[int, int]
 
     def notes(self) -> list[str]:
-        """What to tell the user; nothing where less than one in a hundred is shared."""
+        """Notes for the user; empty if less than one in a hundred is shared."""
         return [
             f"note: {common} of {total} {what} of held-out documents are in training documents too: held-out numbers "
             'measure memory. Documents with the same "group" (else the same "id") are kept in one split'
@@ -50,7 +50,10 @@ class Shared:
 
 
 def comparable(manifest: Manifest) -> bool:
-    """Whether documents stand one after another in our own files; those of a Megatron corpus do not."""
+    """Whether mmscale wrote the token files, so that documents follow one another.
+
+    Those of a Megatron corpus need not.
+    """
     return all(part.id_offset is None for split in manifest.splits.values() for part in split.parts)
 
 
@@ -70,10 +73,10 @@ def shared_content(folder: Path, manifest: Manifest, *, tokens: int = TOKENS) ->
 
 
 def _keys_of(folder: Path, manifest: Manifest, split: str, tokens: int) -> tuple[Keys, Keys]:
-    """64-bit keys of a split's items, and of its documents without any other modality than text."""
+    """64-bit keys of a split's items, and of its documents of text only."""
     found: tuple[list[Keys], list[Keys]] = ([], [])
     for part in manifest.splits[split].parts:
-        if part.id_offset is not None:  # documents of a Megatron corpus do not stand one after another
+        if part.id_offset is not None:  # documents of a Megatron corpus need not follow one another
             continue
         if tokens <= 0:
             break

@@ -1,8 +1,9 @@
 """Preparing a data set by several processes that share a folder: each makes some of the parts.
 
 One process lists the documents and makes the tokenizers (`prepare.plan_shares`), each share makes its parts, and
-`prepare` finishes: it makes what is missing, and writes the manifest. Without a manifest nothing loads, so a share may
-be killed at any moment. A share that starts late, when the data set is finished or is of other documents, does nothing.
+`prepare` finishes: it makes missing parts and writes the manifest. Without a manifest the data set cannot be loaded, so
+a share may be killed at any moment. A share that starts late, after the data set was finished or replaced, does
+nothing.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Share:
     """Some parts of a data set; calling it makes those that are missing.
 
     Attributes:
-        setup: what workers need.
+        setup: inputs of the workers.
         jobs: the parts.
         workers: processes.
-        source: digest of what the data set is made from, as in source.json.
+        source: digest of the data set's inputs, as in source.json.
     """
 
     setup: WorkSetup
@@ -46,12 +47,12 @@ class Share:
     source: str
 
     def __call__(self) -> None:
-        """Make the parts, or none if the folder has become another data set or a finished one.
+        """Make the parts, unless the folder was finished or now belongs to another data set.
 
         Raises:
-            DataError: one cannot be made. Parts that were finished before stay.
+            DataError: one cannot be made. Parts that were finished before are kept.
         """
-        for modality in self.setup.modalities:  # a new process knows the built-in ones only
+        for modality in self.setup.modalities:  # a new process has registered the built-in ones only
             register(modality)
         with _shared(self.setup.folder) as there:
             if why := self._too_late() if there else "is gone":
@@ -61,7 +62,7 @@ class Share:
             build_parts(self.setup, missing, workers=self.workers, advance=lambda _: None)
 
     def _too_late(self) -> str:
-        """Why no part may be made any more; "": they may. The folder is held."""
+        """Why the parts are not needed any more; "": they are. The folder must be locked."""
         now = read_source(self.setup.folder)
         if now is None or now.get("digest") != self.source:
             return "is made from something else by now"
@@ -69,13 +70,16 @@ class Share:
 
 
 def shares_of(setup: WorkSetup, jobs: Sequence[PartJob], *, source: str, number: int, workers: int) -> list[Share]:
-    """Every n-th part for each of `number` shares; none without parts."""
+    """Divides the parts into `number` shares, every n-th part to each; empty without parts."""
     return [Share(setup, tuple(jobs[first::number]), workers, source) for first in range(min(number, len(jobs)))]
 
 
 @contextlib.contextmanager
 def _shared(folder: Path) -> Iterator[bool]:
-    """Hold the folder together with other shares, so that nobody else prepares or removes it; whether there is one."""
+    """Lock the folder together with other shares, so that no process prepares or removes it.
+
+    Yields whether it exists.
+    """
     with contextlib.ExitStack() as held:
         try:
             lock = held.enter_context((folder / LOCK).open("r"))
@@ -89,7 +93,7 @@ def _shared(folder: Path) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """What several processes are making, for those who ask how far it is.
+    """The plan of several processes that prepare a data set, from which the progress is computed.
 
     Attributes:
         parts: that the data set will have.
@@ -102,12 +106,12 @@ class SharedPlan:
     refused: str = ""
 
     def write(self, folder: Path) -> None:
-        """Keep it in the data set's folder."""
+        """Write it into the data set's folder."""
         write_whole(folder / PLAN, json.dumps(asdict(self)).encode())
 
 
 def read_plan(folder: Path) -> SharedPlan | None:
-    """What several processes make, or have made, in a folder; None: nothing, or its record is damaged."""
+    """The plan of several processes in a folder; None: there is none, or its file is damaged."""
     try:
         return bounded.read_record(SharedPlan, folder / PLAN)
     except (OSError, *bounded.BAD_CONTENT):
@@ -115,7 +119,7 @@ def read_plan(folder: Path) -> SharedPlan | None:
 
 
 def how_far(folder: Path) -> dict[str, Any] | None:
-    """State of a data set that several processes make, by its files; None: the folder is none.
+    """State of a data set that several processes make, from its files; None: the folder is not such a data set.
 
     Returns:
         `folder`, `state` (submitting, preparing, failed, prepared), `reason` of a failure, `parts`, `done` and `jobs`.

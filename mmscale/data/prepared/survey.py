@@ -1,4 +1,4 @@
-"""Facts of documents for `mmscale plan --data`: of a prepared data set, or of document files that are not prepared yet.
+"""Facts about documents for `mmscale plan --data`: of a prepared data set, or of unprepared document files.
 
 Reads manifests and records, opens some pictures for their sizes, and tokenizes nothing. No torch.
 """
@@ -28,13 +28,13 @@ from mmscale.data.vocab import IMAGE
 from mmscale.errors import DataError
 from mmscale.plan.sizing_inputs import Facts, Items
 
-_RECORDS = 20_000  # of the files' starts are read; the rest is taken to be like them
-_PICTURES = 200  # are opened
-_ITEMS = 16  # of each other modality are read, to learn how many tokens they have
+_RECORDS = 20_000  # records read from the beginning of files; the others are assumed to be similar
+_PICTURES = 200  # number of pictures that are opened
+_ITEMS = 16  # items read of each other modality, to find out how many tokens they have
 
 
 def survey(where: Sequence[str]) -> Facts:
-    """Facts of a prepared data set's folder, or of document files.
+    """Facts about a prepared data set's folder, or about document files.
 
     Args:
         where: one folder, or files (globs allowed).
@@ -116,10 +116,10 @@ def _of_files(where: Sequence[str]) -> Facts:
 
 
 class _Few(Sample):
-    """The first items only: enough to fit a tokenizer that is thrown away."""
+    """Only the first items: enough to fit a temporary tokenizer."""
 
     def items(self, split: SplitName, limit: int) -> Iterator[Item]:
-        """As of the base class."""
+        """As in the base class."""
         return itertools.islice(super().items(split, limit), _ITEMS)
 
 
@@ -128,8 +128,8 @@ def _others(read: Sequence[Document], slices: Sequence[DocumentSlice], scale: fl
 
     Args:
         read: the documents that were read.
-        slices: where they are from.
-        scale: documents that there are for each that was read.
+        slices: their origin.
+        scale: total number of documents divided by the number that was read.
 
     Raises:
         DataError: no item of a modality can be read.
@@ -149,7 +149,7 @@ def _others(read: Sequence[Document], slices: Sequence[DocumentSlice], scale: fl
 
 
 def _looked_at(pictures: Iterable[Item]) -> tuple[list[int], int]:
-    """Shorter edges of pictures [pixels], and 1 if all are grey, else 3."""
+    """Shorter edges of pictures [pixels], and the number of channels: 1 if all are grey, otherwise 3."""
     edges, grey = [], True
     for image in pictures:
         with contextlib.suppress(Exception):  # an unreadable picture is reported when the documents are prepared

@@ -1,7 +1,7 @@
-"""What the per-document tables of a split add up to: the longest document, trained labels of each modality.
+"""Totals of the per-document tables of a split: the longest document, trained labels of each modality.
 
-The tables of a small split are read and checked whenever somebody asks. Those of a large one are read and checked once;
-the result is kept beside the data. No torch.
+The tables of a small split are read and checked at every call. Those of a large one are read and checked once, and the
+result is stored next to the data. No torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mmscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-LARGE = 1 << 20  # a split with more documents is not read whole at each start
+LARGE = 1 << 20  # a split with more documents is not read at each start
 _CACHE = ".cache"  # inside the data set
-_THREADS = 8  # numpy's sums run beside one another
+_THREADS = 8  # sums of numpy, which run in parallel
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def table_facts(folder: Path, manifest: Manifest, split: str, *, cache: Path | N
         folder: the data set.
         manifest: its manifest.
         split: one that has documents.
-        cache: where facts of large splits are kept; default: .cache inside the data set.
+        cache: folder for facts of large splits; default: .cache inside the data set.
 
     Raises:
         DataError: there is no such split, or a table is missing or damaged.
@@ -69,7 +69,7 @@ def table_facts(folder: Path, manifest: Manifest, split: str, *, cache: Path | N
 
 
 def keep_facts(folder: Path, manifest: Manifest) -> None:
-    """Read the tables of large splits now, so that no start of a run has to."""
+    """Read the tables of large splits now, so that starts of runs need not."""
     for split, own in manifest.splits.items():
         if own.documents > LARGE:
             table_facts(folder, manifest, split)
@@ -109,7 +109,7 @@ def _of_part(folder: Path, manifest: Manifest, part: Part) -> TableFacts:
     lengths = _lengths(table)
     where, modalities = int(lengths.argmax()), len(manifest.modalities)
     labels = table[:, :modalities].copy()
-    labels[:, FIRST_MODALITY] -= 1  # a document's first token is nobody's label
+    labels[:, FIRST_MODALITY] -= 1  # a document's first token is never a label
     trained = (table[:, modalities, None] >> np.arange(modalities)) & 1
     return TableFacts(int(lengths[where]), where, tuple((labels * trained).sum(axis=0).tolist()))
 
@@ -120,7 +120,7 @@ def _lengths(table: np.ndarray) -> np.ndarray:
 
 
 def _key(folder: Path, manifest: Manifest, split: str, parts: tuple[Part, ...]) -> str:
-    """Changes when the tables do; of data that other programs made also when they are written again."""
+    """Changes when the tables do. For data of other programs it also changes when they are written again."""
     listing: list[Any] = [split, manifest.vocabulary, manifest.source, [part.listing for part in parts]]
     if not manifest.source:
         try:
@@ -145,7 +145,7 @@ def _kept(file: Path, modalities: int) -> TableFacts | None:
 
 
 def _keep(file: Path, found: TableFacts) -> None:
-    """Write whole or not at all; a folder that cannot be written is no error."""
+    """Write atomically; a folder that cannot be written to is not an error."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

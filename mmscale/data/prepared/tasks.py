@@ -1,6 +1,6 @@
 """Questions defined by a data set: documents with one span as the answer, and the answers to choose from.
 
-mmscale.inference asks a model. No torch here.
+mmscale.train.steps.task_scores evaluates them. No torch here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class TaskItem:
     """One question.
 
     Attributes:
-        ids: the whole document with the right answer in place.
+        ids: the whole document with the correct answer.
         answer: half-open span of the answer in `ids`.
-        choices: ids of every possible answer, to stand in that place; one of them is `ids[start:end]`. Empty: the
-            model is to write exactly the answer.
+        choices: ids of every possible answer, to be inserted in that place; one of them is `ids[start:end]`. Empty: the
+            model must write exactly the answer.
     """
 
     ids: tuple[int, ...]
@@ -37,13 +37,13 @@ class TaskItem:
 
     @property
     def right(self) -> int:
-        """Index of the right answer in `choices`."""
+        """Index of the correct answer in `choices`."""
         start, end = self.answer
         return self.choices.index(self.ids[start:end])
 
 
 def write_task(file: Path, items: Sequence[TaskItem]) -> None:
-    """Write a task's JSONL, whole or not at all."""
+    """Write a task's JSONL, atomically."""
     file.parent.mkdir(exist_ok=True)
     lines = [json.dumps({"ids": item.ids, "answer": item.answer, "choices": item.choices}) for item in items]
     write_whole(file, "".join(line + "\n" for line in lines).encode())
@@ -80,16 +80,16 @@ def read_task(folder: Path, manifest: Manifest, name: str) -> list[TaskItem]:
 
 
 def identities_of(tasks: Mapping[str, Sequence[TaskItem]]) -> list[dict[str, str]]:
-    """What checkpoints keep of the tasks of a run: name, and a hash of questions and answers wherever they are from."""
+    """What checkpoints store about the tasks of a run: name, and a hash of questions and answers without paths."""
     return [{"name": name, "identity": _identity(items)} for name, items in tasks.items()]
 
 
 def replaced(before: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line for each task that asks something else than when a checkpoint was written.
+    """One line for each task whose questions have changed since a checkpoint was written.
 
     Args:
-        before: what the checkpoint kept of its tasks, from `identities_of`.
-        now: those of today; a task that is new has nothing to be compared with.
+        before: tasks in the checkpoint, from `identities_of`.
+        now: the present tasks; new ones are not compared.
     """
     kept = {one["name"]: one["identity"] for one in before}
     return [

@@ -1,4 +1,4 @@
-"""Validation sets (`data.validation`): selects their documents, and checks them as training data is checked.
+"""Validation sets (`data.validation`): selects their documents, and checks them in the same way as training data.
 
 It reads manifests. Validation sets are never trained on. No torch.
 """
@@ -34,10 +34,10 @@ class ValidationSet:
     """One set.
 
     Attributes:
-        name: as it is reported.
+        name: its name in reports.
         folder: written by `mmscale data prepare`.
         manifest: of the folder.
-        split: which of its documents are read: those held out, or all where none are.
+        split: which of its documents are read: the held-out ones, or all if none are held out.
     """
 
     name: str
@@ -57,11 +57,11 @@ def read_validation(config: Config, blend: Mapping[Path, Manifest]) -> list[Vali
 
     Args:
         config: names them.
-        blend: folders and manifests of the data that is trained on.
+        blend: folders and manifests of the training data.
 
     Raises:
         DataError: one is missing, damaged, empty, was prepared with another vocabulary or with other tokenizers than
-            the data that is trained on, or is that data.
+            the training data, or is the training data.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
     trained = common_tokenizers({folder: manifest.tokenizers for folder, manifest in blend.items()})
@@ -92,7 +92,7 @@ def read_validation(config: Config, blend: Mapping[Path, Manifest]) -> list[Vali
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Errors about data name the validation set that they are about."""
+    """Adds the name of the validation set to errors about its data."""
     setting = f"data.validation.{name}"
     try:
         yield
@@ -102,7 +102,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def identities_of(sets: Sequence[ValidationSet]) -> list[dict[str, str]]:
-    """What checkpoints keep of validation sets: name, path, and a hash of the content wherever that lies."""
+    """What checkpoints store about validation sets: name, path, and a hash of the content, independent of the path."""
     return [
         {
             "name": one.name,
@@ -114,11 +114,11 @@ def identities_of(sets: Sequence[ValidationSet]) -> list[dict[str, str]]:
 
 
 def replaced(info: Mapping[str, Any], sets: Sequence[ValidationSet]) -> list[str]:
-    """One line for each validation set that has other documents than when a checkpoint was written.
+    """One line for each validation set whose documents have changed since a checkpoint was written.
 
     Args:
-        info: what the checkpoint says about itself.
-        sets: those of today.
+        info: the checkpoint's metadata.
+        sets: the present ones.
     """
     before = {one["name"]: one["identity"] for one in info.get("validation", ())}
     return [

@@ -1,6 +1,6 @@
-"""Writes files that are there whole or not at all, also after a power cut and beside other processes; locks folders.
+"""Writes files atomically, even if the power fails or other processes write the same file; locks folders.
 
-A file is written under a temporary name of its own, and renamed once it is on disk. No torch.
+A file is written under a unique temporary name, and renamed once it is on disk. No torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import BinaryIO
 
 from mmscale.errors import DataError
 
-LOCK = ".lock"  # of a data set's folder
-TEMPORARY = ".tmp"  # the end of every temporary name
+LOCK = ".lock"  # lock file of a data set's folder
+TEMPORARY = ".tmp"  # suffix of every temporary name
 _AGAIN = "free some space and run the same command again: finished parts are kept"
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a data set's folder alone; waits for those who hold it. The lock ends with the process, however it ends."""
+    """Lock a data set's folder; waits for its present owner.
+
+    The lock is released when the process ends, however it ends.
+    """
     with (folder / LOCK).open("a") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -31,17 +34,17 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def write_error(error: OSError, path: Path) -> DataError:
-    """What a full disk, a quota or missing rights mean to the user."""
+    """The error for the user for a full disk, a quota or missing permissions."""
     return DataError(f"data: {path} could not be written: {error.strerror or error}", remedy=_AGAIN)
 
 
 def temporary_for(file: Path) -> Path:
-    """A name beside a file that no other writer uses: two processes that make the same file do not mix their bytes."""
+    """A unique name next to a file, so that two processes that write the same file do not mix their bytes."""
     return file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+    """Write a file atomically, even if the power fails."""
     temporary = temporary_for(file)
     try:
         with temporary.open("wb") as stream:
@@ -54,13 +57,13 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def sync(stream: BinaryIO) -> None:
-    """Put what was written to a file on disk."""
+    """Flush a file to disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def publish(renames: Sequence[tuple[Path, Path]]) -> None:
-    """Give files that are on disk their names, which are on disk too afterwards."""
+    """Give files that are on disk their final names, and flush the folder too."""
     for temporary, file in renames:
         temporary.replace(file)
     for folder in {file.parent for _, file in renames}:

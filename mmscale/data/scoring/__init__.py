@@ -1,1 +1,1 @@
-"""Scores of documents, and what follows from them: how often training reads each document."""
+"""Scores of documents, and the weights computed from them: how often training reads each document."""

@@ -1,4 +1,4 @@
-"""From scores to weights: an expression, the best share with a temperature, or D4 on embeddings. Numbers only.
+"""From scores to weights: an expression, the best share with a temperature, or D4 on embeddings. Arrays only.
 
 D documents, E width of an embedding.
 """
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mmscale.errors import UsageError
 
 Numbers = NDArray[np.float64]
-_ROUNDS = 15  # of k-means
-_ROWS = 4096  # rows of similarities that are held at once
+_ROUNDS = 15  # iterations of k-means
+_ROWS = 4096  # rows of the similarity matrix that are in memory at once
 
 _TWO: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -43,7 +43,7 @@ def evaluate(expression: str, columns: Mapping[str, Numbers]) -> Numbers:
         columns: float64 [D] each.
 
     Raises:
-        UsageError: it is not such an expression, or its value is no number for some document.
+        UsageError: the expression is invalid, or its value is not a number for some document.
     """
     try:
         tree = ast.parse(expression, mode="eval")
@@ -61,7 +61,7 @@ def evaluate(expression: str, columns: Mapping[str, Numbers]) -> Numbers:
 
 
 def _value(node: ast.AST, columns: Mapping[str, Numbers]) -> Any:
-    """Value of a part of an expression; only what is listed here is computed."""
+    """Value of a part of an expression; only the operations listed here are allowed."""
     match node:
         case ast.Constant(value=int() | float() as number):
             return float(number)
@@ -98,15 +98,15 @@ def _sides(node: ast.BinOp | ast.Compare) -> tuple[type[ast.AST], ast.expr, ast.
 
 
 def top(scores: Numbers, *, share: float, temperature: float, seed: int) -> NDArray[np.bool_]:
-    """The documents with the best scores, or of each temperature above 0 a sample of them, bool [D].
+    """The documents with the best scores, or with a temperature above 0 a random sample that prefers them, bool [D].
 
-    The sample is that of drawing documents one by one without replacement with probabilities softmax(score /
-    temperature): the largest of score / temperature + Gumbel noise (Kool et al. 2019). MATES' code adds the noise to
-    the loss and takes the smallest, which is another distribution.
+    The sample has the distribution of drawing documents one by one without replacement with probabilities softmax(score
+    / temperature): those with the largest score / temperature + Gumbel noise (Kool et al. 2019). MATES' code adds the
+    noise to the loss and takes the smallest, which is another distribution.
 
     Args:
         scores: the higher the better; other units need another temperature [D].
-        share: of the documents that stay, at least one.
+        share: of the documents that are kept, at least one.
         temperature: 0: the best ones.
         seed: of the noise.
     """
@@ -124,11 +124,11 @@ def top(scores: Numbers, *, share: float, temperature: float, seed: int) -> NDAr
 def d4(
     embeddings: NDArray[np.floating], *, share: float, clusters: int, similar: float, seed: int
 ) -> NDArray[np.bool_]:
-    """D4 (Tirumala et al. 2023): near duplicates go, clusters are made again, the most typical documents go; bool [D].
+    """D4 (Tirumala et al. 2023): remove near-duplicates, cluster again, remove the most typical documents; bool [D].
 
     Args:
-        embeddings: of the documents [D, E]; only their directions count.
-        share: of the documents that stay; fewer if there are more duplicates.
+        embeddings: of the documents [D, E]; only their directions matter.
+        share: of the documents that are kept; fewer if there are more duplicates.
         clusters: of spherical k-means.
         similar: cosine similarity above which two documents of a cluster are duplicates.
         seed: of the first centroids.
@@ -137,7 +137,7 @@ def d4(
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     at, centroids = _clusters(x, clusters, seed)
     first = np.flatnonzero(_semantic(x, at, centroids, similar))
-    at, centroids = _clusters(x[first], clusters, seed)  # duplicates would make clusters of their own
+    at, centroids = _clusters(x[first], clusters, seed)  # without duplicates, which would form separate clusters
     typical = (x[first] * centroids[at]).sum(axis=1)
     keep = np.zeros(len(x), bool)
     keep[first[np.argsort(typical, kind="stable")[: max(1, round(share * len(x)))]]] = True
@@ -166,7 +166,7 @@ def _nearest(x: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[
 def _semantic(
     x: NDArray[np.float32], at: NDArray[np.int64], centroids: NDArray[np.float32], similar: float
 ) -> NDArray[np.bool_]:
-    """SemDeDup (Abbas et al. 2023): within a cluster, of two alike the one farther from the centroid stays."""
+    """SemDeDup (Abbas et al. 2023): of two similar documents in a cluster, keep the one farther from the centroid."""
     keep = np.ones(len(x), bool)
     for cluster in range(len(centroids)):
         own = np.flatnonzero(at == cluster)

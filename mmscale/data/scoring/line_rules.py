@@ -1,8 +1,8 @@
 """Text quality by rules about lines, without a model.
 
 As in Sharma et al. 2024 (2405.01582) a document's score is the mean of its lines' scores, weighted by words, and a
-line's score is the weighted share of the rules that it follows. There a rule's weight is how much the perplexity of a
-language model falls on the lines that follow it; without such measurements all rules weigh the same.
+line's score is the weighted share of the rules that it follows. In the paper a rule's weight is the decrease of a
+language model's perplexity on the lines that follow it; without such measurements all rules have the same weight.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ RULES: dict[str, Callable[[str], bool]] = {
 
 
 def quality(text: str, weights: Mapping[str, float] | None = None) -> float:
-    """A number from 0 to 1; of a text without words 1, as a picture alone breaks no rule.
+    """A number from 0 to 1; 1 for a text without words, because a picture alone violates no rule.
 
     Args:
         text: of a document.

@@ -1,4 +1,4 @@
-"""`mmscale data score` and `data select`: scores beside a data set, and weights of its documents made of them.
+"""`mmscale data score` and `data select`: scores next to a data set, and document weights computed from them.
 
 D documents of the training split.
 """
@@ -48,7 +48,7 @@ def score(folder: Path, by: str, *, name: str | None = None, workers: int = 1, r
 
     Raises:
         DataError: the data set or the file is damaged, or has another number of documents.
-        UsageError: there is no such scorer, or the name is none.
+        UsageError: there is no such scorer, or the name is invalid.
     """
     manifest = read_manifest(folder)
     parts = parts_of(folder, manifest, TRAIN)
@@ -94,7 +94,7 @@ def _by_rules(folder: Path, parts: tuple[Part, ...], workers: int, reporter: Rep
 
 
 class _Rules:
-    """The scores of one stretch of documents; a class, so that processes can get it."""
+    """Computes the scores of consecutive documents; a class, so that it can be sent to processes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -123,7 +123,7 @@ def _read_scores(file: Path) -> NDArray[np.float64]:
         return np.asarray(_FILES[file.suffix](file), np.float64)
     except ModuleNotFoundError as error:
         raise DataError(f"data: {file} needs pyarrow", remedy="pip install mmscale[data]") from error
-    except Exception as error:  # pyarrow has errors of its own
+    except Exception as error:  # pyarrow raises its own kinds
         raise DataError(f"data: {file} cannot be read: {error}", remedy='give a column "score" of numbers') from error
 
 
@@ -139,22 +139,22 @@ def select(
     similar: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write weights of the training documents; exactly one of expression, by and embeddings says which.
+    """Write weights of the training documents; exactly one of expression, by and embeddings must be given.
 
     Args:
         folder: a prepared data set.
         expression: of scores, tokens and tokens of modalities: a condition, or how often an epoch reads a document.
         by: name of a score (or an expression) of which the best are kept.
-        top: share of the documents that is kept, of those that no other layer leaves out.
-        temperature: as of `choose.top`.
+        top: share of the documents that is kept, of those that no other layer excludes.
+        temperature: as for `choose.top`.
         embeddings: .npy [D, E], for D4.
-        clusters: as of `choose.d4`.
-        similar: as of `choose.d4`.
-        seed: of what is random.
+        clusters: as for `choose.d4`.
+        similar: as for `choose.d4`.
+        seed: of the random choices.
 
     Raises:
         DataError: the data set, a score or the embeddings are damaged or of other documents, or nothing would be left.
-        UsageError: an expression is none, or none of the ways is given.
+        UsageError: an expression is invalid, or none of the three arguments is given.
     """
     manifest = read_manifest(folder)
     parts = parts_of(folder, manifest, TRAIN)
@@ -196,7 +196,7 @@ def select(
 
 
 def _kept_by_others(folder: Path, of: str, documents: int) -> NDArray[np.bool_]:
-    """Documents that no other layer leaves out: a share is one of these, bool [D]."""
+    """Documents that no other layer excludes, bool [D]; shares are relative to these."""
     found = read_selection(folder)
     others = [] if found is None or found.of != of else [one.key for one in found.layers if one.name != LAYER]
     if not others:
@@ -206,7 +206,7 @@ def _kept_by_others(folder: Path, of: str, documents: int) -> NDArray[np.bool_]:
 
 
 def undo(folder: Path) -> bool:
-    """Take the weights back; False: there were none.
+    """Remove the weights; False: there were none.
 
     Raises:
         DataError: the data set or its selection is missing or damaged.
@@ -225,7 +225,7 @@ def _columns(folder: Path, manifest: Manifest, parts: tuple[Part, ...]) -> dict[
 
 
 def _scores(folder: Path, manifest: Manifest, parts: tuple[Part, ...]) -> dict[str, NDArray[np.float64]]:
-    """All scores that were written for these documents.
+    """All scores that exist for these documents.
 
     Raises:
         DataError: one is damaged, or of other documents.

@@ -1,8 +1,8 @@
-"""Micro-batches of documents of which the log-probabilities of some tokens are asked: what tasks put to a model.
+"""Micro-batches of documents with a request for the log-probabilities of some of their tokens, used by tasks.
 
 Arrays only, the same on every rank. mmscale.train.steps.answers runs the model.
 
-Shapes: P places, N tokens that are asked for.
+Shapes: P places, N requested tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mmscale.data.vocab import Vocabulary
 
 @dataclass(frozen=True)
 class Asked:
-    """A document whose end is asked for.
+    """A document for whose last tokens log-probabilities are requested.
 
     Attributes:
-        ids: the document. The model reads all but the last token, which nothing depends on: under batch routing an
+        ids: the document. The model reads all except the last token, which no request needs: under batch routing an
             answer in the input could be read from the routing of the question.
-        start: the first token that is asked for; at least 1.
+        start: the first requested token; at least 1.
     """
 
     ids: tuple[int, ...]
@@ -33,17 +33,17 @@ class Asked:
 
     @property
     def read(self) -> tuple[int, ...]:
-        """What the model reads."""
+        """The input of the model."""
         return self.ids[:-1]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says about the ends of documents, an entry for each.
+    """The model's answers, an entry for each document.
 
     Attributes:
-        log_p: float64, sum of the log-probabilities of the tokens that were asked for.
-        likeliest: int64, how many of them no other token is likelier than.
+        log_p: float64, sum of the log-probabilities of the requested tokens.
+        likeliest: int64, number of requested tokens that are the most likely ones in their places.
     """
 
     log_p: NDArray[np.float64]
@@ -52,13 +52,13 @@ class Answers:
 
 @dataclass(frozen=True, eq=False)
 class WantedTokens:
-    """Tokens of a micro-batch that are asked for.
+    """The requested tokens of a micro-batch.
 
     Attributes:
         rows, positions: int64 [P], places whose logits are needed.
-        places: int64 [N], the place of each token that is asked for, as an index into `rows`.
+        places: int64 [N], the place of each requested token, as an index into `rows`.
         tokens: int64 [N].
-        asked: int64 [N], number of the document that asks.
+        asked: int64 [N], number of the document that the request belongs to.
     """
 
     rows: NDArray[np.int64]
@@ -69,13 +69,13 @@ class WantedTokens:
 
 
 class PackedQuestions:
-    """Documents in micro-batches of one size; those that read the same tokens share a place.
+    """Documents packed in micro-batches of one size; documents with the same input share a place.
 
     Args:
-        asked: the documents, each read at most `seq_length` tokens.
+        asked: the documents; the input of each has at most `seq_length` tokens.
         vocabulary: gives modalities.
         seq_length: tokens of a sequence.
-        rows: sequences of a micro-batch; the last one is filled up with its own sequences.
+        rows: sequences of a micro-batch; the last one is padded with repetitions of its own sequences.
     """
 
     def __init__(self, asked: Sequence[Asked], *, vocabulary: Vocabulary, seq_length: int, rows: int) -> None:
@@ -85,7 +85,7 @@ class PackedQuestions:
             self._askers.setdefault(one.read, []).append(number)
         self._asked = asked
         self._read = [np.array(read, dtype=np.int64) for read in self._askers]
-        # Tokens per modality of each document that is read, int64 [documents, modalities].
+        # Tokens per modality in the input of each document, int64 [documents, modalities].
         names = np.arange(len(vocabulary.names))
         self._counts = np.array([(vocabulary.modality_of(ids)[:, None] == names).sum(axis=0) for ids in self._read])
         filled = fill_rows(self._read, seq_length=seq_length)
@@ -93,7 +93,7 @@ class PackedQuestions:
         self._rows = rows
 
     def __len__(self) -> int:
-        """Micro-batches."""
+        """Number of micro-batches."""
         return len(self._parts)
 
     def micro_batch(self, index: int) -> MicroBatch:
@@ -110,7 +110,7 @@ class PackedQuestions:
         return np.stack(rows)
 
     def wanted(self, index: int) -> WantedTokens:
-        """What is asked for in a micro-batch."""
+        """The requested tokens of a micro-batch."""
         askers = list(self._askers.values())
         known: dict[tuple[int, int], int] = {}
         found: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text: a loss that does not depend on the text tokenizer, so that vocabularies compare.
+"""Bits per byte of held-out text: a loss that does not depend on the text tokenizer, for comparing vocabularies.
 
 The measure of BLT (arXiv 2412.09871) and MEGABYTE (arXiv 2305.07185). `data prepare` counts the bytes.
 """
@@ -13,9 +13,9 @@ from mmscale.data.stream.mixture import Mixture
 
 
 def bits_per_byte(losses: Mapping[str, float], data: Mixture, *, text: str) -> dict[str, float]:
-    """The loss of text in bits for each byte of it, special tokens included.
+    """The loss of text in bits for each byte, special tokens included.
 
-    A pass that is cut off after some batches is taken to have as many labels for each byte as the whole set.
+    A pass that ends after some batches is assumed to have as many labels per byte as the whole set.
 
     Args:
         losses: `loss/<modality>` [nats per label], of a pass over `data`.
@@ -23,8 +23,8 @@ def bits_per_byte(losses: Mapping[str, float], data: Mixture, *, text: str) -> d
         text: name of the first modality.
 
     Returns:
-        `bits_per_byte/<text>`; nothing if bytes were not counted, or there are none: data sets of older versions,
-        Megatron corpora, text that came as tokens.
+        `bits_per_byte/<text>`; empty if bytes were not counted (data sets of older versions, Megatron corpora, text
+        given as tokens) or there are none.
     """
     loss = losses.get(f"loss/{text}")
     counts = [source.text for source in data.sources]

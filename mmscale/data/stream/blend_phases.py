@@ -162,6 +162,6 @@ def _reached(piece: _Piece, source: int, count: int, *, stop: int) -> int:
 
 
 def later_phases(config: Config) -> list[tuple[int, tuple[float, ...]]]:
-    """Sequences of a run from which on its data sets have other weights, and these."""
+    """Sequences of a run at which the weights of its data sets change, with the new weights."""
     size = config.train.global_batch_size
     return [(step * size, weights) for step, weights in blend_phases(config)[1:]]

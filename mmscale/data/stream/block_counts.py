@@ -1,4 +1,4 @@
-"""How many sequences each block of a stream has: found by several processes together, and kept in a file.
+"""The number of sequences of each block of a stream: computed by several processes together, and stored in a file.
 
 A count is a pure function of data and settings, so a lost or damaged file costs time but never changes the order.
 """
@@ -21,40 +21,40 @@ from mmscale.data.stream.cache_files import locked, write_array
 log = logging.getLogger(__name__)
 
 _UNKNOWN = -1
-_SAVE_EVERY = 5.0  # seconds between looks at what other processes have found
+_SAVE_EVERY = 5.0  # interval in which counts of other processes are read and own ones are written [s]
 _REPORT_EVERY = 30.0  # seconds
 
 
 class BlockCounts:
-    """Sequences of the blocks of one stream, as far as they were found.
+    """The known numbers of sequences of the blocks of one stream.
 
     Args:
-        folders: where counts may be kept; all are read, the first that can be written is written.
+        folders: where counts may be stored. All are read; the first writable one is written to.
         key: of the stream.
     """
 
     def __init__(self, folders: Sequence[Path], key: str) -> None:
         self._folders, self._key = tuple(folders), key
         self._found: dict[int, int] = {}
-        self._seen: dict[Path, tuple[int, int]] = {}  # inode and time of what was read
-        self._kept: dict[Path, frozenset[int]] = {}  # blocks that a file has, as of the last look
+        self._seen: dict[Path, tuple[int, int]] = {}  # inode and time of each file when it was read
+        self._kept: dict[Path, frozenset[int]] = {}  # blocks in each file when it was last read
 
     def get(self, number: int) -> int | None:
-        """Sequences of a block; None if nobody has counted them yet."""
+        """Number of sequences of a block; None if it is unknown."""
         if number not in self._found:
             self.refresh()
         return self._found.get(number)
 
     def add(self, number: int, count: int) -> None:
-        """Keep a block's count, also for other processes and later runs."""
+        """Store a block's count, also for other processes and later runs."""
         if self.get(number) is None:
             self._found[number] = count
             self._save()
 
     def find(self, numbers: Sequence[int], count: Callable[[int], int]) -> None:
-        """Count blocks together with all other processes that do the same now.
+        """Count blocks, together with all other processes that need the same counts at this time.
 
-        Each process takes missing blocks at random, and looks every few seconds at what the others have found.
+        Each process counts missing blocks in random order, and reads the counts of the others every few seconds.
 
         Args:
             numbers: of the blocks.
@@ -78,7 +78,7 @@ class BlockCounts:
         self._save()
 
     def refresh(self) -> None:
-        """Read what other processes have written since the last look."""
+        """Read the counts that other processes have written since the last call."""
         for folder in self._folders:
             path = self._file(folder)
             try:
@@ -107,7 +107,7 @@ class BlockCounts:
         self._kept[path] = frozenset(known.tolist())
 
     def _save(self) -> None:
-        """Write all counts, unless the file has them or no folder can be written."""
+        """Write all counts, unless the file has them already or no folder is writable."""
         for folder in self._folders:
             if not _writable(folder):
                 continue
@@ -124,7 +124,7 @@ class BlockCounts:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether files can be written there, or the folder can be made; without a warning where it cannot."""
+    """Whether files can be written there, or the folder can be made. Logs no warning if not."""
     if folder.is_dir():
         return os.access(folder, os.W_OK)
     return folder.parent.is_dir() and os.access(folder.parent, os.W_OK)

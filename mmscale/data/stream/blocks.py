@@ -1,9 +1,9 @@
 """The order "blocks": documents of a large source are shuffled across and inside blocks that are packed one by one.
 
-Chunks of consecutive documents are shuffled by a permutation whose elements are computed alone (feistel.py), and each
-block holds as many of them as any other, within one. A block is packed as an epoch of a small source is (packing.py).
-So time and memory do not depend on the number of documents. Where a block's sequences begin in the stream follows from
-the counts of all earlier blocks, which are kept (block_counts.py).
+Chunks of consecutive documents are shuffled by a permutation of which any element can be computed alone (feistel.py),
+and each block holds the same number of chunks, up to a difference of one. A block is packed like an epoch of a small
+source (packing.py). So time and memory do not depend on the number of documents. The position of a block's first
+sequence in the stream follows from the counts of all earlier blocks, which are stored (block_counts.py).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mmscale.data.stream.source import Source
 from mmscale.errors import DataError
 from mmscale.tables.settings import DataOrder
 
-# Raise it when the same input gives another order.
+# Increase it when the same input gives another order.
 ORDER = 1
-_LEFT = 1 << 62  # number of the "block" of what was left of an epoch, as `pack_epoch` counts them
-_FEW = 2  # blocks: more missing counts than that are found together with other processes
+_LEFT = 1 << 62  # block number, for `pack_epoch`, of the leftover documents of an epoch
+_FEW = 2  # if more counts than this are missing, they are computed together with other processes
 
 
 @dataclass(frozen=True)
 class Division:
-    """A source's documents divided into blocks, in each epoch into others.
+    """A source's documents divided into blocks, differently in each epoch.
 
     Attributes:
-        documents: of the source.
+        documents: number of documents of the source.
         order: sizes of blocks and chunks.
     """
 
@@ -47,11 +47,11 @@ class Division:
 
     @property
     def chunks(self) -> int:
-        """Chunks of consecutive documents; the last one may be smaller."""
+        """Number of chunks of consecutive documents; the last one may be smaller."""
         return -(-self.documents // self.order.chunk)
 
     def __len__(self) -> int:
-        """Blocks of an epoch, of at least `order.block` documents each if the source has as many."""
+        """Number of blocks of an epoch, with at least `order.block` documents each if the source has so many."""
         return max(1, self.chunks // max(1, self.order.block // self.order.chunk))
 
     def members(self, number: int, *, seed: int, position: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
@@ -63,7 +63,7 @@ class Division:
         return found[found < self.documents]
 
     def behind(self, number: int, *, seed: int, position: int, epoch: int) -> int:
-        """Documents of a block of a shuffled epoch and of all that follow it."""
+        """Number of documents in a block of a shuffled epoch and in all later blocks."""
         last = self.chunks - 1
         found = (self.chunks - self._first(number)) * self.order.chunk
         if self._shuffle(seed, position, epoch).place_of(np.array([last]))[0] >= self._first(number):
@@ -71,7 +71,7 @@ class Division:
         return found
 
     def _first(self, number: int) -> int:
-        """Place of a block's first chunk in the order of chunks."""
+        """Place of a block's first chunk in the shuffled order of chunks."""
         return self.chunks * number // len(self)
 
     def _shuffle(self, seed: int, position: int, epoch: int) -> Shuffle:
@@ -81,7 +81,7 @@ class Division:
 
 @dataclass(frozen=True, eq=False)
 class _Portion:
-    """Documents of one epoch that are packed together, and the number that selects their random order."""
+    """Documents of one epoch that are packed together, with the number that seeds their random order."""
 
     epoch: int
     number: int
@@ -93,10 +93,10 @@ class BlockStream(SequenceStream):
 
     Args:
         source: the documents.
-        packing: how they become sequences.
+        packing: how they are packed into sequences.
         order: sizes of blocks and chunks.
-        folders: where the counts of sequences may be kept.
-        begin: what was read before: what is left of begun blocks comes first, then the rest of a begun epoch.
+        folders: where the counts of sequences may be stored.
+        begin: what was read before. The leftovers of begun blocks come first, then the rest of a begun epoch.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class BlockStream(SequenceStream):
 
     @property
     def first_epoch(self) -> int:
-        """Sequences of the first whole epoch: of one pass exactly, otherwise as if all blocks were like the first."""
+        """Sequences of the first whole epoch: exact for one pass, otherwise extrapolated from the first block."""
         blocks = len(self._division)
         if self._packing.once:
             self._count_all(blocks)
@@ -146,7 +146,7 @@ class BlockStream(SequenceStream):
             self._ends.append((self._ends[-1] if self._ends else 0) + self._counted(len(self._ends)))
 
     def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
-        """Where a stream continues after some of this one's sequences were read; arguments as of the base class."""
+        """The position after some of this stream's sequences were read; arguments as in the base class."""
         last = int(more[-1]) if len(more) else taken - 1
         if last < 0:
             return self._begin
@@ -166,7 +166,7 @@ class BlockStream(SequenceStream):
         return Begin(leftovers, epoch + 1, rest)
 
     def _address(self, number: int) -> tuple[int, int, int, int]:
-        """Seed, position, epoch, and block of the epoch of a block of the stream that is not of leftovers."""
+        """Seed, position, epoch, and number within the epoch, of a block of the stream that does not hold leftovers."""
         if self._begin.leftovers:
             number -= 1
         rest = self._begin.rest
@@ -236,7 +236,7 @@ class BlockStream(SequenceStream):
 
     def _size(self, number: int, *, wanted: int) -> int:
         if self._counts.get(number) is None:
-            # Without padding; a few blocks too many are counted otherwise.
+            # An estimate that ignores padding, so that at most a few blocks too many are counted.
             each = max(1, self.source.tokens // len(self._division) // self._packing.seq_length)
             guess = number + 1 + (wanted - (self._ends[-1] if self._ends else 0)) // each
             if guess - number > _FEW:

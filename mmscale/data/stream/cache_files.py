@@ -1,4 +1,4 @@
-"""Files of packing indices and counts: written whole or not at all, by one process of several, and never needed.
+"""Files of packing indices and counts: written atomically, by one of several processes, and never required.
 
 A cache that is lost, damaged or cannot be written costs time but never changes the order.
 """
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def spare_cache(config: Config) -> Path:
-    """Folder in the run for indices that cannot be written beside the data."""
+    """Folder in the run for indices, used if they cannot be written next to the data."""
     return Path(config.run.dir) / config.run.name / ".cache"
 
 
 def write_array(path: Path, array: NDArray[np.int64]) -> None:
-    """Write whole or not at all; a full disk or a folder without write permission is no error."""
+    """Write atomically; a full disk or a folder without write permission is not an error."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -42,10 +42,10 @@ def write_array(path: Path, array: NDArray[np.int64]) -> None:
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[bool]:
-    """Hold the lock of the files of this name, and remove what killed writers left. Yields whether it can be written.
+    """Hold the lock for files of this name, and remove temporary files of killed writers. Yields whether it can write.
 
-    The lock only saves work: without one (some network file systems) every process packs for itself, and since
-    all get the same bytes and files appear whole, the last writer does no harm.
+    The lock only saves work: without one (some network file systems) every process packs for itself. All get the same
+    bytes and files are written atomically, so the last writer does no harm.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

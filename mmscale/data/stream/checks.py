@@ -1,6 +1,6 @@
 """Checks the data of a run before any rank starts, from manifests and tables of lengths only.
 
-It finds the same problems as ranks would when they open the data, with the same messages. Only the sizes of token files
+It finds the same problems as ranks would when they open the data, with the same messages. Of token files only the sizes
 are checked; their content is checked when it is read. No torch.
 """
 
@@ -20,18 +20,18 @@ from mmscale.errors import DataError
 
 
 def check_data(config: Config) -> dict[Path, Manifest]:
-    """Refuse data that the ranks would refuse, that nothing would be learned from, or that cannot be evaluated on.
+    """Refuse data that ranks would refuse, without trained labels, or without the documents that evaluations need.
 
     Args:
         config: of the run, or of a stage of it.
 
     Returns:
-        Manifests of the data that is trained on, by folder.
+        Manifests of the training data, by folder.
 
     Raises:
         ConfigError: no data set is named.
         DataError: a data set is missing, damaged, has no documents to train on, documents longer than a sequence,
-            another vocabulary, or other tokenizers than the others; nothing of them is trained on; there is nothing
+            another vocabulary, or other tokenizers than the others; no label is trained on; there is no data
             to evaluate on; a task of `train.tasks` is missing.
     """
     blend = read_blend(config)
@@ -56,7 +56,7 @@ def check_data(config: Config) -> dict[Path, Manifest]:
 
 
 def _check_watched(config: Config, blend: Mapping[Path, Manifest]) -> None:
-    """Refuse to wait for a figure of held-out documents of sources where there are none."""
+    """Refuse to wait for a loss of held-out documents of a source that has none."""
     stop = config.train.stop_when
     wanted = (config.checkpoint.keep_best, None if stop is None else stop.metric)
     for metric in wanted:
@@ -74,7 +74,7 @@ def _check_watched(config: Config, blend: Mapping[Path, Manifest]) -> None:
 
 
 def _checked(config: Config, folder: Path, manifest: Manifest, split: str) -> TableFacts:
-    """Facts of a split's tables, after checking that all documents fit a sequence."""
+    """Facts of a split's tables, after checking that every document fits into a sequence."""
     cache = None if config.data.cache is None else Path(config.data.cache)
     facts, seq_length = table_facts(folder, manifest, split, cache=cache), config.model.seq_length
     if facts.longest > seq_length:
@@ -90,7 +90,7 @@ def _checked(config: Config, folder: Path, manifest: Manifest, split: str) -> Ta
 
 
 def _check_labels(config: Config, facts: Mapping[Path, TableFacts]) -> None:
-    """Refuse data without a trained label: its losses would look healthy."""
+    """Refuse data without a trained label, whose losses would look normal."""
     weighs = [config.train.modality_weights.get(name, 1.0) > 0.0 for name in config.vocab.names]
     unread = {Path(source.path) for source in config.data.sources if not source.trained}
     read = {folder: found for folder, found in facts.items() if folder not in unread}

@@ -1,9 +1,11 @@
 """Which tokens of a sequence each context-parallel rank computes.
 
-Every document is cut into 2 * cp equal pieces, of which rank r takes pieces r and 2 * cp - 1 - r (zig-zag inside each
-document). Every rank then has the same number of tokens of each document and the same amount of causal attention. It is
-the order of Transformer-Engine's `thd` partition (tex.thd_get_partitioned_indices). NumPy on the host, no process
+Every document is cut into 2 * cp equal pieces, of which rank r gets pieces r and 2 * cp - 1 - r (zig-zag inside each
+document). Every rank then has the same number of tokens of each document and the same amount of causal attention. This
+is the order of Transformer-Engine's `thd` partition (tex.thd_get_partitioned_indices). NumPy on the host, no process
 groups.
+
+Example: a document of 8 tokens on 2 ranks is cut into pieces 01 23 45 67. Rank 0 gets 01 and 67, rank 1 gets 23 and 45.
 
 b sequences of a micro-batch, s tokens of a sequence.
 """
@@ -23,7 +25,7 @@ class ContextRows:
     """The tokens of the context-parallel ranks.
 
     Attributes:
-        order: positions of rank 0's tokens, then those of rank 1, and so on; each rank's ascend. int64 [b, s].
+        order: positions of rank 0's tokens, then those of rank 1, and so on, ascending for each rank. int64 [b, s].
         rank: this rank.
         size: context-parallel ranks.
     """
@@ -40,10 +42,11 @@ class ContextRows:
 
 
 def zigzag(document_ids: NDArray[np.int32], *, size: int) -> NDArray[np.int64]:
-    """The order of `ContextRows`.
+    """Computes `ContextRows.order`.
 
     Args:
-        document_ids: number of the document, padding being one too; neighbours have different ones, int32 [b, s].
+        document_ids: number of the document, int32 [b, s]. Padding counts as one, and neighbours have different
+            numbers.
         size: context-parallel ranks.
 
     Raises:
@@ -62,6 +65,8 @@ def zigzag(document_ids: NDArray[np.int32], *, size: int) -> NDArray[np.int64]:
             f"context-parallel ranks cannot share: it is no multiple of 2 * {size}",
             remedy=f"set data.document_multiple to a multiple of {pieces}",
         )
+    # For every token: its position inside its document, the piece that it falls into, and that piece's rank. A stable
+    # sort by rank lists the tokens of rank 0 first, and keeps each rank's tokens in the order of the sequence.
     inside = np.arange(document_ids.size) - np.repeat(starts, lengths)
     piece = inside * pieces // np.repeat(lengths, lengths)
     rank = np.minimum(piece, pieces - 1 - piece).reshape(document_ids.shape)

@@ -1,4 +1,4 @@
-"""A random order of 0..count-1 of which any element is computed alone, in memory independent of the count.
+"""A random order of 0..count-1 of which any element can be computed alone, in memory independent of the count.
 
 A Feistel network permutes the numbers of 2h bits; numbers outside the range are permuted again until they are inside
 (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Not for cryptography.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-# Four are enough with ideal round functions (Luby and Rackoff, 1988); these are not ideal.
+# Four rounds suffice with ideal round functions (Luby and Rackoff, 1988); these are not ideal.
 ROUNDS = 8
 # Odd multipliers of known mixers: 2^64 / golden ratio (splitmix64), and rrmxmx's.
 _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
@@ -38,13 +38,16 @@ class Shuffle:
         return self._walk(places, self._forward)
 
     def place_of(self, numbers: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Where these numbers stand: the inverse of `at`."""
+        """The places of these numbers: the inverse of `at`."""
         return self._walk(numbers, self._backward)
 
     def _walk(
         self, numbers: NDArray[np.integer], step: Callable[[NDArray[np.uint64]], NDArray[np.uint64]]
     ) -> NDArray[np.int64]:
-        """Permute until all are inside the range; since the walk from inside comes back to it, it ends."""
+        """Permute until all numbers are inside the range.
+
+        This ends, because the cycle of a number inside returns to it.
+        """
         found = step(numbers.astype(np.uint64))
         outside = np.flatnonzero(found >= self._count)
         while len(outside):

@@ -1,8 +1,6 @@
 """Reads a data-parallel rank's share of every global batch, ahead of time in worker processes.
 
-Its state is one integer.
-
-It decides what each rank reads and when; mixture.py defines the content of a micro-batch.
+Its state is one integer. It decides what each rank reads and when; mixture.py defines the content of a micro-batch.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ _READ_AHEAD = 4  # global batches that each worker prepares in advance
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """One rank's part of a global batch, and what every rank must know of the whole.
+    """One rank's part of a global batch, and the counts of the whole batch that every rank needs.
 
     Attributes:
         micro_batches: this rank's micro-batches, in the order of their numbers.
@@ -40,7 +38,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user's error on its way out of a worker: DataLoader would bury cause and remedy in a traceback."""
+    """An error for the user, passed from a worker as a value: DataLoader would hide cause and remedy in a traceback."""
 
     kind: type[MmscaleError]
     cause: str
@@ -52,7 +50,7 @@ class _Failure:
 
 @dataclass(frozen=True, eq=False)
 class _Steps(Dataset[StepBatch | _Failure]):
-    """StepBatch by the number of the global batch's first micro-batch."""
+    """Maps the number of a global batch's first micro-batch to its StepBatch."""
 
     mixture: Mixture
     part: RankPart
@@ -65,7 +63,7 @@ class _Steps(Dataset[StepBatch | _Failure]):
             return _Failure(type(error), error.cause, error.remedy)
 
     def read(self, index: int) -> StepBatch:
-        """The global batch of the micro-batches index..index+G-1: rank r of dp reads index + j*dp + r."""
+        """The global batch of the micro-batches index..index+G-1, of which rank r of dp reads index + j*dp + r."""
         everyone = range(index, index + self.micro_batches_per_step)
         counts = [self.mixture.counts(number) for number in everyone]
         labels = [self.mixture.label_counts(number) for number in everyone]
@@ -78,9 +76,9 @@ class _Steps(Dataset[StepBatch | _Failure]):
 
 
 class BatchLoader(Iterator[StepBatch]):
-    """This rank's micro-batches step by step, from any step on.
+    """This rank's micro-batches step by step, starting at any step.
 
-    Step t of G micro-batches uses the numbers t*G..t*G+G-1 and dp rank r of dp takes t*G + j*dp + r: with a fixed
+    Step t of G micro-batches uses the numbers t*G..t*G+G-1, of which dp rank r of dp reads t*G + j*dp + r: with a fixed
     global batch the set of micro-batches is the same at any dp, and so is the loss. All ranks of a tensor- or
     pipeline-parallel group open a loader with the same dp_rank. The order does not depend on `workers`.
 
@@ -95,7 +93,7 @@ class BatchLoader(Iterator[StepBatch]):
         workers: processes that read ahead; 0: read in this process.
 
     Raises:
-        ConfigError: micro-batches cannot be shared out evenly.
+        ConfigError: micro-batches cannot be divided evenly among ranks.
     """
 
     def __init__(
@@ -140,15 +138,15 @@ class BatchLoader(Iterator[StepBatch]):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Sequences given out so far, over all ranks; what workers have read ahead does not count."""
+        """Number of sequences returned so far, over all ranks; those that workers have read ahead do not count."""
         mixture = self._steps.mixture
         return {"consumed_sequences": mixture.start + self._next * mixture.micro_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another loader stopped, whatever its dp_size, workers or micro-batches per step.
+        """Continue where another loader stopped, whatever its dp_size, workers or micro-batches per step.
 
-        With another micro_batch_size the micro-batches are others, and the place is the nearest one not before it:
-        a stream of the unread rest begins there (mmscale.data.stream.segments).
+        With another micro_batch_size the micro-batches differ, and reading continues at the first one that does not
+        begin before the position. A stream of the unread rest begins there (mmscale.data.stream.segments).
         """
         self.close()
         mixture = self._steps.mixture
@@ -157,7 +155,7 @@ class BatchLoader(Iterator[StepBatch]):
 
     def close(self) -> None:
         """Stop the workers. The next step starts them again."""
-        self._iterator = None  # the last reference: DataLoader's iterator ends its workers when it goes
+        self._iterator = None  # the last reference; DataLoader's iterator ends its workers when it is destroyed
 
     def _start(self) -> Iterator[StepBatch | _Failure]:
         """Read the remaining steps, ahead of time if there are workers."""
@@ -167,7 +165,7 @@ class BatchLoader(Iterator[StepBatch]):
         loader = DataLoader(
             self._steps,
             batch_size=None,
-            # A range is all that DataLoader asks of a sampler.
+            # A range is a sufficient sampler for DataLoader.
             sampler=cast("Sampler[int]", indices),
             num_workers=self._workers,
             prefetch_factor=_READ_AHEAD,
@@ -183,5 +181,5 @@ class BatchLoader(Iterator[StepBatch]):
 
 
 def _as_it_is(batch: Any) -> Any:
-    """The collate function: the default one would turn every field into a tensor."""
+    """A collate function that changes nothing; the default one would convert every field to a tensor."""
     return batch

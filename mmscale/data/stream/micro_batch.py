@@ -1,4 +1,4 @@
-"""What a micro-batch holds, who can give one by its number, and how it fits static capacities. mixture.py makes them.
+"""The content of a micro-batch, the interface of its sources, and how it fits static capacities. mixture.py makes them.
 
 b sequences of a micro-batch, s tokens of a sequence, K modalities.
 """
@@ -16,16 +16,16 @@ from mmscale.data.stream.context_rows import ContextRows
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """The input of one forward and backward pass. Numpy, on the host; nothing here needs a device.
+    """The input of one forward and backward pass. NumPy arrays on the host.
 
     A sequence holds whole documents followed by padding, which counts as one more document, so that it attends only to
-    itself. With `data.document_multiple` a document may itself end with padding, behind its EOS. The label of a token
-    is the next token of its document; the last token (EOS) has none, and neither has padding. So a sequence is exactly
-    s input tokens, not s + 1, and EOS is learned as a label.
+    itself. With `data.document_multiple` a document may itself end with padding, after its EOS. The label of a token is
+    the next token of its document; the last token (EOS) has none, and neither has padding. So a sequence has exactly s
+    input tokens, not s + 1, and EOS is learned as a label.
 
     Attributes:
         tokens: ids, PAD after the documents, int64 [b, s].
-        labels: next ids, PAD where there is none, int64 [b, s].
+        labels: next ids, PAD if there is none, int64 [b, s].
         loss_mask: 1 where the label is trained on, float32 [b, s].
         position_ids: position inside the document, int64 [b, s].
         document_ids: number of the document inside the sequence; a token attends to its own document only, int32 [b,
@@ -34,7 +34,7 @@ class MicroBatch:
         counts: tokens per modality.
         context: the tokens of each context-parallel rank, of which this one computes its own; None: it computes all.
         everyone: tokens per modality of each sequence of the micro-batches that the ranks of an expert-parallel group
-            process at the same time, this one among them, int64 [R, b, K]; None: only this one, to be counted.
+            process at the same time, including this one, int64 [R, b, K]; None: only this one, to be counted.
         label_counts: trained labels per modality of the label.
         sources: position in the blend of each sequence's source, -1 for an empty sequence, int64 [b].
         index: number of the micro-batch.
@@ -68,12 +68,12 @@ class Numbered(Protocol):
 class SlotUsage:
     """How a micro-batch fits static capacities, per modality [tokens]."""
 
-    overflow: tuple[int, ...]  # tokens beyond the nominal count: no expert has a slot for them
+    overflow: tuple[int, ...]  # tokens beyond the nominal count, for which no expert has a slot
     unused: tuple[int, ...]  # nominal slots that no token fills
 
 
 def slot_usage(batch: MicroBatch, *, nominal: tuple[int, ...], scope: Literal["sequence", "micro_batch"]) -> SlotUsage:
-    """Tokens over the nominal counts and slots left empty, on the host, for logging.
+    """Tokens over the nominal counts and slots left empty, computed on the host for logging.
 
     Args:
         batch: the micro-batch.

@@ -1,6 +1,6 @@
 """Micro-batches by number: blended, packed, dealt to nearly equal modality shares. A pure function of the number.
 
-It keeps only state that can be recomputed. loader.py decides which rank reads which number, and when.
+All of its state can be recomputed. loader.py decides which rank reads which number, and when.
 
 b sequences of a micro-batch, s tokens of a sequence, K modalities.
 """
@@ -37,11 +37,11 @@ _WINDOWS_IN_MEMORY = 2
 class Mixture:
     """A stream of micro-batches that never ends, or one pass over the sources.
 
-    Per source and epoch, documents are shuffled and packed whole into sequences. Sequences of all sources are blended
-    into one stream, of which windows are dealt into micro-batches of nearly equal modality shares ("pack, then deal").
-    Sources are blended before dealing, not micro-batch by micro-batch: text-only and image-rich sources then share
-    micro-batches, which keeps static expert capacity full. A window is never longer than an epoch of the sources, and
-    no document is left over at an epoch's end: windows run across it.
+    For each source and epoch, whole documents are shuffled and packed into sequences. The sequences of all sources are
+    blended into one stream, of which windows are dealt into micro-batches of nearly equal modality shares ("pack, then
+    deal"). Sources are blended before dealing, not micro-batch by micro-batch: text-only and image-rich sources then
+    share micro-batches, which keeps static expert capacity full. A window is never longer than an epoch of the sources,
+    and may cross its end, so no document is left over there.
 
     With `once` the sources are read a single time, each document exactly once; the last micro-batch is filled up with
     empty sequences, and all later ones are empty, so that any number of ranks can share a pass.
@@ -59,11 +59,11 @@ class Mixture:
         document_multiple: documents are padded to a multiple of this, which divides seq_length.
         order: of each source's documents, a name in `DATA_ORDERS`.
         cache: folder of packing indices; default: .cache inside each source's folder.
-        spare: folder for the indices of large sources where they cannot be written there.
+        spare: folder for the indices of large sources if they cannot be written there.
         shuffle: False keeps the stored order of documents and, with balance off, of sequences.
         once: one pass instead of an endless stream.
-        begins: what was read of each source under other settings; default: nothing.
-        phases: sequences of this stream from which on the weights are others, and these; see `BlendPhases`.
+        begins: position in each source after reading it under other settings; default: the beginning.
+        phases: sequences of this stream at which the weights change, with the new weights; see `BlendPhases`.
         start: sequences that were consumed before this stream, over all sources; its micro-batch 0 follows them.
         max_epochs: of each source, passes after which it is not read any more, those before `begins` included; None:
             no limit; default: none for all. Ignored with `once`.
@@ -144,7 +144,7 @@ class Mixture:
         self._windows: OrderedDict[int, Window] = OrderedDict()
 
     def like(self, sources: Sequence[Source] | None = None, **changes: Any) -> Mixture:
-        """A stream with the same arguments but for those that are named."""
+        """A stream with the same arguments except for the given ones."""
         return Mixture(self.sources if sources is None else sources, self.vocabulary, **{**self._options, **changes})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,13 +153,13 @@ class Mixture:
 
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:
-        """Sequences of the first whole epoch of each source; of a pass over a large one all blocks are counted."""
+        """Sequences of the first whole epoch of each source; for a pass over a large one all blocks are counted."""
         return np.array([stream.first_epoch for stream in self.streams])
 
     @cached_property
     def _shares(self) -> NDArray[np.float64]:
-        """Share of each source in the sequences, before they are made to add up to 1."""
-        # One pass: weights equal to the sizes use up all sources at the same moment.
+        """Share of each source in the sequences, not yet normalised."""
+        # One pass: with weights equal to the sizes all sources end at the same time.
         return np.array(self._sizes if self.once else self._given_weights or [1.0] * len(self.sources), float)
 
     @cached_property
@@ -198,7 +198,7 @@ class Mixture:
         return self._groups * self.micro_batch_size
 
     def len_epoch(self) -> int:
-        """Micro-batches of one pass over all sources: all that `once` gives, and about an epoch otherwise."""
+        """Micro-batches of one pass over all sources: the exact number with `once`, otherwise approximate."""
         return -(-self._sequences // self.micro_batch_size)
 
     def passes(self, sequences: int) -> list[float]:
@@ -249,14 +249,14 @@ class Mixture:
         ]
 
     def read(self, sequences: int) -> list[tuple[int, NDArray[np.int64]]]:
-        """The sequences of each source among the first sequences of this stream.
+        """Which sequences of each source are among the first sequences of this stream.
 
         Args:
             sequences: how many, a multiple of `micro_batch_size`.
 
         Returns:
             How many sequences of the source's stream were read without a gap, and the numbers of further ones,
-            ascending, because dealing changes the order inside a window.
+            ascending. There may be gaps, because dealing changes the order inside a window.
         """
         number, more = divmod(sequences, self.window)
         taken = self._blend.counts(number * self.window)
@@ -291,11 +291,11 @@ class Mixture:
                 of_token = np.repeat(np.arange(len(documents)), lengths)
                 ids = source.read(documents, table)
                 modality = checked_modality(ids, source, documents, table, vocabulary=self.vocabulary)
-                following = np.roll(modality, -1)  # wrong at document ends, which the mask leaves out
+                following = np.roll(modality, -1)  # wrong at the ends of documents, which the mask excludes
                 has_label = np.ones(len(ids), bool)
                 has_label[ends - 1] = False
                 trained = has_label & table.trained[of_token, following]
-                # A document and the padding up to the multiple are one document.
+                # The padding of a document up to the multiple belongs to the document.
                 padded = padded_lengths(lengths, self.document_multiple)
                 used = int(padded.sum())
                 of_place = np.repeat(np.arange(len(documents)), padded)
@@ -355,8 +355,7 @@ class Mixture:
 def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary, folder: Path | None = None) -> Mixture:
     """The stream of a run: endless for the split "train", one pass for any other.
 
-    Of a blend, any other split is that of the data sets that have one. With `folder` it is one pass over the split of
-    that data set instead.
+    In a blend, a pass over another split covers the data sets that have it. With `folder` it covers that data set only.
 
     The pass has a fixed shuffled order whatever the run's seed, so that an evaluation of a few batches sees a fair
     sample and runs with different seeds see the same one.

@@ -1,4 +1,4 @@
-"""Opens the stream of a source in the order that a run has."""
+"""Opens the stream of a source in the order of a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def open_stream(
 
     Args:
         source: the documents.
-        packing: how they become sequences.
+        packing: how they are packed into sequences.
         order: name in `DATA_ORDERS`.
-        caches: folders where indices may be kept, the best one first.
+        caches: folders for indices, the preferred one first.
         begin: what was read before.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Packs token lists into a micro-batch with the place of every list, for scoring outside of training."""
+"""Packs token lists into a micro-batch and returns the place of every list, for scoring outside of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmscale.data.vocab import PAD, Vocabulary
 
 
 class TokenPlace(NamedTuple):
-    """Where a list of tokens stands in a micro-batch."""
+    """The place of a list of tokens in a micro-batch."""
 
     row: int
     start: int
@@ -22,10 +22,10 @@ class TokenPlace(NamedTuple):
 def pack_rows(
     rows: Sequence[Sequence[NDArray[np.int64]]], *, vocabulary: Vocabulary, seq_length: int, multiple: int = 1
 ) -> tuple[MicroBatch, list[list[TokenPlace]]]:
-    """One sequence per row, its documents one after another and padding behind them.
+    """One sequence per row: its documents one after another, then padding.
 
     Args:
-        rows: documents of each row; their lengths sum up to at most `seq_length`.
+        rows: documents of each row; their lengths add up to at most `seq_length`.
         vocabulary: gives modalities.
         seq_length: tokens of a sequence.
         multiple: documents are padded to a multiple of this, as with `data.document_multiple`.
@@ -73,7 +73,7 @@ def pack_rows(
 
 
 def fill_rows(documents: Sequence[NDArray[np.int64]], *, seq_length: int) -> list[list[int]]:
-    """Numbers of the documents of each row, in order, as many as fit."""
+    """Numbers of the documents of each row, in order, as many per row as fit."""
     rows: list[list[int]] = [[]]
     left = seq_length
     for number, ids in enumerate(documents):

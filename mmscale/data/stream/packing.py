@@ -16,16 +16,16 @@ from mmscale.errors import DataError
 
 # Rounds of re-matching in `deal`. Measured with windows of 2048 and groups of 4: with three modalities the standard
 # deviations of the shares are .147/.149/.058 shuffled, .009/.041/.042 without re-matching, .027/.034/.017 after two
-# rounds and no better after eight. With two modalities the levels alone reach .034 (shuffled: .157); there rounds
-# only repair small windows with underfull sequences.
+# rounds and no better after eight. With two modalities dealing by levels alone reaches .034 (shuffled: .157);
+# re-matching then improves only small windows with underfull sequences.
 SWEEPS = 2
 
 
-_COPY = 1 << 40  # distance of the numbers of random orders of further copies; there are fewer epochs
+_COPY = 1 << 40  # added per copy to the number of a random order; larger than any number of epochs
 
 
 class Purpose(IntEnum):
-    """Purposes of random streams; each purpose has its own numbers."""
+    """Purposes of random streams; each purpose has a separate stream."""
 
     DOCUMENTS = 0
     SEQUENCES = 1
@@ -37,7 +37,7 @@ def random_bits(
     count: int, *, seed: int, source: int, purpose: Purpose, number: int, block: int = 0
 ) -> NDArray[np.uint64]:
     """Random numbers, a pure function of the arguments, uint64 [count]; see `permutation`."""
-    # The first counter word counts blocks of the stream, so the address stands in the other words.
+    # Philox increments the first counter word itself, so the address is in the other words.
     return np.random.Philox(key=[seed % 2**64, source], counter=[0, int(purpose), number, block]).random_raw(count)
 
 
@@ -46,7 +46,7 @@ def permutation(
 ) -> NDArray[np.int64]:
     """A random order of 0..count-1, a pure function of its arguments, int64 [count].
 
-    Counter-based (Philox), so that epoch 7 needs no epoch 0..6. Raw bits are sorted instead of calling
+    Counter-based (Philox), so that epoch 7 does not need epochs 0..6. Raw bits are sorted instead of calling
     `Generator.permutation`: numpy promises stable streams of bit generators only (NEP 19), and a run may be resumed
     years later.
 
@@ -54,9 +54,9 @@ def permutation(
         count: length of the permutation.
         seed: the run's seed.
         source: position of the source in the blend.
-        purpose: what the order is for.
+        purpose: the use of the order.
         number: epoch or window.
-        block: block of the epoch, counted from 1; 0: all of it.
+        block: block of the epoch, counted from 1; 0: the whole epoch.
     """
     bits = random_bits(count, seed=seed, source=source, purpose=purpose, number=number, block=block)
     return np.argsort(bits, kind="stable")
@@ -76,7 +76,7 @@ class Packing:
 
     @classmethod
     def joined(cls, parts: list[Packing]) -> Packing:
-        """Sequences of all parts, of which there is at least one, one after another."""
+        """The sequences of all parts one after another; there must be at least one part."""
         sizes = np.concatenate([np.diff(part.starts) for part in parts])
         return cls(np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([part.documents for part in parts]))
 
@@ -89,7 +89,7 @@ class Packing:
         return self.sums_of(table[self.documents])
 
     def sums_of(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
-        """The same, of the rows of this packing's documents in its order [len(documents), K]."""
+        """The same, from rows [len(documents), K] for this packing's documents in its order."""
         total = np.zeros((len(self.documents) + 1, rows.shape[1]), np.int64)
         np.cumsum(rows, axis=0, out=total[1:])
         return np.diff(total[self.starts], axis=0)
@@ -109,12 +109,12 @@ EMPTY_SEQUENCE = Packing(np.zeros(2, np.int64), np.zeros(0, np.int64))
 def check_lengths(
     lengths: NDArray[np.integer], *, seq_length: int, what: str, numbers: NDArray[np.int64] | None = None
 ) -> None:
-    """Refuse documents that no sequence can hold: they are never cut, since a cut may go through an image.
+    """Refuse documents that are longer than a sequence: they are never cut, since a cut may go through an image.
 
     Args:
         lengths: tokens of each document.
         seq_length: tokens of a sequence.
-        what: which documents they are.
+        what: description of the documents.
         numbers: of the documents; default: 0, 1, ...
 
     Raises:
@@ -134,20 +134,20 @@ def check_lengths(
 
 
 def padded_lengths(lengths: NDArray[np.integer], multiple: int) -> NDArray[np.int64]:
-    """Tokens that documents take up in a sequence when each is padded to a multiple of this."""
+    """Tokens that documents occupy in a sequence if each is padded to a multiple of this."""
     return -(-lengths.astype(np.int64) // multiple) * multiple
 
 
 def too_long(what: str, number: int, longest: int, *, seq_length: int, too_many: int, documents: int) -> DataError:
-    """The error of documents that no sequence can hold.
+    """The error for documents that are longer than a sequence.
 
     Args:
-        what: which documents they are.
+        what: description of the documents.
         number: of the longest one.
         longest: its tokens.
         seq_length: tokens of a sequence.
-        too_many: documents that are too long.
-        documents: all of them.
+        too_many: number of documents that are too long.
+        documents: number of all documents.
     """
     return DataError(
         f"{what}: document {number} has {longest} tokens, model.seq_length is {seq_length}; "
@@ -160,8 +160,8 @@ def too_long(what: str, number: int, longest: int, *, seq_length: int, too_many:
 def pack(lengths: NDArray[np.integer], *, seq_length: int, window: int) -> Packing:
     """Best-fit-decreasing bin packing inside windows of consecutive documents.
 
-    The longest document goes first, into the fullest sequence that can still take it; equally long ones in their
-    order. Windows keep a shuffled order mostly shuffled and the work linear. No document is cut.
+    The longest document goes first, into the fullest sequence that still has room for it; equally long ones are placed
+    in their order. Windows preserve most of a shuffled order and keep the work linear. No document is cut.
 
     Args:
         lengths: tokens of each document, in the order of the windows, each at most seq_length [D].
@@ -179,6 +179,8 @@ def pack(lengths: NDArray[np.integer], *, seq_length: int, window: int) -> Packi
         chosen = np.asarray(_best_fit(part[order].tolist(), seq_length), np.int64)
         sequence_of[begin + order] = sequences + chosen
         sequences += int(chosen.max()) + 1
+    # From the sequence of each document to the documents of each sequence: a stable sort lists the documents by
+    # sequence and in their order; `starts` are the cumulated numbers of documents.
     starts = np.concatenate([[0], np.cumsum(np.bincount(sequence_of, minlength=sequences))])
     return Packing(starts, np.argsort(sequence_of, kind="stable"))
 
@@ -186,7 +188,8 @@ def pack(lengths: NDArray[np.integer], *, seq_length: int, window: int) -> Packi
 def _best_fit(lengths: list[int], capacity: int) -> list[int]:
     """The bin of each item.
 
-    Plain Python on purpose: one bisect over the distinct free sizes costs less than numpy calls (1.2 M items/s).
+    `bins_with[free]` is a stack of the bins with `free` tokens left. Plain Python on purpose: one bisect over the
+    distinct free sizes costs less than numpy calls (1.2 M items/s).
     """
     free_sizes: list[int] = []  # distinct, sorted
     bins_with: dict[int, list[int]] = {}
@@ -227,10 +230,10 @@ def pack_epoch(
     multiple: int = 1,
     copies: NDArray[np.int64] | None = None,
 ) -> Packing:
-    """One pass over a source, or a block of one: documents shuffled, packed in windows, and sequences shuffled again.
+    """One pass over a source or a block of it: documents are shuffled and packed in windows, then sequences shuffled.
 
     The second shuffle matters: best-fit puts long documents into the first sequences of a window, so consecutive
-    sequences are alike. Further copies of documents are packed by themselves, so that no sequence holds a document
+    sequences are similar. Further copies of documents are packed separately, so that no sequence contains a document
     twice.
 
     Args:
@@ -251,7 +254,7 @@ def pack_epoch(
     for copy in range(1 if copies is None else int(copies.max(initial=0))):
         order = np.arange(len(lengths)) if copies is None else np.flatnonzero(copies > copy)
         if shuffle:
-            number = epoch + copy * _COPY  # the order of another copy is another one
+            number = epoch + copy * _COPY  # each copy has a different random order
             order = order[permutation(len(order), purpose=Purpose.DOCUMENTS, number=number, **address)]
         packing = pack(lengths[order], seq_length=seq_length, window=window)
         parts.append(Packing(packing.starts, order[packing.documents]))
@@ -270,13 +273,13 @@ def deal(counts: NDArray[np.integer], *, group: int) -> NDArray[np.int64]:
     each group takes one sequence, and the group with the smallest sum takes the largest (LPT). The modality for sorting
     is the one that leaves the smallest squared deviation of all counts. Then each level in turn is removed from the
     groups and matched again with the remaining sums: for one modality the best matching is largest with smallest, so
-    this is tried for every modality and kept if the squared deviation shrinks.
+    this is tried for every modality and kept if the squared deviation decreases.
 
     Example with one modality, counts 9 7 6 4 3 1 and group 2: level 0 is (9, 7, 6), level 1 is (4, 3, 1). The group
     with 6 takes 4, the group with 7 takes 3, the group with 9 takes 1: sums 10, 10, 10.
 
-    Everything is integer arithmetic: ranks on different kinds of machines must deal alike, or some documents would be
-    trained on twice and others never.
+    All arithmetic uses integers: ranks on different kinds of machines must deal alike, otherwise some documents would
+    be trained on twice and others never.
 
     Args:
         counts: tokens of each modality in each sequence [N, K]; `group` divides N.
@@ -287,10 +290,13 @@ def deal(counts: NDArray[np.integer], *, group: int) -> NDArray[np.int64]:
     assert groups * group == number, f"{number} sequences cannot be dealt into groups of {group}"
     if group == 1 or groups == 1 or modalities == 1:
         return np.arange(number).reshape(groups, group)
+    # deviation [N, K]: tokens of each sequence minus the mean, so that the sums of an ideal group are 0.
     deviation = counts.astype(np.int64) - counts.sum(axis=0, dtype=np.int64) // number
     attempts = [_deal_levels(deviation[:, modality], group) for modality in range(modalities)]
     dealt = min(attempts, key=lambda attempt: int((deviation[attempt].sum(axis=1) ** 2).sum()))
 
+    # dealt [groups, group] holds sequence numbers, total [groups, K] the present sums of each group. `rest` are the
+    # sums without one level: the group with the smallest rest gets that level's largest sequence.
     total = deviation[dealt].sum(axis=1)
     for _ in range(SWEEPS):
         for level in range(group):
@@ -322,13 +328,13 @@ def _deal_levels(score: NDArray[np.int64], group: int) -> NDArray[np.int64]:
 def blend(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which source the blended sequences start..start+count-1 come from, and their number inside that source.
 
-    Sequence n of a source with weight w (weights add up to 1) is due at (n + 1/2) / w, and the stream takes what is
-    due first: at every moment the source that lags most behind its weight. Unlike mcore's build_blending_indices,
-    which has the same aim, any stretch of the stream is found without what precedes it. With S sources, after i
-    sequences a source has given w*i of them within 1/2 + w*S/2.
+    Sequence n of a source with weight w (weights add up to 1) is due at (n + 1/2) / w, and the stream takes sequences
+    in the order in which they are due, i.e. always from the source that lags most behind its weight. mcore's
+    build_blending_indices has the same goal, but here any stretch of the stream can be computed without the sequences
+    before it. With S sources, after i sequences a source has contributed w*i of them within 1/2 + w*S/2.
 
     Args:
-        weights: share of each source, adding up to 1; a source with share 0 gives nothing [S].
+        weights: share of each source, adding up to 1; a source with share 0 contributes nothing [S].
         start: first sequence of the stretch.
         count: length of the stretch.
 
@@ -346,7 +352,7 @@ def blend(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDAr
 
 
 def blended(weights: NDArray[np.float64], *, count: int) -> NDArray[np.int64]:
-    """How many of the first `count` blended sequences are of each source, int64 [S]."""
+    """How many of the first `count` blended sequences belong to each source, int64 [S]."""
     if not weights.all():
         found = np.zeros(len(weights), np.int64)
         found[weights > 0] = blended(weights[weights > 0], count=count)
@@ -358,21 +364,23 @@ def blended(weights: NDArray[np.float64], *, count: int) -> NDArray[np.int64]:
 
 
 def _due(weights: NDArray[np.float64], *, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """The blended stream from a little before `start` on.
+    """The blended stream, starting slightly before `start`.
 
     Returns:
-        Sequences of each source before that [S]; source and number of each sequence from there on, in their order
-        [2, at least skip + count]; how many of these come before `start`.
+        Number of sequences of each source before that point [S]; source and number of each sequence from there on, in
+        their order [2, at least skip + count]; `skip`, how many of these come before `start`.
     """
     sources = len(weights)
 
     def due(source: int, number: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray((number + 0.5) / weights[source], np.float64)
 
-    earlier = max(0, start - sources)  # a moment at which surely no more than `start` sequences were due
+    earlier = max(0, start - sources)  # a time at which at most `start` sequences were due
     before = np.zeros(sources, np.int64)
     candidates = []
     for source in range(sources):
+        # Sequences of this source that were due by then: the estimate w * t + 1/2, corrected by comparing the exact
+        # times of the sequences near it (floating-point rounding).
         guess = int(earlier * weights[source] + 0.5)
         near = np.arange(max(0, guess - 2), guess + 3)
         before[source] = near[0] + int((due(source, near) <= earlier).sum()) if start else 0

@@ -25,11 +25,11 @@ from mmscale.data.stream.source import Source
 
 log = logging.getLogger(__name__)
 
-# Raise it when packing.py gives another order for the same input: caches of the old order are then left aside.
+# Increase it when packing.py gives another order for the same input, so that older caches are ignored.
 ORDER = 1
 _HEADER = 3  # crc32 of the rest, sequences, documents
-# Small sources keep several epochs in one file: with one file an epoch, 1800 documents would soon mean thousands of
-# files, and resuming would read them all.
+# Small sources store several epochs in one file. With one file per epoch, 1800 documents would soon result in thousands
+# of files, which resuming would have to read.
 _BLOCK_DOCUMENTS = 65_536
 
 
@@ -38,9 +38,9 @@ class PackedStream(SequenceStream):
 
     Args:
         source: the documents.
-        packing: how they become sequences.
+        packing: how they are packed into sequences.
         cache: folder of packing indices.
-        begin: what was read before: what is left of begun epochs comes first, as a block of its own.
+        begin: what was read before; the leftovers of begun epochs come first, as a separate block.
 
     Raises:
         DataError: a document is longer than a sequence.
@@ -56,9 +56,9 @@ class PackedStream(SequenceStream):
             "source": packing.position,
             "shuffle": packing.shuffle,
         }
-        if packing.multiple > 1:  # without it the names of cached packings are those of earlier versions
+        if packing.multiple > 1:  # otherwise the names of cached packings are those of earlier versions
             self._settings["multiple"] = packing.multiple
-        self._epochs = 1 if packing.once else max(1, _BLOCK_DOCUMENTS // len(source))  # of a block
+        self._epochs = 1 if packing.once else max(1, _BLOCK_DOCUMENTS // len(source))  # epochs of a block
         listing: list[Any] = [ORDER, source.identity, self._epochs, self._settings]
         if begin.leftovers or begin.epoch:
             left = [[epoch, zlib.crc32(np.ascontiguousarray(documents).data)] for epoch, documents in begin.leftovers]
@@ -66,7 +66,7 @@ class PackedStream(SequenceStream):
         content = json.dumps(listing, sort_keys=True)
         self._key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._cache = cache
-        # Epochs do not share sequences, so the first one ends where its last document's sequence does.
+        # Epochs do not share sequences, so the first one ends with the sequence of its last document.
         whole = self.block(1 if begin.leftovers else 0)
         self._first_epoch = int(np.searchsorted(whole.packing.starts, len(self._documents(begin.epoch))))
 
@@ -94,7 +94,7 @@ class PackedStream(SequenceStream):
         """The cached packing; None if there is none or it is damaged."""
         path = self._file(number)
         try:
-            # Mapped: the processes of a node share one copy in the page cache.
+            # Mapped, so that the processes of a node share one copy in the page cache.
             content = read_array(path, mapped=True)
         except FileNotFoundError:
             return None
@@ -114,7 +114,7 @@ class PackedStream(SequenceStream):
         return None
 
     def _build(self, number: int) -> Packing:
-        """Pack a block and keep it; of several processes one packs and the others wait for its file."""
+        """Pack a block and store it. If several processes need it, one packs and the others wait for its file."""
         with locked(self._cache, f"packing-{self._key}") as writable:
             packing = self._read(number) if writable else None
             if packing is None:
@@ -133,7 +133,7 @@ class PackedStream(SequenceStream):
         return range(first, first + self._epochs)
 
     def _documents(self, epoch: int) -> NDArray[np.int64] | range:
-        """Documents that this stream reads in an epoch, ascending; a repeated one is there several times."""
+        """Documents that this stream reads in an epoch, ascending; repeated ones occur several times."""
         left = next((left for number, left in self._begin.leftovers if number == epoch), None)
         if left is not None:
             return left
@@ -147,7 +147,7 @@ class PackedStream(SequenceStream):
         return pack_documents(self.source, documents, epoch=epoch, **self._settings)
 
     def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
-        """Where a stream continues after some of this one's sequences were read.
+        """The position after some of this stream's sequences were read.
 
         Args:
             taken: sequences 0..taken-1 were read.
@@ -164,7 +164,7 @@ class PackedStream(SequenceStream):
         return Begin(tuple((epoch, left) for epoch, left in found if epoch < following and len(left)), following)
 
     def _write(self, number: int, packing: Packing) -> None:
-        """Write whole or not at all; a full disk or a folder without write permission is no error."""
+        """Write atomically; a full disk or a folder without write permission is not an error."""
         body = np.concatenate([packing.starts, packing.documents])
         header = np.array([zlib.crc32(body.data), len(packing), len(packing.documents)])
         write_array(self._file(number), np.concatenate([header, body]))

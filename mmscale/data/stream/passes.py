@@ -11,19 +11,19 @@ from mmscale.data.prepared.validation import naming, read_validation
 from mmscale.data.stream.mixture import Mixture, open_mixture
 from mmscale.data.vocab import Vocabulary
 
-SOURCES = ""  # name of the held-out documents of all data that is trained on
+SOURCES = ""  # name for the held-out documents of all training data
 
 
 def open_passes(config: Config, *, vocabulary: Vocabulary, each: bool | None = None) -> dict[str, Mixture]:
-    """The held-out documents of all sources, of each source of a blend that has some, and then every validation set.
+    """One pass each over the held-out documents of all sources, of each source of a blend, and each validation set.
 
     Args:
         config: names the data.
         vocabulary: of the configuration.
-        each: whether sources of a blend are evaluated by themselves too; default: train.eval_sources.
+        each: whether sources of a blend are also evaluated separately; default: train.eval_sources.
 
     Returns:
-        One pass by name, `SOURCES` first; nothing if there is nothing to evaluate on.
+        The passes by name, `SOURCES` first; empty if there is no data to evaluate on.
 
     Raises:
         ConfigError: no data set is named.

@@ -3,8 +3,8 @@
 A stream of micro-batches is a pure function of its settings and of a number (mixture.py). With other settings the same
 number means other documents. So a run's stream is a list of segments. Each has its settings, the sequences consumed
 before it, and, once it is over, the sequences of each source that it has read. A new segment starts with the rest of
-the epochs that earlier ones have started. Checkpoints keep the list (`progress["stream"]`); while nothing changes it
-has one segment, which starts at 0.
+the epochs that earlier ones have started. Checkpoints store the list (`progress["stream"]`); as long as no setting
+changes it has one segment, which starts at 0.
 
 No process groups, no torch.
 """
@@ -42,7 +42,7 @@ class Place:
 
     Attributes:
         mixture: its stream.
-        segments: the list that checkpoints keep from here on, as plain data.
+        segments: the list that checkpoints store from now on, as plain data.
         lines: changes to print on the terminal; empty if there are none.
     """
 
@@ -63,7 +63,7 @@ def resume_stream(
     saved: Mapping[str, Any] | None = None,
     known: Sequence[SourceIdentity] | None = None,
 ) -> Place:
-    """The stream of a run from its position on.
+    """The stream of a run, starting at its position.
 
     Args:
         config: this attempt's configuration.
@@ -94,8 +94,8 @@ def resume_stream(
         return Place(place, [segment.model_dump() for segment in (*closed, open_)], [])
     done = max(0, consumed - open_.start) // open_.micro_batch_size * open_.micro_batch_size
     over, twice = _closed(open_, closed, done, config, mixture, data)
-    # Phases count steps. The step decides, not the segments: their batch is not that of every step before, as a change
-    # of the batch alone begins no segment while there are no phases.
+    # Phases count steps, so the offset is computed from the step and not from the segments: without phases a change of
+    # the batch alone does not begin a segment, so a segment may contain steps of different batches.
     new = wanted.model_copy(update={"start": consumed, "offset": consumed - step * wanted.batch})
     place = _at(config, mixture, [*closed, over], new)
     new = _limited(new, place, consumed=consumed, ahead=ahead, batch=wanted.batch)
@@ -125,7 +125,7 @@ def _limited(segment: Segment, mixture: Mixture, *, consumed: int, ahead: int, b
 
 
 def _order_of(past: Sequence[Segment], *, consumed: int, default: str) -> str:
-    """The order that a run began with; that of the configuration for a new run.
+    """The order with which a run began; that of the configuration for a new run.
 
     Raises:
         DataError: a newer version of mmscale began it in an order that this one does not have.
@@ -140,7 +140,7 @@ def _order_of(past: Sequence[Segment], *, consumed: int, default: str) -> str:
 
 
 def _before(saved: Mapping[str, Any], known: Sequence[SourceIdentity] | None) -> Segment | None:
-    """The only segment of a run that kept none; None if it cannot be told what it read."""
+    """The only segment of a run whose checkpoint has none; None if it is unknown what it read."""
     old = Config.model_validate(saved)
     if known is None:
         known = []
@@ -155,7 +155,7 @@ def _before(saved: Mapping[str, Any], known: Sequence[SourceIdentity] | None) ->
 
 
 def _at(config: Config, mixture: Mixture, closed: Sequence[Segment], segment: Segment) -> Mixture:
-    """The stream of a segment, behind those that are over."""
+    """The stream of a segment, after the closed ones."""
     begins = [_begin(key, source, closed, config) for key, source in zip(segment.keys, mixture.sources, strict=True)]
     if segment.start == 0 and all(begin is START for begin in begins):
         return mixture
@@ -183,7 +183,7 @@ def _stream(segment: Segment, sources: Sequence[Source], begins: Sequence[Begin]
 
 
 def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) -> Begin:
-    """The position of a source after the segments that have read it."""
+    """The position in a source after the segments that have read it."""
     begin, cache, today = START, config.data.cache, source
     for segment in closed:
         if key not in segment.keys:
@@ -212,7 +212,7 @@ def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) 
 
 
 def _left(begin: Begin, source: Source) -> Begin:
-    """Without those leftovers that the weights of today leave out."""
+    """The same without leftovers that today's weights exclude."""
     if source.selection is None or not begin.leftovers:
         return begin
     kept = [(epoch, left[source.selection.weights(left) > 0.0]) for epoch, left in begin.leftovers]
@@ -229,7 +229,7 @@ def _closed(
 ) -> tuple[Segment, int]:
     """The segment with the sequences it has read, and how many of its sequences will be read twice.
 
-    If all of its sources still exist, the pending sequences are known exactly; otherwise its last window counts as not
+    If all of its sources still exist, the unread sequences are known exactly; otherwise its last window counts as not
     read.
     """
     sources = _sources(segment, mixture, data)
@@ -254,7 +254,7 @@ def _if_at_most(number: int, most: int) -> int | None:
 
 
 def _sources(segment: Segment, mixture: Mixture, data: Sequence[SourceIdentity]) -> list[Source] | None:
-    """The sources of a segment where they are today; None if one is gone or holds other documents."""
+    """The sources of a segment at their present places; None if one is gone or holds other documents."""
     here = {one.identity: source for one, source in zip(data, mixture.sources, strict=True)}
     found: list[Source] = []
     for part in segment.parts:

@@ -1,6 +1,6 @@
-"""What the orders of a source have in common: sequences numbered from 0 through all passes, found block by block.
+"""The common part of the orders of a source: sequences numbered from 0 through all passes, found block by block.
 
-packing_cache.py and blocks.py define what a block holds. N sequences, K modalities.
+packing_cache.py and blocks.py define the content of a block. N sequences, K modalities.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Rest:
     """Blocks of a begun epoch of which nothing was read (order "blocks").
 
     Attributes:
-        seed, position: they decided which documents each block of the epoch holds.
+        seed, position: they determine which documents each block of the epoch holds.
         epoch: number of the epoch.
         first: the first of the blocks; all later ones of the epoch follow.
-        documents: of these blocks.
+        documents: number of documents in these blocks.
     """
 
     seed: int
@@ -43,10 +43,10 @@ class Rest:
 
 @dataclass(frozen=True, eq=False)
 class Begin:
-    """Where a stream of a source begins that was read before, under other settings.
+    """The beginning of a stream of a source that was read before, under other settings.
 
     Attributes:
-        leftovers: number of each epoch that was begun, and its documents that were not read, ascending.
+        leftovers: number of each epoch that was begun, and its unread documents, ascending.
         epoch: the first epoch of which nothing was read.
         rest: blocks of a begun epoch that come after the leftovers.
     """
@@ -57,7 +57,7 @@ class Begin:
 
     @property
     def unread(self) -> int:
-        """Documents that are left of epochs that were begun."""
+        """Number of unread documents of begun epochs."""
         left = sum(len(documents) for _, documents in self.leftovers)
         return left + (self.rest.documents if self.rest else 0)
 
@@ -67,7 +67,7 @@ START = Begin()
 
 @dataclass(frozen=True, kw_only=True)
 class PackSettings:
-    """How documents of a source become sequences.
+    """How documents of a source are packed into sequences.
 
     Attributes:
         position: place of the source in the blend; it selects the random streams.
@@ -112,11 +112,11 @@ class Block:
 
 
 def pack_documents(read_from: Source, documents: NDArray[np.int64], *, epoch: int, **settings: Any) -> Packing:
-    """Documents of one epoch as sequences of documents of the source.
+    """Packs documents of one epoch into sequences.
 
     Args:
         read_from: the source.
-        documents: their numbers, ascending; one that is read several times is there as often.
+        documents: their numbers, ascending; one that is read several times occurs as often.
         epoch: number of the epoch.
         settings: further arguments of `pack_epoch`.
     """
@@ -139,11 +139,11 @@ class SequenceStream(ABC):
         self.source = source
         self._seq_length = seq_length
         self._begin = begin
-        self._ends: list[int] = []  # sequences up to the end of each block that was counted
+        self._ends: list[int] = []  # number of sequences up to the end of each counted block
         self._loaded: OrderedDict[int, Block] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what can be read again, for worker processes that do not fork."""
+        """The state without data that can be read again, for worker processes that do not fork."""
         return {**self.__dict__, "_loaded": OrderedDict()}
 
     @property
@@ -153,7 +153,7 @@ class SequenceStream(ABC):
 
     @abstractmethod
     def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
-        """Where a stream continues after some of this one's sequences were read.
+        """The position after some of this stream's sequences were read.
 
         Args:
             taken: sequences 0..taken-1 were read.
@@ -166,11 +166,14 @@ class SequenceStream(ABC):
 
     @abstractmethod
     def _size(self, number: int, *, wanted: int) -> int:
-        """Sequences of a block, all earlier ones being counted. The one that is looked for is sequence `wanted`."""
+        """Number of sequences of a block; all earlier blocks must be counted.
+
+        `wanted` is the sequence that is searched for.
+        """
 
     @abstractmethod
     def _epochs_in(self, number: int) -> Sequence[tuple[int, int]]:
-        """Epochs that a block's documents belong to, in the order of its documents, and how many are of each."""
+        """Epochs that a block's documents belong to, in the order of its documents, and their numbers of documents."""
 
     @abstractmethod
     def _last_epoch(self, number: int) -> int:
@@ -224,7 +227,7 @@ class SequenceStream(ABC):
             self._ends.append((self._ends[-1] if self._ends else 0) + size)
 
     def stretch(self, start: int, count: int) -> Iterator[tuple[Block, NDArray[np.int64]]]:
-        """The sequences start..start+count-1, cut at blocks' borders: a block and places inside it."""
+        """The sequences start..start+count-1, divided at the boundaries of blocks: a block and places inside it."""
         while count > 0:
             number, place = self.locate(start)
             block = self.block(number)
@@ -242,7 +245,7 @@ class SequenceStream(ABC):
         return self._loaded[number]
 
     def _unread(self, number: int, taken: int, more: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-        """Epochs of a block and their documents that were not read, ascending; arguments as of `behind`."""
+        """Epochs of a block and their unread documents, ascending; arguments as for `behind`."""
         packing = self.block(number).packing
         sequences = np.arange(len(packing)) + (self._ends[number - 1] if number else 0)
         read = np.repeat((sequences < taken) | np.isin(sequences, more), np.diff(packing.starts))

@@ -1,8 +1,6 @@
 """Assigns the micro-batches of a global batch to data-parallel ranks, and their tokens to context-parallel ranks.
 
-It also lists the micro-batches of expert-parallel peers.
-
-Numbers only: it opens no data and uses no process groups.
+It also finds the micro-batches of expert-parallel peers. Numbers only: it opens no data and uses no process groups.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ class RankPart:
         rank: this rank's place among data-parallel ranks.
         size: data-parallel ranks.
         context: this rank's place among context-parallel ranks, and their number; they read the same micro-batches.
-        together: places of the ranks that exchange tokens with this one's experts, in their order, this one among
-            them; empty: it has its experts to itself.
+        together: places of the ranks that exchange tokens with this one's experts, in their order, including this
+            one; empty: this rank does not exchange tokens.
     """
 
     rank: int = 0
@@ -38,12 +36,12 @@ class RankPart:
         return range(first + self.rank, first + count, self.size)
 
     def read(self, mixture: Numbered, number: int, *, last: int | None = None) -> MicroBatch:
-        """One of this rank's micro-batches, with the counts of what the expert-parallel ranks process meanwhile.
+        """One of this rank's micro-batches, with the counts of those that expert-parallel peers process with it.
 
         Args:
             mixture: the stream of micro-batches.
             number: of the micro-batch.
-            last: number of the last one that there is; later ones repeat it. None: there is no end.
+            last: number of the last existing one; later numbers repeat it. None: there is no end.
         """
         own = self._split(mixture.micro_batch(self._inside(number, last)))
         if len(self.together) < 2:
@@ -56,7 +54,7 @@ class RankPart:
         return (self.read(mixture, number) for number in self.numbers(first, count))
 
     def _split(self, whole: MicroBatch) -> MicroBatch:
-        """The micro-batch with the tokens that this rank computes: the last step, after labels and masks are made."""
+        """The micro-batch with the tokens that this rank computes. The last step, after labels and masks are made."""
         rank, size = self.context
         if size == 1:
             return whole

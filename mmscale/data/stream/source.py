@@ -1,6 +1,6 @@
 """One split of one prepared data set: its parts as one range of documents.
 
-It reads whole documents only, independent of sequences and order; table.py has their lengths and modalities.
+It reads whole documents and does not depend on sequences and order; table.py has their lengths and modalities.
 K modalities, D documents.
 """
 
@@ -29,14 +29,17 @@ from mmscale.data.stream.table import DocumentRows, DocumentTable
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 
-# A part costs three file descriptors (mcore keeps .idx, .bin and the map of .bin); a process has usually 1024.
+# A part needs three file descriptors (mcore keeps .idx, .bin and the map of .bin open); the usual limit is 1024.
 OPEN_PARTS = 128
 _AGAIN = "run `mmscale data prepare` again: only damaged parts are made again after you delete them"
 
 
 @dataclass(frozen=True, eq=False)
 class _OpenPart:
-    """The views point into memory maps that die with `dataset`: reading them afterwards is a segmentation fault."""
+    """An open part.
+
+    Its views point into memory maps that end with `dataset`: later reads would be a segmentation fault.
+    """
 
     dataset: IndexedDataset
     tokens: NDArray[Any]  # all token ids of the part
@@ -48,10 +51,10 @@ class Source:
     Attributes:
         folder: the data set's folder.
         split: name of the split.
-        tokenizers: fingerprints of those that made the ids, as in the manifest.
+        tokenizers: fingerprints of the tokenizers that made the ids, as in the manifest.
         tokens: of all documents.
-        text: UTF-8 bytes of texts and labels of the first modality, in documents whose text is trained on; None: nobody
-            counted the bytes.
+        text: UTF-8 bytes of texts and labels of the first modality, in documents whose text is trained on; None: the
+            bytes were not counted.
         identity: hash that changes when the documents or their weights do.
         selection: weights of the documents; None: each is read once per epoch.
 
@@ -88,7 +91,7 @@ class Source:
         self._open: OrderedDict[int, _OpenPart] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the open files, for worker processes that do not fork."""
+        """All attributes except the open files, for worker processes that do not fork."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def under(self, selection: str) -> Source:
@@ -105,12 +108,12 @@ class Source:
         return other
 
     def _select(self, selection: str) -> None:
-        """Take weights; packings of other weights have other names."""
+        """Set the weights. The names of cached packings depend on them."""
         self.selection = DocumentWeights(self.folder, selection, documents=len(self)) if selection else None
         self.identity = f"{self._content}+{selection}" if selection else self._content
 
     def of_epoch(self, documents: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Some documents as often as an epoch reads them, in their order."""
+        """Some documents in their order, each as often as the epoch reads it."""
         return documents if self.selection is None else self.selection.repeated(documents, epoch)
 
     def __len__(self) -> int:
@@ -127,7 +130,7 @@ class Source:
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document, int32 [D]: it takes memory for every document of the split."""
+        """Tokens of each document, int32 [D]: needs memory for every document of the split."""
         return self._table.lengths()
 
     def read(self, documents: NDArray[np.integer], table: DocumentRows | None = None) -> NDArray[np.int64]:
@@ -135,7 +138,7 @@ class Source:
 
         Args:
             documents: their numbers.
-            table: what `rows` returned for them, if it is at hand.
+            table: the result of `rows` for them, if it is available.
 
         Raises:
             DataError: a part is damaged.
@@ -147,7 +150,7 @@ class Source:
         begin = 0
         for number, document, end in zip(parts.tolist(), documents.tolist(), ends.tolist(), strict=True):
             part = self._open.get(number) or self._open_part(number)
-            place = document - int(self._ends[number])  # negative: counted from the part's end
+            place = document - int(self._ends[number])  # negative, i.e. counted from the part's end
             out[begin:end] = self._ids(part, number, place, end - begin)
             out[begin:end] += self._parts[number].id_offset or 0
             begin = end
@@ -170,7 +173,7 @@ class Source:
         return part.tokens[pointer : pointer + length]
 
     def _open_part(self, number: int) -> _OpenPart:
-        """Open a part, and close the one that was opened longest ago."""
+        """Open a part; closes the one that was opened first if too many are open."""
         part = self._parts[number]
         path = self.folder / part.prefix
         try:
@@ -196,7 +199,7 @@ def open_source(config: Config, folder: Path, split: str, *, vocabulary: Vocabul
         folder: the data set.
         split: name of the split.
         vocabulary: the configuration's.
-        weighted: whether it is trained on: an evaluation reads each document once.
+        weighted: whether it is used for training; an evaluation reads each document once.
 
     Raises:
         DataError: it is missing or damaged, or its weights were made for other documents.

@@ -1,7 +1,7 @@
-"""The per-document tables of a split: modalities, lengths and loss masks of the documents that are asked for.
+"""The per-document tables of a split: modalities, lengths and loss masks of requested documents.
 
-Small splits are read whole and checked. The tables of large ones stay in mapped files, which the processes of a node
-share in the page cache; only the rows that are asked for are read and checked. K modalities.
+Tables of small splits are read and checked as a whole. Those of large ones stay in mapped files, which the processes of
+a node share in the page cache; only requested rows are read and checked. K modalities.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mmscale.data.prepared import table_facts
 from mmscale.data.prepared.manifest import FIRST_MODALITY, Part, checked_table, map_table, refuse_damaged
 
-_MAPS = 128  # open at once; each takes a file descriptor
+_MAPS = 128  # largest number of open maps; each needs a file descriptor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class DocumentTable:
         modalities: names of the modalities.
 
     Attributes:
-        whole: whether it was read whole and checked.
+        whole: whether it was read and checked as a whole.
 
     Raises:
         DataError: a table of a small split is missing or damaged.
@@ -77,7 +77,7 @@ class DocumentTable:
         self._maps: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the maps, for worker processes that do not fork."""
+        """All attributes except the maps, for worker processes that do not fork."""
         return {**self.__dict__, "_maps": OrderedDict()}
 
     def rows(self, documents: NDArray[np.integer]) -> DocumentRows:
@@ -106,7 +106,7 @@ class DocumentTable:
         return np.concatenate([table[:, :-1].sum(axis=1, dtype=np.int32) for table in tables])
 
     def _map(self, number: int) -> NDArray[Any]:
-        """A part's table, mapped; of many the one that was opened longest ago is closed."""
+        """A part's table, mapped; closes the one that was opened first if too many are open."""
         if number not in self._maps:
             if len(self._maps) >= _MAPS:
                 self._maps.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Compares the tokens of documents with their table, which capacities and loss weights rest on."""
+"""Compares the tokens of documents with their table, from which capacities and loss weights are computed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def checked_modality(
     *,
     vocabulary: Vocabulary,
 ) -> NDArray[np.int8]:
-    """Modality of each token, after checking it against the table: capacities and loss weights rest on the table.
+    """Modality of each token, after comparing it with the table, from which capacities and loss weights are computed.
 
     Args:
         ids: of the documents, one after another, int64 [tokens].
-        source: where they are from.
+        source: the documents' origin.
         documents: their numbers.
         table: the source's `rows` of them.
         vocabulary: gives modalities.

@@ -30,9 +30,10 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "Every key of a configuration file. On the command line: `mmscale train CONFIG key=value`.",
-        "`mmscale config check CONFIG` prints the resolved configuration and where each value came from.",
-        "`mmscale config explain KEY` prints what stands here.",
+        "This page lists every key of a configuration file. On the command line, write `mmscale train CONFIG "
+        "key=value`.",
+        "`mmscale config check CONFIG` prints the resolved configuration and the source of each value.",
+        "`mmscale config explain KEY` prints the entry of one setting.",
     ]
     entries = [explain(key) for key in explain()["keys"]]
     sections = {entry["key"]: entry["meaning"] for entry in entries if "type" not in entry}
@@ -63,7 +64,7 @@ def _escaped(text: str) -> str:
 
 def choices() -> str:
     """A table for each enumeration: names and meanings; and the kinds of plug-ins."""
-    lines = ["# Choices", "", "Everything that is chosen by name, and the kinds of plug-ins that a setting takes."]
+    lines = ["# Choices", "", "This page lists the values that settings take by name, and the kinds of plug-ins."]
     for table in (*(one for one in vars(tables).values() if isinstance(one, Table)), ROUTINGS):
         keys = ", ".join(f"`{key}`" for key in table.settings)
         lines += ["", f"## {table.title}", "", f"Values of {keys}.", "", "| name | meaning |", "| --- | --- |"]

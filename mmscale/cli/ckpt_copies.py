@@ -13,7 +13,7 @@ from mmscale.cli.output import Json, emit, pairs, size
 from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 
-RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and a step of it.")]
+RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and optionally a step of it.")]
 Weights = Annotated[bool, typer.Option("--weights", help="Exclude the optimizer state.")]
 NewRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a new run.")]
 
@@ -39,7 +39,7 @@ def restore(
     run: NewRun,
     as_json: Json = False,
 ) -> None:
-    """Make an archive the checkpoint of a new run, which any layout can train and `eval` can evaluate."""
+    """Make a new run from an archive. Any layout can train it, and `eval` can evaluate it."""
     from checkpoints_tools import copying
 
     _emit(copying.restore(path, run), as_json=as_json)
@@ -61,7 +61,7 @@ def reshard(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint again in fewer (or more) files, in a new run.
+    """Copy a checkpoint into a new run with fewer (or more) files.
 
     Every layout loads every checkpoint as it is. This command merges the files of many ranks for copying, or for file
     systems with few inodes. With --weights it omits two thirds or more of the bytes.
@@ -118,7 +118,7 @@ def upcycle(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make several experts from a model's only FFN, or from its one expert per modality.
+    """Make a model with several experts from a model with one FFN, or with one expert per modality.
 
     Any layout can train the result. Experts are copies, routers are new and router noise is on. The learning-rate
     schedule starts again; the position in the data is kept.

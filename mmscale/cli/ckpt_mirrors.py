@@ -18,7 +18,7 @@ def mirror(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; its config.yaml has checkpoint.mirror.")],
     as_json: Json = False,
 ) -> None:
-    """Upload the checkpoints that a run's mirror lacks, as training does, and delete old ones there.
+    """Upload the checkpoints that are missing in a run's mirror, as training does, and delete old ones there.
 
     Exit status 4 if a checkpoint is damaged or the store cannot be reached.
     """
@@ -44,7 +44,9 @@ def _uploads(result: dict[str, Any]) -> list[tuple[str, object]]:
 def fetch(
     url: Annotated[
         str,
-        typer.Argument(metavar="URL[@STEP]", help="Run in a mirror: checkpoint.mirror, a slash and the run's name."),
+        typer.Argument(
+            metavar="URL[@STEP]", help="URL of the run in the mirror: checkpoint.mirror, a slash and the run's name."
+        ),
     ],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a new run.")],
     signers: Annotated[

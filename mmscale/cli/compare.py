@@ -31,7 +31,7 @@ def compare(
     ] = "0.25,0.5,0.75,1",
     loss: Annotated[
         list[float] | None,
-        typer.Option("--loss", metavar="LOSS", show_default=False, help="A level of the loss; may be repeated."),
+        typer.Option("--loss", metavar="LOSS", show_default=False, help="Compare at this loss too; may be repeated."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -41,7 +41,7 @@ def to_hf(
         str,
         typer.Option(
             "--routing",
-            help=f"What selects experts. {meanings(CAUSAL_ROUTINGS)}",
+            help=f"How experts are selected. {meanings(CAUSAL_ROUTINGS)}",
         ),
     ] = "causal",
     shard_size: Annotated[
@@ -58,7 +58,7 @@ def to_hf(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint for transformers. It is published only if transformers computes the trainer's logits.
+    """Export a checkpoint for transformers. Published only if transformers computes the same logits as the trainer.
 
     Dense models need no custom code. An existing export of the same checkpoint is not changed.
     """

@@ -15,7 +15,7 @@ import typer
 from mmscale.cli.output import Json, Overrides, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
 
-app = typer.Typer(help="Prepare data sets and look into them.", no_args_is_help=True)
+app = typer.Typer(help="Prepare, inspect, verify and filter data sets.", no_args_is_help=True)
 
 # Preparing reads `vocab` and `data.prepare` only, but a configuration has a model; this one is never built.
 _NO_MODEL = {
@@ -38,7 +38,7 @@ def prepare(
     documents: Annotated[
         list[str] | None,
         typer.Option(
-            "--documents", metavar="FILE", help="JSONL, parquet or .tar of documents; globs; may be repeated."
+            "--documents", metavar="FILE", help="Documents as JSONL, parquet or .tar; globs; may be repeated."
         ),
     ] = None,
     like: Annotated[
@@ -51,7 +51,7 @@ def prepare(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove an existing data set of other documents.")
+        bool, typer.Option("--overwrite", help="Replace an existing data set that was made from other documents.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad document.")] = False,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes.", show_default=False)] = None,
@@ -65,7 +65,7 @@ def prepare(
             "--cluster",
             metavar="NAME",
             show_default=False,
-            help="Profile of a SLURM cluster whose jobs make the parts; this process lists documents and makes "
+            help="Profile of a SLURM cluster whose jobs prepare the parts; this process lists documents and makes "
             "tokenizers.",
         ),
     ] = None,

@@ -23,7 +23,7 @@ def dedup(
         typer.Option(
             "--against",
             metavar="DIR",
-            help="Prepared data set whose held-out documents (or all, if none are held out) training must not hold; "
+            help="Prepared data set whose held-out documents (or all, if none are held out) training must not contain; "
             "may be repeated.",
         ),
     ] = None,
@@ -42,7 +42,10 @@ def dedup(
     similarity: Annotated[
         float,
         typer.Option(
-            "--similarity", min=0.0, max=1.0, help="Estimated Jaccard index of texts' runs of 5 words, from which on."
+            "--similarity",
+            min=0.0,
+            max=1.0,
+            help="Texts are duplicates from this estimated Jaccard index of word 5-grams.",
         ),
     ] = 0.7,
     distance: Annotated[
@@ -51,8 +54,8 @@ def dedup(
             "--image-distance",
             min=-1,
             max=6,
-            help="Bits of 64 in which the structure of two pictures may differ; -1: only equal codes are equal "
-            "pictures, and none is decoded.",
+            help="Largest number of different bits, of 64, between the perceptual hashes of equal pictures; -1: "
+            "compare only codes, and decode no pictures.",
         ),
     ] = 2,
     exact: Annotated[bool, typer.Option("--exact", help="Only equal texts and equal codes are duplicates.")] = False,
@@ -62,8 +65,8 @@ def dedup(
             "--max-cluster",
             min=1,
             show_default=False,
-            help="Different contents that may be linked as duplicates; more are an error. Default: a hundredth of the "
-            "documents, at least 1000.",
+            help="Largest number of different contents that may be linked as duplicates; more are an error. Default: a "
+            "hundredth of the documents, at least 1000.",
         ),
     ] = None,
     scratch: Annotated[
@@ -72,17 +75,19 @@ def dedup(
             "--scratch",
             metavar="DIR",
             show_default=False,
-            help="Folder of temporary files, 1,000 bytes a document. Default: .cache inside the data set.",
+            help="Folder for temporary files, 1,000 bytes per document. Default: .cache inside the data set.",
         ),
     ] = None,
     workers: Workers = 2,
-    remove: Annotated[bool, typer.Option("--remove", help="Read all documents again; nothing is compared.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the weights, so that training reads all documents again.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Leave duplicates, and documents that hold held-out ones, out of training.
+    """Leave duplicates, and documents that contain held-out ones, out of training.
 
-    Tokens stay as they are. What is left out is written to selection/ in the data set's folder, which every run reads
-    at its start (see data.selection).
+    Tokens are not changed. The weights are written to selection/ in the data set's folder, which every run reads at its
+    start (see data.selection).
     """
     from mmscale.data.dedup import apply
     from mmscale.data.dedup.pairs import DuplicateRule
@@ -162,23 +167,26 @@ def select(
             "--expr",
             metavar="EXPRESSION",
             show_default=False,
-            help="A condition, or how often an epoch reads a document: of scores, `tokens` and tokens of modalities, "
+            help="A condition, or how often an epoch reads a document, from scores, `tokens` and tokens of modalities, "
             "e.g. 'rules > 0.4 and image_tokens > 0' or '1 + (quality > 0.9)'.",
         ),
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option("--by", metavar="SCORE", show_default=False, help="A score (or an expression): the best stay."),
+        typer.Option(
+            "--by",
+            metavar="SCORE",
+            show_default=False,
+            help="Score (or expression) by which --top keeps the best documents.",
+        ),
     ] = None,
     top: Annotated[
         float | None,
-        typer.Option("--top", min=0.0, max=1.0, show_default=False, help="Share of the documents that stays."),
+        typer.Option("--top", min=0.0, max=1.0, show_default=False, help="Share of the documents to keep."),
     ] = None,
     temperature: Annotated[
         float,
-        typer.Option(
-            "--temperature", min=0.0, help="Above 0: a sample with probabilities softmax(score / temperature)."
-        ),
+        typer.Option("--temperature", min=0.0, help="Above 0: sample with probabilities softmax(score / temperature)."),
     ] = 0.0,
     embeddings: Annotated[
         Path | None,
@@ -186,15 +194,16 @@ def select(
             "--d4",
             metavar="EMBEDDINGS.npy",
             show_default=False,
-            help="Embeddings of the training documents, a row for each: near duplicates and typical documents go.",
+            help="Embeddings, a row for each training document: removes near duplicates and the most typical "
+            "documents.",
         ),
     ] = None,
-    clusters: Annotated[int, typer.Option("--clusters", min=1, help="Clusters of D4.")] = 1000,
+    clusters: Annotated[int, typer.Option("--clusters", min=1, help="Number of clusters for D4.")] = 1000,
     similar: Annotated[
         float, typer.Option("--similar", min=-1.0, max=1.0, help="Cosine similarity of near duplicates in D4.")
     ] = 0.95,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is random.")] = 0,
-    remove: Annotated[bool, typer.Option("--remove", help="Take the weights back.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of sampling and clustering.")] = 0,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the weights that this command wrote.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write how often an epoch reads each training document; `mmscale data dedup` stays in force."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; RUN/auxiliary: its auxiliary stage.")]
 Yes = Annotated[
-    bool, typer.Option("--yes", help="Continue although the objective or the data changed since the checkpoint.")
+    bool, typer.Option("--yes", help="Continue even if the objective or the data changed since the checkpoint.")
 ]
 Time = Annotated[
     str | None, typer.Option("--time", metavar="LIMIT", show_default=False, help="Time limit; default: the profile's.")
@@ -47,7 +47,7 @@ def launch(
         typer.Option(
             "--cluster",
             metavar="NAME",
-            help="Name or path of configs/cluster/NAME.yaml; or local or debug: run on this machine.",
+            help="Cluster profile: NAME or path of configs/cluster/NAME.yaml; local or debug: run on this machine.",
         ),
     ] = "local",
     nodes: Annotated[
@@ -58,7 +58,7 @@ def launch(
     account: Account = None,
     qos: Qos = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch script, and submit and write nothing.")
+        bool, typer.Option("--dry-run", help="Print the batch script without submitting or writing anything.")
     ] = False,
     after: Annotated[
         str | None,
@@ -70,7 +70,7 @@ def launch(
             "--sweep",
             metavar="KEY=A,B,...",
             show_default=False,
-            help="Submit a job array over these values; repeatable.",
+            help="Submit a job array over these values; may be repeated.",
         ),
     ] = None,
     at_once: Annotated[
@@ -80,7 +80,7 @@ def launch(
             min=1,
             metavar="N",
             show_default=False,
-            help="Largest number of runs of a sweep that train at a time.",
+            help="Largest number of runs of a sweep that train at the same time.",
         ),
     ] = None,
     stage: OfStage = StageName.MAIN,
@@ -127,7 +127,7 @@ def _launched(found: list[dict[str, Any]]) -> None:
 
 def stop(
     run: Run,
-    now: Annotated[bool, typer.Option("--now", help="End it immediately, without a save.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="End the run immediately, without a save.")] = False,
     as_json: Json = False,
 ) -> None:
     """Ask a run to save a checkpoint and exit, with all jobs of its chain. Continue it with `mmscale resume`."""
@@ -174,7 +174,7 @@ def _resumed(result: dict[str, Any]) -> None:
 
 def logs(
     run: Run,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose output.")] = 0,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Rank whose output is printed.")] = 0,
     attempt: Annotated[
         int | None, typer.Option("--attempt", min=1, show_default=False, help="Default: the newest.")
     ] = None,
@@ -199,7 +199,10 @@ def status(
         typer.Argument(metavar="RUN...", show_default=False, help="Run folders; default: all in runs/."),
     ] = None,
     watch: Annotated[
-        float | None, typer.Option("--watch", metavar="SECONDS", min=0.5, show_default=False, help="Show it again.")
+        float | None,
+        typer.Option(
+            "--watch", metavar="SECONDS", min=0.5, show_default=False, help="Refresh after this many seconds."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

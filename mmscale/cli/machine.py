@@ -67,9 +67,7 @@ def plan(
         str, typer.Argument(metavar="CONFIG", show_default=False, help="YAML file; not needed with --data.")
     ] = "",
     overrides: Overrides = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, show_default=False, help="Devices to spread over.")
-    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, show_default=False, help="Number of devices.")] = None,
     gpu_memory: Annotated[
         float | None,
         typer.Option(
@@ -86,7 +84,7 @@ def plan(
             "--gpu",
             metavar="NAME",
             show_default=False,
-            help=f"Device whose figures are used: {', '.join(GPUS)}. Default: {DEFAULT}.",
+            help=f"Device to plan for: {', '.join(GPUS)}. Default: {DEFAULT}.",
         ),
     ] = None,
     storage: Annotated[
@@ -106,11 +104,13 @@ def plan(
     ] = "30m",
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", show_default=False, help="With --data: write the configuration there."),
+        typer.Option(
+            "--out", metavar="FILE", show_default=False, help="With --data: write the configuration to this file."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute parameters, FLOPs, memory and messages per rank, load of the cluster; order layouts by time.
+    """Compute parameters, FLOPs, memory and messages per rank and the load of the cluster; rank layouts by time.
 
     With --data and without CONFIG it proposes a configuration for documents, a machine (this one, or --gpu and --gpus)
     and a time, with the rule behind each setting.

@@ -68,28 +68,29 @@ def sample(
         typer.Option(
             "--prompt",
             metavar="TEXT",
-            help="May be repeated. With --image, each <image> in it is replaced by one of them.",
+            help="Text of the prompt; may be repeated. Each <image> in it is replaced by one of the --image files.",
         ),
     ],
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", metavar="FILE", help="Image of every prompt, before its text; may be repeated."),
+        typer.Option("--image", metavar="FILE", help="Image for every prompt, before its text; may be repeated."),
     ] = None,
     draw: Annotated[
-        bool, typer.Option("--draw", help="Begin an image after the prompt, whatever the model thinks.")
+        bool, typer.Option("--draw", help="Begin an image after the prompt instead of letting the model decide.")
     ] = (False),
     item: Annotated[
         list[str] | None,
         typer.Option(
             "--item",
             metavar="MODALITY=FILE",
-            help="File of another modality for every prompt, e.g. audio=a.wav, for <audio> in it or before its text.",
+            help="File of another modality for every prompt, e.g. audio=a.wav; replaces <audio>, or comes before the "
+            "text.",
         ),
     ] = None,
     begin: Annotated[
         str,
         typer.Option(
-            "--begin", metavar="MODALITY", show_default=False, help="As --draw, with an item of this modality."
+            "--begin", metavar="MODALITY", show_default=False, help="Like --draw, for an item of this modality."
         ),
     ] = "",
     routing: Annotated[
@@ -97,7 +98,7 @@ def sample(
         typer.Option(
             "--routing",
             show_default="causal, or batch if a run has no auxiliary routers",
-            help=f"What selects experts. {meanings(Routing)} Under batch only images are drawn.",
+            help=f"How experts are selected. {meanings(Routing)} Under batch routing only images can be drawn.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for PNG and other files.")] = Path(
@@ -127,14 +128,15 @@ def sample(
         typer.Option(
             "--guidance",
             metavar="NUMBER|auto",
-            help="Classifier-free guidance of images; 1: none. More helps where drawings ignore the prompt, and hurts "
-            "where they follow it already. auto: compares values on held-out documents, and takes the best.",
+            help="Classifier-free guidance of images; 1: none. Larger values help if drawings ignore the prompt, and "
+            "hurt if they follow it already. auto: compares values on held-out documents and takes the best.",
         ),
     ] = "1",
     recognise: Annotated[
         bool,
         typer.Option(
-            "--recognise", help="Digits: report how many a classifier, trained on real ones, reads as requested."
+            "--recognise",
+            help="Digits: report how many drawings a classifier trained on real digits reads as requested.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,

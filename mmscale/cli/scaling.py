@@ -24,7 +24,8 @@ def fit(
     ],
     view: Annotated[str, typer.Option("--view", help=f"Loss at the last evaluation: {', '.join(_VIEWS)}.")] = "causal",
     parameters: Annotated[
-        str, typer.Option("--parameters", help="Meaning of size: parameters active for an average token, or total.")
+        str,
+        typer.Option("--parameters", help="Meaning of N: parameters that are active for an average token, or total."),
     ] = "active",
     at: Annotated[
         str,

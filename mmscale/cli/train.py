@@ -40,7 +40,7 @@ def train(
         typer.Option("--nproc", metavar="N", min=1, show_default=False, help="Start N ranks on this machine."),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Continue although the objective or the data changed since the checkpoint.")
+        bool, typer.Option("--yes", help="Continue even if the objective or the data changed since the checkpoint.")
     ] = False,
     stage: OfStage = StageName.MAIN,
     from_scratch: FromScratch = False,
@@ -133,7 +133,7 @@ def evaluate(
             "--routing",
             metavar="MODE",
             show_default="batch; of an export: what its config.json says",
-            help=f"What selects experts. {meanings(Routing)}",
+            help=f"How experts are selected. {meanings(Routing)}",
         ),
     ] = None,
     batches: Annotated[

@@ -93,7 +93,7 @@ __all__ = [
 class RunConfig(Section):
     """Folder, name and seed of a run."""
 
-    dir: str = setting("Folder that holds run folders.", "runs")
+    dir: str = setting("Folder that contains the run folders.", "runs")
     name: Name = setting("Name of the run; its folder is run.dir/run.name.", "default")
     seed: Seed = setting("Seed of weights and dropout, and of the data order unless data.seed is set.", 1234)
 
@@ -102,12 +102,12 @@ class StopWhenConfig(Section):
     """When training ends before its last step: held-out data shows no progress any more."""
 
     metric: str = setting(
-        "Held-out figure, as metrics.jsonl names it: eval/loss, eval/loss/image, eval/causal/loss, "
+        "Held-out figure, by its name in metrics.jsonl: eval/loss, eval/loss/image, eval/causal/loss, "
         "eval/validation/NAME/loss, eval/source/NAME/loss. Lower is better.",
         "eval/loss",
     )
     patience: Count = setting(
-        "Evaluations in a row without a new lowest value, after which training saves and ends (exit 0).",
+        "Number of evaluations in a row without a new lowest value after which training saves and ends (exit 0).",
         5,
         unit="evaluations",
     )
@@ -124,12 +124,12 @@ class TrainConfig(Section):
     eval_every: Index = setting("Evaluate on the held-out split every n steps; 0: only at the end.", 0, unit="steps")
     eval_batches: Count = setting("Global batches of one evaluation.", 8, unit="batches")
     eval_sources: bool = setting(
-        "With data.blend, evaluate the held-out documents of each source by themselves too. Each takes as long as "
-        "the blend.",
+        "With data.blend, also evaluate the held-out documents of each source separately. Evaluating a source takes as "
+        "long as evaluating the blend.",
         True,
     )
     loss: Annotated[str, OneOf(LOSSES, plugin="loss")] = setting(
-        f"What is minimised in the main stage. {LOSSES.help} Held-out losses are cross entropy in any case.",
+        f"Loss that the main stage minimises. {LOSSES.help} Held-out losses are always cross entropy.",
         "cross_entropy",
     )
     loss_args: dict[Name, Any] = setting("Keyword arguments of a loss that is a plug-in.", {})
@@ -139,7 +139,7 @@ class TrainConfig(Section):
         (),
     )
     stop_when: StopWhenConfig | None = setting(
-        "End training early; null: train to the last step. An ended run goes on only if this is changed.",
+        "End training early; null: train to the last step. A run that ended early continues only if this is changed.",
         None,
     )
     z_loss: Share = setting("Weight of log(Z)^2 of the output softmax.", 1e-5, source="Chameleon 2.3")
@@ -161,7 +161,7 @@ class OptimConfig(Section):
     schedule_args: dict[Name, Any] = setting("Keyword arguments of a schedule that is a plug-in.", {})
     warmup: Index = setting("Linear warm-up.", 0, unit="steps")
     restart: Index = setting(
-        "The schedule starts again after this step, with its warm-up: for a run that is extended. 0: at the start.",
+        "Step after which the schedule starts again, with its warm-up, in a run that is extended. 0: at the start.",
         0,
         unit="steps",
     )
@@ -186,8 +186,8 @@ class OptimConfig(Section):
     eps: Epsilon = setting("Adam's epsilon.", 1e-5)
     clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
     grad_norm_skip_threshold: Positive | None = setting(
-        "Skip the batch of a step whose gradient norm, before clipping, is above this, whatever "
-        "resilience.anomaly.action says; skipped batches count in resilience.anomaly.budget. null: no limit.",
+        "Skip a batch if its gradient norm before clipping is above this value, whatever resilience.anomaly.action is; "
+        "skipped batches count in resilience.anomaly.budget. null: no limit.",
         None,
         source="mcore grad_norm_skip_threshold",
     )
@@ -213,8 +213,8 @@ class AuxiliaryStageConfig(Section):
         "Sequences of an optimizer step, over all ranks; default: train.global_batch_size.", None, unit="sequences"
     )
     calibration_batches: Index = setting(
-        "Global batches of training data on which thresholds are set after the last step, so that a token gets as "
-        "many experts on average as in training; 0: thresholds stay at 0.5.",
+        "Global batches of training data on which thresholds are calibrated after the last step, so that a token gets "
+        "on average as many experts as in training; 0: thresholds stay at 0.5.",
         16,
         unit="batches",
     )
@@ -240,8 +240,8 @@ class ParallelConfig(Section):
         source="mcore pipeline_model_parallel_layout",
     )
     ep: Count = setting(
-        "Expert-parallel ranks, which share the experts of every group; if they do not divide a group, some ranks "
-        "hold one expert of it less.",
+        "Expert-parallel ranks, which share the experts of every group; if the number of experts is not divisible, "
+        "some ranks have one expert less.",
         1,
         unit="ranks",
     )
@@ -252,7 +252,8 @@ class ParallelConfig(Section):
         unit="ranks",
     )
     recompute: Literal["none", "full", "selective"] = setting(
-        "Recompute activations in backward: whole layers, or the parts that recompute_modules names.", "none"
+        "Recompute activations in the backward pass. full: whole layers; selective: the parts in recompute_modules.",
+        "none",
     )
     recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = setting(
         "selective: parts to recompute. core_attn: attention between its projections; mlp: the feed-forward sub-layer, "
@@ -261,8 +262,8 @@ class ParallelConfig(Section):
         source="mcore recompute_modules",
     )
     loss_chunk: Index = setting(
-        "Tokens of a micro-batch for which logits exist at one time. Output layer and loss are computed in such "
-        "chunks, and logits again in backward: one more product of the output layer. 0: all tokens at once.",
+        "Compute output layer and loss in chunks of this many tokens, so that logits exist only for one chunk at a "
+        "time. The backward pass computes the logits again. 0: all tokens at once.",
         0,
         unit="tokens",
     )
@@ -270,7 +271,7 @@ class ParallelConfig(Section):
         "Reduce gradients during the backward pass; default: on with NCCL, off with gloo.", None
     )
     overlap_param_gather: bool | None = setting(
-        "Gather updated parameters during the forward pass; default: as overlap_grad_reduce.", None
+        "Gather updated parameters during the forward pass; default: the value of overlap_grad_reduce.", None
     )
     overlap_experts: bool = setting(
         "Exchange the tokens of each group separately, while other groups and shared experts compute; needs ep > 1.",
@@ -290,8 +291,8 @@ class ProfileConfig(Section):
     """Steps that torch's profiler records (`log.profile`)."""
 
     start: Count = setting("First step that is recorded.", 10, unit="steps")
-    steps: Count = setting("Number of steps; a trace has several megabytes a step.", 3, unit="steps")
-    ranks: tuple[Index, ...] = setting("Ranks that record; each writes a file of its own.", (0,), unit="ranks")
+    steps: Count = setting("Number of steps; a trace takes several megabytes per step.", 3, unit="steps")
+    ranks: tuple[Index, ...] = setting("Ranks that record; each writes its own file.", (0,), unit="ranks")
 
 
 class LogConfig(Section):
@@ -300,7 +301,7 @@ class LogConfig(Section):
     every: Count = setting("Log every n steps.", 10, unit="steps")
     layers_every: Index = setting(
         "Write figures of every layer (expert load, co-selection, depth selection, output norm) into layers.jsonl "
-        "every n logged steps, on the first and on the last; 0: never.",
+        "every n logged steps, and on the first and the last step; 0: never.",
         5,
         unit="logged steps",
     )
@@ -334,12 +335,12 @@ class Config(Section):
     run: RunConfig = setting("Folder, name and seed of the run.", RunConfig())
     vocab: VocabConfig = setting("Token ids.", VocabConfig())
     model: ModelConfig = setting("Architecture.")
-    data: DataConfig = setting("Data.", DataConfig())
-    train: TrainConfig = setting("Steps and batches.", TrainConfig())
-    optim: OptimConfig = setting("Optimizer.", OptimConfig())
+    data: DataConfig = setting("Data sets, their order, and packing.", DataConfig())
+    train: TrainConfig = setting("Steps, batches, evaluation and loss.", TrainConfig())
+    optim: OptimConfig = setting("Optimizer and learning-rate schedule.", OptimConfig())
     auxiliary: AuxiliaryStageConfig = setting("Training of the auxiliary routers.", AuxiliaryStageConfig())
-    parallel: ParallelConfig = setting("Layout.", ParallelConfig())
+    parallel: ParallelConfig = setting("Layout of model and batch over ranks.", ParallelConfig())
     precision: PrecisionConfig = setting("Number formats.", PrecisionConfig())
-    checkpoint: CheckpointConfig = setting("Checkpoints.", CheckpointConfig())
-    resilience: ResilienceConfig = setting("Faults.", ResilienceConfig())
-    log: LogConfig = setting("Logs.", LogConfig())
+    checkpoint: CheckpointConfig = setting("Saving, keeping and mirroring checkpoints.", CheckpointConfig())
+    resilience: ResilienceConfig = setting("Restarts, hangs, anomalies and snapshots in memory.", ResilienceConfig())
+    log: LogConfig = setting("Logging during training.", LogConfig())

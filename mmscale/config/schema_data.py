@@ -17,12 +17,14 @@ class TextTokenizerConfig(Section):
     """Text to ids."""
 
     kind: Annotated[str, OneOf(TEXT_TOKENIZERS, plugin="text_tokenizer")] = setting(
-        f"What is trained on the documents. {TEXT_TOKENIZERS.help} A plug-in: docs/extending/text_tokenizer.md.", "bpe"
+        f"Tokenizer that is trained on the documents. {TEXT_TOKENIZERS.help} "
+        "A plug-in: docs/extending/text_tokenizer.md.",
+        "bpe",
     )
     kind_args: dict[Name, Any] = setting("Keyword arguments of a text tokenizer that is a plug-in.", {})
     load: str | None = setting(
-        "Path of a tokenizer.json to use, or of a .tiktoken file whose texts are cut as those of cl100k_base; null: "
-        "train one on the documents.",
+        "Path of an existing tokenizer.json, or of a .tiktoken file (texts are split as for cl100k_base); null: "
+        "train a tokenizer on the documents.",
         None,
     )
 
@@ -31,7 +33,7 @@ class ImageTokenizerConfig(Section):
     """Pixels to discrete codes and back."""
 
     kind: Annotated[str, OneOf(IMAGE_TOKENIZERS, plugin="image_tokenizer")] = setting(
-        f"Pixels to codes. {IMAGE_TOKENIZERS.help} hf:FOLDER is short for vq with that path. "
+        f"Tokenizer of images. {IMAGE_TOKENIZERS.help} hf:FOLDER is short for vq with that path. "
         "A plug-in: docs/extending/image_tokenizer.md.",
         "kmeans",
     )
@@ -39,14 +41,14 @@ class ImageTokenizerConfig(Section):
     size: Count = setting("Images are resized to size x size pixels.", 64, unit="pixels")
     channels: Literal[1, 3] = setting("1: grey, 3: RGB.", 3)
     fit: Annotated[str, OneOf(IMAGE_FITS)] = setting(
-        f"What is done to pictures that are not square. {IMAGE_FITS.help}", "crop"
+        f"How pictures that are not square become squares. {IMAGE_FITS.help}", "crop"
     )
     background: tuple[Byte, Byte, Byte] = setting(
-        "Colour under transparent pixels and of padding: red, green, blue.", (255, 255, 255), unit="0 to 255"
+        "Colour of padding and of transparent pixels: red, green, blue.", (255, 255, 255), unit="0 to 255"
     )
     damaged: Literal["reject", "salvage"] = setting(
-        "What becomes of a damaged picture, for instance one that is cut off. reject: its document is listed in "
-        "rejected.jsonl; salvage: the picture shows what can be read of it.",
+        "Treatment of damaged pictures, for instance of files that are cut off. reject: the document is listed in "
+        "rejected.jsonl; salvage: the readable part of the picture is used.",
         "reject",
     )
     patch: Count = setting("Edge of a k-means patch.", 8, unit="pixels")
@@ -57,8 +59,8 @@ class ImageTokenizerConfig(Section):
         unit="codes",
     )
     path: str | None = setting(
-        "Local folder of the VQ model, or of a Janus or Emu3 model that contains one (vq); or of a fitted codebook "
-        "to reuse (kmeans).",
+        "vq: local folder of the VQ model, or of a Janus or Emu3 model that contains one. kmeans: folder of a fitted "
+        "codebook to reuse.",
         None,
     )
     fit_patches: Count = setting(
@@ -104,55 +106,56 @@ class PrepareConfig(Section):
     )
     documents: tuple[str, ...] = setting(
         "JSONL (.gz, .zst), parquet, Arrow or WebDataset (.tar) files, folders of Hugging Face datasets, or URLs of "
-        "files on object stores, relative to where the command is run; globs allowed.",
+        "files on object stores. Paths are relative to the working directory; globs are allowed.",
         (),
     )
     reader: Annotated[str, OneOf(READERS, plugin="reader")] = setting(
-        f"What reads the files. {READERS.help} A plug-in: docs/extending/reader.md.", "suffix"
+        f"Reader of the files. {READERS.help} A plug-in: docs/extending/reader.md.", "suffix"
     )
     reader_args: dict[Name, Any] = setting("Keyword arguments of a reader that is a plug-in.", {})
     ignore: tuple[str, ...] = setting(
         "Keys (columns) of documents that are not read. Any other unknown key rejects its document.", ()
     )
     id_offset: Index | None = setting(
-        "megatron: added to every id of the corpora; default: by how much the ids of data.prepare.text.load are moved "
-        "up, to make room for the special tokens.",
+        "megatron: offset that is added to every id of the corpora; default: the offset by which the ids of "
+        "data.prepare.text.load are shifted to make room for the special tokens.",
         None,
         unit="ids",
     )
     columns: tuple[str, ...] = setting(
-        "Tables (parquet, Arrow) whose rows are not documents: the columns that make one up, in their order, e.g. "
-        "[image, text]. They hold texts, files as {bytes, path}, or lists of both; parallel lists are interleaved. Of "
-        "other columns only `id`, `group`, `split` and `loss` are read. Empty: columns are named as keys of documents.",
+        "Tables (parquet, Arrow) whose columns are not document keys: the columns that make up a document, in order, "
+        "e.g. [image, text]. They contain texts, files as {bytes, path}, or lists of both; lists of equal length are "
+        "interleaved. Of other columns only `id`, `group`, `split` and `loss` are read. Empty: columns have the names "
+        "of document keys.",
         (),
     )
     captions: tuple[str, ...] = setting(
-        "WebDataset: what the names of captions have after their first dot, in lower case. Captions in a .json are its "
-        "`caption` or `text`.",
+        "WebDataset: suffixes of caption files (the part after the first dot, in lower case). In a .json the caption "
+        "is the key `caption` or `text`.",
         ("txt", "text", "caption", "caption.txt"),
     )
     half_pairs: Literal["reject", "keep"] = setting(
-        "WebDataset: what becomes of a sample without its caption or its picture in an archive that has pairs. reject: "
-        "it is listed in rejected.jsonl, and an archive with more than a tenth of them is refused; keep: it is a "
-        "document of what there is.",
+        "WebDataset: treatment of samples that lack their caption or their picture in an archive that has pairs. "
+        "reject: the sample is listed in rejected.jsonl, and an archive with more than a tenth of such samples is "
+        "refused; keep: the sample becomes a document of the part that exists.",
         "reject",
     )
     text: TextTokenizerConfig = setting("Text tokenizer.", TextTokenizerConfig())
     image: ImageTokenizerConfig = setting("Image tokenizer.", ImageTokenizerConfig())
     modalities: dict[Name, dict[Name, int | float | str]] = setting(
-        "Settings of the tokenizers of other modalities by modality: those that its file in mmscale/data/modalities "
-        "names, and `load`, the folder of a fitted tokenizer to use.",
+        "Tokenizer settings of other modalities, by modality: the settings of its file in mmscale/data/modalities, and "
+        "`load`, the folder of a fitted tokenizer to use.",
         {},
     )
     emoji: EmojiConfig = setting("Settings of the source emoji.", EmojiConfig())
     tasks: dict[Name, str] = setting(
-        "Files of questions by name (JSONL: documents with choices and the number of the right one, or with an answer "
-        "that is to be written exactly). `mmscale eval` asks them.",
+        "Files of questions, by name of the task. A question is a document with choices and the index of the right "
+        "one, or with an answer that the model must write exactly (JSONL). `mmscale eval` asks them.",
         {},
     )
     held_out: Share = setting(
-        "Share kept for validation: of documents, by a hash of their `group`, else of their `id`, unless they have a "
-        "`split`; of base emoji, by a hash of them.",
+        "Share of the documents that is held out for validation, chosen by a hash of the `group`, or of the `id` if "
+        "there is no group. Documents with a `split` keep it. emoji: share of the base emoji.",
         0.01,
     )
     augment: Index = setting(
@@ -171,9 +174,9 @@ class DataSource(Section):
 
     path: str = setting("Folder written by `mmscale data prepare`.")
     weight: Rate | dict[Index, Rate] = setting(
-        "Relative number of sequences drawn from it in training. A source with weight 0 is only evaluated. Weights "
-        "that change: the weight from each step on, e.g. {0: 0.7, 100000: 0.3}; a step is train.global_batch_size "
-        "sequences.",
+        "Relative number of sequences that training draws from this source. A source with weight 0 is only evaluated. "
+        "For a weight that changes, give the weight from each step on, e.g. {0: 0.7, 100000: 0.3}; a step is "
+        "train.global_batch_size sequences.",
         1.0,
     )
     max_epochs: Count | None = setting(
@@ -201,8 +204,8 @@ class DataConfig(Section):
     path: str | None = setting("Folder of a prepared data set.", None)
     blend: tuple[DataSource, ...] = setting("Several prepared data sets with weights, instead of path.", ())
     temperature: Positive = setting(
-        "Shares of a blend's sources are in proportion to weight ** (1 / temperature): with tokens as weights, 1 reads "
-        "all sources equally often, and a large one gives them nearly equal shares.",
+        "Shares of a blend's sources are proportional to weight ** (1 / temperature). With tokens as weights, a "
+        "temperature of 1 reads all sources equally often, and a high temperature gives them nearly equal shares.",
         1.0,
     )
     validation: dict[Name, str] = setting(
@@ -212,11 +215,12 @@ class DataConfig(Section):
         {},
     )
     order: Annotated[str, OneOf(DATA_ORDERS)] = setting(
-        f"Order of the documents of a new run. {DATA_ORDERS.help} A run keeps the order that it began with.", "blocks"
+        f"Order of the documents of a new run. {DATA_ORDERS.help} A run keeps the order it started with.", "blocks"
     )
     selection: Literal["apply", "ignore"] = setting(
-        "Whether training leaves out and repeats documents as the weights say that `mmscale data dedup` and `mmscale "
-        "data select` have written beside a data set. ignore: each document is read once per epoch.",
+        "Use of the weights that `mmscale data dedup` and `mmscale data select` have written next to a data set. "
+        "apply: training leaves out and repeats documents by their weights; ignore: each document is read once per "
+        "epoch.",
         "apply",
     )
     balance: bool = setting("Deal packed sequences into micro-batches of nearly equal modality shares.", True)
@@ -225,24 +229,25 @@ class DataConfig(Section):
         "Number of packed sequences that are dealt into micro-batches together.", 2048, unit="sequences"
     )
     document_multiple: Count = setting(
-        "Each document is padded to a multiple of this in its sequence. parallel.cp needs a multiple of 2 * cp; a "
-        "data setting, so that packing and loss do not depend on the layout (16 serves cp up to 8).",
+        "Each document is padded in its sequence to a multiple of this number. parallel.cp needs a multiple of 2 * cp "
+        "(16 works for cp up to 8). It is a data setting, so that packing and loss do not depend on the layout.",
         1,
         unit="tokens",
     )
     cache: str | None = setting("Folder of packing indices; default: .cache inside the data set.", None)
     verify: Literal["once", "node", "off"] = setting(
-        "Whether a run reads the prepared files in the background at its start and compares their digests. once: the "
-        "nodes share the files; node: each node reads all of them, where each has a copy of its own.",
+        "Whether a run reads the prepared files in the background at its start and compares their digests. once: each "
+        "file is read by one node; node: every node reads all files, for data that each node has its own copy of; off: "
+        "no check.",
         "once",
     )
     workers: Index = setting("Loader processes per rank; 0 loads in the training process.", 0, unit="processes")
     seed: Seed | None = setting(
-        "Seed of the order of documents; default: run.seed. Runs with the same one and different run.seed differ in "
-        "weights and dropout only.",
+        "Seed of the order of documents; default: run.seed. Runs with the same data.seed and different run.seed differ "
+        "only in weights and dropout.",
         None,
     )
-    prepare: PrepareConfig | None = setting("Preparation of the data set; needed by `mmscale data prepare` only.", None)
+    prepare: PrepareConfig | None = setting("Preparation of the data set; only `mmscale data prepare` needs it.", None)
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

@@ -36,8 +36,9 @@ class ModalityVocab(Section):
         "Number of token ids of this modality; the first modality includes the special tokens.", unit="ids"
     )
     marks: bool = setting(
-        "Whether each item stands between a begin and an end token of its own, whose ids follow the other special "
-        "tokens. Documents with files of a modality, and generation, need them; image has `<boi>` and `<eoi>` anyway.",
+        "Put each item between a begin and an end token of this modality, whose ids follow the other special tokens. "
+        "Documents with files of the modality, and generation, need these tokens. Images always have `<boi>` and "
+        "`<eoi>`.",
         False,
     )
 
@@ -46,12 +47,12 @@ class VocabConfig(Section):
     """Token ids: one contiguous range per modality, in this order, then padding up to a multiple."""
 
     modalities: tuple[ModalityVocab, ...] = setting(
-        "Modalities in id order; the first one is text and holds the special tokens.",
+        "Modalities in id order; the first one is text and includes the special tokens.",
         (ModalityVocab(name="text", size=57_344), ModalityVocab(name="image", size=8_192)),
         source="Chameleon, arXiv 2405.09818: 65,536 ids of which 8,192 are image codes",
     )
     pad_multiple: Count = setting(
-        "The embedding's row count is rounded up to this; TP must divide it.", 128, unit="ids"
+        "The number of embedding rows is rounded up to a multiple of this; TP must divide it.", 128, unit="ids"
     )
 
     @property
@@ -87,13 +88,11 @@ class ExpertsConfig(Section):
     """Feed-forward experts (MoMa, arXiv 2407.21770, section 2.2)."""
 
     counts: dict[Name, Count] = setting(
-        "Experts of each modality group, e.g. {text: 4, image: 4}; for kind=moe one group, {mixed: 8}.",
+        "Number of experts of each modality group, e.g. {text: 4, image: 4}; with kind=moe one group, {mixed: 8}.",
         {},
         unit="experts",
     )
-    shared: Index = setting(
-        "Experts of an additional group that processes every token of every modality.", 0, unit="experts"
-    )
+    shared: Index = setting("Number of shared experts, which process every token of every modality.", 0, unit="experts")
     shared_ffn_hidden_size: Count | None = setting(
         "SwiGLU width of each shared expert; default: ffn_hidden_size.", None
     )
@@ -110,7 +109,7 @@ class ExpertsConfig(Section):
         1.0,
     )
     capacity_multiple: Count = setting(
-        "Tokens per expert are rounded up to this, and with FP8 to 16 or 128 as well.", 1, unit="tokens"
+        "Tokens per expert are rounded up to a multiple of this; with FP8 also of 16 or 128.", 1, unit="tokens"
     )
     scope: Literal["sequence", "micro_batch"] = setting(
         "Tokens among which an expert chooses: those of each sequence (independent of the micro-batch size) or "
@@ -148,8 +147,8 @@ class ExpertsConfig(Section):
         False,
     )
     threshold_decay: Share = setting(
-        "Decay per step of the moving average of each expert's cut-off, which `--routing threshold` uses; 0: no "
-        "average is kept.",
+        "Decay per step of the moving average of each expert's cut-off. `--routing threshold` needs it; 0: no average "
+        "is kept.",
         0.0,
         source="Expert Threshold, arXiv 2603.11535",
     )
@@ -161,11 +160,12 @@ class DepthConfig(Section):
     every: Count = setting("Every n-th layer, starting with layer 0, is a Mixture-of-Depths layer.", 2, unit="layers")
     capacity: Fraction = setting("Fraction of each sequence's tokens that the layer processes.", 0.25)
     multiple: Count = setting(
-        "Selected tokens per sequence are rounded up to this; TP must divide it.", 8, unit="tokens"
+        "Selected tokens per sequence are rounded up to a multiple of this; TP must divide it.", 8, unit="tokens"
     )
     choice: Literal["mixed", "per_modality"] = setting(
-        "mixed: the best tokens of any modality; experts get nominal counts scaled by the capacity, and empty slots "
-        "are masked. per_modality: each modality keeps its nominal share, so experts stay full.",
+        "How the layer selects tokens. mixed: the best tokens of any modality; experts get nominal counts scaled by "
+        "the capacity, and empty slots are masked; per_modality: each modality keeps its nominal share, so experts "
+        "stay full.",
         "mixed",
     )
 
@@ -174,8 +174,9 @@ class AuxiliaryRoutersConfig(Section):
     """Routers that predict expert and depth choice from one token, for causal inference (MoMa, section 2.4)."""
 
     mode: Literal["off", "stage", "joint"] = setting(
-        "off: the main run has none, and `mmscale train CONFIG --stage auxiliary` adds and trains them after it; "
-        "joint: trained together with the main run, whose weights they do not change; stage: set by that command.",
+        "off: the main run has no auxiliary routers, and `mmscale train CONFIG --stage auxiliary` adds and trains them "
+        "afterwards; joint: they are trained together with the main run and do not change its weights; stage: set by "
+        "the auxiliary stage.",
         "off",
     )
     width: Count | None = setting("Inner width; default: half of hidden_size.", None, source="MoMa 2.4")
@@ -207,7 +208,7 @@ class RopeScalingConfig(Section):
     attention_factor: Positive | None = setting(
         "yarn: queries and keys are multiplied by this; default: 0.1 ln(factor) + 1.", None, source="arXiv 2309.00071"
     )
-    truncate: bool = setting("yarn: round the two bounds, which are numbers of an angle, outwards.", True)
+    truncate: bool = setting("yarn: round the two bounds, which are indices of angles, outwards.", True)
 
 
 class ModelConfig(Section):
@@ -234,7 +235,8 @@ class ModelConfig(Section):
     qk_norm: bool = setting("RMSNorm over each head's query and key, before RoPE.", True, source="Chameleon 2.3")
     rope_base: AtLeastOne = setting("Base of the rotary position embedding.", 10_000.0)
     rope_scaling: RopeScalingConfig | None = setting(
-        "Stretch the rotary position embedding, for longer sequences or models that continue a Llama 3; null: do not.",
+        "Scale the rotary position embedding, for longer sequences or models that continue a Llama 3; null: no "
+        "scaling.",
         None,
     )
     qkv_bias: bool = setting("Add biases to query, key and value projections. For models that continue a Qwen2.", False)
@@ -242,10 +244,10 @@ class ModelConfig(Section):
     init_std: Annotated[Positive, Field(le=10.0)] = setting(
         "Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02
     )
-    dropout: Share = setting("Dropout after attention and FFN (masks are not the same under every layout).", 0.0)
+    dropout: Share = setting("Dropout after attention and FFN. Its masks depend on the layout.", 0.0)
     backend: Literal["auto", "te", "torch"] = setting(
-        "Classes of linears, norms and attention. te: Transformer-Engine's (CUDA only); torch: megatron-core's and "
-        "torch's; auto: te where it can run. Checkpoints are the same.",
+        "Implementation of linear layers, norms and attention. te: Transformer-Engine (CUDA only); torch: "
+        "megatron-core and torch; auto: te where it can run. Checkpoints are the same.",
         "auto",
     )
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = setting(

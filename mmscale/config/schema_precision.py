@@ -17,10 +17,10 @@ class PrecisionConfig(Section):
         "Parameters and activations; with bf16 the optimizer keeps fp32 copies.", "bf16"
     )
     fp8: Literal["off", "delayed", "tensorwise", "blockwise"] = setting(
-        "Products of attention's and the experts' linears in FP8, and how their scales are found. delayed: one scale "
-        "per tensor from the amax of earlier steps; tensorwise: one from the tensor itself; blockwise: one for 1 x 128 "
-        "values of activations and gradients and for 128 x 128 of weights. Routers, norms, embedding and output layer "
-        "stay in `dtype`.",
+        "Compute the matrix products of attention and experts in FP8, with these scales. delayed: one scale per "
+        "tensor, from the amax of earlier steps; tensorwise: one scale per tensor, from the tensor itself; blockwise: "
+        "one scale for 1 x 128 values of activations and gradients and for 128 x 128 values of weights. Routers, "
+        "norms, embedding and output layer stay in `dtype`.",
         "off",
         source="Transformer-Engine 2.9-2.11: DelayedScaling, Float8CurrentScaling, Float8BlockScaling",
     )
@@ -38,8 +38,8 @@ class PrecisionConfig(Section):
     fp8_amax_choice: Literal["max", "most_recent"] = setting(
         "delayed: amax value of the history that sets the scale.", "max"
     )
-    fp8_skip_first: Index = setting("Number of first layers whose linears stay in `dtype`.", 0, unit="layers")
-    fp8_skip_last: Index = setting("Number of last layers whose linears stay in `dtype`.", 0, unit="layers")
+    fp8_skip_first: Index = setting("Number of first layers that stay in `dtype`.", 0, unit="layers")
+    fp8_skip_last: Index = setting("Number of last layers that stay in `dtype`.", 0, unit="layers")
 
     @property
     def emulated(self) -> bool:

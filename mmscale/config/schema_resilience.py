@@ -27,8 +27,8 @@ class CheckpointConfig(Section):
     )
     keep_best: str | None = setting(
         "Keep the checkpoint with the lowest value of this held-out figure (a key of metrics.jsonl, e.g. eval/loss) "
-        "besides the newest ones. An evaluation that finds a new lowest value is followed by a save. Commands call it "
-        "RUN@best.",
+        "in addition to the newest ones. An evaluation that finds a new lowest value is followed by a save. Commands "
+        "accept this checkpoint as RUN@best.",
         None,
     )
     allow_missing: bool = setting(
@@ -41,11 +41,11 @@ class CheckpointConfig(Section):
         True,
     )
     deadline: Seconds = setting(
-        "An asynchronous save that takes longer is given up; training continues.", 900.0, unit="seconds"
+        "An asynchronous save that takes longer than this fails; training continues.", 900.0, unit="seconds"
     )
     writers: Index = setting(
-        "Number of ranks of each node that write, also for their neighbours: fewer files per checkpoint and fewer "
-        "concurrent streams; 0: every rank writes its own two files.",
+        "Number of ranks of each node that write, also for the other ranks of the node. Fewer writers make fewer files "
+        "and fewer concurrent streams. 0: every rank writes its own two files.",
         0,
         unit="ranks per node",
     )
@@ -57,7 +57,7 @@ class CheckpointConfig(Section):
         None,
     )
     mirror_keep: Count = setting(
-        "Number of newest checkpoints kept in the mirror, besides those of keep_every, early and keep_best.",
+        "Number of newest checkpoints to keep in the mirror, in addition to those of keep_every, early and keep_best.",
         2,
         unit="checkpoints",
     )
@@ -66,7 +66,7 @@ class CheckpointConfig(Section):
     )
     mirror_streams: Count = setting("Files sent to the mirror at the same time.", 4, unit="files")
     mirror_wait: Seconds = setting(
-        "How long a run that has ended waits for the mirror; `mmscale ckpt mirror RUN` uploads what is left then.",
+        "How long a run that has ended waits for its uploads; `mmscale ckpt mirror RUN` uploads the rest.",
         1800.0,
         unit="seconds",
     )
@@ -125,8 +125,8 @@ class ResilienceConfig(Section):
     )
     hang_timeout: Seconds | None = setting(
         "If no step and no evaluation batch ends for this long, ranks write their stacks and the attempt ends as a "
-        "crash. Default: ten times the longest of these so far, at least five minutes. Waiting for a save may take "
-        "checkpoint.deadline longer, a roll-back twice that.",
+        "crash. Default: ten times the longest step or batch so far, at least five minutes. The limit is extended by "
+        "checkpoint.deadline while waiting for a save, and by twice that in a roll-back.",
         None,
         unit="seconds",
     )
@@ -145,8 +145,8 @@ class ResilienceConfig(Section):
         source="REFT, arXiv 2310.12670",
     )
     memory_group: Index = setting(
-        "Ranks that keep each other's parity, on different nodes if there are enough. One of them may be lost; a "
-        "copy of the state takes 1 / (memory_group - 1) more memory; 2 is a mirror.",
+        "Number of ranks that keep each other's parity, on different nodes if there are enough. One of them may be "
+        "lost. Parity takes 1 / (memory_group - 1) of the memory of a copy; 2 is a mirror.",
         4,
         unit="ranks",
     )

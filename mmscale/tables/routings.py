@@ -79,7 +79,8 @@ ROUTINGS: Table[RoutingMode] = Table(
     ("--routing",),
     {
         Routing.BATCH: RoutingMode(
-            meaning="experts choose among all tokens of the sequence or micro-batch, later ones too, as in training",
+            meaning="experts choose among all tokens of the sequence or micro-batch, including later ones, as in "
+            "training",
             needs=Needs.NOTHING,
         ),
         Routing.CAUSAL: RoutingMode(

@@ -71,7 +71,7 @@ RANKINGS: Table[Choice] = Table(
     {
         "sigmoid": Choice(meaning="the expert's own logit (the paper's)"),
         "competitive": Choice(
-            meaning="the logit minus the mean over the group's experts, so that they do not all want the same tokens"
+            meaning="the logit minus the mean over the group's experts, so that they prefer different tokens"
         ),
         "softmax": Choice(meaning="the softmax over the group's experts"),
     },
@@ -129,7 +129,7 @@ SCHEDULES: Table[Schedule] = Table(
     "Learning-rate schedules",
     ("optim.schedule", "auxiliary.optim.schedule"),
     {
-        "constant": Schedule(meaning="the peak to the end", comparable=True),
+        "constant": Schedule(meaning="the peak until the end", comparable=True),
         "linear": Schedule(meaning="a straight line from the peak to min_lr", reads=("min_lr",)),
         "cosine": Schedule(meaning="half a cosine from the peak to min_lr", reads=("min_lr",)),
         "wsd": Schedule(
@@ -260,8 +260,8 @@ DATA_ORDERS: Table[DataOrder] = Table(
     {
         "epochs": DataOrder(meaning="all documents of a pass are shuffled and packed together"),
         "blocks": DataOrder(
-            meaning="a source with more than 1,048,576 documents is shuffled and packed in blocks of about 262,144, "
-            "which takes the same time and memory for any number of documents, and smaller sources as with epochs",
+            meaning="a source with more than 1,048,576 documents is shuffled and packed in blocks of about 262,144, so "
+            "that time and memory do not grow with the number of documents, and smaller sources as with epochs",
             block=1 << 18,
             chunk=64,
             above=1 << 20,
@@ -297,7 +297,7 @@ IMAGE_FITS: Table[ImageFit] = Table(
             done="cropped to the centre, which cuts off {share} of their area on average",
         ),
         "pad": ImageFit(
-            meaning="the whole picture, with bars of the background colour beside it",
+            meaning="the whole picture, between bars of the background colour",
             done="padded to a square, of which {share} is background on average",
         ),
         "stretch": ImageFit(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from mmscale.checkpoint.tensors import SCALING, TensorSource
 
 FIRST_MOMENT = "optimizer.state.exp_avg."
-# Groups of tensors with comparable norms; names outside of these are weights or thresholds of the model.
+# Prefixes of groups of tensors with comparable norms; all other names are weights or thresholds of the model.
 _KINDS = (FIRST_MOMENT, "optimizer.state.exp_avg_sq.", "optimizer.state.param.")
-# A tensor's difference is relative to its own norm, but at least to this share of the norm of all tensors of its kind:
-# a gradient that nearly cancels consists of rounding.
+# A tensor's difference is divided by its norm, or, if that is larger, by this share of the norm of all tensors of its
+# kind: a gradient whose terms nearly cancel consists of rounding errors.
 FLOOR = 1e-4
 
 
@@ -67,12 +67,12 @@ def differences(reference: TensorSource, other: TensorSource) -> list[TensorDiff
 def _ratio(apart: float, scale: float) -> float:
     if apart == 0.0:
         return 0.0
-    # NaN must not pass a comparison, and must be sorted first.
+    # NaN becomes infinity, so that it fails every comparison and is sorted first.
     return apart / scale if scale > 0.0 and math.isfinite(apart) else math.inf
 
 
 def largest(found: Iterable[TensorDifference]) -> TensorDifference:
-    """The largest difference; without any, one with an empty name."""
+    """The largest difference; if there is none, one with an empty name."""
     return next(iter(found), TensorDifference("", 0.0))
 
 

@@ -1,4 +1,4 @@
-"""A save in progress: its plan, its process and how far it is. saving.py decides what happens next."""
+"""A save in progress: its plan, its process and its progress. saving.py decides the next step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmscale.errors import MmscaleError
 
 @dataclass
 class Here:
-    """Work that was done in this process, with the interface of an ended Forked."""
+    """Work that was done in this process, with the interface of a finished Forked."""
 
     result: Any = None
     problem: str | None = None
     messages: list[Any] = field(default_factory=list)
 
     def poll(self) -> bool:
-        """Whether it runs."""
+        """Whether it is running."""
         return False
 
     def wait(self, *, timeout_s: float) -> bool:
@@ -47,7 +47,7 @@ class Flight:
     best: Best | None = None
     task: Forked | Here | None = None
     phase: Literal["write", "commit"] = "write"
-    hurried_s: float = math.inf  # given up after this time, if that is before the deadline
+    hurried_s: float = math.inf  # abandon the save after this time, if that is before the deadline
     boundaries: int = 0  # steps trained during the save
     blocked_s: float = 0.0
     written: list[Written] = field(default_factory=list)
@@ -58,7 +58,7 @@ def start(work: Callable[[Tell], Any], *, name: str, asynchronous: bool) -> Fork
     """Begin a part of a save in a forked process, or do it in this one.
 
     Args:
-        work: called with a function that sends a message home.
+        work: called with a function that sends a message to the parent.
         name: of the part, for messages.
         asynchronous: in a forked process.
     """

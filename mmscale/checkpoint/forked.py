@@ -29,7 +29,7 @@ _CHUNK = 1 << 16
 _POLL_S = 0.002
 _LENGTH = 8  # bytes of the length before every message
 
-# Looked up once, in the parent: as little as possible should happen between the fork and the child's work. Linux only.
+# Looked up once, in the parent, to do as little as possible between the fork and the child's work. Linux only.
 _PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 
 Tell = Callable[[Any], None]
@@ -59,7 +59,7 @@ class Forked:
         parent = os.getpid()
         self._pipe, sending = os.pipe()
         os.set_blocking(self._pipe, False)
-        # A stop request must not reach the child before the child has set it to be ignored.
+        # Blocked during the fork: a stop signal must not reach the child before the child ignores it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             self.pid = os.fork()
@@ -85,7 +85,7 @@ class Forked:
         self._receive()
         try:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:  # another process has reaped it: its messages show how it ended
+        except ChildProcessError:  # another process has reaped it; its messages show how it ended
             pid, status = self.pid, 0
         if pid:
             self._receive()
@@ -148,7 +148,7 @@ def _signal_name(number: int) -> str:
 
 
 def _be_child(work: Callable[[Tell], Any], sending: int, parent: int, *, mask: Iterable[int]) -> None:
-    """The whole life of the child process, which never returns into the parent's code."""
+    """The complete run of the child process, which never returns into the parent's code."""
     status = 1
     try:
         die_with(parent)
@@ -184,5 +184,5 @@ def die_with(parent: int) -> None:
     """End this process when its parent ends, in whatever way. Linux only; elsewhere it has no effect."""
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended in between
+        if os.getppid() != parent:  # the parent ended before prctl took effect
             os._exit(1)

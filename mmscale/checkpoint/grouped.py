@@ -26,17 +26,18 @@ from mmscale import bounded
 from mmscale.errors import SaveError
 from mmscale.runtime.groups import gathered
 
-# Before the reason of a rank that only heard of another one's failure.
+# Prefix of the reason of a rank that failed only because another one did.
 ELSEWHERE = "another rank's part failed: "
 _ORIGIN = re.compile(re.escape(ELSEWHERE) + r"rank (\d+): (.+)", re.DOTALL)
-_LENGTH = struct.Struct("<q")  # of the next piece; 0 ends a part, a negative one is that of a message about a failure
+# Length of the next piece; 0 ends a part, a negative number is the length of a message about a failure.
+_LENGTH = struct.Struct("<q")
 _NUMBERS = struct.Struct("<i")
 _CHUNK = 4 << 20
 _BUFFER = 1 << 20
 
 
 def origin(reason: str) -> tuple[int, str] | None:
-    """The rank that failed and its reason, of what a rank says that only heard of it; None if it knows no reason."""
+    """The rank that failed first and its reason, from the message of a rank that failed as a result; None: unknown."""
     found = _ORIGIN.fullmatch(reason)
     return (origin(found[2]) or (int(found[1]), found[2])) if found else None
 
@@ -47,7 +48,7 @@ class Group:
 
     Attributes:
         ranks: ascending; the first one writes.
-        address: name of their sockets, on this node alone.
+        address: name of their sockets, which only processes on this node can reach.
     """
 
     ranks: tuple[int, ...]
@@ -63,7 +64,7 @@ def agree(writers: int) -> Group | None:
     """The group of this rank; None if it writes its own files. A collective.
 
     Args:
-        writers: groups on each node; 0: every rank is alone.
+        writers: groups on each node; 0: every rank writes its own files.
     """
     if writers == 0:
         return None
@@ -75,23 +76,23 @@ def agree(writers: int) -> Group | None:
 
 
 def split(ranks: Sequence[int], parts: int) -> list[tuple[int, ...]]:
-    """Neighbours in so many parts of nearly equal size; fewer parts if there are not as many ranks."""
+    """Divides ranks into so many parts of neighbours of nearly equal size; fewer parts if there are fewer ranks."""
     parts = min(parts, len(ranks))
     ends = [len(ranks) * part // parts for part in range(parts + 1)]
     return [tuple(ranks[begin:end]) for begin, end in itertools.pairwise(ends)]
 
 
 def _node() -> tuple[str, int]:
-    """Equal on two ranks if they can reach each other through such a socket: the same kernel and network namespace."""
+    """Equal on two ranks if they can connect through such a socket: the same kernel and network namespace."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(), Path("/proc/self/ns/net").stat().st_ino
 
 
 class Listener:
-    """The writing rank's end. It has to exist before other ranks send.
+    """The writing rank's end of the sockets. It must exist before other ranks send.
 
     Args:
         group: of this rank.
-        number: of the save: an old one's connections do not count.
+        number: of the save; connections of earlier saves are refused.
     """
 
     def __init__(self, group: Group, number: int) -> None:
@@ -105,7 +106,7 @@ class Listener:
         """Wait for all other ranks of the group.
 
         Raises:
-            SaveError: one does not come, or somebody else does.
+            SaveError: one does not connect in time, or another process connects.
         """
         self._socket.settimeout(timeout_s)
         while len(self._peers) < len(self.group.ranks) - 1:
@@ -125,10 +126,10 @@ class Listener:
             self._peers[rank] = peer
 
     def copy(self, rank: int, write: Callable[[memoryview], Any]) -> None:
-        """Pass the next part of a rank on.
+        """Pass on the next part of a rank to `write`.
 
         Raises:
-            SaveError: the rank could not give it.
+            SaveError: the rank failed to send it.
             OSError: it could not be written.
         """
         peer = self._peers[rank]
@@ -152,15 +153,15 @@ class Listener:
         return int(length)
 
     def answer(self, **message: Any) -> None:
-        """Tell all ranks that have come how it went."""
+        """Send the result to all connected ranks."""
         for peer in self._peers.values():
             try:
                 peer.sendall(json.dumps(message).encode() + b"\n")
-            except OSError:  # it has ended, and does not wait for it
+            except OSError:  # the rank has ended and does not need the answer
                 continue
 
     def close(self) -> None:
-        """Close what this process has of it: nobody waits for a process that has ended."""
+        """Close the sockets of this process. Does not wait for processes that have ended."""
         for opened in (*self._peers.values(), self._socket):
             opened.close()
 
@@ -175,7 +176,7 @@ class _Sending(io.RawIOBase):
         self._size = 0
 
     def writable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def tell(self) -> int:
@@ -186,7 +187,7 @@ class _Sending(io.RawIOBase):
         """Send all of it."""
         view = memoryview(data).cast("B")
         self._on_write(view.nbytes)
-        if view.nbytes:  # a piece of no length would end the part
+        if view.nbytes:  # an empty piece would end the part
             self._peer.sendall(_LENGTH.pack(view.nbytes))
             self._peer.sendall(view)
         self._size += view.nbytes
@@ -209,14 +210,14 @@ def send(
         number: of the save.
         rank: this one.
         parts: each writes to a stream; the same number on every rank.
-        on_write: called before every piece with its bytes.
+        on_write: called before every piece with its size in bytes.
         timeout_s: how long the other side may take for a piece, or for its answer.
 
     Returns:
-        What the writing rank answered.
+        The writing rank's answer.
 
     Raises:
-        SaveError: it failed.
+        SaveError: the writing rank, or another one, failed.
         OSError: this rank's own part failed.
     """
     with socket.socket(socket.AF_UNIX) as peer:
@@ -229,7 +230,7 @@ def send(
             for part in parts:
                 _send_part(peer, part, on_write)
         except (ConnectionError, TimeoutError):
-            pass  # the other side has ended; it may have said why
+            pass  # the other side has ended; it may have sent a reason
         except OSError as error:
             _tell_failure(peer, error)
             raise
@@ -263,7 +264,7 @@ def _answer(peer: socket.socket, group: Group) -> dict[str, Any]:
             if not received:
                 break
             line += received
-    except OSError:  # it has ended, or was never reached
+    except OSError:  # it has ended, or was never connected
         pass
     if not line.endswith(b"\n"):
         raise SaveError(f"{ELSEWHERE}rank {group.first}, which writes this rank's tensors, has ended")

@@ -24,7 +24,7 @@ from mmscale.errors import CheckpointError, shell_command
 MANIFEST = "MANIFEST.json"
 SIGNATURE = "MANIFEST.json.sig"  # the manifest's signature, made by signing.py; not part of the manifest
 FORMAT = 1
-ALGORITHM = "xxh3_128"  # detects every accident at the speed of memory; no protection against an attacker
+ALGORITHM = "xxh3_128"  # detects accidental changes at the speed of memory; does not protect against an attacker
 _CHUNK = 4 << 20
 PAUSES_S = (0.1, 1.0, 4.0)  # between reads of a file after storage errors: a stale handle is valid again after one
 T = TypeVar("T")
@@ -343,7 +343,7 @@ def require_whole(folder: Path, *, step: int, allow_missing: bool = False) -> No
 
 @contextlib.contextmanager
 def while_there(folder: Path) -> Iterator[None]:
-    """Read a checkpoint that its run may delete meanwhile (`checkpoint.keep`): what is missing then is not damage.
+    """Read a checkpoint that its run may delete meanwhile (`checkpoint.keep`); files missing then are not damage.
 
     Raises:
         DeletedError: reading failed, and the folder does not exist any more.
@@ -357,7 +357,7 @@ def while_there(folder: Path) -> Iterator[None]:
 
 
 def deleted(folder: Path) -> DeletedError:
-    """The error of a checkpoint that does not exist any more."""
+    """The error for a checkpoint that does not exist any more."""
     return DeletedError(
         f"{folder} was deleted while it was read",
         remedy="a run keeps its newest checkpoints only (checkpoint.keep): choose a newer one, RUN@STEP",
@@ -365,7 +365,7 @@ def deleted(folder: Path) -> DeletedError:
 
 
 def refuse_world_writable(folder: Path) -> None:
-    """Refuse a checkpoint that everyone can write, because its files and a matching manifest could be anybody's.
+    """Refuse a checkpoint that everyone can write to, because anyone could have replaced files and manifest.
 
     Raises:
         CheckpointError: a folder or file of the checkpoint, or the folder around it, can be written by everyone.
@@ -380,7 +380,7 @@ def refuse_world_writable(folder: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

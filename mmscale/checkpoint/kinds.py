@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from mmscale.checkpoint import integrity
 from mmscale.errors import CheckpointError
 
-_SCALE = "_scale."  # between the names of a moment and of its parameter: the scales of an FP8 moment
-_FP8 = "uint8"  # the bits of E4M3, see train/optim/stored_moments.py
+_SCALE = "_scale."  # occurs in the names of the scales of FP8 moments, between the moment and its parameter
+_FP8 = "uint8"  # FP8 values are stored as the bits of E4M3, see train/optim/stored_moments.py
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Kind:
     dtypes: tuple[str, ...]
 
 
-# The first matching kind applies. All optimizers, also the auxiliary routers', use the same names.
+# The first matching kind applies. All optimizers, including the auxiliary routers', use the same names.
 KINDS: tuple[Kind, ...] = (
     Kind("a master weight", re.compile(r"optimizer\.state\.param\."), ("float32",)),
     Kind("the scale of a moment", re.compile(r"optimizer\.state\.exp_avg(_sq)?_scale\."), ("float32",)),
@@ -50,7 +50,7 @@ def kind_of(name: str) -> Kind:
 
 
 def wrong_types(dtypes: Mapping[str, str], *, alone: bool = False) -> list[str]:
-    """What is wrong with the types of tensors, one line for each tensor.
+    """The tensors with wrong types, one line for each.
 
     Args:
         dtypes: type by name, e.g. "float32".
@@ -72,12 +72,12 @@ def _scale_of(moment: str) -> str:
 
 
 def require_types(dtypes: Mapping[str, str], *, where: object, alone: bool = False) -> None:
-    """Refuse tensors whose type is not what their name says.
+    """Refuse tensors whose type does not match their name.
 
     Args:
         dtypes: type by name.
         where: the checkpoint, for the message.
-        alone: as of `wrong_types`.
+        alone: as for `wrong_types`.
 
     Raises:
         CheckpointError: names the first of them.

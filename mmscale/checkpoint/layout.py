@@ -24,9 +24,9 @@ from mmscale.errors import CheckpointError
 FOLDER = "checkpoints"
 INFO = "mmscale.json"
 LATEST = "latest"
-ARRAYS = "tensors"  # the folder in an archive that holds its arrays
-EVENTS = "events.jsonl"  # of the run; runs/events.py writes it
-SCRATCH = "from_scratch"  # the event from which earlier saves do not count
+ARRAYS = "tensors"  # folder of the arrays in an archive
+EVENTS = "events.jsonl"  # the run's log of events; runs/events.py writes it
+SCRATCH = "from_scratch"  # the event after which earlier saves no longer count
 BEST = "best"  # in INFO: metric, step and value of the best checkpoint when this one was written
 INFO_FORMAT = 2  # 1 had no manifest
 _VERIFIED = 2  # number of verified checkpoints that retention always keeps
@@ -152,7 +152,8 @@ class Store:
                 return
         except (OSError, ValueError):
             pass
-        temporary = self.root / f"{LATEST}.{os.getpid()}.tmp"  # the run and `mmscale ckpt prune` may write at once
+        # The run and `mmscale ckpt prune` may write at the same time.
+        temporary = self.root / f"{LATEST}.{os.getpid()}.tmp"
         temporary.write_text(wanted, encoding="utf-8")
         integrity.fsync(temporary)
         temporary.replace(file)
@@ -247,12 +248,12 @@ class Store:
             ) from error
 
     def best(self) -> int | None:
-        """The step of the best checkpoint by `checkpoint.keep_best`, as the newest one says; None: nobody knows."""
+        """The step of the best checkpoint by `checkpoint.keep_best`, as stored in the newest one; None: unknown."""
         named = self.named_best()
         return None if named is None else named.step
 
     def named_best(self) -> Best | None:
-        """What the newest checkpoint calls the best one, if that one exists."""
+        """The best checkpoint according to the newest one, if it still exists."""
         steps = self.steps()
         try:
             found = self.info(steps[-1])[BEST] if steps else None
@@ -262,7 +263,7 @@ class Store:
         return best if best is not None and best.step in steps else None
 
     def promises_manifest(self, step: int) -> bool:
-        """Whether a checkpoint was written with a manifest: if it has none now, it is damaged, and not just old."""
+        """Whether a checkpoint was written with a manifest. If it has none now it is damaged, and not just old."""
         try:
             return int(self.info(step).get("format", 1)) >= INFO_FORMAT
         except (CheckpointError, *bounded.BAD_CONTENT):
@@ -283,7 +284,7 @@ class Store:
             permanent: whether the checkpoint of a step is always kept.
             verified: steps of verified checkpoints. The two newest of them are kept, and nothing is deleted while there
                 are fewer.
-            spared: steps that are kept besides.
+            spared: further steps to keep.
         """
         steps = self.steps()
         whole = [step for step in steps if step in verified]
@@ -293,7 +294,7 @@ class Store:
         gone = [step for step in steps if step not in kept]
         for step in gone:
             doomed = self.path(step).with_suffix(".deleted")
-            with contextlib.suppress(FileNotFoundError):  # `mmscale ckpt prune` and the run may delete at once
+            with contextlib.suppress(FileNotFoundError):  # `mmscale ckpt prune` and the run may delete at the same time
                 self.path(step).replace(doomed)  # a committed name must never refer to a half-deleted folder
                 shutil.rmtree(doomed)
         return gone
@@ -301,7 +302,7 @@ class Store:
     def sweep(self) -> None:
         """Delete half-written and half-deleted folders of a killed attempt. One process calls it, at the start.
 
-        A checkpoint that was moved away for its successor is restored if the successor never took its place.
+        A checkpoint that was moved away for its replacement is restored if the replacement was never committed.
         """
         if not self.root.is_dir():
             return

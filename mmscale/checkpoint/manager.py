@@ -1,6 +1,6 @@
 """Manages the checkpoints of one run: when to save, which to keep, and which to load (the newest intact one).
 
-The caller passes the state. layout.py defines paths, integrity.py digests, saving.py the course of a save. Every rank
+The caller passes the state. layout.py defines paths, integrity.py digests, saving.py the steps of a save. Every rank
 calls every method, and all ranks return or raise alike.
 """
 
@@ -45,7 +45,7 @@ class Saveable(Protocol):
 
 @runtime_checkable
 class HasWeights(Protocol):
-    """State that can start from a checkpoint without optimizer state; `restore` then gets none."""
+    """State that can start from a checkpoint without optimizer state, which `restore` then does not get."""
 
     def sharded_weights(self) -> dict[str, Any]:
         """This rank's part of the model."""
@@ -60,23 +60,23 @@ class HasTypes(Protocol):
 
 
 class CheckpointManager:
-    """The checkpoints of a run; every rank holds one and calls it at the same steps.
+    """The checkpoints of a run; every rank has one and calls it at the same steps.
 
     Args:
         run: the run's folder.
-        every: save every n steps; 0: only when told.
+        every: save every n steps; 0: only on request.
         keep: newest checkpoints kept.
         attempt: number of this attempt; names temporary folders.
-        info: what is stored beside the tensors, plain JSON; `config_digest` goes into the manifest too.
-        on_event: told events with their fields, on rank 0: Saver's, "checkpoint_bad", "checkpoint_unverified",
+        info: metadata stored next to the tensors, plain JSON; `config_digest` goes into the manifest too.
+        on_event: called with events and their fields, on rank 0: Saver's, "checkpoint_bad", "checkpoint_unverified",
             "optimizer_fresh", "random_state_fresh".
         saves: how saves are made; by default the trainer writes them itself.
-        on_point: as Saver's.
-        on_stage: as Store's; what it raises gives up the save.
-        keep_every: checkpoints of every n-th step are kept for ever; 0: none.
-        early: steps 1, 2, 4, ... up to this one are saved too, and kept for ever; 0: none.
+        on_point: as for Saver.
+        on_stage: as for Store; an exception that it raises makes the save fail.
+        keep_every: checkpoints of every n-th step are kept permanently; 0: none.
+        early: steps 1, 2, 4, ... up to this one are saved too, and kept permanently; 0: none.
         allow_missing: whether a checkpoint may lack its manifest, its counters or random states.
-        seed: from which a rank gets new random numbers where the saved ones belong to another layout.
+        seed: seeds new random states if the saved ones belong to another layout.
         code_version: goes into the manifest.
         default_progress: counters for a checkpoint of a step that lacks them, with allow_missing.
 
@@ -189,8 +189,8 @@ class CheckpointManager:
         if not found:
             self.verified.add(step)
             return []
-        # Other ranks, on other nodes if there are several, read the same files: the storage of one node may be at
-        # fault.
+        # The second read is done by other ranks, on other nodes if there are several, because the storage of one node
+        # may be at fault.
         theirs = integrity.deal(sizes, self._size)[(self._rank + max(1, self._size // 2)) % self._size]
         again = [line for part in self._on_all(lambda: integrity.content(folder, manifest, theirs)) for line in part]
         if sorted(again) != sorted(found):
@@ -233,7 +233,8 @@ class CheckpointManager:
                 remedy="choose another checkpoint: RUN@STEP",
             )
         folder = self.store.path(step)
-        there = sharded.stored(folder)  # once: the index grows with the number of ranks that wrote it
+        # Read once, because the size of the index grows with the number of ranks that wrote it.
+        there = sharded.stored(folder)
         loaded = sharded.read(folder, self._wanted(state, step, there), there=there)
         if "progress" not in loaded:
             self._refuse_missing(step, "its counters (progress)")
@@ -248,13 +249,13 @@ class CheckpointManager:
             return state.sharded(loading=True)
         self._refuse_missing(step, "the optimizer's state: it holds weights only")
         self._tell("optimizer_fresh", step=step)
-        # Asking megatron's optimizers for the state to load would fill it with uninitialized memory.
+        # `sharded(loading=True)` would fill the state of megatron's optimizers with uninitialized memory.
         return state.sharded_weights() if isinstance(state, HasWeights) else state.sharded(loading=True)
 
     def _holds_weights_only(self, step: int) -> bool:
         try:
             return self.store.info(step).get("contents") == WEIGHTS
-        except CheckpointError:  # with allow_missing there may be nothing to read
+        except CheckpointError:  # with allow_missing it may not exist
             return False
 
     def _restore_random_state(self, step: int) -> None:
@@ -312,7 +313,7 @@ class CheckpointManager:
 
 
 def _topology(folder: Path) -> dict[str, int] | None:
-    """Ranks of each dimension that a checkpoint was saved by; those from before context parallelism do not name cp."""
+    """Ranks of each dimension with which a checkpoint was saved; older ones have no entry for cp."""
     try:
         found = integrity.read_manifest(folder).topology
         return {**found, "cp": found.get("cp", 1)} if found else found

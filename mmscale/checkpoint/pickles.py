@@ -25,7 +25,7 @@ from mmscale.checkpoint import strict_pickle
 from mmscale.errors import CheckpointError
 
 METADATA = ".metadata"
-MOST_BYTES = 2 << 30  # of an index: ten million pieces
+MOST_BYTES = 2 << 30  # largest index: ten million pieces
 MOST_DIMENSIONS = 64
 
 
@@ -64,7 +64,7 @@ def _check_types(metadata: Any) -> None:
             raise TypeError("a place of a tensor is none")
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise TypeError("a place of a tensor has no offset and length")
-        if info.transform_descriptors:  # a few bytes may unpack to any number
+        if info.transform_descriptors:  # a few bytes may describe any number of transforms
             raise TypeError("a place of a tensor is compressed")
 
 

@@ -48,7 +48,7 @@ def folder(final: Path) -> Iterator[Path]:
         temporary.mkdir(mode=0o755)
         handle = os.open(temporary, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody sweeps either
+            with contextlib.suppress(OSError):  # a file system without locks, where leftovers are not deleted either
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield temporary
         finally:
@@ -59,7 +59,7 @@ def folder(final: Path) -> Iterator[Path]:
 def commit(
     temporary: Path, final: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None] = _nothing
 ) -> None:
-    """Give a written folder its name. If it is killed before the rename, nothing has that name.
+    """Give a written folder its final name. If the process is killed before the rename, no folder has that name.
 
     Args:
         temporary: from `folder`.
@@ -78,7 +78,7 @@ def commit(
 
 
 def seal(folder: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None]) -> None:
-    """Write the manifest of a written folder, take the right to write from others, and sync everything to disk.
+    """Write the manifest of a written folder, remove write permission for others, and sync everything to disk.
 
     Args:
         folder: still under its temporary name.
@@ -113,7 +113,8 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as failed:
-        error = failed if isinstance(failed, OSError) else failed.__context__  # torch.save hides what stopped it
+        # Torch.save raises another error while it handles the OSError.
+        error = failed if isinstance(failed, OSError) else failed.__context__
         if not isinstance(error, OSError):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

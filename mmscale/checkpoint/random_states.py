@@ -1,6 +1,6 @@
 """Files of ranks' random states in a checkpoint: one for each rank, or one for a group (`checkpoint.writers`).
 
-What is in a state is runtime/random_state.py's.
+runtime/random_state.py defines the content of a state.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _OF_GROUP = re.compile(r"^ranks_(\d{5,})\.pt$")
 
 
 def file_of(rank: int) -> str:
-    """Where a rank's own file stands in a checkpoint."""
+    """Path of a rank's own file in a checkpoint."""
     return f"{FOLDER}/rank_{rank:05d}.pt"
 
 
 def file_of_group(first: int) -> str:
-    """Where the file of a group stands, by its first rank."""
+    """Path of the file of a group, named after its first rank."""
     return f"{FOLDER}/ranks_{first:05d}.pt"
 
 
 def serialize(state: dict[str, Any]) -> bytes:
-    """A state as its own file holds it."""
+    """The bytes of a state, as in a rank's own file."""
     stream = io.BytesIO()
     torch.save(state, stream)
     return stream.getvalue()
@@ -42,8 +42,8 @@ def write(states: Mapping[int, bytes], stream: Any) -> None:
     """Write the file of a group.
 
     Args:
-        states: serialized, by rank. They are not opened: they go into the file as they are.
-        stream: where to.
+        states: serialized, by rank; written without deserializing them.
+        stream: to write to.
     """
     torch.save({rank: torch.frombuffer(bytearray(state), dtype=torch.uint8) for rank, state in states.items()}, stream)
 
@@ -65,7 +65,7 @@ def read(folder: Path, rank: int) -> dict[str, Any] | None:
 
 
 def _files_of_groups(folder: Path, rank: int) -> list[Path]:
-    """Files of groups, first the one that holds a rank if groups are neighbours, as on most clusters."""
+    """Files of groups. The first one is that of the rank if groups consist of neighbours, as on most clusters."""
     found = {
         int(match[1]): file for file in (folder / FOLDER).glob("ranks_*.pt") if (match := _OF_GROUP.match(file.name))
     }

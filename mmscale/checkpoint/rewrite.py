@@ -1,7 +1,7 @@
 """Writes a run's checkpoint from tensors of another source: an archive, another checkpoint, or an average of several.
 
 One process, no process group, one tensor in memory at a time. The result is the same as if ranks had written it
-(torch_dist, readable at any layout), and is committed as every checkpoint. Random states are not part of it: a run that
+(torch_dist, readable at any layout), and is committed like any checkpoint. It has no random states: a run that
 resumes from it starts new ones.
 """
 
@@ -34,7 +34,7 @@ from mmscale.runtime.megatron_versions import CHECKPOINT_FORMAT
 megatron_cpu.install()
 
 
-PIECE_BYTES = 256 << 20  # of a tensor: the most that a rank has to read for any part of a piece
+PIECE_BYTES = 256 << 20  # largest piece of a tensor; a rank that needs a part of a piece reads all of it
 FILE_BYTES = 1 << 30  # approximate size of a file: ranks share the hashing by files
 
 
@@ -68,14 +68,14 @@ def into_run(
     """Commit a checkpoint with a source's tensors, counters and configuration in a run folder.
 
     Args:
-        source: where everything comes from; its step is the checkpoint's.
+        source: of tensors, counters and configuration; its step is the checkpoint's.
         run: the run's folder, which has no committed checkpoint yet. It gets a config.yaml unless it has one.
-        origin: how it was made and of what; goes into mmscale.json and the manifest.
-        weights: leave the optimizer's state out.
+        origin: how and from what it was made; goes into mmscale.json and the manifest.
+        weights: omit the optimizer's state.
         files: number of files with tensors; None: one for every GiB.
         piece_bytes: tensors are cut into pieces of at most this.
         code_version: goes into the manifest.
-        on_stage: told the name of every sub-step after it; tests end the process there.
+        on_stage: called with the name of every sub-step after it; tests end the process there.
 
     Returns:
         The committed checkpoint.
@@ -100,7 +100,7 @@ def into_run(
                 attempt=attempt,
                 config_digest=source.manifest().config_digest,
                 code_version=code_version,
-                topology={},  # no layout: equals none, so that nothing looks for its random states
+                topology={},  # differs from every layout, so that no rank looks for random states
                 files=integrity.digests(folder, integrity.sizes(folder)),
                 origin=origin,
             )
@@ -160,7 +160,7 @@ def _boxes(entry: TensorEntry, piece_bytes: int) -> Iterable[tuple[slice, ...]]:
 
 
 def deal(pieces: list[Piece], files: int | None) -> list[list[Piece]]:
-    """Pieces in order, in files of nearly equal bytes; at least one file, and no other file without a piece."""
+    """Divides pieces, in order, into files of nearly equal size; at least one file, otherwise none is empty."""
     total = sum(piece.nbytes for piece in pieces)
     number = max(1, min(files or -(-total // FILE_BYTES), len(pieces)))
     dealt: list[list[Piece]] = [[]]
@@ -188,7 +188,7 @@ class _Cutter:
             self._whole = torch.empty(0)  # freed before the next one is read
             self._name, self._whole = piece.entry.name, self._source.read(piece.entry.name)
         part = self._whole[piece.box]
-        # torch.save writes all of a view's storage.
+        # Cloned, because torch.save writes the whole storage of a view.
         return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 

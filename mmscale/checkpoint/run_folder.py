@@ -32,7 +32,7 @@ def write_config(run: Path, config: Any, *, folder: Path | None = None) -> None:
     Args:
         run: the run, which the configuration names.
         config: the source's.
-        folder: that gets it, of a stage of the run; None: the run's.
+        folder: to write into, for a stage of the run; None: the run's folder.
     """
     folder = folder or run
     file = folder / "config.yaml"

@@ -12,9 +12,9 @@ class SaveSettings:
 
     Attributes:
         asynchronous: training continues while files are written; otherwise the trainer writes them itself.
-        deadline_s: seconds after which an asynchronous save is given up.
+        deadline_s: seconds after which an asynchronous save is abandoned.
         max_failures: failed saves in a row that end the attempt.
-        writers: number of ranks of each node that write, for the others too; 0: all of them, each its own files.
+        writers: number of ranks of each node that write, also for the other ranks; 0: every rank writes its own files.
     """
 
     asynchronous: bool = False
@@ -48,12 +48,12 @@ class Retention:
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint of a run so far; kept in INFO of every checkpoint.
+    """The best checkpoint of a run so far; stored in INFO of every checkpoint.
 
     Attributes:
-        metric: the figure that decides.
+        metric: the metric that is compared.
         step: of the checkpoint.
-        value: of the figure.
+        value: of the metric.
     """
 
     metric: str

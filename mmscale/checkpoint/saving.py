@@ -1,8 +1,8 @@
 """Asynchronous saves from plan to commit: supervised, one at a time, off the critical path.
 
 Training is blocked only for the plan and a fork. Every rank's writer is a forked process; when all of them are done,
-another one on rank 0 commits. A failed save is given up and training continues. At every step boundary ranks agree on
-the state of a save by two numbers in the all-reduce of the stop request (`Saver.status`), without an additional
+another process on rank 0 commits. A failed save is abandoned and training continues. At every step boundary ranks agree
+on the state of a save by two numbers in the all-reduce of the stop request (`Saver.status`), without an additional
 collective.
 """
 
@@ -28,27 +28,27 @@ from mmscale.errors import SaveError
 from mmscale.runtime import device, groups, random_state
 
 _COMMITTED = "committed"
-_TRIES = 2  # of the last save of an attempt
+_TRIES = 2  # number of tries for the last save of an attempt
 _GRACE_S = 2.0  # for cleaning up at the end; otherwise the next start does it
-_AGREE_S = 5.0  # between two collectives while all ranks wait: they must not wait longer than a collective may take
+_AGREE_S = 5.0  # interval of collectives while all ranks wait, shorter than the timeout of a collective
 
 
 class Saver:
-    """Saves of one attempt; every rank holds one and calls it at the same steps.
+    """Saves of one attempt; every rank has one and calls it at the same steps.
 
     Args:
-        store: where checkpoints stand.
+        store: folders of checkpoints.
         settings: how saves are made.
-        provenance: what is stored beside the tensors.
-        retention: what is kept when one more is committed.
-        on_event: told events with their fields, on rank 0: "save_begin", "save_committed", "save_failed",
+        provenance: metadata stored next to the tensors.
+        retention: which checkpoints are kept after a commit.
+        on_event: called with events and their fields, on rank 0: "save_begin", "save_committed", "save_failed",
             "save_skipped".
-        on_point: told a place and the step there: "save" and "finalize" in the trainer, "write" before every write of
-            a writer, "commit" before a commit. Tests fail there.
+        on_point: called with a place and the step: "save" and "finalize" in the trainer, "write" before every write of
+            a writer, "commit" before a commit. Tests inject failures there.
 
     Attributes:
         verified: steps that were hashed while they were written.
-        failures, skipped: saves given up, and saves due while another one was under way.
+        failures, skipped: abandoned saves, and saves that were due while another one was in progress.
         best: the best checkpoint so far, which is kept and named in every checkpoint; it may be the next one that is
             saved. The owner sets it, the same on every rank.
     """
@@ -79,7 +79,7 @@ class Saver:
         self._group: grouped.Group | None = None
         self._number = 0
         self._flight: Flight | None = None
-        self._clearing: list[Forked | Here] = []  # processes that are no longer waited for
+        self._clearing: list[Forked | Here] = []  # cleaning processes, for which nothing waits
         self._rank = torch.distributed.get_rank()
         self._size = torch.distributed.get_world_size()
 
@@ -89,7 +89,7 @@ class Saver:
         return self._flight is not None
 
     def waits_before(self, step: int) -> bool:
-        """Whether a save of this step waits for the one in progress: it may not be skipped."""
+        """Whether a save of this step, which may not be skipped, waits for the one in progress."""
         best = self.best is not None and self.best.step == step
         return self.under_way and (best or self.retention.is_early(step))
 
@@ -161,7 +161,7 @@ class Saver:
         self._give_up()
 
     def hurry(self, within_s: float) -> None:
-        """Give up the save in progress unless it ends soon, because a newer one has to be made in little time.
+        """Abandon the save in progress unless it ends soon, because a newer one must be made in little time.
 
         Args:
             within_s: from now on [seconds].
@@ -196,7 +196,7 @@ class Saver:
         if self._planner is None:
             self._planner = write.Planner()
             self._group = grouped.agree(self.settings.writers)
-        # Before the plan, in which ranks wait for each other: then it accepts connections when the others send.
+        # Before the plan, a collective after which other ranks send: the listener must accept connections by then.
         listener = self._listen(self._group, self._number)
         try:
             plan = self._planner.plan(sharded())
@@ -211,17 +211,17 @@ class Saver:
         flight.blocked_s += time.monotonic() - began
 
     def _best_of(self, step: int) -> Best | None:
-        """The best checkpoint that there is once this save is committed; rank 0 writes its name."""
+        """The best checkpoint after the commit of this save; rank 0 writes its name."""
         best = self.best
         if best is None or self._rank != 0 or best.step in (step, *self.store.steps()):
             return best
-        return self.store.named_best()  # the save of a better one failed: that one is still the best
+        return self.store.named_best()  # the save of a better one failed, so the earlier one is still the best
 
     def _listen(self, group: grouped.Group | None, number: int) -> grouped.Listener | None:
         return grouped.Listener(group, number) if group is not None and group.first == self._rank else None
 
     def _writing(self, flight: Flight, listener: grouped.Listener | None) -> Callable[[Tell], Written]:
-        """The writing of this rank's part of a save, for any process that has the memory."""
+        """A function that writes this rank's part of a save, for any process that has the memory."""
         plan, step, group = flight.plan, flight.step, self._group
         # Next to the tensors: this rank's random state; megatron-core would keep only one per stage and tensor rank.
         random = random_states.serialize(random_state.capture())
@@ -268,7 +268,7 @@ class Saver:
         return 1, int(flight.problem is not None)
 
     def _advance(self, working: int, failed: int) -> bool:
-        """Do the next part of the save. False: the save was given up."""
+        """Do the next part of the save. False: the save was abandoned."""
         flight, began = self._flight, time.monotonic()
         if flight is None or (working and not failed):
             return True
@@ -301,7 +301,7 @@ class Saver:
             files={name: record for part in parts for name, record in part.files.items()},
         )
         verified = {*self.verified, flight.step}
-        # As it was when this save began: a better one that was found since is not committed yet.
+        # The best one when this save began; a better one that was found since then is not committed yet.
         spared = () if flight.best is None else (flight.best.step,)
 
         def work(tell: Tell) -> None:
@@ -338,7 +338,7 @@ class Saver:
         )
 
     def _abort(self, flight: Flight) -> bool:
-        """A rank's part failed: all ranks give up this save. True if it turns out to have been committed."""
+        """A rank's part failed, so all ranks abandon this save. True if it was committed nevertheless."""
         committed = False
         if flight.task is not None:
             if flight.problem is None and not flight.task.poll():
@@ -353,7 +353,7 @@ class Saver:
             return True
         first_hand = {rank: why for rank, why in problems.items() if not why.startswith(grouped.ELSEWHERE)}
         rank, reason = next(iter((first_hand or problems).items()))
-        if not first_hand:  # the rank that failed may not have told its own process yet
+        if not first_hand:  # the rank that failed first may not know of its own failure yet
             rank, reason = grouped.origin(reason) or (rank, reason)
         self._flight = None
         self.failures += 1
@@ -373,7 +373,7 @@ class Saver:
         return False
 
     def _remove(self, folder: Path) -> None:
-        """Remove a folder as well as possible, in another process: where writing hangs, removing may hang too."""
+        """Try to remove a folder, in another process: if writing hangs, removing may hang too."""
 
         def work(tell: Tell) -> None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -29,8 +29,8 @@ def config_of(info: Mapping[str, Any], *, where: Path, run: Path | None = None) 
     Args:
         info: the checkpoint's metadata.
         where: its folder, for messages.
-        run: the run's folder; None if there is none, as for an archive. A checkpoint from before the configuration was
-            stored uses the run's config.yaml.
+        run: the run's folder; None if there is none, as for an archive. A checkpoint of a version that did not store
+            the configuration uses the run's config.yaml.
 
     Raises:
         CheckpointError: there is no configuration, or it has another version.
@@ -63,7 +63,7 @@ def _with_data(config: Config, run: Path | None) -> Config:
         return config
     latest = _of_run(run)
     if latest is None:
-        return config  # the error about a missing folder names the checkpoint's path
+        return config  # the later error about a missing folder then names the checkpoint's path
     data, now = config.data, latest.data
     sources, others = ([source.path for source in one.sources] for one in (data, now))
     if not _exist(sources) and others and _exist(others):
@@ -78,7 +78,7 @@ def _exist(folders: Iterable[str]) -> bool:
 
 
 def _of_run(run: Path) -> Config | None:
-    """The configuration of the run's latest attempt; None if there is none that can be read."""
+    """The configuration of the run's latest attempt; None if it cannot be read."""
     try:
         return load(run / CONFIG, recorded=True)
     except ConfigError:

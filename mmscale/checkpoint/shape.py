@@ -30,7 +30,7 @@ def shape_of(config: Config) -> dict[str, Any]:
     shape["model.experts.shared"] = model.experts.shared
     shape["model.experts.shared_ffn_hidden_size"] = model.experts.shared_ffn_hidden_size
     shape["model.depth.every"] = model.depth.every if model.depth else None
-    # None if the checkpoint has no such tensors, as older ones.
+    # None if there are no such tensors, as in older checkpoints.
     shape["model.qkv_bias"] = model.qkv_bias or None
     shape["model.auxiliary.width"] = model.auxiliary_width if model.auxiliary.mode == "joint" else None
     shape["model.experts.threshold_decay"] = "kept" if model.keeps_thresholds else None

@@ -33,9 +33,9 @@ from megatron.core.dist_checkpointing.validation import (  # noqa: E402
 )
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402  (what ranks raise together)
 
-# How megatron's optimizers name and shard their state. Without chained_optim_avoid_prefix one expert-parallel rank
-# would write other keys than two (optimizer.py, ChainedOptimizer.sharded_state_dict); layers differ with
-# Mixture-of-Depths.
+# How megatron's optimizers name and shard their state. Without chained_optim_avoid_prefix the keys would depend on
+# expert parallelism (optimizer.py, ChainedOptimizer.sharded_state_dict). Layers are non-homogeneous, because they
+# differ with Mixture-of-Depths.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -51,7 +51,7 @@ def metadata() -> dict[str, Any]:
 def read(folder: Path, state: ShardedStateDict, *, there: Stored | None = None, partly: bool = False) -> StateDict:
     """Read this rank's part, whatever layout wrote it; every rank calls it.
 
-    FP8's scales are read only if both sides have them in one shape, because precision may change within a run.
+    FP8's scales are read only if both sides have them in the same shape, because precision may change within a run.
 
     Args:
         folder: a committed checkpoint.
@@ -61,7 +61,7 @@ def read(folder: Path, state: ShardedStateDict, *, there: Stored | None = None, 
 
     Raises:
         CheckpointError: the checkpoint lacks a part of `state`, is damaged, or holds tensors of a wrong type or with
-            values that no training can resume from.
+            values from which no training can resume.
     """
     quiet()
     there = stored(folder) if there is None else there
@@ -84,9 +84,9 @@ def read(folder: Path, state: ShardedStateDict, *, there: Stored | None = None, 
 
 
 def _require_plausible(loaded: StateDict, folder: Path) -> None:
-    """Refuse values that are not finite, and second moments below zero; all ranks refuse together.
+    """Refuse values that are not finite, and negative second moments; all ranks refuse together.
 
-    The step guard keeps both out of a run's weights, so the process that wrote them was broken.
+    The step guard keeps both out of a run's state, so the process that wrote them was faulty.
     """
     mine = list(_implausible(loaded, ""))
     if problems := sorted({line for part in gathered(mine) for line in part}):
@@ -109,7 +109,7 @@ def _implausible(part: Any, path: str) -> Iterator[str]:
 
 
 def _without_other_scaling(state: ShardedStateDict, there: Mapping[str, TensorEntry]) -> ShardedStateDict:
-    """The state without FP8 scales that the checkpoint has not, or has in another shape."""
+    """The state without FP8 scales that the checkpoint lacks, or has in another shape."""
 
     def keep(entry: Any) -> bool:
         if not isinstance(entry, ShardedTensor) or not entry.key.endswith(SCALING):

@@ -13,7 +13,7 @@ from pathlib import Path
 from mmscale.checkpoint.integrity import MANIFEST, SIGNATURE
 from mmscale.errors import CheckpointError, UsageError
 
-NAMESPACE = "mmscale-checkpoint"  # of the signature: one made for something else does not count
+NAMESPACE = "mmscale-checkpoint"  # namespace of the signature; signatures made for another purpose are not accepted
 _TIMEOUT_S = 60.0
 
 
@@ -55,7 +55,7 @@ def signer(folder: Path, signers: Path) -> tuple[str, str]:
     """The signer of a checkpoint's manifest, and the problem with its signature; one of the two is "".
 
     Args:
-        folder: the checkpoint; its files are checked against the manifest elsewhere.
+        folder: the checkpoint; another function compares its files with the manifest.
         signers: file of allowed signers (ssh-keygen(1), ALLOWED SIGNERS).
 
     Raises:
@@ -92,7 +92,7 @@ def _ssh_keygen(*arguments: str, content: bytes = b"") -> subprocess.CompletedPr
             env=environment,
             timeout=_TIMEOUT_S,
             check=False,
-            start_new_session=True,  # it would ask for a passphrase on the terminal
+            start_new_session=True,  # without a terminal it cannot ask for a passphrase
         )
     except FileNotFoundError:
         raise UsageError("there is no ssh-keygen", remedy="install OpenSSH 8.1 or newer") from None

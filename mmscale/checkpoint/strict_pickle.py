@@ -1,8 +1,8 @@
 """Reads a pickle that holds an index of tensors, and refuses every operation that an index does not need.
 
-It interprets pickle operations one by one: objects are created from a few classes, only objects that the pickle itself
-created are filled, and classes, functions and members of enumerations are never written to. pickles.py checks whether
-the resulting object is an index.
+It interprets pickle operations one by one. Objects are created only from a few classes, attributes are set only on
+objects that the pickle itself created, and classes, functions and members of enumerations are never modified.
+pickles.py checks whether the resulting object is an index.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-# What megatron-core 0.16.1 writes with torch 2.6 to 2.13.
+# The classes in indices written by megatron-core 0.16.1 with torch 2.6 to 2.13.
 _RECORDS: tuple[type, ...] = (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -47,18 +47,18 @@ _ENUMERATIONS: tuple[EnumType, ...] = (_MEM_FORMAT_ENCODING, WriteItemType)
 _LAYOUTS = {"torch.strided": torch.strided, "torch.sparse_coo": torch.sparse_coo}
 _GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}  # the second in protocols below 3
 _PROPERTIES = (torch.dtype, torch.layout, bool, _MEM_FORMAT_ENCODING, bool)
-_DEEPEST_KEY = 3  # tuples in tuples: hashing shared ones takes time that doubles with every level
+_DEEPEST_KEY = 3  # nested tuples; hashing shared ones takes time that doubles with every level
 
 
 def load(content: bytes) -> Any:
     """The object in a pickle.
 
     Raises:
-        pickle.UnpicklingError: it names or does something that no index needs.
+        pickle.UnpicklingError: it refers to a name or an operation that no index needs.
         Exception: it is damaged; any exception may occur.
     """
     collects = gc.isenabled()
-    gc.disable()  # half of the time goes into looking for cycles among a million new objects
+    gc.disable()  # half of the time would be spent on searching a million new objects for cycles
     try:
         return _Unpickler(io.BytesIO(content)).load()
     finally:
@@ -71,14 +71,14 @@ def _layout(name: Any) -> torch.layout:
 
 
 def _member(owner: Any, name: Any) -> Any:
-    """What Python 3.11.0 to 3.11.3 pickles a member of an enumeration as: getattr(enumeration, name)."""
+    """How Python 3.11.0 to 3.11.3 pickles a member of an enumeration: getattr(enumeration, name)."""
     if any(owner is known for known in _ENUMERATIONS) and type(name) is str and name in owner.__members__:
         return owner[name]
     raise pickle.UnpicklingError("builtins.getattr")
 
 
 def _no_path(*parts: Any) -> None:
-    """In place of a path: torch's own writer notes the folder that it wrote to (StorageMeta), which nobody needs."""
+    """Replaces a path: torch's writer stores the folder that it wrote to (StorageMeta), which is not needed."""
 
 
 _GLOBALS: dict[tuple[str, str], Any] = {
@@ -90,11 +90,11 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): _no_path,
     ("pathlib._local", "PosixPath"): _no_path,  # Python 3.13
 }
-_MADE = {id(known) for known in _RECORDS}  # by identity: nothing that a pickle made is compared
+_MADE = {id(known) for known in _RECORDS}  # by identity, because comparing objects from a pickle could run their code
 
 
 def _called(function: Any, arguments: Any) -> bool:
-    """Whether a call is one that an index needs, with arguments that take no time."""
+    """Whether an index needs this call, and its arguments are cheap."""
     if type(arguments) is not tuple:
         return False
     if function is OrderedDict:
@@ -131,7 +131,8 @@ class _Unpickler(_Base):
             return
         if id(type(target)) not in _MADE or type(state) is not dict or not all(type(name) is str for name in state):
             raise pickle.UnpicklingError(f"a state into {_name(target)}")
-        target.__dict__.update(state)  # of an object that this pickle made; special methods are looked up in its class
+        # Of an object that this pickle created; special methods are looked up in its class, so they cannot be replaced.
+        target.__dict__.update(state)
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()

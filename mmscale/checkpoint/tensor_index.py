@@ -1,16 +1,16 @@
-"""The index of a checkpoint: names, shapes and types of its tensors, and in which file each piece of them is.
+"""The index of a checkpoint: names, shapes and types of its tensors, and the file and place of each of their pieces.
 
-A checkpoint has it twice. `index.json` is what mmscale reads: plain JSON, so that reading it cannot run code.
-`.metadata` is torch's pickle of the same, for other tools; checkpoints of older versions have it alone, and then
-pickles.py reads it. Either way the result is checked here before anything takes memory or opens a file by it.
+A checkpoint has it twice. mmscale reads `index.json`: plain JSON, so that reading it cannot run code. `.metadata` is
+torch's pickle of the same content, for other tools; checkpoints of older versions have only this one, and pickles.py
+reads it then. In both cases the result is checked here before memory is allocated or files are opened because of it.
 
     {"format": 1,
      "files": ["__0_0.distcp"],
      "tensors": {NAME: {"dtype": "float32", "shape": [4, 8], "pieces": [[FILE, OFFSET, LENGTH, [0, 0], [4, 8]]]}},
      "objects": {NAME: [FILE, OFFSET, LENGTH]}}
 
-FILE counts in `files`; OFFSET and LENGTH are bytes of that file; the two lists of a piece are its first element and its
-size in every dimension of the tensor.
+FILE is an index into `files`; OFFSET and LENGTH are bytes of that file; the two lists of a piece are its first element
+and its size in every dimension of the tensor.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def read(folder: Path) -> Metadata:
     """The index of a checkpoint's tensors, checked.
 
     Args:
-        folder: the checkpoint. integrity.py checks whether its files are what was written.
+        folder: the checkpoint. integrity.py checks whether its files are intact.
 
     Raises:
-        CheckpointError: there is no index, it cannot be read, it contradicts itself or the files beside it, or it leads
-            out of the folder.
+        CheckpointError: there is no index, it cannot be read, it contradicts itself or the files next to it, or it
+            refers to files outside of the folder.
     """
     file = folder / INDEX
     try:
@@ -164,11 +164,11 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _check(file: Path, metadata: Metadata) -> None:
-    """Refuse what contradicts itself or the files of the checkpoint.
+    """Refuse an index that contradicts itself or the files of the checkpoint.
 
     Raises:
-        CheckpointError: a file is outside of the checkpoint, a piece lies behind the end of its file or outside of its
-            tensor, pieces take more bytes than their file has, or a tensor is larger than what is stored of it.
+        CheckpointError: a file is outside of the checkpoint, a piece lies beyond the end of its file or outside of its
+            tensor, pieces take more bytes than their file has, or a tensor is larger than its stored bytes.
     """
     stored: dict[str, int] = defaultdict(int)
     ends: dict[str, int] = defaultdict(int)
@@ -192,14 +192,14 @@ def _check(file: Path, metadata: Metadata) -> None:
 
 
 def _is_a_name(name: str) -> bool:
-    """Whether a file system can have a file of this name."""
-    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair, which JSON and pickles can write
+    """Whether this can be the name of a file."""
+    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair, which JSON and pickles can contain
         return not {b"\\"[0], 0} & set(name.encode())
     return False
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Size and kind of a file; None: it cannot be seen, which is for integrity.py to report."""
+    """Size and kind of a file; None: it does not exist or cannot be read, which integrity.py reports."""
     try:
         return path.lstat()
     except OSError:
@@ -207,13 +207,13 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _check_shapes(file: Path, metadata: Metadata) -> None:
-    """Refuse shapes that the stored bytes cannot fill: memory is taken by the shape."""
+    """Refuse shapes that are larger than the stored bytes, because memory is allocated by the shape."""
     stored = {(key.fqn, key.offset): info.length for key, info in metadata.storage_data.items()}
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
         filled = 0
-        for chunk in {chunk.offsets: chunk for chunk in entry.chunks}.values():  # the same bytes fill nothing twice
+        for chunk in {chunk.offsets: chunk for chunk in entry.chunks}.values():  # pieces with the same place count once
             length = stored.get((name, chunk.offsets), stored.get((name, None), 0))
             volume = math.prod(chunk.sizes)
             if volume * entry.properties.dtype.itemsize <= length:
@@ -234,13 +234,13 @@ def _is_inside(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
 
 @contextlib.contextmanager
 def vetted(folder: Path, metadata: Metadata) -> Iterator[None]:
-    """Inside, megatron-core and torch take this index of a checkpoint instead of unpickling `.metadata` themselves.
+    """Inside, megatron-core and torch use this index of a checkpoint instead of unpickling `.metadata` themselves.
 
-    torch.load makes tensors and plain data only, as inside `weights_only`.
+    torch.load creates only tensors and plain data, as inside `weights_only`.
 
     Args:
         folder: the checkpoint.
-        metadata: what `read` found in it.
+        metadata: result of `read` for it.
     """
     before = FileSystemReader.read_metadata
 

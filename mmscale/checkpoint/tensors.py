@@ -46,7 +46,7 @@ Region = Sequence[slice]  # one slice of every dimension, with start and stop in
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor as the index knows it.
+    """The description of a tensor in the index.
 
     Attributes:
         name: the checkpoint's name of it.
@@ -128,7 +128,7 @@ class CheckpointTensors:
         step: a committed one.
 
     Raises:
-        CheckpointError: it is damaged as far as its index tells, has no manifest, or anyone could write it.
+        CheckpointError: its index shows damage, it has no manifest, or anyone could write it.
     """
 
     def __init__(self, store: Store, step: int) -> None:
@@ -164,14 +164,14 @@ class CheckpointTensors:
         return TensorEntry(name, tuple(found.size), found.properties.dtype)
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
-        """A tensor on the host; at most it and one of the pieces that it was written in are in memory.
+        """A tensor on the host; at most the tensor and one of its stored pieces are in memory.
 
         Args:
             name: one of `names()`.
             region: a slice of every dimension; None: all of it.
 
         Raises:
-            CheckpointError: there is no such tensor, its type is not what its name says, or a file that holds a part of
+            CheckpointError: there is no such tensor, its type does not match its name, or a file that holds a part of
                 it is damaged.
         """
         found = self._entry(name)
@@ -187,7 +187,7 @@ class CheckpointTensors:
         return target
 
     def info(self) -> dict[str, Any]:
-        """What was stored beside the tensors.
+        """The metadata stored next to the tensors.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -195,7 +195,7 @@ class CheckpointTensors:
         return self._store.info(self.step)
 
     def manifest(self) -> CheckpointManifest:
-        """What the checkpoint consists of and where it comes from."""
+        """The files and the origin of the checkpoint."""
         return self._manifest
 
     def common(self) -> dict[str, Any]:
@@ -231,7 +231,8 @@ class CheckpointTensors:
             self._require(sorted({self._index.storage_data[item.storage_index].relative_path for item in items}))
             try:
                 self._reader.read_data(LoadPlan(items), planner).wait()
-            except Exception as error:  # hashed and yet unreadable: written that way; torch may raise any exception
+            # Its digest is correct, so it was written like this; torch may raise any exception.
+            except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
                 raise CheckpointError(
                     f"{self.path} cannot be read: {type(error).__name__}: {first}", remedy=_REMEDY
@@ -248,7 +249,7 @@ class CheckpointTensors:
 
 
 class ReadInto(DefaultLoadPlanner):
-    """Copies what is read into one tensor."""
+    """Copies the pieces that are read into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -312,13 +313,13 @@ def is_weight(name: str) -> bool:
 
 
 def contents_of(source: TensorSource, *, weights: bool = False) -> str:
-    """What a copy of a source holds: "training", or "weights" without the optimizer's state."""
+    """The content of a copy of a source: "training", or "weights" without the optimizer's state."""
     has_optimizer = any(name.startswith(OPTIMIZER) for name in source.names())
     return TRAINING if has_optimizer and not weights else WEIGHTS
 
 
 def without_optimizers(common: dict[str, Any]) -> dict[str, Any]:
-    """What all ranks have in common, without the settings of optimizers: `optimizer`, `auxiliary_optimizer`."""
+    """The common part of the state, without the settings of optimizers: `optimizer`, `auxiliary_optimizer`."""
     return {name: part for name, part in common.items() if not name.endswith(OPTIMIZER.rstrip("."))}
 
 

@@ -1,8 +1,9 @@
-"""Reads files of torch.save (tensors and plain data), in memory and time bounded by the size of the file.
+"""Reads files of torch.save (tensors and plain data), with memory and time bounded by the size of the file.
 
-torch's own restricted reader (`weights_only`) runs no code. This module refuses, before reading, what that reader would
-accept: compressed records, which it unpacks before it checks their size; a `bytearray` of any length; keys nested so
-that hashing them takes for ever; the format from before 2020, which allocates memory by a header.
+torch's own restricted reader (`weights_only`) runs no code, but it accepts some content that needs much memory or time.
+This module refuses that before reading: compressed records, which torch unpacks before it checks their size; a
+`bytearray` of any length; keys nested so that hashing them takes for ever; the format from before 2020, in which a
+header determines how much memory is allocated.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ import torch
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _PICKLE = "/data.pkl"
-_DEEPEST = 8  # tuples in tuples: hashing shared ones takes time that doubles with every level
-_MANY = 20  # tuples that hash within a second whatever they share
+_DEEPEST = 8  # nested tuples; hashing shared ones takes time that doubles with every level
+_MANY = 20  # so many tuples are hashed within a second, whatever they share
 _TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 _GETS, _PUTS = ("BINGET", "LONG_BINGET"), ("BINPUT", "LONG_BINPUT")
 
 
 def load(source: Any) -> Any:
-    """What a file of torch.save holds, on the host.
+    """The content of a file of torch.save, on the host.
 
     Args:
-        source: a path, or a stream that can seek.
+        source: a path, or a seekable stream.
 
     Raises:
         pickle.UnpicklingError: it holds more than tensors and plain data, or is not of this format.
-        Exception: it is damaged; anything may come.
+        Exception: it is damaged; any exception may occur.
     """
     with weights_only():
         return torch.load(source, map_location="cpu", weights_only=True)
@@ -42,9 +43,9 @@ def load(source: Any) -> Any:
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Inside, torch.load reads as `load` does, whatever its caller asks for.
+    """Inside, torch.load reads as `load` does, regardless of its arguments.
 
-    torch's checkpoint planner asks for weights_only=False (default_planner.py, load_bytes).
+    torch's checkpoint planner passes weights_only=False (default_planner.py, load_bytes).
     """
     before, original = os.environ.get(_FORCE), torch.load
 
@@ -66,10 +67,10 @@ def weights_only() -> Iterator[None]:
 
 
 def _check(source: Any) -> None:
-    """Refuse what would take more than its size.
+    """Refuse content that would need more memory or time than its size justifies.
 
     Raises:
-        pickle.UnpicklingError: says what.
+        pickle.UnpicklingError: names the content.
     """
     is_stream = hasattr(source, "seek")
     begin = source.tell() if is_stream else 0
@@ -88,7 +89,7 @@ def _check(source: Any) -> None:
 
 
 class _View:
-    """A stream that zipfile can seek in: torch's view of a piece of a file takes the wrong sign at SEEK_END."""
+    """A stream in which zipfile can seek: torch's view of a piece of a file uses the wrong sign for SEEK_END."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -120,7 +121,7 @@ def _check_pickle(content: bytes) -> None:
 
 
 def _deepest_tuple(content: bytes) -> int:
-    """How many tuples are in each other at most, by following the pickle's stack without making an object."""
+    """The deepest nesting of tuples, found by following the pickle's stack without creating an object."""
     stack: list[int] = []  # the depth of each entry; a mark is -1
     memo: dict[int, int] = {}
     deepest = 0
@@ -145,7 +146,7 @@ def _deepest_tuple(content: bytes) -> int:
 
 
 def _taken(stack: list[int], code: Any) -> list[int]:
-    """The depths that an operation takes off the stack."""
+    """The depths that an operation removes from the stack."""
     if pickletools.stackslice in code.stack_before:
         mark = len(stack) - 1 - stack[::-1].index(-1)
         taken = stack[mark + 1 :]

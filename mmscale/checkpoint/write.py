@@ -49,7 +49,7 @@ OnWrite = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What this rank has to write.
+    """The data that this rank writes.
 
     Attributes:
         rank: of this process; names the file of its tensors.
@@ -66,11 +66,11 @@ class WritePlan:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank has written.
+    """The result of writing a rank's part.
 
     Attributes:
         files: records of its files by relative name.
-        places: where each of its tensors stands.
+        places: file, offset and length of each of its tensors.
         hash_s: seconds spent on digests.
     """
 
@@ -80,7 +80,7 @@ class Written:
 
 
 class Planner:
-    """Plans saves of a state whose structure stays the same; ranks agree only once on what does not change."""
+    """Plans saves of a state whose structure stays the same; ranks exchange the unchanging part of plans only once."""
 
     def __init__(self) -> None:
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
@@ -103,7 +103,7 @@ class Planner:
         self._plan = local
         final = planner.finish_plan(local)
         items = [(item, _on_host(planner.resolve_data(item))) for item in final.items]
-        device.synchronize()  # copies from the device were only queued
+        device.synchronize()  # the copies from the device may still be in progress
         return WritePlan(self._rank, items, common, self._metadata)
 
     def _as_before(self, plan: SavePlan) -> bool:
@@ -126,17 +126,17 @@ def _on_host(data: Any) -> Any:
 def write(
     plan: WritePlan, folder: Path, *, random: bytes, beside: Mapping[str, Callable[[Any], None]], on_write: OnWrite
 ) -> Written:
-    """Write this rank's files into a folder, which is made if nobody else has.
+    """Write this rank's files into a folder, which is created if it does not exist.
 
     Args:
         plan: what to write.
-        folder: where to.
+        folder: to write into.
         random: this rank's random state, serialized.
         beside: further files by relative name, each as a function that writes to a stream.
         on_write: called before every write with the name of the file and the number of bytes.
 
     Raises:
-        OSError: the storage cannot take it.
+        OSError: writing failed.
     """
     places: list[WriteResult] = []
     contents: dict[str, Callable[[Any], None]] = {}
@@ -158,19 +158,19 @@ def write_for_group(
     on_write: OnWrite,
     timeout_s: float,
 ) -> Written:
-    """Write the files of a group of ranks, whose other ranks send theirs meanwhile (`send_to_group`).
+    """Write the files of a group of ranks, whose other ranks send theirs at the same time (`send_to_group`).
 
     Args:
-        plan: what this rank adds.
-        folder: where to.
+        plan: this rank's part.
+        folder: to write into.
         listener: of the group.
         random: this rank's random state, serialized.
-        beside: as `write`.
-        on_write: as `write`.
+        beside: as for `write`.
+        on_write: as for `write`.
         timeout_s: how long another rank may take for a piece.
 
     Raises:
-        OSError: the storage cannot take it.
+        OSError: writing failed.
         SaveError: another rank failed.
     """
     name, others = _tensors_file(plan.rank), listener.group.ranks[1:]
@@ -208,15 +208,15 @@ def write_for_group(
 def send_to_group(
     plan: WritePlan, group: grouped.Group, number: int, *, random: bytes, on_write: OnWrite, timeout_s: float
 ) -> Written:
-    """Have the first rank of a group write this rank's tensors.
+    """Send this rank's tensors to the first rank of a group, which writes them.
 
     Args:
-        plan: what this rank adds.
+        plan: this rank's part.
         group: of this rank.
         number: of the save.
         random: this rank's random state, serialized.
         on_write: called before every piece with the name of the file and the number of bytes.
-        timeout_s: how long the first rank may take for a piece; all of the ranks before this one are written first.
+        timeout_s: how long the first rank may take for a piece; it writes all ranks before this one first.
 
     Raises:
         SaveError: another rank failed.
@@ -261,7 +261,7 @@ def _firsts(plan: WritePlan) -> dict[str, Callable[[Any], None]]:
 def _write_files(
     folder: Path, contents: Mapping[str, Callable[[Any], object]], *, on_write: OnWrite
 ) -> tuple[dict[str, FileRecord], float]:
-    """Write files; their records, and the seconds spent on digests."""
+    """Write files; returns their records, and the seconds spent on digests."""
     for path in (folder.parent, folder):
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
     files: dict[str, FileRecord] = {}
@@ -276,10 +276,10 @@ def _write_files(
 
 
 def write_index(plan: WritePlan, parts: list[Written], folder: Path, *, on_write: OnWrite) -> dict[str, FileRecord]:
-    """Write the index of all ranks' tensors, ours and torch's; rank 0 does, when all have written.
+    """Write the index of all ranks' tensors, in our format and torch's. Rank 0 calls it when all ranks have written.
 
     Raises:
-        OSError: the storage cannot take it.
+        OSError: writing failed.
     """
     assert plan.metadata is not None
     contents = tensor_index.files(plan.metadata, (place for part in parts for place in part.places))
@@ -287,13 +287,13 @@ def write_index(plan: WritePlan, parts: list[Written], folder: Path, *, on_write
 
 
 def _items(items: list[tuple[WriteItem, Any]], name: str, stream: io.BufferedWriter[Any]) -> Iterator[WriteResult]:
-    """Each tensor as torch.save writes it, one behind the other: what torch's and megatron's readers expect."""
+    """Writes each tensor as torch.save does, one after the other, as torch's and megatron's readers expect."""
     for item, data in items:
         begin = stream.tell()
         if item.type == WriteItemType.BYTE_IO:
             stream.write(data.getbuffer())
         else:
-            # torch.save writes a view's whole storage, and parameters are views of one buffer.
+            # torch.save writes the whole storage of a view, and parameters are views of one large buffer.
             whole = data.untyped_storage().nbytes() == data.numel() * data.itemsize
             torch.save(data if whole else data.clone(), stream)
         length = stream.tell() - begin
@@ -316,7 +316,7 @@ class HashedFile(io.RawIOBase):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def writable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def tell(self) -> int:
@@ -353,12 +353,14 @@ class HashedFile(io.RawIOBase):
 
 @contextlib.contextmanager
 def hashed(folder: Path, name: str, *, on_write: OnWrite) -> Iterator[io.BufferedWriter[Any]]:
-    """A new file of a folder, on the disk at the end. Small writes are gathered: torch.save makes ten of them a tensor.
+    """A new file of a folder, which is on disk at the end.
+
+    Small writes are buffered: torch.save makes ten of them a tensor.
 
     Its `raw` is the HashedFile, which has the record.
 
     Raises:
-        OSError: it exists, or the storage cannot take it.
+        OSError: the file exists, or writing failed.
     """
     path = folder / name
     path.parent.mkdir(mode=0o755, exist_ok=True)

@@ -27,17 +27,17 @@ Box = tuple[slice, ...]
 META = "zarr.json"
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CODECS = [_BYTES, {"name": "crc32c"}]
-_WORTH_A_CHUNK = 4096  # bytes: above this size each slice of the first dimension gets its own chunks
-# tensorstore views of a type's bits: numpy has no bfloat16, torch none of numpy's extensions.
+_WORTH_A_CHUNK = 4096  # bytes: above this size each slice of the first dimension has separate chunks
+# Types with the same bits in torch and numpy, which has no bfloat16; torch has none of numpy's extensions.
 _BITS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32), 8: (torch.int64, np.int64)}
 DTYPES = frozenset(
     {"bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16", "float16", "float32", "float64"}
     | {"float8_e4m3fn", "float8_e5m2"}
 )
-# Types that the zarr v3 specification does not have: stored as integers of their bits, with the type as an attribute.
+# Types that zarr v3 does not specify are stored as integers with the same bits, and with the type as an attribute.
 _AS_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 _ATTRIBUTE = "dtype"
-_MOST_SHARDS = 1_000_000  # of an array: one of 100 GB has 400
+_MOST_SHARDS = 1_000_000  # largest number of shards of an array; one of 100 GB has 400
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def write(folder: Path, tensor: Tensor, *, grid: Grid) -> None:
     """Write a tensor as an array, one shard after the other.
 
     Raises:
-        OSError: the storage takes no more.
+        OSError: writing failed.
     """
     shape, itemsize = list(tensor.shape), tensor.dtype.itemsize
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -125,7 +125,7 @@ def read(folder: Path, box: Box | None = None) -> Tensor:
     dtype = getattr(torch, dtype_of(array.spec().to_json()["metadata"]))
     if box is not None:
         return _to_torch(np.asarray(array[box].read(order="C").result()), dtype)
-    # One shard after the other: tensorstore reads faster than it decodes, and would hold the array twice.
+    # One shard after the other, because tensorstore reads faster than it decodes and would need memory for two copies.
     whole = np.empty(array.shape, dtype=array.dtype.numpy_dtype)
     for part in boxes(array.shape, array.chunk_layout.write_chunk.shape):
         whole[part] = array[part].read(order="C").result()
@@ -181,7 +181,7 @@ def _open(folder: Path, **options: Any) -> Any:
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"},
-        "context": {"file_io_sync": False},  # the commit brings everything to the disk at once
+        "context": {"file_io_sync": False},  # the commit flushes everything to disk together
         **options,
     }
     try:

@@ -18,7 +18,7 @@ from mmscale.config.schema import Config
 
 _AUTO = "model.experts.share"
 _DATA_SEED, _SEED = "data.seed", "run.seed"
-# Values in effect for checkpoints from before a setting existed, independent of today's default.
+# Values that applied to older checkpoints, before these settings existed; independent of today's defaults.
 _BEFORE = {
     "model.experts.choice": "sigmoid",
     "model.experts.capacity": "nominal",
@@ -40,8 +40,8 @@ class Change:
 
     Attributes:
         key: dotted key.
-        old, new: its values as JSON; "(none)" where there was no such key.
-        effect: what the setting decides.
+        old, new: its values as JSON; "(none)" if there was no such key.
+        effect: what the setting affects.
     """
 
     key: str
@@ -88,7 +88,7 @@ def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
         section: Any = full
         for parent in parents:
             section = None if section is None else section.setdefault(parent, {})
-        if section is not None:  # null: an optional section that the configuration has not
+        if section is not None:  # null: an optional section that the configuration does not have
             section.setdefault(last, value)
     return full
 

@@ -26,13 +26,13 @@ def data_parallel_size(config: Config, world: int) -> int:
 def dense_replicas(config: Config, world: int) -> int:
     """Copies of each dense weight: the context-parallel ranks of all data-parallel replicas, world / (TP * PP) [ranks].
 
-    They sum gradients and share the optimizer's state, and experts are spread over them.
+    They sum gradients and share the optimizer's state, and experts are distributed over them.
     """
     return world // (config.parallel.tp * config.parallel.pp)
 
 
 def least_ranks(config: Config) -> int:
-    """The smallest world of the layout [ranks]."""
+    """The smallest possible world size of the layout [ranks]."""
     parallel = config.parallel
     return parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
 
@@ -53,9 +53,9 @@ def tokens_per_step(config: Config) -> int:
 
 
 def blend_phases(config: Config) -> list[tuple[int, tuple[float, ...]]]:
-    """Steps from which on the data sets have other weights, the first one 0, and these weights; empty without data.
+    """Steps at which the weights of the data sets change, the first one 0, with the weights; empty without data.
 
-    The weights are those that the mixing temperature leaves.
+    The mixing temperature is already applied.
     """
     sources = config.data.sources
     steps = {step for one in sources if isinstance(one.weight, dict) for step in one.weight}
@@ -68,7 +68,7 @@ def blend_phases(config: Config) -> list[tuple[int, tuple[float, ...]]]:
 
 
 def _tempered(weights: Sequence[float], temperature: float) -> tuple[float, ...]:
-    """Weights to the power of 1 / temperature; in units of the largest one where a float would not hold them."""
+    """Weights to the power of 1 / temperature; relative to the largest one if a float could not represent them."""
     power = 1.0 / temperature
     try:
         found = tuple(one**power for one in weights)
@@ -126,7 +126,7 @@ def expert_capacity(
         multiple: `capacity_multiple` of mmscale.config.fp8 [tokens].
         limit: tokens in scope; no expert can take more [tokens].
     """
-    # 1e-9: 0.1 * 3 / 0.3-like products that are whole on paper must not be rounded up to the next token.
+    # 1e-9: a product like 0.1 * 3 / 0.3, which is an integer up to rounding, must not be rounded up to the next one.
     tokens = math.ceil(factor * tokens_in_scope * share / experts - 1e-9)
     return min(limit, max(1, math.ceil(tokens / multiple) * multiple))
 
@@ -180,7 +180,7 @@ class GroupSize(NamedTuple):
 
 
 def expert_groups(config: Config) -> tuple[GroupSize, ...]:
-    """Groups of experts in the order that model, checkpoints and plan share; none in a dense model.
+    """Groups of experts in the order that model, checkpoints and plan use; empty for a dense model.
 
     The order is the vocabulary's, whatever the order in the file.
     """
@@ -199,7 +199,7 @@ def expert_counts(config: Config) -> dict[str, int]:
 
 
 def on_fullest_rank(config: Config, of_groups: Mapping[str, float]) -> float:
-    """The largest amount of a quantity on any expert-parallel rank; each group's experts share it equally.
+    """The largest amount of a quantity on any expert-parallel rank, if the experts of a group share it equally.
 
     If expert parallelism divides every group, it is the sum over groups divided by the ranks.
 
@@ -238,9 +238,9 @@ def for_inference(config: Config, *, tp: int = 1) -> Config:
 
     Args:
         config: the run's configuration.
-        tp: tensor-parallel ranks that share the model [ranks].
+        tp: tensor-parallel ranks of the inference [ranks].
     """
-    config = high_precision(config)  # slots are rounded for the run's layout, so before it is left
+    config = high_precision(config)  # before the layout is changed, because it affects the rounding of slots
     model = config.model
     experts = model.experts.model_copy(update={"compute": "auto", "cuda_graph": False})
     anywhere = {
@@ -253,16 +253,16 @@ def for_inference(config: Config, *, tp: int = 1) -> Config:
     )
 
 
-BITS = "bits_per_byte/"  # names of what is measured on held-out text for each byte of it begin with it
-SOURCE = "source/"  # names of what is measured on one source of a blend begin with it
+BITS = "bits_per_byte/"  # prefix of the names of values per byte of held-out text
+SOURCE = "source/"  # prefix of the names of values of one source of a blend
 
 
 def source_names(config: Config) -> dict[str, str]:
-    """Folders of a blend's data sets by name; nothing without a blend, where all figures are those of the one set.
+    """Folders of a blend's data sets by name; empty without a blend, because all values are those of the one set.
 
-    A name is the folder's, with as many of its parents in front (`a.web`, `b.web`) as distinguish it from the others.
+    A name is the folder's, preceded by as many of its parents (`a.web`, `b.web`) as distinguish it from the others.
     """
-    # Path.absolute keeps "..", which `Path.resolve` would follow through links: a name should not depend on them.
+    # normpath removes ".."; `Path.resolve` would also follow links, on which a name should not depend.
     folders = {Path(os.path.normpath(Path(source.path).absolute())): source.path for source in config.data.sources}
     if len(folders) < 2:
         return {}
@@ -275,7 +275,7 @@ def source_names(config: Config) -> dict[str, str]:
 
 
 def held_out_figures(config: Config) -> list[str]:
-    """Losses that evaluations of a run measure, as metrics.jsonl names them (mmscale.runs.held_out.HeldOut)."""
+    """Losses that evaluations of a run measure, by their names in metrics.jsonl (mmscale.runs.held_out.HeldOut)."""
     routings = ["" if routing.leaks else f"{routing}/" for routing in measured_routings(config.model)]
     sets = ["", *(f"validation/{name}/" for name in config.data.validation)]
     if config.train.eval_sources:

@@ -14,11 +14,11 @@ from mmscale.config.schema import Config
 class Effect(StrEnum):
     """What a change of a setting affects."""
 
-    SHAPE = "shape"  # which weights exist and what they mean; must not change: `checkpoint.shape.check_shape`
+    SHAPE = "shape"  # which weights exist and what they mean; it must not change (`checkpoint.shape.check_shape`)
     FUNCTION = "function"  # what the same weights compute
     OBJECTIVE = "objective"  # what is minimized, or which batches are read
-    DATA = "data"  # where the data is; its content decides whether it is the same
-    FREE = "free"  # how long, how fast, where and with which optimizer; noise of training; faults and logs
+    DATA = "data"  # where the data is; the data's content is compared
+    FREE = "free"  # duration, speed, machine, optimizer, noise of training, faults, logs
 
 
 def _routed(config: Config) -> Effect:
@@ -33,7 +33,7 @@ def _scope(config: Config) -> Effect:
 
 
 def _seed(config: Config) -> Effect:
-    """With a seed of its own the order of the data does not depend on the run's."""
+    """With `data.seed` the order of the data does not depend on the run's seed."""
     return Effect.OBJECTIVE if config.data.seed is None else Effect.FREE
 
 
@@ -85,7 +85,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "data.blend": Effect.DATA,
     "data.temperature": Effect.DATA,
     "data.validation": Effect.FREE,  # not trained on; changed documents under a name are reported
-    "data.order": Effect.FREE,  # of new runs; a run keeps its own (`mmscale.data.stream.segments`)
+    "data.order": Effect.FREE,  # applies to new runs; a run keeps its order (`mmscale.data.stream.segments`)
     "data.selection": Effect.FREE,  # weights that come or go are part of what identifies the data
     "data.balance": Effect.OBJECTIVE,
     "data.pack_window": Effect.OBJECTIVE,

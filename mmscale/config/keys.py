@@ -18,11 +18,11 @@ from pydantic.fields import FieldInfo
 from mmscale.config.schema import Config, Section
 from mmscale.config.section import LARGEST, OneOf, PlugIns
 
-# Stands for a list index or a name chosen by the user, as in vocab.modalities.*.size.
+# Placeholder for a list index or a name chosen by the user, as in vocab.modalities.*.size.
 ANY = "*"
 _CLOSE = 0.6
 _LONGEST = 100  # characters; comparing takes time that grows with the square
-# Names of some settings in other training stacks, which no string distance would find.
+# Names of some settings in other training stacks, which are too different for a string distance.
 _ELSEWHERE = {
     "batch_size": "train.global_batch_size",
     "d_model": "model.hidden_size",
@@ -155,7 +155,7 @@ def accepts(annotation: Any, kind: type) -> bool:
 
 
 def allowed_values(annotation: Any) -> list[Any] | None:
-    """The values of a choice; None where any value of the type is allowed."""
+    """The values of a choice; None if any value of the type is allowed."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is bool:
         return [True, False]

@@ -1,4 +1,4 @@
-"""Which plug-ins a configuration names, and whether they can be used. Loading them is mmscale.tables.plugins'."""
+"""Which plug-ins a configuration names, and whether they can be used. mmscale.tables.plugins loads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PREPARING = "data.prepare."
 def uses(config: Section, prefix: str = "") -> Iterator[Use]:
     """Every plug-in that a configuration names, in the order of the schema.
 
-    A setting that takes one plug-in has its arguments in the setting of the same name with `_args` behind it.
+    The arguments of a setting that takes one plug-in are in the setting of the same name with the suffix `_args`.
     """
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), f"{prefix}{name}"
@@ -41,7 +41,7 @@ def use_of(config: Section, name: str, *, key: str) -> Use | None:
 
 
 def check_names(config: Config) -> None:
-    """Refuse names that nothing here has, without importing anything.
+    """Refuse names that are neither built in nor installed, without importing anything.
 
     Raises:
         PluginError: there is one.
@@ -51,7 +51,7 @@ def check_names(config: Config) -> None:
 
 
 def missing(config: Config) -> list[str]:
-    """What `check_names` would refuse, in words; for commands that read settings and train nothing."""
+    """The problems that `check_names` would report, in words; for commands that read settings and train nothing."""
     found = []
     for use in uses(config):
         try:
@@ -64,10 +64,10 @@ def missing(config: Config) -> list[str]:
 def check(config: Config) -> None:
     """Load every plug-in of training and compare its signature with its arguments, before ranks start.
 
-    Those that prepare data (`data.prepare`) are not loaded: training reads what is prepared.
+    Plug-ins that prepare data (`data.prepare`) are not loaded, because training reads prepared data.
 
     Raises:
-        PluginError: one cannot be used as the configuration asks.
+        PluginError: one cannot be used as the configuration requires.
     """
     for use in uses(config):
         if not use.key.startswith(_PREPARING):

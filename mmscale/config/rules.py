@@ -25,7 +25,7 @@ from mmscale.config.schema import Config
 
 __all__ = ["Problem", "as_error", "check", "violations"]
 
-_SHORTEST_WINDOW = 8  # steps; the median absolute deviation of fewer is mostly noise
+_SHORTEST_WINDOW = 8  # steps; with fewer, the median absolute deviation is mostly noise
 
 
 def violations(config: Config, *, world_size: int | None = None) -> list[Problem]:
@@ -105,7 +105,7 @@ def _memory(config: Config) -> Iterator[Problem]:
 
 
 def _held_out(config: Config) -> Iterator[Problem]:
-    """What watches held-out figures needs evaluations that measure them; questions need whole sequences."""
+    """Settings that use held-out losses need evaluations that measure them; questions need whole sequences."""
     if config.train.tasks and config.parallel.cp > 1:
         yield Problem(
             "train.tasks is set, but parallel.cp > 1 splits the sequences of questions over ranks",

@@ -98,8 +98,8 @@ def _levels(image: ImageTokenizerConfig, codes: int | None) -> Iterator[Problem]
         )
 
 
-# By kind of image tokenizer: its rule, which gets the ids of the image modality, and the codes of one image; None: not
-# known before its model is loaded.
+# By kind of image tokenizer: its rule, which is called with the ids of the image modality, and the number of codes of
+# one image; None: unknown until its model is loaded.
 IMAGE_RULES: dict[str, tuple[_ImageRule, Callable[[ImageTokenizerConfig], int] | None]] = {
     "levels": (_levels, lambda image: image.size**2 * image.channels),
     "kmeans": (_kmeans, lambda image: (image.size // image.patch) ** 2 * (2 if image.residual else 1)),

@@ -263,7 +263,7 @@ def _rope(config: Config) -> Iterator[Problem]:
     if scaling is None:
         return
     if scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
-        # Between the two the angles are mixed: there would be nothing between.
+        # Angles are interpolated between the two limits, which must therefore differ.
         yield Problem(
             f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor:g} is not above low_freq_factor = "
             f"{scaling.low_freq_factor:g}",

@@ -48,7 +48,7 @@ def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iter
 
 
 def _decays_at_the_end(optim: OptimConfig) -> bool:
-    """Whether the schedule is a built-in one with a final decay; what a plug-in does is its own matter."""
+    """Whether the schedule is a built-in one with a final decay; that of a plug-in is unknown."""
     return optim.schedule in SCHEDULES and SCHEDULES[optim.schedule].final_decay
 
 
@@ -60,7 +60,7 @@ def _moments(config: Config) -> Iterator[Problem]:
     ):
         stored = MOMENTS[optim.moments]
         if stored.bf16 and optim.beta2 > _BF16_BETA2:
-            # bf16 has 8 bits: a moment that shrinks by less than 2^-8 is rounded back to where it was.
+            # bf16 has 8 bits: a moment that decreases by less than 2^-8 is rounded back to its old value.
             yield Problem(
                 f"{section}.moments = {optim.moments} with {section}.beta2 = {optim.beta2:g}: a second moment would "
                 "never decay, because the change in a step is below the resolution of bf16",

@@ -66,7 +66,8 @@ def _context(config: Config) -> Iterator[Problem]:
             f"make model.depth.multiple a multiple of {2 * cp * parallel.tp}",
         )
     if parallel.ep % cp and cp % parallel.ep:
-        # Ranks of an exchange take as many slots as the fullest of them needs; a sequence's ranks must agree on it.
+        # Ranks of an exchange use as many slots as the fullest of them needs, and all ranks of a sequence must use the
+        # same number.
         yield Problem(
             f"parallel.cp = {cp} with parallel.ep = {parallel.ep}: neither divides the other, so the ranks of a "
             "sequence would exchange tokens with different ranks' sequences",
@@ -76,7 +77,7 @@ def _context(config: Config) -> Iterator[Problem]:
 
 
 def _not_split(config: Config) -> Iterator[Problem]:
-    """What does not work on split sequences."""
+    """Features that do not support split sequences."""
     parallel, model, cp = config.parallel, config.model, config.parallel.cp
     if model.backend == "te":
         yield Problem(
@@ -110,7 +111,8 @@ def _pipeline_sends(config: Config) -> Iterator[Problem]:
             "set parallel.batch_p2p=false",
         )
     elif parallel.pp == 2 and parallel.vpp is not None and batch:
-        # Batched, both neighbours are the same peer and messages match in the wrong order: silently wrong losses.
+        # With batched messages and two stages both neighbours are the same peer, and messages are matched in the wrong
+        # order: the losses would be silently wrong.
         yield Problem(
             "parallel.batch_p2p with parallel.pp = 2 and vpp mixes up the two directions to the only neighbour: "
             "losses are wrong",

@@ -99,7 +99,7 @@ class RunConfig(Section):
 
 
 class StopWhenConfig(Section):
-    """When training ends before its last step: held-out data shows no progress any more."""
+    """When training ends before its last step because held-out losses do not improve any more."""
 
     metric: str = setting(
         "Held-out figure, by its name in metrics.jsonl: eval/loss, eval/loss/image, eval/causal/loss, "

@@ -62,7 +62,7 @@ class VocabConfig(Section):
 
     @property
     def marked(self) -> tuple[str, ...]:
-        """Names of the modalities with begin and end tokens of their own."""
+        """Names of the modalities with separate begin and end tokens."""
         return tuple(modality.name for modality in self.modalities if modality.marks)
 
     @property
@@ -183,7 +183,7 @@ class AuxiliaryRoutersConfig(Section):
 
 
 class RopeScalingConfig(Section):
-    """Stretched rotary position embeddings, for sequences longer than those the model was first trained with."""
+    """Scaled rotary position embeddings, for sequences longer than those the model was first trained with."""
 
     rope_type: Annotated[str, OneOf(ROPE_SCALINGS)] = setting(
         f"The rule, by transformers' name. {ROPE_SCALINGS.help}", "llama3"
@@ -277,17 +277,17 @@ class ModelConfig(Section):
 
     @property
     def per_modality(self) -> bool:
-        """Whether each modality has a group of experts of its own."""
+        """Whether each modality has its own group of experts."""
         return KINDS[self.kind].per_modality
 
     @property
     def norm_placement(self) -> NormPlacement:
-        """Where norms stand."""
+        """Where norms are applied."""
         return NORMS[self.norm]
 
     @property
     def normalizes_experts(self) -> bool:
-        """Whether every expert's output is normalised by itself, and the sub-layer's output is not."""
+        """Whether every expert's output is normalised separately, and the sub-layer's output is not."""
         return self.has_experts and self.norm_placement.per_expert
 
     @property

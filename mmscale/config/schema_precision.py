@@ -43,5 +43,5 @@ class PrecisionConfig(Section):
 
     @property
     def emulated(self) -> bool:
-        """Whether plain torch rounds products to FP8."""
+        """Whether plain torch emulates the rounding of products to FP8."""
         return self.fp8 != "off" and self.fp8_emulate

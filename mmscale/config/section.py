@@ -33,7 +33,7 @@ _NUMBER = BeforeValidator(parse_number)
 Count = Annotated[PositiveInt, _WHOLE, Field(le=LARGEST)]
 Index = Annotated[NonNegativeInt, _WHOLE, Field(le=LARGEST)]
 Byte = Annotated[NonNegativeInt, _WHOLE, Field(le=255)]
-# torch and NumPy take 64-bit seeds; megatron-core adds small numbers to it.
+# torch and NumPy accept 64-bit seeds; megatron-core adds small numbers to the seed.
 Seed = Annotated[NonNegativeInt, _WHOLE, Field(le=2**63 - 1)]
 Port = Annotated[int, _WHOLE, Field(ge=1, le=65535)]
 Rate = Annotated[NonNegativeFloat, _NUMBER, Field(le=LARGEST, allow_inf_nan=False)]
@@ -44,7 +44,7 @@ Share = Annotated[float, _NUMBER, Field(ge=0.0, le=1.0)]
 AtLeastOne = Annotated[float, _NUMBER, Field(ge=1.0, le=LARGEST, allow_inf_nan=False)]
 # Exponent of a decay over tokens.
 Exponent = Annotated[float, _NUMBER, Field(ge=-10.0, le=0.0)]
-# In fp32 anything smaller vanishes in a sum of squares.
+# In fp32 anything smaller has no effect on a sum of squares.
 Epsilon = Annotated[float, _NUMBER, Field(ge=1e-30, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -74,7 +74,10 @@ class OneOf:
         self.table, self.plugin = table, plugin
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """A literal; with plug-ins, a text that can name one. Whether it does is asked when a file is loaded."""
+        """A literal; with plug-ins, any text that can name one.
+
+        Whether the plug-in exists is checked when a file is loaded.
+        """
         if self.plugin:
             return _PLUGIN_NAME
         return core_schema.literal_schema(list(map(str, self.table)))

@@ -70,7 +70,7 @@ def _path(document: ConfigDocument, error: ErrorDetails) -> list[str | int]:
     for part in error["loc"]:
         if isinstance(here, dict):
             known = part in here
-        else:  # a list that is too short lacks the last of its numbers
+        else:  # a list that is too short: its last number is missing
             known = isinstance(here, list) and isinstance(part, int) and part < len(here)
         if known:
             here = here[part]

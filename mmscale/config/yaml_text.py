@@ -13,7 +13,7 @@ import yaml
 
 from mmscale.errors import ConfigError
 
-# A configuration has about 200 lines. The bounds keep the slowest text of this size below about a second.
+# A configuration has about 200 lines. With these bounds reading the slowest possible text takes about a second.
 MAX_CHARACTERS = 256 * 1024
 MAX_DEPTH = 20
 MAX_VALUES = 5_000
@@ -22,7 +22,7 @@ _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": 
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _SPECIAL = {".nan": float("nan"), ".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf")}
 # The core schema of YAML 1.2.2, section 10.3.2, except that a number with a leading zero stays text: 007 may be a name.
-# A setting that wants a number reads such a text as a decimal number. int() refuses more than 4,300 digits.
+# Numeric settings read such a text as a decimal number. int() refuses more than 4,300 digits.
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
 _BASED = re.compile(r"0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]{1,99}|(0|[1-9][0-9]{0,99})(\.[0-9]{0,99})?)([eE][-+]?[0-9]{1,9})?")

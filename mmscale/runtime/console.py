@@ -1,5 +1,5 @@
-# Output of a process: lines that a full, frozen or closed output does not accept are kept for a while and end nothing.
-# Only for processes that train or supervise; other commands report output errors.
+# If the output is full, frozen or closed, its lines are kept for a while, and the process continues. Only for
+# processes that train or supervise; other commands report output errors.
 """Standard output and error that never raise and never block for long."""
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ _guarded: list[tuple[str, _Guarded]] = []
 
 
 def guard() -> None:
-    """Replace this process's sys.stdout and sys.stderr if they are the original ones, which children still get."""
+    """Replace this process's sys.stdout and sys.stderr if they are the original ones.
+
+    Children get the original ones.
+    """
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         try:
@@ -95,7 +98,7 @@ def guard() -> None:
 
 
 def _in_child() -> None:
-    """A forked process has no writer thread."""
+    """After a fork: the child has no writer thread."""
     for name, guarded in _guarded:
         if getattr(sys, name) is guarded:
             setattr(sys, name, guarded.original)

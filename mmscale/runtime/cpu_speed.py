@@ -1,4 +1,4 @@
-"""How fast this machine's CPU multiplies matrices: a measurement of half a second, for estimates of training time."""
+"""Measures in half a second how fast this machine's CPU multiplies matrices, for estimates of training time."""
 
 from __future__ import annotations
 

@@ -43,15 +43,15 @@ class Captured:
         """Replay, or capture and replay, or call."""
         if not (torch.is_grad_enabled() and given.requires_grad and given.is_cuda):
             return self.function(given, *weights)
-        # Loading a checkpoint copies in place; a moved weight gets a new graph and not the old weights.
+        # Loading a checkpoint copies in place. If a weight's memory has moved, a new graph is captured.
         key = (given.shape, given.dtype, *(weight.data_ptr() for weight in weights))
         if self.graph is None:
             self.graph, self.key = self._capture(given, weights), key
         return self.graph(given, *weights) if key == self.key else self.function(given, *weights)
 
     def _capture(self, given: Tensor, weights: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-        # Detached views of the weights: the same memory, so nothing is copied at a replay, and none of the gradient
-        # hooks of data parallelism runs while it is captured.
+        # Detached views of the weights: they have the same memory, so a replay copies nothing, and the gradient hooks
+        # of data parallelism do not run during the capture.
         sample = (torch.zeros_like(given), *(weight.detach() for weight in weights))
         for tensor in sample:
             tensor.requires_grad_()

@@ -31,7 +31,7 @@ def backend() -> Literal["nccl", "gloo"]:
 
 
 def current_device(local_rank: int = 0) -> torch.device:
-    """Take the device of this rank for the process and return it.
+    """Select the device of this rank for the process and return it.
 
     Args:
         local_rank: Index of this rank on its node.
@@ -42,7 +42,7 @@ def current_device(local_rank: int = 0) -> torch.device:
     if not has_cuda():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    # `--gpus-per-task=1` shows every rank its own device as number 0, so the local rank is no index there.
+    # With `--gpus-per-task=1` every rank sees only its own device, as number 0, so the local rank is not an index.
     index = 0 if count == 1 and _one_device_each() else local_rank
     if index >= count:
         raise ConfigError(
@@ -59,12 +59,12 @@ def _one_device_each() -> bool:
 
 
 def taken() -> torch.device:
-    """The device that this process took with `current_device` (CUDA's current one), or the CPU."""
+    """The device that this process selected with `current_device` (CUDA's current one), or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
 def device_name() -> str:
-    """Name of the device, as `torch.cuda` or the kernel gives it."""
+    """Name of the device, from `torch.cuda` or the kernel."""
     if has_cuda():
         return torch.cuda.get_device_name()
     try:
@@ -108,7 +108,7 @@ class Timer:
         return event
 
     def seconds(self) -> float | None:
-        """Between the events; None without both. The device must have reached them, by a wait for something later."""
+        """Seconds between the events; None without both. The device must have reached them, by a later wait."""
         first, second = self._marks
         if first is None or second is None:
             return None

@@ -79,7 +79,7 @@ class DiskWriter:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
-        # Reentrant: an announcement made under the lock submits the event that tells of it.
+        # Reentrant, because `on_change`, called under the lock, submits an event.
         self._changed = threading.Condition(threading.RLock())
 
     @property
@@ -172,7 +172,7 @@ class DiskWriter:
         if self.on_change is not None:
             try:
                 self.on_change(event, **fields)
-            except Exception as error:  # for the next writer: this may be the thread
+            except Exception as error:  # raised in the next caller, because this may be the thread
                 self._error = self._error or error
 
     def _announce(self, text: str) -> None:
@@ -197,7 +197,7 @@ class DiskWriter:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed, RETRY_S)
             if not self._queue:
-                self._thread = None  # another one is started when there is something to do
+                self._thread = None  # another thread is started when it is needed
                 return None
             return self._queue[0]
 
@@ -211,7 +211,7 @@ class DiskWriter:
     def _done(self, task: _Task) -> None:
         with self._changed:
             task.done = True
-            if self._queue and self._queue[0] is task:  # else `close` has given it up
+            if self._queue and self._queue[0] is task:  # otherwise `close` has dropped it
                 self._queue.popleft()
                 self._bytes -= task.size
             if task.error is not None:
@@ -243,7 +243,7 @@ class Appended:
         self.path = path
         self.writer = writer
         self._may_write = may_write
-        self._whole = False  # whether the file ends with a whole line, as far as this process knows
+        self._whole = False  # whether the file is known to end with a complete line
 
     def touch(self) -> None:
         """Make the file if it is missing."""
@@ -260,7 +260,7 @@ class Appended:
     def _write(self, line: bytes) -> None:
         if self._may_write is not None and line:
             self._may_write()
-        # O_APPEND and one write per line: a line is whole or torn at its end, never mixed with another process's.
+        # O_APPEND and one write per line: a line is complete or truncated, and never mixed with another process's.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         try:
             file = os.open(self.path, flags, 0o644)
@@ -273,7 +273,7 @@ class Appended:
             self._whole = False
             before = os.fstat(file).st_size
             written = os.write(file, line)
-            if written < len(line):  # there was room for a part of it
+            if written < len(line):  # the disk had space for a part of it
                 if os.fstat(file).st_size == before + written:
                     os.ftruncate(file, before)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -283,7 +283,7 @@ class Appended:
 
 
 def _end_torn_line(file: int) -> None:
-    """The last writer may have died within a line: the next line must not become part of it."""
+    """End an incomplete last line, left by a writer that died, so that the next line is not appended to it."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")

@@ -87,7 +87,7 @@ def apex_status() -> ApexStatus:
             return "absent"
         if importlib.util.find_spec("apex.multi_tensor_apply") is None:
             return "wrong"
-    except Exception:  # PyPI's apex fails in any way without its own dependencies
+    except Exception:  # PyPI's apex may raise anything without its own dependencies
         return "wrong"
     built = all(importlib.util.find_spec(name) is not None for name in ("amp_C", "fused_weight_gradient_mlp_cuda"))
     return "ok" if built else "python-only"
@@ -209,12 +209,12 @@ def _transformer_engine(torch: ModuleType | None) -> Iterator[Check]:
     if _older(version, _TRANSFORMER_ENGINE[0]) or not _older(version, _TRANSFORMER_ENGINE[1]):
         yield Check(name, "warn", f"{version} is outside of what megatron-core {MEGATRON} takes", wanted)
         return
-    if not gpu:  # hidden from megatron-core there: megatron_cpu.py
+    if not gpu:  # megatron_cpu.py hides it from megatron-core there
         yield Check(name, "ok", f"{version}, unused without a GPU")
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except ImportError as error:  # megatron-core does without
+    except ImportError as error:  # megatron-core works without it
         fix = "install the version that fits this torch's cuBLAS; 2.11.0 for torch 2.11 with CUDA 13: docs/install.md"
         yield Check(name, "warn", f"{version} cannot be imported: {_first_line(error)}", fix)
         return
@@ -319,7 +319,7 @@ def _folders(run_dir: Path) -> Iterator[Check]:
 
 
 def _write_problem(folder: Path) -> str:
-    """Why no file can be made in a folder, or "". Asked by trying: root may write where the mode bits forbid it."""
+    """Why no file can be created in a folder, or "". Tries it, because root may write where the mode bits forbid it."""
     if not folder.is_dir():
         return f"{folder} is a file"
     try:

@@ -1,5 +1,5 @@
-# The environment of a run: code version, package versions, hosts, devices. An allow-list, so that no secret can get
-# into it. It checks nothing (doctor.py does) and needs no torch except for the device's name.
+# The environment of a run: code version, package versions, hosts, devices. Only listed items, so that it cannot
+# contain a secret. doctor.py checks the environment. Needs no torch except for the device's name.
 """Collects the content of a run folder's environment.json."""
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ def code_version() -> str:
 def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs, whether it was changed since, and the change; None outside a git checkout."""
     folder = Path(mmscale.__file__).parent
-    # Installed into a virtual environment inside some other checkout, the package has nothing to do with that commit.
+    # If the package is installed in a virtual environment inside another checkout, that commit is not the package's.
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    # Only the package: a configuration or a notebook beside it is none of our business.
+    # Only changes of the package count, not those of other files in the checkout.
     status = _git(folder, "status", "--porcelain", "--", ".")
     diff = _git(folder, "diff", "HEAD", "--", ".") or ""
     state: dict[str, Any] = {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(status)}
@@ -143,7 +143,7 @@ def _hosts() -> list[str]:
 
 
 def _devices() -> list[str]:
-    if "torch" not in sys.modules:  # asked by a command that does without torch
+    if "torch" not in sys.modules:  # called by a command that does not import torch
         return []
     from mmscale.runtime import device
 

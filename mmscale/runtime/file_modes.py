@@ -10,7 +10,7 @@ def as_umask_says(*files: Path) -> None:
     """Set the modes of files according to the process's umask.
 
     Args:
-        files: written by this process; a folder stands for all files below it.
+        files: written by this process; a folder means all files below it.
     """
     allowed = 0o666 & ~_umask()
     for file in files:
@@ -20,7 +20,7 @@ def as_umask_says(*files: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's umask; asking the kernel by setting it would change it for other threads meanwhile."""
+    """The process's umask, read from /proc: the system call would change it temporarily for other threads."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("Umask:"):
             return int(line.split()[1], 8)

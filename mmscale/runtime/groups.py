@@ -32,9 +32,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
-# Ranks that hold the same experts, each its tensor-parallel part: megatron-core has no such group.
+# Ranks that hold the same experts, including all tensor-parallel parts. megatron-core has no such group.
 _expert_replicas: torch.distributed.ProcessGroup | None = None
-DEFAULT_TIMEOUT_S = 1800.0  # seconds a collective may take before the rank gives up
+DEFAULT_TIMEOUT_S = 1800.0  # timeout of a collective [s]
 
 
 def initialize(
@@ -65,7 +65,7 @@ def initialize(
     Raises:
         ConfigError: The layout does not fit the world size.
     """
-    _check_layout(env.world_size, tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)  # before anyone waits for the others
+    _check_layout(env.world_size, tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)  # before any rank waits for others
     start(env, init_method=init_method, timeout_s=timeout_s)
     return initialize_layout(tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp, seed=seed, timeout_s=timeout_s)
 
@@ -75,7 +75,7 @@ def start(env: RankEnv, *, init_method: str | None = None, timeout_s: float = DE
     own_device = device.current_device(env.local_rank)
     timeout = timedelta(seconds=timeout_s)
     if env.world_size == 1 and init_method is None:
-        # No address needed, so no port to be taken and no host name to resolve.
+        # A single process needs no address: no port can be taken, no host name must be resolved.
         torch.distributed.init_process_group(device.backend(), store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     store = _store(env, timeout) if init_method is None else None
@@ -86,16 +86,16 @@ def start(env: RankEnv, *, init_method: str | None = None, timeout_s: float = DE
         rank=env.rank,
         world_size=env.world_size,
         timeout=timeout,
-        # With a device NCCL connects at once: a bad network shows here and not in the first step.
+        # With a device given, NCCL connects now, so a broken network is noticed here and not in the first step.
         device_id=own_device if own_device.type == "cuda" else None,
     )
 
 
 def _store(env: RankEnv, timeout: timedelta) -> TCPStore | None:
-    """The store of ranks whose starter opened its port; None for torchrun and SLURM, whose rendezvous is torch's."""
+    """The store for ranks whose parent opened its port; None for torchrun and SLURM, where torch makes it."""
     if env.source not in ("local", "mpi") or not env.init_method.startswith("tcp:"):
         return None
-    # A copy: the store closes its descriptor, and a process may start torch.distributed again.
+    # A duplicate, because the store closes its descriptor, and a process may start torch.distributed again.
     listener = None if env.store_fd is None else os.dup(env.store_fd)
     return TCPStore(
         env.master_addr,
@@ -125,7 +125,7 @@ def initialize_layout(
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=tp,  # expert choice needs a token's whole width on each rank of the exchange
+        expert_tensor_parallel_size=tp,  # ranks exchange complete tokens, so experts are sharded like dense layers
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
@@ -145,7 +145,7 @@ def _make_expert_replicas(*, tp: int, pp: int, ep: int, timeout: timedelta) -> N
     elif replicas == 1:
         _expert_replicas = parallel_state.get_tensor_model_parallel_group()
     else:
-        # The order is the one that megatron-core gives its expert groups.
+        # The order of megatron-core's own expert groups.
         order = parallel_state.RankGenerator(tp=tp, ep=ep, dp=replicas, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
         for ranks in order.get_ranks("tp-dp"):
             group = parallel_state.create_group(ranks, timeout=timeout, group_desc="EXPERT_REPLICAS")
@@ -154,7 +154,7 @@ def _make_expert_replicas(*, tp: int, pp: int, ep: int, timeout: timedelta) -> N
 
 
 def collection() -> ProcessGroupCollection:
-    """All groups of the layout; None where this rank is in no such group (`embd` of a middle stage, `hcp`)."""
+    """All groups of the layout; None for groups that this rank is not in (`embd` of a middle stage, `hcp`)."""
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
@@ -177,7 +177,7 @@ def gathered(value: Any, *, group: torch.distributed.ProcessGroup | None = None)
     """The values of all ranks, in the order of their ranks; every rank of the group calls it.
 
     Args:
-        value: of this rank; any object that pickles.
+        value: of this rank; any object that can be pickled.
         group: of the ranks that take part; None: all.
     """
     values: list[Any] = [None] * torch.distributed.get_world_size(group)
@@ -186,26 +186,26 @@ def gathered(value: Any, *, group: torch.distributed.ProcessGroup | None = None)
 
 
 def destroy_layout() -> None:
-    """Undo `initialize_layout`, with everything that megatron-core and Transformer-Engine keep in globals.
+    """Undo `initialize_layout`, including the global state of megatron-core and Transformer-Engine.
 
     Every rank must call it.
     """
     global _expert_replicas
     _expert_replicas = None
     transformer_engine.forget_scales()
-    # destroy_model_parallel() only forgets the groups: their sockets and threads would stay until the process ends.
+    # destroy_model_parallel() only drops its references; sockets and threads would exist until the process ends.
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     destroy_rerun_state_machine()
     unset_num_microbatches_calculator()
     for group in groups:
         torch.distributed.destroy_process_group(group)
-    # It forgets to forget some (_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP). The last reference ends a group's threads,
-    # and a forked rank that drops an inherited group waits for ever for threads that it does not have.
+    # It keeps some references (_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP). A group's threads end with the last
+    # reference, and a forked rank that drops an inherited group would wait forever for threads that it does not have.
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, torch.distributed.ProcessGroup):
             setattr(parallel_state, name, None)
-    RotaryEmbedding.forward.cache_clear()  # its keys are modules and groups; the 33rd call would drop the first
+    RotaryEmbedding.forward.cache_clear()  # its keys hold modules and groups, which a full cache would drop later
 
 
 def finalize() -> None:

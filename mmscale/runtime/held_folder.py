@@ -1,5 +1,5 @@
-# Keeps using a folder although it is renamed. Linux; on other systems a rename is not noticed. Callers decide what
-# follows from a rename.
+# Keeps using a folder after it was renamed. On systems other than Linux a rename is not noticed. The caller decides
+# what to do after a rename.
 """Refers to a folder by its inode as well as by its name, so that a rename is noticed."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class HeldFolder:
         candidates = []
         with contextlib.suppress(OSError):
             candidates.append(self.stable.readlink())
-        with contextlib.suppress(OSError):  # renamed from another host: the name that this one remembers is the old one
+        with contextlib.suppress(OSError):  # renamed from another host, while this one has cached the old name
             candidates += self.path.parent.iterdir()
         for candidate in candidates:
             with contextlib.suppress(OSError):

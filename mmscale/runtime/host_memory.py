@@ -40,7 +40,7 @@ def _of_groups(proc: Path, cgroups: Path) -> Iterator[int]:
         else:
             continue
         folder = root / path.lstrip("/")
-        while folder.is_relative_to(root):  # every group above it limits too
+        while folder.is_relative_to(root):  # limits of all parent groups apply too
             yield from _left(folder, *names)
             folder = folder.parent
 

@@ -1,6 +1,6 @@
-"""Sets the number of CUDA hardware queues and creates user buffers, which overlapped communication depends on.
+"""Sets the number of CUDA hardware queues and creates user buffers, which overlapped communication needs.
 
-Both must be done before the model is created: the first before CUDA is used at all, the second once groups exist.
+Both must be done before the model is created: the first before CUDA is initialised, the second after groups exist.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> No
     """Make kernels start in launch order, which tensor-parallel overlap relies on.
 
     In backward megatron-core launches a collective and then the product that it overlaps with
-    (tensor_parallel/layers.py). With several queues the product may occupy the whole device first, and the collective
-    waits behind it. Without tensor parallelism nothing relies on the order, and several queues let the exchange of
-    tokens, data-parallel messages and products overlap; then the variable is not changed.
+    (tensor_parallel/layers.py). With several queues the product may start first and occupy the whole device, so that
+    the collective waits for it. Without tensor parallelism nothing relies on the order, and several queues let the
+    exchange of tokens, data-parallel messages and products overlap; then the variable is not changed.
 
-    It does not check for a device, because that may start CUDA, and a host ignores the variable. Another number set by
-    the user is kept, with a warning.
+    It does not check for a device, because that may initialise CUDA, and a host ignores the variable. Another number
+    set by the user is kept, with a warning.
 
     Args:
         tp: tensor-parallel ranks.
@@ -42,11 +42,11 @@ def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> No
 
 
 def user_buffers(*, rows: int, hidden: int, tp: int, fp8: bool, bf16: bool) -> None:
-    """Make the buffers through which Transformer-Engine's linears overlap tensor-parallel messages with products.
+    """Create the buffers through which Transformer-Engine's linears overlap tensor-parallel messages with products.
 
-    They have one shape, so every layer must send as many rows. A linear asks for the buffers of its own number format,
-    so both kinds are made where some layers are in FP8 and others are not. Every rank of every tensor-parallel group
-    calls it.
+    They have one shape, so every layer must send the same number of rows. A linear uses the buffers of its own number
+    format, so both kinds are created if some layers are in FP8 and others are not. Every rank of every tensor-parallel
+    group calls it.
 
     Args:
         rows: tokens of a micro-batch, over all tensor-parallel ranks.

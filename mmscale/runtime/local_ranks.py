@@ -37,8 +37,8 @@ _PR_SET_PDEATHSIG = 1
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
-    log: Path | None  # None: of rank 0, whose output goes straight through
-    status: int | None = None  # as subprocess gives it: negative for a signal
+    log: Path | None  # None for rank 0, whose output is not redirected
+    status: int | None = None  # as from subprocess: negative for a signal
 
 
 def run_local(
@@ -71,18 +71,19 @@ def run_local(
     Raises:
         LaunchError: A rank died of a signal or with any other exit status. The tail of its log is on stderr by then.
     """
-    with contextlib.suppress(OSError):  # `_log` says so
+    with contextlib.suppress(OSError):  # `_log` reports it
         log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[_Rank] = []
     with _forwarding(ranks) as received:
         try:
-            with listen() as listener:  # closed here once rank 0 has it: if rank 0 ends, no process waits at its port
+            # Closed here after rank 0 has inherited it, so that no process listens on the port after rank 0 ends.
+            with listen() as listener:
                 shared = _shared_variables(os.environ if environ is None else environ, nproc, port=port_of(listener))
                 for number in range(nproc):
-                    # One at a time, no comprehension: if the third cannot start, the first two must be in the list to
-                    # be ended.
+                    # Not a comprehension: if the third rank cannot start, the first two must be in the list to be
+                    # ended.
                     ranks.append(_start(number, [*program, *argv], shared, log_dir, listener=listener.fileno()))  # noqa: PERF401
-            for signal_number in received:  # received while ranks were being started: the later ones have missed it
+            for signal_number in received:  # received while ranks were being started; later ones have not got it
                 _send(ranks, signal_number)
             return _wait(ranks, grace_s=grace_s, received=received)
         finally:
@@ -91,12 +92,12 @@ def run_local(
 
 def _shared_variables(environ: Mapping[str, str], nproc: int, *, port: int) -> dict[str, str]:
     variables = {name: value for name, value in environ.items() if name != STORE_FD}
-    # Ranks share the cores: torch would start as many threads as there are cores in each, and GNU OpenMP's threads spin
-    # between two regions, which costs a small machine more than the work does.
+    # Ranks share the cores, but torch would start a thread per core in each rank. GNU OpenMP's threads spin between
+    # parallel regions, which takes more time than the work on a small machine.
     variables.setdefault("OMP_NUM_THREADS", "1")
     variables.setdefault("GOMP_SPINCOUNT", "0")
     if Path("/sys/class/net/lo").exists():
-        # gloo otherwise connects over the address the host name resolves to, and many laptops and containers have none.
+        # gloo would otherwise use the address of the host name, which many laptops and containers cannot resolve.
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     variables |= {
         "WORLD_SIZE": str(nproc),
@@ -143,9 +144,7 @@ def _log(file: Path) -> BinaryIO | None:
 
 def _die_with(parent: int) -> Callable[[], None]:
     """A function for the child that ends it together with the launcher, even if the launcher is killed with -9."""
-    prctl = ctypes.CDLL(
-        None, use_errno=True
-    ).prctl  # looked up here: as little as possible should happen between fork and exec
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork, after which the child should do little
 
     def tie() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -160,7 +159,7 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[list[int]]:
     """Pass signals on to the ranks. Yields the list of signals received so far."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers; the main thread forwards
+        yield received  # only the main thread may set signal handlers
         return
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -179,7 +178,7 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[list[int]]:
 
 def _send(ranks: list[_Rank], number: int) -> None:
     for rank in _running(ranks):
-        # Not Popen.send_signal(): it reaps a rank that has just ended, whose status _poll() would then never see.
+        # Not Popen.send_signal(), which reaps a rank that has just ended; _poll() would then never see its status.
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.process.pid, number)
 
@@ -198,7 +197,7 @@ def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
 
     first = min(failed, key=_severity)
     if first.status in DOCUMENTED_STATUSES:
-        # The ranks agreed to stop or all found the same fault: give each time to report it.
+        # The ranks agreed to stop or all found the same error: give each of them time to report it.
         _wait_until(lambda: not _running(ranks), ranks, grace_s)
         crashed = [rank for rank in ranks if rank.status not in (None, 0, *DOCUMENTED_STATUSES)]
         first = crashed[0] if crashed else first
@@ -226,7 +225,7 @@ def _poll(ranks: list[_Rank]) -> list[_Rank]:
     """Collect the ranks that have ended since the last call, and end processes that they left running."""
     ended = []
     for rank in _running(ranks):
-        # Look without reaping first: while the zombie exists its process group cannot belong to anyone else.
+        # Without reaping first: as long as the zombie exists, no other process can get its process group's id.
         if os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             continue
         _signal_group(rank, signal.SIGKILL)

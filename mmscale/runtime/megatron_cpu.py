@@ -1,12 +1,13 @@
-# Lets megatron-core 0.16.1, which takes a GPU for granted, train on CPU over gloo. A no-op where CUDA exists.
-# It does not make CUDA look available: `torch`, and every library that is not megatron-core, sees the machine as it is.
+# Makes megatron-core 0.16.1, which requires a GPU, train on CPU over gloo. A no-op if CUDA is available. It does not
+# pretend that CUDA is available: `torch` and all libraries other than megatron-core see the real machine.
 """The CPU adaptor of megatron-core.
 
 How it works: every `megatron.core.*` module looks up the global name `torch` at each use, so re-binding that one name
-per module to a proxy (megatron_proxy.py) reaches all of them. What the proxy does not reach is patched here.
+in each module to a proxy (megatron_proxy.py) reaches all of them. Everything that the proxy cannot reach is patched
+here.
 
-Call `install()` once before megatron-core is used. `PATCHES` lists every change with its reason; each has a
-`still_needed()` which, in a process without `install()`, tells whether megatron-core still has the fault.
+Call `install()` once before megatron-core is used. `PATCHES` lists every change with its reason. The `still_needed()`
+of a patch, called in a process without `install()`, returns whether megatron-core still needs it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import torch
 
 from mmscale.runtime.megatron_proxy import megatron_modules, rebind_all
 
-# The roots of what the training path imports, also what megatron-core imports late inside functions: a module that is
-# imported after `install()` needs a `rebind()`.
+# The modules that the training path imports directly, and those that megatron-core imports late inside functions. A
+# module that is imported after `install()` needs a `rebind()`.
 MODULES: tuple[str, ...] = (
     "megatron.core",
     "megatron.core.datasets.blended_megatron_dataset_builder",
@@ -54,7 +55,7 @@ def rebind() -> None:
 def _disable_jit() -> None:
     jit = importlib.import_module("megatron.core.jit")
     jit.disable_jit_fuser()
-    # Users that were imported before `install()` hold compiled functions: take the plain ones back.
+    # Modules that were imported before `install()` hold compiled functions; replace them by the original ones.
     for module in megatron_modules():
         if "jit_fuser" in vars(module):
             module.__dict__["jit_fuser"] = jit.jit_fuser
@@ -89,7 +90,7 @@ def _add_fp8_names() -> None:
     module.fp8_autocast = lambda **_: contextlib.nullcontext()
 
 
-# The functions that ask `tensor.type() == "torch.cuda.FloatTensor"`: a method of a tensor is out of the proxy's reach.
+# Functions that compare `tensor.type()` with "torch.cuda.FloatTensor". The proxy cannot change methods of tensors.
 _TYPE_CHECKS = (
     ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),  # clip_grads.py:167
     ("optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),  # :361, 420
@@ -99,7 +100,7 @@ _TYPE_CHECKS = (
 
 
 def _function(module: str, qualified_name: str) -> Any:
-    """The function a `class.method` or `function` name of `megatron.core.<module>` stands for, without its wrappers."""
+    """The function with the name `class.method` or `function` in `megatron.core.<module>`, without its wrappers."""
     found: Any = importlib.import_module(f"megatron.core.{module}")
     for part in qualified_name.split("."):
         found = inspect.getattr_static(found, part)
@@ -107,7 +108,7 @@ def _function(module: str, qualified_name: str) -> Any:
 
 
 def _host_constants(constant: Any) -> Any:
-    """`'torch.cuda.FloatTensor'` -> `'torch.FloatTensor'` in the constants of a code object, at any depth."""
+    """Replaces `'torch.cuda.FloatTensor'` by `'torch.FloatTensor'` in the constants of a code object, at any depth."""
     if isinstance(constant, str) and constant.startswith("torch.cuda.") and constant.endswith("Tensor"):
         return constant.replace("torch.cuda.", "torch.")
     if isinstance(constant, tuple):
@@ -116,8 +117,8 @@ def _host_constants(constant: Any) -> Any:
 
 
 def _name_host_types() -> None:
-    # The names are constants of four functions; a patched `Tensor.type` would reach every library instead, and is
-    # entered twice under any TorchFunctionMode.
+    # The names are constants of four functions. Patching `Tensor.type` instead would affect every library, and the
+    # patch would be called twice under any TorchFunctionMode.
     for module, name in _TYPE_CHECKS:
         function = _function(module, name)
         function.__code__ = function.__code__.replace(co_consts=_host_constants(function.__code__.co_consts))
@@ -132,14 +133,14 @@ def _cuda_method_stays_on_host() -> None:
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
             return self
-        return original(self, *args, **kwargs)  # anyone else gets torch's own error
+        return original(self, *args, **kwargs)  # other callers get torch's own error
 
     cuda._mmscale_original = original  # type: ignore[attr-defined]
     torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
 
 
 def _leave_alone_what_is_whole() -> None:
-    """Gathering or reducing a buffer over one rank onto itself is nothing to do; NCCL knows that, gloo does not."""
+    """Skip gathering or reducing a buffer over a single rank into itself: a no-op for NCCL, but not for gloo."""
     module: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
 
     def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,14 +166,15 @@ class Patch:
     where: str  # megatron-core 0.16.1 file:line, under megatron/core
     reason: str
     apply: Callable[[], None]
-    still_needed: Callable[[], bool]  # without install(): does megatron-core still have the fault?
+    still_needed: Callable[[], bool]  # called without install(): does megatron-core still have the fault?
 
 
-_NO_DEVICE = ("cuda", "nvidia")  # torch says "not compiled with CUDA", a CUDA build of it "found no NVIDIA driver"
+# Torch's error is "not compiled with CUDA", that of a CUDA build "found no NVIDIA driver".
+_NO_DEVICE = ("cuda", "nvidia")
 
 
 def _raises(probe: Callable[[], Any], *words: str) -> bool:
-    """Whether the probe fails with one of these words in the error: the fault, and not some other trouble."""
+    """Whether the probe fails with one of these words in the error, i.e. because of the fault."""
     try:
         probe()
     except Exception as error:
@@ -196,7 +198,7 @@ def _probe_rng_setter() -> bool:
 
 
 def _probe_recompute() -> Any:
-    """`CheckpointWithoutOutput`, what selective recompute of a norm uses; the RNG is not the subject here."""
+    """Uses `CheckpointWithoutOutput`, as selective recompute of a norm does, without its handling of random states."""
     module: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     return module.CheckpointWithoutOutputFunction.apply(
         lambda x: x * 2, module.CheckpointWithoutOutput(), torch.ones(2, requires_grad=True)
@@ -276,22 +278,22 @@ PATCHES: tuple[Patch, ...] = (
         reason="with one rank gloo copies all gradients and parameters through scratch memory: 0.5 s of a step of 79 M "
         "parameters, of which the update itself takes 0.1 s",
         apply=_leave_alone_what_is_whole,
-        # Where the collective is really called, it stumbles over the probe's group.
+        # If the collective is called, it fails because of the probe's group.
         still_needed=lambda: _raises(_probe_collective_alone, "group", "init", "namespace"),
     ),
 )
 
 
 def install() -> None:
-    """Make megatron-core run on CPU. Once per process, before megatron-core is used; again costs nothing.
+    """Make megatron-core run on CPU. Call it once per process, before megatron-core is used; later calls do nothing.
 
-    A no-op where CUDA is available.
+    A no-op if CUDA is available.
     """
     global _installed
     if _installed or torch.cuda.is_available():
         return
-    # An importable Transformer-Engine is taken for a usable one: its FusedAdam would be given host tensors. Where it
-    # cannot be imported for want of cuDNN it raises RuntimeError, and megatron-core catches ImportError only.
+    # megatron-core uses Transformer-Engine if it can be imported, and would pass host tensors to its FusedAdam. If
+    # cuDNN is missing, the import raises RuntimeError, and megatron-core catches ImportError only.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     for name in MODULES:
         importlib.import_module(name)

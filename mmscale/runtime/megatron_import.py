@@ -2,8 +2,8 @@
 
 megatron-core wraps functions in `torch.compile` while it is imported, which imports torch._dynamo and torch._inductor:
 2.4 seconds of CPU for every process, for functions that are never compiled on such a host. It also imports TensorBoard
-for a type annotation. What else megatron-core needs on a CPU is in megatron_cpu.py. torch is imported with
-megatron-core, not before.
+for a type annotation. megatron_cpu.py has the other changes for CPUs. This module does not import torch before
+megatron-core is imported.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _UNUSED = ("torch.utils.tensorboard",)  # megatron/core/timers.py imports it in 
 
 @contextlib.contextmanager
 def lean() -> Iterator[None]:
-    """Import megatron-core without `torch.compile` and TensorBoard; as it is where CUDA is available."""
-    torch: Any = importlib.import_module("torch")  # only now: every process of mmscale imports this file
+    """Import megatron-core without `torch.compile` and TensorBoard; without any change if CUDA is available."""
+    torch: Any = importlib.import_module("torch")  # not at the top, because every process of mmscale imports this file
     if torch.cuda.is_available():
         yield
         return
@@ -64,11 +64,11 @@ class _Loader(SourceFileLoader):
 
 
 def install() -> None:
-    """Watch for the import of megatron-core. Again costs nothing."""
+    """Intercept the import of megatron-core. Later calls do nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def uninstall() -> None:
-    """Import megatron-core as it is, to see what it still needs."""
+    """Stop intercepting the import, to test what megatron-core still needs."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]

@@ -1,5 +1,5 @@
 # The name `torch` as megatron-core's modules see it on a machine without CUDA. megatron_cpu.py installs it.
-"""A stand-in for the module `torch`, bound in the modules of megatron-core only.
+"""A substitute for the module `torch`, bound only in the modules of megatron-core.
 
 A global `TorchFunctionMode` would cost 23-32 % of a training step (2-4 us on every torch call, even `x.shape`); the
 proxy costs nothing on an attribute and 0.7 us on a tensor factory.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-# Where the proxy is needed: (module under megatron.core, function, what its source says). A test checks each line.
+# Where the proxy is needed: (module under megatron.core, function, a part of its source). A test checks each line.
 TOUCH_POINTS: tuple[tuple[str, str, str], ...] = (
     ("dist_checkpointing.strategies.async_utils", "PersistentAsyncCaller.async_loop", "torch.cuda.set_device"),  # :488
     ("dist_checkpointing.strategies.async_utils", "TemporalAsyncCaller.schedule_async_call", "synchronize"),  # :212
@@ -51,21 +51,21 @@ _CPU = torch.device("cpu")
 
 
 class _HostCuda(types.ModuleType):
-    """Stand-in for `torch.cuda`: the few functions megatron-core calls on the training path, all else is the real one.
+    """Replaces `torch.cuda`: redefines the few functions that megatron-core calls on the training path.
 
-    `is_available()` is the real one and stays False.
+    All other attributes are the real ones. `is_available()` is also the real one and returns False.
     """
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
-        # tensor_parallel/random.py:55,237 save and restore "the CUDA generator". On a host there is only the CPU one,
-        # so a dropout mask depends on the layout here; tests of parity between layouts use dropout 0.
+        # tensor_parallel/random.py:55,237 save and restore "the CUDA generator". A host has only the CPU generator, so
+        # a dropout mask depends on the layout here; tests that compare layouts use dropout 0.
         self.get_rng_state = lambda device=None: torch.get_rng_state()
         self.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
         self.manual_seed = torch.default_generator.manual_seed
         self.random = self
-        # A device, not an index: it ends as `tensor.to(device=...)` in rotary_pos_embedding.py:162, where no factory
-        # of the proxy stands between.
+        # A device, not an index: rotary_pos_embedding.py:162 passes it to `tensor.to(device=...)`, which the proxy does
+        # not intercept.
         self.current_device = lambda: _CPU
         # async_utils.py:488 calls set_device(rank % device_count()) in the writer process.
         self.device_count = lambda: 1
@@ -78,7 +78,7 @@ class _HostCuda(types.ModuleType):
 
 
 class HostTorch(types.ModuleType):
-    """`torch` as megatron-core sees it: its factories turn `device="cuda"` into the host, `.cuda` is a stand-in."""
+    """The module `torch` for megatron-core: factories replace `device="cuda"` by the host, `.cuda` is `_HostCuda`."""
 
     # fmt: off
     FACTORIES = (
@@ -89,13 +89,13 @@ class HostTorch(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("torch")
-        # A copy and not only __getattr__, so that a look-up costs what it costs on torch itself.
+        # A copy and not only __getattr__, so that attribute access is as fast as on torch itself.
         self.__dict__.update(vars(torch))
         self.__dict__["cuda"] = _HostCuda()
         for name in self.FACTORIES:
             self.__dict__[name] = _on_host(getattr(torch, name))
 
-    def __getattr__(self, name: str) -> Any:  # submodules that torch loads late
+    def __getattr__(self, name: str) -> Any:  # for submodules that torch imports late
         return getattr(torch, name)
 
 
@@ -115,7 +115,7 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def megatron_modules() -> list[types.ModuleType]:
-    """Modules of megatron-core that are imported by now."""
+    """Modules of megatron-core that are already imported."""
     return [m for name, m in list(sys.modules.items()) if name.split(".")[:2] == ["megatron", "core"] and m is not None]
 
 
@@ -125,7 +125,7 @@ def _proxy() -> HostTorch:
 
 
 def rebind_all() -> None:
-    """Re-bind `torch` in every megatron-core module that is imported by now."""
+    """Re-bind `torch` in every module of megatron-core that is already imported."""
     for module in megatron_modules():
         if vars(module).get("torch") is torch:
             module.__dict__["torch"] = _proxy()

@@ -19,7 +19,7 @@ CHECKPOINT_FORMAT: dict[str, Any] = {
 
 
 def grads_for_norm(optimizer: Any) -> list[Tensor]:
-    """Gradients that an optimizer counts in the gradient norm: no copies of another rank's or stage's.
+    """Gradients of an optimizer that count in the gradient norm, without copies of those of other ranks or stages.
 
     Args:
         optimizer: MegatronOptimizer; `get_main_grads_for_grad_norm` became `get_grads_for_grad_norm` in 0.19.

@@ -1,4 +1,4 @@
-# Names a process for good: a number alone is given to another process when its owner has ended. No torch.
+# A PID alone is not a permanent name, because it may be given to another process later. No torch.
 """Identifies processes beyond their PID, so that a reused PID is not mistaken for the old process."""
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _ENDED = ("Z", "X", "x")  # states in /proc/PID/stat of a process that has ended
 
 @dataclass(frozen=True)
 class Process:
-    """A process, also one of another machine or container.
+    """A process, possibly of another machine or container.
 
     Attributes:
         pid: its number in its PID namespace.
         started: when it was started [clock ticks since the machine booted]; field 22 of /proc/PID/stat, proc(5).
-        boot: id of that boot, which no two machines and no two boots share; "": unknown.
+        boot: id of that boot, unique among machines and boots; "": unknown.
         namespace: its PID namespace; "": unknown.
     """
 
@@ -31,22 +31,22 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """A process that this one can see; None if there is none."""
+        """A process that is visible here; None if it does not exist."""
         found = _stat(pid)
         return None if found is None else cls(pid, found[1], _boot(), _namespace())
 
     @classmethod
     def this(cls) -> Process:
-        """The process that asks."""
+        """The calling process."""
         return cls.of(os.getpid()) or cls(os.getpid())
 
     @property
     def is_here(self) -> bool:
-        """Whether its number means something to this process: the same boot of the same machine, the same namespace."""
+        """Whether its PID is valid here: the same boot of the same machine, and the same namespace."""
         return bool(self.boot and self.namespace) and (self.boot, self.namespace) == (_boot(), _namespace())
 
     def lives(self) -> bool | None:
-        """Whether it runs; None where that cannot be told from here."""
+        """Whether it runs; None if that cannot be found out here."""
         if not self.is_here:
             return None
         try:
@@ -56,7 +56,7 @@ class Process:
         return found is not None and found[1] == self.started and found[0] not in _ENDED
 
     def children(self) -> list[Process]:
-        """The processes that it has started, as long as both live and are seen from here."""
+        """The processes that it has started, if it and they are alive and visible here."""
         if not self.lives():
             return []
         found = []
@@ -67,10 +67,10 @@ class Process:
         return [process for process in found if process is not None]
 
     def send(self, number: signal.Signals) -> bool:
-        """Send it a signal, and never one to a process that has got its number since.
+        """Send it a signal, but never to another process with the same PID.
 
         Returns:
-            Whether it was there.
+            Whether the process existed.
 
         Raises:
             PermissionError: it belongs to another user.
@@ -81,7 +81,7 @@ class Process:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:
             return False
-        try:  # the descriptor refers to the process that has the number now; this cannot change any more
+        try:  # the descriptor refers to the process that has the PID now, which cannot change any more
             if not self.lives():
                 return False
             signal.pidfd_send_signal(descriptor, number)
@@ -96,7 +96,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
     """State and start time of a process; None if there is no such process.
 
     Raises:
-        OSError: there is one, and this user may not know more.
+        OSError: it exists, but this user may not read them.
     """
     try:
         fields = _fields(pid)
@@ -110,7 +110,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
 
 
 def _fields(pid: int) -> list[str]:
-    """State, parent, ... of a process: what follows its name, which may hold anything."""
+    """State, parent, ... of a process: the fields after its name, which may contain any characters."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

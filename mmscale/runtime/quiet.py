@@ -1,5 +1,5 @@
-# Warnings of libraries that a user cannot act on, each with the reason why it is harmless. Any other one is shown.
-# It silences no logger and no error; MMSCALE_DEBUG=1 and `python -W ...` show everything.
+# Warnings of libraries that a user cannot avoid, each with the reason why it is harmless. All other warnings are
+# shown. No logger and no error is silenced; MMSCALE_DEBUG=1 and `python -W ...` show everything.
 """Silences the known warnings of megatron-core 0.16.1 and torch: a dozen lines at every start, on every rank."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Known:
 
     Attributes:
         message: regular expression that its text starts with.
-        why: why nobody needs to see it.
+        why: why it is harmless.
         category: its class.
-        on_gpus: whether that holds on machines with GPUs too.
+        on_gpus: whether it is harmless on machines with GPUs too.
     """
 
     message: str
@@ -71,7 +71,7 @@ def install() -> None:
     """Hide the known warnings from now on. Call it before megatron-core is imported, which warns on import."""
     if sys.warnoptions or os.environ.get("MMSCALE_DEBUG") == "1":
         return
-    gpus = Path("/dev/nvidiactl").exists()  # asking torch would import it
+    gpus = Path("/dev/nvidiactl").exists()  # without importing torch
     for known in KNOWN:
         if known.on_gpus or not gpus:
             warnings.filterwarnings("ignore", message=known.message, category=known.category)

@@ -1,6 +1,6 @@
 """The random state of this rank: Python's, NumPy's, torch's on host and device, and megatron-core's trackers.
 
-It is split into tensors and numbers, so that storing it needs no pickle of classes. Independent of checkpoints.
+It is split into tensors and numbers, so that no classes need to be pickled. Independent of checkpoints.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_c
 
 
 def capture() -> dict[str, Any]:
-    """Everything that the next random number of this rank depends on, as tensors and plain numbers."""
+    """Everything that this rank's random numbers depend on, as tensors and plain numbers."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -39,7 +39,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Go on where `capture` was called."""
+    """Restore the result of `capture`."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)
@@ -51,10 +51,10 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def reseed(seed: int, step: int) -> int:
-    """New, reproducible numbers for a rank whose state was not saved; returns the seed of this rank.
+    """Seed a rank whose state was not saved, reproducibly; returns the seed of this rank.
 
-    Ranks of one tensor-parallel group share it, as they share the activations whose dropout they draw; megatron's
-    tracker makes them differ where they should.
+    Ranks of a tensor-parallel group have the same seed, because they share activations with dropout; megatron's tracker
+    makes their random numbers differ where necessary.
     """
     place = f"{seed}:{step}:{groups.data_parallel_rank()}:{groups.pipeline_rank()}"
     if groups.context_parallel_size() > 1:
@@ -67,7 +67,7 @@ def reseed(seed: int, step: int) -> int:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """What is drawn inside is not missing afterwards."""
+    """Random numbers drawn inside do not affect those drawn afterwards."""
     state = capture()
     try:
         yield

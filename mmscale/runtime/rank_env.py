@@ -1,10 +1,10 @@
-# Which rank am I, of how many, and where is rank 0: read from torchrun's, SLURM's or MPI's environment variables.
-# It starts nothing and imports no torch, so `mmscale doctor` and every `--help` may use it.
+# Reads this process's rank, the number of ranks and the address of rank 0 from the environment variables of torchrun,
+# SLURM or MPI. It starts nothing and imports no torch, so `mmscale doctor` and every `--help` may use it.
 """Discovery of the rank environment.
 
 The innermost launcher takes precedence: torchrun's variables (which `mmscale train --nproc N` sets too), then a SLURM
-step (`srun`), then `mpirun`, then a single process. Two launchers that disagree are an error, not a guess: ranks that
-wait for missing peers would waste node-hours. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrides the discovery.
+step (`srun`), then `mpirun`, then a single process. If two launchers disagree that is an error: ranks that wait for
+missing peers would waste node-hours. `MMSCALE_LAUNCHER=torchrun|slurm|mpi|single` overrides the discovery.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mmscale.errors import ConfigError
 
 Source = Literal["slurm", "torchrun", "mpi", "local", "single"]
 
-# Below Linux's ephemeral ports (32768 up), where an outgoing connection of any program could already sit on the number.
+# Below Linux's ephemeral ports (32768 and above), which outgoing connections of any program may use.
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
-# Rank 0's file descriptor of a socket that already listens on MASTER_PORT: set by who started it.
+# Rank 0's file descriptor of a socket that already listens on MASTER_PORT; set by its parent process.
 STORE_FD = "MMSCALE_STORE_FD"
 GRACE_S = 60.0
-GRACE = "MMSCALE_GRACE"  # what a launcher tells its ranks [seconds]
+GRACE = "MMSCALE_GRACE"  # time for a save after a stop request, set by the launcher [s]
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -43,7 +43,7 @@ class RankEnv:
     master_addr: str = "127.0.0.1"  # host of rank 0
     master_port: int = 0  # 0 only for a single process, which needs no rendezvous
     source: Source = "single"
-    store_fd: int | None = None  # rank 0: a socket that listens on master_port already; None: rank 0 opens one
+    store_fd: int | None = None  # for rank 0, a socket that already listens on master_port; None: rank 0 opens one
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -68,7 +68,7 @@ class RankEnv:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What ranks of MPI tell each other before torch.distributed exists."""
+    """The data that MPI ranks exchange before torch.distributed is initialised."""
 
     rank: int
     world_size: int
@@ -89,7 +89,7 @@ def discover(
         mpi_rendezvous: How MPI ranks learn rank 0's host and port; by mpi4py if None.
 
     Raises:
-        ConfigError: Variables are missing, are no numbers, or two launchers disagree.
+        ConfigError: Variables are missing, are not numbers, or two launchers disagree.
     """
     environ = os.environ if environ is None else environ
     choice = environ.get("MMSCALE_LAUNCHER", "")
@@ -190,15 +190,15 @@ def _from_slurm(environ: Mapping[str, str]) -> RankEnv:
 
 
 def port_of_job(job_id: int, *, step: int = 0) -> int:
-    """A port that all ranks of a step compute alike, and other jobs and steps on the same node rarely do."""
+    """A port that all ranks of a step compute alike, and that other jobs and steps on the same node rarely use."""
     return _FIRST_PORT + (job_id * 31 + step) % _PORTS
 
 
 def unused_port() -> int:
-    """A port of the same range that nobody on this machine listens on now, for who starts all ranks of a step.
+    """A port of the same range that is free on this machine now, for a process that starts all ranks of a step.
 
-    A port that follows from the job's number is the same after a requeue, when a rank of the start before may still
-    hold it, and the same as another cluster's on one machine; rank 0 then ends with "address already in use".
+    A port computed from the job's number would be the same after a requeue, when a rank of the previous start may still
+    use it, and could collide with another cluster's on one machine; rank 0 then ends with "address already in use".
 
     Raises:
         ConfigError: there is none.
@@ -207,7 +207,7 @@ def unused_port() -> int:
     for number in range(_PORTS):
         port = _FIRST_PORT + (begin + number) % _PORTS
         with socket.socket() as listener, contextlib.suppress(OSError):
-            # As the server of torch.distributed does: connections of one that has ended are no obstacle.
+            # As in torch.distributed's server: remaining connections of an ended process do not block the port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("", port))
             listener.listen(1)
@@ -216,10 +216,10 @@ def unused_port() -> int:
 
 
 def expand_hostlist(text: str) -> list[str]:
-    """`"n[1-2,07],login"` -> `["n1", "n2", "n07", "login"]`, as `scontrol show hostnames` does (if it is there).
+    """`"n[1-2,07],login"` -> `["n1", "n2", "n07", "login"]`, by `scontrol show hostnames` if it is available.
 
     Raises:
-        ConfigError: Brackets do not match or a range is no range.
+        ConfigError: Brackets do not match or a range is invalid.
     """
     hosts: list[str] = []
     for item in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+|[\[\]]", text.strip()):
@@ -263,7 +263,7 @@ def _mpi_names(environ: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _check_mpi_agrees(environ: Mapping[str, str], env: RankEnv) -> None:
-    """`mpirun` inside a SLURM job leaves both families of variables, and its ranks are not SLURM's tasks."""
+    """Compare with SLURM's variables: an `mpirun` in a SLURM job sets both, but its ranks are not SLURM's tasks."""
     names = _mpi_names(environ)
     if names is None:
         return
@@ -302,13 +302,14 @@ def _from_mpi(environ: Mapping[str, str], mpi_rendezvous: Callable[[], Rendezvou
 
 
 def rendezvous_by_mpi4py() -> Rendezvous:
-    """Rank 0 opens a port and tells it and its host name to all; ranks of one host count themselves.
+    """Rank 0 opens a port and sends it and its host name to all ranks; ranks of a host determine their local ranks.
 
     Raises:
         ConfigError: mpi4py is not installed.
     """
     try:
-        from mpi4py import MPI  # importing it calls MPI_Init, so not before this is known to be an MPI rank
+        # Importing it calls MPI_Init, so it must not be imported in processes that are not MPI ranks.
+        from mpi4py import MPI
     except ImportError as error:
         raise ConfigError(
             "mpirun started this process, but mpi4py is not installed", remedy="pip install 'mmscale[mpi]'"
@@ -349,10 +350,10 @@ def port_of(listener: socket.socket) -> int:
 
 
 def grace_of(given: float | None, environ: Mapping[str, str] = os.environ) -> float:
-    """The grace of a process: as given, or what its launcher says, or a minute.
+    """The time for a save after a stop request: the given value, or the launcher's, or a minute.
 
     Raises:
-        ConfigError: the launcher's word is no number.
+        ConfigError: the launcher's value is not a number.
     """
     text = environ.get(GRACE, "")
     if given is not None or not text:

@@ -12,14 +12,14 @@ from mmscale.runtime import device
 
 
 def seconds(work: Callable[[int], object], *, repeats: int, warmup: int = 3) -> list[float]:
-    """Time `work(0)`, `work(1)`, ... one by one, after some that are not timed.
+    """Time `work(0)`, `work(1)`, ... one by one, after some calls that are not timed.
 
-    On CUDA all repeats are queued before any is waited for, so that the host's own time is hidden as in training.
+    On CUDA all repeats are queued before the first wait, so that the host's time is hidden as in training.
 
     Args:
-        work: gets the number of the call, so that it can rotate its inputs through more memory than caches hold.
+        work: called with the number of the call, so that it can rotate its inputs through more memory than caches hold.
         repeats: calls that are timed.
-        warmup: calls before them: kernels are chosen and compiled there.
+        warmup: calls before them, in which kernels are chosen and compiled.
     """
     for number in range(warmup):
         work(number)
@@ -41,13 +41,13 @@ def seconds(work: Callable[[int], object], *, repeats: int, warmup: int = 3) -> 
 
 
 def release() -> None:
-    """Give freed device memory back, so that the next measurement starts with all of it. A no-op on a CPU."""
+    """Free cached device memory, so that the next measurement starts with all of it. A no-op on a CPU."""
     if device.has_cuda():
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def full_precision() -> None:
-    """Let fp32 products be fp32 and not TF32: references are computed with them."""
+    """Compute fp32 products in fp32 instead of TF32, for references."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -1,7 +1,7 @@
-"""Checks whether Transformer-Engine is installed and usable, before anything of it is imported.
+"""Checks whether Transformer-Engine is installed and usable, before it is imported.
 
 `import transformer_engine` can fail with more than ImportError: RuntimeError without cuDNN, OSError for an undefined
-symbol of cuBLAS. megatron-core catches ImportError only, and could then not be imported itself.
+symbol of cuBLAS. megatron-core catches ImportError only, so its own import would fail.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch  # noqa: F401  first: Transformer-Engine's libraries find CUDA's th
 from mmscale.errors import ConfigError
 from mmscale.runtime import device
 
-WANTED = ">=2.9,<2.12"  # what megatron-core 0.16.1 asks for
+WANTED = ">=2.9,<2.12"  # required by megatron-core 0.16.1
 INSTALL = f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]{WANTED}' (docs/install.md)"
 
 
 @functools.cache
 def problem() -> str | None:
-    """Why Transformer-Engine's layers cannot run here, in words; None: they can."""
+    """Why Transformer-Engine's layers cannot run here; None: they can."""
     if not device.has_cuda():
         return "there is no CUDA device"
     if importlib.util.find_spec("transformer_engine") is None:
@@ -43,31 +43,32 @@ def usable() -> bool:
 
 
 def forget_scales() -> None:
-    """Drop what Transformer-Engine keeps globally about delayed scaling: the amax buffers of every module ever made.
+    """Clear Transformer-Engine's global state of delayed scaling: the amax buffers of all modules ever made.
 
-    It reduces them at the end of every forward pass, over the groups that they were made under, also when the modules
-    and the groups are gone: the next layout would wait for ranks that no longer take part.
+    At the end of every forward pass it reduces them over the groups with which they were created, even if the modules
+    and the groups no longer exist: the next layout would wait for ranks that no longer take part.
     """
     if "transformer_engine.pytorch" in sys.modules:
         importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager.reset()
 
 
-# NVTE_FLASH_ATTN and NVTE_FUSED_ATTN, and the name of the choice; NVTE_UNFUSED_ATTN must be the value below it.
+# Maps (NVTE_FLASH_ATTN, NVTE_FUSED_ATTN) to megatron-core's name of the backend; NVTE_UNFUSED_ATTN must have the
+# value in _UNFUSED.
 _ATTENTION = {("1", "1"): "auto", ("0", "1"): "fused", ("1", "0"): "flash", ("0", "0"): "unfused"}
 _UNFUSED = {"auto": "1", "fused": "0", "flash": "0", "unfused": "1"}
 
 
 def attention_backend(environ: Mapping[str, str] | None = None) -> str:
-    """Which kernels of attention the environment's variables allow, by megatron-core's name (enums.py, AttnBackend).
+    """The attention kernels that the environment's variables allow, by megatron-core's name (enums.py, AttnBackend).
 
-    megatron-core sets the variables itself and fails with an assertion where they are already set otherwise
-    (language_module.py), so a machine's NVTE_FLASH_ATTN=0 must become its setting.
+    megatron-core sets the variables itself and fails with an assertion if they have other values (language_module.py),
+    so a machine's NVTE_FLASH_ATTN=0 must be passed on as its setting.
 
     Args:
         environ: the process's environment.
 
     Raises:
-        ConfigError: the three variables do not go together.
+        ConfigError: the values of the three variables contradict each other.
     """
     environ = os.environ if environ is None else environ
     flash, fused = environ.get("NVTE_FLASH_ATTN", "1"), environ.get("NVTE_FUSED_ATTN", "1")
@@ -82,7 +83,7 @@ def attention_backend(environ: Mapping[str, str] | None = None) -> str:
 
 
 def version() -> str | None:
-    """Its version as installed; None: it is not."""
+    """Its installed version; None: it is not installed."""
     for package in ("transformer-engine", "transformer-engine-torch"):
         try:
             return metadata.version(package)
@@ -92,7 +93,7 @@ def version() -> str | None:
 
 
 def require(asking: str) -> None:
-    """Refuse a setting that needs Transformer-Engine where it cannot run.
+    """Refuse a setting that needs Transformer-Engine if it cannot run here.
 
     Args:
         asking: the setting with its value, e.g. "model.backend = te".

@@ -1,7 +1,7 @@
-"""Shows that a command is at work: a line on stderr after a second, and more lines as time goes on.
+"""Shows that a command is working: a line on stderr after a second, and more lines later.
 
-For work of unknown length: imports, reading a checkpoint, a subprocess. Imports nothing heavy, so that lines appear
-while torch is imported.
+For work of unknown length: imports, reading a checkpoint, a subprocess. Imports nothing heavy, so that lines are
+printed while torch is imported.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
-FIRST_LINE = 1.0  # seconds of silence; users stop believing in a command after about 2
+FIRST_LINE = 1.0  # seconds until the first line; after about 2 s of silence users assume that a command hangs
 LINE_EVERY = 10.0  # seconds between lines about the same work
 
-# Told what is being done now.
+# Called with the present activity.
 Detail = Callable[[str], None]
 
 
@@ -30,17 +30,18 @@ def to_stderr(message: str) -> None:
         except (OSError, ValueError):  # a stream of a test
             sys.stderr.write(line)
         else:
-            os.write(descriptor, line.encode(errors="replace"))  # no lock that a fork could copy while it is held
+            # Without a lock, which a fork could copy in its locked state.
+            os.write(descriptor, line.encode(errors="replace"))
 
 
 class Waiting:
-    """Prints what is being done, until it is closed.
+    """Prints the present activity, until it is closed.
 
-    The first line comes after a second, another one whenever the work changes, but at most one a second, and one every
-    ten seconds while it stays the same. Work that is done within a second is not mentioned.
+    The first line comes after a second; further ones whenever the activity changes, but at most one a second, and one
+    every ten seconds while it stays the same. Work that is done within a second is not mentioned.
 
     Args:
-        what: is being done first.
+        what: the first activity.
         enabled: False: nothing is printed.
         say: prints a line.
     """
@@ -60,13 +61,13 @@ class Waiting:
         self.close()
 
     def tell(self, what: str) -> None:
-        """The work changes."""
+        """Set the present activity."""
         if what != self._what:
             self._since = time.monotonic()
             self._what = what
 
     def close(self) -> None:
-        """Nothing is printed from now on. Again does nothing."""
+        """Stop printing. Later calls do nothing."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -84,6 +85,6 @@ class Waiting:
 
 @contextlib.contextmanager
 def waiting(what: str, *, enabled: bool = True, say: Callable[[str], None] = to_stderr) -> Iterator[Detail]:
-    """Print what is being done, while the block runs; yields a function that takes what is done from now on."""
+    """Print the present activity while the block runs; yields a function that sets the activity."""
     with Waiting(what, enabled=enabled, say=say) as shown:
         yield shown.tell

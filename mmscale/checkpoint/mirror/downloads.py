@@ -1,4 +1,4 @@
-"""Fetches a checkpoint from a mirror into a run folder: hashed while it is written, committed as every checkpoint."""
+"""Fetches a checkpoint from a mirror into a run folder: hashed while it is written, then committed as usual."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Fetched:
 
 
 def connect(url: str, *, pause_s: float = _FIRST_PAUSE_S) -> Remote:
-    """The folder of a mirror; some stores connect here.
+    """Open the folder of a mirror; some stores connect here.
 
     Raises:
         CheckpointError: the store cannot be reached.
@@ -62,7 +62,7 @@ def generations(remote: Remote, *, pause_s: float = _FIRST_PAUSE_S) -> list[Mirr
     """Complete checkpoints of a mirror, the newest last.
 
     Raises:
-        CheckpointError: the store does not say which ones are complete.
+        CheckpointError: the store fails to list which ones are complete.
     """
 
     def is_complete(name: str) -> bool:
@@ -78,7 +78,7 @@ def choose(remote: Remote, step: int | None, *, pause_s: float = _FIRST_PAUSE_S)
     """The newest complete checkpoint of a mirror, or the newest one of a step.
 
     Raises:
-        CheckpointError: there is none, or the store does not say.
+        CheckpointError: there is none, or the store fails.
     """
     there = generations(remote, pause_s=pause_s)
     wanted = [one for one in there if step in (None, one.step)]
@@ -103,15 +103,15 @@ def fetch(
     pause_s: float = _FIRST_PAUSE_S,
     on_file: Callable[[str], None] = lambda name: None,
 ) -> Fetched:
-    """Make a mirrored checkpoint one of a run. Until it is whole, no checkpoint has its name.
+    """Make a mirrored checkpoint a checkpoint of a run. It gets its name when it is complete.
 
     Args:
         remote: the mirror.
         step: of the checkpoint; None: the newest complete one.
         store: of the run that gets it.
-        signers: file of allowed signers, one of whom must have signed it; None: nobody need have.
+        signers: file of allowed signers, one of whom must have signed it; None: no signature is required.
         pause_s: before the second of five tries; doubled each time.
-        on_file: told every file after it was written; tests end the process there.
+        on_file: called with every file after it was written; tests end the process there.
 
     Raises:
         CheckpointError: there is none, it is damaged or not signed, or nothing can be written.
@@ -172,7 +172,7 @@ def _fetch(remote: Remote, generation: str, folder: Path, name: str, record: Fil
     """Write one file.
 
     Raises:
-        DamagedError: the store gives another content.
+        DamagedError: the store returns another content.
     """
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def _fetch_signature(
 
 
 def _patiently(read: Callable[[], T], *, what: str, pause_s: float = _FIRST_PAUSE_S) -> T:
-    """The result of a read, which is tried again if the store fails or gives other bytes than were written.
+    """The result of a read, which is retried if the store fails or returns other bytes than were written.
 
     Raises:
         CheckpointError: it failed every time.
@@ -230,7 +230,7 @@ def _patiently(read: Callable[[], T], *, what: str, pause_s: float = _FIRST_PAUS
             return read()
         except ConfigError:
             raise
-        except Exception as error:  # whatever a store raises
+        except Exception as error:  # stores raise all kinds of errors
             if isinstance(error, OSError) and error.errno in _LOCAL:
                 raise
             if number == _TRIES - 1:

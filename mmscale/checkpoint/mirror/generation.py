@@ -1,4 +1,4 @@
-"""Names of mirrored checkpoints, their order, and which of them are kept. Reads and writes nothing."""
+"""Names of mirrored checkpoints, their order, and which of them are kept. Does no I/O."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAME = re.compile(r"^step_(\d{8,})-attempt_(\d+)-([0-9a-f]{16})$")
 
 @dataclass(frozen=True, order=True)
 class MirroredStep:
-    """One checkpoint in a mirror. A larger one is newer: the later attempt, and within it the later step.
+    """One checkpoint in a mirror. The order is by age: first by attempt, then by step.
 
-    The digest makes the name that of one content: a checkpoint that is written again gets another folder, so that no
-    file in a mirror is ever overwritten by other bytes.
+    The name contains a digest of the content, so a checkpoint that is written again gets another folder, and no file in
+    a mirror is ever overwritten with other bytes.
 
     Attributes:
         attempt: of the run that wrote it.
@@ -37,7 +37,7 @@ class MirroredStep:
 
     @classmethod
     def parse(cls, name: str) -> MirroredStep | None:
-        """The generation that has a folder's name; None: it is another folder."""
+        """The generation of a folder, from its name; None: it is another kind of folder."""
         found = _NAME.match(name)
         return cls(int(found[2]), int(found[1]), found[3]) if found else None
 
@@ -56,16 +56,16 @@ def outdated(
         complete: those in the mirror.
         local: checkpoints of the run.
         retention: number of newest ones to keep, and those that are kept permanently.
-        best: step of the best checkpoint of the run, which is kept; None: nobody knows.
+        best: step of the best checkpoint of the run, which is kept; None: unknown.
     """
     there = sorted(complete)
     here = set(local)
     again = {(one.attempt, one.step) for one in here if one in there}
-    # A roll-back writes a step of the same attempt again: the earlier content is no part of the run any more.
+    # After a roll-back the same attempt writes a step again; its earlier content does not belong to the run any more.
     replaced = [one for one in there if one not in here and (one.attempt, one.step) in again]
     valid = [one for one in there if one not in replaced]
     newest = valid[-retention.keep :]
-    last = {one.step: one for one in valid}  # of each step, what the latest attempt wrote
+    last = {one.step: one for one in valid}  # the latest attempt's checkpoint of each step
     permanent = {one for step, one in last.items() if retention.keeps(step) or step == best}
     kept = permanent.union(newest)
     return [one for one in there if one not in kept]

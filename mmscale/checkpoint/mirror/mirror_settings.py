@@ -1,4 +1,4 @@
-"""What is mirrored of a stage, and how: from its settings to the process that uploads."""
+"""What is mirrored of a stage, and how: converts its settings for the process that uploads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmscale.checkpoint.mirror.remote import Pace, Remote
 from mmscale.checkpoint.mirror.uploads import Uploader
 from mmscale.checkpoint.save_settings import Retention
 
-if TYPE_CHECKING:  # not loaded by the process that uploads
+if TYPE_CHECKING:  # not imported in the uploading process
     from mmscale.config import Config
 
 
@@ -37,7 +37,7 @@ class MirrorSettings:
 
     @classmethod
     def of_stage(cls, settings: Config, *, run: Path, folder: Path) -> MirrorSettings | None:
-        """What is mirrored of a stage; None: nothing. Stages have folders of their own in the mirror, as in the run.
+        """What is mirrored of a stage; None: nothing. Each stage has a separate folder in the mirror, as in the run.
 
         Args:
             settings: the stage's.
@@ -56,17 +56,17 @@ class MirrorSettings:
         )
 
     def line(self) -> str:
-        """For the process."""
+        """One line of JSON for the uploading process."""
         return json.dumps(asdict(self) | {"root": str(self.root.absolute())})
 
     @classmethod
     def parse(cls, line: str) -> MirrorSettings:
-        """Those that gave the line."""
+        """The inverse of `line`."""
         fields = bounded.parse_json(line)
         return cls(**fields | {"root": Path(fields["root"]), "retention": Retention(**fields["retention"])})
 
     def uploader(self) -> Uploader:
-        """Uploads so. Some stores connect here.
+        """An uploader with these settings. Some stores connect here.
 
         Raises:
             Exception: of the store.

@@ -1,4 +1,4 @@
-"""Reasons of failures, as they may be shown and recorded."""
+"""Reasons of failures, in a form that may be shown and recorded."""
 
 from __future__ import annotations
 

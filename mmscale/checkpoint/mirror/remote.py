@@ -17,16 +17,16 @@ from mmscale.errors import ConfigError
 from mmscale.tables.mirror_urls import FILES, protocol_of
 
 CHUNK = 4 << 20  # bytes of a read and of a write
-# File systems with folders that have to be made. Not object stores: there, making a folder may make a bucket.
+# File systems whose folders have to be created. Not object stores, where creating a folder may create a bucket.
 _WITH_FOLDERS = ("memory", "sftp", "ssh", "ftp", "hdfs", "smb")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 class Pace:
-    """Bounds the bytes per second of all threads together.
+    """Limits the bytes per second of all threads together.
 
     Args:
-        bandwidth: bytes per second; 0: unbounded.
+        bandwidth: bytes per second; 0: unlimited.
     """
 
     def __init__(self, bandwidth: float) -> None:
@@ -70,7 +70,7 @@ class Remote:
 
     Args:
         url: of the folder; it need not exist.
-        pace: bounds what is written and read.
+        pace: limits writes and reads.
     """
 
     def __init__(self, url: str, *, pace: Pace | None = None) -> None:
@@ -100,7 +100,7 @@ class Remote:
         prefix = f"{self.root}/{folder}/"
         found: dict[str, int] = {}
         below = [prefix.rstrip("/")]
-        while below:  # not `find`: it leaves out what the store fails to list
+        while below:  # not `find`, which silently omits folders that the store fails to list
             path = below.pop()
             try:
                 entries = self.store.ls(path, detail=True)
@@ -115,25 +115,27 @@ class Remote:
         return found
 
     def is_complete(self, folder: str) -> bool:
-        """Whether it has its manifest, which is written last. A store that fails to answer has not said no.
+        """Whether it has its manifest, which is written last.
+
+        If the store fails, the answer is unknown and this raises.
 
         Raises:
             Exception: of the store.
         """
         self.store.invalidate_cache()
         try:
-            # Not `isfile` or `exists`: they answer False after any error, and then a whole checkpoint would be deleted.
+            # Not `isfile` or `exists`, which return False after any error; a complete checkpoint would then be deleted.
             return bool(self.store.info(f"{self.root}/{folder}/{MANIFEST}")["type"] == "file")
         except FileNotFoundError:
             return False
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
-        """A file that appears in the store, whole, at the end of the context; after an error it does not."""
+        """A file that appears in the store, complete, at the end of the context; after an error it does not appear."""
         path = f"{self.root}/{name}"
         if self._makes_folders:
             self.store.makedirs(path.rpartition("/")[0], exist_ok=True)
-        # Closing would publish a part of it after an error: fsspec's files do so unless they are told to wait.
+        # Without autocommit=False, closing the file after an error would publish the part written so far.
         file: Any = self.store.open(path, "wb", autocommit=False)
         try:
             yield _Paced(file, self.pace)  # type: ignore[misc]
@@ -161,7 +163,7 @@ class Remote:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is too large, or no text.
+            ValueError: it is too large, or not text.
         """
         with self.store.open(f"{self.root}/{name}", "rb") as file:
             content = file.read(bounded.MOST_BYTES + 1)
@@ -170,7 +172,7 @@ class Remote:
         return str(content.decode("utf-8"))
 
     def remove(self, folder: str) -> None:
-        """Delete a folder, its manifest first: what is left after a kill counts as incomplete."""
+        """Delete a folder, its manifest first, so that the rest counts as incomplete if the process is killed."""
         with contextlib.suppress(FileNotFoundError):
             self.store.rm(f"{self.root}/{folder}/{MANIFEST}")
         self.store.invalidate_cache()
@@ -179,7 +181,7 @@ class Remote:
 
 
 class _Paced:
-    """A file whose writes wait for their turn."""
+    """A file whose writes are limited by a `Pace`."""
 
     def __init__(self, file: IO[bytes], pace: Pace) -> None:
         self._file, self._pace = file, pace

@@ -1,6 +1,6 @@
-"""The trainer's end of the mirror: starts the uploading process, passes requests on and collects its events.
+"""The trainer's side of the mirror: starts the uploading process, passes requests on and collects its events.
 
-Nothing here waits for the store or raises because of it: a mirror never holds up training and never ends it.
+Nothing here waits for the store or raises because of it: a mirror never delays training and never ends it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mmscale.checkpoint.mirror.mirror_settings import MirrorSettings
 from mmscale.checkpoint.mirror.worker import FAILED, FINISH, IDLE, LOOK, REFUSED
 
 _GRACE_S = 2.0
-# Not `-m`, which would take modules of the working directory for the standard library's. This package is found where
-# the trainer found it, after everything else.
+# Not `-m`, with which modules in the working directory could shadow those of the standard library. The folder of this
+# package is appended to the search path.
 _PROGRAM = (
     f"import sys; sys.path.append({str(Path(mmscale.__file__).resolve().parents[1])!r}); "
     "from mmscale.checkpoint.mirror.worker import main; main()"
@@ -30,12 +30,12 @@ _MOST_BYTES = 1 << 20  # read from the process at once
 
 
 class UploadProcess:
-    """Uploads beside training. One rank holds it.
+    """Uploads during training. One rank has it.
 
     Args:
         settings: what and how.
-        tell: events of the run.
-        warn: for the user; called at the first of several failures in a row.
+        tell: writes events of the run.
+        warn: prints a warning for the user; called at the first of several failures in a row.
     """
 
     def __init__(self, settings: MirrorSettings, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
@@ -47,10 +47,10 @@ class UploadProcess:
         self._sent = 0  # requests since the process started
         self._answered = -1
         self._failing = False
-        self._finishing = False  # the process ends, and takes no more requests
+        self._finishing = False  # the process is ending and accepts no more requests
 
     def look(self) -> None:
-        """A checkpoint was committed, or may be missing in the mirror: start the process, or wake it."""
+        """A checkpoint was committed, or one may be missing in the mirror: start the process, or notify it."""
         self.poll()
         if self._finishing:
             self.close()
@@ -78,14 +78,14 @@ class UploadProcess:
                 self._hear({"event": FAILED, "reason": f"the uploading process ended with {process.returncode}"})
 
     def finish(self) -> None:
-        """No checkpoint follows: the process ends when the mirror is up to date."""
+        """No checkpoint follows: tell the process to end when the mirror is up to date."""
         self.look()
         self._send(FINISH)
         self._finishing = True
 
     @property
     def _idle(self) -> bool:
-        """Whether the mirror was brought up to date after the last request."""
+        """Whether the mirror is up to date since the last request."""
         return self._answered >= self._sent
 
     @property
@@ -95,7 +95,7 @@ class UploadProcess:
         return self._process is not None and not self._idle
 
     def close(self, *, within_s: float = _GRACE_S) -> None:
-        """End the process. What it was uploading is completed by the next attempt, or by `mmscale ckpt mirror`."""
+        """End the process. The next attempt, or `mmscale ckpt mirror`, completes unfinished uploads."""
         process, self._process, self._finishing = self._process, None, False
         if process is None:
             return
@@ -115,7 +115,7 @@ class UploadProcess:
                 [sys.executable, "-P", "-c", _PROGRAM],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # libraries may print credentials; reasons come as events
+                stderr=subprocess.DEVNULL,  # libraries may print credentials; reasons of failures are sent as events
                 bufsize=0,
             )
         except OSError as error:
@@ -131,7 +131,7 @@ class UploadProcess:
         process = self._process
         if process is None or process.stdin is None:
             return
-        with contextlib.suppress(OSError):  # it has ended, which `poll` sees, or it has requests enough
+        with contextlib.suppress(OSError):  # it has ended, which `poll` notices, or its pipe is full of requests
             os.write(process.stdin.fileno(), f"{line}\n".encode())
             self._sent += 1
 
@@ -147,7 +147,7 @@ class UploadProcess:
 
 
 def wait_for(process: UploadProcess, *, within_s: float) -> bool:
-    """Wait until the mirror is up to date; whether it is. For commands; ranks wait together."""
+    """Wait until the mirror is up to date; returns whether it is. For commands; ranks wait together."""
     until = time.monotonic() + within_s
     while process.busy and time.monotonic() < until:
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""Brings a mirror up to date with the committed checkpoints of a run: uploads what is missing, deletes what is old.
+"""Brings a mirror up to date with the committed checkpoints of a run: uploads missing ones, deletes old ones.
 
-Every call starts from what the run's folder and the mirror hold, so it may be killed anywhere and called again. Files
-are hashed while they are read; the manifest, which makes a generation complete, is written after all of them.
+Every call starts from the content of the run's folder and of the mirror, so it may be killed at any point and called
+again. Files are hashed while they are read; the manifest, which makes a generation complete, is written last.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Uploader:
     Attributes:
         store: the checkpoints.
         remote: the mirror's folder.
-        retention: what is kept there.
+        retention: which checkpoints the mirror keeps.
         streams: files that are sent at the same time.
         refused: damaged checkpoints, by their name and with the reason; they are not tried again.
         on_stage: called with the name of every sub-step after it; tests end the process there.
@@ -61,13 +61,13 @@ class Uploader:
     on_stage: Callable[[str], None] = lambda stage: None
 
     def bring_up_to_date(self, tell: Callable[[Uploaded], None]) -> None:
-        """Upload every checkpoint that the mirror should hold, the newest first, then delete old generations.
+        """Upload every checkpoint that the mirror should have, the newest first, then delete old generations.
 
         Args:
             tell: called with every checkpoint after its manifest is written.
 
         Raises:
-            Exception: of the store or the disk; everything that was completed before stays.
+            Exception: of the store or the disk; what was completed before is kept.
         """
         while (step := self._next()) is not None:
             done = self._upload(step)
@@ -76,12 +76,12 @@ class Uploader:
         self._delete_old()
 
     def behind(self) -> list[int]:
-        """Steps that the mirror should hold and lacks, the newest first."""
+        """Steps that the mirror should have and lacks, the newest first."""
         complete = self._complete()
         return [step for step in self._wanted() if (one := self._local(step)) is not None and one not in complete]
 
     def _next(self) -> int | None:
-        """The newest step that is missing; looked up after each one, because a run saves meanwhile."""
+        """The newest missing step; determined again after each upload, because the run saves at the same time."""
         return next(iter(self.behind()), None)
 
     def _wanted(self) -> list[int]:
@@ -105,12 +105,12 @@ class Uploader:
         return {one for one, is_complete in self._there().items() if is_complete}
 
     def _there(self) -> dict[MirroredStep, bool]:
-        """Generations in the mirror, and whether each is complete. A store that does not say raises."""
+        """Generations in the mirror, and whether each is complete. Raises if the store fails."""
         found = [one for name in self.remote.folders() if (one := MirroredStep.parse(name)) is not None]
         return {one: self.remote.is_complete(one.name) for one in found}
 
     def _upload(self, step: int) -> Uploaded | None:
-        """None: the checkpoint was deleted or replaced meanwhile, or is damaged."""
+        """Upload a checkpoint. None: it was deleted or replaced in the meantime, or is damaged."""
         began, folder, manifest = time.monotonic(), self.store.path(step), self._manifest(step)
         if manifest is None:
             return None
@@ -168,7 +168,7 @@ class Uploader:
             self.remote.write_text(f"{name}/{SIGNATURE}", file.read_text(encoding="utf-8"))
 
     def _delete_old(self) -> None:
-        """Delete what is no longer kept, and parts of uploads that will not be completed."""
+        """Delete generations that are not kept any more, and parts of uploads that will not be completed."""
         there, best = self._there(), self.store.best()
         complete = {one for one, is_complete in there.items() if is_complete}
         local = [one for step in self.store.steps() if (one := self._local(step)) is not None]

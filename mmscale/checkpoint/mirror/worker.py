@@ -1,7 +1,7 @@
-"""The process that uploads. Rank 0 starts it (upload_process.py).
+"""The uploading process. Rank 0 starts it (upload_process.py).
 
-Its standard input carries one line of settings, then requests; its standard output one JSON object per event. It ends
-with its parent. It is a process of its own so that uploads share no memory, lock or signal with training.
+Its standard input has one line of settings, then requests; its standard output one JSON object per event. It ends with
+its parent. A separate process, so that uploads share no memory, lock or signal with training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 def main() -> None:
     """Serve requests until standard input ends or the mirror is up to date after FINISH."""
     for name in _IGNORED:
-        signal.signal(name, signal.SIG_IGN)  # the trainer saves then, and that checkpoint is uploaded too
+        # The trainer saves after such a signal, and that checkpoint is uploaded too.
+        signal.signal(name, signal.SIG_IGN)
     os.nice(5)
     parent = os.getppid()
     settings = MirrorSettings.parse(sys.stdin.readline())
@@ -40,7 +41,7 @@ def main() -> None:
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
-    # Made when it is needed: some stores connect then, and may be away.
+    # Created when it is needed, because some stores connect then, which may fail.
     _serve(functools.cache(settings.uploader), requests)
 
 
@@ -59,17 +60,17 @@ def _serve(uploader: Callable[[], Uploader], requests: queue.Queue[str]) -> None
             pause = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2.0 * pause))
             _say(FAILED, reason=problem, retry_s=round(pause, 1))
             time.sleep(pause * random.uniform(0.75, 1.25))
-        while not requests.empty():  # one look answers all of them
+        while not requests.empty():  # one pass serves all of them
             asked.append(requests.get())
 
 
 def _try(made: Callable[[], Uploader]) -> str | None:
-    """Bring the mirror up to date; the reason if that failed."""
+    """Bring the mirror up to date; returns the reason if that failed."""
     try:
         uploader = made()
         before = set(uploader.refused)
         uploader.bring_up_to_date(lambda done: _say(UPLOADED, **asdict(done)))
-    except Exception as error:  # whatever a store raises: recorded, then tried again
+    except Exception as error:  # stores raise all kinds of errors; recorded, then tried again
         return without_secrets(f"{type(error).__name__}: {error}")
     for name in sorted(set(uploader.refused) - before):
         _say(REFUSED, name=name, reason=uploader.refused[name])
@@ -91,7 +92,10 @@ def _listen(requests: queue.Queue[str]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End when the parent has: forked writers and guards keep its end of the pipe open."""
+    """End when the parent does.
+
+    Forked writers and guards keep the parent's end of the pipe open, so EOF does not suffice.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,9 @@ import typer
 
 from mmscale.cli.output import Json, Overrides, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
+from mmscale.runs.events import EVENTS, read_events
+from mmscale.runs.run_progress import RunProgress
+from mmscale.runs.sources_read import sources_read
 
 app = typer.Typer(help="Prepare, inspect, verify and filter data sets.", no_args_is_help=True)
 
@@ -160,7 +164,7 @@ def _loaded(spec: str, overrides: list[str], documents: list[str]) -> Any:
 
 @app.command("inspect", epilog="Example: mmscale data inspect data/digits --sample 3 --out sample")
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set, or the folder of a run.")],
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="N", min=0, help="Decode document N to text and PNG files.")
     ] = None,
@@ -173,7 +177,14 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print documents and tokens of each modality, or write one document as text and PNG."""
+    """Print documents and tokens of each modality, or write one document as text and PNG.
+
+    Of a run: tokens and passes over each of its data sets, done and planned.
+    """
+    if (folder / EVENTS).is_file() and sample is None and not held_out:
+        sources = _sources_of(folder)
+        emit(sources, as_json=as_json, text=lambda: _print_sources(sources))
+        return
     from mmscale.data.prepared import inspect_set
 
     if held_out:
@@ -221,6 +232,33 @@ def verify(
             f"data: {folder / name} {what}{more}",
             remedy="copy the data set again; or delete that part's files and run `mmscale data prepare` again",
         )
+
+
+def _sources_of(run: Path) -> dict[str, Any]:
+    """Passes over the data sets of a run, ready for JSON."""
+    progress = RunProgress.load(run)
+    progress.update(run)
+    step = int(progress.last.get("step", 0))
+    found = sources_read(read_events(run), step=step)
+    if not found:
+        raise UsageError(
+            f"data inspect: {run} has no start event with its data sets",
+            remedy="name a run that this version has started or resumed, or a prepared data set",
+        )
+    return {
+        "run": str(run),
+        "step": step,
+        "sources": [asdict(one) | {"tokens_done": one.tokens_done} for one in found],
+    }
+
+
+def _print_sources(result: dict[str, Any]) -> None:
+    rows: list[tuple[str, object]] = [("run", f"{result['run']}, step {result['step']:,}")]
+    for one in result["sources"]:
+        limit = f", at most {one['max_epochs']}" if one["max_epochs"] else ""
+        rows.append((one["path"], f"{one['done']:.2f} of {one['planned']:.2f} planned passes{limit}"))
+        rows.append(("", f"{_counts(one['tokens'])} tokens in a pass, {one['tokens_done']:,} read"))
+    pairs(rows)
 
 
 def _verdict(result: dict[str, Any]) -> None:

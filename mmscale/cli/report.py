@@ -31,7 +31,7 @@ def report(
     png: Annotated[bool, typer.Option("--png/--no-png", help="Also write each figure as OUT_<figure>.png.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Show runs on one HTML page: losses, optimization, throughput, routing, layers, faults, settings."""
+    """Show runs on one HTML page: losses, optimization, throughput, routing, layers, data, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
     from mmscale.runtime.waiting import waiting
@@ -54,16 +54,18 @@ def _curves(runs: list[Path], out: Path) -> list[Path]:
 
 def _page(runs: list[Path], out: Path, tell: Callable[[str], None], *, baseline: Path | None, png: bool) -> list[Path]:
     from launch.goodput import goodput
-    from mmscale.report import comparison_section, page, pictures
+    from mmscale.report import comparison_section, page, pictures, sources_section
 
     tell(f"reading {', '.join(map(str, runs))}")
     found = page.read_runs(runs, goodput=goodput)
     first = baseline or comparison_section.baseline_of(found)
     sections = {comparison_section.HEADING: comparison_section.comparison_section(first, found)} if first else {}
+    if passes := sources_section.sources_section(found):
+        sections[sources_section.HEADING] = passes
     tell(f"writing {out}")
     drawn = page.curves(found)
     page.write_page(found, out, drawn=drawn, sections=sections)
     if not png:
         return [out]
     tell("drawing the figures as PNG (--no-png leaves them out)")
-    return [out, *pictures.write_pictures(found, out, drawn=drawn)]
+    return [out, *pictures.write_pictures(found, out, drawn=drawn), *sources_section.write_passes(found, out)]

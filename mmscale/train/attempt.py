@@ -37,7 +37,7 @@ from mmscale.train.data_place import find_place
 from mmscale.train.evaluated_on import EvaluatedOn
 from mmscale.train.held_out_evaluation import HeldOutEvaluation
 from mmscale.train.hooks import PlaceHook, common_hooks
-from mmscale.train.log.exposure import exposure
+from mmscale.train.log.exposure import exposure, planned_sources
 from mmscale.train.log.profile_window import ProfileWindow
 from mmscale.train.log.progress_lines import Progress
 from mmscale.train.log.records import Records, open_records
@@ -196,6 +196,7 @@ class Attempt:
             step=state.step,
             world_size=self.env.world_size,
             attempt_id=self.fence.lease_id,
+            sources=planned_sources(config, self.train_data, step=state.step, sequences=state.sequences),
             **told,
             **stage.origin(),
         )

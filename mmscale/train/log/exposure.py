@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmscale.config import Config
+from mmscale.data.prepared.manifest import TRAIN, read_manifest
 from mmscale.data.prepared.selection import read_selection
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.source import Source
 from mmscale.train.log.progress_lines import count
+
+_PARTS = 16  # of the steps of an attempt, between which passes are read off a straight line
 
 
 def exposure(config: Config, data: Mixture, *, parameters: Mapping[str, Any]) -> str:
@@ -33,6 +36,50 @@ def exposure(config: Config, data: Mixture, *, parameters: Mapping[str, Any]) ->
     if active and active != total:
         ratio += f" ({_rounded(tokens / active)} per active one)"
     return f"{steps:,} {'step' if steps == 1 else 'steps'} = {shown}; {count(tokens)} tokens{ratio}"
+
+
+def planned_sources(config: Config, data: Mixture, *, step: int, sequences: int) -> list[dict[str, Any]]:
+    """The sources of an attempt, and how often each of them will have been read at some steps.
+
+    Args:
+        config: of the stage.
+        data: its stream from its position on.
+        step: of the attempt's beginning.
+        sequences: that were consumed before it.
+
+    Returns:
+        Of each source `path`, `tokens` of a pass by modality, `max_epochs`, and `passes`: pairs of a step and the
+        passes over the source from the beginning of the run up to it, the last one for `train.steps`.
+    """
+    last = max(step, config.train.steps)
+    steps = sorted({step + round((last - step) * part / _PARTS) for part in range(_PARTS + 1)})
+    passes = [_passes(data, sequences + (one - step) * config.train.global_batch_size) for one in steps]
+    return [
+        {
+            "path": str(source.folder),
+            "tokens": _tokens_by_modality(source),
+            "max_epochs": data.max_epochs[number],
+            "passes": [[one, round(found[number], 4)] for one, found in zip(steps, passes, strict=True)],
+        }
+        for number, source in enumerate(data.sources)
+    ]
+
+
+def _passes(data: Mixture, sequences: int) -> list[float]:
+    """Passes over each source in the first sequences of a run, those before a change of settings included."""
+    since = data.passes(max(0, sequences - data.start))
+    return [
+        begin.epoch - begin.unread / len(source) + passes
+        for source, begin, passes in zip(data.sources, data.begins, since, strict=True)
+    ]
+
+
+def _tokens_by_modality(source: Source) -> dict[str, int]:
+    chosen = read_selection(source.folder) if source.selection else None
+    if chosen is not None:
+        return {name: round(count) for name, count in chosen.tokens.items()}
+    manifest = read_manifest(source.folder)
+    return {name: manifest.splits[TRAIN].tokens(name) for name in manifest.modalities}
 
 
 def _tokens(source: Source) -> float:

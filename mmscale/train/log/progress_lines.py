@@ -213,9 +213,13 @@ def banner(
 
 
 def source_shares(config: Config) -> dict[str, float]:
-    """Share of each data set in the training sequences of the whole run, by its folder."""
+    """Share of each data set in the training sequences of the whole run, by its folder; limits are not applied."""
     shares = zip(config.data.sources, mean_shares(config), strict=True)
-    return {source.path: share for source, share in shares if share}
+    return {
+        source.path if source.max_epochs is None else f"{source.path} (until max_epochs = {source.max_epochs})": share
+        for source, share in shares
+        if share
+    }
 
 
 def _run_line(config: Config, *, attempt: int, start_step: int) -> str:

@@ -31,6 +31,7 @@ from mmscale.data.stream.segments import Place, resume_stream
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 from mmscale.tables.settings import DATA_ORDERS
+from mmscale.train.log.exposure import planned_sources
 from tests.unit.data.corpora import corpus, prepare
 
 SIZES = {"a": 90, "b": 40, "c": 17}
@@ -313,6 +314,24 @@ def test_a_source_that_is_gone_had_its_limit(folders: Path, tmp_path: Path) -> N
     closed = place.segments[0]["parts"]
     assert sum(part["taken"] for part in closed) == window
     assert closed[2]["taken"] == sum(source == 2 for source, _ in run.rows)
+
+
+def test_the_start_event_has_the_passes_of_the_whole_run(folders: Path) -> None:
+    """Also those that were read under other settings: it agrees with the documents that are counted."""
+    run = Run()
+    run.read(config(folders, SCHEDULES[0], {"c": 2}), 20)
+    made = config(folders, {"a": 3.0, "b": 1.0, "c": 1.0}, {"c": 4})
+    place = run.place(made, 20)
+    found = planned_sources(made, place.mixture, step=20, sequences=run.consumed)
+    assert [Path(one["path"]).name for one in found] == list(NAMES)
+    assert [one["max_epochs"] for one in found] == [None, None, 4]
+    assert found[0]["passes"][0][0] == 20 and found[0]["passes"][-1][0] == 40
+    for source, one in enumerate(found):
+        assert one["passes"][0][1] == pytest.approx(np.mean(run.times(source)), abs=0.35)
+    run.read(made, 20)
+    for source, one in enumerate(found):
+        assert one["passes"][-1][1] == pytest.approx(np.mean(run.times(source)), abs=0.35)
+        assert sum(one["tokens"].values()) == place.mixture.sources[source].tokens
 
 
 def test_a_changed_limit_is_a_change_of_the_data(folders: Path) -> None:

@@ -30,14 +30,14 @@ def average(checkpoints: Sequence[tuple[Path, int | None]], out: Path, *, ema: f
     Args:
         checkpoints: run folders (or archives) and steps, at least two; with `ema` the oldest first.
         out: the folder of the new run.
-        ema: decay of an exponential moving average that starts at the first one; None: all count the same.
+        ema: decay of an exponential moving average that starts at the first one; None: all have the same weight.
 
     Returns:
-        What was written, and `coefficients`: what every checkpoint counts.
+        A summary of the new checkpoint, and `coefficients`, the weight of each checkpoint.
 
     Raises:
         UsageError: fewer than two checkpoints, or a decay outside of 0..1.
-        CheckpointError: one is missing or damaged, they are not of one model, or `out` cannot be written.
+        CheckpointError: one is missing or damaged, they are of different models, or `out` has checkpoints.
     """
     if len(checkpoints) < 2:
         raise UsageError("a mean needs two checkpoints or more", remedy="name them: RUN@100 RUN@200 ... OUT")
@@ -110,19 +110,19 @@ class Mean:
         return total.to(entry.dtype)
 
     def info(self) -> dict[str, Any]:
-        """What stands beside the newest one's tensors."""
+        """The metadata of the newest checkpoint."""
         return self._newest.info()
 
     def manifest(self) -> CheckpointManifest:
-        """The newest one's."""
+        """The newest checkpoint's manifest."""
         return self._newest.manifest()
 
     def common(self) -> dict[str, Any]:
-        """The newest one's counters."""
+        """The newest checkpoint's counters."""
         return self._newest.common()
 
     def objects(self) -> dict[str, bytes]:
-        """The newest one's."""
+        """The newest checkpoint's objects."""
         return self._newest.objects()
 
 

@@ -1,4 +1,4 @@
-"""Copies checkpoints into another form: to an archive, from one, and into another number of files.
+"""Copies checkpoints into another form: to an archive, from an archive, and into another number of files.
 
 Values never change here; average.py computes new ones.
 """
@@ -34,8 +34,8 @@ def archive(
         run: the run's folder.
         step: the checkpoint; None: the newest.
         out: the archive, a folder that does not exist yet.
-        weights: leave the optimizer's state out.
-        on_stage: told the name of every sub-step; tests end the process there.
+        weights: omit the optimizer's state.
+        on_stage: called with the name of every sub-step; tests end the process there.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, `out` exists or cannot be written.
@@ -75,18 +75,18 @@ def reshard(
     files: int | None = None,
     on_stage: OnStage = _nothing,
 ) -> dict[str, Any]:
-    """Write a checkpoint again, into other files: the pieces of many ranks become few files, whole tensors in order.
+    """Write a checkpoint again, into other files: the pieces of many ranks become few files with whole tensors.
 
-    Every layout loads every checkpoint as it is; this is for copying, for file systems short of files, and to leave the
-    optimizer's state out.
+    Every layout can load every checkpoint unchanged. Resharding is for copying, for file systems with a limited number
+    of files, and to omit the optimizer's state.
 
     Args:
         run: the run's folder, or an archive.
         step: the checkpoint; None: the newest.
         out: the folder of the new run.
-        weights: leave the optimizer's state out.
+        weights: omit the optimizer's state.
         files: number of files with tensors; None: one for every GiB.
-        on_stage: told the name of every sub-step; tests end the process there.
+        on_stage: called with the name of every sub-step; tests end the process there.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, `out` has checkpoints or cannot be written.

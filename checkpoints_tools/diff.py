@@ -1,6 +1,6 @@
 """Compares two checkpoints tensor by tensor, with only one pair of tensors in memory at a time.
 
-Tensors are whole ones, whatever layout wrote them. One process, no process group.
+Compares complete tensors, whatever layout wrote them. One process, no process group.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from mmscale.checkpoint.tensors import TensorSource
 
 
 def diff(one: tuple[Path, int | None], other: tuple[Path, int | None], *, weights: bool = False) -> dict[str, Any]:
-    """Compare two checkpoints that are whole.
+    """Compare two intact checkpoints.
 
     Args:
         one: run folder and step, None for the newest; or an archive.
-        other: the same of the other one.
-        weights: leave the optimizer's state out.
+        other: the other checkpoint, likewise.
+        weights: omit the optimizer's state.
 
     Returns:
-        `tensors`: shape, `max_abs` and `max_rel` (of the largest element of `one`) of every tensor that both have in
-        one shape; `only_in_one`, `only_in_other`, `other_shape`: names; `max_abs`, `max_rel` over all; `equal`.
+        `tensors`: shape, `max_abs` and `max_rel` (relative to the largest element of `one`) of every tensor that both
+        have in the same shape; `only_in_one`, `only_in_other`, `other_shape`: names; `max_abs`, `max_rel` over all;
+        `equal`.
 
     Raises:
         CheckpointError: one of them does not exist or is damaged.

@@ -18,14 +18,14 @@ from mmscale.checkpoint.save_settings import Retention
 from mmscale.config.load import load
 from mmscale.errors import CheckpointError, ConfigError
 
-FEWEST = 2  # checkpoints known to be whole that `prune` leaves at least
+FEWEST = 2  # number of intact checkpoints that `prune` always keeps
 
 
 def open_store(run: Path) -> Store:
     """The checkpoints of a run.
 
     Raises:
-        CheckpointError: there is no such run, or it never saved.
+        CheckpointError: there is no such run, or it has never saved.
     """
     store = Store.of_run(run)
     if not store.root.is_dir():
@@ -69,7 +69,7 @@ def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
         step: one checkpoint; None: all.
 
     Returns:
-        `whole`: whether everything is; `checkpoints`: step, whole, problems, files and bytes of each; for an archive
+        `whole`: whether all are intact; `checkpoints`: step, whole, problems, files and bytes of each; for an archive
         also `archive`: true.
 
     Raises:
@@ -93,7 +93,7 @@ def verify(run: Path, *, step: int | None = None) -> dict[str, Any]:
 
 
 def sign(run: Path, key: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Sign checkpoints that are whole: all of a run, one of them, or an archive.
+    """Sign intact checkpoints: all of a run, one of them, or an archive.
 
     Args:
         run: the run's folder, or an archive.
@@ -122,11 +122,11 @@ def sign(run: Path, key: Path, *, step: int | None = None) -> dict[str, Any]:
 
 
 def with_signers(run: Path, found: dict[str, Any], signers: Path) -> dict[str, Any]:
-    """What `verify` found, with `signer` of each checkpoint: one that no allowed key has signed is not whole.
+    """The result of `verify`, with the `signer` of each checkpoint. Those without an allowed signer become not `whole`.
 
     Args:
-        run: as it was given to `verify`.
-        found: what that returned.
+        run: as passed to `verify`.
+        found: the result of `verify`.
         signers: file of allowed signers.
 
     Raises:
@@ -150,7 +150,7 @@ def _verified(folder: Path, step: int | None) -> dict[str, Any]:
     """One row of `verify`.
 
     Raises:
-        DeletedError: it was deleted meanwhile.
+        DeletedError: it was deleted in the meantime.
     """
     try:
         with integrity.while_there(folder):
@@ -170,7 +170,7 @@ def _verified(folder: Path, step: int | None) -> dict[str, Any]:
 
 
 def _with_types(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The row of a folder whose files are whole, with tensors whose type is not what their name says."""
+    """The row of a folder with intact files, extended by tensors whose types do not match their names."""
     if not row["whole"]:
         return row
     try:
@@ -196,17 +196,17 @@ def _types(folder: Path) -> dict[str, str]:
 
 
 def restore_bad(run: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Read checkpoints that were renamed to .bad again, and rename the intact ones back.
+    """Verify checkpoints that were renamed to .bad again, and rename the intact ones back.
 
     Args:
         run: the run's folder.
         step: one of them; None: all.
 
     Returns:
-        `restored`: steps; `damaged`: name and problems of each that stays where it is.
+        `restored`: steps; `damaged`: name and problems of each that was not renamed.
 
     Raises:
-        CheckpointError: there is no such run or folder, or a checkpoint of that step is there.
+        CheckpointError: there is no such run or folder, or a checkpoint of that step exists.
     """
     store = open_store(run)
     prefix = "" if step is None else f"{store.path(step).name}."
@@ -227,16 +227,16 @@ def restore_bad(run: Path, *, step: int | None = None) -> dict[str, Any]:
 
 
 def prune(run: Path, *, keep: int) -> dict[str, Any]:
-    """Delete all but the newest whole checkpoints, each of which is hashed before anything goes.
+    """Delete all but the newest intact checkpoints, which are all hashed before any is deleted.
 
-    Those that the run's configuration keeps for ever stay, the best one too, and so do damaged ones among the newest.
+    Also kept: those that the run's configuration keeps permanently, the best one, and damaged ones among the newest.
 
     Args:
         run: the run's folder.
-        keep: whole checkpoints that stay, at least two.
+        keep: number of intact checkpoints to keep, at least two.
 
     Raises:
-        CheckpointError: there is no such run, or fewer than two checkpoints are whole.
+        CheckpointError: there is no such run, or fewer than two checkpoints are intact.
     """
     store = open_store(run)
     whole: list[int] = []
@@ -264,6 +264,6 @@ def prune(run: Path, *, keep: int) -> dict[str, Any]:
 def _retention(run: Path) -> Retention:
     try:
         settings = load(run / "config.yaml", recorded=True).checkpoint
-    except ConfigError:  # no configuration of this version: nothing is said to stay for ever
+    except ConfigError:  # there is no configuration of this version, so none are kept permanently
         return Retention(FEWEST)
     return Retention(settings.keep, settings.keep_every, settings.early)

@@ -1,4 +1,4 @@
-"""Mirrors by hand: uploads what a run's mirror lacks, and makes a run folder from a mirror."""
+"""Commands for mirrors: uploads checkpoints that a run's mirror lacks, and makes a run folder from a mirror."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mirror(run: Path) -> dict[str, Any]:
         run: the run's folder; its config.yaml names the mirror.
 
     Returns:
-        `uploaded`: step, name, bytes and seconds of each; `refused`: name and damage of each that was not.
+        `uploaded`: step, name, bytes and seconds of each; `refused`: name and damage of each damaged one.
 
     Raises:
         UsageError: the run has no mirror.
@@ -51,7 +51,7 @@ def mirror(run: Path) -> dict[str, Any]:
             uploader.bring_up_to_date(tell)
         except (UsageError, CheckpointError):
             raise
-        except Exception as error:  # whatever a store raises
+        except Exception as error:  # stores raise all kinds of errors
             raise CheckpointError(
                 f"{settings.url}: {without_secrets(f'{type(error).__name__}: {error}')}",
                 remedy="check network, credentials and endpoint; what was uploaded stays, so start it again",
@@ -65,9 +65,9 @@ def fetch(url: str, step: int | None, run: Path, *, signers: Path | None = None)
 
     Args:
         url: of the run in the mirror: the value of `checkpoint.mirror`, a slash and the run's name.
-        step: of the checkpoint, and no other stage; None: the newest complete one of each stage.
-        run: gets it. With a step, it may have checkpoints of others; otherwise it must have none.
-        signers: file of allowed signers, one of whom must have signed; None: nobody need have.
+        step: of a checkpoint of the main run only; None: the newest complete one of each stage.
+        run: the new folder. With a step, it may have checkpoints of other steps; otherwise it must have none.
+        signers: file of allowed signers, one of whom must have signed; None: no signature is required.
 
     Returns:
         `run`; `fetched`: stage, step, path, bytes and files of each.
@@ -82,7 +82,8 @@ def fetch(url: str, step: int | None, run: Path, *, signers: Path | None = None)
             continue
         folder = stage.folder(run)
         store = Store.of_run(folder)
-        if step is None and store.steps() != [downloads.choose(remote, None).step]:  # those of an earlier call may stay
+        # Checkpoints of an earlier call are allowed.
+        if step is None and store.steps() != [downloads.choose(remote, None).step]:
             run_folder.refuse_checkpoints(folder)
         done = downloads.fetch(remote, step, store, signers=signers)
         store.point_to_newest()
@@ -96,7 +97,10 @@ _SHOWN = ("step", "name", "bytes", "files")
 
 
 def _write_settings(run: Path, folder: Path, info: dict[str, Any]) -> None:
-    """The configuration of the run, and under the number of its attempt, so that the next one gets a higher number."""
+    """Write the configuration of the run, also under the number of its attempt.
+
+    The next attempt then gets a higher number.
+    """
     run_folder.write_config(run, info.get("config"), folder=folder)
     latest = folder / "config.yaml"
     try:

@@ -1,6 +1,6 @@
-"""Adam's moments as numbers, whatever a checkpoint keeps them as: for what compares, prints or changes them.
+"""Adam's moments as fp32 values, whatever format a checkpoint stores: for commands that compare, print or change them.
 
-What copies a checkpoint does not look through this: it copies bytes.
+Commands that copy a checkpoint do not use this; they copy bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STATE = f"{OPTIMIZER}state."
 
 
 def decoded(source: TensorSource) -> TensorSource:
-    """A source whose moments are fp32, with no scales beside them; itself if it has none in FP8."""
+    """A source whose moments are fp32, without scales; the same source if it has no FP8 moments."""
     scales = tuple(f"{_STATE}{triples_of(moment)}." for moment in MOMENTS)
     return DecodedMoments(source) if any(name.startswith(scales) for name in source.names()) else source
 
@@ -72,11 +72,11 @@ class DecodedMoments:
         return unpack(codes.unsqueeze(-1), each).squeeze(-1)
 
     def info(self) -> dict[str, Any]:
-        """What was stored beside the tensors."""
+        """The metadata stored next to the tensors."""
         return self._source.info()
 
     def manifest(self) -> CheckpointManifest:
-        """What it consists of and where it comes from."""
+        """The files and the origin of the checkpoint."""
         return self._source.manifest()
 
     def common(self) -> dict[str, Any]:

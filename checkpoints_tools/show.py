@@ -1,4 +1,4 @@
-"""What a checkpoint holds: names, shapes and types of its tensors, parameters per modality, where it comes from.
+"""Shows the content of a checkpoint: names, shapes and types of tensors, parameters per modality, origin.
 
 Reads the index only; no tensor is loaded.
 """
@@ -19,7 +19,7 @@ from mmscale.checkpoint.layout import INFO, is_archive
 from mmscale.checkpoint.tensors import TensorEntry, is_weight
 from mmscale.errors import CheckpointError
 
-SHARED = "shared"  # what tokens of every modality use
+SHARED = "shared"  # parameters that tokens of every modality use
 
 
 def show(path: Path, *, step: int | None = None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def show(path: Path, *, step: int | None = None) -> dict[str, Any]:
     chosen = store.choose(step)
     folder = store.path(chosen)
     with integrity.while_there(folder):
-        _provenance(folder)  # before the index is read
+        _provenance(folder)  # raises an error before the index is read
         index = tensor_index.read(folder).state_dict_metadata.items()
         entries = [
             TensorEntry(name, tuple(entry.size), entry.properties.dtype)

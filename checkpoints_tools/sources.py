@@ -1,4 +1,4 @@
-"""What a command line names: a step of a run, or an archive; both give the same tensors."""
+"""Opens the checkpoint or archive that a command line names; both have the same interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_source(path: Path, step: int | None = None) -> TensorSource:
         step: a checkpoint of the run; None: the newest.
 
     Raises:
-        CheckpointError: there is no such thing, or it is damaged as far as names and sizes tell.
+        CheckpointError: it does not exist, or its names and sizes show damage.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", remedy="name a run folder, RUN@STEP, or an archive")
@@ -32,7 +32,7 @@ def open_source(path: Path, step: int | None = None) -> TensorSource:
 
 
 def summary(made: Path) -> dict[str, Any]:
-    """What was written, for people and scripts: path, step, files, bytes, what it holds and where it comes from."""
+    """A summary of a written checkpoint: path, step, files, bytes, content and origin."""
     archive = is_archive(made) and "step_" not in made.name
     source: TensorSource = ArchiveTensors(made) if archive else open_tensors(made.parent.parent, int(made.name[5:]))
     manifest, names = source.manifest(), source.names()

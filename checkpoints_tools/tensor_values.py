@@ -1,6 +1,6 @@
-"""The values of one tensor, or a box of it, of a checkpoint or an archive: listed where they are few, and in summary.
+"""The values of one tensor, or a box of it, in a checkpoint or an archive: a list if there are few, and a summary.
 
-Of an archive only the chunks are read that hold a part of the box.
+Of an archive only the chunks that overlap the box are read.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _PIECE = 1 << 20  # elements that are summed up at once, in fp64
 
 
 def values(path: Path, *, name: str, step: int | None = None, box: str = "") -> dict[str, Any]:
-    """Look at a tensor.
+    """Values of a tensor.
 
     Args:
         path: a run's folder or an archive.
-        name: the tensor; parts of the name may be left out if only one tensor fits.
+        name: the tensor; parts of the name may be omitted if only one tensor matches.
         step: the checkpoint; None: the newest.
-        box: one index or range per dimension, e.g. "0,3:7"; dimensions at the end may be left out.
+        box: one index or range per dimension, e.g. "0,3:7"; dimensions at the end may be omitted.
 
     Returns:
         `name`, `shape`, `dtype`, `slice`, `selected` (shape of the box), `values` (None if there are more than 256);
-        `min`, `max`, `mean`, `std`, `norm`, `zeros` of what is finite, and `not_finite`.
+        `min`, `max`, `mean`, `std`, `norm`, `zeros` of the finite values, and `not_finite`.
 
     Raises:
-        CheckpointError: there is no such checkpoint or tensor, or what holds it is damaged.
+        CheckpointError: there is no such checkpoint or tensor, or its data are damaged.
         UsageError: the box does not fit the tensor.
     """
     source = decoded(open_source(path, step))
@@ -59,12 +59,13 @@ def values(path: Path, *, name: str, step: int | None = None, box: str = "") -> 
 
 
 def find(source: TensorSource, name: str) -> str:
-    """The full name of a tensor: its own, or the only one that has these parts in this order and the same last one.
+    """The full name of a tensor: an exact match, or the only one with these parts in this order and the same last part.
 
-    `decoder.layers.3.experts.image.w1` is `decoder.layers.3.mlp.experts.image.w1`. Weights go before optimizer state.
+    `decoder.layers.3.experts.image.w1` is `decoder.layers.3.mlp.experts.image.w1`. Weights are preferred to optimizer
+    state.
 
     Raises:
-        CheckpointError: none fits, or several do.
+        CheckpointError: none matches, or several do.
     """
     everything = source.names()
     if name in everything:
@@ -85,10 +86,10 @@ def _abbreviates(parts: list[str], full: list[str]) -> bool:
 
 
 def parse_box(text: str, shape: tuple[int, ...]) -> tuple[list[slice], set[int]]:
-    """`0,3:7` as slices of every dimension, and the dimensions that an index takes away.
+    """`0,3:7` as slices of every dimension, and the dimensions that an index removes.
 
     Raises:
-        UsageError: it is no box, or not one of this shape.
+        UsageError: it is not a box, or not one of this shape.
     """
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     said = "x".join(map(str, shape)) or "scalar"
@@ -139,7 +140,7 @@ def summarize(tensor: Tensor) -> dict[str, Any]:
     if not number:
         return dict.fromkeys(("min", "max", "mean", "std", "norm")) | found
     mean = total / number
-    # Two passes: the difference of large sums would lose the deviation of values far from zero.
+    # Two passes, because a difference of large sums would lose the precision of the deviation.
     apart = sum(_squared_distance(piece, mean) for piece in flat.split(_PIECE))
     return {
         "min": low,

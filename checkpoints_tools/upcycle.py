@@ -1,10 +1,11 @@
-"""Upcycling: a trained model with one FFN, or one per modality, becomes one with several experts (MoMa, section 2.5).
+"""Upcycling: converts a trained model with one FFN, or one per modality, to one with experts (MoMa, section 2.5).
 
 Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies. The result is
-a checkpoint of step 0, so the learning rate's schedule starts again, with the source's place in the data, so that
+a checkpoint of step 0, so the learning rate's schedule starts again. It has the source's position in the data, so that
 training sees new documents. Tensors are streamed. Any layout can train the result, through mmscale.train.
 
-What the model computes right after depends on where norms stand (`PRESERVES`, and a test for each).
+Whether the new model computes the same as the old one depends on the norm placement (`PRESERVES`, with a test for
+each).
 
 Letters: F inner width, H hidden width, N experts of a group.
 """
@@ -47,7 +48,7 @@ PRESERVES = {
 }
 _STATES = ("exp_avg", "exp_avg_sq", "param")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# Auxiliary routers predicted another choice.
+# Dropped, because the old auxiliary routers predict other choices.
 _AUXILIARY = (".mlp.auxiliary.", ".depth_auxiliary.", "auxiliary_optimizer.")
 
 
@@ -69,13 +70,13 @@ def upcycle(
         step: the checkpoint; None: the newest.
         out: the folder of the new run.
         experts: number of each group's experts: of each modality, or of one mixed group.
-        keep_moments: experts get copies of the FFN's optimizer moments, too; else theirs begin at 0, as routers' do.
-        steps: `train.steps` of the new run; None: what the old one had left, or as many again if nothing.
+        keep_moments: copy the FFN's optimizer moments to the experts too; otherwise theirs begin at 0, like routers'.
+        steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
         seed: of the new routers; None: `run.seed`.
-        on_stage: told the name of every sub-step; tests end the process there.
+        on_stage: called with the name of every sub-step; tests end the process there.
 
     Returns:
-        What was written, and `experts`, `preserves`, `sequences`, `steps` and `next`.
+        A summary of the new checkpoint, and `experts`, `preserves`, `sequences`, `steps` and `next`.
 
     Raises:
         UsageError: the groups are not those of the model's modalities.
@@ -125,8 +126,8 @@ def _upcycled(old: Config, experts: Mapping[str, int], *, done: int, steps: int 
     settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
     settings["model"]["auxiliary"]["mode"] = "off"
     settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
-    if per_modality and old.model.experts.share == "auto":  # of a dense run, which never asked for it
-        with contextlib.suppress(MmscaleError):  # training will ask again
+    if per_modality and old.model.experts.share == "auto":  # a dense run has never measured it
+        with contextlib.suppress(MmscaleError):  # training will try again
             share = nominal_share(Config.model_validate(settings))
             settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
     new = Config.model_validate(settings)
@@ -136,16 +137,16 @@ def _upcycled(old: Config, experts: Mapping[str, int], *, done: int, steps: int 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """One weight of the new model.
+    """How one weight of the new model is made.
 
     Attributes:
         shape: of the new tensor.
-        source: the old weight that it is made of; None: it is new.
-        form: the old tensor as the new one, or as one expert of it; a view.
+        source: the old weight that it is made from; None: it is new.
+        form: converts the old tensor to the new one, or to one of its experts; a view.
         like: an old weight of the same type.
-        fresh: "router": drawn; "cutoffs": where averages of cut-offs start.
-        is_expert: its optimizer moments are dropped unless they are to be kept.
-        is_parameter: the optimizer has state of it.
+        fresh: "router": drawn; "cutoffs": initial values of averaged cut-offs.
+        is_expert: its optimizer moments are dropped unless `keep_moments`.
+        is_parameter: the optimizer has state for it.
     """
 
     shape: tuple[int, ...]
@@ -180,7 +181,7 @@ class Upcycled:
             for name, recipe in _recipes(old, new, f"decoder.layers.{layer}."):
                 self._recipes[name] = recipe
                 replaced |= {recipe.source} if recipe.source is not None else set()
-        # FP8 scales of another model say nothing about this one's.
+        # The FP8 scales of the old model do not apply to the new one.
         there = {name for name in source.names() if not name.endswith(SCALING)}
         missing = sorted(replaced - there)
         if missing:
@@ -229,7 +230,7 @@ class Upcycled:
         if recipe.source is not None and not (is_moment and recipe.is_expert and not self._keep):
             whole = recipe.form(self._source.read(f"{prefix}{recipe.source}")).expand(recipe.shape)
         elif recipe.fresh == "router" and not is_moment:
-            # The optimizer's fp32 copy and the weight are one drawing, rounded or not.
+            # The optimizer's fp32 copy and the weight are drawn from the same numbers; the weight is rounded.
             whole = _drawn(recipe.shape, key=f"{self._seed}/upcycle/{weight}", std=self._new.model.init_std)
             whole = whole.to(self._source.entry(recipe.like).dtype).float() if prefix else whole
         elif recipe.fresh == "cutoffs":
@@ -241,7 +242,7 @@ class Upcycled:
         return whole if region is None else whole[tuple(region)].clone()
 
     def info(self) -> dict[str, Any]:
-        """What goes into mmscale.json."""
+        """The content of mmscale.json."""
         settings = {
             "shape": shape_of(self._new),
             "config": self._new.model_dump(mode="json"),
@@ -250,7 +251,7 @@ class Upcycled:
         return self._source.info() | settings | {"attempt": 1}
 
     def manifest(self) -> CheckpointManifest:
-        """Where it comes from."""
+        """Its origin."""
         return CheckpointManifest(
             step=0, attempt=1, config_digest=digest(self._new), code_version=code_version(), topology={}, files={}
         )
@@ -268,11 +269,11 @@ class Upcycled:
         return found
 
     def _optimizer(self, settings: dict[Any, Any]) -> dict[Any, Any]:
-        """megatron-core has one optimizer for dense parameters (0) and one for experts (1).
+        """Settings of megatron-core's two optimizers, for dense parameters (0) and for experts (1).
 
-        Both count the old steps: megatron-core needs one number for all groups, and counting from zero would scale the
-        kept moments up by Adam's bias correction. Moments that begin at 0 without it make first updates (1 - beta1) /
-        sqrt(1 - beta2) of full size, 0.45 by default, while the learning rate warms up.
+        Both keep the old step count: megatron-core needs the same one for all groups, and with a count of zero Adam's
+        bias correction would scale the kept moments up. Moments that begin at 0 without that correction make first
+        updates (1 - beta1) / sqrt(1 - beta2) of full size, 0.45 by default, while the learning rate warms up.
         """
         if not self._gone:
             return settings
@@ -284,13 +285,13 @@ class Upcycled:
         return {0: settings, 1: expert}
 
     def objects(self) -> dict[str, bytes]:
-        """Serialized objects of the parts that stay."""
+        """Serialized objects of the unchanged parts."""
         gone = tuple(f".{name.removesuffix('weight')}" for name in self._gone)
         return {name: value for name, value in self._source.objects().items() if not any(part in name for part in gone)}
 
 
 def _recipes(old: Config, new: Config, layer: str) -> Iterator[tuple[str, _Recipe]]:
-    """The new tensors of one layer that are not the old ones; `layer`: the prefix of their names."""
+    """The tensors of one layer that are new or changed; `layer`: the prefix of their names."""
     before = layer_tensors(old, depth=False)
     ffn = [tensor for tensor in before if tensor.part is TensorPart.FFN]  # gate and up projection, down projection
     norms = [tensor.name for tensor in before if tensor.part is TensorPart.NORM]
@@ -313,7 +314,7 @@ def _recipes(old: Config, new: Config, layer: str) -> Iterator[tuple[str, _Recip
 
 
 def _weight_of(name: str) -> str:
-    """The weight that a tensor is, or is optimizer state of."""
+    """The weight that a tensor is, or whose optimizer state it is."""
     for state in _STATES:
         name = name.removeprefix(f"{OPTIMIZER}state.{state}.")
     return name

@@ -1,5 +1,5 @@
 # Bandwidth of all-reduces inside nodes and between them: `srun --ntasks-per-node=GPUS python -m slurm.bandwidth`.
-# It measures and prints; what is too little is the profile's to say, and what follows launch/nodes.py's.
+# It measures and prints. The profile has the minimum values, and launch/nodes.py acts on the results.
 """How fast the ranks of a job are together, before they train.
 
 One JSON object a line: each node's own figure as soon as it is known (`inside`), then one for each pair of neighbours
@@ -33,7 +33,7 @@ _WARM_UP, _ROUNDS = 2, 5
 
 
 def pairs(nodes: int) -> list[tuple[int, int]]:
-    """Neighbours, so that every node has two of them (one if there are two nodes, or at the ends of an odd row)."""
+    """Pairs of neighbouring nodes. Every node is in two pairs (in one if there are two nodes, or at the ends)."""
     first = [(node, node + 1) for node in range(0, nodes - 1, 2)]
     second = [(node, (node + 1) % nodes) for node in range(1, nodes, 2) if nodes > 2]
     return first + [pair for pair in second if pair[0] != pair[1]]
@@ -59,7 +59,7 @@ def measure(group: dist.ProcessGroup | None, *, megabytes: float, rounds: int = 
 
 
 def run(env: RankEnv, *, megabytes: float) -> None:
-    """Measure inside nodes, between neighbours and over all ranks; print what is known, as soon as it is."""
+    """Measure inside nodes, between neighbours and over all ranks; print each result as soon as it is known."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     local, count = env.local_world_size, env.world_size // env.local_world_size
     node = env.rank // local
@@ -74,7 +74,7 @@ def run(env: RankEnv, *, megabytes: float) -> None:
         return
     names: list[Any] = [None] * env.world_size
     dist.all_gather_object(names, name)
-    # All groups first: every rank takes part in making each, and would wait there for the pair that is being measured.
+    # Create all groups first: every rank takes part in creating each, and would wait for the pair that is measured.
     groups = {}
     for one, other in pairs(count):
         members = [rank for place in (one, other) for rank in range(place * local, (place + 1) * local)]
@@ -91,7 +91,7 @@ def run(env: RankEnv, *, megabytes: float) -> None:
 
 def _tell(**fields: Any) -> None:
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in fields.items()}
-    sys.stdout.write(json.dumps(rounded) + "\n")  # one write: lines of several ranks must not mix
+    sys.stdout.write(json.dumps(rounded) + "\n")  # one write, so that lines of several ranks do not mix
     sys.stdout.flush()
 
 
@@ -103,7 +103,7 @@ def main() -> int:
     given = parser.parse_args()
     env = discover()
     if env.world_size == 1:
-        return 0  # nobody to talk to
+        return 0  # there is no other rank
     own = device.current_device(env.local_rank)
     dist.init_process_group(
         device.backend(),

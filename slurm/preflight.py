@@ -1,5 +1,5 @@
 # Checks of one node before training: `srun --ntasks-per-node=1 python -m slurm.preflight ...`, one JSON object a node.
-# It needs no torch and takes a second; what follows from it (requeue without the node, cordon file) launch/job.py does.
+# Needs no torch and takes a second. launch/job.py acts on the result (requeue without the node, cordon file).
 """Node checks.
 
 A node that would fail an hour into a run, or slow all others down, is cheaper to find before: devices missing or in
@@ -26,16 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# clock and all_reduce are about several nodes: launch/nodes.py and slurm/bandwidth.py look at these.
+# The checks clock and all_reduce involve several nodes; they are in launch/nodes.py and slurm/bandwidth.py.
 CHECKS = (
     *("gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "disk", "shared_memory", "run_folder", "python", "clock"),
     "all_reduce",
 )
 _PYTHON = (3, 11)
-# What `mmscale train` cannot do without.
+# Modules that `mmscale train` requires.
 MODULES = ("torch", "megatron", "numpy", "orjson", "psutil", "pydantic", "rich", "typer", "xxhash", "yaml")
-MAX_SKEW_S = 30.0  # between nodes; certificates, leases and logs of one run are compared across them
-_SMI_TIMEOUT_S = 30.0  # a broken driver lets nvidia-smi hang
+MAX_SKEW_S = 30.0  # between nodes; certificates, leases and logs depend on their clocks
+_SMI_TIMEOUT_S = 30.0  # with a broken driver nvidia-smi hangs
 _BUSY_MIB = 500.0
 # Errors of the driver after which a device needs a reset or a technician (NVIDIA, "XID errors"): double-bit ECC, failed
 # row remapping, NVLink, fallen off the bus, uncontained ECC, GSP timeout.
@@ -44,10 +44,10 @@ _XIDS = frozenset({48, 64, 74, 79, 95, 119, 120})
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a node has to offer.
+    """The requirements for a node.
 
     Attributes:
-        gpus: devices.
+        gpus: number of devices.
         disk_gb: free in the run folder's file system [GB].
         shared_memory_gb: free in /dev/shm [GB].
         run: the run's folder.
@@ -69,10 +69,10 @@ def examine(
     """Run the checks on this node.
 
     Args:
-        wanted: what it has to offer.
+        wanted: the requirements.
         skip: names of checks that are turned off.
-        smi: asks nvidia-smi for fields of each device; tests give another one.
-        kernel: gives the kernel's log; tests give another one.
+        smi: queries nvidia-smi for fields of each device; replaced in tests.
+        kernel: returns the kernel's log; replaced in tests.
 
     Returns:
         node, time, problems (check -> what is wrong), measured.
@@ -119,7 +119,7 @@ def _shared_memory(wanted: Wanted, measured: dict[str, Any]) -> str:
 
 
 def _run_folder(wanted: Wanted, measured: dict[str, Any]) -> str:
-    """Write, read back, remove: a full quota shows at the write, a read-only mount at the open."""
+    """Write, read and remove a file: a full quota fails at the write, a read-only mount at the open."""
     file = wanted.run / f".preflight.{socket.gethostname()}.{uuid.uuid4().hex}"
     text = os.urandom(4096)
     began = time.monotonic()
@@ -133,7 +133,7 @@ def _run_folder(wanted: Wanted, measured: dict[str, Any]) -> str:
 
 
 def _python(wanted: Wanted, measured: dict[str, Any]) -> str:
-    """Whether this interpreter, which may be a container's, has what a rank imports; nothing is imported."""
+    """Whether this interpreter, possibly in a container, has the modules that a rank imports; nothing is imported."""
     measured["python"] = found = f"{sys.executable} (Python {platform.python_version()})"
     if sys.version_info < _PYTHON:
         return f"{found} is older than {'.'.join(map(str, _PYTHON))}"
@@ -150,7 +150,7 @@ def _nvidia_smi(fields: str) -> list[list[str]]:
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S)
     if ended.returncode:
-        said = (ended.stdout.strip() or ended.stderr.strip()).splitlines()  # nothing at all if it was killed
+        said = (ended.stdout.strip() or ended.stderr.strip()).splitlines()  # empty if it was killed
         raise OSError(f"nvidia-smi: {said[0] if said else f'exit status {ended.returncode}'}")
     return [[value.strip() for value in line.split(",")] for line in ended.stdout.splitlines() if line.strip()]
 
@@ -167,14 +167,14 @@ def _gpu_idle(smi: Callable[[str], list[list[str]]]) -> str:
 
 
 def _gpu_memory_errors(smi: Callable[[str], list[list[str]]]) -> str:
-    """Devices without ECC say N/A."""
+    """Uncorrectable memory errors. Devices without ECC report N/A."""
     rows = smi("index,ecc.errors.uncorrected.volatile.total")
     bad = [f"GPU {index}: {count}" for index, count in rows if count.isdigit() and int(count)]
     return f"uncorrectable memory errors since the last reset: {'; '.join(bad)}" if bad else ""
 
 
 def _kernel_log() -> str:
-    """What the kernel has said since this node started; "" where plain users may not read it."""
+    """The kernel's log since this node started; "" if ordinary users may not read it."""
     if shutil.which("dmesg") is None:
         return ""
     ended = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=_SMI_TIMEOUT_S)
@@ -182,7 +182,7 @@ def _kernel_log() -> str:
 
 
 def _gpu_xid(measured: dict[str, Any], log: str) -> str:
-    """Errors that a driver's reset clears from the device, and that come back under load."""
+    """Errors in the log that a reset of the driver removes from the device, but that recur under load."""
     found = [(int(code), device) for device, code in re.findall(r"NVRM: Xid \(PCI:([0-9A-Fa-f:.]+)\): (\d+)", log)]
     measured["gpu_xids"] = sorted({code for code, _ in found}) if log else "the kernel's log may not be read"
     bad = sorted({f"XID {code} of PCI {device}" for code, device in found if code in _XIDS})
@@ -190,11 +190,11 @@ def _gpu_xid(measured: dict[str, Any], log: str) -> str:
 
 
 def clock_problems(answers: Sequence[Mapping[str, Any]], *, within_s: float) -> dict[str, str]:
-    """Nodes whose clock is off: further from the median than can be explained by when they were asked.
+    """Nodes whose clocks differ from the median by more than the delay of the queries can explain.
 
     Args:
         answers: of all nodes.
-        within_s: all of them were asked in this time [seconds].
+        within_s: time within which all of them were queried [seconds].
     """
     times = sorted(float(answer["time"]) for answer in answers)
     if not times:

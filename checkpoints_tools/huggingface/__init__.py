@@ -1,1 +1,1 @@
-"""Hugging Face: export and its gate, import, evaluation and generation from an exported folder."""
+"""Hugging Face: export with its acceptance check (the gate), import, evaluation and generation from an export."""

@@ -37,7 +37,7 @@ print(processor.pieces(ids[0]))  # {pieces}
 
 
 def card(config: Config, report: dict[str, Any], *, run: Path, step: int, licence: str = "") -> str:
-    """README.md of the exported folder, with metadata as the Hugging Face Hub reads them.
+    """README.md of the exported folder, with metadata for the Hugging Face Hub.
 
     Args:
         config: the run's configuration.
@@ -67,7 +67,7 @@ def _results(run: Path, step: int) -> list[EvalResult]:
         results.append(
             EvalResult(
                 task_type=_TASK,
-                dataset_type=name or "held-out",  # results of one type become one data set
+                dataset_type=name or "held-out",  # the Hub groups results of one type as one data set
                 dataset_name=name or "held-out split of the training data",
                 metric_type="loss",
                 metric_name=key.removeprefix(EVAL),
@@ -137,7 +137,7 @@ def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> st
 
 
 def losses_table(config: Config, run: Path, step: int) -> str:
-    """The last held-out losses up to the step, with those of the auxiliary stage's routers; batch routing is named."""
+    """The last held-out losses up to the step, including those with the auxiliary stage's routers, by routing mode."""
     found = _measured(run, step)
     if not found:
         return "None were logged."
@@ -151,7 +151,7 @@ def losses_table(config: Config, run: Path, step: int) -> str:
 
 
 def _measured(run: Path, step: int) -> dict[str, tuple[int, float]]:
-    """Step and value by key. Where the stage trained routers for this checkpoint, they are the exported ones."""
+    """Step and value by key. If the stage trained routers for this checkpoint, its values are used."""
     found: dict[str, tuple[int, float]] = {}
     for record in read_metrics(run):
         if record["step"] <= step:

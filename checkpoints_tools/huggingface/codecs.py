@@ -1,4 +1,4 @@
-"""Puts the files of modalities besides images beside the weights: an export reads recordings without mmscale."""
+"""Copies the modules of modalities besides images next to the weights, so that an export needs no mmscale for them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FILE = "codecs_moma.py"
 
 
 def write_codecs(folder: Path, names: Iterable[str]) -> None:
-    """Write `codecs_moma.py` and the files of its classes.
+    """Write `codecs_moma.py` and the modules of its classes.
 
-    Modalities whose file needs this package are left out: the export's processor then knows their ids only.
+    Modalities whose module needs this package are omitted; the export's processor then knows only their ids.
 
     Args:
         folder: the export.
@@ -33,7 +33,7 @@ def write_codecs(folder: Path, names: Iterable[str]) -> None:
         lines.append(f"from .{module} import {modality.__name__}")
         entries.append(f'    "{name}": {modality.__name__},')
     if not lines:
-        return  # the empty table was copied
+        return  # the copied file already has an empty table
     table = ["CODECS: dict[str, Any] = {", *entries, "}"]
     head = '"""Modalities besides text and images that this folder\'s model has: name -> class."""'
     content = [head, "", "from typing import Any", "", *lines, "", *table, "", '__all__ = ["CODECS"]', ""]

@@ -1,8 +1,8 @@
-"""Weights of dense models that torchtitan or Megatron-LM has saved, under the names of a Hugging Face folder.
+"""Weights of dense models saved by torchtitan or Megatron-LM, under the names of a Hugging Face folder.
 
-Both write torch.distributed.checkpoint's format. The folder also has the model's config.json and tokenizer.json, which
-the two do not save. Only tensors of the model are read; the pickled index is read by a strict reader, and pickled
-objects are never opened.
+Both write torch.distributed.checkpoint's format. The folder must also have the model's config.json and tokenizer.json,
+which the two programs do not save. Only tensors of the model are read; the pickled index is read by a strict reader,
+and pickled objects are never opened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INDEX = ".metadata"
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _AGAIN = "copy the folder again, or save the model again"
 _LAYER = re.compile(r"^(layers|decoder\.layers)\.(\d+)\.")
-# Tensors that are no weights: what training keeps beside the model, and angles that follow from config.json.
+# Tensors that are not weights: training state, and rotary angles that follow from config.json.
 _BESIDE = re.compile(
     r"^(chained_\d+\.)?(optimizer|optim|lr_scheduler|opt_param_scheduler|train_state|dataloader|rng_state|"
     r"rerun_state_machine_state)(\.|$)|^(model\.)?(freqs_cis|rope_cache|rotary_pos_emb\.inv_freq)$"
@@ -40,12 +40,13 @@ _BESIDE = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one tensor of the model comes from.
+    """The origin of one tensor of the model.
 
     Attributes:
         name: in the checkpoint.
-        take: gives the model's tensor from the stored one; works on the device 'meta' too.
-        layer: which of the layers that the stored tensor holds [L, ...], and `take` gets; None: it holds one.
+        take: computes the model's tensor from the stored one; works on the device 'meta' too.
+        layer: index of the layer if the stored tensor holds all layers [L, ...]; `take` gets this layer only. None: it
+            holds one.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Origin:
 
 
 class DcpFiles:
-    """The weights of a folder by the names that transformers gives them; as `ModelFiles`.
+    """The weights of a folder by the names of transformers; as `ModelFiles`.
 
     Args:
         folder: with `.metadata` and its files.
@@ -62,12 +63,12 @@ class DcpFiles:
 
     Raises:
         CheckpointError: config.json is of a model that cannot be imported, the index cannot be read, the names are
-            those of neither program, or some of the tensors have no place in the model.
+            those of neither program, or some tensors do not belong to the model.
     """
 
     def __init__(self, folder: Path, content: dict[str, Any]) -> None:
         refuse_others(content)
-        # The parts of a fused tensor come soon after one another, weights and biases in turns.
+        # The parts of a fused tensor are read shortly after one another, alternating between weights and biases.
         self._load_fused = functools.lru_cache(maxsize=2)(self._load)
         self.folder = folder
         self._index = tensor_index.read(folder)
@@ -96,7 +97,7 @@ class DcpFiles:
         )
 
     def _refuse_more_layers(self, number: _Numbers) -> None:
-        """Refuse layers beyond those of config.json, which would be dropped."""
+        """Refuse a checkpoint with more layers than config.json, because the others would be dropped."""
         layers = {int(found[2]) for name in self._stored if (found := _LAYER.match(name.removeprefix("model.")))}
         stacked = {entry.size[0] for name, entry in self._stored.items() if entry.size and _STACKED.match(name)}
         for count in ({max(layers) + 1} if layers else set()) | stacked:
@@ -107,7 +108,7 @@ class DcpFiles:
                 )
 
     def _refuse_unnamed(self, number: _Numbers) -> None:
-        """Refuse weights that no tensor of the model comes from: without them it would compute something else."""
+        """Refuse weights from which no tensor of the model is computed, because the model would differ without them."""
         named = {origin.name for origin in self._origins.values()}
         unnamed = sorted(name for name in self._stored if name not in named and not _BESIDE.match(name))
         if unnamed:
@@ -118,11 +119,11 @@ class DcpFiles:
             )
 
     def names(self) -> set[str]:
-        """Names of the model's tensors that the checkpoint holds."""
+        """Names of the model's tensors that the checkpoint contains."""
         return {name for name, origin in self._origins.items() if origin.name in self._stored}
 
     def file(self, name: str) -> Path:
-        """The file that says where a tensor is."""
+        """The file to name in errors about a tensor."""
         return self.folder / INDEX
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -138,7 +139,7 @@ class DcpFiles:
         """Type of a tensor's elements.
 
         Raises:
-            CheckpointError: there is no such tensor, or it is of a type that no weight has here.
+            CheckpointError: there is no such tensor, or its type is not supported for weights.
         """
         found = self._entry(name).properties.dtype
         if found not in _TYPES:
@@ -160,7 +161,7 @@ class DcpFiles:
         return self._taken(name, self._load_fused(parts[0])).clone(memory_format=torch.contiguous_format)
 
     def _box(self, name: str) -> ChunkStorageMetadata:
-        """The part of the stored tensor that holds one of the model: all of it, or a layer [1, ...]."""
+        """The part of the stored tensor that belongs to one of the model: all of it, or a layer [1, ...]."""
         size, layer = self._entry(name).size, self._origins[name].layer
         if layer is None:
             return ChunkStorageMetadata(torch.Size([0] * len(size)), size)
@@ -195,7 +196,7 @@ class DcpFiles:
         return self._stored[origin.name]
 
     def _taken(self, name: str, stored: Tensor) -> Tensor:
-        """The model's tensor from the box."""
+        """The model's tensor, computed from the box."""
         origin = self._origins[name]
         try:
             return origin.take(stored if origin.layer is None else stored[0])
@@ -211,7 +212,7 @@ class DcpFiles:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What names and shapes depend on.
+    """The values of config.json that names and shapes depend on.
 
     Attributes:
         kind: model_type.
@@ -231,7 +232,7 @@ class _Numbers:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> _Numbers:
-        """The numbers of a config.json that `refuse_others` let pass."""
+        """The values of a config.json that `refuse_others` has accepted."""
         heads = content["num_attention_heads"]
         return cls(
             kind=content["model_type"],
@@ -245,11 +246,14 @@ class _Numbers:
 
 
 Named = Iterator[tuple[str, Origin]]
-_ROTATES_NEIGHBOURS = frozenset({"llama"})  # kinds whose code in torchtitan rotates neighbouring channels of a head
+_ROTATES_NEIGHBOURS = frozenset({"llama"})  # kinds for which torchtitan rotates neighbouring channels of a head
 
 
 def _torchtitan(number: _Numbers, there: frozenset[str]) -> Named:
-    """Llama as in torchtitan/models/llama3, whose heads rotate neighbouring channels; Qwen3 rotates halves as here."""
+    """Names of torchtitan.
+
+    Llama (torchtitan/models/llama3) rotates neighbouring channels; Qwen3 rotates halves as here.
+    """
 
     def rotated(heads: int) -> Callable[[Tensor], Tensor]:
         if number.kind not in _ROTATES_NEIGHBOURS:
@@ -287,17 +291,17 @@ _STACKED = re.compile(r"^(model\.)?decoder\.layers\.(self_attention|mlp)\.")
 
 
 def _megatron(number: _Numbers, there: frozenset[str]) -> Named:
-    """GPTModel's names; layers of its own, or all of them in one tensor with a leading axis [L, ...]."""
+    """GPTModel's names, with separate tensors for layers, or one with a leading axis [L, ...] for all of them."""
     stacked = any(_STACKED.match(name) for name in there)
 
     def origin(layer: int, *names: str, take: Callable[[Tensor], Tensor] = lambda stored: stored) -> Origin:
-        """The first of some names that the checkpoint has: Transformer-Engine's linears hold the norm before them."""
+        """The first of some names that the checkpoint has. Transformer-Engine's linears include the norm before."""
         here = "decoder.layers." if stacked else f"decoder.layers.{layer}."
         name = next((here + name for name in names if here + name in there), here + names[0])
         return Origin(name, take, layer if stacked else None)
 
     def part(which: slice, heads: int) -> Callable[[Tensor], Tensor]:
-        """Query, key or value heads of the fused projection, which goes by key/value heads."""
+        """Query, key or value heads of the fused projection, which is ordered by key/value heads."""
 
         def take(fused: Tensor) -> Tensor:
             inner = fused.shape[1:]
@@ -341,7 +345,7 @@ def _half(which: int) -> Callable[[Tensor], Tensor]:
     return lambda stored: stored.chunk(2)[which]
 
 
-# Program -> a tensor that every model of it has, and the names of its tensors.
+# For each program, a tensor that all of its models have, and the names of its tensors.
 PROGRAMS: dict[str, tuple[str, Callable[[_Numbers, frozenset[str]], Named]]] = {
     "torchtitan": ("tok_embeddings.weight", _torchtitan),
     "Megatron-LM": ("embedding.word_embeddings.weight", _megatron),

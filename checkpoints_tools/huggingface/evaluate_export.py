@@ -1,7 +1,7 @@
 """Evaluates an exported folder (`mmscale eval`) with transformers, on a run's evaluation data.
 
-A row is one document here, whereas a run packs several into a sequence. Causal routing decides for a token from its own
-document alone, so both give the same numbers except for rounding. generator.py loads the folder.
+A row is one document here, whereas a run packs several into a sequence. Causal routing decides for a token from its
+own document alone, so both give the same values except for rounding. generator.py loads the folder.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ def evaluate_export(
     """Evaluate an exported folder in this process.
 
     Args:
-        folder: what `mmscale convert to-hf` made.
+        folder: made by `mmscale convert to-hf`.
         step: must be None: an export has no steps.
-        data: a prepared data set; None: the one that the model was trained on, by the path it had.
+        data: a prepared data set; None: the one that the model was trained on, at its path during training.
         batches: global batches of the run's configuration; None: the whole held-out split.
-        routing: causal, top1 or threshold; None: as config.json says.
-        tasks: plug-ins that measure something else.
+        routing: causal, top1 or threshold; None: as in config.json.
+        tasks: plug-ins with other tasks.
         questions: files of questions by name.
 
     Returns:
-        `run` (the folder), `step` (None), `routing`, and what `mmscale.inference.scores.measured` gives.
+        `run` (the folder), `step` (None), `routing`, and the result of `mmscale.inference.scores.measured`.
 
     Raises:
-        CheckpointError: the folder is damaged, no export of ours, or has nothing for that routing.
+        CheckpointError: the folder is damaged, not an export of mmscale, or does not support that routing.
         DataError: the data set is missing, damaged, or made with another vocabulary or other tokenizers.
-        UsageError: a step was named.
+        UsageError: a step was given.
     """
     generator = open_generator(folder, step, routing=routing)
     config = generator.config if data is None else with_data(generator.config, data)
@@ -89,14 +89,14 @@ def trained_tokenizers(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _ExportScorer:
-    """A model of transformers, on so many global batches."""
+    """A transformers model, evaluated on a number of global batches."""
 
     generator: Generator
     vocabulary: Vocabulary
     batches: int | None
 
     def losses(self, data: Mixture) -> dict[str, float]:
-        """Over the labels of the documents that the run's evaluation reads."""
+        """Losses over the labels of the documents that the run's evaluation reads."""
         number = data.len_epoch()
         if self.batches is not None:
             number = min(number, self.batches * global_micro_batches(self.generator.config))
@@ -118,7 +118,7 @@ class _ExportScorer:
         return mean_losses(total, self.vocabulary.names)
 
     def answers(self, asked: Sequence[Asked]) -> Answers:
-        """A row for all that read the same tokens."""
+        """The answers, with one row for all documents that have the same input."""
         askers: dict[tuple[int, ...], list[int]] = {}
         for number, one in enumerate(asked):
             askers.setdefault(one.read, []).append(number)
@@ -146,7 +146,7 @@ class _ExportScorer:
     def _logits(self, documents: Sequence[NDArray[np.int64]]) -> Iterator[tuple[list[int], Tensor]]:
         """Documents of similar lengths in batches: their numbers, and logits fp32 [rows, longest, vocabulary].
 
-        Padding stands behind, where no token of a causal model sees it.
+        Padding comes last, where no token of a causal model attends to it.
         """
         model = self.generator.model
         by_length = sorted(range(len(documents)), key=lambda number: len(documents[number]), reverse=True)
@@ -166,7 +166,7 @@ class _ExportScorer:
 def _documents(batch: MicroBatch) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
     """Tokens, labels and loss mask of every document of packed sequences."""
     for row in range(len(batch.tokens)):
-        used = int((batch.modality_ids[row] >= 0).sum())  # padding stands behind
+        used = int((batch.modality_ids[row] >= 0).sum())  # padding comes last
         starts = [*np.flatnonzero(batch.position_ids[row, :used] == 0), used]
         for start, end in pairwise(starts):
             yield batch.tokens[row, start:end], batch.labels[row, start:end], batch.loss_mask[row, start:end]

@@ -24,11 +24,11 @@ _SUFFIX = "_tokenizer"
 
 
 def settings(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
-    """What goes into config.json under `mmscale`.
+    """The content of config.json under `mmscale`.
 
     Args:
         config: the run's configuration.
-        tokenizers: fingerprints of the data set's, `text_tokenizer` and so on, perhaps among other facts.
+        tokenizers: fingerprints of the data set's tokenizers, `text_tokenizer` and so on; other entries are ignored.
     """
     found = {name: str(value) for name, value in tokenizers.items() if name.endswith(_SUFFIX)}
     tested = {"oldest": OLDEST, "newest": NEWEST}
@@ -55,10 +55,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_layers(content: dict[str, Any]) -> None:
-    """Refuse a number of layers that no model has: transformers makes lists of that length before it looks at weights.
+    """Refuse an impossible number of layers: transformers creates lists of that length before it reads weights.
 
     Raises:
-        ValueError: it is no whole number, or larger than `model.num_layers` may be.
+        ValueError: it is not an integer, or larger than `model.num_layers` may be.
     """
     layers = content.get("num_hidden_layers", 1)
     if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
@@ -83,7 +83,7 @@ def refuse_quantised(folder: Path, content: dict[str, Any]) -> None:
 
 
 def is_ours(folder: Path, content: dict[str, Any]) -> bool:
-    """Whether a folder with this config.json came from `mmscale convert to-hf`, perhaps by way of a fine-tuning."""
+    """Whether a folder with this config.json came from `mmscale convert to-hf`, possibly fine-tuned since."""
     return KEY in content or (folder / _BEFORE).is_file()
 
 
@@ -109,7 +109,7 @@ def config_of_export(folder: Path, content: dict[str, Any]) -> Config:
 
 
 def tokenizers_of_export(folder: Path, content: dict[str, Any]) -> dict[str, str]:
-    """Fingerprints of the tokenizers that the model was trained with; empty if they are not known."""
+    """Fingerprints of the tokenizers that the model was trained with; empty if they are unknown."""
     try:
         held = content[KEY]["tokenizers"] if KEY in content else bounded.read_json(folder / REPORT)["data"]
         return by_modality({name: str(value) for name, value in held.items() if name.endswith(_SUFFIX)})

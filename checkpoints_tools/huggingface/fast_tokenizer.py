@@ -1,6 +1,6 @@
 """Converts a data set's text tokenizer to a Hugging Face fast tokenizer with a name for every id.
 
-Names of image tokens are for printing and look-up; text of a user never becomes one, nor a special token. Unused ids
+Names of image tokens are for printing and look-up; text never becomes such a token, or a special token. Unused ids
 have names too, so that `len(tokenizer)` is the number of the embedding's rows, to which users resize it.
 """
 
@@ -47,7 +47,7 @@ def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, rows: int, co
             f"text tokenizer: the word {taken[0]!r} would be taken for an image token or an unused id",
             remedy="rename the modality in vocab.modalities, or choose another text tokenizer",
         )
-    # In the model's vocabulary too: an added token that is not gets the next free id, whatever its entry says.
+    # Added to the model's vocabulary too, because an added token that is missing there gets the next free id.
     content["model"]["vocab"] |= named
     content["added_tokens"] += [{"id": number, "content": name} | flags for name, number in named.items()]
     tokenizer = Tokenizer.from_str(json.dumps(content))

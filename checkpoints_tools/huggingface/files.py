@@ -1,7 +1,7 @@
 """Weights in safetensors shards with an index, written and read tensor by tensor.
 
-Reading trusts nothing: every name in the index must lead to a file in the folder, and every tensor of every shard must
-be in the index.
+Reading checks that every name in the index refers to a file in the folder, and that every tensor of every shard is in
+the index.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
 
 
 class Weights(Protocol):
-    """Something that has named tensors."""
+    """An object with named tensors."""
 
     def entry(self, name: str) -> TensorEntry:
         """Shape and type of a tensor."""
@@ -43,7 +43,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """What was written.
+    """A summary of the written weights.
 
     Attributes:
         tensors: number of tensors.
@@ -57,13 +57,13 @@ class WrittenWeights:
 
 
 def write_weights(folder: Path, source: Weights, moves: Sequence[Move], *, shard_bytes: int) -> WrittenWeights:
-    """Write all tensors; in memory are one shard, the tensor that is being read and a copy of one part of it.
+    """Write all tensors. One shard, the tensor that is being read and a copy of one part of it are in memory.
 
     Args:
-        folder: where to.
+        folder: to write into.
         source: the checkpoint.
-        moves: which of its tensors become what.
-        shard_bytes: largest shard; a tensor that is larger has one of its own [bytes].
+        moves: how its tensors are converted.
+        shard_bytes: largest shard; a larger tensor has a separate one [bytes].
     """
     plan = _plan(source, moves, shard_bytes)
     files = (
@@ -76,13 +76,13 @@ def write_weights(folder: Path, source: Weights, moves: Sequence[Move], *, shard
         parts = move.split(source.read(move.source))
         for name in move.targets:
             part = parts.pop(0)
-            # A view would keep the whole tensor, and safetensors wants plain memory.
+            # Copied, because a view would keep the whole tensor in memory, and safetensors needs contiguous tensors.
             own = part.is_contiguous() and len(move.targets) == 1
             shard[name] = part if own else part.clone(memory_format=torch.contiguous_format)
             where[name] = files[number]
             total += part.nbytes
             del part
-            if len(shard) == len(plan[number]):  # before the next tensor is read
+            if len(shard) == len(plan[number]):  # written before the next tensor is read
                 _write(folder / files[number], shard)
                 shard = {}
                 number += 1
@@ -115,7 +115,7 @@ def _write(file: Path, shard: dict[str, Tensor]) -> None:
 
 
 class WeightsByName(Protocol):
-    """Weights of a folder under the names that transformers gives them."""
+    """Weights of a folder under the names of transformers."""
 
     folder: Path
 
@@ -123,7 +123,7 @@ class WeightsByName(Protocol):
         """Names of all tensors."""
 
     def file(self, name: str) -> Path:
-        """The file to name when a tensor is damaged."""
+        """The file to name in errors about a tensor."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -159,7 +159,7 @@ class ModelFiles:
             self._file |= dict.fromkeys(found, file)
 
     def _listed(self) -> dict[Path, set[str] | None]:
-        """Files with the names that the index promises; None: whatever is in it."""
+        """Files with the names of their tensors in the index; None: there is no index."""
         if not (self.folder / INDEX).exists():
             if not (self.folder / SINGLE).is_file():
                 old = ", ".join(sorted(file.name for file in self.folder.glob("*.bin")))
@@ -211,7 +211,7 @@ class ModelFiles:
         """Type of a tensor's elements.
 
         Raises:
-            CheckpointError: there is no such tensor, or it is of a type that no weight has here.
+            CheckpointError: there is no such tensor, or its type is not supported for weights.
         """
         if name not in self._file:
             raise CheckpointError(f"{self.folder} has no tensor {name}", remedy="it is not a model of this kind")
@@ -225,7 +225,7 @@ class ModelFiles:
         return _DTYPES[found]
 
     def read(self, name: str) -> Tensor:
-        """A tensor, a copy that does not hang on the file.
+        """A tensor, copied so that it does not refer to the file.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -253,7 +253,7 @@ def _inside(folder: Path, name: object, *, said_by: Path) -> Path:
 
 
 def refuse_two_output_layers(files: WeightsByName, *, tied: bool) -> None:
-    """Refuse an output layer of its own where the configuration says that it is the embedding.
+    """Refuse a separate output layer if the configuration says that the embedding is used.
 
     Args:
         files: the model's weights.
@@ -274,7 +274,7 @@ def refuse_two_output_layers(files: WeightsByName, *, tied: bool) -> None:
 
 
 def unaccounted(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """What is missing and what is too much, in words."""
+    """Missing and unexpected names, in words."""
     found, wanted = set(found), set(wanted)
     return [f"{name} is missing" for name in sorted(wanted - found)] + [
         f"{name} is not known" for name in sorted(found - wanted)

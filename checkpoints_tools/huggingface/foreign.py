@@ -1,7 +1,8 @@
-"""Imports dense Qwen3, Qwen2 and Llama models of others as a starting point: configuration, vocabulary, tokenizer.
+"""Imports dense Qwen3, Qwen2 and Llama models as a starting point: configuration, vocabulary, tokenizer.
 
-Ids move up by five for the special tokens, which take over the rows of the model's own if it has them; image tokens
-come after the text. New rows are drawn around the mean of the existing ones. Numbers only; from_hf.py handles files.
+Ids are moved up by five for the special tokens, which take over the rows of the model's own special tokens if it has
+them; image tokens come after the text. New rows are drawn around the mean of the existing ones. This module computes;
+from_hf.py handles files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mmscale.data.vocab import BOS, EOS, PAD, SPECIAL_TOKENS
 from mmscale.errors import CheckpointError, ConfigError, DataError
 from mmscale.tables.settings import ROPE_SCALINGS
 
-# model_type -> settings of the model
+# Settings of the model by model_type.
 KINDS: dict[str, dict[str, bool]] = {
     "qwen3": {"qk_norm": True, "qkv_bias": False},
     "qwen2": {"qk_norm": False, "qkv_bias": True},
@@ -31,9 +32,9 @@ KINDS: dict[str, dict[str, bool]] = {
 }
 _NUMBERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-_LONGEST = 4096  # tokens of a training sequence, unless one is named
-# Of new rows around the mean, relative to the spread of the known ones: with none all image tokens would start as one
-# token, with all of it as random words.
+_LONGEST = 4096  # default limit of the tokens of a training sequence
+# Spread of new rows around the mean, relative to that of the existing rows. With 0 all image tokens would start as the
+# same token, with 1 as random words.
 _SPREAD = 0.1
 
 
@@ -43,7 +44,7 @@ _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_facto
 def translate(
     content: dict[str, Any], files: WeightsByName, *, image_codes: int, seq_length: int | None
 ) -> tuple[Config, list[Move]]:
-    """Configuration of the run and moves of the tensors.
+    """Configuration of the run and conversions of the tensors.
 
     Args:
         content: config.json.
@@ -52,7 +53,7 @@ def translate(
         seq_length: tokens of a training sequence; None: the model's context, at most 4096.
 
     Raises:
-        CheckpointError: it is of another kind, or does something that mmscale's dense model does not.
+        CheckpointError: it is of another kind, or has a feature that mmscale's dense model lacks.
     """
     refuse_others(content)
     number = {key: content[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
@@ -104,7 +105,7 @@ def translate(
 
 
 def refuse_others(content: dict[str, Any]) -> None:
-    """Refuse whatever would be computed differently here, and numbers that are none.
+    """Refuse settings with which mmscale's model would compute something else, and values that are not numbers.
 
     Args:
         content: config.json.
@@ -147,7 +148,10 @@ def _rope_type(rope: dict[str, Any]) -> Any:
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """`model.rope_scaling`; numbers without a default of transformers must be given: ours are not the model's."""
+    """`model.rope_scaling`.
+
+    Numbers without a default in transformers must be given, because our defaults may differ.
+    """
     kind = _rope_type(rope)
     if kind == "default":
         return None
@@ -163,7 +167,7 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _attention_factor(rope: dict[str, Any]) -> float | None:
-    """That of `mscale` and `mscale_all_dim`, which count if both are given and not 0."""
+    """The factor that follows from `mscale` and `mscale_all_dim`, which are used if both are given and not 0."""
     over, under = rope.get("mscale"), rope.get("mscale_all_dim")
     if not (over and under):
         return None
@@ -186,7 +190,7 @@ def _cast(move: Move, dtype: torch.dtype) -> Move:
 
 
 class _Vocabulary:
-    """Rows of the embedding and of the output layer for the larger vocabulary."""
+    """Rows of the embedding and of the output layer for the enlarged vocabulary."""
 
     def __init__(self, rows: int, config: Config, special: dict[int, int | None]) -> None:
         self.rows, self.config, self.special = rows, config, special

@@ -1,4 +1,4 @@
-"""Imports a Hugging Face folder as the checkpoint of a new run; exports of to_hf.py come back bit by bit.
+"""Imports a Hugging Face folder as the checkpoint of a new run; exports of to_hf.py are restored bit by bit.
 
 foreign.py imports other projects' dense models as a starting point, from safetensors or from checkpoints of torchtitan
 and Megatron-LM (dcp_files.py). Tensors are read one by one; pickles and code of the folder are never run.
@@ -45,9 +45,9 @@ from mmscale.data.modalities.text_tokens import TextTokenizer
 from mmscale.errors import CheckpointError, shell_command
 from mmscale.runtime.environment import code_version
 
-# What the config.json of an older export means where it lacks a key.
+# Values of keys that the config.json of an older export lacks.
 _BEFORE = {"choice": "sigmoid", "no_modality_id": 0, "qkv_bias": False}
-# What a fine-tuning may change: it does not change what the weights compute.
+# Keys that a fine-tuning may change, because they do not affect what the weights compute.
 _FREE = {"dtype", "architectures", "auto_map", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
 _LINEAR = re.compile(r"\.(linear_qkv|linear_proj|linear_fc1|linear_fc2)\.weight$")
 _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
@@ -56,20 +56,19 @@ _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
 def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | None = None) -> dict[str, Any]:
     """Commit the weights of a folder as the checkpoint of step 0 of a new run.
 
-    All of it is verified before anything is written: digests where the folder has them, shapes, and values.
+    Everything is verified before anything is written: digests if the folder has them, shapes, and values.
 
     Args:
         folder: with config.json, and safetensors or a checkpoint of torchtitan or Megatron-LM.
         run: the run's folder, without checkpoints.
-        image_codes: a foreign model: ids to add for image tokens; 0: none.
-        seq_length: a foreign model: tokens of a training sequence; None: its context, at most 4096.
+        image_codes: for a foreign model, number of ids to add for image tokens; 0: none.
+        seq_length: for a foreign model, tokens of a training sequence; None: its context, at most 4096.
 
     Returns:
-        `path` of the checkpoint, `run`, `tensors`, `bytes`, `model`, what was `verified`, and what there is to do next
-        as `next`.
+        `path` of the checkpoint, `run`, `tensors`, `bytes`, `model`, what was `verified`, and the user's `next` step.
 
     Raises:
-        CheckpointError: the folder is incomplete, damaged, or holds a model that cannot be had here; the run has
+        CheckpointError: the folder is incomplete, damaged, or holds a model that is not supported; the run has
             checkpoints.
     """
     run_folder.refuse_checkpoints(run)
@@ -113,10 +112,10 @@ class HfTensors:
 
     Args:
         folder: for messages.
-        files: its weights, which have the shapes that the configuration says.
-        listed: which of them become what.
-        config: of the run that they are for.
-        tokenizers: fingerprints of the tokenizers that it was trained with; none if they are not known.
+        files: its weights, whose shapes match the configuration.
+        listed: how they are converted.
+        config: of the new run.
+        tokenizers: fingerprints of the tokenizers that it was trained with; empty if they are unknown.
     """
 
     def __init__(
@@ -152,7 +151,7 @@ class HfTensors:
         return whole if region is None else whole[tuple(region)].clone()
 
     def info(self) -> dict[str, Any]:
-        """What goes into mmscale.json."""
+        """The content of mmscale.json."""
         config = self._config
         return {
             "shape": shape_of(config),
@@ -163,7 +162,7 @@ class HfTensors:
         }
 
     def manifest(self) -> CheckpointManifest:
-        """Where it comes from; the folder's files are hashed by nobody."""
+        """Its origin; the folder's files are not hashed."""
         return CheckpointManifest(
             step=0, attempt=1, config_digest=digest(self._config), code_version=code_version(), topology={}, files={}
         )
@@ -173,7 +172,7 @@ class HfTensors:
         return {"progress": {"step": 0, "sequences": 0, "tokens": 0, "modality_tokens": {}}}
 
     def objects(self) -> dict[str, bytes]:
-        """The empty extra states that megatron-core's linears have, and ask for when they are loaded."""
+        """The empty extra states of megatron-core's linears, which it expects when they are loaded."""
         empty = io.BytesIO()
         torch.save([None], empty)
         linears = [name.removesuffix(".weight") for name in self._entries if _LINEAR.search(name)]
@@ -181,7 +180,7 @@ class HfTensors:
 
 
 def _own(folder: Path, content: dict[str, Any], files: WeightsByName) -> tuple[Config, list[Move]]:
-    """Configuration and moves of a folder that to_hf.py wrote.
+    """Configuration and conversions of a folder that to_hf.py wrote.
 
     Raises:
         CheckpointError: its two configurations disagree, or it is of another version.
@@ -207,7 +206,7 @@ def _own(folder: Path, content: dict[str, Any], files: WeightsByName) -> tuple[C
             remedy="restore these keys as they were exported",
         )
     if auxiliary:
-        # The checkpoint holds them beside the other weights, as that of a joint run does.
+        # The checkpoint holds routers together with the other weights, as that of a joint run does.
         routers = config.model.auxiliary.model_copy(update={"mode": "joint", "width": auxiliary})
         config = config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": routers})})
     return config, moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
@@ -222,7 +221,7 @@ def _verified(
     *,
     rows: int | None,
 ) -> Digests:
-    """What the folder's digests say, if all of its tensors are there and look like those of a trained model.
+    """The result of comparing digests, after checking that all tensors exist and have plausible values.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged.
@@ -243,7 +242,7 @@ def _verified(
 
 @contextlib.contextmanager
 def _nothing_left_of(run: Path) -> Iterator[None]:
-    """After an error the run's folder, and those above it, have no new files."""
+    """After an error, remove new files from the run's folder, and new folders above it."""
     missing = [folder for folder in (run, *run.parents) if not folder.exists()]
     before = set(run.iterdir()) if run.is_dir() else set()
     try:
@@ -251,7 +250,7 @@ def _nothing_left_of(run: Path) -> Iterator[None]:
     except BaseException:
         for path in [path for path in run.iterdir() if path not in before] if run.is_dir() else []:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another process has put something there meanwhile
+        with contextlib.suppress(OSError):  # another process has created something there in the meantime
             for folder in missing:
                 folder.rmdir()
         raise
@@ -263,7 +262,7 @@ def _train(run: Path) -> str:
 
 
 def _redundant(name: str, config: Config) -> bool:
-    """Tensors of older files that follow from others."""
+    """Whether this is a tensor of older exports that follows from others."""
     return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.model.tie_embeddings)
 
 

@@ -1,8 +1,8 @@
-"""The gate of an export: checks that transformers computes from the folder what the trainer computes.
+"""The gate of an export: checks that transformers computes from the folder the same as the trainer.
 
 The trainer's side is computed here, in fp32: logits of prompts, and the most likely continuations of some.
 gate_reload.py computes the other side in a fresh offline process that imports nothing of mmscale, with transformers'
-own `generate`. This module compares the two. It publishes nothing.
+own `generate`. This module compares the two. to_hf.py publishes the folder.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from mmscale.inference.model import open_run
 from mmscale.tables.routings import Routing
 
 TOLERANCE = 1e-4  # largest difference of a logit, fp32
-# A decision closer to its threshold than this may fall differently in two right implementations.
+# If a value is closer to its threshold than this, two correct implementations may decide differently.
 CLOSE_CALL = 2e-6
-# Two logits that are closer than this are a tie: either may be called the larger one.
+# Two logits whose difference is smaller than this are a tie: either may be chosen as the largest.
 TIE = 1e-5
 PROMPTS = 12
-CONTINUED = 3  # prompts that are continued, by so many tokens
+CONTINUED = 3  # number of prompts that are continued, and number of tokens
 NEW_TOKENS = 6
 LONGEST = 256  # tokens of a prompt, at most
 _TIMEOUT_S = 1800.0
@@ -105,12 +105,12 @@ def prompts(
 
 @dataclass(frozen=True)
 class Continued:
-    """What the trainer's model says after a beginning, always taking the most likely token.
+    """The continuation of a beginning by the trainer's model, always taking the most likely token.
 
     Attributes:
         begin: the beginning's ids.
         new: ids after it, up to the end of the document.
-        gap: smallest distance of the two largest logits on the way; 0: a tie.
+        gap: smallest difference between the two largest logits on the way; 0: a tie.
     """
 
     begin: Ids
@@ -125,7 +125,7 @@ class Computed:
     Attributes:
         asked: token ids of each prompt.
         logits: fp32 [tokens, vocabulary] of each.
-        continued: some of their beginnings with what follows.
+        continued: continuations of some of their beginnings.
     """
 
     asked: Sequence[Ids]
@@ -134,13 +134,13 @@ class Computed:
 
 
 def compute(run: Path, step: int, asked: Sequence[Ids], *, routing: str | None) -> Computed:
-    """What the model that training runs computes.
+    """The results of the model that training uses.
 
     Args:
         run: the run's folder.
         step: the checkpoint.
         asked: token ids of each prompt.
-        routing: causal, top1 or threshold; None: the model routes nothing.
+        routing: causal, top1 or threshold; None: the model has no routing.
     """
     found = []
     with open_run(run, step=step, dtype="fp32") as model:
@@ -158,7 +158,7 @@ def compute(run: Path, step: int, asked: Sequence[Ids], *, routing: str | None) 
 
 
 def _beginnings(asked: Sequence[Ids], *, length: int) -> list[Ids]:
-    """First halves of some prompts, documents and random ones, with room for what follows."""
+    """First halves of some prompts, documents and random ones, with room for continuations."""
     chosen = np.linspace(0, len(asked) - 1, CONTINUED).astype(np.int64)
     room = max(1, length - NEW_TOKENS)
     return [asked[number][: min(room, max(1, len(asked[number]) // 2))] for number in chosen]
@@ -167,7 +167,7 @@ def _beginnings(asked: Sequence[Ids], *, length: int) -> list[Ids]:
 def _continued(
     logits: Callable[[Sequence[Ids]], torch.Tensor], begins: Sequence[Ids], *, new_tokens: int, size: int
 ) -> list[Continued]:
-    """The most likely tokens after each beginning, without a cache; ids from `size` on are no tokens."""
+    """The most likely tokens after each beginning, without a cache; ids from `size` on are not tokens."""
     rows = list(begins)
     gaps = [math.inf] * len(rows)
     for _ in range(new_tokens):
@@ -183,7 +183,7 @@ def _continued(
 
 
 def _document(ids: list[int]) -> list[int]:
-    """Ids up to the first `</s>`, which is among them."""
+    """Ids up to and including the first `</s>`."""
     return ids[: ids.index(EOS) + 1] if EOS in ids else ids
 
 
@@ -191,13 +191,13 @@ def reload(folder: Path, computed: Computed, expected: Expected, *, scratch: Pat
     """Load the folder in a fresh process without a network, and compare.
 
     Args:
-        folder: a whole Hugging Face folder.
+        folder: a complete Hugging Face folder.
         computed: the trainer's side.
         expected: tokenizers.
         scratch: an empty folder, absolute.
 
     Returns:
-        What gate_reload.py found.
+        The findings of gate_reload.py.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -239,20 +239,20 @@ def reload(folder: Path, computed: Computed, expected: Expected, *, scratch: Pat
 
 
 def _items(name: str, codec: Codec) -> dict[str, torch.Tensor]:
-    """Codes of two items, what they look or sound like, and the codes that these get: a VQ model's may differ."""
+    """Codes of two items, the decoded items, and the codes of those (for a VQ model they may differ from the first)."""
     codes = np.random.default_rng(0).integers(0, codec.vocab_size, (2, codec.tokens_per_item))
     try:
         made = codec.decode(codes)
-    except (DataError, ValueError):  # it has no way back
+    except (DataError, ValueError):  # it cannot decode
         return {}
     again = codec.encode(np.stack([MODALITIES[name].read(one, codec) for one in made]))
     found = {f"codes.{name}": codes, f"made.{name}": made, f"again.{name}": again}
-    # copies: a codec may give back what it was given, and safetensors refuses tensors that share memory
+    # Copies, because a codec may return its input, and safetensors refuses tensors that share memory.
     return {key: torch.from_numpy(np.array(values, order="C")) for key, values in found.items()}
 
 
 def judge(found: dict[str, Any]) -> dict[str, Any]:
-    """Whether an export is as it must be.
+    """Whether an export passes.
 
     Returns:
         `passed`; `problems` in words; `max_abs` over all compared prompts in all ways (whole, cached, left-padded);
@@ -267,12 +267,12 @@ def judge(found: dict[str, Any]) -> dict[str, Any]:
     ]
     if not all(row["finite"] for row in found["prompts"]):
         problems.append("logits are not finite")
-    # A prompt that differs is no proof where a decision was a close call; one that agrees counts either way.
+    # A difference proves nothing if a decision was close to its threshold; prompts that agree always count.
     sure = [row for row in found["prompts"] if _worst(row) <= TOLERANCE or not row["margin"] < CLOSE_CALL]
     if 2 * len(sure) < len(found["prompts"]):
         problems.append(f"only {len(sure)} of {len(found['prompts'])} prompts agree, the others may be close calls")
     worst = max(map(_worst, sure), default=0.0)
-    if not worst <= TOLERANCE:  # not >: a NaN must fail
+    if not worst <= TOLERANCE:  # not `>`, because NaN must fail
         problems.append(f"logits differ by {worst:.3g}, more than {TOLERANCE:g}")
     gap = max((row["largest_gap_of_another_argmax"] for row in sure), default=0.0)
     if gap > TIE:
@@ -305,7 +305,7 @@ def _agrees(row: dict[str, Any]) -> bool:
 
 
 def _unlike(generated: Sequence[dict[str, Any]]) -> list[str]:
-    """Ways to generate that give other tokens than the trainer's model; a close call proves nothing."""
+    """Ways to generate that give other tokens than the trainer's model. Close decisions are not counted."""
     problems = []
     for row in generated:
         close = row["margin"] < CLOSE_CALL or row["gap"] < 2 * TOLERANCE

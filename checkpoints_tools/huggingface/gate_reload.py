@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 
 def main(folder: Path, expected: Path) -> None:
-    """Write what was found.
+    """Write the findings.
 
     Args:
         folder: the exported model.
@@ -52,7 +52,7 @@ _REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def _weights(model: torch.nn.Module, folder: Path) -> dict[str, list[str]]:
-    """Tensors of the files that the model does not have, and the other way round; tied ones stand for each other."""
+    """Tensors of the files that the model lacks, and tensors of the model that the files lack; considers tied ones."""
     stored = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -66,7 +66,7 @@ def _weights(model: torch.nn.Module, folder: Path) -> dict[str, list[str]]:
 
 
 class _Margins:
-    """How close a decision of any router came to its threshold: closer than rounding, two right models may differ."""
+    """The smallest distance of any router's decision from its threshold. Below rounding, correct models may differ."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.smallest = float("inf")
@@ -137,7 +137,7 @@ def _compare(model: Any, wanted: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _generated(model: Any, wanted: dict[str, Tensor], *, new_tokens: int) -> list[dict[str, Any]]:
-    """What `generate` says after each beginning: with a cache, without one, and in a left-padded batch."""
+    """The output of `generate` after each beginning: with a cache, without one, and in a left-padded batch."""
     margins = _Margins(model)
     begins = [wanted[name] for name in sorted(name for name in wanted if name.startswith("begin."))]
     rows = []
@@ -195,7 +195,7 @@ def _texts(folder: Path, said: dict[str, Any], wanted: dict[str, Tensor]) -> dic
 
 
 def _other_items(processor: Any, name: str, wanted: dict[str, Tensor]) -> int:
-    """How many items the processor makes of codes, or reads, differently."""
+    """How many items the processor encodes or decodes differently."""
     codes, made = wanted[f"codes.{name}"].numpy(), wanted[f"made.{name}"].numpy()
     image = name == "image"
     item = None if image else processor.codecs[name]

@@ -1,8 +1,8 @@
 """Generates text, images and other items from a run's checkpoint or an export, with the same transformers model.
 
-A run's weights are mapped in memory as an export's are on disk (weights.py), so that there is one cache, one loop
+A run's weights are mapped in memory to those of an export (weights.py), so that there is only one cache, one loop
 (mmscale.inference.generate), and one gate that proves them equal to the trainer. Code in an exported folder is never
-run: the classes are those of this package. Only `open_on_ranks` shares a run among processes, without a cache.
+run: the classes are those of this package. Only `open_on_ranks` distributes a run over processes, without a cache.
 mmscale.inference.draw handles batch routing.
 """
 
@@ -66,7 +66,7 @@ from mmscale.runtime.device import current_device
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.routings import Routing
 
-_UNBOUNDED = 1 << 62  # generation refuses prompts that are too long
+_UNBOUNDED = 1 << 62  # no limit here, because generation refuses prompts that are too long
 _AGAIN = "export it again: `mmscale convert to-hf`"
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "moma": (MomaConfig, MomaForCausalLM),
@@ -81,10 +81,10 @@ class DecodedSample:
     """One continuation.
 
     Attributes:
-        prompt: what it continues.
+        prompt: the prompt that it continues.
         pieces: texts, pictures and other items in order.
         ids: its tokens, without `</s>`.
-        ended: by `</s>`; else the limit was reached.
+        ended: by `</s>`; otherwise the limit was reached.
     """
 
     prompt: Prompt
@@ -100,10 +100,10 @@ class Generator:
     Attributes:
         config: the configuration that it was trained with.
         step: of the checkpoint; None: of an exported folder.
-        routing: who decides which experts take a token; "none" where nothing is routed.
+        routing: mode by which experts are assigned to tokens; "none" for a model without routing.
         model: of transformers.
-        processor: text and images to ids and back.
-        use_cache: whether the model has one.
+        processor: converts text and images to ids and back.
+        use_cache: whether the model has a cache.
     """
 
     config: Config
@@ -117,7 +117,7 @@ class Generator:
         """Continue every prompt `count` times.
 
         Raises:
-            UsageError: placeholders and images do not match, or the model knows no images.
+            UsageError: placeholders and images do not match, or the model does not support images.
             DataError: an image cannot be read, a text cannot be encoded, or a prompt is too long.
         """
         rows = [self.encode(prompt) for prompt in prompts]
@@ -149,14 +149,14 @@ class Generator:
             ids: list[int] = self.processor(
                 content=document_of(prompt), draw=prompt.opens, max_length=_UNBOUNDED, return_tensors=None
             )["input_ids"][0]
-        except (ValueError, OSError) as error:  # the processor's own words about a file
+        except (ValueError, OSError) as error:  # the processor's message about a file
             raise DataError(
                 str(error), remedy="name another picture" if not prompt.items else "name another file"
             ) from None
         return ids
 
     def resized(self, prompt: Prompt) -> list[str]:
-        """What is said about images of another size than training's: they are scaled and cropped as its were."""
+        """Notes about images of another size than in training, which are scaled and cropped as in training."""
         assert self.processor.codes is not None
         edge = self.processor.codes.size
         found = []
@@ -168,7 +168,7 @@ class Generator:
         return found
 
     def rules(self) -> list[ItemRules]:
-        """What generation needs of each modality whose items the model writes, images first."""
+        """Rules of each modality whose items the model can generate, images first."""
         own, codes = self.processor, self.processor.codes
         found = [
             ItemRules(name, one.first, one.end, one.codec.tokens_per_item, one.opens, one.closes, one.grammar())
@@ -191,15 +191,15 @@ def open_generator(path: Path, step: int | None = None, *, routing: str | None =
     Args:
         path: either.
         step: the run's checkpoint; None: the newest.
-        routing: causal, top1 or threshold; None: causal for a run, what its config.json says for a folder.
+        routing: causal, top1 or threshold; None: causal for a run, the one in config.json for a folder.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or has nothing for that routing.
-        DataError: the run's data set, which has the tokenizers, is missing or another one.
-        UsageError: a step of a folder that has none.
+        CheckpointError: there is none, it is damaged, or does not support that routing.
+        DataError: the run's data set, which has the tokenizers, is missing or was replaced.
+        UsageError: a step was given for a folder.
     """
     transformers_logging.disable_progress_bar()
-    # What its report would say is raised here.
+    # transformers would only report missing weights; they are an error here.
     transformers_logging.set_verbosity_error()
     if (path / CONFIG).is_file():
         if step is not None:
@@ -236,7 +236,7 @@ def _of_run(run: Path, step: int | None, routing: str) -> Generator:
 def open_on_ranks(
     run: Path, step: int | None = None, *, routing: str | None = None, env: RankEnv
 ) -> Iterator[Generator]:
-    """Load a run's checkpoint over tensor-parallel ranks, which all call it, for generation without a cache.
+    """Load a run's checkpoint over tensor-parallel ranks for generation without a cache; all ranks call it.
 
     Args:
         run: the run's folder.
@@ -245,9 +245,9 @@ def open_on_ranks(
         env: this process's place among the ranks.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or has nothing for that routing.
-        ConfigError: the model cannot be cut for so many ranks.
-        DataError: the run's data set, which has the tokenizers, is missing or another one.
+        CheckpointError: there is none, it is damaged, or does not support that routing.
+        ConfigError: the model cannot be sharded over so many ranks.
+        DataError: the run's data set, which has the tokenizers, is missing or was replaced.
     """
     transformers_logging.set_verbosity_error()
     routing = routing or "causal"
@@ -255,7 +255,7 @@ def open_on_ranks(
     config = source.config
     causal_routers(source, config, run, routing=routing)
     own = tokenizers_of(config, source, None)
-    dtype = "fp32" if current_device().type == "cpu" else None  # as one process computes
+    dtype = "fp32" if current_device().type == "cpu" else None  # as in a single process
     with open_run(run, step=source.step, dtype=dtype, env=env) as model:
         on_ranks = ModelOnRanks(model, Routing(routing)).eval()
         name = routing if config.model.routes else "none"
@@ -292,14 +292,14 @@ def _of_folder(folder: Path, routing: str | None) -> Generator:
 
 def _saved_processor(folder: Path) -> MomaProcessor:
     try:
-        if not (folder / "processor_config.json").is_file():  # transformers would make up a tokenizer without words
+        if not (folder / "processor_config.json").is_file():  # transformers would create an empty tokenizer
             raise OSError("there is no processor_config.json")
         made = MomaProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        for name in made.marked:  # by the classes of this package, not by code of the folder
+        for name in made.marked:  # with the classes of this package, not with code of the folder
             if name in MODALITIES and (folder / folder_of(name)).is_dir():
                 made.add_codec(MODALITIES[name], codec=load_codec(name, folder / folder_of(name)))
         return made
-    except Exception as error:  # transformers raises anything on files that are damaged or missing
+    except Exception as error:  # transformers may raise anything for damaged or missing files
         raise CheckpointError(
             f"{folder} has no readable processor: {str(error).strip().splitlines()[0]}",
             remedy=f"a fine-tuned export needs it too: processor.save_pretrained(DIR); else {_AGAIN}",

@@ -26,10 +26,10 @@ def held_out_guidance(path: Path, generator: Generator, *, modality: str, most: 
         path: the run or the exported folder.
         generator: its model.
         modality: of the items.
-        most: documents that are read: the first ones that hold an item behind a prompt.
+        most: number of documents that are read: the first ones with an item after a prompt.
 
     Raises:
-        UsageError: the model writes no such items, the data is not there, or holds out no such documents.
+        UsageError: the model does not generate such items, the data is missing, or has no such held-out documents.
     """
     rules = next((one for one in generator.rules() if one.name == modality), None)
     if rules is None:
@@ -40,7 +40,7 @@ def held_out_guidance(path: Path, generator: Generator, *, modality: str, most: 
     try:
         blend = read_blend(generator.config)
         for folder, manifest in blend.items():
-            if generator.step is None:  # an export; of a run's data it was checked when the run was opened
+            if generator.step is None:  # an export; for a run the data was checked when it was opened
                 check_tokenizers(folder, manifest.tokenizers, trained_tokenizers(path), where=str(path))
             if not has_documents({folder: manifest}, HELD_OUT):
                 continue

@@ -13,7 +13,7 @@ from mmscale.config.derived import shared_width
 from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
 from mmscale.tables.settings import ROPE_SCALINGS
 
-# What transformers' own classes are told besides numbers.
+# Settings of transformers' own classes besides numbers.
 _NATIVE: dict[str, dict[str, Any]] = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
@@ -41,7 +41,7 @@ def model_config(
         config: the run's configuration.
         auxiliary_size: inner width of its auxiliary routers; 0: there are none.
         thresholds: it keeps averaged cut-offs.
-        routing: who decides which experts take a token (configuration_moma.py).
+        routing: mode by which experts are assigned to tokens (configuration_moma.py).
         tokens_per_image: tokens of an image; 0: the data has none.
     """
     model = config.model
@@ -103,7 +103,7 @@ def rope_parameters(config: Config) -> dict[str, Any]:
 
 
 def expert_groups(config: Config) -> list[dict[str, Any]]:
-    """Groups of experts as configuration_moma.py wants them; none in a dense model."""
+    """Groups of experts for configuration_moma.py; empty for a dense model."""
     return [
         {"name": group.name, "modalities": list(group.modalities), "experts": group.experts}
         for group in derived.expert_groups(config)
@@ -111,7 +111,7 @@ def expert_groups(config: Config) -> list[dict[str, Any]]:
 
 
 def generation_config(config: Config) -> dict[str, Any]:
-    """The content of generation_config.json: ids that no modality has are never generated."""
+    """The content of generation_config.json: ids that belong to no modality are never generated."""
     unused = list(range(config.vocab.size, config.vocab.padded_size))
     return {
         "_from_model_config": False,

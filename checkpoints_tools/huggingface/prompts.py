@@ -1,4 +1,4 @@
-"""Prompts: what a document begins with, as pieces for the processor; refuses characters that a tokenizer would drop."""
+"""Prompts: the beginnings of documents, as pieces for the processor; refuses characters that a tokenizer would drop."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mmscale.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a document begins with.
+    """The beginning of a document.
 
     Attributes:
-        text: each `<image>` (`<audio>`, ...) in it stands for the next file of that modality; without any, they come
-            before the text.
+        text: each `<image>` (`<audio>`, ...) in it is replaced by the next file of that modality; without any, files
+            come before the text.
         images: files.
-        draw: an image follows, whatever the model thinks.
+        draw: an image must follow.
         items: files of other modalities, each with the name of its modality.
-        begin: the modality of an item that follows; "": none.
+        begin: the modality of an item that must follow; "": none.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Prompt:
 
     @property
     def opens(self) -> str:
-        """The modality that follows; "": whatever the model thinks."""
+        """The modality that must follow; "": the model decides."""
         return "image" if self.draw else self.begin
 
     @property
@@ -71,10 +71,10 @@ def document_of(prompt: Prompt) -> list[Any]:
 
 
 def refuse_unknown_characters(tokenizer: Any, text: str) -> None:
-    """A tokenizer without all bytes drops characters, or makes one token of all that it does not know.
+    """Refuse characters that the tokenizer would drop or replace by one token for everything unknown.
 
     Raises:
-        DataError: it would here.
+        DataError: there are such characters.
     """
     try:
         text.encode()
@@ -97,6 +97,6 @@ def refuse_unknown_characters(tokenizer: Any, text: str) -> None:
 
 
 def _unknown_token(tokenizer: Any) -> str | None:
-    """The token that stands for everything unknown, by the tokenizer's model."""
+    """The token for everything unknown, from the tokenizer's model."""
     found: str | None = bounded.parse_json(tokenizer.backend_tokenizer.to_str())["model"].get("unk_token")
     return found

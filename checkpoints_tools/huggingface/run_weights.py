@@ -1,4 +1,4 @@
-"""The weights of a run with those of the auxiliary routers that were trained for them, as one list of tensors."""
+"""The weights of a run and those of the auxiliary routers that were trained for them, as one list of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmscale.train.stages.origin import find_routers, folder_of
 
 
 class RunWeights:
-    """Weights of a main checkpoint; routers of their own stage stand in for those of a joint run.
+    """Weights of a main checkpoint. Routers of the auxiliary stage replace those of a joint run.
 
     Args:
         run: the run's folder.
@@ -49,4 +49,4 @@ class RunWeights:
         return self._source(name).read(name)
 
     def _source(self, name: str) -> CheckpointTensors:
-        return self._of.get(name, self.main)  # which knows what to say about an unknown name
+        return self._of.get(name, self.main)  # which raises the error for an unknown name

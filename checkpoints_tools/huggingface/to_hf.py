@@ -1,7 +1,7 @@
-"""A checkpoint as a Hugging Face folder that transformers loads, published only after the gate's pass.
+"""Exports a checkpoint as a Hugging Face folder that transformers loads; it is published only if it passes the gate.
 
 Weights are streamed from the checkpoint. Until the gate has passed, the folder has another name and no config.json, so
-that an interrupted export leaves nothing that loads. What the gate demands is gate.py's.
+that an interrupted export leaves nothing that can be loaded. gate.py has the checks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _nothing(stage: str) -> None:
 
 @dataclass(frozen=True)
 class DataTokenizers:
-    """What an export takes from the data set.
+    """The parts of the data set that an export needs.
 
     Attributes:
         folder: the prepared data set.
@@ -91,17 +91,17 @@ def export(
     licence: str = "",
     on_stage: OnStage = _nothing,
 ) -> dict[str, Any]:
-    """Convert a checkpoint and publish it if transformers computes what the trainer computes.
+    """Convert a checkpoint, and publish it if transformers computes the same as the trainer.
 
     Args:
         run: the run's folder.
         step: the checkpoint; None: the newest.
         out: a folder that does not exist yet.
-        data: the prepared data set that gives tokenizers and prompts; None: the run's.
-        routing: who decides which experts take a token: causal, top1 or threshold.
+        data: the prepared data set with tokenizers and prompts; None: the run's.
+        routing: mode by which experts are assigned to tokens: causal, top1 or threshold.
         shard_bytes: largest file of weights [bytes].
         licence: of the weights, for the card: an identifier of the Hugging Face Hub, e.g. apache-2.0; "": none named.
-        on_stage: told the name of every sub-step after it; tests end the process there.
+        on_stage: called with the name of every sub-step after it; tests end the process there.
 
     Returns:
         The content of conversion_report.json, and `path`.
@@ -135,7 +135,7 @@ def export(
 
 
 def up_to_date(run: Path, step: int | None, out: Path, *, routing: str) -> dict[str, Any] | None:
-    """The report of an export that stands at `out` already, is whole and of this very checkpoint; None otherwise."""
+    """The report of an existing, intact export of this checkpoint at `out`; None if there is none."""
     try:
         report = bounded.read_json(out / REPORT)
         now = origin_of("", RunWeights(run, step).parents)["parents"]
@@ -149,14 +149,14 @@ def up_to_date(run: Path, step: int | None, out: Path, *, routing: str) -> dict[
 
 
 class NoRoutersError(CheckpointError):
-    """A model routes tokens, and has nothing to do it causally."""
+    """A model has routing, but no routers or thresholds for causal routing."""
 
 
 def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool]:
     """Width of the auxiliary routers (0: none), and whether averaged cut-offs are kept.
 
     Raises:
-        NoRoutersError: the model routes tokens, and has nothing to do it causally.
+        NoRoutersError: the model has routing, but no routers or thresholds for causal routing.
     """
     names = source.names()
     hidden = [name for name in names if "auxiliary" in name and name.endswith(".hidden")]
@@ -174,7 +174,7 @@ def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: st
 
 
 def accounted(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool, list[Move]]:
-    """What `causal_routers` gives, and the moves that take every tensor of the checkpoint and miss none.
+    """The result of `causal_routers`, and the conversions, which cover all tensors of the checkpoint.
 
     Raises:
         NoRoutersError: as `causal_routers`.
@@ -191,15 +191,15 @@ def accounted(source: RunWeights, config: Config, run: Path, *, routing: str) ->
 
 
 def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> DataTokenizers:
-    """Tokenizers of the data set, after a look whether they are those of training.
+    """Tokenizers of the data set, after checking that they are those of training.
 
-    Of a blend they are those of the first data set with the most modalities, for the first of all may be text only.
+    Of a blend they are those of the first data set with the most modalities, because the first one may be text only.
 
     Raises:
         DataError: there is no such data set, it has other tokenizers, or those of a blend are not the same.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
-    if data is None and not config.data.sources:  # a run that `convert from-hf` made
+    if data is None and not config.data.sources:  # a run made by `convert from-hf`
         raise DataError(
             f"the run of {source.path} has no data set, and with it no tokenizers",
             remedy="name one: `mmscale convert to-hf RUN OUT --data DIR`, or data.path in the run's config.yaml",
@@ -249,7 +249,7 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
 
 
 def _write_beside(folder: Path, config: Config, own: DataTokenizers) -> None:
-    """Everything but weights, config.json, the card and the report."""
+    """Write all files except weights, config.json, the card and the report."""
     rows, context = config.vocab.padded_size, config.model.seq_length
     write_text_tokenizer(folder, own.text, own.vocabulary, rows=rows, context=context)
     ranges = [[n, *r] for n, r in zip(own.vocabulary.names, own.vocabulary.ranges, strict=True)]
@@ -284,7 +284,7 @@ def _judged(
     """The report of an export that has passed the gate.
 
     Raises:
-        CheckpointError: it has not.
+        CheckpointError: it has not passed.
     """
     tokens = {name: codec.tokens_per_item for name, codec in own.codecs.items()}
     asked = gate.prompts(own.folder, own.vocabulary, tokens_per_item=tokens, longest=config.model.seq_length)
@@ -316,9 +316,9 @@ def _judged(
 
 @contextlib.contextmanager
 def _seen_with(folder: Path, content: dict[str, Any], out: Path) -> Iterator[tuple[Path, Path]]:
-    """The folder as it will be published, links and the config.json that it does not have yet; room for the gate.
+    """The folder as it will be published, made of links and the missing config.json; and scratch space for the gate.
 
-    Beside the output, not in /tmp: what a killed export leaves is swept away by the next one to that place.
+    Next to the output, not in /tmp, so that the next export to that place removes the files of a killed one.
     """
     with publish.folder(out.with_name(f"{out.name}.gate")) as place:
         view, scratch = place.resolve() / "model", place.resolve() / "gate"

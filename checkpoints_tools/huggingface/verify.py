@@ -1,7 +1,7 @@
-"""Whether a Hugging Face folder still holds what was written: digests where it has them, and values of its tensors.
+"""Checks whether a Hugging Face folder is intact: digests if it has them, and values of its tensors.
 
 An export has digests of its files in MANIFEST.json. A model that transformers saved again has none, or those of the
-export that it was made from: then shapes and values are all that can be checked. Nothing is written or renamed here.
+export that it was made from; then only shapes and values can be checked. Nothing is written or renamed here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _AGAIN = "copy the folder again, or export it again: `mmscale convert to-hf`"
 
 @dataclass(frozen=True)
 class Digests:
-    """What the manifest of a folder says about its files.
+    """The result of comparing a folder with its manifest.
 
     Attributes:
-        same: files whose content is what was exported.
+        same: files whose content is unchanged since the export.
         said: the result in words, for people.
     """
 
@@ -37,12 +37,12 @@ class Digests:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file decides what `mmscale convert from-hf` imports."""
+    """Whether a file affects the result of `mmscale convert from-hf`."""
     return name.endswith(".safetensors") or name in (INDEX, CONFIG)
 
 
 def is_used(name: str) -> bool:
-    """Whether a file decides what `mmscale eval` and `sample` compute; the code in a folder is never run by them."""
+    """Whether a file affects the results of `mmscale eval` and `sample`, which never run the code in a folder."""
     return name not in (_CARD, REPORT) and not name.endswith(".py")
 
 
@@ -54,7 +54,7 @@ def check_digests(folder: Path, content: Mapping[str, Any], *, used: Callable[[s
     Args:
         folder: with config.json.
         content: of its config.json.
-        used: says of a file's name whether it matters to the caller.
+        used: says whether a file matters to the caller, by its name.
 
     Raises:
         CheckpointError: a file that matters is missing, or has another content than was exported, and transformers
@@ -86,12 +86,15 @@ def check_digests(folder: Path, content: Mapping[str, Any], *, used: Callable[[s
 
 
 def _saved_again(content: Mapping[str, Any], manifest: CheckpointManifest) -> bool:
-    """`save_pretrained` writes its version into config.json, which an export does not have there."""
+    """Whether transformers has saved the model: `save_pretrained` writes its version into config.json.
+
+    An export has no such entry there.
+    """
     return CONFIG in manifest.files and isinstance(content.get("transformers_version"), str)
 
 
 def check_shapes(files: WeightsByName, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a tensor of another shape than the configuration asks for; no values are read.
+    """Refuse a tensor of another shape than the configuration requires; no values are read.
 
     Raises:
         CheckpointError: names the first one.
@@ -105,12 +108,12 @@ def check_shapes(files: WeightsByName, wanted: Mapping[str, tuple[int, ...]]) ->
 
 
 def check_values(files: WeightsByName, names: Collection[str], *, whole: Collection[str] = ()) -> None:
-    """Refuse tensors that no trained model has: not finite, or nothing but zeros. Reads them one by one.
+    """Refuse tensors with values that no trained model has: not finite, or only zeros. Reads them one by one.
 
     Args:
         files: the model's weights.
-        names: tensors to look at.
-        whole: files with a digest that fits. Their zeros are what was exported.
+        names: tensors to check.
+        whole: files with a correct digest, whose zeros were exported.
 
     Raises:
         CheckpointError: names the first one and its file.
@@ -122,8 +125,8 @@ def check_values(files: WeightsByName, names: Collection[str], *, whole: Collect
             raise CheckpointError(
                 f"{file} is damaged: {number} of {tensor.numel()} values of {name} are not finite", remedy=_AGAIN
             )
-        # A cut-off may be 0, and biases may never have been trained.
-        # Space that was reserved for a file and never written reads as zeros.
+        # Zeros are usually unwritten parts of a file whose space was reserved. A cut-off may be 0, however, and biases
+        # may never have been trained.
         may_be_zero = "threshold" in name or name.endswith(".bias")
         if not may_be_zero and file.name not in whole and not tensor.any():
             raise CheckpointError(f"{file} is damaged: all values of {name} are zero", remedy=_AGAIN)

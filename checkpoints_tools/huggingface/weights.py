@@ -1,7 +1,8 @@
-"""Moves every tensor of a checkpoint to the tensors of a Hugging Face model, and back.
+"""Converts every tensor of a checkpoint to the tensors of a Hugging Face model, and back.
 
-Names and shapes come from the table of tensors (mmscale.layers); here is how values are arranged. Both directions of
-every form stand side by side, so a tensor that goes out comes back bit by bit. Files are read and written elsewhere.
+Names and shapes come from the table of tensors (mmscale.layers); this module rearranges values. Both directions of
+every form are next to each other, so an exported tensor can be imported bit by bit. Files are read and written
+elsewhere.
 
 Letters: G key/value heads, Q query heads of each, D width of a head, H hidden width, F inner width, E experts.
 """
@@ -23,12 +24,12 @@ Join = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Move:
-    """One tensor of a checkpoint and what becomes of it.
+    """The conversion of one tensor of a checkpoint.
 
     Attributes:
         source: the checkpoint's name.
         targets: names in the exported model.
-        split: the checkpoint's tensor as the model's, views where that is possible.
+        split: converts the checkpoint's tensor to the model's, as views if possible.
         join: the inverse.
     """
 
@@ -45,14 +46,14 @@ def is_native(config: Config) -> bool:
 
 
 def model_type(config: Config) -> str:
-    """The model's type in transformers: a class of its own, or that of the shipped code."""
+    """The model's type in transformers: a class of transformers, or that of the shipped code."""
     if not is_native(config):
         return "moma"
     return "qwen3" if config.model.qk_norm else "qwen2" if config.model.qkv_bias else "llama"
 
 
 def moves(config: Config, *, auxiliary: bool, thresholds: bool) -> list[Move]:
-    """The moves of all tensors of a model, in the model's order.
+    """The conversions of all tensors of a model, in the model's order.
 
     Args:
         config: the run's configuration.
@@ -107,7 +108,7 @@ def _qkv(groups: int, width: int) -> tuple[Split, Join]:
     """linear_qkv holds, for each key/value head, its query heads, then the key head, then the value head."""
 
     def split(fused: Tensor) -> list[Tensor]:
-        inner = fused.shape[1:]  # [H], or nothing: a bias
+        inner = fused.shape[1:]  # [H]; empty for a bias
         heads = fused.view(groups, -1, width, *inner)  # [G, Q + 2, D, H]
         parts = heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
         return [part.reshape(-1, *inner) for part in parts]

@@ -1,4 +1,4 @@
-"""Draws images or other items for text prompts with batch routing, token by token (`mmscale sample`).
+"""Generates images or other items for text prompts with batch routing, token by token (`mmscale sample`).
 
 With batch routing experts choose among all tokens of a sequence, so a prompt alone would be routed unlike any training
 sequence: every expert would take every token. Each prompt is therefore placed at the end of a sequence of real held-out
@@ -30,12 +30,12 @@ from mmscale.inference.model import RunModel
 
 @dataclass(frozen=True)
 class Drawing:
-    """Items drawn for one prompt.
+    """Items generated for one prompt.
 
     Attributes:
         prompt: the text.
         modality: of the items.
-        items: as its tokenizer makes them; images are uint8 [height, width, channels].
+        items: decoded by its tokenizer; images are uint8 [height, width, channels].
         codec: the tokenizer.
     """
 
@@ -55,11 +55,11 @@ def draw(
     top_p: float = 1.0,
     modality: str = IMAGE,
 ) -> list[Drawing]:
-    """Draw `count` images for every prompt.
+    """Generate `count` images for every prompt.
 
     Args:
         model: a loaded run.
-        prompts: texts that the training documents put before an image, e.g. "draw a seven".
+        prompts: texts as in training documents before an image, e.g. "draw a seven".
         count: images per prompt.
         temperature: divides logits; 0: always the most likely code.
         seed: of the sampling.
@@ -121,7 +121,7 @@ def _choose(logits: torch.Tensor, *, temperature: float, top_p: float, generator
 
 
 def _companions(folder: Path, model: RunModel, room: Sequence[int]) -> list[list[NDArray[np.int64]]]:
-    """Held-out documents for each row, one after another, as many as there is room for."""
+    """Held-out documents for each row, one after another, as many as fit."""
     source = Source(folder, split=HELD_OUT, vocabulary=model.vocabulary)
     rows: list[list[NDArray[np.int64]]] = []
     number = 0

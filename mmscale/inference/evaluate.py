@@ -48,20 +48,20 @@ def evaluate_run(
         step: the checkpoint; None: the newest.
         data: a prepared data set; None: the run's own.
         batches: global batches; None: the whole held-out split.
-        routing: who decides which experts take a token.
+        routing: mode by which experts are assigned to tokens.
         env: as in `open_run`.
-        tasks: plug-ins that measure something else.
+        tasks: plug-ins with other tasks.
         questions: files of questions by name.
 
     Returns:
         `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>` and `tasks`;
         with several data sets `source/<name>/loss` and the like, of each set in `data.validation`
         `validation/<name>/loss` and the like. With causal routings also `batch`, the losses of batch routing
-        on the same data, and `gap`, how much larger the causal ones are; with `causal` also `routers`, the figures
+        on the same data, and `gap`, how much larger the causal ones are; with `causal` also `routers`, the quality
         of the auxiliary routers' decisions against the true choice, a row for each layer and modality.
 
     Raises:
-        UsageError: the checkpoint has nothing for that routing.
+        UsageError: the checkpoint does not support that routing.
         DataError: the data set is missing, damaged, or made with other tokenizers.
     """
     with open_run(run, step=step, env=env) as model:
@@ -71,7 +71,7 @@ def evaluate_run(
             config = with_data(config, data)
         blend = read_blend(config)
         blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
-        for folder, manifest in blend.items():  # the run's own data may have been prepared again
+        for folder, manifest in blend.items():  # even the run's own data may have been prepared again
             check_tokenizers(folder, manifest.tokenizers, model.tokenizers, where=f"step {model.step} of {run}")
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
         result |= measured(_RunScorer(model, routing, batches), config, tasks=tasks, questions=questions)
@@ -82,18 +82,18 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _RunScorer:
-    """A run's checkpoint under one routing, on so many global batches."""
+    """A run's checkpoint under one routing mode, evaluated on a number of global batches."""
 
     model: RunModel
     routing: Routing
     batches: int | None
 
     def losses(self, data: Mixture) -> dict[str, float]:
-        """As training measures them."""
+        """The losses, computed as in training."""
         return _losses(self.model, data, self.batches, self.routing)
 
     def answers(self, asked: Sequence[Asked]) -> Answers:
-        """As training measures them."""
+        """The answers, computed as in training."""
         model = self.model
         return answers(asked, config=model.config, stepper=_stepper(model), groups=model.groups, routing=self.routing)
 
@@ -116,7 +116,7 @@ class _RunScorer:
 def _against_batch(
     model: RunModel, config: Config, batches: int | None, losses: dict[str, float], routing: Routing
 ) -> dict[str, Any]:
-    """What causality costs, and how well auxiliary routers predict on the first of the sets."""
+    """How much larger causal losses are, and how well auxiliary routers predict on the first of the sets."""
     learning = RouterLearning(gradients=False) if routing is Routing.CAUSAL else None
     watching = learning
     leaking: dict[str, float] = {}

@@ -36,11 +36,12 @@ class Sampling:
 
     Attributes:
         temperature: divides logits; 0: always the most likely token.
-        top_k: choose among so many of the most likely ones; 0: among all.
-        top_p: choose among the most likely ones up to this probability.
-        guidance: of images and other items, classifier-free: 1 draws from the prompt's distribution, more moves away
-            from what would be drawn without the prompt. Costs a second pass of the model for every token of an item.
-        max_tokens: longest continuation [tokens]; None: what the context has room for.
+        top_k: choose among this number of the most likely tokens; 0: among all.
+        top_p: choose among the most likely tokens up to this probability.
+        guidance: classifier-free guidance for images and other items: 1 samples from the prompt's distribution, larger
+            values move away from the distribution without the prompt. Needs a second pass of the model for every token
+            of an item.
+        max_tokens: longest continuation [tokens]; None: limited by the context only.
         seed: of the sampling.
         batch: rows that are computed at once.
     """
@@ -56,14 +57,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ItemRules:
-    """Properties of a modality that generation needs; its items stand between a begin and an end token.
+    """Properties of a modality that generation needs; its items are between a begin and an end token.
 
     Attributes:
         name: of the modality.
         first, end: half-open range of its tokens.
         tokens: of an item, between its begin and end token.
         opens, closes: ids of the begin and the end token.
-        grammar: keeps items whole: the begin token, that many tokens, the end token, and no such token anywhere else.
+        grammar: keeps items complete: the begin token, that many tokens, the end token, and no such token anywhere
+            else.
     """
 
     name: str
@@ -105,10 +107,10 @@ def generate(
         model: a causal language model of transformers in evaluation mode.
         prompts: ids of each, `<s>` first; one may end with the begin token of an item.
         sampling: how tokens are chosen.
-        items: of the modalities that may be generated; `<boi>` and `<eoi>` are closed where image is not among them.
+        items: the modalities that may be generated; `<boi>` and `<eoi>` are excluded if image is not among them.
         context: longest sequence that the model was trained on [tokens].
         never: further ids that are never generated: padding of the vocabulary.
-        use_cache: without it every token costs a pass over the whole sequence; the result is the same.
+        use_cache: without it every token needs a pass over the whole sequence; the result is the same.
 
     Raises:
         DataError: a prompt leaves no room for a continuation, or for the item that it begins.
@@ -159,8 +161,8 @@ def _batch(
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     ends = torch.tensor(limits, device=ids.device) + width
-    # Guidance compares two whole distributions, so it comes before anything is ruled out. Temperature, top-k and top-p
-    # come last (transformers adds them), among what is left.
+    # Guidance compares two complete distributions, so it comes before tokens are excluded. Temperature, top-k and top-p
+    # come last (transformers adds them) and apply to the remaining tokens.
     processors: list[LogitsProcessor] = []
     if sampling.guidance != 1.0:
         processors += [
@@ -225,7 +227,7 @@ class RoomForItems(LogitsProcessor):
         self.ends = ends
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores [B, V] with the begin token at -inf where it comes too late."""
+        """Scores [B, V] with the begin token at -inf in rows without enough room."""
         late = self.ends - input_ids.shape[1] < self.least
         scores = scores.clone()
         scores[:, self.opens] = scores[:, self.opens].masked_fill(late, float("-inf"))
@@ -233,25 +235,26 @@ class RoomForItems(LogitsProcessor):
 
 
 class ClassifierFreeGuidance(LogitsProcessor):
-    """Scores of an item's tokens move away from those of the same item without its prompt.
+    """Moves scores of an item's tokens away from those of the same item without its prompt.
 
     u + scale * (c - u) with the log-probabilities c of the row and u of `<s>`, the begin token and the item so far
-    (Chameleon 2405.09818 and its kin draw so; Ho and Salimans 2207.12598). transformers' own class runs one
-    unconditional branch from the first token on; here rows begin items whenever they like, so the branch has a cache in
-    which a row's older columns are masked when it begins another item, and which is dropped when no row draws.
+    (used by Chameleon 2405.09818 and others; Ho and Salimans 2207.12598). transformers' own class runs one
+    unconditional branch from the first token on. Here rows may begin items at any time. The branch has a cache in which
+    a row's older columns are masked when the row begins another item, and which is dropped when no row is inside an
+    item.
 
     Args:
         model: the same model.
         item: range and length.
         scale: 1: no change.
-        use_cache: without it every token of an item costs a pass over the item so far.
+        use_cache: without it every token of an item needs a pass over the item so far.
     """
 
     def __init__(self, model: Any, item: ItemRules, *, scale: float, use_cache: bool = True) -> None:
         self.model, self.item, self.scale = model, item, scale
         self._unconditional = self._with_cache if use_cache else self._without_cache
         self._cache: Any = None
-        self._seen: Tensor | None = None  # [B, columns], which of them a row attends to
+        self._seen: Tensor | None = None  # [B, columns], which columns a row attends to
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Scores [B, V], changed in rows whose next token is an item's."""
@@ -274,7 +277,7 @@ class ClassifierFreeGuidance(LogitsProcessor):
         return torch.where(begun, trailing, -1)
 
     def _without_cache(self, input_ids: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
-        """Logits [B, V] of what follows `<s>`, the begin token and the item so far; in other rows, what follows <s>."""
+        """Logits [B, V] after `<s>`, the begin token and the item so far; in rows outside of items, after `<s>`."""
         own = torch.where(drawing, done + 2, 1).unsqueeze(1)  # columns of the branch, `<s>` included
         width = int(own.max())
         from_end = torch.arange(width, 0, -1, device=input_ids.device).unsqueeze(0)
@@ -288,17 +291,18 @@ class ClassifierFreeGuidance(LogitsProcessor):
         return logits
 
     def _with_cache(self, input_ids: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
-        """The same with this branch's own cache; nonsense in rows that draw nothing."""
+        """The same with this branch's own cache; the values of rows outside of items have no meaning."""
         last = input_ids[:, -1]
         begins = drawing & (done == 0)
         goes_on = drawing & (done > 0)
-        two = bool(begins.any())  # a row that begins brings <s> along; the others fill that column with padding
+        # A row that begins an item adds two columns, `<s>` first; the others fill the additional column with padding.
+        two = bool(begins.any())
         bos = torch.where(begins, BOS, PAD)
         newest = torch.where(drawing, last, PAD)
         ids = torch.stack((bos, newest), dim=1) if two else newest.unsqueeze(1)
         position = torch.where(drawing, done + 1, 0)
         positions = torch.stack((torch.zeros_like(position), position), dim=1) if two else position.unsqueeze(1)
-        # Rows that draw nothing see their new columns, for a row of a mask must not be empty.
+        # Rows outside of items attend to their new columns, because a row of a mask must not be empty.
         fresh = torch.ones_like(ids, dtype=torch.bool)
         if two:
             fresh[:, 0] = ~goes_on

@@ -1,7 +1,7 @@
 """Measures which classifier-free guidance fits held-out items best (`mmscale sample --guidance auto`).
 
-An item that a document holds behind a prompt is scored under guided probabilities, as generation would use them
-(generate.ClassifierFreeGuidance): lower is better. A model that has learned its prompts well needs none.
+An item that follows a prompt in a document is scored under guided probabilities, as generation would use them
+(generate.ClassifierFreeGuidance): lower is better. A model that has learned its prompts well needs no guidance.
 
 Shapes: R rows, S tokens, K tokens of an item, V ids of an item's range.
 """
@@ -22,7 +22,7 @@ from mmscale.data.vocab import BOS, PAD
 from mmscale.inference.generate import ItemRules
 
 GUIDANCES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
-_TOKENS = 8192  # that are computed at once, padding included; a longer document is computed alone
+_TOKENS = 8192  # tokens that are computed at once, padding included; a longer document is computed alone
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GuidanceSweep:
     """Losses of held-out items under guidance.
 
     Attributes:
-        items: that were scored.
+        items: number of scored items.
         losses: mean cross entropy of their tokens [nats] by guidance.
     """
 
@@ -44,7 +44,7 @@ class GuidanceSweep:
 
 
 def items_behind_prompts(ids: NDArray[np.int64], item: ItemRules) -> list[int]:
-    """Places of the begin tokens of whole items that have a prompt: something stands between them and `<s>`."""
+    """Places of the begin tokens of complete items that have a prompt, i.e. tokens between them and `<s>`."""
     begun = np.flatnonzero(ids == item.opens).tolist()
     return [place for place in begun if place > 1 and _codes(ids, place, item) is not None]
 
@@ -53,12 +53,12 @@ def items_behind_prompts(ids: NDArray[np.int64], item: ItemRules) -> list[int]:
 def sweep(
     model: Any, documents: Sequence[NDArray[np.int64]], item: ItemRules, *, guidances: Sequence[float] = GUIDANCES
 ) -> GuidanceSweep | None:
-    """Score the items of held-out documents under each guidance; None: no document has an item behind a prompt.
+    """Score the items of held-out documents under each guidance; None: no document has an item after a prompt.
 
     Args:
         model: a causal language model of transformers in evaluation mode.
         documents: ids [S] of each, `<s>` first.
-        item: what is drawn.
+        item: the kind of item.
         guidances: to compare.
     """
     with_prompt: list[NDArray[np.int64]] = []
@@ -96,7 +96,7 @@ def _parts(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _codes(ids: NDArray[np.int64], place: int, item: ItemRules) -> NDArray[np.int64] | None:
-    """The tokens of the item that begins at a place; None: it is not whole."""
+    """The tokens of the item that begins at a place; None: it is incomplete."""
     own = ids[place + 1 : place + 1 + item.tokens]
     whole = len(own) == item.tokens and bool(((own >= item.first) & (own < item.end)).all())
     return own if whole else None
@@ -105,14 +105,14 @@ def _codes(ids: NDArray[np.int64], place: int, item: ItemRules) -> NDArray[np.in
 def _logits(model: Any, rows: Sequence[NDArray[np.int64]], item: ItemRules) -> Tensor:
     """Logits of the item's range [R, K, V] at the last K places of each row, on the CPU.
 
-    The log-probabilities differ from them by a number per place, which the softmax over the range cancels.
+    They differ from log-probabilities by a constant per place, which cancels in the softmax over the range.
     """
     longest = max(map(len, rows))
     ids, mask = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest, dtype=torch.long)
-    for row, own in enumerate(rows):  # padding stands behind, where no token of a causal model sees it
+    for row, own in enumerate(rows):  # padding comes last, where no token of a causal model attends to it
         ids[row, : len(own)] = torch.from_numpy(own)
         mask[row, : len(own)] = 1
-    first = min(map(len, rows)) - item.tokens  # no logits of places before it are wanted
+    first = min(map(len, rows)) - item.tokens  # logits of earlier places are not needed
     kept = {"logits_to_keep": longest - first} if _keeps(model) else {}
     out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **kept)
     before = longest - out.logits.shape[1]
@@ -124,5 +124,5 @@ def _logits(model: Any, rows: Sequence[NDArray[np.int64]], item: ItemRules) -> T
 
 
 def _keeps(model: Any) -> bool:
-    """Whether a model can leave out the logits of earlier places."""
+    """Whether a model can skip the logits of earlier places."""
     return "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters

@@ -31,7 +31,7 @@ from mmscale.train.state.router_state import load_main_tensors, load_router_tens
 from mmscale.train.steps.batch import to_device
 
 T = TypeVar("T")
-_SEED = 0  # all weights are read, so nothing that is drawn from it stays
+_SEED = 0  # has no effect, because all weights are read
 
 _LACKING = {
     Needs.AUXILIARY: (
@@ -80,15 +80,15 @@ class RunModel:
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch, routing: Routing = Routing.BATCH) -> Tensor:
-        """Logits of every position, fp32 [B, S, padded vocabulary], on the host; every rank calls it and gets all.
+        """Logits of every position, fp32 [B, S, padded vocabulary], on the host, on every rank; every rank calls it.
 
         Args:
-            batch: tokens and facts.
-            routing: who decides which experts take a token; in all modes but BATCH a token's logits depend on earlier
-                tokens of its document only.
+            batch: tokens and per-token data.
+            routing: mode by which experts are assigned to tokens. In all modes but BATCH a token's logits depend only
+                on earlier tokens of its document.
 
         Raises:
-            UsageError: this checkpoint has nothing for that routing.
+            UsageError: this checkpoint does not support that routing.
         """
         self.require(routing)
         inputs = to_device(batch, self.vocabulary, routing=routing)
@@ -96,7 +96,7 @@ class RunModel:
         logits: Tensor = self.module(
             input_ids=inputs.tokens, position_ids=None, attention_mask=None, packed_seq_params=inputs.params
         )
-        if self.groups.tp.size() > 1:  # the output layer leaves every rank its part of the vocabulary
+        if self.groups.tp.size() > 1:  # each rank has the logits of its part of the vocabulary
             logits = gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
         return logits.float().cpu()
 
@@ -105,7 +105,7 @@ class RunModel:
 def open_run(
     run: Path, *, step: int | None = None, dtype: str | None = None, env: RankEnv | None = None
 ) -> Iterator[RunModel]:
-    """Load a checkpoint's weights; process groups live as long as the context. What it raises, all ranks raise.
+    """Load a checkpoint's weights; process groups exist as long as the context. Errors are raised on all ranks.
 
     Args:
         run: the run's folder.
@@ -115,7 +115,7 @@ def open_run(
 
     Raises:
         CheckpointError: there is no such run or checkpoint, or it is damaged.
-        ConfigError: the model cannot be cut for so many ranks.
+        ConfigError: the model cannot be sharded over so many ranks.
     """
     if not (run / CONFIG).is_file() and not Store.of_run(run).root.is_dir():
         raise CheckpointError(
@@ -182,7 +182,7 @@ def _here(config: Config, *, ranks: int, dtype: str | None) -> Config:
     """The same model over these ranks, in this number format.
 
     Raises:
-        ConfigError: the model cannot be cut for so many ranks.
+        ConfigError: the model cannot be sharded over so many ranks.
     """
     config = for_inference(config, tp=ranks)
     if ranks > 1:
@@ -193,7 +193,7 @@ def _here(config: Config, *, ranks: int, dtype: str | None) -> Config:
 
 
 def _on_first(action: Callable[[], T], *, rank: int) -> T:
-    """Rank 0's result on every rank, or its error; ranks that hash the same files would wait for each other."""
+    """Rank 0's result, or its error, on every rank. Hashing the same files on all ranks would be slow."""
     found: T | Exception | None = None
     if rank == 0:
         try:

@@ -1,8 +1,8 @@
-"""Generation over tensor-parallel ranks, for models that one process cannot hold.
+"""Generation over tensor-parallel ranks, for models that are too large for one process.
 
-A run's model becomes what transformers' `generate` takes. No cache: every token costs a pass over the whole sequence,
-so this is for a look at a model, not for serving it; an export is served by engines that split it themselves. Every
-rank calls `generate` with the same arguments and draws the same tokens: logits are gathered, generators seeded alike.
+Adapts a run's model to transformers' `generate`. There is no cache: every token needs a pass over the whole sequence,
+so this is for trying a model, not for serving it; inference engines can shard an export themselves. Every rank calls
+`generate` with the same arguments and generates the same tokens: logits are gathered, generators have the same seed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mmscale.data.stream.packed import pack_rows
 from mmscale.inference.model import RunModel
 from mmscale.tables.routings import Routing
 
-_BLOCK = 64  # sequences are computed in multiples of so many tokens
+_BLOCK = 64  # sequences are padded to multiples of this number of tokens
 
 
 class ModelOnRanks(PreTrainedModel, GenerationMixin):
     """A loaded run for `generate.generate` with `use_cache=False`.
 
     Args:
-        run: the model; its context must outlive this.
-        routing: who decides which experts take a token; not batch, which knows no next token.
+        run: the model; its context must outlive this object.
+        routing: mode by which experts are assigned to tokens; not batch, with which a next token is not defined.
 
     Raises:
-        UsageError: the checkpoint has nothing for that routing.
+        UsageError: the checkpoint does not support that routing.
     """
 
     config_class = PretrainedConfig
@@ -40,23 +40,24 @@ class ModelOnRanks(PreTrainedModel, GenerationMixin):
         assert not routing.leaks, routing
         run.require(routing)
         super().__init__(PretrainedConfig(vocab_size=run.config.vocab.padded_size))
-        self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # says on which device ids are wanted
+        # Tells `generate` on which device ids must be.
+        self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         self.generation_config = GenerationConfig()
         self._run, self._routing = run, routing
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """All of every row, every time."""
+        """The complete rows, because there is no cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
-        """Logits of what follows each row.
+        """Logits of the token after each row.
 
         Args:
             input_ids: [B, S], padded on the left.
             attention_mask: [B, S], 0 on padding.
-            kwargs: what transformers gives besides; there is no cache.
+            kwargs: further arguments of transformers; there is no cache.
 
         Returns:
             `logits` [B, 1, padded vocabulary].

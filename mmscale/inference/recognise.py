@@ -1,7 +1,7 @@
-"""Which digit a drawn picture is read as, by a small classifier fitted on the real ones.
+"""Recognises digits in generated pictures with a small classifier fitted on real ones.
 
-For the quickstart's digits alone: it says whether drawing works at all, not how good a picture is. The classifier reads
-99.0 % of held-out real digits right, so that what it misses in drawn ones is mostly the drawing's fault.
+For the quickstart's digits only: it measures whether generation works at all, not the quality of a picture. The
+classifier reads 99.0 % of held-out real digits correctly, so most errors on generated ones are the generator's.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mmscale.errors import UsageError
 
 @dataclass(frozen=True)
 class Recognition:
-    """What became of drawn digits.
+    """The result for generated digits.
 
     Attributes:
-        asked: digits that were asked for.
-        right: how many of them are read as asked.
-        ceiling: share of held-out real digits that the classifier reads right.
-        by_word: for each word asked for, `(asked, right)`.
+        asked: number of requested digits.
+        right: how many of them are read as requested.
+        ceiling: share of held-out real digits that the classifier reads correctly.
+        by_word: for each requested word, `(asked, right)`.
     """
 
     asked: int
@@ -36,16 +36,16 @@ class Recognition:
 
     @property
     def share(self) -> float:
-        """Share read as asked."""
+        """Share that is read as requested."""
         return self.right / self.asked
 
 
 def recognise(asked: Sequence[tuple[str, NDArray[np.uint8] | None]]) -> Recognition:
-    """Read drawn digits.
+    """Classify generated digits.
 
     Args:
-        asked: a prompt that names one digit, and the picture [8, 8] or [8, 8, 1], brightness 0..255; None: nothing was
-            drawn, which counts as wrong.
+        asked: a prompt that names one digit, and the picture [8, 8] or [8, 8, 1], brightness 0..255; None: no picture
+            was generated, which counts as wrong.
 
     Raises:
         UsageError: there are none, a prompt names no digit or several, or a picture has another size.
@@ -72,10 +72,10 @@ def recognise(asked: Sequence[tuple[str, NDArray[np.uint8] | None]]) -> Recognit
 
 
 def digit_of(prompt: str) -> int:
-    """The digit whose word a prompt has.
+    """The digit that a prompt names.
 
     Raises:
-        UsageError: it has none, or several.
+        UsageError: it names none, or several.
     """
     found = [WORDS.index(word) for word in prompt.lower().split() if word in WORDS]
     if len(found) != 1:

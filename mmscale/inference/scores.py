@@ -1,7 +1,7 @@
-"""What `mmscale eval` measures of any model on held-out data: losses, perplexities, each source's own, and tasks.
+"""The measurements of `mmscale eval` for any model: losses, perplexities, each source's own, and tasks.
 
-A model's scorer computes its losses and log-probabilities: evaluate.py's for a run's checkpoint,
-checkpoints_tools/huggingface/evaluate_export.py's for an exported folder.
+A model's scorer computes its losses and log-probabilities: evaluate.py has the one for a run's checkpoint,
+checkpoints_tools/huggingface/evaluate_export.py that for an exported folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Scorer(Protocol):
 
     @property
     def batches(self) -> int | None:
-        """As above."""
+        """Global batches that are read of each set; None: all."""
         ...
 
     def losses(self, data: Mixture) -> dict[str, float]:
@@ -63,10 +63,10 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What a task of a plug-in learns when it is made, on every rank.
+    """The information that a plug-in's task receives when it is made, on every rank.
 
     Attributes:
-        config: the settings of the model and of the data that it is evaluated on.
+        config: the settings of the model and of the evaluation data.
         vocabulary: ids and ranges of the modalities.
         folder: the prepared data set, whose tokenizers are the model's.
     """
@@ -76,7 +76,7 @@ class TaskRun:
     folder: Path
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """A text as the beginning of a document: ids [tokens], with the token that begins documents."""
+        """A text as the beginning of a document: ids [tokens], including the token that begins documents."""
         return np.array([BOS, *open_text_tokenizer(self.folder).encode(text)], dtype=np.int64)
 
     def draw(
@@ -88,19 +88,19 @@ class TaskRun:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> list[NDArray[Any]]:
-        """Items that the model writes after prompts, one for each: of images pixels uint8 [H, W, C].
+        """Items that the model generates after prompts, one for each: of images pixels uint8 [H, W, C].
 
-        The whole prompt is read for every token, so this is for some dozens of small items.
+        Every token needs a pass over the whole prompt, so this is suitable for a few dozen small items.
 
         Args:
             scorer: the model.
-            prompts: texts that the training documents put before such an item.
+            prompts: texts as in training documents before such an item.
             modality: of the items.
             temperature: divides log-probabilities; 0: always the most likely code.
             seed: of the sampling; the same on every rank.
 
         Raises:
-            DataError: the data set has no such items, or a prompt leaves them no room in a sequence.
+            DataError: the data set has no such items, or a prompt leaves no room for them in a sequence.
         """
         codec, marks = open_codecs(self.folder).get(modality), self.vocabulary.marks(modality)
         if codec is None or marks is None:
@@ -119,7 +119,7 @@ class TaskRun:
         for _ in range(codec.tokens_per_item):
             scores = scorer.log_probabilities(documents)
             last = np.stack([one[-1, low : low + codec.vocab_size] for one in scores]).astype(np.float64)
-            if temperature > 0:  # the largest of log-probabilities with Gumbel noise is a sample
+            if temperature > 0:  # the largest log-probability plus Gumbel noise is a sample
                 last = last / temperature + random.gumbel(size=last.shape)
             documents = [np.append(one, low + code) for one, code in zip(documents, last.argmax(axis=-1), strict=True)]
         codes = np.stack([one[-codec.tokens_per_item :] for one in documents]) - low
@@ -134,16 +134,16 @@ def measured(
     Args:
         scorer: the model.
         config: names the data.
-        tasks: plug-ins that measure something else; each gets the model.
-        questions: files of questions by name, besides the tasks that the data sets have; instead of one of that name.
+        tasks: plug-ins with other tasks; each gets the model.
+        questions: files of questions by name, in addition to the tasks of the data sets; they replace one of the same
+            name.
 
     Returns:
-        `loss`, `loss/<modality>`, `z_loss`, `perplexity/<modality>`, `bits_per_byte/<text>` (where bytes were
-        counted), `accuracy/<task>`; `tasks` (for each right and asked questions, the 95 % interval of the accuracy,
-        what guessing gets, the file or data set that its questions are from, and data sets whose task of that name is
-        not asked); `task/<key>` of each plug-in;
-        for a blend `source/<name>/...`; for each set of `data.validation` `validation/<name>/...`; `batches`,
-        `batches_available` and `batches_in_training` of the first of these sets.
+        `loss`, `loss/<modality>`, `z_loss`, `perplexity/<modality>`, `bits_per_byte/<text>` (if bytes were counted),
+        `accuracy/<task>`; `tasks` (for each the numbers of correct and all answers, the 95 % interval of the accuracy,
+        the accuracy of guessing, the file or data set of its questions, and data sets whose task of that name is not
+        used); `task/<key>` of each plug-in; for a blend `source/<name>/...`; for each set of `data.validation`
+        `validation/<name>/...`; `batches`, `batches_available` and `batches_in_training` of the first of these sets.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
@@ -184,13 +184,13 @@ def _asked(scorer: Scorer, items: Sequence[TaskItem], *, place: Path, others: Se
 
 
 def _extents(config: Config, data: Mixture, *, batches: int | None) -> dict[str, float]:
-    """Global batches that are read, that there are, and that training's evaluations read."""
+    """Global batches that are read, that exist, and that training's evaluations read."""
     here, there = (extent_of(config, data, batches=number) for number in (batches, config.train.eval_batches))
     return {"batches": here.batches, "batches_available": here.available, "batches_in_training": there.batches}
 
 
 def passes_of(config: Config) -> dict[str, Mixture]:
-    """What is evaluated, by the prefix of its keys: "" for the blend, `source/<name>/`, `validation/<name>/`.
+    """The evaluated data, by the prefix of its keys: "" for the blend, `source/<name>/`, `validation/<name>/`.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
@@ -198,12 +198,12 @@ def passes_of(config: Config) -> dict[str, Mixture]:
     vocabulary = Vocabulary.from_config(config.vocab)
     found = open_passes(config, vocabulary=vocabulary, each=True)
     if not found:
-        open_mixture(config, HELD_OUT, vocabulary=vocabulary)  # raises, and says what is missing
+        open_mixture(config, HELD_OUT, vocabulary=vocabulary)  # raises an error that names the missing data
     return {prefix_of(name): data for name, data in found.items()}
 
 
 def with_data(config: Config, folder: Path) -> Config:
-    """The configuration with one other data set, and nothing else to evaluate on."""
+    """The configuration with another data set as the only one to evaluate on."""
     changed = config.data.model_copy(update={"path": str(folder), "blend": (), "validation": {}})
     return config.model_copy(update={"data": changed})
 

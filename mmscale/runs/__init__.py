@@ -1,1 +1,1 @@
-"""What a run's files say, for those who read them. Imports no torch."""
+"""Reads the files of a run, for status, reports and comparisons. Imports no torch."""

@@ -1,6 +1,6 @@
-"""Which changes of a run that goes on make its losses other quantities than before. No torch.
+"""Which changes at a resume make a run's losses incomparable with those before. No torch.
 
-The trainer starts to count held-out figures again there, and the report breaks its curves.
+The trainer restarts its statistics of held-out values at such a change, and the report breaks its curves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Break:
     """What is not comparable with the steps before.
 
     Attributes:
-        what: for people; empty: everything is.
+        what: for people; empty: everything is comparable.
         training: losses of training batches.
         held_out: losses of held-out data, and accuracies.
         tasks: accuracies.
@@ -26,12 +26,13 @@ class Break:
     tasks: bool = False
 
 
-# Beginnings of the lines that tell of changes (mmscale.train.saves.resume), the first that fits counts.
+# Beginnings of the lines that describe changes (mmscale.train.saves.resume); the first match applies.
 _RULES = (
-    ("data: share of", Break(("share of data",), training=True)),  # held-out documents are read by their number
+    # The selection of held-out documents does not depend on it.
+    ("data: share of", Break(("share of data",), training=True)),
     ("data: another order", Break()),
     ("data: ", Break(("data",), training=True, held_out=True)),
-    ("data.path", Break(("data",), training=True, held_out=True)),  # of runs from before content was compared
+    ("data.path", Break(("data",), training=True, held_out=True)),  # in runs of versions that did not compare content
     ("data.blend", Break(("data",), training=True, held_out=True)),
     ("data.validation", Break(("validation set",), held_out=True)),
     ("data.document_multiple", Break(("padding of documents",), training=True, held_out=True)),
@@ -41,14 +42,14 @@ _RULES = (
     ("train.eval_batches", Break(("held-out batches",), held_out=True)),
     ("model.seq_length", Break(("sequence length",), training=True, held_out=True)),
 )
-_SAME = "the same documents"  # ends the line of a data set that was moved
+_SAME = "the same documents"  # end of the line for a data set that was moved
 
 
 def break_of(lines: Iterable[str]) -> Break:
-    """What changes mean for the losses.
+    """Which values are not comparable after some changes.
 
     Args:
-        lines: one for each change, as a resume prints them.
+        lines: one for each change, as printed at a resume.
     """
     found = [
         next((one for prefix, one in _RULES if line.startswith(prefix)), Break())

@@ -1,4 +1,4 @@
-"""events.jsonl: what happened to a run. The trainer and the launcher write it; status and reports read it."""
+"""events.jsonl: the events of a run. The trainer and the launcher write it; status and reports read it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mmscale.runs.json_lines import as_json, line_of, read_lines
 from mmscale.runtime.disk_writer import Appended, DiskWriter
 
 EVENTS = "events.jsonl"
-CUT_SHORT = "evaluation_cut_short"  # an event, with the step
-EARLY = "ended_early"  # the event of an attempt that train.stop_when ended
+CUT_SHORT = "evaluation_cut_short"  # name of an event with the step
+EARLY = "ended_early"  # event of an attempt ended by train.stop_when
 ORDERLY_ENDS = ("finish", "stop", EARLY)  # events of an attempt that saved its last step: no work is lost
-# Events that nobody has to look into.
+# Events that need no attention.
 ROUTINE = (
     *("launch", "start", "resume", "save_begin", "save_committed", "ranks_ended", "profile"),
     *("data_verified", "mirror_uploaded", CUT_SHORT, *ORDERLY_ENDS),
@@ -28,7 +28,7 @@ class EventLog:
         run_dir: The run's folder; made if it is missing.
         attempt: Number of this attempt, from `next_attempt`.
         may_write: Called before every line; raises if this process must not write any more.
-        writer: Does the writing, and is closed by its owner; default: one of its own, whose outages are events here.
+        writer: Writes the file, and is closed by its owner; default: a new one, whose outages are events here.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class EventLog:
         self._lines.touch()
 
     def add(self, event: str, **fields: Any) -> None:
-        """Append one event with the time [seconds since 1970] and whatever belongs to it."""
+        """Append one event with the time [seconds since 1970] and the given fields."""
         plain = {key: as_json(value) for key, value in fields.items()}
         self._lines.append(line_of({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **plain}))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining lines."""
         if self._owned:
             self.writer.close()
 

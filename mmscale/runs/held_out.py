@@ -1,4 +1,4 @@
-"""Names of what is measured on held-out data: keys of metrics.jsonl, and words for people. It measures nothing."""
+"""Names of values measured on held-out data: keys of metrics.jsonl, and words for people."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from mmscale.config.derived import SOURCE
 from mmscale.tables.routings import CAUSAL_ROUTINGS
 
 EVAL = "eval/"  # prefix of keys measured on held-out data, e.g. eval/loss/text
-VALIDATION = "validation/"  # behind it for a set of `data.validation`, e.g. eval/validation/web/causal/loss/text
+VALIDATION = "validation/"  # follows EVAL for a set of `data.validation`, e.g. eval/validation/web/causal/loss/text
 
 
-ACCURACY = "accuracy/"  # figures of tasks begin with it: the share of right answers
-AUXILIARY = "auxiliary"  # the stage whose routers decide, in keys of reports: metrics.jsonl of a main run has none
+ACCURACY = "accuracy/"  # prefix of the accuracies of tasks
+AUXILIARY = "auxiliary"  # in keys of reports, the stage whose routers decide; never in the metrics.jsonl of a main run
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a key says about held-out data: `eval/[validation/NAME/|source/NAME/][auxiliary/][ROUTING/]FIGURE`.
+    """The parts of a key of held-out data: `eval/[validation/NAME/|source/NAME/][auxiliary/][ROUTING/]FIGURE`.
 
     Attributes:
         figure: `loss`, `loss/text`, `z_loss`, `accuracy/TASK`.
-        routing: who decided which experts take a token; "batch" stands in no key.
-        name: of the set in `data.validation`; `source/NAME`: the held-out documents of one source of a blend; "": of
-            all data that is trained on.
+        routing: mode by which experts were assigned to tokens; "batch" is not written in keys.
+        name: of the set in `data.validation`; `source/NAME`: the held-out documents of one source of a blend; "": those
+            of all training data.
         stage: whose routers decide; "": those of the main run.
     """
 
@@ -41,17 +41,17 @@ class HeldOut:
 
     @property
     def how(self) -> str:
-        """Who decided which experts take a token, for people."""
+        """The routing mode in words."""
         return f"{self.routing} routing{f', {self.stage} stage' if self.stage else ''}"
 
     @property
     def where(self) -> str:
-        """On what it was measured, and how, for people."""
+        """The data and the routing mode, in words."""
         return f"{words_of(self.name) or 'held out'} ({self.how})"
 
     @classmethod
     def of(cls, key: str) -> HeldOut | None:
-        """What a key says; None: it is not about held-out data."""
+        """The parts of a key; None: it is not a key of held-out data."""
         if not key.startswith(EVAL):
             return None
         rest, name, routing, stage = key.removeprefix(EVAL), "", "batch", ""
@@ -68,7 +68,7 @@ class HeldOut:
 
 
 def prefix_of(name: str) -> str:
-    """What keys of a set begin with, behind `eval/`.
+    """Prefix of the keys of a set, after `eval/`.
 
     Args:
         name: of the set, as in `HeldOut`.
@@ -79,5 +79,5 @@ def prefix_of(name: str) -> str:
 
 
 def words_of(name: str) -> str:
-    """A set for people: `validation web`, `source web`; empty for the data that is trained on as a whole."""
+    """A set in words: `validation web`, `source web`; empty for the training data as a whole."""
     return prefix_of(name).rstrip("/").replace("/", " ", 1)

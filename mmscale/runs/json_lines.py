@@ -15,14 +15,14 @@ from typing import Any
 
 from mmscale import bounded
 
-LARGEST = 1 << 53  # of a count or a time: what a float has exactly
+LARGEST = 1 << 53  # largest count or time that a float represents exactly
 
 _log = logging.getLogger(__name__)
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:
-    """A record as a line of a file."""
+    """A record as a line of the file."""
     return (json.dumps(record, allow_nan=False, default=str) + "\n").encode()
 
 
@@ -40,10 +40,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """A line of the logs, without the fields that every reader counts with where they are no numbers.
+    """A line of the logs, without common fields that should be numbers and are not.
 
     Returns:
-        None where the line is no JSON object, or does not say which attempt wrote it.
+        None if the line is not a JSON object, or has no number of the attempt that wrote it.
     """
     try:
         record = bounded.parse_json(line.decode("utf-8", "replace"))
@@ -58,7 +58,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number that counts something."""
+    """Whether a value is a non-negative integer."""
     return type(value) is int and 0 <= value <= LARGEST
 
 
@@ -74,10 +74,10 @@ _COUNTED: dict[str, Callable[[Any], bool]] = {
 
 
 def as_json(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """A value in a form that JSON supports."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(value: Any) -> Any:
-    """The value that `as_json` was given."""
+    """The inverse of `as_json`."""
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,5 +1,5 @@
-# What `mmscale status` needs of metrics.jsonl, without reading it again each time: the last logged step, and groups of
-# steps for the goodput arithmetic. The job keeps it in the run folder; readers continue from there.
+# The data that `mmscale status` needs from metrics.jsonl, so that it need not read all of it each time: the last logged
+# step, and groups of steps for computing goodput. The job stores it in the run folder; readers continue from there.
 """A run's progress in a few hundred numbers."""
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _CHUNK = 1 << 20  # bytes
 
 @dataclass
 class StepGroup:
-    """Neighbouring lines of an attempt.
+    """Consecutive lines of an attempt.
 
     Attributes:
         step: of the last line.
-        seconds: in steps, without pauses. The first line of an attempt is a group of its own, with the seconds of one
-            step: where the attempt began is in the events.
+        seconds: in steps, without pauses. The first line of an attempt is a separate group, with the seconds of one
+            step, because the step at which the attempt began is in the events.
         save_stall_s: sum.
         eval_s: sum.
         timed: whether a line had a step time.
@@ -39,7 +39,7 @@ class StepGroup:
     timed: bool = False
 
     def add(self, other: StepGroup) -> None:
-        """Take in the group behind it."""
+        """Merge the following group into this one."""
         self.step = max(self.step, other.step)
         self.seconds += other.seconds
         self.save_stall_s += other.save_stall_s
@@ -95,7 +95,7 @@ class RunProgress:
         return self.offset > before
 
     def groups(self) -> list[dict[str, Any]]:
-        """Lines in the form that `goodput` takes, one per group: sums of pauses, and the mean time of its steps."""
+        """Lines in the form that `goodput` expects, one per group: sums of pauses, and the mean time of its steps."""
         found = []
         for number, groups in self.attempts.items():
             reached = None
@@ -107,7 +107,7 @@ class RunProgress:
         return found
 
     def _lines(self, file: Path) -> Iterator[dict[str, Any]]:
-        """Whole lines after the offset, which advances with them."""
+        """Complete lines after the offset, which is advanced past them."""
         rest = b""
         with file.open("rb") as opened:
             opened.seek(self.offset)

@@ -118,10 +118,10 @@ class Cluster:
             shutil.rmtree(self.folder)
 
     def environment(self) -> dict[str, str]:
-        """Variables under which SLURM's commands and `mmscale` talk to this cluster."""
+        """Variables with which SLURM's commands and `mmscale` use this cluster."""
         state = self._state()
         variables = {"SLURM_CONF": str(self.folder / "etc" / "slurm.conf")}
-        if not state["own_names"]:  # n1, n2 resolve nowhere
+        if not state["own_names"]:  # the names n1, n2 cannot be resolved
             variables["MASTER_ADDR"] = "127.0.0.1"
         return variables
 
@@ -134,7 +134,7 @@ class Cluster:
             return None
 
     def run(self, *command: str, timeout_s: float = 60.0) -> str:
-        """What a command of SLURM prints.
+        """The output of a SLURM command.
 
         Raises:
             ClusterError: it failed.
@@ -147,10 +147,10 @@ class Cluster:
         return ended.stdout
 
     def configure(self, *lines: str) -> None:
-        """Add lines to slurm.conf, instead of those that an earlier call added, and have them read.
+        """Add lines to slurm.conf, replacing those of an earlier call, and make SLURM read it.
 
         Args:
-            lines: settings that a running SLURM takes over, e.g. SlurmctldParameters=preempt_send_user_signal.
+            lines: settings that a running SLURM can reload, e.g. SlurmctldParameters=preempt_send_user_signal.
         """
         file = self.folder / "etc" / "slurm.conf"
         text = file.read_text().partition(_ADDED)[0]
@@ -185,16 +185,16 @@ class Cluster:
         return False
 
     def cut(self, node: str) -> None:
-        """Cut a node off from all others, while its processes live on; for clusters whose nodes have networks."""
+        """Cut a node off from all others while its processes keep running; for clusters whose nodes have networks."""
         node_networks.cut(self._state()["network"]["links"][node])
 
     @property
     def own_names(self) -> bool:
-        """Whether every node has a host name of its own."""
+        """Whether every node has its own host name."""
         return bool(self._state()["own_names"])
 
     def processes(self, node: str) -> list[int]:
-        """All processes of a node, its slurmd left out; for clusters whose nodes have names of their own."""
+        """All processes of a node except its slurmd; for clusters whose nodes have their own names."""
         if not self._state()["own_names"]:
             raise ClusterError("nodes share the machine's name, and the owner of a process cannot be determined")
         place = self._state()["namespaces"][node]
@@ -206,13 +206,13 @@ class Cluster:
         return [pid for pid in found if pid != self.slurmd(node)]
 
     def kill(self, node: str) -> None:
-        """Kill all processes of a node, its slurmd too; for clusters whose nodes have names of their own."""
+        """Kill all processes of a node, including its slurmd; for clusters whose nodes have their own names."""
         for pid in [self.slurmd(node), *self.processes(node)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def restore(self) -> None:
-        """Start daemons again that were killed, and wait until every node is usable."""
+        """Restart daemons that were killed, and wait until every node is usable."""
         keeper = self.keeper()
         if keeper is None:
             raise ClusterError(f"no cluster runs in {self.folder}")
@@ -227,7 +227,8 @@ class Cluster:
                 line.split()[0]: line.split()[1] for line in states if line and re.search(r"down|drain|comp|\*", line)
             }
             for node, state in bad.items():
-                # A node whose slurmd died under a job waits for that job's end for ever, unless it is taken down first.
+                # A node whose slurmd died during a job waits for that job's end forever, unless it is set to DOWN
+                # first.
                 to = ["State=DOWN", "Reason=restored"] if "comp" in state else ["State=RESUME"]
                 with contextlib.suppress(ClusterError):  # it comes up by itself
                     self.run("scontrol", "update", f"NodeName={node}", *to)

@@ -1,5 +1,5 @@
-# The process that holds the local cluster's daemons: writes SLURM's configuration, starts them, takes in what ends.
-# cluster.py starts it and talks to it by its state file and signals; nothing else does.
+# The parent process of the local cluster's daemons: writes SLURM's configuration, starts them, and reaps children.
+# Only cluster.py uses it: it starts it and communicates through its state file and signals.
 """The keeper of a local cluster.
 
 All daemons are its children, and it is a subreaper: also what they leave behind when they are killed (job steps, ranks)
@@ -29,10 +29,10 @@ from slurm.local import node_networks
 STATE = "cluster.json"  # in the cluster's folder, while it runs
 START_S, STOP_S = 60.0, 20.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_SEARCHED = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # where daemons are, which plain users have not on their PATH
+_SEARCHED = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # folders of daemons that are not on the PATH of ordinary users
 
-# config_overrides lets two cores pose as sixteen per node; KillWait is SLURM's default: saves have to fit into it.
-# Killed nodes are noticed after SlurmdTimeout at the earliest; less than this is too little on a loaded machine.
+# config_overrides allows nodes to declare sixteen cores on a machine with two. KillWait is SLURM's default, within
+# which saves must finish. SLURM notices killed nodes after SlurmdTimeout; less would be too short on a busy machine.
 _SLURM_CONF = """\
 ClusterName=mmscale
 SlurmctldHost={host}({controller})
@@ -79,7 +79,7 @@ class ClusterError(Exception):
 
 
 class Keeper:
-    """Holds the daemons, in the process that `serve` runs in."""
+    """The parent of the daemons, in the process that calls `serve`."""
 
     def __init__(self, folder: Path, nodes: int, *, networks: bool = False) -> None:
         self.folder = folder
@@ -92,7 +92,7 @@ class Keeper:
         self.environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
 
     def serve(self) -> None:
-        """Run the cluster until SIGTERM or SIGINT; SIGHUP starts daemons again that have ended."""
+        """Run the cluster until SIGTERM or SIGINT; SIGHUP restarts daemons that have ended."""
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         asked: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -118,7 +118,7 @@ class Keeper:
             self._stop()
 
     def _make_folders(self) -> None:
-        """Before anything that would have to be taken back: it fails in the folder of another cluster."""
+        """Create the folders first: this fails in the folder of another cluster, before anything has to be undone."""
         for name in ("etc", "state", "log", "run", *(f"spool/{node}" for node in self.names)):
             (self.folder / name).mkdir(mode=0o700, parents=True)
 
@@ -156,7 +156,7 @@ class Keeper:
         run, log = self.folder / "run", self.folder / "log"
         munge = [f"--{name}={run}/{file}" for name, file in (("socket", "munge.sock"), ("pid-file", "munged.pid"))]
         munge += [f"--key-file={self.folder}/etc/munge.key", f"--log-file={log}/munged.log"]
-        # --force: it wants its socket open to all users, and this cluster is for one.
+        # --force: munged requires its socket to be accessible to all users, but this cluster is for one user.
         self._start("munged", ["munged", "-F", "--force", *munge, f"--seed-file={run}/munged.seed"])
         until((run / "munge.sock").exists, within_s=START_S, what="munged listens")
         self._start("slurmctld", ["slurmctld", "-D", "-i"])
@@ -189,7 +189,7 @@ class Keeper:
         self.network.connect(name, pid)
 
     def _start(self, name: str, command: list[str]) -> bool:
-        """Start a daemon that does not run; whether it did not."""
+        """Start a daemon unless it is running; returns whether it was started."""
         if name in self.daemons:
             return False
         command[0] = str(find(command[0]) or command[0])
@@ -209,7 +209,7 @@ class Keeper:
         return True
 
     def _write_state(self) -> None:
-        if self.own_names:  # the namespaces are there a moment after the start
+        if self.own_names:  # the namespaces exist shortly after the start
             mine = names_of(os.getpid())
             until(
                 lambda: all(names_of(self.daemons[name]) != mine for name in self.names),
@@ -231,13 +231,13 @@ class Keeper:
         temporary.replace(self.folder / STATE)
 
     def _reap(self) -> None:
-        """Take in every child that has ended, daemons and what they left behind."""
+        """Reap every child that has ended: daemons and orphans that they left behind."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 self.daemons = {name: pid for name, pid in self.daemons.items() if pid != ended}
 
     def _stop(self) -> None:
-        """Ask daemons in reverse order of their start; then end whatever still descends from this process."""
+        """Ask daemons to end, in reverse order of their start; then kill all remaining descendants of this process."""
         for pid in reversed(self.daemons.values()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -274,12 +274,12 @@ def _descendants(root: int) -> Iterator[int]:
 
 
 def names_of(pid: int) -> str:
-    """The UTS namespace of a process: which host name it sees."""
+    """The UTS namespace of a process, which determines its host name."""
     return str(Path(f"/proc/{pid}/ns/uts").readlink())
 
 
 def started(pid: int) -> str:
-    """When a process was started: with its id this names it for good. "" for one that has ended and is not reaped."""
+    """Start time of a process, which identifies it together with its id. "" if it has ended and is not reaped."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return "" if fields[0] == "Z" else fields[19]
 
@@ -302,12 +302,12 @@ def _can_unshare() -> bool:
 
 
 def find(program: str) -> str | None:
-    """Where a program is, None if it is not there."""
+    """Path of a program, None if it does not exist."""
     return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *_SEARCHED]))
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that nobody listens on, below the ephemeral ones."""
+    """The first of `count` consecutive unused ports, below the ephemeral ones."""
     first = 12_000 + secrets.randbelow(8_000)
     for port in range(first, first + 8_000):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -320,10 +320,10 @@ def _free_ports(count: int) -> int:
 
 
 def until(done: Callable[[], bool], *, within_s: float, what: str, pause_s: float = 0.05) -> None:
-    """Wait for something.
+    """Wait until `done` returns true.
 
     Raises:
-        ClusterError: it did not happen in time.
+        ClusterError: it did not in time.
     """
     deadline = time.monotonic() + within_s
     while not done():

@@ -1,5 +1,5 @@
-# A network for the nodes of the local cluster: a bridge on this machine, and in each node an eth0 of its own.
-# It needs root and `ip`; cluster.py says which nodes there are, and starts what runs in them.
+# A network for the nodes of the local cluster: a bridge on this machine, and a separate eth0 in each node. It needs
+# root and `ip`. cluster.py defines the nodes and starts the processes in them.
 """A bridge with one virtual link per node, any of which can be cut.
 
 A node's network namespace belongs to its processes: the kernel removes its link with the last of them, and only the
@@ -30,7 +30,7 @@ class Network:
 
     @classmethod
     def up(cls) -> Network:
-        """Make a bridge whose addresses nobody on this machine uses."""
+        """Create a bridge with addresses that are unused on this machine."""
         used = _ip("-o", "addr", "show")
         while True:
             name, prefix = f"mm{secrets.token_hex(2)}", f"10.{secrets.randbelow(64) + 128}.{secrets.randbelow(256)}"
@@ -56,7 +56,7 @@ class Network:
         return f"ip link set lo up; {wait}; ip addr add {self.address(number)}/24 dev eth0; ip link set eth0 up"
 
     def connect(self, node: str, pid: int) -> None:
-        """Give the namespace of a process, which waits for it, its link."""
+        """Create the link into the namespace of a process, which waits for it."""
         link = f"{self.bridge}{secrets.token_hex(2)}"
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
         _ip("link", "set", link, "master", self.bridge, "up")

@@ -80,7 +80,14 @@ def choices() -> str:
 def commands() -> str:
     """Every command with its help, arguments, options and example."""
     root = typer.main.get_command(app)
-    lines = ["# Commands", "", "Every command has `--help`; most have `--json`."]
+    lines = [
+        "# Commands",
+        "",
+        "Every command has `--help`; most have `--json`. Before the command, `mmscale` takes:",
+        "",
+    ]
+    lines += ["| option | meaning |", "| --- | --- |"]
+    lines += [row for row in (_row(one, root.context_class(root)) for one in root.params) if row]
     for path, command in _walk(root, ("mmscale",)):
         lines += _page(path, command)
     return "\n".join(lines) + "\n"

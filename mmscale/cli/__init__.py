@@ -22,6 +22,7 @@ from mmscale.cli import (
     data_weights,
     init,
     launch,
+    log_level,
     machine,
     report,
     sample,
@@ -85,7 +86,12 @@ app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _root(
+    level: log_level.Level = None,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if level is not None:
+        log_level.apply(level)
     if version:
         from mmscale import __version__
 

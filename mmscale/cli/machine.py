@@ -139,7 +139,7 @@ def plan(
 
     def text() -> None:
         shown = console()
-        typer.echo(planning.render(result, width=shown.width, color=shown.is_terminal), nl=False)
+        typer.echo(planning.render(result, width=shown.width, color=shown.is_terminal and not shown.no_color), nl=False)
 
     emit(result, as_json=as_json, text=text)
 

@@ -23,8 +23,8 @@ class TextTokenizerConfig(Section):
     )
     kind_args: dict[Name, Any] = setting("Keyword arguments of a text tokenizer that is a plug-in.", {})
     load: str | None = setting(
-        "Path of an existing tokenizer.json, or of a .tiktoken file (texts are split as for cl100k_base); null: "
-        "train a tokenizer on the documents.",
+        "Path of an existing tokenizer.json, of a .tiktoken file (texts are split as for cl100k_base), or of a .model "
+        "file of sentencepiece (BPE; extra `sentencepiece`); null: train a tokenizer on the documents.",
         None,
     )
 

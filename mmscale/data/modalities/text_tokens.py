@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mmscale import bounded
-from mmscale.data.modalities import foreign_tokens
+from mmscale.data.modalities import foreign_tokens, sentencepiece_tokens
 from mmscale.data.vocab import SPECIAL_TOKENS
 from mmscale.errors import DataError, MmscaleError
 from mmscale.tables import plugins
@@ -85,7 +85,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, file: Path, *, size: int | None = None, specials: Sequence[str] = SPECIAL_TOKENS) -> TextTokenizer:
-        """Read a tokenizer.json, of mmscale or another program, or a .tiktoken file.
+        """Read a tokenizer.json, of mmscale or another program, a .tiktoken file or a .model of sentencepiece.
 
         If the file does not have our special tokens at ids 0..4, all its ids are moved up by 5 (by more, if the
         vocabulary has begin and end tokens of further modalities). If its own special tokens have our names ("<s>"),
@@ -200,6 +200,8 @@ def read_content(file: Path) -> dict[str, Any]:
     """
     if file.suffix == foreign_tokens.SUFFIX:
         return foreign_tokens.converted(file)
+    if file.suffix == sentencepiece_tokens.SUFFIX:
+        return sentencepiece_tokens.converted(file)
     return bounded.read_object(file, most=_MOST_BYTES)
 
 

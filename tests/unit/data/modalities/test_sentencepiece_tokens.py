@@ -1,0 +1,98 @@
+"""A .model file of sentencepiece gives the ids that sentencepiece gives, or is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmscale.data.modalities import sentencepiece_tokens
+from mmscale.data.modalities.text_tokens import TextTokenizer
+from mmscale.errors import DataError
+
+WORDS = ["theatre", "there", "then", "seven's", "draw", "naïve", "red", "bus", "buses", "1234567", "x=1;", "東京"]
+TEXTS = [
+    "the theatre there then",
+    "  draw   a  seven's 1234567 ",
+    "naïve 東京 🙂 unseen: ß",
+    "they'll x=1;\t\r\n",
+    "<s></s><unk> <0x41>",
+    "bus",
+    "",
+]
+
+
+def trained(folder: Path, **settings: Any) -> Path:
+    """A small model."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="pip install 'mmscale[sentencepiece]'")
+    lines = [" ".join(WORDS[(start + 5 * place) % len(WORDS)] for place in range(9)) for start in range(400)]
+    options = {"vocab_size": 360, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | settings
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "x"), hard_vocab_limit=False, **options
+    )
+    return folder / "x.model"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},  # spaces are joined, texts are normalized by NFKC
+        {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},  # as Llama 2
+        {"add_dummy_prefix": False, "byte_fallback": False, "vocab_size": 100},
+        {"unk_id": 2, "bos_id": 0, "eos_id": 1, "pad_id": 3},
+    ],
+)
+def test_ids_are_those_of_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
+    file = trained(tmp_path, **settings)
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    ours = TextTokenizer.load(file, size=400)
+    shift = ours.vocab_size - theirs.get_piece_size()
+    assert shift == 5
+    for text in TEXTS:
+        assert ours.encode(text).tolist() == [number + shift for number in theirs.encode(text)]
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)).replace(" ⁇ ", "<unk>")
+    ours.save(tmp_path / "saved")
+    again = TextTokenizer.load(tmp_path / "saved" / "tokenizer.json")
+    assert again.fingerprint() == ours.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "unigram", "vocab_size": 300}, "is a Unigram model, not BPE"),
+        ({"model_type": "char"}, "is a Char model, not BPE"),
+        ({"user_defined_symbols": ["bus"]}, "has user-defined pieces"),
+        ({"treat_whitespace_as_suffix": True}, "spaces end words"),
+    ],
+)
+def test_what_cannot_be_converted_exactly_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        TextTokenizer.load(trained(tmp_path, **settings))
+    assert "cannot be converted exactly" in error.value.cause and "tokenizer.json" in error.value.remedy
+
+
+def test_a_conversion_that_gives_other_ids_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = trained(tmp_path)
+    monkeypatch.setattr(sentencepiece_tokens, "_merges", lambda model: iter(()))
+    with pytest.raises(DataError, match="has other tokens than sentencepiece gives"):
+        TextTokenizer.load(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 40, b"{}"])
+def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("sentencepiece", reason="pip install 'mmscale[sentencepiece]'")
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.model cannot be read"):
+        TextTokenizer.load(tmp_path / "x.model")
+
+
+def test_without_the_package_the_message_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.model").write_bytes(b"\x0a\x00")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(DataError, match="needs the packages sentencepiece and protobuf") as error:
+        TextTokenizer.load(tmp_path / "x.model")
+    assert "mmscale[sentencepiece]" in error.value.remedy

@@ -24,7 +24,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
 from mmscale.resilience import lease, run_lock
-from mmscale.runs.events import EARLY, EVENTS, read_events
+from mmscale.runs.events import EARLY, EVENTS, ORDERLY_ENDS, read_events
 from mmscale.runs.metrics import METRICS
 from mmscale.runs.run_progress import RunProgress
 from mmscale.train.stages.table import STAGES, of_folder
@@ -168,7 +168,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     saved = max(Store.of_run(run).steps(), default=None)
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
     step_time = last.get("step_time_s")
-    done = int(last.get("step", 0))
+    done = _steps_done(last, events)
     going = state["state"].startswith("RUNNING") and steps is not None and step_time is not None
     return {
         "run": str(run),
@@ -217,6 +217,15 @@ def _progress(run: Path) -> RunProgress:
     found = _known_progress(run)
     found.update(run)
     return found
+
+
+def _steps_done(line: dict[str, Any], events: Sequence[dict[str, Any]]) -> int:
+    """The last logged step, or the one after which that attempt or a later one saved and ended."""
+    logged, attempt = int(line.get("step", 0)), int(line.get("attempt", 0))
+    end = next((one for one in reversed(events) if one["event"] in ORDERLY_ENDS and "step" in one), None)
+    if end is None or int(end.get("attempt", 0)) < attempt:
+        return logged
+    return max(logged, int(end["step"])) if int(end.get("attempt", 0)) == attempt else int(end["step"])
 
 
 def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:

@@ -65,6 +65,7 @@ from mmscale.inference.model_on_ranks import ModelOnRanks
 from mmscale.runtime.device import current_device
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.routings import Routing
+from mmscale.tables.settings import IMAGE_FITS
 
 _UNBOUNDED = 1 << 62  # no limit here, because generation refuses prompts that are too long
 _AGAIN = "export it again: `mmscale convert to-hf`"
@@ -156,15 +157,16 @@ class Generator:
         return ids
 
     def resized(self, prompt: Prompt) -> list[str]:
-        """Notes about images of another size than in training, which are scaled and cropped as in training."""
+        """Notes about images of another size than in training, which become squares as in training."""
         assert self.processor.codes is not None
-        edge = self.processor.codes.size
+        edge, fit = self.processor.codes.size, self.processor.codes.fit
         found = []
         for file in prompt.images:
             with PIL.Image.open(file, formats=formats()) as picture:
                 if picture.size != (edge, edge):
                     width, height = picture.size
-                    found.append(f"{file} has {width} x {height} pixels, scaled and cropped to {edge} x {edge}")
+                    done = "scaled" if width == height else f"scaled and {IMAGE_FITS[fit].verb}"
+                    found.append(f"{file} has {width} x {height} pixels, {done} to {edge} x {edge}")
         return found
 
     def rules(self) -> list[ItemRules]:

@@ -173,7 +173,7 @@ def inspect(
         "sample"
     ),
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="List the documents of the held-out split, one per line.")
+        bool, typer.Option("--held-out", help="List the held-out documents, one per line; with --sample, decode one.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -187,7 +187,7 @@ def inspect(
         return
     from mmscale.data.prepared import inspect_set
 
-    if held_out:
+    if held_out and sample is None:
         documents = enumerate(inspect_set.lines(folder, "validation"))
         if as_json:
             emit([{"index": index, "text": line} for index, line in documents], as_json=True, text=lambda: None)
@@ -199,7 +199,7 @@ def inspect(
         result = inspect_set.summary(folder)
         emit(result, as_json=as_json, text=lambda: _summary(result))
         return
-    drawn = inspect_set.draw_sample(folder, sample, out, split=split)
+    drawn = inspect_set.draw_sample(folder, sample, out, split="validation" if held_out else split)
     rows = [("text", drawn["text"]), ("tokens", _counts(drawn["tokens"])), ("drawn on", drawn["sheet"])]
     rows += [(f"{name} files", ", ".join(own)) for name, own in drawn["files"].items() if name != "image"]
     emit(drawn, as_json=as_json, text=lambda: pairs(rows))

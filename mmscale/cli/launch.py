@@ -134,7 +134,7 @@ def stop(
     from launch import control
 
     result = control.stop(run, now=now)
-    lines = [(name, result[name]) for name in ("run", "job", "done")]
+    lines = [(name, result[name]) for name in ("run", "job", "done") if result[name]]  # outside SLURM there is no job
     later = [(f"job {number}", done) for number, done in result["jobs"].items() if number != result["job"]]
     emit(result, as_json=as_json, text=lambda: pairs([*lines, *later]))
 
@@ -189,8 +189,14 @@ def logs(
     if as_json:
         emit({"run": str(run), "text": "".join(pieces)}, as_json=True, text=lambda: None)
         return
+    printed = False
     for text in pieces:
         typer.echo(text, nl=False)
+        printed = True
+    if not printed:
+        whose = "the job" if job else f"rank {rank}"
+        where = ": rank 0 prints the progress of all ranks" if rank and not job else ""
+        typer.echo(f"note: {whose} has printed nothing{where}", err=True)
 
 
 def status(

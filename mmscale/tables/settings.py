@@ -282,9 +282,11 @@ class ImageFit(Choice):
     """How an image that is not square becomes square (`data.prepare.image.fit`).
 
     Attributes:
+        verb: what is done, in one word.
         done: effect on the image, with `{share}`: on average, 1 minus the short side by the long one [percent].
     """
 
+    verb: str
     done: str
 
 
@@ -294,14 +296,17 @@ IMAGE_FITS: Table[ImageFit] = Table(
     {
         "crop": ImageFit(
             meaning="the centre square, without the ends of the long side",
+            verb="cropped",
             done="cropped to the centre, which cuts off {share} of their area on average",
         ),
         "pad": ImageFit(
             meaning="the whole picture, between bars of the background colour",
+            verb="padded",
             done="padded to a square, of which {share} is background on average",
         ),
         "stretch": ImageFit(
             meaning="the whole picture, its long side shortened to the short one",
+            verb="stretched",
             done="stretched to a square, their long sides shortened by {share} on average",
         ),
     },

@@ -19,7 +19,7 @@ from tests.end_to_end.running import ROOT, mmscale
 
 PAGE = ROOT / "docs" / "tutorial.md"
 # The page's packages are replaced by pictures of this test, and its SLURM commands are those of tests/slurm.
-ELSEWHERE = ("apt-get download ", "dpkg -x ", 'eval "$(python slurm/local/cluster.py up')
+ELSEWHERE = ("apt-get download ", "dpkg -x ", 'eval "$(python slurm/local/cluster.py up', "python slurm/local/")
 ON_SLURM = ("launch", "status runs/job", "stop runs/job", "resume runs/job")
 SMALL = {"train.steps=600": "train.steps=6", "train.steps=900": "train.steps=9", "optim.restart=600": "optim.restart=6"}
 SMALL |= {"optim.warmup=20": "optim.warmup=1", "--budget 20m": "--budget 20s"}

@@ -165,16 +165,22 @@ def named_sources(config: Config) -> tuple[DataSource, ...]:
     return config.data.sources
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, *, like: Path | None = None, setting: str = "data.path") -> Manifest:
     """Read and check the manifest of a prepared data set.
+
+    Args:
+        folder: of the data set.
+        like: a data set whose tokenizers this one must share, for the remedy; None: any tokenizers are right.
+        setting: what names the folder, for the remedy.
 
     Raises:
         DataError: the folder, the manifest or a part is missing, damaged or truncated.
     """
     file = folder / MANIFEST
-    prepare = "run `mmscale data prepare`"
+    own = "" if like is None else f" --documents FILE --like {shlex.quote(str(like))} --out {shlex.quote(str(folder))}"
+    prepare = f"run `mmscale data prepare{own}`"
     if not folder.is_dir():
-        raise DataError(f"data: there is no folder {folder}", remedy=f"{prepare} or correct data.path")
+        raise DataError(f"data: there is no folder {folder}", remedy=f"{prepare} or correct {setting}")
     if not file.is_file():
         raise DataError(f"data: {folder} is not a prepared data set (no {MANIFEST})", remedy=f"{prepare} to its end")
     try:
@@ -205,7 +211,12 @@ def read_blend(config: Config) -> dict[Path, Manifest]:
             others.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
-    blend = {Path(entry.path): read_manifest(Path(entry.path)) for entry in named_sources(config)}
+    folders = [Path(entry.path) for entry in named_sources(config)]
+    first = next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
+    setting = "data.blend" if config.data.blend else "data.path"
+    blend = {
+        folder: read_manifest(folder, like=None if folder == first else first, setting=setting) for folder in folders
+    }
     for folder, manifest in blend.items():
         check_vocabulary(folder, manifest, vocabulary)
     common_tokenizers({folder: manifest.tokenizers for folder, manifest in blend.items()}, like=most_complete(blend))

@@ -74,9 +74,9 @@ def read_validation(config: Config, blend: Mapping[Path, Manifest]) -> list[Vali
     for name, path in config.data.validation.items():
         folder = Path(path)
         with naming(name):
-            manifest = read_manifest(folder)
-            check_vocabulary(folder, manifest, vocabulary)
             like = most_complete(blend)
+            manifest = read_manifest(folder, like=like)
+            check_vocabulary(folder, manifest, vocabulary)
             check_tokenizers(folder, manifest.tokenizers, trained, where="the data that is trained on", like=like)
             split = HELD_OUT if has_documents({folder: manifest}, HELD_OUT) else TRAIN
             parts_of(folder, manifest, split)

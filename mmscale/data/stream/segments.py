@@ -278,6 +278,7 @@ def _lines(mixture: Mixture, old: Segment, new: Segment, *, twice: int) -> list[
         if part.identity not in {one.identity for one in old.parts} and begin is START:
             lines.append(f"data: {part.path} is read from its beginning, {len(source)} documents")
         else:
-            left = f"{begin.unread} of its {len(source)} documents are left, then " if begin.unread else ""
+            of = f"{begin.begun} begun epochs of" if begin.begun > 1 else "its"
+            left = f"{begin.unread} of {of} {len(source)} documents are left, then " if begin.unread else ""
             lines.append(f"data: {part.path}: {left}epoch {begin.epoch + 1}")
     return lines

@@ -61,6 +61,11 @@ class Begin:
         left = sum(len(documents) for _, documents in self.leftovers)
         return left + (self.rest.documents if self.rest else 0)
 
+    @property
+    def begun(self) -> int:
+        """Number of epochs that were begun and have documents left."""
+        return len({epoch for epoch, _ in self.leftovers} | ({self.rest.epoch} if self.rest else set()))
+
 
 START = Begin()
 

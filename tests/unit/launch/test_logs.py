@@ -8,6 +8,7 @@ import pytest
 
 from launch import logs
 from launch import record as records
+from mmscale.cli import main
 from mmscale.errors import LaunchError
 
 
@@ -43,3 +44,18 @@ def test_the_jobs_own_log_is_that_of_this_runs_task_and_of_its_newest_job_that_h
     assert list(logs.lines(tmp_path / "two", job=True)) == ["job of two\n"]
     with pytest.raises(LaunchError, match="has no log of its job"):
         list(logs.lines(tmp_path / "three", job=True))
+
+
+def test_a_rank_that_printed_nothing_is_not_passed_over_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "logs" / "attempt_1"
+    folder.mkdir(parents=True)
+    (folder / "rank_0.log").write_text("step 1/2\n")
+    (folder / "rank_1.log").touch()
+    assert main(["logs", str(tmp_path), "--rank", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "note: rank 1 has printed nothing: rank 0 prints the progress of all ranks\n"
+    assert main(["logs", str(tmp_path)]) == 0
+    assert capsys.readouterr() == ("step 1/2\n", "")

@@ -362,3 +362,18 @@ def test_another_users_folder_is_said_to_be_one(nobody: Path, monkeypatch: pytes
     assert status.known(nobody)[-2:] == [mine, theirs]
     with pytest.raises(LaunchError, match="no permission to read"):
         status.status([theirs])
+
+
+@pytest.mark.parametrize(
+    ("attempt", "logged", "end", "step"),
+    [(1, 70, 78, 78), (1, 78, 78, 78), (2, 70, 78, 70), (0, 150, 110, 110)],
+    ids=["stopped after the last logged step", "at it", "an attempt after it has logged", "rolled back before it"],
+)
+def test_the_step_is_the_one_that_was_saved_and_not_only_the_last_logged_one(
+    tmp_path: Path, attempt: int, logged: int, end: int, step: int
+) -> None:
+    run = tmp_path / "run"
+    happened(run, START, ("stop", {"step": end}))
+    (run / "config.yaml").write_text("train: {steps: 300}\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": logged, "attempt": attempt, "loss": 1.0}) + "\n")
+    assert (shown(run)["step"], shown(run)["steps"]) == (step, 300)

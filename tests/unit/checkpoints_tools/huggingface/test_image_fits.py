@@ -11,6 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from checkpoints_tools.huggingface.generator import Generator
+from checkpoints_tools.huggingface.prompts import Prompt
 from checkpoints_tools.huggingface.shipped import pixels_moma
 from checkpoints_tools.huggingface.shipped.image_codes_moma import read_codes, write_codes
 from checkpoints_tools.huggingface.shipped.processing_moma import MomaProcessor
@@ -260,3 +262,20 @@ def test_an_unreadable_picture_is_a_bad_document() -> None:
     with pytest.raises(BadDocumentError, match="x is unreadable"):
         load_image(Image(b"nothing", "x"), size=4, channels=1)
     assert ImageModality.remarks({}, tokenizer_of("levels", Path())) == []
+
+
+@pytest.mark.parametrize("fit", IMAGE_FITS)
+def test_what_is_said_of_a_prompts_picture_is_what_is_done_to_it(fit: str, tmp_path: Path) -> None:
+    """`mmscale sample --image` treats a picture as training did, and names that and nothing else."""
+    tokenizer = tokenizer_of("levels", tmp_path)
+    tokenizer.fitting = Fitting(fit, (255, 255, 255))  # type: ignore[attr-defined]
+    edge = tokenizer.size
+    files = []
+    for width, height in ((3 * edge, edge), (3 * edge, 3 * edge), (edge, edge)):
+        files.append(tmp_path / f"{width}x{height}.png")
+        PIL.Image.new("L", (width, height)).save(files[-1])
+    generator = Generator(config(), None, "none", None, processor_with(tokenizer, tmp_path / "export"))
+    wide, large = generator.resized(Prompt("", images=tuple(files)))
+    verbs = {"crop": "cropped", "pad": "padded", "stretch": "stretched"}
+    assert wide.endswith(f"has {3 * edge} x {edge} pixels, scaled and {verbs[fit]} to {edge} x {edge}")
+    assert large.endswith(f"has {3 * edge} x {3 * edge} pixels, scaled to {edge} x {edge}")

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mmscale.cli import main
 from mmscale.data.modalities.image_kinds import load_image_tokenizer
 from mmscale.data.prepared.inspect_set import draw_sample, summary
 from mmscale.data.prepared.prepare import prepare
@@ -119,3 +120,19 @@ def test_images_through_a_neural_tokenizer_and_back(tmp_path: Path) -> None:
     (file,) = found["images"]
     codes = tokenizer.encode(picture(1, size=16, channels=3)[None])
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(file)), tokenizer.decode(codes)[0])
+
+
+def test_a_held_out_document_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--held-out` selects the split, `--sample` the document: neither is dropped for the other."""
+    save_picture(tmp_path / "1.png", 1)
+    words = [("learned", "train"), ("kept away", "validation")]
+    records = [{"id": side, "content": [image("1.png"), text(said)], "split": side} for said, side in words]
+    settings = config(documents=[str(write_jsonl(tmp_path / "d.jsonl", records))])
+    prepare(settings, tmp_path / "out", progress=False)
+    asked = ["data", "inspect", str(tmp_path / "out"), "--held-out", "--out", str(tmp_path / "drawn")]
+    assert main([*asked, "--sample", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "kept away" in said and "learned" not in said
+    assert (tmp_path / "drawn/validation-0-sheet.png").is_file()
+    assert main(asked) == 0
+    assert capsys.readouterr().out.count("kept away") == 1

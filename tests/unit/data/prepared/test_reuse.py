@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from mmscale.cli import main
+from mmscale.config.load import load
 from mmscale.data.prepared.manifest import read_manifest
+from mmscale.data.stream.checks import check_data
+from mmscale.errors import DataError
 from tests.unit.data.samples import corpus, save_picture, text, write_jsonl
 
 SPEC = """
@@ -119,3 +122,23 @@ def test_another_vocabulary_is_refused(
     command = [*blend["command"], "vocab.modalities=[{name: text, size: 310}, {name: image, size: 16}]"]
     assert main([*command, "--like", str(blend["one"])]) == 3
     assert "its vocabulary is 300 text + 16 image, the configuration's 310 text + 16 image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["data.blend", "data.validation"])
+def test_a_second_set_that_is_missing_has_a_remedy_that_works_as_printed(
+    tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new set needs the tokenizers of the first: without `--like`, its own would be fitted, and then refused."""
+    monkeypatch.chdir(tmp_path)
+    one, documents = tmp_path / "one", other_documents(tmp_path / "in2")
+    assert main(["data", "prepare", spec(tmp_path, "a", corpus(tmp_path / "in", 40)), "--out", str(one)]) == 0
+    both = "blend: [{path: one}, {path: two}]" if named == "data.blend" else "path: one\n  validation: {two: two}"
+    made = load(Path(spec(tmp_path, "b", documents, data=both)))
+    with pytest.raises(DataError, match="there is no folder two") as refused:
+        check_data(made)
+    remedy = refused.value.remedy or ""
+    assert remedy.endswith(f"or correct {named}" + (".two" if named == "data.validation" else "")), remedy
+    found = re.search("run `mmscale ([^`]*)`", remedy)
+    assert found, remedy
+    assert main(shlex.split(found[1].replace("FILE", str(documents)))) == 0
+    check_data(made)

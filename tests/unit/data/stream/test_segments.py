@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -95,6 +96,9 @@ def test_the_order_has_a_seed_of_its_own(folders: Path) -> None:
     assert order(seed=1) == order(seed=2, data_seed=1) != order(seed=1, data_seed=2)
 
 
+LEFT = re.compile(r"(\d+) of (?:its|(\d+) begun epochs of) (\d+) documents are left")
+
+
 @dataclass
 class Reader:
     """A run that only reads.
@@ -122,6 +126,8 @@ class Reader:
             made, opened, data=data, consumed=self.consumed, step=self.step, segments=self.segments, **before
         )
         self.segments, self.lines = place.segments, place.lines
+        for left, epochs, documents in LEFT.findall("\n".join(self.lines)):
+            assert 0 < int(left) <= int(epochs or 1) * int(documents), self.lines
         loader = BatchLoader(
             place.mixture,
             dp_rank=0,

@@ -16,7 +16,7 @@ from checkpoints_tools.huggingface.weights import is_native
 from mmscale.config import Config
 from mmscale.config.load import dump
 from mmscale.data.prepared.manifest import NO_TOKENIZER
-from mmscale.runs.held_out import EVAL, HeldOut
+from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
 from mmscale.runs.metrics import read_metrics
 from mmscale.train.stages.stage_report import report_of
 
@@ -63,13 +63,13 @@ def _results(run: Path, step: int) -> list[EvalResult]:
     results = []
     for key, (_, value) in sorted(_measured(run, step).items()):
         where = HeldOut.of(key)
-        name = "" if where is None else where.name
+        name, figure = ("", "loss") if where is None else (where.name, where.figure)
         results.append(
             EvalResult(
                 task_type=_TASK,
                 dataset_type=name or "held-out",  # the Hub groups results of one type as one data set
                 dataset_name=name or "held-out split of the training data",
-                metric_type="loss",
+                metric_type="accuracy" if figure.startswith(ACCURACY) else "loss",
                 metric_name=key.removeprefix(EVAL),
                 metric_value=round(value, 4),
             )
@@ -109,10 +109,10 @@ def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> st
                 f"{routed} A row of a batch is one document; pad on the left.",
                 "## Use",
                 use,
-                "## Losses on held-out data",
+                "## Results on held-out data",
                 losses_table(config, run, step),
                 "## Data",
-                _facts(report["data"]),
+                _facts(_sources(config, step) | report["data"]),
                 "## Conversion",
                 f"Logits of {gate['compared']} prompts ({gate['tokens']} tokens), whole, with a cache and left-padded, "
                 f"differ from the trainer's by at most {gate['max_abs']:.2g} (fp32, limit {gate['tolerance']:g}); the "
@@ -168,6 +168,12 @@ def _measured(run: Path, step: int) -> dict[str, tuple[int, float]]:
     routings = {one.routing for one in own if one is not None}
     kept = {key: value for key, value in found.items() if (one := HeldOut.of(key)) and one.routing not in routings}
     return kept | routed
+
+
+def _sources(config: Config, step: int) -> dict[str, str]:
+    """The data sets of a blend and their weights at a step; conversion_report.json describes one of them."""
+    named = ", ".join(f"{one.path} (weight {one.weight_at(step):g})" for one in config.data.sources)
+    return {"blend": named} if len(config.data.sources) > 1 else {}
 
 
 def _facts(values: dict[str, Any]) -> str:

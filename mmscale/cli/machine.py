@@ -226,6 +226,8 @@ def _propose(asked: _Asked, *, as_json: bool) -> None:
         "documents": facts.documents,
         "images": facts.images,
         "items": {one.modality: one.number for one in facts.others},
+        "rejected": facts.rejected,
+        "first_rejected": facts.first_rejected,
         "machine": machine.name,
         "ranks": machine.ranks,
         "out": None if asked.out is None else str(asked.out),
@@ -259,6 +261,12 @@ def _proposal(result: dict[str, Any], lines: list[str], out: Path | None) -> Non
         f"{result['passes']:.1f} passes over the data",
         markup=False,
     )
+    if result["rejected"]:
+        shown.print(
+            f"note: {result['rejected']:,} of the records that were read are no documents and are left out, the first "
+            f"is {result['first_rejected']}",
+            markup=False,
+        )
     table = Table(box=None, pad_edge=False)
     for column in ("setting", "value", "rule", "source"):
         table.add_column(column, overflow="fold")

@@ -134,8 +134,8 @@ def _model(
     found.put(
         "model.hidden_size",
         width,
-        f"{layers} layers x {width} have {active / 1e6:.2g} M active parameters, {tokens / active:.3g} tokens for "
-        f"each: {why}{less}",
+        f"{layers} layers x {width} have {active / 1e6:.2g} M active parameters without embeddings, "
+        f"{tokens / active:.3g} tokens for each: {why}{less}",
         "Chinchilla, arXiv 2203.15556; configs/emoji.yaml has 3",
     )
     found.settings["model"] |= {

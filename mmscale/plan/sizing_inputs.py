@@ -50,6 +50,8 @@ class Facts:
         tokens: training tokens of each modality, if the documents are prepared.
         longest: tokens of the longest document, if the documents are prepared.
         held_out: documents that are held out, if the documents are prepared.
+        rejected: records that were read and are no documents.
+        first_rejected: where the first of them is, and why; "": none.
     """
 
     where: tuple[str, ...]
@@ -67,6 +69,8 @@ class Facts:
     tokens: dict[str, int] | None = None
     longest: int | None = None
     held_out: int | None = None
+    rejected: int = 0
+    first_rejected: str = ""
 
     @property
     def is_prepared(self) -> bool:

@@ -75,8 +75,13 @@ def of_documents(found: Proposal, facts: Facts, *, affordable: float, name: str)
         found.put(
             "data.prepare.image",
             image,
-            f"{grid} x {grid} patches = {grid * grid} tokens: the most of 64, 256 and 1,024 of which the budget reads "
-            f"all pictures {PASSES} times, with patches of 2 pixels at least",
+            f"{grid} x {grid} patches = {grid * grid} tokens: "
+            + (
+                f"the most of 64, 256 and 1,024 of which the budget reads all pictures {PASSES} times, with patches of "
+                "2 pixels at least"
+                if _reads_often(facts, grid, affordable)
+                else f"the fewest, since the budget reads the pictures less than {PASSES} times"
+            ),
             "table of patches in docs/emoji.md",
             shown=f"{image['size']} x {image['size']} pixels, patches of {image['patch']}",
         )
@@ -131,10 +136,15 @@ def _grid(facts: Facts, affordable: float) -> int:
     best = min(GRIDS[0], max(1, facts.edge or GRIDS[0]))
     for grid in GRIDS:
         fits = (facts.edge or 64) >= 2 * grid
-        if fits and PASSES * facts.images * grid * grid <= affordable:
+        if fits and _reads_often(facts, grid, affordable):
             best = grid
     # A tiny picture of 8 pixels has 4 x 4 patches of 2.
     return max(1, power_of_two(best if (facts.edge or 64) >= 2 * best else (facts.edge or 64) / 2))
+
+
+def _reads_often(facts: Facts, grid: int, affordable: float) -> bool:
+    """Whether the budget has tokens for PASSES passes over the pictures with so many patches along an edge."""
+    return PASSES * facts.images * grid * grid <= affordable
 
 
 def _codes(number: int) -> int:

@@ -138,7 +138,8 @@ def _fit_kmeans(items: Sample, codes: int, report: Report) -> ImageTokenizer | N
         report.say(
             f"note: {read} patches of training images make at most {first + second} of {codes} image codes, one for "
             f"{_PATCHES_PER_CODE} patches; the other ids stay unused. More images make more codes, or a larger "
-            "data.prepare.image.fit_patches if not all images were read"
+            "data.prepare.image.fit_patches if not all images were read. `mmscale plan --data FILES` proposes a number "
+            "that takes less time to fit"
         )
     base = KMeansTokenizer.fit(
         patches,

@@ -19,7 +19,7 @@ from mmscale import bounded
 from mmscale.config import Config, DataSource
 from mmscale.data.arrays import read_array
 from mmscale.data.vocab import IMAGE, Vocabulary
-from mmscale.errors import ConfigError, DataError
+from mmscale.errors import ConfigError, DataError, shell_command
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # version 1 had the tokenizers of text and images only, each in a separate field
@@ -177,8 +177,8 @@ def read_manifest(folder: Path, *, like: Path | None = None, setting: str = "dat
         DataError: the folder, the manifest or a part is missing, damaged or truncated.
     """
     file = folder / MANIFEST
-    own = "" if like is None else f" --documents FILE --like {shlex.quote(str(like))} --out {shlex.quote(str(folder))}"
-    prepare = f"run `mmscale data prepare{own}`"
+    own = () if like is None else ("--documents", "FILE", "--like", like, "--out", folder)
+    prepare = f"run {shell_command('data', 'prepare', *own)}"
     if not folder.is_dir():
         raise DataError(f"data: there is no folder {folder}", remedy=f"{prepare} or correct {setting}")
     if not file.is_file():

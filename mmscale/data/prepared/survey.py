@@ -16,7 +16,7 @@ import numpy as np
 
 from mmscale.config import PrepareConfig
 from mmscale.data.documents.readers import list_files, scan_files
-from mmscale.data.documents.schema import Document, DocumentSlice, Item, SplitName, Text
+from mmscale.data.documents.schema import Document, DocumentSlice, Item, Rejected, SplitName, Text
 from mmscale.data.modalities.image_files import open_image
 from mmscale.data.modalities.modality import Report, Sample
 from mmscale.data.modalities.table import MODALITIES
@@ -82,11 +82,14 @@ def _of_files(where: Sequence[str]) -> Facts:
     total = sum(piece.count for piece in slices)
     share = max(1, _RECORDS // max(1, len(slices)))
     read: list[Document] = []
+    rejected: list[Rejected] = []
     for piece in slices:
         own: list[Document] = []
         for record in piece.read():
             if isinstance(record, Document):
                 own.append(record)
+            else:
+                rejected.append(record)
             if len(own) >= share:
                 break
         read += own
@@ -112,6 +115,8 @@ def _of_files(where: Sequence[str]) -> Facts:
         most_bytes=max(sizes),
         distinct_images=max(1, round(scale * len({_name(image) for image in pictures}))) if pictures else None,
         others=tuple(_others(read, slices, scale)),
+        rejected=len(rejected),
+        first_rejected=f"{rejected[0].where}: {rejected[0].reason}" if rejected else "",
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
 from mmscale.config import Config
 from mmscale.config.derived import with_auxiliary_routers
+from mmscale.data.prepared.identity import compare, identities, known
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.errors import ConfigError
 from mmscale.train.preflight import check_function, check_ids, newest_whole
@@ -44,15 +46,17 @@ def check_model(config: Config) -> None:
         )
 
 
-def check_main(config: Config, blend: Mapping[Path, Manifest]) -> None:
+def check_main(config: Config, blend: Mapping[Path, Manifest], yes: bool = False) -> None:
     """Refuse a main checkpoint for which the stage cannot train routers; no tensor is read.
 
     Args:
         config: the run's configuration.
         blend: folders and manifests of the training data.
+        yes: the user has confirmed that the stage reads other data than the main run.
 
     Raises:
-        ConfigError: a setting that determines the function of the main weights differs from the main checkpoint's.
+        ConfigError: a setting that determines the function of the main weights differs from the main checkpoint's, or
+            the stage would begin on other data, which nobody has confirmed.
         DataError: the data was prepared with other tokenizers than the main run's.
         CheckpointError: there is no main checkpoint, it holds another model, or the stage's belongs to another one.
     """
@@ -68,6 +72,20 @@ def check_main(config: Config, blend: Mapping[Path, Manifest]) -> None:
     found, saved = newest_whole(own)
     if saved:
         check_origin(Path(found), saved, main_origin(store, newest), config)
+    elif not yes:
+        _check_data(config, blend, info, where=where)
+
+
+def _check_data(config: Config, blend: Mapping[Path, Manifest], info: Mapping[str, Any], *, where: str) -> None:
+    """Refuse to begin on other data than the main run's: held-out losses of both would be compared in reports."""
+    before = known(info)
+    changed = [] if before is None else compare(before, identities(config, blend))[0]
+    if changed:
+        raise ConfigError(
+            f"--stage auxiliary would read other data than {where}: {'; '.join(changed)}",
+            remedy="give it the data of the main run (data.path, data.blend), or confirm with `mmscale train ... "
+            "--yes`: its held-out losses are not comparable then",
+        )
 
 
 def with_main_share(config: Config) -> Config:

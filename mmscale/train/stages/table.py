@@ -35,7 +35,7 @@ class Stage:
         inherit: returns the run's configuration with the values taken from the checkpoint that the stage builds on.
         check_model: refuses a model for which the stage has nothing to do.
         check_origin: refuses a checkpoint of another stage that this one cannot build on; called with the run's
-            configuration and the manifests of its data.
+            configuration, the manifests of its data, and whether a change of the data is confirmed.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Stage:
     settings: Callable[[Config], Config]
     inherit: Callable[[Config], Config]
     check_model: Callable[[Config], None]
-    check_origin: Callable[[Config, Mapping[Path, Manifest]], None]
+    check_origin: Callable[[Config, Mapping[Path, Manifest], bool], None]
 
     def folder(self, run: Path) -> Path:
         """Folder of the stage in a run: checkpoints, logs, launches."""
@@ -77,7 +77,7 @@ class Stage:
             ConfigError: the layout does not fit, a rank to profile does not exist, no data set is named, a new run
                 would start in a folder with old checkpoints, a setting that determines the function of frozen weights
                 differs from the main checkpoint's, or the objective or the data have changed since the newest
-                checkpoint.
+                checkpoint, or since the main one for a stage that begins.
             DataError: as for `mmscale.data.stream.checks.check_data`; or the data was prepared with other tokenizers
                 than that of the checkpoints.
             CheckpointError: a checkpoint is missing, belongs to another model or to another main run, or all are
@@ -96,12 +96,12 @@ class Stage:
         blend = check_data(settings)
         if waits and self.subfolder:
             return
-        self.check_origin(config, blend)
+        self.check_origin(config, blend, yes)
         store = Store.of_run(self.folder(Path(config.run.dir) / config.run.name))
         check_resume(config, store, blend, yes=yes, settings=self.settings, from_scratch=from_scratch)
 
 
-def _begins(config: Config, blend: Mapping[Path, Manifest]) -> None:
+def _begins(config: Config, blend: Mapping[Path, Manifest], yes: bool) -> None:
     """The main stage builds on no checkpoint."""
 
 

@@ -230,3 +230,26 @@ def test_from_documents_to_a_proposal_for_the_prepared_set(
 def test_wrong_use(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget_s", [120.0, 30 * 86_400.0])
+def test_the_rule_of_patches_says_how_often_pictures_are_read(budget_s: float) -> None:
+    found = propose(FACTS["icons"], LAPTOP, budget_s=budget_s)
+    (rule,) = (one.reason for one in found.rules if one.setting == "data.prepare.image")
+    often = found.passes >= PASSES / 2  # the rule counts the tokens of the smallest model
+    assert (f"reads all pictures {PASSES} times" in rule, f"less than {PASSES} times" in rule) == (often, not often)
+
+
+def test_records_that_are_no_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = documents(tmp_path)
+    assert main(["plan", "--data", str(file), "--budget", "10m"]) == 0
+    assert "no documents" not in capsys.readouterr().out
+    with file.open("a") as stream:
+        stream.write(json.dumps({"id": "x", "content": [{"type": "text", "text": "a"}], "spilt": "train"}) + "\n")
+        stream.write("{\n")
+    assert main(["plan", "--data", str(file), "--budget", "10m"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "60 documents with 60 pictures" in said
+    assert "note: 2 of the records that were read are no documents and are left out, the first is " in said
+    assert "documents.jsonl:61: unknown key 'spilt': " in said
+    assert "did you mean 'split'?" in said

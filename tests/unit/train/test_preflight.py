@@ -327,3 +327,27 @@ def test_a_learning_rate_that_falls_or_hardly_rises_is_shown(tmp_path: Path) -> 
     assert preflight.check_changes(config("optim.lr=1"), imported, data=(), where="here", yes=False)[-1].startswith(
         "optim."
     )
+
+
+@pytest.mark.usefixtures("real_data")
+def test_a_stage_on_other_data_than_its_run_needs_a_yes(tmp_path: Path) -> None:
+    """Its held-out losses stand beside the run's, in the report and on the card, and would be of other documents."""
+    first, manifest = data_set(tmp_path / "first")
+    second = tmp_path / "second"
+    documents = [np.array([BOS, 20 + number, EOS]) for number in range(5)]
+    prepare(second, documents, vocabulary=Vocabulary.from_config(config().vocab), parts=1)
+    write_manifest(second, read_manifest(second).model_copy(update={"tokenizers": manifest.tokenizers}))
+    run, blend = tmp_path / "run", f"data.blend=[{{path: {first}}}, {{path: {second}}}]"
+    both = config("data.path=null", blend)
+    kept = [one.model_dump(mode="json") for one in identities(both, read_blend(both))]
+    commit(run, 10, "data.path=null", blend, data=kept)
+
+    def stage(*overrides: str, yes: bool = False) -> None:
+        made = config(f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
+        STAGES["auxiliary"].preflight(made, world_size=1, yes=yes)
+
+    stage("data.path=null", blend)
+    with pytest.raises(ConfigError, match=r"would read other data than .*step_0*10: .*second is left out") as asked:
+        stage(f"data.path={first}")
+    assert "--yes" in (asked.value.remedy or "")
+    stage(f"data.path={first}", yes=True)

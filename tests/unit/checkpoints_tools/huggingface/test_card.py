@@ -56,3 +56,14 @@ def test_a_run_that_was_never_evaluated(tmp_path: Path) -> None:
 def test_generation_has_no_length_of_its_own() -> None:
     """A length there would contradict max_new_tokens, and transformers would warn of both."""
     assert "max_length" not in generation_config(CONFIG)
+
+
+def test_accuracies_are_no_losses_and_a_blend_is_named_whole(tmp_path: Path) -> None:
+    line = {"step": 10, "attempt": 1, "loss": 2.0, "eval/loss": 1.25, "eval/accuracy/which": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    blend = [{"path": "data/a", "weight": {0: 2.0, 15: 3.0}}, {"path": "data/b"}]
+    config = Config.model_validate(CONFIG.model_dump(exclude={"data"}) | {"data": {"blend": blend}})
+    read = ModelCard(card(config, REPORT, run=tmp_path, step=20))
+    kinds = {one.metric_name: one.metric_type for one in read.data.eval_results or ()}
+    assert kinds == {"loss": "loss", "accuracy/which": "accuracy"}
+    assert "- blend: data/a (weight 3), data/b (weight 1)\n" in read.text

@@ -1,1 +1,1 @@
-"""Benchmarks: the cost of parts of mmscale, side by side with the alternatives."""
+"""Benchmarks: the cost of parts of mmscale, compared with alternatives."""

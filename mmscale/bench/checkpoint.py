@@ -34,7 +34,7 @@ from mmscale.runtime import device, groups, local_ranks, rank_env
 from mmscale.runtime.rank_env import RankEnv
 
 _RESULT = "result.json"
-_BYTES = 14  # of a parameter: bf16 weight, fp32 master weight and two moments
+_BYTES = 14  # bytes per parameter: bf16 weight, fp32 master weight and two moments
 
 
 def run(
@@ -52,13 +52,13 @@ def run(
         gigabytes: of the whole state [GB].
         nproc: ranks.
         repeats: rounds, after one to warm up.
-        folder: where to write; an own temporary folder if empty.
-        ways: of WAYS; sync and async are always there, for the ratios.
+        folder: to write into; a temporary folder if empty.
+        ways: of WAYS; sync and async are always included, for the ratios.
         archives: also measure the archive and the snapshot in memory.
 
     Returns:
         `machine`, `torch`, `ranks`, `state_bytes`, `repeats`; `saves` (by way: `blocked_ms`, `total_ms` as min, median,
-        max), `ratios` (taken within a round: min, median, max), `integrity_share` of the time of a save, `step_s`,
+        max), `ratios` (within a round: min, median, max), `integrity_share` of the time of a save, `step_s`,
         `verify_s`, `load_s`, `archive`, `memory`.
 
     Raises:
@@ -93,7 +93,7 @@ def run(
 
 
 def model_of(gigabytes: float) -> Config:
-    """4 text + 4 image experts, with the width of the experts that comes nearest to a size of the state."""
+    """4 text + 4 image experts, with the expert width whose state comes nearest to a size."""
 
     def of_width(width: int) -> Config:
         experts = {"counts": {"text": 4, "image": 4}, "share": {"text": 0.5, "image": 0.5}}
@@ -123,15 +123,15 @@ def model_of(gigabytes: float) -> Config:
 def measure(
     config: Config, env: RankEnv, *, folder: Path, repeats: int, ways: Sequence[str] = WAYS, archives: bool = True
 ) -> dict[str, Any]:
-    """Everything on this rank; every rank calls it, torch.distributed and megatron's groups stand.
+    """All measurements on this rank; every rank calls it, with torch.distributed and megatron's groups initialised.
 
     Args:
         config: of the model.
         env: place of this rank.
         folder: an empty folder that all ranks see.
         repeats: rounds, after one to warm up.
-        ways: to save, with those of OURS.
-        archives: also the archive and the snapshot in memory.
+        ways: to save, including OURS.
+        archives: also measure the archive and the snapshot in memory.
     """
     measured = Measured(config, folder)
     saves: dict[str, Callable[[str], Save]] = {
@@ -202,7 +202,7 @@ def _elapsed(work: Callable[[], object]) -> float:
 
 
 def _ratios(rounds: Sequence[dict[str, Save]]) -> dict[str, dict[str, float]]:
-    """Of blocked and of total seconds, taken within a round."""
+    """Ratios of blocked and of total seconds within a round."""
     found = {"async_blocked_over_sync": _spread([s["async"].blocked / s["sync"].blocked for s in rounds])}
     for peer in (way for way in PEERS if way in rounds[0]):
         found[f"async_blocked_over_{peer}"] = _spread([s["async"].blocked / s[peer].blocked for s in rounds])

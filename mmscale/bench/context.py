@@ -1,4 +1,4 @@
-"""How evenly a split of sequences over context-parallel ranks shares their work, and what its padding costs.
+"""How evenly a split of sequences over context-parallel ranks divides their work, and the cost of its padding.
 
 It counts, on packed sequences of the synthetic corpus of `mmscale bench data`: pairs of query and key in causal
 attention inside documents, and image tokens. It trains nothing.
@@ -35,7 +35,7 @@ def _document_zigzag(documents: NDArray[np.int32], size: int) -> NDArray[np.int6
     return zigzag(documents, size=size)
 
 
-# Each gives the positions of the ranks' tokens [b, s], those of rank 0 first.
+# Each function returns the positions of the ranks' tokens [b, s], those of rank 0 first.
 SPLITS: dict[str, Callable[[NDArray[np.int32], int], NDArray[np.int64]]] = {
     "contiguous": _contiguous,
     "zig-zag of the sequence": _sequence_zigzag,
@@ -57,15 +57,15 @@ def run(
         documents: of the corpus.
         seq_length: tokens of a sequence.
         sizes: context-parallel ranks.
-        sequences: sequences that are measured.
+        sequences: number of sequences to measure.
         seed: of the corpus and its order.
 
     Returns:
         `sequences`, `seq_length`, `documents_per_sequence`, and `rows`: one for each of `sizes` and way to split, with
-        `size`, `split`, `padding` (share of the tokens that padding every document to a multiple of 2 * size makes, in
-        addition to what packing leaves), and `attention`, `image` and `tokens`: the largest rank's share times the
-        number of ranks, as {median, p95} over sequences; padding is not counted. `image` is of sequences with images,
-        None where there are none.
+        `size`, `split`, `padding` (additional share of padding, because every document is padded to a multiple of
+        2 * size), and `attention`, `image` and `tokens`: the largest rank's share times the number of ranks, as
+        {median, p95} over sequences, without padding. `image` only covers sequences with images, None if there are
+        none.
 
     Raises:
         UsageError: there are too few documents, or 2 * size does not divide seq_length.
@@ -97,7 +97,7 @@ class _Layout:
     """Packed sequences, token by token.
 
     Attributes:
-        documents: number of each token's document inside its sequence, padding behind the last being one, [b, s].
+        documents: number of each token's document inside its sequence; padding at the end counts as one, [b, s].
         padding: share of the tokens that is padding of documents.
         documents_per_sequence: their mean.
     """
@@ -134,7 +134,7 @@ class _Layout:
         self.documents_per_sequence = len(used) / sequences
 
     def shares(self, order: NDArray[np.int64], size: int) -> dict[str, dict[str, float] | None]:
-        """What the fullest rank has, times the number of ranks: 1 is even.
+        """The fullest rank's share times the number of ranks: 1 is even.
 
         Args:
             order: positions of the ranks' tokens [b, s], those of rank 0 first.

@@ -39,7 +39,7 @@ _STEP = 1
 
 
 class _Weights:
-    """The weights of a fresh model as something to save."""
+    """The weights of a new model as a state that can be saved."""
 
     step = _STEP
 
@@ -76,7 +76,7 @@ def run(
         batch: sequences that are generated together.
         prompt: tokens of a prompt.
         new_tokens: tokens that are generated.
-        folder: where to write; default: the system's temporary folder.
+        folder: to write into; default: the system's temporary folder.
 
     Returns:
         `model`: parameters and bytes; `convert`, `copy` [MB/s], `ratio`: min, median, max; `memory` [MB]; `generate`:
@@ -129,7 +129,7 @@ def _conversion(config: Config, scratch: Path, *, repeats: int, shard_bytes: int
 
     def convert() -> None:
         (scratch / "out").mkdir()
-        # opened again: the checkpoint's files are hashed while they are read, as in a real export
+        # opened again, so that the checkpoint's files are hashed while they are read, as in a real export
         write_weights(scratch / "out", open_tensors(run), listed, shard_bytes=shard_bytes)
 
     def copy() -> None:
@@ -157,7 +157,7 @@ def _conversion(config: Config, scratch: Path, *, repeats: int, shard_bytes: int
 
 
 def _save(config: Config, run: Path) -> None:
-    """A committed checkpoint of fresh weights."""
+    """A committed checkpoint of new weights."""
     collection = groups.initialize(RankEnv(), seed=config.run.seed)
     try:
         (model,) = build_chunks(config, collection)
@@ -169,7 +169,7 @@ def _save(config: Config, run: Path) -> None:
 
 
 def _peak_mb(convert: Callable[[], None], out: Path, run: Path, listed: Sequence[Move]) -> float | None:
-    """Resident memory that a conversion takes at most, above what its process had [MB]; None where Linux is not."""
+    """Peak resident memory of a conversion above that of its process before [MB]; None on other systems than Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     reading, writing = os.pipe()
@@ -177,7 +177,8 @@ def _peak_mb(convert: Callable[[], None], out: Path, run: Path, listed: Sequence
     if child == 0:
         try:
             source = open_tensors(run)
-            source.read(min(source.names(), key=lambda name: source.entry(name).nbytes))  # what a first call loads
+            # Load everything that only a first call loads.
+            source.read(min(source.names(), key=lambda name: source.entry(name).nbytes))
             Path("/proc/self/clear_refs").write_text("5")
             before = _resident_mb()
             convert()
@@ -197,7 +198,7 @@ def _resident_mb() -> float:
 
 
 def _generation(config: Config, *, repeats: int, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
-    """Greedy generation with a cache: one expert for each token, so a dense model of the same widths is as large."""
+    """Greedy generation with a cache: one expert per token, so a dense model of the same widths has the same size."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from checkpoints_tools.huggingface.shipped.configuration_moma import MomaConfig

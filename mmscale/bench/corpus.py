@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mmscale.data.prepared.manifest import FORMAT, Manifest, Part, Split, write_manifest
 from mmscale.data.vocab import BOI, EOI, Vocabulary
 
-IMAGE_TOKENS = 1024  # Chameleon's; BOI and EOI come on top and count as text
+IMAGE_TOKENS = 1024  # as in Chameleon, without BOI and EOI, which count as text
 VOCABULARY = Vocabulary(("text", "image"), ((0, 57_344), (57_344, 65_536)))
 _TEXT_ID = 1000
 
@@ -37,7 +37,7 @@ class Corpus:
 def synthetic_corpus(*, documents: int = 150_000, seq_length: int = 4096, seed: int = 0) -> Corpus:
     """Half text only (log-normal lengths), 42 % captions with an image, 8 % interleaved with 1 to 3 images.
 
-    About half of the tokens are image tokens. A stand-in: measure your own data with `run(config)`.
+    About half of the tokens are image tokens. For real data use `run(config)`.
     """
     rng = np.random.default_rng(seed)
     kind = rng.random(documents)
@@ -51,14 +51,14 @@ def synthetic_corpus(*, documents: int = 150_000, seq_length: int = 4096, seed: 
     text = np.clip(text.astype(np.int64) + 2 + 2 * images, 8 + 2 * images, seq_length - image)
     document = np.repeat(np.arange(documents), images)
     which = np.arange(len(document)) - np.repeat(np.cumsum(images) - images, images)
-    # Text is spread evenly before, between and behind the images; a caption stands before its image.
+    # Text is distributed evenly before, between and after the images; a caption comes before its image.
     gap = np.where(kind < 0.92, text - 3, text // (images + 1))[document]
     start = (which + 1) * gap + which * IMAGE_TOKENS
     return Corpus(np.stack([text, image], axis=1), document, start, np.full(len(document), IMAGE_TOKENS))
 
 
 def write_corpus(folder: Path, corpus: Corpus) -> None:
-    """The synthetic corpus as a prepared data set: one id for text, one for images."""
+    """Write the synthetic corpus as a prepared data set: one id for text, one for images."""
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     first = np.searchsorted(corpus.image_document, np.arange(len(corpus.counts) + 1))
     for document, length in enumerate(corpus.counts.sum(axis=1).tolist()):

@@ -82,7 +82,7 @@ def _groups(counts: NDArray[np.int64], size: int, window: int | None) -> NDArray
 
 
 def _spread(groups: NDArray[np.int64], *, slots: int) -> dict[str, float]:
-    """Spread of the image share, and what static capacities of the corpus' mean shares lose."""
+    """Spread of the image share, and the loss of static capacities for the mean shares of the corpus."""
     share = groups[:, 1] / groups.sum(axis=1)
     capacity = slots * groups[:, 1].sum() / groups.sum()
     over = np.maximum(groups[:, 1] - capacity, 0).sum() / groups[:, 1].sum()
@@ -111,7 +111,7 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def _reading(mixture: Mixture, micro_batches: int) -> dict[str, float]:
-    """Milliseconds of making one micro-batch, its window being dealt already."""
+    """Milliseconds for making one micro-batch whose window is already dealt."""
     mixture.micro_batch(0)
     seconds = [_time(partial(mixture.micro_batch, number), 1)[1]["min"] for number in range(micro_batches)]
     return _summary([second * 1e3 for second in seconds])

@@ -1,8 +1,8 @@
 """Seconds and memory from opening a data set of any number of documents to a micro-batch.
 
-The data set is 100,000 synthetic documents and as many hard links to their files as the number asks for, so it takes
-no disk space. Its pages are in the page cache; a disk's or a file system's time to read them is not in the numbers.
-Each measurement is a process of its own, without page cache of Python objects from an earlier one.
+The data set consists of 100,000 synthetic documents and as many hard links to their files as needed, so it takes no
+disk space. Its pages are in the page cache, so the time of a disk or a file system is not included. Each measurement is
+a separate process.
 
     mmscale bench data --documents 1e9
 """
@@ -27,10 +27,10 @@ from mmscale.data.prepared.table_facts import LARGE, table_facts
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.source import Source
 
-_BASE = 100_000  # documents that are written; all others are links to their files
+_BASE = 100_000  # number of documents that are written; all others are links to their files
 _MICRO_BATCH = 8
-_PASS = 20  # parts of a pass that is packed as a whole
-_COLUMNS = {"seconds": 2, "cpu_s": 2, "peak_mb": 0, "imports_mb": 0}  # with their digits behind the point
+_PASS = 20  # parts of a pass that is packed at once
+_COLUMNS = {"seconds": 2, "cpu_s": 2, "peak_mb": 0, "imports_mb": 0}  # with their numbers of decimals
 _SUFFIXES = (".bin", ".idx", ".meta.npy")
 
 
@@ -42,16 +42,16 @@ def run(
     Args:
         documents: of the data set, rounded up to whole parts of 100,000.
         seq_length: tokens of a sequence.
-        blocks: blocks whose counts of sequences are found before a position among them is read.
+        blocks: blocks whose sequences are counted before a position among them is read.
         processes: processes that count together.
         seed: seed of the order and of the position.
 
     Returns:
-        `documents`, `parts`, `tables_cpu_s` (CPU seconds per million documents of reading all tables once, which
+        `documents`, `parts`, `tables_cpu_s` (CPU seconds per million documents for reading all tables once, which
         `mmscale data prepare` does at its end), and for `first` (the start of the stream), `count` (`blocks` blocks
-        are counted together by `processes`), `random` (a position among them, whose counts are kept) and `resume` (the
-        position behind it): `seconds` and `cpu_s` from opening the data set to the micro-batch, `peak_mb` of the
-        process, `imports_mb` of them before it opens anything. `pass` has the same of the start of the stream of at
+        are counted together by `processes`), `random` (a position among them, whose counts are stored) and `resume`
+        (the position after it): `seconds` and `cpu_s` from opening the data set to the micro-batch, `peak_mb` of the
+        process, `imports_mb` of that before it opens anything. `pass` has the same for the start of the stream of at
         most 2 million documents with `data.order: epochs`, and `documents`.
     """
     with tempfile.TemporaryDirectory() as place:
@@ -122,7 +122,7 @@ def _make(folder: Path, parts: int, seq_length: int) -> Manifest:
 
 
 def _tables_cpu_s(folder: Path, manifest: Manifest) -> float:
-    """CPU seconds per million documents of reading tables; only just as many as make a large split are read."""
+    """CPU seconds per million documents for reading tables; reads only as many as make a split large."""
     parts = manifest.splits["train"].parts[: LARGE // _BASE + 1]
     begin = time.process_time()
     table_facts(folder, manifest.model_copy(update={"splits": {"train": Split(parts=parts)}}), "train")
@@ -132,7 +132,7 @@ def _tables_cpu_s(folder: Path, manifest: Manifest) -> float:
 def _measured(
     folder: Path, seq_length: int, seed: int, position: int, *, processes: int = 1, order: str = "blocks"
 ) -> list[dict[str, float]]:
-    """What processes that start together report."""
+    """Results of processes that start together."""
     command = [sys.executable, "-m", __spec__.name, str(folder), str(seq_length), str(seed), str(position), order]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     found = [(process.communicate()[0], process.returncode) for process in started]

@@ -1,9 +1,9 @@
-"""Which way to compute experts is fastest here: batched, grouped, fused or captured products, beside their floor.
+"""Compares ways to compute experts: batched, grouped, fused or captured products, with a lower bound.
 
 The rows of one group of experts with static capacities, forward alone and forward with backward, on this machine's
-device. Ways take turns, so that a busy machine slows all of them, and ratios are taken within a round. The floor is the
-same arithmetic as two plain products of one weight each, without SwiGLU: what no way can beat by much. It measures
-neither routing nor exchange; FP8 is `mmscale bench gpu`'s subject.
+device. The ways alternate, so that a busy machine slows all of them, and ratios are taken within a round. The floor is
+the same arithmetic as two plain products of one weight each, without SwiGLU, a lower bound for all ways. Routing and
+exchange are not measured; `mmscale bench gpu` measures FP8.
 
     mmscale bench experts --hidden 512 --ffn 1408 --experts 4 --rows 512 --repeats 7
 
@@ -30,7 +30,7 @@ from mmscale.runtime.cuda_graphs import Captured
 FLOOR, LOOP, BASE = "floor", "loop", "bmm"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PARTS = ("forward", "training")
-# Calls of one timing where kernels are queued: the host must not be what is measured.
+# Calls per timing if kernels are queued, so that the host's time is not measured.
 _QUEUED_CALLS = 10
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ class ExpertShape:
 
 
 def floor(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """The products' arithmetic with the first expert's weights for all rows, and no activation between them."""
+    """The arithmetic of the products with the first expert's weights for all rows, and no activation between them."""
     experts, rows, hidden = tokens.shape
     flat = tokens.reshape(experts * rows, hidden) @ w1[0].view(hidden, -1)
     return (flat[:, : w2.shape[1]] @ w2[0]).view(experts, rows, hidden)
@@ -73,7 +73,7 @@ def loop(tokens: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def ways(shape: ExpertShape, dtype: torch.dtype) -> dict[str, Way]:
-    """What can run here: names as in `model.experts`, _fused for fused_swiglu, _graph for cuda_graph."""
+    """The ways that can run here, with names as in `model.experts`, _fused for fused_swiglu, _graph for cuda_graph."""
     cuda = device.has_cuda()
 
     def way(products: Products, *, fused: bool = False, graph: bool = False) -> Way:
@@ -107,18 +107,18 @@ def run(
     """Time every way that this machine can run.
 
     Args:
-        hidden: H. On an H100 ask for the real shape: --hidden 2048 --ffn 5504 --experts 4 --rows 2048.
+        hidden: H. For the real shape on an H100: --hidden 2048 --ffn 5504 --experts 4 --rows 2048.
         ffn: F.
         experts: L, experts of one group on a rank.
         rows: N, rows of each: capacity times expert-parallel ranks.
-        dtype: fp32 or bf16; left out, bf16 on CUDA and fp32 elsewhere.
+        dtype: fp32 or bf16; default: bf16 on CUDA, otherwise fp32.
         repeats: timed rounds, after one that warms up (and compiles, and captures).
 
     Returns:
         `machine`, `torch`, `threads`, `clock` (wall on CUDA, processor time on hosts), `dtype`, `shape`, `repeats`; for
         every way and part (forward, training: forward and backward) `seconds`, `tflops` and `over_bmm` (time relative
         to plain bmm in the same round) as min, median and max; `fastest`: the way with the lowest median of training,
-        the floor left out.
+        without the floor.
     """
     dtype = dtype or ("bf16" if device.has_cuda() else "fp32")
     if dtype not in _DTYPES:
@@ -148,7 +148,7 @@ def run(
 
 
 def inputs(shape: ExpertShape, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tokens [L, N, H] and weights [L, H, 2, F], [L, F, H] that keep their size; all want gradients."""
+    """Random tokens [L, N, H] and weights [L, H, 2, F], [L, F, H] that preserve the scale; all require gradients."""
     generator = torch.Generator(device.taken()).manual_seed(seed)
 
     def draw(*size: int, scale: float) -> Tensor:
@@ -173,7 +173,7 @@ def _time(way: Way, given: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
         output = way(*given)
         torch.autograd.grad(output, given, output.detach())
 
-    # On a host the processor time of this process: what others take of the machine is none of the ways' doing.
+    # On a host the processor time of this process, which does not include the load of other processes.
     clock = time.perf_counter if device.has_cuda() else time.process_time
     seconds = {}
     for name, work in (("forward", forward), ("training", training)):

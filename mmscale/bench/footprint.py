@@ -1,10 +1,10 @@
-"""Memory that a training step really uses on a rank, by tensors and not by an allocator, beside what the plan says.
+"""Measures the memory of a training step on a rank, by tensors and not by an allocator, and compares it with the plan.
 
     mmscale bench footprint configs/quickstart.yaml [key=value ...]
     mmscale bench footprint --cases
 
-One process, without parallelism; runs on a CPU and on a GPU. Counted are storages, each once, from the moment an
-operation makes them until nothing refers to them.
+One process, without parallelism; runs on a CPU and on a GPU. Every storage is counted once, from its creation until
+nothing refers to it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Footprint:
         parameters: weights.
         gradients: gradient buffers.
         optimizer: moments and main copies.
-        saved: most that autograd keeps for backward at one time.
-        step: most that tensors hold at one time on top of parameters, gradients and optimizer state.
+        saved: peak of what autograd keeps for backward.
+        step: peak of tensors besides parameters, gradients and optimizer state.
     """
 
     parameters: int
@@ -59,12 +59,12 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it at its fullest."""
+        """Peak of everything."""
         return self.parameters + self.gradients + self.optimizer + self.step
 
 
 class _Alive:
-    """Bytes of storages that are alive, and the most there were."""
+    """Bytes of storages that are alive, and their peak."""
 
     def __init__(self, known: set[int]) -> None:
         self.known = known
@@ -73,7 +73,7 @@ class _Alive:
         self.most = 0
 
     def enter(self, holder: Any, storage: torch.UntypedStorage) -> None:
-        """Count a storage until `holder` is gone."""
+        """Count a storage until `holder` is destroyed."""
         key, size = storage.data_ptr(), storage.nbytes()
         if size == 0 or key in self.known:
             return
@@ -106,7 +106,7 @@ class _Storages(TorchDispatchMode):
 
 
 class _Held:
-    """A saved tensor, wrapped so that its release can be seen."""
+    """A saved tensor, wrapped so that its release is noticed."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -126,7 +126,7 @@ def _saved(known: set[int]) -> Iterator[_Alive]:
 
 
 def measure(config: Config) -> Footprint:
-    """Take optimizer steps of synthetic tokens and count; process groups of the configuration's layout exist already.
+    """Take optimizer steps on synthetic tokens and count; process groups of the configuration's layout must exist.
 
     Args:
         config: the run's configuration; one global batch of it is the step.
@@ -139,7 +139,7 @@ def measure(config: Config) -> Footprint:
     mixture, vocabulary = SyntheticMixture(config, share=share), Vocabulary.from_config(config.vocab)
     own = part_of(groups).batch(mixture, 0, global_micro_batches(config))
     batches = [to_device(content, vocabulary) for content in own]
-    built.stepper.train(batches, lr=config.optim.lr)  # makes the optimizer's state
+    built.stepper.train(batches, lr=config.optim.lr)  # creates the optimizer's state
 
     weights, gradients, state = _storages(built)
     known = set(weights) | set(gradients) | set(state)
@@ -158,7 +158,7 @@ def measure(config: Config) -> Footprint:
 
 
 def _storages(built: assembly.TrainingParts) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """Bytes by storage of weights, gradients and optimizer state; what is in an earlier one is not counted again."""
+    """Bytes by storage of weights, gradients and optimizer state; a storage is counted only in the first of them."""
     weights = _by_storage([parameter.data for chunk in built.chunks for parameter in chunk.parameters()])
     buffers = [buffer for chunk in built.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     gradients = _by_storage([buffer.grad_data for buffer in buffers])
@@ -195,11 +195,11 @@ def run(config: Config | None = None, *, cases: bool = False) -> dict[str, Any]:
 
     Args:
         config: the run's configuration.
-        cases: instead of one, the models on which the plan was compared (footprint_cases.py).
+        cases: measure the models for which the plan was compared (footprint_cases.py) instead.
 
     Returns:
-        `kernels` (where it ran) and `rows`: name -> planned and found bytes; of cases, `cases`: name -> such rows, and
-        `ratios`: row -> least and largest planned over found.
+        `kernels` and `rows`: name -> planned and measured bytes; with cases, `cases`: name -> such rows, and `ratios`:
+        row -> smallest and largest planned over measured.
 
     Raises:
         UsageError: no configuration, or one and `cases`.
@@ -240,7 +240,7 @@ def _one(config: Config) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The rows as a table in MiB; of cases, planned over found."""
+    """The rows as a table in MiB; with cases, planned over measured."""
     if "cases" in result:
         return _render_cases(result)
     lines = [f"{result['kernels']:<20} {'planned MiB':>14} {'found MiB':>14} {'ratio':>7}"]

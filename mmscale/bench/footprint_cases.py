@@ -1,8 +1,7 @@
-"""The models on which the plan's memory was compared with real steps: `mmscale bench footprint --cases`.
+"""The models for which the plan's memory was compared with real steps: `mmscale bench footprint --cases`.
 
-Small models that differ in what takes memory: experts, shared ones, norms per expert, Mixture-of-Depths, format,
-recompute. They have few ids, because otherwise the logits, which are easy to plan, would dominate. It measures nothing
-itself.
+Small models that differ in what needs memory: experts, shared ones, norms per expert, Mixture-of-Depths, format,
+recompute. Their vocabularies are small, because otherwise the logits, which are easy to predict, would dominate.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ _FEED_FORWARD = {"recompute": "selective", "recompute_modules": ["mlp"]}
 
 
 def case(model: str, dtype: str, recompute: str, *, width: int = 128) -> Config:
-    """One of them: 4 layers, 2 sequences of 128 tokens.
+    """One of the models: 4 layers, 2 sequences of 128 tokens.
 
     Args:
         model: one of `MODELS`.
         dtype: precision.dtype.
-        recompute: parallel.recompute; "mlp" for the feed-forward sub-layer alone; "loss" for a loss in chunks, with so
-            many ids that the output layer takes most of the memory.
+        recompute: parallel.recompute; "mlp" for the feed-forward sub-layer alone; "loss" for a loss in chunks, with
+            such a large vocabulary that the output layer takes most of the memory.
         width: model.hidden_size.
     """
     shape = {

@@ -33,8 +33,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "blockwise_e4m3": {"fp8": "blockwise", "fp8_emulate": True, "fp8_format": "e4m3"},
 }
 BASE = "high"
-_WORSE = 1.2  # a run diverged that ends this many times above its own best stretch
-_STRETCH = 0.1  # of the steps
+_WORSE = 1.2  # a run has diverged if it ends with this multiple of the loss of its own best stretch
+_STRETCH = 0.1  # length of a stretch, as a share of the steps
 
 
 def run(
@@ -55,7 +55,7 @@ def run(
     """Train a toy in every format with every learning rate and seed.
 
     Args:
-        formats: names of FORMATS; `high` is always there.
+        formats: names of FORMATS; `high` is always included.
         lrs: peak learning rates; sharpness is measured after runs with the middle one.
         seeds: seeds for each.
         steps: optimizer steps of a run.
@@ -145,7 +145,7 @@ def _format(
 
 
 def has_diverged(toy: Toy) -> bool:
-    """Whether a run broke off, or ended far above the best stretch of its own losses."""
+    """Whether a run stopped early, or ended far above the best stretch of its own losses."""
     losses = toy.losses
     if not math.isfinite(losses[-1]) or not math.isfinite(toy.held_out_loss):
         return True
@@ -155,9 +155,9 @@ def has_diverged(toy: Toy) -> bool:
 
 
 def lr_sensitivity(runs: Sequence[dict[str, Any]]) -> float:
-    """How much is lost on average by a learning rate that is not the best one (arXiv 2309.14322, section 2).
+    """Mean loss increase for learning rates other than the best one (arXiv 2309.14322, section 2).
 
-    Mean over learning rates of min(loss, loss at the start) - the best loss; a run that diverged counts with its start.
+    Mean over learning rates of min(loss, initial loss) - best loss; a diverged run counts with its initial loss.
     """
     by_rate: dict[float, list[float]] = {}
     for entry in runs:
@@ -187,11 +187,11 @@ def _compare(format_: dict[str, Any], base: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def logit_sharpness(stepper: Stepper, batches: Sequence[Batch], *, epsilon: float) -> float:
-    """Largest relative rise of the loss within a box around the logits, in percent.
+    """Largest relative increase of the loss within a box around the logits, in percent.
 
-    100 (f(x + y) - f(x)) / (1 + f(x)) over |y_i| <= epsilon (|x_i| + 1): Keskar's sharpness (arXiv 1609.04836) on
-    logits, as arXiv 2405.18710 takes it. Cross entropy falls with the label's logit and rises with all others, so its
-    largest value is in a corner of the box that is known, and nothing needs to be searched.
+    100 (f(x + y) - f(x)) / (1 + f(x)) over |y_i| <= epsilon (|x_i| + 1): Keskar's sharpness (arXiv 1609.04836) of the
+    logits, as in arXiv 2405.18710. Cross entropy decreases with the label's logit and increases with all others, so its
+    maximum is in a known corner of the box, and no search is needed.
     """
     (chunk,) = stepper.chunks
     chunk.eval()
@@ -215,10 +215,10 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weight_sharpness(stepper: Stepper, batches: Sequence[Batch], *, radius: float) -> float:
-    """Relative rise of the loss after a step of `radius` times the weights' norm up the gradient, in percent.
+    """Relative increase of the loss after a step along the gradient of `radius` times the weights' norm, in percent.
 
-    The first step of the search for the largest loss within a ball (SAM, arXiv 2010.01412); weights are as they were
-    afterwards. Computed in the format of training, whose roundings are a part of what is asked.
+    This is the first step of the search for the largest loss within a ball (SAM, arXiv 2010.01412). Weights are
+    restored afterwards. Computed in the format of training, because its rounding is part of the question.
     """
     (chunk,) = stepper.chunks
     names = stepper.config.vocab.names

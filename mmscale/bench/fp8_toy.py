@@ -1,7 +1,7 @@
-"""A run of seconds that shows the effect of a number format on a loss: small model, artificial language, whole steps.
+"""A run of a few seconds that shows the effect of a number format on a loss: small model, artificial language.
 
-The language can be learned, and not from the last token alone, so that attention and experts matter: a text token
-follows from the one before it, an image token from the one two places before. Everything is a function of the
+The language can be learned, but not from the last token alone, so that attention and experts matter: a text token
+follows from the preceding one, an image token from the one two places before. Everything is a function of the
 configuration's seed; recipes differ in nothing else.
 """
 
@@ -24,7 +24,7 @@ from mmscale.train.proof.synthetic import SyntheticMixture
 from mmscale.train.steps.batch import Batch, to_device
 from mmscale.train.steps.step import Stepper, mean_losses
 
-_NOISE = 0.1  # share of tokens that follow from nothing
+_NOISE = 0.1  # share of random tokens
 _LANGUAGE = 2026  # the language is the same for all seeds
 _HELD_OUT = 1 << 30  # numbers of micro-batches that no run trains on
 
@@ -48,13 +48,13 @@ class Language(SyntheticMixture):
 
 @dataclass
 class Toy:
-    """A trained model and what its training gave.
+    """A trained model and the results of its training.
 
     Attributes:
         config: of the run.
         stepper: its model.
-        losses: training loss of every step; the last one is not finite if the run broke off there.
-        held_out: micro-batches that it has not seen.
+        losses: training loss of every step; the last one is not finite if the run stopped there.
+        held_out: micro-batches that it was not trained on.
     """
 
     config: Config
@@ -81,11 +81,11 @@ def toy_config(
     dtype: str = "bf16",
     precision: dict[str, Any] | None = None,
 ) -> Config:
-    """The configuration of a toy; experts are two for each modality, and slots those that FP8 takes, in every format.
+    """The configuration of a toy, with two experts per modality and slots rounded as for FP8 in every format.
 
     Args:
         kind: dense or moma.
-        hidden: width, of the experts too; a multiple of 32.
+        hidden: width, also of the experts; a multiple of 32.
         layers: layers.
         seq: tokens of a sequence, a multiple of 16.
         batch: sequences of a step.
@@ -121,7 +121,7 @@ def toy_config(
 
 
 def train_toy(config: Config, *, held_out: int = 8) -> Toy:
-    """Train from the seed's weights; process groups of one process are there.
+    """Train from the seed's weights; process groups of one process must exist.
 
     Args:
         config: one of `toy_config`.

@@ -38,10 +38,10 @@ def run(
 
     Args:
         part: 1, 2, or 0 for both.
-        device: "cuda", or "cpu" to try it where there is none.
-        tiny: sizes for which every row takes moments; the numbers mean nothing.
+        device: "cuda", or "cpu" to try it without one.
+        tiny: sizes for which every row takes moments; the numbers have no meaning.
         repeats: timed calls of each row.
-        seconds: nothing new begins after this time.
+        seconds: no new row begins after this time.
         steps: of the runs whose losses are compared.
         out: JSON file, written after every row.
 

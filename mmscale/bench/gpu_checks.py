@@ -1,7 +1,8 @@
 """Correctness checks of the fast paths: measurement 8 of `mmscale bench gpu`, also used by tests/gpu.
 
 Bytes of FP8 against the formulas of mmscale.model.fp8_formats on the host, experts against a loop in fp64, losses of
-every backend and recipe that continues from one checkpoint, a checkpoint written and read, a CPU's run continued here.
+every backend and recipe that continues from one checkpoint, a checkpoint written and read, a run of a CPU continued
+here.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ from mmscale.train.steps.batch import to_device
 from mmscale.train.steps.step import mean_losses, reduce_sums
 
 TOY = Shape(hidden=256, inner=512, heads=4, seq=256, micro_batch=8, experts=8, vocabulary=1024, moma_layers=4)
-_BATCHES = 4  # that come again and again, so that there is something to learn
-STEPS, HALF = 8, 4  # of the runs that are stopped and resumed
-BEGUN, FOLLOWED, TAIL = 40, 12, 6  # steps of torch, of the runs that continue from it, and of those the compared ones
+_BATCHES = 4  # number of batches, which repeat so that they can be learned
+STEPS, HALF = 8, 4  # steps of the runs that are stopped and resumed
+# Steps of the torch run, of the runs that continue from it, and of these the compared ones.
+BEGUN, FOLLOWED, TAIL = 40, 12, 6
 BYTES, EXPERTS_BF16, EXPERTS_FP8, LOSS, SAME, ACROSS = 0.0, 0.02, 0.12, 0.02, 1e-4, 2e-3
 
 
 def run(session: Session, *, steps: int = 200) -> None:
-    """All checks that this machine can make."""
+    """All checks that this machine supports."""
     missing = transformer_engine.problem()
     stopwatch.full_precision()
     for name, products in (("bmm", Products.BMM), ("grouped_mm", Products.GROUPED_MM)):
@@ -102,7 +104,7 @@ def experts_error(session: Session, products: Products) -> tuple[float, str]:
 
 
 def te_experts_error(session: Session, recipe: str) -> tuple[float, str]:
-    """The same of Transformer-Engine's with the same weights; of the second call, when scales are known."""
+    """The same for Transformer-Engine's experts with the same weights, in the second call, when scales are known."""
     from mmscale.model.state_te import weight_of_w1, weight_of_w2
 
     tokens, w1, w2 = _inputs(session)
@@ -146,7 +148,7 @@ def quantized_bytes(name: str) -> tuple[float, str]:
         codes, inverse = found._rowwise_data, found._rowwise_scale_inv
         expected = fp8_formats.quantize_blocks(values, fp8_formats.E4M3, blocks)
         expected_inverse = expected.scale_inv
-        if dimensions == 1:  # the device keeps [blocks across, rows], padded
+        if dimensions == 1:  # the device stores [block columns, rows], padded
             inverse = inverse.t()
         inverse = inverse[: expected_inverse.shape[0], : expected_inverse.shape[1]]
     codes_wrong = (codes.cpu().view(torch.uint8) != expected.codes.view(torch.uint8)).double().mean()
@@ -169,7 +171,7 @@ def parts_of(config: Config) -> tuple[TrainingParts, TrainState]:
 
 
 def train(config: Config, parts: TrainingParts, state: TrainState, *, until: int, lr: float = 2e-3) -> list[float]:
-    """Losses of the steps up to this one; the same batches come again and again."""
+    """Losses of the steps up to this one; the same batches repeat."""
     mixture = SyntheticMixture(config, share={"text": 0.5, "image": 0.5}, padding=0.0)
     vocabulary, losses = Vocabulary.from_config(config.vocab), []
     while state.step < until:
@@ -186,8 +188,8 @@ class Begun:
 
     Attributes:
         folder: of its checkpoint.
-        step: when that was saved.
-        losses: of its own steps after it.
+        step: of the checkpoint.
+        losses: of its own steps after the checkpoint.
     """
 
     folder: Path
@@ -206,10 +208,10 @@ def begin(session: Session, folder: Path, *, steps: int = BEGUN) -> Begun:
 
 
 def follows(session: Session, begun: Begun, backend: str, recipe: str) -> tuple[float, str]:
-    """How far a backend's and recipe's losses come away from torch's within a few steps from the same state.
+    """Largest difference of a backend's and recipe's losses from torch's within a few steps from the same state.
 
-    Not from the start: while batches are learned by heart the loss falls by 1 to 2 % a step, and when that begins is
-    decided by rounding (docs/fp8.md has runs of one recipe that are 6 % apart after 60 steps).
+    Not from the start: while the model memorises the batches the loss decreases by 1 to 2 % a step, and rounding
+    determines when that begins (docs/fp8.md has runs of one recipe that differ by 6 % after 60 steps).
     """
     config = toy(session, backend, recipe)
     parts, state = parts_of(config)
@@ -220,7 +222,7 @@ def follows(session: Session, begun: Begun, backend: str, recipe: str) -> tuple[
 
 
 def _losses(session: Session, *, steps: int, missing: str | None) -> None:
-    """Transformer-Engine under every recipe: that it learns by itself, and that it follows torch without FP8."""
+    """Transformer-Engine under every recipe: that it learns, and that it follows torch without FP8."""
     with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
         _followed(session, Path(folder), steps=steps, missing=missing)
 
@@ -270,9 +272,9 @@ def _held(state: TrainState) -> list[Tensor]:
 
 
 def resumed(config: Config) -> tuple[float, str]:
-    """What a save and a load into a new model leave of every tensor, and the next loss beside the unstopped run's.
+    """Differences of all tensors after a save and a load into a new model, and of the next loss.
 
-    Later losses say less: kernels that add in any order let equal runs part on a GPU.
+    Later losses are not compared: kernels that add in no fixed order make equal runs diverge on a GPU.
     """
     parts, state = parts_of(config)
     train(config, parts, state, until=HALF)
@@ -297,7 +299,7 @@ def _differences(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def from_cpu() -> tuple[float, str]:
-    """A run of four steps in fp32 on a CPU, in a process that sees no device, continued here and there."""
+    """A run of four steps in fp32 on a CPU, in a process that sees no device, continued on both."""
     config = TINY.config("moma", layers=2, dtype="fp32", backend="torch")
     with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -23,8 +23,8 @@ from mmscale.model.routing import combine, expert_choice
 from mmscale.runtime import device, groups, transformer_engine
 
 RECIPES = ("delayed", "tensorwise", "blockwise")
-_ROTATED = 4  # inputs that calls take in turns
-# Of the ways of `mmscale bench experts`: what their rows are called.
+_ROTATED = 4  # number of inputs between which calls alternate
+# Names of the rows, by the ways of `mmscale bench experts`.
 _WAYS = {
     experts.LOOP: "loop",
     experts.BASE: "bmm",
@@ -34,7 +34,7 @@ _WAYS = {
 
 
 def ceilings(session: Session) -> None:
-    """Best products and copies of this device; floors of later rows follow from them."""
+    """Best products and copies of this device, from which the floors of later rows are computed."""
     shape, where = session.shape, device.taken()
     side, dtype = shape.square, torch.bfloat16
     flops = 2.0 * side**3
@@ -65,7 +65,7 @@ def ceilings(session: Session) -> None:
 
 
 def _work(compute: Callable[[Tensor], Tensor], inputs: list[Tensor], weights: list[Tensor]) -> Callable[[int], object]:
-    """Forward and backward over inputs in turns."""
+    """Forward and backward, alternating between inputs."""
     gradient = torch.randn_like(inputs[0])
 
     def run(number: int) -> object:
@@ -82,7 +82,7 @@ def _tokens(session: Session) -> list[Tensor]:
 
 
 def expert_networks(session: Session) -> None:
-    """One layer's experts with equally many tokens each: a loop, bmm, grouped_mm, with and without fused SwiGLU."""
+    """One layer's experts with equal numbers of tokens: a loop, bmm, grouped_mm, with and without fused SwiGLU."""
     shape = session.shape
     group = experts.ExpertShape(shape.experts, shape.capacity, shape.hidden, shape.inner)
     ways, flops = experts.ways(group, session.torch_dtype), shape.expert_flops()
@@ -184,7 +184,7 @@ def _te_work(session: Session, recipe: str, *, first: bool) -> Callable[[int], o
 
 
 def routing(session: Session) -> None:
-    """Expert choice of one modality, gathering the chosen tokens, and the weighted sum back; inputs in turns."""
+    """Expert choice of one modality, gathering the chosen tokens, and the weighted sum; alternating between inputs."""
     shape, where = session.shape, device.taken()
     half, tokens = shape.experts // 2, shape.tokens
     dtype = session.torch_dtype

@@ -29,7 +29,7 @@ _HALF = {"text": 0.5, "image": 0.5}
 
 
 def token_choice(session: Session) -> None:
-    """megatron-core's experts under top-1 token choice: as many products, but lengths that only the device knows."""
+    """megatron-core's experts under top-1 token choice: the same products, but lengths that only the device knows."""
     shape = session.shape
     for name, te in (("SequentialMLP", False), ("TEGroupedMLP", True)):
         for spread in ("balanced", "skewed"):
@@ -81,7 +81,7 @@ def _token_choice(session: Session, *, te: bool, skewed: bool) -> Callable[[int]
     @torch.no_grad()
     def run(_: int) -> object:
         permuted, permuted_probs, order = permute(hidden, routing, probs=probs)
-        counts = routing.sum(dim=0)  # megatron-core's TEGroupedMLP waits for it: a list of splits
+        counts = routing.sum(dim=0)  # megatron-core's TEGroupedMLP waits for this list of splits
         output, _ = experts(permuted, counts, permuted_probs)
         return unpermute(output, order, restore_shape=hidden.shape)
 
@@ -89,7 +89,7 @@ def _token_choice(session: Session, *, te: bool, skewed: bool) -> Callable[[int]
 
 
 def depth_layer(session: Session) -> None:
-    """A layer that processes a quarter of the tokens beside one that processes all, forward."""
+    """A layer that processes a quarter of the tokens, compared with one that processes all, forward."""
     shape = session.shape
     config = shape.config("dense", layers=2, dtype=session.dtype, depth=True, fusion="off")
     batch = _batches(config, count=1)[0]
@@ -127,8 +127,8 @@ VARIANTS = (("torch", "off"), ("te", "off"), ("te", "delayed"), ("te", "blockwis
 def stacks(session: Session) -> None:
     """Training steps of dense stacks and of one with experts: both backends, bf16 and FP8.
 
-    A dense stack that fills the memory, and one with as many layers as the one with experts: forward and backward of
-    these two have equal FLOPs, while the update moves the weights of all experts.
+    A dense stack that fills the memory, and one with as many layers as the one with experts. Forward and backward of
+    the latter two have equal FLOPs, while the update processes the weights of all experts.
     """
     shape, te = session.shape, transformer_engine.problem()
     both: dict[str, float] = {}
@@ -169,7 +169,7 @@ def _summarize(session: Session, both: dict[str, float]) -> None:
 
 
 class _Stack:
-    """A model in training, made when it is first asked for: what it cannot do is its row's reason."""
+    """A model in training, created when it is first needed; if that fails, the error is its row's reason."""
 
     def __init__(self, session: Session, config: Config) -> None:
         self.session = session

@@ -28,10 +28,10 @@ class Row:
         number: of the measurement, 1 to 7.
         name: what was timed.
         ms: min, median and max [ms]; None: not measured.
-        predicted_ms: written down beforehand, for one H100.
-        floor_ms: what the device's best product or copy needs for it, as measured in the first rows.
+        predicted_ms: predicted beforehand, for one H100.
+        floor_ms: time of the device's best product or copy for the same work, as measured in the first rows.
         tflops: of the median [TFLOP/s], by the FLOPs that the model needs.
-        note: of what the number is, or why there is none.
+        note: explanation of the number, or the reason why there is none.
     """
 
     number: int
@@ -49,10 +49,10 @@ class GpuCheck:
 
     Attributes:
         name: what was compared.
-        value: the difference; None: there is no number, because it was not measured or because it failed.
-        limit: of it.
-        passed: None: not measured. What raised or is not a number has not passed.
-        note: what the value is, or why there is none.
+        value: the difference; None: there is none, because it was not measured or because it failed.
+        limit: of the difference.
+        passed: None: not measured. Errors and NaN do not pass.
+        note: explanation of the value, or the reason why there is none.
     """
 
     name: str
@@ -69,9 +69,9 @@ class Session:
     Attributes:
         shape: sizes.
         repeats: timed calls of every row.
-        deadline: `time.monotonic()` after which nothing new begins.
+        deadline: `time.monotonic()` after which no new row begins.
         out: JSON file that is written after every row; None: none.
-        ceilings: as measured; those expected of an H100 until then.
+        ceilings: as measured; until then those expected of an H100.
     """
 
     shape: Shape
@@ -90,7 +90,7 @@ class Session:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The same as torch calls it."""
+        """The same as a torch dtype."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     def time(
@@ -104,16 +104,16 @@ class Session:
         key: str | None = None,
         note: str = "",
     ) -> float | None:
-        """Time what `prepare` gives, and keep the row.
+        """Time the work that `prepare` returns, and store the row.
 
         Args:
             number: of the measurement.
             name: of the row.
-            prepare: makes the tensors; gives the work.
+            prepare: creates the tensors and returns the work.
             flops: of one call.
             floor: seconds; None: flops at the bf16 ceiling.
             key: of the prediction; default: the name.
-            note: goes into the row.
+            note: of the row.
 
         Returns:
             Median [s]; None: not measured.
@@ -124,7 +124,7 @@ class Session:
             return None
         try:
             found = stopwatch.seconds(prepare(), repeats=self.repeats, warmup=min(3, self.repeats))
-        except Exception as error:  # one row of many, on a machine that may be lent for minutes
+        except Exception as error:  # the other rows must still be measured
             self.skip(number, name, f"{type(error).__name__}: {_first_line(error)}", key=key)
             return None
         finally:
@@ -145,12 +145,12 @@ class Session:
         return median
 
     def skip(self, number: int, name: str, why: str, *, key: str | None = None) -> None:
-        """Keep the reason for a missing row."""
+        """Store the reason for a missing row."""
         guess = predicted(self.shape).get(key or name)
         self._keep(Row(number, name, None, predicted_ms=_ms(guess), note=f"not measured: {why}"))
 
     def check(self, name: str, limit: float, compare: Callable[[], tuple[float, str]]) -> None:
-        """Compare, and keep the result: the difference and a word on it."""
+        """Compare, and store the result: the difference and its explanation."""
         if time.monotonic() > self.deadline:
             self.leave_out(name, limit, "no time was left")
         else:
@@ -168,7 +168,7 @@ class Session:
         self.write()
 
     def leave_out(self, name: str, limit: float, why: str) -> None:
-        """Keep the reason for a missing check."""
+        """Store the reason for a missing check."""
         self.checks.append(GpuCheck(name, None, limit, None, f"not measured: {why}"))
 
     def _keep(self, row: Row) -> None:
@@ -190,7 +190,7 @@ class Session:
         }
 
     def write(self) -> None:
-        """Bring what there is to the file."""
+        """Write the results so far to the file."""
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(_finite(self.result()), indent=1, allow_nan=False)
@@ -198,7 +198,7 @@ class Session:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: of a loss that is not a number, null is left."""
+    """Replaces NaN by null, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

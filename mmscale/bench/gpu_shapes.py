@@ -1,4 +1,4 @@
-"""Sizes of `mmscale bench gpu` and the arithmetic on them: FLOPs, bytes, floors and predictions.
+"""Sizes of `mmscale bench gpu` and computations with them: FLOPs, bytes, floors and predictions.
 
 No tensor is created here. FLOPs and parameters come from mmscale.plan; a floor is the time that the device's best
 matrix product or copy needs for the same work.
@@ -17,25 +17,25 @@ from mmscale.tables.settings import KINDS
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at best: products [FLOP/s] and copies, reading and writing counted [B/s]."""
+    """The largest measured speed of a device: products [FLOP/s] and copies, counting reads and writes [B/s]."""
 
     bf16: float
     fp8: float
     copy: float
 
 
-# One H100 SXM, before anything was measured: bf16 and copies as seen elsewhere, FP8 twice bf16 (a lead).
+# Expected for one H100 SXM before any measurement: bf16 and copies from published measurements, FP8 twice bf16.
 EXPECTED = Ceilings(bf16=798e12, fp8=1.6e15, copy=3.0e12)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The 1.4B class of MoMa with widths that FP8 takes (the paper's 5,461 is odd): half text, half image.
+    """The 1.4B class of MoMa with widths that FP8 supports (the paper's 5,461 is odd): half text, half image.
 
     Attributes:
         hidden, inner, heads: width, SwiGLU width, attention heads.
         seq, micro_batch: tokens of a sequence, sequences of a micro-batch.
-        experts: of both modalities together, equally many.
+        experts: of both modalities together, the same number of each.
         vocabulary: ids, image codes included.
         dense_layers, moma_layers: layers of the stacks that fit one device of 80 GB without recomputation.
         square: side of the matrices of the ceilings.
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def capacity(self) -> int:
-        """Tokens of each expert; expert choice keeps them all busy."""
+        """Tokens of each expert; with expert choice all slots are used."""
         return self.tokens // self.experts
 
     @property
@@ -70,7 +70,10 @@ class Shape:
         return (("dense", self.dense_layers), ("dense", self.moma_layers), ("moma", self.moma_layers))
 
     def expert_flops(self) -> float:
-        """Forward of the experts of one layer: equally many tokens each, so as much as a dense FFN."""
+        """Forward of the experts of one layer.
+
+        With the same number of tokens each, they have the FLOPs of a dense FFN.
+        """
         return layer_flops(self._counted("dense", 1), depth=False).ffn * self.tokens
 
     def layer_flops(self, *, depth: bool = False) -> float:
@@ -86,11 +89,11 @@ class Shape:
         return count_parameters(self._counted(kind, layers)).total
 
     def _counted(self, kind: str, layers: int, *, depth: bool = False) -> Config:
-        """A configuration to count; its dtype does not matter for that."""
+        """A configuration for counting, for which the dtype does not matter."""
         return self.config(kind, layers=layers, dtype="bf16", depth=depth)
 
     def adam_bytes(self, parameters: float) -> float:
-        """Read and written by an update: fp32 weight and two moments both ways, fp32 gradient in, bf16 weight out."""
+        """Bytes of an update: fp32 weight and two moments read and written, fp32 gradient read, bf16 weight written."""
         return parameters * (2 * 3 * 4 + 4 + 2)
 
     def swiglu_bytes(self, *, backward: bool) -> float:
@@ -117,7 +120,7 @@ class Shape:
             backend: model.backend.
             fp8: precision.fp8.
             depth: layer 0 processes a quarter of the tokens.
-            fusion: model.gradient_accumulation_fusion; "off" where there are no gradient buffers.
+            fusion: model.gradient_accumulation_fusion; "off" without gradient buffers.
         """
         image = self.vocabulary // 8
         half = self.experts // 2
@@ -154,7 +157,7 @@ class Shape:
 
 
 FULL = Shape()
-# Every line of the benchmark in seconds on a CPU; the numbers mean nothing.
+# Runs every line of the benchmark in seconds on a CPU; the numbers have no meaning.
 TINY = Shape(
     hidden=64,
     inner=64,
@@ -171,7 +174,7 @@ TINY = Shape(
 
 
 def predicted(shape: Shape) -> dict[str, float]:
-    """Seconds that were written down before anything ran, by row, on one H100."""
+    """Seconds by row, predicted for one H100 before anything was measured."""
     best = EXPECTED
     forward, both = shape.expert_flops() / best.bf16, 3 * shape.expert_flops() / best.bf16
     unfused = {way: shape.swiglu_bytes(backward=way) / best.copy for way in (False, True)}

@@ -39,10 +39,10 @@ def run(*, megabytes: int = 256, nproc: int = 4, group: int = 4, repeats: int = 
         megabytes: state of each rank [MB].
         nproc: ranks.
         group: ranks of a parity group.
-        repeats: snapshots; medians are given.
+        repeats: snapshots; results are medians.
 
     Returns:
-        What `measure` gives.
+        The result of `measure`.
 
     Raises:
         LaunchError: a rank failed.
@@ -66,21 +66,21 @@ def run(*, megabytes: int = 256, nproc: int = 4, group: int = 4, repeats: int = 
 def measure(
     env: RankEnv, tensors: dict[str, Tensor], *, folder: Path, group_size: int = 4, repeats: int = 5
 ) -> dict[str, Any]:
-    """Snapshots of given tensors, and the rebuild of the last rank's from parity; torch.distributed runs already.
+    """Snapshots of given tensors, and the rebuild of the last rank's from parity. Process groups must exist.
 
     Args:
         env: place of this rank; every rank calls it.
         tensors: state of this rank.
         folder: an empty folder that all ranks see, for the index.
         group_size: ranks of a parity group.
-        repeats: snapshots; medians are given, over ranks the slowest.
+        repeats: snapshots; results are medians, of the slowest rank.
 
     Returns:
         `snapshot_blocked_ms`, `copy_ms` (the same bytes to ordinary memory), `digest_ms`, `exchange_ms`, `rebuild_s`,
         `rebuild_mb_per_s`, `restore_s` (with digests of everything), `state_mb`, `memory_overhead` (parity by state).
 
     Raises:
-        TrainingError: snapshots could not be taken, or not be restored.
+        TrainingError: snapshots could not be taken or restored.
     """
     host = groups.host_group()
     told: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def measure(
         taken = snapshots.snapshot(step, tensors, {"step": step}) and snapshots.wait(timeout_s=600.0)
         if not _all(taken, host):
             raise TrainingError(f"the snapshot of step {step} failed: {told}")
-        if step > len(snapshot_files.SLOTS):  # the first of each slot makes its files
+        if step > len(snapshot_files.SLOTS):  # the first snapshot of each slot also creates its files
             figures = snapshots.statistics
             for name, value in zip(seen, (figures.copy_s, copied, figures.digest_s, figures.exchange_s), strict=True):
                 seen[name].append(value)

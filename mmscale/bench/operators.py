@@ -1,6 +1,6 @@
 """Profiles a piece of work: torch.profiler's operators, grouped by purpose.
 
-Self times of the host on a CPU, of the device's kernels on CUDA. Operators are distinguished by name, so an elementwise
+Self times of the host on a CPU, of the device's kernels on CUDA. Operators are classified by name, so an elementwise
 product of a gate counts with all elementwise work.
 """
 
@@ -28,7 +28,7 @@ _TOP = 15
 
 
 def kind(operator: str) -> str:
-    """What an operator is for."""
+    """The purpose of an operator."""
     name = operator.lower()
     return next((kind for kind, words in _KINDS if any(word in name for word in words)), "elementwise and rest")
 

@@ -1,7 +1,7 @@
-"""The peer of `mmscale bench step`: transformers' Mixtral, stock implementation, in a plain PyTorch training loop.
+"""The peer of `mmscale bench step`: transformers' unmodified Mixtral in a plain PyTorch training loop.
 
-Eight experts, one of them for each token: the FLOPs of 4t4i. Token choice; attention over the whole sequence, since it
-knows no documents; torch.optim.AdamW with its defaults, gradients clipped. Nothing is tuned.
+Eight experts, one of them for each token, have the FLOPs of 4t4i. Token choice; attention over the whole sequence,
+because it does not support documents; torch.optim.AdamW with its defaults, gradients clipped. Nothing is tuned.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from mmscale.train.proof.synthetic import SyntheticMixture
 
 
 class Peer:
-    """A Mixtral of the shape of a configuration, and the loop around it.
+    """A Mixtral of the shape of a configuration, with its training loop.
 
     Args:
-        config: widths, layers, heads, vocabulary and batch are taken; one token in sum(experts) active.
+        config: its widths, layers, heads, vocabulary and batch are used; one of sum(experts) experts is active per
+            token.
     """
 
     def __init__(self, config: Config) -> None:
@@ -61,7 +62,7 @@ class Peer:
         self.batches: list[Tensor] = []
 
     def prepare(self, step: int) -> None:
-        """Token ids of the same micro-batches as everyone's."""
+        """Token ids of the same micro-batches as for all contenders."""
         numbers = range(step * self.micro_batches, (step + 1) * self.micro_batches)
         self.batches = [torch.from_numpy(self.mixture.micro_batch(n).tokens).to(device.taken()) for n in numbers]
 
@@ -73,6 +74,6 @@ class Peer:
             (loss / len(self.batches)).backward()
 
     def update(self) -> None:
-        """Clip and step."""
+        """Clip gradients and take the optimizer's step."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.optimizer.step()

@@ -47,14 +47,14 @@ def run(
         documents: of the corpus.
         seq_length: tokens of a sequence.
         micro_batch: sequences of a micro-batch.
-        micro_batches: micro-batches that are measured.
+        micro_batches: number of micro-batches to measure.
         experts: experts of each of the two groups.
         seed: of the corpus, its order and the logits.
 
     Returns:
-        `share` (of each modality in the tokens, which nominal capacities follow), `seconds`, and `rows`: one for each
-        `capacity`, `scope` and `choice` with `unrouted` (of all tokens), `unrouted/<modality>`, `unrouted_single` (of
-        the tokens of sequences with one modality only, or None), `slots_per_token` and `filled` (of the slots).
+        `share` (of each modality in the tokens, which determines nominal capacities), `seconds`, and `rows`: one for
+        each `capacity`, `scope` and `choice` with `unrouted` (of all tokens), `unrouted/<modality>`, `unrouted_single`
+        (of the tokens of sequences with one modality only, or None), `slots_per_token` and `filled` (of the slots).
 
     Raises:
         UsageError: there are too few documents.
@@ -106,7 +106,7 @@ def _measured(
 ) -> NDArray[np.int64]:
     """Sums of one micro-batch [M, 6].
 
-    For each modality: tokens, unrouted ones, both in sequences without any other modality, slots, filled ones.
+    For each modality: tokens, unrouted ones, both in sequences without any other modality, slots, filled slots.
     """
     experts, length, batch = logits.shape[-1], logits.shape[1], len(counts)
     known = TokenCounts(counts, counts[None])
@@ -125,7 +125,7 @@ def _measured(
 
 
 def _tokens(counts: NDArray[np.int64], length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each modality which tokens [S, B] are its own, and which stand in a sequence without any other."""
+    """For each modality which tokens [S, B] belong to it, and which are in a sequence without any other modality."""
     place = torch.arange(length).unsqueeze(1)
     ends = torch.from_numpy(counts.cumsum(axis=1))
     for modality in range(counts.shape[1]):

@@ -1,6 +1,6 @@
 """The save methods that `mmscale bench checkpoint` compares: ours, megatron-core's and torch's, of the same model.
 
-Each returns the seconds that training waits and the seconds until everything is on disk.
+Each returns the seconds for which training waits, and the seconds until everything is on disk.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ STEP_WAYS = ("alone", "while_saving")
 
 @dataclass(frozen=True)
 class Save:
-    """Seconds of one save, over ranks the slowest: training waits, and everything is on the disk."""
+    """Seconds of one save, of the slowest rank: until training continues, and until everything is on disk."""
 
     blocked: float
     total: float
 
 
 class Measured:
-    """A model that has taken a step, and the ways to save it; every rank holds one.
+    """A model that has taken a step, and the ways to save it; every rank has one.
 
     Args:
         config: the model.
-        folder: where everything is written.
+        folder: to write into.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -94,7 +94,7 @@ class Measured:
         self.state.step += 1
 
     def ours(self, way: str) -> Save:
-        """As training saves: the state described where it lies, hashed, committed."""
+        """Save as in training: boxes of the state without gathering, hashed, committed."""
         saver = self.managers[way].saver
 
         def begin() -> None:
@@ -104,12 +104,12 @@ class Measured:
         if saver.failures:
             raise TrainingError(f"a save failed: {self.told}", remedy="look at the disk of the folder")
         events = [fields for event, fields in self.told if event == "save_committed"]
-        # On rank 0 this has what happens at later borders too: records are gathered, the commit is started.
+        # On rank 0 this includes the work at later step boundaries: gathering records and starting the commit.
         blocked = events[-1]["blocked_s"] if events and way == "async" else save.blocked
         return Save(slowest(blocked), save.total)
 
     def megatron(self, way: str) -> Save:
-        """Plain dist_checkpointing of the state as megatron-core's optimizer gathers it; no digests, no commit."""
+        """Plain dist_checkpointing of the state as gathered by megatron-core's optimizer; no digests, no commit."""
         folder = self._new(way)
         asynchronous = way == "megatron_async"
         if asynchronous:
@@ -130,7 +130,7 @@ class Measured:
         return save
 
     def torch_async(self, way: str) -> Save:
-        """torch.distributed.checkpoint.async_save of the same bytes, as tensors of each rank's own."""
+        """torch.distributed.checkpoint.async_save of the same bytes, as separate tensors of each rank."""
         folder = self._new(way)
         futures: list[Any] = []
         save = timed(
@@ -141,7 +141,7 @@ class Measured:
         return save
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this rank writes in a save: its part of the optimizer's state and every n-th weight."""
+        """The tensors that this rank writes in a save: its part of the optimizer's state and every n-th weight."""
         found: dict[str, Tensor] = {}
         optimizers = getattr(self.parts.optimizer, "chained_optimizers", [self.parts.optimizer])
         for number, optimizer in enumerate(optimizers):
@@ -167,7 +167,7 @@ class Measured:
             shutil.rmtree(folder)
 
     def step_times(self, steps: int) -> dict[str, float]:
-        """Seconds of a step, alone and while an asynchronous save is under way; over ranks the slowest."""
+        """Seconds of a step, alone and during an asynchronous save, of the slowest rank."""
         seen: dict[str, list[float]] = {way: [] for way in STEP_WAYS}
         manager = self.managers["async"]
         for way in STEP_WAYS:
@@ -200,7 +200,7 @@ class _gathering:  # noqa: N801  a context manager
 
 
 def timed(begin: Callable[[], object], finish: Callable[[], object]) -> Save:
-    """Time both parts; every rank calls it at once."""
+    """Time both parts; every rank calls it at the same time."""
     torch.distributed.barrier()
     started = time.perf_counter()
     begin()

@@ -1,9 +1,9 @@
-"""What expert choice and Mixture-of-Depths cost in training time, at equal FLOPs per token.
+"""The cost of expert choice and Mixture-of-Depths in training time, at equal FLOPs per token.
 
-Whole optimizer steps (forward, backward, update) on synthetic micro-batches, one process; dense, moe8x, 4t4i and 4t4i
-with Mixture-of-Depths take turns step by step, so that a busy machine slows all of them. The paper's figures (MoMa,
-arXiv 2407.21770, Table 2) stand beside ours. A peer, transformers' Mixtral with the FLOPs of 4t4i, runs in the same
-turns. It does not measure communication.
+Whole optimizer steps (forward, backward, update) on synthetic micro-batches, one process. dense, moe8x, 4t4i and 4t4i
+with Mixture-of-Depths alternate step by step, so that a busy machine slows all of them. The paper's results (MoMa,
+arXiv 2407.21770, Table 2) are shown next to ours. A peer, transformers' Mixtral with the FLOPs of 4t4i, alternates with
+them. Communication is not measured.
 
     mmscale bench step --repeats 5 --profile
 """
@@ -41,7 +41,7 @@ _MODELS: dict[str, dict[str, Any]] = {
 }
 PEER = "mixtral_peer"
 VARIANTS = (*_MODELS, PEER)
-# Tokens per second over dense, 435M class, 256 A100 (MoMa, Table 2).
+# Tokens per second relative to dense, 435M class, 256 A100 (MoMa, Table 2).
 PAPER = {"moe8x": 28_990 / 31_970, "4t4i": 26_424 / 31_970, "4t4i_mod": 22_114 / 31_970}
 _PARTS = ("step", "forward_backward", "optimizer")
 
@@ -50,7 +50,7 @@ class Contender(Protocol):
     """Something that trains; a step is `forward_backward` and then `update`."""
 
     def prepare(self, step: int) -> None:
-        """Make the micro-batches of a step. Not timed: loading is `mmscale bench data`'s subject."""
+        """Make the micro-batches of a step. Not timed; `mmscale bench data` measures loading."""
 
     def forward_backward(self) -> None:
         """Gradients of all micro-batches, summed."""
@@ -74,7 +74,7 @@ class _Ours:
         self.batches: list[Batch] = []
 
     def prepare(self, step: int) -> None:
-        # Fresh tensors: masks that a micro-batch keeps for its layers are made within the timed part.
+        # New tensors, so that the masks that a micro-batch caches for its layers are made within the timed part.
         number = self.config.train.global_batch_size // self.config.train.micro_batch_size
         self.batches = [
             to_device(self.mixture.micro_batch(step * number + index), self.vocabulary) for index in range(number)
@@ -99,7 +99,7 @@ class Times:
 def variant_config(
     name: str, *, hidden: int, seq: int, layers: int, micro_batch: int, tokens_per_step: int, dtype: str
 ) -> Config:
-    """The configuration of a variant; Mixture-of-Depths gets the number of layers that comes nearest to dense FLOPs.
+    """The configuration of a variant; Mixture-of-Depths gets the number of layers whose FLOPs come nearest to dense.
 
     Args:
         name: one of the models, not the peer.
@@ -110,7 +110,8 @@ def variant_config(
         tokens_per_step: tokens of an optimizer step.
         dtype: fp32 or bf16.
     """
-    # 10 ids per unit of width make the output layer's share of the FLOPs (15 %) that of the paper's 435M class.
+    # With 10 ids per unit of width the output layer has the same share of the FLOPs (15 %) as in the paper's 435M
+    # class.
     image = hidden * 2
     base = {
         "vocab": {"modalities": [{"name": "text", "size": 8 * hidden}, {"name": "image", "size": image}]},
@@ -159,7 +160,7 @@ def run(
     dtype: str = "fp32",
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Time training steps of the variants in turns.
+    """Time training steps of the variants, alternating.
 
     Args:
         hidden: width of the models.
@@ -169,13 +170,13 @@ def run(
         tokens_per_step: tokens of an optimizer step; its micro-batches accumulate gradients, so that updating eight
             times the parameters is spread over many tokens, as in real training (the paper: 24,576 a GPU).
         repeats: timed rounds, after one round to warm up.
-        variants: names of VARIANTS; dense is always there, for the ratios.
+        variants: names of VARIANTS; dense is always included, for the ratios.
         dtype: fp32 or bf16.
         profile: also profile one forward and backward of each variant by operator.
 
     Returns:
         `machine`, `threads`, `shape`; per variant `flops_per_token`, `parameters`, `seconds`, `throughput_over_dense`
-        (by part and clock: min, median, max; ratios are taken within a round); and `profile` if asked for.
+        (by part and clock: min, median, max; ratios are taken within a round); and `profile` if requested.
     """
     names = (variants,) if isinstance(variants, str) else tuple(variants)
     unknown = [name for name in names if name not in VARIANTS]
@@ -197,7 +198,7 @@ def run(
         "dtype": dtype,
     }
     configs = {name: variant_config("4t4i" if name == PEER else name, **shape) for name in names}
-    # Or a variant's time would hang on what the one before it has freed.
+    # Otherwise a variant's time would depend on memory freed by the previous one.
     device.keep_host_memory()
     own_groups = not torch.distributed.is_initialized()
     if own_groups:
@@ -235,7 +236,7 @@ def run(
 
 
 def _rounds(contenders: dict[str, Contender], repeats: int) -> list[dict[str, Times]]:
-    """Steps in turns: dense, moe8x, ..., dense, moe8x, ...; the first round warms up and is left out."""
+    """Alternating steps: dense, moe8x, ..., dense, moe8x, ...; the first round warms up and is not returned."""
     return [{name: _time(c, step) for name, c in contenders.items()} for step in range(repeats + 1)][1:]
 
 
@@ -274,7 +275,7 @@ def _spread(times: Sequence[Times]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _ratios(rounds: Sequence[dict[str, Times]], name: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Throughput over that of the dense step of the same round."""
+    """Throughput relative to the dense step of the same round."""
     return {
         part: {
             "wall": _summary([times["dense"].wall[part] / times[name].wall[part] for times in rounds]),

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         show_error(error)
         return error.exit_status
-    except typer.TyperException as error:  # errors of typer: unknown option, missing argument, value of the wrong type
+    except typer.TyperException as error:  # typer's errors: unknown option, missing argument, value of the wrong type
         if error.format_message():  # a group without a command has printed its help
             show_error(_usage_error(error))
         return error.exit_code
@@ -149,7 +149,7 @@ def _usage_error(error: typer.TyperException) -> UsageError:
     command = context.command_path if context is not None else "mmscale"
     option = str(getattr(error, "option_name", "") or "")
     cause = error.format_message().rstrip(".")
-    cause, _, meant = cause.partition(". Did you mean ")  # how typer puts it for commands
+    cause, _, meant = cause.partition(". Did you mean ")  # typer's wording for commands
     remedy = f"did you mean {meant}" if meant else f"`{command} --help` shows the usage"
     near = sorted(getattr(error, "possibilities", None) or [])
     if "." in option:

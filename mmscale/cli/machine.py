@@ -145,14 +145,14 @@ def plan(
 
 
 def _with_measured_share(config: Config) -> Config:
-    """The configuration with the shares of its modalities as its data has them, if that is prepared."""
+    """The configuration with the measured shares of its modalities, if its data is prepared."""
     if not config.model.has_experts or config.model.experts.share != "auto" or not config.data.sources:
         return config
     from mmscale.data.prepared.share import nominal_share
 
     try:
         share = {name: round(value, 6) for name, value in nominal_share(config).items()}
-    except DataError:  # not prepared yet: the plan says that it assumes equal shares
+    except DataError:  # not prepared yet; the plan mentions that it assumes equal shares
         return config
     experts = config.model.experts.model_copy(update={"share": share})
     return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
@@ -160,7 +160,7 @@ def _with_measured_share(config: Config) -> Config:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Options of `plan --data`, as they were given."""
+    """Options of `plan --data`, as given."""
 
     data: list[str]
     budget: str
@@ -183,12 +183,12 @@ class _Asked:
 
     @property
     def name(self) -> str:
-        """Of the run: that of the file that is written, or of the data."""
+        """Name of the run: that of the file that is written, or of the data."""
         stem = self.out.stem if self.out is not None else Path(self.data[0]).stem
         return re.sub(r"[^A-Za-z0-9_-]", "_", stem).strip("_-")[:100] or "mine"
 
     def check_out(self) -> None:
-        """Refuse a file that cannot be written, before anything is read.
+        """Refuse an output file that cannot be written, before anything is read.
 
         Raises:
             UsageError: it exists, or its folder is a file.
@@ -236,7 +236,7 @@ def _propose(asked: _Asked, *, as_json: bool) -> None:
 
 
 def _machine(asked: _Asked) -> Machine:
-    """Devices that were named, else this machine's CPU."""
+    """The devices that were named, otherwise this machine's CPU."""
     from mmscale.plan.sizing_inputs import Machine
 
     if asked.gpu is not None or asked.gpus is not None or asked.gpu_memory is not None:

@@ -1,5 +1,5 @@
-# `--nproc N`: decides whether this process is a rank already or has to start the ranks.
-# runtime/local_ranks.py starts and watches them.
+# `--nproc N`: decides whether this process is already a rank or must start the ranks.
+# runtime/local_ranks.py starts and supervises them.
 """Starts the local ranks of a command."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZ
 
 
 def starts_ranks(nproc: int | None) -> bool:
-    """Whether this process has to start `nproc` local ranks instead of being one.
+    """Whether this process must start `nproc` local ranks instead of being a rank.
 
     Raises:
         UsageError: it is a rank of another launcher.
@@ -68,7 +68,7 @@ def start_for_a_while(nproc: int | None) -> int:
     assert nproc is not None
     logs = Path(tempfile.mkdtemp(prefix="mmscale-ranks-"))
     status = start(nproc, log_dir=logs)
-    shutil.rmtree(logs)  # not reached after a crash: then the logs stay and the error names them
+    shutil.rmtree(logs)  # not reached after a crash; then the logs are kept and the error names them
     return status
 
 

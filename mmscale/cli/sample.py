@@ -32,12 +32,12 @@ _BATCH = (
 
 @dataclass
 class _Made:
-    """An item that was generated.
+    """A generated item.
 
     Attributes:
         modality: its name.
-        values: as its tokenizer makes them; pixels uint8 [height, width, channels] of an image.
-        codec: the tokenizer; None: of an image.
+        values: decoded by its tokenizer; for an image pixels uint8 [height, width, channels].
+        codec: the tokenizer; None for an image.
     """
 
     modality: str
@@ -47,7 +47,7 @@ class _Made:
 
 @dataclass
 class _Drawn:
-    """What one prompt gave, in order: texts and items."""
+    """The result for one prompt, in order: texts and items."""
 
     prompt: str
     pieces: list[Any]
@@ -212,7 +212,7 @@ def _open(
     stack: contextlib.ExitStack,
     tell: Callable[[str], None],
 ) -> Any:
-    """A generator; None: nobody asked for a routing, and the run has batch routing only."""
+    """A generator; None: no routing was requested, and the run has batch routing only."""
     from checkpoints_tools.huggingface.generator import open_generator, open_on_ranks
     from checkpoints_tools.huggingface.to_hf import NoRoutersError
 
@@ -249,7 +249,7 @@ def _continued(
 
 
 def _made(piece: Any) -> Any:
-    """A text as it is, a Pillow image or a piece of the processor as an item."""
+    """Converts a Pillow image or a piece of the processor to an item; a text is unchanged."""
     import numpy as np
     import PIL.Image
 
@@ -262,7 +262,7 @@ def _made(piece: Any) -> Any:
 
 
 def _guidance(given: str) -> float | None:
-    """A number from 0 on; None: auto."""
+    """A non-negative number; None: auto."""
     if given == "auto":
         return None
     try:
@@ -314,7 +314,7 @@ def _with_batch_routing(
 
 
 def _written(drawn: list[_Drawn], prompts: list[str], count: int, out: Path) -> dict[str, Any]:
-    """Writes items, and says what there is: `samples`, `images`, `files` by modality, `sheet` (None without items)."""
+    """Writes items and returns a summary: `samples`, `images`, `files` by modality, `sheet` (None without items)."""
     from mmscale.data.modalities.table import MODALITIES
     from mmscale.report.figures import sample_rows
 
@@ -365,7 +365,7 @@ def _recognised(drawn: list[_Drawn]) -> dict[str, Any]:
 
 
 def _items(result: dict[str, Any]) -> str:
-    """Number of images and of other items that there are."""
+    """Number of images and of other items, in words."""
     others = [f"{len(own)} {name} files" for name, own in result["files"].items() if own and name != "image"]
     images = [f"{len(result['images'])} images"] if result["images"] or not others else []
     return " and ".join([*images, *others])

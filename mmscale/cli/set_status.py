@@ -1,4 +1,4 @@
-# `mmscale status SET`: data/prepared/shares.py says what is made, launch/job_table.py whether somebody still makes it.
+# `mmscale status SET`: data/prepared/shares.py has the finished parts, launch/job_table.py the jobs that are alive.
 """The state of a data set that jobs prepare."""
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
-    """How far the jobs of a data set are; None: the folder is none that jobs prepare.
+    """The progress of the jobs of a data set; None: the folder is not a set that jobs prepare.
 
-    A job that failed writes no manifest, so the set would be waited for in vain when none of its jobs is left.
+    A failed job writes no manifest, so the state becomes `failed` when none of the jobs is left.
 
     Args:
-        folder: of the set, or of anything else.
+        folder: of the set, or any other folder.
         table: SLURM's answers.
 
     Returns:
-        `folder`, `state` (submitting, preparing, prepared, failed), `reason` ("" if there is nothing to say), `parts`,
-        `done`, `jobs`, `logs` (their folder) and `ended` (nobody works on it).
+        `folder`, `state` (submitting, preparing, prepared, failed), `reason` (may be ""), `parts`, `done`, `jobs`,
+        `logs` (their folder) and `ended` (no job works on it any more).
     """
     if not (folder / "plan.json").is_file():  # before the import, which takes a second
         return None
@@ -36,7 +36,7 @@ def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
 
 
 def _by_jobs(jobs: list[str], table: JobTable) -> dict[str, Any]:
-    """What SLURM says of the jobs of a set without a manifest."""
+    """The state of a set without a manifest, from SLURM's states of its jobs."""
     from launch.scheduler import UnreachableError
 
     try:

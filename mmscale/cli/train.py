@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 BEST = "best"  # after an @, instead of a step
-# Local ranks' status for the process that started them, which reports 1 as a crash.
+# Exit status of local ranks if layouts differ; their parent would report 1 as a crash.
 _DIFFERS = TrainingError.exit_status
 
 
@@ -77,7 +77,7 @@ def train(
     folder = entry.folder(main_run)
     starts = ranks.starts_ranks(nproc)
     env = RankEnv() if starts else ranks.own_rank(nproc)
-    if env.world_size == 1:  # in a process group, the first rank refuses for all
+    if env.world_size == 1:  # in a process group the first rank refuses on behalf of all
         holding.refuse_held(main_run, entry)
     if from_scratch:
         from mmscale.train.scratch import start_from_scratch
@@ -196,10 +196,10 @@ def evaluate(
 
 
 def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:
-    """Files of questions by name, `icons=which.jsonl` or the file's own name, and what is no such file: plug-ins.
+    """Files of questions by name (`icons=which.jsonl`, or the file's own name), and all other arguments: plug-ins.
 
     Raises:
-        UsageError: two files have one name.
+        UsageError: two files have the same name.
     """
     from mmscale.data.prepared.named_tasks import question_file
 
@@ -284,7 +284,7 @@ def _evaluation(result: dict[str, Any]) -> None:
 
 
 def _shown(key: str) -> str:
-    """A figure's name, with what it is where the name alone does not say it (Z: the softmax's denominator)."""
+    """The name of a value, with an explanation if it needs one (Z: the softmax's denominator)."""
     return key.replace("z_loss", "z_loss = mean of (log Z)²")
 
 
@@ -336,7 +336,7 @@ def verify_layout(
     if ranks.starts_ranks(nproc):
         logs = Path(tempfile.mkdtemp(prefix="mmscale-verify-"))
         status = ranks.start(nproc, log_dir=logs)
-        shutil.rmtree(logs)  # not reached after a crash: then the logs stay and the error names them
+        shutil.rmtree(logs)  # not reached after a crash; then the logs are kept and the error names them
         raise typer.Exit(1 if status == _DIFFERS else status)
     env = ranks.own_rank(nproc)
     from mmscale.train.proof import verify_layout as comparing

@@ -1,9 +1,10 @@
 """The tensors that autograd keeps for backward, part by part.
 
-Derived from the code of mmscale.model by listing what torch saves (`torch.autograd.graph.saved_tensors_hooks`); a test
-compares sums with that. Temporary tensors, which live shorter than a layer, are `workspace` in memory.py.
+The list follows the code of mmscale.model: it was made from what torch saves
+(`torch.autograd.graph.saved_tensors_hooks`), and a test compares the sums with that. Temporary tensors that exist only
+within a layer are `workspace` in memory.py.
 
-With context parallelism a rank has its part of the tokens; keys, values and router logits it has of all of them.
+With context parallelism a rank has its part of the tokens, but keys, values and router logits of all of them.
 
 Letters: h hidden width, f SwiGLU width, d head width; bytes are per rank and micro-batch.
 """
@@ -19,18 +20,18 @@ from mmscale.plan.compute import dealt_slots, fullest_slots
 from mmscale.plan.stages import dtype_bytes, rank_tokens
 
 _FP32 = 4
-# Token numbers (three times int64), gate and validity of an expert's slot.
+# Bytes of an expert's slot: token numbers (three times int64), gate and validity.
 _SLOT_BYTES = 3 * 8 + _FP32 + 1
 
 
 class Kernels(StrEnum):
-    """How torch runs a layer, which decides what it keeps.
+    """The implementation of a layer, which determines what autograd keeps.
 
-    HOST: on a CPU. RMSNorm is made of elementary operations that keep fp32 copies; attention is one call per document,
+    HOST: on a CPU. RMSNorm consists of elementary operations that keep fp32 copies; attention is one call per document,
         with context parallelism one call with one mask.
     CUDA: on a GPU, torch backend. RMSNorm is one kernel; attention has one mask for all documents of a micro-batch.
-    TE: on a GPU, Transformer-Engine's layers. As CUDA, but attention has no mask, repeats no keys and values, and gets
-        copies of them where a micro-batch has several sequences.
+    TE: on a GPU, Transformer-Engine's layers. As CUDA, but attention has no mask and does not repeat keys and values,
+        which are copied if a micro-batch has several sequences.
     """
 
     HOST = "host"
@@ -44,7 +45,7 @@ class Kernels(StrEnum):
 
 
 def on_gpu(config: Config) -> Kernels:
-    """Kernels of a configuration on a GPU; `model.backend: auto` is taken to find Transformer-Engine.
+    """Kernels of a configuration on a GPU; with `model.backend: auto`, Transformer-Engine is assumed to be installed.
 
     Context parallelism runs on the torch backend only.
     """
@@ -57,7 +58,7 @@ def masked(config: Config, kernels: Kernels) -> bool:
 
 
 def recomputed_modules(config: Config) -> frozenset[str]:
-    """Parts of a layer that backward computes again, if not all of it."""
+    """Parts of a layer that backward recomputes, if it does not recompute the whole layer."""
     return frozenset(config.parallel.recompute_modules if config.parallel.recompute == "selective" else ())
 
 
@@ -69,12 +70,12 @@ def layer_activations(
     Args:
         config: gives layout and model.
         layer: global index.
-        kernels: where it runs.
-        again: parts that are recomputed (`recomputed_modules`), and of which only inputs are kept.
+        kernels: implementation of layers.
+        again: recomputed parts (`recomputed_modules`), of which only inputs are kept.
 
     Returns:
         `norms`, `attention`, `ffn` (dense and shared experts), `router`, `chosen` (tokens in experts' slots),
-        `experts`, `combine` (fp32 outputs on their way back to the tokens), `depth` (selection and update of a
+        `experts`, `combine` (fp32 outputs that are added at the tokens), `depth` (selection and update of a
         Mixture-of-Depths layer), `mask`.
     """
     model, tp, cp, size = config.model, config.parallel.tp, config.parallel.cp, dtype_bytes(config)
@@ -83,7 +84,7 @@ def layer_activations(
     length = depth_tokens(config) if depth else model.seq_length
     tokens = batch * length / cp
     per_expert = model.normalizes_experts
-    # Besides its output a norm keeps its input, or on a host an fp32 copy of it and the normalised values.
+    # Besides its output a norm keeps its input, or on a host an fp32 copy of the input and the normalised values.
     norm = 2 * _FP32 if kernels.norm_copies else size
     parts = {"norms": tokens * h * norm * (1 if per_expert else 2) / tp}
     parts["attention"] = tokens * _attention(config, norm=norm, kernels=kernels, again="core_attn" in again)
@@ -96,20 +97,21 @@ def layer_activations(
         parts |= _experts(config, length, norm=norm if per_expert else 0, kernels=kernels)
     if depth:
         parts["depth"] = batch * model.seq_length * h * _FP32 / (cp * tp) + tokens * h * (_FP32 + size)
-    if masked(config, kernels) and depth:  # the other layers share one
+    if masked(config, kernels) and depth:  # the other layers share one mask
         parts["mask"] = tokens * length * size
     return parts
 
 
 def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> float:
-    """Bytes per token of this rank of attention, its input included."""
+    """Bytes per token of this rank for attention, including its input."""
     model, tp, cp, size = config.model, config.parallel.tp, config.parallel.cp, dtype_bytes(config)
     d = model.head_dim
     query, key = model.num_attention_heads * d, model.query_groups * d
     joint = query + 2 * key  # one tensor holds queries, keys and values as projected; k and v are views of it
-    if model.query_groups < tp:  # every rank gathers all of it and has one key/value head, shared with others
+    # Every rank gathers all heads and uses one key/value head, which it shares with other ranks.
+    if model.query_groups < tp:
         joint, key = joint * tp, d * tp
-    # A view keeps the whole: values do where nothing copies them, keys where the norm keeps its input.
+    # A view keeps the whole tensor alive: values do if they are not copied, keys if the norm keeps its input.
     repeated = 0 if kernels is Kernels.TE else query - key
     viewed = cp == 1 and repeated == 0 and (kernels is Kernels.CUDA or config.train.micro_batch_size == 1)
     kept_joint = viewed or again
@@ -126,23 +128,24 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
     else:
         values = 0 if viewed else key + repeated
         elements += size * (query + key + repeated + values) + size * query + _FP32 * model.num_attention_heads
-    elements += size * query + (size * joint if kept_joint else 0)  # the output's input; what views hold
+    # The output projection's input; the tensor that views keep alive.
+    elements += size * query + (size * joint if kept_joint else 0)
     angles = 4 * d * size
     return elements / tp + angles + size * model.hidden_size / tp
 
 
 def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dict[str, float]:
-    """Experts over sequences of `length` tokens; norm: bytes that a norm of an expert's outputs keeps per element."""
+    """Bytes for experts over sequences of `length` tokens; norm: bytes per element kept by a norm of their outputs."""
     fused = config.model.experts.fused_swiglu
-    # Gate and up projection, their product; SiLU of the gate as well where torch's own operations run.
+    # Gate and up projection and their product; with torch's own operations also SiLU of the gate.
     widths = 3 if (kernels is not Kernels.HOST if fused is None else fused) else 4
     model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
     h, whole = model.hidden_size, config.train.micro_batch_size * length
     tokens = whole / config.parallel.cp
     slots = whole * sum(dealt_slots(config, length).values())
-    worked_on = whole * fullest_slots(config, length)  # as many where expert parallelism divides every group
+    worked_on = whole * fullest_slots(config, length)  # equal to `whole` if expert parallelism divides every group
     width = shared_width(config)
-    # Chosen tokens and outputs are whole on every tensor-parallel rank, the inner width is not.
+    # Every tensor-parallel rank has complete chosen tokens and outputs; only the inner width is sharded.
     parts = {
         "router": (tokens * h / tp + whole * sum(model.experts.counts.values())) * _FP32,
         "chosen": worked_on * size * h,
@@ -160,7 +163,7 @@ def recomputed_input(config: Config) -> float:
 
 
 def output_activations(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
-    """Bytes kept by the final norm, besides the output layer's input; logits are counted apart."""
+    """Bytes kept by the final norm and the output layer's input; logits are counted separately."""
     size = dtype_bytes(config)
     norm = 2 * _FP32 if kernels.norm_copies else size
     return rank_tokens(config) * config.model.hidden_size * (norm + size) / config.parallel.tp
@@ -172,7 +175,7 @@ def shared_mask(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
 
 
 def expert_choice(parts: Mapping[str, float]) -> float:
-    """The parts that only expert choice needs: scores, tokens in slots, outputs on their way back [bytes]."""
+    """The parts that only expert choice needs: scores, tokens in slots, outputs that are added at tokens [bytes]."""
     return sum(parts.get(name, 0.0) for name in ("router", "chosen", "combine"))
 
 

@@ -14,46 +14,47 @@ from mmscale.config import Config
 from mmscale.plan.memory import state_bytes
 from mmscale.plan.parameters import count_parameters
 
-# Per checkpoint, whatever the ranks: index.json, .metadata, common.pt, metadata.json, mmscale.json, MANIFEST.json.
+# Per checkpoint, for any number of ranks: index.json, .metadata, common.pt, metadata.json, mmscale.json, MANIFEST.json.
 FILES_OF_RANK_0 = 6
-# Per rank, or per rank that writes: tensors, random state.
+# Per rank that writes: tensors, random state.
 FILES_PER_WRITER = 2
 RANDOM_STATE_BYTES = 20_000
 # A launch folder: code.zip, config.yaml and environment.json, launch.json, job.json and budget.json; submitit's script,
 # pickle, log and result.
 LAUNCH_FILES = 6 + 4
-# Seconds between looks at lease.json: of rank 0, of the first rank of each node, of all others.
+# Interval in which lease.json is read by rank 0, by the first rank of each node, by all others [s].
 LEASE_S = (1.0, 10.0, 60.0)
-# Seconds between looks of the supervising process: at a request to stop, at the run's progress.
+# Interval in which the supervisor checks for a stop request, and reads the run's progress [s].
 STOP_S, PROGRESS_S = 1.0, 30.0
-# Of one rank until it trains: opens, looks (stat), and different files; nearly all are torch's and megatron-core's.
-# Counted with strace for torch 2.13 (CPU) and Python 3.11; 900 of all requests are for the launch's archive.
+# Requests of one rank until it trains: opens, stat calls, and distinct files; nearly all for torch and megatron-core.
+# Counted with strace for torch 2.13 (CPU) and Python 3.11; 900 of the requests are for the launch's archive.
 OPENS_PER_RANK, LOOKS_PER_RANK, FILES_PER_NODE = 5_200, 46_000, 3_800
-# Steps of SLURM at each start: node checks, all-reduces, ranks. Questions: whether it was preempted meanwhile.
+# Steps of SLURM at each start: node checks, all-reduces, ranks. Queries: whether the job was preempted.
 STEPS_PER_START, QUESTIONS_PER_START = 3, 4
-# Of `status --watch` and `logs --follow`, however many runs they show.
+# Queries of `status --watch` and `logs --follow`, for any number of runs.
 QUESTIONS_PER_VIEWER_HOUR = 120
 STORAGE_GB_S = 10.0
 
 
 @dataclass(frozen=True)
 class ClusterLoad:
-    """What a run asks of what others use too.
+    """The load of a run on shared resources.
 
     Attributes:
         ranks, nodes: of the run.
-        checkpoint_files: of one checkpoint.
+        checkpoint_files: number of files of one checkpoint.
         checkpoint_bytes: of one checkpoint, without its index.
-        checkpoint_s: seconds to write it at the stated bandwidth.
-        largest_file_bytes: of a checkpoint, if ranks write alike.
-        storage_gb_s: the stated bandwidth [GB/s].
+        checkpoint_s: seconds to write it at the given bandwidth.
+        largest_file_bytes: of a checkpoint, if all writers write the same amount.
+        storage_gb_s: the given bandwidth [GB/s].
         launch_files, log_files: of one start.
-        start_opens, start_looks: requests of all ranks at a start, including those that a node's cache answers.
-        start_files_per_node: different files among them, which each node has to read once.
+        start_opens, start_looks: open and stat requests of all ranks at a start, including those that a node's cache
+            answers.
+        start_files_per_node: distinct files among them, which each node has to read once.
         start_read_bytes: of the checkpoint at a resume: each file is hashed once and its tensors are read once.
-        metadata_per_s: looks at small files while it trains [1/s].
-        scheduler_per_start: steps and questions at a start.
-        scheduler_per_hour: questions of a run that trains; and of each person who watches.
+        metadata_per_s: requests for small files during training [1/s].
+        scheduler_per_start: steps and queries at a start.
+        scheduler_per_hour: queries of a run during training, and of each user who watches it.
     """
 
     ranks: int
@@ -99,7 +100,7 @@ def checkpoint_files(ranks: int, *, per_node: int, wanted: int) -> int:
 
 
 def lease_reads_per_s(ranks: int, *, per_node: int) -> float:
-    """Reads of lease.json a second, of a run whose steps are shorter than the shortest pause."""
+    """Reads of lease.json per second, for a run whose steps are shorter than the shortest interval."""
     nodes = math.ceil(ranks / per_node)
     first, of_node, other = LEASE_S
     return 1 / first + (nodes - 1) / of_node + (ranks - nodes) / other
@@ -112,7 +113,7 @@ def cluster_load(config: Config, ranks: int, *, per_node: int, storage_gb_s: flo
         config: a configuration.
         ranks: of the run.
         per_node: ranks of a node.
-        storage_gb_s: what all ranks together write to and read from the shared file system [GB/s].
+        storage_gb_s: bandwidth of all ranks together to and from the shared file system [GB/s].
     """
     per_node = min(per_node, ranks)
     nodes = math.ceil(ranks / per_node)

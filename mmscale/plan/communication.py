@@ -1,7 +1,7 @@
 """Bytes that a rank sends in one optimizer step, by kind, counted from the calls of model, schedules and optimizer.
 
 Not counted: the few numbers of the gradient norm and of logged losses, auxiliary routers, and the start and end of a
-run. Volumes are those of ring algorithms, which move the least possible.
+run. Volumes are those of ring algorithms, which are minimal.
 
 Letters: S tokens of a sequence, B sequences of a micro-batch, H hidden width, K tokens that a depth layer selects.
 """
@@ -25,7 +25,7 @@ _BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
 class MessageKind(StrEnum):
-    """What messages are for.
+    """The purpose of messages.
 
     TP: sums over tensor-parallel ranks (loss, normalised experts, gradients of replicated weights).
     SP: gathering and scattering of the sequence around tensor-parallel matrix products.
@@ -60,11 +60,11 @@ class Traffic:
     """All messages of one kind, operation and group of a rank in one optimizer step.
 
     Attributes:
-        kind: what they are for.
+        kind: their purpose.
         operation: the collective.
         ranks: size of the group.
-        calls: how many.
-        payload: bytes of the whole tensors together: gathered, to be reduced, handed to the exchange, or sent.
+        calls: number of calls.
+        payload: total bytes of the full tensors that are gathered, reduced, exchanged or sent.
     """
 
     kind: MessageKind
@@ -83,7 +83,7 @@ class Traffic:
 
 
 class _Ledger:
-    """Sums calls and bytes by (kind, operation, ranks); a group of one rank says nothing."""
+    """Sums calls and bytes by (kind, operation, ranks); groups of one rank are ignored."""
 
     def __init__(self) -> None:
         self.calls: Counter[tuple[MessageKind, Operation, int]] = Counter()
@@ -106,8 +106,8 @@ def communication(
     Args:
         config: a configuration that passes the rules for `world` ranks.
         world: ranks.
-        stage: pipeline stage; its fullest rank, where expert parallelism does not divide a group of experts.
-        parameters: what `count_parameters` returned, if it is at hand.
+        stage: pipeline stage; the fullest rank of it, if expert parallelism does not divide a group of experts.
+        parameters: result of `count_parameters`, if it is available.
     """
     parameters = parameters or count_parameters(config)
     parallel = config.parallel
@@ -139,7 +139,7 @@ def communication(
 
 
 def sent_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
-    """Bytes that a rank sends in a step, for every kind, zeros included."""
+    """Bytes that a rank sends in a step, by kind, including zeros."""
     sums = dict.fromkeys((kind.value for kind in MessageKind), 0.0)
     for entry in traffic:
         sums[entry.kind.value] += entry.sent
@@ -147,7 +147,7 @@ def sent_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
 
 
 def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
-    """Messages of so many passes through a layer: forward, backward, and forward once more of what is recomputed."""
+    """Messages of a number of passes through a layer: forward, backward, and the repeated forward of recompute."""
     model, parallel, size = config.model, config.parallel, dtype_bytes(config)
     tp, cp, batch = parallel.tp, parallel.cp, config.train.micro_batch_size
     length = depth_tokens(config) if depth else model.seq_length
@@ -163,7 +163,7 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
         ledger.add(MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=payload, calls=calls)
 
     def split(payload: float, calls: int, backwards: int) -> None:
-        """What context-parallel ranks gather, or sum and scatter; backward does the opposite."""
+        """Messages by which context-parallel ranks gather, or sum and scatter; backward does the opposite."""
         ledger.add(MessageKind.CP, Operation.ALL_GATHER, cp, payload=payload, calls=calls)
         ledger.add(MessageKind.CP, Operation.REDUCE_SCATTER, cp, payload=payload, calls=backwards)
 
@@ -171,8 +171,8 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
     attentions = times * 2 if "core_attn" in recomputed_modules(config) else forwards
     split(batch * length * keys, attentions, times)
     hidden = inner * row
-    # Attention: gather before QKV, scatter after the projection. Backward gathers the input once more for the gradient
-    # of the weights (tensor_parallel/layers.py).
+    # Attention: gather before QKV, scatter after the projection. Backward gathers the input again for the gradient of
+    # the weights (tensor_parallel/layers.py).
     gather(hidden, forwards + 2 * times)
     scatter(hidden, forwards + times)
     if model.query_groups < tp:  # ranks that share a key/value head gather all heads (attention.py)
@@ -189,7 +189,8 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
         gather(whole / cp * _FP32, forwards)  # scores
         gather(whole / cp * row, forwards + times)  # hidden states; the gradient of the scattered update
         split(whole * _FP32, forwards, times)
-        split(whole * row, forwards + times, forwards + times)  # hidden states; the summed update, the other way round
+        # Hidden states; the summed update, in the opposite direction.
+        split(whole * row, forwards + times, forwards + times)
         gather(hidden, forwards + times)  # the layer's output; the gradient of the scattered selection
 
 
@@ -205,7 +206,7 @@ def _experts(ledger: _Ledger, config: Config, length: int, *, forwards: int, bac
         ledger.add(MessageKind.CP, Operation.REDUCE_SCATTER, cp, payload=payload, calls=backwards)
     ledger.add(MessageKind.CP, Operation.REDUCE_SCATTER, cp, payload=sequence, calls=forwards)  # the experts' outputs
     ledger.add(MessageKind.CP, Operation.ALL_GATHER, cp, payload=sequence, calls=backwards)
-    whole = model.normalizes_experts  # outputs are summed before their norm, and only scattered after it
+    whole = model.normalizes_experts  # outputs are summed before their norm, and then only scattered
     ledger.add(MessageKind.SP, Operation.ALL_GATHER, tp, payload=hidden, calls=forwards + backwards)
     ledger.add(
         MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=hidden, calls=backwards + (0 if whole else forwards)
@@ -218,19 +219,19 @@ def _experts(ledger: _Ledger, config: Config, length: int, *, forwards: int, bac
             ledger.add(MessageKind.TP, Operation.ALL_REDUCE, tp, payload=hidden, calls=forwards)
     else:
         ledger.add(MessageKind.SP, Operation.REDUCE_SCATTER, tp, payload=logits, calls=backwards)
-    # Tokens on their way to experts, and on their way back from those of the fullest rank.
+    # Tokens sent to experts, and outputs sent back by the experts of the fullest rank.
     for exchanged in (sum(slots.values()), fullest_slots(config, length)):
         ledger.add(MessageKind.EP, Operation.ALL_TO_ALL, ep, payload=exchanged * sequence, calls=forwards + backwards)
 
 
 def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters: Parameters) -> None:
-    """Gradients and updated parameters, once a step."""
+    """Messages for gradients and updated parameters, once a step."""
     parallel, size = config.parallel, dtype_bytes(config)
     replicas = dense_replicas(config, world)
     dense, experts = stage_parameters(config, parameters, stage)
     reduce_overlapped, gather_overlapped = overlap_data_parallel(config, nccl=True)
-    # Without overlap the optimizers of dense and of expert parameters both have all parameters gathered after their
-    # part of the step (distrib_optimizer.py, step_with_ready_grads).
+    # Without overlap, both optimizers (dense and expert parameters) gather all parameters after their part of the step
+    # (distrib_optimizer.py, step_with_ready_grads).
     gathers = 2 if experts and not gather_overlapped else 1
     for elements, ranks in ((dense, replicas), (experts, replicas // parallel.ep)):
         for kind, operation, width, overlapped in (

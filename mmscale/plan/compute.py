@@ -1,6 +1,6 @@
 """Floating-point operations per token: matrix products, causal attention and the output layer.
 
-Element-wise work is left out, as everywhere in the field. MoMa's FLOP matching holds by this count: dense and
+Element-wise operations are not counted, as is usual. By this count, MoMa's models have matching FLOPs: dense and
 Mixture-of-Depths models of a class in Table 1 (arXiv 2407.21770) are within 3 %.
 """
 
@@ -23,7 +23,7 @@ class Flops:
         projections: attention's projections.
         attention: scores and weighted sums, causal.
         ffn: dense networks, experts with all their slots, shared experts.
-        routers: choosing experts and tokens.
+        routers: those of experts and of depth layers.
         output: the output layer.
     """
 
@@ -35,12 +35,12 @@ class Flops:
 
     @property
     def forward(self) -> float:
-        """All of a forward pass."""
+        """All FLOPs of a forward pass."""
         return self.projections + self.attention + self.ffn + self.routers + self.output
 
     @property
     def training(self) -> float:
-        """Forward and backward, which does twice the work; recomputation is not counted (as MFU wants it)."""
+        """Forward and backward, which has twice the FLOPs; recomputation is not counted, as is usual for MFU."""
         return 3 * self.forward
 
     def as_dict(self) -> dict[str, float]:
@@ -57,7 +57,7 @@ class Flops:
 
 
 def nominal_shares(config: Config) -> dict[str, float]:
-    """Nominal share of each modality; equal ones while they are still to be measured (`auto`)."""
+    """Nominal share of each modality; equal ones if they are still to be measured (`auto`)."""
     share = config.model.experts.share
     if share == "auto":
         return {name: 1 / len(config.vocab.names) for name in config.vocab.names}
@@ -65,14 +65,14 @@ def nominal_shares(config: Config) -> dict[str, float]:
 
 
 def expert_slots(config: Config, tokens: int) -> dict[str, float]:
-    """Expert slots per token that a layer works on, for each group; about the capacity factor in sum.
+    """Expert slots per token that a layer computes, for each group; their sum is about the capacity factor.
 
-    With `model.experts.capacity = actual` it is what a micro-batch of nominal shares takes. Another mix takes other
-    slots of each group and about as many in all; with expert parallelism the fullest rank's.
+    With `model.experts.capacity = actual` these are the slots for a micro-batch with nominal shares. With other shares
+    the slots of groups differ, and their sum is about the same; with expert parallelism it is that of the fullest rank.
 
     Args:
         config: a configuration with experts.
-        tokens: tokens of each sequence that the layer sees (fewer in a Mixture-of-Depths layer).
+        tokens: tokens of each sequence that the layer processes (fewer in a Mixture-of-Depths layer).
     """
     experts = config.model.experts
     scope = tokens * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
@@ -92,9 +92,9 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
 
 
 def _group_shares(config: Config, tokens: int) -> dict[str, float]:
-    """Share of each group in the tokens that a layer sees, from which its slots follow.
+    """Share of each group in the tokens that a layer processes, which determines its slots.
 
-    A Mixture-of-Depths layer with actual capacities has slots for the most tokens of each group that it may keep.
+    A Mixture-of-Depths layer with actual capacities has slots for the largest possible number of tokens of each group.
     """
     model = config.model
     if not model.per_modality:
@@ -114,8 +114,8 @@ def _group_shares(config: Config, tokens: int) -> dict[str, float]:
 def dealt_slots(config: Config, tokens: int) -> dict[str, float]:
     """Expert slots of a context-parallel rank per token of the whole sequence, for each group.
 
-    Every expert's slots are dealt to the ranks, filled up where they do not go round (mmscale.model.routing.dealt).
-    Arguments as of `expert_slots`.
+    The slots of every expert are divided among the ranks, and padded to an equal number (mmscale.model.routing.dealt).
+    Arguments as for `expert_slots`.
     """
     found, cp = expert_slots(config, tokens), config.parallel.cp
     if cp == 1:
@@ -129,11 +129,11 @@ def dealt_slots(config: Config, tokens: int) -> dict[str, float]:
 
 
 def fullest_slots(config: Config, tokens: int) -> float:
-    """Expert slots per token that the fullest expert-parallel rank works on, for all ranks' tokens together.
+    """Expert slots per token that the fullest expert-parallel rank computes, for all ranks' tokens together.
 
-    Of each sequence a context-parallel rank sends its part of the slots. As many as `dealt_slots` in sum where expert
-    parallelism divides every group; more where ranks hold different numbers of experts, and the others wait. Arguments
-    as of `expert_slots`.
+    Of each sequence a context-parallel rank sends its part of the slots. If expert parallelism divides every group, the
+    result is the sum of `dealt_slots`. If ranks hold different numbers of experts it is larger, and the other ranks
+    wait. Arguments as for `expert_slots`.
     """
     return config.parallel.ep * on_fullest_rank(config, dealt_slots(config, tokens))
 
@@ -143,14 +143,14 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
 
     Args:
         config: a configuration.
-        depth: whether it is a Mixture-of-Depths layer, which works on a fraction of the tokens.
+        depth: whether it is a Mixture-of-Depths layer, which processes a fraction of the tokens.
     """
     model = config.model
     tokens = depth_tokens(config) if depth else model.seq_length
     fraction = tokens / model.seq_length
     slots = expert_slots(config, tokens) if model.has_experts else {}
     counts = expert_counts(config)
-    elements = dict.fromkeys(TensorPart, 0.0)  # of matrices, by part, that a token is multiplied with
+    elements = dict.fromkeys(TensorPart, 0.0)  # elements of the matrices that a token is multiplied with, by part
     for tensor in layer_tensors(config, depth=depth):
         share = (
             slots[tensor.group] / counts[tensor.group] if tensor.part is TensorPart.EXPERTS and tensor.group else 1.0
@@ -158,7 +158,7 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
         elements[tensor.part] += share * tensor.size
     return Flops(
         projections=fraction * 2 * elements[TensorPart.ATTENTION],
-        # Two products over the tokens so far, half of them on average.
+        # Two products over the preceding tokens, on average half of the sequence.
         attention=fraction * 2 * 2 * model.num_attention_heads * model.head_dim * tokens / 2,
         ffn=fraction * 2 * sum(elements[part] for part in (TensorPart.FFN, TensorPart.EXPERTS, TensorPart.SHARED)),
         routers=fraction * 2 * elements[TensorPart.ROUTER] + 2 * elements[TensorPart.DEPTH_ROUTER],

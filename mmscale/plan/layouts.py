@@ -19,22 +19,22 @@ from mmscale.plan.stages import dtype_bytes, stage_layers
 from mmscale.plan.timing import StepTime, mfu, step_time
 from mmscale.tables.gpus import DEFAULT, GPUS, Gpu
 
-# The rest is for the allocator's fragments, NCCL's own buffers and the device's context.
+# Usable fraction of memory. The rest is for fragmentation, NCCL's own buffers and the device's context.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a configuration.
+    """One layout of a configuration.
 
     Attributes:
         config: the configuration with this layout in `parallel` and this micro-batch size in `train`.
         world: ranks.
         memory: of the fullest rank.
-        fits: whether that is within the memory given; None if none was given.
+        fits: whether that is within the given memory; None if none was given.
         time: of an optimizer step.
-        mfu: model FLOP/s over the device's bf16 peak.
-        reasons: what speaks for and against it, in words.
+        mfu: model FLOP/s divided by the device's bf16 peak.
+        reasons: advantages and disadvantages, in words.
     """
 
     config: Config
@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Tokens per second of all ranks together."""
         return self.config.train.global_batch_size * self.config.model.seq_length / self.time.total
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def recompute_label(config: Config) -> str:
 
 
 def usable_bytes(gpu_memory: float) -> float:
-    """What tensors may take of a device's memory in GiB [bytes]."""
+    """Bytes of a device's memory (given in GiB) that tensors may use."""
     return USABLE * gpu_memory * GIB
 
 
@@ -113,15 +113,15 @@ def evaluate(
     flops: Flops | None = None,
     memory: RankMemory | None = None,
 ) -> Layout:
-    """Memory, time and reasons of the layout that a configuration has.
+    """Memory, time and reasons of a configuration's layout.
 
     Args:
         config: a configuration that passes the rules for `world` ranks.
         world: ranks.
         gpu_memory: memory of a device [GiB].
         gpu: figures of the device; None: the default one's.
-        parameters: what `count_parameters` returned, if it is at hand.
-        flops: what `flops_per_token` returned, likewise.
+        parameters: result of `count_parameters`, if it is available.
+        flops: result of `flops_per_token`, likewise.
         memory: of the fullest rank, likewise.
     """
     gpu = gpu or GPUS[DEFAULT]
@@ -142,7 +142,7 @@ def evaluate(
 
 
 def fullest(config: Config, world: int, parameters: Parameters) -> RankMemory:
-    """Memory of the fullest rank, with the kernels that the configuration has on a GPU."""
+    """Memory of the fullest rank, with the kernels of the configuration on a GPU."""
     ranks = stages_memory(config, world, kernels=on_gpu(config), parameters=parameters)
     return max(ranks, key=lambda rank: rank.total)
 
@@ -189,7 +189,7 @@ def _reasons(
 
 
 def _exchanges(config: Config, gpu: Gpu, time: StepTime) -> list[str]:
-    """What the ranks of a sequence and those that share the experts send each other."""
+    """The messages among the ranks of a sequence, and among those that share the experts, in words."""
     parallel = config.parallel
     return [
         f"{what} {'inside' if parallel.tp * ranks <= gpu.per_node else 'across'} nodes {_share(seconds, time)}"

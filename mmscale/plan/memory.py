@@ -1,6 +1,6 @@
 """Peak memory of a rank: states, activations, logits, temporary tensors, communication buffers.
 
-Only tensors are counted. `USABLE` in layouts.py leaves room for the allocator's fragments and the device's context.
+Only tensors are counted. `USABLE` in layouts.py leaves room for fragmentation and the device's context.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class RankMemory:
         parameters: weights.
         gradients: fp32 gradient buffers.
         optimizer: Adam's moments and, for bf16 weights, fp32 copies; sharded over context- and data-parallel ranks.
-        activations: what backward needs of the micro-batches in flight, logits left out.
-        expert_choice: the part of `activations` that choosing and combining takes.
-        depth: the part of `activations` that Mixture-of-Depths takes to select and to put back.
-        logits: final norm, output layer and loss at their fullest, on the last stage.
-        working: temporary tensors of a layer's backward, among them the layer that is recomputed. Logits are gone by
-            then, so the total holds the larger of the two.
-        communication: tensors that collectives write to, or send from.
+        activations: tensors kept for backward of the micro-batches in flight, without logits.
+        expert_choice: the part of `activations` for choosing and combining.
+        depth: the part of `activations` for the selection and update of Mixture-of-Depths.
+        logits: peak of final norm, output layer and loss, on the last stage.
+        working: temporary tensors of a layer's backward, including a recomputed layer. They do not exist at the same
+            time as logits, so the total includes the larger of the two.
+        communication: tensors that collectives read or write.
         stage: pipeline stage of that rank.
     """
 
@@ -62,12 +62,12 @@ class RankMemory:
 
     @property
     def states(self) -> float:
-        """What is there between two steps [bytes]."""
+        """Memory between two steps [bytes]."""
         return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        """All of it at the fullest moment [bytes]."""
+        """Peak memory [bytes]."""
         return self.states + self.activations + max(self.logits, self.working) + self.communication
 
     def as_dict(self) -> dict[str, float | int]:
@@ -107,14 +107,14 @@ def stages_memory(
     Args:
         config: a configuration that passes the rules for `world` ranks.
         world: ranks.
-        kernels: where it runs.
-        parameters: what `count_parameters` returned, if it is at hand.
+        kernels: implementation of layers.
+        parameters: result of `count_parameters`, if it is available.
     """
     parameters = parameters or count_parameters(config)
     replicas = dense_replicas(config, world)
     micro_batches = micro_batches_per_step(config, world)
     main_copy = _MAIN_COPY_BYTES if config.precision.dtype == "bf16" else 0
-    # Layers come in two kinds at most: with and without Mixture-of-Depths.
+    # There are at most two kinds of layers: with and without Mixture-of-Depths.
     kinds = {config.model.is_depth_layer(layer): layer for layer in reversed(range(config.model.num_layers))}
     full, again = config.parallel.recompute == "full", recomputed_modules(config)
     whole = {kind: total(layer_activations(config, layer, kernels=kernels)) for kind, layer in kinds.items()}
@@ -130,7 +130,7 @@ def stages_memory(
         last = first_and_last(config, stage)[1]
         held = in_flight(config, stage, micro_batches)
         activations = held * sum(by_kind[kind] for kind in layers) + shared_mask(config, kernels=kernels)
-        # A layer that is recomputed whole holds a copy of its input; parts of one are there besides what was kept.
+        # A completely recomputed layer has a copy of its input; recomputed parts are added to the kept tensors.
         working = _temporary(config) + max(whole[kind] - (0.0 if full else by_kind[kind]) for kind in layers)
         ranks.append(
             RankMemory(
@@ -150,7 +150,7 @@ def stages_memory(
 
 
 def kept_for_backward(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
-    """Most that autograd keeps at one time of one micro-batch of the whole model on one process [bytes]."""
+    """Largest memory that autograd keeps at one time for one micro-batch of the whole model on one process [bytes]."""
     again = recomputed_modules(config)
     indices = range(config.model.num_layers)
     layers = [total(layer_activations(config, index, kernels=kernels, again=again)) for index in indices]
@@ -168,7 +168,7 @@ def kept_for_backward(config: Config, *, kernels: Kernels = Kernels.CUDA) -> flo
 
 
 def in_flight(config: Config, stage: int, micro_batches: int) -> float:
-    """Micro-batches whose activations a stage holds at once, in units of all of its layers."""
+    """Number of micro-batches whose activations a stage holds at once; may be fractional with interleaved chunks."""
     pp, chunks = config.parallel.pp, config.parallel.vpp or 1
     if chunks == 1:
         return min(pp - stage, micro_batches)
@@ -177,9 +177,9 @@ def in_flight(config: Config, stage: int, micro_batches: int) -> float:
 
 
 def logits_bytes(config: Config) -> float:
-    """Bytes of output layer and loss: fp32 logits, these less their maximum, and the exponential of that.
+    """Bytes of output layer and loss: fp32 logits, logits minus their maximum, and the exponential of that.
 
-    Backward holds less: the softmax, its gradient, the weight's gradient.
+    Backward needs less: the softmax, its gradient, the weight's gradient.
     """
     rows = config.vocab.padded_size / config.parallel.tp
     size = dtype_bytes(config)
@@ -190,7 +190,7 @@ def logits_bytes(config: Config) -> float:
 
 
 def _chunked_bytes(config: Config, rows: float) -> float:
-    """The same of a loss in chunks: backward holds one chunk's gradient, and the gradients of weight and hidden states.
+    """The same for a loss in chunks: backward holds one chunk's gradient, and those of weight and hidden states.
 
     In bf16 a chunk's part of the weight's gradient is added to an fp32 sum, and its logits exist in both formats.
     """
@@ -203,13 +203,13 @@ def _chunked_bytes(config: Config, rows: float) -> float:
 
 
 def _hidden_copy(config: Config) -> float:
-    """Bytes of the output layer's input as a loss in chunks keeps it: whole, and in fp32 from a model in bf16."""
+    """Bytes of the output layer's input as kept by a loss in chunks: all of it, and in fp32 from a model in bf16."""
     gathered = dtype_bytes(config) if config.parallel.tp > 1 else 0
     return rank_tokens(config) * config.model.hidden_size * (_FP32 + gathered)
 
 
 def _temporary(config: Config) -> float:
-    """Bytes of gradients within one layer's backward, which frees as it goes: four fp32 hidden states were seen."""
+    """Bytes of gradients in one layer's backward, which frees them gradually: four fp32 hidden states (measured)."""
     return 4 * rank_tokens(config) * config.model.hidden_size * _FP32 / config.parallel.tp
 
 
@@ -220,8 +220,8 @@ def _communication(config: Config) -> float:
     whole = hidden * parallel.cp
     found = 2 * hidden if parallel.tp > 1 else 0.0  # gathered input; the gradient before it is scattered
     if parallel.cp > 1 and (model.has_experts or model.depth is not None):
-        # Hidden states of the sequence as they arrive and in its order; the sum of the experts' outputs and what is
-        # sent of it.
+        # Hidden states of the sequence as received and in order; the sum of the experts' outputs and the part that is
+        # sent.
         found += 2 * whole + whole * (_FP32 + size) / size
     if parallel.ep > 1:
         sent = sum(dealt_slots(config, model.seq_length).values())

@@ -1,6 +1,6 @@
 """The number of parameters of a configuration, summed from the table of tensors (mmscale.layers).
 
-Biases are those of `model.qkv_bias` alone. Reproduces Table 1 of MoMa, arXiv 2407.21770.
+The only biases are those of `model.qkv_bias`. Reproduces Table 1 of MoMa, arXiv 2407.21770.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class LayerParameters:
 
     @cached_property
     def sharded_by_tp(self) -> int:
-        """Parameters that tensor-parallel ranks share out and expert-parallel ranks do not."""
+        """Parameters that are sharded over tensor-parallel ranks but not over expert-parallel ranks."""
         return sum(tensor.size for tensor in self.tensors if tensor.tp_axis is not None and not tensor.spread)
 
     @cached_property
     def replicated(self) -> int:
-        """Parameters that every rank of the stage holds whole."""
+        """Parameters of which every rank of the stage holds a copy."""
         return sum(tensor.size for tensor in self.tensors if tensor.tp_axis is None and not tensor.spread)
 
 
@@ -74,7 +74,7 @@ class Parameters:
         output: output layer; 0 if tied to the embedding.
         layers: every layer, in order.
         final_norm: the norm before the output layer.
-        active: what an average token passes through, see `count_parameters`.
+        active: parameters used for an average token, see `count_parameters`.
     """
 
     embedding: int
@@ -114,7 +114,7 @@ class Parameters:
 
     @property
     def per_modality(self) -> dict[str, int]:
-        """Experts, router and expert norm of each group: what only this modality's tokens pass through."""
+        """Experts, router and expert norm of each group, i.e. parameters used only for this modality's tokens."""
         sums: Counter[str] = Counter()
         for layer in self.layers:
             for part in (TensorPart.EXPERTS, TensorPart.ROUTER, TensorPart.EXPERT_NORM):
@@ -148,12 +148,12 @@ def layer_parameters(config: Config, *, depth: bool) -> LayerParameters:
 def count_parameters(config: Config) -> Parameters:
     """Count parameters.
 
-    `active` follows an average token: all of a dense layer; of each group's experts as many as take the token on
-    average, which is the capacity factor; of a Mixture-of-Depths layer the fraction of tokens that it processes.
-    Embedding and output layer count whole, so that a dense model has as many active parameters as parameters.
+    `active` is the number used for an average token: all of a dense layer; in each group as many experts as take a
+    token on average, which is the capacity factor; for a Mixture-of-Depths layer the fraction of tokens that it
+    processes. Embedding and output layer count completely, so that for a dense model all parameters are active.
     """
     model = config.model
-    # All layers of a kind are alike.
+    # All layers of a kind have the same parameters.
     kinds = {depth: layer_parameters(config, depth=depth) for depth in (False, True)}
     layers = tuple(kinds[model.is_depth_layer(index)] for index in range(model.num_layers))
     table = config.vocab.padded_size * model.hidden_size

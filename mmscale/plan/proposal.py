@@ -12,7 +12,7 @@ from mmscale.config import yaml_text
 
 @dataclass(frozen=True)
 class Rule:
-    """Why a setting has its value."""
+    """The reason for the value of a setting."""
 
     setting: str
     value: str
@@ -31,7 +31,7 @@ class Proposal:
     passes: float = 0.0
 
     def put(self, setting: str, value: Any, reason: str, source: str, shown: str = "") -> None:
-        """Decide a setting."""
+        """Set a setting."""
         *sections, name = setting.split(".")
         place = self.settings
         for section in sections:
@@ -51,10 +51,10 @@ class Proposal:
 
 
 def yaml_lines(proposal: Proposal, *, command: Sequence[str]) -> list[str]:
-    """The configuration as YAML, with the rule above each setting that a rule decided.
+    """The configuration as YAML, with the rule above each setting that a rule determined.
 
     Args:
-        proposal: what `propose` gave.
+        proposal: result of `propose`.
         command: the words of the command that made it.
     """
     why = {rule.setting: rule for rule in proposal.rules}

@@ -1,6 +1,6 @@
 """Text of a plan, for a terminal or a file.
 
-Computes nothing and prints nothing itself.
+It computes and prints nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _LAYOUT_ROWS = 8
 _REJECTED_ROWS = 5
 _BAR = 40
-# Columns that the table of layouts needs with its reasons.
+# Width that the table of layouts needs for a column with reasons.
 _WIDE = 110
 _MEMORY = (
     ("parameters", "weights"),
@@ -54,7 +54,7 @@ _SENT = (
 
 
 def short(number: float) -> str:
-    """A number with three digits and a decimal unit: 7113100000 -> "7.11 G"."""
+    """A number with three digits and a metric prefix: 7113100000 -> "7.11 G"."""
     for size, unit in _UNITS:
         if abs(number) >= size:
             return f"{number / size:.3g} {unit}"
@@ -67,7 +67,7 @@ def _fixed(number: float) -> str:
 
 
 def render(summary: dict[str, Any], *, width: int = 120, color: bool = False) -> str:
-    """Text of what `plan` returned.
+    """Text for the result of `plan`.
 
     Args:
         summary: the return value of `plan`.
@@ -146,7 +146,7 @@ def _duration(summary: dict[str, Any]) -> str:
 
 
 def _layouts(summary: dict[str, Any], *, wide: bool) -> list[Table]:
-    """The layouts; reasons stand in the last column, or in a list of their own where lines are short."""
+    """The table of layouts. Reasons are in the last column, or in a separate list if lines are short."""
     memory = summary["gpu_memory_gib"]
     title = f"layouts on {summary['gpus']} ranks" + (f" of {memory:g} GiB" if memory is not None else "")
     table = Table(title=title, title_justify="left", title_style="bold", box=HEAVY_HEAD if wide else None)
@@ -158,7 +158,7 @@ def _layouts(summary: dict[str, Any], *, wide: bool) -> list[Table]:
         table.add_column(column, justify="right", no_wrap=True)
     if wide:
         table.add_column("why")
-    contexts = {entry["cp"]: entry for entry in reversed(entries)}  # the fastest of each
+    contexts = {entry["cp"]: entry for entry in reversed(entries)}  # the fastest layout of each
     shown = [
         entry
         for place, entry in enumerate(entries)
@@ -192,7 +192,7 @@ def _counts(summary: dict[str, Any]) -> str:
 
 
 def _best(layout: dict[str, Any]) -> Table:
-    """Where memory, time and messages of the first layout go."""
+    """The parts of memory, time and messages of the first layout."""
     memory, time = layout["memory"], layout["time_s"]
     parts = {name: memory.get(f"{name}_gib", 0.0) for name, _ in _MEMORY}
     parts["other"] = memory["activations_gib"] - memory["expert_choice_gib"] - memory["depth_gib"]
@@ -217,10 +217,10 @@ def _best(layout: dict[str, Any]) -> Table:
 
 
 def _bars(table: Table, title: str, unit: str, parts: list[tuple[str, float]], style: str = "green") -> None:
-    """A bar for each part that is not nothing."""
+    """A bar for each part that is not zero."""
     total = sum(value for _, value in parts) or 1.0
     for place, (label, value) in enumerate((label, value) for label, value in parts if value > 0):
-        # The first row names the whole.
+        # The first row is the total.
         bar = Text("█" * round(_BAR * value / total) or "▏", style=style)
         table.add_row(title if place == 0 else "", Text.assemble(f"{_fixed(value):>9} {unit}  ", bar, f" {label}"))
 

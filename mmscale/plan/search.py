@@ -1,6 +1,6 @@
 """Searches all layouts of a configuration: TP x PP x VPP x CP x EP x DP x recompute x micro-batch, fastest first.
 
-Recomputation is tried only if a layout does not fit without it, because it never makes a step shorter.
+Recomputation is tried only if a layout does not fit without it, because it never makes a step faster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmscale.tables.gpus import DEFAULT, GPUS, Gpu
 
 _CHUNKS = (2, 3, 4, 6)
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
-# From what keeps most to what repeats most.
+# Ordered from the most memory to the most recomputation.
 _RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"recompute": "none"},
     {"recompute": "selective", "recompute_modules": ("core_attn",)},
@@ -30,21 +30,21 @@ _RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")},
     {"recompute": "full"},
 )
-# Context-parallel ranks to try, and the tokens of a sequence that each of them has at least: splitting shorter
-# sequences gains nothing.
+# Numbers of context-parallel ranks to try, and the smallest number of tokens for each of them: splitting shorter
+# sequences has no benefit.
 _CONTEXTS, _LEAST_PART = (1, 2, 4, 8, 16, 32, 64), 4096
-# Layouts that are shown where none fits.
+# Number of layouts that are shown if none fits.
 _NEAREST = 5
 
 
 @dataclass
 class RejectedLayouts:
-    """What one rule refused.
+    """The layouts that one rule refused.
 
     Attributes:
-        cause: the rule's words for the first candidate that it refused.
+        cause: the rule's message for the first candidate that it refused.
         example: that candidate.
-        count: candidates.
+        count: number of candidates.
     """
 
     cause: str
@@ -58,12 +58,12 @@ class RejectedLayouts:
 
 @dataclass
 class Search:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        layouts: those that fit, fastest first; if none does, the ones that come nearest.
+        layouts: those that fit, fastest first; if none does, the ones that are closest to fitting.
         rejected: by rule, the most frequent first.
-        tried: candidates.
+        tried: number of candidates.
     """
 
     layouts: list[Layout] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Search:
     tried: int = 0
 
     def reject(self, candidate: Config, world: int, cause: str, *, rule: str | None = None) -> None:
-        """Count a candidate against a rule: causes that differ in numbers only are one rule."""
+        """Count a candidate as refused by a rule: causes that differ only in numbers are one rule."""
         found = self.rejected.setdefault(
             rule or re.sub(r"\d+(\.\d+)?", "N", cause), RejectedLayouts(cause, _example(candidate, world))
         )
@@ -79,7 +79,7 @@ class Search:
 
 
 def search(config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: Gpu | None = None) -> Search:
-    """Try all layouts of a configuration on so many devices.
+    """Try all layouts of a configuration on a number of devices.
 
     Args:
         config: the configuration; its own layout is one candidate.
@@ -132,7 +132,7 @@ def search(config: Config, gpus: int, *, gpu_memory: float | None = None, gpu: G
 
 
 def is_own(layout: Layout, config: Config) -> bool:
-    """Whether a layout is the one that the configuration asks for."""
+    """Whether a layout is the configuration's own."""
     return (
         layout.config.parallel == config.parallel
         and layout.config.train.micro_batch_size == config.train.micro_batch_size
@@ -140,7 +140,7 @@ def is_own(layout: Layout, config: Config) -> bool:
 
 
 def _add_own(found: Search, config: Config, gpus: int, keep: Any, *, parameters: Any) -> None:
-    """The configuration's own layout, if it is possible: in its place by time, or last if it does not fit."""
+    """Add the configuration's own layout, if it is possible: at its place by time, or last if it does not fit."""
     if any(is_own(layout, config) for layout in found.layouts) or violations(config, world_size=gpus):
         return
     keep(config, fullest(config, gpus, parameters))
@@ -156,7 +156,7 @@ def _changed(config: Config, **parallel: Any) -> Config:
 
 
 def _candidates(config: Config, world: int) -> Iterator[Config]:
-    """Everything that numbers of heads, layers and experts leave open, without recomputation."""
+    """All layouts that the numbers of heads, layers and experts allow, without recomputation."""
     model, train = config.model, config.train
     most_experts = sum(model.experts.counts.values()) or 1
     sizes = sorted({*_MICRO_BATCHES, train.micro_batch_size})
@@ -177,7 +177,7 @@ def _candidates(config: Config, world: int) -> Iterator[Config]:
 
 
 def _shares(config: Config, replicas: int, most_experts: int) -> Iterator[tuple[int, int]]:
-    """Context- and expert-parallel sizes that so many copies of the dense weights can have."""
+    """Possible context- and expert-parallel sizes for a number of copies of the dense weights."""
     own, length = config.parallel.cp, config.model.seq_length
     for cp in sorted({own, *(size for size in _CONTEXTS if size == 1 or length // size >= _LEAST_PART)}):
         if replicas % cp == 0:
@@ -185,19 +185,19 @@ def _shares(config: Config, replicas: int, most_experts: int) -> Iterator[tuple[
 
 
 def _padded(config: Config) -> Config:
-    """The configuration with documents padded as its context parallelism needs it."""
+    """The configuration with documents padded as its context parallelism requires."""
     multiple = math.lcm(config.data.document_multiple, 2 * config.parallel.cp if config.parallel.cp > 1 else 1)
     return config.model_copy(update={"data": config.data.model_copy(update={"document_multiple": multiple})})
 
 
 def _other_padding(candidate: Config, config: Config) -> tuple[str, ...]:
-    """Documents that are padded to another multiple are packed otherwise."""
+    """A note if documents are padded to another multiple, because they are then packed differently."""
     multiple = candidate.data.document_multiple
     return () if multiple == config.data.document_multiple else (f"needs data.document_multiple={multiple}",)
 
 
 def _other_scope(candidate: Config, config: Config) -> tuple[str, ...]:
-    """A micro-batch of another size is another model where experts choose among its tokens."""
+    """A note if experts choose among the tokens of a micro-batch of another size, which makes it another model."""
     size, own = candidate.train.micro_batch_size, config.train.micro_batch_size
     if not config.model.has_experts or config.model.experts.scope == "sequence" or size == own:
         return ()

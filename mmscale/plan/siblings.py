@@ -1,8 +1,8 @@
 """Generates configurations with the same FLOPs per token as a given one, for comparison with it.
 
 Dense, one FFN per modality (1t1i), mixed experts (moe8x), experts per modality (4t4i), and each with Mixture-of-Depths
-(MoMa, arXiv 2407.21770, Table 1). Equality is measured by `flops_per_token`, forward. It trains nothing and reads no
-data: with `model.experts.share: auto` it counts as `mmscale plan` does.
+(MoMa, arXiv 2407.21770, Table 1). FLOPs are those of `flops_per_token`, forward. It trains nothing and reads no data:
+with `model.experts.share: auto` it uses the same shares as `mmscale plan`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mmscale.plan.parameters import count_parameters
 from mmscale.tables.settings import KINDS
 
 TOLERANCE = 0.01  # of FLOPs per token; the paper's own models differ by up to 0.027
-EXPERTS = 4  # of each modality, where the given configuration does not say
-_MOST_LAYERS = 4  # times the given ones
+EXPERTS = 4  # of each modality, if the given configuration has no experts
+_MOST_LAYERS = 4  # largest number of layers, relative to the given one
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sibling:
         flops: forward FLOPs per token.
         ratio: `flops` over those of the given configuration.
         parameters: all parameters.
-        changes: what differs from the given configuration, one "key: before -> after" each.
+        changes: differences from the given configuration, one "key: before -> after" each.
     """
 
     name: str
@@ -59,20 +59,20 @@ class Sibling:
 
 
 def siblings(config: Config, *, experts: int | None = None, tolerance: float = TOLERANCE) -> list[Sibling]:
-    """The siblings of a configuration, itself (under the name of its kind) among them.
+    """The siblings of a configuration, including itself (under the name of its kind).
 
-    Width, heads, data and training stay. Mixture-of-Depths layers do less work, so there are more of them (the paper's
-    8 -> 14, 24 -> 40): as many as come nearest, a multiple of the pipeline's chunks. What is then still missing, or too
-    much, is made up by the width of the FFN.
+    Width, heads, data and training are unchanged. Mixture-of-Depths layers have fewer FLOPs, so there are more of them
+    (8 -> 14 and 24 -> 40 in the paper): the number that comes nearest, a multiple of the pipeline's chunks. The
+    remaining difference is compensated by the width of the FFN.
 
     Args:
         config: a configuration of any kind.
-        experts: experts of each modality in `4t4i`, and of a group with as many in all in `moe8x`; None: as the given
-            configuration has them, else 4.
+        experts: experts of each modality in `4t4i`, of which `moe8x` has the sum; None: as in the given configuration,
+            otherwise 4.
         tolerance: largest difference of FLOPs per token, as a share.
 
     Raises:
-        ConfigError: no number of layers and width is near enough, or a rule refuses a sibling.
+        ConfigError: no number of layers and width comes near enough, or a rule refuses a sibling.
     """
     counts = _counts(config, experts)
     target = flops_per_token(config).forward
@@ -85,23 +85,23 @@ def siblings(config: Config, *, experts: int | None = None, tolerance: float = T
             (group_name(counts), "moma", counts),
         ):
             if depth and "mixed" in groups:
-                continue  # the paper has none
+                continue  # the paper has no such model
             label = f"mod_{name}" if depth else name
             if any(label == other.name for other in found):
-                continue  # one expert of each modality was asked for
+                continue  # one expert of each modality was requested
             found.append(_sibling(config, label, kind, groups, depth=depth, target=target, tolerance=tolerance))
     return found
 
 
 def group_name(counts: Mapping[str, int]) -> str:
-    """Short name of modality groups, e.g. 4t4i; whole names where two begin with the same letter."""
+    """Short name of modality groups, e.g. 4t4i; complete names if two begin with the same letter."""
     letters = [name[0] for name in counts]
     short = len(set(letters)) == len(letters)
     return "".join(f"{count}{name[0] if short else name}" for name, count in counts.items())
 
 
 def text_of(sibling: Sibling, *, of: str) -> str:
-    """A file that loads to the sibling's configuration; what is at its default is left out.
+    """A file that loads to the sibling's configuration; defaults are omitted.
 
     Args:
         sibling: what is written.
@@ -139,7 +139,7 @@ def _sibling(
     settings["run"]["name"] = f"{config.run.name}_{name}"
     model = settings["model"]
     if depth != (config.model.depth is not None):
-        settings["parallel"].pop("pp_layers", None)  # of another number of layers
+        settings["parallel"].pop("pp_layers", None)  # does not fit another number of layers
         model["num_layers"] = _layers(config, settings, target)
     if not _near(settings, target, tolerance):
         model["ffn_hidden_size"] = _width(config, settings, target, tolerance)
@@ -169,7 +169,7 @@ def _of_kind(config: Config, kind: str, groups: dict[str, int], *, depth: bool) 
         model.pop("depth", None)
     if not KINDS[kind].experts:
         parallel.pop("ep", None)
-        # Cut-offs of depth layers are kept where experts' were; a dense model that routes nothing has none.
+        # Depth layers keep cut-offs if the experts did; a dense model without routing has none.
         kept = {"threshold_decay": given["threshold_decay"]} if depth and "threshold_decay" in given else {}
         model["experts"] = kept
         if not depth:
@@ -183,10 +183,10 @@ def _of_kind(config: Config, kind: str, groups: dict[str, int], *, depth: bool) 
 
 
 def _expert_parallel(given: int, experts: int) -> int:
-    """The most expert-parallel ranks that divide the given ones and leave none without an expert.
+    """The largest divisor of the given expert-parallel size that leaves no rank without an expert.
 
-    A divisor, because it then divides the data-parallel ranks too. It need not divide the groups: their experts are
-    spread unevenly where it does not (mmscale.config.derived.experts_of_ranks).
+    A divisor, because it then divides the data-parallel ranks too. It need not divide the groups: their experts may be
+    distributed unevenly (mmscale.config.derived.experts_of_ranks).
     """
     return max(ranks for ranks in range(1, given + 1) if given % ranks == 0 and ranks <= experts)
 
@@ -200,17 +200,19 @@ def _near(settings: dict[str, Any], target: float, tolerance: float) -> bool:
 
 
 def _layers(config: Config, settings: dict[str, Any], target: float) -> int:
-    """The number of layers whose FLOPs come nearest."""
+    """The number of layers whose FLOPs come nearest to the target."""
     chunks = config.parallel.pp * (config.parallel.vpp or 1)
     most = max(_MOST_LAYERS * config.model.num_layers, chunks)
     return min(range(chunks, most + 1, chunks), key=lambda layers: abs(_forward(settings, num_layers=layers) - target))
 
 
 def _width(config: Config, settings: dict[str, Any], target: float, tolerance: float) -> int:
-    """The FFN width whose FLOPs come near: they are linear in it, shared experts of the same width included.
+    """The FFN width whose FLOPs come near the target.
 
-    A multiple of the largest power of two, up to that in the given width and to 64, that is fine enough: matrix
-    products stay as well shaped as they can. A multiple of what the rules ask of every rank, too.
+    FLOPs are linear in it, including shared experts of the same width.
+
+    The width is a multiple of the largest power of two that is fine enough, at most 64 and at most that in the given
+    width, to keep shapes of matrix products efficient. It is also a multiple of what the rules require.
     """
     least = config.parallel.tp * (1 if config.precision.fp8 == "off" else ALIGNMENT)
     low, high = (_forward(settings, ffn_hidden_size=least * n) for n in (1, 2))
@@ -232,7 +234,7 @@ def _changes(before: Config, after: Config) -> list[str]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Single values by dotted key; groups of experts and Mixture-of-Depths are one value each."""
+    """Single values by dotted key; groups of experts and Mixture-of-Depths are single values here."""
     model = config.model.model_dump(mode="json")
     whole = {"model.experts.counts": model["experts"]["counts"], "model.experts.share": model["experts"]["share"]}
     depth = {"model.depth": model["depth"]}

@@ -1,7 +1,7 @@
 """Proposes a configuration for a data set and a budget: vocabulary, images, model, layout, rate, batch, steps.
 
-Rules of thumb, each with its reason and its source; a start for a sweep and no answer. It reads no data and measures no
-machine: the caller gives facts. The proposal is what `mmscale train` accepts.
+The proposal follows rules of thumb, each with its reason and its source, and is a starting point for a sweep. It reads
+no data and measures no machine: the caller passes facts. `mmscale train` accepts the proposal.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mmscale.plan.vocabulary import PASSES, multiple, of_documents, of_prepared,
 from mmscale.tables.settings import KINDS
 
 TOKENS_PER_PARAMETER = 20
-USED = 0.85  # of the budget: evaluation, saves and the start take the rest
-LEAST_PER_PARAMETER = 4  # tokens, where the data ends before the budget
-MOST_TOKENS = {"cpu": 2048, "gpu": 8192}  # of a sequence, if the longest document does not need more
-# Width, layers and heads: aspect ratios of the published small models, heads of 16 to 128.
+USED = 0.85  # fraction of the budget for steps; evaluation, saves and the start take the rest
+LEAST_PER_PARAMETER = 4  # tokens per parameter, if the data is too small for the budget
+MOST_TOKENS = {"cpu": 2048, "gpu": 8192}  # largest sequence length, unless the longest document needs more
+# Width, layers and heads, with the aspect ratios of published small models and heads of 16 to 128.
 SHAPES = (
     (64, 4, 4),
     (128, 4, 4),
@@ -48,7 +48,7 @@ class ModelSize:
         width: of hidden states.
         layers: number of them.
         heads: of attention.
-        tokens: that it is trained on within the budget.
+        tokens: number of tokens that it can be trained on within the budget.
     """
 
     width: int
@@ -66,8 +66,8 @@ def propose(facts: Facts, machine: Machine, *, budget_s: float, name: str = "min
     """A configuration for documents, a machine and a time.
 
     Args:
-        facts: of the documents.
-        machine: what computes.
+        facts: about the documents.
+        machine: to train on.
         budget_s: wall clock of the whole training [s].
         name: of the run.
 
@@ -108,7 +108,7 @@ def _model(
     share: Mapping[str, float],
     smaller: bool,
 ) -> None:
-    """Sequence, model, batch, rate and steps."""
+    """Determine sequence length, model, batch, rate and steps."""
     length = max(256, multiple(longest, 64))
     reason = f"the longest document has {longest:,} tokens{'' if facts.is_prepared else ' at most'} and none is cut"
     if not facts.is_prepared:
@@ -168,19 +168,19 @@ def _model(
 
 
 def _shapes(machine: Machine, budget_s: float, unique: int) -> list[ModelSize]:
-    """The shape that suits data and budget, then smaller ones."""
+    """The shape that suits data and budget best, then smaller ones."""
     found = []
     for width, layers, heads in SHAPES:
         tokens = min(USED * budget_s * machine.tokens_per_second(_active(width, layers)), PASSES * unique)
         found.append(ModelSize(width, layers, heads, tokens))
     whole = [shape for shape in found if shape.tokens >= PASSES * unique and shape.ratio >= LEAST_PER_PARAMETER]
-    # Where the data ends before the budget, a larger model learns more from the same passes.
+    # If the data is too small for the budget, a larger model learns more from the same passes.
     best = whole[-1] if whole else min(found, key=lambda one: abs(math.log(one.ratio / TOKENS_PER_PARAMETER)))
     return found[found.index(best) :: -1]
 
 
 def _layout(found: Proposal, machine: Machine) -> bool:
-    """Put a layout that fits into memory into a proposal; False: there is none."""
+    """Add a layout that fits into memory to a proposal; False: there is none."""
     if machine.memory is None:
         return True
     config = resolve(found.settings)
@@ -214,7 +214,7 @@ def _steps(found: Proposal, facts: Facts, machine: Machine, tokens: float, *, le
     ranks = machine.ranks
     sequences = max(ranks, multiple(batch / length, ranks))
     while sequences > ranks and tokens / (sequences * length) < 200:
-        sequences -= ranks  # a schedule needs steps
+        sequences -= ranks  # use smaller batches, because a schedule needs a certain number of steps
     micro = next(size for size in (8, 4, 2, 1) if sequences % (size * ranks) == 0)
     steps = round(tokens / (sequences * length))
     if steps < 20:
@@ -273,11 +273,11 @@ def _auxiliary(found: Proposal, kind: str) -> None:
 
 
 def _active(width: int, layers: int) -> int:
-    """Parameters that a token passes, without the vocabulary: attention 4 d^2, SwiGLU 8 d^2."""
+    """Parameters used for a token, without the vocabulary: attention 4 d^2, SwiGLU 8 d^2."""
     return 12 * width * width * layers
 
 
 def _total(width: int, layers: int, modalities: int, experts: int, kind: str) -> int:
-    """With all experts."""
+    """The same with all experts."""
     copies = modalities * experts if KINDS[kind].experts else 1
     return layers * width * width * (4 + 8 * copies)

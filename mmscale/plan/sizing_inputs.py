@@ -1,4 +1,4 @@
-"""What a proposal is made from: facts of documents, and the machine. sizing.py makes proposals."""
+"""The inputs of a proposal: facts about documents, and the machine. sizing.py makes proposals."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from mmscale.tables.gpus import Gpu
 
-# Of the arithmetic that a machine can do, models of this size reach: small operations wait for Python on a CPU.
+# Fraction of a machine's FLOP/s that models of this size reach; on a CPU small operations wait for Python.
 REACHED = {"cpu": 0.25, "gpu": 0.30}
-# Tokens a second that no model exceeds on one rank, however small: starting operations takes the time then. On a CPU 4
-# layers of width 64 reach 3,000 to 6,000 (docs/results/quickstart.md); on a GPU not measured.
+# Largest number of tokens per second on one rank for any model; starting operations is the limit for small ones. On a
+# CPU 4 layers of width 64 reach 3,000 to 6,000 (docs/results/quickstart.md); on a GPU not measured.
 MOST_PER_RANK = {"cpu": 4000.0, "gpu": 300_000.0}
 
 
@@ -32,21 +32,21 @@ class Items:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about the documents.
+    """Facts about the documents.
 
     Attributes:
         where: folder of a prepared data set, or document files.
         documents: number of them.
-        characters: of text in all documents; None: unknown, they are prepared already.
-        images: pictures in all documents.
+        characters: of text in all documents; None: unknown, because they are already prepared.
+        images: number of images in all documents.
         others: items of modalities besides text and images, of documents that are not prepared yet.
-        edge: median of the shorter edges of pictures [pixels]; None: unknown.
-        channels: 1 if all pictures that were looked at are grey, else 3.
-        most_images: in one document.
-        most_bytes: of text in one document.
-        distinct_images: pictures that differ; None: unknown.
+        edge: median of the shorter edges of images [pixels]; None: unknown.
+        channels: 1 if all examined images are grey, otherwise 3.
+        most_images: largest number in one document.
+        most_bytes: largest amount of text in one document.
+        distinct_images: number of distinct images; None: unknown.
         ids: ids of each modality in the order of the vocabulary, text first, if the documents are prepared.
-        marked: modalities with begin and end tokens of their own, if the documents are prepared.
+        marked: modalities with separate begin and end tokens, if the documents are prepared.
         tokens: training tokens of each modality, if the documents are prepared.
         longest: tokens of the longest document, if the documents are prepared.
         held_out: documents that are held out, if the documents are prepared.
@@ -74,21 +74,21 @@ class Facts:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether vocabulary and images are decided already."""
+        """Whether vocabulary and images are already determined."""
         return self.ids is not None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run has to compute with.
+    """The machine for a run.
 
     Attributes:
-        name: for the reader.
+        name: for people.
         kind: cpu or gpu.
         ranks: processes: one per device, or per CPU core.
-        flops: of one rank in the format that is trained in [FLOP/s].
+        flops: of one rank in the training format [FLOP/s].
         gpu: figures of the device; None: a CPU.
-        memory: of a rank [GiB]; None: not looked at.
+        memory: of a rank [GiB]; None: not considered.
     """
 
     name: str
@@ -100,15 +100,15 @@ class Machine:
 
     @classmethod
     def of_gpus(cls, gpu: Gpu, number: int, *, memory: float | None = None) -> Machine:
-        """So many devices, in bf16.
+        """A number of devices, in bf16.
 
         Args:
             gpu: figures of the device.
             number: of devices.
-            memory: of each [GiB]; None: what the device has.
+            memory: of each [GiB]; None: the device's.
         """
         return cls(f"{number} x {gpu.name}", "gpu", number, gpu.bf16, gpu, memory or gpu.memory)
 
     def tokens_per_second(self, active: int) -> float:
-        """Training tokens a second for so many active parameters: 6 FLOPs each (arXiv 2001.08361)."""
+        """Training tokens per second for a number of active parameters: 6 FLOPs each (arXiv 2001.08361)."""
         return self.ranks * min(REACHED[self.kind] * self.flops / (6 * active), MOST_PER_RANK[self.kind])

@@ -1,6 +1,6 @@
 """Layers and parameters of each pipeline stage. Interleaved chunks are assigned round-robin.
 
-Bytes per element are here too, because all later counts use them.
+Bytes per element are here too, because all other counts use them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def dtype_bytes(config: Config) -> int:
 
 
 def stage_layers(config: Config, stage: int) -> list[int]:
-    """Global indices of the layers of a pipeline stage; interleaved chunks are dealt round-robin."""
+    """Global indices of the layers of a pipeline stage; interleaved chunks are assigned round-robin."""
     return [layer for chunk in chunk_layers(config)[stage :: config.parallel.pp] for layer in chunk]
 
 
@@ -44,7 +44,7 @@ def stage_parameters(config: Config, parameters: Parameters, stage: int) -> tupl
     if first:
         dense += parameters.embedding / tp
     if last:
-        # A tied output layer on another stage than the embedding is a copy of it.
+        # A tied output layer on another stage than the embedding is a copy of the embedding.
         copy = parameters.embedding if config.model.tie_embeddings and not first else parameters.output
         dense += copy / tp + parameters.final_norm
     return dense, experts

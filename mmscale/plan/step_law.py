@@ -13,19 +13,19 @@ from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
 from mmscale.plan.parameters import Parameters
 
-# Most tokens in the runs of the fit.
+# Largest number of tokens of the runs that the law was fitted to.
 _FITTED_TOKENS = 1e11
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What Step Law says about a run.
+    """The suggestion of Step Law for a run.
 
     Attributes:
         lr: peak learning rate.
         batch_tokens: tokens of an optimizer step.
         batch_sequences: the same in whole sequences.
-        caveats: what the law does not know.
+        caveats: differences from the runs that the law was fitted to.
     """
 
     lr: float
@@ -44,7 +44,7 @@ class Suggestion:
 
 
 def suggest(config: Config, parameters: Parameters) -> Suggestion:
-    """Centre of a sweep for the tokens that the configuration trains on."""
+    """Centre of a sweep for the number of tokens of the configuration."""
     tokens = tokens_per_step(config) * config.train.steps
     count = parameters.total - parameters.embedding - parameters.output
     batch = 0.58 * tokens**0.571

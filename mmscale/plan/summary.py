@@ -30,13 +30,13 @@ def plan(
     *,
     storage_gb_s: float = STORAGE_GB_S,
 ) -> dict[str, Any]:
-    """Arithmetic on a configuration.
+    """The plan of a configuration.
 
     Args:
         config: a loaded configuration.
         gpus: devices; None: only the configuration's own layout, on as few ranks as it needs.
         gpu_memory: memory of a device [GiB]; None: the GPU's, or unknown with neither `gpu` nor `gpus`.
-        gpu: name of the device whose figures times are reckoned with; None: h100.
+        gpu: name of the device whose figures times are computed with; None: h100.
         storage_gb_s: bandwidth of the shared file system [GB/s].
 
     Returns:
@@ -45,7 +45,7 @@ def plan(
         EP, at most 20, the fastest of each CP, and the configuration's own; fastest first), `duration` of the whole
         training in the first layout (`days`, `gpu_hours`; null if none fits), `layouts_possible`, `layouts_tried`,
         `refused` (cause -> number of candidates), `rejected` (the same with an example each), `own_layout_refused`
-        (cause or null), `step_law`, `cluster` (what the run asks of file system and scheduler) and `assumptions`.
+        (cause or null), `step_law`, `cluster` (the run's load on file system and scheduler) and `assumptions`.
 
     Raises:
         ConfigError: without `gpus`, the configuration's own layout violates a rule.
@@ -114,7 +114,7 @@ def _shown(found: list[Layout], config: Config) -> list[Layout]:
 
 
 def _duration(found: list[Layout], tokens: int, ranks: int) -> dict[str, float] | None:
-    """How long the whole training takes in the fastest layout that fits."""
+    """Duration of the whole training in the fastest layout that fits."""
     fits = [layout for layout in found if layout.fits is not False]
     if not fits:
         return None

@@ -24,19 +24,19 @@ from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_
 from mmscale.tables.gpus import Gpu
 from mmscale.tables.settings import KINDS
 
-# Fractions of the data sheet that large operations reach.
+# Fractions of data-sheet figures that large operations are assumed to reach.
 PRODUCTS, MEMORY, LINK, NETWORK = 0.7, 0.8, 0.75, 0.8
-# The masked kernel of torch computes the half that a causal mask hides, too.
+# torch's masked kernel also computes the half that a causal mask hides.
 ATTENTION = {Kernels.TE: 0.4, Kernels.CUDA: 0.2}
-# A product with a side of this many elements reaches half of what a large one does.
+# A product with a side of this many elements reaches half the speed of a large one.
 HALF_WIDTH = 256
-# Every byte that a layer keeps is moved so often by element-wise operations, forward and backward.
+# How often element-wise operations move every byte that a layer keeps, in forward and in backward.
 MOVES = 2, 3
 # Seconds to start a kernel; backward starts twice as many as forward (`ModelKind.kernels`).
 LAUNCH = 4e-6
 # Seconds until a message arrives, within and between machines.
 LATENCY = 5e-6, 15e-6
-# Bytes moved to make an FP8 tensor of a bf16 one: read for its largest value and for the cast, written both ways round.
+# Bytes moved to convert a bf16 element to FP8: read for the amax and for the cast, written and written transposed.
 _CAST = 6
 # Bytes that the optimizer reads and writes per parameter of its shard.
 _ADAM = 34
@@ -48,16 +48,16 @@ class StepTime:
     """Seconds of one optimizer step on the slowest stage.
 
     Attributes:
-        products: matrix products, and starting kernels where that takes longer.
+        products: matrix products, or starting their kernels if that takes longer.
         attention: scores and weighted sums.
-        elementwise: everything that waits for memory.
-        recompute: forward passes that are repeated.
+        elementwise: operations limited by memory bandwidth.
+        recompute: repeated forward passes.
         tp: tensor and sequence parallelism.
         cp: keys and values, logits and hidden states of the parts of a sequence.
         ep: tokens to their experts and back.
         pp: sends between stages that do not overlap.
         bubble: waiting for other stages.
-        dp: reducing gradients and gathering parameters, as far as nothing hides it.
+        dp: reducing gradients and gathering parameters, without the overlapped part.
         optimizer: the update, and FP8 copies of the weights.
     """
 
@@ -85,7 +85,7 @@ class StepTime:
 
     @property
     def communication(self) -> float:
-        """Messages that nothing hides [s]."""
+        """Messages that are not overlapped [s]."""
         return self.tp + self.cp + self.ep + self.pp + self.dp
 
     def as_dict(self) -> dict[str, float]:
@@ -117,7 +117,7 @@ def step_time(config: Config, world: int, gpu: Gpu, *, parameters: Parameters) -
         config: a configuration that passes the rules for `world` ranks.
         world: ranks, one device each.
         gpu: figures of the device.
-        parameters: what `count_parameters` returned.
+        parameters: result of `count_parameters`.
     """
     seen: dict[tuple[bool, bool, int, int], StepTime] = {}
     for stage in range(config.parallel.pp):
@@ -129,7 +129,7 @@ def step_time(config: Config, world: int, gpu: Gpu, *, parameters: Parameters) -
 
 
 def mfu(config: Config, world: int, gpu: Gpu, *, seconds: float, flops: float) -> float:
-    """Model FLOP/s over the device's bf16 peak; `flops` of a token, forward and backward."""
+    """Model FLOP/s divided by the device's bf16 peak; `flops` of a token, forward and backward."""
     tokens = config.train.global_batch_size * config.model.seq_length
     return flops * tokens / (seconds * world * gpu.bf16)
 
@@ -143,7 +143,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
         sums[traffic.kind] += _seconds(traffic, config, world, gpu)  # type: ignore[assignment]
     reduce, gather = sums[MessageKind.GRAD_REDUCE], sums[MessageKind.PARAM_GATHER]
     overlapped = overlap_data_parallel(config, nccl=True)
-    # Only the last backward and the first forward pass of a step can hide them.
+    # They can overlap only with the last backward and the first forward pass of a step.
     exposed = max(0.0, reduce - one.backward) if overlapped[0] else reduce
     exposed += max(0.0, gather - one.forward) if overlapped[1] else gather
     tensor = sums[MessageKind.TP] + sums[MessageKind.SP]
@@ -154,7 +154,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     dense, experts = stage_parameters(config, parameters, stage)
     replicas = dense_replicas(config, world)
     shard = dense / replicas + experts / max(1, replicas // parallel.ep)
-    # megatron-core keeps FP8 weights for all micro-batches of a step.
+    # Weights are cast once a step, because megatron-core keeps FP8 weights for all micro-batches.
     casts = _CAST if _peak(config, gpu, fp8=True) > _peak(config, gpu, fp8=False) else 0
     return StepTime(
         products=micro_batches * one.products * 3,
@@ -172,7 +172,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
 
 
 def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
-    """Seconds of a micro-batch on a stage, nothing repeated."""
+    """Seconds of a micro-batch on a stage, without recomputation."""
     model, tp = config.model, config.parallel.tp
     tokens = rank_tokens(config)
     products = attention = elementwise = launched = feed_forward = 0.0
@@ -195,12 +195,12 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         within = flops.attention * tokens / tp / (plain * ATTENTION[on_gpu(config)])
         elementwise += count * moved
         attention += count * within
-        # Where starting kernels takes longer than running them, the device waits for the host.
+        # If starting kernels takes longer than running them, the device waits for the host.
         launched += count * max(0.0, started - seconds - moved - within)
         products += count * seconds
     products += launched
     again = recomputed_modules(config)
-    # Layers only: the output layer and its logits are repeated by a loss in chunks.
+    # Only layers; a loss in chunks repeats the output layer and its logits.
     repeated = products + attention + elementwise if config.parallel.recompute == "full" else 0.0
     repeated += attention if "core_attn" in again else 0.0
     repeated += feed_forward if "mlp" in again else 0.0
@@ -215,7 +215,7 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
 
 
 def _waited_for(config: Config, *, depth: bool) -> float:
-    """FLOPs per token of a layer that the fullest expert-parallel rank has more than the average one."""
+    """FLOPs per token of a layer by which the fullest expert-parallel rank exceeds the average one."""
     model = config.model
     if not model.has_experts:
         return 0.0
@@ -225,7 +225,7 @@ def _waited_for(config: Config, *, depth: bool) -> float:
 
 
 def _cast_bytes(config: Config, *, depth: bool) -> float:
-    """Bytes that casting inputs of a layer's products to FP8 moves, in one forward pass."""
+    """Bytes moved for casting inputs of a layer's products to FP8, in one forward pass."""
     model = config.model
     length = depth_tokens(config) if depth else model.seq_length
     slots = sum(expert_slots(config, length).values()) if model.has_experts else 1.0
@@ -249,10 +249,10 @@ def _reached(side: int) -> float:
 
 
 def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
-    """Seconds of messages, none of them overlapped.
+    """Seconds of messages without overlap.
 
-    Ranks stand in megatron-core's order tp-cp-dp-pp, where experts are spread over cp and then dp. A ring over several
-    machines has as many adapters as the group has ranks in a machine; in an exchange each rank sends through its own.
+    Ranks have megatron-core's order tp-cp-dp-pp, and experts are distributed over cp and then dp. A ring over several
+    machines uses as many adapters as the group has ranks in a machine; in an exchange each rank sends through its own.
     """
     parallel = config.parallel
     node = gpu.per_node
@@ -285,7 +285,7 @@ def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
 
 
 def assumptions(gpu: Gpu, config: Config) -> list[str]:
-    """What the times rest on, in words."""
+    """The assumptions behind the times, in words."""
     formats = "FP8" if config.precision.fp8 != "off" and gpu.fp8 is not None else config.precision.dtype
     return [
         f"{gpu.name} ({gpu.source}): {_peak(config, gpu, fp8=True) / 1e12:.0f} TFLOP/s in {formats}, "

@@ -1,6 +1,6 @@
 """Proposes a vocabulary and tokenizers for documents that are not prepared yet, and estimates their tokens.
 
-sizing.py uses it. It reads nothing: the caller gives facts.
+sizing.py uses it. It reads no files: the caller passes facts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from mmscale.plan.proposal import Proposal, Rule
 from mmscale.plan.sizing_inputs import Facts
 
-SPECIAL_AND_BYTES = 261  # ids that byte-level BPE has without a merge
+SPECIAL_AND_BYTES = 261  # ids of byte-level BPE without merges
 CHARACTERS_PER_ID = 150
 TOKENS_PER_CODE = 200
 PASSES = 16
@@ -22,7 +22,7 @@ TEXT, IMAGE = "text", "image"
 
 
 def of_prepared(found: Proposal, facts: Facts) -> dict[str, int]:
-    """Put the vocabulary of a prepared data set into a proposal; ids of each modality."""
+    """Add the vocabulary of a prepared data set to a proposal; returns the ids of each modality."""
     ids = dict(facts.ids or {})
     found.settings["data"] = {"path": facts.where[0]}
     found.settings["vocab"] = {"modalities": _modalities(ids, facts.marked)}
@@ -30,12 +30,12 @@ def of_prepared(found: Proposal, facts: Facts) -> dict[str, int]:
 
 
 def of_documents(found: Proposal, facts: Facts, *, affordable: float, name: str) -> dict[str, int]:
-    """Put vocabulary and tokenizers of documents into a proposal; ids of each modality.
+    """Add vocabulary and tokenizers for documents to a proposal; returns the ids of each modality.
 
     Args:
-        found: is extended.
-        facts: of the documents.
-        affordable: tokens that the smallest model reads within the budget.
+        found: the proposal, which is extended.
+        facts: about the documents.
+        affordable: tokens that the smallest model can process within the budget.
         name: of the run.
     """
     characters = facts.characters or 0
@@ -118,7 +118,8 @@ def tokens(found: Proposal, facts: Facts, ids: dict[str, int]) -> tuple[int, int
         counts |= {IMAGE: each * facts.images} if image else {}
         counts |= {one.modality: one.number * one.tokens for one in facts.others}
         items = sum(one.most * (one.tokens + 2) for one in facts.others)
-        longest = facts.most_images * (each + 2) + items + facts.most_bytes + 2  # a byte each, at worst
+        # In the worst case each byte is a token.
+        longest = facts.most_images * (each + 2) + items + facts.most_bytes + 2
     total = sum(counts.values())
     return total, longest, {name: count / max(1, total) for name, count in counts.items()}
 
@@ -138,7 +139,7 @@ def _grid(facts: Facts, affordable: float) -> int:
         fits = (facts.edge or 64) >= 2 * grid
         if fits and _reads_often(facts, grid, affordable):
             best = grid
-    # A tiny picture of 8 pixels has 4 x 4 patches of 2.
+    # For example, a picture of 8 pixels has 4 x 4 patches of 2 x 2.
     return max(1, power_of_two(best if (facts.edge or 64) >= 2 * best else (facts.edge or 64) / 2))
 
 
@@ -148,15 +149,15 @@ def _reads_often(facts: Facts, grid: int, affordable: float) -> bool:
 
 
 def _codes(number: int) -> int:
-    """Codes for so many tokens of a modality."""
+    """Codes for a number of tokens of a modality."""
     return max(16, min(8192, power_of_two(number / TOKENS_PER_CODE)))
 
 
 def power_of_two(value: float) -> int:
-    """The largest one that is not above."""
+    """The largest power of two that is not larger."""
     return int(2 ** math.floor(math.log2(max(1.0, value))))
 
 
 def multiple(value: float, of: int) -> int:
-    """The smallest positive multiple that is not below."""
+    """The smallest positive multiple that is not smaller."""
     return max(of, of * math.ceil(value / of))

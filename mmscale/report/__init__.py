@@ -1,1 +1,1 @@
-"""Reports on runs: figures and one HTML page. Reads run folders and never loads a model."""
+"""Reports on runs: charts and tables on one HTML page. Reads run folders and never loads a model."""

@@ -1,5 +1,4 @@
-# What a run's figures may be drawn against: steps, tokens, model FLOPs, hours since its first event.
-# Nothing is drawn here, and nothing is made up: an axis that a run has no numbers for is all NaN.
+# An axis is all NaN if the run has no data for it.
 """The x axes of a run's figures: steps, tokens, model FLOPs, and hours since its first event."""
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from mmscale.report.history import Floats, History
 from mmscale.runs.attempts import settings_file
 
 AXES = ("step", "tokens", "flops", "hours")
-# Pauses are no part of step_time_s, and come on top of it where the lines have no time of their own.
+# Pauses are not included in step_time_s; they are added if the lines have no time stamps.
 _PAUSES = ("save_stall_s", "eval_s", "parameter_hash_s", "rollback_s", "profile_s")
 
 
@@ -23,8 +22,8 @@ def axes_of(run: Path, history: History, *, clock: Floats, begin: float) -> dict
     """Values of every axis at the rows of a history, [R] each.
 
     Args:
-        run: its folder; the FLOPs of a token come from its configuration where metrics.jsonl has none.
-        history: its figures.
+        run: its folder; FLOPs per token are computed from its configuration if metrics.jsonl has none.
+        history: its metrics.
         clock: from `clock_of`.
         begin: from `first_time` [seconds since 1970].
     """
@@ -74,7 +73,7 @@ def _known(history: History, key: str, rows: np.ndarray) -> Floats:
 
 
 def _flops_per_token(config: Path) -> float:
-    """Model FLOPs of a trained token by this configuration; NaN if it cannot be read."""
+    """Model FLOPs per trained token for this configuration; NaN if it cannot be read."""
     from mmscale.config.load import load
     from mmscale.plan import flops_per_token
 

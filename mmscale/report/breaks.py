@@ -1,5 +1,5 @@
-# Where a run's curves are broken: steps after which other data, batches or sequences make them other quantities.
-# It reads events and configurations; curves are cut by downsample.py.
+# Finds the steps after which losses are not comparable with earlier ones, because data, batches or sequences changed.
+# Reads events and configurations; downsample.py cuts the curves.
 """Breaks of a run's curves."""
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mmscale.runs.held_out import ACCURACY, EVAL
 
 @dataclass(frozen=True)
 class Cut:
-    """A place where curves do not go on.
+    """A place where curves are interrupted.
 
     Attributes:
         step: the last step before it.
         text: what changed there.
-        training, held_out, tasks: which curves are broken; `held_out` breaks accuracies too.
+        training, held_out, tasks: which curves are interrupted; `held_out` also interrupts accuracies.
     """
 
     step: int
@@ -31,17 +31,17 @@ class Cut:
     tasks: bool = False
 
     def breaks(self, key: str) -> bool:
-        """Whether the curve of a column is broken here."""
+        """Whether the curve of a column is interrupted here."""
         if not key.startswith(EVAL):
             return self.training
         return self.held_out or (self.tasks and f"/{ACCURACY}" in key)
 
 
 def cuts_of(run: Path, events: Sequence[Mapping[str, Any]]) -> list[Cut]:
-    """Breaks of a run in the order of its steps; those behind which nothing was trained in the end are left out.
+    """Breaks of a run in the order of its steps, without those whose later steps were all rolled back.
 
     Args:
-        run: its folder; runs of earlier versions have their changes in the configurations of their attempts only.
+        run: its folder; for runs of earlier versions changes are found by comparing the configurations of attempts.
         events: of events.jsonl.
     """
     found: dict[int, Break] = {}
@@ -52,7 +52,7 @@ def cuts_of(run: Path, events: Sequence[Mapping[str, Any]]) -> list[Cut]:
         step = event.get("step")
         if event.get("event") != "resume" or type(step) is not int:
             continue
-        for later in [one for one in found if one > step]:  # these steps are done again
+        for later in [one for one in found if one > step]:  # these steps are repeated
             del found[later]
         lines = event.get("changed")
         known = lines if isinstance(lines, list) else by_attempt.get(event.get("attempt"), [])
@@ -70,5 +70,5 @@ def cuts_of(run: Path, events: Sequence[Mapping[str, Any]]) -> list[Cut]:
 
 
 def steps_of(cuts: Sequence[Cut], key: str) -> tuple[int, ...]:
-    """The steps after which a column's curve is broken."""
+    """The steps after which a column's curve is interrupted."""
     return tuple(cut.step for cut in cuts if cut.breaks(key))

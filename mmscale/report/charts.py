@@ -1,5 +1,4 @@
-# Which figures a report shows: the one list behind the page and the PNGs.
-# It names columns and titles; reading, downsampling and drawing are elsewhere.
+# Defines columns and titles; other modules read, downsample and draw.
 """The list of all charts of a report, shared by the page and the PNGs."""
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from mmscale.report.history import History
 from mmscale.runs.held_out import ACCURACY, AUXILIARY, EVAL, HeldOut, words_of
 from mmscale.tables.routings import CAUSAL_ROUTINGS
 
-# Expert choice among the tokens of a batch sees later tokens: no number may stand without saying so.
+# Expert choice among the tokens of a batch uses later tokens, which every label must say.
 HELD_OUT = "held out (batch routing)"
 _ELSEWHERE = (
     "attempt",
@@ -24,7 +23,7 @@ _ELSEWHERE = (
     "tokens",
     "flops",
     "loss",
-)  # axes, and the sum of the losses that are shown
+)  # axes, and the sum of losses that are shown separately
 _OTHERS = 24
 
 
@@ -39,9 +38,9 @@ class Line:
         colour: number of its colour.
         points: marks at each measurement instead of a line.
         joined: whether marks are joined; sums over different spans are not.
-        mark: number of their shape.
-        best: the lowest value is marked.
-        names: values name something, as ranks' numbers do: a point of many is the most frequent one, not their mean.
+        mark: number of the marks' shape.
+        best: mark the lowest value.
+        names: values are identifiers, e.g. numbers of ranks: a bin shows the most frequent one, not the mean.
     """
 
     run: int
@@ -61,13 +60,13 @@ class Chart:
 
     Attributes:
         name: for file names and links.
-        section: heading that it stands under.
+        section: its heading.
         title, unit, note: what it shows.
-        log: begin with a logarithmic scale.
+        log: logarithmic scale at first.
         zero: the scale begins at zero.
         wide: as wide as the page.
-        raw: never smoothed: a schedule, not a measurement.
-        lines: its curves; none if no run measured it.
+        raw: never smoothed, for schedules.
+        lines: its curves; empty if no run measured it.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Chart:
 def charts_of(runs: Mapping[str, History]) -> list[Chart]:
     """All charts in order; charts without any measurement have no lines.
 
-    With one run a colour is a modality; with several, a colour is a run and each modality has charts of its own.
+    With one run a colour is a modality; with several, a colour is a run and each modality has separate charts.
 
     Args:
         runs: histories by name.
@@ -108,7 +107,7 @@ def modalities_of(histories: Iterable[History]) -> list[str]:
 
 
 def _mark(measured: HeldOut) -> int:
-    """Number of the shape that stands for a routing."""
+    """Number of the shape for a routing mode."""
     return ("batch", *CAUSAL_ROUTINGS).index(measured.routing)
 
 
@@ -119,11 +118,11 @@ class _Builder:
         self.modalities = modalities_of(histories)
 
     def losses(self) -> list[Chart]:
-        """Of training and held-out data, and one chart for each source of a blend and each validation set."""
+        """Charts of training and held-out data, and one for each source of a blend and each validation set."""
         return [*self._main_losses(), *self._validation(), *self._bits(), *self._accuracies()]
 
     def _bits(self) -> list[Chart]:
-        """Bits per byte of held-out text: it compares runs with different tokenizers."""
+        """Bits per byte of held-out text, for comparing runs with different tokenizers."""
         lines = []
         for run, history in enumerate(self.histories):
             prefix = "" if len(self.names) == 1 else f"{self.names[run]}, "
@@ -138,7 +137,7 @@ class _Builder:
         return [Chart("bits_per_byte", "Loss", "Bits per byte of text", "bits", note, lines=tuple(lines))]
 
     def _accuracies(self) -> list[Chart]:
-        """One chart for each task that was asked along the run."""
+        """One chart for each task that was evaluated during the run."""
         measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}
         figures = dict.fromkeys(one.figure for one in measured.values() if one and one.figure.startswith(ACCURACY))
         charts = []
@@ -295,7 +294,7 @@ class _Builder:
             note="The most frequent one of each stretch. Always the same one: look at its node.",
         )
         slowest = replace(slowest, lines=tuple(replace(line, names=True) for line in slowest.lines))
-        return charts + [chart for chart in (ranks, slowest) if chart.lines]  # one rank alone has neither
+        return charts + [chart for chart in (ranks, slowest) if chart.lines]  # a run with one rank has neither
 
     def routing(self) -> list[Chart]:
         section = "Routing"
@@ -339,7 +338,7 @@ class _Builder:
         ]
 
     def others(self, shown: set[str]) -> list[Chart]:
-        """Whatever else was measured and ever changed, each by itself: counts of anomalies, times of other pauses."""
+        """A chart for every other value that was measured and changed: counts of anomalies, times of other pauses."""
         found: list[Chart] = []
         for key in dict.fromkeys(key for history in self.histories for key in history.columns):
             if key in shown or key in _ELSEWHERE or key.startswith(("tokens/", EVAL)) or len(found) == _OTHERS:

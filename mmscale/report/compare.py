@@ -42,10 +42,10 @@ class Speedup:
 
     Attributes:
         model: name of the model compared with the baseline.
-        view, part, measure: which loss, of which modality, and which work.
+        view, part, measure: which loss, of which modality, and FLOPs or seconds.
         loss: the level.
         share: the level is the baseline's loss after this share of its FLOPs; None: it is the model's own last loss.
-        ratio: baseline's work over the model's.
+        ratio: the baseline's FLOPs or seconds divided by the model's.
     """
 
     model: str
@@ -117,15 +117,15 @@ def compare(
 ) -> Comparison:
     """Compare runs with a baseline at equal loss.
 
-    Runs with equal configurations (names, seeds, layout and checkpoints aside) are seeds of one model: the ratio is
-    that of all their points together, and the smallest and largest of single pairs stand beside it.
+    Runs with equal configurations (except names, seeds, layout and checkpoints) are seeds of one model: the ratio is
+    computed from all their points together, and the smallest and largest ratio of single pairs are added.
 
     Args:
         baseline: run folder of the baseline, usually dense.
         others: run folders; further seeds of the baseline may be among them.
         shares: levels: the baseline's losses after these shares of its FLOPs. A model's own last loss is always one.
-        losses: levels of the loss over all modalities, besides.
-        histories: figures that were read already, by resolved folder.
+        losses: further levels of the loss over all modalities.
+        histories: metrics that were already read, by resolved folder.
 
     Raises:
         UsageError: a folder holds no run or nothing measured, or runs have other vocabularies or other data.
@@ -205,7 +205,7 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
 
 
 def _of_stage(model: Model) -> list[str]:
-    """Causal losses of the auxiliary stage: one measurement at the end, which no ratio at equal loss can be made of."""
+    """A note about causal losses of the auxiliary stage: a single measurement gives no ratio at equal loss."""
     found = []
     for run in model.runs:
         report = report_of(run.folder)
@@ -221,7 +221,7 @@ def _of_stage(model: Model) -> list[str]:
 
 
 def _young(model: Model) -> list[str]:
-    """Seeds that have not gone far enough for a curve, by the losses that they lack one of."""
+    """A note about seeds with too few points for a curve, by the losses concerned."""
     views: dict[Path, list[View]] = {}
     for view in VIEWS:
         for run in model.young(view):

@@ -1,5 +1,4 @@
-# The page's section on runs at equal loss: what compare.py found, as HTML. It computes nothing and refuses nothing:
-# runs that cannot be compared get a section that says why.
+# Converts the result of compare.py to HTML. If runs cannot be compared the section gives the reason.
 """The report page's section on equal loss."""
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def comparison_section(baseline: Path, runs: Sequence[Run]) -> str:
 
 
 def _as_html(markdown: str) -> str:
-    """Paragraphs and tables, which is all that `render` writes."""
+    """Converts paragraphs and tables, the only Markdown that `render` writes."""
     parts: list[str] = []
     rows: list[str] = []
     for line in [*markdown.splitlines(), ""]:

@@ -13,7 +13,7 @@ from mmscale.report.charts import Chart, charts_of
 from mmscale.report.downsample import POINTS, Curve, Downsampler
 from mmscale.report.history import Floats, History
 
-_MANY_RUNS = 4  # from so many on, curves have half the points
+_MANY_RUNS = 4  # with this number of runs or more, curves have half the points
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Curves:
     """Charts and their curves.
 
     Attributes:
-        charts: in order; those that no run has measured anything of are there without lines.
-        found: by number of the run and column; what was never measured is left out. Curves that were measured at the
-            same rows have the same `at`.
+        charts: in order; those without any measurement have no lines.
+        found: by number of the run and column; columns without a measurement are omitted. Curves measured at the same
+            rows share `at`.
     """
 
     charts: list[Chart]
@@ -39,9 +39,9 @@ def curves_of(
     """The curves of all charts of some runs.
 
     Args:
-        histories: figures of the runs by name.
+        histories: metrics of the runs by name.
         axes: of each run, in the same order.
-        cuts: where curves of each run are broken, in the same order; schedules are not.
+        cuts: breaks of each run, in the same order; schedules are not interrupted.
     """
     charts = charts_of(histories)
     points = POINTS if len(axes) < _MANY_RUNS else POINTS // 2

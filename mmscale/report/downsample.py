@@ -1,5 +1,4 @@
-# Curves of any length in a bounded number of points that keep every extreme: mean, lowest and highest of each bin.
-# It knows nothing of keys or pictures.
+# Each bin keeps its mean, lowest and highest value. Independent of keys and of drawing.
 """Downsamples curves of any length to a bounded number of points, keeping every extreme."""
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmscale.report.history import Floats
 
-POINTS = 700  # of a curve: about as many as a chart is wide on a laptop, in pixels
+POINTS = 700  # points of a curve; about the width of a chart on a laptop in pixels
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,10 @@ class Curve:
 
     Attributes:
         at: [P] by axis, the place of each bin (its mean).
-        mean, low, high: [P] of the finite values of a bin; NaN where it has none. Of names (`Downsampler.curve`) all
-            three are the most frequent one.
-        broken: bins in which something was not finite.
-        gaps: bins that begin behind a break: they are not joined with the one before.
+        mean, low, high: [P] of the finite values of a bin; NaN if it has none. For identifiers (`Downsampler.curve`)
+            all three are the most frequent one.
+        broken: bins with a value that was not finite.
+        gaps: bins that begin after a break and are not joined with the one before.
     """
 
     at: dict[str, Floats]
@@ -41,7 +40,7 @@ class Curve:
         return [slice(first, end) for first, end in itertools.pairwise(edges) if end > first]
 
     def with_gaps(self, values: Floats) -> Floats:
-        """[P] values, of a curve or its axis, with NaN before each gap: a line drawn through them is broken there."""
+        """[P] values of a curve or its axis, with NaN before each gap, which interrupts a line through them."""
         return np.insert(values.astype(np.float64), self.gaps, np.nan)
 
     @property
@@ -51,7 +50,7 @@ class Curve:
 
 
 class Downsampler:
-    """Downsamples the columns of one run. Columns that were measured at the same rows share their axes.
+    """Downsamples the columns of one run. Columns measured at the same rows share their axes.
 
     Args:
         axes: [R] by name.
@@ -67,9 +66,9 @@ class Downsampler:
         """The curve of a column; None if it was never measured.
 
         Args:
-            column: [R], NaN where nothing was measured, infinite where it was not finite.
-            names: values are numbers that name something, as a rank's, and have no mean.
-            breaks: steps after which the curve does not go on; the axes have "step" then.
+            column: [R], NaN if nothing was measured, infinite if the value was not finite.
+            names: values are identifiers, e.g. of ranks, and have no mean.
+            breaks: steps after which the curve is interrupted; the axes must include "step" then.
         """
         measured = ~np.isnan(column)
         rows = np.flatnonzero(measured)
@@ -94,7 +93,7 @@ class Downsampler:
 
 
 def _most_frequent(values: Floats, edges: NDArray[np.int64]) -> Floats:
-    """Of each bin; of equally frequent values the lowest."""
+    """The most frequent value of each bin; of equally frequent ones the lowest."""
     found = np.full(len(edges), np.nan)
     for place, some in enumerate(np.split(values, edges[1:])):
         distinct, counts = np.unique(some[np.isfinite(some)], return_counts=True)

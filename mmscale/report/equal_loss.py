@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-# Training losses of single steps are averaged in so many bins of equal width in log(work) before the regression.
+# Number of bins of equal width in log(work) in which training losses of single steps are averaged before the
+# regression.
 SMOOTH_BINS = 64
-_FEWEST = 3  # points that make a curve
+_FEWEST = 3  # smallest number of points of a curve
 
 
 class Bound(StrEnum):
@@ -26,7 +27,7 @@ class Bound(StrEnum):
 
     NONE = ""  # the ratio itself
     AT_LEAST = ">="  # the baseline was never as low as this loss
-    AT_MOST = "<="  # the other model was not
+    AT_MOST = "<="  # the other model was never as low as this loss
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Ratio:
     """The baseline's work over the other's at one loss.
 
     Attributes:
-        value: the ratio, or how far it is known.
+        value: the ratio, or its bound.
         bound: which of the two.
-        low, high: smallest and largest over pairs of seeds; None where a pair has only a bound on that side, and with
-            one pair.
-        pairs: pairs of seeds that say something about the ratio.
+        low, high: smallest and largest over pairs of seeds; None if a pair has only a bound on that side, and with one
+            pair.
+        pairs: number of pairs of seeds that give a ratio or a bound.
     """
 
     value: float
@@ -62,11 +63,12 @@ class Ratio:
 class Falling:
     """A loss that never rises with work, up to the lowest measured point.
 
-    Points after the lowest one (over-fitting, or noise) do not show how much work a lower loss takes, and averaged into
-    the last level they would make a reached loss look unreached. So the regression ends there. The cost: the end of the
-    curve is the lowest of noisy points, below the true loss by about the noise of a point, in both models alike; the
-    regression smooths only the points before. Losses of single training steps are averaged in bins first; single
-    evaluations are used as they are, so a level that only the lowest of them reaches depends on that one.
+    Points after the lowest one (over-fitting, or noise) are not used: they do not show how much work a lower loss
+    needs, and averaged into the last level they would make a reached loss appear unreached. The disadvantage is that
+    the curve ends at the lowest of noisy points, which is below the true loss by about the noise of a point, for both
+    models alike. Only the points before are smoothed by the regression. Losses of single training steps are averaged in
+    bins first; single evaluations are used unchanged, so a level that only the lowest of them reaches depends on that
+    one.
 
     Args:
         work: FLOPs, seconds or steps of each point, above 0; any order, repeated ones (several seeds) are averaged.
@@ -92,7 +94,7 @@ class Falling:
         x, y, weight = _averaged(x, y, bins)
         x, y, weight = (values[: int(np.argmin(y)) + 1] for values in (x, y, weight))
         fitted = isotonic_regression(y, weights=weight, increasing=False)
-        # A stretch at one level (the blocks of the regression) becomes one point in its middle.
+        # Each block of the regression (a stretch with constant loss) becomes one point in its middle.
         starts, ends = fitted.blocks[:-1], fitted.blocks[1:]
         self._level = np.array([fitted.x[start] for start in starts])
         self._place = np.array(
@@ -102,7 +104,7 @@ class Falling:
         self.start, self.end = float(np.exp(self._place[0])), float(np.exp(self._place[-1]))
 
     def work_at(self, loss: float) -> float | None:
-        """Work at which the loss is reached; None: it never is, or it was before the first point."""
+        """Work at which the loss is reached; None: it never is, or it was reached before the first point."""
         if not self.best <= loss <= self.first:
             return None
         if loss == self.best:
@@ -110,7 +112,7 @@ class Falling:
         return float(np.exp(PchipInterpolator(self._level[::-1], self._place[::-1])(loss)))
 
     def loss_at(self, work: float) -> float:
-        """Loss after so much work; the curve's ends outside of it."""
+        """Loss after an amount of work; outside of the curve, that of its nearest end."""
         place = math.log(work)
         if place >= self._place[-1]:
             return self.best
@@ -122,7 +124,7 @@ class Falling:
 def ratio_at(baseline: Sequence[Falling], other: Sequence[Falling], loss: float) -> Ratio | None:
     """Work of the baseline over the other's at a loss.
 
-    The first curve of each side is what the ratio is of (with several seeds that of all their points together), the
+    The ratio is computed from the first curve of each side (with several seeds, that of all their points together); the
     others are single seeds and give the spread.
 
     Returns:
@@ -148,7 +150,7 @@ def matched(baseline: Falling, other: Falling, *, points: int = 100) -> tuple[ND
     """Step matching (MoT, arXiv 2411.04996): the other's work at the loss of the baseline at each point of its work.
 
     Returns:
-        Work of the baseline and of the other, where both are known; below the diagonal the other is faster.
+        Work of the baseline and of the other, if both are known; below the diagonal the other is faster.
     """
     places = np.linspace(baseline.start, baseline.end, points)
     found = [(mine, other.work_at(baseline.loss_at(mine))) for mine in places]
@@ -171,7 +173,7 @@ def _ratio(baseline: Falling, other: Falling, loss: float) -> Ratio | None:
 def _averaged(
     x: NDArray[np.float64], y: NDArray[np.float64], bins: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Means of the points of the same place, or of the same bin, in order; and how many points each stands for."""
+    """Means of the points at the same place, or in the same bin, in order; and the number of points of each."""
     if bins is None:
         _, group = np.unique(x, return_inverse=True)
     else:

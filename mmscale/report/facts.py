@@ -1,5 +1,4 @@
-# What a report says in words and tables: results, configuration, environment, what differs between runs, what is odd.
-# It reads the small files of a run folder and interprets no figure.
+# Reads the small files of a run folder.
 """Text and tables of a report: results, configuration, environment, differences between runs, and warnings."""
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from mmscale.runs.metrics import METRICS
 from mmscale.runs.unrouted import note as unrouted_note
 from mmscale.runs.unrouted import unrouted
 
-_DIFF_UP_TO = 20_000  # characters of uncommitted changes that a page shows
+_DIFF_UP_TO = 20_000  # longest diff of uncommitted changes on a page [characters]
 
 
 def results(
     history: History, *, timeline: Timeline | None = None, events: Sequence[Event] = (), since: int = 0
 ) -> dict[str, str]:
-    """What a run reached, as words by row name; what was not measured is left out.
+    """Results of a run, as text by row name; values that were not measured are omitted.
 
     Args:
-        history: its figures.
+        history: its metrics.
         timeline: of the run.
         events: of events.jsonl.
-        since: the step after which held-out losses can be compared with each other.
+        since: the step after which held-out losses are comparable with each other.
     """
     facts: dict[str, str] = {}
     if len(history):
@@ -74,7 +73,7 @@ def results(
 
 
 def _best(history: History, *, since: int) -> dict[str, str]:
-    """The lowest held-out losses over all modalities and where they were measured."""
+    """The lowest held-out losses over all modalities, and the steps of their measurement."""
     found = {}
     for key in history.columns:
         measured = HeldOut.of(key)
@@ -109,7 +108,7 @@ def losses(history: History) -> dict[str, dict[str, str]]:
 
 
 def _kind(history: History, key: str, measured: HeldOut) -> str:
-    """Where a held-out value was measured; of an older checkpoint, as a stage's may be, with its step."""
+    """The data and the routing of a held-out value, with the step if it belongs to an older checkpoint."""
     step = int(history.measured(key)[0][-1])
     return measured.where if step == int(history.steps[-1]) else f"{measured.where}, step {step:,}"
 
@@ -120,7 +119,7 @@ def _name(key: str) -> str:
 
 
 def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:
-    """The configuration of an attempt by dotted key, as it was written; empty if there is none that can be read.
+    """The configuration of an attempt by dotted key, as it was written; empty if it cannot be read.
 
     Args:
         run: the run's folder.
@@ -134,7 +133,7 @@ def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:
 
 
 def changes(run: Path) -> list[tuple[int, str, Any, Any]]:
-    """What an attempt's configuration had changed of the one before: attempt, key, before, after."""
+    """Changes of an attempt's configuration from the previous one: attempt, key, before, after."""
     found = []
     for before, after in itertools.pairwise(attempts_with_settings(run)):
         old, new = settings(run, attempt=before), settings(run, attempt=after)
@@ -149,7 +148,7 @@ def differences(some: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]
 
 
 def environment(run: Path) -> dict[str, Any]:
-    """environment.json by dotted key, lists as they are; empty if there is none that can be read."""
+    """environment.json by dotted key, lists unchanged; empty if it cannot be read."""
     try:
         content = bounded.read_object(run / "environment.json")
     except (OSError, ValueError):
@@ -164,7 +163,7 @@ def environment(run: Path) -> dict[str, Any]:
 def notes(
     runs: Mapping[str, Path], histories: Mapping[str, History], configurations: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """Warnings that limit the validity of the figures."""
+    """Warnings that limit the validity of the report."""
     found = []
     for name, history in histories.items():
         if not len(history):
@@ -186,7 +185,7 @@ def notes(
 
 
 def _vocabularies(histories: Mapping[str, History], configurations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Losses per token of different vocabularies are different quantities."""
+    """A warning if vocabularies differ, because losses per token are then not comparable."""
     known = {name: _vocabulary(found) for name, found in configurations.items()}
     distinct = {words for words in known.values() if words}
     if len(distinct) > 1:

@@ -1,8 +1,8 @@
-"""Titles and units of figures of metrics.jsonl that have no chart of their own in a report."""
+"""Titles and units of the values of metrics.jsonl that have no special chart in a report."""
 
 from __future__ import annotations
 
-# By their name or the name before its first slash (docs/reference/metrics.md).
+# By the name, or the part of the name before its first slash (docs/reference/metrics.md).
 _WORDS = {
     "memory_stall_s": ("Pauses: snapshots in memory", "s"),
     "parameter_hash_s": ("Pauses: comparing replicas", "s"),
@@ -15,7 +15,7 @@ _WORDS = {
 
 
 def title_of(key: str) -> tuple[str, str]:
-    """Title and unit of a figure without a chart of its own; its key where nothing else is known."""
+    """Title and unit of a value without a special chart; the key itself if it is unknown."""
     name, _, kind = key.partition("/")
     title, unit = _WORDS.get(name, (key, ""))
     return (f"{title}: {kind}" if kind and name in _WORDS else title), unit

@@ -1,5 +1,4 @@
-# Pictures of runs: loss curves of several runs, and rows of small images. PNG files, drawn without a display.
-# It reads metrics.jsonl and nothing else of a run, and interprets nothing. A report's PNGs are made by pictures.py.
+# Needs no display. Of a run it reads only metrics.jsonl. pictures.py makes a report's PNGs.
 """Draws loss curves of several runs, and rows of small images, as PNG files."""
 
 from __future__ import annotations
@@ -39,15 +38,16 @@ if TYPE_CHECKING:
 _STYLES = ("-", "--", ":", "-.")
 _LOSS = "loss/"
 _STEP = "step"
-_SMOOTH_ABOVE = 200  # points of a curve; more are drawn faintly under their running mean
+_SMOOTH_ABOVE = 200  # points of a curve; if there are more they are drawn faintly behind their running mean
 _DOTS_BELOW = 40
-_POINTS = 2000  # of a curve: of more logged steps each is a mean, with a band from the lowest to the highest
+# Points of a curve; with more logged steps a point is a mean, with a band from the lowest to the highest.
+_POINTS = 2000
 
 
 def loss_curves(runs: Sequence[Path], out: Path) -> None:
     """Training and held-out loss per modality, gradient norm, learning rate and throughput of runs.
 
-    A colour is a modality, or a run where modalities do not matter; a line style is a run.
+    A colour is a modality, or a run in charts without modalities; a line style is a run.
 
     Args:
         runs: Run folders.
@@ -99,7 +99,7 @@ def sample_rows(rows: Sequence[tuple[str, Sequence[NDArray[Any]]]], out: Path) -
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """A short name for each run; its path where two folders have the same name, and a number where two are the same."""
+    """A short name for each run; its path if two folders have the same name, and a number if two paths are the same."""
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
@@ -142,7 +142,7 @@ def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
                     zorder=3,
                     marker=MARKS[number % len(MARKS)],
                     markersize=6.5,
-                    markerfacecolor=(colour, 0.45),  # marks at one place show through each other
+                    markerfacecolor=(colour, 0.45),  # transparent, so that marks at the same place are all visible
                     markeredgecolor=colour,
                     markeredgewidth=1.0,
                 )
@@ -201,8 +201,8 @@ def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float6
     sums = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
     counts = np.concatenate(([0], np.cumsum(known)))
     places = np.arange(len(values))
-    # At the start, where curves are steep, the window shrinks to stay centred; at the end it is cut off, or the curve
-    # would end in a single noisy value.
+    # At the start, where curves are steep, the window shrinks to stay centred. At the end it is cut off instead,
+    # because otherwise the curve would end in a single noisy value.
     reach = np.minimum(places, span)
     first, end = places - reach, np.minimum(places + reach + 1, len(values))
     number = counts[end] - counts[first]
@@ -210,7 +210,7 @@ def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float6
 
 
 def smoothed(curve: Curve, *, span: int) -> NDArray[np.float64]:
-    """[P] running means of a curve, none of them across a gap; the curve itself where the span is 0."""
+    """[P] running means of a curve, none of them across a gap; the curve itself if the span is 0."""
     if span == 0:
         return curve.mean
     return np.concatenate([running_mean(curve.mean[piece], span=span) for piece in curve.pieces()])

@@ -1,5 +1,4 @@
-# layers.jsonl for heat maps: as many records, evenly spread over the run, as a page can carry.
-# Of a long file only those are read that are shown.
+# Of a long file only the records that are shown are read.
 """Reads layers.jsonl for heat maps: a bounded number of records, evenly spread over the run."""
 
 from __future__ import annotations
@@ -15,19 +14,18 @@ from mmscale.runs.json_lines import is_count
 from mmscale.runs.metrics import LAYERS
 
 RECORDS = 60
-BYTES = 900_000  # of JSON, of one run
+BYTES = 900_000  # size limit of the JSON of one run
 
 
 def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[dict[str, Any]]:
-    """Records `{"step", "attempt", "layers"}` in the order of steps; empty where the run wrote none.
+    """Records `{"step", "attempt", "layers"}` in the order of steps; empty if the run wrote none.
 
-    Layers are counted from 0, also those of runs of earlier versions, whose files count them from 1.
+    Layers are counted from 0, also for runs of earlier versions, whose files count them from 1.
 
     Args:
         run: its folder.
-        records: at most as many, the first and the last among them.
-        limit: bytes of JSON of all of them together, about; where co-selection would take too many of them, only some
-            records have it.
+        records: at most as many, including the first and the last.
+        limit: approximate total size of the JSON [bytes]; if co-selection would exceed it, only some records have it.
     """
     file = run / LAYERS
     if not file.is_file():
@@ -35,7 +33,7 @@ def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[
     kept: list[dict[str, Any]] = []
     with file.open("rb") as lines:
         for record in _spread(lines, file.stat().st_size, records=records, limit=limit):
-            # What comes later in the file is done again from there on.
+            # Later records in the file repeat steps from there on.
             while kept and kept[-1]["step"] >= record["step"]:
                 kept.pop()
             kept.append(record)
@@ -43,7 +41,7 @@ def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[
 
 
 def _thinned(records: list[dict[str, Any]], *, limit: int) -> list[dict[str, Any]]:
-    """The records, with co-selection in as many, evenly spread and the last among them, as the limit has room for."""
+    """The records, with co-selection only in as many as the limit allows, evenly spread and including the last."""
     sizes = [(len(orjson.dumps(record)), len(orjson.dumps(_without_pairs(record)))) for record in records]
     room, pairs = limit - sum(slim for _, slim in sizes), max((whole - slim for whole, slim in sizes), default=0)
     if pairs <= 0 or len(records) * pairs <= room:
@@ -68,7 +66,7 @@ def _without_pairs(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spread(lines: BinaryIO, size: int, *, records: int, limit: int) -> Iterator[dict[str, Any]]:
-    """Whole records at evenly spread places of a file."""
+    """Complete records at evenly spread places of a file."""
     first = lines.readline(bounded.LONGEST_LINE)
     length, record = max(1, len(first)), _record(first)
     slim = length if record is None else len(orjson.dumps(_without_pairs(record)))
@@ -82,10 +80,11 @@ def _spread(lines: BinaryIO, size: int, *, records: int, limit: int) -> Iterator
     for place in places:
         lines.seek(max(0, place - 1))
         if place > 0:
-            lines.readline(bounded.LONGEST_LINE)  # to the next beginning; the byte before it tells whether this is one
+            # To the next beginning of a line; the preceding byte shows whether this is one.
+            lines.readline(bounded.LONGEST_LINE)
         begin = lines.tell()
         line = lines.readline(bounded.LONGEST_LINE)
-        if not line and place == places[-1]:  # the last line is longer than the first
+        if not line and place == places[-1]:  # the last line is longer than the first one
             line, begin = _last_line(lines, size, length)
         record = _record(line)
         if record is not None and begin > last:

@@ -1,4 +1,4 @@
-"""The style of all figures: colours, axes, labels, and deterministic files. It draws nothing."""
+"""The style of all figures: colours, axes, labels, and deterministic files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without yellow and black: distinguishable with any colour vision and in print.
+# Okabe and Ito's colours without yellow and black, which can be distinguished with any colour vision and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKS = ("o", "D", "s", "^")
 GREY = "#5a5a5a"
@@ -18,7 +18,7 @@ GREY = "#5a5a5a"
 
 def new_figure(*, width: float, height: float) -> Figure:
     """An empty figure [inches]."""
-    # Not through pyplot: no global state, and no display is looked for.
+    # Without pyplot, which has global state and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,7 +28,7 @@ def new_figure(*, width: float, height: float) -> Figure:
 
 
 def mark_cuts(axes: Axes, cuts: Iterable[tuple[float, str]]) -> None:
-    """Vertical lines where curves are broken, and what changed there.
+    """Vertical lines at breaks, with the text of each change.
 
     Args:
         axes: the panel.
@@ -52,12 +52,12 @@ def save_figure(figure: Figure, out: Path | BinaryIO) -> None:
     """Write a figure as PNG; folders are made."""
     if isinstance(out, Path):
         out.parent.mkdir(parents=True, exist_ok=True)
-    # No software version or date in it: the same run gives the same file.
+    # Without software version and date, so that the same run gives the same file.
     figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
 
 
 def dress(axes: Axes) -> None:
-    """The look of all axes."""
+    """Apply the style to axes."""
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -68,7 +68,7 @@ def dress(axes: Axes) -> None:
 
 
 def whole_steps(axes: Axes) -> None:
-    """Ticks below at whole steps: there is no step 2.5."""
+    """Ticks of the x axis at whole steps only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

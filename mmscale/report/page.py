@@ -1,5 +1,5 @@
-# One HTML page about runs that needs no other file and no network: its own style, script and numbers are inside.
-# It puts together what history, charts, layers, timeline and facts found; the script (assets/*.js) draws.
+# The page contains its style, script and data, and needs no network. This module combines the results of history,
+# charts, layers, timeline and facts; the script (assets/*.js) draws.
 """Writes the report: one self-contained HTML page."""
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
 
 
 def curves(runs: Sequence[Run]) -> Curves:
-    """What `write_page` and `pictures.write_pictures` draw of runs; computed once for both."""
+    """The curves for `write_page` and `pictures.write_pictures`; computed once for both."""
     return curves_of(
         {run.name: run.history for run in runs}, [run.axes for run in runs], cuts=[run.cuts for run in runs]
     )
@@ -131,7 +131,7 @@ def write_page(
         footer="Drag over a chart to zoom, double-click to go back; click a name in a legend to hide it. "
         "Bands reach from the lowest to the highest value; ▲ marks values above the scale, in red what is not finite. "
         "A ring marks the lowest held-out loss.",
-        # A "<" could end the script: JSON knows another way to write it.
+        # A "<" could end the script element, so it is escaped.
         data=orjson.dumps(data).decode().replace("<", "\\u003c"),
         script="\n".join((files / name).read_text(encoding="utf-8") for name in _SCRIPTS),
     )
@@ -184,7 +184,7 @@ def _points(curve: Curve) -> dict[str, Any]:
 
 
 def _short(values: Floats, *, digits: int = _DIGITS) -> list[float | int | None]:
-    """Numbers with as many digits as a picture can show; None for what is not finite."""
+    """Numbers with the digits that a chart can show; None if they are not finite."""
     found: list[float | int | None] = []
     for value in values.tolist():
         if not math.isfinite(value):

@@ -1,5 +1,4 @@
-# The figures of the page as PNG files, for slides and papers: the same charts and numbers, drawn by matplotlib.
-# What to draw is decided by charts.py, layers.py and timeline.py.
+# The same charts and numbers as on the page. charts.py, layers.py and timeline.py define what is drawn.
 """Draws the figures of the report page as PNG files with matplotlib, for slides and papers."""
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ _PARTS = {
     "waiting": ("waiting", "#c3c8cf"),
 }
 _MANY_MARKS = 80
-_SHOWN_LAYER_MAPS = 24  # co-selection matrices of a modality in a picture
+_SHOWN_LAYER_MAPS = 24  # largest number of co-selection matrices of a modality in a picture
 
 
 def write_pictures(runs: Sequence[Run], out: Path, *, drawn: Curves | None = None) -> list[Path]:
-    """One PNG for every part of the page, beside it: `<stem>_loss.png` and so on.
+    """One PNG for every part of the page, next to it: `<stem>_loss.png` and so on.
 
     Args:
         runs: from `page.read_runs`.
@@ -53,7 +52,7 @@ def write_pictures(runs: Sequence[Run], out: Path, *, drawn: Curves | None = Non
         drawn: from `page.curves`; None: they are made here.
 
     Returns:
-        The files, in the page's order; parts that no run has anything for are left out.
+        The files, in the page's order; parts for which no run has data are omitted.
     """
     files = []
     drawn = drawn or curves(runs)
@@ -102,7 +101,7 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
         if not curve.exact and (line.joined or not line.points):
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         elif not curve.exact:
-            # A point for many pauses says nothing of the longest: a stem reaches from the lowest to the highest.
+            # A point may stand for many pauses, so a stem shows the range from the lowest to the highest.
             axes.vlines(steps, low, high, color=colour, linewidth=0.9, alpha=0.6)
         if line.points:
             mark = MARKS[line.mark % len(MARKS)]
@@ -115,7 +114,8 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
                 linestyle=style,
                 linewidth=0.8,
                 markersize=4.5,
-                # Marks at one place show through each other: the first shape is half transparent, others are outlines.
+                # So that marks at the same place are all visible, the first shape is half transparent, others are
+                # outlines.
                 markerfacecolor="none" if line.mark % len(MARKS) else (colour, 0.45),
                 markeredgecolor=colour,
                 markeredgewidth=1.1 if len(steps) <= _MANY_MARKS else 0.5,
@@ -169,7 +169,7 @@ def _draw_layers(run: Run, out: Path, *, suffix: str) -> list[Path]:
 
 
 def _experts(record: dict[str, Any]) -> list[tuple[int, tuple[str, str], dict[str, Any]]]:
-    """Layer, (group, modality) and figures of everything that experts did."""
+    """Layer, (group, modality) and values of everything that experts did."""
     return [
         (int(layer), (group, modality), figures)
         for layer, entry in record["layers"].items()
@@ -231,7 +231,7 @@ def _layers_of(run: Run) -> list[int]:
 
 
 def _over_time(run: Run) -> dict[str, dict[str, Floats]]:
-    """[layers, records] by what is shown and by modality: tokens that no expert took, depth selection, output norm."""
+    """[layers, records] by kind of value and by modality: tokens that no expert took, depth selection, output norm."""
     layers = _layers_of(run)
     found: dict[str, dict[str, Floats]] = {}
     for place, record in enumerate(run.layers):
@@ -244,7 +244,7 @@ def _over_time(run: Run) -> dict[str, dict[str, Floats]]:
 
 
 def _draw_over_time(run: Run, found: Mapping[str, Mapping[str, Floats]], file: Path) -> None:
-    """Layer against step; a row for each figure, a column for each modality."""
+    """Layer against step; a row for each kind of value, a column for each modality."""
     layers = _layers_of(run)
     columns = max(len(maps) for maps in found.values())
     height = min(14.0, (1.1 + 0.16 * len(layers)) * len(found))

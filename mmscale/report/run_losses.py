@@ -1,8 +1,8 @@
-"""Losses of runs against the work they took: read from run folders, checked for comparability, grouped by model.
+"""Losses of runs against FLOPs and time: read from run folders, checked for comparability, grouped by model.
 
-`training`: the loss of the training batches, as in the paper; experts choose among all tokens, which uses later ones.
-`held_out`: the same routing on held-out data. `causal`: held-out data, every token routed without looking at later
-ones; only this one is valid for a model that generates. compare.py computes ratios.
+`training`: the loss of the training batches, as in the paper; experts choose among all tokens, later ones included.
+`held_out`: the same routing on held-out data. `causal`: held-out data, every token routed without using later ones;
+only this one is valid for a model that generates. compare.py computes ratios.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ALL = "all"  # all modalities together
 # Causal routings by which a run measures held-out losses, in order of preference.
 _CAUSAL = tuple(routing for routing in CAUSAL_ROUTINGS if routing.mode.measured)
 _LOSS = "loss"
-# Settings that do not change what is computed: two runs that differ in nothing else are seeds of one model.
+# Settings that do not change what is computed. Two runs that differ only in these are seeds of one model.
 _ASIDE = {"run", "checkpoint", "resilience", "log", "parallel"}
 
 
@@ -51,8 +51,8 @@ class Points:
 
     Attributes:
         flops: training FLOPs so far, padding included.
-        seconds: of training so far, without pauses; NaN where it was not measured.
-        loss: what was measured.
+        seconds: of training so far, without pauses; NaN if they were not measured.
+        loss: the measured values.
     """
 
     flops: NDArray[np.float64]
@@ -65,15 +65,15 @@ _NOTHING = Points(np.zeros(0), np.zeros(0), np.zeros(0))
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run as far as it is compared.
+    """The data of a run for a comparison.
 
     Attributes:
-        folder: where it lies.
+        folder: of the run.
         config: of its latest attempt.
         losses: by view and modality (or ALL).
-        dropped: losses that were not finite and are left out.
+        dropped: number of losses that were not finite and are ignored.
         steps: last logged step.
-        tokens: of each modality up to there, padding left out; empty if they were not logged.
+        tokens: of each modality up to that step, without padding; empty if they were not logged.
     """
 
     folder: Path
@@ -85,7 +85,7 @@ class ComparedRun:
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs of a token."""
+        """Training FLOPs per token."""
         return flops_per_token(self.config).training
 
     @property
@@ -96,7 +96,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Model:
-    """Runs that differ in their seed only.
+    """Runs that differ only in their seeds.
 
     Attributes:
         name: of the first run.
@@ -107,15 +107,15 @@ class Model:
     runs: tuple[ComparedRun, ...]
 
     def curves(self, view: View, part: str, measure: Measure) -> list[Falling]:
-        """The curve of all runs' points; with several runs follow those that have enough points for one of their own.
+        """The curve of all runs' points; with several runs, then those of runs with enough points for a separate one.
 
-        Empty where too little was measured.
+        Empty if too little was measured.
         """
         whole, alone = self._curves(view, part, measure)
         return [] if whole is None else [whole, *(curve for curve in alone.values() if curve is not None)]
 
     def young(self, view: View) -> list[ComparedRun]:
-        """Runs that are in the curve of all points, or would be, with too few for one of their own."""
+        """Runs with too few points for a separate curve."""
         found: dict[Path, ComparedRun] = {}
         for part in (ALL, *self.runs[0].config.vocab.names):
             whole, alone = self._curves(view, part, "flops")
@@ -124,7 +124,7 @@ class Model:
         return list(found.values())
 
     def _curves(self, view: View, part: str, measure: Measure) -> tuple[Falling | None, dict[Path, Falling | None]]:
-        """The curve of all points, and with several runs the own one of each; None: too few points."""
+        """The curve of all points and, with several runs, the separate one of each; None: too few points."""
         points = {run.folder: run.losses.get(view, {}).get(part, _NOTHING) for run in self.runs}
         bins = SMOOTH_BINS if view == "training" else None
         whole = _falling(list(points.values()), measure, bins=bins)
@@ -141,11 +141,11 @@ def _falling(points: Sequence[Points], measure: Measure, *, bins: int | None) ->
 
 
 def read_run(folder: Path, *, history: History | None = None) -> ComparedRun:
-    """Read what is compared of a run.
+    """Read the data of a run for a comparison.
 
     Args:
-        folder: where it lies.
-        history: its figures if they were read already.
+        folder: of the run.
+        history: its metrics, if they were already read.
 
     Raises:
         UsageError: there is no configuration, or no logged step.
@@ -176,7 +176,7 @@ def read_run(folder: Path, *, history: History | None = None) -> ComparedRun:
 
 
 def _configurations(folder: Path, history: History) -> dict[int | None, Config]:
-    """By attempt, of those that wrote rows; None: of rows that name no attempt.
+    """Configurations by attempt, of attempts that wrote rows; None: of rows without an attempt.
 
     Raises:
         ConfigError: one cannot be read.
@@ -189,7 +189,7 @@ def _configurations(folder: Path, history: History) -> dict[int | None, Config]:
 
 
 def _work(history: History, configs: Mapping[int | None, Config]) -> NDArray[np.float64]:
-    """Training FLOPs up to each row: every step counts as much as the settings of its attempt say."""
+    """Training FLOPs up to each row; the FLOPs of a step depend on the settings of its attempt."""
     attempts = history.of("attempt")
     per_step = np.zeros(len(history))
     for attempt, config in configs.items():
@@ -201,7 +201,7 @@ def _work(history: History, configs: Mapping[int | None, Config]) -> NDArray[np.
 
 
 def _key(view: View, part: str, config: Config, history: History) -> str:
-    """The name of a loss in metrics.jsonl; what routes nothing is causal as it is."""
+    """The name of a loss in metrics.jsonl. For a model without routing every loss is causal."""
     loss = _LOSS if part == ALL else f"{_LOSS}/{part}"
     if view == "training":
         return loss
@@ -212,7 +212,7 @@ def _key(view: View, part: str, config: Config, history: History) -> str:
 
 
 def _clock(history: History) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps, and seconds of training up to them. A row's time is the mean since the row before it that has one."""
+    """Steps, and seconds of training up to them. A row's time is the mean since the previous row that has one."""
     steps, times = history.measured("step_time_s")
     steps, times = steps[np.isfinite(times)], times[np.isfinite(times)]
     if not len(steps):
@@ -248,7 +248,7 @@ def refuse_data(first: ComparedRun, run: ComparedRun) -> None:
 
 
 def _data(config: Config) -> list[tuple[str, ...]]:
-    """What identifies the data: digests of its preparation where the folders are here, else their paths."""
+    """The identity of the data: digests of its preparation if the folders exist here, otherwise their paths."""
     found: list[tuple[str, ...]] = []
     for source in config.data.sources:
         try:
@@ -265,11 +265,12 @@ def _paths(config: Config) -> str:
 
 
 def group_models(runs: Sequence[ComparedRun]) -> list[Model]:
-    """Runs grouped by what they train: those of a group differ in their seed only; the first run's comes first."""
+    """Runs grouped by model, so that runs of a group differ only in their seeds; the first run's group comes first."""
     groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
         aside: dict[str, Any] = {name: Config.model_fields[name].default for name in _ASIDE}
-        aside["data"] = run.config.data.model_copy(update={"validation": {}})  # nothing is learned from it
+        # Validation data does not affect training.
+        aside["data"] = run.config.data.model_copy(update={"validation": {}})
         groups.setdefault(digest(run.config.model_copy(update=aside)), []).append(run)
     names = [group[0].folder.resolve().name for group in groups.values()]
     whole = len(set(names)) < len(names)

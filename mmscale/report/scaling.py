@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 Array = NDArray[np.float64]
-FEWEST_RUNS = 6  # five constants and a residual
-FEWEST_VALUES = 3  # of N and of D: an exponent and an asymptote need three places
+FEWEST_RUNS = 6  # for five constants and a residual
+FEWEST_VALUES = 3  # different values of N and of D, needed for an exponent and an asymptote
 _EXPONENTS = (0.01, 3.0)
 _GRID = 24  # starts per exponent
-_STARTS = 3  # of the best grid points, refined
-_HUBER = 1e-3  # of log(loss), as in Chinchilla (arXiv 2203.15556, appendix D.2)
+_STARTS = 3  # number of the best grid points that are refined
+_HUBER = 1e-3  # threshold for log(loss), as in Chinchilla (arXiv 2203.15556, appendix D.2)
 _TINY, _MOST = 1e-12, 1e3
 
 
@@ -43,7 +43,7 @@ class Terms:
     beta: float
 
     def __call__(self, parameters: Array | float, tokens: Array | float) -> Array:
-        """The value for so many parameters and tokens."""
+        """The value for given numbers of parameters and tokens."""
         n, d = np.asarray(parameters, float), np.asarray(tokens, float)
         return self.constant + self.A * n**-self.alpha + self.B * d**-self.beta
 
@@ -68,7 +68,7 @@ class Observations:
         return np.sum(list(self.tokens.values()), axis=0)
 
     def problem(self) -> str | None:
-        """Why five constants cannot be found; None: they can."""
+        """Why five constants cannot be determined; None: they can."""
         sizes, counts = len(np.unique(self.parameters)), len(np.unique(self.all_tokens))
         if len(self.loss) >= FEWEST_RUNS and min(sizes, counts) >= FEWEST_VALUES:
             return None
@@ -99,7 +99,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law, how well it fits, and how sure it is.
+    """A fitted law, with its residuals and uncertainty.
 
     Attributes:
         law: the best one.
@@ -113,16 +113,16 @@ class Fit:
 
 
 def fit(observations: Mapping[tuple[str, ...], Observations], *, replicas: int = 200, seed: int = 0) -> Fit:
-    """Fit modalities alone, then what is left of each pair.
+    """Fit single modalities first, then the remaining terms of each pair.
 
-    Huber's loss of log(measured / predicted), from the best points of a grid of exponents, for each of which the other
-    constants are a linear problem. Replicas are fitted to predictions times resampled residuals, so that a pair's
-    intervals hold the uncertainty of both its modalities.
+    Minimises Huber's loss of log(measured / predicted), starting from the best points of a grid of exponents; for each
+    point the other constants are the solution of a linear problem. Replicas are fitted to predictions times resampled
+    residuals, so that a pair's intervals include the uncertainty of both its modalities.
 
     Args:
         observations: by the names of the modalities, in the order of the vocabulary; `problem()` is None for each, and
-            both modalities of a pair are there alone.
-        replicas: laws for the intervals.
+            both modalities of a pair are included separately.
+        replicas: number of laws for the intervals.
         seed: of resampling.
     """
     law = _fit(observations, None)
@@ -142,7 +142,7 @@ def fit(observations: Mapping[tuple[str, ...], Observations], *, replicas: int =
 
 
 def barrier_parameters(pair: Terms, tokens: float) -> float | None:
-    """N above which two modalities help more than they compete, at so many tokens; None: at no size."""
+    """N above which two modalities help more than they compete, for a number of tokens; None: for no N."""
     gain = -pair.constant - pair.B * tokens**-pair.beta
     if gain <= 0.0:
         return None
@@ -150,10 +150,10 @@ def barrier_parameters(pair: Terms, tokens: float) -> float | None:
 
 
 def cheapest_barrier(pair: Terms) -> tuple[float, float] | None:
-    """N and D of the crossing with the smallest product, so with the least compute; None: there is no synergy.
+    """N and D of the crossing with the smallest product, i.e. the least compute; None: there is no synergy.
 
-    On the barrier A/N^alpha + B/D^beta = C. The product N D is least where alpha times the first term equals beta times
-    the second (Lagrange).
+    On the barrier A/N^alpha + B/D^beta = C. The product N D is smallest where alpha times the first term equals beta
+    times the second (Lagrange).
     """
     synergy = -pair.constant
     if synergy <= 0.0 or pair.A <= 0.0 or pair.B <= 0.0:
@@ -164,7 +164,7 @@ def cheapest_barrier(pair: Terms) -> tuple[float, float] | None:
 
 
 def interval(values: Sequence[float], *, level: float = 0.9) -> tuple[float, float]:
-    """Percentiles that hold the middle `level` of the values."""
+    """Percentiles that include the middle `level` of the values."""
     low, high = np.quantile(np.asarray(values, float), [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)
 
@@ -187,7 +187,7 @@ def _fit(observations: Mapping[tuple[str, ...], Observations], start: Law | None
 def _terms(seen: Observations, offset: Array, *, signed: bool, start: Terms | None) -> Terms:
     """Terms that, added to the offset, give the losses; the constant may be negative if `signed`."""
     loss, n0, d0 = seen.loss, _centre(seen.parameters), _centre(seen.all_tokens)
-    # In units of their geometric means N and D are about 1, and constants and exponents nearly independent.
+    # Divided by their geometric means N and D are about 1, so that constants and exponents are nearly independent.
     n, d = seen.parameters / n0, seen.all_tokens / d0
 
     def misfit(theta: Array) -> Array:
@@ -196,7 +196,8 @@ def _terms(seen: Observations, offset: Array, *, signed: bool, start: Terms | No
         return np.log(np.maximum(value, _TINY) / loss)
 
     low = [-np.inf if signed else 0.0, np.log(_TINY), np.log(_EXPONENTS[0]), np.log(_TINY), np.log(_EXPONENTS[0])]
-    # A term of a thousand nats where the runs are is no loss of anything, and keeps exp() from overflowing.
+    # An upper bound of a thousand nats for a term near the runs excludes no realistic loss and prevents overflow in
+    # exp().
     high = [np.inf, np.log(_MOST), np.log(_EXPONENTS[1]), np.log(_MOST), np.log(_EXPONENTS[1])]
     starts = _grid(n, d, loss, offset, signed=signed) if start is None else [_centred(start, n0, d0)]
     fits = [
@@ -244,7 +245,7 @@ def _centre(values: Array) -> float:
 
 
 def _resample(residuals: Array, random: np.random.Generator) -> Array:
-    """Residuals drawn again; as many as constants were spent on them they are too small."""
+    """Residuals drawn again, scaled up because fitted constants make residuals too small."""
     spent = 5
     grow = np.sqrt(len(residuals) / max(1, len(residuals) - spent))
     return random.choice(residuals - residuals.mean(), len(residuals)) * grow

@@ -26,7 +26,7 @@ class ScalingPoint:
     """One run.
 
     Attributes:
-        folder: where it lies.
+        folder: of the run.
         parameters: of the model.
         tokens: of each modality that it was trained on.
         loss: mean of these modalities' losses at the last evaluation.
@@ -45,13 +45,13 @@ def read_points(
 
     Args:
         folders: of the runs.
-        view: which loss; causal is the one that a dense and a sparse model can be compared by.
-        size: what counts as N: parameters that an average token passes through, or all.
-        least_share: a modality with a smaller share of the tokens is no modality of the run: special tokens of text
-            stand in data of images alone, too.
+        view: which loss; only the causal one allows comparing dense and sparse models.
+        size: definition of N: parameters used for an average token, or all.
+        least_share: modalities with a smaller share of the tokens are ignored, because even data with images only has
+            special tokens of text.
 
     Raises:
-        UsageError: a folder is no run, has no such loss, or has another vocabulary.
+        UsageError: a folder is not a run, has no such loss, or has another vocabulary.
     """
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     for run in runs[1:]:
@@ -63,7 +63,7 @@ def observations(points: Sequence[ScalingPoint]) -> dict[tuple[str, ...], Observ
     """Points by the names of their modalities, ready to be fitted.
 
     Raises:
-        UsageError: three modalities in a run, a pair without both modalities alone, or too few runs for the constants.
+        UsageError: a run has three modalities, a modality of a pair has no runs alone, or there are too few runs.
     """
     groups: dict[tuple[str, ...], list[ScalingPoint]] = {}
     for point in points:

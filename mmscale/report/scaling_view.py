@@ -1,4 +1,4 @@
-"""Renders a fitted scaling law as plain data, as text and as a picture; scaling.py fits it."""
+"""Renders a fitted scaling law as plain data, as text and as a picture. scaling.py fits it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _NAMES = ("constant", "A", "alpha", "B", "beta")
 
 
 def summary(fit: Fit, seen: Mapping[tuple[str, ...], Observations], *, tokens: Sequence[float] = ()) -> dict[str, Any]:
-    """Everything as plain data with stable keys.
+    """The fit as plain data with stable keys.
 
     Args:
         fit: the law.
-        seen: what it was fitted to.
-        tokens: numbers of tokens to predict the barrier at; none: the most that a pair was trained on, and 4 and 16
-            times that.
+        seen: the observations that it was fitted to.
+        tokens: numbers of tokens at which to predict the barrier; none: the largest number that a pair was trained on,
+            and 4 and 16 times that.
 
     Returns:
-        `modalities` and `pairs`: constants with intervals (`low`, `high`; without replicas there are none), runs,
-        largest misfit; a pair's `C` is its constant's negative, and `barrier` says from how many parameters on there is
+        `modalities` and `pairs`: constants with intervals (`low`, `high`; absent without replicas), runs, largest
+        misfit; a pair's `C` is its constant's negative, and `barrier` is the number of parameters above which there is
         synergy (None: never).
     """
     laws = fit.law.pairs
@@ -185,7 +185,7 @@ def _draw_barrier(axes: Axes, fit: Fit, names: tuple[str, str], seen: Observatio
             color=colour,
             label=label,
         )
-    # Far outside of what was trained an extrapolated barrier is a number without meaning.
+    # Far outside of the trained range an extrapolated barrier has no meaning.
     low, high = seen.parameters.min() / 10, seen.parameters.max() * 1e4
     if spread:
         bands = np.array([interval([one[place] for one in spread]) for place in range(len(grid))])

@@ -1,5 +1,5 @@
-# What happened to a run and when: its attempts, what stopped them, and where its time went.
-# The shares of time are the goodput arithmetic's, which is handed in; nothing is drawn here.
+# Collects the attempts of a run, why they ended, and how its time was used. The caller passes the function that
+# computes goodput.
 """The timeline of a run: attempts, saves, faults, and lost work."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mmscale.runs.events import ORDERLY_ENDS, ROUTINE
 
 Event = Mapping[str, Any]
 _ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
-_DRAWN = 300  # happenings of each kind in a picture
-_GROUPS = 400  # of an attempt's lines, for the goodput arithmetic
+_DRAWN = 300  # largest number of events of each kind in a picture
+_GROUPS = 400  # groups of an attempt's lines, for computing goodput
 
 
 class Goodput(Protocol):
@@ -35,7 +35,7 @@ class Span:
 
     Attributes:
         begin, end: hours since the run's first event.
-        kind: start_up, steps, or lost (done again by a later attempt).
+        kind: start_up, steps, or lost (repeated by a later attempt).
         attempt: its number.
     """
 
@@ -51,10 +51,10 @@ class Happening:
 
     Attributes:
         hours: since the run's first event.
-        attempt, step: where; step is None where the event has none.
+        attempt, step: of the event; step is None if the event has none.
         event: its name.
         text: its other fields, for people.
-        routine: part of every run.
+        routine: occurs in every run.
     """
 
     hours: float
@@ -72,7 +72,7 @@ class Timeline:
     Attributes:
         spans: parts of attempts, in order.
         happenings: events, in order.
-        goodput: share of the time that went into steps that count; None where nothing tells.
+        goodput: share of the time that was spent in steps that count; None if unknown.
         seconds: by part of the time.
         measured_start: whether times before "start" are known; without a launcher they are not.
     """
@@ -84,11 +84,11 @@ class Timeline:
     measured_start: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists and dictionaries, with those happenings that are drawn."""
+        """Plain lists and dictionaries, with the events that are drawn."""
         return asdict(replace(self, happenings=self.drawn()))
 
     def drawn(self) -> list[Happening]:
-        """At most 300 happenings of each kind, evenly chosen, the first and the last among them: for pictures."""
+        """At most 300 events of each kind, evenly chosen and including the first and the last, for pictures."""
         by_name: dict[str, list[Happening]] = {}
         for one in self.happenings:
             by_name.setdefault(one.event, []).append(one)
@@ -104,9 +104,9 @@ def timeline_of(events: Sequence[Event], history: History, *, begin: float, good
 
     Args:
         events: of events.jsonl.
-        history: its figures; their lines tell when work was lost.
+        history: its metrics; their lines show which work was lost.
         begin: when the run began [seconds since 1970].
-        goodput: the arithmetic.
+        goodput: function that computes goodput.
     """
     events = [event for event in events if isinstance(event.get("time"), int | float) and "event" in event]
     if not events:
@@ -126,9 +126,9 @@ def timeline_of(events: Sequence[Event], history: History, *, begin: float, good
 
 
 def _with_ends(events: Sequence[Event], history: History) -> list[Event]:
-    """Every attempt begins with "launch" and ends no sooner than its last logged step.
+    """Adds events so that every attempt begins with "launch" and ends no sooner than its last logged step.
 
-    Runs without the launcher begin with "start", and a killed one tells nothing of its end.
+    Runs without the launcher begin with "start", and a killed one has no event for its end.
     """
     last: dict[int, float] = {}
     times, attempts = history.lines.columns.get("time", np.zeros(0)), history.lines.attempt
@@ -150,12 +150,12 @@ def _with_ends(events: Sequence[Event], history: History) -> list[Event]:
 
 
 def _condensed(events: Sequence[Event], history: History) -> list[dict[str, Any]]:
-    """Lines of each attempt in groups, with the sums that the goodput arithmetic takes of them.
+    """Lines of each attempt in groups, with the sums needed for computing goodput.
 
     A group ends where a later attempt resumes, so that repeated steps are not counted twice.
     """
     begun = {_attempt(e): float(e.get("step", 0)) for e in events if e["event"] in ("start", "resume")}
-    newest: dict[float, int] = {}  # of the attempts that begin after a step, the last one
+    newest: dict[float, int] = {}  # by step, the last of the attempts that resume after it
     for attempt, step in begun.items():
         newest[step] = max(newest.get(step, 0), attempt)
     starts = np.array(sorted(newest))
@@ -187,7 +187,7 @@ def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float
     by_attempt: dict[int, list[Event]] = {}
     for event in events:
         by_attempt.setdefault(_attempt(event), []).append(event)
-    counts_up_to: dict[int, int | None] = {}  # of an attempt: the step from which a later one resumes
+    counts_up_to: dict[int, int | None] = {}  # by attempt, the step from which a later one resumes
     least: int | None = None
     for attempt in sorted(by_attempt, reverse=True):
         counts_up_to[attempt] = least
@@ -208,9 +208,9 @@ def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float
 
 
 def _kept(history: History, events: Sequence[Event], attempt: int, step: int, *, begun: float, end: float) -> float:
-    """Up to when an attempt's work counts, if the next one resumes after a step: its end where it saved that step last.
+    """Until when an attempt's work counts, if the next one resumes after a step: its end if it saved that step last.
 
-    The save of the step began when the step was done, which need not be a logged one.
+    The save of the step began when the step was done, which need not be a logged step.
     """
     if any(event["event"] in ORDERLY_ENDS and _step(event) <= step for event in events):
         return end
@@ -219,7 +219,7 @@ def _kept(history: History, events: Sequence[Event], attempt: int, step: int, *,
 
 
 def _reached(history: History, attempt: int, step: int, *, begun: float, end: float) -> float:
-    """When an attempt had done a step; its end where nobody knows."""
+    """When an attempt had done a step; the attempt's end if unknown."""
     lines, times = history.lines, history.lines.columns.get("time", np.zeros(0))
     known = (lines.attempt == attempt) & np.isfinite(times)
     if not known.any():
@@ -239,13 +239,13 @@ def _happenings(events: Sequence[Event], history: History, *, begin: float) -> l
             routine=event["event"] in ROUTINE,
         )
         for event in events
-        if event["event"] != "save_begin"  # the commit is what counts
+        if event["event"] != "save_begin"  # only the commit is shown
     ]
     return sorted([*found, *_deaths(events, history, begin=begin)], key=lambda one: one.hours)
 
 
 def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
-    """Attempts that ended without an event although another one followed: their processes were killed."""
+    """Attempts that ended without an event although another attempt followed, because their processes were killed."""
     by_attempt: dict[int, list[Event]] = {}
     for event in events:
         by_attempt.setdefault(_attempt(event), []).append(event)

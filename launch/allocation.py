@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from launch import scheduler
+from launch import preemption, scheduler
+from launch.job_states import Phase
 from launch.policy import NO_ANSWER, Ending, crashed
 from launch.scheduler import UnreachableError, patiently
 from mmscale.errors import LaunchError
 
+_POLL_S = 0.1
+_KILLED_S = 90.0  # SLURM ends a requeued job within KillWait
 _SHORT_S = 10.0  # timeout of an optional query: `scontrol` itself gives up after 9 s or more
 
 
@@ -64,11 +68,19 @@ class Allocation:
 
     def preempted(self) -> bool:
         """Whether SLURM has preempted this job; False without an answer."""
-        try:
-            found = scheduler.job_state(self.job, timeout_s=_SHORT_S) if self.job else None
-        except LaunchError:
-            return False
+        found = self._seen()
         return found is not None and found.preempted
+
+    def taken_away(self) -> bool:
+        """Whether SLURM has preempted this job or is ending it, e.g. for a failed node; False without an answer."""
+        found = self._seen()
+        return found is not None and (found.preempted or found.phase in (Phase.ENDING, Phase.ENDED))
+
+    def _seen(self) -> scheduler.JobState | None:
+        try:
+            return scheduler.job_state(self.job, timeout_s=_SHORT_S) if self.job else None
+        except LaunchError:
+            return None
 
     def lost_nodes(self, hosts: str) -> dict[str, str]:
         """The failed nodes of a host list, with their states; empty without an answer."""
@@ -77,10 +89,24 @@ class Allocation:
         except UnreachableError:
             return {}
 
+    def requeued_at_end(self, *, before: int) -> bool:
+        """`preemption.requeued_at_end` for this job, which has been preempted; False without an answer."""
+        try:
+            return patiently(lambda: preemption.requeued_at_end(self.job, before=before), patience_s=self.patience_s)
+        except LaunchError:
+            return False
+
     def requeue(self) -> str:
-        """Requeue this job. Returns "" on success, otherwise the reason for the refusal."""
+        """Requeue this job and wait until SLURM ends this process.
+
+        Returns:
+            The reason for a refusal, "" on success.
+        """
         try:
             patiently(lambda: scheduler.requeue(self.job), patience_s=self.patience_s)
         except LaunchError as error:
             return error.cause
+        deadline = time.monotonic() + _KILLED_S
+        while not self.interrupted() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
         return ""

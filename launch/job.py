@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,6 @@ from mmscale.runs.events import EventLog, read_events
 from mmscale.runtime import console
 from mmscale.runtime.rank_env import unused_port
 from mmscale.train.scratch import start_from_scratch
-
-_POLL_S = 0.1
-_KILLED_S = 90.0  # SLURM ends a requeued job within KillWait
 
 
 @dataclass(frozen=True)
@@ -222,17 +219,18 @@ class Supervisor:
                 return self._give_up(why, STOPPED, self.run_dir / "logs", events)
         if action is Action.REQUEUE:
             _say(f"{self.signals[-1]} before ranks were started: requeued")
-            self.lock.keep = not self._requeue()
+            self.lock.keep = not self._requeue(ending)
         return STOPPED
 
     def _look_for_preemption(self) -> None:
         """Record the signal of a preemption that arrived before any rank could receive it.
 
         SLURM sends SIGTERM once, to the steps of a job. If there was no step yet, the job would train until the end of
-        its grace period.
+        its grace period. A job that SLURM is ending, because a node has failed, learns it here before its signal: a
+        check of nodes that ended for that has no result.
         """
-        if self.allocation.preempted() and not self.signals:
-            _say("preempted before ranks could be told")
+        if self.allocation.taken_away() and not self.signals:
+            _say("SLURM takes the nodes away before ranks could be told")
             self.signals.append("SIGTERM")
 
     def _interrupted(self) -> bool:
@@ -298,7 +296,7 @@ class Supervisor:
             passed.remove_secrets(self.disk.now(self.folder))
             self.successors.cancel()
         if action is Action.REQUEUE:
-            refused = self._requeue()
+            refused = self._requeue(ending)
             return (self._not_requeued(refused, events), ending.exit_status) if refused else (action, STOPPED)
         if action is Action.GIVE_UP:
             return action, self._give_up(why, status, logs, events)
@@ -378,16 +376,16 @@ class Supervisor:
             cause=lambda: step.cause_of(logs, self._said),
         )
 
-    def _requeue(self) -> str:
-        """Requeue this job and wait until SLURM ends this process. Returns the reason for a refusal, "" on success."""
+    def _requeue(self, ending: Ending) -> str:
+        """Have this job requeued: by its end, or at once. Returns the reason for a refusal, "" on success."""
         self.signals.clear()
         self.notifier.finish()  # SLURM will end them with this job
-        if refused := self.allocation.requeue():
-            return refused
-        deadline = time.monotonic() + _KILLED_S
-        while not self.signals and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-        return ""
+        budget = self.disk.budget()
+        if ending.preempted and self.allocation.requeued_at_end(before=budget.by_slurm):
+            _say("slurmctld requeues a preempted job when it ends")
+            self.disk.keep(replace(budget, by_slurm=budget.by_slurm + 1))
+            return ""
+        return self.allocation.requeue()
 
 
 def _say(text: str) -> None:

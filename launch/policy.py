@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -39,16 +39,18 @@ class Budget:
         without_progress: consecutive ends without a new committed checkpoint: crashes, and requeues that count
             (`Ending.requeue_counts`).
         step: newest committed checkpoint when the last attempt ended.
+        by_slurm: requeues by slurmctld at the end of preempted jobs (preemption.py).
     """
 
     restarts: int = 0
     without_progress: int = 0
     step: int = 0
+    by_slurm: int = 0
 
     def ended(self, *, step: int, crashed: bool, requeue_counts: bool = False) -> Budget:
         """The budget after an attempt that left `step` as the newest committed one."""
         without_progress = 0 if step > self.step else self.without_progress + (crashed or requeue_counts)
-        return Budget(self.restarts + crashed, without_progress, step)
+        return replace(self, restarts=self.restarts + crashed, without_progress=without_progress, step=step)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import ctypes
 import getpass
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -32,7 +33,10 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SEARCHED = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # folders of daemons that are not on the PATH of ordinary users
 
 # config_overrides allows nodes to declare sixteen cores on a machine with two. KillWait is SLURM's default, within
-# which saves must finish. SLURM notices killed nodes after SlurmdTimeout; less would be too short on a busy machine.
+# which saves must finish. SLURM notices killed nodes after SlurmdTimeout; less than 10 s would be too short on a busy
+# machine. slurmctld pings nodes in rounds. A round with a node that is cut off takes MessageTimeout (10 s), and the
+# next one waits for it. With a SlurmdTimeout of 10 s, 24.11 then set healthy nodes DOWN, and requeued their jobs.
+_SLURMD_TIMEOUT_S, _SLURMD_TIMEOUT_OF_NEWER_S, _NEWER = 10, 40, 23
 _SLURM_CONF = """\
 ClusterName=mmscale
 SlurmctldHost={host}({controller})
@@ -63,7 +67,7 @@ ReturnToService=2
 MpiDefault=none
 GresTypes=gpu
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout={slurmd_timeout}
 KillWait=30
 MinJobAge=3600
 InactiveLimit=0
@@ -139,6 +143,7 @@ class Keeper:
             first=port + 1,
             last=port + len(self.names),
             gres="Gres=gpu:8 " if fake_gpus else "",
+            slurmd_timeout=_SLURMD_TIMEOUT_S if _major_version() < _NEWER else _SLURMD_TIMEOUT_OF_NEWER_S,
         )
         etc = self.folder / "etc"
         (etc / "slurm.conf").write_text(text)
@@ -293,6 +298,13 @@ def _die_with_parent(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return tie
+
+
+def _major_version() -> int:
+    """22 for SLURM 22.05.8."""
+    said = subprocess.run([str(find("slurmctld")), "-V"], capture_output=True, text=True, timeout=START_S).stdout
+    found = re.search(r"(\d+)\.\d+", said)
+    return int(found[1]) if found else 0
 
 
 def _can_unshare() -> bool:

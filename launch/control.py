@@ -85,7 +85,7 @@ def _stop_process(run: Path, held: lease.Lease, *, now: bool) -> dict[str, Any]:
     """Stop a holder of the run that is not a SLURM job: `mmscale train`, or a launch on this machine."""
     result = {"run": str(run), "job": "", "jobs": {}}
     folder = records.latest(run)
-    if held.by == "launch" and folder is not None:
+    if held.by == "launch" and folder is not None and not now:
         records.ask_stop(folder)
     if run_lock.holder_lives(run, held) is None:
         where = f"process {held.process.pid} on {held.host}"
@@ -106,6 +106,8 @@ def _stop_process(run: Path, held: lease.Lease, *, now: bool) -> dict[str, Any]:
         )
     for process in below:
         process.send(signal.SIGKILL)
+    if now and held.by == "launch" and folder is not None:  # not before: the job would have its ranks save
+        records.ask_stop(folder)
     return result | {"done": "ended" if now else "asked to save and end"}
 
 

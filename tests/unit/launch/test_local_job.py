@@ -60,7 +60,7 @@ class Local:
         lines = read_metrics(self.run)
         return int(lines[-1]["step"]) if lines else 0
 
-    def until(self, condition: Callable[[], bool], *, within_s: float = 60.0) -> None:
+    def until(self, condition: Callable[[], bool], *, within_s: float = 300.0) -> None:
         deadline = time.monotonic() + within_s
         while not condition():
             assert time.monotonic() < deadline, [*read_events(self.run)[-5:]]

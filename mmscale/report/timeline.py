@@ -263,7 +263,7 @@ def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[
 
 
 def _text(event: Event) -> str:
-    hidden = ("time", "attempt", "event", "step", "attempt_id")
+    hidden = ("time", "attempt", "event", "step", "attempt_id", "sources")  # sources: sources_section.py shows them
     return ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden and value is not None)[:400]
 
 

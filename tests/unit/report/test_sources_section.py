@@ -79,6 +79,7 @@ def test_the_page_shows_them_as_a_figure_and_a_table(tmp_path: Path) -> None:
     page = out.read_text()
     assert '<h2 id="data-sets">Data sets</h2>' in page and 'alt="passes"' in page
     assert "<td>data/web&lt;1&gt;</td><td>1,000 text + 200 image</td><td>2.50</td><td>4.00</td>" in page
+    assert "sources [" not in page  # in the words of the timeline
     with PIL.Image.open(tmp_path / "report_data.png") as picture:
         assert picture.width > 800
     both = tmp_path / "both.html"

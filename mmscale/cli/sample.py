@@ -143,7 +143,7 @@ def sample(
     nproc: ranks.OnRanks = None,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts of text and images (and audio) with the same; their files, and a PNG with all images."""
+    """Continue prompts of text, images and audio, and write the generated items and a PNG with all images."""
     path, step = split_step(model)
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")

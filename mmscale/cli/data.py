@@ -15,9 +15,6 @@ import typer
 
 from mmscale.cli.output import Json, Overrides, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
-from mmscale.runs.events import EVENTS, read_events
-from mmscale.runs.run_progress import RunProgress
-from mmscale.runs.sources_read import sources_read
 
 app = typer.Typer(help="Prepare, inspect, verify and filter data sets.", no_args_is_help=True)
 
@@ -181,6 +178,8 @@ def inspect(
 
     Of a run: tokens and passes over each of its data sets, done and planned.
     """
+    from mmscale.runs.events import EVENTS
+
     if (folder / EVENTS).is_file() and sample is None and not held_out:
         sources = _sources_of(folder)
         emit(sources, as_json=as_json, text=lambda: _print_sources(sources))
@@ -236,6 +235,10 @@ def verify(
 
 def _sources_of(run: Path) -> dict[str, Any]:
     """Passes over the data sets of a run, ready for JSON."""
+    from mmscale.runs.events import read_events
+    from mmscale.runs.run_progress import RunProgress
+    from mmscale.runs.sources_read import sources_read
+
     progress = RunProgress.load(run)
     progress.update(run)
     step = int(progress.last.get("step", 0))

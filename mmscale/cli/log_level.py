@@ -29,7 +29,7 @@ Level = Annotated[
         "--log-level",
         envvar=VARIABLE,
         show_default="warning",
-        help="Print messages of this level and above on stderr. Ranks and jobs that the command starts use it too.",
+        help="Print messages of this level and above on stderr, also in the ranks of a run or job that it starts.",
     ),
 ]
 

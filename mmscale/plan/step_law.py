@@ -48,7 +48,7 @@ def suggest(config: Config, parameters: Parameters) -> Suggestion:
     tokens = tokens_per_step(config) * config.train.steps
     count = parameters.total - parameters.embedding - parameters.output
     batch = 0.58 * tokens**0.571
-    caveats = ["fitted to text with AdamW, cosine decay and sequences of 2,048; mixed-modal runs may want another"]
+    caveats = ["fitted to text with AdamW, cosine decay and sequences of 2,048; mixed-modal runs may need other values"]
     if tokens > _FITTED_TOKENS:
         caveats.append(f"{tokens:.2g} tokens are {tokens / _FITTED_TOKENS:.0f} times the longest run of the fit")
     if config.model.has_experts:
@@ -56,7 +56,7 @@ def suggest(config: Config, parameters: Parameters) -> Suggestion:
     if config.model.depth is not None:
         caveats.append("nothing is known about Mixture-of-Depths")
     if config.model.qk_norm or not config.model.norm_placement.before:
-        caveats.append("QK-norm and norms after sub-layers stand larger rates, and were not in the fit")
+        caveats.append("QK-norm and norms after sub-layers tolerate larger rates and were not in the fit")
     return Suggestion(
         lr=1.79 * count**-0.713 * tokens**0.307,
         batch_tokens=batch,

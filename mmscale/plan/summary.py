@@ -135,7 +135,7 @@ def _assumptions(config: Config, gpu: Gpu) -> list[str]:
     lines = [
         "memory: tensors at the fullest moment, fp32 gradients, optimizer sharded over data-parallel ranks, "
         f"{kernels}; a layout fits below {USABLE:.0%} of the device's memory",
-        "time orders layouts, it was fitted to no run: a difference of a few percent says nothing",
+        "times are for ranking layouts and were not fitted to any run: differences of a few percent mean nothing",
         *assumptions(gpu, config),
     ]
     if config.model.per_modality and config.model.experts.share == "auto":

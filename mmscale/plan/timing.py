@@ -291,9 +291,10 @@ def assumptions(gpu: Gpu, config: Config) -> list[str]:
         f"{gpu.name} ({gpu.source}): {_peak(config, gpu, fp8=True) / 1e12:.0f} TFLOP/s in {formats}, "
         f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.link / 1e9:.0f} GB/s inside machines of {gpu.per_node}, "
         f"{gpu.network / 1e9:.0f} GB/s between them",
-        f"reached of that: {PRODUCTS:.0%} by products (half with a side of {HALF_WIDTH}), "
-        f"{ATTENTION[on_gpu(config)]:.0%} by attention, {MEMORY:.0%} of memory, {LINK:.0%} inside, {NETWORK:.0%} "
-        f"between; {1e6 * LAUNCH:.0f} us to start each of {KINDS[config.model.kind].kernels} kernels a layer",
-        "overlapped: gradients and parameters with one backward and one forward pass where the settings say so, sends "
-        "between stages with interleaving; messages of TP and EP with nothing",
+        f"efficiency: {PRODUCTS:.0%} in matrix products (half of it with a side of {HALF_WIDTH}), "
+        f"{ATTENTION[on_gpu(config)]:.0%} in attention, {MEMORY:.0%} of memory, {LINK:.0%} inside machines, "
+        f"{NETWORK:.0%} between them; {1e6 * LAUNCH:.0f} us to launch each of {KINDS[config.model.kind].kernels} "
+        "kernels per layer",
+        "overlapped, if the settings say so: gradients with one backward pass, parameters with one forward pass, sends "
+        "between stages with interleaving. Messages of TP and EP are not overlapped",
     ]

@@ -1,7 +1,8 @@
-# `ranks: torchrun` of a profile: one elastic agent per node starts that node's ranks, and restarts them in place after
-# a crash. srun starts `python -m launch.agent node`, agents start `python -m launch.agent rank`; job.py decides what
-# follows.
 """Elastic agents and ranks under torchrun.
+
+`ranks: torchrun` of a profile: one elastic agent per node starts that node's ranks, and restarts them in place after a
+crash. srun starts `python -m launch.agent node`, agents start `python -m launch.agent rank`; job.py decides what
+follows.
 
 This module changes three behaviours of torchrun 2.13:
 

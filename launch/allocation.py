@@ -1,6 +1,8 @@
-# The supervisor's own job, and its queries to SLURM about it. Queries are repeated for the profile's `slurm_patience`,
-# so an outage of slurmctld changes no decision. policy.py and job.py decide on the answers.
-"""The supervisor's view of its own SLURM job."""
+"""The supervisor's view of its own SLURM job.
+
+The supervisor's own job, and its queries to SLURM about it. Queries are repeated for the profile's `slurm_patience`, so
+an outage of slurmctld changes no decision. policy.py and job.py decide on the answers.
+"""
 
 from __future__ import annotations
 

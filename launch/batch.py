@@ -1,7 +1,9 @@
-# `python -m launch.batch CONFIG [key=value ...] [--stage NAME] [--yes] [--from-scratch]` in a batch script that the
-# user wrote: the same job without submitit. slurm/train.sbatch calls it. sbatch determines nodes and ranks; node
-# checks, cordon file and the way to start ranks come from the profile that MMSCALE_CLUSTER names, if any.
-"""Entry point of jobs with a hand-written batch script."""
+"""Entry point of jobs with a hand-written batch script.
+
+`python -m launch.batch CONFIG [key=value ...] [--stage NAME] [--yes] [--from-scratch]` in a batch script that the user
+wrote: the same job without submitit. slurm/train.sbatch calls it. sbatch determines nodes and ranks; node checks,
+cordon file and the way to start ranks come from the profile that MMSCALE_CLUSTER names, if any.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# The batch script of a launch: the options of sbatch, the shell lines before the job's process, and the submission
-# through submitit. submit.py and successors.py decide which jobs are submitted.
-"""Batch scripts and their submission."""
+"""Batch scripts and their submission.
+
+The batch script of a launch: the options of sbatch, the shell lines before the job's process, and the submission
+through submitit. submit.py and successors.py decide which jobs are submitted.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# Detects whether started ranks have begun to train: found each other, and read data and checkpoint. Until then they may
-# wait for each other in C++ code, which runs no Python signal handlers. job.py decides what follows.
-"""Detection of ranks that do not start training."""
+"""Detection of ranks that do not start training.
+
+Detects whether started ranks have begun to train: found each other, and read data and checkpoint. Until then they may
+wait for each other in C++ code, which runs no Python signal handlers. job.py decides what follows.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# budget.json of a launch folder: the number of restarts of a launch. policy.py defines what counts and what follows.
-"""Stores the restart budget of a launch."""
+"""Stores the restart budget of a launch.
+
+budget.json of a launch folder: the number of restarts of a launch. policy.py defines what counts and what follows.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-# The jobs of a run: those of each launch folder. Several may be alive if they were chained, by `chain` of the profile
-# or by --after. A job is identified by more than its number, because numbers are reused and clusters share file
-# systems.
-"""The chain of jobs of a run."""
+"""The chain of jobs of a run.
+
+The jobs of a run: those of each launch folder. Several may be alive if they were chained, by `chain` of the profile or
+by --after. A job is identified by more than its number, because numbers are reused and clusters share file systems.
+"""
 
 from __future__ import annotations
 

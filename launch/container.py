@@ -1,5 +1,6 @@
-# The command between srun and Python that runs a task in a container. A pure function of the launch.
 """Runs ranks, agents and node checks in a container.
+
+The command between srun and Python that runs a task in a container. A pure function of the launch.
 
 The supervisor of a job runs outside the container, because it needs SLURM's commands and no torch. Every step that it
 starts (node checks, all-reduces, ranks or agents) runs the image's Python with the launch's code snapshot. The run's

@@ -1,5 +1,7 @@
-# `mmscale stop` and `resume`: end a run after a save, and launch it again. record.py has the records of launches.
-"""Stops and resumes runs."""
+"""Stops and resumes runs.
+
+`mmscale stop` and `resume`: end a run after a save, and launch it again. record.py has the records of launches.
+"""
 
 from __future__ import annotations
 

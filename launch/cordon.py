@@ -1,6 +1,8 @@
-# Nodes found bad: a shared text file, one node per line with reason and time after a #. Later launches exclude them for
-# a while. A person may remove a line earlier, when the node is repaired; the code never removes lines.
-"""The cordon file."""
+"""The cordon file.
+
+Nodes found bad: a shared text file, one node per line with reason and time after a #. Later launches exclude them for a
+while. A person may remove a line earlier, when the node is repaired; the code never removes lines.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# Files that a job writes into the run's folder, on a disk that may fail. Small files wait in memory; files needed
-# before ranks start are retried for a while. job.py decides when something is written.
-"""Writes a job's files to a disk that may fail."""
+"""Writes a job's files to a disk that may fail.
+
+Files that a job writes into the run's folder, on a disk that may fail. Small files wait in memory; files needed before
+ranks start are retried for a while. job.py decides when something is written.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# How the ranks of an attempt ended. job.py asks when they have, policy.py decides what follows.
-"""How ranks ended, by their own record first, then by the signals to the supervisor; and what agents restarted."""
+"""How ranks ended, by their own record first, then by the signals to the supervisor; and what agents restarted.
+
+Determines how the ranks of an attempt ended. job.py calls it afterwards, and policy.py decides what follows.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,10 @@ def ending_of(
     Args:
         status: of srun, or of the local launcher.
         events: of the attempt.
-        signals: that the supervisor got meanwhile, in order.
+        signals: that the supervisor received in the meantime, in order.
         failed: the rank that failed first.
         stop_asked: whether a stop of this launch was requested.
-        cause: gives the cause of a crash.
+        cause: returns the cause of a crash.
     """
     named = next((event.get("signal") for event in events if event["event"] == "stop"), None)
     if "SIGUSR1" in signals:
@@ -69,15 +71,15 @@ def first_failed(
 def after_restarts_in_place(
     record: Record, disk: Disk, run: Path, attempt: int, lease_id: str, events: EventLog
 ) -> int:
-    """Count restarts by agents and record hangs before them; returns the attempt that ran last.
+    """Count restarts by agents, and record the hangs that caused them; returns the attempt that ran last.
 
     Args:
         record: of the launch.
-        disk: keeps the budget.
+        disk: stores the budget.
         run: the run's folder.
         attempt: that the supervisor started.
-        lease_id: of it and of those that agents started again.
-        events: gets hangs; events that follow belong to the last attempt.
+        lease_id: of that attempt and of those that agents started.
+        events: receives hangs; later events belong to the last attempt.
     """
     found = [event for event in read_events(run) if event.get("attempt_id") == lease_id]
     for event in found:

@@ -1,6 +1,8 @@
-# Checks of a job's nodes before ranks start: runs the checks, and hands the run over to a job without unfit nodes.
-# nodes.py checks nodes, successors.py manages the jobs.
-"""Node checks before the ranks of a job start."""
+"""Node checks before the ranks of a job start.
+
+Checks of a job's nodes before ranks start: runs the checks, and hands the run over to a job without unfit nodes.
+nodes.py checks nodes, successors.py manages the jobs.
+"""
 
 from __future__ import annotations
 

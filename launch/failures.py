@@ -1,6 +1,7 @@
-# Which ranks of an attempt failed, and with which exit status each, from the output of srun and of torchrun's agents.
-# policy.py decides what follows.
 """Failed ranks, in the order in which srun or the agents noticed them.
+
+Which ranks of an attempt failed, and with which exit status each, from the output of srun and of torchrun's agents.
+policy.py decides what follows.
 
 srun ends with the highest status of all ranks. After the first failure it ends the others, so that status is often that
 of a rank that was ended (143, 137), and not that of the one that failed.

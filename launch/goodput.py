@@ -1,5 +1,7 @@
-# Computes where the time of a run went, from its events and metrics. Pure arithmetic; it measures nothing.
-"""Goodput: the share of allocated time spent in steps that count."""
+"""Goodput: the share of allocated time spent in steps that count.
+
+Computes where the time of a run went, from its events and metrics. Pure arithmetic; it measures nothing.
+"""
 
 from __future__ import annotations
 

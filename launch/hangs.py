@@ -1,5 +1,7 @@
-# Writes the event about a hang, from the reports that ranks wrote when no step ended (mmscale/resilience/watchdog.py).
-"""Records hangs of an attempt."""
+"""Records hangs of an attempt.
+
+Writes the event about a hang, from the reports that ranks wrote when no step ended (mmscale/resilience/watchdog.py).
+"""
 
 from __future__ import annotations
 

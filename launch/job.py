@@ -92,7 +92,7 @@ class Supervisor:
         self.slurm = self.profile.scheduler == "slurm"
         self.job = os.environ.get("SLURM_JOB_ID", "") if self.slurm else ""
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # unset at the first start
-        self.began: float | None = round(time.time(), 3)  # of a start of the job that no attempt has been told yet
+        self.began: float | None = round(time.time(), 3)  # start time of the job, not yet recorded in an attempt
         self.bandwidth: dict[str, Any] = {}
         self.requests = StopRequests(self.folder)
         self.signals = self.requests.signals

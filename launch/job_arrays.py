@@ -1,6 +1,8 @@
-# Submits work that is no training run, as a job array and one job behind it. The caller's functions do the work; they
-# are pickled by submitit, so they belong to modules.
-"""Job arrays of functions."""
+"""Job arrays of functions.
+
+Submits work other than training runs, as a job array and one job after it. The caller passes functions, which must be
+module-level, because submitit pickles them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from mmscale.errors import LaunchError
 
 
 def check(profile: Profile) -> None:
-    """Refuse job arrays where none can be submitted.
+    """Refuse job arrays if none can be submitted.
 
     Raises:
         LaunchError: there is no SLURM, or the profile is local.
@@ -33,7 +35,7 @@ def check(profile: Profile) -> None:
 
 
 def unfinished(jobs: Iterable[str]) -> list[str]:
-    """Numbers of those of some jobs that wait, run, or may start again; an array has one number.
+    """Numbers of those jobs that wait, run, or may start again; an array has one number.
 
     Raises:
         UnreachableError: SLURM does not answer.
@@ -45,13 +47,13 @@ def unfinished(jobs: Iterable[str]) -> list[str]:
 def submit(
     calls: Sequence[Callable[[], None]], last: Callable[[], None], *, folder: Path, name: str, profile: Profile
 ) -> list[str]:
-    """Submit functions as tasks of an array, and a last one that starts when all of them have ended, however they did.
+    """Submit functions as tasks of an array, and a last one that starts when all of them have ended, in whatever way.
 
-    SLURM requeues a task whose node fails. The last function has to make good what a killed task left.
+    SLURM requeues a task whose node fails. The last function must do the work that killed tasks left undone.
 
     Args:
         calls: of the array's tasks.
-        last: of the job behind it.
+        last: of the job after the array.
         folder: for submitit's files and the jobs' logs, on a file system that the nodes share.
         name: of the jobs.
         profile: of the cluster.

@@ -1,6 +1,6 @@
-# Every state in which SLURM reports a job, in one table: what it means for a run. It asks SLURM nothing (scheduler.py
-# does) and decides nothing (policy.py does).
 """SLURM's job states.
+
+A table of all job states of SLURM and their meanings for a run. scheduler.py queries SLURM, policy.py decides.
 
 Names: section JOB STATE CODES of squeue(1) and sacct(1) of SLURM 22.05, and base states and flags of
 https://slurm.schedmd.com/job_state_codes.html (24.05 and newer).
@@ -13,23 +13,23 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where a job is on its way."""
+    """The phase of a job between submission and end."""
 
-    WAITING = "waiting"  # in the queue, held, or its nodes are being made ready: no process of it runs
+    WAITING = "waiting"  # in the queue, held, or its nodes are being prepared: no process of it runs
     RUNNING = "running"
-    PAUSED = "paused"  # its processes are stopped; they continue without a request
-    ENDING = "ending"  # SLURM is ending its processes; it may come back from the queue afterwards
-    ENDED = "ended"  # it does not come back by itself
+    PAUSED = "paused"  # its processes are stopped, and will be continued
+    ENDING = "ending"  # SLURM is ending its processes; the job may be requeued afterwards
+    ENDED = "ended"  # it will not start again by itself
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a state means.
+    """The meaning of a state.
 
     Attributes:
-        phase: where the job is.
-        failure: what `mmscale status` calls a run that ended in this state and did not say itself how; "" if this state
-            does not say why a job ended.
+        phase: of the job.
+        failure: how `mmscale status` calls a run that ended in this state without recording its end; "" if the state
+            does not show why a job ended.
     """
 
     phase: Phase
@@ -70,7 +70,7 @@ STATES: dict[str, Meaning] = {
 
 
 def name_of(text: str) -> str:
-    """The state in what a command of SLURM prints: sacct says `CANCELLED by 1000`, and cuts names short with a +."""
+    """The state in the output of a SLURM command: sacct prints `CANCELLED by 1000`, and abbreviates names with a +."""
     word = (text.split() or [""])[0].rstrip("+")
     if word in STATES:
         return word
@@ -78,6 +78,6 @@ def name_of(text: str) -> str:
 
 
 def phase_of(state: str) -> Phase:
-    """Where a job is. A state that is not in the table is of a newer SLURM, and is no reason to give a job up."""
+    """The phase of a job. A state that is not in the table is one of a newer SLURM, and the job counts as alive."""
     meaning = STATES.get(name_of(state))
     return meaning.phase if meaning is not None else Phase.RUNNING

@@ -1,6 +1,8 @@
-# What SLURM says of many jobs at once: one squeue for all of them, one sacct for those that slurmctld has forgotten.
-# A table keeps its answers for a while, because `logs --follow` and `status --watch` look again and again.
-"""States of many jobs."""
+"""States of many jobs.
+
+Queries the states of many jobs at once: one squeue for all of them, one sacct for those that slurmctld has forgotten.
+Answers are cached for a while, because `logs --follow` and `status --watch` query repeatedly.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from launch.scheduler import ExitCode, JobState
 from mmscale.errors import LaunchError
 
 MAX_AGE_S = 30.0  # two requests a minute at most
-_COLUMNS = {  # of squeue, with their widths: it has no separators
+_COLUMNS = {  # columns of squeue with their widths, because its output has no separators
     "JobArrayID": 40,
     "JobID": 20,
     "State": 24,
@@ -32,10 +34,10 @@ _MEMORY_SIGNAL = 125  # sacct's ExitCode of a job that ran out of memory
 
 
 class JobTable:
-    """Answers of SLURM about jobs, kept for some time.
+    """Cached answers of SLURM about jobs.
 
     Args:
-        max_age_s: how old an answer may be [seconds].
+        max_age_s: largest age of an answer [seconds].
     """
 
     def __init__(self, *, max_age_s: float = MAX_AGE_S) -> None:
@@ -46,7 +48,7 @@ class JobTable:
         self._time = float("-inf")
 
     def states(self, jobs: Iterable[str]) -> dict[str, JobState]:
-        """What SLURM says of some jobs; one that nobody knows any more is left out.
+        """SLURM's states of some jobs; unknown jobs are omitted.
 
         Raises:
             UnreachableError: SLURM does not answer, or did not a moment ago.
@@ -65,7 +67,7 @@ class JobTable:
         self._time = float("-inf")
 
     def _ask(self, jobs: frozenset[str]) -> None:
-        # A job that has ended stays so: its record may leave slurmctld's memory, and needs no second question.
+        # A job that has ended is not queried again; slurmctld may forget it.
         ended = {job: state for job, state in self._found.items() if state.ended}
         self._asked, self._error, self._time = jobs, None, time.monotonic()
         try:
@@ -75,7 +77,7 @@ class JobTable:
 
 
 def states_of(jobs: Iterable[str]) -> dict[str, JobState]:
-    """Ask slurmctld, then the accounting for jobs that it does not know.
+    """Query slurmctld, then the accounting for jobs that slurmctld does not know.
 
     Raises:
         UnreachableError: slurmctld does not answer.
@@ -97,7 +99,8 @@ def _squeue(jobs: list[str]) -> dict[str, JobState]:
     except scheduler.UnreachableError:
         raise
     except LaunchError as error:
-        if "Invalid job id" in error.cause:  # said of a single job; of several, unknown ones are left out
+        # The error for a single unknown job; with several, unknown ones are omitted.
+        if "Invalid job id" in error.cause:
             return {}
         raise
     found = {}
@@ -106,7 +109,7 @@ def _squeue(jobs: list[str]) -> dict[str, JobState]:
         for name, width in _COLUMNS.items():
             fields[name] = line[place : place + width].strip()
             place += width
-        # Inside a job its task of an array knows only its plain number.
+        # A task of an array knows only its plain number from inside its job.
         found[fields["JobArrayID"]] = found[fields["JobID"]] = _of_squeue(fields)
     return found
 
@@ -128,7 +131,7 @@ def _of_squeue(fields: dict[str, str]) -> JobState:
 
 
 def _sacct(jobs: list[str]) -> dict[str, JobState]:
-    """What the accounting knows; nothing where a site has none."""
+    """States from the accounting; empty if the site has none."""
     if shutil.which("sacct") is None:
         return {}
     command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(jobs)}"]

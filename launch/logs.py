@@ -1,5 +1,7 @@
-# `mmscale logs`: what a rank, or the job around it, has printed, and prints from now on.
-"""Log files of a run."""
+"""Log files of a run.
+
+`mmscale logs`: the output of a rank, or of its job, so far and from now on.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ def lines(
 
     Args:
         run: the run's folder.
-        rank: whose.
-        attempt: which; None: the newest that has the log, and with `follow` each one that comes after it.
+        rank: whose log.
+        attempt: which one; None: the newest that has the log, and with `follow` each later one.
         follow: continue until the run has ended.
-        job: what the job says of its ranks, instead of a rank.
+        job: the output of the job instead of a rank's.
 
     Raises:
         LaunchError: there is no such log.

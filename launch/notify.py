@@ -1,6 +1,8 @@
-# `notify` of a profile: a command that runs when a run starts, has a fault, stops, gives up or finishes. It never
-# delays a run or makes it fail: it runs in parallel and is killed when it takes too long.
-"""Notifications by a command."""
+"""Notifications by a command.
+
+`notify` of a profile: a command that runs when a run starts, has a fault, stops, gives up or finishes. It never delays
+a run or makes it fail: it runs in parallel and is killed when it takes too long.
+"""
 
 from __future__ import annotations
 

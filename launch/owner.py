@@ -1,7 +1,9 @@
-# Checks whether a run is being trained already: its lease names the owner; SLURM, the owner's process or the lease's
-# counter show whether the owner is alive. Checked before a job is queued (submit.py, control.py), and again by the job
-# itself (job.py).
-"""Ensures that only one job trains a run."""
+"""Ensures that only one job trains a run.
+
+Checks whether a run is being trained already: its lease names the owner; SLURM, the owner's process or the lease's
+counter show whether the owner is alive. Checked before a job is queued (submit.py, control.py), and again by the job
+itself (job.py).
+"""
 
 from __future__ import annotations
 

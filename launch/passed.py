@@ -1,5 +1,6 @@
-# Selects the variables that a job gets from the submitting shell, and passes secrets. ranks.py adds those of ranks.
 """The environment of a job.
+
+Selects the variables that a job gets from the submitting shell, and passes secrets. ranks.py adds those of ranks.
 
 SLURM's default, the whole shell, would keep accidental values in the job and each of its restarts. A job gets the
 variables listed here and in the profile. Names that look like secrets are withheld; `secrets` passes them.
@@ -103,7 +104,7 @@ def check_secrets(profile: Profile, environ: Mapping[str, str] = os.environ) -> 
 
 @contextlib.contextmanager
 def shared(profile: Profile) -> Iterator[None]:
-    """Files of a launch and its job are readable for the group with `share: group`, whatever the user's umask."""
+    """Make files of a launch and its job readable for the group with `share: group`, whatever the user's umask."""
     before = os.umask(0o077)
     os.umask(before & ~0o050 if profile.share == "group" else before)
     try:

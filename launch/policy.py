@@ -1,6 +1,8 @@
-# The decision after the ranks of an attempt have ended: a pure function of how they ended and of earlier attempts.
-# job.py gathers the facts and acts.
-"""Decides between finish, requeue, retry, leaving it to SLURM, and giving up."""
+"""Decides between finish, requeue, retry, leaving it to SLURM, and giving up.
+
+The decision after the ranks of an attempt have ended: a pure function of how they ended and of earlier attempts. job.py
+gathers the facts and acts.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# Reads configs/cluster/NAME.yaml, which describes a cluster and the request for nodes. Checked strictly; no torch, no
-# SLURM. Values that can reach a shell line contain no shell syntax, and are quoted as well.
-"""Cluster profiles."""
+"""Cluster profiles.
+
+Reads configs/cluster/NAME.yaml, which describes a cluster and the request for nodes. Checked strictly; no torch, no
+SLURM. Values that can reach a shell line contain no shell syntax, and are quoted as well.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# Builds the command that starts the ranks of a launch, and its environment. Pure functions; job.py runs the command.
-"""The command that starts ranks."""
+"""The command that starts ranks.
+
+Builds the command that starts the ranks of a launch, and its environment. Pure functions; job.py runs the command.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# Starts the ranks of an attempt, waits for them and asks them to save. job.py decides what follows from their end.
-"""The processes of an attempt's ranks (srun, or the local launcher)."""
+"""The processes of an attempt's ranks (srun, or the local launcher).
+
+Starts the ranks of an attempt, waits for them and asks them to save. job.py decides what to do after their end.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,13 @@ from mmscale.runs.events import EventLog
 from mmscale.runs.run_progress import RunProgress
 
 _POLL_S = 0.1
-_REPEAT_S = 5.0  # a request to save is repeated: the first may have come before a rank could handle it
-_STATUSES_S = 1.0  # between polls of statuses that agents were not told: a listing of a folder that all nodes share
-_PROGRESS_S = 30.0  # between two records of the run's progress
-_FIRST_LOOK_S = 10.0  # after ranks were started
-_OTHERS_S = 60.0  # after one rank has reported a status that a restart would not change; same as srun's --wait
+# Interval in which a request to save is repeated, because ranks may not have been able to handle the first one.
+_REPEAT_S = 5.0
+_STATUSES_S = 1.0  # interval of polls for statuses that were withheld from agents; lists a folder that all nodes share
+_PROGRESS_S = 30.0  # interval in which the run's progress is stored
+_FIRST_LOOK_S = 10.0  # time of the first check for a preemption after ranks were started
+# Time for the others to end after one rank has reported a status that a restart would not change; as srun's --wait.
+_OTHERS_S = 60.0
 
 
 class RankProcesses:
@@ -34,10 +38,10 @@ class RankProcesses:
     Args:
         record: of the launch.
         profile: how ranks are started.
-        disk: takes the file that keeps the run's progress.
+        disk: writes the file with the run's progress.
         stopping: whether the job was asked to stop.
-        look_for_preemption: asks SLURM once, after ranks were started, whether the job was preempted before.
-        say: a line for the job's log.
+        look_for_preemption: queries SLURM once, after ranks were started, whether the job was preempted before.
+        say: prints a line in the job's log.
     """
 
     def __init__(
@@ -76,10 +80,10 @@ class RankProcesses:
                     return agent.true_status(logs, status if status >= 0 else 128 - status)
                 if time.monotonic() >= list_at:
                     list_at = time.monotonic() + _STATUSES_S
-                    kept = bool(agent.statuses(logs))  # a rank that starts again takes its own away
+                    kept = bool(agent.statuses(logs))  # a rank that starts again removes its own status
                     waits_until = min(waits_until, time.monotonic() + _OTHERS_S) if kept else float("inf")
                 if time.monotonic() > waits_until:
-                    # agents would restart the other ranks again and again, without the first
+                    # agents would restart the other ranks repeatedly, without the first one
                     return agent.true_status(logs, 1)
                 if time.monotonic() >= note_at:
                     note_at = time.monotonic() + _PROGRESS_S

@@ -1,6 +1,8 @@
-# The launch folder RUN/launch/NNN/, written before anything runs: code, resolved configuration, environment and the
-# record of the launch. Edits made while a job waits change nothing. This module submits nothing.
-"""Launch folders."""
+"""Launch folders.
+
+The launch folder RUN/launch/NNN/, written before anything runs: code, resolved configuration, environment and the
+record of the launch. Edits made while a job waits change nothing. This module submits nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# What `mmscale status` calls a run whose jobs do not run. job_states.py has SLURM's states, which it shows otherwise.
-"""States of runs that do not train, each with its meaning."""
+"""States of runs that do not train, each with its meaning.
+
+What `mmscale status` calls a run whose jobs do not run. job_states.py has SLURM's states, which it shows otherwise.
+"""
 
 from __future__ import annotations
 

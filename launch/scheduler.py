@@ -1,6 +1,8 @@
-# Queries SLURM about one job and controls it, through scontrol and scancel. job_table.py queries many jobs at once;
-# job.py and control.py make the decisions.
-"""Wrappers of SLURM's commands."""
+"""Wrappers of SLURM's commands.
+
+Queries SLURM about one job and controls it, through scontrol and scancel. job_table.py queries many jobs at once;
+job.py and control.py make the decisions.
+"""
 
 from __future__ import annotations
 

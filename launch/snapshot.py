@@ -1,5 +1,6 @@
-# The snapshot of mmscale's packages in a launch folder: one archive that Python imports from. No torch.
 """Snapshots of the code.
+
+The snapshot of mmscale's packages in a launch folder: one archive that Python imports from. No torch.
 
 A folder would be 350 files per launch, which thousands of ranks would look up one by one. A zip archive is one file
 that each node reads once and then caches. A rank keeps its table of contents in memory, so looking up modules that are

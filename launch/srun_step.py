@@ -1,6 +1,8 @@
-# One start of ranks by srun (or by the local launcher): the process, srun's own output, and the interpretation of its
-# end. job.py decides when to start ranks and what follows.
-"""One srun step of ranks."""
+"""One srun step of ranks.
+
+One start of ranks by srun (or by the local launcher): the process, srun's own output, and the interpretation of its
+end. job.py decides when to start ranks and what follows.
+"""
 
 from __future__ import annotations
 

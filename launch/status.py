@@ -1,6 +1,8 @@
-# `mmscale status`: the state of a run, from its folder and from SLURM. It prints nothing, and changes only one thing:
-# it removes SLURM's delay of a requeued job if SLURM permits it.
-"""States of runs."""
+"""States of runs.
+
+`mmscale status`: the state of a run, from its folder and from SLURM. It prints nothing, and changes only one thing: it
+removes SLURM's delay of a requeued job if SLURM permits it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests to stop that reach a job: signals to its process, and `mmscale stop`, which leaves a file."""
+"""Stop requests to a job: signals to its process, and the file that `mmscale stop` writes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NOTED = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.S
 
 
 class StopRequests:
-    """What a job was asked for so far.
+    """The requests that a job has received so far.
 
     Args:
         folder: of the launch.
 
     Attributes:
-        signals: names of the signals that were received, in order.
+        signals: names of the received signals, in order.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def noting_signals(self) -> Iterator[None]:
-        """Record requests instead of ending; the loop passes them on, not the handler."""
+        """Record signals instead of ending the process; the supervisor's loop passes them on."""
         # nohup ignores SIGHUP. A batch script ignores requests to save only until this process handles them.
         deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
         heard = [number for number in NOTED if number not in deaf]
@@ -59,12 +59,14 @@ class StopRequests:
         return self._known
 
     def status_for_slurm(self, status: int) -> int:
-        """Exit status of the job: SLURM and its mail call every status but 0 a failure, which a stop on request is not.
+        """Exit status of the job.
+
+        SLURM and its mail call every status but 0 a failure, but a stop on request is not one.
 
         `mmscale status` shows such a run as stopped.
         """
         if status != STOPPED or not ("SIGUSR1" in self.signals or stop_asked(self.folder)):
             return status
         with contextlib.suppress(OSError):
-            ask_stop(self.folder)  # SIGUSR1 has left no file
+            ask_stop(self.folder)  # a request by SIGUSR1 has written no file
         return 0

@@ -1,6 +1,8 @@
-# `mmscale launch`: checks a run before it is queued, writes its launch folder, and submits it to SLURM through
-# submitit, or runs it on this machine. job.py is the process inside the job.
-"""Checks and submits launches."""
+"""Checks and submits launches.
+
+`mmscale launch`: checks a run before it is queued, writes its launch folder, and submits it to SLURM through submitit,
+or runs it on this machine. job.py is the process inside the job.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# Jobs of a launch that take over the run when the job before them ends: submitted in advance (`chain` of the profile),
-# or by a job whose nodes are unfit. SLURM starts them (afterany); the run's lease decides which job trains.
-"""Successor jobs."""
+"""Successor jobs.
+
+Jobs of a launch that take over the run when the job before them ends: submitted in advance (`chain` of the profile), or
+by a job whose nodes are unfit. SLURM starts them (afterany); the run's lease decides which job trains.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# `python -m mmscale`: the same as the `mmscale` command. Nothing else lives here, but for a rank's signals.
-"""Entry point of `python -m mmscale`."""
+"""Entry point of `python -m mmscale`.
+
+`python -m mmscale`: the same as the `mmscale` command. Nothing else lives here, but for a rank's signals.
+"""
 
 import os
 import signal

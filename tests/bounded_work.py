@@ -1,7 +1,7 @@
-"""A ceiling for work that hostile or large input could multiply without end.
+"""An upper limit of processor time, for work that hostile or large input could make endless.
 
-It tells seconds from hours, not fast from slow: a slow machine, a busy one, or a collection of garbage in a large
-process never meets it. Speed is measured in benchmarks.
+The limit distinguishes seconds from hours, not fast from slow: a slow or busy machine, or a garbage collection in a
+large process, never reaches it. Benchmarks measure speed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CEILING_S = 60.0
 
 @contextlib.contextmanager
 def bounded_work() -> Iterator[None]:
-    """Fail if what is inside takes more than `CEILING_S` seconds of this process's processor time."""
+    """Fail if the block takes more than `CEILING_S` seconds of this process's processor time."""
     began = time.process_time()
     yield
     took = time.process_time() - began

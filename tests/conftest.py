@@ -1,4 +1,4 @@
-# Settings that must stand before torch is imported by any test. No fixtures for one room: those live beside its tests.
+# Settings that must be made before any test imports torch. Fixtures for one folder are next to its tests.
 """Global set-up of the test suite."""
 
 import gc
@@ -12,25 +12,25 @@ import hypothesis
 import pytest
 
 # With more than one OpenMP thread in the parent, forked ranks (tests/support.py) hang in their first large matmul.
-# Spinning threads would slow small machines down.
+# Also, spinning threads would slow down small machines.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "0"
-# A test takes part in no run: variables of a launcher around pytest would make it look like a rank.
+# Tests are not ranks of a run, but variables of a launcher around pytest would make them look like it.
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MMSCALE_LAUNCHER"):
     os.environ.pop(_name, None)
-# A busy machine fails no property: an example may take any time, and so may drawing it.
+# No deadlines: a property must not fail because a busy machine takes long for an example or for drawing it.
 hypothesis.settings.register_profile(
     "any_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any_machine")
-# A fork leaves alone what its parent has yet to collect: the end of a process group waits for threads that the fork
-# does not have, and crashes. (mmscale/checkpoint/forked.py does as much for the forks of a trainer.)
+# A fork must not collect its parent's garbage: destroying a process group waits for threads that the fork does not
+# have, and crashes. (mmscale/checkpoint/forked.py does the same for the forks of a trainer.)
 os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pytest.fixture
 def signals_heard() -> Iterator[None]:
-    """SIGHUP and SIGINT as in a terminal: under nohup, or in the background, processes ignore them."""
+    """Default handlers for SIGHUP and SIGINT, as in a terminal: under nohup or in the background they are ignored."""
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,7 +40,7 @@ def signals_heard() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Refuse tensorstore in this process: once it is used here, it aborts in every rank that is forked later."""
+    """Refuse tensorstore in this process: after it is used here, it aborts in every rank that is forked later."""
     tensorstore: Any = sys.modules.get("tensorstore")
     if tensorstore is None:
         return

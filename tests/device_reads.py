@@ -1,8 +1,8 @@
-"""Counts where code reads tensors on the host: what on a GPU would make the host wait for the device.
+"""Counts where code reads tensors on the host, which on a GPU would make the host wait for the device.
 
 Two modes are needed, because neither sees everything: `.item()`, `bool(tensor)` and boolean masks reach the dispatcher,
-`.tolist()`, `.cpu()` and `.numpy()` of a host tensor do not. Uploads of Python numbers are counted too: on CUDA they
-copy from pageable memory and wait; and `runtime.device.synchronize`, which does nothing on a host.
+`.tolist()`, `.cpu()` and `.numpy()` of a host tensor do not. Also counted are uploads of Python numbers, which on CUDA
+copy from pageable memory and wait, and `runtime.device.synchronize`, which does nothing on a host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmscale.runtime import device
 
 _aten = torch.ops.aten
-# Operators whose result, or the size of whose result, the host must know.
+# Operators whose result, or the size of whose result, is needed on the host.
 _READS = {
     _aten._local_scalar_dense,
     _aten.bincount,
@@ -32,7 +32,7 @@ _READS = {
     _aten.unique_consecutive,
     _aten.unique_dim,
 }
-# Operators that count the ones of a boolean mask among their indices; a write of one number becomes masked_fill_.
+# Operators that count the ones of boolean masks among their indices; writing a single number becomes masked_fill_.
 _GATHERS = {_aten.index}
 _WRITES = {_aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -46,11 +46,11 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
 }
 _FACTORIES = {torch.tensor, torch.as_tensor}
 _ROOMS = ("mmscale.", "megatron.", "transformer_engine.", "tests.", "test_", "checks_")
-_KERNELS = "tests.te_on_cpu."  # plain torch in place of kernels: what it reads, a kernel would not
+_KERNELS = "tests.te_on_cpu."  # plain torch instead of kernels, whose reads a kernel would not make
 
 
 class DeviceReads:
-    """Counts reads inside a `with` block, by (place, what); a place is `module:function` of the innermost own frame."""
+    """Counts reads in a `with` block, by (place, what); a place is `module:function` of mmscale's innermost frame."""
 
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str]] = Counter()
@@ -95,7 +95,7 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         what = _FUNCTIONS.get(func, "")
-        # Without a device torch.tensor makes a host tensor, which megatron-core's schedules do.
+        # Without a `device` argument torch.tensor makes a host tensor, as in megatron-core's schedules.
         if what and (func not in _FACTORIES or (kwargs or {}).get("device") is not None):
             self.note(what)
         return func(*args, **(kwargs or {}))

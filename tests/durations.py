@@ -1,5 +1,5 @@
-# What each test costs. Processor time ranks tests: wall time on a shared machine says how busy the others are.
-# It only measures; which tests run and what they may take is not decided here.
+# Tests are ranked by processor time, because wall time on a shared machine depends on other processes. Does not
+# decide which tests run or how long they may take.
 """A plugin of pytest that appends processor and wall time of every phase of every test to a table.
 
     python -m pytest -p tests.durations --durations-to FILE ...
@@ -41,8 +41,8 @@ class Durations:
     """Writes one line per phase of a test.
 
     Args:
-        file: the table; a first line with the names of the columns is written where it is new.
-        counter: a file with nanoseconds, instead of this process and its children.
+        file: the table; a new file gets a first line with the names of the columns.
+        counter: a file with nanoseconds, used instead of the times of this process and its children.
     """
 
     def __init__(self, file: Path, counter: str | None) -> None:
@@ -66,13 +66,13 @@ class Durations:
         self._table.write("\t".join([folder, file, test.replace("\t", " "), phase, *spent]) + "\n")
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Imports of the tests, and generated parameters."""
+        """Write the time of imports and of generated parameters."""
         if session.items:
             self._write(f"{session.items[0].nodeid.partition('::')[0]}::", "collection", self._began)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        """Fixtures: one that several tests share is on the line of the first of them."""
+        """Write the time of fixtures; a shared fixture counts for the first test that uses it."""
         began = self._now()
         try:
             return (yield)

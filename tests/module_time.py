@@ -1,7 +1,7 @@
-"""A clock of one module's own, for tests.
+"""Replaces the clock of one module, for tests.
 
-`time` is one module for the whole process. Whoever replaces `time.sleep` replaces it for subprocess as well, which
-sleeps between its looks at a child, and for every other thread.
+`time` is one module for the whole process. Replacing `time.sleep` there would also replace it for subprocess, which
+sleeps while it waits for a child, and for every other thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ import pytest
 
 
 def replace_time(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **functions: Callable[..., Any]) -> None:
-    """Replace functions of `time` as they are seen by one module, which must `import time` at its top."""
+    """Replace functions of `time` for one module only, which must `import time` at its top."""
     assert module.time is time, f"{module.__name__} has no `import time` at its top"
     monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | functions))

@@ -19,7 +19,7 @@ def entry_points() -> dict[str, str]:
     return found
 
 
-# By kind: the settings that name the example, by import path and by entry point.
+# The values of settings that name the example, by kind: import path and entry point.
 NAMED: dict[str, tuple[str, str]] = {
     kind: (path, name)
     for name, path in entry_points().items()
@@ -28,7 +28,7 @@ NAMED: dict[str, tuple[str, str]] = {
 }
 
 
-# Kinds that the configuration names.
+# Kinds that settings of the configuration name.
 KINDS = [kind for kind, one in PLUGINS.items() if one.settings[0] in all_keys()]
 
 # Those of them that training uses; the others prepare data.
@@ -40,13 +40,13 @@ def setting(kind: str, name: str, args: str = "{}") -> list[str]:
     key = PLUGINS[kind].settings[0]
     if kind in ("sink", "hook"):
         return [f"{key}={{'{name}': {args}}}"]
-    # A preparation has to name its documents.
+    # The configuration of a preparation must name documents.
     others = ["data.prepare.documents=[some.jsonl]"] if key.startswith("data.prepare.") else []
     return [f"{key}={name}", f"{key}_args={args}", *others]
 
 
 def install(folder: Path) -> Path:
-    """Copy the package with the metadata that pip would write; `folder` belongs on sys.path or PYTHONPATH then."""
+    """Copy the package with the metadata that pip would write; add `folder` to sys.path or PYTHONPATH afterwards."""
     shutil.copytree(EXAMPLE / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     info = folder / f"{PACKAGE}-0.1.dist-info"
     info.mkdir()

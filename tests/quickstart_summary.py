@@ -32,7 +32,7 @@ def main(run: Path, *, strict: bool) -> int:
     print(f"the exported model {evaluation['run']}, in transformers, {evaluation['routing']} routing:")
     missed = 0
     for name, value, target, how in targets:
-        reached = value >= target  # a NaN has not
+        reached = value >= target  # false for NaN
         missed += not reached
         verdict = "reached" if reached else "MISSED"
         print(f"  {name:<24}{value:>7.1%}   target {target:.0%} {verdict:<8} {how}")

@@ -1,5 +1,5 @@
-# Tests of kills ask with it whether something stays in memory after processes. Other tests use /dev/shm meanwhile.
-"""What ended processes have left in shared memory, on a machine where others use it too."""
+# Used by tests that kill processes. Other tests may use /dev/shm at the same time.
+"""Finds what ended processes have left in shared memory, on a machine whose shared memory others use too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path("/dev/shm")
 PATIENCE_S = 300.0
-# Semaphores of multiprocessing's pools, which their own processes remove. No rank makes a pool.
+# Semaphores of multiprocessing's pools, which their own processes remove. Ranks use no pools.
 POOLS = "sem."
 
 
@@ -25,7 +25,7 @@ def entries() -> set[str]:
 
 
 def used() -> set[str]:
-    """Names of entries that a living process has mapped, or has opened something of."""
+    """Names of entries that a living process has mapped or in which it has opened a file."""
     places: list[str] = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
@@ -40,7 +40,7 @@ def used() -> set[str]:
 
 
 def left_behind(before: set[str], *, patience_s: float = PATIENCE_S) -> set[str]:
-    """Entries that are new since `before`, are used by no living process, and stay: what others make goes away."""
+    """Entries that are new since `before`, are used by no living process, and remain; those of others disappear."""
     deadline = time.monotonic() + patience_s
     while (found := entries() - before) and (found := found - used()) and time.monotonic() < deadline:
         time.sleep(0.2)

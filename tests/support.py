@@ -59,7 +59,7 @@ def distributed(world_size: int, *, timeout_s: float = 300.0) -> Callable[[Calla
 
     Args:
         world_size: Number of ranks.
-        timeout_s: Seconds after which all ranks are ended; the test then shows where each of them stood.
+        timeout_s: Seconds after which all ranks are ended; the test's error then shows where each of them was.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -79,7 +79,7 @@ def distributed(world_size: int, *, timeout_s: float = 300.0) -> Callable[[Calla
 
 
 def run_ranks(function: Callable[..., None], *, world_size: int, timeout_s: float = 300.0) -> None:
-    """Call `function(ranks=...)` in `world_size` forked processes. Fails or skips the test like a plain call would."""
+    """Call `function(ranks=...)` in `world_size` forked processes. Fails or skips the test as a direct call would."""
     _import_what_ranks_need()
     folder = Path(tempfile.mkdtemp(prefix="mmscale-ranks-"))
     pids: dict[int, int] = {}  # pid -> rank
@@ -101,7 +101,7 @@ def run_ranks(function: Callable[..., None], *, world_size: int, timeout_s: floa
                 break
             _reap(pids, statuses)
             time.sleep(0.002)
-        # A short wait, so that ranks which fail alike all get to say so.
+        # Wait briefly, so that all ranks that fail for the same reason can report it.
         end_of_grace = time.monotonic() + 0.5
         while len(statuses) < world_size and time.monotonic() < end_of_grace and not timed_out:
             _reap(pids, statuses)
@@ -130,10 +130,10 @@ def _import_what_ranks_need() -> None:
 def _be_rank(
     function: Callable[..., None], rank: int, world_size: int, folder: Path, timeout_s: float, parent: int
 ) -> None:
-    """The life of a rank; it never returns into pytest, which is in this process too."""
+    """The complete run of a rank; it never returns into pytest, which is in this process too."""
     status = _FAILED
     try:
-        os.setpgid(0, 0)  # what the rank starts is ended with it
+        os.setpgid(0, 0)  # so that processes started by the rank are ended together with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphans if pytest is killed
         if os.getppid() != parent:
             os._exit(_FAILED)
@@ -147,7 +147,7 @@ def _be_rank(
         faulthandler.enable(file=sys.stderr)  # pytest's writes to the parent's stderr
         faulthandler.dump_traceback_later(max(timeout_s - 1.0, timeout_s / 2), file=sys.stderr)
         if Path("/sys/class/net/lo").exists():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names do not resolve everywhere
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names cannot be resolved everywhere
         ranks = Ranks(
             rank=rank,
             world_size=world_size,
@@ -170,7 +170,7 @@ def _be_rank(
         if status == _OK:
             from mmscale.runtime import groups
 
-            groups.finalize()  # a test that forgot; where it did not this does nothing
+            groups.finalize()  # does nothing if the test has called it
     except BaseException:
         status = _FAILED
         with contextlib.suppress(BaseException):
@@ -189,7 +189,7 @@ def _reap(pids: dict[int, int], statuses: dict[int, int]) -> None:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             continue
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # before reaping: the group cannot be anyone else's yet
+            os.killpg(pid, signal.SIGKILL)  # before reaping, while the id of the group cannot be reused
         statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -203,7 +203,7 @@ def _kill(pids: dict[int, int], statuses: dict[int, int]) -> None:
 
 
 def _report(folder: Path, statuses: dict[int, int], *, stopped: list[int], timed_out: bool, timeout_s: float) -> str:
-    """The failures in the order in which they happened: the first one is the cause, a lost connection the effect."""
+    """The failures in the order in which they happened: the first one is the cause, lost connections are the effect."""
 
     def when(rank: int) -> float:
         path = folder / f"when_{rank}"
@@ -218,8 +218,8 @@ def _report(folder: Path, statuses: dict[int, int], *, stopped: list[int], timed
         text = error.read_text() if error.exists() else ""
         parts.append(f"rank {rank} of {len(statuses) + len(stopped)} {how}\n{text}")
     for path in sorted(folder.glob("output_*")):
-        # The stack of a rank that timed out goes down into pytest: leave out what is below the test function, and
-        # faulthandler's list of all loaded modules, which would push out the stack itself.
+        # The stack of a rank that timed out continues into pytest. Omit the part below the test function, and
+        # faulthandler's list of all loaded modules, because the output is limited.
         lines = [line for line in path.read_text(errors="replace").splitlines() if not _NOISE.search(line)]
         text = "\n".join(lines)[-4000:].strip()
         if text:
@@ -230,5 +230,5 @@ def _report(folder: Path, statuses: dict[int, int], *, stopped: list[int], timed
 
 
 def spoken(err: str) -> str:
-    """What a command printed on stderr, without its lines about waiting, which depend on the machine's load."""
+    """The stderr of a command without lines about waiting, which depend on the machine's load."""
     return re.sub(r"^.* \.\.\.( \d+ s)?\n", "", err, flags=re.MULTILINE)

@@ -1,6 +1,8 @@
-# The `mmscale` command: the list of commands, and the mapping of errors to two lines and an exit status. Commands only
-# parse, call and print. Nothing here imports torch, so that every --help is fast.
-"""The command line. The console script and `python -m mmscale` call `main`."""
+"""The command line. The console script and `python -m mmscale` call `main`.
+
+The `mmscale` command: the list of commands, and the mapping of errors to two lines and an exit status. Commands only
+parse, call and print. Nothing here imports torch, so that every --help is fast.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-# `mmscale baselines`: configuration files with equal FLOPs. plan/siblings.py computes them.
-# Needs no torch.
-"""The command that writes baselines for a configuration."""
+"""The command that writes baselines for a configuration.
+
+`mmscale baselines`: configuration files with equal FLOPs. plan/siblings.py computes them. Needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# `mmscale bench NAME [CONFIG] [--option value ...]`: calls run() of mmscale/bench/NAME.py with its options.
-# A new benchmark needs one entry here; its options are the arguments of its function.
-"""Benchmark commands."""
+"""Benchmark commands.
+
+`mmscale bench NAME [CONFIG] [--option value ...]`: calls run() of mmscale/bench/NAME.py with its options. A new
+benchmark needs one entry here; its options are the arguments of its function.
+"""
 
 from __future__ import annotations
 

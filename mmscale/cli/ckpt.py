@@ -1,6 +1,8 @@
-# `mmscale ckpt ...`: shows, verifies, compares and prunes checkpoints; ckpt_copies.py writes new ones.
-# It parses and prints; checkpoints_tools/ does the work. list, verify and prune do not import torch.
-"""Commands that show, verify, compare and prune checkpoints."""
+"""Commands that show, verify, compare and prune checkpoints.
+
+`mmscale ckpt ...`: shows, verifies, compares and prunes checkpoints; ckpt_copies.py writes new ones. It parses and
+prints; checkpoints_tools/ does the work. list, verify and prune do not import torch.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# `mmscale ckpt archive|restore|reshard|average|upcycle`: the commands that write new checkpoints from old ones.
-# They parse and print; checkpoints_tools/copying.py, average.py and upcycle.py do the work.
-"""Commands that copy and combine checkpoints."""
+"""Commands that copy and combine checkpoints.
+
+`mmscale ckpt archive|restore|reshard|average|upcycle`: the commands that write new checkpoints from old ones. They
+parse and print; checkpoints_tools/copying.py, average.py and upcycle.py do the work.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# `mmscale ckpt mirror|fetch`: copies of checkpoints in an object store. They parse and print;
-# checkpoints_tools/mirrors.py does the work.
-"""Commands for mirrors of checkpoints."""
+"""Commands for mirrors of checkpoints.
+
+`mmscale ckpt mirror|fetch`: copies of checkpoints in an object store. They parse and print;
+checkpoints_tools/mirrors.py does the work.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-# `mmscale compare`: the work that models need for a baseline's losses. report/compare.py computes it.
-# Needs no torch.
-"""The command that compares runs at equal loss."""
+"""The command that compares runs at equal loss.
+
+`mmscale compare`: the work that models need for a baseline's losses. report/compare.py computes it. Needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# `mmscale config check` and `mmscale config explain`: print the results of config/load.py and config/explain.py.
-# No checks and no torch here.
-"""Commands that check a configuration and explain settings."""
+"""Commands that check a configuration and explain settings.
+
+`mmscale config check` and `mmscale config explain`: print the results of config/load.py and config/explain.py. No
+checks and no torch here.
+"""
 
 from __future__ import annotations
 

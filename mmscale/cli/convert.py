@@ -1,6 +1,8 @@
-# `mmscale convert to-hf|from-hf`: a checkpoint as a Hugging Face folder, and back.
-# They parse and print; checkpoints_tools/huggingface/to_hf.py and from_hf.py do the work.
-"""Commands that convert models."""
+"""Commands that convert models.
+
+`mmscale convert to-hf|from-hf`: a checkpoint as a Hugging Face folder, and back. They parse and print;
+checkpoints_tools/huggingface/to_hf.py and from_hf.py do the work.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-# `mmscale data prepare`, `inspect` and `verify`: calls prepare.py and inspect_set.py of data/prepared, and
-# data/digests.py.
-# Documents and data sets are defined there.
-"""Commands that prepare, inspect and verify data sets."""
+"""Commands that prepare, inspect and verify data sets.
+
+`mmscale data prepare`, `inspect` and `verify`: calls prepare.py and inspect_set.py of data/prepared, and
+data/digests.py. Documents and data sets are defined there.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# `mmscale data dedup`, `score` and `select`: calls data/dedup and data/scoring.
-"""Commands that decide which documents of a prepared data set are trained on, and how often."""
+"""Commands that decide which documents of a prepared data set are trained on, and how often.
+
+`mmscale data dedup`, `score` and `select`: calls data/dedup and data/scoring.
+"""
 
 from __future__ import annotations
 

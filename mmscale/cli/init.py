@@ -1,5 +1,7 @@
-# `mmscale init`: prints what mmscale/presets wrote.
-"""The command that writes a first configuration."""
+"""The command that writes a first configuration.
+
+`mmscale init`: prints what mmscale/presets wrote.
+"""
 
 from __future__ import annotations
 

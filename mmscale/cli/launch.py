@@ -1,6 +1,8 @@
-# `mmscale launch`, `status`, `logs`, `stop`, `resume`: jobs on a cluster.
-# They parse and print; launch/ does the work. torch is not imported, because login nodes do not have it.
-"""Commands that launch, monitor and stop jobs."""
+"""Commands that launch, monitor and stop jobs.
+
+`mmscale launch`, `status`, `logs`, `stop`, `resume`: jobs on a cluster. They parse and print; launch/ does the work.
+torch is not imported, because login nodes do not have it.
+"""
 
 from __future__ import annotations
 

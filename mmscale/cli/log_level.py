@@ -1,5 +1,7 @@
-# The option `--log-level` of the command line. output.py prints results and errors, which are not log messages.
-"""How many messages commands print on stderr."""
+"""How many messages commands print on stderr.
+
+The option `--log-level` of the command line. output.py prints results and errors, which are not log messages.
+"""
 
 from __future__ import annotations
 

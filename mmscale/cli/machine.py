@@ -1,6 +1,8 @@
-# `mmscale doctor` and `mmscale plan`: the equipment of this machine, and the needs of a configuration.
-# Checks live in runtime/doctor.py, arithmetic in plan/.
-"""Commands that check this machine and plan the layout of a run."""
+"""Commands that check this machine and plan the layout of a run.
+
+`mmscale doctor` and `mmscale plan`: the equipment of this machine, and the needs of a configuration. Checks live in
+runtime/doctor.py, arithmetic in plan/.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# Printing: tables for people, one JSON object for scripts, two lines for an error.
-# Independent of commands. Importing it is cheap: rich is imported with the first table.
-"""Output of commands. Results go to stdout, everything else to stderr."""
+"""Output of commands. Results go to stdout, everything else to stderr.
+
+Printing: tables for people, one JSON object for scripts, two lines for an error. Independent of commands. Importing it
+is cheap: rich is imported with the first table.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# `--nproc N`: decides whether this process is already a rank or must start the ranks.
-# runtime/local_ranks.py starts and supervises them.
-"""Starts the local ranks of a command."""
+"""Starts the local ranks of a command.
+
+`--nproc N`: decides whether this process is already a rank or must start the ranks. runtime/local_ranks.py starts and
+supervises them.
+"""
 
 from __future__ import annotations
 

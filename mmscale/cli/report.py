@@ -1,6 +1,7 @@
-# `mmscale report`: runs as one HTML page and PNGs. report/ reads and draws, launch/ computes goodput.
-# Needs no torch.
-"""The command that reports on runs."""
+"""The command that reports on runs.
+
+`mmscale report`: runs as one HTML page and PNGs. report/ reads and draws, launch/ computes goodput. Needs no torch.
+"""
 
 from __future__ import annotations
 

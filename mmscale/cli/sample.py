@@ -1,6 +1,8 @@
-# `mmscale sample`: text and images from a run or an export. checkpoints_tools/huggingface/generator.py generates;
-# with batch routing mmscale/inference/draw.py draws. Imports torch only when it runs.
-"""Command that samples from a model."""
+"""Command that samples from a model.
+
+`mmscale sample`: text and images from a run or an export. checkpoints_tools/huggingface/generator.py generates; with
+batch routing mmscale/inference/draw.py draws. Imports torch only when it runs.
+"""
 
 from __future__ import annotations
 

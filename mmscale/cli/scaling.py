@@ -1,6 +1,7 @@
-# `mmscale scaling fit`: fits the mixed-modal scaling law to runs. report/scaling*.py compute it.
-# Needs no torch.
-"""Commands that fit scaling laws."""
+"""Commands that fit scaling laws.
+
+`mmscale scaling fit`: fits the mixed-modal scaling law to runs. report/scaling*.py compute it. Needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# `mmscale status SET`: data/prepared/shares.py has the finished parts, launch/job_table.py the jobs that are alive.
-"""The state of a data set that jobs prepare."""
+"""The state of a data set that jobs prepare.
+
+`mmscale status SET`: data/prepared/shares.py has the finished parts, launch/job_table.py the jobs that are alive.
+"""
 
 from __future__ import annotations
 

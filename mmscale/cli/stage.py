@@ -1,7 +1,9 @@
-# Options that `mmscale train` and `mmscale launch` share: the stage of a run to train, and its start.
-# mmscale/train/stages/table.py defines the stages. Their names are repeated here, because importing the table would
-# slow down the start of every command.
-"""Options of commands that train a stage."""
+"""Options of commands that train a stage.
+
+Options that `mmscale train` and `mmscale launch` share: the stage of a run to train, and its start.
+mmscale/train/stages/table.py defines the stages. Their names are repeated here, because importing the table would slow
+down the start of every command.
+"""
 
 from __future__ import annotations
 

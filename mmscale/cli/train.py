@@ -1,6 +1,8 @@
-# `mmscale train`, `eval` and `verify-layout`: the commands that compute.
-# They find the rank, call train/ or inference/, and print the result.
-"""Commands that train and evaluate."""
+"""Commands that train and evaluate.
+
+`mmscale train`, `eval` and `verify-layout`: the commands that compute. They find the rank, call train/ or inference/,
+and print the result.
+"""
 
 from __future__ import annotations
 

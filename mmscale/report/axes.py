@@ -1,5 +1,7 @@
-# An axis is all NaN if the run has no data for it.
-"""The x axes of a run's figures: steps, tokens, model FLOPs, and hours since its first event."""
+"""The x axes of a run's figures: steps, tokens, model FLOPs, and hours since its first event.
+
+An axis is all NaN if the run has no data for it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# Finds the steps after which losses are not comparable with earlier ones, because data, batches or sequences changed.
-# Reads events and configurations; downsample.py cuts the curves.
-"""Breaks of a run's curves."""
+"""Breaks of a run's curves.
+
+Finds the steps after which losses are not comparable with earlier ones, because data, batches or sequences changed.
+Reads events and configurations; downsample.py cuts the curves.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# Converts the result of compare.py to HTML. If runs cannot be compared the section gives the reason.
-"""The report page's section on equal loss."""
+"""The report page's section on equal loss.
+
+Converts the result of compare.py to HTML. If runs cannot be compared the section gives the reason.
+"""
 
 from __future__ import annotations
 

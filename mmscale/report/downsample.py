@@ -1,5 +1,7 @@
-# Each bin keeps its mean, lowest and highest value. Independent of keys and of drawing.
-"""Downsamples curves of any length to a bounded number of points, keeping every extreme."""
+"""Downsamples curves of any length to a bounded number of points, keeping every extreme.
+
+Each bin keeps its mean, lowest and highest value. Independent of keys and of drawing.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# Reads the small files of a run folder.
-"""Text and tables of a report: results, configuration, environment, differences between runs, and warnings."""
+"""Text and tables of a report: results, configuration, environment, differences between runs, and warnings.
+
+Reads the small files of a run folder.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-# Needs no display. Of a run it reads only metrics.jsonl. pictures.py makes a report's PNGs.
-"""Draws loss curves of several runs, and rows of small images, as PNG files."""
+"""Draws loss curves of several runs, and rows of small images, as PNG files.
+
+Needs no display. Of a run it reads only metrics.jsonl. pictures.py makes a report's PNGs.
+"""
 
 from __future__ import annotations
 

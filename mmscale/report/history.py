@@ -1,5 +1,6 @@
-# Reads the file line by line into arrays, and merges repeated steps by the rules of mmscale.runs.metrics.
 """Reads metrics.jsonl as columns, for runs of millions of logged steps.
+
+Reads the file line by line into arrays, and merges repeated steps by the rules of mmscale.runs.metrics.
 
 Measured on 100,000 lines of 36 keys (102 MB): 0.6 s of CPU and 81 MB as columns, 1.9 s and 376 MB as the dictionaries
 of `read_metrics`. On 1,000,000: 9.2 s of CPU, page included, and 0.76 GB in the process that merges.

@@ -1,5 +1,7 @@
-# Of a long file only the records that are shown are read.
-"""Reads layers.jsonl for heat maps: a bounded number of records, evenly spread over the run."""
+"""Reads layers.jsonl for heat maps: a bounded number of records, evenly spread over the run.
+
+Of a long file only the records that are shown are read.
+"""
 
 from __future__ import annotations
 

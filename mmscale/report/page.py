@@ -1,6 +1,8 @@
-# The page contains its style, script and data, and needs no network. This module combines the results of history,
-# charts, layers, timeline and facts; the script (assets/*.js) draws.
-"""Writes the report: one self-contained HTML page."""
+"""Writes the report: one self-contained HTML page.
+
+The page contains its style, script and data, and needs no network. This module combines the results of history, charts,
+layers, timeline and facts; the script (assets/*.js) draws.
+"""
 
 from __future__ import annotations
 

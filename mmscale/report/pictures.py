@@ -1,5 +1,7 @@
-# The same charts and numbers as on the page. charts.py, layers.py and timeline.py define what is drawn.
-"""Draws the figures of the report page as PNG files with matplotlib, for slides and papers."""
+"""Draws the figures of the report page as PNG files with matplotlib, for slides and papers.
+
+The same charts and numbers as on the page. charts.py, layers.py and timeline.py define what is drawn.
+"""
 
 from __future__ import annotations
 

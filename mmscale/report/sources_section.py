@@ -1,6 +1,8 @@
-# Passes over each data set of a run, done and planned: a figure and a table for the page, and the figure as PNG.
-# The numbers come from runs/sources_read.py.
-"""Shows how often runs have read each of their data sets, and how often they will have."""
+"""Shows how often runs have read each of their data sets, and how often they will have.
+
+Passes over each data set of a run, done and planned: a figure and a table for the page, and the figure as PNG. The
+numbers come from runs/sources_read.py.
+"""
 
 from __future__ import annotations
 

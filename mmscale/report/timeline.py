@@ -1,6 +1,8 @@
-# Collects the attempts of a run, why they ended, and how its time was used. The caller passes the function that
-# computes goodput.
-"""The timeline of a run: attempts, saves, faults, and lost work."""
+"""The timeline of a run: attempts, saves, faults, and lost work.
+
+Collects the attempts of a run, why they ended, and how its time was used. The caller passes the function that computes
+goodput.
+"""
 
 from __future__ import annotations
 

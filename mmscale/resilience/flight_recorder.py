@@ -1,6 +1,8 @@
-# torch's flight recorder: the recent collectives of this process, by process group, for NCCL and gloo. It is active if
-# TORCH_FR_BUFFER_SIZE is set before groups are created (launch/rank_command.py). Reading it needs no collective.
-"""Reads torch's flight recorder within the process, because a hanging rank cannot be queried from outside."""
+"""Reads torch's flight recorder within the process, because a hanging rank cannot be queried from outside.
+
+torch's flight recorder: the recent collectives of this process, by process group, for NCCL and gloo. It is active if
+TORCH_FR_BUFFER_SIZE is set before groups are created (launch/rank_command.py). Reading it needs no collective.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-# Which attempt owns a run's folder: lease.json, checked by every rank before it writes. run_lock.py decides who may
-# take it and keeps the holder's heartbeat. No torch.
 """Fencing of old attempts.
+
+Which attempt owns a run's folder: lease.json, checked by every rank before it writes. run_lock.py decides who may take
+it and keeps the holder's heartbeat. No torch.
 
 A cluster may declare a node dead while its processes are still alive, start the job elsewhere, and so have two attempts
 write into one folder (seen with SLURM when slurmd dies and its ranks do not). Every attempt has an id (job, restart

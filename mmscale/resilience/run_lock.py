@@ -1,6 +1,7 @@
-# Ensures one trainer per run, however and wherever it is started: takes the run's lease, refuses while its holder is
-# alive, and keeps the heartbeat. lease.py defines the file and the checks of ranks. No torch.
 """The lock of a run.
+
+Ensures one trainer per run, however and wherever it is started: takes the run's lease, refuses while its holder is
+alive, and keeps the heartbeat. lease.py defines the file and the checks of ranks. No torch.
 
 If the holder's process is visible (same boot of the same machine, same PID namespace), its state is known at once.
 Otherwise a second starter watches the holder's counter for some seconds. Clocks and host names are never compared, and

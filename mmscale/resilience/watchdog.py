@@ -1,6 +1,7 @@
-# A thread in every rank that notices when no step ends any more, reports where its rank waits, and ends the attempt.
-# The launcher restarts ranks. The thread runs no collective, because collectives are what may hang.
 """Hang detection.
+
+A thread in every rank that notices when no step ends any more, reports where its rank waits, and ends the attempt. The
+launcher restarts ranks. The thread runs no collective, because collectives are what may hang.
 
 A rank that waits for ever in a collective prints nothing, and neither does the rank that it waits for. So each rank
 records every step boundary. If there was none for too long, its thread writes the stacks of all threads, and whether

@@ -1,6 +1,8 @@
-# The data that `mmscale status` needs from metrics.jsonl, so that it need not read all of it each time: the last logged
-# step, and groups of steps for computing goodput. The job stores it in the run folder; readers continue from there.
-"""A run's progress in a few hundred numbers."""
+"""A run's progress in a few hundred numbers.
+
+The data that `mmscale status` needs from metrics.jsonl, so that it need not read all of it each time: the last logged
+step, and groups of steps for computing goodput. The job stores it in the run folder; readers continue from there.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# If the output is full, frozen or closed, its lines are kept for a while, and the process continues. Only for
-# processes that train or supervise; other commands report output errors.
-"""Standard output and error that never raise and never block for long."""
+"""Standard output and error that never raise and never block for long.
+
+If the output is full, frozen or closed, its lines are kept for a while, and the process continues. Only for processes
+that train or supervise; other commands report output errors.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# CUDA or CPU, decided in one place: the device of this rank, its memory, its name, its random seed. The only module of
-# the package that uses torch.cuda; it starts no process group and is independent of megatron-core.
-"""The device that this rank computes on."""
+"""The device that this rank computes on.
+
+CUDA or CPU, decided in one place: the device of this rank, its memory, its name, its random seed. The only module of
+the package that uses torch.cuda; it starts no process group and is independent of megatron-core.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-# Writes a run's small files in a thread: failed writes are kept and retried, and hanging writes are not waited for.
-# Independent of file formats; checkpoints have their own writers (checkpoint/).
 """Writes files in a way that a full, read-only or frozen disk neither stops nor delays.
+
+Writes a run's small files in a thread: failed writes are kept and retried, and hanging writes are not waited for.
+Independent of file formats; checkpoints have their own writers (checkpoint/).
 
 A caller waits until its write is done, so that a record is in the file when the call returns. It stops waiting when the
 disk fails or does not respond. Writes then queue up in memory, in order and bounded, and are retried.

@@ -1,6 +1,8 @@
-# `mmscale doctor`: what works on this machine, what is missing, what is wrong, and how to fix it. Each check is
-# independent and must not raise; nothing is changed, and torch is imported only for its checks.
-"""Checks of this machine for `mmscale doctor`."""
+"""Checks of this machine for `mmscale doctor`.
+
+`mmscale doctor`: what works on this machine, what is missing, what is wrong, and how to fix it. Each check is
+independent and must not raise; nothing is changed, and torch is imported only for its checks.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# The environment of a run: code version, package versions, hosts, devices. Only listed items, so that it cannot
-# contain a secret. doctor.py checks the environment. Needs no torch except for the device's name.
-"""Collects the content of a run folder's environment.json."""
+"""Collects the content of a run folder's environment.json.
+
+The environment of a run: code version, package versions, hosts, devices. Only listed items, so that it cannot contain a
+secret. doctor.py checks the environment. Needs no torch except for the device's name.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-# Starts torch.distributed and megatron-core's process groups, and provides them as one ProcessGroupCollection. The only
-# module that imports megatron.core.parallel_state: all others receive their groups, or use this module.
 """Process groups of a run.
+
+Starts torch.distributed and megatron-core's process groups, and provides them as one ProcessGroupCollection. The only
+module that imports megatron.core.parallel_state: all others receive their groups, or use this module.
 
 Two levels of initialization, so that one set of processes can use several layouts (0.1 s each; a new process takes 6
 s):

@@ -1,6 +1,8 @@
-# Keeps using a folder after it was renamed. On systems other than Linux a rename is not noticed. The caller decides
-# what to do after a rename.
-"""Refers to a folder by its inode as well as by its name, so that a rename is noticed."""
+"""Refers to a folder by its inode as well as by its name, so that a rename is noticed.
+
+Keeps using a folder after it was renamed. On systems other than Linux a rename is not noticed. The caller decides what
+to do after a rename.
+"""
 
 from __future__ import annotations
 

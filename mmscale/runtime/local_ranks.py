@@ -1,6 +1,8 @@
-# `mmscale train --nproc N`: N rank processes on this machine, supervised together. No torch here. It does not restart
-# ranks (the launcher does) and does not span machines (SLURM, torchrun or mpirun do).
-"""Start ranks on this machine, forward signals to them, and end all of them when one dies."""
+"""Start ranks on this machine, forward signals to them, and end all of them when one dies.
+
+`mmscale train --nproc N`: N rank processes on this machine, supervised together. No torch here. It does not restart
+ranks (the launcher does) and does not span machines (SLURM, torchrun or mpirun do).
+"""
 
 from __future__ import annotations
 

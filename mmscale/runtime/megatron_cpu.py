@@ -1,6 +1,7 @@
-# Makes megatron-core 0.16.1, which requires a GPU, train on CPU over gloo. A no-op if CUDA is available. It does not
-# pretend that CUDA is available: `torch` and all libraries other than megatron-core see the real machine.
 """The CPU adaptor of megatron-core.
+
+Makes megatron-core 0.16.1, which requires a GPU, train on CPU over gloo. A no-op if CUDA is available. It does not
+pretend that CUDA is available: `torch` and all libraries other than megatron-core see the real machine.
 
 How it works: every `megatron.core.*` module looks up the global name `torch` at each use, so re-binding that one name
 in each module to a proxy (megatron_proxy.py) reaches all of them. Everything that the proxy cannot reach is patched

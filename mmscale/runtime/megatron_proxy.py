@@ -1,5 +1,6 @@
-# The name `torch` as megatron-core's modules see it on a machine without CUDA. megatron_cpu.py installs it.
 """A substitute for the module `torch`, bound only in the modules of megatron-core.
+
+The name `torch` as megatron-core's modules see it on a machine without CUDA. megatron_cpu.py installs it.
 
 A global `TorchFunctionMode` would cost 23-32 % of a training step (2-4 us on every torch call, even `x.shape`); the
 proxy costs nothing on an attribute and 0.7 us on a tensor factory.

@@ -1,5 +1,7 @@
-# A PID alone is not a permanent name, because it may be given to another process later. No torch.
-"""Identifies processes beyond their PID, so that a reused PID is not mistaken for the old process."""
+"""Identifies processes beyond their PID, so that a reused PID is not mistaken for the old process.
+
+A PID alone is not a permanent name, because it may be given to another process later. No torch.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-# Warnings of libraries that a user cannot avoid, each with the reason why it is harmless. All other warnings are
-# shown. No logger and no error is silenced; MMSCALE_DEBUG=1 and `python -W ...` show everything.
-"""Silences the known warnings of megatron-core 0.16.1 and torch: a dozen lines at every start, on every rank."""
+"""Silences the known warnings of megatron-core 0.16.1 and torch: a dozen lines at every start, on every rank.
+
+Warnings of libraries that a user cannot avoid, each with the reason why it is harmless. All other warnings are shown.
+No logger and no error is silenced; MMSCALE_DEBUG=1 and `python -W ...` show everything.
+"""
 
 from __future__ import annotations
 

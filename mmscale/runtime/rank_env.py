@@ -1,6 +1,7 @@
-# Reads this process's rank, the number of ranks and the address of rank 0 from the environment variables of torchrun,
-# SLURM or MPI. It starts nothing and imports no torch, so `mmscale doctor` and every `--help` may use it.
 """Discovery of the rank environment.
+
+Reads this process's rank, the number of ranks and the address of rank 0 from the environment variables of torchrun,
+SLURM or MPI. It starts nothing and imports no torch, so `mmscale doctor` and every `--help` may use it.
 
 The innermost launcher takes precedence: torchrun's variables (which `mmscale train --nproc N` sets too), then a SLURM
 step (`srun`), then `mpirun`, then a single process. If two launchers disagree that is an error: ranks that wait for

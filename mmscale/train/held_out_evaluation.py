@@ -95,7 +95,7 @@ class HeldOutEvaluation:
         return {name: str(extent_of(self.config, data, batches=batches)) for name, data in self.passes.items()}
 
     def _in_order_of_run(self) -> None:
-        """Use the order with which the run began for large sets too, as for its training data."""
+        """Read large sets in the order with which the run began, like its training data."""
         if self.state.stream:
             order = self.state.stream[0].get("order", "epochs")
             self.passes = {

@@ -1,7 +1,9 @@
-# Holds a run's lease during `mmscale train`: in the parent of local ranks, or in rank 0 if another program started the
-# ranks. Under `mmscale launch` the job holds it, and ranks only check it. resilience/run_lock.py is the lock itself.
-# No torch.
-"""Holds the lock of a run during training."""
+"""Holds the lock of a run during training.
+
+Holds a run's lease during `mmscale train`: in the parent of local ranks, or in rank 0 if another program started the
+ranks. Under `mmscale launch` the job holds it, and ranks only check it. resilience/run_lock.py is the lock itself. No
+torch.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-# Measures the speed of a run: tokens per second, the parts of a step's time, model FLOP/s, and MFU if the peak is
-# known. It measures time on the host and writes nothing; FLOPs per token and peaks come from mmscale.plan.
 """A clock for the training loop, and how it is used.
+
+Measures the speed of a run: tokens per second, the parts of a step's time, model FLOP/s, and MFU if the peak is known.
+It measures time on the host and writes nothing; FLOPs per token and peaks come from mmscale.plan.
 
 ```
 clock = Throughput(flops_per_token=..., world_size=8, peak_tflops=peak_tflops(name, dtype))

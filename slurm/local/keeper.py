@@ -1,6 +1,7 @@
-# The parent process of the local cluster's daemons: writes SLURM's configuration, starts them, and reaps children.
-# Only cluster.py uses it: it starts it and communicates through its state file and signals.
 """The keeper of a local cluster.
+
+The parent process of the local cluster's daemons: writes SLURM's configuration, starts them, and reaps children. Only
+cluster.py uses it: it starts it and communicates through its state file and signals.
 
 All daemons are its children, and it is a subreaper: also what they leave behind when they are killed (job steps, ranks)
 stays its child, and nothing outlives it.

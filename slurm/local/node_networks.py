@@ -1,6 +1,7 @@
-# A network for the nodes of the local cluster: a bridge on this machine, and a separate eth0 in each node. It needs
-# root and `ip`. cluster.py defines the nodes and starts the processes in them.
 """A bridge with one virtual link per node, any of which can be cut.
+
+A network for the nodes of the local cluster: a bridge on this machine, and a separate eth0 in each node. It needs root
+and `ip`. cluster.py defines the nodes and starts the processes in them.
 
 A node's network namespace belongs to its processes: the kernel removes its link with the last of them, and only the
 bridge has to be deleted.

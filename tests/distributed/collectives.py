@@ -1,4 +1,4 @@
-"""Counts what a rank says: calls and bytes of collectives and sends by operation, in the words of mmscale.plan."""
+"""Counts a rank's messages: calls and bytes of collectives and sends by operation, with the names of mmscale.plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Key = tuple[str, int]
-# c10d's operators: what the plan calls them, and which argument is the whole tensor.
+# c10d's operators, with their names in the plan and the argument that is the whole tensor.
 _OPERATIONS = {
     "_allgather_base_": ("all_gather", 0),
     "allgather_into_tensor_coalesced_": ("all_gather", 0),
@@ -24,18 +24,18 @@ _OPERATIONS = {
 
 
 class Collectives(TorchDispatchMode):
-    """Inside a `with` block; an operator that is not known is an error.
+    """Counts messages inside a `with` block; an unknown operator is an error.
 
-    What a group of one rank says is left out, and a receipt: it is the sender's message.
+    Not counted: messages in groups of one rank, and receives, because the message is the sender's.
 
     Attributes:
-        calls, payload: calls and bytes of whole tensors, by (operation, ranks of the group). A send is between two,
-            in whatever group: with two stages megatron-core sends one direction through the group of all ranks
+        calls, payload: calls and bytes of whole tensors, by (operation, ranks of the group). A send is between two
+            ranks, in whatever group: with two stages megatron-core sends one direction through the group of all ranks
             (p2p_communication.py).
     """
 
     def __init__(self, *, above: int = 0) -> None:
-        """Count messages of more than so many bytes."""
+        """Count messages of more than `above` bytes."""
         super().__init__()
         self.above = above
         self.calls: Counter[Key] = Counter()

@@ -1,7 +1,7 @@
-"""One rank of a world that does not exist: torch's fake process group, tensors without memory, counted messages.
+"""One rank of a simulated world: torch's fake process group, tensors without memory, counted messages.
 
-Everything else is real: megatron-core's groups, the model, gradient buffers, schedules, the optimizer. Tensors know
-their shapes and not their numbers, so a rank of a large model on many ranks takes seconds and no memory.
+Everything else is real: megatron-core's groups, the model, gradient buffers, schedules, the optimizer. Tensors have
+shapes but no values, so a rank of a large model on many ranks takes seconds and no memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def rank_of(config: Config, rank: int, world: int) -> Iterator[ProcessGroupCollection]:
-    """Be this rank, in megatron-core's groups of the configuration's layout; one at a time, in a process of its own."""
+    """Act as this rank, in megatron-core's groups of the configuration's layout. One at a time, in its own process."""
     torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     parallel = config.parallel
     try:
@@ -58,18 +58,18 @@ def rank_of(config: Config, rank: int, world: int) -> Iterator[ProcessGroupColle
 
 @contextlib.contextmanager
 def _without_numbers() -> Iterator[None]:
-    """What asks tensors for their numbers is left out: weights, checks between ranks, conversions to the same type."""
+    """Skips code that needs values of tensors: initial weights, checks between ranks, conversions to the same type."""
 
     def everyone_says(said: list[Any], mine: Any, group: Any = None) -> None:
         said[:] = [mine] * len(said)
 
     class Sent:
         def wait(self) -> None:
-            """Nothing travels."""
+            """There is nothing to wait for."""
 
     @contextlib.contextmanager
     def one_by_one(*_: Any, **__: Any) -> Iterator[Sent]:
-        yield Sent()  # torch has no fake form of its coalesced operators
+        yield Sent()  # torch has no fake version of its coalesced operators
 
     def on_a_device(
         self: DocumentAttention, query: Tensor, key: Tensor, value: Tensor, *_: Any, **facts: Any
@@ -93,13 +93,13 @@ def _without_numbers() -> Iterator[None]:
 
 
 def states_of(config: Config, pg: ProcessGroupCollection) -> States:
-    """What this rank holds; nothing goes forward."""
+    """The states of this rank, without a forward pass."""
     with _without_numbers(), FakeTensorMode(allow_non_fake_inputs=True):
         return _states(build(config, pg))
 
 
 def one_step(config: Config, pg: ProcessGroupCollection) -> tuple[States, Collectives]:
-    """What this rank holds, and says in forward, backward and update of all its micro-batches."""
+    """The states of this rank, and its messages in forward, backward and update of all its micro-batches."""
     with _without_numbers(), FakeTensorMode(allow_non_fake_inputs=True):
         parts = build(config, pg)
         mixture = SyntheticMixture(config, share={"text": 0.5, "image": 0.5})
@@ -123,7 +123,7 @@ def _states(parts: TrainingParts) -> States:
     buffers = [buffer for chunk in parts.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     parameters = [parameter for chunk in parts.chunks for parameter in chunk.parameters()]
     optimizers = _optimizers(parts)
-    # Moments are made in the first step; before it there are the copies that they belong to.
+    # Moments are created in the first step; before it only the copies exist that they belong to.
     shards = [tensor for part in optimizers for group in part.shard_fp32_from_float16_groups for tensor in group]
     shards += [tensor for part in optimizers for group in part.shard_fp32_groups for tensor in group]
     copies = 4 if parts.chunks[0].config.bf16 else 0

@@ -1,4 +1,4 @@
-"""Small models and the machinery of the layout tests: reference traces of one process, made once per test session."""
+"""Small models and helpers of the layout tests: reference traces of one process, made once per test session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmscale.train.proof.verify_layout import choices_of, compare, compare_tenso
 from tests.support import run_ranks
 
 STEPS = 3
-# What the issue of this matrix asks for; differences seen are below 1e-6.
+# The required tolerance; observed differences are below 1e-6.
 LOSS_TOLERANCE = 2e-6
 NORM_TOLERANCE = 2e-6
 
@@ -121,7 +121,7 @@ def config(
             "vocab": {"modalities": [{"name": "text", "size": 64}, {"name": "image", "size": 64}]},
             "model": {**shape, **MODELS[model]},
             "train": {"micro_batch_size": 2, "global_batch_size": 8, **train},
-            # 3e-3 makes fp32 rounding grow threefold a step in post-norm models: 4e-8, 2e-7, 8e-7, 4e-6 for DP2.
+            # With 3e-3, fp32 rounding grows threefold per step in post-norm models: 4e-8, 2e-7, 8e-7, 4e-6 for DP2.
             "optim": {"lr": 1e-3},
             "parallel": dict(parallel or {}),
             "data": dict(data or {}),
@@ -131,7 +131,10 @@ def config(
 
 
 def trace(settings: Config, env: RankEnv, *, steps: int = STEPS, **options: Any) -> Trace:
-    """Steps under the settings' layout, with process groups made and destroyed around them. Options: `take_steps`."""
+    """Steps under the settings' layout, with process groups created and destroyed around them.
+
+    Options: `take_steps`.
+    """
     parallel = settings.parallel
     groups.initialize_layout(
         tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=settings.run.seed
@@ -143,9 +146,9 @@ def trace(settings: Config, env: RankEnv, *, steps: int = STEPS, **options: Any)
 
 
 class References:
-    """What one process gives, by model and missing modality: a trace, and a checkpoint after the first step.
+    """Results of one process, by model and missing modality: a trace, and a checkpoint after the first step.
 
-    Each is made in a forked rank when first asked for.
+    Each is made in a forked rank when it is first needed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -176,7 +179,7 @@ class References:
 
 
 def start(ranks: RankEnv) -> None:
-    """torch.distributed, and no garbage collection of what the fork inherited: megatron-core collects in every save."""
+    """torch.distributed, without garbage collection of inherited objects: megatron-core collects in every save."""
     gc.freeze()
     groups.start(ranks)
 
@@ -201,14 +204,14 @@ def judge(
     absent: str | None = None,
     alter: Callable[[list[Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """What `mmscale verify-layout` says of a layout, on every rank. The reference exists already.
+    """The result of `mmscale verify-layout` for a layout, on every rank. The reference must exist.
 
     Args:
-        references: what one process gives.
+        references: results of one process.
         settings: the layout.
         env: this rank.
         folder: a new one for the layout's checkpoint.
-        absent: modality that odd micro-batches lack.
+        absent: modality that is missing in odd micro-batches.
         alter: changes the model's chunks before they are wrapped.
     """
     reference, saved = references.get(settings, absent=absent), references.checkpoint(settings, absent=absent)
@@ -219,7 +222,7 @@ def judge(
 
 
 def assert_passes(found: dict[str, Any], label: str) -> None:
-    """The verdict is that the layout equals one process, and something was compared."""
+    """The layout equals one process according to the result, and something was compared."""
     assert found["passed"], (label, found)
     assert found["gradients"]["compared"] > 10 and found["state"]["compared"] > 20, (label, found)
 

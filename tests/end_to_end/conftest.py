@@ -1,4 +1,4 @@
-"""Fixtures of the end-to-end tests: one tiny data set, prepared once, models exported once, runs that go on."""
+"""Fixtures of the end-to-end tests: one tiny data set, prepared once, models exported once, runs to be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disks that can be made full, read-only and frozen, and good again: a tmpfs, and an ext4 in a file."""
+"""Disks that can become full, read-only and frozen, and recover: a tmpfs, and an ext4 in a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Disk:
 
     Args:
         folder: where it is mounted.
-        kind: of KINDS: what `refuse` makes it.
+        kind: of KINDS: the failure that `refuse` causes.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -28,7 +28,7 @@ class Disk:
         self.refused = self.good = 0.0  # times
 
     def refuse(self) -> None:
-        """Have it refuse every write from now on, or hang in it."""
+        """Make it refuse every write from now on, or hang in it."""
         if self.kind == "full":
             with contextlib.suppress(OSError), (self.folder / "filler").open("wb", buffering=0) as file:
                 for size in (1 << 16, 1 << 12, 1):
@@ -42,7 +42,7 @@ class Disk:
         self.refused = time.time()
 
     def recover(self) -> None:
-        """Have it take writes again."""
+        """Make it accept writes again."""
         self.good = time.time()
         if self.kind == "full":
             (self.folder / "filler").unlink()
@@ -52,7 +52,7 @@ class Disk:
             _run("fsfreeze", "-u", str(self.folder))
 
     def _remount(self, mode: str) -> None:
-        """Refused while any file is open for writing."""
+        """Remount; fails while any file is open for writing."""
         deadline = time.monotonic() + 60
         while subprocess.run(["mount", "-o", f"remount,{mode}", str(self.folder)], capture_output=True).returncode:
             assert time.monotonic() < deadline, "a file stays open for writing"

@@ -1,4 +1,4 @@
-"""Changes since a checkpoint, and how a run or its stage goes on with them: for the matrices of going on."""
+"""Changes since a checkpoint, and how a run or its stage resumes after them: for the matrices of resuming."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Cell:
     """A change.
 
     Attributes:
-        overrides: of the configuration; DATA stands for a copy of the data, OTHER for one with other documents.
-        asks: what `train` names when it refuses without `--yes`; "": it goes on.
-        says: what it prints when it goes on.
-        stage: what the auxiliary stage names when it refuses; "": it goes on.
+        overrides: of the configuration; DATA is replaced by a copy of the data, OTHER by one with other documents.
+        asks: text of the error of `train` without `--yes`; "": it resumes.
+        says: what it prints when it resumes.
+        stage: text of the error of the auxiliary stage; "": it resumes.
     """
 
     overrides: tuple[str, ...]
@@ -50,11 +50,11 @@ def filled(text: str, places: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """What goes on: a run, or its stage.
+    """What is resumed: a run, or its stage.
 
     Attributes:
         source: name of the finished run, below `exported`.
-        folder: where it is, below the run's folder.
+        folder: its place, below the run's folder.
         steps: that it has done.
         more: arguments that make it take one step more.
     """
@@ -75,7 +75,7 @@ SUBJECTS = {
 
 @dataclass
 class Course:
-    """A subject with a change, wherever and however it goes on."""
+    """A subject with a change, independent of how and where it is resumed."""
 
     config: Path
     exported: Path
@@ -90,7 +90,7 @@ class Course:
         return [f"run.dir={run.parent}", *fixed, *changed, *self.subject.more]
 
     def act(self, place: Path, act: Callable[..., Ended]) -> Ended | None:
-        """Let it go on, with `--yes` where it asks for that; None: it is refused, `--yes` or not.
+        """Resume it, with `--yes` if that is required; None: it is refused, with or without `--yes`.
 
         Args:
             place: where its copy is made.
@@ -114,7 +114,7 @@ class Course:
         return ended
 
     def loss(self, place: Path) -> float:
-        """Of the step that was taken."""
+        """Loss of the step that was taken."""
         return float(read_metrics(place / "tiny" / self.subject.folder)[-1]["loss"])
 
 

@@ -1,4 +1,4 @@
-"""Lives of a run whose ranks are killed: forked ranks of `mmscale train`, which a test may end as it likes."""
+"""Attempts of a run whose ranks are killed: forked ranks of `mmscale train`, which a test may end in any way."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PATIENCE_S = 300.0
 
 @dataclass
 class Life:
-    """One attempt of forked ranks, each in a process group of its own with whatever it starts.
+    """One attempt of forked ranks, each in a separate process group together with its children.
 
     Attributes:
         statuses: exit statuses by rank, negative for a signal.
-        said: what rank 0 wrote on stderr, at the end.
+        said: stderr of rank 0, at the end.
     """
 
     arguments: list[str]
@@ -52,14 +52,14 @@ class Life:
             os.setpgid(pid, pid)
 
     def send(self, number: int, rank: int | None = None) -> None:
-        """A signal to one rank, or to all of them at once; to the ranks alone, not to their writers."""
+        """Send a signal to one rank, or to all of them at once; to the ranks alone, not to their writers."""
         for other, pid in enumerate(self.pids):
             if rank in (None, other) and other not in self.statuses:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
     def hears(self, number: int) -> bool:
-        """Whether every rank that is alive has a handler for this signal; before that the signal kills it."""
+        """Whether every living rank has a handler for this signal; before that the signal kills it."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.statuses:
                 with contextlib.suppress(FileNotFoundError):
@@ -76,16 +76,16 @@ class Life:
         return len(self.statuses) < self.nproc
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something while it runs, or for its end."""
+        """Wait until a condition holds, or until all ranks have ended."""
         deadline = time.monotonic() + PATIENCE_S
         while self.poll() and not condition():
             assert time.monotonic() < deadline, "it did not happen"
             time.sleep(0.002)
 
     def end(self) -> dict[int, int]:
-        """Wait for the end of all ranks; whoever is left by then is killed, and that is an error.
+        """Wait for the end of all ranks; ranks that are alive after the limit are killed, which is an error.
 
-        When a rank is lost the launcher ends the others: this one gives them time to notice by themselves.
+        When a rank is lost the launcher ends the others; this helper gives them time to notice by themselves.
         """
         deadline = time.monotonic() + PATIENCE_S
         while self.poll():
@@ -93,13 +93,13 @@ class Life:
                 self.send(signal.SIGKILL)
                 raise AssertionError(f"ranks hang: {self.statuses}")
             time.sleep(0.002)
-        said = self._folder / "0.err"  # a rank may be killed before it opens it
+        said = self._folder / "0.err"  # a rank may be killed before it opens the file
         self.said = said.read_text() if said.exists() else ""
         shutil.rmtree(self._folder)
         return self.statuses
 
     def left_behind(self) -> list[int]:
-        """Processes that the ranks have started and that have not ended with them, after a moment for the kernel."""
+        """Processes that the ranks have started and that are still alive after them, after a moment for the kernel."""
         deadline = time.monotonic() + PATIENCE_S
         while alive := [pid for pid in psutil.pids() if _group(pid) in self.pids]:
             if time.monotonic() > deadline:

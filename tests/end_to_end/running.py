@@ -1,5 +1,5 @@
-# Runs the real command: as forked ranks of this process where that is enough, as `python -m mmscale` where it is not.
-# A started command costs 6 s of imports per rank, a forked one 0.1 s; both go through mmscale.cli.main.
+# Runs the real command: as forked ranks of this process if that is sufficient, otherwise as `python -m mmscale`. A
+# started command costs 6 s of imports per rank, a forked one 0.1 s; both call mmscale.cli.main.
 """Commands of the end-to-end tests."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.runtime.rank_env import STORE_FD, listen, port_of
 from tests.support import spoken
 
-AFTER_A_FAILURE_S = 120.0  # of one rank, the others have this long to end
+AFTER_A_FAILURE_S = 120.0  # time for the other ranks to end after one has failed
 
 ROOT = Path(__file__).parents[2]
 MARK = "MMSCALE_TEST_COMMAND"
@@ -32,12 +32,12 @@ MARK = "MMSCALE_TEST_COMMAND"
 
 @dataclass(frozen=True)
 class Ended:
-    """What is left of a command.
+    """The result of a command.
 
     Attributes:
         status: exit status.
-        out, err: what rank 0 wrote.
-        others: both of the other ranks.
+        out, err: output of rank 0.
+        others: output of the other ranks.
     """
 
     status: int
@@ -47,7 +47,7 @@ class Ended:
 
 
 def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) -> Ended:
-    """`mmscale ARGUMENTS` as forked ranks, which find themselves as the ranks of `--nproc` do."""
+    """`mmscale ARGUMENTS` as forked ranks, with the environment of ranks of `--nproc`."""
     import mmscale.inference.evaluate
     import mmscale.train.proof.verify_layout
     import mmscale.train.run  # noqa: F401  what forks would import one by one
@@ -61,7 +61,7 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) ->
             for rank, pid in enumerate(pids):
                 if rank not in statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                     statuses[rank] = os.waitstatus_to_exitcode(ended[1])
-            if any(statuses.values()):  # as the launcher does: the others have a while to end by themselves
+            if any(statuses.values()):  # as in the launcher, the others have some time to end by themselves
                 deadline = min(deadline, time.monotonic() + AFTER_A_FAILURE_S)
             if time.monotonic() > deadline:
                 texts = {file.name: file.read_text() for file in folder.iterdir()}
@@ -116,7 +116,7 @@ def fork(arguments: list[str], rank: int, nproc: int, listener: socket.socket, f
 
         from mmscale.cli import main
 
-        sys.argv = ["mmscale", *arguments]  # what `--nproc` starts its ranks with
+        sys.argv = ["mmscale", *arguments]  # the arguments with which `--nproc` starts its ranks
 
         gc.freeze()
         status = main(arguments)
@@ -136,7 +136,7 @@ class Started:
     mark: str
 
     def processes(self) -> list[int]:
-        """Every process that it started, and their children, as long as they live."""
+        """Every process that it started, and their children, as long as they are alive."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != self.process.pid:
@@ -148,7 +148,7 @@ class Started:
         return found
 
     def left_behind(self, *, within_s: float = 300.0) -> list[int]:
-        """What still lives after its end; a killed process is gone a moment after the signal."""
+        """Processes that are still alive after its end; a killed process disappears shortly after the signal."""
         deadline = time.monotonic() + within_s
         while (found := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -166,7 +166,7 @@ class Started:
         return pid
 
     def until(self, condition: Callable[[], bool], *, timeout_s: float = 300.0) -> None:
-        """Wait for something while it runs."""
+        """Wait until a condition holds while it runs."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"ended early: {self.process.communicate()}"
@@ -180,12 +180,12 @@ class Started:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent, ... of a process: what follows its name, which may hold anything."""
+    """State, parent, ... of a process: the fields after its name, which may contain any characters."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def start(*arguments: str | Path, environ: dict[str, str] | None = None) -> Started:
-    """`python -m mmscale ARGUMENTS`, for real."""
+    """Start `python -m mmscale ARGUMENTS` as a real process."""
     mark = uuid.uuid4().hex
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {}), MARK: mark}
     command = [sys.executable, "-m", "mmscale", *map(str, arguments)]
@@ -199,7 +199,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def change_settings(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the configuration that a run's checkpoints say they were written with; manifests and routers fit again."""
+    """Change the configuration stored in a run's checkpoints, and adapt manifests and routers."""
     digests: dict[str, str] = {}
     store, stage = Store.of_run(run), Store.of_run(run / "auxiliary")
     for step in store.steps():
@@ -213,7 +213,7 @@ def change_settings(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def _replace_info(store: Store, step: int, info: dict[str, Any]) -> dict[str, str]:
-    """Replace what a checkpoint says about itself; the digest of its manifest before and after."""
+    """Replace the metadata of a checkpoint; returns the digests of its manifest before and after."""
     folder = store.path(step)
     file = folder / integrity.MANIFEST
     manifest, before = integrity.read_manifest(folder), _digest(file)
@@ -244,7 +244,7 @@ def warnings_in(text: str) -> Sequence[str]:
 
 
 def undocumented(rows: Sequence[dict[str, Any]]) -> set[str]:
-    """Keys of metrics.jsonl that docs/reference/metrics.md does not have."""
+    """Keys of metrics.jsonl that are missing in docs/reference/metrics.md."""
     page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
     known = [re.sub("<[a-z]+>", "[^/]+", key) for cell in cells for key in re.findall(r"`([^`]+)`", cell)]

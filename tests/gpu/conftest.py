@@ -1,6 +1,6 @@
-"""Tests that need a GPU: skipped with a reason where there is none. They run in this process, on the first device.
+"""Tests that need a GPU: skipped with a reason if there is none. They run in this process, on the first device.
 
-`python -m pytest tests/gpu` on a machine with a GPU; docs/gpu.md says how where there is no network.
+`python -m pytest tests/gpu` on a machine with a GPU; docs/gpu.md describes the case without a network.
 """
 
 from __future__ import annotations
@@ -49,6 +49,6 @@ def session(one_rank: None) -> Session:
 
 @pytest.fixture(scope="session")
 def begun(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> gpu_checks.Begun:
-    """A run of the torch backend that others go on from."""
+    """A run of the torch backend from which others continue."""
     session = Session(FULL, repeats=1, deadline=time.monotonic() + 600)
     return gpu_checks.begin(session, tmp_path_factory.mktemp("begun"))

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes; skips where SLURM is not installed."""
+    """Three nodes; skips if SLURM is not installed."""
     lacking = missing_programs()
     if lacking:
         pytest.skip(f"no {', '.join(lacking)}: apt-get install slurmctld slurmd slurm-client munge")
@@ -64,7 +64,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration that trains in milliseconds a step on a data set of its own."""
+    """A configuration that trains in milliseconds a step on a separate data set."""
     folder = tmp_path_factory.mktemp("data")
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(SETTINGS))
@@ -87,11 +87,11 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def jobs(cluster: Cluster, config: Path, profile: Path, tmp_path: Path) -> Iterator[Jobs]:
-    """Launches runs below a folder of the test's, and ends what is left of them."""
+    """Launches runs below the test's folder, and ends those that are still alive."""
     jobs = Jobs(cluster, config, profile, tmp_path)
     yield jobs
     jobs.end_all()
-    # Nor on the nodes that the next one may count on: a job that is being killed still holds them.
+    # Wait for the nodes too, which a job holds while it is being killed; the next test may need them.
     deadline = time.monotonic() + DEADLINE_S
     while cluster.run("squeue", "-h").strip():
         assert time.monotonic() < deadline, cluster.run("squeue")
@@ -100,7 +100,7 @@ def jobs(cluster: Cluster, config: Path, profile: Path, tmp_path: Path) -> Itera
 
 @pytest.fixture(scope="session")
 def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Metrics of two ranks that nothing interrupted, without SLURM."""
+    """Metrics of two uninterrupted ranks, without SLURM."""
     from mmscale.runs.metrics import read_metrics
 
     runs = tmp_path_factory.mktemp("reference")

@@ -1,5 +1,5 @@
-# Launches real jobs on the local cluster and watches them by their run folder and by scontrol.
-# Everything is polled with a deadline: machines that run these tests are small and shared.
+# Launches real jobs on the local cluster and watches them through their run folders and scontrol. Everything is polled
+# with a long deadline, because machines that run these tests are small and shared.
 """Jobs of the SLURM tests."""
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tests.slurm.stub_rank import SLOW
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "configs/cluster/test.yaml"
 DEADLINE_S = 400.0  # a start of ranks took 76 s on a machine with ten times as many processes as cores
-POLL_S, ASK_S = 0.2, 1.0  # between looks at the run's files, and questions to SLURM: those are processes
-# What must be the same however often a run was interrupted; the rest are times and numbers of attempts.
+POLL_S, ASK_S = 0.2, 1.0  # interval of reads of the run's files, and of queries to SLURM, which start processes
+# Values that must not depend on interruptions; all others are times and numbers of attempts.
 EXACT = ("tokens", "loss", "loss/text", "loss/image", "z_loss", "grad_norm", "lr", "output_norm")
 
 
@@ -60,7 +60,7 @@ class Run:
         return Store.of_run(self.folder).steps()
 
     def until(self, condition: Callable[[], bool], what: str, *, lift: bool = True) -> None:
-        """Wait for something; a requeued job's wait is lifted meanwhile, as `mmscale status` does."""
+        """Wait until a condition holds; meanwhile remove the delay of a requeued job, as `mmscale status` does."""
         deadline, ask_at = time.monotonic() + DEADLINE_S, 0.0
         while not condition():
             assert time.monotonic() < deadline, f"it did not happen: {what}\n{self.report()}"
@@ -105,9 +105,9 @@ class Run:
         return ranks[0]
 
     def report(self) -> str:
-        """What helps to see why a test failed."""
+        """Information for finding out why a test failed."""
         parts: list[str] = []
-        with contextlib.suppress(LaunchError):  # slurmctld may be away
+        with contextlib.suppress(LaunchError):  # slurmctld may be down
             parts = [str(scheduler.job_state(self.job))]
         parts = [*parts, str(self.events()[-8:])]
         files = (*self.folder.glob("launch/*/submitit/*_log.out"), *sorted(self.folder.glob("logs/*/rank_*.log")))
@@ -130,7 +130,7 @@ class Jobs:
     runs: list[Run] = field(default_factory=list)
 
     def with_profile(self, **settings: Any) -> Jobs:
-        """The same with other settings of the profile; runs of both are ended at the end of the test."""
+        """The same with other settings of the profile; the runs of both are ended at the end of the test."""
         content = yaml.safe_load(self.profile.read_text()) | {"cordon_file": str(self.folder / "cordoned.txt")}
         profile = self.folder / "profile.yaml"
         profile.write_text(yaml.safe_dump(content | settings))
@@ -152,11 +152,11 @@ class Jobs:
         Args:
             overrides: settings.
             nodes: with one rank each.
-            slow_s: added to each step, so that a test can act while it trains.
+            slow_s: added to each step, so that a test can act during training.
             faults: as MMSCALE_FAULTS.
             after: as `--after`.
             stub: ranks are stub_rank.py, which imports no torch.
-            environment: more variables of the shell that launches.
+            environment: more variables of the launching shell.
             more: of `plan_launch`.
         """
         planned = submit.plan_launch(
@@ -183,9 +183,10 @@ class Jobs:
         return launched[0]
 
     def _stub(self) -> str:
-        """An interpreter that starts the stub where a rank is wanted."""
+        """An interpreter that starts the stub instead of a rank."""
         file = self.folder / "python"
-        if file.exists():  # a job may be starting it: a file that is being written again does nothing and ends with 0
+        # Not written again, because a job may be starting it and would then do nothing and end with 0.
+        if file.exists():
             return str(file)
         stub = f'exec {sys.executable} {ROOT}/tests/slurm/stub_rank.py "$@"'
         ranks = f'case "$2 $3 $4" in mmscale*|"-m launch.agent rank") {stub};; esac'
@@ -194,7 +195,7 @@ class Jobs:
         return str(file)
 
     def end_all(self) -> None:
-        """Nothing of this test goes on behind the next one."""
+        """End all jobs of this test, so that none is alive during the next one."""
         for run in self.runs:
             for job in dict.fromkeys([*(key.id for _, key in reversed(chain.keys(run.folder))), run.job]):
                 with contextlib.suppress(LaunchError):
@@ -204,7 +205,7 @@ class Jobs:
 
 
 def assert_equal(run: Run, reference: list[dict[str, Any]]) -> None:
-    """Every step is there, and its numbers are those of a run that nothing interrupted."""
+    """Every step exists, with the values of an uninterrupted run."""
     mine = read_metrics(run.folder)
     assert [line["step"] for line in mine] == [line["step"] for line in reference], run.report()
     for one, other in zip(mine, reference, strict=True):
@@ -219,6 +220,6 @@ def steps_done_again(run: Run) -> int:
 
 
 def shown(run: Run) -> dict[str, Any]:
-    """What `mmscale status` says."""
+    """The output of `mmscale status`."""
     (found,) = status.status([run.folder])
     return found

@@ -1,5 +1,5 @@
-# pyxis is a plugin of slurmd that Debian does not have. This `srun` takes its arguments and starts each task in the
-# image, a folder, by mounts and chroot in a mount namespace of its own. Root only; no enroot, no remapping of users.
+# pyxis is a plugin of slurmd that Debian does not have. This `srun` accepts its arguments and starts each task in the
+# image (a folder) with mounts and chroot in a separate mount namespace. Root only; no enroot, no remapping of users.
 """`srun` with --container-image, --container-mounts and --container-workdir."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ERROR = "slurmstepd: error: pyxis: "
 
 
 def install(folder: Path) -> None:
-    """Put it before SLURM's own srun, in a folder that the caller puts on PATH."""
+    """Write it into a folder that the caller must put on PATH before SLURM's own srun."""
     folder.mkdir()
     file = folder / "srun"
     file.write_text(f'#!/bin/bash\nexec {sys.executable} {__file__} srun {shutil.which("srun")} "$@"\n')

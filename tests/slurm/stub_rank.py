@@ -1,5 +1,5 @@
-# A rank without torch, for tests of the launcher: it steps, notes requests to save, writes the run's files and respects
-# the lease as the trainer does. `Jobs.launch(stub=True)` has the job start it instead of `python -m mmscale train`.
+# A rank without torch, for tests of the launcher: like the trainer it takes steps, records requests to save, writes the
+# run's files and respects the lease. With `Jobs.launch(stub=True)` the job starts it instead of `mmscale train`.
 """`stub_rank.py -m mmscale train CONFIG`: trains nothing."""
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from mmscale.runs.attempts import settings_name
 from mmscale.runs.events import EventLog
 from mmscale.train.log.metrics_log import MetricsLog
 
-STATE = "stub.json"  # of the "checkpoint": the step and the weights that the next attempt goes on from
-ENVIRONMENT = "stub_environment.json"  # of rank 0
-DEAF = "STUB_DEAF"  # set: it never begins, and hears no signal
+STATE = "stub.json"  # file of the "checkpoint": step and weights from which the next attempt continues
+ENVIRONMENT = "stub_environment.json"  # file with the environment of rank 0
+DEAF = "STUB_DEAF"  # if set, it never begins, and ignores signals
 SLOW = "STUB_STEP_S"  # seconds of a step
 # RANK:STEP:END[,...]: how ranks end after a step, once; END is an exit status or the name of a signal.
 END = "STUB_END"
 WAIT = "wait"
-# STEP:FILE: ranks wait after this step until there is the file, so that a test acts while they train, however slow the
-# machine is.
+# STEP:FILE: ranks wait after this step until the file exists, so that a test can act during training on a machine of
+# any speed.
 HOLD = "STUB_HOLD"
-FAIL = "STUB_FAIL"  # how rank 0 ends instead of recording the stop that it is asked for; as END has it
+FAIL = "STUB_FAIL"  # how rank 0 ends instead of recording a requested stop; values as for END
 SAVE_EVERY = 5
 
 
 def stepped(weights: int, step: int) -> int:
-    """Weights after a step. They depend on all steps before: one that is left out or counted twice shows for ever."""
+    """Weights after a step. They depend on all previous steps, so a missing or repeated one is visible forever."""
     return (weights * 1103515245 + step) % 2**31
 
 
 def losses(steps: int) -> list[float]:
-    """Losses of a run that nothing happens to."""
+    """Losses of an uninterrupted run."""
     weights, found = 1, []
     for step in range(1, steps + 1):
         weights = stepped(weights, step)
@@ -48,7 +48,7 @@ def losses(steps: int) -> list[float]:
 
 
 def below_agent() -> int:
-    """One rank of one of torchrun's agents, started as the agent starts it; its exit status for the agent."""
+    """One rank of one of torchrun's agents, started as by the agent; returns its exit status for the agent."""
     from launch import agent
 
     agent.runpy.run_module = lambda *_, **__: sys.exit(main())  # type: ignore[attr-defined,assignment,misc]
@@ -56,19 +56,19 @@ def below_agent() -> int:
 
 
 def planned_ends(rank: int, attempt: int) -> dict[int, str]:
-    """How this rank ends, by step. Without a planned end it waits for one that has it, as in a collective, once."""
+    """How this rank ends, by step. Without a planned end it waits, as in a collective, for the rank that has one."""
     wanted = [one.split(":") for one in os.environ.get(f"MMSCALE_{END}", "").split(",") if one]
     own = {int(step): end for number, step, end in wanted if int(number) == rank}
     return own or {int(step): WAIT for _, step, _ in wanted if attempt == 1}
 
 
 def end_once(how: str, mark: Path) -> None:
-    """End this process, or wait until somebody does.
+    """End this process, or wait until another process ends it.
 
     Args:
         how: an exit status, the name of a signal, or WAIT.
-        mark: a file that says that this rank has ended. The number of the attempt would not: agents start a rank
-            again before rank 0 has begun the next attempt.
+        mark: a file that shows that this rank has already ended once. The number of the attempt does not show it,
+            because agents restart a rank before rank 0 has begun the next attempt.
     """
     if how == WAIT:
         time.sleep(600)
@@ -81,26 +81,29 @@ def end_once(how: str, mark: Path) -> None:
 
 
 def hold(step: int, signals: list[str]) -> None:
-    """Wait for the test, or for a request to save."""
+    """Wait for the test, or for a stop request."""
     wanted, _, file = os.environ.get(f"MMSCALE_{HOLD}", "0:").partition(":")
     while step == int(wanted) and not Path(file).exists() and not signals:
         time.sleep(0.05)
 
 
 def noted_signals() -> list[str]:
-    """Names of received signals, from now on. SIGTERM ends a rank whose neighbour fails: it cannot save without it."""
+    """Names of received signals, from now on.
+
+    SIGTERM ends a rank whose neighbour failed, because it cannot save alone.
+    """
     signals: list[str] = []
     ours = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
     if os.environ.get(f"MMSCALE_{END}"):
         ours.remove(signal.SIGTERM)
     for number in ours:
         signal.signal(number, lambda received, _: signals.append(signal.Signals(received).name))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ours, signal.SIGTERM})  # agents start ranks with blocked signals
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ours, signal.SIGTERM})  # agents start ranks with these signals blocked
     return signals
 
 
 class Records:
-    """What rank 0 writes into the run's folder.
+    """The files that rank 0 writes into the run's folder.
 
     Args:
         run: the folder.
@@ -127,7 +130,8 @@ class Records:
         temporary = (self.run / STATE).with_suffix(".tmp")
         temporary.write_text(json.dumps({"step": step, "weights": weights}))
         temporary.replace(self.run / STATE)
-        self.events.add("stub_saved", step=step)  # "save_committed" without a checkpoint is a lost folder
+        # "save_committed" without a checkpoint would mean that a folder was lost.
+        self.events.add("stub_saved", step=step)
 
     def end(self, step: int, *, finished: bool, signals: list[str]) -> None:
         self.events.add("finish" if finished else "stop", step=step, signal=signals[0] if signals else None)
@@ -136,8 +140,8 @@ class Records:
 
 
 def main() -> int:
-    """One rank; its exit status."""
-    if os.environ.get(f"MMSCALE_{DEAF}"):  # as in a rendezvous that nobody comes to
+    """Run one rank; returns its exit status."""
+    if os.environ.get(f"MMSCALE_{DEAF}"):  # as in a rendezvous that no other rank joins
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         time.sleep(600)
     signals = noted_signals()
@@ -157,7 +161,8 @@ def main() -> int:
     attempt = lease.launched_attempt(run)
     assert attempt is not None
     planned = planned_ends(rank, attempt)
-    resumed = attempt > 1 and (run / STATE).exists()  # rank 0 of this attempt may have saved before this rank begins
+    # Attempt > 1, because rank 0 of this attempt may have saved before this rank begins.
+    resumed = attempt > 1 and (run / STATE).exists()
     step, weights = json.loads((run / STATE).read_text()).values() if resumed else (0, 1)
     records = Records(run, attempt, fence) if rank == 0 else None
     if records is not None:

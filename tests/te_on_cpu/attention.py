@@ -1,6 +1,7 @@
-"""cuDNN's fused attention: which calls it takes, and softmax(q k^T) v by torch for those that it takes.
+"""cuDNN's fused attention: which calls it supports, and softmax(q k^T) v by torch for these.
 
-Ragged sequences (`thd`) are attended one by one. Statistics and random states have shapes only: nothing reads them.
+Ragged sequences (`thd`) are processed one by one. Statistics and random states have correct shapes but no values, since
+they are never read.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def fused_attn_fwd(
         assert padded is None or torch.equal(padded, plain), "te_on_cpu: no padding between sequences"
     with torch.no_grad():
         out = _attend(Q, K, V, qkv_layout, attn_mask_type, attn_scale, (cu_seqlens_q, cu_seqlens_kv))
-    return [out.contiguous(), torch.zeros(1), torch.zeros(2, dtype=torch.int64)]  # statistics and random state: unread
+    # Statistics and random state, which are never read.
+    return [out.contiguous(), torch.zeros(1), torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(

@@ -1,7 +1,7 @@
-"""tests/gpu and `mmscale bench gpu` where torch says that there is a GPU: their Python runs, with sizes for a CPU.
+"""Runs the Python code of tests/gpu and `mmscale bench gpu` with a torch that reports a GPU, with sizes for a CPU.
 
-Nothing waits for a device here, so tests that count waits count none; only that their steps run is tested. Not here:
-what times streams or captures graphs (tests/gpu/test_gpu_step.py).
+Nothing waits for a device here, so tests that count waits find none; only the execution of their steps is tested. Code
+that times streams or captures graphs is not included (tests/gpu/test_gpu_step.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def begun(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> gpu_check
 
 @pytest.mark.parametrize("part", [1, 2])
 def test_every_row_of_the_benchmark(one_rank: None, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The profiler of a torch without CUDA writes a backtrace for every kernel that it is to look for.
+    # Without CUDA torch's profiler would print a backtrace for every requested kernel.
     monkeypatch.setattr(operators, "_torch_profile", lambda activities: profile(activities=activities[:1]))
     assert transformer_engine.problem() is None
     result = gpu.run(part=part, device="cuda", tiny=True, repeats=1, steps=20, seconds=1800)

@@ -25,7 +25,7 @@ from tests.distributed.layouts import References, assert_passes, config, start, 
 from tests.support import run_ranks
 from tests.te_on_cpu.over_te import can_run, in_whole_blocks, small, using  # noqa: F401  a fixture
 
-# Name: number of ranks, model, layout. checks_matrix.py has those that are not of every change, and FP8 under all.
+# Name: number of ranks, model, layout. checks_matrix.py has those that do not run for every change, and FP8 under all.
 EVERY_CHANGE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "7t1i ep2": (2, "moma_7t1i", {"ep": 2}),
     "chunks of 1, 2, 1 and 1 layers": (2, "moma_five_layers", {"pp": 2, "vpp": 2, "pp_layers": (1, 2, 1, 1)}),
@@ -112,7 +112,7 @@ def test_delayed_scales_are_those_of_an_expert(world_size: int, parallel: dict[s
         batch = to_device(mixture.micro_batch(ranks.rank // layout.tp.size()), mixture.vocabulary)
         assert built.stepper.train([batch], lr=1e-3).applied
         for linear, amax in zip(linears, largest, strict=True):
-            seen = linear.fp8_state()[1:, :, 1].amax(dim=0)  # of the weights; the history's other rows are empty
+            seen = linear.fp8_state()[1:, :, 1].amax(dim=0)  # amax of the weights; the history's other rows are empty
             assert torch.equal(seen, amax.float()), (linear.ub_name, seen, amax)
         process_groups.destroy_layout()
 

@@ -47,7 +47,7 @@ def test_fp32_is_the_torch_backend(layout: str) -> None:
         start(ranks)
         for model in MODELS:
             if model == "dense" and LAYOUTS[layout][1].get("ep"):
-                continue  # no experts to spread
+                continue  # there are no experts to distribute
             made = _made(model, layout, dtype="fp32")
             assert_equal(trace(using(made, "torch"), ranks), trace(made, ranks), f"{model} {layout}")
 

@@ -1,4 +1,4 @@
-"""What a training step over Transformer-Engine's Python does beside computing: reads on the host, user buffers."""
+"""A training step over Transformer-Engine's Python: reads on the host, user buffers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.distributed.test_resume import start
 from tests.support import run_ranks
 from tests.te_on_cpu.over_te import can_run, small, using  # noqa: F401  a fixture
 
-# Where a step may read; tests/unit/train/test_device_reads.py has the same for the torch backend.
+# Places where a step may read; tests/unit/train/test_device_reads.py has those of the torch backend.
 ALLOWED = {
     ("mmscale.train.optim.optimizer:measure", "cpu"),
     ("mmscale.train.optim.optimizer:measure", "_local_scalar_dense"),
@@ -51,7 +51,7 @@ def test_a_step_reads_once(recipe: str) -> None:
 
 
 class _Buffer:
-    """In place of Transformer-Engine's communicators: which kind it is, nothing else."""
+    """Replaces Transformer-Engine's communicators and only has their kind."""
 
     def __init__(self, shape: list[int], dtype: torch.dtype, *_: Any, **__: Any) -> None:
         self.shape, self.dtype = shape, dtype
@@ -63,7 +63,7 @@ def _with_user_buffers(precision: dict[str, Any], key_value_heads: int | None) -
     return Config.model_validate(using(made, "te", **precision).model_dump())
 
 
-# What a linear asks for: name of its buffer's end, and the attribute that says that it will.
+# The suffix of the name of a linear's buffer, and the attribute that says whether it is used.
 _ASKS = {
     "fprop": ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop"),
     "dgrad": ("ub_overlap_ag_dgrad", "ub_overlap_rs_dgrad", "ub_bulk_dgrad"),
@@ -79,8 +79,8 @@ _ASKS = {
         ({"fp8": "delayed"}, None),
         ({"fp8": "tensorwise", "fp8_skip_first": 1}, None),
         ({"fp8": "tensorwise", "fp8_skip_last": 1}, None),
-        # Both ranks share one head. What is gathered for it are the outputs of the product, by megatron-core and after
-        # it; the buffers hold the residual stream whatever the number of heads.
+        # Both ranks share one head. megatron-core gathers the outputs of the product for it; the buffers hold the
+        # residual stream, whatever the number of heads.
         ({"fp8": "off"}, 1),
         ({"fp8": "tensorwise", "fp8_skip_first": 1}, 1),
     ],

@@ -1,6 +1,6 @@
-"""The module `transformer_engine_torch`: the functions beside this file, and names that refuse when they are called.
+"""The module `transformer_engine_torch`: the functions of this folder, and names that refuse when they are called.
 
-`CALLS` counts calls by function, for tests that ask which kernels a step uses.
+`CALLS` counts calls by function, for tests that check which kernels a step uses.
 """
 
 from __future__ import annotations

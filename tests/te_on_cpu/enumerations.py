@@ -1,6 +1,6 @@
-"""Enumerations of Transformer-Engine's compiled module, with its numbers, and the machine that is pretended.
+"""Enumerations of Transformer-Engine's compiled module, with its values, and the simulated machine.
 
-Names and values are the interface that the package's Python was written against; no code of it is here.
+Names and values are the interface that the package's Python was written against; its code is not included.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def _building() -> Iterator[None]:
-    """The package's first lines look for its libraries, unless it is being built."""
+    """Makes the package skip the search for its libraries, as when it is being built."""
     before = os.environ.get("NVTE_PROJECT_BUILDING")
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     try:
@@ -59,7 +59,7 @@ def _building() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _empty(names: Iterable[str]) -> Iterator[None]:
-    """Empty modules for what the package imports and does not use here; nobody else may take them for the real ones."""
+    """Empty modules for packages that Transformer-Engine imports and does not use here; not visible to others."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     sys.modules.update({name: Compiled(name) for name in absent})
     try:
@@ -70,7 +70,7 @@ def _empty(names: Iterable[str]) -> Iterator[None]:
 
 
 def _import() -> types.ModuleType:
-    """Import the package without the checks and libraries that its first lines ask for."""
+    """Import the package without the checks and libraries that it needs when it is imported."""
     if "transformer_engine" in sys.modules:
         raise RuntimeError("install() comes before the first import of transformer_engine")
     spec = importlib.util.find_spec("transformer_engine")
@@ -79,7 +79,7 @@ def _import() -> types.ModuleType:
     package = importlib.util.module_from_spec(spec)
     sys.modules["transformer_engine"] = package
     sys.modules["transformer_engine_torch"] = compiled()
-    # Parts of the package that nothing here uses and that import what may be absent: export, and kernels in Triton.
+    # Unused parts of the package, whose imports may be missing: export, and kernels in Triton.
     if importlib.util.find_spec("onnxscript") is None:
         sys.modules["transformer_engine.pytorch.onnx_extensions"] = Compiled("onnx_extensions")
     if importlib.util.find_spec("triton") is None:
@@ -90,12 +90,13 @@ def _import() -> types.ModuleType:
         common = importlib.import_module("transformer_engine.common")
         common.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
         spec.loader.exec_module(package)
-        importlib.import_module("transformer_engine.pytorch")  # the package hides why that cannot be imported
+        # Imported separately, because the package hides the reason if this import fails.
+        importlib.import_module("transformer_engine.pytorch")
     return package
 
 
 def rebind() -> None:
-    """Give the `torch` with a GPU to modules of Transformer-Engine that were imported since."""
+    """Bind the `torch` with a GPU in modules of Transformer-Engine that were imported since."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "transformer_engine" and module is not None and vars(module).get("torch") is torch:
             module.__dict__["torch"] = pretended_gpu.proxy()
@@ -105,7 +106,7 @@ def install(*, everywhere: bool = False) -> types.ModuleType:
     """Import Transformer-Engine so that it runs here. Once per process.
 
     Args:
-        everywhere: torch says to everybody that there is a GPU.
+        everywhere: torch reports a GPU to all modules.
 
     Returns:
         The package transformer_engine.
@@ -115,7 +116,7 @@ def install(*, everywhere: bool = False) -> types.ModuleType:
         RuntimeError: it was imported before.
     """
     if everywhere:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled for a GPU that is not there
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # do not compile for a GPU that does not exist
     package = _import()
     importlib.import_module("transformer_engine.pytorch.fp8")
     importlib.import_module("transformer_engine.pytorch.optimizers")

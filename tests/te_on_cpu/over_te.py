@@ -1,4 +1,4 @@
-"""What the checks over Transformer-Engine's Python have in common: settings of a backend, and a machine that has it."""
+"""Common helpers of the checks over Transformer-Engine's Python: settings of a backend, and a machine that has it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmscale.runtime import transformer_engine
 
 @pytest.fixture(autouse=True)
 def can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer-Engine says that it can run, although there is no CUDA device."""
+    """Make Transformer-Engine report that it can run, although there is no CUDA device."""
     monkeypatch.setattr(transformer_engine, "problem", lambda: None)
 
 
@@ -22,13 +22,13 @@ def small(made: Config, **model: Any) -> Config:
     return made.model_copy(update={"train": train, "model": made.model.model_copy(update=model)})
 
 
-# Blocks of 128 x 128 are not cut between tensor-parallel ranks, so an expert's slots come in 128 too: also for bf16, or
-# the two would have other capacities.
+# Blocks of 128 x 128 are not split between tensor-parallel ranks, so an expert's slots are multiples of 128 too; also
+# for bf16, which would otherwise have other capacities.
 _BLOCKS = {"hidden_size": 256, "ffn_hidden_size": 256, "seq_length": 256}
 
 
 def in_whole_blocks(made: Config) -> Config:
-    """The same model with sizes that blockwise FP8 takes under tensor parallelism."""
+    """The same model with sizes that blockwise FP8 supports under tensor parallelism."""
     depth = made.model.depth and made.model.depth.model_copy(update={"multiple": 128})
     experts = made.model.experts.model_copy(update={"capacity_multiple": 128})
     return made.model_copy(

@@ -1,4 +1,4 @@
-"""pytest -p tests.te_on_cpu.plugin_everywhere: torch itself says that there is a GPU; gloo takes the place of NCCL."""
+"""pytest -p tests.te_on_cpu.plugin_everywhere: torch itself reports a GPU, and gloo replaces NCCL."""
 
 from typing import Any
 

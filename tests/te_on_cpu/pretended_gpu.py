@@ -1,7 +1,7 @@
-"""A `torch` that says there is a GPU: for Transformer-Engine's modules alone, or for everybody.
+"""A `torch` that reports a GPU: to Transformer-Engine's modules only, or to all modules.
 
-Factories put "cuda" tensors on the host, streams and events do everything at once, memory figures are zero. Code that
-measures or captures (profiler, CUDA graphs) is not served.
+Factories create "cuda" tensors on the host, streams and events complete immediately, memory figures are zero. Code that
+measures or captures (profiler, CUDA graphs) is not supported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _on_host(function: Any) -> Any:
 
 
 class _Queue:
-    """A stream or an event. Work is done when it is asked for, so there is never anything to wait for."""
+    """A stream or an event. Work completes immediately, so there is never anything to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.cuda_stream, self.device, self.at = 0, torch.device("cuda", 0), 0.0
@@ -151,7 +151,7 @@ _coalescing_manager_of = torch.distributed.distributed_c10d._coalescing_manager
 
 
 def _coalescing_manager(group: Any = None, device: Any = None, async_ops: bool | None = False) -> Any:
-    """gloo has no start of a group of messages; without a device torch puts them together by itself."""
+    """gloo cannot start a group of messages; without a device torch combines them itself."""
     del device
     return _coalescing_manager_of(group, None, async_ops)
 
@@ -164,7 +164,7 @@ class _Distributed(types.ModuleType):
 
 
 class _Torch(types.ModuleType):
-    """The `torch` that Transformer-Engine's modules get."""
+    """The `torch` for Transformer-Engine's modules."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -215,7 +215,7 @@ def patch_tensor() -> None:
 
 
 def patch_torch() -> None:
-    """Change torch itself, for everybody."""
+    """Change torch itself, for all modules."""
     global _everywhere
     _everywhere = True
     for name, value in _gpu().items():
@@ -251,5 +251,5 @@ def patch_torch() -> None:
 
 @functools.cache
 def proxy() -> _Torch:
-    """The `torch` of Transformer-Engine's modules."""
+    """The `torch` for Transformer-Engine's modules."""
     return _Torch()

@@ -1,4 +1,4 @@
-"""Matrix products. An operand in FP8 is read from the data that a Hopper kernel would read, and only from that.
+"""Matrix products. An operand in FP8 is read only from the data that a Hopper kernel would read.
 
 Row-wise data for one side, column-wise for the other: a layer that did not make or keep the data that its product needs
 fails here as it would on a GPU. So do widths that cuBLAS refuses in FP8.

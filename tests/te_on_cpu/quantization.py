@@ -1,7 +1,7 @@
 """FP8 by formula: scales, casts, tiles of 1 x 128 and 128 x 128, transposes, delayed scaling's update.
 
-Rounding is torch's cast to FP8. What a kernel of a GPU does beside the formula (fused transposes, padding of scales) is
-kept only as far as the package's Python can see it: which tensors are filled, and in which layout.
+Rounding is torch's cast to FP8. Further effects of a GPU kernel (fused transposes, padding of scales) are reproduced
+only as far as the package's Python sees them: which tensors are filled, and in which layout.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _CPU = torch.device("cpu")
 
 
 def scale_of(amax: Tensor, largest: float, *, epsilon: float = 0.0, power_of_two: bool = False) -> Tensor:
-    """The scale of a current-scaling cast, for every amax by itself."""
+    """The scale of a current-scaling cast, for every amax separately."""
     amax = amax.float().clamp_min(epsilon)
     scale = torch.where(torch.isfinite(amax) & (amax > 0), largest / amax, torch.ones_like(amax))
     scale = torch.where(torch.isinf(scale), torch.full_like(scale, torch.finfo(torch.float32).max), scale)
     if power_of_two:
-        bits = scale.view(torch.int32) & 0x7F800000  # sign is 0; the mantissa goes
+        bits = scale.view(torch.int32) & 0x7F800000  # the sign is 0; clears the mantissa
         scale = bits.view(torch.float32)
     return scale
 
@@ -40,7 +40,7 @@ def uncast(data: Tensor, dtype: DType) -> Tensor:
 
 
 def _turned(data: Tensor) -> Tensor:
-    """[..., K] -> [K, ...], as column-wise data lies."""
+    """[..., K] -> [K, ...], the layout of column-wise data."""
     rows = data.reshape(-1, data.shape[-1])
     return rows.t().contiguous().view(data.shape[-1], *data.shape[:-1])
 
@@ -63,7 +63,7 @@ def _blocks(rows: Tensor, quantizer: Any, *, two: bool) -> tuple[Tensor, Tensor]
 
 
 def _put_scales(target: Tensor, scales: Tensor) -> None:
-    """Inverse scales into a tensor that is padded to multiples of four."""
+    """Write inverse scales into a tensor that is padded to multiples of four."""
     target.zero_()
     target[: scales.shape[0], : scales.shape[1]] = scales
 
@@ -104,7 +104,7 @@ def _fill_float8(values: Tensor, quantizer: Any, out: Any, scale: Tensor) -> Non
 
 
 def _empty_of(quantizer: Any, shape: Any, dtype: torch.dtype) -> Any:
-    """An unfilled quantised tensor, a plain holder of data where the quantiser says it is internal."""
+    """An unfilled quantised tensor; a plain holder of data if the quantiser is internal."""
     made = quantizer.make_empty(shape, dtype=dtype, device=_CPU)
     if not quantizer.internal:
         return made

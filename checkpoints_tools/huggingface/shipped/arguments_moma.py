@@ -1,6 +1,6 @@
-"""Arguments of `forward`: what transformers passes in its versions, and what is refused.
+"""Arguments of `forward`: those that versions of transformers pass, and those that are refused.
 
-Shipped beside the weights. An argument that a model does not know must never be ignored: transformers 5.24 renamed
+Shipped next to the weights. An argument that a model does not know must never be ignored: transformers 5.24 renamed
 `past_key_values` to `cache`, and a model that ignores the cache generates every token without its context.
 """
 
@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-# The name that this version of transformers gives to the cache in outputs, in masks and in gradient checkpointing.
+# The name of the cache in outputs, in masks and in gradient checkpointing in this version of transformers.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 # Arguments of the loss; of recording decorators and the debugger in transformers; of attention functions (vLLM's).
@@ -19,7 +19,7 @@ LOSS = frozenset({"num_items_in_batch", "shift_labels", "ignore_index"})
 _KNOWN = frozenset(
     {"output_attentions", "output_hidden_states", "debug_io", "debug_io_dir", "prune_layers", "attention_instances"}
 )
-# Known to transformers, and not here: only values that ask for nothing are taken.
+# Arguments of transformers that this model does not support; only values without effect are accepted.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
     "output_router_logits": (None, False),
@@ -34,12 +34,12 @@ def refuse_unknown(kwargs: dict[str, Any], *, where: str, also: frozenset[str] =
     """Refuse keyword arguments that would be ignored.
 
     Args:
-        kwargs: the arguments without a parameter of their own.
+        kwargs: the arguments without a named parameter.
         where: the model's class, for the message.
         also: further known names.
 
     Raises:
-        TypeError: an argument is unknown, or asks for what this model does not have.
+        TypeError: an argument is unknown, or requests a feature that this model lacks.
     """
     for name, value in kwargs.items():
         if name in _KNOWN or name in also:
@@ -69,18 +69,18 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 def refuse_mixed_documents(
     position_ids: torch.Tensor | None, attention_mask: Any, cache: Cache | None, *, padding: torch.Tensor
 ) -> None:
-    """Refuse packed documents where they would attend to each other.
+    """Refuse packed documents if they would attend to each other.
 
-    transformers tells documents of a row apart by their positions only if there is neither a mask nor a cache.
+    transformers distinguishes documents of a row by their positions only if there is neither a mask nor a cache.
 
     Args:
         position_ids: [B, S], or None.
-        attention_mask: [B, past + S] with 0 for padding, one of four dimensions that decides itself, or None.
+        attention_mask: [B, past + S] with 0 for padding, one of four dimensions that decides by itself, or None.
         cache: of earlier tokens, or a new one.
         padding: [B, S] bool, tokens of no modality.
 
     Raises:
-        ValueError: positions start again inside a row, and nothing would separate the documents.
+        ValueError: positions restart inside a row, and nothing would separate the documents.
     """
     decides_itself = attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.dim() != 2)
     separated = attention_mask is None and cache is None

@@ -1,4 +1,4 @@
-"""Modalities besides text and images that this folder's model has: name -> class. `convert to-hf` fills it in."""
+"""Modalities of this folder's model besides text and images: name -> class. `convert to-hf` fills it in."""
 
 from typing import Any
 

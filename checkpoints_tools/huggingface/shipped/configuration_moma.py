@@ -1,6 +1,6 @@
 """Configuration of MoMa models (arXiv 2407.21770) for Hugging Face transformers 5.
 
-Shipped beside the weights. A token's modality follows from its id alone, so `modalities` is part of the model.
+Shipped next to the weights. A token's modality follows from its id alone, so `modalities` is part of the model.
 """
 
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ class MomaConfig(PreTrainedConfig):
     """
 
     model_type = "moma"
-    # Tensor-parallel inference: attention and dense layers are cut, experts and the rest are on every rank.
+    # Tensor-parallel inference: attention and dense layers are sharded, experts and all others are on every rank.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         **dict.fromkeys((f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise"),
         "layers.*.self_attn.o_proj": "rowwise",
@@ -84,7 +84,7 @@ class MomaConfig(PreTrainedConfig):
     eoi_token_id: int | None = 4
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what follows from other settings."""
+        """Set values that follow from other settings."""
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
         if self.choice not in CHOICES:

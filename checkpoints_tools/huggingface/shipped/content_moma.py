@@ -1,4 +1,7 @@
-"""Parts of documents and chat messages, as users give them, before they are token ids. Shipped beside the weights."""
+"""Parts of documents and chat messages from users, before they are converted to token ids.
+
+Shipped next to the weights.
+"""
 
 import re
 from collections.abc import Sequence
@@ -6,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 PLACEHOLDER = "<image>"
-# Stands in a rendered template for what a message says; of a private area of Unicode.
+# Placeholder for the text of a message in a rendered template, with characters of Unicode's private use area.
 MARK = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A piece of a document that is an image, also where it is a string."""
+    """A piece of a document that is an image, even if it is a string."""
 
     value: Any
 
@@ -26,7 +29,7 @@ class ItemPart:
 
 
 def part_of(piece: Any) -> Any:
-    """A piece of `content`: text as it is, an image wrapped; dictionaries as in chat messages."""
+    """A piece of `content`: text unchanged, an image wrapped; dictionaries as in chat messages."""
     if not isinstance(piece, dict) or "type" not in piece:
         return piece if isinstance(piece, str) else ImagePart(piece)
     kind = piece["type"]
@@ -49,7 +52,7 @@ def shown(part: Any) -> str:
 
 
 def marked_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages with a mark instead of every text and image, and these."""
+    """Messages with marks instead of every text and image, and the list of these."""
     pieces: list[Any] = []
 
     def mark(piece: Any) -> str:

@@ -1,6 +1,6 @@
 """Feed-forward layers of MoMa (arXiv 2407.21770) for transformers: dense, or groups of experts with causal routers.
 
-Shipped beside the weights. Every decision depends on one token alone; attention and Mixture-of-Depths are in
+Shipped next to the weights. Every decision depends on one token alone; attention and Mixture-of-Depths are in
 modeling_moma.py.
 
 Shapes: H hidden width, N tokens of a layer in one list, E experts of a group, F inner width of an expert.
@@ -16,10 +16,10 @@ from .configuration_moma import MomaConfig
 
 
 class MomaAuxiliaryRouter(nn.Module):
-    """Predicts from a token alone what the router would have chosen among all tokens: SiLU(x W1) W2 (section 2.4).
+    """Predicts from one token alone the router's choice among all tokens: SiLU(x W1) W2 (section 2.4).
 
     Its decision has no gradient, so its weights are buffers: DDP waits for a gradient of every parameter, and
-    transformers makes every parameter trainable that it loads.
+    transformers makes every loaded parameter trainable.
     """
 
     hidden: torch.Tensor
@@ -33,9 +33,9 @@ class MomaAuxiliaryRouter(nn.Module):
         self.register_buffer("threshold", torch.empty(outputs))
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits, fp32, and where their sigmoid is above the threshold: [..., H] -> [..., E] and [..., E] bool.
+        """Logits, fp32, and whether their sigmoid is above the threshold: [..., H] -> [..., E] and [..., E] bool.
 
-        Both here, because an offloaded module has its parameters only inside forward.
+        Both in one method, because an offloaded module has its parameters only inside forward.
         """
         logits = F.linear(F.silu(F.linear(tokens, self.hidden).float()), self.out.float())
         return logits, logits.sigmoid() > self.threshold.float()
@@ -48,7 +48,7 @@ def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> t
 
 
 class MomaExpertGroup(nn.Module):
-    """Experts of some modalities with their routers: the auxiliary one decides, the true one's sigmoid is the gate."""
+    """Experts of some modalities with their routers: the auxiliary one decides, the main one's sigmoid is the gate."""
 
     threshold: torch.Tensor | None
 
@@ -90,7 +90,7 @@ class MomaExpertGroup(nn.Module):
         return total.index_add(0, token, out.float() * gates[token, expert].unsqueeze(1))
 
     def ranked(self, logits: torch.Tensor) -> torch.Tensor:
-        """What experts ranked tokens by in training, and cut-offs are compared with: [N, E] -> [N, E], fp32."""
+        """The values by which experts ranked tokens in training, to compare with cut-offs: [N, E] -> [N, E], fp32."""
         if self.choice == "sigmoid" or logits.shape[-1] == 1:
             return logits
         exact = logits.double()
@@ -111,7 +111,7 @@ class MomaExpertGroup(nn.Module):
 
 
 class MomaSharedExpert(nn.Module):
-    """A SwiGLU that sees every token."""
+    """A SwiGLU for every token."""
 
     def __init__(self, config: MomaConfig) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class MomaSparseMLP(nn.Module):
 
 
 class MomaDenseMLP(nn.Module):
-    """SwiGLU of every token alike."""
+    """One SwiGLU for all tokens."""
 
     def __init__(self, config: MomaConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Keeps generated images and other items whole. Shipped beside the weights.
+"""Logits processors that keep generated images and other items complete. Shipped next to the weights.
 
 B rows.
 """
@@ -10,7 +10,7 @@ from transformers.generation import LogitsProcessor
 
 
 class ImageGrammar(LogitsProcessor):
-    """Generated images can be decoded: `<boi>`, the image's tokens, `<eoi>`, and no image token anywhere else.
+    """Makes generated images decodable: `<boi>`, the image's tokens, `<eoi>`, and no image token anywhere else.
 
     For `generate(..., logits_processor=[processor.image_grammar()])`.
 
@@ -18,7 +18,8 @@ class ImageGrammar(LogitsProcessor):
         first, end: half-open range of image tokens.
         tokens: length of an image.
         boi, eoi: ids around an image.
-        codes: how many ids of the range have a code, from the first; None: all. The others are never generated.
+        codes: number of ids in the range that have a code, counted from the first; None: all. The others are never
+            generated.
     """
 
     def __init__(self, first: int, end: int, *, tokens: int, boi: int, eoi: int, codes: int | None = None) -> None:
@@ -26,7 +27,7 @@ class ImageGrammar(LogitsProcessor):
         self.end_of_codes = end if codes is None else min(first + codes, end)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, vocabulary] with what may not come next at -inf."""
+        """Scores [B, vocabulary] with -inf for tokens that are not allowed next."""
         masked = torch.full_like(scores, float("-inf"))
         recent = input_ids[:, -(self.tokens + 1) :]
         for row, ids in enumerate(recent.tolist()):
@@ -43,13 +44,13 @@ class ImageGrammar(LogitsProcessor):
 
 
 class Grammar(LogitsProcessor):
-    """Several grammars, one after the other: items of one modality do not stand inside those of another."""
+    """Several grammars, applied one after the other. Items of one modality are never inside those of another."""
 
     def __init__(self, parts: Sequence[LogitsProcessor]) -> None:
         self.parts = list(parts)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, vocabulary] with what may not come next at -inf."""
+        """Scores [B, vocabulary] with -inf for tokens that are not allowed next."""
         for part in self.parts:
             scores = part(input_ids, scores)
         return scores

@@ -1,6 +1,6 @@
 """Image tokenizers of mixed-modal models in transformers 5: pixels to codes and back, and their files.
 
-Shipped beside the weights. Pictures of other sizes and formats are the business of pixels_moma.py.
+Shipped next to the weights. pixels_moma.py converts pictures of other sizes and formats.
 
 Each class has `tokens`, the length of an image, and `count`: codes are 0..count-1. A small data set has a small
 codebook, so `count` may be less than the number of image ids of the model.
@@ -23,12 +23,12 @@ _WHITE = (255, 255, 255)
 
 
 class Pictures:
-    """What pictures a tokenizer takes.
+    """The format of a tokenizer's pictures.
 
     Attributes:
         size: edge [pixels].
         channels: 1 (grey) or 3 (RGB).
-        fit: what is done to pictures that are not square, as `pixels_moma.load_pixels` says.
+        fit: conversion of pictures that are not square, as in `pixels_moma.load_pixels`.
         background: colour under transparent pixels and of padding.
     """
 
@@ -39,7 +39,7 @@ class Pictures:
         self.background = (red, green, blue)
 
     def shape(self) -> dict[str, Any]:
-        """For a settings file; fit and background only where they are not the defaults."""
+        """Entries for a settings file; fit and background only if they are not the defaults."""
         found = {"size": self.size, "channels": self.channels}
         found |= {} if self.fit == "crop" else {"fit": self.fit}
         return found if self.background == _WHITE else found | {"background": list(self.background)}
@@ -66,7 +66,7 @@ class LevelsCodes(Pictures):
 
 
 class KMeansCodes(Pictures):
-    """Every patch's nearest entry of a codebook, in exact whole numbers; of equals the lower one."""
+    """The nearest entry of a codebook for every patch, in exact integers; of equal distances the lower index."""
 
     def __init__(self, settings: dict[str, Any], codebook: np.ndarray) -> None:
         super().__init__(settings)
@@ -97,7 +97,7 @@ class KMeansCodes(Pictures):
 
 
 class ResidualCodes(KMeansCodes):
-    """Two codebooks in a row: the second one for what the first one leaves of a patch; two tokens a patch."""
+    """Two codebooks, the second one for the residual of the first; two tokens per patch."""
 
     def __init__(self, settings: dict[str, Any], codebook: np.ndarray, residual: np.ndarray) -> None:
         super().__init__(settings, codebook)
@@ -124,7 +124,7 @@ class ResidualCodes(KMeansCodes):
 
 
 def _nearest(patches: np.ndarray, book: np.ndarray) -> np.ndarray:
-    """Index of each patch's nearest entry, exact: of equals the lower one."""
+    """Index of each patch's nearest entry, exact; of equal distances the lower index."""
     entries = book.astype(np.float64)
     norm = (entries**2).sum(axis=1)
     found = [
@@ -137,7 +137,7 @@ def _nearest(patches: np.ndarray, book: np.ndarray) -> np.ndarray:
 class VQCodes(Pictures):
     """Codes of a VQ-VAE of transformers (Janus, Emu3, Chameleon), on the CPU in fp32."""
 
-    _BATCH = 8  # fixed: convolutions may sum differently for another batch size
+    _BATCH = 8  # fixed, because convolutions may sum in another order for another batch size
 
     def __init__(self, settings: dict[str, Any], model: torch.nn.Module) -> None:
         super().__init__(settings)
@@ -182,14 +182,14 @@ Codes = LevelsCodes | KMeansCodes | ResidualCodes | VQCodes
 
 
 def read_codes(source: Any, **kwargs: Any) -> Codes | None:
-    """The image tokenizer of a folder or repository; None where there is none."""
+    """The image tokenizer of a folder or repository; None if there is none."""
     source = str(source)
     known = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
 
     def file(name: str, *, needed: bool = True) -> Path | None:
         found = cached_file(
             source, f"{FOLDER}/{name}", **known, _raise_exceptions_for_missing_entries=needed
-        )  # a local path stays as it is
+        )  # a local path is not changed
         return Path(found) if found else None
 
     settings_file = file(SETTINGS, needed=False)
@@ -218,7 +218,7 @@ def read_codes(source: Any, **kwargs: Any) -> Codes | None:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """A small file of JSON; this module stands alone in exports, so it cannot use mmscale.bounded."""
+    """Read a small JSON file. This module is self-contained in exports, so it cannot use mmscale.bounded."""
     if file.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than the {_MOST_BYTES:,} that are read")
     try:
@@ -231,7 +231,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def write_codes(codes: Codes, folder: Path) -> None:
-    """Write what `read_codes` reads."""
+    """Write the files that `read_codes` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = codes.shape()
     if isinstance(codes, LevelsCodes):

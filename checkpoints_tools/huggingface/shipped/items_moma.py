@@ -1,4 +1,4 @@
-"""Items that are neither text nor images: their tokenizers, and the items themselves. Shipped beside the weights."""
+"""Items other than text and images, and their tokenizers. Shipped next to the weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class ItemCodec:
     closes: int
 
     def grammar(self) -> ImageGrammar:
-        """Keeps generated items whole."""
+        """Keeps generated items complete."""
         return ImageGrammar(
             self.first,
             self.end,
@@ -42,11 +42,11 @@ class ItemCodec:
 
 @dataclass(frozen=True)
 class ItemPiece:
-    """A generated item that is no image.
+    """A generated item that is not an image.
 
     Attributes:
         modality: its name.
-        values: what its tokenizer makes of its codes; of audio: samples -1..1.
+        values: decoded by its tokenizer; for audio samples -1..1.
         codec: the tokenizer, which knows sizes and rates.
     """
 
@@ -56,7 +56,7 @@ class ItemPiece:
 
     @property
     def suffix(self) -> str:
-        """Of its files, with the dot."""
+        """Suffix of its files, with the dot."""
         return str(self.codec.modality.written)
 
     def save(self, file: Any) -> None:
@@ -65,7 +65,7 @@ class ItemPiece:
 
 
 def codec_folder(source: str, modality: Any, kwargs: dict[str, Any]) -> Path:
-    """The folder of a modality's tokenizer; of a repository, its files are downloaded."""
+    """The folder of a modality's tokenizer; for a repository, its files are downloaded."""
     known = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
     files = [cached_file(source, f"{modality.name}_tokenizer/{name}", **known) for name in modality.files]
     return Path(str(files[0])).parent

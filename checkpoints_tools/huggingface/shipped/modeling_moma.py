@@ -1,7 +1,7 @@
 """MoMa (arXiv 2407.21770) for Hugging Face transformers 5: causal inference with auxiliary routers.
 
-Shipped beside the weights. A row of the batch is one document; packed documents only where arguments_moma.py says so.
-Training's expert choice, which looks at later tokens, is not here.
+Shipped next to the weights. A row of the batch is one document; arguments_moma.py defines when packed documents are
+allowed. Training's expert choice, which depends on later tokens, is not included.
 
 Shapes: B rows, S new tokens, H hidden width, D width of a head.
 """
@@ -34,16 +34,16 @@ from .experts_moma import MomaAuxiliaryRouter, MomaDenseMLP, MomaSparseMLP
 from .versions_moma import warn_if_untested
 
 NO_MODALITY = -1
-# What a skipped token's key adds to every score before it is scaled: exp(-30000 / sqrt(D)) is 0, and fp16 holds it.
+# Added by the key of a skipped token to every score before scaling: exp(-30000 / sqrt(D)) is 0, and fp16 can hold it.
 _SKIPPED = -30000.0
 
 
 class MomaAttention(nn.Module):
-    """Causal attention with grouped queries; tokens that skip a Mixture-of-Depths layer are no keys of it.
+    """Causal attention with grouped queries; tokens that skip a Mixture-of-Depths layer are not attended to in it.
 
-    The cached key carries the skip flag in one more channel: q' = [q, 1/scale], k' = [k, flag], flag 0 if kept, else
-    -30000 * scale, so that q' k' * scale = q k * scale + flag. Every cache class works as it is, and every attention
-    backend whose keys may be wider than values.
+    The cached key has an additional channel with the skip flag: q' = [q, 1/scale], k' = [k, flag], flag 0 if kept,
+    otherwise -30000 * scale, so that q' k' * scale = q k * scale + flag. This works with every cache class, and with
+    every attention backend whose keys may be wider than values.
     """
 
     def __init__(self, config: MomaConfig, layer_idx: int) -> None:
@@ -72,7 +72,7 @@ class MomaAttention(nn.Module):
         keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, S, H] -> [B, S, H]; keep: [B, S] bool of a Mixture-of-Depths layer, None elsewhere."""
+        """[B, S, H] -> [B, S, H]; keep: [B, S] bool for a Mixture-of-Depths layer, otherwise None."""
         cache = one_cache(cache, past_key_values)
         batch, length, _ = hidden_states.shape
         shape = (batch, length, -1, self.head_dim)
@@ -98,7 +98,7 @@ class MomaAttention(nn.Module):
 
 
 class MomaDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward with their residual connections; some layers only for the tokens they choose."""
+    """Attention and feed-forward with residual connections; some layers process only the tokens that they choose."""
 
     depth_threshold: torch.Tensor | None
 
@@ -114,7 +114,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
         else:
             self.attention_output_norm = nn.RMSNorm(hidden, eps=eps)
-            # Normalised experts carry their own norms.
+            # Normalised experts contain their own norms.
             own = sparse and config.norm == "post_per_expert"
             self.mlp_output_norm = nn.Identity() if own else nn.RMSNorm(hidden, eps=eps)
         self.is_depth_layer = layer_idx in (config.mod_layers or ())
@@ -158,7 +158,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
 
 
 class MomaPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about every MoMa model."""
+    """Properties of all MoMa models for transformers."""
 
     config: MomaConfig
     config_class = MomaConfig
@@ -168,7 +168,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_flash_attn = False  # its kernels want keys as wide as values
+    _supports_flash_attn = False  # its kernels require keys as wide as values
     _supports_attention_backend = True
     # bf16 would move a threshold by up to 0.4 %.
     _keep_in_fp32_modules_strict = ["threshold", "depth_threshold"]  # noqa: RUF012
@@ -187,7 +187,7 @@ class MomaPreTrainedModel(PreTrainedModel):
             if "threshold" in name:
                 init.constant_(tensor, 0.5 if router else 0.0)
             elif router or (isinstance(tensor, nn.Parameter) and name != "weight"):
-                init.normal_(tensor, mean=0.0, std=std)  # leaves alone what was loaded
+                init.normal_(tensor, mean=0.0, std=std)  # does not change loaded tensors
 
 
 class MomaModel(MomaPreTrainedModel):
@@ -203,7 +203,7 @@ class MomaModel(MomaPreTrainedModel):
         self.post_init()
 
     def modality_of(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Index of each id's modality, -1 for padding; ids that were added to the vocabulary are text. Same shape."""
+        """Index of each id's modality, -1 for padding; ids added to the vocabulary later are text. Same shape."""
         modality = torch.zeros_like(input_ids)
         for index, (_, first, end) in enumerate(self.config.modalities or []):
             modality = torch.where((input_ids >= first) & (input_ids < end), index, modality)
@@ -228,15 +228,15 @@ class MomaModel(MomaPreTrainedModel):
             input_ids: [B, S].
             attention_mask: [B, past + S], 0 for padding; or [B, 1, S, past + S], as made by transformers.
             position_ids: [B, S]; default: from the cache's length on.
-            past_key_values: the cache, as transformers up to 5.23 calls it.
-            inputs_embeds: [B, S, H], instead of the embedding's rows; the ids are needed all the same.
+            past_key_values: the cache, by its name in transformers up to 5.23.
+            inputs_embeds: [B, S, H], instead of the embedding's rows; the ids are still required.
             use_cache: return a cache; default: config.use_cache.
-            cache: the cache, as transformers from 5.24 on calls it.
+            cache: the cache, by its name in transformers from 5.24 on.
             kwargs: see arguments_moma.py.
 
         Raises:
-            ValueError: there are no ids: without them the modality of a token is not known; or packed documents
-                would be mixed.
+            ValueError: there are no ids, without which the modality of a token is unknown; or packed documents would be
+                mixed.
             TypeError: an argument is unknown.
         """
         refuse_unknown(kwargs, where=type(self).__name__)
@@ -297,10 +297,10 @@ class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """[B, S] ids -> logits [B, S, vocabulary], and the loss of `labels` [B, S] where they are not -100.
+        """[B, S] ids -> logits [B, S, vocabulary], and the loss of `labels` [B, S] that are not -100.
 
         Raises:
-            ValueError: as `MomaModel.forward`.
+            ValueError: as for `MomaModel.forward`.
             TypeError: an argument is unknown.
         """
         refuse_unknown(kwargs, where=type(self).__name__, also=LOSS)

@@ -1,6 +1,6 @@
-"""Pictures of any format and size as the pixels that an image tokenizer takes, exactly as in training.
+"""Converts pictures of any format and size to the pixels that an image tokenizer needs, exactly as in training.
 
-Shipped beside the weights. Codes are the business of image_codes_moma.py.
+Shipped next to the weights. image_codes_moma.py converts pixels to codes.
 """
 
 import io
@@ -15,29 +15,29 @@ import PIL.ImageOps
 import torch
 
 _CHANNELS = (1, 3, 4)
-# Larger pictures may be bombs: a PNG of a few kB can unpack to gigabytes. These bounds are those of the training data.
+# Larger pictures may be decompression bombs: a PNG of a few kB can unpack to gigabytes. Bounds as for training data.
 MAX_PIXELS = 100_000_000
-MAX_NUMBERS = 25_000_000  # pixels of 32-bit numbers
+MAX_NUMBERS = 25_000_000  # bound for 32-bit pixels
 MAX_ASPECT = 1000  # one side to the other
 _RESIZED_ASPECT = 8  # the ends of longer pictures are cut off before they are resized
-# Formats that Pillow decodes itself. It would run Ghostscript for EPS, whatever a file is called.
+# Formats that Pillow decodes itself. For EPS it would run Ghostscript, whatever the file's name is.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_STRIP = 1 << 22  # pixels converted at a time: transparency takes three copies of them
-_ORIENTATION = 0x0112  # of EXIF
+_STRIP = 1 << 22  # pixels converted at a time; transparency needs three copies of them
+_ORIENTATION = 0x0112  # tag of EXIF
 Colour = tuple[int, int, int]  # red, green, blue, 0..255
 
 
 def load_pixels(
     image: Any, *, size: int, channels: int, fit: str = "crop", background: Colour = (255, 255, 255)
 ) -> np.ndarray:
-    """Pixels of one image, uint8 [size, size, channels], as the training data had them.
+    """Pixels of one image, uint8 [size, size, channels], as in the training data.
 
     Args:
-        image: a path, bytes, an open file, a Pillow image, an array or tensor as `_picture` and `_bytes` say, or a
+        image: a path, bytes, an open file, a Pillow image, an array or tensor as for `_picture` and `_bytes`, or a
             dictionary with "bytes" or "path".
         size: edge of the result [pixels].
         channels: 1 (grey) or 3 (RGB).
-        fit: what is done to a picture that is not square: "crop", "pad" or "stretch".
+        fit: conversion of a picture that is not square: "crop", "pad" or "stretch".
         background: colour under transparent pixels and of padding.
 
     Raises:
@@ -109,7 +109,7 @@ def _check_array(shape: tuple, item_bytes: int) -> None:
 
 
 def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """As a camera wants it shown. Pillow would copy a picture that stands upright already."""
+    """The picture with EXIF's orientation applied. Pillow would copy even a picture that is upright already."""
     return PIL.ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
 
 
@@ -117,11 +117,11 @@ def _picture(array: np.ndarray, *, channels_first: bool) -> PIL.Image.Image:
     """An array as a picture.
 
     Args:
-        array: [H, W], [H, W, C] or [C, H, W] of 1, 3 or 4 channels.
-        channels_first: which of the last two it is if both can be: true for tensors, false for arrays.
+        array: [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
+        channels_first: which of the last two it is if both are possible: true for tensors, false for arrays.
 
     Raises:
-        ValueError: its shape, type or values are no image's.
+        ValueError: its shape, type or values are not those of an image.
     """
     if array.ndim == 3:
         first, last = array.shape[0] in _CHANNELS, array.shape[-1] in _CHANNELS
@@ -138,7 +138,7 @@ def _picture(array: np.ndarray, *, channels_first: bool) -> PIL.Image.Image:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    """Brightness in 0..255: of bool, of 8 bits in any whole type, of 16 bits in uint16, of floats in 0..1 or 0..255.
+    """Brightness in 0..255 from bool, 8 bits in any integer type, 16 bits in uint16, floats in 0..1 or 0..255.
 
     Raises:
         ValueError: values are outside of that, or not numbers.
@@ -154,7 +154,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
     if array.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
-    whole = array.dtype.kind != "f" or bool((array == np.rint(array)).all())  # a NaN equals nothing
+    whole = array.dtype.kind != "f" or bool((array == np.rint(array)).all())  # false for NaN
     if not (whole and low >= 0 and high <= 255):
         raise ValueError(
             f"its values are {low:g} to {high:g}: give whole numbers from 0 to 255, or fractions from 0 to 1 "
@@ -174,7 +174,7 @@ def _cropped(picture: PIL.Image.Image, size: int, background: Colour) -> PIL.Ima
 
 
 def _padded(picture: PIL.Image.Image, size: int, background: Colour) -> PIL.Image.Image:
-    """The long side resized to `size`, the picture in the middle of the background."""
+    """The long side resized to `size`, the picture centred on the background."""
     scale = size / max(picture.size)
     width, height = (min(size, max(1, round(edge * scale))) for edge in picture.size)
     whole = PIL.Image.new("RGB", (size, size), background).convert(picture.mode)
@@ -193,7 +193,7 @@ FITS = {"crop": _cropped, "pad": _padded, "stretch": _stretched}
 
 
 def _without_ends(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The middle of a picture that is longer than _RESIZED_ASPECT times its short side."""
+    """The middle of a picture whose long side is more than _RESIZED_ASPECT times its short side."""
     width, height = picture.size
     most = _RESIZED_ASPECT * min(width, height)
     left, top = max(0, width - most) // 2, max(0, height - most) // 2
@@ -201,7 +201,7 @@ def _without_ends(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _convert(picture: PIL.Image.Image, channels: int, background: Colour) -> PIL.Image.Image:
-    """Grey or RGB on the background; strip by strip, so that large pictures take less memory."""
+    """Grey or RGB on the background; works strip by strip, so that large pictures need less memory."""
     picture = _as_bytes(picture)
     width, height = picture.size
     rows = max(1, _STRIP // width)
@@ -215,12 +215,12 @@ def _convert(picture: PIL.Image.Image, channels: int, background: Colour) -> PIL
 
 
 def _as_bytes(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture of numbers as one of bytes, which Pillow's `convert` would clip at 255 instead of scaling them.
+    """Converts a picture of 16- or 32-bit pixels to bytes by scaling; Pillow's `convert` would clip at 255.
 
-    Sixteen bits are shifted. Files of 32-bit numbers do not say which of them is white: see `_bytes`.
+    16-bit values are shifted. Files of 32-bit pixels do not say which value is white: see `_bytes`.
 
     Raises:
-        ValueError: values have no brightness.
+        ValueError: the values cannot be interpreted as brightness.
     """
     sixteen = picture.mode.startswith("I;16")
     if not sixteen and picture.mode not in ("I", "F"):

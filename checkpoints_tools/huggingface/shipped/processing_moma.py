@@ -1,7 +1,7 @@
-"""Text, images and other items to token ids of one sequence, and back, for mixed-modal models in transformers 5.
+"""Converts text, images and other items to token ids of one sequence and back, for models in transformers 5.
 
-Shipped beside the weights, with the text tokenizer and the image tokenizer that the model was trained with. Text of a
-user never becomes a special token or an image token, whatever it says.
+Shipped next to the weights, with the text tokenizer and the image tokenizer that the model was trained with. Text of a
+user never becomes a special token or an image token, whatever it contains.
 
 Letters: H W C height, width, channels; B rows.
 """
@@ -30,7 +30,7 @@ def _kind(number: int, ranges: dict[str, tuple[int, int]]) -> str | None:
     return next((name for name, (first, end) in ranges.items() if first <= number < end), None)
 
 
-# Arguments that transformers passes to any processor, and the values that ask for nothing.
+# Arguments that transformers passes to all processors, with their values that have no effect.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "truncation": (None, False, "do_not_truncate"),
     "return_attention_mask": (None, True),
@@ -47,7 +47,7 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Refuse arguments that would be ignored.
 
     Raises:
-        ValueError: an argument asks for what there is not.
+        ValueError: an argument requests an unsupported feature.
         TypeError: it is unknown.
     """
     for name, value in kwargs.items():
@@ -59,18 +59,18 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
 
 
 class MomaProcessor(ProcessorMixin):
-    """Makes token ids of text and images, and text and images of token ids.
+    """Converts text and images to token ids, and token ids to text and images.
 
     `processor(text="a <image> of <image>", images=[one, other])`, or piece by piece, `processor(content=["a ", one,
-    " of ", other])`; lists of these for a batch. Documents begin with `<s>`. A string is a path among `images`, and
-    text in `content`, where a path is a `pathlib.Path` or `{"type": "image", "image": ...}`.
+    " of ", other])`; lists of these for a batch. Documents begin with `<s>`. A string is a path in `images`, and text
+    in `content`, where a path is a `pathlib.Path` or `{"type": "image", "image": ...}`.
 
-    Other modalities (audio) stand in `content` as `{"type": "audio", "path": ...}`.
+    Other modalities (audio) are given in `content` as `{"type": "audio", "path": ...}`.
 
     Args:
         tokenizer: of text.
         modalities: `[name, first id, one past the last id]` of each.
-        marked: names of those with begin and end tokens of their own, `<begin_NAME>` and `<end_NAME>`.
+        marked: names of those with separate begin and end tokens, `<begin_NAME>` and `<end_NAME>`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MomaProcessor(ProcessorMixin):
         return made
 
     def add_codec(self, modality: Any, folder: Path | None = None, *, codec: Any = None) -> None:
-        """Have it read and write items of a modality.
+        """Add support for items of a modality.
 
         Args:
             modality: its class.
@@ -111,7 +111,7 @@ class MomaProcessor(ProcessorMixin):
         self.codecs[name] = ItemCodec(modality, codec, first, end, opens, closes)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Write everything that `from_pretrained` reads; the base class would forget the image tokenizer."""
+        """Write everything that `from_pretrained` reads; the base class would omit the image tokenizer."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         if self.codes is not None:
             write_codes(self.codes, Path(save_directory) / FOLDER)
@@ -120,7 +120,7 @@ class MomaProcessor(ProcessorMixin):
         return files
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What goes into processor_config.json."""
+        """The content of processor_config.json."""
         codes, codecs, self.codes, self.codecs = self.codes, self.codecs, None, {}
         try:
             found = super().to_dict(**kwargs)
@@ -131,7 +131,7 @@ class MomaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes."""
+        """Names of the model's inputs."""
         return ["input_ids", "attention_mask"]
 
     def __call__(
@@ -151,17 +151,17 @@ class MomaProcessor(ProcessorMixin):
         """Token ids, padded on the left.
 
         Args:
-            text: one text or several; with images, each `<image>` in it stands for the next of them.
+            text: one text or several; with images, each `<image>` in it is replaced by the next of them.
             images: one image or several, in order; for several texts also a list of each one's images. See
-                `pixels_moma.load_pixels` for what an image is.
+                `pixels_moma.load_pixels` for the types of images.
             content: instead of both, the pieces of one document, or a list of documents.
-            draw: end with `<boi>`, so that the model goes on with an image; a modality's name: with its begin token.
+            draw: end with `<boi>`, so that the model continues with an image; a modality's name: with its begin token.
             max_length: longest prompt [tokens]; default: the model's context.
             padding: to the longest prompt (True, "longest"), to `max_length` ("max_length"), or not (False).
             padding_side: "left", or "right" for training.
             add_special_tokens: begin with `<s>`.
             return_tensors: "pt" or "np"; None: lists.
-            kwargs: what transformers passes to every processor, where it asks for nothing.
+            kwargs: arguments that transformers passes to every processor, with values that have no effect.
 
         Raises:
             ValueError: placeholders and images do not match, an image cannot be read, or a prompt is too long.
@@ -189,7 +189,7 @@ class MomaProcessor(ProcessorMixin):
         return ids, [own if right else own[::-1] for own in ones]
 
     def _documents(self, text: Any, images: Any, content: Any) -> list[list[Any]]:
-        """Pieces of each document; images are wrapped, so that a path that is a string is no text."""
+        """Pieces of each document; images are wrapped, so that a path given as a string is not text."""
         if content is not None:
             if text is not None or images is not None:
                 raise ValueError("give either content, or text and images")
@@ -202,7 +202,7 @@ class MomaProcessor(ProcessorMixin):
             if not isinstance(one, str):
                 raise ValueError(f"text {number} is of type {type(one).__name__}, not str")
         if images is None:
-            return [[piece] for piece in texts]  # "<image>" is text then
+            return [[piece] for piece in texts]  # without images "<image>" is text
         counts = [piece.count(PLACEHOLDER) for piece in texts]
         rest = images_in_order(images, counts)
         documents = []
@@ -235,7 +235,7 @@ class MomaProcessor(ProcessorMixin):
         return [item.opens, *(item.codec.encode(values[None])[0] + item.first).tolist(), item.closes]
 
     def _opening(self, draw: bool | str) -> list[int]:
-        """What a prompt ends with: nothing, or the begin token of a modality."""
+        """The end of a prompt: nothing, or the begin token of a modality."""
         if not draw:
             return []
         return [self.boi] if draw in (True, "image") else [self._codec_needed(str(draw)).opens]
@@ -257,7 +257,7 @@ class MomaProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> Any:
-        """Token ids of chat messages; special tokens are those of the template, never those that a message spells out.
+        """Token ids of chat messages; special tokens come from the template only, never from the text of a message.
 
         Args:
             conversation: messages `{"role", "content"}`, or a list of conversations. Content is a text, or a list of
@@ -265,7 +265,7 @@ class MomaProcessor(ProcessorMixin):
             chat_template: Jinja; default: the processor's, then the tokenizer's.
             add_generation_prompt: end where the assistant begins.
             tokenize: False: the text, with `<image>` for images.
-            draw: end with `<boi>`, so that the model goes on with an image.
+            draw: end with `<boi>`, so that the model continues with an image.
             return_tensors: "pt" or "np"; None: lists.
             kwargs: variables of the template.
 
@@ -298,19 +298,19 @@ class MomaProcessor(ProcessorMixin):
         return BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
 
     def _literal(self, text: str) -> list[int]:
-        """Ids of a template's own text, whose special tokens are special."""
+        """Ids of a template's own text, in which special tokens are special."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
         return ids
 
     def pixels(self, image: Any) -> np.ndarray:
-        """An image as the tokenizer wants it, uint8 [H, W, C], of the size and fit of the training data."""
+        """An image in the form that the tokenizer needs, uint8 [H, W, C], with size and fit as in the training data."""
         codes = self._codes_needed()
         return load_pixels(image, size=codes.size, channels=codes.channels, fit=codes.fit, background=codes.background)
 
     def pieces(self, ids: Any) -> list[Any]:
         """Texts, Pillow images and `ItemPiece`s of one sequence of ids.
 
-        Left out: an item that is not whole, or that has an id without a code (`grammar` generates neither).
+        Omitted: items that are incomplete, or that have an id without a code (`grammar` generates neither).
         """
         numbers = [int(number) for number in ids if int(number) != self.tokenizer.pad_token_id]
         ranges = {"image": self.image_range} | {name: (one.first, one.end) for name, one in self.codecs.items()}
@@ -338,12 +338,12 @@ class MomaProcessor(ProcessorMixin):
         return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
     def image_grammar(self) -> ImageGrammar:
-        """Keeps generated images whole."""
+        """Keeps generated images complete."""
         codes = self._codes_needed()
         return ImageGrammar(*self.image_range, tokens=codes.tokens, boi=self.boi, eoi=self.eoi, codes=codes.count)
 
     def grammar(self) -> Grammar:
-        """Keeps generated items of all modalities whole."""
+        """Keeps generated items of all modalities complete."""
         images = [] if self.codes is None else [self.image_grammar()]
         return Grammar([*images, *(item.grammar() for item in self.codecs.values())])
 

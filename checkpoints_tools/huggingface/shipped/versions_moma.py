@@ -1,6 +1,6 @@
-"""The versions of transformers that this code was tested with, and a warning where it meets another one.
+"""The versions of transformers that this code was tested with, and a warning for other versions.
 
-Shipped beside the weights. A new version may rename what it passes to a model, as 5.24 did with the cache.
+Shipped next to the weights. A new version may rename arguments of a model, as 5.24 did with the cache.
 """
 
 OLDEST = "5.8.0"
@@ -8,9 +8,9 @@ NEWEST = "5.24.0"
 
 
 def warn_if_untested() -> None:
-    """Say once in a process that the transformers at hand is older or newer than the tested ones.
+    """Warn once per process if the installed transformers is older or newer than the tested versions.
 
-    Releases that differ in their last number only count as the same.
+    Releases that differ only in their last number count as the same.
     """
     from packaging.version import Version
     from transformers import __version__

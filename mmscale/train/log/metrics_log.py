@@ -1,5 +1,6 @@
-# Writes metrics.jsonl and layers.jsonl and passes metrics on to sinks. runs/metrics.py reads the files.
 """The run's log of metrics.
+
+Writes metrics.jsonl and layers.jsonl and passes metrics on to sinks. runs/metrics.py reads the files.
 
 A disk that fails or hangs does not stop the run: runtime/disk_writer.py keeps the lines and tries again.
 """

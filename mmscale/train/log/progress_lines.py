@@ -1,6 +1,8 @@
-# The output of a run for people: a banner before step 1, a live line on a terminal, plain lines in a log file.
-# This module only formats. Only rank 0's instance prints.
-"""Progress of training on stderr; stdout is reserved for results."""
+"""Progress of training on stderr; stdout is reserved for results.
+
+The output of a run for people: a banner before step 1, a live line on a terminal, plain lines in a log file. This
+module only formats. Only rank 0's instance prints.
+"""
 
 from __future__ import annotations
 

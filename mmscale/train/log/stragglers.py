@@ -1,6 +1,7 @@
-# Finds the rank that the others wait for, from each rank's own time in a logged step up to the gradient reduction. Step
-# times do not show it, because all ranks end a step together. Excluding a node is left to the user.
 """Detection of slow ranks.
+
+Finds the rank that the others wait for, from each rank's own time in a logged step up to the gradient reduction. Step
+times do not show it, because all ranks end a step together. Excluding a node is left to the user.
 
 A rank's own time runs from the request for a batch to the end of its last backward pass. It includes its loader, its
 computation, and waiting within its own replica (tensor, expert and pipeline parallel exchanges), but not waiting for

@@ -1,6 +1,7 @@
-# AdamW with the state layout of Apex's and Transformer-Engine's FusedAdam, for machines without them (CPU hosts). Its
-# purpose is not speed: megatron-core 0.16.1 cannot reload the state that it saves from torch.optim.AdamW.
 """`HostFusedAdam`, and the switches that make megatron-core use it or another optimizer.
+
+AdamW with the state layout of Apex's and Transformer-Engine's FusedAdam, for machines without them (CPU hosts). Its
+purpose is not speed: megatron-core 0.16.1 cannot reload the state that it saves from torch.optim.AdamW.
 
 torch.optim.AdamW keeps a `step` tensor per parameter. megatron-core's distributed optimizer writes one number, and when
 loading it assigns the *same* tensor to all parameters (distrib_optimizer.py:820-825). torch then increments it once per

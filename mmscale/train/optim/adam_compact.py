@@ -1,6 +1,7 @@
-# AdamW whose moments take 2.19 (FP8) or 4 (bf16) bytes per parameter instead of 8. Plain torch, on any device.
-# Transformer-Engine's own version is used through megatron-core's precision-aware optimizer (optimizer.py).
 """`CompactAdam`: moments are stored in bf16 or FP8 and expanded to fp32 only while a chunk is updated.
+
+AdamW whose moments take 2.19 (FP8) or 4 (bf16) bytes per parameter instead of 8. Plain torch, on any device.
+Transformer-Engine's own version is used through megatron-core's precision-aware optimizer (optimizer.py).
 
 Parameters are updated in chunks, so that only one chunk's moments exist in fp32. Vectors (norms, biases) keep fp32
 moments, because they are few and sensitive.

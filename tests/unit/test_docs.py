@@ -31,6 +31,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(file), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks_are_closed(page: Path) -> None:
+    """An open one turns the rest of the page inside out: text is shown as code, and code as text."""
+    assert len(re.findall(r"^ *```", page.read_text(), flags=re.MULTILINE)) % 2 == 0
+
+
 @functools.cache
 def _tests() -> dict[str, set[str]]:
     """Names of tests and of their classes, by the name of their file without `.py`."""

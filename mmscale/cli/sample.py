@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmscale.cli import ranks
+from mmscale.cli.named_files import existing
 from mmscale.cli.output import Json, emit
 from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
@@ -160,7 +161,7 @@ def sample(
     shared = ranks.shared(nproc)
     shows = not as_json and (shared is None or shared.is_first)
     guided = _guidance(guidance)
-    files = tuple(image or ())
+    files = tuple(existing(file, what="picture") for file in image or ())
     items = tuple(_item(one) for one in item or ())
     if draw and begin:
         raise UsageError("--draw and --begin are both given", remedy="give one of them")
@@ -286,7 +287,7 @@ def _item(given: str) -> tuple[str, Path]:
     name, equals, file = given.partition("=")
     if not name or not equals or not file:
         raise UsageError(f"--item {given!r} is not MODALITY=FILE", remedy="for example: --item audio=seven.wav")
-    return name, Path(file)
+    return name, existing(Path(file))
 
 
 def _with_batch_routing(

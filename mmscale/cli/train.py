@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmscale.cli import ranks
+from mmscale.cli.named_files import existing
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
 from mmscale.cli.stage import FromScratch, OfStage, StageName
-from mmscale.errors import DataError, TrainingError, UsageError
+from mmscale.errors import TrainingError, UsageError
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.runtime.waiting import Waiting, waiting
 from mmscale.tables import plugins
@@ -214,9 +215,7 @@ def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:
             continue
         if name in found:
             raise UsageError(f"--task: two tasks are named {name}", remedy="give them names: --task NAME=FILE")
-        if not path.is_file():  # said before torch and the model are loaded
-            raise DataError(f"task: {path} cannot be read: there is no such file", remedy="correct the path")
-        found[name] = path
+        found[name] = existing(path, whose="task: ")
     return found, others
 
 

@@ -207,6 +207,21 @@ def test_bad_data_is_3(run: Run) -> None:
     assert (status, err.splitlines()[0]) == (3, "error: data: there is no folder nowhere")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "file"), [("eval", "--task", "no.jsonl"), ("sample", "--image", "no.png")]
+)
+def test_a_missing_file_is_reported_before_anything_is_loaded(run: Run, command: str, option: str, file: str) -> None:
+    """Loading torch takes seconds. There is no run either, which would be found after it."""
+    more = ("--prompt", "a") if command == "sample" else ()
+    status, _, err = run(command, "runs/none", option, file, *more)
+    first, second = err.splitlines()
+    assert (status, first.removeprefix("error: ").removeprefix("task: ")) == (
+        3,
+        f"{file} cannot be read: there is no such file",
+    )
+    assert second.startswith("  fix: ")
+
+
 def test_group_without_command_shows_help_only(run: Run) -> None:
     status, out, err = run("config")
     assert status == 2

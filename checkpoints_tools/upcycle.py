@@ -1,8 +1,10 @@
 """Upcycling: converts a trained model with one FFN, or one per modality, to one with experts (MoMa, section 2.5).
 
-Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies. The result is
-a checkpoint of step 0, so the learning rate's schedule starts again. It has the source's position in the data, so that
-training sees new documents. Tensors are streamed. Any layout can train the result, through mmscale.train.
+Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies. Parts that
+are to be untied (Mixture-of-Transformers, arXiv 2411.04996) become a copy for each modality, which changes nothing in
+what the model computes. The result is a checkpoint of step 0, so the learning rate's schedule starts again. It has the
+source's position in the data, so that training sees new documents. Tensors are streamed. Any layout can train the
+result, through mmscale.train.
 
 Whether the new model computes the same as the old one depends on the norm placement (`PRESERVES`, with a test for
 each).
@@ -15,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ PRESERVES = {
     "post_per_expert": "a token gets the normalised FFN's output times the sum of its new gates over its old gate (1 "
     "for a dense model); new gates begin near 1/2, and a token that no expert takes gets nothing from the layer",
 }
+_UNTIED = "every token gets what it got: the modalities' weights are copies"
 _STATES = ("exp_avg", "exp_avg_sq", "param")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Dropped, because the old auxiliary routers predict other choices.
@@ -58,6 +61,7 @@ def upcycle(
     out: Path,
     *,
     experts: Mapping[str, int],
+    untie: Sequence[str] = (),
     keep_moments: bool = False,
     steps: int | None = None,
     seed: int | None = None,
@@ -69,7 +73,8 @@ def upcycle(
         run: the run's folder, or an archive.
         step: the checkpoint; None: the newest.
         out: the folder of the new run.
-        experts: number of each group's experts: of each modality, or of one mixed group.
+        experts: number of each group's experts: of each modality, or of one mixed group; none: the FFN stays.
+        untie: parts that get weights of their own for each modality, besides those that have them (`model.untie`).
         keep_moments: copy the FFN's optimizer moments to the experts too; otherwise theirs begin at 0, like routers'.
         steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
         seed: of the new routers; None: `run.seed`.
@@ -86,27 +91,35 @@ def upcycle(
     run_folder.refuse_checkpoints(out)
     source = decoded(open_source(run, step))
     old = config_of(source.info(), where=source.path)
-    new = _upcycled(old, experts, done=source.step, steps=steps)
-    made = Upcycled(source, old, new, keep_moments=keep_moments, seed=new.run.seed if seed is None else seed)
-    origin = origin_of("upcycle", [source], experts=dict(experts), keep_moments=keep_moments)
+    new = _upcycled(old, experts, untie, done=source.step, steps=steps)
+    own_seed = new.run.seed if seed is None else seed
+    made = Upcycled(source, old, new, experts=bool(experts), keep_moments=keep_moments, seed=own_seed)
+    origin = origin_of("upcycle", [source], experts=dict(experts), untie=list(untie), keep_moments=keep_moments)
     path = rewrite.into_run(made, out, origin=origin, code_version=code_version(), on_stage=on_stage)
     return summary(path) | {
         "experts": dict(new.model.experts.counts),
-        "preserves": PRESERVES[new.model.norm],
+        "untie": list(new.model.untie),
+        "preserves": PRESERVES[new.model.norm] if experts else _UNTIED,
         "sequences": made.common()["progress"]["sequences"],
         "steps": new.train.steps,
         "next": shell_command("train", out / "config.yaml"),
     }
 
 
-def _upcycled(old: Config, experts: Mapping[str, int], *, done: int, steps: int | None) -> Config:
+def _upcycled(old: Config, experts: Mapping[str, int], untie: Sequence[str], *, done: int, steps: int | None) -> Config:
     """The new run's configuration.
 
     Raises:
         UsageError, CheckpointError, ConfigError: as `upcycle`.
     """
+    if not experts and not untie:
+        raise UsageError(
+            "there is nothing to do", remedy="give --experts text=4,image=4, or --untie attention,norms, or both"
+        )
+    if twice := sorted(set(untie) & set(old.model.untie)):
+        raise UsageError(f"--untie names {', '.join(twice)}, which the model has untied already", remedy="leave it out")
     several = {name: count for name, count in old.model.experts.counts.items() if count > 1}
-    if several:
+    if several and experts:
         raise CheckpointError(
             f"the model has {', '.join(f'{count} experts of {name}' for name, count in several.items())} already",
             remedy="upcycle a dense model, or one with one expert of each group",
@@ -114,17 +127,27 @@ def _upcycled(old: Config, experts: Mapping[str, int], *, done: int, steps: int 
     names, groups = set(old.vocab.names), set(old.model.experts.counts)
     per_modality = set(experts) == names
     wanted = f"{', '.join(f'{name}=N' for name in old.vocab.names)}, or one name for a mixed group"
-    if not per_modality and (len(experts) != 1 or set(experts) & names):
+    if experts and not per_modality and (len(experts) != 1 or set(experts) & names):
         raise UsageError(f"--experts names {', '.join(experts) or 'nothing'}", remedy=f"name {wanted}")
-    if old.model.has_experts and set(experts) != groups:
+    if experts and old.model.has_experts and set(experts) != groups:
         raise UsageError(
             f"--experts names {', '.join(experts)}, the model has groups {', '.join(sorted(groups))}",
             remedy="name these groups: the FFN of one cannot become the experts of another",
         )
+    per_norm = "norms" in old.model.untie and old.model.norm_placement.per_expert
+    if experts and not per_modality and ("ffn" in old.model.untie or per_norm):
+        raise UsageError(
+            f"--experts names one mixed group, but model.untie = [{', '.join(old.model.untie)}]: each modality has an "
+            "FFN or a norm of its own",
+            remedy=f"name {', '.join(f'{name}=N' for name in old.vocab.names)}",
+        )
     settings = old.model_dump(mode="json")
-    settings["model"]["kind"] = "moma" if per_modality else "moe"
-    settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
-    settings["model"]["auxiliary"]["mode"] = "off"
+    kept = [part for part in old.model.untie if part != "ffn" or not experts]  # experts take the FFN's place
+    settings["model"]["untie"] = [*kept, *untie]
+    if experts:
+        settings["model"]["kind"] = "moma" if per_modality else "moe"
+        settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
+        settings["model"]["auxiliary"]["mode"] = "off"
     settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
     if per_modality and old.model.experts.share == "auto":  # a dense run has never measured it
         with contextlib.suppress(MmscaleError):  # training will try again
@@ -164,6 +187,7 @@ class Upcycled:
     Args:
         source: the old model's.
         old, new: configurations.
+        experts: whether experts are new, too; otherwise parts are untied and nothing else.
         keep_moments: as in `upcycle`.
         seed: of new routers.
 
@@ -171,14 +195,18 @@ class Upcycled:
         CheckpointError: the source does not hold the model of its configuration.
     """
 
-    def __init__(self, source: TensorSource, old: Config, new: Config, *, keep_moments: bool, seed: int) -> None:
+    def __init__(
+        self, source: TensorSource, old: Config, new: Config, *, experts: bool, keep_moments: bool, seed: int
+    ) -> None:
         self.path, self.step = source.path, 0
         self._source, self._new, self._keep, self._seed = source, new, keep_moments, seed
-        self._gone = [tensor.name for tensor in layer_tensors(old, depth=False) if tensor.part is TensorPart.FFN]
+        remain = {tensor.name for tensor in layer_tensors(new, depth=False)}
+        self._gone = [tensor.name for tensor in layer_tensors(old, depth=False) if tensor.name not in remain]
+        self._new_experts = new.model.has_experts and not old.model.has_experts
         replaced: set[str] = set()
         self._recipes: dict[str, _Recipe] = {}
         for layer in range(new.model.num_layers):
-            for name, recipe in _recipes(old, new, f"decoder.layers.{layer}."):
+            for name, recipe in _recipes(old, new, f"decoder.layers.{layer}.", experts=experts):
                 self._recipes[name] = recipe
                 replaced |= {recipe.source} if recipe.source is not None else set()
         # The FP8 scales of the old model do not apply to the new one.
@@ -191,7 +219,8 @@ class Upcycled:
         kept = {
             name
             for name in there
-            if _weight_of(name) not in replaced | self._recipes.keys() and not any(part in name for part in _AUXILIARY)
+            if _weight_of(name) not in replaced | self._recipes.keys()
+            and not (experts and any(part in name for part in _AUXILIARY))
         }
         has_state = any(name.startswith(OPTIMIZER) for name in there)
         states = [f"{OPTIMIZER}state.{state}." for state in _STATES] if has_state else []
@@ -275,7 +304,7 @@ class Upcycled:
         bias correction would scale the kept moments up. Moments that begin at 0 without that correction make first
         updates (1 - beta1) / sqrt(1 - beta2) of full size, 0.45 by default, while the learning rate warms up.
         """
-        if not self._gone:
+        if not self._new_experts:
             return settings
         expert = copy.deepcopy(settings)
         groups = expert["optimizer"]["param_groups"]
@@ -290,18 +319,31 @@ class Upcycled:
         return {name: value for name, value in self._source.objects().items() if not any(part in name for part in gone)}
 
 
-def _recipes(old: Config, new: Config, layer: str) -> Iterator[tuple[str, _Recipe]]:
-    """The tensors of one layer that are new or changed; `layer`: the prefix of their names."""
+def _recipes(old: Config, new: Config, layer: str, *, experts: bool) -> Iterator[tuple[str, _Recipe]]:
+    """The tensors of one layer that are new or changed.
+
+    Args:
+        old: the configuration before.
+        new: the configuration after.
+        layer: the prefix of their names.
+        experts: whether there are new experts.
+    """
     before = layer_tensors(old, depth=False)
     ffn = [tensor for tensor in before if tensor.part is TensorPart.FFN]  # gate and up projection, down projection
-    norms = [tensor.name for tensor in before if tensor.part is TensorPart.NORM]
+    there = {tensor.name for tensor in before}
     like = next(tensor.name for tensor in before if tensor.part is TensorPart.ATTENTION)
     routers = Routers(None, new.model.keeps_thresholds)
     for tensor in layer_tensors(new, depth=False, routers=routers):
         name = layer + tensor.name
         first = tensor.name.endswith(".w1")
-        if tensor.part is TensorPart.EXPERTS:
-            source = layer + ffn[0 if first else 1].name if ffn else name
+        if tensor.untied and tensor.name not in there:
+            tied = layer + f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight"
+            yield name, _Recipe(tensor.shape, tied, tied)
+        elif not experts:
+            continue
+        elif tensor.part is TensorPart.EXPERTS:
+            own = [one.name for one in ffn if one.modality in (None, tensor.modality)]
+            source = layer + own[0 if first else 1] if own else name
             form = (_dense_w1 if first else _dense_w2) if ffn else _only
             yield name, _Recipe(tensor.shape, source, source, form, is_expert=True)
         elif tensor.part is TensorPart.ROUTER:
@@ -309,7 +351,7 @@ def _recipes(old: Config, new: Config, layer: str) -> Iterator[tuple[str, _Recip
         elif tensor.part is TensorPart.CUTOFF:
             yield name, _Recipe(tensor.shape, layer + like, fresh="cutoffs", is_parameter=False)
         elif tensor.part is TensorPart.EXPERT_NORM and ffn:
-            norm = layer + norms[-1]  # of the sub-layer's output
+            norm = f"{layer}mlp_bda.norm.{tensor.modality if 'norms' in old.model.untie else 'weight'}"
             yield name, _Recipe(tensor.shape, norm, norm)
 
 

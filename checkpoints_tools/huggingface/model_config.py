@@ -19,7 +19,14 @@ _NATIVE: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
     "llama": {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False},
 }
-CODE = ("arguments_moma.py", "configuration_moma.py", "experts_moma.py", "modeling_moma.py", "versions_moma.py")
+CODE = (
+    "arguments_moma.py",
+    "configuration_moma.py",
+    "experts_moma.py",
+    "modeling_moma.py",
+    "untied_moma.py",
+    "versions_moma.py",
+)
 PROCESSOR = (
     "codecs_moma.py",
     "content_moma.py",
@@ -70,6 +77,7 @@ def model_config(
         "norm": model.norm,
         "qk_norm": model.qk_norm,
         "qkv_bias": model.qkv_bias,
+        "untie": list(model.untie),
         "no_modality_id": PAD,
         "modalities": [[n, *r] for n, r in zip(config.vocab.names, config.vocab.ranges, strict=True)],
         "expert_groups": expert_groups(config),

@@ -42,7 +42,8 @@ class Move:
 def is_native(config: Config) -> bool:
     """Whether transformers has a class for this model, so that no code needs to be shipped."""
     model = config.model
-    return not model.routes and model.norm_placement.before and not (model.qk_norm and model.qkv_bias)
+    plain = not model.routes and not model.untie and model.norm_placement.before
+    return plain and not (model.qk_norm and model.qkv_bias)
 
 
 def model_type(config: Config) -> str:

@@ -32,6 +32,7 @@ def shape_of(config: Config) -> dict[str, Any]:
     shape["model.depth.every"] = model.depth.every if model.depth else None
     # None if there are no such tensors, as in older checkpoints.
     shape["model.qkv_bias"] = model.qkv_bias or None
+    shape["model.untie"] = sorted(model.untie) or None
     shape["model.auxiliary.width"] = model.auxiliary_width if model.auxiliary.mode == "joint" else None
     shape["model.experts.threshold_decay"] = "kept" if model.keeps_thresholds else None
     shape["vocab.modalities"] = [[modality.name, modality.size] for modality in vocab.modalities]

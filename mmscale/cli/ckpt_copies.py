@@ -14,6 +14,7 @@ import typer
 from mmscale.cli.output import Json, emit, pairs, size
 from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
+from mmscale.tables.settings import UNTIED
 
 RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and optionally a step of it.")]
 Weights = Annotated[bool, typer.Option("--weights", help="Exclude the optimizer state.")]
@@ -105,9 +106,17 @@ def upcycle(
     run: RunAtStep,
     out: NewRun,
     experts: Annotated[
-        str,
+        str | None,
         typer.Option("--experts", metavar="NAME=N,...", help="Experts of each group, e.g. text=4,image=4 or mixed=8."),
-    ],
+    ] = None,
+    untie: Annotated[
+        str | None,
+        typer.Option(
+            "--untie",
+            metavar="PART,...",
+            help="Parts that get weights of their own for each modality: attention, ffn, norms.",
+        ),
+    ] = None,
     keep_moments: Annotated[
         bool, typer.Option("--keep-moments", help="Copy the FFN's optimizer moments too; default: they start at 0.")
     ] = False,
@@ -120,16 +129,23 @@ def upcycle(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model with several experts from a model with one FFN, or with one expert per modality.
+    """Make a model with several experts from one with one FFN or one expert per modality, or untie its parts.
 
-    Any layout can train the result. Experts are copies, routers are new and router noise is on. The learning-rate
-    schedule starts again; the position in the data is kept.
+    Any layout can train the result. Experts are copies, routers are new and router noise is on; untied weights are
+    copies, too, and compute the same. The learning-rate schedule starts again; the position in the data is kept.
     """
     from checkpoints_tools import upcycle as upcycling
 
     folder, step = split_step(run)
     result = upcycling.upcycle(
-        folder, step, out, experts=_counts(experts), keep_moments=keep_moments, steps=steps, seed=seed
+        folder,
+        step,
+        out,
+        experts={} if experts is None else _counts(experts),
+        untie=[] if untie is None else _parts(untie),
+        keep_moments=keep_moments,
+        steps=steps,
+        seed=seed,
     )
     _emit(result, as_json=as_json)
 
@@ -146,6 +162,20 @@ def _counts(text: str) -> dict[str, int]:
         if not name or not count.isdigit() or int(count) < 1 or name in found:
             raise UsageError(f"--experts {text}: {part!r} is not NAME=N", remedy="write e.g. text=4,image=4")
         found[name] = int(count)
+    return found
+
+
+def _parts(text: str) -> list[str]:
+    """Parses `attention,norms`.
+
+    Raises:
+        UsageError: it names something else, or a part twice.
+    """
+    found = [part.strip() for part in text.split(",")]
+    if unknown := [part for part in found if part not in UNTIED]:
+        raise UsageError(f"--untie {text}: {unknown[0]!r} is no part", remedy=f"name some of {', '.join(UNTIED)}")
+    if len(set(found)) < len(found):
+        raise UsageError(f"--untie {text} names a part twice", remedy="name each part once")
     return found
 
 

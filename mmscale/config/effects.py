@@ -56,6 +56,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "model.rope_base": Effect.FUNCTION,
     "model.rope_scaling": Effect.FUNCTION,
     "model.qkv_bias": Effect.SHAPE,
+    "model.untie": Effect.SHAPE,
     "model.tie_embeddings": Effect.SHAPE,
     "model.init_std": Effect.FREE,
     "model.dropout": Effect.FREE,

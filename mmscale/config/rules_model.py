@@ -244,6 +244,44 @@ def _depth(config: Config) -> Iterator[Problem]:
         )
 
 
+def _untied(config: Config) -> Iterator[Problem]:
+    model, untie = config.model, config.model.untie
+    if not untie:
+        return
+    if len(set(untie)) < len(untie):
+        yield Problem(f"model.untie names a part twice: {', '.join(untie)}", "name each part once")
+    if len(config.vocab.names) < 2:
+        yield Problem(
+            f"model.untie = [{', '.join(untie)}] with one modality: there are no other tokens to separate it from",
+            "remove it, or use a vocabulary of several modalities",
+        )
+    if "ffn" in untie and model.has_experts:
+        yield Problem(
+            f"model.untie names ffn, but the feed-forward layers of model.kind = {model.kind} are experts",
+            "use model.kind=dense, or remove ffn from model.untie",
+        )
+    if "attention" in untie and model.qkv_bias:
+        yield Problem(
+            "model.untie names attention, whose untied projections have no biases, but model.qkv_bias is set",
+            "remove one of them",
+        )
+    if model.backend == "te":
+        yield Problem(
+            "model.untie with model.backend = te: untied weights are implemented for the torch backend only",
+            "use model.backend=auto or torch",
+        )
+    if config.precision.fp8 != "off":
+        yield Problem(
+            f"model.untie with precision.fp8 = {config.precision.fp8}: untied weights are not quantized",
+            "use precision.fp8=off",
+        )
+    if config.parallel.overlap_tensor:
+        yield Problem(
+            "model.untie with parallel.overlap_tensor: the overlap is part of Transformer-Engine's linears",
+            "use parallel.overlap_tensor=false",
+        )
+
+
 def _dropout(config: Config) -> Iterator[Problem]:
     if config.model.dropout >= 1.0:
         yield Problem(
@@ -288,4 +326,5 @@ RULES: tuple[Rule, ...] = (
     _experts,
     _capacity,
     _depth,
+    _untied,
 )

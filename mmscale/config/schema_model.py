@@ -23,7 +23,7 @@ from mmscale.config.section import (
     Share,
     setting,
 )
-from mmscale.tables.settings import KINDS, NORMS, RANKINGS, ROPE_SCALINGS, NormPlacement
+from mmscale.tables.settings import KINDS, NORMS, RANKINGS, ROPE_SCALINGS, UNTIED, NormPlacement
 
 MOST_LAYERS = 10_000
 
@@ -240,6 +240,12 @@ class ModelConfig(Section):
         None,
     )
     qkv_bias: bool = setting("Add biases to query, key and value projections. For models that continue a Qwen2.", False)
+    untie: tuple[Annotated[str, OneOf(UNTIED)], ...] = setting(
+        f"Parts of a layer with weights of their own for each modality: every token uses those of its modality "
+        f"(Mixture-of-Transformers). {UNTIED.help} All of them in a dense model: [attention, ffn, norms].",
+        (),
+        source="Mixture-of-Transformers, arXiv 2411.04996, section 2",
+    )
     tie_embeddings: bool = setting("Share the input embedding with the output layer.", False)
     init_std: Annotated[Positive, Field(le=10.0)] = setting(
         "Standard deviation of initial weights; output projections divide it by sqrt(2*layers).", 0.02

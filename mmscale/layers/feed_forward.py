@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from mmscale.config import Config
 from mmscale.config.derived import expert_groups, shared_width
-from mmscale.layers.layer_tensor import Form, LayerTensor, Routers, TensorPart, auxiliary_tensors
+from mmscale.layers.layer_tensor import Form, LayerTensor, Routers, TensorPart, auxiliary_tensors, by_modality
 
 
 def dense_tensors(config: Config, _: Routers) -> Iterator[LayerTensor]:
-    """One SwiGLU for all tokens."""
+    """One SwiGLU for all tokens, or one for each modality."""
     hidden, inner = config.model.hidden_size, config.model.ffn_hidden_size
-    yield LayerTensor(
+    first = LayerTensor(
         name="mlp.linear_fc1.weight",
         shape=(2 * inner, hidden),
         part=TensorPart.FFN,
@@ -25,13 +25,15 @@ def dense_tensors(config: Config, _: Routers) -> Iterator[LayerTensor]:
         form=Form.HALVES,
         tp_axis=0,
     )
-    yield LayerTensor(
+    second = LayerTensor(
         name="mlp.linear_fc2.weight",
         shape=(hidden, inner),
         part=TensorPart.FFN,
         hf=("mlp.down_proj.weight",),
         tp_axis=1,
     )
+    for tensor in (first, second):
+        yield from by_modality(config, "ffn", tensor)
 
 
 def expert_tensors(config: Config, routers: Routers) -> Iterator[LayerTensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 
 from mmscale.config import Config
@@ -81,6 +82,11 @@ class LayerTensor:
         return self.part is not TensorPart.CUTOFF
 
     @property
+    def untied(self) -> bool:
+        """Whether it is one modality's copy of a weight that `model.untie` names."""
+        return self.modality is not None and self.group is None
+
+    @property
     def spread(self) -> bool:
         """Whether axis 0, the experts of a group, is distributed over expert-parallel ranks."""
         return self.part is TensorPart.EXPERTS
@@ -102,6 +108,26 @@ class Routers:
     def of(cls, config: Config) -> Routers:
         """Those of the model that a configuration describes."""
         return cls(config.model.auxiliary_width, config.model.keeps_thresholds)
+
+
+def by_modality(config: Config, part: str, tensor: LayerTensor) -> Iterator[LayerTensor]:
+    """The tensor, or one like it for each modality where `model.untie` names its part of the layer.
+
+    Args:
+        config: gives the model and its modalities.
+        part: a name of UNTIED in mmscale.tables.settings.
+        tensor: a weight. The last component of its name becomes the modality's; exported names get one more.
+    """
+    if part not in config.model.untie:
+        yield tensor
+        return
+    for modality in config.vocab.names:
+        yield replace(
+            tensor,
+            name=f"{tensor.name.removesuffix('.weight')}.{modality}",
+            hf=tuple(f"{name.removesuffix('.weight')}.{modality}.weight" for name in tensor.hf),
+            modality=modality,
+        )
 
 
 def auxiliary_tensors(prefix: str, hf: str, *, outputs: int, hidden: int, width: int) -> list[LayerTensor]:

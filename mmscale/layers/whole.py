@@ -8,7 +8,7 @@ from dataclasses import replace
 from mmscale.config import Config
 from mmscale.layers.attention_tensors import attention_tensors
 from mmscale.layers.feed_forward import FEED_FORWARDS
-from mmscale.layers.layer_tensor import LayerTensor, Routers, TensorPart, auxiliary_tensors
+from mmscale.layers.layer_tensor import LayerTensor, Routers, TensorPart, auxiliary_tensors, by_modality
 
 
 def layer_tensors(config: Config, *, depth: bool, routers: Routers | None = None) -> list[LayerTensor]:
@@ -78,9 +78,10 @@ def _norms(config: Config) -> Iterator[LayerTensor]:
         if config.model.normalizes_experts:  # the experts' outputs are normalised instead of the sub-layer's
             del names["mlp_bda.norm"]
     for name, hf in names.items():
-        yield LayerTensor(
+        norm = LayerTensor(
             name=f"{name}.weight", shape=(config.model.hidden_size,), part=TensorPart.NORM, hf=(f"{hf}.weight",)
         )
+        yield from by_modality(config, "norms", norm)
 
 
 def _depth(config: Config, routers: Routers) -> Iterator[LayerTensor]:

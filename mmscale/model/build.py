@@ -102,7 +102,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         **fp8_settings(config),
     )
     lengthen(transformer, model)
-    transformer.te_gradient_accumulation_fusion = fusion.te  # not a field of megatron-core; linear_te.py reads it
+    # Not fields of megatron-core; linear_te.py and untied.py read them.
+    transformer.te_gradient_accumulation_fusion = fusion.te
+    transformer.untied_modalities = config.vocab.names
     return transformer
 
 

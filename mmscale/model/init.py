@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -19,7 +20,8 @@ from mmscale.model.norm import norm_weights
 
 _BIASES = ".linear_qkv.bias"  # start at zero
 # Projections back into the residual stream start smaller, as in GPT-2 and megatron-core's scaled_init_method_normal.
-_OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", ".w2")
+# The last part of a linear's key is `weight`, or a modality's name.
+_OUTPUT_PROJECTION = re.compile(r"\.(linear_proj|linear_fc2)\.[^.]+$|\.w2$")
 # Elements of one independently drawn block; bounds the memory needed to initialise a large tensor.
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -44,7 +46,7 @@ def initialize(model: MegatronModule, *, seed: int, std: float, num_layers: int)
             storage = part.data.untyped_storage().data_ptr()
             if storage in norms | kept:
                 continue
-            scaled = part.key.endswith(_OUTPUT_PROJECTIONS)
+            scaled = _OUTPUT_PROJECTION.search(part.key)
             if part.key.endswith(_BIASES):
                 part.data.detach().zero_()
             else:

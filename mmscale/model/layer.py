@@ -28,6 +28,7 @@ from mmscale.model.exchange import largest_everywhere
 from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.model.routing import depth_choice, depth_decided
 from mmscale.model.thresholds import Thresholds
+from mmscale.model.untied import untied_modules
 from mmscale.tables.routings import Needs, Routing
 
 
@@ -43,6 +44,8 @@ class MixedModalLayer(TransformerLayer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[S / CP / TP, B, H] -> ([S / CP / TP, B, H], no context)."""
+        for module in untied_modules(self):
+            module.see(packed_seq_params, self.tp_group.rank())
         hidden, context = self._forward_attention(
             hidden_states,
             attention_mask=None,

@@ -33,6 +33,7 @@ from mmscale.model.moma import MoMaMLP
 from mmscale.model.moma_settings import ExpertGroup, MoMaSettings
 from mmscale.model.norm import Residual, RMSNorm
 from mmscale.model.slot_parts import Parts
+from mmscale.model.untied import UntiedColumnLinear, UntiedMLP, UntiedRMSNorm, UntiedRowLinear
 from mmscale.runtime import transformer_engine
 
 TORCH = Parts(
@@ -50,7 +51,7 @@ def backend(config: Config) -> Literal["te", "torch"]:
     if config.model.backend == "te":
         transformer_engine.require("model.backend = te")
         return "te"
-    if config.precision.emulated:
+    if config.precision.emulated or config.model.untie:
         return "torch"
     if config.parallel.cp > 1 and config.model.backend == "auto" and transformer_engine.usable():
         raise ConfigError(
@@ -69,6 +70,19 @@ def parts(config: Config, transformer: TransformerConfig) -> Parts:
     from mmscale.model.spec_te import parts as te_parts
 
     return te_parts(transformer)
+
+
+def untied_parts(config: Config, classes: Parts, part: str) -> Parts:
+    """The classes for a part of the layer: those with weights for each modality where `model.untie` names the part.
+
+    Args:
+        config: the run's configuration.
+        classes: those of the torch backend; another one has no norm that stands apart from its linear.
+        part: one of UNTIED.
+    """
+    if part not in config.model.untie:
+        return classes
+    return replace(classes, column=UntiedColumnLinear, row=UntiedRowLinear, norm=UntiedRMSNorm)
 
 
 def nominal_share(config: Config) -> dict[str, float]:
@@ -139,11 +153,17 @@ class FeedForward:
     takes_norm: bool
 
 
-def _dense(config: Config, _: ProcessGroupCollection, classes: Parts) -> FeedForward:
-    """One SwiGLU for all tokens."""
-    first = (classes.norm_column if config.model.norm_placement.before else None) or classes.column
-    spec = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=first, linear_fc2=classes.row))
-    return FeedForward(spec, takes_norm=True)
+def _dense(config: Config, groups: ProcessGroupCollection, classes: Parts) -> FeedForward:
+    """One SwiGLU for all tokens, or one for each modality."""
+    own = untied_parts(config, classes, "ffn")
+    first = (own.norm_column if config.model.norm_placement.before else None) or own.column
+    submodules = MLPSubmodules(linear_fc1=first, linear_fc2=own.row)
+    if own is classes:
+        return FeedForward(ModuleSpec(module=MLP, submodules=submodules), takes_norm=True)
+    # megatron-core passes the group to its own class only.
+    return FeedForward(
+        ModuleSpec(module=UntiedMLP, submodules=submodules, params={"tp_group": groups.tp}), takes_norm=True
+    )
 
 
 def _experts(config: Config, groups: ProcessGroupCollection, _: Parts) -> FeedForward:
@@ -178,15 +198,17 @@ def layer_spec(
         classes: fill the slots; None: those of this machine's backend.
     """
     classes = classes or parts(config, transformer)
+    attention = untied_parts(config, classes, "attention")
+    norm_class = untied_parts(config, classes, "norms").norm
     pre = config.model.norm_placement.before
-    norm = classes.norm if pre else IdentityOp
+    norm = norm_class if pre else IdentityOp
     # A norm whose output only one linear reads is fused into that linear, if the backend has such a module.
     fused = classes.norm_column if pre else None
     feed_forward = FEED_FORWARDS[config.model.kind](config, groups, classes)
-    qk_norm = classes.norm if config.model.qk_norm else IdentityOp
+    qk_norm = norm_class if config.model.qk_norm else IdentityOp
     # Normalised experts contain their own norms, so the residual connection after them has none.
     attention_residual = ModuleSpec(
-        module=Residual, params={"norm_config": None if pre else transformer, "norm_class": classes.norm}
+        module=Residual, params={"norm_config": None if pre else transformer, "norm_class": norm_class}
     )
     mlp_residual = (
         ModuleSpec(module=Residual, params={"norm_config": None})
@@ -199,9 +221,9 @@ def layer_spec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=fused or classes.column,
+                linear_qkv=fused or attention.column,
                 core_attention=classes.attention,
-                linear_proj=classes.row,
+                linear_proj=attention.row,
                 q_layernorm=qk_norm,
                 k_layernorm=qk_norm,
             ),

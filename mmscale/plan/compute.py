@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, expert_capacity, expert_counts, on_fullest_rank
 from mmscale.config.fp8 import capacity_multiple
-from mmscale.layers import TensorPart, layer_tensors
+from mmscale.layers import LayerTensor, TensorPart, layer_tensors
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ def nominal_shares(config: Config) -> dict[str, float]:
     if share == "auto":
         return {name: 1 / len(config.vocab.names) for name in config.vocab.names}
     return dict(share)
+
+
+def untied_share(config: Config, tensor: LayerTensor) -> float:
+    """The share of a layer's tokens that use a tensor: those of its modality if it is untied, otherwise all."""
+    return nominal_shares(config)[str(tensor.modality)] if tensor.untied else 1.0
 
 
 def expert_slots(config: Config, tokens: int) -> dict[str, float]:
@@ -152,9 +157,9 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
     counts = expert_counts(config)
     elements = dict.fromkeys(TensorPart, 0.0)  # elements of the matrices that a token is multiplied with, by part
     for tensor in layer_tensors(config, depth=depth):
-        share = (
-            slots[tensor.group] / counts[tensor.group] if tensor.part is TensorPart.EXPERTS and tensor.group else 1.0
-        )
+        share = untied_share(config, tensor)
+        if tensor.part is TensorPart.EXPERTS and tensor.group:
+            share = slots[tensor.group] / counts[tensor.group]
         elements[tensor.part] += share * tensor.size
     return Flops(
         projections=fraction * 2 * elements[TensorPart.ATTENTION],

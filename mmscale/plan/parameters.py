@@ -12,6 +12,7 @@ from functools import cached_property
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
+from mmscale.plan.compute import untied_share
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,14 @@ class Parameters:
 
     @property
     def per_modality(self) -> dict[str, int]:
-        """Experts, router and expert norm of each group, i.e. parameters used only for this modality's tokens."""
+        """Parameters that only this modality's tokens use: experts, router, expert norm and untied weights."""
         sums: Counter[str] = Counter()
         for layer in self.layers:
             for part in (TensorPart.EXPERTS, TensorPart.ROUTER, TensorPart.EXPERT_NORM):
                 sums.update(layer.by_group(part))
+            for tensor in layer.tensors:
+                if tensor.untied:
+                    sums[str(tensor.modality)] += tensor.size
         return dict(sums)
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
@@ -149,8 +153,9 @@ def count_parameters(config: Config) -> Parameters:
     """Count parameters.
 
     `active` is the number used for an average token: all of a dense layer; in each group as many experts as take a
-    token on average, which is the capacity factor; for a Mixture-of-Depths layer the fraction of tokens that it
-    processes. Embedding and output layer count completely, so that for a dense model all parameters are active.
+    token on average, which is the capacity factor; one modality's copy of an untied weight; for a Mixture-of-Depths
+    layer the fraction of tokens that it processes. Embedding and output layer count completely, so that for a dense
+    model all parameters are active.
     """
     model = config.model
     # All layers of a kind have the same parameters.
@@ -164,5 +169,6 @@ def count_parameters(config: Config) -> Parameters:
         fraction = depth_tokens(config) / model.seq_length if model.is_depth_layer(index) else 1.0
         depth_router = layer.of(TensorPart.DEPTH_ROUTER)
         passed = layer.total - depth_router - layer.all_experts + model.experts.capacity_factor * one_expert
-        active += depth_router + fraction * passed
+        skipped = sum((1.0 - untied_share(config, tensor)) * tensor.size for tensor in layer.tensors)
+        active += depth_router + fraction * (passed - skipped)
     return Parameters(embedding=table, output=output, layers=layers, final_norm=model.hidden_size, active=round(active))

@@ -1,7 +1,8 @@
 """Generates configurations with the same FLOPs per token as a given one, for comparison with it.
 
 Dense, one FFN per modality (1t1i), mixed experts (moe8x), experts per modality (4t4i), and each with Mixture-of-Depths
-(MoMa, arXiv 2407.21770, Table 1). FLOPs are those of `flops_per_token`, forward. It trains nothing and reads no data:
+(MoMa, arXiv 2407.21770, Table 1); Mixture-of-Transformers (mot, arXiv 2411.04996), and experts per modality with untied
+attention and norms (4t4i_untied). FLOPs are those of `flops_per_token`, forward. It trains nothing and reads no data:
 with `model.experts.share: auto` it uses the same shares as `mmscale plan`.
 """
 
@@ -31,7 +32,7 @@ class Sibling:
     """A configuration to compare with.
 
     Attributes:
-        name: dense, 1t1i, moe8x, 4t4i, mod_dense, ...
+        name: dense, 1t1i, moe8x, 4t4i, mot, mod_dense, ...
         config: its settings; every rule holds.
         flops: forward FLOPs per token.
         ratio: `flops` over those of the given configuration.
@@ -78,19 +79,31 @@ def siblings(config: Config, *, experts: int | None = None, tolerance: float = T
     target = flops_per_token(config).forward
     found: list[Sibling] = []
     for depth in (False, True):
-        for name, kind, groups in (
-            ("dense", "dense", {}),
-            (group_name(dict.fromkeys(counts, 1)), "moma", dict.fromkeys(counts, 1)),
-            (f"moe{sum(counts.values())}x", "moe", {"mixed": sum(counts.values())}),
-            (group_name(counts), "moma", counts),
+        for name, kind, groups, untie in (
+            ("dense", "dense", {}, []),
+            (group_name(dict.fromkeys(counts, 1)), "moma", dict.fromkeys(counts, 1), []),
+            (f"moe{sum(counts.values())}x", "moe", {"mixed": sum(counts.values())}, []),
+            (group_name(counts), "moma", counts, []),
+            ("mot", "dense", {}, ["attention", "ffn", "norms"]),
+            (f"{group_name(counts)}_untied", "moma", counts, ["attention", "norms"]),
         ):
-            if depth and "mixed" in groups:
-                continue  # the paper has no such model
+            if depth and ("mixed" in groups or untie):
+                continue  # the papers have no such models
+            if untie and not _can_untie(config):
+                continue
             label = f"mod_{name}" if depth else name
             if any(label == other.name for other in found):
                 continue  # one expert of each modality was requested
-            found.append(_sibling(config, label, kind, groups, depth=depth, target=target, tolerance=tolerance))
+            made = _of_kind(config, kind, groups, untie, depth=depth)
+            found.append(_sibling(config, label, made, depth=depth, target=target, tolerance=tolerance))
     return found
+
+
+def _can_untie(config: Config) -> bool:
+    """Whether a sibling with untied weights breaks no rule (rules_model.py) that the given configuration keeps."""
+    model = config.model
+    plain = not model.qkv_bias and model.backend != "te" and config.precision.fp8 == "off"
+    return plain and len(config.vocab.names) > 1 and not config.parallel.overlap_tensor
 
 
 def group_name(counts: Mapping[str, int]) -> str:
@@ -133,9 +146,8 @@ def _counts(config: Config, experts: int | None) -> dict[str, int]:
 
 
 def _sibling(
-    config: Config, name: str, kind: str, groups: dict[str, int], *, depth: bool, target: float, tolerance: float
+    config: Config, name: str, settings: dict[str, Any], *, depth: bool, target: float, tolerance: float
 ) -> Sibling:
-    settings = _of_kind(config, kind, groups, depth=depth)
     settings["run"]["name"] = f"{config.run.name}_{name}"
     model = settings["model"]
     if depth != (config.model.depth is not None):
@@ -155,12 +167,15 @@ def _sibling(
     return Sibling(name, made, flops, flops / target, count_parameters(made).total, changes)
 
 
-def _of_kind(config: Config, kind: str, groups: dict[str, int], *, depth: bool) -> dict[str, Any]:
+def _of_kind(config: Config, kind: str, groups: dict[str, int], untie: list[str], *, depth: bool) -> dict[str, Any]:
     """Settings of a sibling with the given layers and width."""
     settings = config.model_dump(mode="json", exclude_defaults=True)
     model, parallel = settings["model"], settings.setdefault("parallel", {})
     settings.setdefault("run", {})
     model["kind"] = kind
+    if sorted(untie) != sorted(config.model.untie):  # the given one may name the same parts in another order
+        model.pop("untie", None)
+        model |= {"untie": untie} if untie else {}
     given = model.pop("experts", {})
     if depth:
         model["depth"] = (config.model.depth or DepthConfig()).model_dump(mode="json")
@@ -234,15 +249,17 @@ def _changes(before: Config, after: Config) -> list[str]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Single values by dotted key; groups of experts and Mixture-of-Depths are single values here."""
+    """Single values by dotted key; groups of experts, untied parts and Mixture-of-Depths are single values here."""
     model = config.model.model_dump(mode="json")
     whole = {"model.experts.counts": model["experts"]["counts"], "model.experts.share": model["experts"]["share"]}
-    depth = {"model.depth": model["depth"]}
-    single = {key: value for key, value in flatten(config).items() if not key.startswith((*whole, *depth))}
-    return {**single, **whole, **depth}
+    whole |= {"model.depth": model["depth"], "model.untie": model["untie"]}
+    single = {key: value for key, value in flatten(config).items() if not key.startswith(tuple(whole))}
+    return {**single, **whole}
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {item}" for name, item in value.items()) + "}" if value else "none"
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
     return "none" if value is None else str(value)

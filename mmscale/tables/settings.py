@@ -65,6 +65,17 @@ NORMS: Table[NormPlacement] = Table(
 )
 
 
+UNTIED: Table[Choice] = Table(
+    "Untied parts of a layer",
+    ("model.untie",),
+    {
+        "attention": Choice(meaning="the projections of attention, which still runs over all tokens"),
+        "ffn": Choice(meaning="the feed-forward layer of a dense model"),
+        "norms": Choice(meaning="the norms of a layer, also those of queries and keys"),
+    },
+)
+
+
 RANKINGS: Table[Choice] = Table(
     "Expert rankings",
     ("model.experts.choice",),

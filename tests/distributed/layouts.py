@@ -81,6 +81,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
         "auxiliary": {"mode": "joint"},
     },
+    "mot": {"kind": "dense", "untie": ["attention", "ffn", "norms"], "num_query_groups": 2},
+    "mot_post_depth": {
+        "kind": "dense",
+        "untie": ["attention", "ffn", "norms"],
+        "norm": "post",
+        "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
+    },
+    "moma_untied": {
+        "kind": "moma",
+        "untie": ["attention", "norms"],
+        "experts": {**_EXPERTS, "threshold_decay": 0.9},
+        "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
+        "auxiliary": {"mode": "joint"},
+    },
     "moma_joint": {
         "kind": "moma",
         "experts": {**_EXPERTS, "threshold_decay": 0.9},

@@ -132,7 +132,7 @@ class Odd(SyntheticMixture):
         )
 
 
-@pytest.mark.parametrize("model", [EVERYTHING])
+@pytest.mark.parametrize("model", [EVERYTHING, "mot"])
 def test_ranks_without_images_and_with_nothing_but_padding(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,12 +101,15 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
         "moma_post": ("tp2", "pp2"),  # the paper's norms
         "moma_post_per_expert_shared": ("tp2", "ep2"),
         "moma_competitive": ("ep2",),
+        "mot": ("tp2", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
+        "moma_untied": ("tp2_recompute", "ep2_recompute_selective"),
         "moma_actual": ("tp2", "ep2"),
         "moma_actual_micro_batch": ("ep2",),
     },
     4: {
         EVERYTHING: ("tp2_pp2", "pp2_interleaved_ep2_overlap", "tp2_ep2_recompute"),
         "moma_depth_per_modality": ("tp2_ep2",),
+        "mot_post_depth": ("tp2_pp2",),
     },
 }
 

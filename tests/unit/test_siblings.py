@@ -40,7 +40,8 @@ def by_name(found: list[Sibling]) -> dict[str, Sibling]:
 def test_shipped_configurations(name: str) -> None:
     given = load(CONFIGS / f"{name}.yaml")
     found = by_name(siblings(given))
-    assert list(found) == ["dense", "1t1i", "moe8x", "4t4i", "mod_dense", "mod_1t1i", "mod_4t4i"]
+    untied = [] if given.precision.fp8 != "off" or given.parallel.overlap_tensor else ["mot", "4t4i_untied"]
+    assert list(found) == ["dense", "1t1i", "moe8x", "4t4i", *untied, "mod_dense", "mod_1t1i", "mod_4t4i"]
     target = flops_per_token(given).forward
     for sibling in found.values():
         assert flops_per_token(sibling.config).forward == pytest.approx(target, rel=0.01)
@@ -80,6 +81,8 @@ def test_layout_and_routing_settings_follow() -> None:
         "1t1i": 2,
         "moe8x": 2,
         "4t4i": 2,
+        "mot": 1,
+        "4t4i_untied": 2,
     }
     assert found["dense"].config.model.auxiliary.mode == "off"
     assert found["mod_dense"].config.model.auxiliary.mode == "joint"
@@ -119,12 +122,31 @@ def test_widths_that_fp8_takes(layout: tuple[str, int]) -> None:
         check(sibling.config, world_size=tp * given.parallel.ep)
 
 
+def test_untied_siblings_do_the_work_of_their_tied_ones() -> None:
+    """With as many parameters more as the other modality's weights have."""
+    found = by_name(siblings(config(kind="dense")))
+    assert found["mot"].flops == pytest.approx(found["dense"].flops)
+    assert found["mot"].changes == ("model.untie: [] -> [attention, ffn, norms]",)
+    assert found["4t4i_untied"].flops == pytest.approx(found["4t4i"].flops)
+    layer = (2 * 64 * 64 + 2 * 64 * 64) + (2 * 64 + 2 * 16)  # attention, and norms with those of queries and keys
+    assert found["4t4i_untied"].parameters == found["4t4i"].parameters + 8 * layer
+    assert found["mot"].parameters == found["dense"].parameters + 8 * (layer + 3 * 64 * 96)
+    given = config(kind="dense", untie=["norms", "ffn", "attention"])
+    assert by_name(siblings(given))["mot"].changes == ()
+
+
+@pytest.mark.parametrize("override", ["model.qkv_bias=true", "model.backend=te", "precision.fp8=tensorwise"])
+def test_no_untied_siblings_where_a_rule_refuses_them(override: str) -> None:
+    given = config("precision.dtype=bf16", override, kind="dense", qk_norm=False)
+    assert not {"mot", "4t4i_untied"} & set(by_name(siblings(given, tolerance=0.1)))
+
+
 def test_number_of_experts() -> None:
     assert "moe4x" in by_name(siblings(config(kind="moe", experts={"counts": {"mixed": 4}})))
     uneven = by_name(siblings(config(experts={"counts": {"text": 3, "image": 1}})))
     assert uneven["3t1i"].changes == ()
     assert {"2t2i", "moe4x"} <= set(by_name(siblings(config(kind="dense"), experts=2)))
-    assert len(siblings(config(kind="dense"), experts=1)) == 5  # 1t1i is there once
+    assert len(siblings(config(kind="dense"), experts=1)) == 7  # 1t1i is there once
     assert group_name({"text": 2, "image": 2, "speech": 1}) == "2t2i1s"
     assert group_name({"text": 2, "touch": 1}) == "2text1touch"
 
@@ -141,7 +163,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tolerance"] == 0.01
-    assert len(list(out.iterdir())) == len(result["siblings"]) == 7
+    assert len(list(out.iterdir())) == len(result["siblings"]) == 9
     for entry, sibling in zip(result["siblings"], siblings(load(command[1], ["train.steps=50"])), strict=True):
         assert load(entry["file"]) == sibling.config
         assert entry["flops_per_token"] == flops_per_token(load(entry["file"])).forward

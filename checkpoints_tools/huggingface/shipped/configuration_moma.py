@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 NORMS = ("pre", "post", "post_per_expert")
 CHOICES = ("sigmoid", "competitive", "softmax")
+UNTIED = ("attention", "ffn", "norms")
 ROUTINGS = ("causal", "top1", "threshold")
 
 
@@ -22,6 +23,7 @@ class MomaConfig(PreTrainedConfig):
             expert's output normalised by itself (`post_per_expert`).
         qk_norm: RMSNorm of each head's query and key.
         qkv_bias: biases of the query, key and value projections.
+        untie: parts of a layer with weights of their own for each modality: of `attention`, `ffn` and `norms`.
         modalities: `[name, first id, one past the last id]` of each, in id order; ids beyond them are of the first.
         no_modality_id: the id that belongs to none, and that no expert takes; `pad_token_id` may become another.
         expert_groups: `{"name", "modalities": [indices], "experts": number}` of each group; empty: a dense layer.
@@ -62,6 +64,7 @@ class MomaConfig(PreTrainedConfig):
     norm: str = "pre"
     qk_norm: bool = True
     qkv_bias: bool = False
+    untie: list | None = None
     rope_parameters: dict | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -87,6 +90,8 @@ class MomaConfig(PreTrainedConfig):
         """Set values that follow from other settings."""
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
+        if unknown := sorted({*(self.untie or [])} - {*UNTIED}):
+            raise ValueError(f"untie must be of {', '.join(UNTIED)}, not {', '.join(unknown)}")
         if self.choice not in CHOICES:
             raise ValueError(f"choice must be one of {', '.join(CHOICES)}, not {self.choice!r}")
         if self.routing not in ROUTINGS:
@@ -99,6 +104,7 @@ class MomaConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.modalities = self.modalities or [["text", 0, self.vocab_size]]
+        self.untie = self.untie or []
         self.expert_groups = self.expert_groups or []
         self.mod_layers = self.mod_layers or []
         super().__post_init__(**kwargs)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_moma import MomaConfig
+from .untied_moma import apply, untied
 
 
 class MomaAuxiliaryRouter(nn.Module):
@@ -147,18 +148,19 @@ class MomaSparseMLP(nn.Module):
 
 
 class MomaDenseMLP(nn.Module):
-    """One SwiGLU for all tokens."""
+    """One SwiGLU for all tokens, or one for each modality."""
 
     def __init__(self, config: MomaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = untied(config, "ffn", lambda: nn.Linear(hidden, inner, bias=False))
+        self.up_proj = untied(config, "ffn", lambda: nn.Linear(hidden, inner, bias=False))
+        self.down_proj = untied(config, "ffn", lambda: nn.Linear(inner, hidden, bias=False))
 
     def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, H]."""
-        del modality
-        return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
+        """[N, H] and [N] -> [N, H]."""
+        gate, up = apply(self.gate_proj, tokens, modality), apply(self.up_proj, tokens, modality)
+        return apply(self.down_proj, F.silu(gate) * up, modality)
 
 
 def _groups(config: MomaConfig) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .arguments_moma import CACHE, LOSS, one_cache, refuse_mixed_documents, refuse_unknown
 from .configuration_moma import MomaConfig
 from .experts_moma import MomaAuxiliaryRouter, MomaDenseMLP, MomaSparseMLP
+from .untied_moma import apply, untied
 from .versions_moma import warn_if_untested
 
 NO_MODALITY = -1
@@ -55,30 +56,36 @@ class MomaAttention(nn.Module):
         self.num_key_value_groups = heads // groups
         self.scaling = width**-0.5
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        hidden, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = untied(config, "attention", lambda: nn.Linear(hidden, heads * width, bias=bias))
+        self.k_proj = untied(config, "attention", lambda: nn.Linear(hidden, groups * width, bias=bias))
+        self.v_proj = untied(config, "attention", lambda: nn.Linear(hidden, groups * width, bias=bias))
+        self.o_proj = untied(config, "attention", lambda: nn.Linear(heads * width, hidden, bias=False))
+        self.q_norm = rms_norm(config, width) if config.qk_norm else nn.Identity()
+        self.k_norm = rms_norm(config, width) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
+        modality: torch.Tensor,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, S, H] -> [B, S, H]; keep: [B, S] bool for a Mixture-of-Depths layer, otherwise None."""
+        """[B, S, H] and [B, S] -> [B, S, H]; keep: [B, S] bool for a Mixture-of-Depths layer, otherwise None."""
         cache = one_cache(cache, past_key_values)
         batch, length, _ = hidden_states.shape
         shape = (batch, length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key, value = (
+            apply(projection, hidden_states, modality).view(shape)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = apply(self.q_norm, query, modality).transpose(1, 2)
+        key = apply(self.k_norm, key, modality).transpose(1, 2)
+        value = value.transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if keep is not None:
             if self.config._attn_implementation == "vllm":
@@ -94,7 +101,12 @@ class MomaAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         out, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(out.reshape(batch, length, -1).contiguous()), weights
+        return apply(self.o_proj, out.reshape(batch, length, -1).contiguous(), modality), weights
+
+
+def rms_norm(config: MomaConfig, width: int) -> nn.Module:
+    """RMSNorm over the last dimension, with a weight for each modality where norms are untied."""
+    return untied(config, "norms", lambda: nn.RMSNorm(width, eps=config.rms_norm_eps))
 
 
 class MomaDecoderLayer(GradientCheckpointingLayer):
@@ -104,19 +116,19 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MomaConfig, layer_idx: int) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+        hidden = config.hidden_size
         sparse = bool(config.expert_groups)
         self.pre = config.norm == "pre"
         self.self_attn = MomaAttention(config, layer_idx)
         self.mlp = MomaSparseMLP(config) if sparse else MomaDenseMLP(config)
         if self.pre:
-            self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
-            self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+            self.input_layernorm = rms_norm(config, hidden)
+            self.post_attention_layernorm = rms_norm(config, hidden)
         else:
-            self.attention_output_norm = nn.RMSNorm(hidden, eps=eps)
-            # Normalised experts contain their own norms.
+            self.attention_output_norm = rms_norm(config, hidden)
+            # Normalised experts carry their own norms.
             own = sparse and config.norm == "post_per_expert"
-            self.mlp_output_norm = nn.Identity() if own else nn.RMSNorm(hidden, eps=eps)
+            self.mlp_output_norm = nn.Identity() if own else rms_norm(config, hidden)
         self.is_depth_layer = layer_idx in (config.mod_layers or ())
         if self.is_depth_layer:
             self.depth_router = nn.Parameter(torch.empty(hidden))
@@ -130,7 +142,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         """[B, S, H] -> [B, S, H]; modality: [B, S], -1 for padding."""
         assert modality is not None
         if not self.is_depth_layer:
-            hidden_states = hidden_states + self._attention(hidden_states, None, **kwargs)
+            hidden_states = hidden_states + self._attention(hidden_states, modality, None, **kwargs)
             flat = hidden_states.flatten(0, 1)
             return hidden_states + self._mlp(flat, modality.flatten()).view(hidden_states.shape)
         logits = hidden_states.float() @ self.depth_router.float()
@@ -143,18 +155,21 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         keep = keep & (modality != NO_MODALITY)
         gate = logits.sigmoid()
         before = hidden_states[keep]
-        after = before + self._attention(hidden_states, keep, **kwargs)[keep]
+        after = before + self._attention(hidden_states, modality, keep, **kwargs)[keep]
         after = after + self._mlp(after, modality[keep])
         delta = (gate[keep].unsqueeze(-1) * (after - before).float()).to(hidden_states.dtype)
         return hidden_states.index_put((keep,), before + delta)
 
-    def _attention(self, hidden: torch.Tensor, keep: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
-        out, _ = self.self_attn(self.input_layernorm(hidden) if self.pre else hidden, keep=keep, **kwargs)
-        return out if self.pre else self.attention_output_norm(out)
+    def _attention(
+        self, hidden: torch.Tensor, modality: torch.Tensor, keep: torch.Tensor | None, **kwargs: Any
+    ) -> torch.Tensor:
+        into = apply(self.input_layernorm, hidden, modality) if self.pre else hidden
+        out, _ = self.self_attn(into, modality=modality, keep=keep, **kwargs)
+        return out if self.pre else apply(self.attention_output_norm, out, modality)
 
     def _mlp(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-        out = self.mlp(self.post_attention_layernorm(tokens) if self.pre else tokens, modality)
-        return out if self.pre else self.mlp_output_norm(out)
+        out = self.mlp(apply(self.post_attention_layernorm, tokens, modality) if self.pre else tokens, modality)
+        return out if self.pre else apply(self.mlp_output_norm, out, modality)
 
 
 class MomaPreTrainedModel(PreTrainedModel):

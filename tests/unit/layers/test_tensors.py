@@ -59,6 +59,12 @@ def combinations() -> Iterator[Any]:
             model["experts"] = {**model.get("experts", {}), "shared": shared, "shared_ffn_hidden_size": 10}
         name = f"{kind}-{norm}{'-depth' * depth}{'-routers' * routers}{'-shared' * bool(shared)}"
         yield pytest.param(kind, model, id=name)
+    for kind, norm, untie in itertools.product(KINDS, NORMS, ("attention norms", "ffn", "attention ffn norms")):
+        if KINDS[kind].experts and "ffn" in untie:
+            continue
+        depth = {"every": 2, "capacity": 0.5} if norm == "post" else None
+        model = {"norm": norm, "untie": untie.split(), "depth": depth}
+        yield pytest.param(kind, model, id=f"{kind}-{norm}-untied {untie}")
 
 
 def held(model: nn.Module) -> dict[str, Any]:
@@ -114,6 +120,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "normalised experts": {"norm": "post_per_expert"},
     "QK-norm": {"qk_norm": False},
     "biases": {"qkv_bias": True},
+    "untied weights": {"untie": ["attention"]},
     "output layer": {"tie_embeddings": True},
     "experts": {"experts": {"counts": {"text": 4, "image": 4}}},
     "shared experts": {"experts": {"shared": 1}},

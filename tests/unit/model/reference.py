@@ -335,17 +335,23 @@ class Reference:
     def inner_layer(self, number: int, hidden: list[Tensor], facts: list[Facts]) -> list[Tensor]:
         """Attention and feed-forward with their norms and residual connections."""
         prefix, pre = f"decoder.layers.{number}.", self.model.norm == "pre"
-        into = [self._norm(x, f"{prefix}input_layernorm.weight") if pre else x for x in hidden]
+
+        def normalized(tokens: list[Tensor], name: str) -> list[Tensor]:
+            return [self._norm(x, prefix + name, f.modality) for x, f in zip(tokens, facts, strict=True)]
+
+        into = normalized(hidden, "input_layernorm.weight") if pre else hidden
         out = [self.attention(prefix, x, f) for x, f in zip(into, facts, strict=True)]
         if not pre:
-            out = [self._norm(x, f"{prefix}self_attn_bda.norm.weight") for x in out]
+            out = normalized(out, "self_attn_bda.norm.weight")
         hidden = [x + y for x, y in zip(hidden, out, strict=True)]
 
-        into = [self._norm(x, f"{prefix}pre_mlp_layernorm.weight") if pre else x for x in hidden]
-        dense = self.model.kind == "dense"
-        out = [self.dense(prefix, x) for x in into] if dense else self.moma(prefix, into, facts)
+        into = normalized(hidden, "pre_mlp_layernorm.weight") if pre else hidden
+        if dense := self.model.kind == "dense":
+            out = [self.dense(prefix, x, f) for x, f in zip(into, facts, strict=True)]
+        else:
+            out = self.moma(prefix, into, facts)
         if self.model.norm == "post" or (self.model.norm == "post_per_expert" and dense):
-            out = [self._norm(x, f"{prefix}mlp_bda.norm.weight") for x in out]
+            out = normalized(out, "mlp_bda.norm.weight")
         return [x + y for x, y in zip(hidden, out, strict=True)]
 
     def attention(self, prefix: str, x: Tensor, facts: Facts) -> Tensor:
@@ -354,9 +360,8 @@ class Reference:
         heads, groups, width = self.model.num_attention_heads, self.model.query_groups, self.model.head_dim
         per_group = heads // groups
         # linear_qkv holds, for each key/value head, its query heads, then the key head, then the value head.
-        fused = self.weights[f"{prefix}linear_qkv.weight"]
-        biases = self.weights.get(f"{prefix}linear_qkv.bias", torch.zeros(len(fused), dtype=fused.dtype))
-        blocks = list(zip(fused.split(width), biases.split(width), strict=True))
+        fused = self._projected(x, f"{prefix}linear_qkv.weight", facts)
+        blocks = (fused + self.weights.get(f"{prefix}linear_qkv.bias", 0.0)).split(width, dim=1)  # each [n, D]
         query = [blocks[h // per_group * (per_group + 2) + h % per_group] for h in range(heads)]
         key = [blocks[g * (per_group + 2) + per_group] for g in range(groups)]
         value = [blocks[g * (per_group + 2) + per_group + 1] for g in range(groups)]
@@ -365,22 +370,35 @@ class Reference:
             group = head // per_group
             for document in sorted(set(facts.document)):
                 rows = [row for row, own in enumerate(facts.document) if own == document]
-                parts = (query[head], key[group], value[group])
-                q, k, v = (x[rows] @ weight.t() + bias for weight, bias in parts)
+                q, k, v = query[head][rows], key[group][rows], value[group][rows]
                 if self.model.qk_norm:
-                    q, k = self._norm(q, f"{prefix}q_layernorm.weight"), self._norm(k, f"{prefix}k_layernorm.weight")
+                    own = [facts.modality[row] for row in rows]
+                    q = self._norm(q, f"{prefix}q_layernorm.weight", own)
+                    k = self._norm(k, f"{prefix}k_layernorm.weight", own)
                 q = torch.stack([rotate(t, facts.position[r], self.model) for t, r in zip(q, rows, strict=True)])
                 k = torch.stack([rotate(t, facts.position[r], self.model) for t, r in zip(k, rows, strict=True)])
                 for place, row in enumerate(rows):
                     scores = (k[: place + 1] @ q[place]) / math.sqrt(width)
                     outputs[row].append(torch.softmax(scores, dim=0) @ v[: place + 1])
         joined = torch.stack([torch.cat(parts) for parts in outputs])
-        return joined @ self.weights[f"{prefix}linear_proj.weight"].t()
+        return self._projected(joined, f"{prefix}linear_proj.weight", facts)
 
-    def dense(self, prefix: str, x: Tensor) -> Tensor:
-        """The SwiGLU of a dense layer."""
-        gate, up = self.weights[f"{prefix}mlp.linear_fc1.weight"].chunk(2)
-        return swiglu(x, gate.t(), up.t(), self.weights[f"{prefix}mlp.linear_fc2.weight"].t())
+    def dense(self, prefix: str, x: Tensor, facts: Facts) -> Tensor:
+        """The SwiGLU of a dense layer, token by token."""
+        rows = []
+        for token, modality in zip(x, facts.modality, strict=True):
+            gate, up = self._own(f"{prefix}mlp.linear_fc1.weight", modality).chunk(2)
+            rows.append(swiglu(token, gate.t(), up.t(), self._own(f"{prefix}mlp.linear_fc2.weight", modality).t()))
+        return torch.stack(rows)
+
+    def _own(self, name: str, modality: int) -> Tensor:
+        """The weight that a token uses: its modality's where there is one, the last modality's for padding (-1)."""
+        untied = f"{name.removesuffix('.weight')}.{self.config.vocab.names[modality]}"
+        return self.weights[untied if untied in self.weights else name]
+
+    def _projected(self, x: Tensor, name: str, facts: Facts) -> Tensor:
+        """Each token times the weight that it uses, [n, in] -> [n, out]."""
+        return torch.stack([self._own(name, m) @ token for token, m in zip(x, facts.modality, strict=True)])
 
     def expert(self, prefix: str, group: str, number: int, x: Tensor) -> Tensor:
         """One expert of one token, normalised where the placement says so."""
@@ -438,8 +456,13 @@ class Reference:
             out = out + swiglu(x, w1[:, 0, own], w1[:, 1, own], w2[own])
         return self._norm(out, f"{prefix}mlp.shared_norm.weight") if self.model.norm == "post_per_expert" else out
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self.weights[name], self.model.norm_eps)
+    def _norm(self, x: Tensor, name: str, modality: Sequence[int] | None = None) -> Tensor:
+        """RMSNorm of rows [n, ...]; with the modality of each row, by the weight that such a token uses."""
+        if modality is None:
+            return rms_norm(x, self.weights[name], self.model.norm_eps)
+        weights = [self._own(name, one) for one in modality]
+        rows = [rms_norm(row, weight, self.model.norm_eps) for row, weight in zip(x, weights, strict=True)]
+        return torch.stack(rows)
 
     def _modality(self, ids: Sequence[int]) -> list[int]:
         ranges = self.config.vocab.ranges

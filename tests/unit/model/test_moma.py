@@ -15,6 +15,7 @@ from torch import Tensor
 from mmscale.config import Config, ExpertsConfig, ModalityVocab, ParallelConfig
 from mmscale.model.mixed_modal import RoutingStats
 from mmscale.model.ranking import RANKINGS
+from mmscale.tables.settings import UNTIED as UNTIED_PARTS
 from mmscale.train.log.layers_log import fractions
 from tests.unit.model.comparison import (
     TOLERANCE,
@@ -46,6 +47,7 @@ NORMS = ("pre", "post", "post_per_expert")
 SCALED = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
 # Of the four angles of a head of 8, one is kept, one divided, and two are mixed.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}
+UNTIED = list(UNTIED_PARTS)
 UNEVEN = {"text": 0.75, "image": 0.25}
 MODELS: dict[str, Config] = {
     **{f"{kind}_{norm}": tiny(kind, norm=norm) for kind in ("dense", "moe", "moma") for norm in NORMS},
@@ -61,6 +63,11 @@ MODELS: dict[str, Config] = {
         kv_channels=8, rope_base=100.0, rope_scaling=YARN | {"attention_factor": 1.5, "truncate": False}
     ),
     "moma_biased_scaled": tiny(qkv_bias=True, rope_scaling=SCALED, norm="post"),
+    **{f"mot_{norm}": tiny("dense", norm=norm, untie=UNTIED) for norm in NORMS},
+    **{f"untied_{part}": tiny("dense", norm="post", untie=[part], num_query_groups=2) for part in UNTIED},
+    "moma_untied": tiny(untie=["attention", "norms"], norm="post", num_query_groups=2),
+    "moe_untied": tiny("moe", untie=["attention", "norms"], qk_norm=False),
+    "mot_depth": tiny("dense", untie=UNTIED, depth=depth()),
     "moma_gqa_tied": tiny(num_query_groups=2, tie_embeddings=True),
     "moma_no_qk_norm": tiny(qk_norm=False),
     "moma_uneven_share": tiny(experts=moma_experts(share=UNEVEN, capacity_factor=1.3)),

@@ -37,6 +37,11 @@ MODELS: dict[str, Config] = {
     "depth, post norm": tiny("moma", norm="post", depth=depth()),
     "dense, post norm": tiny("dense", norm="post"),
     "dense depth": tiny("dense", num_layers=3, depth=depth(), num_query_groups=1),
+    "untied": tiny("dense", untie=["attention", "ffn", "norms"], num_query_groups=2),
+    "untied depth, post norm": tiny(
+        "dense", untie=["attention", "ffn", "norms"], num_layers=3, depth=depth(), norm="post"
+    ),
+    "untied moma": tiny("moma", untie=["attention", "norms"], norm="post_per_expert"),
     "competitive": tiny("moma", num_layers=3, depth=depth(), experts=moma_experts(choice="competitive")),
     "softmax": tiny("moe", experts=ExpertsConfig(counts={"any": 4}, choice="softmax", share=SHARE)),
     "three modalities": tiny(

@@ -35,6 +35,10 @@ from mmscale.tables.routings import Needs, Routing
 class MixedModalLayer(TransformerLayer):
     """Attention within documents, then the feed-forward slot, which receives the per-token data as `padding_mask`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.untied = tuple(untied_modules(self))
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -44,7 +48,7 @@ class MixedModalLayer(TransformerLayer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[S / CP / TP, B, H] -> ([S / CP / TP, B, H], no context)."""
-        for module in untied_modules(self):
+        for module in self.untied:
             module.see(packed_seq_params, self.tp_group.rank())
         hidden, context = self._forward_attention(
             hidden_states,

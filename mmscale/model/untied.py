@@ -140,9 +140,9 @@ class Untied(nn.Module):
         return self._params
 
     @property
-    def weights(self) -> list[nn.Parameter]:
+    def weights(self) -> list[Tensor]:
         """The parameters, in the order of modalities."""
-        return [getattr(self, name) for name in self._names]
+        return [self.get_parameter(name) for name in self._names]
 
 
 class _UntiedLinear(Untied):

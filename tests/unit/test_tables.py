@@ -25,6 +25,7 @@ from mmscale.tables.settings import (
     ROPE_SCALINGS,
     SCHEDULES,
     TEXT_TOKENIZERS,
+    UNTIED,
 )
 from mmscale.tables.table import Table
 
@@ -39,6 +40,7 @@ def test_there_are_tables() -> None:
     assert [
         KINDS,
         NORMS,
+        UNTIED,
         RANKINGS,
         ROPE_SCALINGS,
         SCHEDULES,
@@ -57,8 +59,9 @@ def test_there_are_tables() -> None:
 def test_a_setting_takes_the_names_of_its_table(table: Table[Any], key: str) -> None:
     entry = explain(key)
     assert all(name in entry["type"] for name in table)
-    assert entry["allowed"] == (None if "plug-in" in entry["type"] else list(table))
-    assert entry["default"] in table
+    several = isinstance(entry["default"], list)  # a list of names
+    assert entry["allowed"] == (None if "plug-in" in entry["type"] or several else list(table))
+    assert all(name in table for name in (entry["default"] if several else [entry["default"]]))
     assert table.help in entry["meaning"] or key.startswith("auxiliary.")
     with pytest.raises(ConfigError) as caught:
         resolve(SMALL, [f"{key}=nonsense", "data.prepare.documents=[some.jsonl]"])

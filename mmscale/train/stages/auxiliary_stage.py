@@ -118,7 +118,7 @@ class AuxiliaryStage:
         return [
             f"auxiliary routers of {self.given.run}@{self.main_step}: {size:,} parameters on this stage, step "
             f"{self.state.step} of {self.given.settings.train.steps}; everything else is frozen",
-            "the losses below are the routers' own: cross entropy with the choices of batch routing, 0.69 for guesses",
+            "the loss of a step is that of the routers: cross entropy with batch routing's choices, 0.69 for guesses",
         ]
 
     def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:

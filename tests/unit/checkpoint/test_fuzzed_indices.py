@@ -8,6 +8,7 @@ MMSCALE_FUZZ is the number of changes, and the seed of a failure is in its messa
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pickle
@@ -103,7 +104,7 @@ def test_changed_indices_run_nothing(tmp_path: Path, kind: str, capsys: pytest.C
         (tmp_path / "index.json").unlink()
     file.write_bytes(base(kind, random.Random(0), whole))
     tensor_index.read(tmp_path)  # imports what reading needs
-    b"".decode("raw_unicode_escape")  # and the codec of pickle's oldest protocol, which is a module
+    codecs.lookup("raw_unicode_escape")  # and the codec of pickle's oldest protocol, which is a module
     sys.addaudithook(watch)  # there is no way to take it out again
     before, ends, slowest, began = untouched(), Counter[str](), 0.0, time.monotonic()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -37,6 +37,13 @@ def test_code_blocks_are_closed(page: Path) -> None:
     assert len(re.findall(r"^ *```", page.read_text(), flags=re.MULTILINE)) % 2 == 0
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_item_of_a_list_begins_a_line(page: Path) -> None:
+    """Lines that were filled anew hide an item behind the end of the one before it."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"[.;:)] [*-] (?:\*\*|`|[A-Z]).*", text) == []
+
+
 @functools.cache
 def _tests() -> dict[str, set[str]]:
     """Names of tests and of their classes, by the name of their file without `.py`."""

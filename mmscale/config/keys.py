@@ -110,20 +110,21 @@ def _section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
 def find(key: str) -> Key | None:
     """The schema entry of a dotted key as written in a file; None if there is none.
 
-    List indices match `*`; a name inside a mapping (model.experts.counts.text) has its mapping's entry.
+    List indices match `*`; a name inside a mapping (model.experts.counts.text) has its mapping's entry, and an index
+    alone (model.untie.0) its list's.
     """
     keys = all_keys()
     pattern = ".".join(ANY if part.isdigit() else part for part in key.split("."))
     if pattern in keys:
         return keys[pattern]
-    parent = pattern.rpartition(".")[0]
-    if parent in keys and holds_names(keys[parent].field.annotation):
+    parent, _, last = pattern.rpartition(".")
+    if parent in keys and (last == ANY or holds_names(keys[parent].field.annotation)):
         return keys[parent]
     return None
 
 
 def wants(name: str) -> str:
-    """The values that a dotted key accepts, in words; for an entry of a mapping its value's. "" for an unknown key."""
+    """The values that a dotted key accepts, in words; of an entry of a mapping or list, its own. "": an unknown key."""
     key = find(name)
     if key is None:
         return ""
@@ -134,9 +135,11 @@ def wants(name: str) -> str:
 
 
 def _entry_of(annotation: Any) -> Any:
-    """The type of a mapping's values, or None."""
+    """The type of a mapping's values, or of a list's entries; None: it is neither."""
     if get_origin(annotation) is dict:
         return get_args(annotation)[1]
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0]
     return next((entry for entry in map(_entry_of, get_args(annotation)) if entry is not None), None)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from mmscale.config import keys
 from mmscale.config.explain import explain
-from mmscale.errors import UsageError
+from mmscale.config.load import resolve
+from mmscale.errors import ConfigError, UsageError
 
 # Whole numbers that count nothing with a name: widths, and the seed.
 _WITHOUT_UNIT = {
@@ -84,3 +85,25 @@ def test_unknown_keys(key: str, remedy: str) -> None:
         explain(key)
     assert caught.value.cause == f"{key} is not a setting"
     assert caught.value.remedy == remedy
+
+
+@pytest.mark.parametrize(
+    ("override", "wants"),
+    [
+        ("model.untie=[nonsense]", 'model.untie.0 is "nonsense", wants one of attention, ffn, norms'),
+        ("parallel.recompute_modules=[mlp,x]", 'parallel.recompute_modules.1 is "x", wants one of core_attn, mlp'),
+        ("parallel.pp_layers=[1,a]", 'parallel.pp_layers.1 is "a", wants a whole number of at least 1 [layers]'),
+        ("parallel.pp_layers=[true]", "parallel.pp_layers.0 is true, wants a whole number of at least 1 [layers]"),
+        ("vocab.modalities=[3]", "vocab.modalities.0 is 3, wants a mapping with name, size, marks"),
+    ],
+)
+def test_an_entry_of_a_list_has_the_setting_of_the_list(override: str, wants: str) -> None:
+    """What it should be, and a remedy that is a command which works."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(
+            {"model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}}, [override]
+        )
+    assert wants in caught.value.cause
+    key = override.partition("=")[0]
+    assert f"mmscale config explain {key}`" in str(caught.value.remedy)
+    assert explain(f"{key}.0")["meaning"] == explain(key)["meaning"]

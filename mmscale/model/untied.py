@@ -27,9 +27,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
@@ -123,7 +121,6 @@ class Untied(nn.Module):
 
     def __init__(self, config: TransformerConfig, shape: tuple[int, ...], fill: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._config = config
         self._names: tuple[str, ...] = config.untied_modalities  # no field of megatron-core: set by build.py
         self._params: MixedModalParams | None = None
         self._tp_rank = 0
@@ -213,10 +210,7 @@ class UntiedColumnLinear(_UntiedLinear):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
         """The product and no bias, as megatron-core's linears return them."""
-        if self._config.sequence_parallel:
-            tokens = gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=self._tp)
-        else:
-            tokens = copy_to_tensor_model_parallel_region(tokens, group=self._tp)
+        tokens = gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=self._tp)
         return self._product(tokens), None
 
 
@@ -238,10 +232,7 @@ class UntiedRowLinear(_UntiedLinear):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
         """The product, summed over tensor-parallel ranks, and no bias."""
-        out = self._product(tokens)
-        if self._config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(out, group=self._tp), None
-        return reduce_from_tensor_model_parallel_region(out, group=self._tp), None
+        return reduce_scatter_to_sequence_parallel_region(self._product(tokens), group=self._tp), None
 
 
 class UntiedRMSNorm(Untied):

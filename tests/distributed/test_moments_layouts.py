@@ -86,6 +86,7 @@ def test_same_layout_goes_on_exactly(tmp_path: Path) -> None:
             ("moma_depth_joint", "fp8_coat", "fp32", {}),
             ("moma", "fp8_coat", "bf16", {"tp": 2}),
             ("moma", "bf16", "bf16", {"ep": 2}),
+            ("mot", "fp8_coat", "bf16", {"tp": 2}),  # gate and up projections of each modality, shared by ranks
         ]
         for number, (model, moments, dtype, parallel) in enumerate(cases):
             config = made(model, moments, dtype=dtype, parallel=parallel)

@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints_tools.huggingface.shipped.versions_moma import NEWEST, OLDEST
 from mmscale import bounded
 from mmscale.config import Config
-from mmscale.config.schema_model import MOST_LAYERS
+from mmscale.config.model.schema import MOST_LAYERS
 from mmscale.data.prepared.manifest import by_modality
 from mmscale.errors import CheckpointError
 

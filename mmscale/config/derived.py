@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from mmscale.config.fp8 import depth_multiple, high_precision
+from mmscale.config.precision.fp8 import depth_multiple, high_precision
 from mmscale.config.schema import Config, ParallelConfig
 from mmscale.tables.routings import measured_routings
 
@@ -123,7 +123,7 @@ def expert_capacity(
         share: nominal share of the group's modality in those tokens; 1 for a group that sees every token.
         experts: E, experts of the group over all expert-parallel ranks.
         factor: model.experts.capacity_factor.
-        multiple: `capacity_multiple` of mmscale.config.fp8 [tokens].
+        multiple: `capacity_multiple` of mmscale.config.precision.fp8 [tokens].
         limit: tokens in scope; no expert can take more [tokens].
     """
     # 1e-9: a product like 0.1 * 3 / 0.3, which is an integer up to rounding, must not be rounded up to the next one.

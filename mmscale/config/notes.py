@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mmscale.config import keys
-from mmscale.config.fp8 import roundings
+from mmscale.config.precision.fp8 import roundings
 from mmscale.config.schema import Config, OptimConfig, PrepareConfig
 from mmscale.tables.settings import (
     IMAGE_TOKENIZERS,

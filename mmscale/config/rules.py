@@ -9,17 +9,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from mmscale.config import (
-    rules_checkpoint,
-    rules_compute,
-    rules_data,
-    rules_model,
-    rules_optim,
-    rules_parallel,
-    rules_precision,
-    rules_recompute,
-)
+from mmscale.config.checkpoint import rules as checkpoint
+from mmscale.config.data import rules as data
 from mmscale.config.derived import held_out_figures
+from mmscale.config.experts import rules as experts
+from mmscale.config.model import rules as model
+from mmscale.config.optim import rules as optim
+from mmscale.config.parallel import recompute
+from mmscale.config.parallel import rules as parallel
+from mmscale.config.precision import rules as precision
 from mmscale.config.problem import Problem, Rule, as_error
 from mmscale.config.schema import Config
 
@@ -32,7 +30,7 @@ def violations(config: Config, *, world_size: int | None = None) -> list[Problem
     """All violated rules; those about the number of ranks only if `world_size` is known."""
     problems = [problem for rule in _RULES for problem in rule(config)]
     if world_size is not None:
-        problems += rules_parallel.world(config, world_size)
+        problems += parallel.world(config, world_size)
     return problems
 
 
@@ -134,17 +132,17 @@ def _held_out(config: Config) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    *rules_model.RULES,
-    *rules_parallel.RULES,
-    *rules_recompute.RULES,
-    *rules_compute.RULES,
+    *model.RULES,
+    *parallel.RULES,
+    *recompute.RULES,
+    *experts.RULES,
     _batches,
-    *rules_optim.RULES,
+    *optim.RULES,
     _auxiliary,
     _anomaly,
     _memory,
     _held_out,
-    *rules_data.RULES,
-    *rules_precision.RULES,
-    *rules_checkpoint.RULES,
+    *data.RULES,
+    *precision.RULES,
+    *checkpoint.RULES,
 )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mmscale.config.schema_data import (
+from mmscale.config.data.schema import (
     DataConfig,
     DataSource,
     EmojiConfig,
@@ -18,7 +18,7 @@ from mmscale.config.schema_data import (
     PrepareConfig,
     TextTokenizerConfig,
 )
-from mmscale.config.schema_model import (
+from mmscale.config.model.schema import (
     AuxiliaryRoutersConfig,
     DepthConfig,
     ExpertsConfig,
@@ -27,8 +27,8 @@ from mmscale.config.schema_model import (
     RopeScalingConfig,
     VocabConfig,
 )
-from mmscale.config.schema_precision import PrecisionConfig
-from mmscale.config.schema_resilience import AnomalyConfig, CheckpointConfig, ResilienceConfig
+from mmscale.config.precision.schema import PrecisionConfig
+from mmscale.config.resilience.schema import AnomalyConfig, CheckpointConfig, ResilienceConfig
 from mmscale.config.section import (
     AtLeastOne,
     Count,

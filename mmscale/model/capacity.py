@@ -94,7 +94,7 @@ def actual_capacity(tokens: Numbers, experts: int, *, factor: float, multiple: i
         tokens: whole numbers in fp64, any shape.
         experts: E, over all expert-parallel ranks.
         factor: model.experts.capacity_factor.
-        multiple: `capacity_multiple` of mmscale.config.fp8 [tokens].
+        multiple: `capacity_multiple` of mmscale.config.precision.fp8 [tokens].
     """
     # As in derived.expert_capacity: 1e-9 keeps a quotient that is an integer up to rounding from being rounded up.
     exact = -((1e-9 - factor * tokens / experts) // 1)

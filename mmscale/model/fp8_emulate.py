@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 
 from mmscale.config import Config
-from mmscale.config.fp8 import ALIGNMENT
+from mmscale.config.precision.fp8 import ALIGNMENT
 from mmscale.errors import ConfigError
 from mmscale.model import fp8_formats as formats
 from mmscale.model.auxiliary import Fp32Buffers

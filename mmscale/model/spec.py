@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, expert_groups, shared_width
-from mmscale.config.fp8 import capacity_multiple, row_multiple
+from mmscale.config.precision.fp8 import capacity_multiple, row_multiple
 from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.expert_compute import chosen

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, expert_capacity, expert_counts, on_fullest_rank
-from mmscale.config.fp8 import capacity_multiple
+from mmscale.config.precision.fp8 import capacity_multiple
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmscale.config import Config, yaml_text
-from mmscale.config.fp8 import ALIGNMENT
 from mmscale.config.load import flatten, resolve
+from mmscale.config.precision.fp8 import ALIGNMENT
 from mmscale.config.schema import DepthConfig
 from mmscale.errors import ConfigError
 from mmscale.plan.compute import flops_per_token

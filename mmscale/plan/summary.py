@@ -6,7 +6,7 @@ from typing import Any
 
 from mmscale.config import Config
 from mmscale.config.derived import least_ranks, tokens_per_step
-from mmscale.config.fp8 import roundings
+from mmscale.config.precision.fp8 import roundings
 from mmscale.config.rules import check, violations
 from mmscale.plan.activations import Kernels, on_gpu
 from mmscale.plan.cluster_load import STORAGE_GB_S, cluster_load

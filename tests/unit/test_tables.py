@@ -78,7 +78,7 @@ def test_every_choice_says_what_it_means(table: Table[Any]) -> None:
 def test_code_has_an_entry_for_every_name() -> None:
     from checkpoints_tools import upcycle
     from checkpoints_tools.huggingface.shipped import configuration_moma
-    from mmscale.config.rules_data import IMAGE_RULES
+    from mmscale.config.data.rules import IMAGE_RULES
     from mmscale.data.modalities.image_kinds import FITS, LOADS
     from mmscale.inference.model import _LACKING
     from mmscale.model.decisions import DECISIONS

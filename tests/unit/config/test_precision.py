@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mmscale.cli import app
 from mmscale.config import Config, ParallelConfig
 from mmscale.config.derived import depth_tokens, for_inference, with_auxiliary_routers
-from mmscale.config.fp8 import capacity_multiple, depth_multiple, high_precision, roundings, row_multiple
+from mmscale.config.precision.fp8 import capacity_multiple, depth_multiple, high_precision, roundings, row_multiple
 from mmscale.config.rules import violations
 
 BASE: dict[str, Any] = {

@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from mmscale.config import Config
-from mmscale.config.fp8 import high_precision
+from mmscale.config.precision.fp8 import high_precision
 from mmscale.errors import ConfigError
 from mmscale.model import fp8_formats as formats
 from mmscale.model.build import transformer_config

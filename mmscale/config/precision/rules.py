@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mmscale.config import derived
-from mmscale.config.fp8 import ALIGNMENT, BLOCK, blocks_are_gathered, row_multiple
+from mmscale.config.precision.fp8 import ALIGNMENT, BLOCK, blocks_are_gathered, row_multiple
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 

@@ -1,0 +1,1 @@
+"""Settings of checkpoints, and the rules between them."""

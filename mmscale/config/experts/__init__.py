@@ -1,0 +1,1 @@
+"""Settings of the experts and their routing, and the rules between them."""

@@ -1,0 +1,1 @@
+"""Settings of the architecture, and the rules between them."""

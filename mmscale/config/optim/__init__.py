@@ -1,0 +1,1 @@
+"""Settings of the optimizer and its schedule, and the rules between them."""

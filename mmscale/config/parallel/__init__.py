@@ -1,0 +1,1 @@
+"""Settings of the layout over ranks, and the rules between them."""

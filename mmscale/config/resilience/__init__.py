@@ -1,0 +1,1 @@
+"""Settings of recovery from faults, and the rules between them."""

@@ -13,8 +13,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from mmscale.config.parallel.schema import ParallelConfig
 from mmscale.config.precision.fp8 import depth_multiple, high_precision
-from mmscale.config.schema import Config, ParallelConfig
+from mmscale.config.schema import Config
 from mmscale.tables.routings import measured_routings
 
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from mmscale.config.schema import Config, Section
-from mmscale.config.section import LARGEST, OneOf, PlugIns
+from mmscale.config.schema import Config
+from mmscale.config.section import LARGEST, OneOf, PlugIns, Section
 
 # Placeholder for a list index or a name chosen by the user, as in vocab.modalities.*.size.
 ANY = "*"

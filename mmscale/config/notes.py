@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mmscale.config import keys
+from mmscale.config.data.schema import PrepareConfig
+from mmscale.config.optim.schema import OptimConfig
 from mmscale.config.precision.fp8 import roundings
-from mmscale.config.schema import Config, OptimConfig, PrepareConfig
+from mmscale.config.schema import Config
 from mmscale.tables.settings import (
     IMAGE_TOKENIZERS,
     KINDS,

@@ -1,4 +1,4 @@
-"""The types of rules between settings and of their problems. The rules are in rules.py and rules_*.py."""
+"""The types of rules between settings and of their problems. The rules are in */rules.py."""
 
 from __future__ import annotations
 

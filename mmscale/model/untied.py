@@ -161,7 +161,7 @@ class _UntiedLinear(Untied):
         bias: bool,
         tp_group: ProcessGroup,
     ) -> None:
-        assert not bias, "refused by rules_model.py"
+        assert not bias, "refused by config/model/rules.py"
         super().__init__(config, shape, torch.empty)
         self._axis, self._stride, self._tp = axis, stride, tp_group
         for weight in self.weights:

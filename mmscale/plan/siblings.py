@@ -15,8 +15,8 @@ from typing import Any
 
 from mmscale.config import Config, yaml_text
 from mmscale.config.load import flatten, resolve
+from mmscale.config.model.schema import DepthConfig
 from mmscale.config.precision.fp8 import ALIGNMENT
-from mmscale.config.schema import DepthConfig
 from mmscale.errors import ConfigError
 from mmscale.plan.compute import flops_per_token
 from mmscale.plan.parameters import count_parameters
@@ -100,7 +100,7 @@ def siblings(config: Config, *, experts: int | None = None, tolerance: float = T
 
 
 def _can_untie(config: Config) -> bool:
-    """Whether a sibling with untied weights breaks no rule (rules_model.py) that the given configuration keeps."""
+    """Whether a sibling with untied weights breaks no rule of config/model/rules.py that the given one keeps."""
     model = config.model
     plain = not model.qkv_bias and model.backend != "te" and config.precision.fp8 == "off"
     return plain and len(config.vocab.names) > 1 and not config.parallel.overlap_tensor

@@ -258,7 +258,7 @@ def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None
     """Those of the data set that has images, though a set of texts stands before it; sets that differ are refused."""
     from checkpoints_tools.huggingface.run_weights import RunWeights
     from checkpoints_tools.huggingface.to_hf import tokenizers_of
-    from mmscale.config.schema import DataSource
+    from mmscale.config.data.schema import DataSource
 
     def changed(name: str, others: dict[str, str]) -> Path:
         folder = Path(shutil.copytree(digits, tmp_path / name))

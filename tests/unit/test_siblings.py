@@ -12,7 +12,7 @@ from mmscale.cli import main
 from mmscale.config import Config
 from mmscale.config.load import load, resolve
 from mmscale.config.rules import check
-from mmscale.config.schema import TrainConfig
+from mmscale.config.train.schema import TrainConfig
 from mmscale.errors import ConfigError
 from mmscale.plan import flops_per_token
 from mmscale.plan.siblings import Sibling, group_name, siblings, text_of

@@ -19,7 +19,8 @@ ALLOWED_TWINS = {
     "image.py": "data/modalities: pictures; resilience: the bytes of a rank's state",
     "plugins.py": "config: the setting; tables: loading by import path or entry point",
     "preflight.py": "slurm: checks of a node, started by that name on nodes; train: checks of a run",
-    "schema.py": "config: the settings; data/documents: the document format",
+    "rules.py": "config: in the folder of each topic; all of them",
+    "schema.py": "config: in the folder of each topic; the whole; data/documents: the document format",
     "settings.py": "checkpoint: the settings that a checkpoint was saved with; tables: those of an entry",
     "table.py": "tables: what a table of choices is; train/stages: the table of stages",
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from mmscale.config.data.schema import ImageTokenizerConfig, PrepareConfig
 from mmscale.config.derived import blend_phases
 from mmscale.config.problem import Problem, Rule
-from mmscale.config.schema import Config, ImageTokenizerConfig, PrepareConfig
+from mmscale.config.schema import Config
 
 _LEVELS = (2, 256)
 _MAX_SHIFTS = 8

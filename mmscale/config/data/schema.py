@@ -1,7 +1,4 @@
-"""Settings of data preparation and of training data (`data`).
-
-Rules between them are in rules_data.py.
-"""
+"""Settings of data preparation and of training data (`data`)."""
 
 from __future__ import annotations
 

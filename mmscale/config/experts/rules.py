@@ -1,10 +1,11 @@
-"""Rules about the computation of experts and about overlap (`model.experts`, `parallel.overlap_*`).
+"""Rules about experts: their groups, capacities and computation (`model.experts`).
 
 These rules hold on every machine. Whether this machine supports a setting is checked when the model is built.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from mmscale.config.problem import Problem, Rule
@@ -12,6 +13,82 @@ from mmscale.config.schema import Config
 
 # grouped_mm refuses matrices whose rows do not start at multiples of this [bytes] (aten/native/GroupedMMUtils.h).
 _ROW_BYTES = 16
+
+
+def _experts(config: Config) -> Iterator[Problem]:
+    model, names = config.model, config.vocab.names
+    experts = model.experts
+    if not model.has_experts:
+        settings = (
+            ("counts", experts.counts),
+            ("shared", experts.shared),
+            ("noise", experts.noise != "none"),
+            ("choice", experts.choice != "sigmoid"),
+            ("capacity", experts.capacity != "nominal"),
+        )
+        for key, given in settings:
+            if given:
+                yield Problem(
+                    f"model.experts.{key} is set, but model.kind = {model.kind} has no experts",
+                    "remove it or change the kind",
+                )
+        return
+    if not model.per_modality and len(experts.counts) != 1:
+        yield Problem(
+            f"model.experts.counts has {len(experts.counts)} groups, model.kind = {model.kind} wants exactly one "
+            "for all modalities",
+            "write for instance counts: {mixed: 8}, or use kind: moma for a group per modality",
+        )
+    if model.per_modality and set(experts.counts) != set(names):
+        yield Problem(
+            f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = {model.kind} wants one "
+            f"group for each of vocab.modalities: {', '.join(names)}",
+            "give every modality its number of experts",
+        )
+    total = sum(experts.counts.values())
+    if 0 < total < config.parallel.ep:
+        yield Problem(
+            f"model.experts.counts has {total} experts altogether, fewer than parallel.ep = {config.parallel.ep}: a "
+            "rank would hold none",
+            "use parallel.ep of at most that",
+        )
+
+
+def _capacity(config: Config) -> Iterator[Problem]:
+    model, experts, names = config.model, config.model.experts, config.vocab.names
+    if experts.share != "auto":
+        if set(experts.share) != set(names):
+            yield Problem(
+                f"model.experts.share names {', '.join(experts.share) or 'nothing'}, vocab.modalities has "
+                f"{', '.join(names)}",
+                "give every modality its share, or write auto",
+            )
+        elif not math.isclose(sum(experts.share.values()), 1.0, abs_tol=1e-6):
+            yield Problem(
+                f"model.experts.share sums to {sum(experts.share.values()):g}, not to 1", "make the shares sum to 1"
+            )
+    if not model.has_experts:
+        return
+    scope = model.seq_length * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
+    if experts.capacity_multiple > scope:
+        yield Problem(
+            f"model.experts.capacity_multiple = {experts.capacity_multiple} is more than the {scope} tokens an expert "
+            "chooses from",
+            "lower it",
+        )
+    for name, count in experts.counts.items():
+        share = experts.share.get(name, 1.0) if model.per_modality and experts.share != "auto" else 1.0
+        if experts.capacity == "actual":
+            continue  # capped at all tokens of the group
+        if model.per_modality and experts.share == "auto":
+            continue  # unknown until the data is known
+        wanted = experts.capacity_factor * share / count
+        if wanted > 1.0:
+            yield Problem(
+                f"model.experts: capacity_factor {experts.capacity_factor:g} * share {share:g} / {count} experts of "
+                f"{name} = {wanted:g}: each expert would take more tokens than there are",
+                "lower model.experts.capacity_factor",
+            )
 
 
 def _grouped(config: Config) -> Iterator[Problem]:
@@ -72,57 +149,4 @@ def _graphs(config: Config) -> Iterator[Problem]:
         )
 
 
-def _overlap(config: Config) -> Iterator[Problem]:
-    parallel = config.parallel
-    if parallel.overlap_param_gather and parallel.overlap_grad_reduce is False:
-        yield Problem(
-            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: both work on the same buckets",
-            "set parallel.overlap_grad_reduce=true",
-        )
-    if parallel.overlap_experts and parallel.ep == 1:
-        yield Problem(
-            "parallel.overlap_experts is set, but with parallel.ep = 1 no tokens are exchanged",
-            "set parallel.ep or drop parallel.overlap_experts",
-        )
-
-
-def _user_buffers(config: Config) -> Iterator[Problem]:
-    """Limits of Transformer-Engine's user buffers (transformer_engine/pytorch/module/base.py)."""
-    parallel, model, precision = config.parallel, config.model, config.precision
-    if not parallel.overlap_tensor:
-        return
-    if parallel.tp == 1:
-        yield Problem(
-            "parallel.overlap_tensor is set, but with parallel.tp = 1 there are no tensor-parallel messages",
-            "set parallel.tp or drop parallel.overlap_tensor",
-        )
-    if model.backend == "torch":
-        yield Problem(
-            "parallel.overlap_tensor with model.backend = torch: the user buffers are Transformer-Engine's",
-            "use model.backend=te or drop parallel.overlap_tensor",
-        )
-    elif precision.emulated:
-        yield Problem(
-            "parallel.overlap_tensor with precision.fp8_emulate: emulation runs in torch, and the user buffers are "
-            "Transformer-Engine's",
-            "drop one of them",
-        )
-    if precision.dtype == "fp32":
-        yield Problem(
-            "parallel.overlap_tensor with precision.dtype = fp32: user buffers hold bf16 or FP8",
-            "use precision.dtype=bf16 or drop parallel.overlap_tensor",
-        )
-    if precision.fp8 == "blockwise":
-        yield Problem(
-            "parallel.overlap_tensor with precision.fp8 = blockwise: user buffers carry no scales of blocks",
-            "use precision.fp8=tensorwise or delayed, or drop parallel.overlap_tensor",
-        )
-    if model.depth is not None:
-        yield Problem(
-            "parallel.overlap_tensor with model.depth: user buffers have one shape for all layers, and "
-            "Mixture-of-Depths layers send fewer tokens",
-            "drop one of them",
-        )
-
-
-RULES: tuple[Rule, ...] = (_grouped, _graphs, _overlap, _user_buffers)
+RULES: tuple[Rule, ...] = (_experts, _capacity, _grouped, _graphs)

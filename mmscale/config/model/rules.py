@@ -1,98 +1,15 @@
-"""Rules about the vocabulary, the architecture and its experts.
+"""Rules about the architecture.
 
 A comment next to each rule gives its reason; file names without a path are of megatron-core 0.16.1.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from mmscale.config import derived
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
-
-# <pad> <s> </s> <boi> <eoi>, see data/vocab.py (which imports this package, so the number is repeated here).
-_SPECIAL_TOKENS = 5
-
-
-_RESERVED = frozenset(
-    [
-        "append",
-        "apply",
-        "buffers",
-        "children",
-        "clear",
-        "copy",
-        "cpu",
-        "cuda",
-        "double",
-        "eval",
-        "extend",
-        "fromkeys",
-        "get",
-        "half",
-        "float",
-        "forward",
-        "insert",
-        "items",
-        "keys",
-        "modules",
-        "parameters",
-        "pop",
-        "popitem",
-        "setdefault",
-        "to",
-        "train",
-        "training",
-        "type",
-        "update",
-        "values",
-    ]
-)
-
-
-def _vocab(config: Config) -> Iterator[Problem]:
-    modalities = config.vocab.modalities
-    if not modalities:
-        yield Problem("vocab.modalities is empty", "name at least a text modality with its number of ids")
-        return
-    if len(set(config.vocab.names)) < len(modalities):
-        yield Problem(
-            f"vocab.modalities: names repeat: {', '.join(config.vocab.names)}", "give each modality its own name"
-        )
-    for name in sorted({*config.vocab.names, *config.model.experts.counts}):
-        # Names become parts of parameter names; torch refuses dots and the names of attributes of its containers.
-        if "." in name or name in _RESERVED:
-            yield Problem(
-                f"the modality or expert group {name!r} cannot be part of a parameter's name",
-                "choose a name without dots that no torch module has as an attribute, e.g. text or image",
-            )
-    for name in config.vocab.marked:
-        if name in (modalities[0].name, "image"):
-            yield Problem(
-                f"vocab.modalities: {name} has marks: only modalities after the first take them, and image has its own",
-                "remove marks there",
-            )
-    special = _SPECIAL_TOKENS + 2 * len(config.vocab.marked)
-    if modalities[0].size < special:
-        yield Problem(
-            f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the "
-            f"{special} special tokens that stand in the first range",
-            "give the first modality more ids",
-        )
-    unknown = sorted(set(config.train.modality_weights) - set(config.vocab.names))
-    if unknown:
-        yield Problem(
-            f"train.modality_weights: {', '.join(unknown)} is not in vocab.modalities "
-            f"({', '.join(config.vocab.names)})",
-            "use the names of vocab.modalities",
-        )
-    weights = [config.train.modality_weights.get(name, 1.0) for name in config.vocab.names]
-    if not any(weights):
-        yield Problem(
-            "train.modality_weights: every modality has weight 0, nothing is learned", "give one a positive weight"
-        )
 
 
 def _attention(config: Config) -> Iterator[Problem]:
@@ -147,82 +64,6 @@ def _widths(config: Config) -> Iterator[Problem]:
 
 def _not_divisible(name: str, value: int, tp: int) -> Problem:
     return Problem(f"{name} = {value} is not divisible by parallel.tp = {tp}", "change one of them")
-
-
-def _experts(config: Config) -> Iterator[Problem]:
-    model, names = config.model, config.vocab.names
-    experts = model.experts
-    if not model.has_experts:
-        settings = (
-            ("counts", experts.counts),
-            ("shared", experts.shared),
-            ("noise", experts.noise != "none"),
-            ("choice", experts.choice != "sigmoid"),
-            ("capacity", experts.capacity != "nominal"),
-        )
-        for key, given in settings:
-            if given:
-                yield Problem(
-                    f"model.experts.{key} is set, but model.kind = {model.kind} has no experts",
-                    "remove it or change the kind",
-                )
-        return
-    if not model.per_modality and len(experts.counts) != 1:
-        yield Problem(
-            f"model.experts.counts has {len(experts.counts)} groups, model.kind = {model.kind} wants exactly one "
-            "for all modalities",
-            "write for instance counts: {mixed: 8}, or use kind: moma for a group per modality",
-        )
-    if model.per_modality and set(experts.counts) != set(names):
-        yield Problem(
-            f"model.experts.counts names {', '.join(experts.counts) or 'nothing'}, model.kind = {model.kind} wants one "
-            f"group for each of vocab.modalities: {', '.join(names)}",
-            "give every modality its number of experts",
-        )
-    total = sum(experts.counts.values())
-    if 0 < total < config.parallel.ep:
-        yield Problem(
-            f"model.experts.counts has {total} experts altogether, fewer than parallel.ep = {config.parallel.ep}: a "
-            "rank would hold none",
-            "use parallel.ep of at most that",
-        )
-
-
-def _capacity(config: Config) -> Iterator[Problem]:
-    model, experts, names = config.model, config.model.experts, config.vocab.names
-    if experts.share != "auto":
-        if set(experts.share) != set(names):
-            yield Problem(
-                f"model.experts.share names {', '.join(experts.share) or 'nothing'}, vocab.modalities has "
-                f"{', '.join(names)}",
-                "give every modality its share, or write auto",
-            )
-        elif not math.isclose(sum(experts.share.values()), 1.0, abs_tol=1e-6):
-            yield Problem(
-                f"model.experts.share sums to {sum(experts.share.values()):g}, not to 1", "make the shares sum to 1"
-            )
-    if not model.has_experts:
-        return
-    scope = model.seq_length * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
-    if experts.capacity_multiple > scope:
-        yield Problem(
-            f"model.experts.capacity_multiple = {experts.capacity_multiple} is more than the {scope} tokens an expert "
-            "chooses from",
-            "lower it",
-        )
-    for name, count in experts.counts.items():
-        share = experts.share.get(name, 1.0) if model.per_modality and experts.share != "auto" else 1.0
-        if experts.capacity == "actual":
-            continue  # capped at all tokens of the group
-        if model.per_modality and experts.share == "auto":
-            continue  # unknown until the data is known
-        wanted = experts.capacity_factor * share / count
-        if wanted > 1.0:
-            yield Problem(
-                f"model.experts: capacity_factor {experts.capacity_factor:g} * share {share:g} / {count} experts of "
-                f"{name} = {wanted:g}: each expert would take more tokens than there are",
-                "lower model.experts.capacity_factor",
-            )
 
 
 def _depth(config: Config) -> Iterator[Problem]:
@@ -320,11 +161,8 @@ def _rope(config: Config) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     _rope,
     _dropout,
-    _vocab,
     _attention,
     _widths,
-    _experts,
-    _capacity,
     _depth,
     _untied,
 )

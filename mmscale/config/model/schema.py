@@ -1,157 +1,17 @@
-"""Settings of the vocabulary and of the architecture (`vocab`, `model`).
-
-Rules between them are in rules_model.py; values computed from them are in derived.py.
-"""
+"""Settings of the architecture (`model`). Values computed from them are in derived.py."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mmscale.config.section import (
-    AtLeastOne,
-    Count,
-    Epsilon,
-    Fraction,
-    Index,
-    Name,
-    OneOf,
-    Positive,
-    Section,
-    Share,
-    setting,
-)
-from mmscale.tables.settings import KINDS, NORMS, RANKINGS, ROPE_SCALINGS, UNTIED, NormPlacement
+from mmscale.config.auxiliary.schema import AuxiliaryRoutersConfig
+from mmscale.config.experts.schema import ExpertsConfig
+from mmscale.config.section import AtLeastOne, Count, Epsilon, Fraction, OneOf, Positive, Section, Share, setting
+from mmscale.tables.settings import KINDS, NORMS, ROPE_SCALINGS, UNTIED, NormPlacement
 
 MOST_LAYERS = 10_000
-
-
-class ModalityVocab(Section):
-    """One modality's share of the vocabulary."""
-
-    name: Name = setting("Name of the modality, e.g. text or image.")
-    size: Count = setting(
-        "Number of token ids of this modality; the first modality includes the special tokens.", unit="ids"
-    )
-    marks: bool = setting(
-        "Put each item between a begin and an end token of this modality, whose ids follow the other special tokens. "
-        "Documents with files of the modality, and generation, need these tokens. Images always have `<boi>` and "
-        "`<eoi>`.",
-        False,
-    )
-
-
-class VocabConfig(Section):
-    """Token ids: one contiguous range per modality, in this order, then padding up to a multiple."""
-
-    modalities: tuple[ModalityVocab, ...] = setting(
-        "Modalities in id order; the first one is text and includes the special tokens.",
-        (ModalityVocab(name="text", size=57_344), ModalityVocab(name="image", size=8_192)),
-        source="Chameleon, arXiv 2405.09818: 65,536 ids of which 8,192 are image codes",
-    )
-    pad_multiple: Count = setting(
-        "The number of embedding rows is rounded up to a multiple of this; TP must divide it.", 128, unit="ids"
-    )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the modalities in id order."""
-        return tuple(modality.name for modality in self.modalities)
-
-    @property
-    def marked(self) -> tuple[str, ...]:
-        """Names of the modalities with separate begin and end tokens."""
-        return tuple(modality.name for modality in self.modalities if modality.marks)
-
-    @property
-    def size(self) -> int:
-        """Number of ids that can occur [ids]."""
-        return sum(modality.size for modality in self.modalities)
-
-    @property
-    def padded_size(self) -> int:
-        """Rows of the embedding and of the output layer [ids]."""
-        return -(-self.size // self.pad_multiple) * self.pad_multiple
-
-    @property
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        """Half-open id range of each modality."""
-        starts = [0]
-        for modality in self.modalities:
-            starts.append(starts[-1] + modality.size)
-        return tuple(pairwise(starts))
-
-
-class ExpertsConfig(Section):
-    """Feed-forward experts (MoMa, arXiv 2407.21770, section 2.2)."""
-
-    counts: dict[Name, Count] = setting(
-        "Number of experts of each modality group, e.g. {text: 4, image: 4}; with kind=moe one group, {mixed: 8}.",
-        {},
-        unit="experts",
-    )
-    shared: Index = setting("Number of shared experts, which process every token of every modality.", 0, unit="experts")
-    shared_ffn_hidden_size: Count | None = setting(
-        "SwiGLU width of each shared expert; default: ffn_hidden_size.", None
-    )
-    capacity: Literal["nominal", "actual"] = setting(
-        "Tokens that determine the capacity of a group's experts. nominal: a fixed share of all tokens "
-        "(model.experts.share), so that shapes are static; actual: the group's tokens in the sequence or "
-        "micro-batch (model.experts.scope), as in the paper.",
-        "nominal",
-        source="MoMa 2.2",
-    )
-    capacity_factor: Annotated[Positive, Field(le=1000.0)] = setting(
-        "An expert takes capacity_factor * (tokens of its group, by model.experts.capacity) / (experts of the group) "
-        "tokens.",
-        1.0,
-    )
-    capacity_multiple: Count = setting(
-        "Tokens per expert are rounded up to a multiple of this; with FP8 also of 16 or 128.", 1, unit="tokens"
-    )
-    scope: Literal["sequence", "micro_batch"] = setting(
-        "Tokens among which an expert chooses: those of each sequence (independent of the micro-batch size) or "
-        "those of the whole micro-batch (the paper's reading).",
-        "sequence",
-        source="MoMa 2.2 says 'a batch'",
-    )
-    share: Literal["auto"] | dict[Name, Share] = setting(
-        "Nominal share of each modality in the tokens, which determines static capacities; auto: the share measured "
-        "during data preparation.",
-        "auto",
-    )
-    choice: Annotated[str, OneOf(RANKINGS)] = setting(
-        f"Value by which an expert ranks tokens. {RANKINGS.help} "
-        "The gate is the sigmoid of the logit under every choice.",
-        "sigmoid",
-        source="MoMa 2.2; softmax: expert choice, arXiv 2202.09368",
-    )
-    noise: Literal["none", "gumbel"] = setting(
-        "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"
-    )
-    compute: Literal["auto", "bmm", "grouped_mm", "te"] = setting(
-        "Implementation of the experts' matrix products: batched products (bmm), torch's grouped_mm, or "
-        "Transformer-Engine's grouped linear (te). auto: te if model.backend is te and FP8 needs it, otherwise bmm. "
-        "Weights and results are the same; `mmscale bench experts` measures them.",
-        "auto",
-    )
-    fused_swiglu: bool | None = setting(
-        "SwiGLU of the experts as one compiled function that keeps only its input; default: on with CUDA.",
-        None,
-        source="mcore fusions/fused_bias_swiglu.py",
-    )
-    cuda_graph: bool = setting(
-        "Capture each group's experts as CUDA graphs; needs CUDA, one micro-batch in flight and no full recomputation.",
-        False,
-    )
-    threshold_decay: Share = setting(
-        "Decay per step of the moving average of each expert's cut-off. `--routing threshold` needs it; 0: no average "
-        "is kept.",
-        0.0,
-        source="Expert Threshold, arXiv 2603.11535",
-    )
 
 
 class DepthConfig(Section):
@@ -168,18 +28,6 @@ class DepthConfig(Section):
         "stay full.",
         "mixed",
     )
-
-
-class AuxiliaryRoutersConfig(Section):
-    """Routers that predict expert and depth choice from one token, for causal inference (MoMa, section 2.4)."""
-
-    mode: Literal["off", "stage", "joint"] = setting(
-        "off: the main run has no auxiliary routers, and `mmscale train CONFIG --stage auxiliary` adds and trains them "
-        "afterwards; joint: they are trained together with the main run and do not change its weights; stage: set by "
-        "the auxiliary stage.",
-        "off",
-    )
-    width: Count | None = setting("Inner width; default: half of hidden_size.", None, source="MoMa 2.4")
 
 
 class RopeScalingConfig(Section):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mmscale.config.optim.schema import OptimConfig
 from mmscale.config.problem import Problem, Rule
-from mmscale.config.schema import Config, OptimConfig
+from mmscale.config.schema import Config
 from mmscale.tables.settings import MOMENTS, OPTIMIZERS, SCHEDULES
 
 _BF16_BETA2 = 0.995

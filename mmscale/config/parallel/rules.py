@@ -1,4 +1,4 @@
-"""Rules about the layout of the model and the batch over ranks.
+"""Rules about the layout of the model and the batch over ranks, about recomputation and about overlap.
 
 A comment next to each rule gives its reason; file names without a path are of megatron-core 0.16.1.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from mmscale.config import derived
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
+from mmscale.tables.settings import LOSSES
 
 
 def _layout(config: Config) -> Iterator[Problem]:
@@ -157,4 +158,89 @@ def world(config: Config, world_size: int) -> list[Problem]:
     return problems
 
 
-RULES: tuple[Rule, ...] = (_layout, _context)
+def _recomputed(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.recompute != "selective":
+        return
+    if not parallel.recompute_modules:
+        yield Problem(
+            "parallel.recompute = selective with parallel.recompute_modules = []: nothing would be recomputed",
+            "name core_attn, mlp or both, or use parallel.recompute=none",
+        )
+    if "mlp" in parallel.recompute_modules and config.model.experts.cuda_graph:
+        yield Problem(
+            "model.experts.cuda_graph with mlp in parallel.recompute_modules: graphs keep activations permanently, "
+            "so recomputing experts would save no memory",
+            "use parallel.recompute_modules=[core_attn], or model.experts.cuda_graph=false",
+        )
+
+
+def _loss_chunks(config: Config) -> Iterator[Problem]:
+    if config.parallel.loss_chunk and config.train.loss not in LOSSES:
+        yield Problem(
+            f"parallel.loss_chunk with train.loss = {config.train.loss}: a plug-in gets the logits of all tokens",
+            "use parallel.loss_chunk=0 or train.loss=cross_entropy",
+        )
+
+
+def _overlap(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.overlap_param_gather and parallel.overlap_grad_reduce is False:
+        yield Problem(
+            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: both work on the same buckets",
+            "set parallel.overlap_grad_reduce=true",
+        )
+    if parallel.overlap_experts and parallel.ep == 1:
+        yield Problem(
+            "parallel.overlap_experts is set, but with parallel.ep = 1 no tokens are exchanged",
+            "set parallel.ep or drop parallel.overlap_experts",
+        )
+
+
+def _user_buffers(config: Config) -> Iterator[Problem]:
+    """Limits of Transformer-Engine's user buffers (transformer_engine/pytorch/module/base.py)."""
+    parallel, model, precision = config.parallel, config.model, config.precision
+    if not parallel.overlap_tensor:
+        return
+    if parallel.tp == 1:
+        yield Problem(
+            "parallel.overlap_tensor is set, but with parallel.tp = 1 there are no tensor-parallel messages",
+            "set parallel.tp or drop parallel.overlap_tensor",
+        )
+    if model.backend == "torch":
+        yield Problem(
+            "parallel.overlap_tensor with model.backend = torch: the user buffers are Transformer-Engine's",
+            "use model.backend=te or drop parallel.overlap_tensor",
+        )
+    elif precision.emulated:
+        yield Problem(
+            "parallel.overlap_tensor with precision.fp8_emulate: emulation runs in torch, and the user buffers are "
+            "Transformer-Engine's",
+            "drop one of them",
+        )
+    if precision.dtype == "fp32":
+        yield Problem(
+            "parallel.overlap_tensor with precision.dtype = fp32: user buffers hold bf16 or FP8",
+            "use precision.dtype=bf16 or drop parallel.overlap_tensor",
+        )
+    if precision.fp8 == "blockwise":
+        yield Problem(
+            "parallel.overlap_tensor with precision.fp8 = blockwise: user buffers carry no scales of blocks",
+            "use precision.fp8=tensorwise or delayed, or drop parallel.overlap_tensor",
+        )
+    if model.depth is not None:
+        yield Problem(
+            "parallel.overlap_tensor with model.depth: user buffers have one shape for all layers, and "
+            "Mixture-of-Depths layers send fewer tokens",
+            "drop one of them",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _layout,
+    _context,
+    _recomputed,
+    _loss_chunks,
+    _overlap,
+    _user_buffers,
+)

@@ -1,7 +1,4 @@
-"""Settings of number formats (`precision`).
-
-The schema checks single values; rules between settings are in rules_precision.py.
-"""
+"""Settings of number formats (`precision`)."""
 
 from __future__ import annotations
 

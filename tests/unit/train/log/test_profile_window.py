@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from mmscale.config.schema import ProfileConfig
+from mmscale.config.log.schema import ProfileConfig
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.log.profile_window import ProfileWindow

@@ -1,0 +1,1 @@
+"""Settings of the auxiliary routers and their training, and the rules between them."""

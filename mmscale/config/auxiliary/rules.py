@@ -1,0 +1,37 @@
+"""Rules about the auxiliary routers and their training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmscale.config.problem import Problem, Rule
+from mmscale.config.schema import Config
+
+
+def _auxiliary(config: Config) -> Iterator[Problem]:
+    model, stage = config.model, config.auxiliary
+    if model.auxiliary.mode == "stage":
+        yield Problem(
+            "model.auxiliary.mode = stage is set by `mmscale train CONFIG --stage auxiliary`",
+            "set it to off and run that command after the main run, or set it to joint",
+        )
+    for key, given in (
+        ("model.auxiliary.mode = joint", model.auxiliary.mode == "joint"),
+        ("model.experts.threshold_decay", model.experts.threshold_decay > 0.0),
+    ):
+        if given and not model.routes:
+            yield Problem(f"{key} is set, but a dense model without Mixture-of-Depths has no routing", "remove it")
+    if model.experts.threshold_decay >= 1.0:
+        yield Problem(
+            "model.experts.threshold_decay = 1 keeps the initial value forever", "use a value below 1, e.g. 0.99"
+        )
+    size = stage.global_batch_size or config.train.global_batch_size
+    micro = stage.micro_batch_size or config.train.micro_batch_size
+    if size % micro:
+        yield Problem(
+            f"auxiliary: the global batch of {size} sequences is not divisible by micro-batches of {micro}",
+            "change auxiliary.global_batch_size or auxiliary.micro_batch_size",
+        )
+
+
+RULES: tuple[Rule, ...] = (_auxiliary,)

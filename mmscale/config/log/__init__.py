@@ -1,0 +1,1 @@
+"""Settings of logs, sinks and the profiler."""

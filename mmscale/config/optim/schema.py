@@ -1,0 +1,70 @@
+"""Settings of the optimizer and its learning-rate schedule (`optim`, `auxiliary.optim`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from mmscale.config.section import (
+    AtLeastOne,
+    Epsilon,
+    Exponent,
+    Index,
+    Name,
+    OneOf,
+    Positive,
+    Rate,
+    Section,
+    Share,
+    setting,
+)
+from mmscale.tables.settings import MOMENTS, OPTIMIZERS, SCHEDULES
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[Positive, Field(le=10.0)] = setting("Peak learning rate.", 1e-4, source="MoMa Table 5")
+    min_lr: Rate = setting("Learning rate that the schedule reaches after the last step.", 1e-6)
+    schedule: Annotated[str, OneOf(SCHEDULES, plugin="schedule")] = setting(
+        f"Learning rate after the warm-up. {SCHEDULES.help}", "linear"
+    )
+    schedule_args: dict[Name, Any] = setting("Keyword arguments of a schedule that is a plug-in.", {})
+    warmup: Index = setting("Linear warm-up.", 0, unit="steps")
+    restart: Index = setting(
+        "Step after which the schedule starts again, with its warm-up, in a run that is extended. 0: at the start.",
+        0,
+        unit="steps",
+    )
+    decay: Index | None = setting(
+        "wsd and power: length of the final decay; default: a tenth of the steps.", None, unit="steps"
+    )
+    power_exponent: Exponent = setting("power: exponent b of lr ~ tokens^b.", -0.51, source="arXiv 2408.13359")
+    power_tokens: AtLeastOne = setting(
+        "power: tokens up to which the learning rate stays at its peak.", 1e9, unit="tokens"
+    )
+    optimizer: Annotated[str, OneOf(OPTIMIZERS, plugin="optimizer")] = setting(
+        f"Update of the parameters. {OPTIMIZERS.help}", "adamw"
+    )
+    optimizer_args: dict[Name, Any] = setting("Keyword arguments of an optimizer that is a plug-in.", {})
+    weight_decay: Annotated[Rate, Field(le=10.0)] = setting(
+        "Decoupled weight decay of matrices, including embeddings and experts' routers. Vectors (norm weights, "
+        "depth routers) have none.",
+        0.1,
+    )
+    beta1: Share = setting("Adam's decay of the first moment.", 0.9)
+    beta2: Share = setting("Adam's decay of the second moment.", 0.95)
+    eps: Epsilon = setting("Adam's epsilon.", 1e-5)
+    clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
+    grad_norm_skip_threshold: Positive | None = setting(
+        "Skip a batch if its gradient norm before clipping is above this value, whatever resilience.anomaly.action is; "
+        "skipped batches count in resilience.anomaly.budget. null: no limit.",
+        None,
+        source="mcore grad_norm_skip_threshold",
+    )
+    moments: Annotated[str, OneOf(MOMENTS)] = setting(
+        f"Storage of Adam's moments of matrices. {MOMENTS.help} A run with one setting reads checkpoints with another.",
+        "fp32",
+        source="COAT, arXiv 2410.19313, section 4.1",
+    )

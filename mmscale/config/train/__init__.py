@@ -1,0 +1,1 @@
+"""Settings of steps, batches, evaluation and loss, and the rules between them."""

@@ -1,0 +1,52 @@
+"""Rules about batches and held-out evaluation."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from mmscale.config.derived import held_out_figures
+from mmscale.config.problem import Problem, Rule
+from mmscale.config.schema import Config
+
+
+def _batches(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if train.global_batch_size % train.micro_batch_size:
+        yield Problem(
+            f"train.global_batch_size = {train.global_batch_size} is not divisible by train.micro_batch_size = "
+            f"{train.micro_batch_size}",
+            "change one of them",
+        )
+
+
+def _held_out(config: Config) -> Iterator[Problem]:
+    """Settings that use held-out losses need evaluations that measure them; questions need whole sequences."""
+    if config.train.tasks and config.parallel.cp > 1:
+        yield Problem(
+            "train.tasks is set, but parallel.cp > 1 splits the sequences of questions over ranks",
+            "leave it out and ask checkpoints: mmscale eval RUN --task FILE",
+        )
+    stop = config.train.stop_when
+    wanted = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "train.stop_when.metric": None if stop is None else stop.metric,
+    }
+    known = held_out_figures(config)
+    for key, metric in wanted.items():
+        if metric is None:
+            continue
+        if metric not in known:
+            near = difflib.get_close_matches(metric, known, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            yield Problem(
+                f"{key} = {metric} is nothing that this run measures", f"{meant}choose one of {', '.join(known)}"
+            )
+        if config.train.eval_every == 0:
+            yield Problem(
+                f"{key} is set, but train.eval_every is 0: the run is evaluated at its end only",
+                "set train.eval_every, e.g. to a twentieth of train.steps",
+            )
+
+
+RULES: tuple[Rule, ...] = (_batches, _held_out)

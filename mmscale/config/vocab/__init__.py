@@ -1,0 +1,1 @@
+"""Settings of the vocabulary, and the rules between them."""

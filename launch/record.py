@@ -26,6 +26,7 @@ from mmscale import bounded
 from mmscale.config import Config
 from mmscale.config.load import digest, dump
 from mmscale.errors import LaunchError, UsageError
+from mmscale.runtime.atomic_files import write_atomic
 from mmscale.runtime.environment import describe
 from mmscale.train.stages.table import MAIN, STAGES
 
@@ -300,6 +301,4 @@ def _next(run: Path) -> int:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    temporary.replace(file)
+    write_atomic(file, json.dumps(content, indent=1, default=str) + "\n")

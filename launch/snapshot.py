@@ -21,6 +21,7 @@ from types import CodeType
 
 import mmscale
 from mmscale.errors import LaunchError
+from mmscale.runtime.atomic_files import open_atomic
 
 PACKAGES = ("mmscale", "launch", "slurm", "checkpoints_tools")
 # No job runs these, and wheels do not have them either (pyproject.toml).
@@ -43,16 +44,14 @@ def write(archive: Path, packages: Iterable[str] = PACKAGES) -> None:
         LaunchError: a source does not parse.
     """
     root = Path(mmscale.__file__).parent.parent
-    temporary = archive.with_name(f".{archive.name}")
     # Not compressed: many processes read parts of it at the same time, and 5 MB are small for a file system.
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as opened:
+    with open_atomic(archive) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as opened:
         for file in _files(root, packages):
             name = file.relative_to(root).as_posix()
             opened.writestr(zipfile.ZipInfo(name, _EPOCH), file.read_bytes())
             if file.suffix == ".py":
                 code = _shown_as(_code(file, file.stat().st_mtime_ns, name), f"{archive}/{name}")
                 opened.writestr(zipfile.ZipInfo(f"{name}c", _EPOCH), _UNCHECKED + marshal.dumps(code))
-    temporary.replace(archive)
 
 
 def _files(root: Path, packages: Iterable[str]) -> Iterator[Path]:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from checkpoints_tools.huggingface.weights import Move
 from mmscale import bounded
-from mmscale.checkpoint.integrity import fsync
 from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import device
+from mmscale.runtime.atomic_files import fsync
 from mmscale.runtime.file_modes import as_umask_says
 
 SINGLE = "model.safetensors"

@@ -24,7 +24,6 @@ from rich.table import Table
 from checkpoints_tools.huggingface.files import write_weights
 from checkpoints_tools.huggingface.model_config import model_config
 from checkpoints_tools.huggingface.weights import Move, moves
-from mmscale.checkpoint import integrity
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.sharded import metadata
@@ -33,6 +32,7 @@ from mmscale.config import Config
 from mmscale.errors import UsageError
 from mmscale.model.build import build_chunks
 from mmscale.runtime import device, groups
+from mmscale.runtime.atomic_files import fsync
 from mmscale.runtime.rank_env import RankEnv
 
 _STEP = 1
@@ -135,7 +135,7 @@ def _conversion(config: Config, scratch: Path, *, repeats: int, shard_bytes: int
     def copy() -> None:
         shutil.copytree(source.path, scratch / "out")
         for file in (scratch / "out").rglob("*"):
-            integrity.fsync(file)
+            fsync(file)
 
     seconds: dict[str, list[float]] = {"convert": [], "copy": []}
     memory = _peak_mb(convert, scratch / "out", run, listed)

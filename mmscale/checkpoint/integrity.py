@@ -379,15 +379,6 @@ def refuse_world_writable(folder: Path) -> None:
             )
 
 
-def fsync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def describe(problems: Iterable[str], *, most: int = 3) -> str:
     """The first few problems in one line."""
     listed = list(problems)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -20,6 +19,7 @@ from mmscale import bounded
 from mmscale.checkpoint import integrity, publish
 from mmscale.checkpoint.save_settings import Best
 from mmscale.errors import CheckpointError
+from mmscale.runtime.atomic_files import TEMPORARY, fsync, write_atomic
 
 FOLDER = "checkpoints"
 INFO = "mmscale.json"
@@ -132,7 +132,7 @@ class Store:
             final.replace(old)
             self.on_stage("move")
         folder.replace(final)
-        integrity.fsync(self.root)
+        fsync(self.root)
         self.on_stage("rename")
         if old.exists():
             shutil.rmtree(old)
@@ -152,12 +152,7 @@ class Store:
                 return
         except (OSError, ValueError):
             pass
-        # The run and `mmscale ckpt prune` may write at the same time.
-        temporary = self.root / f"{LATEST}.{os.getpid()}.tmp"
-        temporary.write_text(wanted, encoding="utf-8")
-        integrity.fsync(temporary)
-        temporary.replace(file)
-        integrity.fsync(self.root)
+        write_atomic(file, wanted)
 
     def quarantine(self, step: int) -> Path:
         """Rename a damaged checkpoint to `.bad`, for inspection. mmscale never deletes it."""
@@ -166,7 +161,7 @@ class Store:
             number += 1
             target = self.path(step).with_suffix(f".bad.{number}")
         self.path(step).replace(target)
-        integrity.fsync(self.root)
+        fsync(self.root)
         self.point_to_newest()
         return target
 
@@ -189,7 +184,7 @@ class Store:
                 remedy="rename one of the two by hand if you want the other",
             )
         (self.root / name).replace(self.path(step))
-        integrity.fsync(self.root)
+        fsync(self.root)
         self.point_to_newest()
         return step
 
@@ -306,7 +301,7 @@ class Store:
         """
         if not self.root.is_dir():
             return
-        for file in self.root.glob(f"{LATEST}.*.tmp"):
+        for file in self.root.glob(f"*{LATEST}.*{TEMPORARY}"):
             file.unlink(missing_ok=True)
         for entry in list(self.root.iterdir()):
             left = _LEFT.match(entry.name)

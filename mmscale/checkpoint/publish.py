@@ -18,6 +18,7 @@ from pathlib import Path
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.errors import CheckpointError
+from mmscale.runtime.atomic_files import fsync
 
 _LEFT = ".tmp."  # between the final name and a random part
 
@@ -73,7 +74,7 @@ def commit(
     seal(temporary, manifest, on_stage=on_stage)
     refuse_existing(final)
     temporary.rename(final)
-    integrity.fsync(final.parent)
+    fsync(final.parent)
     on_stage("rename")
 
 
@@ -89,7 +90,7 @@ def seal(folder: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str]
     on_stage("manifest")
     for path in (*folder.rglob("*"), folder):
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~stat.S_IWOTH)
-        integrity.fsync(path)
+        fsync(path)
     on_stage("fsync")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from mmscale.checkpoint.layout import Store
 from mmscale.config import yaml_text
 from mmscale.errors import CheckpointError
+from mmscale.runtime.atomic_files import write_atomic
 
 
 def refuse_checkpoints(run: Path) -> None:
@@ -40,6 +41,4 @@ def write_config(run: Path, config: Any, *, folder: Path | None = None) -> None:
         return
     settings = config | {"run": {**config.get("run", {}), "dir": str(run.parent), "name": run.name}}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name("config.yaml.tmp")
-    temporary.write_text(yaml_text.dump(settings), encoding="utf-8")
-    temporary.replace(file)
+    write_atomic(file, yaml_text.dump(settings))

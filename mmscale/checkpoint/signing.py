@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmscale.checkpoint.integrity import MANIFEST, SIGNATURE
 from mmscale.errors import CheckpointError, UsageError
+from mmscale.runtime.atomic_files import write_atomic
 
 NAMESPACE = "mmscale-checkpoint"  # namespace of the signature; signatures made for another purpose are not accepted
 _TIMEOUT_S = 60.0
@@ -39,12 +40,9 @@ def sign(folder: Path, key: Path) -> Path:
             f"{key} cannot sign: {_last(ended)}", remedy="name a key without a passphrase, or one that ssh-agent has"
         )
     file = folder / SIGNATURE
-    temporary = file.with_name(f".{SIGNATURE}.tmp")
     try:
-        temporary.write_bytes(ended.stdout)
-        temporary.replace(file)
+        write_atomic(file, ended.stdout)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"{file} cannot be written: {error.strerror}", remedy="make room there, or check its rights"
         ) from None

@@ -7,7 +7,6 @@ Every rank is given the same offers and so makes the same choice.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from mmscale import bounded
 from mmscale.resilience.lease import inode
 from mmscale.resilience.snapshot_files import Marker
+from mmscale.runtime.atomic_files import write_atomic
 
 INDEX = "memory.json"
 FORMAT = 1
@@ -54,12 +54,9 @@ def write_index(run: Path, generations: Sequence[Generation]) -> None:
         file.unlink(missing_ok=True)
         return
     run.mkdir(parents=True, exist_ok=True)
-    temporary = run / f"{INDEX}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-        content = {"format": FORMAT, "folder": inode(run)}
-        json.dump({**content, "generations": [asdict(generation) for generation in generations]}, out, indent=1)
-    temporary.replace(file)
+    content = {"format": FORMAT, "folder": inode(run), "generations": [asdict(one) for one in generations]}
+    # Not durable: snapshots are in memory.
+    write_atomic(file, json.dumps(content, indent=1), mode=0o600, durable=False)
 
 
 def read_index(run: Path) -> list[Generation]:

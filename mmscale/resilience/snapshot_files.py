@@ -27,6 +27,7 @@ from typing import Any
 import xxhash
 
 from mmscale import bounded
+from mmscale.runtime.atomic_files import write_atomic
 
 ROOT = Path("/dev/shm")  # noqa: S108  memory, and it outlives a process; folders in it are private and have random names
 SLOTS = (0, 1)
@@ -210,11 +211,7 @@ def file_digest(file: Path, size: int) -> str:
 
 def commit(folder: Path, slot: int, marker: Marker) -> None:
     """Mark a slot as complete, after everything else."""
-    temporary = folder / f"commit.{slot}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(marker.text())
-    temporary.replace(folder / f"commit.{slot}")
+    write_atomic(folder / f"commit.{slot}", marker.text(), mode=0o600, durable=False)
 
 
 def uncommit(folder: Path, slot: int) -> None:

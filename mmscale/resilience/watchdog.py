@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mmscale import bounded
+from mmscale.runtime.atomic_files import write_atomic
 
 HUNG = 76  # exit status; the launcher treats it as a crash
 FOLDER = "hang"
@@ -195,9 +196,7 @@ class Watchdog:
             late_s=round(waited_s - self.timeout_s, 1),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".rank_{self.rank}"
-        temporary.write_text(json.dumps(asdict(report), indent=1))
-        temporary.replace(self._file)
+        write_atomic(self._file, json.dumps(asdict(report), indent=1), durable=False)  # the disk may be what hangs
 
     def _flight(self) -> dict[str, int]:
         """Write the flight recorder's record; returns the number of entered collectives by group."""

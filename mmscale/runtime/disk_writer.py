@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 import threading
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from mmscale.runtime.atomic_files import write_atomic
 
 WAIT_S = 5.0  # a longer write counts as hanging; on a busy machine a thread may start late
 RETRY_S = 1.0
@@ -291,16 +294,5 @@ def _end_torn_line(file: int) -> None:
 
 
 def replacing(path: Path, content: bytes) -> Callable[[], None]:
-    """An action that replaces a file's content atomically."""
-
-    def write() -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-    return write
+    """An action that replaces a file's content atomically; not synced to disk, as it may run at every step."""
+    return functools.partial(write_atomic, path, content, durable=False)

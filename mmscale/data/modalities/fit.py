@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from mmscale.data.modalities.text_tokens import TextTokenizer, trained_by_plugin
 from mmscale.data.progress import Detail, Reporter
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
+from mmscale.runtime.atomic_files import new_folder
 
 QUALITY = "quality.json"
 LOAD = "load"  # setting of every modality: folder of a fitted tokenizer
@@ -188,15 +187,9 @@ def _measure(codec: Codec, items: Sample) -> dict[str, Any]:
 
 def save_whole(codec: Codec, folder: Path, *, measured: dict[str, Any]) -> None:
     """Write a tokenizer and its measured quality into a folder, atomically."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    codec.save(temporary)
-    (temporary / QUALITY).write_text(json.dumps(measured, indent=1) + "\n")
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    temporary.replace(folder)
+    with new_folder(folder) as temporary:
+        codec.save(temporary)
+        (temporary / QUALITY).write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def _documents(piece: DocumentSlice, split: SplitName, held_out: float) -> Iterator[Document]:

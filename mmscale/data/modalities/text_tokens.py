@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from mmscale import bounded
 from mmscale.data.modalities import foreign_tokens, sentencepiece_tokens
 from mmscale.data.vocab import SPECIAL_TOKENS
 from mmscale.errors import DataError, MmscaleError
+from mmscale.runtime.atomic_files import write_atomic
 from mmscale.tables import plugins
 from mmscale.tables.plugins import Use
 
@@ -184,12 +184,7 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into `folder`, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / (FILE + ".tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(self.tokenizer.to_str(pretty=True))
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(folder / FILE)
+        write_atomic(folder / FILE, self.tokenizer.to_str(pretty=True))
 
 
 def read_content(file: Path) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from mmscale.data import digests
 from mmscale.data.modalities import text_tokens
 from mmscale.data.modalities.table import MODALITIES, folder_of
 from mmscale.data.prepared import selection, tasks
+from mmscale.data.prepared.folder_lock import LOCK
 from mmscale.data.prepared.manifest import MANIFEST, MOST_BYTES
 from mmscale.data.prepared.parts import DONE, SPLITS
-from mmscale.data.prepared.whole_files import LOCK, TEMPORARY, write_whole
 from mmscale.errors import DataError
+from mmscale.runtime.atomic_files import TEMPORARY, write_atomic
 
 SOURCE = "source.json"
 REJECTED = "rejected.jsonl"
@@ -80,7 +81,7 @@ def _foreign(out: Path) -> str:
     if not out.is_dir() or (out / SOURCE).exists():
         return ""
     names = {LOCK, *_own()}
-    begun = tuple(f"{name}." for name in _own())
+    begun = tuple(f"{hidden}{name}." for name in _own() for hidden in (".", ""))  # "": of older versions
     found = (entry.name for entry in sorted(out.iterdir()) if entry.name not in names)
     return next((name for name in found if not (name.startswith(begun) and name.endswith(TEMPORARY))), "")
 
@@ -105,7 +106,7 @@ def _begin(out: Path, source: dict[str, Any], *, overwrite: bool) -> None:
         else:
             path.unlink()
     _remove_temporary(out)
-    write_whole(file, (json.dumps(source, indent=1) + "\n").encode())
+    write_atomic(file, (json.dumps(source, indent=1) + "\n").encode())
 
 
 def read_source(out: Path) -> dict[str, Any] | None:

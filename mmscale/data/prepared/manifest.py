@@ -6,7 +6,6 @@ truncated file is found before the first step.
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from mmscale.config import Config, DataSource
 from mmscale.data.arrays import read_array
 from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import ConfigError, DataError, shell_command
+from mmscale.runtime.atomic_files import write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # version 1 had the tokenizers of text and images only, each in a separate field
@@ -252,12 +252,7 @@ def parts_of(folder: Path, manifest: Manifest, split: str) -> tuple[Part, ...]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
-    temporary = folder / (MANIFEST + ".tmp")
-    with temporary.open("w") as file:
-        file.write(manifest.model_dump_json(indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST)
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
 
 
 def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:

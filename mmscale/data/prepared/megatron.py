@@ -28,10 +28,10 @@ from mmscale.data.documents.schema import TRAIN, VALIDATION
 from mmscale.data.modalities.text_tokens import TextTokenizer, read_content
 from mmscale.data.prepared.manifest import MANIFEST, Part
 from mmscale.data.prepared.parts import DTYPES, HEADER, index_bytes
-from mmscale.data.prepared.whole_files import temporary_for, write_whole
 from mmscale.data.progress import Reporter
 from mmscale.data.vocab import EOS, PAD, SPECIAL_TOKENS, Vocabulary
 from mmscale.errors import ConfigError, DataError
+from mmscale.runtime.atomic_files import publish, temporary_for, write_atomic
 
 DOCUMENTS = 1 << 20  # documents of a part, before long ones are cut
 _HEAD = struct.Struct("<QBQQ")  # version, code of the type, sequences, documents + 1
@@ -284,13 +284,13 @@ def _write(
     known = {}
     (out / prefix).parent.mkdir(exist_ok=True)
     for suffix, content in ((".idx", index), (".meta.npy", meta.getvalue())):
-        write_whole(out / f"{prefix}{suffix}", content)
+        write_atomic(out / f"{prefix}{suffix}", content)
         hasher = Hasher()
         hasher.update(content)
         known[f"{prefix}{suffix}"] = hasher.hexdigest()
     temporary = temporary_for(out / f"{prefix}.bin")
     temporary.symlink_to(corpus.bin.resolve())
-    temporary.replace(out / f"{prefix}.bin")
+    publish([(temporary, out / f"{prefix}.bin")])
     part = Part(
         prefix=prefix,
         documents=len(lengths),

@@ -24,10 +24,11 @@ from mmscale.data.digests import Hasher
 from mmscale.data.documents.schema import TRAIN, VALIDATION, Document, DocumentSlice, Rejected
 from mmscale.data.modalities.modality import Tally, count
 from mmscale.data.prepared.encode import DocumentEncoder, Encoded
+from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.manifest import MOST_BYTES, Part
-from mmscale.data.prepared.whole_files import publish, sync, temporary_for, write_error, write_whole
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
+from mmscale.runtime.atomic_files import publish, sync, temporary_for, write_atomic
 
 SPLITS = (TRAIN, VALIDATION)
 SUFFIXES = (".bin", ".idx", ".meta.npy")
@@ -292,7 +293,7 @@ def build_part(
         finished = FinishedPart(job.digest, splits, tuple(rejected), sizes, digests, tallies, job.items)
         content = asdict(finished) | {"splits": {name: part.model_dump() for name, part in splits.items()}}
         (folder / DONE).mkdir(exist_ok=True)
-        write_whole(folder / DONE / f"{job.name}.json", json.dumps(content, indent=1).encode())
+        write_atomic(folder / DONE / f"{job.name}.json", json.dumps(content, indent=1).encode())
         return finished
     except OSError as error:
         raise write_error(error, folder) from error

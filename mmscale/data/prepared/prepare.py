@@ -30,6 +30,7 @@ from mmscale.data.prepared import tasks
 from mmscale.data.prepared.build import WorkSetup, build_parts
 from mmscale.data.prepared.encode import text_remarks
 from mmscale.data.prepared.folder import REJECTED, claimed, tokenizer_folders
+from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.inputs import listing, slices_of, source_of
 from mmscale.data.prepared.manifest import (
     FORMAT,
@@ -66,10 +67,10 @@ from mmscale.data.prepared.reuse import check_companions
 from mmscale.data.prepared.shared_content import shared_content
 from mmscale.data.prepared.shares import Share, SharedPlan, shares_of
 from mmscale.data.prepared.table_facts import keep_facts
-from mmscale.data.prepared.whole_files import write_error, write_whole
 from mmscale.data.progress import Reporter
 from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import ConfigError, DataError
+from mmscale.runtime.atomic_files import write_atomic
 from mmscale.tables import plugins
 
 
@@ -249,7 +250,7 @@ def _prepare(
     parts = [finished[job.index] for job in jobs]
 
     rejected = [item for part in parts for item in part.rejected]
-    write_whole(out / REJECTED, "".join(json.dumps(asdict(item)) + "\n" for item in rejected).encode())
+    write_atomic(out / REJECTED, "".join(json.dumps(asdict(item)) + "\n" for item in rejected).encode())
     if not any(part.splits for part in parts):
         first = f" (the first: {rejected[0].where}: {rejected[0].reason})" if rejected else ""
         raise DataError(f"data: no document is usable{first}", remedy=f"see {out / REJECTED}")
@@ -272,7 +273,7 @@ def _prepare(
     known = {name: digest for part in parts for name, digest in part.digests.items()}
     sizes = [name for part in parts for name in part.sizes]
     with reporter.part("digests"):
-        write_whole(out / digests.DIGESTS, digests.text(_digests(out, known, sizes, manifest)))
+        write_atomic(out / digests.DIGESTS, digests.text(_digests(out, known, sizes, manifest)))
     write_manifest(out, manifest)
     keep_facts(out, manifest)
     _report(reporter, out, manifest, "is prepared")
@@ -314,7 +315,7 @@ def _link(
         source=source["digest"],
         content="" if _without_content(out, source) else content_of(known),
     )
-    write_whole(out / digests.DIGESTS, digests.text(_digests(out, known, (), manifest)))
+    write_atomic(out / digests.DIGESTS, digests.text(_digests(out, known, (), manifest)))
     write_manifest(out, manifest)
     keep_facts(out, manifest)
     _report(reporter, out, manifest, "is prepared")

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmscale import bounded
 from mmscale.data.arrays import read_array, scattered
 from mmscale.data.digests import digest_of
+from mmscale.data.prepared.folder_lock import held
 from mmscale.data.prepared.manifest import Count, Inside, Manifest, Part, map_table
-from mmscale.data.prepared.whole_files import held, publish, sync, temporary_for, write_whole
 from mmscale.errors import DataError
+from mmscale.runtime.atomic_files import publish, sync, temporary_for, write_atomic
 
 FOLDER = "selection"
 SCORES = "scores"  # folder of the scores from which weights are computed
@@ -309,7 +310,7 @@ def _publish(
         copies=total,
         tokens=dict(zip(manifest.modalities, tokens.tolist(), strict=True)),
     )
-    write_whole(folder / FILE, (content.model_dump_json(indent=1) + "\n").encode())
+    write_atomic(folder / FILE, (content.model_dump_json(indent=1) + "\n").encode())
     return content
 
 

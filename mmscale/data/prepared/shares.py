@@ -22,9 +22,10 @@ from mmscale import bounded
 from mmscale.data.modalities.table import register
 from mmscale.data.prepared.build import WorkSetup, build_parts
 from mmscale.data.prepared.folder import PLAN, read_source
+from mmscale.data.prepared.folder_lock import LOCK
 from mmscale.data.prepared.manifest import MANIFEST
 from mmscale.data.prepared.parts import DONE, PartJob, read_finished
-from mmscale.data.prepared.whole_files import LOCK, write_whole
+from mmscale.runtime.atomic_files import write_atomic
 
 # From the plan to the numbers of its jobs: two calls of sbatch. The process that submits them may have been killed.
 _SUBMITTED_WITHIN_S = 600.0
@@ -107,7 +108,7 @@ class SharedPlan:
 
     def write(self, folder: Path) -> None:
         """Write it into the data set's folder."""
-        write_whole(folder / PLAN, json.dumps(asdict(self)).encode())
+        write_atomic(folder / PLAN, json.dumps(asdict(self)).encode())
 
 
 def read_plan(folder: Path) -> SharedPlan | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from mmscale import bounded
 from mmscale.data.prepared.manifest import FIRST_MODALITY, Manifest, Part, checked_table, parts_of
 from mmscale.errors import DataError
+from mmscale.runtime.atomic_files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +146,8 @@ def _kept(file: Path, modalities: int) -> TableFacts | None:
 
 def _keep(file: Path, found: TableFacts) -> None:
     """Write atomically; a folder that cannot be written to is not an error."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(found)))
-        temporary.replace(file)
+        write_atomic(file, json.dumps(asdict(found)))
     except OSError as error:
         log.warning("data: %s cannot be written: the tables are read again at the next start: %s", file, error)

@@ -14,8 +14,8 @@ from typing import Any
 
 from mmscale import bounded
 from mmscale.data.prepared.manifest import MOST_BYTES, Manifest
-from mmscale.data.prepared.whole_files import write_whole
 from mmscale.errors import DataError
+from mmscale.runtime.atomic_files import write_atomic
 
 FOLDER = "tasks"
 
@@ -46,7 +46,7 @@ def write_task(file: Path, items: Sequence[TaskItem]) -> None:
     """Write a task's JSONL, atomically."""
     file.parent.mkdir(exist_ok=True)
     lines = [json.dumps({"ids": item.ids, "answer": item.answer, "choices": item.choices}) for item in items]
-    write_whole(file, "".join(line + "\n" for line in lines).encode())
+    write_atomic(file, "".join(line + "\n" for line in lines).encode())
 
 
 def read_task(folder: Path, manifest: Manifest, name: str) -> list[TaskItem]:

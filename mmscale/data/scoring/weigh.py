@@ -17,6 +17,7 @@ from mmscale import bounded
 from mmscale.data.arrays import read_array
 from mmscale.data.dedup.compared import ContentReader, slices
 from mmscale.data.dedup.find import in_processes
+from mmscale.data.prepared.folder_lock import held
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import TRAIN, Manifest, Part, map_table, parts_of, read_manifest
 from mmscale.data.prepared.selection import (
@@ -27,11 +28,11 @@ from mmscale.data.prepared.selection import (
     remove_layer,
     write_layer,
 )
-from mmscale.data.prepared.whole_files import held, write_whole
 from mmscale.data.progress import Reporter
 from mmscale.data.scoring import choose
 from mmscale.data.scoring.line_rules import quality
 from mmscale.errors import DataError, UsageError
+from mmscale.runtime.atomic_files import write_atomic
 
 LAYER = "select"
 
@@ -71,8 +72,8 @@ def score(folder: Path, by: str, *, name: str | None = None, workers: int = 1, r
     content = io.BytesIO()
     np.save(content, found.astype(np.float32))
     with held(folder):
-        write_whole(folder / SCORES / f"{name}.npy", content.getvalue())
-        write_whole(folder / SCORES / f"{name}.of", identity_of(folder, manifest).encode())
+        write_atomic(folder / SCORES / f"{name}.npy", content.getvalue())
+        write_atomic(folder / SCORES / f"{name}.of", identity_of(folder, manifest).encode())
     shown = np.quantile(found, [0.0, 0.25, 0.5, 0.75, 1.0]).round(4).tolist()
     return {
         "folder": str(folder),

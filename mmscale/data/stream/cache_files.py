@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
+from mmscale.runtime.atomic_files import TEMPORARY, open_atomic
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +27,11 @@ def spare_cache(config: Config) -> Path:
 
 def write_array(path: Path, array: NDArray[np.int64]) -> None:
     """Write atomically; a full disk or a folder without write permission is not an error."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open_atomic(path) as file:
             np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         log.warning("data: packing index %s cannot be written, it stays in memory: %s", path, error)
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -57,7 +51,7 @@ def locked(folder: Path, name: str) -> Iterator[bool]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            for stale in folder.glob(f"{name}-*.tmp"):  # left by a process that was killed
+            for stale in folder.glob(f"*{name}-*{TEMPORARY}"):  # left by a process that was killed
                 stale.unlink(missing_ok=True)
         except OSError as error:
             log.warning("data: %s cannot be locked: %s", file.name, error)

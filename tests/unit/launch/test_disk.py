@@ -27,11 +27,11 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 def test_restarts_count_although_the_disk_refuses_to_note_them(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> int:
+    def full(path: Path, target: Path) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
+        patched.setattr(Path, "replace", full)
         disk.keep(Budget(restarts=3, step=7))
         assert disk.budget() == Budget(restarts=3, step=7) and not list(disk.folder.iterdir())
     disk.close()

@@ -14,7 +14,6 @@ Letters: F inner width, H hidden width, N experts of a group.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,15 +26,15 @@ from torch import Tensor
 
 from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source, summary
+from checkpoints_tools.upcycled_settings import upcycled_settings
 from mmscale.checkpoint import rewrite, run_folder
 from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.tensors import OPTIMIZER, SCALING, Region, TensorEntry, TensorSource, origin_of, unknown_tensor
-from mmscale.config import Config, rules
+from mmscale.config import Config
 from mmscale.config.load import digest
-from mmscale.data.prepared.share import nominal_share
-from mmscale.errors import CheckpointError, MmscaleError, UsageError, shell_command
+from mmscale.errors import CheckpointError, shell_command
 from mmscale.layers import Routers, TensorPart, layer_tensors
 from mmscale.model.ranking import RANKINGS
 from mmscale.runtime.environment import code_version
@@ -91,7 +90,7 @@ def upcycle(
     run_folder.refuse_checkpoints(out)
     source = decoded(open_source(run, step))
     old = config_of(source.info(), where=source.path)
-    new = _upcycled(old, experts, untie, done=source.step, steps=steps)
+    new = upcycled_settings(old, experts, untie, done=source.step, steps=steps)
     own_seed = new.run.seed if seed is None else seed
     made = Upcycled(source, old, new, experts=bool(experts), keep_moments=keep_moments, seed=own_seed)
     origin = origin_of("upcycle", [source], experts=dict(experts), untie=list(untie), keep_moments=keep_moments)
@@ -104,58 +103,6 @@ def upcycle(
         "steps": new.train.steps,
         "next": shell_command("train", out / "config.yaml"),
     }
-
-
-def _upcycled(old: Config, experts: Mapping[str, int], untie: Sequence[str], *, done: int, steps: int | None) -> Config:
-    """The new run's configuration.
-
-    Raises:
-        UsageError, CheckpointError, ConfigError: as `upcycle`.
-    """
-    if not experts and not untie:
-        raise UsageError(
-            "there is nothing to do", remedy="give --experts text=4,image=4, or --untie attention,norms, or both"
-        )
-    if twice := sorted(set(untie) & set(old.model.untie)):
-        raise UsageError(f"--untie names {', '.join(twice)}, which the model has untied already", remedy="leave it out")
-    several = {name: count for name, count in old.model.experts.counts.items() if count > 1}
-    if several and experts:
-        raise CheckpointError(
-            f"the model has {', '.join(f'{count} experts of {name}' for name, count in several.items())} already",
-            remedy="upcycle a dense model, or one with one expert of each group",
-        )
-    names, groups = set(old.vocab.names), set(old.model.experts.counts)
-    per_modality = set(experts) == names
-    wanted = f"{', '.join(f'{name}=N' for name in old.vocab.names)}, or one name for a mixed group"
-    if experts and not per_modality and (len(experts) != 1 or set(experts) & names):
-        raise UsageError(f"--experts names {', '.join(experts) or 'nothing'}", remedy=f"name {wanted}")
-    if experts and old.model.has_experts and set(experts) != groups:
-        raise UsageError(
-            f"--experts names {', '.join(experts)}, the model has groups {', '.join(sorted(groups))}",
-            remedy="name these groups: the FFN of one cannot become the experts of another",
-        )
-    per_norm = "norms" in old.model.untie and old.model.norm_placement.per_expert
-    if experts and not per_modality and ("ffn" in old.model.untie or per_norm):
-        raise UsageError(
-            f"--experts names one mixed group, but model.untie = [{', '.join(old.model.untie)}]: each modality has an "
-            "FFN or a norm of its own",
-            remedy=f"name {', '.join(f'{name}=N' for name in old.vocab.names)}",
-        )
-    settings = old.model_dump(mode="json")
-    kept = [part for part in old.model.untie if part != "ffn" or not experts]  # experts take the FFN's place
-    settings["model"]["untie"] = [*kept, *untie]
-    if experts:
-        settings["model"]["kind"] = "moma" if per_modality else "moe"
-        settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
-        settings["model"]["auxiliary"]["mode"] = "off"
-    settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
-    if per_modality and old.model.experts.share == "auto":  # a dense run has never measured it
-        with contextlib.suppress(MmscaleError):  # training will try again
-            share = nominal_share(Config.model_validate(settings))
-            settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
-    new = Config.model_validate(settings)
-    rules.check(new)
-    return new
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""The configuration of an upcycled model, and what is refused. No tensors: upcycle.py makes those."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+from mmscale.config import Config, rules
+from mmscale.data.prepared.share import nominal_share
+from mmscale.errors import CheckpointError, MmscaleError, UsageError
+
+
+def upcycled_settings(
+    old: Config, experts: Mapping[str, int], untie: Sequence[str], *, done: int, steps: int | None
+) -> Config:
+    """The new run's configuration.
+
+    Args:
+        old: the configuration of the source.
+        experts: as in `upcycle`.
+        untie: likewise.
+        done: steps of the source.
+        steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
+
+    Raises:
+        UsageError, CheckpointError, ConfigError: as `upcycle`.
+    """
+    if not experts and not untie:
+        raise UsageError(
+            "there is nothing to do", remedy="give --experts text=4,image=4, or --untie attention,norms, or both"
+        )
+    if twice := sorted(set(untie) & set(old.model.untie)):
+        raise UsageError(f"--untie names {', '.join(twice)}, which the model has untied already", remedy="leave it out")
+    several = {name: count for name, count in old.model.experts.counts.items() if count > 1}
+    if several and experts:
+        raise CheckpointError(
+            f"the model has {', '.join(f'{count} experts of {name}' for name, count in several.items())} already",
+            remedy="upcycle a dense model, or one with one expert of each group",
+        )
+    names, groups = set(old.vocab.names), set(old.model.experts.counts)
+    per_modality = set(experts) == names
+    wanted = f"{', '.join(f'{name}=N' for name in old.vocab.names)}, or one name for a mixed group"
+    if experts and not per_modality and (len(experts) != 1 or set(experts) & names):
+        raise UsageError(f"--experts names {', '.join(experts) or 'nothing'}", remedy=f"name {wanted}")
+    if experts and old.model.has_experts and set(experts) != groups:
+        raise UsageError(
+            f"--experts names {', '.join(experts)}, the model has groups {', '.join(sorted(groups))}",
+            remedy="name these groups: the FFN of one cannot become the experts of another",
+        )
+    per_norm = "norms" in old.model.untie and old.model.norm_placement.per_expert
+    if experts and not per_modality and ("ffn" in old.model.untie or per_norm):
+        raise UsageError(
+            f"--experts names one mixed group, but model.untie = [{', '.join(old.model.untie)}]: each modality has an "
+            "FFN or a norm of its own",
+            remedy=f"name {', '.join(f'{name}=N' for name in old.vocab.names)}",
+        )
+    settings = old.model_dump(mode="json")
+    kept = [part for part in old.model.untie if part != "ffn" or not experts]  # experts take the FFN's place
+    settings["model"]["untie"] = [*kept, *untie]
+    if experts:
+        settings["model"]["kind"] = "moma" if per_modality else "moe"
+        settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
+        settings["model"]["auxiliary"]["mode"] = "off"
+    settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
+    if per_modality and old.model.experts.share == "auto":  # a dense run has never measured it
+        with contextlib.suppress(MmscaleError):  # training will try again
+            share = nominal_share(Config.model_validate(settings))
+            settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
+    new = Config.model_validate(settings)
+    rules.check(new)
+    return new

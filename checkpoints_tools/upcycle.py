@@ -1,6 +1,7 @@
 """Upcycling: converts a trained model with one FFN, or one per modality, to one with experts (MoMa, section 2.5).
 
-Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies. Parts that
+Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies, unless tokens
+choose. Parts that
 are to be untied (Mixture-of-Transformers, arXiv 2411.04996) become a copy for each modality, which changes nothing in
 what the model computes. The result is a checkpoint of step 0, so the learning rate's schedule starts again. It has the
 source's position in the data, so that training sees new documents. Tensors are streamed. Any layout can train the
@@ -48,6 +49,8 @@ PRESERVES = {
     "for a dense model); new gates begin near 1/2, and a token that no expert takes gets nothing from the layer",
 }
 _UNTIED = "every token gets what it got: the modalities' weights are copies"
+# Gates of several experts that a token chooses add up to 1, as the gate of a dense model's FFN.
+_CHOSEN = "every token gets what it got: its experts are copies, and their gates add up to 1"
 _STATES = ("exp_avg", "exp_avg_sq", "param")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Dropped, because the old auxiliary routers predict other choices.
@@ -61,6 +64,7 @@ def upcycle(
     *,
     experts: Mapping[str, int],
     untie: Sequence[str] = (),
+    top_k: int | None = None,
     keep_moments: bool = False,
     steps: int | None = None,
     seed: int | None = None,
@@ -74,6 +78,7 @@ def upcycle(
         out: the folder of the new run.
         experts: number of each group's experts: of each modality, or of one mixed group; none: the FFN stays.
         untie: parts that get weights of their own for each modality, besides those that have them (`model.untie`).
+        top_k: new experts that each token chooses (token choice); None: as in the old model, or experts choose.
         keep_moments: copy the FFN's optimizer moments to the experts too; otherwise theirs begin at 0, like routers'.
         steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
         seed: of the new routers; None: `run.seed`.
@@ -90,7 +95,7 @@ def upcycle(
     run_folder.refuse_checkpoints(out)
     source = decoded(open_source(run, step))
     old = config_of(source.info(), where=source.path)
-    new = upcycled_settings(old, experts, untie, done=source.step, steps=steps)
+    new = upcycled_settings(old, experts, untie, done=source.step, steps=steps, top_k=top_k)
     own_seed = new.run.seed if seed is None else seed
     made = Upcycled(source, old, new, experts=bool(experts), keep_moments=keep_moments, seed=own_seed)
     origin = origin_of("upcycle", [source], experts=dict(experts), untie=list(untie), keep_moments=keep_moments)
@@ -98,11 +103,18 @@ def upcycle(
     return summary(path) | {
         "experts": dict(new.model.experts.counts),
         "untie": list(new.model.untie),
-        "preserves": PRESERVES[new.model.norm] if experts else _UNTIED,
+        "preserves": _preserves(new) if experts else _UNTIED,
         "sequences": made.common()["progress"]["sequences"],
         "steps": new.train.steps,
         "next": shell_command("train", out / "config.yaml"),
     }
+
+
+def _preserves(new: Config) -> str:
+    chosen = new.model.experts.token_choice
+    if chosen is not None and chosen.top_k > 1 and chosen.capacity_factor is None:
+        return _CHOSEN
+    return PRESERVES[new.model.norm]
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class _Recipe:
         source: the old weight that it is made from; None: it is new.
         form: converts the old tensor to the new one, or to one of its experts; a view.
         like: an old weight of the same type.
-        fresh: "router": drawn; "cutoffs": initial values of averaged cut-offs.
+        fresh: "router": drawn; "cutoffs": initial values of averaged cut-offs; "": zeros.
         is_expert: its optimizer moments are dropped unless `keep_moments`.
         is_parameter: the optimizer has state for it.
     """
@@ -295,6 +307,8 @@ def _recipes(old: Config, new: Config, layer: str, *, experts: bool) -> Iterator
             yield name, _Recipe(tensor.shape, source, source, form, is_expert=True)
         elif tensor.part is TensorPart.ROUTER:
             yield name, _Recipe(tensor.shape, layer + like, fresh="router")
+        elif tensor.part is TensorPart.BIAS:
+            yield name, _Recipe(tensor.shape, layer + like, is_parameter=False)
         elif tensor.part is TensorPart.CUTOFF:
             yield name, _Recipe(tensor.shape, layer + like, fresh="cutoffs", is_parameter=False)
         elif tensor.part is TensorPart.EXPERT_NORM and ffn:

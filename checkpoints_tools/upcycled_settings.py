@@ -6,12 +6,19 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from mmscale.config import Config, rules
+from mmscale.config.experts.schema import TokenChoiceConfig
 from mmscale.data.prepared.share import nominal_share
 from mmscale.errors import CheckpointError, MmscaleError, UsageError
 
 
 def upcycled_settings(
-    old: Config, experts: Mapping[str, int], untie: Sequence[str], *, done: int, steps: int | None
+    old: Config,
+    experts: Mapping[str, int],
+    untie: Sequence[str],
+    *,
+    done: int,
+    steps: int | None,
+    top_k: int | None = None,
 ) -> Config:
     """The new run's configuration.
 
@@ -20,10 +27,41 @@ def upcycled_settings(
         experts: as in `upcycle`.
         untie: likewise.
         done: steps of the source.
+        top_k: likewise.
         steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
 
     Raises:
         UsageError, CheckpointError, ConfigError: as `upcycle`.
+    """
+    _check(old, experts, untie, top_k)
+    per_modality = set(experts) == set(old.vocab.names)
+    settings = old.model_dump(mode="json")
+    kept = [part for part in old.model.untie if part != "ffn" or not experts]  # experts take the FFN's place
+    settings["model"]["untie"] = [*kept, *untie]
+    if experts:
+        settings["model"]["kind"] = "moma" if per_modality else "moe"
+        settings["model"]["experts"] |= {"counts": dict(experts)}
+        if top_k is not None:
+            chosen = old.model.experts.token_choice or TokenChoiceConfig()
+            settings["model"]["experts"]["token_choice"] = chosen.model_dump(mode="json") | {"top_k": top_k}
+        if settings["model"]["experts"]["token_choice"] is None:
+            settings["model"]["experts"]["noise"] = "gumbel"
+        settings["model"]["auxiliary"]["mode"] = "off"
+    settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
+    if experts and old.model.experts.share == "auto":  # a dense run has never measured it
+        with contextlib.suppress(MmscaleError):  # training will try again
+            share = nominal_share(Config.model_validate(settings))
+            settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
+    new = Config.model_validate(settings)
+    rules.check(new)
+    return new
+
+
+def _check(old: Config, experts: Mapping[str, int], untie: Sequence[str], top_k: int | None) -> None:
+    """Refuse what does not fit the source.
+
+    Raises:
+        UsageError, CheckpointError: as `upcycle`.
     """
     if not experts and not untie:
         raise UsageError(
@@ -54,18 +92,17 @@ def upcycled_settings(
             "FFN or a norm of its own",
             remedy=f"name {', '.join(f'{name}=N' for name in old.vocab.names)}",
         )
-    settings = old.model_dump(mode="json")
-    kept = [part for part in old.model.untie if part != "ffn" or not experts]  # experts take the FFN's place
-    settings["model"]["untie"] = [*kept, *untie]
-    if experts:
-        settings["model"]["kind"] = "moma" if per_modality else "moe"
-        settings["model"]["experts"] |= {"counts": dict(experts), "noise": "gumbel"}
-        settings["model"]["auxiliary"]["mode"] = "off"
-    settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
-    if per_modality and old.model.experts.share == "auto":  # a dense run has never measured it
-        with contextlib.suppress(MmscaleError):  # training will try again
-            share = nominal_share(Config.model_validate(settings))
-            settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
-    new = Config.model_validate(settings)
-    rules.check(new)
-    return new
+    _check_choice(old, experts, top_k)
+
+
+def _check_choice(old: Config, experts: Mapping[str, int], top_k: int | None) -> None:
+    """Refuse a number of choices for a model without new experts, or one whose experts choose."""
+    if top_k is not None and not experts:
+        raise UsageError(
+            "--top-k is a number of the new experts, of which there are none", remedy="give --experts, too"
+        )
+    if top_k is not None and old.model.experts_choose:
+        raise UsageError(
+            "--top-k: the experts of this model choose tokens, and its FFNs were trained on the tokens that they chose",
+            remedy="leave --top-k out, or upcycle a dense model",
+        )

@@ -46,7 +46,13 @@ from mmscale.errors import CheckpointError, shell_command
 from mmscale.runtime.environment import code_version
 
 # Values of keys that the config.json of an older export lacks.
-_BEFORE = {"choice": "sigmoid", "no_modality_id": 0, "qkv_bias": False, "untie": []}
+_BEFORE: dict[str, Any] = {
+    "choice": "sigmoid",
+    "token_choice": None,
+    "no_modality_id": 0,
+    "qkv_bias": False,
+    "untie": [],
+}
 # Keys that a fine-tuning may change, because they do not affect what the weights compute.
 _FREE = {"dtype", "architectures", "auto_map", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
 _LINEAR = re.compile(r"\.(linear_qkv|linear_proj|linear_fc1|linear_fc2)\.weight$")  # an untied one has no FP8 state

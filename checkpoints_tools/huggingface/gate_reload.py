@@ -74,6 +74,8 @@ class _Margins:
         for module in model.modules():
             if type(module).__name__ == "MomaAuxiliaryRouter":
                 module.register_forward_hook(self._top1 if routing == "top1" else self._threshold)
+            elif getattr(module, "router_bias", None) is not None:
+                module.register_forward_hook(self._token_choice)
             elif routing == "threshold" and getattr(module, "threshold", None) is not None:
                 module.register_forward_hook(self._cutoff)
             elif routing == "threshold" and getattr(module, "depth_threshold", None) is not None:
@@ -95,6 +97,13 @@ class _Margins:
     def _cutoff(self, module: Any, inputs: Any, output: Tensor) -> None:
         logits = torch.nn.functional.linear(inputs[0].float(), module.router.float())
         self._note((module.ranked(logits) - module.threshold.float()).abs())
+
+    def _token_choice(self, module: Any, inputs: Any, output: Tensor) -> None:
+        top_k = module.token_choice["top_k"]
+        logits = torch.nn.functional.linear(inputs[0].float(), module.router.float())
+        ranked = (module.scores(logits) + module.router_bias.float()).sort(dim=-1, descending=True).values
+        if top_k < ranked.shape[-1]:
+            self._note(ranked[..., top_k - 1] - ranked[..., top_k])
 
     def _depth_cutoff(self, module: Any, inputs: Any, output: Tensor) -> None:
         logits = inputs[0].float() @ module.depth_router.float()

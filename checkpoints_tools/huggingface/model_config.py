@@ -82,6 +82,7 @@ def model_config(
         "modalities": [[n, *r] for n, r in zip(config.vocab.names, config.vocab.ranges, strict=True)],
         "expert_groups": expert_groups(config),
         "choice": model.experts.choice,
+        "token_choice": token_choice(config),
         "shared_intermediate_size": shared_width(config) if model.has_experts else 0,
         "mod_layers": [layer for layer in range(model.num_layers) if model.is_depth_layer(layer)],
         "auxiliary_size": auxiliary_size,
@@ -116,6 +117,12 @@ def expert_groups(config: Config) -> list[dict[str, Any]]:
         {"name": group.name, "modalities": list(group.modalities), "experts": group.experts}
         for group in derived.expert_groups(config)
     ]
+
+
+def token_choice(config: Config) -> dict[str, Any] | None:
+    """How tokens choose experts, for configuration_moma.py; None if experts choose, or there are none."""
+    chosen = config.model.experts.token_choice
+    return None if chosen is None else {"scores": chosen.scores, "top_k": chosen.top_k}
 
 
 def generation_config(config: Config) -> dict[str, Any]:

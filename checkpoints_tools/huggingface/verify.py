@@ -127,6 +127,6 @@ def check_values(files: WeightsByName, names: Collection[str], *, whole: Collect
             )
         # Zeros are usually unwritten parts of a file whose space was reserved. A cut-off may be 0, however, and biases
         # may never have been trained.
-        may_be_zero = "threshold" in name or name.endswith(".bias")
+        may_be_zero = "threshold" in name or name.endswith((".bias", ".router_bias"))
         if not may_be_zero and file.name not in whole and not tensor.any():
             raise CheckpointError(f"{file} is damaged: all values of {name} are zero", remedy=_AGAIN)

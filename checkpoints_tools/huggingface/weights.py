@@ -42,7 +42,7 @@ class Move:
 def is_native(config: Config) -> bool:
     """Whether transformers has a class for this model, so that no code needs to be shipped."""
     model = config.model
-    plain = not model.routes and not model.untie and model.norm_placement.before
+    plain = not model.has_experts and model.depth is None and not model.untie and model.norm_placement.before
     return plain and not (model.qk_norm and model.qkv_bias)
 
 

@@ -35,6 +35,7 @@ def shape_of(config: Config) -> dict[str, Any]:
     shape["model.untie"] = sorted(model.untie) or None
     shape["model.auxiliary.width"] = model.auxiliary_width if model.auxiliary.mode == "joint" else None
     shape["model.experts.threshold_decay"] = "kept" if model.keeps_thresholds else None
+    shape["model.experts.token_choice"] = "set" if model.experts.token_choice is not None else None
     shape["vocab.modalities"] = [[modality.name, modality.size] for modality in vocab.modalities]
     shape["vocab.pad_multiple"] = vocab.pad_multiple
     return shape

@@ -117,6 +117,16 @@ def upcycle(
             help="Parts that get weights of their own for each modality: attention, ffn, norms.",
         ),
     ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            min=1,
+            metavar="K",
+            show_default="experts choose tokens",
+            help="Tokens choose K of the new experts (model.experts.token_choice).",
+        ),
+    ] = None,
     keep_moments: Annotated[
         bool, typer.Option("--keep-moments", help="Copy the FFN's optimizer moments too; default: they start at 0.")
     ] = False,
@@ -143,6 +153,7 @@ def upcycle(
         out,
         experts={} if experts is None else _counts(experts),
         untie=[] if untie is None else _parts(untie),
+        top_k=top_k,
         keep_moments=keep_moments,
         steps=steps,
         seed=seed,

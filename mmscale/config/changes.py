@@ -22,6 +22,7 @@ _DATA_SEED, _SEED = "data.seed", "run.seed"
 _BEFORE = {
     "model.experts.choice": "sigmoid",
     "model.experts.capacity": "nominal",
+    "model.experts.token_choice": None,
     "data.seed": None,
     "data.order": "epochs",
     "model.rope_scaling.beta_fast": 32.0,

@@ -132,6 +132,19 @@ def expert_capacity(
     return min(limit, max(1, math.ceil(tokens / multiple) * multiple))
 
 
+def slots_of_token(config: Config) -> float:
+    """Slots of a group's experts together per token of the group, before rounding.
+
+    The capacity factor; with token choice that of the experts that a token chooses, each of which has a slot for it if
+    there is no limit.
+    """
+    experts = config.model.experts
+    if experts.token_choice is None:
+        return experts.capacity_factor
+    limit = experts.token_choice.capacity_factor
+    return experts.token_choice.top_k * (1.0 if limit is None else limit)
+
+
 def chunk_layers(config: Config) -> list[range]:
     """Layers (from 0) of every pipeline chunk, in the model's order; chunk c of stage s is number c * pp + s."""
     parallel, layers = config.parallel, config.model.num_layers

@@ -27,8 +27,8 @@ def _routed(config: Config) -> Effect:
 
 
 def _scope(config: Config) -> Effect:
-    """The micro-batch size matters only if experts choose among the tokens of a micro-batch."""
-    chosen = config.model.experts.scope == "micro_batch" and config.model.has_experts
+    """The micro-batch size matters only if experts take a number of the tokens of a micro-batch."""
+    chosen = config.model.experts.scope == "micro_batch" and config.model.limits_experts
     return Effect.FUNCTION if chosen else Effect.FREE
 
 
@@ -70,6 +70,11 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "model.experts.capacity_multiple": Effect.FUNCTION,
     "model.experts.scope": Effect.FUNCTION,
     "model.experts.choice": Effect.FUNCTION,
+    "model.experts.token_choice": Effect.SHAPE,  # there are biases, or not
+    "model.experts.token_choice.scores": Effect.FUNCTION,
+    "model.experts.token_choice.top_k": Effect.FUNCTION,
+    "model.experts.token_choice.bias_rate": Effect.FREE,
+    "model.experts.token_choice.capacity_factor": Effect.OBJECTIVE,  # of training only
     "model.experts.share": Effect.FUNCTION,
     "model.experts.noise": Effect.FREE,
     "model.experts.compute": Effect.FREE,

@@ -109,7 +109,7 @@ def _rope_reads(readers: list[str], config: Config) -> bool:
 
 
 _WITH_EXPERTS = " or ".join(name for name, kind in KINDS.items() if kind.experts)
-_EXPERTS = ("capacity_factor", "capacity_multiple", "scope", "compute", "fused_swiglu")
+_EXPERTS = ("capacity_factor", "capacity_multiple", "compute", "fused_swiglu")
 NEEDS: tuple[Need, ...] = (
     Need("train", ("loss_args",), "a plug-in as train.loss", lambda config: config.train.loss not in LOSSES),
     *_schedule("optim"),
@@ -128,6 +128,12 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need("parallel", ("overlap_p2p", "batch_p2p"), "parallel.pp above 1", lambda config: config.parallel.pp > 1),
     Need("model.experts", _EXPERTS, f"model.kind = {_WITH_EXPERTS}", lambda config: config.model.has_experts),
+    Need(
+        "model.experts",
+        ("scope",),
+        f"model.kind = {_WITH_EXPERTS}, and with model.experts.token_choice its capacity_factor",
+        lambda config: config.model.limits_experts,
+    ),
     Need(
         "model.experts",
         ("shared_ffn_hidden_size",),

@@ -73,6 +73,11 @@ def _group(config: Config, group: str, count: int, routers: Routers) -> Iterator
             part=TensorPart.EXPERT_NORM,
             hf=(f"{hf}norm.weight",),
         )
+    if config.model.experts.token_choice is not None:
+        yield LayerTensor(
+            name=f"mlp.router_bias.{group}", shape=(count,), part=TensorPart.BIAS, hf=(f"{hf}router_bias",)
+        )
+        return
     if routers.auxiliary_width is not None:
         yield from auxiliary_tensors(
             f"mlp.auxiliary.{group}.", f"{hf}auxiliary.", outputs=count, hidden=hidden, width=routers.auxiliary_width

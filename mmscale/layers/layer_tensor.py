@@ -25,6 +25,7 @@ class TensorPart(Enum):
     NORM = "norm"  # all other norms of a layer
     DEPTH_ROUTER = "depth_router"
     AUXILIARY = "auxiliary"  # auxiliary routers
+    BIAS = "bias"  # of token choice, by expert; buffers, not parameters
     CUTOFF = "cutoff"  # thresholds of auxiliary routers, and averaged cut-offs; buffers, not parameters
 
 
@@ -79,7 +80,7 @@ class LayerTensor:
     @property
     def is_parameter(self) -> bool:
         """Whether it is trained and counted as a parameter; otherwise it is a buffer."""
-        return self.part is not TensorPart.CUTOFF
+        return self.part not in (TensorPart.CUTOFF, TensorPart.BIAS)
 
     @property
     def untied(self) -> bool:

@@ -78,6 +78,11 @@ class Choices:
         kept = self._recorded(taken, micro_batch, place)
         return own if kept is None else choose(lambda _: kept.float())
 
+    def tokens(self, taken: Tensor, *, micro_batch: int, place: Hashable) -> Tensor:
+        """The choice of the tokens of a group (token choice): [S, B, E] bool, before any are dropped."""
+        kept = self._recorded(taken, micro_batch, place)
+        return taken if kept is None else kept
+
     def depth(self, index: Tensor, length: int, *, micro_batch: int, place: Hashable) -> Tensor:
         """The choice of a Mixture-of-Depths layer: positions [K, B], ascending, of S = `length`."""
         taken = torch.zeros(length, index.shape[1], dtype=torch.bool, device=index.device).scatter_(0, index, True)

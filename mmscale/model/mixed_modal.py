@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mmscale.model.auxiliary import RouterLearning
     from mmscale.model.choices import Choices
     from mmscale.model.thresholds import Cutoffs
+    from mmscale.model.token_choice import Loads
 
 
 _FEWEST_SEQUENCES, _ROUNDED_SEQUENCES = 32, 512  # Transformer-Engine 2.11: fused_attn.cpp, get_max_batch_size
@@ -88,6 +89,7 @@ class MixedModalParams(PackedSeqParams):
         routing: mode by which experts are assigned to tokens.
         learning: receives the true choices, for auxiliary routers; None: no router learns.
         cutoffs: receives cut-offs, for moving averages; None: none are kept.
+        loads: receives the tokens of every expert, for the biases of token choice; None: biases stay.
         choices: records choices, or repeats recorded ones; None in normal training.
         documents: upper bound of the number of documents, known on the host; None: it is read from the device when
             needed. Kernels are called with a rounded number, see `padded_documents`.
@@ -103,6 +105,7 @@ class MixedModalParams(PackedSeqParams):
     routing: Routing = Routing.BATCH
     learning: RouterLearning | None = None
     cutoffs: Cutoffs | None = None
+    loads: Loads | None = None
     choices: Choices | None = None
     documents: int | None = None
     counts: TokenCounts | None = None
@@ -254,6 +257,7 @@ class MixedModalParams(PackedSeqParams):
             routing=self.routing,
             learning=self.learning,
             cutoffs=self.cutoffs,
+            loads=self.loads,
             choices=self.choices,
             counts=None if self.counts is None else self.counts.kept(length, quotas),
             # The padding at the end of a sequence counts as another document.

@@ -1,6 +1,7 @@
 """Modality-grouped feed-forward experts with expert choice (MoMa, arXiv 2407.21770, section 2.2).
 
 Fills the `mlp` slot of megatron-core's TransformerLayer. One group with all modalities is the paper's mixed `moe`.
+token_choice.py has the other rule, by which tokens choose experts.
 
 With context parallelism every rank gathers logits and hidden states of the whole sequence, makes the same choice, and
 computes an equal part of every expert's slots; the outputs are summed over the ranks (docs/context_parallel.md).
@@ -45,9 +46,11 @@ from mmscale.model.routing import (
     expert_choice,
     gumbel_noise,
     noise_key,
+    rows_of,
 )
 from mmscale.model.routing_figures import report_choice
 from mmscale.model.thresholds import Thresholds
+from mmscale.model.token_choice import TokenChoice
 from mmscale.tables.routings import Needs, Routing
 
 
@@ -125,6 +128,7 @@ class MoMaMLP(MegatronModule):
                 self.auxiliary[group.name] = AuxiliaryRouter(
                     config, outputs=group.experts, width=settings.auxiliary_width
                 )
+        self.router_bias = TokenChoice(settings, self.pg.ep) if settings.token_choice is not None else None
         self.threshold = (
             Thresholds({group.name: group.experts for group in settings.groups}, rank=self._rank)
             if settings.thresholds
@@ -154,14 +158,16 @@ class MoMaMLP(MegatronModule):
         length, batch, width = full.shape
         flat, own = full.reshape(length * batch, width), local.reshape(-1, width)
 
-        if params.routing is Routing.BATCH:
+        if self.router_bias is not None:  # the same in every routing mode
+            selections = self.router_bias.select(self._by_group(logits), params, layer=self.layer_number)
+        elif params.routing is Routing.BATCH:
             selections = self._select(logits, params)
             if params.learning is not None:
                 self._teach(hidden_states, logits, selections, params)
         else:
             selections = self._decide(hidden_states, logits, params)
         selections = [self._dealt(selection) for selection in selections]
-        chosen = [flat.index_select(0, s.token.reshape(-1)).view(*s.token.shape, width) for s in selections]
+        chosen = [rows_of(flat, s, empty_as_zero=self.router_bias is not None) for s in selections]
         shared: Tensor | None = None
         if self.settings.overlap:
             outputs, shared = self._overlapped(chosen, own)
@@ -326,7 +332,7 @@ class MoMaMLP(MegatronModule):
         selections = []
         for (group, own), decision, count in zip(self._by_group(logits), taken, most, strict=True):
             multiple = self.settings.capacity_multiple  # FP8 needs rows in this multiple here too
-            selection = decided(decision, own, -(-max(1, count) // multiple) * multiple)
+            selection = decided(decision, torch.sigmoid(own), -(-max(1, count) // multiple) * multiple)
             if params.stats is not None:
                 report_choice(params, self.layer_number, group, selection)
             selections.append(selection)
@@ -369,6 +375,8 @@ class MoMaMLP(MegatronModule):
         replicated |= {f"expert_norm.{name}": value for name, value in self.expert_norm.named_parameters()}
         if self.shared_norm is not None:
             replicated |= {f"shared_norm.{name}": value for name, value in self.shared_norm.named_parameters()}
+        if self.router_bias is not None:
+            replicated |= {f"router_bias.{name}": value for name, value in self.router_bias.named_buffers()}
         if self.threshold is not None:
             replicated |= {f"threshold.{name}": value for name, value in self.threshold.named_buffers()}
         sharded.update(

@@ -8,6 +8,21 @@ from mmscale.model.expert_compute import BATCHED, ExpertCompute
 
 
 @dataclass(frozen=True)
+class TokenChoiceSettings:
+    """How tokens choose experts (token_choice.py).
+
+    Attributes:
+        scores: a key of token_choice.SCORES.
+        top_k: experts of a token.
+        capacity_factor: limits the tokens of an expert in training; None: no limit.
+    """
+
+    scores: str = "sigmoid"
+    top_k: int = 1
+    capacity_factor: float | None = None
+
+
+@dataclass(frozen=True)
 class ExpertGroup:
     """One group of experts.
 
@@ -35,6 +50,7 @@ class MoMaSettings:
         capacity_factor: slots of a group relative to its tokens.
         capacity_multiple: slots per expert are rounded up to a multiple of this.
         choice: how an expert ranks tokens, a key of ranking.RANKINGS.
+        token_choice: how tokens choose experts; None: experts choose tokens.
         gumbel: Gumbel-sigmoid noise in training.
         noise_seed: the run's seed, which also seeds the noise.
         norm_experts: normalise each expert's output before its gate (norm placement `post_per_expert`).
@@ -51,6 +67,7 @@ class MoMaSettings:
     capacity_factor: float = 1.0
     capacity_multiple: int = 1
     choice: str = "sigmoid"
+    token_choice: TokenChoiceSettings | None = None
     gumbel: bool = False
     noise_seed: int = 0
     norm_experts: bool = False

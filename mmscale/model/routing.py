@@ -93,12 +93,12 @@ def expert_choice(
     return Selection(token, gate, valid)
 
 
-def decided(taken: Tensor, logits: Tensor, capacity: int) -> Selection:
+def decided(taken: Tensor, gates: Tensor, capacity: int) -> Selection:
     """The slots for decisions that were made token by token; no token is dropped.
 
     Args:
         taken: [S, B, E] bool, whether the expert takes the token.
-        logits: [S, B, E] fp32 of the main router, which gives the gates.
+        gates: [S, B, E] fp32, the weights of the experts' outputs.
         capacity: slots per expert, at least as many as any expert takes tokens.
     """
     # A stable sort of "not taken" (0 before 1) puts each expert's taken tokens first, in their order; the rest of its
@@ -106,7 +106,7 @@ def decided(taken: Tensor, logits: Tensor, capacity: int) -> Selection:
     flat = taken.reshape(-1, taken.shape[-1])  # [T, E]
     token = (~flat).to(torch.uint8).sort(dim=0, stable=True).indices[:capacity].t()  # taken ones first, in order
     valid = flat.t().gather(1, token)
-    gate = torch.sigmoid(logits).reshape(flat.shape).t().gather(1, token) * valid
+    gate = gates.reshape(flat.shape).t().gather(1, token) * valid
     return Selection(token, gate, valid)
 
 
@@ -125,6 +125,19 @@ def dealt(selection: Selection, *, rank: int, size: int, multiple: int = 1) -> S
     more = -slots % (size * multiple)
     token, gate, valid = (F.pad(part, (0, more))[:, rank::size] for part in selection)
     return Selection(token.contiguous(), gate, valid)
+
+
+def rows_of(flat: Tensor, selection: Selection, *, empty_as_zero: bool) -> Tensor:
+    """The hidden states in every expert's slots, [T, H] -> [E, slots, H].
+
+    Args:
+        flat: hidden states of all tokens.
+        selection: the choice.
+        empty_as_zero: empty slots are rows of zeros; otherwise of tokens that do not count. Where the number of empty
+            slots depends on the layout, the largest value of an expert's rows, which FP8 scales by, must not.
+    """
+    rows = flat.index_select(0, selection.token.reshape(-1)).view(*selection.token.shape, -1)
+    return rows * selection.valid.unsqueeze(-1) if empty_as_zero else rows
 
 
 def chosen_by(selection: Selection, tokens: int) -> Tensor:

@@ -30,7 +30,7 @@ from mmscale.model.expert_compute import chosen
 from mmscale.model.fp8_emulate import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from mmscale.model.layer import DepthLayer, DepthSettings, MixedModalLayer
 from mmscale.model.moma import MoMaMLP
-from mmscale.model.moma_settings import ExpertGroup, MoMaSettings
+from mmscale.model.moma_settings import ExpertGroup, MoMaSettings, TokenChoiceSettings
 from mmscale.model.norm import Residual, RMSNorm
 from mmscale.model.slot_parts import Parts
 from mmscale.model.untied import UntiedColumnLinear, UntiedMLP, UntiedRMSNorm, UntiedRowLinear
@@ -105,6 +105,7 @@ def moma_settings(config: Config) -> MoMaSettings:
     """Settings of the expert layers for a configuration."""
     experts = config.model.experts
     share = nominal_share(config) if config.model.per_modality else {}
+    given = experts.token_choice
     return MoMaSettings(
         groups=tuple(ExpertGroup(*group, share.get(group.name, 1.0)) for group in expert_groups(config)),
         per_sequence=experts.scope == "sequence",
@@ -112,12 +113,14 @@ def moma_settings(config: Config) -> MoMaSettings:
         capacity_factor=experts.capacity_factor,
         capacity_multiple=capacity_multiple(config),
         choice=experts.choice,
+        token_choice=None if given is None else TokenChoiceSettings(given.scores, given.top_k, given.capacity_factor),
         gumbel=experts.noise == "gumbel",
         noise_seed=config.run.seed,
         norm_experts=config.model.normalizes_experts,
         shared_width=shared_width(config),
-        auxiliary_width=config.model.auxiliary_width,
-        thresholds=config.model.keeps_thresholds,
+        # Of Mixture-of-Depths layers only, if tokens choose.
+        auxiliary_width=config.model.auxiliary_width if config.model.experts_choose else None,
+        thresholds=config.model.keeps_thresholds and config.model.experts_choose,
         compute=chosen(config),
         overlap=config.parallel.overlap_experts,
     )

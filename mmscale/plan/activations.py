@@ -147,7 +147,7 @@ def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dic
     width = shared_width(config)
     # Every tensor-parallel rank has complete chosen tokens and outputs; only the inner width is sharded.
     parts = {
-        "router": (tokens * h / tp + whole * sum(model.experts.counts.values())) * _FP32,
+        "router": tokens * h / tp * _FP32 + whole * sum(model.experts.counts.values()) * _per_score(config),
         "chosen": worked_on * size * h,
         "experts": worked_on * size * widths * model.ffn_hidden_size / tp,
         "combine": slots * (h * (2 * _FP32 + norm) + _SLOT_BYTES),
@@ -155,6 +155,15 @@ def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dic
     if width:
         parts["ffn"] = tokens * (size * (h + widths * width / tp) + norm * h)
     return parts
+
+
+def _per_score(config: Config) -> int:
+    """Bytes that are kept for each token and expert: the score, and for token choice what the gate is made of."""
+    chosen = config.model.experts.token_choice
+    if chosen is None:
+        return _FP32
+    masked_scores = _FP32 if chosen.top_k > 1 else 0  # which are divided by their sum
+    return _FP32 + 1 + masked_scores
 
 
 def recomputed_input(config: Config) -> float:

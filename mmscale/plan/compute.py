@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, expert_capacity, expert_counts, on_fullest_rank
+from mmscale.config.derived import depth_tokens, expert_capacity, expert_counts, on_fullest_rank, slots_of_token
 from mmscale.config.precision.fp8 import capacity_multiple
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
 
@@ -74,13 +74,16 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
 
     With `model.experts.capacity = actual` these are the slots for a micro-batch with nominal shares. With other shares
     the slots of groups differ, and their sum is about the same; with expert parallelism it is that of the fullest rank.
+    Token choice without a limit is counted with equal loads and nominal shares: an expert that gets more than the mean
+    raises the slots of all experts of its group to its own.
 
     Args:
         config: a configuration with experts.
         tokens: tokens of each sequence that the layer processes (fewer in a Mixture-of-Depths layer).
     """
     experts = config.model.experts
-    scope = tokens * (config.train.micro_batch_size if experts.scope == "micro_batch" else 1)
+    whole = experts.scope == "micro_batch" or not config.model.limits_experts
+    scope = tokens * (config.train.micro_batch_size if whole else 1)
     shares = _group_shares(config, tokens)
     slots = {}
     for name, count in experts.counts.items():
@@ -88,7 +91,7 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
             scope,
             shares[name],
             count,
-            factor=experts.capacity_factor,
+            factor=slots_of_token(config),
             multiple=capacity_multiple(config),
             limit=scope if experts.capacity == "nominal" else max(1, round(shares[name] * scope)),
         )

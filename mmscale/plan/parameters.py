@@ -153,9 +153,9 @@ def count_parameters(config: Config) -> Parameters:
     """Count parameters.
 
     `active` is the number used for an average token: all of a dense layer; in each group as many experts as take a
-    token on average, which is the capacity factor; one modality's copy of an untied weight; for a Mixture-of-Depths
-    layer the fraction of tokens that it processes. Embedding and output layer count completely, so that for a dense
-    model all parameters are active.
+    token on average, which is the capacity factor, or as many as a token chooses; one modality's copy of an untied
+    weight; for a Mixture-of-Depths layer the fraction of tokens that it processes. Embedding and output layer count
+    completely, so that for a dense model all parameters are active.
     """
     model = config.model
     # All layers of a kind have the same parameters.
@@ -164,11 +164,13 @@ def count_parameters(config: Config) -> Parameters:
     table = config.vocab.padded_size * model.hidden_size
     output = 0 if model.tie_embeddings else table
     one_expert = 3 * model.hidden_size * model.ffn_hidden_size if model.has_experts else 0
+    chosen = model.experts.token_choice
+    taken = model.experts.capacity_factor if chosen is None else chosen.top_k
     active = float(table + output + model.hidden_size)
     for index, layer in enumerate(layers):
         fraction = depth_tokens(config) / model.seq_length if model.is_depth_layer(index) else 1.0
         depth_router = layer.of(TensorPart.DEPTH_ROUTER)
-        passed = layer.total - depth_router - layer.all_experts + model.experts.capacity_factor * one_expert
+        passed = layer.total - depth_router - layer.all_experts + taken * one_expert
         skipped = sum((1.0 - untied_share(config, tensor)) * tensor.size for tensor in layer.tensors)
         active += depth_router + fraction * (passed - skipped)
     return Parameters(embedding=table, output=output, layers=layers, final_norm=model.hidden_size, active=round(active))

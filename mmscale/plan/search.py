@@ -197,9 +197,9 @@ def _other_padding(candidate: Config, config: Config) -> tuple[str, ...]:
 
 
 def _other_scope(candidate: Config, config: Config) -> tuple[str, ...]:
-    """A note if experts choose among the tokens of a micro-batch of another size, which makes it another model."""
+    """A note if experts take tokens of a micro-batch of another size, which makes it another model."""
     size, own = candidate.train.micro_batch_size, config.train.micro_batch_size
-    if not config.model.has_experts or config.model.experts.scope == "sequence" or size == own:
+    if not config.model.limits_experts or config.model.experts.scope == "sequence" or size == own:
         return ()
     return (f"experts choose among {size} sequences, not {own}",)
 

@@ -2,15 +2,16 @@
 
 Dense, one FFN per modality (1t1i), mixed experts (moe8x), experts per modality (4t4i), and each with Mixture-of-Depths
 (MoMa, arXiv 2407.21770, Table 1); Mixture-of-Transformers (mot, arXiv 2411.04996), and experts per modality with untied
-attention and norms (4t4i_untied). FLOPs are those of `flops_per_token`, forward. It trains nothing and reads no data:
-with `model.experts.share: auto` it uses the same shares as `mmscale plan`.
+attention and norms (4t4i_untied); experts that tokens choose (tc_8x, tc_4t4i). FLOPs are those of `flops_per_token`,
+forward. It trains nothing and reads no data: with `model.experts.share: auto` it uses the shares that `mmscale plan`
+uses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmscale.config import Config, yaml_text
@@ -22,6 +23,8 @@ from mmscale.plan.compute import flops_per_token
 from mmscale.plan.parameters import count_parameters
 from mmscale.tables.settings import KINDS
 
+# Settings of expert choice, which the rules refuse together with token choice.
+_EXPERT_CHOICE = ("choice", "capacity", "capacity_factor", "noise", "threshold_decay", "cuda_graph")
 TOLERANCE = 0.01  # of FLOPs per token; the paper's own models differ by up to 0.027
 EXPERTS = 4  # of each modality, if the given configuration has no experts
 _MOST_LAYERS = 4  # largest number of layers, relative to the given one
@@ -32,7 +35,7 @@ class Sibling:
     """A configuration to compare with.
 
     Attributes:
-        name: dense, 1t1i, moe8x, 4t4i, mot, mod_dense, ...
+        name: dense, 1t1i, moe8x, 4t4i, mot, tc_4t4i, mod_dense, ...
         config: its settings; every rule holds.
         flops: forward FLOPs per token.
         ratio: `flops` over those of the given configuration.
@@ -79,24 +82,48 @@ def siblings(config: Config, *, experts: int | None = None, tolerance: float = T
     target = flops_per_token(config).forward
     found: list[Sibling] = []
     for depth in (False, True):
-        for name, kind, groups, untie in (
-            ("dense", "dense", {}, []),
-            (group_name(dict.fromkeys(counts, 1)), "moma", dict.fromkeys(counts, 1), []),
-            (f"moe{sum(counts.values())}x", "moe", {"mixed": sum(counts.values())}, []),
-            (group_name(counts), "moma", counts, []),
-            ("mot", "dense", {}, ["attention", "ffn", "norms"]),
-            (f"{group_name(counts)}_untied", "moma", counts, ["attention", "norms"]),
-        ):
-            if depth and ("mixed" in groups or untie):
+        for name, model in _models(counts).items():
+            if depth and ("mixed" in model.groups or model.untie or model.tokens_choose):
                 continue  # the papers have no such models
-            if untie and not _can_untie(config):
+            if model.untie and not _can_untie(config):
                 continue
             label = f"mod_{name}" if depth else name
-            if any(label == other.name for other in found):
-                continue  # one expert of each modality was requested
-            made = _of_kind(config, kind, groups, untie, depth=depth)
+            made = _of_model(config, model, depth=depth)
             found.append(_sibling(config, label, made, depth=depth, target=target, tolerance=tolerance))
     return found
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What distinguishes a sibling.
+
+    Attributes:
+        kind: of feed-forward layers.
+        groups: experts of each group.
+        untie: untied parts.
+        tokens_choose: token choice instead of expert choice.
+    """
+
+    kind: str
+    groups: dict[str, int] = field(default_factory=dict)
+    untie: tuple[str, ...] = ()
+    tokens_choose: bool = False
+
+
+def _models(counts: dict[str, int]) -> dict[str, _Model]:
+    """The siblings by name; 1t1i is there once if one expert of each modality was requested."""
+    own, total = group_name(counts), sum(counts.values())
+    single = dict.fromkeys(counts, 1)
+    return {
+        "dense": _Model("dense"),
+        group_name(single): _Model("moma", single),
+        f"moe{total}x": _Model("moe", {"mixed": total}),
+        own: _Model("moma", counts),
+        "mot": _Model("dense", untie=("attention", "ffn", "norms")),
+        f"{own}_untied": _Model("moma", counts, untie=("attention", "norms")),
+        f"tc_{total}x": _Model("moe", {"mixed": total}, tokens_choose=True),
+        f"tc_{own}": _Model("moma", counts, tokens_choose=True),
+    }
 
 
 def _can_untie(config: Config) -> bool:
@@ -167,8 +194,9 @@ def _sibling(
     return Sibling(name, made, flops, flops / target, count_parameters(made).total, changes)
 
 
-def _of_kind(config: Config, kind: str, groups: dict[str, int], untie: list[str], *, depth: bool) -> dict[str, Any]:
+def _of_model(config: Config, sibling: _Model, *, depth: bool) -> dict[str, Any]:
     """Settings of a sibling with the given layers and width."""
+    kind, groups, untie = sibling.kind, sibling.groups, list(sibling.untie)
     settings = config.model_dump(mode="json", exclude_defaults=True)
     model, parallel = settings["model"], settings.setdefault("parallel", {})
     settings.setdefault("run", {})
@@ -192,6 +220,12 @@ def _of_kind(config: Config, kind: str, groups: dict[str, int], untie: list[str]
         return settings
     if not KINDS[kind].per_modality:
         given.pop("share", None)
+    tokens_choose = given.pop("token_choice", None) or {}
+    if sibling.tokens_choose:
+        given = {key: value for key, value in given.items() if key not in _EXPERT_CHOICE}
+        top_k = min([tokens_choose.get("top_k", 1), *groups.values()])
+        given["token_choice"] = tokens_choose | ({"top_k": top_k} if top_k > 1 else {})
+        model.pop("auxiliary", None)
     model["experts"] = {**given, "counts": groups}
     parallel["ep"] = _expert_parallel(config.parallel.ep, sum(groups.values()))
     return settings
@@ -249,10 +283,11 @@ def _changes(before: Config, after: Config) -> list[str]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Single values by dotted key; groups of experts, untied parts and Mixture-of-Depths are single values here."""
+    """Single values by dotted key; groups of experts, token choice, untied parts and depth are single values here."""
     model = config.model.model_dump(mode="json")
     whole = {"model.experts.counts": model["experts"]["counts"], "model.experts.share": model["experts"]["share"]}
     whole |= {"model.depth": model["depth"], "model.untie": model["untie"]}
+    whole["model.experts.token_choice"] = model["experts"]["token_choice"]
     single = {key: value for key, value in flatten(config).items() if not key.startswith(tuple(whole))}
     return {**single, **whole}
 

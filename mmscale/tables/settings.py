@@ -89,6 +89,16 @@ RANKINGS: Table[Choice] = Table(
 )
 
 
+SCORES: Table[Choice] = Table(
+    "Scores of token choice",
+    ("model.experts.token_choice.scores",),
+    {
+        "sigmoid": Choice(meaning="the sigmoid of each expert's logit (DeepSeek-V3)"),
+        "softmax": Choice(meaning="the softmax over the experts of its group (Switch, Mixtral)"),
+    },
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Choice):
     """A rule that stretches rotary position embeddings (`model.rope_scaling.rope_type`), by transformers' name.

@@ -95,11 +95,13 @@ class LogHook:
     def _slots(self, micro_batches: tuple[MicroBatch, ...]) -> dict[str, float]:
         """Tokens over the nominal capacity and slots left empty, as shares of this rank's tokens.
 
-        For `model.kind: moma` only. Empty if capacities follow the actual tokens.
+        For `model.kind: moma` only. Empty if capacities follow the actual tokens, or tokens choose.
         """
         experts, names = self.config.model.experts, self.config.vocab.names
         if not self.config.model.per_modality or experts.share == "auto" or experts.capacity == "actual":
             return {}
+        if experts.token_choice is not None:
+            return {}  # layers report dropped tokens themselves
         length, rows = self.config.model.seq_length, self.config.train.micro_batch_size
         scope = length if experts.scope == "sequence" else length * rows
         nominal = tuple(round(experts.capacity_factor * experts.share[name] * scope) for name in names)

@@ -56,6 +56,34 @@ MODELS: dict[str, dict[str, Any]] = {
         "auxiliary": {"mode": "joint"},
     },
     "moe_softmax": {"kind": "moe", "experts": {"counts": {"mixed": 8}, "choice": "softmax"}},
+    "moma_token_choice": {
+        "kind": "moma",
+        "experts": {**_EXPERTS, "token_choice": {"top_k": 2, "bias_rate": 0.02}},
+        "num_query_groups": 2,
+    },
+    "moe_token_choice": {
+        "kind": "moe",
+        "experts": {
+            "counts": {"mixed": 8},
+            "scope": "micro_batch",
+            "shared": 1,
+            "token_choice": {"scores": "softmax", "top_k": 2, "bias_rate": 0.02, "capacity_factor": 1.0},
+        },
+        "norm": "post",
+    },
+    "moma_token_choice_depth": {
+        "kind": "moma",
+        "untie": ["attention", "norms"],
+        "norm": "post_per_expert",
+        "experts": {
+            **_EXPERTS,
+            "shared": 1,
+            "threshold_decay": 0.9,
+            "token_choice": {"bias_rate": 0.02, "capacity_factor": 1.25},
+        },
+        "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
+        "auxiliary": {"mode": "joint"},
+    },
     "moma_actual": {
         "kind": "moma",
         "experts": {**_EXPERTS, "capacity": "actual", "threshold_decay": 0.9, "shared": 1},

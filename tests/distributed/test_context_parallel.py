@@ -91,6 +91,12 @@ def test_split_sequences_equal_one_process(references: References, world_size: i
     _run(references, EVERYTHING, tmp_path, world_size, list(PLAIN[world_size]))
 
 
+@pytest.mark.parametrize("model", ["moe_token_choice", "moma_token_choice_depth"])
+def test_token_choice_of_split_sequences(references: References, model: str, tmp_path: Path) -> None:
+    """Experts keep their earliest tokens of the sequence, not of a rank's part; loads count once for each token."""
+    _run(references, model, tmp_path, 2, ["cp2_ep2"])
+
+
 def test_stretched_positions_of_split_sequences(references: References, tmp_path: Path) -> None:
     assert MODELS["dense_tied"]["rope_scaling"]["rope_type"] == "yarn"
     _run(references, "dense_tied", tmp_path, 2, ["cp2"])

@@ -13,6 +13,7 @@ from tests.support import run_ranks
 CASES: dict[str, dict[str, Any]] = {
     "moe": {},
     "moma_depth": {"recompute": "full"},
+    "moma_token_choice": {},
     "moma_post_per_expert_shared": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 

@@ -39,9 +39,9 @@ WIDE = {
 HISTORY = 8
 
 
-def fp8(recipe: str, *, parallel: dict[str, Any] | None = None) -> Config:
-    """A small moma with an FP8 recipe."""
-    made = config("moma", parallel=parallel, micro_batch_size=1 if recipe == "blockwise" else 2)
+def fp8(recipe: str, *, parallel: dict[str, Any] | None = None, model: str = "moma") -> Config:
+    """A small model with an FP8 recipe."""
+    made = config(model, parallel=parallel, micro_batch_size=1 if recipe == "blockwise" else 2)
     if recipe == "blockwise":
         made = made.model_copy(update={"model": made.model.model_validate(made.model.model_dump() | WIDE)})
     return with_recipe(made, recipe)
@@ -88,6 +88,29 @@ def test_layouts_equal_one_process(tmp_path: Path) -> None:
                 assert max(compare(references[recipe], found)) <= CLOSE, (recipe, parallel, found)
         found = trace(fp8("tensorwise", parallel=TP2), ranks, alter=_disagree)
         assert max(compare(_first(references["tensorwise"], 1), _first(found, 1))) > 10 * NORM_TOLERANCE
+        groups.finalize()
+
+    run_ranks(alone, world_size=1)
+    run_ranks(together, world_size=2)
+
+
+def test_token_choice_equals_one_process(tmp_path: Path) -> None:
+    """Ranks have other numbers of empty slots than one process, which must not count in the scales of experts."""
+
+    def alone(ranks: RankEnv) -> None:
+        groups.start(ranks)
+        found = trace(fp8("delayed", model="moma_token_choice"), ranks)
+        (tmp_path / "found").write_text(json.dumps([found.losses, found.grad_norms]))
+        groups.finalize()
+
+    def together(ranks: RankEnv) -> None:
+        groups.start(ranks)
+        reference = Trace(*map(tuple, json.loads((tmp_path / "found").read_text())))
+        for parallel, exact in ((TP2, 1), (EP2, 4), ({"pp": 2}, 4)):
+            found = trace(fp8("delayed", parallel=parallel, model="moma_token_choice"), ranks)
+            loss, norm = compare(_first(reference, exact), _first(found, exact))
+            assert loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE, (parallel, loss, norm)
+            assert max(compare(reference, found)) <= CLOSE, (parallel, found)
         groups.finalize()
 
     run_ranks(alone, world_size=1)

@@ -103,6 +103,9 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
         "moma_competitive": ("ep2",),
         "mot": ("tp2", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
         "moma_untied": ("tp2_recompute", "ep2_recompute_selective"),
+        "moma_token_choice": ("tp2", "pp2_interleaved_loss_chunks", "ep2_recompute_selective"),
+        "moe_token_choice": ("tp2", "ep2"),
+        "moma_token_choice_depth": ("tp2_recompute", "ep2"),
         "moma_actual": ("tp2", "ep2"),
         "moma_actual_micro_batch": ("ep2",),
     },
@@ -110,6 +113,7 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
         EVERYTHING: ("tp2_pp2", "pp2_interleaved_ep2_overlap", "tp2_ep2_recompute"),
         "moma_depth_per_modality": ("tp2_ep2",),
         "mot_post_depth": ("tp2_pp2",),
+        "moma_token_choice": ("tp2_ep2_recompute",),
     },
 }
 

@@ -146,6 +146,7 @@ SAME: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("moma_post_per_expert_shared", {"tp": 2}),
         ("moma", OVERLAPPED),
         ("moma_depth_joint", {"cp": 2, "ep": 2}),
+        ("moma_token_choice", {"ep": 2}),
     ],
     "bf16": [("moma_depth_joint", {"ep": 2})],
 }
@@ -225,6 +226,12 @@ def _chain(model: str, folder: Path, legs: Sequence[tuple[str, int, dict[str, An
 def test_moma_goes_on_under_every_other_layout(tmp_path: Path) -> None:
     """Auxiliary routers of a joint run, their optimizer and averaged thresholds with it."""
     _chain("moma_depth_joint", tmp_path, CHAIN)
+
+
+def test_token_choice_goes_on_under_other_layouts(tmp_path: Path) -> None:
+    """Biases are among the tensors that are compared."""
+    legs = [CHAIN[number] for number in (1, 4, 7, 9)]
+    _chain("moma_token_choice", tmp_path, legs)
 
 
 def test_dense_goes_on_under_other_layouts(tmp_path: Path) -> None:

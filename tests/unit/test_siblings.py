@@ -41,7 +41,8 @@ def test_shipped_configurations(name: str) -> None:
     given = load(CONFIGS / f"{name}.yaml")
     found = by_name(siblings(given))
     untied = [] if given.precision.fp8 != "off" or given.parallel.overlap_tensor else ["mot", "4t4i_untied"]
-    assert list(found) == ["dense", "1t1i", "moe8x", "4t4i", *untied, "mod_dense", "mod_1t1i", "mod_4t4i"]
+    plain = ["dense", "1t1i", "moe8x", "4t4i", *untied, "tc_8x", "tc_4t4i"]
+    assert list(found) == [*plain, "mod_dense", "mod_1t1i", "mod_4t4i"]
     target = flops_per_token(given).forward
     for sibling in found.values():
         assert flops_per_token(sibling.config).forward == pytest.approx(target, rel=0.01)
@@ -83,6 +84,8 @@ def test_layout_and_routing_settings_follow() -> None:
         "4t4i": 2,
         "mot": 1,
         "4t4i_untied": 2,
+        "tc_8x": 2,
+        "tc_4t4i": 2,
     }
     assert found["dense"].config.model.auxiliary.mode == "off"
     assert found["mod_dense"].config.model.auxiliary.mode == "joint"
@@ -135,6 +138,25 @@ def test_untied_siblings_do_the_work_of_their_tied_ones() -> None:
     assert by_name(siblings(given))["mot"].changes == ()
 
 
+def test_siblings_in_which_tokens_choose() -> None:
+    """As much work as the experts that choose, without their settings; and back again."""
+    experts = {"counts": {"text": 4, "image": 4}, "choice": "softmax", "capacity": "actual", "threshold_decay": 0.9}
+    found = by_name(siblings(config(experts=experts, auxiliary={"mode": "joint"})))
+    for name, like in (("tc_4t4i", "4t4i"), ("tc_8x", "moe8x")):
+        model = found[name].config.model
+        assert found[name].flops == pytest.approx(found[like].flops) and not model.routes
+        assert model.experts.token_choice is not None and model.experts.token_choice.top_k == 1
+        assert model.auxiliary.mode == "off" and model.experts.choice == "sigmoid"
+        assert found[like].config.model.experts.token_choice is None
+    own = {"top_k": 2, "scores": "softmax", "capacity_factor": 1.25}
+    given = config(experts={"counts": {"text": 4, "image": 4}, "token_choice": own})
+    found = by_name(siblings(given))
+    assert found["tc_4t4i"].changes == () and found["tc_8x"].config.model.experts.token_choice is not None
+    assert found["tc_8x"].config.model.experts.token_choice.model_dump(exclude_defaults=True) == own
+    assert found["4t4i"].config.model.experts.token_choice is None
+    assert found["4t4i"].config.model.ffn_hidden_size == 240  # 2 * 1.25 slots for each token
+
+
 @pytest.mark.parametrize("override", ["model.qkv_bias=true", "model.backend=te", "precision.fp8=tensorwise"])
 def test_no_untied_siblings_where_a_rule_refuses_them(override: str) -> None:
     given = config("precision.dtype=bf16", override, kind="dense", qk_norm=False)
@@ -146,7 +168,7 @@ def test_number_of_experts() -> None:
     uneven = by_name(siblings(config(experts={"counts": {"text": 3, "image": 1}})))
     assert uneven["3t1i"].changes == ()
     assert {"2t2i", "moe4x"} <= set(by_name(siblings(config(kind="dense"), experts=2)))
-    assert len(siblings(config(kind="dense"), experts=1)) == 7  # 1t1i is there once
+    assert len(siblings(config(kind="dense"), experts=1)) == 9  # 1t1i is there once
     assert group_name({"text": 2, "image": 2, "speech": 1}) == "2t2i1s"
     assert group_name({"text": 2, "touch": 1}) == "2text1touch"
 
@@ -163,7 +185,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tolerance"] == 0.01
-    assert len(list(out.iterdir())) == len(result["siblings"]) == 9
+    assert len(list(out.iterdir())) == len(result["siblings"]) == 11
     for entry, sibling in zip(result["siblings"], siblings(load(command[1], ["train.steps=50"])), strict=True):
         assert load(entry["file"]) == sibling.config
         assert entry["flops_per_token"] == flops_per_token(load(entry["file"])).forward

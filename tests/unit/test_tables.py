@@ -24,6 +24,7 @@ from mmscale.tables.settings import (
     READERS,
     ROPE_SCALINGS,
     SCHEDULES,
+    SCORES,
     TEXT_TOKENIZERS,
     UNTIED,
 )
@@ -42,6 +43,7 @@ def test_there_are_tables() -> None:
         NORMS,
         UNTIED,
         RANKINGS,
+        SCORES,
         ROPE_SCALINGS,
         SCHEDULES,
         OPTIMIZERS,
@@ -84,9 +86,11 @@ def test_code_has_an_entry_for_every_name() -> None:
     from mmscale.model.decisions import DECISIONS
     from mmscale.model.ranking import RANKINGS as FUNCTIONS
     from mmscale.model.rope import SCALINGS
+    from mmscale.model.token_choice import SCORES as SCORE_FUNCTIONS
     from mmscale.train.optim.schedule import SHAPES
 
     assert list(FUNCTIONS) == list(RANKINGS) == list(configuration_moma.CHOICES)
+    assert list(SCORE_FUNCTIONS) == list(SCORES) == list(configuration_moma.SCORES)
     assert list(SHAPES) == list(SCHEDULES)
     assert list(SCALINGS) == list(ROPE_SCALINGS)
     assert list(NORMS) == list(configuration_moma.NORMS) == list(upcycle.PRESERVES)

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 NORMS = ("pre", "post", "post_per_expert")
 CHOICES = ("sigmoid", "competitive", "softmax")
+SCORES = ("sigmoid", "softmax")
 UNTIED = ("attention", "ffn", "norms")
 ROUTINGS = ("causal", "top1", "threshold")
 
@@ -30,6 +31,9 @@ class MomaConfig(PreTrainedConfig):
         choice: by what an expert ranked tokens in training: its logit (`sigmoid`), its logit minus the mean over the
             group's experts (`competitive`), or the logarithm of the softmax over them (`softmax`). Cut-offs are on that
             scale; the gate is the sigmoid of the logit under every choice.
+        token_choice: `{"scores", "top_k"}` if each token goes to the `top_k` experts of its group with the highest
+            scores, `sigmoid` or `softmax` of the logits, plus a bias; null: experts chose tokens in training, and
+            `routing` decides. The gate is the score, divided by the sum over the token's experts if there are several.
         shared_intermediate_size: SwiGLU width of the shared experts together; 0: none.
         mod_layers: Mixture-of-Depths layers, from 0. (`layer_types` would refuse a name of its own.)
         auxiliary_size: inner width of the auxiliary routers; 0: there are none.
@@ -73,6 +77,7 @@ class MomaConfig(PreTrainedConfig):
     no_modality_id: int = 0
     expert_groups: list | None = None
     choice: str = "sigmoid"
+    token_choice: dict | None = None
     shared_intermediate_size: int = 0
     mod_layers: list | None = None
     auxiliary_size: int = 0
@@ -96,7 +101,9 @@ class MomaConfig(PreTrainedConfig):
             raise ValueError(f"choice must be one of {', '.join(CHOICES)}, not {self.choice!r}")
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, not {self.routing!r}")
-        if self.expert_groups or self.mod_layers:
+        if self.token_choice is not None and self.token_choice["scores"] not in SCORES:
+            raise ValueError(f"token_choice: scores must be one of {', '.join(SCORES)}, not {self.token_choice!r}")
+        if (self.expert_groups and self.token_choice is None) or self.mod_layers:
             lacking = not self.keeps_thresholds if self.routing == "threshold" else not self.auxiliary_size
             if lacking:
                 raise ValueError(f"routing {self.routing!r} needs tensors that this model does not have")

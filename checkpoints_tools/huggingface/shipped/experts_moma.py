@@ -49,9 +49,13 @@ def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> t
 
 
 class MomaExpertGroup(nn.Module):
-    """Experts of some modalities with their routers: the auxiliary one decides, the main one's sigmoid is the gate."""
+    """Experts of some modalities with their routers: the auxiliary one decides, the main one's sigmoid is the gate.
+
+    With token choice the main router decides, and its scores are the gates.
+    """
 
     threshold: torch.Tensor | None
+    router_bias: torch.Tensor | None
 
     def __init__(self, config: MomaConfig, modalities: list[int], experts: int) -> None:
         super().__init__()
@@ -62,8 +66,12 @@ class MomaExpertGroup(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, inner, hidden))
         self.routing = config.routing
         self.choice = config.choice
-        self.auxiliary = MomaAuxiliaryRouter(hidden, config.auxiliary_size, experts) if config.auxiliary_size else None
-        self.register_buffer("threshold", torch.empty(experts) if config.keeps_thresholds else None)
+        self.token_choice = config.token_choice
+        causal = config.token_choice is not None  # auxiliary routers and cut-offs are those of other layers, then
+        auxiliary = config.auxiliary_size and not causal
+        self.auxiliary = MomaAuxiliaryRouter(hidden, config.auxiliary_size, experts) if auxiliary else None
+        self.register_buffer("threshold", torch.empty(experts) if config.keeps_thresholds and not causal else None)
+        self.register_buffer("router_bias", torch.empty(experts) if causal else None)
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
 
     def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
@@ -80,8 +88,11 @@ class MomaExpertGroup(nn.Module):
         for index in self.modalities[1:]:
             member = member | (modality == index)
         logits = F.linear(tokens.float(), self.router.float())
-        chosen = self._decide(tokens, logits) & member.unsqueeze(1)
-        gates = logits.sigmoid()
+        if self.token_choice is None:
+            chosen, gates = self._decide(tokens, logits), logits.sigmoid()
+        else:
+            chosen, gates = self.best(logits)
+        chosen = chosen & member.unsqueeze(1)
         expert, token = chosen.t().nonzero(as_tuple=True)  # sorted by expert
         parts = tokens[token].split(chosen.sum(dim=0).tolist())
         out = torch.cat([swiglu(p, self.gate_up_proj[e], self.down_proj[e]) for e, p in enumerate(parts)])
@@ -98,6 +109,20 @@ class MomaExpertGroup(nn.Module):
         if self.choice == "competitive":
             return (exact - exact.mean(dim=-1, keepdim=True)).float()
         return torch.log_softmax(exact, dim=-1).float()
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """The scores of token choice: [N, E] -> [N, E], fp32."""
+        assert self.token_choice is not None
+        return logits.sigmoid() if self.token_choice["scores"] == "sigmoid" else logits.softmax(dim=-1)
+
+    def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each token by token choice, [N, E] bool, and their gates, [N, E]."""
+        assert self.token_choice is not None and self.router_bias is not None
+        scores, top_k = self.scores(logits), self.token_choice["top_k"]
+        order = (scores + self.router_bias.float()).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
+        gates = scores * chosen
+        return chosen, gates / (gates.sum(dim=-1, keepdim=True) + 1e-20) if top_k > 1 else gates
 
     def _decide(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Which experts take a token, [N, E] bool, from the token alone."""

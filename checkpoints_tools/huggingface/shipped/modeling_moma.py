@@ -186,7 +186,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False  # its kernels require keys as wide as values
     _supports_attention_backend = True
     # bf16 would move a threshold by up to 0.4 %.
-    _keep_in_fp32_modules_strict = ["threshold", "depth_threshold"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["threshold", "depth_threshold", "router_bias"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": MomaDecoderLayer, "attentions": MomaAttention}  # noqa: RUF012
 
     def __init__(self, *inputs: Any, **kwargs: Any) -> None:
@@ -201,6 +201,8 @@ class MomaPreTrainedModel(PreTrainedModel):
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if "threshold" in name:
                 init.constant_(tensor, 0.5 if router else 0.0)
+            elif name == "router_bias":
+                init.constant_(tensor, 0.0)
             elif router or (isinstance(tensor, nn.Parameter) and name != "weight"):
                 init.normal_(tensor, mean=0.0, std=std)  # does not change loaded tensors
 

@@ -20,7 +20,8 @@ def _auxiliary(config: Config) -> Iterator[Problem]:
         ("model.experts.threshold_decay", model.experts.threshold_decay > 0.0),
     ):
         if given and not model.routes:
-            yield Problem(f"{key} is set, but a dense model without Mixture-of-Depths has no routing", "remove it")
+            what = "token choice is causal as it is" if model.has_experts else "a dense model has no routing"
+            yield Problem(f"{key} is set, but without Mixture-of-Depths {what}", "remove it")
     if model.experts.threshold_decay >= 1.0:
         yield Problem(
             "model.experts.threshold_decay = 1 keeps the initial value forever", "use a value below 1, e.g. 0.99"

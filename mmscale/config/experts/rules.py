@@ -25,6 +25,7 @@ def _experts(config: Config) -> Iterator[Problem]:
             ("noise", experts.noise != "none"),
             ("choice", experts.choice != "sigmoid"),
             ("capacity", experts.capacity != "nominal"),
+            ("token_choice", experts.token_choice is not None),
         )
         for key, given in settings:
             if given:
@@ -54,6 +55,37 @@ def _experts(config: Config) -> Iterator[Problem]:
         )
 
 
+def _token_choice(config: Config) -> Iterator[Problem]:
+    experts = config.model.experts
+    chosen = experts.token_choice
+    if chosen is None or not config.model.has_experts:
+        return
+    for key, given, remedy in (
+        ("choice", experts.choice != "sigmoid", "set model.experts.token_choice.scores"),
+        ("capacity", experts.capacity != "nominal", "remove it"),
+        ("capacity_factor", experts.capacity_factor != 1.0, "set model.experts.token_choice.capacity_factor"),
+        ("noise", experts.noise != "none", "remove it"),
+    ):
+        if given:
+            yield Problem(
+                f"model.experts.{key} = {getattr(experts, key)} is a setting of expert choice, but "
+                "model.experts.token_choice is set",
+                remedy,
+            )
+    for name, count in experts.counts.items():
+        if chosen.top_k > count:
+            yield Problem(
+                f"model.experts.token_choice.top_k = {chosen.top_k}, but the group {name} has only {count} experts",
+                "lower top_k, or give every group at least as many experts",
+            )
+    if experts.cuda_graph:
+        yield Problem(
+            "model.experts.cuda_graph with model.experts.token_choice: a graph replays the shapes that it was captured "
+            "with, but the tokens of an expert differ in every batch",
+            "use model.experts.cuda_graph=false",
+        )
+
+
 def _capacity(config: Config) -> Iterator[Problem]:
     model, experts, names = config.model, config.model.experts, config.vocab.names
     if experts.share != "auto":
@@ -78,7 +110,7 @@ def _capacity(config: Config) -> Iterator[Problem]:
         )
     for name, count in experts.counts.items():
         share = experts.share.get(name, 1.0) if model.per_modality and experts.share != "auto" else 1.0
-        if experts.capacity == "actual":
+        if experts.capacity == "actual" or experts.token_choice is not None:
             continue  # capped at all tokens of the group
         if model.per_modality and experts.share == "auto":
             continue  # unknown until the data is known
@@ -149,4 +181,4 @@ def _graphs(config: Config) -> Iterator[Problem]:
         )
 
 
-RULES: tuple[Rule, ...] = (_experts, _capacity, _grouped, _graphs)
+RULES: tuple[Rule, ...] = (_experts, _token_choice, _capacity, _grouped, _graphs)

@@ -7,7 +7,31 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mmscale.config.section import Count, Index, Name, OneOf, Positive, Section, Share, setting
-from mmscale.tables.settings import RANKINGS
+from mmscale.tables.settings import RANKINGS, SCORES
+
+
+class TokenChoiceConfig(Section):
+    """Token choice: every token goes to the experts of its group with the highest scores, as in most other projects."""
+
+    scores: Annotated[str, OneOf(SCORES)] = setting(f"Scores of the experts. {SCORES.help}", "sigmoid")
+    top_k: Count = setting(
+        "Experts that a token goes to. An expert's output is multiplied by its score, divided by the sum of the scores "
+        "of the token's experts if there are several.",
+        1,
+        unit="experts",
+    )
+    bias_rate: Share = setting(
+        "Step of each expert's bias, which is added to its score for the choice only: raised after an optimizer step "
+        "in which the expert got fewer tokens than the mean of its group, lowered if it got more. 0: biases stay.",
+        0.001,
+        source="DeepSeek-V3, arXiv 2412.19437, section 2.1.2; arXiv 2408.15664",
+    )
+    capacity_factor: Annotated[Positive, Field(le=1000.0)] | None = setting(
+        "In training an expert takes at most capacity_factor * top_k * (nominal tokens of its group) / (experts of "
+        "the group) of a sequence or micro-batch (model.experts.scope), the earliest ones; the others are dropped. "
+        "null: no token is dropped. Evaluation and generation never drop tokens.",
+        None,
+    )
 
 
 class ExpertsConfig(Section):
@@ -53,6 +77,11 @@ class ExpertsConfig(Section):
         "The gate is the sigmoid of the logit under every choice.",
         "sigmoid",
         source="MoMa 2.2; softmax: expert choice, arXiv 2202.09368",
+    )
+    token_choice: TokenChoiceConfig | None = setting(
+        "Tokens choose experts, as in most other projects; the model is then causal as it is. null: experts choose "
+        "tokens, as in MoMa.",
+        None,
     )
     noise: Literal["none", "gumbel"] = setting(
         "Router noise in training: Gumbel-sigmoid, sigmoid(logits + G' - G'').", "none", source="MoMa 2.5"

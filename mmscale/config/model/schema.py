@@ -145,9 +145,20 @@ class ModelConfig(Section):
         return self.has_experts and self.norm_placement.per_expert
 
     @property
+    def experts_choose(self) -> bool:
+        """Whether experts choose among tokens, later ones included; otherwise tokens choose, or there are none."""
+        return self.has_experts and self.experts.token_choice is None
+
+    @property
+    def limits_experts(self) -> bool:
+        """Whether an expert takes a limited number of the tokens of a scope (`experts.scope`)."""
+        chosen = self.experts.token_choice
+        return self.has_experts and (chosen is None or chosen.capacity_factor is not None)
+
+    @property
     def routes(self) -> bool:
-        """Whether the model has experts or Mixture-of-Depths layers, which choose among tokens."""
-        return self.has_experts or self.depth is not None
+        """Whether the model has experts or Mixture-of-Depths layers that choose among tokens, later ones included."""
+        return self.experts_choose or self.depth is not None
 
     @property
     def auxiliary_width(self) -> int | None:

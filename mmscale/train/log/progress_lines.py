@@ -244,6 +244,8 @@ def _experts(config: Config) -> str:
     if experts.shared and groups:
         groups.append(f"{experts.shared} shared")
     text = f", experts {' + '.join(groups)}" if groups else ""
+    if groups and experts.token_choice is not None:
+        text += f", each token chooses {experts.token_choice.top_k}"
     depth = config.model.depth
     return text if depth is None else f"{text}, depth every {depth.every} layers at {depth.capacity:.0%}"
 

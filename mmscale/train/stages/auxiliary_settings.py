@@ -34,14 +34,19 @@ def stage_config(config: Config) -> Config:
 
 
 def check_model(config: Config) -> None:
-    """Refuse a model without routing.
+    """Refuse a model in which nothing chooses among later tokens.
 
     Raises:
-        ConfigError: it has no routing.
+        ConfigError: neither experts nor Mixture-of-Depths layers choose among tokens.
     """
     if not config.model.routes:
         raise ConfigError(
-            "--stage auxiliary: a dense model without Mixture-of-Depths routes nothing",
+            "--stage auxiliary: without Mixture-of-Depths "
+            + (
+                "token choice needs no auxiliary routers"
+                if config.model.has_experts
+                else "a dense model routes nothing"
+            ),
             remedy="evaluate and sample it as it is: it is causal",
         )
 

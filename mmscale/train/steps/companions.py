@@ -1,4 +1,4 @@
-"""Components that learn from the main model's passes: routers of a joint run, averages of cut-offs, FP8 scales.
+"""Components that learn from the main model's passes: routers of a joint run, cut-offs, biases, FP8 scales.
 
 A companion is called before a step's batches go forward, and after the step was applied. It changes nothing that the
 loss or gradient of that step depend on.
@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmscale.config import Config
 from mmscale.model.thresholds import Cutoffs, move
+from mmscale.model.token_choice import Loads, balance
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
@@ -79,6 +80,38 @@ class ThresholdAverages:
             move(threshold, sums, decay=self.decay)
 
 
+class ExpertBiases:
+    """Moves the biases of token choice after each step, from the loads of all its micro-batches on all ranks."""
+
+    def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
+        assert config.model.experts.token_choice is not None
+        self.rate = config.model.experts.token_choice.bias_rate
+        self.groups = groups
+        self.loads = Loads()
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Collect these batches' loads."""
+        self.loads.clear()
+        for batch in batches:
+            batch.params.loads = self.loads
+
+    @torch.no_grad()
+    def finish(self, *, lr: float) -> None:
+        """Update the biases with one reduction over data-parallel ranks.
+
+        Tensor-parallel ranks have seen the same tokens; so have context-parallel ones, whose loads are counted as often
+        as there are ranks, for all experts alike.
+        """
+        del lr
+        found = [self.loads.sums[key] for key in sorted(self.loads.sums)]
+        if not found:
+            return
+        flat = torch.cat([loads for _, loads in found])
+        torch.distributed.all_reduce(flat, group=self.groups.dp_cp)
+        for (bias, _), loads in zip(found, flat.split([loads.numel() for _, loads in found]), strict=True):
+            balance(bias, loads, rate=self.rate)
+
+
 def companions_of(
     config: Config, transformer: TransformerConfig, chunks: Sequence[Any], groups: ProcessGroupCollection
 ) -> list[Companion]:
@@ -91,6 +124,8 @@ def companions_of(
         found.append(JointRouters(config, AuxiliaryTrainer(config, transformer, chunks, groups)))
     if config.model.keeps_thresholds:
         found.append(ThresholdAverages(config, groups))
+    if config.model.has_experts and config.model.experts.token_choice is not None:
+        found.append(ExpertBiases(config, groups))
     if scales := scales_of(chunks):
         found.append(DelayedScaling(scales, groups))
     return found

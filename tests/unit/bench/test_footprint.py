@@ -11,6 +11,7 @@ import pytest
 from mmscale.bench import footprint, footprint_cases
 from mmscale.bench.footprint_cases import case, cases
 from mmscale.config import Config
+from mmscale.config.experts.schema import TokenChoiceConfig
 from mmscale.errors import UsageError
 from mmscale.plan.activations import Kernels
 from mmscale.runtime import groups
@@ -30,12 +31,16 @@ _CASES = [
     ("dense", "fp32", "loss"),
     ("moma", "bf16", "loss"),
     ("moma_depth", "bf16", "none", "actual"),
+    ("moma", "bf16", "none", "tokens choose"),
 ]
 
 
 def _config(model: str, dtype: str, recompute: str, capacity: str = "nominal") -> Config:
     config = case(model, dtype, recompute)
-    experts = config.model.experts.model_copy(update={"capacity": capacity})
+    changed: dict[str, Any] = {"capacity": capacity}
+    if capacity == "tokens choose":  # the slots are known before only with a limit
+        changed = {"token_choice": TokenChoiceConfig(top_k=2, capacity_factor=1.0)}
+    experts = config.model.experts.model_copy(update=changed)
     return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
 
 

@@ -147,7 +147,14 @@ def test_every_setting_of_the_schema_is_in_the_table() -> None:
     sections = {name for name in EFFECTS if all_keys()[name].section is not None}
     assert sections == {
         *("vocab", "optim", "auxiliary", "parallel", "precision", "checkpoint", "resilience", "log"),
-        *("model.depth", "model.auxiliary", "model.rope_scaling", "data.prepare", "train.stop_when"),
+        *(
+            "model.depth",
+            "model.experts.token_choice",
+            "model.auxiliary",
+            "model.rope_scaling",
+            "data.prepare",
+            "train.stop_when",
+        ),
     }, "these settings need a line each"
 
 
@@ -158,6 +165,7 @@ def test_every_setting_of_the_schema_is_in_the_table() -> None:
         "model.num_layers=4",
         "model.depth=null",
         "model.experts.counts={text: 4, image: 4}",
+        "model.experts.token_choice={}",
     ],
 )
 def test_another_model_is_a_matter_of_shape(override: str) -> None:
@@ -167,6 +175,22 @@ def test_another_model_is_a_matter_of_shape(override: str) -> None:
     assert Effect.SHAPE in {change.effect for change in changes(saved(), made) if change.key.startswith(key)}
     with pytest.raises(CheckpointError, match="another model"):
         check_shape(made, shape_of(config()), where="here")
+
+
+@pytest.mark.parametrize(
+    ("override", "confirmed"),
+    [("scores=softmax", True), ("top_k=2", True), ("capacity_factor=1.25", True), ("bias_rate=0", False)],
+)
+def test_how_tokens_choose_may_change(override: str, confirmed: bool) -> None:
+    given = ("model.experts.counts={text: 4, image: 4}", "model.experts.token_choice={}")
+    found = changes(saved(*given), config(*given, f"model.experts.token_choice.{override}"))
+    assert [change.confirmed for change in found] == [confirmed]
+
+
+def test_checkpoints_from_before_token_choice_have_none() -> None:
+    old = saved()
+    del old["model"]["experts"]["token_choice"]
+    assert changes(old, config()) == []
 
 
 def test_what_changes_the_function_of_the_same_weights() -> None:

@@ -106,6 +106,30 @@ BROKEN = [
     ),
     ({**DENSE, "model__experts__capacity": "actual"}, "model.experts.capacity is set, but model.kind = dense"),
     ({**DENSE, "model__experts__choice": "softmax"}, "model.experts.choice is set, but model.kind = dense"),
+    ({**DENSE, "model__experts__token_choice": {}}, "model.experts.token_choice is set, but model.kind = dense"),
+    (
+        {"model__experts__token_choice": {"top_k": 5}},
+        "model.experts.token_choice.top_k = 5, but the group text has only 4 experts",
+    ),
+    *(
+        (
+            {"model__experts__token_choice": {}, f"model__experts__{key}": value},
+            f"model.experts.{key} = {value} is a setting of expert choice, but model.experts.token_choice is set",
+        )
+        for key, value in (("choice", "softmax"), ("capacity", "actual"), ("capacity_factor", 2.0), ("noise", "gumbel"))
+    ),
+    (
+        {"model__experts__token_choice": {}, "model__experts__cuda_graph": True},
+        "model.experts.cuda_graph with model.experts.token_choice",
+    ),
+    (
+        {"model__experts__token_choice": {}, "model__experts__threshold_decay": 0.9},
+        "model.experts.threshold_decay is set, but without Mixture-of-Depths token choice is causal",
+    ),
+    (
+        {"model__experts__token_choice": {}, "model__auxiliary__mode": "joint"},
+        "model.auxiliary.mode = joint is set, but without Mixture-of-Depths token choice is causal",
+    ),
     ({"model__kind": "moe"}, "model.experts.counts has 2 groups, model.kind = moe wants exactly one"),
     ({"model__kind": "moe", "model__experts": {}}, "model.experts.counts has 0 groups"),
     ({"model__experts__counts": {"text": 4}}, "one group for each of vocab.modalities: text, image"),

@@ -59,6 +59,12 @@ def combinations() -> Iterator[Any]:
             model["experts"] = {**model.get("experts", {}), "shared": shared, "shared_ffn_hidden_size": 10}
         name = f"{kind}-{norm}{'-depth' * depth}{'-routers' * routers}{'-shared' * bool(shared)}"
         yield pytest.param(kind, model, id=name)
+    for kind, norm, depth in itertools.product([kind for kind in KINDS if KINDS[kind].experts], NORMS, (False, True)):
+        model = {"norm": norm, "experts": {"token_choice": {}}}
+        if depth:  # with routers and cut-offs of its own
+            model |= {"depth": {"every": 2, "capacity": 0.5}, "auxiliary": {"mode": "joint", "width": 6}}
+            model["experts"] |= {"threshold_decay": 0.9}
+        yield pytest.param(kind, model, id=f"{kind}-{norm}-token choice{'-depth' * depth}")
     for kind, norm, untie in itertools.product(KINDS, NORMS, ("attention norms", "ffn", "attention ffn norms")):
         if KINDS[kind].experts and "ffn" in untie:
             continue

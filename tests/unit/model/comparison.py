@@ -54,7 +54,8 @@ def relative(got: Tensor, want: Tensor, *, floor: float = 1e-30) -> float:
 def differences(model: GPTModel, config: Config, batch: Batch) -> tuple[float, dict[str, float]]:
     """Relative differences of logits, and of each parameter's gradient, between a model and the fp64 reference."""
     weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    want = Reference(config, weights).logits(batch)
+    biases = {name: buffer.double() for name, buffer in model.named_buffers() if "router_bias" in name}
+    want = Reference(config, weights | biases).logits(batch)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (want * direction).sum().backward()
     got = run_model(model, batch)

@@ -166,6 +166,18 @@ def capacity_of(config: Config, scope: int, group: str, *, own: int) -> int:
     return min(scope, max(1, multiples * experts.capacity_multiple))
 
 
+def token_room(config: Config, scope: int, group: str) -> int:
+    """Tokens that an expert keeps of a scope by token choice; all of them without a limit."""
+    experts, settings = config.model.experts, config.model.experts.token_choice
+    assert settings is not None and experts.share != "auto"
+    if settings.capacity_factor is None:
+        return scope
+    share = Fraction(1) if config.model.kind == "moe" else Fraction(str(experts.share[group]))
+    exact = Fraction(str(settings.capacity_factor)) * settings.top_k * scope * share / experts.counts[group]
+    multiples = math.ceil(Fraction(math.ceil(exact), experts.capacity_multiple))
+    return min(scope, max(1, multiples * experts.capacity_multiple))
+
+
 def rank(logits: Sequence[float], choice: str) -> list[float]:
     """What the experts of a group rank one token by."""
     if choice == "sigmoid" or len(logits) == 1:
@@ -415,6 +427,7 @@ class Reference:
         router = self.weights[f"{prefix}mlp.router.{group}"]
         logits = [x @ router.t() for x in hidden]
         scores = [torch.sigmoid(x) for x in logits]
+        token_choice = self.model.experts.token_choice
         wanted = set(range(len(self.config.vocab.names)))
         if self.model.kind == "moma":
             wanted = {self.config.vocab.names.index(group)}
@@ -424,6 +437,12 @@ class Reference:
             scopes = [[(b, i) for i in range(length) for b in range(batch)]]
         chosen = {}
         for scope in scopes:
+            if token_choice is not None:
+                members = [(b, i) for b, i in scope if facts[b].modality[i] in wanted]
+                bias = self.weights[f"{prefix}mlp.router_bias.{group}"].tolist()
+                room = token_room(self.config, len(scope), group)
+                chosen |= self.token_choices({place: logits[place[0]][place[1]] for place in members}, bias, room)
+                continue
             values = [scores[b][i].tolist() for b, i in scope]
             member = [facts[b].modality[i] in wanted for b, i in scope]
             ranked = [rank(logits[b][i].tolist(), self.model.experts.choice) for b, i in scope]
@@ -433,6 +452,25 @@ class Reference:
                 b, i = scope[token]
                 chosen[expert, b, i] = scores[b][i][expert]
         return chosen
+
+    def token_choices(
+        self, logits: Mapping[tuple[int, int], Tensor], bias: Sequence[float], room: int
+    ) -> dict[tuple[int, int, int], Tensor]:
+        """Gate of every choice (expert, sequence, token) among the tokens of a scope, one token after the other."""
+        settings = self.model.experts.token_choice
+        assert settings is not None
+        found, loads = {}, [0] * len(bias)
+        for (b, i), own in logits.items():
+            scores = torch.sigmoid(own) if settings.scores == "sigmoid" else own.exp() / own.exp().sum()
+            ranked = [float(score.detach()) + extra for score, extra in zip(scores, bias, strict=True)]
+            order = sorted(range(len(bias)), key=lambda e, r=ranked: -r[e])  # type: ignore[misc]
+            best = order[: settings.top_k]
+            total = sum(scores[e] for e in best) if settings.top_k > 1 else 1.0
+            for expert in best:
+                loads[expert] += 1
+                if loads[expert] <= room:
+                    found[expert, b, i] = scores[expert] / total
+        return found
 
     def moma(self, prefix: str, hidden: list[Tensor], facts: list[Facts]) -> list[Tensor]:
         """Sum of gate * expert at each token, plus the shared experts."""

@@ -48,6 +48,11 @@ _MODELS = {
     "moma_actual": tiny(experts=moma_experts(capacity="actual", scope="micro_batch", capacity_factor=1.4)),
     "moma_actual_depth": tiny(depth=depth(), experts=moma_experts(capacity="actual")),
     "moma_actual_depth_per_modality": tiny(depth=depth("per_modality"), experts=moma_experts(capacity="actual")),
+    # Without a limit the slots depend on the tokens' choices; here every token chooses both experts of its group.
+    "token_choice_of_all": tiny(experts=moma_experts(counts={"text": 2, "image": 2}, token_choice={"top_k": 2})),
+    "token_choice_limited": tiny(
+        depth=depth(), experts=moma_experts(token_choice={"capacity_factor": 1.25}, capacity_multiple=2)
+    ),
     "moma_depth": tiny(depth=depth()),
     "moma_depth_per_modality": tiny(depth=depth("per_modality"), num_layers=4),
 }

@@ -149,7 +149,7 @@ def test_decided(problem: Problem, seed: int, spare: int) -> None:
     )
     most = max(1, int(taken.sum(dim=(0, 1)).max()))
     capacity = min(most + spare, member.numel())
-    selection = routing.decided(taken, logits, capacity)
+    selection = routing.decided(taken, torch.sigmoid(logits), capacity)
     assert selection.token.shape == (problem.experts, capacity)
     flat = taken.reshape(-1, problem.experts)
     assert pairs(selection) == {(e, t) for t, e in flat.nonzero().tolist()}

@@ -111,10 +111,6 @@ class Store:
         folder.mkdir(mode=0o755)
         return folder
 
-    def write_info(self, step: int, attempt: int, info: dict[str, Any]) -> None:
-        """Write the result of `info`, plain JSON, into a folder that is being written. One process calls it."""
-        (self.temporary(step, attempt) / INFO).write_text(info_text(info), encoding="utf-8")
-
     def commit(self, manifest: integrity.CheckpointManifest, *, number: int = 0) -> Path:
         """Make a written folder the checkpoint of its step. One process calls it, after all ranks have written.
 
@@ -126,16 +122,9 @@ class Store:
         """
         step, attempt = manifest.step, manifest.attempt
         folder, final = self.temporary(step, attempt, number), self.path(step)
-        publish.seal(folder, manifest, on_stage=self.on_stage)
+        # An earlier attempt may have reached this step too.
         old = final.with_name(f"{final.name}.old.{attempt}")
-        if final.exists():  # an earlier attempt reached this step too
-            final.replace(old)
-            self.on_stage("move")
-        folder.replace(final)
-        fsync(self.root)
-        self.on_stage("rename")
-        if old.exists():
-            shutil.rmtree(old)
+        publish.commit(folder, final, manifest, replaced=old, on_stage=self.on_stage)
         self.point_to_newest()
         self.on_stage("latest")
         return final
@@ -229,7 +218,7 @@ class Store:
         return steps[-1] if steps else None
 
     def info(self, step: int) -> dict[str, Any]:
-        """The metadata written by `write_info`.
+        """The metadata of a checkpoint, from its INFO.
 
         Raises:
             CheckpointError: it cannot be read.

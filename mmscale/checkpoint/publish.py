@@ -58,27 +58,39 @@ def folder(final: Path) -> Iterator[Path]:
 
 
 def commit(
-    temporary: Path, final: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None] = _nothing
+    temporary: Path,
+    final: Path,
+    manifest: CheckpointManifest,
+    *,
+    replaced: Path | None = None,
+    on_stage: Callable[[str], None] = _nothing,
 ) -> None:
-    """Give a written folder its final name. If the process is killed before the rename, no folder has that name.
+    """Give a written folder its final name. If the process is killed before the rename, no new folder has that name.
 
     Args:
-        temporary: from `folder`.
-        final: as passed to `folder`.
-        manifest: the files of the folder, hashed after they were written.
-        on_stage: called with the name of every sub-step after it; tests end the process there.
+        temporary: the folder, next to `final`.
+        final: its name.
+        manifest: the files of the folder, as written.
+        replaced: name for a folder that has the final name already, which is removed in the end; None: refuse it.
+        on_stage: called with the name of every sub-step after it. An exception there ends the commit.
 
     Raises:
-        CheckpointError: the name was taken in the meantime.
+        CheckpointError: the name is taken.
     """
-    seal(temporary, manifest, on_stage=on_stage)
-    refuse_existing(final)
-    temporary.rename(final)
+    _seal(temporary, manifest, on_stage=on_stage)
+    if replaced is None:
+        refuse_existing(final)
+    elif final.exists():
+        final.replace(replaced)
+        on_stage("move")
+    temporary.replace(final)
     fsync(final.parent)
     on_stage("rename")
+    if replaced is not None and replaced.exists():
+        shutil.rmtree(replaced)
 
 
-def seal(folder: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None]) -> None:
+def _seal(folder: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None]) -> None:
     """Write the manifest of a written folder, remove write permission for others, and sync everything to disk.
 
     Args:

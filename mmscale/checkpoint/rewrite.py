@@ -7,7 +7,9 @@ resumes from it starts new ones.
 
 from __future__ import annotations
 
-import json
+import functools
+import io
+import itertools
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,19 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from mmscale.checkpoint import integrity, publish, tensor_index
-from mmscale.checkpoint.integrity import CheckpointManifest
-from mmscale.checkpoint.layout import FOLDER, Store
+from mmscale.checkpoint import publish, tensor_index
+from mmscale.checkpoint.integrity import CheckpointManifest, FileRecord
+from mmscale.checkpoint.layout import FOLDER, INFO, Store, info_text
 from mmscale.checkpoint.run_folder import refuse_checkpoints, write_config
-from mmscale.checkpoint.tensors import BACKEND, COMMON, TensorEntry, TensorSource, contents_of, without_optimizers
+from mmscale.checkpoint.shard_files import common_files, tensors_file, write_files, write_items
+from mmscale.checkpoint.tensors import TensorEntry, TensorSource, contents_of, without_optimizers
 from mmscale.checkpoint.zarr_arrays import boxes, cut
 from mmscale.runtime import device, megatron_cpu
-from mmscale.runtime.megatron_versions import CHECKPOINT_FORMAT
 
 megatron_cpu.install()
 
@@ -92,8 +93,8 @@ def into_run(
         write_config(run, info.get("config"))
         folder = store.begin(source.step, attempt)
         try:
-            _write(source, folder, weights=weights, files=files, piece_bytes=piece_bytes, on_stage=on_stage)
-            store.write_info(source.step, attempt, info)
+            records = _write(source, folder, weights=weights, files=files, piece_bytes=piece_bytes, on_stage=on_stage)
+            records |= write_files(folder, {INFO: lambda stream: stream.write(info_text(info).encode())})[0]
             on_stage("write")
             manifest = CheckpointManifest(
                 step=source.step,
@@ -101,10 +102,9 @@ def into_run(
                 config_digest=source.manifest().config_digest,
                 code_version=code_version,
                 topology={},  # differs from every layout, so that no rank looks for random states
-                files=integrity.digests(folder, integrity.sizes(folder)),
+                files=records,
                 origin=origin,
             )
-            on_stage("hash")
             return store.commit(manifest)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -119,7 +119,7 @@ def _write(
     files: int | None,
     piece_bytes: int,
     on_stage: Callable[[str], None],
-) -> None:
+) -> dict[str, FileRecord]:
     pieces = [
         Piece(entry, box)
         for entry in map(source.entry, source.names(weights=weights))
@@ -131,26 +131,24 @@ def _write(
     plans[0].items.extend(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in sorted(objects))
     plans, metadata = create_default_global_save_plan(plans)
     cutter = _Cutter(source)
-    results = []
+    results: list[WriteResult] = []
+    records: dict[str, FileRecord] = {}
     for number, (plan, group) in enumerate(zip(plans, groups, strict=True)):
-        name = f"__{number}_0.distcp"
+        name = tensors_file(number)
         # Not FileSystemWriter.write_data: it keeps every tensor of a file in memory until the file is closed.
-        with (folder / name).open("xb") as stream:
-            for position, item in enumerate(plan.items):
-                start = stream.tell()
-                if item.type == WriteItemType.BYTE_IO:
-                    stream.write(objects[item.index.fqn])
-                else:
-                    torch.save(cutter.tensor(group[position]), stream)
-                length = stream.tell() - start
-                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+        items = (
+            (item, io.BytesIO(objects[item.index.fqn]) if piece is None else cutter.tensor(piece))
+            for item, piece in itertools.zip_longest(plan.items, group)
+        )
+        content = functools.partial(_tensors, items, name, results)
+        records |= write_files(folder, {name: content})[0]
         on_stage("file")
-    for name, content in tensor_index.files(metadata, results).items():
-        with (folder / name).open("xb") as stream:
-            content(stream)
     common = without_optimizers(source.common()) if weights else source.common()
-    torch.save(common, folder / COMMON)
-    (folder / BACKEND).write_text(json.dumps(CHECKPOINT_FORMAT), encoding="utf-8")
+    return records | write_files(folder, {**tensor_index.files(metadata, results), **common_files(common)})[0]
+
+
+def _tensors(items: Iterable[tuple[WriteItem, Any]], name: str, results: list[WriteResult], stream: Any) -> None:
+    results.extend(write_items(items, name, stream))
 
 
 def _boxes(entry: TensorEntry, piece_bytes: int) -> Iterable[tuple[slice, ...]]:
@@ -187,9 +185,7 @@ class _Cutter:
         if piece.entry.name != self._name:
             self._whole = torch.empty(0)  # freed before the next one is read
             self._name, self._whole = piece.entry.name, self._source.read(piece.entry.name)
-        part = self._whole[piece.box]
-        # Cloned, because torch.save writes the whole storage of a view.
-        return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+        return self._whole[piece.box]
 
 
 def _item(piece: Piece) -> WriteItem:

@@ -23,6 +23,7 @@ from mmscale.checkpoint.forked import Forked, Tell
 from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.layout import BEST, INFO, Store, info_text
 from mmscale.checkpoint.save_settings import Best, Provenance, Retention, SaveSettings
+from mmscale.checkpoint.shard_files import Content
 from mmscale.checkpoint.write import Written
 from mmscale.errors import SaveError
 from mmscale.runtime import device, groups, random_state
@@ -225,21 +226,27 @@ class Saver:
         plan, step, group = flight.plan, flight.step, self._group
         # Next to the tensors: this rank's random state; megatron-core would keep only one per stage and tensor rank.
         random = random_states.serialize(random_state.capture())
-        beside: dict[str, Callable[[Any], None]] = {}
+        extra: dict[str, Content] = {}
         if self._rank == 0:
             best = {} if flight.best is None else {BEST: asdict(flight.best)}
             text = info_text({**self.provenance.info, "step": step, **best}).encode()
-            beside[INFO] = lambda file: file.write(text)
+            extra[INFO] = lambda file: file.write(text)
 
         def on_write(name: str, size: int) -> None:
             self.on_point("write", step)
 
         within_s = self.settings.deadline_s
         if group is None:
-            return lambda tell: write.write(plan, flight.folder, random=random, beside=beside, on_write=on_write)
+            return lambda tell: write.write(plan, flight.folder, random=random, extra=extra, on_write=on_write)
         if listener is not None:
             return lambda tell: write.write_for_group(
-                plan, flight.folder, listener, random=random, beside=beside, on_write=on_write, timeout_s=within_s
+                plan,
+                flight.folder,
+                listener,
+                random=random,
+                extra=extra,
+                on_write=on_write,
+                timeout_s=within_s,
             )
         return lambda tell: write.send_to_group(
             plan, group, flight.number, random=random, on_write=on_write, timeout_s=within_s

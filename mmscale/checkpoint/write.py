@@ -1,35 +1,29 @@
 """Plans and writes a rank's part of a save: planned while training waits, written by any process that has the memory.
 
-The plan is a collective. Writing communicates with no other rank, so it can run in a forked process. Every file is
-hashed while it is streamed and then synced to disk. saving.py schedules the work; train/state/ defines the state.
+The plan is a collective. Writing communicates with no other rank, so it can run in a forked process. shard_files.py
+writes the files. saving.py schedules the work; train/state/ defines the state.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from mmscale.checkpoint import grouped, random_states, sharded, tensor_index
 from mmscale.checkpoint.integrity import FileRecord
+from mmscale.checkpoint.shard_files import Content, OnWrite, common_files, tensors_file, write_files, write_items
 from mmscale.errors import MmscaleError
 from mmscale.runtime import device
-from mmscale.runtime.megatron_versions import CHECKPOINT_FORMAT
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict  # isort: skip
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # isort: skip
@@ -40,11 +34,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-
-COMMON = "common.pt"
-BACKEND = "metadata.json"
-_BUFFER = 1 << 20
-OnWrite = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -123,28 +112,26 @@ def _on_host(data: Any) -> Any:
     return data.to("cpu", non_blocking=True) if isinstance(data, Tensor) and not data.is_cpu else data
 
 
-def write(
-    plan: WritePlan, folder: Path, *, random: bytes, beside: Mapping[str, Callable[[Any], None]], on_write: OnWrite
-) -> Written:
+def write(plan: WritePlan, folder: Path, *, random: bytes, extra: Mapping[str, Content], on_write: OnWrite) -> Written:
     """Write this rank's files into a folder, which is created if it does not exist.
 
     Args:
         plan: what to write.
         folder: to write into.
         random: this rank's random state, serialized.
-        beside: further files by relative name, each as a function that writes to a stream.
+        extra: further files by relative name, each as a function that writes to a stream.
         on_write: called before every write with the name of the file and the number of bytes.
 
     Raises:
         OSError: writing failed.
     """
     places: list[WriteResult] = []
-    contents: dict[str, Callable[[Any], None]] = {}
+    contents: dict[str, Content] = {}
     if plan.items:
-        name = _tensors_file(plan.rank)
-        contents[name] = lambda stream: places.extend(_items(plan.items, name, stream))
-    contents |= {**_firsts(plan), random_states.file_of(plan.rank): lambda stream: stream.write(random), **beside}
-    files, hash_s = _write_files(folder, contents, on_write=on_write)
+        name = tensors_file(plan.rank)
+        contents[name] = lambda stream: places.extend(write_items(plan.items, name, stream))
+    contents |= {**_firsts(plan), random_states.file_of(plan.rank): lambda stream: stream.write(random), **extra}
+    files, hash_s = write_files(folder, contents, on_write=on_write)
     return Written(files, places, hash_s)
 
 
@@ -154,7 +141,7 @@ def write_for_group(
     listener: grouped.Listener,
     *,
     random: bytes,
-    beside: Mapping[str, Callable[[Any], None]],
+    extra: Mapping[str, Content],
     on_write: OnWrite,
     timeout_s: float,
 ) -> Written:
@@ -165,7 +152,7 @@ def write_for_group(
         folder: to write into.
         listener: of the group.
         random: this rank's random state, serialized.
-        beside: as for `write`.
+        extra: as for `write`.
         on_write: as for `write`.
         timeout_s: how long another rank may take for a piece.
 
@@ -173,12 +160,12 @@ def write_for_group(
         OSError: writing failed.
         SaveError: another rank failed.
     """
-    name, others = _tensors_file(plan.rank), listener.group.ranks[1:]
+    name, others = tensors_file(plan.rank), listener.group.ranks[1:]
     places: list[WriteResult] = []
     states, begins = {plan.rank: random}, {}
 
     def tensors(stream: io.BufferedWriter[Any]) -> None:
-        places.extend(_items(plan.items, name, stream))
+        places.extend(write_items(plan.items, name, stream))
         for rank in others:
             begins[rank] = stream.tell()
             listener.copy(rank, stream.write)
@@ -190,11 +177,11 @@ def write_for_group(
         name: tensors,
         **_firsts(plan),
         random_states.file_of_group(plan.rank): lambda stream: random_states.write(states, stream),
-        **beside,
+        **extra,
     }
     try:
         listener.accept(timeout_s=timeout_s)
-        files, hash_s = _write_files(folder, contents, on_write=on_write)
+        files, hash_s = write_files(folder, contents, on_write=on_write)
     except (OSError, MmscaleError) as error:
         listener.answer(problem=error.cause if isinstance(error, MmscaleError) else f"{error.strerror or error}")
         raise
@@ -221,7 +208,7 @@ def send_to_group(
     Raises:
         SaveError: another rank failed.
     """
-    name = _tensors_file(group.first)
+    name = tensors_file(group.first)
     places: list[WriteResult] = []
 
     def state(stream: io.BufferedWriter[Any]) -> None:
@@ -231,7 +218,7 @@ def send_to_group(
         group,
         number,
         plan.rank,
-        (lambda stream: places.extend(_items(plan.items, name, stream)), state),
+        (lambda stream: places.extend(write_items(plan.items, name, stream)), state),
         on_write=lambda size: on_write(name, size),
         timeout_s=timeout_s,
     )
@@ -244,35 +231,9 @@ def _moved(place: WriteResult, by: int) -> WriteResult:
     return dataclasses.replace(place, storage_data=where)
 
 
-def _tensors_file(rank: int) -> str:
-    return f"__{rank}_0.distcp"
-
-
-def _firsts(plan: WritePlan) -> dict[str, Callable[[Any], None]]:
+def _firsts(plan: WritePlan) -> dict[str, Content]:
     """The files that rank 0 writes for all ranks."""
-    if plan.rank != 0:
-        return {}
-    return {
-        COMMON: lambda stream: torch.save(plan.common, stream),
-        BACKEND: lambda stream: stream.write(json.dumps(CHECKPOINT_FORMAT).encode()),
-    }
-
-
-def _write_files(
-    folder: Path, contents: Mapping[str, Callable[[Any], object]], *, on_write: OnWrite
-) -> tuple[dict[str, FileRecord], float]:
-    """Write files; returns their records, and the seconds spent on digests."""
-    for path in (folder.parent, folder):
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
-    files: dict[str, FileRecord] = {}
-    hash_s = 0.0
-    for name, content in contents.items():
-        with hashed(folder, name, on_write=on_write) as stream:
-            content(stream)
-        raw = cast(HashedFile, stream.raw)
-        files[name] = raw.record()
-        hash_s += raw.hash_s
-    return files, hash_s
+    return common_files(plan.common) if plan.rank == 0 else {}
 
 
 def write_index(plan: WritePlan, parts: list[Written], folder: Path, *, on_write: OnWrite) -> dict[str, FileRecord]:
@@ -283,92 +244,4 @@ def write_index(plan: WritePlan, parts: list[Written], folder: Path, *, on_write
     """
     assert plan.metadata is not None
     contents = tensor_index.files(plan.metadata, (place for part in parts for place in part.places))
-    return _write_files(folder, contents, on_write=on_write)[0]
-
-
-def _items(items: list[tuple[WriteItem, Any]], name: str, stream: io.BufferedWriter[Any]) -> Iterator[WriteResult]:
-    """Writes each tensor as torch.save does, one after the other, as torch's and megatron's readers expect."""
-    for item, data in items:
-        begin = stream.tell()
-        if item.type == WriteItemType.BYTE_IO:
-            stream.write(data.getbuffer())
-        else:
-            # torch.save writes the whole storage of a view, and parameters are views of one large buffer.
-            whole = data.untyped_storage().nbytes() == data.numel() * data.itemsize
-            torch.save(data if whole else data.clone(), stream)
-        length = stream.tell() - begin
-        yield WriteResult(item.index, length, _StorageInfo(name, begin, length))
-
-
-class HashedFile(io.RawIOBase):
-    """A new file that is hashed while it is written; see `hashed`.
-
-    Attributes:
-        hash_s: seconds spent on the digest.
-    """
-
-    def __init__(self, path: Path, *, on_write: OnWrite) -> None:
-        super().__init__()
-        self.hash_s = 0.0
-        self._on_write = on_write
-        self._name = path.name
-        self._state, self._size = xxhash.xxh3_128(), 0
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-
-    def writable(self) -> bool:
-        """Always true."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._size
-
-    def write(self, data: Any) -> int:
-        """Write all of it."""
-        view = memoryview(data).cast("B")
-        self._on_write(self._name, view.nbytes)
-        begin = time.perf_counter()
-        self._state.update(view)
-        self.hash_s += time.perf_counter() - begin
-        rest = view
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
-        self._size += view.nbytes
-        return view.nbytes
-
-    def sync(self) -> None:
-        """Sync it to disk."""
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        """Close the file."""
-        if not self.closed:
-            os.close(self._file)
-        super().close()
-
-    def record(self) -> FileRecord:
-        """Size and digest of what was written."""
-        return FileRecord(self._size, self._state.hexdigest())
-
-
-@contextlib.contextmanager
-def hashed(folder: Path, name: str, *, on_write: OnWrite) -> Iterator[io.BufferedWriter[Any]]:
-    """A new file of a folder, which is on disk at the end.
-
-    Small writes are buffered: torch.save makes ten of them a tensor.
-
-    Its `raw` is the HashedFile, which has the record.
-
-    Raises:
-        OSError: the file exists, or writing failed.
-    """
-    path = folder / name
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    raw = HashedFile(path, on_write=on_write)
-    try:
-        stream = io.BufferedWriter(raw, _BUFFER)
-        yield stream
-        stream.flush()
-        raw.sync()
-    finally:
-        raw.close()
+    return write_files(folder, contents, on_write=on_write)[0]

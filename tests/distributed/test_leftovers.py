@@ -18,7 +18,7 @@ def test_a_save_leaves_no_process(ranks: Ranks, tmp_path: Path) -> None:
     groups.initialize(ranks)
     tensor = ShardedTensor.from_rank_offsets("a", torch.ones(4), (0, ranks.rank, 2))
     plan = write.Planner().plan({"a": tensor})
-    write.write(plan, tmp_path / "saved", random=b"", beside={}, on_write=lambda *_: None)
+    write.write(plan, tmp_path / "saved", random=b"", extra={}, on_write=lambda *_: None)
     assert psutil.Process().children(recursive=True) == []
     assert (tmp_path / "saved" / "metadata.json").exists() or not ranks.is_first
     groups.finalize()

@@ -23,7 +23,7 @@ import pytest
 from checkpoints_tools import mirrors
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import MANIFEST, CheckpointManifest
-from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.checkpoint.mirror.downloads import generations
 from mmscale.checkpoint.mirror.mirror_settings import MirrorSettings
 from mmscale.checkpoint.mirror.remote import Remote
@@ -73,7 +73,9 @@ def commit(store: Store, step: int) -> Path:
     folder = store.begin(step, 1)
     for name, size in {"__0_0.distcp": LARGE, "__1_0.distcp": 1000, "empty": 0}.items():
         (folder / name).write_bytes(random.Random(f"{step}{name}").randbytes(size))
-    store.write_info(step, 1, {"step": step, "attempt": 1, "config": {"run": {"dir": "x", "name": "one"}}})
+    (store.temporary(step, 1) / INFO).write_text(
+        info_text({"step": step, "attempt": 1, "config": {"run": {"dir": "x", "name": "one"}}})
+    )
     files = integrity.digests(folder, integrity.sizes(folder))
     return store.commit(CheckpointManifest(step, 1, "", "", {}, files))
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mmscale.checkpoint import integrity, manager
-from mmscale.checkpoint.layout import INFO, INFO_FORMAT, LATEST, Store
+from mmscale.checkpoint.layout import INFO, INFO_FORMAT, LATEST, Store, info_text
 from mmscale.checkpoint.save_settings import Retention
 from mmscale.errors import CheckpointError
 from mmscale.runs.events import EventLog, read_events
@@ -30,7 +30,7 @@ def commit(
     folder = store.begin(step, attempt)
     (folder / "sub").mkdir()
     (folder / "sub" / "__0_0.distcp").write_text(text)
-    store.write_info(step, attempt, {"step": step, **(info or {})})
+    (store.temporary(step, attempt) / INFO).write_text(info_text({"step": step, **(info or {})}))
     files = integrity.digests(folder, integrity.sizes(folder))
     return store.commit(integrity.CheckpointManifest(step, attempt, "digest", "0.1.0", {"world_size": 1}, files))
 

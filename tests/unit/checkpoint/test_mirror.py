@@ -21,7 +21,7 @@ import pytest
 from checkpoints_tools import mirrors
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import MANIFEST, CheckpointManifest
-from mmscale.checkpoint.layout import BEST, Store
+from mmscale.checkpoint.layout import BEST, INFO, Store, info_text
 from mmscale.checkpoint.mirror import downloads
 from mmscale.checkpoint.mirror import remote as remote_module
 from mmscale.checkpoint.mirror.generation import MirroredStep, outdated
@@ -68,7 +68,9 @@ def commit(store: Store, step: int, *, attempt: int = 1, seed: int = 0, best: in
         (folder / name).write_bytes(numbers.randbytes(size))
     named = {} if best is None else {BEST: {"metric": "eval/loss", "step": best, "value": 1.0}}
     config = {"run": {"dir": "elsewhere", "name": "one"}}
-    store.write_info(step, attempt, {"step": step, "attempt": attempt, "config": config, **named})
+    (store.temporary(step, attempt) / INFO).write_text(
+        info_text({"step": step, "attempt": attempt, "config": config, **named})
+    )
     files = integrity.digests(folder, integrity.sizes(folder))
     return store.commit(CheckpointManifest(step, attempt, "", "", {"world_size": 2}, files))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmscale.checkpoint import integrity
-from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.checkpoint.shape import shape_of
 from mmscale.config import Config
 from mmscale.config.effects import EFFECTS, Effect, effect_of
@@ -47,7 +47,9 @@ def real_data(no_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def commit(run: Path, step: int, *overrides: str, **more: Any) -> Path:
     made, store = config(*overrides), Store.of_run(run)
     folder = store.begin(step, 1)
-    store.write_info(step, 1, {"shape": shape_of(made), "config": made.model_dump(mode="json"), "step": step} | more)
+    (store.temporary(step, 1) / INFO).write_text(
+        info_text({"shape": shape_of(made), "config": made.model_dump(mode="json"), "step": step} | more)
+    )
     (folder / "weights").write_bytes(b"0" * 100)
     files = integrity.digests(folder, integrity.sizes(folder))
     return store.commit(integrity.CheckpointManifest(step, 1, "", "", {}, files))

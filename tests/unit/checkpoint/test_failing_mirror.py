@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from mmscale.checkpoint import integrity, run_folder
+from mmscale.checkpoint import publish, run_folder
 from mmscale.checkpoint.integrity import MANIFEST
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.mirror import downloads, worker
 from mmscale.checkpoint.mirror.remote import Remote
 from mmscale.errors import CheckpointError
+from mmscale.runtime import atomic_files
 from tests.unit.checkpoint.failing_store import FailingStore
 from tests.unit.checkpoint.test_mirror import KilledError, bring, commit, fetched, kills, steps
 
@@ -23,7 +24,8 @@ _BY_NAME = [pytest.param(error, id=type(error).__name__) for error in ERRORS]
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integrity, "fsync", lambda path: None)
+    for module in (publish, atomic_files):
+        monkeypatch.setattr(module, "fsync", lambda path: None)
 
 
 @pytest.fixture

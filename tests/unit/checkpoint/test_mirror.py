@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from checkpoints_tools import mirrors
-from mmscale.checkpoint import integrity
+from mmscale.checkpoint import integrity, publish
 from mmscale.checkpoint.integrity import MANIFEST, CheckpointManifest
 from mmscale.checkpoint.layout import BEST, INFO, Store, info_text
 from mmscale.checkpoint.mirror import downloads
@@ -34,6 +34,7 @@ from mmscale.checkpoint.save_settings import Retention
 from mmscale.cli import main
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.runs.attempts import next_attempt
+from mmscale.runtime import atomic_files
 from tests.module_time import replace_time
 
 FILES = {"__0_0.distcp": 70_000, "__1_0.distcp": 300_000, "random/0": 17, ".metadata": 0}
@@ -46,7 +47,8 @@ class KilledError(BaseException):
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loaded disk takes seconds for it; kills here are of processes, not of machines."""
-    monkeypatch.setattr(integrity, "fsync", lambda path: None)
+    for module in (publish, atomic_files):
+        monkeypatch.setattr(module, "fsync", lambda path: None)
 
 
 @pytest.fixture

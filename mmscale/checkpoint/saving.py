@@ -240,13 +240,7 @@ class Saver:
             return lambda tell: write.write(plan, flight.folder, random=random, extra=extra, on_write=on_write)
         if listener is not None:
             return lambda tell: write.write_for_group(
-                plan,
-                flight.folder,
-                listener,
-                random=random,
-                extra=extra,
-                on_write=on_write,
-                timeout_s=within_s,
+                plan, flight.folder, listener, random=random, extra=extra, on_write=on_write, timeout_s=within_s
             )
         return lambda tell: write.send_to_group(
             plan, group, flight.number, random=random, on_write=on_write, timeout_s=within_s

@@ -187,7 +187,8 @@ class Upcycled:
             f"{prefix}{name}": prefix
             for name, recipe in self._recipes.items()
             for prefix in states
-            if recipe.is_parameter
+            # Matrices that Muon trains have no second moment.
+            if recipe.is_parameter and (recipe.source is None or f"{prefix}{recipe.source}" in there)
         }
         self._names = sorted(kept | self._made.keys())
 

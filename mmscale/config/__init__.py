@@ -15,7 +15,7 @@ from mmscale.config.data.schema import (
 from mmscale.config.experts.schema import ExpertsConfig
 from mmscale.config.log.schema import LogConfig
 from mmscale.config.model.schema import DepthConfig, ModelConfig, RopeScalingConfig
-from mmscale.config.optim.schema import OptimConfig
+from mmscale.config.optim.schema import MuonConfig, OptimConfig
 from mmscale.config.parallel.schema import ParallelConfig
 from mmscale.config.precision.schema import PrecisionConfig
 from mmscale.config.resilience.schema import AnomalyConfig, ResilienceConfig
@@ -37,6 +37,7 @@ __all__ = [
     "LogConfig",
     "ModalityVocab",
     "ModelConfig",
+    "MuonConfig",
     "OptimConfig",
     "ParallelConfig",
     "PrecisionConfig",

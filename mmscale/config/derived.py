@@ -13,10 +13,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from mmscale.config.optim.schema import OptimConfig
 from mmscale.config.parallel.schema import ParallelConfig
 from mmscale.config.precision.fp8 import depth_multiple, high_precision
 from mmscale.config.schema import Config
 from mmscale.tables.routings import measured_routings
+from mmscale.tables.settings import OPTIMIZERS
 
 
 def data_parallel_size(config: Config, world: int) -> int:
@@ -313,6 +315,11 @@ def batch_p2p(config: Config) -> bool:
     """Whether pipeline sends and receives are batched; by default if they do not overlap with compute."""
     chosen = config.parallel.batch_p2p
     return not overlap_p2p(config) if chosen is None else chosen
+
+
+def orthogonalizes(optim: OptimConfig) -> bool:
+    """Whether Muon updates the matrices of hidden layers."""
+    return optim.optimizer in OPTIMIZERS and OPTIMIZERS[optim.optimizer].orthogonal
 
 
 def overlap_data_parallel(config: Config, *, nccl: bool) -> tuple[bool, bool]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mmscale.config import keys
 from mmscale.config.data.schema import PrepareConfig
-from mmscale.config.optim.schema import OptimConfig
+from mmscale.config.optim.schema import MuonConfig, OptimConfig
 from mmscale.config.precision.fp8 import roundings
 from mmscale.config.schema import Config
 from mmscale.tables.settings import (
@@ -114,6 +114,12 @@ NEEDS: tuple[Need, ...] = (
     Need("train", ("loss_args",), "a plug-in as train.loss", lambda config: config.train.loss not in LOSSES),
     *_schedule("optim"),
     *_schedule("auxiliary.optim"),
+    Need(
+        "optim.muon",
+        tuple(MuonConfig.model_fields),
+        "optim.optimizer = muon",
+        lambda config: config.optim.optimizer == "muon",
+    ),
     Need(
         "auxiliary",
         ("steps", "micro_batch_size", "global_batch_size", "checkpoint_every"),

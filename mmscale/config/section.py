@@ -44,6 +44,7 @@ Share = Annotated[float, _NUMBER, Field(ge=0.0, le=1.0)]
 AtLeastOne = Annotated[float, _NUMBER, Field(ge=1.0, le=LARGEST, allow_inf_nan=False)]
 # Exponent of a decay over tokens.
 Exponent = Annotated[float, _NUMBER, Field(ge=-10.0, le=0.0)]
+Coefficient = Annotated[float, _NUMBER, Field(ge=-100.0, le=100.0)]
 # In fp32 anything smaller has no effect on a sum of squares.
 Epsilon = Annotated[float, _NUMBER, Field(ge=1e-30, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmscale.config import Config
-from mmscale.plan.memory import state_bytes
+from mmscale.plan.memory import checkpoint_bytes
 from mmscale.plan.parameters import count_parameters
 
 # Per checkpoint, for any number of ranks: index.json, .metadata, common.pt, metadata.json, mmscale.json, MANIFEST.json.
@@ -117,7 +117,7 @@ def cluster_load(config: Config, ranks: int, *, per_node: int, storage_gb_s: flo
     """
     per_node = min(per_node, ranks)
     nodes = math.ceil(ranks / per_node)
-    size = count_parameters(config).total * state_bytes(config) + ranks * RANDOM_STATE_BYTES
+    size = checkpoint_bytes(config, count_parameters(config)) + ranks * RANDOM_STATE_BYTES
     wanted = config.checkpoint.writers
     return ClusterLoad(
         ranks=ranks,

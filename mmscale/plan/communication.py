@@ -16,6 +16,7 @@ from mmscale.config import Config
 from mmscale.config.derived import dense_replicas, depth_tokens, micro_batches_per_step, overlap_data_parallel
 from mmscale.plan.activations import recomputed_modules
 from mmscale.plan.compute import dealt_slots, fullest_slots
+from mmscale.plan.muon_cost import muon_cost
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
 
@@ -34,6 +35,7 @@ class MessageKind(StrEnum):
     PP: hidden states and their gradients between stages, and the gradient of tied embeddings.
     GRAD_REDUCE: gradients over context- and data-parallel ranks.
     PARAM_GATHER: updated parameters over them.
+    MUON: Muon's momentum to the owners of whole matrices, and updates back, over them; likewise over TP ranks as TP.
     """
 
     TP = "tp"
@@ -43,6 +45,7 @@ class MessageKind(StrEnum):
     PP = "pp"
     GRAD_REDUCE = "grad_reduce"
     PARAM_GATHER = "param_gather"
+    MUON = "muon"
 
 
 class Operation(StrEnum):
@@ -242,6 +245,11 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
             calls = max(1, round(elements / bucket)) if overlapped else (parallel.vpp or 1)
             times = gathers if kind is MessageKind.PARAM_GATHER else 1
             ledger.add(kind, operation, ranks, payload=elements * width / calls, calls=calls * times)
+    muon = muon_cost(config, parameters, stage=stage, world=world)
+    for elements, ranks in ((muon.dense, replicas), (muon.experts, replicas // parallel.ep)):
+        payload = elements / max(1, ranks) * _FP32
+        ledger.add(MessageKind.MUON, Operation.ALL_TO_ALL, ranks, payload=payload, calls=2)
+        ledger.add(MessageKind.TP, Operation.ALL_TO_ALL, parallel.tp, payload=payload, calls=2)
     replicated = sum(parameters.layers[layer].replicated for layer in stage_layers(config, stage))
     replicated += parameters.final_norm if first_and_last(config, stage)[1] else 0
     ledger.add(MessageKind.TP, Operation.ALL_REDUCE, parallel.tp, payload=replicated * _FP32)

@@ -20,6 +20,7 @@ from mmscale.plan.activations import (
     total,
 )
 from mmscale.plan.compute import dealt_slots, fullest_slots
+from mmscale.plan.muon_cost import matrix_parameters, muon_cost
 from mmscale.plan.parameters import Parameters, count_parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
 from mmscale.tables.settings import MOMENTS
@@ -38,7 +39,7 @@ class RankMemory:
     Attributes:
         parameters: weights.
         gradients: fp32 gradient buffers.
-        optimizer: Adam's moments and, for bf16 weights, fp32 copies; sharded over context- and data-parallel ranks.
+        optimizer: moments and, for bf16 weights, fp32 copies; sharded over context- and data-parallel ranks.
         activations: tensors kept for backward of the micro-batches in flight, without logits.
         expert_choice: the part of `activations` for choosing and combining.
         depth: the part of `activations` for the selection and update of Mixture-of-Depths.
@@ -46,6 +47,7 @@ class RankMemory:
         working: temporary tensors of a layer's backward, including a recomputed layer. They do not exist at the same
             time as logits, so the total includes the larger of the two.
         communication: tensors that collectives read or write.
+        update: temporary tensors of Muon's update, when there are no activations.
         stage: pipeline stage of that rank.
     """
 
@@ -58,6 +60,7 @@ class RankMemory:
     logits: float
     working: float
     communication: float
+    update: float
     stage: int
 
     @property
@@ -68,7 +71,8 @@ class RankMemory:
     @property
     def total(self) -> float:
         """Peak memory [bytes]."""
-        return self.states + self.activations + max(self.logits, self.working) + self.communication
+        forward_backward = self.activations + max(self.logits, self.working)
+        return self.states + max(forward_backward, self.update) + self.communication
 
     def as_dict(self) -> dict[str, float | int]:
         """Plain data in GiB."""
@@ -82,15 +86,18 @@ class RankMemory:
             "logits",
             "working",
             "communication",
+            "update",
             "total",
         )
         gib = {f"{part}_gib": round(getattr(self, part) / GIB, 6) for part in parts}
         return gib | {"stage": self.stage}
 
 
-def state_bytes(config: Config) -> float:
-    """Bytes per parameter of a checkpoint: the weight, its fp32 main copy and two moments."""
-    return dtype_bytes(config) + _MAIN_COPY_BYTES + MOMENTS[config.optim.moments].bytes
+def checkpoint_bytes(config: Config, parameters: Parameters) -> float:
+    """Bytes of a checkpoint: weights, their fp32 main copies and the optimizer's moments."""
+    both = MOMENTS[config.optim.moments].bytes
+    weights = parameters.total * (dtype_bytes(config) + _MAIN_COPY_BYTES)
+    return weights + both * (parameters.total - matrix_parameters(config, parameters) / 2)
 
 
 def rank_memory(config: Config, world: int, *, kernels: Kernels = Kernels.CUDA) -> RankMemory:
@@ -126,6 +133,7 @@ def stages_memory(
     for stage in range(config.parallel.pp):
         dense, experts = stage_parameters(config, parameters, stage)
         sharded = dense / replicas + experts / max(1, replicas // config.parallel.ep)
+        muon = muon_cost(config, parameters, stage=stage, world=world)
         layers = [config.model.is_depth_layer(layer) for layer in stage_layers(config, stage)]
         last = first_and_last(config, stage)[1]
         held = in_flight(config, stage, micro_batches)
@@ -136,13 +144,14 @@ def stages_memory(
             RankMemory(
                 parameters=(dense + experts) * dtype_bytes(config),
                 gradients=(dense + experts) * _GRADIENT_BYTES,
-                optimizer=sharded * (MOMENTS[config.optim.moments].bytes + main_copy),
+                optimizer=sharded * main_copy + (sharded - muon.shard / 2) * MOMENTS[config.optim.moments].bytes,
                 activations=activations,
                 expert_choice=held * sum(expert_choice(parts[kind]) for kind in layers),
                 depth=held * sum(parts[kind].get("depth", 0.0) for kind in layers),
                 logits=logits_bytes(config) + output_activations(config, kernels=kernels) if last else 0.0,
                 working=working,
                 communication=_communication(config),
+                update=muon.temporary,
                 stage=stage,
             )
         )

@@ -26,7 +26,7 @@ _MEMORY = (
     ("other", "activations"),
     ("expert_choice", "expert choice"),
     ("depth", "Mixture-of-Depths"),
-    ("peak", "logits or layer at work"),
+    ("peak", "logits, layer at work or Muon"),
     ("communication", "communication"),
 )
 _TIME = (
@@ -50,6 +50,7 @@ _SENT = (
     ("pp", "PP"),
     ("grad_reduce", "gradients"),
     ("param_gather", "parameters"),
+    ("muon", "Muon"),
 )
 
 
@@ -196,7 +197,8 @@ def _best(layout: dict[str, Any]) -> Table:
     memory, time = layout["memory"], layout["time_s"]
     parts = {name: memory.get(f"{name}_gib", 0.0) for name, _ in _MEMORY}
     parts["other"] = memory["activations_gib"] - memory["expert_choice_gib"] - memory["depth_gib"]
-    parts["peak"] = max(memory["logits_gib"], memory["working_gib"])
+    muon = memory["update_gib"] - memory["activations_gib"]  # activations are freed before the update
+    parts["peak"] = max(memory["logits_gib"], memory["working_gib"], muon)
     table = _pairs("the first layout")
     table.add_row("parameters", f"{short(layout['parameters_per_rank'])} on the fullest rank")
     unit, scale = ("GiB", 1.0) if memory["total_gib"] >= 1 else ("MiB", 1024.0)

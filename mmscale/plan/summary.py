@@ -12,7 +12,7 @@ from mmscale.plan.activations import Kernels, on_gpu
 from mmscale.plan.cluster_load import STORAGE_GB_S, cluster_load
 from mmscale.plan.compute import flops_per_token
 from mmscale.plan.layouts import USABLE, Layout, evaluate
-from mmscale.plan.memory import state_bytes
+from mmscale.plan.memory import checkpoint_bytes
 from mmscale.plan.parameters import count_parameters
 from mmscale.plan.search import Search, is_own, search
 from mmscale.plan.step_law import suggest
@@ -81,7 +81,7 @@ def plan(
         "tokens_per_step": tokens_per_step(config),
         "tokens": tokens,
         "training_flops": flops.training * tokens,
-        "checkpoint_bytes": parameters.total * state_bytes(config),
+        "checkpoint_bytes": checkpoint_bytes(config, parameters),
         "gpus": ranks,
         "gpu": figures.name,
         "gpu_memory_gib": gpu_memory,

@@ -19,6 +19,7 @@ from mmscale.config.derived import (
 from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules, total
 from mmscale.plan.communication import MessageKind, Operation, Traffic, communication
 from mmscale.plan.compute import dealt_slots, expert_slots, fullest_slots, layer_flops
+from mmscale.plan.muon_cost import muon_cost
 from mmscale.plan.parameters import Parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
 from mmscale.tables.gpus import Gpu
@@ -41,6 +42,7 @@ _CAST = 6
 # Bytes that the optimizer reads and writes per parameter of its shard.
 _ADAM = 34
 _LOGITS = 20
+_OVER_REPLICAS = (MessageKind.GRAD_REDUCE, MessageKind.PARAM_GATHER, MessageKind.MUON)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class StepTime:
         pp: sends between stages that do not overlap.
         bubble: waiting for other stages.
         dp: reducing gradients and gathering parameters, without the overlapped part.
-        optimizer: the update, and FP8 copies of the weights.
+        optimizer: the update, with Muon's products and messages, and FP8 copies of the weights.
     """
 
     products: float
@@ -156,6 +158,9 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     shard = dense / replicas + experts / max(1, replicas // parallel.ep)
     # Weights are cast once a step, because megatron-core keeps FP8 weights for all micro-batches.
     casts = _CAST if _peak(config, gpu, fp8=True) > _peak(config, gpu, fp8=False) else 0
+    muon = muon_cost(config, parameters, stage=stage, world=world)
+    peak = gpu.bf16 if config.optim.muon.dtype == "bf16" else gpu.fp32
+    orthogonalized = muon.flops / (peak * _reached(muon.narrowest)) + sums[MessageKind.MUON]
     return StepTime(
         products=micro_batches * one.products * 3,
         attention=micro_batches * one.attention * 3,
@@ -167,7 +172,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
         pp=pipeline,
         bubble=bubble,
         dp=exposed,
-        optimizer=(shard * _ADAM + (dense + experts) * (8 + casts)) / (gpu.bandwidth * MEMORY),
+        optimizer=(shard * _ADAM + (dense + experts) * (8 + casts)) / (gpu.bandwidth * MEMORY) + orthogonalized,
     )
 
 
@@ -265,10 +270,9 @@ def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
         MessageKind.PP: world // parallel.pp,
         MessageKind.GRAD_REDUCE: parallel.tp,
         MessageKind.PARAM_GATHER: parallel.tp,
+        MessageKind.MUON: parallel.tp,
     }[traffic.kind]
-    if traffic.kind in (MessageKind.GRAD_REDUCE, MessageKind.PARAM_GATHER) and traffic.ranks < dense_replicas(
-        config, world
-    ):
+    if traffic.kind in _OVER_REPLICAS and traffic.ranks < dense_replicas(config, world):
         stride *= parallel.ep
     inside = max(1, min(traffic.ranks, node // stride))
     link, network = gpu.link * LINK, gpu.network * NETWORK

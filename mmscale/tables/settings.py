@@ -168,10 +168,28 @@ SCHEDULES: Table[Schedule] = Table(
 )
 
 
-OPTIMIZERS: Table[Choice] = Table(
+@dataclass(frozen=True, kw_only=True)
+class OptimizerKind(Choice):
+    """An optimizer (`optim.optimizer`).
+
+    Attributes:
+        orthogonal: whether it orthogonalises the momentum of hidden layers' matrices, which have no second moment.
+    """
+
+    orthogonal: bool = False
+
+
+OPTIMIZERS: Table[OptimizerKind] = Table(
     "Optimizers",
     ("optim.optimizer", "auxiliary.optim.optimizer"),
-    {"adamw": Choice(meaning="AdamW, with decoupled weight decay")},
+    {
+        "adamw": OptimizerKind(meaning="AdamW, with decoupled weight decay"),
+        "muon": OptimizerKind(
+            meaning="Muon for matrices of attention, feed-forward layers and experts, AdamW for everything else, with "
+            "one learning rate",
+            orthogonal=True,
+        ),
+    },
 )
 
 

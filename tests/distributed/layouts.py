@@ -148,6 +148,7 @@ def config(
     dtype: str = "fp32",
     parallel: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    optim: Mapping[str, Any] | None = None,
     **train: Any,
 ) -> Config:
     """A model of 4 layers that trains in milliseconds."""
@@ -164,7 +165,7 @@ def config(
             "model": {**shape, **MODELS[model]},
             "train": {"micro_batch_size": 2, "global_batch_size": 8, **train},
             # With 3e-3, fp32 rounding grows threefold per step in post-norm models: 4e-8, 2e-7, 8e-7, 4e-6 for DP2.
-            "optim": {"lr": 1e-3},
+            "optim": {"lr": 1e-3, **(optim or {})},
             "parallel": dict(parallel or {}),
             "data": dict(data or {}),
             "precision": {"dtype": dtype},

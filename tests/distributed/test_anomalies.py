@@ -345,12 +345,17 @@ def test_a_fault_is_computed_away_and_bad_data_is_left_out(
 def test_a_step_that_is_refused_leaves_no_trace(ranks: RankEnv) -> None:
     """Weights, fp32 masters, moments, step counts and learning rates are the bytes of before; the budget ends it."""
     start(ranks)
-    for dtype, parallel in (("fp32", {}), ("bf16", {"tp": 2})):
-        made = with_policy(settings("moma", dtype=dtype, parallel=parallel), steps=2)
+    for dtype, parallel, optimizer in (
+        ("fp32", {}, "adamw"),
+        ("bf16", {"tp": 2}, "adamw"),
+        ("fp32", {"tp": 2}, "muon"),
+    ):
+        base = changed(settings("moma", dtype=dtype, parallel=parallel), "optim", optimizer=optimizer)
+        made = with_policy(base, steps=2)
         parts, state = build(made)
         live(made, parts, state)
         before = content(parts)
-        again = with_policy(settings("moma", dtype=dtype, parallel=parallel), steps=3, budget=2)
+        again = with_policy(base, steps=3, budget=2)
         fault = after_reduction(inf_in_the_loss, rank=1, batch=2)
         # From here on every batch is broken.
         everywhere = after_reduction(inf_in_the_loss, rank=1, batch=3)

@@ -442,23 +442,24 @@ def test_a_guard_does_not_wait_for_ever(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "parallel", "world", "moments"),
+    ("model", "dtype", "parallel", "world", "optim"),
     [
-        ("moma_depth_joint", "fp32", {"ep": 2}, 4, "fp32"),
-        pytest.param("moma", "bf16", {"tp": 2, "pp": 2}, 4, "fp32", marks=pytest.mark.exhaustive),
-        ("dense", "bf16", {"overlap_grad_reduce": True, "overlap_param_gather": True}, 2, "bf16"),
-        ("moe", "fp32", {"pp": 2, "vpp": 2}, 2, "fp8_coat"),
+        ("moma_depth_joint", "fp32", {"ep": 2}, 4, {}),
+        pytest.param("moma", "bf16", {"tp": 2, "pp": 2}, 4, {}, marks=pytest.mark.exhaustive),
+        ("dense", "bf16", {"overlap_grad_reduce": True, "overlap_param_gather": True}, 2, {"moments": "bf16"}),
+        ("moe", "fp32", {"pp": 2, "vpp": 2}, 2, {"moments": "fp8_coat"}),
+        ("moma", "bf16", {"tp": 2}, 2, {"optimizer": "muon"}),
     ],
 )
 def test_a_restart_from_memory_goes_on_bit_by_bit(
-    place: Path, model: str, dtype: str, parallel: dict[str, Any], world: int, moments: str
+    place: Path, model: str, dtype: str, parallel: dict[str, Any], world: int, optim: dict[str, Any]
 ) -> None:
     """Two steps, a snapshot, two more; then another life with the memory of one rank lost: the same two more."""
     config = settings(model, dtype=dtype, parallel=parallel)
     config = config.model_copy(
         update={
             "model": config.model.model_copy(update={"dropout": 0.1}),
-            "optim": config.optim.model_copy(update={"moments": moments}),
+            "optim": config.optim.model_copy(update=optim),
         }
     )
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mmscale.config.derived import orthogonalizes
 from mmscale.config.optim.schema import OptimConfig
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
-from mmscale.tables.settings import MOMENTS, OPTIMIZERS, SCHEDULES
+from mmscale.tables.settings import MOMENTS, SCHEDULES
 
 _BF16_BETA2 = 0.995
 
@@ -53,6 +54,15 @@ def _decays_at_the_end(optim: OptimConfig) -> bool:
     return optim.schedule in SCHEDULES and SCHEDULES[optim.schedule].final_decay
 
 
+def _muon(config: Config) -> Iterator[Problem]:
+    if orthogonalizes(config.auxiliary.optim):
+        yield Problem(
+            f"auxiliary.optim.optimizer = {config.auxiliary.optim.optimizer}: "
+            "auxiliary routers are routers, which Muon leaves to AdamW",
+            "use auxiliary.optim.optimizer=adamw; optim.optimizer=muon trains the main model",
+        )
+
+
 def _moments(config: Config) -> Iterator[Problem]:
     joint = config.model.auxiliary.mode == "joint"  # in joint runs the copies include the routers' optimizer
     for section, optim, copied in (
@@ -67,7 +77,7 @@ def _moments(config: Config) -> Iterator[Problem]:
                 "never decay, because the change in a step is below the resolution of bf16",
                 f"use {section}.beta2={_BF16_BETA2:g} at most, or {section}.moments=fp8_coat",
             )
-        if stored.te_dtype is not None and optim.optimizer not in OPTIMIZERS:
+        if stored.te_dtype is not None and optim.optimizer != "adamw":
             yield Problem(
                 f"{section}.moments = {optim.moments} with {section}.optimizer = {optim.optimizer}: "
                 "Transformer-Engine keeps these moments for its own Adam only",
@@ -88,4 +98,4 @@ def _moments(config: Config) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (_optim, _moments)
+RULES: tuple[Rule, ...] = (_optim, _muon, _moments)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mmscale.config.section import (
     AtLeastOne,
+    Coefficient,
+    Count,
     Epsilon,
     Exponent,
     Index,
@@ -22,8 +24,32 @@ from mmscale.config.section import (
 from mmscale.tables.settings import MOMENTS, OPTIMIZERS, SCHEDULES
 
 
+class MuonConfig(Section):
+    """Muon: momentum of matrices, orthogonalised by Newton-Schulz (optim.optimizer = muon)."""
+
+    momentum: Share = setting("Decay of the momentum.", 0.95, source="Keller Jordan's Muon")
+    nesterov: bool = setting("Nesterov momentum.", True, source="Keller Jordan's Muon")
+    steps: Annotated[Count, Field(le=100)] = setting(
+        "Newton-Schulz iterations.", 5, unit="iterations", source="Keller Jordan's Muon"
+    )
+    coefficients: tuple[Coefficient, Coefficient, Coefficient] = setting(
+        "a, b, c of the iteration X <- a X + (b X X^T + c (X X^T)^2) X.",
+        (3.4445, -4.7750, 2.0315),
+        source="Keller Jordan's Muon",
+    )
+    rms: Positive = setting(
+        "Root mean square of an update at a learning rate of 1. AdamW's is about 0.2, so both use the same lr.",
+        0.2,
+        source="Moonlight, arXiv 2502.16982, section 2.2",
+    )
+    dtype: Literal["fp32", "bf16"] = setting(
+        "Number format of the iteration's products. bf16 is faster on GPUs; layouts then differ by bf16's rounding.",
+        "fp32",
+    )
+
+
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
     lr: Annotated[Positive, Field(le=10.0)] = setting("Peak learning rate.", 1e-4, source="MoMa Table 5")
     min_lr: Rate = setting("Learning rate that the schedule reaches after the last step.", 1e-6)
@@ -56,6 +82,7 @@ class OptimConfig(Section):
     beta1: Share = setting("Adam's decay of the first moment.", 0.9)
     beta2: Share = setting("Adam's decay of the second moment.", 0.95)
     eps: Epsilon = setting("Adam's epsilon.", 1e-5)
+    muon: MuonConfig = setting("Settings of optimizer = muon.", MuonConfig())
     clip_grad: Rate = setting("Largest norm of the gradient; 0: no clipping.", 1.0)
     grad_norm_skip_threshold: Positive | None = setting(
         "Skip a batch if its gradient norm before clipping is above this value, whatever resilience.anomaly.action is; "

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,10 @@ import torch
 from megatron.core import optimizer
 from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
+
+from mmscale.errors import ConfigError
+
+_LARGEST_START = 1.5  # times the usual size of an update
 
 
 class HostFusedAdam(torch.optim.Optimizer):
@@ -138,6 +143,27 @@ class HostFusedAdam(torch.optim.Optimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+        )
+
+
+def require_slow_start(betas: tuple[float, float]) -> None:
+    """Refuse decays with which moments that start from zero in the middle of a run would give too large updates.
+
+    The correction of the start at zero depends on the number of steps of the whole optimizer, so it is 1 by then.
+    After n steps with a constant gradient an update is (1 - beta1^n) / sqrt(1 - beta2^n) times its usual size: 0.45 to
+    1.1 times with 0.9 and 0.95, but 6.5 times with 0.9 and 0.999.
+
+    Raises:
+        ConfigError: the largest of these factors is above 1.5.
+    """
+    beta1, beta2 = betas
+    factor = max((1 - beta1**n) / math.sqrt(1 - beta2**n) for n in range(1, 1000))
+    if factor > _LARGEST_START:
+        raise ConfigError(
+            f"Adam has no moments of the matrices that Muon trained, and updates that start without them would be "
+            f"{factor:.1f} times too large with optim.beta1 = {beta1:g} and optim.beta2 = {beta2:g}",
+            remedy="lower optim.beta2 (0.95 is safe with a beta1 of 0.9), keep optim.optimizer=muon, or copy the "
+            "weights alone: `mmscale ckpt reshard RUN@STEP NEW --weights`",
         )
 
 

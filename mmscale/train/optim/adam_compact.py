@@ -37,10 +37,12 @@ class ShardPlace:
     Attributes:
         lead: elements between the start of a group of FP8 moments and the shard's first element.
         format: of its moments, a compact one of `optim.moments`; None: fp32.
+        moments: those that are kept.
     """
 
     lead: int = 0
     format: str | None = None
+    moments: tuple[str, ...] = MOMENTS
 
     @property
     def in_groups(self) -> bool:
@@ -58,7 +60,7 @@ class CompactAdam(HostFusedAdam):
 
     Args:
         params: Parameters or parameter groups.
-        moments: bf16, rounded to nearest; or fp8_coat, see adam_moments.py.
+        moments: bf16, rounded to nearest; fp8_coat, see adam_moments.py; or fp32, which subclasses may use.
         options: As HostFusedAdam's.
 
     Attributes:
@@ -72,20 +74,25 @@ class CompactAdam(HostFusedAdam):
 
     def place(self, param: Tensor) -> ShardPlace:
         """How the moments of a parameter, or of a shard of one, are stored."""
-        default = ShardPlace(format=self.moments if param.ndim >= 2 else None)
+        default = ShardPlace(format=self.compact if param.ndim >= 2 else None)
         return self.places.get(param, default)
+
+    @property
+    def compact(self) -> str | None:
+        """The format of compact moments; None: all are fp32."""
+        return self.moments if MOMENT_FORMATS[self.moments].compact else None
 
     def layout(self, param: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of every state tensor of a parameter."""
         place, numel = self.place(param), param.numel()
         if place.in_groups:
             kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-            for moment in MOMENTS:
+            for moment in place.moments:
                 kept[moment] = (torch.uint8, (numel,))
                 kept[triples_of(moment)] = (torch.float32, (group_count(numel, place.lead), TRIPLE))
             return kept
         dtype = torch.float32 if place.format is None else torch.bfloat16
-        return {moment: (dtype, tuple(param.shape)) for moment in MOMENTS}
+        return {moment: (dtype, tuple(param.shape)) for moment in place.moments}
 
     def initialize(self) -> None:
         """Create moments of zero for every parameter that has none yet."""

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mmscale.config import Config, OptimConfig
-from mmscale.config.derived import overlap_data_parallel
+from mmscale.config.derived import orthogonalizes, overlap_data_parallel
 from mmscale.errors import ConfigError
 from mmscale.model.build import DTYPES
 from mmscale.runtime import device
@@ -36,6 +36,8 @@ from mmscale.train.optim import adam
 from mmscale.train.optim.adam import HostFusedAdam
 from mmscale.train.optim.adam_compact import CompactAdam
 from mmscale.train.optim.finalize import finalize
+from mmscale.train.optim.matrix_layout import matrix_layouts
+from mmscale.train.optim.muon import Muon
 from mmscale.train.optim.shards import save_shardwise
 
 # Elements of a gradient bucket with overlapped communication; None: megatron's own choice, at least 40 million.
@@ -100,7 +102,7 @@ def aligned_shards(moments: str) -> bool:
 def make_optimizer(
     config: Config, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """AdamW over all chunks, sharded over data-parallel ranks: an optimizer for dense and one for expert parameters."""
+    """AdamW or Muon over all chunks, sharded over data-parallel ranks: one for dense and one for expert parameters."""
     adam.install()
     optim, dtype = config.optim, DTYPES[config.precision.dtype]
     optimizer_config = OptimizerConfig(
@@ -124,7 +126,12 @@ def make_optimizer(
         optimizer = get_megatron_optimizer(
             optimizer_config, chunks, use_gloo_process_groups=False, pg_collection=groups
         )
-    save_shardwise(optimizer)
+    parts = save_shardwise(optimizer)
+    if orthogonalizes(optim):
+        named = [entry for chunk in chunks for entry in chunk.named_parameters()]
+        layouts = matrix_layouts(config, named, tensor_parallel=groups.tp.size())
+        for part in parts:
+            part.hold_matrices(layouts, groups.tp)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
@@ -136,6 +143,8 @@ def optimizer_class(optim: OptimConfig) -> tuple[type[HostFusedAdam], dict[str, 
         PluginError: a plug-in cannot be used.
     """
     compact = {"moments": optim.moments} if MOMENTS[optim.moments].compact else {}
+    if orthogonalizes(optim):
+        return Muon, {"settings": optim.muon, "moments": optim.moments}
     if optim.optimizer in OPTIMIZERS:
         return (CompactAdam, compact) if compact else None
     use = Use("optimizer", "optim.optimizer", optim.optimizer, optim.optimizer_args)

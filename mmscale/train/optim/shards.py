@@ -18,12 +18,17 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.tables.settings import MOMENTS as MOMENT_FORMATS
+from mmscale.train.optim.adam import require_slow_start
 from mmscale.train.optim.adam_compact import MOMENTS, CompactAdam, ShardPlace
 from mmscale.train.optim.boxes import boxes_of
-from mmscale.train.optim.stored_moments import MomentReader, cell_of, moment_boxes, stores_small
+from mmscale.train.optim.matrix_exchange import exchanges_of
+from mmscale.train.optim.matrix_layout import MatrixLayout
+from mmscale.train.optim.muon import Muon
+from mmscale.train.optim.stored_moments import MomentReader, cell_of, moment_boxes, stores_others
 
 PREFIX = "optimizer.state"
 _MAIN = "param"
@@ -81,16 +86,17 @@ class ShardwiseOptimizer(DistributedOptimizer):
             pieces = list(boxes_of(places[parameter], parameter, start, end))
             tensors = self._get_main_param_and_optimizer_states(parameter)
             found: list[ShardedTensor] = []
+            place, cell = self._place(parameter), self._cell(parameter)
             if self._reader is not None:
                 main, moments = self._targets(parameter)
-                place, cell = self._place(parameter), self._cell(parameter)
                 found = self._reader.ask(pieces, main, moments, place, cell=cell)
             else:
                 found += [piece.shard(f"{PREFIX}.{_MAIN}", tensors[_MAIN].detach().view(-1)) for piece in pieces]
-                for moment in MOMENTS:
-                    place, cell = self._place(parameter), self._cell(parameter)
+                for moment in place.moments:
                     found += moment_boxes(PREFIX, moment, pieces, tensors, place, cell=cell)
             state |= {str(len(state) + number): box for number, box in enumerate(found)}
+        if self._reader is not None and self._reader.restarted:
+            require_slow_start(self.optimizer.param_groups[0]["betas"])
         return state
 
     def load_parameter_state_from_fully_reshardable(self, state_dict: dict[Any, Any]) -> None:
@@ -121,7 +127,7 @@ class ShardwiseOptimizer(DistributedOptimizer):
     @property
     def _small(self) -> bool:
         return isinstance(self.optimizer, CompactAdam) or (
-            self.stored is not None and stores_small(PREFIX, self.stored)
+            self.stored is not None and stores_others(PREFIX, self.stored)
         )
 
     def _owned(self) -> Iterator[tuple[Tensor, int, int]]:
@@ -159,17 +165,36 @@ class ShardwiseOptimizer(DistributedOptimizer):
             small = parameter.ndim >= 2 and (
                 not MOMENT_FORMATS[inner.moments].in_groups or self._cell(parameter) >= _LEAST_CELL
             )
-            inner.places[self._main(parameter)] = ShardPlace.at(start, inner.moments if small else None)
+            inner.places[self._main(parameter)] = ShardPlace.at(start, inner.compact if small else None)
+
+    def hold_matrices(self, layouts: Mapping[Tensor, MatrixLayout], tensor_parallel: ProcessGroup) -> None:
+        """Give Muon the matrices of all ranks and this rank's shards of them.
+
+        Args:
+            layouts: of the parameters that Muon updates.
+            tensor_parallel: the ranks that share these parameters.
+        """
+        assert isinstance(self.optimizer, Muon)
+        exchanges = exchanges_of(self, layouts, tensor_parallel)
+        owned = [parameter for exchange in exchanges for parameter in exchange.parameters]
+        self.optimizer.hold(exchanges, {parameter: self._main(parameter) for parameter in owned})
 
 
-def save_shardwise(optimizer: MegatronOptimizer) -> None:
-    """Make every distributed optimizer in it save its own shards, without gathering."""
+def save_shardwise(optimizer: MegatronOptimizer) -> list[ShardwiseOptimizer]:
+    """Make every distributed optimizer in it save its own shards, without gathering.
+
+    Returns:
+        Those that have parameters on this rank.
+    """
+    found = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if type(part) is DistributedOptimizer:
             # Get_megatron_optimizer always creates its own class; ours differs in methods only.
             part.__class__ = ShardwiseOptimizer
             if not part.is_stub_optimizer:
                 part.place_shards()
+                found.append(part)
+    return found
 
 
 def expect(optimizer: MegatronOptimizer, stored: Mapping[str, TensorEntry] | None) -> None:

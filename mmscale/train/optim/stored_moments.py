@@ -39,10 +39,14 @@ def cell_of(shape: Sequence[int], *, shard: int) -> int:
     return math.gcd(_CELL, shape[-1], shard) if shape else 1
 
 
-def stores_small(prefix: str, stored: Mapping[str, TensorEntry]) -> bool:
-    """Whether a checkpoint has moments that are not fp32."""
-    names = tuple(f"{prefix}.{moment}" for moment in MOMENTS)
-    return any(entry.dtype is not torch.float32 for name, entry in stored.items() if name.startswith(names))
+def stores_others(prefix: str, stored: Mapping[str, TensorEntry]) -> bool:
+    """Whether a checkpoint has moments that are not fp32, or first moments without second moments (Muon's)."""
+    first, second = (f"{prefix}.{moment}" for moment in MOMENTS)
+    return any(
+        entry.dtype is not torch.float32 or (name.startswith(f"{first}.") and name.replace(first, second) not in stored)
+        for name, entry in stored.items()
+        if name.startswith((first, second))
+    )
 
 
 def moment_boxes(
@@ -80,14 +84,15 @@ class _Asked:
     """One moment of a rank's part that is being read.
 
     Attributes:
-        state, moment, place: where the values are stored.
+        state: where the values are stored; None: nowhere, because this run's optimizer does not keep the moment.
+        moment, place: likewise.
         pieces: boxes of the part.
         values: numbers of its boxes in the list of all boxes that are read.
         cells: likewise the numbers of the scales' boxes; empty if the checkpoint has no scales.
         cell, axis: how many elements share a scale in the checkpoint, and along which dimension.
     """
 
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] | None
     moment: str
     place: ShardPlace
     pieces: Sequence[FlatBox]
@@ -100,6 +105,10 @@ class _Asked:
 class MomentReader:
     """Reads one optimizer's master weights and moments from a checkpoint whose moments have any format.
 
+    The optimizer of the checkpoint may be another one. Muon takes its momentum from Adam's first moment, and discards
+    the second moment. Adam needs a second moment, which Muon's matrices do not have: both moments of these matrices
+    start from zero (`restarted`).
+
     Args:
         prefix: of the keys.
         stored: tensors of the checkpoint; None: assume the format in which this run would write them.
@@ -111,6 +120,12 @@ class MomentReader:
         self._number = 0
         self._mains: list[tuple[Tensor, Sequence[FlatBox], range]] = []
         self._asked: list[_Asked] = []
+        self._restarted: list[tuple[Mapping[str, Tensor], ShardPlace, int]] = []
+
+    @property
+    def restarted(self) -> bool:
+        """Whether moments will start from zero."""
+        return bool(self._restarted)
 
     def ask(
         self, pieces: Sequence[FlatBox], main: Tensor, state: Mapping[str, Tensor], place: ShardPlace, *, cell: int
@@ -126,9 +141,13 @@ class MomentReader:
         """
         found = [piece.shard(f"{self._prefix}.param", main.new_empty(main.numel())) for piece in pieces]
         self._mains.append((main, pieces, self._numbers(len(found))))
-        for moment in MOMENTS:
+        key = pieces[0].whole.key
+        there = self._moments_of(key) or place.moments
+        restarts = not set(place.moments) <= set(there)
+        if restarts:
+            self._restarted.append((state, place, main.numel()))
+        for moment in there:  # all of them, because a checkpoint must be read completely
             name, scales = f"{self._prefix}.{moment}", f"{self._prefix}.{triples_of(moment)}"
-            key = pieces[0].whole.key
             dtype, cells = self._kept(name, scales, pieces[0], place, cell)
             values = [piece.shard(name, main.new_empty(main.numel(), dtype=dtype)) for piece in pieces]
             boxes: list[ShardedTensor] = []
@@ -139,9 +158,16 @@ class MomentReader:
                     boxes.append(piece.cells(scales, numbers, cell=size, width=TRIPLE, axis=axis))
             assert all(piece.whole.key == key for piece in pieces), pieces
             numbers_of = self._numbers(len(values)), self._numbers(len(boxes))
-            self._asked.append(_Asked(state, moment, place, pieces, *numbers_of, size, axis))
+            kept = state if moment in place.moments and not restarts else None
+            self._asked.append(_Asked(kept, moment, place, pieces, *numbers_of, size, axis))
             found += [*values, *boxes]
         return found
+
+    def _moments_of(self, key: str) -> tuple[str, ...]:
+        """The moments of a tensor in the checkpoint; empty if that is unknown, or if it has not even the first."""
+        stored = self._stored or {}
+        found = tuple(moment for moment in MOMENTS if f"{self._prefix}.{moment}.{key}" in stored)
+        return found if MOMENTS[0] in found else ()
 
     def _numbers(self, count: int) -> range:
         self._number += count
@@ -172,12 +198,16 @@ class MomentReader:
         for main, pieces, numbers in self._mains:
             main.view(-1).copy_(_joined(pieces, [loaded[number] for number in numbers]))
         for asked in self._asked:
-            self._take(asked, loaded)
+            if asked.state is not None:
+                self._take(asked, asked.state, loaded)
+        for state, place, numel in self._restarted:
+            for moment in place.moments:
+                write(state, moment, place, 0, torch.zeros(numel, device=state[moment].device))
 
-    def _take(self, asked: _Asked, loaded: Sequence[Tensor]) -> None:
+    def _take(self, asked: _Asked, state: Mapping[str, Tensor], loaded: Sequence[Tensor]) -> None:
         stored = _joined(asked.pieces, [loaded[number] for number in asked.values])
         if not asked.cells:
-            write(asked.state, asked.moment, asked.place, 0, stored.float())
+            write(state, asked.moment, asked.place, 0, stored.float())
             return
         tables, ids, known = [], [], 0
         for piece, number in zip(asked.pieces, asked.cells, strict=True):
@@ -187,13 +217,13 @@ class MomentReader:
         # `ids` has one cell number per element. Cells of the same old group have equal triples and get the same id
         # here, so that the cells of the checkpoint do not matter below.
         table, same = torch.unique(torch.cat(tables).view(torch.int32), dim=0, return_inverse=True)
-        _store_codes(asked, stored, table.view(torch.float32), same[torch.cat(ids).to(same.device)])
+        _store_codes(asked, state, stored, table.view(torch.float32), same[torch.cat(ids).to(same.device)])
 
 
-def _store_codes(asked: _Asked, codes: Tensor, table: Tensor, ids: Tensor) -> None:
+def _store_codes(asked: _Asked, state: Mapping[str, Tensor], codes: Tensor, table: Tensor, ids: Tensor) -> None:
     """Store FP8 elements and the id of each element's triple in `table`, in the format of this run's moments."""
     if not asked.place.in_groups:
-        write(asked.state, asked.moment, asked.place, 0, unpack(codes.unsqueeze(-1), table[ids]).squeeze(-1))
+        write(state, asked.moment, asked.place, 0, unpack(codes.unsqueeze(-1), table[ids]).squeeze(-1))
         return
     lead, numel = asked.place.lead, codes.numel()
     # Id 0: padding outside of this rank's part.
@@ -211,8 +241,8 @@ def _store_codes(asked: _Asked, codes: Tensor, table: Tensor, ids: Tensor) -> No
         packed = pack(torch.where(inside, values, 0.0), keep_positive=asked.moment == "exp_avg_sq")
         grouped_codes = grouped_codes.clone()
         grouped_codes[torn], triples[torn] = packed.codes, packed.triples
-    asked.state[asked.moment].view(-1).copy_(from_groups(grouped_codes, lead, numel))
-    asked.state[triples_of(asked.moment)].copy_(triples)
+    state[asked.moment].view(-1).copy_(from_groups(grouped_codes, lead, numel))
+    state[triples_of(asked.moment)].copy_(triples)
 
 
 def _sizes_of(piece: FlatBox, asked: _Asked) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def problems(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[st
         if kept and kept != {f"{name}.{key}": dtype for key, dtype in _moments(inner, param).items()}:
             other.append(name)
     if other:
-        found.append(f"moments of {other[0]} are not kept as optim.moments says")
+        found.append(f"moments of {other[0]} are not kept as optim.optimizer and optim.moments say")
     found += [f"{name} is missing" for name in wanted if name not in tensors]
     found += [
         f"{name} has shape {list(tensors[name].shape)} instead of {list(shape)}"

@@ -47,6 +47,17 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         })
         for section in ("optim", "auxiliary.optim")
     },
+    **{
+        f"optim.muon.{key}": (value, {}, {"optim__optimizer": "muon"})
+        for key, value in (
+            ("momentum", 0.9),
+            ("nesterov", False),
+            ("steps", 3),
+            ("coefficients", (2.0, -1.5, 0.5)),
+            ("rms", 0.3),
+            ("dtype", "bf16"),
+        )
+    },
     "train.loss_args": ({"a": 1}, {}, {"train__loss": "package.module:Loss"}),
     **{
         f"auxiliary.{key}": (8, {"model__auxiliary__mode": "joint"}, {})

@@ -280,6 +280,14 @@ BROKEN = [
     ({"optim__beta2": 1.0}, "optim.beta2 = 1 never decays"),
     ({"optim__moments": "bf16", "optim__beta2": 0.999}, "optim.moments = bf16 with optim.beta2 = 0.999"),
     ({"auxiliary__optim__moments": "te_fp8", "precision__dtype": "fp32"}, "auxiliary.optim.moments = te_fp8 is for"),
+    (
+        {"auxiliary__optim__optimizer": "muon"},
+        "auxiliary.optim.optimizer = muon: auxiliary routers are routers, which Muon leaves to AdamW",
+    ),
+    (
+        {"optim__optimizer": "muon", "optim__moments": "te_bf16", "precision__dtype": "bf16"},
+        "optim.moments = te_bf16 with optim.optimizer = muon",
+    ),
     ({"optim__moments": "te_bf16", "resilience__memory_every": 1}, "te_bf16 with resilience.memory_every"),
     (
         {"auxiliary__optim__moments": "te_fp8", "resilience__memory_every": 1, "model__auxiliary__mode": "joint"},

@@ -70,6 +70,12 @@ _BENCHMARKS = (
         home="mmscale.bench.fp8_stability",
     ),
     _Benchmark(
+        "optim",
+        "Train with each optimizer in turns: held-out loss after equal steps, CPU time of a step and of its update. "
+        "[CONFIG [KEY=VALUE]...] and options as --name value.",
+        "--steps 200 --seeds 3 --data data/digits",
+    ),
+    _Benchmark(
         "data",
         "Compare packing schemes: [CONFIG [KEY=VALUE]...] and options of the benchmark as --name value.",
         "configs/quickstart.yaml --repeats 3",

@@ -21,6 +21,7 @@ from mmscale.cli import (
     config,
     convert,
     data,
+    data_scores,
     data_weights,
     init,
     launch,
@@ -53,7 +54,10 @@ app.add_typer(config.app, name="config")
 data.app.command("dedup", epilog="Example: mmscale data dedup data/corpus --against data/benchmark --workers 8")(
     data_weights.dedup
 )
-data.app.command("score", epilog="Example: mmscale data score data/corpus --by rules")(data_weights.score)
+data.app.command("score", epilog="Example: mmscale data score data/corpus --by rules")(data_scores.score)
+data.app.command(
+    "fit-classifier", epilog="Example: mmscale data fit-classifier good.safetensors --good data/books --bad data/web"
+)(data_scores.fit_classifier)
 data.app.command("select", epilog="Example: mmscale data select data/corpus --by rules --top 0.2 --temperature 0.5")(
     data_weights.select
 )

@@ -1,6 +1,6 @@
 """Commands that decide which documents of a prepared data set are trained on, and how often.
 
-`mmscale data dedup`, `score` and `select`: calls data/dedup and data/scoring.
+`mmscale data dedup` and `select`: calls data/dedup and data/scoring.
 """
 
 from __future__ import annotations
@@ -132,33 +132,6 @@ def _found(result: dict[str, Any]) -> None:
         for one in result["largest"][:3]
     ]
     pairs(rows)
-
-
-def score(
-    folder: DataSet,
-    by: Annotated[
-        str,
-        typer.Option(
-            "--by",
-            metavar="WHAT",
-            help="rules: text quality by rules about lines; FILE.npy or FILE.parquet (column score): a score for each "
-            "training document, in the order of the data set.",
-        ),
-    ],
-    name: Annotated[
-        str | None, typer.Option("--name", show_default=False, help="Name of the score. Default: rules, or the file's.")
-    ] = None,
-    workers: Workers = 2,
-    as_json: Json = False,
-) -> None:
-    """Write a score of each training document beside the data, for `mmscale data select`."""
-    from mmscale.data.progress import Reporter
-    from mmscale.data.scoring import weigh
-
-    result = weigh.score(folder, by, name=name, workers=workers, reporter=Reporter(enabled=not as_json))
-    quantiles = " / ".join(f"{value:.4g}" for value in result["quantiles"])
-    rows = [("data set", result["folder"]), ("score", result["name"]), ("least / quartiles / most", quantiles)]
-    emit(result, as_json=as_json, text=lambda: pairs(rows))
 
 
 def select(

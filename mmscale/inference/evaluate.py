@@ -18,7 +18,7 @@ from mmscale.data.stream.asked import Answers, Asked
 from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.packed import fill_rows, pack_rows
-from mmscale.inference.model import RunModel, open_run
+from mmscale.inference.model import RunModel, open_run, stepper_of
 from mmscale.inference.scores import measured, passes_of, with_data
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.runtime.rank_env import RankEnv
@@ -27,7 +27,6 @@ from mmscale.tables.routings import Routing
 from mmscale.train.steps.answers import answers
 from mmscale.train.steps.auxiliary_routers import figures, table
 from mmscale.train.steps.evaluation import evaluate
-from mmscale.train.steps.step import Stepper
 
 
 def evaluate_run(
@@ -95,7 +94,7 @@ class _RunScorer:
     def answers(self, asked: Sequence[Asked]) -> Answers:
         """The answers, computed as in training."""
         model = self.model
-        return answers(asked, config=model.config, stepper=_stepper(model), groups=model.groups, routing=self.routing)
+        return answers(asked, config=model.config, stepper=stepper_of(model), groups=model.groups, routing=self.routing)
 
     def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         """For each document [tokens, vocabulary]; documents share sequences, as in training."""
@@ -134,16 +133,12 @@ def _against_batch(
     return found
 
 
-def _stepper(model: RunModel) -> Stepper:
-    return Stepper(model.config, [model.module], None, model.groups)  # type: ignore[list-item]
-
-
 def _losses(
     model: RunModel, data: Mixture, batches: int | None, routing: Routing, learning: RouterLearning | None = None
 ) -> dict[str, float]:
     return evaluate(
         model.config,
-        stepper=_stepper(model),
+        stepper=stepper_of(model),
         mixture=data,
         groups=model.groups,
         batches=batches,

@@ -29,6 +29,7 @@ from mmscale.tables.routings import Needs, Routing
 from mmscale.train.stages.origin import find_routers
 from mmscale.train.state.router_state import load_main_tensors, load_router_tensors, main_tensors, router_tensors
 from mmscale.train.steps.batch import to_device
+from mmscale.train.steps.step import Stepper
 
 T = TypeVar("T")
 _SEED = 0  # has no effect, because all weights are read
@@ -99,6 +100,11 @@ class RunModel:
         if self.groups.tp.size() > 1:  # each rank has the logits of its part of the vocabulary
             logits = gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
         return logits.float().cpu()
+
+
+def stepper_of(model: RunModel) -> Stepper:
+    """Runs forward passes of a loaded checkpoint as training does."""
+    return Stepper(model.config, [model.module], None, model.groups)  # type: ignore[list-item]
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def evaluate(expression: str, columns: Mapping[str, Numbers]) -> Numbers:
     if not np.isfinite(found).all():
         raise UsageError(
             f"--expr: {expression!r} is no number for document {int(np.flatnonzero(~np.isfinite(found))[0])}",
-            remedy="divide by max(NAME, 1), or compare",
+            remedy="divide by max(NAME, 1), compare, or use a score that every document has",
         )
     return np.array(found)
 

@@ -27,7 +27,7 @@ from mmscale.data.prepared.parts import read_document
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.selection import DocumentWeights, read_selection
 from mmscale.data.progress import Reporter
-from mmscale.data.scoring import weigh
+from mmscale.data.scoring import score, weigh
 from mmscale.data.stream.mixture import open_mixture
 from mmscale.data.stream.passes import open_passes
 from mmscale.data.stream.source import Source
@@ -248,7 +248,7 @@ def test_a_corpus_is_deduplicated_and_selected_as_the_same_documents_are(tmp_pat
     for name, made in (("linked", linked), ("plain", plain)):
         prepare(made, out := tmp_path / name, progress=False)
         apply.dedup(out, rule=DuplicateRule(), reporter=Reporter(enabled=False))
-        weigh.score(out, "rules", reporter=Reporter(enabled=False))
+        score.score(out, "rules", reporter=Reporter(enabled=False))
         own = []
         for ways in (
             {"expression": "(rules > 0.5) + 0.5"},

@@ -17,7 +17,7 @@ from mmscale.data.prepared.manifest import parts_of, read_manifest
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.selection import DocumentWeights, read_selection, write_layer
 from mmscale.data.progress import Reporter
-from mmscale.data.scoring import choose, weigh
+from mmscale.data.scoring import choose, score, weigh
 from mmscale.data.scoring.line_rules import RULES, quality
 from mmscale.errors import DataError, UsageError
 from tests.unit.data.samples import config, text, write_jsonl
@@ -156,14 +156,14 @@ def weights(folder: Path) -> list[float]:
 
 def test_scores_become_weights(tmp_path: Path) -> None:
     folder = made(tmp_path)
-    result = weigh.score(folder, "rules", reporter=SILENT)
+    result = score.score(folder, "rules", reporter=SILENT)
     assert (result["name"], result["quantiles"][-1]) == ("rules", 1.0)
     weigh.select(folder, expression="rules > 0.9")
     assert weights(folder) == [1, 0, 1] * 4
     weigh.select(folder, expression="2 * (rules > 0.9) + 0.25 * (rules < 0.9) + 0 * tokens")
     assert weights(folder) == [2, 0.25, 2] * 4
     pq.write_table(pa.table({"score": [float(n) for n in range(12)]}), tmp_path / "mine.parquet")
-    weigh.score(folder, str(tmp_path / "mine.parquet"), reporter=SILENT)
+    score.score(folder, str(tmp_path / "mine.parquet"), reporter=SILENT)
     weigh.select(folder, by="mine + 100 * rules", top=0.5)
     assert [n for n, weight in enumerate(weights(folder)) if weight] == [2, 3, 5, 6, 8, 9, 11][1:]
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(12, 3)))
@@ -181,7 +181,7 @@ def test_a_share_is_one_of_the_documents_that_others_keep(tmp_path: Path, by: st
     parts, of = parts_of(folder, manifest, "train"), identity_of(folder, manifest)
     write_layer(folder, manifest, parts, np.arange(12) < 4, name="dedup", of=of, made={})
     pq.write_table(pa.table({"score": [float(n) for n in range(12)]}), tmp_path / "mine.parquet")
-    weigh.score(folder, str(tmp_path / "mine.parquet"), reporter=SILENT)
+    score.score(folder, str(tmp_path / "mine.parquet"), reporter=SILENT)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(12, 3)))
     for _ in range(2):  # the layer of an earlier selection is replaced, and leaves nothing out
         if by == "score":
@@ -198,11 +198,11 @@ def test_what_cannot_be_a_score_or_a_selection_is_refused(tmp_path: Path) -> Non
     np.save(tmp_path / "bad.npy", np.full(12, np.nan))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     calls: list[tuple[Any, type[Exception], str]] = [
-        (lambda: weigh.score(folder, "magic", reporter=SILENT), UsageError, "there is no scorer 'magic'"),
-        (lambda: weigh.score(folder, str(tmp_path / "short.npy"), reporter=SILENT), DataError, "has 3 scores"),
-        (lambda: weigh.score(folder, str(tmp_path / "bad.npy"), reporter=SILENT), DataError, "are no numbers"),
-        (lambda: weigh.score(folder, str(tmp_path / "torn.parquet"), reporter=SILENT), DataError, "cannot be read"),
-        (lambda: weigh.score(folder, "rules", name="tokens", reporter=SILENT), UsageError, "cannot be the name"),
+        (lambda: score.score(folder, "magic", reporter=SILENT), UsageError, "there is no scorer 'magic'"),
+        (lambda: score.score(folder, str(tmp_path / "short.npy"), reporter=SILENT), DataError, "has 3 scores"),
+        (lambda: score.score(folder, str(tmp_path / "bad.npy"), reporter=SILENT), DataError, "are no numbers"),
+        (lambda: score.score(folder, str(tmp_path / "torn.parquet"), reporter=SILENT), DataError, "cannot be read"),
+        (lambda: score.score(folder, "rules", name="tokens", reporter=SILENT), UsageError, "cannot be the name"),
         (lambda: weigh.select(folder), UsageError, "nothing says which documents"),
         (lambda: weigh.select(folder, by="tokens"), UsageError, "nothing says which documents"),
         (lambda: weigh.select(folder, expression="100 * tokens"), UsageError, "weights are from 0 to 64"),
@@ -212,7 +212,7 @@ def test_what_cannot_be_a_score_or_a_selection_is_refused(tmp_path: Path) -> Non
     for call, error, message in calls:
         with pytest.raises(error, match=message):
             call()
-    weigh.score(folder, "rules", reporter=SILENT)
+    score.score(folder, "rules", reporter=SILENT)
     (folder / "scores/rules.of").write_text("other")
     with pytest.raises(DataError, match="was made for other documents"):
         weigh.select(folder, expression="rules > 0")

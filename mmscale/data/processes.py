@@ -1,0 +1,41 @@
+"""Runs independent pieces of work in several processes of this machine. No torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from mmscale.errors import DataError
+
+_Done = TypeVar("_Done")
+
+
+def in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers: int) -> Iterator[_Done]:
+    """Results in the order of the jobs; computed in this process if there is only one worker or job.
+
+    Raises:
+        DataError: a process was killed.
+    """
+    if min(workers, len(jobs)) <= 1:
+        yield from map(work, jobs)
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        try:
+            yield from pool.map(work, jobs)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "data: a worker process was killed, perhaps because memory ran out",
+                remedy="run the command again with fewer --workers",
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def call(work: Callable[[], _Done]) -> _Done:
+    """Call a function, for `in_processes`."""
+    return work()

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from mmscale import bounded
+from mmscale.data.modalities.model_vocabulary import ids_of, with_ids
 from mmscale.data.modalities.text_tokens import TextTokenizer
 from mmscale.data.vocab import BOS, SPECIAL_TOKENS, Vocabulary
 from mmscale.errors import DataError
@@ -41,14 +42,15 @@ def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, rows: int, co
     }
     used = {*text.tokenizer.get_vocab(with_added_tokens=True).values(), *named.values()}
     named |= {f"<unused_{number}>": number for number in range(rows) if number not in used}
-    taken = sorted(named.keys() & content["model"]["vocab"].keys())
+    words = ids_of(content["model"])
+    taken = sorted(named.keys() & words.keys())
     if taken:
         raise DataError(
             f"text tokenizer: the word {taken[0]!r} would be taken for an image token or an unused id",
             remedy="rename the modality in vocab.modalities, or choose another text tokenizer",
         )
     # Added to the model's vocabulary too, because an added token that is missing there gets the next free id.
-    content["model"]["vocab"] |= named
+    content["model"] = with_ids(content["model"], words | named)
     content["added_tokens"] += [{"id": number, "content": name} | flags for name, number in named.items()]
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.post_processor = processors.TemplateProcessing(

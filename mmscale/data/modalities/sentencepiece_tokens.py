@@ -1,4 +1,4 @@
-"""Converts a `.model` file of sentencepiece (BPE) to a tokenizer.json.
+"""Converts a `.model` file of sentencepiece (BPE or Unigram) to a tokenizer.json.
 
 sentencepiece itself encodes a sample of texts, and the result has to give the same ids. What a tokenizer.json cannot
 express exactly is refused. Optional packages: sentencepiece and protobuf.
@@ -18,10 +18,14 @@ from mmscale.errors import DataError
 SUFFIX = ".model"
 _MOST_BYTES = 256 << 20
 _SPACE = "▁"  # what sentencepiece writes for a space
-_BPE = 2  # TrainerSpec.ModelType
-_KINDS = {1: "Unigram", 3: "Word", 4: "Char"}
+# Unigram finds the most probable pieces, and a special token is a piece of the vocabulary like any other. So "<" of a
+# text is replaced by this character, in pieces too: no text contains a special token then. Unicode guarantees that
+# U+FDD0 never becomes a character; a text with it would be read as one with "<".
+_LESS, _LESS_BYTE, _HIDDEN = "<", "<0x3C>", "\ufdd0"
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_KINDS = {3: "Word", 4: "Char"}
 # ModelProto.SentencePiece.Type
-_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
+_NORMAL, _USER_DEFINED, _UNUSED, _BYTE = 1, 4, 5, 6
 _TOGETHER = 64  # pieces of the vocabulary that are a text of the sample
 _SAMPLE = (
     "The quick brown fox's 12345 jumps over\r\n\r\n  the lazy dog!  it'll  ",
@@ -41,22 +45,13 @@ def converted(file: Path, *, sample: Iterable[str] = _SAMPLE) -> dict[str, Any]:
         sample: texts on which both are compared, besides texts of the vocabulary's own pieces.
 
     Raises:
-        DataError: a package is missing, the file is damaged, of another kind than BPE, has a setting that a
+        DataError: a package is missing, the file is damaged, of another kind than BPE and Unigram, has a setting that a
             tokenizer.json cannot express, or the conversion gives other ids.
     """
     reference, model = _read(file)
     _check(file, model)
-    pieces = [piece.piece for piece in model.pieces]
-    fallback, spec = model.trainer_spec.byte_fallback, model.normalizer_spec
-    tokenizer = Tokenizer(
-        models.BPE(
-            {piece: number for number, piece in enumerate(pieces)},
-            list(_merges(model)),
-            unk_token=pieces[reference.unk_id()],
-            fuse_unk=True,
-            byte_fallback=fallback,
-        )
-    )
+    unigram, spec = model.trainer_spec.model_type == _UNIGRAM, model.normalizer_spec
+    tokenizer = Tokenizer((_unigram if unigram else _bpe)(model, unknown=reference.unk_id()))
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -64,8 +59,12 @@ def converted(file: Path, *, sample: Iterable[str] = _SAMPLE) -> dict[str, Any]:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    steps.append(normalizers.Replace(" ", _SPACE))
     back: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if unigram:
+        steps.append(normalizers.Replace(_LESS, _HIDDEN))
+        back.insert(0, decoders.Replace(_HIDDEN, _LESS))
+    tokenizer.normalizer = normalizers.Sequence(steps)
     if spec.add_dummy_prefix:
         back.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(back)
@@ -77,6 +76,44 @@ def converted(file: Path, *, sample: Iterable[str] = _SAMPLE) -> dict[str, Any]:
             )
     content: dict[str, Any] = bounded.parse_json(tokenizer.to_str())
     return content
+
+
+def hides_specials(content: dict[str, Any]) -> bool:
+    """Whether no text can contain the special tokens of a Unigram tokenizer.json: it is one that `converted` made."""
+    steps = (content.get("normalizer") or {}).get("normalizers") or [{}]
+    last = steps[-1]
+    return last.get("pattern") == {"String": _LESS} and last.get("content") == _HIDDEN
+
+
+def _bpe(model: Any, *, unknown: int) -> models.BPE:
+    """The model; `unknown` is the id of the piece for unknown characters."""
+    pieces = [piece.piece for piece in model.pieces]
+    return models.BPE(
+        {piece: number for number, piece in enumerate(pieces)},
+        list(_merges(model)),
+        unk_token=pieces[unknown],
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+    )
+
+
+def _unigram(model: Any, *, unknown: int) -> models.Unigram:
+    """As `_bpe`. Pieces that are not for text have names with "<", which no text contains.
+
+    If "<" has no piece, its byte is the piece of what replaces it. Then no other piece contains "<", so its score is
+    the same in every way to cut a text.
+    """
+    least = min((piece.score for piece in model.pieces if piece.type == _NORMAL), default=0.0)
+    known = any(piece.piece == _LESS and piece.type == _NORMAL for piece in model.pieces)
+    pieces = []
+    for piece in model.pieces:
+        if piece.type == _BYTE and piece.piece == _LESS_BYTE and not known:
+            pieces.append((_HIDDEN, least))
+        elif piece.type == _NORMAL:
+            pieces.append((piece.piece.replace(_LESS, _HIDDEN), piece.score))
+        else:  # scores of these would change that of unknown characters, which is below all others
+            pieces.append((piece.piece if _LESS in piece.piece else f"<{piece.piece}>", least))
+    return models.Unigram(pieces, unk_id=unknown, byte_fallback=model.trainer_spec.byte_fallback)
 
 
 def _read(file: Path) -> tuple[Any, Any]:
@@ -108,7 +145,7 @@ def _check(file: Path, model: Any) -> None:
     kind, types = model.trainer_spec.model_type, {piece.type for piece in model.pieces}
     pieces = [piece.piece for piece in model.pieces]
     reasons = {
-        f"it is a {_KINDS.get(kind, kind)} model, not BPE": kind != _BPE,
+        f"it is a {_KINDS.get(kind, kind)} model, not BPE or Unigram": kind not in (_BPE, _UNIGRAM),
         "it has user-defined pieces": _USER_DEFINED in types,
         "it has unused pieces": _UNUSED in types,
         "it has a piece twice": len(set(pieces)) < len(pieces),
@@ -120,8 +157,8 @@ def _check(file: Path, model: Any) -> None:
         if found:
             raise DataError(
                 f"text tokenizer: {file} cannot be converted exactly: {reason}",
-                remedy="use a BPE model without it, or a tokenizer.json whose ids can be moved (BPE, WordPiece or "
-                "WordLevel)",
+                remedy="use a BPE or Unigram model without it, or a tokenizer.json whose ids can be moved (BPE, "
+                "WordPiece or WordLevel)",
             )
 
 

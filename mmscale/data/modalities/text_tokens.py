@@ -5,6 +5,7 @@ The ids are those of the text range, special tokens first. No torch here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mmscale import bounded
 from mmscale.data.modalities import foreign_tokens, sentencepiece_tokens
+from mmscale.data.modalities.model_vocabulary import ids_of, with_ids
 from mmscale.data.vocab import SPECIAL_TOKENS
 from mmscale.errors import DataError, MmscaleError
 from mmscale.runtime.atomic_files import write_atomic
@@ -160,8 +162,9 @@ class TextTokenizer:
     @cached_property
     def unknown(self) -> int | None:
         """Id for texts that the tokenizer has no token for; None: it can encode every text."""
-        name = getattr(self.tokenizer.model, "unk_token", None)
-        return None if name is None else self.tokenizer.token_to_id(name)
+        model = bounded.parse_json(self.tokenizer.to_str())["model"]
+        name = model.get("unk_token")
+        return model.get("unk_id") if name is None else self.tokenizer.token_to_id(name)
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Ids of a text, int64 [tokens]; never a special token."""
@@ -253,19 +256,18 @@ def _unreadable(file: object, error: Exception) -> DataError:
 def _with_our_specials(content: dict[str, Any], file: object, specials: tuple[str, ...]) -> dict[str, Any]:
     """The content of a tokenizer.json, changed so that the special tokens have the first ids."""
     model, added = content["model"], content.get("added_tokens") or []
-    vocabulary: dict[str, int] = model["vocab"]
-    if not isinstance(vocabulary, dict):
+    if not isinstance(model["vocab"], dict) and not sentencepiece_tokens.hides_specials(content):
         raise DataError(
             f"text tokenizer: {file} is a {model.get('type')} model, whose ids cannot be moved",
-            remedy="use a BPE, WordPiece or WordLevel tokenizer",
+            remedy="use a BPE, WordPiece or WordLevel tokenizer, or the .model file of sentencepiece",
         )
+    vocabulary = ids_of(model)
     ids = {token["content"]: token["id"] for token in added} | vocabulary
+    renamed = _same
     if any(ids.get(name) != index for index, name in enumerate(specials)):
-        shift = len(specials)
-        vocabulary = {_renamed(name, specials): number + shift for name, number in vocabulary.items()}
-        added = [
-            token | {"content": _renamed(token["content"], specials), "id": token["id"] + shift} for token in added
-        ]
+        shift, renamed = len(specials), functools.partial(_renamed, specials=specials)
+        vocabulary = {renamed(name): number + shift for name, number in vocabulary.items()}
+        added = [token | {"content": renamed(token["content"]), "id": token["id"] + shift} for token in added]
     theirs = [token for token in added if token["content"] not in specials]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     ours = [{"id": index, "content": name} | flags for index, name in enumerate(specials)]
@@ -274,7 +276,12 @@ def _with_our_specials(content: dict[str, Any], file: object, specials: tuple[st
         model = model | {"unk_token": _renamed(model["unk_token"], specials)}
     # Templates, truncation and padding would add tokens or silently cut documents.
     dropped = {"post_processor": None, "truncation": None, "padding": None}
-    return content | dropped | {"model": model | {"vocab": vocabulary}, "added_tokens": ours + theirs}
+    model = with_ids(model, vocabulary, renamed=renamed)
+    return content | dropped | {"model": model, "added_tokens": ours + theirs}
+
+
+def _same(name: str) -> str:
+    return name
 
 
 def _renamed(name: str, specials: tuple[str, ...]) -> str:

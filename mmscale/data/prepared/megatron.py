@@ -25,6 +25,7 @@ from mmscale.data import digests
 from mmscale.data.arrays import GOLDEN, finalized
 from mmscale.data.digests import Hasher
 from mmscale.data.documents.schema import TRAIN, VALIDATION
+from mmscale.data.modalities.model_vocabulary import ids_of
 from mmscale.data.modalities.text_tokens import TextTokenizer, read_content
 from mmscale.data.prepared.manifest import MANIFEST, Part
 from mmscale.data.prepared.parts import DTYPES, HEADER, index_bytes
@@ -154,7 +155,7 @@ def offset_of(settings: PrepareConfig, tokenizer: TextTokenizer) -> int:
     if settings.id_offset is not None:
         return settings.id_offset
     assert settings.text.load is not None
-    own: dict[str, int] = read_content(Path(settings.text.load))["model"]["vocab"]
+    own = ids_of(read_content(Path(settings.text.load))["model"])
     word, number = max(((word, number) for word, number in own.items() if word not in SPECIAL_TOKENS), key=_number)
     moved = tokenizer.tokenizer.token_to_id(word)
     assert moved is not None, "loading renames special tokens only, and they do not have the largest id"

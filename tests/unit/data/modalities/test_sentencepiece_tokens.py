@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from mmscale.data.modalities import sentencepiece_tokens
 from mmscale.data.modalities.text_tokens import TextTokenizer
+from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
+from tests.unit.data.samples import config
 
 WORDS = ["theatre", "there", "then", "seven's", "draw", "naïve", "red", "bus", "buses", "1234567", "x=1;", "東京"]
 TEXTS = [
@@ -35,6 +39,7 @@ def trained(folder: Path, **settings: Any) -> Path:
     return folder / "x.model"
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -44,8 +49,8 @@ def trained(folder: Path, **settings: Any) -> Path:
         {"unk_id": 2, "bos_id": 0, "eos_id": 1, "pad_id": 3},
     ],
 )
-def test_ids_are_those_of_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
-    file = trained(tmp_path, **settings)
+def test_ids_are_those_of_sentencepiece(tmp_path: Path, settings: dict[str, Any], kind: str) -> None:
+    file = trained(tmp_path, **settings, model_type=kind)
     import sentencepiece
 
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
@@ -55,16 +60,57 @@ def test_ids_are_those_of_sentencepiece(tmp_path: Path, settings: dict[str, Any]
     for text in TEXTS:
         assert ours.encode(text).tolist() == [number + shift for number in theirs.encode(text)]
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)).replace(" ⁇ ", "<unk>")
+    assert ours.unknown == theirs.unk_id() + shift
     ours.save(tmp_path / "saved")
     again = TextTokenizer.load(tmp_path / "saved" / "tokenizer.json")
     assert again.fingerprint() == ours.fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_large_model_gives_the_same_ids_everywhere(tmp_path: Path, kind: str) -> None:
+    """On random texts of letters, signs and names of special tokens, with pieces that contain "<" and unknown ones."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="pip install 'mmscale[sentencepiece]'")
+    random = np.random.default_rng(0)
+    parts = ["<s>", "</s>", "<boi>", "<unk>", "<0x41>", "a<b", "if (x<y)", "ß", "東", *WORDS]
+    words = ["".join(random.choice(list("abcdefg<"), random.integers(2, 7))) for _ in range(80)]
+    lines = [" ".join(random.choice([*parts[5:], *words], 8)) for _ in range(600)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "x"), vocab_size=110, model_type=kind, minloglevel=2
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "x.model"))
+    ours = TextTokenizer.load(tmp_path / "x.model")
+    for _ in range(500):
+        text = "".join(random.choice([*parts, *words, " ", "<", "q", "🙂"], random.integers(1, 12)))
+        assert ours.encode(text).tolist() == [number + 5 for number in theirs.encode(text)], text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)).replace(" ⁇ ", "<unk>")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_an_export_has_the_same_tokens(tmp_path: Path, kind: str) -> None:
+    from checkpoints_tools.huggingface.fast_tokenizer import fast_tokenizer
+
+    ours = TextTokenizer.load(trained(tmp_path, model_type=kind))
+    given = config(vocab={"text": ours.vocab_size + 3, "image": 16})
+    vocabulary = Vocabulary.from_config(given.vocab)
+    theirs = fast_tokenizer(ours, vocabulary, rows=512, context=64)
+    for text in TEXTS:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text).tolist()
+    assert theirs.convert_tokens_to_ids("<image_0>") == vocabulary.range_of("image")[0]
+
+
+def test_other_unigram_files_are_refused(tmp_path: Path) -> None:
+    """A tokenizer.json of another program, whose text could contain the names of special tokens."""
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="is a Unigram model, whose ids cannot be moved") as error:
+        TextTokenizer.load(tmp_path / "tokenizer.json")
+    assert ".model file of sentencepiece" in error.value.remedy
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "unigram", "vocab_size": 300}, "is a Unigram model, not BPE"),
-        ({"model_type": "char"}, "is a Char model, not BPE"),
+        ({"model_type": "char"}, "is a Char model, not BPE or Unigram"),
         ({"user_defined_symbols": ["bus"]}, "has user-defined pieces"),
         ({"treat_whitespace_as_suffix": True}, "spaces end words"),
     ],

@@ -44,38 +44,39 @@ def unfinished(jobs: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def submit(
-    calls: Sequence[Callable[[], None]], last: Callable[[], None], *, folder: Path, name: str, profile: Profile
-) -> list[str]:
-    """Submit functions as tasks of an array, and a last one that starts when all of them have ended, in whatever way.
+def submit(stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name: str, profile: Profile) -> list[str]:
+    """Submit functions: those of a stage as tasks of an array, which starts when the stage before has ended.
 
-    SLURM requeues a task whose node fails. The last function must do the work that killed tasks left undone.
+    A stage starts in whatever way the tasks before it ended. SLURM requeues a task whose node fails. The last function
+    must do the work that killed tasks left undone.
 
     Args:
-        calls: of the array's tasks.
-        last: of the job after the array.
+        stages: functions of each array.
         folder: for submitit's files and the jobs' logs, on a file system that the nodes share.
         name: of the jobs.
         profile: of the cluster.
 
     Returns:
-        Numbers of the tasks' jobs, then that of the last one.
+        Numbers of the tasks' jobs, in their order.
 
     Raises:
-        LaunchError: there is no SLURM, or it refuses.
+        LaunchError: there is no SLURM, or it refuses; jobs that it took before are cancelled.
     """
     check(profile)
+    found: list[str] = []
+    behind: str | None = None
     with passed.shared(profile):
-        array = batch_script.submit(_executor(folder, name, profile, None), calls, profile)
-        numbers = [one.id for one in array]
-        behind = f"afterany:{':'.join(dict.fromkeys(number.partition('_')[0] for number in numbers))}"
-        try:
-            (ending,) = batch_script.submit(_executor(folder, name, profile, behind), [last], profile)
-        except LaunchError:
-            for number in numbers:
-                scheduler.cancel(number)
-            raise
-    return [*numbers, ending.id]
+        for stage in stages:
+            try:
+                array = batch_script.submit(_executor(folder, name, profile, behind), stage, profile)
+            except LaunchError:
+                for number in found:
+                    scheduler.cancel(number)
+                raise
+            numbers = [one.id for one in array]
+            behind = f"afterany:{':'.join(dict.fromkeys(number.partition('_')[0] for number in numbers))}"
+            found += numbers
+    return found
 
 
 def _executor(folder: Path, name: str, profile: Profile, dependency: str | None) -> SlurmExecutor:

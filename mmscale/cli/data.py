@@ -59,7 +59,13 @@ def prepare(
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes.", show_default=False)] = None,
     tasks: Annotated[
         int | None,
-        typer.Option("--tasks", metavar="N", min=1, help="Tasks of a job array on --cluster.", show_default=False),
+        typer.Option(
+            "--tasks",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Tasks that share the parts: of a job array on --cluster, or processes of this machine.",
+        ),
     ] = None,
     cluster: Annotated[
         str | None,
@@ -81,14 +87,21 @@ def prepare(
     config = _spec(spec, changes, documents or [], like)
     from mmscale.data.prepared import inspect_set
     from mmscale.data.prepared import prepare as preparing
+    from mmscale.data.processes import run_stages
 
     given: dict[str, Any] = {"strict": strict or None, "workers": workers, "progress": not as_json}
-    if (tasks is None) != (cluster is None):
-        raise UsageError("data prepare: --tasks and --cluster belong together", remedy="give both, or --workers")
+    if cluster is not None and tasks is None:
+        raise UsageError(
+            "data prepare: --cluster needs --tasks", remedy="say how many tasks share the parts: --tasks N"
+        )
     if tasks is not None and cluster is not None:
         submitted = _submit(config, out.resolve(), cluster, number=tasks, overwrite=overwrite, given=given)
         emit(submitted, as_json=as_json, text=lambda: pairs(submitted.items()))
         return
+    if tasks is not None:
+        given["workers"] = workers or 1
+        run_stages([preparing.plan_shares(config, out, number=tasks, overwrite=overwrite, **given)], tasks=tasks)
+        overwrite = False
     preparing.prepare(config, out, overwrite=overwrite, **given)
     result = inspect_set.summary(out)
     emit(result, as_json=as_json, text=lambda: _summary(result))
@@ -120,7 +133,7 @@ def _submit(
     planned = shares.read_plan(out)
     assert planned is not None, "plan_shares has written it"
     try:
-        jobs = job_arrays.submit(found, finish, folder=out / folder.JOBS, name=name, profile=profile)
+        jobs = job_arrays.submit([found, [finish]], folder=out / folder.JOBS, name=name, profile=profile)
     except LaunchError as error:
         shares.SharedPlan(planned.parts, refused=error.cause).write(out)
         raise

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.output import Json, emit, pairs
-from mmscale.errors import UsageError
+from mmscale.errors import DataError, UsageError
 
 MATCHES = ("joint", "text", "image")
 DataSet = Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")]
@@ -80,7 +80,28 @@ def dedup(
             help="Folder for temporary files, 1,000 bytes per document. Default: .cache inside the data set.",
         ),
     ] = None,
-    workers: Workers = 2,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Processes, of each task. Default: 2; with local tasks 1.", show_default=False
+        ),
+    ] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            "--tasks",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Tasks that share the work: of a job array on --cluster, or processes of this machine.",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster", metavar="NAME", show_default=False, help="Profile of a SLURM cluster whose jobs do the work."
+        ),
+    ] = None,
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove the weights, so that training reads all documents again.")
     ] = False,
@@ -91,8 +112,9 @@ def dedup(
     Tokens are not changed. The weights are written to selection/ in the data set's folder, which every run reads at its
     start (see data.selection).
     """
-    from mmscale.data.dedup import apply
+    from mmscale.data.dedup import apply, shared
     from mmscale.data.dedup.pairs import DuplicateRule
+    from mmscale.data.processes import run_stages
     from mmscale.data.progress import Reporter
 
     if match not in MATCHES:
@@ -101,17 +123,47 @@ def dedup(
         done = apply.undo(folder)
         _removed(folder, done, "is trained on whole" if done else "left out nothing", as_json=as_json)
         return
-    result = apply.dedup(
-        folder,
-        rule=DuplicateRule(match, similarity, distance, exact),
-        against=against or [],
-        held_out=own,
-        max_cluster=max_cluster,
-        scratch=scratch,
-        workers=workers,
-        reporter=Reporter(enabled=not as_json),
-    )
+    rule = DuplicateRule(match, similarity, distance, exact)
+    request: dict[str, Any] = {"rule": rule, "against": against or [], "held_out": own, "max_cluster": max_cluster}
+    request["scratch"] = scratch
+    if cluster is not None and tasks is None:
+        raise UsageError("data dedup: --cluster needs --tasks", remedy="say how many: --tasks N")
+    if tasks is not None:
+        planned = shared.plan_tasks(folder, tasks=tasks, **request)
+        if cluster is not None:
+            submitted = _submit(folder.resolve(), planned, cluster, workers=workers or 2)
+            emit(submitted, as_json=as_json, text=lambda: pairs(submitted.items()))
+            return
+        (result,) = run_stages(planned.stages(workers=workers or 1, progress=not as_json), tasks=tasks)
+    else:
+        result = apply.dedup(folder, workers=workers or 2, reporter=Reporter(enabled=not as_json), **request)
     emit(result, as_json=as_json, text=lambda: _found(result))
+
+
+def _submit(folder: Path, planned: Any, cluster: str, *, workers: int) -> dict[str, Any]:
+    """Submit the tasks of a planned deduplication."""
+    from launch import job_arrays
+    from launch.profile import load_profile
+    from mmscale.data.dedup.shared import LOGS
+
+    profile = load_profile(cluster, {})
+    job_arrays.check(profile)
+    if going := job_arrays.unfinished(planned.jobs()):
+        raise DataError(
+            f"data: jobs are deduplicating {folder}: {', '.join(going)} wait or run",
+            remedy=f"wait for them, or cancel them first: scancel {' '.join(going)}",
+        )
+    logs = planned.work.scratch.with_name(f"{planned.work.scratch.name}-{LOGS}")
+    stages = planned.stages(workers=workers, progress=True)
+    jobs = job_arrays.submit(stages, folder=logs, name=f"mmscale-dedup-{folder.name}", profile=profile)
+    planned.keep_jobs(jobs)
+    return {
+        "folder": str(folder),
+        "state": "submitted",
+        "tasks": len(planned.work.blocks),
+        "jobs": ", ".join(jobs),
+        "logs": str(logs),
+    }
 
 
 def _removed(folder: Path, done: bool, words: str, *, as_json: bool) -> None:

@@ -36,6 +36,24 @@ def in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers: int
             raise
 
 
-def call(work: Callable[[], _Done]) -> _Done:
-    """Call a function, for `in_processes`."""
+def run_stages(stages: Sequence[Sequence[Callable[[], _Done]]], *, tasks: int) -> list[_Done]:
+    """Call functions in several processes: those of a stage at the same time, after all of the stage before.
+
+    Args:
+        stages: functions that can be pickled.
+        tasks: processes.
+
+    Returns:
+        The results of the last stage.
+
+    Raises:
+        DataError: a process was killed.
+    """
+    found: list[_Done] = []
+    for stage in stages:
+        found = list(in_processes(_call, stage, tasks))
+    return found
+
+
+def _call(work: Callable[[], _Done]) -> _Done:
     return work()

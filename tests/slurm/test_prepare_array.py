@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -50,5 +51,25 @@ def test_an_array_makes_what_one_process_makes(cluster: Cluster, profile: Path, 
     array, one = (
         {name: data for name, data in files_of(folder).items() if not name.startswith(("plan", "jobs", ".cache"))}
         for folder in (out, tmp_path / "one")
+    )
+    assert array == one
+
+
+def test_an_array_finds_the_duplicates_of_one_process(cluster: Cluster, profile: Path, tmp_path: Path) -> None:
+    spec, folder = tmp_path / "spec.yaml", tmp_path / "set"
+    spec.write_text(SPEC % corpus(tmp_path / "in", 60))
+    mmscale("data", "prepare", str(spec), "--out", str(folder), "--tasks", "2")
+    shutil.copytree(folder, tmp_path / "one")
+    mmscale("data", "dedup", str(tmp_path / "one"))
+    ended = mmscale("data", "dedup", str(folder), "--cluster", str(profile), "--tasks", "2")
+    submitted = json.loads(ended)
+    assert submitted["state"] == "submitted" and len(submitted["jobs"].split(", ")) == 2 + 2 + 1
+    deadline = time.monotonic() + DEADLINE_S
+    while not (folder / "selection/selection.json").is_file():
+        assert time.monotonic() < deadline, "\n".join(log.read_text() for log in Path(submitted["logs"]).glob("*.out"))
+        time.sleep(POLL_S)
+    array, one = (
+        {file.name: file.read_bytes().replace(str(place).encode(), b"") for file in (place / "selection").iterdir()}
+        for place in (folder, tmp_path / "one")
     )
     assert array == one

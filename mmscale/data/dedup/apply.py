@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmscale.data.dedup.find import find
+from mmscale.data.dedup.find import find, own_folder
 from mmscale.data.dedup.pairs import DuplicateRule
+from mmscale.data.dedup.passes import DedupWork, plan_work
 from mmscale.data.digests import digest_of
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import HELD_OUT, MANIFEST, TRAIN, has_documents, parts_of, read_manifest
@@ -17,7 +18,7 @@ from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
 
 LAYER = "dedup"
-_SCRATCH = ".cache/dedup"  # inside the data set
+SCRATCH = ".cache/dedup"  # inside the data set
 MOST_SHARE, MOST_LEAST = 0.01, 1000  # default limit of a cluster: this share of the documents, but at least this number
 
 
@@ -53,9 +54,41 @@ def dedup(
         DataError: a data set is missing or damaged, a cluster is too large, or no document would be left. Nothing is
             changed then.
     """
+    request = asked(folder, rule=rule, against=against, held_out=held_out, max_cluster=max_cluster)
+    with own_folder(folder / SCRATCH if scratch is None else scratch) as own:
+        work = plan_work(folder, own, rule=rule, against=request.against)
+        return write_found(work, request, workers=workers, reporter=reporter)
+
+
+@dataclass(frozen=True)
+class DedupRequest:
+    """A checked request.
+
+    Attributes:
+        of: identity of the documents.
+        against: folders and splits of held-out documents.
+        max_cluster: different contents that one cluster may have.
+    """
+
+    of: str
+    against: tuple[tuple[Path, str], ...]
+    max_cluster: int
+
+    def described(self) -> list[str]:
+        """The held-out documents with digests of their manifests."""
+        return [f"{path} ({split}), manifest {digest_of(path / MANIFEST)}" for path, split in self.against]
+
+
+def asked(
+    folder: Path, *, rule: DuplicateRule, against: Sequence[Path], held_out: bool, max_cluster: int | None
+) -> DedupRequest:
+    """Check the arguments of `dedup`, which describes them.
+
+    Raises:
+        DataError: a data set is missing or damaged, or compared with itself.
+    """
     manifest = read_manifest(folder)
-    parts = parts_of(folder, manifest, TRAIN)
-    documents = sum(part.documents for part in parts)
+    documents = sum(part.documents for part in parts_of(folder, manifest, TRAIN))
     sets = [(folder, HELD_OUT)] if held_out and has_documents({folder: manifest}, HELD_OUT) else []
     for other in against:
         if other.resolve() == folder.resolve():
@@ -66,27 +99,25 @@ def dedup(
         own = read_manifest(other)
         sets.append((other, HELD_OUT if has_documents({other: own}, HELD_OUT) else TRAIN))
     most = max(MOST_LEAST, int(MOST_SHARE * documents)) if max_cluster is None else max_cluster
-    found = find(
-        folder,
-        rule=rule,
-        against=sets,
-        scratch=folder / _SCRATCH if scratch is None else scratch,
-        max_cluster=most,
-        workers=workers,
-        reporter=reporter,
-    )
+    return DedupRequest(identity_of(folder, manifest), tuple(sets), most)
+
+
+def write_found(work: DedupWork, request: DedupRequest, *, workers: int, reporter: Reporter) -> dict[str, Any]:
+    """Do what is left of the work, and write the weights; arguments, result and errors as of `dedup`."""
+    folder, manifest = work.folder, read_manifest(work.folder)
+    found = find(work, max_cluster=request.max_cluster, workers=workers, reporter=reporter)
     result: dict[str, Any] = {
-        "documents": documents,
+        "documents": work.documents,
         "kept": int(found.keep.sum()),
         "duplicates": found.duplicates,
         "contaminated": found.contaminated,
         "clusters": found.clusters,
         "largest": [asdict(cluster) | {"text": text} for cluster, text in found.largest],
-        "rule": asdict(rule),
-        "against": [f"{path} ({split}), manifest {digest_of(path / MANIFEST)}" for path, split in sets],
+        "rule": asdict(work.rule),
+        "against": request.described(),
     }
-    of = identity_of(folder, manifest)
-    selection = write_layer(folder, manifest, parts, found.keep, name=LAYER, of=of, made=result)
+    parts = parts_of(folder, manifest, TRAIN)
+    selection = write_layer(folder, manifest, parts, found.keep, name=LAYER, of=request.of, made=result)
     return {"folder": str(folder)} | result | {"selection": selection.identity}
 
 

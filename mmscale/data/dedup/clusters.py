@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from mmscale.data.dedup.records import Compared
+
 _CHUNK = 1 << 20  # documents or pairs that are processed together
 
 
@@ -71,7 +73,7 @@ class DuplicateCluster:
 
 
 def largest(
-    forest: DuplicateForest, file: Path, documents: int, facts: NDArray[np.void], *, count: int
+    forest: DuplicateForest, file: Path, documents: int, records: Compared, *, count: int
 ) -> tuple[int, list[DuplicateCluster]]:
     """The number of clusters with two or more documents, and the largest ones.
 
@@ -79,7 +81,7 @@ def largest(
         forest: of all documents.
         file: for the sizes, 8 bytes a document.
         documents: D.
-        facts: of the documents, as in compared.py.
+        records: of the documents.
         count: number of clusters to return.
     """
     sizes = np.memmap(file, dtype=np.int64, mode="w+", shape=(documents,))
@@ -99,6 +101,8 @@ def largest(
         for root in np.unique(roots[places]).tolist():
             members[root].append(start + places[roots[places] == root])
     return number, [
-        DuplicateCluster(root, int(sizes[root]), len(np.unique(facts[["text", "items"]][np.concatenate(own)])))
+        DuplicateCluster(
+            root, int(sizes[root]), len(np.unique(records.facts.of(np.concatenate(own))[["text", "items"]]))
+        )
         for root, own in members.items()
     ]

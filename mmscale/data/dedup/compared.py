@@ -1,7 +1,6 @@
-"""The properties of documents that deduplication compares: read from a prepared data set, stored in files.
+"""Reads the contents of documents that deduplication compares from a prepared data set; records.py stores them.
 
-Only a slice of the files is in memory at a time. D documents of the training split, with the numbers that the sampler
-uses.
+Documents have the numbers that the sampler uses.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mmscale.data.arrays import scattered
-from mmscale.data.dedup.looks import COLOUR, GREY, PictureLooks, look
-from mmscale.data.dedup.words import MINIMA, SHINGLE, Hashes, hashes_of, shingles, signature, words_of
+from mmscale.data.dedup.words import Hashes, hashes_of, words_of
 from mmscale.data.modalities.modality import Codec
 from mmscale.data.modalities.table import decode_item, open_codecs
 from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokenizer
@@ -27,16 +23,6 @@ from mmscale.data.prepared.parts import read_document
 from mmscale.data.vocab import IMAGE
 
 SLICE = 1 << 15  # documents of a piece of work
-FACTS = np.dtype(
-    [
-        ("shape", "<u8"),  # kinds of its parts in their order, never 0
-        ("text", "<u8"),  # its words; 0: it has none
-        ("items", "<u8"),  # codes of all its items; 0: it has none
-        ("rest", "<u8"),  # codes of its items behind the first
-        ("bits", "<u8"),  # structure of its first picture
-        ("looks", "?"),  # whether it has a picture that was decoded
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -155,64 +141,3 @@ def folded(hashes: Sequence[int] | Hashes) -> int:
     """A hash of a sequence of hashes; 0 if it is empty."""
     state = xxhash.xxh3_64(np.asarray(hashes, np.uint64).tobytes())
     return (state.intdigest() or 1) if len(hashes) else 0
-
-
-class Compared:
-    """Facts, signatures and thumbnails of all documents, in mapped files.
-
-    Args:
-        folder: of the files.
-        documents: D.
-        write: create the files; otherwise they exist.
-    """
-
-    def __init__(self, folder: Path, documents: int, *, write: bool = False) -> None:
-        shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "facts": (FACTS, (documents,)),
-            "signatures": (np.dtype("<u4"), (documents, MINIMA)),
-            "grey": (np.dtype("u1"), (documents, GREY * GREY)),
-            "colour": (np.dtype("u1"), (documents, COLOUR * COLOUR * 3)),
-        }
-        if write:
-            for name, (dtype, shape) in shapes.items():  # sparse files: the disk allocates blocks when they are written
-                with (folder / name).open("wb") as file:
-                    file.truncate(dtype.itemsize * int(np.prod(shape)))
-        maps = {
-            name: np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape)
-            for name, (dtype, shape) in shapes.items()
-        }
-        self.facts, self.signatures, self.grey, self.colour = maps.values()
-
-    def looks(self, documents: NDArray[np.int64]) -> PictureLooks:
-        """Hashes and thumbnails of the first picture of some documents."""
-        return PictureLooks(self.facts["bits"][documents], self.grey[documents], self.colour[documents])
-
-    def add(self, number: int, content: DocumentContent, *, text: bool) -> PictureLooks | None:
-        """Write the data of a document.
-
-        Args:
-            number: of the document.
-            content: of it.
-            text: whether signatures of texts are needed.
-
-        Returns:
-            Hashes and thumbnails of all its pictures.
-        """
-        drawn = [look(pixels) for pixels in content.pictures if pixels is not None]
-        first = bool(content.pictures) and content.pictures[0] is not None
-        self.facts[number] = (
-            content.shape,
-            folded(content.words),
-            folded(content.items),
-            int(scattered(np.array([folded(content.items[1:])], np.uint64))[0]),
-            drawn[0][0] if first else 0,
-            first,
-        )
-        if text and len(content.words):
-            self.signatures[number] = signature(np.unique(shingles(content.words, SHINGLE)))
-        if first:
-            self.grey[number], self.colour[number] = drawn[0][1:]
-        if not drawn:
-            return None
-        bits, grey, colour = (np.array(column) for column in zip(*drawn, strict=True))
-        return PictureLooks(bits.astype(np.uint64), grey, colour)

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.arrays import scattered
-from mmscale.data.dedup.compared import Compared
 from mmscale.data.dedup.looks import near, table_keys
+from mmscale.data.dedup.records import Compared
 from mmscale.data.dedup.words import Hashes, band_keys
 
 RUN = np.dtype([("key", "<u8"), ("document", "<i8")])
@@ -53,13 +53,13 @@ class DuplicateRule:
 
     def alike(self, records: Compared, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether documents are duplicates, pair by pair [n]."""
-        a, b = records.facts[one], records.facts[other]
+        a, b = records.facts.of(one), records.facts.of(other)
         found = a["shape"] == b["shape"]
         if self.match != "image":
             same = a["text"] == b["text"]
             rows = np.flatnonzero(~same & (a["text"] != 0) & (b["text"] != 0) & found)
             if len(rows) and not self.exact:
-                equal = records.signatures[one[rows]] == records.signatures[other[rows]]
+                equal = records.signatures.of(one[rows]) == records.signatures.of(other[rows])
                 same[rows] = equal.mean(axis=1) >= self.similarity
             found &= same
         if self.match != "text":
@@ -72,7 +72,7 @@ class DuplicateRule:
 
     def keys(self, records: Compared, first: int, stop: int) -> NDArray[np.void]:
         """Keys of some documents, sorted."""
-        facts = records.facts[first:stop]
+        facts = records.facts.between(first, stop)
         documents = np.arange(first, stop)
         found: list[tuple[Hashes, NDArray[np.int64]]] = []
         with_items, with_text = facts["items"] != 0, facts["text"] != 0
@@ -83,7 +83,7 @@ class DuplicateRule:
         rows = np.flatnonzero(by_text)
         if len(rows):
             shape = facts["shape"][rows, None]
-            own = facts["text"][rows, None] if self.exact else band_keys(records.signatures[first + rows])
+            own = facts["text"][rows, None] if self.exact else band_keys(records.signatures.of(first + rows))
             found.append((scattered(own ^ shape), documents[rows]))
         rows = np.flatnonzero(by_items)
         if len(rows):

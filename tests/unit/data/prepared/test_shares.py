@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmscale.cli import main
 from mmscale.data.prepared.encode import Encoded
 from mmscale.data.prepared.folder import PLAN
 from mmscale.data.prepared.manifest import read_manifest
@@ -135,3 +136,15 @@ def test_a_corpus_without_parts(tmp_path: Path) -> None:
     linked: Any = config(source="megatron", documents=["a.idx"])
     with pytest.raises(ConfigError, match="no parts to share"):
         plan_shares(linked, tmp_path / "out", number=2, progress=False)
+
+
+def test_the_command_prepares_in_processes_of_this_machine(tmp_path: Path) -> None:
+    documents = str(corpus(tmp_path / "in", 40))
+    settings = ("data.prepare.part_documents=6", "data.prepare.image={kind: levels, size: 4, channels: 1}")
+    sizes = "vocab.modalities=[{name: text, size: 300}, {name: image, size: 16}]"
+    for name, more in (("one", ()), ("three", ("--tasks", "3"))):
+        command = ["data", "prepare", "--documents", documents, "--out", str(tmp_path / name), *settings, sizes, *more]
+        assert main(command) == 0
+    assert made(tmp_path / "three") == made(tmp_path / "one")
+    assert main([*command, "--overwrite"]) == 0 and made(tmp_path / "three") == made(tmp_path / "one")
+    assert main([*command[:-2], "--cluster", "test"]) == 2

@@ -20,15 +20,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmscale.data.arrays import read_array
+from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import TRAIN, check_tokenizers, read_manifest
-from mmscale.data.prepared.whole_files import write_error, write_whole
 from mmscale.data.progress import Reporter
 from mmscale.data.scoring.stored import check_names, write_scores
 from mmscale.data.stream.source import Source
 from mmscale.inference.document_losses import LABELS, LIKELIEST, LOSS, document_sums
 from mmscale.inference.model import RunModel, open_run
 from mmscale.inference.retrieval_heads import best_heads, masked_heads, retrieval_scores
+from mmscale.runtime.atomic_files import write_atomic
 from mmscale.tables.routings import Routing
 from mmscale.tables.run_scores import RUN_SCORES
 
@@ -193,7 +194,7 @@ class _SliceCache:
         content = io.BytesIO()
         np.save(content, sums)
         try:
-            write_whole(self._folder / file, content.getvalue())
+            write_atomic(self._folder / file, content.getvalue())
         except OSError as error:
             raise write_error(error, self._folder / file) from error
 

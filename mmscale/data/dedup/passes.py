@@ -19,8 +19,8 @@ from mmscale.data.dedup.contamination import HeldOutContent, read_held_out
 from mmscale.data.dedup.pairs import RANGE, DuplicateRule, edges, merged
 from mmscale.data.dedup.records import Compared, RecordBlock
 from mmscale.data.prepared.manifest import parts_of, read_manifest
-from mmscale.data.prepared.whole_files import publish, sync, temporary_for
 from mmscale.data.processes import in_processes
+from mmscale.runtime.atomic_files import open_atomic
 
 KeyRange = tuple[int, int | None]  # keys from .. up to; None: to the end
 
@@ -186,8 +186,5 @@ def _compare(work: DedupWork, bounds: KeyRange) -> None:
 
 def _save(file: Path, array: NDArray) -> None:
     """Write an array atomically, so that a file that exists is complete on all machines."""
-    temporary = temporary_for(file)
-    with temporary.open("wb") as stream:
+    with open_atomic(file) as stream:
         np.lib.format.write_array(stream, array, allow_pickle=False)
-        sync(stream)
-    publish([(temporary, file)])

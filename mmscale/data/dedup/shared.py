@@ -22,11 +22,12 @@ from mmscale.data.dedup.apply import SCRATCH, DedupRequest, asked, write_found
 from mmscale.data.dedup.compared import SLICE
 from mmscale.data.dedup.pairs import DuplicateRule
 from mmscale.data.dedup.passes import DedupWork, compare_ranges, plan_work, ranges_of, read_pieces, unread
+from mmscale.data.prepared.folder_lock import LOCK, write_error
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import read_manifest
-from mmscale.data.prepared.whole_files import LOCK, write_error, write_whole
 from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
+from mmscale.runtime.atomic_files import write_atomic
 
 LOGS = "logs"  # folder of the jobs' logs
 _JOBS = "jobs.json"
@@ -133,7 +134,7 @@ class SharedDedup:
 
     def keep_jobs(self, jobs: Sequence[str]) -> None:
         """Remember the submitted jobs."""
-        write_whole(self.work.scratch / _JOBS, json.dumps({"jobs": list(jobs)}).encode())
+        write_atomic(self.work.scratch / _JOBS, json.dumps({"jobs": list(jobs)}).encode())
 
 
 def plan_tasks(

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from mmscale.data.dedup.compared import ContentReader, slices
 from mmscale.data.dedup.words import hashes_of, shingles, words_of
+from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.manifest import TRAIN
-from mmscale.data.prepared.whole_files import write_error, write_whole
 from mmscale.data.progress import Reporter
 from mmscale.data.scoring import choose
 from mmscale.data.scoring.stored import columns, read_scores
 from mmscale.errors import DataError, UsageError
+from mmscale.runtime.atomic_files import write_atomic
 
 GRAMS = 2  # words and pairs of words, as PreSelect
 BUCKETS = 1 << 20
@@ -101,7 +102,7 @@ def write_classifier(file: Path, classifier: TextClassifier) -> None:
     settings = {"format": _FORMAT, "bias": repr(classifier.bias), "grams": str(classifier.grams)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, save({"weights": classifier.weights}, metadata=settings))
+        write_atomic(file, save({"weights": classifier.weights}, metadata=settings))
     except OSError as error:
         raise write_error(error, file) from error
 

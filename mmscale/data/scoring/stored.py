@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from mmscale import bounded
 from mmscale.data.arrays import read_array
+from mmscale.data.prepared.folder_lock import held, write_error
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import TRAIN, Manifest, Part, map_table, parts_of, read_manifest
 from mmscale.data.prepared.selection import SCORES
-from mmscale.data.prepared.whole_files import held, write_error, write_whole
 from mmscale.errors import DataError, UsageError
+from mmscale.runtime.atomic_files import write_atomic
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -82,9 +83,9 @@ def write_scores(
             for name, values in scores.items():
                 content = io.BytesIO()
                 np.save(content, values.astype(np.float32))
-                write_whole(folder / SCORES / f"{name}.npy", content.getvalue())
-                write_whole(folder / SCORES / f"{name}.of", of.encode())
-                write_whole(folder / SCORES / f"{name}.json", described.encode())
+                write_atomic(folder / SCORES / f"{name}.npy", content.getvalue())
+                write_atomic(folder / SCORES / f"{name}.of", of.encode())
+                write_atomic(folder / SCORES / f"{name}.json", described.encode())
     except OSError as error:
         raise write_error(error, folder / SCORES) from error
     name, values = next(iter(scores.items()))

@@ -26,7 +26,7 @@ def score(
             "--by",
             metavar="WHAT",
             help="rules: text quality by rules about lines; classifier:FILE: a classifier of `data fit-classifier`; "
-            "perplexity:RUN[@STEP], memorised:RUN or influence:RUN: a run's checkpoint; FILE.npy or FILE.parquet "
+            "perplexity:RUN, memorised:RUN or influence:RUN (RUN@STEP for a step): a run's checkpoint; FILE.npy or FILE.parquet "
             "(column score): a score for each training document, in the order of the data set. Scores by a run: "
             f"{RUN_SCORES.help}",
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmscale.data.dedup.find import find, own_folder
 from mmscale.data.dedup.pairs import DuplicateRule
-from mmscale.data.dedup.passes import DedupWork, plan_work
+from mmscale.data.dedup.work import DedupWork, plan_work
 from mmscale.data.digests import digest_of
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import HELD_OUT, MANIFEST, TRAIN, has_documents, parts_of, read_manifest

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mmscale.data.dedup.records import Compared
+from mmscale.data.dedup.compared_files import Compared
 
 _CHUNK = 1 << 20  # documents or pairs that are processed together
 

@@ -1,4 +1,4 @@
-"""Reads the contents of documents that deduplication compares from a prepared data set; records.py stores them.
+"""Reads the contents of documents that deduplication compares from a prepared data set; compared_files.py stores them.
 
 Documents have the numbers that the sampler uses.
 """

@@ -1,6 +1,6 @@
 """Finds duplicates and contaminated documents of a data set in several processes and bounded memory.
 
-passes.py has the two passes over the data; here their results are joined to clusters. A scratch folder holds the
+work.py has the two passes over the data; here their results are joined to clusters. A scratch folder holds the
 temporary files: about 1,000 bytes a document.
 """
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from mmscale.data.dedup.clusters import DuplicateCluster, DuplicateForest, chunks, largest
 from mmscale.data.dedup.compared import ContentReader, Stretch
+from mmscale.data.dedup.compared_files import Compared
 from mmscale.data.dedup.contamination import PHRASE, HeldOutContent
-from mmscale.data.dedup.passes import DedupWork, compare_ranges, found_in, pairs_file, ranges_of, read_pieces
-from mmscale.data.dedup.records import Compared
+from mmscale.data.dedup.work import DedupWork, compare_ranges, found_in, pairs_file, ranges_of, read_pieces
 from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.arrays import scattered
+from mmscale.data.dedup.compared_files import Compared
 from mmscale.data.dedup.looks import near, table_keys
-from mmscale.data.dedup.records import Compared
 from mmscale.data.dedup.words import Hashes, band_keys
 
 RUN = np.dtype([("key", "<u8"), ("document", "<i8")])

@@ -1,6 +1,6 @@
 """Deduplication by several tasks that share a folder: a job array, or processes of this machine.
 
-Two stages of tasks do the two passes of passes.py, a last task does what killed tasks left undone and writes the
+Two stages of tasks do the two passes of work.py, a last task does what killed tasks left undone and writes the
 weights. The result is that of one process, byte for byte.
 """
 
@@ -21,7 +21,7 @@ from mmscale import bounded
 from mmscale.data.dedup.apply import SCRATCH, DedupRequest, asked, write_found
 from mmscale.data.dedup.compared import SLICE
 from mmscale.data.dedup.pairs import DuplicateRule
-from mmscale.data.dedup.passes import DedupWork, compare_ranges, plan_work, ranges_of, read_pieces, unread
+from mmscale.data.dedup.work import DedupWork, compare_ranges, plan_work, ranges_of, read_pieces, unread
 from mmscale.data.prepared.folder_lock import LOCK, write_error
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import read_manifest
@@ -87,7 +87,7 @@ class FinishTask:
         """The findings, as of `apply.dedup`. Removes the temporary files if it succeeds.
 
         Raises:
-            DataError: as `apply.dedup`, or the data set was prepared anew meanwhile.
+            DataError: as `apply.dedup`, or the data set was prepared again meanwhile.
         """
         folder = self.work.folder
         if identity_of(folder, read_manifest(folder)) != self.request.of:

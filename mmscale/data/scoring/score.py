@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mmscale.data.arrays import read_array
 from mmscale.data.dedup.compared import ContentReader, Stretch, slices
+from mmscale.data.in_processes import in_processes
 from mmscale.data.prepared.manifest import TRAIN, parts_of, read_manifest
-from mmscale.data.processes import in_processes
 from mmscale.data.progress import Reporter
 from mmscale.data.scoring.classifier import TextClassifier, read_classifier
 from mmscale.data.scoring.line_rules import quality

@@ -163,7 +163,7 @@ def test_planted_duplicates_are_found_and_nothing_else(
     """Recall at Jaccard 0.8 and above is at least 0.95; below 0.5 nothing is merged."""
     if small:  # several slices and ranges of keys: the same result
         monkeypatch.setattr(compared.slices, "__kwdefaults__", {"size": 37})
-        monkeypatch.setattr("mmscale.data.dedup.passes.RANGE", 500)
+        monkeypatch.setattr("mmscale.data.dedup.work.RANGE", 500)
         monkeypatch.setattr(clusters, "_CHUNK", 64)
         monkeypatch.setattr(pairs, "_PAIRS", 10)
     rng = np.random.default_rng(3)

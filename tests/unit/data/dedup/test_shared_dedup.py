@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmscale.data.dedup import apply, clusters, compared, passes, shared
+from mmscale.data.dedup import apply, clusters, compared, shared, work
+from mmscale.data.dedup.compared_files import Compared, RecordBlock
 from mmscale.data.dedup.pairs import DuplicateRule
-from mmscale.data.dedup.records import Compared, RecordBlock
+from mmscale.data.in_processes import run_stages
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.selection import FOLDER, read_selection
-from mmscale.data.processes import run_stages
 from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
 from tests.unit.data.samples import config, image, save_picture, text, write_jsonl
@@ -30,7 +30,7 @@ RULES = (DuplicateRule(), DuplicateRule("image"), DuplicateRule("text", exact=Tr
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several slices and ranges of keys."""
     monkeypatch.setattr(compared.slices, "__kwdefaults__", {"size": 11})
-    monkeypatch.setattr(passes, "RANGE", 200)
+    monkeypatch.setattr(work, "RANGE", 200)
     monkeypatch.setattr(clusters, "_CHUNK", 16)
 
 

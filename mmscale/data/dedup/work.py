@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.dedup.compared import ContentReader, Stretch, slices
+from mmscale.data.dedup.compared_files import Compared, RecordBlock
 from mmscale.data.dedup.contamination import HeldOutContent, read_held_out
 from mmscale.data.dedup.pairs import RANGE, DuplicateRule, edges, merged
-from mmscale.data.dedup.records import Compared, RecordBlock
+from mmscale.data.in_processes import in_processes
 from mmscale.data.prepared.manifest import parts_of, read_manifest
-from mmscale.data.processes import in_processes
 from mmscale.runtime.atomic_files import open_atomic
 
 KeyRange = tuple[int, int | None]  # keys from .. up to; None: to the end

@@ -27,8 +27,8 @@ def score(
             metavar="WHAT",
             help="rules: text quality by rules about lines; classifier:FILE: a classifier of `data fit-classifier`; "
             "perplexity:RUN, memorised:RUN or influence:RUN (RUN@STEP for a step): a run's checkpoint; FILE.npy or "
-            "FILE.parquet (column score): a score for each training document, in the order of the data set. Scores by a run: "
-            f"{RUN_SCORES.help}",
+            "FILE.parquet (column score): a score for each training document, in the order of the data set. Scores "
+            f"by a run: {RUN_SCORES.help}",
         ),
     ],
     name: Annotated[

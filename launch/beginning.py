@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from mmscale.runs.events import EVENTS, EventLog, read_events
+from mmscale.runs.events import BEGINS, EVENTS, EventLog, read_events
 from mmscale.runtime.rank_env import expand_hostlist
 
 _EVERY_S = 2.0
@@ -54,7 +54,7 @@ class Beginning:
             self._size = size
             events = read_events(self._run)
             mine = (event for event in events if int(event.get("attempt", 0)) >= self._attempt)
-            self._begun = any(event["event"] in ("start", "resume") for event in mine)
+            self._begun = any(event["event"] in BEGINS for event in mine)
         return self._begun
 
     def look(self, events: EventLog, *, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmscale.runs.events import ORDERLY_ENDS
+from mmscale.runs.events import BEGINS, ORDERLY_ENDS
 
 PARTS = ("start_up", "steps", "save_stall", "evaluation", "lost", "other", "waiting")
 
@@ -18,16 +18,17 @@ def goodput(
 ) -> tuple[float | None, dict[str, float]]:
     """Productive time over allocated time, and the time of each part.
 
-    An attempt starts with its "launch" event (the first attempt of a job with the start of the job, `since`) and ends
-    with its last event or now. The time until "start" or "resume" is start-up. The rest is steps, save stalls and
-    evaluation. Steps after the checkpoint from which the next attempt resumes are lost, and so is the rest of an
-    attempt that was killed or crashed. The rest of an attempt that saved its last step and ended in order (logging,
-    leaving the ranks) is "other". Between attempts the run waits.
+    An attempt starts with its "launch" event (the first attempt of a job with the start of the job, `since`); without a
+    launcher, with the start of its process, the `since` of "start" or "resume". It ends with its last event or now. The
+    time until "start" or "resume" is start-up. The rest is steps, save stalls and evaluation. Steps after the
+    checkpoint from which the next attempt resumes are lost, and so is the rest of an attempt that was killed or
+    crashed. The rest of an attempt that saved its last step and ended in order (logging, leaving the ranks) is "other".
+    Between attempts the run waits.
 
     Args:
         events: of events.jsonl, in order.
         metrics: lines of metrics.jsonl in file order: repeated steps occur twice.
-        now: seconds since 1970; the end of a running attempt.
+        now: seconds since 1970; the end of an attempt that has not recorded its end.
 
     Returns:
         The share, None without an attempt; and seconds by part.
@@ -35,7 +36,7 @@ def goodput(
     attempts: dict[int, list[Mapping[str, Any]]] = {}
     for event in events:
         attempts.setdefault(int(event.get("attempt", 0)), []).append(event)
-    order = [number for number in sorted(attempts) if any(e["event"] == "launch" for e in attempts[number])]
+    order = [number for number in sorted(attempts) if any(_begins(event) for event in attempts[number])]
     lines: dict[Any, list[Mapping[str, Any]]] = {}
     for line in metrics:
         lines.setdefault(line.get("attempt"), []).append(line)
@@ -44,8 +45,8 @@ def goodput(
     previous_end: float | None = None
     for place, number in enumerate(order):
         mine = attempts[number]
-        launched = next(e for e in mine if e["event"] == "launch")
-        begin = launched.get("since", launched["time"])
+        first = next(event for event in mine if _begins(event))
+        begin = first.get("since", first["time"])
         ended = next((e for e in reversed(mine) if e["event"] in ORDERLY_ENDS), None)
         over = ended is not None or any(e["event"] in ("ranks_ended", "gave_up") for e in mine)
         over = over or place + 1 < len(order)
@@ -53,7 +54,7 @@ def goodput(
         if previous_end is not None:
             times["waiting"] += max(0.0, begin - previous_end)
         previous_end = end
-        begun = next((e for e in mine if e["event"] in ("start", "resume")), None)
+        begun = next((event for event in mine if event["event"] in BEGINS), None)
         if begun is None:
             times["start_up"] += end - begin
             continue
@@ -74,6 +75,10 @@ def goodput(
     return (times["steps"] / allocated if allocated > 0 else None), times
 
 
+def _begins(event: Mapping[str, Any]) -> bool:
+    return event["event"] in ("launch", *BEGINS)
+
+
 def _pauses(event: Mapping[str, Any]) -> dict[str, Any]:
     return {name: event[name] for name in ("save_stall_s", "eval_s") if name in event}
 
@@ -84,7 +89,7 @@ def _resumed_from(attempts: Mapping[int, Sequence[Mapping[str, Any]]], order: Se
     step: int | None = None
     for number in reversed(order):
         found[number] = step
-        begun = next((event for event in attempts[number] if event["event"] in ("start", "resume")), None)
+        begun = next((event for event in attempts[number] if event["event"] in BEGINS), None)
         step = step if begun is None else int(begun.get("step", 0))
     return found
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.failures import Failure
 from launch.job_states import Phase, phase_of
-from mmscale.runs.events import ORDERLY_ENDS
+from mmscale.runs.events import BEGINS, ORDERLY_ENDS
 
 STOPPED, GAVE_UP = 75, 5
 NO_ANSWER = "no answer"
@@ -145,7 +145,7 @@ def known_status(status: int, events: Sequence[Mapping[str, Any]], failed: Failu
 def lost_work(events: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the ranks of an attempt trained and never recorded an end, which follows their last save."""
     names = {event["event"] for event in events}
-    return bool(names & {"start", "resume"}) and not names & {*ORDERLY_ENDS}
+    return bool(names & {*BEGINS}) and not names & {*ORDERLY_ENDS}
 
 
 def crashed(ending: Ending) -> bool:

@@ -26,7 +26,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
 from mmscale.resilience import lease, run_lock
-from mmscale.runs.events import EARLY, EVENTS, ORDERLY_ENDS, read_events
+from mmscale.runs.events import BEGINS, EARLY, EVENTS, ORDERLY_ENDS, read_events
 from mmscale.runs.metrics import METRICS
 from mmscale.runs.run_progress import RunProgress
 from mmscale.train.stages.table import STAGES, of_folder
@@ -166,7 +166,10 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     steps = _steps(run, folder)
     last = progress.last
     state = _state(run, events, jobs)
-    share, times = goodput(events, progress.groups(), now=time.time())
+    known = [float(one["time"]) for one in (*events, last) if isinstance(one.get("time"), int | float)]
+    # A killed run without a launcher has no event for its end, so its time ends with the last line that it wrote.
+    now = max(known) if state["ended"] and known else time.time()
+    share, times = goodput(events, progress.groups(), now=now)
     saved = max(Store.of_run(run).steps(), default=None)
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
     step_time = last.get("step_time_s")
@@ -355,7 +358,7 @@ def _last_word(run: Path, events: list[dict[str, Any]]) -> str | None:
             nothing_to_do = event.get("status") == 0
             if "cause" in event or event.get("unsaved"):
                 return str(event.get("cause", RunState.CRASHED))
-        if name in ("start", "resume") or (name == "launch" and not nothing_to_do):
+        if name in BEGINS or (name == "launch" and not nothing_to_do):
             return None
     return None
 

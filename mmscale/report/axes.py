@@ -14,8 +14,10 @@ import numpy as np
 from mmscale.errors import MmscaleError
 from mmscale.report.history import Floats, History
 from mmscale.runs.attempts import settings_file
+from mmscale.runs.events import BEGINS
 
 AXES = ("step", "tokens", "flops", "hours")
+_TIMES = ("time", "since")  # of an event, and of the process or job that wrote it
 # Pauses are not included in step_time_s; they are added if the lines have no time stamps.
 _PAUSES = ("save_stall_s", "eval_s", "parameter_hash_s", "rollback_s", "profile_s")
 
@@ -37,8 +39,8 @@ def axes_of(run: Path, history: History, *, clock: Floats, begin: float) -> dict
 
 
 def first_time(events: Sequence[Mapping[str, Any]], *, clock: Floats) -> float:
-    """Start of a run [seconds since 1970]: its first event, or its first step; NaN if unknown."""
-    times = [float(event["time"]) for event in events if isinstance(event.get("time"), int | float)]
+    """Start of a run [seconds since 1970]: of its first process or event, or its first step; NaN if unknown."""
+    times = [float(event[key]) for event in events for key in _TIMES if isinstance(event.get(key), int | float)]
     known = clock[np.isfinite(clock)]
     return min([*times, *([float(known.min())] if len(known) else [])], default=float("nan"))
 
@@ -51,11 +53,7 @@ def clock_of(history: History, events: Sequence[Mapping[str, Any]]) -> Floats:
     attempts = history.of("attempt")
     for attempt in np.unique(attempts):
         begun = next(
-            (
-                e
-                for e in events
-                if e.get("attempt") == attempt and e.get("event") in ("start", "resume") and "time" in e
-            ),
+            (e for e in events if e.get("attempt") == attempt and e.get("event") in BEGINS and "time" in e),
             None,
         )
         if begun is None:

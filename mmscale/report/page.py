@@ -28,7 +28,7 @@ from mmscale.report.figures import run_names
 from mmscale.report.history import Floats, History, read
 from mmscale.report.layers import BYTES, layers_of
 from mmscale.report.timeline import Goodput, Timeline, timeline_of
-from mmscale.runs.events import EVENTS, read_events
+from mmscale.runs.events import BEGINS, EVENTS, read_events
 from mmscale.runs.metrics import METRICS
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
@@ -229,7 +229,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
             model.get("model.hidden_size"),
         )
         words.append(f"{kind}, {layers} layers, width {width}")
-    start = next((event for event in run.events if event.get("event") in ("start", "resume")), {})
+    start = next((event for event in run.events if event.get("event") in BEGINS), {})
     if "world_size" in start:
         words.append("1 rank" if start["world_size"] == 1 else f"{start['world_size']} ranks")
     return " · ".join(words)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmscale.report.history import Floats, History
-from mmscale.runs.events import ORDERLY_ENDS, ROUTINE
+from mmscale.runs.events import BEGINS, ORDERLY_ENDS, ROUTINE
 
 Event = Mapping[str, Any]
 _ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
@@ -76,7 +76,8 @@ class Timeline:
         happenings: events, in order.
         goodput: share of the time that was spent in steps that count; None if unknown.
         seconds: by part of the time.
-        measured_start: whether times before "start" are known; without a launcher they are not.
+        measured_start: whether times before "start" are known; in runs of earlier versions without a launcher they are
+            not.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -123,14 +124,14 @@ def timeline_of(events: Sequence[Event], history: History, *, begin: float, good
         happenings=_happenings(events, history, begin=begin),
         goodput=share,
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        measured_start=any(event["event"] == "launch" for event in events),
+        measured_start=any(event["event"] == "launch" or "since" in event for event in events),
     )
 
 
 def _with_ends(events: Sequence[Event], history: History) -> list[Event]:
     """Adds events so that every attempt begins with "launch" and ends no sooner than its last logged step.
 
-    Runs without the launcher begin with "start", and a killed one has no event for its end.
+    Without a launcher an attempt begins `since` the start of its process, and a killed one has no event for its end.
     """
     last: dict[int, float] = {}
     times, attempts = history.lines.columns.get("time", np.zeros(0)), history.lines.attempt
@@ -144,7 +145,8 @@ def _with_ends(events: Sequence[Event], history: History) -> list[Event]:
     whole: list[Event] = []
     for attempt, mine in sorted(by_attempt.items()):
         if not any(event["event"] == "launch" for event in mine):
-            whole.append({"time": float(mine[0]["time"]), "attempt": attempt, "event": "launch"})
+            began = min(float(event.get("since", event["time"])) for event in mine)
+            whole.append({"time": began, "attempt": attempt, "event": "launch"})
         whole += mine
         if last.get(attempt, 0.0) > float(mine[-1]["time"]):
             whole.append({"time": last[attempt], "attempt": attempt, "event": "last_step"})
@@ -156,7 +158,7 @@ def _condensed(events: Sequence[Event], history: History) -> list[dict[str, Any]
 
     A group ends where a later attempt resumes, so that repeated steps are not counted twice.
     """
-    begun = {_attempt(e): float(e.get("step", 0)) for e in events if e["event"] in ("start", "resume")}
+    begun = {_attempt(e): float(e.get("step", 0)) for e in events if e["event"] in BEGINS}
     newest: dict[float, int] = {}  # by step, the last of the attempts that resume after it
     for attempt, step in begun.items():
         newest[step] = max(newest.get(step, 0), attempt)
@@ -199,7 +201,7 @@ def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float
     for attempt in sorted(by_attempt):
         mine = by_attempt[attempt]
         begin, end = float(mine[0].get("since", mine[0]["time"])), max(float(event["time"]) for event in mine)
-        begun = next((float(e["time"]) for e in mine if e["event"] in ("start", "resume")), None)
+        begun = next((float(e["time"]) for e in mine if e["event"] in BEGINS), None)
         found.append((begin, end if begun is None else begun, "start_up", attempt))
         if begun is None:
             continue
@@ -265,7 +267,16 @@ def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[
 
 
 def _text(event: Event) -> str:
-    hidden = ("time", "attempt", "event", "step", "attempt_id", "sources")  # sources: sources_section.py shows them
+    hidden = (
+        "time",
+        "attempt",
+        "event",
+        "step",
+        "since",
+        "guessing",
+        "attempt_id",
+        "sources",
+    )  # sources_section.py shows sources
     return ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden and value is not None)[:400]
 
 
@@ -280,4 +291,4 @@ def _step(event: Event) -> int:
 
 
 def _resumes(event: Event) -> bool:
-    return event["event"] in ("start", "resume")
+    return event["event"] in BEGINS

@@ -13,10 +13,11 @@ from mmscale.runtime.disk_writer import Appended, DiskWriter
 EVENTS = "events.jsonl"
 CUT_SHORT = "evaluation_cut_short"  # name of an event with the step
 EARLY = "ended_early"  # event of an attempt ended by train.stop_when
+BEGINS = ("start", "resume")  # events of an attempt whose steps begin
 ORDERLY_ENDS = ("finish", "stop", EARLY)  # events of an attempt that saved its last step: no work is lost
 # Events that need no attention.
 ROUTINE = (
-    *("launch", "start", "resume", "save_begin", "save_committed", "ranks_ended", "profile"),
+    *("launch", *BEGINS, "save_begin", "save_committed", "ranks_ended", "profile"),
     *("data_verified", "mirror_uploaded", CUT_SHORT, *ORDERLY_ENDS),
 )
 

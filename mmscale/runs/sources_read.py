@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_BEGUN = ("start", "resume")
+from mmscale.runs.events import BEGINS
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def sources_read(events: Iterable[Mapping[str, Any]], *, step: int) -> list[Sour
         events: of the run.
         step: the last one that was logged.
     """
-    listed = [event["sources"] for event in events if event.get("event") in _BEGUN and event.get("sources")]
+    listed = [event["sources"] for event in events if event.get("event") in BEGINS and event.get("sources")]
     found = []
     for source in listed[-1] if listed and isinstance(listed[-1], list) else []:
         try:

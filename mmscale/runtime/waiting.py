@@ -44,11 +44,15 @@ class Waiting:
         what: the first activity.
         enabled: False: nothing is printed.
         say: prints a line.
+
+    Attributes:
+        began: time of its creation [seconds since 1970].
     """
 
     def __init__(self, what: str, *, enabled: bool = True, say: Callable[[str], None] = to_stderr) -> None:
         self._what, self._say = what, say
         self._since = time.monotonic()
+        self.began = time.time()  # [seconds since 1970]
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._report, name="waiting", daemon=True) if enabled else None
         if self._thread is not None:

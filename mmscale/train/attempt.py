@@ -25,7 +25,7 @@ from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.resilience.signals import StopRequest
 from mmscale.resilience.watchdog import Watchdog
 from mmscale.runs.attempts import next_attempt
-from mmscale.runs.events import EARLY
+from mmscale.runs.events import BEGINS, EARLY
 from mmscale.runtime import device
 from mmscale.runtime.groups import from_first
 from mmscale.runtime.waiting import Waiting
@@ -190,15 +190,17 @@ class Attempt:
             self.progress.say(said)
         self.records.begin(self.given.config, self.folder, attempt=self.number)
         self._seek()
-        begun, told = ("start", {}) if changed is None else ("resume", {"changed": changed[:MOST_CHANGES]})
+        told = (
+            stage.origin() | self.evaluated_on.told | ({} if changed is None else {"changed": changed[:MOST_CHANGES]})
+        )
         self.records.tell(
-            begun,
+            BEGINS[changed is not None],
+            since=round(self.starting.began, 3),
             step=state.step,
             world_size=self.env.world_size,
             attempt_id=self.fence.lease_id,
             sources=planned_sources(config, self.train_data, step=state.step, sequences=state.sequences),
             **told,
-            **stage.origin(),
         )
         if config.train.dry_run:
             dry_run(config, self.stepper, self.groups, self.train_data)

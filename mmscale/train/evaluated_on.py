@@ -13,7 +13,7 @@ from mmscale.data.prepared.named_tasks import having, named_tasks
 from mmscale.data.prepared.tasks import TaskItem, replaced
 from mmscale.data.prepared.tasks import identities_of as identities_of_tasks
 from mmscale.data.prepared.validation import identities_of, read_validation
-from mmscale.train.steps.task_scores import describe
+from mmscale.train.steps.task_scores import chance_of, describe
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class EvaluatedOn:
     Attributes:
         lines: one for each, printed at the start of the run.
         kept: `validation` and `tasks` in a checkpoint's metadata: names, and hashes of their content.
+        told: `guessing` in the event of the start: the accuracy of guessing for each task with choices; empty: no task.
     """
 
     lines: list[str] = field(default_factory=list)
     kept: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    told: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, blend: Mapping[Path, Manifest], tasks: Mapping[str, Sequence[TaskItem]]) -> EvaluatedOn:
@@ -42,7 +44,9 @@ class EvaluatedOn:
         for name, place in named_tasks(config, blend).items():
             others = having(name, blend)[1:] if place in blend else having(name, blend)
             lines.append(describe(name, tasks[name], place=place, others=others))
-        return cls(lines, {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)})
+        chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
+        kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
+        return cls(lines, kept, {"guessing": chances} if chances else {})
 
     def changed(self, info: Mapping[str, Any]) -> list[str]:
         """One line for each task whose questions have changed since a checkpoint was written.

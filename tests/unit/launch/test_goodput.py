@@ -89,6 +89,15 @@ def test_nodes_that_are_examined_are_allocated_time() -> None:
     assert share == pytest.approx(1 / 18)
 
 
+def test_a_run_without_a_launcher_begins_with_its_process() -> None:
+    """Of `mmscale train` at a terminal there is no launch event; versions before `since` knew no start-up."""
+    events = [event(10, 1, "start", step=0, since=4.0), event(30, 1, "stop", step=20)]
+    events += [event(50, 2, "resume", step=20), event(70, 2, "finish", step=40)]
+    share, times = goodput(events, [*steps(1, 1, 20, 1.0), *steps(2, 21, 40, 1.0)], now=1000)
+    assert (times["start_up"], times["steps"], times["waiting"]) == (6, 40, 20)
+    assert share == pytest.approx(40 / 46)
+
+
 def test_a_step_that_is_being_computed_is_not_lost_yet() -> None:
     events = [event(0, 1, "launch"), event(2, 1, "start", step=0)]
     share, times = goodput(events, steps(1, 1, 5, 1.0), now=8)

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -377,3 +378,21 @@ def test_the_step_is_the_one_that_was_saved_and_not_only_the_last_logged_one(
     (run / "config.yaml").write_text("train: {steps: 300}\n")
     (run / "metrics.jsonl").write_text(json.dumps({"step": logged, "attempt": attempt, "loss": 1.0}) + "\n")
     assert (shown(run)["step"], shown(run)["steps"]) == (step, 300)
+
+
+@pytest.mark.parametrize("end", [("finish", {"step": 20}), None], ids=["finished", "killed"])
+def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
+    tmp_path: Path, end: tuple[str, dict[str, Any]] | None
+) -> None:
+    """Without a launcher nothing records the end of a killed process: the last written line counts."""
+    run, now = tmp_path / "run", time.time()
+    run.mkdir()
+    begun = {"time": now - 1000, "attempt": 1, "event": "start", "step": 0, "since": now - 1010}
+    events = [begun] + ([{"time": now - 980, "attempt": 1, "event": end[0], **end[1]}] if end else [])
+    (run / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
+    last = {"step": 20, "attempt": 1, "loss": 1.0, "step_time_s": 1.0, "time": now - 980}
+    first = last | {"step": 1, "time": now - 999}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (first, last)))
+    found = shown(run)
+    assert found["goodput"] == pytest.approx(20 / 30, abs=0.01)
+    assert (found["time"]["start_up"], found["time"]["steps"]) == (10.0, 20.0)

@@ -172,6 +172,22 @@ def test_a_stop_on_request_loses_nothing_and_is_routine(tmp_path: Path) -> None:
     assert "not routine" not in written([run], tmp_path / "report.html")
 
 
+def test_the_start_of_a_local_process_is_known(tmp_path: Path) -> None:
+    """Without a launcher the start event has the time of its process: start-up is drawn, and hours begin there."""
+    run = make_run(tmp_path / "run", steps=20)
+    lines = (run / "events.jsonl").read_text().splitlines()
+    (place,) = [n for n, line in enumerate(lines) if json.loads(line)["event"] == "start"]
+    start = json.loads(lines[place])
+    lines[place] = json.dumps(start | {"since": start["time"] - 9.0})
+    (run / "events.jsonl").write_text("\n".join(lines) + "\n")
+    (found,) = page.read_runs([run], goodput=goodput)
+    assert found.timeline.measured_start
+    assert found.timeline.seconds["start_up"] == pytest.approx(9.0)
+    assert [(one.kind, one.begin) for one in found.timeline.spans][0] == ("start_up", 0.0)
+    assert min(found.axes["hours"]) >= 9.0 / 3600
+    assert all("since" not in one.text for one in found.timeline.happenings)
+
+
 def test_a_killed_attempt_changes_no_sum(tmp_path: Path) -> None:
     """Many lines are condensed before the arithmetic sees them, and it finds what it finds in all of them."""
     make_run(tmp_path / "run", steps=3000, resumed_at=1777)

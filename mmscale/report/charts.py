@@ -1,17 +1,21 @@
-# Defines columns and titles; other modules read, downsample and draw.
-"""The list of all charts of a report, shared by the page and the PNGs."""
+"""The list of all charts of a report, shared by the page and the PNGs.
+
+Defines columns and titles; other modules read, downsample and draw.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from mmscale.config.derived import BITS, SOURCE
+from mmscale.report.accuracy_charts import accuracy_charts
+from mmscale.report.chart import Chart, Line, mark_of
 from mmscale.report.figure_titles import title_of
 from mmscale.report.history import History
-from mmscale.runs.held_out import ACCURACY, AUXILIARY, EVAL, HeldOut, words_of
+from mmscale.runs.held_out import AUXILIARY, EVAL, HeldOut, words_of
 from mmscale.tables.routings import CAUSAL_ROUTINGS
 
 # Expert choice among the tokens of a batch uses later tokens, which every label must say.
@@ -25,60 +29,6 @@ _ELSEWHERE = (
     "loss",
 )  # axes, and the sum of losses that are shown separately
 _OTHERS = 24
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve of a chart.
-
-    Attributes:
-        run: number of the run.
-        key: column.
-        label: in the legend.
-        colour: number of its colour.
-        points: marks at each measurement instead of a line.
-        joined: whether marks are joined; sums over different spans are not.
-        mark: number of the marks' shape.
-        best: mark the lowest value.
-        names: values are identifiers, e.g. numbers of ranks: a bin shows the most frequent one, not the mean.
-    """
-
-    run: int
-    key: str
-    label: str
-    colour: int
-    points: bool = False
-    joined: bool = True
-    mark: int = 0
-    best: bool = False
-    names: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart.
-
-    Attributes:
-        name: for file names and links.
-        section: its heading.
-        title, unit, note: what it shows.
-        log: logarithmic scale at first.
-        zero: the scale begins at zero.
-        wide: as wide as the page.
-        raw: never smoothed, for schedules.
-        lines: its curves; empty if no run measured it.
-    """
-
-    name: str
-    section: str
-    title: str
-    unit: str = ""
-    note: str = ""
-    log: bool = False
-    zero: bool = False
-    wide: bool = False
-    raw: bool = False
-    lines: tuple[Line, ...] = field(default=())
 
 
 def charts_of(runs: Mapping[str, History]) -> list[Chart]:
@@ -106,11 +56,6 @@ def modalities_of(histories: Iterable[History]) -> list[str]:
     return list(found)
 
 
-def _mark(measured: HeldOut) -> int:
-    """Number of the shape for a routing mode."""
-    return ("batch", *CAUSAL_ROUTINGS).index(measured.routing)
-
-
 class _Builder:
     def __init__(self, names: Sequence[str], histories: Sequence[History]) -> None:
         self.names = names
@@ -119,7 +64,7 @@ class _Builder:
 
     def losses(self) -> list[Chart]:
         """Charts of training and held-out data, and one for each source of a blend and each validation set."""
-        return [*self._main_losses(), *self._validation(), *self._bits(), *self._accuracies()]
+        return [*self._main_losses(), *self._validation(), *self._bits(), *accuracy_charts(self.names, self.histories)]
 
     def _bits(self) -> list[Chart]:
         """Bits per byte of held-out text, for comparing runs with different tokenizers."""
@@ -128,33 +73,13 @@ class _Builder:
             prefix = "" if len(self.names) == 1 else f"{self.names[run]}, "
             found = [one for key in history.columns if (one := HeldOut.of(key)) and one.figure.startswith(BITS)]
             lines += [
-                Line(run, one.key, f"{prefix}{one.where}", run, points=True, mark=_mark(one), best=True)
+                Line(run, one.key, f"{prefix}{one.where}", run, points=True, mark=mark_of(one), best=True)
                 for one in found
             ]
         if not lines:
             return []
         note = "Held-out text, special tokens included. It compares runs whose text tokenizers differ."
         return [Chart("bits_per_byte", "Loss", "Bits per byte of text", "bits", note, lines=tuple(lines))]
-
-    def _accuracies(self) -> list[Chart]:
-        """One chart for each task that was evaluated during the run."""
-        measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}
-        figures = dict.fromkeys(one.figure for one in measured.values() if one and one.figure.startswith(ACCURACY))
-        charts = []
-        for figure in figures:
-            lines = []
-            for run, history in enumerate(self.histories):
-                prefix = "" if len(self.names) == 1 else f"{self.names[run]}, "
-                lines += [
-                    Line(run, key, f"{prefix}{one.how}", run, points=True, mark=_mark(one))
-                    for key, one in measured.items()
-                    if key in history.columns and one and one.figure == figure and not one.name
-                ]
-            task = figure.removeprefix(ACCURACY)
-            note = "Questions answered right. mmscale eval gives the 95 % interval, and what guessing gets."
-            title = f"Accuracy: {task}"
-            charts.append(Chart(f"accuracy_{task}", "Loss", title, note=note, zero=True, lines=tuple(lines)))
-        return charts
 
     def _validation(self) -> list[Chart]:
         measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}
@@ -171,7 +96,7 @@ class _Builder:
                     colour = self._colour(modality, 0) if len(self.histories) == 1 else run
                     prefix = "" if len(self.histories) == 1 else f"{self.names[run]}: "
                     label = f"{prefix}{modality or 'loss'} ({one.how})"
-                    lines.append(Line(run, one.key, label, colour, points=True, mark=_mark(one), best=True))
+                    lines.append(Line(run, one.key, label, colour, points=True, mark=mark_of(one), best=True))
             what = "Held-out documents of one source" if name.startswith(SOURCE) else "A data set of its own"
             note = f"{what} (data.{'blend' if name.startswith(SOURCE) else 'validation'}), by how experts were chosen."
             words = words_of(name)
@@ -207,7 +132,7 @@ class _Builder:
             if key in history.columns:
                 lines.append(Line(run, key, prefix, own))
             lines += [
-                Line(run, one.key, f"{prefix}, {one.where}", own, points=True, mark=_mark(one), best=True)
+                Line(run, one.key, f"{prefix}, {one.where}", own, points=True, mark=mark_of(one), best=True)
                 for one in held_out
                 if one.key in history.columns
             ]

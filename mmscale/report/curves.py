@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mmscale.report.breaks import Cut, steps_of
-from mmscale.report.charts import Chart, charts_of
+from mmscale.report.chart import Chart
+from mmscale.report.charts import charts_of
 from mmscale.report.downsample import POINTS, Curve, Downsampler
 from mmscale.report.history import Floats, History
 

@@ -21,7 +21,8 @@ from mmscale.errors import UsageError
 from mmscale.report import facts
 from mmscale.report.axes import axes_of, clock_of, first_time
 from mmscale.report.breaks import Cut, cuts_of
-from mmscale.report.charts import Chart, modalities_of
+from mmscale.report.chart import Chart
+from mmscale.report.charts import modalities_of
 from mmscale.report.curves import Curves, curves_of
 from mmscale.report.downsample import Curve
 from mmscale.report.figures import run_names

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmscale.report.charts import Chart, modalities_of
+from mmscale.report.chart import Chart
+from mmscale.report.charts import modalities_of
 from mmscale.report.curves import Curves
 from mmscale.report.downsample import Curve
 from mmscale.report.figures import smoothed

@@ -183,7 +183,7 @@ def test_the_start_of_a_local_process_is_known(tmp_path: Path) -> None:
     (found,) = page.read_runs([run], goodput=goodput)
     assert found.timeline.measured_start
     assert found.timeline.seconds["start_up"] == pytest.approx(9.0)
-    assert [(one.kind, one.begin) for one in found.timeline.spans][0] == ("start_up", 0.0)
+    assert next((one.kind, one.begin) for one in found.timeline.spans) == ("start_up", 0.0)
     assert min(found.axes["hours"]) >= 9.0 / 3600
     assert all("since" not in one.text for one in found.timeline.happenings)
 

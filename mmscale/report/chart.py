@@ -1,0 +1,67 @@
+"""The description of a chart of a report and of its lines: plain data, which page.py and pictures.py draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mmscale.runs.held_out import HeldOut
+from mmscale.tables.routings import CAUSAL_ROUTINGS
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a chart.
+
+    Attributes:
+        run: number of the run.
+        key: column.
+        label: in the legend.
+        colour: number of its colour.
+        points: marks at each measurement instead of a line.
+        joined: whether marks are joined; sums over different spans are not.
+        mark: number of the marks' shape.
+        best: mark the lowest value.
+        names: values are identifiers, e.g. numbers of ranks: a bin shows the most frequent one, not the mean.
+    """
+
+    run: int
+    key: str
+    label: str
+    colour: int
+    points: bool = False
+    joined: bool = True
+    mark: int = 0
+    best: bool = False
+    names: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+        name: for file names and links.
+        section: its heading.
+        title, unit, note: what it shows.
+        log: logarithmic scale at first.
+        zero: the scale begins at zero.
+        wide: as wide as the page.
+        raw: never smoothed, for schedules.
+        lines: its curves; empty if no run measured it.
+    """
+
+    name: str
+    section: str
+    title: str
+    unit: str = ""
+    note: str = ""
+    log: bool = False
+    zero: bool = False
+    wide: bool = False
+    raw: bool = False
+    lines: tuple[Line, ...] = field(default=())
+
+
+def mark_of(measured: HeldOut) -> int:
+    """Number of the shape for the routing mode of a held-out value."""
+    return ("batch", *CAUSAL_ROUTINGS).index(measured.routing)

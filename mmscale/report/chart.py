@@ -36,6 +36,25 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A horizontal line of a chart: a value that curves are compared with.
+
+    Attributes:
+        run: number of the run.
+        value: its height.
+        label: in the legend.
+        first: the step from which it holds.
+        last: the step until which it holds; None: the end of the chart.
+    """
+
+    run: int
+    value: float
+    label: str
+    first: int = 0
+    last: int | None = None
+
+
+@dataclass(frozen=True)
 class Chart:
     """A chart.
 
@@ -48,6 +67,7 @@ class Chart:
         wide: as wide as the page.
         raw: never smoothed, for schedules.
         lines: its curves; empty if no run measured it.
+        levels: its horizontal lines.
     """
 
     name: str
@@ -60,6 +80,7 @@ class Chart:
     wide: bool = False
     raw: bool = False
     lines: tuple[Line, ...] = field(default=())
+    levels: tuple[Level, ...] = field(default=())
 
 
 def mark_of(measured: HeldOut) -> int:

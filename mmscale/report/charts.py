@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from mmscale.config.derived import BITS, SOURCE
-from mmscale.report.accuracy_charts import accuracy_charts
+from mmscale.report.accuracy_charts import Guessing, accuracy_charts
 from mmscale.report.chart import Chart, Line, mark_of
 from mmscale.report.figure_titles import title_of
 from mmscale.report.history import History
@@ -31,16 +31,17 @@ _ELSEWHERE = (
 _OTHERS = 24
 
 
-def charts_of(runs: Mapping[str, History]) -> list[Chart]:
+def charts_of(runs: Mapping[str, History], *, guessing: Sequence[Mapping[str, Sequence[Guessing]]] = ()) -> list[Chart]:
     """All charts in order; charts without any measurement have no lines.
 
     With one run a colour is a modality; with several, a colour is a run and each modality has separate charts.
 
     Args:
         runs: histories by name.
+        guessing: accuracies of guessing of each run, in the same order; empty: unknown.
     """
     names, histories = list(runs), list(runs.values())
-    builder = _Builder(names, histories)
+    builder = _Builder(names, histories, guessing)
     known = [*builder.losses(), *builder.optimization(), *builder.throughput(), *builder.routing()]
     return known + builder.others({line.key for chart in known for line in chart.lines})
 
@@ -57,14 +58,21 @@ def modalities_of(histories: Iterable[History]) -> list[str]:
 
 
 class _Builder:
-    def __init__(self, names: Sequence[str], histories: Sequence[History]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        histories: Sequence[History],
+        guessing: Sequence[Mapping[str, Sequence[Guessing]]] = (),
+    ) -> None:
         self.names = names
         self.histories = histories
+        self.guessing = guessing
         self.modalities = modalities_of(histories)
 
     def losses(self) -> list[Chart]:
         """Charts of training and held-out data, and one for each source of a blend and each validation set."""
-        return [*self._main_losses(), *self._validation(), *self._bits(), *accuracy_charts(self.names, self.histories)]
+        accuracies = accuracy_charts(self.names, self.histories, self.guessing)
+        return [*self._main_losses(), *self._validation(), *self._bits(), *accuracies]
 
     def _bits(self) -> list[Chart]:
         """Bits per byte of held-out text, for comparing runs with different tokenizers."""

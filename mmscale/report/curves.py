@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mmscale.report.accuracy_charts import Guessing
 from mmscale.report.breaks import Cut, steps_of
 from mmscale.report.chart import Chart
 from mmscale.report.charts import charts_of
@@ -36,6 +37,7 @@ def curves_of(
     axes: Sequence[Mapping[str, Floats]],
     *,
     cuts: Sequence[Sequence[Cut]] | None = None,
+    guessing: Sequence[Mapping[str, Sequence[Guessing]]] = (),
 ) -> Curves:
     """The curves of all charts of some runs.
 
@@ -43,8 +45,9 @@ def curves_of(
         histories: metrics of the runs by name.
         axes: of each run, in the same order.
         cuts: breaks of each run, in the same order; schedules are not interrupted.
+        guessing: accuracies of guessing of each run, in the same order.
     """
-    charts = charts_of(histories)
+    charts = charts_of(histories, guessing=guessing)
     points = POINTS if len(axes) < _MANY_RUNS else POINTS // 2
     samplers = [Downsampler(own, points=points) for own in axes]
     runs = list(histories.values())

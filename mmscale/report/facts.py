@@ -16,12 +16,13 @@ import numpy as np
 from mmscale import bounded
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError
+from mmscale.report.accuracy_charts import guessing_of
 from mmscale.report.charts import modalities_of
 from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
 from mmscale.runs.attempts import attempts_with_settings, settings_file
 from mmscale.runs.events import ROUTINE
-from mmscale.runs.held_out import EVAL, HeldOut
+from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
 from mmscale.runs.metrics import METRICS
 from mmscale.runs.unrouted import note as unrouted_note
 from mmscale.runs.unrouted import unrouted
@@ -43,10 +44,14 @@ def results(
     facts: dict[str, str] = {}
     if len(history):
         facts["last step"] = f"{int(history.steps[-1]):,}"
+    chances = {f"{ACCURACY}{name}": spans[-1].value for name, spans in guessing_of(events).items()}
     for key in history.columns:
         value = history.last(key) if key.split("/")[0] in ("loss", EVAL[:-1]) and "z_loss" not in key else None
         if value is not None:
             facts[_name(key)] = f"{value:.4f}"
+            measured = HeldOut.of(key)
+            if measured and not measured.name and (chance := chances.get(measured.figure)) is not None:
+                facts[_name(key)] = f"{value:.1%}, guessing {chance:.1%}"
     facts |= _best(history, since=since)
     for key, name, form in (
         ("tokens", "tokens", "{:,.0f}"),

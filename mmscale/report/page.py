@@ -19,6 +19,7 @@ import orjson
 
 from mmscale.errors import UsageError
 from mmscale.report import facts
+from mmscale.report.accuracy_charts import guessing_of
 from mmscale.report.axes import axes_of, clock_of, first_time
 from mmscale.report.breaks import Cut, cuts_of
 from mmscale.report.chart import Chart
@@ -103,7 +104,10 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
 def curves(runs: Sequence[Run]) -> Curves:
     """The curves for `write_page` and `pictures.write_pictures`; computed once for both."""
     return curves_of(
-        {run.name: run.history for run in runs}, [run.axes for run in runs], cuts=[run.cuts for run in runs]
+        {run.name: run.history for run in runs},
+        [run.axes for run in runs],
+        cuts=[run.cuts for run in runs],
+        guessing=[guessing_of(run.events) for run in runs],
     )
 
 

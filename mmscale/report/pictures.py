@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmscale.report.chart import Chart
+from mmscale.report.chart import Chart, Level
 from mmscale.report.charts import modalities_of
 from mmscale.report.curves import Curves
 from mmscale.report.downsample import Curve
@@ -19,6 +19,7 @@ from mmscale.report.figures import smoothed
 from mmscale.report.history import Floats
 from mmscale.report.look import (
     COLOURS,
+    GREY,
     MARKS,
     dress,
     engineering,
@@ -131,6 +132,7 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
                 axes.plot(*place, "o", color=colour, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
         else:
             _draw_curve(axes, curve, colour=colour, label=line.label, raw=chart.raw)
+    _draw_levels(axes, chart.levels)
     title = f"{chart.title} [{chart.unit}]" if chart.unit else chart.title
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=8.5)
@@ -144,6 +146,15 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
     whole_steps(axes)
     if len(chart.lines) > 1:
         axes.legend(frameon=False, fontsize=7.5, ncols=2 if len(chart.lines) > 4 else 1)
+
+
+def _draw_levels(axes: Axes, levels: Sequence[Level]) -> None:
+    """Horizontal lines; each label is in the legend once."""
+    end = axes.dataLim.x1
+    for number, level in enumerate(levels):
+        steps = (level.first, max(level.first, end) if level.last is None else level.last)
+        label = level.label if level.label not in [one.label for one in levels[:number]] else None
+        axes.plot(steps, (level.value, level.value), color=GREY, linewidth=1.2, linestyle=(0, (6, 3)), label=label)
 
 
 def _draw_curve(axes: Axes, curve: Curve, *, colour: str, label: str, raw: bool) -> None:

@@ -48,6 +48,7 @@ function inked(line) {
   return { fill: stroke, "fill-opacity": line.mark % 4 ? 0 : 0.45, stroke, "stroke-width": line.mark % 4 ? 1.7 : 1 };
 }
 
+const LEVEL = { stroke: "var(--soft)", "stroke-width": 1.4, "stroke-dasharray": "6 3" };
 const MANY_MARKS = 80, DASHES = ["7 3", "7 2 2 2", "3 3", "2 3"];
 
 // Place of the lowest value of a line behind its last gap; -1 where there are fewer than two, of which none is worth a mark.
@@ -74,7 +75,7 @@ class Chart {
     this.panel = el("section", { class: spec.wide ? "panel wide" : "panel", id: `chart-${spec.name}` },
       el("div", { class: "head" }, el("h3", {}, title), note, spec.lines.length ? this.logButton : null));
     if (!spec.lines.length) this.panel.append(el("div", { class: "empty" }, "not measured"));
-    else this.panel.append(...(spec.lines.length > 1 || DATA.runs.length > 1 ? [this.legend()] : []), this.plot);
+    else this.panel.append(...(spec.lines.length > 1 || DATA.runs.length > 1 || spec.levels.length ? [this.legend()] : []), this.plot);
     parent.append(this.panel);
     this.drag = null;
     this.plot.addEventListener("pointermove", (event) => this.move(event));
@@ -99,6 +100,10 @@ class Chart {
       } }, picture, line.label);
       line.button = button;
       box.append(button);
+    }
+    for (const label of new Set(this.spec.levels.map((level) => level.label))) {
+      const picture = el("svg", { width: 22, height: 12 }, el("line", { x1: 1, x2: 21, y1: 6, y2: 6, ...LEVEL }));
+      box.append(el("span", {}, picture, label));
     }
     return box;
   }
@@ -127,6 +132,7 @@ class Chart {
     const inner = el("g", { "clip-path": `url(#${clip})` });
     if (state.events) this.events(inner);
     this.cuts(inner);
+    this.levels(inner);
     this.shown().forEach((line) => this.line(inner, line));
     svg.append(inner);
     this.over = el("g", {});
@@ -145,6 +151,7 @@ class Chart {
         if (v !== null && v !== undefined && (!this.log || v > 0)) values.push(v);
       }
     });
+    values.push(...this.spec.levels.map((level) => level.value).filter((v) => !this.log || v > 0));
     values.sort((a, b) => a - b);
     let low = values[0] ?? (this.log ? 0.1 : 0), high = values.at(-1) ?? 1;
     // A single spike must not flatten everything else: it is cut off and marked.
@@ -180,6 +187,18 @@ class Chart {
         el("text", { x, y: bottom + 17, "text-anchor": x > right - 12 ? "end" : "middle" }, unit ? `${short(value, step)} ${unit}` : short(value, step)));
     }
     svg.append(el("line", { x1: left, x2: right, y1: bottom, y2: bottom, stroke: "var(--soft)" }));
+  }
+
+  // Horizontal lines that curves are compared with, each over the steps for which it holds.
+  levels(parent) {
+    const { left, right } = this.box;
+    for (const level of this.spec.levels) {
+      if (this.log && level.value <= 0) continue;
+      const run = DATA.runs[level.run];
+      const at = (step, edge) => { const x = step === null ? null : eventPlace(run, { step, hours: null }); return x === null ? edge : Math.max(left, Math.min(right, this.sx(x))); };
+      const x1 = at(level.first || null, left), x2 = at(level.last, right);
+      if (x1 < x2) parent.append(el("line", { class: "level", x1, x2, y1: this.sy(level.value), y2: this.sy(level.value), ...LEVEL }, el("title", {}, `${level.label}: ${short(level.value)}`)));
+    }
   }
 
   line(parent, line) {

@@ -13,13 +13,24 @@ function extent(rows) {
   return all.length ? [Math.min(...all), Math.max(...all)] : [0, 1];
 }
 
+const LETTER = 6; // width of a digit in 10 px type
+
+// Columns whose names are written below them: the first, the last, and as many evenly spread between as have room.
+function labelled(names, width) {
+  const room = Math.max(1, Math.ceil((LETTER * Math.max(0, ...names.map((name) => name.length)) + 8) / width)), last = names.length - 1;
+  const number = Math.floor(last / room);
+  if (last < 1 || number < 1) return names.length ? [last] : [];
+  return [...new Set(Array.from({ length: number + 1 }, (_, i) => Math.round((i * last) / number)))];
+}
+
 // rows[r][c]; labels and a line for the tooltip come from functions of r and c.
-function heat(caption, rows, { rowName, columnName, tell, range, cell, height, numbers = false, every = 1 }) {
+function heat(caption, rows, { rowName, columnName, tell, range, cell, height, numbers = false }) {
   const [low, high] = range ?? extent(rows);
   const width = cell, tall = height ?? Math.max(11, Math.min(22, Math.round(260 / rows.length)));
   const left = rowName ? 26 : 0, foot = columnName ? 16 : 0, columns = Math.max(...rows.map((row) => row.length));
-  const W = left + columns * width, H = rows.length * tall + foot, ratio = window.devicePixelRatio || 1;
-  const canvas = el("canvas", { width: Math.round(W * ratio), height: Math.round(H * ratio), style: `width:${W}px;height:${H}px`, role: "img", "aria-label": caption });
+  const names = columnName ? rows[0].map((_, c) => String(columnName(c))) : [], marked = labelled(names, width);
+  const W = left + columns * width + (names.length ? Math.max(0, (LETTER * names.at(-1).length - width) / 2) : 0), H = rows.length * tall + foot, ratio = window.devicePixelRatio || 1;
+  const canvas = el("canvas", { width: Math.round(W * ratio), height: Math.round(H * ratio), style: `width:${W}px;height:${H}px`, role: "img", "aria-label": caption, "data-columns": marked.map((c) => names[c]).join(" ") });
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   pen.font = "10px system-ui, sans-serif";
@@ -42,7 +53,7 @@ function heat(caption, rows, { rowName, columnName, tell, range, cell, height, n
   }
   if (columnName) {
     pen.textAlign = "center";
-    for (let c = 0; c < columns; c += every) pen.fillText(columnName(c), Math.max(left + 8, left + c * width + width / 2), H - foot / 2 + 1);
+    for (const c of marked) pen.fillText(names[c], left + c * width + width / 2, H - foot / 2 + 1);
   }
   canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect();
@@ -123,7 +134,7 @@ class LayersView {
       const name = group === modality ? `${group} experts` : `${group} experts, ${modality} tokens`;
       loads.append(heat(name, tables[g], {
         range, numbers: true, cell: this.cell(columns, groups.length, 9, 60),
-        rowName: (r) => layers[r], columnName: (c) => c, every: columns > 16 ? 4 : 1,
+        rowName: (r) => layers[r], columnName: (c) => c,
         tell: (r, c) => `layer ${layers[r]}, expert ${c} of ${name}`,
       }));
     });
@@ -143,7 +154,7 @@ class LayersView {
     });
     pairs.append(...drawn);
     this.experts.replaceChildren(
-      el("div", { class: "head" }, el("h3", {}, "Expert load by layer"), el("span", { class: "note" }, this.measure === "load" ? "Tokens that an expert took, over the modality's tokens in that layer." : "Mean gate of the tokens that an expert took.")),
+      el("div", { class: "head" }, el("h3", {}, "Expert load by layer"), el("span", { class: "note" }, this.measure === "load" ? "Tokens that an expert took, over the modality's tokens in that layer; a row is a layer, a column an expert." : "Mean gate of the tokens that an expert took; a row is a layer, a column an expert.")),
       el("div", { class: "tools" }, ...this.chooser(), choice, el("label", {}, `step ${record.step.toLocaleString("en")}`, slider), scaleBar(range)),
       loads,
       ...(drawn.length ? [el("div", { class: "head", style: "margin-top:1rem" }, el("h3", {}, "Co-selection"), el("span", { class: "note" }, `Of the tokens that the row's expert took, the fraction that the column's expert took too; step ${paired?.step.toLocaleString("en")}.`)), pairs] : []));
@@ -186,7 +197,7 @@ class LayersView {
   drawTime() {
     const [layers, found] = this.overTime(), records = this.run.layers;
     const titles = { unrouted: "tokens that no expert took", depth: "tokens processed (depth)", norm: "output norm" };
-    const notes = { unrouted: "Fraction of the modality's tokens that passed by the layer's experts.", depth: "Fraction of the modality's tokens that the Mixture-of-Depths layer processed; grey layers process all.", norm: "Mean norm of the hidden states after the layer." };
+    const notes = { unrouted: "Fraction of the modality's tokens that passed by the layer's experts; a row is a layer, a column a step.", depth: "Fraction of the modality's tokens that the Mixture-of-Depths layer processed; grey layers process all.", norm: "Mean norm of the hidden states after the layer; a row is a layer, a column a step." };
     const names = Object.keys(titles).filter((name) => found.has(name));
     if (!names.includes(this.over)) this.over = names[0];
     if (!names.length) {
@@ -195,12 +206,12 @@ class LayersView {
     }
     const choice = el("div", { class: "choice" }, ...names.map((name) => el("button", { type: "button", "aria-pressed": String(name === this.over), onclick: () => { this.over = name; this.drawTime(); } }, titles[name])));
     const maps = [...found.get(this.over)], range = extent(maps.map(([, rows]) => rows.flat()));
-    const cell = this.cell(records.length, maps.length, 4, 24);
+    const cell = this.cell(records.length, maps.length, 4, 40);
     this.time.replaceChildren(
       el("div", { class: "head" }, el("h3", {}, "Layers over the run"), el("span", { class: "note" }, notes[this.over])),
       el("div", { class: "tools" }, ...this.chooser(), choice, scaleBar(range)),
       el("div", { class: "heats" }, ...maps.map(([modality, rows]) => heat(modality, rows, {
-        range, cell, rowName: (r) => layers[r], columnName: (c) => short(records[c].step), every: Math.max(1, Math.ceil(56 / cell)),
+        range, cell, rowName: (r) => layers[r], columnName: (c) => short(records[c].step),
         tell: (r, c) => `layer ${layers[r]}, step ${records[c].step.toLocaleString("en")}, ${modality}`,
       }))));
   }

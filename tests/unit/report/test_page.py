@@ -23,6 +23,7 @@ from mmscale.cli import main
 from mmscale.config.load import dump, resolve
 from mmscale.errors import UsageError
 from mmscale.report import comparison_section, page, pictures
+from mmscale.report.accuracy_charts import Guessing, guessing_of
 from mmscale.report.downsample import Downsampler
 from mmscale.report.facts import losses, results
 from mmscale.train.log.metrics_log import MetricsLog
@@ -55,6 +56,20 @@ def make_run(folder: Path, *, steps: int = 30, image_size: int = 128, resumed_at
     (folder / "config.yaml").write_text(VOCABULARY % image_size + f"train: {{steps: {steps}}}\n")
     (folder / "environment.json").write_text(json.dumps({"mmscale": "0.1", "hosts": ["n<1>"]}))
     return folder
+
+
+def with_a_task(run: Path) -> Path:
+    """The run with accuracies of a task; other questions, with fewer choices, were asked from the second attempt on."""
+    log = MetricsLog(run, attempt=2)
+    for step, accuracy in ((10, 0.125), (20, 0.25), (30, 0.5)):
+        log.write(step, {"eval/accuracy/which": accuracy, "eval/causal/accuracy/which": 0.375})
+    log.close()
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["event"] in ("start", "resume"):
+            event["guessing"] = {"which": 0.1 if event["event"] == "start" else 0.25}
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
 
 
 def figures(step: int, now: float) -> dict[str, float]:
@@ -118,6 +133,36 @@ def test_one_run(tmp_path: Path) -> None:
     assert norm["mean"][1] is None and norm["broken"] == [1]
     assert "values that are not finite, marked at the top of their charts: grad_norm (1)" in text
     assert data_of(text)["runs"][0]["layers"][0]["layers"]["1"]["experts"]["text"]["text"]["load"] == [0.25, 0.5]
+
+
+def test_the_accuracy_of_guessing_is_in_its_chart_and_card(tmp_path: Path) -> None:
+    """By step: what was guessed before other questions came holds until they did; runs with the same value share it."""
+    run, other = (with_a_task(make_run(tmp_path / name, resumed_at=20)) for name in "ab")
+    (found,) = page.read_runs([run], goodput=goodput)
+    assert guessing_of(found.events) == {"which": [Guessing(0.1, 0, 20), Guessing(0.25, 20, None)]}
+    text = written([run], tmp_path / "one.html")
+    assert levels_of(text) == [(0.1, 0, 20, "guessing"), (0.25, 20, None, "guessing")]
+    assert "50.0%, guessing 25.0%" in text and "37.5%, guessing 25.0%" in text
+    assert len(levels_of(written([run, other], tmp_path / "both.html"))) == 2
+    events = [event | ({"guessing": {"which": 0.5}} if "guessing" in event else {}) for event in found.events]
+    (other / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    labels = [level[3] for level in levels_of(written([run, other], tmp_path / "both.html"))]
+    assert labels == ["a, guessing", "a, guessing", "b, guessing"]
+
+
+def levels_of(text: str) -> list[tuple[float, int, int | None, str]]:
+    (chart,) = [one for one in data_of(text)["charts"] if one["name"] == "accuracy_which"]
+    return [(one["value"], one["first"], one["last"], one["label"]) for one in chart["levels"]]
+
+
+def test_steps_that_are_repeated_leave_no_guessing() -> None:
+    begun = [("start", 0, 0.1), ("resume", 50, 0.2), ("resume", 30, None), ("resume", 40, 0.1), ("resume", 45, 0.1)]
+    events = [
+        {"event": name, "step": step} | ({"guessing": {"which": value}} if value is not None else {})
+        for name, step, value in begun
+    ]
+    assert guessing_of(events) == {"which": [Guessing(0.1, 0, 30), Guessing(0.1, 40, None)]}
+    assert guessing_of([{"event": "start", "step": 0}, {"event": "resume", "step": None, "guessing": 3}]) == {}
 
 
 def test_several_runs_have_a_colour_each(tmp_path: Path) -> None:
@@ -413,7 +458,7 @@ addEventListener("load", () => {
   state.zoom = null;
   const line = { run: 0, group: 0, label: "saves", colour: 0, points: true, joined: false, mark: 0,
     mean: [2, 1, 1], low: [0, 1, 0.5], high: [30, 1, 2] };
-  const spec = { name: "stems", section: "", title: "", unit: "", note: "", log: true, lines: [line] };
+  const spec = { name: "stems", section: "", title: "", unit: "", note: "", log: true, lines: [line], levels: [] };
   const stalls = new Chart(spec, parts);
   stalls.draw();
   const stems = parts.querySelector("path.stems").getAttribute("d").split("M").slice(1).map((d) => {
@@ -421,9 +466,18 @@ addEventListener("load", () => {
     return [from > to, from === stalls.box.bottom, Math.abs(to - stalls.sy(30)) < 0.1];
   });
   parts.remove();
+  // The names of columns: the first and the last always, never too close.
+  const steps = (n) => Array.from({ length: n }, (_, i) => String(1000 * i));
+  const columns = [[3, 40], [60, 17], [2, 4], [1, 4]].map(([n, width]) => labelled(steps(n), width));
+  document.getElementById("axis-step").click();
+  const named = document.querySelector("#chart-layers-over-time canvas").dataset.columns;
+  const guesses = [...document.querySelectorAll("#chart-accuracy_which line.level")].map((one) =>
+    ["x1", "x2", "y1"].map((name) => Number(one.getAttribute(name))));
+  const legend = document.querySelector("#chart-accuracy_which .legend").textContent;
   document.querySelector("[data-theme]").dataset.theme = "dark";
   const ready = document.documentElement.dataset.ready;
-  document.title = JSON.stringify({ seen, problems, told, zoomed, first, ready, said, chosen, stems });
+  const drawn = { stems, columns, named, guesses, legend };
+  document.title = JSON.stringify({ seen, problems, told, zoomed, first, ready, said, chosen, ...drawn });
 });
 </script></body>"""
 
@@ -438,7 +492,7 @@ def chromium() -> str:
 
 def test_in_a_browser(chromium: str, tmp_path: Path) -> None:
     """Every figure is drawn against every axis, the mouse works, no name is looked up, no error is logged."""
-    runs = [make_run(tmp_path / "run", resumed_at=20)]
+    runs = [with_a_task(make_run(tmp_path / "run", resumed_at=20))]
     file = tmp_path / "report.html"
     file.write_text(written(runs, file).replace("</body>", CHECK))
     ended = subprocess.run(
@@ -469,6 +523,13 @@ def test_in_a_browser(chromium: str, tmp_path: Path) -> None:
     assert "step 10" in found["first"]
     assert "Nothing but empty records in layers.jsonl." in found["said"] and found["chosen"] == 1
     assert found["stems"] == [[True, True, True], [True, False, False]]  # nothing from 1 to 1; 0 has no logarithm
+    few, many, narrow, single = found["columns"]
+    assert (few, narrow, single) == ([0, 1, 2], [1], [0])
+    assert many[0] == 0 and many[-1] == 59 and set(np.diff(many)) == {3, 4}  # 3 columns are as wide as 59000
+    assert found["named"].split() == ["10", "20", "30"]  # one record each
+    (x1, x2, low), (x3, x4, high) = found["guesses"]
+    assert x1 < x2 == x3 < x4 and high < low  # 0.25 is drawn above 0.1, from step 20 on
+    assert found["legend"].count("guessing") == 1
     for axis, panels in found["seen"].items():
         drawn = {name: (shapes, maps) for name, shapes, maps in panels}
         assert {"chart-loss", "chart-lr", "chart-stalls", "chart-unrouted", "chart-depth", "timeline-0"} <= set(drawn)

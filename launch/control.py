@@ -177,5 +177,11 @@ def _changed(run: Path, planned: submit.Planned, *, yes: bool) -> list[str]:
 def _launch_folder(run: Path) -> Path:
     folder = records.latest(run)
     if folder is None:
-        raise LaunchError(f"{run} was never launched", remedy="start it: `mmscale launch CONFIG --cluster NAME`")
+        launched = "`mmscale launch CONFIG --cluster NAME`"
+        if (run / lease.LEASE).is_file():
+            raise LaunchError(
+                f"{run} was started by `mmscale train`, and resume starts jobs of `mmscale launch`",
+                remedy=f"start the same `mmscale train` again: it continues from the newest checkpoint; or {launched}",
+            )
+        raise LaunchError(f"{run} was never launched", remedy=f"start it: {launched}")
     return folder

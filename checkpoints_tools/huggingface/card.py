@@ -5,22 +5,26 @@ Text only; every number comes from the run's own logs and the gate's report.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from checkpoints_tools.huggingface.example_prompt import example_prompt
 from checkpoints_tools.huggingface.shipped.versions_moma import NEWEST, OLDEST
 from checkpoints_tools.huggingface.weights import is_native
 from mmscale.config import Config
 from mmscale.config.load import dump
 from mmscale.data.prepared.manifest import NO_TOKENIZER
+from mmscale.data.vocab import IMAGE
 from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
 from mmscale.runs.metrics import read_metrics
 from mmscale.train.stages.stage_report import report_of
 
 TAGS = ["mixed-modal", "early-fusion", "mmscale"]
+_NO_PROMPT = "a prompt in the words of the training documents"  # the data is not at hand
 _TASK = "text-generation"
 _USE = """Tested with transformers {oldest} to {newest}; the code here warns about others.
 
@@ -30,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 folder = "."
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder{remote})
-inputs = processor(text="{prompt}", draw={draw})
+inputs = processor(text={prompt}, draw={draw})
 ids = model.generate(**inputs, max_length={context}, do_sample=True{grammar})
 print(processor.pieces(ids[0]))  # {pieces}
 ```"""
@@ -93,7 +97,7 @@ def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> st
         oldest=OLDEST,
         newest=NEWEST,
         remote="" if native else ", trust_remote_code=True",
-        prompt="draw a seven" if images else "Once",
+        prompt=json.dumps(example_prompt(config, item=IMAGE if images else "") or _NO_PROMPT, ensure_ascii=False),
         draw=images,
         pieces="texts and Pillow images"
         if not others
@@ -138,15 +142,17 @@ def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> st
 
 def losses_table(config: Config, run: Path, step: int) -> str:
     """The last held-out losses up to the step, including those with the auxiliary stage's routers, by routing mode."""
-    found = _measured(run, step)
+    found, report = _measured(run, step), report_of(run)
+    other = f"The {report.note}." if report is not None and report.main_step == step and report.note else ""
     if not found:
-        return "None were logged."
+        return "\n\n".join(filter(None, ("None were logged.", other)))
     rows = [f"| `{key.removeprefix(EVAL)}` | {value:.4f} | {at} |" for key, (at, value) in sorted(found.items())]
     note = (
         "Numbers whose name has no routing were measured with batch routing, as in training: experts chose among all "
         "tokens of a sequence, later ones too. Those of `causal` and `threshold` routing see no later token."
     )
     more = ["", note] if config.model.routes else []
+    more += ["", other] if other else []
     return "\n".join(["| measured | value | step |", "|---|---|---|", *rows, *more])
 
 

@@ -28,6 +28,7 @@ from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
+from mmscale.inference.batch_count import Place, counted, silent
 from mmscale.inference.scores import measured, with_data
 from mmscale.tables.plugins import Use
 from mmscale.train.steps.step import mean_losses
@@ -45,6 +46,7 @@ def evaluate_export(
     routing: str | None,
     tasks: Sequence[Use] = (),
     questions: Mapping[str, Path] = MappingProxyType({}),
+    at: Place = silent,
 ) -> dict[str, Any]:
     """Evaluate an exported folder in this process.
 
@@ -56,6 +58,7 @@ def evaluate_export(
         routing: causal, top1 or threshold; None: as in config.json.
         tasks: plug-ins with other tasks.
         questions: files of questions by name.
+        at: shows the batch that is evaluated.
 
     Returns:
         `run` (the folder), `step` (None), `routing`, and the result of `mmscale.inference.scores.measured`.
@@ -73,7 +76,8 @@ def evaluate_export(
     for place, manifest in blend.items():
         check_tokenizers(place, manifest.tokenizers, trained, where=str(folder))
     result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
-    return result | measured(_ExportScorer(generator, vocabulary, batches), config, tasks=tasks, questions=questions)
+    scorer = _ExportScorer(generator, vocabulary, batches, at)
+    return result | measured(scorer, config, tasks=tasks, questions=questions)
 
 
 def trained_tokenizers(folder: Path) -> dict[str, str]:
@@ -94,6 +98,7 @@ class _ExportScorer:
     generator: Generator
     vocabulary: Vocabulary
     batches: int | None
+    at: Place = silent
 
     def losses(self, data: Mixture) -> dict[str, float]:
         """Losses over the labels of the documents that the run's evaluation reads."""
@@ -102,7 +107,9 @@ class _ExportScorer:
             number = min(number, self.batches * global_micro_batches(self.generator.config))
         modalities = len(self.vocabulary.names)
         total = torch.zeros(modalities + 1, 2, dtype=torch.float64)  # as in mmscale.train.steps.loss
+        next_batch = counted(self.at, "micro-batch", number)
         for index in range(number):
+            next_batch()
             documents = list(_documents(data.micro_batch(index)))
             for rows, logits in self._logits([tokens for tokens, _, _ in documents]):
                 for row, logits_SV in zip(rows, logits, strict=True):
@@ -124,7 +131,9 @@ class _ExportScorer:
             askers.setdefault(one.read, []).append(number)
         numbers = list(askers.values())
         log_p, likeliest = np.zeros(len(asked)), np.zeros(len(asked), np.int64)
+        next_batch = counted(self.at, "questions, batch")
         for rows, logits in self._logits([np.array(read, dtype=np.int64) for read in askers]):
+            next_batch()
             for place, row in enumerate(rows):
                 for number in numbers[row]:
                     one = asked[number]

@@ -104,7 +104,7 @@ def prepare(
         overwrite = False
     preparing.prepare(config, out, overwrite=overwrite, **given)
     result = inspect_set.summary(out)
-    emit(result, as_json=as_json, text=lambda: _summary(result))
+    emit(result, as_json=as_json, text=lambda: _summary(result, remarks=False))
 
 
 def _submit(
@@ -285,7 +285,8 @@ def _verdict(result: dict[str, Any]) -> None:
     pairs([("data set", result["folder"]), ("verified", words), *result["damaged"].items()])
 
 
-def _summary(result: dict[str, Any]) -> None:
+def _summary(result: dict[str, Any], *, remarks: bool = True) -> None:
+    """Print the facts of a data set; without `remarks` those that `data prepare` has said already are left out."""
     rows: list[tuple[str, object]] = [("data set", result["folder"])]
     for name, split in result["splits"].items():
         lengths = split.get("document_tokens")
@@ -306,20 +307,35 @@ def _summary(result: dict[str, Any]) -> None:
             quality = f", PSNR {own['psnr_db']:.1f} dB" if isinstance(own.get("psnr_db"), float) else ""
             what = f"{own['kind']}, {size}{rate}{each} tokens each, {own['codes']} codes{quality}"
             rows.append(("images" if name == "image" else name, what))
-            rows += [("", line) for line in own.get("remarks", ())]
+            rows += [("", line) for line in own.get("remarks", ()) if remarks]
     if result["tasks"]:
         rows.append(("tasks", ", ".join(result["tasks"])))
-    shared = result["held_out_in_training"]
-    if shared is None:
-        rows.append(
-            ("held out", "not compared with training documents: they are of a Megatron corpus (data dedup does)")
-        )
-    for what, (common, total) in (shared or {}).items():
-        if common:
-            rows.append(("held out", f"{common:,} of {total:,} {what} are in training documents too"))
+    rows += _content(result, remarks=remarks)
     if result["rejected"]:
         rows.append(("rejected", f"{result['rejected']:,} documents, see rejected.jsonl"))
     pairs(rows)
+
+
+def _content(result: dict[str, Any], *, remarks: bool) -> list[tuple[str, object]]:
+    """Rows about content that both splits have, and content that training repeats."""
+    shared, repeated = result["held_out_in_training"], result["repeated"]
+    if shared is None:
+        return [("held out", "not compared with training documents: they are of a Megatron corpus (data dedup does)")]
+    rows: list[tuple[str, object]] = []
+    for what, (common, total) in shared.items():
+        if common and remarks:
+            part = f"{common:,} of {total:,} {what} ({common / total:.1%})"
+            rows.append(("held out", f"{part} are in training documents too: --held-out marks them"))
+    for what, pair in repeated.items():
+        if not pair or not pair[0] or not (remarks or what in ("pictures", "texts")):
+            continue
+        part = f"({pair[0] / pair[1]:.1%})"
+        if what == "ids":
+            rows.append(("repeated", f"{pair[0]:,} of {pair[1]:,} documents {part} have the id of an earlier one"))
+        else:
+            rest = f"{pair[1] - pair[0]:,} are different"
+            rows.append(("repeated", f"{pair[0]:,} of {pair[1]:,} training {what} {part} equal an earlier one: {rest}"))
+    return rows
 
 
 def _counts(tokens: dict[str, int]) -> str:

@@ -7,6 +7,7 @@ and print the result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -176,9 +177,10 @@ def evaluate(
         with waiting("loading torch and transformers", enabled=not as_json) as tell:
             from checkpoints_tools.huggingface.evaluate_export import evaluate_export
 
-            tell(f"evaluating {folder}")
+            shown = f"evaluating {folder}"
+            tell(shown)
             measured: dict[str, Any] = {"step": step, "data": data, "batches": batches, "routing": routing}
-            result = evaluate_export(folder, **measured, **asked)
+            result = evaluate_export(folder, **measured, **asked, at=functools.partial(tell, shown))
     else:
         if ranks.starts_ranks(nproc):
             raise typer.Exit(ranks.start_for_a_while(nproc))
@@ -187,7 +189,9 @@ def evaluate(
         with waiting("loading torch and megatron-core", enabled=shows) as tell:
             from mmscale.inference.evaluate import evaluate_run
 
-            tell(f"evaluating {folder}")
+            shown = f"evaluating {folder}"
+            tell(shown)
+            asked["at"] = functools.partial(tell, shown)
             chosen = Routing(routing or "batch")
             options: dict[str, Any] = {} if shared is None else {"env": shared}
             options |= asked

@@ -18,6 +18,7 @@ from mmscale.data.stream.asked import Answers, Asked
 from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.packed import fill_rows, pack_rows
+from mmscale.inference.batch_count import Place, counted, silent
 from mmscale.inference.model import RunModel, open_run, stepper_of
 from mmscale.inference.scores import measured, passes_of, with_data
 from mmscale.model.auxiliary import RouterLearning
@@ -26,7 +27,7 @@ from mmscale.tables.plugins import Use
 from mmscale.tables.routings import Routing
 from mmscale.train.steps.answers import answers
 from mmscale.train.steps.auxiliary_routers import figures, table
-from mmscale.train.steps.evaluation import evaluate
+from mmscale.train.steps.evaluation import evaluate, extent_of
 
 
 def evaluate_run(
@@ -39,6 +40,7 @@ def evaluate_run(
     env: RankEnv | None = None,
     tasks: Sequence[Use] = (),
     questions: Mapping[str, Path] = MappingProxyType({}),
+    at: Place = silent,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint in this process, or over tensor-parallel ranks, which all call it.
 
@@ -51,6 +53,7 @@ def evaluate_run(
         env: as in `open_run`.
         tasks: plug-ins with other tasks.
         questions: files of questions by name.
+        at: shows the batch that is evaluated.
 
     Returns:
         `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>` and `tasks`;
@@ -73,9 +76,9 @@ def evaluate_run(
         for folder, manifest in blend.items():  # even the run's own data may have been prepared again
             check_tokenizers(folder, manifest.tokenizers, model.tokenizers, where=f"step {model.step} of {run}")
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
-        result |= measured(_RunScorer(model, routing, batches), config, tasks=tasks, questions=questions)
+        result |= measured(_RunScorer(model, routing, batches, at), config, tasks=tasks, questions=questions)
         if not routing.leaks and model.config.model.routes:
-            result |= _against_batch(model, config, batches, result, routing)
+            result |= _against_batch(model, config, batches, result, routing, at)
         return result
 
 
@@ -86,15 +89,23 @@ class _RunScorer:
     model: RunModel
     routing: Routing
     batches: int | None
+    at: Place = silent
 
     def losses(self, data: Mixture) -> dict[str, float]:
         """The losses, computed as in training."""
-        return _losses(self.model, data, self.batches, self.routing)
+        return _losses(self.model, data, self.batches, self.routing, at=self.at)
 
     def answers(self, asked: Sequence[Asked]) -> Answers:
         """The answers, computed as in training."""
         model = self.model
-        return answers(asked, config=model.config, stepper=stepper_of(model), groups=model.groups, routing=self.routing)
+        return answers(
+            asked,
+            config=model.config,
+            stepper=stepper_of(model),
+            groups=model.groups,
+            routing=self.routing,
+            on_batch=counted(self.at, "questions, batch"),
+        )
 
     def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         """For each document [tokens, vocabulary]; documents share sequences, as in training."""
@@ -113,14 +124,14 @@ class _RunScorer:
 
 
 def _against_batch(
-    model: RunModel, config: Config, batches: int | None, losses: dict[str, float], routing: Routing
+    model: RunModel, config: Config, batches: int | None, losses: dict[str, float], routing: Routing, at: Place
 ) -> dict[str, Any]:
     """How much larger causal losses are, and how well auxiliary routers predict on the first of the sets."""
     learning = RouterLearning(gradients=False) if routing is Routing.CAUSAL else None
     watching = learning
     leaking: dict[str, float] = {}
     for prefix, data in passes_of(config).items():
-        own = _losses(model, data, batches, Routing.BATCH, watching)
+        own = _losses(model, data, batches, Routing.BATCH, watching, at=at)
         own |= bits_per_byte(own, data, text=model.vocabulary.names[0])
         leaking |= {f"{prefix}{name}": value for name, value in own.items()}
         watching = None
@@ -134,8 +145,15 @@ def _against_batch(
 
 
 def _losses(
-    model: RunModel, data: Mixture, batches: int | None, routing: Routing, learning: RouterLearning | None = None
+    model: RunModel,
+    data: Mixture,
+    batches: int | None,
+    routing: Routing,
+    learning: RouterLearning | None = None,
+    *,
+    at: Place = silent,
 ) -> dict[str, float]:
+    total = extent_of(model.config, data, batches=batches).batches
     return evaluate(
         model.config,
         stepper=stepper_of(model),
@@ -144,4 +162,5 @@ def _losses(
         batches=batches,
         routing=routing,
         learning=learning,
+        on_batch=counted(at, f"{routing} routing, batch", total),
     )

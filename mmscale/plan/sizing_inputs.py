@@ -38,6 +38,7 @@ class Facts:
         where: folder of a prepared data set, or document files.
         documents: number of them.
         characters: of text in all documents; None: unknown, because they are already prepared.
+        text_ids: ids that a text tokenizer can learn from these texts, with special tokens and bytes; None: unknown.
         images: number of images in all documents.
         others: items of modalities besides text and images, of documents that are not prepared yet.
         edge: median of the shorter edges of images [pixels]; None: unknown.
@@ -58,6 +59,7 @@ class Facts:
     documents: int
     images: int
     characters: int | None = None
+    text_ids: int | None = None
     edge: int | None = None
     channels: int = 3
     most_images: int = 0

@@ -38,8 +38,7 @@ def of_documents(found: Proposal, facts: Facts, *, affordable: float, name: str)
         affordable: tokens that the smallest model can process within the budget.
         name: of the run.
     """
-    characters = facts.characters or 0
-    text = multiple(min(32_768, max(384, SPECIAL_AND_BYTES + characters // CHARACTERS_PER_ID)), 64)
+    text, why = _text_ids(facts)
     ids = {TEXT: text}
     prepare: dict[str, Any] = {"source": "documents", "documents": list(facts.where)}
     found.settings["data"] = {"path": f"data/{name}", "prepare": prepare}
@@ -58,7 +57,7 @@ def of_documents(found: Proposal, facts: Facts, *, affordable: float, name: str)
     found.put(
         "vocab.modalities",
         _modalities(ids, marked),
-        f"256 bytes, 5 special tokens, a merge for {CHARACTERS_PER_ID} of {characters:,} characters; 384 to 32,768",
+        f"256 bytes, 5 special tokens, {why}",
         "configs/quickstart.yaml and configs/emoji.yaml have as many",
         shown=" + ".join(f"{size:,} {key}" for key, size in ids.items()),
     )
@@ -97,6 +96,18 @@ def of_documents(found: Proposal, facts: Facts, *, affordable: float, name: str)
         )
     found.settings["vocab"]["pad_multiple"] = PAD_MULTIPLE
     return ids
+
+
+def _text_ids(facts: Facts) -> tuple[int, str]:
+    """Ids of the text tokenizer, and how the number of its merges was found."""
+    characters = facts.characters or 0
+    text = multiple(min(32_768, max(384, SPECIAL_AND_BYTES + characters // CHARACTERS_PER_ID)), 64)
+    why = f"a merge for {CHARACTERS_PER_ID} of {characters:,} characters; 384 to 32,768"
+    if facts.text_ids is None or facts.text_ids >= text:
+        return text, why
+    # Rounded down, so that every id is used; the bytes and the special tokens need 320.
+    most = max(multiple(SPECIAL_AND_BYTES, 64), facts.text_ids // 64 * 64)
+    return most, f"and merges: these {characters:,} characters repeat enough for {facts.text_ids:,} ids in all"
 
 
 def _modalities(ids: dict[str, int], marked: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:

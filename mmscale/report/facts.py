@@ -26,6 +26,8 @@ from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
 from mmscale.runs.metrics import METRICS
 from mmscale.runs.unrouted import note as unrouted_note
 from mmscale.runs.unrouted import unrouted
+from mmscale.train.stages.origin import folder_of
+from mmscale.train.stages.stage_report import report_of
 
 _DIFF_UP_TO = 20_000  # longest diff of uncommitted changes on a page [characters]
 
@@ -184,6 +186,8 @@ def notes(
         if broken:
             keys = ", ".join(f"{key} ({number:,})" for key, number in list(broken.items())[:6])
             found.append(f"{name}: values that are not finite, marked at the top of their charts: {keys}.")
+        if (stage := report_of(runs[name])) is not None and stage.note:
+            found.append(f"{name}: {stage.note}; the stage's own report, of {folder_of(runs[name])}, shows them.")
         if high := unrouted_note(_unrouted(history)):
             found.append(f"{name}: at the last logged step, {high}.")
         if len(history) and np.isnan(history.of("time")).all():

@@ -37,7 +37,16 @@ def sources_section(runs: Sequence[Run]) -> str:
     save_figure(passes_figure(runs), picture)
     encoded = base64.b64encode(picture.getvalue()).decode()
     image = f'<img alt="passes" style="max-width:100%;border-radius:8px" src="data:image/png;base64,{encoded}">'
-    head = ("run", "data set", "tokens of a pass", "passes done", "planned", "limit", "tokens read")
+    head = (
+        "run",
+        "data set",
+        "tokens of a pass",
+        "passes done",
+        "planned",
+        "limit",
+        "tokens read",
+        "repeated documents",
+    )
     rows = [
         (
             name,
@@ -47,6 +56,7 @@ def sources_section(runs: Sequence[Run]) -> str:
             f"{one.planned:.2f}",
             "-" if one.max_epochs is None else str(one.max_epochs),
             f"{one.tokens_done:,}",
+            "-" if one.repeated is None else f"{one.repeated:.1%}",
         )
         for name, one in found
     ]

@@ -23,6 +23,7 @@ class SourceRead:
         done: passes at the last step that was logged.
         planned: passes at the end of the run.
         max_epochs: its limit of passes; None: none.
+        repeated: share of its documents that equal an earlier one; None: unknown.
     """
 
     path: str
@@ -30,6 +31,7 @@ class SourceRead:
     done: float
     planned: float
     max_epochs: int | None = None
+    repeated: float | None = None
 
     @property
     def tokens_done(self) -> int:
@@ -54,9 +56,15 @@ def sources_read(events: Iterable[Mapping[str, Any]], *, step: int) -> list[Sour
             tokens = {str(name): int(number) for name, number in source["tokens"].items()}
             limit = source.get("max_epochs")
             planned = passes[-1][1]
+            again = source.get("repeated")
             found.append(
                 SourceRead(
-                    str(source["path"]), tokens, _at(passes, step), planned, None if limit is None else int(limit)
+                    str(source["path"]),
+                    tokens,
+                    _at(passes, step),
+                    planned,
+                    None if limit is None else int(limit),
+                    None if again is None else float(again),
                 )
             )
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):

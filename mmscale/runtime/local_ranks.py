@@ -207,7 +207,10 @@ def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
     assert first.status is not None
     if -first.status in received:
         name = signal.Signals(-first.status).name
-        raise LaunchError(f"stopped by {name} before rank {first.number} could handle it: nothing was saved")
+        raise LaunchError(
+            f"stopped by {name} before rank {first.number} could handle it: nothing was saved",
+            remedy="start it again: it continues from the newest checkpoint, if there is one",
+        )
     if first.status not in DOCUMENTED_STATUSES:
         _print_tail(first)
         raise LaunchError(

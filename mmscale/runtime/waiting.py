@@ -12,13 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Protocol, Self
 
 FIRST_LINE = 1.0  # seconds until the first line; after about 2 s of silence users assume that a command hangs
 LINE_EVERY = 10.0  # seconds between lines about the same work
 
-# Called with the present activity.
-Detail = Callable[[str], None]
+
+class Detail(Protocol):
+    """`Waiting.tell`."""
+
+    def __call__(self, what: str, place: str = "") -> None:
+        """Set the present activity and the place in it."""
 
 
 def to_stderr(message: str) -> None:
@@ -38,7 +42,8 @@ class Waiting:
     """Prints the present activity, until it is closed.
 
     The first line comes after a second; further ones whenever the activity changes, but at most one a second, and one
-    every ten seconds while it stays the same. Work that is done within a second is not mentioned.
+    every ten seconds while it stays the same, with the place that it has reached. Work that is done within a second is
+    not mentioned.
 
     Args:
         what: the first activity.
@@ -51,6 +56,7 @@ class Waiting:
 
     def __init__(self, what: str, *, enabled: bool = True, say: Callable[[str], None] = to_stderr) -> None:
         self._what, self._say = what, say
+        self._place = ""
         self._since = time.monotonic()
         self.began = time.time()  # [seconds since 1970]
         self._ended = threading.Event()
@@ -64,8 +70,9 @@ class Waiting:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tell(self, what: str) -> None:
-        """Set the present activity."""
+    def tell(self, what: str, place: str = "") -> None:
+        """Set the present activity, and the place in it, e.g. "batch 12 of 50"; a new place prints no line at once."""
+        self._place = place
         if what != self._what:
             self._since = time.monotonic()
             self._what = what
@@ -80,10 +87,11 @@ class Waiting:
     def _report(self) -> None:
         said, said_at = "", 0.0
         while not self._ended.wait(FIRST_LINE):
-            what, now = self._what, time.monotonic()
+            what, place, now = self._what, self._place, time.monotonic()
             if what == said and now - said_at < LINE_EVERY:
                 continue
-            self._say(f"{what} ..." if what != said else f"{what} ... {now - self._since:.0f} s")
+            since = f" {place and f'{place}, '}{now - self._since:.0f} s" if what == said else ""
+            self._say(f"{what} ...{since}")
             said, said_at = what, now
 
 

@@ -139,6 +139,12 @@ def compare(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> tup
     return lines, moved
 
 
+def same_documents(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> bool:
+    """Whether two blends have the same documents in the same shares, so that held-out losses on them are comparable."""
+    pairs, before, after = match(old, new), _shares(old), _shares(new)
+    return len(pairs) == len(old) == len(new) and all(abs(before[i] - after[j]) < 1e-9 for i, j in pairs)
+
+
 def match(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> list[tuple[int, int]]:
     """Pairs of places in `old` and `new` with the same documents, in the order of `new`; prefers equal paths."""
     left = dict(enumerate(old))

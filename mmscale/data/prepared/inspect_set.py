@@ -17,16 +17,17 @@ import PIL.ImageDraw
 from numpy.typing import NDArray
 
 from mmscale import bounded
-from mmscale.data.documents.schema import TRAIN
+from mmscale.data.documents.schema import TRAIN, VALIDATION
 from mmscale.data.modalities.fit import QUALITY
 from mmscale.data.modalities.image_files import to_picture
 from mmscale.data.modalities.table import MODALITIES, decode_item, folder_of, load_codec, open_codecs, remarks
 from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokenizer
+from mmscale.data.prepared.content_facts import content_facts
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import Manifest, Part, read_manifest, read_table
 from mmscale.data.prepared.parts import read_document, total_tallies
 from mmscale.data.prepared.selection import read_selection
-from mmscale.data.prepared.shared_content import comparable, shared_content
+from mmscale.data.prepared.shared_content import comparable, in_training
 from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import DataError
 
@@ -47,6 +48,7 @@ def summary(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     text = open_text_tokenizer(folder)
     ranges = dict(zip(manifest.modalities, manifest.ranges, strict=True))
+    facts = content_facts(folder, manifest)
     return {
         "folder": str(folder),
         "splits": {name: _split_summary(folder, manifest, name) for name in manifest.splits},
@@ -59,19 +61,17 @@ def summary(folder: Path) -> dict[str, Any]:
         "tasks": [task.name for task in manifest.tasks],
         "rejected": manifest.rejected,
         "selection": _selection(folder, manifest),
-        "held_out_in_training": _shared(folder, manifest),
+        "held_out_in_training": None if facts is None else _lists(asdict(facts.shared)),
+        "repeated": None if facts is None else _lists(asdict(facts.repeated)),
     }
 
 
-def _shared(folder: Path, manifest: Manifest) -> dict[str, list[int]] | None:
-    """Content that both splits have in common; None: they cannot be compared."""
-    if not comparable(manifest):
-        return None
-    return {key: list(pair) for key, pair in asdict(shared_content(folder, manifest)).items()}
+def _lists(pairs: dict[str, tuple[int, int] | None]) -> dict[str, list[int] | None]:
+    return {key: None if pair is None else list(pair) for key, pair in pairs.items()}
 
 
 def lines(folder: Path, split: str) -> Iterator[str]:
-    """Every document of a split as one line, with marks for its items.
+    """Every document of a split as one line, with marks for its items and for content that training has too.
 
     Raises:
         DataError: the data set is missing or damaged, or there is no such split.
@@ -80,9 +80,13 @@ def lines(folder: Path, split: str) -> Iterator[str]:
     if split not in manifest.splits:
         raise DataError(f"data: {folder} has no split {split!r}", remedy=f"one of {', '.join(manifest.splits)}")
     text = open_text_tokenizer(folder)
+    known = in_training(folder, manifest) if split == VALIDATION and comparable(manifest) else frozenset()
+    number = 0
     for part in manifest.splits[split].parts:
         for index in range(part.documents):
-            yield _marked(read_document(folder, part, index), text, manifest).replace("\n", " ")
+            mark = "  (in training too)" if number in known else ""
+            yield _marked(read_document(folder, part, index), text, manifest).replace("\n", " ") + mark
+            number += 1
 
 
 def _split_summary(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from mmscale.data.modalities.modality import Tally, count
 from mmscale.data.prepared.encode import DocumentEncoder, Encoded
 from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.manifest import MOST_BYTES, Part
+from mmscale.data.prepared.repeated_ids import SUFFIX, keep_ids
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 from mmscale.runtime.atomic_files import publish, sync, temporary_for, write_atomic
@@ -271,6 +272,7 @@ def build_part(
     """
     writers = {split: PartWriter(folder, f"{split}/{job.name}", encoder.vocabulary) for split in SPLITS}
     rejected: list[Rejected] = []
+    ids: list[str] = []
     encoder.take_tallies()  # discard the counts of an abandoned part
     try:
         for chunk in _chunks(job):
@@ -281,6 +283,7 @@ def build_part(
             for item in chunk:  # keeps rejections in the order of the input
                 result = next(encoded) if isinstance(item, Document) else item
                 if isinstance(result, Encoded):
+                    ids.append(result.document.id)
                     writers[result.document.split_for(held_out)].add(result)
                 elif strict:
                     raise strict_error(result)
@@ -293,6 +296,7 @@ def build_part(
         finished = FinishedPart(job.digest, splits, tuple(rejected), sizes, digests, tallies, job.items)
         content = asdict(finished) | {"splits": {name: part.model_dump() for name, part in splits.items()}}
         (folder / DONE).mkdir(exist_ok=True)
+        keep_ids(folder / DONE / f"{job.name}{SUFFIX}", ids)
         write_atomic(folder / DONE / f"{job.name}.json", json.dumps(content, indent=1).encode())
         return finished
     except OSError as error:

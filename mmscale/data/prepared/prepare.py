@@ -25,10 +25,8 @@ from mmscale.data.documents.readers import list_local
 from mmscale.data.documents.schema import DocumentSlice
 from mmscale.data.modalities.fit import check_settings, item_tokenizers, text_tokenizer
 from mmscale.data.modalities.modality import Codec
-from mmscale.data.modalities.table import remarks
 from mmscale.data.prepared import tasks
 from mmscale.data.prepared.build import WorkSetup, build_parts
-from mmscale.data.prepared.encode import text_remarks
 from mmscale.data.prepared.folder import REJECTED, claimed, tokenizer_folders
 from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.inputs import listing, slices_of, source_of
@@ -60,11 +58,10 @@ from mmscale.data.prepared.parts import (
     PartJob,
     read_finished,
     strict_error,
-    total_tallies,
 )
 from mmscale.data.prepared.questions import read_questions
-from mmscale.data.prepared.reuse import check_companions
-from mmscale.data.prepared.shared_content import shared_content
+from mmscale.data.prepared.remarks import remarks_on
+from mmscale.data.prepared.reuse import check_companions, companion_of
 from mmscale.data.prepared.shares import Share, SharedPlan, shares_of
 from mmscale.data.prepared.table_facts import keep_facts
 from mmscale.data.progress import Reporter
@@ -238,6 +235,8 @@ def _prepare(
     if not missing and (manifest := _standing(out, source)) is not None:
         _check_strict(strict, finished.values())
         _report(reporter, out, manifest, "is already prepared")
+        for note in remarks_on(out, manifest, codecs, like=companion_of(settings)):
+            reporter.say(note)
         return manifest
     if finished:
         reporter.say(f"{len(finished)} of {len(jobs)} parts are there already")
@@ -277,9 +276,7 @@ def _prepare(
     write_manifest(out, manifest)
     keep_facts(out, manifest)
     _report(reporter, out, manifest, "is prepared")
-    tallies = total_tallies(out)
-    remarked = [line for name, codec in codecs.items() for line in remarks(name, tallies.get(name, {}), codec)]
-    for note in (*remarked, *text_remarks(tallies.get(TEXT, {})), *shared_content(out, manifest).notes()):
+    for note in remarks_on(out, manifest, codecs, like=companion_of(settings)):
         reporter.say(note)
     return manifest
 

@@ -98,6 +98,14 @@ def check_fit_like(folder: Path, config: Config) -> None:
             )
 
 
+def companion_of(settings: PrepareConfig) -> Path | None:
+    """The prepared data set whose text tokenizer these settings reuse (`--like`); None: they name none."""
+    if not settings.text.load:
+        return None
+    file = Path(settings.text.load)
+    return file.parent.parent if file.parts[-2:] == (text_tokens.FOLDER, text_tokens.FILE) else None
+
+
 def check_companions(config: Config, settings: PrepareConfig, out: Path, *, overwrite: bool) -> list[str]:
     """Compare the tokenizers that `out` will have with those of the data sets that it is going to be mixed with.
 

@@ -1,14 +1,13 @@
-"""Finds pictures, other items and texts of held-out documents that also occur in training documents.
+"""Finds pictures, other items and texts of held-out documents that also occur in training documents, and repetitions.
 
-Held-out losses of such documents measure memorization. Complete token sequences are compared: items by their codes,
-and texts only of documents without items (captions may repeat). Of large data sets a limited number of training tokens
-is read, so the shares are lower bounds.
+Held-out losses of such documents measure memorization; documents that training repeats weigh more. Complete token
+sequences are compared: items by their codes, and texts only of documents without items (captions may repeat). Of large
+data sets a limited number of training tokens is read, so the shares are lower bounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,9 @@ from mmscale.data.prepared.parts import dtype_for
 TOKENS = 50_000_000  # largest number of tokens read of each split: about 3 s
 _WEIGHTS = 1 << 16  # number of random factors for positions in a text; longer texts repeat them
 
-_NOTED = 0.01  # smallest share that is reported
+_GROUP = 'Documents with the same "group" (else the same "id") are kept in one split'
+_DEDUP = "`mmscale data dedup DIR` leaves such documents out of training"
+_IDS = 'every document should have its own, and "group" keeps documents in one split'
 
 Keys = NDArray[np.uint64]
 
@@ -39,13 +40,19 @@ class Shared:
     pictures: tuple[int, int]
     texts: tuple[int, int]
 
-    def notes(self) -> list[str]:
-        """Notes for the user; empty if less than one in a hundred is shared."""
+    def notes(self, *, of: str = "", here: str = "") -> list[str]:
+        """Notes for the user; empty if nothing is shared.
+
+        Args:
+            of: the data set that holds out, if it is another one.
+            here: the data set that trains.
+        """
+        owner, place = (f" of {of}" if of else ""), (f" of {here}" if here else "")
         return [
-            f"note: {common} of {total} {what} of held-out documents are in training documents too: held-out numbers "
-            'measure memory. Documents with the same "group" (else the same "id") are kept in one split'
+            f"note: {common:,} of {total:,} {what} ({common / total:.1%}) of held-out documents{owner} are in training "
+            f"documents{place} too: held-out numbers measure memory. {_GROUP}"
             for what, (common, total) in (("items", self.pictures), ("pure texts", self.texts))
-            if common >= _NOTED * total > 0
+            if common
         ]
 
 
@@ -57,6 +64,33 @@ def comparable(manifest: Manifest) -> bool:
     return all(part.id_offset is None for split in manifest.splits.values() for part in split.parts)
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """What occurs more than once within the training split.
+
+    Attributes:
+        documents, pictures, texts: (number that equal an earlier one, number), of whole documents, of items of
+            modalities with a tokenizer, and of documents of text only.
+        ids: (number of documents with the id of an earlier one, number of documents) of all splits; None: unknown.
+    """
+
+    documents: tuple[int, int]
+    pictures: tuple[int, int]
+    texts: tuple[int, int]
+    ids: tuple[int, int] | None = None
+
+    def notes(self) -> list[str]:
+        """Notes for the user on repeated documents and ids; pictures may repeat in documents of other words."""
+        return [
+            f"note: {common:,} of {total:,} {what} ({common / total:.1%}) {advice}"
+            for (common, total), what, advice in (
+                (self.documents, "training documents", f"equal an earlier one, items included: {_DEDUP}"),
+                (self.ids or (0, 0), "documents", f"have the id of an earlier one: {_IDS}"),
+            )
+            if common
+        ]
+
+
 def shared_content(folder: Path, manifest: Manifest, *, tokens: int = TOKENS) -> Shared:
     """Compare the held-out split with the training split.
 
@@ -65,29 +99,93 @@ def shared_content(folder: Path, manifest: Manifest, *, tokens: int = TOKENS) ->
         manifest: of it.
         tokens: largest number of tokens to read of each split.
     """
-    if not all(name in manifest.splits for name in (TRAIN, VALIDATION)):
+    return content_of_splits(folder, manifest, tokens=tokens)[0]
+
+
+def content_of_splits(folder: Path, manifest: Manifest, *, tokens: int = TOKENS) -> tuple[Shared, Repeated]:
+    """What both splits have in common, and what the training split repeats; arguments as in `shared_content`."""
+    found = {name: _keys_of(folder, manifest, name, tokens) for name in (TRAIN, VALIDATION) if name in manifest.splits}
+    nothing = SplitKeys.empty()
+    train, held_out = found.get(TRAIN, nothing), found.get(VALIDATION, nothing)
+    shared = Shared(_common(held_out.items, train.items), _common(held_out.texts, train.texts))
+    return shared, Repeated(*(_again(keys) for keys in (train.documents, train.items, train.texts)))
+
+
+def shared_with(folder: Path, manifest: Manifest, other: Path, held_out: Manifest, *, tokens: int = TOKENS) -> Shared:
+    """Compare the training split of a data set with the held-out split of another one with the same tokenizers.
+
+    Args:
+        folder: the data set.
+        manifest: of it.
+        other: the other one.
+        held_out: its manifest.
+        tokens: as in `shared_content`.
+    """
+    if TRAIN not in manifest.splits or VALIDATION not in held_out.splits:
         return Shared((0, 0), (0, 0))
+    train, own = _keys_of(folder, manifest, TRAIN, tokens), _keys_of(other, held_out, VALIDATION, tokens)
+    return Shared(_common(own.items, train.items), _common(own.texts, train.texts))
+
+
+def in_training(folder: Path, manifest: Manifest, *, tokens: int = TOKENS) -> frozenset[int]:
+    """Numbers of the held-out documents of which an item, or the text without items, is in training documents too."""
+    if not all(name in manifest.splits for name in (TRAIN, VALIDATION)):
+        return frozenset()
     train, held_out = (_keys_of(folder, manifest, name, tokens) for name in (TRAIN, VALIDATION))
-    pictures, texts = ((int(np.isin(own, known).sum()), len(own)) for own, known in zip(held_out, train, strict=True))
-    return Shared(pictures, texts)
+    items = held_out.owners[np.isin(held_out.items, train.items)]
+    texts = held_out.text_owners[np.isin(held_out.texts, train.texts)]
+    return frozenset(items.tolist()) | frozenset(texts.tolist())
 
 
-def _keys_of(folder: Path, manifest: Manifest, split: str, tokens: int) -> tuple[Keys, Keys]:
-    """64-bit keys of a split's items, and of its documents of text only."""
-    found: tuple[list[Keys], list[Keys]] = ([], [])
+@dataclass(frozen=True)
+class SplitKeys:
+    """64-bit keys of the content of a split.
+
+    Attributes:
+        items: of its items.
+        texts: of its documents of text only.
+        documents: of all its documents.
+        owners: number of the document of each item.
+        text_owners: number of each document of text only.
+    """
+
+    items: Keys
+    texts: Keys
+    documents: Keys
+    owners: NDArray[np.int64]
+    text_owners: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls) -> SplitKeys:
+        """Keys of a split without documents."""
+        keys, numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        return cls(keys, keys, keys, numbers, numbers)
+
+
+def _common(own: Keys, known: Keys) -> tuple[int, int]:
+    return int(np.isin(own, known).sum()), len(own)
+
+
+def _again(keys: Keys) -> tuple[int, int]:
+    return len(keys) - len(np.unique(keys)), len(keys)
+
+
+def _keys_of(folder: Path, manifest: Manifest, split: str, tokens: int) -> SplitKeys:
+    found = [SplitKeys.empty()]
+    documents = 0
     for part in manifest.splits[split].parts:
         if part.id_offset is not None:  # documents of a Megatron corpus need not follow one another
             continue
         if tokens <= 0:
             break
-        for own, keys in zip(found, _keys_of_part(folder, manifest, part, tokens), strict=True):
-            own.append(keys)
+        found.append(_keys_of_part(folder, manifest, part, tokens, first=documents))
         tokens -= sum(part.tokens.values())
-    pictures, texts = (np.concatenate(own) if own else np.zeros(0, np.uint64) for own in found)
-    return pictures, texts
+        documents += part.documents
+    return SplitKeys(*(np.concatenate([getattr(one, field.name) for one in found]) for field in fields(SplitKeys)))
 
 
-def _keys_of_part(folder: Path, manifest: Manifest, part: Part, tokens: int) -> Iterator[Keys]:
+def _keys_of_part(folder: Path, manifest: Manifest, part: Part, tokens: int, *, first: int) -> SplitKeys:
+    """Keys of a part; `first` is the number of its first document in the split."""
     vocabulary = manifest.vocab
     table = read_table(folder, part)[:, :-1].astype(np.int64)
     lengths = table.sum(axis=1)
@@ -95,21 +193,25 @@ def _keys_of_part(folder: Path, manifest: Manifest, part: Part, tokens: int) -> 
     ids = np.fromfile(folder / f"{part.prefix}.bin", dtype=dtype_for(vocabulary), count=int(lengths.sum()))
     values = scattered(ids.astype(np.uint64))
     weights = np.random.default_rng(0).integers(0, 1 << 63, _WEIGHTS, dtype=np.uint64) | np.uint64(1)
-    yield np.concatenate([_items(name, ids, values, weights, manifest) for name in vocabulary.names])
     starts = lengths.cumsum() - lengths
+    items = [_items(name, ids, values, weights, manifest) for name in vocabulary.names]
+    owners = np.searchsorted(starts, np.concatenate([places for _, places in items]), side="right") - 1
     position = np.arange(len(ids)) - np.repeat(starts, lengths)
-    only_text = table[: len(lengths), 1:].sum(axis=1) == 0
     sums = np.add.reduceat(values * weights[position % _WEIGHTS], starts) if len(starts) else np.zeros(0, np.uint64)
-    yield sums[only_text]
+    only_text = np.flatnonzero(table[: len(lengths), 1:].sum(axis=1) == 0)
+    keys = np.concatenate([keys for keys, _ in items])
+    return SplitKeys(keys, sums[only_text], sums, first + owners, first + only_text)
 
 
-def _items(name: str, ids: NDArray[np.integer], values: Keys, weights: Keys, manifest: Manifest) -> Keys:
-    """Keys of a modality's items; empty if they have no begin token or no common length."""
+def _items(
+    name: str, ids: NDArray[np.integer], values: Keys, weights: Keys, manifest: Manifest
+) -> tuple[Keys, NDArray[np.int64]]:
+    """Keys of a modality's items, and their places; empty if they have no begin token or no common length."""
     marks, length = manifest.vocab.marks(name), manifest.tokens_per_item.get(name, 0)
     if marks is None or not length:
-        return np.zeros(0, np.uint64)
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     first = np.flatnonzero(ids == marks[0]) + 1
     keys = np.zeros(len(first), np.uint64)
     for offset in range(length):
         keys += values[first + offset] * weights[offset % _WEIGHTS]
-    return keys
+    return keys, first

@@ -20,6 +20,7 @@ from mmscale.data.documents.schema import Document, DocumentSlice, Item, Rejecte
 from mmscale.data.modalities.image_files import open_image
 from mmscale.data.modalities.modality import Report, Sample
 from mmscale.data.modalities.table import MODALITIES
+from mmscale.data.modalities.text_tokens import TextTokenizer
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import HELD_OUT, MANIFEST, TRAIN, parts_of, read_manifest
 from mmscale.data.prepared.selection import read_selection
@@ -30,6 +31,7 @@ from mmscale.plan.sizing_inputs import Facts, Items
 
 _RECORDS = 20_000  # records read from the beginning of files; the others are assumed to be similar
 _PICTURES = 200  # number of pictures that are opened
+_CHARACTERS = 3_000_000  # of text up to which a text tokenizer is tried: 2 s
 _ITEMS = 16  # items read of each other modality, to find out how many tokens they have
 
 
@@ -109,6 +111,7 @@ def _of_files(where: Sequence[str]) -> Facts:
         documents=round(scale * len(read)),
         images=round(scale * sum(numbers)),
         characters=round(scale * sum(texts)),
+        text_ids=_text_ids(read) if scale == 1.0 and sum(texts) <= _CHARACTERS else None,
         edge=round(median(edges)) if edges else None,
         channels=channels,
         most_images=max(numbers),
@@ -118,6 +121,12 @@ def _of_files(where: Sequence[str]) -> Facts:
         rejected=len(rejected),
         first_rejected=f"{rejected[0].where}: {rejected[0].reason}" if rejected else "",
     )
+
+
+def _text_ids(read: Sequence[Document]) -> int:
+    """Ids that a text tokenizer learns from all texts, at most as many as fit into two bytes."""
+    texts = (one.text for document in read for one in document.content if isinstance(one, Text))
+    return TextTokenizer.train(texts, size=1 << 16).vocab_size
 
 
 class _Few(Sample):

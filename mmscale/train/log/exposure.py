@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmscale.config import Config
+from mmscale.data.prepared.content_facts import kept_facts
 from mmscale.data.prepared.manifest import TRAIN, read_manifest
 from mmscale.data.prepared.selection import read_selection
 from mmscale.data.stream.mixture import Mixture
@@ -48,7 +49,8 @@ def planned_sources(config: Config, data: Mixture, *, step: int, sequences: int)
         sequences: that were consumed before it.
 
     Returns:
-        Of each source `path`, `tokens` of a pass by modality, `max_epochs`, and `passes`: pairs of a step and the
+        Of each source `path`, `tokens` of a pass by modality, `max_epochs`, `repeated` (the share of training documents
+        that equal an earlier one; None: unknown), and `passes`: pairs of a step and the
         passes over the source from the beginning of the run up to it, the last one for `train.steps`.
     """
     last = max(step, config.train.steps)
@@ -59,6 +61,7 @@ def planned_sources(config: Config, data: Mixture, *, step: int, sequences: int)
             "path": str(source.folder),
             "tokens": _tokens_by_modality(source),
             "max_epochs": data.max_epochs[number],
+            "repeated": _repeated(source),
             "passes": [[one, round(found[number], 4)] for one, found in zip(steps, passes, strict=True)],
         }
         for number, source in enumerate(data.sources)
@@ -80,6 +83,16 @@ def _tokens_by_modality(source: Source) -> dict[str, int]:
         return {name: round(count) for name, count in chosen.tokens.items()}
     manifest = read_manifest(source.folder)
     return {name: manifest.splits[TRAIN].tokens(name) for name in manifest.modalities}
+
+
+def _repeated(source: Source) -> float | None:
+    """Share of the training documents that equal an earlier one; None: not compared, or documents are weighted."""
+    if source.selection:
+        return None
+    facts = kept_facts(source.folder, read_manifest(source.folder))
+    if facts is None or not facts.repeated.documents[1]:
+        return None
+    return round(facts.repeated.documents[0] / facts.repeated.documents[1], 4)
 
 
 def _tokens(source: Source) -> float:

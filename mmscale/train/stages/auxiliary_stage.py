@@ -16,6 +16,8 @@ from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config.derived import tokens_per_step
+from mmscale.data.prepared.identity import identities, known, same_documents
+from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.data.stream.passes import SOURCES
 from mmscale.data.vocab import Vocabulary
@@ -145,6 +147,12 @@ class AuxiliaryStage:
             report.get("main_step") == self.main_step and report.get("step", self.state.step) == self.state.step
         )
 
+    def _other_data(self) -> list[str]:
+        """The data sets of the stage if they are not those of the main checkpoint; empty: they are, or unknown."""
+        config, trained = self.given.settings, known(self.begins_from)
+        own = identities(config, read_blend(config))
+        return [] if trained is None or same_documents(trained, own) else [one.path for one in own]
+
     def complete(self, tools: Tools) -> None:
         """Evaluate the routers on held-out data: metrics of every layer, and losses compared with batch routing."""
         learning = RouterLearning(gradients=False)
@@ -167,6 +175,7 @@ class AuxiliaryStage:
             report = {
                 **self._origin,
                 "step": self.state.step,
+                "other_data": self._other_data(),
                 "routers": rows,
                 "held_out": found.pop(SOURCES, {}),
                 **by_kind(found),

@@ -28,14 +28,27 @@ class StageReport:
         main_step: step of the main checkpoint.
         step: last step of the stage.
         losses: [nats] by routing mode and data set; includes those of batch routing.
+        other_data: the data sets that they were measured on, if the main run has others (`--yes`); empty: its own.
     """
 
     main_step: int
     step: int
     losses: Mapping[HeldOut, float]
+    other_data: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """Why the losses are not shown with those of the main run; "": they are."""
+        where = ", ".join(self.other_data)
+        return where and f"losses under causal routing were measured on other data ({where}) and are not shown here"
 
     def causal(self) -> dict[HeldOut, float]:
-        """Losses under the stage's routers, i.e. all except those of batch routing, marked as the stage's."""
+        """Losses under the stage's routers, i.e. all except those of batch routing, marked as the stage's.
+
+        Empty if they were measured on other data, because readers show them beside the losses of the main run.
+        """
+        if self.other_data:
+            return {}
         return {
             replace(where, stage=AUXILIARY): value for where, value in self.losses.items() if where.routing != "batch"
         }
@@ -68,7 +81,9 @@ def _read(file: Path) -> tuple[StageReport | None, str | None]:
         losses = dict(_losses(content))
         digest = content.get("main_digest")
         step = int(content["main_step"])
-        return StageReport(step, int(content.get("step", 0)), losses), None if digest is None else str(digest)
+        other = tuple(str(one) for one in content.get("other_data") or ())
+        report = StageReport(step, int(content.get("step", 0)), losses, other)
+        return report, None if digest is None else str(digest)
     except (OSError, *bounded.BAD_CONTENT):
         return None, None
 

@@ -7,6 +7,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import PIL.Image
@@ -15,6 +16,7 @@ import pytest
 from mmscale.cli import main
 from mmscale.config.load import load, resolve
 from mmscale.config.rules import violations
+from mmscale.data.prepared.survey import survey
 from mmscale.errors import UsageError
 from mmscale.plan import sizing
 from mmscale.plan.layouts import evaluate
@@ -120,6 +122,25 @@ def test_memory_that_no_model_fits_into() -> None:
     with pytest.raises(UsageError, match=r"no model fits into 0\.02 GiB a device") as caught:
         propose(FACTS["speech"], Machine.of_gpus(GPUS["h100"], 1, memory=0.02), budget_s=86_400.0)
     assert "--gpu h200" in caught.value.remedy
+
+
+def test_ids_that_texts_cannot_fill_are_not_proposed(tmp_path: Path) -> None:
+    """Captions of one pattern with few names have no more pairs to merge, however often they are repeated."""
+    names = ["".join(Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=9)) for n in range(20)]
+    records = [
+        {"id": name, "content": [{"type": "text", "text": f"the flag of {name}, which this is"}]} for name in names
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records) * 150)
+    facts = survey([str(file)])
+    assert facts.text_ids is not None and facts.characters is not None
+    proposal = propose(facts, LAPTOP, budget_s=600)
+    (text,) = proposal.settings["vocab"]["modalities"]
+    by_characters = propose(replace(facts, text_ids=None), LAPTOP, budget_s=600).settings["vocab"]["modalities"][0]
+    assert text["size"] <= facts.text_ids < by_characters["size"]
+    assert any(f"repeat enough for {facts.text_ids:,} ids" in rule.reason for rule in proposal.rules)
+    tiny = propose(replace(facts, text_ids=270), LAPTOP, budget_s=600).settings["vocab"]["modalities"][0]
+    assert tiny["size"] == 320  # bytes and special tokens
 
 
 def test_there_is_something_to_evaluate_on() -> None:

@@ -23,6 +23,7 @@ SOURCES: list[dict[str, Any]] = [
     },
     {"path": "data/books", "tokens": {"text": 500}, "max_epochs": 2, "passes": [[0, 0.0], [10, 2.0], [20, 2.0]]},
 ]
+SOURCES[1]["repeated"] = 0.25
 
 NAN = [{"path": "a", "tokens": {"text": 3}, "passes": [[0, "nan"]]}]
 
@@ -43,7 +44,7 @@ def test_passes_lie_on_straight_lines_between_the_steps_of_the_event(tmp_path: P
     events = read_events(make_run(tmp_path / "run"))
     assert sources_read(events, step=15) == [
         SourceRead("data/web<1>", {"text": 1000, "image": 200}, 2.5, 4.0),
-        SourceRead("data/books", {"text": 500}, 2.0, 2.0, 2),
+        SourceRead("data/books", {"text": 500}, 2.0, 2.0, 2, 0.25),
     ]
     assert [one.done for one in sources_read(events, step=0)] == [0.0, 0.0]
     assert [one.done for one in sources_read(events, step=99)] == [4.0, 2.0]
@@ -78,6 +79,7 @@ def test_the_page_shows_them_as_a_figure_and_a_table(tmp_path: Path) -> None:
     assert main(["report", str(run), "--out", str(out)]) == 0
     page = out.read_text()
     assert '<h2 id="data-sets">Data sets</h2>' in page and 'alt="passes"' in page
+    assert "<th>repeated documents</th>" in page and "<td>25.0%</td>" in page
     assert "<td>data/web&lt;1&gt;</td><td>1,000 text + 200 image</td><td>2.50</td><td>4.00</td>" in page
     assert "sources [" not in page  # in the words of the timeline
     with PIL.Image.open(tmp_path / "report_data.png") as picture:

@@ -15,7 +15,7 @@ from mmscale.config import Config
 from mmscale.config.load import dump, resolve
 from mmscale.report.charts import charts_of
 from mmscale.report.compare import compare
-from mmscale.report.facts import losses, results
+from mmscale.report.facts import losses, notes, results
 from mmscale.report.history import read
 from mmscale.runs.held_out import AUXILIARY, HeldOut
 from mmscale.tables.routings import CAUSAL_ROUTINGS
@@ -80,6 +80,20 @@ def add_stage(folder: Path, *, main_step: int, **more: Any) -> None:
     sets = {routing: {"loss": value, "loss/text": value, "z_loss": 9.0} for routing, value in STAGE.items()}
     content = {"main_step": main_step, "step": 5, "routers": [], "held_out": sets, "validation": {"web": sets}, **more}
     (folder / "auxiliary" / "report.json").write_text(json.dumps(content))
+
+
+def test_losses_on_other_data_stand_beside_no_others(tmp_path: Path) -> None:
+    """A stage that was started with --yes on another data set: its numbers are said to be left out, not mixed in."""
+    run = run_of(tmp_path / "run", Way())
+    add_stage(run, main_step=STEPS, other_data=["data/other"])
+    assert not any("causal" in name for name in losses(read(run)))
+    said = notes({"run": run}, {"run": read(run)}, {"run": {}})
+    assert any("measured on other data (data/other) and are not shown here" in note for note in said)
+    table = losses_table(config_of(Way()), run, STEPS)
+    assert "causal/loss" not in table and "measured on other data (data/other)" in table
+    add_stage(run, main_step=STEPS, other_data=[])
+    assert any("causal" in name for name in losses(read(run)))
+    assert "other data" not in losses_table(config_of(Way()), run, STEPS)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -37,6 +37,19 @@ def test_each_work_has_a_line_and_long_work_several() -> None:
     assert len(lines) == number  # nothing after the end
 
 
+def test_a_place_in_the_work_is_shown_by_the_later_lines_alone() -> None:
+    """A place changes several times a second, and a line for each would fill the screen."""
+    lines: list[str] = []
+    with waiting("evaluating", say=lines.append) as tell:
+        for number in range(2000):
+            tell("evaluating", f"batch {number} of 2,000")
+            if len(lines) > 2:
+                break
+            time.sleep(0.01)
+    assert lines[0] == "evaluating ..." and 2 < len(lines) < 5
+    assert all(line.startswith("evaluating ... batch ") and " of 2,000, " in line for line in lines[1:])
+
+
 def test_short_work_is_not_mentioned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_LINE", 60.0)
     with waiting("adding"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from huggingface_hub import ModelCard
 
 from checkpoints_tools.huggingface.card import card
 from checkpoints_tools.huggingface.model_config import generation_config
-from mmscale.config import Config
+from mmscale.config import Config, DataConfig
+from mmscale.data.prepared.prepare import prepare
+from tests.unit.data import samples
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
 CONFIG = Config.model_validate(
@@ -67,3 +71,29 @@ def test_accuracies_are_no_losses_and_a_blend_is_named_whole(tmp_path: Path) -> 
     kinds = {one.metric_name: one.metric_type for one in read.data.eval_results or ()}
     assert kinds == {"loss": "loss", "accuracy/which": "accuracy"}
     assert "- blend: data/a (weight 3), data/b (weight 1)\n" in read.text
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_the_example_has_a_prompt_of_the_data(pictures: bool, tmp_path: Path) -> None:
+    """Of a document that draws, or the first words of a text; without the data it says what is wanted."""
+    draws = [
+        {"id": str(n), "content": [{"type": "text", "text": f'draw "flag" number {n}'}, samples.image(f"{n}.png")]}
+        for n in range(20)
+    ]
+    reads = [{"id": f"r{n}", "content": [samples.image(f"{n}.png"), samples.text("a flag")]} for n in range(20)]
+    texts = [{"id": f"t{n}", "content": [samples.text(f"once  upon a time {n} there was")]} for n in range(20)]
+    for n in range(20):
+        samples.save_picture(tmp_path / f"{n}.png", n)
+    file = samples.write_jsonl(tmp_path / "d.jsonl", [*reads, *draws] if pictures else texts)
+    settings = samples.config(documents=[str(file)], vocab=None if pictures else {"text": 300})
+    prepare(settings, tmp_path / "set", progress=False)
+    config = settings.model_copy(update={"data": DataConfig(path=str(tmp_path / "set"))})
+    report = REPORT | {"data": {"folder": "set", "image_tokenizer": "abc" if pictures else "none"}}
+    shown = card(config, report, run=tmp_path, step=20)
+    (line,) = [line for line in shown.splitlines() if line.startswith("inputs = ")]
+    called = ast.parse(line).body[0].value  # type: ignore[attr-defined]
+    given = {word.arg: word.value.value for word in called.keywords}
+    assert given["draw"] is pictures
+    assert given["text"].startswith('draw "flag" number ' if pictures else "once upon a time")
+    shutil.rmtree(tmp_path / "set")
+    assert "a prompt in the words of the training documents" in card(config, report, run=tmp_path, step=20)

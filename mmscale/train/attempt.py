@@ -190,9 +190,7 @@ class Attempt:
             self.progress.say(said)
         self.records.begin(self.given.config, self.folder, attempt=self.number)
         self._seek()
-        told = (
-            stage.origin() | self.evaluated_on.told | ({} if changed is None else {"changed": changed[:MOST_CHANGES]})
-        )
+        told = {} if changed is None else {"changed": changed[:MOST_CHANGES]}
         self.records.tell(
             BEGINS[changed is not None],
             since=round(self.starting.began, 3),
@@ -200,7 +198,7 @@ class Attempt:
             world_size=self.env.world_size,
             attempt_id=self.fence.lease_id,
             sources=planned_sources(config, self.train_data, step=state.step, sequences=state.sequences),
-            **told,
+            **(told | self.evaluated_on.told | stage.origin()),
         )
         if config.train.dry_run:
             dry_run(config, self.stepper, self.groups, self.train_data)

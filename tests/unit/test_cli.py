@@ -308,7 +308,8 @@ def test_settings_may_stand_where_the_spec_would(run: Run) -> None:
 def test_eval_writes_the_routing_beside_every_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def evaluate_run(folder: Path, **options: Any) -> dict[str, Any]:
+    def evaluate_run(folder: Path, *, at: Callable[[str], None], **options: Any) -> dict[str, Any]:
+        at("batch 1 of 2")
         seen.update(options, folder=folder)
         return {"loss": 2.5, "loss/text": 2.0, "perplexity/text": 7.389, "accuracy/digit": 0.9, "step": 300}
 

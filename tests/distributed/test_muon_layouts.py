@@ -23,10 +23,11 @@ from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.assembly import build
 from mmscale.train.optim.muon import Muon
-from mmscale.train.proof.verify_layout import with_share
+from mmscale.train.proof.verify_layout import compare, with_share
 from mmscale.train.state.train_state import TrainState
-from tests.distributed.layouts import References, assert_passes, judge, start
+from tests.distributed.layouts import LOSS_TOLERANCE, NORM_TOLERANCE, References, assert_passes, judge, start, trace
 from tests.distributed.layouts import config as plain_config
+from tests.distributed.test_fp8_layouts import with_recipe
 from tests.distributed.test_moments_layouts import copied, kept
 from tests.distributed.test_resume import STEPS, leg, settings, tensors, train
 from tests.support import run_ranks
@@ -87,7 +88,15 @@ def equals_one_process(references: References, model: str, world_size: int, fold
         ("moma", 4),
         *(
             pytest.param(model, size, marks=pytest.mark.exhaustive)
-            for model in ("dense", "moma_7t1i", "moma_one_kv_head", "moe", "moma_untied", "moma_post_per_expert_shared")
+            for model in (
+                "dense",
+                "moma_7t1i",
+                "moma_token_choice",
+                "moma_one_kv_head",
+                "moe",
+                "moma_untied",
+                "moma_post_per_expert_shared",
+            )
             for size in LAYOUTS
         ),
         *(pytest.param(model, 4, marks=pytest.mark.exhaustive) for model in ("moma_depth", "mot")),
@@ -127,6 +136,26 @@ def expected(made: Config, name: str, weight: Tensor, gradients: list[Tensor]) -
             scale = optim.muon.rms * max(matrix.shape) ** 0.5
             weight.view(-1)[place.reshape(-1)] -= (optim.lr * scale * reference(matrix)).reshape(-1)
     return weight
+
+
+def test_emulated_fp8_under_layouts(references: References) -> None:
+    """Where every rank multiplies the same numbers, all steps equal one process (as in test_fp8_layouts.py)."""
+
+    def fp8(**parallel: Any) -> Config:
+        return with_recipe(config("moma", parallel=parallel), "delayed")
+
+    reference = references.get(fp8())
+    assert reference.losses != references.get(config("moma")).losses
+
+    def steps(ranks: RankEnv) -> None:
+        start(ranks)
+        for parallel in ({}, {"ep": 2}, {"pp": 2}):
+            found = trace(fp8(**parallel), ranks)
+            loss, norm = compare(reference, found)
+            assert loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE, (parallel, loss, norm)
+        groups.finalize()
+
+    run_ranks(steps, world_size=2, timeout_s=300)
 
 
 def test_rounds_change_nothing(references: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,9 +55,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 _SPREAD = ("moma", "moe")  # kinds whose experts can be distributed
 
 
-def config(model: str, **options: Any) -> Config:
-    """A model of the layout tests with Muon, its documents padded so that context-parallel ranks can share them."""
-    return plain_config(model, data={"document_multiple": 4}, optim=MUON, **options)
+def config(model: str, *, padded: bool = False, **options: Any) -> Config:
+    """A model of the layout tests with Muon; `padded`: context-parallel ranks can share its documents."""
+    return plain_config(model, data={"document_multiple": 4 if padded else 1}, optim=MUON, **options)
 
 
 def layouts_of(model: str, world_size: int) -> dict[str, dict[str, Any]]:
@@ -68,12 +68,13 @@ def layouts_of(model: str, world_size: int) -> dict[str, dict[str, Any]]:
 
 def equals_one_process(references: References, model: str, world_size: int, folder: Path, **options: Any) -> None:
     """All layouts of a model one after another in one set of ranks."""
-    references.get(config(model, **options))
+    for padded in (False, True):
+        references.get(config(model, padded=padded, **options))
 
     def steps(ranks: RankEnv) -> None:
         start(ranks)
         for name, parallel in layouts_of(model, world_size).items():
-            made = config(model, parallel=parallel, **options)
+            made = config(model, parallel=parallel, padded="cp" in parallel, **options)
             assert_passes(judge(references, made, ranks, folder / name), f"muon {model} {name}")
         groups.finalize()
 

@@ -56,8 +56,8 @@ _SPREAD = ("moma", "moe")  # kinds whose experts can be distributed
 
 
 def config(model: str, *, padded: bool = False, **options: Any) -> Config:
-    """A model of the layout tests with Muon; `padded`: context-parallel ranks can share its documents."""
-    return plain_config(model, data={"document_multiple": 4 if padded else 1}, optim=MUON, **options)
+    """A model of the layout tests with Muon; `padded`: documents as in test_context_parallel.py."""
+    return plain_config(model, data={"document_multiple": 8 if padded else 1}, optim=MUON, **options)
 
 
 def layouts_of(model: str, world_size: int) -> dict[str, dict[str, Any]]:

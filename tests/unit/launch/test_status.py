@@ -396,3 +396,16 @@ def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
     found = shown(run)
     assert found["goodput"] == pytest.approx(20 / 30, abs=0.01)
     assert (found["time"]["start_up"], found["time"]["steps"]) == (10.0, 20.0)
+
+
+def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) -> None:
+    """`status`, `logs` and `stop` know such a run, so "never launched" alone would send its user to a cluster."""
+    run = tmp_path / "run"
+    with run_lock.RunLock(run, by="train") as lock:
+        lock.take("train-1", attempt=1)
+    with pytest.raises(LaunchError, match="was started by `mmscale train`") as refused:
+        control.resume(run)
+    assert "start the same `mmscale train` again" in refused.value.remedy
+    (run / "lease.json").unlink()
+    with pytest.raises(LaunchError, match="was never launched"):
+        control.resume(run)

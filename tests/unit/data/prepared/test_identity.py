@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmscale.data.prepared.identity import SourceIdentity, compare, identity_of, known, match
+from mmscale.data.prepared.identity import SourceIdentity, compare, identity_of, known, match, same_documents
 from mmscale.data.prepared.manifest import read_manifest
 from tests.unit.data.corpora import corpus, prepare
 
@@ -68,3 +68,15 @@ def test_equal_documents_twice() -> None:
 def test_checkpoints_from_before_it_was_kept() -> None:
     assert known({}) is None
     assert known({"data": [A.model_dump()]}) == [A]
+
+
+@pytest.mark.parametrize(("new", "same"), [
+    ([A, B], True),
+    ([source("moved", "a"), B], True),
+    ([A, B.model_copy(update={"max_epochs": 2})], True),  # held-out documents are read once in any case
+    ([A], False),
+    ([A, source("c", "other")], False),
+    ([A, B.model_copy(update={"weight": 9.0})], False),
+])  # fmt: skip
+def test_held_out_losses_are_comparable_on_the_same_documents(new: list[SourceIdentity], same: bool) -> None:
+    assert same_documents([A, B], new) is same

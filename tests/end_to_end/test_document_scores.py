@@ -27,9 +27,11 @@ from mmscale.inference.retrieval_heads import masked_heads
 from mmscale.tables.routings import Routing
 from mmscale.tables.run_scores import RUN_SCORES
 from tests.end_to_end.running import assert_says, mmscale
+from tests.unit.data.samples import image, save_picture, text, write_jsonl
 
 SILENT = Reporter(enabled=False)
 COMPARED = 12  # documents whose scores are recomputed
+DOCUMENTS = 120
 
 MAIN = ("train.steps=4", "optim.warmup=1", "checkpoint.every=0", "checkpoint.asynchronous=false", "train.eval_every=0")
 STAGE = ("--stage", "auxiliary", "auxiliary.steps=2", "auxiliary.calibration_batches=1")
@@ -44,14 +46,12 @@ CAUSAL = ("moma_depth", "dense_depth")  # runs that need auxiliary routers
 
 
 @pytest.fixture(scope="module")
-def runs(config: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("scoring")
-    shutil.copytree(digits, folder / "set")
     for name, (settings, ranks) in RUNS.items():
         command = (
             "train",
             config,
-            f"data.path={folder / 'set'}",
             f"run.dir={folder}",
             f"run.name={name}",
             *MAIN,
@@ -63,10 +63,26 @@ def runs(config: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -
     return {name: folder / name for name in RUNS}
 
 
+@pytest.fixture(scope="module")
+def scored(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set with the tokenizers of the runs: captions before and after pictures, and texts alone."""
+    folder = tmp_path_factory.mktemp("scored")
+    records = []
+    for number in range(DOCUMENTS):
+        save_picture(folder / f"img/{number % 9}.png", number % 9, size=8)
+        words, drawn = text(f"a drawing of the digit {number % 10}"), image(f"img/{number % 9}.png")
+        content = ([words, drawn], [drawn, words], [words], [drawn, words, drawn])[number % 4]
+        records.append({"id": f"d{number}", "content": content, "split": "train"})
+    file = write_jsonl(folder / "d.jsonl", records)
+    ended = mmscale("data", "prepare", "--documents", file, "--like", digits, "--out", folder / "set")
+    assert ended.status == 0, ended
+    return folder / "set"
+
+
 @pytest.fixture
-def few(digits: Path, tmp_path: Path) -> Path:
-    """A copy of the data set, to be scored."""
-    shutil.copytree(digits, tmp_path / "set")
+def few(scored: Path, tmp_path: Path) -> Path:
+    """A copy of the small data set."""
+    shutil.copytree(scored, tmp_path / "set")
     return tmp_path / "set"
 
 
@@ -220,7 +236,12 @@ def test_the_command(runs: dict[str, Path], few: Path, tmp_path: Path) -> None:
     ended = mmscale("data", "score", few, "--by", f"memorised:{runs['moma_depth']}", "--routing", "batch", "--json")
     found = json.loads(ended.out)
     assert found["routing"] == "batch" and not found["trained_on"]
-    ended = mmscale("data", "score", runs["moma_depth"].parent / "set", "--by", f"memorised:{runs['moma_depth']}")
+
+
+def test_it_says_when_the_run_trains_on_the_documents(config: Path, few: Path, tmp_path: Path) -> None:
+    ended = mmscale("train", config, f"run.dir={tmp_path}", f"data.path={few}", *MAIN, *DENSE, "model.depth=null")
+    assert ended.status == 0, ended
+    ended = mmscale("data", "score", few, "--by", f"memorised:{tmp_path / 'tiny'}")
     assert "the run trains on this data set" in ended.out
 
 

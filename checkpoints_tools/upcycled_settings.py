@@ -96,7 +96,13 @@ def _check(old: Config, experts: Mapping[str, int], untie: Sequence[str], top_k:
 
 
 def _check_choice(old: Config, experts: Mapping[str, int], top_k: int | None) -> None:
-    """Refuse a number of choices for a model without new experts, or one whose experts choose."""
+    """Refuse a partly frozen model, and a number of choices without new experts or for one whose experts choose."""
+    if old.optim.freeze:
+        raise CheckpointError(
+            f"the model was trained with optim.freeze = [{', '.join(old.optim.freeze)}]: its optimizer has no "
+            "state for the frozen weights, from which new ones would be made",
+            remedy="convert it with `mmscale convert to-hf` and from-hf, and upcycle the result",
+        )
     if top_k is not None and not experts:
         raise UsageError(
             "--top-k is a number of the new experts, of which there are none", remedy="give --experts, too"

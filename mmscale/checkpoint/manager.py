@@ -19,7 +19,8 @@ from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError, NoMan
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.save_settings import Provenance, Retention, SaveSettings
 from mmscale.checkpoint.saving import Saver
-from mmscale.checkpoint.tensors import WEIGHTS, TensorEntry
+from mmscale.checkpoint.shape import WEIGHTS
+from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import groups, random_state
 

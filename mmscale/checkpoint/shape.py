@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmscale.config import Config
 from mmscale.errors import CheckpointError
+
+WEIGHTS, TRAINING = "weights", "training"  # content of a checkpoint: `contents` of mmscale.json
 
 
 def shape_of(config: Config) -> dict[str, Any]:
@@ -59,3 +62,24 @@ def check_shape(config: Config, saved: dict[str, Any], *, where: str) -> None:
             f"{where} holds another model: {'; '.join(differing)}",
             remedy="restore these settings, or start a new run with another run.name",
         )
+
+
+def check_frozen(config: Config, info: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a checkpoint whose optimizer has state for other weights, because other ones were frozen.
+
+    Args:
+        config: this run's configuration.
+        info: content of the checkpoint's mmscale.json.
+        where: name of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: `optim.freeze` differs, and the checkpoint is not one of weights only.
+    """
+    saved = info.get("config", {}).get("optim", {}).get("freeze", [])
+    if info.get("contents") == WEIGHTS or sorted(saved) == sorted(config.optim.freeze):
+        return
+    raise CheckpointError(
+        f"{where}: optim.freeze was [{', '.join(saved)}], is [{', '.join(config.optim.freeze)}], and the optimizer's "
+        "state is that of the weights which were trained",
+        remedy="restore it, or begin a run from the weights alone: `mmscale convert to-hf`, then from-hf",
+    )

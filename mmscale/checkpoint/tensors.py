@@ -31,13 +31,13 @@ from mmscale.checkpoint import integrity, tensor_index, torch_files
 from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError, NoManifestError
 from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint.shape import TRAINING, WEIGHTS
 from mmscale.errors import CheckpointError
 
 OPTIMIZER = "optimizer."  # prefix of the names of every optimizer's tensors
 # Suffix of the names of the state of FP8's delayed scaling. Checkpoints of bf16 runs lack it, and some readers ignore
 # it.
 SCALING = ".fp8_state"
-WEIGHTS, TRAINING = "weights", "training"  # content of a checkpoint: `contents` of mmscale.json
 BACKEND = "metadata.json"  # megatron-core recognises its checkpoints by this file
 COMMON = "common.pt"  # megatron-core's file for everything except tensors
 _REMEDY = "choose another checkpoint: RUN@STEP"

@@ -221,13 +221,16 @@ def on_fullest_rank(config: Config, of_groups: Mapping[str, float]) -> float:
 
     Args:
         config: gives groups and ranks.
-        of_groups: the total of each group, e.g. its parameters.
+        of_groups: the total of each group, e.g. its parameters; of a group that is missing there is none.
     """
     counts, ranks = expert_counts(config), config.parallel.ep
     if not any(count % ranks for count in counts.values()):
         return sum(of_groups.values()) / ranks
     places = experts_of_ranks(counts, ranks)
-    shares = [sum(of_groups[name] * len(places[name][rank]) / counts[name] for name in counts) for rank in range(ranks)]
+    shares = [
+        sum(amount * len(places[name][rank]) / counts[name] for name, amount in of_groups.items())
+        for rank in range(ranks)
+    ]
     return max(shares)
 
 

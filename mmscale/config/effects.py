@@ -117,6 +117,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "train.modality_weights": Effect.OBJECTIVE,
     "train.dry_run": Effect.FREE,
     "optim": Effect.FREE,
+    "optim.freeze": Effect.FREE,  # the optimizer's state must fit (`checkpoint.shape.check_frozen`)
     "auxiliary": Effect.FREE,
     "parallel": Effect.FREE,
     "precision": Effect.FREE,  # rounding; slots that FP8 rounds up are reported

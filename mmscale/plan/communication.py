@@ -17,7 +17,7 @@ from mmscale.config.derived import dense_replicas, depth_tokens, micro_batches_p
 from mmscale.plan.activations import recomputed_modules
 from mmscale.plan.compute import dealt_slots, fullest_slots
 from mmscale.plan.muon_cost import muon_cost
-from mmscale.plan.parameters import Parameters, count_parameters
+from mmscale.plan.parameters import Parameters, count_parameters, trained
 from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
 
 _FP32 = 4
@@ -231,6 +231,7 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
     """Messages for gradients and updated parameters, once a step."""
     parallel, size = config.parallel, dtype_bytes(config)
     replicas = dense_replicas(config, world)
+    parameters = trained(config, parameters)
     dense, experts = stage_parameters(config, parameters, stage)
     reduce_overlapped, gather_overlapped = overlap_data_parallel(config, nccl=True)
     # Without overlap, both optimizers (dense and expert parameters) gather all parameters after their part of the step

@@ -13,6 +13,10 @@ from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, expert_capacity, expert_counts, on_fullest_rank, slots_of_token
 from mmscale.config.precision.fp8 import capacity_multiple
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
+from mmscale.layers.frozen import is_frozen
+
+# Routers of all groups are one product, whose gradient is computed if any of them is trained: they are not counted.
+_MATRICES = (TensorPart.ATTENTION, TensorPart.FFN, TensorPart.EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Flops:
         ffn: dense networks, experts with all their slots, shared experts.
         routers: those of experts and of depth layers.
         output: the output layer.
+        frozen: the products with frozen weights among them, without routers.
     """
 
     projections: float
@@ -32,6 +37,7 @@ class Flops:
     ffn: float
     routers: float
     output: float
+    frozen: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -40,8 +46,11 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Forward and backward, which has twice the FLOPs; recomputation is not counted, as is usual for MFU."""
-        return 3 * self.forward
+        """Forward and backward, which has twice the FLOPs; recomputation is not counted, as is usual for MFU.
+
+        Backward has no products for the gradients of frozen weights.
+        """
+        return 3 * self.forward - self.frozen
 
     def as_dict(self) -> dict[str, float]:
         """Plain data for `mmscale plan --json`."""
@@ -158,12 +167,15 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
     fraction = tokens / model.seq_length
     slots = expert_slots(config, tokens) if model.has_experts else {}
     counts = expert_counts(config)
+    frozen = 0.0
     elements = dict.fromkeys(TensorPart, 0.0)  # elements of the matrices that a token is multiplied with, by part
     for tensor in layer_tensors(config, depth=depth):
         share = untied_share(config, tensor)
         if tensor.part is TensorPart.EXPERTS and tensor.group:
             share = slots[tensor.group] / counts[tensor.group]
         elements[tensor.part] += share * tensor.size
+        if is_frozen(config, tensor) and tensor.part in _MATRICES:
+            frozen += fraction * 2 * share * tensor.size
     return Flops(
         projections=fraction * 2 * elements[TensorPart.ATTENTION],
         # Two products over the preceding tokens, on average half of the sequence.
@@ -171,6 +183,7 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
         ffn=fraction * 2 * sum(elements[part] for part in (TensorPart.FFN, TensorPart.EXPERTS, TensorPart.SHARED)),
         routers=fraction * 2 * elements[TensorPart.ROUTER] + 2 * elements[TensorPart.DEPTH_ROUTER],
         output=0.0,
+        frozen=frozen,
     )
 
 
@@ -189,4 +202,5 @@ def flops_per_token(config: Config) -> Flops:
         ffn=sum(count * layer.ffn for count, layer in kinds),
         routers=sum(count * layer.routers for count, layer in kinds),
         output=2.0 * model.hidden_size * config.vocab.padded_size,
+        frozen=sum(count * layer.frozen for count, layer in kinds),
     )

@@ -21,7 +21,7 @@ from mmscale.plan.activations import (
 )
 from mmscale.plan.compute import dealt_slots, fullest_slots
 from mmscale.plan.muon_cost import matrix_parameters, muon_cost
-from mmscale.plan.parameters import Parameters, count_parameters
+from mmscale.plan.parameters import Parameters, count_parameters, trained
 from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
 from mmscale.tables.settings import MOMENTS
 
@@ -118,6 +118,7 @@ def stages_memory(
         parameters: result of `count_parameters`, if it is available.
     """
     parameters = parameters or count_parameters(config)
+    updated = trained(config, parameters)
     replicas = dense_replicas(config, world)
     micro_batches = micro_batches_per_step(config, world)
     main_copy = _MAIN_COPY_BYTES if config.precision.dtype == "bf16" else 0
@@ -132,8 +133,9 @@ def stages_memory(
     ranks = []
     for stage in range(config.parallel.pp):
         dense, experts = stage_parameters(config, parameters, stage)
-        sharded = dense / replicas + experts / max(1, replicas // config.parallel.ep)
-        muon = muon_cost(config, parameters, stage=stage, world=world)
+        own, own_experts = stage_parameters(config, updated, stage)
+        sharded = own / replicas + own_experts / max(1, replicas // config.parallel.ep)
+        muon = muon_cost(config, updated, stage=stage, world=world)
         layers = [config.model.is_depth_layer(layer) for layer in stage_layers(config, stage)]
         last = first_and_last(config, stage)[1]
         held = in_flight(config, stage, micro_batches)
@@ -143,7 +145,7 @@ def stages_memory(
         ranks.append(
             RankMemory(
                 parameters=(dense + experts) * dtype_bytes(config),
-                gradients=(dense + experts) * _GRADIENT_BYTES,
+                gradients=(own + own_experts) * _GRADIENT_BYTES,
                 optimizer=sharded * main_copy + (sharded - muon.shard / 2) * MOMENTS[config.optim.moments].bytes,
                 activations=activations,
                 expert_choice=held * sum(expert_choice(parts[kind]) for kind in layers),

@@ -6,12 +6,13 @@ The only biases are those of `model.qkv_bias`. Reproduces Table 1 of MoMa, arXiv
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
+from mmscale.layers.frozen import is_frozen
 from mmscale.plan.compute import untied_share
 
 
@@ -76,6 +77,7 @@ class Parameters:
         layers: every layer, in order.
         final_norm: the norm before the output layer.
         active: parameters used for an average token, see `count_parameters`.
+        frozen: parameters that `optim.freeze` names.
     """
 
     embedding: int
@@ -83,6 +85,7 @@ class Parameters:
     layers: tuple[LayerParameters, ...]
     final_norm: int
     active: int
+    frozen: int = 0
 
     @property
     def total(self) -> int:
@@ -130,6 +133,7 @@ class Parameters:
         return {
             "total": self.total,
             "active": self.active,
+            "frozen": self.frozen,
             "per_modality": self.per_modality,
             "embedding": self.embedding,
             "output": self.output,
@@ -173,4 +177,23 @@ def count_parameters(config: Config) -> Parameters:
         passed = layer.total - depth_router - layer.all_experts + taken * one_expert
         skipped = sum((1.0 - untied_share(config, tensor)) * tensor.size for tensor in layer.tensors)
         active += depth_router + fraction * (passed - skipped)
-    return Parameters(embedding=table, output=output, layers=layers, final_norm=model.hidden_size, active=round(active))
+    frozen = sum(tensor.size for layer in layers for tensor in layer.tensors if is_frozen(config, tensor))
+    return Parameters(
+        embedding=table,
+        output=output,
+        layers=layers,
+        final_norm=model.hidden_size,
+        active=round(active),
+        frozen=frozen,
+    )
+
+
+def trained(config: Config, parameters: Parameters) -> Parameters:
+    """The parameters without frozen ones: those that have gradients, optimizer state and messages."""
+    if not config.optim.freeze:
+        return parameters
+    layers = tuple(
+        LayerParameters(tuple(tensor for tensor in layer.tensors if not is_frozen(config, tensor)))
+        for layer in parameters.layers
+    )
+    return replace(parameters, layers=layers)

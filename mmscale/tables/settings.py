@@ -76,6 +76,18 @@ UNTIED: Table[Choice] = Table(
 )
 
 
+FROZEN: Table[Choice] = Table(
+    "Parts of a modality's weights that can be frozen",
+    (),
+    {
+        "attention": Choice(meaning="its untied projections of attention"),
+        "ffn": Choice(meaning="its untied feed-forward layers"),
+        "norms": Choice(meaning="its untied norms"),
+        "experts": Choice(meaning="its experts, with their router"),
+    },
+)
+
+
 RANKINGS: Table[Choice] = Table(
     "Expert rankings",
     ("model.experts.choice",),

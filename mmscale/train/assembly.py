@@ -18,6 +18,7 @@ from mmscale.data.stream.loader import BatchLoader
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.build import build_chunks, transformer_config
+from mmscale.model.freezing import freeze
 from mmscale.runtime import device, launch_order, random_state
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
@@ -71,7 +72,9 @@ def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
 def build(config: Config, groups: ProcessGroupCollection) -> TrainingParts:
     """The model with its initial weights, wrapped, its optimizer and the stepper."""
     transformer = transformer_config(config)
-    chunks = wrap(config, transformer, build_chunks(config, groups, transformer=transformer), groups)
+    built = build_chunks(config, groups, transformer=transformer)
+    freeze(config, built)
+    chunks = wrap(config, transformer, built, groups)
     optimizer = make_optimizer(config, chunks, groups)
     companions = companions_of(config, transformer, chunks, groups)
     stepper = Stepper(config, chunks, optimizer, groups, companions=companions)

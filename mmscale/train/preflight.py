@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.mirror.remote import require_package
-from mmscale.checkpoint.shape import check_shape
+from mmscale.checkpoint.shape import check_frozen, check_shape
 from mmscale.config import Config
 from mmscale.config.changes import changes, describe, function_changes
 from mmscale.config.effects import Effect
@@ -81,6 +81,7 @@ def check_resume(
     where, info = newest_whole(store)
     if info:
         check_shape(config, info.get("shape", {}), where=where)
+        check_frozen(config, info, where=where)
         check_ids(blend, info, where=where)
         data = identities(config, blend) if known(info) is not None else None
         check_changes(config, info, where=where, yes=yes, data=data, settings=settings)

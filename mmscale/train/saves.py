@@ -15,7 +15,7 @@ import torch
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.checkpoint.save_settings import SaveSettings
-from mmscale.checkpoint.shape import check_shape, shape_of
+from mmscale.checkpoint.shape import check_frozen, check_shape, shape_of
 from mmscale.config import Config
 from mmscale.config.load import digest
 from mmscale.data.prepared.identity import SourceIdentity
@@ -163,6 +163,7 @@ def resume(
     store = checkpoints.store
     info = from_first(store.info(newest) if torch.distributed.get_rank() == 0 else None)
     check_shape(config, info.get("shape", {}), where=str(store.path(newest)))
+    check_frozen(config, info, where=str(store.path(newest)))
     lines = check_changes(config, info, data=data, where=str(store.path(newest)), settings=settings, yes=yes)
     state.step = newest
     if newest < settings(config).train.steps or not is_complete():

@@ -116,6 +116,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm": "post",
         "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
     },
+    "mot_frozen": {"kind": "dense", "untie": ["attention", "ffn", "norms"], "num_query_groups": 2},
+    "moma_frozen": {
+        "kind": "moma",
+        "untie": ["attention", "norms"],
+        "experts": {**_EXPERTS, "token_choice": {"top_k": 2, "bias_rate": 0.02}},
+    },
     "moma_untied": {
         "kind": "moma",
         "untie": ["attention", "norms"],
@@ -142,6 +148,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+# `optim.freeze` of models.
+FREEZE: dict[str, list[str]] = {"mot_frozen": ["text"], "moma_frozen": ["text.experts", "image.attention"]}
+
+
 def config(
     model: str,
     *,
@@ -165,7 +175,7 @@ def config(
             "model": {**shape, **MODELS[model]},
             "train": {"micro_batch_size": 2, "global_batch_size": 8, **train},
             # With 3e-3, fp32 rounding grows threefold per step in post-norm models: 4e-8, 2e-7, 8e-7, 4e-6 for DP2.
-            "optim": {"lr": 1e-3, **(optim or {})},
+            "optim": {"lr": 1e-3, "freeze": FREEZE.get(model, []), **(optim or {})},
             "parallel": dict(parallel or {}),
             "data": dict(data or {}),
             "precision": {"dtype": dtype},

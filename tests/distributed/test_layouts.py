@@ -102,6 +102,8 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
         "moma_post_per_expert_shared": ("tp2", "ep2"),
         "moma_competitive": ("ep2",),
         "mot": ("tp2", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
+        "mot_frozen": ("tp2", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
+        "moma_frozen": ("tp2_recompute", "ep2"),
         "moma_untied": ("tp2_recompute", "ep2_recompute_selective"),
         "moma_token_choice": ("tp2", "pp2_interleaved_loss_chunks", "ep2_recompute_selective"),
         "moe_token_choice": ("tp2", "ep2"),
@@ -114,6 +116,7 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
         "moma_depth_per_modality": ("tp2_ep2",),
         "mot_post_depth": ("tp2_pp2",),
         "moma_token_choice": ("tp2_ep2_recompute",),
+        "moma_frozen": ("tp2_ep2",),
     },
 }
 

@@ -147,6 +147,7 @@ SAME: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("moma", OVERLAPPED),
         ("moma_depth_joint", {"cp": 2, "ep": 2}),
         ("moma_token_choice", {"ep": 2}),
+        ("moma_frozen", {"ep": 2}),
     ],
     "bf16": [("moma_depth_joint", {"ep": 2})],
 }

@@ -14,6 +14,7 @@ from mmscale.tables.routings import CAUSAL_ROUTINGS, ROUTINGS, Needs, Routing
 from mmscale.tables.run_scores import RUN_SCORES
 from mmscale.tables.settings import (
     DATA_ORDERS,
+    FROZEN,
     IMAGE_FITS,
     IMAGE_TOKENIZERS,
     KINDS,
@@ -43,6 +44,7 @@ def test_there_are_tables() -> None:
         KINDS,
         NORMS,
         UNTIED,
+        FROZEN,
         RANKINGS,
         SCORES,
         ROPE_SCALINGS,
@@ -85,6 +87,7 @@ def test_code_has_an_entry_for_every_name() -> None:
     from mmscale.data.modalities.image_kinds import FITS, LOADS
     from mmscale.inference.model import _LACKING
     from mmscale.inference.score_documents import VALUES
+    from mmscale.layers.frozen import PARTS as FROZEN_PARTS
     from mmscale.model.decisions import DECISIONS
     from mmscale.model.ranking import RANKINGS as FUNCTIONS
     from mmscale.model.rope import SCALINGS
@@ -93,6 +96,7 @@ def test_code_has_an_entry_for_every_name() -> None:
 
     assert list(FUNCTIONS) == list(RANKINGS) == list(configuration_moma.CHOICES)
     assert list(SCORE_FUNCTIONS) == list(SCORES) == list(configuration_moma.SCORES)
+    assert list(FROZEN_PARTS) == list(FROZEN)
     assert list(SHAPES) == list(SCHEDULES)
     assert list(SCALINGS) == list(ROPE_SCALINGS)
     assert list(NORMS) == list(configuration_moma.NORMS) == list(upcycle.PRESERVES)

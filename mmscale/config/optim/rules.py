@@ -11,7 +11,7 @@ from mmscale.config.derived import orthogonalizes
 from mmscale.config.optim.schema import OptimConfig
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
-from mmscale.tables.settings import MOMENTS, SCHEDULES
+from mmscale.tables.settings import FROZEN, MOMENTS, SCHEDULES
 
 _BF16_BETA2 = 0.995
 
@@ -98,4 +98,33 @@ def _moments(config: Config) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (_optim, _muon, _moments)
+def _freeze(config: Config) -> Iterator[Problem]:
+    model, names = config.model, config.vocab.names
+    if config.auxiliary.optim.freeze:
+        yield Problem(
+            "auxiliary.optim.freeze is set: the auxiliary stage trains routers only, all else is frozen", "remove it"
+        )
+    if config.optim.freeze and config.optim.optimizer != "adamw":
+        yield Problem(
+            f"optim.freeze with optim.optimizer = {config.optim.optimizer}: frozen weights were tested with AdamW only",
+            "use optim.optimizer=adamw, or remove optim.freeze",
+        )
+    own = {part for part in FROZEN if part in model.untie} | ({"experts"} if model.per_modality else set())
+    for entry in config.optim.freeze:
+        modality, _, part = entry.partition(".")
+        if modality not in names or (part and part not in FROZEN):
+            yield Problem(
+                f"optim.freeze: {entry} is neither a modality ({', '.join(names)}) nor a part of one "
+                f"({', '.join(f'{names[0]}.{part}' for part in FROZEN)})",
+                "name one of these",
+            )
+        elif not own or (part and part not in own):
+            yield Problem(
+                f"optim.freeze: {entry}: the model has no such weights that only tokens of {modality} use",
+                f"name {' or '.join(f'{modality}.{part}' for part in sorted(own))}"
+                if own
+                else "use model.untie, or model.kind=moma, which give each modality weights of its own",
+            )
+
+
+RULES: tuple[Rule, ...] = (_optim, _muon, _moments, _freeze)

@@ -21,7 +21,7 @@ from mmscale.config.section import (
     Share,
     setting,
 )
-from mmscale.tables.settings import MOMENTS, OPTIMIZERS, SCHEDULES
+from mmscale.tables.settings import FROZEN, MOMENTS, OPTIMIZERS, SCHEDULES
 
 
 class MuonConfig(Section):
@@ -89,6 +89,11 @@ class OptimConfig(Section):
         "skipped batches count in resilience.anomaly.budget. null: no limit.",
         None,
         source="mcore grad_norm_skip_threshold",
+    )
+    freeze: tuple[str, ...] = setting(
+        "Weights that stay as they are, by modality: all that only its tokens use (text), or a part of it "
+        f"(text.experts). {FROZEN.help} They have no gradient, no optimizer state and no weight decay.",
+        (),
     )
     moments: Annotated[str, OneOf(MOMENTS)] = setting(
         f"Storage of Adam's moments of matrices. {MOMENTS.help} A run with one setting reads checkpoints with another.",

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmscale.config import Config
+from mmscale.model.freezing import frozen_groups
 from mmscale.model.thresholds import Cutoffs, move
 from mmscale.model.token_choice import Loads, balance
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
@@ -55,6 +56,7 @@ class ThresholdAverages:
 
     def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
         self.decay = config.model.experts.threshold_decay
+        self.frozen = frozen_groups(config)
         self.groups = groups
         self.cutoffs = Cutoffs()
 
@@ -71,7 +73,7 @@ class ThresholdAverages:
         Tensor- and expert-parallel ranks have seen the same logits.
         """
         del lr
-        found = [self.cutoffs.sums[key] for key in sorted(self.cutoffs.sums)]
+        found = [self.cutoffs.sums[key] for key in sorted(self.cutoffs.sums) if key[1] not in self.frozen]
         if not found:
             return
         flat = torch.cat([sums for _, sums in found])
@@ -86,6 +88,7 @@ class ExpertBiases:
     def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
         assert config.model.experts.token_choice is not None
         self.rate = config.model.experts.token_choice.bias_rate
+        self.frozen = frozen_groups(config)
         self.groups = groups
         self.loads = Loads()
 
@@ -103,7 +106,7 @@ class ExpertBiases:
         as there are ranks, for all experts alike.
         """
         del lr
-        found = [self.loads.sums[key] for key in sorted(self.loads.sums)]
+        found = [self.loads.sums[key] for key in sorted(self.loads.sums) if key[1] not in self.frozen]
         if not found:
             return
         flat = torch.cat([loads for _, loads in found])

@@ -23,11 +23,11 @@ from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.assembly import build
 from mmscale.train.optim.muon import Muon
-from mmscale.train.proof.verify_layout import compare, with_share
+from mmscale.train.proof.verify_layout import Trace, compare, with_share
 from mmscale.train.state.train_state import TrainState
 from tests.distributed.layouts import LOSS_TOLERANCE, NORM_TOLERANCE, References, assert_passes, judge, start, trace
 from tests.distributed.layouts import config as plain_config
-from tests.distributed.test_fp8_layouts import with_recipe
+from tests.distributed.test_fp8_layouts import CLOSE, with_recipe
 from tests.distributed.test_moments_layouts import copied, kept
 from tests.distributed.test_resume import STEPS, leg, settings, tensors, train
 from tests.support import run_ranks
@@ -140,7 +140,11 @@ def expected(made: Config, name: str, weight: Tensor, gradients: list[Tensor]) -
 
 
 def test_emulated_fp8_under_layouts(references: References) -> None:
-    """Where every rank multiplies the same numbers, all steps equal one process (as in test_fp8_layouts.py)."""
+    """The first step equals one process, later ones are close, as for TP in test_fp8_layouts.py.
+
+    Owners stack other matrices together, which changes the last bits of weights. One of them may then be rounded to the
+    next FP8 value.
+    """
 
     def fp8(**parallel: Any) -> Config:
         return with_recipe(config("moma", parallel=parallel), "delayed")
@@ -152,8 +156,10 @@ def test_emulated_fp8_under_layouts(references: References) -> None:
         start(ranks)
         for parallel in ({}, {"ep": 2}, {"pp": 2}):
             found = trace(fp8(**parallel), ranks)
-            loss, norm = compare(reference, found)
+            first = [Trace(one.losses[:1], one.grad_norms[:1]) for one in (reference, found)]
+            loss, norm = compare(*first)
             assert loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE, (parallel, loss, norm)
+            assert max(compare(reference, found)) <= CLOSE, (parallel, reference, found)
         groups.finalize()
 
     run_ranks(steps, world_size=2, timeout_s=300)

@@ -49,21 +49,21 @@ class Passed:
     withheld: tuple[str, ...]
 
 
-def passed(profile: Profile, environ: Mapping[str, str] = os.environ) -> Passed:
+def passed(profile: Profile) -> Passed:
     """Select the variables of a shell, without the profile's own `environment`."""
     patterns = (*_KEPT, *profile.keep)
     wanted = {
         name: value
-        for name, value in environ.items()
+        for name, value in os.environ.items()
         if name not in _OWN and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     }
     withheld = sorted(name for name, value in wanted.items() if SECRET.search(name) or _PASSWORD_IN_URL.search(value))
     return Passed({name: value for name, value in wanted.items() if name not in withheld}, tuple(withheld))
 
 
-def comments(profile: Profile, environ: Mapping[str, str] = os.environ) -> list[str]:
+def comments(profile: Profile) -> list[str]:
     """Lines of the batch script that list the passed names, without values."""
-    found = passed(profile, environ)
+    found = passed(profile)
     # An exported function is `BASH_FUNC_module%%`, which is not a valid variable name in a script.
     lines = [f"# From the submitting shell: {' '.join(sorted(map(_plain, found.variables)))}"]
     withheld = [_plain(name) for name in found.withheld if name not in profile.secrets]

@@ -119,12 +119,12 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def lines(file: BinaryIO, *, longest: int = LONGEST_LINE) -> Iterator[bytes]:
+def lines(file: BinaryIO) -> Iterator[bytes]:
     """Lines of a file with their line ends.
 
     A longer line is split, so that a file without line ends needs little memory.
     """
-    while line := file.readline(longest):
+    while line := file.readline(LONGEST_LINE):
         yield line
 
 

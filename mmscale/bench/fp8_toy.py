@@ -26,6 +26,7 @@ from mmscale.train.steps.step import Stepper, mean_losses
 
 _NOISE = 0.1  # share of random tokens
 _LANGUAGE = 2026  # the language is the same for all seeds
+HELD_OUT_BATCHES = 8  # micro-batches kept for evaluation
 _HELD_OUT = 1 << 30  # numbers of micro-batches that no run trains on
 
 
@@ -120,12 +121,11 @@ def toy_config(
     )
 
 
-def train_toy(config: Config, *, held_out: int = 8) -> Toy:
+def train_toy(config: Config) -> Toy:
     """Train from the seed's weights; process groups of one process must exist.
 
     Args:
         config: one of `toy_config`.
-        held_out: micro-batches kept for evaluation.
     """
     device.set_seeds(config.run.seed)
     stepper = build(config, groups.collection()).stepper
@@ -136,7 +136,7 @@ def train_toy(config: Config, *, held_out: int = 8) -> Toy:
     def batches(first: int, count: int) -> list[Batch]:
         return [to_device(language.micro_batch(first + number), vocabulary) for number in range(count)]
 
-    toy = Toy(config, stepper, [], batches(_HELD_OUT, held_out))
+    toy = Toy(config, stepper, [], batches(_HELD_OUT, HELD_OUT_BATCHES))
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(config.optim, step=step, steps=config.train.steps, tokens=step)
         result = stepper.train(batches(step, 1), lr=lr)

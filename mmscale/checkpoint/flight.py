@@ -30,7 +30,7 @@ class Here:
         """Whether it has ended."""
         return True
 
-    def kill(self, *, timeout_s: float = 1.0) -> bool:
+    def kill(self) -> bool:
         """Whether it has ended."""
         return True
 

@@ -26,6 +26,7 @@ from mmscale.errors import MmscaleError
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _CHUNK = 1 << 16
+KILL_S = 1.0  # for the kernel to end a killed process
 _POLL_S = 0.002
 _LENGTH = 8  # bytes of the length before every message
 
@@ -101,12 +102,12 @@ class Forked:
             time.sleep(_POLL_S)
         return True
 
-    def kill(self, *, timeout_s: float = 1.0) -> bool:
+    def kill(self) -> bool:
         """End it with SIGKILL. False if the kernel does not let it die in time (hanging storage): poll later."""
         if self._running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-        return self.wait(timeout_s=timeout_s)
+        return self.wait(timeout_s=KILL_S)
 
     def _receive(self) -> None:
         with contextlib.suppress(BlockingIOError):

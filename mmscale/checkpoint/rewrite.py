@@ -62,7 +62,6 @@ def into_run(
     origin: dict[str, Any],
     weights: bool = False,
     files: int | None = None,
-    piece_bytes: int = PIECE_BYTES,
     code_version: str = "",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Path:
@@ -74,7 +73,6 @@ def into_run(
         origin: how and from what it was made; goes into mmscale.json and the manifest.
         weights: omit the optimizer's state.
         files: number of files with tensors; None: one for every GiB.
-        piece_bytes: tensors are cut into pieces of at most this.
         code_version: goes into the manifest.
         on_stage: called with the name of every sub-step after it; tests end the process there.
 
@@ -93,7 +91,7 @@ def into_run(
         write_config(run, info.get("config"))
         folder = store.begin(source.step, attempt)
         try:
-            records = _write(source, folder, weights=weights, files=files, piece_bytes=piece_bytes, on_stage=on_stage)
+            records = _write(source, folder, weights=weights, files=files, on_stage=on_stage)
             records |= write_files(folder, {INFO: lambda stream: stream.write(info_text(info).encode())})[0]
             on_stage("write")
             manifest = CheckpointManifest(
@@ -117,14 +115,9 @@ def _write(
     *,
     weights: bool,
     files: int | None,
-    piece_bytes: int,
     on_stage: Callable[[str], None],
 ) -> dict[str, FileRecord]:
-    pieces = [
-        Piece(entry, box)
-        for entry in map(source.entry, source.names(weights=weights))
-        for box in _boxes(entry, piece_bytes)
-    ]
+    pieces = [Piece(entry, box) for entry in map(source.entry, source.names(weights=weights)) for box in _boxes(entry)]
     groups = deal(pieces, files)
     objects = source.objects()
     plans = [SavePlan([_item(piece) for piece in group]) for group in groups]
@@ -151,10 +144,10 @@ def _tensors(items: Iterable[tuple[WriteItem, Any]], name: str, results: list[Wr
     results.extend(write_items(items, name, stream))
 
 
-def _boxes(entry: TensorEntry, piece_bytes: int) -> Iterable[tuple[slice, ...]]:
+def _boxes(entry: TensorEntry) -> Iterable[tuple[slice, ...]]:
     if 0 in entry.shape:
         return [tuple(slice(0, size) for size in entry.shape)]  # an empty tensor is one piece
-    return boxes(entry.shape, cut(entry.shape, itemsize=entry.dtype.itemsize, limit=piece_bytes))
+    return boxes(entry.shape, cut(entry.shape, itemsize=entry.dtype.itemsize, limit=PIECE_BYTES))
 
 
 def deal(pieces: list[Piece], files: int | None) -> list[list[Piece]]:

@@ -50,16 +50,13 @@ def items_behind_prompts(ids: NDArray[np.int64], item: ItemRules) -> list[int]:
 
 
 @torch.no_grad()
-def sweep(
-    model: Any, documents: Sequence[NDArray[np.int64]], item: ItemRules, *, guidances: Sequence[float] = GUIDANCES
-) -> GuidanceSweep | None:
+def sweep(model: Any, documents: Sequence[NDArray[np.int64]], item: ItemRules) -> GuidanceSweep | None:
     """Score the items of held-out documents under each guidance; None: no document has an item after a prompt.
 
     Args:
         model: a causal language model of transformers in evaluation mode.
         documents: ids [S] of each, `<s>` first.
         item: the kind of item.
-        guidances: to compare.
     """
     with_prompt: list[NDArray[np.int64]] = []
     without: list[NDArray[np.int64]] = []
@@ -73,11 +70,11 @@ def sweep(
             codes.append(own - item.first)
     if not codes:
         return None
-    sums = dict.fromkeys(guidances, 0.0)
+    sums = dict.fromkeys(GUIDANCES, 0.0)
     for rows in _parts([len(ids) for ids in with_prompt]):
         given, alone = (_logits(model, [ids[row] for row in rows], item) for ids in (with_prompt, without))
         right = torch.from_numpy(np.stack([codes[row] for row in rows]))
-        for guidance in guidances:
+        for guidance in GUIDANCES:
             guided = (alone + guidance * (given - alone)).log_softmax(dim=-1)
             sums[guidance] -= float(guided.gather(2, right.unsqueeze(2)).double().sum())
     tokens = len(codes) * item.tokens

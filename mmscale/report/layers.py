@@ -19,14 +19,13 @@ RECORDS = 60
 BYTES = 900_000  # size limit of the JSON of one run
 
 
-def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[dict[str, Any]]:
+def layers_of(run: Path, *, limit: int = BYTES) -> list[dict[str, Any]]:
     """Records `{"step", "attempt", "layers"}` in the order of steps; empty if the run wrote none.
 
     Layers are counted from 0, also for runs of earlier versions, whose files count them from 1.
 
     Args:
         run: its folder.
-        records: at most as many, including the first and the last.
         limit: approximate total size of the JSON [bytes]; if co-selection would exceed it, only some records have it.
     """
     file = run / LAYERS
@@ -34,7 +33,7 @@ def layers_of(run: Path, *, records: int = RECORDS, limit: int = BYTES) -> list[
         return []
     kept: list[dict[str, Any]] = []
     with file.open("rb") as lines:
-        for record in _spread(lines, file.stat().st_size, records=records, limit=limit):
+        for record in _spread(lines, file.stat().st_size, limit=limit):
             # Later records in the file repeat steps from there on.
             while kept and kept[-1]["step"] >= record["step"]:
                 kept.pop()
@@ -67,12 +66,12 @@ def _without_pairs(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"layers": {number: slim(layer) for number, layer in record["layers"].items()}}
 
 
-def _spread(lines: BinaryIO, size: int, *, records: int, limit: int) -> Iterator[dict[str, Any]]:
+def _spread(lines: BinaryIO, size: int, *, limit: int) -> Iterator[dict[str, Any]]:
     """Complete records at evenly spread places of a file."""
     first = lines.readline(bounded.LONGEST_LINE)
     length, record = max(1, len(first)), _record(first)
     slim = length if record is None else len(orjson.dumps(_without_pairs(record)))
-    number = max(2, min(records, limit // (2 * slim)))
+    number = max(2, min(RECORDS, limit // (2 * slim)))
     if size <= number * length:
         lines.seek(0)
         yield from filter(None, map(_record, bounded.lines(lines)))

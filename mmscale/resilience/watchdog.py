@@ -44,6 +44,7 @@ _LATE_S = 2.0  # a running rank checks once a second; one that reports after oth
 # Files of torch in which a rank waits for others; a backward pass waits in C++, called from the last one.
 _WAITS_IN = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
 T = TypeVar("T")
+_exit = os._exit
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,6 @@ class Watchdog:
         folder: RUN/logs/attempt_N.
         timeout_s: None: ten times the longest time between two boundaries so far, at least five minutes.
         recorded: returns the flight recorder's JSON, or None.
-        end: ends the process; replaced in tests.
     """
 
     def __init__(
@@ -90,13 +90,11 @@ class Watchdog:
         folder: Path,
         timeout_s: float | None,
         recorded: Callable[[], str | None] = lambda: None,
-        end: Callable[[int], Any] = os._exit,
     ) -> None:
         self.rank = rank
         self.folder = folder / FOLDER
         self._timeout_s = timeout_s
         self._recorded = recorded
-        self._end = end
         self._main = threading.get_ident()
         self._last: float | None = None
         self._longest = 0.0
@@ -147,7 +145,7 @@ class Watchdog:
             if frozen and self._last == last:
                 self._last = time.monotonic()
             elif not self._over.wait(_GRACE_S) and self._last == last:
-                self._end(HUNG)
+                _exit(HUNG)
                 return
             if not self._failed:  # it was only slow
                 _in_thread(functools.partial(self._file.unlink, missing_ok=True)).wait(_DISK_S)

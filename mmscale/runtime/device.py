@@ -11,7 +11,6 @@ import os
 import platform
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,35 +148,6 @@ def give_back_host_memory() -> bool:
         return False
     map_threshold, limit = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h; setting it stops its growth
     return bool(ctypes.CDLL(None).mallopt(map_threshold, limit))
-
-
-@dataclass(frozen=True)
-class MemoryStats:
-    """Device memory of this process, in bytes; None where it is not measured (CPU)."""
-
-    allocated: int | None
-    peak_allocated: int | None
-    reserved: int | None
-    total: int | None
-
-
-def memory_stats(*, reset_peak: bool = False) -> MemoryStats:
-    """Memory now and at its peak since the last reset.
-
-    Args:
-        reset_peak: Start a new peak after reading this one.
-    """
-    if not has_cuda():
-        return MemoryStats(allocated=None, peak_allocated=None, reserved=None, total=None)
-    stats = MemoryStats(
-        allocated=torch.cuda.memory_allocated(),
-        peak_allocated=torch.cuda.max_memory_allocated(),
-        reserved=torch.cuda.memory_reserved(),
-        total=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
-    )
-    if reset_peak:
-        torch.cuda.reset_peak_memory_stats()
-    return stats
 
 
 def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:

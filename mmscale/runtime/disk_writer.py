@@ -59,7 +59,6 @@ class DiskWriter:
         on_change: called with "disk_refused" (with `reason`) when an outage begins and "disk_good" (with `seconds`,
             `kept` and `lost` lines) when it is over. Called from any thread; it may write with this writer.
         say: prints a line for a person, as `on_change` from any thread; default: on stderr. None: nothing is printed.
-        wait_s: how long a caller waits for its write.
         limit: of what is kept [bytes]; later writes are counted as lost.
     """
 
@@ -69,13 +68,11 @@ class DiskWriter:
         *,
         on_change: Heard | None = None,
         say: Callable[[str], None] | Literal["stderr"] | None = "stderr",
-        wait_s: float | None = None,
         limit: int = LIMIT,
     ) -> None:
         self.place = place
         self.on_change = on_change
         self.say = _to_stderr if say == "stderr" else say
-        self.wait_s = WAIT_S if wait_s is None else wait_s
         self.limit = limit
         self._queue: deque[_Task] = deque()
         self._bytes = 0
@@ -112,19 +109,19 @@ class DiskWriter:
                 return
             if self._outage is not None or threading.current_thread() is self._thread:
                 return
-            self._changed.wait_for(lambda: task.done or self._outage is not None, self.wait_s)
+            self._changed.wait_for(lambda: task.done or self._outage is not None, WAIT_S)
             if not task.done and self._outage is None:
-                self._begin_outage(f"no answer for {self.wait_s:g} s")
+                self._begin_outage(f"no answer for {WAIT_S:g} s")
             if task.error is not None:
                 self._error = None
                 raise task.error
 
-    def close(self, *, timeout_s: float | None = None) -> int:
+    def close(self) -> int:
         """Write everything that is left, for a limited time; returns the number of abandoned writes."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._queue, CLOSE_S if timeout_s is None else timeout_s)
+            self._changed.wait_for(lambda: not self._queue, CLOSE_S)
             left = len(self._queue)
             if left:
                 self._queue.clear()

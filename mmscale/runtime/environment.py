@@ -62,17 +62,13 @@ _VARIABLE_PREFIXES = ("GLOO_", "NCCL_", "NVTE_", "TORCH_NCCL_")
 _LONGEST_DIFF = 100_000  # characters
 
 
-def environment_of_run(
-    *, hosts: list[str] | None = None, devices: list[str] | None = None, **facts: Any
-) -> dict[str, Any]:
+def environment_of_run(**facts: Any) -> dict[str, Any]:
     """The content of environment.json.
 
     Args:
-        hosts: Names of all hosts of the run; SLURM's list, or this host, if None.
-        devices: Names of the devices of the run; this rank's if None.
         facts: Further entries, e.g. attempt=2, world_size=8.
     """
-    return describe() | {"hosts": hosts or _hosts(), "devices": devices or _devices(), **facts}
+    return describe() | {"hosts": _hosts(), "devices": _devices(), **facts}
 
 
 def environment_text(content: dict[str, Any]) -> bytes:

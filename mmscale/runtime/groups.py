@@ -159,9 +159,9 @@ def collection() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def host_group(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> torch.distributed.ProcessGroup:
+def host_group() -> torch.distributed.ProcessGroup:
     """A new group of all ranks for tensors and objects on the host, whatever device trains. Every rank must call it."""
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=DEFAULT_TIMEOUT_S))
 
 
 def from_first(value: Any) -> Any:

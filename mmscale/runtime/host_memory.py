@@ -8,19 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # version 1 or 2
 
 
-def available(*, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
+def available() -> int:
     """Bytes that can be allocated before the machine or a control group (SLURM, containers) kills a process.
 
     Reclaimable page cache does not count as used. Limits that cannot be read are ignored.
-
-    Args:
-        proc: where procfs is mounted.
-        cgroups: where control groups are mounted, version 1 or 2.
     """
-    return max(0, min([_of_machine(proc), *_of_groups(proc, cgroups)]))
+    return max(0, min([_of_machine(_PROC), *_of_groups(_PROC, _CGROUPS)]))
 
 
 def _of_machine(proc: Path) -> int:

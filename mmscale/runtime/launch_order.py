@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import MutableMapping
 
 from mmscale.runtime import transformer_engine
 
@@ -16,7 +15,7 @@ QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 _log = logging.getLogger(__name__)
 
 
-def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> None:
+def one_queue(*, tp: int) -> None:
     """Make kernels start in launch order, which tensor-parallel overlap relies on.
 
     In backward megatron-core launches a collective and then the product that it overlaps with
@@ -29,14 +28,12 @@ def one_queue(*, tp: int, environ: MutableMapping[str, str] | None = None) -> No
 
     Args:
         tp: tensor-parallel ranks.
-        environ: the process's environment.
     """
-    environ = os.environ if environ is None else environ
-    if tp > 1 and environ.setdefault(QUEUES, "1") != "1":
+    if tp > 1 and os.environ.setdefault(QUEUES, "1") != "1":
         _log.warning(
             "%s=%s: tensor-parallel messages may not overlap with products (parallel.tp = %d); unset it or set it to 1",
             QUEUES,
-            environ[QUEUES],
+            os.environ[QUEUES],
             tp,
         )
 

@@ -31,6 +31,9 @@ FORWARDED = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal
     signal.SIGHUP: signal.SIGTERM
 }
 _POLL_S = 0.02
+# Between SIGTERM and SIGKILL once a rank has died, and for other ranks to end by themselves after one ended with a
+# documented exit status.
+GRACE_S = 10.0
 _TAIL_LINES = 20
 _PR_SET_PDEATHSIG = 1
 
@@ -49,7 +52,6 @@ def run_local(
     *,
     log_dir: Path,
     environ: Mapping[str, str] | None = None,
-    grace_s: float = 10.0,
     program: Sequence[str] = (sys.executable, "-m", "mmscale"),
 ) -> int:
     """Run one command as `nproc` ranks and wait for all of them.
@@ -63,8 +65,6 @@ def run_local(
         argv: Arguments of the command, the same for each rank.
         log_dir: Folder of the logs, made if it is missing. One per attempt, or attempts overwrite each other.
         environ: Environment of the ranks; that of this process if None. The rank variables are added.
-        grace_s: Seconds between SIGTERM and SIGKILL once a rank has died, and seconds that other ranks have to end by
-            themselves after one ended with a documented exit status.
         program: What to run.
 
     Returns:
@@ -87,7 +87,7 @@ def run_local(
                     ranks.append(_start(number, [*program, *argv], shared, log_dir, listener=listener.fileno()))  # noqa: PERF401
             for signal_number in received:  # received while ranks were being started; later ones have not got it
                 _send(ranks, signal_number)
-            return _wait(ranks, grace_s=grace_s, received=received)
+            return _wait(ranks, received=received)
         finally:
             _end(ranks, grace_s=0.0)
 
@@ -185,7 +185,7 @@ def _send(ranks: list[_Rank], number: int) -> None:
             os.kill(rank.process.pid, number)
 
 
-def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
+def _wait(ranks: list[_Rank], *, received: list[int]) -> int:
     while True:
         ended = _poll(ranks)
         failed = [rank for rank in ended if rank.status != 0]
@@ -200,10 +200,10 @@ def _wait(ranks: list[_Rank], *, grace_s: float, received: list[int]) -> int:
     first = min(failed, key=_severity)
     if first.status in DOCUMENTED_STATUSES:
         # The ranks agreed to stop or all found the same error: give each of them time to report it.
-        _wait_until(lambda: not _running(ranks), ranks, grace_s)
+        _wait_until(lambda: not _running(ranks), ranks, GRACE_S)
         crashed = [rank for rank in ranks if rank.status not in (None, 0, *DOCUMENTED_STATUSES)]
         first = crashed[0] if crashed else first
-    _end(ranks, grace_s=grace_s)
+    _end(ranks, grace_s=GRACE_S)
     assert first.status is not None
     if -first.status in received:
         name = signal.Signals(-first.status).name

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
 from importlib import metadata
 
 import torch  # noqa: F401  first: Transformer-Engine's libraries find CUDA's through those that torch has loaded
@@ -58,19 +57,16 @@ _ATTENTION = {("1", "1"): "auto", ("0", "1"): "fused", ("1", "0"): "flash", ("0"
 _UNFUSED = {"auto": "1", "fused": "0", "flash": "0", "unfused": "1"}
 
 
-def attention_backend(environ: Mapping[str, str] | None = None) -> str:
+def attention_backend() -> str:
     """The attention kernels that the environment's variables allow, by megatron-core's name (enums.py, AttnBackend).
 
     megatron-core sets the variables itself and fails with an assertion if they have other values (language_module.py),
     so a machine's NVTE_FLASH_ATTN=0 must be passed on as its setting.
 
-    Args:
-        environ: the process's environment.
-
     Raises:
         ConfigError: the values of the three variables contradict each other.
     """
-    environ = os.environ if environ is None else environ
+    environ = os.environ
     flash, fused = environ.get("NVTE_FLASH_ATTN", "1"), environ.get("NVTE_FUSED_ATTN", "1")
     found = _ATTENTION.get((flash, fused))
     if found is None or environ.get("NVTE_UNFUSED_ATTN", _UNFUSED[found]) != _UNFUSED[found]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from mmscale.tables.gpus import bf16_peak
 
@@ -46,7 +46,6 @@ class Throughput:
         flops_per_token: Model FLOPs of one token, forward and backward, without recomputation; None: unknown.
         world_size: Ranks that share the work.
         peak_tflops: Peak of one rank's device [TFLOP/s]; None: unknown.
-        now: Clock [seconds].
     """
 
     def __init__(
@@ -55,17 +54,15 @@ class Throughput:
         flops_per_token: float | None = None,
         world_size: int = 1,
         peak_tflops: float | None = None,
-        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.flops_per_token = flops_per_token
         self.world_size = world_size
         self.peak_tflops = peak_tflops
-        self._now = now
         self.restart()
 
     def restart(self) -> None:
         """Forget the steps since the last `read`, e.g. after a roll-back."""
-        self._since = self._now()
+        self._since = time.perf_counter()
         self._tokens = 0
         self._steps = 0
         self._spent: dict[str, float] = {}
@@ -73,11 +70,11 @@ class Throughput:
     @contextlib.contextmanager
     def measure(self, what: str) -> Iterator[None]:
         """Count the seconds of a block under `what`: "data_wait_s", "save_stall_s", or any other pause."""
-        begin = self._now()
+        begin = time.perf_counter()
         try:
             yield
         finally:
-            self._spent[what] = self._spent.get(what, 0.0) + self._now() - begin
+            self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - begin
 
     def step(self, tokens: int) -> None:
         """One optimizer step is done.
@@ -99,7 +96,7 @@ class Throughput:
         tokens per second, but lower the goodput.
         """
         pauses = {what: seconds for what, seconds in self._spent.items() if what != DATA_WAIT}
-        seconds = self._now() - self._since - sum(pauses.values())
+        seconds = time.perf_counter() - self._since - sum(pauses.values())
         steps, tokens, waited = self._steps, self._tokens, self._spent.get(DATA_WAIT)
         self.restart()
         if steps == 0 or seconds <= 0.0:

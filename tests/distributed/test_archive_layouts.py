@@ -56,7 +56,8 @@ def test_losses_after_a_restore(
         # In a fork, for tensorstore works in none of a process that has used it. Tensors have many chunks and pieces.
         archive.write(open_tensors(run), out, grid=Grid(chunk_bytes=1024, shard_bytes=1 << 15))
         kept = archive.ArchiveTensors(out)
-        rewrite.into_run(kept, restored, origin=origin_of("restore", [kept]), files=3, piece_bytes=4096)
+        rewrite.PIECE_BYTES = 4096
+        rewrite.into_run(kept, restored, origin=origin_of("restore", [kept]), files=3)
         for other in (out, restored):
             found = diff((run, SAVED), (other, None))
             assert found["equal"] and len(found["tensors"]) > 100

@@ -92,7 +92,7 @@ def tier(ranks: RankEnv, folder: Path, *, identity: Mapping[str, Any] | None = N
     return MemoryTier(
         folder,
         env=ranks,
-        group=process_groups.host_group(timeout_s=60.0),
+        group=process_groups.host_group(),
         **{"every": 1, "group_size": 4, "hold_s": 60.0, "attempt": 1, **options},
         identity=identity or {"config_digest": "a"},
         on_event=heard,

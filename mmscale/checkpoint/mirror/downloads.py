@@ -48,17 +48,17 @@ class Fetched:
     files: int
 
 
-def connect(url: str, *, pause_s: float = _FIRST_PAUSE_S) -> Remote:
+def connect(url: str) -> Remote:
     """Open the folder of a mirror; some stores connect here.
 
     Raises:
         CheckpointError: the store cannot be reached.
         ConfigError: there is no such kind of store.
     """
-    return _patiently(functools.partial(Remote, url), what=url, pause_s=pause_s)
+    return _patiently(functools.partial(Remote, url), what=url)
 
 
-def generations(remote: Remote, *, pause_s: float = _FIRST_PAUSE_S) -> list[MirroredStep]:
+def generations(remote: Remote) -> list[MirroredStep]:
     """Complete checkpoints of a mirror, the newest last.
 
     Raises:
@@ -67,20 +67,20 @@ def generations(remote: Remote, *, pause_s: float = _FIRST_PAUSE_S) -> list[Mirr
 
     def is_complete(name: str) -> bool:
         look = functools.partial(remote.is_complete, name)
-        return _patiently(look, what=f"{remote.url}/{name}", pause_s=pause_s)
+        return _patiently(look, what=f"{remote.url}/{name}")
 
-    names = _patiently(remote.folders, what=remote.url, pause_s=pause_s)
+    names = _patiently(remote.folders, what=remote.url)
     found = [one for name in names if (one := MirroredStep.parse(name)) is not None]
     return sorted(one for one in found if is_complete(one.name))
 
 
-def choose(remote: Remote, step: int | None, *, pause_s: float = _FIRST_PAUSE_S) -> MirroredStep:
+def choose(remote: Remote, step: int | None) -> MirroredStep:
     """The newest complete checkpoint of a mirror, or the newest one of a step.
 
     Raises:
         CheckpointError: there is none, or the store fails.
     """
-    there = generations(remote, pause_s=pause_s)
+    there = generations(remote)
     wanted = [one for one in there if step in (None, one.step)]
     if wanted:
         return wanted[-1]
@@ -100,7 +100,6 @@ def fetch(
     store: Store,
     *,
     signers: Path | None = None,
-    pause_s: float = _FIRST_PAUSE_S,
     on_file: Callable[[str], None] = lambda name: None,
 ) -> Fetched:
     """Make a mirrored checkpoint a checkpoint of a run. It gets its name when it is complete.
@@ -110,14 +109,13 @@ def fetch(
         step: of the checkpoint; None: the newest complete one.
         store: of the run that gets it.
         signers: file of allowed signers, one of whom must have signed it; None: no signature is required.
-        pause_s: before the second of five tries; doubled each time.
         on_file: called with every file after it was written; tests end the process there.
 
     Raises:
         CheckpointError: there is none, it is damaged or not signed, or nothing can be written.
     """
-    chosen = choose(remote, step, pause_s=pause_s)
-    manifest = _manifest(remote, chosen, pause_s)
+    chosen = choose(remote, step)
+    manifest = _manifest(remote, chosen)
     final = store.path(manifest.step)
     size = sum(record.size for record in manifest.files.values())
     fetched = Fetched(manifest.step, final, chosen.name, size, len(manifest.files))
@@ -133,10 +131,9 @@ def fetch(
                 _patiently(
                     functools.partial(_fetch, remote, chosen.name, folder, name, record),
                     what=f"{remote.url}/{chosen.name}/{name}",
-                    pause_s=pause_s,
                 )
                 on_file(name)
-            _fetch_signature(remote, chosen, folder, manifest, signers, pause_s)
+            _fetch_signature(remote, chosen, folder, manifest, signers)
             store.commit(manifest)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -144,9 +141,9 @@ def fetch(
     return fetched
 
 
-def _manifest(remote: Remote, chosen: MirroredStep, pause_s: float) -> CheckpointManifest:
+def _manifest(remote: Remote, chosen: MirroredStep) -> CheckpointManifest:
     read = functools.partial(remote.read_text, f"{chosen.name}/{MANIFEST}")
-    text = _patiently(read, what=f"{remote.url}/{chosen.name}", pause_s=pause_s)
+    text = _patiently(read, what=f"{remote.url}/{chosen.name}")
     try:
         manifest = integrity.parse_manifest(text, where=f"{remote.url}/{chosen.name}/{MANIFEST}")
     except DamagedError as error:
@@ -198,7 +195,6 @@ def _fetch_signature(
     folder: Path,
     manifest: CheckpointManifest,
     signers: Path | None,
-    pause_s: float,
 ) -> None:
     (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")
 
@@ -208,7 +204,7 @@ def _fetch_signature(
         except (FileNotFoundError, ValueError):
             return None
 
-    text = _patiently(read, what=f"{remote.url}/{chosen.name}/{SIGNATURE}", pause_s=pause_s)
+    text = _patiently(read, what=f"{remote.url}/{chosen.name}/{SIGNATURE}")
     if text is not None:
         (folder / SIGNATURE).write_text(text, encoding="utf-8")
     if signers is None:
@@ -218,7 +214,7 @@ def _fetch_signature(
         raise CheckpointError(f"{remote.url}/{chosen.name}: {problem}", remedy="fetch one that an allowed key signed")
 
 
-def _patiently(read: Callable[[], T], *, what: str, pause_s: float = _FIRST_PAUSE_S) -> T:
+def _patiently(read: Callable[[], T], *, what: str) -> T:
     """The result of a read, which is retried if the store fails or returns other bytes than were written.
 
     Raises:
@@ -243,5 +239,5 @@ def _patiently(read: Callable[[], T], *, what: str, pause_s: float = _FIRST_PAUS
                 raise CheckpointError(
                     f"{what} {said}", remedy=_OLDER if damaged else "check network, credentials and endpoint"
                 ) from None
-        time.sleep(pause_s * 2**number)
+        time.sleep(_FIRST_PAUSE_S * 2**number)
     raise AssertionError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,12 @@ _SAMPLE = (
 )
 
 
-def converted(file: Path, *, pattern: str = PATTERN, sample: Iterable[str] = _SAMPLE) -> dict[str, Any]:
+def converted(file: Path, *, pattern: str = PATTERN) -> dict[str, Any]:
     """The content of a tokenizer.json with the ids of a `.tiktoken` file.
 
     Args:
         file: each line has a token in base64 and its rank, which is its id.
         pattern: regular expression that cuts texts into pieces; the file does not contain it.
-        sample: texts on which both are compared.
 
     Raises:
         DataError: the file is damaged, lacks a byte, or the conversion gives other ids than its ranks.
@@ -62,7 +61,7 @@ def converted(file: Path, *, pattern: str = PATTERN, sample: Iterable[str] = _SA
         [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    for text in sample:
+    for text in _SAMPLE:
         pieces = [text[start:end] for _, (start, end) in cut.pre_tokenize_str(text)]
         wanted = [rank for piece in pieces for rank in _by_ranks(piece.encode(), ranks)]
         found = tokenizer.encode(text, add_special_tokens=False).ids

@@ -39,12 +39,11 @@ _SAMPLE = (
 )
 
 
-def converted(file: Path, *, sample: Iterable[str] = _SAMPLE) -> dict[str, Any]:
+def converted(file: Path) -> dict[str, Any]:
     """The content of a tokenizer.json with the ids of a `.model` file.
 
     Args:
         file: written by sentencepiece.
-        sample: texts on which both are compared, besides texts of the vocabulary's own pieces.
 
     Raises:
         DataError: a package is missing, the file is damaged, of another kind than BPE and Unigram, has a setting that a
@@ -70,7 +69,7 @@ def converted(file: Path, *, sample: Iterable[str] = _SAMPLE) -> dict[str, Any]:
     if spec.add_dummy_prefix:
         back.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(back)
-    for text in (*sample, *_of_pieces(model)):
+    for text in (*_SAMPLE, *_of_pieces(model)):
         found, wanted = tokenizer.encode(text, add_special_tokens=False).ids, reference.encode(text)
         if found != wanted and not (unigram and _tied(model, found, wanted)):
             raise DataError(

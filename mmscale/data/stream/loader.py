@@ -89,7 +89,6 @@ class BatchLoader(Iterator[StepBatch]):
         together: places of the ranks of this rank's expert-parallel group among data-parallel ranks (`RankPart`).
         context: this rank's place among context-parallel ranks, and their number.
         micro_batches_per_step: micro-batches of a global batch, over all ranks.
-        consumed_steps: steps to skip.
         workers: processes that read ahead; 0: read in this process.
 
     Raises:
@@ -105,7 +104,6 @@ class BatchLoader(Iterator[StepBatch]):
         together: tuple[int, ...] = (),
         context: tuple[int, int] = (0, 1),
         micro_batches_per_step: int,
-        consumed_steps: int = 0,
         workers: int = 0,
     ) -> None:
         if micro_batches_per_step % dp_size:
@@ -116,7 +114,7 @@ class BatchLoader(Iterator[StepBatch]):
             )
         self._steps = _Steps(mixture, RankPart(dp_rank, dp_size, together, context), micro_batches_per_step)
         self._workers = workers
-        self._next = consumed_steps * micro_batches_per_step
+        self._next = 0
         self._iterator: Iterator[StepBatch | _Failure] | None = None
 
     def __iter__(self) -> BatchLoader:

@@ -24,7 +24,6 @@ class MetricsLog:
     Args:
         run_dir: The run's folder; made if it is missing.
         attempt: Number of this attempt, from `next_attempt`.
-        backends: TensorBoard and other sinks that get the metrics too.
         may_write: Called before every line; raises if this process must not write any more.
         writer: Writes the files, and is closed by its owner; default: a new one.
     """
@@ -34,7 +33,6 @@ class MetricsLog:
         run_dir: Path,
         *,
         attempt: int,
-        backends: Backends | None = None,
         may_write: Callable[[], None] | None = None,
         writer: DiskWriter | None = None,
     ) -> None:
@@ -45,7 +43,7 @@ class MetricsLog:
         self._lines = Appended(run_dir / METRICS, self._writer, may_write=may_write)
         self._layers = Appended(run_dir / LAYERS, self._writer, may_write=may_write)
         self._lines.touch()
-        self._backends = backends or Backends({})
+        self._backends = Backends({})
 
     def attach(self, backends: Backends) -> None:
         """Pass the metrics of later steps to these sinks too, and close them at the end."""

@@ -34,7 +34,7 @@ def test_two_hundred_steps_end_within_two_percent_of_bf16(process_groups: None) 
     for name in ("high", "delayed", "blockwise"):
         config = toy_config(**size, precision=fp8_stability.FORMATS[name])
         check(config)
-        losses = train_toy(config, held_out=1).losses
+        losses = train_toy(config).losses
         ends[name] = statistics.fmean(losses[-50:])
         assert ends[name] < 0.35 * losses[0]
     assert ends["delayed"] == pytest.approx(ends["high"], rel=0.02)
@@ -70,7 +70,7 @@ def test_refused_options(options: dict[str, Any], cause: str) -> None:
 
 def test_the_corner_of_the_box_is_the_worst_of_it(process_groups: None) -> None:
     """Against a random search, and weights are as they were after a walk through them."""
-    toy = train_toy(toy_config(hidden=32, seq=32, steps=10), held_out=1)
+    toy = train_toy(toy_config(hidden=32, seq=32, steps=10))
     (chunk,) = toy.stepper.chunks
     before = [parameter.detach().clone() for parameter in chunk.parameters()]
     rises = [fp8_stability.weight_sharpness(toy.stepper, toy.held_out, radius=radius) for radius in (0.01, 0.1)]

@@ -217,10 +217,14 @@ def test_weights_only(run: Path, tmp_path: Path) -> None:
     forked(check)
 
 
-def test_reshard_cuts_tensors_into_other_files(run: Path, made: Path, tmp_path: Path) -> None:
+def test_reshard_cuts_tensors_into_other_files(
+    run: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite, "PIECE_BYTES", 5000)
+
     def check() -> None:
         source = open_tensors(run)
-        rewrite.into_run(source, tmp_path / "run", origin=origin_of("reshard", [source]), files=2, piece_bytes=5000)
+        rewrite.into_run(source, tmp_path / "run", origin=origin_of("reshard", [source]), files=2)
         assert_same(source, open_tensors(tmp_path / "run"))
         assert len(list((tmp_path / "run").rglob("*.distcp"))) == 2
         assert copying.reshard(made, None, tmp_path / "again", weights=True)["tensors"] == 5
@@ -435,7 +439,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         peaks = {"archive": peak_of(lambda: archive.write(source, tmp_path / "out", grid=grid))}
         kept = ArchiveTensors(tmp_path / "out")
         origin = origin_of("restore", [kept])
-        peaks["restore"] = peak_of(lambda: rewrite.into_run(kept, tmp_path / "run", origin=origin, piece_bytes=1 << 20))
+        whole, rewrite.PIECE_BYTES = rewrite.PIECE_BYTES, 1 << 20  # in a fork
+        peaks["restore"] = peak_of(lambda: rewrite.into_run(kept, tmp_path / "run", origin=origin))
+        rewrite.PIECE_BYTES = whole
         one = open_tensors(tmp_path / "run")
         peaks["reshard"] = peak_of(lambda: rewrite.into_run(one, tmp_path / "again", origin=origin))
         print(peaks)

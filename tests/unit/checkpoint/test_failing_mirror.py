@@ -26,6 +26,7 @@ _BY_NAME = [pytest.param(error, id=type(error).__name__) for error in ERRORS]
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (publish, atomic_files):
         monkeypatch.setattr(module, "fsync", lambda path: None)
+    monkeypatch.setattr(downloads, "_FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_a_store_that_cannot_be_reached_is_said_without_secrets(
 
     monkeypatch.setattr(Remote, "__init__", away)
     with pytest.raises(CheckpointError, match=r"ConnectionRefusedError: \*\*\*;"):
-        downloads.connect("ftp://127.0.0.1:1/x", pause_s=0.001)
+        downloads.connect("ftp://127.0.0.1:1/x")
 
 
 def test_the_configuration_of_a_stage_names_the_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmscale.checkpoint import forked
 from mmscale.checkpoint.forked import Forked, Tell
 from mmscale.errors import CheckpointError
 from tests.support import run_ranks
@@ -79,11 +80,12 @@ def test_every_end_has_a_reason(work: Any, problem: str) -> None:
     assert re.fullmatch(problem, task.problem), task.problem
 
 
-def test_a_stopped_process_is_killed_and_requests_to_stop_do_not_end_it() -> None:
+def test_a_stopped_process_is_killed_and_requests_to_stop_do_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "KILL_S", PATIENCE_S)
     task = Forked(lambda tell: os.kill(os.getpid(), signal.SIGSTOP), name="the writer")
     os.kill(task.pid, signal.SIGTERM)
     assert not task.wait(timeout_s=0.05)
-    assert task.kill(timeout_s=PATIENCE_S)
+    assert task.kill()
     assert task.problem == "the writer was ended by SIGKILL"
 
 

@@ -49,6 +49,7 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loaded disk takes seconds for it; kills here are of processes, not of machines."""
     for module in (publish, atomic_files):
         monkeypatch.setattr(module, "fsync", lambda path: None)
+    monkeypatch.setattr(downloads, "_FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def steps(remote: Remote) -> list[int]:
 
 
 def fetched(remote: Remote, place: Path, step: int | None = None) -> tuple[int, Path]:
-    done = downloads.fetch(remote, step, Store.of_run(place), pause_s=0.001)
+    done = downloads.fetch(remote, step, Store.of_run(place))
     assert integrity.verify(done.path, step=done.step) == []
     return done.step, done.path
 

@@ -52,12 +52,13 @@ def test_a_model_that_half_listens_is_guided_by_two() -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "moma and depth"])
-def test_as_in_a_loop_over_tokens(name: str) -> None:
+def test_as_in_a_loop_over_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of several lengths, one with two images, of which the first has no prompt."""
+    monkeypatch.setattr(guidance, "GUIDANCES", (1.0, 2.5))
     own = model(name)
     assert guidance._keeps(own)
     documents = [[BOS, *IMAGE, 9, *IMAGE, EOS], [BOS, 7, 9, 11, *IMAGE, EOS], [BOS, 7, 9, EOS]]
-    found = sweep(own, [np.array(ids) for ids in documents], rules(), guidances=(1.0, 2.5))
+    found = sweep(own, [np.array(ids) for ids in documents], rules())
     want = {1.0: [], 2.5: []}
     for ids, begun in ((documents[0], 8), (documents[1], 4)):
         for number in range(TOKENS):
@@ -98,13 +99,14 @@ class Wide:
     __call__ = forward
 
 
-def test_memory_is_that_of_the_items_alone() -> None:
+def test_memory_is_that_of_the_items_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 70 long documents few are computed at once, and only the item's places and range are made fp32."""
+    monkeypatch.setattr(guidance, "GUIDANCES", (2.0,))
     lengths = [*range(100, 165), 500, 600, 700, 3000, 9000]
     documents = [np.array([BOS, *[A] * length, *IMAGE, EOS]) for length in lengths]
     wide, largest = Wide(), LargestFloats()
     with largest:
-        found = sweep(wide, documents, rules(), guidances=(2.0,))
+        found = sweep(wide, documents, rules())
     assert found is not None and found.items == len(lengths)
     assert found.losses[2.0] == pytest.approx(np.log(END - FIRST), rel=1e-6)
     most = max(rows for rows, _, _ in wide.asked)

@@ -13,6 +13,7 @@ from launch import notify
 from launch.notify import Notifier, TellingLog, kind_of
 from launch.policy import Action
 from mmscale.runs.events import read_events
+from mmscale.runtime import disk_writer
 from mmscale.runtime.disk_writer import DiskWriter
 
 CASES: list[tuple[str, dict[str, Any], str]] = [
@@ -42,7 +43,7 @@ def test_kinds(event: str, fields: dict[str, Any], kind: str) -> None:
 
 
 def notifier(folder: Path, command: str | None, **secrets: str) -> Notifier:
-    facts, writer = {"run": "runs/a", "job": "7"}, DiskWriter(str(folder), wait_s=1.0, say=None)
+    facts, writer = {"run": "runs/a", "job": "7"}, DiskWriter(str(folder), say=None)
     return Notifier(command, folder=folder, facts=facts, secrets=lambda: secrets, writer=writer)
 
 
@@ -114,8 +115,10 @@ def test_what_the_command_prints_is_kept_in_order_and_in_part(tmp_path: Path) ->
     assert text.count("100000\nend\n") == 2 and len(text) <= 2 * (notify._MOST_BYTES + 1)
 
 
-def test_a_folder_that_refuses_holds_nothing_up(tmp_path: Path) -> None:
+def test_a_folder_that_refuses_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command runs and is told all; its output waits for the disk with the other records of the job."""
+    monkeypatch.setattr(disk_writer, "WAIT_S", 1.0)
+    monkeypatch.setattr(disk_writer, "CLOSE_S", 300.0)
     (tmp_path / "launch").write_text("a file where the folder should be")
     began = time.monotonic()
     told = notifier(tmp_path / "launch", f"cat > {tmp_path}/told; echo said")
@@ -124,5 +127,5 @@ def test_a_folder_that_refuses_holds_nothing_up(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "told").read_text())["kind"] == "start"
     assert time.monotonic() - began < 60
     (tmp_path / "launch").unlink()
-    assert told._log.writer.close(timeout_s=300) == 0
+    assert told._log.writer.close() == 0
     assert (tmp_path / "launch" / notify.LOG).read_text() == "said\n"

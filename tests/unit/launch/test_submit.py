@@ -347,7 +347,9 @@ def test_secrets_and_facts_of_other_ranks_stay_here(config: Path, monkeypatch: p
     assert dict(os.environ) == before
 
 
-def test_exported_functions_and_what_nodes_need_to_reach_others_are_passed_and_named(config: Path) -> None:
+def test_exported_functions_and_what_nodes_need_to_reach_others_are_passed_and_named(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (planned,) = submit.plan_launch(config, cluster=profile(config.parent))
     shell = {
         "BASH_FUNC_module%%": "() { eval x; }",
@@ -357,10 +359,11 @@ def test_exported_functions_and_what_nodes_need_to_reach_others_are_passed_and_n
     }
     shell |= {"HTTPS_PROXY": "http://proxy:3128", "NCCL_IB_HCA": "mlx5", "HF_HOME": "/hf", "PYTHONPATH": "/mine"}
     secrets = {"HF_TOKEN": "x", "WANDB_API_KEY": "x", "http_proxy": "http://me:password@proxy:3128"}
-    found = passed.passed(planned.record.checked_profile(), shell | secrets | {"EDITOR": "vi"})
+    monkeypatch.setattr(os, "environ", shell | secrets | {"EDITOR": "vi"})
+    found = passed.passed(planned.record.checked_profile())
     assert found.variables == shell
     assert found.withheld == ("HF_TOKEN", "WANDB_API_KEY", "http_proxy")
-    names, withheld = passed.comments(planned.record.checked_profile(), shell | secrets)
+    names, withheld = passed.comments(planned.record.checked_profile())
     assert {"module()", "ml()", "HTTPS_PROXY", "PYTHONPATH"} <= set(names.split())
     assert withheld.endswith("HF_TOKEN WANDB_API_KEY http_proxy") and "password" not in withheld
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmscale.report import layers
 from mmscale.report.axes import axes_of, clock_of, first_time
 from mmscale.report.downsample import Downsampler
 from mmscale.report.history import read
@@ -118,23 +119,25 @@ def test_the_clock_of_lines_without_times(tmp_path: Path) -> None:
     assert np.isnan(axes["flops"]).all()  # there is no configuration to count them from
 
 
-def test_layers_of_a_long_file_are_spread_over_it(tmp_path: Path) -> None:
+def test_layers_of_a_long_file_are_spread_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "RECORDS", 11)
     log = MetricsLog(tmp_path, attempt=1)
     for step in range(1, 1001):
         log.write_layers(step, {"1": {"output_norm": {"text": step / 7}}})
-    found = layers_of(tmp_path, records=11)
+    found = layers_of(tmp_path)
     assert found[0]["step"] == 1 and found[-1]["step"] == 1000
     assert np.diff([record["step"] for record in found]) == pytest.approx([100] * 10, abs=12)
     second = MetricsLog(tmp_path, attempt=2)
     for step in range(501, 700):
         second.write_layers(step, {"1": {"output_norm": {"text": step * 1000.0}}})
-    found = layers_of(tmp_path, records=11)
+    found = layers_of(tmp_path)
     assert found[-1]["step"] == 699
     assert [record["attempt"] for record in found] == sorted(record["attempt"] for record in found)
     with (tmp_path / "layers.jsonl").open("a") as file:
         file.write(json.dumps({"step": 700, "attempt": 2, "layers": {"1": {}}})[:-5])
-    assert layers_of(tmp_path, records=11)[-1]["step"] <= 699
-    assert len(layers_of(tmp_path, records=5000)) == 699
+    assert layers_of(tmp_path)[-1]["step"] <= 699
+    monkeypatch.setattr(layers, "RECORDS", 5000)
+    assert len(layers_of(tmp_path)) == 699
     assert layers_of(tmp_path / "none") == []
 
 

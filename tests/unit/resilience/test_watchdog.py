@@ -43,6 +43,14 @@ def test_who_is_to_blame(found: list[HangReport], world_size: int, blamed: list[
     assert culprits(found, world_size=world_size) == blamed
 
 
+@pytest.fixture(autouse=True)
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Exit statuses with which watchdogs would have ended the process."""
+    statuses: list[int] = []
+    monkeypatch.setattr(watchdog_module, "_exit", statuses.append)
+    return statuses
+
+
 def until(condition: object, what: str) -> None:
     deadline = time.monotonic() + 60
     while not condition():  # type: ignore[operator]
@@ -50,9 +58,10 @@ def until(condition: object, what: str) -> None:
         time.sleep(0.01)
 
 
-def test_it_reports_once_no_step_ends_and_ends_the_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ended: list[int] = []
-    with Watchdog(rank=3, folder=tmp_path, timeout_s=0.3, end=ended.append) as watchdog:
+def test_it_reports_once_no_step_ends_and_ends_the_process(
+    tmp_path: Path, ended: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Watchdog(rank=3, folder=tmp_path, timeout_s=0.3) as watchdog:
         watchdog.beat(7)
         until(lambda: ended, "it ends the process")
     assert ended == [HUNG]
@@ -64,12 +73,12 @@ def test_it_reports_once_no_step_ends_and_ends_the_process(tmp_path: Path, capfd
 
 
 def test_steps_that_end_and_a_start_that_takes_long_are_no_hang(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock of its own, because a busy machine may take any time between two steps."""
-    ended, now = list[int](), [0.0]
+    now = [0.0]
     replace_time(monkeypatch, watchdog_module, monotonic=lambda: now[0])
-    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.5, end=ended.append) as watchdog:
+    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.5) as watchdog:
         now[0] = 100.0  # no step has begun: nothing is watched
         time.sleep(0.3)
         for step in range(8):
@@ -80,10 +89,9 @@ def test_steps_that_end_and_a_start_that_takes_long_are_no_hang(
 
 
 def test_a_border_that_comes_while_it_reports_saves_the_process_until_it_hangs_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[int] = []
-    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.2, end=ended.append) as watchdog:
+    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.2) as watchdog:
         watchdog.beat(1)
         until(lambda: reports(tmp_path), "it reports")
         watchdog.beat(2, allowed_s=600.0)  # no new hang while what it does about the old one is looked at
@@ -101,7 +109,7 @@ def test_what_is_left_of_a_report_that_the_loops_end_overtakes(
 ) -> None:
     with (
         contextlib.suppress(ConnectionError),
-        Watchdog(rank=0, folder=tmp_path, timeout_s=0.2, end=lambda status: None) as watchdog,
+        Watchdog(rank=0, folder=tmp_path, timeout_s=0.2) as watchdog,
     ):
         watchdog.beat(1)
         until(lambda: reports(tmp_path), "it reports")
@@ -111,14 +119,13 @@ def test_what_is_left_of_a_report_that_the_loops_end_overtakes(
 
 
 def test_it_ends_the_process_whatever_goes_wrong_with_its_report(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ended: list[int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog_module, "_GRACE_S", 0.1)
     logs = tmp_path / "logs"
     logs.write_text("")  # a file where a folder should be: nothing can be written below it
-    ended: list[int] = []
     for folder, recorded in ((logs, lambda: None), (tmp_path / "attempt_1", dict[str, str]().popitem)):
-        with Watchdog(rank=3, folder=folder, timeout_s=0.2, recorded=recorded, end=ended.append) as watchdog:  # type: ignore[arg-type]
+        with Watchdog(rank=3, folder=folder, timeout_s=0.2, recorded=recorded) as watchdog:  # type: ignore[arg-type]
             watchdog.beat(7)
             until(lambda: len(ended) > (folder is not logs), "it ends the process")  # noqa: B023
         said = capfd.readouterr().err
@@ -127,12 +134,14 @@ def test_it_ends_the_process_whatever_goes_wrong_with_its_report(
     assert len(reports(tmp_path / "attempt_1")) == 1  # where only the recorder is broken
 
 
-def test_a_disk_that_does_not_answer_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_does_not_answer_is_no_hang(
+    tmp_path: Path, ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The watch waits for it, whether steps go on or not; a hang that is still there afterwards is found."""
     monkeypatch.setattr(watchdog_module, "_DISK_S", 0.1)
     monkeypatch.setattr(watchdog_module, "_GRACE_S", 0.1)
-    thawed, ended = threading.Event(), list[int]()
-    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.2, end=ended.append) as watchdog:
+    thawed = threading.Event()
+    with Watchdog(rank=0, folder=tmp_path, timeout_s=0.2) as watchdog:
         write = watchdog._write
         monkeypatch.setattr(watchdog, "_write", lambda *report: (thawed.wait(60), write(*report)))
         watchdog.beat(1)
@@ -174,9 +183,7 @@ def test_a_rank_that_waits_in_a_collective_is_told_from_one_that_does_not(ranks,
         found = json.loads(flight_recorder.dump() or "{}")
         return json.dumps({"entries": [one for one in found["entries"] if one["time_created_ns"] > begin]})
 
-    with Watchdog(
-        rank=ranks.rank, folder=tmp_path, timeout_s=0.5, recorded=recorded, end=lambda status: None
-    ) as watchdog:
+    with Watchdog(rank=ranks.rank, folder=tmp_path, timeout_s=0.5, recorded=recorded) as watchdog:
         watchdog.beat(4)
         if ranks.rank == 1:
             until(lambda: len(reports(tmp_path)) == 2, "both report")

@@ -20,7 +20,6 @@ def test_host_without_cuda() -> None:
     assert device.backend() == "gloo"
     assert device.device_name()
     device.synchronize()
-    assert device.memory_stats(reset_peak=True) == device.MemoryStats(None, None, None, None)
 
 
 def test_seeds_reach_every_generator() -> None:

@@ -81,9 +81,10 @@ def test_what_a_disk_refuses_is_kept_in_order_and_written_later(number: int) -> 
     assert len(heard.said) == 2 and "Training continues" in heard.said[0] and "50 records kept" in heard.said[1]
 
 
-def test_a_disk_that_hangs_costs_one_wait() -> None:
+def test_a_disk_that_hangs_costs_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_writer, "WAIT_S", 0.2)
     heard, thawed, written = Heard(), threading.Event(), []
-    writer = heard.writer(wait_s=0.2)
+    writer = heard.writer()
     began = time.monotonic()
     writer.submit(thawed.wait, size=1)
     assert time.monotonic() - began >= 0.2
@@ -119,13 +120,14 @@ def test_of_a_files_contents_only_the_newest_waits(tmp_path: Path) -> None:
     assert file.read_bytes() == b"8" and [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_the_end_waits_for_a_bounded_time(tmp_path: Path) -> None:
+def test_the_end_waits_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_writer, "CLOSE_S", 0.1)
     heard = Heard()
     writer = heard.writer()
     writer.submit(refusing(errno.EROFS, threading.Event(), lambda: None), size=1)
     writer.submit(lambda: None, size=1)
     began = time.monotonic()
-    assert writer.close(timeout_s=0.1) == 2
+    assert writer.close() == 2
     assert time.monotonic() - began < 60.0 and "2 records could not be written" in heard.said[-1]
 
 

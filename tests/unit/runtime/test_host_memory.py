@@ -11,7 +11,7 @@ from mmscale.runtime import host_memory
 MIB = 1 << 20
 
 
-def machine(at: Path, *, groups: str, files: dict[str, str]) -> dict[str, Path]:
+def machine(at: Path, monkeypatch: pytest.MonkeyPatch, *, groups: str, files: dict[str, str]) -> None:
     proc, cgroups = at / "proc", at / "cgroup"
     for file, text in {
         proc / "meminfo": f"MemTotal: {9000 * 1024} kB\nMemAvailable: {8000 * 1024} kB\n",
@@ -20,7 +20,8 @@ def machine(at: Path, *, groups: str, files: dict[str, str]) -> dict[str, Path]:
     }.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    return {"proc": proc, "cgroups": cgroups}
+    monkeypatch.setattr(host_memory, "_PROC", proc)
+    monkeypatch.setattr(host_memory, "_CGROUPS", cgroups)
 
 
 V2 = {
@@ -51,12 +52,17 @@ V1 = {
         ("4:cpuset:/a\n", V1, 8000),
     ],
 )
-def test_the_tightest_limit_counts(tmp_path: Path, groups: str, files: dict[str, str], left: int) -> None:
-    assert host_memory.available(**machine(tmp_path, groups=groups, files=files)) == left * MIB
+def test_the_tightest_limit_counts(
+    tmp_path: Path, groups: str, files: dict[str, str], left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(tmp_path, monkeypatch, groups=groups, files=files)
+    assert host_memory.available() == left * MIB
 
 
-def test_what_cannot_be_read_does_not_limit(tmp_path: Path) -> None:
-    assert host_memory.available(proc=tmp_path, cgroups=tmp_path) == 1 << 62
+def test_what_cannot_be_read_does_not_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_PROC", tmp_path)
+    monkeypatch.setattr(host_memory, "_CGROUPS", tmp_path)
+    assert host_memory.available() == 1 << 62
 
 
 def test_this_machine() -> None:

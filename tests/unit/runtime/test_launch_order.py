@@ -18,10 +18,11 @@ from tests.distributed.layouts import config
 from tests.support import run_ranks
 
 
-def test_tensor_parallelism_gets_one_queue() -> None:
-    environ: dict[str, str] = {}
-    launch_order.one_queue(tp=2, environ=environ)
-    assert environ == {QUEUES: "1"}
+def test_tensor_parallelism_gets_one_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(QUEUES, "")
+    monkeypatch.delenv(QUEUES)
+    launch_order.one_queue(tp=2)
+    assert os.environ[QUEUES] == "1"
 
 
 def test_a_run_sets_it_before_it_asks_for_a_device() -> None:
@@ -41,19 +42,23 @@ def test_a_run_sets_it_before_it_asks_for_a_device() -> None:
     run_ranks(begin, world_size=1)
 
 
-def test_what_somebody_has_set_stays_and_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    environ = {QUEUES: "8"}
+def test_what_somebody_has_set_stays_and_is_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(QUEUES, "8")
     with caplog.at_level(logging.WARNING):
-        launch_order.one_queue(tp=4, environ=environ)
-    assert environ == {QUEUES: "8"}
+        launch_order.one_queue(tp=4)
+    assert os.environ[QUEUES] == "8"
     assert f"{QUEUES}=8" in caplog.text and "parallel.tp = 4" in caplog.text
 
 
-def test_without_tensor_parallelism_it_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    for environ in ({}, {QUEUES: "8"}):
-        before = dict(environ)
-        launch_order.one_queue(tp=1, environ=environ)
-        assert environ == before and not caplog.text
+def test_without_tensor_parallelism_it_is_left_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in ("8", None):
+        monkeypatch.setenv(QUEUES, number) if number else monkeypatch.delenv(QUEUES)
+        launch_order.one_queue(tp=1)
+        assert os.environ.get(QUEUES) == number and not caplog.text
     for profile in (Path(__file__).parents[3] / "configs" / "cluster").glob("*.yaml"):
         assert QUEUES not in profile.read_text(), f"{profile.name} would set it for every layout"
 

@@ -17,10 +17,10 @@ from mmscale.runtime.local_ranks import FORWARDED, run_local
 pytestmark = pytest.mark.usefixtures("signals_heard")
 
 
-def run(nproc: int, code: str, folder: Path, *, environ: dict[str, str] | None = None, grace_s: float = 5.0) -> int:
+def run(nproc: int, code: str, folder: Path, *, environ: dict[str, str] | None = None) -> int:
     prelude = "import os, sys, signal, time; rank = int(os.environ['RANK']); "
     program = (sys.executable, "-c", prelude + "\n" + code)
-    return run_local(nproc, [], log_dir=folder / "logs", environ=environ, grace_s=grace_s, program=program)
+    return run_local(nproc, [], log_dir=folder / "logs", environ=environ, program=program)
 
 
 def alive(pid: int) -> bool:
@@ -128,11 +128,14 @@ def test_crashed_rank_is_named_with_its_status(tmp_path: Path, capfd: pytest.Cap
     assert "ValueError: broken" in capfd.readouterr().err
 
 
-def test_rank_that_ignores_sigterm_is_killed_after_the_grace_time(tmp_path: Path) -> None:
+def test_rank_that_ignores_sigterm_is_killed_after_the_grace_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ranks, "GRACE_S", 0.5)
     code = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank: time.sleep(0.5); sys.exit(9)\ntime.sleep(100)"
     began = time.monotonic()
     with pytest.raises(LaunchError, match="exit status 9"):
-        run(2, code, tmp_path, grace_s=0.5)
+        run(2, code, tmp_path)
     assert time.monotonic() - began < 90  # not the 100 s of the sleep
 
 
@@ -141,9 +144,12 @@ def test_documented_exit_status_is_kept(status: int, tmp_path: Path) -> None:
     assert run(2, f"time.sleep(0.1 * rank); sys.exit({status})", tmp_path) == status
 
 
-def test_documented_exit_status_of_one_rank_shows_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_documented_exit_status_of_one_rank_shows_its_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ranks, "GRACE_S", 0.2)
     code = "if rank: print('no data here'); sys.exit(3)\ntime.sleep(100)"
-    assert run(2, code, tmp_path, grace_s=0.2) == 3
+    assert run(2, code, tmp_path) == 3
     assert "no data here" in capfd.readouterr().err
 
 
@@ -167,6 +173,7 @@ def test_processes_that_a_rank_leaves_behind_are_ended(tmp_path: Path) -> None:
 LAUNCHER = """
 import sys
 from pathlib import Path
+from mmscale.runtime import local_ranks
 from mmscale.runtime.local_ranks import run_local
 sys.exit(run_local(2, [], log_dir=Path(sys.argv[1]) / "logs", program=(sys.executable, "-c", sys.argv[2])))
 """

@@ -55,7 +55,8 @@ def test_tensorboard_shows_settings_as_hyperparameters(tmp_path: Path) -> None:
 
     settings = {"optim.lr": 1e-3, "model.kind": "moma", "train.dry_run": True, "train.steps": 5}
     for attempt in (1, 2):
-        log = MetricsLog(tmp_path, attempt=attempt, backends=sinks(tmp_path, tensorboard=True, settings=settings))
+        log = MetricsLog(tmp_path, attempt=attempt)
+        log.attach(sinks(tmp_path, tensorboard=True, settings=settings))
         log.write(10 * attempt, {"loss": 1.0})
         log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -75,7 +76,8 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mo
     settings: dict[str, object] = {f"section.key_{number}": number for number in range(130)}
     for attempt, lr in ((1, 1e-3), (2, 5e-4)):
         backends = sinks(tmp_path, mlflow="moma", settings=settings | {"optim.lr": lr})
-        log = MetricsLog(tmp_path, attempt=attempt, backends=backends)
+        log = MetricsLog(tmp_path, attempt=attempt)
+        log.attach(backends)
         log.write(10 * attempt, {"loss": 1.0 / attempt, "eval/loss/text": math.nan})
         log.close()
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
@@ -94,11 +96,13 @@ def test_every_built_in_sink_has_a_setting() -> None:
 
 def test_tensorboard_drops_what_was_rolled_back(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    first = MetricsLog(tmp_path, attempt=1, backends=sinks(tmp_path, tensorboard=True))
+    first = MetricsLog(tmp_path, attempt=1)
+    first.attach(sinks(tmp_path, tensorboard=True))
     for step in (10, 20, 30):
         first.write(step, {"loss": 1.0, "time": 1.8e9})
     first.close()
-    second = MetricsLog(tmp_path, attempt=2, backends=sinks(tmp_path, tensorboard=True))
+    second = MetricsLog(tmp_path, attempt=2)
+    second.attach(sinks(tmp_path, tensorboard=True))
     second.write(20, {"loss": 0.5})
     second.write(30, {"loss": 9.0})
     second.rolled_back(1)
@@ -133,7 +137,8 @@ def scrape(port: int) -> dict[str, float]:
 
 def test_prometheus_scrapes_the_latest_step(tmp_path: Path) -> None:
     with served() as backend:
-        log = MetricsLog(tmp_path, attempt=3, backends=Backends({"prometheus_port": lambda: backend}))
+        log = MetricsLog(tmp_path, attempt=3)
+        log.attach(Backends({"prometheus_port": lambda: backend}))
         log.write(10, {"loss": 2.0, "loss/text": 1.5, "grad_norm": 1.0})
         log.write(20, {"loss": 1.0, "loss/text": 0.5, "grad_norm": math.nan, "experts/text/unrouted_fraction": 0.25})
         log.write(20, {"eval/causal/loss/text": 0.75})
@@ -163,7 +168,8 @@ def test_a_port_that_is_taken_stops_nothing(tmp_path: Path, caplog: pytest.LogCa
             prometheus_port=port,
             tell=lambda *said: told.append(said),
         )
-        log = MetricsLog(tmp_path, attempt=1, backends=backends)
+        log = MetricsLog(tmp_path, attempt=1)
+        log.attach(backends)
         log.write(1, {"loss": 1.0})
         log.close()
     assert "log.prometheus_port is off from here on: " in caplog.text and "in use" in caplog.text
@@ -224,7 +230,8 @@ def test_a_service_that_goes_away_is_said_once(
     error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = Breaks(error)
-    log = MetricsLog(tmp_path, attempt=1, backends=Backends({"wandb": lambda: backend}))
+    log = MetricsLog(tmp_path, attempt=1)
+    log.attach(Backends({"wandb": lambda: backend}))
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
             log.write(step, {"loss": 1.0})
@@ -246,7 +253,8 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for attempt, lr in ((1, 0.125), (2, 0.375)):
         backends = sinks(tmp_path, wandb="moma", settings={"optim.lr": lr})
-        log = MetricsLog(tmp_path, attempt=attempt, backends=backends)
+        log = MetricsLog(tmp_path, attempt=attempt)
+        log.attach(backends)
         log.write(10 * attempt, {"loss": 1.25})
         log.close()
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -15,7 +15,7 @@ from mmscale.runs.events import BEGINS, EVENTS, EventLog, read_events
 from mmscale.runtime.rank_env import expand_hostlist
 
 _EVERY_S = 2.0
-_DEAF_S = 30.0  # after a stop request: time that a rank which imports torch may need to handle it
+_PATIENCE_S = 30.0  # after a stop request: time that a rank which imports torch may need to handle it
 _WAYS_OUT = (
     "logs of the ranks say what they wait for (`mmscale logs RUN --rank 0`); if they wait for each other, no firewall "
     "may stand between the nodes, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network"
@@ -35,12 +35,12 @@ class Beginning:
         self._run = run
         self._attempt = attempt
         self._hint_at = time.monotonic() + hint_after_s
-        self._deaf_s = min(_DEAF_S, hint_after_s)
+        self._patience_s = min(_PATIENCE_S, hint_after_s)
         self._asked: float | None = None
         self._begun = False
         self._looked, self._size = float("-inf"), -1
 
-    def begun(self) -> bool:
+    def has_started(self) -> bool:
         """Whether rank 0 has started training."""
         now = time.monotonic()
         if self._begun or now - self._looked < _EVERY_S:
@@ -57,14 +57,14 @@ class Beginning:
             self._begun = any(event["event"] in BEGINS for event in mine)
         return self._begun
 
-    def look(self, events: EventLog, *, where: str) -> None:
+    def hint_if_late(self, events: EventLog, *, where: str) -> None:
         """Record a hint, once, if ranks take too long.
 
         Args:
             events: of the attempt.
             where: rendezvous port of the ranks on the first node.
         """
-        if time.monotonic() < self._hint_at or self.begun():
+        if time.monotonic() < self._hint_at or self.has_started():
             return
         self._hint_at = float("inf")
         hosts = expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
@@ -73,7 +73,7 @@ class Beginning:
         events.add("not_begun", why=why)
         sys.stderr.write(f"{why}\n  fix: {_WAYS_OUT}\n")
 
-    def deaf(self) -> bool:
+    def ignores_stop(self) -> bool:
         """Whether ranks have not started training although they had enough time since the stop request.
 
         Called while this job is asked to end.
@@ -81,4 +81,4 @@ class Beginning:
         now = time.monotonic()
         if self._asked is None:
             self._asked = now
-        return now - self._asked > self._deaf_s and not self.begun()
+        return now - self._asked > self._patience_s and not self.has_started()

@@ -86,7 +86,7 @@ def after_restarts_in_place(
         if event["event"] != "ranks_ended" or event.get("action") != agent.IN_PLACE:
             continue
         disk.keep(disk.budget().ended(step=int(event["checkpoint"]), crashed=True))
-        hangs.tell(record, int(event["attempt"]), lease_id, events)
+        hangs.record_hang(record, int(event["attempt"]), lease_id, events)
     last = max((int(event["attempt"]) for event in found), default=attempt)
     events.attempt = last
     return last

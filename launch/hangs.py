@@ -12,7 +12,7 @@ from mmscale.resilience import watchdog
 from mmscale.runs.events import EventLog
 
 
-def tell(record: Record, attempt: int, lease_id: str, events: EventLog) -> None:
+def record_hang(record: Record, attempt: int, lease_id: str, events: EventLog) -> None:
     """Add the event `hang`, if ranks of this attempt wrote reports: unlike their logs these are in its own folder."""
     logs = Path(record.run) / "logs" / f"attempt_{attempt}"
     hung = watchdog.reports(logs)

@@ -29,7 +29,7 @@ from launch.allocation import Allocation
 from launch.disk import Disk
 from launch.endings import after_restarts_in_place, ending_of, first_failed
 from launch.examination import Examination
-from launch.notify import Notifier, TellingLog
+from launch.notify import Notifier, NotifyingLog
 from launch.policy import (
     GAVE_UP,
     STOPPED,
@@ -167,7 +167,9 @@ class Supervisor:
     def _log(self, attempt: int, *, may_write: Callable[[], None] | None = None) -> EventLog:
         """The run's event log, which also notifies through the profile's `notify`."""
         return self.disk.noted(
-            TellingLog(self.disk.place(), attempt, notifier=self.notifier, may_write=may_write, writer=self.disk.writer)
+            NotifyingLog(
+                self.disk.place(), attempt, notifier=self.notifier, may_write=may_write, writer=self.disk.writer
+            )
         )
 
     def _run(self) -> int:
@@ -270,7 +272,7 @@ class Supervisor:
             return Action.END, error.exit_status
         self.ranks.note_progress(fence)
         attempt = after_restarts_in_place(self.record, self.disk, self.run_dir, attempt, lease_id, events)
-        hangs.tell(self.record, attempt, lease_id, events)
+        hangs.record_hang(self.record, attempt, lease_id, events)
         ending = self._ending(status, attempt, logs)
         status = ending.status
         before = self.disk.budget()

@@ -70,7 +70,7 @@ class Notifier:
         self._log = Appended(folder / LOG, writer)
         self._running: list[tuple[subprocess.Popen[bytes], BinaryIO]] = []
 
-    def tell(self, event: str, fields: Mapping[str, Any]) -> None:
+    def notify(self, event: str, fields: Mapping[str, Any]) -> None:
         """Start the command for an event that it handles: the event as JSON on stdin, its main fields as variables."""
         kind = kind_of(event, fields)
         self._collect()
@@ -132,7 +132,7 @@ def _in_memory(name: str) -> BinaryIO:
     return os.fdopen(os.memfd_create(name), "w+b", buffering=0)
 
 
-class TellingLog(EventLog):
+class NotifyingLog(EventLog):
     """events.jsonl, which also runs the notification command for some events.
 
     Args:
@@ -158,4 +158,4 @@ class TellingLog(EventLog):
     def add(self, event: str, **fields: Any) -> None:
         """Append one event and run the command for it."""
         super().add(event, **fields)
-        self._notifier.tell(event, {"attempt": self.attempt, **fields})
+        self._notifier.notify(event, {"attempt": self.attempt, **fields})

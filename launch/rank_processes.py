@@ -91,10 +91,10 @@ class RankProcesses:
                 if time.monotonic() > look_at:  # by now the step exists and receives signals
                     look_at = float("inf")
                     self.look_for_preemption()
-                fence.look()
-                beginning.look(events, where=environment.get("MASTER_PORT", ""))
+                fence.check_if_due()
+                beginning.hint_if_late(events, where=environment.get("MASTER_PORT", ""))
                 if self.stopping():
-                    if beginning.deaf():
+                    if beginning.ignores_stop():
                         self.say("the ranks have not begun, and do not hear the request to end: killed")
                         return 128 + signal.SIGKILL
                     self._ask_to_save()

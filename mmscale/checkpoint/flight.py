@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmscale.checkpoint.forked import Forked, Tell
+from mmscale.checkpoint.forked import Forked, Send
 from mmscale.checkpoint.save_settings import Best
 from mmscale.checkpoint.write import WritePlan, Written
 from mmscale.errors import MmscaleError
@@ -47,14 +47,14 @@ class Flight:
     best: Best | None = None
     task: Forked | Here | None = None
     phase: Literal["write", "commit"] = "write"
-    hurried_s: float = math.inf  # abandon the save after this time, if that is before the deadline
+    shortened_s: float = math.inf  # abandon the save after this time, if that is before the deadline
     boundaries: int = 0  # steps trained during the save
     blocked_s: float = 0.0
     written: list[Written] = field(default_factory=list)
     problem: str | None = None
 
 
-def start(work: Callable[[Tell], Any], *, name: str, asynchronous: bool) -> Forked | Here:
+def start(work: Callable[[Send], Any], *, name: str, asynchronous: bool) -> Forked | Here:
     """Begin a part of a save in a forked process, or do it in this one.
 
     Args:

@@ -33,7 +33,7 @@ _LENGTH = 8  # bytes of the length before every message
 # Looked up once, in the parent, to do as little as possible between the fork and the child's work. Linux only.
 _PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 
-Tell = Callable[[Any], None]
+Send = Callable[[Any], None]
 
 
 class Forked:
@@ -50,7 +50,7 @@ class Forked:
         problem: one line with the reason for the missing result; None while it runs or if there is a result.
     """
 
-    def __init__(self, work: Callable[[Tell], Any], *, name: str) -> None:
+    def __init__(self, work: Callable[[Send], Any], *, name: str) -> None:
         self.name = name
         self.messages: list[Any] = []
         self.result: Any = None
@@ -148,7 +148,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _be_child(work: Callable[[Tell], Any], sending: int, parent: int, *, mask: Iterable[int]) -> None:
+def _be_child(work: Callable[[Send], Any], sending: int, parent: int, *, mask: Iterable[int]) -> None:
     """The complete run of the child process, which never returns into the parent's code."""
     status = 1
     try:
@@ -159,7 +159,7 @@ def _be_child(work: Callable[[Tell], Any], sending: int, parent: int, *, mask: I
         gc.disable()  # a garbage collection would copy the parent's pages, and may wait for its threads
         torch.set_num_threads(1)  # the parent's OpenMP threads do not exist here
 
-        def tell(message: Any) -> None:
+        def send(message: Any) -> None:
             body = pickle.dumps(message)
             rest = memoryview(len(body).to_bytes(_LENGTH, "little") + body)
             while rest:
@@ -167,16 +167,16 @@ def _be_child(work: Callable[[Tell], Any], sending: int, parent: int, *, mask: I
 
         try:
             with torch.no_grad():
-                tell((_RESULT, work(tell)))
+                send((_RESULT, work(send)))
             status = 0
         except MmscaleError as error:
-            tell((_PROBLEM, error.cause))
+            send((_PROBLEM, error.cause))
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
-            tell((_PROBLEM, f"{error.strerror or error}{where}"))
+            send((_PROBLEM, f"{error.strerror or error}{where}"))
         except BaseException as error:
             trace = traceback.extract_tb(error.__traceback__)[-1]
-            tell((_PROBLEM, f"{type(error).__name__}: {error} ({trace.filename}:{trace.lineno})"))
+            send((_PROBLEM, f"{type(error).__name__}: {error} ({trace.filename}:{trace.lineno})"))
     finally:
         os._exit(status)
 

@@ -19,7 +19,7 @@ import torch
 
 from mmscale.checkpoint import grouped, random_states, write
 from mmscale.checkpoint.flight import Flight, Here, start
-from mmscale.checkpoint.forked import Forked, Tell
+from mmscale.checkpoint.forked import Forked, Send
 from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.layout import BEST, INFO, Store, info_text
 from mmscale.checkpoint.save_settings import Best, Provenance, Retention, SaveSettings
@@ -161,14 +161,14 @@ class Saver:
         self._finish()
         self._give_up()
 
-    def hurry(self, within_s: float) -> None:
+    def shorten_deadline(self, within_s: float) -> None:
         """Abandon the save in progress unless it ends soon, because a newer one must be made in little time.
 
         Args:
             within_s: from now on [seconds].
         """
         if (flight := self._flight) is not None:
-            flight.hurried_s = min(flight.hurried_s, time.monotonic() - flight.began + max(0.0, within_s))
+            flight.shortened_s = min(flight.shortened_s, time.monotonic() - flight.began + max(0.0, within_s))
 
     def close(self) -> None:
         """End all processes. Not a collective, so the error path can use it. A save in progress is lost."""
@@ -221,7 +221,7 @@ class Saver:
     def _listen(self, group: grouped.Group | None, number: int) -> grouped.Listener | None:
         return grouped.Listener(group, number) if group is not None and group.first == self._rank else None
 
-    def _writing(self, flight: Flight, listener: grouped.Listener | None) -> Callable[[Tell], Written]:
+    def _writing(self, flight: Flight, listener: grouped.Listener | None) -> Callable[[Send], Written]:
         """A function that writes this rank's part of a save, for any process that has the memory."""
         plan, step, group = flight.plan, flight.step, self._group
         # Next to the tensors: this rank's random state; megatron-core would keep only one per stage and tensor rank.
@@ -237,12 +237,12 @@ class Saver:
 
         within_s = self.settings.deadline_s
         if group is None:
-            return lambda tell: write.write(plan, flight.folder, random=random, extra=extra, on_write=on_write)
+            return lambda send: write.write(plan, flight.folder, random=random, extra=extra, on_write=on_write)
         if listener is not None:
-            return lambda tell: write.write_for_group(
+            return lambda send: write.write_for_group(
                 plan, flight.folder, listener, random=random, extra=extra, on_write=on_write, timeout_s=within_s
             )
-        return lambda tell: write.send_to_group(
+        return lambda send: write.send_to_group(
             plan, group, flight.number, random=random, on_write=on_write, timeout_s=within_s
         )
 
@@ -251,7 +251,7 @@ class Saver:
         committed = True
         while (flight := self._flight) is not None:
             if flight.task is not None:
-                left = flight.began + min(self.settings.deadline_s, flight.hurried_s) - time.monotonic()
+                left = flight.began + min(self.settings.deadline_s, flight.shortened_s) - time.monotonic()
                 flight.task.wait(timeout_s=max(0.0, min(left, _AGREE_S)))
             agreed = torch.tensor(self._word(flight), device=device.taken())
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
@@ -262,7 +262,7 @@ class Saver:
         if flight.task is None or not flight.task.poll():
             flight.problem = flight.task.problem if flight.task is not None else None
             return 0, int(flight.problem is not None)
-        limit, rule = min((self.settings.deadline_s, "checkpoint.deadline"), (flight.hurried_s, "--grace of a stop"))
+        limit, rule = min((self.settings.deadline_s, "checkpoint.deadline"), (flight.shortened_s, "--grace of a stop"))
         if time.monotonic() > flight.began + limit:
             doing = "writing" if flight.phase == "write" else "committing"
             flight.problem = f"still {doing} after {limit:.4g} s ({rule})"
@@ -305,7 +305,7 @@ class Saver:
         # The best one when this save began; a better one that was found since then is not committed yet.
         spared = () if flight.best is None else (flight.best.step,)
 
-        def work(tell: Tell) -> None:
+        def work(send: Send) -> None:
             self.store.on_stage("write")
             self.on_point("commit", flight.step)
             index = write.write_index(
@@ -314,7 +314,7 @@ class Saver:
             manifest.files.update(index)
             self.store.on_stage("index")
             self.store.commit(manifest, number=flight.number)
-            tell(_COMMITTED)
+            send(_COMMITTED)
             self.store.prune(self.retention.keep, permanent=self.retention.keeps, verified=verified, spared=spared)
 
         flight.task = start(work, name="the commit", asynchronous=self.settings.asynchronous)
@@ -376,7 +376,7 @@ class Saver:
     def _remove(self, folder: Path) -> None:
         """Try to remove a folder, in another process: if writing hangs, removing may hang too."""
 
-        def work(tell: Tell) -> None:
+        def work(send: Send) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
         if self.settings.asynchronous:

@@ -16,7 +16,6 @@ from mmscale.report.history import Floats, History
 from mmscale.runs.attempts import settings_file
 from mmscale.runs.events import BEGINS
 
-AXES = ("step", "tokens", "flops", "hours")
 _TIMES = ("time", "since")  # of an event, and of the process or job that wrote it
 # Pauses are not included in step_time_s; they are added if the lines have no time stamps.
 _PAUSES = ("save_stall_s", "eval_s", "parameter_hash_s", "rollback_s", "profile_s")

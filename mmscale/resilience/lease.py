@@ -270,7 +270,7 @@ class Fence:
         every_s = RANK_0_S if rank == 0 else NODE_S if local_rank == 0 else OTHERS_S
         return cls(run, environ.get(VARIABLE) or None, every_s=every_s)
 
-    def look(self) -> None:
+    def check_if_due(self) -> None:
         """`check` at limited intervals, for every step.
 
         Raises:

@@ -30,7 +30,7 @@ CLOSE_S = 10.0  # at the end, for writes that the disk still refuses
 LIMIT = 64 << 20  # bytes kept in memory: 60,000 lines of metrics.jsonl
 REFUSED, GOOD = "disk_refused", "disk_good"  # names of the events
 
-Heard = Callable[..., None]
+OnChange = Callable[..., None]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class DiskWriter:
         self,
         place: str,
         *,
-        on_change: Heard | None = None,
+        on_change: OnChange | None = None,
         say: Callable[[str], None] | Literal["stderr"] | None = "stderr",
         limit: int = LIMIT,
     ) -> None:

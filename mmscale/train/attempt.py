@@ -96,7 +96,7 @@ class Attempt:
                 fence=self.fence,
                 log=config.log,
                 name="-".join(filter(None, (config.run.name, entry.subfolder))),
-                transcribed=holding.by_train(self.fence.lease_id),
+                transcribed=holding.is_held_by_train(self.fence.lease_id),
             )
         )
         self.progress: Progress = stack.enter_context(
@@ -119,7 +119,7 @@ class Attempt:
             progress=self.progress,
             faults=self.faults,
             fence=self.fence,
-            committed=self.mirror.look,
+            committed=self.mirror.request_upload,
         )
         stack.callback(self.checkpoints.saver.close)
         self.memory: MemoryTier | None = stack.enter_context(
@@ -161,10 +161,10 @@ class Attempt:
             beat=self._beat,
             at=self.faults.at,
             stop=stop,
-            heard=self.plugins.on_evaluation,
+            on_evaluation=self.plugins.on_evaluation,
         )
         evaluate, parts = measure if held_out or tasks else None, measure.extents()
-        self.tools = Tools(self.clock, self.progress, self.records, evaluate, self._beat, parts, self.watch.heard)
+        self.tools = Tools(self.clock, self.progress, self.records, evaluate, self._beat, parts, self.watch.record)
 
     def run(self, *, yes: bool) -> int:
         """Resume or start, train to the end or to a stop request; returns the exit status."""
@@ -183,10 +183,10 @@ class Attempt:
             yes=yes,
         )
         self._announce(changed or [])
-        self.watch.goes_on(changed or [])
+        self.watch.resume(changed or [])
         if self.watch.is_over():
             return self._done()
-        if said := holding.how_to_end(self.fence.lease_id, self.folder):
+        if said := holding.stop_hint(self.fence.lease_id, self.folder):
             self.progress.say(said)
         self.records.begin(self.given.config, self.folder, attempt=self.number)
         self._seek()
@@ -202,7 +202,7 @@ class Attempt:
         )
         if config.train.dry_run:
             dry_run(config, self.stepper, self.groups, self.train_data)
-        self.mirror.look()
+        self.mirror.request_upload()
         self.starting.tell("taking the first step")
         trainer = self._trainer()
         if self.memory is not None:
@@ -309,7 +309,7 @@ class Attempt:
                 return STOPPED
         else:
             self.mirror.wait(finished=True)
-        self.progress.say(f"{self.folder} is done: {self.watch.why_over(raised=self.entry.steps)}")
+        self.progress.say(f"{self.folder} is done: {self.watch.describe_end(raised=self.entry.steps)}")
         return FINISHED
 
     def _finish(self, *, unsaved: bool, undone: bool) -> bool:
@@ -358,7 +358,7 @@ class Attempt:
         self.watchdog.beat(state.step, allowed_s=2 * self.config.checkpoint.deadline)
         found = saves.load_newest(self.checkpoints, self.memory, state, self.clock, not_before=self.train_data.start)
         self.watchdog.beat(state.step)
-        self.watch.went_back()
+        self.watch.rolled_back()
         return found
 
     def _hooks(self, times: RankTimes, own: list[Hook]) -> list[Hook]:

@@ -74,7 +74,7 @@ class StepBoundary:
         if moved:
             self._follow(at)
         if stopping or moved:
-            self.checkpoints.saver.hurry(self.stop.grace_s / 2 - self.stop.waited_s)
+            self.checkpoints.saver.shorten_deadline(self.stop.grace_s / 2 - self.stop.waited_s)
             self.watchdog.beat(step, allowed_s=self.checkpoint.deadline)
         return stopping or moved
 
@@ -83,4 +83,4 @@ class StepBoundary:
         self.moved_to = from_first(at)
         self.records.tell("run_moved", step=self.state.step, to=str(self.moved_to))
         self.checkpoints.move(self.moved_to)
-        self.checkpoints.saver.hurry(0.0)  # finish the save that uses the old path
+        self.checkpoints.saver.shorten_deadline(0.0)  # finish the save that uses the old path

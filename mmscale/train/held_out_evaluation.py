@@ -36,7 +36,7 @@ class HeldOutEvaluation:
         beat: reports progress to the hang watchdog before each batch.
         at: called with the place "eval" and the step, for fault injection.
         stop: stop requests.
-        heard: called with the step, the routing mode, and the metrics of each set.
+        on_evaluation: called with the step, the routing mode, and the metrics of each set.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class HeldOutEvaluation:
         beat: Callable[[], None],
         at: Callable[[str, int], None],
         stop: StopRequest,
-        heard: Callable[[int, Routing, dict[str, dict[str, float]]], None],
+        on_evaluation: Callable[[int, Routing, dict[str, dict[str, float]]], None],
     ) -> None:
         self.config = config
         self.state = state
@@ -62,7 +62,7 @@ class HeldOutEvaluation:
         self.beat = beat
         self.at = at
         self.stop = stop
-        self.heard = heard
+        self.on_evaluation = on_evaluation
 
     def __call__(self, routing: Routing, *, learning: RouterLearning | None = None) -> dict[str, dict[str, float]]:
         """Metrics of each set by its name.
@@ -86,7 +86,7 @@ class HeldOutEvaluation:
         )
         if self.tasks:
             found.setdefault(SOURCES, {}).update(self._accuracies(routing))
-        self.heard(self.state.step, routing, found)
+        self.on_evaluation(self.state.step, routing, found)
         return found
 
     def extents(self) -> dict[str, str]:

@@ -29,18 +29,18 @@ def is_launched() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
-def by_train(lease_id: str | None) -> bool:
+def is_held_by_train(lease_id: str | None) -> bool:
     """Whether `mmscale train` itself holds the lease of an attempt, at a terminal or in a user's own job."""
     return bool(lease_id) and str(lease_id).startswith(BY_TRAIN)
 
 
-def how_to_end(lease_id: str | None, run: Path) -> str:
+def stop_hint(lease_id: str | None, run: Path) -> str:
     """How to stop, in one line, for users of `mmscale train`; "" under a launch, whose job has printed it already."""
     ended = f"Ctrl-C saves a checkpoint and ends it; so does {shell_command('stop', run)} elsewhere"
-    return ended if by_train(lease_id) else ""
+    return ended if is_held_by_train(lease_id) else ""
 
 
-def beside(run: Path, stage: Stage) -> list[Path]:
+def other_stage_folders(run: Path, stage: Stage) -> list[Path]:
     """Folders of the other stages of a run. Stages use each other's checkpoints, so only one of them trains at a time.
 
     Args:
@@ -62,7 +62,7 @@ def refuse_held(run: Path, stage: Stage) -> None:
     """
     if is_launched():
         return
-    for folder in (stage.folder(run), *beside(run, stage)):
+    for folder in (stage.folder(run), *other_stage_folders(run, stage)):
         run_lock.refuse_held(folder)
 
 
@@ -82,7 +82,7 @@ def held(run: Path, stage: Stage) -> Iterator[str]:
         attempt = next_attempt(folder)
         name = f"{BY_TRAIN}{secrets.token_hex(6)}"
         lock.take(name, attempt=attempt)
-        for other in beside(run, stage):
+        for other in other_stage_folders(run, stage):
             run_lock.refuse_held(other)
         if next_attempt(folder) != attempt:  # another process has trained since the number was read
             lease.renew(folder, name, attempt=next_attempt(folder))

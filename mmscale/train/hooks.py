@@ -187,7 +187,7 @@ class EvalHook:
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
         tell: writes events, on rank 0.
-        heard: called with the step and all values by their keys, which are the same on every rank.
+        on_values: called with the step and all values by their keys, which are the same on every rank.
         extents: which part of a set is read, by the set's name; contains only sets that are not read completely.
     """
 
@@ -200,11 +200,11 @@ class EvalHook:
         progress: Progress,
         metrics: MetricsLog | None,
         tell: Callable[..., None],
-        heard: Callable[[int, Mapping[str, float]], None],
+        on_values: Callable[[int, Mapping[str, float]], None],
         extents: Mapping[str, str],
     ) -> None:
         self.config = config
-        self.heard = heard
+        self.on_values = on_values
         self.extents = extents
         self.evaluate = evaluate
         self.clock = clock
@@ -244,7 +244,7 @@ class EvalHook:
                     self.metrics.write(step, keyed)
                 line = held_out_line(name, routing, values, extent=self.extents.get(name, ""))
                 self.progress.say(f"step {step}: {line}")
-        self.heard(step, from_first(everything))
+        self.on_values(step, from_first(everything))
 
 
 def held_out_line(name: str, routing: str, values: Mapping[str, float], *, extent: str = "") -> str:

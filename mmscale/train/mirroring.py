@@ -37,10 +37,10 @@ class Mirroring:
         first = given.env.is_first
         self.process = None if settings is None or not first else UploadProcess(settings, tell=tell, warn=say)
 
-    def look(self) -> None:
+    def request_upload(self) -> None:
         """Check for checkpoints to upload: one was committed, or the mirror may lack one."""
         if self.process is not None:
-            self.process.look()
+            self.process.request_upload()
 
     def on_step(self, state: StageState, report: StepReport) -> None:
         """Pass on the messages of the uploading process."""

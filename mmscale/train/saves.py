@@ -215,7 +215,7 @@ def poll_stop_and_save(
     Returns:
         Whether to stop, and whether any rank has found the folder renamed.
     """
-    fence.look()
+    fence.check_if_due()
     if fence.is_orphaned() and stop.name is None:
         stop.ask(signal.SIGTERM)  # the launcher of these ranks was killed, and no other process would end them
     saver = checkpoints.saver

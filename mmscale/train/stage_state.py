@@ -17,7 +17,7 @@ from mmscale.resilience.anomaly import AnomalyHistory
 
 
 @dataclass
-class Course:
+class HeldOutTrend:
     """Summary of the history of a value for which lower is better.
 
     Attributes:
@@ -51,14 +51,14 @@ class Course:
             self.since += 1
 
 
-def plain_courses(courses: Mapping[str, Course]) -> dict[str, Any]:
-    """Courses as plain data for a checkpoint."""
-    return {name: asdict(course) for name, course in courses.items()}
+def trends_to_plain(trends: Mapping[str, HeldOutTrend]) -> dict[str, Any]:
+    """Trends as plain data for a checkpoint."""
+    return {name: asdict(trend) for name, trend in trends.items()}
 
 
-def courses_of(saved: Mapping[str, Any] | None) -> dict[str, Course]:
-    """The inverse of `plain_courses`; empty for a checkpoint without courses."""
-    return {name: Course(**course) for name, course in (saved or {}).items()}
+def trends_from_plain(saved: Mapping[str, Any] | None) -> dict[str, HeldOutTrend]:
+    """The inverse of `trends_to_plain`; empty for a checkpoint without trends."""
+    return {name: HeldOutTrend(**trend) for name, trend in (saved or {}).items()}
 
 
 @dataclass(kw_only=True)
@@ -73,7 +73,7 @@ class Counters:
         anomalies: history that decisions about later steps depend on. Empty from older checkpoints without it.
         stream: settings that define the order of the data, before and after each change of them
             (mmscale.data.stream.segments); they give a sequence's number its meaning. Empty in older checkpoints.
-        watched: courses of held-out values by name.
+        watched: trends of held-out values by name.
     """
 
     step: int = 0
@@ -82,7 +82,7 @@ class Counters:
     modality_tokens: dict[str, int] = field(default_factory=dict)
     anomalies: AnomalyHistory = field(default_factory=AnomalyHistory)
     stream: list[dict[str, Any]] = field(default_factory=list)
-    watched: dict[str, Course] = field(default_factory=dict)
+    watched: dict[str, HeldOutTrend] = field(default_factory=dict)
 
     def progress(self) -> dict[str, Any]:
         """The counters, as plain data."""
@@ -93,14 +93,14 @@ class Counters:
             "tokens": self.tokens,
             "modality_tokens": dict(self.modality_tokens),
             "anomalies": self.anomalies.plain(),
-            "watched": plain_courses(self.watched),
+            "watched": trends_to_plain(self.watched),
         }
 
     def restore_progress(self, plain: Mapping[str, Any]) -> None:
         """Restore the result of `progress`."""
         progress = dict(plain)
         self.anomalies = AnomalyHistory.of(progress.pop("anomalies", None))
-        self.watched = courses_of(progress.pop("watched", None))
+        self.watched = trends_from_plain(progress.pop("watched", None))
         for name, value in progress.items():
             setattr(self, name, value)
 
@@ -114,7 +114,7 @@ class StageState(Protocol):
     modality_tokens: dict[str, int]
     anomalies: AnomalyHistory
     stream: list[dict[str, Any]]
-    watched: dict[str, Course]
+    watched: dict[str, HeldOutTrend]
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""

@@ -92,7 +92,7 @@ class Loop:
             self.step()
             time.sleep(0.002)
 
-    def hurry(self, deadline_s: float) -> None:
+    def shorten_deadline(self, deadline_s: float) -> None:
         """The save that hangs now may take this long only; all others as long as a busy machine needs."""
         self.saver.settings = replace(self.saver.settings, deadline_s=deadline_s)
 
@@ -178,9 +178,9 @@ def test_a_save_that_fails_is_given_up_and_the_next_one_works(tmp_path: Path, wr
             loop.save()
             if "still" in reason:
                 loop.until(functools.partial(only_the_faulty_one_works, loop, committing="committing" in reason))
-                loop.hurry(HURRY_S)
+                loop.shorten_deadline(HURRY_S)
             loop.landed()
-            loop.hurry(PATIENCE_S)
+            loop.shorten_deadline(PATIENCE_S)
             assert loop.saver.failures == 1, name
             if ranks.rank == 0:
                 (failed,) = loop.events("save_failed")
@@ -299,7 +299,7 @@ def test_the_last_save_is_waited_for_and_tried_again(ranks: RankEnv, tmp_path: P
     loop.step()
     loop.save(last=True)
     loop.step()
-    loop.hurry(HURRY_S)
+    loop.shorten_deadline(HURRY_S)
     with pytest.raises(SaveError, match=r"the last save, of step 2, failed: rank \d: still writing after 0.05 s"):
         loop.save(last=True)
     assert loop.saver.failures == 2 and loop.committed() == [1]
@@ -316,7 +316,7 @@ def test_a_save_that_hangs_is_given_up_for_the_last_one(ranks: RankEnv, tmp_path
         loop.step()
         loop.save()
         loop.step()
-        loop.saver.hurry(0.2 if failures else PATIENCE_S)
+        loop.saver.shorten_deadline(0.2 if failures else PATIENCE_S)
         loop.save(last=True)
         assert loop.committed() == [1, 2][failures:] and loop.saver.failures == failures
         if failures and ranks.rank == 0:

@@ -120,7 +120,7 @@ def test_killed_in_the_middle_of_a_file(bucket: Any, tmp_path: Path) -> None:
     store, told = Store.of_run(tmp_path / "one"), Told()
     commit(store, 100)
     slow = process(store, told, bandwidth=4e6, streams=1)
-    slow.look()
+    slow.request_upload()
     assert slow._process is not None
     until = time.monotonic() + 900
     while not _parts(bucket):
@@ -152,7 +152,7 @@ def test_a_bucket_that_is_not_there_is_not_made(bucket: Any, tmp_path: Path) -> 
     one = UploadProcess(
         MirrorSettings("s3://other/runs/one", store.root, Retention(2)), tell=told, warn=lambda text: None
     )
-    one.look()
+    one.request_upload()
     until = time.monotonic() + 900
     while not told.events:
         assert time.monotonic() < until

@@ -170,7 +170,7 @@ def main() -> int:
     pause = float(os.environ.get(f"MMSCALE_{SLOW}", "0.05"))
     while step < steps and not signals:
         time.sleep(pause)
-        fence.look()
+        fence.check_if_due()
         if rank == 0 and fence.is_orphaned():
             signals.append("SIGTERM")
         step += 1

@@ -49,7 +49,7 @@ class UploadProcess:
         self._failing = False
         self._finishing = False  # the process is ending and accepts no more requests
 
-    def look(self) -> None:
+    def request_upload(self) -> None:
         """A checkpoint was committed, or one may be missing in the mirror: start the process, or notify it."""
         self.poll()
         if self._finishing:
@@ -79,7 +79,7 @@ class UploadProcess:
 
     def finish(self) -> None:
         """No checkpoint follows: tell the process to end when the mirror is up to date."""
-        self.look()
+        self.request_upload()
         self._send(FINISH)
         self._finishing = True
 

@@ -75,14 +75,14 @@ class Uploader:
                 tell(done)
         self._delete_old()
 
-    def behind(self) -> list[int]:
+    def missing_steps(self) -> list[int]:
         """Steps that the mirror should have and lacks, the newest first."""
         complete = self._complete()
         return [step for step in self._wanted() if (one := self._local(step)) is not None and one not in complete]
 
     def _next(self) -> int | None:
         """The newest missing step; determined again after each upload, because the run saves at the same time."""
-        return next(iter(self.behind()), None)
+        return next(iter(self.missing_steps()), None)
 
     def _wanted(self) -> list[int]:
         steps, best = self.store.steps(), self.store.best()

@@ -7,7 +7,7 @@ express exactly is refused. Optional packages: sentencepiece and protobuf.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 

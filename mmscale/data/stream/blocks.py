@@ -62,7 +62,7 @@ class Division:
         found = (places[:, None] * self.order.chunk + np.arange(self.order.chunk)).ravel()
         return found[found < self.documents]
 
-    def behind(self, number: int, *, seed: int, position: int, epoch: int) -> int:
+    def position_after(self, number: int, *, seed: int, position: int, epoch: int) -> int:
         """Number of documents in a block of a shuffled epoch and in all later blocks."""
         last = self.chunks - 1
         found = (self.chunks - self._first(number)) * self.order.chunk
@@ -145,7 +145,7 @@ class BlockStream(SequenceStream):
         while len(self._ends) < blocks:
             self._ends.append((self._ends[-1] if self._ends else 0) + self._counted(len(self._ends)))
 
-    def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
+    def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
         """The position after some of this stream's sequences were read; arguments as in the base class."""
         last = int(more[-1]) if len(more) else taken - 1
         if last < 0:
@@ -161,7 +161,7 @@ class BlockStream(SequenceStream):
         seed, position, epoch, block = self._address(following)
         if block == 0:
             return Begin(leftovers, epoch)
-        unread = self._division.behind(block, seed=seed, position=position, epoch=epoch)
+        unread = self._division.position_after(block, seed=seed, position=position, epoch=epoch)
         rest = Rest(seed=seed, position=position, epoch=epoch, first=block, documents=unread)
         return Begin(leftovers, epoch + 1, rest)
 

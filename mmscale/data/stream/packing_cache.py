@@ -146,7 +146,7 @@ class PackedStream(SequenceStream):
             return pack_epoch(self.source.lengths, epoch=epoch, **self._settings)
         return pack_documents(self.source, documents, epoch=epoch, **self._settings)
 
-    def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
+    def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
         """The position after some of this stream's sequences were read.
 
         Args:

@@ -207,7 +207,7 @@ def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) 
             caches=(source.folder / ".cache" if cache is None else Path(cache), spare_cache(config)),
             begin=begin,
         )
-        begin = stream.behind(part.taken, part.taken + np.array(part.more, np.int64))
+        begin = stream.position_after(part.taken, part.taken + np.array(part.more, np.int64))
     return _left(begin, today)
 
 

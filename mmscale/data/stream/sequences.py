@@ -157,7 +157,7 @@ class SequenceStream(ABC):
         """Sequences of the first whole epoch: exact for one pass, an estimate for a large source otherwise."""
 
     @abstractmethod
-    def behind(self, taken: int, more: NDArray[np.int64]) -> Begin:
+    def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
         """The position after some of this stream's sequences were read.
 
         Args:

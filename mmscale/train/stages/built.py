@@ -69,7 +69,7 @@ class Tools:
         evaluate: measures held-out data; None: there is none.
         beat: must be called between parts of long work, so that the watchdog does not take it for a hang.
         extents: which part of a set is evaluated, by the set's name; contains only sets that are not read completely.
-        heard: called with the step of an evaluation and its values by their keys, the same on every rank.
+        on_values: called with the step of an evaluation and its values by their keys, the same on every rank.
     """
 
     clock: Throughput
@@ -78,7 +78,7 @@ class Tools:
     evaluate: Evaluate | None
     beat: Callable[[], None]
     extents: Mapping[str, str]
-    heard: Callable[[int, Mapping[str, float]], None]
+    on_values: Callable[[int, Mapping[str, float]], None]
 
 
 class BuiltStage(Protocol):

@@ -91,6 +91,6 @@ def _evaluation(config: Config, tools: Tools) -> EvalHook | None:
         progress=tools.progress,
         metrics=tools.records.metrics,
         tell=tools.records.tell,
-        heard=tools.heard,
+        on_values=tools.on_values,
         extents=tools.extents,
     )

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from mmscale.checkpoint.save_settings import Best
 from mmscale.config import Config
 from mmscale.runs.breaks import break_of
-from mmscale.train.stage_state import Course
+from mmscale.train.stage_state import HeldOutTrend
 
 LOSS = "eval/loss"  # followed in every run
 RISING = 3  # the user is warned after so many evaluations in a row with a higher value than the one before
@@ -23,7 +23,7 @@ class Watched(Protocol):
     """The part of a stage's state that this module needs."""
 
     step: int
-    watched: dict[str, Course]
+    watched: dict[str, HeldOutTrend]
 
 
 class SavesBest(Protocol):
@@ -37,7 +37,7 @@ class Watch:
 
     Args:
         config: of the stage.
-        state: stores the courses, so that an attempt continues the counts of the previous one.
+        state: stores the trends, so that an attempt continues the counts of the previous one.
         saver: is notified which checkpoint is the best one.
         tell: writes events, on rank 0.
         say: prints lines on the terminal, on rank 0.
@@ -61,7 +61,7 @@ class Watch:
         self.say = say
         self._anew_from = -1  # up to this step, values in checkpoints are not comparable with the present ones
 
-    def heard(self, step: int, values: Mapping[str, float]) -> None:
+    def record(self, step: int, values: Mapping[str, float]) -> None:
         """Add an evaluation.
 
         Args:
@@ -71,12 +71,12 @@ class Watch:
         wanted = (LOSS, self.keep_best, None if self.stop_when is None else self.stop_when.metric)
         for name in dict.fromkeys(wanted):
             if name is not None and name in values:
-                self.state.watched.setdefault(name, Course()).add(step, values[name])
-        self.note_best()
+                self.state.watched.setdefault(name, HeldOutTrend()).add(step, values[name])
+        self.update_best()
         self._note_rising(step)
 
-    def goes_on(self, changed: Sequence[str]) -> None:
-        """Continue the courses of the state, unless held-out values are not comparable any more.
+    def resume(self, changed: Sequence[str]) -> None:
+        """Continue the trends of the state, unless held-out values are not comparable any more.
 
         Args:
             changed: one line for each change since the checkpoint.
@@ -86,22 +86,22 @@ class Watch:
             self.state.watched.clear()
             self._anew_from = self.state.step
             self.say(f"changed: {', '.join(found.what)}: the best held-out figures are looked for again")
-        self.note_best()
+        self.update_best()
 
-    def went_back(self) -> None:
+    def rolled_back(self) -> None:
         """The state was rolled back to an older checkpoint."""
         if self.state.step <= self._anew_from:
             self.state.watched.clear()
-        self.note_best()
+        self.update_best()
 
-    def note_best(self) -> None:
+    def update_best(self) -> None:
         """Notify the saver which checkpoint is the best one."""
         metric = self.keep_best
-        course = None if metric is None else self.state.watched.get(metric)
-        if metric is None or course is None or not math.isfinite(course.best):
+        trend = None if metric is None else self.state.watched.get(metric)
+        if metric is None or trend is None or not math.isfinite(trend.best):
             self.saver.best = None
         else:
-            self.saver.best = Best(metric, course.best_step, course.best)
+            self.saver.best = Best(metric, trend.best_step, trend.best)
 
     def is_over(self) -> bool:
         """Whether nothing is left to train: the last step is done, or held-out values have not improved for long."""
@@ -109,42 +109,42 @@ class Watch:
 
     def early_end(self) -> dict[str, Any]:
         """Why training ends before its last step, as fields of the event. Empty if the last step is done."""
-        course = self._ended_by()
-        if self.state.step >= self.steps or course is None or self.stop_when is None:
+        trend = self._ended_by()
+        if self.state.step >= self.steps or trend is None or self.stop_when is None:
             return {}
-        self.say(f"ended early after step {self.state.step}: {self._why(course)}")
+        self.say(f"ended early after step {self.state.step}: {self._why(trend)}")
         found = {"metric": self.stop_when.metric, "patience": self.stop_when.patience}
-        return found | {"best": course.best, "best_step": course.best_step}
+        return found | {"best": trend.best, "best_step": trend.best_step}
 
-    def why_over(self, *, raised: str) -> str:
+    def describe_end(self, *, raised: str) -> str:
         """Why a run is over, and how to continue it.
 
         Args:
             raised: name of the setting with the number of steps, which the user can raise.
         """
-        done, course = f"{self.state.step} of {self.steps} steps", self._ended_by()
-        if self.state.step >= self.steps or course is None:
+        done, trend = f"{self.state.step} of {self.steps} steps", self._ended_by()
+        if self.state.step >= self.steps or trend is None:
             return f"{done}; raise {raised} to go on"
         remedy = "raise train.stop_when.patience or set train.stop_when=null to go on"
-        return f"{done}, ended early: {self._why(course)}; {remedy}"
+        return f"{done}, ended early: {self._why(trend)}; {remedy}"
 
-    def _ended_by(self) -> Course | None:
-        course = None if self.stop_when is None else self.state.watched.get(self.stop_when.metric)
-        patient = self.stop_when is None or course is None or course.since < self.stop_when.patience
-        return None if patient else course
+    def _ended_by(self) -> HeldOutTrend | None:
+        trend = None if self.stop_when is None else self.state.watched.get(self.stop_when.metric)
+        patient = self.stop_when is None or trend is None or trend.since < self.stop_when.patience
+        return None if patient else trend
 
-    def _why(self, course: Course) -> str:
+    def _why(self, trend: HeldOutTrend) -> str:
         assert self.stop_when is not None
-        number = "1 evaluation" if course.since == 1 else f"{course.since} evaluations"
-        return f"{self.stop_when.metric} was lowest at step {course.best_step} ({course.best:.4f}), {number} ago"
+        number = "1 evaluation" if trend.since == 1 else f"{trend.since} evaluations"
+        return f"{self.stop_when.metric} was lowest at step {trend.best_step} ({trend.best:.4f}), {number} ago"
 
     def _note_rising(self, step: int) -> None:
-        course = self.state.watched.get(LOSS)
-        if course is None or course.step != step or course.rising != RISING:
+        trend = self.state.watched.get(LOSS)
+        if trend is None or trend.step != step or trend.rising != RISING:
             return
-        self.tell("held_out_rising", step=step, metric=LOSS, evaluations=RISING, value=course.last)
+        self.tell("held_out_rising", step=step, metric=LOSS, evaluations=RISING, value=trend.last)
         self.say(
-            f"note: step {step}: the held-out loss has risen in {RISING} evaluations in a row, to {course.last:.4f}; "
-            f"it was lowest at step {course.best_step} ({course.best:.4f}). The run may overfit its data: see "
+            f"note: step {step}: the held-out loss has risen in {RISING} evaluations in a row, to {trend.last:.4f}; "
+            f"it was lowest at step {trend.best_step} ({trend.best:.4f}). The run may overfit its data: see "
             "checkpoint.keep_best and train.stop_when"
         )

@@ -428,10 +428,10 @@ def test_the_process_uploads_and_ends(store: Store, remote: Remote) -> None:
     commit(store, 100)
     told = Told()
     one = process(store, remote.url, told)
-    one.look()
+    one.request_upload()
     assert wait_for(one, within_s=300)
     commit(store, 200)
-    one.look()
+    one.request_upload()
     one.finish()
     assert wait_for(one, within_s=300)
     one.close()
@@ -447,7 +447,7 @@ def test_the_process_takes_no_module_of_the_working_directory(
     commit(store, 100)
     told = Told()
     one = process(store, remote.url, told)
-    one.look()
+    one.request_upload()
     one.finish()
     assert wait_for(one, within_s=300)
     one.close()
@@ -462,7 +462,8 @@ def test_the_process_dies_with_its_parent(store: Store, remote: Remote, tmp_path
         "from mmscale.checkpoint.mirror.mirror_settings import *\n"
         "from mmscale.checkpoint.mirror.upload_process import *\n"
         f"s = MirrorSettings({remote.url!r}, Path({str(store.root)!r}), Retention(2), 2000.0)\n"
-        "p = UploadProcess(s, tell=print, warn=print); p.look(); print(p._process.pid, flush=True); time.sleep(100)"
+        "p = UploadProcess(s, tell=print, warn=print); p.request_upload()\n"
+        "print(p._process.pid, flush=True); time.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -483,7 +484,7 @@ def test_a_killed_process_is_started_again_at_the_next_save(store: Store, remote
     commit(store, 100)
     told = Told()
     one = process(store, remote.url, told, bandwidth=1000.0)
-    one.look()
+    one.request_upload()
     assert one._process is not None
     os.kill(one._process.pid, 9)
     until = time.monotonic() + 300
@@ -504,7 +505,7 @@ def test_a_store_that_is_away_is_tried_until_it_is_back(store: Store, tmp_path: 
     place.write_text("in the way")
     told = Told()
     one = process(store, f"file://{place}/one", told)
-    one.look()
+    one.request_upload()
     until = time.monotonic() + 300
     while told.names().count("mirror_failed") < 2:
         assert time.monotonic() < until and one.busy
@@ -521,11 +522,11 @@ def test_requests_never_wait(store: Store, remote: Remote) -> None:
     """A process that reads nothing: the pipe fills up, and saves go on."""
     told = Told()
     one = process(store, remote.url, told)
-    one.look()
+    one.request_upload()
     assert one._process is not None
     os.kill(one._process.pid, 19)  # SIGSTOP
     done = threading.Event()
-    threading.Thread(target=lambda: ([one.look() for _ in range(20_000)], done.set()), daemon=True).start()
+    threading.Thread(target=lambda: ([one.request_upload() for _ in range(20_000)], done.set()), daemon=True).start()
     assert done.wait(300)
     one._process.kill()
     one.close()

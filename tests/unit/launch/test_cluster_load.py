@@ -103,7 +103,7 @@ def test_looks_at_the_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for half_second in range(1200):
         clock.now = half_second / 2
         for fence in fences:
-            fence.look()
+            fence.check_if_due()
     predicted = load_of.lease_reads_per_s(NODES * TASKS, per_node=TASKS)
     assert len(reads) / 600 == pytest.approx(predicted, rel=0.03)
     assert load_of.LEASE_S == (lease.RANK_0_S, lease.NODE_S, lease.OTHERS_S)

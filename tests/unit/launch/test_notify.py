@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch import notify
-from launch.notify import Notifier, TellingLog, kind_of
+from launch.notify import Notifier, NotifyingLog, kind_of
 from launch.policy import Action
 from mmscale.runs.events import read_events
 from mmscale.runtime import disk_writer
@@ -51,7 +51,7 @@ def test_facts_come_as_json_and_as_variables(tmp_path: Path) -> None:
     told = notifier(
         tmp_path, f'cat > {tmp_path}/told; echo "$MMSCALE_KIND $MMSCALE_RUN $HOOK" > {tmp_path}/env', HOOK="s"
     )
-    log = TellingLog(tmp_path, 3, notifier=told)
+    log = NotifyingLog(tmp_path, 3, notifier=told)
     log.add("gave_up", why='it\'s "quoted" $(touch pwned)', status=5)
     told.finish()
     facts = json.loads((tmp_path / "told").read_text())
@@ -122,7 +122,7 @@ def test_a_folder_that_refuses_holds_nothing_up(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "launch").write_text("a file where the folder should be")
     began = time.monotonic()
     told = notifier(tmp_path / "launch", f"cat > {tmp_path}/told; echo said")
-    told.tell("launch", {"attempt": 1})
+    told.notify("launch", {"attempt": 1})
     told.finish()
     assert json.loads((tmp_path / "told").read_text())["kind"] == "start"
     assert time.monotonic() - began < 60

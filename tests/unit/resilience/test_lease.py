@@ -60,19 +60,19 @@ def test_an_old_attempt_writes_no_event(tmp_path: Path) -> None:
 def test_it_looks_now_and_then_but_checks_every_time(tmp_path: Path) -> None:
     run_lock.take(tmp_path, "7.0.0", attempt=1)
     fence = Fence(tmp_path, "7.0.0", every_s=3600)
-    fence.look()
+    fence.check_if_due()
     run_lock.take(tmp_path, "7.1.0", attempt=2)
-    fence.look()
+    fence.check_if_due()
     with pytest.raises(FencedError):
         fence.check()
     with pytest.raises(FencedError):
-        Fence(tmp_path, "7.0.0", every_s=0).look()
+        Fence(tmp_path, "7.0.0", every_s=0).check_if_due()
 
 
 def test_without_a_launcher_nothing_is_asked(tmp_path: Path) -> None:
     (tmp_path / LEASE).write_text("torn {")
     fence = Fence.of_rank(tmp_path, 0, {})
-    fence.look()
+    fence.check_if_due()
     fence.check()
 
 

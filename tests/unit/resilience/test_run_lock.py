@@ -223,11 +223,11 @@ def test_ranks_of_a_killed_launch_save_before_the_next_start(tmp_path: Path, hur
     with held(tmp_path, by="launch") as holder:
         fence = Fence(tmp_path, "launch-.holder", every_s=0)
         lease.join(tmp_path, "launch-.holder")  # this process is rank 0
-        fence.look()
+        fence.check_if_due()
         assert not fence.is_orphaned()
         holder.kill()
         holder.wait()
-        fence.look()
+        fence.check_if_due()
         assert fence.is_orphaned()
         refused = second(tmp_path)
         assert "rank 0 of a launch that was killed still saves and ends" in refused, refused
@@ -240,7 +240,7 @@ def test_ranks_tell_the_death_of_a_holder_that_they_cannot_see(tmp_path: Path, m
     with held(tmp_path, by="launch", place="another PID namespace") as holder:
         fence = Fence(tmp_path, "launch-.holder", every_s=0)
         for _ in range(8):
-            fence.look()
+            fence.check_if_due()
             assert not fence.is_orphaned()
             time.sleep(1.0)
         holder.kill()
@@ -249,7 +249,7 @@ def test_ranks_tell_the_death_of_a_holder_that_they_cannot_see(tmp_path: Path, m
         while not fence.is_orphaned():
             assert time.monotonic() < deadline
             time.sleep(0.2)
-            fence.look()
+            fence.check_if_due()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])

@@ -51,7 +51,7 @@ def test_the_order_is_the_runs(stream: list[dict[str, Any]], wanted: str, monkey
         beat=lambda: None,
         at=lambda *_: None,
         stop=anything,
-        heard=lambda *_: None,
+        on_evaluation=lambda *_: None,
     )
     evaluation(Routing.BATCH)
     evaluation(Routing.BATCH)

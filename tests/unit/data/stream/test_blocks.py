@@ -77,7 +77,7 @@ def test_blocks_of_an_epoch_hold_every_document_once(
     where = {"seed": seed, "position": 1, "epoch": epoch}
     members = [division.members(number, **where) for number in range(len(division))]
     np.testing.assert_array_equal(np.sort(np.concatenate(members)), np.arange(documents))
-    behind = [division.behind(number, **where) for number in range(len(division))]
+    behind = [division.position_after(number, **where) for number in range(len(division))]
     lengths = [len(one) for one in members]
     assert behind == np.cumsum(lengths[::-1])[::-1].tolist()
     assert all((np.diff(one) > 0).all() for one in members)
@@ -228,7 +228,7 @@ def test_what_was_read_is_not_read_again_after_changes(folder: Path, lives: list
             read.update(one)
         for number in more.tolist():
             read.update(sequences(stream, number, 1)[0])
-        begin = stream.behind(taken, more)
+        begin = stream.position_after(taken, more)
     left = Counter(document for _, documents in begin.leftovers for document in documents.tolist())
     left.update(_rest(begin))
     assert all(read[document] + left[document] == begin.epoch for document in range(DOCUMENTS))

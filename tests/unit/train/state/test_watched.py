@@ -17,7 +17,7 @@ from mmscale.config.derived import held_out_figures
 from mmscale.config.load import resolve
 from mmscale.runs.held_out import HeldOut
 from mmscale.tables.routings import measured_routings
-from mmscale.train.stage_state import Course, courses_of, plain_courses
+from mmscale.train.stage_state import HeldOutTrend, trends_from_plain, trends_to_plain
 from mmscale.train.state.watched import LOSS, RISING, Watch
 
 MODEL = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1, "seq_length": 8}
@@ -35,7 +35,7 @@ class Run:
     """A state, and what was told."""
 
     step: int = 0
-    watched: dict[str, Course] = field(default_factory=dict)
+    watched: dict[str, HeldOutTrend] = field(default_factory=dict)
     best: Best | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -51,17 +51,17 @@ class Run:
     def evaluate(self, watch: Watch, *values: float, metric: str = LOSS) -> None:
         for value in values:
             self.step += 10
-            watch.heard(self.step, {metric: value})
+            watch.record(self.step, {metric: value})
 
 
 def test_a_roll_back_goes_back_to_the_best_of_then() -> None:
     run, settings = Run(), config(f"checkpoint.keep_best={LOSS}")
     watch = run.watch(settings)
     run.evaluate(watch, 3.0)
-    saved = run.step, plain_courses(run.watched)
+    saved = run.step, trends_to_plain(run.watched)
     run.evaluate(watch, 1.0)
-    run.step, run.watched = saved[0], courses_of(saved[1])
-    watch.went_back()
+    run.step, run.watched = saved[0], trends_from_plain(saved[1])
+    watch.rolled_back()
     assert run.best == Best(LOSS, 10, 3.0)
 
 
@@ -69,12 +69,12 @@ def test_a_roll_back_brings_no_other_quantities_back() -> None:
     """The newest checkpoint may be from before this attempt changed what is measured."""
     run, settings = Run(), config(f"checkpoint.keep_best={LOSS}")
     run.evaluate(run.watch(settings), 1.0)
-    saved = run.step, plain_courses(run.watched)
+    saved = run.step, trends_to_plain(run.watched)
     watch = run.watch(settings)
-    watch.goes_on(["train.eval_batches: 2 -> 4"])
+    watch.resume(["train.eval_batches: 2 -> 4"])
     assert run.watched == {} and run.best is None
-    run.step, run.watched = saved[0], courses_of(saved[1])
-    watch.went_back()
+    run.step, run.watched = saved[0], trends_from_plain(saved[1])
+    watch.rolled_back()
     assert run.watched == {} and run.best is None
 
 
@@ -84,28 +84,28 @@ values = st.lists(st.one_of(st.floats(0, 10), st.just(math.nan), st.just(math.in
 @settings(deadline=None)
 @given(values)
 def test_a_course_is_what_the_list_of_values_says(found: list[float]) -> None:
-    course = Course()
+    trend = HeldOutTrend()
     for number, value in enumerate(found, start=1):
-        course.add(number, value)
-        course.add(number, -1.0)  # the same step again, by another attempt
+        trend.add(number, value)
+        trend.add(number, -1.0)  # the same step again, by another attempt
     finite = [value for value in found if math.isfinite(value)]
-    assert course.best == min(finite, default=math.inf)
-    assert course.best_step == (found.index(course.best) + 1 if finite else 0)
-    assert course.since == len(found) - course.best_step
+    assert trend.best == min(finite, default=math.inf)
+    assert trend.best_step == (found.index(trend.best) + 1 if finite else 0)
+    assert trend.since == len(found) - trend.best_step
 
 
 @settings(deadline=None)
 @given(values, st.integers(0, 20))
 def test_a_checkpoint_keeps_it(found: list[float], cut: int) -> None:
     """Whatever value was the last before it was saved and loaded."""
-    one, other = Course(), Course()
+    one, other = HeldOutTrend(), HeldOutTrend()
     for number, value in enumerate(found, start=1):
         one.add(number, value)
         if number == cut:
-            other = courses_of(json.loads(json.dumps(plain_courses({LOSS: other}))))[LOSS]
+            other = trends_from_plain(json.loads(json.dumps(trends_to_plain({LOSS: other}))))[LOSS]
         other.add(number, value)
     assert repr(one) == repr(other)
-    assert courses_of(None) == {}
+    assert trends_from_plain(None) == {}
 
 
 def test_the_best_checkpoint_is_that_of_the_chosen_figure() -> None:
@@ -115,7 +115,7 @@ def test_the_best_checkpoint_is_that_of_the_chosen_figure() -> None:
     assert run.best is None
     run.evaluate(watch, 3.0, math.nan, 2.0, 2.0, 4.0, metric=OTHER)
     assert run.best == Best(OTHER, 40, 2.0)
-    run.watch(config()).note_best()
+    run.watch(config()).update_best()
     assert run.best is None  # not asked for any more
 
 
@@ -133,9 +133,9 @@ def test_it_ends_after_so_many_evaluations_without_progress(patience: int) -> No
     number = "1 evaluation" if patience == 1 else f"{patience} evaluations"
     why = f"{OTHER} was lowest at step 20 (2.0000), {number} ago"
     assert run.lines[-1] == f"ended early after step {run.step}: {why}"
-    again = Run(run.step, courses_of(plain_courses(run.watched)))
+    again = Run(run.step, trends_from_plain(trends_to_plain(run.watched)))
     assert again.watch(settings).is_over()
-    assert again.watch(settings).why_over(raised="train.steps") == (
+    assert again.watch(settings).describe_end(raised="train.steps") == (
         f"{run.step} of 100 steps, ended early: {why}; raise train.stop_when.patience or set train.stop_when=null "
         "to go on"
     )
@@ -149,7 +149,7 @@ def test_the_last_step_is_no_early_end() -> None:
     watch = run.watch(config("train.stop_when={patience: 1}"))
     run.evaluate(watch, *[1.0] * 10)
     assert watch.is_over() and watch.early_end() == {}
-    assert watch.why_over(raised="train.steps") == "100 of 100 steps; raise train.steps to go on"
+    assert watch.describe_end(raised="train.steps") == "100 of 100 steps; raise train.steps to go on"
 
 
 def test_a_rising_loss_is_noted_once_each_time_it_rises() -> None:

@@ -67,7 +67,7 @@ def test_a_command_that_hangs_is_killed_with_its_children_and_is_not_waited_for(
     slow = notifier(tmp_path, f"sleep 600 & echo $! > {tmp_path}/child; wait")
     began = time.monotonic()
     for _ in range(3):
-        slow.tell("launch", {})
+        slow.notify("launch", {})
     assert time.monotonic() - began < 300  # not the 600 s of the sleep
     deadline = time.monotonic() + 60
     while not ((tmp_path / "child").exists() and (tmp_path / "child").read_text()):
@@ -85,7 +85,7 @@ def test_a_command_that_hangs_is_killed_with_its_children_and_is_not_waited_for(
 def test_a_command_that_hangs_ends_by_itself_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notify, "_TIMEOUT_S", 0.2)
     slow = notifier(tmp_path, "sleep 600")
-    slow.tell("launch", {})
+    slow.notify("launch", {})
     ((process, _),) = slow._running
     assert process.wait(300) == 124
 
@@ -101,7 +101,7 @@ def test_nothing_that_goes_wrong_reaches_the_run(tmp_path: Path) -> None:
         Notifier("true", folder=tmp_path, facts={}, secrets=no_secrets, writer=DiskWriter("x")),
         notifier(tmp_path, None),
     ):
-        broken.tell("launch", {"nodes": object()})
+        broken.notify("launch", {"nodes": object()})
         broken.finish()
     assert "no-such-command" in (tmp_path / notify.LOG).read_text()
 
@@ -109,7 +109,7 @@ def test_nothing_that_goes_wrong_reaches_the_run(tmp_path: Path) -> None:
 def test_what_the_command_prints_is_kept_in_order_and_in_part(tmp_path: Path) -> None:
     said = notifier(tmp_path, 'echo "said $MMSCALE_EVENT"; seq 100000 >&2; printf end')
     for event in ("launch", "hang"):
-        said.tell(event, {})
+        said.notify(event, {})
         said.finish()
     text = (tmp_path / notify.LOG).read_text()
     assert text.count("100000\nend\n") == 2 and len(text) <= 2 * (notify._MOST_BYTES + 1)

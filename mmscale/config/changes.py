@@ -12,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
 from mmscale.config import document as documents
+from mmscale.config import keys
 from mmscale.config.effects import Effect, effect_of
 from mmscale.config.schema import Config
 
@@ -62,18 +66,24 @@ class Change:
 def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
     """Settings that differ, in the order of the schema.
 
+    A setting that did not exist when the checkpoint was written, and has its default, differs only if it has to be
+    confirmed.
+
     Args:
         old: `Config.model_dump(mode="json")` of the configuration that wrote the checkpoint.
         new: this run's; an `auto` share that is not resolved yet is ignored.
     """
-    before, after = _settings(old), _settings(new.model_dump(mode="json"))
+    now = new.model_dump(mode="json")
+    before, after = _settings(old), _settings(now)
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
         one, other = before.get(key, _BEFORE.get(key, _MISSING)), after.get(key, _MISSING)
         unresolved = new.model.experts.share == "auto" and key.startswith(_AUTO)
         if one == other or unresolved or (key == _DATA_SEED and _data_seed(before) == _data_seed(after)):
             continue
-        found.append(Change(key, _shown(one), _shown(other), effect_of(key, new)))
+        change = Change(key, _shown(one), _shown(other), effect_of(key, new))
+        if change.confirmed or one is not _MISSING or not _is_new_default(key, old, now):
+            found.append(change)
     return found
 
 
@@ -107,6 +117,29 @@ def describe(found: Sequence[Change], *, confirmed: bool) -> list[str]:
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
     """Single values by dotted key; empty lists and mappings count as missing."""
     return {key: value for key, value in documents.leaves(dict(data)) if value not in ({}, [])}
+
+
+def _is_new_default(key: str, old: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a setting, or a section around it, did not exist in an old configuration and now has its default.
+
+    A section that was null existed: it was switched off.
+    """
+    parts = key.split(".")
+    inside: Any = old
+    for count, part in enumerate(parts, start=1):
+        if not isinstance(inside, Mapping):
+            return False
+        now = now[part]
+        if part not in inside:
+            setting = keys.find(".".join(parts[:count]))
+            return setting is not None and _plain(setting.field.get_default(call_default_factory=True)) == now
+        inside = inside[part]
+    return False
+
+
+def _plain(value: Any) -> Any:
+    """A default as it stands in a checkpoint."""
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else to_jsonable_python(value)
 
 
 def _data_seed(settings: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ The probe has the form of AttentionInfluence's (Hua et al. 2025, 2505.07293): pa
 again, each followed by its value. A head's score is its mean attention, from the place that predicts a token of a
 value, to that token's first occurrence (the retrieval score of Wu et al. 2024, 2404.15574, with weights instead of the
 argmax). Keys and values are random text tokens, because a run's tokenizer need not know JSON. Masked heads
-contribute nothing to the output of their layer, as in Wu et al.'s code.
+contribute nothing to the output of their layer.
 
 S tokens of a layer, B rows, H heads, G key/value heads, D width of a head, A asked tokens, L layers.
 """

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.modalities import image_kinds, image_tokens
-from mmscale.data.modalities.image_files import LOST, OBLONG, PICTURES, TRANSPARENT, read_pixels, salvaged, save_png
+from mmscale.data.modalities.image_files import (
+    ENLARGED,
+    LOST,
+    OBLONG,
+    PICTURES,
+    TRANSPARENT,
+    read_pixels,
+    salvaged,
+    save_png,
+)
 from mmscale.data.modalities.image_settings import SETTINGS, Fitting
 from mmscale.data.modalities.image_tokens import ImageTokenizer
 from mmscale.data.modalities.modality import Report, Sample, Tally
@@ -60,7 +69,7 @@ class ImageModality:
 
     @staticmethod
     def read_counted(source: Any, codec: Any, tally: Tally) -> NDArray[np.uint8]:
-        """The same as `read`; counts pictures that were not square or not opaque."""
+        """The same as `read`; counts pictures that were not square, not opaque, or too small."""
         return read_pixels(source, size=codec.size, channels=codec.channels, fitting=codec.fitting, tally=tally)
 
     @staticmethod
@@ -70,7 +79,7 @@ class ImageModality:
 
     @staticmethod
     def remarks(tally: Mapping[str, float], codec: Any) -> list[str]:
-        """Sentences about pictures that were not square or not opaque, and how they were converted."""
+        """Sentences about pictures that were not square, not opaque or too small, and how they were converted."""
         found, count, fitting = [], int(tally.get(PICTURES, 0)), codec.fitting
         if oblong := int(tally.get(OBLONG, 0)):
             done = IMAGE_FITS[fitting.fit].done.format(share=f"{tally.get(LOST, 0) / oblong:.0%}")
@@ -84,6 +93,11 @@ class ImageModality:
             found.append(
                 f"{transparent:,} of {count:,} pictures have transparent pixels: they show {colour} "
                 "(data.prepare.image.background)"
+            )
+        if enlarged := int(tally.get(ENLARGED, 0)):
+            found.append(
+                f"{enlarged:,} of {count:,} pictures {_were(enlarged)} smaller than {codec.size} x {codec.size}: they "
+                "are enlarged (data.prepare.image.size)"
             )
         return found
 

@@ -37,7 +37,7 @@ _ORIENTATION = 0x0112  # tag of EXIF
 _DEFAULT = Fitting()
 Colour = tuple[int, int, int]  # red, green, blue, 0..255
 # Keys of the tally of read pictures. LOST is the sum of 1 - short side / long side over pictures that are not square.
-PICTURES, OBLONG, TRANSPARENT, LOST = "pictures", "oblong", "transparent", "lost"
+PICTURES, OBLONG, TRANSPARENT, LOST, ENLARGED = "pictures", "oblong", "transparent", "lost", "enlarged"
 
 
 def read_pixels(
@@ -58,7 +58,7 @@ def read_pixels(
         size: edge of the result [pixels].
         channels: 1 (grey) or 3 (RGB).
         fitting: how other proportions are converted, and the colour under transparency.
-        tally: counts pictures, and those that were not square or had transparent pixels.
+        tally: counts pictures, and those that were not square, had transparent pixels, or were enlarged.
 
     Returns:
         uint8 [size, size, channels]
@@ -77,7 +77,9 @@ def read_pixels(
         raise ValueError(str(error) or type(error).__name__) from error
     if tally is not None:
         short, long = sorted(picture.size)
-        count(tally, {PICTURES: 1, OBLONG: short != long, TRANSPARENT: transparent, LOST: 1 - short / long})
+        scaled = long if fitting.fit == "pad" else short  # the side that becomes `size`
+        seen = {PICTURES: 1, OBLONG: short != long, TRANSPARENT: transparent, LOST: 1 - short / long}
+        count(tally, seen | {ENLARGED: scaled < size})
     if picture.size != (size, size):
         picture = FITS[fitting.fit](picture, size, fitting.background)
     return np.asarray(picture, dtype=np.uint8).reshape(size, size, channels)

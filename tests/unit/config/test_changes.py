@@ -135,7 +135,7 @@ def test_settings_that_one_version_does_not_know() -> None:
     del old["checkpoint"]["keep_every"]
     old["optim"]["nesterov"] = True
     lines = describe(changes(old, config()), confirmed=False)
-    assert lines == ["checkpoint.keep_every: (none) -> 0", "optim.nesterov: true -> (none)"]
+    assert lines == ["optim.nesterov: true -> (none)"]
 
 
 def test_every_setting_of_the_schema_is_in_the_table() -> None:
@@ -198,3 +198,37 @@ def test_what_changes_the_function_of_the_same_weights() -> None:
     assert [line.partition(":")[0] for line in lines] == ["model.seq_length", "model.norm_eps"]
     dense = ("model.kind=dense", "model.experts.counts={}", "model.depth=null")
     assert function_changes(saved(*dense), config(*dense, "model.seq_length=128")) == []
+
+
+def without(key: str) -> dict[str, Any]:
+    """A saved configuration from before a setting or a section existed."""
+    found = saved()
+    *parents, last = key.split(".")
+    section = found
+    for parent in parents:
+        section = section[parent]
+    del section[last]
+    return found
+
+
+@pytest.mark.parametrize("key", ["log.every", "optim.muon", "checkpoint.mirror", "resilience", "auxiliary.optim.beta2"])
+def test_a_setting_that_is_newer_than_the_checkpoint_has_not_changed_at_its_default(key: str) -> None:
+    assert changes(without(key), config()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "override"),
+    [
+        ("log.every", "log.every=3"),
+        ("optim.muon", "optim.muon.steps=7"),
+        ("auxiliary.optim.beta2", "auxiliary.optim.beta2=0.9"),
+    ],
+)
+def test_a_newer_setting_is_shown_at_another_value(key: str, override: str) -> None:
+    name, value = override.split("=")
+    assert f"{name}: (none) -> {value}" in describe(changes(without(key), config(override)), confirmed=False)
+
+
+def test_a_newer_setting_that_changes_the_objective_is_shown_at_its_default() -> None:
+    found = changes(without("model.experts.scope"), config())
+    assert describe(found, confirmed=True) == ['model.experts.scope: (none) -> "sequence"']

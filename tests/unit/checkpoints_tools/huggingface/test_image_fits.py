@@ -113,10 +113,30 @@ def test_pictures_are_counted(kind: str, transparent: int) -> None:
     tally: Tally = {}
     for size in ((128, 32), (20, 20)):
         image_files.read_pixels(encoded(kind, size), size=8, channels=3, tally=tally)
-    assert tally == {"pictures": 2, "oblong": 1, "transparent": 2 * transparent, "lost": 0.75}
+    assert tally == {"pictures": 2, "oblong": 1, "transparent": 2 * transparent, "lost": 0.75, "enlarged": 0}
     with pytest.raises(ValueError, match="cannot identify"):
         image_files.read_pixels(b"nothing", size=8, channels=3, tally=tally)
     assert tally["pictures"] == 2
+
+
+@pytest.mark.parametrize(("fit", "enlarged"), [("crop", 2), ("stretch", 2), ("pad", 1)])
+def test_enlarged_pictures_are_counted(fit: str, enlarged: int) -> None:
+    """The short side becomes the size, or the long side if the picture is padded; an equal size is not enlarged."""
+    tally: Tally = {}
+    for size in ((64, 8), (8, 8), (16, 16)):
+        image_files.read_pixels(encoded("RGB", size), size=16, channels=3, fitting=Fitting(fit), tally=tally)
+    assert tally["enlarged"] == enlarged
+
+
+def test_small_pictures_are_said_to_be_enlarged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ready = config(
+        documents=[str(documents(tmp_path))],
+        image={"kind": "kmeans", "size": 16, "channels": 3, "patch": 4},
+        vocab={"text": 300, "image": 40},
+        held_out=0,
+    )
+    prepare(ready, tmp_path / "out")
+    assert "6 of 6 pictures were smaller than 16 x 16: they are enlarged" in capsys.readouterr().err
 
 
 def documents(folder: Path) -> Path:

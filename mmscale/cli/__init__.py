@@ -33,6 +33,7 @@ from mmscale.cli import (
     train,
 )
 from mmscale.cli.output import show_error
+from mmscale.cli.shadowed import refuse_shadowed
 from mmscale.errors import MmscaleError, UsageError, shell_command
 from mmscale.runtime import quiet
 
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     quiet.install()
     try:
+        refuse_shadowed()
         status = app(list(sys.argv[1:] if arguments is None else arguments), prog_name="mmscale", standalone_mode=False)
         sys.stdout.flush()  # detects a reader that has closed the pipe
     except MmscaleError as error:

@@ -200,7 +200,10 @@ def _own(folder: Path, content: dict[str, Any], files: WeightsByName) -> tuple[C
         routing=str(content.get("routing", "causal")),
         tokens_per_image=int(content.get("tokens_per_image", 0)),
     )
-    other = sorted(key for key in wanted if key not in _FREE and content.get(key, _BEFORE.get(key)) != wanted[key])
+    found = content | {"head_dim": _head_width(content)}
+    wanted |= {"head_dim": _head_width(wanted)}
+    wanted.pop("head_width", None)
+    other = sorted(key for key in wanted if key not in _FREE and found.get(key, _BEFORE.get(key)) != wanted[key])
     if other == ["vocab_size"]:
         raise CheckpointError(
             f"{folder} has {content.get('vocab_size')} ids, its run had {wanted['vocab_size']}: tokens were added",
@@ -216,6 +219,11 @@ def _own(folder: Path, content: dict[str, Any], files: WeightsByName) -> tuple[C
         routers = config.model.auxiliary.model_copy(update={"mode": "joint", "width": auxiliary})
         config = config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": routers})})
     return config, moves(config, auxiliary=auxiliary > 0, thresholds=thresholds)
+
+
+def _head_width(content: dict[str, Any]) -> Any:
+    """Width of a head; `head_dim` is wider in exports with Mixture-of-Depths, and was not in their first versions."""
+    return content.get("head_width") or content.get("head_dim")
 
 
 def _verified(

@@ -73,6 +73,9 @@ def model_config(
     if is_native(config):
         name = model_type(config)
         return {"model_type": name, "hidden_act": "silu", **_NATIVE[name], **common}
+    if model.depth is not None:
+        # Keys of depth layers have one channel more; kernels of engines have steps of 32.
+        common |= {"head_dim": model.head_dim // 32 * 32 + 32, "head_width": model.head_dim}
     own = {
         "norm": model.norm,
         "qk_norm": model.qk_norm,

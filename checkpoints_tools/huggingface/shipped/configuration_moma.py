@@ -41,12 +41,15 @@ class MomaConfig(PreTrainedConfig):
         routing: who decides which experts take a token: the auxiliary routers where their sigmoid is above a threshold
             (`causal`), the best of them (`top1`; depth layers as in `causal`), or what the router ranks tokens by
             against its averaged cut-off (`threshold`).
+        head_dim: width of a head in an engine's cache (vLLM's), which has one width for keys and values of all layers.
+        head_width: width of a head; 0: head_dim. Models with Mixture-of-Depths have a wider head_dim: their keys need
+            one more channel for the flag of a skipped token, and engines have kernels for certain widths only.
         tokens_per_image: length of an image between `<boi>` and `<eoi>`; 0: not known.
         mmscale: settings of the training run, for the way back into one.
     """
 
     model_type = "moma"
-    # Tensor-parallel inference: attention and dense layers are sharded, experts and all others are on every rank.
+    # Tensor parallelism of attention and dense layers; __post_init__ adds experts. All others are on every rank.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         **dict.fromkeys((f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise"),
         "layers.*.self_attn.o_proj": "rowwise",
@@ -63,6 +66,7 @@ class MomaConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    head_width: int = 0
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     norm: str = "pre"
@@ -109,12 +113,45 @@ class MomaConfig(PreTrainedConfig):
                 raise ValueError(f"routing {self.routing!r} needs tensors that this model does not have")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.head_width = self.head_width or self.head_dim
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.modalities = self.modalities or [["text", 0, self.vocab_size]]
         self.untie = self.untie or []
         self.expert_groups = self.expert_groups or []
         self.mod_layers = self.mod_layers or []
+        # transformers and vLLM read the plans from the instance.
+        self.base_model_tp_plan = {**type(self).base_model_tp_plan, **self._experts_tp_plan()}  # type: ignore[misc]
+        if not self.needs_modality:
+            self.base_model_pp_plan = {
+                "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+                "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+                "norm": (["hidden_states"], ["hidden_states"]),
+            }
         super().__post_init__(**kwargs)
+
+    @property
+    def needs_modality(self) -> bool:
+        """Whether a layer computes something else for another modality.
+
+        vLLM gives later stages of a pipeline hidden states and no ids, from which no modality follows: only models that
+        do not need it have a plan for pipelines.
+        """
+        every = set(range(len(self.modalities or [])))
+        return bool(self.untie) or any(set(group["modalities"]) != every for group in self.expert_groups or [])
+
+    def _experts_tp_plan(self) -> dict[str, str]:
+        """Shards the inner width of every expert; partial results are summed behind their sum over experts.
+
+        Normalised experts are on every rank, because a norm of a partial result is not a part of the norm.
+        """
+        if not self.expert_groups or self.norm == "post_per_expert":
+            return {}
+        places = [f"layers.*.mlp.experts.{group['name']}" for group in self.expert_groups]
+        if self.shared_intermediate_size:
+            places.append("layers.*.mlp.shared")
+        # Weights are [..., in, out]: 'rowwise' shards the last dimension, gate and up alike, 'colwise' the one before.
+        styles = ((".gate_up_proj", "packed_rowwise"), (".down_proj", "colwise"), ("", "moe_tp_experts"))
+        return {place + name: style for place in places for name, style in styles}
 
 
 __all__ = ["MomaConfig"]

@@ -61,6 +61,7 @@ class MomaExpertGroup(nn.Module):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         self.modalities = tuple(modalities)
+        self.inner = inner
         self.router = nn.Parameter(torch.empty(experts, hidden))
         self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * inner))
         self.down_proj = nn.Parameter(torch.empty(experts, inner, hidden))
@@ -82,8 +83,16 @@ class MomaExpertGroup(nn.Module):
             modality: [N], index of each token's modality, -1 for padding.
 
         Returns:
-            [N, H] fp32, 0 where no expert takes the token.
+            [N, H] fp32, 0 where no expert takes the token; of a tensor-parallel rank a part of the sum.
+
+        Raises:
+            ValueError: it is to be trained on tensor-parallel ranks.
         """
+        if self.down_proj.shape[-2] != self.inner and self.router.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "experts sharded by tp_plan are for inference: each rank would get a part of the router's gradient. "
+                "Use torch.no_grad(), or train with data parallelism"
+            )
         member = modality == self.modalities[0]
         for index in self.modalities[1:]:
             member = member | (modality == index)

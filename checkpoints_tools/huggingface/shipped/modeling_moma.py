@@ -6,6 +6,7 @@ allowed. Training's expert choice, which depends on later tokens, is not include
 Shapes: B rows, S new tokens, H hidden width, D width of a head.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -49,10 +50,11 @@ class MomaAttention(nn.Module):
 
     def __init__(self, config: MomaConfig, layer_idx: int) -> None:
         super().__init__()
-        heads, groups, width = config.num_attention_heads, config.num_key_value_heads or 0, config.head_dim or 0
+        heads, groups, width = config.num_attention_heads, config.num_key_value_heads or 0, config.head_width
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = width
+        self.cached_width = config.head_dim or width
         self.num_key_value_groups = heads // groups
         self.scaling = width**-0.5
         self.is_causal = True
@@ -88,20 +90,19 @@ class MomaAttention(nn.Module):
         value = value.transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if keep is not None:
-            if self.config._attn_implementation == "vllm":
-                raise ValueError(
-                    "vLLM's cache cannot hold the wider keys of Mixture-of-Depths: use transformers' generate"
-                )
             flag = torch.where(keep, 0.0, _SKIPPED * self.scaling).to(key.dtype)
             key = torch.cat((key, flag[:, None, :, None].expand(-1, key.shape[1], -1, 1)), dim=-1)
             query = F.pad(query, (0, 1), value=1.0 / self.scaling)
+        if self.config._attn_implementation == "vllm":  # its cache has one width for all keys and values
+            query, key, value = (F.pad(one, (0, self.cached_width - one.shape[-1])) for one in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         out, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return apply(self.o_proj, out.reshape(batch, length, -1).contiguous(), modality), weights
+        out = out.reshape(batch, length, -1, value.shape[-1])[..., : self.head_dim]
+        return apply(self.o_proj, out.reshape(batch, length, -1), modality), weights
 
 
 def rms_norm(config: MomaConfig, width: int) -> nn.Module:
@@ -215,7 +216,9 @@ class MomaModel(MomaPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MomaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        heads = copy.copy(config)
+        heads.head_dim = config.head_width  # which may be narrower than that of an engine's cache
+        self.rotary_emb = LlamaRotaryEmbedding(config=heads)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -225,6 +228,23 @@ class MomaModel(MomaPreTrainedModel):
         for index, (_, first, end) in enumerate(self.config.modalities or []):
             modality = torch.where((input_ids >= first) & (input_ids < end), index, modality)
         return torch.where(input_ids == self.config.no_modality_id, NO_MODALITY, modality)
+
+    def _known_modality(
+        self, input_ids: torch.Tensor | None, hidden: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, S], as `modality_of`; without ids all tokens are of the first modality if no layer depends on it."""
+        if input_ids is not None:
+            return self.modality_of(input_ids)
+        if self.config.needs_modality:
+            raise ValueError(
+                "this model needs input_ids or modality beside inputs_embeds: its layers depend on a token's modality, "
+                "which follows from its id (`model.modality_of(input_ids)`)"
+            )
+        modality = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        if attention_mask is None or attention_mask.dim() != 2:
+            return modality
+        token = attention_mask[:, -hidden.shape[1] :].to(hidden.device, torch.bool)
+        return modality.masked_fill(~token, NO_MODALITY)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -237,6 +257,7 @@ class MomaModel(MomaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        modality: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """[B, S] ids -> [B, S, H].
@@ -246,24 +267,25 @@ class MomaModel(MomaPreTrainedModel):
             attention_mask: [B, past + S], 0 for padding; or [B, 1, S, past + S], as made by transformers.
             position_ids: [B, S]; default: from the cache's length on.
             past_key_values: the cache, by its name in transformers up to 5.23.
-            inputs_embeds: [B, S, H], instead of the embedding's rows; the ids are still required.
+            inputs_embeds: [B, S, H], instead of the embedding's rows. Without ids, `modality` is required too, unless
+                no layer depends on it (`config.needs_modality`).
             use_cache: return a cache; default: config.use_cache.
             cache: the cache, by its name in transformers from 5.24 on.
+            modality: [B, S], index of each token's modality, -1 for padding; default: that of its id.
             kwargs: see arguments_moma.py.
 
         Raises:
-            ValueError: there are no ids, without which the modality of a token is unknown; or packed documents would be
+            ValueError: the modality of a token is unknown, and a layer depends on it; or packed documents would be
                 mixed.
             TypeError: an argument is unknown.
         """
         refuse_unknown(kwargs, where=type(self).__name__)
         cache = one_cache(cache, past_key_values)
-        if input_ids is None:
-            raise ValueError("MoMa needs input_ids, also with inputs_embeds: a token's modality follows from its id")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        modality = self.modality_of(input_ids)
+        if modality is None:
+            modality = self._known_modality(input_ids, hidden, attention_mask)
         refuse_mixed_documents(position_ids, attention_mask, cache, padding=modality == NO_MODALITY)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
@@ -298,7 +320,18 @@ class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
         self.model = MomaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # The number of tokens of an expert, and of a depth layer, is known only when they are computed.
+        self._can_compile_fullgraph = not (config.expert_groups or config.mod_layers)
         self.post_init()
+
+    def prepare_inputs_for_generation(
+        self, *inputs: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of a step, with the tokens' modality: later stages of a pipeline get no ids."""
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*inputs, inputs_embeds=inputs_embeds, **kwargs)
+        if prepared.get("input_ids") is not None:
+            prepared["modality"] = self.model.modality_of(prepared["input_ids"])
+        return prepared
 
     @can_return_tuple
     def forward(
@@ -312,6 +345,7 @@ class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        modality: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """[B, S] ids -> logits [B, S, vocabulary], and the loss of `labels` [B, S] that are not -100.
@@ -328,6 +362,7 @@ class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            modality=modality,
             return_dict=True,
             **{CACHE: one_cache(cache, past_key_values)},
             **kwargs,

@@ -31,6 +31,10 @@ def test_what_is_declared() -> None:
     assert model.supports_gradient_checkpointing and model._supports_attention_backend
     assert model._no_split_modules == {"MomaDecoderLayer"} or list(model._no_split_modules) == ["MomaDecoderLayer"]
     plan = model.config.base_model_tp_plan
+    assert plan["layers.*.mlp.experts.image.gate_up_proj"] == "packed_rowwise"
+    assert "_plan" not in model.config.to_json_string()
+    normalised = exported(MODELS["normalised experts, shared"]).config
+    assert not any("experts" in name or "shared" in name for name in normalised.base_model_tp_plan)
     assert plan["layers.*.self_attn.q_proj"] == "colwise" and plan["layers.*.self_attn.o_proj"] == "rowwise"
 
 
@@ -75,11 +79,114 @@ def test_the_attention_call_can_be_found_in_the_source() -> None:
     assert isinstance(exported(MODELS["moma"]).model.layers[0].self_attn.scaling, float)
 
 
-def test_depth_layers_are_refused_in_vllm() -> None:
-    AttentionInterface.register("vllm", sdpa_attention_forward)  # the name under which vLLM registers its own
-    model = exported(MODELS["depth"], attn_implementation="vllm")
-    with pytest.raises(ValueError, match="wider keys of Mixture-of-Depths"):
-        model(IDS, use_cache=False)
+@pytest.mark.parametrize("name", ["depth", "dense depth", "depth, post norm"])
+def test_depth_layers_in_a_cache_of_one_width(name: str) -> None:
+    """vLLM has one width for keys and values of all layers, `head_dim`, and joins the heads of its output."""
+    config = MODELS[name]
+    plain = exported(config)
+    width = plain.config.head_dim
+    assert width % 32 == 0 and width > plain.config.head_width == config.model.head_dim
+    caches: dict[int, tuple[Any, Any]] = {}
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1] == width
+        if module.layer_idx in caches:
+            before = caches[module.layer_idx]
+            key, value = torch.cat((before[0], key), dim=2), torch.cat((before[1], value), dim=2)
+        caches[module.layer_idx] = (key, value)
+        causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        out, _ = sdpa_attention_forward(module, query, key, value, causal[None, None], scaling=scaling, is_causal=False)
+        return out.reshape(out.shape[1], -1), None
+
+    AttentionInterface.register("vllm", attend)  # the name under which vLLM registers its own
+    served = exported(config, attn_implementation="vllm")
+    with torch.no_grad():
+        want = plain.model(IDS)[0]
+        got = []
+        for first, end in ((0, 5), (5, 6), (6, 8)):
+            positions = torch.arange(first, end)[None]
+            got.append(served.model(IDS[:, first:end], position_ids=positions, use_cache=False)[0])
+    assert torch.allclose(torch.cat(got, dim=1), want, atol=2e-5 * float(want.abs().max()))
+
+
+def stages(config: Any, *, count: int = 2) -> list[Any]:
+    """Base models that compute some of the layers, as vLLM takes a model apart; the other layers return their input."""
+
+    class Missing(torch.nn.Module):
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            return inputs[0] if inputs else next(iter(named.values()))
+
+    made = []
+    for stage in range(count):
+        model = exported(config).model
+        layers = len(model.layers)
+        for layer in range(layers):
+            if layer * count // layers != stage:
+                model.layers[layer] = Missing()
+        if stage:
+            model.embed_tokens = Missing()
+        if stage < count - 1:
+            model.norm = Missing()
+        made.append(model)
+    return made
+
+
+@pytest.mark.parametrize("name", ["moe", "dense, post norm", "softmax"])
+def test_later_stages_of_a_pipeline_get_no_ids(name: str) -> None:
+    """As vLLM calls them. It refuses pipelines for models without a plan, whose layers depend on the modality."""
+    config = MODELS[name]
+    whole = exported(config)
+    assert whole.supports_pp_plan and whole.model.supports_pp_plan
+    assert [*whole.model.pp_plan] == ["embed_tokens", "layers", "norm"]
+    common: dict[str, Any] = {"use_cache": False, "position_ids": torch.arange(8)[None], "return_dict": False}
+    with torch.no_grad():
+        first, last = stages(config)
+        (hidden,) = first(input_ids=IDS, inputs_embeds=None, **common)
+        (got,) = last(input_ids=None, inputs_embeds=hidden, **common)
+        assert torch.equal(got, whole.model(IDS)[0])
+
+
+@pytest.mark.parametrize("name", ["moma", "depth", "untied", "three modalities"])
+def test_embeddings_need_the_modality(name: str) -> None:
+    model = exported(MODELS[name])
+    assert not model.supports_pp_plan and not model.model.supports_pp_plan
+    embeddings = model.model.embed_tokens(IDS)
+    for one in (model, model.model):
+        with pytest.raises(ValueError, match="needs input_ids or modality beside inputs_embeds"):
+            one(inputs_embeds=embeddings)
+    with torch.no_grad():
+        want = model(IDS).logits
+        assert torch.equal(model(inputs_embeds=embeddings, modality=model.model.modality_of(IDS)).logits, want)
+        assert torch.equal(model(IDS, inputs_embeds=embeddings).logits, want)
+    start = {"inputs_embeds": embeddings[:, :5], "modality": model.model.modality_of(IDS[:, :5])}
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones(1, 5, dtype=torch.long)
+    new = model.generate(**start, attention_mask=mask, **settings)
+    assert new.tolist() == model.generate(IDS[:, :5], attention_mask=mask, **settings)[:, 5:].tolist()
+
+
+def test_padding_without_ids() -> None:
+    model = exported(MODELS["moe"])
+    ids, mask = torch.tensor([[0, 0, *IDS[0].tolist()]]), torch.tensor([[0] * 2 + [1] * 8])
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits[:, 2:]
+        got = model(inputs_embeds=model.model.embed_tokens(ids), attention_mask=mask).logits[:, 2:]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_graphs(name: str) -> None:
+    """The model says for which torch.compile(fullgraph=True) works, and for those it does."""
+    model = exported(MODELS[name])
+    sparse = bool(model.config.expert_groups or model.config.mod_layers)
+    assert model._can_compile_fullgraph is not sparse
+    if sparse:
+        return
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        got = compiled(IDS, use_cache=False).logits
+        assert torch.allclose(got, model(IDS, use_cache=False).logits, atol=1e-5)
 
 
 PARALLEL = """
@@ -87,20 +194,26 @@ import sys, torch, torch.distributed as dist
 from checkpoints_tools.huggingface.shipped.modeling_moma import MomaForCausalLM
 ids = torch.tensor([[1, 6, 25, 7, 30, 9, 26, 8]])
 model = MomaForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
-heads = model.model.layers[0].self_attn.q_proj.weight
+layer = model.model.layers[0]
+shards = [layer.self_attn.q_proj.weight]
+if hasattr(layer.mlp, "experts"):
+    group = next(iter(layer.mlp.experts.values()))
+    shards += [group.gate_up_proj, group.down_proj]
 with torch.no_grad():
     logits = model(ids).logits
 new = model.generate(ids[:, :5], max_new_tokens=4, do_sample=False, eos_token_id=None)
 if dist.get_rank() == 0:
-    local = heads.to_local() if hasattr(heads, "to_local") else heads
-    torch.save({"logits": logits, "new": new, "rows": local.shape[0]}, sys.argv[2])
+    shapes = [tuple((one.to_local() if hasattr(one, "to_local") else one).shape) for one in shards]
+    torch.save({"logits": logits, "new": new, "shapes": shapes}, sys.argv[2])
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["moma", "depth", "dense, post norm"])
+@pytest.mark.parametrize(
+    "name", ["moma", "depth", "dense, post norm", "post norm, shared", "normalised experts, shared"]
+)
 def test_tensor_parallel_ranks(name: str, tmp_path: Path) -> None:
     """`tp_plan="auto"` on two ranks of the CPU."""
     model = exported(MODELS[name])
@@ -116,4 +229,12 @@ def test_tensor_parallel_ranks(name: str, tmp_path: Path) -> None:
         assert torch.allclose(found["logits"], model(IDS).logits, atol=1e-4)
     want = model.generate(IDS[:, :5], max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert found["new"].tolist() == want.tolist()
-    assert found["rows"] * 2 == model.model.layers[0].self_attn.q_proj.weight.shape[0]
+    layer = model.model.layers[0]
+    rows, columns = layer.self_attn.q_proj.weight.shape
+    shapes = [(rows // 2, columns)]
+    if model.config.expert_groups:
+        group = next(iter(layer.mlp.experts.values()))
+        (experts, hidden, both), inner = group.gate_up_proj.shape, group.inner
+        parts = 1 if model.config.norm == "post_per_expert" else 2
+        shapes += [(experts, hidden, both // parts), (experts, inner // parts, hidden)]
+    assert found["shapes"] == shapes

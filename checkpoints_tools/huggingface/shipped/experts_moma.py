@@ -75,12 +75,13 @@ class MomaExpertGroup(nn.Module):
         self.register_buffer("router_bias", torch.empty(experts) if causal else None)
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
 
-    def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, modality: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
         """Sum of gate * expert at each token.
 
         Args:
             tokens: [N, H].
             modality: [N], index of each token's modality, -1 for padding.
+            unused: a tensor; `moe_tp_experts` of transformers 5.8 wants three, since experts elsewhere get weights too.
 
         Returns:
             [N, H] fp32, 0 where no expert takes the token; of a tensor-parallel rank a part of the sum.
@@ -155,8 +156,8 @@ class MomaSharedExpert(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(inner, hidden))
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, H]."""
+    def forward(self, tokens: torch.Tensor, modality: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, H]; the other arguments are those of `MomaExpertGroup`."""
         out = swiglu(tokens, self.gate_up_proj, self.down_proj)
         return out if self.norm is None else self.norm(out)
 
@@ -174,10 +175,11 @@ class MomaSparseMLP(nn.Module):
     def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
         """[N, H] and [N] -> [N, H]."""
         total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        unused = tokens.new_zeros(())
         for group in self.experts.values():
-            total = total + group(tokens, modality)
+            total = total + group(tokens, modality, unused)
         if self.shared is not None:
-            total = total + self.shared(tokens)
+            total = total + self.shared(tokens, modality, unused)
         return total.to(tokens.dtype)
 
 

@@ -257,7 +257,7 @@ class MomaModel(MomaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        modality: torch.LongTensor | None = None,
+        modality: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """[B, S] ids -> [B, S, H].
@@ -345,7 +345,7 @@ class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
-        modality: torch.LongTensor | None = None,
+        modality: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """[B, S] ids -> logits [B, S, vocabulary], and the loss of `labels` [B, S] that are not -100.

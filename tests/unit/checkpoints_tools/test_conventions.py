@@ -221,7 +221,8 @@ def test_tensor_parallel_ranks(name: str, tmp_path: Path) -> None:
     (tmp_path / "parallel.py").write_text(PARALLEL)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(tmp_path / "parallel.py"), str(tmp_path / "hf"), str(tmp_path / "out.pt")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))  # of another transformers
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt")

@@ -107,6 +107,22 @@ def test_whole_folders_are_imported(folder: Path, tmp_path: Path) -> None:
     assert said.startswith("shapes and values") == (folder.name != "export")
 
 
+def test_exports_from_before_head_width_are_imported(tmp_path: Path) -> None:
+    """Their head_dim is the width of a head, also with Mixture-of-Depths."""
+    export(tmp_path / "hf")
+    change_config(tmp_path / "hf", head_dim=MODELS["depth"].model.head_dim, head_width=None)
+    with_manifest(tmp_path / "hf")
+    assert import_(tmp_path / "hf", tmp_path / "run")["verified"] == "digests of 2 files"
+
+
+def test_heads_of_another_width_are_refused(tmp_path: Path) -> None:
+    export(tmp_path / "hf")
+    change_config(tmp_path / "hf", head_width=MODELS["depth"].model.head_dim * 2)
+    with_manifest(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="disagree about head_dim"):
+        import_(tmp_path / "hf", tmp_path / "run")
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ export GOMP_SPINCOUNT := 0
 # Further arguments for pytest in make test, for instance -x.
 PYTEST_ARGS ?=
 
-.PHONY: docs help wheelhouse quickstart test test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 security soak chaos preempted killed clean
+.PHONY: docs help wheelhouse quickstart test test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 test-versions security soak chaos preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
@@ -35,6 +35,7 @@ help:
 	@echo "make chaos        disturb runs of 1, 2 and 4 ranks with 50 random events; the same (EVENTS=, SEED=)"
 	@echo "make preempted    preempt a run 20 times at random on a local SLURM; its numbers must equal an undisturbed run's"
 	@echo "make test-slurm-24   tests/slurm on SLURM 24.11, in a Debian 13 beside this system (root, Debian)"
+	@echo "make test-versions   environments with other versions of Python, megatron-core and transformers, and their tests"
 	@echo "make killed       kill the quickstart in three places; its numbers must equal an undisturbed run's"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
 
@@ -87,6 +88,12 @@ DEBIAN_13 ?= /var/tmp/mmscale-debian-13
 ON ?= tests/slurm
 test-slurm-24: $(STAMP)
 	tests/slurm/on_debian_13.sh $(DEBIAN_13) $(ON)
+
+# Before a release: hours, 7 GB for each Python (with CUDA builds of torch). VERSIONS='--only 3.12-0.19.2 --tests layouts'.
+VERSIONS_IN ?= .versions
+VERSIONS ?=
+test-versions: $(STAMP)
+	$(BIN)/python -m tests.versions $(VERSIONS_IN) --pip-args "$(PIP_ARGS)" $(VERSIONS)
 
 # A second start finds the data, the model and the export and skips those steps; it repeats only evaluations and pictures.
 # STRICT=--strict: fail if the model misses a target.

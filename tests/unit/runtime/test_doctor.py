@@ -57,7 +57,8 @@ def test_torch_with_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [("0.16.1", "ok"), ("0.19.2", "ok"), ("0.17.0", "warn"), (None, "missing")]
+    ("version", "status"),
+    [("0.16.1", "ok"), ("0.19.2", "ok"), ("0.17.0", "warn"), ("0.20.0", "warn"), (None, "missing")],
 )
 def test_megatron(monkeypatch: pytest.MonkeyPatch, version: str | None, status: str) -> None:
     versions(monkeypatch, megatron_core=version)

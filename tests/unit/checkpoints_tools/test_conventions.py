@@ -189,6 +189,15 @@ def test_whole_graphs(name: str) -> None:
         assert torch.allclose(got, model(IDS, use_cache=False).logits, atol=1e-5)
 
 
+def test_sharded_experts_are_not_trained() -> None:
+    """A rank would get a part of the router's gradient, and nothing would add the parts."""
+    model = exported(MODELS["moma"])
+    group = model.model.layers[0].mlp.experts["text"]
+    group.down_proj = torch.nn.Parameter(group.down_proj[:, ::2].detach())
+    with pytest.raises(ValueError, match=r"sharded by tp_plan are for inference.*\n?.*torch.no_grad"):
+        model(IDS)
+
+
 PARALLEL = """
 import sys, torch, torch.distributed as dist
 from checkpoints_tools.huggingface.shipped.modeling_moma import MomaForCausalLM

@@ -20,6 +20,13 @@ from mmscale.errors import ConfigError, DataError
 # in Chameleon's vocabulary. Padding is id 0 and is not routed.
 PAD, BOS, EOS, BOI, EOI = range(5)
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>")
+# Further ids of the text range with `vocab.reserved`: holes of infilling and the end of what fills one (CM3, arXiv
+# 2201.07520), then the beginnings of chat messages by role and the end of a message.
+HOLES = tuple(f"<mask:{number}>" for number in range(16))
+END_OF_FILL = "<eom>"
+SYSTEM, USER, ASSISTANT, TOOL = ROLES = ("<system>", "<user>", "<assistant>", "<tool>")
+END_OF_TURN = "<eot>"
+RESERVED = (*HOLES, END_OF_FILL, *ROLES, END_OF_TURN)
 IMAGE = "image"  # the modality that BOI and EOI belong to
 NO_MODALITY = -1
 
@@ -32,11 +39,13 @@ class Vocabulary:
         names: modalities in id order; the first one is text and holds the special tokens.
         ranges: half-open id range of each modality.
         marked: further modalities with separate begin and end tokens, in the order of these tokens.
+        reserved: whether it has the tokens RESERVED, for infilling and chat.
     """
 
     names: tuple[str, ...]
     ranges: tuple[tuple[int, int], ...]
     marked: tuple[str, ...] = ()
+    reserved: bool = False
 
     @classmethod
     def from_config(cls, config: VocabConfig) -> Vocabulary:
@@ -45,7 +54,7 @@ class Vocabulary:
         Raises:
             ConfigError: the text range cannot hold the special tokens.
         """
-        made = cls(config.names, config.ranges, config.marked)
+        made = cls(config.names, config.ranges, config.marked, config.reserved)
         if config.modalities[0].size < len(made.specials):
             raise ConfigError(
                 f"vocab.modalities: {config.modalities[0].name} has {config.modalities[0].size} ids, "
@@ -57,7 +66,26 @@ class Vocabulary:
     @property
     def specials(self) -> tuple[str, ...]:
         """Names of the special tokens; their ids count from 0."""
-        return SPECIAL_TOKENS + tuple(token for name in self.marked for token in (f"<begin_{name}>", f"<end_{name}>"))
+        marks = tuple(token for name in self.marked for token in (f"<begin_{name}>", f"<end_{name}>"))
+        return SPECIAL_TOKENS + marks + (RESERVED if self.reserved else ())
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids after which generation stops: the end of a document, and with reserved ids that of a message."""
+        return (EOS, self.reserved_id(END_OF_TURN)) if self.reserved else (EOS,)
+
+    def reserved_id(self, token: str) -> int:
+        """Id of one of the tokens RESERVED.
+
+        Raises:
+            ConfigError: the vocabulary does not have them.
+        """
+        if not self.reserved:
+            raise ConfigError(
+                f"the vocabulary has no token {token}",
+                remedy="set vocab.reserved=true, and prepare and train with it",
+            )
+        return len(SPECIAL_TOKENS) + 2 * len(self.marked) + RESERVED.index(token)
 
     def marks(self, name: str) -> tuple[int, int] | None:
         """Ids of the begin and the end token of a modality's items; None if it has none."""

@@ -48,6 +48,7 @@ class Facts:
         distinct_images: number of distinct images; None: unknown.
         ids: ids of each modality in the order of the vocabulary, text first, if the documents are prepared.
         marked: modalities with separate begin and end tokens, if the documents are prepared.
+        reserved: whether their vocabulary has the reserved ids, likewise.
         tokens: training tokens of each modality, if the documents are prepared.
         longest: tokens of the longest document, if the documents are prepared.
         held_out: documents that are held out, if the documents are prepared.
@@ -68,6 +69,7 @@ class Facts:
     others: tuple[Items, ...] = ()
     ids: dict[str, int] | None = None
     marked: tuple[str, ...] = ()
+    reserved: bool = False
     tokens: dict[str, int] | None = None
     longest: int | None = None
     held_out: int | None = None

@@ -26,6 +26,8 @@ def of_prepared(found: Proposal, facts: Facts) -> dict[str, int]:
     ids = dict(facts.ids or {})
     found.settings["data"] = {"path": facts.where[0]}
     found.settings["vocab"] = {"modalities": _modalities(ids, facts.marked)}
+    if facts.reserved:
+        found.settings["vocab"]["reserved"] = True
     return ids
 
 

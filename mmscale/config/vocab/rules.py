@@ -9,6 +9,7 @@ from mmscale.config.schema import Config
 
 # <pad> <s> </s> <boi> <eoi>, see data/vocab.py (which imports this package, so the number is repeated here).
 _SPECIAL_TOKENS = 5
+_RESERVED_TOKENS = 22  # RESERVED in data/vocab.py
 
 
 _RESERVED = frozenset(
@@ -69,7 +70,7 @@ def _vocab(config: Config) -> Iterator[Problem]:
                 f"vocab.modalities: {name} has marks: only modalities after the first take them, and image has its own",
                 "remove marks there",
             )
-    special = _SPECIAL_TOKENS + 2 * len(config.vocab.marked)
+    special = _SPECIAL_TOKENS + 2 * len(config.vocab.marked) + _RESERVED_TOKENS * config.vocab.reserved
     if modalities[0].size < special:
         yield Problem(
             f"vocab.modalities.0.size: {modalities[0].name} has {modalities[0].size} ids, fewer than the "

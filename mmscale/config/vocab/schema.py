@@ -30,6 +30,11 @@ class VocabConfig(Section):
         (ModalityVocab(name="text", size=57_344), ModalityVocab(name="image", size=8_192)),
         source="Chameleon, arXiv 2405.09818: 65,536 ids of which 8,192 are image codes",
     )
+    reserved: bool = setting(
+        "Reserve ids of the first range, after the special tokens, for chat (a token for each role, and the end of a "
+        "message) and for infilling (16 holes, and the end of what fills one). Models and data must agree.",
+        False,
+    )
     pad_multiple: Count = setting(
         "The number of embedding rows is rounded up to a multiple of this; TP must divide it.", 128, unit="ids"
     )

@@ -93,6 +93,8 @@ def source_of(settings: PrepareConfig, vocabulary: Vocabulary, documents: str) -
     }
     if vocabulary.marked:
         content["marked"] = list(vocabulary.marked)
+    if vocabulary.reserved:
+        content["reserved"] = True
     return content | {"digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 

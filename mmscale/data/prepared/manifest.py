@@ -67,12 +67,16 @@ class Part(_Entry):
     # Set if the .bin is a link to a file of a Megatron corpus, whose documents may be in another order: added to its
     # ids. None: mmscale wrote the .bin, and its documents follow one another.
     id_offset: Count | None = None
+    # Set if it has chat documents: `<prefix>.mask`, a bit per token in the order of the .bin file (1: trained on as a
+    # label), and `<prefix>.labels.npy`, int64 [documents, modalities], the number of such labels.
+    masked: bool = False
 
     @property
     def listing(self) -> dict[str, Any]:
         """The entries that identities of data are computed from: the fields of all versions, and newer ones if set."""
-        own = {} if self.id_offset is None else {"id_offset": self.id_offset}
-        return self.model_dump(exclude={"text_bytes", "text_labels", "id_offset"}) | own
+        own: dict[str, Any] = {} if self.id_offset is None else {"id_offset": self.id_offset}
+        own |= {"masked": True} if self.masked else {}
+        return self.model_dump(exclude={"text_bytes", "text_labels", "id_offset", "masked"}) | own
 
 
 class Split(_Entry):
@@ -106,6 +110,7 @@ class Manifest(_Entry):
     ranges: tuple[tuple[int, int], ...]
     vocabulary: str  # Vocabulary.fingerprint
     marked: tuple[str, ...] = ()  # Vocabulary.marked
+    reserved: bool = False  # Vocabulary.reserved
     tokenizers: dict[str, str]  # fingerprint of each modality's, "text" the first one's
     tokens_per_item: dict[str, Count]  # of the modalities whose items are all equally long
     splits: dict[str, Split]
@@ -128,7 +133,7 @@ class Manifest(_Entry):
     @property
     def vocab(self) -> Vocabulary:
         """The vocabulary of its ids."""
-        return Vocabulary(self.modalities, self.ranges, self.marked)
+        return Vocabulary(self.modalities, self.ranges, self.marked, self.reserved)
 
     @property
     def text_tokenizer(self) -> str:

@@ -257,10 +257,7 @@ def _prepare(
     by_split = {name: tuple(part.splits[name] for part in parts if name in part.splits) for name in SPLITS}
     manifest = Manifest(
         format=FORMAT,
-        modalities=vocabulary.names,
-        ranges=vocabulary.ranges,
-        vocabulary=vocabulary.fingerprint,
-        marked=vocabulary.marked,
+        **_fields_of(vocabulary),
         tokenizers=fingerprints,
         tokens_per_item={name: codec.tokens_per_item for name, codec in codecs.items()},
         splits={name: Split(parts=own) for name, own in by_split.items()},
@@ -301,10 +298,7 @@ def _link(
     setup = WorkSetup(out, vocabulary, settings.max_document_tokens, settings.held_out, settings.strict)
     manifest = Manifest(
         format=FORMAT,
-        modalities=vocabulary.names,
-        ranges=vocabulary.ranges,
-        vocabulary=vocabulary.fingerprint,
-        marked=vocabulary.marked,
+        **_fields_of(vocabulary),
         tokenizers={TEXT: text.fingerprint()},
         tokens_per_item={},
         splits={name: Split(parts=tuple(parts)) for name, parts in splits.items()},
@@ -327,6 +321,12 @@ def _write_tasks(out: Path, settings: PrepareConfig, setup: WorkSetup, reporter:
             tasks.write_task(out / file, items)
             found.append(Task(name=name, file=file, kind="choice" if items[0].choices else "exact"))
     return tuple(found)
+
+
+def _fields_of(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The fields of a manifest that define the ids."""
+    own = {"modalities": vocabulary.names, "ranges": vocabulary.ranges, "vocabulary": vocabulary.fingerprint}
+    return own | {"marked": vocabulary.marked, "reserved": vocabulary.reserved}
 
 
 def _content(jobs: Sequence[PartJob], parts: Sequence[FinishedPart]) -> str:

@@ -34,7 +34,7 @@ def settings_like(folder: Path) -> list[str]:
         folder: the prepared data set.
 
     Returns:
-        `KEY=VALUE` lines for `vocab.modalities`, `data.prepare.text` and `data.prepare.image`.
+        `KEY=VALUE` lines for `vocab`, `data.prepare.text` and `data.prepare.image`.
 
     Raises:
         DataError: it is missing or damaged.
@@ -49,6 +49,8 @@ def settings_like(folder: Path) -> list[str]:
         "vocab.modalities": modalities,
         "data.prepare.text.load": str(folder / text_tokens.FOLDER / text_tokens.FILE),
     }
+    if manifest.reserved:
+        found["vocab.reserved"] = True
     others = {name: {LOAD: str(folder / folder_of(name))} for name in manifest.tokens_per_item if name != IMAGE}
     if others:
         found["data.prepare.modalities"] = others
@@ -70,11 +72,12 @@ def check_vocabulary_like(folder: Path, config: Config) -> None:
     manifest = read_manifest(folder)
     if manifest.vocabulary != Vocabulary.from_config(config.vocab).fingerprint:
         ranges = zip(manifest.modalities, manifest.ranges, strict=True)
-        has = _sizes((name, end - start, name in manifest.marked) for name, (start, end) in ranges)
-        wants = _sizes((one.name, one.size, one.marks) for one in config.vocab.modalities)
+        own = ((name, end - start, name in manifest.marked) for name, (start, end) in ranges)
+        given = ((one.name, one.size, one.marks) for one in config.vocab.modalities)
+        has, wants = _sizes(own, manifest.reserved), _sizes(given, config.vocab.reserved)
         raise DataError(
             f"data prepare --like {folder}: its vocabulary is {has}, the configuration's {wants}",
-            remedy="give vocab.modalities the sizes and marks of the data set: ids of both must mean the same",
+            remedy="give vocab the sizes, marks and reserved ids of the data set: ids of both must mean the same",
         )
 
 
@@ -220,5 +223,6 @@ def _is_begun(out: Path) -> bool:
     return (out / _RECORD).is_file()
 
 
-def _sizes(modalities: Iterable[tuple[str, int, bool]]) -> str:
-    return " + ".join(f"{size} {name}{' (marks)' if marks else ''}" for name, size, marks in modalities)
+def _sizes(modalities: Iterable[tuple[str, int, bool]], reserved: bool) -> str:
+    sizes = " + ".join(f"{size} {name}{' (marks)' if marks else ''}" for name, size, marks in modalities)
+    return f"{sizes}, with reserved ids" if reserved else sizes

@@ -73,6 +73,7 @@ def _of_folder(folder: Path) -> Facts:
         images=tokens.get("image", 0) // each if each else 0,
         ids={name: end - start for name, (start, end) in ranges},
         marked=manifest.marked,
+        reserved=manifest.reserved,
         tokens=tokens,
         longest=longest,
         held_out=manifest.splits[HELD_OUT].documents if HELD_OUT in manifest.splits else 0,

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmscale.data.documents.schema import BadDocumentError, Resolver, clean, folder_resolver
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Resolver, clean, folder_resolver
 from mmscale.errors import DataError
 
 READ_BYTES = 1 << 20

@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 
 from mmscale import bounded
 from mmscale.data.documents.document_files import READ_BYTES, File, resolver_of
-from mmscale.data.documents.schema import Document, Rejected, parse_document
+from mmscale.data.documents.schema import Document, Rejected, named_files, parse_document
 from mmscale.data.documents.slices import Format, ItemStates, ReadSettings, RecordRun, Scan, digest_of
 from mmscale.errors import DataError
 
 MOST_LINE = 64 << 20  # longest line [bytes]
+_NAMES_FILES = (b'"path"', b'"image":', b'"images":', b'"image_url"')  # a line with one of these may name files
 
 
 def _zstd(file: File) -> BinaryIO:
@@ -57,7 +58,7 @@ def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
             if not packed:
                 digest.update(piece)
             offset += len(piece)
-            if b'"path"' in piece:
+            if any(key in piece for key in _NAMES_FILES):
                 states.add(_named(piece))
             begins = piece.endswith(b"\n")
     items.append(states.take())
@@ -72,8 +73,7 @@ def _scan(file: File, slice_records: int, settings: ReadSettings) -> Scan:
 def _named(line: bytes) -> list[Any]:
     """Paths of items in a line; empty if it is not a document."""
     try:
-        content = bounded.parse_json(line)["content"]
-        return [item.get("path") for item in content if isinstance(item, Mapping)]
+        return named_files(bounded.parse_json(line))
     except bounded.BAD_CONTENT:
         return []
 

@@ -8,8 +8,18 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mmscale import bounded
+from mmscale.data.documents.chat import CHATS
 from mmscale.data.documents.document_files import File, resolver_of
-from mmscale.data.documents.schema import KEYS, SUFFIXES, Document, Rejected, parse_document
+from mmscale.data.documents.schema import (
+    CHAT_KEYS,
+    CONTENT_KEYS,
+    KEYS,
+    SUFFIXES,
+    Document,
+    Rejected,
+    named_files,
+    parse_document,
+)
 from mmscale.data.documents.slices import ItemStates, ReadSettings, RecordRun
 from mmscale.errors import DataError
 
@@ -37,18 +47,19 @@ def read_columns(file: File, names: Sequence[str], settings: ReadSettings) -> li
                 remedy="correct data.prepare.columns",
             )
         return [*settings.columns, *(name for name in names if name in _OWN and name not in settings.columns)]
-    if "content" not in names:
+    if not set(CONTENT_KEYS) & set(names):
         raise DataError(
-            f"documents: {file} has no column named content, only {', '.join(names)}",
+            f"documents: {file} has no column named content (nor {' or '.join(CHATS)}), only {', '.join(names)}",
             remedy="name the columns that make up a document in their order, e.g. data.prepare.columns=[image,text]",
         )
-    unknown = [name for name in names if name not in KEYS and name not in settings.ignore]
+    keys = KEYS if "content" in names else (*KEYS, *CHAT_KEYS)
+    unknown = [name for name in names if name not in keys and name not in settings.ignore]
     if unknown:
         raise DataError(
             f"documents: {file} has columns that are no keys of documents: {', '.join(unknown)}",
-            remedy=f"rename them ({', '.join(KEYS)}), or data.prepare.ignore=[{','.join(unknown)}]",
+            remedy=f"rename them ({', '.join(keys)}), or data.prepare.ignore=[{','.join(unknown)}]",
         )
-    return [name for name in names if name in KEYS and name != "metadata"]
+    return [name for name in names if name in keys and name != "metadata"]
 
 
 def rows_of(batch: Any) -> list[Row]:
@@ -89,7 +100,8 @@ def documents_of(part: RecordRun, rows: Iterable[Row], split: str | None = None)
         record = _record(row, part.settings.columns)
         if split is not None and record.get("split") is None:
             record = {**record, "split": split}
-        yield parse_document(record, where=where, fallback_id=where, resolve=resolve)
+        ignore = part.settings.ignore  # of messages: columns were chosen by their names already
+        yield parse_document(record, where=where, fallback_id=where, resolve=resolve, ignore=ignore)
 
 
 def with_item_states(
@@ -107,9 +119,7 @@ def with_item_states(
     ends = {run.first + run.count: run for run in runs}
     for batch in batches:
         for record in rows_of(batch):
-            content = None if isinstance(record, str) else _record(record, columns).get("content")
-            items = content if isinstance(content, list) else []
-            states.add([one.get("path") for one in items if isinstance(one, Mapping) and not one.get("bytes")])
+            states.add([] if isinstance(record, str) else _named(_record(record, columns)))
             row += 1
             if row in ends:
                 found.append(replace(ends[row], items=states.take()))
@@ -125,7 +135,7 @@ def _record(row: Mapping[str, Any], columns: Sequence[str]) -> Mapping[str, Any]
         values = [_codes(name, row.get(name)) for name in columns]
         content = [piece for value in _in_order(values) for piece in _pieces(value)]
         return {name: plain[name] for name in _OWN if name in plain and name not in columns} | {"content": content}
-    for key in ("content", "loss"):  # both may be columns of JSON text, for which a table needs no nested schema
+    for key in ("content", "loss", *CHAT_KEYS):  # may be columns of JSON text, so that a table needs no nested schema
         value = plain.get(key)
         if isinstance(value, str) and value[:1] in "[{":
             try:
@@ -133,6 +143,13 @@ def _record(row: Mapping[str, Any], columns: Sequence[str]) -> Mapping[str, Any]
             except ValueError:
                 plain[key] = None
     return plain
+
+
+def _named(record: Mapping[str, Any]) -> list[Any]:
+    try:
+        return named_files(record)
+    except (TypeError, AttributeError):
+        return []
 
 
 def _codes(name: str, value: Any) -> Any:

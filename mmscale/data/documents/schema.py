@@ -16,10 +16,15 @@ from typing import Any, Literal, Protocol
 from numpy.typing import NDArray
 
 from mmscale.data.arrays import parse_array, read_array
+from mmscale.data.documents import chat
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.vocab import ASSISTANT, END_OF_TURN
 
 TRAIN, VALIDATION = "train", "validation"
 # Keys of a record; `metadata` is for the user and is not read.
 KEYS = ("id", "content", "loss", "group", "split", "metadata")
+CONTENT_KEYS = ("content", *chat.CHATS)  # a record has one of them
+CHAT_KEYS = (*chat.CHATS, *chat.IMAGES)  # further keys of chat records, instead of `content`
 SplitName = Literal["train", "validation"]
 
 
@@ -54,7 +59,14 @@ class Tokens:
     ids: tuple[int, ...]
 
 
-Content = Text | Item | Tokens
+@dataclass(frozen=True)
+class Special:
+    """A reserved token of the vocabulary, by its name. Only chat records have them."""
+
+    token: str
+
+
+Content = Text | Item | Tokens | Special
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +80,7 @@ class Document:
         loss: modalities whose labels are trained on; None: all of them.
         split: its split, regardless of its group.
         group: documents of one group are in the same split; None: the id is the group.
+        answers: for each piece of content whether it is trained on, as far as `loss` allows; None: all are.
     """
 
     id: str
@@ -76,6 +89,7 @@ class Document:
     loss: tuple[str, ...] | None = None
     split: SplitName | None = None
     group: str | None = None
+    answers: tuple[bool, ...] | None = None
 
     def items(self, modality: str) -> tuple[Item, ...]:
         """The document's items of a modality, in order."""
@@ -129,10 +143,6 @@ class DocumentSlice(Protocol):
 _SHOWN = 200  # longest path in a message [characters]
 
 
-class BadDocumentError(Exception):
-    """Why a record is not a document; becomes Rejected.reason."""
-
-
 # Returns the file or the bytes of an item for its path; raises BadDocumentError.
 Resolver = Callable[[str], Path | bytes]
 
@@ -166,7 +176,13 @@ def folder_resolver(folder: Path) -> Resolver:
 
 
 def parse_document(
-    record: Any, *, where: str, fallback_id: str, resolve: Resolver, ignore: Collection[str] = ()
+    record: Any,
+    *,
+    where: str,
+    fallback_id: str,
+    resolve: Resolver,
+    ignore: Collection[str] = (),
+    question: bool = False,
 ) -> Document | Rejected:
     """Check one decoded record and convert it.
 
@@ -175,17 +191,23 @@ def parse_document(
         where: file and record, for messages.
         fallback_id: id of a record that has none.
         resolve: finds the files of items.
-        ignore: further keys that a record may have; they are not read.
+        ignore: further keys that a record or a message may have; they are not read.
+        question: it is to be answered: a chat record ends before its last answer.
     """
     document_id = fallback_id
     try:
         if not isinstance(record, Mapping):
             raise BadDocumentError(f"the record is a {type(record).__name__}, not an object")
         document_id = _parse_name(record, "id") or fallback_id
-        _check_keys(record, ignore)
-        content = tuple(_parse_items(record.get("content"), resolve))
+        key = chat.chat_key(record)
+        _check_keys(record, (*ignore, *(CHAT_KEYS if key else ())))
+        answers: tuple[bool, ...] | None = None
+        if key is None:
+            content = tuple(_parse_items(record.get("content"), resolve))
+        else:
+            content, answers = _parse_messages(chat.messages_of(record, key, ignore), resolve, question)
         loss, split = _parse_loss(record.get("loss")), _parse_split(record.get("split"))
-        return Document(document_id, content, where, loss, split, _parse_name(record, "group"))
+        return Document(document_id, content, where, loss, split, _parse_name(record, "group"), answers)
     except BadDocumentError as error:
         return Rejected(where, document_id.encode("utf-8", "replace").decode(), str(error))
 
@@ -204,8 +226,8 @@ def _check_keys(record: Mapping[str, Any], ignore: Collection[str]) -> None:
     for key, value in record.items():
         if key in KEYS or key in ignore or value is None:
             continue
-        near = difflib.get_close_matches(str(key), KEYS, n=1)
-        meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KEYS)}"
+        near = difflib.get_close_matches(str(key), (*KEYS, *chat.CHATS), n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join((*KEYS, *chat.CHATS))}"
         raise BadDocumentError(f"unknown key {key!r}: {meant} (data.prepare.ignore names keys that are not to be read)")
 
 
@@ -213,6 +235,26 @@ def _parse_split(split: Any) -> SplitName | None:
     if split is None or split in (TRAIN, VALIDATION):
         return split
     raise BadDocumentError(f"split is {split!r}, neither {TRAIN!r} nor {VALIDATION!r}")
+
+
+def _parse_messages(
+    messages: list[chat.Message], resolve: Resolver, question: bool
+) -> tuple[tuple[Content, ...], tuple[bool, ...]]:
+    """Pieces of a conversation, and which of them are trained on: answers with the end of the message behind them."""
+    content: list[Content] = []
+    answers: list[bool] = []
+    for message in messages:
+        try:
+            own = list(_parse_items(message.parts, resolve))
+        except BadDocumentError as error:
+            raise BadDocumentError(f"{message.where}: {error}") from error
+        content += [Special(message.token), *own, Special(END_OF_TURN)]
+        answers += [False, *[message.trained] * (len(own) + 1)]
+    if question and messages[-1].token == ASSISTANT:
+        raise BadDocumentError(f"{messages[-1].where}: a question ends with a message of the user")
+    if not question and not any(answers):
+        raise BadDocumentError("the conversation has no message of the assistant that is trained on")
+    return tuple(content), tuple(answers)
 
 
 def _parse_items(content: Any, resolve: Resolver) -> Iterator[Content]:
@@ -305,6 +347,18 @@ def know_modality(name: str, suffixes: Iterable[str]) -> None:
     _PARSERS.clear()
     _PARSERS.update(parsers)
     SUFFIXES.update(dict.fromkeys(suffixes, name))
+
+
+def named_files(record: Any) -> list[Any]:
+    """Values in a record that may be paths of files, so that changes of these files are noticed; any record is allowed.
+
+    Raises:
+        TypeError, KeyError, AttributeError: it is no record.
+    """
+    content = record.get("content")
+    if content is None:
+        return chat.named_files(record)
+    return [one.get("path") for one in content if isinstance(one, Mapping) and not one.get("bytes")]
 
 
 def _parse_loss(loss: Any) -> tuple[str, ...] | None:

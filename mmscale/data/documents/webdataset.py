@@ -19,9 +19,10 @@ from typing import Any
 from mmscale import bounded
 from mmscale.data.documents import energon
 from mmscale.data.documents.document_files import File
+from mmscale.data.documents.refusal import BadDocumentError
 from mmscale.data.documents.schema import (
+    CONTENT_KEYS,
     SUFFIXES,
-    BadDocumentError,
     Document,
     Rejected,
     Resolver,
@@ -254,13 +255,13 @@ def _refused(key: str, members: Sequence[tarfile.TarInfo], facts: ArchiveFacts) 
 
 
 def _parse_sample(key: str, files: Mapping[str, bytes], where: str, part: RecordRun) -> Document | Rejected:
-    """A sample with a .json that has `content` is a document; otherwise its text and its image are a pair."""
+    """A sample whose .json has `content` or messages is a document; otherwise its text and its image are a pair."""
     record: Any = {}
     described = next((data for name, data in files.items() if name.lower() == "json"), None)
     try:
         if described is not None:
             record = bounded.parse_json(described)
-        if not isinstance(record, Mapping) or "content" not in record:
+        if not isinstance(record, Mapping) or not record.keys() & set(CONTENT_KEYS):
             record = _pair(key, files, record if isinstance(record, Mapping) else {}, part)
     except ValueError as error:
         reason = "broken JSON: " + ("not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error))

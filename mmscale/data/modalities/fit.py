@@ -17,7 +17,8 @@ import numpy as np
 
 from mmscale.config import PrepareConfig
 from mmscale.config.plugins import use_of
-from mmscale.data.documents.schema import BadDocumentError, Document, DocumentSlice, SplitName, Text
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Document, DocumentSlice, SplitName, Text
 from mmscale.data.modalities import text_tokens
 from mmscale.data.modalities.modality import Codec, Report, Sample
 from mmscale.data.modalities.table import MODALITIES, folder_of, load_codec, read_item

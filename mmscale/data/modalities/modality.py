@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import PrepareConfig
-from mmscale.data.documents.schema import BadDocumentError, Document, DocumentSlice, Item, SplitName
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Document, DocumentSlice, Item, SplitName
 from mmscale.data.modalities.patches import codebook
 
 Values = NDArray[Any]  # one item, in the form that its modality uses: pixels uint8 [H, W, C], samples float32 [S]

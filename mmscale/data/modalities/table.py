@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mmscale import bounded
-from mmscale.data.documents.schema import BadDocumentError, Item, know_modality
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Item, know_modality
 from mmscale.data.modalities.audio import AudioModality
 from mmscale.data.modalities.image import ImageModality
 from mmscale.data.modalities.modality import Codec, Codes, Modality, Tally, Values, count

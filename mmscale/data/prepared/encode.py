@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.data.documents.schema import BadDocumentError, Document, Item, Rejected, Text, Tokens, article
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Document, Item, Rejected, Special, Text, Tokens, article
 from mmscale.data.modalities.modality import Codec, Tally, Values, count
 from mmscale.data.modalities.table import read_item
 from mmscale.data.modalities.text_tokens import TextTokenizer
@@ -31,7 +32,10 @@ class Encoded:
         tokens: tokens of each modality, int64 [modalities]; begin and end tokens count as text.
         loss: bit m set: labels of modality m are trained on.
         document: the encoded document.
-        text_bytes: of its texts in UTF-8; None if some of its text was given as tokens, whose bytes are unknown.
+        text_bytes: of its texts, of answers if it has any, in UTF-8; None if some of them were given as tokens, whose
+            bytes are unknown.
+        trained: for each token whether it is trained on as a label, bool [tokens]; None: `loss` says it for all but
+            the first.
     """
 
     ids: Ids
@@ -39,6 +43,15 @@ class Encoded:
     loss: int
     document: Document
     text_bytes: int | None = None
+    trained: NDArray[np.bool_] | None = None
+
+    def labels(self, vocabulary: Vocabulary) -> Ids:
+        """Labels of each modality that are trained on, int64 [modalities]."""
+        if self.trained is not None:
+            return np.bincount(vocabulary.modality_of(self.ids[self.trained]), minlength=len(self.tokens))
+        labels = self.tokens.copy()
+        labels[0] -= 1  # a document's first token, which is text, is never a label
+        return labels * (self.loss >> np.arange(len(labels)) & 1)
 
 
 class DocumentEncoder:
@@ -130,6 +143,8 @@ class DocumentEncoder:
                 ids = next(remaining)
             elif isinstance(piece, Tokens):
                 ids = self._pretokenised(piece)
+            elif isinstance(piece, Special):
+                ids = _ids(self._reserved(piece))
             else:
                 begin, end = self._marks(piece)
                 draft += [_ids(begin), piece, _ids(end)]
@@ -145,6 +160,11 @@ class DocumentEncoder:
             )
         self._loss_bits(document)
         return [*draft, _ids(EOS)]
+
+    def _reserved(self, piece: Special) -> int:
+        if not self.vocabulary.reserved:
+            raise BadDocumentError("messages need tokens that the vocabulary does not have: set vocab.reserved=true")
+        return self.vocabulary.reserved_id(piece.token)
 
     def _marks(self, item: Item) -> tuple[int, int]:
         """Ids of the begin and end tokens of an item.
@@ -208,12 +228,32 @@ class DocumentEncoder:
         modality = self.vocabulary.modality_of(ids)
         assert modality.min() > NO_MODALITY, "padding inside a document"
         tokens = np.bincount(modality, minlength=len(self.vocabulary.names)).astype(np.int64)
-        return Encoded(ids, tokens, self._loss_bits(document), document, self._text_bytes(document))
+        loss = self._loss_bits(document)
+        trained = _trained(document, pieces)
+        if trained is not None:
+            trained &= (loss >> modality.astype(np.int64) & 1).astype(bool)
+        return Encoded(ids, tokens, loss, document, self._text_bytes(document), trained)
 
     def _text_bytes(self, document: Document) -> int | None:
-        if any(isinstance(piece, Tokens) and piece.modality == self.vocabulary.names[0] for piece in document.content):
+        answers = document.answers or (True,) * len(document.content)
+        content = [piece for piece, trained in zip(document.content, answers, strict=True) if trained]
+        if any(isinstance(piece, Tokens) and piece.modality == self.vocabulary.names[0] for piece in content):
             return None
-        return sum(len(piece.text.encode()) for piece in document.content if isinstance(piece, Text))
+        return sum(len(piece.text.encode()) for piece in content if isinstance(piece, Text))
+
+
+def _trained(document: Document, pieces: Sequence[Ids]) -> NDArray[np.bool_] | None:
+    """For each token whether it belongs to an answer; None: the document has no answers.
+
+    Args:
+        document: of which an item has become three pieces: its begin token, codes and end token.
+        pieces: ids of `<s>`, of its content and of `</s>`.
+    """
+    if document.answers is None:
+        return None
+    numbers = [3 if isinstance(piece, Item) else 1 for piece in document.content]
+    of_pieces = np.concatenate([[False], np.repeat(document.answers, numbers), [False]])
+    return np.repeat(of_pieces, [len(piece) for piece in pieces])
 
 
 def text_remarks(tally: Mapping[str, float]) -> list[str]:

@@ -24,6 +24,7 @@ from mmscale.data.modalities.table import MODALITIES, decode_item, folder_of, lo
 from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokenizer
 from mmscale.data.prepared.content_facts import content_facts
 from mmscale.data.prepared.identity import identity_of
+from mmscale.data.prepared.label_masks import label_counts, map_label_counts
 from mmscale.data.prepared.manifest import Manifest, Part, read_manifest, read_table
 from mmscale.data.prepared.parts import read_document, total_tallies
 from mmscale.data.prepared.selection import read_selection
@@ -164,7 +165,7 @@ def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> d
     Returns:
         `text` (special tokens and items as marks), `content` (pieces as in a document file), `files` by modality,
         `images` (those of them), `sheet` (a file), `tokens` per modality, `loss` (modalities whose labels are trained
-        on).
+        on), `labels` (those labels per modality; in conversations only those of answers).
 
     Raises:
         DataError: the data set is missing or damaged, or there is no such document.
@@ -173,6 +174,8 @@ def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> d
     part, position = _locate(folder, manifest, split, index)
     ids = read_document(folder, part, position)
     row = read_table(folder, part)[position]
+    listed = map_label_counts(folder, part)[position][None] if part.masked else None
+    labels = label_counts(row[None], listed)[0]
     text, codecs = open_text_tokenizer(folder), open_codecs(folder)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -207,6 +210,7 @@ def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> d
         "sheet": str(sheet),
         "tokens": dict(zip(manifest.modalities, row[:-1].tolist(), strict=True)),
         "loss": [name for bit, name in enumerate(manifest.modalities) if int(row[-1]) >> bit & 1],
+        "labels": dict(zip(manifest.modalities, labels.tolist(), strict=True)),
     }
 
 

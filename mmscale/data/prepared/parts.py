@@ -25,7 +25,9 @@ from mmscale.data.documents.schema import TRAIN, VALIDATION, Document, DocumentS
 from mmscale.data.modalities.modality import Tally, count
 from mmscale.data.prepared.encode import DocumentEncoder, Encoded
 from mmscale.data.prepared.folder_lock import write_error
+from mmscale.data.prepared.label_masks import LABELS, MASK
 from mmscale.data.prepared.manifest import MOST_BYTES, Part
+from mmscale.data.prepared.mask_writer import MaskWriter
 from mmscale.data.prepared.repeated_ids import SUFFIX, keep_ids
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
@@ -49,6 +51,11 @@ _CODES: dict[np.dtype[Any], int] = {
 DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
+def suffixes_of(*, masked: bool) -> tuple[str, ...]:
+    """Suffixes of the files of a part."""
+    return (*SUFFIXES, MASK, LABELS) if masked else SUFFIXES
+
+
 def dtype_for(vocabulary: Vocabulary) -> np.dtype[Any]:
     """Type of the ids on disk: uint16 if every id fits, otherwise int32.
 
@@ -59,7 +66,7 @@ def dtype_for(vocabulary: Vocabulary) -> np.dtype[Any]:
 
 
 class PartWriter:
-    """Writes one split of one part: `<prefix>.bin`, `.idx` and `.meta.npy`, each under a unique temporary name first.
+    """Writes the files of one split of one part, `<prefix>.bin` and others, each under a unique temporary name first.
 
     megatron's own builder is not used, because it keeps Python lists and leaves half-written files.
 
@@ -79,9 +86,10 @@ class PartWriter:
         self._rows: list[NDArray[np.int64]] = []
         self._text_bytes: int | None = 0
         self._text_labels = 0
+        self._masks = MaskWriter(vocabulary)
         self._stream: BinaryIO | None = None
         self._hasher = Hasher()
-        self._temporary = {suffix: temporary_for(self._path(suffix)) for suffix in SUFFIXES}
+        self._temporary = {suffix: temporary_for(self._path(suffix)) for suffix in suffixes_of(masked=True)}
         self.digests: dict[str, str] = {}
 
     def _path(self, suffix: str) -> Path:
@@ -104,8 +112,9 @@ class PartWriter:
         if encoded.loss & 1:
             counted = None if None in (self._text_bytes, encoded.text_bytes) else encoded.text_bytes
             self._text_bytes = None if counted is None else (self._text_bytes or 0) + counted
-            self._text_labels += int(encoded.tokens[0]) - 1  # a document's first token is never a label
+            self._text_labels += int(encoded.labels(self.vocabulary)[0])
         self._rows.append(np.append(encoded.tokens, encoded.loss))
+        self._masks.add(encoded)
 
     def finish(self) -> Part | None:
         """Flush the files to disk and give them their final names; None if no document was added."""
@@ -116,7 +125,8 @@ class PartWriter:
         table = np.stack(self._rows)
         content = io.BytesIO()
         np.save(content, table)
-        for suffix, data in ((".idx", index_bytes(self._lengths, self.dtype)), (".meta.npy", content.getvalue())):
+        tables = {".idx": index_bytes(self._lengths, self.dtype), ".meta.npy": content.getvalue()}
+        for suffix, data in (tables | self._masks.files()).items():
             with self._temporary[suffix].open("wb") as stream:
                 stream.write(data)
                 sync(stream)
@@ -124,7 +134,8 @@ class PartWriter:
             whole.update(data)
             self.digests[self.prefix + suffix] = whole.hexdigest()
         self.digests[self.prefix + ".bin"] = self._hasher.hexdigest()
-        publish([(temporary, self._path(suffix)) for suffix, temporary in self._temporary.items()])
+        written = suffixes_of(masked=self._masks.needed)
+        publish([(self._temporary[suffix], self._path(suffix)) for suffix in written])
         tokens = dict(zip(self.vocabulary.names, table[:, :-1].sum(axis=0).tolist(), strict=True))
         sizes = [self._path(suffix).stat().st_size for suffix in (".bin", ".idx")]
         return Part(
@@ -135,6 +146,7 @@ class PartWriter:
             idx_bytes=sizes[1],
             text_bytes=self._text_bytes,
             text_labels=self._text_labels,
+            masked=self._masks.needed,
         )
 
     def abort(self) -> None:
@@ -321,7 +333,7 @@ def _chunks(job: PartJob) -> Iterator[list[Document | Rejected]]:
 
 
 def _sizes(folder: Path, splits: dict[str, Part]) -> dict[str, int]:
-    files = [part.prefix + suffix for part in splits.values() for suffix in SUFFIXES]
+    files = [part.prefix + suffix for part in splits.values() for suffix in suffixes_of(masked=part.masked)]
     return {file: (folder / file).stat().st_size for file in files}
 
 

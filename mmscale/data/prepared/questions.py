@@ -5,7 +5,8 @@ One JSON object per line, with the keys of a document and
     "choices": [" cat", " dog"], "answer": 1       which of these ends the document?
     "answer": " dog"                                does the model write exactly this?
 
-An answer is appended to the last text unchanged, with its leading space if it has one. No torch here.
+An answer is appended to the last text unchanged, with its leading space if it has one. A conversation ends with a
+message of the user, and the answer is the assistant's message that follows. No torch here.
 """
 
 from __future__ import annotations
@@ -17,14 +18,22 @@ from typing import Any
 
 from mmscale import bounded
 from mmscale.config import Config
-from mmscale.data.documents.schema import Document, Rejected, Text, folder_resolver, parse_document
+from mmscale.data.documents.schema import (
+    Content,
+    Document,
+    Rejected,
+    Special,
+    Text,
+    folder_resolver,
+    parse_document,
+)
 from mmscale.data.modalities.table import open_codecs
 from mmscale.data.modalities.text_tokens import open_text_tokenizer
 from mmscale.data.prepared.encode import DocumentEncoder, Encoded
 from mmscale.data.prepared.manifest import most_complete, read_blend
 from mmscale.data.prepared.named_tasks import named_tasks
 from mmscale.data.prepared.tasks import TaskItem, read_task
-from mmscale.data.vocab import Vocabulary
+from mmscale.data.vocab import ASSISTANT, END_OF_TURN, Vocabulary
 from mmscale.errors import DataError
 
 _MOST_LINE = 64 << 20  # bytes, as for documents
@@ -145,7 +154,7 @@ def _parsed(line: bytes, *, where: str, resolve: Any) -> _Question:
     if not isinstance(record, dict):
         raise DataError(f"task: {where}: the line is no object", remedy=_FORMAT)
     choices, answer = record.pop("choices", None), record.pop("answer", None)
-    document = parse_document(record, where=where, fallback_id=where, resolve=resolve)
+    document = parse_document(record, where=where, fallback_id=where, resolve=resolve, question=True)
     if isinstance(document, Rejected):
         raise DataError(f"task: {where}: {document.reason}", remedy=_FORMAT)
     if choices is None:
@@ -169,16 +178,29 @@ def _encoded(question: _Question, encoder: DocumentEncoder) -> TaskItem:
     it.
     """
     rows = [_ids(_ending_with(question.document, answer), encoder) for answer in question.answers]
+    alone = _ids(_answered(question.document), encoder)
+    if question.document.answers is not None:  # an answer ends with the message; nothing was trained to follow that
+        rows = [row[:-1] for row in rows]
     whole = rows[question.right]
     # A single answer is compared with the question alone, which ends with `</s>`; no answer begins with that.
-    start = _common(rows if len(rows) > 1 else [whole, _ids(question.document, encoder)])
+    start = _common(rows if len(rows) > 1 else [whole, alone])
     answers = tuple(row[start:] for row in rows)
     if len(set(answers)) < len(answers) or not all(answers):
         raise DataError(f"task: {question.document.where}: two choices have the same tokens", remedy="make them differ")
     return TaskItem(whole, (start, len(whole)), answers if len(answers) > 1 else ())
 
 
+def _answered(document: Document, *answer: Content) -> Document:
+    """A question with the pieces of an answer: after the last text, or as the assistant's message."""
+    if document.answers is None:
+        return replace(document, content=(*document.content, *answer))
+    content = (*document.content, Special(ASSISTANT), *answer)
+    return replace(document, content=content, answers=(True,) * len(content))
+
+
 def _ending_with(document: Document, answer: str) -> Document:
+    if document.answers is not None:
+        return _answered(document, Text(answer), Special(END_OF_TURN))
     *before, last = document.content
     content = (*before, Text(last.text + answer)) if isinstance(last, Text) else (*before, last, Text(answer))
     return replace(document, content=content)

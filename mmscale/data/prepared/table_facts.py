@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from mmscale import bounded
-from mmscale.data.prepared.manifest import FIRST_MODALITY, Manifest, Part, checked_table, parts_of
+from mmscale.data.prepared.label_masks import label_counts, map_label_counts
+from mmscale.data.prepared.manifest import Manifest, Part, checked_table, parts_of
 from mmscale.errors import DataError
 from mmscale.runtime.atomic_files import write_atomic
 
@@ -107,11 +108,9 @@ def _in_order(
 def _of_part(folder: Path, manifest: Manifest, part: Part) -> TableFacts:
     table = checked_table(folder, part, manifest.modalities)
     lengths = _lengths(table)
-    where, modalities = int(lengths.argmax()), len(manifest.modalities)
-    labels = table[:, :modalities].copy()
-    labels[:, FIRST_MODALITY] -= 1  # a document's first token is never a label
-    trained = (table[:, modalities, None] >> np.arange(modalities)) & 1
-    return TableFacts(int(lengths[where]), where, tuple((labels * trained).sum(axis=0).tolist()))
+    where = int(lengths.argmax())
+    labels = label_counts(table, map_label_counts(folder, part) if part.masked else None)
+    return TableFacts(int(lengths[where]), where, tuple(labels.sum(axis=0).tolist()))
 
 
 def _lengths(table: np.ndarray) -> np.ndarray:

@@ -291,10 +291,9 @@ class Mixture:
                 of_token = np.repeat(np.arange(len(documents)), lengths)
                 ids = source.read(documents, table)
                 modality = checked_modality(ids, source, documents, table, vocabulary=self.vocabulary)
-                following = np.roll(modality, -1)  # wrong at the ends of documents, which the mask excludes
-                has_label = np.ones(len(ids), bool)
-                has_label[ends - 1] = False
-                trained = has_label & table.trained[of_token, following]
+                following = np.roll(modality, -1)
+                # The first token of a document is never trained on, so the last one has no label.
+                trained = np.roll(source.trained(documents, table, modality), -1)
                 # The padding of a document up to the multiple belongs to the document.
                 padded = padded_lengths(lengths, self.document_multiple)
                 used = int(padded.sum())

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.data.prepared.identity import selection_of
+from mmscale.data.prepared.label_masks import read_mask
 from mmscale.data.prepared.manifest import check_vocabulary, parts_of, read_manifest
 from mmscale.data.prepared.selection import DocumentWeights
 from mmscale.data.stream.table import DocumentRows, DocumentTable
@@ -155,6 +156,47 @@ class Source:
             out[begin:end] += self._parts[number].id_offset or 0
             begin = end
         return out
+
+    def trained(
+        self, documents: NDArray[np.integer], table: DocumentRows, modality: NDArray[np.int8]
+    ) -> NDArray[np.bool_]:
+        """Whether each token of some documents is trained on as a label, bool [sum of their lengths].
+
+        Args:
+            documents: their numbers.
+            table: the result of `rows` for them.
+            modality: of each token.
+
+        Raises:
+            DataError: a mask is damaged.
+        """
+        ends = np.cumsum(table.lengths)
+        starts, of_token = ends - table.lengths, np.repeat(np.arange(len(documents)), table.lengths)
+        found: NDArray[np.bool_] = table.trained[of_token, modality]
+        found[starts] = False
+        parts = np.searchsorted(self._ends, documents, side="right")
+        for number in np.unique(parts).tolist():
+            part = self._parts[number]
+            if not part.masked:
+                continue
+            chosen = np.flatnonzero(parts == number)
+            index = (self._open.get(number) or self._open_part(number)).dataset.index
+            places = documents[chosen] - (int(self._ends[number]) - part.documents)
+            spans = [
+                (int(index.sequence_pointers[place]) // index.dtype_size, int(table.lengths[one]))
+                for place, one in zip(places.tolist(), chosen.tolist(), strict=True)
+            ]
+            for one, mask in zip(chosen.tolist(), read_mask(self.folder, part, spans), strict=True):
+                own = slice(int(starts[one]), int(ends[one]))
+                labels = np.bincount(modality[own][mask], minlength=table.labels.shape[1])
+                if mask[0] or (labels != table.labels[one]).any():
+                    raise DataError(
+                        f"data: the mask of {self.where(int(documents[one]))} has {labels.tolist()} labels per "
+                        f"modality, its table {table.labels[one].tolist()}",
+                        remedy=_AGAIN,
+                    )
+                found[own] = mask
+        return found
 
     def where(self, document: int) -> str:
         """A document's place, for messages."""

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.prepared import table_facts
-from mmscale.data.prepared.manifest import FIRST_MODALITY, Part, checked_table, map_table, refuse_damaged
+from mmscale.data.prepared.label_masks import label_counts, map_label_counts
+from mmscale.data.prepared.manifest import Part, checked_table, map_table, refuse_damaged
 
-_MAPS = 128  # largest number of open maps; each needs a file descriptor
+_MAPS = 128  # largest number of parts with open maps; each needs a file descriptor or two
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +30,12 @@ class DocumentRows:
     Attributes:
         counts: tokens per modality of each document, int32 [n, K].
         bits: loss masks: bit m set, labels of modality m are trained on, int64 [n].
+        labels: labels per modality that are trained on, int32 [n, K]; a label is the next token of the same document.
     """
 
     counts: NDArray[np.int32]
     bits: NDArray[np.int64]
+    labels: NDArray[np.int32]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -43,13 +46,6 @@ class DocumentRows:
     def trained(self) -> NDArray[np.bool_]:
         """Whether labels of a modality are trained on, bool [n, K]."""
         return (self.bits[:, None] >> np.arange(self.counts.shape[1])) & 1 == 1
-
-    @cached_property
-    def labels(self) -> NDArray[np.int32]:
-        """Labels per modality that are trained on, int32 [n, K]; a label is the next token of the same document."""
-        labels = self.counts.copy()
-        labels[:, FIRST_MODALITY] -= 1
-        return labels * self.trained
 
 
 class DocumentTable:
@@ -73,8 +69,10 @@ class DocumentTable:
         self.whole = int(self._ends[-1]) <= table_facts.LARGE
         self._rows: DocumentRows | None = None
         if self.whole:
-            self._rows = _rows(np.concatenate([checked_table(folder, part, modalities) for part in parts]))
-        self._maps: OrderedDict[int, NDArray[Any]] = OrderedDict()
+            tables = [checked_table(folder, part, modalities) for part in parts]
+            labels = [_labels(folder, part, table) for part, table in zip(parts, tables, strict=True)]
+            self._rows = _rows(np.concatenate(tables), np.concatenate(labels))
+        self._maps: OrderedDict[int, tuple[NDArray[Any], NDArray[Any] | None]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes except the maps, for worker processes that do not fork."""
@@ -87,16 +85,21 @@ class DocumentTable:
             DataError: a table is missing or damaged.
         """
         if self._rows is not None:
-            return DocumentRows(self._rows.counts[documents], self._rows.bits[documents])
+            whole = self._rows
+            return DocumentRows(whole.counts[documents], whole.bits[documents], whole.labels[documents])
         table = np.empty((len(documents), len(self._modalities) + 1), np.int64)
+        labels = np.empty((len(documents), len(self._modalities)), np.int64)
         part_of = np.searchsorted(self._ends, documents, side="right")
         by_part = np.argsort(part_of, kind="stable")
         numbers, firsts = np.unique(part_of[by_part], return_index=True)
         for number, chosen in zip(numbers.tolist(), np.split(by_part, firsts[1:]), strict=True):
             start = int(self._ends[number]) - self._parts[number].documents
-            table[chosen] = self._map(number)[documents[chosen] - start]
+            own, listed = self._map(number)
+            places = documents[chosen] - start
+            table[chosen] = own[places]
+            labels[chosen] = label_counts(own[places], None if listed is None else listed[places])
             refuse_damaged(table[chosen], self._folder, self._parts[number], self._modalities)
-        return _rows(table)
+        return _rows(table, labels)
 
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each document of the split, int32 [D]."""
@@ -105,14 +108,20 @@ class DocumentTable:
         tables = (checked_table(self._folder, part, self._modalities) for part in self._parts)
         return np.concatenate([table[:, :-1].sum(axis=1, dtype=np.int32) for table in tables])
 
-    def _map(self, number: int) -> NDArray[Any]:
-        """A part's table, mapped; closes the one that was opened first if too many are open."""
+    def _map(self, number: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """A part's table and label counts, mapped; closes those that were opened first if too many are open."""
         if number not in self._maps:
             if len(self._maps) >= _MAPS:
                 self._maps.popitem(last=False)
-            self._maps[number] = map_table(self._folder, self._parts[number])
+            part = self._parts[number]
+            listed = map_label_counts(self._folder, part) if part.masked else None
+            self._maps[number] = map_table(self._folder, part), listed
         return self._maps[number]
 
 
-def _rows(table: NDArray[Any]) -> DocumentRows:
-    return DocumentRows(table[:, :-1].astype(np.int32), table[:, -1].astype(np.int64))
+def _labels(folder: Path, part: Part, table: NDArray[Any]) -> NDArray[np.int64]:
+    return label_counts(table, map_label_counts(folder, part) if part.masked else None)
+
+
+def _rows(table: NDArray[Any], labels: NDArray[np.int64]) -> DocumentRows:
+    return DocumentRows(table[:, :-1].astype(np.int32), table[:, -1].astype(np.int64), labels.astype(np.int32))

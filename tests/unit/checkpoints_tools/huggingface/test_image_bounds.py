@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints_tools.huggingface.shipped import pixels_moma
-from mmscale.data.documents.schema import BadDocumentError, Image
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Image
 from mmscale.data.modalities import image_files
 from tests.bounded_work import bounded_work
 from tests.unit.data.samples import load_image

@@ -17,7 +17,8 @@ from checkpoints_tools.huggingface.shipped import pixels_moma
 from checkpoints_tools.huggingface.shipped.image_codes_moma import read_codes, write_codes
 from checkpoints_tools.huggingface.shipped.processing_moma import MomaProcessor
 from mmscale.cli import main
-from mmscale.data.documents.schema import BadDocumentError, Image
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Image
 from mmscale.data.modalities import image_files
 from mmscale.data.modalities.image import ImageModality
 from mmscale.data.modalities.image_kinds import load_image_tokenizer

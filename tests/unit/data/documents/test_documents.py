@@ -17,7 +17,8 @@ import PIL.Image
 import pytest
 
 from mmscale.data.documents.readers import list_files, scan_files
-from mmscale.data.documents.schema import BadDocumentError, Document, Image, Rejected, Text, Tokens
+from mmscale.data.documents.refusal import BadDocumentError
+from mmscale.data.documents.schema import Document, Image, Rejected, Text, Tokens
 from mmscale.data.documents.slices import ReadSettings
 from mmscale.errors import DataError
 from tests.unit.data.samples import image, load_image, picture, save_picture, text, write_jsonl

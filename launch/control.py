@@ -165,11 +165,12 @@ def _changed(run: Path, planned: submit.Planned, *, yes: bool) -> list[str]:
     newest = store.newest()
     if newest is None:
         return []
+    stage = STAGES[planned.record.stage]
     return check_changes(
-        planned.config,
+        stage.recorded(planned.config),
         store.info(newest),
         where=str(store.path(newest)),
-        settings=STAGES[planned.record.stage].settings,
+        settings=stage.settings,
         yes=yes,
     )
 

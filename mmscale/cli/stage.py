@@ -18,13 +18,15 @@ class StageName(StrEnum):
 
     MAIN = "main"
     AUXILIARY = "auxiliary"
+    SFT = "sft"
 
 
 OfStage = Annotated[
     StageName,
     typer.Option(
         "--stage",
-        help="main: the model; auxiliary: its causal routers, after the main run, with all other weights frozen.",
+        help="main: the model; auxiliary: its causal routers, after the main run, with all other weights frozen; sft: "
+        "the model on conversations, from the main run's weights, with a loss on answers only.",
     ),
 ]
 FromScratch = Annotated[

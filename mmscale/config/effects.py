@@ -119,6 +119,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "optim": Effect.FREE,
     "optim.freeze": Effect.FREE,  # the optimizer's state must fit (`checkpoint.shape.check_frozen`)
     "auxiliary": Effect.FREE,
+    "sft": Effect.FREE,
     "parallel": Effect.FREE,
     "precision": Effect.FREE,  # rounding; slots that FP8 rounds up are reported
     "checkpoint": Effect.FREE,

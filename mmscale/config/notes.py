@@ -49,7 +49,9 @@ def _prepare(met: Callable[[PrepareConfig], bool]) -> Callable[[Config], bool]:
 
 def _schedule(section: str) -> list[Need]:
     def optim(config: Config) -> OptimConfig:
-        return config.auxiliary.optim if "." in section else config.optim
+        stage, _, _ = section.rpartition(".")
+        own: OptimConfig = getattr(config, stage).optim if stage else config.optim
+        return own
 
     def plugged(setting: str, table: Table[Any]) -> Need:
         return Need(
@@ -114,6 +116,7 @@ NEEDS: tuple[Need, ...] = (
     Need("train", ("loss_args",), "a plug-in as train.loss", lambda config: config.train.loss not in LOSSES),
     *_schedule("optim"),
     *_schedule("auxiliary.optim"),
+    *_schedule("sft.optim"),
     Need(
         "optim.muon",
         tuple(MuonConfig.model_fields),
@@ -206,7 +209,9 @@ NEEDS: tuple[Need, ...] = (
 
 
 def _limits_norms(config: Config) -> bool:
-    return any(optim.grad_norm_skip_threshold is not None for optim in (config.optim, config.auxiliary.optim))
+    return any(
+        optim.grad_norm_skip_threshold is not None for optim in (config.optim, config.auxiliary.optim, config.sft.optim)
+    )
 
 
 def notes(config: Config) -> list[str]:

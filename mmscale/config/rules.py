@@ -17,6 +17,7 @@ from mmscale.config.precision import rules as precision
 from mmscale.config.problem import Problem, Rule, as_error
 from mmscale.config.resilience import rules as resilience
 from mmscale.config.schema import Config
+from mmscale.config.sft import rules as sft
 from mmscale.config.train import rules as train
 from mmscale.config.vocab import rules as vocab
 
@@ -46,5 +47,5 @@ def check(config: Config, *, world_size: int | None = None) -> None:
         raise as_error(problems)
 
 
-_TOPICS = (vocab, model, experts, parallel, train, optim, auxiliary, resilience, data, precision, checkpoint)
+_TOPICS = (vocab, model, experts, parallel, train, optim, auxiliary, sft, resilience, data, precision, checkpoint)
 _RULES: tuple[Rule, ...] = tuple(rule for topic in _TOPICS for rule in topic.RULES)

@@ -17,6 +17,7 @@ from mmscale.config.parallel.schema import ParallelConfig
 from mmscale.config.precision.schema import PrecisionConfig
 from mmscale.config.resilience.schema import ResilienceConfig
 from mmscale.config.section import Name, Section, Seed, setting
+from mmscale.config.sft.schema import SftStageConfig
 from mmscale.config.train.schema import TrainConfig
 from mmscale.config.vocab.schema import VocabConfig
 
@@ -39,6 +40,7 @@ class Config(Section):
     train: TrainConfig = setting("Steps, batches, evaluation and loss.", TrainConfig())
     optim: OptimConfig = setting("Optimizer and learning-rate schedule.", OptimConfig())
     auxiliary: AuxiliaryStageConfig = setting("Training of the auxiliary routers.", AuxiliaryStageConfig())
+    sft: SftStageConfig = setting("Supervised fine-tuning on conversations.", SftStageConfig())
     parallel: ParallelConfig = setting("Layout of model and batch over ranks.", ParallelConfig())
     precision: PrecisionConfig = setting("Number formats.", PrecisionConfig())
     checkpoint: CheckpointConfig = setting("Saving, keeping and mirroring checkpoints.", CheckpointConfig())

@@ -52,12 +52,12 @@ PLUGINS: Table[PluginKind] = Table(
     {
         "schedule": PluginKind(
             meaning="learning rate of a step after the warm-up",
-            settings=("optim.schedule", "auxiliary.optim.schedule"),
+            settings=("optim.schedule", "auxiliary.optim.schedule", "sft.optim.schedule"),
             page="extending/schedule.md",
         ),
         "optimizer": PluginKind(
             meaning="update of parameters from gradients and two moments",
-            settings=("optim.optimizer", "auxiliary.optim.optimizer"),
+            settings=("optim.optimizer", "auxiliary.optim.optimizer", "sft.optim.optimizer"),
             given=("parameter groups",),
             methods=("step",),
             subclass_of="mmscale.extend:HostFusedAdam",

@@ -160,7 +160,7 @@ class Schedule(Choice):
 
 SCHEDULES: Table[Schedule] = Table(
     "Learning-rate schedules",
-    ("optim.schedule", "auxiliary.optim.schedule"),
+    ("optim.schedule", "auxiliary.optim.schedule", "sft.optim.schedule"),
     {
         "constant": Schedule(meaning="the peak until the end", comparable=True),
         "linear": Schedule(meaning="a straight line from the peak to min_lr", reads=("min_lr",)),
@@ -193,7 +193,7 @@ class OptimizerKind(Choice):
 
 OPTIMIZERS: Table[OptimizerKind] = Table(
     "Optimizers",
-    ("optim.optimizer", "auxiliary.optim.optimizer"),
+    ("optim.optimizer", "auxiliary.optim.optimizer", "sft.optim.optimizer"),
     {
         "adamw": OptimizerKind(meaning="AdamW, with decoupled weight decay"),
         "muon": OptimizerKind(
@@ -233,7 +233,7 @@ class MomentFormat(Choice):
 
 MOMENTS: Table[MomentFormat] = Table(
     "Formats of Adam's moments",
-    ("optim.moments", "auxiliary.optim.moments"),
+    ("optim.moments", "auxiliary.optim.moments", "sft.optim.moments"),
     {
         "fp32": MomentFormat(meaning="8 bytes per parameter", bytes=8.0),
         "bf16": MomentFormat(meaning="4 bytes per parameter", bytes=4.0, bf16=True, compact=True),

@@ -25,9 +25,10 @@ from mmscale.train.attempt import Attempt
 from mmscale.train.stages.auxiliary_stage import AuxiliaryStage
 from mmscale.train.stages.built import BuiltStage, Given
 from mmscale.train.stages.main import MainStage
+from mmscale.train.stages.sft_stage import SftStage
 from mmscale.train.stages.table import MAIN, STAGES
 
-BUILDERS: Mapping[str, Callable[[Given], BuiltStage]] = {MAIN: MainStage, "auxiliary": AuxiliaryStage}
+BUILDERS: Mapping[str, Callable[[Given], BuiltStage]] = {MAIN: MainStage, "auxiliary": AuxiliaryStage, "sft": SftStage}
 
 
 def main(
@@ -69,7 +70,7 @@ def main(
     tasks = from_first(asked)  # the same on every rank, even if a node still sees an older version of the file
     starting.tell("building the model")
     run = Path(config.run.dir) / config.run.name
-    given = Given(config, settings, run, entry.folder(run), env, groups)
+    given = Given(entry.recorded(config), settings, run, entry.folder(run), env, groups)
     try:
         with (
             StopRequest(grace_s=grace_of(grace_s)) as stop,

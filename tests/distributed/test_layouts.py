@@ -176,6 +176,20 @@ def test_fewer_key_value_heads_than_tensor_parallel_ranks(references: References
     _run(references, "moma_one_kv_head", tmp_path, 2, layouts)
 
 
+ANSWERS = {
+    **{name: TWO_RANKS[name] for name in ("tp2_loss_chunks", "pp2_interleaved_loss_chunks", "ep2", "dp2_overlap")},
+    "cp2": {"cp": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "model", ["moma_depth_joint", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("moma_actual", "moe"))]
+)
+def test_a_loss_on_answers_only(references: References, model: str, tmp_path: Path) -> None:
+    """Ranks, micro-batches and chunks have different numbers of trained labels, some none."""
+    _run(references, model, tmp_path, 2, ANSWERS, reserved=True, data={"document_multiple": 4}, micro_batch_size=1)
+
+
 LAYOUTS = {2: TWO_RANKS, 4: FOUR_RANKS}
 
 

@@ -235,12 +235,20 @@ def test_it_is_refused_everywhere(
     said = {"train": refused(mmscale("train", config, *settings))}
     for stage in STAGES:
         if case.stages or stage == MAIN:
-            said[stage] = refused(dry_run(*settings, "--stage", stage))
+            said[stage] = refused(dry_run(*settings, *_own(stage, settings, made), "--stage", stage))
     assert listing(tmp_path) == before
     if case.by_ranks:
         monkeypatch.setattr(Stage, "preflight", lambda *_, **__: None)
         said["ranks"] = refused(mmscale("train", config, *settings))
     assert len(set(said.values())) == 1, said
+
+
+def _own(stage: str, settings: list[str], made: Made) -> list[str]:
+    """The settings of a stage that reads other data than the main run: here the same."""
+    if stage != "sft":
+        return []
+    named = [text.replace("data.", "sft.", 1) for text in settings if text.startswith(("data.path=", "data.blend="))]
+    return [text for text in named if text != "sft.path=null"] or [f"sft.path={made.main}"]
 
 
 def test_what_is_right_is_not_refused(made: Made, dry_run: Callable[..., Ended], tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ STEPS = 12
 SETTINGS = {
     MAIN: ("checkpoint.every=2",),
     "auxiliary": (f"auxiliary.steps={STEPS}", "auxiliary.checkpoint_every=2", "auxiliary.calibration_batches=2"),
+    "sft": (f"sft.steps={STEPS}", "sft.checkpoint_every=2", "sft.optim.lr=1e-3"),
 }
-STEPPERS: dict[str, type[Any]] = {MAIN: Stepper, "auxiliary": RouterStepper}
+STEPPERS: dict[str, type[Any]] = {MAIN: Stepper, "auxiliary": RouterStepper, "sft": Stepper}
 SHARED = (f"train.steps={STEPS}", "train.eval_every=0", "train.dry_run=false", "checkpoint.keep=3", "parallel.ep=1")
 EXACT = ("loss", "grad_norm", "lr", "tokens", "output_norm")
 
@@ -85,13 +86,14 @@ class Courses:
     """Makes runs of a stage, each with the main run that it needs."""
 
     config: Path
+    data: Path
     main: Path
     stage: str
 
     def course(self, place: Path) -> Course:
         if self.stage != MAIN:
             shutil.copytree(self.main, place / "tiny")
-        command = ["train", str(self.config), f"run.dir={place}", "--stage", self.stage]
+        command = ["train", str(self.config), f"run.dir={place}", f"sft.path={self.data}", "--stage", self.stage]
         return Course(self.stage, [*command, *SHARED, *SETTINGS[self.stage]], place / "tiny")
 
 
@@ -105,8 +107,8 @@ def main_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=list(STAGES))
-def courses(request: pytest.FixtureRequest, config: Path, main_run: Path) -> Courses:
-    return Courses(config, main_run, request.param)
+def courses(request: pytest.FixtureRequest, config: Path, digits: Path, main_run: Path) -> Courses:
+    return Courses(config, digits, main_run, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +224,7 @@ def test_stopped_within_an_evaluation(courses: Courses, undisturbed: Undisturbed
 
 def held_out(course: Course) -> dict[str, Any]:
     """What the evaluation after the last step gave."""
-    if course.stage == MAIN:
+    if course.stage != "auxiliary":
         last = read_metrics(course.folder)[-1]
         return {key: value for key, value in last.items() if key.startswith("eval/")}
     report = course.folder / "report.json"
@@ -241,7 +243,12 @@ def test_killed_behind_the_last_step(courses: Courses, undisturbed: Undisturbed,
 @pytest.mark.exhaustive
 def test_memory_is_newer_than_the_disk(courses: Courses, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A rank is killed in the middle, then all when the last save begins: the end is the same, and is saved."""
-    memory = ("resilience.memory_every=1", "checkpoint.every=0", "auxiliary.checkpoint_every=0")
+    memory = (
+        "resilience.memory_every=1",
+        "checkpoint.every=0",
+        "auxiliary.checkpoint_every=0",
+        "sft.checkpoint_every=0",
+    )
     course = courses.course(tmp_path)
     assert course.live("1:6:step:kill", *memory).statuses[1] == -signal.SIGKILL
     life = course.live(f"*:{STEPS}:save:kill", *memory)

@@ -1,4 +1,4 @@
-"""Rules about the optimizers of the main run and of the auxiliary routers, and about their schedules.
+"""Rules about the optimizers of the main run and of its stages, and about their schedules.
 
 A comment next to each rule gives its reason.
 """
@@ -20,6 +20,7 @@ def _optim(config: Config) -> Iterator[Problem]:
     yield from _optimizer(config.optim, config.train.steps, section="optim", of="train")
     stage = config.auxiliary
     yield from _optimizer(stage.optim, stage.steps, section="auxiliary.optim", of="auxiliary")
+    yield from _optimizer(config.sft.optim, config.sft.steps, section="sft.optim", of="sft")
 
 
 def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
@@ -68,6 +69,7 @@ def _moments(config: Config) -> Iterator[Problem]:
     for section, optim, copied in (
         ("optim", config.optim, True),
         ("auxiliary.optim", config.auxiliary.optim, joint),
+        ("sft.optim", config.sft.optim, True),
     ):
         stored = MOMENTS[optim.moments]
         if stored.bf16 and optim.beta2 > _BF16_BETA2:

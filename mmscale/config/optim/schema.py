@@ -1,4 +1,4 @@
-"""Settings of the optimizer and its learning-rate schedule (`optim`, `auxiliary.optim`)."""
+"""Settings of the optimizer and its learning-rate schedule (`optim`, `auxiliary.optim`, `sft.optim`)."""
 
 from __future__ import annotations
 

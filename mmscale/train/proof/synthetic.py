@@ -1,6 +1,7 @@
 """Synthetic micro-batches from an index, for layout checks and benchmarks.
 
 They have the shapes and per-token data of real batches: documents of text with image blocks inside, padding at the end.
+If the vocabulary has the tokens of chat messages, only the end of some documents is trained on, like an answer.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class SyntheticMixture:
             for _ in range(self.config.train.micro_batch_size)
         ]
         batch, _ = pack_rows(rows, vocabulary=self.vocabulary, seq_length=length, multiple=multiple)
+        if self.vocabulary.reserved:
+            batch = _answers_only(batch, rng, self.vocabulary)
         return replace(batch, index=index)
 
     def sequence_counts(self, index: int) -> NDArray[np.int64]:
@@ -86,3 +89,15 @@ class SyntheticMixture:
             return ids
         ids[-1] = EOS
         return ids
+
+
+def _answers_only(batch: MicroBatch, rng: np.random.Generator, vocabulary: Vocabulary) -> MicroBatch:
+    """The batch with a loss on the last labels of each document, on all of them, or on none."""
+    mask = batch.loss_mask.copy()
+    for row, documents in enumerate(batch.document_ids):
+        for document in np.unique(documents):
+            own = np.flatnonzero((documents == document) & (mask[row] > 0))
+            mask[row, own[: int(rng.integers(0, len(own) + 1))]] = 0.0
+    modality = vocabulary.modality_of(batch.labels)
+    counts = tuple(int(((modality == m) & (mask > 0)).sum()) for m in range(len(vocabulary.names)))
+    return replace(batch, loss_mask=mask, label_counts=counts)

@@ -14,7 +14,7 @@ from mmscale.data.prepared.identity import compare, identities, known
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.errors import ConfigError
 from mmscale.train.preflight import check_function, check_ids, newest_whole
-from mmscale.train.stages.origin import check_origin, folder_of, main_origin
+from mmscale.train.stages.origin import check_origin, folder_of, main_origin, with_share_of
 
 
 def stage_config(config: Config) -> Config:
@@ -95,10 +95,4 @@ def _check_data(config: Config, blend: Mapping[Path, Manifest], info: Mapping[st
 
 def with_main_share(config: Config) -> Config:
     """The configuration with `auto` shares replaced by those of the main checkpoint, whatever the data of the stage."""
-    store = Store.of_run(Path(config.run.dir) / config.run.name)
-    info = store.info(store.choose())
-    share = info.get("config", {}).get("model", {}).get("experts", {}).get("share")
-    if config.model.experts.share != "auto" or not isinstance(share, dict):
-        return config
-    experts = config.model.experts.model_copy(update={"share": share})
-    return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
+    return with_share_of(config, Store.of_run(Path(config.run.dir) / config.run.name))

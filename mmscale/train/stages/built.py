@@ -27,7 +27,7 @@ class Given:
     """The inputs for building a stage, on every rank.
 
     Attributes:
-        config: the run's configuration, shares resolved.
+        config: the configuration that the stage records, shares resolved.
         settings: the stage's, from `Stage.settings`.
         run: the run's folder.
         folder: the stage's folder.

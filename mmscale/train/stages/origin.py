@@ -1,4 +1,4 @@
-"""The main checkpoint that auxiliary routers belong to: recorded in the stage's checkpoints, checked here. No torch."""
+"""The main checkpoint that a stage builds on: recorded in the stage's checkpoints, checked here. No torch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,29 @@ def folder_of(run: Path) -> Path:
 
 
 def main_origin(store: Store, step: int) -> dict[str, Any]:
-    """Identifies the main checkpoint that routers belong to: its step, and the digest of its manifest."""
+    """Identifies the main checkpoint that a stage builds on: its step, and the digest of its manifest."""
     file = store.path(step) / integrity.MANIFEST
     content = file.read_bytes() if file.is_file() else b""
     return {"main_step": step, "main_digest": hashlib.sha256(content).hexdigest()[:16]}
+
+
+def with_share_of(config: Config, store: Store, step: int | None = None) -> Config:
+    """The configuration with `auto` shares of modalities replaced by those of a checkpoint.
+
+    Args:
+        config: of a stage that builds on the checkpoint.
+        store: has the checkpoint.
+        step: its step; None: the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    info = store.info(store.choose(step))
+    share = info.get("config", {}).get("model", {}).get("experts", {}).get("share")
+    if config.model.experts.share != "auto" or not isinstance(share, dict):
+        return config
+    experts = config.model.experts.model_copy(update={"share": share})
+    return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
 
 
 def find_routers(run: Path, main_step: int) -> tuple[Path, int] | None:

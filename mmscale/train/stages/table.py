@@ -15,7 +15,7 @@ from mmscale.config.rules import check
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.data.stream.checks import check_data
 from mmscale.train.preflight import check_mirror, check_profile, check_resume
-from mmscale.train.stages import auxiliary_settings, origin
+from mmscale.train.stages import auxiliary_settings, origin, sft_settings
 
 MAIN = "main"
 
@@ -36,6 +36,8 @@ class Stage:
         check_model: refuses a model for which the stage has nothing to do.
         check_origin: refuses a checkpoint of another stage that this one cannot build on; called with the run's
             configuration, the manifests of its data, and whether a change of the data is confirmed.
+        recorded: returns the configuration that its folder and checkpoints record: the run's, or that of the stage as a
+            run by itself.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Stage:
     inherit: Callable[[Config], Config]
     check_model: Callable[[Config], None]
     check_origin: Callable[[Config, Mapping[Path, Manifest], bool], None]
+    recorded: Callable[[Config], Config]
 
     def folder(self, run: Path) -> Path:
         """Folder of the stage in a run: checkpoints, logs, launches."""
@@ -98,7 +101,8 @@ class Stage:
             return
         self.check_origin(config, blend, yes)
         store = Store.of_run(self.folder(Path(config.run.dir) / config.run.name))
-        check_resume(config, store, blend, yes=yes, settings=self.settings, from_scratch=from_scratch)
+        own = self.recorded(config)
+        check_resume(own, store, blend, yes=yes, settings=self.settings, from_scratch=from_scratch)
 
 
 def _begins(config: Config, blend: Mapping[Path, Manifest], yes: bool) -> None:
@@ -126,6 +130,7 @@ STAGES = {
             inherit=_unchanged,
             check_model=_anything,
             check_origin=_begins,
+            recorded=_unchanged,
         ),
         Stage(
             name="auxiliary",
@@ -137,6 +142,19 @@ STAGES = {
             inherit=auxiliary_settings.with_main_share,
             check_model=auxiliary_settings.check_model,
             check_origin=auxiliary_settings.check_main,
+            recorded=_unchanged,
+        ),
+        Stage(
+            name=sft_settings.NAME,
+            help="the model on conversations, from the main run's weights, with a loss on answers only",
+            subfolder=sft_settings.FOLDER,
+            steps="sft.steps",
+            optim="sft.optim",
+            settings=sft_settings.stage_config,
+            inherit=sft_settings.with_share,
+            check_model=sft_settings.check_model,
+            check_origin=sft_settings.check_main,
+            recorded=sft_settings.recorded,
         ),
     )
 }

@@ -67,10 +67,19 @@ class TrainState(Counters):
             models[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata())
         return models
 
-    def restore(self, loaded: dict[str, Any]) -> None:
-        """Restore the result of `checkpoint.sharded.read`."""
+    def take_weights(self, loaded: dict[str, Any]) -> None:
+        """Take over the weights of another run, as read for `sharded_weights`; the rest of the state is not changed."""
+        self._load_weights(loaded)
+        for optimizer in self.optimizers():
+            optimizer.reload_model_params()
+
+    def _load_weights(self, loaded: dict[str, Any]) -> None:
         for index, chunk in enumerate(self.chunks):
             unwrapped(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{index}"])
+
+    def restore(self, loaded: dict[str, Any]) -> None:
+        """Restore the result of `checkpoint.sharded.read`."""
+        self._load_weights(loaded)
         if self.optimizer is not None:
             _take_over(self.optimizer, loaded.get("optimizer"))
         if self.routers is not None:

@@ -146,7 +146,7 @@ def test_every_setting_of_the_schema_is_in_the_table() -> None:
     assert [name for name in EFFECTS if name not in all_keys()] == [], "no such setting"
     sections = {name for name in EFFECTS if all_keys()[name].section is not None}
     assert sections == {
-        *("vocab", "optim", "auxiliary", "parallel", "precision", "checkpoint", "resilience", "log"),
+        *("vocab", "optim", "auxiliary", "sft", "parallel", "precision", "checkpoint", "resilience", "log"),
         *(
             "model.depth",
             "model.experts.token_choice",

@@ -32,7 +32,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         f"{section}.{key}": (value, {f"{section.replace('.', '__')}__schedule": without}, {
             f"{section.replace('.', '__')}__schedule": needed
         })
-        for section in ("optim", "auxiliary.optim")
+        for section in ("optim", "auxiliary.optim", "sft.optim")
         for key, value, without, needed in (
             ("decay", 10, "cosine", "wsd"),
             ("power_exponent", -0.3, "wsd", "power"),
@@ -45,7 +45,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         f"{section}.optimizer_args": ({"a": 1}, {}, {
             f"{section.replace('.', '__')}__optimizer": "package.module:Optimizer"
         })
-        for section in ("optim", "auxiliary.optim")
+        for section in ("optim", "auxiliary.optim", "sft.optim")
     },
     **{
         f"optim.muon.{key}": (value, {}, {"optim__optimizer": "muon"})

@@ -276,6 +276,17 @@ BROKEN = [
         {"auxiliary__global_batch_size": 3, "auxiliary__micro_batch_size": 2},
         "auxiliary: the global batch of 3 sequences",
     ),
+    ({"sft__global_batch_size": 3, "sft__micro_batch_size": 2}, "sft: the global batch of 3 sequences"),
+    ({"sft__path": "a", "sft__blend": [{"path": "b"}]}, "sft.path and sft.blend are both set"),
+    ({"sft__optim__warmup": 11, "sft__steps": 10}, "sft.optim.warmup = 11 steps is more than sft.steps = 10"),
+    (
+        {"sft__optim__moments": "te_fp8", "precision__dtype": "bf16", "resilience__memory_every": 1},
+        "sft.optim.moments = te_fp8 with resilience.memory_every",
+    ),
+    (
+        {"vocab__reserved": True, "vocab__modalities": [{"name": "text", "size": 26}, {"name": "image", "size": 8}]},
+        "text has 26 ids, fewer than the 27 special tokens",
+    ),
     ({"model__auxiliary__mode": "stage"}, "is set by"),
     ({"model__experts__threshold_decay": 1.0}, "threshold_decay = 1 keeps"),
     ({"model__dropout": 1.0}, "model.dropout = 1 drops every output"),

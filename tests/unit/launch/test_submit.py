@@ -268,7 +268,8 @@ def test_after_names_a_job_or_a_run(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES.values(), ids=list(STAGES))
 def test_a_stage_is_launched_in_its_own_folder(config: Path, stage: Stage) -> None:
     cluster = profile(config.parent)
-    (planned,) = submit.plan_launch(config, cluster=cluster, stage=stage.name, after=True)
+    own = [f"sft.path={config.parent / 'set'}"]
+    (planned,) = submit.plan_launch(config, own, cluster=cluster, stage=stage.name, after=True)
     run = config.parent / "runs" / "tiny"
     assert planned.record.run == str(stage.folder(run)) and planned.record.main_run == run
     name = "-".join(filter(None, ("mmscale-tiny", stage.subfolder)))
@@ -277,7 +278,7 @@ def test_a_stage_is_launched_in_its_own_folder(config: Path, stage: Stage) -> No
     assert told[told.index("--stage") + 1] == stage.name
     if stage.name != MAIN:  # it goes on from what is not there yet
         with pytest.raises(CheckpointError, match="no committed checkpoint"):
-            submit.plan_launch(config, cluster=cluster, stage=stage.name)
+            submit.plan_launch(config, own, cluster=cluster, stage=stage.name)
 
 
 @pytest.mark.parametrize("ranks_by", ["srun", "torchrun"])

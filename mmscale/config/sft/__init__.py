@@ -1,0 +1,1 @@
+"""Settings of supervised fine-tuning, and the rules between them."""

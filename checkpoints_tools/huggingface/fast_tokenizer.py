@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, processors
 
+from checkpoints_tools.huggingface.chat_template import chat_template
 from mmscale import bounded
 from mmscale.data.modalities.model_vocabulary import ids_of, with_ids
 from mmscale.data.modalities.text_tokens import TextTokenizer
@@ -21,6 +22,8 @@ from mmscale.errors import DataError
 
 def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, rows: int, context: int) -> Any:
     """Transformers' PreTrainedTokenizerFast; without further options it puts `<s>` before a text.
+
+    With reserved ids it has a chat template, and reads special tokens in a text unless `split_special_tokens` is set.
 
     Args:
         text: the data set's tokenizer.
@@ -66,8 +69,12 @@ def fast_tokenizer(text: TextTokenizer, vocabulary: Vocabulary, *, rows: int, co
         model_max_length=context,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
+        # A server renders a chat template to a string and encodes that, so its special tokens must be read as such. The
+        # processor encodes texts of users with the opposite.
+        split_special_tokens=not vocabulary.reserved,
     )
+    if vocabulary.reserved:
+        made.chat_template = chat_template()
     ids = made.convert_tokens_to_ids([*vocabulary.specials, *named])
     assert ids == [*range(len(vocabulary.specials)), *named.values()], "tokenizers gave other ids than asked for"
     assert len(made) == rows, "the tokenizer has other ids than the embedding"

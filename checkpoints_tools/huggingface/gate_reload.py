@@ -191,12 +191,13 @@ def _texts(folder: Path, said: dict[str, Any], wanted: dict[str, Tensor]) -> dic
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     tokens = processor.tokenizer
     texts, ids = said["texts"], said["ids"]
+    literal = {"split_special_tokens": True} if tokens.chat_template else {}  # else it is the tokenizer's default
     found = {
         "other_ids": [text for text, own in zip(texts, ids, strict=True) if processor.encode([text])[1:] != own],
         "other_plain_ids": [
             text
             for text, own in zip(texts, ids, strict=True)
-            if tokens(text, add_special_tokens=False)["input_ids"] != own
+            if tokens(text, add_special_tokens=False, **literal)["input_ids"] != own
         ],
     }
     names = [key.removeprefix("codes.") for key in sorted(wanted) if key.startswith("codes.")]

@@ -38,7 +38,7 @@ from checkpoints_tools.huggingface.export_settings import (
 from checkpoints_tools.huggingface.fast_tokenizer import fast_tokenizer
 from checkpoints_tools.huggingface.files import ModelFiles, refuse_two_output_layers
 from checkpoints_tools.huggingface.model_config import model_config
-from checkpoints_tools.huggingface.prompts import Prompt, document_of, refuse_unknown_characters
+from checkpoints_tools.huggingface.prompts import Prompt, document_of, parts_of, refuse_unknown_characters
 from checkpoints_tools.huggingface.run_weights import RunWeights
 from checkpoints_tools.huggingface.shipped.configuration_moma import MomaConfig
 from checkpoints_tools.huggingface.shipped.image_codes_moma import read_codes
@@ -84,8 +84,8 @@ class DecodedSample:
     Attributes:
         prompt: the prompt that it continues.
         pieces: texts, pictures and other items in order.
-        ids: its tokens, without `</s>`.
-        ended: by `</s>`; otherwise the limit was reached.
+        ids: its tokens, without the one that ended it.
+        ended: by `</s>` or the end of a message; otherwise the limit was reached.
     """
 
     prompt: Prompt
@@ -130,6 +130,7 @@ class Generator:
             items=self.rules(),
             context=self.config.model.seq_length,
             never=range(vocab.size, vocab.padded_size),
+            ends=Vocabulary.from_config(vocab).ends,
             use_cache=self.use_cache,
         )
         asked = [prompt for prompt in prompts for _ in range(count)]
@@ -145,11 +146,26 @@ class Generator:
                 raise UsageError("this model was trained without images", remedy="leave --image and --draw away")
             if name != "image" and name not in self.processor.codecs:
                 raise UsageError(f"this model was trained without {name}", remedy="leave its files and --begin away")
+        if prompt.chat and not self.config.vocab.reserved:
+            raise UsageError(
+                "--chat: the vocabulary of this model has no tokens for messages",
+                remedy="train with vocab.reserved=true, and on conversations: `mmscale train CONFIG --stage sft`",
+            )
         refuse_unknown_characters(self.processor.tokenizer, prompt.text)
         try:
-            ids: list[int] = self.processor(
-                content=document_of(prompt), draw=prompt.opens, max_length=_UNBOUNDED, return_tensors=None
-            )["input_ids"][0]
+            content = document_of(prompt)
+            ids: list[int]
+            if prompt.chat:
+                ids = self.processor.apply_chat_template(
+                    [{"role": "user", "content": parts_of(content)}],
+                    add_generation_prompt=True,
+                    draw=prompt.opens,
+                    return_tensors=None,
+                )["input_ids"][0]
+            else:
+                ids = self.processor(content=content, draw=prompt.opens, max_length=_UNBOUNDED, return_tensors=None)[
+                    "input_ids"
+                ][0]
         except (ValueError, OSError) as error:  # the processor's message about a file
             raise DataError(
                 str(error), remedy="name another picture" if not prompt.items else "name another file"

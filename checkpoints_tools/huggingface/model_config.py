@@ -10,7 +10,7 @@ from typing import Any
 from checkpoints_tools.huggingface.weights import is_native, model_type
 from mmscale.config import Config, derived
 from mmscale.config.derived import shared_width
-from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
+from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD, Vocabulary
 from mmscale.tables.settings import ROPE_SCALINGS
 
 # Settings of transformers' own classes besides numbers.
@@ -130,11 +130,12 @@ def token_choice(config: Config) -> dict[str, Any] | None:
 
 def generation_config(config: Config) -> dict[str, Any]:
     """The content of generation_config.json: ids that belong to no modality are never generated."""
+    ends = list(Vocabulary.from_config(config.vocab).ends)
     unused = list(range(config.vocab.size, config.vocab.padded_size))
     return {
         "_from_model_config": False,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
-        "eos_token_id": EOS,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
         **({"suppress_tokens": unused} if unused else {}),
     }

@@ -23,6 +23,7 @@ class Prompt:
         draw: an image must follow.
         items: files of other modalities, each with the name of its modality.
         begin: the modality of an item that must follow; "": none.
+        chat: it is a message of the user, and the assistant's answer follows.
     """
 
     text: str
@@ -30,6 +31,7 @@ class Prompt:
     draw: bool = False
     items: tuple[tuple[str, Path], ...] = ()
     begin: str = ""
+    chat: bool = False
 
     @property
     def opens(self) -> str:
@@ -68,6 +70,17 @@ def document_of(prompt: Prompt) -> list[Any]:
             )
     rest = [waiting[part].pop(0) if odd % 2 else part for odd, part in enumerate(parts) if odd % 2 or part]
     return [*first, *rest]
+
+
+def parts_of(document: list[Any]) -> list[Any]:
+    """The pieces of `document_of` as the content of a chat message."""
+    found = []
+    for piece in document:
+        if isinstance(piece, str):
+            found.append({"type": "text", "text": piece})
+        else:
+            found.append(piece if isinstance(piece, dict) else {"type": IMAGE, "image": piece})
+    return found
 
 
 def refuse_unknown_characters(tokenizer: Any, text: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +16,7 @@ import typer
 from mmscale.cli import ranks
 from mmscale.cli.named_files import existing
 from mmscale.cli.output import Json, emit
+from mmscale.cli.sampled import Drawn, Made, recognised, show, written
 from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 from mmscale.runtime.waiting import waiting
@@ -26,36 +26,6 @@ if TYPE_CHECKING:
     from mmscale.inference.generate import Sampling
     from mmscale.inference.guidance import GuidanceSweep
     from mmscale.runtime.rank_env import RankEnv
-
-_BATCH = (
-    "routing: batch: experts choose among whole sequences, so that only images (with --begin, other items) are drawn, "
-    "beside held-out documents"
-)
-
-
-@dataclass
-class _Made:
-    """A generated item.
-
-    Attributes:
-        modality: its name.
-        values: decoded by its tokenizer; for an image pixels uint8 [height, width, channels].
-        codec: the tokenizer; None for an image.
-    """
-
-    modality: str
-    values: Any
-    codec: Any = None
-
-
-@dataclass
-class _Drawn:
-    """The result for one prompt, in order: texts and items."""
-
-    prompt: str
-    pieces: list[Any]
-    tokens: int | None = None
-    ended: bool | None = None
 
 
 def sample(
@@ -74,6 +44,12 @@ def sample(
             help="Text of the prompt; may be repeated. Each <image> in it is replaced by one of the --image files.",
         ),
     ],
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Each prompt is a message of the user; the model answers it, as it learned in --stage sft."
+        ),
+    ] = (False),
     image: Annotated[
         list[Path] | None,
         typer.Option("--image", metavar="FILE", help="Image for every prompt, before its text; may be repeated."),
@@ -179,6 +155,7 @@ def sample(
         tell(f"continuing {len(prompt)} {'prompt' if len(prompt) == 1 else 'prompts'} {count} times")
         if opened is None:
             only_batch = [
+                ("--chat", chat),
                 ("--image", files),
                 ("--item", items),
                 ("--top-k", top_k),
@@ -194,17 +171,17 @@ def sample(
                 )
             facts, drawn = _with_batch_routing(path, step, prompt, begin, count, chosen, shared)
         else:
-            asked = [(text, files, draw, items, begin) for text in prompt]
+            asked = [(text, files, draw, items, begin, chat) for text in prompt]
             facts, drawn = _continued(opened, path, asked, count, chosen)
             if compared is not None:
                 losses = {f"{value:g}": loss for value, loss in compared.losses.items()}
                 facts["guidance"] = {"chosen": compared.best, "items": compared.items, "losses": losses}
     if shared is not None and not shared.is_first:
         return
-    result = facts | _written(drawn, prompt, count, out)
+    result = facts | written(drawn, prompt, count, out)
     if recognise:
-        result["recognition"] = _recognised(drawn)
-    emit(result, as_json=as_json, text=lambda: _print(result))
+        result["recognition"] = recognised(drawn)
+    emit(result, as_json=as_json, text=lambda: show(result))
 
 
 def _open(
@@ -232,7 +209,7 @@ def _open(
 
 def _continued(
     opened: Any, path: Path, prompts: list[tuple[Any, ...]], count: int, sampling: Sampling
-) -> tuple[dict[str, Any], list[_Drawn]]:
+) -> tuple[dict[str, Any], list[Drawn]]:
     from checkpoints_tools.huggingface.prompts import Prompt
 
     asked = [Prompt(*one) for one in prompts]
@@ -240,7 +217,7 @@ def _continued(
     for line in opened.resized(asked[0]) if asked[0].images else ():
         typer.echo(f"note: {line}", err=True)
     drawn = [
-        _Drawn(
+        Drawn(
             one.prompt.text,
             [_made(piece) for piece in one.pieces],
             len(one.ids),
@@ -260,8 +237,8 @@ def _made(piece: Any) -> Any:
         return piece
     if isinstance(piece, PIL.Image.Image):
         pixels = np.asarray(piece)
-        return _Made("image", pixels.reshape(*pixels.shape[:2], -1))
-    return _Made(piece.modality, piece.values, piece.codec.codec)
+        return Made("image", pixels.reshape(*pixels.shape[:2], -1))
+    return Made(piece.modality, piece.values, piece.codec.codec)
 
 
 def _guidance(given: str) -> float | None:
@@ -298,7 +275,7 @@ def _with_batch_routing(
     count: int,
     sampling: Sampling,
     shared: RankEnv | None,
-) -> tuple[dict[str, Any], list[_Drawn]]:
+) -> tuple[dict[str, Any], list[Drawn]]:
     from mmscale.inference.draw import draw
     from mmscale.inference.model import open_run
 
@@ -313,86 +290,4 @@ def _with_batch_routing(
             modality=modality or "image",
         )
         facts = {"run": str(run), "step": model.step, "routing": "batch"}
-    return facts, [_Drawn(one.prompt, [_Made(one.modality, own, one.codec)]) for one in drawings for own in one.items]
-
-
-def _written(drawn: list[_Drawn], prompts: list[str], count: int, out: Path) -> dict[str, Any]:
-    """Writes items and returns a summary: `samples`, `images`, `files` by modality, `sheet` (None without items)."""
-    from mmscale.data.modalities.table import MODALITIES
-    from mmscale.report.figures import sample_rows
-
-    samples: list[dict[str, Any]] = []
-    files: dict[str, list[str]] = {"image": []}
-    rows: list[tuple[str, list[Any]]] = [(prompt, []) for prompt in prompts]
-    for number, one in enumerate(drawn):
-        row, index = divmod(number, count)
-        pieces: list[dict[str, str]] = []
-        for piece in one.pieces:
-            if isinstance(piece, str):
-                pieces.append({"text": piece})
-                continue
-            kind = MODALITIES[piece.modality]
-            before = sum("text" not in other for other in pieces)
-            file = out / (f"{row:02d}_{index}" + (f"_{before}" if before else "") + kind.written)
-            out.mkdir(parents=True, exist_ok=True)
-            kind.write(piece.values, file, piece.codec)
-            pieces.append({piece.modality: str(file)})
-            files.setdefault(piece.modality, []).append(str(file))
-            rows[row][1].append(kind.picture(piece.values, piece.codec))
-        text = "".join(piece.get("text", "") for piece in pieces)
-        length = {} if one.tokens is None else {"tokens": one.tokens, "ended": one.ended}
-        samples.append({"prompt": one.prompt, "text": text, "pieces": pieces, **length})
-    sheet = None
-    if any(files.values()):
-        sheet = str(out / "samples.png")
-        sample_rows(rows, Path(sheet))
-    return {"sheet": sheet, "images": files["image"], "files": files, "samples": samples}
-
-
-def _recognised(drawn: list[_Drawn]) -> dict[str, Any]:
-    from mmscale.inference.recognise import recognise
-
-    first = [
-        next((piece.values for piece in one.pieces if isinstance(piece, _Made) and piece.modality == "image"), None)
-        for one in drawn
-    ]
-    found = recognise([(one.prompt, picture) for one, picture in zip(drawn, first, strict=True)])
-    by_word = {word: {"asked": asked, "right": right} for word, (asked, right) in found.by_word.items()}
-    return {
-        "asked": found.asked,
-        "right": found.right,
-        "share": found.share,
-        "ceiling": found.ceiling,
-        "by_word": by_word,
-    }
-
-
-def _items(result: dict[str, Any]) -> str:
-    """Number of images and of other items, in words."""
-    others = [f"{len(own)} {name} files" for name, own in result["files"].items() if own and name != "image"]
-    images = [f"{len(result['images'])} images"] if result["images"] or not others else []
-    return " and ".join([*images, *others])
-
-
-def _print(result: dict[str, Any]) -> None:
-    if "guidance" in result:
-        found = result["guidance"]
-        losses = ", ".join(f"{value}: {loss:.4f}" for value, loss in found["losses"].items())
-        typer.echo(
-            f"guidance {found['chosen']:g} fits {found['items']} held-out items best ({losses} nats a token)", err=True
-        )
-    if result["routing"] == "batch":
-        typer.echo(f"drew {_items(result)} with batch routing, all of them in {result['sheet']}")
-        typer.echo(_BATCH, err=True)
-    else:
-        for one in result["samples"]:
-            parts = [piece.get("text") or f"[{next(iter(piece.values()))}]" for piece in one["pieces"]]
-            typer.echo(f"{one['prompt']!r} -> {' '.join(parts)}{'' if one['ended'] else ' ...'}")
-        where = f", all of them in {result['sheet']}" if result["sheet"] else ""
-        typer.echo(f"{len(result['samples'])} samples with {_items(result)}{where}", err=True)
-    if "recognition" in result:
-        found = result["recognition"]
-        typer.echo(
-            f"{found['right']} of {found['asked']} drawn digits ({found['share']:.1%}) are read as asked "
-            f"by a classifier that reads {found['ceiling']:.1%} of real ones right"
-        )
+    return facts, [Drawn(one.prompt, [Made(one.modality, own, one.codec)]) for one in drawings for own in one.items]

@@ -99,9 +99,10 @@ def generate(
     items: Sequence[ItemRules],
     context: int,
     never: Sequence[int] = (),
+    ends: Sequence[int] = (EOS,),
     use_cache: bool = True,
 ) -> list[Continuation]:
-    """Continue every prompt until `</s>` or its limit.
+    """Continue every prompt until a token that ends it, or its limit.
 
     Args:
         model: a causal language model of transformers in evaluation mode.
@@ -110,6 +111,7 @@ def generate(
         items: the modalities that may be generated; `<boi>` and `<eoi>` are excluded if image is not among them.
         context: longest sequence that the model was trained on [tokens].
         never: further ids that are never generated: padding of the vocabulary.
+        ends: ids that end a continuation.
         use_cache: without it every token needs a pass over the whole sequence; the result is the same.
 
     Raises:
@@ -121,7 +123,7 @@ def generate(
         torch.manual_seed(sampling.seed)
         for start in range(0, len(prompts), sampling.batch):
             rows = slice(start, start + sampling.batch)
-            found += _batch(model, prompts[rows], limits[rows], sampling, items, never, use_cache)
+            found += _batch(model, prompts[rows], limits[rows], sampling, items, never, ends, use_cache)
     return found
 
 
@@ -151,6 +153,7 @@ def _batch(
     sampling: Sampling,
     items: Sequence[ItemRules],
     never: Sequence[int],
+    stops: Sequence[int],
     use_cache: bool,
 ) -> list[Continuation]:
     width = max(map(len, prompts))
@@ -183,19 +186,19 @@ def _batch(
             use_cache=use_cache,
             pad_token_id=PAD,
             bos_token_id=BOS,
-            eos_token_id=EOS,
+            eos_token_id=list(stops),
             **chosen,
         ),
         logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList([RowLimits(ends)]),
     )
-    return [_continuation(row[width:], limit) for row, limit in zip(out.tolist(), limits, strict=True)]
+    return [_continuation(row[width:], limit, stops) for row, limit in zip(out.tolist(), limits, strict=True)]
 
 
-def _continuation(ids: list[int], limit: int) -> Continuation:
+def _continuation(ids: list[int], limit: int, ends: Sequence[int]) -> Continuation:
     own = ids[:limit]
-    ended = EOS in own
-    return Continuation(tuple(own[: own.index(EOS)] if ended else own), ended)
+    end = next((place for place, token in enumerate(own) if token in ends), None)
+    return Continuation(tuple(own[:end]), end is not None)
 
 
 class RowLimits(StoppingCriteria):

@@ -1,0 +1,123 @@
+"""What `mmscale sample` writes and prints: generated items as files, one PNG with all images, and a line per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+_BATCH = (
+    "routing: batch: experts choose among whole sequences, so that only images (with --begin, other items) are drawn, "
+    "beside held-out documents"
+)
+
+
+@dataclass
+class Made:
+    """A generated item.
+
+    Attributes:
+        modality: its name.
+        values: decoded by its tokenizer; for an image pixels uint8 [height, width, channels].
+        codec: the tokenizer; None for an image.
+    """
+
+    modality: str
+    values: Any
+    codec: Any = None
+
+
+@dataclass
+class Drawn:
+    """The result for one prompt, in order: texts and items."""
+
+    prompt: str
+    pieces: list[Any]
+    tokens: int | None = None
+    ended: bool | None = None
+
+
+def written(drawn: list[Drawn], prompts: list[str], count: int, out: Path) -> dict[str, Any]:
+    """Writes items and returns a summary: `samples`, `images`, `files` by modality, `sheet` (None without items)."""
+    from mmscale.data.modalities.table import MODALITIES
+    from mmscale.report.figures import sample_rows
+
+    samples: list[dict[str, Any]] = []
+    files: dict[str, list[str]] = {"image": []}
+    rows: list[tuple[str, list[Any]]] = [(prompt, []) for prompt in prompts]
+    for number, one in enumerate(drawn):
+        row, index = divmod(number, count)
+        pieces: list[dict[str, str]] = []
+        for piece in one.pieces:
+            if isinstance(piece, str):
+                pieces.append({"text": piece})
+                continue
+            kind = MODALITIES[piece.modality]
+            before = sum("text" not in other for other in pieces)
+            file = out / (f"{row:02d}_{index}" + (f"_{before}" if before else "") + kind.written)
+            out.mkdir(parents=True, exist_ok=True)
+            kind.write(piece.values, file, piece.codec)
+            pieces.append({piece.modality: str(file)})
+            files.setdefault(piece.modality, []).append(str(file))
+            rows[row][1].append(kind.picture(piece.values, piece.codec))
+        text = "".join(piece.get("text", "") for piece in pieces)
+        length = {} if one.tokens is None else {"tokens": one.tokens, "ended": one.ended}
+        samples.append({"prompt": one.prompt, "text": text, "pieces": pieces, **length})
+    sheet = None
+    if any(files.values()):
+        sheet = str(out / "samples.png")
+        sample_rows(rows, Path(sheet))
+    return {"sheet": sheet, "images": files["image"], "files": files, "samples": samples}
+
+
+def recognised(drawn: list[Drawn]) -> dict[str, Any]:
+    """How many drawn digits a classifier reads as requested, in all and by word."""
+    from mmscale.inference.recognise import recognise
+
+    first = [
+        next((piece.values for piece in one.pieces if isinstance(piece, Made) and piece.modality == "image"), None)
+        for one in drawn
+    ]
+    found = recognise([(one.prompt, picture) for one, picture in zip(drawn, first, strict=True)])
+    by_word = {word: {"asked": asked, "right": right} for word, (asked, right) in found.by_word.items()}
+    return {
+        "asked": found.asked,
+        "right": found.right,
+        "share": found.share,
+        "ceiling": found.ceiling,
+        "by_word": by_word,
+    }
+
+
+def _items(result: dict[str, Any]) -> str:
+    """Number of images and of other items, in words."""
+    others = [f"{len(own)} {name} files" for name, own in result["files"].items() if own and name != "image"]
+    images = [f"{len(result['images'])} images"] if result["images"] or not others else []
+    return " and ".join([*images, *others])
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result of `mmscale sample`."""
+    if "guidance" in result:
+        found = result["guidance"]
+        losses = ", ".join(f"{value}: {loss:.4f}" for value, loss in found["losses"].items())
+        typer.echo(
+            f"guidance {found['chosen']:g} fits {found['items']} held-out items best ({losses} nats a token)", err=True
+        )
+    if result["routing"] == "batch":
+        typer.echo(f"drew {_items(result)} with batch routing, all of them in {result['sheet']}")
+        typer.echo(_BATCH, err=True)
+    else:
+        for one in result["samples"]:
+            parts = [piece.get("text") or f"[{next(iter(piece.values()))}]" for piece in one["pieces"]]
+            typer.echo(f"{one['prompt']!r} -> {' '.join(parts)}{'' if one['ended'] else ' ...'}")
+        where = f", all of them in {result['sheet']}" if result["sheet"] else ""
+        typer.echo(f"{len(result['samples'])} samples with {_items(result)}{where}", err=True)
+    if "recognition" in result:
+        found = result["recognition"]
+        typer.echo(
+            f"{found['right']} of {found['asked']} drawn digits ({found['share']:.1%}) are read as asked "
+            f"by a classifier that reads {found['ceiling']:.1%} of real ones right"
+        )

@@ -71,7 +71,6 @@ _LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("moma_post", {"ep": 4, "recompute": "full"}),
     ("moma_7t1i", {"ep": 4}),
     ("moe_token_choice", {"tp": 2, "ep": 2}),
-    ("mot_frozen", {"tp": 2}),
     ("moma_one_kv_head", {"tp": 4}),
     ("moma_five_layers", {"pp": 2, "ep": 2, "pp_layers": (2, 3)}),
     ("moma_7t1i", {"tp": 2, "ep": 2}),

@@ -12,9 +12,11 @@ from mmscale.checkpoint.shape import check_frozen
 from mmscale.errors import CheckpointError
 from mmscale.layers import TensorPart, model_tensors
 from mmscale.layers.frozen import is_frozen
+from mmscale.layers.matrices import is_hidden_matrix
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from tests.distributed.layouts import FREEZE, config, start
+from tests.distributed.test_muon_layouts import with_optim
 from tests.distributed.test_resume import leg, settings, tensors
 from tests.support import run_ranks
 
@@ -26,14 +28,15 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("model", FREEZE)
-def test_frozen_weights_stay_and_have_no_state(model: str, tmp_path: Path) -> None:
+def test_frozen_weights_stay_and_have_no_state(model: str, optimizer: str, tmp_path: Path) -> None:
     """With weight decay, and with biases of token choice, which would move otherwise."""
 
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
         for name, parallel in LAYOUTS[model].items():
-            made = settings(model, parallel=parallel)
+            made = with_optim(settings(model, parallel=parallel), optimizer=optimizer)
             leg(made, tmp_path / name, load=None, until=1)
             leg(made, tmp_path / name, load=1, until=STEPS)
             before, after = tensors(tmp_path / name, 1), tensors(tmp_path / name, STEPS)
@@ -44,7 +47,8 @@ def test_frozen_weights_stay_and_have_no_state(model: str, tmp_path: Path) -> No
                 if frozen and tensor.part is TensorPart.BIAS:
                     assert not after[tensor.name].any(), (name, tensor.name)
                 assert same if frozen else not (same and tensor.is_parameter), (name, tensor.name)
-                assert len(state) == (0 if frozen or not tensor.is_parameter else 3), (name, tensor.name, state)
+                stored = 2 if optimizer == "muon" and is_hidden_matrix(tensor) else 3  # the fp32 weight and the moments
+                assert len(state) == (0 if frozen or not tensor.is_parameter else stored), (name, tensor.name, state)
         groups.finalize()
 
     run_ranks(ranks_do, world_size=2, timeout_s=600)

@@ -240,22 +240,24 @@ def prune(run: Path, *, keep: int) -> dict[str, Any]:
     """
     store = open_store(run)
     whole: list[int] = []
-    looked_at = 0
-    for step in reversed(store.steps()):
-        looked_at += 1
+    looked_at: set[int] = set()
+    # The run may save and delete checkpoints meanwhile, so the steps are listed anew for each.
+    while len(whole) < max(keep, FEWEST) and (left := [step for step in store.steps() if step not in looked_at]):
+        looked_at.add(left[-1])
         with contextlib.suppress(DeletedError):
-            if _verified(store.path(step), step)["whole"]:
-                whole.append(step)
-        if len(whole) >= max(keep, FEWEST):
-            break
+            if _verified(store.path(left[-1]), left[-1])["whole"]:
+                whole.append(left[-1])
     if len(whole) < FEWEST and len(store.steps()) > keep:
         raise CheckpointError(
             f"{len(whole)} of {len(store.steps())} checkpoints in {store.root} are whole; nothing was deleted",
             remedy="`mmscale ckpt verify` says what is wrong with the others",
         )
     best = store.best()
+    steps = store.steps()
+    oldest = min(looked_at.intersection(steps), default=0)
+    newest = sum(step >= oldest for step in steps)
     gone = store.prune(
-        looked_at, permanent=_retention(run).keeps, verified=whole, spared=() if best is None else (best,)
+        newest, permanent=_retention(run).keeps, verified=whole, spared=() if best is None else (best,)
     )
     store.point_to_newest()
     return {"run": str(run), "deleted": gone, "kept": store.steps(), "verified": sorted(whole)}

@@ -303,6 +303,24 @@ def test_beside_a_run_that_saves(command: str, busy: Path, capsys: pytest.Captur
         assert status == 0 or "was deleted while it was read" in said.err, said
 
 
+def test_prune_verifies_what_a_run_saves_meanwhile(
+    run: Path, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run replaces all its checkpoints while the first is hashed."""
+    store, verify = Store.of_run(run), integrity.verify
+    content = Store.of_run(made).path(30)
+
+    def slow(folder: Path, **options: Any) -> list[str]:
+        if store.steps()[-1] == 30:
+            for step in (40, 50, 60):
+                save_as(store, step, content)
+        return verify(folder, **options)
+
+    monkeypatch.setattr(integrity, "verify", slow)
+    result = ckpt(capsys, "prune", run, "--keep", 2)
+    assert (result["verified"], result["deleted"], result["kept"]) == ([50, 60], [40], [50, 60])
+
+
 def test_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = ckpt(capsys, "average", f"{run}@10", f"{run}@20", f"{run}@30", tmp_path / "mean")
     assert (result["step"], result["contents"], result["tensors"]) == (30, "weights", 3)

@@ -256,9 +256,7 @@ def prune(run: Path, *, keep: int) -> dict[str, Any]:
     steps = store.steps()
     oldest = min(looked_at.intersection(steps), default=0)
     newest = sum(step >= oldest for step in steps)
-    gone = store.prune(
-        newest, permanent=_retention(run).keeps, verified=whole, spared=() if best is None else (best,)
-    )
+    gone = store.prune(newest, permanent=_retention(run).keeps, verified=whole, spared=() if best is None else (best,))
     store.point_to_newest()
     return {"run": str(run), "deleted": gone, "kept": store.steps(), "verified": sorted(whole)}
 

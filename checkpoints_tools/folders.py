@@ -241,7 +241,7 @@ def prune(run: Path, *, keep: int) -> dict[str, Any]:
     store = open_store(run)
     whole: list[int] = []
     looked_at: set[int] = set()
-    # The run may save and delete checkpoints meanwhile, so the steps are listed anew for each.
+    # The run may save and delete checkpoints meanwhile, so the steps are listed again for each.
     while len(whole) < max(keep, FEWEST) and (left := [step for step in store.steps() if step not in looked_at]):
         looked_at.add(left[-1])
         with contextlib.suppress(DeletedError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,10 @@ from mmscale.runs.events import EventLog, read_events
 from mmscale.runs.metrics import read_metrics
 from mmscale.runtime import environment
 from mmscale.runtime.environment import environment_of_run, environment_text
+from mmscale.train import throughput
 from mmscale.train.log.metrics_log import MetricsLog
 from mmscale.train.throughput import Throughput, peak_tflops
+from tests.module_time import replace_time
 
 
 def lines(run: Path) -> list[str]:
@@ -175,7 +176,7 @@ class Clock:
 
 def test_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
+    replace_time(monkeypatch, throughput, perf_counter=clock)
     meter = Throughput(flops_per_token=6e9, world_size=2, peak_tflops=300.0)
     for _ in range(2):
         with meter.measure("data_wait_s"):
@@ -200,7 +201,7 @@ def test_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_throughput_leaves_out_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
+    replace_time(monkeypatch, throughput, perf_counter=clock)
     meter = Throughput()
     clock.time += 1.0
     meter.step(10)
@@ -212,7 +213,7 @@ def test_throughput_leaves_out_what_it_does_not_know(monkeypatch: pytest.MonkeyP
 
 def test_throughput_counts_a_pause_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
+    replace_time(monkeypatch, throughput, perf_counter=clock)
     meter = Throughput()
 
     def save() -> None:

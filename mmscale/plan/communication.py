@@ -175,15 +175,16 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
     split(batch * length * keys, attentions, times)
     hidden = inner * row
     # Attention: gather before QKV, scatter after the projection. Backward gathers the input again for the gradient of
-    # the weights (tensor_parallel/layers.py).
-    gather(hidden, forwards + 2 * times)
+    # the weights (tensor_parallel/layers.py); untied linears keep what they gathered (model/untied.py).
+    again = {part: 0 if part in model.untie else times for part in ("attention", "ffn")}
+    gather(hidden, forwards + times + again["attention"])
     scatter(hidden, forwards + times)
     if model.query_groups < tp:  # ranks that share a key/value head gather all heads (attention.py)
         heads = inner * (model.num_attention_heads + 2 * model.query_groups) * model.head_dim * size
         gather(heads, forwards)
         scatter(heads, times)
     if not model.has_experts:
-        gather(hidden, feed_forwards + 2 * times)
+        gather(hidden, feed_forwards + times + again["ffn"])
         scatter(hidden, feed_forwards + times)
     else:
         _experts(ledger, config, length, forwards=feed_forwards, backwards=times)

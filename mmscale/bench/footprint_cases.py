@@ -1,7 +1,8 @@
 """The models for which the plan's memory was compared with real steps: `mmscale bench footprint --cases`.
 
-Small models that differ in what needs memory: experts, shared ones, norms per expert, Mixture-of-Depths, format,
-recompute. Their vocabularies are small, because otherwise the logits, which are easy to predict, would dominate.
+Small models that differ in what needs memory: untied weights, experts, shared ones, norms per expert,
+Mixture-of-Depths, format, recompute. Their vocabularies are small, because otherwise the logits, which are easy to
+predict, would dominate.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _EXPERTS = {"counts": {"text": 4, "image": 2}, "share": {"text": 0.75, "image": 
 _SHARED = {"kind": "moma", "experts": _EXPERTS | {"shared": 1}, "norm": "post_per_expert"}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
+    "mot": {"kind": "dense", "untie": ["attention", "ffn", "norms"], "experts": {"share": _EXPERTS["share"]}},
     "moma": {"kind": "moma", "experts": _EXPERTS, "norm": "post"},
     "moma_shared": _SHARED,
     "moma_depth": {"kind": "moma", "experts": _EXPERTS, "norm": "post", "depth": {"every": 2, "capacity": 0.25}},

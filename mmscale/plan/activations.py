@@ -86,13 +86,13 @@ def layer_activations(
     per_expert = model.normalizes_experts
     # Besides its output a norm keeps its input, or on a host an fp32 copy of the input and the normalised values.
     norm = 2 * _FP32 if kernels.norm_copies else size
-    parts = {"norms": tokens * h * norm * (1 if per_expert else 2) / tp}
+    parts = {"norms": tokens * h * (norm + _untied_norm(config, kernels)) * (1 if per_expert else 2) / tp}
     parts["attention"] = tokens * _attention(config, norm=norm, kernels=kernels, again="core_attn" in again)
     if "mlp" in again:
         parts["ffn"] = tokens * size * h / tp
     elif not model.has_experts:
         # The first projection's two halves, SiLU, the shifted linear half, their product; and the input.
-        parts["ffn"] = tokens * size * (5 * model.ffn_hidden_size + h) / tp
+        parts["ffn"] = tokens * size * (5 * model.ffn_hidden_size / tp + h / _input_shards(config, "ffn"))
     else:
         parts |= _experts(config, length, norm=norm if per_expert else 0, kernels=kernels)
     if depth:
@@ -120,6 +120,7 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
         uncast = size == norm or size == _FP32  # the norm keeps its input itself, not an fp32 copy
         kept_joint = kept_joint or uncast
         elements += norm * query + (norm - size if uncast else norm) * key
+        elements += _untied_norm(config, kernels) * (query + key)
     if again:
         elements += size * (query + (2 if cp > 1 else 1) * key)
     elif cp > 1:
@@ -131,7 +132,22 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
     # The output projection's input; the tensor that views keep alive.
     elements += size * query + (size * joint if kept_joint else 0)
     angles = 4 * d * size
-    return elements / tp + angles + size * model.hidden_size / tp
+    return elements / tp + angles + size * model.hidden_size / _input_shards(config, "attention")
+
+
+def _input_shards(config: Config, part: str) -> int:
+    """Among how many ranks the kept input of a projection is shared. Untied linears keep the gathered rows, sorted."""
+    return 1 if part in config.model.untie else config.parallel.tp
+
+
+def _untied_norm(config: Config, kernels: Kernels) -> int:
+    """Bytes per element that an untied norm keeps in addition: normalised values and each token's weights.
+
+    Both have the model's type. The other norms of a host keep normalised values too, in fp32.
+    """
+    if "norms" not in config.model.untie:
+        return 0
+    return 2 * dtype_bytes(config) - (_FP32 if kernels.norm_copies else 0)
 
 
 def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dict[str, float]:

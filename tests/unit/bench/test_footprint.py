@@ -32,6 +32,8 @@ _CASES = [
     ("moma", "bf16", "loss"),
     ("moma_depth", "bf16", "none", "actual"),
     ("moma", "bf16", "none", "tokens choose"),
+    ("mot", "fp32", "none"),
+    ("mot", "bf16", "full"),
 ]
 
 
@@ -103,7 +105,7 @@ def test_cases_are_summed_up_by_their_extremes(measured: dict[str, Any]) -> None
         assert ratio == {"min": min(ratios), "max": max(ratios)}
         assert f"{name:<20} {min(ratios):.3f} to {max(ratios):.3f}" in table
     assert table[1].startswith("dense bf16 recompute=none width=64 ")
-    assert len(dict(cases())) == 42
+    assert len(dict(cases())) == 50
 
 
 def test_it_wants_a_configuration_or_cases() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmscale.checkpoint import forked
-from mmscale.checkpoint.forked import Forked, Tell
+from mmscale.checkpoint.forked import Forked, Send
 from mmscale.errors import CheckpointError
 from tests.support import run_ranks
 
@@ -30,7 +30,7 @@ def ended(work: Any) -> Forked:
 def test_messages_and_a_result_of_any_size_come_home() -> None:
     big = os.urandom(3 << 20)  # many times what a pipe holds
 
-    def work(tell: Tell) -> bytes:
+    def work(tell: Send) -> bytes:
         tell("begun")
         tell({"n": 1})
         return big
@@ -43,7 +43,7 @@ def test_a_snapshot_of_memory() -> None:
     values = torch.zeros(1_000_000)
     reading, writing = os.pipe()
 
-    def work(tell: Tell) -> float:
+    def work(tell: Send) -> float:
         os.read(reading, 1)  # not before the parent has changed them
         return float(values.sum())
 
@@ -56,7 +56,7 @@ def test_a_snapshot_of_memory() -> None:
 
 
 def fails_with(error: BaseException) -> Any:
-    def work(tell: Tell) -> None:
+    def work(tell: Send) -> None:
         raise error
 
     return work

@@ -269,7 +269,8 @@ def _evaluation(result: dict[str, Any]) -> None:
     for key, value in result.get("gap", {}).items():
         table.add_row(f"gap in {key}", f"{value:+.4f}", f"{result['routing']} - batch")
     shown = console()
-    plain = {key: value for key, value in result.items() if isinstance(value, str | int) and key != "routing"}
+    apart = ("routing", "sees_later_tokens")
+    plain = {key: value for key, value in result.items() if isinstance(value, str | int) and key not in apart}
     pairs(plain.items())
     shown.print(table)
     for name, task in tasks.items():
@@ -284,7 +285,7 @@ def _evaluation(result: dict[str, Any]) -> None:
             f"{read} batches were read; evaluations in training read the first {training} (train.eval_batches): "
             f"--batches {training} gives their numbers"
         )
-    if result["routing"] == "batch" or "batch" in result:
+    if result.get("sees_later_tokens") or "batch" in result:
         shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
 
 

@@ -56,7 +56,8 @@ def evaluate_run(
         at: shows the batch that is evaluated.
 
     Returns:
-        `run`, `step`, `routing`, `loss`, `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>` and `tasks`;
+        `run`, `step`, `routing`, `sees_later_tokens` (whether experts or depth layers chose among them), `loss`,
+        `loss/<modality>`, `perplexity/<modality>`, `accuracy/<task>` and `tasks`;
         with several data sets `source/<name>/loss` and the like, of each set in `data.validation`
         `validation/<name>/loss` and the like. With causal routings also `batch`, the losses of batch routing
         on the same data, and `gap`, how much larger the causal ones are; with `causal` also `routers`, the quality
@@ -75,9 +76,11 @@ def evaluate_run(
         blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
         for folder, manifest in blend.items():  # even the run's own data may have been prepared again
             check_tokenizers(folder, manifest.tokenizers, model.tokenizers, where=f"step {model.step} of {run}")
+        routes = model.config.model.routes
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
+        result["sees_later_tokens"] = routes and routing.leaks
         result |= measured(_RunScorer(model, routing, batches, at), config, tasks=tasks, questions=questions)
-        if not routing.leaks and model.config.model.routes:
+        if routes and not routing.leaks:
             result |= _against_batch(model, config, batches, result, routing, at)
         return result
 

@@ -111,6 +111,7 @@ def test_a_killed_stage_goes_on_to_the_same_end(
 def test_every_routing_is_evaluated_and_says_so(staged: Staged) -> None:
     found = {mode: evaluated(staged.folder, "--routing", mode) for mode in ("batch", "causal", "top1", "threshold")}
     for mode, values in found.items():
+        assert values["sees_later_tokens"] is (mode == "batch")
         assert values["routing"] == mode and "accuracy/digit" in values and "perplexity/text" in values
         if mode != "batch":
             assert values["batch"]["loss"] == found["batch"]["loss"]

@@ -84,6 +84,7 @@ def test_held_out_losses_are_causal_as_they_are(runs: Path) -> None:
 
     def held_out(*options: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(ok("eval", runs / "tc", "--batches", "2", "--json", *options))
+        assert found["sees_later_tokens"] is False
         return {name: value for name, value in found.items() if isinstance(value, float) and "loss" in name}
 
     batch = held_out()

@@ -305,17 +305,22 @@ def test_settings_may_stand_where_the_spec_would(run: Run) -> None:
     assert "vocab.modalities" in err
 
 
-def test_eval_writes_the_routing_beside_every_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sees_later_tokens", [True, False])
+def test_eval_writes_the_routing_beside_every_number(
+    run: Run, monkeypatch: pytest.MonkeyPatch, sees_later_tokens: bool
+) -> None:
     seen: dict[str, Any] = {}
 
     def evaluate_run(folder: Path, *, at: Callable[[str], None], **options: Any) -> dict[str, Any]:
         at("batch 1 of 2")
         seen.update(options, folder=folder)
-        return {"loss": 2.5, "loss/text": 2.0, "perplexity/text": 7.389, "accuracy/digit": 0.9, "step": 300}
+        losses = {"loss": 2.5, "loss/text": 2.0, "perplexity/text": 7.389, "accuracy/digit": 0.9}
+        return losses | {"step": 300, "sees_later_tokens": sees_later_tokens}
 
     monkeypatch.setitem(sys.modules, "mmscale.inference", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "mmscale.inference.evaluate", SimpleNamespace(evaluate_run=evaluate_run))
     _, out, _ = run("eval", "runs/x@300", "--data", "d", "--batches", 2)
+    assert ("these numbers use the future" in out) is sees_later_tokens and "sees_later_tokens" not in out
     assert seen == {"folder": Path("runs/x"), "step": 300, "data": Path("d"), "batches": 2, "routing": "batch"}
     numbers = [line for line in out.splitlines() if line.startswith(("loss", "perplexity", "accuracy"))]
     assert len(numbers) == 4

@@ -33,7 +33,10 @@ def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iter
     steps -= optim.restart
     left = f"the {steps} after {section}.restart" if optim.restart else f"{of}.steps = {steps}"
     if optim.warmup > steps:
-        yield Problem(f"{section}.warmup = {optim.warmup} steps is more than {left}", "shorten the warm-up")
+        yield Problem(
+            f"{section}.warmup = {optim.warmup} steps is more than {left}",
+            f"lower {section}.warmup, for instance to {steps // 10}, or raise {of}.steps",
+        )
     if optim.min_lr > optim.lr:
         yield Problem(
             f"{section}.min_lr = {optim.min_lr:g} is above {section}.lr = {optim.lr:g}", f"lower {section}.min_lr"

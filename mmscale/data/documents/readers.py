@@ -155,7 +155,8 @@ def _local(pattern: str) -> list[Path]:
 def _none(pattern: str) -> DataError:
     return DataError(
         f"data.prepare: there is no document file {pattern}",
-        remedy="correct data.prepare.documents; paths are relative to where the command is run",
+        remedy="correct the path or pattern (data.prepare.documents, --documents or --data); relative ones start in "
+        "the folder where the command runs",
     )
 
 

@@ -233,7 +233,7 @@ def test_parquet_with_json_columns_and_bad_ones(tmp_path: Path) -> None:
     assert isinstance(good, Document) and good.id == "d.parquet:0"
     assert isinstance(bad, Rejected) and "content" in bad.reason
     parquet.write_table(pa.table({"caption": ["x"]}), file)
-    with pytest.raises(DataError, match="no column named content, only caption"):
+    with pytest.raises(DataError, match=r"no column named content .*, only caption"):
         read(file)
     file.write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="not a parquet file"):

@@ -127,7 +127,7 @@ def _is_new_default(key: str, old: Mapping[str, Any], now: Mapping[str, Any]) ->
     parts = key.split(".")
     inside: Any = old
     for count, part in enumerate(parts, start=1):
-        if not isinstance(inside, Mapping):
+        if not isinstance(inside, Mapping) or part not in now:  # a name with dots in it, of a mapping
             return False
         now = now[part]
         if part not in inside:

@@ -32,6 +32,7 @@ NOT_RUN = {
     "train": "trains",
     "verify-layout": "trains",
     "eval": "a trained run",
+    "data fit-classifier": "two data sets; test_classifier.py fits one",
     "sample": "a trained run",
     "status": "goes on until it is interrupted",
     "logs": "goes on until it is interrupted",

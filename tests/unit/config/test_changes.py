@@ -229,6 +229,15 @@ def test_a_newer_setting_is_shown_at_another_value(key: str, override: str) -> N
     assert f"{name}: (none) -> {value}" in describe(changes(without(key), config(override)), confirmed=False)
 
 
+def test_names_with_dots_are_shown() -> None:
+    """Options of plug-ins have the name of their class."""
+    hook = "train.hooks={'mine.hooks:Count': {every: 1}}"
+    assert describe(changes(saved(), config(hook)), confirmed=False) == [
+        "train.hooks.mine.hooks:Count.every: (none) -> 1"
+    ]
+    assert changes(saved(hook), config(hook)) == []
+
+
 def test_a_newer_setting_that_changes_the_objective_is_shown_at_its_default() -> None:
     found = changes(without("model.experts.scope"), config())
     assert describe(found, confirmed=True) == ['model.experts.scope: (none) -> "sequence"']

@@ -262,6 +262,8 @@ def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path) -> No
         "model.depth.choice": "per_modality",
     }
     decides = {key for key in EFFECTS if effect_of(key, config()) is Effect.FUNCTION}
+    tokens_choose = {key for key in decides if key.startswith("model.experts.token_choice.")}  # the test below
+    decides -= tokens_choose
     assert other.keys() == decides, "try the new setting here too"
 
     def stage(*overrides: str) -> None:
@@ -278,6 +280,17 @@ def test_the_frozen_weights_of_a_stage_keep_their_function(tmp_path: Path) -> No
     commit(run, 20, "model.experts.scope=micro_batch")
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 1 -> 2"):
         stage("model.experts.scope=micro_batch", "auxiliary.micro_batch_size=2")
+
+
+@pytest.mark.parametrize(("key", "value"), [("scores", "softmax"), ("top_k", "2")])
+def test_token_choice_under_frozen_weights_keeps_its_function(tmp_path: Path, key: str, value: str) -> None:
+    """Auxiliary routers of its depth layers."""
+    run = tmp_path / "run"
+    commit(run, 10, "model.experts.token_choice={}")
+    changed = f"model.experts.token_choice.{key}"
+    places = (f"run.dir={run.parent}", f"run.name={run.name}", "model.experts.token_choice={}")
+    with pytest.raises(ConfigError, match=f"another function than that of .*{changed}"):
+        STAGES["auxiliary"].preflight(config(*places, f"{changed}={value}"), world_size=1)
 
 
 @pytest.mark.parametrize(

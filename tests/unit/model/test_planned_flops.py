@@ -15,6 +15,7 @@ from mmscale.config import Config, ExpertsConfig, OptimConfig
 from mmscale.model.freezing import freeze
 from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.plan import count_parameters, flops_per_token
+from mmscale.tables.settings import UNTIED
 from tests.unit.model.comparison import params_of
 from tests.unit.model.reference import Batch, depth, moma_experts, tiny
 
@@ -35,6 +36,7 @@ def _vector(matrix: tuple[int, ...], *_: Any, **__: Any) -> int:
 # Torch knows no formulas for these two.
 _FORMULAS = {_ATTENTION: _attention, torch.ops.aten.mv: _vector}
 
+_HALVES = {"text": 0.5, "image": 0.5}
 _MODELS = {
     "dense": tiny("dense"),
     "dense_gqa": tiny("dense", num_query_groups=2),
@@ -54,6 +56,9 @@ _MODELS = {
     "token_choice_limited": tiny(
         depth=depth(), experts=moma_experts(token_choice={"capacity_factor": 1.25}, capacity_multiple=2)
     ),
+    "mot": tiny("dense", untie=["attention", "ffn"], experts=ExpertsConfig.model_validate({"share": _HALVES})),
+    "mot_norms": tiny("dense", untie=list(UNTIED), experts=ExpertsConfig.model_validate({"share": _HALVES})),
+    "moma_untied": tiny(untie=["attention", "norms"]),
     "frozen": tiny().model_copy(update={"optim": OptimConfig(freeze=("text",))}),
     "moma_depth": tiny(depth=depth()),
     "moma_depth_per_modality": tiny(depth=depth("per_modality"), num_layers=4),
@@ -74,6 +79,15 @@ def _micro_batch(config: Config) -> tuple[torch.Tensor, MixedModalParams]:
     return ids, params_of(facts)
 
 
+def _picked_weights(config: Config, tokens: int) -> int:
+    """Products with zeros and ones by which untied norms pick each token's weights. The plan does not count them."""
+    model = config.model
+    if "norms" not in model.untie:
+        return 0
+    widths = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
+    return 2 * len(config.vocab.names) * widths * model.num_layers * tokens
+
+
 @pytest.mark.parametrize("name", _MODELS)
 def test_exactly_what_the_model_runs(name: str, build: Callable[..., GPTModel]) -> None:
     config = _MODELS[name].model_copy(
@@ -89,7 +103,8 @@ def test_exactly_what_the_model_runs(name: str, build: Callable[..., GPTModel]) 
     found = forward.get_flop_counts()["Global"]
     # The plan counts what a causal mask leaves over, torch the whole square.
     assert found[_ATTENTION] == round(2 * planned.attention * tokens)
-    assert sum(found.values()) == round((planned.forward + planned.attention) * tokens)
+    picked = _picked_weights(config, tokens)
+    assert sum(found.values()) == round((planned.forward + planned.attention) * tokens) + picked
 
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
@@ -97,4 +112,4 @@ def test_exactly_what_the_model_runs(name: str, build: Callable[..., GPTModel]) 
         2.0 * config.model.hidden_size * sum(map(config.model.is_depth_layer, range(config.model.num_layers)))
     )
     products = planned.forward - planned.attention - depth_routers  # a vector's backward is no matrix product
-    assert backward.get_total_flops() == round((2 * products - planned.frozen) * tokens)
+    assert backward.get_total_flops() == round((2 * products - planned.frozen) * tokens) + picked

@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
+from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -275,6 +275,16 @@ class UntiedRMSNorm(Untied):
 
 class UntiedMLP(MLP):
     """megatron-core's MLP with untied linears. The layer passes the per-token data as `padding_mask`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        *,
+        tp_group: ProcessGroup,
+        **_: object,  # as for MoMa: from 0.18 on megatron-core also passes its own pg_collection and names
+    ) -> None:
+        super().__init__(config, submodules, tp_group=tp_group)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any

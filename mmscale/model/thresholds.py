@@ -18,6 +18,7 @@ from torch import Tensor
 from mmscale.model.auxiliary import Fp32Buffers
 from mmscale.model.capacity import Slots
 from mmscale.model.ranking import Ranking, by_sigmoid
+from mmscale.model.step_sums import Key, StepSums
 
 
 class Thresholds(Fp32Buffers):
@@ -38,17 +39,8 @@ class Thresholds(Fp32Buffers):
         return self.get_buffer(name)
 
 
-class Cutoffs:
+class Cutoffs(StepSums):
     """Cut-offs of a step's micro-batches on this rank: for each threshold sums [E + 1], the last entry their number."""
-
-    def __init__(self) -> None:
-        self.sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self._seen: set[tuple[int, str, int]] = set()
-
-    def clear(self) -> None:
-        """Reset all sums; called at the start of a step."""
-        self.sums.clear()
-        self._seen.clear()
 
     def add(
         self,
@@ -58,7 +50,7 @@ class Cutoffs:
         slots: Slots,
         *,
         per_sequence: bool,
-        key: tuple[int, str, int],
+        key: Key,
     ) -> None:
         """Add the cut-offs of one choice.
 
@@ -68,14 +60,9 @@ class Cutoffs:
             member: [S, B] bool, tokens of the group.
             slots: how many tokens were taken of each scope.
             per_sequence: each sequence was a separate scope.
-            key: layer, group and micro-batch. Recompute repeats every choice; the key is used to count each one once.
+            key: layer, group and micro-batch.
         """
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        found = cutoffs(ranked, member, slots, per_sequence=per_sequence)
-        known = self.sums.get(key[:2])
-        self.sums[key[:2]] = (threshold, found if known is None else known[1] + found)
+        self.add_once(threshold, key, lambda: cutoffs(ranked, member, slots, per_sequence=per_sequence))
 
 
 @torch.no_grad()

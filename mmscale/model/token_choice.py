@@ -22,6 +22,7 @@ from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.model.moma_settings import ExpertGroup, MoMaSettings
 from mmscale.model.routing import Selection, decided
 from mmscale.model.routing_figures import report_choice
+from mmscale.model.step_sums import Key, StepSums
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -79,32 +80,12 @@ def earliest(taken: Tensor, capacity: int, *, per_sequence: bool) -> Tensor:
     return (flat & (flat.cumsum(dim=0) <= capacity)).view(taken.shape)
 
 
-class Loads:
+class Loads(StepSums):
     """Tokens that chose each expert in a step's micro-batches on this rank, dropped ones included: [E] fp64 by bias."""
 
-    def __init__(self) -> None:
-        self.sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self._seen: set[tuple[int, str, int]] = set()
-
-    def clear(self) -> None:
-        """Reset all sums; called at the start of a step."""
-        self.sums.clear()
-        self._seen.clear()
-
-    def add(self, bias: Tensor, taken: Tensor, *, key: tuple[int, str, int]) -> None:
-        """Add the tokens of one choice.
-
-        Args:
-            bias: the buffer to update after the step.
-            taken: [S, B, E] bool.
-            key: layer, group and micro-batch. Recompute repeats every choice; the key is used to count each one once.
-        """
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        found = taken.sum(dim=(0, 1), dtype=torch.float64)
-        known = self.sums.get(key[:2])
-        self.sums[key[:2]] = (bias, found if known is None else known[1] + found)
+    def add(self, bias: Tensor, taken: Tensor, *, key: Key) -> None:
+        """Add the tokens of one choice, [S, B, E] bool, for a bias that is updated after the step."""
+        self.add_once(bias, key, lambda: taken.sum(dim=(0, 1), dtype=torch.float64))
 
 
 def balance(bias: Tensor, loads: Tensor, *, rate: float) -> None:

@@ -6,15 +6,18 @@ loss or gradient of that step depend on.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from mmscale.config import Config
 from mmscale.model.freezing import frozen_groups
+from mmscale.model.step_sums import StepSums
 from mmscale.model.thresholds import Cutoffs, move
 from mmscale.model.token_choice import Loads, balance
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
@@ -51,68 +54,65 @@ class JointRouters:
         self.trainer.step(lr=lr * self.scale)
 
 
-class ThresholdAverages:
-    """Moves the thresholds of Expert Threshold (arXiv 2603.11535) towards each step's cut-offs."""
+class _BufferUpdates(ABC):
+    """Updates buffers after each step from sums over all its micro-batches on all ranks."""
 
-    def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
-        self.decay = config.model.experts.threshold_decay
-        self.frozen = frozen_groups(config)
-        self.groups = groups
-        self.cutoffs = Cutoffs()
+    def __init__(self, config: Config, groups: ProcessGroupCollection, sums: StepSums, field: str) -> None:
+        """`field` is the field of MixedModalParams by which layers get `sums`."""
+        self._frozen = frozen_groups(config)
+        self._groups, self._sums, self._field = groups, sums, field
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Collect these batches' cut-offs."""
-        self.cutoffs.clear()
+        """Collect these batches' sums."""
+        self._sums.clear()
         for batch in batches:
-            batch.params.cutoffs = self.cutoffs
+            setattr(batch.params, self._field, self._sums)
 
     @torch.no_grad()
     def finish(self, *, lr: float) -> None:
-        """Update the averages with one reduction over data-parallel ranks.
-
-        Tensor- and expert-parallel ranks have seen the same logits.
-        """
+        """Update the buffers, with one reduction over data-parallel and context-parallel ranks."""
         del lr
-        found = [self.cutoffs.sums[key] for key in sorted(self.cutoffs.sums) if key[1] not in self.frozen]
+        found = [self._sums.sums[key] for key in sorted(self._sums.sums) if key[1] not in self._frozen]
         if not found:
             return
         flat = torch.cat([sums for _, sums in found])
-        torch.distributed.all_reduce(flat, group=self.groups.dp_cp)
-        for (threshold, _), sums in zip(found, flat.split([sums.numel() for _, sums in found]), strict=True):
-            move(threshold, sums, decay=self.decay)
+        torch.distributed.all_reduce(flat, group=self._groups.dp_cp)
+        for (buffer, _), sums in zip(found, flat.split([sums.numel() for _, sums in found]), strict=True):
+            self._update(buffer, sums)
+
+    @abstractmethod
+    def _update(self, buffer: Tensor, sums: Tensor) -> None:
+        """Change a buffer in place, from the sums of all ranks."""
 
 
-class ExpertBiases:
-    """Moves the biases of token choice after each step, from the loads of all its micro-batches on all ranks."""
+class ThresholdAverages(_BufferUpdates):
+    """Moves the thresholds of Expert Threshold (arXiv 2603.11535) towards each step's cut-offs.
+
+    Tensor- and expert-parallel ranks have seen the same logits.
+    """
 
     def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
+        super().__init__(config, groups, Cutoffs(), "cutoffs")
+        self._decay = config.model.experts.threshold_decay
+
+    def _update(self, buffer: Tensor, sums: Tensor) -> None:
+        move(buffer, sums, decay=self._decay)
+
+
+class ExpertBiases(_BufferUpdates):
+    """Moves the biases of token choice towards equal loads.
+
+    Tensor-parallel ranks have seen the same tokens; so have context-parallel ones, whose loads are counted as often as
+    there are ranks, for all experts alike.
+    """
+
+    def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
+        super().__init__(config, groups, Loads(), "loads")
         assert config.model.experts.token_choice is not None
-        self.rate = config.model.experts.token_choice.bias_rate
-        self.frozen = frozen_groups(config)
-        self.groups = groups
-        self.loads = Loads()
+        self._rate = config.model.experts.token_choice.bias_rate
 
-    def begin(self, batches: Sequence[Batch]) -> None:
-        """Collect these batches' loads."""
-        self.loads.clear()
-        for batch in batches:
-            batch.params.loads = self.loads
-
-    @torch.no_grad()
-    def finish(self, *, lr: float) -> None:
-        """Update the biases with one reduction over data-parallel ranks.
-
-        Tensor-parallel ranks have seen the same tokens; so have context-parallel ones, whose loads are counted as often
-        as there are ranks, for all experts alike.
-        """
-        del lr
-        found = [self.loads.sums[key] for key in sorted(self.loads.sums) if key[1] not in self.frozen]
-        if not found:
-            return
-        flat = torch.cat([loads for _, loads in found])
-        torch.distributed.all_reduce(flat, group=self.groups.dp_cp)
-        for (bias, _), loads in zip(found, flat.split([loads.numel() for _, loads in found]), strict=True):
-            balance(bias, loads, rate=self.rate)
+    def _update(self, buffer: Tensor, sums: Tensor) -> None:
+        balance(buffer, sums, rate=self._rate)
 
 
 def companions_of(

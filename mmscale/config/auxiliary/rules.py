@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
+from mmscale.config.train.rules import stage_batches
 
 
 def _auxiliary(config: Config) -> Iterator[Problem]:
@@ -26,13 +27,7 @@ def _auxiliary(config: Config) -> Iterator[Problem]:
         yield Problem(
             "model.experts.threshold_decay = 1 keeps the initial value forever", "use a value below 1, e.g. 0.99"
         )
-    size = stage.global_batch_size or config.train.global_batch_size
-    micro = stage.micro_batch_size or config.train.micro_batch_size
-    if size % micro:
-        yield Problem(
-            f"auxiliary: the global batch of {size} sequences is not divisible by micro-batches of {micro}",
-            "change auxiliary.global_batch_size or auxiliary.micro_batch_size",
-        )
+    yield from stage_batches(config, stage, "auxiliary")
 
 
 RULES: tuple[Rule, ...] = (_auxiliary,)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
+from mmscale.config.auxiliary.schema import AuxiliaryStageConfig
 from mmscale.config.derived import held_out_figures
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
+from mmscale.config.sft.schema import SftStageConfig
 
 
 def _batches(config: Config) -> Iterator[Problem]:
@@ -17,6 +19,17 @@ def _batches(config: Config) -> Iterator[Problem]:
             f"train.global_batch_size = {train.global_batch_size} is not divisible by train.micro_batch_size = "
             f"{train.micro_batch_size}",
             "change one of them",
+        )
+
+
+def stage_batches(config: Config, stage: AuxiliaryStageConfig | SftStageConfig, section: str) -> Iterator[Problem]:
+    """A stage's batch sizes, which are the main run's unless its own section sets them."""
+    size = stage.global_batch_size or config.train.global_batch_size
+    micro = stage.micro_batch_size or config.train.micro_batch_size
+    if size % micro:
+        yield Problem(
+            f"{section}: the global batch of {size} sequences is not divisible by micro-batches of {micro}",
+            f"change {section}.global_batch_size or {section}.micro_batch_size",
         )
 
 

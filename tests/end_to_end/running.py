@@ -21,6 +21,7 @@ from typing import Any
 
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store, info_text
+from mmscale.runs.metrics import read_metrics
 from mmscale.runtime.rank_env import STORE_FD, listen, port_of
 from tests.support import spoken
 
@@ -82,6 +83,18 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) ->
     others = "".join(text for name, text in sorted(texts.items()) if not name.startswith("0."))
     assert len(set(statuses.values())) == 1, f"{statuses}\n{texts}"
     return Ended(statuses[0], texts["0.out"], texts["0.err"], others)
+
+
+def ok(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) -> str:
+    """The output of `mmscale ARGUMENTS`, which must succeed."""
+    ended = mmscale(*arguments, nproc=nproc, timeout_s=timeout_s)
+    assert ended.status == 0, ended
+    return ended.out
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The training loss of every step of a run."""
+    return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
 
 
 def fork_all(arguments: list[str], nproc: int, folder: Path) -> list[int]:

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 
 from checkpoints_tools.huggingface.shipped.configuration_moma import ROUTINGS
 from mmscale.errors import DataError, MmscaleError
-from tests.end_to_end.running import ROOT, assert_says, listing, mmscale
+from tests.end_to_end.running import ROOT, assert_says, listing, mmscale, ok
 
 MAIN = ("train.steps=12", "checkpoint.every=0", "checkpoint.asynchronous=false", "train.eval_every=0")
 DENSE = (
@@ -34,12 +34,6 @@ ROUTED = ("model.experts.choice=competitive", "model.experts.capacity=actual")
 STAGE = ("--stage", "auxiliary", "auxiliary.steps=12", "auxiliary.optim.lr=1e-2", "auxiliary.calibration_batches=2")
 LICENCE = "apache-2.0"
 PROMPTS = ["draw a seven", "this is"]
-
-
-def ok(*arguments: str | Path, nproc: int = 1) -> str:
-    ended = mmscale(*arguments, nproc=nproc)
-    assert ended.status == 0, ended
-    return ended.out
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 
 import checkpoints_tools.huggingface.evaluate_export  # noqa: F401  what forked commands would import one by one
-from tests.end_to_end.running import assert_says, change_settings, mmscale
+from tests.end_to_end.running import assert_says, change_settings, mmscale, ok
 
 SAME = 2e-6  # fp32, means over 600 documents
-
-
-def ok(*arguments: str | Path) -> str:
-    ended = mmscale(*arguments)
-    assert ended.status == 0, ended
-    return ended.out
 
 
 def evaluated(*arguments: str | Path) -> dict[str, Any]:

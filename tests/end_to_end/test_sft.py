@@ -17,17 +17,11 @@ from mmscale.data.vocab import EOS
 from mmscale.runs.events import read_events
 from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.conftest import SETTINGS
-from tests.end_to_end.running import assert_says, mmscale
+from tests.end_to_end.running import assert_says, mmscale, ok
 
 EXAMPLE = Path(__file__).parents[2] / "examples/digits_chat/write_conversations.py"
 STEPS = 6
 EXACT = ("loss", "grad_norm", "loss/text", "loss/image", "tokens")
-
-
-def ok(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) -> str:
-    ended = mmscale(*arguments, nproc=nproc, timeout_s=timeout_s)
-    assert ended.status == 0, ended
-    return ended.out
 
 
 @pytest.fixture(scope="module")

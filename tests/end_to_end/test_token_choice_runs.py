@@ -11,7 +11,7 @@ import torch
 
 from checkpoints_tools.sources import open_source
 from mmscale.runs.metrics import read_metrics
-from tests.end_to_end.running import assert_says, mmscale
+from tests.end_to_end.running import assert_says, losses, mmscale, ok
 
 STEPS = 6
 MAIN = (
@@ -26,12 +26,6 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 
 
-def ok(*arguments: str | Path, nproc: int = 1) -> str:
-    ended = mmscale(*arguments, nproc=nproc)
-    assert ended.status == 0, ended
-    return ended.out
-
-
 @pytest.fixture(scope="module")
 def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every model, with checkpoints of steps 6 and 12."""
@@ -40,10 +34,6 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         nproc = 1 if name == "tc" else 2
         ok("train", config, f"run.dir={folder}", f"run.name={name}", *MAIN, *model, nproc=nproc)
     return folder
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
 
 
 def biases(run: Path, step: int) -> dict[str, torch.Tensor]:

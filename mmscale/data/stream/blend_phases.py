@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.config.derived import blend_phases
-from mmscale.data.stream.packing import blend, blended
+from mmscale.data.stream.blending import blend, blended
 
 Phases = Sequence[tuple[int, Sequence[float]]]  # sequence from which on, and weights of the sources
 Limit = Callable[[int], int | None]  # of a number n: sequences that a source has to give if at most n, else None

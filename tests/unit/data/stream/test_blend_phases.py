@@ -19,8 +19,8 @@ from mmscale.data.prepared.identity import compare, identities
 from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.prepared.share import nominal_share
 from mmscale.data.stream.blend_phases import BlendPhases
+from mmscale.data.stream.blending import blend, blended
 from mmscale.data.stream.mixture import open_mixture
-from mmscale.data.stream.packing import blend, blended
 from mmscale.data.stream.segment_settings import Segment
 from mmscale.data.stream.segments import Place, resume_stream
 from mmscale.data.vocab import Vocabulary

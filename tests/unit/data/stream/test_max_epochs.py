@@ -24,9 +24,9 @@ from mmscale.data.prepared.identity import compare, identities
 from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.stream import packing_cache
 from mmscale.data.stream.blend_phases import BlendPhases
+from mmscale.data.stream.blending import blend
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.data.stream.mixture import Mixture, open_mixture
-from mmscale.data.stream.packing import blend
 from mmscale.data.stream.segments import Place, resume_stream
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError

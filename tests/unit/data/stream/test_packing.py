@@ -1,4 +1,4 @@
-# mmscale/data/stream/packing.py: properties of shuffling, packing, blending and dealing, for odd sizes too.
+# mmscale/data/stream/packing.py and blending.py: properties of shuffling, packing, blending and dealing, for odd sizes too.
 """Tests of the arithmetic of the data order."""
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmscale.bench.corpus import synthetic_corpus
-from mmscale.data.stream.packing import Purpose, blend, check_lengths, deal, pack, pack_epoch, permutation
+from mmscale.data.stream.blending import blend
+from mmscale.data.stream.packing import Purpose, check_lengths, deal, pack, pack_epoch, permutation
 from mmscale.errors import DataError
 
 lengths_of_documents = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(np.array)

@@ -22,10 +22,10 @@ from mmscale.data.prepared import table_facts
 from mmscale.data.prepared.identity import SourceIdentity, identities
 from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.stream import packing_cache
+from mmscale.data.stream.blending import blend, blended
 from mmscale.data.stream.blocks import Division
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.data.stream.mixture import Mixture, open_mixture
-from mmscale.data.stream.packing import blend, blended
 from mmscale.data.stream.segments import resume_stream
 from mmscale.data.stream.sequences import Begin
 from mmscale.data.vocab import Vocabulary

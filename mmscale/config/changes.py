@@ -29,6 +29,8 @@ _BEFORE = {
     "model.experts.token_choice": None,
     "data.seed": None,
     "data.order": "epochs",
+    "objective.cm3_rate": 0.0,
+    "objective.image_spans": "whole",
     "model.rope_scaling.beta_fast": 32.0,
     "model.rope_scaling.beta_slow": 1.0,
     "model.rope_scaling.attention_factor": None,

@@ -37,6 +37,11 @@ def _seed(config: Config) -> Effect:
     return Effect.OBJECTIVE if config.data.seed is None else Effect.FREE
 
 
+def _image_spans(config: Config) -> Effect:
+    """Without masked documents there are no spans."""
+    return Effect.OBJECTIVE if config.objective.cm3_rate else Effect.FREE
+
+
 EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "run.dir": Effect.FREE,
     "run.name": Effect.FREE,
@@ -116,6 +121,8 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "train.z_loss": Effect.OBJECTIVE,
     "train.modality_weights": Effect.OBJECTIVE,
     "train.dry_run": Effect.FREE,
+    "objective.cm3_rate": Effect.OBJECTIVE,
+    "objective.image_spans": _image_spans,
     "optim": Effect.FREE,
     "optim.freeze": Effect.FREE,  # the optimizer's state must fit (`checkpoint.shape.check_frozen`)
     "auxiliary": Effect.FREE,

@@ -11,6 +11,7 @@ from mmscale.config.checkpoint import rules as checkpoint
 from mmscale.config.data import rules as data
 from mmscale.config.experts import rules as experts
 from mmscale.config.model import rules as model
+from mmscale.config.objective import rules as objective
 from mmscale.config.optim import rules as optim
 from mmscale.config.parallel import rules as parallel
 from mmscale.config.precision import rules as precision
@@ -47,5 +48,19 @@ def check(config: Config, *, world_size: int | None = None) -> None:
         raise as_error(problems)
 
 
-_TOPICS = (vocab, model, experts, parallel, train, optim, auxiliary, sft, resilience, data, precision, checkpoint)
+_TOPICS = (
+    vocab,
+    model,
+    experts,
+    parallel,
+    train,
+    objective,
+    optim,
+    auxiliary,
+    sft,
+    resilience,
+    data,
+    precision,
+    checkpoint,
+)
 _RULES: tuple[Rule, ...] = tuple(rule for topic in _TOPICS for rule in topic.RULES)

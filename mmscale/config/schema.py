@@ -12,6 +12,7 @@ from mmscale.config.checkpoint.schema import CheckpointConfig
 from mmscale.config.data.schema import DataConfig
 from mmscale.config.log.schema import LogConfig
 from mmscale.config.model.schema import ModelConfig
+from mmscale.config.objective.schema import ObjectiveConfig
 from mmscale.config.optim.schema import OptimConfig
 from mmscale.config.parallel.schema import ParallelConfig
 from mmscale.config.precision.schema import PrecisionConfig
@@ -38,6 +39,7 @@ class Config(Section):
     model: ModelConfig = setting("Architecture.")
     data: DataConfig = setting("Data sets, their order, and packing.", DataConfig())
     train: TrainConfig = setting("Steps, batches, evaluation and loss.", TrainConfig())
+    objective: ObjectiveConfig = setting("Causal masking of documents.", ObjectiveConfig())
     optim: OptimConfig = setting("Optimizer and learning-rate schedule.", OptimConfig())
     auxiliary: AuxiliaryStageConfig = setting("Training of the auxiliary routers.", AuxiliaryStageConfig())
     sft: SftStageConfig = setting("Supervised fine-tuning on conversations.", SftStageConfig())

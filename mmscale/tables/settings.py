@@ -321,6 +321,17 @@ DATA_ORDERS: Table[DataOrder] = Table(
 )
 
 
+IMAGE_SPANS: Table[Choice] = Table(
+    "Spans of causal masking inside images",
+    ("objective.image_spans",),
+    {
+        "whole": Choice(meaning="an image is in no span, or all of it is one"),
+        "none": Choice(meaning="only text is masked"),
+        "partial": Choice(meaning="parts of an image are masked too, in the order of its tokens"),
+    },
+)
+
+
 READERS: Table[Choice] = Table(
     "Readers of document files",
     ("data.prepare.reader",),

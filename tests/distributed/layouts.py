@@ -160,6 +160,7 @@ def config(
     data: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     reserved: bool = False,
+    objective: Mapping[str, Any] | None = None,
     **train: Any,
 ) -> Config:
     """A model of 4 layers that trains in milliseconds; with reserved ids, on answers only."""
@@ -182,6 +183,7 @@ def config(
             "optim": {"lr": 1e-3, "freeze": FREEZE.get(model, []), **(optim or {})},
             "parallel": dict(parallel or {}),
             "data": dict(data or {}),
+            "objective": dict(objective or {}),
             "precision": {"dtype": dtype},
         }
     )

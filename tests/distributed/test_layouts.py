@@ -190,6 +190,23 @@ def test_a_loss_on_answers_only(references: References, model: str, tmp_path: Pa
     _run(references, model, tmp_path, 2, ANSWERS, reserved=True, data={"document_multiple": 4}, micro_batch_size=1)
 
 
+MASKED = {
+    **{name: TWO_RANKS[name] for name in ("dp2", "tp2_loss_chunks", "pp2_interleaved", "ep2")},
+    "cp2": {"cp": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["moma_depth_joint", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("mot", "moe_token_choice"))],
+)
+def test_documents_with_holes(references: References, model: str, tmp_path: Path) -> None:
+    """Causal masking: holes are no labels, parts of images too."""
+    layouts = {name: own for name, own in MASKED.items() if name != "ep2" or MODELS[model]["kind"] != "dense"}
+    objective = {"cm3_rate": 0.5, "image_spans": "partial"}
+    _run(references, model, tmp_path, 2, layouts, reserved=True, objective=objective, data={"document_multiple": 4})
+
+
 LAYOUTS = {2: TWO_RANKS, 4: FOUR_RANKS}
 
 

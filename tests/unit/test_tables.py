@@ -16,6 +16,7 @@ from mmscale.tables.settings import (
     DATA_ORDERS,
     FROZEN,
     IMAGE_FITS,
+    IMAGE_SPANS,
     IMAGE_TOKENIZERS,
     KINDS,
     LOSSES,
@@ -55,6 +56,7 @@ def test_there_are_tables() -> None:
         TEXT_TOKENIZERS,
         IMAGE_TOKENIZERS,
         DATA_ORDERS,
+        IMAGE_SPANS,
         READERS,
         IMAGE_FITS,
     ] == TABLES

@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mmscale.data.stream.block_counts import BlockCounts
 from mmscale.data.stream.feistel import ROUNDS, Shuffle
 from mmscale.data.stream.packing import NO_SEQUENCES, Packing, Purpose, check_lengths, random_bits
-from mmscale.data.stream.sequences import START, Begin, Block, PackSettings, Rest, SequenceStream, pack_documents
+from mmscale.data.stream.sequences import START, Begin, PackSettings, Rest, SequenceStream, pack_documents
 from mmscale.data.stream.source import Source
 from mmscale.errors import DataError
 from mmscale.tables.settings import DataOrder
@@ -108,7 +108,7 @@ class BlockStream(SequenceStream):
         folders: Sequence[Path],
         begin: Begin = START,
     ) -> None:
-        super().__init__(source, begin=begin, seq_length=packing.seq_length)
+        super().__init__(source, packing, begin=begin)
         self._division = Division(len(source), order)
         self._packing = packing
         self._settings: dict[str, Any] = {
@@ -122,6 +122,8 @@ class BlockStream(SequenceStream):
         left = [[epoch, zlib.crc32(np.ascontiguousarray(documents).data)] for epoch, documents in begin.leftovers]
         listing = [ORDER, source.identity, [order.block, order.chunk], self._settings, begin.epoch, left, begin.unread]
         listing.append(None if begin.rest is None else [begin.rest.seed, begin.rest.position, begin.rest.first])
+        if packing.masking is not None:
+            listing.append(asdict(packing.masking))
         self._key = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()[:16]
         self._counts = BlockCounts(folders, self._key)
 
@@ -210,12 +212,12 @@ class BlockStream(SequenceStream):
             )
             parts.append(
                 pack_documents(
-                    self.source, portion.documents, epoch=portion.epoch, block=portion.number, **self._settings
+                    self.reader, portion.documents, epoch=portion.epoch, block=portion.number, **self._settings
                 )
             )
         return Packing.joined(parts)
 
-    def _make(self, number: int) -> Block:
+    def _make(self, number: int) -> Packing:
         packing = self._pack(number)
         known = self._counts.get(number)
         if known is not None and known != len(packing):
@@ -225,7 +227,7 @@ class BlockStream(SequenceStream):
                 remedy="delete the counts-*.npy of its packing cache, and do not go on with a run that has read it",
             )
         self._counts.add(number, len(packing))
-        return Block(packing, self.source)
+        return packing
 
     def _count(self, number: int) -> int:
         return len(self._pack(number))

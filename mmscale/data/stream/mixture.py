@@ -21,12 +21,12 @@ from mmscale.config.derived import data_seed, first_weights
 from mmscale.data.prepared.manifest import common_tokenizers, has_documents, named_sources, read_manifest
 from mmscale.data.stream.blend_phases import BlendPhases, Phases, later_phases
 from mmscale.data.stream.cache_files import spare_cache
+from mmscale.data.stream.causal_masking import Masking, masking_of
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.orders import open_stream
 from mmscale.data.stream.packing import padded_lengths
 from mmscale.data.stream.sequences import START, Begin, PackSettings
 from mmscale.data.stream.source import Source, open_source
-from mmscale.data.stream.token_check import checked_modality
 from mmscale.data.stream.windows import Dealing, Window, deal_window
 from mmscale.data.vocab import NO_MODALITY, PAD, Vocabulary
 from mmscale.errors import DataError
@@ -57,6 +57,7 @@ class Mixture:
         pack_window: documents among which packing chooses.
         deal_window: sequences dealt together.
         document_multiple: documents are padded to a multiple of this, which divides seq_length.
+        masking: causal masking of the documents; default: none.
         order: of each source's documents, a name in `DATA_ORDERS`.
         cache: folder of packing indices; default: .cache inside each source's folder.
         spare: folder for the indices of large sources if they cannot be written there.
@@ -90,6 +91,7 @@ class Mixture:
         pack_window: int = 8192,
         deal_window: int = 2048,
         document_multiple: int = 1,
+        masking: Masking | None = None,
         order: str = "epochs",
         cache: Path | None = None,
         spare: Path | None = None,
@@ -133,6 +135,7 @@ class Mixture:
                     shuffle=shuffle,
                     once=once,
                     multiple=document_multiple,
+                    masking=masking,
                 ),
                 order=order,
                 caches=(cache or source.folder / ".cache", *([spare] if spare else [])),
@@ -241,12 +244,18 @@ class Mixture:
 
     def documents(self, index: int) -> list[tuple[int, NDArray[np.int64]]]:
         """Source and documents of each sequence of a micro-batch; source -1 for an empty sequence."""
+        return [(source, documents) for source, documents, _ in self._rows(index)]
+
+    def _rows(self, index: int) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """The same with the epoch of each document."""
         window, group = self._find(index)
         packing = window.packing
-        return [
-            (int(window.sources[n]), packing.documents[packing.starts[n] : packing.starts[n + 1]])
-            for n in range(group * self.micro_batch_size, (group + 1) * self.micro_batch_size)
-        ]
+        epochs = np.zeros_like(packing.documents) if packing.epochs is None else packing.epochs
+        found = []
+        for n in range(group * self.micro_batch_size, (group + 1) * self.micro_batch_size):
+            own = slice(packing.starts[n], packing.starts[n + 1])
+            found.append((int(window.sources[n]), packing.documents[own], epochs[own]))
+        return found
 
     def read(self, sequences: int) -> list[tuple[int, NDArray[np.int64]]]:
         """Which sequences of each source are among the first sequences of this stream.
@@ -272,7 +281,7 @@ class Mixture:
         Raises:
             DataError: the data is damaged.
         """
-        rows = self.documents(index)
+        rows = self._rows(index)
         shape = (len(rows), self.seq_length)
         tokens = np.full(shape, PAD, np.int64)
         labels = np.full(shape, PAD, np.int64)
@@ -281,19 +290,16 @@ class Mixture:
         document_ids = np.empty(shape, np.int32)
         modalities = np.full(shape, NO_MODALITY, np.int8)
         label_counts = np.zeros(len(self.vocabulary.names), np.int64)
-        for row, (number, documents) in enumerate(rows):
+        for row, (number, documents, epochs) in enumerate(rows):
             used = 0
             if len(documents):
-                source = self.streams[number].source
-                table = source.rows(documents)
-                lengths = table.lengths
+                read = self.streams[number].reader.read(documents, epochs, vocabulary=self.vocabulary)
+                ids, modality, lengths = read.ids, read.modality, read.lengths
                 ends = np.cumsum(lengths)
                 of_token = np.repeat(np.arange(len(documents)), lengths)
-                ids = source.read(documents, table)
-                modality = checked_modality(ids, source, documents, table, vocabulary=self.vocabulary)
                 following = np.roll(modality, -1)
                 # The first token of a document is never trained on, so the last one has no label.
-                trained = np.roll(source.trained(documents, table, modality), -1)
+                trained = np.roll(read.trained, -1)
                 # The padding of a document up to the multiple belongs to the document.
                 padded = padded_lengths(lengths, self.document_multiple)
                 used = int(padded.sum())
@@ -320,7 +326,7 @@ class Mixture:
             modality_ids=modalities,
             counts=self.counts(index),
             label_counts=self.label_counts(index),
-            sources=np.array([number for number, _ in rows]),
+            sources=np.array([number for number, _, _ in rows]),
             index=index + self.start // self.micro_batch_size,
         )
 
@@ -381,6 +387,7 @@ def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary, folder: 
         pack_window=data.pack_window,
         deal_window=data.deal_window,
         document_multiple=data.document_multiple,
+        masking=masking_of(config) if train else None,
         order=data.order,
         cache=Path(data.cache) if data.cache is not None else None,
         spare=spare_cache(config),

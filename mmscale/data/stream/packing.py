@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     SEQUENCES = 1
     GROUPS = 2
     CHUNKS = 3
+    SPANS = 5
 
 
 def random_bits(
@@ -69,16 +70,24 @@ class Packing:
     Attributes:
         starts: int64 [N + 1].
         documents: int64 [D].
+        epochs: in which each document is read, int64 [D]; None: not known here.
     """
 
     starts: NDArray[np.int64]
     documents: NDArray[np.int64]
+    epochs: NDArray[np.int64] | None = None
 
     @classmethod
     def joined(cls, parts: list[Packing]) -> Packing:
         """The sequences of all parts one after another; there must be at least one part."""
         sizes = np.concatenate([np.diff(part.starts) for part in parts])
-        return cls(np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([part.documents for part in parts]))
+        known = [part.epochs for part in parts if len(part.documents)]
+        epochs = [one for one in known if one is not None]
+        return cls(
+            np.concatenate([[0], np.cumsum(sizes)]),
+            np.concatenate([part.documents for part in parts]),
+            np.concatenate(epochs) if epochs and len(epochs) == len(known) else None,
+        )
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -99,7 +108,8 @@ class Packing:
         sizes = np.diff(self.starts)[sequences]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         inside = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
-        return Packing(starts, self.documents[np.repeat(self.starts[:-1][sequences], sizes) + inside])
+        chosen = np.repeat(self.starts[:-1][sequences], sizes) + inside
+        return Packing(starts, self.documents[chosen], None if self.epochs is None else self.epochs[chosen])
 
 
 NO_SEQUENCES = Packing(np.zeros(1, np.int64), np.zeros(0, np.int64))

@@ -11,6 +11,7 @@ import json
 import logging
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from mmscale.data.arrays import read_array
 from mmscale.data.stream.cache_files import locked, write_array
 from mmscale.data.stream.packing import Packing, check_lengths, pack_epoch
-from mmscale.data.stream.sequences import START, Begin, Block, PackSettings, SequenceStream, pack_documents
+from mmscale.data.stream.sequences import START, Begin, PackSettings, SequenceStream, pack_documents
 from mmscale.data.stream.source import Source
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class PackedStream(SequenceStream):
 
     def __init__(self, source: Source, packing: PackSettings, *, cache: Path, begin: Begin = START) -> None:
         check_lengths(source.lengths, seq_length=packing.seq_length, what=f"data: {source.folder} ({source.split})")
-        super().__init__(source, begin=begin, seq_length=packing.seq_length)
+        super().__init__(source, packing, begin=begin)
         self._settings: dict[str, Any] = {
             "seq_length": packing.seq_length,
             "window": packing.window,
@@ -60,6 +61,8 @@ class PackedStream(SequenceStream):
             self._settings["multiple"] = packing.multiple
         self._epochs = 1 if packing.once else max(1, _BLOCK_DOCUMENTS // len(source))  # epochs of a block
         listing: list[Any] = [ORDER, source.identity, self._epochs, self._settings]
+        if packing.masking is not None:
+            listing.append(asdict(packing.masking))
         if begin.leftovers or begin.epoch:
             left = [[epoch, zlib.crc32(np.ascontiguousarray(documents).data)] for epoch, documents in begin.leftovers]
             listing += [begin.epoch, left, begin.unread]
@@ -75,8 +78,8 @@ class PackedStream(SequenceStream):
         """Sequences of the first whole epoch."""
         return self._first_epoch
 
-    def _make(self, number: int) -> Block:
-        return Block(self._read(number) or self._build(number), self.source)
+    def _make(self, number: int) -> Packing:
+        return self._read(number) or self._build(number)
 
     def _size(self, number: int, *, wanted: int) -> int:
         return len(self.block(number).packing)
@@ -143,8 +146,8 @@ class PackedStream(SequenceStream):
     def _packed(self, epoch: int) -> Packing:
         documents = self._documents(epoch)
         if isinstance(documents, range):
-            return pack_epoch(self.source.lengths, epoch=epoch, **self._settings)
-        return pack_documents(self.source, documents, epoch=epoch, **self._settings)
+            return pack_epoch(self.reader.lengths(epoch), epoch=epoch, **self._settings)
+        return pack_documents(self.reader, documents, epoch=epoch, **self._settings)
 
     def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
         """The position after some of this stream's sequences were read.

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from mmscale.config import Config
 from mmscale.config.derived import blend_phases, data_seed
 from mmscale.data.prepared.identity import SourceIdentity
+from mmscale.data.stream.causal_masking import Masking, masking_of
 
 Key = tuple[str, int]  # identity of a source, and its number among equal ones
 
@@ -57,6 +58,7 @@ class Segment(BaseModel):
         phases: steps from which on the sources have other weights, and these.
         batch: sequences of a step.
         offset: sequences that were consumed before step 0 of the phases, below 0 if the steps before were larger.
+        masking: causal masking of the documents; None: none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -75,6 +77,7 @@ class Segment(BaseModel):
     phases: tuple[tuple[int, tuple[float, ...]], ...] = ()
     batch: int = 0  # kept by no older version
     offset: int = 0
+    masking: Masking | None = None  # no older version had it
 
     @property
     def keys(self) -> list[Key]:
@@ -140,4 +143,5 @@ def segment_of(config: Config, data: Sequence[SourceIdentity], *, window: int, o
         order=order,
         phases=tuple(blend_phases(config)[1:]),
         batch=config.train.global_batch_size,
+        masking=masking_of(config),
     )

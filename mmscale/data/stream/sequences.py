@@ -10,13 +10,15 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.data.stream.as_read import DocumentReader
+from mmscale.data.stream.causal_masking import Masking, SpanChoice
 from mmscale.data.stream.packing import NO_SEQUENCES, Packing, pack_epoch
 from mmscale.data.stream.source import Source
 
@@ -82,6 +84,7 @@ class PackSettings:
         shuffle: False keeps the stored order.
         once: only the first epoch will be read, to its end.
         multiple: documents are padded to a multiple of this, which divides seq_length.
+        masking: causal masking of the documents; None: none.
     """
 
     position: int
@@ -91,6 +94,14 @@ class PackSettings:
     shuffle: bool = True
     once: bool = False
     multiple: int = 1
+    masking: Masking | None = None
+
+    def reader(self, source: Source) -> DocumentReader:
+        """Reads the source's documents as these settings want them."""
+        if self.masking is None:
+            return DocumentReader(source)
+        choice = SpanChoice(masking=self.masking, seed=self.seed, source=self.position, seq_length=self.seq_length)
+        return DocumentReader(source, choice)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +109,12 @@ class Block:
     """Sequences that were packed together, with sums per sequence."""
 
     packing: Packing
-    source: Source
+    reader: DocumentReader
 
     @cached_property
     def _sums(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        rows = self.source.rows(self.packing.documents)
+        assert self.packing.epochs is not None
+        rows = self.reader.rows(self.packing.documents, self.packing.epochs)
         return self.packing.sums_of(rows.counts), self.packing.sums_of(rows.labels)
 
     @property
@@ -116,11 +128,11 @@ class Block:
         return self._sums[1]
 
 
-def pack_documents(read_from: Source, documents: NDArray[np.int64], *, epoch: int, **settings: Any) -> Packing:
+def pack_documents(reader: DocumentReader, documents: NDArray[np.int64], *, epoch: int, **settings: Any) -> Packing:
     """Packs documents of one epoch into sequences.
 
     Args:
-        read_from: the source.
+        reader: reads the source.
         documents: their numbers, ascending; one that is read several times occurs as often.
         epoch: number of the epoch.
         settings: further arguments of `pack_epoch`.
@@ -129,7 +141,8 @@ def pack_documents(read_from: Source, documents: NDArray[np.int64], *, epoch: in
         return NO_SEQUENCES
     found, copies = np.unique(documents, return_counts=True)
     repeated = copies if len(found) < len(documents) else None
-    packing = pack_epoch(read_from.rows(found).lengths, epoch=epoch, copies=repeated, **settings)
+    lengths = reader.rows(found, np.full(len(found), epoch)).lengths
+    packing = pack_epoch(lengths, epoch=epoch, copies=repeated, **settings)
     return Packing(packing.starts, found[packing.documents])
 
 
@@ -138,11 +151,13 @@ class SequenceStream(ABC):
 
     Attributes:
         source: the documents.
+        reader: reads them.
     """
 
-    def __init__(self, source: Source, *, begin: Begin, seq_length: int) -> None:
+    def __init__(self, source: Source, packing: PackSettings, *, begin: Begin) -> None:
         self.source = source
-        self._seq_length = seq_length
+        self.reader = packing.reader(source)
+        self._seq_length = packing.seq_length
         self._begin = begin
         self._ends: list[int] = []  # number of sequences up to the end of each counted block
         self._loaded: OrderedDict[int, Block] = OrderedDict()
@@ -166,8 +181,8 @@ class SequenceStream(ABC):
         """
 
     @abstractmethod
-    def _make(self, number: int) -> Block:
-        """One block: from the cache, or packed now."""
+    def _make(self, number: int) -> Packing:
+        """Sequences of one block: from the cache, or packed now."""
 
     @abstractmethod
     def _size(self, number: int, *, wanted: int) -> int:
@@ -243,10 +258,11 @@ class SequenceStream(ABC):
     def block(self, number: int) -> Block:
         """One block: from memory, from the cache, or packed now."""
         if number not in self._loaded:
-            made = self._make(number)
+            epochs, documents = zip(*self._epochs_in(number), strict=True)
+            packing = replace(self._make(number), epochs=np.repeat(epochs, documents))
             while len(self._loaded) >= _BLOCKS_IN_MEMORY:
                 self._loaded.popitem(last=False)
-            self._loaded[number] = made
+            self._loaded[number] = Block(packing, self.reader)
         return self._loaded[number]
 
     def _unread(self, number: int, taken: int, more: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:

@@ -31,11 +31,13 @@ class DocumentRows:
         counts: tokens per modality of each document, int32 [n, K].
         bits: loss masks: bit m set, labels of modality m are trained on, int64 [n].
         labels: labels per modality that are trained on, int32 [n, K]; a label is the next token of the same document.
+        masked: whether a bit of each token says so (conversations), bool [n].
     """
 
     counts: NDArray[np.int32]
     bits: NDArray[np.int64]
     labels: NDArray[np.int32]
+    masked: NDArray[np.bool_]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -71,7 +73,8 @@ class DocumentTable:
         if self.whole:
             tables = [checked_table(folder, part, modalities) for part in parts]
             labels = [_labels(folder, part, table) for part, table in zip(parts, tables, strict=True)]
-            self._rows = _rows(np.concatenate(tables), np.concatenate(labels))
+            masked = np.repeat([part.masked for part in parts], [part.documents for part in parts])
+            self._rows = _rows(np.concatenate(tables), np.concatenate(labels), masked)
         self._maps: OrderedDict[int, tuple[NDArray[Any], NDArray[Any] | None]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +89,9 @@ class DocumentTable:
         """
         if self._rows is not None:
             whole = self._rows
-            return DocumentRows(whole.counts[documents], whole.bits[documents], whole.labels[documents])
+            return DocumentRows(
+                whole.counts[documents], whole.bits[documents], whole.labels[documents], whole.masked[documents]
+            )
         table = np.empty((len(documents), len(self._modalities) + 1), np.int64)
         labels = np.empty((len(documents), len(self._modalities)), np.int64)
         part_of = np.searchsorted(self._ends, documents, side="right")
@@ -99,7 +104,8 @@ class DocumentTable:
             table[chosen] = own[places]
             labels[chosen] = label_counts(own[places], None if listed is None else listed[places])
             refuse_damaged(table[chosen], self._folder, self._parts[number], self._modalities)
-        return _rows(table, labels)
+        masked = np.array([part.masked for part in self._parts])[part_of]
+        return _rows(table, labels, masked)
 
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each document of the split, int32 [D]."""
@@ -123,5 +129,5 @@ def _labels(folder: Path, part: Part, table: NDArray[Any]) -> NDArray[np.int64]:
     return label_counts(table, map_label_counts(folder, part) if part.masked else None)
 
 
-def _rows(table: NDArray[Any], labels: NDArray[np.int64]) -> DocumentRows:
-    return DocumentRows(table[:, :-1].astype(np.int32), table[:, -1].astype(np.int64), labels.astype(np.int32))
+def _rows(table: NDArray[Any], labels: NDArray[np.int64], masked: NDArray[np.bool_]) -> DocumentRows:
+    return DocumentRows(table[:, :-1].astype(np.int32), table[:, -1].astype(np.int64), labels.astype(np.int32), masked)

@@ -1,7 +1,8 @@
 """Synthetic micro-batches from an index, for layout checks and benchmarks.
 
 They have the shapes and per-token data of real batches: documents of text with image blocks inside, padding at the end.
-If the vocabulary has the tokens of chat messages, only the end of some documents is trained on, like an answer.
+If the vocabulary has the tokens of chat messages, only the end of some documents is trained on, like an answer. With
+causal masking the documents have holes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
+from mmscale.data.holes import PER_SPAN, hole_tokens, rotation
+from mmscale.data.stream.causal_masking import SpanChoice, masking_of, token_runs
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.packed import pack_rows
 from mmscale.data.vocab import EOS, SPECIAL_TOKENS, Vocabulary
@@ -44,6 +47,11 @@ class SyntheticMixture:
         self.absent = absent
         self.documents = documents
         self.padding = padding
+        masking = masking_of(config)
+        self._choice: SpanChoice | None = None
+        if masking is not None:
+            seed, length = config.run.seed, config.model.seq_length
+            self._choice = SpanChoice(masking=masking, seed=seed, source=0, seq_length=length)
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The micro-batch with this number, the same on every rank."""
@@ -54,15 +62,19 @@ class SyntheticMixture:
         # With `document_multiple`, every second document is shorter and padded to a multiple.
         short = [number % 2 * (multiple // 2) for number in range(self.documents)]
         absent = self.absent if index % 2 else None
-        rows = [
+        rows = self.config.train.micro_batch_size
+        content = [
             [
-                self._document(rng, end - start - less, absent=absent)
-                for (start, end), less in zip(pairwise(borders), short, strict=True)
+                self._read(rng, end - start - less, absent=absent, number=number)
+                for (start, end), less, number in zip(pairwise(borders), short, numbers, strict=True)
             ]
-            for _ in range(self.config.train.micro_batch_size)
+            for numbers in np.arange(rows * self.documents).reshape(rows, -1) + index * rows * self.documents
         ]
-        batch, _ = pack_rows(rows, vocabulary=self.vocabulary, seq_length=length, multiple=multiple)
-        if self.vocabulary.reserved:
+        batch, _ = pack_rows(content, vocabulary=self.vocabulary, seq_length=length, multiple=multiple)
+        if self._choice is not None:
+            holes = np.isin(batch.labels, hole_tokens(self.vocabulary)[:-1])
+            batch = _trained_on(batch, batch.loss_mask * ~holes, self.vocabulary)
+        elif self.vocabulary.reserved:
             batch = _answers_only(batch, rng, self.vocabulary)
         return replace(batch, index=index)
 
@@ -71,6 +83,16 @@ class SyntheticMixture:
         ids = self.micro_batch(index).modality_ids
         counts: NDArray[np.int64] = (ids[:, :, None] == np.arange(len(self.vocabulary.names))).sum(axis=1)
         return counts
+
+    def _read(self, rng: np.random.Generator, length: int, *, absent: str | None, number: int) -> np.ndarray:
+        """A document, under causal masking with 0, 1 or 2 spans moved to its end."""
+        spans = number % 3 if self._choice is not None else 0
+        ids = self._document(rng, length - PER_SPAN * spans, absent=absent)
+        if self._choice is None or not spans:
+            return ids
+        runs = token_runs(ids, self.vocabulary.modality_of(ids), self.vocabulary)
+        chosen = self._choice.spans(runs, number=spans, document=number, epoch=0, end=len(ids) - 1)
+        return np.append(ids, hole_tokens(self.vocabulary))[rotation(len(ids), chosen)]
 
     def _document(self, rng: np.random.Generator, length: int, *, absent: str | None) -> np.ndarray:
         """Text with one contiguous block of each other modality inside, ending in EOS."""
@@ -98,6 +120,11 @@ def _answers_only(batch: MicroBatch, rng: np.random.Generator, vocabulary: Vocab
         for document in np.unique(documents):
             own = np.flatnonzero((documents == document) & (mask[row] > 0))
             mask[row, own[: int(rng.integers(0, len(own) + 1))]] = 0.0
+    return _trained_on(batch, mask, vocabulary)
+
+
+def _trained_on(batch: MicroBatch, mask: NDArray[np.float32], vocabulary: Vocabulary) -> MicroBatch:
+    """The batch with another loss mask."""
     modality = vocabulary.modality_of(batch.labels)
     counts = tuple(int(((modality == m) & (mask > 0)).sum()) for m in range(len(vocabulary.names)))
     return replace(batch, loss_mask=mask, label_counts=counts)

@@ -1,4 +1,4 @@
-# mmscale/data/stream/packing.py and blending.py: properties of shuffling, packing, blending and dealing, for odd sizes too.
+# mmscale/data/stream/packing.py, blending.py: properties of shuffling, packing, blending, dealing, for odd sizes too.
 """Tests of the arithmetic of the data order."""
 
 from __future__ import annotations

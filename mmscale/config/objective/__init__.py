@@ -1,0 +1,1 @@
+"""Settings of the training objective, and the rules between them."""

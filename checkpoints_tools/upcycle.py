@@ -1,24 +1,20 @@
 """Upcycling: converts a trained model with one FFN, or one per modality, to one with experts (MoMa, section 2.5).
 
 Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies, unless tokens
-choose. Parts that
-are to be untied (Mixture-of-Transformers, arXiv 2411.04996) become a copy for each modality, which changes nothing in
-what the model computes. The result is a checkpoint of step 0, so the learning rate's schedule starts again. It has the
+choose. Parts that are to be untied (Mixture-of-Transformers, arXiv 2411.04996) become a copy for each modality, which
+changes nothing in what the model computes. The result is a checkpoint of step 0, so the learning rate's schedule starts again. It has the
 source's position in the data, so that training sees new documents. Tensors are streamed. Any layout can train the
 result, through mmscale.train.
 
 Whether the new model computes the same as the old one depends on the norm placement (`PRESERVES`, with a test for
 each).
-
-Letters: F inner width, H hidden width, N experts of a group.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from torch import Tensor
 
 from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source, summary
+from checkpoints_tools.upcycle_recipes import Recipe, recipes
 from checkpoints_tools.upcycled_settings import upcycled_settings
 from mmscale.checkpoint import rewrite, run_folder
 from mmscale.checkpoint.integrity import CheckpointManifest
@@ -36,7 +33,7 @@ from mmscale.checkpoint.tensors import OPTIMIZER, SCALING, Region, TensorEntry, 
 from mmscale.config import Config
 from mmscale.config.load import digest
 from mmscale.errors import CheckpointError, shell_command
-from mmscale.layers import Routers, TensorPart, layer_tensors
+from mmscale.layers import layer_tensors
 from mmscale.model.ranking import RANKINGS
 from mmscale.runtime.environment import code_version
 
@@ -117,29 +114,6 @@ def _preserves(new: Config) -> str:
     return PRESERVES[new.model.norm]
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How one weight of the new model is made.
-
-    Attributes:
-        shape: of the new tensor.
-        source: the old weight that it is made from; None: it is new.
-        form: converts the old tensor to the new one, or to one of its experts; a view.
-        like: an old weight of the same type.
-        fresh: "router": drawn; "cutoffs": initial values of averaged cut-offs; "": zeros.
-        is_expert: its optimizer moments are dropped unless `keep_moments`.
-        is_parameter: the optimizer has state for it.
-    """
-
-    shape: tuple[int, ...]
-    like: str
-    source: str | None = None
-    form: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    fresh: str = ""
-    is_expert: bool = False
-    is_parameter: bool = True
-
-
 class Upcycled:
     """The tensors of the upcycled model (a `TensorSource`), made as they are read.
 
@@ -163,9 +137,9 @@ class Upcycled:
         self._gone = [tensor.name for tensor in layer_tensors(old, depth=False) if tensor.name not in remain]
         self._new_experts = new.model.has_experts and not old.model.has_experts
         replaced: set[str] = set()
-        self._recipes: dict[str, _Recipe] = {}
+        self._recipes: dict[str, Recipe] = {}
         for layer in range(new.model.num_layers):
-            for name, recipe in _recipes(old, new, f"decoder.layers.{layer}.", experts=experts):
+            for name, recipe in recipes(old, new, f"decoder.layers.{layer}.", experts=experts):
                 self._recipes[name] = recipe
                 replaced |= {recipe.source} if recipe.source is not None else set()
         # The FP8 scales of the old model do not apply to the new one.
@@ -279,64 +253,11 @@ class Upcycled:
         return {name: value for name, value in self._source.objects().items() if not any(part in name for part in gone)}
 
 
-def _recipes(old: Config, new: Config, layer: str, *, experts: bool) -> Iterator[tuple[str, _Recipe]]:
-    """The tensors of one layer that are new or changed.
-
-    Args:
-        old: the configuration before.
-        new: the configuration after.
-        layer: the prefix of their names.
-        experts: whether there are new experts.
-    """
-    before = layer_tensors(old, depth=False)
-    ffn = [tensor for tensor in before if tensor.part is TensorPart.FFN]  # gate and up projection, down projection
-    there = {tensor.name for tensor in before}
-    like = next(tensor.name for tensor in before if tensor.part is TensorPart.ATTENTION)
-    routers = Routers(None, new.model.keeps_thresholds)
-    for tensor in layer_tensors(new, depth=False, routers=routers):
-        name = layer + tensor.name
-        first = tensor.name.endswith(".w1")
-        if tensor.untied and tensor.name not in there:
-            tied = layer + f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight"
-            yield name, _Recipe(tensor.shape, tied, tied)
-        elif not experts:
-            continue
-        elif tensor.part is TensorPart.EXPERTS:
-            own = [one.name for one in ffn if one.modality in (None, tensor.modality)]
-            source = layer + own[0 if first else 1] if own else name
-            form = (_dense_w1 if first else _dense_w2) if ffn else _only
-            yield name, _Recipe(tensor.shape, source, source, form, is_expert=True)
-        elif tensor.part is TensorPart.ROUTER:
-            yield name, _Recipe(tensor.shape, layer + like, fresh="router")
-        elif tensor.part is TensorPart.BIAS:
-            yield name, _Recipe(tensor.shape, layer + like, is_parameter=False)
-        elif tensor.part is TensorPart.CUTOFF:
-            yield name, _Recipe(tensor.shape, layer + like, fresh="cutoffs", is_parameter=False)
-        elif tensor.part is TensorPart.EXPERT_NORM and ffn:
-            norm = f"{layer}mlp_bda.norm.{tensor.modality if 'norms' in old.model.untie else 'weight'}"
-            yield name, _Recipe(tensor.shape, norm, norm)
-
-
 def _weight_of(name: str) -> str:
     """The weight that a tensor is, or whose optimizer state it is."""
     for state in _STATES:
         name = name.removeprefix(f"{OPTIMIZER}state.{state}.")
     return name
-
-
-def _dense_w1(fc1: Tensor) -> Tensor:
-    """[2F, H], gate over up -> [H, 2, F]."""
-    return fc1.view(2, -1, fc1.shape[1]).permute(2, 0, 1)
-
-
-def _dense_w2(fc2: Tensor) -> Tensor:
-    """[H, F] -> [F, H]."""
-    return fc2.t()
-
-
-def _only(experts: Tensor) -> Tensor:
-    """The only expert of [1, ...]."""
-    return experts[0]
 
 
 def _drawn(shape: tuple[int, ...], *, key: str, std: float) -> Tensor:

@@ -116,9 +116,12 @@ def rope_parameters(config: Config) -> dict[str, Any]:
 
 def expert_groups(config: Config) -> list[dict[str, Any]]:
     """Groups of experts for configuration_moma.py; empty for a dense model."""
+    ungated = derived.ungated_groups(config)
+    groups = sorted(derived.expert_groups(config) + ungated, key=lambda group: group.modalities)
     return [
         {"name": group.name, "modalities": list(group.modalities), "experts": group.experts}
-        for group in derived.expert_groups(config)
+        | ({"ungated": True} if group in ungated else {})
+        for group in groups
     ]
 
 

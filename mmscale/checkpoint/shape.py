@@ -36,6 +36,7 @@ def shape_of(config: Config) -> dict[str, Any]:
     # None if there are no such tensors, as in older checkpoints.
     shape["model.qkv_bias"] = model.qkv_bias or None
     shape["model.untie"] = sorted(model.untie) or None
+    shape["model.experts.ungated"] = sorted(model.experts.ungated) or None
     shape["model.auxiliary.width"] = model.auxiliary_width if model.auxiliary.mode == "joint" else None
     shape["model.experts.threshold_decay"] = "kept" if model.keeps_thresholds else None
     shape["model.experts.token_choice"] = "set" if model.experts.token_choice is not None else None

@@ -36,7 +36,7 @@ def baselines(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write baselines of equal FLOPs per token: dense, 1t1i, moe8x, 4t4i, mot, 4t4i_untied, tc_8x, tc_4t4i; mod_*.
+    """Write baselines of equal FLOPs per token: dense, 1t1i, moe8x, 4t4i, mot, 4t4i_untied, mot_4t1i, tc_*; mod_*.
 
     An existing file with other contents is not replaced.
     """

@@ -196,10 +196,19 @@ class GroupSize(NamedTuple):
 
 
 def expert_groups(config: Config) -> tuple[GroupSize, ...]:
-    """Groups of experts in the order that model, checkpoints and plan use; empty for a dense model.
+    """Groups of experts with routers, in the order that model, checkpoints and plan use; empty for a dense model.
 
     The order is the vocabulary's, whatever the order in the file.
     """
+    return tuple(group for group in _all_groups(config) if group.name not in config.model.experts.ungated)
+
+
+def ungated_groups(config: Config) -> tuple[GroupSize, ...]:
+    """The groups of one expert without a router (`model.experts.ungated`), in the vocabulary's order."""
+    return tuple(group for group in _all_groups(config) if group.name in config.model.experts.ungated)
+
+
+def _all_groups(config: Config) -> tuple[GroupSize, ...]:
     model, names = config.model, config.vocab.names
     counts = model.experts.counts
     if not model.has_experts:
@@ -210,7 +219,7 @@ def expert_groups(config: Config) -> tuple[GroupSize, ...]:
 
 
 def expert_counts(config: Config) -> dict[str, int]:
-    """Experts of each group, in the order of `expert_groups`."""
+    """Experts of each group with a router, in the order of `expert_groups`."""
     return {group.name: group.experts for group in expert_groups(config)}
 
 

@@ -68,6 +68,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "model.backend": Effect.FREE,
     "model.gradient_accumulation_fusion": Effect.FREE,
     "model.experts.counts": Effect.SHAPE,
+    "model.experts.ungated": Effect.SHAPE,
     "model.experts.shared": Effect.SHAPE,
     "model.experts.shared_ffn_hidden_size": Effect.SHAPE,
     "model.experts.capacity": Effect.FUNCTION,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from mmscale.config import Config
-from mmscale.config.derived import expert_groups, shared_width
+from mmscale.config.derived import expert_groups, shared_width, ungated_groups
 from mmscale.layers.layer_tensor import Form, LayerTensor, Routers, TensorPart, auxiliary_tensors, by_modality
 
 
@@ -42,6 +42,9 @@ def expert_tensors(config: Config, routers: Routers) -> Iterator[LayerTensor]:
         modality = config.vocab.names[group.modalities[0]] if len(group.modalities) == 1 else None
         for tensor in _group(config, group.name, group.experts, routers):
             yield replace(tensor, group=group.name, modality=modality)
+    for group in ungated_groups(config):
+        for tensor in _ungated(config, group.name):
+            yield replace(tensor, modality=group.name)
     if width := shared_width(config):
         yield from _shared(config, width)
 
@@ -86,29 +89,45 @@ def _group(config: Config, group: str, count: int, routers: Routers) -> Iterator
         yield LayerTensor(name=f"mlp.threshold.{group}", shape=(count,), part=TensorPart.CUTOFF, hf=(f"{hf}threshold",))
 
 
+def _ungated(config: Config, group: str) -> Iterator[LayerTensor]:
+    """The tensors of a group of one expert without a router: those of an untied feed-forward layer."""
+    hf = f"mlp.experts.{group}."
+    yield from _single(config, f"mlp.ungated.{group}.", hf, config.model.ffn_hidden_size, TensorPart.FFN)
+    if config.model.normalizes_experts:
+        yield LayerTensor(
+            name=f"mlp.expert_norm.{group}.weight",
+            shape=(config.model.hidden_size,),
+            part=TensorPart.NORM,
+            hf=(f"{hf}norm.weight",),
+        )
+
+
 def _shared(config: Config, width: int) -> Iterator[LayerTensor]:
     """Shared experts, stored as one expert of their joint width."""
+    yield from _single(config, "mlp.shared.", "mlp.shared.", width, TensorPart.SHARED)
+    if config.model.normalizes_experts:
+        yield LayerTensor(
+            name="mlp.shared_norm.weight",
+            shape=(config.model.hidden_size,),
+            part=TensorPart.NORM,
+            hf=("mlp.shared.norm.weight",),
+        )
+
+
+def _single(config: Config, place: str, hf: str, width: int, part: TensorPart) -> Iterator[LayerTensor]:
+    """One expert of a SwiGLU width that every rank holds, with prefixes of its names in checkpoint and export."""
     hidden = config.model.hidden_size
     yield LayerTensor(
-        name="mlp.shared.w1",
+        name=f"{place}w1",
         shape=(1, hidden, 2, width),
-        part=TensorPart.SHARED,
-        hf=("mlp.shared.gate_up_proj",),
+        part=part,
+        hf=(f"{hf}gate_up_proj",),
         form=Form.ONE_JOINED,
         tp_axis=3,
     )
     yield LayerTensor(
-        name="mlp.shared.w2",
-        shape=(1, width, hidden),
-        part=TensorPart.SHARED,
-        hf=("mlp.shared.down_proj",),
-        form=Form.ONE,
-        tp_axis=1,
+        name=f"{place}w2", shape=(1, width, hidden), part=part, hf=(f"{hf}down_proj",), form=Form.ONE, tp_axis=1
     )
-    if config.model.normalizes_experts:
-        yield LayerTensor(
-            name="mlp.shared_norm.weight", shape=(hidden,), part=TensorPart.NORM, hf=("mlp.shared.norm.weight",)
-        )
 
 
 FEED_FORWARDS: Mapping[str, Callable[[Config, Routers], Iterator[LayerTensor]]] = {

@@ -31,6 +31,7 @@ def freeze(config: Config, chunks: Sequence[nn.Module]) -> list[str]:
     names = {tensor.name for tensor in tensors}
     # Modules of experts name their own weights: Transformer-Engine's has a list of them.
     modules = tuple(f"mlp.experts.{group}." for group in frozen_groups(config))
+    modules += tuple(tensor.name.removesuffix("w1") for tensor in tensors if tensor.name.startswith("mlp.ungated."))
     frozen = []
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():

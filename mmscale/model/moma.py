@@ -51,6 +51,7 @@ from mmscale.model.routing import (
 from mmscale.model.routing_figures import report_choice
 from mmscale.model.thresholds import Thresholds
 from mmscale.model.token_choice import TokenChoice
+from mmscale.model.ungated import every_token, ungated_experts
 from mmscale.tables.routings import Needs, Routing
 
 
@@ -100,6 +101,7 @@ class MoMaMLP(MegatronModule):
         self.experts = nn.ModuleDict()
         self.router = Router(config, settings.groups)
         self.expert_norm = nn.ModuleDict()
+        self.ungated = ungated_experts(config, settings, self.pg, make=make)
         counts = {group.name: group.experts for group in settings.groups}
         self.places = list(experts_of_ranks(counts, self.pg.ep.size()).values())
         for group, places in zip(settings.groups, self.places, strict=True):
@@ -107,8 +109,8 @@ class MoMaMLP(MegatronModule):
                 self.experts[group.name] = make(
                     config, count=group.experts, width=width, groups=self.pg, own=own, compute=settings.compute
                 )
-            if settings.norm_experts:
-                self.expert_norm[group.name] = self._norm()
+        if settings.norm_experts:
+            self.expert_norm.update({group.name: self._norm() for group in settings.groups + settings.ungated})
         self.shared: MegatronModule | None = None
         self.shared_norm: RMSNorm | None = None
         if settings.shared_width:
@@ -124,16 +126,11 @@ class MoMaMLP(MegatronModule):
 
         self.auxiliary = nn.ModuleDict()
         if settings.auxiliary_width is not None:
+            width = settings.auxiliary_width
             for group in settings.groups:
-                self.auxiliary[group.name] = AuxiliaryRouter(
-                    config, outputs=group.experts, width=settings.auxiliary_width
-                )
+                self.auxiliary[group.name] = AuxiliaryRouter(config, outputs=group.experts, width=width)
         self.router_bias = TokenChoice(settings, self.pg.ep) if settings.token_choice is not None else None
-        self.threshold = (
-            Thresholds({group.name: group.experts for group in settings.groups}, rank=self._rank)
-            if settings.thresholds
-            else None
-        )
+        self.threshold = Thresholds(counts, rank=self._rank) if settings.thresholds else None
 
     def _norm(self) -> RMSNorm:
         return RMSNorm(self.config, self.config.hidden_size, self.config.layernorm_epsilon, replicated=True)
@@ -176,8 +173,12 @@ class MoMaMLP(MegatronModule):
             computed = [self._computed(g, tokens) for g, tokens in zip(self.settings.groups, received, strict=True)]
             outputs = from_experts(computed, self.places, self.pg.ep)
 
+        everything = [self._dealt(every_token(group, params, self.settings)) for group in self.settings.ungated]
+        for group, selection in zip(self.settings.ungated, everything, strict=True):
+            outputs.append(self.ungated[group.name](rows_of(flat, selection, empty_as_zero=True)))
+        every_group = self.settings.groups + self.settings.ungated
         total = flat.new_zeros(flat.shape, dtype=torch.float32)
-        for group, output, selection in zip(self.settings.groups, outputs, selections, strict=True):
+        for group, output, selection in zip(every_group, outputs, selections + everything, strict=True):
             if self.settings.norm_experts:
                 output = self.expert_norm[group.name](
                     reduce_from_tensor_model_parallel_region(output, group=self.pg.tp)
@@ -365,9 +366,10 @@ class MoMaMLP(MegatronModule):
     ) -> ShardedStateDict:
         """Routers and norms are replicated; the experts' module shards its own parameters."""
         sharded: ShardedStateDict = {}
-        for name, experts in self.experts.items():
-            assert isinstance(experts, MegatronModule)
-            sharded.update(experts.sharded_state_dict(f"{prefix}experts.{name}.", sharded_offsets, metadata))
+        for kind, modules in (("experts", self.experts), ("ungated", self.ungated)):
+            for name, experts in modules.items():
+                assert isinstance(experts, MegatronModule)
+                sharded.update(experts.sharded_state_dict(f"{prefix}{kind}.{name}.", sharded_offsets, metadata))
         if self.shared is not None:
             sharded.update(self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata))
         replicated: dict[str, Tensor] = {f"router.{name}": weight for name, weight in self.router.named_parameters()}

@@ -45,6 +45,7 @@ class MoMaSettings:
 
     Attributes:
         groups: groups of experts, each with its own router.
+        ungated: groups of one expert without a router, which takes all their tokens (ungated.py).
         per_sequence: an expert chooses within each sequence instead of the micro-batch.
         actual: capacities follow the tokens of the micro-batch instead of nominal shares.
         capacity_factor: slots of a group relative to its tokens.
@@ -62,6 +63,7 @@ class MoMaSettings:
     """
 
     groups: tuple[ExpertGroup, ...]
+    ungated: tuple[ExpertGroup, ...] = ()
     per_sequence: bool = True
     actual: bool = False
     capacity_factor: float = 1.0

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, expert_groups, shared_width
+from mmscale.config.derived import depth_tokens, expert_groups, shared_width, ungated_groups
 from mmscale.config.precision.fp8 import capacity_multiple, row_multiple
 from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
@@ -108,6 +108,7 @@ def moma_settings(config: Config) -> MoMaSettings:
     given = experts.token_choice
     return MoMaSettings(
         groups=tuple(ExpertGroup(*group, share.get(group.name, 1.0)) for group in expert_groups(config)),
+        ungated=tuple(ExpertGroup(*group, share[group.name]) for group in ungated_groups(config)),
         per_sequence=experts.scope == "sequence",
         actual=experts.capacity == "actual",
         capacity_factor=experts.capacity_factor,

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, shared_width
-from mmscale.plan.compute import dealt_slots, fullest_slots
+from mmscale.config.derived import depth_tokens, expert_counts, shared_width
+from mmscale.plan.compute import dealt_slots, dealt_ungated_slots, fullest_slots
 from mmscale.plan.stages import dtype_bytes, rank_tokens
 
 _FP32 = 4
@@ -158,12 +158,14 @@ def _experts(config: Config, length: int, *, norm: int, kernels: Kernels) -> dic
     model, tp, size = config.model, config.parallel.tp, dtype_bytes(config)
     h, whole = model.hidden_size, config.train.micro_batch_size * length
     tokens = whole / config.parallel.cp
-    slots = whole * sum(dealt_slots(config, length).values())
-    worked_on = whole * fullest_slots(config, length)  # equal to `whole` if expert parallelism divides every group
+    ungated = whole * sum(dealt_ungated_slots(config, length).values())
+    slots = whole * sum(dealt_slots(config, length).values()) + ungated
+    # Equal to `slots` if expert parallelism divides every group.
+    worked_on = whole * fullest_slots(config, length) + ungated
     width = shared_width(config)
     # Every tensor-parallel rank has complete chosen tokens and outputs; only the inner width is sharded.
     parts = {
-        "router": tokens * h / tp * _FP32 + whole * sum(model.experts.counts.values()) * _per_score(config),
+        "router": tokens * h / tp * _FP32 + whole * sum(expert_counts(config).values()) * _per_score(config),
         "chosen": worked_on * size * h,
         "experts": worked_on * size * widths * model.ffn_hidden_size / tp,
         "combine": slots * (h * (2 * _FP32 + norm) + _SLOT_BYTES),

@@ -13,9 +13,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mmscale.config import Config
-from mmscale.config.derived import dense_replicas, depth_tokens, micro_batches_per_step, overlap_data_parallel
+from mmscale.config.derived import (
+    dense_replicas,
+    depth_tokens,
+    expert_counts,
+    micro_batches_per_step,
+    overlap_data_parallel,
+)
 from mmscale.plan.activations import recomputed_modules
-from mmscale.plan.compute import dealt_slots, fullest_slots
+from mmscale.plan.compute import dealt_slots, dealt_ungated_slots, fullest_slots
 from mmscale.plan.muon_cost import muon_cost
 from mmscale.plan.parameters import Parameters, count_parameters, trained
 from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
@@ -202,7 +208,7 @@ def _experts(ledger: _Ledger, config: Config, length: int, *, forwards: int, bac
     """A MoMa feed-forward sub-layer over sequences of `length` tokens."""
     model, tp, ep, cp = config.model, config.parallel.tp, config.parallel.ep, config.parallel.cp
     sequence = config.train.micro_batch_size * length * model.hidden_size * dtype_bytes(config)
-    scores = config.train.micro_batch_size * length * sum(model.experts.counts.values()) * _FP32
+    scores = config.train.micro_batch_size * length * sum(expert_counts(config).values()) * _FP32
     hidden, logits = sequence / cp, scores / cp
     slots = dealt_slots(config, length)
     for payload in (sequence, scores):
@@ -217,7 +223,7 @@ def _experts(ledger: _Ledger, config: Config, length: int, *, forwards: int, bac
     )
     ledger.add(MessageKind.SP, Operation.ALL_GATHER, tp, payload=logits, calls=forwards)
     if whole:
-        for share in slots.values():
+        for share in (*slots.values(), *dealt_ungated_slots(config, length).values()):
             ledger.add(MessageKind.TP, Operation.ALL_REDUCE, tp, payload=share * sequence, calls=forwards)
         if model.experts.shared:
             ledger.add(MessageKind.TP, Operation.ALL_REDUCE, tp, payload=hidden, calls=forwards)

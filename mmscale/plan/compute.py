@@ -7,10 +7,18 @@ Mixture-of-Depths models of a class in Table 1 (arXiv 2407.21770) are within 3 %
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, expert_capacity, expert_counts, on_fullest_rank, slots_of_token
+from mmscale.config.derived import (
+    depth_tokens,
+    expert_capacity,
+    expert_counts,
+    on_fullest_rank,
+    slots_of_token,
+    ungated_groups,
+)
 from mmscale.config.precision.fp8 import capacity_multiple
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
 from mmscale.layers.frozen import is_frozen
@@ -93,9 +101,9 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
     experts = config.model.experts
     whole = experts.scope == "micro_batch" or not config.model.limits_experts
     scope = tokens * (config.train.micro_batch_size if whole else 1)
-    shares = _group_shares(config, tokens)
+    shares = _group_shares(config, tokens, actual=experts.capacity == "actual")
     slots = {}
-    for name, count in experts.counts.items():
+    for name, count in expert_counts(config).items():
         capacity = expert_capacity(
             scope,
             shares[name],
@@ -108,16 +116,30 @@ def expert_slots(config: Config, tokens: int) -> dict[str, float]:
     return slots
 
 
-def _group_shares(config: Config, tokens: int) -> dict[str, float]:
+def ungated_slots(config: Config, tokens: int) -> dict[str, float]:
+    """Slots per token of each ungated group: its tokens, rounded up. Arguments as for `expert_slots`.
+
+    In a Mixture-of-Depths layer there are slots for the largest possible number of its tokens.
+    """
+    shares, multiple = _group_shares(config, tokens, actual=True), capacity_multiple(config)
+    scope = tokens * config.train.micro_batch_size
+    return {
+        group.name: math.ceil(max(1, round(shares[group.name] * scope)) / multiple) * multiple / scope
+        for group in ungated_groups(config)
+    }
+
+
+def _group_shares(config: Config, tokens: int, *, actual: bool) -> dict[str, float]:
     """Share of each group in the tokens that a layer processes, which determines its slots.
 
-    A Mixture-of-Depths layer with actual capacities has slots for the largest possible number of tokens of each group.
+    If slots follow the `actual` tokens, a Mixture-of-Depths layer has slots for the largest possible number of tokens
+    of each group.
     """
     model = config.model
     if not model.per_modality:
         return dict.fromkeys(model.experts.counts, 1.0)
     shares = nominal_shares(config)
-    if model.experts.capacity == "nominal" or model.depth is None or tokens == model.seq_length:
+    if not actual or model.depth is None or tokens == model.seq_length:
         return shares
     by_quota = model.depth.choice == "per_modality"
     quotas = {name: int(share * tokens + 1e-9) if by_quota else 0 for name, share in shares.items()}
@@ -134,14 +156,22 @@ def dealt_slots(config: Config, tokens: int) -> dict[str, float]:
     The slots of every expert are divided among the ranks, and padded to an equal number (mmscale.model.routing.dealt).
     Arguments as for `expert_slots`.
     """
-    found, cp = expert_slots(config, tokens), config.parallel.cp
+    return _dealt(config, tokens, expert_slots(config, tokens))
+
+
+def dealt_ungated_slots(config: Config, tokens: int) -> dict[str, float]:
+    """As `dealt_slots`, for the ungated groups."""
+    return _dealt(config, tokens, ungated_slots(config, tokens))
+
+
+def _dealt(config: Config, tokens: int, slots: Mapping[str, float]) -> dict[str, float]:
+    cp, counts = config.parallel.cp, config.model.experts.counts
     if cp == 1:
-        return found
+        return dict(slots)
     whole, parts = tokens * config.train.micro_batch_size, cp * capacity_multiple(config)
-    counts = config.model.experts.counts
     return {
         name: counts[name] * math.ceil(round(share * whole / counts[name]) / parts) * (parts // cp) / whole
-        for name, share in found.items()
+        for name, share in slots.items()
     }
 
 
@@ -166,6 +196,7 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
     tokens = depth_tokens(config) if depth else model.seq_length
     fraction = tokens / model.seq_length
     slots = expert_slots(config, tokens) if model.has_experts else {}
+    ungated = ungated_slots(config, tokens)
     counts = expert_counts(config)
     frozen = 0.0
     elements = dict.fromkeys(TensorPart, 0.0)  # elements of the matrices that a token is multiplied with, by part
@@ -173,6 +204,8 @@ def layer_flops(config: Config, *, depth: bool) -> Flops:
         share = untied_share(config, tensor)
         if tensor.part is TensorPart.EXPERTS and tensor.group:
             share = slots[tensor.group] / counts[tensor.group]
+        elif tensor.part is TensorPart.FFN and tensor.modality in ungated:
+            share = ungated[tensor.modality]
         elements[tensor.part] += share * tensor.size
         if is_frozen(config, tensor) and tensor.part in _MATRICES:
             frozen += fraction * 2 * share * tensor.size

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens
+from mmscale.config.derived import depth_tokens, ungated_groups
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
 from mmscale.layers.frozen import is_frozen
-from mmscale.plan.compute import untied_share
+from mmscale.plan.compute import nominal_shares, untied_share
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,13 @@ def count_parameters(config: Config) -> Parameters:
     one_expert = 3 * model.hidden_size * model.ffn_hidden_size if model.has_experts else 0
     chosen = model.experts.token_choice
     taken = model.experts.capacity_factor if chosen is None else chosen.top_k
+    shares = nominal_shares(config)
+    routed = 1.0 - sum(shares[group.name] for group in ungated_groups(config))  # share of tokens that take experts
     active = float(table + output + model.hidden_size)
     for index, layer in enumerate(layers):
         fraction = depth_tokens(config) / model.seq_length if model.is_depth_layer(index) else 1.0
         depth_router = layer.of(TensorPart.DEPTH_ROUTER)
-        passed = layer.total - depth_router - layer.all_experts + taken * one_expert
+        passed = layer.total - depth_router - layer.all_experts + routed * taken * one_expert
         skipped = sum((1.0 - untied_share(config, tensor)) * tensor.size for tensor in layer.tensors)
         active += depth_router + fraction * (passed - skipped)
     frozen = sum(tensor.size for layer in layers for tensor in layer.tensors if is_frozen(config, tensor))

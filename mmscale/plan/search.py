@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size
+from mmscale.config.derived import data_parallel_size, expert_counts
 from mmscale.config.rules import violations
 from mmscale.plan.compute import Flops, flops_per_token
 from mmscale.plan.layouts import Layout, evaluate, fullest, recompute_label, usable_bytes
@@ -158,7 +158,7 @@ def _changed(config: Config, **parallel: Any) -> Config:
 def _candidates(config: Config, world: int) -> Iterator[Config]:
     """All layouts that the numbers of heads, layers and experts allow, without recomputation."""
     model, train = config.model, config.train
-    most_experts = sum(model.experts.counts.values()) or 1
+    most_experts = sum(expert_counts(config).values()) or 1
     sizes = sorted({*_MICRO_BATCHES, train.micro_batch_size})
     for tp in _divisors(world, model.num_attention_heads):
         for pp in _divisors(world // tp, model.num_layers):

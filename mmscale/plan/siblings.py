@@ -1,10 +1,10 @@
 """Generates configurations with the same FLOPs per token as a given one, for comparison with it.
 
 Dense, one FFN per modality (1t1i), mixed experts (moe8x), experts per modality (4t4i), and each with Mixture-of-Depths
-(MoMa, arXiv 2407.21770, Table 1); Mixture-of-Transformers (mot, arXiv 2411.04996), and experts per modality with untied
-attention and norms (4t4i_untied); experts that tokens choose (tc_8x, tc_4t4i). FLOPs are those of `flops_per_token`,
-forward. It trains nothing and reads no data: with `model.experts.share: auto` it uses the shares that `mmscale plan`
-uses.
+(MoMa, arXiv 2407.21770, Table 1); Mixture-of-Transformers (mot, arXiv 2411.04996), its hybrid with text experts
+(mot_4t1i), and experts per modality with untied attention and norms (4t4i_untied); experts that tokens choose (tc_8x,
+tc_4t4i). FLOPs are those of `flops_per_token`, forward. It trains nothing and reads no data: with
+`model.experts.share: auto` it uses the shares that `mmscale plan` uses.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mmscale.config.precision.fp8 import ALIGNMENT
 from mmscale.errors import ConfigError
 from mmscale.plan.compute import flops_per_token
 from mmscale.plan.parameters import count_parameters
+from mmscale.plan.vocabulary import TEXT
 from mmscale.tables.settings import KINDS
 
 # Settings of expert choice, which the rules refuse together with token choice.
@@ -101,12 +102,14 @@ class _Model:
         kind: of feed-forward layers.
         groups: experts of each group.
         untie: untied parts.
+        ungated: groups of one expert without a router.
         tokens_choose: token choice instead of expert choice.
     """
 
     kind: str
     groups: dict[str, int] = field(default_factory=dict)
     untie: tuple[str, ...] = ()
+    ungated: tuple[str, ...] = ()
     tokens_choose: bool = False
 
 
@@ -114,6 +117,9 @@ def _models(counts: dict[str, int]) -> dict[str, _Model]:
     """The siblings by name; 1t1i is there once if one expert of each modality was requested."""
     own, total = group_name(counts), sum(counts.values())
     single = dict.fromkeys(counts, 1)
+    text = TEXT if TEXT in counts else next(iter(counts))
+    others = tuple(name for name in counts if name != text)
+    hybrid = single | {text: counts[text]}
     return {
         "dense": _Model("dense"),
         group_name(single): _Model("moma", single),
@@ -121,6 +127,7 @@ def _models(counts: dict[str, int]) -> dict[str, _Model]:
         own: _Model("moma", counts),
         "mot": _Model("dense", untie=("attention", "ffn", "norms")),
         f"{own}_untied": _Model("moma", counts, untie=("attention", "norms")),
+        f"mot_{group_name(hybrid)}": _Model("moma", hybrid, untie=("attention", "norms"), ungated=others),
         f"tc_{total}x": _Model("moe", {"mixed": total}, tokens_choose=True),
         f"tc_{own}": _Model("moma", counts, tokens_choose=True),
     }
@@ -205,6 +212,7 @@ def _of_model(config: Config, sibling: _Model, *, depth: bool) -> dict[str, Any]
         model.pop("untie", None)
         model |= {"untie": untie} if untie else {}
     given = model.pop("experts", {})
+    given.pop("ungated", None)
     if depth:
         model["depth"] = (config.model.depth or DepthConfig()).model_dump(mode="json")
         model["depth"]["multiple"] = math.lcm(model["depth"]["multiple"], config.parallel.tp)
@@ -226,8 +234,9 @@ def _of_model(config: Config, sibling: _Model, *, depth: bool) -> dict[str, Any]
         top_k = min([tokens_choose.get("top_k", 1), *groups.values()])
         given["token_choice"] = tokens_choose | ({"top_k": top_k} if top_k > 1 else {})
         model.pop("auxiliary", None)
-    model["experts"] = {**given, "counts": groups}
-    parallel["ep"] = _expert_parallel(config.parallel.ep, sum(groups.values()))
+    model["experts"] = {**given, "counts": groups} | ({"ungated": list(sibling.ungated)} if sibling.ungated else {})
+    routed = sum(count for name, count in groups.items() if name not in sibling.ungated)
+    parallel["ep"] = _expert_parallel(config.parallel.ep, routed)
     return settings
 
 
@@ -288,6 +297,7 @@ def _settings(config: Config) -> dict[str, Any]:
     whole = {"model.experts.counts": model["experts"]["counts"], "model.experts.share": model["experts"]["share"]}
     whole |= {"model.depth": model["depth"], "model.untie": model["untie"]}
     whole["model.experts.token_choice"] = model["experts"]["token_choice"]
+    whole["model.experts.ungated"] = model["experts"]["ungated"]
     single = {key: value for key, value in flatten(config).items() if not key.startswith(tuple(whole))}
     return {**single, **whole}
 

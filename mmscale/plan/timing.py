@@ -18,7 +18,7 @@ from mmscale.config.derived import (
 )
 from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules, total
 from mmscale.plan.communication import MessageKind, Operation, Traffic, communication
-from mmscale.plan.compute import dealt_slots, expert_slots, fullest_slots, layer_flops
+from mmscale.plan.compute import dealt_slots, expert_slots, fullest_slots, layer_flops, ungated_slots
 from mmscale.plan.muon_cost import muon_cost
 from mmscale.plan.parameters import Parameters
 from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_layers, stage_parameters
@@ -234,6 +234,7 @@ def _cast_bytes(config: Config, *, depth: bool) -> float:
     model = config.model
     length = depth_tokens(config) if depth else model.seq_length
     slots = sum(expert_slots(config, length).values()) if model.has_experts else 1.0
+    slots += sum(ungated_slots(config, length).values())
     inputs: float = model.hidden_size + model.num_attention_heads * model.head_dim
     inputs += slots * (model.hidden_size + model.ffn_hidden_size)
     return _CAST * config.train.micro_batch_size * length * inputs / (config.parallel.tp * config.parallel.cp)

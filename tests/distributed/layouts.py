@@ -129,6 +129,47 @@ MODELS: dict[str, dict[str, Any]] = {
         "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
         "auxiliary": {"mode": "joint"},
     },
+    "mot_4t1i": {
+        "kind": "moma",
+        "untie": ["attention", "norms"],
+        "num_query_groups": 2,
+        "experts": {
+            "counts": {"text": 4, "image": 1},
+            "ungated": ["image"],
+            "share": {"text": 0.5, "image": 0.5},
+            "shared": 1,
+            "threshold_decay": 0.9,
+        },
+        "auxiliary": {"mode": "joint"},
+    },
+    "moma_4t1i": {
+        "kind": "moma",
+        "experts": {"counts": {"text": 4, "image": 1}, "ungated": ["image"], "share": {"text": 0.5, "image": 0.5}},
+    },
+    "mot_4t1i_depth": {
+        "kind": "moma",
+        "norm": "post_per_expert",
+        "untie": ["attention", "norms"],
+        "experts": {
+            "counts": {"text": 4, "image": 1},
+            "ungated": ["image"],
+            "share": {"text": 0.6, "image": 0.4},
+            "threshold_decay": 0.9,
+        },
+        "depth": {"every": 2, "capacity": 0.5, "multiple": 8, "choice": "per_modality"},
+        "auxiliary": {"mode": "joint"},
+    },
+    "mot_4t1i_token_choice": {
+        "kind": "moma",
+        "untie": ["attention", "norms"],
+        "norm": "post",
+        "experts": {
+            "counts": {"text": 4, "image": 1},
+            "ungated": ["image"],
+            "share": {"text": 0.5, "image": 0.5},
+            "token_choice": {"top_k": 2, "bias_rate": 0.02},
+        },
+    },
     "moma_joint": {
         "kind": "moma",
         "experts": {**_EXPERTS, "threshold_decay": 0.9},
@@ -149,7 +190,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 # `optim.freeze` of models.
-FREEZE: dict[str, list[str]] = {"mot_frozen": ["text"], "moma_frozen": ["text.experts", "image.attention"]}
+FREEZE: dict[str, list[str]] = {
+    "mot_frozen": ["text"],
+    "moma_frozen": ["text.experts", "image.attention"],
+    "mot_4t1i_token_choice": ["image.ffn"],
+}
 
 
 def config(

@@ -97,6 +97,11 @@ def test_token_choice_of_split_sequences(references: References, model: str, tmp
     _run(references, model, tmp_path, 2, ["cp2_ep2"])
 
 
+@pytest.mark.parametrize("model", ["mot_4t1i", "mot_4t1i_depth"])
+def test_ungated_groups_of_split_sequences(references: References, model: str, tmp_path: Path) -> None:
+    _run(references, model, tmp_path, 2, ["cp2_ep2"])
+
+
 def test_stretched_positions_of_split_sequences(references: References, tmp_path: Path) -> None:
     assert MODELS["dense_tied"]["rope_scaling"]["rope_type"] == "yarn"
     _run(references, "dense_tied", tmp_path, 2, ["cp2"])
@@ -138,7 +143,7 @@ class Odd(SyntheticMixture):
         )
 
 
-@pytest.mark.parametrize("model", [EVERYTHING, "mot"])
+@pytest.mark.parametrize("model", [EVERYTHING, "mot", "mot_4t1i"])
 def test_ranks_without_images_and_with_nothing_but_padding(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,12 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
         "mot_frozen": ("tp2", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
         "moma_frozen": ("tp2_recompute", "ep2"),
         "moma_untied": ("tp2_recompute", "ep2_recompute_selective"),
+        "mot_4t1i": (
+            *("tp2", "pp2_interleaved_loss_chunks", "ep2_recompute_selective"),
+            *("pp2_recompute", "dp2_overlap_loss_chunks"),
+        ),
+        "mot_4t1i_depth": ("tp2_recompute", "ep2"),
+        "mot_4t1i_token_choice": ("tp2", "ep2"),
         "moma_token_choice": ("tp2", "pp2_interleaved_loss_chunks", "ep2_recompute_selective"),
         "moe_token_choice": ("tp2", "ep2"),
         "moma_token_choice_depth": ("tp2_recompute", "ep2"),
@@ -115,6 +121,7 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
         EVERYTHING: ("tp2_pp2", "pp2_interleaved_ep2_overlap", "tp2_ep2_recompute"),
         "moma_depth_per_modality": ("tp2_ep2",),
         "mot_post_depth": ("tp2_pp2",),
+        "mot_4t1i": ("tp2_ep2", "pp2_interleaved_ep2_overlap"),
         "moma_token_choice": ("tp2_ep2_recompute",),
         "moma_frozen": ("tp2_ep2",),
     },
@@ -226,7 +233,7 @@ def test_a_modality_may_be_missing_in_a_micro_batch(references: References, abse
     _run(references, "moma", tmp_path, 2, layouts, absent=absent)
 
 
-@pytest.mark.parametrize("model", ["moma_depth", "moma_actual", "moma_actual_micro_batch"])
+@pytest.mark.parametrize("model", ["moma_depth", "moma_actual", "moma_actual_micro_batch", "mot_4t1i"])
 def test_a_text_only_rank_neither_hangs_nor_loses_gradients(references: References, model: str, tmp_path: Path) -> None:
     """With two micro-batches a step, the rank with odd numbers never sees an image."""
     _run(references, model, tmp_path, 2, {"ep2": TWO_RANKS["ep2"]}, absent="image", micro_batch_size=4)

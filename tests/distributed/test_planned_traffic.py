@@ -76,6 +76,8 @@ _LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("mot_frozen", {"tp": 2, "pp": 2}),
     ("moma_untied", {"tp": 2, "ep": 2}),
     ("mot_post_depth", {"cp": 2, "tp": 2}),
+    ("mot_4t1i", {"tp": 2, "ep": 2}),
+    ("mot_4t1i", {"cp": 2, "ep": 2, "recompute": "full"}),
     ("moma_five_layers", {"pp": 2, "ep": 2, "pp_layers": (2, 3)}),
     ("moma_7t1i", {"tp": 2, "ep": 2}),
     ("moma", {"tp": 2, "ep": 2, "recompute": "selective", "recompute_modules": ["mlp"]}),

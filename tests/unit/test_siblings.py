@@ -40,7 +40,7 @@ def by_name(found: list[Sibling]) -> dict[str, Sibling]:
 def test_shipped_configurations(name: str) -> None:
     given = load(CONFIGS / f"{name}.yaml")
     found = by_name(siblings(given))
-    untied = [] if given.precision.fp8 != "off" or given.parallel.overlap_tensor else ["mot", "4t4i_untied"]
+    untied = [] if given.precision.fp8 != "off" or given.parallel.overlap_tensor else ["mot", "4t4i_untied", "mot_4t1i"]
     plain = ["dense", "1t1i", "moe8x", "4t4i", *untied, "tc_8x", "tc_4t4i"]
     assert list(found) == [*plain, "mod_dense", "mod_1t1i", "mod_4t4i"]
     target = flops_per_token(given).forward
@@ -84,6 +84,7 @@ def test_layout_and_routing_settings_follow() -> None:
         "4t4i": 2,
         "mot": 1,
         "4t4i_untied": 2,
+        "mot_4t1i": 2,
         "tc_8x": 2,
         "tc_4t4i": 2,
     }
@@ -134,6 +135,13 @@ def test_untied_siblings_do_the_work_of_their_tied_ones() -> None:
     layer = (2 * 64 * 64 + 2 * 64 * 64) + (2 * 64 + 2 * 16)  # attention, and norms with those of queries and keys
     assert found["4t4i_untied"].parameters == found["4t4i"].parameters + 8 * layer
     assert found["mot"].parameters == found["dense"].parameters + 8 * (layer + 3 * 64 * 96)
+    hybrid = found["mot_4t1i"].config.model
+    assert hybrid.experts.counts == {"text": 4, "image": 1} and hybrid.experts.ungated == ("image",)
+    assert hybrid.untie == ("attention", "norms")
+    routers = 8 * 64 * 4  # weights of the text experts' routers
+    assert found["mot_4t1i"].flops == pytest.approx(found["dense"].flops + 2 * routers)
+    assert found["mot_4t1i"].parameters == found["mot"].parameters + 8 * 3 * 3 * 64 * 96 + routers
+    assert by_name(siblings(found["mot_4t1i"].config))["mot_4t1i"].changes == ()
     given = config(kind="dense", untie=["norms", "ffn", "attention"])
     assert by_name(siblings(given))["mot"].changes == ()
 
@@ -160,7 +168,7 @@ def test_siblings_in_which_tokens_choose() -> None:
 @pytest.mark.parametrize("override", ["model.qkv_bias=true", "model.backend=te", "precision.fp8=tensorwise"])
 def test_no_untied_siblings_where_a_rule_refuses_them(override: str) -> None:
     given = config("precision.dtype=bf16", override, kind="dense", qk_norm=False)
-    assert not {"mot", "4t4i_untied"} & set(by_name(siblings(given, tolerance=0.1)))
+    assert not {"mot", "4t4i_untied", "mot_4t1i"} & set(by_name(siblings(given, tolerance=0.1)))
 
 
 def test_number_of_experts() -> None:
@@ -168,7 +176,7 @@ def test_number_of_experts() -> None:
     uneven = by_name(siblings(config(experts={"counts": {"text": 3, "image": 1}})))
     assert uneven["3t1i"].changes == ()
     assert {"2t2i", "moe4x"} <= set(by_name(siblings(config(kind="dense"), experts=2)))
-    assert len(siblings(config(kind="dense"), experts=1)) == 9  # 1t1i is there once
+    assert len(siblings(config(kind="dense"), experts=1)) == 10  # 1t1i is there once
     assert group_name({"text": 2, "image": 2, "speech": 1}) == "2t2i1s"
     assert group_name({"text": 2, "touch": 1}) == "2text1touch"
 
@@ -185,7 +193,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tolerance"] == 0.01
-    assert len(list(out.iterdir())) == len(result["siblings"]) == 11
+    assert len(list(out.iterdir())) == len(result["siblings"]) == 12
     for entry, sibling in zip(result["siblings"], siblings(load(command[1], ["train.steps=50"])), strict=True):
         assert load(entry["file"]) == sibling.config
         assert entry["flops_per_token"] == flops_per_token(load(entry["file"])).forward

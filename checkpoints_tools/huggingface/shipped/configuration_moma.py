@@ -27,7 +27,8 @@ class MomaConfig(PreTrainedConfig):
         untie: parts of a layer with weights of their own for each modality: of `attention`, `ffn` and `norms`.
         modalities: `[name, first id, one past the last id]` of each, in id order; ids beyond them are of the first.
         no_modality_id: the id that belongs to none, and that no expert takes; `pad_token_id` may become another.
-        expert_groups: `{"name", "modalities": [indices], "experts": number}` of each group; empty: a dense layer.
+        expert_groups: `{"name", "modalities": [indices], "experts": number}` of each group; empty: a dense layer. A
+            group of one expert with `"ungated": true` has no router: every token of its modalities goes through it.
         choice: by what an expert ranked tokens in training: its logit (`sigmoid`), its logit minus the mean over the
             group's experts (`competitive`), or the logarithm of the softmax over them (`softmax`). Cut-offs are on that
             scale; the gate is the sigmoid of the logit under every choice.

@@ -149,9 +149,9 @@ class MomaExpertGroup(nn.Module):
 class MomaSharedExpert(nn.Module):
     """A SwiGLU for every token."""
 
-    def __init__(self, config: MomaConfig) -> None:
+    def __init__(self, config: MomaConfig, inner: int) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.shared_intermediate_size
+        hidden = config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(hidden, 2 * inner))
         self.down_proj = nn.Parameter(torch.empty(inner, hidden))
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps) if config.norm == "post_per_expert" else None
@@ -162,15 +162,29 @@ class MomaSharedExpert(nn.Module):
         return out if self.norm is None else self.norm(out)
 
 
+class MomaUngatedExpert(MomaSharedExpert):
+    """A SwiGLU for every token of some modalities."""
+
+    def __init__(self, config: MomaConfig, modalities: list[int]) -> None:
+        super().__init__(config, config.intermediate_size)
+        self.modalities = tuple(modalities)
+
+    def forward(self, tokens: torch.Tensor, modality: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, H] fp32, 0 for tokens of other modalities; arguments of `MomaExpertGroup`."""
+        (token,) = torch.stack([modality == index for index in self.modalities]).any(dim=0).nonzero(as_tuple=True)
+        out = super().forward(tokens[token], modality, unused)
+        total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        return total.index_add(0, token, out.float())
+
+
 class MomaSparseMLP(nn.Module):
     """All groups of experts, and the shared ones."""
 
     def __init__(self, config: MomaConfig) -> None:
         super().__init__()
-        self.experts = nn.ModuleDict(
-            {group["name"]: MomaExpertGroup(config, group["modalities"], group["experts"]) for group in _groups(config)}
-        )
-        self.shared = MomaSharedExpert(config) if config.shared_intermediate_size else None
+        self.experts = nn.ModuleDict({group["name"]: _group(config, group) for group in _groups(config)})
+        width = config.shared_intermediate_size
+        self.shared = MomaSharedExpert(config, width) if width else None
 
     def forward(self, tokens: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
         """[N, H] and [N] -> [N, H]."""
@@ -197,6 +211,12 @@ class MomaDenseMLP(nn.Module):
         """[N, H] and [N] -> [N, H]."""
         gate, up = apply(self.gate_proj, tokens, modality), apply(self.up_proj, tokens, modality)
         return apply(self.down_proj, F.silu(gate) * up, modality)
+
+
+def _group(config: MomaConfig, group: dict[str, Any]) -> nn.Module:
+    if group.get("ungated"):
+        return MomaUngatedExpert(config, group["modalities"])
+    return MomaExpertGroup(config, group["modalities"], group["experts"])
 
 
 def _groups(config: MomaConfig) -> list[dict[str, Any]]:

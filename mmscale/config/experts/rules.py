@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from mmscale.config.derived import expert_counts
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 
@@ -21,6 +22,7 @@ def _experts(config: Config) -> Iterator[Problem]:
     if not model.has_experts:
         settings = (
             ("counts", experts.counts),
+            ("ungated", experts.ungated),
             ("shared", experts.shared),
             ("noise", experts.noise != "none"),
             ("choice", experts.choice != "sigmoid"),
@@ -46,12 +48,32 @@ def _experts(config: Config) -> Iterator[Problem]:
             f"group for each of vocab.modalities: {', '.join(names)}",
             "give every modality its number of experts",
         )
-    total = sum(experts.counts.values())
+    total = sum(expert_counts(config).values())
     if 0 < total < config.parallel.ep:
+        without = ", without those of model.experts.ungated" if experts.ungated else ""
         yield Problem(
-            f"model.experts.counts has {total} experts altogether, fewer than parallel.ep = {config.parallel.ep}: a "
-            "rank would hold none",
+            f"model.experts.counts has {total} experts altogether{without}, fewer than parallel.ep = "
+            f"{config.parallel.ep}: a rank would hold none",
             "use parallel.ep of at most that",
+        )
+
+
+def _ungated(config: Config) -> Iterator[Problem]:
+    model, names = config.model, config.model.experts.ungated
+    if not names or not model.has_experts:
+        return
+    for name in names:
+        if not model.per_modality or model.experts.counts.get(name) != 1:
+            yield Problem(
+                f"model.experts.ungated names {name}, which is no modality's group of one expert",
+                f"write counts: {{{name}: 1, ...}}, or remove it from model.experts.ungated",
+            )
+    if len(set(names)) < len(names):
+        yield Problem(f"model.experts.ungated names a group twice: {', '.join(names)}", "name each group once")
+    if model.per_modality and set(names) == set(model.experts.counts):
+        yield Problem(
+            f"model.experts.ungated = [{', '.join(names)}]: no group is left whose tokens are routed",
+            "use model.kind=dense with ffn in model.untie, which is the same model",
         )
 
 
@@ -72,7 +94,7 @@ def _token_choice(config: Config) -> Iterator[Problem]:
                 "model.experts.token_choice is set",
                 remedy,
             )
-    for name, count in experts.counts.items():
+    for name, count in expert_counts(config).items():
         if chosen.top_k > count:
             yield Problem(
                 f"model.experts.token_choice.top_k = {chosen.top_k}, but the group {name} has only {count} experts",
@@ -108,7 +130,7 @@ def _capacity(config: Config) -> Iterator[Problem]:
             "chooses from",
             "lower it",
         )
-    for name, count in experts.counts.items():
+    for name, count in expert_counts(config).items():
         share = experts.share.get(name, 1.0) if model.per_modality and experts.share != "auto" else 1.0
         if experts.capacity == "actual" or experts.token_choice is not None:
             continue  # capped at all tokens of the group
@@ -181,4 +203,4 @@ def _graphs(config: Config) -> Iterator[Problem]:
         )
 
 
-RULES: tuple[Rule, ...] = (_experts, _token_choice, _capacity, _grouped, _graphs)
+RULES: tuple[Rule, ...] = (_experts, _ungated, _token_choice, _capacity, _grouped, _graphs)

@@ -42,6 +42,12 @@ class ExpertsConfig(Section):
         {},
         unit="experts",
     )
+    ungated: tuple[Name, ...] = setting(
+        "Groups of one expert whose expert is an ordinary feed-forward layer: it takes every token of its modality, "
+        "without router, gate and capacity, and every expert-parallel rank holds a copy.",
+        (),
+        source="Mixture-of-Transformers, arXiv 2411.04996, section 2",
+    )
     shared: Index = setting("Number of shared experts, which process every token of every modality.", 0, unit="experts")
     shared_ffn_hidden_size: Count | None = setting(
         "SwiGLU width of each shared expert; default: ffn_hidden_size.", None

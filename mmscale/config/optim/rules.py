@@ -114,9 +114,11 @@ def _freeze(config: Config) -> Iterator[Problem]:
             f"optim.freeze with optim.optimizer = {config.optim.optimizer}: frozen weights were tested with AdamW only",
             "use optim.optimizer=adamw, or remove optim.freeze",
         )
-    own = {part for part in FROZEN if part in model.untie} | ({"experts"} if model.per_modality else set())
+    untied = {part for part in FROZEN if part in model.untie}
     for entry in config.optim.freeze:
         modality, _, part = entry.partition(".")
+        plain = modality in model.experts.ungated
+        own = untied | ({"ffn" if plain else "experts"} if model.per_modality else set())
         if modality not in names or (part and part not in FROZEN):
             yield Problem(
                 f"optim.freeze: {entry} is neither a modality ({', '.join(names)}) nor a part of one "

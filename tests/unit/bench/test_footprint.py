@@ -34,12 +34,16 @@ _CASES = [
     ("moma", "bf16", "none", "tokens choose"),
     ("mot", "fp32", "none"),
     ("mot", "bf16", "full"),
+    ("moma", "bf16", "none", "ungated"),
+    ("moma_shared_depth", "fp32", "none", "ungated"),
 ]
 
 
 def _config(model: str, dtype: str, recompute: str, capacity: str = "nominal") -> Config:
     config = case(model, dtype, recompute)
     changed: dict[str, Any] = {"capacity": capacity}
+    if capacity == "ungated":
+        changed = {"counts": {"text": 4, "image": 1}, "ungated": ("image",)}
     if capacity == "tokens choose":  # the slots are known before only with a limit
         changed = {"token_choice": TokenChoiceConfig(top_k=2, capacity_factor=1.0)}
     experts = config.model.experts.model_copy(update=changed)

@@ -65,6 +65,10 @@ def combinations() -> Iterator[Any]:
             model |= {"depth": {"every": 2, "capacity": 0.5}, "auxiliary": {"mode": "joint", "width": 6}}
             model["experts"] |= {"threshold_decay": 0.9}
         yield pytest.param(kind, model, id=f"{kind}-{norm}-token choice{'-depth' * depth}")
+    for norm, chosen in itertools.product(NORMS, (None, {})):
+        experts = {"counts": {"text": 4, "image": 1}, "ungated": ["image"], "token_choice": chosen}
+        model = {"norm": norm, "experts": experts, "auxiliary": {"mode": "joint" if chosen is None else "off"}}
+        yield pytest.param("moma", model, id=f"moma-{norm}-ungated{'' if chosen is None else '-token choice'}")
     for kind, norm, untie in itertools.product(KINDS, NORMS, ("attention norms", "ffn", "attention ffn norms")):
         if KINDS[kind].experts and "ffn" in untie:
             continue
@@ -129,6 +133,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "untied weights": {"untie": ["attention"]},
     "output layer": {"tie_embeddings": True},
     "experts": {"experts": {"counts": {"text": 4, "image": 4}}},
+    "no router": {"experts": {"counts": {"text": 4, "image": 1}, "ungated": ["image"]}},
     "shared experts": {"experts": {"shared": 1}},
     "depth": {"depth": {"every": 2, "capacity": 0.5}},
     "auxiliary routers": {"auxiliary": {"mode": "joint"}},

@@ -414,7 +414,8 @@ class Reference:
 
     def expert(self, prefix: str, group: str, number: int, x: Tensor) -> Tensor:
         """One expert of one token, normalised where the placement says so."""
-        w1, w2 = self.weights[f"{prefix}mlp.experts.{group}.w1"], self.weights[f"{prefix}mlp.experts.{group}.w2"]
+        kind = "ungated" if group in self.model.experts.ungated else "experts"
+        w1, w2 = self.weights[f"{prefix}mlp.{kind}.{group}.w1"], self.weights[f"{prefix}mlp.{kind}.{group}.w2"]
         out = swiglu(x, w1[number, :, 0], w1[number, :, 1], w2[number])
         return (
             self._norm(out, f"{prefix}mlp.expert_norm.{group}.weight") if self.model.norm == "post_per_expert" else out
@@ -424,6 +425,10 @@ class Reference:
         self, prefix: str, group: str, hidden: list[Tensor], facts: list[Facts]
     ) -> dict[tuple[int, int, int], Tensor]:
         """Gate of every choice (expert, sequence, token) of a group."""
+        if group in self.model.experts.ungated:
+            own = self.config.vocab.names.index(group)
+            places = [(b, i) for b, one in enumerate(facts) for i, m in enumerate(one.modality) if m == own]
+            return {(0, b, i): torch.ones(()) for b, i in places}
         router = self.weights[f"{prefix}mlp.router.{group}"]
         logits = [x @ router.t() for x in hidden]
         scores = [torch.sigmoid(x) for x in logits]

@@ -58,6 +58,14 @@ _MODELS = {
     ),
     "mot": tiny("dense", untie=["attention", "ffn"], experts=ExpertsConfig.model_validate({"share": _HALVES})),
     "mot_norms": tiny("dense", untie=list(UNTIED), experts=ExpertsConfig.model_validate({"share": _HALVES})),
+    "mot_4t1i": tiny(
+        untie=["attention"],
+        experts=moma_experts(counts={"text": 2, "image": 1}, ungated=["image"], capacity_multiple=4, shared=1),
+    ),
+    "mot_4t1i_depth": tiny(depth=depth(), experts=moma_experts(counts={"text": 2, "image": 1}, ungated=["image"])),
+    "mot_4t1i_depth_per_modality": tiny(
+        depth=depth("per_modality"), experts=moma_experts(counts={"text": 2, "image": 1}, ungated=["image"])
+    ),
     "moma_untied": tiny(untie=["attention", "norms"]),
     "frozen": tiny().model_copy(update={"optim": OptimConfig(freeze=("text",))}),
     "moma_depth": tiny(depth=depth()),

@@ -28,6 +28,8 @@ class CausalReference(Reference):
         self, prefix: str, group: str, hidden: list[Tensor], facts: list[Facts]
     ) -> dict[tuple[int, int, int], Tensor]:
         """Gate of every choice (expert, sequence, token) of a group."""
+        if group in self.model.experts.ungated:
+            return super().gates(prefix, group, hidden, facts)
         router = self.weights[f"{prefix}mlp.router.{group}"]
         wanted = set(range(len(self.config.vocab.names)))
         if self.model.kind == "moma":

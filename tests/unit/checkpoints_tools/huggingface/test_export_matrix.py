@@ -19,7 +19,7 @@ from tests.unit.checkpoints_tools.huggingface.test_modeling_moma import MODELS, 
 from tests.unit.checkpoints_tools.huggingface.test_processing_moma import processor_with
 from tests.unit.model.reference import random_documents
 
-KINDS = ("dense, post norm", "moe", "moma", "depth", "dense depth", "three modalities", "untied")
+KINDS = ("dense, post norm", "moe", "moma", "depth", "dense depth", "three modalities", "untied", "ungated")
 ROUTED_ALIKE = ("dense, post norm", "untied")  # there is nothing to route
 CELLS = [(kind, routing) for kind in KINDS for routing in ROUTINGS if kind not in ROUTED_ALIKE or routing == "causal"]
 # In every test run one kind meets every routing, and every kind meets one; `exhaustive` has the full product.

@@ -41,6 +41,12 @@ MODELS: dict[str, Config] = {
     "untied depth, post norm": tiny(
         "dense", untie=["attention", "ffn", "norms"], num_layers=3, depth=depth(), norm="post"
     ),
+    "ungated": tiny(
+        "moma",
+        untie=["attention", "norms"],
+        experts=moma_experts(counts={"text": 3, "image": 1}, ungated=["image"], shared=1),
+    ),
+    "ungated, normalised": tiny("moma", norm="post_per_expert", experts=moma_experts(ungated=["image"])),
     "untied moma": tiny("moma", untie=["attention", "norms"], norm="post_per_expert"),
     "competitive": tiny("moma", num_layers=3, depth=depth(), experts=moma_experts(choice="competitive")),
     "softmax": tiny("moe", experts=ExpertsConfig(counts={"any": 4}, choice="softmax", share=SHARE)),

@@ -2,9 +2,11 @@
 
 Every expert begins as a copy of the FFN, routers are new, and Gumbel noise breaks the tie between copies, unless tokens
 choose. Parts that are to be untied (Mixture-of-Transformers, arXiv 2411.04996) become a copy for each modality, which
-changes nothing in what the model computes. The result is a checkpoint of step 0, so the learning rate's schedule starts again. It has the
-source's position in the data, so that training sees new documents. Tensors are streamed. Any layout can train the
-result, through mmscale.train.
+changes nothing in what the model computes. Or the FFN is cut into fine-grained experts, whose outputs start at
+zero, and stays whole as a shared expert beside them (Innovator, arXiv 2507.18671).
+
+The result is a checkpoint of step 0, so the learning rate's schedule starts again. It has the source's position in the
+data, so that training sees new documents. Tensors are streamed. Any layout can train the result, through mmscale.train.
 
 Whether the new model computes the same as the old one depends on the norm placement (`PRESERVES`, with a test for
 each).
@@ -46,6 +48,7 @@ PRESERVES = {
     "for a dense model); new gates begin near 1/2, and a token that no expert takes gets nothing from the layer",
 }
 _UNTIED = "every token gets what it got: the modalities' weights are copies"
+_SPLIT = "every token gets what it got: the whole FFN is the shared expert, and the experts' outputs start at zero"
 # Gates of several experts that a token chooses add up to 1, as the gate of a dense model's FFN.
 _CHOSEN = "every token gets what it got: its experts are copies, and their gates add up to 1"
 _STATES = ("exp_avg", "exp_avg_sq", "param")
@@ -62,6 +65,8 @@ def upcycle(
     experts: Mapping[str, int],
     untie: Sequence[str] = (),
     top_k: int | None = None,
+    ungated: Sequence[str] = (),
+    split: int | None = None,
     keep_moments: bool = False,
     steps: int | None = None,
     seed: int | None = None,
@@ -76,6 +81,9 @@ def upcycle(
         experts: number of each group's experts: of each modality, or of one mixed group; none: the FFN stays.
         untie: parts that get weights of their own for each modality, besides those that have them (`model.untie`).
         top_k: new experts that each token chooses (token choice); None: as in the old model, or experts choose.
+        ungated: new groups of one expert without a router, which compute what the FFN did (`model.experts.ungated`).
+        split: cut the FFN into this number of experts, beside the whole one as shared expert; of each modality if
+            `experts` names none, else every group has a multiple of this number. None: experts have its full width.
         keep_moments: copy the FFN's optimizer moments to the experts too; otherwise theirs begin at 0, like routers'.
         steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
         seed: of the new routers; None: `run.seed`.
@@ -92,22 +100,30 @@ def upcycle(
     run_folder.refuse_checkpoints(out)
     source = decoded(open_source(run, step))
     old = config_of(source.info(), where=source.path)
-    new = upcycled_settings(old, experts, untie, done=source.step, steps=steps, top_k=top_k)
+    if split is not None and not experts:
+        experts = dict.fromkeys(old.vocab.names, split)
+    new = upcycled_settings(
+        old, experts, untie, done=source.step, steps=steps, top_k=top_k, ungated=ungated, split=split
+    )
     own_seed = new.run.seed if seed is None else seed
-    made = Upcycled(source, old, new, experts=bool(experts), keep_moments=keep_moments, seed=own_seed)
-    origin = origin_of("upcycle", [source], experts=dict(experts), untie=list(untie), keep_moments=keep_moments)
+    made = Upcycled(source, old, new, experts=bool(experts), split=split, keep_moments=keep_moments, seed=own_seed)
+    asked = {"experts": dict(experts), "untie": list(untie), "keep_moments": keep_moments}
+    asked |= {"split": split} if split is not None else {}
+    origin = origin_of("upcycle", [source], **asked)
     path = rewrite.into_run(made, out, origin=origin, code_version=code_version(), on_stage=on_stage)
     return summary(path) | {
         "experts": dict(new.model.experts.counts),
         "untie": list(new.model.untie),
-        "preserves": _preserves(new) if experts else _UNTIED,
+        "preserves": _preserves(new, split=split) if experts else _UNTIED,
         "sequences": made.common()["progress"]["sequences"],
         "steps": new.train.steps,
         "next": shell_command("train", out / "config.yaml"),
     }
 
 
-def _preserves(new: Config) -> str:
+def _preserves(new: Config, *, split: int | None) -> str:
+    if split is not None:
+        return _SPLIT
     chosen = new.model.experts.token_choice
     if chosen is not None and chosen.top_k > 1 and chosen.capacity_factor is None:
         return _CHOSEN
@@ -121,6 +137,7 @@ class Upcycled:
         source: the old model's.
         old, new: configurations.
         experts: whether experts are new, too; otherwise parts are untied and nothing else.
+        split: as in `upcycle`.
         keep_moments: as in `upcycle`.
         seed: of new routers.
 
@@ -129,7 +146,15 @@ class Upcycled:
     """
 
     def __init__(
-        self, source: TensorSource, old: Config, new: Config, *, experts: bool, keep_moments: bool, seed: int
+        self,
+        source: TensorSource,
+        old: Config,
+        new: Config,
+        *,
+        experts: bool,
+        split: int | None,
+        keep_moments: bool,
+        seed: int,
     ) -> None:
         self.path, self.step = source.path, 0
         self._source, self._new, self._keep, self._seed = source, new, keep_moments, seed
@@ -139,7 +164,7 @@ class Upcycled:
         replaced: set[str] = set()
         self._recipes: dict[str, Recipe] = {}
         for layer in range(new.model.num_layers):
-            for name, recipe in recipes(old, new, f"decoder.layers.{layer}.", experts=experts):
+            for name, recipe in recipes(old, new, f"decoder.layers.{layer}.", experts=experts, split=split):
                 self._recipes[name] = recipe
                 replaced |= {recipe.source} if recipe.source is not None else set()
         # The FP8 scales of the old model do not apply to the new one.

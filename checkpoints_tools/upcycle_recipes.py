@@ -1,17 +1,18 @@
 """How each weight of an upcycled model is made from one of the old model. No values: upcycle.py reads those.
 
-Letters: F inner width, H hidden width.
+Letters: E experts, F inner width, H hidden width.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mmscale.config import Config
-from mmscale.layers import Routers, TensorPart, layer_tensors
+from mmscale.layers import LayerTensor, Routers, TensorPart, layer_tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Recipe:
     is_parameter: bool = True
 
 
-def recipes(old: Config, new: Config, layer: str, *, experts: bool) -> Iterator[tuple[str, Recipe]]:
+def recipes(old: Config, new: Config, layer: str, *, experts: bool, split: int | None) -> Iterator[tuple[str, Recipe]]:
     """The tensors of one layer that are new or changed.
 
     Args:
@@ -45,34 +46,88 @@ def recipes(old: Config, new: Config, layer: str, *, experts: bool) -> Iterator[
         new: the configuration after.
         layer: the prefix of their names.
         experts: whether there are new experts.
+        split: number of parts of the FFN that become experts; None: experts are copies of the whole FFN.
     """
-    before = layer_tensors(old, depth=False)
-    ffn = [tensor for tensor in before if tensor.part is TensorPart.FFN]  # gate and up projection, down projection
-    there = {tensor.name for tensor in before}
-    like = next(tensor.name for tensor in before if tensor.part is TensorPart.ATTENTION)
+    made = _Layer(old, new, layer, split)
     routers = Routers(None, new.model.keeps_thresholds)
     for tensor in layer_tensors(new, depth=False, routers=routers):
-        name = layer + tensor.name
-        first = tensor.name.endswith(".w1")
-        if tensor.untied and tensor.name not in there:
-            tied = layer + f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight"
-            yield name, Recipe(tensor.shape, tied, tied)
-        elif not experts:
-            continue
-        elif tensor.part is TensorPart.EXPERTS:
-            own = [one.name for one in ffn if one.modality in (None, tensor.modality)]
-            source = layer + own[0 if first else 1] if own else name
-            form = (_dense_w1 if first else _dense_w2) if ffn else _only
-            yield name, Recipe(tensor.shape, source, source, form, is_expert=True)
-        elif tensor.part is TensorPart.ROUTER:
-            yield name, Recipe(tensor.shape, layer + like, fresh="router")
-        elif tensor.part is TensorPart.BIAS:
-            yield name, Recipe(tensor.shape, layer + like, is_parameter=False)
-        elif tensor.part is TensorPart.CUTOFF:
-            yield name, Recipe(tensor.shape, layer + like, fresh="cutoffs", is_parameter=False)
-        elif tensor.part is TensorPart.EXPERT_NORM and ffn:
-            norm = f"{layer}mlp_bda.norm.{tensor.modality if 'norms' in old.model.untie else 'weight'}"
-            yield name, Recipe(tensor.shape, norm, norm)
+        recipe = made.untied(tensor) or (made.of(tensor) if experts else None)
+        if recipe is not None:
+            yield layer + tensor.name, recipe
+
+
+class _Layer:
+    """Makes the recipes of one layer. Arguments as for `recipes`."""
+
+    def __init__(self, old: Config, new: Config, layer: str, split: int | None) -> None:
+        before = layer_tensors(old, depth=False)
+        self._layer, self._split = layer, split
+        self._there = {tensor.name for tensor in before}
+        # Gate and up projection, down projection; of every modality if they are untied.
+        self._ffn = [tensor for tensor in before if tensor.part is TensorPart.FFN]
+        self._like = layer + next(tensor.name for tensor in before if tensor.part is TensorPart.ATTENTION)
+        self._per_norm = "norms" in old.model.untie
+        self._norm_experts = new.model.normalizes_experts
+        self._makers: dict[TensorPart, Callable[[LayerTensor], Recipe | None]] = {
+            TensorPart.EXPERTS: self._expert,
+            TensorPart.ROUTER: lambda tensor: Recipe(tensor.shape, self._like, fresh="router"),
+            TensorPart.BIAS: lambda tensor: Recipe(tensor.shape, self._like, is_parameter=False),
+            TensorPart.CUTOFF: lambda tensor: Recipe(tensor.shape, self._like, fresh="cutoffs", is_parameter=False),
+            TensorPart.EXPERT_NORM: self._norm,
+            TensorPart.NORM: self._norm,
+            TensorPart.FFN: self._whole,
+            TensorPart.SHARED: self._whole,
+        }
+
+    def untied(self, tensor: LayerTensor) -> Recipe | None:
+        """A modality's copy of a tied weight."""
+        tied = f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight"
+        if not tensor.untied or tensor.name in self._there or tied not in self._there:
+            return None
+        return Recipe(tensor.shape, self._layer + tied, self._layer + tied)
+
+    def of(self, tensor: LayerTensor) -> Recipe | None:
+        """A tensor of a feed-forward layer with experts."""
+        make = self._makers.get(tensor.part)
+        return None if make is None else make(tensor)
+
+    def _source(self, tensor: LayerTensor) -> str:
+        """The projection of the tensor's modality that a tensor `w1` or `w2` is made of."""
+        own = [one.name for one in self._ffn if one.modality in (None, tensor.modality)]
+        return self._layer + own[0 if tensor.name.endswith(".w1") else 1]
+
+    def _whole(self, tensor: LayerTensor) -> Recipe | None:
+        """The whole FFN as an ungated or a shared expert, [1, ...]."""
+        if not self._ffn or tensor.name in self._there:
+            return None
+        source = self._source(tensor)
+        return Recipe(tensor.shape, source, source, _WHOLE[tensor.name[-2:]])
+
+    def _expert(self, tensor: LayerTensor) -> Recipe:
+        """Copies of the FFN, of the only expert, or of the parts of the FFN, one after another."""
+        if not self._ffn:
+            return Recipe(tensor.shape, self._layer + tensor.name, self._layer + tensor.name, _only, is_expert=True)
+        source, form = self._source(tensor), _WHOLE[tensor.name[-2:]]
+        if self._split is not None:
+            form = functools.partial(_PARTS[tensor.name[-2:]], parts=self._split, experts=tensor.shape[0])
+            # Their outputs are zero at first: by the norm behind each of them, else by the down projection.
+            if tensor.name.endswith(".w2") and not self._norm_experts:
+                form = functools.partial(_zeros, shape=tensor.shape)
+        return Recipe(tensor.shape, source, source, form, is_expert=True)
+
+    def _norm(self, tensor: LayerTensor) -> Recipe | None:
+        """The norm of experts' outputs, from the norm behind the FFN; zero for parts of it."""
+        if not self._ffn or tensor.name in self._there or not tensor.name.startswith("mlp."):
+            return None
+        norm = f"{self._layer}mlp_bda.norm.{tensor.modality if self._per_norm else 'weight'}"
+        zero = self._split is not None and tensor.part is TensorPart.EXPERT_NORM
+        if zero:
+            return Recipe(tensor.shape, norm, norm, functools.partial(_zeros, shape=tensor.shape))
+        return Recipe(tensor.shape, norm, norm)
+
+
+def _zeros(tensor: Tensor, *, shape: tuple[int, ...]) -> Tensor:
+    return tensor.new_zeros(()).expand(shape)
 
 
 def _dense_w1(fc1: Tensor) -> Tensor:
@@ -88,3 +143,19 @@ def _dense_w2(fc2: Tensor) -> Tensor:
 def _only(experts: Tensor) -> Tensor:
     """The only expert of [1, ...]."""
     return experts[0]
+
+
+def _parts_w1(fc1: Tensor, *, parts: int, experts: int) -> Tensor:
+    """[2F, H], gate over up -> [E, H, 2, F / parts]; expert e has part e modulo `parts`."""
+    each = fc1.view(2, parts, -1, fc1.shape[1]).permute(1, 3, 0, 2)
+    return each.repeat(experts // parts, 1, 1, 1)
+
+
+def _parts_w2(fc2: Tensor, *, parts: int, experts: int) -> Tensor:
+    """[H, F] -> [E, F / parts, H]."""
+    each = fc2.view(fc2.shape[0], parts, -1).permute(1, 2, 0)
+    return each.repeat(experts // parts, 1, 1)
+
+
+_WHOLE: dict[str, Callable[[Tensor], Tensor]] = {"w1": _dense_w1, "w2": _dense_w2}
+_PARTS: dict[str, Callable[..., Tensor]] = {"w1": _parts_w1, "w2": _parts_w2}

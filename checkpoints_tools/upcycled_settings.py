@@ -19,6 +19,8 @@ def upcycled_settings(
     done: int,
     steps: int | None,
     top_k: int | None = None,
+    ungated: Sequence[str] = (),
+    split: int | None = None,
 ) -> Config:
     """The new run's configuration.
 
@@ -28,12 +30,17 @@ def upcycled_settings(
         untie: likewise.
         done: steps of the source.
         top_k: likewise.
+        ungated: likewise.
+        split: likewise.
         steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
 
     Raises:
         UsageError, CheckpointError, ConfigError: as `upcycle`.
     """
     _check(old, experts, untie, top_k)
+    _check_ungated(old, experts, ungated, split)
+    if split is not None:
+        _check_split(old, experts, split)
     per_modality = set(experts) == set(old.vocab.names)
     settings = old.model_dump(mode="json")
     kept = [part for part in old.model.untie if part != "ffn" or not experts]  # experts take the FFN's place
@@ -44,7 +51,11 @@ def upcycled_settings(
         if top_k is not None:
             chosen = old.model.experts.token_choice or TokenChoiceConfig()
             settings["model"]["experts"]["token_choice"] = chosen.model_dump(mode="json") | {"top_k": top_k}
-        if settings["model"]["experts"]["token_choice"] is None:
+        settings["model"]["experts"]["ungated"] = [*old.model.experts.ungated, *ungated]
+        if split is not None:
+            settings["model"]["ffn_hidden_size"] = old.model.ffn_hidden_size // split
+            settings["model"]["experts"] |= {"shared": 1, "shared_ffn_hidden_size": old.model.ffn_hidden_size}
+        elif settings["model"]["experts"]["token_choice"] is None:  # parts of an FFN differ without noise
             settings["model"]["experts"]["noise"] = "gumbel"
         settings["model"]["auxiliary"]["mode"] = "off"
     settings["train"]["steps"] = steps or (old.train.steps - done if old.train.steps > done else old.train.steps)
@@ -93,6 +104,52 @@ def _check(old: Config, experts: Mapping[str, int], untie: Sequence[str], top_k:
             remedy=f"name {', '.join(f'{name}=N' for name in old.vocab.names)}",
         )
     _check_choice(old, experts, top_k)
+
+
+def _check_ungated(old: Config, experts: Mapping[str, int], ungated: Sequence[str], split: int | None) -> None:
+    """Refuse ungated groups that cannot be made from the source."""
+    if not ungated:
+        return
+    if wrong := [name for name in ungated if experts.get(name) != 1]:
+        raise UsageError(
+            f"--ungated names {wrong[0]}, to which --experts does not give one expert",
+            remedy=f"write e.g. --experts {wrong[0]}=1,... --ungated {wrong[0]}",
+        )
+    if old.model.has_experts:
+        raise UsageError(
+            "--ungated: the experts of this model have gates, with which their outputs were trained to be multiplied",
+            remedy="leave --ungated out, or upcycle a dense model",
+        )
+    if split is not None:
+        raise UsageError(
+            "--ungated with --split: the whole FFN is the shared expert already", remedy="give one of them"
+        )
+
+
+def _check_split(old: Config, experts: Mapping[str, int], split: int) -> None:
+    """Refuse FFNs that cannot be cut into `split` experts beside a shared one."""
+    width = old.model.ffn_hidden_size
+    if width % split:
+        raise UsageError(
+            f"--split {split} does not divide model.ffn_hidden_size = {width}", remedy="use a divisor of the width"
+        )
+    if odd := {name: count for name, count in experts.items() if count % split}:
+        name, count = next(iter(odd.items()))
+        raise UsageError(
+            f"--experts {name}={count} is no multiple of --split {split}: some parts of the FFN would be missing",
+            remedy="leave --experts out, or give multiples",
+        )
+    if old.model.has_experts:
+        raise UsageError(
+            f"--split cuts the FFN of a dense model, but model.kind = {old.model.kind} has experts",
+            remedy="leave --split out, or upcycle a dense model",
+        )
+    if "ffn" in old.model.untie or ("norms" in old.model.untie and old.model.norm_placement.per_expert):
+        raise UsageError(
+            f"--split: with model.untie = [{', '.join(old.model.untie)}] each modality has an FFN or a norm of its "
+            "own, but one shared expert would take the place of all",
+            remedy="leave --split out",
+        )
 
 
 def _check_choice(old: Config, experts: Mapping[str, int], top_k: int | None) -> None:

@@ -127,6 +127,22 @@ def upcycle(
             help="Tokens choose K of the new experts (model.experts.token_choice).",
         ),
     ] = None,
+    ungated: Annotated[
+        str | None,
+        typer.Option(
+            "--ungated",
+            metavar="NAME,...",
+            help="Groups of one new expert without a router: it takes every token of its modality.",
+        ),
+    ] = None,
+    split: Annotated[
+        int | None,
+        typer.Option("--split", min=2, metavar="N", help="Cut the FFN into N experts of each group; needs --shared."),
+    ] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option("--shared", metavar="keep", help="With --split: keep the whole FFN as a shared expert."),
+    ] = None,
     keep_moments: Annotated[
         bool, typer.Option("--keep-moments", help="Copy the FFN's optimizer moments too; default: they start at 0.")
     ] = False,
@@ -147,6 +163,11 @@ def upcycle(
     from checkpoints_tools import upcycle as upcycling
 
     folder, step = split_step(run)
+    if (split is None) != (shared is None) or shared not in (None, "keep"):
+        raise UsageError(
+            "--split and --shared keep belong together: a part of the FFN alone computes something else",
+            remedy="give both: --split 4 --shared keep",
+        )
     result = upcycling.upcycle(
         folder,
         step,
@@ -154,6 +175,8 @@ def upcycle(
         experts={} if experts is None else _counts(experts),
         untie=[] if untie is None else _parts(untie),
         top_k=top_k,
+        ungated=[] if ungated is None else [name.strip() for name in ungated.split(",")],
+        split=split,
         keep_moments=keep_moments,
         steps=steps,
         seed=seed,

@@ -23,6 +23,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "dense": DENSE,
     "mot": (*DENSE, UNTIE),
     "hybrid": ("model.untie=[attention,norms]",),  # with experts, Mixture-of-Depths and EP 2
+    "mot_2t1i": ("model.untie=[attention,norms]", "model.experts={counts: {text: 2, image: 1}, ungated: [image]}"),
 }
 
 
@@ -31,7 +32,7 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every model, with checkpoints of steps 6 and 12."""
     folder = tmp_path_factory.mktemp("untied")
     for name, model in MODELS.items():
-        nproc = 2 if name == "hybrid" else 1
+        nproc = 1 if model[: len(DENSE)] == DENSE else 2
         ok("train", config, f"run.dir={folder}", f"run.name={name}", *MAIN, *model, nproc=nproc)
     return folder
 
@@ -54,9 +55,9 @@ def test_a_stopped_run_resumes_with_the_same_losses(config: Path, runs: Path, tm
             assert resumed[step] == (loss if nproc == 1 else pytest.approx(loss, rel=1e-5)), (name, step)
 
 
-@pytest.mark.parametrize("name", ["mot", "hybrid"])
+@pytest.mark.parametrize("name", ["mot", "hybrid", "mot_2t1i"])
 def test_an_export_computes_the_same_and_comes_back(name: str, runs: Path, tmp_path: Path) -> None:
-    if name == "hybrid":
+    if name != "mot":
         stage = ("--stage", "auxiliary", "auxiliary.steps=4", "auxiliary.calibration_batches=2", "parallel.ep=1")
         ok("train", runs / name / "config.yaml", *stage)
     ok("convert", "to-hf", runs / name, tmp_path / "hf")
@@ -118,6 +119,25 @@ def test_experts_take_the_place_of_each_modalitys_ffn(
         w2 = new.read(f"decoder.layers.1.mlp.experts.{modality}.w2")
         assert len(w2) == count and all(torch.equal(expert, fc2.t()) for expert in w2)
     ok("train", up / "config.yaml", "train.steps=4")
+
+
+@pytest.mark.parametrize("name", ["dense", "mot"])
+def test_an_ungated_group_is_the_ffn(name: str, runs: Path, tmp_path: Path) -> None:
+    """With its optimizer state; another upcycling keeps it."""
+    up, again = tmp_path / "up", tmp_path / "again"
+    ok("ckpt", "upcycle", f"{runs / name}@{STEPS}", up, "--experts", "text=1,image=1", "--ungated", "image")
+    old, new = open_source(runs / name, STEPS), open_source(up, 0)
+    own = "image" if name == "mot" else "weight"
+    for prefix in ("", "optimizer.state.exp_avg."):
+        mlp = f"{prefix}decoder.layers.1.mlp."
+        assert torch.equal(new.read(f"{mlp}ungated.image.w2")[0], old.read(f"{mlp}linear_fc2.{own}").t())
+        gate, linear = old.read(f"{mlp}linear_fc1.{own}").chunk(2)
+        w1 = new.read(f"{mlp}ungated.image.w1")[0]
+        assert torch.equal(w1[:, 0], gate.t()) and torch.equal(w1[:, 1], linear.t())
+    ok("ckpt", "upcycle", up, again, "--experts", "text=4,image=1")
+    kept = "decoder.layers.1.mlp.ungated.image.w2"
+    assert torch.equal(open_source(again, 0).read(kept), new.read(kept))
+    ok("train", again / "config.yaml", "train.steps=4", "parallel.ep=2", nproc=2)
 
 
 @pytest.mark.parametrize(

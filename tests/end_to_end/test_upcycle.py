@@ -20,7 +20,7 @@ from mmscale.data.vocab import PAD
 from mmscale.inference.model import open_run
 from mmscale.model.moma import MoMaMLP
 from mmscale.runs.metrics import read_metrics
-from tests.end_to_end.running import assert_says, mmscale
+from tests.end_to_end.running import assert_says, mmscale, ok
 
 STEPS = 4
 MAIN = (
@@ -167,6 +167,101 @@ def test_what_is_preserved(name: str, runs: Path) -> None:
         assert "times the sum of its new gates" in ended.out
     new = _logits(both, step=0, everyone=True, gates=0.5, scale=1.0 if dense else 0.5)
     assert float((new - old).abs().max()) / size < 2e-5
+
+
+def apart(one: Path, other: Path, *, step: int = 0) -> float:
+    """Largest difference of logits, relative to the largest one."""
+    old = _logits(one, step=STEPS, everyone=False, gates=None)
+    return float((_logits(other, step=step, everyone=False, gates=None) - old).abs().max() / old.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "counts"),
+    [
+        ("dense", ("--top-k", "2", "--untie", "norms"), {"text": 4, "image": 4}),
+        ("dense-post", (), {"text": 4, "image": 4}),
+        ("dense-post_per_expert", ("--experts", "text=8,image=4", "--keep-moments"), {"text": 8, "image": 4}),
+        ("dense-post_per_expert", ("--experts", "mixed=4"), {"mixed": 4}),
+    ],
+)
+def test_parts_beside_the_whole(
+    name: str, options: tuple[str, ...], counts: dict[str, int], runs: Path, tmp_path: Path
+) -> None:
+    """--split: the same function at first, with parts of the FFN as experts; then the experts learn."""
+    if name == "dense":  # untied weights have no biases
+        run = tmp_path / name
+        settings = (*MAIN, *DENSE, f"train.steps={STEPS}")
+        ok("train", runs / "dense/config.yaml", f"run.dir={tmp_path}", *settings, "model.qkv_bias=false")
+    else:
+        run = runs / name
+    up = tmp_path / "up"
+    ended = mmscale("ckpt", "upcycle", f"{run}@{STEPS}", up, "--split", "4", "--shared", "keep", *options, "--json")
+    assert ended.status == 0, ended
+    made = json.loads(ended.out)
+    assert made["experts"] == counts and "outputs start at zero" in made["preserves"]
+    assert apart(run, up) < 1e-6
+    model = yaml.safe_load((up / "config.yaml").read_text())["model"]
+    width = model["experts"]["shared_ffn_hidden_size"]
+    assert model["ffn_hidden_size"] == width // 4 and model["experts"]["shared"] == 1
+    old, new = open_source(run, STEPS), open_source(up, 0)
+    for layer in range(2):
+        mlp = f"decoder.layers.{layer}.mlp."
+        gate, up_projection = old.read(f"{mlp}linear_fc1.weight").chunk(2)
+        down = old.read(f"{mlp}linear_fc2.weight")
+        for group, count in counts.items():
+            w1, w2 = new.read(f"{mlp}experts.{group}.w1"), new.read(f"{mlp}experts.{group}.w2")
+            for expert in range(count):
+                part = slice(expert % 4 * width // 4, (expert % 4 + 1) * width // 4)
+                assert torch.equal(w1[expert, :, 0], gate[part].t())
+                assert torch.equal(w1[expert, :, 1], up_projection[part].t())
+                assert torch.equal(w2[expert], down[:, part].t() if "per_expert" in name else torch.zeros_like(w2[0]))
+    ended = mmscale("train", up / "config.yaml", "parallel.ep=2", f"train.steps={STEPS}", nproc=2)
+    assert ended.status == 0, ended
+    assert apart(run, up, step=STEPS) > 1e-3
+    group = next(iter(counts))
+    trained = open_source(up, STEPS)
+    assert not torch.equal(trained.read(f"{mlp}experts.{group}.w2"), new.read(f"{mlp}experts.{group}.w2"))
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "cause", "remedy"),
+    [
+        (
+            "dense",
+            ("--split", "3", "--shared", "keep"),
+            "--split 3 does not divide model.ffn_hidden_size = 64",
+            "divisor",
+        ),
+        ("dense", ("--split", "4"), "--split and --shared keep belong together", "--split 4 --shared keep"),
+        ("dense", ("--split", "4", "--shared", "half"), "--split and --shared keep belong together", "give both"),
+        (
+            "dense",
+            ("--split", "4", "--shared", "keep", "--experts", "text=4,image=6"),
+            "--experts image=6 is no multiple of --split 4",
+            "leave --experts out",
+        ),
+        ("pre", ("--split", "2", "--shared", "keep"), "model.kind = moma has experts", "upcycle a dense model"),
+        (
+            "dense",
+            ("--experts", "text=2,image=2", "--ungated", "image"),
+            "--ungated names image, to which --experts does not give one expert",
+            "--experts image=1",
+        ),
+        ("pre", ("--experts", "text=2,image=1", "--ungated", "image"), "experts of this model have gates", "leave"),
+        (
+            "dense",
+            ("--experts", "text=4,image=1", "--ungated", "image", "--split", "2", "--shared", "keep"),
+            "--ungated with --split",
+            "give one of them",
+        ),
+    ],
+)
+def test_parts_that_cannot_be(
+    run: str, options: tuple[str, ...], cause: str, remedy: str, runs: Path, tmp_path: Path
+) -> None:
+    ended = mmscale("ckpt", "upcycle", f"{runs / run}@{STEPS}", tmp_path / "new", *options)
+    assert_says(ended, status=2, cause=cause, remedy=remedy)
+    assert not (tmp_path / "new").exists()
 
 
 def test_training_goes_on_at_another_layout(runs: Path) -> None:

@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "capacity by the tokens that are there, ep": ("moma_actual", {"parallel": {"ep": 2}}),
     "the same of micro-batches, tp": ("moma_actual_micro_batch", {"parallel": {"tp": 2}}),
+    "an ungated group, ep": ("moma_4t1i", {"parallel": {"ep": 2, "overlap_experts": True}}),
 }
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source, summary
-from checkpoints_tools.upcycle_recipes import Recipe, recipes
+from checkpoints_tools.upcycle_recipes import WeightRecipe, recipes
 from checkpoints_tools.upcycled_settings import upcycled_settings
 from mmscale.checkpoint import rewrite, run_folder
 from mmscale.checkpoint.integrity import CheckpointManifest
@@ -162,7 +162,7 @@ class Upcycled:
         self._gone = [tensor.name for tensor in layer_tensors(old, depth=False) if tensor.name not in remain]
         self._new_experts = new.model.has_experts and not old.model.has_experts
         replaced: set[str] = set()
-        self._recipes: dict[str, Recipe] = {}
+        self._recipes: dict[str, WeightRecipe] = {}
         for layer in range(new.model.num_layers):
             for name, recipe in recipes(old, new, f"decoder.layers.{layer}.", experts=experts, split=split):
                 self._recipes[name] = recipe

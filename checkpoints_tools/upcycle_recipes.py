@@ -16,7 +16,7 @@ from mmscale.layers import LayerTensor, Routers, TensorPart, layer_tensors
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightRecipe:
     """How one weight of the new model is made.
 
     Attributes:
@@ -38,7 +38,9 @@ class Recipe:
     is_parameter: bool = True
 
 
-def recipes(old: Config, new: Config, layer: str, *, experts: bool, split: int | None) -> Iterator[tuple[str, Recipe]]:
+def recipes(
+    old: Config, new: Config, layer: str, *, experts: bool, split: int | None
+) -> Iterator[tuple[str, WeightRecipe]]:
     """The tensors of one layer that are new or changed.
 
     Args:
@@ -68,25 +70,27 @@ class _Layer:
         self._like = layer + next(tensor.name for tensor in before if tensor.part is TensorPart.ATTENTION)
         self._per_norm = "norms" in old.model.untie
         self._norm_experts = new.model.normalizes_experts
-        self._makers: dict[TensorPart, Callable[[LayerTensor], Recipe | None]] = {
+        self._makers: dict[TensorPart, Callable[[LayerTensor], WeightRecipe | None]] = {
             TensorPart.EXPERTS: self._expert,
-            TensorPart.ROUTER: lambda tensor: Recipe(tensor.shape, self._like, fresh="router"),
-            TensorPart.BIAS: lambda tensor: Recipe(tensor.shape, self._like, is_parameter=False),
-            TensorPart.CUTOFF: lambda tensor: Recipe(tensor.shape, self._like, fresh="cutoffs", is_parameter=False),
+            TensorPart.ROUTER: lambda tensor: WeightRecipe(tensor.shape, self._like, fresh="router"),
+            TensorPart.BIAS: lambda tensor: WeightRecipe(tensor.shape, self._like, is_parameter=False),
+            TensorPart.CUTOFF: lambda tensor: WeightRecipe(
+                tensor.shape, self._like, fresh="cutoffs", is_parameter=False
+            ),
             TensorPart.EXPERT_NORM: self._norm,
             TensorPart.NORM: self._norm,
             TensorPart.FFN: self._whole,
             TensorPart.SHARED: self._whole,
         }
 
-    def untied(self, tensor: LayerTensor) -> Recipe | None:
+    def untied(self, tensor: LayerTensor) -> WeightRecipe | None:
         """A modality's copy of a tied weight."""
         tied = f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight"
         if not tensor.untied or tensor.name in self._there or tied not in self._there:
             return None
-        return Recipe(tensor.shape, self._layer + tied, self._layer + tied)
+        return WeightRecipe(tensor.shape, self._layer + tied, self._layer + tied)
 
-    def of(self, tensor: LayerTensor) -> Recipe | None:
+    def of(self, tensor: LayerTensor) -> WeightRecipe | None:
         """A tensor of a feed-forward layer with experts."""
         make = self._makers.get(tensor.part)
         return None if make is None else make(tensor)
@@ -96,34 +100,36 @@ class _Layer:
         own = [one.name for one in self._ffn if one.modality in (None, tensor.modality)]
         return self._layer + own[0 if tensor.name.endswith(".w1") else 1]
 
-    def _whole(self, tensor: LayerTensor) -> Recipe | None:
+    def _whole(self, tensor: LayerTensor) -> WeightRecipe | None:
         """The whole FFN as an ungated or a shared expert, [1, ...]."""
         if not self._ffn or tensor.name in self._there:
             return None
         source = self._source(tensor)
-        return Recipe(tensor.shape, source, source, _WHOLE[tensor.name[-2:]])
+        return WeightRecipe(tensor.shape, source, source, _WHOLE[tensor.name[-2:]])
 
-    def _expert(self, tensor: LayerTensor) -> Recipe:
+    def _expert(self, tensor: LayerTensor) -> WeightRecipe:
         """Copies of the FFN, of the only expert, or of the parts of the FFN, one after another."""
         if not self._ffn:
-            return Recipe(tensor.shape, self._layer + tensor.name, self._layer + tensor.name, _only, is_expert=True)
+            return WeightRecipe(
+                tensor.shape, self._layer + tensor.name, self._layer + tensor.name, _only, is_expert=True
+            )
         source, form = self._source(tensor), _WHOLE[tensor.name[-2:]]
         if self._split is not None:
             form = functools.partial(_PARTS[tensor.name[-2:]], parts=self._split, experts=tensor.shape[0])
             # Their outputs are zero at first: by the norm behind each of them, else by the down projection.
             if tensor.name.endswith(".w2") and not self._norm_experts:
                 form = functools.partial(_zeros, shape=tensor.shape)
-        return Recipe(tensor.shape, source, source, form, is_expert=True)
+        return WeightRecipe(tensor.shape, source, source, form, is_expert=True)
 
-    def _norm(self, tensor: LayerTensor) -> Recipe | None:
+    def _norm(self, tensor: LayerTensor) -> WeightRecipe | None:
         """The norm of experts' outputs, from the norm behind the FFN; zero for parts of it."""
         if not self._ffn or tensor.name in self._there or not tensor.name.startswith("mlp."):
             return None
         norm = f"{self._layer}mlp_bda.norm.{tensor.modality if self._per_norm else 'weight'}"
         zero = self._split is not None and tensor.part is TensorPart.EXPERT_NORM
         if zero:
-            return Recipe(tensor.shape, norm, norm, functools.partial(_zeros, shape=tensor.shape))
-        return Recipe(tensor.shape, norm, norm)
+            return WeightRecipe(tensor.shape, norm, norm, functools.partial(_zeros, shape=tensor.shape))
+        return WeightRecipe(tensor.shape, norm, norm)
 
 
 def _zeros(tensor: Tensor, *, shape: tuple[int, ...]) -> Tensor:

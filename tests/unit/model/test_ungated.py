@@ -51,10 +51,10 @@ MODELS: dict[str, Config] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_those_of_the_reference(name: str, build: Callable[..., GPTModel]) -> None:
     batch = usual_batch()
-    if len(MODELS[name].vocab.names) == 3:  # every third image token becomes one of speech
-        speech = (batch.modality == 1) & (batch.ids % 3 == 0)
+    if len(MODELS[name].vocab.names) == 3:  # every second image token becomes one of speech
+        speech = (batch.modality == 1) & (batch.ids % 2 == 0)
         ids, modality = torch.where(speech, batch.ids + IMAGE_IDS, batch.ids), batch.modality.masked_fill(speech, 2)
-        assert 2 < int(speech.sum()) < int((modality == 1).sum()) + 8
+        assert speech.any() and (modality == 1).any()
         batch = replace(batch, ids=ids.clamp(max=TEXT_IDS + IMAGE_IDS + 8), modality=modality)
     assert_agrees(build(MODELS[name]), MODELS[name], batch)
 

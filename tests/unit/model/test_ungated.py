@@ -110,6 +110,22 @@ def test_what_is_refused(experts: dict[str, Any], kind: str, said: str) -> None:
     assert any(said in problem.cause for problem in violations(config))
 
 
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"precision": {"dtype": "bf16", "fp8": "delayed", "fp8_emulate": True}}, "precision.fp8 = delayed"),
+        ({"model": {"backend": "te"}}, "model.backend = te"),
+        ({"model": {"experts": {"compute": "te"}}}, "model.experts.compute = te"),
+    ],
+)
+def test_without_transformer_engine_and_fp8_only(other: dict[str, Any], said: str) -> None:
+    given = tiny(experts=moma_experts(ungated=UNGATED)).model_dump()
+    model = given["model"] | other.get("model", {})
+    model["experts"] = given["model"]["experts"] | other.get("model", {}).get("experts", {})
+    config = Config.model_validate(given | other | {"model": model})
+    assert any(f"ungated with {said}" in problem.cause for problem in violations(config))
+
+
 def test_expert_parallel_ranks_share_the_other_experts() -> None:
     config = tiny(experts=moma_experts(ungated=UNGATED))
     config = config.model_copy(update={"parallel": type(config.parallel)(ep=4)})

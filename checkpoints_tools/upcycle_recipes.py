@@ -65,8 +65,9 @@ class _Layer:
         before = layer_tensors(old, depth=False)
         self._layer, self._split = layer, split
         self._there = {tensor.name for tensor in before}
-        # Gate and up projection, down projection; of every modality if they are untied.
-        self._ffn = [tensor for tensor in before if tensor.part is TensorPart.FFN]
+        # Gate and up projection, down projection; of every modality if they are untied. Of a model with experts there
+        # are none: an ungated group keeps its own.
+        self._ffn = [] if old.model.has_experts else [one for one in before if one.part is TensorPart.FFN]
         self._like = layer + next(tensor.name for tensor in before if tensor.part is TensorPart.ATTENTION)
         self._per_norm = "norms" in old.model.untie
         self._norm_experts = new.model.normalizes_experts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from mmscale.data.stream.mixture import Mixture
 from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
 from mmscale.inference.batch_count import Place, counted, silent
-from mmscale.inference.scores import measured, with_data
+from mmscale.inference.scores import measured, with_data, with_neighbours
 from mmscale.tables.plugins import Use
 from mmscale.train.steps.step import mean_losses
 
@@ -46,6 +46,7 @@ def evaluate_export(
     routing: str | None,
     tasks: Sequence[Use] = (),
     questions: Mapping[str, Path] = MappingProxyType({}),
+    neighbours: int | Literal["random"] | None = None,
     at: Place = silent,
 ) -> dict[str, Any]:
     """Evaluate an exported folder in this process.
@@ -58,6 +59,7 @@ def evaluate_export(
         routing: causal, top1 or threshold; None: as in config.json.
         tasks: plug-ins with other tasks.
         questions: files of questions by name.
+        neighbours: of each held-out document, as data.retrieval.evaluation; None: as the run says.
         at: shows the batch that is evaluated.
 
     Returns:
@@ -69,7 +71,8 @@ def evaluate_export(
         UsageError: a step was given.
     """
     generator = open_generator(folder, step, routing=routing)
-    config = generator.config if data is None else with_data(generator.config, data)
+    config = with_neighbours(generator.config, neighbours)
+    config = config if data is None else with_data(config, data)
     vocabulary, trained = Vocabulary.from_config(config.vocab), trained_tokenizers(folder)
     blend = read_blend(config)
     blend |= {one.folder: one.manifest for one in read_validation(config, blend)}

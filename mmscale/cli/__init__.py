@@ -21,6 +21,7 @@ from mmscale.cli import (
     config,
     convert,
     data,
+    data_neighbours,
     data_scores,
     data_weights,
     init,
@@ -61,6 +62,9 @@ data.app.command(
 )(data_scores.fit_classifier)
 data.app.command("select", epilog="Example: mmscale data select data/corpus --by rules --top 0.2 --temperature 0.5")(
     data_weights.select
+)
+data.app.command("retrieve", epilog="Example: mmscale data retrieve data/corpus --neighbours 8")(
+    data_neighbours.retrieve
 )
 app.add_typer(data.app, name="data")
 app.command("plan", epilog="Example: mmscale plan configs/moma_1b4_4t4i.yaml --gpus 64 --gpu-memory 80 --gpu h100")(

@@ -186,6 +186,12 @@ def inspect(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="List the held-out documents, one per line; with --sample, decode one.")
     ] = False,
+    neighbours: Annotated[
+        int,
+        typer.Option(
+            "--neighbours", metavar="K", min=0, help="Of the sample: K nearest training documents, before it."
+        ),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Print documents and tokens of each modality, or write one document as text and PNG.
@@ -212,7 +218,9 @@ def inspect(
         result = inspect_set.summary(folder)
         emit(result, as_json=as_json, text=lambda: _summary(result))
         return
-    drawn = inspect_set.draw_sample(folder, sample, out, split="validation" if held_out else split)
+    drawn = inspect_set.draw_sample(
+        folder, sample, out, split="validation" if held_out else split, neighbours=neighbours
+    )
     rows = [("text", drawn["text"]), ("tokens", _counts(drawn["tokens"])), ("drawn on", drawn["sheet"])]
     rows += [(f"{name} files", ", ".join(own)) for name, own in drawn["files"].items() if name != "image"]
     emit(drawn, as_json=as_json, text=lambda: pairs(rows))
@@ -228,13 +236,13 @@ def verify(
     sizes are compared.
     """
     from mmscale.data import digests
+    from mmscale.data.prepared import neighbours, selection
     from mmscale.data.prepared.manifest import read_manifest
-    from mmscale.data.prepared.selection import digests_of
 
     read_manifest(folder)
     wanted = digests.read(folder)
     if wanted is not None:
-        wanted |= digests_of(folder)
+        wanted |= selection.digests_of(folder) | neighbours.digests_of(folder)
     damaged = dict(digests.verify(folder, wanted or {}))
     result = {"folder": str(folder), "digests": wanted is not None, "files": len(wanted or {}), "damaged": damaged}
     emit(result, as_json=as_json, text=lambda: _verdict(result))

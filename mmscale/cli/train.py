@@ -153,6 +153,16 @@ def evaluate(
             "as module:attribute or by its entry point. May be repeated.",
         ),
     ] = None,
+    neighbours: Annotated[
+        str | None,
+        typer.Option(
+            "--neighbours",
+            metavar="N|random",
+            show_default="data.retrieval.evaluation of the run",
+            help="Number of nearest training documents that each held-out document is read with, or random: as many "
+            "random ones as the run trains with. Their tokens are not part of the losses.",
+        ),
+    ] = None,
     nproc: ranks.OnRanks = None,
     as_json: Json = False,
 ) -> None:
@@ -168,6 +178,8 @@ def evaluate(
     for use in tasks:
         plugins.check(use)
     asked: dict[str, Any] = {key: given for key, given in {"tasks": tasks, "questions": questions}.items() if given}
+    if neighbours is not None:
+        asked["neighbours"] = _neighbours(neighbours)
     if (folder / "config.json").is_file():
         if routing == "batch":
             raise UsageError(
@@ -200,6 +212,13 @@ def evaluate(
         if shared is not None and not shared.is_first:
             return
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
+
+
+def _neighbours(text: str) -> int | str:
+    """A number of neighbours, or the word "random"."""
+    if text != "random" and not text.isdecimal():
+        raise UsageError(f"--neighbours {text!r} is no number", remedy="give a number, e.g. 2, or random")
+    return int(text) if text.isdecimal() else text
 
 
 def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:

@@ -29,6 +29,8 @@ _BEFORE = {
     "model.experts.token_choice": None,
     "data.seed": None,
     "data.order": "epochs",
+    "data.retrieval.neighbours": 0,
+    "data.retrieval.loss": True,
     "objective.cm3_rate": 0.0,
     "objective.image_spans": "whole",
     "model.rope_scaling.beta_fast": 32.0,

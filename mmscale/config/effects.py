@@ -99,6 +99,9 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "data.validation": Effect.FREE,  # not trained on; changed documents under a name are reported
     "data.order": Effect.FREE,  # applies to new runs; a run keeps its order (`mmscale.data.stream.segments`)
     "data.selection": Effect.FREE,  # weights that come or go are part of what identifies the data
+    "data.retrieval.neighbours": Effect.OBJECTIVE,
+    "data.retrieval.loss": Effect.OBJECTIVE,
+    "data.retrieval.evaluation": Effect.FREE,
     "data.balance": Effect.OBJECTIVE,
     "data.pack_window": Effect.OBJECTIVE,
     "data.deal_window": Effect.OBJECTIVE,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.packed import fill_rows, pack_rows
 from mmscale.inference.batch_count import Place, counted, silent
 from mmscale.inference.model import RunModel, open_run, stepper_of
-from mmscale.inference.scores import measured, passes_of, with_data
+from mmscale.inference.scores import measured, passes_of, with_data, with_neighbours
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.plugins import Use
@@ -40,6 +40,7 @@ def evaluate_run(
     env: RankEnv | None = None,
     tasks: Sequence[Use] = (),
     questions: Mapping[str, Path] = MappingProxyType({}),
+    neighbours: int | Literal["random"] | None = None,
     at: Place = silent,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint in this process, or over tensor-parallel ranks, which all call it.
@@ -53,6 +54,7 @@ def evaluate_run(
         env: as in `open_run`.
         tasks: plug-ins with other tasks.
         questions: files of questions by name.
+        neighbours: of each held-out document, as data.retrieval.evaluation; None: as the run says.
         at: shows the batch that is evaluated.
 
     Returns:
@@ -64,12 +66,12 @@ def evaluate_run(
         of the auxiliary routers' decisions against the true choice, a row for each layer and modality.
 
     Raises:
-        UsageError: the checkpoint does not support that routing.
+        UsageError: the checkpoint does not support that routing, or the number of neighbours is out of range.
         DataError: the data set is missing, damaged, or made with other tokenizers.
     """
     with open_run(run, step=step, env=env) as model:
         model.require(routing)
-        config = model.config
+        config = with_neighbours(model.config, neighbours)
         if data is not None:
             config = with_data(config, data)
         blend = read_blend(config)

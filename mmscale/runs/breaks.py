@@ -31,11 +31,14 @@ _RULES = (
     # The selection of held-out documents does not depend on it.
     ("data: share of", Break(("share of data",), training=True)),
     ("data: another order", Break()),
+    ("data: neighbours of", Break(("neighbours",), training=True)),
     ("data: ", Break(("data",), training=True, held_out=True)),
     ("data.path", Break(("data",), training=True, held_out=True)),  # in runs of versions that did not compare content
     ("data.blend", Break(("data",), training=True, held_out=True)),
     ("data.validation", Break(("validation set",), held_out=True)),
     ("data.document_multiple", Break(("padding of documents",), training=True, held_out=True)),
+    ("data.retrieval.loss", Break(("loss on neighbours",), training=True)),
+    ("data.retrieval.evaluation", Break(("neighbours of held-out documents",), held_out=True)),
     ("task ", Break(("questions",), tasks=True)),
     ("train.global_batch_size", Break(("batch",), training=True, held_out=True)),
     ("train.micro_batch_size", Break(("batch",), training=True, held_out=True)),

@@ -20,7 +20,7 @@ import torch
 
 from mmscale.config import Config
 from mmscale.data import digests
-from mmscale.data.prepared.selection import digests_of
+from mmscale.data.prepared import neighbours, selection
 from mmscale.errors import DamagedDataError, DataError
 from mmscale.runtime import device
 from mmscale.runtime.groups import gathered
@@ -103,9 +103,14 @@ class Reader:
 
     def _files(self) -> Sequence[tuple[Path, str, str]]:
         read = ((folder, digests.read(folder)) for folder in self._folders)
-        known = [(folder, {} if found is None else found | digests_of(folder)) for folder, found in read]
+        known = [(folder, {} if found is None else found | _later_digests(folder)) for folder, found in read]
         files = [(folder, name, digest) for folder, found in known for name, digest in sorted(found.items())]
         return files[self._part :: self._parts]
+
+
+def _later_digests(folder: Path) -> dict[str, str]:
+    """Digests of files that commands have added to a prepared data set."""
+    return selection.digests_of(folder) | neighbours.digests_of(folder)
 
 
 class DataCheck:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from mmscale.config.section import Byte, Count, Index, Name, OneOf, Positive, Rate, Section, Seed, Share, setting
 from mmscale.tables.settings import DATA_ORDERS, IMAGE_FITS, IMAGE_TOKENIZERS, READERS, TEXT_TOKENIZERS
+
+MOST_NEIGHBOURS = 8  # of one document
 
 
 class TextTokenizerConfig(Section):
@@ -195,6 +197,26 @@ class DataSource(Section):
         return any(self.weight.values()) if isinstance(self.weight, dict) else bool(self.weight)
 
 
+class RetrievalConfig(Section):
+    """Neighbours that documents are read with: each is a document of the same data set, placed before it."""
+
+    neighbours: Annotated[Index, Field(le=MOST_NEIGHBOURS)] = setting(
+        "Largest number of neighbours of a training document, from the tables of `mmscale data retrieve`. Each epoch "
+        "draws for each document a number from 0 to this and which of its neighbours these are. They share the "
+        "document's attention and its sequence; those that would not fit are left out. 0: off.",
+        0,
+        unit="documents",
+    )
+    loss: bool = setting("Whether the tokens of neighbours are trained on, as those of other documents are.", True)
+    evaluation: Annotated[Index, Field(le=MOST_NEIGHBOURS)] | Literal["random"] = setting(
+        "Neighbours that a held-out document is evaluated with: the number of nearest training documents, or random: "
+        "as many random training documents as `neighbours`, but at least one. Their tokens are not part of held-out "
+        "losses.",
+        0,
+        unit="documents",
+    )
+
+
 class DataConfig(Section):
     """Data sets, their order, and packing."""
 
@@ -220,6 +242,7 @@ class DataConfig(Section):
         "epoch.",
         "apply",
     )
+    retrieval: RetrievalConfig = setting("Documents that are read together with their neighbours.", RetrievalConfig())
     balance: bool = setting("Deal packed sequences into micro-batches of nearly equal modality shares.", True)
     pack_window: Count = setting("Number of documents among which best-fit packing chooses.", 8192, unit="documents")
     deal_window: Count = setting(

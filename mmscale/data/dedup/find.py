@@ -61,19 +61,8 @@ def find(work: DedupWork, *, max_cluster: int, workers: int, reporter: Reporter)
     Raises:
         DataError: the data set is damaged, or a cluster is too large.
     """
-    documents, held_out = work.documents, None
-    if work.against:
-        with reporter.part("reading held-out documents"):
-            held_out = work.held_out()
-    with reporter.bar("documents", documents) as advance:
-        read_pieces(work, work.pieces, held_out, workers=workers, advance=advance)
-    ranges = ranges_of(work)
-    assert ranges is not None, "all slices are read"
-    with reporter.bar("ranges of keys", len(ranges)) as advance:
-        compare_ranges(work, ranges, workers=workers, advance=advance)
-    forest = DuplicateForest(work.scratch / "forest", documents)
-    for one in ranges:
-        forest.join(np.load(pairs_file(work, one)))
+    documents = work.documents
+    forest, held_out = _compared(work, workers=workers, reporter=reporter)
     number, found = largest(forest, work.scratch / "sizes", documents, Compared(work.blocks), count=SHOWN)
     reader = ContentReader(work.folder, split="train", draw=False)
     shown = [(one, _text(reader, work.pieces, one.first)) for one in found]
@@ -82,6 +71,45 @@ def find(work: DedupWork, *, max_cluster: int, workers: int, reporter: Reporter)
     duplicates = documents - int(keep.sum())
     contaminated = _contaminated(work, keep, held_out)
     return Duplicates(keep, duplicates, contaminated, number, shown)
+
+
+def clusters_of(work: DedupWork, *, workers: int, reporter: Reporter) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The cluster of each document, whatever the sizes of clusters.
+
+    Args:
+        work: the data set and what to look for.
+        workers: processes.
+        reporter: shows the progress.
+
+    Returns:
+        The smallest number of each document's cluster, int64 [D], and whether the document has no content of held-out
+        ones, bool [D].
+
+    Raises:
+        DataError: the data set is damaged.
+    """
+    forest, held_out = _compared(work, workers=workers, reporter=reporter)
+    clean = np.ones(work.documents, bool)
+    _contaminated(work, clean, held_out)
+    return np.concatenate([forest.roots(np.arange(*chunk)) for chunk in chunks(work.documents)]), clean
+
+
+def _compared(work: DedupWork, *, workers: int, reporter: Reporter) -> tuple[DuplicateForest, HeldOutContent | None]:
+    """Do both passes; returns the clusters and the contents of held-out documents."""
+    held_out = None
+    if work.against:
+        with reporter.part("reading held-out documents"):
+            held_out = work.held_out()
+    with reporter.bar("documents", work.documents) as advance:
+        read_pieces(work, work.pieces, held_out, workers=workers, advance=advance)
+    ranges = ranges_of(work)
+    assert ranges is not None, "all slices are read"
+    with reporter.bar("ranges of keys", len(ranges)) as advance:
+        compare_ranges(work, ranges, workers=workers, advance=advance)
+    forest = DuplicateForest(work.scratch / "forest", work.documents)
+    for one in ranges:
+        forest.join(np.load(pairs_file(work, one)))
+    return forest, held_out
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from mmscale import bounded
 from mmscale.data import digests
 from mmscale.data.modalities import text_tokens
 from mmscale.data.modalities.table import MODALITIES, folder_of
-from mmscale.data.prepared import selection, tasks
+from mmscale.data.prepared import neighbours, selection, tasks
 from mmscale.data.prepared.folder_lock import LOCK
 from mmscale.data.prepared.manifest import MANIFEST, MOST_BYTES
 from mmscale.data.prepared.parts import DONE, SPLITS
@@ -26,7 +26,8 @@ REJECTED = "rejected.jsonl"
 JOBS = "jobs"  # folder with logs of the jobs that made the parts
 PLAN = "plan.json"  # plan of the processes that share the parts
 
-_WRITTEN = (*SPLITS, DONE, tasks.FOLDER, text_tokens.FOLDER, selection.FOLDER, selection.SCORES)  # written file by file
+# Their files are written one by one.
+_WRITTEN = (*SPLITS, DONE, tasks.FOLDER, text_tokens.FOLDER, selection.FOLDER, selection.SCORES, neighbours.FOLDER)
 
 
 def tokenizer_folders() -> tuple[str, ...]:
@@ -46,6 +47,7 @@ def _own() -> tuple[str, ...]:
         *tokenizer_folders(),
         selection.FOLDER,
         selection.SCORES,
+        neighbours.FOLDER,
         ".cache",
         PLAN,
         JOBS,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from mmscale.config import Config
 from mmscale.config.derived import blend_phases
 from mmscale.data.prepared.manifest import TRAIN, Manifest, named_sources, read_table
+from mmscale.data.prepared.neighbours import table_of
 from mmscale.data.prepared.selection import SelectionFile, read_selection
 
 
@@ -30,6 +31,7 @@ class SourceIdentity(BaseModel):
         later: steps at which its weight changes, with the new weights.
         identity: equal for equal documents in the same order, wherever they are.
         selection: names the weights of documents that training applies; empty: none.
+        retrieval: names the neighbours that training reads documents with, as `retrieval_of`; empty: none.
         max_epochs: passes after which it is not read any more; None: no limit.
     """
 
@@ -39,6 +41,7 @@ class SourceIdentity(BaseModel):
     weight: float
     identity: str
     selection: str = ""
+    retrieval: str = ""
     later: tuple[tuple[int, float], ...] = ()
     max_epochs: int | None = None
 
@@ -60,6 +63,7 @@ def identities(config: Config, blend: Mapping[Path, Manifest], *, split: str = "
             later=tuple((step, weights[number]) for step, weights in phases[1:]),
             identity=identity_of(Path(source.path), blend[Path(source.path)], split=split),
             selection=selection_of(config, Path(source.path), blend[Path(source.path)]) if split == TRAIN else "",
+            retrieval=retrieval_of(config, Path(source.path), blend[Path(source.path)]) if split == TRAIN else "",
         )
         for number, source in enumerate(named_sources(config))
     ]
@@ -98,6 +102,18 @@ def selection_of(config: Config, folder: Path, manifest: Manifest) -> str:
     return "" if found is None else found.identity
 
 
+def retrieval_of(config: Config, folder: Path, manifest: Manifest) -> str:
+    """How a run reads training documents with neighbours: how many at most, and the key of their table; empty: not.
+
+    Raises:
+        DataError: there are no neighbours, or they are damaged or were made for other documents.
+    """
+    most = config.data.retrieval.neighbours
+    if not most:
+        return ""
+    return f"{most}-{table_of(folder, TRAIN, of=identity_of(folder, manifest)).key}"
+
+
 def known(info: Mapping[str, Any]) -> list[SourceIdentity] | None:
     """The data that a checkpoint was trained on; None: the checkpoint does not contain it (older versions)."""
     saved = info.get("data")
@@ -124,6 +140,9 @@ def compare(old: Sequence[SourceIdentity], new: Sequence[SourceIdentity]) -> tup
         before, after = old[i].selection, new[j].selection
         if before != after:
             lines.append(f"data: weights of the documents of {new[j].path}: {before or 'none'} -> {after or 'none'}")
+        before, after = old[i].retrieval, new[j].retrieval
+        if before != after:
+            lines.append(f"data: neighbours of the documents of {new[j].path}: {before or 'none'} -> {after or 'none'}")
         limits = [one.max_epochs or "no limit" for one in (old[i], new[j])]
         if limits[0] != limits[1]:
             lines.append(f"data: max_epochs of {new[j].path}: {limits[0]} -> {limits[1]}")

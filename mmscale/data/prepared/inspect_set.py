@@ -26,6 +26,13 @@ from mmscale.data.prepared.content_facts import content_facts
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.label_masks import label_counts, map_label_counts
 from mmscale.data.prepared.manifest import Manifest, Part, read_manifest, read_table
+from mmscale.data.prepared.neighbours import (
+    NO_NEIGHBOUR,
+    check_numbers,
+    open_table,
+    read_neighbours,
+    table_of,
+)
 from mmscale.data.prepared.parts import read_document, total_tallies
 from mmscale.data.prepared.selection import read_selection
 from mmscale.data.prepared.shared_content import comparable, in_training
@@ -62,6 +69,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "tasks": [task.name for task in manifest.tasks],
         "rejected": manifest.rejected,
         "selection": _selection(folder, manifest),
+        "neighbours": _tables(folder, manifest),
         "held_out_in_training": None if facts is None else _lists(asdict(facts.shared)),
         "repeated": None if facts is None else _lists(asdict(facts.repeated)),
     }
@@ -124,6 +132,17 @@ def _selection(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
     }
 
 
+def _tables(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The tables of neighbours; None: there are none."""
+    found = read_neighbours(folder)
+    if found is None:
+        return None
+    tables = {split: table.key for split, table in found.splits.items()}
+    return {"current": found.of == identity_of(folder, manifest), "columns": found.columns, "tables": tables} | {
+        "made": found.made
+    }
+
+
 def _listed(manifest: Manifest) -> tuple[str, ...]:
     """Modalities whose tokenizers are described. Image is always included, with null if there is no tokenizer."""
     return tuple(dict.fromkeys((IMAGE, *manifest.tokens_per_item)))
@@ -153,7 +172,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> dict[str, Any]:
+def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN, neighbours: int = 0) -> dict[str, Any]:
     """Convert one document back: its text, its items as files (PNG for images), and all of it on one contact sheet.
 
     Args:
@@ -161,18 +180,22 @@ def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> d
         index: number of the document in its split.
         out: folder of the files; made if it is missing.
         split: name of the split.
+        neighbours: how many of its neighbours to place before it, the nearest ones, as evaluations do.
 
     Returns:
         `text` (special tokens and items as marks), `content` (pieces as in a document file), `files` by modality,
         `images` (those of them), `sheet` (a file), `tokens` per modality, `loss` (modalities whose labels are trained
-        on), `labels` (those labels per modality; in conversations only those of answers).
+        on), `labels` (those labels per modality; in conversations only those of answers), `neighbours` (their
+        numbers). Tokens, loss and labels are those of the document without its neighbours.
 
     Raises:
-        DataError: the data set is missing or damaged, or there is no such document.
+        DataError: the data set is missing or damaged, or there is no such document, or it has no neighbours.
     """
     manifest = read_manifest(folder)
     part, position = _locate(folder, manifest, split, index)
     ids = read_document(folder, part, position)
+    before = _neighbours(folder, manifest, split, index)[:neighbours] if neighbours else []
+    ids = np.concatenate([*(read_document(folder, *_locate(folder, manifest, TRAIN, one)) for one in before), ids])
     row = read_table(folder, part)[position]
     listed = map_label_counts(folder, part)[position][None] if part.masked else None
     labels = label_counts(row[None], listed)[0]
@@ -211,7 +234,16 @@ def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN) -> d
         "tokens": dict(zip(manifest.modalities, row[:-1].tolist(), strict=True)),
         "loss": [name for bit, name in enumerate(manifest.modalities) if int(row[-1]) >> bit & 1],
         "labels": dict(zip(manifest.modalities, labels.tolist(), strict=True)),
+        "neighbours": before,
     }
+
+
+def _neighbours(folder: Path, manifest: Manifest, split: str, index: int) -> list[int]:
+    """The neighbours of a document, the nearest first. Weights of documents are not applied."""
+    table = table_of(folder, split, of=identity_of(folder, manifest))
+    found = open_table(folder, split, table.key, documents=manifest.splits[split].documents)[index]
+    check_numbers(found, bank=manifest.splits[TRAIN].documents, folder=folder)
+    return [number for number in found.tolist() if number != NO_NEIGHBOUR]
 
 
 def _locate(folder: Path, manifest: Manifest, split: str, index: int) -> tuple[Part, int]:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from mmscale.config import Config
 from mmscale.config.derived import SOURCE, source_names
+from mmscale.data.prepared.identity import identity_of, retrieval_of
 from mmscale.data.prepared.manifest import HELD_OUT, TRAIN, Manifest, has_documents, read_blend
 from mmscale.data.prepared.named_tasks import named_tasks
+from mmscale.data.prepared.neighbours import table_of
 from mmscale.data.prepared.table_facts import TableFacts, longer_than, table_facts
 from mmscale.data.prepared.validation import naming, read_validation
 from mmscale.data.stream.packing import too_long
@@ -31,7 +33,7 @@ def check_data(config: Config) -> dict[Path, Manifest]:
     Raises:
         ConfigError: no data set is named.
         DataError: a data set is missing, damaged, has no documents to train on, documents longer than a sequence,
-            another vocabulary, or other tokenizers than the others; no label is trained on; there is no data
+            another vocabulary, or other tokenizers than the others, or no neighbours; no label is trained on; there is no data
             to evaluate on; a task of `train.tasks` is missing.
     """
     blend = read_blend(config)
@@ -50,9 +52,20 @@ def check_data(config: Config) -> dict[Path, Manifest]:
             remedy="train without evaluation (train.eval_every=0), prepare the data with held_out above 0, or name "
             "data to evaluate on (data.validation)",
         )
+    for folder, manifest in [*blend.items(), *((one.folder, one.manifest) for one in sets)]:
+        _check_neighbours(config, folder, manifest, trained=folder in blend)
     _check_watched(config, blend)
     named_tasks(config, blend)
     return blend
+
+
+def _check_neighbours(config: Config, folder: Path, manifest: Manifest, *, trained: bool) -> None:
+    """Refuse data without the neighbours that training or evaluations read."""
+    if trained:
+        retrieval_of(config, folder, manifest)
+    wanted = config.data.retrieval.evaluation
+    if isinstance(wanted, int) and wanted and has_documents({folder: manifest}, HELD_OUT):
+        table_of(folder, HELD_OUT, of=identity_of(folder, manifest))
 
 
 def _check_watched(config: Config, blend: Mapping[Path, Manifest]) -> None:

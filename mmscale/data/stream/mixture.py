@@ -22,11 +22,12 @@ from mmscale.data.prepared.manifest import common_tokenizers, has_documents, nam
 from mmscale.data.stream.blend_phases import BlendPhases, Phases, later_phases
 from mmscale.data.stream.cache_files import spare_cache
 from mmscale.data.stream.causal_masking import Masking, masking_of
+from mmscale.data.stream.composites import open_source
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.orders import open_stream
 from mmscale.data.stream.packing import padded_lengths
 from mmscale.data.stream.sequences import START, Begin, PackSettings
-from mmscale.data.stream.source import Source, open_source
+from mmscale.data.stream.source import Source
 from mmscale.data.stream.windows import Dealing, Window, deal_window
 from mmscale.data.vocab import NO_MODALITY, PAD, Vocabulary
 from mmscale.errors import DataError

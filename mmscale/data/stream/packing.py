@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     SEQUENCES = 1
     GROUPS = 2
     CHUNKS = 3
+    NEIGHBOURS = 4
     SPANS = 5
 
 

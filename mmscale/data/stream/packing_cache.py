@@ -145,9 +145,9 @@ class PackedStream(SequenceStream):
 
     def _packed(self, epoch: int) -> Packing:
         documents = self._documents(epoch)
-        if isinstance(documents, range):
+        if isinstance(documents, range) and not self.source.composes:
             return pack_epoch(self.reader.lengths(epoch), epoch=epoch, **self._settings)
-        return pack_documents(self.reader, documents, epoch=epoch, **self._settings)
+        return pack_documents(self.reader, np.asarray(documents), epoch=epoch, **self._settings)
 
     def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
         """The position after some of this stream's sequences were read.

@@ -26,7 +26,7 @@ class SegmentSource(BaseModel):
     taken + n for each n in `more`.
 
     Attributes:
-        path, identity, selection: as in `SourceIdentity`.
+        path, identity, selection, retrieval: as in `SourceIdentity`.
         share: of the sequences.
         taken: once the segment is over, sequences of the source's stream that were read without a gap.
         more: numbers of further ones that were read, counted from `taken`.
@@ -42,6 +42,7 @@ class SegmentSource(BaseModel):
     taken: int = 0
     more: tuple[int, ...] = ()
     selection: str = ""
+    retrieval: str = ""
     max_epochs: int | None = None
     limit: int | None = None
 
@@ -106,7 +107,10 @@ class Segment(BaseModel):
     def _order(self) -> tuple[Any, ...]:
         left_out = {"start", "window", "parts", "offset"} | (set() if self.phases else {"batch"})
         settings = self.model_dump(exclude=left_out)
-        parts = [(part.identity, part.selection, round(part.share, 12), part.max_epochs) for part in self.parts]
+        parts = [
+            (part.identity, part.selection, part.retrieval, round(part.share, 12), part.max_epochs)
+            for part in self.parts
+        ]
         return settings, parts
 
 
@@ -129,6 +133,7 @@ def segment_of(config: Config, data: Sequence[SourceIdentity], *, window: int, o
                 identity=one.identity,
                 share=one.weight / total,
                 selection=one.selection,
+                retrieval=one.retrieval,
                 max_epochs=one.max_epochs,
             )
             for one in data

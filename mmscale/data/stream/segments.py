@@ -25,6 +25,7 @@ from mmscale.data.prepared.identity import SourceIdentity, identity_of
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.stream.blend_phases import BlendPhases
 from mmscale.data.stream.cache_files import spare_cache
+from mmscale.data.stream.composites import read_as
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.orders import open_stream
 from mmscale.data.stream.segment_settings import Key, Segment, segment_of
@@ -193,7 +194,7 @@ def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) 
         part = segment.parts[position]
         if not part.taken and not part.more:
             continue
-        source = today.under(part.selection)
+        source = read_as(today, part.selection, part.retrieval)
         begin = _left(begin, source)
         stream = open_stream(
             source,
@@ -269,7 +270,7 @@ def _sources(segment: Segment, mixture: Mixture, data: Sequence[SourceIdentity])
                 source = Source(folder, split=SPLIT, vocabulary=mixture.vocabulary)
             except MmscaleError:
                 return None
-        found.append(source.under(part.selection))
+        found.append(read_as(source, part.selection, part.retrieval))
     return found
 
 

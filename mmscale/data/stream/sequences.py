@@ -141,9 +141,12 @@ def pack_documents(reader: DocumentReader, documents: NDArray[np.int64], *, epoc
         return NO_SEQUENCES
     found, copies = np.unique(documents, return_counts=True)
     repeated = copies if len(found) < len(documents) else None
-    lengths = reader.rows(found, np.full(len(found), epoch)).lengths
+    composed = reader.source.composed(
+        found, epoch=epoch, seed=settings["seed"], position=settings["source"], seq_length=settings["seq_length"]
+    )
+    lengths = reader.rows(composed, np.full(len(found), epoch)).lengths
     packing = pack_epoch(lengths, epoch=epoch, copies=repeated, **settings)
-    return Packing(packing.starts, found[packing.documents])
+    return Packing(packing.starts, composed[packing.documents])
 
 
 class SequenceStream(ABC):
@@ -268,10 +271,11 @@ class SequenceStream(ABC):
     def _unread(self, number: int, taken: int, more: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
         """Epochs of a block and their unread documents, ascending; arguments as for `behind`."""
         packing = self.block(number).packing
+        queries = self.source.queries(packing.documents)
         sequences = np.arange(len(packing)) + (self._ends[number - 1] if number else 0)
         read = np.repeat((sequences < taken) | np.isin(sequences, more), np.diff(packing.starts))
         found, end = [], 0
         for epoch, documents in self._epochs_in(number):
             start, end = end, end + documents
-            found.append((epoch, np.sort(packing.documents[start:end][~read[start:end]])))
+            found.append((epoch, np.sort(queries[start:end][~read[start:end]])))
         return found

@@ -21,8 +21,6 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
-from mmscale.config import Config
-from mmscale.data.prepared.identity import selection_of
 from mmscale.data.prepared.label_masks import read_mask
 from mmscale.data.prepared.manifest import check_vocabulary, parts_of, read_manifest
 from mmscale.data.prepared.selection import DocumentWeights
@@ -116,6 +114,21 @@ class Source:
     def of_epoch(self, documents: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Some documents in their order, each as often as the epoch reads it."""
         return documents if self.selection is None else self.selection.repeated(documents, epoch)
+
+    @property
+    def composes(self) -> bool:
+        """Whether documents are read together with neighbours."""
+        return False
+
+    def composed(
+        self, documents: NDArray[np.int64], *, epoch: int, seed: int, position: int, seq_length: int
+    ) -> NDArray[np.int64]:
+        """Numbers of what an epoch reads for some documents: here the documents themselves."""
+        return documents
+
+    def queries(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The documents for which `composed` returned these numbers."""
+        return numbers
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -231,20 +244,3 @@ class Source:
             self._open.popitem(last=False)
         self._open[number] = opened
         return opened
-
-
-def open_source(config: Config, folder: Path, split: str, *, vocabulary: Vocabulary, weighted: bool) -> Source:
-    """A data set of a configuration.
-
-    Args:
-        config: says whether weights of documents are applied.
-        folder: the data set.
-        split: name of the split.
-        vocabulary: the configuration's.
-        weighted: whether it is used for training; an evaluation reads each document once.
-
-    Raises:
-        DataError: it is missing or damaged, or its weights were made for other documents.
-    """
-    selection = selection_of(config, folder, read_manifest(folder)) if weighted else ""
-    return Source(folder, split=split, vocabulary=vocabulary, selection=selection)

@@ -1,6 +1,6 @@
 """Held-out loss with 0, 1, 2 and random neighbours on made-up facts: the table of docs/retrieval.md.
 
-    python docs/measurements/retrieval.py FOLDER [STEPS] [SEEDS]
+    python docs/measurements/retrieval.py FOLDER STEPS SEEDS
 
 It writes 9,000 documents about 3,000 persons, prepares them, finds their neighbours, trains a small model with and
 without neighbours for each seed, and evaluates each run four times. The table goes to the terminal and to
@@ -94,8 +94,7 @@ def measure(folder: Path, steps: int, seeds: int) -> dict:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     place = Path(sys.argv[1])
-    steps, seeds = (int(text) for text in (*sys.argv[2:], "1500", "3")[:2])
-    result = measure(place, steps, seeds)
+    result = measure(place, steps=int(sys.argv[2]), seeds=int(sys.argv[3]))
     (place / "retrieval.json").write_text(json.dumps(result, indent=1))
     for run, rows in result.items():
         for wanted, losses in rows.items():

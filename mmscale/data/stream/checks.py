@@ -33,8 +33,8 @@ def check_data(config: Config) -> dict[Path, Manifest]:
     Raises:
         ConfigError: no data set is named.
         DataError: a data set is missing, damaged, has no documents to train on, documents longer than a sequence,
-            another vocabulary, or other tokenizers than the others, or no neighbours; no label is trained on; there is no data
-            to evaluate on; a task of `train.tasks` is missing.
+            another vocabulary, other tokenizers than the others, or no neighbours; no label is trained on; there is
+            no data to evaluate on; a task of `train.tasks` is missing.
     """
     blend = read_blend(config)
     facts = {folder: _checked(config, folder, manifest, TRAIN) for folder, manifest in blend.items()}

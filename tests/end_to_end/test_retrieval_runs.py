@@ -1,0 +1,47 @@
+"""A run with neighbours through the commands: retrieve, train, resume bit for bit, change the setting, evaluate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from mmscale.runs.metrics import read_metrics
+from tests.end_to_end.running import mmscale
+
+STEADY = ("optim.schedule=constant", "optim.warmup=0", "checkpoint.every=3", "train.eval_every=0", "log.every=1")
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {int(row["step"]): row["loss"] for row in read_metrics(run) if "loss" in row}
+
+
+def test_a_run_with_neighbours(config: Path, digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(digits, folder)
+    settings = (*STEADY, "parallel.ep=1", f"data.path={folder}", "data.retrieval.neighbours=2")
+
+    def train(name: str, steps: int, *more: str) -> str:
+        where = (f"run.dir={tmp_path}", f"run.name={name}", f"train.steps={steps}")
+        ended = mmscale("train", config, *where, *settings, *more)
+        assert ended.status == 0, ended
+        return ended.out + ended.err
+
+    refused = mmscale("train", config, f"run.dir={tmp_path}", "run.name=none", *settings)
+    assert refused.status == 3 and "has no neighbours" in refused.err and "mmscale data retrieve" in refused.err
+    found = json.loads(mmscale("data", "retrieve", folder, "--json").out)
+    assert found["found"]["train"]["with_neighbours"] > 0
+    assert mmscale("data", "verify", folder).status == 0
+    train("whole", 6)
+    train("parts", 3)
+    train("parts", 6)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert "neighbours of the documents of" in train("parts", 8, "data.retrieval.neighbours=0", "--yes")
+    measured = {
+        one: json.loads(mmscale("eval", tmp_path / "whole", "--neighbours", one, "--json").out)["loss"]
+        for one in ("0", "1", "2", "random")
+    }
+    assert len(set(measured.values())) == 4, measured
+    assert json.loads(mmscale("eval", tmp_path / "whole", "--json").out)["loss"] == measured["0"]
+    for wrong in ("9", "some"):
+        assert mmscale("eval", tmp_path / "whole", "--neighbours", wrong).status == 2

@@ -9,6 +9,7 @@ import typer
 
 from mmscale.cli.data_weights import DataSet, Workers
 from mmscale.cli.output import Json, emit, pairs
+from mmscale.errors import UsageError
 
 
 def retrieve(
@@ -86,6 +87,17 @@ def retrieve(
     )
     result = find_neighbours(folder, request, workers=workers, reporter=Reporter(enabled=not as_json))
     emit(result, as_json=as_json, text=lambda: _found(result))
+
+
+def given_neighbours(text: str) -> int | str:
+    """The value of `--neighbours` of `mmscale eval`: a number, or the word "random".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text != "random" and not text.isdecimal():
+        raise UsageError(f"--neighbours {text!r} is no number", remedy="give a number, e.g. 2, or random")
+    return int(text) if text.isdecimal() else text
 
 
 def _found(result: dict[str, Any]) -> None:

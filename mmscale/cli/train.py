@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmscale.cli import ranks
+from mmscale.cli.data_neighbours import given_neighbours
 from mmscale.cli.named_files import existing
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
 from mmscale.cli.stage import FromScratch, OfStage, StageName
@@ -179,7 +180,7 @@ def evaluate(
         plugins.check(use)
     asked: dict[str, Any] = {key: given for key, given in {"tasks": tasks, "questions": questions}.items() if given}
     if neighbours is not None:
-        asked["neighbours"] = _neighbours(neighbours)
+        asked["neighbours"] = given_neighbours(neighbours)
     if (folder / "config.json").is_file():
         if routing == "batch":
             raise UsageError(
@@ -212,13 +213,6 @@ def evaluate(
         if shared is not None and not shared.is_first:
             return
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
-
-
-def _neighbours(text: str) -> int | str:
-    """A number of neighbours, or the word "random"."""
-    if text != "random" and not text.isdecimal():
-        raise UsageError(f"--neighbours {text!r} is no number", remedy="give a number, e.g. 2, or random")
-    return int(text) if text.isdecimal() else text
 
 
 def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:

@@ -22,7 +22,7 @@ from mmscale.data.arrays import read_array
 from mmscale.data.digests import Hasher
 from mmscale.data.prepared.folder_lock import held, write_error
 from mmscale.data.prepared.manifest import TRAIN, Count, Inside
-from mmscale.errors import DataError
+from mmscale.errors import DataError, shell_command
 from mmscale.runtime.atomic_files import write_atomic
 
 FOLDER = "neighbours"
@@ -112,11 +112,11 @@ def table_of(folder: Path, split: str, *, of: str) -> NeighbourTable:
     """
     found = read_neighbours(folder, of=of)
     if found is None or split not in found.splits:
-        held_out = "" if split == TRAIN or found is None or "embeddings" not in found.made else " --held-out-embeddings"
+        by_user = split != TRAIN and found is not None and "embeddings" in found.made
         raise DataError(
             f"data: {folder} has no neighbours for its documents of the split {split!r}",
-            remedy=f"run `mmscale data retrieve {folder}{held_out}`, or read documents without neighbours "
-            "(data.retrieval.neighbours=0, data.retrieval.evaluation=0)",
+            remedy=f"run {shell_command('data', 'retrieve', folder)}{' with --held-out-embeddings' if by_user else ''}, "
+            "or read documents without neighbours (data.retrieval.neighbours=0, data.retrieval.evaluation=0)",
         )
     return found.splits[split]
 
@@ -223,4 +223,4 @@ def digests_of(folder: Path) -> dict[str, str]:
 
 
 def _again(folder: Path) -> str:
-    return f"run `mmscale data retrieve {folder}` again"
+    return f"run {shell_command('data', 'retrieve', folder)} again"

@@ -32,7 +32,7 @@ def normalised(rows: NDArray[np.floating]) -> Embeddings:
 
 
 @dataclass(frozen=True)
-class TokenCounts:
+class IdCounts:
     """How often ids occur in documents.
 
     Attributes:
@@ -44,7 +44,7 @@ class TokenCounts:
     dropped: tuple[csr_array, ...]
 
 
-def count_tokens(source: Source, vocabulary: Vocabulary, *, dropout: float, seed: int) -> TokenCounts:
+def count_tokens(source: Source, vocabulary: Vocabulary, *, dropout: float, seed: int) -> IdCounts:
     """Count the ids of all documents of a split.
 
     Args:
@@ -66,7 +66,7 @@ def count_tokens(source: Source, vocabulary: Vocabulary, *, dropout: float, seed
                 ones = np.ones(int(some.sum()), np.float32)
                 shape = (len(documents), high - low)
                 found[number].append(csr_array((ones, (row[some], ids[some] - low)), shape=shape))
-    return TokenCounts(*(tuple(csr_array(vstack(parts)) for parts in found) for found in (whole, dropped)))
+    return IdCounts(*(tuple(csr_array(vstack(parts)) for parts in found) for found in (whole, dropped)))
 
 
 def _kept(documents: NDArray[np.int64], lengths: NDArray[np.int64], *, dropout: float, seed: int) -> NDArray[np.bool_]:

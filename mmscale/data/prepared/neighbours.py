@@ -113,9 +113,10 @@ def table_of(folder: Path, split: str, *, of: str) -> NeighbourTable:
     found = read_neighbours(folder, of=of)
     if found is None or split not in found.splits:
         by_user = split != TRAIN and found is not None and "embeddings" in found.made
+        more = " with --held-out-embeddings" if by_user else ""
         raise DataError(
             f"data: {folder} has no neighbours for its documents of the split {split!r}",
-            remedy=f"run {shell_command('data', 'retrieve', folder)}{' with --held-out-embeddings' if by_user else ''}, "
+            remedy=f"run {shell_command('data', 'retrieve', folder)}{more}, "
             "or read documents without neighbours (data.retrieval.neighbours=0, data.retrieval.evaluation=0)",
         )
     return found.splits[split]

@@ -26,7 +26,7 @@ from tests.unit.data.samples import config, image, save_picture, text, write_jso
 
 SILENT = Reporter(enabled=False)
 RNG = np.random.default_rng(0)
-PERSONS, EACH = 12, 4
+PERSONS, PER_PERSON = 12, 4
 WORDS = [f"{a}{b}{c}" for a in "bdfgkl" for b in "aeiou" for c in ("n", "r", "st")]
 
 
@@ -42,15 +42,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("persons")
     records: list[dict[str, Any]] = []
     for person in range(PERSONS):
-        for number in range(EACH):
+        for number in range(PER_PERSON):
             name = f"{person}-{number}.png"
-            save_picture(place / name, EACH * person + number)
+            save_picture(place / name, PER_PERSON * person + number)
             content = [text(sentence(person)), *([image(name)] if person % 2 else [])]
-            split = "validation" if number == EACH - 1 else "train"
+            split = "validation" if number == PER_PERSON - 1 else "train"
             records.append({"id": f"{person}-{number}", "content": content, "split": split})
     first = records[0]["content"]
     records += [{"id": f"copy-{number}", "content": first, "split": "train"} for number in range(3)]
-    held_out = next(one for one in records if one["id"] == f"2-{EACH - 1}")
+    held_out = next(one for one in records if one["id"] == f"2-{PER_PERSON - 1}")
     records.append({"id": "leak", "content": held_out["content"], "split": "train"})
     write_jsonl(place / "docs.jsonl", records)
     settings = {"source": "documents", "documents": [str(place / "docs.jsonl")], "held_out": 0.0}
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 KNOWN = {
-    "train": [*(person for person in range(PERSONS) for _ in range(EACH - 1)), 0, 0, 0, 2],
+    "train": [*(person for person in range(PERSONS) for _ in range(PER_PERSON - 1)), 0, 0, 0, 2],
     "validation": list(range(PERSONS)),
 }  # the person of each document; `data prepare` keeps their order
 

@@ -41,6 +41,12 @@ def _data(config: Config) -> Iterator[Problem]:
             "the longest documents would not fit once they are padded",
             "change one of them",
         )
+    if config.data.retrieval.neighbours and config.objective.cm3_rate:
+        yield Problem(
+            f"data.retrieval.neighbours = {config.data.retrieval.neighbours} and objective.cm3_rate = "
+            f"{config.objective.cm3_rate:g}: holes of documents with neighbours are not supported",
+            "set one of them to 0",
+        )
     prepare = config.data.prepare
     if prepare is None:
         return

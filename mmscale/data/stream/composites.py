@@ -198,7 +198,7 @@ class ComposedSource(Source):
         return np.asarray(documents + code * len(self))
 
     def rows(self, documents: NDArray[np.integer]) -> DocumentRows:
-        """Lengths, modalities and labels of composites; `bits` are those of their queries."""
+        """Lengths, modalities and labels of composites; `bits` and `masked` are those of their queries."""
         members = self._members(documents)
         found = self._rows(members)
         # A composite has at most seq_length tokens.
@@ -206,7 +206,7 @@ class ComposedSource(Source):
             np.add.reduceat(table, members.starts, axis=0, dtype=np.int32) if len(table) else table
             for table in (found.counts, found.labels)
         )
-        return DocumentRows(counts, found.bits[members.own], labels)
+        return DocumentRows(counts, found.bits[members.own], labels, found.masked[members.own])
 
     def read(self, documents: NDArray[np.integer], table: DocumentRows | None = None) -> NDArray[np.int64]:
         """Token ids of composites one after another, int64 [sum of their lengths]."""
@@ -265,7 +265,8 @@ class ComposedSource(Source):
         """Rows of the single documents; neighbours without loss have no labels."""
         own, others = super().rows(members.documents[members.own]), self._bank.rows(members.documents[~members.own])
         found = []
-        for mine, theirs in ((own.counts, others.counts), (own.bits, others.bits), (own.labels, others.labels)):
+        for name in ("counts", "bits", "labels", "masked"):
+            mine, theirs = getattr(own, name), getattr(others, name)
             both = np.empty((len(members.own), *mine.shape[1:]), mine.dtype)
             both[members.own], both[~members.own] = mine, theirs
             found.append(both)

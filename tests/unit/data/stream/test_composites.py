@@ -27,7 +27,7 @@ from mmscale.tables.settings import DATA_ORDERS
 from tests.unit.data.corpora import VOCABULARY, corpus, prepare
 from tests.unit.data.stream import test_selection
 
-DOCUMENTS, COLUMNS = 120, 4
+DOCUMENTS, WIDTH = 120, 4
 RNG = np.random.default_rng(5)
 
 
@@ -41,7 +41,7 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 def table(documents: int, bank: int, *, own: bool) -> np.ndarray:
     """Random neighbours; every fifth document has none, every third has fewer columns."""
-    found = RNG.permuted(np.tile(np.arange(bank), (documents, 1)), axis=1)[:, :COLUMNS]
+    found = RNG.permuted(np.tile(np.arange(bank), (documents, 1)), axis=1)[:, :WIDTH]
     found[np.arange(documents) % 5 == 0] = NO_NEIGHBOUR
     found[np.arange(documents) % 3 == 0, 2:] = NO_NEIGHBOUR
     if own:
@@ -110,7 +110,7 @@ def slow(source: Source, number: int, documents: list[list[int]], *, loss: bool)
     row = source._neighbours.of(np.array([query]))[0]
     members = []
     while code:
-        code, digit = divmod(code, COLUMNS + 1)
+        code, digit = divmod(code, WIDTH + 1)
         members += [int(row[digit - 1])] if digit else []
     ids, trained = [], []
     for one in [*members, query]:
@@ -146,7 +146,7 @@ def test_tokens_and_masks_are_those_of_the_slow_reference(tmp_path: Path, most: 
 def test_numbers_of_neighbours_are_drawn_uniformly_and_all_columns_occur(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     prepare(folder, corpus(DOCUMENTS, longest_text=5))
-    own = (np.arange(DOCUMENTS)[:, None] + np.arange(1, COLUMNS + 1)) % DOCUMENTS
+    own = (np.arange(DOCUMENTS)[:, None] + np.arange(1, WIDTH + 1)) % DOCUMENTS
     write_neighbours(folder, {"train": own}, of=identity_of(folder, read_manifest(folder)), made={})
     source = opened(folder).sources[0]
     codes = np.concatenate(
@@ -296,10 +296,10 @@ def test_missing_foreign_and_damaged_tables_are_refused(tmp_path: Path) -> None:
     key = read_neighbours(folder).splits["train"].key
     file = folder / "neighbours" / f"train-{key}.npy"
     whole = file.read_bytes()
-    np.save(file, np.full((DOCUMENTS, COLUMNS), DOCUMENTS))
+    np.save(file, np.full((DOCUMENTS, WIDTH), DOCUMENTS))
     with pytest.raises(DataError, match="numbers outside of the 120 training documents"):
         opened(folder).micro_batch(0)
-    np.save(file, np.zeros((3, COLUMNS), np.int64))
+    np.save(file, np.zeros((3, WIDTH), np.int64))
     with pytest.raises(DataError, match="not neighbours of 120 documents"):
         opened(folder)
     file.write_bytes(whole[:-8])

@@ -41,12 +41,6 @@ def _data(config: Config) -> Iterator[Problem]:
             "the longest documents would not fit once they are padded",
             "change one of them",
         )
-    if config.data.retrieval.neighbours and config.objective.cm3_rate:
-        yield Problem(
-            f"data.retrieval.neighbours = {config.data.retrieval.neighbours} and objective.cm3_rate = "
-            f"{config.objective.cm3_rate:g}: holes of documents with neighbours are not supported",
-            "set one of them to 0",
-        )
     prepare = config.data.prepare
     if prepare is None:
         return
@@ -71,6 +65,15 @@ def _data(config: Config) -> Iterator[Problem]:
     if prepare.held_out >= 1.0:
         yield Problem("data.prepare.held_out = 1 leaves nothing to train on", "use a value below 1")
     yield from _images(config, prepare)
+
+
+def _retrieval(config: Config) -> Iterator[Problem]:
+    if config.data.retrieval.neighbours and config.objective.cm3_rate:
+        yield Problem(
+            f"data.retrieval.neighbours = {config.data.retrieval.neighbours} and objective.cm3_rate = "
+            f"{config.objective.cm3_rate:g}: holes of documents with neighbours are not supported",
+            "set one of them to 0",
+        )
 
 
 def _vq(image: ImageTokenizerConfig, codes: int | None) -> Iterator[Problem]:
@@ -135,4 +138,4 @@ def _images(config: Config, prepare: PrepareConfig) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (_data,)
+RULES: tuple[Rule, ...] = (_data, _retrieval)

@@ -32,6 +32,7 @@ PROCESSOR = (
     "content_moma.py",
     "grammar_moma.py",
     "image_codes_moma.py",
+    "infilling_moma.py",
     "items_moma.py",
     "pixels_moma.py",
     "processing_moma.py",

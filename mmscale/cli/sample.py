@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,13 +38,30 @@ def sample(
         ),
     ],
     prompt: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--prompt",
             metavar="TEXT",
             help="Text of the prompt; may be repeated. Each <image> in it is replaced by one of the --image files.",
         ),
-    ],
+    ] = None,
+    infill: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--infill",
+            metavar="TEXT",
+            help="A document in which each <hole> is filled, instead of a prompt that is continued; may be repeated. "
+            "Needs a model trained with objective.cm3_rate.",
+        ),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            "--mask",
+            metavar="X,Y,W,H",
+            help="With --infill: a hole in the --image, a rectangle of its tokens, counted from the top left corner.",
+        ),
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -122,7 +140,7 @@ def sample(
     nproc: ranks.OnRanks = None,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts of text, images and audio, and write the generated items and a PNG with all images."""
+    """Continue prompts of text, images and audio, or fill holes, and write generated items and a PNG of all images."""
     path, step = split_step(model)
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
@@ -137,8 +155,11 @@ def sample(
     shared = ranks.shared(nproc)
     shows = not as_json and (shared is None or shared.is_first)
     guided = _guidance(guidance)
+    texts = _texts(prompt, infill)
     files = tuple(existing(file, what="picture") for file in image or ())
     items = tuple(_item(one) for one in item or ())
+    others = {"--chat": chat, "--draw": draw, "--begin": begin, "--item": items, "--guidance": guided != 1}
+    holes = _holes(infill, mask, pictures=len(files), others=others)
     if draw and begin:
         raise UsageError("--draw and --begin are both given", remedy="give one of them")
     with contextlib.ExitStack() as stack:
@@ -152,33 +173,29 @@ def sample(
             compared = _compared(path, opened, begin or "image")
             guided = compared.best
         chosen = Sampling(temperature, top_k, top_p, 1.0 if guided is None else guided, max_tokens, seed)
-        tell(f"continuing {len(prompt)} {'prompt' if len(prompt) == 1 else 'prompts'} {count} times")
+        tell(f"{'filling' if holes else 'continuing'} {_counted(texts)} {count} times")
         if opened is None:
-            only_batch = [
-                ("--chat", chat),
-                ("--image", files),
-                ("--item", items),
-                ("--top-k", top_k),
-                ("--guidance", guided != 1),
-                ("--max-tokens", max_tokens),
-            ]
-            given = [name for name, value in only_batch if value]
-            if given:
-                raise UsageError(
-                    f"{', '.join(given)}: not with batch routing, which draws items for texts only",
-                    remedy="train auxiliary routers: `mmscale train CONFIG --stage auxiliary`, and use "
-                    "--routing causal",
-                )
-            facts, drawn = _with_batch_routing(path, step, prompt, begin, count, chosen, shared)
+            _refuse_with_batch_routing(
+                {
+                    "--chat": chat,
+                    "--infill": holes,
+                    "--image": files,
+                    "--item": items,
+                    "--top-k": top_k,
+                    "--guidance": guided != 1,
+                    "--max-tokens": max_tokens,
+                }
+            )
+            facts, drawn = _with_batch_routing(path, step, texts, begin, count, chosen, shared)
         else:
-            asked = [(text, files, draw, items, begin, chat) for text in prompt]
-            facts, drawn = _continued(opened, path, asked, count, chosen)
+            asked = [(text, files, draw, items, begin, chat) for text in texts]
+            facts, drawn = _continued(opened, path, asked, count, chosen, holes)
             if compared is not None:
                 losses = {f"{value:g}": loss for value, loss in compared.losses.items()}
                 facts["guidance"] = {"chosen": compared.best, "items": compared.items, "losses": losses}
     if shared is not None and not shared.is_first:
         return
-    result = facts | written(drawn, prompt, count, out)
+    result = facts | written(drawn, texts, count, out)
     if recognise:
         result["recognition"] = recognised(drawn)
     emit(result, as_json=as_json, text=lambda: show(result))
@@ -208,12 +225,21 @@ def _open(
 
 
 def _continued(
-    opened: Any, path: Path, prompts: list[tuple[Any, ...]], count: int, sampling: Sampling
+    opened: Any,
+    path: Path,
+    prompts: list[tuple[Any, ...]],
+    count: int,
+    sampling: Sampling,
+    holes: _Holes | None,
 ) -> tuple[dict[str, Any], list[Drawn]]:
+    from checkpoints_tools.huggingface.infill import infill
     from checkpoints_tools.huggingface.prompts import Prompt
 
     asked = [Prompt(*one) for one in prompts]
-    found = opened.sample(asked, count=count, sampling=sampling)
+    if holes is None:
+        found = opened.sample(asked, count=count, sampling=sampling)
+    else:
+        found = infill(opened, asked, mask=holes.mask, count=count, sampling=sampling)
     for line in opened.resized(asked[0]) if asked[0].images else ():
         typer.echo(f"note: {line}", err=True)
     drawn = [
@@ -258,6 +284,54 @@ def _compared(path: Path, opened: Any, modality: str) -> GuidanceSweep:
     from checkpoints_tools.huggingface.held_out_guidance import held_out_guidance
 
     return held_out_guidance(path, opened, modality=modality)
+
+
+def _texts(prompt: list[str] | None, infill: list[str] | None) -> list[str]:
+    """The prompts, or the documents with holes."""
+    if bool(prompt) == bool(infill):
+        given = "both given" if prompt else "neither given"
+        raise UsageError(f"--prompt and --infill are {given}", remedy="give one of them; both may be repeated")
+    return [*(prompt or ()), *(infill or ())]
+
+
+def _counted(texts: list[str]) -> str:
+    return f"{len(texts)} {'prompt' if len(texts) == 1 else 'prompts'}"
+
+
+@dataclass(frozen=True)
+class _Holes:
+    """Holes are filled; `mask` is one in the picture of each document: x, y, width and height in tokens."""
+
+    mask: tuple[int, int, int, int] | None
+
+
+def _holes(infill: list[str] | None, mask: str | None, *, pictures: int, others: dict[str, Any]) -> _Holes | None:
+    """None: prompts are continued. `others`: options that cannot be combined with holes, and their values."""
+    if not infill:
+        if mask is not None:
+            raise UsageError("--mask is given without --infill", remedy='for example: --infill "a cat" --mask 2,2,4,4')
+        return None
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise UsageError(f"{', '.join(given)}: not with --infill", remedy="leave it away")
+    if mask is None:
+        return _Holes(None)
+    if pictures != 1:
+        raise UsageError(f"--mask is given with {pictures} pictures", remedy="give one: --image FILE")
+    parts = mask.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"--mask {mask!r} is not X,Y,WIDTH,HEIGHT", remedy="for example: --mask 2,2,4,4")
+    x, y, width, height = map(int, parts)
+    return _Holes((x, y, width, height))
+
+
+def _refuse_with_batch_routing(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: not with batch routing, which draws items for texts only",
+            remedy="train auxiliary routers: `mmscale train CONFIG --stage auxiliary`, and use --routing causal",
+        )
 
 
 def _item(given: str) -> tuple[str, Path]:

@@ -101,6 +101,7 @@ def generate(
     never: Sequence[int] = (),
     ends: Sequence[int] = (EOS,),
     use_cache: bool = True,
+    grammars: Sequence[LogitsProcessor] = (),
 ) -> list[Continuation]:
     """Continue every prompt until a token that ends it, or its limit.
 
@@ -113,6 +114,7 @@ def generate(
         never: further ids that are never generated: padding of the vocabulary.
         ends: ids that end a continuation.
         use_cache: without it every token needs a pass over the whole sequence; the result is the same.
+        grammars: further restrictions of the tokens.
 
     Raises:
         DataError: a prompt leaves no room for a continuation, or for the item that it begins.
@@ -123,7 +125,7 @@ def generate(
         torch.manual_seed(sampling.seed)
         for start in range(0, len(prompts), sampling.batch):
             rows = slice(start, start + sampling.batch)
-            found += _batch(model, prompts[rows], limits[rows], sampling, items, never, ends, use_cache)
+            found += _batch(model, prompts[rows], limits[rows], sampling, items, never, ends, use_cache, grammars)
     return found
 
 
@@ -155,6 +157,7 @@ def _batch(
     never: Sequence[int],
     stops: Sequence[int],
     use_cache: bool,
+    grammars: Sequence[LogitsProcessor],
 ) -> list[Continuation]:
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), PAD)
@@ -173,6 +176,7 @@ def _batch(
         ]
     for item in items:
         processors += [item.grammar, RoomForItems(item, ends)]
+    processors += grammars
     closed = () if any(item.opens == BOI for item in items) else (BOI, EOI)
     processors.append(SuppressTokensLogitsProcessor([PAD, BOS, *closed, *never], device=str(ids.device)))
     greedy = sampling.temperature == 0.0

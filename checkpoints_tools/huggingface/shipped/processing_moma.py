@@ -20,6 +20,7 @@ from .codecs_moma import CODECS
 from .content_moma import MARK, PLACEHOLDER, ImagePart, ItemPart, images_in_order, marked_messages, part_of, shown
 from .grammar_moma import Grammar, ImageGrammar
 from .image_codes_moma import FOLDER, Codes, read_codes, write_codes
+from .infilling_moma import HOLE, FillingGrammar, Holes, fill
 from .items_moma import ItemCodec, ItemPiece, codec_folder
 from .pixels_moma import load_pixels
 from .versions_moma import warn_if_untested
@@ -72,6 +73,8 @@ class MomaProcessor(ProcessorMixin):
         modalities: `[name, first id, one past the last id]` of each.
         marked: names of those with separate begin and end tokens, `<begin_NAME>` and `<end_NAME>`.
     """
+
+    HOLE = HOLE
 
     def __init__(
         self, tokenizer: Any = None, modalities: list | None = None, marked: list | None = None, **kwargs: Any
@@ -347,10 +350,25 @@ class MomaProcessor(ProcessorMixin):
         images = [] if self.codes is None else [self.image_grammar()]
         return Grammar([*images, *(item.grammar() for item in self.codecs.values())])
 
+    def infill(self, model: Any, content: Sequence[Any], **generation: Any) -> list[Any]:
+        """A document with its holes filled, as `pieces`; for models trained with causal masking (CM3).
+
+        Args:
+            model: the model.
+            content: pieces as in `__call__`, with holes: `processor.HOLE` in a text, and images with a mask on the
+                grid of their tokens, `{"type": "image", "image": ..., "mask": (x, y, width, height)}`.
+            generation: arguments of `generate`, e.g. do_sample=False.
+
+        Raises:
+            ValueError: the model has no tokens for holes, there is no hole, a mask is outside of its image, or there
+                is no room.
+        """
+        return self.pieces(Holes(self, content).filled(fill(self, model, content, **generation)))
+
     def _codes_needed(self) -> Codes:
         if self.codes is None:
             raise ValueError("this model was trained without images: there is no image tokenizer")
         return self.codes
 
 
-__all__ = ["Grammar", "ImageGrammar", "ItemCodec", "ItemPiece", "MomaProcessor"]
+__all__ = ["FillingGrammar", "Grammar", "ImageGrammar", "ItemCodec", "ItemPiece", "MomaProcessor"]

@@ -24,6 +24,7 @@ from mmscale.config.derived import global_micro_batches
 from mmscale.data.prepared.manifest import check_tokenizers, read_blend
 from mmscale.data.prepared.validation import read_validation
 from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.conditions import conditional_labels
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.vocab import PAD, Vocabulary
@@ -109,22 +110,25 @@ class _ExportScorer:
         if self.batches is not None:
             number = min(number, self.batches * global_micro_batches(self.generator.config))
         modalities = len(self.vocabulary.names)
-        total = torch.zeros(modalities + 1, 2, dtype=torch.float64)  # as in mmscale.train.steps.loss
+        total = torch.zeros(modalities**2 + 1, 2, dtype=torch.float64)  # as in mmscale.train.steps.loss
         next_batch = counted(self.at, "micro-batch", number)
         for index in range(number):
             next_batch()
-            documents = list(_documents(data.micro_batch(index)))
-            for rows, logits in self._logits([tokens for tokens, _, _ in documents]):
+            batch = data.micro_batch(index)
+            documents = list(_documents(batch, conditional_labels(batch, self.vocabulary)))
+            for rows, logits in self._logits([tokens for tokens, *_ in documents]):
                 for row, logits_SV in zip(rows, logits, strict=True):
-                    _, labels, mask = documents[row]
+                    _, labels, mask, given = documents[row]
                     of_label = torch.from_numpy(self.vocabulary.modality_of(labels)).long()
                     log_z = logits_SV[: len(labels)].logsumexp(dim=-1)
                     ce = log_z - logits_SV[: len(labels)].gather(1, torch.from_numpy(labels)[:, None])[:, 0]
                     trained = torch.from_numpy(mask) > 0
                     for modality in range(modalities):
-                        own = ce[trained & (of_label == modality)].double()
-                        total[modality] += torch.tensor([own.sum(), len(own)])
-                    total[-1] += torch.tensor([log_z[trained].double().square().sum(), int(trained.sum())])
+                        counts = trained & (of_label == modality)
+                        total[modality] += _sum(ce[counts])
+                        for number, one in enumerate(torch.from_numpy(given) > 0):
+                            total[modalities + 1 + number * modalities + modality] += _sum(ce[counts & one])
+                    total[modalities] += _sum(log_z[trained].double().square())
         return mean_losses(total, self.vocabulary.names)
 
     def answers(self, asked: Sequence[Asked]) -> Answers:
@@ -175,10 +179,18 @@ class _ExportScorer:
             yield rows, out.logits.float().cpu()
 
 
-def _documents(batch: MicroBatch) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """Tokens, labels and loss mask of every document of packed sequences."""
+def _sum(values: Tensor) -> Tensor:
+    """Sum and number, float64 [2]."""
+    return torch.tensor([values.double().sum(), len(values)], dtype=torch.float64)
+
+
+def _documents(
+    batch: MicroBatch, given: NDArray[np.float32]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
+    """Tokens, labels, loss mask and conditions [K - 1, tokens] of every document of packed sequences."""
     for row in range(len(batch.tokens)):
         used = int((batch.modality_ids[row] >= 0).sum())  # padding comes last
         starts = [*np.flatnonzero(batch.position_ids[row, :used] == 0), used]
         for start, end in pairwise(starts):
-            yield batch.tokens[row, start:end], batch.labels[row, start:end], batch.loss_mask[row, start:end]
+            own = (row, slice(start, end))
+            yield batch.tokens[own], batch.labels[own], batch.loss_mask[own], given[:, row, start:end]

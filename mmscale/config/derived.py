@@ -282,6 +282,7 @@ def for_inference(config: Config, *, tp: int = 1) -> Config:
 
 
 BITS = "bits_per_byte/"  # prefix of the names of values per byte of held-out text
+CONDITIONAL = "conditional_loss/"  # prefix of the losses of one modality given another, e.g. text_given_image
 SOURCE = "source/"  # prefix of the names of values of one source of a blend
 
 

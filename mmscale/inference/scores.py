@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.config.data.schema import MOST_NEIGHBOURS
+from mmscale.config.derived import CONDITIONAL
 from mmscale.data.modalities.table import open_codecs
 from mmscale.data.modalities.text_tokens import open_text_tokenizer
 from mmscale.data.prepared.manifest import HELD_OUT, read_manifest
@@ -50,7 +51,7 @@ class Scorer(Protocol):
         ...
 
     def losses(self, data: Mixture) -> dict[str, float]:
-        """`loss`, `loss/<modality>`, `z_loss` on one pass over held-out data."""
+        """`loss`, `loss/<modality>`, `z_loss`, `conditional_loss/<pair>` on one pass over held-out data."""
         ...
 
     def answers(self, asked: Sequence[Asked]) -> Answers:
@@ -140,7 +141,8 @@ def measured(
             name.
 
     Returns:
-        `loss`, `loss/<modality>`, `z_loss`, `perplexity/<modality>`, `bits_per_byte/<text>` (if bytes were counted),
+        `loss`, `loss/<modality>`, `z_loss`, `perplexity/<modality>`, `conditional_loss/<pair>` and
+        `conditional_perplexity/<pair>` (e.g. text_given_image), `bits_per_byte/<text>` (if bytes were counted),
         `accuracy/<task>`; `tasks` (for each the numbers of correct and all answers, the 95 % interval of the accuracy,
         the accuracy of guessing, the file or data set of its questions, and data sets whose task of that name is not
         used); `task/<key>` of each plug-in; for a blend `source/<name>/...`; for each set of `data.validation`
@@ -226,9 +228,9 @@ def with_neighbours(config: Config, neighbours: int | Literal["random"] | None) 
 
 
 def _perplexities(losses: dict[str, float]) -> dict[str, float]:
-    """`perplexity/<modality>` of every `loss/<modality>`."""
+    """`perplexity/<modality>` of every `loss/<modality>`, and conditional ones of conditional losses."""
     return {
         name.replace("loss/", "perplexity/", 1): math.exp(min(loss, 700.0))
         for name, loss in losses.items()
-        if name.startswith("loss/")
+        if name.startswith(("loss/", CONDITIONAL))
     }

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mmscale.config.derived import BITS, SOURCE
+from mmscale.config.derived import BITS, CONDITIONAL, SOURCE
 from mmscale.report.accuracy_charts import Guessing, accuracy_charts
 from mmscale.report.chart import Chart, Line, mark_of
 from mmscale.report.figure_titles import title_of
@@ -72,22 +72,45 @@ class _Builder:
     def losses(self) -> list[Chart]:
         """Charts of training and held-out data, and one for each source of a blend and each validation set."""
         accuracies = accuracy_charts(self.names, self.histories, self.guessing)
-        return [*self._main_losses(), *self._validation(), *self._bits(), *accuracies]
+        return [*self._main_losses(), *self._validation(), *self._bits(), *self._conditional(), *accuracies]
 
     def _bits(self) -> list[Chart]:
         """Bits per byte of held-out text, for comparing runs with different tokenizers."""
-        lines = []
-        for run, history in enumerate(self.histories):
-            prefix = "" if len(self.names) == 1 else f"{self.names[run]}, "
-            found = [one for key in history.columns if (one := HeldOut.of(key)) and one.figure.startswith(BITS)]
-            lines += [
-                Line(run, one.key, f"{prefix}{one.where}", run, points=True, mark=mark_of(one), best=True)
-                for one in found
-            ]
-        if not lines:
-            return []
+        lines = tuple(line for figure in self._figures(BITS) for line in self._held_out(figure))
         note = "Held-out text, special tokens included. It compares runs whose text tokenizers differ."
-        return [Chart("bits_per_byte", "Loss", "Bits per byte of text", "bits", note, lines=tuple(lines))]
+        return [Chart("bits_per_byte", "Loss", "Bits per byte of text", "bits", note, lines=lines)] if lines else []
+
+    def _conditional(self) -> list[Chart]:
+        """Losses of one modality given another, a chart for each pair."""
+        note = "Held-out tokens of the first modality that follow one of the second in their document."
+        charts = []
+        for figure in self._figures(CONDITIONAL):
+            title = f"Loss per token: {figure.removeprefix(CONDITIONAL).replace('_', ' ')}"
+            lines = tuple(self._held_out(figure))
+            charts.append(Chart(figure.replace("/", "_"), "Loss", title, "nats", note, lines=lines))
+        return charts
+
+    def _figures(self, prefix: str) -> list[str]:
+        """Held-out figures whose name begins with a prefix, in the order of the columns."""
+        found = [one.figure for history in self.histories for key in history.columns if (one := HeldOut.of(key))]
+        return [figure for figure in dict.fromkeys(found) if figure.startswith(prefix)]
+
+    def _held_out(self, figure: str) -> list[Line]:
+        """A line for each set and routing mode of each run."""
+        return [
+            Line(
+                run,
+                one.key,
+                one.where if len(self.names) == 1 else f"{self.names[run]}, {one.where}",
+                run,
+                points=True,
+                mark=mark_of(one),
+                best=True,
+            )
+            for run, history in enumerate(self.histories)
+            for key in history.columns
+            if (one := HeldOut.of(key)) and one.figure == figure
+        ]
 
     def _validation(self) -> list[Chart]:
         measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}

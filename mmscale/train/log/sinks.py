@@ -282,7 +282,7 @@ SINKS: dict[str, Callable[[SinkRun, LogConfig], Backend]] = {
         run.name, address=log.prometheus_address, port=log.prometheus_port or 0
     ),
 }
-_MODALITY_LAST = ("loss", "bits_per_byte", "tokens", "depth/selected_fraction")
+_MODALITY_LAST = ("loss", "conditional_loss", "bits_per_byte", "tokens", "depth/selected_fraction")
 
 
 def prometheus_name(key: str) -> tuple[str, str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from mmscale.data.stream.conditions import conditional_labels
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.sharing import RankPart
 from mmscale.data.vocab import NO_MODALITY, Vocabulary
@@ -29,6 +30,7 @@ class Batch:
         label_modality: [B, S / CP] int8.
         loss_mask: [B, S / CP] fp32, 1 where the label is trained on.
         params: per-token data for layers, of whole sequences [S, B].
+        given: as in `conditional_labels`, [K - 1, B, S / CP] fp32; None: conditional losses are not measured.
     """
 
     tokens: Tensor
@@ -36,6 +38,7 @@ class Batch:
     label_modality: Tensor
     loss_mask: Tensor
     params: MixedModalParams
+    given: Tensor | None = None
 
 
 def part_of(groups: ProcessGroupCollection) -> RankPart:
@@ -90,6 +93,14 @@ def to_device(
             context=None if rows is None else ContextSplit(tensor(rows.order.T), rows.rank, rows.size),
         ),
     )
+
+
+def with_conditions(batch: Batch, micro_batch: MicroBatch, vocabulary: Vocabulary) -> Batch:
+    """The batch with marks of the labels that count for conditional losses."""
+    given, rows = conditional_labels(micro_batch, vocabulary), micro_batch.context
+    if rows is not None:
+        given = np.take_along_axis(given, rows.own[None], axis=2)
+    return replace(batch, given=torch.from_numpy(given).to(device.taken(), non_blocking=True))
 
 
 def counts_of(micro_batch: MicroBatch, *, modalities: int) -> TokenCounts:

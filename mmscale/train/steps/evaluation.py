@@ -22,7 +22,7 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.runtime import device
 from mmscale.tables.routings import Routing
-from mmscale.train.steps.batch import part_of, to_device
+from mmscale.train.steps.batch import part_of, to_device, with_conditions
 from mmscale.train.steps.step import Steps, mean_losses, reduce_sums
 
 
@@ -85,7 +85,9 @@ def evaluate(
     learning: RouterLearning | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """`loss`, `loss/<modality>`, `z_loss` over the first global batches of a pass; every rank calls it.
+    """Losses over the first global batches of a pass; every rank calls it.
+
+    `loss`, `loss/<modality>`, `z_loss`, and losses of one modality given another (`conditional_loss/<pair>`).
 
     The micro-batches are the same under every layout. The last global batch is filled up with micro-batches whose
     labels do not count.
@@ -106,7 +108,8 @@ def evaluate(
     available = mixture.len_epoch()
     steps = extent_of(config, mixture, batches=batches).batches
     own = part_of(groups)
-    total = torch.zeros(len(vocabulary.names) + 1, 2, device=device.taken(), dtype=torch.float64)
+    rows = len(vocabulary.names) ** 2 + 1  # of modalities, the z-loss and pairs of modalities
+    total = torch.zeros(rows, 2, device=device.taken(), dtype=torch.float64)
     for step in range(steps):
         on_batch()
         parts = []
@@ -114,7 +117,7 @@ def evaluate(
             inside = number < available
             content = own.read(mixture, number, last=available - 1)
             content = content if inside else _silent(content)
-            part = to_device(content, vocabulary, routing=routing)
+            part = with_conditions(to_device(content, vocabulary, routing=routing), content, vocabulary)
             part.params.learning = learning if inside else None
             parts.append(part)
         total += stepper.evaluate(parts)

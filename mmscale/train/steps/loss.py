@@ -24,7 +24,7 @@ from mmscale.tables.plugins import Use
 from mmscale.tables.settings import LOSSES
 
 # Loss sums are [M + 1, 2]: row m holds (sum of ce, number) of the trained labels of modality m; the last row holds
-# (sum of z-loss, number) of all trained labels.
+# (sum of z-loss, number) of all trained labels. Evaluations append rows of conditional losses.
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -188,9 +188,13 @@ class Objective:
         return self.of_tokens(*cross_entropy(logits, labels, group), label_modality, mask)
 
     def of_tokens(
-        self, ce: Tensor, log_z: Tensor, label_modality: Tensor, mask: Tensor
+        self, ce: Tensor, log_z: Tensor, label_modality: Tensor, mask: Tensor, given: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `__call__`, from the cross entropy and log Z of every token, [B, S]."""
+        """As `__call__`, from the cross entropy and log Z of every token, [B, S].
+
+        With `given` [M - 1, B, S] (`conditional_labels`) the loss sums have M * (M - 1) more rows, in the order of
+        `conditional_names`.
+        """
         own = torch.stack([mask * (label_modality == m) for m in range(self.modalities)])  # [M, B, S]
         sums, counts = (own * ce).sum(dim=(1, 2)), own.sum(dim=(1, 2))
         squared, number = (mask * log_z.square()).sum(), counts.sum()
@@ -198,6 +202,10 @@ class Objective:
         weighted = torch.stack([weight * part for weight, part in zip(self.weights, sums.unbind(), strict=True)])
         loss = weighted.sum() + self.z_loss * squared
         report = torch.stack((torch.cat((sums, squared[None])), torch.cat((counts, number[None]))), dim=1)
+        if given is not None:
+            both = given.unsqueeze(1) * own
+            conditional = torch.stack(((both * ce).sum(dim=(2, 3)), both.sum(dim=(2, 3))), dim=-1)
+            report = torch.cat((report, conditional.flatten(0, 1)))
         return loss, number.to(torch.int32), report.detach()
 
 

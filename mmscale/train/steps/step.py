@@ -23,14 +23,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from mmscale.config import Config
+from mmscale.config.derived import CONDITIONAL
 from mmscale.data.stream.asked import WantedTokens
+from mmscale.data.stream.conditions import conditional_names
 from mmscale.model.output import without_logits
 from mmscale.runtime import device
 from mmscale.train.optim.optimizer import apply, measure, set_learning_rate
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.chunked_loss import chunked_cross_entropy, logits_of
 from mmscale.train.steps.companions import Companion
-from mmscale.train.steps.loss import Loss, Objective, loss_of, picked
+from mmscale.train.steps.loss import Loss, Objective, cross_entropy, loss_of, picked
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Steps(Protocol):
         """Take the optimizer step with the gradients of the last `compute`."""
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Loss sums of the model over this rank's micro-batches, [M + 1, 2]."""
+        """Loss sums of the model over this rank's micro-batches, [M + 1, 2], and rows of conditional losses."""
 
     def pick(self, batches: Sequence[Batch], wanted: Sequence[WantedTokens]) -> list[Tensor]:
         """As `loss.picked`, for each of this rank's micro-batches; empty before the last pipeline stage."""
@@ -215,7 +217,9 @@ class Stepper:
         forward = functools.partial(self._forward, self.objective if forward_only else self.loss)
         reports = self._scheduled(forward, batches, forward_only=forward_only)
         if not reports:
-            return torch.zeros(self.objective.modalities + 1, 2, device=device.taken())
+            modalities, given = self.objective.modalities, batches[0].given
+            rows = modalities + 1 + (0 if given is None else len(given) * modalities)
+            return torch.zeros(rows, 2, device=device.taken())
         return torch.stack(reports).sum(dim=0)
 
     def _scheduled(self, forward: Callable[..., Any], batches: Sequence[Any], *, forward_only: bool) -> list[Tensor]:
@@ -256,13 +260,18 @@ class Stepper:
         return hidden, functools.partial(_report, pick)
 
     def _sums(self, loss: Loss, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if loss is self.objective:
+            return self._of_tokens(batch, *cross_entropy(logits, batch.labels, self.groups.tp))
         return loss(logits, batch.labels, batch.label_modality, batch.loss_mask, self.groups.tp)
+
+    def _of_tokens(self, batch: Batch, ce: Tensor, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.objective.of_tokens(ce, log_z, batch.label_modality, batch.loss_mask, batch.given)
 
     def _chunked_sums(self, batch: Batch, weight: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert weight is not None  # megatron-core calls it only in the chunk with the output layer
         chunk = self.config.parallel.loss_chunk
         ce, log_z = chunked_cross_entropy(hidden, weight, batch.labels, self.groups.tp, chunk=chunk)
-        return self.objective.of_tokens(ce, log_z, batch.label_modality, batch.loss_mask)
+        return self._of_tokens(batch, ce, log_z)
 
 
 def _output(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -295,13 +304,19 @@ def reduce_sums(sums: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def mean_losses(sums: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """`loss`, `loss/<modality>` and `z_loss` from reduced loss sums; a modality without labels is left out."""
-    losses, number = sums[:-1, 0], sums[:-1, 1]
+    """`loss`, `loss/<modality>`, `z_loss` and `conditional_loss/<pair>` from reduced loss sums.
+
+    What has no labels is left out.
+    """
+    losses, number = sums[: len(names)].t()
     values = {}
     if number.sum() > 0:
         values["loss"] = float(losses.sum() / number.sum())
-        values["z_loss"] = float(sums[-1, 0] / number.sum())
+        values["z_loss"] = float(sums[len(names), 0] / number.sum())
     for name, loss, count in zip(names, losses, number, strict=True):
         if count > 0:
             values[f"loss/{name}"] = float(loss / count)
+    for name, (loss, count) in zip(conditional_names(names), sums[len(names) + 1 :], strict=False):
+        if count > 0:
+            values[f"{CONDITIONAL}{name}"] = float(loss / count)
     return values

@@ -30,6 +30,8 @@ from mmscale.data.stream.mixture import Mixture
 from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
 from mmscale.inference.batch_count import Place, counted, silent
+from mmscale.inference.built_in_tasks import built_in
+from mmscale.inference.document_losses import cut_documents
 from mmscale.inference.scores import measured, with_data, with_neighbours
 from mmscale.tables.plugins import Use
 from mmscale.train.steps.step import mean_losses
@@ -48,6 +50,7 @@ def evaluate_export(
     tasks: Sequence[Use] = (),
     questions: Mapping[str, Path] = MappingProxyType({}),
     neighbours: int | Literal["random"] | None = None,
+    own_tasks: Sequence[str] = (),
     at: Place = silent,
 ) -> dict[str, Any]:
     """Evaluate an exported folder in this process.
@@ -61,6 +64,7 @@ def evaluate_export(
         tasks: plug-ins with other tasks.
         questions: files of questions by name.
         neighbours: of each held-out document, as data.retrieval.evaluation; None: as the run says.
+        own_tasks: built-in tasks, keys of `EVAL_TASKS`.
         at: shows the batch that is evaluated.
 
     Returns:
@@ -81,7 +85,8 @@ def evaluate_export(
         check_tokenizers(place, manifest.tokenizers, trained, where=str(folder))
     result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
     scorer = _ExportScorer(generator, vocabulary, batches, at)
-    return result | measured(scorer, config, tasks=tasks, questions=questions)
+    result |= measured(scorer, config, tasks=tasks, questions=questions)
+    return result | built_in(own_tasks, scorer, config, step=None)
 
 
 def trained_tokenizers(folder: Path) -> dict[str, str]:
@@ -149,6 +154,23 @@ class _ExportScorer:
                     log_p[number] = float(own.double().sum())
                     likeliest[number] = int((own >= scores.amax(dim=-1)).sum())
         return Answers(log_p, likeliest)
+
+    def document_sums(self, documents: Sequence[NDArray[np.int64]], trained: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Sums over the labels of each document, [n, K, 3]; long documents are cut as for a run."""
+        cut = cut_documents(documents, self.generator.config.model.seq_length)
+        sums = np.zeros((*trained.shape, 3))
+        for rows, logits in self._logits([piece for _, piece in cut]):
+            for row, logits_SV in zip(rows, logits, strict=True):
+                number, piece = cut[row]
+                labels = torch.from_numpy(piece[1:].astype(np.int64))
+                log_p = logits_SV[: len(labels)].log_softmax(dim=-1)
+                own = log_p.gather(1, labels[:, None])[:, 0]
+                likeliest = own >= log_p.amax(dim=-1)
+                values = torch.stack((-own.double(), likeliest.double(), torch.ones(len(labels)).double()), dim=1)
+                modality = self.vocabulary.modality_of(piece[1:]).astype(np.int64)
+                used = trained[number, modality]
+                np.add.at(sums[number], modality[used], values.numpy()[used])
+        return sums
 
     def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         """For each document [tokens, vocabulary]."""

@@ -42,7 +42,7 @@ def document_sums(
     """
     model.require(routing)
     length, size = model.config.model.seq_length, model.config.train.micro_batch_size
-    cut = [(number, piece) for number, ids in enumerate(documents) for piece in _pieces(ids, length)]
+    cut = cut_documents(documents, length)
     pieces, owners = [piece for _, piece in cut], np.array([number for number, _ in cut], np.int64)
     rows, stepper = fill_rows(pieces, seq_length=length) if pieces else [], stepper_of(model)
     sums = np.zeros((*trained.shape, 3))
@@ -68,6 +68,11 @@ def document_sums(
         values = np.stack([-log_p, likeliest, np.ones(len(tokens))], axis=1)
         np.add.at(sums, (document, modality), values)
     return sums
+
+
+def cut_documents(documents: Sequence[NDArray[np.int64]], length: int) -> list[tuple[int, NDArray[np.int64]]]:
+    """Pieces of at most `length` tokens, each with the number of its document."""
+    return [(number, piece) for number, ids in enumerate(documents) for piece in _pieces(ids, length)]
 
 
 def _pieces(ids: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:

@@ -19,6 +19,8 @@ from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.packed import fill_rows, pack_rows
 from mmscale.inference.batch_count import Place, counted, silent
+from mmscale.inference.built_in_tasks import built_in
+from mmscale.inference.document_losses import document_sums
 from mmscale.inference.model import RunModel, open_run, stepper_of
 from mmscale.inference.scores import measured, passes_of, with_data, with_neighbours
 from mmscale.model.auxiliary import RouterLearning
@@ -41,6 +43,7 @@ def evaluate_run(
     tasks: Sequence[Use] = (),
     questions: Mapping[str, Path] = MappingProxyType({}),
     neighbours: int | Literal["random"] | None = None,
+    own_tasks: Sequence[str] = (),
     at: Place = silent,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint in this process, or over tensor-parallel ranks, which all call it.
@@ -55,6 +58,7 @@ def evaluate_run(
         tasks: plug-ins with other tasks.
         questions: files of questions by name.
         neighbours: of each held-out document, as data.retrieval.evaluation; None: as the run says.
+        own_tasks: built-in tasks, keys of `EVAL_TASKS`.
         at: shows the batch that is evaluated.
 
     Returns:
@@ -81,7 +85,9 @@ def evaluate_run(
         routes = model.config.model.routes
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
         result["sees_later_tokens"] = routes and routing.leaks
-        result |= measured(_RunScorer(model, routing, batches, at), config, tasks=tasks, questions=questions)
+        scorer = _RunScorer(model, routing, batches, at)
+        result |= measured(scorer, config, tasks=tasks, questions=questions)
+        result |= built_in(own_tasks, scorer, config, step=model.step)
         if routes and not routing.leaks:
             result |= _against_batch(model, config, batches, result, routing, at)
         return result
@@ -111,6 +117,10 @@ class _RunScorer:
             routing=self.routing,
             on_batch=counted(self.at, "questions, batch"),
         )
+
+    def document_sums(self, documents: Sequence[NDArray[np.int64]], trained: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Sums over the labels of each document, [n, K, 3]."""
+        return document_sums(self.model, documents, trained, routing=self.routing)
 
     def log_probabilities(self, documents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         """For each document [tokens, vocabulary]; documents share sequences, as in training."""

@@ -62,6 +62,10 @@ class Scorer(Protocol):
         """For each document [tokens, vocabulary]: log-probabilities of the next token. All of them are in memory."""
         ...
 
+    def document_sums(self, documents: Sequence[NDArray[np.int64]], trained: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """As `document_losses.document_sums`."""
+        ...
+
 
 @dataclass(frozen=True)
 class TaskRun:

@@ -10,6 +10,7 @@ from mmscale.config.explain import explain
 from mmscale.config.load import resolve
 from mmscale.errors import ConfigError
 from mmscale.tables import settings
+from mmscale.tables.eval_tasks import EVAL_TASKS
 from mmscale.tables.routings import CAUSAL_ROUTINGS, ROUTINGS, Needs, Routing
 from mmscale.tables.run_scores import RUN_SCORES
 from mmscale.tables.settings import (
@@ -75,7 +76,7 @@ def test_a_setting_takes_the_names_of_its_table(table: Table[Any], key: str) -> 
     assert all(name in caught.value.cause for name in table)
 
 
-@pytest.mark.parametrize("table", [*TABLES, ROUTINGS, RUN_SCORES], ids=lambda table: table.title)
+@pytest.mark.parametrize("table", [*TABLES, ROUTINGS, RUN_SCORES, EVAL_TASKS], ids=lambda table: table.title)
 def test_every_choice_says_what_it_means(table: Table[Any]) -> None:
     for name, choice in table.items():
         assert choice.meaning and not choice.meaning.endswith("."), name
@@ -87,6 +88,7 @@ def test_code_has_an_entry_for_every_name() -> None:
     from checkpoints_tools.huggingface.shipped import configuration_moma
     from mmscale.config.data.rules import IMAGE_RULES
     from mmscale.data.modalities.image_kinds import FITS, LOADS
+    from mmscale.inference.built_in_tasks import BUILT_IN_TASKS
     from mmscale.inference.model import _LACKING
     from mmscale.inference.score_documents import VALUES
     from mmscale.layers.frozen import PARTS as FROZEN_PARTS
@@ -105,6 +107,7 @@ def test_code_has_an_entry_for_every_name() -> None:
     assert tuple(DECISIONS) == CAUSAL_ROUTINGS == configuration_moma.ROUTINGS
     assert list(ROUTINGS) == list(Routing)
     assert list(VALUES) == list(RUN_SCORES)
+    assert list(BUILT_IN_TASKS) == list(EVAL_TASKS)
     assert list(IMAGE_RULES) == list(IMAGE_TOKENIZERS) == list(FITS)
     assert set(IMAGE_TOKENIZERS) <= set(LOADS)
     assert {*_LACKING, Needs.NOTHING} == set(Needs)

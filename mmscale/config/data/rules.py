@@ -55,6 +55,13 @@ def _data(config: Config) -> Iterator[Problem]:
             f"data.prepare.documents is set, but data.prepare.source = {prepare.source} reads no documents",
             "remove one of them",
         )
+    if prepare.canaries is not None and prepare.source == "megatron":
+        yield Problem(
+            "data.prepare.canaries is set, but the documents of a Megatron corpus are linked as they are",
+            "remove it, or prepare the documents themselves",
+        )
+    if prepare.canaries is not None and len(set(prepare.canaries.copies)) < max(1, len(prepare.canaries.copies)):
+        yield Problem("data.prepare.canaries.copies has no numbers, or one of them twice", "name each number once")
     if prepare.source == "emoji" and not prepare.emoji.languages:
         yield Problem("data.prepare.emoji.languages is empty", "name at least one, e.g. [en]")
     if prepare.augment > _MAX_SHIFTS:

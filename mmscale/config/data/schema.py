@@ -94,6 +94,15 @@ class EmojiConfig(Section):
     limit: Index = setting("Largest number of emoji, chosen by a hash; 0: all.", 0, unit="emoji")
 
 
+class CanariesConfig(Section):
+    """Training documents of random characters, to measure memorisation (`data.prepare.canaries`)."""
+
+    copies: tuple[Count, ...] = setting("Numbers of copies that are planted.", (1, 4, 16), unit="documents")
+    count: Count = setting("Different canaries for each number of copies.", 8, unit="canaries")
+    characters: Count = setting("Length of a canary.", 48, unit="characters")
+    seed: Seed = setting("Seed of the characters.", 0)
+
+
 class PrepareConfig(Section):
     """How documents become token ids (`mmscale data prepare`)."""
 
@@ -151,6 +160,11 @@ class PrepareConfig(Section):
         "Files of questions, by name of the task. A question is a document with choices and the index of the right "
         "one, or with an answer that the model must write exactly (JSONL). `mmscale eval` asks them.",
         {},
+    )
+    canaries: CanariesConfig | None = setting(
+        "Plant training documents of random characters in known numbers of copies. `mmscale eval --task memorisation` "
+        "measures how many of their tokens a model knows. null: none.",
+        None,
     )
     held_out: Share = setting(
         "Share of the documents that is held out for validation, chosen by a hash of the `group`, or of the `id` if "

@@ -12,6 +12,7 @@ from typing import Any
 
 from mmscale import bounded
 from mmscale.data import digests
+from mmscale.data.built_in import canaries
 from mmscale.data.modalities import text_tokens
 from mmscale.data.modalities.table import MODALITIES, folder_of
 from mmscale.data.prepared import neighbours, selection, tasks
@@ -41,6 +42,7 @@ def _own() -> tuple[str, ...]:
         MANIFEST,
         digests.DIGESTS,
         REJECTED,
+        canaries.FILE,
         *SPLITS,
         DONE,
         tasks.FOLDER,

@@ -10,6 +10,7 @@ from typing import Any
 from mmscale.config import ImageTokenizerConfig, PrepareConfig
 from mmscale.config.plugins import use_of
 from mmscale.data import digests
+from mmscale.data.built_in.canaries import CanarySlice
 from mmscale.data.built_in.digits import digit_slices
 from mmscale.data.built_in.emoji import emoji_slices
 from mmscale.data.documents.plugin_reader import scan_with
@@ -48,6 +49,8 @@ def slices_of(settings: PrepareConfig) -> list[list[DocumentSlice]]:
         room -= piece.count
     if not parts:
         raise DataError("data: the document files are empty", remedy="name files with documents")
+    if settings.canaries is not None:
+        parts.append([CanarySlice(settings.canaries)])
     return parts
 
 
@@ -80,7 +83,7 @@ def source_of(settings: PrepareConfig, vocabulary: Vocabulary, documents: str) -
     for key in ("captions", "half_pairs", "id_offset"):
         if fixed[key] == PrepareConfig().model_dump(mode="json")[key]:
             del fixed[key]  # omitted, so that the digests of data sets of older versions stay valid
-    for key in ("columns", "ignore", "modalities", "reader_args", "tasks"):
+    for key in ("canaries", "columns", "ignore", "modalities", "reader_args", "tasks"):
         if not fixed[key]:
             del fixed[key]
     for name, own in fixed.get("modalities", {}).items():

@@ -17,6 +17,7 @@ from mmscale import bounded
 from mmscale.config import Config, PrepareConfig
 from mmscale.config.plugins import uses
 from mmscale.data import digests
+from mmscale.data.built_in import canaries
 from mmscale.data.built_in.digits import TASK as DIGIT_TASK
 from mmscale.data.built_in.digits import digit_task
 from mmscale.data.built_in.emoji import TASK as EMOJI_TASK
@@ -204,7 +205,8 @@ def _planned(
     strict: bool,
     reporter: Reporter,
 ) -> _Plan:
-    flat = [piece for part in slices for piece in part]
+    # Canaries are no part of what tokenizers are fitted to.
+    flat = [piece for part in slices for piece in part if not isinstance(piece, canaries.CanarySlice)]
     text = text_tokenizer(out, settings, vocabulary, flat, reporter)
     codecs = item_tokenizers(out, settings, vocabulary, flat, reporter)
     fingerprints = {TEXT: text.fingerprint()} | {name: codec.fingerprint() for name, codec in codecs.items()}
@@ -254,6 +256,7 @@ def _prepare(
         first = f" (the first: {rejected[0].where}: {rejected[0].reason})" if rejected else ""
         raise DataError(f"data: no document is usable{first}", remedy=f"see {out / REJECTED}")
     found_tasks = _write_tasks(out, settings, setup, reporter)
+    canaries.write_canaries(out, settings.canaries)
     by_split = {name: tuple(part.splits[name] for part in parts if name in part.splits) for name in SPLITS}
     manifest = Manifest(
         format=FORMAT,
@@ -352,7 +355,7 @@ def _without_content(out: Path, source: dict[str, Any]) -> bool:
 def _digests(out: Path, known: dict[str, str], files: Iterable[str], manifest: Manifest) -> dict[str, str]:
     """Digests of all files that training, evaluation and decoding read, except the manifest."""
     others = [out / name for name in files if name not in known]
-    others += [out / task.file for task in manifest.tasks]
+    others += [*(out / task.file for task in manifest.tasks), *out.glob(canaries.FILE)]
     for folder in tokenizer_folders():
         others += sorted(file for file in (out / folder).rglob("*") if file.is_file())
     return digests.collect(out, known, others)

@@ -137,6 +137,24 @@ def in_training(folder: Path, manifest: Manifest, *, tokens: int = TOKENS) -> fr
     return frozenset(items.tolist()) | frozenset(texts.tolist())
 
 
+def document_keys(folder: Path, manifest: Manifest, split: str, *, tokens: int = TOKENS) -> Keys:
+    """A key for each document of a split, equal for equal ids; of a large split only of its first documents.
+
+    Args:
+        folder: the data set, which must be `comparable`.
+        manifest: of it.
+        split: which of its splits.
+        tokens: as in `shared_content`.
+    """
+    return _keys_of(folder, manifest, split, tokens).documents
+
+
+def document_key(ids: NDArray[np.integer]) -> np.uint64:
+    """The same key for the ids of one document."""
+    key: np.uint64 = _sums(scattered(ids.astype(np.uint64)), np.zeros(1, np.int64), _position_weights())[0]
+    return key
+
+
 @dataclass(frozen=True)
 class SplitKeys:
     """64-bit keys of the content of a split.
@@ -192,15 +210,27 @@ def _keys_of_part(folder: Path, manifest: Manifest, part: Part, tokens: int, *, 
     lengths = lengths[: int(np.searchsorted(lengths.cumsum(), tokens, side="right"))]
     ids = np.fromfile(folder / f"{part.prefix}.bin", dtype=dtype_for(vocabulary), count=int(lengths.sum()))
     values = scattered(ids.astype(np.uint64))
-    weights = np.random.default_rng(0).integers(0, 1 << 63, _WEIGHTS, dtype=np.uint64) | np.uint64(1)
+    weights = _position_weights()
     starts = lengths.cumsum() - lengths
     items = [_items(name, ids, values, weights, manifest) for name in vocabulary.names]
     owners = np.searchsorted(starts, np.concatenate([places for _, places in items]), side="right") - 1
-    position = np.arange(len(ids)) - np.repeat(starts, lengths)
-    sums = np.add.reduceat(values * weights[position % _WEIGHTS], starts) if len(starts) else np.zeros(0, np.uint64)
+    sums = _sums(values, starts, weights)
     only_text = np.flatnonzero(table[: len(lengths), 1:].sum(axis=1) == 0)
     keys = np.concatenate([keys for keys, _ in items])
     return SplitKeys(keys, sums[only_text], sums, first + owners, first + only_text)
+
+
+def _position_weights() -> Keys:
+    return np.random.default_rng(0).integers(0, 1 << 63, _WEIGHTS, dtype=np.uint64) | np.uint64(1)
+
+
+def _sums(values: Keys, starts: NDArray[np.int64], weights: Keys) -> Keys:
+    """Keys of documents, which begin at `starts` in the scattered ids."""
+    if not len(starts):
+        return np.zeros(0, np.uint64)
+    position = np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
+    sums: Keys = np.add.reduceat(values * weights[position % _WEIGHTS], starts)
+    return sums
 
 
 def _items(

@@ -152,8 +152,8 @@ def evaluate(
             metavar="[NAME=]FILE|NAME|PLUGIN",
             show_default=False,
             help="JSONL of questions with choices or with one right answer; a built-in task "
-            f"({EVAL_TASKS.help.rstrip('.')}); or a plug-in that measures something else, as module:attribute or by its "
-            "entry point. May be repeated.",
+            f"({EVAL_TASKS.help.rstrip('.')}); or a plug-in that measures something else, as module:attribute or by "
+            "its entry point. May be repeated.",
         ),
     ] = None,
     neighbours: Annotated[

@@ -1,4 +1,4 @@
-"""The tasks that `mmscale eval --task NAME` has built in: functions from a model and its data to entries of the result."""
+"""The tasks that `mmscale eval --task NAME` has built in: functions from a model and its data to entries."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """`mmscale eval --task memorisation`: how much of its training documents a model knows by heart.
 
-The share of places whose next token is the most likely one, given the true tokens before it (exact memorisation, M(f)
-of Tirumala et al. 2022, arXiv 2205.10770, section 3), over training documents by how many equal copies the data set has,
-over canaries by the same, and over held-out documents for comparison. `mmscale data score --by memorised:RUN` gives the
-same share of single documents.
+The share of places whose next token is the most likely one, given the true tokens before it (exact memorisation of
+Tirumala et al. 2022, arXiv 2205.10770), over training documents by how many equal copies the data set has, over
+canaries by the same, and over held-out documents for comparison. `mmscale data score --by memorised:RUN` gives the same
+share of single documents.
 
 D documents, K modalities.
 """

@@ -55,13 +55,6 @@ def _data(config: Config) -> Iterator[Problem]:
             f"data.prepare.documents is set, but data.prepare.source = {prepare.source} reads no documents",
             "remove one of them",
         )
-    if prepare.canaries is not None and prepare.source == "megatron":
-        yield Problem(
-            "data.prepare.canaries is set, but the documents of a Megatron corpus are linked as they are",
-            "remove it, or prepare the documents themselves",
-        )
-    if prepare.canaries is not None and len(set(prepare.canaries.copies)) < max(1, len(prepare.canaries.copies)):
-        yield Problem("data.prepare.canaries.copies has no numbers, or one of them twice", "name each number once")
     if prepare.source == "emoji" and not prepare.emoji.languages:
         yield Problem("data.prepare.emoji.languages is empty", "name at least one, e.g. [en]")
     if prepare.augment > _MAX_SHIFTS:
@@ -71,6 +64,7 @@ def _data(config: Config) -> Iterator[Problem]:
         )
     if prepare.held_out >= 1.0:
         yield Problem("data.prepare.held_out = 1 leaves nothing to train on", "use a value below 1")
+    yield from _canaries(prepare)
     yield from _images(config, prepare)
 
 
@@ -81,6 +75,18 @@ def _retrieval(config: Config) -> Iterator[Problem]:
             f"{config.objective.cm3_rate:g}: holes of documents with neighbours are not supported",
             "set one of them to 0",
         )
+
+
+def _canaries(prepare: PrepareConfig) -> Iterator[Problem]:
+    if prepare.canaries is None:
+        return
+    if prepare.source == "megatron":
+        yield Problem(
+            "data.prepare.canaries is set, but the documents of a Megatron corpus are linked as they are",
+            "remove it, or prepare the documents themselves",
+        )
+    if len(set(prepare.canaries.copies)) < max(1, len(prepare.canaries.copies)):
+        yield Problem("data.prepare.canaries.copies has no numbers, or one of them twice", "name each number once")
 
 
 def _vq(image: ImageTokenizerConfig, codes: int | None) -> Iterator[Problem]:

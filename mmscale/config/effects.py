@@ -124,6 +124,7 @@ EFFECTS: Mapping[str, Effect | Callable[[Config], Effect]] = {
     "train.stop_when": Effect.FREE,
     "train.z_loss": Effect.OBJECTIVE,
     "train.modality_weights": Effect.OBJECTIVE,
+    "train.loss_weights": Effect.OBJECTIVE,
     "train.dry_run": Effect.FREE,
     "objective.cm3_rate": Effect.OBJECTIVE,
     "objective.image_spans": _image_spans,

@@ -111,6 +111,17 @@ SCORES: Table[Choice] = Table(
 )
 
 
+LOSS_WEIGHTS: Table[Choice] = Table(
+    "Loss-based weights",
+    ("train.loss_weights.kind",),
+    {
+        "linupper": Choice(meaning="documents of a low loss weigh less (min(h + 1, 1))"),
+        "quadratic": Choice(meaning="documents of a low or a high loss weigh less (1 - h^2)"),
+        "extremes": Choice(meaning="documents of a medium loss weigh less (|h|)"),
+    },
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Choice):
     """A rule that stretches rotary position embeddings (`model.rope_scaling.rope_type`), by transformers' name.

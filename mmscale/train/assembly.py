@@ -23,6 +23,7 @@ from mmscale.runtime import device, launch_order, random_state
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.optim.optimizer import make_optimizer, wrap
+from mmscale.train.state.train_state import TrainState
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
 from mmscale.train.steps.batch import part_of, to_device
 from mmscale.train.steps.companions import companions_of, routers_among
@@ -38,6 +39,11 @@ class TrainingParts:
     optimizer: MegatronOptimizer
     stepper: Stepper
     routers: AuxiliaryTrainer | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """A new state of a run at step 0 over these parts."""
+        return TrainState(self.chunks, self.optimizer, routers=self.routers, loss_weights=self.stepper.loss_weights)
 
 
 def resolve_share(config: Config) -> Config:

@@ -10,6 +10,7 @@ from mmscale.config.derived import held_out_figures
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 from mmscale.config.sft.schema import SftStageConfig
+from mmscale.tables.settings import LOSSES
 
 
 def _batches(config: Config) -> Iterator[Problem]:
@@ -19,6 +20,14 @@ def _batches(config: Config) -> Iterator[Problem]:
             f"train.global_batch_size = {train.global_batch_size} is not divisible by train.micro_batch_size = "
             f"{train.micro_batch_size}",
             "change one of them",
+        )
+
+
+def _loss_weights(config: Config) -> Iterator[Problem]:
+    if config.train.loss_weights is not None and config.train.loss not in LOSSES:
+        yield Problem(
+            f"train.loss_weights is set, but the plug-in train.loss = {config.train.loss} computes its own loss",
+            "leave out one of them",
         )
 
 
@@ -62,4 +71,4 @@ def _held_out(config: Config) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (_batches, _held_out)
+RULES: tuple[Rule, ...] = (_batches, _loss_weights, _held_out)

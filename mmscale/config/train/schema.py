@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from mmscale.config.section import Count, Index, Name, OneOf, PlugIns, Rate, Section, Share, setting
-from mmscale.tables.settings import LOSSES
+from mmscale.config.section import (
+    AtLeastOne,
+    Count,
+    Fraction,
+    Index,
+    Name,
+    OneOf,
+    PlugIns,
+    Positive,
+    Rate,
+    Section,
+    Share,
+    setting,
+)
+from mmscale.tables.settings import LOSS_WEIGHTS, LOSSES
 
 
 class StopWhenConfig(Section):
@@ -21,6 +34,29 @@ class StopWhenConfig(Section):
         5,
         unit="evaluations",
     )
+
+
+class LossWeightsConfig(Section):
+    """Weights of documents in the training loss, by their loss relative to that of other documents."""
+
+    kind: Annotated[str, OneOf(LOSS_WEIGHTS)] = setting(
+        f"Function of the loss h, which is -1 at the 1 % quantile of a modality and 1 at the 99 % quantile. "
+        f"{LOSS_WEIGHTS.help}",
+        "linupper",
+        source="arXiv 2502.06733",
+    )
+    temperature: Positive = setting(
+        "The largest weight is at most exp(1 / temperature) times the smallest one: 2.7 for 1, 12 for 0.4. With more "
+        "unequal weights a batch counts as fewer documents (loss_weights/effective_share).",
+        1.0,
+    )
+    largest: AtLeastOne = setting("Largest weight of a document; the mean over labels is about 1.", 4.0)
+    decay: Fraction = setting(
+        "Decay per step of the moving averages of quantiles and of the mean weight of each modality; 1: plain averages "
+        "over all steps.",
+        0.99,
+    )
+    warmup: Count = setting("Steps with documents of a modality before its labels get weights.", 100, unit="steps")
 
 
 class TrainConfig(Section):
@@ -54,6 +90,9 @@ class TrainConfig(Section):
     )
     z_loss: Share = setting("Weight of log(Z)^2 of the output softmax.", 1e-5, source="Chameleon 2.3")
     modality_weights: dict[Name, Rate] = setting("Weight of each modality's token losses; default 1.", {})
+    loss_weights: LossWeightsConfig | None = setting(
+        "Weigh documents by their loss; null: all alike. The main stage only. Logged losses stay unweighted.", None
+    )
     hooks: Annotated[dict[str, dict[str, Any]], PlugIns("hook")] = setting(
         "Plug-ins that are called at points of the run's life, in this order, each with its keyword arguments.", {}
     )

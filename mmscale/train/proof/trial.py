@@ -21,7 +21,7 @@ from mmscale.train.optim.optimizer import make_optimizer, wrap
 from mmscale.train.proof.synthetic import SyntheticMixture
 from mmscale.train.state.train_state import TrainState
 from mmscale.train.steps.batch import part_of, to_device
-from mmscale.train.steps.companions import companions_of, routers_among
+from mmscale.train.steps.companions import companions_of, loss_weights_among, routers_among
 from mmscale.train.steps.step import Stepper, mean_losses, reduce_sums
 
 SAVED_STEP = 1  # after the first step, Adam's first moments are gradients times a constant
@@ -64,7 +64,8 @@ class Trial:
         optimizer = make_optimizer(config, wrapped, groups)
         companions = companions_of(config, transformer, wrapped, groups)
         self._stepper = Stepper(config, wrapped, optimizer, groups, companions=companions)
-        self._state = TrainState(wrapped, optimizer, routers=routers_among(companions))
+        routers, weights = routers_among(companions), loss_weights_among(companions)
+        self._state = TrainState(wrapped, optimizer, routers=routers, loss_weights=weights)
 
     def train(self, steps: int, *, choices: Choices | None = None) -> Trace:
         """Take steps on the batches with the steps' numbers.

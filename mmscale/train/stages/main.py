@@ -17,7 +17,6 @@ from mmscale.train.log.layers_log import LayersHook
 from mmscale.train.log.progress_lines import banner, source_shares
 from mmscale.train.loop import Hook
 from mmscale.train.stages.built import Given, Tools
-from mmscale.train.state.train_state import TrainState
 
 
 class MainStage:
@@ -27,7 +26,7 @@ class MainStage:
         self.given = given
         parts = build_parts(given.settings, given.groups)
         self.stepper = parts.stepper
-        self.state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
+        self.state = parts.state
         self.flops_per_token = flops_per_token(given.settings).training
 
     @property

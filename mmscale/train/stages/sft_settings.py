@@ -27,6 +27,7 @@ def stage_config(config: Config) -> Config:
         "global_batch_size": stage.global_batch_size or train.global_batch_size,
         "eval_every": stage.eval_every,
         "tasks": stage.tasks,
+        "loss_weights": None,  # a stage is too short for averages of losses
         "stop_when": None,  # it and keep_best may name losses of the main run's data
     }
     checkpoint = config.checkpoint.model_copy(update={"every": stage.checkpoint_every, "early": 0, "keep_best": None})

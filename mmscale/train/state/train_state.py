@@ -23,6 +23,9 @@ from mmscale.train.optim.shards import expect
 from mmscale.train.stage_state import Counters
 from mmscale.train.steps import fp8_scales
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
+from mmscale.train.steps.loss_weights import LossWeights
+
+_AVERAGES = "loss_weights"
 
 
 @dataclass
@@ -33,11 +36,26 @@ class TrainState(Counters):
         chunks: model chunks of this rank, wrapped.
         optimizer: megatron's optimizer over them; None if only weights are needed (evaluation).
         routers: the trainer of a joint run's auxiliary routers; their weights are in the chunks, their optimizer here.
+        loss_weights: the weights of documents; their averages are among the counters.
     """
 
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer | None
     routers: AuxiliaryTrainer | None = None
+    loss_weights: LossWeights | None = None
+
+    def progress(self) -> dict[str, Any]:
+        """As in the base class; with the averages of loss-based weights."""
+        averages = {} if self.loss_weights is None else {_AVERAGES: self.loss_weights.plain()}
+        return super().progress() | averages
+
+    def restore_progress(self, plain: Mapping[str, Any]) -> None:
+        """As in the base class. Averages begin anew if they were not kept, and are dropped if they are not used."""
+        counters = dict(plain)
+        averages = counters.pop(_AVERAGES, None)
+        super().restore_progress(counters)
+        if self.loss_weights is not None:
+            self.loss_weights.restore(averages)
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """The sharded state dict of this rank: tensors as ShardedTensors with global keys, counters as they are."""

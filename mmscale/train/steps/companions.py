@@ -1,7 +1,7 @@
-"""Components that learn from the main model's passes: routers of a joint run, cut-offs, biases, FP8 scales.
+"""Components that learn from the main model's passes: routers of a joint run, cut-offs, biases, loss weights, scales.
 
-A companion is called before a step's batches go forward, and after the step was applied. It changes nothing that the
-loss or gradient of that step depend on.
+A companion is called before a step's batches go forward, and after the step was applied. What it learns from a step
+changes nothing that the loss or gradient of that step depend on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mmscale.model.token_choice import Loads, balance
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
+from mmscale.train.steps.loss_weights import LossWeights, loss_weights_of
 
 
 class Companion(Protocol):
@@ -129,9 +130,16 @@ def companions_of(
         found.append(ThresholdAverages(config, groups))
     if config.model.has_experts and config.model.experts.token_choice is not None:
         found.append(ExpertBiases(config, groups))
+    if (weights := loss_weights_of(config, groups)) is not None:
+        found.append(weights)
     if scales := scales_of(chunks):
         found.append(DelayedScaling(scales, groups))
     return found
+
+
+def loss_weights_among(companions: Sequence[Companion]) -> LossWeights | None:
+    """The weights of documents, whose averages are part of checkpoints; None: there are none."""
+    return next((companion for companion in companions if isinstance(companion, LossWeights)), None)
 
 
 def routers_among(companions: Sequence[Companion]) -> AuxiliaryTrainer | None:

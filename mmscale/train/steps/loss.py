@@ -188,10 +188,18 @@ class Objective:
         return self.of_tokens(*cross_entropy(logits, labels, group), label_modality, mask)
 
     def of_tokens(
-        self, ce: Tensor, log_z: Tensor, label_modality: Tensor, mask: Tensor, given: Tensor | None = None
+        self,
+        ce: Tensor,
+        log_z: Tensor,
+        label_modality: Tensor,
+        mask: Tensor,
+        *,
+        given: Tensor | None = None,
+        token_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `__call__`, from the cross entropy and log Z of every token, [B, S].
 
+        `token_weights` [B, S] multiply the cross entropy in the sum to differentiate, not in the loss sums.
         With `given` [M - 1, B, S] (`conditional_labels`) the loss sums have M * (M - 1) more rows, in the order of
         `conditional_names`.
         """
@@ -199,7 +207,8 @@ class Objective:
         sums, counts = (own * ce).sum(dim=(1, 2)), own.sum(dim=(1, 2))
         squared, number = (mask * log_z.square()).sum(), counts.sum()
         # The weights are Python numbers; a tensor of them would have to be copied to the device, which waits.
-        weighted = torch.stack([weight * part for weight, part in zip(self.weights, sums.unbind(), strict=True)])
+        parts = sums if token_weights is None else (own * (token_weights * ce)).sum(dim=(1, 2))
+        weighted = torch.stack([weight * part for weight, part in zip(self.weights, parts.unbind(), strict=True)])
         loss = weighted.sum() + self.z_loss * squared
         report = torch.stack((torch.cat((sums, squared[None])), torch.cat((counts, number[None]))), dim=1)
         if given is not None:

@@ -31,8 +31,9 @@ from mmscale.runtime import device
 from mmscale.train.optim.optimizer import apply, measure, set_learning_rate
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.chunked_loss import chunked_cross_entropy, logits_of
-from mmscale.train.steps.companions import Companion
+from mmscale.train.steps.companions import Companion, loss_weights_among
 from mmscale.train.steps.loss import Loss, Objective, cross_entropy, loss_of, picked
+from mmscale.train.steps.loss_weights import LossWeights
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Stepper:
     ) -> None:
         self.config = config
         self.companions = companions
+        self.loss_weights = loss_weights_among(companions)
         self.chunks = chunks
         self.optimizer = optimizer
         self.groups = groups
@@ -157,8 +159,8 @@ class Stepper:
         return result
 
     def figures(self) -> dict[str, float]:
-        """Empty: there are no metrics besides the losses."""
-        return {}
+        """Those of loss-based weights, if there are any."""
+        return {} if self.loss_weights is None else self.loss_weights.figures()
 
     def before_reduction(self, call: Callable[[], None]) -> None:
         """From now on, call this at the end of the last backward pass of every step."""
@@ -214,7 +216,8 @@ class Stepper:
 
     def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> Tensor:
         # Held-out losses are always cross entropy, whatever the training loss.
-        forward = functools.partial(self._forward, self.objective if forward_only else self.loss)
+        weights = None if forward_only else self.loss_weights
+        forward = functools.partial(self._forward, self.objective if forward_only else self.loss, weights)
         reports = self._scheduled(forward, batches, forward_only=forward_only)
         if not reports:
             modalities, given = self.objective.modalities, batches[0].given
@@ -239,12 +242,14 @@ class Stepper:
         )
         return reports
 
-    def _forward(self, loss: Loss, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def _forward(
+        self, loss: Loss, weights: LossWeights | None, batches: Iterator[Batch], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
         batch = next(batches)
         if self.config.parallel.loss_chunk == 0:
-            return _output(model, batch), functools.partial(self._sums, loss, batch)
+            return _output(model, batch), functools.partial(self._sums, loss, weights, batch)
         hidden, weight = _hidden(model, batch)
-        return hidden, functools.partial(self._chunked_sums, batch, weight)
+        return hidden, functools.partial(self._chunked_sums, weights, batch, weight)
 
     def _forward_picking(
         self, batches: Iterator[tuple[Batch, WantedTokens]], model: torch.nn.Module
@@ -259,19 +264,27 @@ class Stepper:
             pick = functools.partial(pick, logits=logits, chunk=self.config.parallel.loss_chunk)
         return hidden, functools.partial(_report, pick)
 
-    def _sums(self, loss: Loss, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(
+        self, loss: Loss, weights: LossWeights | None, batch: Batch, logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if loss is self.objective:
-            return self._of_tokens(batch, *cross_entropy(logits, batch.labels, self.groups.tp))
+            return self._of_tokens(weights, batch, *cross_entropy(logits, batch.labels, self.groups.tp))
         return loss(logits, batch.labels, batch.label_modality, batch.loss_mask, self.groups.tp)
 
-    def _of_tokens(self, batch: Batch, ce: Tensor, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.objective.of_tokens(ce, log_z, batch.label_modality, batch.loss_mask, batch.given)
+    def _of_tokens(
+        self, weights: LossWeights | None, batch: Batch, ce: Tensor, log_z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own = None if weights is None else weights.weights(batch, ce)
+        modality, mask = batch.label_modality, batch.loss_mask
+        return self.objective.of_tokens(ce, log_z, modality, mask, given=batch.given, token_weights=own)
 
-    def _chunked_sums(self, batch: Batch, weight: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _chunked_sums(
+        self, weights: LossWeights | None, batch: Batch, weight: Tensor | None, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         assert weight is not None  # megatron-core calls it only in the chunk with the output layer
         chunk = self.config.parallel.loss_chunk
         ce, log_z = chunked_cross_entropy(hidden, weight, batch.labels, self.groups.tp, chunk=chunk)
-        return self._of_tokens(batch, ce, log_z)
+        return self._of_tokens(weights, batch, ce, log_z)
 
 
 def _output(model: torch.nn.Module, batch: Batch) -> Tensor:

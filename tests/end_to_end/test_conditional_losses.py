@@ -64,7 +64,15 @@ def test_they_equal_a_slow_reference(exported: Path, digits: Path, name: str, ro
 
 def test_a_run_and_its_export_report_them(config: Path, tmp_path: Path) -> None:
     """In metrics.jsonl, on the report's page, in the table of `eval`, and on the card of the export."""
-    train = ("train", config, f"run.dir={tmp_path}", "run.name=r", "train.steps=2", "train.eval_every=2")
+    train = (
+        "train",
+        config,
+        f"run.dir={tmp_path}",
+        "run.name=r",
+        "train.steps=2",
+        "optim.warmup=0",
+        "train.eval_every=2",
+    )
     model = ("model.kind=dense", "model.depth=null", "model.experts.counts={}", "parallel.ep=1")
     assert mmscale(*train, *model, "checkpoint.asynchronous=false", "checkpoint.every=0").status == 0
     run, export = tmp_path / "r", tmp_path / "hf"

@@ -449,6 +449,7 @@ def test_a_guard_does_not_wait_for_ever(place: Path) -> None:
         ("dense", "bf16", {"overlap_grad_reduce": True, "overlap_param_gather": True}, 2, {"moments": "bf16"}),
         ("moe", "fp32", {"pp": 2, "vpp": 2}, 2, {"moments": "fp8_coat"}),
         ("moma", "bf16", {"tp": 2}, 2, {"optimizer": "muon"}),
+        ("moma_token_choice", "fp32", {"ep": 2}, 2, {}),
     ],
 )
 def test_a_restart_from_memory_goes_on_bit_by_bit(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mmscale.config.derived import orthogonalizes
-from mmscale.config.optim.schema import OptimConfig
+from mmscale.config.optim.schema import MuonConfig, OptimConfig
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 from mmscale.tables.settings import FROZEN, MOMENTS, SCHEDULES
@@ -64,6 +64,10 @@ def _muon(config: Config) -> Iterator[Problem]:
             f"auxiliary.optim.optimizer = {config.auxiliary.optim.optimizer}: "
             "auxiliary routers are routers, which Muon leaves to AdamW",
             "use auxiliary.optim.optimizer=adamw; optim.optimizer=muon trains the main model",
+        )
+    if config.auxiliary.optim.muon != MuonConfig():
+        yield Problem(
+            "auxiliary.optim.muon is set: auxiliary routers are routers, which Muon leaves to AdamW", "remove it"
         )
 
 

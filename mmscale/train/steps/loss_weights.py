@@ -69,9 +69,8 @@ class LossWeights:
     def begin(self, batches: Sequence[Batch]) -> None:
         """Forget the sums of an earlier batch."""
         del batches
-        like = {"dtype": torch.float64, "device": self.state.device}
-        self._histogram = torch.zeros(len(self._names), BINS, **like)
-        self._moments = torch.zeros(len(self._names), 7, **like)
+        self._histogram = self.state.new_zeros(len(self._names), BINS)
+        self._moments = self.state.new_zeros(len(self._names), 7)
 
     @torch.no_grad()
     def weights(self, batch: Batch, ce: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class LossWeights:
         """Figures of the last applied step for metrics.jsonl, by modality; reads from the device."""
         if self._last is None:
             return {}
-        found = {}
+        found: dict[str, float] = {}
         for name, moments, (low, high, *_) in zip(self._names, self._last.tolist(), self.state.tolist(), strict=True):
             if moments[_NUMBER] > 0:
                 own = {"low": low, "high": high} | _figures(moments)

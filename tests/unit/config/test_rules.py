@@ -63,6 +63,15 @@ BROKEN = [
         "train.modality_weights: audio is not in vocab.modalities (text, image)",
     ),
     ({"train__modality_weights": {"text": 0, "image": 0}}, "every modality has weight 0"),
+    (
+        {"train__loss_weights": {"temperature": 0.5}, "train__loss": "mine:Loss"},
+        "train.loss_weights is set, but the plug-in train.loss = mine:Loss computes its own loss",
+    ),
+    ({"data__prepare": {"source": "digits", "canaries": {"copies": [2, 2]}}}, "data.prepare.canaries.copies has no"),
+    (
+        {"data__prepare": {"source": "megatron", "documents": ["x.idx"], "canaries": {}}},
+        "data.prepare.canaries is set, but the documents of a Megatron corpus are linked as they are",
+    ),
     # shapes
     ({"model__num_attention_heads": 6}, "model.hidden_size = 64 is not divisible by model.num_attention_heads = 6"),
     ({"model__kv_channels": 7}, "the head width 7 is odd"),
@@ -305,6 +314,10 @@ BROKEN = [
     ({"optim__beta2": 1.0}, "optim.beta2 = 1 never decays"),
     ({"optim__moments": "bf16", "optim__beta2": 0.999}, "optim.moments = bf16 with optim.beta2 = 0.999"),
     ({"auxiliary__optim__moments": "te_fp8", "precision__dtype": "fp32"}, "auxiliary.optim.moments = te_fp8 is for"),
+    (
+        {"auxiliary__optim__muon__steps": 4},
+        "auxiliary.optim.muon is set: auxiliary routers are routers, which Muon leaves to AdamW",
+    ),
     (
         {"auxiliary__optim__optimizer": "muon"},
         "auxiliary.optim.optimizer = muon: auxiliary routers are routers, which Muon leaves to AdamW",

@@ -2,7 +2,8 @@
 
 Trains small dense models on the built-in digits in one process, on the same sequences for every kind of weights:
 
-    python docs/measurements/loss_weights.py SET 400 > loss_weights.json    # SET: prepared digits, see docs/loss_weights.md
+    mmscale data prepare configs/quickstart.yaml --out SET
+    python docs/measurements/loss_weights.py SET 400 > loss_weights.json
 
 `clean`: the training documents. `duplicates`: a fifth of all documents are copies of eight of them. `noise`: one of 20
 documents has random tokens of the same modalities instead of its own. Held-out documents are those of the set.

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from checkpoints_tools.sources import open_source
 from mmscale.checkpoint.layout import Store
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.vocab import EOS
@@ -103,6 +105,34 @@ def test_resumed_bit_by_bit_even_if_the_main_run_goes_on(folder: Path, tuned: Tu
     whole = stage(folder, tmp_path / "whole", "sft.optim.schedule=constant")
     for step, line in whole.items():
         assert {key: resumed[step].get(key) for key in EXACT} == {key: line.get(key) for key in EXACT}
+
+
+def test_muon_fine_tunes_alike_in_layouts_and_after_a_stop(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
+    muon = ("sft.optim.optimizer=muon", "sft.optim.schedule=constant")
+    whole = stage(folder, tmp_path / "whole", *muon)
+    assert whole[STEPS]["loss"] != tuned[1][STEPS]["loss"]
+    stage(folder, tmp_path / "resumed", *muon, "sft.steps=3", "sft.checkpoint_every=3")
+    resumed = stage(folder, tmp_path / "resumed", *muon)
+    spread = stage(folder, tmp_path / "tp2", *muon, "parallel.tp=2", nproc=2)
+    for step, line in whole.items():
+        assert {key: resumed[step].get(key) for key in EXACT} == {key: line.get(key) for key in EXACT}
+        assert spread[step]["loss"] == pytest.approx(line["loss"], rel=2e-5), step
+
+
+def test_token_choice_is_fine_tuned_and_its_biases_move_on(folder: Path, tmp_path: Path) -> None:
+    """In one process and over two expert-parallel ranks; the biases of the main run are where they begin."""
+    choice = ("model.experts.token_choice={bias_rate: 0.01}", "model.depth=null")
+    short = ("train.steps=6", "train.eval_every=0", "checkpoint.every=0", "checkpoint.asynchronous=false")
+    ok("train", folder / "tiny.yaml", f"run.dir={tmp_path}", *choice, *short)
+    shutil.copytree(tmp_path / "tiny", tmp_path / "ep2" / "tiny")
+    whole = stage(folder, tmp_path, *choice)
+    spread = stage(folder, tmp_path / "ep2", *choice, "parallel.ep=2", nproc=2)
+    for step, line in whole.items():
+        assert spread[step]["loss"] == pytest.approx(line["loss"], rel=2e-5), step
+    before, after = open_source(tmp_path / "tiny", 6), open_source(tmp_path / "tiny" / "sft", STEPS)
+    names = [name for name in before.names(weights=True) if ".router_bias." in name]
+    assert names and all(not torch.equal(before.read(name), after.read(name)) for name in names)
+    assert max(float((after.read(name) - before.read(name)).abs().max()) for name in names) <= STEPS * 0.01 + 1e-6
 
 
 def test_it_starts_from_the_checkpoint_that_is_named(folder: Path, tuned: Tuned, tmp_path: Path) -> None:

@@ -71,6 +71,20 @@ def test_an_export_computes_the_same_and_comes_back(name: str, runs: Path, tmp_p
         assert torch.equal(one.read(weight), other.read(weight)), weight
 
 
+def test_an_imported_export_trains_with_frozen_text(runs: Path, tmp_path: Path) -> None:
+    """`convert from-hf`, then `optim.freeze=[text]`: text weights stay bit for bit, image weights do not."""
+    ok("convert", "to-hf", runs / "mot", tmp_path / "hf")
+    ok("convert", "from-hf", tmp_path / "hf", tmp_path / "back")
+    more = ("optim.freeze=[text]", "train.steps=3", "optim.warmup=0", "checkpoint.allow_missing=true")
+    ok("train", tmp_path / "back" / "config.yaml", *more, "checkpoint.every=3", "parallel.tp=2", nproc=2)
+    before, after = open_source(tmp_path / "back", 0), open_source(tmp_path / "back", 3)
+    names = before.names(weights=True)
+    text, image = ([name for name in names if name.endswith(f".{kind}")] for kind in ("text", "image"))
+    assert len(text) == len(image) > 4
+    assert all(torch.equal(before.read(name), after.read(name)) for name in text)
+    assert not any(torch.equal(before.read(name), after.read(name)) for name in image)
+
+
 def test_another_untie_is_another_model(config: Path, runs: Path) -> None:
     refused = mmscale(
         "train", config, f"run.dir={runs}", "run.name=mot", *MAIN, *DENSE, "model.untie=[ffn]", "train.steps=14"

@@ -80,9 +80,9 @@ def memorisation(scorer: Scorer, config: Config, step: int | None) -> dict[str, 
     rows = []
     result: dict[str, Any] = {}
     passes = _passes(config, step)
-    for name, path in source_names(config).items():
-        prefix = "" if len(config.data.sources) == 1 else f"source/{name}/"
-        for row in _of_folder(scorer, with_data(config, Path(path)), Path(path), passes=passes.get(path)):
+    for name, path in (source_names(config) or {"": config.data.sources[0].path}).items():
+        folder, prefix = Path(path), f"source/{name}/" if name else ""
+        for row in _of_folder(scorer, with_data(config, folder), folder, passes=passes.get(str(folder))):
             result[f"{prefix}memorised/{row['name']}"] = row["memorised"]
             rows.append(row)
     return result | {"memorisation": rows}

@@ -117,7 +117,7 @@ LOSS_WEIGHTS: Table[Choice] = Table(
     {
         "linupper": Choice(meaning="documents of a low loss weigh less (min(h + 1, 1))"),
         "quadratic": Choice(meaning="documents of a low or a high loss weigh less (1 - h^2)"),
-        "extremes": Choice(meaning="documents of a medium loss weigh less (|h|)"),
+        "extremes": Choice(meaning="documents of a medium loss weigh less (abs(h))"),
     },
 )
 

@@ -50,7 +50,7 @@ class TrainState(Counters):
         return super().progress() | averages
 
     def restore_progress(self, plain: Mapping[str, Any]) -> None:
-        """As in the base class. Averages begin anew if they were not kept, and are dropped if they are not used."""
+        """As in the base class. Averages that were not kept begin again at 0; unused ones are dropped."""
         counters = dict(plain)
         averages = counters.pop(_AVERAGES, None)
         super().restore_progress(counters)

@@ -20,6 +20,7 @@ from mmscale.tables.settings import (
     IMAGE_SPANS,
     IMAGE_TOKENIZERS,
     KINDS,
+    LOSS_WEIGHTS,
     LOSSES,
     MOMENTS,
     NORMS,
@@ -49,6 +50,7 @@ def test_there_are_tables() -> None:
         FROZEN,
         RANKINGS,
         SCORES,
+        LOSS_WEIGHTS,
         ROPE_SCALINGS,
         SCHEDULES,
         OPTIMIZERS,
@@ -97,8 +99,10 @@ def test_code_has_an_entry_for_every_name() -> None:
     from mmscale.model.rope import SCALINGS
     from mmscale.model.token_choice import SCORES as SCORE_FUNCTIONS
     from mmscale.train.optim.schedule import SHAPES
+    from mmscale.train.steps.loss_weights import FUNCTIONS as LOSS_FUNCTIONS
 
     assert list(FUNCTIONS) == list(RANKINGS) == list(configuration_moma.CHOICES)
+    assert list(LOSS_FUNCTIONS) == list(LOSS_WEIGHTS)
     assert list(SCORE_FUNCTIONS) == list(SCORES) == list(configuration_moma.SCORES)
     assert list(FROZEN_PARTS) == list(FROZEN)
     assert list(SHAPES) == list(SCHEDULES)

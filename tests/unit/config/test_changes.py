@@ -153,6 +153,7 @@ def test_every_setting_of_the_schema_is_in_the_table() -> None:
             "model.auxiliary",
             "model.rope_scaling",
             "data.prepare",
+            "train.loss_weights",
             "train.stop_when",
         ),
     }, "these settings need a line each"

@@ -14,6 +14,7 @@ _WITHOUT_UNIT = {
     "data.prepare.modalities",
     "run.seed",
     "data.seed",
+    "data.prepare.canaries.seed",
     "model.hidden_size",
     "model.ffn_hidden_size",
     "model.kv_channels",

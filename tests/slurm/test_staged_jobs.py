@@ -44,14 +44,13 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-@pytest.mark.parametrize("stage", ["auxiliary", "sft"])
-def test_a_stage_waits_for_the_run_and_is_shown_and_stopped(jobs: Jobs, config: Path, stage: str) -> None:
+def test_a_stage_waits_for_the_run_and_is_shown_and_stopped(jobs: Jobs) -> None:
     """Ranks are stubs; the run and its stage have folders, jobs and states of their own."""
-    few = ("train.steps=3", f"{stage}.steps=20", f"sft.path={config.parent / 'set'}")
+    few = ("train.steps=3", "auxiliary.steps=20")
     main = jobs.launch(*few, nodes=1, slow_s=0.0, stub=True)
     held = {f"MMSCALE_{HOLD}": f"6:{jobs.folder / 'on'}"}
-    run = jobs.launch(*few, nodes=1, slow_s=0.0, stub=True, stage=stage, after=str(main.folder), environment=held)
-    assert run.folder == main.folder / stage
+    run = jobs.launch(*few, nodes=1, slow_s=0.0, stub=True, stage="auxiliary", after=str(main.folder), environment=held)
+    assert run.folder == main.folder / "auxiliary"
     run.until(lambda: run.step() == 6, "it is held")
     assert main.state().state == "COMPLETED" and [line["step"] for line in read_metrics(main.folder)] == [1, 2, 3]
     found = shown(run)
@@ -61,25 +60,6 @@ def test_a_stage_waits_for_the_run_and_is_shown_and_stopped(jobs: Jobs, config: 
     assert shown(main)["state"] == "finished"
     assert [event["step"] for event in run.events("start", "stop", "finish")] == [0, 6]
     assert [event["action"] for event in run.events("ranks_ended")] == ["end"]
-
-
-@pytest.mark.exhaustive
-def test_fine_tuning_is_killed_and_ends_with_the_same_numbers(jobs: Jobs, config: Path, undisturbed: Path) -> None:
-    """The stage `sft` on real ranks, which continues from its own checkpoints."""
-    tuning = (*SETTINGS, f"sft.path={config.parent / 'set'}", "sft.steps=16", "sft.checkpoint_every=4")
-    whole = jobs.folder / "whole"
-    shutil.copytree(undisturbed / "before" / "tiny", whole / "tiny")
-    command = [sys.executable, "-m", "mmscale", "train", str(config), f"run.dir={whole}", *tuning, "--stage", "sft"]
-    ended = subprocess.run([*command, "--nproc", "2"], cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert ended.returncode == 0, ended.stderr
-    shutil.copytree(undisturbed / "before" / "tiny", jobs.folder / "tiny")
-    run = jobs.launch(*tuning, slow_s=0.2, stage="sft")
-    run.until_step(6)
-    os.kill(run.rank(1), signal.SIGKILL)
-    assert run.until_ended().state == "COMPLETED", run.report()
-    assert_equal(run, read_metrics(whole / "tiny" / "sft"))
-    assert steps_done_again(run) <= 4 and shown(run)["state"] == "finished"
-    assert [event["action"] for event in run.events("ranks_ended")] == ["retry", "end"], run.report()
 
 
 @pytest.mark.exhaustive

@@ -51,7 +51,7 @@ class Facts:
         reserved: whether their vocabulary has the reserved ids, likewise.
         tokens: training tokens of each modality, if the documents are prepared.
         longest: tokens of the longest document, if the documents are prepared.
-        held_out: documents that are held out, if the documents are prepared.
+        held_out: documents that are held out, by the prepared data set or by their own `split`; None: unknown.
         rejected: records that were read and are no documents.
         first_rejected: where the first of them is, and why; "": none.
     """

@@ -44,7 +44,11 @@ def of_documents(found: Proposal, facts: Facts, *, affordable: float, name: str)
     ids = {TEXT: text}
     prepare: dict[str, Any] = {"source": "documents", "documents": list(facts.where)}
     found.settings["data"] = {"path": f"data/{name}", "prepare": prepare}
-    if LEAST_HELD_OUT / facts.documents > 0.01:
+    if facts.held_out is not None:
+        found.rules.append(
+            Rule("held-out documents", f"{facts.held_out:,}", "their `split` says so", "docs/reference/documents.md")
+        )
+    elif LEAST_HELD_OUT / facts.documents > 0.01:
         found.put(
             "data.prepare.held_out",
             float(f"{min(0.2, LEAST_HELD_OUT / facts.documents):.2g}"),

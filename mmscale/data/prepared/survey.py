@@ -119,9 +119,17 @@ def _of_files(where: Sequence[str]) -> Facts:
         most_bytes=max(sizes),
         distinct_images=max(1, round(scale * len({_name(image) for image in pictures}))) if pictures else None,
         others=tuple(_others(read, slices, scale)),
+        held_out=_held_out(read, scale),
         rejected=len(rejected),
         first_rejected=f"{rejected[0].where}: {rejected[0].reason}" if rejected else "",
     )
+
+
+def _held_out(read: Sequence[Document], scale: float) -> int | None:
+    """Documents whose own `split` holds them out; None: the hash of the group decides, or no such document was read."""
+    number = sum(document.split == HELD_OUT for document in read)
+    decided = scale == 1.0 and all(document.split is not None for document in read)
+    return round(scale * number) if number or decided else None
 
 
 def _text_ids(read: Sequence[Document]) -> int:

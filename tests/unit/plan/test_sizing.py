@@ -153,6 +153,36 @@ def test_there_is_something_to_evaluate_on() -> None:
         assert (train["eval_every"] > 0) == (held_out > 0)
 
 
+@pytest.mark.parametrize(
+    ("splits", "held_out"),
+    [
+        ((None, None, None), None),
+        (("train", "validation", "train"), 40),
+        ((None, "validation", None), 40),
+        (("train", "train", "train"), 0),
+        (("train", "train", None), None),
+    ],
+)
+def test_a_split_that_documents_name_is_not_overruled(
+    splits: tuple[str | None, ...], held_out: int | None, tmp_path: Path
+) -> None:
+    """`data.prepare.held_out` is proposed only if a hash decides what is held out."""
+    lines = [
+        {"id": f"{copy}-{number}", "content": [{"type": "text", "text": f"line {copy} of {number}"}]}
+        | ({} if split is None else {"split": split})
+        for copy in range(40)
+        for number, split in enumerate(splits)
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = survey([str(file)])
+    assert facts.held_out == held_out
+    proposal = propose(facts, LAPTOP, budget_s=600)
+    assert ("held_out" in proposal.settings["data"]["prepare"]) == (held_out is None)
+    assert (proposal.settings["train"]["eval_every"] > 0) == (held_out != 0)
+    assert any(rule.setting == "held-out documents" for rule in proposal.rules) == (held_out is not None)
+
+
 def test_memory_decides_layout_and_size() -> None:
     """Photographs for 60 days on eight devices: the layout changes first, then the size of the model."""
     said = {}

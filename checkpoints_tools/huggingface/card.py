@@ -19,7 +19,7 @@ from mmscale.config import Config
 from mmscale.config.load import dump
 from mmscale.data.prepared.manifest import NO_TOKENIZER
 from mmscale.data.vocab import IMAGE
-from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
+from mmscale.runs.held_out import ACCURACY, HeldOut, words_of
 from mmscale.runs.metrics import read_metrics
 from mmscale.train.stages.stage_report import report_of
 
@@ -56,25 +56,23 @@ def card(config: Config, report: dict[str, Any], *, run: Path, step: int, licenc
         tags=TAGS,
         license=licence or None,
         model_name=config.run.name,
-        eval_results=_results(run, step) or None,
+        eval_results=_results(config, run, step) or None,
     )
     body = _body(config, report, run=run, step=step)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
 
 
-def _results(run: Path, step: int) -> list[EvalResult]:
+def _results(config: Config, run: Path, step: int) -> list[EvalResult]:
     """The rows of `losses_table` for the card's model-index."""
     results = []
-    for key, (_, value) in sorted(_measured(run, step).items()):
-        where = HeldOut.of(key)
-        name, figure = ("", "loss") if where is None else (where.name, where.figure)
+    for where, (_, value) in _measured(run, step).items():
         results.append(
             EvalResult(
                 task_type=_TASK,
-                dataset_type=name or "held-out",  # the Hub groups results of one type as one data set
-                dataset_name=name or "held-out split of the training data",
-                metric_type="accuracy" if figure.startswith(ACCURACY) else "loss",
-                metric_name=key.removeprefix(EVAL),
+                dataset_type=where.name or "held-out",  # the Hub groups results of one type as one data set
+                dataset_name=words_of(where.name) or "held-out split of the training data",
+                metric_type="accuracy" if where.figure.startswith(ACCURACY) else "loss",
+                metric_name=_named(config, where),
                 metric_value=round(value, 4),
             )
         )
@@ -146,34 +144,41 @@ def losses_table(config: Config, run: Path, step: int) -> str:
     other = f"The {report.note}." if report is not None and report.main_step == step and report.note else ""
     if not found:
         return "\n\n".join(filter(None, ("None were logged.", other)))
-    rows = [f"| `{key.removeprefix(EVAL)}` | {value:.4f} | {at} |" for key, (at, value) in sorted(found.items())]
+    rows = [
+        f"| {_named(config, where)} | {words_of(where.name) or 'held-out split'} | {value:.4f} | {at} |"
+        for where, (at, value) in found.items()
+    ]
     note = (
-        "Numbers whose name has no routing were measured with batch routing, as in training: experts chose among all "
-        "tokens of a sequence, later ones too. Those of `causal` and `threshold` routing see no later token."
+        "Losses are in nats. With batch routing, as in training, experts chose among all tokens of a sequence, later "
+        "ones too. With causal and threshold routing no number uses a later token."
     )
     more = ["", note] if config.model.routes else []
     more += ["", other] if other else []
-    return "\n".join(["| measured | value | step |", "|---|---|---|", *rows, *more])
+    return "\n".join(["| measured | data | value | step |", "|---|---|---|---|", *rows, *more])
 
 
-def _measured(run: Path, step: int) -> dict[str, tuple[int, float]]:
-    """Step and value by key. If the stage trained routers for this checkpoint, its values are used."""
-    found: dict[str, tuple[int, float]] = {}
+def _named(config: Config, where: HeldOut) -> str:
+    """`loss per text token, causal routing`; models without routing have no routing to name."""
+    return f"{where.measure}, {where.how}" if config.model.routes else where.measure
+
+
+def _measured(run: Path, step: int) -> dict[HeldOut, tuple[int, float]]:
+    """Step and value of each result, sorted. If the stage trained routers for this checkpoint, its values are used."""
+    found: dict[HeldOut, tuple[int, float]] = {}
     for record in read_metrics(run):
         if record["step"] <= step:
             found |= {
-                key: (record["step"], value)
+                where: (record["step"], value)
                 for key, value in record.items()
-                if key.startswith(EVAL) and isinstance(value, float)
+                if isinstance(value, float) and (where := HeldOut.of(key)) is not None
             }
     report = report_of(run)
-    if report is None or report.main_step != step:
-        return found
-    routed = {replace(where, stage="").key: (step, value) for where, value in report.causal().items()}
-    own = {HeldOut.of(key) for key in routed}
-    routings = {one.routing for one in own if one is not None}
-    kept = {key: value for key, value in found.items() if (one := HeldOut.of(key)) and one.routing not in routings}
-    return kept | routed
+    if report is not None and report.main_step == step:
+        routed = {replace(where, stage=""): (step, value) for where, value in report.causal().items()}
+        routings = {one.routing for one in routed}
+        found = {where: value for where, value in found.items() if where.routing not in routings} | routed
+    # The z-loss is no measure of quality.
+    return {where: found[where] for where in sorted(found, key=lambda one: one.key) if where.figure != "z_loss"}
 
 
 def _sources(config: Config, step: int) -> dict[str, str]:
@@ -183,4 +188,10 @@ def _sources(config: Config, step: int) -> dict[str, str]:
 
 
 def _facts(values: dict[str, Any]) -> str:
-    return "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in values.items() if value not in ("", None))
+    shown = {key.replace("_", " "): value for key, value in values.items() if value not in ("", None)}
+    return "\n".join(f"- {key}: {_counts(value) if isinstance(value, dict) else value}" for key, value in shown.items())
+
+
+def _counts(by_modality: dict[str, int]) -> str:
+    """`13,999 text + 72,064 image`."""
+    return " + ".join(f"{count:,} {name}" for name, count in by_modality.items())

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKS = ("o", "D", "s", "^")
 GREY = "#5a5a5a"
+_CLOCK = ((0.03, 3600.0, "seconds"), (2.0, 60.0, "minutes"), (96.0, 1.0, "hours"), (float("inf"), 1 / 24, "days"))
 
 
 def new_figure(*, width: float, height: float) -> Figure:
@@ -68,10 +69,15 @@ def dress(axes: Axes) -> None:
 
 
 def whole_steps(axes: Axes) -> None:
-    """Ticks of the x axis at whole steps only."""
+    """Ticks of the x axis at round whole steps only: every 1, 2, 5, 10, 20 ..."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def clock_unit(hours: float) -> tuple[float, str]:
+    """Factor and name of the unit that fits a time: 0.03 h are (60, "minutes"). As `clockUnit` in assets/base.js."""
+    return next((factor, name) for limit, factor, name in _CLOCK if hours < limit)
 
 
 def log_scale(axes: Axes) -> None:

@@ -21,6 +21,7 @@ from mmscale.report.look import (
     COLOURS,
     GREY,
     MARKS,
+    clock_unit,
     dress,
     engineering,
     log_scale,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PARTS = {
-    "steps": ("steps that count", "#3a9b5c"),
+    "steps": ("steps that count, with their evaluations and saves", "#3a9b5c"),
     "start_up": ("start-up", "#8aa4c8"),
     "save_stall": ("save stalls", "#c98500"),
     "evaluation": ("evaluation", "#7a6bb5"),
@@ -276,6 +277,7 @@ def _draw_over_time(run: Run, found: Mapping[str, Mapping[str, Floats]], file: P
             _label_layers(axes, layers)
             ticks = np.unique(np.linspace(0, len(run.layers) - 1, min(5, len(run.layers))).astype(int))
             axes.set_xticks(ticks, [engineering(run.layers[i]["step"], 0) for i in ticks])
+            axes.set_xlabel("step", fontsize=8.5)
             axes.tick_params(labelsize=7.5)
             own.append(axes)
         figure.colorbar(image, ax=own, shrink=0.9)
@@ -304,20 +306,22 @@ def _draw_timelines(runs: Sequence[Run], file: Path) -> None:
 
     figure = new_figure(width=10.0, height=1.2 + 0.75 * len(runs))
     axes = figure.add_subplot()
+    factor, unit = clock_unit(max((span.end for run in runs for span in run.timeline.spans), default=0.0))
     for row, run in enumerate(runs):
         for span in run.timeline.spans:
-            axes.barh(row, span.end - span.begin, left=span.begin, height=0.5, color=_PARTS[span.kind][1])
+            place = {"width": (span.end - span.begin) * factor, "left": span.begin * factor}
+            axes.barh(row, **place, height=0.5, color=_PARTS[span.kind][1])
         drawn = run.timeline.drawn()
-        unusual = [one.hours for one in drawn if not one.routine]
+        unusual = [one.hours * factor for one in drawn if not one.routine]
         axes.plot(unusual, [row + 0.38] * len(unusual), "x", color="#c62828", markersize=5, clip_on=False)
-        stops = [one.hours for one in drawn if one.event == "stop"]
+        stops = [one.hours * factor for one in drawn if one.event == "stop"]
         axes.plot(stops, [row + 0.38] * len(stops), "s", color="#7a7a7a", markersize=4, clip_on=False)
-        saves = [one.hours for one in drawn if one.event == "save_committed"]
+        saves = [one.hours * factor for one in drawn if one.event == "save_committed"]
         axes.plot(saves, [row + 0.38] * len(saves), "|", color="#5a5a5a", markersize=5)
     shares = [f", goodput {run.timeline.goodput:.1%}" if run.timeline.goodput is not None else "" for run in runs]
     axes.set_yticks(range(len(runs)), [f"{run.name}{share}" for run, share in zip(runs, shares, strict=True)])
     axes.set_ylim(len(runs) - 0.4, -0.5)
-    axes.set_xlabel("hours since the first event", fontsize=8.5)
+    axes.set_xlabel(f"{unit} since the first event", fontsize=8.5)
     kinds = dict.fromkeys(span.kind for run in runs for span in run.timeline.spans)
     handles = [Patch(color=_PARTS[kind][1], label=_PARTS[kind][0]) for kind in kinds]
     axes.legend(handles=handles, frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))

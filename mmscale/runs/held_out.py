@@ -11,6 +11,14 @@ EVAL = "eval/"  # prefix of keys measured on held-out data, e.g. eval/loss/text
 VALIDATION = "validation/"  # follows EVAL for a set of `data.validation`, e.g. eval/validation/web/causal/loss/text
 
 
+# Figures in words, by their name and whether a modality or a task follows it.
+_MEASURES = {
+    ("loss", False): "loss per token",
+    ("loss", True): "loss per {} token",
+    ("bits_per_byte", True): "bits per byte of {}",
+    ("accuracy", True): "accuracy of {}",
+    ("z_loss", False): "z-loss",
+}
 ACCURACY = "accuracy/"  # prefix of the accuracies of tasks
 AUXILIARY = "auxiliary"  # in keys of reports, the stage whose routers decide; never in the metrics.jsonl of a main run
 
@@ -48,6 +56,12 @@ class HeldOut:
     def where(self) -> str:
         """The data and the routing mode, in words."""
         return f"{words_of(self.name) or 'held out'} ({self.how})"
+
+    @property
+    def measure(self) -> str:
+        """The figure in words: `loss per text token`."""
+        name, _, of = self.figure.partition("/")
+        return _MEASURES.get((name, bool(of)), self.figure).format(of)
 
     @classmethod
     def of(cls, key: str) -> HeldOut | None:

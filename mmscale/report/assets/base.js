@@ -48,8 +48,9 @@ function duration(hours) {
 // Hours in the unit that fits a range: [factor, name].
 const clockUnit = (range) => (range < 0.03 ? [3600, "s"] : range < 2 ? [60, "min"] : range < 96 ? [1, "h"] : [1 / 24, "d"]);
 
-function ticks(low, high, number) {
-  const raw = (high - low) / Math.max(1, number);
+// About `number` round values from low to high, at least `least` apart, and their distance.
+function ticks(low, high, number, least = 0) {
+  const raw = Math.max((high - low) / Math.max(1, number), least);
   if (!(raw > 0)) return [[low], 1];
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw * 0.999);

@@ -180,7 +180,8 @@ class Chart {
         el("text", { x: left - 7, y: y + 3.5, "text-anchor": "end" }, short(value, gap)));
     }
     const [factor, unit] = state.axis === "hours" ? clockUnit(this.x1 - this.x0) : [1, ""];
-    const [xs, step] = ticks(this.x0 * factor, this.x1 * factor, (right - left) / 90);
+    const least = state.axis === "step" ? 1 : 0;  // there is no half of a step
+    const [xs, step] = ticks(this.x0 * factor, this.x1 * factor, (right - left) / 90, least);
     for (const value of xs) {
       const x = this.sx(value / factor);
       svg.append(el("line", { x1: x, x2: x, y1: bottom, y2: bottom + 4, stroke: "var(--soft)" }),

@@ -110,3 +110,21 @@ def test_sample_rows_of_unit_range_and_of_nothing(tmp_path: Path) -> None:
 )
 def test_tick_labels_tell_ticks_apart(value: float, label: str) -> None:
     assert look.engineering(value, 0) == label
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"),
+    [(0.01, (36.0, "seconds")), (0.04, (2.4, "minutes")), (50.0, (50.0, "hours")), (240.0, (10.0, "days"))],
+)
+def test_times_have_the_unit_that_fits(hours: float, shown: tuple[float, str]) -> None:
+    factor, unit = look.clock_unit(hours)
+    assert (pytest.approx(hours * factor), unit) == shown
+
+
+@pytest.mark.parametrize("steps", [3, 60, 1200])
+def test_ticks_are_at_round_whole_steps(steps: int) -> None:
+    axes = look.new_figure(width=8.0, height=3.0).add_subplot()
+    axes.plot([1, steps], [0.0, 1.0])
+    look.whole_steps(axes)
+    (distance,) = {round(float(gap), 6) for gap in np.diff(axes.get_xticks())}
+    assert distance % 1 == 0 and str(int(distance)).rstrip("0") in ("1", "2", "5")

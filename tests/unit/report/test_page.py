@@ -490,29 +490,28 @@ def chromium() -> str:
     return found
 
 
+def opened(chromium: str, file: Path) -> subprocess.CompletedProcess[str]:
+    """A page as a browser without a network builds it, and what it logs."""
+    looks = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1300,900")
+    logs = (f"--user-data-dir={file.parent / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=3000")
+    command = [chromium, *looks, *logs, "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+
+
+def test_steps_have_no_halves(chromium: str, tmp_path: Path) -> None:
+    """A short run has fewer steps than a wide chart has room for ticks."""
+    file = tmp_path / "report.html"
+    file.write_text(written([make_run(tmp_path / "run", steps=3)], file))
+    (chart,) = re.findall(r'id="chart-lr".*?</svg>', opened(chromium, file).stdout, re.DOTALL)
+    assert re.findall(r'text-anchor="(?:middle|end)"[^>]*>([^<]*)<', chart)[-3:] == ["1", "2", "3"]
+
+
 def test_in_a_browser(chromium: str, tmp_path: Path) -> None:
     """Every figure is drawn against every axis, the mouse works, no name is looked up, no error is logged."""
     runs = [with_a_task(make_run(tmp_path / "run", resumed_at=20))]
     file = tmp_path / "report.html"
     file.write_text(written(runs, file).replace("</body>", CHECK))
-    ended = subprocess.run(
-        [
-            *(
-                chromium,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--window-size=1300,900",
-            ),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=3000"),
-            *("--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", file.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    ended = opened(chromium, file)
     assert "CONSOLE" not in ended.stderr, ended.stderr
     title = re.search(r"<title>(.*?)</title>", ended.stdout, re.DOTALL)
     assert title is not None

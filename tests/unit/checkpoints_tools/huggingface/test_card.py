@@ -48,7 +48,7 @@ def test_the_hub_reads_licence_tags_and_results(licence: str, tmp_path: Path) ->
     assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "text-generation", "tiny")
     assert data.tags == ["mixed-modal", "early-fusion", "mmscale"]
     found = {(one.dataset_type, one.metric_type, one.metric_name): one.metric_value for one in data.eval_results}
-    assert found == {("held-out", "loss", "loss"): 1.2346, ("web", "loss", "validation/web/loss"): 1.75}
+    assert found == {("held-out", "loss", "loss per token"): 1.2346, ("web", "loss", "loss per token"): 1.75}
     assert read.text.lstrip().startswith("# tiny, step 20")
 
 
@@ -69,8 +69,38 @@ def test_accuracies_are_no_losses_and_a_blend_is_named_whole(tmp_path: Path) -> 
     config = Config.model_validate(CONFIG.model_dump(exclude={"data"}) | {"data": {"blend": blend}})
     read = ModelCard(card(config, REPORT, run=tmp_path, step=20))
     kinds = {one.metric_name: one.metric_type for one in read.data.eval_results or ()}
-    assert kinds == {"loss": "loss", "accuracy/which": "accuracy"}
+    assert kinds == {"loss per token": "loss", "accuracy of which": "accuracy"}
     assert "- blend: data/a (weight 3), data/b (weight 1)\n" in read.text
+
+
+def test_results_and_counts_are_in_words(tmp_path: Path) -> None:
+    """No key of metrics.jsonl and no Python object; the z-loss, which is no result, is left out."""
+    figures = (
+        "loss",
+        "loss/text",
+        "causal/loss/image",
+        "source/a/loss",
+        "bits_per_byte/text",
+        "accuracy/which",
+        "z_loss",
+    )
+    line = {"step": 10, "attempt": 1} | {f"eval/{name}": 0.5 for name in figures}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    model = {"kind": "moma", "experts": {"counts": {"text": 2}}, **SHAPE}
+    config = Config.model_validate(CONFIG.model_dump(exclude={"model"}) | {"model": model})
+    data = REPORT["data"] | {"tokens": {"text": 13999, "image": 72064}}
+    read = ModelCard(card(config, REPORT | {"data": data}, run=tmp_path, step=20))
+    rows = [line.strip("| ").split(" | ")[:2] for line in read.text.splitlines() if line.endswith("| 0.5000 | 10 |")]
+    assert sorted(rows) == [
+        ["accuracy of which, batch routing", "held-out split"],
+        ["bits per byte of text, batch routing", "held-out split"],
+        ["loss per image token, causal routing", "held-out split"],
+        ["loss per text token, batch routing", "held-out split"],
+        ["loss per token, batch routing", "held-out split"],
+        ["loss per token, batch routing", "source a"],
+    ]
+    assert {one.metric_name for one in read.data.eval_results or ()} == {name for name, _ in rows}
+    assert "- tokens: 13,999 text + 72,064 image" in read.text
 
 
 @pytest.mark.parametrize("pictures", [True, False])

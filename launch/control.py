@@ -35,6 +35,7 @@ def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
     Raises:
         LaunchError: no job of this run runs or waits.
     """
+    records.check_folder(run)
     held = lease.owner(run)
     jobs = chain.keys(run)
     if held is not None and not held.job and (not jobs or run_lock.holder_lives(run, held) is not False):
@@ -176,6 +177,7 @@ def _changed(run: Path, planned: submit.Planned, *, yes: bool) -> list[str]:
 
 
 def _launch_folder(run: Path) -> Path:
+    records.check_folder(run)
     folder = records.latest(run)
     if folder is None:
         launched = "`mmscale launch CONFIG --cluster NAME`"

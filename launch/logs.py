@@ -33,6 +33,8 @@ def lines(
     Raises:
         LaunchError: there is no such log.
     """
+    if not follow:
+        records.check_folder(run)
     file = _file(run, rank=rank, attempt=attempt, job=job)
     if file is None and not follow:
         raise LaunchError(f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}")

@@ -26,6 +26,7 @@ from mmscale import bounded
 from mmscale.config import Config
 from mmscale.config.load import digest, dump
 from mmscale.errors import LaunchError, UsageError
+from mmscale.runs.folders import NAME_ANOTHER
 from mmscale.runtime.atomic_files import write_atomic
 from mmscale.runtime.environment import describe
 from mmscale.train.stages.table import MAIN, STAGES
@@ -235,6 +236,16 @@ def latest(run: Path) -> Path | None:
     """The newest launch folder of a run, or of a stage."""
     folders = [entry for entry in (run / FOLDER).glob("[0-9]*") if (entry / RECORD).is_file()]
     return max(folders, key=lambda entry: int(entry.name), default=None)
+
+
+def check_folder(run: Path) -> None:
+    """Refuse the folder of a run that does not exist.
+
+    Raises:
+        LaunchError: it does not.
+    """
+    if not run.is_dir():
+        raise LaunchError(f"there is no folder {run}", remedy=NAME_ANOTHER)
 
 
 def set_job(folder: Path, job: JobKey, *, log: str = "") -> None:

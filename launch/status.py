@@ -27,7 +27,7 @@ from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
 from mmscale.resilience import lease, run_lock
 from mmscale.runs.events import BEGINS, EARLY, EVENTS, ORDERLY_ENDS, read_events
-from mmscale.runs.metrics import METRICS
+from mmscale.runs.folders import NAME_ANOTHER, no_run
 from mmscale.runs.run_progress import RunProgress
 from mmscale.train.stages.table import STAGES, of_folder
 
@@ -159,8 +159,8 @@ def _said(error: Exception) -> str:
 
 def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     folder = records.latest(run)
-    if folder is None and not any((run / name).is_file() for name in ("config.yaml", METRICS, EVENTS)):
-        raise LaunchError(f"{run} is no run folder", remedy="name a folder run.dir/run.name")
+    if folder is None and (cause := no_run(run)):
+        raise LaunchError(cause, remedy=NAME_ANOTHER)
     events = read_events(run)
     progress = _progress(run)
     steps = _steps(run, folder)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmscale.cli.named_files import check_export, check_model, check_set
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
@@ -74,6 +75,8 @@ def to_hf(
     size = parse_integer(shard_size)
     if not isinstance(size, int) or size < 1:
         raise UsageError(f"--shard-size {shard_size!r} is not a number of bytes", remedy="write e.g. 5e9")
+    check_model(folder, step)
+    check_set(data)
     from mmscale.runtime.waiting import waiting
 
     with waiting("loading torch", enabled=not as_json) as tell:
@@ -133,6 +136,7 @@ def from_hf(
     Exports of to-hf are imported bit by bit; dense Qwen3, Qwen2 and Llama models can be a starting point. In place of
     safetensors the folder may hold a checkpoint of torchtitan or Megatron-LM, beside config.json and tokenizer.json.
     """
+    check_export(folder)
     from mmscale.runtime.waiting import waiting
 
     with waiting("loading torch", enabled=not as_json) as tell:

@@ -200,6 +200,8 @@ def inspect(
     """
     from mmscale.runs.events import EVENTS
 
+    if sample is None and split != "train":
+        raise UsageError(f"--split {split} is the split of --sample, which is not given", remedy="add --sample N")
     if (folder / EVENTS).is_file() and sample is None and not held_out:
         sources = _sources_of(folder)
         emit(sources, as_json=as_json, text=lambda: _print_sources(sources))
@@ -239,7 +241,7 @@ def verify(
     from mmscale.data.prepared import neighbours, selection
     from mmscale.data.prepared.manifest import read_manifest
 
-    read_manifest(folder)
+    read_manifest(folder, setting="the path")
     wanted = digests.read(folder)
     if wanted is not None:
         wanted |= selection.digests_of(folder) | neighbours.digests_of(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmscale.errors import DataError, UsageError
+from mmscale.errors import CheckpointError, DataError
 
 
 def existing(file: Path, *, what: str = "file", whose: str = "") -> Path:
@@ -23,22 +23,33 @@ def existing(file: Path, *, what: str = "file", whose: str = "") -> Path:
     return file
 
 
-def check_run(run: Path, step: int | None) -> None:
-    """Refuse a run without the checkpoint that a command reads.
+def check_model(folder: Path, step: int | None = None) -> None:
+    """Refuse a folder that is neither an export nor a run with the checkpoint that a command reads.
 
     Args:
-        run: its folder.
+        folder: of a run or an export.
         step: of the checkpoint; None: the newest.
 
     Raises:
-        UsageError: there is no such folder.
-        CheckpointError: the run has no checkpoint, or none of this step.
+        CheckpointError: there is no such folder, or no such checkpoint in it.
     """
     from mmscale.checkpoint.layout import Store
 
-    if not run.is_dir():
-        raise UsageError(f"there is no folder {run}", remedy="name the folder of a run (run.dir/run.name), or an export")
-    Store.of_run(run).choose(step)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}", remedy="name a folder run.dir/run.name, or an export")
+    if not (folder / "config.json").is_file():
+        Store.of_run(folder).choose(step)
+
+
+def check_export(folder: Path) -> None:
+    """Refuse a folder that holds no model of Hugging Face's format.
+
+    Raises:
+        CheckpointError: it, or its config.json, is missing.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing", remedy="name a Hugging Face folder on this machine")
 
 
 def check_set(folder: Path | None) -> None:

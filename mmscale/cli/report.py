@@ -35,8 +35,10 @@ def report(
     """Show runs on one HTML page: losses, optimization, throughput, routing, layers, data, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
+    from mmscale.runs.folders import check_runs
     from mmscale.runtime.waiting import waiting
 
+    check_runs([*runs, *([baseline] if baseline else [])])
     with waiting(f"loading what {out} needs", enabled=not as_json) as tell:
         written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, tell, baseline=baseline, png=png)
     emit(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmscale.cli import ranks
-from mmscale.cli.named_files import existing
+from mmscale.cli.named_files import check_model, existing
 from mmscale.cli.output import Json, emit
 from mmscale.cli.sampled import Drawn, Made, recognised, show, written
 from mmscale.cli.train import split_step
@@ -144,6 +144,7 @@ def sample(
     path, step = split_step(model)
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
+    check_model(path, step)
     if routing == "batch" and (path / "config.json").is_file():
         raise UsageError(
             "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"

@@ -18,7 +18,7 @@ import typer
 
 from mmscale.cli import ranks
 from mmscale.cli.data_neighbours import given_neighbours
-from mmscale.cli.named_files import existing
+from mmscale.cli.named_files import check_model, check_set, existing
 from mmscale.cli.output import Json, Overrides, console, emit, pairs
 from mmscale.cli.stage import FromScratch, OfStage, StageName
 from mmscale.errors import TrainingError, UsageError
@@ -93,6 +93,8 @@ def train(
         assert nproc is not None
         entry.preflight(loaded, world_size=nproc, yes=yes)  # printed once here instead of by every rank
         raise typer.Exit(_start_ranks(nproc, main_run, entry))
+    if env.world_size == 1:
+        entry.preflight(loaded, world_size=1, yes=yes)  # a wrong path is named before torch has been loaded
     with Waiting("loading torch and megatron-core", enabled=env.is_first) as starting:
         from mmscale.train import run
 
@@ -176,6 +178,8 @@ def evaluate(
     folder, step = split_step(run)
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
+    check_model(folder, step)
+    check_set(data)
     questions, others = _tasks(task or [])
     tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
     own_tasks = [name for name in others if name in EVAL_TASKS]

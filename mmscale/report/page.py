@@ -17,7 +17,6 @@ from typing import Any
 
 import orjson
 
-from mmscale.errors import UsageError
 from mmscale.report import facts
 from mmscale.report.accuracy_charts import guessing_of
 from mmscale.report.axes import axes_of, clock_of, first_time
@@ -30,8 +29,8 @@ from mmscale.report.figures import run_names
 from mmscale.report.history import Floats, History, read
 from mmscale.report.layers import BYTES, layers_of
 from mmscale.report.timeline import Goodput, Timeline, timeline_of
-from mmscale.runs.events import BEGINS, EVENTS, read_events
-from mmscale.runs.metrics import METRICS
+from mmscale.runs.events import BEGINS, read_events
+from mmscale.runs.folders import check_runs
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
 _EVENTS_SHOWN = 200
@@ -75,13 +74,9 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
     Raises:
         UsageError: a folder is not a run.
     """
+    check_runs(runs)
     found = []
     for name, path in zip(run_names(runs), runs, strict=True):
-        if not any((path / file).is_file() for file in (METRICS, EVENTS, "config.yaml")):
-            raise UsageError(
-                f"report: {path} has no {METRICS}, {EVENTS} or config.yaml, so it is no run folder",
-                remedy="name a folder that `mmscale train` wrote",
-            )
         history, events = read(path), read_events(path)
         clock = clock_of(history, events)
         begin = first_time(events, clock=clock)

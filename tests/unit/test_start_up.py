@@ -78,17 +78,50 @@ def test_commands_and_checks_before_a_start_need_no_torch() -> None:
     }
 
 
-def test_a_command_says_what_it_is_doing(tmp_path: Path) -> None:
-    lines = {
-        f"report {tmp_path}/none": "loading what report.html needs ...",
-        f"convert to-hf {tmp_path}/none {tmp_path}/out": "loading torch ...",
-        f"eval {tmp_path}/none": "loading torch and megatron-core ...",
-        f"train configs/quickstart.yaml data.path={tmp_path}/none": "loading torch and megatron-core ...",
-        f"sample {tmp_path}/none --prompt x": "loading torch and transformers ...",
-    }
-    command = [sys.executable, "-c", COMMANDS, ";".join(lines)]
+def commands(*lines: str, then: str = "") -> list[str]:
+    """What each command prints to stderr, all of them in one new process, and what the code after them prints."""
+    command = [sys.executable, "-c", COMMANDS + then, ";".join(lines)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2])
     parts = ended.stderr.split("$ ")[1:]
     assert len(parts) == len(lines), ended.stderr
-    for part, (line, words) in zip(parts, lines.items(), strict=True):
+    return parts
+
+
+def test_a_command_says_what_it_is_doing(tmp_path: Path) -> None:
+    """Of a run whose only checkpoint is empty; of a report that cannot be written."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    lines = {
+        f"report {run} --out {run}/config.yaml/report.html": "loading what ",
+        f"convert to-hf {run} {tmp_path}/out": "loading torch ...",
+        f"eval {run}": "loading torch and megatron-core ...",
+        f"sample {run} --prompt x": "loading torch and transformers ...",
+    }
+    for part, (line, words) in zip(commands(*lines), lines.items(), strict=True):
         assert words in part and "error: " in part, (line, part)
+
+
+def test_a_wrong_path_is_named_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Loading takes seconds, minutes on a busy machine, and what the user typed needs none of it."""
+    none = tmp_path / "none"
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    lines = {
+        f"report {none}": f"there is no folder {none}",
+        f"report {tmp_path}/run": "is no run folder",
+        f"eval {none}": f"there is no folder {none}",
+        f"eval {tmp_path}": "holds no committed checkpoint",
+        f"eval {tmp_path}/run@7": "has no checkpoint of step 7",
+        f"eval {tmp_path}/run --data {none}": "or correct --data",
+        f"sample {none} --prompt x": f"there is no folder {none}",
+        f"convert to-hf {none} {tmp_path}/out": f"there is no folder {none}",
+        f"convert to-hf {tmp_path}/run {tmp_path}/out --data {none}": "or correct --data",
+        f"convert from-hf {none} {tmp_path}/new": f"{none}/config.json is missing",
+        f"train configs/quickstart.yaml data.path={none}": "or correct data.path",
+        f"train configs/quickstart.yaml data.path={none} --stage auxiliary": "or correct data.path",
+    }
+    loaded = "\nprint('torch' in sys.modules, file=sys.stderr)"
+    parts = commands(*lines, then=loaded)
+    for part, (line, words) in zip(parts, lines.items(), strict=True):
+        assert words in part and "error: " in part and "loading" not in part, (line, part)
+    assert parts[-1].split()[-1] == "False"

@@ -53,7 +53,7 @@ def summary(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the data set is missing, unfinished or damaged.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, setting="the path")
     text = open_text_tokenizer(folder)
     ranges = dict(zip(manifest.modalities, manifest.ranges, strict=True))
     facts = content_facts(folder, manifest)
@@ -85,7 +85,7 @@ def lines(folder: Path, split: str) -> Iterator[str]:
     Raises:
         DataError: the data set is missing or damaged, or there is no such split.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, setting="the path")
     if split not in manifest.splits:
         raise DataError(f"data: {folder} has no split {split!r}", remedy=f"one of {', '.join(manifest.splits)}")
     text = open_text_tokenizer(folder)
@@ -191,7 +191,7 @@ def draw_sample(folder: Path, index: int, out: Path, *, split: str = TRAIN, neig
     Raises:
         DataError: the data set is missing or damaged, or there is no such document, or it has no neighbours.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, setting="the path")
     part, position = _locate(folder, manifest, split, index)
     ids = read_document(folder, part, position)
     before = _neighbours(folder, manifest, split, index)[:neighbours] if neighbours else []

@@ -39,7 +39,7 @@ def settings_like(folder: Path) -> list[str]:
     Raises:
         DataError: it is missing or damaged.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, setting="--like")
     ranges = zip(manifest.modalities, manifest.ranges, strict=True)
     modalities = [
         {"name": name, "size": end - start} | ({"marks": True} if name in manifest.marked else {})

@@ -26,7 +26,7 @@ from mmscale import bounded
 from mmscale.config import Config
 from mmscale.config.load import digest, dump
 from mmscale.errors import LaunchError, UsageError
-from mmscale.runs.folders import NAME_ANOTHER
+from mmscale.runs.is_run import NAME_ANOTHER
 from mmscale.runtime.atomic_files import write_atomic
 from mmscale.runtime.environment import describe
 from mmscale.train.stages.table import MAIN, STAGES

@@ -27,7 +27,7 @@ from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
 from mmscale.resilience import lease, run_lock
 from mmscale.runs.events import BEGINS, EARLY, EVENTS, ORDERLY_ENDS, read_events
-from mmscale.runs.folders import NAME_ANOTHER, no_run
+from mmscale.runs.is_run import NAME_ANOTHER, no_run
 from mmscale.runs.run_progress import RunProgress
 from mmscale.train.stages.table import STAGES, of_folder
 

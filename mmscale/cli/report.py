@@ -35,7 +35,7 @@ def report(
     """Show runs on one HTML page: losses, optimization, throughput, routing, layers, data, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
-    from mmscale.runs.folders import check_runs
+    from mmscale.runs.is_run import check_runs
     from mmscale.runtime.waiting import waiting
 
     check_runs([*runs, *([baseline] if baseline else [])])

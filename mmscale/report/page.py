@@ -30,7 +30,7 @@ from mmscale.report.history import Floats, History, read
 from mmscale.report.layers import BYTES, layers_of
 from mmscale.report.timeline import Goodput, Timeline, timeline_of
 from mmscale.runs.events import BEGINS, read_events
-from mmscale.runs.folders import check_runs
+from mmscale.runs.is_run import check_runs
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
 _EVENTS_SHOWN = 200

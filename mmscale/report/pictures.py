@@ -309,8 +309,8 @@ def _draw_timelines(runs: Sequence[Run], file: Path) -> None:
     factor, unit = clock_unit(max((span.end for run in runs for span in run.timeline.spans), default=0.0))
     for row, run in enumerate(runs):
         for span in run.timeline.spans:
-            place = {"width": (span.end - span.begin) * factor, "left": span.begin * factor}
-            axes.barh(row, **place, height=0.5, color=_PARTS[span.kind][1])
+            width = (span.end - span.begin) * factor
+            axes.barh(row, width, left=span.begin * factor, height=0.5, color=_PARTS[span.kind][1])
         drawn = run.timeline.drawn()
         unusual = [one.hours * factor for one in drawn if not one.routine]
         axes.plot(unusual, [row + 0.38] * len(unusual), "x", color="#c62828", markersize=5, clip_on=False)

@@ -35,6 +35,10 @@ def report(
     """Show runs on one HTML page: losses, optimization, throughput, routing, layers, data, faults, settings."""
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"--out {out}: a report is .html or .png", remedy="write --out report.html")
+    blocked = out if out.is_dir() else next((place for place in out.parents if place.is_file()), None)
+    if blocked is not None:
+        what = "folder" if blocked == out else "file"
+        raise UsageError(f"--out {out}: {blocked} is a {what}", remedy="name another place, e.g. --out report.html")
     from mmscale.runs.is_run import check_runs
     from mmscale.runtime.waiting import waiting
 

@@ -144,7 +144,6 @@ def sample(
     path, step = split_step(model)
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
-    check_model(path, step)
     if routing == "batch" and (path / "config.json").is_file():
         raise UsageError(
             "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"
@@ -163,6 +162,7 @@ def sample(
     holes = _holes(infill, mask, pictures=len(files), others=others)
     if draw and begin:
         raise UsageError("--draw and --begin are both given", remedy="give one of them")
+    check_model(path, step)
     with contextlib.ExitStack() as stack:
         tell = stack.enter_context(waiting("loading torch and transformers", enabled=shows))
         from mmscale.inference.generate import Sampling

@@ -178,9 +178,9 @@ def evaluate(
     folder, step = split_step(run)
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
+    questions, others = _tasks(task or [])
     check_model(folder, step)
     check_set(data)
-    questions, others = _tasks(task or [])
     tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
     own_tasks = [name for name in others if name in EVAL_TASKS]
     for use in tasks:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from mmscale.errors import (
 )
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.runtime.waiting import Waiting
-from mmscale.train.stages.table import STAGES
+from mmscale.train.stages.table import STAGES, Stage
 from tests.support import spoken
 
 CONFIG = """
@@ -189,7 +190,8 @@ def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         (("data", "prepare", "--out", "d"), "neither a SPEC.yaml nor --documents", "--documents FILE.jsonl"),
         (("bench", "data", "--foo", "3"), "bench data: no such option: --foo", "it takes --"),
         (("report", "x", "--out", "x.pdf"), "a report is .html or .png", "report.html"),
-        (("report", "x"), "x has no metrics.jsonl", "mmscale train"),
+        (("report", "x"), "there is no folder x", "run.dir/run.name"),
+        (("data", "inspect", "x", "--split", "val"), "--split val is the split of --sample", "add --sample N"),
     ],
 )
 def test_wrong_use(run: Run, arguments: tuple[str, ...], cause: str, remedy: str) -> None:
@@ -200,6 +202,14 @@ def test_wrong_use(run: Run, arguments: tuple[str, ...], cause: str, remedy: str
     assert cause in first
     assert second.startswith("  fix: ")
     assert remedy in second
+
+
+@pytest.mark.parametrize(("out", "cause"), [("file/b.html", "file is a file"), ("d.html", "d.html is a folder")])
+def test_a_report_that_cannot_be_written_is_refused_first(run: Run, out: str, cause: str) -> None:
+    Path("file").write_text("")
+    Path("d.html").mkdir()
+    status, _, err = run("report", "x", "--out", out)
+    assert (status, err.splitlines()[0]) == (2, f"error: --out {out}: {cause}")
 
 
 def test_bad_data_is_3(run: Run) -> None:
@@ -319,6 +329,8 @@ def test_eval_writes_the_routing_beside_every_number(
 
     monkeypatch.setitem(sys.modules, "mmscale.inference", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "mmscale.inference.evaluate", SimpleNamespace(evaluate_run=evaluate_run))
+    Path("runs/x/checkpoints/step_00000300").mkdir(parents=True)
+    shutil.copytree(Path(__file__).parent / "data/golden/format_1/set", "d")
     _, out, _ = run("eval", "runs/x@300", "--data", "d", "--batches", 2)
     assert ("these numbers use the future" in out) is sees_later_tokens and "sees_later_tokens" not in out
     assert seen == {"folder": Path("runs/x"), "step": 300, "data": Path("d"), "batches": 2, "routing": "batch"}
@@ -343,6 +355,7 @@ def test_train_ends_with_the_status_of_the_run(
     fake = SimpleNamespace(main=main)
     monkeypatch.setitem(sys.modules, "mmscale.train.run", fake)
     monkeypatch.setattr("mmscale.train.run", fake, raising=False)
+    monkeypatch.setattr(Stage, "preflight", lambda *_, **__: None)  # there is no data set either
     assert run("train", config, "--json", "--grace", 90) == (
         status,
         json.dumps({"run": "runs/tiny", "exit_status": status, "last": None}) + "\n",

@@ -212,6 +212,13 @@ def test_a_report_that_cannot_be_written_is_refused_first(run: Run, out: str, ca
     assert (status, err.splitlines()[0]) == (2, f"error: --out {out}: {cause}")
 
 
+@pytest.mark.parametrize("command", ["status", "logs", "stop", "resume"])
+def test_a_missing_run_is_named_by_every_command(run: Run, command: str) -> None:
+    status, _, err = run(command, "x")
+    assert status == 1
+    assert err.startswith("error: there is no folder x\n  fix: name a folder run.dir/run.name, which appears when")
+
+
 def test_bad_data_is_3(run: Run) -> None:
     status, _, err = run("data", "inspect", "nowhere")
     assert (status, err.splitlines()[0]) == (3, "error: data: there is no folder nowhere")

@@ -9,9 +9,8 @@ from mmscale.errors import UsageError
 from mmscale.runs.events import EVENTS
 from mmscale.runs.metrics import METRICS
 
-NAME_ANOTHER = (
-    "name a folder run.dir/run.name; it appears when the ranks of a run start; `mmscale status` lists all in runs/"
-)
+# A remedy. The user may have started the run a moment ago, while torch is loaded.
+NAME_ANOTHER = "name a folder run.dir/run.name, which appears when the ranks have started; `mmscale status` lists runs/"
 
 
 def no_run(folder: Path) -> str:

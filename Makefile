@@ -124,25 +124,30 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # The suite's ranks are forked processes that compute on the CPU, even on a machine with GPUs. GPU tests run afterwards.
-# Three streams run at once: tests/unit is one process, tests/slurm waits for SLURM more than it computes, the rest starts
-# ranks. The output of the first two comes after that of the rest. A stream for which PYTEST_ARGS choose no test (status 5)
+# Four streams run at once: tests/unit is one process, tests/slurm waits for SLURM more than it computes and is two, the rest
+# starts ranks. The output of the first three comes after that of the rest. A stream for which PYTEST_ARGS choose no test (status 5)
 # is no failure unless all have none. Each has a cache of its own, for instance for PYTEST_ARGS=--last-failed.
 UNIT_LOG := $(VENV)/tests-unit.log
 SLURM_LOG := $(VENV)/tests-slurm.log
+SLURM_TOO_LOG := $(VENV)/tests-slurm-too.log
+# These take as long as the other files of tests/slurm. Bridges of networks are counted on the whole machine, so the files
+# that make them are in one stream.
+SLURM_TOO := $(addprefix tests/slurm/test_,interruptions.py local_cluster.py slow_faults.py soak.py successors.py)
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS) -o cache_dir=.pytest_cache
 # Job control gives each a process group of its own; Ctrl-C and SIGTERM are passed on to all.
 pytest: $(STAMP) $(EVALS) $(TE)/.unpacked
-	@echo "tests/unit and tests/slurm run beside the other tests; their output comes last, and is in $(UNIT_LOG) and $(SLURM_LOG)"
+	@echo "tests/unit and tests/slurm run beside the other tests; their output comes last, and is in $(VENV)/tests-*.log"
 	@set -m; failed=5; export CUDA_VISIBLE_DEVICES=; \
 	  $(PYTEST)/unit tests/unit < /dev/null > $(UNIT_LOG) 2>&1 & unit=$$!; \
-	  $(PYTEST)/slurm tests/slurm < /dev/null > $(SLURM_LOG) 2>&1 & slurm=$$!; \
+	  $(PYTEST)/slurm tests/slurm $(SLURM_TOO:%=--ignore=%) < /dev/null > $(SLURM_LOG) 2>&1 & slurm=$$!; \
+	  $(PYTEST)/slurm-too $(SLURM_TOO) < /dev/null > $(SLURM_TOO_LOG) 2>&1 & too=$$!; \
 	  $(PYTEST)/rest --ignore=tests/unit --ignore=tests/slurm < /dev/null & rest=$$!; \
-	  for name in INT TERM; do trap "kill -$$name $$unit $$slurm $$rest 2>/dev/null || true" $$name; done; \
-	  for one in $$rest $$unit $$slurm; do \
+	  for name in INT TERM; do trap "kill -$$name $$unit $$slurm $$too $$rest 2>/dev/null || true" $$name; done; \
+	  for one in $$rest $$unit $$slurm $$too; do \
 	    status=0; wait $$one || status=$$?; \
 	    while kill -0 $$one 2>/dev/null; do wait $$one || status=$$?; done; \
 	    if (( status != 5 && (status || failed == 5) )); then failed=$$status; fi; \
-	  done; cat $(UNIT_LOG) $(SLURM_LOG); exit $$failed
+	  done; cat $(UNIT_LOG) $(SLURM_LOG) $(SLURM_TOO_LOG); exit $$failed
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null; then set -x; $(BIN)/python -m pytest tests/gpu; fi
 
 # The table of docs/results/durations.md: the same tests, one process at a time, and what each of them cost.
@@ -182,7 +187,7 @@ SECURITY := tests/unit/test_bounded.py tests/unit/test_wheel.py tests/unit/confi
 security: $(STAMP)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "exhaustive or not exhaustive" $(SECURITY)
 
-# The suite kills 10 times.
+# The suite kills 3 times.
 KILLS := 200
 soak: $(STAMP)
 	MMSCALE_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -W ignore tests/end_to_end/test_kills.py -k random
@@ -193,9 +198,9 @@ SEED ?= $(shell date +%s)
 chaos: $(STAMP)
 	MMSCALE_CHAOS=$(EVENTS) MMSCALE_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -q -W ignore tests/end_to_end/test_chaos.py
 
-# The suite preempts twice. Each preemption takes about twenty seconds.
+# `make test` preempts once, at a fixed step; `make test-all` twice at random. Each preemption takes about twenty seconds.
 preempted: $(STAMP)
-	MMSCALE_PREEMPTIONS=20 $(BIN)/python -m pytest -q -s -W ignore tests/slurm/test_preemptions.py
+	MMSCALE_PREEMPTIONS=20 $(BIN)/python -m pytest -q -s -W ignore -m exhaustive tests/slurm/test_preemptions.py
 
 # Compares with an undisturbed quickstart; the suite does the same with a tiny model.
 killed: quickstart

@@ -54,7 +54,7 @@ FOUR_RANKS: dict[str, dict[str, Any]] = {
 }
 EVERYTHING = "moma_depth_joint"
 # What every test run takes; the rest is exhaustive.
-PLAIN = {2: ("cp2_ep2", "cp2_loss_chunk"), 4: ("cp4", "cp2_tp2", "cp2_pp2")}
+PLAIN = {2: ("cp2_ep2", "cp2_loss_chunk"), 4: ("cp2_tp2", "cp2_pp2")}  # cp4: ranks without images, below
 LAYOUTS = {2: TWO_RANKS, 4: FOUR_RANKS}
 
 
@@ -91,7 +91,9 @@ def test_split_sequences_equal_one_process(references: References, world_size: i
     _run(references, EVERYTHING, tmp_path, world_size, list(PLAIN[world_size]))
 
 
-@pytest.mark.parametrize("model", ["moe_token_choice", "moma_token_choice_depth"])
+@pytest.mark.parametrize(
+    "model", [pytest.param("moe_token_choice", marks=pytest.mark.exhaustive), "moma_token_choice_depth"]
+)
 def test_token_choice_of_split_sequences(references: References, model: str, tmp_path: Path) -> None:
     """Experts keep their earliest tokens of the sequence, not of a rank's part; loads count once for each token."""
     _run(references, model, tmp_path, 2, ["cp2_ep2"])

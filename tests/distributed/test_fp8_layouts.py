@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from mmscale.checkpoint.manager import CheckpointManager
@@ -60,13 +61,21 @@ LAYOUTS: dict[str, tuple[tuple[dict[str, Any], int], ...]] = {
     "tensorwise": ((TP2, 1), ({}, 4)),
     "blockwise": ((TP2, 1), (EP2, 1)),
 }
+# What every test run takes: each recipe once, and every kind of parallelism with delayed scales.
+ALWAYS = {
+    "delayed": LAYOUTS["delayed"][:3],
+    "tensorwise": LAYOUTS["tensorwise"][:1],
+    "blockwise": LAYOUTS["blockwise"][:1],
+}
+REST = {recipe: layouts[len(ALWAYS[recipe]) :] for recipe, layouts in LAYOUTS.items()}
 # In 65,536 gradients of the wide model some are that near to the middle between two FP8 values: seen 4e-5.
 FIRST_NORM = {"blockwise": 3e-4}
 # Loss and gradient norm after four steps: seen up to 5e-4 and 2e-3; without FP8 they differ by 1.5e-3 and 4e-3.
 CLOSE = 3e-3
 
 
-def test_layouts_equal_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [ALWAYS, pytest.param(REST, marks=pytest.mark.exhaustive)], ids=["", "rest"])
+def test_layouts_equal_one_process(tmp_path: Path, chosen: dict[str, tuple[tuple[dict[str, Any], int], ...]]) -> None:
     """And they would not if ranks did not agree on amax."""
 
     def alone(ranks: RankEnv) -> None:
@@ -79,7 +88,7 @@ def test_layouts_equal_one_process(tmp_path: Path) -> None:
     def together(ranks: RankEnv) -> None:
         groups.start(ranks)
         references = {recipe: Trace(*map(tuple, json.loads((tmp_path / recipe).read_text()))) for recipe in LAYOUTS}
-        for recipe, layouts in LAYOUTS.items():
+        for recipe, layouts in chosen.items():
             for parallel, exact in layouts:
                 found = trace(fp8(recipe, parallel=parallel), ranks)
                 loss, norm = compare(_first(references[recipe], exact), _first(found, exact))
@@ -129,7 +138,8 @@ def _disagree(chunks: list[torch.nn.Module]) -> None:
         product.tp = SimpleNamespace(size=lambda: 1)  # type: ignore[assignment]
 
 
-def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ep", pytest.param("tp", marks=pytest.mark.exhaustive)])
+def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path, name: str) -> None:
     """Two steps, a checkpoint and two more are four in one go, bit for bit; one process reads what two have written."""
 
     def made(parallel: dict[str, Any]) -> Config:
@@ -137,27 +147,26 @@ def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path) -
 
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
-        for name, parallel in (("tp", TP2), ("ep", EP2)):
-            whole, halves = tmp_path / f"{name}_whole", tmp_path / f"{name}_halves"
-            uninterrupted = leg(made(parallel), whole, load=None, until=STEPS)
-            resumed = leg(made(parallel), halves, load=None, until=2) + leg(made(parallel), halves, load=2, until=STEPS)
-            assert resumed == uninterrupted, parallel
-            one, other = tensors(whole, STEPS), tensors(halves, STEPS)
-            assert largest_difference(one, other) == 0.0, parallel
-            scales = {name: value for name, value in one.items() if name.endswith(".fp8_state")}
-            assert scales["decoder.layers.3.mlp.experts.image.w2.fp8_state"].shape == (1 + HISTORY, 4, 5)
-            assert scales["decoder.layers.0.self_attention.linear_qkv.fp8_state"].shape == (1 + HISTORY, 1, 5)
-            assert all((value[0, :, [0, 1, 3]] != 1.0).all() for value in scales.values())
-            assert all(
-                ((value[2:] > 0).any(dim=1).sum(dim=0) == torch.tensor([4, 4, 0, 4, 0])).all()
-                for value in scales.values()
-            )
+        parallel = {"tp": TP2, "ep": EP2}[name]
+        whole, halves = tmp_path / "whole", tmp_path / "halves"
+        uninterrupted = leg(made(parallel), whole, load=None, until=STEPS)
+        resumed = leg(made(parallel), halves, load=None, until=2) + leg(made(parallel), halves, load=2, until=STEPS)
+        assert resumed == uninterrupted
+        one, other = tensors(whole, STEPS), tensors(halves, STEPS)
+        assert largest_difference(one, other) == 0.0
+        scales = {key: value for key, value in one.items() if key.endswith(".fp8_state")}
+        assert scales["decoder.layers.3.mlp.experts.image.w2.fp8_state"].shape == (1 + HISTORY, 4, 5)
+        assert scales["decoder.layers.0.self_attention.linear_qkv.fp8_state"].shape == (1 + HISTORY, 1, 5)
+        assert all((value[0, :, [0, 1, 3]] != 1.0).all() for value in scales.values())
+        assert all(
+            ((value[2:] > 0).any(dim=1).sum(dim=0) == torch.tensor([4, 4, 0, 4, 0])).all() for value in scales.values()
+        )
         groups.finalize()
 
     def alone(ranks: RankEnv) -> None:
         start(ranks)
-        written = tensors(tmp_path / "ep_halves", STEPS)
-        source = open_tensors(tmp_path / "ep_halves", STEPS)
+        written = tensors(tmp_path / "halves", STEPS)
+        source = open_tensors(tmp_path / "halves", STEPS)
         assert set(source.names()) == written.keys()
         assert not any("fp8" in name for name in source.names(weights=True)), "scales are no weights"
         for changed, taken in (
@@ -169,7 +178,7 @@ def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path) -
             collection = groups.initialize_layout(seed=changed.run.seed)
             parts = build(changed, collection)
             state = TrainState(parts.chunks, parts.optimizer)
-            _manager(tmp_path / "ep_halves").load(state, STEPS)
+            _manager(tmp_path / "halves").load(state, STEPS)
             found = scales_of(parts.chunks)
             assert bool(found) is (taken is not None)
             for scales in found:

@@ -91,30 +91,27 @@ EVERYTHING = "moma_depth_joint"
 ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
         EVERYTHING: (
-            *("tp2_recompute", "pp2_recompute", "ep2_recompute_selective"),
-            *("tp2_loss_chunks", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
+            *("tp2_recompute", "ep2_recompute_selective"),
+            *("pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
         ),
         # A tied output weight stands on two stages, and meets chunks in every layout, too.
-        "dense_tied": ("dp2", "tp2", "pp2", "tp2_loss_chunks", "pp2_interleaved_loss_chunks"),
-        "moe": ("tp2", "ep2"),
+        "dense_tied": ("tp2_loss_chunks", "pp2_interleaved_loss_chunks"),
+        "moe": ("ep2",),
         "moe_softmax": ("tp2",),
-        "moma_post": ("tp2", "pp2"),  # the paper's norms
+        "moma_post": ("tp2",),  # the paper's norms
         "moma_post_per_expert_shared": ("tp2", "ep2"),
         "moma_competitive": ("ep2",),
-        "mot": ("tp2", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
-        "mot_frozen": ("tp2", "pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
-        "moma_frozen": ("tp2_recompute", "ep2"),
+        "mot": ("tp2", "pp2_interleaved_loss_chunks"),
+        "mot_frozen": ("pp2_interleaved_loss_chunks", "dp2_overlap_loss_chunks"),
+        "moma_frozen": ("ep2",),
         "moma_untied": ("tp2_recompute", "ep2_recompute_selective"),
-        "mot_4t1i": (
-            *("tp2", "pp2_interleaved_loss_chunks", "ep2_recompute_selective"),
-            *("pp2_recompute", "dp2_overlap_loss_chunks"),
-        ),
-        "mot_4t1i_depth": ("tp2_recompute", "ep2"),
-        "mot_4t1i_token_choice": ("tp2", "ep2"),
-        "moma_token_choice": ("tp2", "pp2_interleaved_loss_chunks", "ep2_recompute_selective"),
-        "moe_token_choice": ("tp2", "ep2"),
-        "moma_token_choice_depth": ("tp2_recompute", "ep2"),
-        "moma_actual": ("tp2", "ep2"),
+        "mot_4t1i": ("tp2", "pp2_interleaved_loss_chunks", "ep2_recompute_selective"),
+        "mot_4t1i_depth": ("ep2",),
+        "mot_4t1i_token_choice": ("tp2",),
+        "moma_token_choice": ("pp2_interleaved_loss_chunks",),  # with tp and ep on four ranks
+        "moe_token_choice": ("ep2",),
+        "moma_token_choice_depth": ("tp2_recompute",),
+        "moma_actual": ("tp2",),
         "moma_actual_micro_batch": ("ep2",),
     },
     4: {
@@ -145,18 +142,34 @@ def test_four_ranks_equal_one_process(references: References, model: str, tmp_pa
     _run(references, model, tmp_path, 4, _chosen(model, FOUR_RANKS, 4, rest=False))
 
 
+def _with_rest(layouts: dict[int, dict[str, Any]], always: dict[int, tuple[str, ...]]) -> list[Any]:
+    """Names of layouts per number of ranks: those of every test run, and the exhaustive rest."""
+    rest = {size: tuple(name for name in layouts[size] if name not in always[size]) for size in layouts}
+    return [
+        *(pytest.param(size, names, id=str(size)) for size, names in always.items()),
+        *(
+            pytest.param(size, rest[size], id=f"{size}-rest", marks=pytest.mark.exhaustive)
+            for size in rest
+            if rest[size]
+        ),
+    ]
+
+
 UNEVEN: dict[int, dict[str, dict[str, Any]]] = {
     2: {"ep2": {"ep": 2}, "ep2_overlap_experts": {"ep": 2, "overlap_experts": True}},
     4: {"ep4": {"ep": 4}, "tp2_ep2": {"tp": 2, "ep": 2}, "pp2_ep2": {"pp": 2, "ep": 2, "recompute": "full"}},
 }
 
 
-@pytest.mark.parametrize("world_size", UNEVEN)
+UNEVEN_ALWAYS = {2: ("ep2", "ep2_overlap_experts"), 4: ("tp2_ep2",)}
+
+
+@pytest.mark.parametrize(("world_size", "names"), _with_rest(UNEVEN, UNEVEN_ALWAYS))
 def test_groups_that_expert_parallelism_does_not_divide(
-    references: References, world_size: int, tmp_path: Path
+    references: References, world_size: int, names: tuple[str, ...], tmp_path: Path
 ) -> None:
     """7 text experts and 1 image expert: ranks hold different numbers of each group, some none."""
-    _run(references, "moma_7t1i", tmp_path, world_size, UNEVEN[world_size])
+    _run(references, "moma_7t1i", tmp_path, world_size, {name: UNEVEN[world_size][name] for name in names})
 
 
 UNEQUAL_STAGES: dict[int, dict[str, dict[str, Any]]] = {
@@ -171,15 +184,22 @@ UNEQUAL_STAGES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", UNEQUAL_STAGES)
-def test_stages_of_unequal_numbers_of_layers(references: References, world_size: int, tmp_path: Path) -> None:
+UNEQUAL_ALWAYS = {2: ("pp2_interleaved",), 4: ("pp2_ep2",)}
+
+
+@pytest.mark.parametrize(("world_size", "names"), _with_rest(UNEQUAL_STAGES, UNEQUAL_ALWAYS))
+def test_stages_of_unequal_numbers_of_layers(
+    references: References, world_size: int, names: tuple[str, ...], tmp_path: Path
+) -> None:
     """Layers keep their numbers: every second one is a Mixture-of-Depths layer, whatever stage it is on."""
-    _run(references, "moma_five_layers", tmp_path, world_size, UNEQUAL_STAGES[world_size])
+    _run(
+        references, "moma_five_layers", tmp_path, world_size, {name: UNEQUAL_STAGES[world_size][name] for name in names}
+    )
 
 
 def test_fewer_key_value_heads_than_tensor_parallel_ranks(references: References, tmp_path: Path) -> None:
     """Ranks share the head."""
-    layouts = {name: TWO_RANKS[name] for name in ("tp2", "tp2_recompute")}
+    layouts = {name: TWO_RANKS[name] for name in ("tp2_recompute",)}
     _run(references, "moma_one_kv_head", tmp_path, 2, layouts)
 
 
@@ -189,12 +209,26 @@ ANSWERS = {
 }
 
 
+ANSWERS_ALWAYS = ("pp2_interleaved_loss_chunks", "ep2", "cp2")
+
+
 @pytest.mark.parametrize(
-    "model", ["moma_depth_joint", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("moma_actual", "moe"))]
+    ("model", "names"),
+    [
+        pytest.param("moma_depth_joint", ANSWERS_ALWAYS, id="moma_depth_joint"),
+        pytest.param(
+            "moma_depth_joint",
+            tuple(name for name in ANSWERS if name not in ANSWERS_ALWAYS),
+            id="moma_depth_joint-rest",
+            marks=pytest.mark.exhaustive,
+        ),
+        *(pytest.param(one, tuple(ANSWERS), id=one, marks=pytest.mark.exhaustive) for one in ("moma_actual", "moe")),
+    ],
 )
-def test_a_loss_on_answers_only(references: References, model: str, tmp_path: Path) -> None:
+def test_a_loss_on_answers_only(references: References, model: str, names: tuple[str, ...], tmp_path: Path) -> None:
     """Ranks, micro-batches and chunks have different numbers of trained labels, some none."""
-    _run(references, model, tmp_path, 2, ANSWERS, reserved=True, data={"document_multiple": 4}, micro_batch_size=1)
+    layouts = {name: ANSWERS[name] for name in names}
+    _run(references, model, tmp_path, 2, layouts, reserved=True, data={"document_multiple": 4}, micro_batch_size=1)
 
 
 MASKED = {
@@ -226,19 +260,33 @@ def test_every_model_under_every_layout(references: References, model: str, worl
     _run(references, model, tmp_path, world_size, _chosen(model, LAYOUTS[world_size], world_size, rest=True))
 
 
-@pytest.mark.parametrize("absent", ["image", pytest.param("text", marks=pytest.mark.exhaustive)])
-def test_a_modality_may_be_missing_in_a_micro_batch(references: References, absent: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("absent", "names"),
+    [
+        pytest.param("image", ("tp2", "ep2", "pp2_recompute"), id="image"),
+        pytest.param("image", ("pp2", "dp2_overlap"), id="image-rest", marks=pytest.mark.exhaustive),
+        pytest.param(
+            "text", ("tp2", "pp2", "ep2", "dp2_overlap", "pp2_recompute"), id="text", marks=pytest.mark.exhaustive
+        ),
+    ],
+)
+def test_a_modality_may_be_missing_in_a_micro_batch(
+    references: References, absent: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
     """Odd micro-batches lack a modality: its experts run on masked slots and every rank stays in the exchange."""
-    layouts = {name: TWO_RANKS[name] for name in ("tp2", "pp2", "ep2", "dp2_overlap", "pp2_recompute")}
-    _run(references, "moma", tmp_path, 2, layouts, absent=absent)
+    _run(references, "moma", tmp_path, 2, {name: TWO_RANKS[name] for name in names}, absent=absent)
 
 
-@pytest.mark.parametrize("model", ["moma_depth", "moma_actual", "moma_actual_micro_batch", "mot_4t1i"])
+@pytest.mark.parametrize(
+    "model",
+    ["moma_depth", "moma_actual", "mot_4t1i", pytest.param("moma_actual_micro_batch", marks=pytest.mark.exhaustive)],
+)
 def test_a_text_only_rank_neither_hangs_nor_loses_gradients(references: References, model: str, tmp_path: Path) -> None:
     """With two micro-batches a step, the rank with odd numbers never sees an image."""
     _run(references, model, tmp_path, 2, {"ep2": TWO_RANKS["ep2"]}, absent="image", micro_batch_size=4)
 
 
+@pytest.mark.exhaustive
 def test_bf16_layouts_follow_one_process(references: References) -> None:
     """bf16 with fp32 main parameters: DP, EP and PP round as one process does; TP rounds partial sums to 8 bits."""
     reference = references.get(config("moma_depth", dtype="bf16"))

@@ -77,17 +77,21 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[s
     return {name: number for name, number in found.items() if number}
 
 
-def test_same_layout_goes_on_exactly(tmp_path: Path) -> None:
+# Model, moments, dtype and layout.
+SAME: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("moma_depth_joint", "fp8_coat", "fp32", {}),
+    ("moma", "bf16", "bf16", {"ep": 2}),
+    ("mot", "fp8_coat", "bf16", {"tp": 2}),  # gate and up projections of each modality, shared by ranks
+]
+SAME_TOO: list[tuple[str, str, str, dict[str, Any]]] = [("moma", "fp8_coat", "bf16", {"tp": 2})]
+
+
+@pytest.mark.parametrize("cases", [SAME, pytest.param(SAME_TOO, marks=pytest.mark.exhaustive)], ids=["", "more"])
+def test_same_layout_goes_on_exactly(tmp_path: Path, cases: list[tuple[str, str, str, dict[str, Any]]]) -> None:
     """Also with a joint run's routers, whose optimizer is another one, and with bf16 weights."""
 
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
-        cases: list[tuple[str, str, str, dict[str, Any]]] = [
-            ("moma_depth_joint", "fp8_coat", "fp32", {}),
-            ("moma", "fp8_coat", "bf16", {"tp": 2}),
-            ("moma", "bf16", "bf16", {"ep": 2}),
-            ("mot", "fp8_coat", "bf16", {"tp": 2}),  # gate and up projections of each modality, shared by ranks
-        ]
         for number, (model, moments, dtype, parallel) in enumerate(cases):
             config = made(model, moments, dtype=dtype, parallel=parallel)
             whole, halves = tmp_path / f"{number}_whole", tmp_path / f"{number}_halves"

@@ -86,6 +86,7 @@ def test_the_stage_ends_with_routers_thresholds_and_a_report(staged: Staged) -> 
     assert again.status == 0 and "is done" in again.err, again
 
 
+@pytest.mark.exhaustive
 def test_a_killed_stage_goes_on_to_the_same_end(
     staged: Staged, config: Path, main_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

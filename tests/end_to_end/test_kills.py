@@ -1,6 +1,6 @@
 """Ranks are killed, stopped and refused their storage at every moment, and the run ends with the same numbers.
 
-MMSCALE_KILLS=200 (`make soak`) for more than the 10 random kills of every run of the suite.
+MMSCALE_KILLS=200 (`make soak`) for more than the 3 random kills of every run of the suite.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests import shared_memory
 from tests.end_to_end.lives import Life
 from tests.end_to_end.test_train import EXACT
 
-KILLS = int(os.environ.get("MMSCALE_KILLS", "10"))
+KILLS = int(os.environ.get("MMSCALE_KILLS", "3"))
 STEPS = 24
 
 

@@ -38,6 +38,7 @@ def configurable(cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_preemptions_at_random_moments(jobs: Jobs, configurable: Cluster, reference: list[dict[str, Any]]) -> None:
     moments = random.Random(SEED)
     run = jobs.launch(slow_s=0.3)

@@ -31,7 +31,7 @@ def mmscale(*arguments: str) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_an_array_makes_what_one_process_makes(cluster: Cluster, profile: Path, tmp_path: Path, killed: bool) -> None:
     spec, out = tmp_path / "spec.yaml", tmp_path / "array"
     spec.write_text(SPEC % corpus(tmp_path / "in", 60))

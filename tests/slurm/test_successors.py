@@ -103,7 +103,11 @@ def test_a_node_dies_where_no_job_comes_back(jobs: Jobs, cluster: Cluster, lost:
 
 @pytest.mark.parametrize(
     ("failure", "end", "state"),
-    [("", ("COMPLETED", 0), "stopped"), ("1", ("FAILED", 1), "crashed"), ("KILL", ("FAILED", 137), "crashed")],
+    [
+        ("", ("COMPLETED", 0), "stopped"),
+        pytest.param("1", ("FAILED", 1), "crashed", marks=pytest.mark.exhaustive),
+        ("KILL", ("FAILED", 137), "crashed"),
+    ],
 )
 def test_stop_ends_the_chain(jobs: Jobs, failure: str, end: tuple[str, int], state: str) -> None:
     """It is no success if the save fails."""

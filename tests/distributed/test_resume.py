@@ -146,12 +146,16 @@ SAME: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("moma_post_per_expert_shared", {"tp": 2}),
         ("moma", OVERLAPPED),
         ("moma_depth_joint", {"cp": 2, "ep": 2}),
-        ("moma_token_choice", {"ep": 2}),
     ],
     "bf16": [("moma_depth_joint", {"ep": 2})],
 }
 SAME_TOO: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "fp32": [("dense", {"tp": 2}), ("moma_depth", {"ep": 2}), ("moma_frozen", {"ep": 2})],
+    "fp32": [
+        ("dense", {"tp": 2}),
+        ("moma_depth", {"ep": 2}),
+        ("moma_frozen", {"ep": 2}),
+        ("moma_token_choice", {"ep": 2}),
+    ],
     "bf16": [("dense", {})],
 }
 

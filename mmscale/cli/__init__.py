@@ -24,6 +24,7 @@ from mmscale.cli import (
     data_neighbours,
     data_scores,
     data_weights,
+    evaluate,
     init,
     launch,
     log_level,
@@ -71,7 +72,7 @@ app.command("plan", epilog="Example: mmscale plan configs/moma_1b4_4t4i.yaml --g
     machine.plan
 )
 app.command("train", epilog="Example: mmscale train configs/quickstart.yaml train.steps=100 --nproc 2")(train.train)
-app.command("eval", epilog="Example: mmscale eval runs/quickstart@1200 --data data/digits")(train.evaluate)
+app.command("eval", epilog="Example: mmscale eval runs/quickstart@1200 --data data/digits")(evaluate.evaluate)
 app.command("sample", epilog="Example: mmscale sample runs/quickstart --prompt 'draw a seven' --out drawings")(
     sample.sample
 )

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli import ckpt_copies, ckpt_mirrors
+from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, console, emit, pairs, size
-from mmscale.cli.train import split_step
 from mmscale.errors import CheckpointError, UsageError
 
 app = typer.Typer(

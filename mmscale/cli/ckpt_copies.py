@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs, size
-from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 from mmscale.tables.settings import UNTIED
 

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.named_files import check_export, check_model, check_set
+from mmscale.cli.named_files import check_export, check_model, check_set, split_step
 from mmscale.cli.output import Json, emit, pairs
-from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 from mmscale.tables.routings import CAUSAL_ROUTINGS, meanings
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.data_weights import DataSet, Workers
+from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs
-from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 from mmscale.tables.routings import Routing
 from mmscale.tables.run_scores import RUN_SCORES

@@ -1,10 +1,12 @@
-"""Checks files and folders that a command line names, before a command loads torch and a model."""
+"""Reads and checks files and folders that a command line names, before a command loads torch and a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mmscale.errors import CheckpointError, DataError
+from mmscale.errors import CheckpointError, DataError, UsageError
+
+BEST = "best"  # after an @, instead of a step
 
 
 def existing(file: Path, *, what: str = "file", whose: str = "") -> Path:
@@ -62,3 +64,33 @@ def check_set(folder: Path | None) -> None:
 
     if folder is not None:
         read_manifest(folder, setting="--data")
+
+
+def split_step(text: str) -> tuple[Path, int | None]:
+    """`runs/x@100` -> (runs/x, 100); `runs/x@best` -> (runs/x, step of the best checkpoint).
+
+    Raises:
+        UsageError: the text after the @ is not a step.
+    """
+    folder, at, step = text.rpartition("@")
+    if not at:
+        return Path(text), None
+    if step.isdigit():
+        return Path(folder), int(step)
+    if step == BEST and not Path(text).exists():
+        return Path(folder), _best_of(Path(folder))
+    if "/" in step or Path(text).exists():  # the @ is part of the path
+        return Path(text), None
+    raise UsageError(f"{text}: {step!r} after the @ is not a step", remedy=f"write a number, e.g. {folder}@100")
+
+
+def _best_of(run: Path) -> int:
+    from mmscale.checkpoint.layout import Store
+
+    best = Store.of_run(run).best()
+    if best is None:
+        raise UsageError(
+            f"{run}@{BEST}: no checkpoint of this run is known to be the best one",
+            remedy="train with checkpoint.keep_best=eval/loss, or name a step",
+        )
+    return best

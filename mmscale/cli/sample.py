@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmscale.cli import ranks
-from mmscale.cli.named_files import check_model, existing
+from mmscale.cli.named_files import check_model, existing, split_step
 from mmscale.cli.output import Json, emit
 from mmscale.cli.sampled import Drawn, Made, recognised, show, written
-from mmscale.cli.train import split_step
 from mmscale.errors import UsageError
 from mmscale.runtime.waiting import waiting
 from mmscale.tables.routings import Routing, meanings

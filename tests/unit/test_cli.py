@@ -18,8 +18,8 @@ import typer
 from mmscale import __version__
 from mmscale.cli import app, main, ranks
 from mmscale.cli.bench import split_options
+from mmscale.cli.named_files import split_step
 from mmscale.cli.stage import StageName
-from mmscale.cli.train import split_step
 from mmscale.errors import (
     CheckpointError,
     ConfigError,

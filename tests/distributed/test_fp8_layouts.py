@@ -2,7 +2,9 @@
 
 Rounding to 3 bits is discontinuous: a sum whose last fp32 bit differs may fall on the next FP8 value, 6 % away, and
 Adam's first steps go by signs. So tensor parallelism, which sums in another order, is exact in its first step and close
-after some; where every rank multiplies the same numbers all steps are exact.
+after some. Data and expert parallelism sum gradients in another order: weights differ in their last bits after the first
+step, and two steps are exact on every processor (one had a gradient norm that differed by 8e-6 in the third). Pipeline
+stages multiply and sum the same numbers, so all steps are exact.
 """
 
 from __future__ import annotations
@@ -54,11 +56,11 @@ def with_recipe(made: Config, recipe: str, *, history: int = HISTORY) -> Config:
 
 
 TP2, EP2 = {"tp": 2}, {"ep": 2}
-# Steps that are exact, of four. Tensorwise scales are of all rows that an expert gets at once: under EP2 those of two
+# Steps that are exact, of three. Tensorwise scales are of all rows that an expert gets at once: under EP2 those of two
 # micro-batches, so that it is another computation there.
 LAYOUTS: dict[str, tuple[tuple[dict[str, Any], int], ...]] = {
-    "delayed": ((TP2, 1), (EP2, 4), ({"pp": 2}, 4), ({}, 4), ({"ep": 2, "overlap_experts": True}, 4)),
-    "tensorwise": ((TP2, 1), ({}, 4)),
+    "delayed": ((TP2, 1), (EP2, 2), ({"pp": 2}, 3), ({}, 2), ({"ep": 2, "overlap_experts": True}, 2)),
+    "tensorwise": ((TP2, 1), ({}, 2)),
     "blockwise": ((TP2, 1), (EP2, 1)),
 }
 # What every test run takes: each recipe once, and every kind of parallelism with delayed scales.
@@ -115,7 +117,7 @@ def test_token_choice_equals_one_process(tmp_path: Path) -> None:
     def together(ranks: RankEnv) -> None:
         groups.start(ranks)
         reference = Trace(*map(tuple, json.loads((tmp_path / "found").read_text())))
-        for parallel, exact in ((TP2, 1), (EP2, 4), ({"pp": 2}, 4)):
+        for parallel, exact in LAYOUTS["delayed"][:3]:
             found = trace(fp8("delayed", parallel=parallel, model="moma_token_choice"), ranks)
             loss, norm = compare(_first(reference, exact), _first(found, exact))
             assert loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE, (parallel, loss, norm)

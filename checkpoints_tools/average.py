@@ -83,7 +83,7 @@ class Mean:
         self.path = self._newest.path
         self.step = self._newest.step
         for other in sources[1:]:
-            _check_alike(sources[0], other)
+            check_alike(sources[0], other, remedy="average checkpoints of one model and one vocabulary")
         available = [set(source.names()) for source in sources]
         self._masters = {name for name in set.intersection(*available) if name.startswith(_MASTER)}
 
@@ -126,8 +126,17 @@ class Mean:
         return self._newest.objects()
 
 
-def _check_alike(one: TensorSource, other: TensorSource) -> None:
-    remedy = "average checkpoints of one model and one vocabulary"
+def check_alike(one: TensorSource, other: TensorSource, *, remedy: str) -> None:
+    """Refuse two sources that are not of one model.
+
+    Args:
+        one: a source.
+        other: another one.
+        remedy: of the error.
+
+    Raises:
+        CheckpointError: vocabularies, settings of the model, names, shapes or types differ.
+    """
     mine, theirs = one.info().get("shape", {}), other.info().get("shape", {})
     keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     if keys:

@@ -17,7 +17,8 @@ from mmscale.cli.output import Json, console, emit, pairs, size
 from mmscale.errors import CheckpointError, UsageError
 
 app = typer.Typer(
-    help="List, show, verify, sign, compare, prune, archive, restore, reshard, average, mirror and fetch checkpoints.",
+    help="List, show, verify, sign, compare, prune, archive, restore, reshard, average, fuse, mirror and fetch "
+    "checkpoints.",
     no_args_is_help=True,
 )
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
@@ -254,6 +255,9 @@ app.command("reshard", epilog="Example: mmscale ckpt reshard runs/big@9000 runs/
 )
 app.command("average", epilog="Example: mmscale ckpt average runs/a@800 runs/a@900 runs/a@1000 runs/mean")(
     ckpt_copies.average
+)
+app.command("fuse", epilog="Example: mmscale ckpt fuse runs/text@1000 runs/image@1000 runs/fused --steps 200")(
+    ckpt_copies.fuse
 )
 app.command("upcycle", epilog="Example: mmscale ckpt upcycle runs/1t1i@10000 runs/4t4i --experts text=4,image=4")(
     ckpt_copies.upcycle

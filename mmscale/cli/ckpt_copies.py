@@ -1,7 +1,7 @@
 """Commands that copy and combine checkpoints.
 
-`mmscale ckpt archive|restore|reshard|average|upcycle`: the commands that write new checkpoints from old ones. They
-parse and print; checkpoints_tools/copying.py, average.py and upcycle.py do the work.
+`mmscale ckpt archive|restore|reshard|average|fuse|upcycle`: the commands that write new checkpoints from old ones. They
+parse and print; checkpoints_tools/copying.py, average.py, fuse.py and upcycle.py do the work.
 """
 
 from __future__ import annotations
@@ -100,6 +100,34 @@ def average(
     *checkpoints, out = paths
     result = averaging.average([split_step(path) for path in checkpoints], Path(out), ema=ema)
     _emit(result, as_json=as_json)
+
+
+def fuse(
+    text: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT[@STEP]", help="The text model: a run and optionally a step of it, an archive, or an export."
+        ),
+    ],
+    image: Annotated[str, typer.Argument(metavar="IMAGE[@STEP]", help="The image model, likewise.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a new run.")],
+    average: Annotated[
+        bool, typer.Option("--average", help="Write the mean of all weights instead of a Mixture-of-Transformers.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, show_default="the text model's", help="train.steps of the new run."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fuse a text model and an image model of one shape into one with weights for each modality.
+
+    Text tokens have the weights of the text model, all others those of the image model. The result has no optimizer
+    state. Any layout can train it.
+    """
+    from checkpoints_tools import fuse as fusing
+
+    _emit(fusing.fuse(split_step(text), split_step(image), out, average=average, steps=steps), as_json=as_json)
 
 
 def upcycle(
@@ -225,6 +253,9 @@ def _emit(result: dict[str, Any], *, as_json: bool) -> None:
     ]
     if "coefficients" in result:
         facts.append(("coefficients", ", ".join(f"{count:.4g}" for count in result["coefficients"])))
+    if "fused" in result:
+        facts.append(("fused as", result["fused"]))
+        facts.append(("continues", f"{result['next']}: {result['steps']} steps, without optimizer state"))
     if "experts" in result:
         facts.append(("experts", ", ".join(f"{count} of {name}" for name, count in result["experts"].items())))
         facts.append(("computes the same", result["preserves"]))

@@ -42,7 +42,7 @@ NOT_RUN = {
         f"ckpt {name}": "a trained run"
         for name in ("list", "show", "verify", "sign", "diff", "prune", "archive", "restore")
     },
-    **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "upcycle", "restore-bad", "sign")},
+    **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "fuse", "upcycle", "restore-bad", "sign")},
     **{f"ckpt {name}": "an object store" for name in ("mirror", "fetch")},
     **{f"convert {name}": "a trained run" for name in ("to-hf", "from-hf")},
     **{f"bench {benchmark.name}": "takes minutes, or a GPU" for benchmark in _BENCHMARKS},

@@ -1,0 +1,243 @@
+"""Fuses a text model and an image model of one shape (JAM, arXiv 2309.15564).
+
+As a Mixture-of-Transformers (arXiv 2411.04996): the weights of every layer become those of the text modality, or of
+the other ones. Embedding and output layer have rows of each model by id. A sequence of text tokens alone then has
+exactly the text model's hidden states and logits of text ids, and a sequence of image tokens alone those of the image
+model. The FLOPs are those of one model. Or as the mean of all weights, JAM's uniform baseline.
+
+The norm before the output layer is shared, so its weight is the text model's, and the other model's rows of the output
+layer are multiplied by the quotient of the two norms' weights.
+
+The result is a checkpoint of step 0 with weights only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.average import Mean, check_alike
+from checkpoints_tools.huggingface import from_hf
+from checkpoints_tools.huggingface.export_settings import CONFIG as HF_CONFIG
+from checkpoints_tools.sources import open_source, summary
+from mmscale.checkpoint import rewrite, run_folder
+from mmscale.checkpoint.integrity import CheckpointManifest
+from mmscale.checkpoint.settings import config_of
+from mmscale.checkpoint.shape import shape_of
+from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of, unknown_tensor
+from mmscale.config import Config, rules
+from mmscale.config.load import digest
+from mmscale.errors import CheckpointError, UsageError, shell_command
+from mmscale.layers import LayerTensor, TensorPart, model_tensors
+from mmscale.runtime.environment import code_version
+from mmscale.tables.settings import UNTIED
+
+Named = tuple[Path, int | None]  # a run's folder (or an archive, or an export) and a step
+_REMEDY = "fuse models of one configuration, which differ in their training data only"
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_NORM = "decoder.final_layernorm.weight"
+
+
+def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: int | None = None) -> dict[str, Any]:
+    """Write the fused model as the checkpoint of a new run.
+
+    Args:
+        text: the model of the first modality: a run and step, an archive, or a Hugging Face folder (step None).
+        image: the model of all other modalities.
+        out: the folder of the new run.
+        average: the mean of all weights instead of a Mixture-of-Transformers.
+        steps: `train.steps` of the new run; None: the text model's.
+
+    Returns:
+        A summary of the new checkpoint, and `fused` (how), `steps` and `next`.
+
+    Raises:
+        UsageError: both names are the same.
+        CheckpointError: one is missing or damaged, or not of a dense model without Mixture-of-Depths; shapes,
+            vocabularies or tokenizers differ; `out` has checkpoints.
+        ConfigError: the new model breaks a rule between settings.
+    """
+    run_folder.refuse_checkpoints(out)
+    if text == image:
+        raise UsageError(f"both models are {text[0]}", remedy="name a text model and an image model")
+    with _opened(text) as one, _opened(image) as other:
+        check_alike(one, other, remedy=_REMEDY)
+        tokenizers = _tokenizers(one, other)
+        old = config_of(one.info(), where=one.path)
+        _check(old, one)
+        new = _settings(old, untie=not average, steps=steps)
+        weights = Mean([one, other], [0.5, 0.5]) if average else FusedWeights(one, other, old, new)
+        how = "average" if average else "Mixture-of-Transformers"
+        origin = origin_of("fuse", [one, other], fused=how)
+        for parent, (path, _) in zip(origin["parents"], (text, image), strict=True):
+            parent["path"] = str(path)  # not that of an imported export
+        made = rewrite.into_run(
+            FusedBeginning(weights, new, tokenizers), out, origin=origin, weights=True, code_version=code_version()
+        )
+    return summary(made) | {
+        "fused": how,
+        "steps": new.train.steps,
+        "next": shell_command("train", out / "config.yaml", "checkpoint.allow_missing=true"),
+    }
+
+
+@contextlib.contextmanager
+def _opened(named: Named) -> Iterator[TensorSource]:
+    """The tensors of a run, an archive or a Hugging Face folder; the latter is imported for the time being."""
+    path, step = named
+    if not (path / HF_CONFIG).is_file():
+        yield open_source(path, step)
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}-") as folder:
+        from_hf.import_(path, Path(folder) / "run")
+        yield open_source(Path(folder) / "run", 0)
+
+
+def _tokenizers(one: TensorSource, other: TensorSource) -> dict[str, str]:
+    """Fingerprints of the tokenizers of both models, by modality."""
+    mine, theirs = one.info().get("tokenizers", {}), other.info().get("tokenizers", {})
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] != theirs[name]:
+            raise CheckpointError(
+                f"{one.path} and {other.path} have different tokenizers of {name}: the same id stands for something "
+                "else",
+                remedy="train both on data that was prepared with the same tokenizers",
+            )
+    return {**theirs, **mine}
+
+
+def _check(old: Config, source: TensorSource) -> None:
+    """Refuse models that are not plain dense ones."""
+    model = old.model
+    for key, wrong in (
+        (f"model.kind = {model.kind}", model.has_experts),
+        ("model.depth", model.depth is not None),
+        (f"model.untie = [{', '.join(model.untie)}]", bool(model.untie)),
+    ):
+        if wrong:
+            raise CheckpointError(
+                f"{source.path} has {key}, but only plain dense models can be fused",
+                remedy="fuse dense models first; `mmscale ckpt upcycle` then makes experts",
+            )
+
+
+def _settings(old: Config, *, untie: bool, steps: int | None) -> Config:
+    settings = old.model_dump(mode="json")
+    if untie:
+        # Rows of a tied output layer would be those of the embedding, which the quotient of norms must not change.
+        settings["model"] |= {"untie": list(UNTIED), "tie_embeddings": False}
+    settings["train"]["steps"] = steps or old.train.steps
+    new = Config.model_validate(settings)
+    rules.check(new)
+    return new
+
+
+class FusedWeights:
+    """The weights of the Mixture-of-Transformers, made as they are read.
+
+    Args:
+        text: of the first modality's model.
+        image: of the others'.
+        old: their configuration.
+        new: that of the fused model.
+
+    Raises:
+        CheckpointError: the weight of the text model's last norm is zero somewhere.
+    """
+
+    def __init__(self, text: TensorSource, image: TensorSource, old: Config, new: Config) -> None:
+        self.path = text.path
+        self._text, self._image, self._old = text, image, old
+        self._first, (_, self._begin) = new.vocab.names[0], new.vocab.ranges[0]
+        self._tensors = {tensor.name: tensor for tensor in model_tensors(new)}
+        if not text.read(_NORM).all():
+            raise CheckpointError(
+                f"{text.path}: {_NORM} has a zero, by which the output layer of {image.path} cannot be divided",
+                remedy="use another checkpoint, or --average",
+            )
+
+    def names(self, *, weights: bool = False) -> list[str]:
+        """Names of all weights, sorted; there is no optimizer."""
+        return sorted(self._tensors)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Shape and type of a weight."""
+        if name not in self._tensors:
+            raise unknown_tensor(name, self.names(), where=self.path)
+        tensor = self._tensors[name]
+        return TensorEntry(name, tensor.shape, self._text.entry(self._tied(tensor)).dtype)
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A weight, or a box of it."""
+        tensor, tied = self._tensors[name], self._tied(self._tensors[name])
+        whole = (self._text if tensor.modality in (None, self._first) else self._image).read(tied)
+        if tensor.part in (TensorPart.EMBEDDING, TensorPart.OUTPUT):
+            whole = self._rows(tied, quotient=tensor.part is TensorPart.OUTPUT)
+        return whole if region is None else whole[tuple(region)].clone()
+
+    def objects(self) -> dict[str, bytes]:
+        """Serialized objects of the text model, without those of linears that are untied."""
+        gone = [f".{t.name.rpartition('.')[0].partition('layers.')[2].partition('.')[2]}." for t in self._untied()]
+        return {name: value for name, value in self._text.objects().items() if not any(one in name for one in gone)}
+
+    def _untied(self) -> list[LayerTensor]:
+        return [tensor for tensor in self._tensors.values() if tensor.untied]
+
+    def _tied(self, tensor: LayerTensor) -> str:
+        """The name that a weight has in both models."""
+        if tensor.untied:
+            return f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight"
+        return _EMBEDDING if tensor.part is TensorPart.OUTPUT and self._old.model.tie_embeddings else tensor.name
+
+    def _rows(self, name: str, *, quotient: bool) -> Tensor:
+        """Rows of the text model up to its last id, then those of the image model."""
+        own, other = self._text.read(name), self._image.read(name)[self._begin :]
+        if quotient:
+            norms = self._image.read(_NORM).double() / self._text.read(_NORM).double()
+            other = (other.double() * norms).to(own.dtype)
+        return torch.cat((own[: self._begin], other))
+
+
+class FusedBeginning:
+    """A run that has not begun, with some weights (a `TensorSource`).
+
+    Args:
+        weights: of the model.
+        config: of the new run.
+        tokenizers: fingerprints of the tokenizers that the weights belong to.
+    """
+
+    def __init__(self, weights: FusedWeights | Mean, config: Config, tokenizers: dict[str, str]) -> None:
+        self.path, self.step = weights.path, 0
+        self._weights, self._config, self._tokenizers = weights, config, tokenizers
+        self.entry, self.read, self.objects = weights.entry, weights.read, weights.objects
+
+    def names(self, *, weights: bool = False) -> list[str]:
+        """Names of the weights; there is nothing else."""
+        return [name for name in self._weights.names(weights=True) if not name.startswith(OPTIMIZER)]
+
+    def info(self) -> dict[str, Any]:
+        """The content of mmscale.json."""
+        return {
+            "shape": shape_of(self._config),
+            "config": self._config.model_dump(mode="json"),
+            "config_digest": digest(self._config),
+            "attempt": 1,
+            **({"tokenizers": self._tokenizers} if self._tokenizers else {}),
+        }
+
+    def manifest(self) -> CheckpointManifest:
+        """Its origin is added when it is written."""
+        return CheckpointManifest(
+            step=0, attempt=1, config_digest=digest(self._config), code_version=code_version(), topology={}, files={}
+        )
+
+    def common(self) -> dict[str, Any]:
+        """Counters of a run that has not begun."""
+        return {"progress": {"step": 0, "sequences": 0, "tokens": 0, "modality_tokens": {}}}

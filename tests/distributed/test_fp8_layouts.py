@@ -2,9 +2,9 @@
 
 Rounding to 3 bits is discontinuous: a sum whose last fp32 bit differs may fall on the next FP8 value, 6 % away, and
 Adam's first steps go by signs. So tensor parallelism, which sums in another order, is exact in its first step and close
-after some. Data and expert parallelism sum gradients in another order: weights differ in their last bits after the first
-step, and two steps are exact on every processor (one had a gradient norm that differed by 8e-6 in the third). Pipeline
-stages multiply and sum the same numbers, so all steps are exact.
+after some. Data and expert parallelism sum gradients in another order: weights differ in their last bits after the
+first step, and two steps are exact on every processor (on one, the norm of the third differed by 8e-6). Pipeline stages
+multiply and sum the same numbers, so all steps are exact.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmscale.config.derived import SOURCE
+from mmscale.config.derived import CONDITIONAL, SOURCE
 from mmscale.tables.routings import CAUSAL_ROUTINGS
 
 EVAL = "eval/"  # prefix of keys measured on held-out data, e.g. eval/loss/text
@@ -17,6 +17,7 @@ _MEASURES = {
     ("loss", True): "loss per {} token",
     ("bits_per_byte", True): "bits per byte of {}",
     ("accuracy", True): "accuracy of {}",
+    ("conditional_loss", True): "loss per token of {}",
     ("z_loss", False): "z-loss",
 }
 ACCURACY = "accuracy/"  # prefix of the accuracies of tasks
@@ -61,6 +62,7 @@ class HeldOut:
     def measure(self) -> str:
         """The figure in words: `loss per text token`."""
         name, _, of = self.figure.partition("/")
+        of = of.replace("_given_", " given ") if self.figure.startswith(CONDITIONAL) else of
         return _MEASURES.get((name, bool(of)), self.figure).format(of)
 
     @classmethod

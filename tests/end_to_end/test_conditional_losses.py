@@ -84,7 +84,8 @@ def test_a_run_and_its_export_report_them(config: Path, tmp_path: Path) -> None:
     ok("convert", "to-hf", run, export)
     card = (export / "README.md").read_text()
     for pair in PAIRS:
-        assert f"| `conditional_loss/{pair}` | {last[f'eval/conditional_loss/{pair}']:.4f} | 2 |" in card
+        value = f"{last[f'eval/conditional_loss/{pair}']:.4f}"
+        assert f"| loss per token of {pair.replace('_', ' ')} | held-out split | {value} | 2 |" in card
     found = json.loads(ok("eval", export, "--json"))
     assert conditional(found) == pytest.approx(conditional(json.loads(ok("eval", run, "--json"))), rel=2e-6)
     assert "conditional_perplexity/image_given_text" in ok("eval", export)

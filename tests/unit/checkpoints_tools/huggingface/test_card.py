@@ -82,6 +82,7 @@ def test_results_and_counts_are_in_words(tmp_path: Path) -> None:
         "source/a/loss",
         "bits_per_byte/text",
         "accuracy/which",
+        "conditional_loss/text_given_image",
         "z_loss",
     )
     line = {"step": 10, "attempt": 1} | {f"eval/{name}": 0.5 for name in figures}
@@ -96,6 +97,7 @@ def test_results_and_counts_are_in_words(tmp_path: Path) -> None:
         ["bits per byte of text, batch routing", "held-out split"],
         ["loss per image token, causal routing", "held-out split"],
         ["loss per text token, batch routing", "held-out split"],
+        ["loss per token of text given image, batch routing", "held-out split"],
         ["loss per token, batch routing", "held-out split"],
         ["loss per token, batch routing", "source a"],
     ]

@@ -174,7 +174,7 @@ def test_starting_anew_among_old_checkpoints(trained: Path, config: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "status", "cause"),
-    [("{}/nothing", 4, "is not a run folder"), ("{}/tiny@9", 4, "no checkpoint of step 9"), ("{}/tiny@x", 2, "'x'")],
+    [("{}/nothing", 4, "there is no folder"), ("{}/tiny@9", 4, "no checkpoint of step 9"), ("{}/tiny@x", 2, "'x'")],
 )
 def test_no_checkpoint_for_eval(trained: Path, text: str, status: int, cause: str) -> None:
     assert_says(mmscale("eval", text.format(trained)), status=status, cause=cause, remedy=".")

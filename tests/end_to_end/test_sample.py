@@ -251,7 +251,7 @@ def test_recognition_counts_every_digit_that_was_asked_for(exported: Path, tmp_p
         (("tiny-hf", "--prompt", "a", "--routing", "batch"), 2, "batch routing needs a run", "--routing causal"),
         (("bare", "--prompt", "a", "--routing", "causal"), 4, "has no auxiliary routers", "--stage auxiliary"),
         (("bare", "--prompt", "a", "--guidance", "2"), 2, "--guidance: not with batch routing", "--stage auxiliary"),
-        (("nothing", "--prompt", "a"), 4, "is not a run folder", "mmscale train"),
+        (("nothing", "--prompt", "a"), 4, "there is no folder", "run.dir/run.name"),
     ],
 )
 def test_refused(

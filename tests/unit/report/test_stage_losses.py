@@ -18,7 +18,6 @@ from mmscale.report.compare import compare
 from mmscale.report.facts import losses, notes, results
 from mmscale.report.history import read
 from mmscale.runs.held_out import AUXILIARY, HeldOut
-from mmscale.tables.routings import CAUSAL_ROUTINGS
 from mmscale.train.log.metrics_log import MetricsLog
 from mmscale.train.stages.origin import main_origin
 from mmscale.train.stages.stage_report import report_of
@@ -90,7 +89,7 @@ def test_losses_on_other_data_stand_beside_no_others(tmp_path: Path) -> None:
     said = notes({"run": run}, {"run": read(run)}, {"run": {}})
     assert any("measured on other data (data/other) and are not shown here" in note for note in said)
     table = losses_table(config_of(Way()), run, STEPS)
-    assert "causal/loss" not in table and "measured on other data (data/other)" in table
+    assert "causal routing |" not in table and "measured on other data (data/other)" in table
     add_stage(run, main_step=STEPS, other_data=[])
     assert any("causal" in name for name in losses(read(run)))
     assert "other data" not in losses_table(config_of(Way()), run, STEPS)
@@ -108,12 +107,14 @@ def test_every_way_has_its_rows(tmp_path: Path, way: Way) -> None:
     assert wanted == {line.label.partition(", ")[2] for line in chart.lines if line.points}
 
     table = losses_table(config_of(way), run, STEPS)
-    rows = {line.split("`")[1]: line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| `")}
-    causal = {name for name in rows if name.partition("/")[0] in CAUSAL_ROUTINGS}
-    assert {name.partition("/")[0] for name in causal} == {*way.along, *(["causal"] if way.stage else [])}
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| loss")]
+    rows = {(measured, data): value for measured, data, value, _ in cells}
+    routings = {measured.partition(", ")[2].removesuffix(" routing") for measured, _ in rows}
+    assert routings == {"batch", *way.along, *(["causal"] if way.stage else [])}
     if way.stage:  # the stage's routers are exported, also where a joint run has some of its own
-        assert rows["causal/loss"] == "1.7500" and rows["validation/web/causal/loss"] == "1.7500"
-    assert "batch routing" in table and rows["loss"] == "2.0250"
+        causal = "loss per token, causal routing"
+        assert rows[causal, "held-out split"] == rows[causal, "validation web"] == "1.7500"
+    assert rows["loss per token, batch routing", "held-out split"] == "2.0250"
 
     base = run_of(tmp_path / "base", Way(along=way.along), base=1.9)
     config = base / "config.yaml"
@@ -130,7 +131,8 @@ def test_a_run_that_trained_on_says_of_which_step_the_stage_is(tmp_path: Path) -
     assert losses(history)["held out (causal routing, auxiliary stage), step 33"]["loss per token"] == "1.7500"
     assert len(history) == STEPS and history.attempt == 1
     assert "causal" not in losses_table(config_of(Way()), run, STEPS).split("\n\n")[0]
-    assert "| `causal/loss` | 1.7500 | 33 |" in losses_table(config_of(Way()), run, 33)
+    row = "| loss per token, causal routing | held-out split | 1.7500 | 33 |"
+    assert row in losses_table(config_of(Way()), run, 33)
 
 
 def test_a_stage_of_another_checkpoint_counts_for_nothing(tmp_path: Path) -> None:

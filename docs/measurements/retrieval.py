@@ -1,0 +1,102 @@
+"""Held-out loss with 0, 1, 2 and random neighbours on made-up facts: the table of docs/retrieval.md.
+
+    python docs/measurements/retrieval.py FOLDER STEPS SEEDS
+
+It writes 9,000 documents about 3,000 persons, prepares them, finds their neighbours, trains a small model with and
+without neighbours for each seed, and evaluates each run four times. The table goes to the terminal and to
+FOLDER/retrieval.json.
+"""
+
+import json
+import logging
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+PERSONS, DOCUMENTS, FACTS = 3000, 3, 3
+SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+PHRASES = {
+    "town": ("lives in {}", "has a house in {}", "comes home to {}"),
+    "craft": ("works as a {}", "earns money as a {}", "learned to be a {}"),
+    "dish": ("likes to eat {}", "cooks {} every week", "never refuses {}"),
+    "animal": ("keeps a {}", "walks with a {}", "looks after a {}"),
+    "friend": ("knows {}", "often meets {}", "writes letters to {}"),
+}
+CONFIG = {
+    "vocab": {"modalities": [{"name": "text", "size": 512}, {"name": "image", "size": 16}], "pad_multiple": 16},
+    "model": {
+        "kind": "dense",
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 2,
+        "seq_length": 160,
+    },
+    "train": {"micro_batch_size": 8, "global_batch_size": 8, "eval_every": 0},
+    "optim": {"lr": 5e-3, "min_lr": 0, "warmup": 30, "schedule": "linear"},
+    "precision": {"dtype": "fp32"},
+    "checkpoint": {"every": 1000, "keep": 1},
+}
+
+
+def word(rng: random.Random, syllables: int) -> str:
+    """A made-up word."""
+    return "".join(rng.choice(SYLLABLES) for _ in range(syllables))
+
+
+def write_documents(file: Path) -> None:
+    """Three documents about each person, with three of five facts each."""
+    rng = random.Random(0)
+    with file.open("w") as stream:
+        for person in range(PERSONS):
+            name = f"{word(rng, 3).title()} {word(rng, 3).title()}"
+            facts = {kind: word(rng, 4) for kind in PHRASES}
+            for number in range(DOCUMENTS):
+                kinds = rng.sample(sorted(PHRASES), FACTS)
+                said = [rng.choice(PHRASES[kind]).format(facts[kind]) for kind in kinds]
+                text = f"{name} {', '.join(said[:-1])} and {said[-1]}."
+                record = {"id": f"{person}-{number}", "content": [{"type": "text", "text": text}]}
+                stream.write(json.dumps(record) + "\n")
+
+
+def mmscale(*arguments: object) -> dict:
+    """The result of a command."""
+    command = [sys.executable, "-m", "mmscale", *map(str, arguments), "--json"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(out[out.index("{") :])
+
+
+def measure(folder: Path, steps: int, seeds: int) -> dict:
+    """Losses by training and evaluation, one for each seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    documents, data, config = folder / "facts.jsonl", folder / "data", folder / "config.yaml"
+    write_documents(documents)
+    config.write_text(json.dumps(CONFIG | {"data": {"path": str(data)}, "run": {"dir": str(folder / "runs")}}))
+    if not data.exists():
+        mmscale("data", "prepare", config, "--documents", documents, "--out", data, "data.prepare.held_out=0.05")
+    log.info("%s", mmscale("data", "retrieve", data))
+    found: dict = {}
+    for seed in range(seeds):
+        for most in (2, 0):
+            name = f"neighbours-{most}-seed-{seed}"
+            settings = (f"run.name={name}", f"run.seed={seed}", f"data.retrieval.neighbours={most}")
+            mmscale("train", config, *settings, f"train.steps={steps}")
+            for wanted in ("0", "1", "2", "random"):
+                loss = mmscale("eval", folder / "runs" / name, "--neighbours", wanted)["loss"]
+                found.setdefault(f"trained with up to {most}", {}).setdefault(wanted, []).append(loss)
+                log.info("%s %s %.4f", name, wanted, loss)
+    return found
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    place = Path(sys.argv[1])
+    result = measure(place, steps=int(sys.argv[2]), seeds=int(sys.argv[3]))
+    (place / "retrieval.json").write_text(json.dumps(result, indent=1))
+    for run, rows in result.items():
+        for wanted, losses in rows.items():
+            spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+            log.info("%s | evaluated with %s | %.3f ± %.3f", run, wanted, statistics.mean(losses), spread)

@@ -128,11 +128,11 @@ def test_planting_changes_no_other_document(planted: dict[str, Path], digits: Pa
     assert not {one.text for one in other} & {one.text for one in canaries(settings)}
 
 
-def test_bad_settings_are_refused(digits: Path, tmp_path: Path) -> None:
+def test_bad_settings_are_refused(planted: dict[str, Path], tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "d.jsonl", records())
     ended = mmscale(
         "data", "prepare", "--documents", file, "--out", tmp_path / "x", "data.prepare.canaries.copies=[2,2]"
     )
     assert_says(ended, status=2, cause="one of them twice", remedy="name each number once")
-    ended = mmscale("eval", tmp_path, "--task", "memorization")
+    ended = mmscale("eval", planted["run"], "--task", "memorization")
     assert ended.status == 2 and "memorization" in ended.err

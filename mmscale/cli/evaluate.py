@@ -78,7 +78,8 @@ def evaluate(
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
     questions, others = _tasks(task or [])
-    check_model(folder, step)
+    if not ranks.is_shared(nproc):
+        check_model(folder, step)
     check_set(data)
     tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
     own_tasks = [name for name in others if name in EVAL_TASKS]

@@ -51,6 +51,11 @@ def starts_ranks(nproc: int | None) -> bool:
     return True
 
 
+def is_shared(nproc: int | None) -> bool:
+    """Whether this process is one of several ranks that share a model. They agree on what to read, and rank 0 reads."""
+    return not starts_ranks(nproc) and shared(nproc) is not None
+
+
 def own_rank(nproc: int | None) -> RankEnv:
     """The rank of this process. `--nproc 1` is a single rank, in any job."""
     if nproc == 1 and os.environ.get("MMSCALE_LAUNCHER") != "local":

@@ -161,7 +161,8 @@ def sample(
     holes = _holes(infill, mask, pictures=len(files), others=others)
     if draw and begin:
         raise UsageError("--draw and --begin are both given", remedy="give one of them")
-    check_model(path, step)
+    if not ranks.is_shared(nproc):
+        check_model(path, step)
     with contextlib.ExitStack() as stack:
         tell = stack.enter_context(waiting("loading torch and transformers", enabled=shows))
         from mmscale.inference.generate import Sampling

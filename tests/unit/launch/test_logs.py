@@ -42,6 +42,9 @@ def test_the_jobs_own_log_is_that_of_this_runs_task_and_of_its_newest_job_that_h
     waiting.mkdir()
     records.set_job(waiting, records.JobKey("9"), log=str(waiting / "submitit" / "9_0_log.out"))
     assert list(logs.lines(tmp_path / "two", job=True)) == ["job of two\n"]
+    with pytest.raises(LaunchError, match="there is no folder"):
+        list(logs.lines(tmp_path / "three", job=True))
+    (tmp_path / "three").mkdir()
     with pytest.raises(LaunchError, match="has no log of its job"):
         list(logs.lines(tmp_path / "three", job=True))
 

@@ -25,14 +25,12 @@ from torch import Tensor
 from checkpoints_tools.average import Mean, check_alike
 from checkpoints_tools.huggingface import from_hf
 from checkpoints_tools.huggingface.export_settings import CONFIG as HF_CONFIG
+from checkpoints_tools.new_run import NewRun
 from checkpoints_tools.sources import open_source, summary
 from mmscale.checkpoint import rewrite, run_folder
-from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.settings import config_of
-from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of, unknown_tensor
 from mmscale.config import Config, rules
-from mmscale.config.load import digest
 from mmscale.errors import CheckpointError, UsageError, shell_command
 from mmscale.layers import LayerTensor, TensorPart, model_tensors
 from mmscale.runtime.environment import code_version
@@ -204,7 +202,7 @@ class FusedWeights:
         return torch.cat((own[: self._begin], other))
 
 
-class FusedBeginning:
+class FusedBeginning(NewRun):
     """A run that has not begun, with some weights (a `TensorSource`).
 
     Args:
@@ -214,30 +212,10 @@ class FusedBeginning:
     """
 
     def __init__(self, weights: FusedWeights | Mean, config: Config, tokenizers: dict[str, str]) -> None:
-        self.path, self.step = weights.path, 0
-        self._weights, self._config, self._tokenizers = weights, config, tokenizers
+        super().__init__(weights.path, config, tokenizers)
+        self._weights = weights
         self.entry, self.read, self.objects = weights.entry, weights.read, weights.objects
 
     def names(self, *, weights: bool = False) -> list[str]:
         """Names of the weights; there is nothing else."""
         return [name for name in self._weights.names(weights=True) if not name.startswith(OPTIMIZER)]
-
-    def info(self) -> dict[str, Any]:
-        """The content of mmscale.json."""
-        return {
-            "shape": shape_of(self._config),
-            "config": self._config.model_dump(mode="json"),
-            "config_digest": digest(self._config),
-            "attempt": 1,
-            **({"tokenizers": self._tokenizers} if self._tokenizers else {}),
-        }
-
-    def manifest(self) -> CheckpointManifest:
-        """Its origin is added when it is written."""
-        return CheckpointManifest(
-            step=0, attempt=1, config_digest=digest(self._config), code_version=code_version(), topology={}, files={}
-        )
-
-    def common(self) -> dict[str, Any]:
-        """Counters of a run that has not begun."""
-        return {"progress": {"step": 0, "sequences": 0, "tokens": 0, "modality_tokens": {}}}

@@ -32,13 +32,11 @@ from checkpoints_tools.huggingface.files import ModelFiles, WeightsByName, refus
 from checkpoints_tools.huggingface.model_config import model_config
 from checkpoints_tools.huggingface.verify import Digests, check_digests, check_shapes, check_values, is_weights
 from checkpoints_tools.huggingface.weights import Move, moves, target_shapes
+from checkpoints_tools.new_run import NewRun
 from mmscale import bounded
 from mmscale.checkpoint import integrity, rewrite, run_folder
-from mmscale.checkpoint.integrity import CheckpointManifest
-from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, unknown_tensor
 from mmscale.config import Config
-from mmscale.config.load import digest
 from mmscale.data.modalities.text_tokens import FILE as TOKENIZER_FILE
 from mmscale.data.modalities.text_tokens import FOLDER as TOKENIZER_FOLDER
 from mmscale.data.modalities.text_tokens import TextTokenizer
@@ -113,7 +111,7 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
     }
 
 
-class HfTensors:
+class HfTensors(NewRun):
     """The tensors that a checkpoint would have, computed from a folder (a `TensorSource`).
 
     Args:
@@ -127,8 +125,8 @@ class HfTensors:
     def __init__(
         self, folder: Path, files: WeightsByName, listed: Sequence[Move], config: Config, *, tokenizers: dict[str, str]
     ) -> None:
-        self.path, self.step = folder, 0
-        self._files, self._config, self._tokenizers = files, config, tokenizers
+        super().__init__(folder, config, tokenizers)
+        self._files = files
         self._moves = {move.source: move for move in listed}
         self._entries = {name: self._measured(move) for name, move in self._moves.items()}
 
@@ -155,27 +153,6 @@ class HfTensors:
         move = self._moves[name]
         whole = move.join([self._files.read(target) for target in move.targets])
         return whole if region is None else whole[tuple(region)].clone()
-
-    def info(self) -> dict[str, Any]:
-        """The content of mmscale.json."""
-        config = self._config
-        return {
-            "shape": shape_of(config),
-            "config": config.model_dump(mode="json"),
-            "config_digest": digest(config),
-            "attempt": 1,
-            **({"tokenizers": self._tokenizers} if self._tokenizers else {}),
-        }
-
-    def manifest(self) -> CheckpointManifest:
-        """Its origin; the folder's files are not hashed."""
-        return CheckpointManifest(
-            step=0, attempt=1, config_digest=digest(self._config), code_version=code_version(), topology={}, files={}
-        )
-
-    def common(self) -> dict[str, Any]:
-        """Counters of a run that has not begun."""
-        return {"progress": {"step": 0, "sequences": 0, "tokens": 0, "modality_tokens": {}}}
 
     def objects(self) -> dict[str, bytes]:
         """The empty extra states of megatron-core's linears, which it expects when they are loaded."""

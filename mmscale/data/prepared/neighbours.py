@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmscale import bounded
 from mmscale.data.arrays import read_array
 from mmscale.data.digests import Hasher
 from mmscale.data.prepared.folder_lock import held, write_error
+from mmscale.data.prepared.made_for import MadeFor, read_made_for
 from mmscale.data.prepared.manifest import TRAIN, Count, Inside
 from mmscale.errors import DataError, shell_command
 from mmscale.runtime.atomic_files import write_atomic
@@ -58,7 +58,7 @@ class NeighbourTable(_Entry):
         return self.digest[:_KEY]
 
 
-class NeighboursFile(_Entry):
+class NeighboursFile(MadeFor):
     """The content of neighbours/neighbours.json.
 
     Attributes:
@@ -68,11 +68,9 @@ class NeighboursFile(_Entry):
         made: arguments and findings of the command, for people.
     """
 
-    format: int
-    of: str
     columns: Annotated[int, Field(ge=1, le=MOST_COLUMNS)]
     splits: dict[str, NeighbourTable]
-    made: dict[str, Any] = {}
+    made: dict[str, Any] = Field(default_factory=dict)
 
 
 def read_neighbours(folder: Path, *, of: str | None = None) -> NeighboursFile | None:
@@ -85,18 +83,7 @@ def read_neighbours(folder: Path, *, of: str | None = None) -> NeighboursFile | 
     Raises:
         DataError: they are damaged, of another version, or were made for other documents.
     """
-    file = folder / FILE
-    try:
-        found = NeighboursFile.model_validate(bounded.read_json(file, most=_MOST_BYTES))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"data: {file} is damaged: {str(error).splitlines()[0]}", remedy=_again(folder)) from error
-    if found.format != _FORMAT:
-        raise DataError(f"data: {file} has format {found.format}, this version reads {_FORMAT}", remedy=_again(folder))
-    if of is not None and found.of != of:
-        raise DataError(f"data: {file} was made for other documents than {folder} has now", remedy=_again(folder))
-    return found
+    return read_made_for(NeighboursFile, folder / FILE, version=_FORMAT, most=_MOST_BYTES, of=of, remedy=_again(folder))
 
 
 def table_of(folder: Path, split: str, *, of: str) -> NeighbourTable:

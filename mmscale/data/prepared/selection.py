@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmscale import bounded
 from mmscale.data.arrays import read_array, scattered
 from mmscale.data.digests import digest_of
 from mmscale.data.prepared.folder_lock import held
+from mmscale.data.prepared.made_for import MadeFor, read_made_for
 from mmscale.data.prepared.manifest import Count, Inside, Manifest, Part, map_table
 from mmscale.errors import DataError
 from mmscale.runtime.atomic_files import publish, sync, temporary_for, write_atomic
@@ -60,7 +60,7 @@ class Layer(_Entry):
         return f"{self.name}-{self.digest[:_KEY]}"
 
 
-class SelectionFile(_Entry):
+class SelectionFile(MadeFor):
     """The content of selection/selection.json.
 
     Attributes:
@@ -72,8 +72,6 @@ class SelectionFile(_Entry):
         tokens: mean number of tokens of an epoch, by modality.
     """
 
-    format: int
-    of: str
     documents: Count
     layers: tuple[Layer, ...]
     kept: Count
@@ -101,18 +99,10 @@ def read_selection(folder: Path, *, of: str | None = None) -> SelectionFile | No
     Raises:
         DataError: it is damaged, of another version, or was made for other documents.
     """
-    file = folder / FILE
-    try:
-        found = SelectionFile.model_validate(bounded.read_json(file, most=_MOST_BYTES))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"data: {file} is damaged: {str(error).splitlines()[0]}", remedy=_remedy(folder)) from error
-    if found.format != _FORMAT:
-        raise DataError(f"data: {file} has format {found.format}, this version reads {_FORMAT}", remedy=_remedy(folder))
-    if of is not None and found.of != of:
-        raise DataError(f"data: {file} was made for other documents than {folder} has now", remedy=_remedy(folder))
-    return found if found.layers else None
+    found = read_made_for(
+        SelectionFile, folder / FILE, version=_FORMAT, most=_MOST_BYTES, of=of, remedy=_remedy(folder)
+    )
+    return found if found is not None and found.layers else None
 
 
 def _remedy(folder: Path) -> str:

@@ -33,9 +33,9 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 from mmscale.inference.document_losses import LABELS, LIKELIEST
 from mmscale.inference.scores import Scorer, with_data
+from mmscale.train.steps.task_scores import NORMAL_95
 
 DOCUMENTS = 256  # number of different documents of a group, at most
-_Z = 1.959964  # quantile of the normal distribution for a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _measured(scorer: Scorer, source: Source, group: _Group, names: Sequence[str
     hits, labels = sums[..., LIKELIEST].sum(axis=1), sums[..., LABELS].sum(axis=1)
     share = float(hits.sum() / labels.sum()) if labels.sum() else math.nan
     # The variance of a ratio of sums over documents, whose tokens are not independent.
-    half = _Z * math.sqrt(float(((hits - share * labels) ** 2).sum())) / max(1.0, float(labels.sum()))
+    half = NORMAL_95 * math.sqrt(float(((hits - share * labels) ** 2).sum())) / max(1.0, float(labels.sum()))
     of_modality = zip(names, sums.sum(axis=0), strict=True)
     return {
         "name": group.name,

@@ -18,7 +18,7 @@ from mmscale.data.prepared.tasks import TaskItem
 from mmscale.data.stream.asked import Answers, Asked
 
 AnswersOf = Callable[[Sequence[Asked]], Answers]  # a model
-_Z = 1.959964  # quantile of the normal distribution for a 95 % interval
+NORMAL_95 = 1.959964  # quantile of the normal distribution for a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """95 % confidence interval of the accuracy (Wilson's score interval)."""
         share, n = self.accuracy, self.asked
-        middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+        middle = (share + NORMAL_95**2 / (2 * n)) / (1 + NORMAL_95**2 / n)
+        half = NORMAL_95 / (1 + NORMAL_95**2 / n) * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n**2))
         return max(0.0, middle - half), min(1.0, middle + half)
 
     def as_dict(self) -> dict[str, float | int | None]:

@@ -159,9 +159,11 @@ durations: $(STAMP) $(EVALS) $(TE)/.unpacked
 	done; $(BIN)/python -m tests.durations $(DURATIONS); exit $$failed
 
 # Tests that take too long to run on every change. MATRICES=tests/distributed/test_layouts.py: only those of some files.
+# SHARD=3/12: one of twelve parts of them; the next number is the next part.
 MATRICES ?=
+SHARD ?= 0/1
 matrices: $(STAMP) $(EVALS) $(TE)/.unpacked
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m exhaustive $(MATRICES)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -p tests.shards --shard $(SHARD) -m exhaustive $(MATRICES)
 
 # Pages of settings and commands are generated from the code (mkdocs.yml).
 DOCS := $(VENV)/.installed-docs

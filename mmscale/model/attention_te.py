@@ -3,14 +3,21 @@
 Imported only if Transformer-Engine is installed. Not used for fp32, nor if Transformer-Engine has no fused kernel for
 ragged sequences; then attention.py's class fills the slot.
 
-Shapes: S tokens, B sequences, H heads of this rank, G key/value heads of this rank, D width of a head.
+With context parallelism the ragged sequences are a rank's pieces of documents (ragged.py), and keys and values are
+gathered here. Transformer-Engine's own context parallelism is not used: it takes documents that are split in this way,
+but not the sequences of Mixture-of-Depths layers.
+
+Shapes: S tokens of a sequence, N = S / CP tokens of this rank, B sequences, H heads of this rank, G key/value heads of
+this rank, D width of a head, K keys of all pieces.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +30,7 @@ from torch import Tensor
 from mmscale.model.mixed_modal import MixedModalParams
 
 _PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
+_DOCUMENTS_MASK, _PIECES = "padding_causal", "padding_causal_bottom_right"
 _LENGTH, _DOCUMENTS = 4096, 64  # of a typical micro-batch; whether a kernel exists does not depend on them
 
 
@@ -43,11 +51,11 @@ def takes_documents(transformer: TransformerConfig) -> bool:
         batch_size=_DOCUMENTS,
         num_heads=transformer.num_attention_heads // tp,
         num_gqa_groups=max(1, (transformer.num_query_groups or transformer.num_attention_heads) // tp),
-        max_seqlen_q=_LENGTH,
+        max_seqlen_q=_LENGTH // transformer.context_parallel_size,
         max_seqlen_kv=_LENGTH,
         head_dim_qk=transformer.kv_channels,
         head_dim_v=transformer.kv_channels,
-        attn_mask_type="padding_causal",
+        attn_mask_type=_PIECES if transformer.context_parallel_size > 1 else _DOCUMENTS_MASK,
         window_size=(-1, 0),
         core_attention_bias_shape=None,
         core_attention_bias_requires_grad=False,
@@ -80,6 +88,12 @@ def _known_choice(key: tuple[Any, ...]) -> Iterator[None]:
 class FusedDocumentAttention(TEDotProductAttention):
     """Fused attention over documents as separate sequences, without computing masked parts."""
 
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        whole = copy.copy(config)
+        whole.context_parallel_size = 1  # gathered here, not by Transformer-Engine
+        super().__init__(whole, *args, **kwargs)
+        self.pg = kwargs["pg_collection"]
+
     def forward(
         self,
         query: Tensor,
@@ -91,17 +105,68 @@ class FusedDocumentAttention(TEDotProductAttention):
         packed_seq_params: MixedModalParams | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attend: query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
+        """Attend: query [N, B, H, D], key and value [N, B, G, D] -> [N, B, H * D]."""
         assert attention_mask is None and attention_bias is None, "documents come in packed_seq_params"
         if packed_seq_params is None:
             return super().forward(query, key, value, None, AttnMaskType.causal)
         length, batch = query.shape[:2]
-        ends = packed_seq_params.document_ends()
-        # The `thd` layout needs the tokens of a sequence next to each other; with one sequence nothing is copied.
-        flat = [tensor.transpose(0, 1).reshape(length * batch, *tensor.shape[2:]) for tensor in (query, key, value)]
-        documents = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=length, max_seqlen_kv=length
-        )
-        with _known_choice((len(ends), length, self.training)):
-            out = super().forward(*flat, None, AttnMaskType.padding_causal, packed_seq_params=documents)
+        if packed_seq_params.context is None:
+            ends = packed_seq_params.document_ends()
+            ragged = (_flat(query), _flat(key), _flat(value))
+            out = self._over(ragged, (ends, ends), (length, length), _DOCUMENTS_MASK)
+        else:
+            pieces = packed_seq_params.pieces()
+            ragged = (_flat(query), *self._gathered(key, value, packed_seq_params))
+            most = (length, packed_seq_params.document_ids.shape[0])
+            out = self._over(ragged, (pieces.query_ends, pieces.key_ends), most, _PIECES)
         return out.view(batch, length, -1).transpose(0, 1)
+
+    def _gathered(self, key: Tensor, value: Tensor, params: MixedModalParams) -> tuple[Tensor, Tensor]:
+        """[N, B, G, D] of all ranks -> keys and values of this rank's pieces, [K, G, D] each, in one message."""
+        assert params.context is not None
+        pieces = params.pieces()
+        both = params.context.gather_rows(torch.cat((key, value), dim=-1), self.pg.cp, pieces.keys)
+        # Kernels do not write gradients of rows that no sequence has.
+        both = both.masked_fill(pieces.unused.view(-1, 1, 1), 0)
+        found, other = both.split((key.shape[-1], value.shape[-1]), dim=-1)
+        return found.contiguous(), other.contiguous()
+
+    def _over(
+        self,
+        ragged: tuple[Tensor, Tensor, Tensor],
+        ends: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        mask: str,
+    ) -> Tensor:
+        """Attention over ragged sequences.
+
+        Args:
+            ragged: queries [tokens, H, D], keys and values [tokens, G, D].
+            ends: where sequences end, among queries and among keys.
+            longest: bounds of their lengths.
+            mask: Transformer-Engine's name.
+
+        Returns:
+            [tokens, H * D].
+        """
+        sequences = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends[0],
+            cu_seqlens_kv=ends[1],
+            max_seqlen_q=longest[0],
+            max_seqlen_kv=longest[1],
+        )
+        with _known_choice((len(ends[0]), *longest, self.training)):
+            return super().forward(*ragged, None, _Mask(mask), packed_seq_params=sequences)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Stands for megatron-core's `AttnMaskType`, which lacks one of Transformer-Engine's masks."""
+
+    name: str
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[N, B, ...] -> [B * N, ...], the tokens of a sequence next to each other; with one sequence nothing is copied."""
+    return tensor.transpose(0, 1).reshape(-1, *tensor.shape[2:])

@@ -63,9 +63,13 @@ class ContextSplit:
         Backward sums the gradients of all ranks and returns each rank its own rows, because each rank computes other
         outputs from the gathered tensor.
         """
+        return self.gather_rows(tensor, group, None).view(self.order.shape[0], *tensor.shape[1:])
+
+    def gather_rows(self, tensor: Tensor, group: ProcessGroup, rows: Tensor | None) -> Tensor:
+        """Like `gather`, flattened to [S * B, ...], or only these rows of that: [K] -> [K, ...]."""
         self._check(group)
-        rows = gather_from_sequence_parallel_region(tensor.contiguous(), group=group)
-        return rows.flatten(0, 1).index_select(0, self._places).view(rows.shape)
+        gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=group)
+        return gathered.flatten(0, 1).index_select(0, self._places if rows is None else self._places[rows])
 
     def scatter_sum(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         """Partial [S, B, ...] of every rank -> [N, B, ...]: this rank's rows of the sum. Backward gathers."""

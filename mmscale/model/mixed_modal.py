@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from mmscale.model.capacity import TokenCounts
 from mmscale.model.context import ContextSplit
+from mmscale.model.ragged import Pieces, begins_of, ends_of, padded_sequences, pieces_of
 from mmscale.tables.routings import Routing
 
 T = TypeVar("T")
@@ -30,21 +31,6 @@ if TYPE_CHECKING:
     from mmscale.model.choices import Choices
     from mmscale.model.thresholds import Cutoffs
     from mmscale.model.token_choice import Loads
-
-
-_FEWEST_SEQUENCES, _ROUNDED_SEQUENCES = 32, 512  # Transformer-Engine 2.11: fused_attn.cpp, get_max_batch_size
-
-
-def padded_documents(count: int) -> int:
-    """The number of sequences that kernels are called with for this number of documents.
-
-    cuDNN builds a graph for every new number of sequences. Transformer-Engine 2.11 rounds up to 32 or a power of two,
-    but above 512 it uses the exact number, which differs in every micro-batch. This function rounds numbers above 512
-    up, in steps of an eighth of the next power of two: four graphs from 512 to 1024.
-    """
-    octave = 1 << (max(count, _FEWEST_SEQUENCES) - 1).bit_length()
-    step = octave if octave <= _ROUNDED_SEQUENCES else octave // 8
-    return -(-count // step) * step
 
 
 class RoutingStats:
@@ -92,7 +78,7 @@ class MixedModalParams(PackedSeqParams):
         loads: receives the tokens of every expert, for the biases of token choice; None: biases stay.
         choices: records choices, or repeats recorded ones; None in normal training.
         documents: upper bound of the number of documents, known on the host; None: it is read from the device when
-            needed. Kernels are called with a rounded number, see `padded_documents`.
+            needed. Kernels are called with a rounded number, see `padded_sequences`.
         counts: tokens of each modality, known on the host; None: unknown, so that capacities cannot depend on them.
         context: which tokens this context-parallel rank computes; None: all of them.
     """
@@ -199,11 +185,8 @@ class MixedModalParams(PackedSeqParams):
     def document_lengths(self) -> list[int]:
         """Lengths of the documents, one sequence after another. Reads from the device."""
         if self._lengths is None:
-            documents = self.document_ids.t()
-            begins = torch.ones_like(documents, dtype=torch.bool)
-            begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-            first = begins.reshape(-1).nonzero().squeeze(1)
-            ends = torch.cat((first[1:], first.new_tensor([documents.numel()])))
+            first = begins_of(self.document_ids.t()).reshape(-1).nonzero().squeeze(1)
+            ends = torch.cat((first[1:], first.new_tensor([self.document_ids.numel()])))
             self._lengths = (ends - first).tolist()
         return self._lengths
 
@@ -211,20 +194,24 @@ class MixedModalParams(PackedSeqParams):
         """[documents + 1] int32: 0, then the end of every document, one sequence after another.
 
         These are the `cu_seqlens` of kernels for ragged sequences. If `documents` is set, nothing is read from the
-        device and the array has `padded_documents` + 1 entries: empty documents follow the last one.
+        device and the array has `padded_sequences` + 1 entries: empty documents follow the last one.
         """
 
         def make() -> Tensor:
-            documents = self.document_ids.t()
-            bound = len(self.document_lengths()) if self.documents is None else padded_documents(self.documents)
-            begins = torch.ones_like(documents, dtype=torch.bool)
-            begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-            first, total = begins.reshape(-1), documents.numel()
-            place = torch.where(first, first.cumsum(0) - 1, bound)
-            starts = torch.where(first, torch.arange(total, device=first.device), total)
-            return starts.new_full((bound + 1,), total).scatter_(0, place, starts).int()
+            bound = len(self.document_lengths()) if self.documents is None else padded_sequences(self.documents)
+            return ends_of(begins_of(self.document_ids.t()), bound)
 
         return self.cached("document_ends", make)
+
+    def pieces(self) -> Pieces:
+        """This context-parallel rank's queries and their keys as ragged sequences."""
+
+        def make() -> Pieces:
+            assert self.context is not None, "without context parallelism there are documents, not pieces of them"
+            documents = len(self.document_lengths()) if self.documents is None else self.documents
+            return pieces_of(self.document_ids, self.context, bound=padded_sequences(2 * documents))
+
+        return self.cached("pieces", make)
 
     def rotary(self, table: Tensor) -> Tensor:
         """Angles of this rank's tokens, [S / CP, B, 1, D], from megatron-core's table [max position, 1, 1, D]."""

@@ -53,12 +53,6 @@ def backend(config: Config) -> Literal["te", "torch"]:
         return "te"
     if config.precision.emulated or config.model.untie:
         return "torch"
-    if config.parallel.cp > 1 and config.model.backend == "auto" and transformer_engine.usable():
-        raise ConfigError(
-            f"parallel.cp = {config.parallel.cp}: model.backend = auto would choose Transformer-Engine here, whose "
-            "attention does not take sequences that are split inside their documents",
-            remedy="set model.backend=torch, or parallel.cp=1",
-        )
     return "te" if config.model.backend == "auto" and transformer_engine.usable() else "torch"
 
 

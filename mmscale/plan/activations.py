@@ -45,11 +45,8 @@ class Kernels(StrEnum):
 
 
 def on_gpu(config: Config) -> Kernels:
-    """Kernels of a configuration on a GPU; with `model.backend: auto`, Transformer-Engine is assumed to be installed.
-
-    Context parallelism runs on the torch backend only.
-    """
-    return Kernels.CUDA if config.model.backend == "torch" or config.parallel.cp > 1 else Kernels.TE
+    """Kernels of a configuration on a GPU; with `model.backend: auto`, Transformer-Engine is assumed to be installed."""
+    return Kernels.CUDA if config.model.backend == "torch" else Kernels.TE
 
 
 def masked(config: Config, kernels: Kernels) -> bool:
@@ -124,8 +121,9 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
     if again:
         elements += size * (query + (2 if cp > 1 else 1) * key)
     elif cp > 1:
-        # Gathered keys and values of all tokens, repeated for every query head.
-        elements += size * (query + 2 * cp * (key + repeated)) + size * query + _FP32 * model.num_attention_heads
+        # Gathered keys and values: of all tokens, repeated for every query head, or of this rank's pieces (ragged.py).
+        gathered = cp + (0.5 if kernels is Kernels.TE else 0)
+        elements += size * (query + 2 * gathered * (key + repeated)) + size * query + _FP32 * model.num_attention_heads
     else:
         values = 0 if viewed else key + repeated
         elements += size * (query + key + repeated + values) + size * query + _FP32 * model.num_attention_heads

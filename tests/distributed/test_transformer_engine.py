@@ -19,6 +19,7 @@ CHECKS = ROOT / "tests" / "te_on_cpu"
 EVERY_CHANGE = (
     "checks_layers.py",
     "checks_attention.py",
+    "checks_context.py",
     "checks_checkpoints.py",
     "checks_steps.py",
     "checks_layouts.py",

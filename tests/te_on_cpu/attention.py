@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from tests.te_on_cpu.enumerations import (
     MACHINE,
@@ -34,6 +35,7 @@ def get_fused_attn_backend(
         and bias == NVTE_Bias_Type.NVTE_NO_BIAS and softmax == NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX
         and head_qk % 8 == 0 and head_v % 8 == 0 and head_qk <= 256 and head_v <= 256 and not return_max_logit
         and (not ragged or (mask.name.startswith("NVTE_PADDING") and MACHINE.capability >= (9, 0)))
+        and ("BOTTOM_RIGHT" not in mask.name or max_q <= max_kv)
         and (window_left, window_right) in ((-1, -1), (-1, 0))
     )  # fmt: skip
     kinds = NVTE_Fused_Attn_Backend
@@ -56,11 +58,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Any, mask: Any, scale: floa
         _sequences(q, layout, ends[0]), _sequences(k, layout, ends[1]), _sequences(v, layout, ends[1]), strict=True
     ):
         if one.shape[1]:
-            causal = "CAUSAL" in mask.name
+            aligned = causal_lower_right(one.shape[1], two.shape[1]) if "BOTTOM_RIGHT" in mask.name else None
             out.append(
                 F.scaled_dot_product_attention(
-                    one.unsqueeze(0), two.unsqueeze(0), three.unsqueeze(0), is_causal=causal, scale=scale,
-                    enable_gqa=True,
+                    one.unsqueeze(0), two.unsqueeze(0), three.unsqueeze(0), attn_mask=aligned,
+                    is_causal=aligned is None and "CAUSAL" in mask.name, scale=scale, enable_gqa=True,
                 )[0].transpose(0, 1)
             )  # fmt: skip
     if "THD" in layout.name:

@@ -79,13 +79,7 @@ def _context(config: Config) -> Iterator[Problem]:
 
 def _not_split(config: Config) -> Iterator[Problem]:
     """Features that do not support split sequences."""
-    parallel, model, cp = config.parallel, config.model, config.parallel.cp
-    if model.backend == "te":
-        yield Problem(
-            f"parallel.cp = {cp} with model.backend = te: Transformer-Engine's attention does not take sequences that "
-            "are split inside their documents",
-            "use model.backend=torch, or parallel.cp=1",
-        )
+    parallel, cp = config.parallel, config.parallel.cp
     if config.precision.fp8 != "off":
         yield Problem(
             f"parallel.cp = {cp} with precision.fp8 = {config.precision.fp8} is not implemented",
@@ -93,8 +87,7 @@ def _not_split(config: Config) -> Iterator[Problem]:
         )
     if parallel.overlap_tensor:
         yield Problem(
-            f"parallel.cp = {cp} with parallel.overlap_tensor: user buffers are Transformer-Engine's, whose attention "
-            "does not take split sequences",
+            f"parallel.cp = {cp} with parallel.overlap_tensor is not implemented",
             "drop parallel.overlap_tensor, or use parallel.cp=1",
         )
 

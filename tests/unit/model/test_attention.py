@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mmscale.model.attention import DocumentAttention
-from mmscale.model.mixed_modal import MixedModalParams, padded_documents
+from mmscale.model.mixed_modal import MixedModalParams, padded_sequences
 from tests.unit.model.comparison import params_of, run_model
 from tests.unit.model.reference import Batch, batch_of, random_documents, tiny
 
@@ -189,7 +189,7 @@ def test_rotary_table_is_looked_up_by_position() -> None:
 
 def test_numbers_of_documents_that_kernels_are_told_are_few() -> None:
     counts = range(1, 8193)
-    padded = [padded_documents(count) for count in counts]
+    padded = [padded_sequences(count) for count in counts]
     assert all(told >= count for told, count in zip(padded, counts, strict=True))
     assert all(
         told <= max(32, 2 * count if count <= 512 else 1.25 * count) for told, count in zip(padded, counts, strict=True)

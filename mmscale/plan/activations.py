@@ -45,7 +45,7 @@ class Kernels(StrEnum):
 
 
 def on_gpu(config: Config) -> Kernels:
-    """Kernels of a configuration on a GPU; with `model.backend: auto`, Transformer-Engine is assumed to be installed."""
+    """Kernels of a configuration on a GPU. With `model.backend: auto` Transformer-Engine is assumed to be installed."""
     return Kernels.CUDA if config.model.backend == "torch" else Kernels.TE
 
 

@@ -26,9 +26,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp": (2, ("parallel.tp=2",)),
     "pp": (2, ("parallel.pp=2", "parallel.loss_chunk=24")),
     "ep": (2, ("parallel.ep=2",)),
+    "cp": (2, ("parallel.cp=2", "parallel.ep=2")),
     "tp_ep": (4, ("parallel.tp=2", "parallel.ep=2")),  # parts of the vocabulary, and two replicas
 }
 TRAIN = (
+    "data.document_multiple=4",
     "optim.warmup=1",
     "train.eval_every=0",
     "train.eval_batches=2",
@@ -183,7 +185,7 @@ def test_sources_and_tasks_are_measured(
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=[] if n in ("pp", "tp_ep") else pytest.mark.exhaustive) for n in LAYOUTS]
+    "layout", [pytest.param(n, marks=[] if n in ("pp", "cp", "tp_ep") else pytest.mark.exhaustive) for n in LAYOUTS]
 )
 def test_layouts_agree(
     layout: str,

@@ -43,12 +43,7 @@ def stage_batches(config: Config, stage: AuxiliaryStageConfig | SftStageConfig, 
 
 
 def _held_out(config: Config) -> Iterator[Problem]:
-    """Settings that use held-out losses need evaluations that measure them; questions need whole sequences."""
-    if config.train.tasks and config.parallel.cp > 1:
-        yield Problem(
-            "train.tasks is set, but parallel.cp > 1 splits the sequences of questions over ranks",
-            "leave it out and ask checkpoints: mmscale eval RUN --task FILE",
-        )
+    """Settings that use held-out losses need evaluations that measure them."""
     stop = config.train.stop_when
     wanted = {
         "checkpoint.keep_best": config.checkpoint.keep_best,

@@ -8,13 +8,14 @@ Shapes: P places, N requested tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.data.stream.context_rows import ContextRows
 from mmscale.data.stream.micro_batch import MicroBatch
-from mmscale.data.stream.packed import fill_rows, pack_rows
+from mmscale.data.stream.packed import fill_rows, pack_rows, padded_length
 from mmscale.data.vocab import Vocabulary
 
 
@@ -67,6 +68,24 @@ class WantedTokens:
     tokens: NDArray[np.int64]
     asked: NDArray[np.int64]
 
+    def of_rank(self, context: ContextRows | None) -> WantedTokens:
+        """The requests whose places a context-parallel rank has; positions are those among the rank's tokens.
+
+        Places that it does not have become its first token, so that shapes are those of all ranks.
+        """
+        if context is None:
+            return self
+        among = context.own[self.rows] == self.positions[:, None]  # [P, s / size]
+        here = among.any(axis=1)
+        mine = here[self.places]
+        return replace(
+            self,
+            positions=among.argmax(axis=1),
+            places=self.places[mine],
+            tokens=self.tokens[mine],
+            asked=self.asked[mine],
+        )
+
 
 class PackedQuestions:
     """Documents packed in micro-batches of one size; documents with the same input share a place.
@@ -76,10 +95,13 @@ class PackedQuestions:
         vocabulary: gives modalities.
         seq_length: tokens of a sequence.
         rows: sequences of a micro-batch; the last one is padded with repetitions of its own sequences.
+        multiple: documents are padded to a multiple of this, as with `data.document_multiple`.
     """
 
-    def __init__(self, asked: Sequence[Asked], *, vocabulary: Vocabulary, seq_length: int, rows: int) -> None:
-        self.vocabulary, self.seq_length = vocabulary, seq_length
+    def __init__(
+        self, asked: Sequence[Asked], *, vocabulary: Vocabulary, seq_length: int, rows: int, multiple: int = 1
+    ) -> None:
+        self.vocabulary, self.seq_length, self._multiple = vocabulary, seq_length, multiple
         self._askers: dict[tuple[int, ...], list[int]] = {}
         for number, one in enumerate(asked):
             self._askers.setdefault(one.read, []).append(number)
@@ -88,7 +110,7 @@ class PackedQuestions:
         # Tokens per modality in the input of each document, int64 [documents, modalities].
         names = np.arange(len(vocabulary.names))
         self._counts = np.array([(vocabulary.modality_of(ids)[:, None] == names).sum(axis=0) for ids in self._read])
-        filled = fill_rows(self._read, seq_length=seq_length)
+        filled = fill_rows(self._read, seq_length=seq_length, multiple=multiple)
         self._parts = [filled[first : first + rows] for first in range(0, len(filled), rows)]
         self._rows = rows
 
@@ -101,7 +123,8 @@ class PackedQuestions:
         part = self._parts[index]
         whole = [part[place % len(part)] for place in range(self._rows)]
         content = [[self._read[number] for number in row] for row in whole]
-        return pack_rows(content, vocabulary=self.vocabulary, seq_length=self.seq_length)[0]
+        packed, _ = pack_rows(content, vocabulary=self.vocabulary, seq_length=self.seq_length, multiple=self._multiple)
+        return packed
 
     def sequence_counts(self, index: int) -> NDArray[np.int64]:
         """Tokens per modality of each of its sequences, int64 [rows, modalities]."""
@@ -122,7 +145,7 @@ class PackedQuestions:
                     for at in range(one.start, len(one.ids)):
                         place = known.setdefault((row, first + at - 1), len(known))
                         found.append((place, one.ids[at], number))
-                first += len(self._read[document])
+                first += padded_length(len(self._read[document]), self._multiple)
         places, tokens, asked = np.array(found, dtype=np.int64).reshape(-1, 3).T
         rows, positions = np.array(list(known), dtype=np.int64).reshape(-1, 2).T
         return WantedTokens(rows, positions, places, tokens, asked)

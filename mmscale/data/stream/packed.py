@@ -50,7 +50,7 @@ def pack_rows(
             labels[row, at : end - 1] = ids[1:]
             mask[row, at : end - 1] = 1.0
             places[row].append(TokenPlace(row, at))
-            begin, at = at, at + -(-len(ids) // multiple) * multiple
+            begin, at = at, at + padded_length(len(ids), multiple)
             positions[row, begin:at] = np.arange(at - begin)
             documents[row, begin:at] = number
         documents[row, at:] = len(content)
@@ -72,14 +72,20 @@ def pack_rows(
     return batch, places
 
 
-def fill_rows(documents: Sequence[NDArray[np.int64]], *, seq_length: int) -> list[list[int]]:
-    """Numbers of the documents of each row, in order, as many per row as fit."""
+def fill_rows(documents: Sequence[NDArray[np.int64]], *, seq_length: int, multiple: int = 1) -> list[list[int]]:
+    """Numbers of the documents of each row, in order, as many per row as fit when each is padded to a multiple."""
     rows: list[list[int]] = [[]]
     left = seq_length
     for number, ids in enumerate(documents):
-        if len(ids) > left and rows[-1]:
+        size = padded_length(len(ids), multiple)
+        if size > left and rows[-1]:
             rows.append([])
             left = seq_length
         rows[-1].append(number)
-        left -= len(ids)
+        left -= size
     return rows
+
+
+def padded_length(tokens: int, multiple: int) -> int:
+    """Tokens that a document occupies if it is padded to a multiple of `multiple`."""
+    return -(-tokens // multiple) * multiple

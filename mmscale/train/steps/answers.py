@@ -44,18 +44,18 @@ def answers(
     """
     vocabulary, per_step = Vocabulary.from_config(config.vocab), global_micro_batches(config)
     length, rows = config.model.seq_length, config.train.micro_batch_size
-    packed = PackedQuestions(asked, vocabulary=vocabulary, seq_length=length, rows=rows)
+    multiple = config.data.document_multiple
+    packed = PackedQuestions(asked, vocabulary=vocabulary, seq_length=length, rows=rows, multiple=multiple)
     own, last = part_of(groups), len(packed) - 1
     total = torch.zeros(len(asked), 2, device=device.taken(), dtype=torch.float64)
     for first in range(0, len(packed), per_step):
         on_batch()
         numbers = list(own.numbers(first, per_step))
-        batches = [
-            # Numbers beyond `last` repeat the last one.
-            to_device(own.read(packed, number, last=last), vocabulary, routing=routing)
-            for number in numbers
+        read = [own.read(packed, number, last=last) for number in numbers]  # those beyond `last` repeat the last one
+        batches = [to_device(one, vocabulary, routing=routing) for one in read]
+        wanted = [
+            packed.wanted(min(number, last)).of_rank(one.context) for number, one in zip(numbers, read, strict=True)
         ]
-        wanted = [packed.wanted(min(number, last)) for number in numbers]
         for number, one, found in zip(numbers, wanted, stepper.pick(batches, wanted), strict=False):
             if number <= last:
                 total.index_add_(0, torch.from_numpy(one.asked).to(total.device), found.double())

@@ -189,14 +189,6 @@ BROKEN = [
         "parallel.cp = 2 with parallel.ep = 3: neither divides the other",
     ),
     (
-        {"parallel__cp": 2, "data__document_multiple": 4, "train__tasks": ["which"], "train__eval_every": 2},
-        "train.tasks is set, but parallel.cp > 1 splits the sequences of questions over ranks",
-    ),
-    (
-        {"parallel__cp": 2, "data__document_multiple": 4, "model__backend": "te"},
-        "parallel.cp = 2 with model.backend = te: Transformer-Engine's attention does not take sequences",
-    ),
-    (
         {"parallel__cp": 2, "data__document_multiple": 4, "precision__fp8": "tensorwise", "precision__dtype": "bf16"},
         "parallel.cp = 2 with precision.fp8 = tensorwise is not implemented",
     ),

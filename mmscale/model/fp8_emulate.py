@@ -5,8 +5,8 @@ in fp32 and returned in the operands' format. SwiGLU, norms, attention scores an
 formulas are in fp8_formats.py; train/steps/fp8_scales.py updates delayed scales at the end of a step.
 
 Two details differ from Transformer-Engine's, so that losses depend on the layout no more than without FP8:
-tensor-parallel ranks reduce the amax of a tensor that is sharded over them, and delayed scales move once per optimizer
-step instead of once per micro-batch.
+tensor- and context-parallel ranks reduce the amax of a tensor that is spread over them, and delayed scales move once
+per optimizer step instead of once per micro-batch.
 
 Shapes: L products of one kind (experts on this rank; 1 for a linear), M rows, K summed over, N columns.
 """
@@ -130,7 +130,7 @@ class Fp8Product(nn.Module):
 
     Args:
         recipe: how tensors are scaled.
-        groups: process groups; tensor-parallel ranks reduce amax values.
+        groups: process groups; tensor- and context-parallel ranks reduce amax values.
         name: of the weight in a checkpoint.
         count: L.
         place: as for `DelayedScales`.
@@ -146,7 +146,10 @@ class Fp8Product(nn.Module):
         place: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.recipe, self.tp = recipe, groups.tp
+        self.recipe = recipe
+        # The ranks over which one tensor is spread. Expert-parallel ranks hold different experts.
+        spread = (groups.tp,) if place is not None else (groups.tp, groups.cp)
+        self.together = [group for group in spread if group.size() > 1]
         self.scales: DelayedScales | None = None
         if recipe.scaling == "delayed":
             self.scales = DelayedScales(recipe, groups, count=count, place=place)
@@ -180,8 +183,8 @@ class Fp8Product(nn.Module):
                 self.scales.see(role, formats.amax_of(tensor))
             return formats.quantize_tensor(tensor, self.scales.scale(role), dtype)
         amax = formats.amax_of(tensor)
-        if self.tp.size() > 1:
-            torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=self.tp)
+        for group in self.together:
+            torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group)
         return formats.quantize_tensor(tensor, formats.scale_of(amax, dtype, source=tensor.dtype), dtype)
 
 

@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from mmscale.bench.gpu_kernels import RECIPES
 from mmscale.data.stream.context_rows import zigzag
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.attention_te import FusedDocumentAttention
@@ -106,16 +107,16 @@ def test_split_sequences_are_one_process_of_the_torch_backend(references: Refere
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_bf16_with_fused_attention_is_near_one_process(world_size: int) -> None:
+def test_bf16_with_fused_attention_is_near_one_process(world_size: int, tmp_path: Path) -> None:
     def alone(ranks: RankEnv) -> None:
         start(ranks)
         for model in ("moma_depth_joint", "dense"):
-            torch.save(trace(using(config(model, dtype="bf16", data=PADDED), "te"), ranks), f"{folder}/{model}")
+            torch.save(trace(using(config(model, dtype="bf16", data=PADDED), "te"), ranks), tmp_path / model)
 
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
         for model in ("moma_depth_joint", "dense"):
-            reference = torch.load(f"{folder}/{model}", weights_only=False)
+            reference = torch.load(tmp_path / model, weights_only=False)
             for name, parallel in LAYOUTS[world_size].items():
                 if model == "dense" and "ep" in parallel:
                     continue  # there are no experts to distribute
@@ -124,11 +125,8 @@ def test_bf16_with_fused_attention_is_near_one_process(world_size: int) -> None:
                 loss, norm = compare(reference, trace(made, ranks))
                 assert CALLS["fused_attn_fwd"] and loss <= 2e-3 and norm <= 2e-2, (model, name, loss, norm)
 
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        run_ranks(alone, world_size=1)
-        run_ranks(ranks_do, world_size=world_size, timeout_s=400)
+    run_ranks(alone, world_size=1)
+    run_ranks(ranks_do, world_size=world_size, timeout_s=400)
 
 
 def test_layers_take_fused_attention() -> None:
@@ -141,3 +139,15 @@ def test_layers_take_fused_attention() -> None:
             assert type(layer.self_attention.core_attention) is wanted
 
     run_ranks(one, world_size=2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_is_near_bf16(recipe: str) -> None:
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        for parallel in LAYOUTS[2].values():
+            made = using(config("moma_depth", dtype="bf16", data=PADDED, parallel=parallel), "te", fp8=recipe)
+            loss, norm = compare(trace(using(made, "te", fp8="off"), ranks), trace(made, ranks))
+            assert 0.0 < loss < 0.02 and norm < 0.05, (recipe, parallel, loss, norm)
+
+    run_ranks(ranks_do, world_size=2, timeout_s=400)

@@ -80,11 +80,6 @@ def _context(config: Config) -> Iterator[Problem]:
 def _not_split(config: Config) -> Iterator[Problem]:
     """Features that do not support split sequences."""
     parallel, cp = config.parallel, config.parallel.cp
-    if config.precision.fp8 != "off":
-        yield Problem(
-            f"parallel.cp = {cp} with precision.fp8 = {config.precision.fp8} is not implemented",
-            "use precision.fp8=off, or parallel.cp=1",
-        )
     if parallel.overlap_tensor:
         yield Problem(
             f"parallel.cp = {cp} with parallel.overlap_tensor is not implemented",

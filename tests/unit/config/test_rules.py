@@ -188,10 +188,6 @@ BROKEN = [
         {"parallel__cp": 2, "data__document_multiple": 4, "parallel__ep": 3},
         "parallel.cp = 2 with parallel.ep = 3: neither divides the other",
     ),
-    (
-        {"parallel__cp": 2, "data__document_multiple": 4, "precision__fp8": "tensorwise", "precision__dtype": "bf16"},
-        "parallel.cp = 2 with precision.fp8 = tensorwise is not implemented",
-    ),
     ({"data__document_multiple": 48}, "model.seq_length = 64 is not divisible by data.document_multiple = 48"),
     ({**DENSE, "parallel__ep": 2}, "parallel.ep = 2, but model.kind = dense has no experts to spread"),
     ({"parallel__vpp": 2}, "parallel.vpp = 2 with parallel.pp = 1: interleaving needs two stages"),

@@ -450,6 +450,7 @@ def test_a_guard_does_not_wait_for_ever(place: Path) -> None:
         ("moe", "fp32", {"pp": 2, "vpp": 2}, 2, {"moments": "fp8_coat"}),
         ("moma", "bf16", {"tp": 2}, 2, {"optimizer": "muon"}),
         ("moma_token_choice", "fp32", {"ep": 2}, 2, {}),
+        ("moma_depth_joint", "bf16", {"cp": 2, "ep": 2}, 2, {}),
     ],
 )
 def test_a_restart_from_memory_goes_on_bit_by_bit(
@@ -468,7 +469,7 @@ def test_a_restart_from_memory_goes_on_bit_by_bit(
         start(ranks)
         layout = config.parallel
         groups = process_groups.initialize_layout(
-            tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, seed=config.run.seed
+            tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, cp=layout.cp, seed=config.run.seed
         )
         parts = build(config, groups)
         state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)

@@ -69,7 +69,7 @@ def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: 
         tokenizers = _tokenizers(one, other)
         old = config_of(one.info(), where=one.path)
         _check(old, one)
-        new = _settings(old, untie=not average, steps=steps)
+        new = _settings(old, config_of(other.info(), where=other.path), untie=not average, steps=steps)
         weights = Mean([one, other], [0.5, 0.5]) if average else FusedWeights(one, other, old, new)
         how = "average" if average else "Mixture-of-Transformers"
         origin = origin_of("fuse", [one, other], fused=how)
@@ -78,10 +78,11 @@ def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: 
         made = rewrite.into_run(
             FusedBeginning(weights, new, tokenizers), out, origin=origin, weights=True, code_version=code_version()
         )
+    data = () if new.data.path or new.data.blend else ("data.path=DATA",)
     return summary(made) | {
         "fused": how,
         "steps": new.train.steps,
-        "next": shell_command("train", out / "config.yaml", "checkpoint.allow_missing=true"),
+        "next": shell_command("train", out / "config.yaml", "checkpoint.allow_missing=true", *data),
     }
 
 
@@ -125,8 +126,11 @@ def _check(old: Config, source: TensorSource) -> None:
             )
 
 
-def _settings(old: Config, *, untie: bool, steps: int | None) -> Config:
+def _settings(old: Config, other: Config, *, untie: bool, steps: int | None) -> Config:
+    """Those of the text model. If the other one was trained on other data, the new run has none yet."""
     settings = old.model_dump(mode="json")
+    if (old.data.path, old.data.blend) != (other.data.path, other.data.blend):
+        settings["data"] |= {"path": None, "blend": []}
     if untie:
         # Rows of a tied output layer would be those of the embedding, which the quotient of norms must not change.
         settings["model"] |= {"untie": list(UNTIED), "tie_embeddings": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +112,24 @@ def test_exports_and_the_mean(runs: Path, tmp_path: Path) -> None:
     for name in mean.names():
         assert torch.allclose(mean.read(name), (text.read(name) + image.read(name)) / 2), name
     ok("train", tmp_path / "mean" / "config.yaml", "checkpoint.allow_missing=true", "train.steps=2")
+
+
+@pytest.mark.parametrize("option", [(), ("--average",)], ids=["fused", "average"])
+def test_models_of_other_data_make_a_run_without_data(
+    option: tuple[str, ...], config: Path, runs: Path, tmp_path: Path
+) -> None:
+    """Neither model's data is that of the new run, whose first data needs no confirmation."""
+    data = Path(open_source(runs / "pre" / "text", STEPS).info()["config"]["data"]["path"])
+    shutil.copytree(data, tmp_path / "data")
+    settings = (f"run.dir={tmp_path}", "run.name=image", *MAIN, *DENSE, "train.steps=1", f"data.path={tmp_path}/data")
+    ok("train", config, *settings)
+    out = tmp_path / "fused"
+    made = json.loads(ok("ckpt", "fuse", runs / "pre" / "text", tmp_path / "image", out, *option, "--json"))
+    assert made["next"].endswith(" data.path=DATA`")
+    goes_on = (out / "config.yaml", "checkpoint.allow_missing=true", "train.steps=1")
+    refused = mmscale("train", *goes_on)
+    assert_says(refused, status=2, cause="neither data.path nor data.blend is set", remedy="set data.path")
+    ok("train", *goes_on, f"data.path={data}")
 
 
 def test_other_tokenizers_are_refused() -> None:

@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmscale.config import Config
 from mmscale.config.precision.fp8 import ALIGNMENT
@@ -30,6 +31,7 @@ from mmscale.model.auxiliary import Fp32Buffers
 from mmscale.model.expert_compute import swiglu
 from mmscale.model.experts import Experts
 from mmscale.model.fp8_formats import Blocks, Quantized
+from mmscale.model.untied import UntiedLinear
 
 # The tensors of a product, as column numbers of `DelayedScales.state`: the order in which Transformer-Engine keeps
 # delayed scales. Columns 2 and 4 (output, gradient of the input) are not used.
@@ -284,6 +286,16 @@ def _linear(product: Fp8Product, hidden: Tensor, weight: Tensor) -> Tensor:
     return output.view(*hidden.shape[:-1], -1)
 
 
+class Fp8Rows(Fp8Product):
+    """The product of one modality's rows in an untied linear: any number of them, with a scale of their own."""
+
+    def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[N, K] and a weight [out, K] -> [N, out]. Rows of zeros fill up the multiple that FP8 needs."""
+        count = rows.shape[0]
+        filled = F.pad(rows, (0, 0, 0, -count % ALIGNMENT))
+        return super().forward(filled.unsqueeze(0), weight.t().unsqueeze(0))[0, :count]
+
+
 class Fp8FeedForward(nn.Module):
     """SwiGLU experts whose two products are in emulated FP8; replaces `expert_compute.feed_forward`."""
 
@@ -328,6 +340,9 @@ def attach(model: Any, config: Config, groups: ProcessGroupCollection) -> None:
             name = f"decoder.layers.{number}.{path}"
             if isinstance(module, Fp8ColumnParallelLinear | Fp8RowParallelLinear):
                 module.fp8 = Fp8Product(recipe, groups, name=name)
+            elif isinstance(module, UntiedLinear):
+                own = {modality: Fp8Rows(recipe, groups, name=f"{name}.{modality}") for modality in config.vocab.names}
+                module.use(nn.ModuleDict(own))
             elif isinstance(module, Experts):
                 # Shared experts are dense parameters, which every rank holds.
                 place = (module.own.start, module.count) if module.expert_parallel else None

@@ -39,6 +39,8 @@ from torch.nn import functional as F
 
 from mmscale.model.mixed_modal import MixedModalParams
 
+Multiply = Callable[[Tensor, Tensor], Tensor]  # rows [N, in] of one modality and its weight [out, in] -> [N, out]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,6 +57,10 @@ class Rows:
     back: Tensor
     ends: Tensor
     counts: list[int] | None
+
+    def on_host(self) -> list[int]:
+        """Rows of each modality; waits for a GPU."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist() if self.counts is None else self.counts
 
 
 def rows_of(params: MixedModalParams, modalities: int) -> Rows:
@@ -76,7 +82,9 @@ def rows_of(params: MixedModalParams, modalities: int) -> Rows:
     return params.cached("rows by modality", make)
 
 
-def product(tokens: Tensor, weights: Sequence[Tensor], rows: Rows) -> Tensor:
+def product(
+    tokens: Tensor, weights: Sequence[Tensor], rows: Rows, *, multiply: Sequence[Multiply] | None = None
+) -> Tensor:
     """Multiply every row by the weight of its modality.
 
     A modality without rows gets a gradient of zeros, not None, so that all ranks reduce the same gradients.
@@ -85,12 +93,16 @@ def product(tokens: Tensor, weights: Sequence[Tensor], rows: Rows) -> Tensor:
         tokens: [T, in].
         weights: for each modality [out, in].
         rows: the rows by modality.
+        multiply: replaces the product of each modality, for emulated FP8; None: plain products.
 
     Returns:
         [T, out].
     """
     grouped = tokens.index_select(0, rows.order)
-    if rows.counts is None:
+    if multiply is not None:
+        groups = zip(multiply, grouped.split(rows.on_host()), weights, strict=True)
+        out = torch.cat([one(part, weight) for one, part, weight in groups])
+    elif rows.counts is None:
         out = _grouped_mm(grouped, torch.stack(tuple(weights)), rows.ends)
     else:
         parts = zip(grouped.split(rows.counts), weights, strict=True)
@@ -142,7 +154,7 @@ class Untied(nn.Module):
         return [self.get_parameter(name) for name in self._names]
 
 
-class _UntiedLinear(Untied):
+class UntiedLinear(Untied):
     """What column- and row-parallel linears have in common. No biases.
 
     Args:
@@ -164,13 +176,19 @@ class _UntiedLinear(Untied):
         assert not bias, "refused by config/model/rules.py"
         super().__init__(config, shape, torch.empty)
         self._axis, self._stride, self._tp = axis, stride, tp_group
+        self._products: nn.ModuleDict | None = None
         for weight in self.weights:
             set_tensor_model_parallel_attributes(weight, True, axis, stride)
             weight.allreduce = True  # type: ignore[attr-defined]  # over all data-parallel ranks, unlike experts
 
+    def use(self, products: nn.ModuleDict) -> None:
+        """Take modules that multiply the rows of each modality (`Multiply`), by its name; for emulated FP8."""
+        self._products = products
+
     def _product(self, tokens: Tensor) -> Tensor:
         rows = rows_of(self._seen, len(self._names))
-        return product(tokens.flatten(0, 1), self.weights, rows).unflatten(0, tokens.shape[:2])
+        multiply = None if self._products is None else [self._products[name] for name in self._names]
+        return product(tokens.flatten(0, 1), self.weights, rows, multiply=multiply).unflatten(0, tokens.shape[:2])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -191,7 +209,7 @@ class _UntiedLinear(Untied):
         return {key: apply_swiglu_sharded_factory(part, sharded_offsets, single) for key, part in found.items()}
 
 
-class UntiedColumnLinear(_UntiedLinear):
+class UntiedColumnLinear(UntiedLinear):
     """[S / CP / TP, B, in] -> [S / CP, B, out / TP]; takes the arguments of megatron-core's ColumnParallelLinear."""
 
     def __init__(
@@ -214,7 +232,7 @@ class UntiedColumnLinear(_UntiedLinear):
         return self._product(tokens), None
 
 
-class UntiedRowLinear(_UntiedLinear):
+class UntiedRowLinear(UntiedLinear):
     """[S / CP, B, in / TP] -> [S / CP / TP, B, out]; takes the arguments of megatron-core's RowParallelLinear."""
 
     def __init__(

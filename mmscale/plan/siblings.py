@@ -136,7 +136,8 @@ def _models(counts: dict[str, int]) -> dict[str, _Model]:
 def _can_untie(config: Config) -> bool:
     """Whether a sibling with untied weights breaks no rule of config/model/rules.py that the given one keeps."""
     model = config.model
-    plain = not model.qkv_bias and model.backend != "te" and config.precision.fp8 == "off"
+    kernels = config.precision.fp8 != "off" and not config.precision.emulated
+    plain = not model.qkv_bias and model.backend != "te" and not kernels
     return plain and len(config.vocab.names) > 1 and not config.parallel.overlap_tensor
 
 

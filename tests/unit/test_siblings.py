@@ -169,6 +169,9 @@ def test_siblings_in_which_tokens_choose() -> None:
 def test_no_untied_siblings_where_a_rule_refuses_them(override: str) -> None:
     given = config("precision.dtype=bf16", override, kind="dense", qk_norm=False)
     assert not {"mot", "4t4i_untied", "mot_4t1i"} & set(by_name(siblings(given, tolerance=0.1)))
+    if "fp8" in override:
+        given = config("precision.dtype=bf16", override, "precision.fp8_emulate=true", kind="dense", qk_norm=False)
+        assert {"mot", "4t4i_untied", "mot_4t1i"} <= set(by_name(siblings(given, tolerance=0.1)))
 
 
 def test_number_of_experts() -> None:

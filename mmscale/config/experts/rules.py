@@ -68,16 +68,18 @@ def _ungated(config: Config) -> Iterator[Problem]:
                 f"model.experts.ungated names {name}, which is no modality's group of one expert",
                 f"write counts: {{{name}: 1, ...}}, or remove it from model.experts.ungated",
             )
-    # Neither FP8's scales nor Transformer-Engine's modules were compared with one process for these groups.
+    # Transformer-Engine's modules were not compared with one process for these groups.
+    fp8 = config.precision.fp8 != "off" and not config.precision.emulated
     for key, value, given in (
-        ("precision.fp8", config.precision.fp8, config.precision.fp8 != "off"),
+        ("precision.fp8", config.precision.fp8, fp8),
         ("model.backend", model.backend, model.backend == "te"),
         ("model.experts.compute", model.experts.compute, model.experts.compute == "te"),
     ):
         if given:
             yield Problem(
-                f"model.experts.ungated with {key} = {value}: these groups run on the torch backend without FP8 only",
-                "use precision.fp8=off with model.backend=auto or torch, or remove model.experts.ungated",
+                f"model.experts.ungated with {key} = {value}: these groups run on the torch backend only",
+                "use model.backend=auto or torch, with precision.fp8=off or precision.fp8_emulate=true, or remove "
+                "model.experts.ungated",
             )
     if len(set(names)) < len(names):
         yield Problem(f"model.experts.ungated names a group twice: {', '.join(names)}", "name each group once")

@@ -111,10 +111,11 @@ def _untied(config: Config) -> Iterator[Problem]:
             "model.untie with model.backend = te: untied weights are implemented for the torch backend only",
             "use model.backend=auto or torch",
         )
-    if config.precision.fp8 != "off":
+    if config.precision.fp8 != "off" and not config.precision.emulated:
         yield Problem(
-            f"model.untie with precision.fp8 = {config.precision.fp8}: untied weights are not quantized",
-            "use precision.fp8=off",
+            f"model.untie with precision.fp8 = {config.precision.fp8}: FP8 kernels are Transformer-Engine's, and "
+            "untied weights are implemented for the torch backend only",
+            "use precision.fp8=off, or precision.fp8_emulate=true to study what FP8 does to the loss",
         )
     if config.parallel.overlap_tensor:
         yield Problem(

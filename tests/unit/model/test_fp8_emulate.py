@@ -16,16 +16,18 @@ from mmscale.config.precision.fp8 import high_precision
 from mmscale.errors import ConfigError
 from mmscale.model import fp8_formats as formats
 from mmscale.model.build import transformer_config
-from mmscale.model.fp8_emulate import GRADIENT, ROWS, WEIGHT, Fp8Product, Recipe
+from mmscale.model.fp8_emulate import GRADIENT, ROWS, WEIGHT, Fp8Product, Fp8Rows, Recipe
 from mmscale.model.fp8_formats import E4M3, E5M2, Blocks
 from mmscale.model.fp8_settings import fp8_settings
+from mmscale.model.untied import Rows, product
 from mmscale.runtime import transformer_engine
 from mmscale.tables.routings import Routing
 from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
 from tests.unit.model.comparison import relative, run_model
-from tests.unit.model.reference import Batch, batch_of, random_documents, tiny
+from tests.unit.model.reference import Batch, batch_of, moma_experts, random_documents, tiny
 
 SIZES = {"hidden_size": 32, "ffn_hidden_size": 32, "num_attention_heads": 2, "seq_length": 32}
+UNGATED = moma_experts(counts={"text": 2, "image": 1}, ungated=["image"])
 
 
 def config(kind: str = "moma", *, precision: dict[str, Any] | None = None, **model: Any) -> Config:
@@ -183,19 +185,87 @@ def test_attention_and_experts_are_fp8_and_nothing_else(build: Callable[..., GPT
     assert products_of(build(config("moma", precision={"fp8": "off", "fp8_emulate": False}))) == []
 
 
+def test_untied_linears_have_a_product_for_each_modality(build: Callable[..., GPTModel]) -> None:
+    """And an ungated group's layer is one of the experts."""
+    model = build(config("dense", untie=["attention", "ffn", "norms"], precision={"fp8": "delayed"}))
+    linears = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    names = [f"decoder.layers.{n}.{name}.{own}" for n in range(2) for name in linears for own in ("text", "image")]
+    assert sorted(scales.name for scales in scales_of([model])) == sorted(names)
+    hybrid = build(config("moma", untie=["attention"], experts=UNGATED, precision={"fp8": "delayed"}))
+    found = {scales.name: scales.place for scales in scales_of([hybrid])}
+    assert found["decoder.layers.0.mlp.ungated.image.w1"] is None, "a dense parameter: every rank has it"
+    assert found["decoder.layers.0.mlp.experts.text.w1"] is not None and len(found) == 2 * (4 + 2 + 2)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("scaling", ["tensorwise", "blockwise"])
+def test_a_modality_is_rounded_by_its_own_rows(
+    process_groups: ProcessGroupCollection, scaling: Any, on_device: bool
+) -> None:
+    """Any number of rows, none included, forward and backward; another modality's outlier changes nothing."""
+    counts = [21, 0, 43]
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor(counts).cumsum(0).int()
+    rows = Rows(order, order.argsort(), ends, None if on_device else counts)
+    generator = torch.Generator().manual_seed(2)
+    tokens, grad = torch.randn(64, 160, generator=generator), torch.randn(64, 32, generator=generator)
+    tokens[order[0]] = 300.0
+    tokens.requires_grad_()
+    weights = [torch.randn(32, 160, generator=generator, requires_grad=True) for _ in counts]
+    multiply = [Fp8Rows(Recipe(scaling), process_groups) for _ in counts]
+    out = product(tokens, weights, rows, multiply=multiply)
+    out.backward(grad)
+    assert tokens.grad is not None and weights[1].grad is not None and not weights[1].grad.any()
+    row, column, tile = (Blocks.ROW, Blocks.COLUMN, Blocks.TILE) if scaling == "blockwise" else (Blocks.TENSOR,) * 3
+    for part, weight in zip(order.split(counts), weights, strict=True):
+        if not len(part):
+            continue
+        x, w, g = tokens.detach()[part], weight.detach(), grad[part]
+        w_rounded = rounded(w, E4M3, tile)
+        for found, wanted in (
+            (out[part], rounded(x, E4M3, row) @ w_rounded.t()),
+            (tokens.grad[part], rounded(g, E5M2, row) @ w_rounded),
+            (weight.grad, rounded(g, E5M2, column).t() @ rounded(x, E4M3, column)),
+        ):
+            assert found is not None and relative(found, wanted) < 2e-6
+
+
+def test_a_batch_of_text_leaves_the_scales_of_images(build: Callable[..., GPTModel]) -> None:
+    """Weights are rounded with or without tokens; rows and gradients have an amax of zero, which changes no scale."""
+    model = build(config("dense", untie=["attention", "ffn"], precision={"fp8": "delayed", "fp8_amax_history": 2}))
+    scales = scales_of([model.train()])
+    text = batch_of([random_documents((32,), seed=1, image=0.0)], length=32)
+    run_model(model, text).square().sum().backward()
+    for one in scales:
+        roles = [ROWS, GRADIENT]
+        assert bool(one.seen[:, roles].any()) is one.name.endswith(".text") and one.seen[:, WEIGHT].all(), one.name
+        one.update()
+        moved = one.state[0, :, roles] != 1.0
+        assert bool(moved.all() if one.name.endswith(".text") else not moved.any()), one.name
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and (not name.endswith(".image") or not parameter.grad.any()), name
+
+
 RECIPES = [
     {"fp8": "tensorwise"},
     {"fp8": "blockwise"},
     {"fp8": "blockwise", "fp8_format": "e4m3"},
 ]
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "moma": ("moma", {}),
+    "mot": ("dense", {"untie": ["attention", "ffn", "norms"]}),
+    "mot_4t1i": ("moma", {"untie": ["attention", "norms"], "experts": UNGATED}),
+}
 
 
 @pytest.mark.parametrize("precision", RECIPES, ids=str)
-@pytest.mark.parametrize("kind", ["dense", "moma"])
-def test_a_model_is_near_its_own_in_fp32(build: Callable[..., GPTModel], kind: str, precision: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["dense", "moma", "mot", "mot_4t1i"])
+def test_a_model_is_near_its_own_in_fp32(build: Callable[..., GPTModel], name: str, precision: dict[str, Any]) -> None:
     """Four roundings a layer of 3 bits each: percents of the logits, and a gradient that points the same way."""
-    exact = build(high_precision(config(kind, precision=precision)))  # the same slots
-    found = build(config(kind, precision=precision))
+    kind, more = MODELS[name]
+    exact = build(high_precision(config(kind, precision=precision, **more)))  # the same slots
+    found = build(config(kind, precision=precision, **more))
     found.load_state_dict(exact.state_dict())  # the same names
     losses, gradients = [], []
     for model in (exact, found):
@@ -222,9 +292,11 @@ def test_causal_choices_fill_their_products(build: Callable[..., GPTModel], rout
     assert torch.isfinite(run_model(model, batch(), routing=routing)).all()
 
 
-def test_recomputed_layers_have_the_same_gradients(build: Callable[..., GPTModel]) -> None:
+@pytest.mark.parametrize("name", ["moma", "mot", "mot_4t1i"])
+def test_recomputed_layers_have_the_same_gradients(build: Callable[..., GPTModel], name: str) -> None:
     def grads(recompute: str) -> Sequence[Tensor]:
-        made = config("moma")
+        kind, more = MODELS[name]
+        made = config(kind, **more)
         parallel = made.parallel.model_copy(update={"recompute": recompute})
         model = build(made.model_copy(update={"parallel": parallel})).train()
         run_model(model, batch()).square().sum().backward()

@@ -113,12 +113,12 @@ def test_what_is_refused(experts: dict[str, Any], kind: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"precision": {"dtype": "bf16", "fp8": "delayed", "fp8_emulate": True}}, "precision.fp8 = delayed"),
+        ({"precision": {"dtype": "bf16", "fp8": "delayed"}}, "precision.fp8 = delayed"),
         ({"model": {"backend": "te"}}, "model.backend = te"),
         ({"model": {"experts": {"compute": "te"}}}, "model.experts.compute = te"),
     ],
 )
-def test_without_transformer_engine_and_fp8_only(other: dict[str, Any], said: str) -> None:
+def test_without_transformer_engine_only(other: dict[str, Any], said: str) -> None:
     given = tiny(experts=moma_experts(ungated=UNGATED)).model_dump()
     model = given["model"] | other.get("model", {})
     model["experts"] = given["model"]["experts"] | other.get("model", {}).get("experts", {})

@@ -155,7 +155,7 @@ def replace_share(config: Any, share: dict[str, float]) -> Any:
         ("dense", {"untie": ["norms", "norms"]}, {}, "twice"),
         ("dense", {"untie": ["attention"], "qkv_bias": True}, {}, "no biases"),
         ("dense", {"untie": ["ffn"], "backend": "te"}, {}, "torch backend only"),
-        ("dense", {"untie": ["ffn"]}, {"precision": {"dtype": "bf16", "fp8": "delayed"}}, "not quantized"),
+        ("dense", {"untie": ["ffn"]}, {"precision": {"dtype": "bf16", "fp8": "delayed"}}, "FP8 kernels are"),
         ("dense", {"untie": ["ffn"]}, {"parallel": {"tp": 2, "overlap_tensor": True}}, "Transformer-Engine's linears"),
     ],
 )

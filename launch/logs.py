@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch import chain, status
+from launch import chain, owner, status
 from launch import record as records
 from launch.job_table import JobTable
 from mmscale.errors import LaunchError
@@ -37,7 +37,10 @@ def lines(
         records.check_folder(run)
     file = _file(run, rank=rank, attempt=attempt, job=job)
     if file is None and not follow:
-        raise LaunchError(f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}")
+        raise LaunchError(
+            f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}",
+            remedy="" if owner.starting(run) is None else "--follow waits until its ranks have loaded torch",
+        )
     place, table = 0, JobTable()
     while True:
         ended = follow and status.ended(run, table)  # checked before reading, so that output until then is printed
@@ -54,6 +57,15 @@ def lines(
         if not follow or ended:
             return
         time.sleep(_POLL_S)
+
+
+def note(run: Path, *, rank: int) -> str:
+    """A line for `lines` without an attempt: a newer attempt than the printed one is starting; "": none is."""
+    held = owner.starting(run)
+    file = None if held is None else _file(run, rank=rank, attempt=None, job=False)
+    if held is None or file is None or file.parent.name == f"attempt_{held.attempt}":
+        return ""
+    return f"attempt {held.attempt} is starting and has printed nothing yet; above is {file}"
 
 
 def _more(file: Path, place: int) -> tuple[str, int]:
@@ -81,6 +93,8 @@ def _attempts(run: Path) -> list[int]:
 
 def _there(run: Path) -> str:
     attempts = _attempts(run)
+    if (held := owner.starting(run)) is not None:
+        return f": attempt {held.attempt} is starting"
     if not attempts:
         return ": nothing has been started yet"
     names = sorted(entry.name for entry in (run / "logs" / f"attempt_{attempts[-1]}").glob("rank_*.log"))

@@ -1,19 +1,22 @@
-"""Ensures that only one job trains a run.
+"""The owner of a run, and the refusal of a second one.
 
-Checks whether a run is being trained already: its lease names the owner; SLURM, the owner's process or the lease's
-counter show whether the owner is alive. Checked before a job is queued (submit.py, control.py), and again by the job
-itself (job.py).
+A run's lease names its owner; SLURM, the owner's process or the lease's counter show whether the owner is alive.
+`refuse_busy` is called before a job is queued (submit.py, control.py), and again by the job itself (job.py).
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch import chain
 from launch import record as records
 from launch.job_table import JobTable
 from mmscale.errors import LaunchError, shell_command
 from mmscale.resilience import lease, run_lock
+from mmscale.runs.events import BEGINS, read_events
 
 
 def refuse_busy(run: Path, *, job: str | None = None) -> frozenset[str]:
@@ -64,3 +67,28 @@ def _links(run: Path, owner: lease.Lease | None, job: str | None) -> list[chain.
     if holder and all(link.key.id != holder for link in found):
         found.append(chain.Link(run, records.JobKey(holder), table.states([holder]).get(holder)))
     return found
+
+
+def of(run: Path) -> lease.Lease | None:
+    """The owner of a run; None also if the lease is damaged, so that the run's jobs are still shown."""
+    try:
+        return lease.owner(run)
+    except LaunchError:
+        return None
+
+
+def is_held(run: Path, held: lease.Lease) -> bool:
+    """Whether the holder is alive: by its process, or, if that is not visible, by the time of its last heartbeat."""
+    lives = run_lock.holder_lives(run, held)
+    return held.is_of(run) and time.time() - lease.changed(run) < lease.ORPHANED_S if lives is None else lives
+
+
+def has_begun(events: Sequence[dict[str, Any]], held: lease.Lease) -> bool:
+    """Whether the attempt of a run's owner has begun to train, by the run's events."""
+    return any(event["event"] in BEGINS and event.get("attempt") == held.attempt for event in events)
+
+
+def starting(run: Path) -> lease.Lease | None:
+    """The owner of a run, alive, whose ranks load or wait for each other; None: there is none."""
+    held = of(run)
+    return None if held is None or has_begun(read_events(run), held) or not is_held(run, held) else held

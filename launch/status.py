@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import budget as budgets
-from launch import chain, scheduler
+from launch import chain, owner, scheduler
 from launch import record as records
 from launch.goodput import goodput
 from launch.job_states import STATES, Phase
@@ -25,12 +25,13 @@ from mmscale import bounded
 from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
-from mmscale.resilience import lease, run_lock
+from mmscale.resilience import lease
 from mmscale.runs.events import BEGINS, EARLY, EVENTS, ORDERLY_ENDS, read_events
 from mmscale.runs.is_run import NAME_ANOTHER, no_run
 from mmscale.runs.run_progress import RunProgress
 from mmscale.train.stages.table import STAGES, of_folder
 
+STARTING = "starting"  # no attempt of the holder has begun to train
 _FINAL = dict.fromkeys((2, 3, 4, 74), RunState.FAILED) | {5: RunState.GAVE_UP, 75: RunState.STOPPED}
 # How an attempt ended, by its last event. `finish` counts at the last step only.
 _WORDS = {
@@ -61,7 +62,8 @@ def known(folder: Path) -> list[Path]:
 
 def _is_run(folder: Path) -> bool:
     try:
-        return (folder / "config.yaml").is_file() or any((folder / "launch").glob("[0-9]*"))
+        named = (folder / "config.yaml").is_file() or any((folder / "launch").glob("[0-9]*"))
+        return named or owner.of(folder) is not None
     except OSError:  # shown as unreadable
         return True
 
@@ -159,7 +161,7 @@ def _said(error: Exception) -> str:
 
 def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     folder = records.latest(run)
-    if folder is None and (cause := no_run(run)):
+    if folder is None and owner.of(run) is None and (cause := no_run(run)):
         raise LaunchError(cause, remedy=NAME_ANOTHER)
     events = read_events(run)
     progress = _progress(run)
@@ -259,9 +261,10 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         "chain": [],
         "ended": True,
     }
-    held = _owner(run)
-    if held is not None and not held.job and _is_held(run, held):
-        return found | {"state": "RUNNING", "nodes": held.host, "ended": False}
+    held = owner.of(run)
+    if held is not None and not held.job and owner.is_held(run, held):
+        reason = "" if owner.has_begun(events, held) else STARTING
+        return found | {"state": "RUNNING", "reason": reason, "nodes": held.host, "ended": False}
     if jobs.error:
         over = _over(run, events)
         word = _last_word(run, events) if over else None
@@ -284,20 +287,6 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         gone = f"process {held.process.pid} on {held.host} is gone, and has not said how it ended"
         return found | {"state": _last_word(run, events) or RunState.KILLED, "reason": gone, "nodes": held.host}
     return found | {"state": _last_word(run, events) or RunState.UNKNOWN}
-
-
-def _owner(run: Path) -> lease.Lease | None:
-    """The owner of a run; None also if the lease is damaged, so that the run's jobs are still shown."""
-    try:
-        return lease.owner(run)
-    except LaunchError:
-        return None
-
-
-def _is_held(run: Path, held: lease.Lease) -> bool:
-    """Whether the holder is alive: by its process, or, if that is not visible, by the time of its last heartbeat."""
-    lives = run_lock.holder_lives(run, held)
-    return held.is_of(run) and time.time() - lease.changed(run) < lease.ORPHANED_S if lives is None else lives
 
 
 def _expected(state: scheduler.JobState) -> str:

@@ -199,6 +199,8 @@ def logs(
         whose = "the job" if job else f"rank {rank}"
         where = ": rank 0 prints the progress of all ranks" if rank and not job else ""
         typer.echo(f"note: {whose} has printed nothing{where}", err=True)
+    if attempt is None and not job and not follow and (said := printing.note(run, rank=rank)):
+        typer.echo(f"note: {said}", err=True)
 
 
 def status(

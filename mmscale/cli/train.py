@@ -81,12 +81,15 @@ def train(
         assert nproc is not None
         entry.preflight(loaded, world_size=nproc, yes=yes)  # printed once here instead of by every rank
         raise typer.Exit(_start_ranks(nproc, main_run, entry))
-    if env.world_size == 1:
-        entry.preflight(loaded, world_size=1, yes=yes)  # a wrong path is named before torch has been loaded
-    with Waiting("loading torch and megatron-core", enabled=env.is_first) as starting:
+    if env.is_first and not holding.is_launched():  # a wrong path is named before torch has been loaded
+        entry.preflight(loaded, world_size=env.world_size, yes=yes)
+    with (
+        holding.claimed(main_run, entry, env) as claim,
+        Waiting("loading torch and megatron-core", enabled=env.is_first) as starting,
+    ):
         from mmscale.train import run
 
-        status = run.main(loaded, env, stage=entry.name, yes=yes, grace_s=grace, starting=starting)
+        status = run.main(loaded, env, stage=entry.name, yes=yes, grace_s=grace, starting=starting, claim=claim)
     if env.is_first and as_json:
         records = read_metrics(folder)
         result = {"run": str(folder), "exit_status": status, "last": records[-1] if records else None}

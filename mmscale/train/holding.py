@@ -1,8 +1,9 @@
 """Holds the lock of a run during training.
 
 Holds a run's lease during `mmscale train`: in the parent of local ranks, or in rank 0 if another program started the
-ranks. Under `mmscale launch` the job holds it, and ranks only check it. resilience/run_lock.py is the lock itself. No
-torch.
+ranks or there is only one. It is taken before torch is loaded, so that `mmscale status`, `logs` and `stop` know the run
+from then on. Under `mmscale launch` the job holds it, and ranks only check it. resilience/run_lock.py is the lock
+itself. No torch.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mmscale.errors import LaunchError, shell_command
@@ -22,6 +27,7 @@ from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.stages.table import STAGES, Stage
 
 BY_TRAIN = "train-"  # prefix of the lease ids of attempts that `mmscale train` started
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def is_launched() -> bool:
@@ -89,17 +95,102 @@ def held(run: Path, stage: Stage) -> Iterator[str]:
         yield name
 
 
+@dataclass
+class Claim:
+    """The lock of a run, as rank 0 holds it while torch is loaded and ranks are started.
+
+    Attributes:
+        lease_id: of the attempt; "": another process holds the lock, or it was refused.
+        refused: cause and remedy, if another process trains the run; all ranks raise it together.
+        begun: from now on `StopRequest` handles signals.
+    """
+
+    lease_id: str = ""
+    refused: tuple[str, str] | None = None
+    begun: bool = False
+
+
 @contextlib.contextmanager
-def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable[[Any], Any]) -> Iterator[Fence]:
+def claimed(run: Path, stage: Stage, env: RankEnv) -> Iterator[Claim]:
+    """Hold the lock on rank 0, from before torch is loaded; other ranks and a launch's hold nothing.
+
+    A stop request before training has begun ends the process at once, and releases the lock.
+
+    Args:
+        run: the main run's folder.
+        stage: the stage to train.
+        env: place of this rank.
+
+    Raises:
+        HeldError: this stage, or another one of the run, is being trained; if there are several ranks, it is raised
+            later by all of them.
+        LaunchError: a stop was requested before training began.
+    """
+    claim = Claim()
+    if is_launched() or not env.is_first:
+        yield claim
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_at_once(claim))
+        _take(claim, stack, run, stage)
+        if claim.refused is not None and env.world_size == 1:
+            raise run_lock.HeldError(claim.refused[0], remedy=claim.refused[1])
+        yield claim
+
+
+def _take(claim: Claim, stack: contextlib.ExitStack, run: Path, stage: Stage) -> None:
+    try:
+        claim.lease_id = stack.enter_context(held(run, stage))
+    except LaunchError as error:
+        claim.refused = (error.cause, error.remedy)
+
+
+@contextlib.contextmanager
+def _ended_at_once(claim: Claim) -> Iterator[None]:
+    """End the block at a stop request, until training has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signal handlers
+        return
+    received: list[signal.Signals] = []
+
+    def end(number: int, _: FrameType | None) -> None:
+        if claim.begun:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # the process saves and ends already
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt  # libraries that are being imported may catch an Exception
+
+    numbers = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not received:
+            raise
+        raise LaunchError(
+            f"stopped by {received[0].name} before training began: nothing was saved",
+            remedy="start it again: it continues from the newest checkpoint, if there is one",
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held_by_ranks(
+    run: Path, stage: Stage, env: RankEnv, *, from_first: Callable[[Any], Any], claim: Claim | None = None
+) -> Iterator[Fence]:
     """The same as `held` for ranks in a process group: rank 0 holds the lease unless a launcher does.
 
-    Every rank calls it.
+    Every rank calls it, with handlers of stop requests installed.
 
     Args:
         run: the main run's folder.
         stage: the stage to train.
         env: place of this rank.
         from_first: returns rank 0's value on every rank.
+        claim: of `claimed`; None: the lock is taken here.
 
     Raises:
         HeldError: the same on every rank.
@@ -116,13 +207,12 @@ def held_by_ranks(run: Path, stage: Stage, env: RankEnv, *, from_first: Callable
                 lease.release(folder, os.environ[VARIABLE])
         return
     with contextlib.ExitStack() as stack:
-        name, refused = "", None
-        if env.is_first:
-            try:
-                name = stack.enter_context(held(run, stage))
-            except LaunchError as error:
-                refused = (error.cause, error.remedy)
-        name, refused = from_first((name, refused))
+        if claim is None:
+            claim = Claim()
+            if env.is_first:
+                _take(claim, stack, run, stage)
+        claim.begun = True
+        name, refused = from_first((claim.lease_id, claim.refused))
         if refused is not None:
             raise run_lock.HeldError(refused[0], remedy=refused[1])
         yield Fence.of_rank(folder, env.rank, {VARIABLE: name}, local_rank=env.local_rank)

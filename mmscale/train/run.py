@@ -22,6 +22,7 @@ from mmscale.runtime.waiting import Waiting
 from mmscale.train import holding
 from mmscale.train.assembly import resolve_share, start
 from mmscale.train.attempt import Attempt
+from mmscale.train.holding import Claim
 from mmscale.train.stages.auxiliary_stage import AuxiliaryStage
 from mmscale.train.stages.built import BuiltStage, Given
 from mmscale.train.stages.main import MainStage
@@ -39,6 +40,7 @@ def main(
     yes: bool = False,
     grace_s: float | None = None,
     starting: Waiting | None = None,
+    claim: Claim | None = None,
 ) -> int:
     """Run one attempt on this rank.
 
@@ -49,6 +51,7 @@ def main(
         yes: resume from a checkpoint although the objective or the data have changed since.
         grace_s: time that a stop request leaves for a save [seconds]; default: the launcher's value, or a minute.
         starting: shows the progress of the start until the first step is logged; default: nothing is shown.
+        claim: the run's lock, if rank 0 has taken it before; default: it is taken here.
 
     Returns:
         0: trained to the last step; 75: stopped on request after a committed save.
@@ -74,7 +77,7 @@ def main(
     try:
         with (
             StopRequest(grace_s=grace_of(grace_s)) as stop,
-            holding.held_by_ranks(run, entry, env, from_first=from_first) as fence,
+            holding.held_by_ranks(run, entry, env, from_first=from_first, claim=claim) as fence,
             contextlib.ExitStack() as stack,
         ):
             build = BUILDERS[entry.name]

@@ -162,7 +162,7 @@ def test_stop_and_status_know_a_run_that_was_never_launched(
         shown = yaml.safe_load(capsys.readouterr().out)[0]
         assert (shown["state"], shown["nodes"], shown["ended"]) == ("RUNNING", os.uname().nodename, False)
         assert main(["logs", str(run)]) == 1
-        assert "has no log of rank 0: nothing has been started yet" in capsys.readouterr().err
+        assert "has no log of rank 0: attempt 1 is starting" in capsys.readouterr().err
         assert main(["stop", str(run), "--json"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["done"] == "asked to save and end"
         assert process.wait(300) == -10  # SIGUSR1, which this one does not handle

@@ -17,6 +17,7 @@ from typing import Any
 from checkpoints_tools.huggingface import gate, shipped
 from checkpoints_tools.huggingface.card import card
 from checkpoints_tools.huggingface.codecs import write_codecs
+from checkpoints_tools.huggingface.export_checks import refuse_without_routers, tokenizer_set
 from checkpoints_tools.huggingface.export_settings import CONFIG, REPORT, settings
 from checkpoints_tools.huggingface.fast_tokenizer import write_text_tokenizer
 from checkpoints_tools.huggingface.files import WrittenWeights, unaccounted, write_weights
@@ -34,18 +35,9 @@ from mmscale.data.modalities.image_plugin import PluginTokenizer
 from mmscale.data.modalities.modality import Codec
 from mmscale.data.modalities.table import folder_of, open_codecs
 from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokenizer
-from mmscale.data.prepared.manifest import (
-    NO_TOKENIZER,
-    TEXT,
-    by_modality,
-    check_vocabulary,
-    common_tokenizers,
-    most_complete,
-    named_sources,
-    read_manifest,
-)
+from mmscale.data.prepared.manifest import NO_TOKENIZER, TEXT, by_modality, read_manifest
 from mmscale.data.vocab import IMAGE, Vocabulary
-from mmscale.errors import CheckpointError, DataError, shell_command
+from mmscale.errors import CheckpointError, DataError
 from mmscale.runtime.environment import code_version
 
 SHARD_BYTES = 5_000_000_000
@@ -148,10 +140,6 @@ def up_to_date(run: Path, step: int | None, out: Path, *, routing: str) -> dict[
     return {"path": str(out), **report} if whole else None
 
 
-class NoRoutersError(CheckpointError):
-    """A model has routing, but no routers or thresholds for causal routing."""
-
-
 def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: str) -> tuple[int, bool]:
     """Width of the auxiliary routers (0: none), and whether averaged cut-offs are kept.
 
@@ -162,14 +150,9 @@ def causal_routers(source: RunWeights, config: Config, run: Path, *, routing: st
     hidden = [name for name in names if "auxiliary" in name and name.endswith(".hidden")]
     auxiliary = source.entry(hidden[0]).shape[0] if hidden else 0
     thresholds = any(".mlp.threshold." in name or ".depth_threshold." in name for name in names)
-    if config.model.routes and not (thresholds if routing == "threshold" else auxiliary):
-        alternative = ", or export with --routing threshold" if thresholds else ""
-        what = "averaged cut-offs" if routing == "threshold" else "auxiliary routers"
-        raise NoRoutersError(
-            f"{source.path} has no {what}: its experts choose among all tokens of a sequence, later ones too, so that "
-            "it cannot generate",
-            remedy=f"train them: {shell_command('train', run / 'config.yaml', '--stage', 'auxiliary')}{alternative}",
-        )
+    refuse_without_routers(
+        config.model, run, source.path, auxiliary=auxiliary > 0, thresholds=thresholds, routing=routing
+    )
     return auxiliary, thresholds
 
 
@@ -199,18 +182,7 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
         DataError: there is no such data set, it has other tokenizers, or those of a blend are not the same.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
-    if data is None and not config.data.sources:  # a run made by `convert from-hf`
-        raise DataError(
-            f"the run of {source.path} has no data set, and with it no tokenizers",
-            remedy="name one: `mmscale convert to-hf RUN OUT --data DIR`, or data.path in the run's config.yaml",
-        )
-    folders = [data] if data is not None else [Path(source.path) for source in named_sources(config)]
-    blend = {folder: read_manifest(folder) for folder in folders}
-    common_tokenizers({folder: manifest.tokenizers for folder, manifest in blend.items()})
-    folder = most_complete(blend)
-    assert folder is not None
-    manifest = blend[folder]
-    check_vocabulary(folder, manifest, vocabulary)
+    folder, manifest = tokenizer_set(config, source.path, data)
     text = open_text_tokenizer(folder)
     codecs = open_codecs(folder)
     if isinstance(image := codecs.get(IMAGE), PluginTokenizer):

@@ -76,6 +76,9 @@ def to_hf(
         raise UsageError(f"--shard-size {shard_size!r} is not a number of bytes", remedy="write e.g. 5e9")
     check_model(folder, step)
     check_set(data)
+    from checkpoints_tools.huggingface import export_checks
+
+    export_checks.check(folder, step, out, data=data, routing=routing)
     from mmscale.runtime.waiting import waiting
 
     with waiting("loading torch", enabled=not as_json) as tell:

@@ -80,6 +80,10 @@ def evaluate(
     questions, others = _tasks(task or [])
     if not ranks.is_shared(nproc):
         check_model(folder, step)
+        if routing is not None and not (folder / "config.json").is_file():
+            from mmscale.inference.supported_routing import check_routing
+
+            check_routing(folder, step, Routing(routing))
     check_set(data)
     tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
     own_tasks = [name for name in others if name in EVAL_TASKS]

@@ -149,10 +149,6 @@ def sample(
         )
     if (path / "config.json").is_file():
         ranks.refuse(nproc, "an export")
-    if ranks.starts_ranks(nproc):
-        raise typer.Exit(ranks.start_for_a_while(nproc))
-    shared = ranks.shared(nproc)
-    shows = not as_json and (shared is None or shared.is_first)
     guided = _guidance(guidance)
     texts = _texts(prompt, infill)
     files = tuple(existing(file, what="picture") for file in image or ())
@@ -161,8 +157,21 @@ def sample(
     holes = _holes(infill, mask, pictures=len(files), others=others)
     if draw and begin:
         raise UsageError("--draw and --begin are both given", remedy="give one of them")
+    not_with_batch_routing = {
+        "--chat": chat,
+        "--infill": holes,
+        "--image": files,
+        "--item": items,
+        "--top-k": top_k,
+        "--guidance": guided != 1,
+        "--max-tokens": max_tokens,
+    }
     if not ranks.is_shared(nproc):
-        check_model(path, step)
+        routing = _checked(path, step, routing, not_with_batch_routing)
+    if ranks.starts_ranks(nproc):
+        raise typer.Exit(ranks.start_for_a_while(nproc))
+    shared = ranks.shared(nproc)
+    shows = not as_json and (shared is None or shared.is_first)
     with contextlib.ExitStack() as stack:
         tell = stack.enter_context(waiting("loading torch and transformers", enabled=shows))
         from mmscale.inference.generate import Sampling
@@ -176,17 +185,7 @@ def sample(
         chosen = Sampling(temperature, top_k, top_p, 1.0 if guided is None else guided, max_tokens, seed)
         tell(f"{'filling' if holes else 'continuing'} {_counted(texts)} {count} times")
         if opened is None:
-            _refuse_with_batch_routing(
-                {
-                    "--chat": chat,
-                    "--infill": holes,
-                    "--image": files,
-                    "--item": items,
-                    "--top-k": top_k,
-                    "--guidance": guided != 1,
-                    "--max-tokens": max_tokens,
-                }
-            )
+            _refuse_with_batch_routing(not_with_batch_routing)
             facts, drawn = _with_batch_routing(path, step, texts, begin, count, chosen, shared)
         else:
             asked = [(text, files, draw, items, begin, chat) for text in texts]
@@ -202,6 +201,28 @@ def sample(
     emit(result, as_json=as_json, text=lambda: show(result))
 
 
+def _checked(path: Path, step: int | None, routing: str | None, options: dict[str, Any]) -> str | None:
+    """The routing to generate with, before torch is loaded: batch if none was requested and a run has no other.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it does not support the routing.
+        UsageError: one of `options` was given, which batch routing does not have.
+    """
+    check_model(path, step)
+    if routing != "batch" and not (path / "config.json").is_file():
+        from checkpoints_tools.huggingface.export_checks import NoRoutersError, check_routers
+
+        try:
+            check_routers(path, step, routing=routing or "causal")
+        except NoRoutersError:
+            if routing is not None:
+                raise
+            routing = "batch"
+    if routing == "batch":
+        _refuse_with_batch_routing(options)
+    return routing
+
+
 def _open(
     path: Path,
     step: int | None,
@@ -211,8 +232,8 @@ def _open(
     tell: Callable[[str], None],
 ) -> Any:
     """A generator; None: no routing was requested, and the run has batch routing only."""
+    from checkpoints_tools.huggingface.export_checks import NoRoutersError
     from checkpoints_tools.huggingface.generator import open_generator, open_on_ranks
-    from checkpoints_tools.huggingface.to_hf import NoRoutersError
 
     tell(f"loading {path}")
     try:

@@ -18,14 +18,16 @@ from mmscale.checkpoint import integrity, sharded
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.settings import CONFIG, allows_missing, config_of
 from mmscale.config import Config, rules
-from mmscale.config.derived import for_inference, with_auxiliary_routers
+from mmscale.config.derived import for_inference
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import CheckpointError, MmscaleError, UsageError
+from mmscale.errors import CheckpointError, MmscaleError
+from mmscale.inference import supported_routing
+from mmscale.inference.supported_routing import with_width
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.tables.routings import Needs, Routing
+from mmscale.tables.routings import Routing
 from mmscale.train.stages.origin import find_routers
 from mmscale.train.state.router_state import load_main_tensors, load_router_tensors, main_tensors, router_tensors
 from mmscale.train.steps.batch import to_device
@@ -33,18 +35,6 @@ from mmscale.train.steps.step import Stepper
 
 T = TypeVar("T")
 _SEED = 0  # has no effect, because all weights are read
-
-_LACKING = {
-    Needs.AUXILIARY: (
-        "there are no auxiliary routers for step {step} of this run",
-        "train them: `mmscale train CONFIG --stage auxiliary`; or use --routing batch, and read its numbers with care: "
-        "expert choice sees the future",
-    ),
-    Needs.THRESHOLDS: (
-        "this run kept no averages of its routers' cut-offs",
-        "train with model.experts.threshold_decay=0.99, or use --routing causal",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -73,11 +63,7 @@ class RunModel:
         Raises:
             UsageError: it has no auxiliary routers, or no thresholds.
         """
-        model, needs = self.config.model, routing.mode.needs
-        if not model.routes or needs.held_by(model):
-            return
-        cause, remedy = _LACKING[needs]
-        raise UsageError(f"--routing {routing}: {cause.format(step=self.step)}", remedy=remedy)
+        supported_routing.require(self.config.model, routing, step=self.step)
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch, routing: Routing = Routing.BATCH) -> Tensor:
@@ -133,7 +119,7 @@ def open_run(
         found = _on_first(lambda: _find(run, step), rank=place.rank)
         config = _here(found.config, ranks=place.world_size, dtype=dtype)
         if found.width is not None:
-            config = _with_width(config, found.width)
+            config = with_width(config, found.width)
         transformer = transformer_config(config)
         (module,) = build_chunks(config, groups, transformer=transformer)
         wanted = main_tensors([module], sharded.metadata())
@@ -212,10 +198,3 @@ def _on_first(action: Callable[[], T], *, rank: int) -> T:
     if isinstance(found, Exception):
         raise found
     return found  # type: ignore[return-value]
-
-
-def _with_width(config: Config, width: int) -> Config:
-    """The configuration whose model holds auxiliary routers of this width."""
-    config = with_auxiliary_routers(config)
-    auxiliary = config.model.auxiliary.model_copy(update={"width": width})
-    return config.model_copy(update={"model": config.model.model_copy(update={"auxiliary": auxiliary})})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import control, logs, status
+from launch import control, status
 from mmscale.cli import main
 from mmscale.resilience import lease
 from mmscale.runs.events import EventLog

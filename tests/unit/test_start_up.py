@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmscale.checkpoint.layout import INFO, info_text
+from mmscale.checkpoint.shape import shape_of
+from mmscale.config.load import dump, load
+
 # What nothing needs before the first step on a CPU; each costs 0.2 to 2 seconds of CPU in every rank.
 UNUSED = ("torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "tensorboard", "matplotlib", "pandas", "scipy")
+ROOT = Path(__file__).parents[2]
 LIGHT = ("torch", "megatron", "transformers", "matplotlib", "scipy", "sklearn", "pandas", "numpy")
 
 IMPORTS = """
@@ -78,25 +83,27 @@ def test_commands_and_checks_before_a_start_need_no_torch() -> None:
     }
 
 
-def commands(*lines: str, then: str = "") -> list[str]:
+def commands(*lines: str, then: str = "", folder: Path = ROOT) -> list[str]:
     """What each command prints to stderr, all of them in one new process, and what the code after them prints."""
     command = [sys.executable, "-c", COMMANDS + then, ";".join(lines)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2])
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
     parts = ended.stderr.split("$ ")[1:]
     assert len(parts) == len(lines), ended.stderr
     return parts
 
 
 def test_a_command_says_what_it_is_doing(tmp_path: Path) -> None:
-    """Of a run whose only checkpoint is empty."""
-    run = tmp_path / "run"
+    """Of a run whose only checkpoint is empty, and of an export without weights."""
+    run, export = tmp_path / "run", tmp_path / "export"
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "config.yaml").write_text("")
+    export.mkdir()
+    (export / "config.json").write_text("{}")
     lines = {
         f"report {run} --out {run}/report.html --no-png": "loading what ",
-        f"convert to-hf {run} {tmp_path}/out": "loading torch ...",
+        f"convert from-hf {export} {tmp_path}/out": "loading torch ...",
         f"eval {run}": "loading torch and megatron-core ...",
-        f"sample {run} --prompt x": "loading torch and transformers ...",
+        f"sample {export} --prompt x": "loading torch and transformers ...",
     }
     for part, (line, words) in zip(commands(*lines), lines.items(), strict=True):
         assert words in part and ("error: " in part or line.startswith("report")), (line, part)
@@ -114,6 +121,8 @@ def test_a_wrong_path_is_named_before_torch_is_loaded(tmp_path: Path) -> None:
         f"eval {tmp_path}/run@7": "has no checkpoint of step 7",
         f"eval {tmp_path}/run --data {none}": "or correct --data",
         f"sample {none} --prompt x": f"there is no folder {none}",
+        f"convert to-hf {tmp_path}/run {tmp_path}/out": "step_00000001",
+        f"sample {tmp_path}/run --prompt x": "step_00000001",
         f"convert to-hf {none} {tmp_path}/out": f"there is no folder {none}",
         f"convert to-hf {tmp_path}/run {tmp_path}/out --data {none}": "or correct --data",
         f"convert from-hf {none} {tmp_path}/new": f"{none}/config.json is missing",
@@ -124,3 +133,36 @@ def test_a_wrong_path_is_named_before_torch_is_loaded(tmp_path: Path) -> None:
     for part, (line, words) in zip(parts, lines.items(), strict=True):
         assert words in part and "error: " in part and "loading" not in part, (line, part)
     assert parts[-1].split()[-1] == "False"
+
+
+def test_a_routing_that_a_run_does_not_support_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Of a checkpoint with a configuration and without weights; nothing is written."""
+    settings = ["run.name=bare", f"run.dir={tmp_path}", "parallel.ep=1"]
+    config = load(ROOT / "configs/quickstart.yaml", settings)
+    joint = load(ROOT / "configs/quickstart.yaml", [*settings, "model.auxiliary.mode=joint"])
+    dense = load(
+        ROOT / "configs/quickstart.yaml",
+        [*settings, "model.kind=dense", "model.experts.counts={}", "model.experts.threshold_decay=0"],
+    )
+    for name, one in {"bare": config, "joint": joint, "dense": dense}.items():
+        step = tmp_path / name / "checkpoints" / "step_00000001"
+        step.mkdir(parents=True)
+        info = {"step": 1, "config": one.model_dump(mode="json"), "shape": shape_of(one)}
+        (step / INFO).write_text(info_text(info))
+        (tmp_path / name / "config.yaml").write_text(dump(one))
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    refused = {
+        f"convert to-hf {bare} {out}": "has no auxiliary routers",
+        f"convert to-hf {bare} {out} --routing top1": "has no auxiliary routers",
+        f"eval {bare} --routing causal": "there are no auxiliary routers for step 1",
+        f"sample {bare} --prompt x --routing causal": "has no auxiliary routers",
+        f"sample {bare} --prompt x --image {ROOT}/configs/quickstart.yaml": "--image: not with batch routing",
+        f"sample {bare} --prompt x --guidance 2 --nproc 2": "--guidance: not with batch routing",
+        f"convert to-hf {tmp_path}/joint {out}": "there is no folder data/digits",
+        f"convert to-hf {tmp_path}/dense {out}": "there is no folder data/digits",
+        f"convert to-hf {tmp_path}/joint {tmp_path}": f"{tmp_path} exists already",
+    }
+    parts = commands(*refused, then="\nprint('torch' in sys.modules, file=sys.stderr)", folder=tmp_path)
+    for part, (line, words) in zip(parts, refused.items(), strict=True):
+        assert words in part and "error: " in part and "loading" not in part, (line, part)
+    assert parts[-1].split()[-1] == "False" and not out.exists()

@@ -91,8 +91,8 @@ def test_code_has_an_entry_for_every_name() -> None:
     from mmscale.config.data.rules import IMAGE_RULES
     from mmscale.data.modalities.image_kinds import FITS, LOADS
     from mmscale.inference.built_in_tasks import BUILT_IN_TASKS
-    from mmscale.inference.model import _LACKING
     from mmscale.inference.score_documents import VALUES
+    from mmscale.inference.supported_routing import LACKING
     from mmscale.layers.frozen import PARTS as FROZEN_PARTS
     from mmscale.model.decisions import DECISIONS
     from mmscale.model.ranking import RANKINGS as FUNCTIONS
@@ -114,4 +114,4 @@ def test_code_has_an_entry_for_every_name() -> None:
     assert list(BUILT_IN_TASKS) == list(EVAL_TASKS)
     assert list(IMAGE_RULES) == list(IMAGE_TOKENIZERS) == list(FITS)
     assert set(IMAGE_TOKENIZERS) <= set(LOADS)
-    assert {*_LACKING, Needs.NOTHING} == set(Needs)
+    assert {*LACKING, Needs.NOTHING} == set(Needs)

@@ -1,0 +1,125 @@
+"""Checks of an export that need only settings and files, made before torch is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints_tools.huggingface.export_settings import REPORT
+from mmscale.checkpoint import publish
+from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.settings import config_of
+from mmscale.config import Config, ModelConfig
+from mmscale.data.prepared.manifest import (
+    Manifest,
+    check_vocabulary,
+    common_tokenizers,
+    most_complete,
+    named_sources,
+    read_manifest,
+)
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import CheckpointError, DataError, shell_command
+from mmscale.inference.supported_routing import saved_model
+
+
+class NoRoutersError(CheckpointError):
+    """A model has routing, but no routers or thresholds for causal routing."""
+
+
+def check(run: Path, step: int | None, out: Path, *, data: Path | None, routing: str) -> None:
+    """Refuse an export that cannot work.
+
+    Args:
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+        out: the export; an earlier export is compared with the checkpoint later.
+        data: the prepared data set with the tokenizers; None: the run's.
+        routing: mode by which experts are assigned to tokens: causal, top1 or threshold.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or cannot route causally; `out` is something else than an export.
+        DataError: the data set is missing or has another vocabulary.
+    """
+    if not (out / REPORT).is_file():
+        publish.refuse_existing(out)
+    check_routers(run, step, routing=routing)
+    store = Store.of_run(run)
+    chosen = store.choose(step)
+    tokenizer_set(config_of(store.info(chosen), where=store.path(chosen), run=run), store.path(chosen), data)
+
+
+def check_routers(run: Path, step: int | None, *, routing: str) -> None:
+    """Refuse a run's checkpoint without routers or thresholds for causal routing.
+
+    Args:
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+        routing: causal, top1 or threshold.
+
+    Raises:
+        NoRoutersError: it has none.
+        CheckpointError: there is no such checkpoint.
+    """
+    chosen, model = saved_model(run, step)
+    refuse_without_routers(
+        model,
+        run,
+        Store.of_run(run).path(chosen),
+        auxiliary=model.auxiliary_width is not None,
+        thresholds=model.keeps_thresholds,
+        routing=routing,
+    )
+
+
+def refuse_without_routers(
+    model: ModelConfig, run: Path, where: Path, *, auxiliary: bool, thresholds: bool, routing: str
+) -> None:
+    """Refuse a model that routes, and has no routers or thresholds for causal routing.
+
+    Args:
+        model: of the checkpoint.
+        run: its run.
+        where: its folder, for the message.
+        auxiliary: whether there are auxiliary routers.
+        thresholds: whether averaged cut-offs are kept.
+        routing: causal, top1 or threshold.
+
+    Raises:
+        NoRoutersError: it has none.
+    """
+    if not model.routes or (thresholds if routing == "threshold" else auxiliary):
+        return
+    alternative = ", or export with --routing threshold" if thresholds else ""
+    what = "averaged cut-offs" if routing == "threshold" else "auxiliary routers"
+    raise NoRoutersError(
+        f"{where} has no {what}: its experts choose among all tokens of a sequence, later ones too, so that "
+        "it cannot generate",
+        remedy=f"train them: {shell_command('train', run / 'config.yaml', '--stage', 'auxiliary')}{alternative}",
+    )
+
+
+def tokenizer_set(config: Config, where: Path, data: Path | None) -> tuple[Path, Manifest]:
+    """The prepared data set whose tokenizers an export holds.
+
+    Of a blend it is the first data set with the most modalities, because the first one may be text only.
+
+    Args:
+        config: of the checkpoint.
+        where: the checkpoint, for the message.
+        data: the data set; None: the run's.
+
+    Raises:
+        DataError: there is no such data set, it has another vocabulary, or a blend's tokenizers are not the same.
+    """
+    if data is None and not config.data.sources:  # a run made by `convert from-hf`
+        raise DataError(
+            f"the run of {where} has no data set, and with it no tokenizers",
+            remedy="name one: `mmscale convert to-hf RUN OUT --data DIR`, or data.path in the run's config.yaml",
+        )
+    folders = [data] if data is not None else [Path(source.path) for source in named_sources(config)]
+    blend = {folder: read_manifest(folder) for folder in folders}
+    common_tokenizers({folder: manifest.tokenizers for folder, manifest in blend.items()})
+    folder = most_complete(blend)
+    assert folder is not None
+    check_vocabulary(folder, blend[folder], Vocabulary.from_config(config.vocab))
+    return folder, blend[folder]

@@ -25,6 +25,7 @@ from launch.profile import Profile, load_profile
 from mmscale.config import Config
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
+from mmscale.train.nothing_left import nothing_left
 from mmscale.train.stages.table import MAIN, STAGES
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
@@ -40,10 +41,12 @@ class Planned:
     Attributes:
         record: of its launch.
         config: resolved.
+        done: why a launch would do nothing, in one line; "": something is left to train.
     """
 
     record: records.Record
     config: Config
+    done: str = ""
 
 
 def plan_launch(
@@ -103,7 +106,7 @@ def plan_launch(
             from_scratch=from_scratch,
         )
         container.check(record, profile, config)
-        planned.append(Planned(record, config))
+        planned.append(Planned(record, config, "" if after else nothing_left(STAGES[stage], config)))
     return planned
 
 
@@ -138,17 +141,24 @@ def _variants(sweep: Sequence[str]) -> Iterator[tuple[list[str], str]]:
 def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int | None = None) -> list[dict[str, Any]]:
     """Write launch folders and submit their jobs, or run them here if the profile is local.
 
+    Runs with nothing left to train are not started.
+
     Args:
         planned: from `plan_launch`; several become a job array.
         after: a job or a run whose jobs have to end first.
         at_once: how many runs of a sweep may train at a time; None: all.
 
     Returns:
-        One object per run: run, job, launch, successors (jobs that wait behind it), and exit_status of those run here.
+        One object per run: run, job, launch, successors (jobs that wait behind it), exit_status of those run here, and
+            `done` of `Planned` if it is not "".
 
     Raises:
         MmscaleError: a run is being trained already, or SLURM refuses.
     """
+    done = [_row(one.record) | {"launch": "", "done": one.done} for one in planned if one.done]
+    planned = [one for one in planned if not one.done]
+    if not planned:
+        return done
     profile = planned[0].record.checked_profile()
     if profile.scheduler == "slurm" and shutil.which("sbatch") is None:
         raise LaunchError("there is no sbatch on this machine", remedy="use a login node, or --cluster local")
@@ -161,12 +171,14 @@ def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int
             records.write_record(one.record, one.config)
             passed.write_secrets(profile, Path(one.record.folder))
         if profile.scheduler != "slurm":
-            return [_here(one.record) for one in planned]
+            return [*done, *(_here(one.record) for one in planned)]
         found = _submit(planned, profile, dependency=dependency, at_once=at_once)
-    return [
-        {"run": one.record.run, "job": jobs[0], "launch": one.record.folder, "successors": jobs[1:]}
-        for one, jobs in zip(planned, found, strict=True)
-    ]
+    started = [_row(one.record, jobs) for one, jobs in zip(planned, found, strict=True)]
+    return [*done, *started]
+
+
+def _row(record: records.Record, jobs: Sequence[str] = ()) -> dict[str, Any]:
+    return {"run": record.run, "job": jobs[0] if jobs else "", "launch": record.folder, "successors": [*jobs[1:]]}
 
 
 def _submit(
@@ -232,7 +244,7 @@ def _here(record: records.Record) -> dict[str, Any]:
     with passed.only(record.checked_profile()):
         os.environ.update(records.python_variables(record))
         status = job.main(Path(record.folder))
-    return {"run": record.run, "job": "", "launch": record.folder, "successors": [], "exit_status": status}
+    return _row(record) | {"exit_status": status}
 
 
 def _after(after: str | None) -> str | None:

@@ -107,9 +107,11 @@ def launch(
     )
     if dry_run:
         text = submit.script(planned, after=after, at_once=at_once)
+        for said in filter(None, (one.done for one in planned)):
+            typer.echo(f"note: {said}", err=True)
         emit({"script": text}, as_json=as_json, text=lambda: typer.echo(text, nl=not text.endswith("\n")))
         return
-    if cluster == "local":
+    if cluster == "local" and not all(one.done for one in planned):
         typer.echo("this run trains on this machine; --cluster NAME submits it to SLURM", err=True)
     found = submit.launch(planned, after=after, at_once=at_once)
     emit(found, as_json=as_json, text=lambda: _launched(found))
@@ -120,6 +122,8 @@ def launch(
 
 def _launched(found: list[dict[str, Any]]) -> None:
     for one in found:
+        if "done" in one:
+            typer.echo(one["done"], err=True)
         if one["job"]:
             behind = [("then", " ".join(one["successors"]))] if one["successors"] else []
             pairs([("job", one["job"]), *behind, ("run", one["run"]), ("launch", one["launch"])])

@@ -19,6 +19,7 @@ from mmscale.runtime.rank_env import RankEnv
 from mmscale.runtime.waiting import Waiting
 
 if TYPE_CHECKING:
+    from mmscale.config import Config
     from mmscale.train.stages.table import Stage as StageEntry
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
@@ -59,7 +60,6 @@ def train(
     checkpoints cannot be written, 75 stopped on request after a save.
     """
     from mmscale.config.load import load
-    from mmscale.runs.metrics import read_metrics
     from mmscale.runtime import console
     from mmscale.train import holding
     from mmscale.train.stages.table import STAGES
@@ -80,9 +80,12 @@ def train(
     if starts:
         assert nproc is not None
         entry.preflight(loaded, world_size=nproc, yes=yes)  # printed once here instead of by every rank
+        _exit_if_done(entry, loaded, as_json=as_json)
         raise typer.Exit(_start_ranks(nproc, main_run, entry))
     if env.is_first and not holding.is_launched():  # a wrong path is named before torch has been loaded
         entry.preflight(loaded, world_size=env.world_size, yes=yes)
+        if env.world_size == 1:  # other ranks would wait for this one
+            _exit_if_done(entry, loaded, as_json=as_json)
     with (
         holding.claimed(main_run, entry, env) as claim,
         Waiting("loading torch and megatron-core", enabled=env.is_first) as starting,
@@ -91,10 +94,27 @@ def train(
 
         status = run.main(loaded, env, stage=entry.name, yes=yes, grace_s=grace, starting=starting, claim=claim)
     if env.is_first and as_json:
-        records = read_metrics(folder)
-        result = {"run": str(folder), "exit_status": status, "last": records[-1] if records else None}
-        emit(result, as_json=True, text=lambda: None)
+        _emit(folder, status)
     raise typer.Exit(status)
+
+
+def _exit_if_done(entry: StageEntry, config: Config, *, as_json: bool) -> None:
+    """End the command if nothing is left to train, before anything is loaded or written."""
+    from mmscale.train.nothing_left import nothing_left
+
+    if said := nothing_left(entry, config):
+        typer.echo(said, err=True)
+        if as_json:
+            _emit(entry.folder(Path(config.run.dir) / config.run.name), 0)
+        raise typer.Exit
+
+
+def _emit(folder: Path, status: int) -> None:
+    from mmscale.runs.metrics import read_metrics
+
+    records = read_metrics(folder)
+    result = {"run": str(folder), "exit_status": status, "last": records[-1] if records else None}
+    emit(result, as_json=True, text=lambda: None)
 
 
 def _start_ranks(nproc: int, run: Path, stage: StageEntry) -> int:

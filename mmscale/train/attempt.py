@@ -17,7 +17,6 @@ from mmscale.data.prepared.tasks import TaskItem
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DamagedDataError, HookError, TrainingError
-from mmscale.plan import plan
 from mmscale.resilience import flight_recorder
 from mmscale.resilience.inject import Faults
 from mmscale.resilience.lease import Fence, launched_attempt
@@ -37,20 +36,21 @@ from mmscale.train.data_place import find_place
 from mmscale.train.evaluated_on import EvaluatedOn
 from mmscale.train.held_out_evaluation import HeldOutEvaluation
 from mmscale.train.hooks import PlaceHook, common_hooks
-from mmscale.train.log.exposure import exposure, planned_sources
+from mmscale.train.log.exposure import planned_sources
 from mmscale.train.log.profile_window import ProfileWindow
 from mmscale.train.log.progress_lines import Progress
 from mmscale.train.log.records import Records, open_records
 from mmscale.train.log.stragglers import RankTimes
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.mirroring import mirroring
+from mmscale.train.opening_lines import opening_lines
 from mmscale.train.plugin_hooks import AnnouncedSaves, HookRun, PluginHooks
 from mmscale.train.preflight import tokenizers_of
 from mmscale.train.stages.built import BuiltStage, Given, Tools
-from mmscale.train.stages.table import MAIN, Stage
+from mmscale.train.stages.table import Stage
 from mmscale.train.state.memory_snapshots import MemoryHook, memory_of
 from mmscale.train.state.watched import Watch
-from mmscale.train.steps.evaluation import CutShortError, partly_read
+from mmscale.train.steps.evaluation import CutShortError
 from mmscale.train.steps.step_guard import StepGuard
 from mmscale.train.throughput import Throughput, peak_tflops
 
@@ -182,10 +182,12 @@ class Attempt:
             is_complete=stage.is_complete,
             yes=yes,
         )
-        self._announce(changed or [])
+        if self.faults.text:
+            self.records.tell("faults_requested", faults=self.faults.text)
         self.watch.resume(changed or [])
         if self.watch.is_over():
             return self._done()
+        self._announce(changed or [])
         if said := holding.stop_hint(self.fence.lease_id, self.folder):
             self.progress.say(said)
         self.records.begin(self.given.config, self.folder, attempt=self.number)
@@ -280,23 +282,22 @@ class Attempt:
             self.progress.say(f"changed since the checkpoint: {line}")
 
     def _announce(self, changed: list[str]) -> None:
-        if not self.env.is_first:
-            return
-        if self.faults.text:
-            self.records.tell("faults_requested", faults=self.faults.text)
-        parameters = plan(self.given.config)["parameters"] if self.entry.name == MAIN else {}
-        for line in (
-            *self.stage.announce(attempt=self.number),
-            exposure(self.config, self.train_data, parameters=parameters),
-            *self.evaluated_on.lines,
-            *partly_read(self.tools.extents, batches=self.config.train.eval_batches),
-            *self.faults.warnings(),
-            *(f"changed since the checkpoint: {change}" for change in changed),
-        ):
+        lines = opening_lines(
+            self.given,
+            self.stage,
+            attempt=self.number,
+            train_data=self.train_data,
+            evaluated_on=self.evaluated_on,
+            extents=self.tools.extents,
+            faults=self.faults,
+            changed=changed,
+        )
+        for line in lines if self.env.is_first else ():
             self.progress.say(line)
 
     def _done(self) -> int:
         """Nothing is left to train: complete the work after the last step that a killed attempt did not finish."""
+        self.progress.say(f"{self.folder} is done: {self.watch.describe_end(raised=self.entry.steps)}")
         unsaved, undone = self._only_in_memory(), not self.stage.is_complete()
         if unsaved or undone:
             self.clock.restart()
@@ -309,11 +310,10 @@ class Attempt:
                 return STOPPED
         else:
             self.mirror.wait(finished=True)
-        self.progress.say(f"{self.folder} is done: {self.watch.describe_end(raised=self.entry.steps)}")
         return FINISHED
 
     def _finish(self, *, unsaved: bool, undone: bool) -> bool:
-        """Finish the attempt. True: no stop request arrived meanwhile."""
+        """Finish the attempt; returns whether no stop request arrived meanwhile."""
         if unsaved:
             self._save_again()
         with contextlib.suppress(CutShortError):
@@ -375,8 +375,8 @@ class Attempt:
         last: list[Hook] = [PlaceHook(self.faults.at)]
         if self.memory is not None:
             last.append(MemoryHook(self.memory, clock=self.clock))
-        say, tell = self.progress.say, self.records.tell
-        check = self.stack.enter_context(DataCheck(self.config, self.env, tell=tell, warn=say))
+        tell = self.records.tell
+        check = self.stack.enter_context(DataCheck(self.config, self.env, tell=tell, warn=self.progress.say))
         window = ProfileWindow(
             self.config,
             folder=self.folder,

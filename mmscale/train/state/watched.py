@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from mmscale.checkpoint.save_settings import Best
 from mmscale.config import Config
 from mmscale.runs.breaks import break_of
+from mmscale.runs.done import describe_done
 from mmscale.train.stage_state import HeldOutTrend
 
 LOSS = "eval/loss"  # followed in every run
@@ -124,7 +125,7 @@ class Watch:
         """
         done, trend = f"{self.state.step} of {self.steps} steps", self._ended_by()
         if self.state.step >= self.steps or trend is None:
-            return f"{done}; raise {raised} to go on"
+            return describe_done(step=self.state.step, steps=self.steps, raised=raised)
         remedy = "raise train.stop_when.patience or set train.stop_when=null to go on"
         return f"{done}, ended early: {self._why(trend)}; {remedy}"
 

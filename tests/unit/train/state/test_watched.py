@@ -149,7 +149,10 @@ def test_the_last_step_is_no_early_end() -> None:
     watch = run.watch(config("train.stop_when={patience: 1}"))
     run.evaluate(watch, *[1.0] * 10)
     assert watch.is_over() and watch.early_end() == {}
-    assert watch.describe_end(raised="train.steps") == "100 of 100 steps; raise train.steps to go on"
+    assert (
+        watch.describe_end(raised="train.steps")
+        == "100 of 100 steps; nothing is left to train; raise train.steps to go on, e.g. train.steps=200"
+    )
 
 
 def test_a_rising_loss_is_noted_once_each_time_it_rises() -> None:

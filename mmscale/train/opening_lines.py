@@ -1,0 +1,47 @@
+"""The lines that an attempt prints before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from mmscale.data.stream.mixture import Mixture
+from mmscale.plan import plan
+from mmscale.resilience.inject import Faults
+from mmscale.train.evaluated_on import EvaluatedOn
+from mmscale.train.log.exposure import exposure
+from mmscale.train.stages.built import BuiltStage, Given
+from mmscale.train.steps.evaluation import partly_read
+
+
+def opening_lines(
+    given: Given,
+    stage: BuiltStage,
+    *,
+    attempt: int,
+    train_data: Mixture,
+    evaluated_on: EvaluatedOn,
+    extents: Mapping[str, str],
+    faults: Faults,
+    changed: Sequence[str],
+) -> Iterator[str]:
+    """What is trained, on which data, what is evaluated, and what has changed.
+
+    Args:
+        given: the inputs of the stage.
+        stage: its parts.
+        attempt: its number.
+        train_data: the training data.
+        evaluated_on: validation sets and tasks.
+        extents: which part of a held-out set is read, by its name.
+        faults: faults that a test injects.
+        changed: one line for each change since the checkpoint.
+    """
+    config = given.settings
+    parameters = plan(given.config)["parameters"] if given.folder == given.run else {}
+    yield from stage.announce(attempt=attempt)
+    yield exposure(config, train_data, parameters=parameters)
+    yield from evaluated_on.lines
+    yield from partly_read(extents, batches=config.train.eval_batches)
+    yield from faults.warnings()
+    for change in changed:
+        yield f"changed since the checkpoint: {change}"

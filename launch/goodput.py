@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS
-
-PARTS = ("start_up", "steps", "save_stall", "evaluation", "lost", "other", "waiting")
+from mmscale.runs.words import TIME_PARTS
 
 
 def goodput(
@@ -41,7 +40,7 @@ def goodput(
     for line in metrics:
         lines.setdefault(line.get("attempt"), []).append(line)
     resumed = _resumed_from(attempts, order)
-    times = dict.fromkeys(PARTS, 0.0)
+    times = dict.fromkeys(TIME_PARTS, 0.0)
     previous_end: float | None = None
     for place, number in enumerate(order):
         mine = attempts[number]

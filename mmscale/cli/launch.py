@@ -263,6 +263,7 @@ def _table(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from mmscale.runs.words import TIME_PARTS
     from mmscale.train.log.progress_lines import count, duration
 
     table = Table(box=None, pad_edge=False)
@@ -310,7 +311,7 @@ def _table(found: list[dict[str, Any]]) -> None:
     shown.print(table)
     for one in found:
         if one["time"]:
-            parts = ", ".join(f"{name} {duration(value)}" for name, value in one["time"].items())
+            parts = ", ".join(f"{TIME_PARTS[name]} {duration(value)}" for name, value in one["time"].items())
             shown.print(f"{one['run']}: {parts}", markup=False)
 
 

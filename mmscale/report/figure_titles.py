@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mmscale.runs.words import words
+
 # By the name, or the part of the name before its first slash (docs/reference/metrics.md).
 _WORDS = {
     "memory_stall_s": ("Pauses: snapshots in memory", "s"),
@@ -15,7 +17,8 @@ _WORDS = {
 
 
 def title_of(key: str) -> tuple[str, str]:
-    """Title and unit of a value without a special chart; the key itself if it is unknown."""
+    """Title and unit of a value without a special chart; the words of the key if it is unknown."""
     name, _, kind = key.partition("/")
-    title, unit = _WORDS.get(name, (key, ""))
-    return (f"{title}: {kind}" if kind and name in _WORDS else title), unit
+    seconds = name.endswith("_s")
+    title, unit = _WORDS.get(name, (words(name.removesuffix("_s")).capitalize(), "s" if seconds else ""))
+    return (f"{title}: {words(kind)}" if kind else title), unit

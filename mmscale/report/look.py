@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours without yellow and black, which can be distinguished with any colour vision and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKS = ("o", "D", "s", "^")
+MARKS = ("o", "D", "^", "s")  # in the order of assets/chart.js
 GREY = "#5a5a5a"
 _CLOCK = ((0.03, 3600.0, "seconds"), (2.0, 60.0, "minutes"), (96.0, 1.0, "hours"), (float("inf"), 1 / 24, "days"))
 
@@ -81,11 +81,13 @@ def clock_unit(hours: float) -> tuple[float, str]:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with labels at 1, 2 and 5."""
+    """A logarithmic y axis with labels at 1, 2 and 5, or at every digit if it spans less than a decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high >= 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(engineering)
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -5,6 +5,7 @@ The same charts and numbers as on the page. charts.py, layers.py and timeline.py
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,19 +32,26 @@ from mmscale.report.look import (
     whole_steps,
 )
 from mmscale.report.page import Run, curves
+from mmscale.runs.words import TIME_PARTS
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
-_PARTS = {
-    "steps": ("steps that count, with their evaluations and saves", "#3a9b5c"),
-    "start_up": ("start-up", "#8aa4c8"),
-    "save_stall": ("save stalls", "#c98500"),
-    "evaluation": ("evaluation", "#7a6bb5"),
-    "lost": ("lost, done again", "#d55e00"),
-    "other": ("other", "#9a8f80"),
-    "waiting": ("waiting", "#c3c8cf"),
+_SPANS = {"steps": "#3a9b5c", "start_up": "#8aa4c8", "lost": "#d55e00"}
+# A mark for events: symbol, size, colour, meaning.
+_SAVED = ("|", 5, GREY, "checkpoint saved")
+_STOPPED = ("s", 4, "#7a7a7a", "stopped on request")
+_UNUSUAL = ("x", 5, "#c62828", "fault or other event")
+# Of figures of layers over a run, by title.
+_SCALES = {
+    "no expert took": "fraction of the tokens",
+    "depth, processed": "fraction of the tokens",
+    "output norm": "mean norm",
 }
+_RING = "A ring marks the lowest held-out value."
+_NOTE = 170  # characters of a line below the title of a chart of full width
 _MANY_MARKS = 80
 _SHOWN_LAYER_MAPS = 24  # largest number of co-selection matrices of a modality in a picture
 
@@ -135,7 +143,11 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
             _draw_curve(axes, curve, colour=colour, label=line.label, raw=chart.raw)
     _draw_levels(axes, chart.levels)
     title = f"{chart.title} [{chart.unit}]" if chart.unit else chart.title
-    axes.set_title(title, loc="left", fontsize=10)
+    note = " ".join(filter(None, (chart.note, _RING if any(line.best for line in chart.lines) else "")))
+    lines = textwrap.wrap(note, _NOTE if chart.wide else _NOTE // 2)
+    axes.set_title(title, loc="left", fontsize=10, pad=8 + 9 * len(lines) if lines else None)
+    offset: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 5), "textcoords": "offset points"}
+    axes.annotate("\n".join(lines), (0, 1), **offset, fontsize=7, color=GREY, annotation_clip=False)
     axes.set_xlabel("step", fontsize=8.5)
     if chart.log and any(value > 0 for value in axes.dataLim.intervaly):
         log_scale(axes)
@@ -163,7 +175,8 @@ def _draw_curve(axes: Axes, curve: Curve, *, colour: str, label: str, raw: bool)
     span = 0 if raw else len(curve.mean) // 100
     if span > 0:
         axes.plot(steps, curve.with_gaps(curve.mean), color=colour, linewidth=0.7, alpha=0.3)
-    axes.plot(steps, curve.with_gaps(smoothed(curve, span=span)), color=colour, linewidth=1.6, label=label)
+    values = curve.with_gaps(smoothed(curve, span=span))
+    axes.plot(steps, values, color=colour, linewidth=1.6, label=label, clip_on=False)  # a line at zero is whole
 
 
 def _draw_layers(run: Run, out: Path, *, suffix: str) -> list[Path]:
@@ -232,12 +245,17 @@ def _draw_coselection(record: dict[str, Any], groups: Sequence[tuple[str, str]],
             shown = np.array(matrix, dtype=np.float64)
             np.fill_diagonal(shown, np.nan)
             image = axes.imshow(shown, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-            axes.set_title(f"layer {layer}", fontsize=8)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set_title(f"{_name(group)}, layer {layer}", fontsize=8)
+            ticks = range(0, len(shown), max(1, len(shown) // 4))
+            axes.set_xticks(ticks)
+            axes.set_yticks(ticks)
+            axes.tick_params(labelsize=6.5)
             if column == 0:
-                axes.set_ylabel(_name(group), fontsize=9)
-    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="taken by both / by the row's expert")
+                axes.set_ylabel("expert", fontsize=8)
+            if row == len(found) - 1:
+                axes.set_xlabel("expert", fontsize=8)
+    label = f"of the tokens of the row's expert,\nthose that the column's took too; step {record['step']:,}"
+    figure.colorbar(image, ax=figure.axes, shrink=0.8).set_label(label, fontsize=8)
     save_figure(figure, file)
 
 
@@ -275,12 +293,12 @@ def _draw_over_time(run: Run, found: Mapping[str, Mapping[str, Floats]], file: P
             image = axes.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
             axes.set_title(f"{title}: {name}", loc="left", fontsize=9)
             _label_layers(axes, layers)
-            ticks = np.unique(np.linspace(0, len(run.layers) - 1, min(5, len(run.layers))).astype(int))
+            ticks = np.unique(np.linspace(0, len(run.layers) - 1, min(6, len(run.layers))).round().astype(int))
             axes.set_xticks(ticks, [engineering(run.layers[i]["step"], 0) for i in ticks])
             axes.set_xlabel("step", fontsize=8.5)
             axes.tick_params(labelsize=7.5)
             own.append(axes)
-        figure.colorbar(image, ax=own, shrink=0.9)
+        figure.colorbar(image, ax=own, shrink=0.9).set_label(_SCALES[title], fontsize=8)
     save_figure(figure, file)
 
 
@@ -307,23 +325,35 @@ def _draw_timelines(runs: Sequence[Run], file: Path) -> None:
     figure = new_figure(width=10.0, height=1.2 + 0.75 * len(runs))
     axes = figure.add_subplot()
     factor, unit = clock_unit(max((span.end for run in runs for span in run.timeline.spans), default=0.0))
+    marks: dict[str, Line2D] = {}
     for row, run in enumerate(runs):
         for span in run.timeline.spans:
             width = (span.end - span.begin) * factor
-            axes.barh(row, width, left=span.begin * factor, height=0.5, color=_PARTS[span.kind][1])
+            axes.barh(row, width, left=span.begin * factor, height=0.5, color=_SPANS[span.kind])
         drawn = run.timeline.drawn()
-        unusual = [one.hours * factor for one in drawn if not one.routine]
-        axes.plot(unusual, [row + 0.38] * len(unusual), "x", color="#c62828", markersize=5, clip_on=False)
-        stops = [one.hours * factor for one in drawn if one.event == "stop"]
-        axes.plot(stops, [row + 0.38] * len(stops), "s", color="#7a7a7a", markersize=4, clip_on=False)
-        saves = [one.hours * factor for one in drawn if one.event == "save_committed"]
-        axes.plot(saves, [row + 0.38] * len(saves), "|", color="#5a5a5a", markersize=5)
+        for mark, some in {
+            _UNUSUAL: [one for one in drawn if not one.routine],
+            _STOPPED: [one for one in drawn if one.event == "stop"],
+            _SAVED: [one for one in drawn if one.event == "save_committed"],
+        }.items():
+            if some:
+                symbol, size, colour, word = mark
+                places = [one.hours * factor for one in some]
+                (line,) = axes.plot(
+                    places, [row + 0.38] * len(some), symbol, color=colour, markersize=size, clip_on=False
+                )
+                marks[word] = line
     shares = [f", goodput {run.timeline.goodput:.1%}" if run.timeline.goodput is not None else "" for run in runs]
     axes.set_yticks(range(len(runs)), [f"{run.name}{share}" for run, share in zip(runs, shares, strict=True)])
     axes.set_ylim(len(runs) - 0.4, -0.5)
     axes.set_xlabel(f"{unit} since the first event", fontsize=8.5)
     kinds = dict.fromkeys(span.kind for run in runs for span in run.timeline.spans)
-    handles = [Patch(color=_PARTS[kind][1], label=_PARTS[kind][0]) for kind in kinds]
+    # Evaluations and saves are not spans of their own here.
+    names = TIME_PARTS | {"steps": f"{TIME_PARTS['steps']}, with their evaluations and saves"}
+    handles: list[Artist] = [Patch(color=_SPANS[kind], label=names[kind]) for kind in kinds]
+    for word, line in marks.items():
+        line.set_label(word)
+        handles.append(line)
     axes.legend(handles=handles, frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -15,6 +15,7 @@ import numpy as np
 
 from mmscale.report.history import Floats, History
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS, ROUTINE
+from mmscale.runs.words import field_in_words
 
 Event = Mapping[str, Any]
 _ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
@@ -277,7 +278,8 @@ def _text(event: Event) -> str:
         "attempt_id",
         "sources",
     )  # sources_section.py shows sources
-    return ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden and value is not None)[:400]
+    shown = {key: value for key, value in event.items() if key not in hidden and value is not None}
+    return ", ".join(field_in_words(key, value) for key, value in shown.items())[:400]
 
 
 def _attempt(event: Event) -> int:

@@ -1,12 +1,21 @@
 // Attempts and events of runs against the clock, and where their time went.
 "use strict";
-const PARTS = [
-  ["steps", "steps that count", "--s-steps"], ["start_up", "start-up", "--s-start"], ["save_stall", "save stalls", "--s-stall"],
-  ["evaluation", "evaluation", "--s-eval"], ["lost", "lost, done again", "--s-lost"], ["other", "other", "--s-other"], ["waiting", "waiting between attempts", "--s-wait"],
-];
+// Parts of the time, with their words and colours, in this order.
+const PARTS = [["steps", "--s-steps"], ["start_up", "--s-start"], ["save_stall", "--s-stall"], ["evaluation", "--s-eval"], ["lost", "--s-lost"], ["other", "--s-other"], ["waiting", "--s-wait"]].map(([name, tint]) => [name, DATA.parts[name], tint]);
 // Routine events that are drawn, as marks: a circle or a square.
 const QUIET = { finish: [0, "--s-steps"], ended_early: [0, "--s-steps"], resume: [0, "--soft"], stop: [3, "--soft"] };
+const QUIET_WORDS = { finish: "finished", ended_early: "ended early", resume: "resumed", stop: "stopped on request" };
 const SPANS = { steps: "--s-steps", start_up: "--s-start", lost: "--s-lost" };
+
+// The meaning of the marks below the attempts, of those that are there.
+function marksLegend(happenings) {
+  const own = (shape) => { const svg = el("svg", { width: 14, height: 14, viewBox: "0 0 14 14", style: "vertical-align:-2px;margin-right:.3rem", "aria-hidden": "true" }); svg.append(shape); return svg; };
+  const found = [], has = (name) => happenings.some((one) => one.event === name);
+  if (has("save_committed")) found.push([el("line", { x1: 7, x2: 7, y1: 4, y2: 10, stroke: "var(--soft)", "stroke-width": 1.5 }), "checkpoint saved"]);
+  for (const [name, word] of Object.entries(QUIET_WORDS)) if (has(name)) found.push([el("path", { d: MARKS[QUIET[name][0]](7, 7), fill: `var(${QUIET[name][1]})`, "fill-opacity": 0.45, stroke: `var(${QUIET[name][1]})` }), word]);
+  if (happenings.some((one) => !one.routine)) found.push([el("path", { d: "M2.5,2.5l9,9m0,-9l-9,9", stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" }), "other event: point at it"]);
+  return el("div", { class: "legend marks", style: "margin:0 .5rem .3rem" }, ...found.map(([shape, word]) => el("span", {}, own(shape), word)));
+}
 
 function timelineOf(run, parent) {
   const { spans, happenings, goodput, seconds, measured_start } = run.timeline;
@@ -37,7 +46,7 @@ function timelineOf(run, parent) {
     // What stands at a place: marks may hide each other.
     const near = (x) => drawn.filter((one) => Math.abs(sx(one.hours) - x) < 6).slice(0, 8).flatMap((one) => {
       const where = one.step === null ? "" : ` at step ${one.step.toLocaleString("en")}`;
-      return [[el("b", {}, one.event + where), ` attempt ${one.attempt}, ${duration(one.hours)}`], ...(one.text ? [[one.text]] : [])];
+      return [[el("b", {}, one.event.replaceAll("_", " ") + where), ` attempt ${one.attempt}, ${duration(one.hours)}`], ...(one.text ? [[one.text]] : [])];
     });
     for (const one of drawn) {
       const x = sx(one.hours), save = one.event === "save_committed", quiet = one.routine && !save;
@@ -55,6 +64,7 @@ function timelineOf(run, parent) {
     strip.replaceChildren(svg);
   };
   listeners.push(draw);
+  box.append(marksLegend(happenings));
   if (total > 0) {
     const row = el("div", { style: "display:flex;height:1.1rem;border-radius:5px;overflow:hidden;margin:.5rem .5rem .3rem" });
     for (const [name, text, tint] of parts) {

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS
-from mmscale.runs.words import TIME_PARTS
+from mmscale.runs.plain_words import TIME_PARTS
 
 
 def goodput(

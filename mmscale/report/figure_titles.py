@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmscale.runs.words import words
+from mmscale.runs.plain_words import words
 
 # By the name, or the part of the name before its first slash (docs/reference/metrics.md).
 _WORDS = {

@@ -31,7 +31,7 @@ from mmscale.report.layers import BYTES, layers_of
 from mmscale.report.timeline import Goodput, Timeline, timeline_of
 from mmscale.runs.events import BEGINS, read_events
 from mmscale.runs.is_run import check_runs
-from mmscale.runs.words import TIME_PARTS
+from mmscale.runs.plain_words import TIME_PARTS
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
 _EVENTS_SHOWN = 200

@@ -32,7 +32,7 @@ from mmscale.report.look import (
     whole_steps,
 )
 from mmscale.report.page import Run, curves
-from mmscale.runs.words import TIME_PARTS
+from mmscale.runs.plain_words import TIME_PARTS
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmscale.report.history import Floats, History
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS, ROUTINE
-from mmscale.runs.words import field_in_words
+from mmscale.runs.plain_words import field_in_words
 
 Event = Mapping[str, Any]
 _ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
